@@ -1,0 +1,92 @@
+"""Identity: namespaces, chained block hashes and page checksums.
+
+Owns: the two digests that name bytes (`Namespace`, `BlockHash`) and the one that guards them (`page_checksum`).
+Invariant: a hash depends on its inputs alone, never on the process, the platform or a seed, so that any worker in any language
+that follows docs/architecture.md finds the same page. `tests/core/vectors.json` publishes test vectors.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from array import array
+from collections.abc import Iterable, Sequence
+from itertools import islice
+import struct
+import sys
+from typing import NewType
+
+import xxhash
+
+from attnstore.core.layout import PageLayout
+from attnstore.errors import InvalidArgument
+from attnstore.limits import HASH_BYTES
+
+BlockHash = NewType("BlockHash", bytes)
+Namespace = NewType("Namespace", bytes)
+
+_NAMESPACE_PERSON = b"attnstore-ns-v1"
+_BLOCK_PERSON = b"attnstore-bk-v1"
+_U32 = struct.Struct("<I")
+
+
+def namespace(layout: PageLayout, *, model: bytes, tenant_salt: bytes = b"") -> Namespace:
+    """The 32-byte digest that separates everything whose KV bytes could differ.
+
+    `model` identifies the weights and every setting that changes KV bytes (RoPE, attention config): any byte string that is equal
+    exactly when those are equal. `tenant_salt` separates tenants that must not share pages.
+    BLAKE2b-256, personalised `attnstore-ns-v1`, of `len(salt) u32 | salt | len(model) u32 | model | layout.canonical()`.
+    """
+    digest = hashlib.blake2b(digest_size=HASH_BYTES, person=_NAMESPACE_PERSON)
+    for part in (tenant_salt, model):
+        digest.update(_U32.pack(len(part)))
+        digest.update(part)
+    digest.update(layout.canonical())
+    return Namespace(digest.digest())
+
+
+def block_hash(parent: bytes, token_ids: Sequence[int], extra_keys: Iterable[bytes] = ()) -> BlockHash:
+    """The name of the block with `token_ids` that follows `parent` (a `BlockHash`, or the `Namespace` for the first block).
+
+    BLAKE2b-256, personalised `attnstore-bk-v1`, of `parent | count u32 | token ids u32... | for each extra key: len u32 | key`, all
+    little-endian. Extra keys are whatever else changes the KV bytes, for example a LoRA id.
+    Raises `InvalidArgument` for a parent that is not 32 bytes or a token id outside u32.
+    """
+    if len(parent) != HASH_BYTES:
+        raise InvalidArgument(f"parent hash has {len(parent)} bytes; it must have {HASH_BYTES}")
+    digest = hashlib.blake2b(parent, digest_size=HASH_BYTES, person=_BLOCK_PERSON)
+    digest.update(_U32.pack(len(token_ids)))
+    digest.update(_u32_bytes(token_ids))
+    for key in extra_keys:
+        digest.update(_U32.pack(len(key)))
+        digest.update(key)
+    return BlockHash(digest.digest())
+
+
+def block_hashes(
+    root: bytes, token_ids: Sequence[int], block_tokens: int, extra_keys: Sequence[bytes] = ()
+) -> list[BlockHash]:
+    """Chained hashes of all *complete* blocks of a token sequence; the incomplete tail has no hash."""
+    if block_tokens < 1:
+        raise InvalidArgument(f"block_tokens is {block_tokens}; it must be at least 1")
+    hashes: list[BlockHash] = []
+    parent: bytes = root
+    tokens = iter(token_ids)
+    for _ in range(len(token_ids) // block_tokens):
+        parent = block_hash(parent, list(islice(tokens, block_tokens)), extra_keys)
+        hashes.append(BlockHash(parent))
+    return hashes
+
+
+def page_checksum(data: bytes | bytearray | memoryview) -> int:
+    """XXH3-64 (seed 0) of a page or of a layer range of one: guards against corruption, not against an adversary."""
+    return xxhash.xxh3_64_intdigest(data)
+
+
+def _u32_bytes(token_ids: Sequence[int]) -> bytes:
+    try:
+        packed = array("I", token_ids)
+    except (OverflowError, TypeError) as error:
+        raise InvalidArgument(f"token ids must be integers between 0 and 2**32 - 1: {error}") from None
+    if sys.byteorder == "big":
+        packed.byteswap()
+    return packed.tobytes()

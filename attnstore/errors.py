@@ -1,0 +1,130 @@
+"""The exceptions of AttnStore: one tree, which decides what is retried.
+
+    AttnStoreError
+    ├── Retryable                     the same call may succeed later or elsewhere
+    │   ├── DeadlineExceeded          nothing came within the deadline
+    │   ├── Unavailable               no node there, connection lost, or the node is draining
+    │   ├── Overloaded                the node's limit of concurrent streams or leases is reached
+    │   └── LeaseExpired              match again, then read
+    └── NotRetryable                  the call itself is wrong
+        ├── InvalidArgument           malformed hash, empty or too large batch, bad range, bad option
+        ├── BufferMismatch            a caller-supplied buffer does not fit the pages asked for
+        ├── NamespaceUnknown          register the layout first
+        ├── LayoutMismatch            the namespace is registered with another layout
+        ├── Unauthenticated           missing or wrong token
+        ├── PermissionDenied          the namespace belongs to another tenant
+        ├── ProtocolError             the peer broke the protocol; a bug or a foreign server
+        └── ClientClosed              the client was closed before or during the call
+
+A page that is missing, late or corrupt is *not* an exception in a batch: it is that page's status (`PageStatus`), and a miss.
+`code` is the word that travels in the trailer `attnstore-error` and in logs and metrics.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+
+class AttnStoreError(Exception):
+    """Base of all errors raised by AttnStore on purpose."""
+
+    code: ClassVar[str] = "error"
+    retryable: ClassVar[bool] = False
+
+
+class Retryable(AttnStoreError):
+    """The same call may succeed later or on another node."""
+
+    code = "retryable"
+    retryable = True
+
+
+class NotRetryable(AttnStoreError):
+    """Repeating the same call cannot help."""
+
+    code = "not_retryable"
+
+
+class DeadlineExceeded(Retryable):
+    """Nothing came within the deadline."""
+
+    code = "deadline_exceeded"
+
+
+class Unavailable(Retryable):
+    """No node there, connection lost, or the node is draining."""
+
+    code = "unavailable"
+
+
+class Overloaded(Retryable):
+    """A limit on concurrent work is reached."""
+
+    code = "overloaded"
+
+
+class LeaseExpired(Retryable):
+    """The lease is unknown or ran out."""
+
+    code = "lease_expired"
+
+
+class InvalidArgument(NotRetryable, ValueError):
+    """A malformed argument; the message names it and the rule."""
+
+    code = "invalid_argument"
+
+
+class BufferMismatch(NotRetryable, ValueError):
+    """A caller-supplied buffer does not fit the pages asked for."""
+
+    code = "buffer_mismatch"
+
+
+class NamespaceUnknown(NotRetryable):
+    """The node does not know the namespace; register the layout first."""
+
+    code = "namespace_unknown"
+
+
+class LayoutMismatch(NotRetryable):
+    """The namespace is registered with another layout."""
+
+    code = "layout_mismatch"
+
+
+class Unauthenticated(NotRetryable):
+    """Missing or wrong token."""
+
+    code = "unauthenticated"
+
+
+class PermissionDenied(NotRetryable):
+    """The namespace belongs to another tenant."""
+
+    code = "permission_denied"
+
+
+class ProtocolError(NotRetryable):
+    """The peer broke the protocol."""
+
+    code = "protocol_error"
+
+
+class ClientClosed(NotRetryable):
+    """The client was closed before or during the call."""
+
+    code = "client_closed"
+
+
+def error_of_code(code: str) -> type[AttnStoreError] | None:
+    """The concrete class that announces itself as `code`, or None for a code this version does not know."""
+    return _BY_CODE.get(code)
+
+
+def _leaves(cls: type[AttnStoreError]) -> list[type[AttnStoreError]]:
+    children = cls.__subclasses__()
+    return [leaf for child in children for leaf in _leaves(child)] if children else [cls]
+
+
+_BY_CODE = {cls.code: cls for cls in _leaves(AttnStoreError)}

@@ -1,0 +1,50 @@
+"""Every maximum in the system, by name, with the relations that must hold between them.
+
+Units come last in a name. A limit that a peer must know is announced by `Describe`.
+"""
+
+from __future__ import annotations
+
+KIB = 1 << 10
+MIB = 1 << 20
+GIB = 1 << 30
+
+HASH_BYTES = 32
+LEASE_ID_BYTES = 16
+EPOCH_BYTES = 16
+
+PAGE_BYTES_MAX = 256 * MIB
+"""One page. Llama-3-70B with 128-token blocks in bf16 is 40 MiB."""
+
+MESSAGE_BYTES_MAX = 4 * MIB
+"""gRPC's own default maximum of a received message: we stay under it so that proxies need no special setting."""
+
+CHUNK_BYTES_MAX = 1 * MIB
+"""Payload of one ReadChunk or WriteChunk."""
+
+CHUNK_HEADER_BYTES_MAX = 4 * KIB
+
+HASHES_MAX = 100_000
+"""Hashes in one Match, Read or Delete; 1.6 million tokens at 16 tokens a block."""
+
+LEASE_MS_MAX = 600_000
+LEASES_MAX = 65_536
+"""Live leases on one node."""
+
+NAMESPACES_MAX = 4_096
+STREAMS_MAX = 256
+"""Read, Write and Watch calls running at once on one node; more are refused as `overloaded`."""
+
+WATCH_EVENTS_MAX = 65_536
+"""Events queued for one slow watcher before they are dropped and it is told so."""
+
+EXTENT_BYTES_MAX = 64 * MIB
+"""The arena is handed to (namespace, page size) classes in extents of at most this size."""
+
+DEADLINE_MS_DEFAULT = 10_000
+DRAIN_MS_DEFAULT = 10_000
+
+assert CHUNK_BYTES_MAX + CHUNK_HEADER_BYTES_MAX <= MESSAGE_BYTES_MAX
+assert HASHES_MAX * HASH_BYTES + CHUNK_HEADER_BYTES_MAX <= MESSAGE_BYTES_MAX
+assert CHUNK_BYTES_MAX <= EXTENT_BYTES_MAX <= PAGE_BYTES_MAX
+assert LEASE_MS_MAX < 1 << 32

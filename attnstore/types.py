@@ -1,0 +1,94 @@
+"""The small value types that the store, the client and the wire share."""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass
+
+
+class PageStatus(enum.IntEnum):
+    """What became of one page of a batch. The numbers are those of the wire's `PageStatus`."""
+
+    OK = 1
+    MISSING = 2
+    LEASE_EXPIRED = 3
+    STORED = 4
+    ALREADY_PRESENT = 5
+    ARRIVING = 6
+    NO_SPACE = 7
+    CHECKSUM_MISMATCH = 8
+    WRONG_SIZE = 9
+    PINNED = 10
+
+    # Known to the client alone, never sent: what a read found wrong on this side of the network.
+    CORRUPT = 100
+    INCOMPLETE = 101
+
+    @property
+    def is_hit(self) -> bool:
+        """The bytes are there and verified."""
+        return self is PageStatus.OK
+
+    @property
+    def is_kept(self) -> bool:
+        """After a write: the store holds the page."""
+        return self in (PageStatus.STORED, PageStatus.ALREADY_PRESENT)
+
+
+class PageEventKind(enum.IntEnum):
+    """What happened to a page; the numbers are those of the wire's `PageEvent.Kind`."""
+
+    SEALED = 1
+    EVICTED = 2
+    DELETED = 3
+    LAGGED = 4
+
+
+@dataclass(frozen=True, slots=True)
+class PageEvent:
+    """One event of `watch`. `hash` is empty and `dropped` counts the lost events when `kind` is LAGGED."""
+
+    kind: PageEventKind
+    hash: bytes
+    sequence: int
+    dropped: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Lease:
+    """A time-bounded pin of the pages that one `match` hit."""
+
+    lease_id: bytes
+    lease_ms: int
+
+
+@dataclass(frozen=True, slots=True)
+class MatchResult:
+    """`hits[i]`: how many leading pages of prefix i are on the node. `lease` is None where none was asked for or nothing hit."""
+
+    hits: tuple[int, ...]
+    lease: Lease | None
+
+
+@dataclass(frozen=True, slots=True)
+class ReadResult:
+    """Status of each page in the order asked for. The buffer of a page that is not a hit has unspecified content."""
+
+    statuses: tuple[PageStatus, ...]
+    bytes_read: int
+
+    @property
+    def leading_hits(self) -> int:
+        """How many pages from the first on were read and verified."""
+        for index, status in enumerate(self.statuses):
+            if not status.is_hit:
+                return index
+        return len(self.statuses)
+
+
+@dataclass(frozen=True, slots=True)
+class WriteResult:
+    """Verdict on each page in the order given."""
+
+    verdicts: tuple[PageStatus, ...]
+    bytes_written: int
