@@ -1,0 +1,1 @@
+"""Page slots: preallocated memory of a fixed capacity that holds the pages' bytes."""

@@ -1,0 +1,1 @@
+"""The client: one asynchronous core, its transports and a synchronous facade."""

@@ -1,0 +1,1 @@
+"""The store node: a thin gRPC shell around the pure core."""

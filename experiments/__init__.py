@@ -1,0 +1,1 @@
+"""Measurements: users of the public API only; run from a checkout, never shipped."""

@@ -1,0 +1,1 @@
+"""The engine: sequences, scheduling, running and sampling."""

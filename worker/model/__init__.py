@@ -1,0 +1,1 @@
+"""Models: weights, tokenizer and transformers with paged attention registered."""
