@@ -1,0 +1,14 @@
+"""Paged attention: one contract, three implementations, and the exact merge of partial results.
+
+Owns: the choice of a backend by name. Importing this package loads torch, but neither triton nor numba: a backend's
+libraries are imported when it is created, so a store node without them still starts.
+"""
+
+from __future__ import annotations
+
+from attnstore.attention.base import AttentionBackend
+from attnstore.attention.checked import CheckedAttention
+from attnstore.attention.factory import create_attention
+from attnstore.attention.merge import merge
+
+__all__ = ["AttentionBackend", "CheckedAttention", "create_attention", "merge"]

@@ -1,0 +1,74 @@
+"""The contract of paged attention, and the few facts of a call that every backend derives from it.
+
+Owns: `AttentionBackend` and `row_positions`.
+Invariant: any subset of a sequence's keys gives a partial `(out, lse)`; partials over a partition of the keys merge to the
+result over all of them, exactly up to rounding (see `attnstore.attention.merge`).
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+FLOAT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+"""Element types of queries, pools and results. A query's type need not be its pool's."""
+
+
+class AttentionBackend(Protocol):
+    """Attention of packed query rows over keys that lie in pages."""
+
+    def paged_attention(
+        self,
+        query: Tensor,
+        pool: Tensor,
+        block_tables: Tensor,
+        context_lens: Tensor,
+        query_starts: Tensor,
+        *,
+        layer: int,
+        scale: float,
+        sliding_window: int | None = None,
+        query_positions: Tensor | None = None,
+        out_dtype: torch.dtype | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Attend from every query row to the keys of its own sequence; causal, mixed batches welcome.
+
+        Arguments:
+            query: `[total_q, q_heads, head_dim]`, the rows of all sequences packed one after another. `q_heads` is a multiple of
+                the pool's `kv_heads`; query head `h` reads key head `h // (q_heads // kv_heads)`.
+            pool: `[blocks, layers, 2, kv_heads, block_tokens, head_dim]`, pages as they lie in every tier; each block is
+                contiguous, blocks may be any distance apart. Keys are stored rotated (after RoPE).
+            block_tables: int32 `[seqs, max_blocks]`; entry `j` of row `s` is the block with keys
+                `[j * block_tokens, (j + 1) * block_tokens)` of sequence `s`. Entries past the context are not read.
+            context_lens: int32 `[seqs]`, the keys stored for each sequence, the query rows' own tokens included; 0 is an empty part.
+            query_starts: int32 `[seqs + 1]`, cumulative: sequence `s` owns rows `[query_starts[s], query_starts[s + 1])`.
+            layer: which layer of the pages.
+            scale: factor on `q . k`, usually `head_dim ** -0.5`.
+            sliding_window: a row at position `p` sees only keys in `(p - sliding_window, p]`; None sees all of `[0, p]`.
+            query_positions: int32 `[total_q]`, the position of each row in its table's own count of keys, where key `j` of the
+                table has position `j`. None means that the rows are the last tokens of their context: row `i` of sequence `s`
+                is at `context_lens[s] - query_len[s] + i`. For a partial over the keys `[a, b)` of a sequence pass its rows'
+                absolute positions minus `a`: rows past the part see all of it (and the window still holds).
+            out_dtype: type of `out`; None means the query's. Ask for fp32 where `out` is a partial that will be merged.
+
+        Returns:
+            `out` `[total_q, q_heads, head_dim]` and `lse` fp32 `[total_q, q_heads]`, the natural logarithm of the sum of
+            `exp(scale * q . k)` over the visible keys. A row that sees no key has `out = 0`, `lse = -inf`.
+
+        Raises:
+            InvalidArgument: a shape, type or range breaks the above (from the checking wrapper that `create_attention` returns;
+                a bare backend assumes checked input).
+        """
+        ...
+
+
+def row_positions(context_lens: Tensor, query_starts: Tensor, query_positions: Tensor | None) -> Tensor:
+    """Position of every query row, int32 `[total_q]`: `query_positions` if given, else the last tokens of each context."""
+    if query_positions is not None:
+        return query_positions
+    query_lens = query_starts.diff()
+    first = context_lens - query_lens - query_starts[:-1]
+    rows = torch.arange(int(query_starts[-1]), dtype=torch.int32, device=query_starts.device)
+    return rows + torch.repeat_interleave(first, query_lens)

@@ -1,0 +1,33 @@
+"""Creates attention backends by name, each with its checking wrapper; the one place that knows which exist."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Final, Literal
+
+from attnstore.attention.base import AttentionBackend
+from attnstore.attention.checked import CheckedAttention
+from attnstore.errors import InvalidArgument
+
+AttentionName = Literal["cpu", "reference", "triton"]
+
+_BACKENDS: Final[dict[str, tuple[str, str]]] = {
+    "cpu": ("attnstore.attention.cpu", "CpuAttention"),
+    "reference": ("attnstore.attention.reference", "ReferenceAttention"),
+    "triton": ("attnstore.attention.triton", "TritonAttention"),
+}
+
+
+def create_attention(name: AttentionName) -> AttentionBackend:
+    """The backend of that name behind its checks. Imports the backend's libraries (triton, numba) only now.
+
+    Raises `InvalidArgument` for an unknown name or where the backend's libraries are not installed.
+    """
+    if name not in _BACKENDS:
+        raise InvalidArgument(f"attention backend {name!r} is unknown; known are {', '.join(sorted(_BACKENDS))}")
+    module, cls = _BACKENDS[name]
+    try:
+        backend: AttentionBackend = getattr(importlib.import_module(module), cls)()
+    except ModuleNotFoundError as missing:
+        raise InvalidArgument(f"attention backend {name!r} needs the package {missing.name!r}, which is not installed") from missing
+    return CheckedAttention(backend)
