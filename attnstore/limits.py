@@ -31,6 +31,9 @@ LEASE_MS_MAX = 600_000
 LEASES_MAX = 65_536
 """Live leases on one node."""
 
+LEASED_PAGES_MAX = 4_194_304
+"""Pages held by all leases of one node together, a page counted once for each lease that holds it."""
+
 NAMESPACES_MAX = 4_096
 STREAMS_MAX = 256
 """Read, Write and Watch calls running at once on one node; more are refused as `overloaded`."""
@@ -39,12 +42,17 @@ WATCH_EVENTS_MAX = 65_536
 """Events queued for one slow watcher before they are dropped and it is told so."""
 
 EXTENT_BYTES_MAX = 64 * MIB
-"""The arena is handed to (namespace, page size) classes in extents of at most this size."""
+"""The arena is handed to (tenant, page size) classes in extents of at most this size, unless the operator names a larger one."""
+
+EXTENT_BYTES_MIN = 4 * MIB
+EXTENTS_MIN = 8
+"""An arena with room for so many extents of EXTENT_BYTES_MIN is cut into no fewer, so that several classes can share it."""
 
 DEADLINE_MS_DEFAULT = 10_000
 DRAIN_MS_DEFAULT = 10_000
 
 assert CHUNK_BYTES_MAX + CHUNK_HEADER_BYTES_MAX <= MESSAGE_BYTES_MAX
 assert HASHES_MAX * HASH_BYTES + CHUNK_HEADER_BYTES_MAX <= MESSAGE_BYTES_MAX
-assert CHUNK_BYTES_MAX <= EXTENT_BYTES_MAX <= PAGE_BYTES_MAX
+assert CHUNK_BYTES_MAX <= EXTENT_BYTES_MIN <= EXTENT_BYTES_MAX <= PAGE_BYTES_MAX
+assert HASHES_MAX <= LEASED_PAGES_MAX
 assert LEASE_MS_MAX < 1 << 32

@@ -1,0 +1,44 @@
+"""What happened to pages, in order, for those who watch.
+
+Owns: the events that nobody has taken yet.
+Invariant: sequence numbers rise by one with every event of the node; at most `WATCH_EVENTS_MAX` events wait, and whoever lost
+an event is told so by a LAGGED event before the events that follow.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+
+from attnstore.limits import WATCH_EVENTS_MAX
+from attnstore.types import PageEvent, PageEventKind
+
+
+class EventLog:
+    """A bounded queue of `(namespace, PageEvent)`."""
+
+    def __init__(self) -> None:
+        self._waiting: deque[tuple[bytes, PageEvent]] = deque()
+        self._dropped: dict[bytes, int] = {}
+        self._sequence = 0
+
+    def append(self, namespace: bytes, kind: PageEventKind, page_hash: bytes) -> None:
+        """Files an event; the oldest one is dropped, and counted, where too many wait."""
+        self._sequence += 1
+        if len(self._waiting) == WATCH_EVENTS_MAX:
+            loser, _ = self._waiting.popleft()
+            self._dropped[loser] = self._dropped.get(loser, 0) + 1
+        self._waiting.append((namespace, PageEvent(kind, page_hash, self._sequence)))
+
+    def take(self) -> list[tuple[bytes, PageEvent]]:
+        """The events since the last call, after one LAGGED event for each namespace that lost some. Their sequence is that of
+        the last loss at most.
+        """
+        first = self._waiting[0][1].sequence if self._waiting else self._sequence
+        lagged = [
+            (namespace, PageEvent(PageEventKind.LAGGED, b"", first - 1, dropped))
+            for namespace, dropped in self._dropped.items()
+        ]
+        events = lagged + list(self._waiting)
+        self._waiting.clear()
+        self._dropped.clear()
+        return events

@@ -1,0 +1,134 @@
+"""Leases: time-bounded pins that a client holds from afar.
+
+Owns: which lease covers which pages and when it ends.
+Invariant: a lease that has expired is never found, whether or not anyone swept it: every look-up compares with the time
+given. There are at most `LEASES_MAX` leases over at most `LEASED_PAGES_MAX` pages, counted once for each lease.
+
+Expiry order is a heap with one entry for each lease. A renewal leaves its entry where it is; the sweep finds the lease still
+alive and files it anew, so renewing often costs no memory.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+from attnstore.core.page import NamespaceRecord, Page
+from attnstore.errors import LeaseExpired, Overloaded
+from attnstore.limits import LEASE_ID_BYTES, LEASE_MS_MAX, LEASED_PAGES_MAX, LEASES_MAX
+
+_STALE_ENTRIES_MIN = 64
+
+
+@dataclass(slots=True)
+class LeaseRecord:
+    """One lease: pages of one namespace, each once."""
+
+    lease_id: bytes
+    namespace: NamespaceRecord
+    pages: Sequence[Page]
+    expires_ms: float
+
+
+class LeaseTable:
+    """The leases by id. Pins nothing itself: the page table does, and undoes it for every lease that leaves."""
+
+    def __init__(self, new_lease_id: Callable[[], bytes]) -> None:
+        self._new_lease_id = new_lease_id
+        self._leases: dict[bytes, LeaseRecord] = {}
+        self._expiries: list[tuple[float, bytes]] = []
+        self._pages = 0
+
+    def __len__(self) -> int:
+        return len(self._leases)
+
+    def __iter__(self) -> Iterator[LeaseRecord]:
+        return iter(self._leases.values())
+
+    def require_room(self, pages: int) -> None:
+        """Raises `Overloaded` where a lease of so many pages would pass a maximum."""
+        if len(self._leases) >= LEASES_MAX:
+            raise Overloaded(f"the node holds {LEASES_MAX} leases, its maximum; release leases or match without one")
+        if self._pages + pages > LEASED_PAGES_MAX:
+            raise Overloaded(f"leases would cover more than {LEASED_PAGES_MAX} pages; release leases or match without one")
+
+    def grant(self, namespace: NamespaceRecord, pages: Sequence[Page], lease_ms: int, now_ms: float) -> LeaseRecord:
+        """A new lease of `lease_ms`, for which `require_room` found room."""
+        lease_id = self._new_lease_id()
+        assert len(lease_id) == LEASE_ID_BYTES, f"a lease id has {LEASE_ID_BYTES} bytes"
+        assert lease_id not in self._leases, "lease ids must not repeat"
+        assert 0 < lease_ms <= LEASE_MS_MAX
+        lease = LeaseRecord(lease_id, namespace, pages, now_ms + lease_ms)
+        self._leases[lease_id] = lease
+        self._pages += len(pages)
+        heapq.heappush(self._expiries, (lease.expires_ms, lease_id))
+        return lease
+
+    def find(self, lease_id: bytes, now_ms: float) -> LeaseRecord | None:
+        """The lease where it is alive at `now_ms`."""
+        lease = self._leases.get(lease_id)
+        return lease if lease is not None and now_ms < lease.expires_ms else None
+
+    def renew(self, lease_id: bytes, lease_ms: int, now_ms: float) -> int:
+        """Extends a living lease to at least `lease_ms` from now and returns the whole milliseconds that it now has.
+
+        A renewal never shortens a lease. Raises `LeaseExpired`.
+        """
+        lease = self.find(lease_id, now_ms)
+        if lease is None:
+            raise LeaseExpired(f"lease {lease_id.hex()} has expired or never existed; match again")
+        lease.expires_ms = max(lease.expires_ms, now_ms + min(lease_ms, LEASE_MS_MAX))
+        return int(lease.expires_ms - now_ms)
+
+    def remove(self, lease_id: bytes) -> LeaseRecord | None:
+        """Takes a lease out, alive or expired; None where there is none."""
+        lease = self._leases.pop(lease_id, None)
+        if lease is not None:
+            self._pages -= len(lease.pages)
+            self._forget_stale_entries()
+        return lease
+
+    def pop_expired(self, now_ms: float) -> list[LeaseRecord]:
+        """Takes out the leases that have expired."""
+        expired = []
+        while (entry := self._earliest()) is not None and entry[0] <= now_ms:
+            lease = self.remove(entry[1])
+            assert lease is not None
+            expired.append(lease)
+        return expired
+
+    def next_expiry_ms(self) -> float | None:
+        """When the next lease expires, None where there is none."""
+        entry = self._earliest()
+        return None if entry is None else entry[0]
+
+    def check(self) -> None:
+        """Asserts the module's invariant. O(pages); for tests."""
+        assert len(self._leases) <= LEASES_MAX
+        assert self._pages == sum(len(lease.pages) for lease in self) <= LEASED_PAGES_MAX
+        filed = [lease_id for _, lease_id in self._expiries if lease_id in self._leases]
+        assert sorted(filed) == sorted(self._leases), "every lease has exactly one entry in the heap"
+        assert len(self._expiries) <= 2 * len(self._leases) + _STALE_ENTRIES_MIN
+
+    def _earliest(self) -> tuple[float, bytes] | None:
+        """The first entry of the heap, once entries of renewed leases are filed anew and those of removed ones are dropped."""
+        heap = self._expiries
+        while heap:
+            expires_ms, lease_id = heap[0]
+            lease = self._leases.get(lease_id)
+            if lease is None:
+                heapq.heappop(heap)
+            elif lease.expires_ms > expires_ms:
+                heapq.heapreplace(heap, (lease.expires_ms, lease_id))
+            else:
+                return heap[0]
+        return None
+
+    def _forget_stale_entries(self) -> None:
+        """Keeps the heap within twice the leases: clients that match and release quickly leave entries until their time is
+        up.
+        """
+        if len(self._expiries) > 2 * len(self._leases) + _STALE_ENTRIES_MIN:
+            self._expiries = [(lease.expires_ms, lease.lease_id) for lease in self]
+            heapq.heapify(self._expiries)

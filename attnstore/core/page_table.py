@@ -1,0 +1,375 @@
+"""The page table of a store node: which pages are here, who holds them, and which go when there is no room.
+
+Owns: every page of the node, through its whole life (`attnstore.core.page` draws it as a table), and the composition of the
+parts: slots (where), residency (which extents are idle), policies (what goes first), leases (who holds), events (who is
+told).
+Invariants, asserted by `check`: free + arriving + sealed slots are all the slots; the capacity is never passed; a page is
+evictable exactly while it is sealed and unpinned; pins are leases plus readers; an expired lease pins nothing that anybody
+asks for.
+
+Pure: no I/O, no clock, no framework. Time comes in as `now_ms`, identifiers through `new_lease_id`, effects go out as return
+values and events, so that a simulation from a seed repeats exactly. Not thread-safe: one owner calls it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from attnstore.core.events import EventLog
+from attnstore.core.eviction import EvictionPolicy, LeastRecentlyUsed
+from attnstore.core.layout import PageLayout
+from attnstore.core.lease import LeaseTable
+from attnstore.core.namespaces import Namespaces
+from attnstore.core.page import ArrivingPage, NamespaceRecord, Page, PageState, PageStep, PinnedPage
+from attnstore.core.residency import Residency
+from attnstore.core.slots import Slot, SlotClass, SlotPool
+from attnstore.limits import HASH_BYTES, LEASE_MS_MAX
+from attnstore.types import PageEvent, PageEventKind, PageStatus
+
+__all__ = ["ArrivingPage", "MatchOutcome", "NamespaceStatistics", "PageTable", "PageTableStatistics", "PinnedPage"]
+
+
+@dataclass(frozen=True, slots=True)
+class MatchOutcome:
+    """`hits[i]`: leading sealed pages of prefix i. `lease_id` is None, and `lease_ms` 0, where no lease was asked for or
+    nothing hit.
+    """
+
+    hits: tuple[int, ...]
+    lease_id: bytes | None
+    lease_ms: int
+
+
+@dataclass(frozen=True, slots=True)
+class NamespaceStatistics:
+    """One namespace at one moment."""
+
+    namespace: bytes
+    layout: PageLayout
+    tenant: str
+    pages_sealed: int
+    pages_arriving: int
+
+
+@dataclass(frozen=True, slots=True)
+class PageTableStatistics:
+    """The table at one moment; the four counters count pages since start.
+
+    A page hits or misses once for each `match` or `pin` that asks for it. In a `match` every hash after the first miss of a
+    prefix is a miss.
+    """
+
+    capacity_bytes: int
+    used_bytes: int
+    pages_sealed: int
+    pages_arriving: int
+    pages_pinned: int
+    leases: int
+    hit_pages: int
+    missed_pages: int
+    stored_pages: int
+    evicted_pages: int
+    namespaces: tuple[NamespaceStatistics, ...]
+
+
+class PageTable:
+    """See the module. Methods that take a namespace raise `NamespaceUnknown` where it was not registered.
+
+    Raises `InvalidArgument` for a capacity or extent size that makes no extent. `new_lease_id` returns 16 bytes, never twice
+    the same and not to be guessed, because whoever knows a lease id may renew and release it.
+    """
+
+    def __init__(
+        self,
+        *,
+        capacity_bytes: int,
+        extent_bytes: int,
+        policy: Callable[[], EvictionPolicy[Page]] = LeastRecentlyUsed,
+        new_lease_id: Callable[[], bytes],
+    ) -> None:
+        self._slots = SlotPool(capacity_bytes, extent_bytes)
+        self._residency = Residency(self._slots.extents)
+        self._namespaces = Namespaces()
+        self._leases = LeaseTable(new_lease_id)
+        self._events = EventLog()
+        self._new_policy = policy
+        self._policies: dict[SlotClass, EvictionPolicy[Page]] = {}
+        self._tick = 0  # counts uses: recency that is strictly ordered even where the clock stands still
+        self._used_bytes = 0
+        self._sealed = 0
+        self._arriving = 0
+        self._pinned = 0
+        self._hit = 0
+        self._missed = 0
+        self._stored = 0
+        self._evicted = 0
+
+    def register(self, namespace: bytes, layout: PageLayout, tenant: str) -> int:
+        """Makes a namespace known, idempotently, and returns how many of its pages the whole arena could hold.
+
+        Raises `LayoutMismatch`, `PermissionDenied`, `InvalidArgument` (the page is larger than an extent) or `Overloaded`
+        (too many namespaces).
+        """
+        record = self._namespaces.known(namespace, layout, tenant)
+        if record is None:
+            slot_class = self._slots.slot_class(tenant, layout.page_bytes)
+            policy = self._policies.setdefault(slot_class, self._new_policy())
+            record = NamespaceRecord(namespace, layout, tenant, slot_class, policy)
+            self._namespaces.add(record)
+        return self._slots.extents * record.slot_class.slots_per_extent
+
+    def layout_of(self, namespace: bytes, tenant: str) -> PageLayout:
+        """The layout of a tenant's namespace. Raises `NamespaceUnknown` or `PermissionDenied`."""
+        return self._namespaces.find_of(namespace, tenant).layout
+
+    def match(self, namespace: bytes, prefixes: Sequence[Sequence[bytes]], lease_ms: int, now_ms: float) -> MatchOutcome:
+        """How many leading hashes of each prefix are sealed, and with `lease_ms > 0` one lease over all of those pages.
+
+        A lease longer than `LEASE_MS_MAX` is granted that. The pages count as used, the first of a prefix as the most recent,
+        so that a chain loses its tail before its head. O(1) for each hash, whatever the size of the table.
+        Raises `Overloaded` where a lease is asked for and there are too many; nothing has changed then.
+        """
+        record = self._namespaces.find(namespace)
+        found: list[Page] = []
+        hits = []
+        lookup = record.sealed.get
+        for prefix in prefixes:
+            before = len(found)
+            for page_hash in prefix:
+                page = lookup(page_hash)
+                if page is None:
+                    break
+                found.append(page)
+            hits.append(len(found) - before)
+        found.reverse()
+        lease_id, granted_ms = None, 0
+        if found and lease_ms > 0:
+            pages = found if len(prefixes) == 1 else list(dict.fromkeys(found))
+            lease_id, granted_ms = self._lease(record, pages, min(lease_ms, LEASE_MS_MAX), now_ms)
+        else:
+            self._touch(record, found)
+        self._hit += len(found)
+        self._missed += sum(map(len, prefixes)) - len(found)
+        return MatchOutcome(tuple(hits), lease_id, granted_ms)
+
+    def pin(self, namespace: bytes, page_hash: bytes, lease_id: bytes | None, now_ms: float) -> PinnedPage | PageStatus:
+        """Keeps a sealed page in place for a running read, or says MISSING or, where a lease is named, LEASE_EXPIRED.
+
+        A lease of another namespace counts as expired. The page need not be one that the lease covers.
+        """
+        record = self._namespaces.find(namespace)
+        page = record.sealed.get(page_hash)
+        status = PageStatus.OK if page is not None else PageStatus.MISSING
+        if lease_id is not None:
+            lease = self._leases.find(lease_id, now_ms)
+            if lease is None or lease.namespace is not record:
+                status = PageStatus.LEASE_EXPIRED
+        if page is None or status is not PageStatus.OK:
+            self._missed += 1
+            return status
+        self._hit += 1
+        page.readers += 1
+        self._hold(record, (page,))
+        return PinnedPage(page)
+
+    def unpin(self, page: PinnedPage) -> None:
+        """Ends a `pin`. The page counts as used until now."""
+        record = page.record
+        assert record.readers > 0, "the page is unpinned more often than it was pinned"
+        record.readers -= 1
+        self._let_go(record.namespace, (record,))
+
+    def prepare(self, namespace: bytes, page_hash: bytes, checksum: int, now_ms: float) -> ArrivingPage | PageStatus:
+        """A slot for a page that a writer announces, or ALREADY_PRESENT, ARRIVING or NO_SPACE.
+
+        May evict unpinned pages. The page stays invisible until `complete`.
+        """
+        assert len(page_hash) == HASH_BYTES, f"a hash has {HASH_BYTES} bytes"
+        record = self._namespaces.find(namespace)
+        present = record.sealed.get(page_hash)
+        if present is not None:
+            self._touch(record, (present,))
+            return PageStatus.ALREADY_PRESENT
+        if page_hash in record.arriving:
+            return PageStatus.ARRIVING
+        slot = self._slots.take(record.slot_class) or self._make_room(record, now_ms)
+        if slot is None:
+            return PageStatus.NO_SPACE
+        page = Page(record, page_hash, checksum, slot, self._residency.extent_of(slot))
+        page.advance(PageStep.PREPARE)
+        record.arriving[page_hash] = page
+        self._residency.arrived(page)
+        self._arriving += 1
+        self._used_bytes += slot.size_bytes
+        return ArrivingPage(page)
+
+    def complete(self, page: ArrivingPage, now_ms: float) -> None:  # noqa: ARG002 - for policies that look at age
+        """Seals a page whose bytes are all there and have the announced checksum: from now on it is found."""
+        record, arrived = page.record.namespace, page.record
+        arrived.advance(PageStep.COMPLETE)
+        del record.arriving[arrived.hash]
+        record.sealed[arrived.hash] = arrived
+        self._arriving -= 1
+        self._sealed += 1
+        self._stored += 1
+        self._residency.settled((arrived,), self._next_tick())
+        record.policy.admitted(arrived)
+        self._events.append(record.namespace, PageEventKind.SEALED, arrived.hash)
+
+    def abort(self, page: ArrivingPage) -> None:
+        """Takes the slot of a page back that will not be complete: its writer failed, vanished or was too slow."""
+        abandoned = page.record
+        abandoned.advance(PageStep.ABORT)
+        del abandoned.namespace.arriving[abandoned.hash]
+        self._arriving -= 1
+        self._residency.abandoned(abandoned, self._tick)
+        self._free(abandoned)
+
+    def renew(self, lease_id: bytes, lease_ms: int, now_ms: float) -> int:
+        """Extends a lease to at least `lease_ms` (at most `LEASE_MS_MAX`) from now; returns the milliseconds it has now.
+
+        Raises `LeaseExpired`.
+        """
+        return self._leases.renew(lease_id, lease_ms, now_ms)
+
+    def release(self, lease_id: bytes, now_ms: float) -> bool:
+        """Ends a lease; False where it had expired or never existed."""
+        self.expire(now_ms)
+        lease = self._leases.remove(lease_id)
+        if lease is None:
+            return False
+        self._let_go(lease.namespace, lease.pages)
+        return True
+
+    def delete(self, namespace: bytes, page_hash: bytes, now_ms: float) -> PageStatus:
+        """Removes a sealed page: OK, MISSING, or PINNED where a lease or a reader holds it."""
+        self.expire(now_ms)
+        page = self._namespaces.find(namespace).sealed.get(page_hash)
+        if page is None:
+            return PageStatus.MISSING
+        if page.pins:
+            return PageStatus.PINNED
+        self._drop(page, PageStep.DELETE, PageEventKind.DELETED)
+        return PageStatus.OK
+
+    def expire(self, now_ms: float) -> float | None:
+        """Drops the leases that have expired and returns when the next one will, None where there is none."""
+        for lease in self._leases.pop_expired(now_ms):
+            self._let_go(lease.namespace, lease.pages)
+        return self._leases.next_expiry_ms()
+
+    def take_events(self) -> list[tuple[bytes, PageEvent]]:
+        """`(namespace, event)` for each page sealed, evicted or deleted since the last call, in order."""
+        return self._events.take()
+
+    def statistics(self) -> PageTableStatistics:
+        """A snapshot. O(namespaces)."""
+        return PageTableStatistics(
+            capacity_bytes=self._slots.capacity_bytes,
+            used_bytes=self._used_bytes,
+            pages_sealed=self._sealed,
+            pages_arriving=self._arriving,
+            pages_pinned=self._pinned,
+            leases=len(self._leases),
+            hit_pages=self._hit,
+            missed_pages=self._missed,
+            stored_pages=self._stored,
+            evicted_pages=self._evicted,
+            namespaces=tuple(
+                NamespaceStatistics(record.namespace, record.layout, record.tenant, len(record.sealed), len(record.arriving))
+                for record in self._namespaces
+            ),
+        )
+
+    def check(self) -> None:
+        """Asserts the module's invariants. O(pages); for tests and simulations."""
+        arriving = [page for record in self._namespaces for page in record.arriving.values()]
+        sealed = [page for record in self._namespaces for page in record.sealed.values()]
+        pages = arriving + sealed
+        self._slots.check([page.slot for page in pages])
+        self._residency.check()
+        self._leases.check()
+        assert {page.state for page in arriving} <= {PageState.ARRIVING}
+        assert {page.state for page in sealed} <= {PageState.SEALED}
+        assert (self._arriving, self._sealed) == (len(arriving), len(sealed))
+        assert self._used_bytes == sum(page.slot.size_bytes for page in pages) <= self._slots.capacity_bytes
+        leased: dict[Page, int] = {}
+        for lease in self._leases:
+            for page in lease.pages:
+                leased[page] = leased.get(page, 0) + 1
+        assert leased.keys() <= set(sealed), "a lease covers a page that is gone"
+        assert all(page.pins == page.readers + leased.get(page, 0) for page in pages)
+        assert self._pinned == sum(page.pins > 0 for page in pages)
+        assert all((page in page.namespace.policy) == (page.pins == 0) for page in sealed)
+        assert sum(map(len, self._policies.values())) == len(sealed) - self._pinned
+
+    def _lease(self, record: NamespaceRecord, pages: list[Page], lease_ms: int, now_ms: float) -> tuple[bytes, int]:
+        self.expire(now_ms)
+        self._leases.require_room(len(pages))
+        lease = self._leases.grant(record, pages, lease_ms, now_ms)
+        self._hold(record, pages)
+        return lease.lease_id, lease_ms
+
+    def _hold(self, record: NamespaceRecord, pages: Sequence[Page]) -> None:
+        """Pins each of the pages, which are distinct, once more."""
+        unpinned = [page for page in pages if not page.pins]
+        record.policy.withdrawn(unpinned)
+        self._residency.busied(unpinned)
+        self._pinned += len(unpinned)
+        for page in pages:
+            page.pins += 1
+
+    def _let_go(self, record: NamespaceRecord, pages: Sequence[Page]) -> None:
+        """Unpins each of the pages once; where it was the last pin they are the most recently used pages now, in the order
+        given.
+        """
+        for page in pages:
+            page.pins -= 1
+        unpinned = [page for page in pages if not page.pins]
+        self._residency.settled(unpinned, self._next_tick())
+        record.policy.returned(unpinned)
+        self._pinned -= len(unpinned)
+
+    def _touch(self, record: NamespaceRecord, pages: Sequence[Page]) -> None:
+        self._residency.touched(pages, self._next_tick())
+        record.policy.touched([page for page in pages if not page.pins])
+
+    def _make_room(self, record: NamespaceRecord, now_ms: float) -> Slot | None:
+        """Evicts until a slot is free: the policy's victim, or a whole idle extent of another class that is colder still.
+
+        Without the second choice a class would keep what it once took while another thrashes in one extent; with it, memory
+        flows to whoever uses it, an extent at a time.
+        """
+        self.expire(now_ms)
+        victim = record.policy.victim()
+        coldest = self._residency.coldest_idle()
+        victims = [] if victim is None else [victim]
+        if coldest is not None and (victim is None or coldest.used < victim.used):
+            pages = list(coldest.pages)
+            if pages[0].namespace.policy is not record.policy:
+                victims = pages
+        for page in victims:
+            self._drop(page, PageStep.EVICT, PageEventKind.EVICTED)
+            self._evicted += 1
+        return self._slots.take(record.slot_class) if victims else None
+
+    def _drop(self, page: Page, step: PageStep, kind: PageEventKind) -> None:
+        """Ends the life of a sealed page that nobody pins."""
+        assert not page.pins, "a pinned page is neither evicted nor deleted"
+        page.advance(step)
+        record = page.namespace
+        del record.sealed[page.hash]
+        record.policy.removed(page)
+        self._residency.left(page)
+        self._sealed -= 1
+        self._free(page)
+        self._events.append(record.namespace, kind, page.hash)
+
+    def _free(self, page: Page) -> None:
+        self._used_bytes -= page.slot.size_bytes
+        self._slots.give_back(page.slot)
+
+    def _next_tick(self) -> int:
+        self._tick += 1
+        return self._tick
