@@ -1,1 +1,7 @@
-"""Page slots: preallocated memory of a fixed capacity that holds the pages' bytes."""
+"""The bytes of the page slots: preallocated memory of a fixed capacity behind one contract, one file for each kind of memory."""
+
+from attnstore.arena.base import Arena
+from attnstore.arena.memory import MemoryArena
+from attnstore.core.slots import extent_bytes_for
+
+__all__ = ["Arena", "MemoryArena", "extent_bytes_for"]

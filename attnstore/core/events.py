@@ -30,15 +30,17 @@ class EventLog:
         self._waiting.append((namespace, PageEvent(kind, page_hash, self._sequence)))
 
     def take(self) -> list[tuple[bytes, PageEvent]]:
-        """The events since the last call, after one LAGGED event for each namespace that lost some. Their sequence is that of
-        the last loss at most.
+        """The events since the last call, after one LAGGED event for each namespace that lost some.
+
+        A LAGGED event bears the number of the last event that was lost.
         """
-        first = self._waiting[0][1].sequence if self._waiting else self._sequence
-        lagged = [
-            (namespace, PageEvent(PageEventKind.LAGGED, b"", first - 1, dropped))
-            for namespace, dropped in self._dropped.items()
-        ]
-        events = lagged + list(self._waiting)
+        events = list(self._waiting)
+        if self._dropped:
+            last_lost = events[0][1].sequence - 1
+            events[:0] = [
+                (namespace, PageEvent(PageEventKind.LAGGED, b"", last_lost, dropped))
+                for namespace, dropped in self._dropped.items()
+            ]
         self._waiting.clear()
         self._dropped.clear()
         return events
