@@ -1,10 +1,10 @@
 """The contract of an arena: the preallocated bytes that the slots of `attnstore.core.slots` point into.
 
 Owns: the tenant boundary in memory. Which slot is whose is decided elsewhere; an arena only sees slots.
-Invariants: capacity is fixed at construction; a window is exactly its slot; bytes of one tenant are never seen through a slot of
-another one. The last is enforced here and cannot be forgotten by a caller: a slot carries the tenancy of its extent, and the first
-slot of a new tenancy makes the arena replace the extent's bytes by zeros before the window is handed out. From then on slots of an
-earlier tenancy are refused.
+Invariants: capacity is fixed at construction; a window is exactly its slot; bytes of one tenant are never seen through a slot
+of another one. The last is enforced here and cannot be forgotten by a caller: a slot carries the tenancy of its extent, and
+the first slot of a new tenancy makes the arena replace the extent's bytes by zeros before the window is handed out. From then
+on slots of an earlier tenancy are refused.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from attnstore.errors import InvalidArgument
 class Arena(ABC):
     """`capacity_bytes // extent_bytes` extents of zeros.
 
-    Raises `InvalidArgument` where the sizes make no extent or the memory cannot be had. Not thread-safe, except that any thread may
-    use a window it was given.
+    Raises `InvalidArgument` where the sizes make no extent or the memory cannot be had. Not thread-safe, except that any
+    thread may use a window it was given.
     """
 
     def __init__(self, capacity_bytes: int, extent_bytes: int) -> None:
@@ -35,8 +35,8 @@ class Arena(ABC):
     def view(self, slot: Slot) -> memoryview:
         """The writable window of a taken slot, exactly `slot.size_bytes` long.
 
-        The window stays mapped for as long as anybody holds it; whether its content is still the page is known by the slot being
-        taken (`PageTable.pin`). A slot of an earlier tenancy raises `AssertionError`: its page is gone.
+        The window stays mapped for as long as anybody holds it; whether its content is still the page is known by the slot
+        being taken (`PageTable.pin`). A slot of an earlier tenancy raises `AssertionError`: its page is gone.
         """
         end_bytes = slot.offset_bytes + slot.size_bytes
         assert end_bytes <= self.extent_bytes, f"slot {slot} passes the end of its extent of {self.extent_bytes} bytes"
@@ -46,7 +46,9 @@ class Arena(ABC):
 
     @abstractmethod
     def close(self) -> None:
-        """Gives the memory back, as soon as no window into it is held. Closing twice is allowed; `view` then raises `ValueError`."""
+        """Gives the memory back, as soon as no window into it is held. Closing twice is allowed; `view` then raises
+        `ValueError`.
+        """
 
     @abstractmethod
     def _extent(self, extent: int) -> memoryview:

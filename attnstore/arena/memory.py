@@ -1,7 +1,8 @@
 """The arena of anonymous memory: private to the process, gone with it.
 
-Owns: one anonymous mapping, faulted in at start, so that a node that started will not fail for memory under load and no first write
-pays for page faults. Huge pages are asked for where the system has them: a layer slice of many pages touches fewer TLB entries.
+Owns: one anonymous mapping, faulted in at start, so that a node that started will not fail for memory under load and no first
+write pays for page faults. Huge pages are asked for where the system has them: a layer slice of many pages touches fewer TLB
+entries.
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ _MADV_POPULATE_WRITE: Final = 23
 
 
 class MemoryArena(Arena):
-    """An arena in this process's memory. No other process can see it, so an extent that changes tenants is overwritten in place.
+    """An arena in this process's memory. No other process can see it, so an extent that changes tenants is overwritten in
+    place.
 
     >>> from attnstore.core.slots import Slot
     >>> arena = MemoryArena(capacity_bytes=8192, extent_bytes=4096)
