@@ -1,0 +1,77 @@
+"""AttnStore: a network Attention store for LLM inference. This module is the public API.
+
+>>> import attnstore
+>>> layout = attnstore.PageLayout(layers=2, kv_heads=1, head_dim=8, dtype=attnstore.DType.FP32)
+>>> namespace = attnstore.namespace(layout, model=b"my-model")
+>>> hashes = attnstore.block_hashes(namespace, range(32), layout.block_tokens)
+>>> pages = [bytes([number]) * layout.page_bytes for number in range(len(hashes))]
+>>> with attnstore.connect(store_url, deadline_ms=5_000) as client:  # for example "grpc://127.0.0.1:7400"
+...     _ = client.register_layout(namespace, layout)
+...     written = client.write(namespace, hashes, pages)
+...     found = client.match(namespace, [hashes], lease_ms=5_000)
+...     buffers = [bytearray(layout.page_bytes) for _ in hashes]
+...     answer = client.read(namespace, hashes, buffers, lease=found.lease)
+...     _ = client.release(found.lease)
+>>> [verdict.name for verdict in written.verdicts], found.hits, answer.leading_hits, buffers == pages
+(['STORED', 'STORED'], (2,), 2, True)
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from attnstore.client import Client, ConnectOptions
+from attnstore.core.hashing import BlockHash, Namespace, block_hash, block_hashes, namespace, page_checksum
+from attnstore.core.layout import DType, PageLayout
+from attnstore.errors import AttnStoreError
+from attnstore.limits import DEADLINE_MS_DEFAULT
+from attnstore.types import (
+    Lease,
+    MatchResult,
+    NodeDescription,
+    NodeStatistics,
+    PageEvent,
+    PageEventKind,
+    PageStatus,
+    ReadResult,
+    WriteResult,
+)
+
+__all__ = [
+    "AttnStoreError",
+    "BlockHash",
+    "Client",
+    "DType",
+    "Lease",
+    "MatchResult",
+    "Namespace",
+    "NodeDescription",
+    "NodeStatistics",
+    "PageEvent",
+    "PageEventKind",
+    "PageLayout",
+    "PageStatus",
+    "ReadResult",
+    "WriteResult",
+    "block_hash",
+    "block_hashes",
+    "connect",
+    "namespace",
+    "page_checksum",
+]
+
+
+def connect(
+    target: str,
+    *,
+    deadline_ms: float = DEADLINE_MS_DEFAULT,
+    token: str | None = None,
+    tls_ca: str | Path | None = None,
+) -> Client:
+    """A blocking client of the store node at `target` (`grpc://host:port`, or `grpcs://host:port` for TLS).
+
+    `deadline_ms` bounds every call that names no deadline of its own. `token` defaults to the environment's `ATTNSTORE_TOKEN`;
+    `tls_ca` is a PEM file of trusted authorities (default: the system's). Nothing is sent before the first call. Raises
+    `errors.InvalidArgument` for a malformed target or deadline.
+    """
+    return Client(ConnectOptions.create(target, deadline_ms=deadline_ms, token=token, tls_ca=tls_ca))

@@ -5,6 +5,9 @@ from __future__ import annotations
 import enum
 from dataclasses import dataclass
 
+from attnstore.core.layout import PageLayout
+from attnstore.errors import Retryable
+
 
 class PageStatus(enum.IntEnum):
     """What became of one page of a batch. The numbers are those of the wire's `PageStatus`."""
@@ -72,10 +75,15 @@ class MatchResult:
 
 @dataclass(frozen=True, slots=True)
 class ReadResult:
-    """Status of each page in the order asked for. The buffer of a page that is not a hit has unspecified content."""
+    """Status of each page in the order asked for. The buffer of a page that is not a hit has unspecified content.
+
+    `error` is None where the read ran to its end; otherwise it says what broke it off (deadline, lost connection), and the pages
+    that were not complete by then are INCOMPLETE. Once a result is returned, nothing is written into the buffers any more.
+    """
 
     statuses: tuple[PageStatus, ...]
     bytes_read: int
+    error: Retryable | None = None
 
     @property
     def leading_hits(self) -> int:
@@ -92,3 +100,51 @@ class WriteResult:
 
     verdicts: tuple[PageStatus, ...]
     bytes_written: int
+
+
+@dataclass(frozen=True, slots=True)
+class NodeDescription:
+    """What a node says of itself. A new `epoch` means that it was restarted with an empty arena."""
+
+    node_id: str
+    epoch: bytes
+    version: str
+    capacity_bytes: int
+    used_bytes: int
+    in_flight: int
+    draining: bool
+    transports: dict[str, str]
+    hashes_max: int
+    lease_ms_max: int
+    page_bytes_max: int
+
+
+@dataclass(frozen=True, slots=True)
+class NamespaceStatistics:
+    """Pages of one namespace on one node."""
+
+    namespace: bytes
+    layout: PageLayout
+    pages_sealed: int
+
+
+@dataclass(frozen=True, slots=True)
+class NodeStatistics:
+    """One consistent snapshot of a node's counters; counts are pages since the node's start unless the name says otherwise."""
+
+    node_id: str
+    epoch: bytes
+    capacity_bytes: int
+    used_bytes: int
+    pages_sealed: int
+    pages_arriving: int
+    pages_pinned: int
+    leases: int
+    hit_pages: int
+    missed_pages: int
+    stored_pages: int
+    evicted_pages: int
+    read_bytes: int
+    written_bytes: int
+    uptime_ms: int
+    namespaces: tuple[NamespaceStatistics, ...]

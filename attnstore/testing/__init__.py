@@ -1,5 +1,6 @@
-"""Test doubles that ship with the product: the fakes behind its own seams."""
+"""Test doubles and helpers that ship with the product: the fakes behind its own seams, and real nodes to test against."""
 
 from attnstore.testing.clock import ManualClock
+from attnstore.testing.node import StoreProcess
 
-__all__ = ["ManualClock"]
+__all__ = ["ManualClock", "StoreProcess"]

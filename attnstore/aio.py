@@ -1,0 +1,21 @@
+"""The asynchronous client: `async with attnstore.aio.connect(target) as client: ...`; same calls, same errors, one core."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from attnstore.client import AsyncClient, ConnectOptions
+from attnstore.limits import DEADLINE_MS_DEFAULT
+
+__all__ = ["AsyncClient", "connect"]
+
+
+def connect(
+    target: str,
+    *,
+    deadline_ms: float = DEADLINE_MS_DEFAULT,
+    token: str | None = None,
+    tls_ca: str | Path | None = None,
+) -> AsyncClient:
+    """An `AsyncClient` for the running event loop. Arguments as in `attnstore.connect`."""
+    return AsyncClient(ConnectOptions.create(target, deadline_ms=deadline_ms, token=token, tls_ca=tls_ca))

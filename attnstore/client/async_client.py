@@ -1,0 +1,265 @@
+"""The client: everything that `attnstore.connect` and `attnstore.aio.connect` offer, written once, asynchronously.
+
+Owns: arguments checked before anything is sent, the layouts that this client registered, and what happens when a node has forgotten
+them (it was restarted: register again, once). The blocking client is a facade over this one (`blocking.py`).
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self, TypeVar
+
+from attnstore.client.grpc_transport import GrpcTransport, Target
+from attnstore.client.landing import Landing, readable_view
+from attnstore.core.layout import PageLayout
+from attnstore.errors import ClientClosed, InvalidArgument, NamespaceUnknown, ProtocolError, Retryable
+from attnstore.limits import DEADLINE_MS_DEFAULT, LEASE_MS_MAX
+from attnstore.types import (
+    Lease,
+    MatchResult,
+    NodeDescription,
+    NodeStatistics,
+    PageEvent,
+    PageStatus,
+    ReadResult,
+    WriteResult,
+)
+from attnstore.wire import messages
+from attnstore.wire.chunks import Buffer
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class ConnectOptions:
+    """How a client reaches its node. Raises `InvalidArgument` for a bad target or deadline."""
+
+    target: Target
+    deadline_ms: float
+    token: str | None
+    tls_ca: Path | None
+
+    @classmethod
+    def create(cls, target: str, *, deadline_ms: float, token: str | None, tls_ca: str | Path | None) -> ConnectOptions:
+        """Options from what a user gives; the token falls back to the environment's `ATTNSTORE_TOKEN`."""
+        return cls(
+            Target.parse(target),
+            checked_deadline_ms(deadline_ms),
+            token or os.environ.get("ATTNSTORE_TOKEN"),
+            Path(tls_ca) if tls_ca is not None else None,
+        )
+
+
+class AsyncClient:
+    """A client of one store node, for one event loop. Made by `attnstore.aio.connect`; the connection is opened at first use.
+
+    Every call takes `deadline_ms` (default: the client's) and ends within it. Errors are those of `attnstore.errors`.
+    """
+
+    def __init__(self, options: ConnectOptions) -> None:
+        self._options = options
+        self._layouts: dict[bytes, PageLayout] = {}
+        self._transport: GrpcTransport | None = None
+        self._closed = False
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        await self.close()
+
+    async def close(self) -> None:
+        """Ends the connection; calls that are running fail. Closing twice is harmless."""
+        self._closed = True
+        transport, self._transport = self._transport, None
+        if transport is not None:
+            await transport.close()
+
+    async def describe(self, *, deadline_ms: float | None = None) -> NodeDescription:
+        """What the node says of itself."""
+        answer = await self._connected().call("Describe", messages.DescribeRequest(), self._deadline_ms(deadline_ms))
+        return messages.description_from_wire(answer)
+
+    async def register_layout(self, namespace: bytes, layout: PageLayout, *, deadline_ms: float | None = None) -> int:
+        """Makes `namespace` known to the node; how many of its pages the node could hold. Idempotent.
+
+        Raises `LayoutMismatch` if the node knows the namespace with another layout, `PermissionDenied` if it is another tenant's.
+        """
+        request = messages.RegisterLayoutRequest(
+            namespace=messages.check_namespace(namespace), layout=messages.layout_to_wire(layout)
+        )
+        answer = await self._connected().call("RegisterLayout", request, self._deadline_ms(deadline_ms))
+        if answer.page_bytes != layout.page_bytes:
+            raise ProtocolError(f"the node counts {answer.page_bytes} bytes a page where the layout has {layout.page_bytes}")
+        self._layouts[namespace] = layout
+        return int(answer.pages_max)
+
+    async def match(
+        self, namespace: bytes, prefixes: Sequence[Sequence[bytes]], *, lease_ms: int = 0, deadline_ms: float | None = None
+    ) -> MatchResult:
+        """For each prefix (hashes of consecutive blocks) how many leading pages the node has.
+
+        With `lease_ms` the pages that hit are kept for that long (at most `limits.LEASE_MS_MAX`): pass the lease to `read`, then
+        `release` it.
+        """
+        request = messages.MatchRequest(
+            namespace=namespace, prefixes=[messages.join_hashes(prefix) for prefix in prefixes], lease_ms=_checked_lease_ms(lease_ms)
+        )
+        answer = await self._in_namespace(
+            namespace, lambda: self._connected().call("Match", request, self._deadline_ms(deadline_ms))
+        )
+        if len(answer.hits) != len(prefixes) or any(hits > len(prefix) for hits, prefix in zip(answer.hits, prefixes)):
+            raise ProtocolError("the node's hits do not fit the prefixes asked for")
+        lease = Lease(answer.lease_id, answer.lease_ms) if answer.lease_id else None
+        return MatchResult(tuple(answer.hits), lease)
+
+    async def lease(
+        self, namespace: bytes, hashes: Sequence[bytes], lease_ms: int, *, deadline_ms: float | None = None
+    ) -> tuple[int, Lease | None]:
+        """Leases the leading pages of one prefix: how many, and the lease (None when the first is missing already)."""
+        found = await self.match(namespace, [hashes], lease_ms=lease_ms, deadline_ms=deadline_ms)
+        return found.hits[0], found.lease
+
+    async def renew(self, lease: Lease, lease_ms: int, *, deadline_ms: float | None = None) -> Lease:
+        """Extends a lease to `lease_ms` from now. Raises `LeaseExpired` if it ran out: match again."""
+        request = messages.RenewLeaseRequest(lease_id=lease.lease_id, lease_ms=_checked_lease_ms(lease_ms))
+        answer = await self._connected().call("RenewLease", request, self._deadline_ms(deadline_ms))
+        return Lease(lease.lease_id, answer.lease_ms)
+
+    async def release(self, lease: Lease, *, deadline_ms: float | None = None) -> bool:
+        """Ends a lease. False if it had already run out."""
+        request = messages.ReleaseLeaseRequest(lease_id=lease.lease_id)
+        answer = await self._connected().call("ReleaseLease", request, self._deadline_ms(deadline_ms))
+        return bool(answer.released)
+
+    async def read(
+        self,
+        namespace: bytes,
+        hashes: Sequence[bytes],
+        buffers: Sequence[bytearray | memoryview],
+        *,
+        layers: tuple[int, int] | None = None,
+        lease: Lease | None = None,
+        deadline_ms: float | None = None,
+    ) -> ReadResult:
+        """Reads pages into `buffers`, one writable buffer for each hash; whole pages, or `layers = (begin, end)` of each.
+
+        Never raises for a page that is missing, late or corrupt: that is its status. A lost connection or a passed deadline ends
+        the read with `ReadResult.error` set; what was complete and verified by then is OK. Raises only for a call that is wrong.
+        """
+        layout = self._layout(namespace)
+        layer_begin, layer_end = layers if layers is not None else (0, layout.layers)
+        begin, end = layout.layer_slice(layer_begin, layer_end)
+        landing = Landing(len(hashes), buffers, end - begin)
+        if not hashes:
+            return landing.result()
+        request = messages.ReadRequest(
+            namespace=namespace,
+            hashes=messages.join_hashes(hashes),
+            layer_begin=layer_begin,
+            layer_end=layer_end,
+            lease_id=lease.lease_id if lease is not None else b"",
+        )
+        try:
+            await self._in_namespace(
+                namespace, lambda: self._connected().read(request, landing, self._deadline_ms(deadline_ms))
+            )
+        except Retryable as error:
+            return landing.result(error)
+        return landing.result()
+
+    async def write(
+        self, namespace: bytes, hashes: Sequence[bytes], pages: Sequence[Buffer], *, deadline_ms: float | None = None
+    ) -> WriteResult:
+        """Writes pages, one bytes-like object of the layout's page size for each hash; the verdict on each.
+
+        Writing a page that the node has already is a no-op (ALREADY_PRESENT). Raises a `Retryable` error when the connection is
+        lost or the deadline passes; pages that were complete by then stay.
+        """
+        layout = self._layout(namespace)
+        if len(hashes) != len(pages):
+            raise InvalidArgument(f"{len(hashes)} hashes and {len(pages)} pages are given; give one page for each hash")
+        messages.join_hashes(hashes)
+        views = [readable_view(index, page, layout.page_bytes) for index, page in enumerate(pages)]
+        if not hashes:
+            return WriteResult((), 0)
+        verdicts = await self._in_namespace(
+            namespace, lambda: self._connected().write(namespace, hashes, views, self._deadline_ms(deadline_ms))
+        )
+        if len(verdicts) != len(hashes):
+            raise ProtocolError(f"the node gave {len(verdicts)} verdicts on {len(hashes)} pages")
+        return WriteResult(verdicts, verdicts.count(PageStatus.STORED) * layout.page_bytes)
+
+    async def delete(
+        self, namespace: bytes, hashes: Sequence[bytes], *, deadline_ms: float | None = None
+    ) -> tuple[PageStatus, ...]:
+        """Removes pages: OK, MISSING or PINNED (leased or being read) for each."""
+        request = messages.DeleteRequest(namespace=namespace, hashes=messages.join_hashes(hashes))
+        answer = await self._in_namespace(
+            namespace, lambda: self._connected().call("Delete", request, self._deadline_ms(deadline_ms))
+        )
+        return tuple(PageStatus(status) for status in answer.statuses)
+
+    async def stats(self, *, deadline_ms: float | None = None) -> NodeStatistics:
+        """The node's counters and occupancy; only the caller's own tenant's namespaces are listed."""
+        answer = await self._connected().call("Stats", messages.StatsRequest(), self._deadline_ms(deadline_ms))
+        return messages.statistics_from_wire(answer)
+
+    async def watch(self, namespace: bytes, *, deadline_ms: float | None = None) -> AsyncIterator[PageEvent]:
+        """Page events of `namespace` from now on: `async for event in await client.watch(namespace)`.
+
+        Returns once the node has begun to watch, so that no later event is missed. Ends with an error when the node drains, the
+        connection is lost or `deadline_ms` (default: none) passes; close the iterator or the client to end it.
+        """
+        self._layout(namespace)
+        stream = self._connected().watch(messages.WatchRequest(namespace=namespace), deadline_ms)
+        await anext(stream)
+
+        async def events() -> AsyncIterator[PageEvent]:
+            async for message in stream:
+                yield messages.event_from_wire(message)
+
+        return events()
+
+    def _connected(self) -> GrpcTransport:
+        if self._closed:
+            raise ClientClosed("the client is closed")
+        if self._transport is None:
+            self._transport = GrpcTransport(self._options.target, self._options.token, self._options.tls_ca)
+        return self._transport
+
+    def _layout(self, namespace: bytes) -> PageLayout:
+        try:
+            return self._layouts[namespace]
+        except KeyError:
+            raise NamespaceUnknown("this client did not register the namespace: call register_layout first") from None
+
+    def _deadline_ms(self, deadline_ms: float | None) -> float:
+        return self._options.deadline_ms if deadline_ms is None else checked_deadline_ms(deadline_ms)
+
+    async def _in_namespace(self, namespace: bytes, call: Callable[[], Awaitable[T]]) -> T:
+        """Runs a call; if the node was restarted and forgot a namespace that we registered, registers it again and repeats, once."""
+        try:
+            return await call()
+        except NamespaceUnknown:
+            await self.register_layout(namespace, self._layout(namespace))
+            return await call()
+
+
+def checked_deadline_ms(deadline_ms: float) -> float:
+    """`deadline_ms` itself; raises `InvalidArgument` unless it is positive and finite."""
+    if not 0 < deadline_ms < float("inf"):
+        raise InvalidArgument(f"deadline_ms is {deadline_ms}; it must be positive and finite")
+    return float(deadline_ms)
+
+
+def _checked_lease_ms(lease_ms: int) -> int:
+    if not 0 <= lease_ms <= LEASE_MS_MAX:
+        raise InvalidArgument(f"lease_ms is {lease_ms}; it must be between 0 and {LEASE_MS_MAX}")
+    return lease_ms

@@ -1,0 +1,140 @@
+"""The grpc transport: one HTTP/2 channel to one node, control calls and page streams.
+
+Owns: the channel. Invariant: every call ends within its deadline, and every failure leaves as one of our typed errors.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import grpc
+
+from attnstore.client.landing import Landing
+from attnstore.config import split_address
+from attnstore.core.hashing import page_checksum
+from attnstore.errors import AttnStoreError, InvalidArgument
+from attnstore.limits import CHUNK_BYTES_MAX, MESSAGE_BYTES_MAX
+from attnstore.types import PageStatus
+from attnstore.wire import chunks, messages
+from attnstore.wire.messages import METHODS
+from attnstore.wire.status import error_from_rpc
+
+_CHANNEL_OPTIONS = (
+    ("grpc.max_receive_message_length", MESSAGE_BYTES_MAX),
+    ("grpc.max_send_message_length", MESSAGE_BYTES_MAX),
+    # A node that comes back is found again at once; gRPC's own back-off would grow to two minutes.
+    ("grpc.initial_reconnect_backoff_ms", 100),
+    ("grpc.min_reconnect_backoff_ms", 100),
+    ("grpc.max_reconnect_backoff_ms", 1_000),
+    # Retrying is the caller's decision: the error tree says what may be tried again.
+    ("grpc.enable_retries", 0),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """A parsed target URL: `grpc://host:port`, or `grpcs://host:port` for TLS."""
+
+    address: str
+    tls: bool
+
+    @classmethod
+    def parse(cls, url: str) -> Target:
+        """Raises `InvalidArgument` for anything else."""
+        scheme, separator, address = url.partition("://")
+        if not separator or scheme not in ("grpc", "grpcs"):
+            raise InvalidArgument(f"target {url!r} is not grpc://host:port or grpcs://host:port")
+        try:
+            split_address(address)
+        except ValueError as error:
+            raise InvalidArgument(f"target {url!r}: {error}") from None
+        return cls(address, scheme == "grpcs")
+
+
+class GrpcTransport:
+    """Calls to one node over one channel; belongs to the event loop that is running when it is made."""
+
+    def __init__(self, target: Target, token: str | None, tls_ca: Path | None) -> None:
+        if target.tls:
+            authorities = tls_ca.read_bytes() if tls_ca is not None else None
+            credentials = grpc.ssl_channel_credentials(authorities)
+            self._channel = grpc.aio.secure_channel(target.address, credentials, options=_CHANNEL_OPTIONS)
+        else:
+            self._channel = grpc.aio.insecure_channel(target.address, options=_CHANNEL_OPTIONS)
+        self._metadata = (("authorization", f"Bearer {token}"),) if token else ()
+        self._stubs = {name: self._stub(method) for name, method in METHODS.items()}
+
+    async def close(self) -> None:
+        """Ends the channel and every call on it."""
+        await self._channel.close()
+
+    async def call(self, name: str, request: Any, deadline_ms: float) -> Any:
+        """One unary call. Raises the typed error of its failure."""
+        try:
+            return await self._stubs[name](request, timeout=deadline_ms / 1000, metadata=self._metadata)
+        except grpc.aio.AioRpcError as error:
+            raise _typed(error) from None
+
+    async def read(self, request: Any, landing: Landing, deadline_ms: float) -> None:
+        """Streams pages into `landing` until all are answered."""
+        call = self._stubs["Read"](request, timeout=deadline_ms / 1000, metadata=self._metadata)
+        try:
+            while (message := await call.read()) is not grpc.aio.EOF:
+                landing.take(chunks.decode_read_chunk(message))
+        except grpc.aio.AioRpcError as error:
+            raise _typed(error) from None
+        finally:
+            call.cancel()
+
+    async def write(
+        self, namespace: bytes, hashes: Sequence[bytes], pages: Sequence[memoryview], deadline_ms: float
+    ) -> tuple[PageStatus, ...]:
+        """Streams pages to the node; the verdict on each."""
+        call = self._stubs["Write"](timeout=deadline_ms / 1000, metadata=self._metadata)
+        try:
+            for page_hash, page in zip(hashes, pages, strict=True):
+                checksum = page_checksum(page)
+                for offset in range(0, len(page), CHUNK_BYTES_MAX):
+                    payload = page[offset : offset + CHUNK_BYTES_MAX]
+                    await call.write(chunks.encode_write_chunk(namespace, page_hash, checksum, offset, payload))
+                    namespace = page_hash = b""
+            await call.done_writing()
+            response = await call
+        except asyncio.InvalidStateError:
+            # The node ended the call while we were still sending; its status says why.
+            raise error_from_rpc(await call.code(), await call.details(), await call.trailing_metadata()) from None
+        except grpc.aio.AioRpcError as error:
+            raise _typed(error) from None
+        finally:
+            call.cancel()
+        return tuple(PageStatus(verdict) for verdict in response.verdicts)
+
+    async def watch(self, request: Any, deadline_ms: float | None) -> AsyncIterator[Any]:
+        """Events as messages, the first item None once the node has begun to watch."""
+        timeout = None if deadline_ms is None else deadline_ms / 1000
+        call = self._stubs["Watch"](request, timeout=timeout, metadata=self._metadata)
+        try:
+            await call.initial_metadata()
+            yield None
+            while (message := await call.read()) is not grpc.aio.EOF:
+                yield message
+        except grpc.aio.AioRpcError as error:
+            raise _typed(error) from None
+        finally:
+            call.cancel()
+
+    def _stub(self, method: messages.Method) -> Any:
+        kind = {
+            (False, False): self._channel.unary_unary,
+            (False, True): self._channel.unary_stream,
+            (True, False): self._channel.stream_unary,
+        }[method.streams_requests, method.streams_responses]
+        return kind(method.path, request_serializer=method.encode_request, response_deserializer=method.decode_response)
+
+
+def _typed(error: grpc.aio.AioRpcError) -> AttnStoreError:
+    return error_from_rpc(error.code(), error.details() or "", error.trailing_metadata() or ())

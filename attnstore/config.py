@@ -1,0 +1,173 @@
+"""The options of a store node: one model, four places to set them.
+
+Owns: `ServeOptions` and the order command line > environment (`ATTNSTORE_*`) > TOML file (`--config`) > default.
+Invariant: a bad value stops the start with one line that names the option, where it was set and the rule it breaks.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ipaddress
+import os
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal, Self
+
+from pydantic import BaseModel, ByteSize, ConfigDict, Field, SecretStr, ValidationError, field_validator, model_validator
+
+from attnstore.errors import InvalidArgument
+from attnstore.limits import DRAIN_MS_DEFAULT, KIB
+
+ENVIRONMENT_PREFIX = "ATTNSTORE_"
+
+
+class ServeOptions(BaseModel):
+    """Everything `attnstore serve` can be told. Field names are the long options with `-` for `_`."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    listen: str = Field("127.0.0.1:7400", description="host:port of the gRPC service; port 0 takes a free one")
+    capacity: ByteSize = Field(ByteSize(2 << 30), description="bytes of pages that the node may hold, for example 2GiB; a hard limit")
+    node_id: str = Field("", description="name of the node in logs, metrics and the directory; default: the listen address")
+    metrics_port: int | None = Field(None, ge=0, le=65535, description="port of the Prometheus metrics; none by default")
+    token: SecretStr | None = Field(None, description="token that callers must present; they are all the tenant 'default'")
+    tokens_file: Path | None = Field(None, description="TOML file of `tenant = \"token\"` lines, for several tenants")
+    tls_cert: Path | None = Field(None, description="PEM certificate chain; turns TLS on, together with --tls-key")
+    tls_key: Path | None = Field(None, description="PEM private key of --tls-cert")
+    insecure: bool = Field(False, description="allow a public address with neither TLS nor a token")
+    drain_ms: int = Field(DRAIN_MS_DEFAULT, ge=0, le=600_000, description="on SIGTERM, time for running calls to finish")
+    stall_ms: int = Field(30_000, ge=100, le=600_000, description="a peer that moves no byte for this long loses its call")
+    log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="least severe log lines shown")
+    log_format: Literal["console", "json"] = Field("console", description="log lines for people or for machines")
+
+    @field_validator("listen")
+    @classmethod
+    def _listen_is_host_and_port(cls, value: str) -> str:
+        split_address(value)
+        return value
+
+    @field_validator("capacity")
+    @classmethod
+    def _capacity_holds_something(cls, value: ByteSize) -> ByteSize:
+        if value < 4 * KIB:
+            raise ValueError("must be at least 4KiB")
+        return value
+
+    @model_validator(mode="after")
+    def _is_safe_to_expose(self) -> Self:
+        if (self.tls_cert is None) != (self.tls_key is None):
+            raise ValueError("--tls-cert and --tls-key go together; one of them is missing")
+        if self.token is not None and self.tokens_file is not None:
+            raise ValueError("--token and --tokens-file exclude each other")
+        guarded = self.tls_cert is not None or self.token is not None or self.tokens_file is not None
+        if not (guarded or self.insecure or is_loopback(split_address(self.listen)[0])):
+            raise ValueError(
+                f"--listen {self.listen} is reachable from other machines: give --tls-cert and --tls-key, or --token or "
+                "--tokens-file, or say --insecure to serve everyone who can reach it"
+            )
+        return self
+
+    def tenants(self) -> dict[str, str]:
+        """Token -> tenant. Empty when no token is asked for. Raises `InvalidArgument` for an unreadable or malformed file."""
+        if self.token is not None:
+            return {self.token.get_secret_value(): "default"}
+        if self.tokens_file is None:
+            return {}
+        entries = _read_toml(self.tokens_file, "--tokens-file")
+        if not entries or not all(isinstance(token, str) and token for token in entries.values()):
+            raise InvalidArgument(f'--tokens-file {self.tokens_file}: every line must be tenant = "token"')
+        tenants = {token: tenant for tenant, token in entries.items()}
+        if len(tenants) != len(entries):
+            raise InvalidArgument(f"--tokens-file {self.tokens_file}: two tenants have the same token")
+        return tenants
+
+
+def add_serve_options(parser: argparse.ArgumentParser) -> None:
+    """Adds one command line option for each field of `ServeOptions`, and `--config`."""
+    parser.add_argument("--config", metavar="FILE", help="TOML file of options, one `name = value` a line")
+    for name, field in ServeOptions.model_fields.items():
+        option = _option(name)
+        help_text = f"{field.description} [env {_environment_name(name)}; default: {_shown(field.default)}]"
+        if field.annotation is bool:
+            parser.add_argument(option, action="store_true", default=None, help=help_text)
+        else:
+            parser.add_argument(option, metavar=name.upper(), default=None, help=help_text)
+
+
+def load_serve_options(arguments: argparse.Namespace, environment: Mapping[str, str] = os.environ) -> ServeOptions:
+    """Merges command line, environment and TOML file. Raises `InvalidArgument` naming the option and where it was set."""
+    config_file = arguments.config or environment.get(f"{ENVIRONMENT_PREFIX}CONFIG")
+    layers: list[tuple[str, Mapping[str, Any]]] = []
+    if config_file:
+        layers.append((f"file {config_file}", _read_toml(Path(config_file), "--config")))
+    fields = ServeOptions.model_fields
+    layers.append(
+        ("environment", {name: environment[_environment_name(name)] for name in fields if _environment_name(name) in environment})
+    )
+    layers.append(("command line", {name: getattr(arguments, name) for name in fields if getattr(arguments, name) is not None}))
+    values: dict[str, Any] = {}
+    origin: dict[str, str] = {}
+    for where, layer in layers:
+        for name, value in layer.items():
+            field_name = name.replace("-", "_")
+            values[field_name] = value
+            origin[field_name] = where
+    try:
+        return ServeOptions(**values)
+    except ValidationError as error:
+        raise InvalidArgument("; ".join(_explain(problem, origin) for problem in error.errors())) from None
+
+
+def split_address(address: str) -> tuple[str, int]:
+    """`host:port` or `[ipv6]:port` as a pair. Raises `ValueError` naming what is wrong."""
+    host, colon, port = address.rpartition(":")
+    host = host.removeprefix("[").removesuffix("]")
+    if not colon or not host or not port.isascii() or not port.isdigit() or int(port) > 65535:
+        raise ValueError(f"{address!r} is not host:port with a port of 0 to 65535")
+    return host, int(port)
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine can reach `host`."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def _explain(problem: Any, origin: Mapping[str, str]) -> str:
+    message = str(problem["msg"]).removeprefix("Value error, ")
+    if not problem["loc"]:
+        return message
+    name = str(problem["loc"][0])
+    where = origin.get(name, "default")
+    if problem["type"] == "extra_forbidden":
+        return f"{name} ({where}) is not an option of attnstore serve"
+    given = "" if name == "token" else f" {problem['input']}"
+    return f"{_option(name)}{given} ({where}): {message}"
+
+
+def _read_toml(path: Path, option: str) -> dict[str, Any]:
+    try:
+        return tomllib.loads(path.read_text())
+    except OSError as error:
+        raise InvalidArgument(f"{option} {path} cannot be read: {error.strerror}") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise InvalidArgument(f"{option} {path} is not valid TOML: {error}") from None
+
+
+def _option(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def _environment_name(name: str) -> str:
+    return ENVIRONMENT_PREFIX + name.upper()
+
+
+def _shown(default: Any) -> str:
+    if isinstance(default, ByteSize):
+        return default.human_readable()
+    return "none" if default in (None, "") else str(default)
+
+

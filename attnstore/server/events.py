@@ -1,0 +1,92 @@
+"""Page events for watchers: every watcher has a bounded queue, and a slow one is told how much it missed.
+
+Invariant: publishing never waits and never grows without bound; a watcher sees events in order, or one LAGGED in place of a gap.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+
+from attnstore.errors import Unavailable
+from attnstore.limits import WATCH_EVENTS_MAX
+from attnstore.types import PageEvent, PageEventKind
+
+
+class Subscription:
+    """One watcher's queue."""
+
+    def __init__(self) -> None:
+        self._events: deque[PageEvent] = deque()
+        self._dropped = 0
+        self._closed = False
+        self._filled = asyncio.Event()
+
+    def offer(self, event: PageEvent) -> None:
+        """Queues an event, or counts it as dropped when the queue is full."""
+        if len(self._events) >= WATCH_EVENTS_MAX:
+            self._dropped += 1
+        else:
+            self._events.append(event)
+        self._filled.set()
+
+    def close(self) -> None:
+        """Sends the watcher away."""
+        self._closed = True
+        self._filled.set()
+
+    async def take(self) -> list[PageEvent]:
+        """Waits for events and takes all that are queued, a LAGGED last if some were dropped after them.
+
+        Raises `Unavailable` when the node drains.
+        """
+        await self._filled.wait()
+        if self._closed:
+            raise Unavailable("the node is draining; watch another one or try again later")
+        self._filled.clear()
+        events = list(self._events)
+        self._events.clear()
+        if self._dropped:
+            events.append(PageEvent(PageEventKind.LAGGED, b"", events[-1].sequence if events else 0, self._dropped))
+            self._dropped = 0
+        return events
+
+
+class EventHub:
+    """Delivers the page table's events to the watchers of each namespace, on the event loop where it was made."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._loop = loop
+        self._subscriptions: dict[bytes, set[Subscription]] = {}
+
+    def publish(self, events: Iterable[tuple[bytes, PageEvent]]) -> None:
+        """Offers each `(namespace, event)` to that namespace's watchers. Safe from any thread; keeps the order of calls."""
+        watched = [(namespace, event) for namespace, event in events if namespace in self._subscriptions]
+        if watched:
+            self._loop.call_soon_threadsafe(self._deliver, watched)
+
+    def _deliver(self, events: Iterable[tuple[bytes, PageEvent]]) -> None:
+        for namespace, event in events:
+            for subscription in self._subscriptions.get(namespace, ()):
+                subscription.offer(event)
+
+    def close(self) -> None:
+        """Sends all watchers away."""
+        for subscriptions in self._subscriptions.values():
+            for subscription in subscriptions:
+                subscription.close()
+
+    @contextmanager
+    def subscribed(self, namespace: bytes) -> Iterator[Subscription]:
+        """A subscription that ends with the `with` block."""
+        subscription = Subscription()
+        self._subscriptions.setdefault(namespace, set()).add(subscription)
+        try:
+            yield subscription
+        finally:
+            watchers = self._subscriptions[namespace]
+            watchers.discard(subscription)
+            if not watchers:
+                del self._subscriptions[namespace]

@@ -1,0 +1,98 @@
+"""The receiving half of a page write, whatever the transport: bytes go into the slot they will be read from.
+
+Owns: the verdict on each page of one write stream.
+Invariant: a page is sealed only when exactly its layout's bytes arrived and their checksum is the one announced; a slot that was
+prepared is always completed or aborted (`close` sees to the last one).
+"""
+
+from __future__ import annotations
+
+from attnstore.core.hashing import page_checksum
+from attnstore.core.page_table import ArrivingPage
+from attnstore.errors import InvalidArgument, ProtocolError
+from attnstore.limits import HASH_BYTES, HASHES_MAX
+from attnstore.server.store import Store
+from attnstore.types import PageStatus
+
+
+class Ingest:
+    """Pages of one write stream, one after the other: `begin`, `receive` until the page is whole, then the next `begin`."""
+
+    def __init__(self, store: Store, namespace: bytes, page_bytes: int) -> None:
+        self._store = store
+        self._namespace = namespace
+        self._page_bytes = page_bytes
+        self._verdicts: list[PageStatus] = []
+        self._open = False
+        self._arriving: ArrivingPage | None = None
+        self._verdict: PageStatus | None = None
+        self._checksum = 0
+        self._received_bytes = 0
+
+    def begin(self, page_hash: bytes, checksum: int) -> None:
+        """Starts the next page; an unfinished one before it gets WRONG_SIZE. Raises `InvalidArgument` for a malformed hash."""
+        self._end_page()
+        if len(page_hash) != HASH_BYTES:
+            raise InvalidArgument(f"a block hash has {len(page_hash)} bytes; it must have {HASH_BYTES}")
+        if len(self._verdicts) == HASHES_MAX:
+            raise InvalidArgument(f"one write stream carries at most {HASHES_MAX} pages; open another")
+        outcome = self._store.prepare(self._namespace, page_hash, checksum)
+        self._open = True
+        self._checksum = checksum
+        self._received_bytes = 0
+        if isinstance(outcome, PageStatus):
+            self._verdict = outcome
+        else:
+            self._arriving = outcome
+            self._verdict = None
+
+    def receive(self, offset_bytes: int, payload: memoryview) -> None:
+        """Takes the next bytes of the page. Raises `ProtocolError` outside a page or out of order."""
+        if not self._open:
+            raise ProtocolError("page bytes arrived before the hash of their page")
+        if offset_bytes != self._received_bytes:
+            raise ProtocolError(f"page bytes at offset {offset_bytes} arrived where {self._received_bytes} was next")
+        end = offset_bytes + len(payload)
+        self._received_bytes = end
+        if self._arriving is None:
+            if self._verdict is PageStatus.STORED:
+                raise ProtocolError(f"more than the layout's {self._page_bytes} bytes arrived for one page")
+            return
+        if end > self._page_bytes:
+            self._reject(PageStatus.WRONG_SIZE)
+            return
+        self._store.view(self._arriving)[offset_bytes:end] = payload
+        if end == self._page_bytes:
+            self._seal(self._arriving)
+
+    def finish(self) -> tuple[PageStatus, ...]:
+        """Ends the stream: the verdicts in the order of the pages."""
+        self._end_page()
+        return tuple(self._verdicts)
+
+    def close(self) -> None:
+        """Gives back the slot of a page that did not finish. Safe to call at any time, any number of times."""
+        if self._arriving is not None:
+            self._reject(PageStatus.WRONG_SIZE)
+
+    def _seal(self, arriving: ArrivingPage) -> None:
+        if page_checksum(self._store.view(arriving)) != self._checksum:
+            self._reject(PageStatus.CHECKSUM_MISMATCH)
+            return
+        self._store.complete(arriving)
+        self._arriving = None
+        self._verdict = PageStatus.STORED
+
+    def _reject(self, verdict: PageStatus) -> None:
+        assert self._arriving is not None
+        self._store.abort(self._arriving)
+        self._arriving = None
+        self._verdict = verdict
+
+    def _end_page(self) -> None:
+        if not self._open:
+            return
+        self.close()
+        assert self._verdict is not None
+        self._verdicts.append(self._verdict)
+        self._open = False

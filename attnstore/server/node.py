@@ -1,0 +1,150 @@
+"""One store node: assembled, started, drained, stopped.
+
+Owns: the life of the process. Everything a node needs is made here from `ServeOptions` and handed down; nothing is global.
+Invariant: on SIGTERM or SIGINT no new call is taken, running calls get `drain_ms` to finish, and only then is the arena let go.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import secrets
+import signal
+from collections.abc import Callable
+from importlib.metadata import version
+
+import grpc
+import prometheus_client
+import structlog
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+
+from attnstore.arena import MemoryArena, extent_bytes_for
+from attnstore.clock import Clock, MonotonicClock
+from attnstore.config import ServeOptions, split_address
+from attnstore.core.page_table import PageTable
+from attnstore.errors import InvalidArgument
+from attnstore.limits import EPOCH_BYTES, LEASE_ID_BYTES, MESSAGE_BYTES_MAX
+from attnstore.server.events import EventHub
+from attnstore.server.rpc import Authenticator, RpcShell
+from attnstore.server.servicer import NodeIdentity, Servicer
+from attnstore.server.store import Store
+from attnstore.telemetry import NodeMetrics
+from attnstore.wire.messages import METHODS, SERVICE
+
+_EXPIRY_PERIOD_S = 1.0
+
+_log = structlog.get_logger(__name__)
+
+
+class StoreNode:
+    """A node on the running event loop. `start`, then `stop` once; the address is known after `start`."""
+
+    def __init__(self, options: ServeOptions, clock: Clock | None = None) -> None:
+        clock = clock or MonotonicClock()
+        self._options = options
+        self._loop = asyncio.get_running_loop()
+        extent_bytes = extent_bytes_for(options.capacity)
+        self._arena = MemoryArena(options.capacity, extent_bytes)
+        table = PageTable(
+            capacity_bytes=options.capacity,
+            extent_bytes=extent_bytes,
+            new_lease_id=lambda: secrets.token_bytes(LEASE_ID_BYTES),
+        )
+        hub = EventHub(self._loop)
+        self._store = Store(table, self._arena, clock, hub.publish)
+        self._metrics = NodeMetrics(self._store.statistics)
+        self._shell = RpcShell(Authenticator(options.tenants()), self._metrics)
+        self._servicer = Servicer(
+            identity=NodeIdentity(options.node_id or options.listen, secrets.token_bytes(EPOCH_BYTES), version("attnstore")),
+            store=self._store,
+            hub=hub,
+            metrics=self._metrics,
+            stall_ms=options.stall_ms,
+            streams_in_flight=lambda: self._shell.streams_in_flight,
+        )
+        self._health = health.aio.HealthServicer()
+        self._server = grpc.aio.server(
+            options=(
+                ("grpc.max_receive_message_length", MESSAGE_BYTES_MAX),
+                ("grpc.max_send_message_length", MESSAGE_BYTES_MAX),
+                ("grpc.so_reuseport", 0),
+            )
+        )
+        self._stop_metrics: Callable[[], None] | None = None
+        self._expiry: asyncio.Task[None] | None = None
+        self.address = ""
+
+    async def start(self) -> None:
+        """Binds and serves. Raises `InvalidArgument` naming the option when an address cannot be bound or a file not be read."""
+        self._server.add_generic_rpc_handlers((self._shell.generic_handler(self._servicer.handlers(), METHODS),))
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
+        reflection.enable_server_reflection((SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME), self._server)
+        host, _ = split_address(self._options.listen)
+        port = self._bind()
+        self.address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+        if self._options.metrics_port is not None:
+            self._serve_metrics(host, self._options.metrics_port)
+        await self._server.start()
+        for service in ("", SERVICE):
+            await self._health.set(service, health_pb2.HealthCheckResponse.SERVING)
+        self._expiry = asyncio.create_task(self._expire_leases())
+        _log.info("serving", address=self.address, capacity_bytes=int(self._options.capacity), pid=os.getpid())
+
+    async def stop(self, drain_ms: int | None = None) -> None:
+        """Takes no new call, waits up to `drain_ms` (default: the option) for running ones, then lets everything go."""
+        drain_ms = self._options.drain_ms if drain_ms is None else drain_ms
+        _log.info("draining", streams_in_flight=self._shell.streams_in_flight, drain_ms=drain_ms)
+        await self._health.enter_graceful_shutdown()
+        self._servicer.drain()
+        await self._server.stop(drain_ms / 1000)
+        if self._expiry is not None:
+            self._expiry.cancel()
+        if self._stop_metrics is not None:
+            self._stop_metrics()
+        self._arena.close()
+        _log.info("stopped")
+
+    def _bind(self) -> int:
+        options = self._options
+        try:
+            if options.tls_cert is None or options.tls_key is None:
+                return self._server.add_insecure_port(options.listen)
+            pair = (options.tls_key.read_bytes(), options.tls_cert.read_bytes())
+            return self._server.add_secure_port(options.listen, grpc.ssl_server_credentials([pair]))
+        except OSError as error:
+            raise InvalidArgument(f"--tls-cert or --tls-key cannot be read: {error}") from None
+        except RuntimeError as error:
+            raise InvalidArgument(f"--listen {options.listen} cannot be bound: {error}") from None
+
+    def _serve_metrics(self, host: str, port: int) -> None:
+        try:
+            server, thread = prometheus_client.start_http_server(port, addr=host, registry=self._metrics.registry)
+        except OSError as error:
+            raise InvalidArgument(f"--metrics-port {port} cannot be bound: {error.strerror}") from None
+
+        def stop() -> None:
+            server.shutdown()
+            server.server_close()
+            thread.join()
+
+        self._stop_metrics = stop
+
+    async def _expire_leases(self) -> None:
+        # Uses of a lease compare with the clock themselves; this only gives the pages of silent holders back in time.
+        while True:
+            await asyncio.sleep(_EXPIRY_PERIOD_S)
+            self._store.expire()
+
+
+async def serve(options: ServeOptions) -> None:
+    """Runs a node until SIGTERM or SIGINT. Prints `listening on HOST:PORT` to standard output when it is ready."""
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop.set)
+    node = StoreNode(options)
+    await node.start()
+    print(f"listening on {node.address}", flush=True)
+    await stop.wait()
+    await node.stop()

@@ -1,0 +1,129 @@
+"""The shell around every RPC: who calls, how long it took, how it ended.
+
+Owns: turning plain handler coroutines into gRPC method handlers with authentication, typed errors, limits and metrics, so that the
+servicer holds nothing but the service.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+import time
+from collections.abc import Awaitable, Callable, Mapping
+from typing import Any
+
+import grpc
+import structlog
+
+from attnstore.errors import AttnStoreError, DeadlineExceeded, Overloaded, Unauthenticated
+from attnstore.limits import STREAMS_MAX
+from attnstore.telemetry import NodeMetrics
+from attnstore.wire.messages import SERVICE, Method
+from attnstore.wire.status import rpc_status
+
+Handler = Callable[[Any, Any, str], Awaitable[Any]]
+"""`handler(request, context, tenant)`; for a client stream the request is `None` and messages come from `context.read()`."""
+
+_log = structlog.get_logger(__name__)
+_BEARER = "Bearer "
+
+
+class Authenticator:
+    """Maps a call's token to its tenant. With no tokens configured everyone is the tenant `default`."""
+
+    def __init__(self, tenant_of_token: Mapping[str, str]) -> None:
+        self._tenant_of_token = dict(tenant_of_token)
+
+    def tenant(self, context: Any) -> str:
+        """The caller's tenant. Raises `Unauthenticated` for a missing or unknown token."""
+        if not self._tenant_of_token:
+            return "default"
+        metadata = dict(context.invocation_metadata() or ())
+        given = str(metadata.get("authorization", ""))
+        if not given.startswith(_BEARER):
+            raise Unauthenticated("this node asks for a token: connect with token=..., or set ATTNSTORE_TOKEN")
+        return self.tenant_of_token(given.removeprefix(_BEARER))
+
+    def tenant_of_token(self, given: str) -> str:
+        """The tenant of a token. Every known token is compared, in constant time each. Raises `Unauthenticated`."""
+        found = None
+        for token, tenant in self._tenant_of_token.items():
+            if hmac.compare_digest(token.encode(), given.encode()):
+                found = tenant
+        if found is None:
+            raise Unauthenticated("the token is not one of this node's")
+        return found
+
+
+class RpcShell:
+    """Wraps handlers; one for each node."""
+
+    def __init__(self, authenticator: Authenticator, metrics: NodeMetrics) -> None:
+        self._authenticator = authenticator
+        self._metrics = metrics
+        self._streams: set[asyncio.Task[Any]] = set()
+
+    @property
+    def streams_in_flight(self) -> int:
+        """Streaming calls running now."""
+        return len(self._streams)
+
+    def generic_handler(self, handlers: Mapping[str, Handler], methods: Mapping[str, Method]) -> grpc.GenericRpcHandler:
+        """The gRPC handler of the whole service."""
+        return grpc.method_handlers_generic_handler(
+            SERVICE, {name: self._method_handler(methods[name], handler) for name, handler in handlers.items()}
+        )
+
+    def _method_handler(self, method: Method, handler: Handler) -> grpc.RpcMethodHandler:
+        async def unary(request: Any, context: Any) -> Any:
+            return await self._run(method, handler, request, context)
+
+        async def client_stream(_requests: Any, context: Any) -> Any:
+            return await self._run(method, handler, None, context)
+
+        codec = {"request_deserializer": method.decode_request, "response_serializer": method.encode_response}
+        if method.streams_requests:
+            return grpc.stream_unary_rpc_method_handler(client_stream, **codec)
+        if method.streams_responses:
+            return grpc.unary_stream_rpc_method_handler(unary, **codec)
+        return grpc.unary_unary_rpc_method_handler(unary, **codec)
+
+    async def _run(self, method: Method, handler: Handler, request: Any, context: Any) -> Any:
+        began = time.perf_counter()
+        gauge = self._metrics.in_flight.labels(method.name)
+        gauge.inc()
+        code = "cancelled"
+        try:
+            result = await self._limited(method, handler, request, context)
+            code = "ok"
+            return result
+        except AttnStoreError as error:
+            code = error.code
+            await context.abort(*rpc_status(error))
+        except TimeoutError:
+            code = DeadlineExceeded.code
+            await context.abort(*rpc_status(DeadlineExceeded("the peer moved no byte for longer than the node's --stall-ms")))
+        except grpc.aio.AbortError:
+            raise
+        except Exception as error:
+            code = "internal"
+            _log.exception("call failed", rpc=method.name)
+            await context.abort(grpc.StatusCode.INTERNAL, f"{type(error).__name__} in the node; its log tells more")
+        finally:
+            gauge.dec()
+            self._metrics.calls.labels(method.name, code).inc()
+            self._metrics.seconds.labels(method.name).observe(time.perf_counter() - began)
+
+    async def _limited(self, method: Method, handler: Handler, request: Any, context: Any) -> Any:
+        tenant = self._authenticator.tenant(context)
+        if not (method.streams_requests or method.streams_responses):
+            return await handler(request, context, tenant)
+        if len(self._streams) >= STREAMS_MAX:
+            raise Overloaded(f"the node already serves {STREAMS_MAX} streams; try again or use another node")
+        task = asyncio.current_task()
+        assert task is not None
+        self._streams.add(task)
+        try:
+            return await handler(request, context, tenant)
+        finally:
+            self._streams.discard(task)

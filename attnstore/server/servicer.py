@@ -1,0 +1,213 @@
+"""The service itself: each RPC as a short coroutine over the pure core.
+
+Owns: nothing but the translation between messages and the store. All state changes happen in `Store`.
+Invariant: a page stays pinned while its bytes are being copied out; a prepared slot is completed or aborted however a call ends.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import grpc
+
+from attnstore.errors import InvalidArgument
+from attnstore.limits import CHUNK_BYTES_MAX, HASHES_MAX, LEASE_MS_MAX, MESSAGE_BYTES_MAX
+from attnstore.server.events import EventHub
+from attnstore.server.ingest import Ingest
+from attnstore.server.rpc import Handler
+from attnstore.server.store import Store
+from attnstore.telemetry import NodeMetrics
+from attnstore.types import NamespaceStatistics, NodeStatistics, PageStatus
+from attnstore.wire import chunks, messages
+
+
+@dataclass(frozen=True, slots=True)
+class NodeIdentity:
+    """Who the node is. `epoch` is 16 random bytes made at start."""
+
+    node_id: str
+    epoch: bytes
+    version: str
+
+
+class Servicer:
+    """Handlers by RPC name, for `RpcShell`."""
+
+    def __init__(
+        self,
+        *,
+        identity: NodeIdentity,
+        store: Store,
+        hub: EventHub,
+        metrics: NodeMetrics,
+        stall_ms: int,
+        streams_in_flight: Callable[[], int],
+    ) -> None:
+        self._identity = identity
+        self._store = store
+        self._hub = hub
+        self._metrics = metrics
+        self._stall_s = stall_ms / 1000
+        self._streams_in_flight = streams_in_flight
+        self._draining = False
+        self._started_ms = store.now_ms()
+
+    def handlers(self) -> dict[str, Handler]:
+        """One coroutine function for each RPC of the service."""
+        return {
+            "Describe": self.describe,
+            "RegisterLayout": self.register_layout,
+            "Match": self.match,
+            "Read": self.read,
+            "Write": self.write,
+            "RenewLease": self.renew_lease,
+            "ReleaseLease": self.release_lease,
+            "Delete": self.delete,
+            "Stats": self.stats,
+            "Watch": self.watch,
+        }
+
+    def drain(self) -> None:
+        """From now on `Describe` says draining and watchers are sent away; running reads and writes go on."""
+        self._draining = True
+        self._hub.close()
+
+    async def describe(self, _request: Any, _context: Any, _tenant: str) -> messages.DescribeResponse:
+        now = self._store.statistics()
+        return messages.DescribeResponse(
+            node_id=self._identity.node_id,
+            epoch=self._identity.epoch,
+            version=self._identity.version,
+            limits=messages.Limits(
+                chunk_bytes_max=CHUNK_BYTES_MAX,
+                hashes_max=HASHES_MAX,
+                lease_ms_max=LEASE_MS_MAX,
+                page_bytes_max=self._store.page_bytes_max,
+            ),
+            capacity_bytes=now.capacity_bytes,
+            used_bytes=now.used_bytes,
+            in_flight=self._streams_in_flight(),
+            draining=self._draining,
+            transports=[messages.Transport(name="grpc")],
+        )
+
+    async def register_layout(self, request: Any, _context: Any, tenant: str) -> messages.RegisterLayoutResponse:
+        layout = messages.layout_from_wire(request.layout)
+        pages_max = self._store.register(messages.check_namespace(request.namespace), layout, tenant)
+        return messages.RegisterLayoutResponse(
+            page_bytes=layout.page_bytes, pages_max=pages_max, epoch=self._identity.epoch
+        )
+
+    async def match(self, request: Any, _context: Any, tenant: str) -> messages.MatchResponse:
+        self._store.layout_of(request.namespace, tenant)
+        prefixes = [messages.split_hashes(joined) for joined in request.prefixes]
+        if sum(map(len, prefixes)) > HASHES_MAX:
+            raise InvalidArgument(f"the request has {sum(map(len, prefixes))} hashes; at most {HASHES_MAX} fit one request")
+        found = self._store.match(request.namespace, prefixes, request.lease_ms)
+        self._metrics.page_statuses.labels("Match", "ok").inc(sum(found.hits))
+        self._metrics.page_statuses.labels("Match", "missing").inc(sum(map(len, prefixes)) - sum(found.hits))
+        return messages.MatchResponse(hits=found.hits, lease_id=found.lease_id or b"", lease_ms=found.lease_ms)
+
+    async def read(self, request: Any, context: Any, tenant: str) -> None:
+        layout = self._store.layout_of(request.namespace, tenant)
+        begin, end = layout.layer_slice(request.layer_begin, request.layer_end)
+        lease_id = request.lease_id or None
+        async with asyncio.timeout(self._stall_s) as stall:
+            for index, page_hash in enumerate(messages.split_hashes(request.hashes)):
+                with self._store.reading(request.namespace, page_hash, lease_id) as page:
+                    if isinstance(page, PageStatus):
+                        self._count("Read", page)
+                        await self._send(context, chunks.encode_read_chunk(index, page), stall)
+                    else:
+                        self._count("Read", PageStatus.OK)
+                        await self._send_slice(context, index, *page.slice(begin, end), stall)
+
+    async def _send_slice(self, context: Any, index: int, data: memoryview, checksum: int, stall: asyncio.Timeout) -> None:
+        for offset in range(0, len(data), CHUNK_BYTES_MAX):
+            payload = data[offset : offset + CHUNK_BYTES_MAX]
+            message = chunks.encode_read_chunk(index, PageStatus.OK, len(data), offset, checksum, payload)
+            await self._send(context, message, stall)
+        self._metrics.sent("grpc", len(data))
+
+    async def _send(self, context: Any, message: bytes, stall: asyncio.Timeout) -> None:
+        await context.write(message)
+        stall.reschedule(asyncio.get_running_loop().time() + self._stall_s)
+
+    async def write(self, _request: None, context: Any, tenant: str) -> messages.WriteResponse:
+        ingest: Ingest | None = None
+        try:
+            async with asyncio.timeout(self._stall_s) as stall:
+                while (message := await context.read()) is not grpc.aio.EOF:
+                    stall.reschedule(asyncio.get_running_loop().time() + self._stall_s)
+                    if len(message) > MESSAGE_BYTES_MAX:
+                        raise InvalidArgument(f"a message has {len(message)} bytes; the maximum is {MESSAGE_BYTES_MAX}")
+                    chunk = chunks.decode_write_chunk(message)
+                    if ingest is None:
+                        layout = self._store.layout_of(chunk.namespace, tenant)
+                        ingest = Ingest(self._store, chunk.namespace, layout.page_bytes)
+                    if chunk.page_hash:
+                        ingest.begin(chunk.page_hash, chunk.checksum)
+                    ingest.receive(chunk.offset_bytes, chunk.payload)
+                    self._metrics.received("grpc", len(chunk.payload))
+            verdicts = ingest.finish() if ingest is not None else ()
+        finally:
+            if ingest is not None:
+                ingest.close()
+        for verdict in verdicts:
+            self._count("Write", verdict)
+        return messages.WriteResponse(verdicts=[int(verdict) for verdict in verdicts])
+
+    async def renew_lease(self, request: Any, _context: Any, _tenant: str) -> messages.RenewLeaseResponse:
+        return messages.RenewLeaseResponse(lease_ms=self._store.renew(request.lease_id, request.lease_ms))
+
+    async def release_lease(self, request: Any, _context: Any, _tenant: str) -> messages.ReleaseLeaseResponse:
+        return messages.ReleaseLeaseResponse(released=self._store.release(request.lease_id))
+
+    async def delete(self, request: Any, _context: Any, tenant: str) -> messages.DeleteResponse:
+        self._store.layout_of(request.namespace, tenant)
+        statuses = self._store.delete(request.namespace, messages.split_hashes(request.hashes))
+        for status in statuses:
+            self._count("Delete", status)
+        return messages.DeleteResponse(statuses=[int(status) for status in statuses])
+
+    async def stats(self, _request: Any, _context: Any, tenant: str) -> messages.StatsResponse:
+        now = self._store.statistics()
+        return messages.statistics_to_wire(
+            NodeStatistics(
+                node_id=self._identity.node_id,
+                epoch=self._identity.epoch,
+                capacity_bytes=now.capacity_bytes,
+                used_bytes=now.used_bytes,
+                pages_sealed=now.pages_sealed,
+                pages_arriving=now.pages_arriving,
+                pages_pinned=now.pages_pinned,
+                leases=now.leases,
+                hit_pages=now.hit_pages,
+                missed_pages=now.missed_pages,
+                stored_pages=now.stored_pages,
+                evicted_pages=now.evicted_pages,
+                read_bytes=self._metrics.read_bytes,
+                written_bytes=self._metrics.written_bytes,
+                uptime_ms=int(self._store.now_ms() - self._started_ms),
+                namespaces=tuple(
+                    NamespaceStatistics(space.namespace, space.layout, space.pages_sealed)
+                    for space in now.namespaces
+                    if space.tenant == tenant
+                ),
+            )
+        )
+
+    async def watch(self, request: Any, context: Any, tenant: str) -> None:
+        self._store.layout_of(request.namespace, tenant)
+        with self._hub.subscribed(request.namespace) as subscription:
+            # The caller learns from the initial metadata that it misses nothing from here on.
+            await context.send_initial_metadata(())
+            while True:
+                for event in await subscription.take():
+                    await context.write(messages.event_to_wire(event))
+
+    def _count(self, rpc: str, status: PageStatus) -> None:
+        self._metrics.page_statuses.labels(rpc, status.name.lower()).inc()

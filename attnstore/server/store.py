@@ -1,0 +1,135 @@
+"""The pure core with its arena, its clock and one lock: what every transport of a node works on.
+
+Owns: `Store`. Invariant: the page table is touched under the lock only, and the lock is never held while bytes move or a peer is
+waited for, so that metadata stays quick while pages flow on other threads.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+
+from attnstore.arena import Arena
+from attnstore.clock import Clock
+from attnstore.core.hashing import page_checksum
+from attnstore.core.layout import PageLayout
+from attnstore.core.page_table import ArrivingPage, MatchOutcome, PageTable, PageTableStatistics, PinnedPage
+from attnstore.types import PageEvent, PageStatus
+
+Publish = Callable[[Iterable[tuple[bytes, PageEvent]]], None]
+
+
+class Store:
+    """Page table and arena together, safe from any thread. `publish` gets the page events, on the thread that caused them."""
+
+    def __init__(self, table: PageTable, arena: Arena, clock: Clock, publish: Publish) -> None:
+        self._table = table
+        self._arena = arena
+        self._clock = clock
+        self._publish = publish
+        self._lock = threading.Lock()
+
+    @property
+    def page_bytes_max(self) -> int:
+        """The largest page that fits."""
+        return self._arena.extent_bytes
+
+    def now_ms(self) -> float:
+        """The clock that leases run by."""
+        return self._clock.now_ms()
+
+    def register(self, namespace: bytes, layout: PageLayout, tenant: str) -> int:
+        """`PageTable.register`."""
+        with self._lock:
+            return self._table.register(namespace, layout, tenant)
+
+    def layout_of(self, namespace: bytes, tenant: str) -> PageLayout:
+        """`PageTable.layout_of`: also the check that the namespace is the tenant's own."""
+        with self._lock:
+            return self._table.layout_of(namespace, tenant)
+
+    def match(self, namespace: bytes, prefixes: Sequence[Sequence[bytes]], lease_ms: int) -> MatchOutcome:
+        """`PageTable.match`."""
+        with self._lock:
+            return self._table.match(namespace, prefixes, lease_ms, self._clock.now_ms())
+
+    @contextmanager
+    def reading(self, namespace: bytes, page_hash: bytes, lease_id: bytes | None) -> Iterator[PageView | PageStatus]:
+        """A sealed page, kept in place for the `with` block; or the status that says why not."""
+        with self._lock:
+            page = self._table.pin(namespace, page_hash, lease_id, self._clock.now_ms())
+        if isinstance(page, PageStatus):
+            yield page
+            return
+        try:
+            yield PageView(self._arena.view(page.slot), page)
+        finally:
+            with self._lock:
+                self._table.unpin(page)
+
+    def prepare(self, namespace: bytes, page_hash: bytes, checksum: int) -> ArrivingPage | PageStatus:
+        """`PageTable.prepare`; hand the page to `complete` or `abort`."""
+        with self._lock:
+            page = self._table.prepare(namespace, page_hash, checksum, self._clock.now_ms())
+            self._publish(self._table.take_events())
+        return page
+
+    def view(self, page: ArrivingPage) -> memoryview:
+        """The bytes of a page that is arriving, writable."""
+        return self._arena.view(page.slot)
+
+    def complete(self, page: ArrivingPage) -> None:
+        """`PageTable.complete`."""
+        with self._lock:
+            self._table.complete(page, self._clock.now_ms())
+            self._publish(self._table.take_events())
+
+    def abort(self, page: ArrivingPage) -> None:
+        """`PageTable.abort`."""
+        with self._lock:
+            self._table.abort(page)
+
+    def renew(self, lease_id: bytes, lease_ms: int) -> int:
+        """`PageTable.renew`."""
+        with self._lock:
+            return self._table.renew(lease_id, lease_ms, self._clock.now_ms())
+
+    def release(self, lease_id: bytes) -> bool:
+        """`PageTable.release`."""
+        with self._lock:
+            return self._table.release(lease_id, self._clock.now_ms())
+
+    def delete(self, namespace: bytes, page_hashes: Iterable[bytes]) -> list[PageStatus]:
+        """`PageTable.delete` of each."""
+        with self._lock:
+            now_ms = self._clock.now_ms()
+            statuses = [self._table.delete(namespace, page_hash, now_ms) for page_hash in page_hashes]
+            self._publish(self._table.take_events())
+        return statuses
+
+    def expire(self) -> None:
+        """`PageTable.expire`: gives the pages of silent lease holders back in time."""
+        with self._lock:
+            self._table.expire(self._clock.now_ms())
+
+    def statistics(self) -> PageTableStatistics:
+        """`PageTable.statistics`."""
+        with self._lock:
+            return self._table.statistics()
+
+
+class PageView:
+    """A pinned page's bytes and the checksum they were sealed with."""
+
+    __slots__ = ("_page", "data")
+
+    def __init__(self, data: memoryview, page: PinnedPage) -> None:
+        self.data = data
+        self._page = page
+
+    def slice(self, begin: int, end: int) -> tuple[memoryview, int]:
+        """Bytes `[begin, end)` and their checksum: the sealed one for a whole page, one made now for a part of it."""
+        part = self.data[begin:end]
+        whole = len(part) == len(self.data)
+        return part, self._page.checksum if whole else page_checksum(part)

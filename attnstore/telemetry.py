@@ -1,0 +1,98 @@
+"""Structured logs and Prometheus metrics of a store node.
+
+Owns: the names of all metrics. Invariant: label values come from closed sets (RPC names, status names), never from a peer.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Callable, Iterator
+
+import structlog
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from attnstore.core.page_table import PageTableStatistics
+
+_LATENCY_BUCKETS_S = (0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
+
+
+def configure_logs(level: str, log_format: str) -> None:
+    """Sends log lines to standard error, as text for people (`console`) or one JSON object a line (`json`)."""
+    renderer: structlog.typing.Processor = (
+        structlog.processors.JSONRenderer() if log_format == "json" else structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty())
+    )
+    structlog.configure(
+        processors=[
+            structlog.contextvars.merge_contextvars,
+            structlog.processors.add_log_level,
+            structlog.processors.TimeStamper(fmt="iso", utc=True),
+            structlog.processors.format_exc_info,
+            renderer,
+        ],
+        wrapper_class=structlog.make_filtering_bound_logger(logging.getLevelNamesMapping()[level.upper()]),
+        logger_factory=structlog.PrintLoggerFactory(sys.stderr),
+    )
+
+
+class NodeMetrics:
+    """The metrics of one node in a registry of its own, so that several nodes can live in one process (tests do that)."""
+
+    def __init__(self, occupancy: Callable[[], PageTableStatistics]) -> None:
+        self.registry = CollectorRegistry()
+        self.calls = Counter("attnstore_rpc_total", "Calls ended, by RPC and error code.", ["rpc", "code"], registry=self.registry)
+        self.seconds = Histogram(
+            "attnstore_rpc_seconds", "Duration of calls.", ["rpc"], buckets=_LATENCY_BUCKETS_S, registry=self.registry
+        )
+        self.in_flight = Gauge("attnstore_rpc_in_flight", "Calls running now.", ["rpc"], registry=self.registry)
+        self.page_statuses = Counter(
+            "attnstore_pages_total", "Pages answered, by RPC and status.", ["rpc", "status"], registry=self.registry
+        )
+        self._sent = Counter(
+            "attnstore_sent_bytes_total", "Page bytes sent to readers.", ["transport"], registry=self.registry
+        )
+        self._received = Counter(
+            "attnstore_received_bytes_total", "Page bytes received from writers.", ["transport"], registry=self.registry
+        )
+        self.registry.register(_OccupancyCollector(occupancy))
+        self.read_bytes = 0
+        self.written_bytes = 0
+
+    def sent(self, transport: str, size_bytes: int) -> None:
+        """Counts page bytes handed to a reader."""
+        self._sent.labels(transport).inc(size_bytes)
+        self.read_bytes += size_bytes
+
+    def received(self, transport: str, size_bytes: int) -> None:
+        """Counts page bytes taken from a writer."""
+        self._received.labels(transport).inc(size_bytes)
+        self.written_bytes += size_bytes
+
+
+class _OccupancyCollector(Collector):
+    def __init__(self, occupancy: Callable[[], PageTableStatistics]) -> None:
+        self._occupancy = occupancy
+
+    def describe(self) -> Iterator[Metric]:
+        yield from ()
+
+    def collect(self) -> Iterator[Metric]:
+        now = self._occupancy()
+        for name, text, value in (
+            ("attnstore_capacity_bytes", "Hard limit of the arena.", now.capacity_bytes),
+            ("attnstore_used_bytes", "Bytes of slots that are arriving or sealed.", now.used_bytes),
+            ("attnstore_pages_sealed", "Pages that can be read.", now.pages_sealed),
+            ("attnstore_pages_arriving", "Pages being written.", now.pages_arriving),
+            ("attnstore_pages_pinned", "Sealed pages held by a lease or a running read.", now.pages_pinned),
+            ("attnstore_leases", "Live leases.", now.leases),
+        ):
+            yield GaugeMetricFamily(name, text, value=value)
+        for name, text, value in (
+            ("attnstore_hit_pages", "Pages asked for and found, by Match and Read.", now.hit_pages),
+            ("attnstore_missed_pages", "Pages asked for and not found, by Match and Read.", now.missed_pages),
+            ("attnstore_stored_pages", "Pages sealed.", now.stored_pages),
+            ("attnstore_evicted_pages", "Pages evicted.", now.evicted_pages),
+        ):
+            yield CounterMetricFamily(name, text, value=value)

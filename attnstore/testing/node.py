@@ -1,0 +1,90 @@
+"""A real store node in a process of its own, for tests, experiments and doctests."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+from types import TracebackType
+from typing import Self
+
+_READY = "listening on "
+_START_S_MAX = 30.0
+_STOP_S_MAX = 30.0
+
+
+class StoreProcess:
+    """`attnstore serve` with the given options, on a free loopback port unless they say otherwise; a context manager.
+
+    `url` is ready for `attnstore.connect`. Raises `RuntimeError` with the node's own words if it does not start.
+    """
+
+    def __init__(self, *options: str, environment: dict[str, str] | None = None) -> None:
+        listen = () if "--listen" in options else ("--listen", "127.0.0.1:0")
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "attnstore.cli", "serve", *listen, *options],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env={**os.environ, **(environment or {})},
+        )
+        # The log is drained all the time, or a full pipe would stop the node.
+        self._log: list[str] = []
+        self._drain = threading.Thread(target=self._read_log, daemon=True)
+        self._drain.start()
+        self.address = self._wait_until_ready()
+        self.url = f"grpc://{self.address}"
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.stop()
+
+    @property
+    def log(self) -> str:
+        """Everything that the node has logged so far."""
+        return "".join(self._log)
+
+    def stop(self) -> int:
+        """SIGTERM, then waits for the drain; the exit status. Kills the node if it does not end in time."""
+        return self._end(signal.SIGTERM)
+
+    def kill(self) -> int:
+        """SIGKILL: the node gets no chance to say goodbye."""
+        return self._end(signal.SIGKILL)
+
+    def _end(self, number: signal.Signals) -> int:
+        if self.process.poll() is None:
+            self.process.send_signal(signal.SIGCONT)
+            self.process.send_signal(number)
+        try:
+            status = self.process.wait(_STOP_S_MAX)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            status = self.process.wait()
+        self._drain.join(_STOP_S_MAX)
+        for pipe in (self.process.stdout, self.process.stderr):
+            if pipe is not None:
+                pipe.close()
+        return status
+
+    def _wait_until_ready(self) -> str:
+        assert self.process.stdout is not None
+        killer = threading.Timer(_START_S_MAX, self.process.kill)
+        killer.start()
+        line = self.process.stdout.readline()
+        killer.cancel()
+        killer.join()
+        if not line.startswith(_READY):
+            self._end(signal.SIGKILL)
+            raise RuntimeError(f"the store node did not start:\n{self.log}")
+        return line.removeprefix(_READY).strip()
+
+    def _read_log(self) -> None:
+        assert self.process.stderr is not None
+        self._log.extend(self.process.stderr)

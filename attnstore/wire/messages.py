@@ -1,0 +1,192 @@
+"""The cold half of the wire: protobuf messages by name, the method table, and conversions to and from our own types.
+
+Owns: every use of the generated stubs. Server and client import messages from here, so a new generator or a new package version
+touches this folder alone.
+Invariant: what comes from a peer is checked here and raises a typed error; what comes from us is asserted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, fields
+from typing import Any
+
+from attnstore.core.layout import DType, PageLayout
+from attnstore.errors import InvalidArgument
+from attnstore.limits import HASH_BYTES, HASHES_MAX
+from attnstore.types import NamespaceStatistics, NodeDescription, NodeStatistics, PageEvent, PageEventKind
+from attnstore.wire.v1 import store_pb2 as pb
+
+DeleteRequest = pb.DeleteRequest
+DeleteResponse = pb.DeleteResponse
+DescribeRequest = pb.DescribeRequest
+DescribeResponse = pb.DescribeResponse
+Limits = pb.Limits
+MatchRequest = pb.MatchRequest
+MatchResponse = pb.MatchResponse
+NamespaceStats = pb.NamespaceStats
+ReadRequest = pb.ReadRequest
+RegisterLayoutRequest = pb.RegisterLayoutRequest
+RegisterLayoutResponse = pb.RegisterLayoutResponse
+ReleaseLeaseRequest = pb.ReleaseLeaseRequest
+ReleaseLeaseResponse = pb.ReleaseLeaseResponse
+RenewLeaseRequest = pb.RenewLeaseRequest
+RenewLeaseResponse = pb.RenewLeaseResponse
+StatsRequest = pb.StatsRequest
+StatsResponse = pb.StatsResponse
+Transport = pb.Transport
+WatchRequest = pb.WatchRequest
+WriteResponse = pb.WriteResponse
+
+SERVICE: str = pb.DESCRIPTOR.services_by_name["AttentionStore"].full_name
+ERROR_TRAILER = "attnstore-error"
+"""Trailing metadata key that carries the `code` of a typed error."""
+
+
+@dataclass(frozen=True, slots=True)
+class Method:
+    """One RPC: how its messages become bytes and back. Page chunks travel as bytes and are coded by `attnstore.wire.chunks`."""
+
+    name: str
+    streams_requests: bool
+    streams_responses: bool
+    encode_request: Callable[[Any], bytes]
+    decode_request: Callable[[bytes], Any]
+    encode_response: Callable[[Any], bytes]
+    decode_response: Callable[[bytes], Any]
+
+    @property
+    def path(self) -> str:
+        """The HTTP/2 path of the method."""
+        return f"/{SERVICE}/{self.name}"
+
+
+def _identity(message: bytes) -> bytes:
+    return message
+
+
+def _message(cls: Any) -> tuple[Callable[[Any], bytes], Callable[[bytes], Any]]:
+    return cls.SerializeToString, cls.FromString
+
+
+_BYTES = (_identity, _identity)
+_METHODS = (
+    Method("Describe", False, False, *_message(pb.DescribeRequest), *_message(pb.DescribeResponse)),
+    Method("RegisterLayout", False, False, *_message(pb.RegisterLayoutRequest), *_message(pb.RegisterLayoutResponse)),
+    Method("Match", False, False, *_message(pb.MatchRequest), *_message(pb.MatchResponse)),
+    Method("Read", False, True, *_message(pb.ReadRequest), *_BYTES),
+    Method("Write", True, False, *_BYTES, *_message(pb.WriteResponse)),
+    Method("RenewLease", False, False, *_message(pb.RenewLeaseRequest), *_message(pb.RenewLeaseResponse)),
+    Method("ReleaseLease", False, False, *_message(pb.ReleaseLeaseRequest), *_message(pb.ReleaseLeaseResponse)),
+    Method("Delete", False, False, *_message(pb.DeleteRequest), *_message(pb.DeleteResponse)),
+    Method("Stats", False, False, *_message(pb.StatsRequest), *_message(pb.StatsResponse)),
+    Method("Watch", False, True, *_message(pb.WatchRequest), *_message(pb.PageEvent)),
+)
+METHODS: dict[str, Method] = {method.name: method for method in _METHODS}
+assert set(METHODS) == {method.name for method in pb.DESCRIPTOR.services_by_name["AttentionStore"].methods}
+
+
+def join_hashes(hashes: Iterable[bytes]) -> bytes:
+    """Hashes as they travel: concatenated. Raises `InvalidArgument` for a wrong length or more than `HASHES_MAX`."""
+    hashes = list(hashes)
+    if len(hashes) > HASHES_MAX:
+        raise InvalidArgument(f"the batch has {len(hashes)} hashes; at most {HASHES_MAX} fit one request")
+    for page_hash in hashes:
+        if len(page_hash) != HASH_BYTES:
+            raise InvalidArgument(f"a block hash has {len(page_hash)} bytes; it must have {HASH_BYTES}")
+    return b"".join(hashes)
+
+
+def split_hashes(joined: bytes) -> list[bytes]:
+    """The inverse of `join_hashes`, with the same errors."""
+    if len(joined) % HASH_BYTES:
+        raise InvalidArgument(f"a hash list has {len(joined)} bytes; it must be a multiple of {HASH_BYTES}")
+    if len(joined) > HASHES_MAX * HASH_BYTES:
+        raise InvalidArgument(f"the batch has {len(joined) // HASH_BYTES} hashes; at most {HASHES_MAX} fit one request")
+    return [joined[at : at + HASH_BYTES] for at in range(0, len(joined), HASH_BYTES)]
+
+
+def check_namespace(namespace: bytes) -> bytes:
+    """`namespace` itself if it is 32 bytes; raises `InvalidArgument` otherwise."""
+    if len(namespace) != HASH_BYTES:
+        raise InvalidArgument(f"namespace has {len(namespace)} bytes; it must have {HASH_BYTES}")
+    return namespace
+
+
+def layout_to_wire(layout: PageLayout) -> pb.PageLayout:
+    """Our layout as a message."""
+    return pb.PageLayout(
+        layers=layout.layers,
+        kv_heads=layout.kv_heads,
+        head_dim=layout.head_dim,
+        block_tokens=layout.block_tokens,
+        dtype=pb.DType.ValueType(layout.dtype.code),
+        tp_rank=layout.tp_rank,
+        tp_size=layout.tp_size,
+    )
+
+
+def layout_from_wire(message: pb.PageLayout) -> PageLayout:
+    """A peer's layout, checked. Raises `InvalidArgument`."""
+    return PageLayout(
+        layers=message.layers,
+        kv_heads=message.kv_heads,
+        head_dim=message.head_dim,
+        block_tokens=message.block_tokens,
+        dtype=DType.from_code(message.dtype),
+        tp_rank=message.tp_rank,
+        tp_size=message.tp_size,
+    )
+
+
+def event_to_wire(event: PageEvent) -> pb.PageEvent:
+    """Our page event as a message."""
+    return pb.PageEvent(
+        kind=pb.PageEvent.Kind.ValueType(event.kind), hash=event.hash, sequence=event.sequence, dropped=event.dropped
+    )
+
+
+def event_from_wire(message: pb.PageEvent) -> PageEvent:
+    """A peer's page event."""
+    return PageEvent(PageEventKind(message.kind), message.hash, message.sequence, message.dropped)
+
+
+def description_from_wire(message: pb.DescribeResponse) -> NodeDescription:
+    """A node's answer to `Describe`."""
+    return NodeDescription(
+        node_id=message.node_id,
+        epoch=message.epoch,
+        version=message.version,
+        capacity_bytes=message.capacity_bytes,
+        used_bytes=message.used_bytes,
+        in_flight=message.in_flight,
+        draining=message.draining,
+        transports={transport.name: transport.address for transport in message.transports},
+        hashes_max=message.limits.hashes_max,
+        lease_ms_max=message.limits.lease_ms_max,
+        page_bytes_max=message.limits.page_bytes_max,
+    )
+
+
+def statistics_to_wire(statistics: NodeStatistics) -> pb.StatsResponse:
+    """A node's counters as a message."""
+    message = pb.StatsResponse(**{name: getattr(statistics, name) for name in _STATISTICS_FIELDS})
+    for space in statistics.namespaces:
+        message.namespaces.add(
+            namespace=space.namespace, layout=layout_to_wire(space.layout), pages_sealed=space.pages_sealed
+        )
+    return message
+
+
+def statistics_from_wire(message: pb.StatsResponse) -> NodeStatistics:
+    """A node's answer to `Stats`."""
+    return NodeStatistics(
+        **{name: getattr(message, name) for name in _STATISTICS_FIELDS},
+        namespaces=tuple(
+            NamespaceStatistics(space.namespace, layout_from_wire(space.layout), space.pages_sealed)
+            for space in message.namespaces
+        ),
+    )
+
+
+_STATISTICS_FIELDS = tuple(field.name for field in fields(NodeStatistics) if field.name != "namespaces")

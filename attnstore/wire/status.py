@@ -1,0 +1,56 @@
+"""How a typed error crosses gRPC: a status code for everyone, and our own code in a trailer for our clients.
+
+Invariant: `error_from_rpc(*rpc_status(error))` has the class of `error` for every class of the tree.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import grpc
+
+from attnstore import errors
+from attnstore.wire.messages import ERROR_TRAILER
+
+_CODE_OF_ERROR: dict[type[errors.AttnStoreError], grpc.StatusCode] = {
+    errors.DeadlineExceeded: grpc.StatusCode.DEADLINE_EXCEEDED,
+    errors.Unavailable: grpc.StatusCode.UNAVAILABLE,
+    errors.Overloaded: grpc.StatusCode.RESOURCE_EXHAUSTED,
+    errors.LeaseExpired: grpc.StatusCode.FAILED_PRECONDITION,
+    errors.InvalidArgument: grpc.StatusCode.INVALID_ARGUMENT,
+    errors.BufferMismatch: grpc.StatusCode.INVALID_ARGUMENT,
+    errors.NamespaceUnknown: grpc.StatusCode.NOT_FOUND,
+    errors.LayoutMismatch: grpc.StatusCode.FAILED_PRECONDITION,
+    errors.Unauthenticated: grpc.StatusCode.UNAUTHENTICATED,
+    errors.PermissionDenied: grpc.StatusCode.PERMISSION_DENIED,
+    errors.ProtocolError: grpc.StatusCode.INVALID_ARGUMENT,
+    errors.ClientClosed: grpc.StatusCode.CANCELLED,
+}
+
+# What a status without our trailer means: it comes from gRPC itself or from a proxy. Retryable unless it says that the call is wrong.
+_ERROR_OF_CODE: dict[grpc.StatusCode, type[errors.AttnStoreError]] = {
+    grpc.StatusCode.DEADLINE_EXCEEDED: errors.DeadlineExceeded,
+    grpc.StatusCode.UNAUTHENTICATED: errors.Unauthenticated,
+    grpc.StatusCode.PERMISSION_DENIED: errors.PermissionDenied,
+    grpc.StatusCode.INVALID_ARGUMENT: errors.InvalidArgument,
+    grpc.StatusCode.RESOURCE_EXHAUSTED: errors.InvalidArgument,
+    grpc.StatusCode.UNIMPLEMENTED: errors.ProtocolError,
+    grpc.StatusCode.OUT_OF_RANGE: errors.InvalidArgument,
+}
+
+Trailers = Iterable[tuple[str, str | bytes]]
+
+
+def rpc_status(error: errors.AttnStoreError) -> tuple[grpc.StatusCode, str, tuple[tuple[str, str], ...]]:
+    """`(status code, message, trailing metadata)` that carry `error` to the caller."""
+    return _CODE_OF_ERROR.get(type(error), grpc.StatusCode.INTERNAL), str(error), ((ERROR_TRAILER, error.code),)
+
+
+def error_from_rpc(code: grpc.StatusCode, message: str, trailers: Trailers) -> errors.AttnStoreError:
+    """The typed error that a failed call means. Without our trailer, unknown codes are `Unavailable` (retryable)."""
+    for key, value in trailers:
+        if key == ERROR_TRAILER:
+            cls = errors.error_of_code(value if isinstance(value, str) else value.decode("ascii", "replace"))
+            if cls is not None:
+                return cls(message)
+    return _ERROR_OF_CODE.get(code, errors.Unavailable)(f"{message or 'no details'} ({code.name})")
