@@ -1,0 +1,58 @@
+"""What every test shares: repeatable property tests, markers that look for what they need, a store node for the doctests."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+
+import pytest
+from hypothesis import settings
+
+from attnstore.testing import StoreProcess
+
+# The same examples in every run: a failure is found again by running the test again.
+settings.register_profile("repeatable", derandomize=True, deadline=None, print_blob=True)
+settings.load_profile("repeatable")
+
+
+def _missing_gpu() -> str | None:
+    import torch
+
+    return None if torch.cuda.is_available() else "no CUDA device"
+
+
+def _missing_netns() -> str | None:
+    if os.geteuid() != 0:
+        return "network namespaces need root"
+    return None if shutil.which("ip") and shutil.which("tc") else "iproute2 is not installed"
+
+
+def _missing_vllm() -> str | None:
+    return None if os.environ.get("ATTNSTORE_VLLM_PYTHON") else "ATTNSTORE_VLLM_PYTHON names no Python with vLLM"
+
+
+_MISSING = {"gpu": _missing_gpu, "netns": _missing_netns, "vllm": _missing_vllm}
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Skips a marked test, saying why, where the machine lacks what it needs."""
+    for marker, missing in _MISSING.items():
+        if item.get_closest_marker(marker) is not None and (reason := missing()) is not None:
+            pytest.skip(reason)
+
+
+@pytest.fixture(scope="session")
+def store_url() -> Iterator[str]:
+    """A real store node of its own process, shared by the tests that only need one to be there."""
+    with StoreProcess("--capacity", "64MiB") as node:
+        yield node.url
+
+
+@pytest.fixture(autouse=True)
+def _store_in_doctests(request: pytest.FixtureRequest) -> None:
+    """Doctests that mention `store_url` find a running node under that name."""
+    if isinstance(request.node, pytest.DoctestItem):
+        test = request.node.dtest
+        if any("store_url" in example.source for example in test.examples):
+            test.globs["store_url"] = request.getfixturevalue("store_url")
