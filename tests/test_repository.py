@@ -69,7 +69,7 @@ def test_the_service_is_named_as_the_protocol_publishes_it() -> None:
 
 
 def test_a_store_node_and_a_client_need_no_torch() -> None:
-    absent = ("torch", "triton", "transformers", "numpy", "gguf", "accelerate", "rich", "redis", "matplotlib")
+    absent = ("torch", "triton", "numba", "transformers", "numpy", "gguf", "accelerate", "rich", "redis", "matplotlib")
     modules = ("attnstore", "attnstore.aio", "attnstore.cli", "attnstore.server.node")
     run_python("-c", _BARE_MACHINE.format(absent=absent, modules=modules))
 
