@@ -1,0 +1,43 @@
+"""A page table of a few pages, and names for what goes into it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from itertools import count
+
+import pytest
+from hypothesis import settings
+
+from attnstore.core.layout import DType, PageLayout
+from attnstore.core.page_table import PageTable
+
+# The same examples in every run, and never a verdict on how fast the machine is.
+settings.register_profile("attnstore", deadline=None, derandomize=True)
+settings.load_profile("attnstore")
+
+MakeTable = Callable[..., PageTable]
+
+
+@pytest.fixture
+def make_table() -> MakeTable:
+    """`make_table(capacity_bytes, extent_bytes)`: lease ids count up from 0."""
+
+    def make(capacity_bytes: int, extent_bytes: int | None = None) -> PageTable:
+        ids = count()
+        return PageTable(
+            capacity_bytes=capacity_bytes,
+            extent_bytes=extent_bytes or capacity_bytes,
+            new_lease_id=lambda: next(ids).to_bytes(16, "big"),
+        )
+
+    return make
+
+
+@pytest.fixture
+def layout_of_bytes() -> Callable[[int], PageLayout]:
+    """A layout whose page has the given, even, number of bytes."""
+
+    def make(page_bytes: int) -> PageLayout:
+        return PageLayout(layers=1, kv_heads=1, head_dim=page_bytes // 2, block_tokens=1, dtype=DType.OPAQUE)
+
+    return make

@@ -1,0 +1,351 @@
+"""The page table claim by claim: life cycle, look-ups, eviction, classes and refusals."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+
+from attnstore.core.layout import PageLayout
+from attnstore.core.page_table import ArrivingPage, PageTable, PinnedPage
+from attnstore.core.slots import Slot
+from attnstore.errors import InvalidArgument, LayoutMismatch, NamespaceUnknown, Overloaded, PermissionDenied
+from attnstore.limits import NAMESPACES_MAX
+from attnstore.types import PageEventKind, PageStatus
+
+MakeTable = Callable[..., PageTable]
+MakeLayout = Callable[[int], PageLayout]
+
+NAMESPACE, OTHER = b"n" * 32, b"o" * 32
+PAGE_BYTES = 100
+
+
+def page_hash(number: int) -> bytes:
+    return number.to_bytes(32, "big")
+
+
+def prepare(table: PageTable, number: int, namespace: bytes = NAMESPACE, now_ms: float = 0.0) -> ArrivingPage:
+    page = table.prepare(namespace, page_hash(number), number, now_ms)
+    assert isinstance(page, ArrivingPage), page
+    return page
+
+
+def store(table: PageTable, number: int, namespace: bytes = NAMESPACE, now_ms: float = 0.0) -> Slot:
+    page = prepare(table, number, namespace, now_ms)
+    table.complete(page, now_ms)
+    table.check()
+    return page.slot
+
+
+def pin(table: PageTable, number: int, namespace: bytes = NAMESPACE) -> PinnedPage:
+    page = table.pin(namespace, page_hash(number), None, 0.0)
+    assert isinstance(page, PinnedPage), page
+    return page
+
+
+def present(table: PageTable, numbers: range, namespace: bytes = NAMESPACE) -> list[int]:
+    """Which pages are sealed, seen without touching any of them through the events or the order of eviction."""
+    events = table.take_events()
+    alive: dict[int, None] = {}
+    for owner, event in events:
+        number = int.from_bytes(event.hash, "big")
+        if owner == namespace and event.kind is PageEventKind.SEALED:
+            alive[number] = None
+        elif owner == namespace:
+            alive.pop(number, None)
+    return [number for number in numbers if number in alive]
+
+
+@pytest.fixture
+def table(make_table: MakeTable, layout_of_bytes: MakeLayout) -> PageTable:
+    """Four pages of one namespace in one extent."""
+    table = make_table(4 * PAGE_BYTES)
+    assert table.register(NAMESPACE, layout_of_bytes(PAGE_BYTES), "a") == 4
+    return table
+
+
+@pytest.fixture
+def shared_table(make_table: MakeTable, layout_of_bytes: MakeLayout) -> PageTable:
+    """Two tenants with a namespace each, and two extents of two pages."""
+    table = make_table(4 * PAGE_BYTES, 2 * PAGE_BYTES)
+    table.register(NAMESPACE, layout_of_bytes(PAGE_BYTES), "a")
+    table.register(OTHER, layout_of_bytes(PAGE_BYTES), "b")
+    return table
+
+
+def test_a_page_is_found_only_once_it_is_complete(table: PageTable) -> None:
+    page = prepare(table, 1)
+    assert table.match(NAMESPACE, [[page_hash(1)]], 0, 0.0).hits == (0,)
+    assert table.pin(NAMESPACE, page_hash(1), None, 0.0) is PageStatus.MISSING
+    table.complete(page, 0.0)
+    assert table.match(NAMESPACE, [[page_hash(1)]], 0, 0.0).hits == (1,)
+    assert pin(table, 1).checksum == 1
+
+
+def test_an_aborted_page_leaves_nothing_behind(table: PageTable) -> None:
+    table.abort(prepare(table, 1))
+    table.check()
+    assert table.statistics().used_bytes == 0
+    assert table.take_events() == []
+    store(table, 1)
+
+
+@pytest.mark.parametrize("finish", ["complete", "abort"])
+def test_finishing_a_page_twice_is_caught(table: PageTable, finish: str) -> None:
+    page = prepare(table, 1)
+    table.complete(page, 0.0) if finish == "complete" else table.abort(page)
+    with pytest.raises(AssertionError, match="cannot abort"):
+        table.abort(page)
+    with pytest.raises(AssertionError, match="cannot complete"):
+        table.complete(page, 0.0)
+
+
+def test_unpinning_more_often_than_pinning_is_caught(table: PageTable) -> None:
+    store(table, 1)
+    page = pin(table, 1)
+    table.unpin(page)
+    with pytest.raises(AssertionError, match="unpinned more often"):
+        table.unpin(page)
+
+
+def test_a_second_writer_of_a_page_is_told_so(table: PageTable) -> None:
+    page = prepare(table, 1)
+    assert table.prepare(NAMESPACE, page_hash(1), 1, 0.0) is PageStatus.ARRIVING
+    table.complete(page, 0.0)
+    assert table.prepare(NAMESPACE, page_hash(1), 1, 0.0) is PageStatus.ALREADY_PRESENT
+    assert table.statistics().stored_pages == 1
+
+
+def test_a_match_counts_leading_pages_of_each_prefix(table: PageTable) -> None:
+    for number in (1, 2, 4):
+        store(table, number)
+    prefixes = [[page_hash(number) for number in prefix] for prefix in ([1, 2, 3, 4], [4], [], [9, 1], [2, 1])]
+    assert table.match(NAMESPACE, prefixes, 0, 0.0).hits == (2, 1, 0, 0, 2)
+    statistics = table.statistics()
+    assert (statistics.hit_pages, statistics.missed_pages) == (5, 4)
+
+
+def test_a_hash_stored_under_another_namespace_is_a_miss(make_table: MakeTable, layout_of_bytes: MakeLayout) -> None:
+    table = make_table(4 * PAGE_BYTES)
+    for namespace in (NAMESPACE, OTHER):
+        table.register(namespace, layout_of_bytes(PAGE_BYTES), "a")
+    store(table, 1)
+    assert table.match(OTHER, [[page_hash(1)]], 100, 0.0).hits == (0,)
+    assert table.pin(OTHER, page_hash(1), None, 0.0) is PageStatus.MISSING
+    assert table.delete(OTHER, page_hash(1), 0.0) is PageStatus.MISSING
+    store(table, 1, OTHER)
+    assert table.statistics().pages_sealed == 2
+
+
+def test_the_least_recently_used_page_is_evicted_first(table: PageTable) -> None:
+    for number in range(4):
+        store(table, number)
+    table.match(NAMESPACE, [[page_hash(0)]], 0, 0.0)
+    table.unpin(pin(table, 1))
+    table.prepare(NAMESPACE, page_hash(2), 2, 0.0)
+    for number in range(4, 6):
+        store(table, number)
+    assert present(table, range(6)) == [1, 2, 4, 5]
+    assert table.statistics().evicted_pages == 2
+
+
+def test_a_chain_loses_its_tail_before_its_head(table: PageTable) -> None:
+    for number in range(4):
+        store(table, number)
+    table.match(NAMESPACE, [[page_hash(number) for number in range(4)]], 0, 0.0)
+    store(table, 4)
+    store(table, 5)
+    assert present(table, range(6)) == [0, 1, 4, 5]
+
+
+def test_a_chain_whose_lease_ended_loses_its_tail_before_its_head(table: PageTable) -> None:
+    for number in range(4):
+        store(table, number)
+    table.match(NAMESPACE, [[page_hash(number) for number in range(4)]], 10, 0.0)
+    table.expire(10.0)
+    store(table, 4)
+    assert present(table, range(5)) == [0, 1, 2, 4]
+
+
+def test_pinned_and_arriving_pages_are_never_evicted(table: PageTable) -> None:
+    store(table, 0)
+    store(table, 1)
+    reader = pin(table, 0)
+    table.match(NAMESPACE, [[page_hash(1)]], 10, 0.0)
+    arriving = [prepare(table, 2), prepare(table, 3)]
+    assert table.prepare(NAMESPACE, page_hash(4), 4, 0.0) is PageStatus.NO_SPACE
+    table.check()
+    assert table.match(NAMESPACE, [[page_hash(0)], [page_hash(1)]], 0, 0.0).hits == (1, 1)
+    table.unpin(reader)
+    store(table, 4)
+    assert present(table, range(5)) == [1, 4]
+    for page in arriving:
+        table.abort(page)
+    table.check()
+
+
+def test_a_store_with_everything_leased_has_no_space_until_the_leases_expire(table: PageTable) -> None:
+    for number in range(4):
+        store(table, number)
+    table.match(NAMESPACE, [[page_hash(number) for number in range(4)]], 50, 0.0)
+    assert table.prepare(NAMESPACE, page_hash(4), 4, 49.9) is PageStatus.NO_SPACE
+    assert table.statistics().evicted_pages == 0
+    store(table, 4, now_ms=50.0)
+
+
+def test_a_recycled_slot_has_a_new_generation(make_table: MakeTable, layout_of_bytes: MakeLayout) -> None:
+    table = make_table(PAGE_BYTES)
+    table.register(NAMESPACE, layout_of_bytes(PAGE_BYTES), "a")
+    slots = [store(table, number) for number in range(3)]
+    assert len({(slot.extent, slot.offset_bytes) for slot in slots}) == 1
+    assert len({slot.generation for slot in slots}) == 3
+
+
+def test_a_deleted_page_is_gone_and_its_slot_is_free(table: PageTable) -> None:
+    store(table, 1)
+    reader = pin(table, 1)
+    assert table.delete(NAMESPACE, page_hash(1), 0.0) is PageStatus.PINNED
+    table.unpin(reader)
+    assert table.delete(NAMESPACE, page_hash(1), 0.0) is PageStatus.OK
+    assert table.delete(NAMESPACE, page_hash(1), 0.0) is PageStatus.MISSING
+    assert table.statistics().used_bytes == 0
+    table.check()
+
+
+def test_an_arriving_page_cannot_be_deleted(table: PageTable) -> None:
+    page = prepare(table, 1)
+    assert table.delete(NAMESPACE, page_hash(1), 0.0) is PageStatus.MISSING
+    table.complete(page, 0.0)
+    table.check()
+
+
+def test_events_tell_what_was_sealed_evicted_and_deleted(make_table: MakeTable, layout_of_bytes: MakeLayout) -> None:
+    table = make_table(PAGE_BYTES)
+    table.register(NAMESPACE, layout_of_bytes(PAGE_BYTES), "a")
+    store(table, 1)
+    store(table, 2)
+    table.delete(NAMESPACE, page_hash(2), 0.0)
+    events = [(namespace, event.kind, event.hash, event.sequence) for namespace, event in table.take_events()]
+    assert events == [
+        (NAMESPACE, PageEventKind.SEALED, page_hash(1), 1),
+        (NAMESPACE, PageEventKind.EVICTED, page_hash(1), 2),
+        (NAMESPACE, PageEventKind.SEALED, page_hash(2), 3),
+        (NAMESPACE, PageEventKind.DELETED, page_hash(2), 4),
+    ]
+
+
+def test_an_extent_never_holds_pages_of_two_tenants(shared_table: PageTable) -> None:
+    mine = {store(shared_table, 0).extent}
+    theirs = {store(shared_table, number, OTHER).extent for number in range(2)}
+    assert mine.isdisjoint(theirs)
+
+
+def test_a_class_without_slots_takes_the_coldest_idle_extent_of_another(shared_table: PageTable) -> None:
+    for number in range(4):
+        store(shared_table, number)
+    shared_table.match(NAMESPACE, [[page_hash(0)]], 0, 0.0)
+    slot = store(shared_table, 9, OTHER)
+    assert slot.tenancy == 2
+    assert present(shared_table, range(4)) == [0, 1]
+
+
+def test_an_extent_with_a_busy_page_is_not_taken(shared_table: PageTable) -> None:
+    for number in range(4):
+        store(shared_table, number)
+    readers = [pin(shared_table, 0), pin(shared_table, 2)]
+    assert shared_table.prepare(OTHER, page_hash(9), 9, 0.0) is PageStatus.NO_SPACE
+    assert present(shared_table, range(4)) == [0, 1, 2, 3]
+    shared_table.unpin(readers[0])
+    store(shared_table, 9, OTHER)
+    assert present(shared_table, range(4)) == []
+
+
+def test_memory_flows_from_a_tenant_that_rests_to_one_that_works(shared_table: PageTable) -> None:
+    for number in range(4):
+        store(shared_table, number)
+    for number in range(10, 16):
+        store(shared_table, number, OTHER)
+    sealed = {statistics.tenant: statistics.pages_sealed for statistics in shared_table.statistics().namespaces}
+    assert sealed == {"a": 0, "b": 4}
+
+
+def test_a_tenant_in_use_is_not_robbed_by_one_that_only_writes(shared_table: PageTable) -> None:
+    store(shared_table, 0)
+    store(shared_table, 1)
+    for number in range(10, 20):
+        store(shared_table, number, OTHER)
+        shared_table.match(NAMESPACE, [[page_hash(0), page_hash(1)]], 0, 0.0)
+    sealed = {statistics.tenant: statistics.pages_sealed for statistics in shared_table.statistics().namespaces}
+    assert sealed == {"a": 2, "b": 2}
+
+
+def test_pages_of_two_sizes_share_the_capacity(make_table: MakeTable, layout_of_bytes: MakeLayout) -> None:
+    table = make_table(800, 400)
+    assert table.register(NAMESPACE, layout_of_bytes(100), "a") == 8
+    assert table.register(OTHER, layout_of_bytes(400), "a") == 2
+    small = [store(table, number) for number in range(4)]
+    large = store(table, 9, OTHER)
+    assert large.extent not in {slot.extent for slot in small}
+    assert table.statistics().used_bytes == 800
+
+
+def test_statistics_agree_with_what_was_done(table: PageTable) -> None:
+    store(table, 1)
+    store(table, 2)
+    prepare(table, 3)
+    table.match(NAMESPACE, [[page_hash(1)]], 10, 0.0)
+    pin(table, 1)
+    statistics = table.statistics()
+    assert statistics.capacity_bytes == 400
+    assert statistics.used_bytes == 300
+    assert (statistics.pages_sealed, statistics.pages_arriving, statistics.pages_pinned, statistics.leases) == (2, 1, 1, 1)
+    assert (statistics.namespaces[0].pages_sealed, statistics.namespaces[0].pages_arriving) == (2, 1)
+
+
+def test_registering_is_idempotent_and_layouts_are_known_to_their_tenant(table: PageTable, layout_of_bytes: MakeLayout) -> None:
+    assert table.register(NAMESPACE, layout_of_bytes(PAGE_BYTES), "a") == 4
+    assert table.layout_of(NAMESPACE, "a") == layout_of_bytes(PAGE_BYTES)
+
+
+def test_a_namespace_is_refused_to_another_tenant_and_to_another_layout(table: PageTable, layout_of_bytes: MakeLayout) -> None:
+    with pytest.raises(PermissionDenied, match="another tenant"):
+        table.register(NAMESPACE, layout_of_bytes(PAGE_BYTES), "b")
+    with pytest.raises(PermissionDenied, match="another tenant"):
+        table.layout_of(NAMESPACE, "b")
+    with pytest.raises(LayoutMismatch, match="registered with"):
+        table.register(NAMESPACE, layout_of_bytes(PAGE_BYTES - 2), "a")
+
+
+def test_a_page_that_fits_no_extent_is_refused(table: PageTable, layout_of_bytes: MakeLayout) -> None:
+    with pytest.raises(InvalidArgument, match="raise the capacity"):
+        table.register(OTHER, layout_of_bytes(402), "a")
+    with pytest.raises(NamespaceUnknown):
+        table.layout_of(OTHER, "a")
+
+
+def test_an_unknown_namespace_is_refused_everywhere(table: PageTable) -> None:
+    calls: list[Callable[[], object]] = [
+        lambda: table.layout_of(OTHER, "a"),
+        lambda: table.match(OTHER, [], 0, 0.0),
+        lambda: table.pin(OTHER, page_hash(1), None, 0.0),
+        lambda: table.prepare(OTHER, page_hash(1), 1, 0.0),
+        lambda: table.delete(OTHER, page_hash(1), 0.0),
+    ]
+    for call in calls:
+        with pytest.raises(NamespaceUnknown, match="RegisterLayout"):
+            call()
+
+
+def test_the_number_of_namespaces_is_bounded(table: PageTable, layout_of_bytes: MakeLayout) -> None:
+    layout = layout_of_bytes(PAGE_BYTES)
+    for number in range(NAMESPACES_MAX - 1):
+        table.register(page_hash(number), layout, "a")
+    with pytest.raises(Overloaded, match="namespaces"):
+        table.register(OTHER, layout, "a")
+    assert table.register(NAMESPACE, layout, "a") == 4
+
+
+@pytest.mark.parametrize("length", [0, 31, 33])
+def test_a_hash_of_another_length_is_never_stored(table: PageTable, length: int) -> None:
+    with pytest.raises(AssertionError, match="32 bytes"):
+        table.prepare(NAMESPACE, bytes(length), 0, 0.0)

@@ -1,0 +1,292 @@
+"""The page table against a model that is too simple to be wrong, through random histories.
+
+The model knows which pages arrive and are sealed, who holds them until when, and where they lie. Which page is evicted is the
+table's choice: the model learns it from the events and checks that the choice was allowed. Conservation is checked after
+every step.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from itertools import count
+
+import hypothesis.strategies as st
+import pytest
+from hypothesis import given, settings
+from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, multiple, rule, run_state_machine_as_test
+
+from attnstore.core.layout import DType, PageLayout
+from attnstore.core.page_table import ArrivingPage, PageTable, PinnedPage
+from attnstore.core.slots import Slot
+from attnstore.errors import LeaseExpired
+from attnstore.types import PageEventKind, PageStatus
+
+CAPACITY_BYTES = 1024
+TENANTS = {b"1" * 32: "a", b"2" * 32: "a", b"3" * 32: "a", b"4" * 32: "b", b"5" * 32: "b"}
+PAGE_BYTES = {b"1" * 32: 128, b"2" * 32: 128, b"3" * 32: 60, b"4" * 32: 128, b"5" * 32: 250}
+HASHES = [bytes([number]) * 32 for number in range(8)]
+
+namespaces = st.sampled_from(list(TENANTS))
+hashes = st.sampled_from(HASHES)
+durations_ms = st.integers(1, 60)
+
+Key = tuple[bytes, bytes]
+
+
+@dataclass
+class ModelPage:
+    slot: Slot
+    checksum: int
+    readers: int = 0
+    leases: set[bytes] = field(default_factory=set)
+
+
+class PageTableMachine(RuleBasedStateMachine):
+    """Rules draw commands; each compares the answer with the model's."""
+
+    extent_bytes = 256
+
+    arriving_pages = Bundle("arriving_pages")
+    pinned_pages = Bundle("pinned_pages")
+    lease_ids = Bundle("lease_ids")
+
+    def __init__(self) -> None:
+        super().__init__()
+        ids = count()
+        self.table = PageTable(
+            capacity_bytes=CAPACITY_BYTES, extent_bytes=self.extent_bytes, new_lease_id=lambda: next(ids).to_bytes(16, "big")
+        )
+        for namespace, tenant in TENANTS.items():
+            layout = PageLayout(layers=1, kv_heads=1, head_dim=PAGE_BYTES[namespace] // 2, block_tokens=1, dtype=DType.OPAQUE)
+            self.table.register(namespace, layout, tenant)
+        self.now_ms = 0.0
+        self.arriving: dict[Key, ModelPage] = {}
+        self.sealed: dict[Key, ModelPage] = {}
+        self.lease_ends_ms: dict[bytes, float] = {}
+        self.generations: set[int] = set()
+        self.sequence = 0
+
+    @rule(step_ms=st.integers(0, 40))
+    def time_passes(self, step_ms: int) -> None:
+        self.now_ms += step_ms
+
+    @rule(target=arriving_pages, namespace=namespaces, page_hash=hashes, checksum=st.integers(0, 9))
+    def prepare(self, namespace: bytes, page_hash: bytes, checksum: int) -> object:
+        key = (namespace, page_hash)
+        room = self.has_room(namespace)
+        answer = self.table.prepare(namespace, page_hash, checksum, self.now_ms)
+        self.learn_evictions()
+        if key in self.sealed:
+            assert answer is PageStatus.ALREADY_PRESENT
+        elif key in self.arriving:
+            assert answer is PageStatus.ARRIVING
+        elif not room:
+            assert answer is PageStatus.NO_SPACE
+        else:
+            assert isinstance(answer, ArrivingPage)
+            assert answer.slot.generation not in self.generations
+            assert answer.slot.size_bytes == PAGE_BYTES[namespace]
+            self.generations.add(answer.slot.generation)
+            self.arriving[key] = ModelPage(answer.slot, checksum)
+            return (key, answer)
+        return multiple()
+
+    @rule(page=consumes(arriving_pages))
+    def complete(self, page: tuple[Key, ArrivingPage]) -> None:
+        key, arriving = page
+        self.table.complete(arriving, self.now_ms)
+        self.sealed[key] = self.arriving.pop(key)
+        self.expect_event(PageEventKind.SEALED, key)
+
+    @rule(page=consumes(arriving_pages))
+    def abort(self, page: tuple[Key, ArrivingPage]) -> None:
+        self.table.abort(page[1])
+        del self.arriving[page[0]]
+
+    @rule(
+        target=lease_ids,
+        namespace=namespaces,
+        prefixes=st.lists(st.lists(hashes, max_size=4), max_size=3),
+        lease_ms=st.just(0) | durations_ms,
+    )
+    def match(self, namespace: bytes, prefixes: list[list[bytes]], lease_ms: int) -> object:
+        outcome = self.table.match(namespace, prefixes, lease_ms, self.now_ms)
+        hit_keys = set()
+        for prefix, hits in zip(prefixes, outcome.hits, strict=True):
+            keys = [(namespace, page_hash) for page_hash in prefix]
+            assert all(key in self.sealed for key in keys[:hits])
+            assert hits == len(prefix) or keys[hits] not in self.sealed
+            hit_keys.update(keys[:hits])
+        if not (hit_keys and lease_ms):
+            assert outcome.lease_id is None
+            return multiple()
+        assert outcome.lease_id is not None
+        assert outcome.lease_ms == lease_ms
+        self.lease_ends_ms[outcome.lease_id] = self.now_ms + lease_ms
+        for key in hit_keys:
+            self.sealed[key].leases.add(outcome.lease_id)
+        return (namespace, outcome.lease_id)
+
+    @rule(target=pinned_pages, namespace=namespaces, page_hash=hashes, lease=st.none() | lease_ids)
+    def pin(self, namespace: bytes, page_hash: bytes, lease: tuple[bytes, bytes] | None) -> object:
+        key = (namespace, page_hash)
+        answer = self.table.pin(namespace, page_hash, lease[1] if lease else None, self.now_ms)
+        if lease and not (lease[0] == namespace and self.is_live(lease[1])):
+            assert answer is PageStatus.LEASE_EXPIRED
+        elif key not in self.sealed:
+            assert answer is PageStatus.MISSING
+        else:
+            assert isinstance(answer, PinnedPage)
+            assert (answer.slot, answer.checksum) == (self.sealed[key].slot, self.sealed[key].checksum)
+            self.sealed[key].readers += 1
+            return (key, answer)
+        return multiple()
+
+    @rule(page=consumes(pinned_pages))
+    def unpin(self, page: tuple[Key, PinnedPage]) -> None:
+        key, pinned = page
+        assert self.sealed[key].slot is pinned.slot, "a pinned page moved or was replaced"
+        self.table.unpin(pinned)
+        self.sealed[key].readers -= 1
+
+    @rule(lease=lease_ids, lease_ms=durations_ms)
+    def renew(self, lease: tuple[bytes, bytes], lease_ms: int) -> None:
+        if self.is_live(lease[1]):
+            end_ms = max(self.lease_ends_ms[lease[1]], self.now_ms + lease_ms)
+            assert self.table.renew(lease[1], lease_ms, self.now_ms) == end_ms - self.now_ms
+            self.lease_ends_ms[lease[1]] = end_ms
+        else:
+            with pytest.raises(LeaseExpired):
+                self.table.renew(lease[1], lease_ms, self.now_ms)
+
+    @rule(lease=lease_ids)
+    def release(self, lease: tuple[bytes, bytes]) -> None:
+        assert self.table.release(lease[1], self.now_ms) == self.is_live(lease[1])
+        self.lease_ends_ms.pop(lease[1], None)
+
+    @rule()
+    def expire(self) -> None:
+        live_ms = [end_ms for lease_id, end_ms in self.lease_ends_ms.items() if self.is_live(lease_id)]
+        assert self.table.expire(self.now_ms) == min(live_ms, default=None)
+        assert self.table.statistics().leases == len(live_ms)
+        assert self.table.statistics().pages_pinned == sum(map(self.is_pinned, self.sealed.values()))
+
+    @rule(namespace=namespaces, page_hash=hashes)
+    def delete(self, namespace: bytes, page_hash: bytes) -> None:
+        key = (namespace, page_hash)
+        status = self.table.delete(namespace, page_hash, self.now_ms)
+        if key not in self.sealed:
+            assert status is PageStatus.MISSING
+        elif self.is_pinned(self.sealed[key]):
+            assert status is PageStatus.PINNED
+        else:
+            assert status is PageStatus.OK
+            del self.sealed[key]
+            self.expect_event(PageEventKind.DELETED, key)
+
+    @invariant()
+    def everything_is_conserved(self) -> None:
+        self.table.check()
+        pages = self.pages()
+        statistics = self.table.statistics()
+        assert (statistics.pages_sealed, statistics.pages_arriving) == (len(self.sealed), len(self.arriving))
+        assert statistics.used_bytes == sum(page.slot.size_bytes for page in pages.values()) <= CAPACITY_BYTES
+        tenants: dict[int, set[tuple[str, int]]] = {}
+        for (namespace, _), page in pages.items():
+            tenants.setdefault(page.slot.extent, set()).add((TENANTS[namespace], page.slot.tenancy))
+        assert all(len(owners) == 1 for owners in tenants.values()), "an extent shows pages of two tenants"
+        ends_bytes = 0
+        for slot in sorted((page.slot for page in pages.values()), key=self.address):
+            assert self.address(slot) >= ends_bytes, "two slots overlap"
+            ends_bytes = self.address(slot) + slot.size_bytes
+        assert ends_bytes <= CAPACITY_BYTES
+
+    def teardown(self) -> None:
+        """Whatever the history was, the arena is all free once everybody lets go."""
+        self.now_ms += 1e6
+        for key, page in list(self.sealed.items()):
+            if not page.readers:
+                assert self.table.delete(*key, self.now_ms) is PageStatus.OK
+                del self.sealed[key]
+        self.table.check()
+        assert self.table.statistics().pages_sealed == sum(page.readers > 0 for page in self.sealed.values())
+
+    def pages(self) -> dict[Key, ModelPage]:
+        return {**self.arriving, **self.sealed}
+
+    def address(self, slot: Slot) -> int:
+        return slot.extent * self.extent_bytes + slot.offset_bytes
+
+    def is_live(self, lease_id: bytes) -> bool:
+        return self.now_ms < self.lease_ends_ms.get(lease_id, 0.0)
+
+    def is_pinned(self, page: ModelPage) -> bool:
+        return page.readers > 0 or any(map(self.is_live, page.leases))
+
+    def has_room(self, namespace: bytes) -> bool:
+        """Whether a page can be had: a free slot or extent, a page of the own class to evict, or an idle extent."""
+        by_extent: dict[int, list[Key]] = {}
+        for key, page in self.pages().items():
+            by_extent.setdefault(page.slot.extent, []).append(key)
+        if len(by_extent) < CAPACITY_BYTES // self.extent_bytes:
+            return True
+        own_class = (TENANTS[namespace], PAGE_BYTES[namespace])
+        for keys in by_extent.values():
+            evictable = [key in self.sealed and not self.is_pinned(self.sealed[key]) for key in keys]
+            owner = keys[0][0]
+            is_own = (TENANTS[owner], PAGE_BYTES[owner]) == own_class
+            if all(evictable) or (is_own and (any(evictable) or len(keys) < self.extent_bytes // PAGE_BYTES[namespace])):
+                return True
+        return False
+
+    def learn_evictions(self) -> None:
+        for namespace, event in self.table.take_events():
+            key = (namespace, event.hash)
+            assert event.kind is PageEventKind.EVICTED
+            assert not self.is_pinned(self.sealed[key]), "a pinned page was evicted"
+            del self.sealed[key]
+            self.sequence += 1
+            assert event.sequence == self.sequence
+
+    def expect_event(self, kind: PageEventKind, key: Key) -> None:
+        ((namespace, event),) = self.table.take_events()
+        self.sequence += 1
+        assert (event.kind, namespace, event.hash, event.sequence) == (kind, *key, self.sequence)
+
+
+@pytest.mark.parametrize("extent_bytes", [256, 512, 1024])
+def test_the_table_agrees_with_the_model_through_random_histories(extent_bytes: int) -> None:
+    machine = type("Machine", (PageTableMachine,), {"extent_bytes": extent_bytes})
+    run_state_machine_as_test(machine, settings=settings(max_examples=60, stateful_step_count=60))
+
+
+@settings(max_examples=150)
+@given(
+    pages_max=st.integers(1, 6),
+    steps=st.lists(st.tuples(st.sampled_from(["store", "match", "pin", "delete"]), st.integers(0, 9)), max_size=80),
+)
+def test_one_class_keeps_exactly_the_most_recently_used_pages(pages_max: int, steps: list[tuple[str, int]]) -> None:
+    namespace = b"n" * 32
+    table = PageTable(capacity_bytes=pages_max * 64, extent_bytes=64, new_lease_id=lambda: bytes(16))
+    table.register(namespace, PageLayout(layers=1, kv_heads=1, head_dim=32, block_tokens=1, dtype=DType.OPAQUE), "a")
+    recent: list[int] = []
+    for verb, number in steps:
+        page_hash = bytes([number]) * 32
+        if verb == "store":
+            page = table.prepare(namespace, page_hash, 0, 0.0)
+            if isinstance(page, ArrivingPage):
+                table.complete(page, 0.0)
+        elif verb == "match":
+            table.match(namespace, [[page_hash]], 0, 0.0)
+        elif verb == "pin":
+            pinned = table.pin(namespace, page_hash, None, 0.0)
+            if isinstance(pinned, PinnedPage):
+                table.unpin(pinned)
+        else:
+            table.delete(namespace, page_hash, 0.0)
+        if number in recent or verb == "store":
+            recent = [other for other in recent if other != number] + [number] * (verb != "delete")
+            recent = recent[-pages_max:]
+        table.check()
+        assert table.statistics().pages_sealed == len(recent)
+    assert [n for n in range(10) if table.delete(namespace, bytes([n]) * 32, 0.0) is PageStatus.OK] == sorted(recent)
