@@ -8,11 +8,11 @@ that follows docs/architecture.md finds the same page. `tests/core/vectors.json`
 from __future__ import annotations
 
 import hashlib
+import struct
+import sys
 from array import array
 from collections.abc import Iterable, Sequence
 from itertools import islice
-import struct
-import sys
 from typing import NewType
 
 import xxhash
@@ -32,9 +32,9 @@ _U32 = struct.Struct("<I")
 def namespace(layout: PageLayout, *, model: bytes, tenant_salt: bytes = b"") -> Namespace:
     """The 32-byte digest that separates everything whose KV bytes could differ.
 
-    `model` identifies the weights and every setting that changes KV bytes (RoPE, attention config): any byte string that is equal
-    exactly when those are equal. `tenant_salt` separates tenants that must not share pages.
-    BLAKE2b-256, personalised `attnstore-ns-v1`, of `len(salt) u32 | salt | len(model) u32 | model | layout.canonical()`.
+    `model` identifies the weights and every setting that changes KV bytes (RoPE, attention config): any byte string that is
+    equal exactly when those are equal. `tenant_salt` separates tenants that must not share pages. BLAKE2b-256, personalised
+    `attnstore-ns-v1`, of `len(salt) u32 | salt | len(model) u32 | model | layout.canonical()`.
     """
     digest = hashlib.blake2b(digest_size=HASH_BYTES, person=_NAMESPACE_PERSON)
     for part in (tenant_salt, model):
@@ -47,8 +47,8 @@ def namespace(layout: PageLayout, *, model: bytes, tenant_salt: bytes = b"") -> 
 def block_hash(parent: bytes, token_ids: Sequence[int], extra_keys: Iterable[bytes] = ()) -> BlockHash:
     """The name of the block with `token_ids` that follows `parent` (a `BlockHash`, or the `Namespace` for the first block).
 
-    BLAKE2b-256, personalised `attnstore-bk-v1`, of `parent | count u32 | token ids u32... | for each extra key: len u32 | key`, all
-    little-endian. Extra keys are whatever else changes the KV bytes, for example a LoRA id.
+    BLAKE2b-256, personalised `attnstore-bk-v1`, of `parent | count u32 | token ids u32... | for each extra key: len u32 |
+    key`, all little-endian. Extra keys are whatever else changes the KV bytes, for example a LoRA id.
     Raises `InvalidArgument` for a parent that is not 32 bytes or a token id outside u32.
     """
     if len(parent) != HASH_BYTES:
@@ -62,9 +62,7 @@ def block_hash(parent: bytes, token_ids: Sequence[int], extra_keys: Iterable[byt
     return BlockHash(digest.digest())
 
 
-def block_hashes(
-    root: bytes, token_ids: Sequence[int], block_tokens: int, extra_keys: Sequence[bytes] = ()
-) -> list[BlockHash]:
+def block_hashes(root: bytes, token_ids: Sequence[int], block_tokens: int, extra_keys: Sequence[bytes] = ()) -> list[BlockHash]:
     """Chained hashes of all *complete* blocks of a token sequence; the incomplete tail has no hash."""
     if block_tokens < 1:
         raise InvalidArgument(f"block_tokens is {block_tokens}; it must be at least 1")

@@ -345,10 +345,12 @@ class PageTable:
         victim = record.policy.victim()
         coldest = self._residency.coldest_idle()
         victims = [] if victim is None else [victim]
-        if coldest is not None and (victim is None or coldest.used < victim.used):
-            pages = list(coldest.pages)
-            if pages[0].namespace.policy is not record.policy:
-                victims = pages
+        if (
+            coldest is not None
+            and (victim is None or coldest.used < victim.used)
+            and next(iter(coldest.pages)).namespace.policy is not record.policy
+        ):
+            victims = list(coldest.pages)
         for page in victims:
             self._drop(page, PageStep.EVICT, PageEventKind.EVICTED)
             self._evicted += 1

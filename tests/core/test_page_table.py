@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import pytest
 
+from attnstore.core.eviction import Item, LeastRecentlyUsed
 from attnstore.core.layout import PageLayout
 from attnstore.core.page_table import ArrivingPage, PageTable, PinnedPage
 from attnstore.core.slots import Slot
@@ -258,6 +259,23 @@ def test_an_extent_with_a_busy_page_is_not_taken(shared_table: PageTable) -> Non
     shared_table.unpin(readers[0])
     store(shared_table, 9, OTHER)
     assert present(shared_table, range(4)) == []
+
+
+class MostRecentlyUsed(LeastRecentlyUsed[Item]):
+    """Evicts what was used last, to show that the table follows its policy."""
+
+    def victim(self) -> Item | None:
+        return next(reversed(self._order), None)
+
+
+def test_the_policy_decides_within_a_class_even_where_an_older_extent_is_idle(layout_of_bytes: MakeLayout) -> None:
+    table = PageTable(
+        capacity_bytes=4 * PAGE_BYTES, extent_bytes=2 * PAGE_BYTES, policy=MostRecentlyUsed, new_lease_id=lambda: bytes(16)
+    )
+    table.register(NAMESPACE, layout_of_bytes(PAGE_BYTES), "a")
+    for number in range(6):
+        store(table, number)
+    assert present(table, range(6)) == [0, 1, 2, 5]
 
 
 def test_memory_flows_from_a_tenant_that_rests_to_one_that_works(shared_table: PageTable) -> None:
