@@ -1,9 +1,205 @@
-"""Paged attention on the CPU."""
+"""Paged attention on the CPU, at the speed of its memory.
+
+Owns: `CpuAttention`. Two ways, chosen per sequence by its number of query rows, because one is bound by memory and the other by
+arithmetic (measured in docs/decisions/0010-cpu-attention.md):
+few rows (decode, speculative verification, pushed-down queries): the kernel in `cpu_kernel` reads scattered pages in place;
+many rows (prefill): the visible blocks are gathered once and torch's flash attention, which uses the matrix units, does the rest.
+Invariant: results do not depend on how the work was cut, up to rounding.
+"""
 
 from __future__ import annotations
 
-from attnstore.attention.reference import ReferenceAttention
+import math
+import os
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, Final
+
+import torch
+from torch import Tensor
+
+from attnstore.attention import cpu_kernel
+from attnstore.attention.cpu_plan import Plan, Tile, make_plan
+from attnstore.attention.simd import LANES
+
+DECODE_ROWS_MAX: Final = 24
+"""Rows per key head (query tokens times GQA group) up to which the decode kernel beats gathering; see the decision record."""
+
+SHARE_BYTES_MIN: Final = 512 * 1024
+"""KV bytes for which waking another thread pays: about 80 us of reading."""
+
+_ELEMENTS: Final = {torch.bfloat16: torch.uint16, torch.float16: torch.int16, torch.float32: torch.float32}
+"""How the kernels are told a pool's element type: numba knows neither bf16 nor fp16."""
 
 
-class CpuAttention(ReferenceAttention):
-    """Placeholder that has the right results until the fast kernels land."""
+class CpuAttention:
+    """See `AttentionBackend`. Safe to call from several threads at once.
+
+    `threads`: how many cores one call may use for its decode rows; None follows `torch.get_num_threads()`, as prefill always does.
+    """
+
+    def __init__(self, threads: int | None = None) -> None:
+        self._threads = threads
+        self._workers = ThreadPoolExecutor(max_workers=os.cpu_count() or 1, thread_name_prefix="attention")
+        # One step calls every layer with the same tables: the last plan is kept, with the tensors that it was made from.
+        self._planned: tuple[tuple[Tensor | None, ...], tuple[Any, ...], Plan] | None = None
+
+    def paged_attention(
+        self,
+        query: Tensor,
+        pool: Tensor,
+        block_tables: Tensor,
+        context_lens: Tensor,
+        query_starts: Tensor,
+        *,
+        layer: int,
+        scale: float,
+        sliding_window: int | None = None,
+        query_positions: Tensor | None = None,
+        out_dtype: torch.dtype | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """See `AttentionBackend.paged_attention`."""
+        plan = self._plan(query, pool, block_tables, context_lens, query_starts, query_positions, sliding_window)
+        query = query.contiguous()
+        pages = _Pages(pool, block_tables, layer)
+        decoded = self._decode(plan, pages, query, scale) if len(plan.decode_rows) else None
+        if decoded is not None and not plan.tiles:
+            return decoded[0].to(out_dtype or query.dtype), decoded[1]
+        out = torch.empty_like(query, dtype=out_dtype or query.dtype)
+        lse = torch.empty(query.shape[:2], dtype=torch.float32)
+        if decoded is not None:
+            out[plan.decode_rows] = decoded[0].to(out.dtype)
+            lse[plan.decode_rows] = decoded[1]
+        for tile in plan.tiles:
+            rows = slice(tile.row_begin, tile.row_end)
+            out[rows], lse[rows] = _flash(pages, tile, torch.from_numpy(plan.visible[rows]), query[rows], scale)
+        return out, lse
+
+    def _plan(
+        self,
+        query: Tensor,
+        pool: Tensor,
+        block_tables: Tensor,
+        context_lens: Tensor,
+        query_starts: Tensor,
+        query_positions: Tensor | None,
+        sliding_window: int | None,
+    ) -> Plan:
+        tensors = (block_tables, context_lens, query_starts, query_positions)
+        _, _, _, kv_heads, block_tokens, head_dim = pool.shape
+        group = query.shape[1] // kv_heads
+        threads = self._threads or torch.get_num_threads()
+        versions = tuple(0 if tensor is None else tensor._version for tensor in tensors)
+        facts = (versions, sliding_window, pool.shape[3:], pool.dtype, group, threads)
+        planned = self._planned
+        if planned is not None and planned[1] == facts and all(a is b for a, b in zip(tensors, planned[0], strict=True)):
+            return planned[2]
+        in_place = head_dim % LANES == 0 and block_tokens % cpu_kernel.QUAD == 0
+        plan = make_plan(
+            block_tables,
+            context_lens,
+            query_starts,
+            query_positions,
+            sliding_window,
+            block_tokens=block_tokens,
+            decode_rows_max=DECODE_ROWS_MAX // group if in_place else 0,
+            block_bytes=2 * kv_heads * block_tokens * head_dim * pool.element_size(),
+            share_bytes_min=SHARE_BYTES_MIN,
+            threads=threads,
+        )
+        self._planned = (tensors, facts, plan)
+        return plan
+
+    def _decode(self, plan: Plan, pages: _Pages, query: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+        """Result of the decode rows in the order of `plan.decode_rows`: fp32 `[rows, q_heads, head_dim]` and lse."""
+        _, q_heads, head_dim = query.shape
+        outs = torch.empty(plan.state_rows, q_heads, head_dim)
+        tops, sums = torch.empty(2, plan.state_rows * q_heads).numpy()
+        lses = torch.empty(len(plan.decode_rows), q_heads)
+        scaled = (query.float() * (scale * math.log2(math.e))).view(-1).numpy()
+        flat_outs = outs.view(-1).numpy()
+        scores = plan.piece_rows_max * (q_heads // pages.kv_heads) * -(-pages.block_tokens // LANES) * LANES
+
+        def attend(share: Any) -> None:
+            cpu_kernel.attend(
+                share,
+                pages.tables,
+                plan.visible,
+                scaled,
+                pages.flat,
+                pages.block_stride,
+                pages.layer_at,
+                pages.kv_heads,
+                q_heads // pages.kv_heads,
+                pages.block_tokens,
+                head_dim,
+                flat_outs,
+                tops,
+                sums,
+                torch.empty(pages.run).numpy(),
+                torch.empty(scores).numpy(),
+            )
+
+        others = [self._workers.submit(attend, share) for share in plan.shares[1:]]
+        attend(plan.shares[0])
+        for other in others:
+            other.result()
+        cpu_kernel.finish(plan.pieces, plan.owners, q_heads, head_dim, flat_outs, tops, sums, lses.view(-1).numpy())
+        return outs[: len(plan.decode_rows)], lses
+
+
+class _Pages:
+    """One layer of a pool as the kernels take it."""
+
+    def __init__(self, pool: Tensor, block_tables: Tensor, layer: int) -> None:
+        blocks, _, _, self.kv_heads, self.block_tokens, self.head_dim = pool.shape
+        self.dtype = pool.dtype
+        self.block_stride = pool.stride(0)
+        self.run = self.block_tokens * self.head_dim
+        self.layer_at = layer * 2 * self.kv_heads * self.run
+        elements = (blocks - 1) * self.block_stride + math.prod(pool.shape[1:])
+        self.flat = pool.as_strided((elements,), (1,)).view(_ELEMENTS[pool.dtype]).numpy()
+        self.tables = block_tables.contiguous().numpy()
+
+    def gathered(self, tile: Tile) -> Tensor:
+        """Keys and values of a tile's blocks, `[2, kv_heads, tokens, head_dim]`."""
+        tokens = (tile.block_end - tile.block_begin) * self.block_tokens
+        copy = torch.empty(2, self.kv_heads, tokens, self.head_dim, dtype=self.dtype)
+        cpu_kernel.gather(
+            self.flat,
+            self.tables[tile.sequence],
+            tile.block_begin,
+            tile.block_end,
+            self.block_stride,
+            self.layer_at,
+            self.kv_heads,
+            self.run,
+            copy.view(-1).view(_ELEMENTS[self.dtype]).numpy(),
+        )
+        return copy
+
+
+def _flash(pages: _Pages, tile: Tile, visible: Tensor, query: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """Many rows of one sequence: `out` `[rows, q_heads, head_dim]`, lse `[rows, q_heads]`."""
+    if tile.block_begin == tile.block_end:
+        return torch.zeros_like(query), torch.full(query.shape[:2], -torch.inf)
+    first_key = tile.block_begin * pages.block_tokens
+    last_key = int(visible[:, 1].max())
+    dtype = torch.promote_types(query.dtype, pages.dtype)
+    keys, values = pages.gathered(tile)[:, :, : last_key - first_key].to(dtype).unsqueeze(1)
+    rows = query.to(dtype).transpose(0, 1).unsqueeze(0)
+    sees_all = bool((visible[:, 0] <= first_key).all() and (visible[:, 1] == last_key).all())
+    mask = None if sees_all else _mask(visible, first_key, last_key, dtype)
+    out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+        rows, keys, values, 0.0, False, attn_mask=mask, scale=scale
+    )
+    out, lse = out[0].transpose(0, 1), lse[0].transpose(0, 1)
+    # A fully masked row has an arbitrary lse there.
+    blind = visible[:, 1] == 0
+    return out.masked_fill(blind[:, None, None], 0.0), lse.masked_fill(blind[:, None], -torch.inf)
+
+
+def _mask(visible: Tensor, first_key: int, last_key: int, dtype: torch.dtype) -> Tensor:
+    """Additive mask `[rows, keys]`, 0 where visible."""
+    keys = torch.arange(first_key, last_key, dtype=torch.int32)
+    seen = (keys >= visible[:, :1]) & (keys < visible[:, 1:])
+    return torch.zeros(seen.shape, dtype=dtype).masked_fill_(~seen, -torch.inf)

@@ -1,0 +1,161 @@
+"""How one step's batch is cut into work for the CPU: pure index arithmetic, done once per step and reused by every layer.
+
+Owns: `Plan` and `make_plan`.
+Invariant: every query row belongs to exactly one tile or one decode sequence; the pieces of a decode sequence partition the blocks
+that any of its rows sees; shares partition the pieces.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Final
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from attnstore.attention.base import row_positions
+
+TILE_ROWS: Final = 256
+"""Query tokens of one flash call: bounds its mask to this many rows, and what the causal triangle wastes to half of it squared."""
+
+Indices = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True, slots=True)
+class Tile:
+    """Query rows `[row_begin, row_end)` of one sequence and the blocks `[block_begin, block_end)` that any of them sees."""
+
+    sequence: int
+    row_begin: int
+    row_end: int
+    block_begin: int
+    block_end: int
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """The work of one batch. Rows are those of the packed query; state rows number the decode rows, then the rows of cut pieces."""
+
+    visible: npt.NDArray[np.int32]
+    """`[total_q, 2]`: the keys `[first, last)` that each row sees; `[0, 0)` for a row that sees none."""
+
+    tiles: tuple[Tile, ...]
+    """Sequences with many rows: gathered, then flash attention."""
+
+    shares: tuple[Indices, ...]
+    """One array of pieces per thread, as `cpu_kernel.attend` takes them."""
+
+    pieces: Indices
+    """All shares together."""
+
+    owners: Indices
+    """For each piece the state row of its sequence's first piece."""
+
+    decode_rows: Tensor
+    """int64: the query row of each owning state row."""
+
+    state_rows: int
+    piece_rows_max: int
+
+
+def make_plan(
+    block_tables: Tensor,
+    context_lens: Tensor,
+    query_starts: Tensor,
+    query_positions: Tensor | None,
+    sliding_window: int | None,
+    *,
+    block_tokens: int,
+    decode_rows_max: int,
+    block_bytes: int,
+    share_bytes_min: int,
+    threads: int,
+) -> Plan:
+    """Cut a batch: sequences with up to `decode_rows_max` query rows for the decode kernel, the others into tiles.
+
+    The decode work is divided by blocks into at most `threads` shares of at least `share_bytes_min`, where a block (one layer of it)
+    counts `block_bytes`; a sequence may be cut between two shares.
+    """
+    visible = _visible_keys(context_lens, query_starts, query_positions, sliding_window)
+    starts = query_starts.numpy()
+    tiles: list[Tile] = []
+    sequences: list[tuple[int, int, int, int, int]] = []
+    for sequence in range(len(starts) - 1):
+        begin, end = int(starts[sequence]), int(starts[sequence + 1])
+        if end - begin > decode_rows_max:
+            tiles.extend(
+                Tile(
+                    sequence,
+                    row,
+                    min(row + TILE_ROWS, end),
+                    *_seen_blocks(visible[row : min(row + TILE_ROWS, end)], block_tokens),
+                )
+                for row in range(begin, end, TILE_ROWS)
+            )
+        elif end > begin:
+            sequences.append((sequence, begin, end - begin, *_seen_blocks(visible[begin:end], block_tokens)))
+    blocks = sum(last - first for *_, first, last in sequences)
+    shares_wanted = max(1, min(threads, blocks * block_bytes // share_bytes_min))
+    shares, owners, state_rows = _cut(sequences, blocks, shares_wanted)
+    rows = [np.arange(begin, begin + rows) for _, begin, rows, _, _ in sequences]
+    return Plan(
+        visible=visible,
+        tiles=tuple(tiles),
+        shares=shares,
+        pieces=np.concatenate(shares),
+        owners=owners,
+        decode_rows=torch.from_numpy(np.concatenate(rows)) if rows else torch.empty(0, dtype=torch.int64),
+        state_rows=state_rows,
+        piece_rows_max=max((rows for _, _, rows, _, _ in sequences), default=0),
+    )
+
+
+def _visible_keys(
+    context_lens: Tensor, query_starts: Tensor, query_positions: Tensor | None, sliding_window: int | None
+) -> npt.NDArray[np.int32]:
+    positions = row_positions(context_lens, query_starts, query_positions).numpy()
+    keys = np.repeat(context_lens.numpy(), np.diff(query_starts.numpy()))
+    last = np.clip(positions + 1, 0, keys)
+    first = np.zeros_like(last) if sliding_window is None else np.clip(positions + 1 - sliding_window, 0, last)
+    visible = np.ascontiguousarray(np.stack((first, last), axis=1), dtype=np.int32)
+    visible[first >= last] = 0
+    return visible
+
+
+def _seen_blocks(visible: npt.NDArray[Any], block_tokens: int) -> tuple[int, int]:
+    """Blocks `[first, end)` that at least one of these rows sees; `(0, 0)` where none sees a key."""
+    seen = visible[visible[:, 0] < visible[:, 1]]
+    if len(seen) == 0:
+        return 0, 0
+    return int(seen[:, 0].min()) // block_tokens, -(-int(seen[:, 1].max()) // block_tokens)
+
+
+def _cut(
+    sequences: list[tuple[int, int, int, int, int]], blocks: int, shares_wanted: int
+) -> tuple[tuple[Indices, ...], Indices, int]:
+    """Pieces per share, the owner of each piece, and the number of state rows."""
+    share_blocks = max(1, -(-blocks // shares_wanted))
+    shares: list[list[tuple[int, ...]]] = [[]]
+    owners: list[int] = []
+    owner = 0
+    state = sum(rows for _, _, rows, _, _ in sequences)
+    room = share_blocks
+    for sequence, begin, rows, first, last in sequences:
+        target = owner
+        while True:
+            if room == 0 and first < last:
+                shares.append([])
+                room = share_blocks
+            end = min(last, first + room)
+            shares[-1].append((sequence, begin, rows, first, end, target))
+            owners.append(owner)
+            room -= end - first
+            first = end
+            if first == last:
+                break
+            target, state = state, state + rows
+        owner += rows
+    arrays = tuple(np.array(share, dtype=np.int64).reshape(-1, 6) for share in shares)
+    return arrays, np.array(owners, dtype=np.int64), state

@@ -1,0 +1,212 @@
+"""Sixteen fp32 lanes as a numba value, for loops that LLVM's own vectoriser does not turn into good code.
+
+Owns: `Lanes` and the operations on it. It exists because the attention kernel is bound by a handful of instructions per key:
+numba has no bf16, proves no absence of aliasing, and so vectorises neither a dot product over short rows nor `exp2` after it.
+Invariant: every operation is one LLVM instruction or intrinsic on `<16 x float>`; LLVM splits it for narrower machines
+(two AVX2 registers, four NEON ones), so nothing here names an instruction set.
+
+Arrays are one-dimensional and indexed by element, without bounds check. Element types: float32; bf16 as uint16; fp16 as int16.
+"""
+
+# mypy: disable-error-code="untyped-decorator,no-untyped-call,no-untyped-def,no-any-unimported,misc,no-any-return"
+
+from __future__ import annotations
+
+import math
+from typing import Any, Final
+
+from llvmlite import ir
+from numba.core import cgutils, types
+from numba.extending import intrinsic, models, register_model
+
+LANES: Final = 16
+
+_F16, _F32, _I16, _I32 = ir.HalfType(), ir.FloatType(), ir.IntType(16), ir.IntType(32)
+_VECTOR = ir.VectorType(_F32, LANES)
+_INT_VECTOR = ir.VectorType(_I32, LANES)
+_LOADED: Final = {types.uint16: _I16, types.int16: _F16, types.float32: _F32}
+
+
+class Lanes(types.Type):  # type: ignore[misc]
+    """The numba type of `<16 x float>`."""
+
+    def __init__(self) -> None:
+        super().__init__(name=f"float32x{LANES}")
+
+
+lanes = Lanes()
+
+
+@register_model(Lanes)
+class _LanesModel(models.PrimitiveModel):  # type: ignore[misc]
+    def __init__(self, dmm: Any, fe_type: Any) -> None:
+        super().__init__(dmm, fe_type, _VECTOR)
+
+
+def _address(context: Any, builder: Any, array_type: Any, array: Any, index: Any, vector: ir.Type) -> Any:
+    data = context.make_array(array_type)(context, builder, array).data
+    return builder.bitcast(builder.gep(data, [index]), vector.as_pointer())
+
+
+def _call(builder: Any, name: str, result: ir.Type, arguments: list[Any], **flags: Any) -> Any:
+    signature = ir.FunctionType(result, [argument.type for argument in arguments])
+    return builder.call(cgutils.get_or_insert_function(builder.module, signature, name), arguments, **flags)
+
+
+def _constant(value: float) -> Any:
+    return ir.Constant(_VECTOR, [value] * LANES)
+
+
+def _shuffle(builder: Any, first: Any, second: Any, picks: list[int]) -> Any:
+    return builder.shuffle_vector(first, second, ir.Constant(ir.VectorType(_I32, len(picks)), picks))
+
+
+@intrinsic
+def load(typingctx, array, index):
+    """`array[index : index + 16]`, widened to fp32."""
+
+    def codegen(context, builder, signature, args):
+        element = signature.args[0].dtype
+        source = ir.VectorType(_LOADED[element], LANES)
+        value = builder.load(_address(context, builder, signature.args[0], args[0], args[1], source))
+        value.align = element.bitwidth // 8
+        if element == types.uint16:  # bf16 is the upper half of an fp32
+            shift = ir.Constant(_INT_VECTOR, [16] * LANES)
+            return builder.bitcast(builder.shl(builder.zext(value, _INT_VECTOR), shift), _VECTOR)
+        return builder.fpext(value, _VECTOR) if element == types.int16 else value
+
+    return lanes(array, types.intp), codegen
+
+
+@intrinsic
+def store(typingctx, array, index, value):
+    """`array[index : index + 16] = value`; `array` is fp32."""
+
+    def codegen(context, builder, signature, args):
+        builder.store(args[2], _address(context, builder, signature.args[0], args[0], args[1], _VECTOR)).align = 4
+        return context.get_dummy_value()
+
+    return types.void(array, types.intp, value), codegen
+
+
+@intrinsic
+def splat(typingctx, scalar):
+    """Sixteen copies of an fp32 scalar."""
+
+    def codegen(context, builder, signature, args):
+        undefined = ir.Constant(_VECTOR, ir.Undefined)
+        return _shuffle(builder, builder.insert_element(undefined, args[0], ir.Constant(_I32, 0)), undefined, [0] * LANES)
+
+    return lanes(types.float32), codegen
+
+
+@intrinsic
+def fma(typingctx, x, y, z):
+    """`x * y + z`, rounded once."""
+    return lanes(x, y, z), lambda context, builder, signature, args: _call(
+        builder, f"llvm.fma.v{LANES}f32", _VECTOR, list(args)
+    )
+
+
+@intrinsic
+def add(typingctx, x, y):
+    """`x + y`."""
+    return lanes(x, y), lambda context, builder, signature, args: builder.fadd(*args)
+
+
+@intrinsic
+def sub(typingctx, x, y):
+    """`x - y`."""
+    return lanes(x, y), lambda context, builder, signature, args: builder.fsub(*args)
+
+
+@intrinsic
+def mul(typingctx, x, y):
+    """`x * y`."""
+    return lanes(x, y), lambda context, builder, signature, args: builder.fmul(*args)
+
+
+@intrinsic
+def maximum(typingctx, x, y):
+    """The larger of each pair; not defined for NaN."""
+    return lanes(x, y), lambda context, builder, signature, args: builder.select(builder.fcmp_ordered(">", *args), *args)
+
+
+@intrinsic
+def largest(typingctx, x):
+    """The largest lane, as a scalar; not defined for NaN."""
+
+    def codegen(context, builder, signature, args):
+        return _call(builder, f"llvm.vector.reduce.fmax.v{LANES}f32", _F32, [args[0]], fastmath=("nnan",))
+
+    return types.float32(x), codegen
+
+
+@intrinsic
+def total(typingctx, x):
+    """The sum of the lanes, as a scalar, in any order."""
+
+    def codegen(context, builder, signature, args):
+        zero = ir.Constant(_F32, 0.0)
+        return _call(builder, f"llvm.vector.reduce.fadd.v{LANES}f32", _F32, [zero, args[0]], fastmath=("reassoc",))
+
+    return types.float32(x), codegen
+
+
+@intrinsic
+def store_totals(typingctx, array, index, w, x, y, z):
+    """`array[index : index + 4] = total(w), total(x), total(y), total(z)`, with a third of the shuffles of four `total`s."""
+
+    def codegen(context, builder, signature, args):
+        def halved(first, second, width):
+            """Adds neighbouring groups of `width` lanes: the sums of `first`, then those of `second`."""
+            lower = [group + lane for group in range(0, 2 * LANES, 2 * width) for lane in range(width)]
+            upper = [lane + width for lane in lower]
+            return builder.fadd(_shuffle(builder, first, second, lower), _shuffle(builder, first, second, upper))
+
+        sums = halved(halved(args[2], args[3], 8), halved(args[4], args[5], 8), 4)
+        for distance in (2, 1):
+            sums = builder.fadd(sums, _shuffle(builder, sums, sums, [lane ^ distance for lane in range(LANES)]))
+        four = _shuffle(builder, sums, sums, [0, 4, 8, 12])
+        builder.store(four, _address(context, builder, signature.args[0], args[0], args[1], four.type)).align = 4
+        return context.get_dummy_value()
+
+    return types.void(array, types.intp, w, x, y, z), codegen
+
+
+_EXP2_LOWEST: Final = -126.0
+_EXP2_TERMS: Final = tuple(math.log(2) ** power / math.factorial(power) for power in range(6, -1, -1))
+"""Taylor terms of `2 ** f` for `f` in [-0.5, 0.5], highest power first; the next term is below 1.2e-7."""
+
+
+@intrinsic
+def exp2(typingctx, x):
+    """`2 ** x` for `x <= 0` to 2e-7 relative; exactly 0 below -126."""
+
+    def codegen(context, builder, signature, args):
+        lowest = _constant(_EXP2_LOWEST)
+        in_range = builder.fcmp_ordered(">", args[0], lowest)
+        clamped = builder.select(in_range, args[0], lowest)
+        whole = _call(builder, f"llvm.rint.v{LANES}f32", _VECTOR, [clamped])
+        fraction = builder.fsub(clamped, whole)
+        power = _constant(_EXP2_TERMS[0])
+        for term in _EXP2_TERMS[1:]:
+            power = _call(builder, f"llvm.fma.v{LANES}f32", _VECTOR, [power, fraction, _constant(term)])
+        bias, mantissa_bits = ir.Constant(_INT_VECTOR, [127] * LANES), ir.Constant(_INT_VECTOR, [23] * LANES)
+        exponent = builder.shl(builder.add(builder.fptosi(whole, _INT_VECTOR), bias), mantissa_bits)
+        return builder.select(in_range, builder.fmul(power, builder.bitcast(exponent, _VECTOR)), _constant(0.0))
+
+    return lanes(x), codegen
+
+
+@intrinsic
+def prefetch(typingctx, array, index):
+    """Ask for the cache line of `array[index]` without waiting for it."""
+
+    def codegen(context, builder, signature, args):
+        address = _address(context, builder, signature.args[0], args[0], args[1], ir.IntType(8))
+        read, locality, data_cache = (ir.Constant(_I32, value) for value in (0, 2, 1))
+        _call(builder, "llvm.prefetch.p0", ir.VoidType(), [address, read, locality, data_cache])
+        return context.get_dummy_value()
+
+    return types.void(array, types.intp), codegen
