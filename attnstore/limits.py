@@ -56,3 +56,22 @@ assert HASHES_MAX * HASH_BYTES + CHUNK_HEADER_BYTES_MAX <= MESSAGE_BYTES_MAX
 assert CHUNK_BYTES_MAX <= EXTENT_BYTES_MIN <= EXTENT_BYTES_MAX <= PAGE_BYTES_MAX
 assert HASHES_MAX <= LEASED_PAGES_MAX
 assert LEASE_MS_MAX < 1 << 32
+
+CHANNEL_TOKEN_BYTES = 32
+CHANNEL_TOKEN_MS_MAX = 10_000
+"""A page channel's one-time token is good for this long."""
+CHANNEL_TOKENS_MAX = 1_024
+"""Tokens given out and not yet used."""
+CHANNEL_CONNECTIONS_MAX = 128
+"""Page channels on one node; each has a thread."""
+CHANNEL_READ_HASHES_MAX = 4_096
+"""Hashes in one READ frame; longer reads are sent as several."""
+CHANNEL_CREDITS = 64
+"""Pages that a writer may have on the way without a verdict. Their verdicts fit any socket buffer."""
+CHANNEL_REASON_BYTES_MAX = 4 * KIB
+CHANNEL_HELLO_MS_MAX = 5_000
+"""A page channel that has not said HELLO by then is closed: it holds a thread."""
+CHANNEL_IDLE_MS_MAX = 300_000
+"""A page channel on which nothing is asked for this long is closed."""
+
+assert CHANNEL_READ_HASHES_MAX <= HASHES_MAX

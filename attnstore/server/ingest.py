@@ -7,7 +7,6 @@ prepared is always completed or aborted (`close` sees to the last one).
 
 from __future__ import annotations
 
-from attnstore.core.hashing import page_checksum
 from attnstore.core.page_table import ArrivingPage
 from attnstore.errors import InvalidArgument, ProtocolError
 from attnstore.limits import HASH_BYTES, HASHES_MAX
@@ -26,7 +25,6 @@ class Ingest:
         self._open = False
         self._arriving: ArrivingPage | None = None
         self._verdict: PageStatus | None = None
-        self._checksum = 0
         self._received_bytes = 0
 
     def begin(self, page_hash: bytes, checksum: int) -> None:
@@ -38,7 +36,6 @@ class Ingest:
             raise InvalidArgument(f"one write stream carries at most {HASHES_MAX} pages; open another")
         outcome = self._store.prepare(self._namespace, page_hash, checksum)
         self._open = True
-        self._checksum = checksum
         self._received_bytes = 0
         if isinstance(outcome, PageStatus):
             self._verdict = outcome
@@ -63,7 +60,8 @@ class Ingest:
             return
         self._store.view(self._arriving)[offset_bytes:end] = payload
         if end == self._page_bytes:
-            self._seal(self._arriving)
+            arriving, self._arriving = self._arriving, None
+            self._verdict = self._store.seal(arriving)
 
     def finish(self) -> tuple[PageStatus, ...]:
         """Ends the stream: the verdicts in the order of the pages."""
@@ -74,14 +72,6 @@ class Ingest:
         """Gives back the slot of a page that did not finish. Safe to call at any time, any number of times."""
         if self._arriving is not None:
             self._reject(PageStatus.WRONG_SIZE)
-
-    def _seal(self, arriving: ArrivingPage) -> None:
-        if page_checksum(self._store.view(arriving)) != self._checksum:
-            self._reject(PageStatus.CHECKSUM_MISMATCH)
-            return
-        self._store.complete(arriving)
-        self._arriving = None
-        self._verdict = PageStatus.STORED
 
     def _reject(self, verdict: PageStatus) -> None:
         assert self._arriving is not None

@@ -69,7 +69,7 @@ class Store:
                 self._table.unpin(page)
 
     def prepare(self, namespace: bytes, page_hash: bytes, checksum: int) -> ArrivingPage | PageStatus:
-        """`PageTable.prepare`; hand the page to `complete` or `abort`."""
+        """`PageTable.prepare`; hand the page to `seal` or `abort`."""
         with self._lock:
             page = self._table.prepare(namespace, page_hash, checksum, self._clock.now_ms())
             self._publish(self._table.take_events())
@@ -79,11 +79,15 @@ class Store:
         """The bytes of a page that is arriving, writable."""
         return self._arena.view(page.slot)
 
-    def complete(self, page: ArrivingPage) -> None:
-        """`PageTable.complete`."""
+    def seal(self, page: ArrivingPage) -> PageStatus:
+        """Ends the arrival of a page whose bytes are all there: STORED, or CHECKSUM_MISMATCH and its slot is free again."""
+        if page_checksum(self._arena.view(page.slot)) != page.checksum:
+            self.abort(page)
+            return PageStatus.CHECKSUM_MISMATCH
         with self._lock:
             self._table.complete(page, self._clock.now_ms())
             self._publish(self._table.take_events())
+        return PageStatus.STORED
 
     def abort(self, page: ArrivingPage) -> None:
         """`PageTable.abort`."""

@@ -25,6 +25,8 @@ Limits = pb.Limits
 MatchRequest = pb.MatchRequest
 MatchResponse = pb.MatchResponse
 NamespaceStats = pb.NamespaceStats
+OpenChannelRequest = pb.OpenChannelRequest
+OpenChannelResponse = pb.OpenChannelResponse
 ReadRequest = pb.ReadRequest
 RegisterLayoutRequest = pb.RegisterLayoutRequest
 RegisterLayoutResponse = pb.RegisterLayoutResponse
@@ -80,6 +82,7 @@ _METHODS = (
     Method("ReleaseLease", False, False, *_message(pb.ReleaseLeaseRequest), *_message(pb.ReleaseLeaseResponse)),
     Method("Delete", False, False, *_message(pb.DeleteRequest), *_message(pb.DeleteResponse)),
     Method("Stats", False, False, *_message(pb.StatsRequest), *_message(pb.StatsResponse)),
+    Method("OpenChannel", False, False, *_message(pb.OpenChannelRequest), *_message(pb.OpenChannelResponse)),
     Method("Watch", False, True, *_message(pb.WatchRequest), *_message(pb.PageEvent)),
 )
 METHODS: dict[str, Method] = {method.name: method for method in _METHODS}

@@ -287,6 +287,22 @@ class NamespaceStats(_message.Message):
     pages_sealed: int
     def __init__(self, namespace: _Optional[bytes] = ..., layout: _Optional[_Union[PageLayout, _Mapping]] = ..., pages_sealed: _Optional[int] = ...) -> None: ...
 
+class OpenChannelRequest(_message.Message):
+    __slots__ = ("transport",)
+    TRANSPORT_FIELD_NUMBER: _ClassVar[int]
+    transport: str
+    def __init__(self, transport: _Optional[str] = ...) -> None: ...
+
+class OpenChannelResponse(_message.Message):
+    __slots__ = ("address", "token", "token_ms")
+    ADDRESS_FIELD_NUMBER: _ClassVar[int]
+    TOKEN_FIELD_NUMBER: _ClassVar[int]
+    TOKEN_MS_FIELD_NUMBER: _ClassVar[int]
+    address: str
+    token: bytes
+    token_ms: int
+    def __init__(self, address: _Optional[str] = ..., token: _Optional[bytes] = ..., token_ms: _Optional[int] = ...) -> None: ...
+
 class WatchRequest(_message.Message):
     __slots__ = ("namespace",)
     NAMESPACE_FIELD_NUMBER: _ClassVar[int]

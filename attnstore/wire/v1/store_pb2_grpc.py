@@ -79,6 +79,11 @@ class AttentionStoreStub:
                 request_serializer=attnstore_dot_wire_dot_v1_dot_store__pb2.StatsRequest.SerializeToString,
                 response_deserializer=attnstore_dot_wire_dot_v1_dot_store__pb2.StatsResponse.FromString,
                 _registered_method=True)
+        self.OpenChannel = channel.unary_unary(
+                '/attnstore.v1.AttentionStore/OpenChannel',
+                request_serializer=attnstore_dot_wire_dot_v1_dot_store__pb2.OpenChannelRequest.SerializeToString,
+                response_deserializer=attnstore_dot_wire_dot_v1_dot_store__pb2.OpenChannelResponse.FromString,
+                _registered_method=True)
         self.Watch = channel.unary_stream(
                 '/attnstore.v1.AttentionStore/Watch',
                 request_serializer=attnstore_dot_wire_dot_v1_dot_store__pb2.WatchRequest.SerializeToString,
@@ -152,6 +157,13 @@ class AttentionStoreServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def OpenChannel(self, request, context):
+        """A one-time token for a bulk transport that `Describe` offers. Good for a few seconds and one connection.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def Watch(self, request, context):
         """Page events of one namespace from now on, until the caller ends the call.
         """
@@ -206,6 +218,11 @@ def add_AttentionStoreServicer_to_server(servicer, server):
                     servicer.Stats,
                     request_deserializer=attnstore_dot_wire_dot_v1_dot_store__pb2.StatsRequest.FromString,
                     response_serializer=attnstore_dot_wire_dot_v1_dot_store__pb2.StatsResponse.SerializeToString,
+            ),
+            'OpenChannel': grpc.unary_unary_rpc_method_handler(
+                    servicer.OpenChannel,
+                    request_deserializer=attnstore_dot_wire_dot_v1_dot_store__pb2.OpenChannelRequest.FromString,
+                    response_serializer=attnstore_dot_wire_dot_v1_dot_store__pb2.OpenChannelResponse.SerializeToString,
             ),
             'Watch': grpc.unary_stream_rpc_method_handler(
                     servicer.Watch,
@@ -456,6 +473,33 @@ class AttentionStore:
             '/attnstore.v1.AttentionStore/Stats',
             attnstore_dot_wire_dot_v1_dot_store__pb2.StatsRequest.SerializeToString,
             attnstore_dot_wire_dot_v1_dot_store__pb2.StatsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def OpenChannel(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/attnstore.v1.AttentionStore/OpenChannel',
+            attnstore_dot_wire_dot_v1_dot_store__pb2.OpenChannelRequest.SerializeToString,
+            attnstore_dot_wire_dot_v1_dot_store__pb2.OpenChannelResponse.FromString,
             options,
             channel_credentials,
             insecure,

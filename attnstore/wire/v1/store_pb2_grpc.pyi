@@ -63,6 +63,8 @@ class AttentionStoreStub:
     """Removes sealed, unpinned pages."""
     Stats: _grpc.UnaryUnaryMultiCallable[_store_pb2.StatsRequest, _store_pb2.StatsResponse]
     """Counters and occupancy. One consistent snapshot."""
+    OpenChannel: _grpc.UnaryUnaryMultiCallable[_store_pb2.OpenChannelRequest, _store_pb2.OpenChannelResponse]
+    """A one-time token for a bulk transport that `Describe` offers. Good for a few seconds and one connection."""
     Watch: _grpc.UnaryStreamMultiCallable[_store_pb2.WatchRequest, _store_pb2.PageEvent]
     """Page events of one namespace from now on, until the caller ends the call."""
 
@@ -87,6 +89,8 @@ class AttentionStoreAsyncStub(AttentionStoreStub):
     """Removes sealed, unpinned pages."""
     Stats: _aio.UnaryUnaryMultiCallable[_store_pb2.StatsRequest, _store_pb2.StatsResponse]  # type: ignore[assignment]
     """Counters and occupancy. One consistent snapshot."""
+    OpenChannel: _aio.UnaryUnaryMultiCallable[_store_pb2.OpenChannelRequest, _store_pb2.OpenChannelResponse]  # type: ignore[assignment]
+    """A one-time token for a bulk transport that `Describe` offers. Good for a few seconds and one connection."""
     Watch: _aio.UnaryStreamMultiCallable[_store_pb2.WatchRequest, _store_pb2.PageEvent]  # type: ignore[assignment]
     """Page events of one namespace from now on, until the caller ends the call."""
 
@@ -162,6 +166,14 @@ class AttentionStoreServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_store_pb2.StatsResponse, _abc.Awaitable[_store_pb2.StatsResponse]]:
         """Counters and occupancy. One consistent snapshot."""
+
+    @_abc_1.abstractmethod
+    def OpenChannel(
+        self,
+        request: _store_pb2.OpenChannelRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_store_pb2.OpenChannelResponse, _abc.Awaitable[_store_pb2.OpenChannelResponse]]:
+        """A one-time token for a bulk transport that `Describe` offers. Good for a few seconds and one connection."""
 
     @_abc_1.abstractmethod
     def Watch(

@@ -1,0 +1,279 @@
+"""The node's end of the page channel: a listening socket, and one thread for each connection.
+
+Owns: the connections and their tokens. Threads, because what they do is system calls that release the interpreter lock: pages
+flow on as many cores as there are connections while the event loop answers metadata.
+Invariants: only a token that the gRPC service gave out, once and lately, opens a connection; a thread holds at most the pages of
+one READ, and no longer than its peer takes bytes every `stall_ms`; a prepared slot is sealed or aborted however a connection ends.
+"""
+
+from __future__ import annotations
+
+import secrets
+import socket
+import threading
+from collections.abc import Callable
+from contextlib import ExitStack
+
+import structlog
+
+from attnstore.clock import Clock
+from attnstore.errors import AttnStoreError, DeadlineExceeded, InvalidArgument, Overloaded, Retryable, Unauthenticated, Unavailable
+from attnstore.limits import (
+    CHANNEL_CONNECTIONS_MAX,
+    CHANNEL_CREDITS,
+    CHANNEL_HELLO_MS_MAX,
+    CHANNEL_IDLE_MS_MAX,
+    CHANNEL_READ_HASHES_MAX,
+    CHANNEL_TOKEN_BYTES,
+    CHANNEL_TOKEN_MS_MAX,
+    CHANNEL_TOKENS_MAX,
+    MIB,
+)
+from attnstore.server.store import PageView, Store
+from attnstore.telemetry import NodeMetrics
+from attnstore.types import PageStatus
+from attnstore.wire.messages import split_hashes
+from attnstore.wire.page_channel import VERSION, Frame, Kind, Order, Role, encode_frame, encode_refusal, encode_slice
+from attnstore.wire.stream import FrameStream
+
+_log = structlog.get_logger(__name__)
+
+
+class TokenBook:
+    """One-time tokens: each opens one connection for the tenant that it was given to, within a few seconds."""
+
+    def __init__(self, clock: Clock) -> None:
+        self._clock = clock
+        self._lock = threading.Lock()
+        self._tokens: dict[bytes, tuple[str, float]] = {}  # token -> tenant, expiry; oldest first
+
+    def issue(self, tenant: str) -> bytes:
+        """A new token. Raises `Overloaded` when too many are outstanding."""
+        with self._lock:
+            now_ms = self._clock.now_ms()
+            for token in [token for token, (_, expiry_ms) in self._tokens.items() if expiry_ms <= now_ms]:
+                del self._tokens[token]
+            if len(self._tokens) >= CHANNEL_TOKENS_MAX:
+                raise Overloaded(f"{CHANNEL_TOKENS_MAX} channel tokens are waiting to be used; try again in a few seconds")
+            token = secrets.token_bytes(CHANNEL_TOKEN_BYTES)
+            self._tokens[token] = (tenant, now_ms + CHANNEL_TOKEN_MS_MAX)
+            return token
+
+    def redeem(self, token: bytes) -> str:
+        """The token's tenant; the token is void from now on. Raises `Unauthenticated`."""
+        with self._lock:
+            # A dictionary look-up by a secret of 256 bits gives an observer nothing to time.
+            tenant, expiry_ms = self._tokens.pop(token, ("", 0.0))
+            if expiry_ms <= self._clock.now_ms():
+                raise Unauthenticated("the channel token is unknown, used or too old: ask for another with OpenChannel")
+            return tenant
+
+
+class PageChannelServer:
+    """Serves the page channel on `host`:`port` (0: a free port, see `port`) from `start` to `stop`."""
+
+    def __init__(self, store: Store, tokens: TokenBook, metrics: NodeMetrics, *, stall_ms: int) -> None:
+        self._store = store
+        self._tokens = tokens
+        self._metrics = metrics
+        self._stall_ms = stall_ms
+        self._lock = threading.Lock()
+        self._connections: dict[_Connection, threading.Thread] = {}
+        self._draining = threading.Event()
+        self._listener: socket.socket | None = None
+        self._acceptor: threading.Thread | None = None
+        self.port = 0
+
+    def start(self, host: str, port: int) -> None:
+        """Binds and serves. Raises `InvalidArgument` when the address cannot be bound."""
+        try:
+            family = socket.AF_INET6 if ":" in host else socket.AF_INET
+            self._listener = socket.create_server((host, port), family=family, backlog=CHANNEL_CONNECTIONS_MAX)
+        except OSError as error:
+            raise InvalidArgument(f"--page-channel-port {port} on {host} cannot be bound: {error.strerror}") from None
+        self.port = self._listener.getsockname()[1]
+        self._acceptor = threading.Thread(target=self._accept, name="page-channel-accept", daemon=True)
+        self._acceptor.start()
+
+    def stop(self, drain_ms: float) -> None:
+        """Takes no new request, gives those that run up to `drain_ms`, then ends every connection and waits for its thread."""
+        self._draining.set()
+        if self._listener is not None and self._acceptor is not None:
+            self._listener.shutdown(socket.SHUT_RDWR)
+            self._acceptor.join()
+            self._listener.close()
+        with self._lock:
+            connections = dict(self._connections)
+        for connection in connections:
+            connection.shutdown_when_idle()
+        deadline_ms = self._store.now_ms() + drain_ms
+        for connection, thread in connections.items():
+            thread.join(max(0.0, deadline_ms - self._store.now_ms()) / 1000)
+            connection.stream.shutdown()
+            thread.join()
+
+    def _accept(self) -> None:
+        assert self._listener is not None
+        while True:
+            try:
+                peer, _ = self._listener.accept()
+            except OSError:
+                if self._draining.is_set():
+                    return
+                # Out of descriptors, or a peer that left in the queue: neither may end the service.
+                self._draining.wait(0.01)
+                continue
+            self._adopt(peer)
+
+    def _adopt(self, peer: socket.socket) -> None:
+        connection = _Connection(FrameStream(peer, Role.NODE), self._store, self._tokens, self._metrics, self._stall_ms, self._draining)
+        with self._lock:
+            if len(self._connections) >= CHANNEL_CONNECTIONS_MAX:
+                peer.close()
+                _log.warning("page channel refused", connections=CHANNEL_CONNECTIONS_MAX)
+                return
+            thread = threading.Thread(target=self._run, args=(connection,), name="page-channel", daemon=True)
+            self._connections[connection] = thread
+        thread.start()
+
+    def _run(self, connection: _Connection) -> None:
+        try:
+            connection.serve()
+        except Exception:
+            _log.exception("page channel failed")
+        finally:
+            with self._lock:
+                del self._connections[connection]
+            connection.stream.close()
+
+
+class _Connection:
+    """One peer: HELLO, then its requests one after the other."""
+
+    def __init__(
+        self, stream: FrameStream, store: Store, tokens: TokenBook, metrics: NodeMetrics, stall_ms: int, draining: threading.Event
+    ) -> None:
+        self.stream = stream
+        self._store = store
+        self._tokens = tokens
+        self._metrics = metrics
+        self._stall_ms = stall_ms
+        self._draining = draining
+        self._scratch = memoryview(bytearray(MIB))
+        self._busy = threading.Lock()
+
+    def shutdown_when_idle(self) -> None:
+        """Ends the connection now if no request is running; otherwise `serve` ends after it."""
+        if self._busy.acquire(blocking=False):
+            self.stream.shutdown()
+            self._busy.release()
+
+    def serve(self) -> None:
+        """Runs until the peer leaves, breaks the protocol, stalls or the node drains."""
+        try:
+            self.stream.set_timeout_ms(min(CHANNEL_HELLO_MS_MAX, self._stall_ms))
+            tenant = self._welcome()
+            while not self._draining.is_set():
+                frame = self._next_request()
+                with self._busy:
+                    self._answer(frame, tenant)
+        except Retryable:
+            return  # gone or stalled: its pins and slots were given back on the way here
+        except AttnStoreError as error:
+            _log.warning("page channel closed", reason=str(error), code=error.code)
+            self.stream.send(encode_refusal(0, error))
+
+    def _welcome(self) -> str:
+        hello = self.stream.receive()
+        token = bytearray(hello.size_bytes)
+        if token:
+            self.stream.receive_payload(memoryview(token))
+        if hello.page != VERSION:
+            raise InvalidArgument(f"the page channel's version is {VERSION}; the client speaks {hello.page}")
+        tenant = self._tokens.redeem(bytes(token))
+        self.stream.send(encode_frame(Frame(Kind.WELCOME, page=CHANNEL_READ_HASHES_MAX, request=CHANNEL_CREDITS)))
+        return tenant
+
+    def _next_request(self) -> Frame:
+        self.stream.set_timeout_ms(CHANNEL_IDLE_MS_MAX)
+        frame = self.stream.receive()
+        self.stream.set_timeout_ms(self._stall_ms)
+        return frame
+
+    def _answer(self, frame: Frame, tenant: str) -> None:
+        answer: Callable[[Frame, str], None] = self._read if frame.kind is Kind.READ else self._write
+        try:
+            if self._draining.is_set():
+                raise Unavailable("the node is draining")
+            answer(frame, tenant)
+        except (Unavailable, DeadlineExceeded):
+            raise
+        except AttnStoreError as error:
+            # The request is wrong, the connection is not: its payload is read to the end and the next request finds a clean stream.
+            if frame.size_bytes and not self.stream.at_boundary:
+                self.stream.discard_payload(self._scratch)
+            self.stream.send(encode_refusal(frame.request, error))
+
+    def _read(self, frame: Frame, tenant: str) -> None:
+        joined = bytearray(frame.size_bytes)
+        if joined:
+            self.stream.receive_payload(memoryview(joined))
+        hashes = split_hashes(bytes(joined))
+        layout = self._store.layout_of(frame.namespace, tenant)
+        begin, end = layout.layer_slice(frame.layer_begin, frame.layer_end)
+        if frame.order is Order.LAYERS:
+            self._read_by_layer(frame, hashes, begin, end, layout.layer_bytes)
+            return
+        for index, page_hash in enumerate(hashes):
+            with self._store.reading(frame.namespace, page_hash, frame.lease_id) as page:
+                if isinstance(page, PageStatus):
+                    self._send_miss(frame.request, index, page)
+                else:
+                    self._send_slice(frame.request, index, page, begin, end, 0)
+
+    def _read_by_layer(self, frame: Frame, hashes: list[bytes], begin: int, end: int, layer_bytes: int) -> None:
+        with ExitStack() as held:
+            pages: list[tuple[int, PageView]] = []
+            for index, page_hash in enumerate(hashes):
+                page = held.enter_context(self._store.reading(frame.namespace, page_hash, frame.lease_id))
+                if isinstance(page, PageStatus):
+                    self._send_miss(frame.request, index, page)
+                else:
+                    pages.append((index, page))
+            for at in range(begin, end, layer_bytes):
+                for index, page in pages:
+                    self._send_slice(frame.request, index, page, at, at + layer_bytes, at - begin)
+
+    def _send_slice(self, request: int, index: int, page: PageView, begin: int, end: int, offset_bytes: int) -> None:
+        data, checksum = page.slice(begin, end)
+        self.stream.send(encode_slice(request, index, len(data), offset_bytes, checksum), data)
+        self._metrics.sent("tcp", len(data))
+        if offset_bytes == 0:
+            self._metrics.page_statuses.labels("Read", "ok").inc()
+
+    def _send_miss(self, request: int, index: int, status: PageStatus) -> None:
+        self.stream.send(encode_frame(Frame(Kind.SLICE, request=request, page=index, status=status)))
+        self._metrics.page_statuses.labels("Read", status.name.lower()).inc()
+
+    def _write(self, frame: Frame, tenant: str) -> None:
+        layout = self._store.layout_of(frame.namespace, tenant)
+        verdict = PageStatus.WRONG_SIZE
+        if frame.size_bytes == layout.page_bytes:
+            verdict = self._receive_page(frame)
+        elif frame.size_bytes:
+            self.stream.discard_payload(self._scratch)
+        self._metrics.page_statuses.labels("Write", verdict.name.lower()).inc()
+        self.stream.send(encode_frame(Frame(Kind.VERDICT, request=frame.request, page=frame.page, status=verdict)))
+
+    def _receive_page(self, frame: Frame) -> PageStatus:
+        page = self._store.prepare(frame.namespace, frame.hash, frame.checksum)
+        self._metrics.received("tcp", frame.size_bytes)
+        if isinstance(page, PageStatus):
+            self.stream.discard_payload(self._scratch)
+            return page
+        try:
+            self.stream.receive_payload(self._store.view(page))
+        except BaseException:
+            self._store.abort(page)
+            raise
+        return self._store.seal(page)

@@ -1,0 +1,284 @@
+"""The page channel: frames that carry page bytes over one TCP connection, as a protocol without I/O.
+
+Owns: the frame format, who may send what when, and the limits of each frame. Sockets belong to whoever uses it: bytes received go
+to `FrameReceiver.window`, bytes to send come from `encode_frame`.
+Invariant: a payload is never held here. Its frame's header is announced first, the user says where the payload goes (`land`), and
+the socket writes there directly; whatever a peer sends, nothing is written anywhere else.
+
+A frame is a header of 128 bytes, little-endian, and `size_bytes` of payload:
+
+    magic 4s | kind u8 | status u8 | order u8 | 0 u8 | request u32 | page u32 | size u64 | offset u64 | checksum u64 |
+    layer_begin u32 | layer_end u32 | lease 16s | namespace 32s | hash 32s
+
+| kind    | from   | means                                                  | fields used                                    | payload        |
+|---------|--------|--------------------------------------------------------|------------------------------------------------|----------------|
+| HELLO   | client | opens; the token came from `OpenChannel` over gRPC     | page = protocol version                        | token          |
+| READ    | client | send me these pages                                    | request, order, layers, lease, namespace       | hashes         |
+| WRITE   | client | here is one page                                       | request, page, checksum, namespace, hash       | page bytes     |
+| WELCOME | node   | go on                                                  | page = hashes in one READ, request = credits   | none           |
+| SLICE   | node   | (part of) a page, checksum of this payload; or a miss  | request, page, status, offset, checksum        | slice or none  |
+| VERDICT | node   | what became of a written page                          | request, page, status                          | none           |
+| REFUSED | node   | the whole request was wrong (or, before WELCOME, you)  | request                                        | `code\\nmessage` |
+
+Credits: a client has at most `credits` pages on the way that no VERDICT has come for, and at most two READs that are not fully
+answered, so neither side ever needs to buffer more than the kernel does, and neither waits for a peer that waits for it. The node
+serves a connection's frames one after the other; a client that wants more at once opens several connections.
+"""
+
+from __future__ import annotations
+
+import enum
+import struct
+from dataclasses import dataclass
+from typing import Final
+
+from attnstore.errors import AttnStoreError, ProtocolError, Unavailable, error_of_code
+from attnstore.limits import (
+    CHANNEL_READ_HASHES_MAX,
+    CHANNEL_REASON_BYTES_MAX,
+    CHANNEL_TOKEN_BYTES,
+    HASH_BYTES,
+    LEASE_ID_BYTES,
+    PAGE_BYTES_MAX,
+)
+from attnstore.types import PageStatus
+from attnstore.wire.chunks import Buffer
+
+VERSION: Final = 1
+MAGIC: Final = b"ATPC"
+_HEADER: Final = struct.Struct("<4sBBBxIIQQQII16s32s32s")
+HEADER_BYTES: Final = _HEADER.size
+assert HEADER_BYTES == 128
+
+
+class Kind(enum.IntEnum):
+    """What a frame is. Clients send the numbers below 16."""
+
+    HELLO = 1
+    READ = 2
+    WRITE = 3
+    WELCOME = 16
+    SLICE = 17
+    VERDICT = 18
+    REFUSED = 19
+
+
+class Order(enum.IntEnum):
+    """In which order a READ is answered. LAYERS sends layer 0 of all pages first, then layer 1, and so on."""
+
+    PAGES = 0
+    LAYERS = 1
+
+
+class Role(enum.Enum):
+    """Which side a receiver is on."""
+
+    NODE = "node"
+    CLIENT = "client"
+
+
+class State(enum.Enum):
+    """Where a connection is, as seen by one receiving side."""
+
+    NEW = "new"
+    OPEN = "open"
+    CLOSED = "closed"
+
+
+TRANSITIONS: Final[dict[tuple[Role, State, Kind], State]] = {
+    (Role.NODE, State.NEW, Kind.HELLO): State.OPEN,
+    (Role.NODE, State.OPEN, Kind.READ): State.OPEN,
+    (Role.NODE, State.OPEN, Kind.WRITE): State.OPEN,
+    (Role.CLIENT, State.NEW, Kind.WELCOME): State.OPEN,
+    (Role.CLIENT, State.NEW, Kind.REFUSED): State.CLOSED,
+    (Role.CLIENT, State.OPEN, Kind.SLICE): State.OPEN,
+    (Role.CLIENT, State.OPEN, Kind.VERDICT): State.OPEN,
+    (Role.CLIENT, State.OPEN, Kind.REFUSED): State.OPEN,
+}
+"""(role, state, kind received) -> state. A frame that is not in the table is a `ProtocolError`."""
+
+_PAYLOAD_BYTES_MAX: Final[dict[Kind, int]] = {
+    Kind.HELLO: CHANNEL_TOKEN_BYTES,
+    Kind.READ: CHANNEL_READ_HASHES_MAX * HASH_BYTES,
+    Kind.WRITE: PAGE_BYTES_MAX,
+    Kind.WELCOME: 0,
+    Kind.SLICE: PAGE_BYTES_MAX,
+    Kind.VERDICT: 0,
+    Kind.REFUSED: CHANNEL_REASON_BYTES_MAX,
+}
+
+_NO_LEASE: Final = bytes(LEASE_ID_BYTES)
+_NO_HASH: Final = bytes(HASH_BYTES)
+_NO_STATUS: Final = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Frame:
+    """A frame's header. `lease`, `namespace` and `hash` are all zeros, and `status` None, where the frame has none."""
+
+    kind: Kind
+    request: int = 0
+    page: int = 0
+    size_bytes: int = 0
+    offset_bytes: int = 0
+    checksum: int = 0
+    status: PageStatus | None = None
+    order: Order = Order.PAGES
+    layer_begin: int = 0
+    layer_end: int = 0
+    lease: bytes = _NO_LEASE
+    namespace: bytes = _NO_HASH
+    hash: bytes = _NO_HASH
+
+    @property
+    def lease_id(self) -> bytes | None:
+        """The lease named, None where there is none."""
+        return None if self.lease == _NO_LEASE else self.lease
+
+
+def encode_frame(frame: Frame) -> bytes:
+    """The 128 bytes that go before the payload."""
+    return _HEADER.pack(
+        MAGIC,
+        frame.kind,
+        _NO_STATUS if frame.status is None else frame.status,
+        frame.order,
+        frame.request,
+        frame.page,
+        frame.size_bytes,
+        frame.offset_bytes,
+        frame.checksum,
+        frame.layer_begin,
+        frame.layer_end,
+        frame.lease,
+        frame.namespace,
+        frame.hash,
+    )
+
+
+def encode_slice(request: int, page: int, size_bytes: int, offset_bytes: int, checksum: int) -> bytes:
+    """The header of a SLICE with bytes, the frame that matters for speed: no `Frame` in between."""
+    return _HEADER.pack(
+        MAGIC, Kind.SLICE, PageStatus.OK, 0, request, page, size_bytes, offset_bytes, checksum, 0, 0, _NO_LEASE, _NO_HASH, _NO_HASH
+    )
+
+
+def encode_refusal(request: int, error: AttnStoreError) -> bytes:
+    """A whole REFUSED frame, payload included."""
+    reason = f"{error.code}\n{error}".encode()[:CHANNEL_REASON_BYTES_MAX]
+    return encode_frame(Frame(Kind.REFUSED, request=request, size_bytes=len(reason))) + reason
+
+
+def decode_refusal(reason: Buffer) -> AttnStoreError:
+    """The typed error that a REFUSED frame's payload carries; `Unavailable` for a code that this version does not know."""
+    code, _, message = bytes(reason).decode("utf-8", "replace").partition("\n")
+    return (error_of_code(code) or Unavailable)(message or code)
+
+
+def decode_frame(header: Buffer) -> Frame:
+    """The inverse of `encode_frame`. Raises `ProtocolError` for anything that no peer of this version sends."""
+    (magic, kind, status, order, request, page, size, offset, checksum, layer_begin, layer_end, lease, namespace, page_hash) = (
+        _HEADER.unpack(header)
+    )
+    if magic != MAGIC:
+        raise ProtocolError("the peer does not speak the page channel's protocol")
+    try:
+        known = Kind(kind)
+        frame = Frame(
+            known,
+            request,
+            page,
+            size,
+            offset,
+            checksum,
+            None if status == _NO_STATUS else PageStatus(status),
+            Order(order),
+            layer_begin,
+            layer_end,
+            lease,
+            namespace,
+            page_hash,
+        )
+    except ValueError as error:
+        raise ProtocolError(f"page channel: {error}") from None
+    if size > _PAYLOAD_BYTES_MAX[known]:
+        raise ProtocolError(f"a {known.name} frame announces {size} bytes; the maximum is {_PAYLOAD_BYTES_MAX[known]}")
+    if known in (Kind.SLICE, Kind.VERDICT) and frame.status is None:
+        raise ProtocolError(f"a {known.name} frame has no status")
+    return frame
+
+
+class FrameReceiver:
+    """One direction of a connection: tells where the next bytes go and what has arrived.
+
+    The cycle: write bytes to `window()`, report them to `received(count)`, until that returns an arrival. Where a frame announces a
+    payload, say `land(view)` or `discard(scratch)` before the cycle goes on; the same frame arrives once more when its payload is
+    whole.
+    """
+
+    def __init__(self, role: Role) -> None:
+        self._role = role
+        self._header = bytearray(HEADER_BYTES)
+        self._window = memoryview(self._header)
+        self._scratch = memoryview(b"")
+        self._frame: Frame | None = None
+        self._left_bytes = 0
+        self.state = State.NEW
+
+    @property
+    def at_boundary(self) -> bool:
+        """No frame has begun: the peer may close here."""
+        return self._frame is None and len(self._window) == HEADER_BYTES
+
+    @property
+    def payload_left_bytes(self) -> int:
+        """Bytes of the announced payload that have not arrived."""
+        return self._left_bytes
+
+    def window(self) -> memoryview:
+        """Where the next bytes must be written. Never empty."""
+        assert len(self._window) > 0, "land() or discard() comes before the payload"
+        return self._window
+
+    def land(self, view: memoryview) -> None:
+        """The announced payload goes into `view`, which has exactly its size."""
+        assert len(view) == self._left_bytes > 0
+        self._window = view
+
+    def discard(self, scratch: memoryview) -> None:
+        """The announced payload is thrown away, through `scratch` of any size."""
+        assert len(scratch) > 0 < self._left_bytes
+        self._scratch = scratch
+        self._window = scratch[: self._left_bytes]
+
+    def received(self, count: int) -> Frame | None:
+        """Takes note of `count` bytes written to the window; the frame whose header, or whose payload, is complete now.
+
+        Raises `ProtocolError` for a malformed frame or one out of turn; the state is CLOSED then.
+        """
+        assert 0 < count <= len(self._window)
+        self._window = self._window[count:]
+        if self._frame is None:
+            return None if len(self._window) > 0 else self._announced()
+        self._left_bytes -= count
+        if self._left_bytes > 0:
+            if len(self._window) == 0:
+                self._window = self._scratch[: self._left_bytes]
+            return None
+        frame, self._frame = self._frame, None
+        self._window = memoryview(self._header)
+        return frame
+
+    def _announced(self) -> Frame:
+        state, self.state = self.state, State.CLOSED
+        frame = decode_frame(self._header)
+        following = TRANSITIONS.get((self._role, state, frame.kind))
+        if following is None:
+            raise ProtocolError(f"a {self._role.value} whose channel is {state.value} expects no {frame.kind.name} frame")
+        self.state = following
+        if frame.size_bytes > 0:
+            self._frame = frame
+            self._left_bytes = frame.size_bytes
+        else:
+            self._window = memoryview(self._header)
+        return frame

@@ -1,0 +1,104 @@
+"""The page channel over a blocking socket: whole frames in, whole frames out, each wait bounded.
+
+Owns: the system calls. One `recv` for a header, one for a payload straight into its destination, one `sendmsg` for a header and a
+payload straight from where it lies; all of them release the interpreter lock while the kernel copies.
+Invariant: no call waits longer than the time-out last set for the peer to move a byte.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+import struct
+
+from attnstore.errors import DeadlineExceeded, Retryable, Unavailable
+from attnstore.wire.chunks import Buffer
+from attnstore.wire.page_channel import Frame, FrameReceiver, Role
+
+_TIMEVAL = struct.Struct("@ll")
+_KEEPALIVE = (
+    (socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1),
+    (socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 15),
+    (socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, 5),
+    (socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 3),
+    (socket.IPPROTO_TCP, socket.TCP_NODELAY, 1),
+)
+
+
+class FrameStream:
+    """Frames over a connected TCP socket, which it owns from now on. One thread at a time; `shutdown` from any."""
+
+    def __init__(self, connection: socket.socket, role: Role) -> None:
+        connection.setblocking(True)
+        for level, name, value in _KEEPALIVE:
+            connection.setsockopt(level, name, value)
+        self._socket = connection
+        self._receiver = FrameReceiver(role)
+
+    @property
+    def at_boundary(self) -> bool:
+        """Nothing of the next frame has arrived."""
+        return self._receiver.at_boundary
+
+    def set_timeout_ms(self, timeout_ms: float) -> None:
+        """Bounds every later wait for the peer. The kernel keeps the time, so that no call is split to watch a clock."""
+        whole_s, rest_us = divmod(max(1, int(timeout_ms * 1000)), 1_000_000)
+        timeout = _TIMEVAL.pack(whole_s, rest_us)
+        self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, timeout)
+        self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, timeout)
+
+    def send(self, *parts: Buffer) -> None:
+        """Sends the parts one after the other, completely. Raises `Unavailable` or `DeadlineExceeded`."""
+        left = [memoryview(part) for part in parts]
+        try:
+            while left:
+                sent = self._socket.sendmsg(left)
+                while left and sent >= len(left[0]):
+                    sent -= len(left.pop(0))
+                if left:
+                    left[0] = left[0][sent:]
+        except OSError as error:
+            raise _lost(error) from None
+
+    def receive(self) -> Frame:
+        """The next frame, or the one announced before whose payload is whole now.
+
+        Raises `Unavailable`, `DeadlineExceeded` or `ProtocolError`; the connection is useless then.
+        """
+        receiver = self._receiver
+        try:
+            while True:
+                window = receiver.window()
+                count = self._socket.recv_into(window, len(window), socket.MSG_WAITALL)
+                if count == 0:
+                    raise Unavailable("the peer closed the page channel")
+                frame = receiver.received(count)
+                if frame is not None:
+                    return frame
+        except OSError as error:
+            raise _lost(error) from None
+
+    def receive_payload(self, view: memoryview) -> None:
+        """Receives the announced payload into `view`."""
+        self._receiver.land(view)
+        self.receive()
+
+    def discard_payload(self, scratch: memoryview) -> None:
+        """Receives the announced payload and throws it away."""
+        self._receiver.discard(scratch)
+        self.receive()
+
+    def shutdown(self) -> None:
+        """Ends both directions at once: whoever waits in `send` or `receive` gets `Unavailable`. Safe from any thread."""
+        with contextlib.suppress(OSError):
+            self._socket.shutdown(socket.SHUT_RDWR)
+
+    def close(self) -> None:
+        """Gives the socket back."""
+        self._socket.close()
+
+
+def _lost(error: OSError) -> Retryable:
+    if isinstance(error, BlockingIOError):
+        return DeadlineExceeded("the peer moved no byte of the page channel within the time-out")
+    return Unavailable(f"the page channel broke: {error.strerror or error}")
