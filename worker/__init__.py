@@ -1,1 +1,4 @@
-"""The GPU or CPU worker: runs models over paged KV memory and keeps cold pages in the store."""
+"""The reference worker: an inference engine whose KV pages may live in an AttnStore node.
+
+Data flows one way: `cli -> engine -> (model, cache) -> attnstore`. Only `worker.cache` talks to a store.
+"""

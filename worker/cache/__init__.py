@@ -1,1 +1,10 @@
-"""The worker's KV memory: block pool, prefix cache and the path to and from the store."""
+"""KV memory of the worker: the block pool, the tiers below it and the transfers between them."""
+
+from __future__ import annotations
+
+from worker.cache.manager import Admission, CacheManager, CacheStatistics
+from worker.cache.page_store import PageStore
+from worker.cache.pages import PagePool
+from worker.cache.remote import RemoteTier
+
+__all__ = ["Admission", "CacheManager", "CacheStatistics", "PagePool", "PageStore", "RemoteTier"]

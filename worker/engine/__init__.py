@@ -1,1 +1,9 @@
-"""The engine: sequences, scheduling, running and sampling."""
+"""The inference engine."""
+
+from __future__ import annotations
+
+from worker.engine.engine import Engine, EngineOptions, Token
+from worker.engine.sampler import SamplingParams
+from worker.engine.sequence import FinishReason, Sequence
+
+__all__ = ["Engine", "EngineOptions", "FinishReason", "SamplingParams", "Sequence", "Token"]

@@ -1,0 +1,122 @@
+"""Who holds which block of a pool, and which blocks can be found again by their hash.
+
+Owns: reference counts, the prefix cache (`BlockHash` -> `block_id`) and the order of eviction. It knows block ids, not bytes.
+Invariant: every block is in exactly one state, so `free + held + evictable == capacity`; `check()` verifies it.
+
+    FREE       no content worth keeping              allocate -> HELD
+    HELD       one or more holders                   release of the last -> EVICTABLE if sealed, else FREE
+    EVICTABLE  sealed, nobody holds it, findable     hold -> HELD;  taken by allocate, least recently released first -> HELD
+
+A transfer holds the blocks it reads or writes like any other holder, so none of them is recycled under it. Not thread-safe: one
+thread owns a pool. The design is vLLM's block pool without its copy-on-write, which sealed (immutable) blocks never need.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from attnstore.core.hashing import BlockHash
+from attnstore.errors import Overloaded
+
+
+@dataclass(frozen=True, slots=True)
+class BlockPoolStatistics:
+    """A snapshot, in blocks. `evicted` counts since the start."""
+
+    capacity: int
+    free: int
+    held: int
+    evictable: int
+    evicted: int
+
+
+class BlockPool:
+    """The states of `capacity` blocks with ids `0 .. capacity - 1`."""
+
+    def __init__(self, capacity: int) -> None:
+        assert capacity > 0
+        self._capacity = capacity
+        self._free = list(range(capacity - 1, -1, -1))
+        self._holders: dict[int, int] = {}
+        self._evictable: OrderedDict[int, None] = OrderedDict()
+        self._block_of: dict[BlockHash, int] = {}
+        self._hash_of: dict[int, BlockHash] = {}
+        self._evicted = 0
+
+    @property
+    def available(self) -> int:
+        """How many blocks `allocate` could give out now."""
+        return len(self._free) + len(self._evictable)
+
+    def holders(self, block_id: int) -> int:
+        """How many hold the block; 0 when it is free or evictable."""
+        return self._holders.get(block_id, 0)
+
+    def allocate(self) -> int:
+        """A block with one holder, taken from the free ones or by eviction. Raises `Overloaded` when all are held."""
+        if self._free:
+            block_id = self._free.pop()
+        elif self._evictable:
+            block_id, _ = self._evictable.popitem(last=False)
+            del self._block_of[self._hash_of.pop(block_id)]
+            self._evicted += 1
+        else:
+            raise Overloaded(f"all {self._capacity} blocks of the pool are held")
+        self._holders[block_id] = 1
+        return block_id
+
+    def hold(self, block_id: int) -> None:
+        """Adds a holder to a block that is held or evictable."""
+        if block_id in self._evictable:
+            del self._evictable[block_id]
+            self._holders[block_id] = 1
+        else:
+            self._holders[block_id] += 1
+
+    def release(self, block_ids: Iterable[int]) -> None:
+        """Takes one holder from each block. Those released first are evicted first."""
+        for block_id in block_ids:
+            self._holders[block_id] -= 1
+            if self._holders[block_id]:
+                continue
+            del self._holders[block_id]
+            if block_id in self._hash_of:
+                self._evictable[block_id] = None
+            else:
+                self._free.append(block_id)
+
+    def hold_prefix(self, hashes: Sequence[BlockHash]) -> list[int]:
+        """The blocks of the longest cached prefix of `hashes`, each with one more holder."""
+        block_ids: list[int] = []
+        for block_hash in hashes:
+            block_id = self._block_of.get(block_hash)
+            if block_id is None:
+                break
+            self.hold(block_id)
+            block_ids.append(block_id)
+        return block_ids
+
+    def seal(self, block_id: int, block_hash: BlockHash) -> bool:
+        """Makes a held, complete block findable. False where another block has that hash already: this one stays private."""
+        assert block_id in self._holders
+        assert block_id not in self._hash_of
+        if block_hash in self._block_of:
+            return False
+        self._block_of[block_hash] = block_id
+        self._hash_of[block_id] = block_hash
+        return True
+
+    def statistics(self) -> BlockPoolStatistics:
+        """A snapshot."""
+        return BlockPoolStatistics(self._capacity, len(self._free), len(self._holders), len(self._evictable), self._evicted)
+
+    def check(self) -> None:
+        """Asserts that every block is in exactly one state and that the prefix cache agrees in both directions."""
+        states = [*self._free, *self._holders, *self._evictable]
+        assert sorted(states) == list(range(self._capacity)), "free + held + evictable != capacity"
+        assert all(count > 0 for count in self._holders.values())
+        assert {block_id: block_hash for block_hash, block_id in self._block_of.items()} == self._hash_of
+        assert all(block_id in self._hash_of for block_id in self._evictable)
+        assert not any(block_id in self._hash_of for block_id in self._free)

@@ -1,0 +1,32 @@
+"""Where one sequence's tokens lie: its blocks in order, and the slot of each token.
+
+Owns: the mapping from a token's position to `(block_id, offset)`. Invariant: block `j` holds positions
+`[j * block_tokens, (j + 1) * block_tokens)`; the first `sealed` blocks are complete and will never be written again.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from attnstore.core.hashing import BlockHash
+
+
+@dataclass(slots=True)
+class BlockTable:
+    """The blocks of one sequence. `hashes[j]` names block `j`; all of the prompt's complete blocks are named at admission."""
+
+    block_tokens: int
+    block_ids: list[int] = field(default_factory=list)
+    hashes: list[BlockHash] = field(default_factory=list)
+    sealed: int = 0
+
+    @property
+    def capacity_tokens(self) -> int:
+        """Tokens that the blocks held now have room for."""
+        return len(self.block_ids) * self.block_tokens
+
+    def slot_mapping(self, begin: int, end: int) -> tuple[list[int], list[int]]:
+        """`(block_ids, offsets)` of positions `[begin, end)`, one entry per token."""
+        assert 0 <= begin <= end <= self.capacity_tokens
+        positions = range(begin, end)
+        return [self.block_ids[p // self.block_tokens] for p in positions], [p % self.block_tokens for p in positions]

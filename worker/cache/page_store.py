@@ -1,0 +1,47 @@
+"""What the worker needs of a store: the seam at which tests inject a store that fails on purpose.
+
+Owns: `PageStore`. `attnstore.connect(...)` returns one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+from attnstore.core.layout import PageLayout
+from attnstore.types import Lease, MatchResult, ReadResult, WriteResult
+
+
+class PageStore(Protocol):
+    """A store of sealed pages. Every call ends within a deadline of its own; all may be called from any thread."""
+
+    def register_layout(self, namespace: bytes, layout: PageLayout, /) -> object:
+        """Makes the namespace known. Idempotent."""
+        ...
+
+    def match(self, namespace: bytes, prefixes: Sequence[Sequence[bytes]], /, *, lease_ms: int) -> MatchResult:
+        """How many leading pages of each prefix are there, and a lease on them."""
+        ...
+
+    def read(
+        self,
+        namespace: bytes,
+        hashes: Sequence[bytes],
+        buffers: Sequence[memoryview],
+        /,
+        *,
+        lease: Lease | None,
+        deadline_ms: int,
+    ) -> ReadResult:
+        """Fills one buffer per page. After it returned no buffer is written any more; pages that are not OK are misses."""
+        ...
+
+    def write(
+        self, namespace: bytes, hashes: Sequence[bytes], pages: Sequence[memoryview], /, *, deadline_ms: int
+    ) -> WriteResult:
+        """Stores pages; one verdict each."""
+        ...
+
+    def release(self, lease: Lease, /) -> object:
+        """Ends a lease."""
+        ...

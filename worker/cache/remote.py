@@ -1,0 +1,131 @@
+"""The REMOTE tier: a store whose every failure is a miss.
+
+Owns: registration of the namespace, and the pause after a failure that keeps a dead store from taxing each request.
+Invariant: no method raises because of the store; what went wrong is counted, logged once per pause and kept in `last_error`.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Final, TypeVar
+
+from attnstore.clock import Clock
+from attnstore.core.hashing import BlockHash, Namespace
+from attnstore.core.layout import PageLayout
+from attnstore.errors import NamespaceUnknown
+from attnstore.types import Lease, MatchResult, PageStatus, ReadResult, WriteResult
+from worker.cache.page_store import PageStore
+
+_LOG = logging.getLogger(__name__)
+_T = TypeVar("_T")
+
+LEASE_MARGIN_MS: Final = 5_000
+"""A lease outlives the read it protects by this much, for the time between match and read."""
+PAUSE_MS: Final = 1_000
+"""After a failure the store is left alone for this long."""
+
+
+@dataclass(frozen=True, slots=True)
+class RemoteStatistics:
+    """Counts since the start. `failures`: calls that failed as a whole; `skipped`: calls not made during a pause."""
+
+    pages_read: int = 0
+    pages_missed: int = 0
+    pages_written: int = 0
+    pages_refused: int = 0
+    bytes_read: int = 0
+    bytes_written: int = 0
+    failures: int = 0
+    skipped: int = 0
+    last_error: str | None = None
+
+
+class RemoteTier:
+    """Pages of one namespace in a store. Thread-safe: the engine matches while transfers run."""
+
+    def __init__(self, store: PageStore, namespace: Namespace, layout: PageLayout, *, deadline_ms: int, clock: Clock) -> None:
+        self._store = store
+        self._namespace = namespace
+        self._layout = layout
+        self.deadline_ms = deadline_ms
+        self._clock = clock
+        self._lock = threading.Lock()
+        self._registered = False
+        self._paused_until_ms = float("-inf")
+        self._counts: Counter[str] = Counter()
+        self._last_error: str | None = None
+
+    def connect(self) -> bool:
+        """Registers the namespace ahead of the first request, so that no request pays for it. False where that failed."""
+        return self._attempt("register", lambda: True) is not None
+
+    def match(self, hashes: Sequence[BlockHash]) -> MatchResult:
+        """How many leading pages are there, with a lease that covers one read."""
+        lease_ms = self.deadline_ms + LEASE_MARGIN_MS
+        result = self._attempt("match", lambda: self._store.match(self._namespace, [hashes], lease_ms=lease_ms))
+        return result or MatchResult(hits=(0,), lease=None)
+
+    def read(self, hashes: Sequence[BlockHash], buffers: Sequence[memoryview], lease: Lease | None) -> ReadResult:
+        """Fills one buffer per page and ends the lease. Pages that did not come whole and verified are misses."""
+        result = self._attempt(
+            "read",
+            lambda: self._store.read(self._namespace, hashes, buffers, lease=lease, deadline_ms=self.deadline_ms),
+        )
+        if result is None:
+            result = ReadResult(statuses=(PageStatus.INCOMPLETE,) * len(hashes), bytes_read=0)
+        hits = sum(status.is_hit for status in result.statuses)
+        self._count(pages_read=hits, pages_missed=len(hashes) - hits, bytes_read=result.bytes_read)
+        if result.error is not None:
+            self._fail("read", result.error)
+        if lease is not None:
+            self._attempt("release", lambda: self._store.release(lease))
+        return result
+
+    def write(self, hashes: Sequence[BlockHash], pages: Sequence[memoryview]) -> None:
+        """Stores pages. A page that the store refuses is only counted."""
+        result = self._attempt("write", lambda: self._store.write(self._namespace, hashes, pages, deadline_ms=self.deadline_ms))
+        if result is None:
+            result = WriteResult(verdicts=(PageStatus.INCOMPLETE,) * len(hashes), bytes_written=0)
+        kept = sum(verdict.is_kept for verdict in result.verdicts)
+        self._count(pages_written=kept, pages_refused=len(hashes) - kept, bytes_written=result.bytes_written)
+
+    def statistics(self) -> RemoteStatistics:
+        """A snapshot."""
+        with self._lock:
+            return RemoteStatistics(**self._counts, last_error=self._last_error)
+
+    def _attempt(self, verb: str, call: Callable[[], _T]) -> _T | None:
+        """The call's result, or None where it failed or was not made."""
+        if self._clock.now_ms() < self._paused_until_ms:
+            self._count(skipped=1)
+            return None
+        try:
+            return self._registered_call(call)
+        except Exception as error:  # whatever a store does, the worker recomputes
+            self._fail(verb, error)
+            return None
+
+    def _registered_call(self, call: Callable[[], _T]) -> _T:
+        if not self._registered:
+            self._store.register_layout(self._namespace, self._layout)
+            self._registered = True
+        try:
+            return call()
+        except NamespaceUnknown:  # the node was restarted and is empty
+            self._store.register_layout(self._namespace, self._layout)
+            return call()
+
+    def _fail(self, verb: str, error: Exception) -> None:
+        self._count(failures=1)
+        with self._lock:
+            self._last_error = f"{verb}: {type(error).__name__}: {error}"
+            self._paused_until_ms = self._clock.now_ms() + PAUSE_MS
+        _LOG.warning("the store failed and is left alone for %d ms: %s", PAUSE_MS, self._last_error)
+
+    def _count(self, **increments: int) -> None:
+        with self._lock:
+            self._counts.update(increments)

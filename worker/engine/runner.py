@@ -1,0 +1,69 @@
+"""Runs one step of the model over packed chunks of sequences.
+
+Owns: the tensors of a step. Invariant: each sequence attends to its own blocks only; what it computes does not depend on its
+neighbours in the step, up to rounding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Items
+
+import torch
+from torch import Tensor
+
+from attnstore.attention import AttentionBackend
+from worker.cache import PagePool
+from worker.cache.block_table import BlockTable
+from worker.engine.sequence import Chunk
+from worker.model.attention import PagedStep
+from worker.model.loading import LoadedModel
+
+
+class Runner:
+    """A model on one block pool."""
+
+    def __init__(self, model: LoadedModel, pages: PagePool, attention: AttentionBackend) -> None:
+        self._body = model.module.base_model
+        self._head = model.module.get_output_embeddings()
+        self._pool = pages.tensor
+        self._attention = attention
+
+    def run(self, chunks: Items[Chunk]) -> Tensor:
+        """Computes the chunks' KV into their sequences' blocks.
+
+        Returns fp32 logits `[n, vocabulary]` of the last token of each chunk that gives one, in the order of the chunks.
+        """
+        tables = [_table(chunk) for chunk in chunks]
+        token_ids = [token for chunk in chunks for token in chunk.sequence.token_ids[chunk.begin : chunk.end]]
+        positions = [position for chunk in chunks for position in range(chunk.begin, chunk.end)]
+        # Outside of inference mode, whose tensors have no version for the attention's checks to remember.
+        paged = self._paged_step(chunks, tables)
+        ends = [int(end) for end in paged.query_starts[1:]]
+        rows = [end - 1 for chunk, end in zip(chunks, ends, strict=True) if chunk.gives_token]
+        with torch.inference_mode():
+            output = self._body(
+                input_ids=torch.tensor([token_ids]), position_ids=torch.tensor([positions]), use_cache=False, paged=paged
+            )
+            logits: Tensor = self._head(output.last_hidden_state[0, rows])
+            return logits.float()
+
+    def _paged_step(self, chunks: Items[Chunk], tables: Items[BlockTable]) -> PagedStep:
+        slots = [table.slot_mapping(chunk.begin, chunk.end) for chunk, table in zip(chunks, tables, strict=True)]
+        query_lens = [chunk.end - chunk.begin for chunk in chunks]
+        block_tables = torch.zeros(len(tables), max(len(table.block_ids) for table in tables), dtype=torch.int32)
+        for row, table in zip(block_tables, tables, strict=True):
+            row[: len(table.block_ids)] = torch.tensor(table.block_ids, dtype=torch.int32)
+        return PagedStep(
+            backend=self._attention,
+            pool=self._pool,
+            slot_blocks=torch.tensor([block_id for block_ids, _ in slots for block_id in block_ids]),
+            slot_offsets=torch.tensor([offset for _, offsets in slots for offset in offsets]),
+            block_tables=block_tables,
+            context_lens=torch.tensor([chunk.end for chunk in chunks], dtype=torch.int32),
+            query_starts=torch.tensor([0, *query_lens], dtype=torch.int32).cumsum(0, dtype=torch.int32),
+        )
+
+
+def _table(chunk: Chunk) -> BlockTable:
+    assert chunk.sequence.admission is not None
+    return chunk.sequence.admission.table

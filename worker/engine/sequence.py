@@ -1,0 +1,77 @@
+"""One prompt and its continuation on the way through the engine.
+
+Owns: the tokens of a sequence, how many of them have their KV in the pool, and when things happened to it.
+Invariant: `computed_tokens <= len(token_ids)`; a RUNNING sequence has at least one token to compute.
+"""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass, field
+
+from worker.cache import Admission
+from worker.engine.sampler import Sampler, SamplingParams
+
+
+class FinishReason(enum.Enum):
+    """Why a sequence ended."""
+
+    STOP = "stop"
+    LENGTH = "length"
+    CONTEXT_FULL = "context_full"
+    POOL_FULL = "pool_full"
+
+
+@dataclass(slots=True)
+class Sequence:
+    """`token_ids` are the prompt's `prompt_tokens` tokens and then the generated ones. Times are on the engine's clock."""
+
+    sequence_id: int
+    token_ids: list[int]
+    prompt_tokens: int
+    sampling: SamplingParams
+    submitted_ms: float
+    sampler: Sampler = field(init=False)
+    admission: Admission | None = None
+    computed_tokens: int = 0
+    blocks_used: int = 0
+    first_token_ms: float | None = None
+    finished_ms: float | None = None
+    finish_reason: FinishReason | None = None
+
+    def __post_init__(self) -> None:
+        self.sampler = Sampler(self.sampling)
+
+    @property
+    def generated(self) -> list[int]:
+        """The tokens sampled so far."""
+        return self.token_ids[self.prompt_tokens :]
+
+    @property
+    def in_prefill(self) -> bool:
+        """Tokens of the prompt are still to be computed."""
+        return self.computed_tokens < self.prompt_tokens
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """Tokens `[begin, end)` of a sequence, to be computed in one step."""
+
+    sequence: Sequence
+    begin: int
+    end: int
+
+    @property
+    def gives_token(self) -> bool:
+        """The chunk ends with the last known token, so its logits give the next one."""
+        return self.end == len(self.sequence.token_ids)
+
+
+def next_chunk(sequence: Sequence, chunk_tokens: int) -> Chunk:
+    """The next tokens to compute: up to the next absolute multiple of `chunk_tokens`.
+
+    Absolute boundaries make the steps after a hit the same as those of a run without it, except the first one.
+    """
+    begin = sequence.computed_tokens
+    boundary = (begin // chunk_tokens + 1) * chunk_tokens
+    return Chunk(sequence, begin, min(boundary, len(sequence.token_ids)))

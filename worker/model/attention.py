@@ -1,0 +1,81 @@
+"""AttnStore's paged attention as transformers sees it.
+
+Owns: the registration under `ATTENTION_NAME`, and `PagedStep`, which carries one step's tables from the runner through
+transformers' keyword arguments to every layer. Invariant: a layer stores its new keys and values into the pool before it
+attends, so that the pool alone decides what a query sees.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Final
+
+from torch import Tensor, nn, stack
+from transformers import AttentionInterface, AttentionMaskInterface
+
+from attnstore.attention import AttentionBackend
+
+ATTENTION_NAME: Final = "attnstore_paged"
+
+
+@dataclass(frozen=True, slots=True)
+class PagedStep:
+    """One step of packed sequences.
+
+    pool: `[blocks, layers, 2, kv_heads, block_tokens, head_dim]`; new keys and values are written into it.
+    slot_blocks, slot_offsets: int64 `[total_q]`, the block and the token position inside it of each query's own key.
+    block_tables, context_lens, query_starts: as in `AttentionBackend.paged_attention`.
+    """
+
+    backend: AttentionBackend
+    pool: Tensor
+    slot_blocks: Tensor
+    slot_offsets: Tensor
+    block_tables: Tensor
+    context_lens: Tensor
+    query_starts: Tensor
+
+
+def register_attention() -> None:
+    """Makes `attn_implementation=ATTENTION_NAME` known to transformers. Repeating it changes nothing."""
+    AttentionInterface.register(ATTENTION_NAME, paged_attention_forward)
+    AttentionMaskInterface.register(ATTENTION_NAME, _no_mask)
+
+
+def paged_attention_forward(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    scaling: float,
+    paged: PagedStep,
+    sliding_window: int | None = None,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    """One layer. query `[1, q_heads, total_q, head_dim]`, key and value `[1, kv_heads, total_q, head_dim]`, rotated.
+
+    Returns `[1, total_q, q_heads, head_dim]` and no weights. The mask is always None: causality follows from the positions.
+    """
+    assert attention_mask is None
+    assert query.shape[0] == 1
+    layer = module.layer_idx
+    assert isinstance(layer, int)
+    new = stack((key[0], value[0])).permute(2, 0, 1, 3)  # [total_q, 2, kv_heads, head_dim]
+    paged.pool[paged.slot_blocks, layer, :, :, paged.slot_offsets] = new
+    out, _lse = paged.backend.paged_attention(
+        query[0].transpose(0, 1),
+        paged.pool,
+        paged.block_tables,
+        paged.context_lens,
+        paged.query_starts,
+        layer=layer,
+        scale=scaling,
+        sliding_window=sliding_window,
+    )
+    return out.unsqueeze(0), None
+
+
+def _no_mask(*_: Any, **__: Any) -> None:
+    return None

@@ -1,0 +1,119 @@
+"""A model ready to run: transformers' modules with AttnStore's attention, its tokenizer and its identity.
+
+Owns: `LoadedModel` and `load_model`. Invariant: everything that changes a KV byte is in `fingerprint` or in `layout`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import transformers
+
+from attnstore.core.layout import DType, PageLayout
+from worker.dtypes import TORCH_DTYPES
+from worker.errors import ModelUnavailable
+from worker.model.attention import ATTENTION_NAME, register_attention
+from worker.model.conversion import cache_dir, converted_model
+from worker.model.source import FolderSource, GgufSource, ModelSource, find_model, weights_digest
+
+_KV_FIELDS: Final = (
+    "model_type", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
+    "head_dim", "hidden_act", "rms_norm_eps", "attention_bias", "mlp_bias", "rope_parameters", "rope_scaling", "sliding_window",
+    "layer_types", "use_sliding_window", "no_rope_layers",
+)  # fmt: skip
+"""Fields of a Llama-type config that change KV bytes besides the weights."""
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedModel:
+    """A causal language model whose attention is `worker.model.attention`.
+
+    `module` is transformers' model in evaluation mode, `fingerprint` 32 bytes, `context_tokens_max` its trained length.
+    """
+
+    name: str
+    module: Any
+    tokenizer: Any
+    dtype: DType
+    fingerprint: bytes
+    context_tokens_max: int
+    stop_token_ids: frozenset[int]
+
+    def layout(self, block_tokens: int) -> PageLayout:
+        """The page of `block_tokens` tokens of this model."""
+        config = self.module.config
+        head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        return PageLayout(
+            layers=config.num_hidden_layers,
+            kv_heads=config.num_key_value_heads,
+            head_dim=head_dim,
+            block_tokens=block_tokens,
+            dtype=self.dtype,
+        )
+
+
+def load_model(path: Path | None = None, dtype: DType = DType.FP32, cache: Path | None = None) -> LoadedModel:
+    """Loads the model at `path` (see `find_model`) with weights and KV in `dtype`; converted copies are kept in `cache`.
+
+    Raises `ModelUnavailable` for missing, damaged or unsupported files.
+    """
+    if dtype not in TORCH_DTYPES:
+        raise ModelUnavailable(f"a model cannot run in dtype {dtype.value}; choose {', '.join(d.value for d in TORCH_DTYPES)}")
+    if not sys.stderr.isatty():
+        transformers.utils.logging.disable_progress_bar()
+    register_attention()
+    source = find_model(path)
+    digest = weights_digest(source)
+    folder = converted_model(source, digest, cache or cache_dir()) if isinstance(source, GgufSource) else source
+    module, tokenizer = _read_folder(folder, dtype)
+    _check_supported(source, module)
+    return LoadedModel(
+        name=source.name,
+        module=module,
+        tokenizer=tokenizer,
+        dtype=dtype,
+        fingerprint=_fingerprint(digest, module.config, dtype),
+        context_tokens_max=module.config.max_position_embeddings,
+        stop_token_ids=_stop_token_ids(module, tokenizer),
+    )
+
+
+def _read_folder(folder: FolderSource, dtype: DType) -> tuple[Any, Any]:
+    try:
+        module = transformers.AutoModelForCausalLM.from_pretrained(
+            str(folder.path), dtype=TORCH_DTYPES[dtype], attn_implementation=ATTENTION_NAME, local_files_only=True
+        )
+        tokenizer = transformers.AutoTokenizer.from_pretrained(str(folder.path), local_files_only=True)
+    except ImportError:
+        raise
+    except Exception as error:  # damaged files surface as whatever their parser trips over
+        raise ModelUnavailable(f"the model in {folder.path} cannot be loaded ({type(error).__name__}: {error})") from error
+    return module.eval().requires_grad_(False), tokenizer
+
+
+def _check_supported(source: ModelSource, module: Any) -> None:
+    """A Llama-type model: every layer keeps plain keys and values of one shape, and attention goes through the interface."""
+    config = module.config
+    needed = ("num_hidden_layers", "num_attention_heads", "num_key_value_heads", "hidden_size", "max_position_embeddings")
+    missing = [name for name in needed if not isinstance(getattr(config, name, None), int)]
+    if missing:
+        raise ModelUnavailable(f"{source.path} is not a Llama-type model: its config has no {', '.join(missing)}")
+    if not getattr(module, "_supports_attention_backend", False):
+        raise ModelUnavailable(f"{source.path}: {type(module).__name__} does not let its attention be replaced")
+
+
+def _fingerprint(digest: bytes, config: Any, dtype: DType) -> bytes:
+    fields = {name: getattr(config, name, None) for name in _KV_FIELDS}
+    identity = json.dumps({"weights": digest.hex(), "dtype": dtype.value, **fields}, sort_keys=True)
+    return hashlib.blake2b(identity.encode(), digest_size=32, person=b"attnstore-finger").digest()
+
+
+def _stop_token_ids(module: Any, tokenizer: Any) -> frozenset[int]:
+    ends = module.generation_config.eos_token_id
+    ids = ends if isinstance(ends, list) else [ends, tokenizer.eos_token_id]
+    return frozenset(token for token in ids if token is not None)
