@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import sys
+import threading
 from collections.abc import Callable, Iterator
 
 import structlog
@@ -21,16 +22,17 @@ _LATENCY_BUCKETS_S = (0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025
 
 def configure_logs(level: str, log_format: str) -> None:
     """Sends log lines to standard error, as text for people (`console`) or one JSON object a line (`json`)."""
-    renderer: structlog.typing.Processor = (
-        structlog.processors.JSONRenderer() if log_format == "json" else structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty())
+    renderers: list[structlog.typing.Processor] = (
+        [structlog.processors.format_exc_info, structlog.processors.JSONRenderer()]
+        if log_format == "json"
+        else [structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty())]
     )
     structlog.configure(
         processors=[
             structlog.contextvars.merge_contextvars,
             structlog.processors.add_log_level,
             structlog.processors.TimeStamper(fmt="iso", utc=True),
-            structlog.processors.format_exc_info,
-            renderer,
+            *renderers,
         ],
         wrapper_class=structlog.make_filtering_bound_logger(logging.getLevelNamesMapping()[level.upper()]),
         logger_factory=structlog.PrintLoggerFactory(sys.stderr),
@@ -57,18 +59,23 @@ class NodeMetrics:
             "attnstore_received_bytes_total", "Page bytes received from writers.", ["transport"], registry=self.registry
         )
         self.registry.register(_OccupancyCollector(occupancy))
-        self.read_bytes = 0
-        self.written_bytes = 0
+        self._read_bytes = 0
+        self._lock = threading.Lock()
+
+    @property
+    def read_bytes(self) -> int:
+        """Page bytes sent since start, by all transports together."""
+        return self._read_bytes
 
     def sent(self, transport: str, size_bytes: int) -> None:
-        """Counts page bytes handed to a reader."""
+        """Counts page bytes handed to a reader. Safe from any thread."""
         self._sent.labels(transport).inc(size_bytes)
-        self.read_bytes += size_bytes
+        with self._lock:
+            self._read_bytes += size_bytes
 
     def received(self, transport: str, size_bytes: int) -> None:
-        """Counts page bytes taken from a writer."""
+        """Counts page bytes taken from a writer, kept or not. Safe from any thread."""
         self._received.labels(transport).inc(size_bytes)
-        self.written_bytes += size_bytes
 
 
 class _OccupancyCollector(Collector):

@@ -54,7 +54,7 @@ class NamespaceStatistics:
 
 @dataclass(frozen=True, slots=True)
 class PageTableStatistics:
-    """The table at one moment; the four counters count pages since start.
+    """The table at one moment; hits, misses, stored and evicted count since start.
 
     A page hits or misses once for each `match` or `pin` that asks for it. In a `match` every hash after the first miss of a
     prefix is a miss.
@@ -70,6 +70,7 @@ class PageTableStatistics:
     missed_pages: int
     stored_pages: int
     evicted_pages: int
+    stored_bytes: int
     namespaces: tuple[NamespaceStatistics, ...]
 
 
@@ -103,6 +104,7 @@ class PageTable:
         self._hit = 0
         self._missed = 0
         self._stored = 0
+        self._stored_bytes = 0
         self._evicted = 0
 
     def register(self, namespace: bytes, layout: PageLayout, tenant: str) -> int:
@@ -213,6 +215,7 @@ class PageTable:
         self._arriving -= 1
         self._sealed += 1
         self._stored += 1
+        self._stored_bytes += arrived.slot.size_bytes
         self._residency.settled((arrived,), self._next_tick())
         record.policy.admitted(arrived)
         self._events.append(record.namespace, PageEventKind.SEALED, arrived.hash)
@@ -276,6 +279,7 @@ class PageTable:
             missed_pages=self._missed,
             stored_pages=self._stored,
             evicted_pages=self._evicted,
+            stored_bytes=self._stored_bytes,
             namespaces=tuple(
                 NamespaceStatistics(record.namespace, record.layout, record.tenant, len(record.sealed), len(record.arriving))
                 for record in self._namespaces

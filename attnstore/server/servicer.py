@@ -190,7 +190,7 @@ class Servicer:
                 stored_pages=now.stored_pages,
                 evicted_pages=now.evicted_pages,
                 read_bytes=self._metrics.read_bytes,
-                written_bytes=self._metrics.written_bytes,
+                written_bytes=now.stored_bytes,
                 uptime_ms=int(self._store.now_ms() - self._started_ms),
                 namespaces=tuple(
                     NamespaceStatistics(space.namespace, space.layout, space.pages_sealed)
