@@ -67,11 +67,16 @@ def connect(
     deadline_ms: float = DEADLINE_MS_DEFAULT,
     token: str | None = None,
     tls_ca: str | Path | None = None,
+    transport: str = "auto",
+    channels: int = 1,
 ) -> Client:
     """A blocking client of the store node at `target` (`grpc://host:port`, or `grpcs://host:port` for TLS).
 
     `deadline_ms` bounds every call that names no deadline of its own. `token` defaults to the environment's `ATTNSTORE_TOKEN`;
-    `tls_ca` is a PEM file of trusted authorities (default: the system's). Nothing is sent before the first call. Raises
-    `errors.InvalidArgument` for a malformed target or deadline.
+    `tls_ca` is a PEM file of trusted authorities (default: the system's).
+
+    `transport` says how page bytes move: `auto` takes the best that the node offers and falls back to gRPC with a warning; `grpc`
+    and `tcp` are forced. `channels` is how many page channels one large transfer may use at once. Nothing is sent before the first
+    call. Raises `errors.InvalidArgument` for a malformed argument.
     """
-    return Client(ConnectOptions.create(target, deadline_ms=deadline_ms, token=token, tls_ca=tls_ca))
+    return Client(ConnectOptions.create(target, deadline_ms=deadline_ms, token=token, tls_ca=tls_ca, transport=transport, channels=channels))

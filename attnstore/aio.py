@@ -16,6 +16,8 @@ def connect(
     deadline_ms: float = DEADLINE_MS_DEFAULT,
     token: str | None = None,
     tls_ca: str | Path | None = None,
+    transport: str = "auto",
+    channels: int = 1,
 ) -> AsyncClient:
     """An `AsyncClient` for the running event loop. Arguments as in `attnstore.connect`."""
-    return AsyncClient(ConnectOptions.create(target, deadline_ms=deadline_ms, token=token, tls_ca=tls_ca))
+    return AsyncClient(ConnectOptions.create(target, deadline_ms=deadline_ms, token=token, tls_ca=tls_ca, transport=transport, channels=channels))

@@ -19,6 +19,7 @@ from pydantic import BaseModel, ByteSize, ConfigDict, Field, SecretStr, Validati
 from attnstore.errors import InvalidArgument
 from attnstore.limits import DRAIN_MS_DEFAULT, KIB
 
+BULK_TRANSPORTS = frozenset({"tcp"})
 ENVIRONMENT_PREFIX = "ATTNSTORE_"
 
 
@@ -30,6 +31,8 @@ class ServeOptions(BaseModel):
     listen: str = Field("127.0.0.1:7400", description="host:port of the gRPC service; port 0 takes a free one")
     capacity: ByteSize = Field(ByteSize(2 << 30), description="bytes of pages that the node may hold, for example 2GiB; a hard limit")
     node_id: str = Field("", description="name of the node in logs, metrics and the directory; default: the listen address")
+    transports: str = Field("tcp", description="bulk transports offered beside grpc, comma-separated: tcp, or none")
+    page_channel_port: int = Field(0, ge=0, le=65535, description="port of the page channel (tcp); 0 takes a free one")
     metrics_port: int | None = Field(None, ge=0, le=65535, description="port of the Prometheus metrics; none by default")
     token: SecretStr | None = Field(None, description="token that callers must present; they are all the tenant 'default'")
     tokens_file: Path | None = Field(None, description="TOML file of `tenant = \"token\"` lines, for several tenants")
@@ -45,6 +48,14 @@ class ServeOptions(BaseModel):
     @classmethod
     def _listen_is_host_and_port(cls, value: str) -> str:
         split_address(value)
+        return value
+
+    @field_validator("transports")
+    @classmethod
+    def _transports_are_known(cls, value: str) -> str:
+        unknown = set(value.split(",")) - BULK_TRANSPORTS if value != "none" else set()
+        if unknown:
+            raise ValueError(f"{', '.join(sorted(unknown))} is not among {', '.join(sorted(BULK_TRANSPORTS))}, none")
         return value
 
     @field_validator("capacity")
@@ -67,6 +78,12 @@ class ServeOptions(BaseModel):
                 "--tokens-file, or say --insecure to serve everyone who can reach it"
             )
         return self
+
+    def bulk_transports(self) -> frozenset[str]:
+        """Names of the bulk transports to offer. None of them is encrypted, so there are none with TLS."""
+        if self.transports == "none" or self.tls_cert is not None:
+            return frozenset()
+        return frozenset(self.transports.split(","))
 
     def tenants(self) -> dict[str, str]:
         """Token -> tenant. Empty when no token is asked for. Raises `InvalidArgument` for an unreadable or malformed file."""

@@ -66,6 +66,8 @@ CHANNEL_CONNECTIONS_MAX = 128
 """Page channels on one node; each has a thread."""
 CHANNEL_READ_HASHES_MAX = 4_096
 """Hashes in one READ frame; longer reads are sent as several."""
+CHANNELS_MAX = 16
+"""Page channels that one transfer of a client may use at once."""
 CHANNEL_CREDITS = 64
 """Pages that a writer may have on the way without a verdict. Their verdicts fit any socket buffer."""
 CHANNEL_REASON_BYTES_MAX = 4 * KIB
@@ -75,3 +77,4 @@ CHANNEL_IDLE_MS_MAX = 300_000
 """A page channel on which nothing is asked for this long is closed."""
 
 assert CHANNEL_READ_HASHES_MAX <= HASHES_MAX
+assert CHANNELS_MAX <= CHANNEL_CONNECTIONS_MAX

@@ -58,9 +58,13 @@ def _widen(tile, flat, start, elements):
 
 
 @_inlined
-def _score_row(scores, score_at, query, query_at, tile, block_tokens, head_dim):
-    """`scores[t] = query . key[t]` for one row and one block."""
+def _score_row(scores, score_at, query, query_at, tile, block_tokens, head_dim, flat, ahead, values_after, line, lines):
+    """`scores[t] = query . key[t]` for one row and one block, while `lines` of the next block are on their way per QUAD of keys."""
     for token in range(0, block_tokens, QUAD):
+        for at in range(ahead, ahead + lines * line, line):
+            prefetch(flat, at)
+            prefetch(flat, at + values_after)
+        ahead += lines * line
         w = x = y = z = splat(_ZERO)
         key = token * head_dim
         for dim in range(0, head_dim, LANES):
@@ -120,6 +124,83 @@ def _accumulate_row(outs, out_at, keep, scores, score_at, tile, first, last, hea
 
 
 @_inlined
+def _score_pair(scores, sa, sb, query, qa, qb, tile, block_tokens, head_dim, flat, ahead, values_after, line, lines):
+    for token in range(0, block_tokens, QUAD):
+        for at in range(ahead, ahead + lines * line, line):
+            prefetch(flat, at)
+            prefetch(flat, at + values_after)
+        ahead += lines * line
+        w = x = y = z = splat(_ZERO)
+        w2 = x2 = y2 = z2 = splat(_ZERO)
+        key = token * head_dim
+        for dim in range(0, head_dim, LANES):
+            a = load(query, qa + dim)
+            b = load(query, qb + dim)
+            k = load(tile, key + dim)
+            w = fma(a, k, w)
+            w2 = fma(b, k, w2)
+            k = load(tile, key + head_dim + dim)
+            x = fma(a, k, x)
+            x2 = fma(b, k, x2)
+            k = load(tile, key + 2 * head_dim + dim)
+            y = fma(a, k, y)
+            y2 = fma(b, k, y2)
+            k = load(tile, key + 3 * head_dim + dim)
+            z = fma(a, k, z)
+            z2 = fma(b, k, z2)
+        store_totals(scores, sa + token, w, x, y, z)
+        store_totals(scores, sb + token, w2, x2, y2, z2)
+
+
+@_inlined
+def _accumulate_pair(outs, oa, ob, ka, kb, scores, sa, sb, tile, first, last, head_dim):
+    kept = splat(ka)
+    kept2 = splat(kb)
+    wide = head_dim // (4 * LANES) * (4 * LANES)
+    for dim in range(0, wide, 4 * LANES):
+        at = oa + dim
+        w, x = mul(kept, load(outs, at)), mul(kept, load(outs, at + LANES))
+        y, z = mul(kept, load(outs, at + 2 * LANES)), mul(kept, load(outs, at + 3 * LANES))
+        at = ob + dim
+        w2, x2 = mul(kept2, load(outs, at)), mul(kept2, load(outs, at + LANES))
+        y2, z2 = mul(kept2, load(outs, at + 2 * LANES)), mul(kept2, load(outs, at + 3 * LANES))
+        for token in range(first, last):
+            value = token * head_dim + dim
+            a = splat(scores[sa + token])
+            b = splat(scores[sb + token])
+            v = load(tile, value)
+            w = fma(a, v, w)
+            w2 = fma(b, v, w2)
+            v = load(tile, value + LANES)
+            x = fma(a, v, x)
+            x2 = fma(b, v, x2)
+            v = load(tile, value + 2 * LANES)
+            y = fma(a, v, y)
+            y2 = fma(b, v, y2)
+            v = load(tile, value + 3 * LANES)
+            z = fma(a, v, z)
+            z2 = fma(b, v, z2)
+        store(outs, at, w2)
+        store(outs, at + LANES, x2)
+        store(outs, at + 2 * LANES, y2)
+        store(outs, at + 3 * LANES, z2)
+        at = oa + dim
+        store(outs, at, w)
+        store(outs, at + LANES, x)
+        store(outs, at + 2 * LANES, y)
+        store(outs, at + 3 * LANES, z)
+    for dim in range(wide, head_dim, LANES):
+        w = mul(kept, load(outs, oa + dim))
+        w2 = mul(kept2, load(outs, ob + dim))
+        for token in range(first, last):
+            v = load(tile, token * head_dim + dim)
+            w = fma(splat(scores[sa + token]), v, w)
+            w2 = fma(splat(scores[sb + token]), v, w2)
+        store(outs, oa + dim, w)
+        store(outs, ob + dim, w2)
+
+
+@_inlined
 def _hide(scores, score_at, width, first, last):
     """Scores outside of `[first, last)` become -inf."""
     for at in range(0, first):
@@ -167,7 +248,8 @@ def attend(
             sums[at] = _ZERO
         outs[state0 * q_heads * head_dim : (state0 + rows) * q_heads * head_dim] = _ZERO
         # The prefetches of one head's next run are spread over its rows: in one burst they would fill the line buffers and stall.
-        ahead_step = (run // line + rows * group - 1) // (rows * group) * line
+        quads = rows * group * (block_tokens // QUAD)
+        lines = (run // line + quads - 1) // quads
         for block in range(block0, block1):
             begin = tables[sequence, block] * block_stride + layer_at
             ahead = tables[sequence, min(block + 1, block1 - 1)] * block_stride + layer_at
@@ -178,30 +260,35 @@ def attend(
                 seen1 = max(seen1, min(visible[row, 1] - key0, block_tokens))
             for head in range(kv_heads):
                 keys_ahead = ahead + head * run
-                values_ahead = keys_ahead + kv_heads * run
                 _widen(tile, flat, begin + head * run, run)
+                n = rows * group
+                for r in range(0, n - 1, 2):
+                    qa = ((row0 + r // group) * q_heads + head * group + r % group) * head_dim
+                    qb = ((row0 + (r + 1) // group) * q_heads + head * group + (r + 1) % group) * head_dim
+                    _score_pair(scores, r * width, (r + 1) * width, query, qa, qb, tile, block_tokens, head_dim, flat, keys_ahead, kv_heads * run, line, 2 * lines)
+                    keys_ahead += block_tokens // QUAD * 2 * lines * line
+                if n & 1:
+                    r = n - 1
+                    qa = ((row0 + r // group) * q_heads + head * group + r % group) * head_dim
+                    _score_row(scores, r * width, query, qa, tile, block_tokens, head_dim, flat, keys_ahead, kv_heads * run, line, lines)
                 for row in range(rows):
                     first = min(max(visible[row0 + row, 0] - key0, 0), block_tokens)
                     last = min(max(visible[row0 + row, 1] - key0, first), block_tokens)
-                    for member in range(group):
-                        until = min(keys_ahead + ahead_step, ahead + (head + 1) * run)
-                        while keys_ahead < until:
-                            prefetch(flat, keys_ahead)
-                            prefetch(flat, values_ahead)
-                            keys_ahead += line
-                            values_ahead += line
-                        score_at = (row * group + member) * width
-                        query_at = ((row0 + row) * q_heads + head * group + member) * head_dim
-                        _score_row(scores, score_at, query, query_at, tile, block_tokens, head_dim)
-                        if first > 0 or last < width:
-                            _hide(scores, score_at, width, first, last)
+                    if first > 0 or last < width:
+                        for member in range(group):
+                            _hide(scores, (row * group + member) * width, width, first, last)
                 _widen(tile, flat, begin + (kv_heads + head) * run, run)
-                for row in range(rows):
-                    for member in range(group):
-                        score_at = (row * group + member) * width
-                        state = (state0 + row) * q_heads + head * group + member
-                        keep = _softmax_row(scores, score_at, width, tops, sums, state)
-                        _accumulate_row(outs, state * head_dim, keep, scores, score_at, tile, seen0, seen1, head_dim)
+                for r in range(0, n - 1, 2):
+                    sa = (state0 + r // group) * q_heads + head * group + r % group
+                    sb = (state0 + (r + 1) // group) * q_heads + head * group + (r + 1) % group
+                    ka = _softmax_row(scores, r * width, width, tops, sums, sa)
+                    kb = _softmax_row(scores, (r + 1) * width, width, tops, sums, sb)
+                    _accumulate_pair(outs, sa * head_dim, sb * head_dim, ka, kb, scores, r * width, (r + 1) * width, tile, seen0, seen1, head_dim)
+                if n & 1:
+                    r = n - 1
+                    sa = (state0 + r // group) * q_heads + head * group + r % group
+                    ka = _softmax_row(scores, r * width, width, tops, sums, sa)
+                    _accumulate_row(outs, sa * head_dim, ka, scores, r * width, tile, seen0, seen1, head_dim)
 
 
 @_compiled

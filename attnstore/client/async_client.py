@@ -6,18 +6,33 @@ them (it was restarted: register again, once). The blocking client is a facade o
 
 from __future__ import annotations
 
+import asyncio
 import os
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self, TypeVar
+from typing import Self, TypeVar
 
+from attnstore.client.bulk import (
+    BulkChoice,
+    BulkUnavailable,
+    Deadline,
+    OnLayer,
+    ReadPlan,
+    Transfer,
+    TransportName,
+    WritePlan,
+    checked_transport,
+)
 from attnstore.client.grpc_transport import GrpcTransport, Target
 from attnstore.client.landing import Landing, readable_view
+from attnstore.client.tcp_transport import TcpTransport
+from attnstore.clock import MonotonicClock
+from attnstore.config import split_address
 from attnstore.core.layout import PageLayout
 from attnstore.errors import ClientClosed, InvalidArgument, NamespaceUnknown, ProtocolError, Retryable
-from attnstore.limits import DEADLINE_MS_DEFAULT, LEASE_MS_MAX
+from attnstore.limits import CHANNELS_MAX, LEASE_MS_MAX
 from attnstore.types import (
     Lease,
     MatchResult,
@@ -42,15 +57,21 @@ class ConnectOptions:
     deadline_ms: float
     token: str | None
     tls_ca: Path | None
+    transport: TransportName
+    channels: int
 
     @classmethod
-    def create(cls, target: str, *, deadline_ms: float, token: str | None, tls_ca: str | Path | None) -> ConnectOptions:
+    def create(
+        cls, target: str, *, deadline_ms: float, token: str | None, tls_ca: str | Path | None, transport: str, channels: int
+    ) -> ConnectOptions:
         """Options from what a user gives; the token falls back to the environment's `ATTNSTORE_TOKEN`."""
         return cls(
             Target.parse(target),
             checked_deadline_ms(deadline_ms),
             token or os.environ.get("ATTNSTORE_TOKEN"),
             Path(tls_ca) if tls_ca is not None else None,
+            checked_transport(transport),
+            _checked_channels(channels),
         )
 
 
@@ -64,7 +85,11 @@ class AsyncClient:
         self._options = options
         self._layouts: dict[bytes, PageLayout] = {}
         self._transport: GrpcTransport | None = None
+        self._tcp: TcpTransport | None = None
+        self._clock = MonotonicClock()
+        self._negotiating = asyncio.Lock()
         self._closed = False
+        self.bulk = BulkChoice(options.transport, self._clock)
 
     async def __aenter__(self) -> Self:
         return self
@@ -77,6 +102,9 @@ class AsyncClient:
     async def close(self) -> None:
         """Ends the connection; calls that are running fail. Closing twice is harmless."""
         self._closed = True
+        tcp, self._tcp = self._tcp, None
+        if tcp is not None:
+            await asyncio.to_thread(tcp.close)
         transport, self._transport = self._transport, None
         if transport is not None:
             await transport.close()
@@ -114,7 +142,7 @@ class AsyncClient:
         answer = await self._in_namespace(
             namespace, lambda: self._connected().call("Match", request, self._deadline_ms(deadline_ms))
         )
-        if len(answer.hits) != len(prefixes) or any(hits > len(prefix) for hits, prefix in zip(answer.hits, prefixes)):
+        if len(answer.hits) != len(prefixes) or any(hits > len(prefix) for hits, prefix in zip(answer.hits, prefixes, strict=True)):
             raise ProtocolError("the node's hits do not fit the prefixes asked for")
         lease = Lease(answer.lease_id, answer.lease_ms) if answer.lease_id else None
         return MatchResult(tuple(answer.hits), lease)
@@ -146,33 +174,76 @@ class AsyncClient:
         *,
         layers: tuple[int, int] | None = None,
         lease: Lease | None = None,
+        on_layer: OnLayer | None = None,
         deadline_ms: float | None = None,
     ) -> ReadResult:
         """Reads pages into `buffers`, one writable buffer for each hash; whole pages, or `layers = (begin, end)` of each.
 
         Never raises for a page that is missing, late or corrupt: that is its status. A lost connection or a passed deadline ends
         the read with `ReadResult.error` set; what was complete and verified by then is OK. Raises only for a call that is wrong.
+
+        With `on_layer` the pages come layer by layer where the transport can (tcp), and `on_layer(layer, pages)` is called, on the
+        thread that transfers, as soon as a layer of the first `pages` pages is there and verified; compute can start on it.
         """
+        plan = self.plan_read(namespace, hashes, buffers, layers, lease, on_layer, deadline_ms)
+        return await self.run_read(plan)
+
+    def plan_read(
+        self,
+        namespace: bytes,
+        hashes: Sequence[bytes],
+        buffers: Sequence[bytearray | memoryview],
+        layers: tuple[int, int] | None,
+        lease: Lease | None,
+        on_layer: OnLayer | None,
+        deadline_ms: float | None,
+    ) -> ReadPlan:
+        """Checks the arguments of `read`; nothing is sent."""
         layout = self._layout(namespace)
+        messages.join_hashes(hashes)
         layer_begin, layer_end = layers if layers is not None else (0, layout.layers)
         begin, end = layout.layer_slice(layer_begin, layer_end)
-        landing = Landing(len(hashes), buffers, end - begin)
-        if not hashes:
-            return landing.result()
-        request = messages.ReadRequest(
+        return ReadPlan(
             namespace=namespace,
-            hashes=messages.join_hashes(hashes),
+            hashes=hashes,
             layer_begin=layer_begin,
-            layer_end=layer_end,
-            lease_id=lease.lease_id if lease is not None else b"",
+            layer_end=layer_end or layout.layers,
+            layer_bytes=layout.layer_bytes,
+            lease_id=lease.lease_id if lease is not None else None,
+            landing=Landing(len(hashes), buffers, end - begin),
+            deadline=Deadline(self._clock, self._deadline_ms(deadline_ms)),
+            on_layer=on_layer,
         )
+
+    async def run_read(self, plan: ReadPlan) -> ReadResult:
+        """Carries a plan out over the best transport there is."""
+        if not plan.hashes:
+            return plan.landing.result()
         try:
-            await self._in_namespace(
-                namespace, lambda: self._connected().read(request, landing, self._deadline_ms(deadline_ms))
-            )
+            await self._in_namespace(plan.namespace, lambda: self._read_over_best(plan))
         except Retryable as error:
-            return landing.result(error)
-        return landing.result()
+            return plan.landing.result(error)
+        return plan.landing.result()
+
+    async def _read_over_best(self, plan: ReadPlan) -> None:
+        plan.landing.restart()
+        await self._negotiate(plan.deadline)
+        while (reader := self.bulk.reader()) is not None:
+            try:
+                return await _in_thread(lambda: reader.read(plan), plan.transfer)
+            except BulkUnavailable as error:
+                self.bulk.suspend(reader.name, error)
+        request = messages.ReadRequest(
+            namespace=plan.namespace,
+            hashes=messages.join_hashes(plan.hashes),
+            layer_begin=plan.layer_begin,
+            layer_end=plan.layer_end,
+            lease_id=plan.lease_id or b"",
+        )
+        await self._connected().read(request, plan.landing, plan.deadline.left_ms())
+        if plan.on_layer is not None:
+            for layer in range(plan.layer_begin, plan.layer_end):
+                plan.on_layer(layer, plan.landing.leading_open)
 
     async def write(
         self, namespace: bytes, hashes: Sequence[bytes], pages: Sequence[Buffer], *, deadline_ms: float | None = None
@@ -182,19 +253,58 @@ class AsyncClient:
         Writing a page that the node has already is a no-op (ALREADY_PRESENT). Raises a `Retryable` error when the connection is
         lost or the deadline passes; pages that were complete by then stay.
         """
+        return await self.run_write(self.plan_write(namespace, hashes, pages, deadline_ms))
+
+    def plan_write(
+        self, namespace: bytes, hashes: Sequence[bytes], pages: Sequence[Buffer], deadline_ms: float | None
+    ) -> WritePlan:
+        """Checks the arguments of `write`; nothing is sent."""
         layout = self._layout(namespace)
         if len(hashes) != len(pages):
             raise InvalidArgument(f"{len(hashes)} hashes and {len(pages)} pages are given; give one page for each hash")
         messages.join_hashes(hashes)
         views = [readable_view(index, page, layout.page_bytes) for index, page in enumerate(pages)]
-        if not hashes:
+        return WritePlan(namespace, hashes, views, Deadline(self._clock, self._deadline_ms(deadline_ms)))
+
+    async def run_write(self, plan: WritePlan) -> WriteResult:
+        """Carries a plan out over the best transport there is."""
+        if not plan.hashes:
             return WriteResult((), 0)
-        verdicts = await self._in_namespace(
-            namespace, lambda: self._connected().write(namespace, hashes, views, self._deadline_ms(deadline_ms))
-        )
-        if len(verdicts) != len(hashes):
-            raise ProtocolError(f"the node gave {len(verdicts)} verdicts on {len(hashes)} pages")
-        return WriteResult(verdicts, verdicts.count(PageStatus.STORED) * layout.page_bytes)
+        return written(plan, await self._in_namespace(plan.namespace, lambda: self._write_over_best(plan)))
+
+    async def _write_over_best(self, plan: WritePlan) -> tuple[PageStatus, ...]:
+        await self._negotiate(plan.deadline)
+        while (writer := self.bulk.writer()) is not None:
+            try:
+                return await _in_thread(lambda: writer.write(plan), plan.transfer)
+            except BulkUnavailable as error:
+                self.bulk.suspend(writer.name, error)
+        return await self._connected().write(plan.namespace, plan.hashes, plan.pages, plan.deadline.left_ms())
+
+    async def _negotiate(self, deadline: Deadline) -> None:
+        """Asks the node once which bulk transports it offers."""
+        if self.bulk.negotiated:
+            return
+        async with self._negotiating:
+            if self.bulk.negotiated:
+                return
+            offered = (await self.describe(deadline_ms=deadline.left_ms())).transports
+            if "tcp" in offered:
+                host, _ = split_address(self._options.target.address)
+                self._tcp = TcpTransport(host, self._opener(asyncio.get_running_loop()), self._options.channels)
+            readers = [transport for transport in (self._tcp,) if transport is not None]
+            self.bulk.offer(readers, readers)
+
+    def _opener(self, loop: asyncio.AbstractEventLoop) -> Callable[[str, Deadline], tuple[str, bytes]]:
+        async def ask(transport: str, deadline: Deadline) -> tuple[str, bytes]:
+            request = messages.OpenChannelRequest(transport=transport)
+            answer = await self._connected().call("OpenChannel", request, deadline.left_ms())
+            return answer.address, answer.token
+
+        def open_channel(transport: str, deadline: Deadline) -> tuple[str, bytes]:
+            return asyncio.run_coroutine_threadsafe(ask(transport, deadline), loop).result()
+
+        return open_channel
 
     async def delete(
         self, namespace: bytes, hashes: Sequence[bytes], *, deadline_ms: float | None = None
@@ -250,6 +360,31 @@ class AsyncClient:
         except NamespaceUnknown:
             await self.register_layout(namespace, self._layout(namespace))
             return await call()
+
+
+def written(plan: WritePlan, verdicts: tuple[PageStatus, ...]) -> WriteResult:
+    """The outcome of a write. Raises `ProtocolError` unless there is one verdict for each page."""
+    if len(verdicts) != len(plan.hashes):
+        raise ProtocolError(f"the node gave {len(verdicts)} verdicts on {len(plan.hashes)} pages")
+    return WriteResult(verdicts, sum(len(page) for page, verdict in zip(plan.pages, verdicts, strict=True) if verdict is PageStatus.STORED))
+
+
+async def _in_thread(function: Callable[[], T], transfer: Transfer) -> T:
+    """Runs a blocking transfer on a thread; when cancelled, breaks it and waits for its end before it lets go."""
+    running = asyncio.ensure_future(asyncio.to_thread(function))
+    try:
+        return await asyncio.shield(running)
+    except asyncio.CancelledError:
+        transfer.abort()
+        await asyncio.wait([running])
+        running.cancelled() or running.exception()
+        raise
+
+
+def _checked_channels(channels: int) -> int:
+    if not 1 <= channels <= CHANNELS_MAX:
+        raise InvalidArgument(f"channels is {channels}; it must be between 1 and {CHANNELS_MAX}")
+    return channels
 
 
 def checked_deadline_ms(deadline_ms: float) -> float:

@@ -11,15 +11,17 @@ import concurrent.futures
 import functools
 import os
 import threading
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import Callable, Coroutine, Iterator, Sequence
 from types import TracebackType
 from typing import Any, ClassVar, Concatenate, ParamSpec, Self, TypeVar
 
 import uvloop
 
-from attnstore.client.async_client import AsyncClient, ConnectOptions
-from attnstore.errors import ClientClosed
-from attnstore.types import PageEvent
+from attnstore.client.async_client import AsyncClient, ConnectOptions, written
+from attnstore.client.bulk import BulkUnavailable, OnLayer
+from attnstore.errors import ClientClosed, NamespaceUnknown, Retryable
+from attnstore.types import Lease, PageEvent, ReadResult, WriteResult
+from attnstore.wire.chunks import Buffer
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -145,10 +147,47 @@ class Client:
     lease = _blocking(AsyncClient.lease)
     renew = _blocking(AsyncClient.renew)
     release = _blocking(AsyncClient.release)
-    read = _blocking(AsyncClient.read)
-    write = _blocking(AsyncClient.write)
     delete = _blocking(AsyncClient.delete)
     stats = _blocking(AsyncClient.stats)
+
+    def read(
+        self,
+        namespace: bytes,
+        hashes: Sequence[bytes],
+        buffers: Sequence[bytearray | memoryview],
+        *,
+        layers: tuple[int, int] | None = None,
+        lease: Lease | None = None,
+        on_layer: OnLayer | None = None,
+        deadline_ms: float | None = None,
+    ) -> ReadResult:
+        """See `AsyncClient.read`. A bulk transport runs on the calling thread, with no hop to the event loop."""
+        thread = self._running_thread()
+        plan = self._client.plan_read(namespace, hashes, buffers, layers, lease, on_layer, deadline_ms)
+        reader = self._client.bulk.reader()
+        if reader is None or not hashes:
+            return thread.run(self._client.run_read(plan))
+        try:
+            reader.read(plan)
+        except (BulkUnavailable, NamespaceUnknown):
+            return thread.run(self._client.run_read(plan))
+        except Retryable as error:
+            return plan.landing.result(error)
+        return plan.landing.result()
+
+    def write(
+        self, namespace: bytes, hashes: Sequence[bytes], pages: Sequence[Buffer], *, deadline_ms: float | None = None
+    ) -> WriteResult:
+        """See `AsyncClient.write`. A bulk transport runs on the calling thread, with no hop to the event loop."""
+        thread = self._running_thread()
+        plan = self._client.plan_write(namespace, hashes, pages, deadline_ms)
+        writer = self._client.bulk.writer()
+        if writer is None or not hashes:
+            return thread.run(self._client.run_write(plan))
+        try:
+            return written(plan, writer.write(plan))
+        except (BulkUnavailable, NamespaceUnknown):
+            return thread.run(self._client.run_write(plan))
 
     def watch(self, namespace: bytes, *, deadline_ms: float | None = None) -> Iterator[PageEvent]:
         """Page events of `namespace` from the return of this call on; see `AsyncClient.watch`."""

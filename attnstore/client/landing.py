@@ -29,30 +29,70 @@ class Landing:
         self._received_bytes = [0] * pages
         self._statuses: list[PageStatus | None] = [None] * pages
 
+    @property
+    def leading_open(self) -> int:
+        """How many pages from the first on are neither missing nor corrupt so far."""
+        for index, status in enumerate(self._statuses):
+            if status not in (None, PageStatus.OK):
+                return index
+        return len(self._statuses)
+
+    def restart(self) -> None:
+        """Forgets what has landed: the same read is begun again, over another transport or connection."""
+        self._received_bytes = [0] * len(self._views)
+        self._statuses = [None] * len(self._views)
+
+    def miss(self, index: int, status: PageStatus) -> None:
+        """Page `index` cannot be had. Raises `ProtocolError` for a page that is unknown or already answered."""
+        self._require_open(index)
+        self._statuses[index] = status
+
+    def window(self, index: int, offset_bytes: int, size_bytes: int) -> memoryview | None:
+        """Where the next `size_bytes` of page `index` go; None where they are worthless because the page is corrupt already.
+
+        Raises `ProtocolError` for bytes that no correct node sends.
+        """
+        if 0 <= index < len(self._views) and self._statuses[index] is PageStatus.CORRUPT:
+            return None
+        self._require_open(index)
+        begin = self._received_bytes[index]
+        end = begin + size_bytes
+        if offset_bytes != begin or size_bytes <= 0 or end > self._slice_bytes:
+            raise ProtocolError(f"page {index}: {size_bytes} bytes at {offset_bytes} came where {begin} of {self._slice_bytes} was next")
+        return self._views[index][begin:end]
+
+    def landed(self, index: int, size_bytes: int) -> bool:
+        """Counts bytes written to the window; whether the slice of the page is complete now, and due for `judge`."""
+        self._received_bytes[index] += size_bytes
+        return self._received_bytes[index] == self._slice_bytes
+
+    def judge(self, index: int, intact: bool) -> None:
+        """Sets the status of a complete page, or of one whose bytes so far are known to be wrong."""
+        self._statuses[index] = PageStatus.OK if intact else PageStatus.CORRUPT
+
     def take(self, chunk: ReadChunk) -> None:
-        """Puts one chunk in its place. Raises `ProtocolError` for a chunk that no correct node sends."""
+        """Puts one gRPC chunk in its place; the checksum that it carries is that of the whole slice."""
         index = chunk.page_index
-        if index >= len(self._views) or self._statuses[index] is not None:
-            raise ProtocolError(f"the node answered page {index} of {len(self._views)}, which is unknown or already answered")
         if chunk.status is not PageStatus.OK:
-            self._statuses[index] = chunk.status
+            self.miss(index, chunk.status)
             return
         if chunk.size_bytes != self._slice_bytes:
             raise ProtocolError(f"the node sends slices of {chunk.size_bytes} bytes where {self._slice_bytes} were asked for")
-        begin = self._received_bytes[index]
-        end = begin + len(chunk.payload)
-        if chunk.offset_bytes != begin or end > self._slice_bytes:
-            raise ProtocolError(f"page {index}: a chunk at {chunk.offset_bytes}..{end} came where {begin} was next")
-        self._views[index][begin:end] = chunk.payload
-        self._received_bytes[index] = end
-        if end == self._slice_bytes:
-            intact = page_checksum(self._views[index]) == chunk.checksum
-            self._statuses[index] = PageStatus.OK if intact else PageStatus.CORRUPT
+        window = self.window(index, chunk.offset_bytes, len(chunk.payload))
+        if window is not None:
+            window[:] = chunk.payload
+            if self.landed(index, len(window)):
+                self.judge(index, page_checksum(self._views[index]) == chunk.checksum)
 
     def result(self, error: Retryable | None = None) -> ReadResult:
         """The outcome so far; pages that are not complete are INCOMPLETE."""
         statuses = tuple(PageStatus.INCOMPLETE if status is None else status for status in self._statuses)
         return ReadResult(statuses, statuses.count(PageStatus.OK) * self._slice_bytes, error)
+
+
+    def _require_open(self, index: int) -> None:
+        if not 0 <= index < len(self._views) or self._statuses[index] is not None:
+            raise ProtocolError(f"the node answered page {index} of {len(self._views)}, which is unknown or already answered")
 
 
 def readable_view(index: int, page: Buffer, page_bytes: int) -> memoryview:

@@ -26,8 +26,9 @@ from attnstore.core.page_table import PageTable
 from attnstore.errors import InvalidArgument
 from attnstore.limits import EPOCH_BYTES, LEASE_ID_BYTES, MESSAGE_BYTES_MAX
 from attnstore.server.events import EventHub
+from attnstore.server.page_channel import PageChannelServer, TokenBook
 from attnstore.server.rpc import Authenticator, RpcShell
-from attnstore.server.servicer import NodeIdentity, Servicer
+from attnstore.server.servicer import ChannelOffer, NodeIdentity, Servicer
 from attnstore.server.store import Store
 from attnstore.telemetry import NodeMetrics
 from attnstore.wire.messages import METHODS, SERVICE
@@ -55,6 +56,9 @@ class StoreNode:
         self._store = Store(table, self._arena, clock, hub.publish)
         self._metrics = NodeMetrics(self._store.statistics)
         self._shell = RpcShell(Authenticator(options.tenants()), self._metrics)
+        self._tokens = TokenBook(clock)
+        self._page_channel = PageChannelServer(self._store, self._tokens, self._metrics, stall_ms=options.stall_ms)
+        self._channels: dict[str, ChannelOffer] = {}
         self._servicer = Servicer(
             identity=NodeIdentity(options.node_id or options.listen, secrets.token_bytes(EPOCH_BYTES), version("attnstore")),
             store=self._store,
@@ -62,6 +66,7 @@ class StoreNode:
             metrics=self._metrics,
             stall_ms=options.stall_ms,
             streams_in_flight=lambda: self._shell.streams_in_flight,
+            channels=self._channels,
         )
         self._health = health.aio.HealthServicer()
         self._server = grpc.aio.server(
@@ -83,6 +88,9 @@ class StoreNode:
         host, _ = split_address(self._options.listen)
         port = self._bind()
         self.address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+        if "tcp" in self._options.bulk_transports():
+            self._page_channel.start(host, self._options.page_channel_port)
+            self._channels["tcp"] = ChannelOffer(f":{self._page_channel.port}", self._tokens.issue)
         if self._options.metrics_port is not None:
             self._serve_metrics(host, self._options.metrics_port)
         await self._server.start()
@@ -97,7 +105,10 @@ class StoreNode:
         _log.info("draining", streams_in_flight=self._shell.streams_in_flight, drain_ms=drain_ms)
         await self._health.enter_graceful_shutdown()
         self._servicer.drain()
+        # Both kinds of calls drain at the same time, under the same limit.
+        page_channel_stopped = asyncio.create_task(asyncio.to_thread(self._page_channel.stop, drain_ms))
         await self._server.stop(drain_ms / 1000)
+        await page_channel_stopped
         if self._expiry is not None:
             self._expiry.cancel()
         if self._stop_metrics is not None:

@@ -7,14 +7,14 @@ Invariant: a page stays pinned while its bytes are being copied out; a prepared 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import grpc
 
-from attnstore.errors import InvalidArgument
-from attnstore.limits import CHUNK_BYTES_MAX, HASHES_MAX, LEASE_MS_MAX, MESSAGE_BYTES_MAX
+from attnstore.errors import InvalidArgument, Unavailable
+from attnstore.limits import CHANNEL_TOKEN_MS_MAX, CHUNK_BYTES_MAX, HASHES_MAX, LEASE_MS_MAX, MESSAGE_BYTES_MAX
 from attnstore.server.events import EventHub
 from attnstore.server.ingest import Ingest
 from attnstore.server.rpc import Handler
@@ -33,6 +33,14 @@ class NodeIdentity:
     version: str
 
 
+@dataclass(frozen=True, slots=True)
+class ChannelOffer:
+    """A bulk transport of this node: where it is, and what issues its one-time tokens for a tenant."""
+
+    address: str
+    issue_token: Callable[[str], bytes]
+
+
 class Servicer:
     """Handlers by RPC name, for `RpcShell`."""
 
@@ -45,6 +53,7 @@ class Servicer:
         metrics: NodeMetrics,
         stall_ms: int,
         streams_in_flight: Callable[[], int],
+        channels: Mapping[str, ChannelOffer],
     ) -> None:
         self._identity = identity
         self._store = store
@@ -52,6 +61,7 @@ class Servicer:
         self._metrics = metrics
         self._stall_s = stall_ms / 1000
         self._streams_in_flight = streams_in_flight
+        self._channels = channels
         self._draining = False
         self._started_ms = store.now_ms()
 
@@ -66,6 +76,7 @@ class Servicer:
             "RenewLease": self.renew_lease,
             "ReleaseLease": self.release_lease,
             "Delete": self.delete,
+            "OpenChannel": self.open_channel,
             "Stats": self.stats,
             "Watch": self.watch,
         }
@@ -91,7 +102,10 @@ class Servicer:
             used_bytes=now.used_bytes,
             in_flight=self._streams_in_flight(),
             draining=self._draining,
-            transports=[messages.Transport(name="grpc")],
+            transports=[
+                messages.Transport(name="grpc"),
+                *(messages.Transport(name=name, address=offer.address) for name, offer in self._channels.items()),
+            ],
         )
 
     async def register_layout(self, request: Any, _context: Any, tenant: str) -> messages.RegisterLayoutResponse:
@@ -172,6 +186,17 @@ class Servicer:
         for status in statuses:
             self._count("Delete", status)
         return messages.DeleteResponse(statuses=[int(status) for status in statuses])
+
+    async def open_channel(self, request: Any, _context: Any, tenant: str) -> messages.OpenChannelResponse:
+        offer = self._channels.get(request.transport)
+        if offer is None:
+            offered = ", ".join(self._channels) or "none"
+            raise InvalidArgument(f"this node offers no bulk transport {request.transport!r}; it offers: {offered}")
+        if self._draining:
+            raise Unavailable("the node is draining")
+        return messages.OpenChannelResponse(
+            address=offer.address, token=offer.issue_token(tenant), token_ms=CHANNEL_TOKEN_MS_MAX
+        )
 
     async def stats(self, _request: Any, _context: Any, tenant: str) -> messages.StatsResponse:
         now = self._store.statistics()

@@ -1,0 +1,185 @@
+"""Bulk transports: the seam between the client and whatever moves page bytes faster than gRPC.
+
+Owns: what a bulk transport is asked to do (`ReadPlan`, `WritePlan`), the deadline that bounds it, how it is cancelled, and the
+choice among those that a node offers (`BulkChoice`).
+Invariant: a bulk transport blocks the thread it is called on until no more byte can land in the caller's buffers, however it ends.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Literal, Protocol
+
+import structlog
+
+from attnstore.client.landing import Landing
+from attnstore.clock import Clock
+from attnstore.errors import AttnStoreError, DeadlineExceeded, InvalidArgument, Unavailable
+from attnstore.types import PageStatus
+
+TransportName = Literal["auto", "grpc", "tcp", "shm"]
+TRANSPORT_NAMES: tuple[TransportName, ...] = ("auto", "grpc", "tcp", "shm")
+
+OnLayer = Callable[[int, int], None]
+"""`on_layer(layer, pages)`: this layer of the first `pages` pages is there and verified. Runs on the transferring thread."""
+
+_SUSPENDED_MS = 30_000
+_log = structlog.get_logger(__name__)
+
+
+class BulkUnavailable(Unavailable):
+    """The transport could not be opened; nothing was transferred."""
+
+
+class Deadline:
+    """A point in time that a call must not pass."""
+
+    def __init__(self, clock: Clock, deadline_ms: float) -> None:
+        self._clock = clock
+        self._end_ms = clock.now_ms() + deadline_ms
+
+    def left_ms(self) -> float:
+        """Time left. Raises `DeadlineExceeded` when there is none."""
+        left = self._end_ms - self._clock.now_ms()
+        if left <= 0:
+            raise DeadlineExceeded("the deadline passed during a bulk transfer")
+        return left
+
+
+class Transfer:
+    """A handle to stop a running transfer from another thread: each connection in use adds how to break it."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._breakers: list[Callable[[], None]] = []
+        self._aborted = False
+
+    def breakable(self, breaker: Callable[[], None]) -> None:
+        """Registers how to break a connection; breaks it at once if the transfer was aborted already."""
+        with self._lock:
+            self._breakers.append(breaker)
+            aborted = self._aborted
+        if aborted:
+            breaker()
+
+    def abort(self) -> None:
+        """Breaks every connection in use; the transfer's thread ends soon, with an error."""
+        with self._lock:
+            self._aborted = True
+            breakers = list(self._breakers)
+        for breaker in breakers:
+            breaker()
+
+
+@dataclass(frozen=True, slots=True)
+class ReadPlan:
+    """A checked read: what to ask for and where it lands."""
+
+    namespace: bytes
+    hashes: Sequence[bytes]
+    layer_begin: int
+    layer_end: int
+    layer_bytes: int
+    lease_id: bytes | None
+    landing: Landing
+    deadline: Deadline
+    on_layer: OnLayer | None = None
+    transfer: Transfer = field(default_factory=Transfer)
+
+
+@dataclass(frozen=True, slots=True)
+class WritePlan:
+    """A checked write: `pages[i]` are the bytes of `hashes[i]`."""
+
+    namespace: bytes
+    hashes: Sequence[bytes]
+    pages: Sequence[memoryview]
+    deadline: Deadline
+    transfer: Transfer = field(default_factory=Transfer)
+
+
+class BulkReader(Protocol):
+    """Reads pages. Methods may be called from several threads at once."""
+
+    @property
+    def name(self) -> str:
+        """The transport's name in `Describe`."""
+        ...
+
+    def read(self, plan: ReadPlan) -> None:
+        """Fills `plan.landing`. Raises `BulkUnavailable` if nothing was begun, other `Retryable` errors if it broke off."""
+        ...
+
+    def close(self) -> None:
+        """Breaks what runs and lets everything go."""
+        ...
+
+
+class BulkWriter(Protocol):
+    """Writes pages. Methods may be called from several threads at once."""
+
+    @property
+    def name(self) -> str:
+        """The transport's name in `Describe`."""
+        ...
+
+    def write(self, plan: WritePlan) -> tuple[PageStatus, ...]:
+        """The verdict on each page. Errors as in `BulkReader.read`."""
+        ...
+
+
+OpenChannel = Callable[[str, Deadline], tuple[str, bytes]]
+"""`open_channel(transport, deadline)`: address and one-time token, asked of the node over gRPC; blocks, from any thread."""
+
+
+class BulkChoice:
+    """Which transport a call uses: the first of those offered that is not suspended, or gRPC.
+
+    A transport that cannot be opened (a blocked port, say) is suspended for half a minute with a warning, and the call goes on over
+    the next one; a transport that the user forced is never replaced.
+    """
+
+    def __init__(self, wanted: TransportName, clock: Clock) -> None:
+        self._wanted = wanted
+        self._clock = clock
+        self._readers: tuple[BulkReader, ...] = ()
+        self._writers: tuple[BulkWriter, ...] = ()
+        self._suspended_until_ms: dict[str, float] = {}
+        self.negotiated = wanted == "grpc"
+
+    def offer(self, readers: Sequence[BulkReader], writers: Sequence[BulkWriter]) -> None:
+        """Takes what the node offers, best first. Raises `InvalidArgument` if the forced transport is not among it."""
+        if self._wanted != "auto":
+            readers = [reader for reader in readers if reader.name == self._wanted]
+            if not readers:
+                raise InvalidArgument(f"transport={self._wanted!r} is asked for and the node does not offer it")
+        self._readers, self._writers = tuple(readers), tuple(writers)
+        self.negotiated = True
+
+    def reader(self) -> BulkReader | None:
+        """The transport for the next read, None for gRPC."""
+        return next((reader for reader in self._readers if self._is_open(reader.name)), None)
+
+    def writer(self) -> BulkWriter | None:
+        """The transport for the next write, None for gRPC."""
+        return next((writer for writer in self._writers if self._is_open(writer.name)), None)
+
+    def suspend(self, name: str, error: AttnStoreError) -> None:
+        """Leaves a transport alone for a while. Raises the error itself if the user forced that transport."""
+        if self._wanted == name:
+            raise error
+        self._suspended_until_ms[name] = self._clock.now_ms() + _SUSPENDED_MS
+        _log.warning("transport unavailable, using the next one", transport=name, retry_after_ms=_SUSPENDED_MS, reason=str(error))
+
+    def _is_open(self, name: str) -> bool:
+        return self._suspended_until_ms.get(name, 0.0) <= self._clock.now_ms()
+
+
+def checked_transport(transport: str) -> TransportName:
+    """`transport` itself; raises `InvalidArgument` unless it is one of `TRANSPORT_NAMES`."""
+    for name in TRANSPORT_NAMES:
+        if transport == name:
+            return name
+    raise InvalidArgument(f"transport is {transport!r}; it must be one of {', '.join(TRANSPORT_NAMES)}")

@@ -1,0 +1,303 @@
+"""The tcp transport: pages over the page channel, straight into the caller's buffers.
+
+Owns: a pool of connections to one node, each used by one transfer at a time.
+Invariant: a connection goes back to the pool only after a complete exchange; in every other case it is closed before the call
+returns, so no late byte can land in a buffer that its owner uses again.
+"""
+
+from __future__ import annotations
+
+import socket
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from typing import TypeVar
+
+from attnstore.client.bulk import BulkUnavailable, Deadline, OpenChannel, ReadPlan, Transfer, WritePlan
+from attnstore.config import split_address
+from attnstore.core.hashing import page_checksum
+from attnstore.errors import AttnStoreError, ClientClosed, ProtocolError, Unavailable
+from attnstore.limits import CHANNEL_REASON_BYTES_MAX, MIB
+from attnstore.types import PageStatus
+from attnstore.wire.page_channel import VERSION, Frame, Kind, Order, Role, decode_refusal, encode_frame
+from attnstore.wire.stream import FrameStream
+
+R = TypeVar("R")
+
+_CONNECT_MS_MAX = 2_000
+_READS_IN_FLIGHT_MAX = 2
+_IDLE_CONNECTIONS_MAX = 8
+
+
+class TcpTransport:
+    """`host` is where the node answers gRPC; `channels` is how many connections one large transfer may use."""
+
+    name = "tcp"
+
+    def __init__(self, host: str, open_channel: OpenChannel, channels: int) -> None:
+        self._host = host
+        self._open_channel = open_channel
+        self._channels = channels
+        self._lock = threading.Lock()
+        self._idle: list[_Channel] = []
+        self._in_use: set[_Channel] = set()
+        self._closed = False
+        self._workers = ThreadPoolExecutor(channels, "attnstore-tcp") if channels > 1 else None
+
+    def close(self) -> None:
+        """Breaks what runs and closes every connection."""
+        with self._lock:
+            self._closed = True
+            idle, self._idle = self._idle, []
+            in_use = list(self._in_use)
+        for channel in in_use:
+            channel.stream.shutdown()
+        for channel in idle:
+            channel.stream.close()
+        if self._workers is not None:
+            self._workers.shutdown()
+
+    def read(self, plan: ReadPlan) -> None:
+        """See `BulkReader.read`. `on_layer` makes the node send layer by layer, over one connection."""
+        parts = self._parts(len(plan.hashes)) if plan.on_layer is None else [(0, len(plan.hashes))]
+        self._in_parallel(
+            parts,
+            lambda begin, end: self._exchange(plan.deadline, plan.transfer, lambda channel: channel.read(plan, begin, end)),
+        )
+
+    def write(self, plan: WritePlan) -> tuple[PageStatus, ...]:
+        """See `BulkWriter.write`."""
+        verdicts = self._in_parallel(
+            self._parts(len(plan.hashes)),
+            lambda begin, end: self._exchange(plan.deadline, plan.transfer, lambda channel: channel.write(plan, begin, end)),
+        )
+        return tuple(verdict for part in verdicts for verdict in part)
+
+    def _parts(self, pages: int) -> list[tuple[int, int]]:
+        parts = max(1, min(self._channels, pages))
+        return [(pages * part // parts, pages * (part + 1) // parts) for part in range(parts)]
+
+    def _in_parallel(self, parts: list[tuple[int, int]], run: Callable[[int, int], R]) -> list[R]:
+        if self._workers is None or len(parts) == 1:
+            return [run(begin, end) for begin, end in parts]
+        futures = [self._workers.submit(run, begin, end) for begin, end in parts]
+        # All parts must have ended before anything is raised: until then bytes may land.
+        errors = [future.exception() for future in futures]
+        for error in errors:
+            if error is not None:
+                raise error
+        return [future.result() for future in futures]
+
+    def _exchange(self, deadline: Deadline, transfer: Transfer, run: Callable[[_Channel], R]) -> R:
+        """Runs one exchange; once more on a fresh connection if a pooled one turns out to be dead before anything arrived."""
+        with self._lock:
+            pooled = self._idle.pop() if self._idle else None
+        if pooled is not None:
+            try:
+                with self._using(pooled, transfer):
+                    return run(pooled)
+            except Unavailable:
+                if pooled.answered:
+                    raise
+                self._drop_idle()
+        channel = self._connect(deadline)
+        with self._using(channel, transfer):
+            return run(channel)
+
+    @contextmanager
+    def _using(self, channel: _Channel, transfer: Transfer) -> Iterator[None]:
+        with self._lock:
+            if self._closed:
+                channel.stream.close()
+                raise ClientClosed("the client is closed")
+            self._in_use.add(channel)
+        transfer.breakable(channel.stream.shutdown)
+        reusable = False
+        try:
+            channel.answered = False
+            yield
+            reusable = True
+        finally:
+            with self._lock:
+                self._in_use.discard(channel)
+                reusable = reusable and not self._closed and len(self._idle) < _IDLE_CONNECTIONS_MAX
+                if reusable:
+                    self._idle.append(channel)
+            if not reusable:
+                channel.stream.close()
+
+    def _connect(self, deadline: Deadline) -> _Channel:
+        try:
+            address, token = self._open_channel(self.name, deadline)
+            host, port = split_address(self._host + address if address.startswith(":") else address)
+            connection = socket.create_connection((host.strip("[]"), port), min(deadline.left_ms(), _CONNECT_MS_MAX) / 1000)
+        except OSError as error:
+            raise BulkUnavailable(f"the page channel at {self._host} cannot be reached: {error}") from None
+        stream = FrameStream(connection, Role.CLIENT)
+        try:
+            return _Channel.opened(stream, token, deadline)
+        except BaseException as error:
+            stream.close()
+            if isinstance(error, AttnStoreError):
+                raise BulkUnavailable(f"the page channel was not opened: {error}") from None
+            raise
+
+    def _drop_idle(self) -> None:
+        with self._lock:
+            idle, self._idle = self._idle, []
+        for channel in idle:
+            channel.stream.close()
+
+
+class _Channel:
+    """One open connection: a client's half of the protocol."""
+
+    def __init__(self, stream: FrameStream, read_hashes_max: int, credits_max: int) -> None:
+        self.stream = stream
+        self.answered = False
+        self._read_hashes_max = read_hashes_max
+        self._credits_max = credits_max
+        self._request = 0
+        self._scratch = memoryview(bytearray(MIB))
+        self._timeout_ms = 0.0
+
+    @classmethod
+    def opened(cls, stream: FrameStream, token: bytes, deadline: Deadline) -> _Channel:
+        """Says HELLO and waits for WELCOME."""
+        stream.set_timeout_ms(deadline.left_ms())
+        stream.send(encode_frame(Frame(Kind.HELLO, page=VERSION, size_bytes=len(token))) + token)
+        welcome = stream.receive()
+        channel = cls(stream, welcome.page, welcome.request)
+        if welcome.kind is Kind.REFUSED:
+            raise channel._refusal(welcome)
+        if welcome.page < 1 or welcome.request < 1:
+            raise ProtocolError("the node's WELCOME allows nothing")
+        return channel
+
+    def read(self, plan: ReadPlan, begin: int, end: int) -> None:
+        """Pages `[begin, end)` of the plan, as READs of bounded size of which two are on the way."""
+        pending: deque[_PendingRead] = deque()
+        at = begin
+        while at < end or pending:
+            while at < end and len(pending) < _READS_IN_FLIGHT_MAX:
+                count = min(self._read_hashes_max, end - at)
+                if plan.on_layer is not None and count < len(plan.hashes):
+                    raise ProtocolError(f"on_layer reads at most {self._read_hashes_max} pages at once")
+                pending.append(self._ask(plan, at, count))
+                at += count
+            self._take_slice(plan, pending[0])
+            if pending[0].pages_left == 0:
+                pending.popleft()
+
+    def write(self, plan: WritePlan, begin: int, end: int) -> tuple[PageStatus, ...]:
+        """Pages `[begin, end)` of the plan, with at most the node's credits on the way."""
+        self._request += 1
+        verdicts: list[PageStatus] = []
+        for index in range(begin, end):
+            if index - begin - len(verdicts) == self._credits_max:
+                verdicts.append(self._take_verdict(plan.deadline, begin + len(verdicts)))
+            self._bound(plan.deadline)
+            page = plan.pages[index]
+            frame = Frame(
+                Kind.WRITE,
+                request=self._request,
+                page=index,
+                size_bytes=len(page),
+                checksum=page_checksum(page),
+                namespace=plan.namespace,
+                hash=plan.hashes[index],
+            )
+            self.stream.send(encode_frame(frame), page)
+        while len(verdicts) < end - begin:
+            verdicts.append(self._take_verdict(plan.deadline, begin + len(verdicts)))
+        return tuple(verdicts)
+
+    def _ask(self, plan: ReadPlan, begin: int, count: int) -> _PendingRead:
+        self._request += 1
+        joined = b"".join(plan.hashes[begin : begin + count])
+        frame = Frame(
+            Kind.READ,
+            request=self._request,
+            size_bytes=len(joined),
+            order=Order.PAGES if plan.on_layer is None else Order.LAYERS,
+            layer_begin=plan.layer_begin,
+            layer_end=plan.layer_end,
+            namespace=plan.namespace,
+            **({} if plan.lease_id is None else {"lease": plan.lease_id}),
+        )
+        self._bound(plan.deadline)
+        self.stream.send(encode_frame(frame), joined)
+        return _PendingRead(self._request, begin, count)
+
+    def _take_slice(self, plan: ReadPlan, read: _PendingRead) -> None:
+        frame = self._receive(plan.deadline, Kind.SLICE, read.request)
+        if frame.page >= read.count:
+            raise ProtocolError(f"the node answered page {frame.page} of a READ of {read.count}")
+        index = read.begin + frame.page
+        if frame.status is not PageStatus.OK:
+            if frame.status is None or frame.size_bytes:
+                raise ProtocolError("a SLICE has bytes and no page")
+            plan.landing.miss(index, frame.status)
+            read.pages_left -= 1
+            read.pages_found -= 1
+            return
+        window = plan.landing.window(index, frame.offset_bytes, frame.size_bytes)
+        whole = frame.offset_bytes + frame.size_bytes == (plan.layer_end - plan.layer_begin) * plan.layer_bytes
+        if window is None:
+            self.stream.discard_payload(self._scratch)
+        else:
+            self.stream.receive_payload(window)
+            intact = page_checksum(window) == frame.checksum
+            if plan.landing.landed(index, len(window)) or not intact:
+                plan.landing.judge(index, intact)
+        read.pages_left -= whole
+        if plan.on_layer is not None:
+            read.slices += 1
+            if read.slices == read.pages_found:
+                read.slices = 0
+                plan.on_layer(plan.layer_begin + frame.offset_bytes // plan.layer_bytes, plan.landing.leading_open)
+
+    def _take_verdict(self, deadline: Deadline, index: int) -> PageStatus:
+        frame = self._receive(deadline, Kind.VERDICT, self._request)
+        if frame.page != index or frame.status is None:
+            raise ProtocolError(f"the node's verdict is on page {frame.page} where page {index} was next")
+        return frame.status
+
+    def _receive(self, deadline: Deadline, expected: Kind, request: int) -> Frame:
+        self._bound(deadline)
+        frame = self.stream.receive()
+        self.answered = True
+        if frame.kind is Kind.REFUSED:
+            raise self._refusal(frame)
+        if frame.kind is not expected or frame.request != request:
+            raise ProtocolError(f"a {frame.kind.name} frame of request {frame.request} came where {expected.name} of {request} was due")
+        return frame
+
+    def _refusal(self, frame: Frame) -> AttnStoreError:
+        reason = bytearray(min(frame.size_bytes, CHANNEL_REASON_BYTES_MAX))
+        if reason:
+            self.stream.receive_payload(memoryview(reason))
+        return decode_refusal(reason)
+
+    def _bound(self, deadline: Deadline) -> None:
+        """Bounds the next waits by the deadline; the socket option is set again only when a tenth of the time has gone."""
+        left_ms = deadline.left_ms()
+        if not self._timeout_ms * 0.9 < left_ms <= self._timeout_ms:
+            self.stream.set_timeout_ms(left_ms)
+            self._timeout_ms = left_ms
+
+
+class _PendingRead:
+    """One READ on the way: pages `[begin, begin + count)` of the plan."""
+
+    __slots__ = ("begin", "count", "pages_found", "pages_left", "request", "slices")
+
+    def __init__(self, request: int, begin: int, count: int) -> None:
+        self.request = request
+        self.begin = begin
+        self.count = count
+        self.pages_left = count
+        self.pages_found = count  # in a read by layers the misses come first
+        self.slices = 0  # of the layer that is arriving, in a read by layers
