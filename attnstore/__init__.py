@@ -79,4 +79,6 @@ def connect(
     and `tcp` are forced. `channels` is how many page channels one large transfer may use at once. Nothing is sent before the first
     call. Raises `errors.InvalidArgument` for a malformed argument.
     """
-    return Client(ConnectOptions.create(target, deadline_ms=deadline_ms, token=token, tls_ca=tls_ca, transport=transport, channels=channels))
+    return Client(
+        ConnectOptions.create(target, deadline_ms=deadline_ms, token=token, tls_ca=tls_ca, transport=transport, channels=channels)
+    )

@@ -20,4 +20,6 @@ def connect(
     channels: int = 1,
 ) -> AsyncClient:
     """An `AsyncClient` for the running event loop. Arguments as in `attnstore.connect`."""
-    return AsyncClient(ConnectOptions.create(target, deadline_ms=deadline_ms, token=token, tls_ca=tls_ca, transport=transport, channels=channels))
+    return AsyncClient(
+        ConnectOptions.create(target, deadline_ms=deadline_ms, token=token, tls_ca=tls_ca, transport=transport, channels=channels)
+    )

@@ -29,13 +29,15 @@ class ServeOptions(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     listen: str = Field("127.0.0.1:7400", description="host:port of the gRPC service; port 0 takes a free one")
-    capacity: ByteSize = Field(ByteSize(2 << 30), description="bytes of pages that the node may hold, for example 2GiB; a hard limit")
+    capacity: ByteSize = Field(
+        ByteSize(2 << 30), description="bytes of pages that the node may hold, for example 2GiB; a hard limit"
+    )
     node_id: str = Field("", description="name of the node in logs, metrics and the directory; default: the listen address")
     transports: str = Field("tcp", description="bulk transports offered beside grpc, comma-separated: tcp, or none")
     page_channel_port: int = Field(0, ge=0, le=65535, description="port of the page channel (tcp); 0 takes a free one")
     metrics_port: int | None = Field(None, ge=0, le=65535, description="port of the Prometheus metrics; none by default")
     token: SecretStr | None = Field(None, description="token that callers must present; they are all the tenant 'default'")
-    tokens_file: Path | None = Field(None, description="TOML file of `tenant = \"token\"` lines, for several tenants")
+    tokens_file: Path | None = Field(None, description='TOML file of `tenant = "token"` lines, for several tenants')
     tls_cert: Path | None = Field(None, description="PEM certificate chain; turns TLS on, together with --tls-key")
     tls_key: Path | None = Field(None, description="PEM private key of --tls-cert")
     insecure: bool = Field(False, description="allow a public address with neither TLS nor a token")
@@ -186,5 +188,3 @@ def _shown(default: Any) -> str:
     if isinstance(default, ByteSize):
         return default.human_readable()
     return "none" if default in (None, "") else str(default)
-
-

@@ -52,9 +52,7 @@ class NodeMetrics:
         self.page_statuses = Counter(
             "attnstore_pages_total", "Pages answered, by RPC and status.", ["rpc", "status"], registry=self.registry
         )
-        self._sent = Counter(
-            "attnstore_sent_bytes_total", "Page bytes sent to readers.", ["transport"], registry=self.registry
-        )
+        self._sent = Counter("attnstore_sent_bytes_total", "Page bytes sent to readers.", ["transport"], registry=self.registry)
         self._received = Counter(
             "attnstore_received_bytes_total", "Page bytes received from writers.", ["transport"], registry=self.registry
         )

@@ -137,7 +137,9 @@ class AsyncClient:
         `release` it.
         """
         request = messages.MatchRequest(
-            namespace=namespace, prefixes=[messages.join_hashes(prefix) for prefix in prefixes], lease_ms=_checked_lease_ms(lease_ms)
+            namespace=namespace,
+            prefixes=[messages.join_hashes(prefix) for prefix in prefixes],
+            lease_ms=_checked_lease_ms(lease_ms),
         )
         answer = await self._in_namespace(
             namespace, lambda: self._connected().call("Match", request, self._deadline_ms(deadline_ms))
@@ -283,10 +285,10 @@ class AsyncClient:
 
     async def _negotiate(self, deadline: Deadline) -> None:
         """Asks the node once which bulk transports it offers."""
-        if self.bulk.negotiated:
+        if self.bulk.is_negotiated():
             return
         async with self._negotiating:
-            if self.bulk.negotiated:
+            if self.bulk.is_negotiated():
                 return
             offered = (await self.describe(deadline_ms=deadline.left_ms())).transports
             if "tcp" in offered:
@@ -366,7 +368,9 @@ def written(plan: WritePlan, verdicts: tuple[PageStatus, ...]) -> WriteResult:
     """The outcome of a write. Raises `ProtocolError` unless there is one verdict for each page."""
     if len(verdicts) != len(plan.hashes):
         raise ProtocolError(f"the node gave {len(verdicts)} verdicts on {len(plan.hashes)} pages")
-    return WriteResult(verdicts, sum(len(page) for page, verdict in zip(plan.pages, verdicts, strict=True) if verdict is PageStatus.STORED))
+    return WriteResult(
+        verdicts, sum(len(page) for page, verdict in zip(plan.pages, verdicts, strict=True) if verdict is PageStatus.STORED)
+    )
 
 
 async def _in_thread(function: Callable[[], T], transfer: Transfer) -> T:

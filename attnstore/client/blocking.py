@@ -108,10 +108,10 @@ def _settle(outcome: concurrent.futures.Future[R], task: asyncio.Task[R]) -> Non
 def _blocking(
     method: Callable[Concatenate[AsyncClient, P], Coroutine[Any, Any, R]],
 ) -> Callable[Concatenate[Client, P], R]:
-    @functools.wraps(method)
-    def call(self: Client, *args: P.args, **kwargs: P.kwargs) -> R:
+    def call(self: Client, /, *args: P.args, **kwargs: P.kwargs) -> R:
         return self._running_thread().run(method(self._client, *args, **kwargs))
 
+    functools.update_wrapper(call, method)
     return call
 
 
@@ -129,9 +129,7 @@ class Client:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
         self.close()
 
     def close(self) -> None:
@@ -209,4 +207,4 @@ class Client:
 
 
 async def _next(events: Any) -> PageEvent:
-    return await anext(events)  # type: ignore[no-any-return]
+    return await anext(events)

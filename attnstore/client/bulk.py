@@ -147,7 +147,11 @@ class BulkChoice:
         self._readers: tuple[BulkReader, ...] = ()
         self._writers: tuple[BulkWriter, ...] = ()
         self._suspended_until_ms: dict[str, float] = {}
-        self.negotiated = wanted == "grpc"
+        self._negotiated = wanted == "grpc"
+
+    def is_negotiated(self) -> bool:
+        """The node's offer is known, or of no interest."""
+        return self._negotiated
 
     def offer(self, readers: Sequence[BulkReader], writers: Sequence[BulkWriter]) -> None:
         """Takes what the node offers, best first. Raises `InvalidArgument` if the forced transport is not among it."""
@@ -156,7 +160,7 @@ class BulkChoice:
             if not readers:
                 raise InvalidArgument(f"transport={self._wanted!r} is asked for and the node does not offer it")
         self._readers, self._writers = tuple(readers), tuple(writers)
-        self.negotiated = True
+        self._negotiated = True
 
     def reader(self) -> BulkReader | None:
         """The transport for the next read, None for gRPC."""

@@ -58,7 +58,9 @@ class Landing:
         begin = self._received_bytes[index]
         end = begin + size_bytes
         if offset_bytes != begin or size_bytes <= 0 or end > self._slice_bytes:
-            raise ProtocolError(f"page {index}: {size_bytes} bytes at {offset_bytes} came where {begin} of {self._slice_bytes} was next")
+            raise ProtocolError(
+                f"page {index}: {size_bytes} bytes at {offset_bytes} came where {begin} of {self._slice_bytes} was next"
+            )
         return self._views[index][begin:end]
 
     def landed(self, index: int, size_bytes: int) -> bool:
@@ -88,7 +90,6 @@ class Landing:
         """The outcome so far; pages that are not complete are INCOMPLETE."""
         statuses = tuple(PageStatus.INCOMPLETE if status is None else status for status in self._statuses)
         return ReadResult(statuses, statuses.count(PageStatus.OK) * self._slice_bytes, error)
-
 
     def _require_open(self, index: int) -> None:
         if not 0 <= index < len(self._views) or self._statuses[index] is not None:

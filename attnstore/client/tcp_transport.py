@@ -21,7 +21,7 @@ from attnstore.core.hashing import page_checksum
 from attnstore.errors import AttnStoreError, ClientClosed, ProtocolError, Unavailable
 from attnstore.limits import CHANNEL_REASON_BYTES_MAX, MIB
 from attnstore.types import PageStatus
-from attnstore.wire.page_channel import VERSION, Frame, Kind, Order, Role, decode_refusal, encode_frame
+from attnstore.wire.page_channel import NO_LEASE, VERSION, Frame, Kind, Order, Role, decode_refusal, encode_frame
 from attnstore.wire.stream import FrameStream
 
 R = TypeVar("R")
@@ -225,7 +225,7 @@ class _Channel:
             layer_begin=plan.layer_begin,
             layer_end=plan.layer_end,
             namespace=plan.namespace,
-            **({} if plan.lease_id is None else {"lease": plan.lease_id}),
+            lease=plan.lease_id or NO_LEASE,
         )
         self._bound(plan.deadline)
         self.stream.send(encode_frame(frame), joined)
@@ -272,7 +272,9 @@ class _Channel:
         if frame.kind is Kind.REFUSED:
             raise self._refusal(frame)
         if frame.kind is not expected or frame.request != request:
-            raise ProtocolError(f"a {frame.kind.name} frame of request {frame.request} came where {expected.name} of {request} was due")
+            raise ProtocolError(
+                f"a {frame.kind.name} frame of request {frame.request} came where {expected.name} of {request} was due"
+            )
         return frame
 
     def _refusal(self, frame: Frame) -> AttnStoreError:

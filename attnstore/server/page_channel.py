@@ -126,7 +126,9 @@ class PageChannelServer:
             self._adopt(peer)
 
     def _adopt(self, peer: socket.socket) -> None:
-        connection = _Connection(FrameStream(peer, Role.NODE), self._store, self._tokens, self._metrics, self._stall_ms, self._draining)
+        connection = _Connection(
+            FrameStream(peer, Role.NODE), self._store, self._tokens, self._metrics, self._stall_ms, self._draining
+        )
         with self._lock:
             if len(self._connections) >= CHANNEL_CONNECTIONS_MAX:
                 peer.close()

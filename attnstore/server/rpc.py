@@ -74,7 +74,7 @@ class RpcShell:
             SERVICE, {name: self._method_handler(methods[name], handler) for name, handler in handlers.items()}
         )
 
-    def _method_handler(self, method: Method, handler: Handler) -> grpc.RpcMethodHandler:
+    def _method_handler(self, method: Method, handler: Handler) -> grpc.RpcMethodHandler[Any, Any]:
         async def unary(request: Any, context: Any) -> Any:
             return await self._run(method, handler, request, context)
 

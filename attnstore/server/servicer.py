@@ -14,7 +14,7 @@ from typing import Any
 import grpc
 
 from attnstore.errors import InvalidArgument, Unavailable
-from attnstore.limits import CHANNEL_TOKEN_MS_MAX, CHUNK_BYTES_MAX, HASHES_MAX, LEASE_MS_MAX, MESSAGE_BYTES_MAX
+from attnstore.limits import CHANNEL_TOKEN_MS_MAX, CHUNK_BYTES_MAX, HASHES_MAX, LEASE_MS_MAX, MESSAGE_BYTES_MAX, PAGE_BYTES_MAX
 from attnstore.server.events import EventHub
 from attnstore.server.ingest import Ingest
 from attnstore.server.rpc import Handler
@@ -96,7 +96,7 @@ class Servicer:
                 chunk_bytes_max=CHUNK_BYTES_MAX,
                 hashes_max=HASHES_MAX,
                 lease_ms_max=LEASE_MS_MAX,
-                page_bytes_max=self._store.page_bytes_max,
+                page_bytes_max=min(PAGE_BYTES_MAX, self._store.page_bytes_max),
             ),
             capacity_bytes=now.capacity_bytes,
             used_bytes=now.used_bytes,
@@ -111,9 +111,7 @@ class Servicer:
     async def register_layout(self, request: Any, _context: Any, tenant: str) -> messages.RegisterLayoutResponse:
         layout = messages.layout_from_wire(request.layout)
         pages_max = self._store.register(messages.check_namespace(request.namespace), layout, tenant)
-        return messages.RegisterLayoutResponse(
-            page_bytes=layout.page_bytes, pages_max=pages_max, epoch=self._identity.epoch
-        )
+        return messages.RegisterLayoutResponse(page_bytes=layout.page_bytes, pages_max=pages_max, epoch=self._identity.epoch)
 
     async def match(self, request: Any, _context: Any, tenant: str) -> messages.MatchResponse:
         self._store.layout_of(request.namespace, tenant)
@@ -172,7 +170,7 @@ class Servicer:
                 ingest.close()
         for verdict in verdicts:
             self._count("Write", verdict)
-        return messages.WriteResponse(verdicts=[int(verdict) for verdict in verdicts])
+        return messages.WriteResponse(verdicts=messages.statuses_to_wire(verdicts))
 
     async def renew_lease(self, request: Any, _context: Any, _tenant: str) -> messages.RenewLeaseResponse:
         return messages.RenewLeaseResponse(lease_ms=self._store.renew(request.lease_id, request.lease_ms))
@@ -185,7 +183,7 @@ class Servicer:
         statuses = self._store.delete(request.namespace, messages.split_hashes(request.hashes))
         for status in statuses:
             self._count("Delete", status)
-        return messages.DeleteResponse(statuses=[int(status) for status in statuses])
+        return messages.DeleteResponse(statuses=messages.statuses_to_wire(statuses))
 
     async def open_channel(self, request: Any, _context: Any, tenant: str) -> messages.OpenChannelResponse:
         offer = self._channels.get(request.transport)
@@ -194,9 +192,7 @@ class Servicer:
             raise InvalidArgument(f"this node offers no bulk transport {request.transport!r}; it offers: {offered}")
         if self._draining:
             raise Unavailable("the node is draining")
-        return messages.OpenChannelResponse(
-            address=offer.address, token=offer.issue_token(tenant), token_ms=CHANNEL_TOKEN_MS_MAX
-        )
+        return messages.OpenChannelResponse(address=offer.address, token=offer.issue_token(tenant), token_ms=CHANNEL_TOKEN_MS_MAX)
 
     async def stats(self, _request: Any, _context: Any, tenant: str) -> messages.StatsResponse:
         now = self._store.statistics()

@@ -9,12 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, cast
 
 from attnstore.core.layout import DType, PageLayout
 from attnstore.errors import InvalidArgument
 from attnstore.limits import HASH_BYTES, HASHES_MAX
-from attnstore.types import NamespaceStatistics, NodeDescription, NodeStatistics, PageEvent, PageEventKind
+from attnstore.types import NamespaceStatistics, NodeDescription, NodeStatistics, PageEvent, PageEventKind, PageStatus
 from attnstore.wire.v1 import store_pb2 as pb
 
 DeleteRequest = pb.DeleteRequest
@@ -123,7 +123,7 @@ def layout_to_wire(layout: PageLayout) -> pb.PageLayout:
         kv_heads=layout.kv_heads,
         head_dim=layout.head_dim,
         block_tokens=layout.block_tokens,
-        dtype=pb.DType.ValueType(layout.dtype.code),
+        dtype=pb.DType.Name(layout.dtype.code),
         tp_rank=layout.tp_rank,
         tp_size=layout.tp_size,
     )
@@ -144,14 +144,18 @@ def layout_from_wire(message: pb.PageLayout) -> PageLayout:
 
 def event_to_wire(event: PageEvent) -> pb.PageEvent:
     """Our page event as a message."""
-    return pb.PageEvent(
-        kind=pb.PageEvent.Kind.ValueType(event.kind), hash=event.hash, sequence=event.sequence, dropped=event.dropped
-    )
+    return pb.PageEvent(kind=pb.PageEvent.Kind.Name(event.kind), hash=event.hash, sequence=event.sequence, dropped=event.dropped)
 
 
 def event_from_wire(message: pb.PageEvent) -> PageEvent:
     """A peer's page event."""
     return PageEvent(PageEventKind(message.kind), message.hash, message.sequence, message.dropped)
+
+
+def statuses_to_wire(statuses: Iterable[PageStatus]) -> list[pb.PageStatus]:
+    """Statuses as a message's enum values."""
+    # The numbers are the same; the generated type exists for type checkers alone.
+    return cast("list[pb.PageStatus]", [int(status) for status in statuses])
 
 
 def description_from_wire(message: pb.DescribeResponse) -> NodeDescription:
@@ -175,9 +179,7 @@ def statistics_to_wire(statistics: NodeStatistics) -> pb.StatsResponse:
     """A node's counters as a message."""
     message = pb.StatsResponse(**{name: getattr(statistics, name) for name in _STATISTICS_FIELDS})
     for space in statistics.namespaces:
-        message.namespaces.add(
-            namespace=space.namespace, layout=layout_to_wire(space.layout), pages_sealed=space.pages_sealed
-        )
+        message.namespaces.add(namespace=space.namespace, layout=layout_to_wire(space.layout), pages_sealed=space.pages_sealed)
     return message
 
 
@@ -186,8 +188,7 @@ def statistics_from_wire(message: pb.StatsResponse) -> NodeStatistics:
     return NodeStatistics(
         **{name: getattr(message, name) for name in _STATISTICS_FIELDS},
         namespaces=tuple(
-            NamespaceStatistics(space.namespace, layout_from_wire(space.layout), space.pages_sealed)
-            for space in message.namespaces
+            NamespaceStatistics(space.namespace, layout_from_wire(space.layout), space.pages_sealed) for space in message.namespaces
         ),
     )
 

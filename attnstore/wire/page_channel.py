@@ -10,15 +10,15 @@ A frame is a header of 128 bytes, little-endian, and `size_bytes` of payload:
     magic 4s | kind u8 | status u8 | order u8 | 0 u8 | request u32 | page u32 | size u64 | offset u64 | checksum u64 |
     layer_begin u32 | layer_end u32 | lease 16s | namespace 32s | hash 32s
 
-| kind    | from   | means                                                  | fields used                                    | payload        |
-|---------|--------|--------------------------------------------------------|------------------------------------------------|----------------|
-| HELLO   | client | opens; the token came from `OpenChannel` over gRPC     | page = protocol version                        | token          |
-| READ    | client | send me these pages                                    | request, order, layers, lease, namespace       | hashes         |
-| WRITE   | client | here is one page                                       | request, page, checksum, namespace, hash       | page bytes     |
-| WELCOME | node   | go on                                                  | page = hashes in one READ, request = credits   | none           |
-| SLICE   | node   | (part of) a page, checksum of this payload; or a miss  | request, page, status, offset, checksum        | slice or none  |
-| VERDICT | node   | what became of a written page                          | request, page, status                          | none           |
-| REFUSED | node   | the whole request was wrong (or, before WELCOME, you)  | request                                        | `code\\nmessage` |
+| kind    | from   | means                                     | fields used                                | payload       |
+|---------|--------|-------------------------------------------|--------------------------------------------|---------------|
+| HELLO   | client | opens, with a token of `OpenChannel`      | page = version                             | token         |
+| READ    | client | send me these pages                       | request, order, layers, lease, namespace   | hashes        |
+| WRITE   | client | here is one page                          | request, page, checksum, namespace, hash   | page bytes    |
+| WELCOME | node   | go on                                     | page = hashes in a READ, request = credits | none          |
+| SLICE   | node   | (part of) a page and its checksum; a miss | request, page, status, offset, checksum    | slice, none   |
+| VERDICT | node   | what became of a written page             | request, page, status                      | none          |
+| REFUSED | node   | the request, or the HELLO, was wrong      | request                                    | code, message |
 
 Credits: a client has at most `credits` pages on the way that no VERDICT has come for, and at most two READs that are not fully
 answered, so neither side ever needs to buffer more than the kernel does, and neither waits for a peer that waits for it. The node
@@ -107,7 +107,7 @@ _PAYLOAD_BYTES_MAX: Final[dict[Kind, int]] = {
     Kind.REFUSED: CHANNEL_REASON_BYTES_MAX,
 }
 
-_NO_LEASE: Final = bytes(LEASE_ID_BYTES)
+NO_LEASE: Final = bytes(LEASE_ID_BYTES)
 _NO_HASH: Final = bytes(HASH_BYTES)
 _NO_STATUS: Final = 0
 
@@ -126,14 +126,14 @@ class Frame:
     order: Order = Order.PAGES
     layer_begin: int = 0
     layer_end: int = 0
-    lease: bytes = _NO_LEASE
+    lease: bytes = NO_LEASE
     namespace: bytes = _NO_HASH
     hash: bytes = _NO_HASH
 
     @property
     def lease_id(self) -> bytes | None:
         """The lease named, None where there is none."""
-        return None if self.lease == _NO_LEASE else self.lease
+        return None if self.lease == NO_LEASE else self.lease
 
 
 def encode_frame(frame: Frame) -> bytes:
@@ -159,7 +159,7 @@ def encode_frame(frame: Frame) -> bytes:
 def encode_slice(request: int, page: int, size_bytes: int, offset_bytes: int, checksum: int) -> bytes:
     """The header of a SLICE with bytes, the frame that matters for speed: no `Frame` in between."""
     return _HEADER.pack(
-        MAGIC, Kind.SLICE, PageStatus.OK, 0, request, page, size_bytes, offset_bytes, checksum, 0, 0, _NO_LEASE, _NO_HASH, _NO_HASH
+        MAGIC, Kind.SLICE, PageStatus.OK, 0, request, page, size_bytes, offset_bytes, checksum, 0, 0, NO_LEASE, _NO_HASH, _NO_HASH
     )
 
 

@@ -27,7 +27,7 @@ _CODE_OF_ERROR: dict[type[errors.AttnStoreError], grpc.StatusCode] = {
     errors.ClientClosed: grpc.StatusCode.CANCELLED,
 }
 
-# What a status without our trailer means: it comes from gRPC itself or from a proxy. Retryable unless it says that the call is wrong.
+# What a status without our trailer means: it comes from gRPC itself or from a proxy. Retryable unless the call is wrong.
 _ERROR_OF_CODE: dict[grpc.StatusCode, type[errors.AttnStoreError]] = {
     grpc.StatusCode.DEADLINE_EXCEEDED: errors.DeadlineExceeded,
     grpc.StatusCode.UNAUTHENTICATED: errors.Unauthenticated,
