@@ -9,6 +9,7 @@ on slots of an earlier tenancy are refused.
 
 from __future__ import annotations
 
+import threading
 from abc import ABC, abstractmethod
 
 from attnstore.core.slots import Slot
@@ -18,8 +19,8 @@ from attnstore.errors import InvalidArgument
 class Arena(ABC):
     """`capacity_bytes // extent_bytes` extents of zeros.
 
-    Raises `InvalidArgument` where the sizes make no extent or the memory cannot be had. Not thread-safe, except that any
-    thread may use a window it was given.
+    Raises `InvalidArgument` where the sizes make no extent or the memory cannot be had. `view` may be called from any thread:
+    of two threads that bring the same new tenancy, one replaces the bytes and the other waits for it.
     """
 
     def __init__(self, capacity_bytes: int, extent_bytes: int) -> None:
@@ -31,6 +32,7 @@ class Arena(ABC):
         self.extent_bytes = extent_bytes
         self.extents = capacity_bytes // extent_bytes
         self._tenancies = [0] * self.extents
+        self._changing = threading.Lock()
 
     def view(self, slot: Slot) -> memoryview:
         """The writable window of a taken slot, exactly `slot.size_bytes` long.
@@ -41,7 +43,8 @@ class Arena(ABC):
         end_bytes = slot.offset_bytes + slot.size_bytes
         assert end_bytes <= self.extent_bytes, f"slot {slot} passes the end of its extent of {self.extent_bytes} bytes"
         if slot.tenancy != self._tenancies[slot.extent]:
-            self._hand_over(slot)
+            with self._changing:
+                self._hand_over(slot)
         return self._extent(slot.extent)[slot.offset_bytes : end_bytes]
 
     @abstractmethod
@@ -60,6 +63,8 @@ class Arena(ABC):
 
     def _hand_over(self, slot: Slot) -> None:
         known = self._tenancies[slot.extent]
+        if slot.tenancy == known:
+            return  # another thread was first
         assert slot.tenancy > known, f"slot {slot} belongs to an earlier tenant of its extent, whose tenancy is now {known}"
         if known:
             self._replace(slot.extent)
