@@ -70,6 +70,8 @@ CHANNELS_MAX = 16
 """Page channels that one transfer of a client may use at once."""
 CHANNEL_CREDITS = 64
 """Pages that a writer may have on the way without a verdict. Their verdicts fit any socket buffer."""
+CHANNEL_GATHER_PAGES = 64
+"""Pages whose slices of one layer travel in one frame, and in one system call (whose own limit is 1,024 pieces)."""
 CHANNEL_REASON_BYTES_MAX = 4 * KIB
 CHANNEL_HELLO_MS_MAX = 5_000
 """A page channel that has not said HELLO by then is closed: it holds a thread."""

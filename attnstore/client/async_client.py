@@ -32,7 +32,7 @@ from attnstore.clock import MonotonicClock
 from attnstore.config import split_address
 from attnstore.core.layout import PageLayout
 from attnstore.errors import ClientClosed, InvalidArgument, NamespaceUnknown, ProtocolError, Retryable
-from attnstore.limits import CHANNELS_MAX, LEASE_MS_MAX
+from attnstore.limits import CHANNEL_READ_HASHES_MAX, CHANNELS_MAX, LEASE_MS_MAX
 from attnstore.types import (
     Lease,
     MatchResult,
@@ -205,6 +205,8 @@ class AsyncClient:
         messages.join_hashes(hashes)
         layer_begin, layer_end = layers if layers is not None else (0, layout.layers)
         begin, end = layout.layer_slice(layer_begin, layer_end)
+        if on_layer is not None and len(hashes) > CHANNEL_READ_HASHES_MAX:
+            raise InvalidArgument(f"a read with on_layer takes at most {CHANNEL_READ_HASHES_MAX} pages, not {len(hashes)}")
         return ReadPlan(
             namespace=namespace,
             hashes=hashes,
@@ -356,7 +358,7 @@ class AsyncClient:
         return self._options.deadline_ms if deadline_ms is None else checked_deadline_ms(deadline_ms)
 
     async def _in_namespace(self, namespace: bytes, call: Callable[[], Awaitable[T]]) -> T:
-        """Runs a call; if the node was restarted and forgot a namespace that we registered, registers it again and repeats, once."""
+        """Runs a call; if the node was restarted and forgot the namespace, registers it again and repeats, once."""
         try:
             return await call()
         except NamespaceUnknown:

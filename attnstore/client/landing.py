@@ -69,8 +69,9 @@ class Landing:
         return self._received_bytes[index] == self._slice_bytes
 
     def judge(self, index: int, intact: bool) -> None:
-        """Sets the status of a complete page, or of one whose bytes so far are known to be wrong."""
-        self._statuses[index] = PageStatus.OK if intact else PageStatus.CORRUPT
+        """Sets the status of a complete page, or of one whose bytes so far are known to be wrong; corrupt stays corrupt."""
+        if self._statuses[index] is None:
+            self._statuses[index] = PageStatus.OK if intact else PageStatus.CORRUPT
 
     def take(self, chunk: ReadChunk) -> None:
         """Puts one gRPC chunk in its place; the checksum that it carries is that of the whole slice."""

@@ -17,9 +17,9 @@ from typing import TypeVar
 
 from attnstore.client.bulk import BulkUnavailable, Deadline, OpenChannel, ReadPlan, Transfer, WritePlan
 from attnstore.config import split_address
-from attnstore.core.hashing import page_checksum
+from attnstore.core.hashing import joint_checksum, page_checksum
 from attnstore.errors import AttnStoreError, ClientClosed, ProtocolError, Unavailable
-from attnstore.limits import CHANNEL_REASON_BYTES_MAX, MIB
+from attnstore.limits import CHANNEL_REASON_BYTES_MAX
 from attnstore.types import PageStatus
 from attnstore.wire.page_channel import NO_LEASE, VERSION, Frame, Kind, Order, Role, decode_refusal, encode_frame
 from attnstore.wire.stream import FrameStream
@@ -160,7 +160,6 @@ class _Channel:
         self._read_hashes_max = read_hashes_max
         self._credits_max = credits_max
         self._request = 0
-        self._scratch = memoryview(bytearray(MIB))
         self._timeout_ms = 0.0
 
     @classmethod
@@ -178,17 +177,20 @@ class _Channel:
 
     def read(self, plan: ReadPlan, begin: int, end: int) -> None:
         """Pages `[begin, end)` of the plan, as READs of bounded size of which two are on the way."""
+        take = self._take_page if plan.on_layer is None else self._take_layer
         pending: deque[_PendingRead] = deque()
         at = begin
         while at < end or pending:
             while at < end and len(pending) < _READS_IN_FLIGHT_MAX:
                 count = min(self._read_hashes_max, end - at)
-                if plan.on_layer is not None and count < len(plan.hashes):
-                    raise ProtocolError(f"on_layer reads at most {self._read_hashes_max} pages at once")
                 pending.append(self._ask(plan, at, count))
                 at += count
-            self._take_slice(plan, pending[0])
-            if pending[0].pages_left == 0:
+            frame = self._receive(plan.deadline, Kind.SLICE, pending[0].request)
+            if frame.status is PageStatus.OK:
+                take(plan, pending[0], frame)
+            else:
+                self._take_miss(plan, pending[0], frame)
+            if pending[0].is_complete:
                 pending.popleft()
 
     def write(self, plan: WritePlan, begin: int, end: int) -> tuple[PageStatus, ...]:
@@ -231,33 +233,50 @@ class _Channel:
         self.stream.send(encode_frame(frame), joined)
         return _PendingRead(self._request, begin, count)
 
-    def _take_slice(self, plan: ReadPlan, read: _PendingRead) -> None:
-        frame = self._receive(plan.deadline, Kind.SLICE, read.request)
-        if frame.page >= read.count:
-            raise ProtocolError(f"the node answered page {frame.page} of a READ of {read.count}")
-        index = read.begin + frame.page
-        if frame.status is not PageStatus.OK:
-            if frame.status is None or frame.size_bytes:
-                raise ProtocolError("a SLICE has bytes and no page")
-            plan.landing.miss(index, frame.status)
-            read.pages_left -= 1
-            read.pages_found -= 1
-            return
+    def _take_miss(self, plan: ReadPlan, read: _PendingRead, frame: Frame) -> None:
+        if frame.status is None or frame.size_bytes:
+            raise ProtocolError("a SLICE has bytes and no page")
+        index = read.index_of(frame)
+        plan.landing.miss(index, frame.status)
+        read.answered += 1
+        read.missing.add(index)
+
+    def _take_page(self, plan: ReadPlan, read: _PendingRead, frame: Frame) -> None:
+        index = read.index_of(frame)
         window = plan.landing.window(index, frame.offset_bytes, frame.size_bytes)
-        whole = frame.offset_bytes + frame.size_bytes == (plan.layer_end - plan.layer_begin) * plan.layer_bytes
         if window is None:
-            self.stream.discard_payload(self._scratch)
-        else:
-            self.stream.receive_payload(window)
-            intact = page_checksum(window) == frame.checksum
-            if plan.landing.landed(index, len(window)) or not intact:
-                plan.landing.judge(index, intact)
-        read.pages_left -= whole
-        if plan.on_layer is not None:
-            read.slices += 1
-            if read.slices == read.pages_found:
-                read.slices = 0
-                plan.on_layer(plan.layer_begin + frame.offset_bytes // plan.layer_bytes, plan.landing.leading_open)
+            raise ProtocolError(f"page {index} came twice")
+        self.stream.receive_payload(window)
+        if not plan.landing.landed(index, len(window)):
+            raise ProtocolError(f"page {index} came in part: {len(window)} bytes")
+        plan.landing.judge(index, page_checksum(window) == frame.checksum)
+        read.answered += 1
+
+    def _take_layer(self, plan: ReadPlan, read: _PendingRead, frame: Frame) -> None:
+        """One layer of some pages, those after the ones that came last."""
+        found = read.found()
+        pages = found[read.position : read.position + frame.size_bytes // plan.layer_bytes]
+        if not pages or pages[0] != read.index_of(frame) or len(pages) * plan.layer_bytes != frame.size_bytes:
+            raise ProtocolError("a SLICE of a read by layers does not begin or end where the last one says")
+        # The bytes of a page that is corrupt already still come, and go nowhere.
+        windows = [
+            (page, plan.landing.window(page, frame.offset_bytes, plan.layer_bytes) or memoryview(bytearray(plan.layer_bytes)))
+            for page in pages
+        ]
+        views = [view for _, view in windows]
+        self.stream.receive_payload(*views)
+        intact = joint_checksum(views) == frame.checksum
+        for page in pages:
+            if plan.landing.landed(page, plan.layer_bytes) or not intact:
+                plan.landing.judge(page, intact)
+        read.position += len(pages)
+        if read.position == len(found):
+            read.position = 0
+            layer = plan.layer_begin + frame.offset_bytes // plan.layer_bytes
+            if layer + 1 == plan.layer_end:
+                read.answered = read.count
+            assert plan.on_layer is not None
+            plan.on_layer(layer, plan.landing.leading_open)
 
     def _take_verdict(self, deadline: Deadline, index: int) -> PageStatus:
         frame = self._receive(deadline, Kind.VERDICT, self._request)
@@ -294,12 +313,30 @@ class _Channel:
 class _PendingRead:
     """One READ on the way: pages `[begin, begin + count)` of the plan."""
 
-    __slots__ = ("begin", "count", "pages_found", "pages_left", "request", "slices")
+    __slots__ = ("_found", "answered", "begin", "count", "missing", "position", "request")
 
     def __init__(self, request: int, begin: int, count: int) -> None:
         self.request = request
         self.begin = begin
         self.count = count
-        self.pages_left = count
-        self.pages_found = count  # in a read by layers the misses come first
-        self.slices = 0  # of the layer that is arriving, in a read by layers
+        self.answered = 0
+        self.missing: set[int] = set()
+        self.position = 0  # in a read by layers: how many of the pages found have their slice of the current layer
+        self._found: list[int] = []
+
+    @property
+    def is_complete(self) -> bool:
+        """Every page has its answer."""
+        return self.answered == self.count
+
+    def index_of(self, frame: Frame) -> int:
+        """The plan's index of the frame's page. Raises `ProtocolError` for one that was not asked for."""
+        if frame.page >= self.count:
+            raise ProtocolError(f"the node answered page {frame.page} of a READ of {self.count}")
+        return self.begin + frame.page
+
+    def found(self) -> list[int]:
+        """In a read by layers: the pages that are not missing, known once the first slice with bytes has come."""
+        if not self._found:
+            self._found = [index for index in range(self.begin, self.begin + self.count) if index not in self.missing]
+        return self._found

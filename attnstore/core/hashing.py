@@ -80,6 +80,14 @@ def page_checksum(data: bytes | bytearray | memoryview) -> int:
     return xxhash.xxh3_64_intdigest(data)
 
 
+def joint_checksum(parts: Iterable[bytes | bytearray | memoryview]) -> int:
+    """`page_checksum` of the parts one after the other, without joining them."""
+    digest = xxhash.xxh3_64()
+    for part in parts:
+        digest.update(part)
+    return digest.intdigest()
+
+
 def _u32_bytes(token_ids: Sequence[int]) -> bytes:
     try:
         packed = array("I", token_ids)

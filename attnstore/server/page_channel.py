@@ -17,10 +17,12 @@ from contextlib import ExitStack
 import structlog
 
 from attnstore.clock import Clock
+from attnstore.core.hashing import joint_checksum
 from attnstore.errors import AttnStoreError, DeadlineExceeded, InvalidArgument, Overloaded, Retryable, Unauthenticated, Unavailable
 from attnstore.limits import (
     CHANNEL_CONNECTIONS_MAX,
     CHANNEL_CREDITS,
+    CHANNEL_GATHER_PAGES,
     CHANNEL_HELLO_MS_MAX,
     CHANNEL_IDLE_MS_MAX,
     CHANNEL_READ_HASHES_MAX,
@@ -231,7 +233,9 @@ class _Connection:
                 if isinstance(page, PageStatus):
                     self._send_miss(frame.request, index, page)
                 else:
-                    self._send_slice(frame.request, index, page, begin, end, 0)
+                    data, checksum = page.slice(begin, end)
+                    self._send_slice(frame.request, index, 0, checksum, [data])
+                    self._count_read(PageStatus.OK, 1)
 
     def _read_by_layer(self, frame: Frame, hashes: list[bytes], begin: int, end: int, layer_bytes: int) -> None:
         with ExitStack() as held:
@@ -243,19 +247,23 @@ class _Connection:
                 else:
                     pages.append((index, page))
             for at in range(begin, end, layer_bytes):
-                for index, page in pages:
-                    self._send_slice(frame.request, index, page, at, at + layer_bytes, at - begin)
+                for first in range(0, len(pages), CHANNEL_GATHER_PAGES):
+                    gathered = pages[first : first + CHANNEL_GATHER_PAGES]
+                    parts = [page.data[at : at + layer_bytes] for _, page in gathered]
+                    self._send_slice(frame.request, gathered[0][0], at - begin, joint_checksum(parts), parts)
+            self._count_read(PageStatus.OK, len(pages))
 
-    def _send_slice(self, request: int, index: int, page: PageView, begin: int, end: int, offset_bytes: int) -> None:
-        data, checksum = page.slice(begin, end)
-        self.stream.send(encode_slice(request, index, len(data), offset_bytes, checksum), data)
-        self._metrics.sent("tcp", len(data))
-        if offset_bytes == 0:
-            self._metrics.page_statuses.labels("Read", "ok").inc()
+    def _send_slice(self, request: int, index: int, offset_bytes: int, checksum: int, parts: list[memoryview]) -> None:
+        size_bytes = sum(map(len, parts))
+        self.stream.send(encode_slice(request, index, size_bytes, offset_bytes, checksum), *parts)
+        self._metrics.sent("tcp", size_bytes)
 
     def _send_miss(self, request: int, index: int, status: PageStatus) -> None:
         self.stream.send(encode_frame(Frame(Kind.SLICE, request=request, page=index, status=status)))
-        self._metrics.page_statuses.labels("Read", status.name.lower()).inc()
+        self._count_read(status, 1)
+
+    def _count_read(self, status: PageStatus, pages: int) -> None:
+        self._metrics.page_statuses.labels("Read", status.name.lower()).inc(pages)
 
     def _write(self, frame: Frame, tenant: str) -> None:
         layout = self._store.layout_of(frame.namespace, tenant)

@@ -64,7 +64,12 @@ class Kind(enum.IntEnum):
 
 
 class Order(enum.IntEnum):
-    """In which order a READ is answered. LAYERS sends layer 0 of all pages first, then layer 1, and so on."""
+    """In which order a READ is answered.
+
+    PAGES: one SLICE for each page asked for, in order. LAYERS: first one SLICE without bytes for each page that is missing; then,
+    layer by layer, the layer's bytes of all other pages, in order. A SLICE carries the bytes of one or more consecutive of these
+    pages then (at most `CHANNEL_GATHER_PAGES`), `page` being the first and the checksum that of the whole payload.
+    """
 
     PAGES = 0
     LAYERS = 1
@@ -211,15 +216,15 @@ def decode_frame(header: Buffer) -> Frame:
 class FrameReceiver:
     """One direction of a connection: tells where the next bytes go and what has arrived.
 
-    The cycle: write bytes to `window()`, report them to `received(count)`, until that returns an arrival. Where a frame announces a
-    payload, say `land(view)` or `discard(scratch)` before the cycle goes on; the same frame arrives once more when its payload is
-    whole.
+    The cycle: write bytes to `windows()`, in order, report them to `received(count)`, until that returns an arrival. Where a frame
+    announces a payload, say `land(*views)` or `discard(scratch)` before the cycle goes on; the same frame arrives once more when
+    its payload is whole.
     """
 
     def __init__(self, role: Role) -> None:
         self._role = role
         self._header = bytearray(HEADER_BYTES)
-        self._window = memoryview(self._header)
+        self._windows = [memoryview(self._header)]
         self._scratch = memoryview(b"")
         self._frame: Frame | None = None
         self._left_bytes = 0
@@ -228,46 +233,56 @@ class FrameReceiver:
     @property
     def at_boundary(self) -> bool:
         """No frame has begun: the peer may close here."""
-        return self._frame is None and len(self._window) == HEADER_BYTES
+        return self._frame is None and len(self._windows[0]) == HEADER_BYTES
 
     @property
     def payload_left_bytes(self) -> int:
         """Bytes of the announced payload that have not arrived."""
         return self._left_bytes
 
-    def window(self) -> memoryview:
-        """Where the next bytes must be written. Never empty."""
-        assert len(self._window) > 0, "land() or discard() comes before the payload"
-        return self._window
+    def windows(self) -> list[memoryview]:
+        """Where the next bytes must be written: views that are not empty, filled one after the other."""
+        assert self._windows, "land() or discard() comes before the payload"
+        return self._windows
 
-    def land(self, view: memoryview) -> None:
-        """The announced payload goes into `view`, which has exactly its size."""
-        assert len(view) == self._left_bytes > 0
-        self._window = view
+    def land(self, *views: memoryview) -> None:
+        """The announced payload goes into `views`, which have exactly its size together."""
+        assert sum(map(len, views)) == self._left_bytes > 0
+        self._windows = list(views)
 
     def discard(self, scratch: memoryview) -> None:
         """The announced payload is thrown away, through `scratch` of any size."""
         assert len(scratch) > 0 < self._left_bytes
         self._scratch = scratch
-        self._window = scratch[: self._left_bytes]
+        self._windows = [scratch[: self._left_bytes]]
 
     def received(self, count: int) -> Frame | None:
-        """Takes note of `count` bytes written to the window; the frame whose header, or whose payload, is complete now.
+        """Takes note of `count` bytes written to the windows; the frame whose header, or whose payload, is complete now.
 
         Raises `ProtocolError` for a malformed frame or one out of turn; the state is CLOSED then.
         """
-        assert 0 < count <= len(self._window)
-        self._window = self._window[count:]
+        assert count > 0
+        self._consume(count)
         if self._frame is None:
-            return None if len(self._window) > 0 else self._announced()
+            return None if self._windows else self._announced()
         self._left_bytes -= count
         if self._left_bytes > 0:
-            if len(self._window) == 0:
-                self._window = self._scratch[: self._left_bytes]
+            if not self._windows:
+                self._windows = [self._scratch[: self._left_bytes]]
             return None
         frame, self._frame = self._frame, None
-        self._window = memoryview(self._header)
+        self._windows = [memoryview(self._header)]
         return frame
+
+    def _consume(self, count: int) -> None:
+        windows = self._windows
+        filled = 0
+        while filled < len(windows) and count >= len(windows[filled]):
+            count -= len(windows[filled])
+            filled += 1
+        del windows[:filled]
+        if count:
+            windows[0] = windows[0][count:]
 
     def _announced(self) -> Frame:
         state, self.state = self.state, State.CLOSED
@@ -280,5 +295,5 @@ class FrameReceiver:
             self._frame = frame
             self._left_bytes = frame.size_bytes
         else:
-            self._window = memoryview(self._header)
+            self._windows = [memoryview(self._header)]
         return frame

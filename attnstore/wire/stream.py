@@ -42,10 +42,7 @@ class FrameStream:
 
     def set_timeout_ms(self, timeout_ms: float) -> None:
         """Bounds every later wait for the peer. The kernel keeps the time, so that no call is split to watch a clock."""
-        whole_s, rest_us = divmod(max(1, int(timeout_ms * 1000)), 1_000_000)
-        timeout = _TIMEVAL.pack(whole_s, rest_us)
-        self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, timeout)
-        self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, timeout)
+        bound_waits(self._socket, timeout_ms)
 
     def send(self, *parts: Buffer) -> None:
         """Sends the parts one after the other, completely. Raises `Unavailable` or `DeadlineExceeded`."""
@@ -58,7 +55,7 @@ class FrameStream:
                 if left:
                     left[0] = left[0][sent:]
         except OSError as error:
-            raise _lost(error) from None
+            raise lost(error) from None
 
     def receive(self) -> Frame:
         """The next frame, or the one announced before whose payload is whole now.
@@ -68,19 +65,18 @@ class FrameStream:
         receiver = self._receiver
         try:
             while True:
-                window = receiver.window()
-                count = self._socket.recv_into(window, len(window), socket.MSG_WAITALL)
+                count = self._socket.recvmsg_into(receiver.windows(), 0, socket.MSG_WAITALL)[0]
                 if count == 0:
                     raise Unavailable("the peer closed the page channel")
                 frame = receiver.received(count)
                 if frame is not None:
                     return frame
         except OSError as error:
-            raise _lost(error) from None
+            raise lost(error) from None
 
-    def receive_payload(self, view: memoryview) -> None:
-        """Receives the announced payload into `view`."""
-        self._receiver.land(view)
+    def receive_payload(self, *views: memoryview) -> None:
+        """Receives the announced payload into `views`, at most `CHANNEL_GATHER_PAGES` of them."""
+        self._receiver.land(*views)
         self.receive()
 
     def discard_payload(self, scratch: memoryview) -> None:
@@ -98,7 +94,16 @@ class FrameStream:
         self._socket.close()
 
 
-def _lost(error: OSError) -> Retryable:
+def bound_waits(connection: socket.socket, timeout_ms: float) -> None:
+    """Bounds every later wait of a blocking socket, in the kernel."""
+    whole_s, rest_us = divmod(max(1, int(timeout_ms * 1000)), 1_000_000)
+    timeout = _TIMEVAL.pack(whole_s, rest_us)
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, timeout)
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, timeout)
+
+
+def lost(error: OSError) -> Retryable:
+    """The typed error of a failed system call on a connection whose waits are bounded."""
     if isinstance(error, BlockingIOError):
-        return DeadlineExceeded("the peer moved no byte of the page channel within the time-out")
-    return Unavailable(f"the page channel broke: {error.strerror or error}")
+        return DeadlineExceeded("the peer moved no byte of the bulk connection within the time-out")
+    return Unavailable(f"the bulk connection broke: {error.strerror or error}")
