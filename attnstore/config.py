@@ -17,7 +17,7 @@ from typing import Any, Literal, Self
 from pydantic import BaseModel, ByteSize, ConfigDict, Field, SecretStr, ValidationError, field_validator, model_validator
 
 from attnstore.errors import InvalidArgument
-from attnstore.limits import DRAIN_MS_DEFAULT, KIB
+from attnstore.limits import CAPACITY_BYTES_MAX, DRAIN_MS_DEFAULT, KIB
 
 BULK_TRANSPORTS = frozenset({"tcp"})
 ENVIRONMENT_PREFIX = "ATTNSTORE_"
@@ -29,10 +29,10 @@ class ServeOptions(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     listen: str = Field("127.0.0.1:7400", description="host:port of the gRPC service; port 0 takes a free one")
-    capacity: ByteSize = Field(
-        ByteSize(2 << 30), description="bytes of pages that the node may hold, for example 2GiB; a hard limit"
+    capacity: ByteSize = Field(ByteSize(2 << 30), description="bytes of pages that the node holds at most, for example 2GiB")
+    node_id: str = Field(
+        "", description="name of the node in logs, metrics and the directory; default: the address that it listens on"
     )
-    node_id: str = Field("", description="name of the node in logs, metrics and the directory; default: the listen address")
     transports: str = Field("tcp", description="bulk transports offered beside grpc, comma-separated: tcp, or none")
     page_channel_port: int = Field(0, ge=0, le=65535, description="port of the page channel (tcp); 0 takes a free one")
     metrics_port: int | None = Field(None, ge=0, le=65535, description="port of the Prometheus metrics; none by default")
@@ -63,8 +63,15 @@ class ServeOptions(BaseModel):
     @field_validator("capacity")
     @classmethod
     def _capacity_holds_something(cls, value: ByteSize) -> ByteSize:
-        if value < 4 * KIB:
-            raise ValueError("must be at least 4KiB")
+        if not 4 * KIB <= value <= CAPACITY_BYTES_MAX:
+            raise ValueError(f"must be between 4KiB and {ByteSize(CAPACITY_BYTES_MAX).human_readable()}")
+        return value
+
+    @field_validator("token")
+    @classmethod
+    def _token_fits_a_header(cls, value: SecretStr | None) -> SecretStr | None:
+        if value is not None and not is_token(value.get_secret_value()):
+            raise ValueError("must be printable ASCII without spaces")
         return value
 
     @model_validator(mode="after")
@@ -94,8 +101,10 @@ class ServeOptions(BaseModel):
         if self.tokens_file is None:
             return {}
         entries = _read_toml(self.tokens_file, "--tokens-file")
-        if not entries or not all(isinstance(token, str) and token for token in entries.values()):
-            raise InvalidArgument(f'--tokens-file {self.tokens_file}: every line must be tenant = "token"')
+        if not entries or not all(isinstance(token, str) and is_token(token) for token in entries.values()):
+            raise InvalidArgument(
+                f'--tokens-file {self.tokens_file}: every line must be tenant = "token", printable ASCII without spaces'
+            )
         tenants = {token: tenant for tenant, token in entries.items()}
         if len(tenants) != len(entries):
             raise InvalidArgument(f"--tokens-file {self.tokens_file}: two tenants have the same token")
@@ -121,10 +130,10 @@ def load_serve_options(arguments: argparse.Namespace, environment: Mapping[str, 
     if config_file:
         layers.append((f"file {config_file}", _read_toml(Path(config_file), "--config")))
     fields = ServeOptions.model_fields
-    layers.append(
-        ("environment", {name: environment[_environment_name(name)] for name in fields if _environment_name(name) in environment})
-    )
-    layers.append(("command line", {name: getattr(arguments, name) for name in fields if getattr(arguments, name) is not None}))
+    given = {name: environment.get(_environment_name(name)) for name in fields}
+    layers.append(("environment", {name: value for name, value in given.items() if value is not None}))
+    given = {name: getattr(arguments, name) for name in fields}
+    layers.append(("command line", {name: value for name, value in given.items() if value is not None}))
     values: dict[str, Any] = {}
     origin: dict[str, str] = {}
     for where, layer in layers:
@@ -153,6 +162,11 @@ def is_loopback(host: str) -> bool:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
         return host == "localhost"
+
+
+def is_token(text: str) -> bool:
+    """Whether a token can travel in a header: printable ASCII without spaces, and not empty."""
+    return text != "" and all("!" <= character <= "~" for character in text)
 
 
 def _explain(problem: Any, origin: Mapping[str, str]) -> str:

@@ -13,6 +13,9 @@ HASH_BYTES = 32
 LEASE_ID_BYTES = 16
 EPOCH_BYTES = 16
 
+CAPACITY_BYTES_MAX = 1 << 46
+"""Of one node: half of what an x86-64 process can address."""
+
 PAGE_BYTES_MAX = 256 * MIB
 """One page. Llama-3-70B with 128-token blocks in bf16 is 40 MiB."""
 
@@ -42,18 +45,25 @@ WATCH_EVENTS_MAX = 65_536
 """Events queued for one slow watcher before they are dropped and it is told so."""
 
 EXTENT_BYTES_MAX = 64 * MIB
-"""The arena is handed to (tenant, page size) classes in extents of at most this size, unless the operator names a larger one."""
+"""The arena is handed to (tenant, page size) classes in extents of at most this size, unless the operator names another."""
 
 EXTENT_BYTES_MIN = 4 * MIB
 EXTENTS_MIN = 8
 """An arena with room for so many extents of EXTENT_BYTES_MIN is cut into no fewer, so that several classes can share it."""
 
 DEADLINE_MS_DEFAULT = 10_000
+DEADLINE_MS_MAX = 86_400_000
+KEEPALIVE_MS = 10_000
+"""Both ends ask a silent peer for a sign of life this often, so that a vanished one holds no stream and nobody waits for it."""
+KEEPALIVE_TIMEOUT_MS = 5_000
+CONNECT_MS_MAX = 5_000
+"""One attempt to connect, TLS handshake included."""
 DRAIN_MS_DEFAULT = 10_000
 
 assert CHUNK_BYTES_MAX + CHUNK_HEADER_BYTES_MAX <= MESSAGE_BYTES_MAX
 assert HASHES_MAX * HASH_BYTES + CHUNK_HEADER_BYTES_MAX <= MESSAGE_BYTES_MAX
-assert CHUNK_BYTES_MAX <= EXTENT_BYTES_MIN <= EXTENT_BYTES_MAX <= PAGE_BYTES_MAX
+assert CHUNK_BYTES_MAX <= EXTENT_BYTES_MIN <= EXTENT_BYTES_MAX <= PAGE_BYTES_MAX <= CAPACITY_BYTES_MAX
+assert 0 < KEEPALIVE_TIMEOUT_MS < KEEPALIVE_MS
 assert HASHES_MAX <= LEASED_PAGES_MAX
 assert LEASE_MS_MAX < 1 << 32
 

@@ -1,18 +1,20 @@
 """The client: everything that `attnstore.connect` and `attnstore.aio.connect` offer, written once, asynchronously.
 
-Owns: arguments checked before anything is sent, the layouts that this client registered, and what happens when a node has forgotten
-them (it was restarted: register again, once). The blocking client is a facade over this one (`blocking.py`).
+Owns: arguments checked before anything is sent, the layouts that this client registered, and what happens when a node has
+forgotten them (it was restarted: register again, once). The blocking client is a facade over this one (`blocking.py`).
+Invariant: a call ends within its one deadline, whatever it takes to serve it.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import Self, TypeVar
+from typing import Any, Self, TypeVar
 
 from attnstore.client.bulk import (
     BulkChoice,
@@ -29,10 +31,18 @@ from attnstore.client.grpc_transport import GrpcTransport, Target
 from attnstore.client.landing import Landing, readable_view
 from attnstore.client.tcp_transport import TcpTransport
 from attnstore.clock import MonotonicClock
-from attnstore.config import split_address
+from attnstore.config import is_token, split_address
 from attnstore.core.layout import PageLayout
-from attnstore.errors import ClientClosed, InvalidArgument, NamespaceUnknown, ProtocolError, Retryable
-from attnstore.limits import CHANNEL_READ_HASHES_MAX, CHANNELS_MAX, LEASE_MS_MAX
+from attnstore.errors import (
+    ClientClosed,
+    DeadlineExceeded,
+    InvalidArgument,
+    NamespaceUnknown,
+    ProtocolError,
+    Retryable,
+    Unavailable,
+)
+from attnstore.limits import CHANNEL_READ_HASHES_MAX, CHANNELS_MAX, DEADLINE_MS_MAX, HASHES_MAX, LEASE_MS_MAX
 from attnstore.types import (
     Lease,
     MatchResult,
@@ -51,12 +61,12 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class ConnectOptions:
-    """How a client reaches its node. Raises `InvalidArgument` for a bad target or deadline."""
+    """How a client reaches its node. `tls_ca`: PEM certificates of the trusted authorities, None for the system's."""
 
     target: Target
     deadline_ms: float
-    token: str | None
-    tls_ca: Path | None
+    token: str | None = field(repr=False)
+    tls_ca: bytes | None = field(repr=False)
     transport: TransportName
     channels: int
 
@@ -64,12 +74,25 @@ class ConnectOptions:
     def create(
         cls, target: str, *, deadline_ms: float, token: str | None, tls_ca: str | Path | None, transport: str, channels: int
     ) -> ConnectOptions:
-        """Options from what a user gives; the token falls back to the environment's `ATTNSTORE_TOKEN`."""
+        """Options from what a user gives; the token falls back to the environment's `ATTNSTORE_TOKEN`.
+
+        Raises `InvalidArgument` for a bad value or a `tls_ca` file that cannot be read.
+        """
+        parsed = Target.parse(target)
+        token = token or os.environ.get("ATTNSTORE_TOKEN")
+        if token is not None and not is_token(token):
+            raise InvalidArgument("token must be printable ASCII without spaces")
+        if tls_ca is not None and not parsed.tls:
+            raise InvalidArgument(f"tls_ca is given, but target {target!r} does not use TLS: say grpcs://")
+        try:
+            authorities = Path(tls_ca).read_bytes() if tls_ca is not None else None
+        except OSError as error:
+            raise InvalidArgument(f"tls_ca {tls_ca} cannot be read: {error.strerror}") from None
         return cls(
-            Target.parse(target),
+            parsed,
             checked_deadline_ms(deadline_ms),
-            token or os.environ.get("ATTNSTORE_TOKEN"),
-            Path(tls_ca) if tls_ca is not None else None,
+            token,
+            authorities,
             checked_transport(transport),
             _checked_channels(channels),
         )
@@ -117,7 +140,8 @@ class AsyncClient:
     async def register_layout(self, namespace: bytes, layout: PageLayout, *, deadline_ms: float | None = None) -> int:
         """Makes `namespace` known to the node; how many of its pages the node could hold. Idempotent.
 
-        Raises `LayoutMismatch` if the node knows the namespace with another layout, `PermissionDenied` if it is another tenant's.
+        Raises `LayoutMismatch` if the node knows the namespace with another layout, `PermissionDenied` if it belongs to another
+        tenant.
         """
         request = messages.RegisterLayoutRequest(
             namespace=messages.check_namespace(namespace), layout=messages.layout_to_wire(layout)
@@ -133,17 +157,19 @@ class AsyncClient:
     ) -> MatchResult:
         """For each prefix (hashes of consecutive blocks) how many leading pages the node has.
 
-        With `lease_ms` the pages that hit are kept for that long (at most `limits.LEASE_MS_MAX`): pass the lease to `read`, then
-        `release` it.
+        With `lease_ms` the pages that hit are kept for that long (at most `limits.LEASE_MS_MAX`): pass the lease to `read`,
+        then `release` it.
         """
+        asked = sum(map(len, prefixes))
+        if asked > HASHES_MAX:
+            raise InvalidArgument(f"the prefixes have {asked} hashes; at most {HASHES_MAX} fit one request")
         request = messages.MatchRequest(
             namespace=namespace,
             prefixes=[messages.join_hashes(prefix) for prefix in prefixes],
             lease_ms=_checked_lease_ms(lease_ms),
         )
-        answer = await self._in_namespace(
-            namespace, lambda: self._connected().call("Match", request, self._deadline_ms(deadline_ms))
-        )
+        deadline = self._deadline(deadline_ms)
+        answer = await self._in_namespace(namespace, deadline, lambda: self._connected().call("Match", request, deadline.left_ms()))
         if len(answer.hits) != len(prefixes) or any(hits > len(prefix) for hits, prefix in zip(answer.hits, prefixes, strict=True)):
             raise ProtocolError("the node's hits do not fit the prefixes asked for")
         lease = Lease(answer.lease_id, answer.lease_ms) if answer.lease_id else None
@@ -181,8 +207,9 @@ class AsyncClient:
     ) -> ReadResult:
         """Reads pages into `buffers`, one writable buffer for each hash; whole pages, or `layers = (begin, end)` of each.
 
-        Never raises for a page that is missing, late or corrupt: that is its status. A lost connection or a passed deadline ends
-        the read with `ReadResult.error` set; what was complete and verified by then is OK. Raises only for a call that is wrong.
+        Never raises for a page that is missing, late or corrupt: that is its status. A lost connection or a passed deadline
+        ends the read with `ReadResult.error` set; what was complete and verified by then is OK. Raises only for a call that is
+        wrong, and `ProtocolError` for a node that breaks the protocol.
 
         With `on_layer` the pages come layer by layer where the transport can (tcp), and `on_layer(layer, pages)` is called, on the
         thread that transfers, as soon as a layer of the first `pages` pages is there and verified; compute can start on it.
@@ -215,7 +242,7 @@ class AsyncClient:
             layer_bytes=layout.layer_bytes,
             lease_id=lease.lease_id if lease is not None else None,
             landing=Landing(len(hashes), buffers, end - begin),
-            deadline=Deadline(self._clock, self._deadline_ms(deadline_ms)),
+            deadline=self._deadline(deadline_ms),
             on_layer=on_layer,
         )
 
@@ -224,7 +251,7 @@ class AsyncClient:
         if not plan.hashes:
             return plan.landing.result()
         try:
-            await self._in_namespace(plan.namespace, lambda: self._read_over_best(plan))
+            await self._in_namespace(plan.namespace, plan.deadline, lambda: self._read_over_best(plan))
         except Retryable as error:
             return plan.landing.result(error)
         return plan.landing.result()
@@ -268,13 +295,13 @@ class AsyncClient:
             raise InvalidArgument(f"{len(hashes)} hashes and {len(pages)} pages are given; give one page for each hash")
         messages.join_hashes(hashes)
         views = [readable_view(index, page, layout.page_bytes) for index, page in enumerate(pages)]
-        return WritePlan(namespace, hashes, views, Deadline(self._clock, self._deadline_ms(deadline_ms)))
+        return WritePlan(namespace, hashes, views, self._deadline(deadline_ms))
 
     async def run_write(self, plan: WritePlan) -> WriteResult:
         """Carries a plan out over the best transport there is."""
         if not plan.hashes:
             return WriteResult((), 0)
-        return written(plan, await self._in_namespace(plan.namespace, lambda: self._write_over_best(plan)))
+        return written(plan, await self._in_namespace(plan.namespace, plan.deadline, lambda: self._write_over_best(plan)))
 
     async def _write_over_best(self, plan: WritePlan) -> tuple[PageStatus, ...]:
         await self._negotiate(plan.deadline)
@@ -283,7 +310,12 @@ class AsyncClient:
                 return await _in_thread(lambda: writer.write(plan), plan.transfer)
             except BulkUnavailable as error:
                 self.bulk.suspend(writer.name, error)
-        return await self._connected().write(plan.namespace, plan.hashes, plan.pages, plan.deadline.left_ms())
+        try:
+            return await self._connected().write(plan.namespace, plan.hashes, plan.pages, plan.deadline.left_ms())
+        except Unavailable:
+            # gRPC loses a refusal that crosses pages on their way; an empty question in the same namespace meets it again.
+            await self._connected().call("Match", messages.MatchRequest(namespace=plan.namespace), plan.deadline.left_ms())
+            raise
 
     async def _negotiate(self, deadline: Deadline) -> None:
         """Asks the node once which bulk transports it offers."""
@@ -315,29 +347,42 @@ class AsyncClient:
     ) -> tuple[PageStatus, ...]:
         """Removes pages: OK, MISSING or PINNED (leased or being read) for each."""
         request = messages.DeleteRequest(namespace=namespace, hashes=messages.join_hashes(hashes))
+        deadline = self._deadline(deadline_ms)
         answer = await self._in_namespace(
-            namespace, lambda: self._connected().call("Delete", request, self._deadline_ms(deadline_ms))
+            namespace, deadline, lambda: self._connected().call("Delete", request, deadline.left_ms())
         )
-        return tuple(PageStatus(status) for status in answer.statuses)
+        return messages.statuses_from_wire(answer.statuses, len(hashes))
 
     async def stats(self, *, deadline_ms: float | None = None) -> NodeStatistics:
         """The node's counters and occupancy; only the caller's own tenant's namespaces are listed."""
         answer = await self._connected().call("Stats", messages.StatsRequest(), self._deadline_ms(deadline_ms))
         return messages.statistics_from_wire(answer)
 
-    async def watch(self, namespace: bytes, *, deadline_ms: float | None = None) -> AsyncIterator[PageEvent]:
+    async def watch(self, namespace: bytes, *, deadline_ms: float | None = None) -> AsyncGenerator[PageEvent, None]:
         """Page events of `namespace` from now on: `async for event in await client.watch(namespace)`.
 
         Returns once the node has begun to watch, so that no later event is missed. Ends with an error when the node drains, the
-        connection is lost or `deadline_ms` (default: none) passes; close the iterator or the client to end it.
+        connection is lost or `deadline_ms` passes (default: none, once it has begun); close the generator or the client to end
+        it.
         """
-        self._layout(namespace)
-        stream = self._connected().watch(messages.WatchRequest(namespace=namespace), deadline_ms)
-        await anext(stream)
+        request = messages.WatchRequest(namespace=namespace)
+        deadline = self._deadline(deadline_ms)
 
-        async def events() -> AsyncIterator[PageEvent]:
-            async for message in stream:
-                yield messages.event_from_wire(message)
+        async def begin() -> AsyncGenerator[Any, None]:
+            stream = self._connected().watch(request, None if deadline_ms is None else deadline.left_ms())
+            try:
+                async with asyncio.timeout(deadline.left_ms() / 1000):
+                    await anext(stream)
+            except TimeoutError:
+                raise DeadlineExceeded("the node did not begin to watch within the deadline") from None
+            return stream
+
+        stream = await self._in_namespace(namespace, deadline, begin)
+
+        async def events() -> AsyncGenerator[PageEvent, None]:
+            async with contextlib.aclosing(stream):
+                async for message in stream:
+                    yield messages.event_from_wire(message)
 
         return events()
 
@@ -357,12 +402,15 @@ class AsyncClient:
     def _deadline_ms(self, deadline_ms: float | None) -> float:
         return self._options.deadline_ms if deadline_ms is None else checked_deadline_ms(deadline_ms)
 
-    async def _in_namespace(self, namespace: bytes, call: Callable[[], Awaitable[T]]) -> T:
-        """Runs a call; if the node was restarted and forgot the namespace, registers it again and repeats, once."""
+    def _deadline(self, deadline_ms: float | None) -> Deadline:
+        return Deadline(self._clock, self._deadline_ms(deadline_ms))
+
+    async def _in_namespace(self, namespace: bytes, deadline: Deadline, call: Callable[[], Awaitable[T]]) -> T:
+        """Runs a call, and again if the node was restarted and forgot a namespace of ours, all within one deadline."""
         try:
             return await call()
         except NamespaceUnknown:
-            await self.register_layout(namespace, self._layout(namespace))
+            await self.register_layout(namespace, self._layout(namespace), deadline_ms=deadline.left_ms())
             return await call()
 
 
@@ -394,9 +442,9 @@ def _checked_channels(channels: int) -> int:
 
 
 def checked_deadline_ms(deadline_ms: float) -> float:
-    """`deadline_ms` itself; raises `InvalidArgument` unless it is positive and finite."""
-    if not 0 < deadline_ms < float("inf"):
-        raise InvalidArgument(f"deadline_ms is {deadline_ms}; it must be positive and finite")
+    """`deadline_ms` itself; raises `InvalidArgument` unless it is positive and at most `limits.DEADLINE_MS_MAX`."""
+    if not 0 < deadline_ms <= DEADLINE_MS_MAX:
+        raise InvalidArgument(f"deadline_ms is {deadline_ms}; it must be positive and at most {DEADLINE_MS_MAX}")
     return float(deadline_ms)
 
 

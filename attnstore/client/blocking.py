@@ -11,7 +11,8 @@ import concurrent.futures
 import functools
 import os
 import threading
-from collections.abc import Callable, Coroutine, Iterator, Sequence
+from collections.abc import AsyncGenerator, Callable, Coroutine, Generator, Iterator, Sequence
+from contextlib import closing, contextmanager, suppress
 from types import TracebackType
 from typing import Any, ClassVar, Concatenate, ParamSpec, Self, TypeVar
 
@@ -28,7 +29,10 @@ R = TypeVar("R")
 
 
 class LoopThread:
-    """A uvloop event loop on a daemon thread, shared by reference count: gRPC's asyncio stack wants one loop per process."""
+    """A uvloop event loop on a daemon thread, shared by reference count: gRPC's asyncio stack wants one loop per process.
+
+    Clients and running calls are its users, so that it never stops under a call that another thread waits for.
+    """
 
     _lock: ClassVar[threading.Lock] = threading.Lock()
     _shared: ClassVar[LoopThread | None] = None
@@ -65,7 +69,10 @@ class LoopThread:
         cls._users = 0
 
     def run(self, coroutine: Coroutine[Any, Any, R]) -> R:
-        """Runs a coroutine to its end. An interrupt cancels it and waits until it has ended."""
+        """Runs a coroutine to its end. An interrupt cancels it and waits until it has ended.
+
+        Raises `ClientClosed` if the thread has stopped, or stayed behind in the process that this one was forked from.
+        """
         outcome: concurrent.futures.Future[R] = concurrent.futures.Future()
         tasks: list[asyncio.Task[R]] = []
 
@@ -77,15 +84,40 @@ class LoopThread:
         def cancel() -> None:
             for task in tasks:
                 task.cancel()
+            if not tasks:  # interrupted before `start` was on its way, so it never will be
+                outcome.cancel()
 
-        self._loop.call_soon_threadsafe(start)
+        with closing(coroutine), self.used():
+            try:
+                self._loop.call_soon_threadsafe(start)
+                return outcome.result()
+            except BaseException:
+                if not outcome.done():
+                    self._loop.call_soon_threadsafe(cancel)
+                    _wait_whatever_comes(outcome)
+                raise
+
+    @contextmanager
+    def used(self) -> Iterator[None]:
+        """Keeps the thread running for the `with` block. Raises `ClientClosed` as `run` does."""
+        with LoopThread._lock:
+            if LoopThread._shared is not self:
+                raise ClientClosed("the client is closed, or it was opened before a fork: connect again in this process")
+            LoopThread._users += 1
         try:
-            return outcome.result()
-        except BaseException:
-            if not outcome.done():
-                self._loop.call_soon_threadsafe(cancel)
-                concurrent.futures.wait([outcome])
-            raise
+            yield
+        finally:
+            LoopThread.release()
+
+    def submit(self, coroutine: Coroutine[Any, Any, object]) -> None:
+        """Has a coroutine run, without a lock and without waiting for it: a garbage collector may call this on any thread."""
+        try:
+            if LoopThread._shared is self:
+                self._loop.call_soon_threadsafe(self._loop.create_task, coroutine)
+                return
+        except RuntimeError:  # the loop was closed in this moment
+            pass
+        coroutine.close()
 
     def _stop(self) -> None:
         self._loop.call_soon_threadsafe(self._loop.stop)
@@ -105,11 +137,18 @@ def _settle(outcome: concurrent.futures.Future[R], task: asyncio.Task[R]) -> Non
         outcome.set_result(task.result())
 
 
+def _wait_whatever_comes(outcome: concurrent.futures.Future[Any]) -> None:
+    # A second interrupt must not leave a coroutine behind that still writes into the caller's buffers.
+    while not outcome.done():
+        with suppress(KeyboardInterrupt):
+            concurrent.futures.wait([outcome])
+
+
 def _blocking(
     method: Callable[Concatenate[AsyncClient, P], Coroutine[Any, Any, R]],
 ) -> Callable[Concatenate[Client, P], R]:
     def call(self: Client, /, *args: P.args, **kwargs: P.kwargs) -> R:
-        return self._running_thread().run(method(self._client, *args, **kwargs))
+        return self._thread.run(method(self._client, *args, **kwargs))
 
     functools.update_wrapper(call, method)
     return call
@@ -118,13 +157,14 @@ def _blocking(
 class Client:
     """A blocking client of one store node; safe to share between threads. Made by `attnstore.connect`.
 
-    The methods are those of `AsyncClient`, where they are documented, without `await`.
+    The methods are those of `AsyncClient`, where they are documented, without `await`. A forked child connects anew: calls of a
+    client that was opened before the fork raise `ClientClosed` there.
     """
 
     def __init__(self, options: ConnectOptions) -> None:
         self._client = AsyncClient(options)
         self._thread = LoopThread.acquire()
-        self._closed = False
+        self._closing = threading.Lock()
 
     def __enter__(self) -> Self:
         return self
@@ -133,11 +173,11 @@ class Client:
         self.close()
 
     def close(self) -> None:
-        """Ends the connection; calls that are running fail. Closing twice is harmless."""
-        if not self._closed:
-            self._closed = True
-            self._thread.run(self._client.close())
-            LoopThread.release()
+        """Ends the connection; calls that are running raise `ClientClosed`. Closing twice is harmless."""
+        if self._closing.acquire(blocking=False):
+            with suppress(ClientClosed):  # in a forked child there is nothing to end
+                self._thread.run(self._client.close())
+                LoopThread.release()
 
     describe = _blocking(AsyncClient.describe)
     register_layout = _blocking(AsyncClient.register_layout)
@@ -160,51 +200,52 @@ class Client:
         deadline_ms: float | None = None,
     ) -> ReadResult:
         """See `AsyncClient.read`. A bulk transport runs on the calling thread, with no hop to the event loop."""
-        thread = self._running_thread()
-        plan = self._client.plan_read(namespace, hashes, buffers, layers, lease, on_layer, deadline_ms)
-        reader = self._client.bulk.reader()
-        if reader is None or not hashes:
-            return thread.run(self._client.run_read(plan))
-        try:
-            reader.read(plan)
-        except (BulkUnavailable, NamespaceUnknown):
-            return thread.run(self._client.run_read(plan))
-        except Retryable as error:
-            return plan.landing.result(error)
-        return plan.landing.result()
+        with self._thread.used():
+            plan = self._client.plan_read(namespace, hashes, buffers, layers, lease, on_layer, deadline_ms)
+            reader = self._client.bulk.reader()
+            if reader is None or not hashes:
+                return self._thread.run(self._client.run_read(plan))
+            try:
+                reader.read(plan)
+            except (BulkUnavailable, NamespaceUnknown):
+                return self._thread.run(self._client.run_read(plan))
+            except Retryable as error:
+                return plan.landing.result(error)
+            return plan.landing.result()
 
     def write(
         self, namespace: bytes, hashes: Sequence[bytes], pages: Sequence[Buffer], *, deadline_ms: float | None = None
     ) -> WriteResult:
         """See `AsyncClient.write`. A bulk transport runs on the calling thread, with no hop to the event loop."""
-        thread = self._running_thread()
-        plan = self._client.plan_write(namespace, hashes, pages, deadline_ms)
-        writer = self._client.bulk.writer()
-        if writer is None or not hashes:
-            return thread.run(self._client.run_write(plan))
-        try:
-            return written(plan, writer.write(plan))
-        except (BulkUnavailable, NamespaceUnknown):
-            return thread.run(self._client.run_write(plan))
+        with self._thread.used():
+            plan = self._client.plan_write(namespace, hashes, pages, deadline_ms)
+            writer = self._client.bulk.writer()
+            if writer is None or not hashes:
+                return self._thread.run(self._client.run_write(plan))
+            try:
+                return written(plan, writer.write(plan))
+            except (BulkUnavailable, NamespaceUnknown):
+                return self._thread.run(self._client.run_write(plan))
 
-    def watch(self, namespace: bytes, *, deadline_ms: float | None = None) -> Iterator[PageEvent]:
+    def watch(self, namespace: bytes, *, deadline_ms: float | None = None) -> Generator[PageEvent, None, None]:
         """Page events of `namespace` from the return of this call on; see `AsyncClient.watch`."""
-        events = self._running_thread().run(self._client.watch(namespace, deadline_ms=deadline_ms))
+        events = self._thread.run(self._client.watch(namespace, deadline_ms=deadline_ms))
 
-        def iterate() -> Iterator[PageEvent]:
-            while True:
-                try:
-                    yield self._running_thread().run(_next(events))
-                except StopAsyncIteration:
-                    return
+        def iterate() -> Generator[PageEvent, None, None]:
+            try:
+                while True:
+                    yield self._thread.run(_next(events))
+            except StopAsyncIteration:
+                return
+            finally:
+                self._thread.submit(_end(events))
 
         return iterate()
 
-    def _running_thread(self) -> LoopThread:
-        if self._closed:
-            raise ClientClosed("the client is closed")
-        return self._thread
 
-
-async def _next(events: Any) -> PageEvent:
+async def _next(events: AsyncGenerator[PageEvent, None]) -> PageEvent:
     return await anext(events)
+
+
+async def _end(events: AsyncGenerator[PageEvent, None]) -> None:
+    await events.aclose()

@@ -44,7 +44,7 @@ class Deadline:
         """Time left. Raises `DeadlineExceeded` when there is none."""
         left = self._end_ms - self._clock.now_ms()
         if left <= 0:
-            raise DeadlineExceeded("the deadline passed during a bulk transfer")
+            raise DeadlineExceeded("the deadline has passed")
         return left
 
 

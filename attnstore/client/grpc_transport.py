@@ -6,9 +6,9 @@ Owns: the channel. Invariant: every call ends within its deadline, and every fai
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import grpc
@@ -16,8 +16,8 @@ import grpc
 from attnstore.client.landing import Landing
 from attnstore.config import split_address
 from attnstore.core.hashing import page_checksum
-from attnstore.errors import AttnStoreError, InvalidArgument
-from attnstore.limits import CHUNK_BYTES_MAX, MESSAGE_BYTES_MAX
+from attnstore.errors import ClientClosed, InvalidArgument, ProtocolError
+from attnstore.limits import CHUNK_BYTES_MAX, CONNECT_MS_MAX, KEEPALIVE_MS, KEEPALIVE_TIMEOUT_MS, MESSAGE_BYTES_MAX
 from attnstore.types import PageStatus
 from attnstore.wire import chunks, messages
 from attnstore.wire.messages import METHODS
@@ -28,8 +28,11 @@ _CHANNEL_OPTIONS = (
     ("grpc.max_send_message_length", MESSAGE_BYTES_MAX),
     # A node that comes back is found again at once; gRPC's own back-off would grow to two minutes.
     ("grpc.initial_reconnect_backoff_ms", 100),
-    ("grpc.min_reconnect_backoff_ms", 100),
     ("grpc.max_reconnect_backoff_ms", 1_000),
+    # Despite its name the time that one attempt to connect may take.
+    ("grpc.min_reconnect_backoff_ms", CONNECT_MS_MAX),
+    ("grpc.keepalive_time_ms", KEEPALIVE_MS),
+    ("grpc.keepalive_timeout_ms", KEEPALIVE_TIMEOUT_MS),
     # Retrying is the caller's decision: the error tree says what may be tried again.
     ("grpc.enable_retries", 0),
 )
@@ -58,10 +61,9 @@ class Target:
 class GrpcTransport:
     """Calls to one node over one channel; belongs to the event loop that is running when it is made."""
 
-    def __init__(self, target: Target, token: str | None, tls_ca: Path | None) -> None:
+    def __init__(self, target: Target, token: str | None, tls_ca: bytes | None) -> None:
         if target.tls:
-            authorities = tls_ca.read_bytes() if tls_ca is not None else None
-            credentials = grpc.ssl_channel_credentials(authorities)
+            credentials = grpc.ssl_channel_credentials(tls_ca)
             self._channel = grpc.aio.secure_channel(target.address, credentials, options=_CHANNEL_OPTIONS)
         else:
             self._channel = grpc.aio.insecure_channel(target.address, options=_CHANNEL_OPTIONS)
@@ -74,21 +76,20 @@ class GrpcTransport:
 
     async def call(self, name: str, request: Any, deadline_ms: float) -> Any:
         """One unary call. Raises the typed error of its failure."""
-        try:
-            return await self._stubs[name](request, timeout=deadline_ms / 1000, metadata=self._metadata)
-        except grpc.aio.AioRpcError as error:
-            raise _typed(error) from None
+        with _typed_errors():
+            answer = await self._stubs[name](request, timeout=deadline_ms / 1000, metadata=self._metadata)
+        return METHODS[name].decode_response(answer)
 
     async def read(self, request: Any, landing: Landing, deadline_ms: float) -> None:
         """Streams pages into `landing` until all are answered."""
         call = self._stubs["Read"](request, timeout=deadline_ms / 1000, metadata=self._metadata)
         try:
-            while (message := await call.read()) is not grpc.aio.EOF:
-                landing.take(chunks.decode_read_chunk(message))
-        except grpc.aio.AioRpcError as error:
-            raise _typed(error) from None
+            with _typed_errors():
+                while (message := await call.read()) is not grpc.aio.EOF:
+                    landing.take(chunks.decode_read_chunk(message))
         finally:
             call.cancel()
+        landing.require_complete()
 
     async def write(
         self, namespace: bytes, hashes: Sequence[bytes], pages: Sequence[memoryview], deadline_ms: float
@@ -96,36 +97,30 @@ class GrpcTransport:
         """Streams pages to the node; the verdict on each."""
         call = self._stubs["Write"](timeout=deadline_ms / 1000, metadata=self._metadata)
         try:
-            for page_hash, page in zip(hashes, pages, strict=True):
-                checksum = page_checksum(page)
-                for offset in range(0, len(page), CHUNK_BYTES_MAX):
-                    payload = page[offset : offset + CHUNK_BYTES_MAX]
-                    await call.write(chunks.encode_write_chunk(namespace, page_hash, checksum, offset, payload))
-                    namespace = page_hash = b""
-            await call.done_writing()
-            response = await call
-        except asyncio.InvalidStateError:
-            # The node ended the call while we were still sending; its status says why.
-            raise error_from_rpc(await call.code(), await call.details(), await call.trailing_metadata()) from None
-        except grpc.aio.AioRpcError as error:
-            raise _typed(error) from None
+            with _typed_errors():
+                with suppress(asyncio.InvalidStateError):  # the node ended the call while we were still sending
+                    await _send_pages(call, namespace, hashes, pages)
+                answer = await call
         finally:
             call.cancel()
-        return tuple(PageStatus(verdict) for verdict in response.verdicts)
+        response = METHODS["Write"].decode_response(answer)
+        return messages.statuses_from_wire(response.verdicts, len(hashes))
 
-    async def watch(self, request: Any, deadline_ms: float | None) -> AsyncIterator[Any]:
+    async def watch(self, request: Any, deadline_ms: float | None) -> AsyncGenerator[Any, None]:
         """Events as messages, the first item None once the node has begun to watch."""
         timeout = None if deadline_ms is None else deadline_ms / 1000
         call = self._stubs["Watch"](request, timeout=timeout, metadata=self._metadata)
         try:
-            await call.initial_metadata()
-            yield None
-            while (message := await call.read()) is not grpc.aio.EOF:
-                yield message
-        except grpc.aio.AioRpcError as error:
-            raise _typed(error) from None
+            with _typed_errors():
+                if messages.WATCHING not in tuple(await call.initial_metadata()):
+                    await call.read()  # raises the refusal
+                    raise ProtocolError("the node sends events without having said from when on")
+                yield None
+                while (message := await call.read()) is not grpc.aio.EOF:
+                    yield METHODS["Watch"].decode_response(message)
         finally:
             call.cancel()
+        raise ProtocolError("the node ended a watch that only the caller or an error may end")
 
     def _stub(self, method: messages.Method) -> Any:
         kind = {
@@ -133,8 +128,29 @@ class GrpcTransport:
             (False, True): self._channel.unary_stream,
             (True, False): self._channel.stream_unary,
         }[method.streams_requests, method.streams_responses]
-        return kind(method.path, request_serializer=method.encode_request, response_deserializer=method.decode_response)
+        # Answers are decoded here, not by gRPC's hook: it would turn bytes that are no message into None.
+        return kind(method.path, request_serializer=method.encode_request)
 
 
-def _typed(error: grpc.aio.AioRpcError) -> AttnStoreError:
-    return error_from_rpc(error.code(), error.details() or "", error.trailing_metadata() or ())
+async def _send_pages(call: Any, namespace: bytes, hashes: Sequence[bytes], pages: Sequence[memoryview]) -> None:
+    for page_hash, page in zip(hashes, pages, strict=True):
+        checksum = page_checksum(page)
+        for offset in range(0, len(page), CHUNK_BYTES_MAX):
+            payload = page[offset : offset + CHUNK_BYTES_MAX]
+            await call.write(chunks.encode_write_chunk(namespace, page_hash, checksum, offset, payload))
+            namespace = page_hash = b""
+    await call.done_writing()
+
+
+@contextmanager
+def _typed_errors() -> Iterator[None]:
+    try:
+        yield
+    except grpc.aio.AioRpcError as error:
+        raise error_from_rpc(error.code(), error.details() or "", error.trailing_metadata() or ()) from None
+    except asyncio.CancelledError:
+        task = asyncio.current_task()
+        if task is None or task.cancelling():
+            raise
+        # Nobody cancelled us, so the channel did: it was closed under the call.
+        raise ClientClosed("the client was closed during the call") from None

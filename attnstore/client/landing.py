@@ -1,8 +1,8 @@
 """Where the pages of one read land: caller-supplied buffers, filled and verified in place.
 
 Owns: the status of every page of one `read`, whatever transport brings the bytes.
-Invariant: a page is OK only when every byte arrived in order and the slice's checksum matched; whatever a node sends, nothing is
-written outside the buffer of the page that it names.
+Invariant: a page is OK only when every byte arrived in order and the slice's checksum matched; whatever a node sends, nothing
+is written outside the buffer of the page that it names.
 """
 
 from __future__ import annotations
@@ -87,6 +87,12 @@ class Landing:
             if self.landed(index, len(window)):
                 self.judge(index, page_checksum(self._views[index]) == chunk.checksum)
 
+    def require_complete(self) -> None:
+        """Raises `ProtocolError` if a page has no status though the node has ended the read."""
+        unanswered = self._statuses.count(None)
+        if unanswered:
+            raise ProtocolError(f"the node ended the read with {unanswered} of {len(self._statuses)} pages unanswered")
+
     def result(self, error: Retryable | None = None) -> ReadResult:
         """The outcome so far; pages that are not complete are INCOMPLETE."""
         statuses = tuple(PageStatus.INCOMPLETE if status is None else status for status in self._statuses)
@@ -117,5 +123,5 @@ def _writable_view(index: int, buffer: bytearray | memoryview, slice_bytes: int)
 def _flat_view(index: int, buffer: Buffer) -> memoryview:
     try:
         return memoryview(buffer).cast("B")
-    except TypeError as error:
+    except (TypeError, ValueError) as error:
         raise BufferMismatch(f"buffer {index} is not a contiguous bytes-like object: {error}") from None

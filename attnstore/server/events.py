@@ -1,6 +1,6 @@
 """Page events for watchers: every watcher has a bounded queue, and a slow one is told how much it missed.
 
-Invariant: publishing never waits and never grows without bound; a watcher sees events in order, or one LAGGED in place of a gap.
+Invariant: publishing never waits and never grows without bound; a watcher sees events in order, or a LAGGED in place of a gap.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class Subscription:
     def offer(self, event: PageEvent) -> None:
         """Queues an event, or counts it as dropped when the queue is full."""
         if len(self._events) >= WATCH_EVENTS_MAX:
-            self._dropped += 1
+            self._dropped += event.dropped or 1
         else:
             self._events.append(event)
         self._filled.set()

@@ -1,8 +1,8 @@
 """The receiving half of a page write, whatever the transport: bytes go into the slot they will be read from.
 
 Owns: the verdict on each page of one write stream.
-Invariant: a page is sealed only when exactly its layout's bytes arrived and their checksum is the one announced; a slot that was
-prepared is always completed or aborted (`close` sees to the last one).
+Invariant: a page is sealed only when exactly its layout's bytes arrived and their checksum is the one announced; a slot that
+was prepared is always completed or aborted (`close` sees to the last one).
 """
 
 from __future__ import annotations

@@ -10,6 +10,7 @@ import asyncio
 import os
 import secrets
 import signal
+import ssl
 from collections.abc import Callable
 from importlib.metadata import version
 
@@ -24,7 +25,7 @@ from attnstore.clock import Clock, MonotonicClock
 from attnstore.config import ServeOptions, split_address
 from attnstore.core.page_table import PageTable
 from attnstore.errors import InvalidArgument
-from attnstore.limits import EPOCH_BYTES, LEASE_ID_BYTES, MESSAGE_BYTES_MAX
+from attnstore.limits import EPOCH_BYTES, KEEPALIVE_MS, KEEPALIVE_TIMEOUT_MS, LEASE_ID_BYTES, MESSAGE_BYTES_MAX
 from attnstore.server.events import EventHub
 from attnstore.server.page_channel import PageChannelServer, TokenBook
 from attnstore.server.rpc import Authenticator, RpcShell
@@ -34,17 +35,32 @@ from attnstore.telemetry import NodeMetrics
 from attnstore.wire.messages import METHODS, SERVICE
 
 _EXPIRY_PERIOD_S = 1.0
+_SERVER_OPTIONS = (
+    ("grpc.max_receive_message_length", MESSAGE_BYTES_MAX),
+    ("grpc.max_send_message_length", MESSAGE_BYTES_MAX),
+    ("grpc.so_reuseport", 0),
+    # A caller whose machine vanished holds a stream, its pins and its slots no longer than this.
+    ("grpc.keepalive_time_ms", KEEPALIVE_MS),
+    ("grpc.keepalive_timeout_ms", KEEPALIVE_TIMEOUT_MS),
+    # Clients ask as often; without this gRPC takes them for a flood and cuts them off.
+    ("grpc.http2.min_ping_interval_without_data_ms", KEEPALIVE_MS // 2),
+)
 
 _log = structlog.get_logger(__name__)
 
 
 class StoreNode:
-    """A node on the running event loop. `start`, then `stop` once; the address is known after `start`."""
+    """A node on the running event loop, bound to its `address`. `start`, then `stop` once.
+
+    Raises `InvalidArgument` naming the option when an address cannot be bound, a file not be read or memory not be had.
+    """
 
     def __init__(self, options: ServeOptions, clock: Clock | None = None) -> None:
         clock = clock or MonotonicClock()
         self._options = options
         self._loop = asyncio.get_running_loop()
+        self._server = grpc.aio.server(options=_SERVER_OPTIONS)
+        self.address = self._bind()
         extent_bytes = extent_bytes_for(options.capacity)
         self._arena = MemoryArena(options.capacity, extent_bytes)
         table = PageTable(
@@ -60,7 +76,7 @@ class StoreNode:
         self._page_channel = PageChannelServer(self._store, self._tokens, self._metrics, stall_ms=options.stall_ms)
         self._channels: dict[str, ChannelOffer] = {}
         self._servicer = Servicer(
-            identity=NodeIdentity(options.node_id or options.listen, secrets.token_bytes(EPOCH_BYTES), version("attnstore")),
+            identity=NodeIdentity(options.node_id or self.address, secrets.token_bytes(EPOCH_BYTES), version("attnstore")),
             store=self._store,
             hub=hub,
             metrics=self._metrics,
@@ -69,30 +85,20 @@ class StoreNode:
             channels=self._channels,
         )
         self._health = health.aio.HealthServicer()
-        self._server = grpc.aio.server(
-            options=(
-                ("grpc.max_receive_message_length", MESSAGE_BYTES_MAX),
-                ("grpc.max_send_message_length", MESSAGE_BYTES_MAX),
-                ("grpc.so_reuseport", 0),
-            )
-        )
         self._stop_metrics: Callable[[], None] | None = None
         self._expiry: asyncio.Task[None] | None = None
-        self.address = ""
 
     async def start(self) -> None:
-        """Binds and serves. Raises `InvalidArgument` naming the option when an address cannot be bound or a file not be read."""
+        """Serves. Raises `InvalidArgument` when the port of the metrics cannot be bound."""
         self._server.add_generic_rpc_handlers((self._shell.generic_handler(self._servicer.handlers(), METHODS),))
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         reflection.enable_server_reflection((SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME), self._server)
-        host, _ = split_address(self._options.listen)
-        port = self._bind()
-        self.address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
         if "tcp" in self._options.bulk_transports():
+            host, _ = split_address(self._options.listen)
             self._page_channel.start(host, self._options.page_channel_port)
             self._channels["tcp"] = ChannelOffer(f":{self._page_channel.port}", self._tokens.issue)
         if self._options.metrics_port is not None:
-            self._serve_metrics(host, self._options.metrics_port)
+            self._serve_metrics(self._options.metrics_port)
         await self._server.start()
         for service in ("", SERVICE):
             await self._health.set(service, health_pb2.HealthCheckResponse.SERVING)
@@ -116,19 +122,30 @@ class StoreNode:
         self._arena.close()
         _log.info("stopped")
 
-    def _bind(self) -> int:
-        options = self._options
+    def _bind(self) -> str:
+        listen = self._options.listen
+        credentials = self._credentials()
         try:
-            if options.tls_cert is None or options.tls_key is None:
-                return self._server.add_insecure_port(options.listen)
-            pair = (options.tls_key.read_bytes(), options.tls_cert.read_bytes())
-            return self._server.add_secure_port(options.listen, grpc.ssl_server_credentials([pair]))
-        except OSError as error:
-            raise InvalidArgument(f"--tls-cert or --tls-key cannot be read: {error}") from None
-        except RuntimeError as error:
-            raise InvalidArgument(f"--listen {options.listen} cannot be bound: {error}") from None
+            port = (
+                self._server.add_insecure_port(listen) if credentials is None else self._server.add_secure_port(listen, credentials)
+            )
+        except RuntimeError:
+            raise InvalidArgument(f"--listen {listen} cannot be bound: not an address of this machine, or in use") from None
+        return f"{listen.rpartition(':')[0]}:{port}"
 
-    def _serve_metrics(self, host: str, port: int) -> None:
+    def _credentials(self) -> grpc.ServerCredentials | None:
+        cert, key = self._options.tls_cert, self._options.tls_key
+        if cert is None or key is None:
+            return None
+        try:
+            # gRPC would refuse a bad pair with a message about the port. No password is asked for: a node starts unattended.
+            ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(cert, key, password="")
+            return grpc.ssl_server_credentials([(key.read_bytes(), cert.read_bytes())])
+        except OSError as error:
+            raise InvalidArgument(f"--tls-cert {cert} and --tls-key {key} are no usable pair of PEM files: {error}") from None
+
+    def _serve_metrics(self, port: int) -> None:
+        host, _ = split_address(self._options.listen)
         try:
             server, thread = prometheus_client.start_http_server(port, addr=host, registry=self._metrics.registry)
         except OSError as error:

@@ -1,7 +1,7 @@
 """The shell around every RPC: who calls, how long it took, how it ended.
 
-Owns: turning plain handler coroutines into gRPC method handlers with authentication, typed errors, limits and metrics, so that the
-servicer holds nothing but the service.
+Owns: turning plain handler coroutines into gRPC method handlers with authentication, typed errors, limits and metrics, so that
+the servicer holds nothing but the service.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from attnstore.wire.messages import SERVICE, Method
 from attnstore.wire.status import rpc_status
 
 Handler = Callable[[Any, Any, str], Awaitable[Any]]
-"""`handler(request, context, tenant)`; for a client stream the request is `None` and messages come from `context.read()`."""
+"""`handler(request, context, tenant)`; for a client stream the request is `None` and `context.read()` gives bytes."""
 
 _log = structlog.get_logger(__name__)
 _BEARER = "Bearer "
@@ -81,12 +81,12 @@ class RpcShell:
         async def client_stream(_requests: Any, context: Any) -> Any:
             return await self._run(method, handler, None, context)
 
-        codec = {"request_deserializer": method.decode_request, "response_serializer": method.encode_response}
+        # Requests are decoded in `_limited`: what gRPC's own hook raises would reach the caller without our code.
         if method.streams_requests:
-            return grpc.stream_unary_rpc_method_handler(client_stream, **codec)
+            return grpc.stream_unary_rpc_method_handler(client_stream, response_serializer=method.encode_response)
         if method.streams_responses:
-            return grpc.unary_stream_rpc_method_handler(unary, **codec)
-        return grpc.unary_unary_rpc_method_handler(unary, **codec)
+            return grpc.unary_stream_rpc_method_handler(unary, response_serializer=method.encode_response)
+        return grpc.unary_unary_rpc_method_handler(unary, response_serializer=method.encode_response)
 
     async def _run(self, method: Method, handler: Handler, request: Any, context: Any) -> Any:
         began = time.perf_counter()
@@ -116,6 +116,8 @@ class RpcShell:
 
     async def _limited(self, method: Method, handler: Handler, request: Any, context: Any) -> Any:
         tenant = self._authenticator.tenant(context)
+        if not method.streams_requests:
+            request = method.decode_request(request)
         if not (method.streams_requests or method.streams_responses):
             return await handler(request, context, tenant)
         if len(self._streams) >= STREAMS_MAX:

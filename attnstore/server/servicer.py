@@ -1,7 +1,7 @@
 """The service itself: each RPC as a short coroutine over the pure core.
 
 Owns: nothing but the translation between messages and the store. All state changes happen in `Store`.
-Invariant: a page stays pinned while its bytes are being copied out; a prepared slot is completed or aborted however a call ends.
+Invariant: a page stays pinned while its bytes are copied out; a prepared slot is completed or aborted however a call ends.
 """
 
 from __future__ import annotations
@@ -13,8 +13,9 @@ from typing import Any
 
 import grpc
 
-from attnstore.errors import InvalidArgument, Unavailable
-from attnstore.limits import CHANNEL_TOKEN_MS_MAX, CHUNK_BYTES_MAX, HASHES_MAX, LEASE_MS_MAX, MESSAGE_BYTES_MAX, PAGE_BYTES_MAX
+from attnstore.core.layout import PageLayout
+from attnstore.errors import InvalidArgument, ProtocolError, Unavailable
+from attnstore.limits import CHANNEL_TOKEN_MS_MAX, CHUNK_BYTES_MAX, HASHES_MAX, LEASE_MS_MAX, PAGE_BYTES_MAX
 from attnstore.server.events import EventHub
 from attnstore.server.ingest import Ingest
 from attnstore.server.rpc import Handler
@@ -114,7 +115,7 @@ class Servicer:
         return messages.RegisterLayoutResponse(page_bytes=layout.page_bytes, pages_max=pages_max, epoch=self._identity.epoch)
 
     async def match(self, request: Any, _context: Any, tenant: str) -> messages.MatchResponse:
-        self._store.layout_of(request.namespace, tenant)
+        self._layout(request.namespace, tenant)
         prefixes = [messages.split_hashes(joined) for joined in request.prefixes]
         if sum(map(len, prefixes)) > HASHES_MAX:
             raise InvalidArgument(f"the request has {sum(map(len, prefixes))} hashes; at most {HASHES_MAX} fit one request")
@@ -124,7 +125,7 @@ class Servicer:
         return messages.MatchResponse(hits=found.hits, lease_id=found.lease_id or b"", lease_ms=found.lease_ms)
 
     async def read(self, request: Any, context: Any, tenant: str) -> None:
-        layout = self._store.layout_of(request.namespace, tenant)
+        layout = self._layout(request.namespace, tenant)
         begin, end = layout.layer_slice(request.layer_begin, request.layer_end)
         lease_id = request.lease_id or None
         async with asyncio.timeout(self._stall_s) as stall:
@@ -154,12 +155,14 @@ class Servicer:
             async with asyncio.timeout(self._stall_s) as stall:
                 while (message := await context.read()) is not grpc.aio.EOF:
                     stall.reschedule(asyncio.get_running_loop().time() + self._stall_s)
-                    if len(message) > MESSAGE_BYTES_MAX:
-                        raise InvalidArgument(f"a message has {len(message)} bytes; the maximum is {MESSAGE_BYTES_MAX}")
                     chunk = chunks.decode_write_chunk(message)
+                    if len(chunk.payload) > CHUNK_BYTES_MAX:
+                        raise InvalidArgument(f"a chunk carries {len(chunk.payload)} bytes; the maximum is {CHUNK_BYTES_MAX}")
                     if ingest is None:
-                        layout = self._store.layout_of(chunk.namespace, tenant)
-                        ingest = Ingest(self._store, chunk.namespace, layout.page_bytes)
+                        namespace = chunk.namespace
+                        ingest = Ingest(self._store, namespace, self._layout(namespace, tenant).page_bytes)
+                    elif chunk.namespace not in (b"", namespace):
+                        raise ProtocolError("one write stream serves one namespace; open another for the next")
                     if chunk.page_hash:
                         ingest.begin(chunk.page_hash, chunk.checksum)
                     ingest.receive(chunk.offset_bytes, chunk.payload)
@@ -179,7 +182,7 @@ class Servicer:
         return messages.ReleaseLeaseResponse(released=self._store.release(request.lease_id))
 
     async def delete(self, request: Any, _context: Any, tenant: str) -> messages.DeleteResponse:
-        self._store.layout_of(request.namespace, tenant)
+        self._layout(request.namespace, tenant)
         statuses = self._store.delete(request.namespace, messages.split_hashes(request.hashes))
         for status in statuses:
             self._count("Delete", status)
@@ -222,13 +225,16 @@ class Servicer:
         )
 
     async def watch(self, request: Any, context: Any, tenant: str) -> None:
-        self._store.layout_of(request.namespace, tenant)
+        self._layout(request.namespace, tenant)
         with self._hub.subscribed(request.namespace) as subscription:
-            # The caller learns from the initial metadata that it misses nothing from here on.
-            await context.send_initial_metadata(())
+            await context.send_initial_metadata((messages.WATCHING,))
             while True:
                 for event in await subscription.take():
-                    await context.write(messages.event_to_wire(event))
+                    async with asyncio.timeout(self._stall_s):
+                        await context.write(messages.event_to_wire(event))
+
+    def _layout(self, namespace: bytes, tenant: str) -> PageLayout:
+        return self._store.layout_of(messages.check_namespace(namespace), tenant)
 
     def _count(self, rpc: str, status: PageStatus) -> None:
         self._metrics.page_statuses.labels(rpc, status.name.lower()).inc()

@@ -1,7 +1,7 @@
 """The pure core with its arena, its clock and one lock: what every transport of a node works on.
 
-Owns: `Store`. Invariant: the page table is touched under the lock only, and the lock is never held while bytes move or a peer is
-waited for, so that metadata stays quick while pages flow on other threads.
+Owns: `Store`. Invariant: the page table is touched under the lock only, and the lock is never held while a page's bytes move or
+a peer is waited for, so that metadata stays quick while pages flow on other threads.
 """
 
 from __future__ import annotations
@@ -72,6 +72,9 @@ class Store:
         """`PageTable.prepare`; hand the page to `seal` or `abort`."""
         with self._lock:
             page = self._table.prepare(namespace, page_hash, checksum, self._clock.now_ms())
+            if isinstance(page, ArrivingPage):
+                # The first look at an extent of a new tenancy wipes it, so it must not happen beside another writer's.
+                self._arena.view(page.slot)
             self._publish(self._table.take_events())
         return page
 

@@ -1,7 +1,7 @@
 """The hot half of the wire: `ReadChunk` and `WriteChunk` encoded and decoded without copying the payload twice.
 
-Owns: a hand-written protobuf codec for the two messages that carry page bytes. The generated classes would copy each payload into
-a message object and out again; here the payload is copied once into the outgoing message and is a view of the incoming one.
+Owns: a hand-written protobuf codec for the two messages that carry page bytes. The generated classes would copy each payload
+into a message object and out again; here it is copied once into the outgoing message and is a view of the incoming one.
 Invariant: the bytes are exactly protobuf's, so a peer with generated stubs understands them (tests/wire compares both ways).
 Decoding trusts nothing: malformed bytes raise `ProtocolError`.
 """

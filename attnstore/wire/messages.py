@@ -11,8 +11,10 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields
 from typing import Any, cast
 
+from google.protobuf.message import DecodeError
+
 from attnstore.core.layout import DType, PageLayout
-from attnstore.errors import InvalidArgument
+from attnstore.errors import InvalidArgument, ProtocolError
 from attnstore.limits import HASH_BYTES, HASHES_MAX
 from attnstore.types import NamespaceStatistics, NodeDescription, NodeStatistics, PageEvent, PageEventKind, PageStatus
 from attnstore.wire.v1 import store_pb2 as pb
@@ -43,11 +45,16 @@ WriteResponse = pb.WriteResponse
 SERVICE: str = pb.DESCRIPTOR.services_by_name["AttentionStore"].full_name
 ERROR_TRAILER = "attnstore-error"
 """Trailing metadata key that carries the `code` of a typed error."""
+WATCHING = ("attnstore-watching", "1")
+"""Initial metadata by which `Watch` says that it was accepted and that no event is missed from here on."""
 
 
 @dataclass(frozen=True, slots=True)
 class Method:
-    """One RPC: how its messages become bytes and back. Page chunks travel as bytes and are coded by `attnstore.wire.chunks`."""
+    """One RPC: how its messages become bytes and back. Page chunks travel as bytes and are coded by `attnstore.wire.chunks`.
+
+    The decoders raise `ProtocolError`, which gRPC's own hooks would hide: whoever receives bytes calls them.
+    """
 
     name: str
     streams_requests: bool
@@ -68,7 +75,13 @@ def _identity(message: bytes) -> bytes:
 
 
 def _message(cls: Any) -> tuple[Callable[[Any], bytes], Callable[[bytes], Any]]:
-    return cls.SerializeToString, cls.FromString
+    def decode(message: bytes) -> Any:
+        try:
+            return cls.FromString(message)
+        except DecodeError:
+            raise ProtocolError(f"{len(message)} bytes came that are no {cls.DESCRIPTOR.name}") from None
+
+    return cls.SerializeToString, decode
 
 
 _BYTES = (_identity, _identity)
@@ -148,8 +161,23 @@ def event_to_wire(event: PageEvent) -> pb.PageEvent:
 
 
 def event_from_wire(message: pb.PageEvent) -> PageEvent:
-    """A peer's page event."""
-    return PageEvent(PageEventKind(message.kind), message.hash, message.sequence, message.dropped)
+    """A peer's page event. Raises `ProtocolError` for a kind that this version does not know."""
+    try:
+        kind = PageEventKind(message.kind)
+    except ValueError:
+        raise ProtocolError(f"the node sent an event of the unknown kind {message.kind}") from None
+    return PageEvent(kind, message.hash, message.sequence, message.dropped)
+
+
+def statuses_from_wire(numbers: Iterable[int], pages: int) -> tuple[PageStatus, ...]:
+    """A peer's verdicts on a batch of `pages`. Raises `ProtocolError` for another count or an unknown status."""
+    try:
+        statuses = tuple(PageStatus(number) for number in numbers)
+    except ValueError as error:
+        raise ProtocolError(f"the node gave an unknown verdict: {error}") from None
+    if len(statuses) != pages:
+        raise ProtocolError(f"the node gave {len(statuses)} verdicts on {pages} pages")
+    return statuses
 
 
 def statuses_to_wire(statuses: Iterable[PageStatus]) -> list[pb.PageStatus]:

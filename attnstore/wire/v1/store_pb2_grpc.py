@@ -165,7 +165,7 @@ class AttentionStoreServicer:
         raise NotImplementedError('Method not implemented!')
 
     def Watch(self, request, context):
-        """Page events of one namespace from now on, until the caller ends the call.
+        """Page events of one namespace, until the caller ends the call: all from the moment when the initial metadata `attnstore-watching` comes.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

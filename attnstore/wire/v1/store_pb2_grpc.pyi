@@ -66,7 +66,7 @@ class AttentionStoreStub:
     OpenChannel: _grpc.UnaryUnaryMultiCallable[_store_pb2.OpenChannelRequest, _store_pb2.OpenChannelResponse]
     """A one-time token for a bulk transport that `Describe` offers. Good for a few seconds and one connection."""
     Watch: _grpc.UnaryStreamMultiCallable[_store_pb2.WatchRequest, _store_pb2.PageEvent]
-    """Page events of one namespace from now on, until the caller ends the call."""
+    """Page events of one namespace, until the caller ends the call: all from the moment when the initial metadata `attnstore-watching` comes."""
 
 @_typing.type_check_only
 class AttentionStoreAsyncStub(AttentionStoreStub):
@@ -92,7 +92,7 @@ class AttentionStoreAsyncStub(AttentionStoreStub):
     OpenChannel: _aio.UnaryUnaryMultiCallable[_store_pb2.OpenChannelRequest, _store_pb2.OpenChannelResponse]  # type: ignore[assignment]
     """A one-time token for a bulk transport that `Describe` offers. Good for a few seconds and one connection."""
     Watch: _aio.UnaryStreamMultiCallable[_store_pb2.WatchRequest, _store_pb2.PageEvent]  # type: ignore[assignment]
-    """Page events of one namespace from now on, until the caller ends the call."""
+    """Page events of one namespace, until the caller ends the call: all from the moment when the initial metadata `attnstore-watching` comes."""
 
 class AttentionStoreServicer(metaclass=_abc_1.ABCMeta):
     @_abc_1.abstractmethod
@@ -181,6 +181,6 @@ class AttentionStoreServicer(metaclass=_abc_1.ABCMeta):
         request: _store_pb2.WatchRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_store_pb2.PageEvent], _abc.AsyncIterator[_store_pb2.PageEvent]]:
-        """Page events of one namespace from now on, until the caller ends the call."""
+        """Page events of one namespace, until the caller ends the call: all from the moment when the initial metadata `attnstore-watching` comes."""
 
 def add_AttentionStoreServicer_to_server(servicer: AttentionStoreServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...
