@@ -113,9 +113,7 @@ def _check_data(query: Tensor, pool: Tensor) -> None:
 def _check_options(pool: Tensor, layer: int, scale: float, sliding_window: int | None, out_dtype: torch.dtype | None) -> None:
     _require(0 <= layer < pool.shape[1], f"layer is {layer}; the pool has layers 0 to {pool.shape[1] - 1}")
     _require(math.isfinite(scale), f"scale is {scale}; it must be finite")
-    _require(
-        sliding_window is None or sliding_window >= 1, f"sliding_window is {sliding_window}; it must be at least 1 or None"
-    )
+    _require(sliding_window is None or sliding_window >= 1, f"sliding_window is {sliding_window}; it must be at least 1 or None")
     _require(
         out_dtype is None or out_dtype in FLOAT_DTYPES,
         f"out_dtype is {out_dtype}; it must be bfloat16, float16, float32 or None",
@@ -137,9 +135,7 @@ def _check_index_shapes(
     for name, (tensor, shape) in expected.items():
         _require(tensor.dtype == torch.int32, f"{name} has type {tensor.dtype}; it must be int32")
         _require(tuple(tensor.shape) == shape, f"{name} has shape {tuple(tensor.shape)}; it must be {shape}")
-        _require(
-            tensor.device == query.device, f"{name} is on {tensor.device} and query on {query.device}; they must be together"
-        )
+        _require(tensor.device == query.device, f"{name} is on {tensor.device} and query on {query.device}; they must be together")
 
 
 def _check_values(query: Tensor, pool: Tensor, block_tables: Tensor, context_lens: Tensor, query_starts: Tensor) -> None:

@@ -117,7 +117,7 @@ class CpuAttention:
         lses = torch.empty(len(plan.decode_rows), q_heads)
         scaled = (query.float() * (scale * math.log2(math.e))).view(-1).numpy()
         flat_outs = outs.view(-1).numpy()
-        scores = plan.piece_rows_max * (q_heads // pages.kv_heads) * -(-pages.block_tokens // LANES) * LANES
+        scratch = cpu_kernel.scratch_elements(plan.piece_rows_max, q_heads, pages.block_tokens, head_dim)
 
         def attend(share: Any) -> None:
             cpu_kernel.attend(
@@ -135,8 +135,7 @@ class CpuAttention:
                 flat_outs,
                 tops,
                 sums,
-                torch.empty(pages.run).numpy(),
-                torch.empty(scores).numpy(),
+                torch.empty(scratch).numpy(),
             )
 
         others = [self._workers.submit(attend, share) for share in plan.shares[1:]]

@@ -1,18 +1,23 @@
 """The CPU decode kernel: few query rows against keys that lie in scattered pages, read once and in place.
 
-Owns: `attend`, `finish` and `gather`, compiled by numba for the machine they run on.
-Invariant: a page is read exactly once, in the order of its bytes, while the next page's lines are already on their way; nothing is
-gathered into new memory. All arrays are one-dimensional and contiguous; the layout of each is stated at `attend`.
+Owns: `attend`, `finish` and `gather`, compiled by numba for the machine that they run on.
+Invariant: a page is read once and nothing is gathered into new memory; all pointer arithmetic stays inside of the tables' blocks. Arrays are
+one-dimensional and contiguous unless said otherwise; `attend` states the layout of each.
+
+A chunk of blocks is worked off in three phases: scores of all heads against its keys, one softmax over the chunk, sums over its
+values. A core has few line buffers, so waiting for memory overlaps with arithmetic only if requests are spread evenly: while a
+run of keys is worked on, the same head's run of values is requested a few lines at a time, and while a run of values is worked
+on, the same head's keys one chunk ahead.
 
 Source: the online softmax of FlashAttention (Dao et al. 2022) over pages as in PagedAttention (Kwon et al. 2023). Scores are kept
-in base 2: the query arrives multiplied by `scale * log2(e)`, so that one `exp2` without a multiplication does.
+in base 2: the query arrives multiplied by `scale * log2(e)`, so that `exp2` alone does.
 """
 
 # mypy: disable-error-code="untyped-decorator,no-untyped-call,no-untyped-def"
 
 from __future__ import annotations
 
-from typing import Final
+from typing import Final, NamedTuple
 
 import numpy as np
 from numba import njit
@@ -37,6 +42,9 @@ from attnstore.attention.simd import (
 QUAD: Final = 4
 """Keys scored together; block_tokens must be a multiple of it, and head_dim of LANES."""
 
+CHUNK_TOKENS: Final = 64
+"""Keys per softmax: enough that its horizontal steps vanish, few enough that a chunk's scores stay in L1."""
+
 NOTHING_SEEN: Final = np.float32(-1e30)
 """Running maximum of a row before its first key. Finite, so that differences of maxima are never NaN."""
 
@@ -45,47 +53,109 @@ _ONE: Final = np.float32(1.0)
 _HIDDEN: Final = np.float32(-np.inf)
 _LN2: Final = np.float32(np.log(2.0))
 _LINE_BYTES: Final = 64
+_WIDENED_PER_LINE: Final = 8
+"""Vectors widened per line requested ahead; measured."""
 
 _inlined = njit(nogil=True, error_model="numpy", forceinline=True, cache=True)
 _compiled = njit(nogil=True, error_model="numpy", cache=True)
 
 
+class _Shape(NamedTuple):
+    """What does not change during one call; `run` elements are one head's keys (or values) of one block."""
+
+    kv_heads: int
+    group: int
+    block_tokens: int
+    head_dim: int
+    run: int
+    line: int
+    """Elements in a cache line."""
+    width: int
+    """Scores per row and chunk, padded to LANES."""
+
+
+def chunk_blocks(block_tokens: int) -> int:
+    """Blocks per chunk."""
+    return max(1, CHUNK_TOKENS // block_tokens)
+
+
+def scratch_elements(rows: int, q_heads: int, block_tokens: int, head_dim: int) -> int:
+    """fp32 elements of scratch that `attend` needs for pieces of up to `rows` query rows."""
+    width = -(-chunk_blocks(block_tokens) * block_tokens // LANES) * LANES
+    return block_tokens * head_dim + rows * q_heads * (width + 1)
+
+
 @_inlined
-def _widen(tile, flat, start, elements):
-    """Copies a run of a page into the fp32 tile, from where each row's loop rereads it in L1."""
-    for at in range(0, elements, LANES):
+def _widen(tile, flat, start, ahead, shape):
+    """Copies a run of a page into the fp32 tile, from where each row's loop rereads it in L1; returns where `ahead` goes on."""
+    for at in range(0, shape.run, LANES):
+        if at % (_WIDENED_PER_LINE * LANES) == 0:
+            prefetch(flat, ahead)
+            ahead += shape.line
         store(tile, at, load(flat, start + at))
+    return ahead
 
 
 @_inlined
-def _score_row(scores, score_at, query, query_at, tile, block_tokens, head_dim, flat, ahead, values_after, line, lines):
-    """`scores[t] = query . key[t]` for one row and one block, while `lines` of the next block are on their way per QUAD of keys."""
-    for token in range(0, block_tokens, QUAD):
-        for at in range(ahead, ahead + lines * line, line):
-            prefetch(flat, at)
-            prefetch(flat, at + values_after)
-        ahead += lines * line
+def _request(flat, ahead, until, lines, shape):
+    """Requests the next `lines` cache lines of a run that ends at `until`; returns where to go on."""
+    stop = min(until, ahead + lines * shape.line)
+    while ahead < stop:
+        prefetch(flat, ahead)
+        ahead += shape.line
+    return ahead
+
+
+@_inlined
+def _score_one(scores, score, query, row, tile, flat, ahead, until, lines, shape):
+    """`scores[score + t] = query[row] . key[t]` for the tile's keys."""
+    dims = shape.head_dim
+    for token in range(0, shape.block_tokens, QUAD):
+        ahead = _request(flat, ahead, until, lines, shape)
         w = x = y = z = splat(_ZERO)
-        key = token * head_dim
-        for dim in range(0, head_dim, LANES):
-            part = load(query, query_at + dim)
+        key = token * dims
+        for dim in range(0, dims, LANES):
+            part = load(query, row + dim)
             w = fma(part, load(tile, key + dim), w)
-            x = fma(part, load(tile, key + head_dim + dim), x)
-            y = fma(part, load(tile, key + 2 * head_dim + dim), y)
-            z = fma(part, load(tile, key + 3 * head_dim + dim), z)
-        store_totals(scores, score_at + token, w, x, y, z)
+            x = fma(part, load(tile, key + dims + dim), x)
+            y = fma(part, load(tile, key + 2 * dims + dim), y)
+            z = fma(part, load(tile, key + 3 * dims + dim), z)
+        store_totals(scores, score + token, w, x, y, z)
+    return ahead
 
 
 @_inlined
-def _softmax_row(scores, score_at, width, tops, sums, state):
+def _score_two(scores, score1, score2, query, row1, row2, tile, flat, ahead, until, lines, shape):
+    """`_score_one` for two rows, loading each key once."""
+    dims = shape.head_dim
+    for token in range(0, shape.block_tokens, QUAD):
+        ahead = _request(flat, ahead, until, 2 * lines, shape)
+        w1 = x1 = y1 = z1 = splat(_ZERO)
+        w2 = x2 = y2 = z2 = splat(_ZERO)
+        key = token * dims
+        for dim in range(0, dims, LANES):
+            part1, part2 = load(query, row1 + dim), load(query, row2 + dim)
+            w, x = load(tile, key + dim), load(tile, key + dims + dim)
+            y, z = load(tile, key + 2 * dims + dim), load(tile, key + 3 * dims + dim)
+            w1, w2 = fma(part1, w, w1), fma(part2, w, w2)
+            x1, x2 = fma(part1, x, x1), fma(part2, x, x2)
+            y1, y2 = fma(part1, y, y1), fma(part2, y, y2)
+            z1, z2 = fma(part1, z, z1), fma(part2, z, z2)
+        store_totals(scores, score1 + token, w1, x1, y1, z1)
+        store_totals(scores, score2 + token, w2, x2, y2, z2)
+    return ahead
+
+
+@_inlined
+def _softmax(scores, score, tokens, tops, sums, state):
     """Turns one row's scores into weights relative to its running maximum; returns the factor on what was summed before."""
     before = tops[state]
     highest = splat(before)
-    for at in range(score_at, score_at + width, LANES):
+    for at in range(score, score + tokens, LANES):
         highest = maximum(highest, load(scores, at))
     top = largest(highest)
     highest, summed = splat(top), splat(_ZERO)
-    for at in range(score_at, score_at + width, LANES):
+    for at in range(score, score + tokens, LANES):
         weights = exp2(sub(load(scores, at), highest))
         store(scores, at, weights)
         summed = add(summed, weights)
@@ -98,16 +168,19 @@ def _softmax_row(scores, score_at, width, tops, sums, state):
 
 
 @_inlined
-def _accumulate_row(outs, out_at, keep, scores, score_at, tile, first, last, head_dim):
+def _sum_one(outs, out, keep, scores, score, tile, first, last, flat, ahead, until, lines, shape):
     """`outs = outs * keep + sum over tokens [first, last) of weight * value`, four vectors of dimensions at a time."""
     kept = splat(keep)
-    wide = head_dim // (4 * LANES) * (4 * LANES)
+    dims = shape.head_dim
+    wide = dims // (4 * LANES) * (4 * LANES)
     for dim in range(0, wide, 4 * LANES):
-        at = out_at + dim
+        at = out + dim
         w, x = mul(kept, load(outs, at)), mul(kept, load(outs, at + LANES))
         y, z = mul(kept, load(outs, at + 2 * LANES)), mul(kept, load(outs, at + 3 * LANES))
         for token in range(first, last):
-            weight, value = splat(scores[score_at + token]), token * head_dim + dim
+            if token % QUAD == 0:
+                ahead = _request(flat, ahead, until, lines, shape)
+            weight, value = splat(scores[score + token]), token * dims + dim
             w = fma(weight, load(tile, value), w)
             x = fma(weight, load(tile, value + LANES), x)
             y = fma(weight, load(tile, value + 2 * LANES), y)
@@ -116,97 +189,107 @@ def _accumulate_row(outs, out_at, keep, scores, score_at, tile, first, last, hea
         store(outs, at + LANES, x)
         store(outs, at + 2 * LANES, y)
         store(outs, at + 3 * LANES, z)
-    for dim in range(wide, head_dim, LANES):
-        w = mul(kept, load(outs, out_at + dim))
+    for dim in range(wide, dims, LANES):
+        w = mul(kept, load(outs, out + dim))
         for token in range(first, last):
-            w = fma(splat(scores[score_at + token]), load(tile, token * head_dim + dim), w)
-        store(outs, out_at + dim, w)
+            w = fma(splat(scores[score + token]), load(tile, token * dims + dim), w)
+        store(outs, out + dim, w)
+    return ahead
 
 
 @_inlined
-def _score_pair(scores, sa, sb, query, qa, qb, tile, block_tokens, head_dim, flat, ahead, values_after, line, lines):
-    for token in range(0, block_tokens, QUAD):
-        for at in range(ahead, ahead + lines * line, line):
-            prefetch(flat, at)
-            prefetch(flat, at + values_after)
-        ahead += lines * line
-        w = x = y = z = splat(_ZERO)
-        w2 = x2 = y2 = z2 = splat(_ZERO)
-        key = token * head_dim
-        for dim in range(0, head_dim, LANES):
-            a = load(query, qa + dim)
-            b = load(query, qb + dim)
-            k = load(tile, key + dim)
-            w = fma(a, k, w)
-            w2 = fma(b, k, w2)
-            k = load(tile, key + head_dim + dim)
-            x = fma(a, k, x)
-            x2 = fma(b, k, x2)
-            k = load(tile, key + 2 * head_dim + dim)
-            y = fma(a, k, y)
-            y2 = fma(b, k, y2)
-            k = load(tile, key + 3 * head_dim + dim)
-            z = fma(a, k, z)
-            z2 = fma(b, k, z2)
-        store_totals(scores, sa + token, w, x, y, z)
-        store_totals(scores, sb + token, w2, x2, y2, z2)
-
-
-@_inlined
-def _accumulate_pair(outs, oa, ob, ka, kb, scores, sa, sb, tile, first, last, head_dim):
-    kept = splat(ka)
-    kept2 = splat(kb)
-    wide = head_dim // (4 * LANES) * (4 * LANES)
+def _sum_two(outs, out1, out2, keep1, keep2, scores, score1, score2, tile, first, last, flat, ahead, until, lines, shape):
+    """`_sum_one` for two rows, loading each value once."""
+    kept1, kept2 = splat(keep1), splat(keep2)
+    dims = shape.head_dim
+    wide = dims // (4 * LANES) * (4 * LANES)
     for dim in range(0, wide, 4 * LANES):
-        at = oa + dim
-        w, x = mul(kept, load(outs, at)), mul(kept, load(outs, at + LANES))
-        y, z = mul(kept, load(outs, at + 2 * LANES)), mul(kept, load(outs, at + 3 * LANES))
-        at = ob + dim
-        w2, x2 = mul(kept2, load(outs, at)), mul(kept2, load(outs, at + LANES))
-        y2, z2 = mul(kept2, load(outs, at + 2 * LANES)), mul(kept2, load(outs, at + 3 * LANES))
+        at1, at2 = out1 + dim, out2 + dim
+        w1, w2 = mul(kept1, load(outs, at1)), mul(kept2, load(outs, at2))
+        x1, x2 = mul(kept1, load(outs, at1 + LANES)), mul(kept2, load(outs, at2 + LANES))
+        y1, y2 = mul(kept1, load(outs, at1 + 2 * LANES)), mul(kept2, load(outs, at2 + 2 * LANES))
+        z1, z2 = mul(kept1, load(outs, at1 + 3 * LANES)), mul(kept2, load(outs, at2 + 3 * LANES))
         for token in range(first, last):
-            value = token * head_dim + dim
-            a = splat(scores[sa + token])
-            b = splat(scores[sb + token])
-            v = load(tile, value)
-            w = fma(a, v, w)
-            w2 = fma(b, v, w2)
-            v = load(tile, value + LANES)
-            x = fma(a, v, x)
-            x2 = fma(b, v, x2)
-            v = load(tile, value + 2 * LANES)
-            y = fma(a, v, y)
-            y2 = fma(b, v, y2)
-            v = load(tile, value + 3 * LANES)
-            z = fma(a, v, z)
-            z2 = fma(b, v, z2)
-        store(outs, at, w2)
-        store(outs, at + LANES, x2)
-        store(outs, at + 2 * LANES, y2)
-        store(outs, at + 3 * LANES, z2)
-        at = oa + dim
-        store(outs, at, w)
-        store(outs, at + LANES, x)
-        store(outs, at + 2 * LANES, y)
-        store(outs, at + 3 * LANES, z)
-    for dim in range(wide, head_dim, LANES):
-        w = mul(kept, load(outs, oa + dim))
-        w2 = mul(kept2, load(outs, ob + dim))
+            if token % QUAD == 0:
+                ahead = _request(flat, ahead, until, 2 * lines, shape)
+            weight1, weight2 = splat(scores[score1 + token]), splat(scores[score2 + token])
+            value = token * dims + dim
+            w, x = load(tile, value), load(tile, value + LANES)
+            y, z = load(tile, value + 2 * LANES), load(tile, value + 3 * LANES)
+            w1, w2 = fma(weight1, w, w1), fma(weight2, w, w2)
+            x1, x2 = fma(weight1, x, x1), fma(weight2, x, x2)
+            y1, y2 = fma(weight1, y, y1), fma(weight2, y, y2)
+            z1, z2 = fma(weight1, z, z1), fma(weight2, z, z2)
+        for lane, part1, part2 in ((0, w1, w2), (1, x1, x2), (2, y1, y2), (3, z1, z2)):
+            store(outs, at1 + lane * LANES, part1)
+            store(outs, at2 + lane * LANES, part2)
+    for dim in range(wide, dims, LANES):
+        w1, w2 = mul(kept1, load(outs, out1 + dim)), mul(kept2, load(outs, out2 + dim))
         for token in range(first, last):
-            v = load(tile, token * head_dim + dim)
-            w = fma(splat(scores[sa + token]), v, w)
-            w2 = fma(splat(scores[sb + token]), v, w2)
-        store(outs, oa + dim, w)
-        store(outs, ob + dim, w2)
+            value = load(tile, token * dims + dim)
+            w1, w2 = fma(splat(scores[score1 + token]), value, w1), fma(splat(scores[score2 + token]), value, w2)
+        store(outs, out1 + dim, w1)
+        store(outs, out2 + dim, w2)
+    return ahead
 
 
 @_inlined
-def _hide(scores, score_at, width, first, last):
-    """Scores outside of `[first, last)` become -inf."""
-    for at in range(0, first):
-        scores[score_at + at] = _HIDDEN
-    for at in range(last, width):
-        scores[score_at + at] = _HIDDEN
+def _score_block(scores, score, query, row0, offsets, steps, tile, flat, begin, lines, shape):
+    """First phase for one block: every row's scores against its keys, the values being requested meanwhile."""
+    values_at = shape.kv_heads * shape.run
+    for head in range(shape.kv_heads):
+        start = begin + head * shape.run
+        until = start + values_at + shape.run
+        ahead = _widen(tile, flat, start, start + values_at, shape)
+        for step in range(head * steps, (head + 1) * steps - 1, 2):
+            row1, row2 = (row0 + offsets[step]) * shape.head_dim, (row0 + offsets[step + 1]) * shape.head_dim
+            at = score + step * shape.width
+            ahead = _score_two(scores, at, at + shape.width, query, row1, row2, tile, flat, ahead, until, lines, shape)
+        if steps % 2:
+            step = (head + 1) * steps - 1
+            row1 = (row0 + offsets[step]) * shape.head_dim
+            _score_one(scores, score + step * shape.width, query, row1, tile, flat, ahead, until, lines, shape)
+
+
+@_inlined
+def _softmax_chunk(scores, keeps, visible, row0, rows, state0, offsets, key0, tokens, tops, sums, shape):
+    """Second phase: hides what a row does not see, then softmaxes; returns the tokens `[first, last)` of the chunk that any row sees."""
+    padded = (tokens + LANES - 1) // LANES * LANES
+    seen_first, seen_last = tokens, 0
+    for row in range(rows):
+        first = min(max(visible[row0 + row, 0] - key0, 0), tokens)
+        last = min(max(visible[row0 + row, 1] - key0, first), tokens)
+        if first < last:
+            seen_first, seen_last = min(seen_first, first), max(seen_last, last)
+        for head in range(shape.kv_heads):
+            for step in range((head * rows + row) * shape.group, (head * rows + row + 1) * shape.group):
+                score = step * shape.width
+                for at in range(score, score + first):
+                    scores[at] = _HIDDEN
+                for at in range(score + last, score + padded):
+                    scores[at] = _HIDDEN
+                keeps[step] = _softmax(scores, score, padded, tops, sums, state0 + offsets[step])
+    return seen_first, seen_last
+
+
+@_inlined
+def _sum_block(outs, keeps, scores, score, state0, offsets, steps, tile, first, last, flat, begin, ahead0, lines, shape):
+    """Third phase for one block: adds its weighted values to every row, the keys of the next chunk being requested meanwhile."""
+    values_at = shape.kv_heads * shape.run
+    for head in range(shape.kv_heads):
+        ahead = ahead0 + head * shape.run
+        until = ahead + shape.run
+        ahead = _widen(tile, flat, begin + values_at + head * shape.run, ahead, shape)
+        for step in range(head * steps, (head + 1) * steps - 1, 2):
+            out1, out2 = (state0 + offsets[step]) * shape.head_dim, (state0 + offsets[step + 1]) * shape.head_dim
+            keep1, keep2 = keeps[step], keeps[step + 1]
+            at1, at2 = score + step * shape.width, score + (step + 1) * shape.width
+            ahead = _sum_two(outs, out1, out2, keep1, keep2, scores, at1, at2, tile, first, last, flat, ahead, until, lines, shape)
+        if steps % 2:
+            step = (head + 1) * steps - 1
+            out1, at1 = (state0 + offsets[step]) * shape.head_dim, score + step * shape.width
+            _sum_one(outs, out1, keeps[step], scores, at1, tile, first, last, flat, ahead, until, lines, shape)
+    keeps[:] = _ONE
 
 
 @_compiled
@@ -225,70 +308,54 @@ def attend(
     outs,
     tops,
     sums,
-    tile,
-    scores,
+    scratch,
 ):
     """Attend for each of `pieces`, a run of blocks of one sequence; leaves unnormalised results in `outs`, `tops`, `sums`.
 
     pieces: int64 `[n, 6]`: sequence, first row, rows, first block, end of blocks, first state row.
     tables: int32 `[seqs, max_blocks]`. visible: int32 `[rows, 2]`, the range of keys that each row sees.
-    query: fp32 `[rows * q_heads * head_dim]`, times `scale * log2(e)`. flat: the pool's elements (see `simd`).
+    query: fp32 `[rows * q_heads * head_dim]`, times `scale * log2(e)`. flat: the pool's elements, as `simd.load` takes them.
     block_stride, layer_at: elements from block to block, and from a block's start to the layer's.
     outs: fp32 `[state rows * q_heads * head_dim]`; tops, sums: fp32 `[state rows * q_heads]`: running maximum and sum of weights.
-    tile: fp32 scratch `[block_tokens * head_dim]`, aligned to 64 bytes; scores: fp32 scratch `[rows of a piece * group * width]`.
+    scratch: fp32 `[scratch_elements(...)]`, aligned to 64 bytes.
     """
     q_heads = kv_heads * group
     run = block_tokens * head_dim
-    line = _LINE_BYTES // flat.itemsize
-    width = (block_tokens + LANES - 1) // LANES * LANES
+    chunk = max(1, CHUNK_TOKENS // block_tokens)
+    width = (chunk * block_tokens + LANES - 1) // LANES * LANES
+    shape = _Shape(kv_heads, group, block_tokens, head_dim, run, _LINE_BYTES // flat.itemsize, width)
     for piece in range(pieces.shape[0]):
         sequence, row0, rows, block0, block1, state0 = pieces[piece]
-        for at in range(state0 * q_heads, (state0 + rows) * q_heads):
-            tops[at] = NOTHING_SEEN
-            sums[at] = _ZERO
-        outs[state0 * q_heads * head_dim : (state0 + rows) * q_heads * head_dim] = _ZERO
-        # The prefetches of one head's next run are spread over its rows: in one burst they would fill the line buffers and stall.
-        quads = rows * group * (block_tokens // QUAD)
-        lines = (run // line + quads - 1) // quads
-        for block in range(block0, block1):
-            begin = tables[sequence, block] * block_stride + layer_at
-            ahead = tables[sequence, min(block + 1, block1 - 1)] * block_stride + layer_at
-            key0 = block * block_tokens
-            seen0, seen1 = block_tokens, 0
-            for row in range(row0, row0 + rows):
-                seen0 = min(seen0, max(visible[row, 0] - key0, 0))
-                seen1 = max(seen1, min(visible[row, 1] - key0, block_tokens))
-            for head in range(kv_heads):
-                keys_ahead = ahead + head * run
-                _widen(tile, flat, begin + head * run, run)
-                n = rows * group
-                for r in range(0, n - 1, 2):
-                    qa = ((row0 + r // group) * q_heads + head * group + r % group) * head_dim
-                    qb = ((row0 + (r + 1) // group) * q_heads + head * group + (r + 1) % group) * head_dim
-                    _score_pair(scores, r * width, (r + 1) * width, query, qa, qb, tile, block_tokens, head_dim, flat, keys_ahead, kv_heads * run, line, 2 * lines)
-                    keys_ahead += block_tokens // QUAD * 2 * lines * line
-                if n & 1:
-                    r = n - 1
-                    qa = ((row0 + r // group) * q_heads + head * group + r % group) * head_dim
-                    _score_row(scores, r * width, query, qa, tile, block_tokens, head_dim, flat, keys_ahead, kv_heads * run, line, lines)
-                for row in range(rows):
-                    first = min(max(visible[row0 + row, 0] - key0, 0), block_tokens)
-                    last = min(max(visible[row0 + row, 1] - key0, first), block_tokens)
-                    if first > 0 or last < width:
-                        for member in range(group):
-                            _hide(scores, (row * group + member) * width, width, first, last)
-                _widen(tile, flat, begin + (kv_heads + head) * run, run)
-                for r in range(0, n - 1, 2):
-                    sa = (state0 + r // group) * q_heads + head * group + r % group
-                    sb = (state0 + (r + 1) // group) * q_heads + head * group + (r + 1) % group
-                    ka = _softmax_row(scores, r * width, width, tops, sums, sa)
-                    kb = _softmax_row(scores, (r + 1) * width, width, tops, sums, sb)
-                    _accumulate_pair(outs, sa * head_dim, sb * head_dim, ka, kb, scores, r * width, (r + 1) * width, tile, seen0, seen1, head_dim)
-                if n & 1:
-                    r = n - 1
-                    sa = (state0 + r // group) * q_heads + head * group + r % group
-                    ka = _softmax_row(scores, r * width, width, tops, sums, sa)
-                    _accumulate_row(outs, sa * head_dim, ka, scores, r * width, tile, seen0, seen1, head_dim)
+        steps = rows * group
+        tile, scores = scratch[:run], scratch[run : run + q_heads * rows * width]
+        keeps = scratch[run + q_heads * rows * width : run + q_heads * rows * (width + 1)]
+        # Row (i, h) of a query as its kernel meets it: by key head, then by query token, then by member of the group.
+        offsets = np.empty(q_heads * rows, np.int64)
+        for head in range(kv_heads):
+            for step in range(steps):
+                offsets[head * steps + step] = step // group * q_heads + head * group + step % group
+        row0_at, state0_at = row0 * q_heads, state0 * q_heads
+        tops[state0_at : state0_at + rows * q_heads] = NOTHING_SEEN
+        sums[state0_at : state0_at + rows * q_heads] = _ZERO
+        outs[state0_at * head_dim : (state0_at + rows * q_heads) * head_dim] = _ZERO
+        quads = steps * (block_tokens // QUAD)
+        lines = (run // shape.line + quads - 1) // quads
+        for chunk0 in range(block0, block1, chunk):
+            chunk1 = min(chunk0 + chunk, block1)
+            for block in range(chunk0, chunk1):
+                begin = tables[sequence, block] * block_stride + layer_at
+                token0 = (block - chunk0) * block_tokens
+                _score_block(scores, token0, query, row0_at, offsets, steps, tile, flat, begin, lines, shape)
+            key0, tokens = chunk0 * block_tokens, (chunk1 - chunk0) * block_tokens
+            first, last = _softmax_chunk(scores, keeps, visible, row0, rows, state0_at, offsets, key0, tokens, tops, sums, shape)
+            for block in range(chunk0, chunk1):
+                begin = tables[sequence, block] * block_stride + layer_at
+                ahead = tables[sequence, min(block + chunk, block1 - 1)] * block_stride + layer_at
+                token0 = (block - chunk0) * block_tokens
+                seen0, seen1 = min(max(first - token0, 0), block_tokens), min(max(last - token0, 0), block_tokens)
+                _sum_block(
+                    outs, keeps, scores, token0, state0_at, offsets, steps, tile, seen0, seen1, flat, begin, ahead, lines, shape
+                )
 
 
 @_compiled

@@ -29,7 +29,5 @@ def create_attention(name: AttentionName) -> AttentionBackend:
     try:
         backend: AttentionBackend = getattr(importlib.import_module(module), cls)()
     except ModuleNotFoundError as missing:
-        raise InvalidArgument(
-            f"attention backend {name!r} needs the package {missing.name!r}, which is not installed"
-        ) from missing
+        raise InvalidArgument(f"attention backend {name!r} needs the package {missing.name!r}, which is not installed") from missing
     return CheckedAttention(backend)

@@ -22,9 +22,7 @@ def merge(outs: Sequence[Tensor], lses: Sequence[Tensor]) -> tuple[Tensor, Tenso
     FlashInfer's cascade attention.
     """
     if not outs or len(outs) != len(lses):
-        raise InvalidArgument(
-            f"merge got {len(outs)} outs and {len(lses)} lses; it needs the same number of both, at least one"
-        )
+        raise InvalidArgument(f"merge got {len(outs)} outs and {len(lses)} lses; it needs the same number of both, at least one")
     for out, lse in zip(outs, lses, strict=True):
         if out.shape != outs[0].shape or lse.shape != out.shape[:-1] or lse.dtype != torch.float32:
             raise InvalidArgument(

@@ -103,9 +103,7 @@ def splat(typingctx, scalar):
 @intrinsic
 def fma(typingctx, x, y, z):
     """`x * y + z`, rounded once."""
-    return lanes(x, y, z), lambda context, builder, signature, args: _call(
-        builder, f"llvm.fma.v{LANES}f32", _VECTOR, list(args)
-    )
+    return lanes(x, y, z), lambda context, builder, signature, args: _call(builder, f"llvm.fma.v{LANES}f32", _VECTOR, list(args))
 
 
 @intrinsic
