@@ -1,0 +1,173 @@
+"""The arena of shared memory: extents that other processes of this host may map and read in place.
+
+Owns: one sealed memory file (`memfd`) for each extent, its stamps, and the read-only descriptor that is handed out.
+Invariants: whoever mapped an extent for one tenant never sees a byte of the next one, because the next one gets another file; the
+old file is emptied before the new one is filled, so the memory of all files together never passes the capacity and its stamps; a
+slot's stamp changes before the first byte of a new generation can be written, because nobody gets the slot's window without it.
+
+Why a new file and not a wipe: a mapping in another process cannot be taken back, so what comes next must not be in that file. Why
+stamps in the file: a reader needs no call to learn that a page it uses in place is still the page. They are read and written
+without locks: on x86 loads and stores keep their order, and elsewhere the locks that lie between a stamp and the bytes in the node
+(and the release of the interpreter lock around a copy in the reader) order them.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import mmap
+import os
+import resource
+from array import array
+from contextlib import suppress
+from typing import Final
+
+from attnstore.arena.base import Arena
+from attnstore.core.slots import Slot
+from attnstore.errors import InvalidArgument, Overloaded
+from attnstore.wire.shared import ExtentLayout
+
+_SEALS: Final = fcntl.F_SEAL_GROW | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_SEAL
+_MADV_POPULATE_WRITE: Final = 23
+"""Linux 5.14; the mmap module has no name for it."""
+_DESCRIPTORS_PER_EXTENT: Final = 2
+_DESCRIPTORS_BESIDE: Final = 512
+
+
+class SharedArena(Arena):
+    """An arena of memory files. Linux only.
+
+    Raises `InvalidArgument` where the machine has less memory than the capacity, or where this process may not have two
+    descriptors for each extent; it raises its own soft limit of descriptors as far as it must.
+    """
+
+    def __init__(self, capacity_bytes: int, extent_bytes: int) -> None:
+        super().__init__(capacity_bytes, extent_bytes)
+        _require_memory(capacity_bytes)
+        _require_descriptors(self.extents * _DESCRIPTORS_PER_EXTENT + _DESCRIPTORS_BESIDE)
+        self.layout = ExtentLayout(extent_bytes)
+        self._slot_bytes = [0] * self.extents
+        self._files: list[_ExtentFile] = []
+        try:
+            for _ in range(self.extents):
+                self._files.append(_ExtentFile(self.layout))
+        except OSError as error:
+            self.close()
+            raise InvalidArgument(
+                f"no shared memory for an arena of {capacity_bytes} bytes ({error.strerror}); lower the capacity"
+            ) from error
+
+    def view(self, slot: Slot) -> memoryview:
+        """See `Arena.view`. The first view of a slot also makes every place that named older bytes of it worthless."""
+        window = super().view(slot)
+        index = self.layout.stamp_index(slot.offset_bytes)
+        if self._files[slot.extent].stamps[index] < slot.generation:
+            with self._changing:
+                self._stamp(slot, index)
+        return window
+
+    def stamp(self, slot: Slot) -> int:
+        """What the stamp word of a slot says now. Meaningful for a page that is pinned."""
+        return self._files[slot.extent].stamps[self.layout.stamp_index(slot.offset_bytes)]
+
+    def descriptor(self, extent: int, tenancy: int) -> int | None:
+        """A new read-only descriptor of the extent, for the caller to close; None where the tenancy is not the current one."""
+        with self._changing:
+            if not 0 <= extent < self.extents or self._tenancies[extent] != tenancy:
+                return None
+            return os.dup(self._files[extent].descriptor)
+
+    def close(self) -> None:
+        """See `Arena.close`. Memory that a reader has mapped lives on, unchanged, until the reader lets it go."""
+        for file in self._files:
+            file.close()
+
+    def _extent(self, extent: int) -> memoryview:
+        return self._files[extent].data
+
+    def _replace(self, extent: int) -> None:
+        self._files[extent].empty()
+        try:
+            fresh = _ExtentFile(self.layout)
+        except OSError as error:
+            # The tenancy is not recorded yet: the next slot of it tries again.
+            raise Overloaded(f"no memory for the extent of a new tenant: {error.strerror}") from error
+        self._files[extent].close()
+        self._files[extent] = fresh
+        self._slot_bytes[extent] = 0
+
+    def _stamp(self, slot: Slot, index: int) -> None:
+        stamps = self._files[slot.extent].stamps
+        if self._slot_bytes[slot.extent] != slot.size_bytes:
+            # Slots of another size lie across the old ones, whose stamp words need not be where the new ones begin.
+            stamps[:] = memoryview(array("Q", (slot.generation,)) * len(stamps))
+            self._slot_bytes[slot.extent] = slot.size_bytes
+        elif stamps[index] < slot.generation:
+            stamps[index] = slot.generation
+
+
+class _ExtentFile:
+    """One extent's memory file, mapped writable here and nowhere else. Raises `OSError` where there is no memory for it."""
+
+    def __init__(self, layout: ExtentLayout) -> None:
+        file = os.memfd_create("attnstore-extent", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        try:
+            os.ftruncate(file, layout.file_bytes)
+            fcntl.fcntl(file, fcntl.F_ADD_SEALS, _SEALS)
+            self._mapping = mmap.mmap(file, layout.file_bytes)
+            _allocate(self._mapping, file)
+            # Opened anew, because a duplicate would be as writable as the original. (F_SEAL_FUTURE_WRITE would bind even a reader
+            # who opens the file himself, but with it the kernel gives no memory back as long as any reader maps the file.)
+            self.descriptor = os.open(f"/proc/self/fd/{file}", os.O_RDONLY | os.O_CLOEXEC)
+        finally:
+            os.close(file)
+        whole = memoryview(self._mapping)
+        self.data = whole[: layout.extent_bytes]
+        self.stamps = whole[layout.stamps_offset_bytes :].cast("Q")[: layout.stamps]
+        self._closed = False
+
+    def empty(self) -> None:
+        """Voids every stamp, then gives the memory back: whoever still maps the file reads zeros, and can tell."""
+        self.stamps[:] = memoryview(array("Q", bytes(self.stamps.nbytes)))
+        self._mapping.madvise(mmap.MADV_REMOVE)
+
+    def close(self) -> None:
+        """Lets the file go; the kernel frees it with the last mapping. Closing twice is allowed."""
+        if self._closed:
+            return
+        self._closed = True
+        self.data.release()
+        self.stamps.release()
+        os.close(self.descriptor)
+        with suppress(BufferError):  # windows are held: the mapping goes with the last of them
+            self._mapping.close()
+
+
+def _allocate(mapping: mmap.mmap, file: int) -> None:
+    """Allocates every page of the file now, as huge pages where the system has them for shared memory."""
+    with suppress(OSError):
+        mapping.madvise(mmap.MADV_HUGEPAGE)
+    try:
+        mapping.madvise(_MADV_POPULATE_WRITE)
+    except OSError as error:
+        if error.errno != errno.EINVAL:
+            raise
+        os.posix_fallocate(file, 0, len(mapping))
+
+
+def _require_memory(capacity_bytes: int) -> None:
+    # The kernel does not refuse a memory file that is too large; it looks for a process to kill when it fills up.
+    machine_bytes = os.sysconf("SC_PHYS_PAGES") * mmap.PAGESIZE
+    if capacity_bytes > machine_bytes:
+        raise InvalidArgument(
+            f"no shared memory for an arena of {capacity_bytes} bytes: the machine has {machine_bytes}; lower the capacity"
+        )
+
+
+def _require_descriptors(count: int) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft == resource.RLIM_INFINITY or soft >= count:
+        return
+    if hard != resource.RLIM_INFINITY and hard < count:
+        raise InvalidArgument(f"this arena needs {count} file descriptors and this process may have {hard}: raise `ulimit -Hn`")
+    resource.setrlimit(resource.RLIMIT_NOFILE, (count, hard))

@@ -1,0 +1,280 @@
+"""Shared memory between a node and the workers on its host: what both sides must agree on, without I/O.
+
+Owns: how one extent is laid out in its file (`ExtentLayout`), and the protocol on the Unix socket by which a reader learns where
+pages are. Page bytes never travel here: a reader maps the extent and reads them where they lie.
+Invariant: a location is worth something only together with its stamp. The node changes the stamp word of a slot before it lets
+new bytes into the slot, so a reader that finds the stamp unchanged *after* it used the bytes used those of the page it asked for.
+
+An extent's file is `extent_bytes` of data, rounded up to 4096, and then one little-endian u64 of stamps for each 4096 bytes of
+data. A slot's stamp is the word of the 4096 bytes that it begins in: the generation of the slot that last began there. Slots
+smaller than that share words, which costs a reader an occasional needless miss and never a wrong byte.
+
+A message is a header of 12 bytes, little-endian, `magic 4s | kind u8 | 0 3x | count u32`, and a payload whose size follows from
+kind and count. A client asks and the node answers, one at a time; a client that wants more at once opens several connections.
+
+| kind    | from   | means                                            | payload                               | count     |
+|---------|--------|--------------------------------------------------|---------------------------------------|-----------|
+| HELLO   | client | the token came from `OpenChannel` over gRPC      | token 32s                             | version   |
+| LOCATE  | client | where are these pages?                           | namespace 32s, lease 16s, hash 32s... | hashes    |
+| MAP     | client | give me this extent, as LOCATED named it         | extent u32, tenancy u64               | 0         |
+| WELCOME | node   | to HELLO; an equal epoch means the same memory   | epoch 16s, extent_bytes u64           | see below |
+| LOCATED | node   | to LOCATE: status and place of each              | PLACE...                              | pages     |
+| MAPPED  | node   | to MAP: the descriptor is attached, read-only    |                                       | 0         |
+| GONE    | node   | to MAP: the extent has another tenant by now     |                                       | 0         |
+| REFUSED | node   | to any: the request was wrong                    | `code\\nmessage`                      | bytes     |
+
+WELCOME's count is how many hashes one LOCATE may have.
+PLACE is `status u8 | 0 3x | extent u32 | tenancy u64 | offset u64 | size u64 | stamp u64 | checksum u64`; all but the status are 0
+for a page that is not there.
+"""
+
+from __future__ import annotations
+
+import enum
+import struct
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from typing import Final, NamedTuple
+
+from attnstore.errors import AttnStoreError, ProtocolError, Unavailable, error_of_code
+from attnstore.limits import (
+    CHANNEL_READ_HASHES_MAX,
+    CHANNEL_REASON_BYTES_MAX,
+    CHANNEL_TOKEN_BYTES,
+    EPOCH_BYTES,
+    HASH_BYTES,
+    KIB,
+    LEASE_ID_BYTES,
+)
+from attnstore.types import PageStatus
+from attnstore.wire.chunks import Buffer
+
+VERSION: Final = 1
+MAGIC: Final = b"ATSM"
+_HEADER: Final = struct.Struct("<4sBxxxI")
+_EXTENT: Final = struct.Struct("<IQ")
+_WELCOME: Final = struct.Struct(f"<{EPOCH_BYTES}sQ")
+_PLACE: Final = struct.Struct("<BxxxIQQQQQ")
+_LOCATE_BYTES: Final = HASH_BYTES + LEASE_ID_BYTES
+_NO_LEASE: Final = bytes(LEASE_ID_BYTES)
+_GRAIN_BYTES: Final = 4 * KIB
+_STAMP_BYTES: Final = 8
+HEADER_BYTES: Final = _HEADER.size
+
+
+class Kind(enum.IntEnum):
+    """What a message is. Clients send the numbers below 16."""
+
+    HELLO = 1
+    LOCATE = 2
+    MAP = 3
+    WELCOME = 16
+    LOCATED = 17
+    MAPPED = 18
+    GONE = 19
+    REFUSED = 20
+
+
+class State(enum.Enum):
+    """Where a connection is, as the node sees it."""
+
+    NEW = "new"
+    OPEN = "open"
+
+
+REQUESTS: Final[dict[State, frozenset[Kind]]] = {
+    State.NEW: frozenset({Kind.HELLO}),
+    State.OPEN: frozenset({Kind.LOCATE, Kind.MAP}),
+}
+"""What a node expects in each state; the connection is OPEN once a HELLO was answered by WELCOME."""
+
+ANSWERS: Final[dict[Kind, frozenset[Kind]]] = {
+    Kind.HELLO: frozenset({Kind.WELCOME, Kind.REFUSED}),
+    Kind.LOCATE: frozenset({Kind.LOCATED, Kind.REFUSED}),
+    Kind.MAP: frozenset({Kind.MAPPED, Kind.GONE, Kind.REFUSED}),
+}
+"""What a client expects after each request."""
+
+
+class _Shape(NamedTuple):
+    """A payload of `fixed_bytes`, and `item_bytes` for each of at most `items_max` that the header's count says."""
+
+    fixed_bytes: int
+    item_bytes: int
+    items_max: int
+
+
+_COUNT_MAX: Final = (1 << 32) - 1
+_SHAPES: Final[dict[Kind, _Shape]] = {
+    Kind.HELLO: _Shape(CHANNEL_TOKEN_BYTES, 0, _COUNT_MAX),
+    Kind.LOCATE: _Shape(_LOCATE_BYTES, HASH_BYTES, CHANNEL_READ_HASHES_MAX),
+    Kind.MAP: _Shape(_EXTENT.size, 0, 0),
+    Kind.WELCOME: _Shape(_WELCOME.size, 0, _COUNT_MAX),
+    Kind.LOCATED: _Shape(0, _PLACE.size, CHANNEL_READ_HASHES_MAX),
+    Kind.MAPPED: _Shape(0, 0, 0),
+    Kind.GONE: _Shape(0, 0, 0),
+    Kind.REFUSED: _Shape(0, 1, CHANNEL_REASON_BYTES_MAX),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class ExtentLayout:
+    """Where data and stamps are in the file of an extent of `extent_bytes`.
+
+    >>> layout = ExtentLayout(10_000)
+    >>> layout.stamps_offset_bytes, layout.stamps, layout.file_bytes, layout.stamp_index(5_000)
+    (12288, 3, 16384, 1)
+    """
+
+    extent_bytes: int
+
+    @property
+    def stamps(self) -> int:
+        """How many stamp words there are."""
+        return -(-self.extent_bytes // _GRAIN_BYTES)
+
+    @property
+    def stamps_offset_bytes(self) -> int:
+        """Where the stamps begin."""
+        return self.stamps * _GRAIN_BYTES
+
+    @property
+    def file_bytes(self) -> int:
+        """The whole file: a multiple of 4096."""
+        return self.stamps_offset_bytes + -(-self.stamps * _STAMP_BYTES // _GRAIN_BYTES) * _GRAIN_BYTES
+
+    def stamp_index(self, offset_bytes: int) -> int:
+        """Which stamp word is that of the slot at `offset_bytes`."""
+        return offset_bytes // _GRAIN_BYTES
+
+
+class Place(NamedTuple):
+    """Where a sealed page is. `checksum` is that of the whole page; `stamp` is what its stamp word must still say."""
+
+    extent: int
+    tenancy: int
+    offset_bytes: int
+    size_bytes: int
+    stamp: int
+    checksum: int
+
+
+class Located(NamedTuple):
+    """A LOCATE's arguments."""
+
+    namespace: bytes
+    lease_id: bytes | None
+    hashes: list[bytes]
+
+
+@dataclass(frozen=True, slots=True)
+class Welcome:
+    """What a node says of its memory. `epoch` is 16 bytes, new with each start of the node."""
+
+    epoch: bytes
+    extent_bytes: int
+    hashes_max: int
+
+
+def encode_hello(token: bytes) -> bytes:
+    """A whole HELLO."""
+    assert len(token) == CHANNEL_TOKEN_BYTES
+    return _HEADER.pack(MAGIC, Kind.HELLO, VERSION) + token
+
+
+def encode_locate(namespace: bytes, lease_id: bytes | None, hashes: Sequence[bytes]) -> bytes:
+    """A whole LOCATE of at most `CHANNEL_READ_HASHES_MAX` hashes."""
+    return b"".join((_HEADER.pack(MAGIC, Kind.LOCATE, len(hashes)), namespace, lease_id or _NO_LEASE, *hashes))
+
+
+def encode_map(extent: int, tenancy: int) -> bytes:
+    """A whole MAP."""
+    return _HEADER.pack(MAGIC, Kind.MAP, 0) + _EXTENT.pack(extent, tenancy)
+
+
+def encode_welcome(welcome: Welcome) -> bytes:
+    """A whole WELCOME."""
+    return _HEADER.pack(MAGIC, Kind.WELCOME, welcome.hashes_max) + _WELCOME.pack(welcome.epoch, welcome.extent_bytes)
+
+
+def encode_located(places: Sequence[Place | PageStatus]) -> bytes:
+    """A whole LOCATED; a status other than OK stands for a page that is not there."""
+    pack = _PLACE.pack
+    entries = (
+        pack(place, 0, 0, 0, 0, 0, 0) if isinstance(place, PageStatus) else pack(PageStatus.OK, *place) for place in places
+    )
+    return b"".join((_HEADER.pack(MAGIC, Kind.LOCATED, len(places)), *entries))
+
+
+def encode_bare(kind: Kind) -> bytes:
+    """A whole MAPPED or GONE."""
+    return _HEADER.pack(MAGIC, kind, 0)
+
+
+def encode_refusal(error: AttnStoreError) -> bytes:
+    """A whole REFUSED."""
+    reason = f"{error.code}\n{error}".encode()[:CHANNEL_REASON_BYTES_MAX]
+    return _HEADER.pack(MAGIC, Kind.REFUSED, len(reason)) + reason
+
+
+def decode_header(header: Buffer, expected: Collection[Kind]) -> tuple[Kind, int, int]:
+    """Kind, count and payload bytes of the message that begins so. Raises `ProtocolError` for anything not `expected`."""
+    magic, number, count = _HEADER.unpack(header)
+    if magic != MAGIC:
+        raise ProtocolError("the peer does not speak the shared memory protocol")
+    kind = next((kind for kind in expected if kind == number), None)
+    if kind is None:
+        due = ", ".join(sorted(kind.name for kind in expected))
+        raise ProtocolError(f"shared memory: a message of kind {number} came where {due} was due")
+    shape = _SHAPES[kind]
+    if count > shape.items_max:
+        raise ProtocolError(f"shared memory: a {kind.name} announces {count} items; the maximum is {shape.items_max}")
+    return kind, count, shape.fixed_bytes + shape.item_bytes * count
+
+
+def decode_locate(payload: bytes) -> Located:
+    """The arguments of a LOCATE whose header was accepted."""
+    lease = payload[HASH_BYTES:_LOCATE_BYTES]
+    hashes = [payload[at : at + HASH_BYTES] for at in range(_LOCATE_BYTES, len(payload), HASH_BYTES)]
+    return Located(payload[:HASH_BYTES], None if lease == _NO_LEASE else lease, hashes)
+
+
+def decode_map(payload: bytes) -> tuple[int, int]:
+    """Extent and tenancy of a MAP."""
+    extent, tenancy = _EXTENT.unpack(payload)
+    return extent, tenancy
+
+
+def decode_welcome(count: int, payload: bytes) -> Welcome:
+    """The inverse of `encode_welcome`. Raises `ProtocolError` for one that allows nothing."""
+    epoch, extent_bytes = _WELCOME.unpack(payload)
+    if not count or not extent_bytes:
+        raise ProtocolError("the node's WELCOME allows nothing")
+    return Welcome(epoch, extent_bytes, min(count, CHANNEL_READ_HASHES_MAX))
+
+
+def decode_located(payload: bytes, layout: ExtentLayout) -> list[Place | PageStatus]:
+    """Place or status of each page. Raises `ProtocolError` for a status or a place that no correct node sends."""
+    places: list[Place | PageStatus] = []
+    for status, *numbers in _PLACE.iter_unpack(payload):
+        place = Place(*numbers)
+        if status != PageStatus.OK:
+            places.append(_miss(status))
+        elif place.size_bytes and place.offset_bytes + place.size_bytes <= layout.extent_bytes:
+            places.append(place)
+        else:
+            raise ProtocolError(f"the node places a page outside its extent of {layout.extent_bytes} bytes")
+    return places
+
+
+def decode_refusal(reason: bytes) -> AttnStoreError:
+    """The typed error that a REFUSED carries; `Unavailable` for a code that this version does not know."""
+    code, _, message = reason.decode("utf-8", "replace").partition("\n")
+    return (error_of_code(code) or Unavailable)(message or code)
+
+
+def _miss(status: int) -> PageStatus:
+    try:
+        return PageStatus(status)
+    except ValueError as error:
+        raise ProtocolError(f"shared memory: {error}") from None
