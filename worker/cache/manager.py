@@ -102,6 +102,7 @@ class CacheManager:
             try:
                 transfer = self._start_swap_in(self._remote, hashes[local : local + found.hits[0]], found.lease)
             except Overloaded:
+                self._remote.release(found.lease)
                 self.release(table)
                 raise
             bytes_read = self._finish_swap_in(self._remote, table, transfer)

@@ -81,9 +81,13 @@ class RemoteTier:
         self._count(pages_read=hits, pages_missed=len(hashes) - hits, bytes_read=result.bytes_read)
         if result.error is not None:
             self._fail("read", result.error)
+        self.release(lease)
+        return result
+
+    def release(self, lease: Lease | None) -> None:
+        """Ends a lease, if there is one."""
         if lease is not None:
             self._attempt("release", lambda: self._store.release(lease))
-        return result
 
     def write(self, hashes: Sequence[BlockHash], pages: Sequence[memoryview]) -> None:
         """Stores pages. A page that the store refuses is only counted."""

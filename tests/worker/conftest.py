@@ -1,0 +1,69 @@
+"""The worker's tests: the real model loaded once, and a tiny one of the same kind where its size does not matter."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+
+from attnstore.core.layout import DType
+from worker.model import LoadedModel, load_model
+from worker.model.conversion import cache_dir, converted_model
+from worker.model.source import GgufSource, find_model, weights_digest
+from worker.testing import MemoryStore
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_compute_thread() -> Iterator[None]:
+    """Threads that meet at barriers get nowhere on a busy machine; one thread only gets slower."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="session")
+def model() -> LoadedModel:
+    """SmolLM2-135M-Instruct in fp32."""
+    return load_model()
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Hugging Face folder with a random two-layer model of the same kind, a context of 512 and the real tokenizer."""
+    folder = tmp_path_factory.mktemp("tiny-model")
+    source = find_model()
+    assert isinstance(source, GgufSource)
+    real = converted_model(source, weights_digest(source), cache_dir()).path
+    transformers.AutoTokenizer.from_pretrained(str(real)).save_pretrained(str(folder))
+    torch.manual_seed(7)
+    config = transformers.LlamaConfig(
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=49152,
+        max_position_embeddings=512,
+        initializer_range=0.2,
+        eos_token_id=2,
+    )
+    transformers.LlamaForCausalLM(config).save_pretrained(str(folder))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny(tiny_folder: Path) -> LoadedModel:
+    """The tiny model in fp32."""
+    return load_model(tiny_folder, DType.FP32)
+
+
+@pytest.fixture
+def store() -> Iterator[MemoryStore]:
+    """A store that works until the test says otherwise; nothing waits at its gate afterwards."""
+    memory = MemoryStore()
+    yield memory
+    memory.gate.set()

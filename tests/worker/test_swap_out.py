@@ -1,0 +1,92 @@
+"""Write-behind: order, cancellation and the promise that each accepted block is reported once."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Sequence
+
+import pytest
+
+from attnstore.core.hashing import BlockHash
+from worker.cache.swap_out import BATCH_BLOCKS_MAX, SwapOut
+
+WAIT_MS = 10_000
+
+
+def name(number: int) -> BlockHash:
+    return BlockHash(number.to_bytes(32, "big"))
+
+
+class Recorder:
+    """A write that waits at a gate, so that a test can look at the queue while it is full."""
+
+    def __init__(self) -> None:
+        self.written: list[int] = []
+        self.entered = threading.Event()
+        self.gate = threading.Event()
+
+    def __call__(self, hashes: Sequence[BlockHash], block_ids: Sequence[int]) -> None:
+        assert [name(block_id) for block_id in block_ids] == list(hashes)
+        self.entered.set()
+        self.gate.wait()
+        self.written += block_ids
+
+
+@pytest.fixture
+def recorder() -> Iterator[Recorder]:
+    write = Recorder()
+    yield write
+    write.gate.set()
+
+
+def test_blocks_are_written_in_order_and_reported_once(recorder: Recorder) -> None:
+    swap_out = SwapOut(recorder, queue_blocks_max=100)
+    recorder.gate.set()
+    assert all(swap_out.offer(name(block_id), block_id) for block_id in range(80))
+    assert swap_out.flush(WAIT_MS)
+    assert recorder.written == list(range(80))
+    assert sorted(swap_out.take_finished()) == list(range(80))
+    assert swap_out.take_finished() == []
+    swap_out.close()
+
+
+def test_a_full_queue_refuses_and_a_cancelled_block_is_not_written(recorder: Recorder) -> None:
+    swap_out = SwapOut(recorder, queue_blocks_max=3)
+    assert swap_out.offer(name(0), 0)
+    assert recorder.entered.wait(WAIT_MS / 1e3)
+    assert [swap_out.offer(name(block_id), block_id) for block_id in range(1, 5)] == [True, True, True, False]
+    assert swap_out.cancel_newest(lambda _: True) == 3
+    assert swap_out.cancel_newest(lambda block_id: block_id == 1) == 1
+    assert swap_out.pending == 2
+    recorder.gate.set()
+    assert swap_out.flush(WAIT_MS)
+    assert recorder.written == [0, 2]
+    assert swap_out.cancel_newest(lambda _: True) is None
+    swap_out.close()
+
+
+def test_a_block_being_written_cannot_be_cancelled_and_flush_gives_up_in_time(recorder: Recorder) -> None:
+    swap_out = SwapOut(recorder, queue_blocks_max=3)
+    swap_out.offer(name(0), 0)
+    assert recorder.entered.wait(WAIT_MS / 1e3)
+    assert swap_out.cancel_newest(lambda _: True) is None
+    assert not swap_out.flush(1)
+    assert swap_out.take_finished() == []
+    recorder.gate.set()
+    assert swap_out.wait_finished(WAIT_MS)
+    assert swap_out.take_finished() == [0]
+    swap_out.close()
+
+
+def test_closing_gives_queued_blocks_back_and_keeps_the_one_being_written(recorder: Recorder) -> None:
+    swap_out = SwapOut(recorder, queue_blocks_max=BATCH_BLOCKS_MAX * 3)
+    swap_out.offer(name(0), 0)
+    assert recorder.entered.wait(WAIT_MS / 1e3)
+    for block_id in range(1, 4):
+        swap_out.offer(name(block_id), block_id)
+    swap_out.close()
+    assert swap_out.take_finished() == [1, 2, 3]
+    recorder.gate.set()
+    assert swap_out.wait_finished(WAIT_MS)
+    assert swap_out.take_finished() == [0]
+    assert recorder.written == [0]

@@ -1,0 +1,110 @@
+"""A store in memory that fails on purpose: what the worker's failure tests put behind the `PageStore` seam.
+
+Owns: `MemoryStore`. Invariant: what it reports is what a real client would report; a page whose status is not OK leaves garbage in
+its buffer, as a broken transfer does.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Collection, Sequence
+
+from attnstore.core.layout import PageLayout
+from attnstore.errors import NamespaceUnknown
+from attnstore.types import Lease, MatchResult, PageStatus, ReadResult, WriteResult
+
+_GARBAGE = 0xA5
+
+
+def always_ok(_: int) -> PageStatus:
+    """Every page arrives."""
+    return PageStatus.OK
+
+
+class MemoryStore:
+    """Keeps pages in a dictionary. Faults are set as attributes, at any time.
+
+    read_status: the status of the page at each position of a read, where the page is there at all.
+    write_verdict: the verdict on every new page; the page is kept only with STORED.
+    failing, error: calls named in `failing` ("register_layout", "match", "read", "write", "release") raise `error`.
+    gate: reads and writes wait for it, for as long as it takes.
+    """
+
+    def __init__(self) -> None:
+        self.pages: dict[bytes, bytes] = {}
+        self.namespaces: set[bytes] = set()
+        self.leases: set[bytes] = set()
+        self.calls: list[str] = []
+        self.read_status: Callable[[int], PageStatus] = always_ok
+        self.write_verdict = PageStatus.STORED
+        self.failing: Collection[str] = ()
+        self.error: Exception = RuntimeError("the store failed on purpose")
+        self.gate = threading.Event()
+        self.gate.set()
+
+    def register_layout(self, namespace: bytes, layout: PageLayout, /) -> int:
+        """Makes the namespace known."""
+        self._enter("register_layout")
+        self.namespaces.add(namespace)
+        return layout.page_bytes
+
+    def match(self, namespace: bytes, prefixes: Sequence[Sequence[bytes]], /, *, lease_ms: int) -> MatchResult:
+        """Leading hits of each prefix."""
+        self._enter("match", namespace)
+        hits = tuple(next((i for i, page in enumerate(prefix) if page not in self.pages), len(prefix)) for prefix in prefixes)
+        if not any(hits):
+            return MatchResult(hits, None)
+        lease = Lease(len(self.calls).to_bytes(16, "big"), lease_ms)
+        self.leases.add(lease.lease_id)
+        return MatchResult(hits, lease)
+
+    def read(
+        self,
+        namespace: bytes,
+        hashes: Sequence[bytes],
+        buffers: Sequence[memoryview],
+        /,
+        *,
+        lease: Lease | None,
+        deadline_ms: int,
+    ) -> ReadResult:
+        """Copies pages out; those that `read_status` fails become garbage."""
+        del lease, deadline_ms
+        self._enter("read", namespace)
+        self.gate.wait()
+        statuses = [self._read_page(i, page, buffer) for i, (page, buffer) in enumerate(zip(hashes, buffers, strict=True))]
+        return ReadResult(tuple(statuses), sum(b.nbytes for b, status in zip(buffers, statuses, strict=True) if status.is_hit))
+
+    def write(self, namespace: bytes, hashes: Sequence[bytes], pages: Sequence[memoryview], /, *, deadline_ms: int) -> WriteResult:
+        """Copies pages in."""
+        del deadline_ms
+        self._enter("write", namespace)
+        self.gate.wait()
+        verdicts = []
+        for page_hash, page in zip(hashes, pages, strict=True):
+            verdict = PageStatus.ALREADY_PRESENT if page_hash in self.pages else self.write_verdict
+            if verdict is PageStatus.STORED:
+                self.pages[page_hash] = bytes(page)
+            verdicts.append(verdict)
+        stored = verdicts.count(PageStatus.STORED)
+        return WriteResult(tuple(verdicts), stored * (pages[0].nbytes if pages else 0))
+
+    def release(self, lease: Lease, /) -> bool:
+        """Ends a lease."""
+        self._enter("release")
+        self.leases.discard(lease.lease_id)
+        return True
+
+    def _read_page(self, index: int, page_hash: bytes, buffer: memoryview) -> PageStatus:
+        if page_hash not in self.pages:
+            return PageStatus.MISSING
+        status = self.read_status(index)
+        buffer[:] = self.pages[page_hash] if status.is_hit else bytes([_GARBAGE]) * buffer.nbytes
+        return status
+
+    def _enter(self, call: str, namespace: bytes | None = None) -> None:
+        self.calls.append(call)
+        if call in self.failing:
+            raise self.error
+        if namespace is not None and namespace not in self.namespaces:
+            raise NamespaceUnknown("the namespace was never registered here")
