@@ -1,0 +1,53 @@
+"""Pages to store: small, all different, and the same in every run."""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from attnstore import BlockHash, DType, Namespace, PageLayout, block_hashes, namespace
+
+SMALL = PageLayout(layers=2, kv_heads=1, head_dim=8, dtype=DType.FP32)
+"""2 KiB a page: one chunk."""
+
+LARGE = PageLayout(layers=5, kv_heads=8, head_dim=128, block_tokens=128, dtype=DType.BF16)
+"""2.5 MiB a page: several chunks, the last one shorter."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Consecutive pages of one sequence."""
+
+    layout: PageLayout
+    namespace: Namespace
+    hashes: list[BlockHash]
+    pages: list[bytes]
+
+    def buffers(self) -> list[bytearray]:
+        """One zeroed buffer for each page."""
+        return [bytearray(self.layout.page_bytes) for _ in self.pages]
+
+
+def make_batch(pages: int, *, model: str, layout: PageLayout = SMALL) -> Batch:
+    """`pages` pages of random bytes, in a namespace of their own for each `model`."""
+    digits = random.Random(model)
+    space = namespace(layout, model=model.encode())
+    tokens = range(pages * layout.block_tokens)
+    return Batch(
+        layout,
+        space,
+        block_hashes(space, tokens, layout.block_tokens),
+        [digits.randbytes(layout.page_bytes) for _ in range(pages)],
+    )
+
+
+def eventually(claim: Callable[[], bool], within_s: float = 10.0) -> bool:
+    """Whether the claim comes true in time; asked again and again."""
+    end_s = time.monotonic() + within_s
+    while not claim():
+        if time.monotonic() > end_s:
+            return False
+        time.sleep(0.01)
+    return True
