@@ -14,6 +14,8 @@ from attnstore.errors import BufferMismatch, ProtocolError, Retryable
 from attnstore.types import PageStatus, ReadResult
 from attnstore.wire.chunks import Buffer, ReadChunk
 
+_MISSES = (PageStatus.MISSING, PageStatus.LEASE_EXPIRED)
+
 
 class Landing:
     """Buffers and statuses of one read.
@@ -43,8 +45,10 @@ class Landing:
         self._statuses = [None] * len(self._views)
 
     def miss(self, index: int, status: PageStatus) -> None:
-        """Page `index` cannot be had. Raises `ProtocolError` for a page that is unknown or already answered."""
+        """Page `index` cannot be had. Raises `ProtocolError` for one unknown or answered already, or a status of no miss."""
         self._require_open(index)
+        if status not in _MISSES:
+            raise ProtocolError(f"the node answered a read of page {index} with {status.name}")
         self._statuses[index] = status
 
     def window(self, index: int, offset_bytes: int, size_bytes: int) -> memoryview | None:

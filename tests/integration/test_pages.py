@@ -27,9 +27,7 @@ def tiny_node() -> Iterator[StoreProcess]:
 
 
 @pytest.mark.parametrize("layout", [SMALL, LARGE], ids=["small", "large"])
-def test_what_was_written_is_read_byte_for_byte(
-    client: attnstore.Client, batch_of: BatchOf, layout: attnstore.PageLayout
-) -> None:
+def test_what_was_written_is_read_byte_for_byte(client: attnstore.Client, batch_of: BatchOf, layout: attnstore.PageLayout) -> None:
     batch = batch_of(3, layout)
     assert client.register_layout(batch.namespace, layout) == 64 * (1 << 20) // layout.page_bytes // 8 * 8
     written = client.write(batch.namespace, batch.hashes, batch.pages)
@@ -278,9 +276,7 @@ def test_statistics_count_what_happened(node: StoreProcess, batch_of: BatchOf, t
         assert (stats.hit_pages, stats.missed_pages, stats.stored_pages, stats.evicted_pages) == (3 + 3 + 1, 1 + 1, 3, 0)
         assert stats.read_bytes == 3 * SMALL.page_bytes + SMALL.layer_bytes
         assert stats.written_bytes == stats.used_bytes == 3 * SMALL.page_bytes
-        assert [(space.namespace, space.layout, space.pages_sealed) for space in stats.namespaces] == [
-            (batch.namespace, SMALL, 3)
-        ]
+        assert [(space.namespace, space.layout, space.pages_sealed) for space in stats.namespaces] == [(batch.namespace, SMALL, 3)]
 
 
 def test_a_node_describes_itself(node: StoreProcess) -> None:
