@@ -5,6 +5,8 @@ from __future__ import annotations
 import time
 from typing import Protocol
 
+from attnstore.errors import DeadlineExceeded
+
 
 class Clock(Protocol):
     """A monotonic clock in milliseconds."""
@@ -19,3 +21,22 @@ class MonotonicClock:
 
     def now_ms(self) -> float:
         return time.monotonic_ns() / 1e6
+
+
+class Deadline:
+    """A point in time that a call must not pass."""
+
+    def __init__(self, clock: Clock, deadline_ms: float) -> None:
+        self._clock = clock
+        self._end_ms = clock.now_ms() + deadline_ms
+
+    def left_ms(self) -> float:
+        """Time left. Raises `DeadlineExceeded` when there is none."""
+        left = self._end_ms - self._clock.now_ms()
+        if left <= 0:
+            raise DeadlineExceeded("the deadline passed during a bulk transfer")
+        return left
+
+    def sooner(self, limit_ms: float) -> Deadline:
+        """A deadline for a first attempt: half of the time left, and at most `limit_ms`, so that a second one has time too."""
+        return Deadline(self._clock, min(self.left_ms() / 2, limit_ms))

@@ -76,6 +76,8 @@ CHANNEL_CONNECTIONS_MAX = 128
 """Page channels on one node; each has a thread."""
 CHANNEL_READ_HASHES_MAX = 4_096
 """Hashes in one READ frame; longer reads are sent as several."""
+CHANNEL_SECOND_READ_HASHES_MAX = 512
+"""Hashes in a READ that is sent while another is being answered. Such a frame fits the kernel's buffers, whatever they hold."""
 CHANNELS_MAX = 16
 """Page channels that one transfer of a client may use at once."""
 CHANNEL_CREDITS = 64
@@ -88,5 +90,5 @@ CHANNEL_HELLO_MS_MAX = 5_000
 CHANNEL_IDLE_MS_MAX = 300_000
 """A page channel on which nothing is asked for this long is closed."""
 
-assert CHANNEL_READ_HASHES_MAX <= HASHES_MAX
+assert CHANNEL_SECOND_READ_HASHES_MAX <= CHANNEL_READ_HASHES_MAX <= HASHES_MAX
 assert CHANNELS_MAX <= CHANNEL_CONNECTIONS_MAX

@@ -8,7 +8,9 @@ Invariant: a call ends within its one deadline, whatever it takes to serve it.
 from __future__ import annotations
 
 import asyncio
+import concurrent.futures
 import contextlib
+import functools
 import os
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
@@ -18,19 +20,18 @@ from typing import Any, Self, TypeVar
 
 from attnstore.client.bulk import (
     BulkChoice,
-    BulkUnavailable,
-    Deadline,
     OnLayer,
     ReadPlan,
     Transfer,
     TransportName,
     WritePlan,
+    all_layers,
     checked_transport,
 )
 from attnstore.client.grpc_transport import GrpcTransport, Target
 from attnstore.client.landing import Landing, readable_view
 from attnstore.client.tcp_transport import TcpTransport
-from attnstore.clock import MonotonicClock
+from attnstore.clock import Clock, Deadline, MonotonicClock
 from attnstore.config import is_token, split_address
 from attnstore.core.layout import PageLayout
 from attnstore.errors import (
@@ -104,12 +105,12 @@ class AsyncClient:
     Every call takes `deadline_ms` (default: the client's) and ends within it. Errors are those of `attnstore.errors`.
     """
 
-    def __init__(self, options: ConnectOptions) -> None:
+    def __init__(self, options: ConnectOptions, clock: Clock | None = None) -> None:
         self._options = options
         self._layouts: dict[bytes, PageLayout] = {}
         self._transport: GrpcTransport | None = None
         self._tcp: TcpTransport | None = None
-        self._clock = MonotonicClock()
+        self._clock = clock or MonotonicClock()
         self._negotiating = asyncio.Lock()
         self._closed = False
         self.bulk = BulkChoice(options.transport, self._clock)
@@ -127,7 +128,7 @@ class AsyncClient:
         self._closed = True
         tcp, self._tcp = self._tcp, None
         if tcp is not None:
-            await asyncio.to_thread(tcp.close)
+            tcp.close()
         transport, self._transport = self._transport, None
         if transport is not None:
             await transport.close()
@@ -259,11 +260,8 @@ class AsyncClient:
     async def _read_over_best(self, plan: ReadPlan) -> None:
         plan.landing.restart()
         await self._negotiate(plan.deadline)
-        while (reader := self.bulk.reader()) is not None:
-            try:
-                return await _in_thread(lambda: reader.read(plan), plan.transfer)
-            except BulkUnavailable as error:
-                self.bulk.suspend(reader.name, error)
+        if self.bulk.has_readers and await _in_thread(lambda: self.bulk.read(plan), plan.transfer):
+            return
         request = messages.ReadRequest(
             namespace=plan.namespace,
             hashes=messages.join_hashes(plan.hashes),
@@ -273,8 +271,8 @@ class AsyncClient:
         )
         await self._connected().read(request, plan.landing, plan.deadline.left_ms())
         if plan.on_layer is not None:
-            for layer in range(plan.layer_begin, plan.layer_end):
-                plan.on_layer(layer, plan.landing.leading_open)
+            # Not on the event loop: a callback may block, or call this client.
+            await _in_thread(functools.partial(all_layers, plan, plan.on_layer), plan.transfer)
 
     async def write(
         self, namespace: bytes, hashes: Sequence[bytes], pages: Sequence[Buffer], *, deadline_ms: float | None = None
@@ -305,11 +303,10 @@ class AsyncClient:
 
     async def _write_over_best(self, plan: WritePlan) -> tuple[PageStatus, ...]:
         await self._negotiate(plan.deadline)
-        while (writer := self.bulk.writer()) is not None:
-            try:
-                return await _in_thread(lambda: writer.write(plan), plan.transfer)
-            except BulkUnavailable as error:
-                self.bulk.suspend(writer.name, error)
+        if self.bulk.has_writers:
+            verdicts = await _in_thread(lambda: self.bulk.write(plan), plan.transfer)
+            if verdicts is not None:
+                return verdicts
         try:
             return await self._connected().write(plan.namespace, plan.hashes, plan.pages, plan.deadline.left_ms())
         except Unavailable:
@@ -338,7 +335,11 @@ class AsyncClient:
             return answer.address, answer.token
 
         def open_channel(transport: str, deadline: Deadline) -> tuple[str, bytes]:
-            return asyncio.run_coroutine_threadsafe(ask(transport, deadline), loop).result()
+            answer = asyncio.run_coroutine_threadsafe(ask(transport, deadline), loop)
+            try:
+                return answer.result()
+            except concurrent.futures.CancelledError:
+                raise ClientClosed("the client is closed, or its event loop is ending") from None
 
         return open_channel
 
@@ -430,8 +431,11 @@ async def _in_thread(function: Callable[[], T], transfer: Transfer) -> T:
         return await asyncio.shield(running)
     except asyncio.CancelledError:
         transfer.abort()
-        await asyncio.wait([running])
-        running.cancelled() or running.exception()
+        # Cancelled once more or not: until the thread has ended it may write into the caller's buffers.
+        while not running.done():
+            with contextlib.suppress(asyncio.CancelledError):
+                await asyncio.wait([running])
+        running.exception()
         raise
 
 

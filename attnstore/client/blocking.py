@@ -19,7 +19,8 @@ from typing import Any, ClassVar, Concatenate, ParamSpec, Self, TypeVar
 import uvloop
 
 from attnstore.client.async_client import AsyncClient, ConnectOptions, written
-from attnstore.client.bulk import BulkUnavailable, OnLayer
+from attnstore.client.bulk import OnLayer, wait_out
+from attnstore.clock import Clock
 from attnstore.errors import ClientClosed, NamespaceUnknown, Retryable
 from attnstore.types import Lease, PageEvent, ReadResult, WriteResult
 from attnstore.wire.chunks import Buffer
@@ -94,7 +95,7 @@ class LoopThread:
             except BaseException:
                 if not outcome.done():
                     self._loop.call_soon_threadsafe(cancel)
-                    _wait_whatever_comes(outcome)
+                    wait_out([outcome])
                 raise
 
     @contextmanager
@@ -137,13 +138,6 @@ def _settle(outcome: concurrent.futures.Future[R], task: asyncio.Task[R]) -> Non
         outcome.set_result(task.result())
 
 
-def _wait_whatever_comes(outcome: concurrent.futures.Future[Any]) -> None:
-    # A second interrupt must not leave a coroutine behind that still writes into the caller's buffers.
-    while not outcome.done():
-        with suppress(KeyboardInterrupt):
-            concurrent.futures.wait([outcome])
-
-
 def _blocking(
     method: Callable[Concatenate[AsyncClient, P], Coroutine[Any, Any, R]],
 ) -> Callable[Concatenate[Client, P], R]:
@@ -161,8 +155,8 @@ class Client:
     client that was opened before the fork raise `ClientClosed` there.
     """
 
-    def __init__(self, options: ConnectOptions) -> None:
-        self._client = AsyncClient(options)
+    def __init__(self, options: ConnectOptions, clock: Clock | None = None) -> None:
+        self._client = AsyncClient(options, clock)
         self._thread = LoopThread.acquire()
         self._closing = threading.Lock()
 
@@ -202,16 +196,14 @@ class Client:
         """See `AsyncClient.read`. A bulk transport runs on the calling thread, with no hop to the event loop."""
         with self._thread.used():
             plan = self._client.plan_read(namespace, hashes, buffers, layers, lease, on_layer, deadline_ms)
-            reader = self._client.bulk.reader()
-            if reader is None or not hashes:
-                return self._thread.run(self._client.run_read(plan))
             try:
-                reader.read(plan)
-            except (BulkUnavailable, NamespaceUnknown):
-                return self._thread.run(self._client.run_read(plan))
+                if hashes and self._client.bulk.read(plan):
+                    return plan.landing.result()
+            except NamespaceUnknown:
+                pass  # registered again below
             except Retryable as error:
                 return plan.landing.result(error)
-            return plan.landing.result()
+            return self._thread.run(self._client.run_read(plan))
 
     def write(
         self, namespace: bytes, hashes: Sequence[bytes], pages: Sequence[Buffer], *, deadline_ms: float | None = None
@@ -219,13 +211,11 @@ class Client:
         """See `AsyncClient.write`. A bulk transport runs on the calling thread, with no hop to the event loop."""
         with self._thread.used():
             plan = self._client.plan_write(namespace, hashes, pages, deadline_ms)
-            writer = self._client.bulk.writer()
-            if writer is None or not hashes:
-                return self._thread.run(self._client.run_write(plan))
-            try:
-                return written(plan, writer.write(plan))
-            except (BulkUnavailable, NamespaceUnknown):
-                return self._thread.run(self._client.run_write(plan))
+            with suppress(NamespaceUnknown):  # registered again below
+                verdicts = self._client.bulk.write(plan) if hashes else None
+                if verdicts is not None:
+                    return written(plan, verdicts)
+            return self._thread.run(self._client.run_write(plan))
 
     def watch(self, namespace: bytes, *, deadline_ms: float | None = None) -> Generator[PageEvent, None, None]:
         """Page events of `namespace` from the return of this call on; see `AsyncClient.watch`."""

@@ -1,22 +1,24 @@
 """Bulk transports: the seam between the client and whatever moves page bytes faster than gRPC.
 
-Owns: what a bulk transport is asked to do (`ReadPlan`, `WritePlan`), the deadline that bounds it, how it is cancelled, and the
-choice among those that a node offers (`BulkChoice`).
+Owns: what a bulk transport is asked to do (`ReadPlan`, `WritePlan`), how it is cancelled (`Transfer`), and the choice among those
+that a node offers (`BulkChoice`).
 Invariant: a bulk transport blocks the thread it is called on until no more byte can land in the caller's buffers, however it ends.
 """
 
 from __future__ import annotations
 
+import concurrent.futures
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import structlog
 
 from attnstore.client.landing import Landing
-from attnstore.clock import Clock
-from attnstore.errors import AttnStoreError, DeadlineExceeded, InvalidArgument, Unavailable
+from attnstore.clock import Clock, Deadline
+from attnstore.errors import AttnStoreError, InvalidArgument, Unavailable
 from attnstore.types import PageStatus
 
 TransportName = Literal["auto", "grpc", "tcp", "shm"]
@@ -33,44 +35,40 @@ class BulkUnavailable(Unavailable):
     """The transport could not be opened; nothing was transferred."""
 
 
-class Deadline:
-    """A point in time that a call must not pass."""
-
-    def __init__(self, clock: Clock, deadline_ms: float) -> None:
-        self._clock = clock
-        self._end_ms = clock.now_ms() + deadline_ms
-
-    def left_ms(self) -> float:
-        """Time left. Raises `DeadlineExceeded` when there is none."""
-        left = self._end_ms - self._clock.now_ms()
-        if left <= 0:
-            raise DeadlineExceeded("the deadline has passed")
-        return left
-
-
 class Transfer:
     """A handle to stop a running transfer from another thread: each connection in use adds how to break it."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._breakers: list[Callable[[], None]] = []
+        self._breakers: set[Callable[[], None]] = set()
         self._aborted = False
 
-    def breakable(self, breaker: Callable[[], None]) -> None:
-        """Registers how to break a connection; breaks it at once if the transfer was aborted already."""
+    @property
+    def is_aborted(self) -> bool:
+        """`abort` was called: there is nobody left to begin anything for."""
+        return self._aborted
+
+    @contextmanager
+    def breakable(self, breaker: Callable[[], None]) -> Iterator[None]:
+        """For the `with` block `abort` calls `breaker`; at once if the transfer was aborted already. Not a moment longer: the
+        connection may serve another transfer then.
+        """
         with self._lock:
-            self._breakers.append(breaker)
-            aborted = self._aborted
-        if aborted:
-            breaker()
+            self._breakers.add(breaker)
+            if self._aborted:
+                breaker()
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._breakers.discard(breaker)
 
     def abort(self) -> None:
         """Breaks every connection in use; the transfer's thread ends soon, with an error."""
         with self._lock:
             self._aborted = True
-            breakers = list(self._breakers)
-        for breaker in breakers:
-            breaker()
+            for breaker in self._breakers:
+                breaker()
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,6 +98,12 @@ class WritePlan:
     transfer: Transfer = field(default_factory=Transfer)
 
 
+def all_layers(plan: ReadPlan, on_layer: OnLayer) -> None:
+    """Tells of every layer, after a read that was not by layers."""
+    for layer in range(plan.layer_begin, plan.layer_end):
+        on_layer(layer, plan.landing.leading_open)
+
+
 class BulkReader(Protocol):
     """Reads pages. Methods may be called from several threads at once."""
 
@@ -113,7 +117,7 @@ class BulkReader(Protocol):
         ...
 
     def close(self) -> None:
-        """Breaks what runs and lets everything go."""
+        """Breaks what runs and lets everything go, without waiting: calls that run end soon, with `ClientClosed`."""
         ...
 
 
@@ -131,7 +135,17 @@ class BulkWriter(Protocol):
 
 
 OpenChannel = Callable[[str, Deadline], tuple[str, bytes]]
-"""`open_channel(transport, deadline)`: address and one-time token, asked of the node over gRPC; blocks, from any thread."""
+"""`open_channel(transport, deadline)`: address and one-time token, asked of the node over gRPC. Blocks; from any thread but the
+event loop's. Errors as those of any call.
+"""
+
+
+def wait_out(futures: Iterable[concurrent.futures.Future[Any]]) -> None:
+    """Returns when all have ended. An interrupt meanwhile is dropped: until then somebody writes into the caller's buffers."""
+    left = set(futures)
+    while left:
+        with suppress(KeyboardInterrupt):
+            left = concurrent.futures.wait(left).not_done
 
 
 class BulkChoice:
@@ -162,16 +176,38 @@ class BulkChoice:
         self._readers, self._writers = tuple(readers), tuple(writers)
         self._negotiated = True
 
-    def reader(self) -> BulkReader | None:
-        """The transport for the next read, None for gRPC."""
-        return next((reader for reader in self._readers if self._is_open(reader.name)), None)
+    @property
+    def has_readers(self) -> bool:
+        """The next read need not go over gRPC."""
+        return any(self._is_open(reader.name) for reader in self._readers)
 
-    def writer(self) -> BulkWriter | None:
-        """The transport for the next write, None for gRPC."""
-        return next((writer for writer in self._writers if self._is_open(writer.name)), None)
+    @property
+    def has_writers(self) -> bool:
+        """The next write need not go over gRPC."""
+        return any(self._is_open(writer.name) for writer in self._writers)
 
-    def suspend(self, name: str, error: AttnStoreError) -> None:
-        """Leaves a transport alone for a while. Raises the error itself if the user forced that transport."""
+    def read(self, plan: ReadPlan) -> bool:
+        """Reads over the best transport that opens; False where none does and gRPC is left. Blocks; errors as in `BulkReader`."""
+        for reader in self._readers:
+            if self._is_open(reader.name):
+                try:
+                    reader.read(plan)
+                    return True
+                except BulkUnavailable as error:
+                    self._suspend(reader.name, error)
+        return False
+
+    def write(self, plan: WritePlan) -> tuple[PageStatus, ...] | None:
+        """Writes as `read` reads: the verdict on each page, or None where gRPC is left."""
+        for writer in self._writers:
+            if self._is_open(writer.name):
+                try:
+                    return writer.write(plan)
+                except BulkUnavailable as error:
+                    self._suspend(writer.name, error)
+        return None
+
+    def _suspend(self, name: str, error: AttnStoreError) -> None:
         if self._wanted == name:
             raise error
         self._suspended_until_ms[name] = self._clock.now_ms() + _SUSPENDED_MS

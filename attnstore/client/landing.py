@@ -56,19 +56,19 @@ class Landing:
 
         Raises `ProtocolError` for bytes that no correct node sends.
         """
-        if 0 <= index < len(self._views) and self._statuses[index] is PageStatus.CORRUPT:
-            return None
-        self._require_open(index)
+        worthless = 0 <= index < len(self._views) and self._statuses[index] is PageStatus.CORRUPT
+        if not worthless:
+            self._require_open(index)
         begin = self._received_bytes[index]
         end = begin + size_bytes
         if offset_bytes != begin or size_bytes <= 0 or end > self._slice_bytes:
             raise ProtocolError(
                 f"page {index}: {size_bytes} bytes at {offset_bytes} came where {begin} of {self._slice_bytes} was next"
             )
-        return self._views[index][begin:end]
+        return None if worthless else self._views[index][begin:end]
 
     def landed(self, index: int, size_bytes: int) -> bool:
-        """Counts bytes written to the window; whether the slice of the page is complete now, and due for `judge`."""
+        """Counts bytes that came, worthless ones too; whether the slice of the page is complete now, and due for `judge`."""
         self._received_bytes[index] += size_bytes
         return self._received_bytes[index] == self._slice_bytes
 

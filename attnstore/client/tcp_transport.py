@@ -11,15 +11,21 @@ import socket
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from typing import TypeVar
 
-from attnstore.client.bulk import BulkUnavailable, Deadline, OpenChannel, ReadPlan, Transfer, WritePlan
+from attnstore.client.bulk import BulkUnavailable, OpenChannel, ReadPlan, WritePlan, wait_out
+from attnstore.clock import Deadline
 from attnstore.config import split_address
 from attnstore.core.hashing import joint_checksum, page_checksum
-from attnstore.errors import AttnStoreError, ClientClosed, ProtocolError, Unavailable
-from attnstore.limits import CHANNEL_REASON_BYTES_MAX
+from attnstore.errors import AttnStoreError, ClientClosed, InvalidArgument, Overloaded, ProtocolError, Unavailable
+from attnstore.limits import (
+    CHANNEL_CREDITS,
+    CHANNEL_GATHER_PAGES,
+    CHANNEL_READ_HASHES_MAX,
+    CHANNEL_SECOND_READ_HASHES_MAX,
+)
 from attnstore.types import PageStatus
 from attnstore.wire.page_channel import NO_LEASE, VERSION, Frame, Kind, Order, Role, decode_refusal, encode_frame
 from attnstore.wire.stream import FrameStream
@@ -47,7 +53,7 @@ class TcpTransport:
         self._workers = ThreadPoolExecutor(channels, "attnstore-tcp") if channels > 1 else None
 
     def close(self) -> None:
-        """Breaks what runs and closes every connection."""
+        """See `BulkReader.close`."""
         with self._lock:
             self._closed = True
             idle, self._idle = self._idle, []
@@ -57,21 +63,18 @@ class TcpTransport:
         for channel in idle:
             channel.stream.close()
         if self._workers is not None:
-            self._workers.shutdown()
+            self._workers.shutdown(wait=False)
 
     def read(self, plan: ReadPlan) -> None:
         """See `BulkReader.read`. `on_layer` makes the node send layer by layer, over one connection."""
         parts = self._parts(len(plan.hashes)) if plan.on_layer is None else [(0, len(plan.hashes))]
-        self._in_parallel(
-            parts,
-            lambda begin, end: self._exchange(plan.deadline, plan.transfer, lambda channel: channel.read(plan, begin, end)),
-        )
+        self._in_parallel(parts, plan, lambda begin, end: self._exchange(plan, lambda channel: channel.read(plan, begin, end)))
 
     def write(self, plan: WritePlan) -> tuple[PageStatus, ...]:
         """See `BulkWriter.write`."""
+        parts = self._parts(len(plan.hashes))
         verdicts = self._in_parallel(
-            self._parts(len(plan.hashes)),
-            lambda begin, end: self._exchange(plan.deadline, plan.transfer, lambda channel: channel.write(plan, begin, end)),
+            parts, plan, lambda begin, end: self._exchange(plan, lambda channel: channel.write(plan, begin, end))
         )
         return tuple(verdict for part in verdicts for verdict in part)
 
@@ -79,46 +82,67 @@ class TcpTransport:
         parts = max(1, min(self._channels, pages))
         return [(pages * part // parts, pages * (part + 1) // parts) for part in range(parts)]
 
-    def _in_parallel(self, parts: list[tuple[int, int]], run: Callable[[int, int], R]) -> list[R]:
+    def _in_parallel(self, parts: list[tuple[int, int]], plan: ReadPlan | WritePlan, run: Callable[[int, int], R]) -> list[R]:
         if self._workers is None or len(parts) == 1:
             return [run(begin, end) for begin, end in parts]
-        futures = [self._workers.submit(run, begin, end) for begin, end in parts]
-        # All parts must have ended before anything is raised: until then bytes may land.
+        futures: list[Future[R]] = []
+        # All parts must have ended before anything is returned or raised: until then bytes may land.
+        try:
+            futures += (self._submit(run, begin, end) for begin, end in parts)
+            wait(futures)
+        except BaseException:
+            plan.transfer.abort()
+            raise
+        finally:
+            wait_out(futures)
         errors = [future.exception() for future in futures]
-        for error in errors:
-            if error is not None:
-                raise error
+        if None in errors:
+            # A part that got no connection of its own goes over one that another part has done with.
+            for index, error in enumerate(errors):
+                if isinstance(error, BulkUnavailable):
+                    futures[index] = self._submit(run, *parts[index])
+        wait_out(futures)
         return [future.result() for future in futures]
 
-    def _exchange(self, deadline: Deadline, transfer: Transfer, run: Callable[[_Channel], R]) -> R:
+    def _submit(self, run: Callable[[int, int], R], begin: int, end: int) -> Future[R]:
+        assert self._workers is not None
+        try:
+            return self._workers.submit(run, begin, end)
+        except RuntimeError:
+            raise ClientClosed("the client is closed") from None
+
+    def _exchange(self, plan: ReadPlan | WritePlan, run: Callable[[_Channel], R]) -> R:
         """Runs one exchange; once more on a fresh connection if a pooled one turns out to be dead before anything arrived."""
         with self._lock:
             pooled = self._idle.pop() if self._idle else None
         if pooled is not None:
             try:
-                with self._using(pooled, transfer):
+                with self._using(pooled, plan):
                     return run(pooled)
             except Unavailable:
-                if pooled.answered:
+                if pooled.answered or plan.transfer.is_aborted:
                     raise
                 self._drop_idle()
-        channel = self._connect(deadline)
-        with self._using(channel, transfer):
+        channel = self._connect(plan.deadline)
+        with self._using(channel, plan):
             return run(channel)
 
     @contextmanager
-    def _using(self, channel: _Channel, transfer: Transfer) -> Iterator[None]:
-        with self._lock:
-            if self._closed:
-                channel.stream.close()
-                raise ClientClosed("the client is closed")
-            self._in_use.add(channel)
-        transfer.breakable(channel.stream.shutdown)
+    def _using(self, channel: _Channel, plan: ReadPlan | WritePlan) -> Iterator[None]:
         reusable = False
         try:
+            with self._lock:
+                self._in_use.add(channel)
+                self._require_open()
             channel.answered = False
-            yield
-            reusable = True
+            channel.stream.bound(plan.deadline.left_ms)
+            with plan.transfer.breakable(channel.stream.shutdown):
+                yield
+            # An abort that came too late for this exchange has still broken its connection.
+            reusable = not plan.transfer.is_aborted
+        except Unavailable:
+            self._require_open()
+            raise
         finally:
             with self._lock:
                 self._in_use.discard(channel)
@@ -128,19 +152,27 @@ class TcpTransport:
             if not reusable:
                 channel.stream.close()
 
+    def _require_open(self) -> None:
+        if self._closed:
+            raise ClientClosed("the client is closed")
+
     def _connect(self, deadline: Deadline) -> _Channel:
         try:
             address, token = self._open_channel(self.name, deadline)
-            host, port = split_address(self._host + address if address.startswith(":") else address)
-            connection = socket.create_connection((host.strip("[]"), port), min(deadline.left_ms(), _CONNECT_MS_MAX) / 1000)
-        except OSError as error:
-            raise BulkUnavailable(f"the page channel at {self._host} cannot be reached: {error}") from None
-        stream = FrameStream(connection, Role.CLIENT)
+        except (InvalidArgument, Overloaded) as error:
+            # The node was restarted without this transport, or gives out no more tokens for now.
+            raise BulkUnavailable(f"the node opens no page channel: {error}") from None
+        soon = deadline.sooner(_CONNECT_MS_MAX)
         try:
-            return _Channel.opened(stream, token, deadline)
+            host, port = split_address(self._host + address if address.startswith(":") else address)
+            connection = socket.create_connection((host, port), soon.left_ms() / 1000)
+        except (OSError, ValueError) as error:
+            raise BulkUnavailable(f"the page channel at {self._host} cannot be reached: {error}") from None
+        try:
+            return _Channel.opened(FrameStream(connection, Role.CLIENT), token, soon)
         except BaseException as error:
-            stream.close()
-            if isinstance(error, AttnStoreError):
+            connection.close()
+            if isinstance(error, (AttnStoreError, OSError)):
                 raise BulkUnavailable(f"the page channel was not opened: {error}") from None
             raise
 
@@ -160,15 +192,14 @@ class _Channel:
         self._read_hashes_max = read_hashes_max
         self._credits_max = credits_max
         self._request = 0
-        self._timeout_ms = 0.0
 
     @classmethod
     def opened(cls, stream: FrameStream, token: bytes, deadline: Deadline) -> _Channel:
         """Says HELLO and waits for WELCOME."""
-        stream.set_timeout_ms(deadline.left_ms())
-        stream.send(encode_frame(Frame(Kind.HELLO, page=VERSION, size_bytes=len(token))) + token)
+        stream.bound(deadline.left_ms)
+        stream.send(encode_frame(Frame(Kind.HELLO, page=VERSION, size_bytes=len(token))), token)
         welcome = stream.receive()
-        channel = cls(stream, welcome.page, welcome.request)
+        channel = cls(stream, min(welcome.page, CHANNEL_READ_HASHES_MAX), min(welcome.request, CHANNEL_CREDITS))
         if welcome.kind is Kind.REFUSED:
             raise channel._refusal(welcome)
         if welcome.page < 1 or welcome.request < 1:
@@ -178,14 +209,15 @@ class _Channel:
     def read(self, plan: ReadPlan, begin: int, end: int) -> None:
         """Pages `[begin, end)` of the plan, as READs of bounded size of which two are on the way."""
         take = self._take_page if plan.on_layer is None else self._take_layer
+        hashes_max = self._hashes_max(plan, end - begin)
         pending: deque[_PendingRead] = deque()
         at = begin
         while at < end or pending:
             while at < end and len(pending) < _READS_IN_FLIGHT_MAX:
-                count = min(self._read_hashes_max, end - at)
+                count = min(hashes_max, end - at)
                 pending.append(self._ask(plan, at, count))
                 at += count
-            frame = self._receive(plan.deadline, Kind.SLICE, pending[0].request)
+            frame = self._receive(Kind.SLICE, pending[0].request)
             if frame.status is PageStatus.OK:
                 take(plan, pending[0], frame)
             else:
@@ -199,8 +231,7 @@ class _Channel:
         verdicts: list[PageStatus] = []
         for index in range(begin, end):
             if index - begin - len(verdicts) == self._credits_max:
-                verdicts.append(self._take_verdict(plan.deadline, begin + len(verdicts)))
-            self._bound(plan.deadline)
+                verdicts.append(self._take_verdict(begin + len(verdicts)))
             page = plan.pages[index]
             frame = Frame(
                 Kind.WRITE,
@@ -213,8 +244,16 @@ class _Channel:
             )
             self.stream.send(encode_frame(frame), page)
         while len(verdicts) < end - begin:
-            verdicts.append(self._take_verdict(plan.deadline, begin + len(verdicts)))
+            verdicts.append(self._take_verdict(begin + len(verdicts)))
         return tuple(verdicts)
+
+    def _hashes_max(self, plan: ReadPlan, pages: int) -> int:
+        """How many pages one READ asks for."""
+        if plan.on_layer is None:
+            return min(self._read_hashes_max, CHANNEL_SECOND_READ_HASHES_MAX)
+        if pages > self._read_hashes_max:
+            raise InvalidArgument(f"the node takes at most {self._read_hashes_max} pages in a read with on_layer, not {pages}")
+        return pages
 
     def _ask(self, plan: ReadPlan, begin: int, count: int) -> _PendingRead:
         self._request += 1
@@ -229,13 +268,11 @@ class _Channel:
             namespace=plan.namespace,
             lease=plan.lease_id or NO_LEASE,
         )
-        self._bound(plan.deadline)
         self.stream.send(encode_frame(frame), joined)
         return _PendingRead(self._request, begin, count)
 
     def _take_miss(self, plan: ReadPlan, read: _PendingRead, frame: Frame) -> None:
-        if frame.status is None or frame.size_bytes:
-            raise ProtocolError("a SLICE has bytes and no page")
+        assert frame.status is not None
         index = read.index_of(frame)
         plan.landing.miss(index, frame.status)
         read.answered += 1
@@ -256,7 +293,8 @@ class _Channel:
         """One layer of some pages, those after the ones that came last."""
         found = read.found()
         pages = found[read.position : read.position + frame.size_bytes // plan.layer_bytes]
-        if not pages or pages[0] != read.index_of(frame) or len(pages) * plan.layer_bytes != frame.size_bytes:
+        as_announced = bool(pages) and pages[0] == read.index_of(frame) and len(pages) * plan.layer_bytes == frame.size_bytes
+        if not as_announced or len(pages) > CHANNEL_GATHER_PAGES:
             raise ProtocolError("a SLICE of a read by layers does not begin or end where the last one says")
         # The bytes of a page that is corrupt already still come, and go nowhere.
         windows = [
@@ -278,14 +316,14 @@ class _Channel:
             assert plan.on_layer is not None
             plan.on_layer(layer, plan.landing.leading_open)
 
-    def _take_verdict(self, deadline: Deadline, index: int) -> PageStatus:
-        frame = self._receive(deadline, Kind.VERDICT, self._request)
-        if frame.page != index or frame.status is None:
+    def _take_verdict(self, index: int) -> PageStatus:
+        frame = self._receive(Kind.VERDICT, self._request)
+        if frame.page != index:
             raise ProtocolError(f"the node's verdict is on page {frame.page} where page {index} was next")
+        assert frame.status is not None
         return frame.status
 
-    def _receive(self, deadline: Deadline, expected: Kind, request: int) -> Frame:
-        self._bound(deadline)
+    def _receive(self, expected: Kind, request: int) -> Frame:
         frame = self.stream.receive()
         self.answered = True
         if frame.kind is Kind.REFUSED:
@@ -297,17 +335,10 @@ class _Channel:
         return frame
 
     def _refusal(self, frame: Frame) -> AttnStoreError:
-        reason = bytearray(min(frame.size_bytes, CHANNEL_REASON_BYTES_MAX))
+        reason = bytearray(frame.size_bytes)
         if reason:
             self.stream.receive_payload(memoryview(reason))
         return decode_refusal(reason)
-
-    def _bound(self, deadline: Deadline) -> None:
-        """Bounds the next waits by the deadline; the socket option is set again only when a tenth of the time has gone."""
-        left_ms = deadline.left_ms()
-        if not self._timeout_ms * 0.9 < left_ms <= self._timeout_ms:
-            self.stream.set_timeout_ms(left_ms)
-            self._timeout_ms = left_ms
 
 
 class _PendingRead:

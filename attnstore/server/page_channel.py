@@ -12,11 +12,11 @@ import secrets
 import socket
 import threading
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 
 import structlog
 
-from attnstore.clock import Clock
+from attnstore.clock import Clock, Deadline
 from attnstore.core.hashing import joint_checksum
 from attnstore.errors import AttnStoreError, DeadlineExceeded, InvalidArgument, Overloaded, Retryable, Unauthenticated, Unavailable
 from attnstore.limits import (
@@ -175,7 +175,7 @@ class _Connection:
     def serve(self) -> None:
         """Runs until the peer leaves, breaks the protocol, stalls or the node drains."""
         try:
-            self.stream.set_timeout_ms(min(CHANNEL_HELLO_MS_MAX, self._stall_ms))
+            self.stream.bound(Deadline(self._store, min(CHANNEL_HELLO_MS_MAX, self._stall_ms)).left_ms)
             tenant = self._welcome()
             while not self._draining.is_set():
                 frame = self._next_request()
@@ -185,7 +185,8 @@ class _Connection:
             return  # gone or stalled: its pins and slots were given back on the way here
         except AttnStoreError as error:
             _log.warning("page channel closed", reason=str(error), code=error.code)
-            self.stream.send(encode_refusal(0, error))
+            with suppress(Retryable):
+                self.stream.send(encode_refusal(0, error))
 
     def _welcome(self) -> str:
         hello = self.stream.receive()
@@ -199,9 +200,9 @@ class _Connection:
         return tenant
 
     def _next_request(self) -> Frame:
-        self.stream.set_timeout_ms(CHANNEL_IDLE_MS_MAX)
+        self.stream.bound(lambda: CHANNEL_IDLE_MS_MAX)
         frame = self.stream.receive()
-        self.stream.set_timeout_ms(self._stall_ms)
+        self.stream.bound(lambda: self._stall_ms)
         return frame
 
     def _answer(self, frame: Frame, tenant: str) -> None:
@@ -277,13 +278,14 @@ class _Connection:
 
     def _receive_page(self, frame: Frame) -> PageStatus:
         page = self._store.prepare(frame.namespace, frame.hash, frame.checksum)
-        self._metrics.received("tcp", frame.size_bytes)
         if isinstance(page, PageStatus):
             self.stream.discard_payload(self._scratch)
+            self._metrics.received("tcp", frame.size_bytes)
             return page
         try:
             self.stream.receive_payload(self._store.view(page))
         except BaseException:
             self._store.abort(page)
             raise
+        self._metrics.received("tcp", frame.size_bytes)
         return self._store.seal(page)

@@ -20,9 +20,23 @@ A frame is a header of 128 bytes, little-endian, and `size_bytes` of payload:
 | VERDICT | node   | what became of a written page             | request, page, status                      | none          |
 | REFUSED | node   | the request, or the HELLO, was wrong      | request                                    | code, message |
 
+What each side may receive, and what that makes of the connection; anything else ends it:
+
+| side   | state | receives | becomes |
+|--------|-------|----------|---------|
+| node   | new   | HELLO    | open    |
+| node   | open  | READ     | open    |
+| node   | open  | WRITE    | open    |
+| client | new   | WELCOME  | open    |
+| client | new   | REFUSED  | closed  |
+| client | open  | SLICE    | open    |
+| client | open  | VERDICT  | open    |
+| client | open  | REFUSED  | open    |
+
 Credits: a client has at most `credits` pages on the way that no VERDICT has come for, and at most two READs that are not fully
-answered, so neither side ever needs to buffer more than the kernel does, and neither waits for a peer that waits for it. The node
-serves a connection's frames one after the other; a client that wants more at once opens several connections.
+answered, the second of at most `CHANNEL_SECOND_READ_HASHES_MAX` hashes: what one side sends before it reads fits the kernel's
+buffers, so neither waits for a peer that waits for it. The node serves a connection's frames one after the other; a client that
+wants more at once opens several connections.
 """
 
 from __future__ import annotations
@@ -111,6 +125,21 @@ _PAYLOAD_BYTES_MAX: Final[dict[Kind, int]] = {
     Kind.VERDICT: 0,
     Kind.REFUSED: CHANNEL_REASON_BYTES_MAX,
 }
+
+_STATUSES: Final[dict[Kind, frozenset[PageStatus]]] = {
+    Kind.SLICE: frozenset({PageStatus.OK, PageStatus.MISSING, PageStatus.LEASE_EXPIRED}),
+    Kind.VERDICT: frozenset(
+        {
+            PageStatus.STORED,
+            PageStatus.ALREADY_PRESENT,
+            PageStatus.ARRIVING,
+            PageStatus.NO_SPACE,
+            PageStatus.CHECKSUM_MISMATCH,
+            PageStatus.WRONG_SIZE,
+        }
+    ),
+}
+"""The statuses that a frame of this kind must have one of; other kinds have none."""
 
 NO_LEASE: Final = bytes(LEASE_ID_BYTES)
 _NO_HASH: Final = bytes(HASH_BYTES)
@@ -208,8 +237,11 @@ def decode_frame(header: Buffer) -> Frame:
         raise ProtocolError(f"page channel: {error}") from None
     if size > _PAYLOAD_BYTES_MAX[known]:
         raise ProtocolError(f"a {known.name} frame announces {size} bytes; the maximum is {_PAYLOAD_BYTES_MAX[known]}")
-    if known in (Kind.SLICE, Kind.VERDICT) and frame.status is None:
-        raise ProtocolError(f"a {known.name} frame has no status")
+    statuses = _STATUSES.get(known)
+    if frame.status is not None if statuses is None else frame.status not in statuses:
+        raise ProtocolError(f"a {known.name} frame has the status {status}")
+    if known is Kind.SLICE and (size > 0) != (frame.status is PageStatus.OK):
+        raise ProtocolError(f"a SLICE of status {status} has {size} bytes")
     return frame
 
 

@@ -2,7 +2,7 @@
 
 Owns: the system calls. One `recv` for a header, one for a payload straight into its destination, one `sendmsg` for a header and a
 payload straight from where it lies; all of them release the interpreter lock while the kernel copies.
-Invariant: no call waits longer than the time-out last set for the peer to move a byte.
+Invariant: no system call waits longer than `bound` allows when it begins, so a peer that trickles bytes gains no time.
 """
 
 from __future__ import annotations
@@ -10,12 +10,17 @@ from __future__ import annotations
 import contextlib
 import socket
 import struct
+import threading
+from collections.abc import Callable
 
 from attnstore.errors import DeadlineExceeded, Retryable, Unavailable
 from attnstore.wire.chunks import Buffer
 from attnstore.wire.page_channel import Frame, FrameReceiver, Role
 
 _TIMEVAL = struct.Struct("@ll")
+_WAIT_MS_MAX = 86_400_000.0
+_SLACK_MS = 20.0
+"""The kernel's time-out is set again only when it is off by this much; a wait ends no later than this after its bound."""
 _KEEPALIVE = (
     (socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1),
     (socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 15),
@@ -34,21 +39,29 @@ class FrameStream:
             connection.setsockopt(level, name, value)
         self._socket = connection
         self._receiver = FrameReceiver(role)
+        self._left_ms: Callable[[], float] | None = None
+        self._timeout_ms = 0.0
+        # A descriptor's number may be another connection's as soon as it is closed.
+        self._ending = threading.Lock()
 
     @property
     def at_boundary(self) -> bool:
         """Nothing of the next frame has arrived."""
         return self._receiver.at_boundary
 
-    def set_timeout_ms(self, timeout_ms: float) -> None:
-        """Bounds every later wait for the peer. The kernel keeps the time, so that no call is split to watch a clock."""
-        bound_waits(self._socket, timeout_ms)
+    def bound(self, left_ms: Callable[[], float]) -> None:
+        """Bounds every later wait for the peer: `left_ms` is asked before each system call and may raise to end the exchange.
+
+        The kernel keeps the time, so that no call is split to watch a clock.
+        """
+        self._left_ms = left_ms
 
     def send(self, *parts: Buffer) -> None:
         """Sends the parts one after the other, completely. Raises `Unavailable` or `DeadlineExceeded`."""
         left = [memoryview(part) for part in parts]
         try:
             while left:
+                self._bound_wait()
                 sent = self._socket.sendmsg(left)
                 while left and sent >= len(left[0]):
                     sent -= len(left.pop(0))
@@ -65,6 +78,7 @@ class FrameStream:
         receiver = self._receiver
         try:
             while True:
+                self._bound_wait()
                 count = self._socket.recvmsg_into(receiver.windows(), 0, socket.MSG_WAITALL)[0]
                 if count == 0:
                     raise Unavailable("the peer closed the page channel")
@@ -86,17 +100,25 @@ class FrameStream:
 
     def shutdown(self) -> None:
         """Ends both directions at once: whoever waits in `send` or `receive` gets `Unavailable`. Safe from any thread."""
-        with contextlib.suppress(OSError):
+        with self._ending, contextlib.suppress(OSError):
             self._socket.shutdown(socket.SHUT_RDWR)
 
     def close(self) -> None:
         """Gives the socket back."""
-        self._socket.close()
+        with self._ending:
+            self._socket.close()
+
+    def _bound_wait(self) -> None:
+        assert self._left_ms is not None, "bound() comes before the first wait"
+        left_ms = self._left_ms()
+        if not left_ms <= self._timeout_ms <= left_ms + _SLACK_MS:
+            bound_waits(self._socket, left_ms)
+            self._timeout_ms = left_ms
 
 
 def bound_waits(connection: socket.socket, timeout_ms: float) -> None:
     """Bounds every later wait of a blocking socket, in the kernel."""
-    whole_s, rest_us = divmod(max(1, int(timeout_ms * 1000)), 1_000_000)
+    whole_s, rest_us = divmod(max(1, int(min(timeout_ms, _WAIT_MS_MAX) * 1000)), 1_000_000)
     timeout = _TIMEVAL.pack(whole_s, rest_us)
     connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, timeout)
     connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, timeout)
