@@ -42,7 +42,7 @@ class AttentionBackend(Protocol):
                 contiguous, blocks may be any distance apart. Keys are stored rotated (after RoPE).
             block_tables: int32 `[seqs, max_blocks]`; entry `j` of row `s` is the block with keys
                 `[j * block_tokens, (j + 1) * block_tokens)` of sequence `s`. Entries past the context are not read.
-            context_lens: int32 `[seqs]`, the keys stored for each sequence, the query rows' own tokens included; 0 is an empty part.
+            context_lens: int32 `[seqs]`, the keys stored for each sequence, the query rows' own tokens included; 0: an empty part.
             query_starts: int32 `[seqs + 1]`, cumulative: sequence `s` owns rows `[query_starts[s], query_starts[s + 1])`.
             layer: which layer of the pages.
             scale: factor on `q . k`, usually `head_dim ** -0.5`.

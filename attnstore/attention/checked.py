@@ -27,8 +27,7 @@ class CheckedAttention:
 
     def __init__(self, backend: AttentionBackend) -> None:
         self._backend = backend
-        # The tensors are kept so that their identity cannot be reused while it is remembered here.
-        self._seen: tuple[tuple[Tensor | None, ...], tuple[int, ...]] = ((), ())
+        self._seen: tuple[object, ...] = ()
 
     def paged_attention(
         self,
@@ -49,7 +48,7 @@ class CheckedAttention:
         _check_options(pool, layer, scale, sliding_window, out_dtype)
         _check_index_shapes(query, block_tables, context_lens, query_starts, query_positions)
         if block_tables.device.type == "cpu":
-            self._check_values_once(query, pool, block_tables, context_lens, query_starts, query_positions)
+            self._check_values_once(query, pool, block_tables, context_lens, query_starts)
         return self._backend.paged_attention(
             query,
             pool,
@@ -64,99 +63,93 @@ class CheckedAttention:
         )
 
     def _check_values_once(
-        self,
-        query: Tensor,
-        pool: Tensor,
-        block_tables: Tensor,
-        context_lens: Tensor,
-        query_starts: Tensor,
-        query_positions: Tensor | None,
+        self, query: Tensor, pool: Tensor, block_tables: Tensor, context_lens: Tensor, query_starts: Tensor
     ) -> None:
-        tensors = (block_tables, context_lens, query_starts)
-        facts = (query.shape[0], pool.shape[0], pool.shape[4], *(tensor._version for tensor in tensors))
-        seen_tensors, seen_facts = self._seen
-        if facts == seen_facts and all(a is b for a, b in zip(tensors, seen_tensors, strict=True)):
-            return
-        _check_values(query, pool, block_tables, context_lens, query_starts)
-        self._seen = (tensors, facts)
+        # By content: a caller may write the next step's tables into the same tensors.
+        contents = tuple(tensor.numpy().tobytes() for tensor in (block_tables, context_lens, query_starts))
+        seen = (query.shape[0], pool.shape[0], pool.shape[4], block_tables.shape, *contents)
+        if seen != self._seen:
+            _check_values(query, pool, block_tables, context_lens, query_starts)
+            self._seen = seen
 
 
-def _require(holds: bool, message: str) -> None:
-    if not holds:
-        raise InvalidArgument(message)
+# The checks run at every layer of every step, so a message is built only once its rule is broken.
 
 
 def _check_data(query: Tensor, pool: Tensor) -> None:
-    _require(query.dim() == 3, f"query has shape {tuple(query.shape)}; it must be [total_q, q_heads, head_dim]")
-    _require(
-        pool.dim() == 6 and pool.shape[2] == 2,
-        f"pool has shape {tuple(pool.shape)}; it must be [blocks, layers, 2, kv_heads, block_tokens, head_dim]",
-    )
+    if query.dim() != 3:
+        raise InvalidArgument(f"query has shape {tuple(query.shape)}; it must be [total_q, q_heads, head_dim]")
+    if pool.dim() != 6 or pool.shape[2] != 2 or pool.numel() == 0:
+        raise InvalidArgument(
+            f"pool has shape {tuple(pool.shape)}; it must be [blocks, layers, 2, kv_heads, block_tokens, head_dim], none of them 0"
+        )
     for name, tensor in (("query", query), ("pool", pool)):
-        _require(tensor.dtype in FLOAT_DTYPES, f"{name} has type {tensor.dtype}; it must be bfloat16, float16 or float32")
-    head_dim, kv_heads = pool.shape[5], pool.shape[3]
-    _require(query.shape[2] == head_dim, f"query has head_dim {query.shape[2]} and the pool {head_dim}; they must be equal")
-    _require(1 <= head_dim <= HEAD_DIM_MAX, f"head_dim is {head_dim}; it must be between 1 and {HEAD_DIM_MAX}")
-    _require(
-        kv_heads > 0 and query.shape[1] > 0 and query.shape[1] % kv_heads == 0,
-        f"query has {query.shape[1]} heads, which is no positive multiple of the pool's {kv_heads} kv_heads",
-    )
-    _require(min(pool.shape) > 0, f"pool has shape {tuple(pool.shape)}; every dimension must be at least 1")
-    page = math.prod(pool.shape[1:])
-    inner = tuple(page // math.prod(pool.shape[1 : dim + 1]) for dim in range(1, 6))
-    _require(
-        all(size == 1 or got == want for size, got, want in zip(pool.shape[1:], pool.stride()[1:], inner, strict=True)),
-        f"pool has strides {pool.stride()}; each block must be contiguous (only the distance between blocks is free)",
-    )
+        if tensor.dtype not in FLOAT_DTYPES:
+            raise InvalidArgument(f"{name} has type {tensor.dtype}; it must be bfloat16, float16 or float32")
+    q_heads, kv_heads, head_dim = query.shape[1], pool.shape[3], pool.shape[5]
+    if query.shape[2] != head_dim or head_dim > HEAD_DIM_MAX:
+        raise InvalidArgument(
+            f"query has head_dim {query.shape[2]} and the pool {head_dim}; they must be equal and at most {HEAD_DIM_MAX}"
+        )
+    if q_heads == 0 or q_heads % kv_heads:
+        raise InvalidArgument(f"query has {q_heads} heads, which is no positive multiple of the pool's {kv_heads} kv_heads")
+    if not pool[0].is_contiguous() or (pool.shape[0] > 1 and pool.stride(0) < pool[0].numel()):
+        raise InvalidArgument(
+            f"pool has strides {pool.stride()}; each block must be contiguous and only the distance between blocks is free"
+        )
+    if query.device != pool.device:
+        raise InvalidArgument(f"query is on {query.device} and pool on {pool.device}; they must be together")
 
 
 def _check_options(pool: Tensor, layer: int, scale: float, sliding_window: int | None, out_dtype: torch.dtype | None) -> None:
-    _require(0 <= layer < pool.shape[1], f"layer is {layer}; the pool has layers 0 to {pool.shape[1] - 1}")
-    _require(math.isfinite(scale), f"scale is {scale}; it must be finite")
-    _require(sliding_window is None or sliding_window >= 1, f"sliding_window is {sliding_window}; it must be at least 1 or None")
-    _require(
-        out_dtype is None or out_dtype in FLOAT_DTYPES,
-        f"out_dtype is {out_dtype}; it must be bfloat16, float16, float32 or None",
-    )
+    if not 0 <= layer < pool.shape[1]:
+        raise InvalidArgument(f"layer is {layer}; the pool has layers 0 to {pool.shape[1] - 1}")
+    if not math.isfinite(scale):
+        raise InvalidArgument(f"scale is {scale}; it must be finite")
+    if sliding_window is not None and sliding_window < 1:
+        raise InvalidArgument(f"sliding_window is {sliding_window}; it must be at least 1 or None")
+    if out_dtype is not None and out_dtype not in FLOAT_DTYPES:
+        raise InvalidArgument(f"out_dtype is {out_dtype}; it must be bfloat16, float16, float32 or None")
 
 
 def _check_index_shapes(
     query: Tensor, block_tables: Tensor, context_lens: Tensor, query_starts: Tensor, query_positions: Tensor | None
 ) -> None:
-    _require(block_tables.dim() == 2, f"block_tables has shape {tuple(block_tables.shape)}; it must be [seqs, max_blocks]")
-    seqs = block_tables.shape[0]
-    expected = {
-        "block_tables": (block_tables, tuple(block_tables.shape)),
-        "context_lens": (context_lens, (seqs,)),
-        "query_starts": (query_starts, (seqs + 1,)),
-    }
-    if query_positions is not None:
-        expected["query_positions"] = (query_positions, (query.shape[0],))
-    for name, (tensor, shape) in expected.items():
-        _require(tensor.dtype == torch.int32, f"{name} has type {tensor.dtype}; it must be int32")
-        _require(tuple(tensor.shape) == shape, f"{name} has shape {tuple(tensor.shape)}; it must be {shape}")
-        _require(tensor.device == query.device, f"{name} is on {tensor.device} and query on {query.device}; they must be together")
+    if block_tables.dim() != 2:
+        raise InvalidArgument(f"block_tables has shape {tuple(block_tables.shape)}; it must be [seqs, max_blocks]")
+    seqs, max_blocks = block_tables.shape
+    for name, tensor, shape in (
+        ("block_tables", block_tables, (seqs, max_blocks)),
+        ("context_lens", context_lens, (seqs,)),
+        ("query_starts", query_starts, (seqs + 1,)),
+        ("query_positions", query_positions, (query.shape[0],)),
+    ):
+        if tensor is None:
+            continue
+        if tensor.dtype != torch.int32 or tensor.shape != shape or not tensor.is_contiguous():
+            raise InvalidArgument(
+                f"{name} is {tensor.dtype} of shape {tuple(tensor.shape)}; it must be contiguous int32 of shape {shape}"
+            )
+        if tensor.device != query.device:
+            raise InvalidArgument(f"{name} is on {tensor.device} and query on {query.device}; they must be together")
 
 
 def _check_values(query: Tensor, pool: Tensor, block_tables: Tensor, context_lens: Tensor, query_starts: Tensor) -> None:
     block_tokens = pool.shape[4]
     keys_max = block_tables.shape[1] * block_tokens
-    _require(
-        int(query_starts[0]) == 0 and int(query_starts[-1]) == query.shape[0] and bool((query_starts.diff() >= 0).all()),
-        f"query_starts must rise from 0 to total_q = {query.shape[0]}",
-    )
+    if int(query_starts[0]) != 0 or int(query_starts[-1]) != query.shape[0] or bool((query_starts.diff() < 0).any()):
+        raise InvalidArgument(f"query_starts must rise from 0 to total_q = {query.shape[0]}")
     if context_lens.numel() == 0:
         return
     low, high = (int(bound) for bound in context_lens.aminmax())
-    _require(
-        low >= 0 and high <= keys_max,
-        f"context_lens lie in [{low}, {high}]; a table of {block_tables.shape[1]} blocks of {block_tokens} tokens holds 0 to {keys_max}",
-    )
+    if low < 0 or high > keys_max:
+        raise InvalidArgument(
+            f"context_lens lie in [{low}, {high}]; {block_tables.shape[1]} blocks of {block_tokens} tokens hold 0 to {keys_max}"
+        )
     used = torch.arange(block_tables.shape[1]) * block_tokens < context_lens.unsqueeze(1)
     ids = block_tables[used]
-    if ids.numel():
-        low, high = (int(bound) for bound in ids.aminmax())
-        _require(
-            low >= 0 and high < pool.shape[0],
-            f"block_tables name blocks [{low}, {high}]; the pool has blocks 0 to {pool.shape[0] - 1}",
-        )
+    if ids.numel() == 0:
+        return
+    low, high = (int(bound) for bound in ids.aminmax())
+    if low < 0 or high >= pool.shape[0]:
+        raise InvalidArgument(f"block_tables name blocks [{low}, {high}]; the pool has blocks 0 to {pool.shape[0] - 1}")

@@ -40,8 +40,9 @@ class CpuAttention:
     def __init__(self, threads: int | None = None) -> None:
         self._threads = threads
         self._workers = ThreadPoolExecutor(max_workers=os.cpu_count() or 1, thread_name_prefix="attention")
-        # One step calls every layer with the same tables: the last plan is kept, with the tensors that it was made from.
-        self._planned: tuple[tuple[Tensor | None, ...], tuple[Any, ...], Plan] | None = None
+        # One step calls every layer with the same lengths: the last plan is kept, with what it was made from. That is compared by
+        # content, because a caller may write the next step's lengths into the same tensors.
+        self._planned: tuple[tuple[Any, ...], Plan] | None = None
 
     def paged_attention(
         self,
@@ -58,7 +59,7 @@ class CpuAttention:
         out_dtype: torch.dtype | None = None,
     ) -> tuple[Tensor, Tensor]:
         """See `AttentionBackend.paged_attention`."""
-        plan = self._plan(query, pool, block_tables, context_lens, query_starts, query_positions, sliding_window)
+        plan = self._plan(query, pool, context_lens, query_starts, query_positions, sliding_window)
         query = query.contiguous()
         pages = _Pages(pool, block_tables, layer)
         decoded = self._decode(plan, pages, query, scale) if len(plan.decode_rows) else None
@@ -78,24 +79,22 @@ class CpuAttention:
         self,
         query: Tensor,
         pool: Tensor,
-        block_tables: Tensor,
         context_lens: Tensor,
         query_starts: Tensor,
         query_positions: Tensor | None,
         sliding_window: int | None,
     ) -> Plan:
-        tensors = (block_tables, context_lens, query_starts, query_positions)
         _, _, _, kv_heads, block_tokens, head_dim = pool.shape
         group = query.shape[1] // kv_heads
         threads = self._threads or torch.get_num_threads()
-        versions = tuple(0 if tensor is None else tensor._version for tensor in tensors)
-        facts = (versions, sliding_window, pool.shape[3:], pool.dtype, group, threads)
+        positions = None if query_positions is None else query_positions.numpy().tobytes()
+        lengths = (context_lens.numpy().tobytes(), query_starts.numpy().tobytes(), positions)
+        source = (lengths, sliding_window, pool.shape[3:], pool.dtype, group, threads)
         planned = self._planned
-        if planned is not None and planned[1] == facts and all(a is b for a, b in zip(tensors, planned[0], strict=True)):
-            return planned[2]
+        if planned is not None and planned[0] == source:
+            return planned[1]
         in_place = head_dim % LANES == 0 and block_tokens % cpu_kernel.QUAD == 0
         plan = make_plan(
-            block_tables,
             context_lens,
             query_starts,
             query_positions,
@@ -106,7 +105,7 @@ class CpuAttention:
             share_bytes_min=SHARE_BYTES_MIN,
             threads=threads,
         )
-        self._planned = (tensors, facts, plan)
+        self._planned = (source, plan)
         return plan
 
     def _decode(self, plan: Plan, pages: _Pages, query: Tensor, scale: float) -> tuple[Tensor, Tensor]:

@@ -1,7 +1,7 @@
 """The CPU decode kernel: few query rows against keys that lie in scattered pages, read once and in place.
 
 Owns: `attend`, `finish` and `gather`, compiled by numba for the machine that they run on.
-Invariant: a page is read once and nothing is gathered into new memory; all pointer arithmetic stays inside of the tables' blocks. Arrays are
+Invariant: a page is read once and nothing is gathered into new memory; every address lies in a block that a table names. Arrays are
 one-dimensional and contiguous unless said otherwise; `attend` states the layout of each.
 
 A chunk of blocks is worked off in three phases: scores of all heads against its keys, one softmax over the chunk, sums over its
@@ -253,7 +253,7 @@ def _score_block(scores, score, query, row0, offsets, steps, tile, flat, begin, 
 
 @_inlined
 def _softmax_chunk(scores, keeps, visible, row0, rows, state0, offsets, key0, tokens, tops, sums, shape):
-    """Second phase: hides what a row does not see, then softmaxes; returns the tokens `[first, last)` of the chunk that any row sees."""
+    """Second phase: hides what a row does not see, then softmaxes; returns the chunk's tokens `[first, last)` that any row sees."""
     padded = (tokens + LANES - 1) // LANES * LANES
     seen_first, seen_last = tokens, 0
     for row in range(rows):

@@ -61,7 +61,6 @@ class Plan:
 
 
 def make_plan(
-    block_tables: Tensor,
     context_lens: Tensor,
     query_starts: Tensor,
     query_positions: Tensor | None,
@@ -75,7 +74,7 @@ def make_plan(
 ) -> Plan:
     """Cut a batch: sequences with up to `decode_rows_max` query rows for the decode kernel, the others into tiles.
 
-    The decode work is divided by blocks into at most `threads` shares of at least `share_bytes_min`, where a block (one layer of it)
+    The decode work is divided by blocks into at most `threads` shares of at least `share_bytes_min`, where one layer of a block
     counts `block_bytes`; a sequence may be cut between two shares.
     """
     visible = _visible_keys(context_lens, query_starts, query_positions, sliding_window)

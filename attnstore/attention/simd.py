@@ -27,7 +27,7 @@ _INT_VECTOR = ir.VectorType(_I32, LANES)
 _LOADED: Final = {types.uint16: _I16, types.int16: _F16, types.float32: _F32}
 
 
-class Lanes(types.Type):  # type: ignore[misc]
+class Lanes(types.Type):
     """The numba type of `<16 x float>`."""
 
     def __init__(self) -> None:
@@ -38,7 +38,7 @@ lanes = Lanes()
 
 
 @register_model(Lanes)
-class _LanesModel(models.PrimitiveModel):  # type: ignore[misc]
+class _LanesModel(models.PrimitiveModel):
     def __init__(self, dmm: Any, fe_type: Any) -> None:
         super().__init__(dmm, fe_type, _VECTOR)
 
