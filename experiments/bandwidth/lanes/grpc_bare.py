@@ -1,0 +1,102 @@
+"""The limit of grpcio: a stream of constant messages of the size that the store's chunks have, and nothing else.
+
+grpc.aio on uvloop on both sides, as in the store; the serializers are the identity, so no byte of a message is touched.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import struct
+from collections.abc import AsyncIterator
+from typing import Any
+
+import grpc
+import uvloop
+
+from attnstore.limits import CHUNK_BYTES_MAX, MESSAGE_BYTES_MAX
+from experiments.bandwidth.lane import Start, serve_lane
+from experiments.bandwidth.processes import say_and_wait
+
+_SERVICE = "bare.Pages"
+_COUNT = struct.Struct("<I")
+_OPTIONS = (("grpc.max_receive_message_length", MESSAGE_BYTES_MAX), ("grpc.max_send_message_length", MESSAGE_BYTES_MAX))
+
+
+class GrpcBareLane:
+    """The client. Nothing lands in buffers: the messages that arrive are dropped."""
+
+    destination = None
+
+    def __init__(self, start: Start) -> None:
+        self._messages = _messages_of_a_page(start.page_bytes)
+        self._loop = uvloop.new_event_loop()
+        asyncio.set_event_loop(self._loop)
+        self._loop.run_until_complete(self._connect(start.address))
+        self.verbs = {"grpc_bare read": self._read, "grpc_bare write": self._write}
+
+    async def _connect(self, address: str) -> None:
+        self._channel = grpc.aio.insecure_channel(address, options=_OPTIONS)
+        self._reading: Any = self._channel.unary_stream(f"/{_SERVICE}/Read")
+        self._writing: Any = self._channel.stream_unary(f"/{_SERVICE}/Write")
+        await self._channel.channel_ready()
+
+    def begin_pass(self) -> None:
+        """Nothing to do: nothing is kept."""
+
+    def _read(self, begin: int, end: int) -> None:
+        async def read() -> None:
+            call = self._reading(_COUNT.pack(end - begin))
+            while await call.read() is not grpc.aio.EOF:
+                pass
+
+        self._loop.run_until_complete(read())
+
+    def _write(self, begin: int, end: int) -> None:
+        async def write() -> None:
+            call = self._writing()
+            for _ in range(begin, end):
+                for message in self._messages:
+                    await call.write(message)
+            await call.done_writing()
+            await call
+
+        self._loop.run_until_complete(write())
+
+
+async def serve(start: Start) -> None:
+    """The server."""
+    messages = _messages_of_a_page(start.page_bytes)
+
+    async def read(request: bytes, context: Any) -> None:
+        for _ in range(_COUNT.unpack(request)[0]):
+            for message in messages:
+                await context.write(message)
+
+    async def write(_requests: AsyncIterator[bytes], context: Any) -> bytes:
+        while await context.read() is not grpc.aio.EOF:
+            pass
+        return b""
+
+    handlers: dict[str, Any] = {
+        "Read": grpc.unary_stream_rpc_method_handler(read),
+        "Write": grpc.stream_unary_rpc_method_handler(write),
+    }
+    server = grpc.aio.server(options=_OPTIONS)
+    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(_SERVICE, handlers),))
+    port = server.add_insecure_port("127.0.0.1:0")
+    await server.start()
+    await asyncio.to_thread(say_and_wait, f"127.0.0.1:{port}")
+    await server.stop(None)
+
+
+def _messages_of_a_page(page_bytes: int) -> list[bytes]:
+    """The messages that carry one page: full chunks and the rest."""
+    return [bytes(min(CHUNK_BYTES_MAX, page_bytes - offset)) for offset in range(0, page_bytes, CHUNK_BYTES_MAX)]
+
+
+if __name__ == "__main__":
+    START = Start.from_arguments()
+    if START.variant == "server":
+        uvloop.run(serve(START))
+    else:
+        serve_lane(GrpcBareLane(START), START)

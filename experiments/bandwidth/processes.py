@@ -1,0 +1,113 @@
+"""Child processes of a run: started together, told by a pipe, always ended.
+
+Owns: every process of a run. Invariant: a child ends when its standard input is closed, so none outlives the run even if the run
+is killed. Standard library only.
+"""
+
+from __future__ import annotations
+
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+ROOT = Path(__file__).parents[2]
+_START_S_MAX = 60.0
+_END_S_MAX = 10.0
+
+
+class ChildEnded(Exception):
+    """A child ended when an answer was due; its own words are on the terminal."""
+
+
+class Child:
+    """A command with pipes that says one line when it is ready and ends when its input does."""
+
+    def __init__(self, command: Sequence[str], stderr: int | None = None) -> None:
+        self._command = " ".join(command)
+        self.process = subprocess.Popen(
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            cwd=ROOT,
+            stderr=stderr,
+        )
+
+    @classmethod
+    def of_module(cls, name: str, argument: str) -> Child:
+        """`python -m NAME ARGUMENT` under this interpreter."""
+        return cls([sys.executable, "-m", name, argument])
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
+        self.stop()
+
+    @property
+    def pid(self) -> int:
+        """The process's id."""
+        return self.process.pid
+
+    def first_line(self) -> str:
+        """What the child says when it is ready. Raises `ChildEnded` when it ends or takes too long instead."""
+        killer = threading.Timer(_START_S_MAX, self.process.kill)
+        killer.start()
+        try:
+            return self._line()
+        finally:
+            killer.cancel()
+
+    def ask(self, line: str) -> str:
+        """Sends one line and returns the answer. Raises `ChildEnded`."""
+        self.tell(line)
+        return self._line()
+
+    def tell(self, line: str) -> None:
+        """Sends one line."""
+        assert self.process.stdin is not None
+        self.process.stdin.write(line + "\n")
+        self.process.stdin.flush()
+
+    def stop(self) -> None:
+        """Closes the child's input, which ends it; kills it if that does not help."""
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        self.process.stdin.close()
+        try:
+            self.process.wait(_END_S_MAX)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+        self.process.stdout.close()
+
+    def _line(self) -> str:
+        assert self.process.stdout is not None
+        line = self.process.stdout.readline()
+        if not line:
+            raise ChildEnded(self._command)
+        return line.rstrip("\n")
+
+
+def serve_connections(answer: Callable[[socket.socket], None]) -> str:
+    """Listens on a free loopback port and runs `answer` on a thread for each connection; the address."""
+    listener = socket.create_server(("127.0.0.1", 0))
+
+    def accept() -> None:
+        while True:
+            peer, _ = listener.accept()
+            threading.Thread(target=answer, args=(peer,), daemon=True).start()
+
+    threading.Thread(target=accept, daemon=True).start()
+    return f"127.0.0.1:{listener.getsockname()[1]}"
+
+
+def say_and_wait(line: str) -> None:
+    """The first line of a child, then its wait until the parent ends it."""
+    print(line, flush=True)
+    sys.stdin.read()

@@ -1,0 +1,103 @@
+"""What a run found: the samples of every cell, and the rows, medians and ratios made of them.
+
+Owns: `Cell`, `Results`. Invariant: a ratio is the median of ratios within a round, so that a slow minute of the machine, which hits
+both sides of it, does not move it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from statistics import median
+from typing import TypedDict
+
+from experiments.bandwidth.lane import Sample
+
+PAGE_BYTES_SMALL = 368_640
+"""SmolLM2-135M, 16 tokens, bf16: the page that this project's anchors were measured with."""
+PAGE_BYTES_LARGE = 2 << 20
+"""Llama-3-8B, 16 tokens, bf16."""
+
+
+class Row(TypedDict):
+    """One line of the JSON. `gb_per_s` is the median over rounds, in 10^9 bytes; latencies are of one operation (a batch)."""
+
+    transport: str
+    op: str
+    page_bytes: int
+    batch: int
+    gb_per_s: float
+    p50_us: float
+    p99_us: float
+    cpu_s_per_gb: float
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class Cell:
+    """One thing that is measured."""
+
+    transport: str
+    op: str
+    page_bytes: int
+    batch: int
+
+    @property
+    def verb(self) -> str:
+        """As a lane announces it."""
+        return f"{self.transport} {self.op}"
+
+
+@dataclass
+class Results:
+    """`samples[cell]` has one sample for each round."""
+
+    samples: dict[Cell, list[Sample]] = field(default_factory=dict)
+
+    def add(self, cell: Cell, sample: Sample) -> None:
+        """Takes the sample of the next round."""
+        self.samples.setdefault(cell, []).append(sample)
+
+    def merge(self, other: Results) -> None:
+        """Takes the cells of another run."""
+        self.samples.update(other.samples)
+
+    def gb_per_s(self, cell: Cell) -> float:
+        """Median over rounds."""
+        return median(sample.gb_per_s for sample in self.samples[cell])
+
+    def latency_us(self, cell: Cell, quantile: float) -> float:
+        """Quantile over all operations of all rounds."""
+        return quantile_us((ns for sample in self.samples[cell] for ns in sample.ns), quantile)
+
+    def best(self, cells: Iterable[Cell]) -> Cell | None:
+        """The fastest of them, None where there is none."""
+        return max(cells, key=self.gb_per_s, default=None)
+
+    def ratio(self, cell: Cell, reference: Cell) -> float:
+        """How many times as fast as the reference: median of the rounds' ratios."""
+        pairs = zip(self.samples[cell], self.samples[reference], strict=False)
+        return median(one.gb_per_s / other.gb_per_s for one, other in pairs)
+
+    def rows(self) -> list[Row]:
+        """One row for each cell, in the order of measurement."""
+        return [self._row(cell) for cell in self.samples]
+
+    def _row(self, cell: Cell) -> Row:
+        samples = self.samples[cell]
+        cpu_ns = sum(sample.client_ns + sample.server_ns for sample in samples)
+        return Row(
+            transport=cell.transport,
+            op=cell.op,
+            page_bytes=cell.page_bytes,
+            batch=cell.batch,
+            gb_per_s=round(self.gb_per_s(cell), 3),
+            p50_us=round(self.latency_us(cell, 0.5), 1),
+            p99_us=round(self.latency_us(cell, 0.99), 1),
+            cpu_s_per_gb=round(cpu_ns / sum(sample.bytes for sample in samples), 3),
+        )
+
+
+def quantile_us(durations_ns: Iterable[int], quantile: float) -> float:
+    """The smallest duration that at least `quantile` of them do not pass, in microseconds."""
+    ordered = sorted(durations_ns)
+    return ordered[max(0, -int(-quantile * len(ordered) // 1) - 1)] / 1000
