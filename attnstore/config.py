@@ -19,7 +19,7 @@ from pydantic import BaseModel, ByteSize, ConfigDict, Field, SecretStr, Validati
 from attnstore.errors import InvalidArgument
 from attnstore.limits import CAPACITY_BYTES_MAX, DRAIN_MS_DEFAULT, KIB
 
-BULK_TRANSPORTS = frozenset({"tcp"})
+BULK_TRANSPORTS = frozenset({"shm", "tcp"})
 ENVIRONMENT_PREFIX = "ATTNSTORE_"
 
 
@@ -33,7 +33,7 @@ class ServeOptions(BaseModel):
     node_id: str = Field(
         "", description="name of the node in logs, metrics and the directory; default: the address that it listens on"
     )
-    transports: str = Field("tcp", description="bulk transports offered beside grpc, comma-separated: tcp, or none")
+    transports: str = Field("tcp,shm", description="bulk transports offered beside grpc, comma-separated: tcp, shm, or none")
     page_channel_port: int = Field(0, ge=0, le=65535, description="port of the page channel (tcp); 0 takes a free one")
     metrics_port: int | None = Field(None, ge=0, le=65535, description="port of the Prometheus metrics; none by default")
     token: SecretStr | None = Field(None, description="token that callers must present; they are all the tenant 'default'")

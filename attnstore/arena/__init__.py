@@ -2,6 +2,7 @@
 
 from attnstore.arena.base import Arena
 from attnstore.arena.memory import MemoryArena
+from attnstore.arena.shared import SharedArena
 from attnstore.core.slots import extent_bytes_for
 
-__all__ = ["Arena", "MemoryArena", "extent_bytes_for"]
+__all__ = ["Arena", "MemoryArena", "SharedArena", "extent_bytes_for"]

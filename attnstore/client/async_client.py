@@ -30,6 +30,8 @@ from attnstore.client.bulk import (
 )
 from attnstore.client.grpc_transport import GrpcTransport, Target
 from attnstore.client.landing import Landing, readable_view
+from attnstore.client.mapped import PageViews
+from attnstore.client.shm_transport import ShmTransport, ViewPlan
 from attnstore.client.tcp_transport import TcpTransport
 from attnstore.clock import Clock, Deadline, MonotonicClock
 from attnstore.config import is_token, split_address
@@ -110,6 +112,7 @@ class AsyncClient:
         self._layouts: dict[bytes, PageLayout] = {}
         self._transport: GrpcTransport | None = None
         self._tcp: TcpTransport | None = None
+        self.shm: ShmTransport | None = None
         self._clock = clock or MonotonicClock()
         self._negotiating = asyncio.Lock()
         self._closed = False
@@ -129,6 +132,9 @@ class AsyncClient:
         tcp, self._tcp = self._tcp, None
         if tcp is not None:
             tcp.close()
+        shm, self.shm = self.shm, None
+        if shm is not None:
+            shm.close()
         transport, self._transport = self._transport, None
         if transport is not None:
             await transport.close()
@@ -274,6 +280,44 @@ class AsyncClient:
             # Not on the event loop: a callback may block, or call this client.
             await _in_thread(functools.partial(all_layers, plan, plan.on_layer), plan.transfer)
 
+    async def view(
+        self,
+        namespace: bytes,
+        hashes: Sequence[bytes],
+        *,
+        lease: Lease,
+        layers: tuple[int, int] | None = None,
+        deadline_ms: float | None = None,
+    ) -> PageViews:
+        """Pages, or `layers = (begin, end)` of each, where they lie in the node's memory: see `PageViews` for what that promises.
+
+        For a node on this host that offers shm; `lease` must cover the pages. Raises `InvalidArgument` where shm is not to be had,
+        and a `Retryable` error when the connection is lost or the deadline passes.
+        """
+        plan = self.plan_view(namespace, hashes, lease, layers, deadline_ms)
+        return await self._in_namespace(namespace, plan.deadline, lambda: self._view_over_shm(plan))
+
+    def plan_view(
+        self,
+        namespace: bytes,
+        hashes: Sequence[bytes],
+        lease: Lease,
+        layers: tuple[int, int] | None,
+        deadline_ms: float | None,
+    ) -> ViewPlan:
+        """Checks the arguments of `view`; nothing is sent."""
+        layout = self._layout(namespace)
+        messages.join_hashes(hashes)
+        begin, end = layout.layer_slice(*(layers if layers is not None else (0, layout.layers)))
+        return ViewPlan(namespace, tuple(hashes), begin, end, lease.lease_id, self._deadline(deadline_ms))
+
+    async def _view_over_shm(self, plan: ViewPlan) -> PageViews:
+        await self._negotiate(plan.deadline)
+        shm = self.shm
+        if shm is None:
+            raise InvalidArgument("pages can be viewed in place only on a node of this host that offers shm")
+        return await _in_thread(lambda: shm.view(plan), plan.transfer)
+
     async def write(
         self, namespace: bytes, hashes: Sequence[bytes], pages: Sequence[Buffer], *, deadline_ms: float | None = None
     ) -> WriteResult:
@@ -322,11 +366,16 @@ class AsyncClient:
             if self.bulk.is_negotiated():
                 return
             offered = (await self.describe(deadline_ms=deadline.left_ms())).transports
+            opener = self._opener(asyncio.get_running_loop())
             if "tcp" in offered:
                 host, _ = split_address(self._options.target.address)
-                self._tcp = TcpTransport(host, self._opener(asyncio.get_running_loop()), self._options.channels)
-            readers = [transport for transport in (self._tcp,) if transport is not None]
-            self.bulk.offer(readers, readers)
+                self._tcp = TcpTransport(host, opener, self._options.channels)
+            if "shm" in offered and (self._options.transport == "shm" or ShmTransport.is_reachable(offered["shm"])):
+                self.shm = ShmTransport(opener)
+            self.bulk.offer(
+                [transport for transport in (self.shm, self._tcp) if transport is not None],
+                [transport for transport in (self._tcp,) if transport is not None],
+            )
 
     def _opener(self, loop: asyncio.AbstractEventLoop) -> Callable[[str, Deadline], tuple[str, bytes]]:
         async def ask(transport: str, deadline: Deadline) -> tuple[str, bytes]:

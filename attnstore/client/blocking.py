@@ -20,6 +20,7 @@ import uvloop
 
 from attnstore.client.async_client import AsyncClient, ConnectOptions, written
 from attnstore.client.bulk import OnLayer, wait_out
+from attnstore.client.mapped import PageViews
 from attnstore.clock import Clock
 from attnstore.errors import ClientClosed, NamespaceUnknown, Retryable
 from attnstore.types import Lease, PageEvent, ReadResult, WriteResult
@@ -204,6 +205,23 @@ class Client:
             except Retryable as error:
                 return plan.landing.result(error)
             return self._thread.run(self._client.run_read(plan))
+
+    def view(
+        self,
+        namespace: bytes,
+        hashes: Sequence[bytes],
+        *,
+        lease: Lease,
+        layers: tuple[int, int] | None = None,
+        deadline_ms: float | None = None,
+    ) -> PageViews:
+        """See `AsyncClient.view`. Runs on the calling thread, with no hop to the event loop."""
+        with self._thread.used():
+            shm = self._client.shm
+            if shm is not None:
+                with suppress(NamespaceUnknown):  # registered again below
+                    return shm.view(self._client.plan_view(namespace, hashes, lease, layers, deadline_ms))
+            return self._thread.run(self._client.view(namespace, hashes, lease=lease, layers=layers, deadline_ms=deadline_ms))
 
     def write(
         self, namespace: bytes, hashes: Sequence[bytes], pages: Sequence[Buffer], *, deadline_ms: float | None = None

@@ -20,7 +20,7 @@ import structlog
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
-from attnstore.arena import MemoryArena, extent_bytes_for
+from attnstore.arena import MemoryArena, SharedArena, extent_bytes_for
 from attnstore.clock import Clock, MonotonicClock
 from attnstore.config import ServeOptions, split_address
 from attnstore.core.page_table import PageTable
@@ -30,6 +30,7 @@ from attnstore.server.events import EventHub
 from attnstore.server.page_channel import PageChannelServer, TokenBook
 from attnstore.server.rpc import Authenticator, RpcShell
 from attnstore.server.servicer import ChannelOffer, NodeIdentity, Servicer
+from attnstore.server.shared_memory import SharedMemoryServer
 from attnstore.server.store import Store
 from attnstore.telemetry import NodeMetrics
 from attnstore.wire.messages import METHODS, SERVICE
@@ -62,7 +63,8 @@ class StoreNode:
         self._server = grpc.aio.server(options=_SERVER_OPTIONS)
         self.address = self._bind()
         extent_bytes = extent_bytes_for(options.capacity)
-        self._arena = MemoryArena(options.capacity, extent_bytes)
+        offers_memory = "shm" in options.bulk_transports()
+        self._arena = (SharedArena if offers_memory else MemoryArena)(options.capacity, extent_bytes)
         table = PageTable(
             capacity_bytes=options.capacity,
             extent_bytes=extent_bytes,
@@ -74,9 +76,17 @@ class StoreNode:
         self._shell = RpcShell(Authenticator(options.tenants()), self._metrics)
         self._tokens = TokenBook(clock)
         self._page_channel = PageChannelServer(self._store, self._tokens, self._metrics, stall_ms=options.stall_ms)
+        epoch = secrets.token_bytes(EPOCH_BYTES)
+        self._shared_memory = (
+            SharedMemoryServer(
+                self._store, self._arena, TokenBook(clock), self._metrics, clock, epoch=epoch, stall_ms=options.stall_ms
+            )
+            if isinstance(self._arena, SharedArena)
+            else None
+        )
         self._channels: dict[str, ChannelOffer] = {}
         self._servicer = Servicer(
-            identity=NodeIdentity(options.node_id or self.address, secrets.token_bytes(EPOCH_BYTES), version("attnstore")),
+            identity=NodeIdentity(options.node_id or self.address, epoch, version("attnstore")),
             store=self._store,
             hub=hub,
             metrics=self._metrics,
@@ -97,6 +107,9 @@ class StoreNode:
             host, _ = split_address(self._options.listen)
             self._page_channel.start(host, self._options.page_channel_port)
             self._channels["tcp"] = ChannelOffer(f":{self._page_channel.port}", self._tokens.issue)
+        if self._shared_memory is not None:
+            self._shared_memory.start()
+            self._channels["shm"] = ChannelOffer(self._shared_memory.address, self._shared_memory.tokens.issue)
         if self._options.metrics_port is not None:
             self._serve_metrics(self._options.metrics_port)
         await self._server.start()
@@ -111,10 +124,13 @@ class StoreNode:
         _log.info("draining", streams_in_flight=self._shell.streams_in_flight, drain_ms=drain_ms)
         await self._health.enter_graceful_shutdown()
         self._servicer.drain()
-        # Both kinds of calls drain at the same time, under the same limit.
-        page_channel_stopped = asyncio.create_task(asyncio.to_thread(self._page_channel.stop, drain_ms))
+        # All kinds of calls drain at the same time, under the same limit.
+        stops: list[Callable[[float], None]] = [self._page_channel.stop]
+        if self._shared_memory is not None:
+            stops.append(self._shared_memory.stop)
+        bulk_stopped = [asyncio.create_task(asyncio.to_thread(stop, drain_ms)) for stop in stops]
         await self._server.stop(drain_ms / 1000)
-        await page_channel_stopped
+        await asyncio.gather(*bulk_stopped)
         if self._expiry is not None:
             self._expiry.cancel()
         if self._stop_metrics is not None:

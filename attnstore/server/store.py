@@ -9,6 +9,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import TypeVar
 
 from attnstore.arena import Arena
 from attnstore.clock import Clock
@@ -17,6 +18,7 @@ from attnstore.core.layout import PageLayout
 from attnstore.core.page_table import ArrivingPage, MatchOutcome, PageTable, PageTableStatistics, PinnedPage
 from attnstore.types import PageEvent, PageStatus
 
+T = TypeVar("T")
 Publish = Callable[[Iterable[tuple[bytes, PageEvent]]], None]
 
 
@@ -67,6 +69,27 @@ class Store:
         finally:
             with self._lock:
                 self._table.unpin(page)
+
+    def locate(
+        self, namespace: bytes, page_hashes: Iterable[bytes], lease_id: bytes | None, place: Callable[[PinnedPage], T]
+    ) -> list[T | PageStatus]:
+        """`place` of each sealed page, called while the page cannot be recycled; or the status that says why not.
+
+        The table is locked meanwhile: ask for few pages at once.
+        """
+        located: list[T | PageStatus] = []
+        with self._lock:
+            now_ms = self._clock.now_ms()
+            for page_hash in page_hashes:
+                page = self._table.pin(namespace, page_hash, lease_id, now_ms)
+                if isinstance(page, PageStatus):
+                    located.append(page)
+                    continue
+                try:
+                    located.append(place(page))
+                finally:
+                    self._table.unpin(page)
+        return located
 
     def prepare(self, namespace: bytes, page_hash: bytes, checksum: int) -> ArrivingPage | PageStatus:
         """`PageTable.prepare`; hand the page to `seal` or `abort`."""

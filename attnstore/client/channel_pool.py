@@ -1,0 +1,107 @@
+"""Idle bulk connections to one node, each used by one exchange at a time.
+
+Owns: which connections are idle and which are in use.
+Invariant: a connection goes back to the pool only after a complete exchange; in every other case it is closed before `exchange`
+ends, so what is late on it can reach nobody.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Generic, Protocol, TypeVar
+
+from attnstore.client.bulk import Transfer
+from attnstore.clock import Deadline
+from attnstore.errors import ClientClosed, Unavailable
+
+_IDLE_MAX = 8
+
+
+class Channel(Protocol):
+    """One open connection."""
+
+    def shutdown(self) -> None:
+        """Breaks the connection, so that whoever uses it gets `Unavailable`. Safe from any thread."""
+        ...
+
+    def close(self) -> None:
+        """Gives the socket back."""
+        ...
+
+
+C = TypeVar("C", bound=Channel)
+R = TypeVar("R")
+
+
+class ChannelPool(Generic[C]):
+    """`connect` opens a connection within a deadline. Methods may be called from several threads at once."""
+
+    def __init__(self, connect: Callable[[Deadline], C]) -> None:
+        self._connect = connect
+        self._lock = threading.Lock()
+        self._idle: list[C] = []
+        self._in_use: set[C] = set()
+        self._closed = False
+
+    def close(self) -> None:
+        """Breaks what runs and closes every connection."""
+        with self._lock:
+            self._closed = True
+            in_use = list(self._in_use)
+        for channel in in_use:
+            channel.shutdown()
+        self._drop_idle()
+
+    def exchange(self, deadline: Deadline, transfer: Transfer, run: Callable[[C], R]) -> R:
+        """`run` on an idle connection, and once more on a fresh one where the idle one turns out to be dead.
+
+        So `run` must be harmless to repeat.
+        """
+        with self._lock:
+            pooled = self._idle.pop() if self._idle else None
+        if pooled is not None:
+            try:
+                with self._using(pooled, transfer):
+                    return run(pooled)
+            except Unavailable:
+                if transfer.is_aborted:
+                    raise
+                self._drop_idle()  # the node that they led to is gone
+        channel = self._connect(deadline)
+        with self._using(channel, transfer):
+            return run(channel)
+
+    @contextmanager
+    def _using(self, channel: C, transfer: Transfer) -> Iterator[None]:
+        reusable = False
+        try:
+            with self._lock:
+                self._in_use.add(channel)
+                self._require_open()
+            with transfer.breakable(channel.shutdown):
+                yield
+            # An abort that came too late for this exchange has still broken its connection.
+            reusable = not transfer.is_aborted
+        except Unavailable:
+            self._require_open()
+            raise
+        finally:
+            with self._lock:
+                self._in_use.discard(channel)
+                reusable = reusable and not self._closed and len(self._idle) < _IDLE_MAX
+                if reusable:
+                    self._idle.append(channel)
+            if not reusable:
+                channel.close()
+
+    def _require_open(self) -> None:
+        if self._closed:
+            raise ClientClosed("the client is closed")
+
+    def _drop_idle(self) -> None:
+        with self._lock:
+            idle, self._idle = self._idle, []
+        for channel in idle:
+            channel.close()

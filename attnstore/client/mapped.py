@@ -1,0 +1,136 @@
+"""An extent of the node's shared memory, mapped into this process, and pages used where they lie.
+
+Owns: the mapping, which lives as long as anybody holds a view of it.
+Invariant: nothing here can write to the node's memory; bytes count only if the stamp of their page is still the one it was located
+with *after* they were used.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import fcntl
+import mmap
+import os
+from collections.abc import Sequence
+from contextlib import suppress
+from types import TracebackType
+from typing import Final, Self
+
+from attnstore.errors import ProtocolError
+from attnstore.types import PageStatus
+from attnstore.wire.shared import ExtentLayout, Place
+
+_MADV_POPULATE_READ: Final = 22
+"""Linux 5.14; the mmap module has no name for it."""
+_SEALS_NEEDED: Final = fcntl.F_SEAL_SHRINK
+_PYBUF_SIMPLE: Final = 0
+
+
+class MappedExtent:
+    """One extent, read-only. Raises `ProtocolError` for a descriptor that is not a sealed file of the extent's size.
+
+    A file that could shrink would kill this process at the first byte read beyond its end.
+    """
+
+    def __init__(self, descriptor: int, layout: ExtentLayout) -> None:
+        try:
+            sealed = fcntl.fcntl(descriptor, fcntl.F_GET_SEALS) & _SEALS_NEEDED == _SEALS_NEEDED
+            if not sealed or os.fstat(descriptor).st_size != layout.file_bytes:
+                raise ProtocolError("the node handed out a file that is not a sealed extent")
+            mapping = mmap.mmap(descriptor, layout.file_bytes, mmap.MAP_SHARED, mmap.PROT_READ)
+        except OSError as error:
+            raise ProtocolError(f"the extent that the node handed out cannot be mapped: {error.strerror}") from None
+        with suppress(OSError):  # an older kernel: the first reads pay for the page faults
+            mapping.madvise(_MADV_POPULATE_READ)
+        self._layout = layout
+        self._bytes = memoryview(mapping)
+        self._stamps = self._bytes[layout.stamps_offset_bytes :].cast("Q")
+        self._address = _address(self._bytes)
+
+    def holds(self, place: Place) -> bool:
+        """Whether the bytes there are still those of the page that was located there."""
+        return self._stamps[self._layout.stamp_index(place.offset_bytes)] == place.stamp
+
+    def view(self, begin: int, end: int) -> memoryview:
+        """Bytes `[begin, end)` of the extent, read-only."""
+        return self._bytes[begin:end]
+
+    def copy(self, begin: int, destination: memoryview) -> None:
+        """Copies from `begin` on into all of `destination`, without the interpreter lock, so that several threads copy at once."""
+        size_bytes = len(destination)
+        assert 0 <= begin <= begin + size_bytes <= len(self._bytes)
+        assert not destination.readonly
+        ctypes.memmove(_address(destination), self._address + begin, size_bytes)
+
+
+Located = tuple[Place, MappedExtent] | PageStatus
+"""A page's place in an extent that is mapped here, or why it is not there."""
+
+
+class PageViews:
+    """Pages used where they lie, with no copy: `with transport.view(plan) as pages: ...`.
+
+    `pages[i]` is a read-only memoryview of bytes `[begin, end)` of page i, or None where `statuses[i]` is not OK. What it costs
+    does not depend on the size of a page, because nobody looks at the bytes: *no checksum is verified* (the node did when it
+    sealed the page), and a page that is recycled meanwhile changes under the reader's eyes. So take the lease that covers the
+    pages, use them within it, and ask `verify` (or `valid`) *after* use: what was computed from a page that is not valid then must
+    be thrown away. At the end of the `with` block the views are released; whoever still holds an array made of one keeps the
+    memory mapped, but no promise.
+    """
+
+    def __init__(self, located: Sequence[Located], begin: int, end: int) -> None:
+        self._located = located
+        self.statuses = tuple(page if isinstance(page, PageStatus) else PageStatus.OK for page in located)
+        self.pages = tuple(
+            None if isinstance(page, PageStatus) else page[1].view(page[0].offset_bytes + begin, page[0].offset_bytes + end)
+            for page in located
+        )
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
+        for page in self.pages:
+            if page is not None:
+                with suppress(BufferError):  # an array made of it is alive
+                    page.release()
+
+    def valid(self, index: int) -> bool:
+        """Whether page `index` was there and has not been recycled so far."""
+        page = self._located[index]
+        return not isinstance(page, PageStatus) and page[1].holds(page[0])
+
+    def verify(self) -> tuple[PageStatus, ...]:
+        """The statuses as of now: a page that was recycled since is MISSING."""
+        return tuple(
+            PageStatus.MISSING if status is PageStatus.OK and not self.valid(index) else status
+            for index, status in enumerate(self.statuses)
+        )
+
+
+class _Buffer(ctypes.Structure):
+    """CPython's `Py_buffer`, which is part of the stable ABI since 3.11."""
+
+    _fields_ = (
+        ("buf", ctypes.c_void_p),
+        ("obj", ctypes.py_object),
+        ("len", ctypes.c_ssize_t),
+        ("itemsize", ctypes.c_ssize_t),
+        ("readonly", ctypes.c_int),
+        ("ndim", ctypes.c_int),
+        ("format", ctypes.c_char_p),
+        ("shape", ctypes.c_void_p),
+        ("strides", ctypes.c_void_p),
+        ("suboffsets", ctypes.c_void_p),
+        ("internal", ctypes.c_void_p),
+    )
+
+
+def _address(view: memoryview) -> int:
+    """Where a contiguous view's bytes are; good for as long as the view is alive. (ctypes itself refuses read-only memory.)"""
+    buffer = _Buffer()
+    ctypes.pythonapi.PyObject_GetBuffer(ctypes.py_object(view), ctypes.byref(buffer), _PYBUF_SIMPLE)
+    address = buffer.buf
+    ctypes.pythonapi.PyBuffer_Release(ctypes.byref(buffer))
+    assert address is not None
+    return int(address)

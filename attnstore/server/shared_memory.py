@@ -1,0 +1,214 @@
+"""The node's end of shared memory: a Unix socket that says where pages are and hands extents out.
+
+Owns: the socket in a directory of its own that only the node's user can enter, and who may have which extent.
+Invariants: a peer runs as the node's own user (the kernel says so) and presents a one-time token, which decides the tenant; it
+gets a descriptor only of an extent in which this connection was told of a page of that tenant, and only while that tenant holds
+it.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import tempfile
+import threading
+from collections import Counter
+from pathlib import Path
+
+import structlog
+
+from attnstore.arena.shared import SharedArena
+from attnstore.clock import Clock, Deadline
+from attnstore.core.page_table import PinnedPage
+from attnstore.errors import AttnStoreError, InvalidArgument, PermissionDenied, Retryable, Unavailable
+from attnstore.limits import CHANNEL_CONNECTIONS_MAX, CHANNEL_HELLO_MS_MAX, CHANNEL_IDLE_MS_MAX, CHANNEL_READ_HASHES_MAX
+from attnstore.server.connections import ConnectionThreads
+from attnstore.server.page_channel import TokenBook
+from attnstore.server.store import Store
+from attnstore.telemetry import NodeMetrics
+from attnstore.types import PageStatus
+from attnstore.wire import shared
+from attnstore.wire.shared import Kind, Place, State
+from attnstore.wire.shared_stream import Message, SharedStream
+
+_HASHES_PER_LOCK = 64
+"""Metadata calls wait for the page table no longer than this many look-ups take."""
+
+_log = structlog.get_logger(__name__)
+
+
+class SharedMemoryServer:
+    """Serves the shared memory of `arena` from `start` to `stop`. `epoch` is 16 bytes, new with each start of the node."""
+
+    def __init__(
+        self,
+        store: Store,
+        arena: SharedArena,
+        tokens: TokenBook,
+        metrics: NodeMetrics,
+        clock: Clock,
+        *,
+        epoch: bytes,
+        stall_ms: int,
+    ) -> None:
+        self._store = store
+        self._arena = arena
+        self.tokens = tokens
+        self._metrics = metrics
+        self._clock = clock
+        self._stall_ms = stall_ms
+        self._welcome = shared.Welcome(epoch, arena.extent_bytes, CHANNEL_READ_HASHES_MAX)
+        self._draining = threading.Event()
+        self._connections = ConnectionThreads("shared-memory", self._connect, clock)
+        self.address = ""
+
+    def start(self) -> None:
+        """Binds a socket in a new private directory under `$XDG_RUNTIME_DIR` or the system's temporary one, and serves.
+
+        A path works across network namespaces of one host as long as both sides see the directory. Raises `InvalidArgument`.
+        """
+        listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        try:
+            directory = tempfile.mkdtemp(prefix="attnstore-", dir=os.environ.get("XDG_RUNTIME_DIR") or None)
+            self.address = f"{directory}/shm"
+            listener.bind(self.address)
+            listener.listen(CHANNEL_CONNECTIONS_MAX)
+        except OSError as error:
+            listener.close()
+            self._remove()
+            raise InvalidArgument(f"no socket for shm can be bound: {error}; set XDG_RUNTIME_DIR, or do not offer shm") from None
+        self._connections.start(listener)
+
+    def stop(self, drain_ms: float) -> None:
+        """See `ConnectionThreads.stop`; the socket is gone from the file system at once. Mapped extents stay readable."""
+        self._draining.set()
+        self._remove()
+        self._connections.stop(drain_ms)
+
+    def _connect(self, peer: socket.socket) -> _Connection:
+        return _Connection(
+            SharedStream(peer),
+            self._store,
+            self._arena,
+            self.tokens,
+            self._metrics,
+            self._clock,
+            welcome=self._welcome,
+            stall_ms=self._stall_ms,
+            draining=self._draining,
+        )
+
+    def _remove(self) -> None:
+        if self.address:
+            path = Path(self.address)
+            path.unlink(missing_ok=True)
+            path.parent.rmdir()
+
+
+class _Connection:
+    """One peer: HELLO, then its requests one after the other."""
+
+    def __init__(
+        self,
+        stream: SharedStream,
+        store: Store,
+        arena: SharedArena,
+        tokens: TokenBook,
+        metrics: NodeMetrics,
+        clock: Clock,
+        *,
+        welcome: shared.Welcome,
+        stall_ms: int,
+        draining: threading.Event,
+    ) -> None:
+        self._stream = stream
+        self._store = store
+        self._arena = arena
+        self._tokens = tokens
+        self._metrics = metrics
+        self._clock = clock
+        self._welcome = welcome
+        self._stall_ms = stall_ms
+        self._draining = draining
+        self._busy = threading.Lock()
+        self._told: dict[int, int] = {}  # extent -> the tenancy in which a page of our tenant was last located there
+
+    def shutdown(self) -> None:
+        self._stream.shutdown()
+
+    def shutdown_when_idle(self) -> None:
+        if self._busy.acquire(blocking=False):
+            self._stream.shutdown()
+            self._busy.release()
+
+    def close(self) -> None:
+        self._stream.close()
+
+    def serve(self) -> None:
+        try:
+            self._stream.bound(Deadline(self._clock, min(CHANNEL_HELLO_MS_MAX, self._stall_ms)).left_ms)
+            tenant = self._admit()
+            while not self._draining.is_set():
+                self._stream.bound(Deadline(self._clock, CHANNEL_IDLE_MS_MAX).left_ms)
+                request = self._stream.receive(shared.REQUESTS[State.OPEN])
+                self._stream.bound(Deadline(self._clock, self._stall_ms).left_ms)
+                with self._busy:
+                    self._answer(request, tenant)
+        except Retryable:
+            return  # gone, silent or stalled
+        except AttnStoreError as error:
+            _log.warning("shared memory connection closed", reason=str(error), code=error.code)
+            self._stream.send(shared.encode_refusal(error))
+
+    def _admit(self) -> str:
+        hello = self._stream.receive(shared.REQUESTS[State.NEW])
+        uid = self._stream.peer_uid()
+        if uid != os.geteuid():
+            raise PermissionDenied(f"shared memory is for processes of the node's user {os.geteuid()}; this one runs as {uid}")
+        if hello.count != shared.VERSION:
+            raise InvalidArgument(f"the shared memory protocol's version is {shared.VERSION}; the client speaks {hello.count}")
+        tenant = self._tokens.redeem(hello.payload)
+        self._stream.send(shared.encode_welcome(self._welcome))
+        return tenant
+
+    def _answer(self, request: Message, tenant: str) -> None:
+        if request.kind is Kind.MAP:
+            self._hand_out(*shared.decode_map(request.payload))
+            return
+        try:
+            answer = shared.encode_located(self._locate(shared.decode_locate(request.payload), tenant))
+        except AttnStoreError as error:
+            # The request is wrong, the connection is not.
+            answer = shared.encode_refusal(error)
+        self._stream.send(answer)
+
+    def _locate(self, asked: shared.Located, tenant: str) -> list[Place | PageStatus]:
+        if self._draining.is_set():
+            raise Unavailable("the node is draining")
+        self._store.layout_of(asked.namespace, tenant)
+        places: list[Place | PageStatus] = []
+        for at in range(0, len(asked.hashes), _HASHES_PER_LOCK):
+            places += self._store.locate(asked.namespace, asked.hashes[at : at + _HASHES_PER_LOCK], asked.lease_id, self._place)
+        self._count(places)
+        return places
+
+    def _place(self, page: PinnedPage) -> Place:
+        slot = page.slot
+        self._told[slot.extent] = slot.tenancy
+        return Place(slot.extent, slot.tenancy, slot.offset_bytes, slot.size_bytes, self._arena.stamp(slot), page.checksum)
+
+    def _count(self, places: list[Place | PageStatus]) -> None:
+        statuses = Counter(place if isinstance(place, PageStatus) else PageStatus.OK for place in places)
+        for status, pages in statuses.items():
+            self._metrics.page_statuses.labels("Read", status.name.lower()).inc(pages)
+        self._metrics.sent("shm", sum(place.size_bytes for place in places if isinstance(place, Place)))
+
+    def _hand_out(self, extent: int, tenancy: int) -> None:
+        descriptor = self._arena.descriptor(extent, tenancy) if self._told.get(extent) == tenancy else None
+        if descriptor is None:
+            self._stream.send(shared.encode_bare(Kind.GONE))
+            return
+        try:
+            self._stream.send_with_descriptor(shared.encode_bare(Kind.MAPPED), descriptor)
+        finally:
+            os.close(descriptor)
