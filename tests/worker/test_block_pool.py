@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
+from attnstore.core.eviction import EVICTION_POLICIES, LookAhead, create_eviction_policy
 from attnstore.core.hashing import BlockHash
 from attnstore.errors import Overloaded
 from worker.cache.block_pool import BlockPool
@@ -18,13 +19,18 @@ def name(number: int) -> BlockHash:
 
 
 class PoolMachine(RuleBasedStateMachine):
-    """Drives a pool beside a model that only counts who holds what."""
+    """Drives a pool, whatever its policy, beside a model that only counts who holds what."""
 
     def __init__(self) -> None:
         super().__init__()
         self.pool = BlockPool(CAPACITY)
+        self.waiting: list[list[BlockHash]] = []
         self.holds: list[int] = []
         self.sealed: dict[int, BlockHash] = {}
+
+    @initialize(policy=st.sampled_from(EVICTION_POLICIES))
+    def choose_policy(self, policy: str) -> None:
+        self.pool = BlockPool(CAPACITY, create_eviction_policy(policy))
 
     @rule()
     def allocate(self) -> None:
@@ -69,6 +75,17 @@ class PoolMachine(RuleBasedStateMachine):
             assert name(numbers[len(block_ids)]) not in self.sealed.values()
         self.holds += block_ids
 
+    @rule(numbers=st.lists(st.integers(0, 8), max_size=4))
+    def announce(self, numbers: list[int]) -> None:
+        self.waiting.append([name(number) for number in numbers])
+        self.pool.announce(self.waiting[-1])
+
+    @precondition(lambda self: self.waiting)
+    @rule(data=st.data())
+    def settle(self, data: st.DataObject) -> None:
+        index = data.draw(st.integers(0, len(self.waiting) - 1))
+        self.pool.settle(self.waiting.pop(index))
+
     @invariant()
     def every_block_is_in_one_state(self) -> None:
         self.pool.check()
@@ -108,3 +125,16 @@ def test_free_blocks_are_used_before_anything_is_evicted() -> None:
     pool.release([block_id])
     assert pool.allocate() != block_id
     assert pool.statistics().evicted == 0
+
+
+def test_a_policy_that_looks_ahead_keeps_the_blocks_of_a_waiting_sequence() -> None:
+    pool = BlockPool(3, LookAhead())
+    blocks = [pool.allocate() for _ in range(3)]
+    for number, block_id in enumerate(blocks):
+        pool.seal(block_id, name(number))
+    pool.release(blocks)
+    pool.announce([name(0), name(1)])
+    assert pool.allocate() == blocks[2]
+    assert pool.hold_prefix([name(0), name(1)]) == [blocks[0], blocks[1]]
+    pool.settle([name(0), name(1)])
+    pool.check()

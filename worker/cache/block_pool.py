@@ -1,11 +1,12 @@
 """Who holds which block of a pool, and which blocks can be found again by their hash.
 
-Owns: reference counts, the prefix cache (`BlockHash` -> `block_id`) and the order of eviction. It knows block ids, not bytes.
+Owns: reference counts and the prefix cache (`BlockHash` -> `block_id`). It knows block ids, not bytes; an eviction policy, which
+knows hashes, has the order of eviction.
 Invariant: every block is in exactly one state, so `free + held + evictable == capacity`; `check()` verifies it.
 
     FREE       no content worth keeping              allocate -> HELD
     HELD       one or more holders                   release of the last -> EVICTABLE if sealed, else FREE
-    EVICTABLE  sealed, nobody holds it, findable     hold -> HELD;  taken by allocate, least recently released first -> HELD
+    EVICTABLE  sealed, nobody holds it, findable     hold -> HELD;  taken by allocate when the policy names it -> HELD
 
 A transfer holds the blocks it reads or writes like any other holder, so none of them is recycled under it. Not thread-safe: one
 thread owns a pool. The design is vLLM's block pool without its copy-on-write, which sealed (immutable) blocks never need.
@@ -13,10 +14,11 @@ thread owns a pool. The design is vLLM's block pool without its copy-on-write, w
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 
+from attnstore.core.eviction import EvictionPolicy, LeastRecentlyUsed
 from attnstore.core.hashing import BlockHash
 from attnstore.errors import Overloaded
 
@@ -33,14 +35,15 @@ class BlockPoolStatistics:
 
 
 class BlockPool:
-    """The states of `capacity` blocks with ids `0 .. capacity - 1`."""
+    """The states of `capacity` blocks with ids `0 .. capacity - 1`. `policy` is the pool's own; default: least recently used."""
 
-    def __init__(self, capacity: int) -> None:
+    def __init__(self, capacity: int, policy: EvictionPolicy[BlockHash] | None = None) -> None:
         assert capacity > 0
         self._capacity = capacity
         self._free = list(range(capacity - 1, -1, -1))
         self._holders: dict[int, int] = {}
-        self._evictable: OrderedDict[int, None] = OrderedDict()
+        self._policy = LeastRecentlyUsed[BlockHash]() if policy is None else policy
+        self._ranked: set[BlockHash] = set()  # admitted to the policy: evictable, or held and withdrawn from it
         self._block_of: dict[BlockHash, int] = {}
         self._hash_of: dict[int, BlockHash] = {}
         self._evicted = 0
@@ -48,7 +51,7 @@ class BlockPool:
     @property
     def available(self) -> int:
         """How many blocks `allocate` could give out now."""
-        return len(self._free) + len(self._evictable)
+        return len(self._free) + len(self._policy)
 
     def holders(self, block_id: int) -> int:
         """How many hold the block; 0 when it is free or evictable."""
@@ -58,10 +61,8 @@ class BlockPool:
         """A block with one holder, taken from the free ones or by eviction. Raises `Overloaded` when all are held."""
         if self._free:
             block_id = self._free.pop()
-        elif self._evictable:
-            block_id, _ = self._evictable.popitem(last=False)
-            del self._block_of[self._hash_of.pop(block_id)]
-            self._evicted += 1
+        elif (victim := self._policy.victim()) is not None:
+            block_id = self._evict(victim)
         else:
             raise Overloaded(f"all {self._capacity} blocks of the pool are held")
         self._holders[block_id] = 1
@@ -69,23 +70,29 @@ class BlockPool:
 
     def hold(self, block_id: int) -> None:
         """Adds a holder to a block that is held or evictable."""
-        if block_id in self._evictable:
-            del self._evictable[block_id]
-            self._holders[block_id] = 1
-        else:
+        if block_id in self._holders:
             self._holders[block_id] += 1
+        else:
+            self._policy.withdrawn([self._hash_of[block_id]])
+            self._holders[block_id] = 1
 
     def release(self, block_ids: Iterable[int]) -> None:
-        """Takes one holder from each block. Those released first are evicted first."""
+        """Takes one holder from each block. Those that become evictable were used in the order given."""
+        evictable: list[BlockHash] = []
         for block_id in block_ids:
             self._holders[block_id] -= 1
             if self._holders[block_id]:
                 continue
             del self._holders[block_id]
             if block_id in self._hash_of:
-                self._evictable[block_id] = None
+                evictable.append(self._hash_of[block_id])
             else:
                 self._free.append(block_id)
+        for ranked, hashes in groupby(evictable, self._ranked.__contains__):
+            if ranked:
+                self._policy.returned(list(hashes))
+            else:
+                self._admit(hashes)
 
     def hold_prefix(self, hashes: Sequence[BlockHash]) -> list[int]:
         """The blocks of the longest cached prefix of `hashes`, each with one more holder."""
@@ -108,15 +115,39 @@ class BlockPool:
         self._hash_of[block_id] = block_hash
         return True
 
+    def announce(self, hashes: Sequence[BlockHash]) -> None:
+        """A sequence that waits behind all others will use these blocks; a policy that looks ahead spares them."""
+        self._policy.announced(hashes)
+
+    def settle(self, hashes: Sequence[BlockHash]) -> None:
+        """The sequence that announced exactly these blocks waits no longer: it has its blocks or was cancelled."""
+        self._policy.settled(hashes)
+
     def statistics(self) -> BlockPoolStatistics:
         """A snapshot."""
-        return BlockPoolStatistics(self._capacity, len(self._free), len(self._holders), len(self._evictable), self._evicted)
+        return BlockPoolStatistics(self._capacity, len(self._free), len(self._holders), len(self._policy), self._evicted)
 
     def check(self) -> None:
-        """Asserts that every block is in exactly one state and that the prefix cache agrees in both directions."""
-        states = [*self._free, *self._holders, *self._evictable]
+        """Asserts that every block is in exactly one state, and that the prefix cache and the policy agree with it."""
+        evictable = [block_id for block_id in self._hash_of if block_id not in self._holders]
+        states = [*self._free, *self._holders, *evictable]
         assert sorted(states) == list(range(self._capacity)), "free + held + evictable != capacity"
         assert all(count > 0 for count in self._holders.values())
         assert {block_id: block_hash for block_hash, block_id in self._block_of.items()} == self._hash_of
-        assert all(block_id in self._hash_of for block_id in self._evictable)
         assert not any(block_id in self._hash_of for block_id in self._free)
+        assert len(self._policy) == len(evictable)
+        assert all(self._hash_of[block_id] in self._policy for block_id in evictable)
+        assert self._ranked <= self._block_of.keys()
+
+    def _evict(self, victim: BlockHash) -> int:
+        self._policy.removed(victim)
+        self._ranked.remove(victim)
+        block_id = self._block_of.pop(victim)
+        del self._hash_of[block_id]
+        self._evicted += 1
+        return block_id
+
+    def _admit(self, hashes: Iterable[BlockHash]) -> None:
+        for block_hash in hashes:
+            self._ranked.add(block_hash)
+            self._policy.admitted(block_hash)

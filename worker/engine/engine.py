@@ -209,7 +209,7 @@ class Engine:
         if not token_ids:
             raise InvalidArgument("the prompt is empty; it must have at least one token")
         if not all(0 <= token < vocabulary for token in token_ids):
-            raise InvalidArgument(f"the prompt has token ids outside [0, {vocabulary})")
+            raise InvalidArgument(f"the prompt has token ids outside the vocabulary [0, {vocabulary})")
         if len(token_ids) >= context:
             raise ContextOverflow(
                 f"the prompt has {len(token_ids)} tokens; the context of {self.model.name} is {context}, the answer included"

@@ -1,0 +1,93 @@
+"""The command as a user runs it: a process, with and without a store node."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from attnstore.testing import StoreProcess
+from worker.cli import main
+
+PROMPT = "The store keeps pages. " * 40
+
+
+def worker(*options: str | Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "worker.cli", "generate", "--threads", "1", *map(str, options)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=240, check=False, env={**os.environ})
+
+
+def report(*options: str | Path) -> dict[str, Any]:
+    finished = worker(*options, "--json")
+    assert finished.returncode == 0, finished.stderr
+    result: dict[str, Any] = json.loads(finished.stdout)
+    return result
+
+
+@pytest.fixture
+def prompt_file(tmp_path: Path) -> Path:
+    file = tmp_path / "prompt.txt"
+    file.write_text(PROMPT)
+    return file
+
+
+def test_a_second_process_reads_what_the_first_wrote(tiny_folder: Path, prompt_file: Path) -> None:
+    options = ("--model", tiny_folder, "--prompt-file", prompt_file, "--max-tokens", "8", "--ignore-stop")
+    with StoreProcess("--capacity", "64MiB") as node:
+        cold = report(*options, "--store", node.url)
+        warm = report(*options, "--store", node.url)
+    control = report(*options)
+    assert cold["store_error"] is warm["store_error"] is None
+    assert cold["pages_not_written"] == 0
+    assert cold["tokens"] == warm["tokens"] == control["tokens"]
+    assert len(control["tokens"]) == 8
+    assert (cold["hit_tokens"], control["hit_tokens"]) == (0, 0)
+    assert warm["hit_tokens_remote"] == (warm["prompt_tokens"] - 1) // 16 * 16
+    page_bytes = 2 * 2 * 2 * 16 * 16 * 4
+    assert warm["bytes_read"] == warm["hit_tokens"] // 16 * page_bytes
+    assert cold["bytes_written"] == (cold["prompt_tokens"] + 7) // 16 * page_bytes
+    assert warm["bytes_written"] == 0, "its own last block was there already, too"
+    assert control["kv_bytes_used"] < control["kv_bytes_contiguous"] == 512 // 16 * page_bytes
+
+
+def test_a_store_that_is_not_there_costs_a_warning_only(tiny_folder: Path, prompt_file: Path) -> None:
+    finished = worker(
+        "--model", tiny_folder, "--prompt-file", prompt_file, "--max-tokens", "4", "--json", "--store", "grpc://127.0.0.1:1"
+    )
+    assert finished.returncode == 0
+    assert json.loads(finished.stdout)["store_error"] is not None
+    assert "the store failed" in finished.stderr
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--prompt-file", "/nowhere/prompt.txt"), "cannot be read"),
+        (("--model", "/nowhere/model"), "no model at /nowhere/model"),
+        (("--pool", "1KiB"), "cannot hold one page"),
+        (("--chunk-tokens", "7"), "chunk_tokens is 7"),
+        (("--max-tokens", "0"), "max_tokens is 0"),
+        (("--store", "http://somewhere"), "http://somewhere"),
+    ],
+)
+def test_a_bad_option_is_one_line_on_standard_error(
+    tiny_folder: Path, prompt_file: Path, options: tuple[str, str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["generate", "--model", str(tiny_folder), "--prompt-file", str(prompt_file), *options]) == 2
+    written = capsys.readouterr()
+    assert written.out == ""
+    lines = written.err.strip().splitlines()
+    assert len(lines) == 1
+    assert message in lines[0]
+
+
+def test_text_goes_to_standard_output_and_the_costs_to_standard_error(tiny_folder: Path, prompt_file: Path) -> None:
+    finished = worker("--model", tiny_folder, "--prompt-file", prompt_file, "--max-tokens", "4", "--chat")
+    assert finished.returncode == 0
+    assert "TTFT" in finished.stderr
+    assert "TTFT" not in finished.stdout
