@@ -25,7 +25,7 @@ def node() -> Iterator[StoreProcess]:
         yield node
 
 
-@pytest.fixture(params=["grpc", "tcp"])
+@pytest.fixture(params=["grpc", "tcp", "shm"])
 def client(shared_node: StoreProcess, request: pytest.FixtureRequest) -> Iterator[attnstore.Client]:
     """A client of the shared node, once for each transport that moves pages."""
     with attnstore.connect(shared_node.url, transport=request.param) as client:
