@@ -60,6 +60,8 @@ class StoreNode:
         clock = clock or MonotonicClock()
         self._options = options
         self._loop = asyncio.get_running_loop()
+        # What can be wrong with the options shows before the arena's memory is claimed.
+        authenticator = Authenticator(options.tenants())
         self._server = grpc.aio.server(options=_SERVER_OPTIONS)
         self.address = self._bind()
         extent_bytes = extent_bytes_for(options.capacity)
@@ -73,7 +75,7 @@ class StoreNode:
         hub = EventHub(self._loop)
         self._store = Store(table, self._arena, clock, hub.publish)
         self._metrics = NodeMetrics(self._store.statistics)
-        self._shell = RpcShell(Authenticator(options.tenants()), self._metrics)
+        self._shell = RpcShell(authenticator, self._metrics)
         self._tokens = TokenBook(clock)
         self._page_channel = PageChannelServer(self._store, self._tokens, self._metrics, stall_ms=options.stall_ms)
         epoch = secrets.token_bytes(EPOCH_BYTES)

@@ -1,0 +1,171 @@
+"""Who may talk to a node, and what one tenant can learn of another: nothing."""
+
+from __future__ import annotations
+
+import shutil
+import socket
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import grpc
+import pytest
+
+import attnstore
+from attnstore import PageStatus, errors
+from attnstore.testing import StoreProcess
+from attnstore.wire.v1 import store_pb2 as pb
+from attnstore.wire.v1 import store_pb2_grpc
+from tests.samples import SMALL, Batch
+
+BatchOf = Callable[..., Batch]
+
+
+@pytest.fixture(scope="module")
+def certificates(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with `cert.pem` and `key.pem`, self-signed for localhost, and `other.pem`, an authority that signed nothing."""
+    if shutil.which("openssl") is None:
+        pytest.skip("openssl is not installed")
+    folder = tmp_path_factory.mktemp("tls")
+    for name in ("cert", "other"):
+        key = "key" if name == "cert" else "other-key"
+        subprocess.run(
+            f"openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -days 1 -subj /CN=localhost "
+            f"-addext subjectAltName=DNS:localhost,IP:127.0.0.1 -keyout {key}.pem -out {name}.pem".split(),
+            cwd=folder,
+            check=True,
+            capture_output=True,
+        )
+    return folder
+
+
+def tls_options(folder: Path) -> tuple[str, ...]:
+    return ("--tls-cert", str(folder / "cert.pem"), "--tls-key", str(folder / "key.pem"))
+
+
+def round_trip(client: attnstore.Client, batch: Batch) -> bool:
+    client.register_layout(batch.namespace, SMALL)
+    client.write(batch.namespace, batch.hashes, batch.pages)
+    buffers = batch.buffers()
+    return client.read(batch.namespace, batch.hashes, buffers).leading_hits == len(buffers) and buffers == batch.pages
+
+
+def test_tls_carries_pages_for_those_who_trust_the_certificate(certificates: Path, batch_of: BatchOf) -> None:
+    with StoreProcess("--capacity", "1MiB", *tls_options(certificates)) as node:
+        secure = f"grpcs://{node.address}"
+        with attnstore.connect(secure, tls_ca=certificates / "cert.pem") as client:
+            assert round_trip(client, batch_of(2))
+        wary = attnstore.connect(secure, tls_ca=certificates / "other.pem", deadline_ms=3_000)
+        with wary as client, pytest.raises(errors.Unavailable):
+            client.describe()
+        with attnstore.connect(node.url, deadline_ms=3_000) as client, pytest.raises(errors.Retryable):
+            client.describe()
+
+
+def test_a_node_asks_for_its_token(batch_of: BatchOf, monkeypatch: pytest.MonkeyPatch) -> None:
+    batch = batch_of(2)
+    with StoreProcess("--capacity", "1MiB", "--token", "s3cret") as node:
+        for token, message in ((None, "asks for a token"), ("wrong", "not one of"), ("s3cret2", "not one of")):
+            with attnstore.connect(node.url, token=token) as client:
+                for call in (client.describe, client.stats, lambda: client.register_layout(batch.namespace, SMALL)):
+                    with pytest.raises(errors.Unauthenticated, match=message):
+                        call()
+        for transport in ("grpc", "tcp"):
+            with attnstore.connect(node.url, token="s3cret", transport=transport) as client:
+                assert round_trip(client, batch)
+        monkeypatch.setenv("ATTNSTORE_TOKEN", "s3cret")
+        with attnstore.connect(node.url) as client:
+            assert client.describe().node_id == node.address
+        assert "s3cret" not in node.log
+
+
+@pytest.mark.parametrize("authorization", ["s3cret", "Basic s3cret", "bearer s3cret", "Bearer ", "Bearer  s3cret"])
+def test_a_malformed_authorization_is_refused(authorization: str) -> None:
+    with StoreProcess("--capacity", "1MiB", "--token", "s3cret") as node, grpc.insecure_channel(node.address) as channel:
+        stub = store_pb2_grpc.AttentionStoreStub(channel)
+        with pytest.raises(grpc.RpcError) as caught:
+            stub.Describe(pb.DescribeRequest(), metadata=(("authorization", authorization),), timeout=5)
+        assert caught.value.code() is grpc.StatusCode.UNAUTHENTICATED
+
+
+@pytest.fixture(scope="module")
+def tenants_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("tokens") / "tokens.toml"
+    path.write_text('ada = "token-of-ada"\nbob = "token-of-bob"\n')
+    return path
+
+
+@pytest.mark.parametrize("transport", ["grpc", "tcp"])
+def test_nothing_of_one_tenant_is_reachable_by_another(tenants_file: Path, batch_of: BatchOf, transport: str) -> None:
+    batch, other = batch_of(2), batch_of(2, suffix="other")
+    with (
+        StoreProcess("--capacity", "1MiB", "--tokens-file", str(tenants_file)) as node,
+        attnstore.connect(node.url, token="token-of-ada", transport=transport) as ada,
+        attnstore.connect(node.url, token="token-of-bob", transport=transport) as bob,
+    ):
+        assert round_trip(ada, batch)
+        assert round_trip(bob, other)
+        with pytest.raises(errors.PermissionDenied, match="tenant"):
+            bob.register_layout(batch.namespace, SMALL)
+        # Even a client that pretends to have registered the namespace gets nowhere.
+        bob._client._layouts[batch.namespace] = SMALL
+        buffers = batch.buffers()
+        for call in (
+            lambda: bob.match(batch.namespace, [batch.hashes], lease_ms=1_000),
+            lambda: bob.read(batch.namespace, batch.hashes, buffers),
+            lambda: bob.write(batch.namespace, batch.hashes, batch.pages),
+            lambda: bob.delete(batch.namespace, batch.hashes),
+            lambda: bob.watch(batch.namespace),
+        ):
+            with pytest.raises(errors.PermissionDenied, match="another tenant"):
+                call()
+        assert buffers == [bytes(SMALL.page_bytes)] * 2
+        # A hash names a page within its namespace alone.
+        assert bob.match(other.namespace, [batch.hashes]).hits == (0,)
+        assert bob.read(other.namespace, batch.hashes, buffers).statuses == (PageStatus.MISSING,) * 2
+        assert [space.namespace for space in ada.stats().namespaces] == [batch.namespace]
+        assert [space.namespace for space in bob.stats().namespaces] == [other.namespace]
+
+
+def refused(*options: str, environment: dict[str, str] | None = None) -> str:
+    with pytest.raises(RuntimeError) as caught:
+        StoreProcess(*options, environment=environment)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("listen", ["0.0.0.0:0", "[::]:0", "203.0.113.7:0", "example.org:0"])
+def test_a_public_address_needs_a_guard_or_a_word(listen: str) -> None:
+    message = refused("--listen", listen)
+    for option in (f"--listen {listen}", "--tls-cert", "--token", "--tokens-file", "--insecure"):
+        assert option in message
+
+
+def test_a_guarded_or_insecure_public_address_is_served(certificates: Path) -> None:
+    for options in (("--insecure",), ("--token", "s3cret"), tls_options(certificates)):
+        with StoreProcess("--listen", "0.0.0.0:0", "--capacity", "1MiB", *options) as node:
+            port = int(node.address.rpartition(":")[2])
+            socket.create_connection(("127.0.0.1", port), 5).close()
+
+
+def test_certificates_that_do_not_work_stop_the_start(certificates: Path, tmp_path: Path) -> None:
+    garbage = tmp_path / "garbage.pem"
+    garbage.write_text("not a certificate")
+    for cert, key in (
+        (garbage, certificates / "key.pem"),
+        (certificates / "cert.pem", garbage),
+        (certificates / "cert.pem", certificates / "other-key.pem"),
+        (certificates / "cert.pem", tmp_path / "absent.pem"),
+    ):
+        message = refused("--tls-cert", str(cert), "--tls-key", str(key))
+        assert f"--tls-cert {cert}" in message
+        assert f"--tls-key {key}" in message
+        assert "Traceback" not in message
+
+
+@pytest.mark.parametrize(
+    "content", ["", "ada = 1", 'ada = ""', 'ada = "a b"', 'ada = "x"\nbob = "x"', "ada", '[team]\nada = "x"'], ids=repr
+)
+def test_a_tokens_file_that_says_nothing_clear_stops_the_start(tmp_path: Path, content: str) -> None:
+    path = tmp_path / "tokens.toml"
+    path.write_text(content)
+    assert f"--tokens-file {path}" in refused("--tokens-file", str(path))
