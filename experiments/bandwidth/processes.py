@@ -59,20 +59,28 @@ class Child:
         killer = threading.Timer(_START_S_MAX, self.process.kill)
         killer.start()
         try:
-            return self._line()
+            return self.answer()
         finally:
             killer.cancel()
 
     def ask(self, line: str) -> str:
         """Sends one line and returns the answer. Raises `ChildEnded`."""
         self.tell(line)
-        return self._line()
+        return self.answer()
 
     def tell(self, line: str) -> None:
         """Sends one line."""
         assert self.process.stdin is not None
         self.process.stdin.write(line + "\n")
         self.process.stdin.flush()
+
+    def answer(self) -> str:
+        """The next line that the child says. Raises `ChildEnded`."""
+        assert self.process.stdout is not None
+        line = self.process.stdout.readline()
+        if not line:
+            raise ChildEnded(self._command)
+        return line.rstrip("\n")
 
     def stop(self) -> None:
         """Closes the child's input, which ends it; kills it if that does not help."""
@@ -85,13 +93,6 @@ class Child:
             self.process.kill()
             self.process.wait()
         self.process.stdout.close()
-
-    def _line(self) -> str:
-        assert self.process.stdout is not None
-        line = self.process.stdout.readline()
-        if not line:
-            raise ChildEnded(self._command)
-        return line.rstrip("\n")
 
 
 def serve_connections(answer: Callable[[socket.socket], None]) -> str:

@@ -5,6 +5,7 @@ Writes go to hashes that the node does not have; the pages written are deleted b
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from itertools import count
 
@@ -27,7 +28,8 @@ class StoreLane:
         layout = LAYOUTS[start.page_bytes]
         self._namespace = attnstore.namespace(layout, model=b"bandwidth")
         self._hashes = [_hash(number) for number in range(start.pages)]
-        self._fresh: Iterator[bytes] = map(_hash, count(start.pages))
+        # Several lanes may write to one node: each has numbers of its own.
+        self._fresh: Iterator[bytes] = map(_hash, count(os.getpid() << 64))
         self._written: list[bytes] = []
         self._source = PageBuffers.filled(start.shape)
         self.destination = PageBuffers(start.shape)

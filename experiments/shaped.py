@@ -1,0 +1,115 @@
+"""`python -m experiments.shaped`: does the store fill a cable of 1 or 10 Gb/s, in both directions, with one client and with four?
+
+Owns: the measurement over network namespaces (root, `ip` and `tc` needed). A node on one host, client processes on the other, all
+clients moving pages at once. The figure is payload delivered over the time from the first request to the last answer, so that a
+client that starves shows; the bound is the shaped rate, headers included.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from attnstore.testing import StoreProcess
+from attnstore.testing.netns import ShapedLink
+from experiments.bandwidth.lane import Start
+from experiments.bandwidth.processes import Child
+from experiments.bandwidth.report import aligned
+
+_PAGE_BYTES = 368_640
+_PAGES = 64
+_BATCH = 8
+_CAPACITY = "1GiB"
+_SHARE_MIN = 0.95
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One cell: `share` is `gb_per_s` (10^9 bytes of payload) over the cable's rate."""
+
+    transport: str
+    op: str
+    gbit_per_s: float
+    clients: int
+    gb_per_s: float
+    share: float
+
+
+def measure(gbit_per_s: float, clients: int, transports: list[str], seconds: float) -> list[Row]:
+    """Every transport and direction over one cable."""
+    rows = []
+    with ShapedLink(int(gbit_per_s * 1e9)) as link, ExitStack() as stack:
+        with link.node.entered():
+            node = stack.enter_context(
+                StoreProcess("--listen", f"{link.node.address}:0", "--insecure", "--capacity", _CAPACITY, "--log-level", "error")
+            )
+        start = Start(_PAGE_BYTES, _PAGES, node.url, (node.process.pid,))
+        with link.client.entered():
+            lanes = [
+                stack.enter_context(Child.of_module("experiments.bandwidth.lanes.store", start.to_argument()))
+                for _ in range(clients)
+            ]
+        for lane in lanes:
+            lane.first_line()
+        for transport in transports:
+            for op in ("read", "write"):
+                achieved = _gb_per_s(lanes, f"{transport} {op}", seconds)
+                rows.append(Row(transport, op, gbit_per_s, clients, achieved, achieved * 8 / gbit_per_s))
+    return rows
+
+
+def _gb_per_s(lanes: list[Child], verb: str, seconds: float) -> float:
+    """All lanes at once."""
+    began = time.perf_counter()
+    for lane in lanes:
+        lane.tell(json.dumps({"verb": verb, "batch": _BATCH, "seconds": seconds}))
+    moved_bytes = sum(json.loads(lane.answer())["bytes"] for lane in lanes)
+    return float(moved_bytes / (time.perf_counter() - began) / 1e9)
+
+
+def main() -> int:
+    """Measures, prints, writes; 0 whatever the figures are."""
+    parser = argparse.ArgumentParser("python -m experiments.shaped", description="Share of a shaped link that the store fills.")
+    parser.add_argument("--gbit", type=float, nargs="+", default=[1.0, 10.0], help="rates of the cable in Gb/s")
+    parser.add_argument("--clients", type=int, nargs="+", default=[1, 4], help="client processes at once")
+    parser.add_argument("--transports", nargs="+", default=["tcp", "grpc"])
+    parser.add_argument("--seconds", type=float, default=5.0, help="for each cell")
+    parser.add_argument("--json", type=Path, metavar="PATH", help="write the rows")
+    options = parser.parse_args()
+    rows = [
+        row
+        for gbit_per_s in options.gbit
+        for clients in options.clients
+        for row in measure(gbit_per_s, clients, options.transports, options.seconds)
+    ]
+    print(table(rows))
+    if options.json:
+        options.json.write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n")
+    return 0
+
+
+def table(rows: list[Row]) -> str:
+    """One line for each cell."""
+    lines = [("transport", "op", "Gb/s", "clients", "GB/s", "share", f">= {_SHARE_MIN:.0%}")]
+    lines += [
+        (
+            row.transport,
+            row.op,
+            f"{row.gbit_per_s:g}",
+            str(row.clients),
+            f"{row.gb_per_s:.3f}",
+            f"{row.share:.1%}",
+            "met" if row.share >= _SHARE_MIN else "MISSED",
+        )
+        for row in rows
+    ]
+    return aligned(lines, left=("transport", "op"))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

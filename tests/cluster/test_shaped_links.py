@@ -1,0 +1,99 @@
+"""A node and its clients on different hosts, joined by a slow cable: real addresses, real queues, no loopback."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Iterator
+
+import pytest
+
+from attnstore.testing import StoreProcess
+from attnstore.testing.netns import ShapedLink
+
+pytestmark = pytest.mark.netns
+
+_CLIENT_S_MAX = 120
+
+# Each client stores pages of its own, all of them meet at a barrier made of pages, then each reads everybody's.
+_CLIENT = """
+import sys, time
+import attnstore
+url, transport, own, clients = sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
+layout = attnstore.PageLayout(layers=30, kv_heads=3, head_dim=64)
+namespace = attnstore.namespace(layout, model=b"shaped")
+PAGES = 12
+
+def pages(client):
+    hashes = [(client * PAGES + page + 1).to_bytes(32, "little") for page in range(PAGES)]
+    return hashes, [page_hash * (layout.page_bytes // 32) for page_hash in hashes]
+
+with attnstore.connect(url, transport=transport, deadline_ms=60_000) as client:
+    client.register_layout(namespace, layout)
+    hashes, contents = pages(own)
+    assert {verdict.name for verdict in client.write(namespace, hashes, contents).verdicts} == {"STORED"}
+    for other in range(clients):
+        hashes, contents = pages(other)
+        while client.match(namespace, [hashes]).hits != (PAGES,):
+            time.sleep(0.05)
+        buffers = [bytearray(layout.page_bytes) for _ in hashes]
+        assert client.read(namespace, hashes, buffers).leading_hits == PAGES
+        assert buffers == contents
+"""
+
+
+@pytest.fixture(params=[1, 10], ids=["1Gb/s", "10Gb/s"])
+def link(request: pytest.FixtureRequest) -> Iterator[ShapedLink]:
+    with ShapedLink(request.param * 10**9) as link:
+        yield link
+
+
+@pytest.mark.parametrize("clients", [1, 4])
+@pytest.mark.parametrize("transport", ["grpc", "tcp"])
+def test_every_client_reads_what_every_client_wrote_over_a_shaped_link(link: ShapedLink, transport: str, clients: int) -> None:
+    with link.node.entered():
+        node = StoreProcess("--listen", f"{link.node.address}:0", "--insecure", "--capacity", "64MiB")
+    with node:
+        with link.client.entered():
+            running = [
+                subprocess.Popen(
+                    [sys.executable, "-c", _CLIENT, node.url, transport, str(own), str(clients)], stderr=subprocess.PIPE, text=True
+                )
+                for own in range(clients)
+            ]
+        try:
+            failures = [process.communicate(timeout=_CLIENT_S_MAX)[1] for process in running]
+        finally:
+            for process in running:
+                process.kill()
+                process.wait()
+    assert [process.returncode for process in running] == [0] * clients, "\n".join(failures)
+
+
+def test_a_host_is_reached_from_the_other_end_only(link: ShapedLink) -> None:
+    with link.node.entered():
+        node = StoreProcess("--listen", f"{link.node.address}:0", "--insecure", "--capacity", "64MiB")
+    with node:
+        with link.client.entered():
+            inside = _describe(node.url, deadline_ms=30_000)
+        # This process is on neither host: the node's address leads nowhere from here.
+        outside = _describe(node.url, deadline_ms=500)
+    assert inside.returncode == 0, inside.stderr
+    assert outside.returncode != 0
+
+
+def test_nothing_is_left_of_a_link(link: ShapedLink) -> None:
+    with ShapedLink(10**9) as other:
+        assert other.node.namespace in _namespaces()
+    assert other.node.namespace not in _namespaces()
+    assert link.node.namespace in _namespaces()
+
+
+def _describe(url: str, deadline_ms: int) -> subprocess.CompletedProcess[str]:
+    probe = f"import attnstore; attnstore.connect({url!r}, deadline_ms={deadline_ms}).describe()"
+    return subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, timeout=_CLIENT_S_MAX, check=False)
+
+
+def _namespaces() -> list[str]:
+    listed = subprocess.run(["ip", "netns", "list"], capture_output=True, text=True, check=True)
+    return [line.split()[0] for line in listed.stdout.splitlines()]
