@@ -1,0 +1,270 @@
+"""Both ends of a page channel without gRPC: the node's server in this process, and a node that says whatever a test wants."""
+
+from __future__ import annotations
+
+import secrets
+import socket
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+
+from attnstore import DType, PageLayout, PageStatus, namespace
+from attnstore.arena import MemoryArena
+from attnstore.client.bulk import OnLayer, ReadPlan, Transfer, WritePlan
+from attnstore.client.landing import Landing
+from attnstore.client.tcp_transport import TcpTransport
+from attnstore.clock import Clock, Deadline, MonotonicClock
+from attnstore.core.hashing import page_checksum
+from attnstore.core.page_table import PageTable
+from attnstore.errors import AttnStoreError
+from attnstore.limits import CHANNEL_CREDITS, CHANNEL_READ_HASHES_MAX, LEASE_ID_BYTES
+from attnstore.server.page_channel import PageChannelServer, TokenBook
+from attnstore.server.store import Store
+from attnstore.telemetry import NodeMetrics
+from attnstore.wire.page_channel import VERSION, Frame, Kind, Role, encode_frame, encode_slice
+from attnstore.wire.stream import FrameStream
+from tests.samples import Batch
+
+WIDE = PageLayout(layers=8, kv_heads=8, head_dim=128, block_tokens=16, dtype=DType.BF16)
+"""512 KiB a page: more than a small socket buffer holds."""
+
+PATIENCE_MS = 20_000.0
+"""How long a test waits for what must happen."""
+
+
+class ChannelNode:
+    """A page channel with a store behind it, all in this process. Tokens are those of the tenant `default`."""
+
+    def __init__(self, *, stall_ms: int = 20_000, clock: Clock | None = None, capacity_bytes: int = 32 << 20) -> None:
+        clock = clock or MonotonicClock()
+        self._arena = MemoryArena(capacity_bytes, capacity_bytes // 8)
+        table = PageTable(
+            capacity_bytes=capacity_bytes,
+            extent_bytes=capacity_bytes // 8,
+            new_lease_id=lambda: secrets.token_bytes(LEASE_ID_BYTES),
+        )
+        self.store = Store(table, self._arena, clock, lambda _events: None)
+        self.metrics = NodeMetrics(self.store.statistics)
+        self.tokens = TokenBook(clock)
+        self.server = PageChannelServer(self.store, self.tokens, self.metrics, stall_ms=stall_ms)
+        self.server.start("127.0.0.1", 0)
+
+    def register(self, batch: Batch, tenant: str = "default") -> None:
+        self.store.register(batch.namespace, batch.layout, tenant)
+
+    def keep(self, batch: Batch) -> None:
+        """Registers the batch and stores its pages, on a path of its own."""
+        self.register(batch)
+        for page_hash, data in zip(batch.hashes, batch.pages, strict=True):
+            page = self.store.prepare(batch.namespace, page_hash, page_checksum(data))
+            assert not isinstance(page, PageStatus)
+            self.store.view(page)[:] = data
+            assert self.store.seal(page) is PageStatus.STORED
+
+    def dial(self, receive_buffer_bytes: int = 0) -> FrameStream:
+        """A connection that has said nothing yet."""
+        return dial(self.server.port, receive_buffer_bytes)
+
+    def connect(self, tenant: str = "default", *, receive_buffer_bytes: int = 0) -> FrameStream:
+        """A connection that was welcomed."""
+        stream = self.dial(receive_buffer_bytes)
+        say_hello(stream, self.tokens.issue(tenant))
+        assert stream.receive().kind is Kind.WELCOME
+        return stream
+
+    def transport(self, channels: int = 1, tenant: str = "default") -> TcpTransport:
+        return TcpTransport("127.0.0.1", lambda _name, _deadline: (f":{self.server.port}", self.tokens.issue(tenant)), channels)
+
+    def is_clean(self) -> bool:
+        """No slot is arriving and no page pinned."""
+        now = self.store.statistics()
+        return now.pages_arriving == now.pages_pinned == 0
+
+    def sample(self, name: str, **labels: str) -> float:
+        """A metric's value."""
+        return self.metrics.registry.get_sample_value(name, labels) or 0.0
+
+    def close(self) -> None:
+        self.server.stop(0)
+        self._arena.close()
+
+
+def dial(port: int, receive_buffer_bytes: int = 0) -> FrameStream:
+    connection = socket.socket()
+    if receive_buffer_bytes:
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer_bytes)
+    connection.connect(("127.0.0.1", port))
+    stream = FrameStream(connection, Role.CLIENT)
+    stream.bound(lambda: PATIENCE_MS)
+    return stream
+
+
+def say_hello(stream: FrameStream, token: bytes, version: int = VERSION) -> None:
+    stream.send(encode_frame(Frame(Kind.HELLO, page=version, size_bytes=len(token))), token)
+
+
+def ask(stream: FrameStream, batch: Batch, hashes: Sequence[bytes] | None = None, *, request: int = 1, **fields: object) -> None:
+    """Sends a READ."""
+    joined = b"".join(batch.hashes if hashes is None else hashes)
+    frame = Frame(Kind.READ, request=request, size_bytes=len(joined), namespace=batch.namespace, **fields)  # type: ignore[arg-type]
+    stream.send(encode_frame(frame), joined)
+
+
+def page_header(batch: Batch, index: int, *, size_bytes: int | None = None, checksum: int | None = None) -> bytes:
+    """The header of a WRITE of one page of the batch."""
+    page = batch.pages[index]
+    return encode_frame(
+        Frame(
+            Kind.WRITE,
+            request=1,
+            page=index,
+            size_bytes=len(page) if size_bytes is None else size_bytes,
+            checksum=page_checksum(page) if checksum is None else checksum,
+            namespace=batch.namespace,
+            hash=batch.hashes[index],
+        )
+    )
+
+
+class NodeEnd:
+    """What a scripted node holds of one connection, after HELLO and WELCOME."""
+
+    def __init__(self, stream: FrameStream, number: int) -> None:
+        self.stream = stream
+        self.number = number
+
+    def next_request(self) -> tuple[Frame, bytes]:
+        """The next frame with its payload."""
+        frame = self.stream.receive()
+        payload = bytearray(frame.size_bytes)
+        if payload:
+            self.stream.receive_payload(memoryview(payload))
+        return frame, bytes(payload)
+
+    def slice(self, request: int, index: int, data: bytes, *, offset_bytes: int = 0, checksum: int | None = None) -> None:
+        """Sends bytes of a page."""
+        checksum = page_checksum(data) if checksum is None else checksum
+        self.stream.send(encode_slice(request, index, len(data), offset_bytes, checksum), data)
+
+    def send(self, kind: Kind, **fields: object) -> None:
+        """Sends a frame without payload."""
+        self.stream.send(encode_frame(Frame(kind, **fields)))  # type: ignore[arg-type]
+
+    def send_until_broken(self) -> None:
+        """Sends bytes until the client's end is gone: only then could none of them reach anybody."""
+        with suppress(AttnStoreError):
+            while True:
+                self.stream.send(b"\xee" * 65536)
+
+
+Script = Callable[[NodeEnd], None]
+
+
+class ScriptedNode:
+    """A listening socket whose connections each run `script` on a thread of their own, then close."""
+
+    def __init__(self, script: Script, *, credits: int = CHANNEL_CREDITS, hashes_max: int = CHANNEL_READ_HASHES_MAX) -> None:
+        self._script = script
+        self._welcome = encode_frame(Frame(Kind.WELCOME, page=hashes_max, request=credits))
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self._threads: list[threading.Thread] = []
+        self._streams: list[FrameStream] = []
+        self.failures: list[BaseException] = []
+        self.port: int = self._listener.getsockname()[1]
+        self._acceptor = threading.Thread(target=self._accept, name="scripted-accept")
+        self._acceptor.start()
+
+    def transport(self, channels: int = 1) -> TcpTransport:
+        return TcpTransport("127.0.0.1", lambda _name, _deadline: (f"127.0.0.1:{self.port}", bytes(32)), channels)
+
+    def close(self) -> None:
+        """Breaks every connection and waits for every script. Fails if a script did."""
+        self._listener.shutdown(socket.SHUT_RDWR)
+        self._acceptor.join()
+        self._listener.close()
+        for stream in self._streams:
+            stream.shutdown()
+        self.join()
+        for stream in self._streams:
+            stream.close()
+        if self.failures:
+            raise self.failures[0]
+
+    def join(self) -> None:
+        """Waits for every script that runs."""
+        for thread in self._threads:
+            thread.join(PATIENCE_MS / 1000)
+            assert not thread.is_alive(), "a script of the test does not end"
+
+    def _accept(self) -> None:
+        while True:
+            try:
+                connection, _ = self._listener.accept()
+            except OSError:
+                return
+            stream = FrameStream(connection, Role.NODE)
+            stream.bound(lambda: PATIENCE_MS)
+            self._streams.append(stream)
+            thread = threading.Thread(target=self._serve, args=(NodeEnd(stream, len(self._threads)),), name="scripted")
+            self._threads.append(thread)
+            thread.start()
+
+    def _serve(self, end: NodeEnd) -> None:
+        try:
+            frame, _token = end.next_request()
+            assert frame.kind is Kind.HELLO
+            end.stream.send(self._welcome)
+            self._script(end)
+        except AttnStoreError:
+            pass  # the client left
+        except BaseException as error:
+            self.failures.append(error)
+        finally:
+            end.stream.shutdown()
+
+
+@contextmanager
+def scripted(script: Script, *, channels: int = 1, **welcome: int) -> Iterator[TcpTransport]:
+    """A transport of a node that follows `script`."""
+    node = ScriptedNode(script, **welcome)
+    transport = node.transport(channels)
+    try:
+        yield transport
+    finally:
+        transport.close()
+        node.close()
+
+
+def read_plan(
+    batch: Batch,
+    buffers: Sequence[bytearray],
+    *,
+    layers: tuple[int, int] | None = None,
+    on_layer: OnLayer | None = None,
+    lease_id: bytes | None = None,
+    deadline_ms: float = PATIENCE_MS,
+    transfer: Transfer | None = None,
+) -> ReadPlan:
+    begin, end = layers or (0, batch.layout.layers)
+    return ReadPlan(
+        namespace=batch.namespace,
+        hashes=batch.hashes,
+        layer_begin=begin,
+        layer_end=end,
+        layer_bytes=batch.layout.layer_bytes,
+        lease_id=lease_id,
+        landing=Landing(len(batch.hashes), buffers, (end - begin) * batch.layout.layer_bytes),
+        deadline=Deadline(MonotonicClock(), deadline_ms),
+        on_layer=on_layer,
+        transfer=transfer or Transfer(),
+    )
+
+
+def write_plan(batch: Batch, *, deadline_ms: float = PATIENCE_MS) -> WritePlan:
+    pages = [memoryview(page) for page in batch.pages]
+    return WritePlan(batch.namespace, batch.hashes, pages, Deadline(MonotonicClock(), deadline_ms))
+
+
+def other_namespace(batch: Batch) -> bytes:
+    """A namespace that nobody registered."""
+    return namespace(batch.layout, model=b"nobody's")

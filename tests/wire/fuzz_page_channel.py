@@ -1,0 +1,90 @@
+"""Coverage-guided fuzzing of the page channel's receiving side.
+
+    python -m tests.wire.fuzz_page_channel -max_total_time=60
+
+Owns: `play`, which takes any bytes as a role, a way to cut the stream, and the stream. It must end in frames or a `ProtocolError`,
+must never write outside the windows it was given, and must not depend on where the stream was cut.
+"""
+
+from __future__ import annotations
+
+import sys
+
+from attnstore.errors import ProtocolError
+from attnstore.wire.page_channel import Frame, FrameReceiver, Kind, Role, State, decode_frame, encode_frame
+
+_GUARD = 0xA5
+_PAYLOAD_BYTES_MAX = 4096
+"""Larger payloads are announced and then left: the fuzzer's time is better spent on headers."""
+
+Outcome = tuple[list[Frame], bytes, State, bool]
+
+
+def play(data: bytes) -> None:
+    """One input: the outcome is the same however the stream is cut, and every frame taken is one that encodes to itself."""
+    role = Role.NODE if data[:1] < b"\x80" else Role.CLIENT
+    step, stream = 1 + int.from_bytes(data[1:2], "little"), _mend(data[2:])
+    whole, cut = receive(role, stream, len(stream) + 1), receive(role, stream, step)
+    assert whole == cut, (whole, cut)
+    for frame in whole[0]:
+        assert decode_frame(encode_frame(frame)) == frame
+
+
+def receive(role: Role, stream: bytes, step: int) -> Outcome:
+    """Frames taken, payload bytes landed, last state, and whether the peer broke the protocol; `step` bytes at a time."""
+    receiver = FrameReceiver(role)
+    frames: list[Frame] = []
+    landed = bytearray()
+    guarded = bytearray()
+    at = 0
+    try:
+        while at < len(stream):
+            window = receiver.windows()[0]
+            part = stream[at : at + min(step, len(window))]
+            window[: len(part)] = part
+            at += len(part)
+            frame = receiver.received(len(part))
+            if frame is None:
+                continue
+            if receiver.payload_left_bytes == 0:
+                landed += guarded[1:-1]
+                assert not guarded or guarded[0] == guarded[-1] == _GUARD
+                guarded = bytearray()
+                frames.append(frame)
+            elif frame.size_bytes > _PAYLOAD_BYTES_MAX:
+                break
+            else:
+                guarded = bytearray([_GUARD]) * (frame.size_bytes + 2)
+                receiver.land(memoryview(guarded)[1:-1])
+    except ProtocolError:
+        assert receiver.state is State.CLOSED
+        return frames, bytes(landed), State.CLOSED, True
+    return frames, bytes(landed), receiver.state, False
+
+
+def _mend(stream: bytes) -> bytes:
+    """Gives most headers the magic number and a small size, which no mutation would find by chance."""
+    mended = bytearray(stream)
+    at = 0
+    while at + 128 <= len(mended):
+        mended[at : at + 4] = b"ATPC"
+        size = mended[at + 16] if mended[at + 4] in (Kind.HELLO, Kind.READ, Kind.WRITE, Kind.SLICE, Kind.REFUSED) else 0
+        if mended[at + 17] < 0xF0:
+            mended[at + 16 : at + 24] = size.to_bytes(8, "little")
+        at += 128 + size
+    return bytes(mended)
+
+
+def main() -> None:
+    """Hands `play` to atheris."""
+    import atheris
+
+    atheris.instrument_func(FrameReceiver.received)
+    atheris.instrument_func(FrameReceiver._announced)
+    atheris.instrument_func(decode_frame)
+    atheris.Setup(sys.argv, play)
+    atheris.Fuzz()
+
+
+if __name__ == "__main__":
+    main()
