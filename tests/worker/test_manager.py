@@ -9,7 +9,8 @@ from collections.abc import Callable
 import pytest
 
 from attnstore.clock import MonotonicClock
-from attnstore.core.hashing import Namespace
+from attnstore.core.eviction import EvictionPolicy, LookAhead
+from attnstore.core.hashing import BlockHash, Namespace
 from attnstore.core.layout import DType, PageLayout
 from attnstore.errors import Overloaded, Unavailable
 from attnstore.testing import ManualClock
@@ -24,10 +25,13 @@ NAMESPACE = Namespace(b"n" * 32)
 WAIT_MS = 10_000
 
 
-def manager_on(store: MemoryStore | None, blocks: int, deadline_ms: int = WAIT_MS) -> CacheManager:
+def manager_on(
+    store: MemoryStore | None, blocks: int, deadline_ms: int = WAIT_MS, policy: EvictionPolicy[BlockHash] | None = None
+) -> CacheManager:
     clock = MonotonicClock()
     remote = RemoteTier(store, NAMESPACE, LAYOUT, deadline_ms=deadline_ms, clock=clock) if store is not None else None
-    return CacheManager(PagePool(LAYOUT, blocks * LAYOUT.page_bytes), NAMESPACE, remote=remote, clock=clock)
+    pages = PagePool(LAYOUT, blocks * LAYOUT.page_bytes)
+    return CacheManager(pages, NAMESPACE, remote=remote, clock=clock, policy=policy)
 
 
 def fill(manager: CacheManager, admission: Admission, tokens: list[int]) -> None:
@@ -72,6 +76,17 @@ def test_a_second_sequence_finds_the_first_ones_blocks_in_the_pool() -> None:
     assert run(manager, tokens).hit_tokens == 0
     assert run(manager, tokens).local_tokens == 16
     assert run(manager, [*tokens[:9], 99, *tokens[10:]]).local_tokens == 8
+
+
+def test_a_policy_that_looks_ahead_spares_the_blocks_of_a_prompt_that_waits() -> None:
+    manager = manager_on(None, 10, policy=LookAhead())
+    waiting, other = list(range(18)), list(range(100, 118))
+    run(manager, waiting)
+    announced = manager.announce(waiting)
+    run(manager, other)
+    run(manager, list(range(200, 216)))
+    manager.settle(announced)
+    assert run(manager, waiting).local_tokens == 16
 
 
 def test_the_last_token_is_never_taken_from_the_cache() -> None:

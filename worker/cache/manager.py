@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from attnstore.clock import Clock
+from attnstore.core.eviction import EvictionPolicy
 from attnstore.core.hashing import BlockHash, Namespace, block_hash, block_hashes
 from attnstore.errors import Overloaded
 from attnstore.types import Lease
@@ -55,13 +56,23 @@ class CacheStatistics:
 
 
 class CacheManager:
-    """Block tables for sequences. Without `remote` the pool is the only tier."""
+    """Block tables for sequences. Without `remote` the pool is the only tier. `policy` orders the pool's evictions (default: least
+    recently used).
+    """
 
-    def __init__(self, pages: PagePool, namespace: Namespace, *, remote: RemoteTier | None, clock: Clock) -> None:
+    def __init__(
+        self,
+        pages: PagePool,
+        namespace: Namespace,
+        *,
+        remote: RemoteTier | None,
+        clock: Clock,
+        policy: EvictionPolicy[BlockHash] | None = None,
+    ) -> None:
         self.pages = pages
         self._namespace = namespace
         self._clock = clock
-        self._pool = BlockPool(pages.capacity)
+        self._pool = BlockPool(pages.capacity, policy)
         self._remote = remote
         self._swap_out = SwapOut(self._write_batch, queue_blocks_max=pages.capacity) if remote is not None else None
         self._quarantine: list[SwapIn] = []
@@ -81,6 +92,17 @@ class CacheManager:
         """Prepares the store connection, if there is a store, ahead of the first request."""
         if self._remote is not None:
             self._remote.connect()
+
+    def announce(self, token_ids: Sequence[int]) -> list[BlockHash]:
+        """Tells the eviction policy that a prompt waits behind all others; returns the blocks that `settle` takes back."""
+        usable = (len(token_ids) - 1) // self.block_tokens
+        hashes = block_hashes(self._namespace, token_ids[: usable * self.block_tokens], self.block_tokens)
+        self._pool.announce(hashes)
+        return hashes
+
+    def settle(self, announced: Sequence[BlockHash]) -> None:
+        """An announced prompt waits no longer: it is about to be admitted, or was cancelled."""
+        self._pool.settle(announced)
 
     def admit(self, token_ids: Sequence[int]) -> Admission:
         """A table for a prompt, with the longest prefix of whole blocks that the pool and then the store have.

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from attnstore.attention import AttentionBackend, create_attention
 from attnstore.clock import Clock, MonotonicClock
+from attnstore.core.eviction import create_eviction_policy
 from attnstore.core.hashing import namespace
 from attnstore.errors import AttnStoreError, InvalidArgument
 from attnstore.limits import MIB
@@ -29,9 +30,10 @@ from worker.model.loading import LoadedModel
 
 @dataclass(frozen=True, slots=True)
 class EngineOptions:
-    """`pool_bytes` is a hard limit on KV memory; `chunk_tokens` of prefill run in one step; every store call has a deadline.
+    """`pool_bytes` is a hard limit on KV memory; `chunk_tokens` of prefill run in one step; every store call has a deadline;
+    `eviction` is one of `EVICTION_POLICIES`.
 
-    Raises `InvalidArgument` for values that do not fit together.
+    Raises `InvalidArgument` for values that do not fit together (an unknown `eviction` when the engine is made).
     """
 
     pool_bytes: int = 512 * MIB
@@ -39,6 +41,7 @@ class EngineOptions:
     chunk_tokens: int = 256
     store_deadline_ms: int = 5_000
     tenant_salt: bytes = b""
+    eviction: str = "lru"
 
     def __post_init__(self) -> None:
         if self.chunk_tokens < 1 or self.chunk_tokens % self.block_tokens:
@@ -82,7 +85,9 @@ class Engine:
         remote = None
         if store is not None:
             remote = RemoteTier(store, name, self.layout, deadline_ms=self.options.store_deadline_ms, clock=self._clock)
-        self._cache = CacheManager(pages, name, remote=remote, clock=self._clock)
+        self._cache = CacheManager(
+            pages, name, remote=remote, clock=self._clock, policy=create_eviction_policy(self.options.eviction)
+        )
         self._runner = Runner(model, pages, attention or create_attention("cpu"))
         self._waiting: deque[Sequence] = deque()
         self._running: Sequence | None = None
@@ -108,6 +113,7 @@ class Engine:
         """
         self._check_prompt(token_ids)
         sequence = self._sequence(token_ids, sampling or SamplingParams(stop_token_ids=self.model.stop_token_ids))
+        sequence.announced = self._cache.announce(token_ids)
         self._waiting.append(sequence)
         return sequence
 
@@ -158,6 +164,7 @@ class Engine:
     def _admit(self) -> Sequence | None:
         if self._running is None and self._waiting:
             sequence = self._waiting.popleft()
+            self._cache.settle(sequence.announced)
             sequence.admission = self._cache.admit(sequence.token_ids)
             sequence.computed_tokens = sequence.admission.hit_tokens
             self._running = sequence

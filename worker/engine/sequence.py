@@ -9,6 +9,7 @@ from __future__ import annotations
 import enum
 from dataclasses import dataclass, field
 
+from attnstore.core.hashing import BlockHash
 from worker.cache import Admission
 from worker.engine.sampler import Sampler, SamplingParams
 
@@ -32,6 +33,7 @@ class Sequence:
     sampling: SamplingParams
     submitted_ms: float
     sampler: Sampler = field(init=False)
+    announced: list[BlockHash] = field(default_factory=list)
     admission: Admission | None = None
     computed_tokens: int = 0
     blocks_used: int = 0
