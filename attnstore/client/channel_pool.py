@@ -22,6 +22,11 @@ _IDLE_MAX = 8
 class Channel(Protocol):
     """One open connection."""
 
+    @property
+    def answered(self) -> bool:
+        """The exchange that runs has had effects here, so that it must not be begun again."""
+        ...
+
     def shutdown(self) -> None:
         """Breaks the connection, so that whoever uses it gets `Unavailable`. Safe from any thread."""
         ...
@@ -55,10 +60,7 @@ class ChannelPool(Generic[C]):
         self._drop_idle()
 
     def exchange(self, deadline: Deadline, transfer: Transfer, run: Callable[[C], R]) -> R:
-        """`run` on an idle connection, and once more on a fresh one where the idle one turns out to be dead.
-
-        So `run` must be harmless to repeat.
-        """
+        """`run` on an idle connection, and once more on a fresh one where the idle one turns out to be dead."""
         with self._lock:
             pooled = self._idle.pop() if self._idle else None
         if pooled is not None:
@@ -66,7 +68,7 @@ class ChannelPool(Generic[C]):
                 with self._using(pooled, transfer):
                     return run(pooled)
             except Unavailable:
-                if transfer.is_aborted:
+                if pooled.answered or transfer.is_aborted:
                     raise
                 self._drop_idle()  # the node that they led to is gone
         channel = self._connect(deadline)

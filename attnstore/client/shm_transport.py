@@ -181,6 +181,9 @@ def _land(plan: ReadPlan, index: int, located: Located, begin: int, end: int) ->
 class _Channel:
     """One open connection: a client's half of the protocol."""
 
+    answered = False
+    """Asking again is always harmless."""
+
     def __init__(self, stream: SharedStream, welcome: Welcome) -> None:
         self.welcome = welcome
         self._stream = stream

@@ -1,25 +1,24 @@
 """The tcp transport: pages over the page channel, straight into the caller's buffers.
 
-Owns: a pool of connections to one node, each used by one transfer at a time.
-Invariant: a connection goes back to the pool only after a complete exchange; in every other case it is closed before the call
-returns, so no late byte can land in a buffer that its owner uses again.
+Owns: the client's half of the page channel, and the parts of a transfer that run at once.
+Invariant: when a call ends, however it ends, each of its connections has completed its exchange or is closed, so no late byte can
+land in a buffer that its owner uses again.
 """
 
 from __future__ import annotations
 
 import socket
-import threading
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from contextlib import contextmanager
 from typing import TypeVar
 
 from attnstore.client.bulk import BulkUnavailable, OpenChannel, ReadPlan, WritePlan, wait_out
+from attnstore.client.channel_pool import ChannelPool
 from attnstore.clock import Deadline
 from attnstore.config import split_address
 from attnstore.core.hashing import joint_checksum, page_checksum
-from attnstore.errors import AttnStoreError, ClientClosed, InvalidArgument, Overloaded, ProtocolError, Unavailable
+from attnstore.errors import AttnStoreError, ClientClosed, InvalidArgument, Overloaded, ProtocolError
 from attnstore.limits import (
     CHANNEL_CREDITS,
     CHANNEL_GATHER_PAGES,
@@ -31,10 +30,11 @@ from attnstore.wire.page_channel import NO_LEASE, VERSION, Frame, Kind, Order, R
 from attnstore.wire.stream import FrameStream
 
 R = TypeVar("R")
+Part = tuple[int, int]
+"""Pages `[begin, end)` of a plan, which one connection transfers."""
 
 _CONNECT_MS_MAX = 2_000
 _READS_IN_FLIGHT_MAX = 2
-_IDLE_CONNECTIONS_MAX = 8
 
 
 class TcpTransport:
@@ -46,22 +46,12 @@ class TcpTransport:
         self._host = host
         self._open_channel = open_channel
         self._channels = channels
-        self._lock = threading.Lock()
-        self._idle: list[_Channel] = []
-        self._in_use: set[_Channel] = set()
-        self._closed = False
+        self._pool = ChannelPool(self._connect)
         self._workers = ThreadPoolExecutor(channels, "attnstore-tcp") if channels > 1 else None
 
     def close(self) -> None:
         """See `BulkReader.close`."""
-        with self._lock:
-            self._closed = True
-            idle, self._idle = self._idle, []
-            in_use = list(self._in_use)
-        for channel in in_use:
-            channel.stream.shutdown()
-        for channel in idle:
-            channel.stream.close()
+        self._pool.close()
         if self._workers is not None:
             self._workers.shutdown(wait=False)
 
@@ -78,31 +68,33 @@ class TcpTransport:
         )
         return tuple(verdict for part in verdicts for verdict in part)
 
-    def _parts(self, pages: int) -> list[tuple[int, int]]:
+    def _parts(self, pages: int) -> list[Part]:
         parts = max(1, min(self._channels, pages))
         return [(pages * part // parts, pages * (part + 1) // parts) for part in range(parts)]
 
-    def _in_parallel(self, parts: list[tuple[int, int]], plan: ReadPlan | WritePlan, run: Callable[[int, int], R]) -> list[R]:
+    def _in_parallel(self, parts: list[Part], plan: ReadPlan | WritePlan, run: Callable[[int, int], R]) -> list[R]:
         if self._workers is None or len(parts) == 1:
             return [run(begin, end) for begin, end in parts]
+        ended = dict(zip(parts, self._run_all(parts, plan, run), strict=True))
+        homeless = [part for part in parts if isinstance(ended[part].exception(), BulkUnavailable)]
+        if len(homeless) < len(parts):
+            # A part that got no connection of its own goes over one that another part has done with.
+            ended.update(zip(homeless, self._run_all(homeless, plan, run), strict=True))
+        return [ended[part].result() for part in parts]
+
+    def _run_all(self, parts: list[Part], plan: ReadPlan | WritePlan, run: Callable[[int, int], R]) -> list[Future[R]]:
+        """Runs parts at once. However it ends, all have ended then: until they have, bytes may land."""
         futures: list[Future[R]] = []
-        # All parts must have ended before anything is returned or raised: until then bytes may land.
         try:
-            futures += (self._submit(run, begin, end) for begin, end in parts)
+            for begin, end in parts:
+                futures.append(self._submit(run, begin, end))
             wait(futures)
         except BaseException:
             plan.transfer.abort()
             raise
         finally:
             wait_out(futures)
-        errors = [future.exception() for future in futures]
-        if None in errors:
-            # A part that got no connection of its own goes over one that another part has done with.
-            for index, error in enumerate(errors):
-                if isinstance(error, BulkUnavailable):
-                    futures[index] = self._submit(run, *parts[index])
-        wait_out(futures)
-        return [future.result() for future in futures]
+        return futures
 
     def _submit(self, run: Callable[[int, int], R], begin: int, end: int) -> Future[R]:
         assert self._workers is not None
@@ -112,49 +104,11 @@ class TcpTransport:
             raise ClientClosed("the client is closed") from None
 
     def _exchange(self, plan: ReadPlan | WritePlan, run: Callable[[_Channel], R]) -> R:
-        """Runs one exchange; once more on a fresh connection if a pooled one turns out to be dead before anything arrived."""
-        with self._lock:
-            pooled = self._idle.pop() if self._idle else None
-        if pooled is not None:
-            try:
-                with self._using(pooled, plan):
-                    return run(pooled)
-            except Unavailable:
-                if pooled.answered or plan.transfer.is_aborted:
-                    raise
-                self._drop_idle()
-        channel = self._connect(plan.deadline)
-        with self._using(channel, plan):
+        def begun(channel: _Channel) -> R:
+            channel.begin(plan.deadline)
             return run(channel)
 
-    @contextmanager
-    def _using(self, channel: _Channel, plan: ReadPlan | WritePlan) -> Iterator[None]:
-        reusable = False
-        try:
-            with self._lock:
-                self._in_use.add(channel)
-                self._require_open()
-            channel.answered = False
-            channel.stream.bound(plan.deadline.left_ms)
-            with plan.transfer.breakable(channel.stream.shutdown):
-                yield
-            # An abort that came too late for this exchange has still broken its connection.
-            reusable = not plan.transfer.is_aborted
-        except Unavailable:
-            self._require_open()
-            raise
-        finally:
-            with self._lock:
-                self._in_use.discard(channel)
-                reusable = reusable and not self._closed and len(self._idle) < _IDLE_CONNECTIONS_MAX
-                if reusable:
-                    self._idle.append(channel)
-            if not reusable:
-                channel.stream.close()
-
-    def _require_open(self) -> None:
-        if self._closed:
-            raise ClientClosed("the client is closed")
+        return self._pool.exchange(plan.deadline, plan.transfer, begun)
 
     def _connect(self, deadline: Deadline) -> _Channel:
         try:
@@ -176,18 +130,12 @@ class TcpTransport:
                 raise BulkUnavailable(f"the page channel was not opened: {error}") from None
             raise
 
-    def _drop_idle(self) -> None:
-        with self._lock:
-            idle, self._idle = self._idle, []
-        for channel in idle:
-            channel.stream.close()
-
 
 class _Channel:
     """One open connection: a client's half of the protocol."""
 
     def __init__(self, stream: FrameStream, read_hashes_max: int, credits_max: int) -> None:
-        self.stream = stream
+        self._stream = stream
         self.answered = False
         self._read_hashes_max = read_hashes_max
         self._credits_max = credits_max
@@ -205,6 +153,17 @@ class _Channel:
         if welcome.page < 1 or welcome.request < 1:
             raise ProtocolError("the node's WELCOME allows nothing")
         return channel
+
+    def begin(self, deadline: Deadline) -> None:
+        """Before each exchange: how long it may last."""
+        self.answered = False
+        self._stream.bound(deadline.left_ms)
+
+    def shutdown(self) -> None:
+        self._stream.shutdown()
+
+    def close(self) -> None:
+        self._stream.close()
 
     def read(self, plan: ReadPlan, begin: int, end: int) -> None:
         """Pages `[begin, end)` of the plan, as READs of bounded size of which two are on the way."""
@@ -242,7 +201,7 @@ class _Channel:
                 namespace=plan.namespace,
                 hash=plan.hashes[index],
             )
-            self.stream.send(encode_frame(frame), page)
+            self._stream.send(encode_frame(frame), page)
         while len(verdicts) < end - begin:
             verdicts.append(self._take_verdict(begin + len(verdicts)))
         return tuple(verdicts)
@@ -268,7 +227,7 @@ class _Channel:
             namespace=plan.namespace,
             lease=plan.lease_id or NO_LEASE,
         )
-        self.stream.send(encode_frame(frame), joined)
+        self._stream.send(encode_frame(frame), joined)
         return _PendingRead(self._request, begin, count)
 
     def _take_miss(self, plan: ReadPlan, read: _PendingRead, frame: Frame) -> None:
@@ -283,7 +242,7 @@ class _Channel:
         window = plan.landing.window(index, frame.offset_bytes, frame.size_bytes)
         if window is None:
             raise ProtocolError(f"page {index} came twice")
-        self.stream.receive_payload(window)
+        self._stream.receive_payload(window)
         if not plan.landing.landed(index, len(window)):
             raise ProtocolError(f"page {index} came in part: {len(window)} bytes")
         plan.landing.judge(index, page_checksum(window) == frame.checksum)
@@ -302,7 +261,7 @@ class _Channel:
             for page in pages
         ]
         views = [view for _, view in windows]
-        self.stream.receive_payload(*views)
+        self._stream.receive_payload(*views)
         intact = joint_checksum(views) == frame.checksum
         for page in pages:
             if plan.landing.landed(page, plan.layer_bytes) or not intact:
@@ -324,7 +283,7 @@ class _Channel:
         return frame.status
 
     def _receive(self, expected: Kind, request: int) -> Frame:
-        frame = self.stream.receive()
+        frame = self._stream.receive()
         self.answered = True
         if frame.kind is Kind.REFUSED:
             raise self._refusal(frame)
@@ -337,7 +296,7 @@ class _Channel:
     def _refusal(self, frame: Frame) -> AttnStoreError:
         reason = bytearray(frame.size_bytes)
         if reason:
-            self.stream.receive_payload(memoryview(reason))
+            self._stream.receive_payload(memoryview(reason))
         return decode_refusal(reason)
 
 

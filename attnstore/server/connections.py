@@ -14,6 +14,7 @@ from typing import Protocol
 import structlog
 
 from attnstore.clock import Clock
+from attnstore.errors import Overloaded
 from attnstore.limits import CHANNEL_CONNECTIONS_MAX
 
 _ACCEPT_RETRY_S = 0.01
@@ -88,15 +89,17 @@ class ConnectionThreads:
             self._adopt(peer)
 
     def _adopt(self, peer: socket.socket) -> None:
-        with self._lock:
-            if len(self._threads) >= CHANNEL_CONNECTIONS_MAX:
-                peer.close()
-                _log.warning("connection refused", listener=self._name, connections_max=CHANNEL_CONNECTIONS_MAX)
-                return
-            connection = self._connect(peer)
-            thread = threading.Thread(target=self._run, args=(connection,), name=self._name, daemon=True)
-            self._threads[connection] = thread
-        thread.start()
+        try:
+            with self._lock:
+                if len(self._threads) >= CHANNEL_CONNECTIONS_MAX:
+                    raise Overloaded(f"{CHANNEL_CONNECTIONS_MAX} connections are open")
+                connection = self._connect(peer)
+                thread = threading.Thread(target=self._run, args=(connection,), name=self._name, daemon=True)
+                thread.start()
+                self._threads[connection] = thread
+        except (Overloaded, OSError, RuntimeError) as error:  # also: the peer has left, or the system gives no more threads
+            peer.close()
+            _log.warning("connection refused", listener=self._name, reason=str(error))
 
     def _run(self, connection: Connection) -> None:
         try:

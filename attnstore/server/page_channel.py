@@ -1,7 +1,8 @@
-"""The node's end of the page channel: a listening socket, and one thread for each connection.
+"""The node's end of the page channel: what one connection asks for, and the tokens that open it.
 
-Owns: the connections and their tokens. Threads, because what they do is system calls that release the interpreter lock: pages
-flow on as many cores as there are connections while the event loop answers metadata.
+Owns: the answers, and the one-time tokens of all bulk transports. Each connection has a thread of its own (`ConnectionThreads`),
+because what it does is system calls that release the interpreter lock: pages flow on as many cores as there are connections while
+the event loop answers metadata.
 Invariants: only a token that the gRPC service gave out, once and lately, opens a connection; a thread holds at most the pages of
 one READ, and no longer than its peer takes bytes every `stall_ms`; a prepared slot is sealed or aborted however a connection ends.
 """
@@ -31,6 +32,7 @@ from attnstore.limits import (
     CHANNEL_TOKENS_MAX,
     MIB,
 )
+from attnstore.server.connections import ConnectionThreads
 from attnstore.server.store import PageView, Store
 from attnstore.telemetry import NodeMetrics
 from attnstore.types import PageStatus
@@ -79,76 +81,27 @@ class PageChannelServer:
         self._tokens = tokens
         self._metrics = metrics
         self._stall_ms = stall_ms
-        self._lock = threading.Lock()
-        self._connections: dict[_Connection, threading.Thread] = {}
         self._draining = threading.Event()
-        self._listener: socket.socket | None = None
-        self._acceptor: threading.Thread | None = None
+        self._connections = ConnectionThreads("page-channel", self._connect, store)
         self.port = 0
 
     def start(self, host: str, port: int) -> None:
         """Binds and serves. Raises `InvalidArgument` when the address cannot be bound."""
         try:
             family = socket.AF_INET6 if ":" in host else socket.AF_INET
-            self._listener = socket.create_server((host, port), family=family, backlog=CHANNEL_CONNECTIONS_MAX)
+            listener = socket.create_server((host, port), family=family, backlog=CHANNEL_CONNECTIONS_MAX)
         except OSError as error:
             raise InvalidArgument(f"--page-channel-port {port} on {host} cannot be bound: {error.strerror}") from None
-        self.port = self._listener.getsockname()[1]
-        self._acceptor = threading.Thread(target=self._accept, name="page-channel-accept", daemon=True)
-        self._acceptor.start()
+        self.port = listener.getsockname()[1]
+        self._connections.start(listener)
 
     def stop(self, drain_ms: float) -> None:
-        """Takes no new request, gives those that run up to `drain_ms`, then ends every connection and waits for its thread."""
+        """See `ConnectionThreads.stop`; a connection takes no new request from now on."""
         self._draining.set()
-        if self._listener is not None and self._acceptor is not None:
-            self._listener.shutdown(socket.SHUT_RDWR)
-            self._acceptor.join()
-            self._listener.close()
-        with self._lock:
-            connections = dict(self._connections)
-        for connection in connections:
-            connection.shutdown_when_idle()
-        deadline_ms = self._store.now_ms() + drain_ms
-        for connection, thread in connections.items():
-            thread.join(max(0.0, deadline_ms - self._store.now_ms()) / 1000)
-            connection.stream.shutdown()
-            thread.join()
+        self._connections.stop(drain_ms)
 
-    def _accept(self) -> None:
-        assert self._listener is not None
-        while True:
-            try:
-                peer, _ = self._listener.accept()
-            except OSError:
-                if self._draining.is_set():
-                    return
-                # Out of descriptors, or a peer that left in the queue: neither may end the service.
-                self._draining.wait(0.01)
-                continue
-            self._adopt(peer)
-
-    def _adopt(self, peer: socket.socket) -> None:
-        connection = _Connection(
-            FrameStream(peer, Role.NODE), self._store, self._tokens, self._metrics, self._stall_ms, self._draining
-        )
-        with self._lock:
-            if len(self._connections) >= CHANNEL_CONNECTIONS_MAX:
-                peer.close()
-                _log.warning("page channel refused", connections=CHANNEL_CONNECTIONS_MAX)
-                return
-            thread = threading.Thread(target=self._run, args=(connection,), name="page-channel", daemon=True)
-            self._connections[connection] = thread
-        thread.start()
-
-    def _run(self, connection: _Connection) -> None:
-        try:
-            connection.serve()
-        except Exception:
-            _log.exception("page channel failed")
-        finally:
-            with self._lock:
-                del self._connections[connection]
-            connection.stream.close()
+    def _connect(self, peer: socket.socket) -> _Connection:
+        return _Connection(FrameStream(peer, Role.NODE), self._store, self._tokens, self._metrics, self._stall_ms, self._draining)
 
 
 class _Connection:
@@ -157,7 +110,7 @@ class _Connection:
     def __init__(
         self, stream: FrameStream, store: Store, tokens: TokenBook, metrics: NodeMetrics, stall_ms: int, draining: threading.Event
     ) -> None:
-        self.stream = stream
+        self._stream = stream
         self._store = store
         self._tokens = tokens
         self._metrics = metrics
@@ -166,16 +119,20 @@ class _Connection:
         self._scratch = memoryview(bytearray(MIB))
         self._busy = threading.Lock()
 
+    def shutdown(self) -> None:
+        self._stream.shutdown()
+
     def shutdown_when_idle(self) -> None:
-        """Ends the connection now if no request is running; otherwise `serve` ends after it."""
         if self._busy.acquire(blocking=False):
-            self.stream.shutdown()
+            self._stream.shutdown()
             self._busy.release()
 
+    def close(self) -> None:
+        self._stream.close()
+
     def serve(self) -> None:
-        """Runs until the peer leaves, breaks the protocol, stalls or the node drains."""
         try:
-            self.stream.bound(Deadline(self._store, min(CHANNEL_HELLO_MS_MAX, self._stall_ms)).left_ms)
+            self._stream.bound(Deadline(self._store, min(CHANNEL_HELLO_MS_MAX, self._stall_ms)).left_ms)
             tenant = self._welcome()
             while not self._draining.is_set():
                 frame = self._next_request()
@@ -186,23 +143,23 @@ class _Connection:
         except AttnStoreError as error:
             _log.warning("page channel closed", reason=str(error), code=error.code)
             with suppress(Retryable):
-                self.stream.send(encode_refusal(0, error))
+                self._stream.send(encode_refusal(0, error))
 
     def _welcome(self) -> str:
-        hello = self.stream.receive()
+        hello = self._stream.receive()
         token = bytearray(hello.size_bytes)
         if token:
-            self.stream.receive_payload(memoryview(token))
+            self._stream.receive_payload(memoryview(token))
         if hello.page != VERSION:
             raise InvalidArgument(f"the page channel's version is {VERSION}; the client speaks {hello.page}")
         tenant = self._tokens.redeem(bytes(token))
-        self.stream.send(encode_frame(Frame(Kind.WELCOME, page=CHANNEL_READ_HASHES_MAX, request=CHANNEL_CREDITS)))
+        self._stream.send(encode_frame(Frame(Kind.WELCOME, page=CHANNEL_READ_HASHES_MAX, request=CHANNEL_CREDITS)))
         return tenant
 
     def _next_request(self) -> Frame:
-        self.stream.bound(lambda: CHANNEL_IDLE_MS_MAX)
-        frame = self.stream.receive()
-        self.stream.bound(lambda: self._stall_ms)
+        self._stream.bound(lambda: CHANNEL_IDLE_MS_MAX)
+        frame = self._stream.receive()
+        self._stream.bound(lambda: self._stall_ms)
         return frame
 
     def _answer(self, frame: Frame, tenant: str) -> None:
@@ -215,14 +172,14 @@ class _Connection:
             raise
         except AttnStoreError as error:
             # The request is wrong, the connection is not: its payload is read to the end and the next request finds a clean stream.
-            if frame.size_bytes and not self.stream.at_boundary:
-                self.stream.discard_payload(self._scratch)
-            self.stream.send(encode_refusal(frame.request, error))
+            if frame.size_bytes and not self._stream.at_boundary:
+                self._stream.discard_payload(self._scratch)
+            self._stream.send(encode_refusal(frame.request, error))
 
     def _read(self, frame: Frame, tenant: str) -> None:
         joined = bytearray(frame.size_bytes)
         if joined:
-            self.stream.receive_payload(memoryview(joined))
+            self._stream.receive_payload(memoryview(joined))
         hashes = split_hashes(bytes(joined))
         layout = self._store.layout_of(frame.namespace, tenant)
         begin, end = layout.layer_slice(frame.layer_begin, frame.layer_end)
@@ -256,11 +213,11 @@ class _Connection:
 
     def _send_slice(self, request: int, index: int, offset_bytes: int, checksum: int, parts: list[memoryview]) -> None:
         size_bytes = sum(map(len, parts))
-        self.stream.send(encode_slice(request, index, size_bytes, offset_bytes, checksum), *parts)
+        self._stream.send(encode_slice(request, index, size_bytes, offset_bytes, checksum), *parts)
         self._metrics.sent("tcp", size_bytes)
 
     def _send_miss(self, request: int, index: int, status: PageStatus) -> None:
-        self.stream.send(encode_frame(Frame(Kind.SLICE, request=request, page=index, status=status)))
+        self._stream.send(encode_frame(Frame(Kind.SLICE, request=request, page=index, status=status)))
         self._count_read(status, 1)
 
     def _count_read(self, status: PageStatus, pages: int) -> None:
@@ -272,18 +229,18 @@ class _Connection:
         if frame.size_bytes == layout.page_bytes:
             verdict = self._receive_page(frame)
         elif frame.size_bytes:
-            self.stream.discard_payload(self._scratch)
+            self._stream.discard_payload(self._scratch)
         self._metrics.page_statuses.labels("Write", verdict.name.lower()).inc()
-        self.stream.send(encode_frame(Frame(Kind.VERDICT, request=frame.request, page=frame.page, status=verdict)))
+        self._stream.send(encode_frame(Frame(Kind.VERDICT, request=frame.request, page=frame.page, status=verdict)))
 
     def _receive_page(self, frame: Frame) -> PageStatus:
         page = self._store.prepare(frame.namespace, frame.hash, frame.checksum)
         if isinstance(page, PageStatus):
-            self.stream.discard_payload(self._scratch)
+            self._stream.discard_payload(self._scratch)
             self._metrics.received("tcp", frame.size_bytes)
             return page
         try:
-            self.stream.receive_payload(self._store.view(page))
+            self._stream.receive_payload(self._store.view(page))
         except BaseException:
             self._store.abort(page)
             raise
