@@ -1,0 +1,101 @@
+"""A peer of the shared memory socket that keeps to the protocol only as far as a test wants it to."""
+
+from __future__ import annotations
+
+import fcntl
+import mmap
+import os
+import socket
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Self
+
+import grpc
+
+from attnstore.clock import Deadline, MonotonicClock
+from attnstore.testing import StoreProcess
+from attnstore.types import PageStatus
+from attnstore.wire import messages, shared
+from attnstore.wire.shared import ExtentLayout, Kind, Place
+from attnstore.wire.shared_stream import Message, SharedStream
+
+WAIT_MS = 10_000.0
+
+
+def open_channel(node: StoreProcess, token: str | None = None) -> tuple[str, bytes]:
+    """Socket path and one-time token, as the node gives them."""
+    method = messages.METHODS["OpenChannel"]
+    with grpc.insecure_channel(node.address) as channel:
+        call = channel.unary_unary(
+            method.path, request_serializer=method.encode_request, response_deserializer=method.decode_response
+        )
+        metadata = (("authorization", f"Bearer {token}"),) if token else ()
+        answer = call(messages.OpenChannelRequest(transport="shm"), timeout=WAIT_MS / 1000, metadata=metadata)
+    return answer.address, answer.token
+
+
+@dataclass
+class Peer:
+    """A connected socket; `greeted` once the node has said WELCOME."""
+
+    connection: socket.socket
+    stream: SharedStream = field(init=False)
+    extent_bytes: int = 0
+
+    def __post_init__(self) -> None:
+        self.stream = SharedStream(self.connection)
+        self.stream.bound(Deadline(MonotonicClock(), WAIT_MS).left_ms)
+
+    @classmethod
+    def connected(cls, address: str) -> Peer:
+        connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        connection.settimeout(WAIT_MS / 1000)
+        connection.connect(address)
+        return cls(connection)
+
+    @classmethod
+    def greeted(cls, node: StoreProcess, token: str | None = None) -> Peer:
+        address, channel_token = open_channel(node, token)
+        peer = cls.connected(address)
+        answer = peer.ask(shared.encode_hello(channel_token), Kind.WELCOME)
+        peer.extent_bytes = shared.decode_welcome(answer.count, answer.payload).extent_bytes
+        return peer
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
+        self.stream.close()
+
+    def ask(self, request: bytes, *expected: Kind) -> Message:
+        self.stream.send(request)
+        return self.stream.receive(frozenset(expected))
+
+    def refusal(self, request: bytes) -> Exception:
+        """What the node refuses a request with."""
+        return shared.decode_refusal(self.ask(request, Kind.REFUSED).payload)
+
+    def is_closed_by_the_node(self) -> bool:
+        """Waits for the end of the stream."""
+        try:
+            while self.connection.recv(1 << 16):
+                pass
+        except ConnectionError:
+            pass
+        return True
+
+    def locate(self, namespace: bytes, *hashes: bytes) -> list[Place | PageStatus]:
+        answer = self.ask(shared.encode_locate(namespace, None, hashes), Kind.LOCATED)
+        return shared.decode_located(answer.payload, ExtentLayout(self.extent_bytes))
+
+    def map(self, place: Place) -> mmap.mmap | None:
+        """The extent of a place as this process may see it; None where it is gone or not ours."""
+        answer = self.ask(shared.encode_map(place.extent, place.tenancy), Kind.MAPPED, Kind.GONE)
+        if answer.kind is Kind.GONE:
+            return None
+        assert answer.descriptor is not None
+        assert fcntl.fcntl(answer.descriptor, fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDONLY
+        try:
+            return mmap.mmap(answer.descriptor, ExtentLayout(self.extent_bytes).file_bytes, mmap.MAP_SHARED, mmap.PROT_READ)
+        finally:
+            os.close(answer.descriptor)

@@ -1,0 +1,154 @@
+"""The shared memory protocol: what it encodes, what it refuses, and the layout of an extent's file."""
+
+from __future__ import annotations
+
+import struct
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from attnstore.errors import AttnStoreError, PermissionDenied, ProtocolError, Unavailable
+from attnstore.limits import CHANNEL_READ_HASHES_MAX, CHANNEL_REASON_BYTES_MAX
+from attnstore.types import PageStatus
+from attnstore.wire import shared
+from attnstore.wire.shared import ANSWERS, HEADER_BYTES, REQUESTS, ExtentLayout, Kind, Place, State, Welcome
+
+NAMESPACE, LEASE, TOKEN, EPOCH = b"n" * 32, b"l" * 16, b"t" * 32, b"e" * 16
+LAYOUT = ExtentLayout(1 << 20)
+U32, U64 = st.integers(0, (1 << 32) - 1), st.integers(0, (1 << 64) - 1)
+
+
+def split(message: bytes, *expected: Kind) -> tuple[Kind, int, bytes]:
+    """Kind, count and payload of a whole message."""
+    kind, count, payload_bytes = shared.decode_header(message[:HEADER_BYTES], expected)
+    assert len(message) == HEADER_BYTES + payload_bytes, "the header announces exactly what follows"
+    return kind, count, message[HEADER_BYTES:]
+
+
+@given(hashes=st.lists(st.binary(min_size=32, max_size=32), max_size=20), lease=st.none() | st.just(LEASE))
+def test_a_locate_says_what_was_asked(hashes: list[bytes], lease: bytes | None) -> None:
+    _, count, payload = split(shared.encode_locate(NAMESPACE, lease, hashes), Kind.LOCATE)
+    assert count == len(hashes)
+    assert shared.decode_locate(payload) == (NAMESPACE, lease, hashes)
+
+
+@given(
+    places=st.lists(
+        st.sampled_from([status for status in PageStatus if status is not PageStatus.OK])
+        | st.builds(Place, U32, U64, st.integers(0, 1 << 19), st.integers(1, 1 << 19), U64, U64),
+        max_size=20,
+    )
+)
+def test_a_located_says_where_each_page_is_or_why_not(places: list[Place | PageStatus]) -> None:
+    _, count, payload = split(shared.encode_located(places), Kind.LOCATED)
+    assert count == len(places)
+    assert shared.decode_located(payload, LAYOUT) == places
+
+
+@given(extent=U32, tenancy=U64)
+def test_a_map_names_extent_and_tenancy(extent: int, tenancy: int) -> None:
+    assert shared.decode_map(split(shared.encode_map(extent, tenancy), Kind.MAP)[2]) == (extent, tenancy)
+
+
+def test_hello_and_welcome_carry_token_version_epoch_and_limits() -> None:
+    assert split(shared.encode_hello(TOKEN), Kind.HELLO) == (Kind.HELLO, shared.VERSION, TOKEN)
+    _, count, payload = split(shared.encode_welcome(Welcome(EPOCH, 1 << 26, 100)), Kind.WELCOME)
+    assert shared.decode_welcome(count, payload) == Welcome(EPOCH, 1 << 26, 100)
+    generous = shared.decode_welcome(CHANNEL_READ_HASHES_MAX + 1, payload)
+    assert generous.hashes_max == CHANNEL_READ_HASHES_MAX, "we never ask for more than a LOCATED may answer"
+
+
+def test_a_refusal_keeps_its_type_and_is_cut_to_its_limit() -> None:
+    _, _, reason = split(shared.encode_refusal(PermissionDenied("not yours")), Kind.REFUSED)
+    error = shared.decode_refusal(reason)
+    assert (type(error), str(error)) == (PermissionDenied, "not yours")
+    _, count, _ = split(shared.encode_refusal(PermissionDenied("x" * 10_000)), Kind.REFUSED)
+    assert count == CHANNEL_REASON_BYTES_MAX
+    assert type(shared.decode_refusal(b"of a later version\nwhy")) is Unavailable
+
+
+@pytest.mark.parametrize("kind", list(Kind))
+@pytest.mark.parametrize(
+    "expected", [*REQUESTS.values(), *ANSWERS.values()], ids=[*(state.name for state in REQUESTS), *(kind.name for kind in ANSWERS)]
+)
+def test_only_what_is_due_is_taken(kind: Kind, expected: frozenset[Kind]) -> None:
+    header = struct.pack("<4sBxxxI", shared.MAGIC, kind, 0)
+    if kind in expected:
+        assert shared.decode_header(header, expected)[0] is kind
+    else:
+        with pytest.raises(ProtocolError, match="was due"):
+            shared.decode_header(header, expected)
+
+
+def test_every_request_has_an_answer_and_each_side_sends_its_own_kinds() -> None:
+    requests = REQUESTS[State.NEW] | REQUESTS[State.OPEN]
+    assert requests == ANSWERS.keys() == {kind for kind in Kind if kind < 16}
+    assert {kind for answers in ANSWERS.values() for kind in answers} == {kind for kind in Kind if kind >= 16}
+
+
+@pytest.mark.parametrize(
+    ("kind", "count"),
+    [(Kind.LOCATE, CHANNEL_READ_HASHES_MAX + 1), (Kind.LOCATED, CHANNEL_READ_HASHES_MAX + 1), (Kind.MAP, 1), (Kind.REFUSED, 4097)],
+)
+def test_a_message_larger_than_its_limit_is_refused_at_its_header(kind: Kind, count: int) -> None:
+    with pytest.raises(ProtocolError, match="maximum"):
+        shared.decode_header(struct.pack("<4sBxxxI", shared.MAGIC, kind, count), {kind})
+
+
+@given(header=st.binary(min_size=HEADER_BYTES, max_size=HEADER_BYTES), expected=st.sampled_from(list(ANSWERS.values())))
+def test_no_header_does_worse_than_a_protocol_error(header: bytes, expected: frozenset[Kind]) -> None:
+    for start in (header, shared.MAGIC + header[4:]):
+        try:
+            kind, count, payload_bytes = shared.decode_header(start, expected)
+        except ProtocolError:
+            continue
+        assert kind in expected
+        assert payload_bytes <= 48 * CHANNEL_READ_HASHES_MAX
+        assert kind is Kind.WELCOME or count <= CHANNEL_READ_HASHES_MAX
+
+
+@given(payload=st.binary(max_size=48 * 4).map(lambda some: some[: len(some) // 48 * 48]))
+def test_no_place_outside_its_extent_gets_through(payload: bytes) -> None:
+    try:
+        places = shared.decode_located(payload, LAYOUT)
+    except ProtocolError:
+        return
+    for place in places:
+        assert isinstance(place, PageStatus) or 0 < place.offset_bytes + place.size_bytes <= LAYOUT.extent_bytes
+
+
+@pytest.mark.parametrize(("offset_bytes", "size_bytes"), [(0, 0), (0, (1 << 20) + 1), (1 << 20, 1), ((1 << 64) - 1, 2)])
+def test_a_place_that_no_node_can_mean_is_refused(offset_bytes: int, size_bytes: int) -> None:
+    payload = shared.encode_located([Place(0, 1, offset_bytes, size_bytes, 1, 1)])[HEADER_BYTES:]
+    with pytest.raises(ProtocolError, match="outside its extent"):
+        shared.decode_located(payload, LAYOUT)
+
+
+def test_a_welcome_that_allows_nothing_and_an_unknown_status_are_refused() -> None:
+    for count, extent_bytes in ((0, 1), (1, 0)):
+        with pytest.raises(ProtocolError, match="allows nothing"):
+            shared.decode_welcome(count, EPOCH + struct.pack("<Q", extent_bytes))
+    with pytest.raises(ProtocolError, match="250"):
+        shared.decode_located(struct.pack("<BxxxIQQQQQ", 250, 0, 0, 0, 0, 0, 0), LAYOUT)
+
+
+def test_every_error_of_the_tree_survives_the_wire() -> None:
+    def leaves(cls: type[AttnStoreError]) -> list[type[AttnStoreError]]:
+        children = [child for child in cls.__subclasses__() if child.__module__ == "attnstore.errors"]
+        return [leaf for child in children for leaf in leaves(child)] if children else [cls]
+
+    for cls in leaves(AttnStoreError):
+        assert type(shared.decode_refusal(shared.encode_refusal(cls("why"))[HEADER_BYTES:])) is cls
+
+
+@given(extent_bytes=st.integers(1, 1 << 30), data=st.data())
+def test_every_offset_has_a_stamp_and_stamps_and_data_do_not_overlap(extent_bytes: int, data: st.DataObject) -> None:
+    layout = ExtentLayout(extent_bytes)
+    assert extent_bytes <= layout.stamps_offset_bytes < extent_bytes + 4096
+    assert layout.stamps_offset_bytes + 8 * layout.stamps <= layout.file_bytes
+    assert layout.file_bytes % 4096 == 0
+    assert layout.file_bytes - extent_bytes <= extent_bytes // 512 + 3 * 4096, "stamps cost a 512th"
+    first, second = sorted(data.draw(st.tuples(*[st.integers(0, extent_bytes - 1)] * 2)))
+    assert 0 <= layout.stamp_index(first) <= layout.stamp_index(second) < layout.stamps
+    assert (second - first < 4096) or layout.stamp_index(first) < layout.stamp_index(second)
