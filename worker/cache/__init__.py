@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from worker.cache.manager import Admission, CacheManager, CacheStatistics
-from worker.cache.page_store import PageStore, open_store
+from worker.cache.page_store import STORE_TRANSPORTS, PageStore, open_store
 from worker.cache.pages import PagePool
 from worker.cache.remote import RemoteTier
 
-__all__ = ["Admission", "CacheManager", "CacheStatistics", "PagePool", "PageStore", "RemoteTier", "open_store"]
+__all__ = ["STORE_TRANSPORTS", "Admission", "CacheManager", "CacheStatistics", "PagePool", "PageStore", "RemoteTier", "open_store"]

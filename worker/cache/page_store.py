@@ -6,11 +6,15 @@ Owns: `PageStore`, and `open_store`, the one place where the worker opens a clie
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Final, Protocol
 
 import attnstore
+from attnstore.client.bulk import TRANSPORT_NAMES
 from attnstore.core.layout import PageLayout
 from attnstore.types import Lease, MatchResult, ReadResult, WriteResult
+
+STORE_TRANSPORTS: Final = TRANSPORT_NAMES
+"""How page bytes may travel; `auto` takes the best that the node offers."""
 
 
 class PageStore(Protocol):
@@ -46,9 +50,9 @@ class PageStore(Protocol):
         ...
 
 
-def open_store(target: str, deadline_ms: int) -> attnstore.Client:
+def open_store(target: str, *, deadline_ms: int, transport: str = "auto") -> attnstore.Client:
     """A client of the store node at `target`: a `PageStore` and a context manager. Nothing is sent before its first call.
 
-    Raises `InvalidArgument` for a malformed target.
+    `transport` is one of `STORE_TRANSPORTS`. Raises `InvalidArgument` for a malformed target.
     """
-    return attnstore.connect(target, deadline_ms=deadline_ms)
+    return attnstore.connect(target, deadline_ms=deadline_ms, transport=transport)
