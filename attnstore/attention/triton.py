@@ -26,7 +26,7 @@ SPLITS_MAX: Final = 32
 SPLIT_KEYS_MIN: Final = 256
 """A split shorter than this costs more to merge than it gains."""
 
-COPY_WORDS: Final = 4096
+COPY_WORDS: Final = 2048
 _COMPUTE: Final = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
 
 

@@ -1,0 +1,74 @@
+"""Random calls of the attention contract: the inputs on which backends are compared with the reference."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from attnstore.attention import AttentionBackend
+
+TOLERANCE = {torch.float32: 2e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
+"""Largest absolute difference of `out` by the type that it is returned in: two of its own roundings at magnitude 1 to 2."""
+
+
+LSE_TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-4, torch.bfloat16: 2e-4}
+"""By the result's type: torch's flash attention takes a shorter exponential series for 16-bit inputs."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """One call: the tensors in order, and the keywords."""
+
+    tensors: tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
+    keywords: dict[str, Any]
+
+    def run(self, backend: AttentionBackend) -> tuple[Tensor, Tensor]:
+        return backend.paged_attention(*self.tensors, **self.keywords)
+
+    def on(self, device: str) -> Case:
+        """The same call with its tensors on a device."""
+        positions = self.keywords.get("query_positions")
+        moved = None if positions is None else positions.to(device)
+        query, pool, block_tables, context_lens, query_starts = (tensor.to(device) for tensor in self.tensors)
+        return Case((query, pool, block_tables, context_lens, query_starts), {**self.keywords, "query_positions": moved})
+
+
+def random_case(seed: int, *, context_tokens_max: int = 150, rows_max: int = 70) -> Case:
+    """Geometry, type, window, positions, and a mixed batch with empty parts, one-token parts, decodes and prefill chunks."""
+    rng = random.Random(seed)
+    torch.manual_seed(seed)
+    dtype = rng.choice([torch.float32, torch.bfloat16, torch.float16])
+    head_dim = rng.choice([64, 64, 80, 96, 128, 256])
+    block_tokens = rng.choice([4, 8, 16, 16, 32])
+    kv_heads, group = rng.choice([(1, 1), (1, 8), (3, 1), (3, 3), (2, 7)])
+    max_blocks = -(-context_tokens_max // block_tokens)
+    context_lens = [rng.choice([0, 1, context_tokens_max, rng.randint(1, context_tokens_max)]) for _ in range(rng.randint(1, 5))]
+    query_lens = [min(keys, rng.choice([0, 1, 1, 3, rows_max])) for keys in context_lens]
+    total_q = sum(query_lens)
+    positions = torch.randint(-2, context_tokens_max + 9, (total_q,), dtype=torch.int32) if rng.random() < 0.4 else None
+    return Case(
+        (
+            torch.randn(total_q, kv_heads * group, head_dim).to(dtype),
+            torch.randn(64, 2, 2, kv_heads, block_tokens, head_dim).to(dtype),
+            torch.randint(0, 64, (len(context_lens), max_blocks), dtype=torch.int32),
+            torch.tensor(context_lens, dtype=torch.int32),
+            torch.tensor([0, *query_lens], dtype=torch.int32).cumsum(0).int(),
+        ),
+        {
+            "layer": rng.randint(0, 1),
+            "scale": head_dim**-0.5,
+            "sliding_window": rng.choice([None, None, 1, 40]),
+            "query_positions": positions,
+        },
+    )
+
+
+def assert_close(got: tuple[Tensor, Tensor], want: tuple[Tensor, Tensor]) -> None:
+    """`out` and `lse` within the rounding of the type of `out`, and exactly the same rows empty."""
+    assert got[0].dtype == want[0].dtype
+    torch.testing.assert_close(got[0], want[0], rtol=0, atol=TOLERANCE[want[0].dtype])
+    torch.testing.assert_close(got[1], want[1], rtol=1e-6, atol=LSE_TOLERANCE[want[0].dtype])
