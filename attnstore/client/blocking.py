@@ -104,7 +104,7 @@ class LoopThread:
         """Keeps the thread running for the `with` block. Raises `ClientClosed` as `run` does."""
         with LoopThread._lock:
             if LoopThread._shared is not self:
-                raise ClientClosed("the client is closed, or it was opened before a fork: connect again in this process")
+                raise ClientClosed("the client is closed, or it was opened before this process was forked")
             LoopThread._users += 1
         try:
             yield
@@ -152,8 +152,8 @@ def _blocking(
 class Client:
     """A blocking client of one store node; safe to share between threads. Made by `attnstore.connect`.
 
-    The methods are those of `AsyncClient`, where they are documented, without `await`. A forked child connects anew: calls of a
-    client that was opened before the fork raise `ClientClosed` there.
+    The methods are those of `AsyncClient`, where they are documented, without `await`. No client survives a fork, and gRPC lets
+    none be opened in a child of a process that has one open: calls there raise `ClientClosed`; spawn such children instead.
     """
 
     def __init__(self, options: ConnectOptions, clock: Clock | None = None) -> None:

@@ -6,10 +6,12 @@ Owns: the channel. Invariant: every call ends within its deadline, and every fai
 from __future__ import annotations
 
 import asyncio
+import os
+import weakref
 from collections.abc import AsyncGenerator, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import grpc
 
@@ -59,9 +61,24 @@ class Target:
 
 
 class GrpcTransport:
-    """Calls to one node over one channel; belongs to the event loop that is running when it is made."""
+    """Calls to one node over one channel; belongs to the event loop that is running when it is made.
+
+    Raises `ClientClosed` in a process that was forked while its parent had a channel open.
+    """
+
+    _open: ClassVar[weakref.WeakSet[GrpcTransport]] = weakref.WeakSet()
+    _is_stranded: ClassVar[bool] = False
+
+    @classmethod
+    def strand(cls) -> None:
+        """In a forked child: gRPC's threads stayed behind, so that a call would wait for ever."""
+        cls._is_stranded = len(cls._open) > 0
 
     def __init__(self, target: Target, token: str | None, tls_ca: bytes | None) -> None:
+        if GrpcTransport._is_stranded:
+            raise ClientClosed(
+                "this process was forked from one with an open client, which gRPC does not survive: start it with the spawn method"
+            )
         if target.tls:
             credentials = grpc.ssl_channel_credentials(tls_ca)
             self._channel = grpc.aio.secure_channel(target.address, credentials, options=_CHANNEL_OPTIONS)
@@ -69,9 +86,11 @@ class GrpcTransport:
             self._channel = grpc.aio.insecure_channel(target.address, options=_CHANNEL_OPTIONS)
         self._metadata = (("authorization", f"Bearer {token}"),) if token else ()
         self._stubs = {name: self._stub(method) for name, method in METHODS.items()}
+        GrpcTransport._open.add(self)
 
     async def close(self) -> None:
         """Ends the channel and every call on it."""
+        GrpcTransport._open.discard(self)
         await self._channel.close()
 
     async def call(self, name: str, request: Any, deadline_ms: float) -> Any:
@@ -140,6 +159,9 @@ async def _send_pages(call: Any, namespace: bytes, hashes: Sequence[bytes], page
             await call.write(chunks.encode_write_chunk(namespace, page_hash, checksum, offset, payload))
             namespace = page_hash = b""
     await call.done_writing()
+
+
+os.register_at_fork(after_in_child=GrpcTransport.strand)
 
 
 @contextmanager

@@ -28,7 +28,7 @@ BatchOf = Callable[..., Batch]
 GRACE_S = 2.0
 """How long after its deadline a call may end on a busy machine."""
 
-transports = pytest.mark.parametrize("transport", ["grpc", "tcp"])
+transports = pytest.mark.parametrize("transport", ["grpc", "tcp", "shm"])
 
 
 def free_address() -> str:
