@@ -9,8 +9,8 @@ from dataclasses import dataclass
 
 from attnstore import BlockHash, DType, Namespace, PageLayout, block_hashes, namespace
 
-SMALL = PageLayout(layers=2, kv_heads=1, head_dim=8, dtype=DType.FP32)
-"""2 KiB a page: one chunk."""
+SMALL = PageLayout(layers=2, kv_heads=2, head_dim=8, dtype=DType.FP32)
+"""4 KiB a page: one chunk."""
 
 LARGE = PageLayout(layers=5, kv_heads=8, head_dim=128, block_tokens=128, dtype=DType.BF16)
 """2.5 MiB a page: several chunks, the last one shorter."""

@@ -79,13 +79,13 @@ def test_a_node_asks_for_its_token(batch_of: BatchOf, monkeypatch: pytest.Monkey
         assert "s3cret" not in node.log
 
 
-@pytest.mark.parametrize("authorization", ["s3cret", "Basic s3cret", "bearer s3cret", "Bearer ", "Bearer  s3cret"])
-def test_a_malformed_authorization_is_refused(authorization: str) -> None:
+def test_a_malformed_authorization_is_refused() -> None:
     with StoreProcess("--capacity", "1MiB", "--token", "s3cret") as node, grpc.insecure_channel(node.address) as channel:
         stub = store_pb2_grpc.AttentionStoreStub(channel)
-        with pytest.raises(grpc.RpcError) as caught:
-            stub.Describe(pb.DescribeRequest(), metadata=(("authorization", authorization),), timeout=5)
-        assert caught.value.code() is grpc.StatusCode.UNAUTHENTICATED
+        for authorization in ("s3cret", "Basic s3cret", "bearer s3cret", "Bearer ", "Bearer  s3cret"):
+            with pytest.raises(grpc.RpcError) as caught:
+                stub.Describe(pb.DescribeRequest(), metadata=(("authorization", authorization),), timeout=5)
+            assert caught.value.code() is grpc.StatusCode.UNAUTHENTICATED
 
 
 @pytest.fixture(scope="module")
