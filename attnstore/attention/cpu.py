@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 import os
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Final
 
@@ -18,11 +19,15 @@ import torch
 from torch import Tensor
 
 from attnstore.attention import cpu_kernel
-from attnstore.attention.cpu_plan import Plan, Tile, make_plan
+from attnstore.attention.cpu_plan import Plan, Prefill, make_plan
 from attnstore.attention.simd import LANES
 
-DECODE_ROWS_MAX: Final = 24
-"""Rows per key head (query tokens times GQA group) up to which the decode kernel beats gathering; see the decision record."""
+DECODE_ROWS_MAX: Final = {torch.bfloat16: 48, torch.float16: 96, torch.float32: 96}
+"""Rows per key head (query tokens times GQA group) up to which the decode kernel beats gathering, by the pool's type: the matrix
+units take bf16 alone. See the decision record."""
+
+TILE_ROWS: Final = 256
+"""Query tokens of one flash call: bounds its mask to this many rows, and what the causal triangle wastes to half of it squared."""
 
 SHARE_BYTES_MIN: Final = 512 * 1024
 """KV bytes for which waking another thread pays: about 80 us of reading."""
@@ -43,6 +48,7 @@ class CpuAttention:
         # One step calls every layer with the same lengths: the last plan is kept, with what it was made from. That is compared by
         # content, because a caller may write the next step's lengths into the same tensors.
         self._planned: tuple[tuple[Any, ...], Plan] | None = None
+        self._kept = threading.local()
 
     def paged_attention(
         self,
@@ -63,16 +69,20 @@ class CpuAttention:
         query = query.contiguous()
         pages = _Pages(pool, block_tables, layer)
         decoded = self._decode(plan, pages, query, scale) if len(plan.decode_rows) else None
-        if decoded is not None and not plan.tiles:
+        if decoded is not None and not plan.prefills:
             return decoded[0].to(out_dtype or query.dtype), decoded[1]
         out = torch.empty_like(query, dtype=out_dtype or query.dtype)
         lse = torch.empty(query.shape[:2], dtype=torch.float32)
         if decoded is not None:
             out[plan.decode_rows] = decoded[0].to(out.dtype)
             lse[plan.decode_rows] = decoded[1]
-        for tile in plan.tiles:
-            rows = slice(tile.row_begin, tile.row_end)
-            out[rows], lse[rows] = _flash(pages, tile, torch.from_numpy(plan.visible[rows]), query[rows], scale)
+        for prefill in plan.prefills:
+            keys_values = self._gather(pages, prefill)
+            first_key = prefill.block_begin * pages.block_tokens
+            for begin in range(prefill.row_begin, prefill.row_end, TILE_ROWS):
+                rows = slice(begin, min(begin + TILE_ROWS, prefill.row_end))
+                visible = torch.from_numpy(plan.visible[rows])
+                out[rows], lse[rows] = _flash(query[rows], keys_values, first_key, visible, scale)
         return out, lse
 
     def _plan(
@@ -100,7 +110,7 @@ class CpuAttention:
             query_positions,
             sliding_window,
             block_tokens=block_tokens,
-            decode_rows_max=DECODE_ROWS_MAX // group if in_place else 0,
+            decode_rows_max=DECODE_ROWS_MAX[pool.dtype] // group if in_place else 0,
             block_bytes=2 * kv_heads * block_tokens * head_dim * pool.element_size(),
             share_bytes_min=SHARE_BYTES_MIN,
             threads=threads,
@@ -144,6 +154,30 @@ class CpuAttention:
         cpu_kernel.finish(plan.pieces, plan.owners, q_heads, head_dim, flat_outs, tops, sums, lses.view(-1).numpy())
         return outs[: len(plan.decode_rows)], lses
 
+    def _gather(self, pages: _Pages, prefill: Prefill) -> Tensor:
+        """Keys and values of a prefill's blocks, `[2, kv_heads, tokens, head_dim]`, until this thread's next call.
+
+        The memory is kept: fresh memory of this size is mapped anew each time, which costs more than the copy itself.
+        """
+        shape = (2, pages.kv_heads, (prefill.block_end - prefill.block_begin) * pages.block_tokens, pages.head_dim)
+        elements = math.prod(shape)
+        kept: Tensor | None = getattr(self._kept, "gathered", None)
+        if kept is None or kept.dtype != pages.dtype or kept.numel() < elements:
+            kept = self._kept.gathered = torch.empty(elements, dtype=pages.dtype)
+        gathered = kept[:elements]
+        cpu_kernel.gather(
+            pages.flat,
+            pages.tables[prefill.sequence],
+            prefill.block_begin,
+            prefill.block_end,
+            pages.block_stride,
+            pages.layer_at,
+            pages.kv_heads,
+            pages.run,
+            gathered.view(_ELEMENTS[pages.dtype]).numpy(),
+        )
+        return gathered.view(shape)
+
 
 class _Pages:
     """One layer of a pool as the kernels take it."""
@@ -158,42 +192,24 @@ class _Pages:
         self.flat = pool.as_strided((elements,), (1,)).view(_ELEMENTS[pool.dtype]).numpy()
         self.tables = block_tables.contiguous().numpy()
 
-    def gathered(self, tile: Tile) -> Tensor:
-        """Keys and values of a tile's blocks, `[2, kv_heads, tokens, head_dim]`."""
-        tokens = (tile.block_end - tile.block_begin) * self.block_tokens
-        copy = torch.empty(2, self.kv_heads, tokens, self.head_dim, dtype=self.dtype)
-        cpu_kernel.gather(
-            self.flat,
-            self.tables[tile.sequence],
-            tile.block_begin,
-            tile.block_end,
-            self.block_stride,
-            self.layer_at,
-            self.kv_heads,
-            self.run,
-            copy.view(-1).view(_ELEMENTS[self.dtype]).numpy(),
-        )
-        return copy
 
-
-def _flash(pages: _Pages, tile: Tile, visible: Tensor, query: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """Many rows of one sequence: `out` `[rows, q_heads, head_dim]`, lse `[rows, q_heads]`."""
-    if tile.block_begin == tile.block_end:
+def _flash(query: Tensor, keys_values: Tensor, first_key: int, visible: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """Rows of one sequence against gathered keys from `first_key` on: `out` `[rows, q_heads, head_dim]`, lse `[rows, q_heads]`."""
+    blind = visible[:, 1] == 0
+    if bool(blind.all()):
         return torch.zeros_like(query), torch.full(query.shape[:2], -torch.inf)
-    first_key = tile.block_begin * pages.block_tokens
-    last_key = int(visible[:, 1].max())
-    dtype = torch.promote_types(query.dtype, pages.dtype)
-    keys, values = pages.gathered(tile)[:, :, : last_key - first_key].to(dtype).unsqueeze(1)
+    first, last = int(visible[~blind, 0].min()), int(visible[:, 1].max())
+    dtype = torch.promote_types(query.dtype, keys_values.dtype)
+    keys, values = keys_values[:, :, first - first_key : last - first_key].to(dtype).unsqueeze(1)
     rows = query.to(dtype).transpose(0, 1).unsqueeze(0)
-    sees_all = bool((visible[:, 0] <= first_key).all() and (visible[:, 1] == last_key).all())
-    mask = None if sees_all else _mask(visible, first_key, last_key, dtype)
+    sees_all = bool((visible[:, 0] == first).all() and (visible[:, 1] == last).all())
+    mask = None if sees_all else _mask(visible, first, last, dtype)
     out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
         rows, keys, values, 0.0, False, attn_mask=mask, scale=scale
     )
-    out, lse = out[0].transpose(0, 1), lse[0].transpose(0, 1)
-    # A fully masked row has an arbitrary lse there.
-    blind = visible[:, 1] == 0
-    return out.masked_fill(blind[:, None, None], 0.0), lse.masked_fill(blind[:, None], -torch.inf)
+    # The kernel leaves an arbitrary lse where a whole row is masked.
+    out = out[0].transpose(0, 1).masked_fill(blind[:, None, None], 0.0)
+    return out, lse[0].transpose(0, 1).masked_fill(blind[:, None], -torch.inf)
 
 
 def _mask(visible: Tensor, first_key: int, last_key: int, dtype: torch.dtype) -> Tensor:

@@ -1,14 +1,14 @@
 """How one step's batch is cut into work for the CPU: pure index arithmetic, done once per step and reused by every layer.
 
 Owns: `Plan` and `make_plan`.
-Invariant: every query row belongs to exactly one tile or one decode sequence; the pieces of a decode sequence partition the blocks
-that any of its rows sees; shares partition the pieces.
+Invariant: every query row belongs to exactly one prefill or one decode sequence; the pieces of a decode sequence partition the
+blocks that any of its rows sees; shares partition the pieces.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -17,14 +17,11 @@ from torch import Tensor
 
 from attnstore.attention.base import row_positions
 
-TILE_ROWS: Final = 256
-"""Query tokens of one flash call: bounds its mask to this many rows, and what the causal triangle wastes to half of it squared."""
-
 Indices = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True, slots=True)
-class Tile:
+class Prefill:
     """Query rows `[row_begin, row_end)` of one sequence and the blocks `[block_begin, block_end)` that any of them sees."""
 
     sequence: int
@@ -41,7 +38,7 @@ class Plan:
     visible: npt.NDArray[np.int32]
     """`[total_q, 2]`: the keys `[first, last)` that each row sees; `[0, 0)` for a row that sees none."""
 
-    tiles: tuple[Tile, ...]
+    prefills: tuple[Prefill, ...]
     """Sequences with many rows: gathered, then flash attention."""
 
     shares: tuple[Indices, ...]
@@ -72,27 +69,19 @@ def make_plan(
     share_bytes_min: int,
     threads: int,
 ) -> Plan:
-    """Cut a batch: sequences with up to `decode_rows_max` query rows for the decode kernel, the others into tiles.
+    """Cut a batch: sequences with up to `decode_rows_max` query rows for the decode kernel, the others as prefills.
 
     The decode work is divided by blocks into at most `threads` shares of at least `share_bytes_min`, where one layer of a block
     counts `block_bytes`; a sequence may be cut between two shares.
     """
     visible = _visible_keys(context_lens, query_starts, query_positions, sliding_window)
     starts = query_starts.numpy()
-    tiles: list[Tile] = []
+    prefills: list[Prefill] = []
     sequences: list[tuple[int, int, int, int, int]] = []
     for sequence in range(len(starts) - 1):
         begin, end = int(starts[sequence]), int(starts[sequence + 1])
         if end - begin > decode_rows_max:
-            tiles.extend(
-                Tile(
-                    sequence,
-                    row,
-                    min(row + TILE_ROWS, end),
-                    *_seen_blocks(visible[row : min(row + TILE_ROWS, end)], block_tokens),
-                )
-                for row in range(begin, end, TILE_ROWS)
-            )
+            prefills.append(Prefill(sequence, begin, end, *_seen_blocks(visible[begin:end], block_tokens)))
         elif end > begin:
             sequences.append((sequence, begin, end - begin, *_seen_blocks(visible[begin:end], block_tokens)))
     blocks = sum(last - first for *_, first, last in sequences)
@@ -101,7 +90,7 @@ def make_plan(
     rows = [np.arange(begin, begin + rows) for _, begin, rows, _, _ in sequences]
     return Plan(
         visible=visible,
-        tiles=tuple(tiles),
+        prefills=tuple(prefills),
         shares=shares,
         pieces=np.concatenate(shares),
         owners=owners,
