@@ -91,9 +91,13 @@ class ChannelNode:
 
 def dial(port: int, receive_buffer_bytes: int = 0) -> FrameStream:
     connection = socket.socket()
-    if receive_buffer_bytes:
-        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer_bytes)
-    connection.connect(("127.0.0.1", port))
+    try:
+        if receive_buffer_bytes:
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer_bytes)
+        connection.connect(("127.0.0.1", port))
+    except OSError:
+        connection.close()
+        raise
     stream = FrameStream(connection, Role.CLIENT)
     stream.bound(lambda: PATIENCE_MS)
     return stream
