@@ -43,8 +43,7 @@ from __future__ import annotations
 
 import enum
 import struct
-from dataclasses import dataclass
-from typing import Final
+from typing import Final, NamedTuple
 
 from attnstore.errors import AttnStoreError, ProtocolError, Unavailable, error_of_code
 from attnstore.limits import (
@@ -141,13 +140,16 @@ _STATUSES: Final[dict[Kind, frozenset[PageStatus]]] = {
 }
 """The statuses that a frame of this kind must have one of; other kinds have none."""
 
+_KIND_OF_CODE: Final = {kind.value: kind for kind in Kind}
+_ORDER_OF_CODE: Final = {order.value: order for order in Order}
+_NO_STATUS: Final = 0
+_STATUS_OF_CODE: Final[dict[int, PageStatus | None]] = {_NO_STATUS: None, **{status.value: status for status in PageStatus}}
+
 NO_LEASE: Final = bytes(LEASE_ID_BYTES)
 _NO_HASH: Final = bytes(HASH_BYTES)
-_NO_STATUS: Final = 0
 
 
-@dataclass(frozen=True, slots=True)
-class Frame:
+class Frame(NamedTuple):
     """A frame's header. `lease`, `namespace` and `hash` are all zeros, and `status` None, where the frame has none."""
 
     kind: Kind
@@ -217,7 +219,8 @@ def decode_frame(header: Buffer) -> Frame:
     if magic != MAGIC:
         raise ProtocolError("the peer does not speak the page channel's protocol")
     try:
-        known = Kind(kind)
+        # Look-ups, because a call of an enum's class costs as much as all the rest.
+        known = _KIND_OF_CODE[kind]
         frame = Frame(
             known,
             request,
@@ -225,16 +228,18 @@ def decode_frame(header: Buffer) -> Frame:
             size,
             offset,
             checksum,
-            None if status == _NO_STATUS else PageStatus(status),
-            Order(order),
+            _STATUS_OF_CODE[status],
+            _ORDER_OF_CODE[order],
             layer_begin,
             layer_end,
             lease,
             namespace,
             page_hash,
         )
-    except ValueError as error:
-        raise ProtocolError(f"page channel: {error}") from None
+    except KeyError as error:
+        raise ProtocolError(
+            f"a page channel frame of kind {kind}, status {status}, order {order} has the unknown code {error}"
+        ) from None
     if size > _PAYLOAD_BYTES_MAX[known]:
         raise ProtocolError(f"a {known.name} frame announces {size} bytes; the maximum is {_PAYLOAD_BYTES_MAX[known]}")
     statuses = _STATUSES.get(known)
