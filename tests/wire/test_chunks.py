@@ -36,9 +36,7 @@ def test_write_chunks_agree_with_protobuf_in_both_directions(
     namespace: bytes, page_hash: bytes, checksum: int, offset: int, payload: bytes
 ) -> None:
     encoded = chunks.encode_write_chunk(namespace, page_hash, checksum, offset, payload)
-    expected = store_pb2.WriteChunk(
-        namespace=namespace, hash=page_hash, checksum=checksum, offset_bytes=offset, payload=payload
-    )
+    expected = store_pb2.WriteChunk(namespace=namespace, hash=page_hash, checksum=checksum, offset_bytes=offset, payload=payload)
     assert store_pb2.WriteChunk.FromString(encoded) == expected
     ours = chunks.decode_write_chunk(expected.SerializeToString())
     assert ours == chunks.WriteChunk(namespace, page_hash, checksum, offset, memoryview(payload))

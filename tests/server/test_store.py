@@ -1,0 +1,81 @@
+"""The store among threads: extents change tenants safely, and its counters are exact."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from itertools import count
+
+from attnstore.arena import MemoryArena
+from attnstore.core.hashing import page_checksum
+from attnstore.core.layout import DType, PageLayout
+from attnstore.core.page_table import ArrivingPage, PageTable
+from attnstore.server.store import Store
+from attnstore.telemetry import NodeMetrics
+from attnstore.testing import ManualClock
+from attnstore.types import PageEvent, PageEventKind, PageStatus
+
+LAYOUT = PageLayout(layers=1, kv_heads=1, head_dim=2048, block_tokens=1, dtype=DType.OPAQUE)
+SIZE = LAYOUT.page_bytes
+SLOTS = 16
+
+
+def make_store(publish: Callable[[list[tuple[bytes, PageEvent]]], None] = lambda events: None) -> Store:  # noqa: ARG005
+    ids = count()
+    table = PageTable(capacity_bytes=SLOTS * SIZE, extent_bytes=SLOTS * SIZE, new_lease_id=lambda: next(ids).to_bytes(16, "big"))
+    return Store(table, MemoryArena(SLOTS * SIZE, SLOTS * SIZE), ManualClock(), publish)  # type: ignore[arg-type]
+
+
+def fill(store: Store, namespace: bytes, page_hash: bytes, page: bytes) -> PageStatus:
+    arriving = store.prepare(namespace, page_hash, page_checksum(page))
+    if not isinstance(arriving, ArrivingPage):
+        return arriving
+    store.view(arriving)[:] = page
+    return store.seal(arriving)
+
+
+def test_threads_that_share_a_new_extent_do_not_wipe_each_others_pages() -> None:
+    store = make_store()
+    tenants = [bytes([number]) * 32 for number in range(2)]
+    for number, namespace in enumerate(tenants):
+        store.register(namespace, LAYOUT, str(number))
+    with ThreadPoolExecutor(4) as pool:
+        for turn in range(40):
+            # The extent goes from one tenant to the other and is wiped each time.
+            namespace = tenants[turn % 2]
+            hashes = [bytes([turn, number]) * 16 for number in range(SLOTS)]
+            pages = [bytes([number + 1]) * SIZE for number in range(SLOTS)]
+            verdicts = list(pool.map(fill, [store] * SLOTS, [namespace] * SLOTS, hashes, pages))
+            assert verdicts == [PageStatus.STORED] * SLOTS
+            for page_hash, page in zip(hashes, pages, strict=True):
+                with store.reading(namespace, page_hash, None) as found:
+                    assert not isinstance(found, PageStatus)
+                    assert found.data == page
+            store.delete(namespace, hashes)
+
+
+def test_events_are_published_in_the_order_in_which_they_happened() -> None:
+    seen: list[PageEvent] = []
+    store = make_store(lambda events: seen.extend(event for _, event in events))
+    namespace = b"n" * 32
+    store.register(namespace, LAYOUT, "default")
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda number: fill(store, namespace, bytes([number]) * 32, bytes(SIZE)), range(3 * SLOTS)))
+    assert [event.sequence for event in seen] == list(range(1, len(seen) + 1))
+    assert sum(event.kind is PageEventKind.SEALED for event in seen) == store.statistics().stored_pages == 3 * SLOTS
+    assert store.statistics().stored_bytes == 3 * SLOTS * SIZE
+
+
+def test_bytes_are_counted_exactly_whatever_thread_counts_them() -> None:
+    metrics = NodeMetrics(make_store().statistics)
+
+    def work(_number: int) -> None:
+        for _ in range(2_000):
+            metrics.sent("tcp", 3)
+            metrics.received("tcp", 5)
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(work, range(8)))
+    assert metrics.read_bytes == 8 * 2_000 * 3
+    assert metrics.registry.get_sample_value("attnstore_sent_bytes_total", {"transport": "tcp"}) == metrics.read_bytes
+    assert metrics.registry.get_sample_value("attnstore_received_bytes_total", {"transport": "tcp"}) == 8 * 2_000 * 5

@@ -1,0 +1,216 @@
+"""Every option can be set in three places, in a fixed order, and a bad one stops the start with its name."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import pytest
+
+from attnstore.config import ServeOptions, add_serve_options, is_loopback, is_token, load_serve_options, split_address
+from attnstore.errors import InvalidArgument
+
+VALUES: dict[str, tuple[str, object]] = {
+    "listen": ("127.0.0.1:7001", "127.0.0.1:7001"),
+    "capacity": ("3MiB", 3 << 20),
+    "node_id": ("ada", "ada"),
+    "transports": ("none", "none"),
+    "page_channel_port": ("7002", 7002),
+    "metrics_port": ("7003", 7003),
+    "token": ("s3cret", "s3cret"),
+    "tokens_file": ("tokens.toml", Path("tokens.toml")),
+    "tls_cert": ("cert.pem", Path("cert.pem")),
+    "tls_key": ("key.pem", Path("key.pem")),
+    "insecure": ("true", True),
+    "drain_ms": ("11", 11),
+    "stall_ms": ("222", 222),
+    "log_level": ("debug", "debug"),
+    "log_format": ("json", "json"),
+}
+PARTNERS = {"tls_cert": "tls_key", "tls_key": "tls_cert"}
+
+
+def load(*arguments: str, environment: dict[str, str] | None = None) -> ServeOptions:
+    parser = argparse.ArgumentParser()
+    add_serve_options(parser)
+    return load_serve_options(parser.parse_args(arguments), environment or {})
+
+
+def shown(options: ServeOptions, name: str) -> object:
+    value = getattr(options, name)
+    return value.get_secret_value() if name == "token" else value
+
+
+def needed(name: str) -> list[str]:
+    return [name, PARTNERS[name]] if name in PARTNERS else [name]
+
+
+def test_every_option_is_tried_here() -> None:
+    fields = set(ServeOptions.model_fields)
+    assert set(VALUES) <= fields
+    for name in fields - set(VALUES):
+        pytest.fail(f"option {name} has no example in VALUES")
+
+
+@pytest.mark.parametrize("name", VALUES)
+def test_each_option_is_taken_from_the_command_line(name: str) -> None:
+    arguments = []
+    for option in needed(name):
+        arguments.append("--" + option.replace("_", "-"))
+        if option != "insecure":
+            arguments.append(VALUES[option][0])
+    assert shown(load(*arguments), name) == VALUES[name][1]
+
+
+@pytest.mark.parametrize("name", VALUES)
+def test_each_option_is_taken_from_the_environment(name: str) -> None:
+    environment = {f"ATTNSTORE_{option.upper()}": VALUES[option][0] for option in needed(name)}
+    assert shown(load(environment=environment), name) == VALUES[name][1]
+
+
+@pytest.mark.parametrize("dashes", [False, True])
+@pytest.mark.parametrize("name", VALUES)
+def test_each_option_is_taken_from_a_file(tmp_path: Path, name: str, dashes: bool) -> None:
+    path = tmp_path / "node.toml"
+    lines = [f'{option.replace("_", "-") if dashes else option} = "{VALUES[option][0]}"' for option in needed(name)]
+    path.write_text("\n".join(lines))
+    assert shown(load("--config", str(path)), name) == VALUES[name][1]
+    assert shown(load(environment={"ATTNSTORE_CONFIG": str(path)}), name) == VALUES[name][1]
+
+
+def test_native_types_of_a_file_are_understood(tmp_path: Path) -> None:
+    path = tmp_path / "node.toml"
+    path.write_text("capacity = 8388608\ninsecure = true\nmetrics_port = 9000\n")
+    options = load("--config", str(path))
+    assert (options.capacity, options.insecure, options.metrics_port) == (8 << 20, True, 9000)
+
+
+def test_the_command_line_wins_over_the_environment_over_the_file(tmp_path: Path) -> None:
+    path = tmp_path / "node.toml"
+    path.write_text('node_id = "file"\nlog_level = "error"\ncapacity = "4MiB"\n')
+    environment = {"ATTNSTORE_NODE_ID": "environment", "ATTNSTORE_LOG_LEVEL": "warning"}
+    options = load("--config", str(path), "--node-id", "line", environment=environment)
+    assert (options.node_id, options.log_level, options.capacity) == ("line", "warning", 4 << 20)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "rule"),
+    [
+        ("listen", "7400", "host:port"),
+        ("listen", "127.0.0.1:70000", "65535"),
+        ("listen", ":7400", "host:port"),
+        ("capacity", "much", "byte"),
+        ("capacity", "1KiB", "4KiB"),
+        ("capacity", "-1", "byte"),
+        ("capacity", "1EiB", "TiB"),
+        ("transports", "tcp,pigeon", "pigeon is not among"),
+        ("page_channel_port", "-1", "0"),
+        ("metrics_port", "65536", "65535"),
+        ("metrics_port", "", "integer"),
+        ("insecure", "perhaps", "boolean"),
+        ("drain_ms", "-1", "0"),
+        ("stall_ms", "1", "100"),
+        ("log_level", "loud", "debug"),
+        ("log_format", "xml", "json"),
+    ],
+)
+def test_a_bad_value_is_named_with_its_place_and_its_rule(tmp_path: Path, name: str, value: str, rule: str) -> None:
+    option = "--" + name.replace("_", "-")
+    path = tmp_path / "node.toml"
+    path.write_text(f'{name} = "{value}"')
+    attempts = [
+        ((), {f"ATTNSTORE_{name.upper()}": value}, "environment"),
+        (("--config", str(path)), {}, f"file {path}"),
+    ]
+    if name != "insecure":
+        attempts.append(((f"{option}={value}",), {}, "command line"))
+    for arguments, environment, place in attempts:
+        with pytest.raises(InvalidArgument) as caught:
+            load(*arguments, environment=environment)
+        message = str(caught.value)
+        assert message.startswith(option), message
+        assert f"({place})" in message
+        assert rule in message
+
+
+def test_several_mistakes_are_told_at_once() -> None:
+    with pytest.raises(InvalidArgument, match=r"--drain-ms.*; --stall-ms|--stall-ms.*; --drain-ms"):
+        load("--drain-ms", "-1", "--stall-ms", "1")
+
+
+def test_a_token_is_never_shown() -> None:
+    with pytest.raises(InvalidArgument) as caught:
+        load("--token", "s3cret with spaces")
+    assert "s3cret" not in str(caught.value)
+    assert "s3cret" not in repr(load("--token", "s3cret"))
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [('lissten = "x"', "lissten"), ("[node]\ncapacity = 1", "node"), ("capacity", "TOML"), ("capacity = [1]", "--capacity")],
+)
+def test_a_file_that_says_something_else_is_refused(tmp_path: Path, content: str, message: str) -> None:
+    path = tmp_path / "node.toml"
+    path.write_text(content)
+    with pytest.raises(InvalidArgument, match=message):
+        load("--config", str(path))
+
+
+def test_a_file_that_is_not_there_is_named() -> None:
+    with pytest.raises(InvalidArgument, match=r"--config absent\.toml cannot be read"):
+        load("--config", "absent.toml")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--tls-cert", "cert.pem"), "go together"),
+        (("--tls-key", "key.pem"), "go together"),
+        (("--token", "x", "--tokens-file", "f"), "exclude each other"),
+        (("--listen", "0.0.0.0:1"), "--insecure"),
+        (("--listen", "store.example.org:1"), "--insecure"),
+    ],
+)
+def test_options_that_do_not_go_together_are_refused(arguments: tuple[str, ...], message: str) -> None:
+    with pytest.raises(InvalidArgument, match=message):
+        load(*arguments)
+
+
+def test_tls_offers_no_transport_in_the_clear() -> None:
+    assert load().bulk_transports() == {"tcp", "shm"}
+    assert load("--tls-cert", "c", "--tls-key", "k").bulk_transports() == set()
+    assert load("--transports", "none").bulk_transports() == set()
+
+
+def test_tokens_name_tenants(tmp_path: Path) -> None:
+    path = tmp_path / "tokens.toml"
+    path.write_text('ada = "a"\nbob = "b"\n')
+    assert load("--tokens-file", str(path)).tenants() == {"a": "ada", "b": "bob"}
+    assert load("--token", "t").tenants() == {"t": "default"}
+    assert load().tenants() == {}
+    with pytest.raises(InvalidArgument, match="--tokens-file"):
+        load("--tokens-file", str(tmp_path / "absent.toml")).tenants()
+
+
+@pytest.mark.parametrize(
+    ("address", "expected"),
+    [("localhost:1", ("localhost", 1)), ("[::1]:65535", ("::1", 65535)), ("10.0.0.1:0", ("10.0.0.1", 0))],
+)
+def test_addresses_are_split(address: str, expected: tuple[str, int]) -> None:
+    assert split_address(address) == expected
+
+
+@pytest.mark.parametrize("address", ["", "x", "x:", ":1", "x:y", "x:65536", "x:-1", "x:１"])  # noqa: RUF001
+def test_what_is_no_address_is_refused(address: str) -> None:
+    with pytest.raises(ValueError, match="host:port"):
+        split_address(address)
+
+
+def test_loopback_is_known_by_its_address_alone() -> None:
+    assert all(map(is_loopback, ("127.0.0.1", "127.9.9.9", "::1", "localhost")))
+    assert not any(map(is_loopback, ("0.0.0.0", "::", "10.0.0.1", "example.org", "127.example.org", "0")))
+
+
+def test_tokens_travel_in_headers() -> None:
+    assert all(map(is_token, ("a", "s3cret!~", "x" * 1000)))
+    assert not any(map(is_token, ("", "a b", "ä", "a\n", "a\t")))
