@@ -1,0 +1,9 @@
+"""What a cache of a given size finds again in a trace of real prompts, under each eviction policy.
+
+    python -m experiments.replay --trace FILE [--capacity-tokens N|inf] [--policy NAME] [--queue-depth D] [--json F] [--plot F]
+
+A trace in Mooncake's format (Qin et al., "Mooncake: trading more storage for less computation", FAST 2025) names every prompt's
+blocks of 512 tokens by chained ids, so its requests can be replayed without their text. They go through the worker's own block pool
+and policies, one after another in trace order, without model or tensors; no cache logic is written here a second time. What *is*
+written here is the bound that no policy can pass (`bound`).
+"""

@@ -1,0 +1,182 @@
+"""The replay: right counts on a trace small enough to do by hand, the published ones on the real trace where it is there."""
+
+from __future__ import annotations
+
+import json
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from attnstore.core.eviction import EVICTION_POLICIES
+from attnstore.core.hashing import BlockHash
+from attnstore.errors import InvalidArgument
+from experiments.replay.__main__ import main
+from experiments.replay.bound import bound_hits
+from experiments.replay.hash_only import UNLIMITED, Capacity, replay
+from experiments.replay.trace import BLOCK_TOKENS, Trace, TraceRequest, read_trace
+
+ROOT = Path(__file__).parents[2]
+REAL_TRACE = ROOT.parent / "shared" / "data" / "traces" / "mooncake_conversation_trace.jsonl"
+PROMPTS = [[1, 2, 3], [1, 2, 4], [5, 6, 7], [1, 2, 3]]
+SIX_BLOCKS = 6 * BLOCK_TOKENS
+
+
+def trace_of(prompts: list[list[int]]) -> Trace:
+    requests = [
+        TraceRequest(float(arrival), tuple(BlockHash(b.to_bytes(32, "big")) for b in prompt))
+        for arrival, prompt in enumerate(prompts)
+    ]
+    return Trace(tuple(requests))
+
+
+def write_trace(path: Path, prompts: list[list[int]]) -> Path:
+    lines = [
+        {"timestamp": 1000 * arrival, "input_length": 512 * len(prompt) - 5, "output_length": 7, "hash_ids": prompt}
+        for arrival, prompt in enumerate(prompts)
+    ]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return path
+
+
+def hits(trace: Trace, policy: str, capacity: Capacity, queue_depth: int = 1) -> int:
+    return replay(trace, policy, capacity, queue_depth, bound_hit_blocks=0).hit_blocks
+
+
+@pytest.mark.parametrize("policy", EVICTION_POLICIES)
+def test_without_a_limit_every_repeated_prefix_hits(policy: str) -> None:
+    found = replay(trace_of(PROMPTS), policy, UNLIMITED, 1, 5)
+    assert (found.requests, found.blocks, found.hit_blocks, found.evicted_blocks) == (4, 12, 5, 0)
+    assert found.hit_rate_blocks == found.bound_hit_rate_blocks == 5 / 12
+
+
+def test_only_the_consecutive_prefix_counts() -> None:
+    assert hits(trace_of([[1, 2, 3, 4], [1, 9, 3, 4]]), "lru", UNLIMITED) == 1
+
+
+@pytest.mark.parametrize(("policy", "expected"), [("lru", 4), ("fifo", 4), ("s3-fifo", 4), ("look-ahead", 5)])
+def test_knowing_who_waits_saves_the_block_that_history_gives_up(policy: str, expected: int) -> None:
+    """Room for one prompt of new blocks must come from block 3 or 4, and only the queue tells that 3 comes back."""
+    assert hits(trace_of(PROMPTS), policy, SIX_BLOCKS) == expected
+
+
+def test_without_a_queue_look_ahead_is_its_fallback() -> None:
+    assert hits(trace_of(PROMPTS), "look-ahead", SIX_BLOCKS, queue_depth=0) == hits(trace_of(PROMPTS), "lru", SIX_BLOCKS)
+
+
+@pytest.mark.parametrize(("capacity_blocks", "expected"), [(1, 2), (2, 4), (3, 5), (12, 5)])
+def test_the_bound_is_the_best_that_hindsight_could_do(capacity_blocks: int, expected: int) -> None:
+    assert bound_hits(trace_of(PROMPTS), capacity_blocks) == expected
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_no_policy_passes_the_bound(seed: int) -> None:
+    draw = random.Random(seed)
+    conversations: list[list[int]] = [[0] for _ in range(8)]
+    prompts = []
+    for block in range(1, 200):
+        conversation = draw.choice(conversations)
+        prompts.append([*conversation, block])
+        if len(conversation) < 9:
+            conversation.append(block)
+    trace = trace_of(prompts)
+    for capacity_blocks in (10, 20, 40):
+        best = bound_hits(trace, capacity_blocks)
+        for policy in EVICTION_POLICIES:
+            found = replay(trace, policy, capacity_blocks * BLOCK_TOKENS, 16, best)
+            assert found.hit_blocks <= best, f"{policy}, seed {seed}"
+
+
+def test_with_policy_one_object_is_written(tmp_path: Path) -> None:
+    trace, out = write_trace(tmp_path / "trace.jsonl", PROMPTS), tmp_path / "out.json"
+    options = ["--hash-only", "--capacity-tokens", str(SIX_BLOCKS), "--policy", "look-ahead", "--queue-depth", "1"]
+    assert main(["--trace", str(trace), *options, "--json", str(out)]) == 0
+    row = json.loads(out.read_text())
+    assert row.pop("duration_s") >= 0
+    assert row == {
+        "policy": "look-ahead",
+        "capacity_tokens": SIX_BLOCKS,
+        "capacity_blocks": 6,
+        "queue_depth": 1,
+        "requests": 4,
+        "blocks": 12,
+        "hit_blocks": 5,
+        "evicted_blocks": 1,
+        "bound_hit_blocks": 5,
+        "hit_rate_blocks": 5 / 12,
+        "bound_hit_rate_blocks": 5 / 12,
+    }
+
+
+def test_without_policy_the_command_compares_all_of_them(tmp_path: Path) -> None:
+    trace, out, plot = write_trace(tmp_path / "trace.jsonl", PROMPTS), tmp_path / "out.json", tmp_path / "out.png"
+    command = [sys.executable, "-m", "experiments.replay", "--trace", str(trace), "--json", str(out), "--plot", str(plot)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "4 requests, 12 prompt blocks" in done.stdout
+    assert all(policy in done.stdout for policy in (*EVICTION_POLICIES, "ceiling"))
+    assert {row["policy"] for row in json.loads(out.read_text())} == set(EVICTION_POLICIES)
+    assert plot.read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ("", "has no requests"),
+        ('{"timestamp": 0, "input_length": 5, "hash_ids": [1]}\nnonsense\n', ":2 is not a request"),
+        ('{"timestamp": 0, "input_length": 5}\n', ":1 is not a request .*hash_ids"),
+        ('{"timestamp": 0, "input_length": 5, "hash_ids": [-1]}\n', ":1 is not a request"),
+        ('{"timestamp": 0, "input_length": 5, "hash_ids": ["1"]}\n', ":1 is not a request"),
+        ("[1, 2]\n", ":1 is not a request"),
+        ('{"timestamp": 0, "input_length": 5, "hash_ids": []}\n', ":1 is not a request .*no blocks"),
+    ],
+)
+def test_a_file_that_is_no_trace_is_refused_with_its_line(tmp_path: Path, text: str, problem: str) -> None:
+    path = tmp_path / "trace.jsonl"
+    path.write_text(text)
+    with pytest.raises(InvalidArgument, match=problem):
+        read_trace(path)
+
+
+def test_wrong_input_ends_the_command_with_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    trace = write_trace(tmp_path / "trace.jsonl", PROMPTS)
+    assert main(["--trace", str(tmp_path / "absent.jsonl")]) == 2
+    assert main(["--trace", str(trace), "--capacity-tokens", "1024"]) == 2
+    assert main(["--trace", str(trace), "--policy", "lru", "--json", str(tmp_path / "absent" / "out.json")]) == 2
+    errors = capsys.readouterr().err.splitlines()
+    assert len(errors) == 3
+    assert "cannot be read" in errors[0]
+    assert "2 blocks; the longest prompt of the trace needs 3" in errors[1]
+    for capacity in ("0", "-1", "many"):
+        with pytest.raises(SystemExit):
+            main(["--trace", str(trace), "--capacity-tokens", capacity])
+
+
+@pytest.fixture(scope="module")
+def conversations() -> Trace:
+    """Mooncake's conversation trace: 12,031 requests of one hour."""
+    if not REAL_TRACE.exists():
+        pytest.skip("Mooncake's conversation trace is not here")
+    return read_trace(REAL_TRACE)
+
+
+@pytest.mark.parametrize(
+    ("policy", "capacity", "percent"), [("lru", UNLIMITED, 36.6), ("lru", 3_000_000, 13.6), ("lru", 10_000_000, 28.5)]
+)
+def test_the_real_trace_gives_the_published_hit_rates(
+    conversations: Trace, policy: str, capacity: Capacity, percent: float
+) -> None:
+    assert conversations.blocks == 288_500
+    assert 100 * hits(conversations, policy, capacity) / 288_500 == pytest.approx(percent, abs=0.05)
+
+
+def test_on_the_real_trace_look_ahead_beats_lru_which_beats_fifo_below_the_ceiling(conversations: Trace) -> None:
+    fifo, lru = (hits(conversations, policy, 3_000_000) for policy in ("fifo", "lru"))
+    look_ahead = hits(conversations, "look-ahead", 3_000_000, queue_depth=32)
+    everything_known = hits(conversations, "look-ahead", 3_000_000, queue_depth=len(conversations.requests))
+    ceiling = bound_hits(conversations, 3_000_000 // BLOCK_TOKENS)
+    assert fifo < lru < 0.95 * look_ahead
+    assert 0.99 * ceiling < everything_known <= ceiling
+    assert 100 * ceiling / 288_500 == pytest.approx(35.3, abs=0.05)
