@@ -88,6 +88,13 @@ class CacheManager:
         """Tokens of the longest sequence that fits into the pool."""
         return self.pages.capacity * self.block_tokens
 
+    @property
+    def available_blocks(self) -> int:
+        """Blocks that could be given out without waiting, among them those that are held only by the queue to the store."""
+        self._reap()
+        queued = self._swap_out.queued(self._is_held_once) if self._swap_out is not None else 0
+        return self._pool.available + queued
+
     def connect(self) -> None:
         """Prepares the store connection, if there is a store, ahead of the first request."""
         if self._remote is not None:
@@ -233,7 +240,7 @@ class CacheManager:
         swap_out = self._swap_out
         if swap_out is None or self._remote is None:
             return
-        cancelled = swap_out.cancel_newest(lambda block_id: self._pool.holders(block_id) == 1)
+        cancelled = swap_out.cancel_newest(self._is_held_once)
         if cancelled is not None:
             self._dropped += 1
             self._pool.release([cancelled])
@@ -242,6 +249,9 @@ class CacheManager:
         while not self._pool.available and self._in_flight() and self._clock.now_ms() < give_up_ms:
             swap_out.wait_finished(_POLL_MS)
             self._reap()
+
+    def _is_held_once(self, block_id: int) -> bool:
+        return self._pool.holders(block_id) == 1
 
     def _in_flight(self) -> bool:
         return bool(self._quarantine) or (self._swap_out is not None and self._swap_out.pending > 0)

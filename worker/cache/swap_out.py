@@ -55,6 +55,11 @@ class SwapOut:
             finished, self._finished = self._finished, []
             return finished
 
+    def queued(self, may_cancel: Callable[[int], bool]) -> int:
+        """How many blocks `cancel_newest` could give back."""
+        with self._changed:
+            return sum(may_cancel(block_id) for _, block_id in self._queue)
+
     def cancel_newest(self, may_cancel: Callable[[int], bool]) -> int | None:
         """Drops the newest queued block that `may_cancel`: the newest, because a prefix without its tail is still of use."""
         with self._changed:

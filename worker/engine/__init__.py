@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from worker.engine.engine import Engine, EngineOptions, Token
+from worker.engine.engine import BatchingStatistics, Engine, EngineOptions, Token
 from worker.engine.sampler import SamplingParams
 from worker.engine.sequence import FinishReason, Sequence
 
-__all__ = ["Engine", "EngineOptions", "FinishReason", "SamplingParams", "Sequence", "Token"]
+__all__ = ["BatchingStatistics", "Engine", "EngineOptions", "FinishReason", "SamplingParams", "Sequence", "Token"]

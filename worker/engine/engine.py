@@ -1,13 +1,15 @@
 """The engine: prompts in, tokens out, one step at a time.
 
-Owns: the queue of sequences and their life from `submit` to the last token. `step` is admit, run, postprocess (the shape of
-nano-vllm's engine). Invariant: whatever the store does, the tokens are those of a run without it; a finished
-sequence holds no block.
+Owns: the life of sequences from `submit` to the last token. `step` is admit, make room, run, postprocess (the shape of nano-vllm's
+engine); who takes part is the scheduler's decision. Invariant: whatever the store does and whoever else runs, the tokens are those
+of a run alone, up to the rounding of near ties; a sequence that waits or is finished holds no block.
 """
 
 from __future__ import annotations
 
-from collections import deque
+from collections import Counter
+from collections.abc import Iterable
+from collections.abc import Sequence as Items
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Self
@@ -18,27 +20,33 @@ from attnstore.attention import AttentionBackend, create_attention
 from attnstore.clock import Clock, MonotonicClock
 from attnstore.core.eviction import create_eviction_policy
 from attnstore.core.hashing import namespace
-from attnstore.errors import AttnStoreError, InvalidArgument
+from attnstore.errors import InvalidArgument, Overloaded
 from attnstore.limits import MIB
 from worker.cache import CacheManager, CacheStatistics, PagePool, PageStore, RemoteTier
 from worker.engine.runner import Runner
 from worker.engine.sampler import SamplingParams
+from worker.engine.scheduler import Scheduler, SchedulerLimits
 from worker.engine.sequence import Chunk, FinishReason, Sequence, next_chunk
+from worker.engine.text import TextStream
 from worker.errors import ContextOverflow, PoolTooSmall
 from worker.model.loading import LoadedModel
 
 
 @dataclass(frozen=True, slots=True)
 class EngineOptions:
-    """`pool_bytes` is a hard limit on KV memory; `chunk_tokens` of prefill run in one step; every store call has a deadline;
-    `eviction` is one of `EVICTION_POLICIES`.
+    """`pool_bytes` is a hard limit on KV memory; every store call has a deadline; `eviction` is one of `EVICTION_POLICIES`.
 
+    At most `chunk_tokens` of one prompt and `step_tokens` of all sequences run in one step (None: a chunk and all decodes);
+    `sequences_max` run at once and `waiting_max` wait for it.
     Raises `InvalidArgument` for values that do not fit together (an unknown `eviction` when the engine is made).
     """
 
     pool_bytes: int = 512 * MIB
     block_tokens: int = 16
     chunk_tokens: int = 256
+    step_tokens: int | None = None
+    sequences_max: int = 64
+    waiting_max: int = 1024
     store_deadline_ms: int = 5_000
     tenant_salt: bytes = b""
     eviction: str = "lru"
@@ -50,21 +58,40 @@ class EngineOptions:
             )
         if self.store_deadline_ms < 1:
             raise InvalidArgument(f"store_deadline_ms is {self.store_deadline_ms}; it must be at least 1")
+        self.scheduler_limits()
+
+    def scheduler_limits(self) -> SchedulerLimits:
+        """What the scheduler keeps to."""
+        step_tokens = self.chunk_tokens + self.sequences_max if self.step_tokens is None else self.step_tokens
+        return SchedulerLimits(self.chunk_tokens, step_tokens, self.sequences_max, self.waiting_max)
 
 
 @dataclass(frozen=True, slots=True)
 class Token:
-    """One generated token, with the fp32 logits `[vocabulary]` that it was drawn from."""
+    """One generated token, the fp32 logits `[vocabulary]` that it was drawn from, and the text that became certain with it."""
 
     sequence: Sequence
     token_id: int
     logits: Tensor
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class BatchingStatistics:
+    """A snapshot. `steps`, `tokens_computed`, `tokens_generated` and `preemptions` count since the start."""
+
+    waiting: int
+    running: int
+    steps: int
+    tokens_computed: int
+    tokens_generated: int
+    preemptions: int
 
 
 class Engine:
     """Generates with `model`; pages that `store` has are read instead of computed, new ones are written to it.
 
-    Sequences run one after another in the order of submission. Not thread-safe. Leaving it as a context manager closes it.
+    Not thread-safe. Leaving it as a context manager closes it.
     """
 
     def __init__(
@@ -89,51 +116,75 @@ class Engine:
             pages, name, remote=remote, clock=self._clock, policy=create_eviction_policy(self.options.eviction)
         )
         self._runner = Runner(model, pages, attention or create_attention("cpu"))
-        self._waiting: deque[Sequence] = deque()
-        self._running: Sequence | None = None
+        self._scheduler = Scheduler(self.options.scheduler_limits(), self.options.block_tokens)
         self._submitted = 0
+        self._counts: Counter[str] = Counter()
 
     def warm_up(self) -> None:
         """Pays for first uses (threads, kernels, weights still on disk, the store connection) before a request does."""
         self._cache.connect()
         tokens = min(self.options.chunk_tokens, self._cache.capacity_tokens, self.model.context_tokens_max) - 1
-        sequence = self._sequence([0] * max(tokens, 1), SamplingParams(max_tokens=1))
-        sequence.admission = self._cache.admit_nothing()
+        sequence = self._sequence([0] * max(tokens, 1), SamplingParams(max_tokens=1), 0)
+        sequence.table = self._cache.admit_nothing().table
         for _ in range(2):  # a prefill and a decode step
-            self._compute(next_chunk(sequence, self.options.chunk_tokens))
+            self._cache.grow(sequence.table, len(sequence.token_ids))
+            self._runner.run([next_chunk(sequence, self.options.chunk_tokens)])
             sequence.computed_tokens = len(sequence.token_ids)
             sequence.token_ids.append(0)
-        self._cache.release(sequence.admission.table)
+        self._cache.release(sequence.table)
 
-    def submit(self, token_ids: list[int], sampling: SamplingParams | None = None) -> Sequence:
-        """Queues a prompt.
+    def submit(self, token_ids: list[int], sampling: SamplingParams | None = None, *, priority: int = 0) -> Sequence:
+        """Queues a prompt. Higher priorities run first, equal ones in the order of submission.
 
         Raises `ContextOverflow` or `PoolTooSmall` for a prompt that does not fit, `InvalidArgument` for an empty prompt or for
-        token ids outside the vocabulary.
+        token ids outside the vocabulary, `Overloaded` when the queue is full.
         """
         self._check_prompt(token_ids)
-        sequence = self._sequence(token_ids, sampling or SamplingParams(stop_token_ids=self.model.stop_token_ids))
+        sequence = self._sequence(token_ids, sampling or SamplingParams(stop_token_ids=self.model.stop_token_ids), priority)
+        self._scheduler.enqueue(sequence)
         sequence.announced = self._cache.announce(token_ids)
-        self._waiting.append(sequence)
         return sequence
+
+    def cancel(self, sequence: Sequence) -> None:
+        """Ends a sequence wherever it is; what it has computed stays in the cache. A finished one stays as it is."""
+        if sequence.finish_reason is None:
+            if sequence.table is None:
+                self._cache.settle(sequence.announced)
+            self._end(sequence, FinishReason.CANCELLED)
 
     def step(self) -> list[Token]:
-        """Runs one chunk; returns the tokens that it gave. Nothing happens when there is no work."""
-        sequence = self._admit()
-        if sequence is None:
+        """Runs one batch; returns the tokens that it gave. Nothing happens when there is no work."""
+        self._admit()
+        self._make_room()
+        chunks = self._scheduler.chunks()
+        if not chunks:
             return []
-        try:
-            return self._advance(sequence)
-        except AttnStoreError:
-            self._end(sequence)
-            raise
+        logits = self._runner.run(chunks)
+        self._counts["steps"] += 1
+        self._counts["tokens_computed"] += sum(chunk.tokens for chunk in chunks)
+        return self._postprocess(chunks, logits)
 
     def generate(self, token_ids: list[int], sampling: SamplingParams | None = None) -> Sequence:
-        """Runs a prompt to its end, after those that were submitted before it."""
-        sequence = self.submit(token_ids, sampling)
-        while sequence.finish_reason is None:
+        """Runs a prompt to its end, beside those that were submitted before it."""
+        return self.generate_all([token_ids], sampling)[0]
+
+    def generate_all(self, prompts: Iterable[list[int]], sampling: SamplingParams | None = None) -> list[Sequence]:
+        """Runs many prompts to their ends, together; more than the queue holds wait outside of it. Raises as `submit` does, after
+        the prompts before the one that is refused.
+        """
+        sequences = []
+        for token_ids in prompts:
+            while self._scheduler.full:
+                self.step()
+            sequences.append(self.submit(token_ids, sampling))
+        while any(sequence.finish_reason is None for sequence in sequences):
             self.step()
-        return sequence
+        return sequences
+
+    @property
+    def idle(self) -> bool:
+        """No sequence runs or waits."""
+        return not self._scheduler.running and not self._scheduler.waiting
 
     def flush(self, timeout_ms: float) -> bool:
         """Waits until write-behind is done. False when time ran out."""
@@ -142,6 +193,14 @@ class Engine:
     def statistics(self) -> CacheStatistics:
         """A snapshot of the KV manager."""
         return self._cache.statistics()
+
+    def batching(self) -> BatchingStatistics:
+        """A snapshot of the scheduler."""
+        return BatchingStatistics(
+            waiting=len(self._scheduler.waiting),
+            running=len(self._scheduler.running),
+            **{name: self._counts[name] for name in ("steps", "tokens_computed", "tokens_generated", "preemptions")},
+        )
 
     def check(self) -> None:
         """Asserts the conservation of blocks."""
@@ -157,50 +216,100 @@ class Engine:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.close()
 
-    def _sequence(self, token_ids: list[int], sampling: SamplingParams) -> Sequence:
+    def _sequence(self, token_ids: list[int], sampling: SamplingParams, priority: int) -> Sequence:
         self._submitted += 1
-        return Sequence(self._submitted, list(token_ids), len(token_ids), sampling, self._clock.now_ms())
+        text_stream = TextStream(self._decode, sampling.stops)
+        now_ms = self._clock.now_ms()
+        return Sequence(self._submitted, list(token_ids), len(token_ids), sampling, now_ms, priority, text_stream)
 
-    def _admit(self) -> Sequence | None:
-        if self._running is None and self._waiting:
-            sequence = self._waiting.popleft()
+    def _admit(self) -> None:
+        while (sequence := self._scheduler.admissible(self._cache.available_blocks)) is not None:
             self._cache.settle(sequence.announced)
-            sequence.admission = self._cache.admit(sequence.token_ids)
-            sequence.computed_tokens = sequence.admission.hit_tokens
-            self._running = sequence
-        return self._running
+            try:
+                self._start(sequence)
+            except Overloaded:
+                # The blocks of a transfer that hangs are lost for now. Where others run they will give theirs back.
+                if not self._scheduler.running:
+                    self._end(sequence, FinishReason.OVERLOADED)
+                    continue
+                sequence.announced = self._cache.announce(sequence.token_ids)
+                return
 
-    def _advance(self, sequence: Sequence) -> list[Token]:
-        chunk = next_chunk(sequence, self.options.chunk_tokens)
-        logits = self._compute(chunk)
-        sequence.computed_tokens = chunk.end
-        assert sequence.admission is not None
-        self._cache.seal(sequence.admission.table, sequence.token_ids, chunk.end)
-        if not chunk.gives_token:
-            return []
-        token_id = sequence.sampler.sample(logits[0])
+    def _start(self, sequence: Sequence) -> None:
+        admission = self._cache.admit(sequence.token_ids)
+        try:
+            self._cache.grow(admission.table, len(sequence.token_ids))
+        except Overloaded:
+            self._cache.release(admission.table)
+            raise
+        sequence.admission = sequence.admission or admission
+        sequence.table = admission.table
+        sequence.computed_tokens = admission.hit_tokens
+        self._scheduler.start(sequence)
+
+    def _make_room(self) -> None:
+        """Gives each running sequence the blocks for all its tokens; for lack of blocks the last ones go back to waiting."""
+        while (victim := self._scheduler.victim(self._cache.available_blocks)) is not None:
+            self._preempt(victim)
+        for sequence in self._scheduler.running:
+            assert sequence.table is not None
+            try:
+                self._cache.grow(sequence.table, len(sequence.token_ids))
+            except Overloaded:  # a transfer kept a block for longer than its deadline
+                if len(self._scheduler.running) > 1:
+                    self._preempt(sequence)
+                else:
+                    self._end(sequence, FinishReason.OVERLOADED)
+
+    def _preempt(self, sequence: Sequence) -> None:
+        """Takes a sequence's blocks. Sealed ones stay findable here and in the store, so only its tail is computed again."""
+        assert sequence.table is not None
+        self._scheduler.preempt(sequence)
+        self._cache.release(sequence.table)
+        sequence.table = None
+        sequence.computed_tokens = 0
+        sequence.preemptions += 1
+        sequence.announced = self._cache.announce(sequence.token_ids)
+        self._counts["preemptions"] += 1
+
+    def _postprocess(self, chunks: Items[Chunk], logits: Tensor) -> list[Token]:
+        giving = [chunk.sequence for chunk in chunks if chunk.gives_token]
+        for chunk in chunks:
+            assert chunk.sequence.table is not None
+            chunk.sequence.computed_tokens = chunk.end
+            self._cache.seal(chunk.sequence.table, chunk.sequence.token_ids, chunk.end)
+        return [self._extend(sequence, row) for sequence, row in zip(giving, logits, strict=True)]
+
+    def _extend(self, sequence: Sequence, logits: Tensor) -> Token:
+        assert sequence.text_stream is not None
+        token_id = sequence.sampler.sample(logits)
         sequence.token_ids.append(token_id)
+        self._counts["tokens_generated"] += 1
         if sequence.first_token_ms is None:
             sequence.first_token_ms = self._clock.now_ms()
-        sequence.finish_reason = self._finish_reason(sequence, token_id)
-        if sequence.finish_reason is not None:
-            self._end(sequence)
-        return [Token(sequence, token_id, logits[0])]
+        text = sequence.text_stream.push(token_id)
+        reason = self._finish_reason(sequence, token_id)
+        if reason is not None:
+            text += sequence.text_stream.finish()
+            self._end(sequence, reason)
+        return Token(sequence, token_id, logits, text)
 
-    def _compute(self, chunk: Chunk) -> Tensor:
-        assert chunk.sequence.admission is not None
-        self._cache.grow(chunk.sequence.admission.table, chunk.end)
-        return self._runner.run([chunk])
-
-    def _end(self, sequence: Sequence) -> None:
-        assert sequence.admission is not None
+    def _end(self, sequence: Sequence, reason: FinishReason) -> None:
+        sequence.finish_reason = reason
         sequence.finished_ms = self._clock.now_ms()
-        sequence.blocks_used = len(sequence.admission.table.block_ids)
-        self._cache.release(sequence.admission.table)
-        self._running = None
+        self._scheduler.remove(sequence)
+        if sequence.table is not None:
+            sequence.blocks_used = len(sequence.table.block_ids)
+            self._cache.release(sequence.table)
+            sequence.table = None
+
+    def _decode(self, token_ids: Items[int]) -> str:
+        text: str = self.model.tokenizer.decode(token_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        return text
 
     def _finish_reason(self, sequence: Sequence, token_id: int) -> FinishReason | None:
-        if token_id in sequence.sampling.stop_token_ids:
+        assert sequence.text_stream is not None
+        if token_id in sequence.sampling.stop_token_ids or sequence.text_stream.stopped:
             return FinishReason.STOP
         if len(sequence.generated) >= sequence.sampling.max_tokens:
             return FinishReason.LENGTH

@@ -65,5 +65,5 @@ class Runner:
 
 
 def _table(chunk: Chunk) -> BlockTable:
-    assert chunk.sequence.admission is not None
-    return chunk.sequence.admission.table
+    assert chunk.sequence.table is not None
+    return chunk.sequence.table

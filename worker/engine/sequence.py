@@ -1,7 +1,8 @@
 """One prompt and its continuation on the way through the engine.
 
 Owns: the tokens of a sequence, how many of them have their KV in the pool, and when things happened to it.
-Invariant: `computed_tokens <= len(token_ids)`; a RUNNING sequence has at least one token to compute.
+Invariant: `computed_tokens <= len(token_ids)`; a RUNNING sequence has a table and at least one token to compute, any other has no
+table and so no block.
 """
 
 from __future__ import annotations
@@ -11,32 +12,43 @@ from dataclasses import dataclass, field
 
 from attnstore.core.hashing import BlockHash
 from worker.cache import Admission
+from worker.cache.block_table import BlockTable
 from worker.engine.sampler import Sampler, SamplingParams
+from worker.engine.text import TextStream
 
 
 class FinishReason(enum.Enum):
-    """Why a sequence ended."""
+    """Why a sequence ended. OVERLOADED: transfers held the pool for longer than their deadline."""
 
     STOP = "stop"
     LENGTH = "length"
     CONTEXT_FULL = "context_full"
     POOL_FULL = "pool_full"
+    CANCELLED = "cancelled"
+    OVERLOADED = "overloaded"
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class Sequence:
-    """`token_ids` are the prompt's `prompt_tokens` tokens and then the generated ones. Times are on the engine's clock."""
+    """`token_ids` are the prompt's `prompt_tokens` tokens and then the generated ones. Times are on the engine's clock.
+
+    `admission` is what was found of the prompt the first time; `table` the blocks held now.
+    """
 
     sequence_id: int
     token_ids: list[int]
     prompt_tokens: int
     sampling: SamplingParams
     submitted_ms: float
+    priority: int = 0
+    text_stream: TextStream | None = None
     sampler: Sampler = field(init=False)
     announced: list[BlockHash] = field(default_factory=list)
     admission: Admission | None = None
+    table: BlockTable | None = None
     computed_tokens: int = 0
     blocks_used: int = 0
+    preemptions: int = 0
     first_token_ms: float | None = None
     finished_ms: float | None = None
     finish_reason: FinishReason | None = None
@@ -62,6 +74,11 @@ class Chunk:
     sequence: Sequence
     begin: int
     end: int
+
+    @property
+    def tokens(self) -> int:
+        """How many tokens the chunk computes."""
+        return self.end - self.begin
 
     @property
     def gives_token(self) -> bool:
