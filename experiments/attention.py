@@ -4,9 +4,10 @@
 
 Every row times three things, which take turns so that other load on the machine meets all of them: attention over scattered
 blocks, a plain read of the slices that it needs (the limit), and a read of as many contiguous bytes. All take the same number of
-threads (one by default) and rotate through layers and block tables so that no call finds its slices in a private cache. Decode is
-one query row per sequence, verify five (a speculative step), prefill the last 512 tokens of the context. `gather_sdpa` is what a worker
-without a paged kernel does: index the pool, then torch's scaled_dot_product_attention.
+threads (one by default) and rotate through layers and block tables so that no call finds its slices in a private cache. A time is
+the lower quartile of its calls: other work on the machine lengthens a call and never shortens it. Decode is one query row per
+sequence, verify five (a speculative step), prefill the last 512 tokens of the context. `gather_sdpa` is what a worker without
+a paged kernel does: index the pool, then torch's scaled_dot_product_attention.
 
 Geometry: SmolLM2-135M (9 query heads on 3 key heads of 64) and Llama-3-8B (32 on 8 of 128), bf16, 16 tokens a block, the pool's
 order being that of pages. GB/s counts the bytes of keys and values once per call, 1e9 bytes a second.
@@ -82,7 +83,7 @@ class Point:
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One result; rates in GB/s, `ms` is the median of a call, `of_limit` is `gb_per_s / read_limit_gb_per_s`."""
+    """One result; rates in GB/s, `ms` is one call, `of_limit` is `gb_per_s / read_limit_gb_per_s`."""
 
     model: str
     backend: str
@@ -167,18 +168,23 @@ def _measure(point: Point, pool: Tensor, threads: int, seconds: float) -> Row:
     places = len(line) // line_words
     with ThreadPoolExecutor(threads) as executor:
 
+        def on_all_threads(read: Callable[[Any], object], shares: list[Any]) -> None:
+            others = [executor.submit(read, share) for share in shares[1:]]
+            read(shares[0])
+            for other in others:
+                other.result()
+
         def scattered(call: _Call) -> None:
             shares = np.array_split(call.tables.reshape(-1).numpy(), threads)
-            list(executor.map(lambda share: _sum_slices(words, share, call.layer), shares))
+            on_all_threads(lambda share: _sum_slices(words, share, call.layer), shares)
 
         def contiguous(call: _Call) -> None:
             begin = int(call.tables[0, 0]) % places * line_words
-            shares = np.array_split(line[begin : begin + line_words], threads)
-            list(executor.map(_sum_words, shares))
+            on_all_threads(_sum_words, np.array_split(line[begin : begin + line_words], threads))
 
         times = _interleaved((attention, scattered, contiguous), _calls(point, pool), seconds)
     kv_bytes = point.blocks * point.geometry.layer_bytes
-    rates = [kv_bytes / median / 1e9 for median in times]
+    rates = [kv_bytes / taken / 1e9 for taken in times]
     return Row(
         model=point.geometry.model,
         backend=point.backend,
@@ -195,7 +201,7 @@ def _measure(point: Point, pool: Tensor, threads: int, seconds: float) -> Row:
 
 
 def _interleaved(actions: Sequence[Callable[[_Call], None]], calls: Iterator[_Call], seconds: float) -> list[float]:
-    """Median seconds of each action, which take turns on different slices until the time is over."""
+    """Seconds of each action (lower quartile), which take turns on different slices until the time is over."""
     samples: list[list[float]] = [[] for _ in actions]
     end = time.perf_counter() + seconds
     while len(samples[0]) < _WARM_UP_CALLS + _CALLS_MIN or time.perf_counter() < end:
@@ -204,7 +210,7 @@ def _interleaved(actions: Sequence[Callable[[_Call], None]], calls: Iterator[_Ca
             begin = time.perf_counter()
             action(call)
             taken.append(time.perf_counter() - begin)
-    return [statistics.median(taken[_WARM_UP_CALLS:]) for taken in samples]
+    return [statistics.quantiles(taken[_WARM_UP_CALLS:])[0] for taken in samples]
 
 
 def _attention(point: Point, pool: Tensor) -> Callable[[_Call], None]:

@@ -10,5 +10,6 @@ from attnstore.attention.base import AttentionBackend
 from attnstore.attention.checked import CheckedAttention
 from attnstore.attention.factory import create_attention
 from attnstore.attention.merge import merge
+from attnstore.attention.warm_up import warm_up
 
-__all__ = ["AttentionBackend", "CheckedAttention", "create_attention", "merge"]
+__all__ = ["AttentionBackend", "CheckedAttention", "create_attention", "merge", "warm_up"]

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from attnstore.attention import create_attention, merge
+from attnstore.attention import create_attention, merge, warm_up
 from attnstore.attention.cpu import CpuAttention
 from tests.attention.cases import Case, assert_close, random_case
 
@@ -88,6 +88,23 @@ def test_the_next_step_may_reuse_the_tensors_of_the_last() -> None:
     case.run(CPU)
     case.tensors[3].fill_(120)
     assert_close(case.run(CPU), case.run(REFERENCE))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_warming_up_leaves_the_pool_as_it_was(dtype: torch.dtype) -> None:
+    pool = torch.randn(2, 1, 2, 3, 16, 64).to(dtype)
+    before = pool.clone()
+    warm_up(CPU, pool, q_heads=9)
+    assert torch.equal(pool, before)
+
+
+def test_inference_mode_changes_nothing() -> None:
+    for rows in (1, 60):
+        case = decode_case(context_tokens=200, rows=rows)
+        with torch.inference_mode():
+            got = case.run(CPU)
+        assert_close(got, case.run(REFERENCE))
+        assert_close(case.run(CPU), case.run(REFERENCE))
 
 
 def test_an_empty_batch_is_an_empty_result() -> None:
