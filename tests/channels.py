@@ -48,6 +48,7 @@ class ChannelNode:
         self.tokens = TokenBook(clock)
         self.server = PageChannelServer(self.store, self.tokens, self.metrics, stall_ms=stall_ms)
         self.server.start("127.0.0.1", 0)
+        self._stopped = False
 
     def register(self, batch: Batch, tenant: str = "default") -> None:
         self.store.register(batch.namespace, batch.layout, tenant)
@@ -84,8 +85,14 @@ class ChannelNode:
         """A metric's value."""
         return self.metrics.registry.get_sample_value(name, labels) or 0.0
 
+    def stop(self) -> None:
+        """Ends the service; what was stored can still be looked at."""
+        if not self._stopped:
+            self._stopped = True
+            self.server.stop(0)
+
     def close(self) -> None:
-        self.server.stop(0)
+        self.stop()
         self._arena.close()
 
 

@@ -25,7 +25,9 @@ TransportName = Literal["auto", "grpc", "tcp", "shm"]
 TRANSPORT_NAMES: tuple[TransportName, ...] = ("auto", "grpc", "tcp", "shm")
 
 OnLayer = Callable[[int, int], None]
-"""`on_layer(layer, pages)`: this layer of the first `pages` pages is there and verified. Runs on the transferring thread."""
+"""`on_layer(layer, pages)`: this layer of the first `pages` pages is there and verified. Each layer once, in order, also where
+`pages` is 0; fewer where the read breaks off. Runs on the transferring thread, which waits for it.
+"""
 
 _SUSPENDED_MS = 30_000
 _log = structlog.get_logger(__name__)
@@ -99,7 +101,7 @@ class WritePlan:
 
 
 def all_layers(plan: ReadPlan, on_layer: OnLayer) -> None:
-    """Tells of every layer, after a read that was not by layers."""
+    """Tells of every layer at once, where they did not come one by one."""
     for layer in range(plan.layer_begin, plan.layer_end):
         on_layer(layer, plan.landing.leading_open)
 

@@ -1,24 +1,25 @@
 """The tcp transport: pages over the page channel, straight into the caller's buffers.
 
-Owns: the client's half of the page channel, and the parts of a transfer that run at once.
+Owns: the client's half of the page channel.
 Invariant: when a call ends, however it ends, each of its connections has completed its exchange or is closed, so no late byte can
 land in a buffer that its owner uses again.
 """
 
 from __future__ import annotations
 
+import functools
 import socket
 from collections import deque
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import TypeVar
 
-from attnstore.client.bulk import BulkUnavailable, OpenChannel, ReadPlan, WritePlan, wait_out
+from attnstore.client.bulk import BulkUnavailable, OpenChannel, ReadPlan, WritePlan, all_layers
 from attnstore.client.channel_pool import ChannelPool
+from attnstore.client.parts import PartWorkers
 from attnstore.clock import Deadline
 from attnstore.config import split_address
 from attnstore.core.hashing import joint_checksum, page_checksum
-from attnstore.errors import AttnStoreError, ClientClosed, InvalidArgument, Overloaded, ProtocolError
+from attnstore.errors import AttnStoreError, InvalidArgument, Overloaded, ProtocolError
 from attnstore.limits import (
     CHANNEL_CREDITS,
     CHANNEL_GATHER_PAGES,
@@ -30,8 +31,6 @@ from attnstore.wire.page_channel import NO_LEASE, VERSION, Frame, Kind, Order, R
 from attnstore.wire.stream import FrameStream
 
 R = TypeVar("R")
-Part = tuple[int, int]
-"""Pages `[begin, end)` of a plan, which one connection transfers."""
 
 _CONNECT_MS_MAX = 2_000
 _READS_IN_FLIGHT_MAX = 2
@@ -45,63 +44,33 @@ class TcpTransport:
     def __init__(self, host: str, open_channel: OpenChannel, channels: int) -> None:
         self._host = host
         self._open_channel = open_channel
-        self._channels = channels
         self._pool = ChannelPool(self._connect)
-        self._workers = ThreadPoolExecutor(channels, "attnstore-tcp") if channels > 1 else None
+        self._parts = PartWorkers(channels, "attnstore-tcp")
 
     def close(self) -> None:
         """See `BulkReader.close`."""
         self._pool.close()
-        if self._workers is not None:
-            self._workers.shutdown(wait=False)
+        self._parts.close()
 
     def read(self, plan: ReadPlan) -> None:
         """See `BulkReader.read`. `on_layer` makes the node send layer by layer, over one connection."""
-        parts = self._parts(len(plan.hashes)) if plan.on_layer is None else [(0, len(plan.hashes))]
-        self._in_parallel(parts, plan, lambda begin, end: self._exchange(plan, lambda channel: channel.read(plan, begin, end)))
+        run = functools.partial(self._read, plan)
+        if plan.on_layer is None:
+            self._parts.run(len(plan.hashes), plan.transfer, run)
+        else:
+            run(0, len(plan.hashes))
 
     def write(self, plan: WritePlan) -> tuple[PageStatus, ...]:
         """See `BulkWriter.write`."""
-        parts = self._parts(len(plan.hashes))
-        verdicts = self._in_parallel(
-            parts, plan, lambda begin, end: self._exchange(plan, lambda channel: channel.write(plan, begin, end))
+        verdicts = self._parts.run(
+            len(plan.hashes),
+            plan.transfer,
+            lambda begin, end: self._exchange(plan, lambda channel: channel.write(plan, begin, end)),
         )
         return tuple(verdict for part in verdicts for verdict in part)
 
-    def _parts(self, pages: int) -> list[Part]:
-        parts = max(1, min(self._channels, pages))
-        return [(pages * part // parts, pages * (part + 1) // parts) for part in range(parts)]
-
-    def _in_parallel(self, parts: list[Part], plan: ReadPlan | WritePlan, run: Callable[[int, int], R]) -> list[R]:
-        if self._workers is None or len(parts) == 1:
-            return [run(begin, end) for begin, end in parts]
-        ended = dict(zip(parts, self._run_all(parts, plan, run), strict=True))
-        homeless = [part for part in parts if isinstance(ended[part].exception(), BulkUnavailable)]
-        if len(homeless) < len(parts):
-            # A part that got no connection of its own goes over one that another part has done with.
-            ended.update(zip(homeless, self._run_all(homeless, plan, run), strict=True))
-        return [ended[part].result() for part in parts]
-
-    def _run_all(self, parts: list[Part], plan: ReadPlan | WritePlan, run: Callable[[int, int], R]) -> list[Future[R]]:
-        """Runs parts at once. However it ends, all have ended then: until they have, bytes may land."""
-        futures: list[Future[R]] = []
-        try:
-            for begin, end in parts:
-                futures.append(self._submit(run, begin, end))
-            wait(futures)
-        except BaseException:
-            plan.transfer.abort()
-            raise
-        finally:
-            wait_out(futures)
-        return futures
-
-    def _submit(self, run: Callable[[int, int], R], begin: int, end: int) -> Future[R]:
-        assert self._workers is not None
-        try:
-            return self._workers.submit(run, begin, end)
-        except RuntimeError:
-            raise ClientClosed("the client is closed") from None
+    def _read(self, plan: ReadPlan, begin: int, end: int) -> None:
+        self._exchange(plan, lambda channel: channel.read(plan, begin, end))
 
     def _exchange(self, plan: ReadPlan | WritePlan, run: Callable[[_Channel], R]) -> R:
         def begun(channel: _Channel) -> R:
@@ -232,10 +201,14 @@ class _Channel:
 
     def _take_miss(self, plan: ReadPlan, read: _PendingRead, frame: Frame) -> None:
         assert frame.status is not None
+        if read.has_layers:
+            raise ProtocolError("a page is missing after layers of the others have come")
         index = read.index_of(frame)
         plan.landing.miss(index, frame.status)
         read.answered += 1
         read.missing.add(index)
+        if plan.on_layer is not None and read.is_complete:
+            all_layers(plan, plan.on_layer)
 
     def _take_page(self, plan: ReadPlan, read: _PendingRead, frame: Frame) -> None:
         index = read.index_of(frame)
@@ -318,6 +291,11 @@ class _PendingRead:
     def is_complete(self) -> bool:
         """Every page has its answer."""
         return self.answered == self.count
+
+    @property
+    def has_layers(self) -> bool:
+        """In a read by layers: no page can be missing any more."""
+        return bool(self._found)
 
     def index_of(self, frame: Frame) -> int:
         """The plan's index of the frame's page. Raises `ProtocolError` for one that was not asked for."""
