@@ -90,5 +90,8 @@ CHANNEL_HELLO_MS_MAX = 5_000
 CHANNEL_IDLE_MS_MAX = 300_000
 """A page channel on which nothing is asked for this long is closed."""
 
+SHARED_LOCATE_HASHES_MAX = 256
+"""Pages in one question of the shared memory protocol. Two of them and their answers fit the kernel's buffers of a Unix socket."""
+
 assert CHANNEL_SECOND_READ_HASHES_MAX <= CHANNEL_READ_HASHES_MAX <= HASHES_MAX
 assert CHANNELS_MAX <= CHANNEL_CONNECTIONS_MAX

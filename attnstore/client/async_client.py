@@ -371,7 +371,7 @@ class AsyncClient:
                 host, _ = split_address(self._options.target.address)
                 self._tcp = TcpTransport(host, opener, self._options.channels)
             if "shm" in offered and (self._options.transport == "shm" or ShmTransport.is_reachable(offered["shm"])):
-                self.shm = ShmTransport(opener)
+                self.shm = ShmTransport(opener, self._options.channels)
             self.bulk.offer(
                 [transport for transport in (self.shm, self._tcp) if transport is not None],
                 [transport for transport in (self._tcp,) if transport is not None],

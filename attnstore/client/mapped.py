@@ -60,7 +60,7 @@ class MappedExtent:
         size_bytes = len(destination)
         assert 0 <= begin <= begin + size_bytes <= len(self._bytes)
         assert not destination.readonly
-        ctypes.memmove(_address(destination), self._address + begin, size_bytes)
+        ctypes.memmove(ctypes.addressof(ctypes.c_char.from_buffer(destination)), self._address + begin, size_bytes)
 
 
 Located = tuple[Place, MappedExtent] | PageStatus

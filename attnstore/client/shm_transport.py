@@ -9,26 +9,34 @@ Pages are written through another transport: the mapping is read-only.
 
 from __future__ import annotations
 
+import functools
 import os
 import socket
 import threading
+from collections import deque
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from attnstore.client.bulk import BulkUnavailable, OpenChannel, ReadPlan, Transfer, all_layers
 from attnstore.client.channel_pool import ChannelPool
 from attnstore.client.mapped import Located, MappedExtent, PageViews
+from attnstore.client.parts import PartWorkers
 from attnstore.clock import Deadline
 from attnstore.core.hashing import page_checksum
-from attnstore.errors import AttnStoreError, InvalidArgument, Overloaded, ProtocolError, Unavailable
+from attnstore.errors import AttnStoreError, InvalidArgument, Overloaded, ProtocolError
+from attnstore.limits import SHARED_LOCATE_HASHES_MAX
 from attnstore.types import PageStatus
 from attnstore.wire import shared
 from attnstore.wire.shared import ANSWERS, ExtentLayout, Kind, Place, Welcome
 from attnstore.wire.shared_stream import Message, SharedStream
 
 _CONNECT_MS_MAX = 2_000
-_HASHES_PER_LOCATE = 256
+_FIRST_HASHES = 8
+"""Copying begins when so many pages are located; the node locates the next ones meanwhile."""
+_COPIED_HASHES = 64
 """Few enough that a page without a lease is copied soon after it was located, enough that asking costs nothing beside copying."""
+_VIEWED_HASHES = SHARED_LOCATE_HASHES_MAX
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,13 +53,17 @@ class ViewPlan:
 
 
 class ShmTransport:
-    """A `BulkReader`, and the only transport with `view`. For nodes on this host that run as the same user."""
+    """A `BulkReader`, and the only transport with `view`. For nodes on this host that run as the same user.
+
+    `channels` is how many threads may copy the pages of one large read.
+    """
 
     name = "shm"
 
-    def __init__(self, open_channel: OpenChannel) -> None:
+    def __init__(self, open_channel: OpenChannel, channels: int) -> None:
         self._open_channel = open_channel
         self._pool = ChannelPool(self._connect)
+        self._parts = PartWorkers(channels, "attnstore-shm")
         self._lock = threading.Lock()
         self._epoch = b""
         self._extents: dict[int, _Known] = {}
@@ -64,6 +76,7 @@ class ShmTransport:
     def close(self) -> None:
         """Breaks what runs and lets the memory go; views that are held stay readable."""
         self._pool.close()
+        self._parts.close()
         with self._lock:
             self._extents.clear()
 
@@ -73,50 +86,52 @@ class ShmTransport:
         The node's checksum is that of the whole page; one made now, of bytes in the same memory, would prove nothing. `on_layer`
         is called when all layers are there.
         """
-        begin, end = plan.layer_begin * plan.layer_bytes, plan.layer_end * plan.layer_bytes
-        for at in range(0, len(plan.hashes), _HASHES_PER_LOCATE):
-            hashes = tuple(plan.hashes[at : at + _HASHES_PER_LOCATE])
-            try:
-                pages = self._locate(plan.namespace, hashes, plan.lease_id, end, plan.deadline, plan.transfer)
-            except BulkUnavailable as error:
-                if at == 0:
-                    raise
-                raise Unavailable(str(error)) from None  # pages have landed: nobody else may begin this read
-            for index, located in enumerate(pages, at):
-                plan.deadline.left_ms()
-                _land(plan, index, located, begin, end)
+        self._parts.run(len(plan.hashes), plan.transfer, functools.partial(self._read, plan))
         if plan.on_layer is not None:
             all_layers(plan, plan.on_layer)
 
     def view(self, plan: ViewPlan) -> PageViews:
         """The pages where they lie; see `PageViews`. Errors as in `BulkReader.read`."""
-        located: list[Located] = []
-        for at in range(0, len(plan.hashes), _HASHES_PER_LOCATE):
-            hashes = plan.hashes[at : at + _HASHES_PER_LOCATE]
-            located += self._locate(plan.namespace, hashes, plan.lease_id, plan.end, plan.deadline, plan.transfer)
-        return PageViews(located, plan.begin, plan.end)
 
-    def _locate(
-        self,
-        namespace: bytes,
-        hashes: tuple[bytes, ...],
-        lease_id: bytes | None,
-        end: int,
-        deadline: Deadline,
-        transfer: Transfer,
-    ) -> list[Located]:
-        def ask(channel: _Channel) -> list[Located]:
-            places = channel.locate(namespace, lease_id, hashes, deadline)
-            return [place if isinstance(place, PageStatus) else self._mapped(channel, place, end, deadline) for place in places]
+        def run(channel: _Channel) -> list[Located]:
+            channel.begin(plan.deadline)
+            question = _Question(plan.namespace, plan.lease_id, plan.hashes, plan.end, (_VIEWED_HASHES, _VIEWED_HASHES))
+            return list(self._located(channel, question))
 
-        return self._pool.exchange(deadline, transfer, ask)
+        return PageViews(self._pool.exchange(plan.deadline, plan.transfer, run), plan.begin, plan.end)
 
-    def _mapped(self, channel: _Channel, place: Place, end: int, deadline: Deadline) -> Located:
+    def _read(self, plan: ReadPlan, first: int, last: int) -> None:
+        begin, end = plan.layer_begin * plan.layer_bytes, plan.layer_end * plan.layer_bytes
+
+        def run(channel: _Channel) -> None:
+            channel.begin(plan.deadline)
+            question = _Question(plan.namespace, plan.lease_id, plan.hashes[first:last], end, (_FIRST_HASHES, _COPIED_HASHES))
+            for index, located in enumerate(self._located(channel, question), first):
+                plan.deadline.left_ms()
+                channel.answered = True
+                _land(plan, index, located, begin, end)
+
+        self._pool.exchange(plan.deadline, plan.transfer, run)
+
+    def _located(self, channel: _Channel, question: _Question) -> Iterator[Located]:
+        """The pages in the order asked for. While the caller looks at some, the node looks for the next."""
+        parts = question.parts()
+        channel.locate(question, next(parts))
+        left = len(question.hashes)
+        while left:
+            places = channel.places()
+            left -= len(places)
+            if left:
+                channel.locate(question, next(parts))
+            for place in places:
+                yield place if isinstance(place, PageStatus) else self._mapped(channel, place, question.end)
+
+    def _mapped(self, channel: _Channel, place: Place, end: int) -> Located:
         if end > place.size_bytes:
             raise ProtocolError(f"the node holds {place.size_bytes} bytes of a page of which {end} were asked for")
         known = self._extents.get(place.extent)
         if known is None or known.tenancy != place.tenancy or known.epoch != channel.welcome.epoch:
-            extent = channel.map(place, deadline)
+            extent = channel.map(place)
             if extent is None:
                 return PageStatus.MISSING
             known = _Known(channel.welcome.epoch, place.tenancy, extent)
@@ -147,6 +162,23 @@ class ShmTransport:
                 self._extents.clear()  # of a node that was restarted: its memory is not this one's
                 self._epoch = channel.welcome.epoch
         return channel
+
+
+class _Question(NamedTuple):
+    """Where are these pages, of which bytes up to `end` are wanted? Asked in parts of `part_hashes`: the first, each other."""
+
+    namespace: bytes
+    lease_id: bytes | None
+    hashes: Sequence[bytes]
+    end: int
+    part_hashes: tuple[int, int]
+
+    def parts(self) -> Iterator[Sequence[bytes]]:
+        """The hashes in order, in parts."""
+        first, others = self.part_hashes
+        yield self.hashes[:first]
+        for at in range(first, len(self.hashes), others):
+            yield self.hashes[at : at + others]
 
 
 class _Known(NamedTuple):
@@ -181,39 +213,46 @@ def _land(plan: ReadPlan, index: int, located: Located, begin: int, end: int) ->
 class _Channel:
     """One open connection: a client's half of the protocol."""
 
-    answered = False
-    """Asking again is always harmless."""
-
     def __init__(self, stream: SharedStream, welcome: Welcome) -> None:
         self.welcome = welcome
+        self.answered = False
         self._stream = stream
         self._layout = ExtentLayout(welcome.extent_bytes)
+        self._asked: deque[int] = deque()  # pages of each LOCATE on the way
+        self._early: deque[list[Place | PageStatus]] = deque()  # answers that came before a MAP's
 
     @classmethod
     def opened(cls, stream: SharedStream, token: bytes, deadline: Deadline) -> _Channel:
         """Says HELLO and waits for WELCOME. Raises `BulkUnavailable`."""
+        stream.bound(deadline.left_ms)
         try:
-            answer = _ask(stream, Kind.HELLO, shared.encode_hello(token), deadline)
-            return cls(stream, shared.decode_welcome(answer.count, answer.payload))
+            stream.send(shared.encode_hello(token))
+            answer = _answer(stream, Kind.HELLO)
+            return cls(stream, shared.decode_welcome(answer.payload))
         except AttnStoreError as error:
             raise BulkUnavailable(f"shared memory was not opened: {error}") from None
 
-    def locate(
-        self, namespace: bytes, lease_id: bytes | None, hashes: tuple[bytes, ...], deadline: Deadline
-    ) -> list[Place | PageStatus]:
-        """Where the pages are."""
-        places: list[Place | PageStatus] = []
-        for at in range(0, len(hashes), self.welcome.hashes_max):
-            part = hashes[at : at + self.welcome.hashes_max]
-            answer = _ask(self._stream, Kind.LOCATE, shared.encode_locate(namespace, lease_id, part), deadline)
-            if answer.count != len(part):
-                raise ProtocolError(f"the node placed {answer.count} pages of {len(part)}")
-            places += shared.decode_located(answer.payload, self._layout)
-        return places
+    def begin(self, deadline: Deadline) -> None:
+        """Starts an exchange."""
+        self.answered = False
+        self._stream.bound(deadline.left_ms)
 
-    def map(self, place: Place, deadline: Deadline) -> MappedExtent | None:
+    def locate(self, question: _Question, hashes: Sequence[bytes]) -> None:
+        """Asks for a part of the pages; `places` gives the answers in the order asked."""
+        assert len(hashes) <= SHARED_LOCATE_HASHES_MAX
+        self._stream.send(shared.encode_locate(question.namespace, question.lease_id, hashes))
+        self._asked.append(len(hashes))
+
+    def places(self) -> list[Place | PageStatus]:
+        """The answer to the oldest `locate`."""
+        return self._early.popleft() if self._early else self._take_places()
+
+    def map(self, place: Place) -> MappedExtent | None:
         """The extent of a place; None where it has another tenant by now."""
-        answer = _ask(self._stream, Kind.MAP, shared.encode_map(place.extent, place.tenancy), deadline)
+        while self._asked:
+            self._early.append(self._take_places())
+        self._stream.send(shared.encode_map(place.extent, place.tenancy))
+        answer = _answer(self._stream, Kind.MAP)
         if answer.kind is Kind.GONE:
             return None
         if answer.descriptor is None:
@@ -229,12 +268,17 @@ class _Channel:
     def close(self) -> None:
         self._stream.close()
 
+    def _take_places(self) -> list[Place | PageStatus]:
+        asked = self._asked.popleft()
+        answer = _answer(self._stream, Kind.LOCATE)
+        if answer.count != asked:
+            raise ProtocolError(f"the node placed {answer.count} pages of {asked}")
+        return shared.decode_located(answer.payload, self._layout)
 
-def _ask(stream: SharedStream, kind: Kind, request: bytes, deadline: Deadline) -> Message:
-    """One question, one answer. Raises what the node refused it with."""
-    stream.bound(deadline.left_ms)
-    stream.send(request)
-    answer = stream.receive(ANSWERS[kind])
+
+def _answer(stream: SharedStream, request: Kind) -> Message:
+    """The answer to a request. Raises what the node refused it with."""
+    answer = stream.receive(ANSWERS[request])
     if answer.kind is Kind.REFUSED:
         raise shared.decode_refusal(answer.payload)
     return answer

@@ -21,7 +21,7 @@ from attnstore.arena.shared import SharedArena
 from attnstore.clock import Clock, Deadline
 from attnstore.core.page_table import PinnedPage
 from attnstore.errors import AttnStoreError, InvalidArgument, PermissionDenied, Retryable, Unavailable
-from attnstore.limits import CHANNEL_CONNECTIONS_MAX, CHANNEL_HELLO_MS_MAX, CHANNEL_IDLE_MS_MAX, CHANNEL_READ_HASHES_MAX
+from attnstore.limits import CHANNEL_CONNECTIONS_MAX, CHANNEL_HELLO_MS_MAX, CHANNEL_IDLE_MS_MAX
 from attnstore.server.connections import ConnectionThreads
 from attnstore.server.page_channel import TokenBook
 from attnstore.server.store import Store
@@ -57,7 +57,7 @@ class SharedMemoryServer:
         self._metrics = metrics
         self._clock = clock
         self._stall_ms = stall_ms
-        self._welcome = shared.Welcome(epoch, arena.extent_bytes, CHANNEL_READ_HASHES_MAX)
+        self._welcome = shared.Welcome(epoch, arena.extent_bytes)
         self._draining = threading.Event()
         self._connections = ConnectionThreads("shared-memory", self._connect, clock)
         self.address = ""

@@ -10,20 +10,20 @@ data. A slot's stamp is the word of the 4096 bytes that it begins in: the genera
 smaller than that share words, which costs a reader an occasional needless miss and never a wrong byte.
 
 A message is a header of 12 bytes, little-endian, `magic 4s | kind u8 | 0 3x | count u32`, and a payload whose size follows from
-kind and count. A client asks and the node answers, one at a time; a client that wants more at once opens several connections.
+kind and count. The node answers a connection's questions in their order; a client has at most two of them on the way, so that both
+sides' messages fit the kernel's buffers and neither waits for the other to read.
 
 | kind    | from   | means                                            | payload                               | count     |
 |---------|--------|--------------------------------------------------|---------------------------------------|-----------|
 | HELLO   | client | the token came from `OpenChannel` over gRPC      | token 32s                             | version   |
 | LOCATE  | client | where are these pages?                           | namespace 32s, lease 16s, hash 32s... | hashes    |
 | MAP     | client | give me this extent, as LOCATED named it         | extent u32, tenancy u64               | 0         |
-| WELCOME | node   | to HELLO; an equal epoch means the same memory   | epoch 16s, extent_bytes u64           | see below |
+| WELCOME | node   | to HELLO; an equal epoch means the same memory   | epoch 16s, extent_bytes u64           | 0         |
 | LOCATED | node   | to LOCATE: status and place of each              | PLACE...                              | pages     |
 | MAPPED  | node   | to MAP: the descriptor is attached, read-only    |                                       | 0         |
 | GONE    | node   | to MAP: the extent has another tenant by now     |                                       | 0         |
 | REFUSED | node   | to any: the request was wrong                    | `code\\nmessage`                      | bytes     |
 
-WELCOME's count is how many hashes one LOCATE may have.
 PLACE is `status u8 | 0 3x | extent u32 | tenancy u64 | offset u64 | size u64 | stamp u64 | checksum u64`; all but the status are 0
 for a page that is not there.
 """
@@ -38,13 +38,13 @@ from typing import Final, NamedTuple
 
 from attnstore.errors import AttnStoreError, ProtocolError, Unavailable, error_of_code
 from attnstore.limits import (
-    CHANNEL_READ_HASHES_MAX,
     CHANNEL_REASON_BYTES_MAX,
     CHANNEL_TOKEN_BYTES,
     EPOCH_BYTES,
     HASH_BYTES,
     KIB,
     LEASE_ID_BYTES,
+    SHARED_LOCATE_HASHES_MAX,
 )
 from attnstore.types import PageStatus
 from attnstore.wire.chunks import Buffer
@@ -107,10 +107,10 @@ class _Shape(NamedTuple):
 _COUNT_MAX: Final = (1 << 32) - 1
 _SHAPES: Final[dict[Kind, _Shape]] = {
     Kind.HELLO: _Shape(CHANNEL_TOKEN_BYTES, 0, _COUNT_MAX),
-    Kind.LOCATE: _Shape(_LOCATE_BYTES, HASH_BYTES, CHANNEL_READ_HASHES_MAX),
+    Kind.LOCATE: _Shape(_LOCATE_BYTES, HASH_BYTES, SHARED_LOCATE_HASHES_MAX),
     Kind.MAP: _Shape(_EXTENT.size, 0, 0),
-    Kind.WELCOME: _Shape(_WELCOME.size, 0, _COUNT_MAX),
-    Kind.LOCATED: _Shape(0, _PLACE.size, CHANNEL_READ_HASHES_MAX),
+    Kind.WELCOME: _Shape(_WELCOME.size, 0, 0),
+    Kind.LOCATED: _Shape(0, _PLACE.size, SHARED_LOCATE_HASHES_MAX),
     Kind.MAPPED: _Shape(0, 0, 0),
     Kind.GONE: _Shape(0, 0, 0),
     Kind.REFUSED: _Shape(0, 1, CHANNEL_REASON_BYTES_MAX),
@@ -173,7 +173,6 @@ class Welcome:
 
     epoch: bytes
     extent_bytes: int
-    hashes_max: int
 
 
 def encode_hello(token: bytes) -> bytes:
@@ -183,7 +182,7 @@ def encode_hello(token: bytes) -> bytes:
 
 
 def encode_locate(namespace: bytes, lease_id: bytes | None, hashes: Sequence[bytes]) -> bytes:
-    """A whole LOCATE of at most `CHANNEL_READ_HASHES_MAX` hashes."""
+    """A whole LOCATE of at most `SHARED_LOCATE_HASHES_MAX` hashes."""
     return b"".join((_HEADER.pack(MAGIC, Kind.LOCATE, len(hashes)), namespace, lease_id or _NO_LEASE, *hashes))
 
 
@@ -194,15 +193,13 @@ def encode_map(extent: int, tenancy: int) -> bytes:
 
 def encode_welcome(welcome: Welcome) -> bytes:
     """A whole WELCOME."""
-    return _HEADER.pack(MAGIC, Kind.WELCOME, welcome.hashes_max) + _WELCOME.pack(welcome.epoch, welcome.extent_bytes)
+    return _HEADER.pack(MAGIC, Kind.WELCOME, 0) + _WELCOME.pack(welcome.epoch, welcome.extent_bytes)
 
 
 def encode_located(places: Sequence[Place | PageStatus]) -> bytes:
     """A whole LOCATED; a status other than OK stands for a page that is not there."""
     pack = _PLACE.pack
-    entries = (
-        pack(place, 0, 0, 0, 0, 0, 0) if isinstance(place, PageStatus) else pack(PageStatus.OK, *place) for place in places
-    )
+    entries = (pack(place, 0, 0, 0, 0, 0, 0) if isinstance(place, PageStatus) else pack(PageStatus.OK, *place) for place in places)
     return b"".join((_HEADER.pack(MAGIC, Kind.LOCATED, len(places)), *entries))
 
 
@@ -245,12 +242,12 @@ def decode_map(payload: bytes) -> tuple[int, int]:
     return extent, tenancy
 
 
-def decode_welcome(count: int, payload: bytes) -> Welcome:
-    """The inverse of `encode_welcome`. Raises `ProtocolError` for one that allows nothing."""
+def decode_welcome(payload: bytes) -> Welcome:
+    """The inverse of `encode_welcome`. Raises `ProtocolError` for memory without bytes."""
     epoch, extent_bytes = _WELCOME.unpack(payload)
-    if not count or not extent_bytes:
-        raise ProtocolError("the node's WELCOME allows nothing")
-    return Welcome(epoch, extent_bytes, min(count, CHANNEL_READ_HASHES_MAX))
+    if not extent_bytes:
+        raise ProtocolError("the node's WELCOME names extents of no bytes")
+    return Welcome(epoch, extent_bytes)
 
 
 def decode_located(payload: bytes, layout: ExtentLayout) -> list[Place | PageStatus]:

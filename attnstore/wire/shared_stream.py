@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 from attnstore.errors import Unavailable
 from attnstore.wire.shared import HEADER_BYTES, Kind, decode_header
-from attnstore.wire.stream import bound_waits, lost
+from attnstore.wire.stream import WAIT_SLACK_MS, bound_waits, lost
 
 _ONE_DESCRIPTOR_BYTES = socket.CMSG_SPACE(array.array("i").itemsize)
 _DESCRIPTOR_ALLOWED = frozenset({Kind.MAPPED})
@@ -39,6 +39,7 @@ class SharedStream:
         connection.setblocking(True)
         self._socket = connection
         self._left_ms: Callable[[], float] | None = None
+        self._timeout_ms = 0.0
         # A descriptor's number may be another connection's as soon as it is closed.
         self._ending = threading.Lock()
 
@@ -93,7 +94,10 @@ class SharedStream:
 
     def _bound_wait(self) -> None:
         assert self._left_ms is not None, "bound() comes before the first wait"
-        bound_waits(self._socket, self._left_ms())
+        left_ms = self._left_ms()
+        if not left_ms <= self._timeout_ms <= left_ms + WAIT_SLACK_MS:
+            bound_waits(self._socket, left_ms)
+            self._timeout_ms = left_ms
 
     def _send(self, message: bytes, sent: int) -> None:
         view = memoryview(message)

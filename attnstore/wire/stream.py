@@ -19,7 +19,7 @@ from attnstore.wire.page_channel import Frame, FrameReceiver, Role
 
 _TIMEVAL = struct.Struct("@ll")
 _WAIT_MS_MAX = 86_400_000.0
-_SLACK_MS = 20.0
+WAIT_SLACK_MS = 20.0
 """The kernel's time-out is set again only when it is off by this much; a wait ends no later than this after its bound."""
 _KEEPALIVE = (
     (socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1),
@@ -111,7 +111,7 @@ class FrameStream:
     def _bound_wait(self) -> None:
         assert self._left_ms is not None, "bound() comes before the first wait"
         left_ms = self._left_ms()
-        if not left_ms <= self._timeout_ms <= left_ms + _SLACK_MS:
+        if not left_ms <= self._timeout_ms <= left_ms + WAIT_SLACK_MS:
             bound_waits(self._socket, left_ms)
             self._timeout_ms = left_ms
 

@@ -58,7 +58,7 @@ class Peer:
         address, channel_token = open_channel(node, token)
         peer = cls.connected(address)
         answer = peer.ask(shared.encode_hello(channel_token), Kind.WELCOME)
-        peer.extent_bytes = shared.decode_welcome(answer.count, answer.payload).extent_bytes
+        peer.extent_bytes = shared.decode_welcome(answer.payload).extent_bytes
         return peer
 
     def __enter__(self) -> Self:

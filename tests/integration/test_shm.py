@@ -360,7 +360,7 @@ class LyingNode:
         stream.bound(Deadline(MonotonicClock(), 10_000).left_ms)
         try:
             stream.receive({Kind.HELLO})
-            stream.send(shared.encode_welcome(shared.Welcome(b"e" * 16, 1 << 20, 100)))
+            stream.send(shared.encode_welcome(shared.Welcome(b"e" * 16, 1 << 20)))
             while True:
                 self._answer(stream, stream.receive({Kind.LOCATE, Kind.MAP}).kind)
         except Unavailable:
@@ -371,7 +371,7 @@ A_PLACE = Place(extent=0, tenancy=1, offset_bytes=0, size_bytes=SMALL.page_bytes
 
 
 def read_from(lying: LyingNode) -> PageStatus:
-    transport = ShmTransport(lambda _name, _deadline: (lying.address, b"t" * 32))
+    transport = ShmTransport(lambda _name, _deadline: (lying.address, b"t" * 32), channels=1)
     landing = Landing(1, [bytearray(SMALL.page_bytes)], SMALL.page_bytes)
     plan = ReadPlan(b"n" * 32, [b"h" * 32], 0, 2, SMALL.layer_bytes, None, landing, Deadline(MonotonicClock(), 10_000))
     try:
@@ -395,7 +395,7 @@ def sealed_file(size_bytes: int) -> int:
         ([A_PLACE, A_PLACE], "placed 2 pages of 1"),
         ([], "placed 0 pages of 1"),
         ([A_PLACE._replace(offset_bytes=(1 << 20) - 1)], "outside its extent"),
-        ([A_PLACE._replace(size_bytes=SMALL.page_bytes - 1)], "of a page of which 2048 were asked for"),
+        ([A_PLACE._replace(size_bytes=SMALL.page_bytes - 1)], f"of a page of which {SMALL.page_bytes} were asked for"),
     ],
     ids=["too many", "too few", "beyond the extent", "too short"],
 )

@@ -151,7 +151,7 @@ def test_a_silent_peer_loses_its_connection(node: StoreProcess, sent: int) -> No
 
 def test_a_peer_that_reads_no_answer_loses_its_connection_and_nobody_else_waits(node: StoreProcess) -> None:
     namespace, page_hash, page = a_stored_page(node, "reads nothing")
-    request = shared.encode_locate(namespace, None, [page_hash] * 4096)
+    request = shared.encode_locate(namespace, None, [page_hash] * 256)
     with Peer.greeted(node) as stalled, Peer.greeted(node) as other:
         with pytest.raises((TimeoutError, ConnectionError)):  # noqa: PT012 - whichever send finds the connection dead
             while True:

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from attnstore.errors import AttnStoreError, PermissionDenied, ProtocolError, Unavailable
-from attnstore.limits import CHANNEL_READ_HASHES_MAX, CHANNEL_REASON_BYTES_MAX
+from attnstore.limits import CHANNEL_REASON_BYTES_MAX, SHARED_LOCATE_HASHES_MAX
 from attnstore.types import PageStatus
 from attnstore.wire import shared
 from attnstore.wire.shared import ANSWERS, HEADER_BYTES, REQUESTS, ExtentLayout, Kind, Place, State, Welcome
@@ -53,10 +53,8 @@ def test_a_map_names_extent_and_tenancy(extent: int, tenancy: int) -> None:
 
 def test_hello_and_welcome_carry_token_version_epoch_and_limits() -> None:
     assert split(shared.encode_hello(TOKEN), Kind.HELLO) == (Kind.HELLO, shared.VERSION, TOKEN)
-    _, count, payload = split(shared.encode_welcome(Welcome(EPOCH, 1 << 26, 100)), Kind.WELCOME)
-    assert shared.decode_welcome(count, payload) == Welcome(EPOCH, 1 << 26, 100)
-    generous = shared.decode_welcome(CHANNEL_READ_HASHES_MAX + 1, payload)
-    assert generous.hashes_max == CHANNEL_READ_HASHES_MAX, "we never ask for more than a LOCATED may answer"
+    _, _, payload = split(shared.encode_welcome(Welcome(EPOCH, 1 << 26)), Kind.WELCOME)
+    assert shared.decode_welcome(payload) == Welcome(EPOCH, 1 << 26)
 
 
 def test_a_refusal_keeps_its_type_and_is_cut_to_its_limit() -> None:
@@ -89,7 +87,12 @@ def test_every_request_has_an_answer_and_each_side_sends_its_own_kinds() -> None
 
 @pytest.mark.parametrize(
     ("kind", "count"),
-    [(Kind.LOCATE, CHANNEL_READ_HASHES_MAX + 1), (Kind.LOCATED, CHANNEL_READ_HASHES_MAX + 1), (Kind.MAP, 1), (Kind.REFUSED, 4097)],
+    [
+        (Kind.LOCATE, SHARED_LOCATE_HASHES_MAX + 1),
+        (Kind.LOCATED, SHARED_LOCATE_HASHES_MAX + 1),
+        (Kind.MAP, 1),
+        (Kind.REFUSED, 4097),
+    ],
 )
 def test_a_message_larger_than_its_limit_is_refused_at_its_header(kind: Kind, count: int) -> None:
     with pytest.raises(ProtocolError, match="maximum"):
@@ -104,8 +107,8 @@ def test_no_header_does_worse_than_a_protocol_error(header: bytes, expected: fro
         except ProtocolError:
             continue
         assert kind in expected
-        assert payload_bytes <= 48 * CHANNEL_READ_HASHES_MAX
-        assert kind is Kind.WELCOME or count <= CHANNEL_READ_HASHES_MAX
+        assert count <= max(SHARED_LOCATE_HASHES_MAX, CHANNEL_REASON_BYTES_MAX)
+        assert payload_bytes <= 48 * SHARED_LOCATE_HASHES_MAX
 
 
 @given(payload=st.binary(max_size=48 * 4).map(lambda some: some[: len(some) // 48 * 48]))
@@ -125,10 +128,9 @@ def test_a_place_that_no_node_can_mean_is_refused(offset_bytes: int, size_bytes:
         shared.decode_located(payload, LAYOUT)
 
 
-def test_a_welcome_that_allows_nothing_and_an_unknown_status_are_refused() -> None:
-    for count, extent_bytes in ((0, 1), (1, 0)):
-        with pytest.raises(ProtocolError, match="allows nothing"):
-            shared.decode_welcome(count, EPOCH + struct.pack("<Q", extent_bytes))
+def test_extents_of_no_bytes_and_an_unknown_status_are_refused() -> None:
+    with pytest.raises(ProtocolError, match="no bytes"):
+        shared.decode_welcome(EPOCH + bytes(8))
     with pytest.raises(ProtocolError, match="250"):
         shared.decode_located(struct.pack("<BxxxIQQQQQ", 250, 0, 0, 0, 0, 0, 0), LAYOUT)
 
