@@ -14,7 +14,7 @@ from experiments.bandwidth.field import Plan, run_rounds
 from experiments.bandwidth.match import MatchFigures, in_the_table, over_the_wire
 from experiments.bandwidth.pages import Shape
 from experiments.bandwidth.plot import save_plot
-from experiments.bandwidth.report import claims_table, match_table, table
+from experiments.bandwidth.report import claims_table, match_table, pivot, table
 from experiments.bandwidth.results import PAGE_BYTES_LARGE, PAGE_BYTES_SMALL, Results
 
 _PAGES = 256
@@ -33,7 +33,8 @@ def main() -> int:
     _say("look-ups")
     match = _match_quick() if options.quick else _match_full()
     rows = results.rows()
-    print(table(rows), match_table(match), claims_table([*claims(results), *_match_claims(match)]), sep="\n\n")
+    judged = claims_table([*claims(results), *_match_claims(match)])
+    print(table(rows), pivot(rows), match_table(match), judged, sep="\n\n")
     for note in sorted(notes):
         print(f"\n{note}", end="")
     print(f"\nThe run took {time.monotonic() - began:.0f} s.")
@@ -58,8 +59,8 @@ def _options() -> argparse.Namespace:
 
 def _quick_plans(options: argparse.Namespace) -> list[Plan]:
     return [
-        Plan(Shape(PAGE_BYTES_SMALL, _PAGES), (1, 8, 32, 256), 5, 0.04, 24.0, options.mooncake_python),
-        Plan(Shape(PAGE_BYTES_LARGE, 32), (1, 32), 3, 0.04, 12.0, options.mooncake_python),
+        Plan(Shape(PAGE_BYTES_SMALL, _PAGES), (1, 8, 32, 256), 5, 0.04, 22.0, options.mooncake_python),
+        Plan(Shape(PAGE_BYTES_LARGE, 32), (1, 32), 3, 0.04, 10.0, options.mooncake_python),
     ]
 
 
@@ -71,11 +72,11 @@ def _full_plans(options: argparse.Namespace) -> list[Plan]:
 
 
 def _match_quick() -> list[MatchFigures]:
-    return [*over_the_wire(300), *in_the_table((10, 10_000), (1, 512, 100_000), 0.05)]
+    return [*over_the_wire(0.5), *in_the_table((10, 10_000), (1, 512, 100_000), 0.05)]
 
 
 def _match_full() -> list[MatchFigures]:
-    return [*over_the_wire(3_000), *in_the_table((10, 10_000, 1_000_000), (1, 10, 100, 512, 1_000, 10_000, 100_000), 0.5)]
+    return [*over_the_wire(5.0), *in_the_table((10, 10_000, 1_000_000), (1, 10, 100, 512, 1_000, 10_000, 100_000), 0.5)]
 
 
 def _match_claims(match: list[MatchFigures]) -> list[Claim]:

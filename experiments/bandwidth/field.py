@@ -7,7 +7,6 @@ Owns: every process of a run, through one exit stack. Invariant: a contender tha
 from __future__ import annotations
 
 import json
-import os
 import random
 import shutil
 import socket
@@ -166,7 +165,11 @@ def _lane(stack: ExitStack, name: str, start: Start, python: Path | None = None)
 
 def _daemon(stack: ExitStack, command: Sequence[str], port: int) -> subprocess.Popen[bytes]:
     """A server of somebody else's, quiet, from when its port is open to the end of the run."""
-    process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    absence = NotHere(f"{command[0]} does not run here: its rows are missing")
+    try:
+        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    except OSError:
+        raise absence from None
     stack.callback(process.wait)
     stack.callback(process.terminate)
     until = time.monotonic() + _PORT_OPEN_S_MAX
@@ -175,7 +178,7 @@ def _daemon(stack: ExitStack, command: Sequence[str], port: int) -> subprocess.P
             if probe.connect_ex(("127.0.0.1", port)) == 0:
                 return process
         time.sleep(0.05)
-    raise NotHere(f"{os.path.basename(command[0])} does not run here: its rows are missing")
+    raise absence
 
 
 def _free_port() -> int:

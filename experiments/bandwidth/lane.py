@@ -32,8 +32,8 @@ class Lane(Protocol):
         ...
 
     @property
-    def destination(self) -> PageBuffers | None:
-        """Where reads land; None where the peer hands out objects of its own."""
+    def landing(self) -> Mapping[str, PageBuffers]:
+        """Where the pages of a verb land; none for writes, and where the peer hands out objects of its own."""
         ...
 
     def begin_pass(self) -> None:
@@ -108,13 +108,12 @@ def measure(lane: Lane, start: Start, verb: str, batch: int, seconds: float) -> 
 
 def serve_lane(lane: Lane, start: Start) -> None:
     """Checks that reads bring the right bytes, then answers the parent until it closes the pipe."""
-    for verb, move in lane.verbs.items():
-        if verb.endswith(" read") and lane.destination is not None:
-            lane.destination.whole[:] = bytes(start.shape.total_bytes)
-            move(0, start.pages)
-            for index in (0, start.pages // 2, start.pages - 1):
-                if lane.destination.views[index] != expected(index, start.page_bytes):
-                    raise RuntimeError(f"{verb}: page {index} arrived wrong")
+    for verb, destination in lane.landing.items():
+        lane.verbs[verb](0, start.pages)
+        for index, view in enumerate(destination.views):
+            if view != expected(index, start.page_bytes):
+                raise RuntimeError(f"{verb}: page {index} arrived wrong")
+            view[:] = bytes(start.page_bytes)
     print(json.dumps(list(lane.verbs)), flush=True)
     for line in sys.stdin:
         print(json.dumps(asdict(measure(lane, start, **json.loads(line)))), flush=True)

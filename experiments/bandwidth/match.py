@@ -48,7 +48,7 @@ class MatchFigures:
         return self.p50_us * 1000 / self.hashes
 
 
-def over_the_wire(calls: int) -> list[MatchFigures]:
+def over_the_wire(seconds: float) -> list[MatchFigures]:
     """`Match` of 512 hashes on loopback: on an idle node, and while another process reads pages from it in bulk."""
     pages = max(_WIRE_HASHES, _BULK_PAGES)
     capacity_bytes = (pages + 2 * _BULK_PAGES) * _BULK_PAGE_BYTES
@@ -63,9 +63,9 @@ def over_the_wire(calls: int) -> list[MatchFigures]:
             if client.match(namespace, [hashes]).hits != (_WIRE_HASHES,):
                 raise RuntimeError("the node lost a page")
 
-        idle = _timed(match, calls)
+        idle = _timed(match, seconds)
         with _bulk_reads(replace(start, address=node.url, server_pids=(node.process.pid,))):
-            busy = _timed(match, calls)
+            busy = _timed(match, seconds)
     return [
         _figures("wire, idle node", _WIRE_HASHES, _WIRE_HASHES, idle),
         _figures("wire, during bulk tcp reads", _WIRE_HASHES + _BULK_PAGES, _WIRE_HASHES, busy),
@@ -96,7 +96,7 @@ def _of_table(pages: int, hashes: Sequence[int], seconds: float) -> Iterator[Mat
         # A prompt's blocks were stored one after the other; a table smaller than the prompt is gone round several times.
         at = starts.randrange(pages)
         prefix = list(islice(cycle(known[at:] + known[:at]), count))
-        durations = _timed_for(partial(table.match, namespace, [prefix], 0, 0.0), seconds)
+        durations = _timed(partial(table.match, namespace, [prefix], 0, 0.0), seconds)
         yield _figures("page table", pages, count, durations)
 
 
@@ -112,20 +112,15 @@ def _bulk_reads(start: Start) -> Iterator[None]:
             lane.process.kill()
 
 
-def _timed(call: Callable[[], object], calls: int) -> list[int]:
+def _timed(call: Callable[[], object], seconds: float) -> list[int]:
+    """Nanoseconds of each call, for so long, after one to warm up."""
     call()
-    durations = []
-    for _ in range(calls):
+    durations: list[int] = []
+    until = time.perf_counter_ns() + int(seconds * 1e9)
+    while not durations or time.perf_counter_ns() < until:
         began = time.perf_counter_ns()
         call()
         durations.append(time.perf_counter_ns() - began)
-    return durations
-
-
-def _timed_for(call: Callable[[], object], seconds: float) -> list[int]:
-    durations: list[int] = []
-    while sum(durations) < seconds * 1e9:
-        durations += _timed(call, 3)
     return durations
 
 

@@ -37,7 +37,7 @@ def save_plot(rows: Sequence[Row], path: Path) -> None:
 def _draw(panel: Axes, rows: Sequence[Row]) -> None:
     for name in TRANSPORTS:
         own = sorted((row for row in rows if row["transport"] == name), key=lambda row: row["batch"])
-        if not own:
+        if not own or name == "shm_in_place":  # moves nothing: no bandwidth to draw
             continue
         batches, speeds = [row["batch"] for row in own], [row["gb_per_s"] for row in own]
         if name in LIMITS:

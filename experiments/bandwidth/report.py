@@ -37,6 +37,17 @@ def table(rows: Iterable[Row]) -> str:
     return aligned(lines, left=("op", "transport"))
 
 
+def pivot(rows: Iterable[Row]) -> str:
+    """Throughput alone, one line for each transport and one column for each batch: what a page can show."""
+    cells = {(row["page_bytes"], row["op"], row["transport"], row["batch"]): f"{row['gb_per_s']:.2f}" for row in rows}
+    batches = sorted({batch for *_, batch in cells})
+    lines = [("page B", "op", "transport", *(f"GB/s x{batch}" for batch in batches))]
+    for page_bytes, op, name in sorted({key[:3] for key in cells}, key=lambda key: (key[0], key[1], TRANSPORTS.index(key[2]))):
+        speeds = (cells.get((page_bytes, op, name, batch), "") for batch in batches)
+        lines.append((f"{page_bytes:,}", op, name, *speeds))
+    return aligned(lines, left=("op", "transport"))
+
+
 def claims_table(claims: Iterable[Claim]) -> str:
     """Each claim with what was measured and what was asked."""
     lines = [("claim", "measured", "bound", "verdict")]

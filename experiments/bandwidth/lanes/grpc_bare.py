@@ -15,6 +15,7 @@ import uvloop
 
 from attnstore.limits import CHUNK_BYTES_MAX, MESSAGE_BYTES_MAX
 from experiments.bandwidth.lane import Start, serve_lane
+from experiments.bandwidth.pages import PageBuffers
 from experiments.bandwidth.processes import say_and_wait
 
 _SERVICE = "bare.Pages"
@@ -25,14 +26,13 @@ _OPTIONS = (("grpc.max_receive_message_length", MESSAGE_BYTES_MAX), ("grpc.max_s
 class GrpcBareLane:
     """The client. Nothing lands in buffers: the messages that arrive are dropped."""
 
-    destination = None
-
     def __init__(self, start: Start) -> None:
         self._messages = _messages_of_a_page(start.page_bytes)
         self._loop = uvloop.new_event_loop()
         asyncio.set_event_loop(self._loop)
         self._loop.run_until_complete(self._connect(start.address))
         self.verbs = {"grpc_bare read": self._read, "grpc_bare write": self._write}
+        self.landing: dict[str, PageBuffers] = {}
 
     async def _connect(self, address: str) -> None:
         self._channel = grpc.aio.insecure_channel(address, options=_OPTIONS)

@@ -11,15 +11,16 @@ class MemcpyLane:
 
     def __init__(self, start: Start) -> None:
         self._source = PageBuffers.filled(start.shape)
-        self.destination = PageBuffers(start.shape)
+        self._destination = PageBuffers(start.shape)
         self.verbs = {"memcpy read": self._copy}
+        self.landing = {"memcpy read": self._destination}
 
     def begin_pass(self) -> None:
         """Nothing to do."""
 
     def _copy(self, begin: int, end: int) -> None:
         for index in range(begin, end):
-            self.destination.views[index][:] = self._source.views[index]
+            self._destination.views[index][:] = self._source.views[index]
 
 
 if __name__ == "__main__":

@@ -27,14 +27,15 @@ class MooncakeLane:
         self._page_bytes = start.page_bytes
         self._store = _joined(start.address, segment_bytes=0)
         self._source = PageBuffers.filled(start.shape)
-        self.destination = PageBuffers(start.shape)
+        self._destination = PageBuffers(start.shape)
         self._source_at = self._registered(self._source, start.shape)
-        self._destination_at = self._registered(self.destination, start.shape)
+        self._destination_at = self._registered(self._destination, start.shape)
         self._fresh = map("w{}".format, count())
         self._written: list[str] = []
         self._keys = [f"r{index}" for index in range(start.pages)]
         self._put(self._keys, 0)
         self.verbs = {"mooncake_get read": self._read, "mooncake_put write": self._write}
+        self.landing = {"mooncake_get read": self._destination}
 
     def begin_pass(self) -> None:
         """Removes what was written."""

@@ -26,8 +26,9 @@ class RawTcpLane:
         self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self._source = PageBuffers.filled(start.shape)
         self._answer = memoryview(bytearray(1))
-        self.destination = PageBuffers(start.shape)
+        self._destination = PageBuffers(start.shape)
         self.verbs = {"raw_tcp read": self._read, "raw_tcp write": self._write}
+        self.landing = {"raw_tcp read": self._destination}
 
     def begin_pass(self) -> None:
         """Nothing to do: the server overwrites."""
@@ -35,7 +36,7 @@ class RawTcpLane:
     def _read(self, begin: int, end: int) -> None:
         self._socket.sendall(_REQUEST.pack(_READ, begin, end))
         for index in range(begin, end):
-            _receive(self._socket, self.destination.views[index])
+            _receive(self._socket, self._destination.views[index])
 
     def _write(self, begin: int, end: int) -> None:
         self._socket.sendall(_REQUEST.pack(_WRITE, begin, end))

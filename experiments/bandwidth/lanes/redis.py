@@ -19,8 +19,6 @@ from experiments.bandwidth.processes import say_and_wait
 class RedisLane:
     """The client."""
 
-    destination = None
-
     def __init__(self, start: Start) -> None:
         host, _, port = start.address.rpartition(":")
         self._redis = redis.Redis(host=host, port=int(port))
@@ -29,6 +27,7 @@ class RedisLane:
         for index, view in enumerate(self._source.views):
             self._redis.set(f"r{index}", view)
         self.verbs = {"redis_get read": self._get, "redis_mget read": self._mget, "redis_set write": self._set}
+        self.landing: dict[str, PageBuffers] = {}
 
     def begin_pass(self) -> None:
         """Nothing to do: SET overwrites."""

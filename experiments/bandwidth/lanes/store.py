@@ -1,6 +1,8 @@
 """AttnStore itself, through its public API: one client for each transport that the node offers, checksums on.
 
-Writes go to hashes that the node does not have; the pages written are deleted between passes, outside the clock.
+Writes go to hashes that the node does not have; the pages written are deleted between passes, outside the clock. Reads in place
+(shm) hold a lease, and ask after use whether every page was still there; they move no byte, so their GB/s only says how many bytes
+became usable.
 """
 
 from __future__ import annotations
@@ -10,6 +12,7 @@ from collections.abc import Iterator
 from itertools import count
 
 import attnstore
+from attnstore.limits import LEASE_MS_MAX
 from attnstore.types import PageStatus
 from experiments.bandwidth.lane import Move, Start, serve_lane
 from experiments.bandwidth.pages import PageBuffers
@@ -25,34 +28,42 @@ class StoreLane:
     """Clients of one node, in one process, that share source and destination."""
 
     def __init__(self, start: Start) -> None:
-        layout = LAYOUTS[start.page_bytes]
-        self._namespace = attnstore.namespace(layout, model=b"bandwidth")
+        self._url = start.address
+        self._layout = LAYOUTS[start.page_bytes]
+        self._namespace = attnstore.namespace(self._layout, model=b"bandwidth")
         self._hashes = [_hash(number) for number in range(start.pages)]
         # Several lanes may write to one node: each has numbers of its own.
         self._fresh: Iterator[bytes] = map(_hash, count(os.getpid() << 64))
         self._written: list[bytes] = []
         self._source = PageBuffers.filled(start.shape)
-        self.destination = PageBuffers(start.shape)
-        self._control = attnstore.connect(start.address, transport="grpc", deadline_ms=_DEADLINE_MS)
-        self._control.register_layout(self._namespace, layout)
+        self._destination = PageBuffers(start.shape)
+        self._control = self._client("grpc")
         stored = self._control.write(self._namespace, self._hashes, self._source.views)
-        assert all(verdict.is_kept for verdict in stored.verdicts)
+        if not all(verdict.is_kept for verdict in stored.verdicts):
+            raise RuntimeError(f"the node does not hold the pages: {stored}")
+        leased, self._lease = self._control.lease(self._namespace, self._hashes, LEASE_MS_MAX)
+        if self._lease is None or leased != start.pages:
+            raise RuntimeError(f"{leased} of {start.pages} pages could be leased")
         self.verbs: dict[str, Move] = {}
-        for transport in ["grpc", *sorted(set(self._control.describe().transports) - {"grpc"})]:
-            self._add(start, layout, transport)
+        self.landing: dict[str, PageBuffers] = {}
+        for transport in ("grpc", "tcp", "shm"):
+            if transport == "grpc" or transport in self._control.describe().transports:
+                self._add(transport)
 
     def begin_pass(self) -> None:
-        """Deletes what was written, so that the next pass finds room and no page of its own."""
+        """Deletes what was written, so that the next pass finds room and no page of its own; keeps the lease alive."""
         if self._written:
             self._control.delete(self._namespace, self._written)
             self._written.clear()
+        assert self._lease is not None
+        self._lease = self._control.renew(self._lease, LEASE_MS_MAX)
 
-    def _add(self, start: Start, layout: attnstore.PageLayout, transport: str) -> None:
-        client = attnstore.connect(start.address, transport=transport, deadline_ms=_DEADLINE_MS)
-        client.register_layout(self._namespace, layout)
+    def _add(self, transport: str) -> None:
+        """The verbs of one transport."""
+        client = self._client(transport)
 
         def read(begin: int, end: int) -> None:
-            answer = client.read(self._namespace, self._hashes[begin:end], self.destination.views[begin:end])
+            answer = client.read(self._namespace, self._hashes[begin:end], self._destination.views[begin:end])
             if answer.leading_hits != end - begin:
                 raise RuntimeError(f"{transport} read: {answer}")
 
@@ -63,11 +74,23 @@ class StoreLane:
             if set(answer.verdicts) != {PageStatus.STORED}:
                 raise RuntimeError(f"{transport} write: {answer}")
 
+        def read_in_place(begin: int, end: int) -> None:
+            assert self._lease is not None
+            with client.view(self._namespace, self._hashes[begin:end], lease=self._lease) as views:
+                if set(views.verify()) != {PageStatus.OK}:
+                    raise RuntimeError(f"in place: {views.verify()}")
+
         if transport == "shm":
-            self.verbs["shm_copy read"] = read
+            self.verbs |= {"shm_copy read": read, "shm_in_place read": read_in_place}
+            self.landing["shm_copy read"] = self._destination
         else:
-            self.verbs[f"{transport} read"] = read
-            self.verbs[f"{transport} write"] = write
+            self.verbs |= {f"{transport} read": read, f"{transport} write": write}
+            self.landing[f"{transport} read"] = self._destination
+
+    def _client(self, transport: str) -> attnstore.Client:
+        client = attnstore.connect(self._url, transport=transport, deadline_ms=_DEADLINE_MS)
+        client.register_layout(self._namespace, self._layout)
+        return client
 
 
 def _hash(number: int) -> bytes:
