@@ -53,9 +53,9 @@ EXTENTS_MIN = 8
 
 DEADLINE_MS_DEFAULT = 10_000
 DEADLINE_MS_MAX = 86_400_000
-KEEPALIVE_MS = 10_000
+KEEPALIVE_MS = 15_000
 """Both ends ask a silent peer for a sign of life this often, so that a vanished one holds no stream and nobody waits for it."""
-KEEPALIVE_TIMEOUT_MS = 5_000
+KEEPALIVE_TIMEOUT_MS = 10_000
 CONNECT_MS_MAX = 5_000
 """One attempt to connect, TLS handshake included."""
 DRAIN_MS_DEFAULT = 10_000

@@ -35,6 +35,9 @@ _CHANNEL_OPTIONS = (
     ("grpc.min_reconnect_backoff_ms", CONNECT_MS_MAX),
     ("grpc.keepalive_time_ms", KEEPALIVE_MS),
     ("grpc.keepalive_timeout_ms", KEEPALIVE_TIMEOUT_MS),
+    # Without these a silent watch asks twice, then once a minute, and waits a minute for the answer.
+    ("grpc.http2.max_pings_without_data", 0),
+    ("grpc.http2.ping_timeout_ms", KEEPALIVE_TIMEOUT_MS),
     # Retrying is the caller's decision: the error tree says what may be tried again.
     ("grpc.enable_retries", 0),
 )

@@ -43,6 +43,8 @@ _SERVER_OPTIONS = (
     # A caller whose machine vanished holds a stream, its pins and its slots no longer than this.
     ("grpc.keepalive_time_ms", KEEPALIVE_MS),
     ("grpc.keepalive_timeout_ms", KEEPALIVE_TIMEOUT_MS),
+    ("grpc.http2.max_pings_without_data", 0),
+    ("grpc.http2.ping_timeout_ms", KEEPALIVE_TIMEOUT_MS),
     # Clients ask as often; without this gRPC takes them for a flood and cuts them off.
     ("grpc.http2.min_ping_interval_without_data_ms", KEEPALIVE_MS // 2),
 )
