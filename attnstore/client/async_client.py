@@ -362,7 +362,13 @@ class AsyncClient:
         """Asks the node once which bulk transports it offers."""
         if self.bulk.is_negotiated():
             return
-        async with self._negotiating:
+        try:
+            # Another call may be asking, with a later deadline than this one's.
+            async with asyncio.timeout(deadline.left_ms() / 1000):
+                await self._negotiating.acquire()
+        except TimeoutError:
+            raise DeadlineExceeded("the node did not say in time which transports it offers") from None
+        try:
             if self.bulk.is_negotiated():
                 return
             offered = (await self.describe(deadline_ms=deadline.left_ms())).transports
@@ -376,6 +382,8 @@ class AsyncClient:
                 [transport for transport in (self.shm, self._tcp) if transport is not None],
                 [transport for transport in (self._tcp,) if transport is not None],
             )
+        finally:
+            self._negotiating.release()
 
     def _opener(self, loop: asyncio.AbstractEventLoop) -> Callable[[str, Deadline], tuple[str, bytes]]:
         async def ask(transport: str, deadline: Deadline) -> tuple[str, bytes]:
