@@ -11,10 +11,7 @@ import asyncio
 import concurrent.futures
 import contextlib
 import functools
-import os
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
@@ -22,19 +19,19 @@ from attnstore.client.bulk import (
     BulkChoice,
     OnLayer,
     ReadPlan,
-    Transfer,
-    TransportName,
     WritePlan,
     all_layers,
-    checked_transport,
+    in_thread,
+    written,
 )
-from attnstore.client.grpc_transport import GrpcTransport, Target
+from attnstore.client.grpc_transport import GrpcTransport
 from attnstore.client.landing import Landing, readable_view
 from attnstore.client.mapped import PageViews
+from attnstore.client.options import ConnectOptions, checked_deadline_ms
 from attnstore.client.shm_transport import ShmTransport, ViewPlan
 from attnstore.client.tcp_transport import TcpTransport
 from attnstore.clock import Clock, Deadline, MonotonicClock
-from attnstore.config import is_token, split_address
+from attnstore.config import split_address
 from attnstore.core.layout import PageLayout
 from attnstore.errors import (
     ClientClosed,
@@ -45,7 +42,7 @@ from attnstore.errors import (
     Retryable,
     Unavailable,
 )
-from attnstore.limits import CHANNEL_READ_HASHES_MAX, CHANNELS_MAX, DEADLINE_MS_MAX, HASHES_MAX, LEASE_MS_MAX
+from attnstore.limits import CHANNEL_READ_HASHES_MAX, HASHES_MAX, LEASE_MS_MAX
 from attnstore.types import (
     Lease,
     MatchResult,
@@ -60,45 +57,6 @@ from attnstore.wire import messages
 from attnstore.wire.chunks import Buffer
 
 T = TypeVar("T")
-
-
-@dataclass(frozen=True, slots=True)
-class ConnectOptions:
-    """How a client reaches its node. `tls_ca`: PEM certificates of the trusted authorities, None for the system's."""
-
-    target: Target
-    deadline_ms: float
-    token: str | None = field(repr=False)
-    tls_ca: bytes | None = field(repr=False)
-    transport: TransportName
-    channels: int
-
-    @classmethod
-    def create(
-        cls, target: str, *, deadline_ms: float, token: str | None, tls_ca: str | Path | None, transport: str, channels: int
-    ) -> ConnectOptions:
-        """Options from what a user gives; the token falls back to the environment's `ATTNSTORE_TOKEN`.
-
-        Raises `InvalidArgument` for a bad value or a `tls_ca` file that cannot be read.
-        """
-        parsed = Target.parse(target)
-        token = token or os.environ.get("ATTNSTORE_TOKEN")
-        if token is not None and not is_token(token):
-            raise InvalidArgument("token must be printable ASCII without spaces")
-        if tls_ca is not None and not parsed.tls:
-            raise InvalidArgument(f"tls_ca is given, but target {target!r} does not use TLS: say grpcs://")
-        try:
-            authorities = Path(tls_ca).read_bytes() if tls_ca is not None else None
-        except OSError as error:
-            raise InvalidArgument(f"tls_ca {tls_ca} cannot be read: {error.strerror}") from None
-        return cls(
-            parsed,
-            checked_deadline_ms(deadline_ms),
-            token,
-            authorities,
-            checked_transport(transport),
-            _checked_channels(channels),
-        )
 
 
 class AsyncClient:
@@ -266,7 +224,7 @@ class AsyncClient:
     async def _read_over_best(self, plan: ReadPlan) -> None:
         plan.landing.restart()
         await self._negotiate(plan.deadline)
-        if self.bulk.has_readers and await _in_thread(lambda: self.bulk.read(plan), plan.transfer):
+        if self.bulk.has_readers and await in_thread(lambda: self.bulk.read(plan), plan.transfer):
             return
         request = messages.ReadRequest(
             namespace=plan.namespace,
@@ -278,7 +236,7 @@ class AsyncClient:
         await self._connected().read(request, plan.landing, plan.deadline.left_ms())
         if plan.on_layer is not None:
             # Not on the event loop: a callback may block, or call this client.
-            await _in_thread(functools.partial(all_layers, plan, plan.on_layer), plan.transfer)
+            await in_thread(functools.partial(all_layers, plan, plan.on_layer), plan.transfer)
 
     async def view(
         self,
@@ -316,7 +274,7 @@ class AsyncClient:
         shm = self.shm
         if shm is None:
             raise InvalidArgument("pages can be viewed in place only on a node of this host that offers shm")
-        return await _in_thread(lambda: shm.view(plan), plan.transfer)
+        return await in_thread(lambda: shm.view(plan), plan.transfer)
 
     async def write(
         self, namespace: bytes, hashes: Sequence[bytes], pages: Sequence[Buffer], *, deadline_ms: float | None = None
@@ -348,7 +306,7 @@ class AsyncClient:
     async def _write_over_best(self, plan: WritePlan) -> tuple[PageStatus, ...]:
         await self._negotiate(plan.deadline)
         if self.bulk.has_writers:
-            verdicts = await _in_thread(lambda: self.bulk.write(plan), plan.transfer)
+            verdicts = await in_thread(lambda: self.bulk.write(plan), plan.transfer)
             if verdicts is not None:
                 return verdicts
         try:
@@ -470,43 +428,6 @@ class AsyncClient:
         except NamespaceUnknown:
             await self.register_layout(namespace, self._layout(namespace), deadline_ms=deadline.left_ms())
             return await call()
-
-
-def written(plan: WritePlan, verdicts: tuple[PageStatus, ...]) -> WriteResult:
-    """The outcome of a write. Raises `ProtocolError` unless there is one verdict for each page."""
-    if len(verdicts) != len(plan.hashes):
-        raise ProtocolError(f"the node gave {len(verdicts)} verdicts on {len(plan.hashes)} pages")
-    return WriteResult(
-        verdicts, sum(len(page) for page, verdict in zip(plan.pages, verdicts, strict=True) if verdict is PageStatus.STORED)
-    )
-
-
-async def _in_thread(function: Callable[[], T], transfer: Transfer) -> T:
-    """Runs a blocking transfer on a thread; when cancelled, breaks it and waits for its end before it lets go."""
-    running = asyncio.ensure_future(asyncio.to_thread(function))
-    try:
-        return await asyncio.shield(running)
-    except asyncio.CancelledError:
-        transfer.abort()
-        # Cancelled once more or not: until the thread has ended it may write into the caller's buffers.
-        while not running.done():
-            with contextlib.suppress(asyncio.CancelledError):
-                await asyncio.wait([running])
-        running.exception()
-        raise
-
-
-def _checked_channels(channels: int) -> int:
-    if not 1 <= channels <= CHANNELS_MAX:
-        raise InvalidArgument(f"channels is {channels}; it must be between 1 and {CHANNELS_MAX}")
-    return channels
-
-
-def checked_deadline_ms(deadline_ms: float) -> float:
-    """`deadline_ms` itself; raises `InvalidArgument` unless it is positive and at most `limits.DEADLINE_MS_MAX`."""
-    if not 0 < deadline_ms <= DEADLINE_MS_MAX:
-        raise InvalidArgument(f"deadline_ms is {deadline_ms}; it must be positive and at most {DEADLINE_MS_MAX}")
-    return float(deadline_ms)
 
 
 def _checked_lease_ms(lease_ms: int) -> int:

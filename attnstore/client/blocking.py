@@ -18,9 +18,10 @@ from typing import Any, ClassVar, Concatenate, ParamSpec, Self, TypeVar
 
 import uvloop
 
-from attnstore.client.async_client import AsyncClient, ConnectOptions, written
-from attnstore.client.bulk import OnLayer, wait_out
+from attnstore.client.async_client import AsyncClient
+from attnstore.client.bulk import OnLayer, wait_out, written
 from attnstore.client.mapped import PageViews
+from attnstore.client.options import ConnectOptions
 from attnstore.clock import Clock
 from attnstore.errors import ClientClosed, NamespaceUnknown, Retryable
 from attnstore.types import Lease, PageEvent, ReadResult, WriteResult

@@ -7,19 +7,22 @@ Invariant: a bulk transport blocks the thread it is called on until no more byte
 
 from __future__ import annotations
 
+import asyncio
 import concurrent.futures
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, TypeVar
 
 import structlog
 
 from attnstore.client.landing import Landing
 from attnstore.clock import Clock, Deadline
-from attnstore.errors import AttnStoreError, InvalidArgument, Unavailable
-from attnstore.types import PageStatus
+from attnstore.errors import AttnStoreError, InvalidArgument, ProtocolError, Unavailable
+from attnstore.types import PageStatus, WriteResult
+
+T = TypeVar("T")
 
 TransportName = Literal["auto", "grpc", "tcp", "shm"]
 TRANSPORT_NAMES: tuple[TransportName, ...] = ("auto", "grpc", "tcp", "shm")
@@ -225,3 +228,27 @@ def checked_transport(transport: str) -> TransportName:
         if transport == name:
             return name
     raise InvalidArgument(f"transport is {transport!r}; it must be one of {', '.join(TRANSPORT_NAMES)}")
+
+
+def written(plan: WritePlan, verdicts: tuple[PageStatus, ...]) -> WriteResult:
+    """The outcome of a write. Raises `ProtocolError` unless there is one verdict for each page."""
+    if len(verdicts) != len(plan.hashes):
+        raise ProtocolError(f"the node gave {len(verdicts)} verdicts on {len(plan.hashes)} pages")
+    return WriteResult(
+        verdicts, sum(len(page) for page, verdict in zip(plan.pages, verdicts, strict=True) if verdict is PageStatus.STORED)
+    )
+
+
+async def in_thread(function: Callable[[], T], transfer: Transfer) -> T:
+    """Runs a blocking transfer on a thread; when cancelled, breaks it and waits for its end before it lets go."""
+    running = asyncio.ensure_future(asyncio.to_thread(function))
+    try:
+        return await asyncio.shield(running)
+    except asyncio.CancelledError:
+        transfer.abort()
+        # Cancelled once more or not: until the thread has ended it may write into the caller's buffers.
+        while not running.done():
+            with suppress(asyncio.CancelledError):
+                await asyncio.wait([running])
+        running.exception()
+        raise

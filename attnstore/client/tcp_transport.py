@@ -132,7 +132,8 @@ class _Channel:
         self._stream.shutdown()
 
     def close(self) -> None:
-        self._stream.close()
+        # Not politely: a node that still sends would wait for our window until it calls us stalled, with the pages pinned.
+        self._stream.abort()
 
     def read(self, plan: ReadPlan, begin: int, end: int) -> None:
         """Pages `[begin, end)` of the plan, as READs of bounded size of which two are on the way."""
