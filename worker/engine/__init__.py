@@ -2,8 +2,20 @@
 
 from __future__ import annotations
 
+from worker.engine.async_engine import AsyncEngine, EngineSnapshot, TokenStream
 from worker.engine.engine import BatchingStatistics, Engine, EngineOptions, Token
 from worker.engine.sampler import SamplingParams
 from worker.engine.sequence import FinishReason, Sequence
 
-__all__ = ["BatchingStatistics", "Engine", "EngineOptions", "FinishReason", "SamplingParams", "Sequence", "Token"]
+__all__ = [
+    "AsyncEngine",
+    "BatchingStatistics",
+    "Engine",
+    "EngineOptions",
+    "EngineSnapshot",
+    "FinishReason",
+    "SamplingParams",
+    "Sequence",
+    "Token",
+    "TokenStream",
+]
