@@ -18,6 +18,7 @@ from attnstore.wire.chunks import Buffer
 from attnstore.wire.page_channel import Frame, FrameReceiver, Role
 
 _TIMEVAL = struct.Struct("@ll")
+_NO_LINGER = struct.pack("@ii", 1, 0)
 _WAIT_MS_MAX = 86_400_000.0
 WAIT_SLACK_MS = 20.0
 """The kernel's time-out is set again only when it is off by this much; a wait ends no later than this after its bound."""
@@ -107,6 +108,12 @@ class FrameStream:
         """Gives the socket back."""
         with self._ending:
             self._socket.close()
+
+    def abort(self) -> None:
+        """Gives the socket back and resets the connection: a peer that still sends learns it now, even if our window is full."""
+        with self._ending, contextlib.suppress(OSError):
+            self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _NO_LINGER)
+        self.close()
 
     def _bound_wait(self) -> None:
         assert self._left_ms is not None, "bound() comes before the first wait"
