@@ -99,16 +99,17 @@ class RpcShell:
             return result
         except AttnStoreError as error:
             code = error.code
-            await context.abort(*rpc_status(error))
+            await _refuse(context, *rpc_status(error))
         except TimeoutError:
             code = DeadlineExceeded.code
-            await context.abort(*rpc_status(DeadlineExceeded("the peer moved no byte for longer than the node's --stall-ms")))
-        except grpc.aio.AbortError:
-            raise
+            await _refuse(context, *rpc_status(DeadlineExceeded("the peer moved no byte for longer than the node's --stall-ms")))
+        except grpc.aio.InternalError:
+            # The caller went away while we were sending to it.
+            raise asyncio.CancelledError from None
         except Exception as error:
             code = "internal"
             _log.exception("call failed", rpc=method.name)
-            await context.abort(grpc.StatusCode.INTERNAL, f"{type(error).__name__} in the node; its log tells more")
+            await _refuse(context, grpc.StatusCode.INTERNAL, f"{type(error).__name__} in the node; its log tells more")
         finally:
             gauge.dec()
             self._metrics.calls.labels(method.name, code).inc()
@@ -129,3 +130,11 @@ class RpcShell:
             return await handler(request, context, tenant)
         finally:
             self._streams.discard(task)
+
+
+async def _refuse(context: Any, code: grpc.StatusCode, message: str, trailers: tuple[tuple[str, str], ...] = ()) -> None:
+    try:
+        await context.abort(code, message, trailers)
+    except grpc.aio.InternalError:
+        # Nobody is left to tell; as a cancelled call this is no news to gRPC's log.
+        raise asyncio.CancelledError from None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import signal
 import socket
 import subprocess
@@ -15,6 +16,7 @@ import grpc
 import pytest
 
 import attnstore
+import attnstore.aio
 from attnstore import PageStatus, errors
 from attnstore.core.hashing import page_checksum
 from attnstore.limits import CHUNK_BYTES_MAX
@@ -173,6 +175,22 @@ def test_every_call_to_a_stopped_node_ends_within_its_deadline(node: StoreProces
         buffers = batch.buffers()
         assert eventually(lambda: client.read(batch.namespace, batch.hashes, buffers, deadline_ms=5_000).leading_hits == 4)
         assert buffers == batch.pages
+
+
+async def test_a_short_deadline_holds_beside_a_call_with_a_long_one(node: StoreProcess, batch_of: BatchOf) -> None:
+    batch = batch_of(1)
+    async with attnstore.aio.connect(node.url, deadline_ms=20_000) as client:
+        await client.register_layout(batch.namespace, SMALL)
+        node.process.send_signal(signal.SIGSTOP)
+        # The first call asks the stopped node which transports it offers; the second needs to know as well.
+        patient = asyncio.create_task(client.write(batch.namespace, batch.hashes, batch.pages))
+        await asyncio.sleep(0.05)
+        began_s = time.monotonic()
+        answer = await client.read(batch.namespace, batch.hashes, batch.buffers(), deadline_ms=300)
+        assert isinstance(answer.error, errors.DeadlineExceeded)
+        assert time.monotonic() - began_s < 0.3 + GRACE_S
+        node.process.send_signal(signal.SIGCONT)
+        assert (await patient).verdicts == (PageStatus.STORED,)
 
 
 def test_a_slow_handshake_is_waited_for(node: StoreProcess, pool: ThreadPoolExecutor) -> None:
