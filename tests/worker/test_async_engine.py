@@ -18,8 +18,8 @@ LONG = SamplingParams(max_tokens=300)
 
 @pytest.fixture
 def engine(tiny: LoadedModel) -> Iterator[Engine]:
-    """Room for 640 tokens, two sequences at once and two that wait."""
-    options = EngineOptions(pool_bytes=40 * tiny.layout(16).page_bytes, chunk_tokens=64, sequences_max=2, waiting_max=2)
+    """Room for 640 tokens, two sequences at once and three that wait."""
+    options = EngineOptions(pool_bytes=40 * tiny.layout(16).page_bytes, chunk_tokens=64, sequences_max=2, waiting_max=3)
     with Engine(tiny, options) as engine:
         yield engine
         engine.check()
