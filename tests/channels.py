@@ -8,6 +8,8 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 
+import grpc
+
 from attnstore import DType, PageLayout, PageStatus, namespace
 from attnstore.arena import MemoryArena
 from attnstore.client.bulk import OnLayer, ReadPlan, Transfer, WritePlan
@@ -21,6 +23,8 @@ from attnstore.limits import CHANNEL_CREDITS, CHANNEL_READ_HASHES_MAX, LEASE_ID_
 from attnstore.server.page_channel import PageChannelServer, TokenBook
 from attnstore.server.store import Store
 from attnstore.telemetry import NodeMetrics
+from attnstore.wire import messages
+from attnstore.wire.messages import METHODS
 from attnstore.wire.page_channel import VERSION, Frame, Kind, Role, encode_frame, encode_slice
 from attnstore.wire.stream import FrameStream
 from tests.samples import Batch
@@ -108,6 +112,17 @@ def dial(port: int, receive_buffer_bytes: int = 0) -> FrameStream:
     stream = FrameStream(connection, Role.CLIENT)
     stream.bound(lambda: PATIENCE_MS)
     return stream
+
+
+def open_channel(node_address: str) -> tuple[int, bytes]:
+    """Port and token of a real node's page channel."""
+    method = METHODS["OpenChannel"]
+    with grpc.insecure_channel(node_address) as channel:
+        call = channel.unary_unary(
+            method.path, request_serializer=method.encode_request, response_deserializer=method.decode_response
+        )
+        answer = call(messages.OpenChannelRequest(transport="tcp"), timeout=PATIENCE_MS / 1000)
+    return int(answer.address.rpartition(":")[2]), answer.token
 
 
 def say_hello(stream: FrameStream, token: bytes, version: int = VERSION) -> None:

@@ -1,0 +1,468 @@
+"""The tcp transport between processes: either side is killed, stopped or drained, and the other goes on."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import urllib.request
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+import attnstore
+import attnstore.aio
+from attnstore import PageStatus, errors
+from attnstore.client.async_client import ConnectOptions
+from attnstore.client.blocking import Client
+from attnstore.client.bulk import BulkUnavailable
+from attnstore.client.tcp_transport import TcpTransport
+from attnstore.limits import CHANNEL_READ_HASHES_MAX
+from attnstore.testing import StoreProcess
+from attnstore.testing.clock import ManualClock
+from tests.channels import WIDE, dial, open_channel, say_hello
+from tests.samples import SMALL, Batch, eventually, make_batch
+
+OK, MISSING, INCOMPLETE, STORED = PageStatus.OK, PageStatus.MISSING, PageStatus.INCOMPLETE, PageStatus.STORED
+RETRY_MS = 30_000
+
+HALF = """
+import sys, time
+from tests.channels import ask, dial, page_header, say_hello
+from tests.samples import make_batch
+from tests.channels import WIDE
+direction, port, token, model, pages = sys.argv[1:]
+batch = make_batch(int(pages), model=model, layout=WIDE)
+stream = dial(int(port), 16384)
+say_hello(stream, bytes.fromhex(token))
+stream.receive()
+if direction == "write":
+    stream.send(page_header(batch, 0), batch.pages[0][:1000])
+else:
+    ask(stream, batch)
+    stream.receive()
+print("half", flush=True)
+time.sleep(60)
+"""
+
+
+def free_address() -> str:
+    """An address that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return f"127.0.0.1:{probe.getsockname()[1]}"
+
+
+@contextmanager
+def half_way(node: StoreProcess, direction: str, batch: Batch, model: str) -> Iterator[subprocess.Popen[str]]:
+    """A client in a process of its own that stops in the middle of a transfer. Killed at the end, if it still lives."""
+    port, token = open_channel(node.address)
+    client = subprocess.Popen(
+        [sys.executable, "-c", HALF, direction, str(port), token.hex(), model, str(len(batch.pages))],
+        cwd=Path(__file__).parents[2],
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert client.stdout is not None
+    try:
+        assert client.stdout.readline() == "half\n"
+        yield client
+    finally:
+        client.kill()
+        client.wait()
+        client.stdout.close()
+
+
+def stored(client: attnstore.Client, pages: int, model: str, layout: attnstore.PageLayout = SMALL) -> Batch:
+    batch = make_batch(pages, model=model, layout=layout)
+    client.register_layout(batch.namespace, layout)
+    assert set(client.write(batch.namespace, batch.hashes, batch.pages).verdicts) == {STORED}
+    return batch
+
+
+def read(client: attnstore.Client, batch: Batch) -> attnstore.ReadResult:
+    """Reads a batch; what it says it read is what was written."""
+    buffers = batch.buffers()
+    result = client.read(batch.namespace, batch.hashes, buffers)
+    assert all(buffer == page for buffer, page, status in zip(buffers, batch.pages, result.statuses, strict=True) if status is OK)
+    return result
+
+
+@pytest.fixture
+def client(node: StoreProcess) -> Iterator[attnstore.Client]:
+    with attnstore.connect(node.url, transport="tcp", deadline_ms=20_000) as client:
+        yield client
+
+
+# A client dies
+
+
+@pytest.mark.parametrize("direction", ["read", "write"])
+def test_a_client_killed_in_the_middle_leaves_nothing_behind(node: StoreProcess, client: attnstore.Client, direction: str) -> None:
+    model = f"killed in a {direction}"
+    batch = make_batch(24, model=model, layout=WIDE)
+    client.register_layout(batch.namespace, WIDE)
+    if direction == "read":
+        client.write(batch.namespace, batch.hashes, batch.pages)
+    with half_way(node, direction, batch, model) as half:
+
+        def held() -> int:
+            now = client.stats()
+            return now.pages_pinned if direction == "read" else now.pages_arriving
+
+        assert held() > 0
+        half.send_signal(signal.SIGKILL)
+        assert eventually(lambda: held() == 0)
+    client.write(batch.namespace, batch.hashes, batch.pages)
+    assert read(client, batch).leading_hits == 24
+
+
+def test_a_stopped_client_delays_nobody(node: StoreProcess, client: attnstore.Client) -> None:
+    model = "stopped"
+    batch = stored(client, 24, model, WIDE)
+    with half_way(node, "read", batch, model) as half:
+        half.send_signal(signal.SIGSTOP)
+        assert read(client, batch).leading_hits == 24
+        assert client.match(batch.namespace, [batch.hashes]).hits == (24,)
+        assert client.stats().pages_pinned > 0
+
+
+# A node dies
+
+
+def test_a_node_killed_in_the_middle_of_a_read_costs_what_had_not_arrived(node: StoreProcess, client: attnstore.Client) -> None:
+    batch = stored(client, 60, "node killed in a read", WIDE)
+    buffers = batch.buffers()
+    told: list[tuple[int, int]] = []
+
+    def on_layer(layer: int, pages: int) -> None:
+        told.append((layer, pages))
+        if layer == 0:
+            node.kill()
+
+    result = client.read(batch.namespace, batch.hashes, buffers, on_layer=on_layer)
+    assert isinstance(result.error, errors.Unavailable)
+    assert INCOMPLETE in result.statuses
+    assert told[0] == (0, 60)
+    assert [buffer[: WIDE.layer_bytes] for buffer in buffers] == [page[: WIDE.layer_bytes] for page in batch.pages]
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_a_node_killed_in_the_middle_of_a_write_is_unavailable(node: StoreProcess, channels: int) -> None:
+    with attnstore.connect(node.url, transport="tcp", channels=channels, deadline_ms=20_000) as client:
+        stored(client, 3, "before the end")
+        batch = make_batch(60, model="node killed in a write", layout=WIDE)
+        client.register_layout(batch.namespace, WIDE)
+        node.process.send_signal(signal.SIGSTOP)  # pages pile up on their way
+        with ThreadPoolExecutor(1) as thread:
+            writing = thread.submit(client.write, batch.namespace, batch.hashes, batch.pages)
+            node.kill()
+            assert isinstance(writing.exception(30), errors.Unavailable)
+
+
+@pytest.mark.parametrize("channels", [1, 2])
+def test_a_restarted_node_is_found_again_with_what_it_forgot(channels: int) -> None:
+    address = free_address()
+    first = StoreProcess("--listen", address, "--capacity", "16MiB")
+    try:
+        with attnstore.connect(first.url, transport="tcp", channels=channels, deadline_ms=20_000) as client:
+            batch = stored(client, 4, "restarted")
+            assert read(client, batch).leading_hits == 4
+            epoch = client.describe().epoch
+            first.kill()
+            with StoreProcess("--listen", address, "--capacity", "16MiB"):
+                assert read(client, batch).statuses == (MISSING,) * 4
+                assert client.describe().epoch != epoch
+                assert set(client.write(batch.namespace, batch.hashes, batch.pages).verdicts) == {STORED}
+                assert read(client, batch).leading_hits == 4
+    finally:
+        first.kill()
+
+
+def test_a_write_is_the_first_to_find_a_restarted_node() -> None:
+    address = free_address()
+    first = StoreProcess("--listen", address, "--capacity", "16MiB")
+    try:
+        with attnstore.connect(first.url, transport="tcp", deadline_ms=20_000) as client:
+            batch = stored(client, 4, "restarted for a write")
+            first.kill()
+            with StoreProcess("--listen", address, "--capacity", "16MiB"):
+                assert set(client.write(batch.namespace, batch.hashes, batch.pages).verdicts) == {STORED}
+    finally:
+        first.kill()
+
+
+# A node drains
+
+
+def test_a_drain_lets_a_running_read_end_whole(node: StoreProcess, client: attnstore.Client) -> None:
+    batch = stored(client, 40, "drained", WIDE)
+    buffers = batch.buffers()
+
+    def on_layer(layer: int, _pages: int) -> None:
+        if layer == 0:
+            node.process.send_signal(signal.SIGTERM)
+            assert eventually(lambda: "draining" in node.log)
+
+    result = client.read(batch.namespace, batch.hashes, buffers, on_layer=on_layer)
+    assert (result.leading_hits, buffers) == (40, batch.pages)
+    assert isinstance(read(client, batch).error, errors.Unavailable)
+    assert node.stop() == 0
+
+
+# The transport is chosen
+
+
+class Door:
+    """A tcp transport whose port is open or blocked as the test says; counts who came."""
+
+    def __init__(self, node: StoreProcess, channels: int = 1) -> None:
+        self._node = node
+        self.blocked = True
+        self.knocks = 0
+        self._nobody = free_address()
+        self.transport = TcpTransport("127.0.0.1", self._open, channels)
+
+    def _open(self, _name: str, _deadline: object) -> tuple[str, bytes]:
+        self.knocks += 1
+        port, token = open_channel(self._node.address)
+        return (self._nobody, token) if self.blocked else (f":{port}", token)
+
+
+def options(node: StoreProcess, transport: str) -> ConnectOptions:
+    return ConnectOptions.create(node.url, deadline_ms=20_000, token=None, tls_ca=None, transport=transport, channels=1)
+
+
+def test_a_blocked_port_falls_back_to_grpc_with_a_warning_and_comes_back(
+    node: StoreProcess, capsys: pytest.CaptureFixture[str]
+) -> None:
+    clock, door = ManualClock(), Door(node)
+    client = Client(options(node, "auto"), clock)
+    client._client.bulk.offer((door.transport,), (door.transport,))
+    batch = stored(client, 3, "blocked")
+    said = capsys.readouterr()
+    assert "using the next one" in said.out + said.err
+    assert read(client, batch).leading_hits == 3
+    assert door.knocks == 1, "a blocked port is left alone for a while"
+    door.blocked = False
+    assert read(client, batch).leading_hits == 3
+    assert door.knocks == 1
+    clock.advance_ms(RETRY_MS)
+    assert read(client, batch).leading_hits == 3
+    assert set(client.write(batch.namespace, batch.hashes, batch.pages).verdicts) == {PageStatus.ALREADY_PRESENT}
+    assert door.knocks == 2
+    client.close()
+    door.transport.close()
+
+
+async def test_a_blocked_port_falls_back_for_an_asynchronous_client_too(node: StoreProcess) -> None:
+    door = Door(node)
+    batch = make_batch(2, model="blocked asynchronous")
+    async with attnstore.aio.connect(node.url, deadline_ms=20_000) as client:
+        client.bulk.offer((door.transport,), (door.transport,))
+        await client.register_layout(batch.namespace, SMALL)
+        assert set((await client.write(batch.namespace, batch.hashes, batch.pages)).verdicts) == {STORED}
+        buffers = batch.buffers()
+        assert (await client.read(batch.namespace, batch.hashes, buffers)).leading_hits == 2
+        assert buffers == batch.pages
+    assert door.knocks == 1
+    door.transport.close()
+
+
+def test_a_forced_transport_is_not_replaced(node: StoreProcess) -> None:
+    door = Door(node)
+    batch = make_batch(2, model="forced")
+    with Client(options(node, "tcp")) as client:
+        client._client.bulk.offer((door.transport,), (door.transport,))
+        client.register_layout(batch.namespace, SMALL)
+        with pytest.raises(BulkUnavailable):
+            client.write(batch.namespace, batch.hashes, batch.pages)
+        result = client.read(batch.namespace, batch.hashes, batch.buffers())
+        assert isinstance(result.error, BulkUnavailable)
+        assert set(result.statuses) == {INCOMPLETE}
+    door.transport.close()
+
+
+def test_a_forced_transport_that_the_node_does_not_offer_is_an_error_of_the_call() -> None:
+    batch = make_batch(1, model="not offered")
+    with StoreProcess("--capacity", "16MiB", "--transports", "none") as node:
+        with attnstore.connect(node.url, transport="tcp") as client:
+            client.register_layout(batch.namespace, SMALL)
+            for call in (
+                lambda: client.read(batch.namespace, batch.hashes, batch.buffers()),
+                lambda: client.write(batch.namespace, batch.hashes, batch.pages),
+            ):
+                with pytest.raises(errors.InvalidArgument):
+                    call()
+        with attnstore.connect(node.url) as client:
+            assert read(client, stored(client, 1, "over grpc")).leading_hits == 1
+
+
+def test_each_transport_counts_its_own_bytes() -> None:
+    metrics = free_address()
+    with StoreProcess("--capacity", "16MiB", "--metrics-port", metrics.rpartition(":")[2]) as node:
+        for transport, pages in (("grpc", 3), ("tcp", 5)):
+            with attnstore.connect(node.url, transport=transport) as client:
+                batch = stored(client, pages, f"counted over {transport}")
+                assert read(client, batch).leading_hits == pages
+                assert read(client, batch).leading_hits == pages
+        with urllib.request.urlopen(f"http://{metrics}/metrics", timeout=20) as answer:
+            exposed = answer.read().decode()
+        with attnstore.connect(node.url) as client:
+            now = client.stats()
+    for transport, pages in (("grpc", 3), ("tcp", 5)):
+        assert f'attnstore_sent_bytes_total{{transport="{transport}"}} {2 * pages * SMALL.page_bytes:.1f}' in exposed
+        assert f'attnstore_received_bytes_total{{transport="{transport}"}} {pages * SMALL.page_bytes:.1f}' in exposed
+    assert (now.read_bytes, now.written_bytes) == (16 * SMALL.page_bytes, 8 * SMALL.page_bytes)
+
+
+def test_a_page_channel_belongs_to_the_tenant_that_asked_for_it(tmp_path: Path) -> None:
+    tokens = tmp_path / "tokens.toml"
+    tokens.write_text('owner = "owners"\nstranger = "strangers"\n')
+    with StoreProcess("--capacity", "16MiB", "--tokens-file", str(tokens)) as node:
+        with attnstore.connect(node.url, transport="tcp", token="owners") as owner:
+            batch = stored(owner, 2, "owned")
+            with attnstore.connect(node.url, transport="tcp", token="strangers") as stranger:
+                stranger._client._layouts[batch.namespace] = SMALL  # as if it had been allowed to register it
+                for call in (
+                    lambda: stranger.read(batch.namespace, batch.hashes, batch.buffers()),
+                    lambda: stranger.write(batch.namespace, batch.hashes, batch.pages),
+                ):
+                    with pytest.raises(errors.PermissionDenied):
+                        call()
+                own = stored(stranger, 1, "the stranger's own")
+                assert read(stranger, own).leading_hits == 1
+            assert read(owner, batch).leading_hits == 2
+        with attnstore.connect(node.url, transport="tcp") as nobody, pytest.raises(errors.Unauthenticated):
+            nobody.describe()
+
+
+# Calls
+
+
+def test_wrong_buffers_and_too_many_pages_are_refused_here(node: StoreProcess, client: attnstore.Client) -> None:
+    batch = stored(client, 2, "refused here")
+    node.kill()  # whatever is sent now fails with another error
+    short = bytearray(SMALL.page_bytes - 1)
+    for buffers in ([bytearray(SMALL.page_bytes), short], [bytearray(SMALL.page_bytes)], [b"read-only", b"bytes"]):
+        with pytest.raises(errors.BufferMismatch):
+            client.read(batch.namespace, batch.hashes, buffers)  # type: ignore[arg-type]
+    with pytest.raises(errors.BufferMismatch):
+        client.write(batch.namespace, batch.hashes, [batch.pages[0], batch.pages[1] + b"!"])
+    many = [batch.hashes[0]] * (CHANNEL_READ_HASHES_MAX + 1)
+    with pytest.raises(errors.InvalidArgument, match=str(CHANNEL_READ_HASHES_MAX)):
+        client.read(batch.namespace, many, [bytearray(SMALL.page_bytes)] * len(many), on_layer=lambda _layer, _pages: None)
+
+
+@pytest.mark.parametrize("transport", ["grpc", "tcp"])
+def test_on_layer_may_call_the_client_and_means_the_same_on_every_transport(node: StoreProcess, transport: str) -> None:
+    with attnstore.connect(node.url, transport=transport, deadline_ms=20_000) as client:
+        batch = stored(client, 4, "calls from on_layer")
+        client.delete(batch.namespace, [batch.hashes[2]])
+        told: list[tuple[int, int, tuple[int, ...]]] = []
+
+        def on_layer(layer: int, pages: int) -> None:
+            told.append((layer, pages, client.match(batch.namespace, [batch.hashes]).hits))
+
+        client.read(batch.namespace, batch.hashes, batch.buffers(), on_layer=on_layer)
+        assert told == [(layer, 2, (2,)) for layer in range(SMALL.layers)]
+
+
+def test_metadata_is_answered_while_pages_flow(node: StoreProcess) -> None:
+    with attnstore.connect(node.url, transport="tcp", channels=2, deadline_ms=20_000) as client:
+        batch = stored(client, 64, "metadata", WIDE)
+        enough = threading.Event()
+
+        def flow(_: int) -> int:
+            rounds = 0
+            while not enough.is_set():
+                assert read(client, batch).leading_hits == 64
+                rounds += 1
+            return rounds
+
+        with ThreadPoolExecutor(2) as threads:
+            flowing = [threads.submit(flow, index) for index in range(2)]
+            for _ in range(100):
+                assert client.match(batch.namespace, [batch.hashes]).hits == (64,)
+            enough.set()
+            assert all(future.result(60) > 0 for future in flowing)
+
+
+def test_many_callers_share_one_client(node: StoreProcess) -> None:
+    with attnstore.connect(node.url, transport="tcp", channels=4, deadline_ms=20_000) as client:
+
+        def work(index: int) -> int:
+            batch = stored(client, 10, f"caller {index}")
+            return sum(read(client, batch).leading_hits for _ in range(5))
+
+        with ThreadPoolExecutor(16) as threads:
+            assert list(threads.map(work, range(16))) == [50] * 16
+        assert client.stats().pages_sealed == 160
+
+
+# The end
+
+
+def sockets() -> int:
+    links = []
+    for descriptor in os.listdir("/proc/self/fd"):
+        try:
+            links.append(os.readlink(f"/proc/self/fd/{descriptor}"))
+        except FileNotFoundError:
+            continue  # the directory's own
+    return sum(link.startswith("socket:") for link in links)
+
+
+@pytest.mark.parametrize("channels", [1, 4])
+def test_a_closed_client_leaves_no_thread_and_no_socket(node: StoreProcess, channels: int) -> None:
+    threads, before = set(threading.enumerate()), sockets()
+    for _ in range(3):
+        with attnstore.connect(node.url, transport="tcp", channels=channels) as client:
+            batch = make_batch(8, model="left behind")
+            client.register_layout(batch.namespace, SMALL)
+            client.write(batch.namespace, batch.hashes, batch.pages)
+            assert read(client, batch).leading_hits == 8
+    assert eventually(lambda: set(threading.enumerate()) <= threads)
+    assert eventually(lambda: sockets() <= before)
+
+
+async def test_an_asynchronous_client_leaves_no_socket(node: StoreProcess) -> None:
+    before = sockets()
+    async with attnstore.aio.connect(node.url, transport="tcp", channels=4) as client:
+        batch = make_batch(8, model="left behind, asynchronous")
+        await client.register_layout(batch.namespace, SMALL)
+        await client.write(batch.namespace, batch.hashes, batch.pages)
+        assert (await client.read(batch.namespace, batch.hashes, batch.buffers())).leading_hits == 8
+    assert eventually(lambda: sockets() <= before)
+
+
+def test_a_client_closed_by_another_thread_ends_its_calls(node: StoreProcess) -> None:
+    client = attnstore.connect(node.url, transport="tcp", deadline_ms=20_000)
+    batch = stored(client, 4, "closed meanwhile", WIDE)
+    read(client, batch)
+    node.process.send_signal(signal.SIGSTOP)
+    with ThreadPoolExecutor(2) as threads:
+        reading = threads.submit(client.read, batch.namespace, batch.hashes, batch.buffers())
+        writing = threads.submit(client.write, batch.namespace, batch.hashes, batch.pages)
+        client.close()
+        for call in (reading, writing):
+            assert isinstance(call.exception(10), errors.ClientClosed)
+    with pytest.raises(errors.ClientClosed):
+        read(client, batch)
+
+
+def test_a_stranger_at_the_bulk_port_costs_the_node_nothing(node: StoreProcess, client: attnstore.Client) -> None:
+    port, _token = open_channel(node.address)
+    strangers = [dial(port) for _ in range(5)]
+    say_hello(strangers[0], os.urandom(32))
+    strangers[1].send(os.urandom(4096))
+    strangers[2].send(b"GET / HTTP/1.1\r\n\r\n")
+    assert read(client, stored(client, 3, "strangers")).leading_hits == 3
+    for stranger in strangers:
+        stranger.close()
