@@ -23,9 +23,9 @@ from attnstore.client.channel_pool import ChannelPool
 from attnstore.client.mapped import Located, MappedExtent, PageViews
 from attnstore.client.parts import PartWorkers
 from attnstore.clock import Deadline
-from attnstore.core.hashing import page_checksum
+from attnstore.core.hashing import joint_checksum
 from attnstore.errors import AttnStoreError, InvalidArgument, Overloaded, ProtocolError
-from attnstore.limits import SHARED_LOCATE_HASHES_MAX
+from attnstore.limits import KIB, SHARED_LOCATE_HASHES_MAX
 from attnstore.types import PageStatus
 from attnstore.wire import shared
 from attnstore.wire.shared import ANSWERS, ExtentLayout, Kind, Place, Welcome
@@ -36,6 +36,8 @@ _FIRST_HASHES = 8
 """Copying begins when so many pages are located; the node locates the next ones meanwhile."""
 _COPIED_HASHES = 64
 """Few enough that a page without a lease is copied soon after it was located, enough that asking costs nothing beside copying."""
+_PIECE_BYTES = 384 * KIB
+"""Copied and then verified at once; fits the second-level cache of any server."""
 _VIEWED_HASHES = SHARED_LOCATE_HASHES_MAX
 
 
@@ -200,14 +202,25 @@ def _land(plan: ReadPlan, index: int, located: Located, begin: int, end: int) ->
         return
     window = plan.landing.window(index, 0, end - begin)
     assert window is not None, "no page lands twice in one read"
-    extent.copy(place.offset_bytes + begin, window)
-    intact = len(window) < place.size_bytes or page_checksum(window) == place.checksum
+    if len(window) < place.size_bytes:
+        extent.copy(place.offset_bytes + begin, window)
+        intact = True
+    else:
+        intact = joint_checksum(_copied(extent, place.offset_bytes, window)) == place.checksum
     # Only now: whatever the node did while we copied, it changed the stamp first.
     if not extent.holds(place):
         plan.landing.miss(index, PageStatus.MISSING)
         return
     plan.landing.landed(index, len(window))
     plan.landing.judge(index, intact)
+
+
+def _copied(extent: MappedExtent, begin: int, window: memoryview) -> Iterator[memoryview]:
+    """Copies into the window a piece at a time, and gives each piece while it is in the processor's cache."""
+    for at in range(0, len(window), _PIECE_BYTES):
+        piece = window[at : at + _PIECE_BYTES]
+        extent.copy(begin + at, piece)
+        yield piece
 
 
 class _Channel:

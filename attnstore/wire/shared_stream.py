@@ -19,6 +19,7 @@ from attnstore.wire.shared import HEADER_BYTES, Kind, decode_header
 from attnstore.wire.stream import WAIT_SLACK_MS, bound_waits, lost
 
 _ONE_DESCRIPTOR_BYTES = socket.CMSG_SPACE(array.array("i").itemsize)
+_RECEIVE_FLAGS = int(socket.MSG_WAITALL | socket.MSG_CMSG_CLOEXEC)
 _DESCRIPTOR_ALLOWED = frozenset({Kind.MAPPED})
 
 
@@ -110,14 +111,13 @@ class SharedStream:
 
     def _receive(self, size_bytes: int, ancillary_bytes: int) -> tuple[bytes, int | None]:
         """Exactly `size_bytes`, and the descriptor that came with the first of them."""
-        flags = socket.MSG_WAITALL | socket.MSG_CMSG_CLOEXEC
         received = b""
         descriptor: int | None = None
         try:
             while len(received) < size_bytes:
                 self._bound_wait()
                 # The kernel closes what does not fit the ancillary buffer, so a peer can give us one descriptor or none.
-                data, ancillary, _, _ = self._socket.recvmsg(size_bytes - len(received), ancillary_bytes, flags)
+                data, ancillary, _, _ = self._socket.recvmsg(size_bytes - len(received), ancillary_bytes, _RECEIVE_FLAGS)
                 for level, kind, content in ancillary:
                     if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
                         descriptor = array.array("i", content)[0]
