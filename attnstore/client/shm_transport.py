@@ -134,7 +134,8 @@ class ShmTransport:
         known = self._extents.get(place.extent)
         if known is None or known.tenancy != place.tenancy or known.epoch != channel.welcome.epoch:
             extent = channel.map(place)
-            if extent is None:
+            if extent is None or not extent.holds(place):
+                # Given up meanwhile. A mapping of it is not kept: to touch it would fill the emptied file with zeros again.
                 return PageStatus.MISSING
             known = _Known(channel.welcome.epoch, place.tenancy, extent)
             with self._lock:
