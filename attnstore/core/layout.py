@@ -72,9 +72,7 @@ class PageLayout:
             if not 1 <= value <= _FIELD_MAX:
                 raise InvalidArgument(f"layout.{name} is {value}; it must be between 1 and {_FIELD_MAX}")
         if not 0 <= self.tp_rank < self.tp_size:
-            raise InvalidArgument(
-                f"layout.tp_rank is {self.tp_rank}; it must be at least 0 and less than tp_size = {self.tp_size}"
-            )
+            raise InvalidArgument(f"layout.tp_rank is {self.tp_rank}; it must be at least 0 and less than tp_size = {self.tp_size}")
         if self.page_bytes > PAGE_BYTES_MAX:
             raise InvalidArgument(
                 f"a page of this layout has {self.page_bytes} bytes; the maximum is {PAGE_BYTES_MAX}; use fewer block_tokens"

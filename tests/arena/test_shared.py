@@ -176,9 +176,7 @@ def test_memory_never_passes_the_capacity_and_its_stamps_however_often_tenants_c
     assert arena.layout.file_bytes - EXTENT_BYTES < 3 * 4096 + EXTENT_BYTES // 512
 
 
-def test_an_extent_without_memory_for_its_new_tenant_is_tried_again(
-    arena: SharedArena, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_extent_without_memory_for_its_new_tenant_is_tried_again(arena: SharedArena, monkeypatch: pytest.MonkeyPatch) -> None:
     arena.view(slot(0, 0, 8, tenancy=1))[:] = b"secretly"
     with monkeypatch.context() as patch:
 
