@@ -212,8 +212,13 @@ def _flash(query: Tensor, keys_values: Tensor, first_key: int, visible: Tensor, 
     return out, lse[0].transpose(0, 1).masked_fill(blind[:, None], -torch.inf)
 
 
-def _mask(visible: Tensor, first_key: int, last_key: int, dtype: torch.dtype) -> Tensor:
-    """Additive mask `[rows, keys]`, 0 where visible."""
-    keys = torch.arange(first_key, last_key, dtype=torch.int32)
-    seen = (keys >= visible[:, :1]) & (keys < visible[:, 1:])
-    return torch.zeros(seen.shape, dtype=dtype).masked_fill_(~seen, -torch.inf)
+def _mask(visible: Tensor, first: int, last: int, dtype: torch.dtype) -> Tensor:
+    """Additive mask `[rows, last - first]`, 0 where visible; only the keys that some row does not see are looked at one by one."""
+    all_see_from, all_see_to = int(visible[:, 0].max()), int(visible[:, 1].min())
+    edges = ((first, all_see_from), (all_see_to, last)) if all_see_from < all_see_to else ((first, last),)
+    mask = torch.zeros(len(visible), last - first, dtype=dtype)
+    for begin, end in edges:
+        keys = torch.arange(begin, end, dtype=torch.int32)
+        hidden = (keys < visible[:, :1]) | (keys >= visible[:, 1:])
+        mask[:, begin - first : end - first].masked_fill_(hidden, -torch.inf)
+    return mask
