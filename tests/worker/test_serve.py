@@ -1,0 +1,267 @@
+"""The endpoint as OpenAI's own client sees it, and as clients see it that get everything wrong."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+from typing import Any
+
+import httpx2
+import openai
+import pytest
+import uvicorn
+
+from worker.engine import AsyncEngine, Engine, EngineOptions, SamplingParams
+from worker.model import LoadedModel
+from worker.serve import create_app
+from worker.serve.app import BODY_BYTES_MAX
+
+WAIT_S = 30.0
+GREEDY: dict[str, Any] = {"temperature": 0.0}
+
+
+@pytest.fixture
+def engine(tiny: LoadedModel) -> Engine:
+    options = EngineOptions(pool_bytes=60 * tiny.layout(16).page_bytes, chunk_tokens=64, sequences_max=4, waiting_max=8)
+    return Engine(tiny, options)
+
+
+@pytest.fixture
+async def url(engine: Engine, tiny: LoadedModel) -> AsyncIterator[str]:
+    """A real server on a real socket; afterwards no block is held, whatever the test did."""
+    with engine, AsyncEngine(engine) as front:
+        server = uvicorn.Server(uvicorn.Config(create_app(front, tiny), port=0, log_level="error", lifespan="off"))
+        serving = asyncio.ensure_future(server.serve())
+        await eventually(lambda: server.started)
+        port = server.servers[0].sockets[0].getsockname()[1]
+        yield f"http://127.0.0.1:{port}"
+        await eventually(lambda: front.snapshot.cache.pool.held == 0)
+        server.should_exit = True
+        await serving
+    engine.check()
+
+
+@pytest.fixture
+async def client(url: str) -> AsyncIterator[openai.AsyncOpenAI]:
+    async with openai.AsyncOpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as client:
+        yield client
+
+
+@pytest.fixture
+async def http(url: str) -> AsyncIterator[httpx2.AsyncClient]:
+    async with httpx2.AsyncClient(base_url=url) as client:
+        yield client
+
+
+async def eventually(condition: Callable[[], bool]) -> None:
+    """The server makes the condition true; how soon is not the test's business."""
+    give_up_s = time.monotonic() + WAIT_S
+    while not condition():
+        assert time.monotonic() < give_up_s
+        await asyncio.sleep(0.005)
+
+
+def expected_text(model: LoadedModel, token_ids: list[int], tokens: int) -> str:
+    with Engine(model, EngineOptions(pool_bytes=1 << 20, chunk_tokens=64)) as engine:
+        sequence = engine.generate(token_ids, SamplingParams(max_tokens=tokens, stop_token_ids=model.stop_token_ids))
+    text: str = model.tokenizer.decode(sequence.generated, skip_special_tokens=True)
+    return text
+
+
+class TestOpenAIClient:
+    """The package `openai`, unchanged."""
+
+    async def test_a_completion_is_what_the_engine_generates(self, client: openai.AsyncOpenAI, tiny: LoadedModel) -> None:
+        answer = await client.completions.create(model=tiny.name, prompt="Once upon a time", max_tokens=12, **GREEDY)
+        token_ids = tiny.tokenizer("Once upon a time").input_ids
+        assert answer.choices[0].text == expected_text(tiny, token_ids, 12)
+        assert answer.choices[0].finish_reason == "length"
+        assert answer.usage is not None
+        assert (answer.usage.prompt_tokens, answer.usage.completion_tokens) == (len(token_ids), 12)
+
+    async def test_many_prompts_and_choices_come_in_order(self, client: openai.AsyncOpenAI, tiny: LoadedModel) -> None:
+        prompts = [[5, 6, 7], [8, 9, 10]]
+        answer = await client.completions.create(model=tiny.name, prompt=prompts, n=2, max_tokens=6, **GREEDY)
+        expected = [expected_text(tiny, prompt, 6) for prompt in prompts for _ in range(2)]
+        assert [choice.text for choice in answer.choices] == expected
+        assert [choice.index for choice in answer.choices] == [0, 1, 2, 3]
+        assert answer.usage is not None
+        assert (answer.usage.prompt_tokens, answer.usage.completion_tokens) == (6, 24)
+
+    async def test_a_stream_joins_to_the_whole_answer(self, client: openai.AsyncOpenAI, tiny: LoadedModel) -> None:
+        text, usage, reasons = "", None, []
+        async for chunk in await client.completions.create(
+            model=tiny.name, prompt=[5, 6, 7], max_tokens=10, stream=True, stream_options={"include_usage": True}, **GREEDY
+        ):
+            text += "".join(choice.text for choice in chunk.choices)
+            reasons += [choice.finish_reason for choice in chunk.choices if choice.finish_reason]
+            usage = chunk.usage or usage
+        assert text == expected_text(tiny, [5, 6, 7], 10)
+        assert reasons == ["length"]
+        assert usage is not None
+        assert usage.total_tokens == 13
+
+    async def test_a_conversation_is_wrapped_in_the_chat_template(self, client: openai.AsyncOpenAI, tiny: LoadedModel) -> None:
+        messages = [{"role": "system", "content": "Be short."}, {"role": "user", "content": "Hello"}]
+        prompt = tiny.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        expected = expected_text(tiny, tiny.tokenizer(prompt).input_ids, 8)
+        whole = await client.chat.completions.create(model=tiny.name, messages=messages, max_tokens=8, **GREEDY)  # type: ignore[call-overload]
+        assert whole.choices[0].message.role == "assistant"
+        assert whole.choices[0].message.content == expected
+        chunks = await client.chat.completions.create(  # type: ignore[call-overload]
+            model=tiny.name, messages=messages, max_completion_tokens=8, stream=True, **GREEDY
+        )
+        assert "".join([chunk.choices[0].delta.content or "" async for chunk in chunks]) == expected
+
+    async def test_equal_seeds_draw_equal_texts_and_choices_differ(self, client: openai.AsyncOpenAI, tiny: LoadedModel) -> None:
+        async def draw() -> list[str]:
+            answer = await client.completions.create(model=tiny.name, prompt=[5, 6, 7], n=2, max_tokens=10, seed=3, top_p=0.9)
+            return [choice.text for choice in answer.choices]
+
+        first = await draw()
+        assert first == await draw()
+        assert first[0] != first[1]
+
+    async def test_a_stop_string_ends_the_answer(self, client: openai.AsyncOpenAI, tiny: LoadedModel) -> None:
+        whole = expected_text(tiny, [5, 6, 7], 20)
+        stop = whole[10:13]
+        answer = await client.completions.create(model=tiny.name, prompt=[5, 6, 7], max_tokens=20, stop=[stop], **GREEDY)
+        assert answer.choices[0].text == whole[: whole.index(stop)]
+        assert answer.choices[0].finish_reason == "stop"
+
+    async def test_the_model_is_listed_and_others_are_unknown(self, client: openai.AsyncOpenAI, tiny: LoadedModel) -> None:
+        assert [model.id async for model in client.models.list()] == [tiny.name]
+        assert (await client.models.retrieve(tiny.name)).id == tiny.name
+        with pytest.raises(openai.NotFoundError, match="not served here"):
+            await client.completions.create(model="another", prompt="x")
+        with pytest.raises(openai.NotFoundError):
+            await client.models.retrieve("another")
+
+    async def test_more_than_the_queue_holds_is_refused_as_overload(self, client: openai.AsyncOpenAI, tiny: LoadedModel) -> None:
+        with pytest.raises(openai.InternalServerError) as refused:
+            await client.completions.create(model=tiny.name, prompt=[5, 6, 7], n=64, max_tokens=400)
+        assert refused.value.status_code == 503
+        assert refused.value.code == "overloaded"
+        assert await client.completions.create(model=tiny.name, prompt=[5, 6, 7], max_tokens=1)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "param"),
+    [
+        ({"prompt": ""}, None),
+        ({"prompt": []}, "prompt"),
+        ({"prompt": [1 << 40]}, None),
+        ({"prompt": [5] * 600}, None),
+        ({"prompt": [5], "max_tokens": 0}, "max_tokens"),
+        ({"prompt": [5], "max_tokens": 10**12}, "max_tokens"),
+        ({"prompt": [5], "max_tokens": "ten"}, "max_tokens"),
+        ({"prompt": [5], "temperature": -1}, "temperature"),
+        ({"prompt": [5], "temperature": 1e300}, "temperature"),
+        ({"prompt": [5], "top_p": 0}, "top_p"),
+        ({"prompt": [5], "top_k": 0}, "top_k"),
+        ({"prompt": [5], "n": 10**9}, "n"),
+        ({"prompt": [[5]] * 33, "n": 2}, "n"),
+        ({"prompt": [5], "seed": -1}, "seed"),
+        ({"prompt": [5], "stop": [""]}, "stop"),
+        ({"prompt": [5], "stop": ["x"] * 17}, "stop"),
+        ({"prompt": [5], "logprobs": 3}, "logprobs"),
+        ({"prompt": [5], "frequency_penalty": 1.0}, "frequency_penalty"),
+        ({"prompt": [5], "stream": "yes"}, "stream"),
+        ({}, "prompt"),
+    ],
+)
+async def test_a_wrong_parameter_is_named_in_an_error_body(
+    http: httpx2.AsyncClient, tiny: LoadedModel, wrong: dict[str, object], param: str | None
+) -> None:
+    answer = await http.post("/v1/completions", json={"model": tiny.name, **wrong})
+    assert answer.status_code == 400
+    error = answer.json()["error"]
+    assert error["type"] == "invalid_request_error"
+    assert error["message"]
+    assert (error["param"] or "").split(".")[0] == (param or "")
+
+
+@pytest.mark.parametrize("body", [b"", b"{", b"[]", b"null", b"\xff\xfe", b'{"model": NaN', b"[" * 100_000])
+async def test_a_body_that_is_no_request_is_refused(http: httpx2.AsyncClient, body: bytes) -> None:
+    for path in ("/v1/completions", "/v1/chat/completions"):
+        answer = await http.post(path, content=body)
+        assert answer.status_code == 400
+        assert answer.json()["error"]["type"] == "invalid_request_error"
+
+
+@pytest.mark.parametrize(
+    "messages", [[], [{"role": "user"}], [{"role": "king", "content": "x"}], [{"role": "user", "content": 5}], "x"]
+)
+async def test_a_malformed_conversation_is_refused(http: httpx2.AsyncClient, tiny: LoadedModel, messages: object) -> None:
+    answer = await http.post("/v1/chat/completions", json={"model": tiny.name, "messages": messages})
+    assert answer.status_code == 400
+    assert answer.json()["error"]["param"].startswith("messages")
+
+
+async def test_what_is_not_there_and_what_is_too_large_have_error_bodies_as_well(http: httpx2.AsyncClient) -> None:
+    for answer, status in (
+        (await http.get("/v1/nothing"), 404),
+        (await http.get("/v1/completions"), 405),
+        (await http.post("/v1/completions", content=b" " * (BODY_BYTES_MAX + 1)), 413),
+    ):
+        assert answer.status_code == status
+        assert answer.json()["error"]["message"]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_a_client_that_goes_away_leaves_nothing_running(url: str, engine: Engine, tiny: LoadedModel, stream: bool) -> None:
+    body = json.dumps({"model": tiny.name, "prompt": [5, 6, 7], "max_tokens": 500, "stream": stream, "ignore_eos": True})
+    head = f"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: {len(body)}\r\n\r\n"
+    host, port = url.removeprefix("http://").split(":")
+    _, writer = await asyncio.open_connection(host, int(port))
+    writer.write((head + body).encode())
+    await eventually(lambda: engine.batching().tokens_generated > 3)
+    writer.close()
+    await eventually(lambda: engine.idle)
+    assert engine.batching().tokens_generated < 400, "it was cancelled, not finished"
+
+
+async def test_health_and_metrics_tell_how_it_goes(http: httpx2.AsyncClient, client: openai.AsyncOpenAI, tiny: LoadedModel) -> None:
+    assert (await http.get("/health")).status_code == 200
+    await client.completions.create(model=tiny.name, prompt=[5, 6, 7], max_tokens=4, **GREEDY)
+    text = (await http.get("/metrics")).text
+    assert 'attnstore_worker_requests_total{route="completions",status="200"} 1.0' in text
+    assert "attnstore_worker_tokens_generated_total 4.0" in text
+    assert "attnstore_worker_sequences_running 0.0" in text
+    assert "attnstore_worker_ttft_seconds_count 1.0" in text
+
+
+def test_the_command_serves_until_it_is_asked_to_end(tiny_folder: Path) -> None:
+    command = [
+        sys.executable,
+        "-m",
+        "worker.cli",
+        "serve",
+        "--port",
+        "0",
+        "--threads",
+        "1",
+        "--pool",
+        "4MiB",
+        "--model",
+        tiny_folder,
+    ]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env={**os.environ})
+    try:
+        assert process.stderr is not None
+        address = next(line for line in process.stderr if "serving" in line).split(" on ")[1].strip()
+        with openai.OpenAI(base_url=f"{address}/v1", api_key="none") as client:
+            name = client.models.list().data[0].id
+            assert client.completions.create(model=name, prompt="Hello", max_tokens=3).usage is not None
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(WAIT_S) in (0, -signal.SIGTERM)
+    finally:
+        process.kill()
+        process.communicate()

@@ -1,0 +1,57 @@
+"""The endpoint's Prometheus metrics.
+
+Owns: their names. Invariant: label values come from closed sets (routes, status codes), never from a client.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from worker.engine import EngineSnapshot
+
+_TTFT_BUCKETS_S = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
+
+
+class ServeMetrics:
+    """The metrics of one endpoint in a registry of its own, so that several can live in one process (tests do that)."""
+
+    def __init__(self, snapshot: Callable[[], EngineSnapshot]) -> None:
+        self._registry = CollectorRegistry()
+        self.requests = Counter(
+            "attnstore_worker_requests_total",
+            "Requests answered, by route and status.",
+            ["route", "status"],
+            registry=self._registry,
+        )
+        self.ttft_seconds = Histogram(
+            "attnstore_worker_ttft_seconds", "From request to first text.", buckets=_TTFT_BUCKETS_S, registry=self._registry
+        )
+        self._registry.register(_EngineCollector(snapshot))
+
+    def text(self) -> bytes:
+        """All metrics in Prometheus' text format."""
+        return generate_latest(self._registry)
+
+
+class _EngineCollector(Collector):
+    def __init__(self, snapshot: Callable[[], EngineSnapshot]) -> None:
+        self._snapshot = snapshot
+
+    def collect(self) -> Iterator[Metric]:
+        snapshot = self._snapshot()
+        batching, pool, remote = snapshot.batching, snapshot.cache.pool, snapshot.cache.remote
+        for state in ("running", "waiting"):
+            yield GaugeMetricFamily(f"attnstore_worker_sequences_{state}", f"Sequences {state}.", getattr(batching, state))
+        for state in ("capacity", "free", "held", "evictable"):
+            yield GaugeMetricFamily(f"attnstore_worker_blocks_{state}", f"Blocks of the pool: {state}.", getattr(pool, state))
+        yield CounterMetricFamily("attnstore_worker_steps", "Steps of the engine.", batching.steps)
+        yield CounterMetricFamily("attnstore_worker_tokens_computed", "Tokens run through the model.", batching.tokens_computed)
+        yield CounterMetricFamily("attnstore_worker_tokens_generated", "Tokens sampled.", batching.tokens_generated)
+        yield CounterMetricFamily("attnstore_worker_preemptions", "Sequences that lost their blocks.", batching.preemptions)
+        yield CounterMetricFamily("attnstore_worker_store_read_bytes", "Page bytes read from the store.", remote.bytes_read)
+        yield CounterMetricFamily("attnstore_worker_store_written_bytes", "Page bytes kept by the store.", remote.bytes_written)
+        yield CounterMetricFamily("attnstore_worker_store_failures", "Calls to the store that failed.", remote.failures)

@@ -1,0 +1,34 @@
+"""The endpoint as a process serves it: a socket, the application on it, and an end in order.
+
+Owns: the listening socket. Invariant: the address is printed only once connections are taken.
+"""
+
+from __future__ import annotations
+
+import socket
+import sys
+from typing import Final
+
+import uvicorn
+
+from attnstore.errors import InvalidArgument
+from worker.engine import AsyncEngine, Engine
+from worker.serve.app import create_app
+
+_DRAIN_S: Final = 10
+"""After a signal, answers under way have this long to finish."""
+
+
+def serve(engine: Engine, host: str, port: int) -> None:
+    """Serves until SIGINT or SIGTERM; port 0 takes a free one. Raises `InvalidArgument` for an address that cannot be had."""
+    try:
+        listening = socket.create_server((host, port))
+    except (OSError, OverflowError) as error:
+        raise InvalidArgument(f"cannot listen on {host}:{port}: {error}") from None
+    with listening, AsyncEngine(engine) as front:
+        config = uvicorn.Config(
+            create_app(front, engine.model), log_level="warning", access_log=False, timeout_graceful_shutdown=_DRAIN_S
+        )
+        address = f"http://{host}:{listening.getsockname()[1]}"
+        print(f"attnstore-worker: serving {engine.model.name} on {address}", file=sys.stderr, flush=True)
+        uvicorn.Server(config).run(sockets=[listening])
