@@ -252,7 +252,7 @@ def test_the_command_serves_until_it_is_asked_to_end(tiny_folder: Path, ending: 
         "--pool",
         "4MiB",
         "--model",
-        tiny_folder,
+        str(tiny_folder),
     ]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env={**os.environ})
     try:
