@@ -41,26 +41,31 @@ class Row:
 
 
 def measure(gbit_per_s: float, clients: int, transports: list[str], seconds: float) -> list[Row]:
-    """Every transport and direction over one cable."""
+    """Raw TCP and every transport, in both directions, over one cable."""
     rows = []
     with ShapedLink(int(gbit_per_s * 1e9)) as link, ExitStack() as stack:
         with link.node.entered():
             node = stack.enter_context(
                 StoreProcess("--listen", f"{link.node.address}:0", "--insecure", "--capacity", _CAPACITY, "--log-level", "error")
             )
-        start = Start(_PAGE_BYTES, _PAGES, node.url, (node.process.pid,))
+            limit = _lanes(stack, "raw_tcp", Start(_PAGE_BYTES, _PAGES, link.node.address, variant="server"), 1)[0]
         with link.client.entered():
-            lanes = [
-                stack.enter_context(Child.of_module("experiments.bandwidth.lanes.store", start.to_argument()))
-                for _ in range(clients)
-            ]
-        for lane in lanes:
+            lanes = {
+                "raw_tcp": _lanes(stack, "raw_tcp", Start(_PAGE_BYTES, _PAGES, limit.first_line()), clients),
+                "store": _lanes(stack, "store", Start(_PAGE_BYTES, _PAGES, node.url, (node.process.pid,)), clients),
+            }
+        for lane in [*lanes["raw_tcp"], *lanes["store"]]:
             lane.first_line()
-        for transport in transports:
+        for transport in ["raw_tcp", *transports]:
             for op in ("read", "write"):
-                achieved = _gb_per_s(lanes, f"{transport} {op}", seconds)
+                achieved = _gb_per_s(lanes.get(transport, lanes["store"]), f"{transport} {op}", seconds)
                 rows.append(Row(transport, op, gbit_per_s, clients, achieved, achieved * 8 / gbit_per_s))
     return rows
+
+
+def _lanes(stack: ExitStack, name: str, start: Start, count: int) -> list[Child]:
+    """So many processes of one kind, on the host that this thread is on."""
+    return [stack.enter_context(Child.of_module(f"experiments.bandwidth.lanes.{name}", start.to_argument())) for _ in range(count)]
 
 
 def _gb_per_s(lanes: list[Child], verb: str, seconds: float) -> float:

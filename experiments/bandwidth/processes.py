@@ -95,9 +95,9 @@ class Child:
         self.process.stdout.close()
 
 
-def serve_connections(answer: Callable[[socket.socket], None]) -> str:
-    """Listens on a free loopback port and runs `answer` on a thread for each connection; the address."""
-    listener = socket.create_server(("127.0.0.1", 0))
+def serve_connections(host: str, answer: Callable[[socket.socket], None]) -> str:
+    """Listens on a free port of `host` and runs `answer` on a thread for each connection; the address."""
+    listener = socket.create_server((host, 0))
 
     def accept() -> None:
         while True:
@@ -105,7 +105,7 @@ def serve_connections(answer: Callable[[socket.socket], None]) -> str:
             threading.Thread(target=answer, args=(peer,), daemon=True).start()
 
     threading.Thread(target=accept, daemon=True).start()
-    return f"127.0.0.1:{listener.getsockname()[1]}"
+    return f"{host}:{listener.getsockname()[1]}"
 
 
 def say_and_wait(line: str) -> None:

@@ -46,7 +46,7 @@ class RawTcpLane:
 
 
 def serve(start: Start) -> None:
-    """The server."""
+    """The server, on the host that is the start's address."""
     source, slots = PageBuffers.filled(start.shape), PageBuffers(start.shape)
 
     def answer(peer: socket.socket) -> None:
@@ -62,7 +62,7 @@ def serve(start: Start) -> None:
             if op == _WRITE:
                 peer.sendall(b"\0")
 
-    say_and_wait(serve_connections(answer))
+    say_and_wait(serve_connections(start.address or "127.0.0.1", answer))
 
 
 def _receive(peer: socket.socket, view: memoryview) -> bool:
