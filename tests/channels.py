@@ -197,7 +197,7 @@ class ScriptedNode:
         self._streams: list[FrameStream] = []
         self.failures: list[BaseException] = []
         self.port: int = self._listener.getsockname()[1]
-        self._acceptor = threading.Thread(target=self._accept, name="scripted-accept")
+        self._acceptor = threading.Thread(target=self._accept, name="scripted-accept", daemon=True)
         self._acceptor.start()
 
     def transport(self, channels: int = 1) -> TcpTransport:
@@ -231,7 +231,8 @@ class ScriptedNode:
             stream = FrameStream(connection, Role.NODE)
             stream.bound(lambda: PATIENCE_MS)
             self._streams.append(stream)
-            thread = threading.Thread(target=self._serve, args=(NodeEnd(stream, len(self._threads)),), name="scripted")
+            end = NodeEnd(stream, len(self._threads))
+            thread = threading.Thread(target=self._serve, args=(end,), name="scripted", daemon=True)
             self._threads.append(thread)
             thread.start()
 
