@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
+import contextvars
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -241,7 +242,8 @@ def written(plan: WritePlan, verdicts: tuple[PageStatus, ...]) -> WriteResult:
 
 async def in_thread(function: Callable[[], T], transfer: Transfer) -> T:
     """Runs a blocking transfer on a thread; when cancelled, breaks it and waits for its end before it lets go."""
-    running = asyncio.ensure_future(asyncio.to_thread(function))
+    # A future, not a task: whoever cancels all tasks of a loop would be told that it has ended, and it would go on.
+    running = asyncio.get_running_loop().run_in_executor(None, contextvars.copy_context().run, function)
     try:
         return await asyncio.shield(running)
     except asyncio.CancelledError:

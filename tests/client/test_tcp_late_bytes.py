@@ -225,8 +225,16 @@ async def cancel_again_and_again(read: asyncio.Task[attnstore.ReadResult]) -> No
     assert read.cancelled()
 
 
+async def cancel_everything(read: asyncio.Task[attnstore.ReadResult]) -> None:
+    """As the end of `asyncio.run` does."""
+    for task in asyncio.all_tasks() - {asyncio.current_task()}:
+        task.cancel()
+    await asyncio.wait([read])
+    assert read.cancelled()
+
+
 @pytest.mark.parametrize("channels", [1, 2])
-@pytest.mark.parametrize("end", [deadline_of, cancel, cancel_again_and_again])
+@pytest.mark.parametrize("end", [deadline_of, cancel, cancel_again_and_again, cancel_everything])
 async def test_after_the_end_of_an_asynchronous_read(store: StoreProcess, channels: int, end: Callable[..., object]) -> None:
     node = LateNode(make_batch(2, model="late asynchronous", layout=LARGE))
     buffers = node.batch.buffers()
