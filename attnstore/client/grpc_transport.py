@@ -9,7 +9,7 @@ import asyncio
 import os
 import weakref
 from collections.abc import AsyncGenerator, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import aclosing, contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -23,6 +23,7 @@ from attnstore.limits import CHUNK_BYTES_MAX, CONNECT_MS_MAX, KEEPALIVE_MS, KEEP
 from attnstore.types import PageStatus
 from attnstore.wire import chunks, messages
 from attnstore.wire.messages import METHODS
+from attnstore.wire.overlap import SendAhead, receive_ahead
 from attnstore.wire.status import error_from_rpc
 
 _CHANNEL_OPTIONS = (
@@ -107,8 +108,9 @@ class GrpcTransport:
         call = self._stubs["Read"](request, timeout=deadline_ms / 1000, metadata=self._metadata)
         try:
             with _typed_errors():
-                while (message := await call.read()) is not grpc.aio.EOF:
-                    landing.take(chunks.decode_read_chunk(message))
+                async with aclosing(receive_ahead(call.read)) as received:
+                    async for message in received:
+                        landing.take(chunks.decode_read_chunk(message))
         finally:
             call.cancel()
         landing.require_complete()
@@ -155,12 +157,13 @@ class GrpcTransport:
 
 
 async def _send_pages(call: Any, namespace: bytes, hashes: Sequence[bytes], pages: Sequence[memoryview]) -> None:
-    for page_hash, page in zip(hashes, pages, strict=True):
-        checksum = page_checksum(page)
-        for offset in range(0, len(page), CHUNK_BYTES_MAX):
-            payload = page[offset : offset + CHUNK_BYTES_MAX]
-            await call.write(chunks.encode_write_chunk(namespace, page_hash, checksum, offset, payload))
-            namespace = page_hash = b""
+    async with SendAhead(call.write) as stream:
+        for page_hash, page in zip(hashes, pages, strict=True):
+            checksum = page_checksum(page)
+            for offset in range(0, len(page), CHUNK_BYTES_MAX):
+                payload = page[offset : offset + CHUNK_BYTES_MAX]
+                await stream.send(chunks.encode_write_chunk(namespace, page_hash, checksum, offset, payload))
+                namespace = page_hash = b""
     await call.done_writing()
 
 

@@ -7,11 +7,10 @@ Invariant: a page stays pinned while its bytes are copied out; a prepared slot i
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
+from contextlib import aclosing
 from dataclasses import dataclass
-from typing import Any
-
-import grpc
+from typing import Any, TypeVar
 
 from attnstore.core.layout import PageLayout
 from attnstore.errors import InvalidArgument, ProtocolError, Unavailable
@@ -23,6 +22,9 @@ from attnstore.server.store import Store
 from attnstore.telemetry import NodeMetrics
 from attnstore.types import NamespaceStatistics, NodeStatistics, PageStatus
 from attnstore.wire import chunks, messages
+from attnstore.wire.overlap import SendAhead, receive_ahead
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,33 +130,41 @@ class Servicer:
         layout = self._layout(request.namespace, tenant)
         begin, end = layout.layer_slice(request.layer_begin, request.layer_end)
         lease_id = request.lease_id or None
-        async with asyncio.timeout(self._stall_s) as stall:
+        async with asyncio.timeout(self._stall_s) as stall, SendAhead(self._unstalling(context.write, stall)) as stream:
             for index, page_hash in enumerate(messages.split_hashes(request.hashes)):
+                # A page is pinned while it is copied into messages, which are gRPC's from then on.
                 with self._store.reading(request.namespace, page_hash, lease_id) as page:
                     if isinstance(page, PageStatus):
                         self._count("Read", page)
-                        await self._send(context, chunks.encode_read_chunk(index, page), stall)
+                        await stream.send(chunks.encode_read_chunk(index, page))
                     else:
                         self._count("Read", PageStatus.OK)
-                        await self._send_slice(context, index, *page.slice(begin, end), stall)
+                        await self._send_slice(stream, index, *page.slice(begin, end))
 
-    async def _send_slice(self, context: Any, index: int, data: memoryview, checksum: int, stall: asyncio.Timeout) -> None:
+    def _unstalling(self, operation: Callable[..., Awaitable[T]], stall: asyncio.Timeout) -> Callable[..., Awaitable[T]]:
+        """The operation, whose every end gives the peer its whole time for the next one."""
+
+        async def run(*arguments: Any) -> T:
+            result = await operation(*arguments)
+            stall.reschedule(asyncio.get_running_loop().time() + self._stall_s)
+            return result
+
+        return run
+
+    async def _send_slice(self, stream: SendAhead, index: int, data: memoryview, checksum: int) -> None:
         for offset in range(0, len(data), CHUNK_BYTES_MAX):
             payload = data[offset : offset + CHUNK_BYTES_MAX]
-            message = chunks.encode_read_chunk(index, PageStatus.OK, len(data), offset, checksum, payload)
-            await self._send(context, message, stall)
+            await stream.send(chunks.encode_read_chunk(index, PageStatus.OK, len(data), offset, checksum, payload))
         self._metrics.sent("grpc", len(data))
-
-    async def _send(self, context: Any, message: bytes, stall: asyncio.Timeout) -> None:
-        await context.write(message)
-        stall.reschedule(asyncio.get_running_loop().time() + self._stall_s)
 
     async def write(self, _request: None, context: Any, tenant: str) -> messages.WriteResponse:
         ingest: Ingest | None = None
         try:
-            async with asyncio.timeout(self._stall_s) as stall:
-                while (message := await context.read()) is not grpc.aio.EOF:
-                    stall.reschedule(asyncio.get_running_loop().time() + self._stall_s)
+            async with (
+                asyncio.timeout(self._stall_s) as stall,
+                aclosing(receive_ahead(self._unstalling(context.read, stall))) as received,
+            ):
+                async for message in received:
                     chunk = chunks.decode_write_chunk(message)
                     if len(chunk.payload) > CHUNK_BYTES_MAX:
                         raise InvalidArgument(f"a chunk carries {len(chunk.payload)} bytes; the maximum is {CHUNK_BYTES_MAX}")
