@@ -9,6 +9,7 @@ from importlib.metadata import version
 
 import uvloop
 
+from attnstore.allocator import keep_freed_memory
 from attnstore.config import add_serve_options, load_serve_options
 from attnstore.errors import AttnStoreError
 from attnstore.server.node import serve
@@ -26,6 +27,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         options = load_serve_options(arguments)
         configure_logs(options.log_level, options.log_format)
+        keep_freed_memory()
         uvloop.run(serve(options))
     except AttnStoreError as error:
         print(f"attnstore: {error}", file=sys.stderr)

@@ -19,6 +19,7 @@ import torch
 from pydantic import ByteSize, TypeAdapter, ValidationError
 from safetensors.torch import save_file
 
+from attnstore.allocator import keep_freed_memory
 from attnstore.clock import MonotonicClock
 from attnstore.core.eviction import EVICTION_POLICIES
 from attnstore.core.layout import DType
@@ -39,6 +40,7 @@ def main(argv: Items[str] | None = None) -> int:
     """Runs the command; the exit status is 0, or 2 after one line on standard error that says what is wrong."""
     arguments = _parser().parse_args(argv)
     logging.basicConfig(level=logging.WARNING, format="attnstore-worker: %(message)s")
+    keep_freed_memory()
     try:
         arguments.run(arguments)
     except AttnStoreError as error:

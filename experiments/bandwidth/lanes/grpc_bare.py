@@ -1,6 +1,7 @@
-"""The limit of grpcio: a stream of constant messages of the size that the store's chunks have, and nothing else.
+"""The limit of grpcio: a stream of ready-made messages of the size that the store's chunks have, and nothing else.
 
-grpc.aio on uvloop on both sides, as in the store; the serializers are the identity, so no byte of a message is touched.
+grpc.aio on uvloop on both sides, as in the store; the serializers are the identity, so no byte of a message is touched. The
+messages are those of the same pages as in every other lane, so that they come from memory as the store's do, and not from a cache.
 """
 
 from __future__ import annotations
@@ -15,11 +16,11 @@ import uvloop
 
 from attnstore.limits import CHUNK_BYTES_MAX, MESSAGE_BYTES_MAX
 from experiments.bandwidth.lane import Start, serve_lane
-from experiments.bandwidth.pages import PageBuffers
+from experiments.bandwidth.pages import PageBuffers, Shape, expected
 from experiments.bandwidth.processes import say_and_wait
 
 _SERVICE = "bare.Pages"
-_COUNT = struct.Struct("<I")
+_RANGE = struct.Struct("<II")
 _OPTIONS = (("grpc.max_receive_message_length", MESSAGE_BYTES_MAX), ("grpc.max_send_message_length", MESSAGE_BYTES_MAX))
 
 
@@ -27,7 +28,7 @@ class GrpcBareLane:
     """The client. Nothing lands in buffers: the messages that arrive are dropped."""
 
     def __init__(self, start: Start) -> None:
-        self._messages = _messages_of_a_page(start.page_bytes)
+        self._pages = _messages_of_pages(start.shape)
         self._loop = uvloop.new_event_loop()
         asyncio.set_event_loop(self._loop)
         self._loop.run_until_complete(self._connect(start.address))
@@ -45,7 +46,7 @@ class GrpcBareLane:
 
     def _read(self, begin: int, end: int) -> None:
         async def read() -> None:
-            call = self._reading(_COUNT.pack(end - begin))
+            call = self._reading(_RANGE.pack(begin, end))
             while await call.read() is not grpc.aio.EOF:
                 pass
 
@@ -54,8 +55,8 @@ class GrpcBareLane:
     def _write(self, begin: int, end: int) -> None:
         async def write() -> None:
             call = self._writing()
-            for _ in range(begin, end):
-                for message in self._messages:
+            for messages in self._pages[begin:end]:
+                for message in messages:
                     await call.write(message)
             await call.done_writing()
             await call
@@ -65,10 +66,11 @@ class GrpcBareLane:
 
 async def serve(start: Start) -> None:
     """The server."""
-    messages = _messages_of_a_page(start.page_bytes)
+    pages = _messages_of_pages(start.shape)
 
     async def read(request: bytes, context: Any) -> None:
-        for _ in range(_COUNT.unpack(request)[0]):
+        begin, end = _RANGE.unpack(request)
+        for messages in pages[begin:end]:
             for message in messages:
                 await context.write(message)
 
@@ -89,9 +91,10 @@ async def serve(start: Start) -> None:
     await server.stop(None)
 
 
-def _messages_of_a_page(page_bytes: int) -> list[bytes]:
-    """The messages that carry one page: full chunks and the rest."""
-    return [bytes(min(CHUNK_BYTES_MAX, page_bytes - offset)) for offset in range(0, page_bytes, CHUNK_BYTES_MAX)]
+def _messages_of_pages(shape: Shape) -> list[list[bytes]]:
+    """The messages that carry each page: full chunks and the rest."""
+    contents = (expected(index, shape.page_bytes) for index in range(shape.pages))
+    return [[page[offset : offset + CHUNK_BYTES_MAX] for offset in range(0, len(page), CHUNK_BYTES_MAX)] for page in contents]
 
 
 if __name__ == "__main__":

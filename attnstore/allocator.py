@@ -1,0 +1,26 @@
+"""The C library's allocator, told to keep what it frees.
+
+Owns: one setting of a process that moves pages over gRPC. gRPC allocates and frees memory for every message; by default glibc gives
+blocks of that size back to the kernel and gets them again page by page, zeroed, which costs about as much as the copy of a message.
+For programs of our own (node, worker): a library must not decide this for its host.
+"""
+
+from __future__ import annotations
+
+import ctypes
+
+from attnstore.limits import MIB
+
+_M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD = -1, -2, -3
+_KEPT_BYTES = 64 * MIB
+_MMAP_THRESHOLD_BYTES = 32 * MIB  # glibc's own maximum
+
+
+def keep_freed_memory() -> bool:
+    """Keeps up to 64 MiB of freed memory for reuse. False, and nothing changes, where the C library is not glibc."""
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError):
+        return False
+    settings = ((_M_MMAP_THRESHOLD, _MMAP_THRESHOLD_BYTES), (_M_TRIM_THRESHOLD, _KEPT_BYTES), (_M_TOP_PAD, _KEPT_BYTES // 4))
+    return all([mallopt(name, value) == 1 for name, value in settings])
