@@ -7,6 +7,7 @@ Invariant: what comes from a peer is checked here and raises a typed error; what
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields
 from typing import Any, cast
@@ -102,14 +103,16 @@ METHODS: dict[str, Method] = {method.name: method for method in _METHODS}
 assert set(METHODS) == {method.name for method in pb.DESCRIPTOR.services_by_name["AttentionStore"].methods}
 
 
+_HASH = struct.Struct(f"{HASH_BYTES}s")
+
+
 def join_hashes(hashes: Iterable[bytes]) -> bytes:
     """Hashes as they travel: concatenated. Raises `InvalidArgument` for a wrong length or more than `HASHES_MAX`."""
     hashes = list(hashes)
     if len(hashes) > HASHES_MAX:
         raise InvalidArgument(f"the batch has {len(hashes)} hashes; at most {HASHES_MAX} fit one request")
-    for page_hash in hashes:
-        if len(page_hash) != HASH_BYTES:
-            raise InvalidArgument(f"a block hash has {len(page_hash)} bytes; it must have {HASH_BYTES}")
+    for size in set(map(len, hashes)) - {HASH_BYTES}:
+        raise InvalidArgument(f"a block hash has {size} bytes; it must have {HASH_BYTES}")
     return b"".join(hashes)
 
 
@@ -119,7 +122,7 @@ def split_hashes(joined: bytes) -> list[bytes]:
         raise InvalidArgument(f"a hash list has {len(joined)} bytes; it must be a multiple of {HASH_BYTES}")
     if len(joined) > HASHES_MAX * HASH_BYTES:
         raise InvalidArgument(f"the batch has {len(joined) // HASH_BYTES} hashes; at most {HASHES_MAX} fit one request")
-    return [joined[at : at + HASH_BYTES] for at in range(0, len(joined), HASH_BYTES)]
+    return [page_hash for (page_hash,) in _HASH.iter_unpack(joined)]
 
 
 def check_namespace(namespace: bytes) -> bytes:

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from itertools import count
 
 import attnstore
+from attnstore.allocator import keep_freed_memory
 from attnstore.limits import LEASE_MS_MAX
 from attnstore.types import PageStatus
 from experiments.bandwidth.lane import Move, Start, serve_lane
@@ -100,4 +101,5 @@ def _hash(number: int) -> bytes:
 
 if __name__ == "__main__":
     START = Start.from_arguments()
+    keep_freed_memory()  # as our worker does at its start
     serve_lane(StoreLane(START), START)
