@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import socket
 import threading
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Protocol
 
@@ -22,24 +23,42 @@ _ACCEPT_RETRY_S = 0.01
 _log = structlog.get_logger(__name__)
 
 
-class Connection(Protocol):
-    """One peer, served by one thread."""
-
-    def serve(self) -> None:
-        """Runs until the peer leaves, breaks the protocol, stalls, or the node drains."""
-        ...
+class Stream(Protocol):
+    """What a connection speaks over, as far as its end goes."""
 
     def shutdown(self) -> None:
-        """Breaks the connection, so that `serve` returns soon. Safe from any thread."""
-        ...
-
-    def shutdown_when_idle(self) -> None:
-        """Breaks it now if no request is running; otherwise `serve` returns after that one."""
+        """Breaks it: whoever waits for the peer returns soon. Safe from any thread."""
         ...
 
     def close(self) -> None:
-        """Gives the socket back, after `serve`."""
+        """Gives the socket back."""
         ...
+
+
+class Connection(ABC):
+    """One peer, served by one thread. `serve` holds `busy` while it answers a request."""
+
+    def __init__(self, stream: Stream) -> None:
+        self._ending = stream
+        self.busy = threading.Lock()
+
+    @abstractmethod
+    def serve(self) -> None:
+        """Runs until the peer leaves, breaks the protocol, stalls, or the node drains."""
+
+    def shutdown(self) -> None:
+        """Breaks the connection, so that `serve` returns soon. Safe from any thread."""
+        self._ending.shutdown()
+
+    def shutdown_when_idle(self) -> None:
+        """Breaks it now if no request is running; otherwise `serve` returns after that one."""
+        if self.busy.acquire(blocking=False):
+            self._ending.shutdown()
+            self.busy.release()
+
+    def close(self) -> None:
+        """Gives the socket back, after `serve`."""
+        self._ending.close()
 
 
 class ConnectionThreads:

@@ -32,7 +32,7 @@ from attnstore.limits import (
     CHANNEL_TOKENS_MAX,
     MIB,
 )
-from attnstore.server.connections import ConnectionThreads
+from attnstore.server.connections import Connection, ConnectionThreads
 from attnstore.server.store import PageView, Store
 from attnstore.telemetry import NodeMetrics
 from attnstore.types import PageStatus
@@ -104,12 +104,13 @@ class PageChannelServer:
         return _Connection(FrameStream(peer, Role.NODE), self._store, self._tokens, self._metrics, self._stall_ms, self._draining)
 
 
-class _Connection:
+class _Connection(Connection):
     """One peer: HELLO, then its requests one after the other."""
 
     def __init__(
         self, stream: FrameStream, store: Store, tokens: TokenBook, metrics: NodeMetrics, stall_ms: int, draining: threading.Event
     ) -> None:
+        super().__init__(stream)
         self._stream = stream
         self._store = store
         self._tokens = tokens
@@ -117,18 +118,6 @@ class _Connection:
         self._stall_ms = stall_ms
         self._draining = draining
         self._scratch = memoryview(bytearray(MIB))
-        self._busy = threading.Lock()
-
-    def shutdown(self) -> None:
-        self._stream.shutdown()
-
-    def shutdown_when_idle(self) -> None:
-        if self._busy.acquire(blocking=False):
-            self._stream.shutdown()
-            self._busy.release()
-
-    def close(self) -> None:
-        self._stream.close()
 
     def serve(self) -> None:
         try:
@@ -136,7 +125,7 @@ class _Connection:
             tenant = self._welcome()
             while not self._draining.is_set():
                 frame = self._next_request()
-                with self._busy:
+                with self.busy:
                     self._answer(frame, tenant)
         except Retryable:
             return  # gone or stalled: its pins and slots were given back on the way here

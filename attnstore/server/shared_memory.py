@@ -22,7 +22,7 @@ from attnstore.clock import Clock, Deadline
 from attnstore.core.page_table import PinnedPage
 from attnstore.errors import AttnStoreError, InvalidArgument, PermissionDenied, Retryable, Unavailable
 from attnstore.limits import CHANNEL_CONNECTIONS_MAX, CHANNEL_HELLO_MS_MAX, CHANNEL_IDLE_MS_MAX
-from attnstore.server.connections import ConnectionThreads
+from attnstore.server.connections import Connection, ConnectionThreads
 from attnstore.server.page_channel import TokenBook
 from attnstore.server.store import Store
 from attnstore.telemetry import NodeMetrics
@@ -105,7 +105,7 @@ class SharedMemoryServer:
             path.parent.rmdir()
 
 
-class _Connection:
+class _Connection(Connection):
     """One peer: HELLO, then its requests one after the other."""
 
     def __init__(
@@ -121,6 +121,7 @@ class _Connection:
         stall_ms: int,
         draining: threading.Event,
     ) -> None:
+        super().__init__(stream)
         self._stream = stream
         self._store = store
         self._arena = arena
@@ -130,19 +131,7 @@ class _Connection:
         self._welcome = welcome
         self._stall_ms = stall_ms
         self._draining = draining
-        self._busy = threading.Lock()
         self._told: dict[int, int] = {}  # extent -> the tenancy in which a page of our tenant was last located there
-
-    def shutdown(self) -> None:
-        self._stream.shutdown()
-
-    def shutdown_when_idle(self) -> None:
-        if self._busy.acquire(blocking=False):
-            self._stream.shutdown()
-            self._busy.release()
-
-    def close(self) -> None:
-        self._stream.close()
 
     def serve(self) -> None:
         try:
@@ -152,7 +141,7 @@ class _Connection:
                 self._stream.bound(Deadline(self._clock, CHANNEL_IDLE_MS_MAX).left_ms)
                 request = self._stream.receive(shared.REQUESTS[State.OPEN])
                 self._stream.bound(Deadline(self._clock, self._stall_ms).left_ms)
-                with self._busy:
+                with self.busy:
                     self._answer(request, tenant)
         except Retryable:
             return  # gone, silent or stalled
