@@ -44,12 +44,22 @@ class MappedExtent:
             mapping.madvise(_MADV_POPULATE_READ)
         self._layout = layout
         self._bytes = memoryview(mapping)
-        self._stamps = self._bytes[layout.stamps_offset_bytes :].cast("Q")
-        self._address = _address(self._bytes)
+        self.stamps = self._bytes[layout.stamps_offset_bytes :].cast("Q")
+        self.address = _address(self._bytes)
+        """Where the mapping begins in this process; good for as long as this object lives."""
+
+    @property
+    def size_bytes(self) -> int:
+        """Of the whole mapping, stamps included."""
+        return len(self._bytes)
+
+    def stamp_index(self, place: Place) -> int:
+        """Which of `stamps` is that of the place."""
+        return self._layout.stamp_index(place.offset_bytes)
 
     def holds(self, place: Place) -> bool:
         """Whether the bytes there are still those of the page that was located there."""
-        return self._stamps[self._layout.stamp_index(place.offset_bytes)] == place.stamp
+        return self.stamps[self.stamp_index(place)] == place.stamp
 
     def view(self, begin: int, end: int) -> memoryview:
         """Bytes `[begin, end)` of the extent, read-only."""
@@ -60,7 +70,7 @@ class MappedExtent:
         size_bytes = len(destination)
         assert 0 <= begin <= begin + size_bytes <= len(self._bytes)
         assert not destination.readonly
-        ctypes.memmove(ctypes.addressof(ctypes.c_char.from_buffer(destination)), self._address + begin, size_bytes)
+        ctypes.memmove(ctypes.addressof(ctypes.c_char.from_buffer(destination)), self.address + begin, size_bytes)
 
 
 Located = tuple[Place, MappedExtent] | PageStatus
@@ -79,7 +89,8 @@ class PageViews:
     """
 
     def __init__(self, located: Sequence[Located], begin: int, end: int) -> None:
-        self._located = located
+        self.located = tuple(located)
+        """Place and mapping of each page, for whoever reads them by address or checks many stamps at once."""
         self.statuses = tuple(page if isinstance(page, PageStatus) else PageStatus.OK for page in located)
         self.pages = tuple(
             None if isinstance(page, PageStatus) else page[1].view(page[0].offset_bytes + begin, page[0].offset_bytes + end)
@@ -97,7 +108,7 @@ class PageViews:
 
     def valid(self, index: int) -> bool:
         """Whether page `index` was there and has not been recycled so far."""
-        page = self._located[index]
+        page = self.located[index]
         return not isinstance(page, PageStatus) and page[1].holds(page[0])
 
     def verify(self) -> tuple[PageStatus, ...]:

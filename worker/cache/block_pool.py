@@ -14,7 +14,7 @@ thread owns a pool. The design is vLLM's block pool without its copy-on-write, w
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 
@@ -35,10 +35,20 @@ class BlockPoolStatistics:
 
 
 class BlockPool:
-    """The states of `capacity` blocks with ids `0 .. capacity - 1`. `policy` is the pool's own; default: least recently used."""
+    """The states of `capacity` blocks with ids `0 .. capacity - 1`. `policy` is the pool's own; default: least recently used.
 
-    def __init__(self, capacity: int, policy: EvictionPolicy[BlockHash] | None = None) -> None:
+    `on_evict` is told of each evicted block while its bytes are still there; it must not raise or call this pool.
+    """
+
+    def __init__(
+        self,
+        capacity: int,
+        policy: EvictionPolicy[BlockHash] | None = None,
+        *,
+        on_evict: Callable[[BlockHash, int], None] | None = None,
+    ) -> None:
         assert capacity > 0
+        self._on_evict = on_evict
         self._capacity = capacity
         self._free = list(range(capacity - 1, -1, -1))
         self._holders: dict[int, int] = {}
@@ -145,6 +155,8 @@ class BlockPool:
         block_id = self._block_of.pop(victim)
         del self._hash_of[block_id]
         self._evicted += 1
+        if self._on_evict is not None:
+            self._on_evict(victim, block_id)
         return block_id
 
     def _admit(self, hashes: Iterable[BlockHash]) -> None:

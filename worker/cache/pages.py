@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import math
 import mmap
+from collections.abc import Callable
+from typing import Final
 
 import torch
 
@@ -15,21 +17,31 @@ from attnstore.core.layout import PageLayout
 from worker.dtypes import TORCH_DTYPES
 from worker.errors import PoolTooSmall
 
-_HUGE_PAGE_BYTES = 2 << 20
+HUGE_PAGE_BYTES: Final = 2 << 20
+
+
+def anonymous_memory(size_bytes: int) -> mmap.mmap:
+    """Private memory, in huge pages where the system has them: attention reads slices that are a page stride apart."""
+    memory = mmap.mmap(-1, size_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    if hasattr(mmap, "MADV_HUGEPAGE") and size_bytes >= HUGE_PAGE_BYTES:
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    return memory
 
 
 class PagePool:
     """`pool_bytes // layout.page_bytes` pages in memory; never a byte more than `pool_bytes` of pages.
 
-    Raises `PoolTooSmall` where not even one page fits.
+    `allocate` gives the memory for so many bytes, writable. Raises `PoolTooSmall` where not even one page fits.
     """
 
-    def __init__(self, layout: PageLayout, pool_bytes: int) -> None:
+    def __init__(
+        self, layout: PageLayout, pool_bytes: int, *, allocate: Callable[[int], mmap.mmap | memoryview] = anonymous_memory
+    ) -> None:
         self.layout = layout
         self.capacity = pool_bytes // layout.page_bytes
         if self.capacity < 1:
             raise PoolTooSmall(f"a pool of {pool_bytes} bytes cannot hold one page of {layout.page_bytes} bytes; give it more")
-        self._memory = _anonymous_memory(self.capacity * layout.page_bytes)
+        self._memory = allocate(self.capacity * layout.page_bytes)
         flat = torch.frombuffer(self._memory, dtype=TORCH_DTYPES[layout.dtype], count=self.capacity * math.prod(layout.shape))
         self.tensor = flat.view(self.capacity, *layout.shape)
         # Touches every page now: a first touch during a swap-in would cost as much as the copy itself.
@@ -41,11 +53,3 @@ class PagePool:
         assert 0 <= block_id < self.capacity
         begin = block_id * self.layout.page_bytes
         return self._bytes[begin : begin + self.layout.page_bytes]
-
-
-def _anonymous_memory(size_bytes: int) -> mmap.mmap:
-    """Private memory, in huge pages where the system has them: attention reads slices that are a page stride apart."""
-    memory = mmap.mmap(-1, size_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    if hasattr(mmap, "MADV_HUGEPAGE") and size_bytes >= _HUGE_PAGE_BYTES:
-        memory.madvise(mmap.MADV_HUGEPAGE)
-    return memory

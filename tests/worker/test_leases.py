@@ -1,0 +1,81 @@
+"""Kept leases: renewed until they are let go, released once, and never a reason to wait."""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+
+from attnstore.errors import AttnStoreError, LeaseExpired, Unavailable
+from attnstore.types import Lease
+from tests.samples import eventually
+from worker.cache.leases import LeaseKeeper
+
+FIRST, SECOND = Lease(b"1" * 16, 10_000), Lease(b"2" * 16, 20_000)
+
+
+class Node:
+    """Counts what it is asked; `errors` says how a renewal of each lease fails."""
+
+    def __init__(self) -> None:
+        self.renewed: list[tuple[Lease, int]] = []
+        self.released: list[Lease] = []
+        self.errors: dict[Lease, AttnStoreError] = {}
+        self.gate = threading.Event()
+        self.gate.set()
+
+    def renew(self, lease: Lease, lease_ms: int, /) -> None:
+        self.gate.wait()
+        self.renewed.append((lease, lease_ms))
+        if lease in self.errors:
+            raise self.errors[lease]
+
+    def release(self, lease: Lease, /) -> None:
+        self.gate.wait()
+        self.released.append(lease)
+        if lease in self.errors:
+            raise self.errors[lease]
+
+
+def test_a_lease_is_renewed_to_its_length_until_it_is_let_go() -> None:
+    node = Node()
+    keeper = LeaseKeeper(node, period_ms=1)
+    first, second = keeper.keep(FIRST), keeper.keep(SECOND)
+    assert eventually(lambda: node.renewed.count((FIRST, 10_000)) > 2 and node.renewed.count((SECOND, 20_000)) > 2)
+    keeper.let_go(first)
+    assert eventually(lambda: node.released == [FIRST])
+    before = node.renewed.count((FIRST, 10_000))
+    more = len(node.renewed) + 5
+    assert eventually(lambda: len(node.renewed) > more)
+    assert node.renewed.count((FIRST, 10_000)) == before
+    assert not second.lost
+    keeper.close()
+    assert eventually(lambda: node.released == [FIRST, SECOND])
+
+
+@pytest.mark.parametrize(("error", "lost"), [(LeaseExpired("gone"), True), (Unavailable("no answer"), False)])
+def test_only_a_store_that_says_so_makes_a_lease_lost(error: AttnStoreError, lost: bool) -> None:
+    node = Node()
+    node.errors[FIRST] = error
+    keeper = LeaseKeeper(node, period_ms=1)
+    kept, other = keeper.keep(FIRST), keeper.keep(SECOND)
+    assert eventually(lambda: node.renewed.count((SECOND, 20_000)) > 2)
+    assert kept.lost == lost
+    assert not other.lost
+    keeper.let_go(kept)
+    keeper.let_go(other)
+    assert eventually(lambda: set(node.released) == {FIRST, SECOND})
+    keeper.close()
+
+
+def test_a_store_that_hangs_keeps_nobody_waiting() -> None:
+    node = Node()
+    node.gate.clear()
+    keeper = LeaseKeeper(node, period_ms=1)
+    kept = keeper.keep(FIRST)
+    keeper.let_go(kept)
+    keeper.keep(SECOND)
+    keeper.close()
+    assert node.released == []
+    node.gate.set()
+    assert eventually(lambda: set(node.released) == {FIRST, SECOND})
