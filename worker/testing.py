@@ -1,7 +1,7 @@
-"""A store in memory that fails on purpose: what the worker's failure tests put behind the `PageStore` seam.
+"""A store in memory that fails on purpose, and a planner that says what it was told: what the worker's tests put behind its seams.
 
-Owns: `MemoryStore`. Invariant: what it reports is what a real client would report; a page whose status is not OK leaves garbage in
-its buffer, as a broken transfer does.
+Owns: `MemoryStore` and `FixedPlanner`. Invariant of the store: what it reports is what a real client would report; a page whose
+status is not OK leaves garbage in its buffer, as a broken transfer does.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from collections.abc import Callable, Collection, Sequence
 from attnstore.core.layout import PageLayout
 from attnstore.errors import NamespaceUnknown
 from attnstore.types import Lease, MatchResult, PageStatus, ReadResult, WriteResult
+from worker.cache.load_plan import Found, LoadPlan, LoadProgress, Overlap, Prompt, SearchPlan
 
 _GARBAGE = 0xA5
 
@@ -21,10 +22,15 @@ def always_ok(_: int) -> PageStatus:
     return PageStatus.OK
 
 
+def ignore(_: bytes) -> None:
+    """Nobody is told."""
+
+
 class MemoryStore:
     """Keeps pages in a dictionary. Faults are set as attributes, at any time.
 
     read_status: the status of the page at each position of a read, where the page is there at all.
+    on_page: told the hash of each page that is about to be read.
     write_verdict: the verdict on every new page; the page is kept only with STORED.
     failing, error: calls named in `failing` ("register_layout", "match", "read", "write", "release") raise `error`.
     gate: reads and writes wait for it, for as long as it takes.
@@ -36,6 +42,7 @@ class MemoryStore:
         self.leases: set[bytes] = set()
         self.calls: list[str] = []
         self.read_status: Callable[[int], PageStatus] = always_ok
+        self.on_page: Callable[[bytes], None] = ignore
         self.write_verdict = PageStatus.STORED
         self.failing: Collection[str] = ()
         self.error: Exception = RuntimeError("the store failed on purpose")
@@ -66,7 +73,7 @@ class MemoryStore:
         /,
         *,
         lease: Lease | None,
-        deadline_ms: int,
+        deadline_ms: float,
     ) -> ReadResult:
         """Copies pages out; those that `read_status` fails become garbage."""
         del lease, deadline_ms
@@ -98,6 +105,7 @@ class MemoryStore:
     def _read_page(self, index: int, page_hash: bytes, buffer: memoryview) -> PageStatus:
         if page_hash not in self.pages:
             return PageStatus.MISSING
+        self.on_page(page_hash)
         status = self.read_status(index)
         buffer[:] = self.pages[page_hash] if status.is_hit else bytes([_GARBAGE]) * buffer.nbytes
         return status
@@ -108,3 +116,28 @@ class MemoryStore:
             raise self.error
         if namespace is not None and namespace not in self.namespaces:
             raise NamespaceUnknown("the namespace was never registered here")
+
+
+class FixedPlanner:
+    """Has the tiers asked for a minute, then returns `plan`; `gives_up` ends any load at once."""
+
+    def __init__(self, plan: LoadPlan | None, *, searching: Overlap = Overlap.NONE, gives_up: bool = False) -> None:
+        self.plan = plan
+        self.gives_up = gives_up
+        self._search = SearchPlan(60_000.0, searching)
+        self.found: list[Found] = []
+
+    def search(self, prompt: Prompt) -> SearchPlan:
+        """Always."""
+        del prompt
+        return self._search
+
+    def load(self, found: Found) -> LoadPlan | None:
+        """The plan."""
+        self.found.append(found)
+        return self.plan
+
+    def goes_on(self, progress: LoadProgress) -> bool:
+        """As told."""
+        del progress
+        return not self.gives_up

@@ -12,6 +12,7 @@ import torch
 from attnstore.core.eviction import EVICTION_POLICIES
 from attnstore.errors import InvalidArgument, Overloaded
 from attnstore.types import PageStatus
+from worker.cache.load_plan import Found, LoadPlan, LoadProgress, Order, Overlap, Prompt, SearchPlan
 from worker.engine import Engine, EngineOptions, FinishReason, SamplingParams, Sequence
 from worker.engine.sampler import Sampler
 from worker.model import LoadedModel
@@ -118,7 +119,7 @@ def test_no_block_is_lost_whatever_is_cancelled_preempted_or_fails(tiny: LoadedM
     how = SamplingParams(max_tokens=16)
     expected: dict[int, list[int]] = {}
     small = options(tiny, 24, sequences_max=6, store_deadline_ms=20, eviction=generator.choice(EVICTION_POLICIES))
-    with Engine(tiny, small, store=store) as engine:
+    with Engine(tiny, small, store=store, planner=_AnyPlan(seed)) as engine:
         live: list[Sequence] = []
         while batch or not engine.idle:
             _break_something(store, generator)
@@ -141,6 +142,31 @@ def test_no_block_is_lost_whatever_is_cancelled_preempted_or_fails(tiny: LoadedM
         token_ids = sequence.token_ids[: sequence.prompt_tokens]
         tokens = expected.setdefault(hash(tuple(token_ids)), alone(tiny, token_ids, how))
         assert sequence.generated == tokens[: len(sequence.generated)]
+
+
+class _AnyPlan:
+    """Plans that no reasonable planner makes, too."""
+
+    def __init__(self, seed: int) -> None:
+        self._random = random.Random(seed)
+
+    def search(self, prompt: Prompt) -> SearchPlan | None:
+        del prompt
+        return self._random.choice([None, SearchPlan(20.0, self._overlap()), SearchPlan(WAIT_MS, self._overlap())])
+
+    def load(self, found: Found) -> LoadPlan | None:
+        begin, end = sorted(self._random.randrange(-1, found.hit_end + 3) for _ in range(2))
+        deadline_ms = self._random.choice([1.0, 20.0, 200.0])
+        order = self._random.choice(list(Order))
+        plan = LoadPlan(begin, end, self._random.randrange(0, 6), deadline_ms, order, self._overlap())
+        return self._random.choice([None, plan, plan, plan])
+
+    def goes_on(self, progress: LoadProgress) -> bool:
+        del progress
+        return self._random.random() > 0.1
+
+    def _overlap(self) -> Overlap:
+        return self._random.choice(list(Overlap))
 
 
 def _break_something(store: MemoryStore, generator: random.Random) -> None:

@@ -15,10 +15,11 @@ from attnstore.core.layout import DType, PageLayout
 from attnstore.errors import Overloaded, Unavailable
 from attnstore.testing import ManualClock
 from attnstore.types import PageStatus
-from worker.cache import Admission, CacheManager, PagePool, RemoteTier
+from worker.cache import Admission, CacheManager, Loading, PagePool, Planner, RemoteTier
+from worker.cache.load_plan import LoadPlan
 from worker.cache.remote import PAUSE_MS
 from worker.errors import PoolTooSmall
-from worker.testing import MemoryStore
+from worker.testing import FixedPlanner, MemoryStore
 
 LAYOUT = PageLayout(layers=2, kv_heads=1, head_dim=4, block_tokens=4, dtype=DType.FP32)
 NAMESPACE = Namespace(b"n" * 32)
@@ -26,20 +27,39 @@ WAIT_MS = 10_000
 
 
 def manager_on(
-    store: MemoryStore | None, blocks: int, deadline_ms: int = WAIT_MS, policy: EvictionPolicy[BlockHash] | None = None
+    store: MemoryStore | None,
+    blocks: int,
+    deadline_ms: int = WAIT_MS,
+    policy: EvictionPolicy[BlockHash] | None = None,
+    planner: Planner | None = None,
 ) -> CacheManager:
     clock = MonotonicClock()
     remote = RemoteTier(store, NAMESPACE, LAYOUT, deadline_ms=deadline_ms, clock=clock) if store is not None else None
     pages = PagePool(LAYOUT, blocks * LAYOUT.page_bytes)
-    return CacheManager(pages, NAMESPACE, remote=remote, clock=clock, policy=policy)
+    return CacheManager(pages, NAMESPACE, remote=remote, clock=clock, policy=policy, planner=planner)
 
 
-def fill(manager: CacheManager, admission: Admission, tokens: list[int]) -> None:
+def admit(manager: CacheManager, tokens: list[int]) -> Loading:
+    """A sequence that waits until its load is over; what is ready behind a gap stays ahead of it."""
+    loading = manager.admit(tokens, [])
+    while loading.running is not None:
+        manager.advance(loading, loading.table.sealed * LAYOUT.block_tokens)
+        if loading.running is not None:
+            manager.wait(5)
+    return loading
+
+
+def fill(manager: CacheManager, loading: Loading, tokens: list[int]) -> None:
     """Computes what is missing: the page of a block is a function of all tokens up to its end."""
-    manager.grow(admission.table, len(tokens))
-    for index in range(admission.table.sealed, len(tokens) // LAYOUT.block_tokens):
-        manager.pages.page(admission.table.block_ids[index])[:] = content(tokens, index)
-    manager.seal(admission.table, tokens, len(tokens))
+    manager.grow(loading.table, len(tokens))
+    computed = loading.table.sealed * LAYOUT.block_tokens
+    while computed < len(tokens):
+        computed = manager.advance(loading, computed)
+        end = loading.claim(len(tokens))
+        for index in range(computed // LAYOUT.block_tokens, end // LAYOUT.block_tokens):
+            manager.pages.page(loading.table.block_ids[index])[:] = content(tokens, index)
+        manager.seal(loading.table, tokens, end)
+        computed = end
 
 
 def content(tokens: list[int], index: int) -> bytes:
@@ -47,20 +67,20 @@ def content(tokens: list[int], index: int) -> bytes:
     return random.Random(repr(prefix)).randbytes(LAYOUT.page_bytes)
 
 
-def assert_right(manager: CacheManager, admission: Admission, tokens: list[int]) -> None:
-    for index in range(admission.table.sealed):
-        assert manager.pages.page(admission.table.block_ids[index]) == content(tokens, index)
+def assert_right(manager: CacheManager, loading: Loading, tokens: list[int]) -> None:
+    for index in range(loading.table.sealed):
+        assert manager.pages.page(loading.table.block_ids[index]) == content(tokens, index)
     manager.check()
 
 
 def run(manager: CacheManager, tokens: list[int]) -> Admission:
-    admission = manager.admit(tokens)
-    assert_right(manager, admission, tokens)
-    fill(manager, admission, tokens)
-    assert_right(manager, admission, tokens)
-    manager.release(admission.table)
+    loading = admit(manager, tokens)
+    assert_right(manager, loading, tokens)
+    fill(manager, loading, tokens)
+    assert_right(manager, loading, tokens)
+    manager.release(loading.table)
     manager.check()
-    return admission
+    return loading.admission()
 
 
 def stored_by_another_worker(store: MemoryStore, tokens: list[int]) -> None:
@@ -82,7 +102,7 @@ def test_a_policy_that_looks_ahead_spares_the_blocks_of_a_prompt_that_waits() ->
     manager = manager_on(None, 10, policy=LookAhead())
     waiting, other = list(range(18)), list(range(100, 118))
     run(manager, waiting)
-    announced = manager.announce(waiting)
+    announced = manager.announce(waiting, [])
     run(manager, other)
     run(manager, list(range(200, 216)))
     manager.settle(announced)
@@ -102,7 +122,7 @@ def test_another_worker_reads_what_the_first_wrote(store: MemoryStore) -> None:
     manager = manager_on(store, 8)
     admission = run(manager, tokens)
     assert (admission.local_tokens, admission.remote_tokens, admission.bytes_read) == (0, 16, 4 * LAYOUT.page_bytes)
-    assert not store.leases
+    assert_eventually(lambda: not store.leases)
     manager.flush(WAIT_MS)
     assert manager.statistics().remote.pages_written == 0, "pages that came from the store went back to it"
 
@@ -117,12 +137,14 @@ def test_local_blocks_are_not_read_again(store: MemoryStore) -> None:
 
 @pytest.mark.parametrize("status", [PageStatus.CORRUPT, PageStatus.INCOMPLETE, PageStatus.MISSING, PageStatus.LEASE_EXPIRED])
 @pytest.mark.parametrize("position", [0, 2, 3])
-def test_the_first_page_that_is_not_whole_ends_the_prefix(store: MemoryStore, status: PageStatus, position: int) -> None:
+def test_a_page_that_is_not_whole_is_computed_and_those_behind_it_are_used(
+    store: MemoryStore, status: PageStatus, position: int
+) -> None:
     stored_by_another_worker(store, list(range(18)))
     store.read_status = lambda index: status if index == position else PageStatus.OK
     admission = run(manager_on(store, 8), list(range(18)))
-    assert admission.remote_tokens == position * LAYOUT.block_tokens
-    assert not store.leases
+    assert admission.remote_tokens == 3 * LAYOUT.block_tokens, "only the one that is not whole is computed"
+    assert_eventually(lambda: not store.leases)
 
 
 @pytest.mark.parametrize("call", ["register_layout", "match", "read", "write", "release"])
@@ -176,14 +198,15 @@ def test_blocks_of_a_read_that_timed_out_are_not_reused_before_it_is_over(store:
     tokens = list(range(18))
     stored_by_another_worker(store, tokens)
     store.gate.clear()
-    manager = manager_on(store, 16, deadline_ms=1)
-    admission = manager.admit(tokens)
-    assert admission.hit_tokens == 0
+    manager = manager_on(store, 16, planner=FixedPlanner(LoadPlan(0, 4, 4, deadline_ms=1)))
+    loading = admit(manager, tokens)
+    assert loading.admission().hit_tokens == 0
     assert manager.statistics().quarantined == 4
-    assert manager.statistics().pool.held == 4
-    fill(manager, admission, tokens)
+    assert manager.statistics().pool.held == 4 + 5
+    fill(manager, loading, tokens)
     store.gate.set()  # the late bytes land now, in blocks that are nobody's
-    manager.release(admission.table)
+    assert_right(manager, loading, tokens)
+    manager.release(loading.table)
     assert_eventually_idle(manager)
     assert run(manager, tokens).local_tokens == 16
 
@@ -192,11 +215,11 @@ def test_a_pool_that_a_hanging_read_holds_refuses_in_bounded_time_and_recovers(s
     tokens = list(range(18))
     stored_by_another_worker(store, tokens)
     store.gate.clear()
-    manager = manager_on(store, 5, deadline_ms=1)
-    admission = manager.admit(tokens)
+    manager = manager_on(store, 5, deadline_ms=1, planner=FixedPlanner(LoadPlan(0, 4, 4, deadline_ms=1)))
+    loading = admit(manager, tokens)
     with pytest.raises(Overloaded):
-        manager.grow(admission.table, len(tokens))
-    manager.release(admission.table)
+        manager.grow(loading.table, len(tokens))
+    manager.release(loading.table)
     manager.check()
     store.gate.set()
     assert_eventually_idle(manager)
@@ -231,32 +254,32 @@ def test_blocks_are_conserved_and_pages_are_right_under_random_faults(store: Mem
     """Several live sequences with shared prefixes, a small pool and a store that fails in every way."""
     rng = random.Random(seed)
     manager = manager_on(store, 24)
-    live: list[tuple[Admission, list[int]]] = []
+    live: list[tuple[Loading, list[int]]] = []
     statuses = [PageStatus.OK] * 6 + [PageStatus.CORRUPT, PageStatus.INCOMPLETE, PageStatus.MISSING]
     store.read_status = lambda _: rng.choice(statuses)
     for _ in range(150):
         store.failing = rng.sample(["match", "read", "write", "release"], k=rng.choice([0, 0, 0, 1]))
         store.write_verdict = rng.choice([PageStatus.STORED, PageStatus.STORED, PageStatus.NO_SPACE])
         if live and rng.random() < 0.5:
-            admission, tokens = live.pop(rng.randrange(len(live)))
-            assert_right(manager, admission, tokens)
-            manager.release(admission.table)
+            loading, tokens = live.pop(rng.randrange(len(live)))
+            assert_right(manager, loading, tokens)
+            manager.release(loading.table)
         else:
             family = rng.randrange(3)
             tokens = [family, *range(rng.randrange(1, 24))]
             try:
-                admission = manager.admit(tokens)
+                loading = admit(manager, tokens)
             except Overloaded:
                 continue
             try:
-                fill(manager, admission, tokens)
-                live.append((admission, tokens))
+                fill(manager, loading, tokens)
+                live.append((loading, tokens))
             except Overloaded:
-                manager.release(admission.table)
-        for admission, tokens in live:
-            assert_right(manager, admission, tokens)
-    for admission, _ in live:
-        manager.release(admission.table)
+                manager.release(loading.table)
+        for loading, tokens in live:
+            assert_right(manager, loading, tokens)
+    for loading, _ in live:
+        manager.release(loading.table)
     assert manager.flush(WAIT_MS)
     assert_eventually_idle(manager)
 

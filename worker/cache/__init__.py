@@ -2,9 +2,27 @@
 
 from __future__ import annotations
 
-from worker.cache.manager import Admission, CacheManager, CacheStatistics
+from worker.cache.load_plan import FetchAll, Planner
+from worker.cache.loading import Admission, Loading
+from worker.cache.manager import CacheManager, CacheStatistics
+from worker.cache.observation import Observer, Step, Unobserved
 from worker.cache.page_store import STORE_TRANSPORTS, PageStore, open_store
 from worker.cache.pages import PagePool
 from worker.cache.remote import RemoteTier
 
-__all__ = ["STORE_TRANSPORTS", "Admission", "CacheManager", "CacheStatistics", "PagePool", "PageStore", "RemoteTier", "open_store"]
+__all__ = [
+    "STORE_TRANSPORTS",
+    "Admission",
+    "CacheManager",
+    "CacheStatistics",
+    "FetchAll",
+    "Loading",
+    "Observer",
+    "PagePool",
+    "PageStore",
+    "Planner",
+    "RemoteTier",
+    "Step",
+    "Unobserved",
+    "open_store",
+]

@@ -13,7 +13,10 @@ from attnstore.core.hashing import BlockHash
 
 @dataclass(slots=True)
 class BlockTable:
-    """The blocks of one sequence. `hashes[j]` names block `j`; all of the prompt's complete blocks are named at admission."""
+    """The blocks of one sequence. `hashes[j]` names block `j`; all of the prompt's complete blocks are named at admission.
+
+    The list of hashes is the sequence's own and outlives the table.
+    """
 
     block_tokens: int
     block_ids: list[int] = field(default_factory=list)

@@ -7,6 +7,7 @@ verified are ever given to a sequence. One thread (the engine's) calls everythin
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -14,34 +15,21 @@ from attnstore.clock import Clock
 from attnstore.core.eviction import EvictionPolicy
 from attnstore.core.hashing import BlockHash, Namespace, block_hash, block_hashes
 from attnstore.errors import Overloaded
-from attnstore.types import Lease
 from worker.cache.block_pool import BlockPool, BlockPoolStatistics
 from worker.cache.block_table import BlockTable
+from worker.cache.load_plan import FetchAll, Planner, Prompt
+from worker.cache.loading import Loading
+from worker.cache.observation import Load, LoadEnd, Observer, Unobserved
 from worker.cache.pages import PagePool
 from worker.cache.remote import RemoteStatistics, RemoteTier
 from worker.cache.swap_in import SwapIn
 from worker.cache.swap_out import SwapOut
 
 _GRACE_MS = 250.0
-"""How much longer than a store's own deadline the engine waits before it gives a transfer up."""
+"""How much longer than a store's own deadline the engine waits for a block before it gives a transfer up."""
+_LOAD_GRACE_MS = 50.0
+"""How much longer than its deadline a load may take: the read ends at the deadline, and its verdict is then on its way."""
 _POLL_MS = 5.0
-
-
-@dataclass(frozen=True, slots=True)
-class Admission:
-    """What was found of a prompt. Tokens count whole blocks; `bytes_read` came over the network."""
-
-    table: BlockTable
-    local_tokens: int
-    remote_tokens: int
-    bytes_read: int
-    match_ms: float
-    read_ms: float
-
-    @property
-    def hit_tokens(self) -> int:
-        """Tokens that need no prefill."""
-        return self.local_tokens + self.remote_tokens
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +45,7 @@ class CacheStatistics:
 
 class CacheManager:
     """Block tables for sequences. Without `remote` the pool is the only tier. `policy` orders the pool's evictions (default: least
-    recently used).
+    recently used), `planner` decides about loads (default: fetch all hits), `observer` is told of them.
     """
 
     def __init__(
@@ -68,6 +56,8 @@ class CacheManager:
         remote: RemoteTier | None,
         clock: Clock,
         policy: EvictionPolicy[BlockHash] | None = None,
+        planner: Planner | None = None,
+        observer: Observer | None = None,
     ) -> None:
         self.pages = pages
         self._namespace = namespace
@@ -75,7 +65,10 @@ class CacheManager:
         self._pool = BlockPool(pages.capacity, policy)
         self._remote = remote
         self._swap_out = SwapOut(self._write_batch, queue_blocks_max=pages.capacity) if remote is not None else None
-        self._quarantine: list[SwapIn] = []
+        self._planner = planner or FetchAll(remote.deadline_ms if remote is not None else 0.0)
+        self._observer = observer or Unobserved()
+        self._changed = threading.Event()
+        self._quarantine: list[_Quarantined] = []
         self._dropped = 0
 
     @property
@@ -100,48 +93,71 @@ class CacheManager:
         if self._remote is not None:
             self._remote.connect()
 
-    def announce(self, token_ids: Sequence[int]) -> list[BlockHash]:
-        """Tells the eviction policy that a prompt waits behind all others; returns the blocks that `settle` takes back."""
-        usable = (len(token_ids) - 1) // self.block_tokens
-        hashes = block_hashes(self._namespace, token_ids[: usable * self.block_tokens], self.block_tokens)
-        self._pool.announce(hashes)
-        return hashes
+    def announce(self, token_ids: Sequence[int], hashes: list[BlockHash]) -> list[BlockHash]:
+        """Tells the eviction policy that a prompt waits behind all others; returns the blocks that `settle` takes back.
+
+        `hashes` are the names of the sequence's first blocks, as far as they are known; the missing ones are appended.
+        """
+        self._name_blocks(token_ids, hashes)
+        announced = hashes[: self._usable_blocks(token_ids)]
+        self._pool.announce(announced)
+        return announced
 
     def settle(self, announced: Sequence[BlockHash]) -> None:
         """An announced prompt waits no longer: it is about to be admitted, or was cancelled."""
         self._pool.settle(announced)
 
-    def admit(self, token_ids: Sequence[int]) -> Admission:
-        """A table for a prompt, with the longest prefix of whole blocks that the pool and then the store have.
+    def admit(self, token_ids: Sequence[int], hashes: list[BlockHash]) -> Loading:
+        """A table with blocks for all tokens, of which the longest prefix that the pool has is there, and more may be on the way.
 
-        At most all tokens but the last: that one must be computed to have logits. Raises `Overloaded` where the hit pages find
-        no room because transfers hold the whole pool.
+        At most all tokens but the last are taken from a cache: that one must be computed to have logits. `hashes` as in `announce`.
+        Raises `Overloaded`, with nothing held, where transfers and others hold the blocks.
         """
-        usable = (len(token_ids) - 1) // self.block_tokens
-        hashes = block_hashes(self._namespace, token_ids, self.block_tokens)
+        self._name_blocks(token_ids, hashes)
+        usable = self._usable_blocks(token_ids)
         table = BlockTable(self.block_tokens, self._pool.hold_prefix(hashes[:usable]), hashes)
-        table.sealed = local = len(table.block_ids)
-        if self._remote is None or local == usable:
-            return Admission(table, local * self.block_tokens, 0, 0, 0.0, 0.0)
-        started_ms = self._clock.now_ms()
-        found = self._remote.match(hashes[local:usable])
-        matched_ms = self._clock.now_ms()
-        bytes_read = 0
-        if found.hits[0]:
-            try:
-                transfer = self._start_swap_in(self._remote, hashes[local : local + found.hits[0]], found.lease)
-            except Overloaded:
-                self._remote.release(found.lease)
-                self.release(table)
-                raise
-            bytes_read = self._finish_swap_in(self._remote, table, transfer)
-        read_ms = self._clock.now_ms() - matched_ms
-        remote_tokens = (table.sealed - local) * self.block_tokens
-        return Admission(table, local * self.block_tokens, remote_tokens, bytes_read, matched_ms - started_ms, read_ms)
+        table.sealed = resident = len(table.block_ids)
+        try:
+            self.grow(table, len(token_ids))
+        except Overloaded:
+            self.release(table)
+            raise
+        return Loading(table, resident, self._start_swap_in(table, len(token_ids), usable))
 
-    def admit_nothing(self) -> Admission:
-        """An empty table for a sequence whose content matters to nobody."""
-        return Admission(BlockTable(self.block_tokens), 0, 0, 0, 0.0, 0.0)
+    def empty_table(self) -> BlockTable:
+        """A table for a sequence whose content matters to nobody."""
+        return BlockTable(self.block_tokens)
+
+    def advance(self, loading: Loading, computed_tokens: int) -> int:
+        """Takes what has arrived, ends what is over or late, and returns how many tokens need no computing any more.
+
+        Blocks of a transfer that was given up stay in quarantine. Where no others can be had for them the table is cut there:
+        `grow` it before computing on.
+        """
+        if (swap_in := loading.running) is not None:
+            over = swap_in.over  # looked at first: what arrived before it ended is taken below
+            self._take_arrived(loading, swap_in)
+            if over:
+                self._end(loading, swap_in, _natural_end(swap_in))
+            elif computed_tokens >= swap_in.prompt.usable_blocks * self.block_tokens:
+                self._give_up(loading, swap_in, LoadEnd.MET)
+            elif self._is_late(swap_in):
+                self._replace(loading, self._give_up(loading, swap_in, LoadEnd.LATE))
+        return max(computed_tokens, loading.pass_ready(computed_tokens // self.block_tokens) * self.block_tokens)
+
+    def abandon(self, loading: Loading) -> None:
+        """Ends what runs for a sequence whose table is about to be released."""
+        if (swap_in := loading.running) is not None:
+            self._give_up(loading, swap_in, LoadEnd.RELEASED)
+
+    def wait(self, timeout_ms: float) -> None:
+        """Waits until a load has got on, `wake` was called, or the time is up."""
+        self._changed.wait(timeout_ms / 1e3)
+        self._changed.clear()
+
+    def wake(self) -> None:
+        """Ends a `wait` that runs, or the next one. From any thread."""
+        self._changed.set()
 
     def grow(self, table: BlockTable, tokens: int) -> None:
         """Gives the table blocks for `tokens` tokens. Raises `Overloaded` where others hold all blocks."""
@@ -191,24 +207,85 @@ class CacheManager:
         """Asserts the conservation of blocks."""
         self._pool.check()
 
-    def _start_swap_in(self, remote: RemoteTier, hashes: Sequence[BlockHash], lease: Lease | None) -> SwapIn:
-        block_ids = self._allocate(len(hashes))
-        buffers = [self.pages.page(block_id) for block_id in block_ids]
-        return SwapIn(block_ids, lambda: remote.read(hashes, buffers, lease))
+    def _usable_blocks(self, token_ids: Sequence[int]) -> int:
+        return (len(token_ids) - 1) // self.block_tokens
 
-    def _finish_swap_in(self, remote: RemoteTier, table: BlockTable, transfer: SwapIn) -> int:
-        """Moves the leading verified pages into the table; returns the bytes that were read."""
-        result = transfer.wait(remote.deadline_ms + _GRACE_MS)
-        if result is None:
-            self._quarantine.append(transfer)
-            return 0
-        hits = result.leading_hits
-        for block_id in transfer.block_ids[:hits]:
-            self._pool.seal(block_id, table.hashes[len(table.block_ids)])
-            table.block_ids.append(block_id)
-        table.sealed = len(table.block_ids)
-        self._pool.release(transfer.block_ids[hits:])
-        return result.bytes_read
+    def _name_blocks(self, token_ids: Sequence[int], hashes: list[BlockHash]) -> None:
+        parent = hashes[-1] if hashes else self._namespace
+        hashes += block_hashes(parent, token_ids[len(hashes) * self.block_tokens :], self.block_tokens)
+
+    def _start_swap_in(self, table: BlockTable, tokens: int, usable: int) -> SwapIn | None:
+        if self._remote is None or table.sealed == usable:
+            return None
+        layout = self.pages.layout
+        prompt = Prompt(tokens, self.block_tokens, layout.page_bytes, layout.layers, table.sealed, usable)
+        search = self._planner.search(prompt)
+        if search is None:
+            return None
+        wanted = slice(table.sealed, usable)
+        buffers = [self.pages.page(block_id) for block_id in table.block_ids[wanted]]
+        return SwapIn(
+            self._remote,
+            self._planner,
+            prompt,
+            search,
+            table.hashes[wanted],
+            buffers,
+            clock=self._clock,
+            changed=self._changed,
+        )
+
+    def _take_arrived(self, loading: Loading, swap_in: SwapIn) -> None:
+        for block in swap_in.take_arrived():
+            self._pool.seal(loading.table.block_ids[block], loading.table.hashes[block])
+            loading.ready.add(block)
+            loading.arrived_blocks += 1
+
+    def _is_late(self, swap_in: SwapIn) -> bool:
+        if self._clock.now_ms() > swap_in.due_ms + _LOAD_GRACE_MS:
+            return True
+        progress = swap_in.progress()
+        return progress is not None and not self._planner.goes_on(progress)
+
+    def _give_up(self, loading: Loading, swap_in: SwapIn, end: LoadEnd) -> range:
+        """Lets nothing arrive any more. The blocks that may still be written go into quarantine and are returned."""
+        in_flight = swap_in.cancel()
+        self._take_arrived(loading, swap_in)
+        if in_flight:
+            block_ids = [loading.table.block_ids[block] for block in in_flight]
+            for block_id in block_ids:
+                self._pool.hold(block_id)
+            self._quarantine.append(_Quarantined(swap_in, block_ids))
+        self._end(loading, swap_in, end)
+        return in_flight
+
+    def _end(self, loading: Loading, swap_in: SwapIn, end: LoadEnd) -> None:
+        loading.end = end
+        loading.ended_ms = self._clock.now_ms()
+        self._observer.loaded(
+            Load(
+                swap_in.search,
+                swap_in.found,
+                swap_in.plan,
+                end,
+                swap_in.started_ms,
+                loading.ended_ms,
+                loading.arrived_blocks,
+                swap_in.bytes_read,
+            )
+        )
+
+    def _replace(self, loading: Loading, blocks: range) -> None:
+        """Gives the table other blocks in the place of quarantined ones, or cuts it there."""
+        block_ids = loading.table.block_ids
+        for block in blocks:
+            if not self._pool.available and not self._cancel_queued():
+                loading.ready = {ready for ready in loading.ready if ready < block}
+                self._pool.release(reversed(block_ids[block:]))
+                del block_ids[block:]
+                return
+            self._pool.release([block_ids[block]])
+            block_ids[block] = self._pool.allocate()
 
     def _start_swap_out(self, block_hash: BlockHash, block_id: int) -> None:
         if self._swap_out is None:
@@ -237,18 +314,21 @@ class CacheManager:
 
     def _reclaim(self) -> None:
         """Gets a block back from transfers: first one that is only queued for the store, else whatever ends in time."""
-        swap_out = self._swap_out
-        if swap_out is None or self._remote is None:
-            return
-        cancelled = swap_out.cancel_newest(self._is_held_once)
-        if cancelled is not None:
-            self._dropped += 1
-            self._pool.release([cancelled])
+        if self._swap_out is None or self._remote is None or self._cancel_queued():
             return
         give_up_ms = self._clock.now_ms() + self._remote.deadline_ms + _GRACE_MS
         while not self._pool.available and self._in_flight() and self._clock.now_ms() < give_up_ms:
-            swap_out.wait_finished(_POLL_MS)
+            self._swap_out.wait_finished(_POLL_MS)
             self._reap()
+
+    def _cancel_queued(self) -> bool:
+        """Takes a block back that only the queue to the store holds. False where there is none."""
+        cancelled = self._swap_out.cancel_newest(self._is_held_once) if self._swap_out is not None else None
+        if cancelled is None:
+            return False
+        self._dropped += 1
+        self._pool.release([cancelled])
+        return True
 
     def _is_held_once(self, block_id: int) -> bool:
         return self._pool.holders(block_id) == 1
@@ -260,6 +340,22 @@ class CacheManager:
         """Releases the blocks of transfers that are over."""
         if self._swap_out is not None:
             self._pool.release(self._swap_out.take_finished())
-        for transfer in [transfer for transfer in self._quarantine if transfer.done]:
+        for transfer in [transfer for transfer in self._quarantine if transfer.swap_in.done]:
             self._quarantine.remove(transfer)
             self._pool.release(transfer.block_ids)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Quarantined:
+    """Blocks that a swap-in which was given up may still write."""
+
+    swap_in: SwapIn
+    block_ids: list[int]
+
+
+def _natural_end(swap_in: SwapIn) -> LoadEnd:
+    if swap_in.found is None:
+        return LoadEnd.NOT_FOUND
+    if swap_in.plan is None:
+        return LoadEnd.DECLINED
+    return LoadEnd.MET if swap_in.met else LoadEnd.COMPLETE

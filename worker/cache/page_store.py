@@ -36,7 +36,7 @@ class PageStore(Protocol):
         /,
         *,
         lease: Lease | None,
-        deadline_ms: int,
+        deadline_ms: float,
     ) -> ReadResult:
         """Fills one buffer per page. After it returned no buffer is written any more; pages that are not OK are misses."""
         ...

@@ -16,8 +16,9 @@ from typing import Final, TypeVar
 from attnstore.clock import Clock
 from attnstore.core.hashing import BlockHash, Namespace
 from attnstore.core.layout import PageLayout
-from attnstore.errors import NamespaceUnknown
+from attnstore.errors import DeadlineExceeded, NamespaceUnknown
 from attnstore.types import Lease, MatchResult, PageStatus, ReadResult, WriteResult
+from worker.cache.observation import Observer, Transfer, TransferKind, Unobserved
 from worker.cache.page_store import PageStore
 
 _LOG = logging.getLogger(__name__)
@@ -45,14 +46,24 @@ class RemoteStatistics:
 
 
 class RemoteTier:
-    """Pages of one namespace in a store. Thread-safe: the engine matches while transfers run."""
+    """Pages of one namespace in a store: a `PageSource`. Thread-safe. `observer` is told of every match, read and write."""
 
-    def __init__(self, store: PageStore, namespace: Namespace, layout: PageLayout, *, deadline_ms: int, clock: Clock) -> None:
+    def __init__(
+        self,
+        store: PageStore,
+        namespace: Namespace,
+        layout: PageLayout,
+        *,
+        deadline_ms: int,
+        clock: Clock,
+        observer: Observer | None = None,
+    ) -> None:
         self._store = store
         self._namespace = namespace
         self._layout = layout
         self.deadline_ms = deadline_ms
         self._clock = clock
+        self._observer = observer or Unobserved()
         self._lock = threading.Lock()
         self._registered = False
         self._paused_until_ms = float("-inf")
@@ -64,24 +75,31 @@ class RemoteTier:
         return self._attempt("register", lambda: True) is not None
 
     def match(self, hashes: Sequence[BlockHash]) -> MatchResult:
-        """How many leading pages are there, with a lease that covers one read."""
+        """How many leading pages are there, with a lease that covers reads until `deadline_ms` from now."""
         lease_ms = self.deadline_ms + LEASE_MARGIN_MS
+        started_ms = self._clock.now_ms()
         result = self._attempt("match", lambda: self._store.match(self._namespace, [hashes], lease_ms=lease_ms))
-        return result or MatchResult(hits=(0,), lease=None)
+        found = result or MatchResult(hits=(0,), lease=None)
+        self._observe(TransferKind.MATCH, started_ms, len(hashes), found.hits[0], 0, failed=result is None)
+        return found
 
-    def read(self, hashes: Sequence[BlockHash], buffers: Sequence[memoryview], lease: Lease | None) -> ReadResult:
-        """Fills one buffer per page and ends the lease. Pages that did not come whole and verified are misses."""
+    def read(
+        self, hashes: Sequence[BlockHash], buffers: Sequence[memoryview], lease: Lease | None, *, deadline_ms: float
+    ) -> ReadResult:
+        """Fills one buffer per page. Pages that did not come whole and verified are misses."""
+        started_ms = self._clock.now_ms()
         result = self._attempt(
             "read",
-            lambda: self._store.read(self._namespace, hashes, buffers, lease=lease, deadline_ms=self.deadline_ms),
+            lambda: self._store.read(self._namespace, hashes, buffers, lease=lease, deadline_ms=deadline_ms),
         )
+        failed = result is None or result.error is not None
         if result is None:
             result = ReadResult(statuses=(PageStatus.INCOMPLETE,) * len(hashes), bytes_read=0)
         hits = sum(status.is_hit for status in result.statuses)
         self._count(pages_read=hits, pages_missed=len(hashes) - hits, bytes_read=result.bytes_read)
-        if result.error is not None:
+        if result.error is not None and not self._was_hurried(result.error, deadline_ms):
             self._fail("read", result.error)
-        self.release(lease)
+        self._observe(TransferKind.READ, started_ms, len(hashes), hits, result.bytes_read, failed=failed)
         return result
 
     def release(self, lease: Lease | None) -> None:
@@ -91,11 +109,14 @@ class RemoteTier:
 
     def write(self, hashes: Sequence[BlockHash], pages: Sequence[memoryview]) -> None:
         """Stores pages. A page that the store refuses is only counted."""
+        started_ms = self._clock.now_ms()
         result = self._attempt("write", lambda: self._store.write(self._namespace, hashes, pages, deadline_ms=self.deadline_ms))
+        failed = result is None
         if result is None:
             result = WriteResult(verdicts=(PageStatus.INCOMPLETE,) * len(hashes), bytes_written=0)
         kept = sum(verdict.is_kept for verdict in result.verdicts)
         self._count(pages_written=kept, pages_refused=len(hashes) - kept, bytes_written=result.bytes_written)
+        self._observe(TransferKind.WRITE, started_ms, len(hashes), kept, result.bytes_written, failed=failed)
 
     def statistics(self) -> RemoteStatistics:
         """A snapshot."""
@@ -129,6 +150,14 @@ class RemoteTier:
             self._last_error = f"{verb}: {type(error).__name__}: {error}"
             self._paused_until_ms = self._clock.now_ms() + PAUSE_MS
         _LOG.warning("the store failed and is left alone for %d ms: %s", PAUSE_MS, self._last_error)
+
+    def _was_hurried(self, error: Exception, deadline_ms: float) -> bool:
+        """The read ran out of a time that was short by a planner's choice: no sign of a dead store."""
+        return isinstance(error, DeadlineExceeded) and deadline_ms < self.deadline_ms / 2
+
+    def _observe(self, kind: TransferKind, started_ms: float, asked: int, pages: int, size_bytes: int, *, failed: bool) -> None:
+        ended_ms = self._clock.now_ms()
+        self._observer.transferred(Transfer("remote", kind, started_ms, ended_ms, asked, pages, size_bytes, failed))
 
     def _count(self, **increments: int) -> None:
         with self._lock:

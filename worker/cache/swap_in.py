@@ -1,36 +1,211 @@
-"""One transfer from a store into blocks of the pool, on a thread of its own.
+"""One sequence's way to its pages in the lower tiers: search, plan, and reads in batches, on a thread of its own.
 
-Owns: `SwapIn`. Invariant: until `done` the destinations may be written at any moment, so whoever gives up waiting must keep
-them in quarantine; after `done` nobody writes them.
+Owns: `SwapIn`, the state that this thread and the engine share: which blocks are still to be fetched, which are being written
+now, which have arrived, and which the engine has claimed to compute them.
+Invariant: a block is fetched or computed, never both at once: the engine computes only what it has claimed, and no claimed block
+is in a read that begins later. While a block is in flight its bytes may change at any moment, so whoever cancels must keep the
+blocks that `cancel` returns until `done`.
+
+          resident | claimed ...  front |  to be fetched  | in flight |  arrived
+    computed, in the pool       computing ->           <- batches        whole and verified
 """
 
 from __future__ import annotations
 
+import logging
 import threading
-from collections.abc import Callable
-from concurrent.futures import Future
-from concurrent.futures import TimeoutError as FutureTimeoutError
+from collections.abc import Sequence
+from typing import Protocol
 
-from attnstore.types import ReadResult
+from attnstore.clock import Clock
+from attnstore.core.hashing import BlockHash
+from attnstore.types import Lease, MatchResult, ReadResult
+from worker.cache.load_plan import Found, LoadPlan, LoadProgress, Order, Overlap, Planner, Prompt, SearchPlan
+
+_LOG = logging.getLogger(__name__)
+
+
+class PageSource(Protocol):
+    """Lower tiers, as a swap-in sees them. No method raises: what a source cannot give is a miss."""
+
+    def match(self, hashes: Sequence[BlockHash]) -> MatchResult:
+        """How many leading pages are there, with a lease on them."""
+        ...
+
+    def read(
+        self, hashes: Sequence[BlockHash], buffers: Sequence[memoryview], lease: Lease | None, *, deadline_ms: float
+    ) -> ReadResult:
+        """Fills one buffer per page. After it returned no buffer is written any more."""
+        ...
+
+    def release(self, lease: Lease | None) -> None:
+        """Ends a lease, if there is one."""
+        ...
 
 
 class SwapIn:
-    """A running read into `block_ids`. `read` must not raise."""
+    """A search and a load that run. `buffers[i]` and `hashes[i]` are those of block `prompt.resident_blocks + i`.
 
-    def __init__(self, block_ids: list[int], read: Callable[[], ReadResult]) -> None:
-        self.block_ids = block_ids
-        self._future: Future[ReadResult] = Future()
+    `changed` is set whenever the engine might go on. The methods are the engine's.
+    """
+
+    def __init__(
+        self,
+        source: PageSource,
+        planner: Planner,
+        prompt: Prompt,
+        search: SearchPlan,
+        hashes: Sequence[BlockHash],
+        buffers: Sequence[memoryview],
+        *,
+        clock: Clock,
+        changed: threading.Event,
+    ) -> None:
+        self.prompt = prompt
+        self.search = search
+        self.started_ms = clock.now_ms()
+        self.found: Found | None = None
+        self.plan: LoadPlan | None = None
+        self.planned_ms = self.started_ms
+        self.bytes_read = 0
+        self._source = source
+        self._planner = planner
+        self._hashes = hashes
+        self._buffers = buffers
+        self._clock = clock
+        self._changed = changed
+        self._lock = threading.Lock()
+        self._front = prompt.resident_blocks
+        self._pending = range(0)
+        self._in_flight = range(0)
+        self._arrived: list[int] = []
+        self._arrived_blocks = 0
+        self._met = False
+        self._over = False
+        self._done = threading.Event()
         # A daemon, so that a read that never ends cannot keep the process alive.
-        threading.Thread(target=lambda: self._future.set_result(read()), name="attnstore-swap-in", daemon=True).start()
+        threading.Thread(target=self._run, name="attnstore-swap-in", daemon=True).start()
+
+    @property
+    def over(self) -> bool:
+        """Nothing will arrive any more; what has, may still have to be taken."""
+        return self._over
 
     @property
     def done(self) -> bool:
-        """The transfer is over."""
-        return self._future.done()
+        """No byte lands any more."""
+        return self._done.is_set()
 
-    def wait(self, timeout_ms: float) -> ReadResult | None:
-        """The result, or None where the transfer is still running after `timeout_ms`."""
+    @property
+    def met(self) -> bool:
+        """Blocks that were to be fetched were claimed before."""
+        return self._met
+
+    @property
+    def overlap(self) -> Overlap:
+        """What may be computed at this stage."""
+        return self.plan.overlap if self.plan is not None else self.search.overlap
+
+    @property
+    def due_ms(self) -> float:
+        """When the stage that runs must be over."""
+        if self.plan is not None:
+            return self.planned_ms + self.plan.deadline_ms
+        return self.started_ms + self.search.deadline_ms
+
+    def take_arrived(self) -> list[int]:
+        """The blocks that arrived since the last call."""
+        with self._lock:
+            arrived, self._arrived = self._arrived, []
+            return arrived
+
+    def claim(self, end: int) -> int:
+        """Claims the blocks before `end`, as far as none is in flight; returns the first one that is not the engine's."""
+        with self._lock:
+            if not self._over and self.overlap is Overlap.NONE:
+                return self._front
+            if not self._over and self._in_flight:
+                end = min(end, self._in_flight.start)
+            for block in self._arrived:
+                if block >= self._front:
+                    end = min(end, block)
+            self._front = max(self._front, end)
+            return self._front
+
+    def progress(self) -> LoadProgress | None:
+        """How far the load is; None before it was planned."""
+        with self._lock:
+            if self.found is None or self.plan is None:
+                return None
+            elapsed_ms = self._clock.now_ms() - self.planned_ms
+            return LoadProgress(self.found, self.plan, self._arrived_blocks, self._front, elapsed_ms)
+
+    def cancel(self) -> range:
+        """Lets nothing arrive from now on. The blocks in flight, which may be written until `done`, are returned."""
+        with self._lock:
+            self._over = True
+            self._pending = range(0)
+            return self._in_flight
+
+    def _run(self) -> None:
+        lease = None
         try:
-            return self._future.result(timeout_ms / 1e3)
-        except FutureTimeoutError:
-            return None
+            match = self._source.match(self._hashes)
+            lease = match.lease
+            if self._begin(match.hits[0]):
+                while batch := self._next_batch():
+                    self._fetch(batch, lease)
+        except Exception:  # a planner's or a source's mistake must not cost a sequence its life
+            _LOG.exception("a swap-in failed; what has not arrived is recomputed")
+        with self._lock:
+            self._over = True
+        self._done.set()
+        self._changed.set()
+        self._source.release(lease)
+
+    def _begin(self, hits: int) -> bool:
+        """Has the load planned. False where there is none."""
+        if not hits:
+            return False
+        first = self.prompt.resident_blocks
+        with self._lock:
+            front = self._front
+        self.found = Found(self.prompt, first + hits, front, self._clock.now_ms() - self.started_ms)
+        plan = self._planner.load(self.found)
+        if plan is None:
+            return False
+        with self._lock:
+            self.planned_ms = self._clock.now_ms()
+            self.plan = plan
+            if not self._over:
+                self._pending = range(max(plan.begin, first), min(plan.end, first + hits))
+        return True
+
+    def _next_batch(self) -> range:
+        assert self.plan is not None
+        size = max(1, self.plan.batch_blocks)
+        with self._lock:
+            pending = range(max(self._pending.start, self._front), self._pending.stop)
+            self._met |= len(pending) < len(self._pending)
+            if self.plan.order is Order.BACK_TO_FRONT:
+                batch, self._pending = pending[-size:], pending[:-size]
+            else:
+                batch, self._pending = pending[:size], pending[size:]
+            self._in_flight = batch
+            return batch
+
+    def _fetch(self, batch: range, lease: Lease | None) -> None:
+        first = self.prompt.resident_blocks
+        part = slice(batch.start - first, batch.stop - first)
+        deadline_ms = max(1.0, self.due_ms - self._clock.now_ms())
+        result = self._source.read(self._hashes[part], self._buffers[part], lease, deadline_ms=deadline_ms)
+        hits = [block for block, status in zip(batch, result.statuses, strict=True) if status.is_hit]
+        with self._lock:
+            self.bytes_read += result.bytes_read
+            if not self._over:
+                self._in_flight = range(0)
+                self._arrived += hits
+                self._arrived_blocks += len(hits)
+            if not hits:  # the tier has failed or lost the pages: more of it would be more waiting
+                self._pending = range(0)
+        self._changed.set()

@@ -181,6 +181,7 @@ class AsyncEngine:
         with self._posting:
             if not self._ended:
                 self._commands.put(command)
+                self._engine.wake()
             return not self._ended
 
     def _run(self) -> None:

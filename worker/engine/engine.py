@@ -22,7 +22,7 @@ from attnstore.core.eviction import create_eviction_policy
 from attnstore.core.hashing import namespace
 from attnstore.errors import InvalidArgument, Overloaded
 from attnstore.limits import MIB
-from worker.cache import CacheManager, CacheStatistics, PagePool, PageStore, RemoteTier
+from worker.cache import CacheManager, CacheStatistics, Observer, PagePool, PageStore, Planner, RemoteTier, Step, Unobserved
 from worker.engine.runner import Runner
 from worker.engine.sampler import SamplingParams
 from worker.engine.scheduler import Scheduler, SchedulerLimits
@@ -30,6 +30,9 @@ from worker.engine.sequence import Chunk, FinishReason, Sequence, next_chunk
 from worker.engine.text import TextStream
 from worker.errors import ContextOverflow, PoolTooSmall
 from worker.model.loading import LoadedModel
+
+_IDLE_MS = 50.0
+"""A step that can only wait for pages looks around at least this often."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,10 +81,13 @@ class Token:
 
 @dataclass(frozen=True, slots=True)
 class BatchingStatistics:
-    """A snapshot. `steps`, `tokens_computed`, `tokens_generated` and `preemptions` count since the start."""
+    """A snapshot. `loading` of the `running` sequences wait for pages. `steps`, `tokens_computed`, `tokens_generated` and
+    `preemptions` count since the start.
+    """
 
     waiting: int
     running: int
+    loading: int
     steps: int
     tokens_computed: int
     tokens_generated: int
@@ -89,9 +95,10 @@ class BatchingStatistics:
 
 
 class Engine:
-    """Generates with `model`; pages that `store` has are read instead of computed, new ones are written to it.
+    """Generates with `model`; pages that `store` has are read instead of computed where `planner` (default: always) finds that
+    better, new ones are written to it. `observer` is told of transfers, loads and steps.
 
-    Not thread-safe. Leaving it as a context manager closes it.
+    Not thread-safe, except for `wake`. Leaving it as a context manager closes it.
     """
 
     def __init__(
@@ -102,6 +109,8 @@ class Engine:
         store: PageStore | None = None,
         attention: AttentionBackend | None = None,
         clock: Clock | None = None,
+        planner: Planner | None = None,
+        observer: Observer | None = None,
     ) -> None:
         self.model = model
         self.options = options or EngineOptions()
@@ -109,11 +118,19 @@ class Engine:
         self.layout = model.layout(self.options.block_tokens)
         pages = PagePool(self.layout, self.options.pool_bytes)
         name = namespace(self.layout, model=model.fingerprint, tenant_salt=self.options.tenant_salt)
+        self._observer = observer or Unobserved()
         remote = None
         if store is not None:
-            remote = RemoteTier(store, name, self.layout, deadline_ms=self.options.store_deadline_ms, clock=self._clock)
+            deadline_ms = self.options.store_deadline_ms
+            remote = RemoteTier(store, name, self.layout, deadline_ms=deadline_ms, clock=self._clock, observer=self._observer)
         self._cache = CacheManager(
-            pages, name, remote=remote, clock=self._clock, policy=create_eviction_policy(self.options.eviction)
+            pages,
+            name,
+            remote=remote,
+            clock=self._clock,
+            policy=create_eviction_policy(self.options.eviction),
+            planner=planner,
+            observer=self._observer,
         )
         self._runner = Runner(model, pages, attention or create_attention("cpu"))
         self._scheduler = Scheduler(self.options.scheduler_limits(), self.options.block_tokens)
@@ -125,7 +142,7 @@ class Engine:
         self._cache.connect()
         tokens = min(self.options.chunk_tokens, self._cache.capacity_tokens, self.model.context_tokens_max) - 1
         sequence = self._sequence([0] * max(tokens, 1), SamplingParams(max_tokens=1), 0)
-        sequence.table = self._cache.admit_nothing().table
+        sequence.table = self._cache.empty_table()
         for _ in range(2):  # a prefill and a decode step
             self._cache.grow(sequence.table, len(sequence.token_ids))
             self._runner.run([next_chunk(sequence, self.options.chunk_tokens)])
@@ -142,7 +159,7 @@ class Engine:
         self._check_prompt(token_ids)
         sequence = self._sequence(token_ids, sampling or SamplingParams(stop_token_ids=self.model.stop_token_ids), priority)
         self._scheduler.enqueue(sequence)
-        sequence.announced = self._cache.announce(token_ids)
+        sequence.announced = self._cache.announce(sequence.token_ids, sequence.hashes)
         return sequence
 
     def cancel(self, sequence: Sequence) -> None:
@@ -153,16 +170,30 @@ class Engine:
             self._end(sequence, FinishReason.CANCELLED)
 
     def step(self) -> list[Token]:
-        """Runs one batch; returns the tokens that it gave. Nothing happens when there is no work."""
+        """Runs one batch; returns the tokens that it gave.
+
+        Where all that run wait for their pages it waits with them, for a short time or until `wake`, and returns without a token.
+        Nothing happens when there is no work.
+        """
         self._admit()
+        self._advance()
         self._make_room()
         chunks = self._scheduler.chunks()
         if not chunks:
+            if self._scheduler.running:
+                self._cache.wait(_IDLE_MS)
             return []
+        started_ms = self._clock.now_ms()
         logits = self._runner.run(chunks)
+        spans = tuple((chunk.begin, chunk.end) for chunk in chunks)
+        self._observer.stepped(Step(started_ms, self._clock.now_ms(), spans))
         self._counts["steps"] += 1
         self._counts["tokens_computed"] += sum(chunk.tokens for chunk in chunks)
         return self._postprocess(chunks, logits)
+
+    def wake(self) -> None:
+        """Ends the waiting of a step that waits for pages. From any thread."""
+        self._cache.wake()
 
     def generate(self, token_ids: list[int], sampling: SamplingParams | None = None) -> Sequence:
         """Runs a prompt to its end, beside those that were submitted before it."""
@@ -199,6 +230,7 @@ class Engine:
         return BatchingStatistics(
             waiting=len(self._scheduler.waiting),
             running=len(self._scheduler.running),
+            loading=sum(sequence.loading is not None for sequence in self._scheduler.running),
             **{name: self._counts[name] for name in ("steps", "tokens_computed", "tokens_generated", "preemptions")},
         )
 
@@ -232,20 +264,34 @@ class Engine:
                 if not self._scheduler.running:
                     self._end(sequence, FinishReason.OVERLOADED)
                     continue
-                sequence.announced = self._cache.announce(sequence.token_ids)
+                sequence.announced = self._cache.announce(sequence.token_ids, sequence.hashes)
                 return
 
     def _start(self, sequence: Sequence) -> None:
-        admission = self._cache.admit(sequence.token_ids)
-        try:
-            self._cache.grow(admission.table, len(sequence.token_ids))
-        except Overloaded:
-            self._cache.release(admission.table)
-            raise
-        sequence.admission = sequence.admission or admission
-        sequence.table = admission.table
-        sequence.computed_tokens = admission.hit_tokens
+        sequence.loading = self._cache.admit(sequence.token_ids, sequence.hashes)
+        sequence.table = sequence.loading.table
+        sequence.computed_tokens = sequence.table.sealed * self.layout.block_tokens
         self._scheduler.start(sequence)
+
+    def _advance(self) -> None:
+        """Lets each loading sequence have what has arrived, and claims what it computes next."""
+        for sequence in self._scheduler.running:
+            loading = sequence.loading
+            if loading is None:
+                continue
+            sequence.computed_tokens = self._cache.advance(loading, sequence.computed_tokens)
+            sequence.computable_tokens = None
+            if loading.over:
+                self._end_loading(sequence)
+            else:
+                sequence.computable_tokens = loading.claim(next_chunk(sequence, self.options.chunk_tokens).end)
+
+    def _end_loading(self, sequence: Sequence) -> None:
+        if sequence.loading is not None:
+            self._cache.abandon(sequence.loading)
+            sequence.admission = sequence.admission or sequence.loading.admission()
+            sequence.loading = None
+            sequence.computable_tokens = None
 
     def _make_room(self) -> None:
         """Gives each running sequence the blocks for all its tokens; for lack of blocks the last ones go back to waiting."""
@@ -265,11 +311,12 @@ class Engine:
         """Takes a sequence's blocks. Sealed ones stay findable here and in the store, so only its tail is computed again."""
         assert sequence.table is not None
         self._scheduler.preempt(sequence)
+        self._end_loading(sequence)
         self._cache.release(sequence.table)
         sequence.table = None
         sequence.computed_tokens = 0
         sequence.preemptions += 1
-        sequence.announced = self._cache.announce(sequence.token_ids)
+        sequence.announced = self._cache.announce(sequence.token_ids, sequence.hashes)
         self._counts["preemptions"] += 1
 
     def _postprocess(self, chunks: Items[Chunk], logits: Tensor) -> list[Token]:
@@ -298,6 +345,7 @@ class Engine:
         sequence.finish_reason = reason
         sequence.finished_ms = self._clock.now_ms()
         self._scheduler.remove(sequence)
+        self._end_loading(sequence)
         if sequence.table is not None:
             sequence.blocks_used = len(sequence.table.block_ids)
             self._cache.release(sequence.table)

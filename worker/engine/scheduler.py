@@ -9,6 +9,9 @@ Invariant: a sequence is in at most one place, and both places are in order: the
     RUNNING  preempt -> WAITING      in its old place, which is before all that arrived later; never refused
     WAITING, RUNNING  remove -> (gone)
 
+A running sequence whose pages are on the way (LOADING) has its blocks and its place, and takes part in a step only with what it may
+compute already.
+
 Continuous batching is Orca's (Yu et al., OSDI 2022), chunked prefill beside decodes Sarathi-Serve's (Agrawal et al., OSDI 2024).
 Nobody starves: a sequence that does not fit keeps those behind it waiting, and every step has room for a chunk of prefill.
 """
@@ -111,13 +114,14 @@ class Scheduler:
     def chunks(self) -> list[Chunk]:
         """What the next step computes: decodes first, then prefill as far as the budget of the step reaches.
 
-        A chunk that does not fit waits as a whole, because its boundaries decide how results are rounded.
+        A chunk that does not fit waits as a whole, because its boundaries decide how results are rounded. A loading sequence may
+        have nothing to compute.
         """
         chunks: list[Chunk] = []
         budget = self._limits.step_tokens
         candidates = [next_chunk(sequence, self._limits.chunk_tokens) for sequence in self._running]
         for chunk in sorted(candidates, key=lambda chunk: chunk.tokens > 1):
-            if chunk.tokens <= budget:
+            if 0 < chunk.tokens <= budget:
                 budget -= chunk.tokens
                 chunks.append(chunk)
         return chunks

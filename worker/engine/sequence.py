@@ -2,7 +2,8 @@
 
 Owns: the tokens of a sequence, how many of them have their KV in the pool, and when things happened to it.
 Invariant: `computed_tokens <= len(token_ids)`; a RUNNING sequence has a table and at least one token to compute, any other has no
-table and so no block.
+table and so no block. A running one is LOADING while some of its blocks may still come from a lower tier: then it computes only
+what it was given free, up to `computable_tokens`.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import enum
 from dataclasses import dataclass, field
 
 from attnstore.core.hashing import BlockHash
-from worker.cache import Admission
+from worker.cache import Admission, Loading
 from worker.cache.block_table import BlockTable
 from worker.engine.sampler import Sampler, SamplingParams
 from worker.engine.text import TextStream
@@ -32,7 +33,8 @@ class FinishReason(enum.Enum):
 class Sequence:
     """`token_ids` are the prompt's `prompt_tokens` tokens and then the generated ones. Times are on the engine's clock.
 
-    `admission` is what was found of the prompt the first time; `table` the blocks held now.
+    `hashes` name its first complete blocks, `table` has the blocks held now, `admission` what was found of the prompt the first
+    time.
     """
 
     sequence_id: int
@@ -43,10 +45,13 @@ class Sequence:
     priority: int = 0
     text_stream: TextStream | None = None
     sampler: Sampler = field(init=False)
+    hashes: list[BlockHash] = field(default_factory=list)
     announced: list[BlockHash] = field(default_factory=list)
     admission: Admission | None = None
     table: BlockTable | None = None
+    loading: Loading | None = None
     computed_tokens: int = 0
+    computable_tokens: int | None = None
     blocks_used: int = 0
     preemptions: int = 0
     first_token_ms: float | None = None
@@ -87,10 +92,13 @@ class Chunk:
 
 
 def next_chunk(sequence: Sequence, chunk_tokens: int) -> Chunk:
-    """The next tokens to compute: up to the next absolute multiple of `chunk_tokens`.
+    """The next tokens to compute: up to the next absolute multiple of `chunk_tokens`, or to where pages are on the way; maybe none.
 
     Absolute boundaries make the steps after a hit the same as those of a run without it, except the first one.
     """
     begin = sequence.computed_tokens
     boundary = (begin // chunk_tokens + 1) * chunk_tokens
-    return Chunk(sequence, begin, min(boundary, len(sequence.token_ids)))
+    end = min(boundary, len(sequence.token_ids))
+    if sequence.computable_tokens is not None:
+        end = max(begin, min(end, sequence.computable_tokens))
+    return Chunk(sequence, begin, end)

@@ -1,0 +1,128 @@
+"""What is decided about a prompt whose pages lie in a lower tier: the seam between the manager, which acts, and a planner.
+
+Owns: the facts that a planner is given, the plans that it returns, and `FetchAll`, the planner that needs no measurement.
+Invariant: a plan is advice about time. Whatever it says, and whatever becomes of its transfers, the tokens are the same.
+
+Blocks are numbered from the start of the prompt. The first `resident_blocks` are in the pool already; the last token is never
+taken from a cache, so only `usable_blocks` can be loaded.
+"""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass
+from typing import Protocol
+
+
+class Order(enum.Enum):
+    """Which batch of a load is fetched first."""
+
+    FRONT_TO_BACK = "front_to_back"
+    BACK_TO_FRONT = "back_to_front"
+
+
+class Overlap(enum.Enum):
+    """What is computed of a sequence while its pages are on the way.
+
+    NONE: nothing. FRONT: its first blocks, towards the pages; where both meet, what is not fetched yet stays where it is (Cake: Jin
+    et al., "Compute or Load KV Cache? Why Not Both?", ICML 2025).
+    """
+
+    NONE = "none"
+    FRONT = "front"
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """What is known before any lower tier was asked."""
+
+    tokens: int
+    block_tokens: int
+    page_bytes: int
+    layers: int
+    resident_blocks: int
+    usable_blocks: int
+
+
+@dataclass(frozen=True, slots=True)
+class SearchPlan:
+    """Ask the lower tiers, for at most `deadline_ms`, while `overlap` is computed."""
+
+    deadline_ms: float
+    overlap: Overlap = Overlap.NONE
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """The lower tiers have blocks `[prompt.resident_blocks, hit_end)`. The engine has computed, or is computing, those before
+    `front`. The search took `search_ms`.
+    """
+
+    prompt: Prompt
+    hit_end: int
+    front: int
+    search_ms: float
+
+
+@dataclass(frozen=True, slots=True)
+class LoadPlan:
+    """Fetch blocks `[begin, end)`, `batch_blocks` in one read, until `deadline_ms` from now; the rest is computed.
+
+    Blocks before `Found.front` and behind `Found.hit_end` are ignored.
+    """
+
+    begin: int
+    end: int
+    batch_blocks: int
+    deadline_ms: float
+    order: Order = Order.FRONT_TO_BACK
+    overlap: Overlap = Overlap.NONE
+
+
+@dataclass(frozen=True, slots=True)
+class LoadProgress:
+    """How far a load is, `elapsed_ms` after its plan was made. `arrived_blocks` came whole and verified; `front` as in `Found`."""
+
+    found: Found
+    plan: LoadPlan
+    arrived_blocks: int
+    front: int
+    elapsed_ms: float
+
+
+class Planner(Protocol):
+    """Decides for every prompt. Called from several threads; must not block and must not raise."""
+
+    def search(self, prompt: Prompt) -> SearchPlan | None:
+        """Before the lower tiers are asked. None: compute everything that is not resident."""
+        ...
+
+    def load(self, found: Found) -> LoadPlan | None:
+        """When their answer is there and holds at least one block. None: compute instead."""
+        ...
+
+    def goes_on(self, progress: LoadProgress) -> bool:
+        """Asked again and again during a load. False abandons what has not arrived."""
+        ...
+
+
+class FetchAll:
+    """Fetches every hit in one read and computes nothing meanwhile. Needs no measurement, and can be slower than recomputing."""
+
+    def __init__(self, deadline_ms: float) -> None:
+        self._deadline_ms = deadline_ms
+
+    def search(self, prompt: Prompt) -> SearchPlan:
+        """Always."""
+        del prompt
+        return SearchPlan(self._deadline_ms)
+
+    def load(self, found: Found) -> LoadPlan:
+        """All hits at once."""
+        begin = found.prompt.resident_blocks
+        return LoadPlan(begin, found.hit_end, found.hit_end - begin, self._deadline_ms)
+
+    def goes_on(self, progress: LoadProgress) -> bool:
+        """Until the deadline."""
+        del progress
+        return True

@@ -1,0 +1,84 @@
+"""A sequence whose blocks are computed from the front while others arrive from lower tiers: the engine's side of a swap-in.
+
+Owns: `Loading`: which blocks arrived and wait until the computed front reaches them, and what was found of the prompt in the end.
+Invariant: a block that arrived is verified and findable in the pool from then on; the front passes over it without computing.
+Only the engine's thread comes here.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from worker.cache.block_table import BlockTable
+from worker.cache.observation import LoadEnd
+from worker.cache.swap_in import SwapIn
+
+
+@dataclass(frozen=True, slots=True)
+class Admission:
+    """What was found of a prompt. Tokens count whole blocks; `bytes_read` came from lower tiers."""
+
+    local_tokens: int = 0
+    remote_tokens: int = 0
+    bytes_read: int = 0
+    match_ms: float = 0.0
+    read_ms: float = 0.0
+
+    @property
+    def hit_tokens(self) -> int:
+        """Tokens that need no prefill."""
+        return self.local_tokens + self.remote_tokens
+
+
+@dataclass(slots=True)
+class Loading:
+    """An admitted sequence's blocks, and the swap-in for them, if there is one. `end` is None as long as it runs.
+
+    `ready` arrived and are still ahead of the computed front; `used_blocks` were passed over.
+    """
+
+    table: BlockTable
+    resident_blocks: int
+    swap_in: SwapIn | None
+    ready: set[int] = field(default_factory=set)
+    arrived_blocks: int = 0
+    used_blocks: int = 0
+    end: LoadEnd | None = None
+    ended_ms: float = 0.0
+
+    @property
+    def running(self) -> SwapIn | None:
+        """The swap-in, while something may still arrive."""
+        return self.swap_in if self.end is None else None
+
+    @property
+    def over(self) -> bool:
+        """All that is not computed yet has to be computed."""
+        return self.running is None and not self.ready
+
+    def claim(self, end_tokens: int) -> int:
+        """Claims blocks for computing up to `end_tokens`; returns the token up to which it may be computed now."""
+        end = -(-end_tokens // self.table.block_tokens)
+        end = min((block for block in self.ready if block < end), default=end)
+        if self.running is not None:
+            end = self.running.claim(end)
+        return min(end_tokens, end * self.table.block_tokens)
+
+    def pass_ready(self, block: int) -> int:
+        """Moves the front, which is at `block`, over the blocks that are ready there; returns the first one that is not."""
+        while block in self.ready:
+            self.ready.remove(block)
+            self.used_blocks += 1
+            block += 1
+            self.table.sealed = block
+        return block
+
+    def admission(self) -> Admission:
+        """What has come of it so far."""
+        local_tokens = self.resident_blocks * self.table.block_tokens
+        if self.swap_in is None:
+            return Admission(local_tokens)
+        searched = self.swap_in.found.search_ms if self.swap_in.found is not None else self.ended_ms - self.swap_in.started_ms
+        read_ms = self.ended_ms - self.swap_in.planned_ms if self.swap_in.plan is not None else 0.0
+        remote_tokens = self.used_blocks * self.table.block_tokens
+        return Admission(local_tokens, remote_tokens, self.swap_in.bytes_read, searched, read_ms)

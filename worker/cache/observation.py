@@ -1,0 +1,110 @@
+"""What the worker measures of itself while it works, for estimators, metrics and explanations.
+
+Owns: the observations, and `Observer`, who is told of them. Invariant: an observation is a fact about something that is over;
+telling it changes nothing. Times are on the engine's clock.
+"""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass
+from typing import Protocol
+
+from worker.cache.load_plan import Found, LoadPlan, SearchPlan
+
+
+class TransferKind(enum.Enum):
+    """What a tier was asked to do. A MATCH moves no page: its duration is a round trip."""
+
+    MATCH = "match"
+    READ = "read"
+    WRITE = "write"
+
+
+@dataclass(frozen=True, slots=True)
+class Transfer:
+    """One call to a tier that has ended. `pages` of `pages_asked` were found, verified or kept, `bytes` of them moved.
+
+    `first_byte_ms` is when the first bytes were known to be there, where the transport tells. A call that `failed` as a whole
+    (error, deadline, or not made because the tier had failed just before) may have moved some pages nevertheless.
+    """
+
+    tier: str
+    kind: TransferKind
+    started_ms: float
+    ended_ms: float
+    pages_asked: int
+    pages: int
+    bytes: int
+    failed: bool
+    first_byte_ms: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One step of the model. `chunks` are the token ranges `(begin, end)` that it computed, one for each sequence in it."""
+
+    started_ms: float
+    ended_ms: float
+    chunks: tuple[tuple[int, int], ...]
+
+
+class LoadEnd(enum.Enum):
+    """Why a load is over.
+
+    COMPLETE: everything planned was fetched or failed. MET: the computed front reached what had arrived. NOT_FOUND: no lower tier
+    had a block. DECLINED: the planner wanted none. LATE: its deadline passed, or the planner gave it up. RELEASED: the sequence
+    was cancelled or preempted.
+    """
+
+    COMPLETE = "complete"
+    MET = "met"
+    NOT_FOUND = "not_found"
+    DECLINED = "declined"
+    LATE = "late"
+    RELEASED = "released"
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """What became of one search and its load: what was planned, and what happened. `found` and `plan` are None where it never came
+    so far. Blocks `arrived_blocks` came from below and were used or could be.
+    """
+
+    search: SearchPlan
+    found: Found | None
+    plan: LoadPlan | None
+    end: LoadEnd
+    started_ms: float
+    ended_ms: float
+    arrived_blocks: int
+    bytes_read: int
+
+
+class Observer(Protocol):
+    """Is told of every observation, from the thread that made it. Must be quick and must not raise."""
+
+    def transferred(self, transfer: Transfer) -> None:
+        """A call to a tier has ended."""
+        ...
+
+    def stepped(self, step: Step) -> None:
+        """The model has run."""
+        ...
+
+    def loaded(self, load: Load) -> None:
+        """A sequence waits for no page any more."""
+        ...
+
+
+class Unobserved:
+    """Nobody looks."""
+
+    def transferred(self, transfer: Transfer) -> None:
+        """Forgotten."""
+
+    def stepped(self, step: Step) -> None:
+        """Forgotten."""
+
+    def loaded(self, load: Load) -> None:
+        """Forgotten."""
