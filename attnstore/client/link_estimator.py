@@ -1,0 +1,170 @@
+"""What a link costs, learned from the transfers that use it anyway: time = round trip + bytes / bandwidth.
+
+Owns: `LinkEstimator`, a window of recent transfers, and `LinkEstimate`, what they say. Invariant: no sequence of samples, however
+absurd, makes it raise or answer with a number that is not finite and positive; without enough evidence it answers None.
+
+Estimates are weighted medians, which half of the samples must be wrong to fool; weights halve with every few newer samples and with
+age. Three samples in a row that are all far slower, or all far faster, than expected mean that the link itself has changed: what
+came before them is forgotten. The spread around the median, few samples and age make an estimate less certain, and a planner that
+must be safe reckons with `spread`. Robust fits by medians are Theil's and Sen's (1950, 1968); forgetting after a run of like
+residuals is the idea of a CUSUM chart (Page, 1954).
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from dataclasses import dataclass
+from typing import Final
+
+from attnstore.clock import Clock
+
+_WINDOW: Final = 64
+_HALF_LIFE_SAMPLES: Final = 8.0
+_HALF_LIFE_MS: Final = 30_000.0
+_STALE_MS: Final = 600_000.0
+"""Older samples say nothing."""
+_ELAPSED_MS_RANGE: Final = (1e-4, 86_400_000.0)
+_SIZE_BYTES_MAX: Final = 1 << 48
+"""Outside of these a sample is a broken clock or a bug: no transfer ends in 100 ns or takes a day."""
+_BULK_BYTES: Final = 16 << 10
+"""Smaller messages measure the round trip, larger ones the bandwidth."""
+_CHANGE_RUN: Final = 3
+_CHANGE_LOG: Final = math.log(2.0)
+_SPREAD_QUANTILE: Final = 0.8
+_LOG_SPREAD_MAX: Final = math.log(100.0)
+
+
+@dataclass(frozen=True, slots=True)
+class LinkEstimate:
+    """A link at one moment. `spread` >= 1 is a factor: a transfer is expected within `transfer_ms` times or over `spread`.
+
+    `samples` counts bulk transfers, decayed by number and age; `age_ms` is that of the newest.
+    """
+
+    rtt_ms: float
+    bytes_per_ms: float
+    spread: float
+    samples: float
+    age_ms: float
+
+    @property
+    def gbit_per_s(self) -> float:
+        """The bandwidth in 10^9 bits per second."""
+        return self.bytes_per_ms * 8 / 1e6
+
+    def transfer_ms(self, size_bytes: float) -> float:
+        """The time that a read of so many bytes is expected to take, the request included."""
+        return self.rtt_ms + size_bytes / self.bytes_per_ms
+
+    def transfer_ms_high(self, size_bytes: float) -> float:
+        """The time that it takes if the link is as slow as it may well be."""
+        return self.transfer_ms(size_bytes) * self.spread
+
+
+@dataclass(frozen=True, slots=True)
+class _Sample:
+    size_bytes: int
+    elapsed_ms: float
+    at_ms: float
+
+
+class _Recent:
+    """The newest samples of one kind, without those of before the last change."""
+
+    def __init__(self) -> None:
+        self._samples: deque[_Sample] = deque(maxlen=_WINDOW)
+        self._drift: deque[float] = deque(maxlen=_CHANGE_RUN)
+
+    def add(self, sample: _Sample, expected_ms: float | None) -> None:
+        self._drift.append(0.0 if expected_ms is None else math.log(sample.elapsed_ms / expected_ms))
+        self._samples.append(sample)
+        slower, faster = (all(sign * drift > _CHANGE_LOG for drift in self._drift) for sign in (1, -1))
+        if len(self._drift) == _CHANGE_RUN and (slower or faster):
+            while len(self._samples) > _CHANGE_RUN:
+                self._samples.popleft()
+            self._drift.clear()
+
+    def clear(self) -> None:
+        self._samples.clear()
+        self._drift.clear()
+
+    def weighted(self, now_ms: float) -> list[tuple[_Sample, float]]:
+        """The samples that are not stale, the newest first, with their weights."""
+        found = []
+        for newer, sample in enumerate(reversed(self._samples)):
+            age_ms = max(0.0, now_ms - sample.at_ms)  # a clock that went back makes a sample new, not wrong
+            if age_ms <= _STALE_MS:
+                found.append((sample, 0.5 ** (newer / _HALF_LIFE_SAMPLES + age_ms / _HALF_LIFE_MS)))
+        return found
+
+
+class LinkEstimator:
+    """Learns one link from transfers that follow one another. Not thread-safe."""
+
+    def __init__(self, clock: Clock) -> None:
+        self._clock = clock
+        self._questions = _Recent()
+        self._bulk = _Recent()
+        self.rejected = 0
+
+    def observe(self, size_bytes: int, elapsed_ms: float) -> None:
+        """A request for `size_bytes` (0: a mere question) took `elapsed_ms`. Values that no transfer can have are only counted."""
+        shortest_ms, longest_ms = _ELAPSED_MS_RANGE
+        if not (0 <= size_bytes <= _SIZE_BYTES_MAX and shortest_ms <= elapsed_ms <= longest_ms):
+            self.rejected += 1
+            return
+        sample = _Sample(size_bytes, elapsed_ms, self._clock.now_ms())
+        if size_bytes < _BULK_BYTES:
+            self._questions.add(sample, self._round_trip_ms(sample.at_ms))
+        else:
+            expected = self.estimate()
+            self._bulk.add(sample, expected.transfer_ms(size_bytes) if expected is not None else None)
+
+    def forget(self) -> None:
+        """The link failed: what was known of it is void."""
+        self._questions.clear()
+        self._bulk.clear()
+
+    def estimate(self) -> LinkEstimate | None:
+        """What the link costs now; None without a bulk transfer of the last ten minutes."""
+        now_ms = self._clock.now_ms()
+        bulk = self._bulk.weighted(now_ms)
+        if not bulk:
+            return None
+        fastest_ms = min(sample.elapsed_ms for sample, _ in bulk)
+        rtt_ms = min(self._round_trip_ms(now_ms) or 0.0, fastest_ms * 0.99)
+        # What a transfer says of the bandwidth is the part of its time that was not the round trip.
+        rates = [(s.size_bytes / (s.elapsed_ms - rtt_ms), w * (1 - rtt_ms / s.elapsed_ms)) for s, w in bulk]
+        bytes_per_ms = weighted_median(rates)
+        assert bytes_per_ms is not None
+        samples = sum(weight for _, weight in bulk)
+        age_ms = max(0.0, now_ms - bulk[0][0].at_ms)
+        errors = [(abs(math.log(s.elapsed_ms / (rtt_ms + s.size_bytes / bytes_per_ms))), w) for s, w in bulk]
+        seen = weighted_quantile(errors, _SPREAD_QUANTILE)
+        assert seen is not None
+        # One sample, or one as old as a half-life, could be wrong by a factor of two.
+        unseen = math.log(2.0) * (1 / max(samples, 1e-3) + age_ms / _HALF_LIFE_MS)
+        return LinkEstimate(rtt_ms, bytes_per_ms, math.exp(min(seen + unseen, _LOG_SPREAD_MAX)), samples, age_ms)
+
+    def _round_trip_ms(self, now_ms: float) -> float | None:
+        return weighted_median([(sample.elapsed_ms, weight) for sample, weight in self._questions.weighted(now_ms)])
+
+
+def weighted_median(values: list[tuple[float, float]]) -> float | None:
+    """The median of `(value, weight)`; None where there is nothing to weigh."""
+    return weighted_quantile(values, 0.5)
+
+
+def weighted_quantile(values: list[tuple[float, float]], quantile: float) -> float | None:
+    """The smallest value that at least `quantile` of the weight does not pass; None where there is nothing to weigh."""
+    total = sum(weight for _, weight in values)
+    if total <= 0:
+        return None
+    reached = 0.0
+    ordered = sorted(values)
+    for value, weight in ordered:
+        reached += weight
+        if reached >= quantile * total:
+            return value
+    return ordered[-1][0]

@@ -1,0 +1,143 @@
+"""What computing costs here, learned from the steps that the engine runs anyway.
+
+Owns: `PrefillEstimator` and `PrefillCost` (a chunk's time as a function of its length and its context), `FactorEstimator` (how much
+a running transfer slows computing down) and `DurationEstimator` (a decode step). Links, and the copies between tiers, are
+`attnstore.client.link_estimator`'s. Invariant: no sequence of samples makes an estimator raise, and none answers with a cost that
+is negative or not finite. Pure: time comes in as numbers.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from dataclasses import dataclass
+from itertools import combinations
+from typing import Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from attnstore.client.link_estimator import weighted_median
+
+_WINDOW: Final = 96
+_HALF_LIFE_SAMPLES: Final = 32.0
+_FIT_ROUNDS: Final = 4
+_HUBER: Final = 0.1
+"""Relative errors beyond this count in proportion, not squared."""
+_RIDGE: Final = 1e-3
+_ELAPSED_MS_MIN: Final = 1e-4
+_ELAPSED_MS_MAX: Final = 86_400_000.0
+_TOKENS_MAX: Final = 1 << 30
+
+
+@dataclass(frozen=True, slots=True)
+class PrefillCost:
+    """Computing tokens `[begin, end)` of a sequence in one chunk takes, with n = end - begin,
+
+        chunk_ms + token_ms * n + pair_ms * n * (begin + end) / 2
+
+    the step itself, the matrices that each token passes, and the attention of each token to those before it.
+    """
+
+    chunk_ms: float
+    token_ms: float
+    pair_ms: float
+
+    def chunk(self, begin: int, end: int) -> float:
+        """One chunk."""
+        return self.chunk_ms + (end - begin) * (self.token_ms + self.pair_ms * (begin + end) / 2) if end > begin else 0.0
+
+    def span(self, begin: int, end: int, chunk_tokens: int) -> float:
+        """Tokens `[begin, end)` in chunks that end at the multiples of `chunk_tokens`."""
+        if end <= begin:
+            return 0.0
+        chunks = -(-end // chunk_tokens) - begin // chunk_tokens
+        return self.chunk_ms * chunks + (end - begin) * (self.token_ms + self.pair_ms * (begin + end) / 2)
+
+
+class PrefillEstimator:
+    """Fits `PrefillCost` to recent chunks: least squares of relative errors with Huber's weights (1964), no coefficient below 0."""
+
+    def __init__(self) -> None:
+        self._chunks: deque[tuple[int, int, float]] = deque(maxlen=_WINDOW)
+        self._fitted: PrefillCost | None = None
+
+    def observe(self, begin: int, end: int, elapsed_ms: float) -> None:
+        """A step computed tokens `[begin, end)` of one sequence and nothing else, with no transfer beside it."""
+        if 0 <= begin < end <= _TOKENS_MAX and _ELAPSED_MS_MIN <= elapsed_ms <= _ELAPSED_MS_MAX:
+            self._chunks.append((begin, end, elapsed_ms))
+            self._fitted = None
+
+    def estimate(self) -> PrefillCost | None:
+        """What chunks cost now; None before the first sample."""
+        if self._fitted is None and self._chunks:
+            self._fitted = _fit(list(self._chunks))
+        return self._fitted
+
+
+def _fit(chunks: list[tuple[int, int, float]]) -> PrefillCost:
+    begin, end, elapsed_ms = np.array(chunks, dtype=np.float64).T
+    tokens = end - begin
+    # Each row is divided by its time, so that errors are relative: rows of ones are to be explained.
+    features = np.stack([np.ones_like(tokens), tokens, tokens * (begin + end) / 2], axis=1) / elapsed_ms[:, None]
+    scale = np.maximum(np.linalg.norm(features, axis=0), 1e-300)
+    features = features / scale
+    age = np.arange(len(chunks))[::-1]
+    recent = 0.5 ** (age / _HALF_LIFE_SAMPLES)
+    weights = recent
+    solution = np.zeros(3)
+    for _ in range(_FIT_ROUNDS):
+        solution = _non_negative_least_squares(features, weights)
+        error = np.abs(features @ solution - 1)
+        weights = recent * np.minimum(1.0, _HUBER / np.maximum(error, 1e-12))
+    chunk_ms, token_ms, pair_ms = (solution / scale).tolist()
+    return PrefillCost(chunk_ms, token_ms, pair_ms)
+
+
+def _non_negative_least_squares(features: NDArray[np.float64], weights: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Three unknowns: every set of those that are not 0 is tried. A slight ridge decides between explanations of equal chunks."""
+    best, best_error = np.zeros(3), math.inf
+    root = np.sqrt(weights)
+    for used in (list(columns) for count in (3, 2, 1) for columns in combinations(range(3), count)):
+        rows = np.vstack([features[:, used] * root[:, None], _RIDGE * np.eye(len(used))])
+        found = np.linalg.lstsq(rows, np.concatenate([root, np.zeros(len(used))]), rcond=None)[0]
+        if (found < 0).any():
+            continue
+        error = float(np.sum(weights * (features[:, used] @ found - 1) ** 2) + _RIDGE**2 * np.sum(found**2))
+        if error < best_error * (1 - 1e-9):
+            best, best_error = np.zeros(3), error
+            best[used] = found
+    return best
+
+
+class DurationEstimator:
+    """The median of recent durations in ms."""
+
+    def __init__(self) -> None:
+        self._durations: deque[float] = deque(maxlen=_WINDOW)
+
+    def observe(self, elapsed_ms: float) -> None:
+        """It took so long this time."""
+        if _ELAPSED_MS_MIN <= elapsed_ms <= _ELAPSED_MS_MAX:
+            self._durations.append(elapsed_ms)
+
+    def estimate(self) -> float | None:
+        """What it takes now; None before the first sample."""
+        return weighted_median([(value, 1.0) for value in self._durations])
+
+
+class FactorEstimator:
+    """The median of recent ratios of measured to expected, between 1 and 4; `prior` before there are any."""
+
+    def __init__(self, prior: float) -> None:
+        self._prior = prior
+        self._ratios: deque[float] = deque([prior], maxlen=_WINDOW // 4)
+
+    def observe(self, measured_ms: float, expected_ms: float) -> None:
+        """What was expected to take `expected_ms` took `measured_ms`."""
+        if measured_ms > 0 and expected_ms > 0 and math.isfinite(measured_ms / expected_ms):
+            self._ratios.append(measured_ms / expected_ms)
+
+    def estimate(self) -> float:
+        """The factor now."""
+        return min(max(weighted_median([(ratio, 1.0) for ratio in self._ratios]) or self._prior, 1.0), 4.0)
