@@ -12,7 +12,7 @@ from collections.abc import Callable, Collection, Sequence
 from attnstore.core.layout import PageLayout
 from attnstore.errors import NamespaceUnknown
 from attnstore.types import Lease, MatchResult, PageStatus, ReadResult, WriteResult
-from worker.cache.load_plan import Found, LoadPlan, LoadProgress, Overlap, Prompt, SearchPlan
+from worker.cache.load_plan import Found, LoadPlan, LoadProgress, Prompt, SearchPlan
 
 _GARBAGE = 0xA5
 
@@ -119,9 +119,9 @@ class MemoryStore:
 
 
 class FixedPlanner:
-    """Has the tiers asked for a minute, then returns `plan`; `gives_up` ends any load at once."""
+    """Has the tiers asked for a minute, computing the blocks before `searching`, then returns `plan`; `gives_up` ends any load."""
 
-    def __init__(self, plan: LoadPlan | None, *, searching: Overlap = Overlap.NONE, gives_up: bool = False) -> None:
+    def __init__(self, plan: LoadPlan | None, *, searching: int = 0, gives_up: bool = False) -> None:
         self.plan = plan
         self.gives_up = gives_up
         self._search = SearchPlan(60_000.0, searching)
@@ -137,7 +137,6 @@ class FixedPlanner:
         self.found.append(found)
         return self.plan
 
-    def goes_on(self, progress: LoadProgress) -> bool:
-        """As told."""
-        del progress
-        return not self.gives_up
+    def replan(self, progress: LoadProgress) -> LoadPlan | None:
+        """The same plan, unless told to give up."""
+        return None if self.gives_up else progress.plan

@@ -12,7 +12,7 @@ import torch
 from attnstore.core.eviction import EVICTION_POLICIES
 from attnstore.errors import InvalidArgument, Overloaded
 from attnstore.types import PageStatus
-from worker.cache.load_plan import Found, LoadPlan, LoadProgress, Order, Overlap, Prompt, SearchPlan
+from worker.cache.load_plan import Found, LoadPlan, LoadProgress, Order, Prompt, SearchPlan
 from worker.engine import Engine, EngineOptions, FinishReason, SamplingParams, Sequence
 from worker.engine.sampler import Sampler
 from worker.model import LoadedModel
@@ -152,21 +152,24 @@ class _AnyPlan:
 
     def search(self, prompt: Prompt) -> SearchPlan | None:
         del prompt
-        return self._random.choice([None, SearchPlan(20.0, self._overlap()), SearchPlan(WAIT_MS, self._overlap())])
+        return self._random.choice([None, SearchPlan(20.0, self._compute_before()), SearchPlan(WAIT_MS, self._compute_before())])
 
     def load(self, found: Found) -> LoadPlan | None:
         begin, end = sorted(self._random.randrange(-1, found.hit_end + 3) for _ in range(2))
         deadline_ms = self._random.choice([1.0, 20.0, 200.0])
         order = self._random.choice(list(Order))
-        plan = LoadPlan(begin, end, self._random.randrange(0, 6), deadline_ms, order, self._overlap())
+        plan = LoadPlan(begin, end, self._random.randrange(0, 6), deadline_ms, order, self._compute_before())
         return self._random.choice([None, plan, plan, plan])
 
-    def goes_on(self, progress: LoadProgress) -> bool:
-        del progress
-        return self._random.random() > 0.1
+    def replan(self, progress: LoadProgress) -> LoadPlan | None:
+        if self._random.random() < 0.1:
+            return None
+        begin, end = sorted(self._random.randrange(-1, progress.found.hit_end + 3) for _ in range(2))
+        batch_blocks = self._random.randrange(0, 6)
+        return LoadPlan(begin, end, batch_blocks, progress.plan.deadline_ms, progress.plan.order, self._compute_before())
 
-    def _overlap(self) -> Overlap:
-        return self._random.choice(list(Overlap))
+    def _compute_before(self) -> int:
+        return self._random.choice([0, self._random.randrange(20), 99])
 
 
 def _break_something(store: MemoryStore, generator: random.Random) -> None:

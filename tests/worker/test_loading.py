@@ -14,7 +14,7 @@ from attnstore.core.hashing import Namespace
 from attnstore.core.layout import DType, PageLayout
 from attnstore.types import PageStatus
 from worker.cache import CacheManager, Loading, PagePool, RemoteTier
-from worker.cache.load_plan import LoadPlan, Order, Overlap, Planner
+from worker.cache.load_plan import LoadPlan, Order, Planner
 from worker.cache.observation import Load, LoadEnd, Step, Transfer, TransferKind
 from worker.engine import Engine, EngineOptions, FinishReason, SamplingParams, Sequence
 from worker.model import LoadedModel
@@ -24,7 +24,7 @@ LAYOUT = PageLayout(layers=2, kv_heads=1, head_dim=4, block_tokens=4, dtype=DTyp
 NAMESPACE = Namespace(b"n" * 32)
 WAIT_MS = 30_000
 HOUR_MS = 3_600_000.0
-MEET = LoadPlan(0, 99, 4, HOUR_MS, Order.BACK_TO_FRONT, Overlap.FRONT)
+MEET = LoadPlan(0, 99, 4, HOUR_MS, Order.BACK_TO_FRONT, compute_before=99)
 
 
 class Recorder:
@@ -138,7 +138,7 @@ def test_the_computed_front_meets_the_pages_that_arrive_from_the_back(store: Mem
 
 def test_what_is_claimed_is_never_fetched_and_what_is_in_flight_never_claimed(store: MemoryStore, tokens: list[int]) -> None:
     turnstile = Turnstile(store)
-    manager = manager_on(store, 20, FixedPlanner(MEET, searching=Overlap.FRONT))
+    manager = manager_on(store, 20, FixedPlanner(MEET, searching=99))
     loading = manager.admit(tokens, [])
     eventually(lambda: store.calls.count("read") == 1)
     assert loading.claim(64) == 48
@@ -153,16 +153,16 @@ def test_what_is_claimed_is_never_fetched_and_what_is_in_flight_never_claimed(st
 
 
 @pytest.mark.parametrize("order", Order)
-@pytest.mark.parametrize("overlap", [Overlap.NONE, Overlap.FRONT])
+@pytest.mark.parametrize("compute_before", [0, 99])
 @pytest.mark.parametrize("lost", [set(), {0}, {5}, {15}, {3, 9}, set(range(16))])
 def test_gaps_are_computed_whatever_the_plan(
-    store: MemoryStore, tokens: list[int], order: Order, overlap: Overlap, lost: set[int]
+    store: MemoryStore, tokens: list[int], order: Order, compute_before: int, lost: set[int]
 ) -> None:
     names = list(store.pages)
     pages_read: list[bytes] = []
     store.on_page = pages_read.append
     store.read_status = lambda _: PageStatus.CORRUPT if names.index(pages_read[-1]) in lost else PageStatus.OK
-    manager = manager_on(store, 20, FixedPlanner(LoadPlan(0, 16, 3, HOUR_MS, order, overlap)))
+    manager = manager_on(store, 20, FixedPlanner(LoadPlan(0, 16, 3, HOUR_MS, order, compute_before)))
     loading = manager.admit(tokens, [])
     computed = 0
     while computed < 64:
@@ -325,8 +325,8 @@ def test_tokens_are_right_wherever_computing_and_fetching_meet(
     expected = stored(tiny, store, token_ids, how)
     for permits in (0, 1, 5, 12, 99):
         turnstile = Turnstile(store)
-        plan = LoadPlan(2, 18, batch_blocks, HOUR_MS, order, Overlap.FRONT)
-        planner = FixedPlanner(plan, searching=Overlap.FRONT)
+        plan = LoadPlan(2, 18, batch_blocks, HOUR_MS, order, 99)
+        planner = FixedPlanner(plan, searching=99)
         with Engine(tiny, options(tiny, 40, chunk_tokens=32), store=store, planner=planner) as engine:
             turnstile.allow(permits)
             sequence = engine.submit(token_ids, how)

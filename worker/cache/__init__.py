@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from worker.cache.load_plan import FetchAll, Planner
+from worker.cache.load_plan import FetchAll, Planner, RecomputeAll
 from worker.cache.loading import Admission, Loading
 from worker.cache.manager import CacheManager, CacheStatistics
 from worker.cache.observation import Observer, Step, Unobserved
@@ -21,6 +21,7 @@ __all__ = [
     "PagePool",
     "PageStore",
     "Planner",
+    "RecomputeAll",
     "RemoteTier",
     "Step",
     "Unobserved",

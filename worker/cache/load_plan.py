@@ -1,6 +1,7 @@
 """What is decided about a prompt whose pages lie in a lower tier: the seam between the manager, which acts, and a planner.
 
-Owns: the facts that a planner is given, the plans that it returns, and `FetchAll`, the planner that needs no measurement.
+Owns: the facts that a planner is given, the plans that it returns, and `FetchAll` and `RecomputeAll`, the planners that need no
+measurement.
 Invariant: a plan is advice about time. Whatever it says, and whatever becomes of its transfers, the tokens are the same.
 
 Blocks are numbered from the start of the prompt. The first `resident_blocks` are in the pool already; the last token is never
@@ -21,21 +22,11 @@ class Order(enum.Enum):
     BACK_TO_FRONT = "back_to_front"
 
 
-class Overlap(enum.Enum):
-    """What is computed of a sequence while its pages are on the way.
-
-    NONE: nothing. FRONT: its first blocks, towards the pages; where both meet, what is not fetched yet stays where it is (Cake: Jin
-    et al., "Compute or Load KV Cache? Why Not Both?", ICML 2025).
-    """
-
-    NONE = "none"
-    FRONT = "front"
-
-
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """What is known before any lower tier was asked."""
+    """What is known before any lower tier was asked. `number` tells admissions apart."""
 
+    number: int
     tokens: int
     block_tokens: int
     page_bytes: int
@@ -46,10 +37,10 @@ class Prompt:
 
 @dataclass(frozen=True, slots=True)
 class SearchPlan:
-    """Ask the lower tiers, for at most `deadline_ms`, while `overlap` is computed."""
+    """Ask the lower tiers, for at most `deadline_ms`, and compute the blocks before `compute_before` meanwhile."""
 
     deadline_ms: float
-    overlap: Overlap = Overlap.NONE
+    compute_before: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +57,9 @@ class Found:
 
 @dataclass(frozen=True, slots=True)
 class LoadPlan:
-    """Fetch blocks `[begin, end)`, `batch_blocks` in one read, until `deadline_ms` from now; the rest is computed.
+    """Fetch blocks `[begin, end)`, `batch_blocks` in one read, until `deadline_ms` after the load began; the rest is computed, and
+    of it the blocks before `compute_before` meanwhile, towards the pages. Where both meet, what is not fetched yet stays where it
+    is (Cake: Jin et al., "Compute or Load KV Cache? Why Not Both?", ICML 2025).
 
     Blocks before `Found.front` and behind `Found.hit_end` are ignored.
     """
@@ -76,17 +69,22 @@ class LoadPlan:
     batch_blocks: int
     deadline_ms: float
     order: Order = Order.FRONT_TO_BACK
-    overlap: Overlap = Overlap.NONE
+    compute_before: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class LoadProgress:
-    """How far a load is, `elapsed_ms` after its plan was made. `arrived_blocks` came whole and verified; `front` as in `Found`."""
+    """How far a load is, `elapsed_ms` after it began. `arrived_blocks` came whole and verified; `front` as in `Found`. Blocks
+    `in_flight` are being read, for `in_flight_ms` by now; those `pending` will be, if the plan stays as it is.
+    """
 
     found: Found
     plan: LoadPlan
     arrived_blocks: int
     front: int
+    pending: range
+    in_flight: range
+    in_flight_ms: float
     elapsed_ms: float
 
 
@@ -101,8 +99,11 @@ class Planner(Protocol):
         """When their answer is there and holds at least one block. None: compute instead."""
         ...
 
-    def goes_on(self, progress: LoadProgress) -> bool:
-        """Asked again and again during a load. False abandons what has not arrived."""
+    def replan(self, progress: LoadProgress) -> LoadPlan | None:
+        """Asked again and again during a load, at least after each read. None abandons what has not arrived.
+
+        A new plan keeps the order. It cannot take back what was asked for, nor what was computed.
+        """
         ...
 
 
@@ -122,7 +123,22 @@ class FetchAll:
         begin = found.prompt.resident_blocks
         return LoadPlan(begin, found.hit_end, found.hit_end - begin, self._deadline_ms)
 
-    def goes_on(self, progress: LoadProgress) -> bool:
-        """Until the deadline."""
+    def replan(self, progress: LoadProgress) -> LoadPlan:
+        """The same until the deadline."""
+        return progress.plan
+
+
+class RecomputeAll:
+    """Asks nobody for pages."""
+
+    def search(self, prompt: Prompt) -> None:
+        """Never."""
+        del prompt
+
+    def load(self, found: Found) -> None:
+        """Nothing."""
+        del found
+
+    def replan(self, progress: LoadProgress) -> None:
+        """Nothing."""
         del progress
-        return True

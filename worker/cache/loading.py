@@ -7,6 +7,7 @@ Only the engine's thread comes here.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
 from worker.cache.block_table import BlockTable
@@ -50,6 +51,11 @@ class Loading:
     def running(self) -> SwapIn | None:
         """The swap-in, while something may still arrive."""
         return self.swap_in if self.end is None else None
+
+    @property
+    def due_ms(self) -> float:
+        """When its stage is due; never, where nothing runs."""
+        return self.swap_in.due_ms if self.swap_in is not None and self.end is None else math.inf
 
     @property
     def over(self) -> bool:

@@ -70,6 +70,7 @@ class CacheManager:
         self._changed = threading.Event()
         self._quarantine: list[_Quarantined] = []
         self._dropped = 0
+        self._admissions = 0
 
     @property
     def block_tokens(self) -> int:
@@ -218,7 +219,8 @@ class CacheManager:
         if self._remote is None or table.sealed == usable:
             return None
         layout = self.pages.layout
-        prompt = Prompt(tokens, self.block_tokens, layout.page_bytes, layout.layers, table.sealed, usable)
+        self._admissions += 1
+        prompt = Prompt(self._admissions, tokens, self.block_tokens, layout.page_bytes, layout.layers, table.sealed, usable)
         search = self._planner.search(prompt)
         if search is None:
             return None
@@ -244,8 +246,7 @@ class CacheManager:
     def _is_late(self, swap_in: SwapIn) -> bool:
         if self._clock.now_ms() > swap_in.due_ms + _LOAD_GRACE_MS:
             return True
-        progress = swap_in.progress()
-        return progress is not None and not self._planner.goes_on(progress)
+        return not swap_in.replan()
 
     def _give_up(self, loading: Loading, swap_in: SwapIn, end: LoadEnd) -> range:
         """Lets nothing arrive any more. The blocks that may still be written go into quarantine and are returned."""

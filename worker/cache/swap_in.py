@@ -20,7 +20,7 @@ from typing import Protocol
 from attnstore.clock import Clock
 from attnstore.core.hashing import BlockHash
 from attnstore.types import Lease, MatchResult, ReadResult
-from worker.cache.load_plan import Found, LoadPlan, LoadProgress, Order, Overlap, Planner, Prompt, SearchPlan
+from worker.cache.load_plan import Found, LoadPlan, LoadProgress, Order, Planner, Prompt, SearchPlan
 
 _LOG = logging.getLogger(__name__)
 
@@ -78,9 +78,11 @@ class SwapIn:
         self._front = prompt.resident_blocks
         self._pending = range(0)
         self._in_flight = range(0)
+        self._asked_ms = self.started_ms
         self._arrived: list[int] = []
         self._arrived_blocks = 0
         self._met = False
+        self._failed = False
         self._over = False
         self._done = threading.Event()
         # A daemon, so that a read that never ends cannot keep the process alive.
@@ -102,11 +104,6 @@ class SwapIn:
         return self._met
 
     @property
-    def overlap(self) -> Overlap:
-        """What may be computed at this stage."""
-        return self.plan.overlap if self.plan is not None else self.search.overlap
-
-    @property
     def due_ms(self) -> float:
         """When the stage that runs must be over."""
         if self.plan is not None:
@@ -122,8 +119,8 @@ class SwapIn:
     def claim(self, end: int) -> int:
         """Claims the blocks before `end`, as far as none is in flight; returns the first one that is not the engine's."""
         with self._lock:
-            if not self._over and self.overlap is Overlap.NONE:
-                return self._front
+            if not self._over:
+                end = min(end, (self.plan or self.search).compute_before)
             if not self._over and self._in_flight:
                 end = min(end, self._in_flight.start)
             for block in self._arrived:
@@ -137,8 +134,34 @@ class SwapIn:
         with self._lock:
             if self.found is None or self.plan is None:
                 return None
-            elapsed_ms = self._clock.now_ms() - self.planned_ms
-            return LoadProgress(self.found, self.plan, self._arrived_blocks, self._front, elapsed_ms)
+            now_ms = self._clock.now_ms()
+            return LoadProgress(
+                self.found,
+                self.plan,
+                self._arrived_blocks,
+                self._front,
+                range(max(self._pending.start, self._front), self._pending.stop),
+                self._in_flight,
+                now_ms - self._asked_ms if self._in_flight else 0.0,
+                now_ms - self.planned_ms,
+            )
+
+    def replan(self) -> bool:
+        """Has the planner look at the load again. False where it gives up what has not arrived. From any thread."""
+        progress = self.progress()
+        if progress is None:
+            return True
+        plan = self._planner.replan(progress)
+        with self._lock:
+            if plan is None or self._over or self._failed:
+                self._pending = range(0)
+                return plan is not None
+            self.plan = plan
+            if plan.order is Order.BACK_TO_FRONT:
+                self._pending = range(max(plan.begin, self.prompt.resident_blocks), self._pending.stop)
+            else:
+                self._pending = range(self._pending.start, min(plan.end, progress.found.hit_end))
+            return True
 
     def cancel(self) -> range:
         """Lets nothing arrive from now on. The blocks in flight, which may be written until `done`, are returned."""
@@ -155,6 +178,7 @@ class SwapIn:
             if self._begin(match.hits[0]):
                 while batch := self._next_batch():
                     self._fetch(batch, lease)
+                    self.replan()
         except Exception:  # a planner's or a source's mistake must not cost a sequence its life
             _LOG.exception("a swap-in failed; what has not arrived is recomputed")
         with self._lock:
@@ -192,6 +216,7 @@ class SwapIn:
             else:
                 batch, self._pending = pending[:size], pending[size:]
             self._in_flight = batch
+            self._asked_ms = self._clock.now_ms()
             return batch
 
     def _fetch(self, batch: range, lease: Lease | None) -> None:
@@ -207,5 +232,6 @@ class SwapIn:
                 self._arrived += hits
                 self._arrived_blocks += len(hits)
             if not hits:  # the tier has failed or lost the pages: more of it would be more waiting
+                self._failed = True
                 self._pending = range(0)
         self._changed.set()

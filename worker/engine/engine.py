@@ -7,6 +7,7 @@ of a run alone, up to the rounding of near ties; a sequence that waits or is fin
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterable
 from collections.abc import Sequence as Items
@@ -181,7 +182,7 @@ class Engine:
         chunks = self._scheduler.chunks()
         if not chunks:
             if self._scheduler.running:
-                self._cache.wait(_IDLE_MS)
+                self._cache.wait(self._idle_ms())
             return []
         started_ms = self._clock.now_ms()
         logits = self._runner.run(chunks)
@@ -285,6 +286,11 @@ class Engine:
                 self._end_loading(sequence)
             else:
                 sequence.computable_tokens = loading.claim(next_chunk(sequence, self.options.chunk_tokens).end)
+
+    def _idle_ms(self) -> float:
+        """How long to wait for pages before the first load is due."""
+        due_ms = min((s.loading.due_ms for s in self._scheduler.running if s.loading is not None), default=math.inf)
+        return min(_IDLE_MS, max(1.0, due_ms - self._clock.now_ms()))
 
     def _end_loading(self, sequence: Sequence) -> None:
         if sequence.loading is not None:
