@@ -7,11 +7,13 @@ status is not OK leaves garbage in its buffer, as a broken transfer does.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
+from itertools import takewhile
 
 from attnstore.core.layout import PageLayout
 from attnstore.errors import NamespaceUnknown
 from attnstore.types import Lease, MatchResult, PageStatus, ReadResult, WriteResult
+from worker.cache import OnLayer
 from worker.cache.load_plan import Found, LoadPlan, LoadProgress, Prompt, SearchPlan
 
 _GARBAGE = 0xA5
@@ -22,15 +24,19 @@ def always_ok(_: int) -> PageStatus:
     return PageStatus.OK
 
 
-def ignore(_: bytes) -> None:
+def ignore(_: object) -> None:
     """Nobody is told."""
+
+
+def _leading(true: Iterable[bool]) -> int:
+    return sum(1 for _ in takewhile(bool, true))
 
 
 class MemoryStore:
     """Keeps pages in a dictionary. Faults are set as attributes, at any time.
 
     read_status: the status of the page at each position of a read, where the page is there at all.
-    on_page: told the hash of each page that is about to be read.
+    on_page, before_layer: told the hash of each page, or the number of each layer, that is about to be read.
     write_verdict: the verdict on every new page; the page is kept only with STORED.
     failing, error: calls named in `failing` ("register_layout", "match", "read", "write", "release") raise `error`.
     gate: reads and writes wait for it, for as long as it takes.
@@ -39,10 +45,12 @@ class MemoryStore:
     def __init__(self) -> None:
         self.pages: dict[bytes, bytes] = {}
         self.namespaces: set[bytes] = set()
+        self.layouts: dict[bytes, PageLayout] = {}
         self.leases: set[bytes] = set()
         self.calls: list[str] = []
         self.read_status: Callable[[int], PageStatus] = always_ok
         self.on_page: Callable[[bytes], None] = ignore
+        self.before_layer: Callable[[int], None] = ignore
         self.write_verdict = PageStatus.STORED
         self.failing: Collection[str] = ()
         self.error: Exception = RuntimeError("the store failed on purpose")
@@ -53,6 +61,7 @@ class MemoryStore:
         """Makes the namespace known."""
         self._enter("register_layout")
         self.namespaces.add(namespace)
+        self.layouts[namespace] = layout
         return layout.page_bytes
 
     def match(self, namespace: bytes, prefixes: Sequence[Sequence[bytes]], /, *, lease_ms: int) -> MatchResult:
@@ -74,12 +83,16 @@ class MemoryStore:
         *,
         lease: Lease | None,
         deadline_ms: float,
+        on_layer: OnLayer | None = None,
     ) -> ReadResult:
-        """Copies pages out; those that `read_status` fails become garbage."""
+        """Copies pages out; those that `read_status` fails become garbage. By layers it fails them in the last one."""
         del lease, deadline_ms
         self._enter("read", namespace)
         self.gate.wait()
-        statuses = [self._read_page(i, page, buffer) for i, (page, buffer) in enumerate(zip(hashes, buffers, strict=True))]
+        if on_layer is not None:
+            statuses = self._read_by_layers(self.layouts[namespace], hashes, buffers, on_layer)
+        else:
+            statuses = [self._read_page(i, page, buffer) for i, (page, buffer) in enumerate(zip(hashes, buffers, strict=True))]
         return ReadResult(tuple(statuses), sum(b.nbytes for b, status in zip(buffers, statuses, strict=True) if status.is_hit))
 
     def write(self, namespace: bytes, hashes: Sequence[bytes], pages: Sequence[memoryview], /, *, deadline_ms: int) -> WriteResult:
@@ -109,6 +122,23 @@ class MemoryStore:
         status = self.read_status(index)
         buffer[:] = self.pages[page_hash] if status.is_hit else bytes([_GARBAGE]) * buffer.nbytes
         return status
+
+    def _read_by_layers(
+        self, layout: PageLayout, hashes: Sequence[bytes], buffers: Sequence[memoryview], on_layer: OnLayer
+    ) -> list[PageStatus]:
+        found = [page in self.pages for page in hashes]
+        statuses = [self.read_status(i) if there else PageStatus.MISSING for i, there in enumerate(found)]
+        whole = _leading(status.is_hit for status in statuses)
+        for layer in range(layout.layers):
+            self.before_layer(layer)
+            begin, end = layout.layer_slice(layer, layer + 1)
+            last = layer == layout.layers - 1
+            for page, there, status, buffer in zip(hashes, found, statuses, buffers, strict=True):
+                if there:
+                    intact = status.is_hit or not last
+                    buffer[begin:end] = self.pages[page][begin:end] if intact else bytes([_GARBAGE]) * (end - begin)
+            on_layer(layer, whole if last else _leading(found))
+        return statuses
 
     def _enter(self, call: str, namespace: bytes | None = None) -> None:
         self.calls.append(call)

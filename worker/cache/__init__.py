@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from worker.cache.layer_gate import LayerGate
 from worker.cache.load_plan import FetchAll, Planner, RecomputeAll
 from worker.cache.loading import Admission, Loading
 from worker.cache.manager import CacheManager, CacheStatistics
-from worker.cache.observation import Observer, Step, Unobserved
-from worker.cache.page_store import STORE_TRANSPORTS, PageStore, open_store
+from worker.cache.observation import LoadEnd, Observer, Step, Unobserved
+from worker.cache.page_store import STORE_TRANSPORTS, OnLayer, PageStore, open_store
 from worker.cache.pages import PagePool
 from worker.cache.remote import RemoteTier
 
@@ -16,8 +17,11 @@ __all__ = [
     "CacheManager",
     "CacheStatistics",
     "FetchAll",
+    "LayerGate",
+    "LoadEnd",
     "Loading",
     "Observer",
+    "OnLayer",
     "PagePool",
     "PageStore",
     "Planner",

@@ -16,10 +16,15 @@ from typing import Protocol
 
 
 class Order(enum.Enum):
-    """Which batch of a load is fetched first."""
+    """What of a load is fetched first: the first batch, the last one, or of all blocks the first layer.
+
+    LAYERS is one read. The chunk behind the blocks is computed as they come, each layer as soon as that layer of all of them is
+    there, where nobody has anything else to compute and the transport sends by layers; else the blocks are waited for.
+    """
 
     FRONT_TO_BACK = "front_to_back"
     BACK_TO_FRONT = "back_to_front"
+    LAYERS = "layers"
 
 
 @dataclass(frozen=True, slots=True)

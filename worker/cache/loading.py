@@ -11,6 +11,7 @@ import math
 from dataclasses import dataclass, field
 
 from worker.cache.block_table import BlockTable
+from worker.cache.layer_gate import LayerGate
 from worker.cache.observation import LoadEnd
 from worker.cache.swap_in import SwapIn
 
@@ -69,6 +70,13 @@ class Loading:
         if self.running is not None:
             end = self.running.claim(end)
         return min(end_tokens, end * self.table.block_tokens)
+
+    def gate(self, computed_tokens: int) -> LayerGate | None:
+        """The gate of the pages that arrive layer by layer where the front stands before them; None where there is none to use."""
+        gate = self.running.gate if self.running is not None else None
+        if gate is None or not gate.open or computed_tokens != gate.blocks.start * self.table.block_tokens:
+            return None
+        return gate
 
     def pass_ready(self, block: int) -> int:
         """Moves the front, which is at `block`, over the blocks that are ready there; returns the first one that is not."""

@@ -146,10 +146,14 @@ class CacheManager:
                 self._replace(loading, self._give_up(loading, swap_in, LoadEnd.LATE))
         return max(computed_tokens, loading.pass_ready(computed_tokens // self.block_tokens) * self.block_tokens)
 
-    def abandon(self, loading: Loading) -> None:
-        """Ends what runs for a sequence whose table is about to be released."""
+    def is_late(self, loading: Loading) -> bool:
+        """A load whose deadline passed or that the planner gives up: `advance` will end it."""
+        return loading.running is not None and self._is_late(loading.running)
+
+    def abandon(self, loading: Loading, end: LoadEnd = LoadEnd.RELEASED) -> None:
+        """Ends what runs for a sequence that needs no more of it, or whose table is about to be released."""
         if (swap_in := loading.running) is not None:
-            self._give_up(loading, swap_in, LoadEnd.RELEASED)
+            self._give_up(loading, swap_in, end)
 
     def wait(self, timeout_ms: float) -> None:
         """Waits until a load has got on, `wake` was called, or the time is up."""

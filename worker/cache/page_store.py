@@ -10,6 +10,7 @@ from typing import Final, Protocol
 
 import attnstore
 from attnstore.client.bulk import TRANSPORT_NAMES
+from attnstore.client.bulk import OnLayer as OnLayer
 from attnstore.core.layout import PageLayout
 from attnstore.types import Lease, MatchResult, ReadResult, WriteResult
 
@@ -37,8 +38,12 @@ class PageStore(Protocol):
         *,
         lease: Lease | None,
         deadline_ms: float,
+        on_layer: OnLayer | None = None,
     ) -> ReadResult:
-        """Fills one buffer per page. After it returned no buffer is written any more; pages that are not OK are misses."""
+        """Fills one buffer per page. After it returned no buffer is written any more; pages that are not OK are misses.
+
+        With `on_layer` the pages come layer by layer where the transport can, else it is called for all layers at the end.
+        """
         ...
 
     def write(self, namespace: bytes, hashes: Sequence[bytes], pages: Sequence[memoryview], /, *, deadline_ms: int) -> WriteResult:

@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Final, TypeVar
 
+from attnstore.client.bulk import OnLayer
 from attnstore.clock import Clock
 from attnstore.core.hashing import BlockHash, Namespace
 from attnstore.core.layout import PageLayout
@@ -84,13 +85,34 @@ class RemoteTier:
         return found
 
     def read(
-        self, hashes: Sequence[BlockHash], buffers: Sequence[memoryview], lease: Lease | None, *, deadline_ms: float
+        self,
+        hashes: Sequence[BlockHash],
+        buffers: Sequence[memoryview],
+        lease: Lease | None,
+        *,
+        deadline_ms: float,
+        on_layer: OnLayer | None = None,
     ) -> ReadResult:
-        """Fills one buffer per page. Pages that did not come whole and verified are misses."""
+        """Fills one buffer per page. Pages that did not come whole and verified are misses. `on_layer` as in `PageStore.read`."""
         started_ms = self._clock.now_ms()
+        first_ms: list[float] = []
+
+        def tell(layer: int, pages: int) -> None:
+            if not first_ms:
+                first_ms.append(self._clock.now_ms())
+            if on_layer is not None:
+                on_layer(layer, pages)
+
         result = self._attempt(
             "read",
-            lambda: self._store.read(self._namespace, hashes, buffers, lease=lease, deadline_ms=deadline_ms),
+            lambda: self._store.read(
+                self._namespace,
+                hashes,
+                buffers,
+                lease=lease,
+                deadline_ms=deadline_ms,
+                on_layer=None if on_layer is None else tell,
+            ),
         )
         failed = result is None or result.error is not None
         if result is None:
@@ -99,7 +121,10 @@ class RemoteTier:
         self._count(pages_read=hits, pages_missed=len(hashes) - hits, bytes_read=result.bytes_read)
         if result.error is not None and not self._was_hurried(result.error, deadline_ms):
             self._fail("read", result.error)
-        self._observe(TransferKind.READ, started_ms, len(hashes), hits, result.bytes_read, failed=failed)
+        first_byte_ms = first_ms[0] if first_ms else None
+        self._observe(
+            TransferKind.READ, started_ms, len(hashes), hits, result.bytes_read, failed=failed, first_byte_ms=first_byte_ms
+        )
         return result
 
     def release(self, lease: Lease | None) -> None:
@@ -155,9 +180,19 @@ class RemoteTier:
         """The read ran out of a time that was short by a planner's choice: no sign of a dead store."""
         return isinstance(error, DeadlineExceeded) and deadline_ms < self.deadline_ms / 2
 
-    def _observe(self, kind: TransferKind, started_ms: float, asked: int, pages: int, size_bytes: int, *, failed: bool) -> None:
+    def _observe(
+        self,
+        kind: TransferKind,
+        started_ms: float,
+        asked: int,
+        pages: int,
+        size_bytes: int,
+        *,
+        failed: bool,
+        first_byte_ms: float | None = None,
+    ) -> None:
         ended_ms = self._clock.now_ms()
-        self._observer.transferred(Transfer("remote", kind, started_ms, ended_ms, asked, pages, size_bytes, failed))
+        self._observer.transferred(Transfer("remote", kind, started_ms, ended_ms, asked, pages, size_bytes, failed, first_byte_ms))
 
     def _count(self, **increments: int) -> None:
         with self._lock:

@@ -17,9 +17,12 @@ import threading
 from collections.abc import Sequence
 from typing import Protocol
 
+from attnstore.client.bulk import OnLayer
 from attnstore.clock import Clock
 from attnstore.core.hashing import BlockHash
+from attnstore.limits import CHANNEL_READ_HASHES_MAX
 from attnstore.types import Lease, MatchResult, ReadResult
+from worker.cache.layer_gate import LayerGate
 from worker.cache.load_plan import Found, LoadPlan, LoadProgress, Order, Planner, Prompt, SearchPlan
 
 _LOG = logging.getLogger(__name__)
@@ -33,9 +36,15 @@ class PageSource(Protocol):
         ...
 
     def read(
-        self, hashes: Sequence[BlockHash], buffers: Sequence[memoryview], lease: Lease | None, *, deadline_ms: float
+        self,
+        hashes: Sequence[BlockHash],
+        buffers: Sequence[memoryview],
+        lease: Lease | None,
+        *,
+        deadline_ms: float,
+        on_layer: OnLayer | None = None,
     ) -> ReadResult:
-        """Fills one buffer per page. After it returned no buffer is written any more."""
+        """Fills one buffer per page. After it returned no buffer is written any more. `on_layer` as in `PageStore.read`."""
         ...
 
     def release(self, lease: Lease | None) -> None:
@@ -67,6 +76,7 @@ class SwapIn:
         self.found: Found | None = None
         self.plan: LoadPlan | None = None
         self.planned_ms = self.started_ms
+        self.gate: LayerGate | None = None
         self.bytes_read = 0
         self._source = source
         self._planner = planner
@@ -168,6 +178,8 @@ class SwapIn:
         with self._lock:
             self._over = True
             self._pending = range(0)
+            if self.gate is not None:
+                self.gate.close(complete=False)
             return self._in_flight
 
     def _run(self) -> None:
@@ -207,7 +219,7 @@ class SwapIn:
 
     def _next_batch(self) -> range:
         assert self.plan is not None
-        size = max(1, self.plan.batch_blocks)
+        size = CHANNEL_READ_HASHES_MAX if self.plan.order is Order.LAYERS else max(1, self.plan.batch_blocks)
         with self._lock:
             pending = range(max(self._pending.start, self._front), self._pending.stop)
             self._met |= len(pending) < len(self._pending)
@@ -223,7 +235,9 @@ class SwapIn:
         first = self.prompt.resident_blocks
         part = slice(batch.start - first, batch.stop - first)
         deadline_ms = max(1.0, self.due_ms - self._clock.now_ms())
-        result = self._source.read(self._hashes[part], self._buffers[part], lease, deadline_ms=deadline_ms)
+        gate = self._gate_for(batch)
+        on_layer = self._telling(gate) if gate is not None else None
+        result = self._source.read(self._hashes[part], self._buffers[part], lease, deadline_ms=deadline_ms, on_layer=on_layer)
         hits = [block for block, status in zip(batch, result.statuses, strict=True) if status.is_hit]
         with self._lock:
             self.bytes_read += result.bytes_read
@@ -234,4 +248,22 @@ class SwapIn:
             if not hits:  # the tier has failed or lost the pages: more of it would be more waiting
                 self._failed = True
                 self._pending = range(0)
+            if gate is not None:
+                gate.close(complete=len(hits) == len(batch) and not self._over)
         self._changed.set()
+
+    def _gate_for(self, batch: range) -> LayerGate | None:
+        """A gate for the last read of a load by layers, which nearly always is its only one."""
+        assert self.plan is not None
+        with self._lock:
+            if self.plan.order is Order.LAYERS and not self._pending:
+                self.gate = LayerGate(batch)
+            return self.gate
+
+    def _telling(self, gate: LayerGate) -> OnLayer:
+        def tell(layer: int, pages: int) -> None:
+            gate.tell(layer, pages)
+            if layer == 0:
+                self._changed.set()
+
+        return tell

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from worker.engine.async_engine import AsyncEngine, EngineSnapshot, TokenStream
-from worker.engine.engine import BatchingStatistics, Engine, EngineOptions, Token
+from worker.engine.engine import BatchingStatistics, Engine, Token
+from worker.engine.options import EngineOptions
 from worker.engine.sampler import SamplingParams
 from worker.engine.sequence import FinishReason, Sequence
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from collections.abc import Sequence as Items
 from dataclasses import dataclass
 from types import TracebackType
@@ -22,52 +22,31 @@ from attnstore.clock import Clock, MonotonicClock
 from attnstore.core.eviction import create_eviction_policy
 from attnstore.core.hashing import namespace
 from attnstore.errors import InvalidArgument, Overloaded
-from attnstore.limits import MIB
-from worker.cache import CacheManager, CacheStatistics, Observer, PagePool, PageStore, Planner, RemoteTier, Step, Unobserved
+from worker.cache import (
+    CacheManager,
+    CacheStatistics,
+    LayerGate,
+    LoadEnd,
+    Observer,
+    PagePool,
+    PageStore,
+    Planner,
+    RemoteTier,
+    Step,
+    Unobserved,
+)
+from worker.engine.options import EngineOptions
 from worker.engine.runner import Runner
 from worker.engine.sampler import SamplingParams
-from worker.engine.scheduler import Scheduler, SchedulerLimits
-from worker.engine.sequence import Chunk, FinishReason, Sequence, next_chunk
+from worker.engine.scheduler import Scheduler
+from worker.engine.sequence import Chunk, FinishReason, Sequence, chunk_at, next_chunk
 from worker.engine.text import TextStream
-from worker.errors import ContextOverflow, PoolTooSmall
+from worker.errors import ContextOverflow, PagesLost, PoolTooSmall
+from worker.model.attention import at_once
 from worker.model.loading import LoadedModel
 
 _IDLE_MS = 50.0
 """A step that can only wait for pages looks around at least this often."""
-
-
-@dataclass(frozen=True, slots=True)
-class EngineOptions:
-    """`pool_bytes` is a hard limit on KV memory; every store call has a deadline; `eviction` is one of `EVICTION_POLICIES`.
-
-    At most `chunk_tokens` of one prompt and `step_tokens` of all sequences run in one step (None: a chunk and all decodes);
-    `sequences_max` run at once and `waiting_max` wait for it.
-    Raises `InvalidArgument` for values that do not fit together (an unknown `eviction` when the engine is made).
-    """
-
-    pool_bytes: int = 512 * MIB
-    block_tokens: int = 16
-    chunk_tokens: int = 256
-    step_tokens: int | None = None
-    sequences_max: int = 64
-    waiting_max: int = 1024
-    store_deadline_ms: int = 5_000
-    tenant_salt: bytes = b""
-    eviction: str = "lru"
-
-    def __post_init__(self) -> None:
-        if self.chunk_tokens < 1 or self.chunk_tokens % self.block_tokens:
-            raise InvalidArgument(
-                f"chunk_tokens is {self.chunk_tokens}; it must be a positive multiple of block_tokens = {self.block_tokens}"
-            )
-        if self.store_deadline_ms < 1:
-            raise InvalidArgument(f"store_deadline_ms is {self.store_deadline_ms}; it must be at least 1")
-        self.scheduler_limits()
-
-    def scheduler_limits(self) -> SchedulerLimits:
-        """What the scheduler keeps to."""
-        step_tokens = self.chunk_tokens + self.sequences_max if self.step_tokens is None else self.step_tokens
-        return SchedulerLimits(self.chunk_tokens, step_tokens, self.sequences_max, self.waiting_max)
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,17 +159,15 @@ class Engine:
         self._advance()
         self._make_room()
         chunks = self._scheduler.chunks()
-        if not chunks:
-            if self._scheduler.running:
-                self._cache.wait(self._idle_ms())
+        if chunks:
+            return self._postprocess(chunks, self._run(chunks))
+        if not self._scheduler.running:
             return []
-        started_ms = self._clock.now_ms()
-        logits = self._runner.run(chunks)
-        spans = tuple((chunk.begin, chunk.end) for chunk in chunks)
-        self._observer.stepped(Step(started_ms, self._clock.now_ms(), spans))
-        self._counts["steps"] += 1
-        self._counts["tokens_computed"] += sum(chunk.tokens for chunk in chunks)
-        return self._postprocess(chunks, logits)
+        for sequence in self._scheduler.running:
+            if (gate := self._gate(sequence)) is not None:
+                return self._step_behind(sequence, gate)
+        self._cache.wait(self._idle_ms())
+        return []
 
     def wake(self) -> None:
         """Ends the waiting of a step that waits for pages. From any thread."""
@@ -292,9 +269,41 @@ class Engine:
         due_ms = min((s.loading.due_ms for s in self._scheduler.running if s.loading is not None), default=math.inf)
         return min(_IDLE_MS, max(1.0, due_ms - self._clock.now_ms()))
 
-    def _end_loading(self, sequence: Sequence) -> None:
+    def _run(self, chunks: Items[Chunk], before_layer: Callable[[int], None] = at_once) -> Tensor:
+        started_ms = self._clock.now_ms()
+        logits = self._runner.run(chunks, before_layer)
+        spans = tuple((chunk.begin, chunk.end) for chunk in chunks)
+        self._observer.stepped(Step(started_ms, self._clock.now_ms(), spans))
+        self._counts["steps"] += 1
+        self._counts["tokens_computed"] += sum(chunk.tokens for chunk in chunks)
+        return logits
+
+    def _gate(self, sequence: Sequence) -> LayerGate | None:
+        return sequence.loading.gate(sequence.computed_tokens) if sequence.loading is not None else None
+
+    def _step_behind(self, sequence: Sequence, gate: LayerGate) -> list[Token]:
+        """Computes the chunk behind pages that are still arriving, layer by layer. Where they do not all come, it did nothing."""
+        loading = sequence.loading
+        assert loading is not None
+
+        def late() -> bool:
+            return self._cache.is_late(loading)
+
+        begin = gate.blocks.stop * self.layout.block_tokens
+        chunk = chunk_at(sequence, begin, self.options.chunk_tokens)
+        try:
+            logits = self._run([chunk], lambda layer: gate.wait(layer, late))
+            gate.wait_complete(late)
+        except PagesLost:
+            return []
+        sequence.computed_tokens = self._cache.advance(loading, sequence.computed_tokens)
+        assert sequence.computed_tokens == begin
+        self._end_loading(sequence, LoadEnd.COMPLETE)
+        return self._postprocess([chunk], logits)
+
+    def _end_loading(self, sequence: Sequence, end: LoadEnd = LoadEnd.RELEASED) -> None:
         if sequence.loading is not None:
-            self._cache.abandon(sequence.loading)
+            self._cache.abandon(sequence.loading, end)
             sequence.admission = sequence.admission or sequence.loading.admission()
             sequence.loading = None
             sequence.computable_tokens = None

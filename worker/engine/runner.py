@@ -6,6 +6,7 @@ neighbours in the step, up to rounding.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from collections.abc import Sequence as Items
 
 import torch
@@ -15,7 +16,7 @@ from attnstore.attention import AttentionBackend
 from worker.cache import PagePool
 from worker.cache.block_table import BlockTable
 from worker.engine.sequence import Chunk
-from worker.model.attention import PagedStep
+from worker.model.attention import PagedStep, at_once
 from worker.model.loading import LoadedModel
 
 
@@ -28,8 +29,8 @@ class Runner:
         self._pool = pages.tensor
         self._attention = attention
 
-    def run(self, chunks: Items[Chunk]) -> Tensor:
-        """Computes the chunks' KV into their sequences' blocks.
+    def run(self, chunks: Items[Chunk], before_layer: Callable[[int], None] = at_once) -> Tensor:
+        """Computes the chunks' KV into their sequences' blocks. `before_layer` as in `PagedStep`.
 
         Returns fp32 logits `[n, vocabulary]` of the last token of each chunk that gives one, in the order of the chunks.
         """
@@ -37,7 +38,7 @@ class Runner:
         token_ids = [token for chunk in chunks for token in chunk.sequence.token_ids[chunk.begin : chunk.end]]
         positions = [position for chunk in chunks for position in range(chunk.begin, chunk.end)]
         # Outside of inference mode, whose tensors have no version for the attention's checks to remember.
-        paged = self._paged_step(chunks, tables)
+        paged = self._paged_step(chunks, tables, before_layer)
         ends = [int(end) for end in paged.query_starts[1:]]
         rows = [end - 1 for chunk, end in zip(chunks, ends, strict=True) if chunk.gives_token]
         with torch.inference_mode():
@@ -47,7 +48,7 @@ class Runner:
             logits: Tensor = self._head(output.last_hidden_state[0, rows])
             return logits.float()
 
-    def _paged_step(self, chunks: Items[Chunk], tables: Items[BlockTable]) -> PagedStep:
+    def _paged_step(self, chunks: Items[Chunk], tables: Items[BlockTable], before_layer: Callable[[int], None]) -> PagedStep:
         slots = [table.slot_mapping(chunk.begin, chunk.end) for chunk, table in zip(chunks, tables, strict=True)]
         query_lens = [chunk.end - chunk.begin for chunk in chunks]
         block_tables = torch.zeros(len(tables), max(len(table.block_ids) for table in tables), dtype=torch.int32)
@@ -61,6 +62,7 @@ class Runner:
             block_tables=block_tables,
             context_lens=torch.tensor([chunk.end for chunk in chunks], dtype=torch.int32),
             query_starts=torch.tensor([0, *query_lens], dtype=torch.int32).cumsum(0, dtype=torch.int32),
+            before_layer=before_layer,
         )
 
 

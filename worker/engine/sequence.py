@@ -92,13 +92,17 @@ class Chunk:
 
 
 def next_chunk(sequence: Sequence, chunk_tokens: int) -> Chunk:
-    """The next tokens to compute: up to the next absolute multiple of `chunk_tokens`, or to where pages are on the way; maybe none.
+    """The next tokens to compute, up to where pages are on the way; maybe none."""
+    chunk = chunk_at(sequence, sequence.computed_tokens, chunk_tokens)
+    if sequence.computable_tokens is None:
+        return chunk
+    return Chunk(sequence, chunk.begin, max(chunk.begin, min(chunk.end, sequence.computable_tokens)))
+
+
+def chunk_at(sequence: Sequence, begin: int, chunk_tokens: int) -> Chunk:
+    """The tokens from `begin` up to the next absolute multiple of `chunk_tokens`.
 
     Absolute boundaries make the steps after a hit the same as those of a run without it, except the first one.
     """
-    begin = sequence.computed_tokens
     boundary = (begin // chunk_tokens + 1) * chunk_tokens
-    end = min(boundary, len(sequence.token_ids))
-    if sequence.computable_tokens is not None:
-        end = max(begin, min(end, sequence.computable_tokens))
-    return Chunk(sequence, begin, end)
+    return Chunk(sequence, begin, min(boundary, len(sequence.token_ids)))

@@ -7,6 +7,7 @@ attends, so that the pool alone decides what a query sees.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -25,6 +26,7 @@ class PagedStep:
     pool: `[blocks, layers, 2, kv_heads, block_tokens, head_dim]`; new keys and values are written into it.
     slot_blocks, slot_offsets: int64 `[total_q]`, the block and the token position inside it of each query's own key.
     block_tables, context_lens, query_starts: as in `AttentionBackend.paged_attention`.
+    before_layer: called with each layer's number before its pages are read; returns when they are there, or raises `PagesLost`.
     """
 
     backend: AttentionBackend
@@ -34,6 +36,11 @@ class PagedStep:
     block_tables: Tensor
     context_lens: Tensor
     query_starts: Tensor
+    before_layer: Callable[[int], None]
+
+
+def at_once(_: int) -> None:
+    """Every layer's pages are there."""
 
 
 def register_attention() -> None:
@@ -62,6 +69,7 @@ def paged_attention_forward(
     assert query.shape[0] == 1
     layer = module.layer_idx
     assert isinstance(layer, int)
+    paged.before_layer(layer)
     new = stack((key[0], value[0])).permute(2, 0, 1, 3)  # [total_q, 2, kv_heads, head_dim]
     paged.pool[paged.slot_blocks, layer, :, :, paged.slot_offsets] = new
     out, _lse = paged.backend.paged_attention(

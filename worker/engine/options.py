@@ -1,0 +1,46 @@
+"""What an engine can be told.
+
+Owns: `EngineOptions`. Invariant: options that exist fit together; what does not is refused before anything is allocated.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from attnstore.errors import InvalidArgument
+from attnstore.limits import MIB
+from worker.engine.scheduler import SchedulerLimits
+
+
+@dataclass(frozen=True, slots=True)
+class EngineOptions:
+    """`pool_bytes` is a hard limit on KV memory; every store call has a deadline; `eviction` is one of `EVICTION_POLICIES`.
+
+    At most `chunk_tokens` of one prompt and `step_tokens` of all sequences run in one step (None: a chunk and all decodes);
+    `sequences_max` run at once and `waiting_max` wait for it.
+    Raises `InvalidArgument` for values that do not fit together (an unknown `eviction` when the engine is made).
+    """
+
+    pool_bytes: int = 512 * MIB
+    block_tokens: int = 16
+    chunk_tokens: int = 256
+    step_tokens: int | None = None
+    sequences_max: int = 64
+    waiting_max: int = 1024
+    store_deadline_ms: int = 5_000
+    tenant_salt: bytes = b""
+    eviction: str = "lru"
+
+    def __post_init__(self) -> None:
+        if self.chunk_tokens < 1 or self.chunk_tokens % self.block_tokens:
+            raise InvalidArgument(
+                f"chunk_tokens is {self.chunk_tokens}; it must be a positive multiple of block_tokens = {self.block_tokens}"
+            )
+        if self.store_deadline_ms < 1:
+            raise InvalidArgument(f"store_deadline_ms is {self.store_deadline_ms}; it must be at least 1")
+        self.scheduler_limits()
+
+    def scheduler_limits(self) -> SchedulerLimits:
+        """What the scheduler keeps to."""
+        step_tokens = self.chunk_tokens + self.sequences_max if self.step_tokens is None else self.step_tokens
+        return SchedulerLimits(self.chunk_tokens, step_tokens, self.sequences_max, self.waiting_max)
