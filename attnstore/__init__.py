@@ -20,7 +20,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from attnstore.client import Client, ConnectOptions
+from attnstore.client import Client, ClusterClient, ClusterOptions, ConnectOptions, is_cluster
 from attnstore.core.hashing import BlockHash, Namespace, block_hash, block_hashes, namespace, page_checksum
 from attnstore.core.layout import DType, PageLayout
 from attnstore.errors import AttnStoreError
@@ -41,6 +41,7 @@ __all__ = [
     "AttnStoreError",
     "BlockHash",
     "Client",
+    "ClusterClient",
     "DType",
     "Lease",
     "MatchResult",
@@ -69,8 +70,12 @@ def connect(
     tls_ca: str | Path | None = None,
     transport: str = "auto",
     channels: int = 1,
-) -> Client:
-    """A blocking client of the store node at `target` (`grpc://host:port`, or `grpcs://host:port` for TLS).
+) -> Client | ClusterClient:
+    """A blocking client of a store node or of a cluster. `target` is one of
+
+    - `grpc://host:port`, or `grpcs://host:port` for TLS: one node;
+    - `grpc://a:7400,b:7400`: a cluster of these nodes, `?replicas=2` after them for two copies of each page;
+    - `redis://host:port/0`, or one of the other forms in `attnstore.directory.url`: the cluster that this directory knows.
 
     `deadline_ms` bounds every call that names no deadline of its own. `token` defaults to the environment's `ATTNSTORE_TOKEN`;
     `tls_ca` is a PEM file of trusted authorities (default: the system's).
@@ -79,6 +84,12 @@ def connect(
     and `tcp` are forced. `channels` is how many page channels one large transfer may use at once. Nothing is sent before the first
     call. Raises `errors.InvalidArgument` for a malformed argument.
     """
+    if is_cluster(target):
+        return ClusterClient(
+            ClusterOptions.create(
+                target, deadline_ms=deadline_ms, token=token, tls_ca=tls_ca, transport=transport, channels=channels
+            )
+        )
     return Client(
         ConnectOptions.create(target, deadline_ms=deadline_ms, token=token, tls_ca=tls_ca, transport=transport, channels=channels)
     )

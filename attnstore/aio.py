@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from attnstore.client import AsyncClient, ConnectOptions
+from attnstore.client import AsyncClient, AsyncClusterClient, ClusterOptions, ConnectOptions, is_cluster
 from attnstore.limits import DEADLINE_MS_DEFAULT
 
-__all__ = ["AsyncClient", "connect"]
+__all__ = ["AsyncClient", "AsyncClusterClient", "connect"]
 
 
 def connect(
@@ -18,8 +18,14 @@ def connect(
     tls_ca: str | Path | None = None,
     transport: str = "auto",
     channels: int = 1,
-) -> AsyncClient:
-    """An `AsyncClient` for the running event loop. Arguments as in `attnstore.connect`."""
+) -> AsyncClient | AsyncClusterClient:
+    """An `AsyncClient` or `AsyncClusterClient` for the running event loop. Arguments as in `attnstore.connect`."""
+    if is_cluster(target):
+        return AsyncClusterClient(
+            ClusterOptions.create(
+                target, deadline_ms=deadline_ms, token=token, tls_ca=tls_ca, transport=transport, channels=channels
+            )
+        )
     return AsyncClient(
         ConnectOptions.create(target, deadline_ms=deadline_ms, token=token, tls_ca=tls_ca, transport=transport, channels=channels)
     )

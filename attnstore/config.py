@@ -17,7 +17,7 @@ from typing import Any, Literal, Self
 from pydantic import BaseModel, ByteSize, ConfigDict, Field, SecretStr, ValidationError, field_validator, model_validator
 
 from attnstore.errors import InvalidArgument
-from attnstore.limits import CAPACITY_BYTES_MAX, DRAIN_MS_DEFAULT, KIB
+from attnstore.limits import CAPACITY_BYTES_MAX, DRAIN_MS_DEFAULT, KIB, NODE_ID_CHARS_MAX, NODE_WEIGHT_MAX, REPLICAS_MAX
 
 BULK_TRANSPORTS = frozenset({"shm", "tcp"})
 ENVIRONMENT_PREFIX = "ATTNSTORE_"
@@ -31,8 +31,16 @@ class ServeOptions(BaseModel):
     listen: str = Field("127.0.0.1:7400", description="host:port of the gRPC service; port 0 takes a free one")
     capacity: ByteSize = Field(ByteSize(2 << 30), description="bytes of pages that the node holds at most, for example 2GiB")
     node_id: str = Field(
-        "", description="name of the node in logs, metrics and the directory; default: the address that it listens on"
+        "",
+        max_length=NODE_ID_CHARS_MAX,
+        description="name of the node in logs, metrics and the directory; default: the address that it advertises",
     )
+    directory: SecretStr | None = Field(
+        None, description="URL of the cluster's directory, for example redis://HOST:6379/0; none: the node is on its own"
+    )
+    advertise: str = Field("", description="host:port, or host, where others reach the node; default: the address it listens on")
+    weight: float = Field(1.0, gt=0, le=NODE_WEIGHT_MAX, description="the node's share of the cluster, relative to other nodes")
+    replicas: int = Field(1, ge=1, le=REPLICAS_MAX, description="copies of each page in the cluster; the most of any node counts")
     transports: str = Field("tcp,shm", description="bulk transports offered beside grpc, comma-separated: tcp, shm, or none")
     page_channel_port: int = Field(0, ge=0, le=65535, description="port of the page channel (tcp); 0 takes a free one")
     metrics_port: int | None = Field(None, ge=0, le=65535, description="port of the Prometheus metrics; none by default")
@@ -87,6 +95,23 @@ class ServeOptions(BaseModel):
                 "--tokens-file, or say --insecure to serve everyone who can reach it"
             )
         return self
+
+    def advertised(self, bound: str) -> str:
+        """host:port where others reach a node that is bound to `bound`.
+
+        Raises `InvalidArgument` for a malformed `advertise`, or where it is missing and the node listens on all addresses.
+        """
+        bound_host, bound_port = split_address(bound)
+        if not self.advertise:
+            if self.directory is not None and bound_host in ("0.0.0.0", "::"):
+                raise InvalidArgument(f"--listen {self.listen} names no address that others could reach: give --advertise")
+            return bound
+        has_port = ":" in self.advertise.rpartition("]")[2]
+        try:
+            host, port = split_address(self.advertise if has_port else f"{self.advertise}:{bound_port}")
+        except ValueError as error:
+            raise InvalidArgument(f"--advertise {self.advertise}: {error}") from None
+        return f"[{host}]:{port or bound_port}" if ":" in host else f"{host}:{port or bound_port}"
 
     def bulk_transports(self) -> frozenset[str]:
         """Names of the bulk transports to offer. None of them is encrypted, so there are none with TLS."""
@@ -177,7 +202,7 @@ def _explain(problem: Any, origin: Mapping[str, str]) -> str:
     where = origin.get(name, "default")
     if problem["type"] == "extra_forbidden":
         return f"{name} ({where}) is not an option of attnstore serve"
-    given = "" if name == "token" else f" {problem['input']}"
+    given = "" if name in ("token", "directory") else f" {problem['input']}"
     return f"{_option(name)}{given} ({where}): {message}"
 
 

@@ -13,6 +13,9 @@ HASH_BYTES = 32
 LEASE_ID_BYTES = 16
 EPOCH_BYTES = 16
 
+SEGMENT_BLOCKS = 64
+"""Consecutive blocks of a chain that are placed together in a cluster. Part of every block hash: a change renames all pages."""
+
 CAPACITY_BYTES_MAX = 1 << 46
 """Of one node: half of what an x86-64 process can address."""
 
@@ -95,3 +98,28 @@ SHARED_LOCATE_HASHES_MAX = 256
 
 assert CHANNEL_SECOND_READ_HASHES_MAX <= CHANNEL_READ_HASHES_MAX <= HASHES_MAX
 assert CHANNELS_MAX <= CHANNEL_CONNECTIONS_MAX
+
+NODES_MAX = 1_024
+"""Nodes of one cluster."""
+NODE_ID_CHARS_MAX = 128
+REPLICAS_MAX = 8
+NODE_WEIGHT_MAX = 1_000.0
+HEARTBEAT_MS = 1_000
+"""Nodes announce themselves this often, and clients look as often whether the membership has changed."""
+MEMBER_MS_MAX = 4 * HEARTBEAT_MS
+"""A node that has not announced itself for this long is no member any more."""
+DIRECTORY_MS_MAX = 1_000
+"""One call to the directory. A slow directory is as good as none: the last view goes on."""
+PREVIOUS_OWNERS_MS_MAX = 600_000
+"""For this long after a change of the membership a segment is also looked for where it was before."""
+PREVIOUS_OWNERS_MAX = 3
+"""Earlier placements that are looked at."""
+LAYOUT_MS_MAX = 86_400_000
+DIRECTORY_LAYOUTS_MAX = 4_096
+TENANTS_MAX = 4_096
+EVENT_BATCHES_MAX = 256
+"""Batches that the directory's stream of page events keeps, of at most EVENTS_IN_BATCH_MAX events each."""
+EVENTS_IN_BATCH_MAX = 1_024
+
+assert 2 * HEARTBEAT_MS < MEMBER_MS_MAX, "one lost heartbeat removes nobody"
+assert DIRECTORY_MS_MAX <= HEARTBEAT_MS

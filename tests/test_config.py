@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 
 import pytest
+from pydantic import SecretStr
 
 from attnstore.config import ServeOptions, add_serve_options, is_loopback, is_token, load_serve_options, split_address
 from attnstore.errors import InvalidArgument
@@ -14,6 +15,10 @@ VALUES: dict[str, tuple[str, object]] = {
     "listen": ("127.0.0.1:7001", "127.0.0.1:7001"),
     "capacity": ("3MiB", 3 << 20),
     "node_id": ("ada", "ada"),
+    "directory": ("redis://ada:secret@h:1/2", "redis://ada:secret@h:1/2"),
+    "advertise": ("store-1:7400", "store-1:7400"),
+    "weight": ("2.5", 2.5),
+    "replicas": ("2", 2),
     "transports": ("none", "none"),
     "page_channel_port": ("7002", 7002),
     "metrics_port": ("7003", 7003),
@@ -38,7 +43,7 @@ def load(*arguments: str, environment: dict[str, str] | None = None) -> ServeOpt
 
 def shown(options: ServeOptions, name: str) -> object:
     value = getattr(options, name)
-    return value.get_secret_value() if name == "token" else value
+    return value.get_secret_value() if isinstance(value, SecretStr) else value
 
 
 def needed(name: str) -> list[str]:
@@ -214,3 +219,22 @@ def test_loopback_is_known_by_its_address_alone() -> None:
 def test_tokens_travel_in_headers() -> None:
     assert all(map(is_token, ("a", "s3cret!~", "x" * 1000)))
     assert not any(map(is_token, ("", "a b", "ä", "a\n", "a\t")))
+
+
+@pytest.mark.parametrize(
+    ("listen", "advertise", "advertised"),
+    [
+        ("10.0.0.1:7400", "", "10.0.0.1:7400"),
+        ("0.0.0.0:7400", "store-1", "store-1:7400"),
+        ("0.0.0.0:7400", "store-1:9000", "store-1:9000"),
+        ("0.0.0.0:7400", "[fd00::1]:9000", "[fd00::1]:9000"),
+    ],
+)
+def test_a_node_advertises_what_it_is_told_and_else_where_it_listens(listen: str, advertise: str, advertised: str) -> None:
+    options = load("--listen", listen, "--advertise", advertise, "--insecure", "--directory", "redis://h/0")
+    assert options.advertised(listen) == advertised
+
+
+def test_a_node_of_a_cluster_that_listens_everywhere_must_say_where_it_is_reached() -> None:
+    with pytest.raises(InvalidArgument, match="--advertise"):
+        load("--listen", "0.0.0.0:7400", "--insecure", "--directory", "redis://h/0").advertised("0.0.0.0:7400")

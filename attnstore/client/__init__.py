@@ -1,7 +1,8 @@
-"""The client of a store node: one asynchronous core, a blocking facade, and the transports under them."""
+"""The client of a store node or of a cluster: one asynchronous core for each, blocking facades, and the transports under them."""
 
 from attnstore.client.async_client import AsyncClient
-from attnstore.client.blocking import Client
-from attnstore.client.options import ConnectOptions
+from attnstore.client.blocking import Client, ClusterClient
+from attnstore.client.cluster import AsyncClusterClient
+from attnstore.client.options import ClusterOptions, ConnectOptions, is_cluster
 
-__all__ = ["AsyncClient", "Client", "ConnectOptions"]
+__all__ = ["AsyncClient", "AsyncClusterClient", "Client", "ClusterClient", "ClusterOptions", "ConnectOptions", "is_cluster"]

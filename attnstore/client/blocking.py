@@ -14,14 +14,15 @@ import threading
 from collections.abc import AsyncGenerator, Callable, Coroutine, Generator, Iterator, Sequence
 from contextlib import closing, contextmanager, suppress
 from types import TracebackType
-from typing import Any, ClassVar, Concatenate, ParamSpec, Self, TypeVar
+from typing import Any, ClassVar, Concatenate, Generic, ParamSpec, Protocol, Self, TypeVar
 
 import uvloop
 
 from attnstore.client.async_client import AsyncClient
 from attnstore.client.bulk import OnLayer, wait_out, written
+from attnstore.client.cluster import AsyncClusterClient
 from attnstore.client.mapped import PageViews
-from attnstore.client.options import ConnectOptions
+from attnstore.client.options import ClusterOptions, ConnectOptions
 from attnstore.clock import Clock
 from attnstore.errors import ClientClosed, NamespaceUnknown, Retryable
 from attnstore.types import Lease, PageEvent, ReadResult, WriteResult
@@ -29,6 +30,8 @@ from attnstore.wire.chunks import Buffer
 
 P = ParamSpec("P")
 R = TypeVar("R")
+
+_TRANSFERS_MAX = 64
 
 
 class LoopThread:
@@ -43,6 +46,8 @@ class LoopThread:
 
     def __init__(self) -> None:
         self._loop = uvloop.new_event_loop()
+        # Each transfer of a cluster's client blocks one thread until its node answers: slow nodes must not use them up.
+        self._loop.set_default_executor(concurrent.futures.ThreadPoolExecutor(_TRANSFERS_MAX, "attnstore-transfer"))
         self._thread = threading.Thread(target=self._loop.run_forever, name="attnstore-client", daemon=True)
         self._thread.start()
 
@@ -140,25 +145,32 @@ def _settle(outcome: concurrent.futures.Future[R], task: asyncio.Task[R]) -> Non
         outcome.set_result(task.result())
 
 
+class Closable(Protocol):
+    """What every asynchronous client can do."""
+
+    async def close(self) -> None:
+        """Ends the connections."""
+        ...
+
+
+A = TypeVar("A", bound=Closable)
+
+
 def _blocking(
-    method: Callable[Concatenate[AsyncClient, P], Coroutine[Any, Any, R]],
-) -> Callable[Concatenate[Client, P], R]:
-    def call(self: Client, /, *args: P.args, **kwargs: P.kwargs) -> R:
+    method: Callable[Concatenate[A, P], Coroutine[Any, Any, R]],
+) -> Callable[Concatenate[BlockingFacade[A], P], R]:
+    def call(self: BlockingFacade[A], /, *args: P.args, **kwargs: P.kwargs) -> R:
         return self._thread.run(method(self._client, *args, **kwargs))
 
     functools.update_wrapper(call, method)
     return call
 
 
-class Client:
-    """A blocking client of one store node; safe to share between threads. Made by `attnstore.connect`.
+class BlockingFacade(Generic[A]):
+    """What blocking clients have in common: the asynchronous one, the thread that it runs on, and the end of both."""
 
-    The methods are those of `AsyncClient`, where they are documented, without `await`. No client survives a fork, and gRPC lets
-    none be opened in a child of a process that has one open: calls there raise `ClientClosed`; spawn such children instead.
-    """
-
-    def __init__(self, options: ConnectOptions, clock: Clock | None = None) -> None:
-        self._client = AsyncClient(options, clock)
+    def __init__(self, client: A) -> None:
+        self._client = client
         self._thread = LoopThread.acquire()
         self._closing = threading.Lock()
 
@@ -174,6 +186,17 @@ class Client:
             with suppress(ClientClosed):  # in a forked child there is nothing to end
                 self._thread.run(self._client.close())
                 LoopThread.release()
+
+
+class Client(BlockingFacade[AsyncClient]):
+    """A blocking client of one store node; safe to share between threads. Made by `attnstore.connect`.
+
+    The methods are those of `AsyncClient`, where they are documented, without `await`. No client survives a fork, and gRPC lets
+    none be opened in a child of a process that has one open: calls there raise `ClientClosed`; spawn such children instead.
+    """
+
+    def __init__(self, options: ConnectOptions, clock: Clock | None = None) -> None:
+        super().__init__(AsyncClient(options, clock))
 
     describe = _blocking(AsyncClient.describe)
     register_layout = _blocking(AsyncClient.register_layout)
@@ -250,6 +273,29 @@ class Client:
                 self._thread.submit(_end(events))
 
         return iterate()
+
+
+class ClusterClient(BlockingFacade[AsyncClusterClient]):
+    """A blocking client of a cluster; safe to share between threads. Made by `attnstore.connect`.
+
+    The methods are those of `AsyncClusterClient`, without `await`; what `Client` says of forks holds here too.
+    """
+
+    def __init__(self, options: ClusterOptions, clock: Clock | None = None) -> None:
+        super().__init__(AsyncClusterClient(options, clock))
+
+    members = _blocking(AsyncClusterClient.members)
+    describe = _blocking(AsyncClusterClient.describe)
+    register_layout = _blocking(AsyncClusterClient.register_layout)
+    match = _blocking(AsyncClusterClient.match)
+    lease = _blocking(AsyncClusterClient.lease)
+    renew = _blocking(AsyncClusterClient.renew)
+    release = _blocking(AsyncClusterClient.release)
+    read = _blocking(AsyncClusterClient.read)
+    view = _blocking(AsyncClusterClient.view)
+    write = _blocking(AsyncClusterClient.write)
+    delete = _blocking(AsyncClusterClient.delete)
+    stats = _blocking(AsyncClusterClient.stats)
 
 
 async def _next(events: AsyncGenerator[PageEvent, None]) -> PageEvent:

@@ -1,16 +1,18 @@
-"""How a client is told to reach its node: everything that `connect` takes, checked before anything is sent."""
+"""How a client is told to reach its node or its cluster: everything that `connect` takes, checked before anything is sent."""
 
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Self
 
 from attnstore.client.bulk import TransportName, checked_transport
 from attnstore.client.grpc_transport import Target
 from attnstore.config import is_token
+from attnstore.directory import Directory, DirectoryUrl, Member, MemoryDirectory, is_directory_url, open_directory
 from attnstore.errors import InvalidArgument
-from attnstore.limits import CHANNELS_MAX, DEADLINE_MS_MAX
+from attnstore.limits import CHANNELS_MAX, DEADLINE_MS_MAX, NODES_MAX, REPLICAS_MAX
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,12 +34,28 @@ class ConnectOptions:
 
         Raises `InvalidArgument` for a bad value or a `tls_ca` file that cannot be read.
         """
-        parsed = Target.parse(target)
+        return cls._checked(Target.parse(target), deadline_ms, token, tls_ca, transport, channels)
+
+    def at(self, url: str) -> ConnectOptions:
+        """The same for another node. Raises `InvalidArgument` for a malformed URL."""
+        return replace(self, target=Target.parse(url))
+
+    @classmethod
+    def of_cluster(
+        cls, tls: bool, *, deadline_ms: float, token: str | None, tls_ca: str | Path | None, transport: str, channels: int
+    ) -> ConnectOptions:
+        """Options for nodes whose addresses are not known yet; `at` makes them those of a node."""
+        return cls._checked(Target("", tls), deadline_ms, token, tls_ca, transport, channels)
+
+    @classmethod
+    def _checked(
+        cls, parsed: Target, deadline_ms: float, token: str | None, tls_ca: str | Path | None, transport: str, channels: int
+    ) -> ConnectOptions:
         token = token or os.environ.get("ATTNSTORE_TOKEN")
         if token is not None and not is_token(token):
             raise InvalidArgument("token must be printable ASCII without spaces")
         if tls_ca is not None and not parsed.tls:
-            raise InvalidArgument(f"tls_ca is given, but target {target!r} does not use TLS: say grpcs://")
+            raise InvalidArgument(f"tls_ca is given, but target {parsed.address!r} does not use TLS: say grpcs://")
         try:
             authorities = Path(tls_ca).read_bytes() if tls_ca is not None else None
         except OSError as error:
@@ -50,6 +68,64 @@ class ConnectOptions:
             checked_transport(transport),
             _checked_channels(channels),
         )
+
+
+@dataclass(frozen=True, slots=True)
+class ClusterOptions:
+    """How a client reaches a cluster: `nodes` are the URLs of a fixed list, or `directory` is where the list is kept.
+
+    `node` holds what is the same for all nodes; the replicas of a fixed list are `replicas`.
+    """
+
+    nodes: tuple[str, ...]
+    directory: str = field(repr=False)
+    replicas: int
+    node: ConnectOptions
+
+    @classmethod
+    def create(
+        cls, target: str, *, deadline_ms: float, token: str | None, tls_ca: str | Path | None, transport: str, channels: int
+    ) -> Self:
+        """As `ConnectOptions.create`, for a target that `is_cluster`: a directory's URL, or `grpc://a:7400,b:7400?replicas=2`."""
+        nodes: tuple[str, ...] = ()
+        replicas = 1
+        if is_directory_url(target):
+            DirectoryUrl.parse(target)
+            tls = tls_ca is not None
+        else:
+            nodes, replicas = _fixed_list(target)
+            tls = Target.parse(nodes[0]).tls
+        node = ConnectOptions.of_cluster(
+            tls, deadline_ms=deadline_ms, token=token, tls_ca=tls_ca, transport=transport, channels=channels
+        )
+        return cls(nodes, "" if nodes else target, replicas, node)
+
+    def open_directory(self) -> Directory:
+        """The directory, for the running event loop; nothing is sent yet."""
+        if self.directory:
+            return open_directory(self.directory)
+        return MemoryDirectory(
+            members=[Member(url.partition("://")[2], url, weight=1.0, replicas=self.replicas) for url in self.nodes]
+        )
+
+
+def is_cluster(target: str) -> bool:
+    """Whether `target` names a cluster and not one node."""
+    return is_directory_url(target) or "," in target
+
+
+def _fixed_list(target: str) -> tuple[tuple[str, ...], int]:
+    scheme, _, rest = target.partition("://")
+    addresses, _, query = rest.partition("?")
+    name, _, value = query.partition("=")
+    if query and (name != "replicas" or not value.isdecimal() or not 1 <= int(value) <= REPLICAS_MAX):
+        raise InvalidArgument(f"target {target!r}: only ?replicas=N may follow the nodes, with N from 1 to {REPLICAS_MAX}")
+    nodes = tuple(f"{scheme}://{address}" for address in addresses.split(","))
+    for url in nodes:
+        Target.parse(url)
+    if len(set(nodes)) != len(nodes) or len(nodes) > NODES_MAX:
+        raise InvalidArgument(f"target {target!r} names a node twice, or more than {NODES_MAX} nodes")
+    return nodes, int(value) if query else 1
 
 
 def _checked_channels(channels: int) -> int:

@@ -19,7 +19,7 @@ import xxhash
 
 from attnstore.core.layout import PageLayout
 from attnstore.errors import InvalidArgument
-from attnstore.limits import HASH_BYTES
+from attnstore.limits import HASH_BYTES, SEGMENT_BLOCKS
 
 BlockHash = NewType("BlockHash", bytes)
 Namespace = NewType("Namespace", bytes)
@@ -28,27 +28,34 @@ _NAMESPACE_PERSON = b"attnstore-ns-v1"
 _BLOCK_PERSON = b"attnstore-bk-v1"
 _U32 = struct.Struct("<I")
 
+_CHAIN_ROOT = 0xFF
+"""First byte of a namespace; a block's first byte is its index in its segment, which is smaller."""
+_SEGMENT = slice(1, 8)
+assert SEGMENT_BLOCKS <= _CHAIN_ROOT
+
 
 def namespace(layout: PageLayout, *, model: bytes, tenant_salt: bytes = b"") -> Namespace:
     """The 32-byte digest that separates everything whose KV bytes could differ.
 
     `model` identifies the weights and every setting that changes KV bytes (RoPE, attention config): any byte string that is
     equal exactly when those are equal. `tenant_salt` separates tenants that must not share pages. BLAKE2b-256, personalised
-    `attnstore-ns-v1`, of `len(salt) u32 | salt | len(model) u32 | model | layout.canonical()`.
+    `attnstore-ns-v1`, of `len(salt) u32 | salt | len(model) u32 | model | layout.canonical()`, its first byte replaced by 0xFF.
     """
     digest = hashlib.blake2b(digest_size=HASH_BYTES, person=_NAMESPACE_PERSON)
     for part in (tenant_salt, model):
         digest.update(_U32.pack(len(part)))
         digest.update(part)
     digest.update(layout.canonical())
-    return Namespace(digest.digest())
+    return Namespace(bytes((_CHAIN_ROOT,)) + digest.digest()[1:])
 
 
 def block_hash(parent: bytes, token_ids: Sequence[int], extra_keys: Iterable[bytes] = ()) -> BlockHash:
     """The name of the block with `token_ids` that follows `parent` (a `BlockHash`, or the `Namespace` for the first block).
 
     BLAKE2b-256, personalised `attnstore-bk-v1`, of `parent | count u32 | token ids u32... | for each extra key: len u32 |
-    key`, all little-endian. Extra keys are whatever else changes the KV bytes, for example a LoRA id.
+    key`, all little-endian. Extra keys are whatever else changes the KV bytes, for example a LoRA id. Of that digest the first
+    eight bytes give way to the block's place: its index in its segment (one byte), and seven bytes of the digest of the segment's
+    first block, the *segment key*. A segment is a run of `limits.SEGMENT_BLOCKS` blocks of a chain that stay together on one node.
     Raises `InvalidArgument` for a parent that is not 32 bytes or a token id outside u32.
     """
     if len(parent) != HASH_BYTES:
@@ -59,7 +66,19 @@ def block_hash(parent: bytes, token_ids: Sequence[int], extra_keys: Iterable[byt
     for key in extra_keys:
         digest.update(_U32.pack(len(key)))
         digest.update(key)
-    return BlockHash(digest.digest())
+    own = digest.digest()
+    index = parent[0] + 1
+    if index < SEGMENT_BLOCKS:
+        return BlockHash(bytes((index,)) + parent[_SEGMENT] + own[8:])
+    return BlockHash(b"\0" + own[1:])
+
+
+def segment_key(page_hash: bytes) -> bytes:
+    """What decides where a page lies in a cluster: the seven bytes that all blocks of its segment share.
+
+    Bytes that are no `BlockHash` have a key too, so that any 32 bytes can be placed, each on its own.
+    """
+    return page_hash[_SEGMENT]
 
 
 def block_hashes(root: bytes, token_ids: Sequence[int], block_tokens: int, extra_keys: Sequence[bytes] = ()) -> list[BlockHash]:

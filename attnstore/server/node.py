@@ -11,7 +11,7 @@ import os
 import secrets
 import signal
 import ssl
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from importlib.metadata import version
 
 import grpc
@@ -24,10 +24,12 @@ from attnstore.arena import MemoryArena, SharedArena, extent_bytes_for
 from attnstore.clock import Clock, MonotonicClock
 from attnstore.config import ServeOptions, split_address
 from attnstore.core.page_table import PageTable
+from attnstore.directory import LayoutRecord, Member, open_directory
 from attnstore.errors import InvalidArgument
 from attnstore.limits import EPOCH_BYTES, KEEPALIVE_MS, KEEPALIVE_TIMEOUT_MS, LEASE_ID_BYTES, MESSAGE_BYTES_MAX
 from attnstore.server.events import EventHub
 from attnstore.server.page_channel import PageChannelServer, TokenBook
+from attnstore.server.registration import Registration
 from attnstore.server.rpc import Authenticator, RpcShell
 from attnstore.server.servicer import ChannelOffer, NodeIdentity, Servicer
 from attnstore.server.shared_memory import SharedMemoryServer
@@ -89,8 +91,10 @@ class StoreNode:
             else None
         )
         self._channels: dict[str, ChannelOffer] = {}
+        node_id = options.node_id or options.advertised(self.address)
+        self._registration = self._joined(node_id, epoch, clock)
         self._servicer = Servicer(
-            identity=NodeIdentity(options.node_id or self.address, epoch, version("attnstore")),
+            identity=NodeIdentity(node_id, epoch, version("attnstore")),
             store=self._store,
             hub=hub,
             metrics=self._metrics,
@@ -120,12 +124,16 @@ class StoreNode:
         for service in ("", SERVICE):
             await self._health.set(service, health_pb2.HealthCheckResponse.SERVING)
         self._expiry = asyncio.create_task(self._expire_leases())
+        if self._registration is not None:
+            self._registration.start()
         _log.info("serving", address=self.address, capacity_bytes=int(self._options.capacity), pid=os.getpid())
 
     async def stop(self, drain_ms: int | None = None) -> None:
         """Takes no new call, waits up to `drain_ms` (default: the option) for running ones, then lets everything go."""
         drain_ms = self._options.drain_ms if drain_ms is None else drain_ms
         _log.info("draining", streams_in_flight=self._shell.streams_in_flight, drain_ms=drain_ms)
+        if self._registration is not None:
+            await self._registration.stop()
         await self._health.enter_graceful_shutdown()
         self._servicer.drain()
         # All kinds of calls drain at the same time, under the same limit.
@@ -141,6 +149,25 @@ class StoreNode:
             self._stop_metrics()
         self._arena.close()
         _log.info("stopped")
+
+    def _joined(self, node_id: str, epoch: bytes, clock: Clock) -> Registration | None:
+        """The node's place in its cluster, if it has one."""
+        if self._options.directory is None:
+            return None
+        scheme = "grpcs" if self._options.tls_cert is not None else "grpc"
+        member = Member(
+            node_id=node_id,
+            url=f"{scheme}://{self._options.advertised(self.address)}",
+            epoch=epoch,
+            weight=self._options.weight,
+            replicas=self._options.replicas,
+        )
+        directory = open_directory(self._options.directory.get_secret_value())
+        return Registration(directory, member, clock, layouts=self._held_layouts, on_view=lambda _view: None)
+
+    def _held_layouts(self) -> Iterator[LayoutRecord]:
+        for held in self._store.statistics().namespaces:
+            yield LayoutRecord(held.namespace, held.tenant, held.layout.page_bytes)
 
     def _bind(self) -> str:
         listen = self._options.listen

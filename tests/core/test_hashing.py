@@ -16,12 +16,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from attnstore.core.hashing import block_hash, block_hashes, namespace, page_checksum
+from attnstore.core.hashing import block_hash, block_hashes, namespace, page_checksum, segment_key
 from attnstore.core.layout import DType, PageLayout
 from attnstore.errors import InvalidArgument
+from attnstore.limits import SEGMENT_BLOCKS
 
 VECTORS: dict[str, Any] = json.loads((Path(__file__).parent / "vectors.json").read_text())
-ROOT = bytes(range(32))
+ROOT = b"\xff" + bytes(range(31))
 TOKEN = st.integers(0, 2**32 - 1)
 
 
@@ -46,7 +47,10 @@ def plain_sized(data: bytes) -> bytes:
 
 def plain_block_hash(parent: bytes, token_ids: list[int], extra_keys: list[bytes]) -> bytes:
     tokens = struct.pack(f"<I{len(token_ids)}I", len(token_ids), *token_ids)
-    return plain_blake2b(b"attnstore-bk-v1", parent + tokens + b"".join(map(plain_sized, extra_keys)))
+    digest = plain_blake2b(b"attnstore-bk-v1", parent + tokens + b"".join(map(plain_sized, extra_keys)))
+    continues = parent[0] < SEGMENT_BLOCKS - 1
+    place = bytes([parent[0] + 1]) + parent[1:8] if continues else bytes([0]) + digest[1:8]
+    return place + digest[8:]
 
 
 @pytest.mark.parametrize("vector", VECTORS["layouts"])
@@ -62,7 +66,7 @@ def test_namespaces_have_the_published_digest(vector: dict[str, Any]) -> None:
     expected = bytes.fromhex(vector["namespace"])
     assert namespace(layout_of(vector["layout"]), model=model, tenant_salt=salt) == expected
     plain = plain_sized(salt) + plain_sized(model) + plain_canonical(vector["layout"])
-    assert plain_blake2b(b"attnstore-ns-v1", plain) == expected
+    assert b"\xff" + plain_blake2b(b"attnstore-ns-v1", plain)[1:] == expected
 
 
 @pytest.mark.parametrize("vector", VECTORS["chains"])
@@ -97,6 +101,18 @@ def test_namespaces_of_the_vectors_all_differ() -> None:
 def test_salt_and_model_cannot_be_shifted_into_each_other() -> None:
     layout = PageLayout(layers=1, kv_heads=1, head_dim=1)
     assert namespace(layout, model=b"bc", tenant_salt=b"a") != namespace(layout, model=b"c", tenant_salt=b"ab")
+
+
+def test_the_blocks_of_a_segment_share_its_key_and_segments_do_not() -> None:
+    hashes = block_hashes(ROOT, range(3 * SEGMENT_BLOCKS), 1)
+    keys = [segment_key(page_hash) for page_hash in hashes]
+    heads = [segment_key(hashes[index]) for index in (0, SEGMENT_BLOCKS, 2 * SEGMENT_BLOCKS)]
+    assert keys == [heads[index // SEGMENT_BLOCKS] for index in range(len(hashes))]
+    assert len(set(heads)) == 3
+
+
+def test_sequences_that_differ_in_their_first_block_differ_in_their_segment_key() -> None:
+    assert segment_key(block_hash(ROOT, [1])) != segment_key(block_hash(ROOT, [2]))
 
 
 @given(tokens=st.lists(TOKEN, max_size=20), block_tokens=st.integers(1, 6), cut=st.integers(0, 20))

@@ -55,9 +55,10 @@ class PageStore(Protocol):
         ...
 
 
-def open_store(target: str, *, deadline_ms: int, transport: str = "auto") -> attnstore.Client:
-    """A client of the store node at `target`: a `PageStore` and a context manager. Nothing is sent before its first call.
+def open_store(target: str, *, deadline_ms: int, transport: str = "auto") -> attnstore.Client | attnstore.ClusterClient:
+    """A client of the store node or cluster at `target` (see `attnstore.connect`): a `PageStore` and a context manager.
 
+    Nothing is sent before its first call.
     `transport` is one of `STORE_TRANSPORTS`. Raises `InvalidArgument` for a malformed target.
     """
     return attnstore.connect(target, deadline_ms=deadline_ms, transport=transport)

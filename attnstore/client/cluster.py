@@ -1,0 +1,391 @@
+"""The client of a cluster: the calls of `AsyncClient` over many nodes.
+
+Owns: which node is asked for what, and how the answers become one. Invariants: a call ends within its one deadline; a node that
+fails costs misses, never a wrong page and never the answers of other nodes; only the first call waits for the directory.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+from collections import defaultdict
+from collections.abc import Awaitable, Callable, Sequence
+from types import TracebackType
+from typing import Self, TypeVar
+
+from attnstore.client.async_client import AsyncClient
+from attnstore.client.bulk import OnLayer
+from attnstore.client.cluster_leases import ClusterLeases, LeasePart
+from attnstore.client.cluster_read import ClusterRead
+from attnstore.client.cluster_write import ClusterWriter
+from attnstore.client.flight import Flight, SingleFlight
+from attnstore.client.mapped import PageViews
+from attnstore.client.membership import ClusterMembership
+from attnstore.client.node_link import NodeLink
+from attnstore.client.options import ClusterOptions, checked_deadline_ms
+from attnstore.client.segments import Run, leading_hits, runs_of
+from attnstore.clock import Clock, Deadline, MonotonicClock
+from attnstore.core.hashing import segment_key
+from attnstore.core.layout import PageLayout
+from attnstore.directory import ClusterView, Member
+from attnstore.errors import ClientClosed, InvalidArgument, LeaseExpired, NamespaceUnknown, Retryable, Unavailable
+from attnstore.limits import EPOCH_BYTES, HASHES_MAX, LEASE_MS_MAX
+from attnstore.types import (
+    Lease,
+    MatchResult,
+    NamespaceStatistics,
+    NodeDescription,
+    NodeStatistics,
+    PageStatus,
+    ReadResult,
+    WriteResult,
+)
+from attnstore.wire import messages
+from attnstore.wire.chunks import Buffer
+
+T = TypeVar("T")
+
+
+class AsyncClusterClient:
+    """A client of a cluster, for one event loop; made by `attnstore.aio.connect`.
+
+    Methods, arguments and errors are those of `AsyncClient`. What differs: `describe` and `stats` are sums over the nodes that
+    answer; pages of nodes that do not answer are misses, so that `read` has an `error`, and `write` raises, only where no node
+    answered at all.
+    """
+
+    def __init__(self, options: ClusterOptions, clock: Clock | None = None) -> None:
+        self._options = options
+        self._clock = clock or MonotonicClock()
+        self._layouts: dict[bytes, PageLayout] = {}
+        self._leases = ClusterLeases(self._clock)
+        self._matches: SingleFlight[MatchResult] = SingleFlight()
+        self._writer = ClusterWriter()
+        self._membership: ClusterMembership | None = None
+        self._closed = False
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        await self.close()
+
+    async def close(self) -> None:
+        """Ends all connections; calls that are running fail. Closing twice is harmless."""
+        self._closed = True
+        membership, self._membership = self._membership, None
+        if membership is not None:
+            await membership.close()
+
+    async def members(self, *, deadline_ms: float | None = None) -> tuple[Member, ...]:
+        """The nodes of the cluster, as this client sees it."""
+        view = await self._followed().ready(self._deadline(deadline_ms))
+        return tuple(view.members.values())
+
+    async def describe(self, *, deadline_ms: float | None = None) -> NodeDescription:
+        """What the nodes that answer say of themselves, as one; limits are the lowest of any."""
+        answers = await self._everywhere(lambda client, left_ms: client.describe(deadline_ms=left_ms), deadline_ms)
+        return NodeDescription(
+            node_id=_cluster_id(answers),
+            epoch=_joint_epoch([answer.epoch for answer in answers]),
+            version=min(answer.version for answer in answers),
+            capacity_bytes=sum(answer.capacity_bytes for answer in answers),
+            used_bytes=sum(answer.used_bytes for answer in answers),
+            in_flight=sum(answer.in_flight for answer in answers),
+            draining=all(answer.draining for answer in answers),
+            transports=dict.fromkeys(sorted(set.intersection(*(set(answer.transports) for answer in answers))), ""),
+            hashes_max=min(answer.hashes_max for answer in answers),
+            lease_ms_max=min(answer.lease_ms_max for answer in answers),
+            page_bytes_max=min(answer.page_bytes_max for answer in answers),
+        )
+
+    async def stats(self, *, deadline_ms: float | None = None) -> NodeStatistics:
+        """The sums of the counters of the nodes that answer; `uptime_ms` is that of the youngest."""
+        answers = await self._everywhere(lambda client, left_ms: client.stats(deadline_ms=left_ms), deadline_ms)
+        return joint_statistics(answers)
+
+    async def register_layout(self, namespace: bytes, layout: PageLayout, *, deadline_ms: float | None = None) -> int:
+        """Makes `namespace` known to every node; how many of its pages the nodes that answer could hold together."""
+        messages.check_namespace(namespace)
+        deadline = self._deadline(deadline_ms)
+        answers = await self._everywhere(
+            lambda client, left_ms: client.register_layout(namespace, layout, deadline_ms=left_ms), deadline.left_ms()
+        )
+        self._layouts[namespace] = layout
+        return sum(answers)
+
+    async def match(
+        self, namespace: bytes, prefixes: Sequence[Sequence[bytes]], *, lease_ms: int = 0, deadline_ms: float | None = None
+    ) -> MatchResult:
+        """See `AsyncClient.match`. Callers that ask for the same at the same time share one answer, and one lease."""
+        asked = sum(map(len, prefixes))
+        if asked > HASHES_MAX:
+            raise InvalidArgument(f"the prefixes have {asked} hashes; at most {HASHES_MAX} fit one request")
+        if not 0 <= lease_ms <= LEASE_MS_MAX:
+            raise InvalidArgument(f"lease_ms is {lease_ms}; it must be between 0 and {LEASE_MS_MAX}")
+        frozen = tuple(map(tuple, prefixes))
+        messages.join_hashes(page_hash for prefix in frozen for page_hash in prefix)
+        self._layout(namespace)
+        deadline = self._deadline(deadline_ms)
+        try:
+            async with asyncio.timeout(deadline.left_ms() / 1000):
+                return await self._matches.run(
+                    (namespace, frozen, lease_ms), lambda flight: self._match(flight, namespace, frozen, lease_ms, deadline)
+                )
+        except TimeoutError:
+            return MatchResult((0,) * len(prefixes), None)
+
+    async def _match(
+        self,
+        flight: Flight[MatchResult],
+        namespace: bytes,
+        prefixes: Sequence[Sequence[bytes]],
+        lease_ms: int,
+        deadline: Deadline,
+    ) -> MatchResult:
+        membership = self._followed()
+        view = await membership.ready(deadline)
+        runs = runs_of(prefixes)
+        parts: list[LeasePart] = []
+        try:
+            while asked := self._next_round(view, runs):
+                rounds = (self._ask(link, namespace, group, lease_ms, parts, deadline) for link, group in asked)
+                outcomes = await asyncio.gather(*rounds, return_exceptions=True)
+                _raise_wrong_calls(outcomes)
+        except BaseException:
+            self._let_go(parts)
+            raise
+        hits = leading_hits(len(prefixes), runs)
+        if not any(hits):
+            self._let_go(parts)
+            return MatchResult(hits, None)
+        return MatchResult(hits, self._leases.grant(parts, flight.passengers) if parts else None)
+
+    def _next_round(self, view: ClusterView, runs: Sequence[Run]) -> list[tuple[NodeLink, list[Run]]]:
+        """For each node the runs that it is the next one to be asked for: their pages are not all found yet."""
+        links = self._followed().links
+        groups: dict[str, list[Run]] = defaultdict(list)
+        usable = self._followed().usable()
+        for run in runs:
+            if not run.is_complete:
+                holders = [node_id for node_id in view.holders(run.key, usable) if node_id not in run.asked]
+                if holders:
+                    groups[holders[0]].append(run)
+        return [(links[node_id], group) for node_id, group in groups.items()]
+
+    async def _ask(
+        self,
+        link: NodeLink,
+        namespace: bytes,
+        runs: Sequence[Run],
+        lease_ms: int,
+        parts: list[LeasePart],
+        deadline: Deadline,
+    ) -> None:
+        """Asks one node for what is missing of the runs. A node that fails has nothing."""
+        for run in runs:
+            run.asked.add(link.member.node_id)
+        rests = [run.rest for run in runs]
+
+        async def match(client: AsyncClient) -> MatchResult:
+            await link.register(namespace, self._layout(namespace), deadline)
+            return await client.match(namespace, rests, lease_ms=lease_ms, deadline_ms=deadline.left_ms())
+
+        try:
+            found = await link.call(match)
+        except Retryable:
+            return
+        if found.lease is not None:
+            hit = [page_hash for rest, hits in zip(rests, found.hits, strict=True) for page_hash in rest[:hits]]
+            parts.append(LeasePart(link, found.lease, frozenset(hit)))
+        for run, hits in zip(runs, found.hits, strict=True):
+            run.hits += hits
+
+    async def lease(
+        self, namespace: bytes, hashes: Sequence[bytes], lease_ms: int, *, deadline_ms: float | None = None
+    ) -> tuple[int, Lease | None]:
+        """Leases the leading pages of one prefix: how many, and the lease (None when the first is missing already)."""
+        found = await self.match(namespace, [hashes], lease_ms=lease_ms, deadline_ms=deadline_ms)
+        return found.hits[0], found.lease
+
+    async def renew(self, lease: Lease, lease_ms: int, *, deadline_ms: float | None = None) -> Lease:
+        """Extends a lease on all its nodes. Raises `LeaseExpired` if it ran out on any: match again."""
+        parts = self._leases.parts(lease)
+        left_ms = self._deadline(deadline_ms).left_ms()
+        calls = (part.renew(lease_ms, left_ms) for part in parts)
+        outcomes = await asyncio.gather(*calls, return_exceptions=True)
+        _raise_wrong_calls(outcomes)
+        renewed = [outcome.lease_ms for outcome in outcomes if isinstance(outcome, Lease)]
+        if len(renewed) < len(parts):
+            raise LeaseExpired("a node that holds pages of the lease does not answer, or let it expire: match again")
+        return self._leases.renewed(lease, min(renewed))
+
+    async def release(self, lease: Lease, *, deadline_ms: float | None = None) -> bool:
+        """Ends a lease. False if it had already run out, on any of its nodes, or others who share it still hold it."""
+        parts = self._leases.release(lease)
+        left_ms = self._deadline(deadline_ms).left_ms()
+        calls = (part.release(left_ms) for part in parts)
+        outcomes = await asyncio.gather(*calls, return_exceptions=True)
+        _raise_wrong_calls(outcomes)
+        return bool(parts) and all(outcome is True for outcome in outcomes)
+
+    async def read(
+        self,
+        namespace: bytes,
+        hashes: Sequence[bytes],
+        buffers: Sequence[bytearray | memoryview],
+        *,
+        layers: tuple[int, int] | None = None,
+        lease: Lease | None = None,
+        on_layer: OnLayer | None = None,
+        deadline_ms: float | None = None,
+    ) -> ReadResult:
+        """See `AsyncClient.read`. Pages that one node does not have, or does not send, are asked of the next that may have them."""
+        deadline = self._deadline(deadline_ms)
+        membership = self._followed()
+        parts: tuple[LeasePart, ...] = ()
+        if lease is not None:
+            try:
+                parts = self._leases.parts(lease)
+            except LeaseExpired:
+                return ReadResult((PageStatus.LEASE_EXPIRED,) * len(hashes), 0)
+        read = ClusterRead(
+            membership, namespace, self._layout(namespace), hashes, buffers, layers, parts, on_layer, deadline, self._clock
+        )
+        return await read.run()
+
+    async def view(
+        self,
+        namespace: bytes,
+        hashes: Sequence[bytes],
+        *,
+        lease: Lease,
+        layers: tuple[int, int] | None = None,
+        deadline_ms: float | None = None,
+    ) -> PageViews:
+        """See `AsyncClient.view`; for pages that lie on one node. Raises `InvalidArgument` where they do not."""
+        for part in self._leases.parts(lease):
+            if part.hashes.issuperset(hashes):
+                left_ms = self._deadline(deadline_ms).left_ms()
+                return await part.view(namespace, hashes, layers, left_ms)
+        raise InvalidArgument("pages can be viewed in place only where one node holds them all under the lease")
+
+    async def write(
+        self, namespace: bytes, hashes: Sequence[bytes], pages: Sequence[Buffer], *, deadline_ms: float | None = None
+    ) -> WriteResult:
+        """See `AsyncClient.write`. STORED: all owners that can be reached have it; ARRIVING: this client is writing it already."""
+        deadline = self._deadline(deadline_ms)
+        return await self._writer.write(self._followed(), namespace, self._layout(namespace), hashes, pages, deadline)
+
+    async def delete(
+        self, namespace: bytes, hashes: Sequence[bytes], *, deadline_ms: float | None = None
+    ) -> tuple[PageStatus, ...]:
+        """Removes pages wherever they may lie: PINNED if any node cannot, else OK if any had the page, else MISSING."""
+        messages.join_hashes(hashes)
+        layout = self._layout(namespace)
+        deadline = self._deadline(deadline_ms)
+        membership = self._followed()
+        view = await membership.ready(deadline)
+        groups: dict[str, list[int]] = defaultdict(list)
+        for index, page_hash in enumerate(hashes):
+            for node_id in view.holders(segment_key(page_hash), membership.usable()):
+                groups[node_id].append(index)
+        statuses = [PageStatus.MISSING] * len(hashes)
+
+        async def delete_on(link: NodeLink, indices: Sequence[int]) -> None:
+            async def call(client: AsyncClient) -> tuple[PageStatus, ...]:
+                await link.register(namespace, layout, deadline)
+                return await client.delete(namespace, [hashes[index] for index in indices], deadline_ms=deadline.left_ms())
+
+            for index, status in zip(indices, await link.call(call), strict=True):
+                if statuses[index] is not PageStatus.PINNED and status is not PageStatus.MISSING:
+                    statuses[index] = status
+
+        calls = (delete_on(membership.links[node_id], indices) for node_id, indices in groups.items())
+        _raise_any(await asyncio.gather(*calls, return_exceptions=True))
+        return tuple(statuses)
+
+    async def _everywhere(self, call: Callable[[AsyncClient, float], Awaitable[T]], deadline_ms: float | None) -> list[T]:
+        """The answers of all nodes that answer. Raises what one of them raised where none does."""
+        deadline = self._deadline(deadline_ms)
+        membership = self._followed()
+        await membership.ready(deadline)
+        calls = (link.call(lambda client: call(client, deadline.left_ms())) for link in membership.links.values() if link.is_usable)
+        outcomes = await asyncio.gather(*calls, return_exceptions=True)
+        _raise_wrong_calls(outcomes)
+        answers = [outcome for outcome in outcomes if not isinstance(outcome, BaseException)]
+        if not answers:
+            _raise_any(outcomes)
+            raise Unavailable("no node of the cluster answers")
+        return answers
+
+    def _let_go(self, parts: Sequence[LeasePart]) -> None:
+        """Releases what was leased for nothing, in the background: it would run out by itself."""
+        for part in parts:
+            task = asyncio.create_task(part.release(self._options.node.deadline_ms))
+            task.add_done_callback(lambda done: None if done.cancelled() else done.exception())
+
+    def _followed(self) -> ClusterMembership:
+        if self._closed:
+            raise ClientClosed("the client is closed")
+        if self._membership is None:
+            self._membership = ClusterMembership(self._options.open_directory(), self._clock, self._open_link)
+        return self._membership
+
+    def _open_link(self, member: Member) -> NodeLink:
+        return NodeLink(member, self._options.node.at(member.url), self._clock)
+
+    def _layout(self, namespace: bytes) -> PageLayout:
+        try:
+            return self._layouts[namespace]
+        except KeyError:
+            raise NamespaceUnknown("this client did not register the namespace: call register_layout first") from None
+
+    def _deadline(self, deadline_ms: float | None) -> Deadline:
+        return Deadline(self._clock, self._options.node.deadline_ms if deadline_ms is None else checked_deadline_ms(deadline_ms))
+
+
+def joint_statistics(answers: Sequence[NodeStatistics]) -> NodeStatistics:
+    """Sums over nodes; a namespace is listed once."""
+    spaces: dict[bytes, NamespaceStatistics] = {}
+    for answer in answers:
+        for space in answer.namespaces:
+            known = spaces.get(space.namespace)
+            sealed = space.pages_sealed + (known.pages_sealed if known else 0)
+            spaces[space.namespace] = NamespaceStatistics(space.namespace, space.layout, sealed)
+    totals = {
+        name: sum(getattr(answer, name) for answer in answers)
+        for name in NodeStatistics.__slots__
+        if name not in ("node_id", "epoch", "uptime_ms", "namespaces")
+    }
+    return NodeStatistics(
+        node_id=_cluster_id(answers),
+        epoch=_joint_epoch([answer.epoch for answer in answers]),
+        uptime_ms=min(answer.uptime_ms for answer in answers),
+        namespaces=tuple(spaces.values()),
+        **totals,
+    )
+
+
+def _cluster_id(answers: Sequence[NodeDescription] | Sequence[NodeStatistics]) -> str:
+    return ",".join(sorted(answer.node_id for answer in answers))
+
+
+def _joint_epoch(epochs: Sequence[bytes]) -> bytes:
+    """Changes whenever a node is restarted, joins or leaves."""
+    return hashlib.blake2b(b"".join(sorted(epochs)), digest_size=EPOCH_BYTES).digest()
+
+
+def _raise_wrong_calls(outcomes: Sequence[object]) -> None:
+    """Raises the first error that no other node would have answered differently; others are misses."""
+    for outcome in outcomes:
+        if isinstance(outcome, BaseException) and not isinstance(outcome, Retryable):
+            raise outcome
+
+
+def _raise_any(outcomes: Sequence[object]) -> None:
+    for outcome in outcomes:
+        if isinstance(outcome, BaseException):
+            raise outcome

@@ -1,0 +1,146 @@
+"""Writing pages to the nodes that own them.
+
+Owns: which pages this client is writing now. Invariant: a page that is kept is on every owner that could be reached when it was
+written; a page is never on its way from this client twice at once.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import defaultdict
+from collections.abc import Sequence
+
+from attnstore.client.async_client import AsyncClient
+from attnstore.client.landing import readable_view
+from attnstore.client.membership import ClusterMembership
+from attnstore.client.node_link import NodeLink
+from attnstore.clock import Deadline
+from attnstore.core.hashing import segment_key
+from attnstore.core.layout import PageLayout
+from attnstore.directory import ClusterView
+from attnstore.errors import InvalidArgument, Retryable
+from attnstore.types import PageStatus, WriteResult
+from attnstore.wire import messages
+from attnstore.wire.chunks import Buffer
+
+
+class ClusterWriter:
+    """Belongs to one event loop."""
+
+    def __init__(self) -> None:
+        self._arriving: set[tuple[bytes, bytes]] = set()
+
+    async def write(
+        self,
+        membership: ClusterMembership,
+        namespace: bytes,
+        layout: PageLayout,
+        hashes: Sequence[bytes],
+        pages: Sequence[Buffer],
+        deadline: Deadline,
+    ) -> WriteResult:
+        """See `AsyncClusterClient.write`."""
+        if len(hashes) != len(pages):
+            raise InvalidArgument(f"{len(hashes)} hashes and {len(pages)} pages are given; give one page for each hash")
+        messages.join_hashes(hashes)
+        views = [readable_view(index, page, layout.page_bytes) for index, page in enumerate(pages)]
+        view = await membership.ready(deadline)
+        mine = {index for index, page_hash in enumerate(hashes) if (namespace, page_hash) not in self._arriving}
+        keys = [(namespace, hashes[index]) for index in mine]
+        self._arriving.update(keys)
+        try:
+            write = _Write(membership, view, namespace, layout, hashes, views, deadline)
+            await write.run(mine)
+        finally:
+            self._arriving.difference_update(keys)
+        return write.result(mine)
+
+
+class _Write:
+    def __init__(
+        self,
+        membership: ClusterMembership,
+        view: ClusterView,
+        namespace: bytes,
+        layout: PageLayout,
+        hashes: Sequence[bytes],
+        pages: Sequence[memoryview],
+        deadline: Deadline,
+    ) -> None:
+        self._membership = membership
+        self._view = view
+        self._namespace = namespace
+        self._layout = layout
+        self._hashes = hashes
+        self._pages = pages
+        self._deadline = deadline
+        self._verdicts: list[dict[str, PageStatus]] = [{} for _ in hashes]
+        self._failed: set[str] = set()
+        self._failure: Retryable | None = None
+
+    async def run(self, indices: set[int]) -> None:
+        """Writes to the owners, and where one fails to the node that is next in line, until there is none or no time."""
+        while groups := self._missing(indices):
+            calls = [self._write_to(node_id, group) for node_id, group in groups.items()]
+            outcomes = await asyncio.gather(*calls, return_exceptions=True)
+            for outcome in outcomes:
+                if isinstance(outcome, BaseException):
+                    raise outcome
+
+    def result(self, mine: set[int]) -> WriteResult:
+        """One verdict a page. Raises what the last node raised where no node answered for any page."""
+        if self._failure is not None and not any(self._verdicts):
+            raise self._failure
+        verdicts = tuple(self._verdict(index) if index in mine else PageStatus.ARRIVING for index in range(len(self._hashes)))
+        stored = sum(
+            len(page) * sum(verdict is PageStatus.STORED for verdict in given.values())
+            for page, given in zip(self._pages, self._verdicts, strict=True)
+        )
+        return WriteResult(verdicts, stored)
+
+    def _missing(self, indices: set[int]) -> dict[str, list[int]]:
+        """For each node the pages that it should have and was not given yet."""
+        groups: dict[str, list[int]] = defaultdict(list)
+        usable = self._membership.usable() - self._failed
+        owners: dict[bytes, list[str]] = {}
+        for index in sorted(indices):
+            key = segment_key(self._hashes[index])
+            if key not in owners:
+                owners[key] = self._view.owners(key, usable)
+            for node_id in owners[key]:
+                if node_id not in self._verdicts[index]:
+                    groups[node_id].append(index)
+        return groups
+
+    async def _write_to(self, node_id: str, indices: Sequence[int]) -> None:
+        link: NodeLink | None = self._membership.links.get(node_id)
+        if link is None:  # it left a moment ago
+            self._failed.add(node_id)
+            return
+
+        async def write(client: AsyncClient) -> WriteResult:
+            await link.register(self._namespace, self._layout, self._deadline)
+            return await client.write(
+                self._namespace,
+                [self._hashes[index] for index in indices],
+                [self._pages[index] for index in indices],
+                deadline_ms=self._deadline.left_ms(),
+            )
+
+        try:
+            written = await link.call(write)
+        except Retryable as error:
+            self._failed.add(node_id)
+            self._failure = error
+            return
+        for index, verdict in zip(indices, written.verdicts, strict=True):
+            self._verdicts[index][node_id] = verdict
+
+    def _verdict(self, index: int) -> PageStatus:
+        given = list(self._verdicts[index].values())
+        refused = [verdict for verdict in given if not verdict.is_kept]
+        if not given:
+            return PageStatus.INCOMPLETE
+        if refused:
+            return refused[0]
+        return PageStatus.STORED if PageStatus.STORED in given else PageStatus.ALREADY_PRESENT

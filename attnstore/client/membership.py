@@ -1,0 +1,109 @@
+"""A client's view of its cluster, and the links to the nodes in it.
+
+Owns: the task that asks the directory, and one `NodeLink` for each incarnation of each member. Invariants: no call waits for the
+directory but the first one, which has nothing to go by; a directory that fails leaves the last view in force.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from contextlib import suppress
+
+import structlog
+
+from attnstore.client.node_link import NodeLink
+from attnstore.clock import Clock, Deadline
+from attnstore.directory import ClusterView, Directory, Member, ViewTracker
+from attnstore.errors import DeadlineExceeded, ProtocolError, Unavailable
+from attnstore.limits import HEARTBEAT_MS
+
+_log = structlog.get_logger(__name__)
+
+
+class ClusterMembership:
+    """Follows a directory. Belongs to one event loop; `open_link` makes the link to a member."""
+
+    def __init__(self, directory: Directory, clock: Clock, open_link: Callable[[Member], NodeLink]) -> None:
+        self._directory = directory
+        self._clock = clock
+        self._open_link = open_link
+        self._tracker = ViewTracker()
+        self._links: dict[str, NodeLink] = {}
+        self._answers = True
+        self._looked = asyncio.Event()
+        self._watching: asyncio.Task[None] | None = None
+        self._failure: Exception | None = None
+
+    @property
+    def links(self) -> dict[str, NodeLink]:
+        """Node id -> link, of all members."""
+        return self._links
+
+    @property
+    def view(self) -> ClusterView:
+        """The latest view."""
+        return self._tracker.view
+
+    def usable(self) -> set[str]:
+        """The members that calls are made to."""
+        return {node_id for node_id, link in self._links.items() if link.is_usable}
+
+    async def ready(self, deadline: Deadline) -> ClusterView:
+        """The view, once there is one. Raises `Unavailable` where the directory has never answered, or knows no node."""
+        if self._watching is None:
+            self._watching = asyncio.create_task(self._watch())
+        if not self._links:
+            try:
+                async with asyncio.timeout(deadline.left_ms() / 1000):
+                    await self._looked.wait()
+            except TimeoutError:
+                raise DeadlineExceeded(f"the directory {self._directory.name} has not answered within the deadline") from None
+            if not self._links:
+                reason = self._failure or f"the directory {self._directory.name} knows no node of this cluster"
+                raise Unavailable(str(reason))
+        return self._tracker.view
+
+    async def close(self) -> None:
+        """Ends the task, the links and the directory's connections."""
+        if self._watching is not None:
+            self._watching.cancel()
+            with suppress(asyncio.CancelledError):
+                await self._watching
+        links, self._links = self._links, {}
+        await asyncio.gather(*(link.close() for link in links.values()), self._directory.close())
+
+    async def _watch(self) -> None:
+        while True:
+            await self._look()
+            self._looked.set()
+            await asyncio.sleep(HEARTBEAT_MS / 1000)
+
+    async def _look(self) -> None:
+        try:
+            membership = await self._directory.membership(self._tracker.known)
+        except (Unavailable, ProtocolError) as error:
+            if self._answers:
+                _log.warning("the directory does not answer, the last view stays in force", reason=str(error))
+            self._answers, self._failure = False, error
+            return
+        if not self._answers:
+            _log.info("the directory answers again", directory=self._directory.name)
+        self._answers, self._failure = True, None
+        for task in self._adopt(self._tracker.observe(membership, self._clock.now_ms())):
+            await task
+
+    def _adopt(self, view: ClusterView) -> list[Awaitable[None]]:
+        """Opens links to new members and new incarnations; what ends the others."""
+        ended: list[Awaitable[None]] = []
+        links: dict[str, NodeLink] = {}
+        for node_id, member in view.members.items():
+            link = self._links.get(node_id)
+            if link is None or (link.member.url, link.member.epoch) != (member.url, member.epoch):
+                link = self._open_link(member)
+            links[node_id] = link
+        for node_id, link in self._links.items():
+            if links.get(node_id) is not link:
+                ended.append(link.close())
+        self._links = links
+        return ended

@@ -1,0 +1,104 @@
+"""One node of a cluster, as a client sees it: its connection, its circuit breaker, and how fast it has been.
+
+Owns: the `AsyncClient` of one incarnation of a node. Invariants: no call is made through an open circuit but the probe; a namespace
+is registered with the node before the first call that needs it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from contextlib import suppress
+from typing import Final, TypeVar
+
+import structlog
+
+from attnstore.client.async_client import AsyncClient
+from attnstore.client.breaker import CircuitBreaker, CircuitState
+from attnstore.client.options import ConnectOptions
+from attnstore.clock import Clock, Deadline
+from attnstore.core.layout import PageLayout
+from attnstore.directory import Member
+from attnstore.errors import AttnStoreError, ClientClosed, DeadlineExceeded, Unavailable
+
+T = TypeVar("T")
+
+_log = structlog.get_logger(__name__)
+_PROBE_DEADLINE_MS: Final = 1_000
+_SMOOTHING: Final = 0.2
+
+
+class NodeLink:
+    """Calls to one node. Belongs to one event loop."""
+
+    def __init__(self, member: Member, options: ConnectOptions, clock: Clock) -> None:
+        self.member = member
+        self.client = AsyncClient(options, clock)
+        self._clock = clock
+        self._breaker = CircuitBreaker(clock)
+        self._registered: set[bytes] = set()
+        self._probing: asyncio.Task[None] | None = None
+        self._page_ms: float | None = None
+
+    @property
+    def is_usable(self) -> bool:
+        """Calls are made."""
+        return self._breaker.state is CircuitState.CLOSED
+
+    def expected_ms(self, pages: int) -> float | None:
+        """How long a read of so many pages is likely to take; None as long as nothing was read."""
+        return None if self._page_ms is None else self._page_ms * pages
+
+    def took(self, pages: int, took_ms: float) -> None:
+        """So many pages came in this time: exponentially smoothed, for `expected_ms`."""
+        now = took_ms / pages
+        self._page_ms = now if self._page_ms is None else self._page_ms + _SMOOTHING * (now - self._page_ms)
+
+    async def call(self, call: Callable[[AsyncClient], Awaitable[T]]) -> T:
+        """Makes a call and counts how it ended. Raises `Unavailable` at once where the circuit is open."""
+        if not self.is_usable:
+            raise Unavailable(f"node {self.member.node_id} has failed and is left alone until a probe of it succeeds")
+        try:
+            answer = await call(self.client)
+        except (Unavailable, DeadlineExceeded):
+            self.failed()
+            raise
+        except ClientClosed:
+            raise Unavailable(f"node {self.member.node_id} left the cluster during the call") from None
+        except AttnStoreError:
+            self._breaker.succeeded()  # a refusal is an answer
+            raise
+        self._breaker.succeeded()
+        return answer
+
+    def failed(self) -> None:
+        """A call that was made did not end well, though it raised nothing."""
+        self._breaker.failed()
+        if not self.is_usable and (self._probing is None or self._probing.done()):
+            _log.warning("node left alone", node=self.member.node_id, url=self.member.url)
+            self._probing = asyncio.create_task(self._probe())
+
+    async def register(self, namespace: bytes, layout: PageLayout, deadline: Deadline) -> None:
+        """Makes the namespace known to the node, if this link has not done so."""
+        if namespace not in self._registered:
+            await self.client.register_layout(namespace, layout, deadline_ms=deadline.left_ms())
+            self._registered.add(namespace)
+
+    async def close(self) -> None:
+        """Ends the connection."""
+        if self._probing is not None:
+            self._probing.cancel()
+            with suppress(asyncio.CancelledError):
+                await self._probing
+        await self.client.close()
+
+    async def _probe(self) -> None:
+        while not self.is_usable:
+            await asyncio.sleep(self._breaker.probe_in_ms() / 1000)
+            try:
+                await self.client.describe(deadline_ms=_PROBE_DEADLINE_MS)
+            except AttnStoreError:
+                self._breaker.probe_failed()
+            else:
+                self._breaker.succeeded()
+                _log.info("node is back", node=self.member.node_id, url=self.member.url)

@@ -1,0 +1,33 @@
+"""The directory of a cluster: base contract, one in memory, one on Redis or Valkey, and the view that is made of what it says."""
+
+from attnstore.directory.base import (
+    Directory,
+    EventBatch,
+    Intent,
+    LayoutRecord,
+    Member,
+    Membership,
+    NodeState,
+    Revision,
+)
+from attnstore.directory.factory import open_directory
+from attnstore.directory.memory import MemoryDirectory
+from attnstore.directory.url import DirectoryUrl, is_directory_url
+from attnstore.directory.view import ClusterView, ViewTracker
+
+__all__ = [
+    "ClusterView",
+    "Directory",
+    "DirectoryUrl",
+    "EventBatch",
+    "Intent",
+    "LayoutRecord",
+    "Member",
+    "Membership",
+    "MemoryDirectory",
+    "NodeState",
+    "Revision",
+    "ViewTracker",
+    "is_directory_url",
+    "open_directory",
+]

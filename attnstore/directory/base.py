@@ -1,0 +1,183 @@
+"""What a directory is: who is in a cluster, what they hold in common, and nothing that a page depends on.
+
+Owns: the contract `Directory` and the records that go through it. Invariant: a directory is a hint. Whatever it says, or fails to
+say, costs at most a miss; no call of it is ever on the way of a page.
+"""
+
+from __future__ import annotations
+
+import enum
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Protocol, Self
+
+from attnstore.errors import ProtocolError
+from attnstore.limits import EPOCH_BYTES, NODE_ID_CHARS_MAX, REPLICAS_MAX
+
+
+class NodeState(enum.StrEnum):
+    """What a node does in its cluster."""
+
+    ACTIVE = "active"
+    """Owns its share of the segments."""
+    DRAINING = "draining"
+    """Owns nothing any more, hands its pages over and still answers."""
+    DRAINED = "drained"
+    """Has handed everything over: it can be stopped without losing a hit."""
+
+
+class Intent(enum.StrEnum):
+    """What an operator wants of a node. None is the default: serve."""
+
+    DRAIN = "drain"
+    EVICT = "evict"
+
+
+@dataclass(frozen=True, slots=True)
+class Member:
+    """One node as its cluster knows it.
+
+    `url` is where clients reach it; a new `epoch` means that it was restarted with an empty arena; `weight` is its share of the
+    segments relative to other nodes; `replicas` is how many copies it was told to keep (the cluster keeps the most that any says).
+    """
+
+    node_id: str
+    url: str
+    epoch: bytes = b""
+    weight: float = 1.0
+    replicas: int = 1
+    state: NodeState = NodeState.ACTIVE
+
+    def to_json(self) -> str:
+        """One line; equal members have equal lines."""
+        return json.dumps(
+            {
+                "node_id": self.node_id,
+                "url": self.url,
+                "epoch": self.epoch.hex(),
+                "weight": self.weight,
+                "replicas": self.replicas,
+                "state": self.state.value,
+            },
+            sort_keys=True,
+        )
+
+    @classmethod
+    def from_json(cls, text: str | bytes) -> Self:
+        """The inverse. Raises `ProtocolError` for anything that is no member's line: the directory may be shared with others."""
+        try:
+            fields = json.loads(text)
+            member = cls(
+                node_id=str(fields["node_id"]),
+                url=str(fields["url"]),
+                epoch=bytes.fromhex(fields["epoch"]),
+                weight=float(fields["weight"]),
+                replicas=int(fields["replicas"]),
+                state=NodeState(fields["state"]),
+            )
+        except (KeyError, TypeError, ValueError) as error:
+            raise ProtocolError(f"the directory holds a record that is no node's: {error}") from None
+        good_weight = member.weight > 0 and math.isfinite(member.weight)
+        good_names = 0 < len(member.node_id) <= NODE_ID_CHARS_MAX and len(member.epoch) in (0, EPOCH_BYTES)
+        if not (good_weight and good_names and 1 <= member.replicas <= REPLICAS_MAX):
+            raise ProtocolError(f"the directory's record of node {member.node_id[:NODE_ID_CHARS_MAX]!r} is out of bounds")
+        return member
+
+
+@dataclass(frozen=True, slots=True)
+class Revision:
+    """Which state of the directory a membership is. A new `incarnation` means that the directory has lost its memory."""
+
+    incarnation: str
+    number: int
+
+
+@dataclass(frozen=True, slots=True)
+class Membership:
+    """Everyone whose heartbeat is fresh, what operators want of them, and the tenants' quotas in bytes over all nodes."""
+
+    revision: Revision
+    members: tuple[Member, ...]
+    intents: Mapping[str, Intent] = field(default_factory=dict)
+    quota_bytes: Mapping[str, int] = field(default_factory=dict)
+
+    def present(self) -> dict[str, Member]:
+        """Node id -> member as it is to be treated: without the evicted, and draining from the moment that it was asked to."""
+        present = {}
+        for member in self.members:
+            intent = self.intents.get(member.node_id)
+            if intent is Intent.EVICT:
+                continue
+            if intent is Intent.DRAIN and member.state is NodeState.ACTIVE:
+                member = replace(member, state=NodeState.DRAINING)
+            present[member.node_id] = member
+        return present
+
+
+@dataclass(frozen=True, slots=True)
+class LayoutRecord:
+    """A namespace that some node of the cluster holds pages of."""
+
+    namespace: bytes
+    tenant: str
+    page_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class EventBatch:
+    """Page events of one node, packed (see `attnstore.directory.events`). `dropped` counts events that did not fit."""
+
+    node_id: str
+    packed: bytes
+    dropped: int = 0
+
+
+class Directory(Protocol):
+    """All calls raise `Unavailable` where the directory does not answer within its own short time limit."""
+
+    @property
+    def name(self) -> str:
+        """Where the directory is, without secrets; for messages."""
+        ...
+
+    async def announce(self, member: Member, ttl_ms: int, known: Revision | None) -> Membership | None:
+        """A heartbeat: `member` is here for `ttl_ms` more. The membership, or None where it is still the known one."""
+        ...
+
+    async def membership(self, known: Revision | None) -> Membership | None:
+        """The membership, or None where it is still the known one."""
+        ...
+
+    async def withdraw(self, node_id: str) -> None:
+        """The node has left, and what operators wanted of it with it. Of an unknown node: nothing."""
+        ...
+
+    async def set_intent(self, node_id: str, intent: Intent | None) -> bool:
+        """What operators want of a node from now on, as long as it is a member. False where there is no such member."""
+        ...
+
+    async def put_layouts(self, layouts: Sequence[LayoutRecord]) -> None:
+        """Makes layouts known for a day."""
+        ...
+
+    async def layouts(self) -> list[LayoutRecord]:
+        """The layouts that nodes made known during the last day."""
+        ...
+
+    async def set_quota(self, tenant: str, quota_bytes: int | None) -> None:
+        """How many bytes a tenant's pages may take on all nodes together; None lifts the quota."""
+        ...
+
+    async def publish(self, batch: EventBatch) -> None:
+        """Appends to the stream of events, which keeps a bounded number of batches."""
+        ...
+
+    async def events(self, after: str | None, wait_ms: int) -> tuple[list[EventBatch], str]:
+        """The batches after a position, waiting for the first one, and the next position. `after=None`: from now on."""
+        ...
+
+    async def close(self) -> None:
+        """Lets connections go."""
+        ...

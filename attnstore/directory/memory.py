@@ -1,0 +1,106 @@
+"""A directory in this process: for embedded clusters, static lists of nodes, and tests.
+
+Invariant: it answers as the one on Redis does, with time from the injected clock.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import secrets
+from collections import deque
+from collections.abc import Sequence
+
+from attnstore.clock import Clock, MonotonicClock
+from attnstore.directory.base import EventBatch, Intent, LayoutRecord, Member, Membership, Revision
+from attnstore.limits import EVENT_BATCHES_MAX, LAYOUT_MS_MAX
+
+
+class MemoryDirectory:
+    """See `Directory`. Belongs to one event loop."""
+
+    def __init__(self, clock: Clock | None = None, members: Sequence[Member] = ()) -> None:
+        """`members` are there for ever, without a heartbeat."""
+        self._clock = clock or MonotonicClock()
+        self._incarnation = secrets.token_hex(8)
+        self._number = 0
+        self._members: dict[str, Member] = {member.node_id: member for member in members}
+        self._until_ms: dict[str, float] = {member.node_id: float("inf") for member in members}
+        self._intents: dict[str, Intent] = {}
+        self._quota_bytes: dict[str, int] = {}
+        self._layouts: dict[bytes, tuple[LayoutRecord, float]] = {}
+        self._batches: deque[tuple[int, EventBatch]] = deque(maxlen=EVENT_BATCHES_MAX)
+        self._positions = itertools.count(1)
+        self._published = asyncio.Event()
+
+    @property
+    def name(self) -> str:
+        return "memory"
+
+    async def announce(self, member: Member, ttl_ms: int, known: Revision | None) -> Membership | None:
+        if self._members.get(member.node_id) != member:
+            self._members[member.node_id] = member
+            self._number += 1
+        self._until_ms[member.node_id] = self._clock.now_ms() + ttl_ms
+        return await self.membership(known)
+
+    async def membership(self, known: Revision | None) -> Membership | None:
+        now_ms = self._clock.now_ms()
+        for node_id in [node_id for node_id, until_ms in self._until_ms.items() if until_ms <= now_ms]:
+            await self.withdraw(node_id)
+        revision = Revision(self._incarnation, self._number)
+        if revision == known:
+            return None
+        return Membership(revision, tuple(self._members.values()), dict(self._intents), dict(self._quota_bytes))
+
+    async def withdraw(self, node_id: str) -> None:
+        if self._members.pop(node_id, None) is not None:
+            del self._until_ms[node_id]
+            self._intents.pop(node_id, None)
+            self._number += 1
+
+    async def set_intent(self, node_id: str, intent: Intent | None) -> bool:
+        if node_id not in self._members:
+            return False
+        if intent is None:
+            self._intents.pop(node_id, None)
+        else:
+            self._intents[node_id] = intent
+        self._number += 1
+        return True
+
+    async def put_layouts(self, layouts: Sequence[LayoutRecord]) -> None:
+        until_ms = self._clock.now_ms() + LAYOUT_MS_MAX
+        self._layouts.update({record.namespace: (record, until_ms) for record in layouts})
+
+    async def layouts(self) -> list[LayoutRecord]:
+        now_ms = self._clock.now_ms()
+        self._layouts = {name: entry for name, entry in self._layouts.items() if entry[1] > now_ms}
+        return [record for record, _ in self._layouts.values()]
+
+    async def set_quota(self, tenant: str, quota_bytes: int | None) -> None:
+        if quota_bytes is None:
+            self._quota_bytes.pop(tenant, None)
+        else:
+            self._quota_bytes[tenant] = quota_bytes
+        self._number += 1
+
+    async def publish(self, batch: EventBatch) -> None:
+        self._batches.append((next(self._positions), batch))
+        self._published.set()
+        self._published = asyncio.Event()
+
+    async def events(self, after: str | None, wait_ms: int) -> tuple[list[EventBatch], str]:
+        last = self._batches[-1][0] if self._batches else 0
+        position = last if after is None else int(after)
+        if position == last:
+            try:
+                async with asyncio.timeout(wait_ms / 1000):
+                    await self._published.wait()
+            except TimeoutError:
+                return [], str(position)
+        fresh = [(at, batch) for at, batch in self._batches if at > position]
+        return [batch for _, batch in fresh], str(fresh[-1][0] if fresh else position)
+
+    async def close(self) -> None:
+        """Nothing to let go."""

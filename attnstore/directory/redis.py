@@ -1,0 +1,159 @@
+"""The directory on Redis or Valkey: standalone, behind Sentinel, or a Redis Cluster.
+
+Owns: the connections. Invariants: every call ends within `limits.DIRECTORY_MS_MAX` and fails as `Unavailable`, whatever went wrong;
+one call is one command. What the commands do is in `attnstore.directory.scripts`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import secrets
+from collections.abc import Sequence
+from typing import Any
+
+from redis.asyncio import Redis, RedisCluster, Sentinel
+from redis.asyncio.cluster import ClusterNode
+from redis.asyncio.retry import Retry
+from redis.backoff import NoBackoff
+from redis.exceptions import RedisError
+
+from attnstore.directory import scripts
+from attnstore.directory.base import EventBatch, Intent, LayoutRecord, Member, Membership, Revision
+from attnstore.directory.url import DirectoryUrl
+from attnstore.errors import ProtocolError, Unavailable
+from attnstore.limits import (
+    DIRECTORY_LAYOUTS_MAX,
+    DIRECTORY_MS_MAX,
+    EVENT_BATCHES_MAX,
+    LAYOUT_MS_MAX,
+    NODES_MAX,
+    TENANTS_MAX,
+)
+
+
+class RedisDirectory:
+    """See `Directory`. Belongs to one event loop; connects at first use and again after every loss."""
+
+    def __init__(self, url: DirectoryUrl) -> None:
+        self._url = url
+        self._client: Any = _connect(url)
+        self._key = {name: f"{{attnstore:{url.cluster}}}:{name}" for name in scripts.KEYS}
+        self._cluster_keys = [self._key[name] for name in ("nodes", "alive", "intents", "quotas", "revision")]
+
+    @property
+    def name(self) -> str:
+        return self._url.shown
+
+    async def announce(self, member: Member, ttl_ms: int, known: Revision | None) -> Membership | None:
+        arguments = (*_revision(known), member.node_id, member.to_json(), ttl_ms, NODES_MAX, scripts.KEEP_MS)
+        return _membership(await self._eval(scripts.ANNOUNCE, self._cluster_keys, *arguments))
+
+    async def membership(self, known: Revision | None) -> Membership | None:
+        return _membership(await self._eval(scripts.MEMBERSHIP, self._cluster_keys, *_revision(known)))
+
+    async def withdraw(self, node_id: str) -> None:
+        await self._eval(scripts.WITHDRAW, self._cluster_keys, node_id)
+
+    async def set_intent(self, node_id: str, intent: Intent | None) -> bool:
+        return bool(await self._eval(scripts.SET_INTENT, self._cluster_keys, node_id, intent or ""))
+
+    async def put_layouts(self, layouts: Sequence[LayoutRecord]) -> None:
+        records = [json.dumps([record.namespace.hex(), record.tenant, record.page_bytes]) for record in layouts]
+        await self._eval(scripts.PUT_LAYOUTS, [self._key["layouts"]], LAYOUT_MS_MAX, DIRECTORY_LAYOUTS_MAX, *records)
+
+    async def layouts(self) -> list[LayoutRecord]:
+        records = await self._eval(scripts.LAYOUTS, [self._key["layouts"]])
+        try:
+            parsed = [json.loads(record) for record in records]
+            return [LayoutRecord(bytes.fromhex(name), str(tenant), int(page_bytes)) for name, tenant, page_bytes in parsed]
+        except (TypeError, ValueError) as error:
+            raise ProtocolError(f"the directory holds a record that is no layout's: {error}") from None
+
+    async def set_quota(self, tenant: str, quota_bytes: int | None) -> None:
+        value = "" if quota_bytes is None else quota_bytes
+        await self._eval(scripts.SET_QUOTA, self._cluster_keys, tenant, value, TENANTS_MAX)
+
+    async def publish(self, batch: EventBatch) -> None:
+        arguments = (EVENT_BATCHES_MAX, scripts.KEEP_MS, batch.node_id, batch.packed, batch.dropped)
+        await self._eval(scripts.PUBLISH, [self._key["events"]], *arguments)
+
+    async def events(self, after: str | None, wait_ms: int) -> tuple[list[EventBatch], str]:
+        position = after or await self._last_event()
+        # Waiting ends before the connection's own time limit, which it would pass otherwise.
+        block_ms = max(1, min(wait_ms, DIRECTORY_MS_MAX // 2))
+        answer = await self._ask(self._client.xread({self._key["events"]: position}, block=block_ms), DIRECTORY_MS_MAX)
+        # RESP2 answers with a list of pairs, RESP3 with a map.
+        streams = dict(answer or ())
+        entries = [entry for stream in streams.values() for entry in _flat_entries(stream)]
+        batches = [EventBatch(fields[b"node"].decode(), fields[b"packed"], int(fields[b"dropped"])) for _, fields in entries]
+        return batches, entries[-1][0].decode() if entries else position
+
+    async def close(self) -> None:
+        await self._client.aclose()
+
+    async def _last_event(self) -> str:
+        newest = await self._ask(self._client.xrevrange(self._key["events"], count=1), DIRECTORY_MS_MAX)
+        return newest[0][0].decode() if newest else "0-0"
+
+    async def _eval(self, script: str, keys: Sequence[str], *arguments: object) -> Any:
+        return await self._ask(self._client.eval(script, len(keys), *keys, *arguments), DIRECTORY_MS_MAX)
+
+    async def _ask(self, command: Any, limit_ms: float) -> Any:
+        try:
+            async with asyncio.timeout(limit_ms / 1000):
+                return await command
+        except TimeoutError:
+            raise Unavailable(f"the directory {self.name} did not answer within {limit_ms:g} ms") from None
+        except (RedisError, OSError) as error:
+            raise Unavailable(f"the directory {self.name} failed: {type(error).__name__}: {error}") from None
+
+
+def _connect(url: DirectoryUrl) -> Any:
+    # A call that fails is made again by whoever has a period for it, never at once by the library.
+    patience: dict[str, Any] = {
+        "socket_timeout": DIRECTORY_MS_MAX / 1000,
+        "socket_connect_timeout": DIRECTORY_MS_MAX / 1000,
+        "retry": Retry(NoBackoff(), 0),
+    }
+    login: dict[str, Any] = {"username": url.username, "password": url.password}
+    encryption: dict[str, Any] = {"ssl": True, "ssl_ca_certs": url.ca} if url.tls else {}
+    if url.kind == "cluster":
+        nodes = [ClusterNode(host, port) for host, port in url.hosts]
+        return RedisCluster(startup_nodes=nodes, **patience, **login, **encryption)
+    if url.kind == "sentinel":
+        new_manager: Any = Sentinel  # it has no types
+        # Sentinels have users of their own, or none: the login is for the server that they name.
+        manager = new_manager(url.hosts, sentinel_kwargs={**patience, **encryption})
+        return manager.master_for(url.service, db=url.database, **patience, **login, **encryption)
+    ((host, port),) = url.hosts
+    return Redis(host=host, port=port, db=url.database, **patience, **login, **encryption)
+
+
+def _revision(known: Revision | None) -> tuple[str, str, str]:
+    return (secrets.token_hex(8), known.incarnation if known else "", str(known.number) if known else "")
+
+
+def _membership(answer: Any) -> Membership | None:
+    if not answer:
+        return None
+    incarnation, number, records, intents, quotas = answer
+    try:
+        return Membership(
+            Revision(incarnation.decode(), int(number)),
+            tuple(Member.from_json(record) for record in records),
+            {node_id.decode(): Intent(intent.decode()) for node_id, intent in _pairs(intents)},
+            {tenant.decode(): int(quota_bytes) for tenant, quota_bytes in _pairs(quotas)},
+        )
+    except ValueError as error:
+        raise ProtocolError(f"the directory's membership cannot be read: {error}") from None
+
+
+def _pairs(flat: Any) -> Any:
+    """The fields of a hash, which come as a map or as names and values in turn."""
+    return flat.items() if isinstance(flat, dict) else zip(flat[::2], flat[1::2], strict=True)
+
+
+def _flat_entries(stream: Any) -> Any:
+    """The entries of one stream; RESP3 wraps them once more."""
+    return stream[0] if stream and isinstance(stream[0], list) else stream

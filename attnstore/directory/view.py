@@ -1,0 +1,96 @@
+"""What a node or worker makes of the directory's answers: who owns a segment now, and who may still have it.
+
+Owns: the view of a cluster over time, purely: memberships and the time come in, views go out. Invariants: without a new membership
+the view stays as it is, for ever; a directory that lost its memory removes nobody until every node had time for a heartbeat; a
+segment's earlier owners are known for `PREVIOUS_OWNERS_MS_MAX` after a change, as long as they are members.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+
+from attnstore.core.placement import Placement
+from attnstore.directory.base import Member, Membership, NodeState, Revision
+from attnstore.limits import MEMBER_MS_MAX, PREVIOUS_OWNERS_MAX, PREVIOUS_OWNERS_MS_MAX
+
+
+@dataclass(frozen=True, slots=True)
+class ClusterView:
+    """A cluster at one moment: members by node id, where segments belong now, and where they belonged before, newest first."""
+
+    members: Mapping[str, Member]
+    placement: Placement
+    previous: tuple[Placement, ...] = ()
+    quota_bytes: Mapping[str, int] = field(default_factory=dict)
+
+    @property
+    def replicas(self) -> int:
+        """Copies of each segment: the most that any member was told to keep."""
+        return max((member.replicas for member in self.members.values()), default=1)
+
+    def owners(self, key: bytes, usable: Iterable[str] | None = None) -> list[str]:
+        """The nodes to write a segment to, the first one first: `replicas` of them, or as many as there are.
+
+        With `usable` the nodes that are not among them are passed over, as if they had left.
+        """
+        ranked = self.placement.ranked(key)
+        if usable is not None:
+            wanted = set(usable)
+            ranked = [node_id for node_id in ranked if node_id in wanted]
+        return ranked[: self.replicas]
+
+    def holders(self, key: bytes, usable: Iterable[str] | None = None) -> list[str]:
+        """The nodes to look for a segment at, the likeliest first: its owners, then its owners before the last changes."""
+        holders = self.owners(key, usable)
+        allowed = self.members.keys() if usable is None else set(usable)
+        for placement in self.previous:
+            for node_id in placement.ranked(key)[: self.replicas]:
+                if node_id in allowed and node_id in self.members and node_id not in holders:
+                    holders.append(node_id)
+        return holders
+
+
+class ViewTracker:
+    """Turns memberships into views. Not thread-safe: one owner calls it."""
+
+    def __init__(self) -> None:
+        self.view = ClusterView({}, Placement({}))
+        self._revision: Revision | None = None
+        self._trusted_from_ms = float("-inf")
+        self._present: dict[str, Member] = {}
+        self._history: list[tuple[float, Placement]] = []
+
+    @property
+    def known(self) -> Revision | None:
+        """The revision to name when asking the directory; None asks for everything."""
+        return self._revision
+
+    def observe(self, membership: Membership | None, now_ms: float) -> ClusterView:
+        """The view after an answer of the directory; None says that nothing has changed there."""
+        if membership is not None:
+            if self._revision is not None and membership.revision.incarnation != self._revision.incarnation:
+                self._trusted_from_ms = now_ms + MEMBER_MS_MAX
+            self._revision = membership.revision
+            self._present = membership.present()
+        members = dict(self._present)
+        if now_ms < self._trusted_from_ms:
+            evicted = set(membership.intents) - members.keys() if membership is not None else set()
+            members = {**{name: member for name, member in self.view.members.items() if name not in evicted}, **members}
+        quota_bytes = membership.quota_bytes if membership is not None else self.view.quota_bytes
+        self._move_to(members, quota_bytes, now_ms)
+        return self.view
+
+    def _move_to(self, members: dict[str, Member], quota_bytes: Mapping[str, int], now_ms: float) -> None:
+        placement = Placement({name: member.weight for name, member in members.items() if member.state is NodeState.ACTIVE})
+        if placement != self.view.placement:
+            self._history.insert(0, (now_ms + PREVIOUS_OWNERS_MS_MAX, self.view.placement))
+        self._history = [entry for entry in self._history if entry[0] > now_ms][:PREVIOUS_OWNERS_MAX]
+        previous = [earlier for _, earlier in self._history if earlier.weights]
+        everyone = Placement({name: member.weight for name, member in members.items()})
+        if everyone != placement:
+            # Whoever sees this cluster for the first time knows no earlier placement; nodes that drain tell of one.
+            previous.insert(0, everyone)
+        view = ClusterView(members, placement, tuple(previous), quota_bytes)
+        if view != self.view:
+            self.view = view

@@ -1,0 +1,132 @@
+"""A node's place in its cluster: heartbeats out, views in.
+
+Owns: the node's record in the directory and its view of the cluster. Invariants: nothing that a caller waits for waits for the
+directory; a directory that is slow or gone leaves the last view in force, and heartbeats go on until it is back.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Iterable
+from contextlib import suppress
+from dataclasses import replace
+
+import structlog
+
+from attnstore.clock import Clock
+from attnstore.directory import ClusterView, Directory, Intent, LayoutRecord, Member, Membership, NodeState, ViewTracker
+from attnstore.errors import ProtocolError, Unavailable
+from attnstore.limits import HEARTBEAT_MS, LAYOUT_MS_MAX, MEMBER_MS_MAX
+
+_log = structlog.get_logger(__name__)
+_LAYOUTS_AGAIN_MS = LAYOUT_MS_MAX // 4
+
+
+class Registration:
+    """Keeps `member` in `directory`. `on_view` gets every view, also an unchanged one, once for each answer of the directory.
+
+    `layouts` tells what the node holds pages of. Belongs to the event loop on which it is started.
+    """
+
+    def __init__(
+        self,
+        directory: Directory,
+        member: Member,
+        clock: Clock,
+        *,
+        layouts: Callable[[], Iterable[LayoutRecord]],
+        on_view: Callable[[ClusterView], None],
+    ) -> None:
+        self._directory = directory
+        self._member = member
+        self._clock = clock
+        self._layouts = layouts
+        self._on_view = on_view
+        self._tracker = ViewTracker()
+        self._intent: Intent | None = None
+        self._answers = True
+        self._told: frozenset[LayoutRecord] = frozenset()
+        self._told_ms = float("-inf")
+        self._task: asyncio.Task[None] | None = None
+
+    @property
+    def member(self) -> Member:
+        """The node's record as it was last announced, or will be next."""
+        return self._member
+
+    @property
+    def view(self) -> ClusterView:
+        """The latest view."""
+        return self._tracker.view
+
+    @property
+    def is_answered(self) -> bool:
+        """The directory answered the last heartbeat."""
+        return self._answers
+
+    @property
+    def is_asked_to_drain(self) -> bool:
+        """An operator wants the node's pages elsewhere."""
+        return self._intent is Intent.DRAIN
+
+    def start(self) -> None:
+        """Begins to announce the node."""
+        self._task = asyncio.create_task(self._run())
+
+    async def stop(self) -> None:
+        """Leaves the cluster, if the directory answers, and ends."""
+        if self._task is not None:
+            self._task.cancel()
+            with suppress(asyncio.CancelledError):
+                await self._task
+            with suppress(Unavailable):
+                await self._directory.withdraw(self._member.node_id)
+        await self._directory.close()
+
+    def drained(self) -> None:
+        """Every page that others should have is there: the next heartbeat says so."""
+        self._member = replace(self._member, state=NodeState.DRAINED)
+
+    async def beat(self) -> None:
+        """One heartbeat. Never raises because of the directory."""
+        known = self._tracker.known
+        try:
+            membership = await self._directory.announce(self._member, MEMBER_MS_MAX, known)
+            forgotten = membership is not None and known is not None and membership.revision.incarnation != known.incarnation
+            if forgotten and self._intent is Intent.DRAIN:
+                # The directory lost its memory; what the operator asked of this node must not go with it.
+                await self._directory.set_intent(self._member.node_id, Intent.DRAIN)
+                self._told = frozenset()
+            elif membership is not None:
+                self._follow(membership)
+            self._on_view(self._tracker.observe(membership, self._clock.now_ms()))
+            await self._tell_layouts()
+        except (Unavailable, ProtocolError) as error:
+            if self._answers:
+                _log.warning("the directory does not answer, the last view stays in force", reason=str(error))
+            self._answers = False
+        else:
+            if not self._answers:
+                _log.info("the directory answers again", directory=self._directory.name)
+            self._answers = True
+
+    def _follow(self, membership: Membership) -> None:
+        """Takes up what operators want of this node."""
+        self._intent = membership.intents.get(self._member.node_id)
+        if self._intent is Intent.DRAIN and self._member.state is NodeState.ACTIVE:
+            self._member = replace(self._member, state=NodeState.DRAINING)
+        elif self._intent is None and self._member.state is not NodeState.ACTIVE:
+            self._member = replace(self._member, state=NodeState.ACTIVE)
+
+    async def _tell_layouts(self) -> None:
+        held = frozenset(self._layouts())
+        now_ms = self._clock.now_ms()
+        if held and (held != self._told or now_ms >= self._told_ms + _LAYOUTS_AGAIN_MS):
+            await self._directory.put_layouts(sorted(held, key=lambda record: record.namespace))
+            self._told, self._told_ms = held, now_ms
+
+    async def _run(self) -> None:
+        while True:
+            began_ms = self._clock.now_ms()
+            await self.beat()
+            await asyncio.sleep(max(0.0, HEARTBEAT_MS - (self._clock.now_ms() - began_ms)) / 1000)
