@@ -23,6 +23,8 @@ PAGE_BYTES_MAX = 256 * MIB
 """One page. Llama-3-70B with 128-token blocks in bf16 is 40 MiB."""
 
 MESSAGE_BYTES_MAX = 4 * MIB
+FRAME_BYTES_MAX = MIB
+"""HTTP/2 frames that a peer may send: with gRPC's 16 KiB a page comes as 23 of them, each parsed on its own."""
 """gRPC's own default maximum of a received message: we stay under it so that proxies need no special setting."""
 
 CHUNK_BYTES_MAX = 1 * MIB

@@ -9,7 +9,7 @@ import asyncio
 import os
 import weakref
 from collections.abc import AsyncGenerator, Iterator, Sequence
-from contextlib import aclosing, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -19,16 +19,16 @@ from attnstore.client.landing import Landing
 from attnstore.config import split_address
 from attnstore.core.hashing import page_checksum
 from attnstore.errors import ClientClosed, InvalidArgument, ProtocolError
-from attnstore.limits import CHUNK_BYTES_MAX, CONNECT_MS_MAX, KEEPALIVE_MS, KEEPALIVE_TIMEOUT_MS, MESSAGE_BYTES_MAX
+from attnstore.limits import CHUNK_BYTES_MAX, CONNECT_MS_MAX, FRAME_BYTES_MAX, KEEPALIVE_MS, KEEPALIVE_TIMEOUT_MS, MESSAGE_BYTES_MAX
 from attnstore.types import PageStatus
 from attnstore.wire import chunks, messages
 from attnstore.wire.messages import METHODS
-from attnstore.wire.overlap import SendAhead, receive_ahead
 from attnstore.wire.status import error_from_rpc
 
 _CHANNEL_OPTIONS = (
     ("grpc.max_receive_message_length", MESSAGE_BYTES_MAX),
     ("grpc.max_send_message_length", MESSAGE_BYTES_MAX),
+    ("grpc.http2.max_frame_size", FRAME_BYTES_MAX),
     # A node that comes back is found again at once; gRPC's own back-off would grow to two minutes.
     ("grpc.initial_reconnect_backoff_ms", 100),
     ("grpc.max_reconnect_backoff_ms", 1_000),
@@ -108,9 +108,9 @@ class GrpcTransport:
         call = self._stubs["Read"](request, timeout=deadline_ms / 1000, metadata=self._metadata)
         try:
             with _typed_errors():
-                async with aclosing(receive_ahead(call.read)) as received:
-                    async for message in received:
-                        landing.take(chunks.decode_read_chunk(message))
+                while (message := await call.read()) is not grpc.aio.EOF:
+                    landing.take(chunks.decode_read_chunk(message))
+                    del message  # the next one then takes its memory, which is still in the cache
         finally:
             call.cancel()
         landing.require_complete()
@@ -157,13 +157,12 @@ class GrpcTransport:
 
 
 async def _send_pages(call: Any, namespace: bytes, hashes: Sequence[bytes], pages: Sequence[memoryview]) -> None:
-    async with SendAhead(call.write) as stream:
-        for page_hash, page in zip(hashes, pages, strict=True):
-            checksum = page_checksum(page)
-            for offset in range(0, len(page), CHUNK_BYTES_MAX):
-                payload = page[offset : offset + CHUNK_BYTES_MAX]
-                await stream.send(chunks.encode_write_chunk(namespace, page_hash, checksum, offset, payload))
-                namespace = page_hash = b""
+    for page_hash, page in zip(hashes, pages, strict=True):
+        checksum = page_checksum(page)
+        for offset in range(0, len(page), CHUNK_BYTES_MAX):
+            payload = page[offset : offset + CHUNK_BYTES_MAX]
+            await call.write(chunks.encode_write_chunk(namespace, page_hash, checksum, offset, payload))
+            namespace = page_hash = b""
     await call.done_writing()
 
 

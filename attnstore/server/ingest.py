@@ -18,8 +18,8 @@ class Ingest:
     """Pages of one write stream, one after the other: `begin`, `receive` until the page is whole, then the next `begin`."""
 
     def __init__(self, store: Store, namespace: bytes, page_bytes: int) -> None:
+        self.namespace = namespace
         self._store = store
-        self._namespace = namespace
         self._page_bytes = page_bytes
         self._verdicts: list[PageStatus] = []
         self._open = False
@@ -34,7 +34,7 @@ class Ingest:
             raise InvalidArgument(f"a block hash has {len(page_hash)} bytes; it must have {HASH_BYTES}")
         if len(self._verdicts) == HASHES_MAX:
             raise InvalidArgument(f"one write stream carries at most {HASHES_MAX} pages; open another")
-        outcome = self._store.prepare(self._namespace, page_hash, checksum)
+        outcome = self._store.prepare(self.namespace, page_hash, checksum)
         self._open = True
         self._received_bytes = 0
         if isinstance(outcome, PageStatus):

@@ -26,7 +26,7 @@ from attnstore.config import ServeOptions, split_address
 from attnstore.core.page_table import PageTable
 from attnstore.directory import LayoutRecord, Member, open_directory
 from attnstore.errors import InvalidArgument
-from attnstore.limits import EPOCH_BYTES, KEEPALIVE_MS, KEEPALIVE_TIMEOUT_MS, LEASE_ID_BYTES, MESSAGE_BYTES_MAX
+from attnstore.limits import EPOCH_BYTES, FRAME_BYTES_MAX, KEEPALIVE_MS, KEEPALIVE_TIMEOUT_MS, LEASE_ID_BYTES, MESSAGE_BYTES_MAX
 from attnstore.server.events import EventHub
 from attnstore.server.page_channel import PageChannelServer, TokenBook
 from attnstore.server.registration import Registration
@@ -41,6 +41,7 @@ _EXPIRY_PERIOD_S = 1.0
 _SERVER_OPTIONS = (
     ("grpc.max_receive_message_length", MESSAGE_BYTES_MAX),
     ("grpc.max_send_message_length", MESSAGE_BYTES_MAX),
+    ("grpc.http2.max_frame_size", FRAME_BYTES_MAX),
     ("grpc.so_reuseport", 0),
     # A caller whose machine vanished holds a stream, its pins and its slots no longer than this.
     ("grpc.keepalive_time_ms", KEEPALIVE_MS),

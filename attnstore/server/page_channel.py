@@ -210,7 +210,7 @@ class _Connection(Connection):
         self._count_read(status, 1)
 
     def _count_read(self, status: PageStatus, pages: int) -> None:
-        self._metrics.page_statuses.labels("Read", status.name.lower()).inc(pages)
+        self._metrics.pages("Read", status, pages)
 
     def _write(self, frame: Frame, tenant: str) -> None:
         layout = self._store.layout_of(frame.namespace, tenant)
@@ -219,7 +219,7 @@ class _Connection(Connection):
             verdict = self._receive_page(frame)
         elif frame.size_bytes:
             self._stream.discard_payload(self._scratch)
-        self._metrics.page_statuses.labels("Write", verdict.name.lower()).inc()
+        self._metrics.pages("Write", verdict)
         self._stream.send(encode_frame(Frame(Kind.VERDICT, request=frame.request, page=frame.page, status=verdict)))
 
     def _receive_page(self, frame: Frame) -> PageStatus:

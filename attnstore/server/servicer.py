@@ -7,10 +7,11 @@ Invariant: a page stays pinned while its bytes are copied out; a prepared slot i
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Mapping
-from contextlib import aclosing
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
+
+import grpc
 
 from attnstore.core.layout import PageLayout
 from attnstore.errors import InvalidArgument, ProtocolError, Unavailable
@@ -18,13 +19,11 @@ from attnstore.limits import CHANNEL_TOKEN_MS_MAX, CHUNK_BYTES_MAX, HASHES_MAX, 
 from attnstore.server.events import EventHub
 from attnstore.server.ingest import Ingest
 from attnstore.server.rpc import Handler
+from attnstore.server.stall import Stall
 from attnstore.server.store import Store
 from attnstore.telemetry import NodeMetrics
 from attnstore.types import NamespaceStatistics, NodeStatistics, PageStatus
 from attnstore.wire import chunks, messages
-from attnstore.wire.overlap import SendAhead, receive_ahead
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,68 +121,58 @@ class Servicer:
         if sum(map(len, prefixes)) > HASHES_MAX:
             raise InvalidArgument(f"the request has {sum(map(len, prefixes))} hashes; at most {HASHES_MAX} fit one request")
         found = self._store.match(request.namespace, prefixes, request.lease_ms)
-        self._metrics.page_statuses.labels("Match", "ok").inc(sum(found.hits))
-        self._metrics.page_statuses.labels("Match", "missing").inc(sum(map(len, prefixes)) - sum(found.hits))
+        self._metrics.pages("Match", PageStatus.OK, sum(found.hits))
+        self._metrics.pages("Match", PageStatus.MISSING, sum(map(len, prefixes)) - sum(found.hits))
         return messages.MatchResponse(hits=found.hits, lease_id=found.lease_id or b"", lease_ms=found.lease_ms)
 
     async def read(self, request: Any, context: Any, tenant: str) -> None:
         layout = self._layout(request.namespace, tenant)
         begin, end = layout.layer_slice(request.layer_begin, request.layer_end)
         lease_id = request.lease_id or None
-        async with asyncio.timeout(self._stall_s) as stall, SendAhead(self._unstalling(context.write, stall)) as stream:
+        async with Stall(self._stall_s) as stall:
             for index, page_hash in enumerate(messages.split_hashes(request.hashes)):
-                # A page is pinned while it is copied into messages, which are gRPC's from then on.
                 with self._store.reading(request.namespace, page_hash, lease_id) as page:
                     if isinstance(page, PageStatus):
-                        self._count("Read", page)
-                        await stream.send(chunks.encode_read_chunk(index, page))
-                    else:
-                        self._count("Read", PageStatus.OK)
-                        await self._send_slice(stream, index, *page.slice(begin, end))
-
-    def _unstalling(self, operation: Callable[..., Awaitable[T]], stall: asyncio.Timeout) -> Callable[..., Awaitable[T]]:
-        """The operation, whose every end gives the peer its whole time for the next one."""
-
-        async def run(*arguments: Any) -> T:
-            result = await operation(*arguments)
-            stall.reschedule(asyncio.get_running_loop().time() + self._stall_s)
-            return result
-
-        return run
-
-    async def _send_slice(self, stream: SendAhead, index: int, data: memoryview, checksum: int) -> None:
-        for offset in range(0, len(data), CHUNK_BYTES_MAX):
-            payload = data[offset : offset + CHUNK_BYTES_MAX]
-            await stream.send(chunks.encode_read_chunk(index, PageStatus.OK, len(data), offset, checksum, payload))
-        self._metrics.sent("grpc", len(data))
+                        self._metrics.pages("Read", page)
+                        await context.write(chunks.encode_read_chunk(index, page))
+                        stall.moved()
+                        continue
+                    data, checksum = page.slice(begin, end)
+                    for offset in range(0, len(data), CHUNK_BYTES_MAX):
+                        payload = data[offset : offset + CHUNK_BYTES_MAX]
+                        await context.write(chunks.encode_read_chunk(index, PageStatus.OK, len(data), offset, checksum, payload))
+                        stall.moved()
+                self._metrics.pages("Read", PageStatus.OK)
+                self._metrics.sent("grpc", len(data))
 
     async def write(self, _request: None, context: Any, tenant: str) -> messages.WriteResponse:
         ingest: Ingest | None = None
         try:
-            async with (
-                asyncio.timeout(self._stall_s) as stall,
-                aclosing(receive_ahead(self._unstalling(context.read, stall))) as received,
-            ):
-                async for message in received:
+            async with Stall(self._stall_s) as stall:
+                while (message := await context.read()) is not grpc.aio.EOF:
+                    stall.moved()
                     chunk = chunks.decode_write_chunk(message)
-                    if len(chunk.payload) > CHUNK_BYTES_MAX:
-                        raise InvalidArgument(f"a chunk carries {len(chunk.payload)} bytes; the maximum is {CHUNK_BYTES_MAX}")
-                    if ingest is None:
-                        namespace = chunk.namespace
-                        ingest = Ingest(self._store, namespace, self._layout(namespace, tenant).page_bytes)
-                    elif chunk.namespace not in (b"", namespace):
-                        raise ProtocolError("one write stream serves one namespace; open another for the next")
-                    if chunk.page_hash:
-                        ingest.begin(chunk.page_hash, chunk.checksum)
-                    ingest.receive(chunk.offset_bytes, chunk.payload)
-                    self._metrics.received("grpc", len(chunk.payload))
+                    ingest = ingest or Ingest(self._store, chunk.namespace, self._layout(chunk.namespace, tenant).page_bytes)
+                    self._take(ingest, chunk)
+                    # The next message then takes this one's memory, which is still in the cache.
+                    del message, chunk
             verdicts = ingest.finish() if ingest is not None else ()
         finally:
             if ingest is not None:
                 ingest.close()
         for verdict in verdicts:
-            self._count("Write", verdict)
+            self._metrics.pages("Write", verdict)
         return messages.WriteResponse(verdicts=messages.statuses_to_wire(verdicts))
+
+    def _take(self, ingest: Ingest, chunk: chunks.WriteChunk) -> None:
+        if len(chunk.payload) > CHUNK_BYTES_MAX:
+            raise InvalidArgument(f"a chunk carries {len(chunk.payload)} bytes; the maximum is {CHUNK_BYTES_MAX}")
+        if chunk.namespace not in (b"", ingest.namespace):
+            raise ProtocolError("one write stream serves one namespace; open another for the next")
+        if chunk.page_hash:
+            ingest.begin(chunk.page_hash, chunk.checksum)
+        ingest.receive(chunk.offset_bytes, chunk.payload)
+        self._metrics.received("grpc", len(chunk.payload))
 
     async def renew_lease(self, request: Any, _context: Any, _tenant: str) -> messages.RenewLeaseResponse:
         return messages.RenewLeaseResponse(lease_ms=self._store.renew(request.lease_id, request.lease_ms))
@@ -195,7 +184,7 @@ class Servicer:
         self._layout(request.namespace, tenant)
         statuses = self._store.delete(request.namespace, messages.split_hashes(request.hashes))
         for status in statuses:
-            self._count("Delete", status)
+            self._metrics.pages("Delete", status)
         return messages.DeleteResponse(statuses=messages.statuses_to_wire(statuses))
 
     async def open_channel(self, request: Any, _context: Any, tenant: str) -> messages.OpenChannelResponse:
@@ -245,6 +234,3 @@ class Servicer:
 
     def _layout(self, namespace: bytes, tenant: str) -> PageLayout:
         return self._store.layout_of(messages.check_namespace(namespace), tenant)
-
-    def _count(self, rpc: str, status: PageStatus) -> None:
-        self._metrics.page_statuses.labels(rpc, status.name.lower()).inc()

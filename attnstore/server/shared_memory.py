@@ -189,7 +189,7 @@ class _Connection(Connection):
     def _count(self, places: list[Place | PageStatus]) -> None:
         statuses = Counter(place if isinstance(place, PageStatus) else PageStatus.OK for place in places)
         for status, pages in statuses.items():
-            self._metrics.page_statuses.labels("Read", status.name.lower()).inc(pages)
+            self._metrics.pages("Read", status, pages)
         self._metrics.sent("shm", sum(place.size_bytes for place in places if isinstance(place, Place)))
 
     def _hand_out(self, extent: int, tenancy: int) -> None:

@@ -7,8 +7,7 @@ a peer is waited for, so that metadata stays quick while pages flow on other thr
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
 from typing import TypeVar
 
 from attnstore.arena import Arena
@@ -56,19 +55,20 @@ class Store:
         with self._lock:
             return self._table.match(namespace, prefixes, lease_ms, self._clock.now_ms())
 
-    @contextmanager
-    def reading(self, namespace: bytes, page_hash: bytes, lease_id: bytes | None) -> Iterator[PageView | PageStatus]:
+    def reading(self, namespace: bytes, page_hash: bytes, lease_id: bytes | None) -> Reading:
         """A sealed page, kept in place for the `with` block; or the status that says why not."""
+        return Reading(self, namespace, page_hash, lease_id)
+
+    def pin(self, namespace: bytes, page_hash: bytes, lease_id: bytes | None) -> PageView | PageStatus:
+        """`PageTable.pin`; hand the page to `unpin`."""
         with self._lock:
             page = self._table.pin(namespace, page_hash, lease_id, self._clock.now_ms())
-        if isinstance(page, PageStatus):
-            yield page
-            return
-        try:
-            yield PageView(self._arena.view(page.slot), page)
-        finally:
-            with self._lock:
-                self._table.unpin(page)
+        return page if isinstance(page, PageStatus) else PageView(self._arena.view(page.slot), page)
+
+    def unpin(self, view: PageView) -> None:
+        """`PageTable.unpin`."""
+        with self._lock:
+            self._table.unpin(view.page)
 
     def locate(
         self, namespace: bytes, page_hashes: Iterable[bytes], lease_id: bytes | None, place: Callable[[PinnedPage], T]
@@ -152,14 +152,33 @@ class Store:
 class PageView:
     """A pinned page's bytes and the checksum they were sealed with."""
 
-    __slots__ = ("_page", "data")
+    __slots__ = ("data", "page")
 
     def __init__(self, data: memoryview, page: PinnedPage) -> None:
         self.data = data
-        self._page = page
+        self.page = page
 
     def slice(self, begin: int, end: int) -> tuple[memoryview, int]:
         """Bytes `[begin, end)` and their checksum: the sealed one for a whole page, one made now for a part of it."""
         part = self.data[begin:end]
         whole = len(part) == len(self.data)
-        return part, self._page.checksum if whole else page_checksum(part)
+        return part, self.page.checksum if whole else page_checksum(part)
+
+
+class Reading:
+    """The `with` block of `Store.reading`: a class, because a generator's costs a page more than the look-up itself."""
+
+    __slots__ = ("_asked", "_found", "_store")
+
+    def __init__(self, store: Store, namespace: bytes, page_hash: bytes, lease_id: bytes | None) -> None:
+        self._store = store
+        self._asked = (namespace, page_hash, lease_id)
+        self._found: PageView | PageStatus = PageStatus.MISSING
+
+    def __enter__(self) -> PageView | PageStatus:
+        self._found = self._store.pin(*self._asked)
+        return self._found
+
+    def __exit__(self, *_: object) -> None:
+        if isinstance(self._found, PageView):
+            self._store.unpin(self._found)

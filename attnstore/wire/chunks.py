@@ -9,7 +9,7 @@ Decoding trusts nothing: malformed bytes raise `ProtocolError`.
 from __future__ import annotations
 
 import struct
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from attnstore.errors import ProtocolError
 from attnstore.types import PageStatus
@@ -22,8 +22,7 @@ _NOTHING = memoryview(b"")
 _VARINT, _FIXED_64, _LENGTH, _FIXED_32 = 0, 1, 2, 5
 
 
-@dataclass(frozen=True, slots=True)
-class ReadChunk:
+class ReadChunk(NamedTuple):
     """One chunk of one page of a `Read` answer. See `ReadChunk` in store.proto for the fields."""
 
     page_index: int
@@ -34,8 +33,7 @@ class ReadChunk:
     payload: memoryview = _NOTHING
 
 
-@dataclass(frozen=True, slots=True)
-class WriteChunk:
+class WriteChunk(NamedTuple):
     """One chunk of one page of a `Write` stream. `namespace` and `page_hash` are empty where the message has none."""
 
     namespace: bytes

@@ -276,7 +276,7 @@ def test_a_reader_that_stalls_loses_its_call_and_its_pins(hasty_node: StoreProce
     with attnstore.connect(hasty_node.url) as client, grpc.insecure_channel(hasty_node.address) as channel:
         client.register_layout(batch.namespace, LARGE)
         client.write(batch.namespace, batch.hashes, batch.pages)
-        request = pb.ReadRequest(namespace=batch.namespace, hashes=b"".join(batch.hashes))
+        request = pb.ReadRequest(namespace=batch.namespace, hashes=b"".join(batch.hashes * 8))
         stream = store_pb2_grpc.AttentionStoreStub(channel).Read(request, timeout=20)
         assert next(stream).status == PageStatus.OK
         assert client.stats().pages_pinned == 1
