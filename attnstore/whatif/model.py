@@ -1,0 +1,142 @@
+"""A model's geometry: how many bytes of KV a token takes, and how many operations it costs to compute.
+
+Owns: `Model`, made of the fields of a Hugging Face `config.json`: those that ship in `models.toml`, or anyone's file.
+Invariant: a configuration whose KV is not one K and one V vector for each of its heads is refused, never guessed at.
+"""
+
+from __future__ import annotations
+
+import json
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from attnstore.core.layout import DType, PageLayout
+from attnstore.errors import InvalidArgument
+
+_OTHER_KV = {
+    "kv_lora_rank": "multi-head latent attention keeps one compressed vector for all heads",
+    "linear_num_key_heads": "linear attention keeps a state of fixed size",
+    "ssm_state_size": "state space layers keep a state of fixed size",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Model:
+    """A decoder-only transformer with grouped-query attention and a gated MLP, dense or a mixture of experts.
+
+    `experts` is 1 for a dense MLP; `experts_active` of them serve each token. Sliding windows are not modelled: each token attends
+    to all before it.
+    """
+
+    name: str
+    layers: int
+    hidden: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    intermediate: int
+    vocabulary: int
+    tied_embeddings: bool
+    experts: int = 1
+    experts_active: int = 1
+
+    @classmethod
+    def from_config(cls, name: str, config: Mapping[str, Any]) -> Model:
+        """From the fields of a `config.json`. Raises `InvalidArgument` for one that is missing or of another kind of model."""
+        config = config.get("text_config", config)
+        for field, reason in _OTHER_KV.items():
+            if config.get(field):
+                raise InvalidArgument(f"model {name!r} has {field}: {reason}, which this calculator does not know")
+        heads = _count(name, config, "num_attention_heads")
+        hidden = _count(name, config, "hidden_size")
+        experts_field = next((field for field in ("num_local_experts", "num_experts") if config.get(field)), None)
+        experts = _count(name, config, experts_field) if experts_field else 1
+        return cls(
+            name=name,
+            layers=_count(name, config, "num_hidden_layers"),
+            hidden=hidden,
+            heads=heads,
+            kv_heads=_count(name, config, "num_key_value_heads") if config.get("num_key_value_heads") else heads,
+            head_dim=_count(name, config, "head_dim") if config.get("head_dim") else hidden // heads,
+            intermediate=_count(
+                name, config, "moe_intermediate_size" if config.get("moe_intermediate_size") else "intermediate_size"
+            ),
+            vocabulary=_count(name, config, "vocab_size"),
+            tied_embeddings=bool(config.get("tie_word_embeddings", False)),
+            experts=experts,
+            experts_active=_count(name, config, "num_experts_per_tok") if experts > 1 else 1,
+        )
+
+    def layout(self, block_tokens: int = 16) -> PageLayout:
+        """The page of this model in 16-bit elements."""
+        return PageLayout(self.layers, self.kv_heads, self.head_dim, block_tokens, DType.BF16)
+
+    @property
+    def parameters(self) -> int:
+        """Weights in matrices; norms and biases, some parts in ten thousand, are left out."""
+        embeddings = self.vocabulary * self.hidden * (1 if self.tied_embeddings else 2)
+        return embeddings + self.layers * self._layer_weights(self.experts)
+
+    @property
+    def active_weights(self) -> int:
+        """Weights that one token meets: its layers with its experts, and the output head."""
+        return self.layers * self._layer_weights(self.experts_active) + self.vocabulary * self.hidden
+
+    def prefill_flop(self, begin: int, end: int) -> float:
+        """Operations to compute tokens `[begin, end)` when those before are there.
+
+        Two for each weight and token (multiply, add), the output head once; for attention four for each dimension of each head and
+        each pair of a token and one that it sees (scores, and their use). Kaplan et al., "Scaling Laws for Neural Language Models",
+        2020, table 1, with causal attention counted exactly.
+        """
+        tokens = end - begin
+        if tokens <= 0:
+            return 0.0
+        pairs = (end * (end + 1) - begin * (begin + 1)) / 2
+        weights = 2.0 * self.layers * self._layer_weights(self.experts_active) * tokens
+        attention = 4.0 * self.layers * self.heads * self.head_dim * pairs
+        return weights + attention + 2.0 * self.vocabulary * self.hidden
+
+    def _layer_weights(self, experts: int) -> int:
+        attention = 2 * self.hidden * self.head_dim * (self.heads + self.kv_heads)
+        router = self.hidden * self.experts if self.experts > 1 else 0
+        return attention + router + 3 * self.hidden * self.intermediate * experts
+
+
+def model_names() -> list[str]:
+    """The models that ship."""
+    return list(_shipped())
+
+
+def load_model(name_or_path: str) -> Model:
+    """The shipped model of that name, or the one whose `config.json` is at that path. Raises `InvalidArgument`."""
+    shipped = _shipped()
+    if name_or_path.lower() in shipped:
+        return Model.from_config(name_or_path.lower(), shipped[name_or_path.lower()])
+    path = Path(name_or_path)
+    if path.suffix != ".json":
+        raise InvalidArgument(f"model {name_or_path!r} is unknown; give the path of a config.json or one of {', '.join(shipped)}")
+    try:
+        config = json.loads(path.read_text())
+    except OSError as error:
+        raise InvalidArgument(f"model {name_or_path} cannot be read: {error.strerror}") from None
+    except ValueError as error:
+        raise InvalidArgument(f"model {name_or_path} is not valid JSON: {error}") from None
+    if not isinstance(config, dict):
+        raise InvalidArgument(f"model {name_or_path} is no JSON object")
+    return Model.from_config(path.parent.name or path.stem, config)
+
+
+def _shipped() -> dict[str, dict[str, Any]]:
+    return tomllib.loads(files("attnstore.whatif").joinpath("models.toml").read_text())
+
+
+def _count(name: str, config: Mapping[str, Any], field: str) -> int:
+    value = config.get(field)
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise InvalidArgument(f"model {name!r}: {field} is {value!r} where a positive number is needed")
+    return value
