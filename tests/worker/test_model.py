@@ -11,7 +11,7 @@ import transformers
 
 from attnstore.core.layout import DType
 from worker.errors import ModelUnavailable
-from worker.model import LoadedModel, find_model, load_model
+from worker.model import LoadedModel, export_model, find_model, load_model
 from worker.model.conversion import CACHE_DIR_VARIABLE, cache_dir, converted_model
 from worker.model.source import FolderSource, GgufSource, weights_digest
 
@@ -73,6 +73,17 @@ def test_a_folder_with_damaged_weights_is_a_clear_error(tiny_folder: Path, tmp_p
     weights.unlink()
     with pytest.raises(ModelUnavailable, match="no weights"):
         load_model(folder)
+
+
+def test_the_model_is_exported_as_a_folder_that_loads_to_the_same_weights(model: LoadedModel, tmp_path: Path) -> None:
+    export_model(None, tmp_path / "exported")
+    exported = transformers.AutoModelForCausalLM.from_pretrained(str(tmp_path / "exported"))
+    expected = model.module.state_dict()
+    assert {name for name, weight in exported.state_dict().items() if not torch.equal(weight, expected[name])} == set()
+    with pytest.raises(ModelUnavailable, match="File exists"):
+        export_model(None, tmp_path / "exported")
+    with pytest.raises(ModelUnavailable, match="already"):
+        export_model(tmp_path / "exported", tmp_path / "again")
 
 
 def test_a_model_of_another_kind_is_refused(tmp_path: Path) -> None:

@@ -37,7 +37,7 @@ from worker.cache import (
 )
 from worker.engine.options import EngineOptions
 from worker.engine.runner import Runner
-from worker.engine.sampler import SamplingParams
+from worker.engine.sampler import SamplingParams, sample_rows
 from worker.engine.scheduler import Scheduler
 from worker.engine.sequence import Chunk, FinishReason, Sequence, chunk_at, next_chunk
 from worker.engine.text import TextStream
@@ -340,11 +340,11 @@ class Engine:
             assert chunk.sequence.table is not None
             chunk.sequence.computed_tokens = chunk.end
             self._cache.seal(chunk.sequence.table, chunk.sequence.token_ids, chunk.end)
-        return [self._extend(sequence, row) for sequence, row in zip(giving, logits, strict=True)]
+        token_ids = sample_rows([sequence.sampler for sequence in giving], logits)
+        return [self._extend(*each) for each in zip(giving, token_ids, logits, strict=True)]
 
-    def _extend(self, sequence: Sequence, logits: Tensor) -> Token:
+    def _extend(self, sequence: Sequence, token_id: int, logits: Tensor) -> Token:
         assert sequence.text_stream is not None
-        token_id = sequence.sampler.sample(logits)
         sequence.token_ids.append(token_id)
         self._counts["tokens_generated"] += 1
         if sequence.first_token_ms is None:

@@ -24,8 +24,7 @@ class Runner:
     """A model on one block pool."""
 
     def __init__(self, model: LoadedModel, pages: PagePool, attention: AttentionBackend) -> None:
-        self._body = model.module.base_model
-        self._head = model.module.get_output_embeddings()
+        self._decoder = model.decoder
         self._pool = pages.tensor
         self._attention = attention
 
@@ -37,16 +36,10 @@ class Runner:
         tables = [_table(chunk) for chunk in chunks]
         token_ids = [token for chunk in chunks for token in chunk.sequence.token_ids[chunk.begin : chunk.end]]
         positions = [position for chunk in chunks for position in range(chunk.begin, chunk.end)]
-        # Outside of inference mode, whose tensors have no version for the attention's checks to remember.
-        paged = self._paged_step(chunks, tables, before_layer)
-        ends = [int(end) for end in paged.query_starts[1:]]
+        step = self._paged_step(chunks, tables, before_layer)
+        ends = [int(end) for end in step.query_starts[1:]]
         rows = [end - 1 for chunk, end in zip(chunks, ends, strict=True) if chunk.gives_token]
-        with torch.inference_mode():
-            output = self._body(
-                input_ids=torch.tensor([token_ids]), position_ids=torch.tensor([positions]), use_cache=False, paged=paged
-            )
-            logits: Tensor = self._head(output.last_hidden_state[0, rows])
-            return logits.float()
+        return self._decoder.logits(torch.tensor(token_ids), torch.tensor(positions), torch.tensor(rows, dtype=torch.int64), step)
 
     def _paged_step(self, chunks: Items[Chunk], tables: Items[BlockTable], before_layer: Callable[[int], None]) -> PagedStep:
         slots = [table.slot_mapping(chunk.begin, chunk.end) for chunk, table in zip(chunks, tables, strict=True)]

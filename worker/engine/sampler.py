@@ -6,6 +6,7 @@ never on what else is in the batch.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -62,7 +63,7 @@ class Sampler:
     def sample(self, logits: Tensor) -> int:
         """The next token from fp32 logits `[vocabulary]`; of equal largest ones the lowest id when greedy."""
         params = self._params
-        if params.temperature == 0.0:
+        if self.greedy:
             return int(logits.argmax())
         # Less the largest one first, which then stays 0 however small the divisor: the others may overflow to -inf.
         scaled = ((logits - logits.max()) / max(params.temperature, _TEMPERATURE_MIN)).cpu()
@@ -73,5 +74,19 @@ class Sampler:
         outside = weights.cumsum(-1) - weights >= params.top_p
         return int(token_ids[self._draw(weights.masked_fill(outside, 0.0))])
 
+    @property
+    def greedy(self) -> bool:
+        """It takes the largest logit and draws nothing."""
+        return self._params.temperature == 0.0
+
     def _draw(self, weights: Tensor) -> int:
         return int(torch.multinomial(weights, 1, generator=self._generator))
+
+
+def sample_rows(samplers: Sequence[Sampler], logits: Tensor) -> list[int]:
+    """The next token of each row of fp32 logits `[n, vocabulary]` from its own sampler; all greedy rows are looked at together."""
+    largest: list[int] = logits.argmax(dim=-1).tolist()
+    return [
+        token_id if sampler.greedy else sampler.sample(row)
+        for sampler, token_id, row in zip(samplers, largest, logits, strict=True)
+    ]

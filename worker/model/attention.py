@@ -1,7 +1,7 @@
-"""AttnStore's paged attention as transformers sees it.
+"""AttnStore's paged attention as transformers and `worker.model.llama` see it.
 
-Owns: the registration under `ATTENTION_NAME`, and `PagedStep`, which carries one step's tables from the runner through
-transformers' keyword arguments to every layer. Invariant: a layer stores its new keys and values into the pool before it
+Owns: the registration under `ATTENTION_NAME`, and `PagedStep`, which carries one step's tables from the runner to every layer,
+where that is transformers' through its keyword arguments. Invariant: a layer stores its new keys and values into the pool before it
 attends, so that the pool alone decides what a query sees.
 """
 
@@ -38,6 +38,26 @@ class PagedStep:
     query_starts: Tensor
     before_layer: Callable[[int], None]
 
+    def attend(self, layer: int, query: Tensor, keys_values: Tensor, *, scale: float, sliding_window: int | None = None) -> Tensor:
+        """One layer: query `[total_q, q_heads, head_dim]` and its own keys and values `[total_q, 2, kv_heads, head_dim]`, rotated.
+
+        Returns `[total_q, q_heads, head_dim]`. Causality follows from the positions.
+        """
+        self.before_layer(layer)
+        slots = self.pool[:, layer].permute(0, 3, 1, 2, 4)  # [blocks, block_tokens, 2, kv_heads, head_dim]
+        slots.index_put_((self.slot_blocks, self.slot_offsets), keys_values)
+        out, _lse = self.backend.paged_attention(
+            query,
+            self.pool,
+            self.block_tables,
+            self.context_lens,
+            self.query_starts,
+            layer=layer,
+            scale=scale,
+            sliding_window=sliding_window,
+        )
+        return out
+
 
 def at_once(_: int) -> None:
     """Every layer's pages are there."""
@@ -69,19 +89,8 @@ def paged_attention_forward(
     assert query.shape[0] == 1
     layer = module.layer_idx
     assert isinstance(layer, int)
-    paged.before_layer(layer)
-    new = stack((key[0], value[0])).permute(2, 0, 1, 3)  # [total_q, 2, kv_heads, head_dim]
-    paged.pool[paged.slot_blocks, layer, :, :, paged.slot_offsets] = new
-    out, _lse = paged.backend.paged_attention(
-        query[0].transpose(0, 1),
-        paged.pool,
-        paged.block_tables,
-        paged.context_lens,
-        paged.query_starts,
-        layer=layer,
-        scale=scaling,
-        sliding_window=sliding_window,
-    )
+    keys_values = stack((key[0], value[0])).permute(2, 0, 1, 3)
+    out = paged.attend(layer, query[0].transpose(0, 1), keys_values, scale=scaling, sliding_window=sliding_window)
     return out.unsqueeze(0), None
 
 

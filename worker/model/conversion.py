@@ -21,7 +21,7 @@ import transformers
 from safetensors.torch import save_file
 
 from worker.errors import ModelUnavailable
-from worker.model.source import FolderSource, GgufSource
+from worker.model.source import FolderSource, GgufSource, find_model, weights_digest
 
 CACHE_DIR_VARIABLE = "ATTNSTORE_CACHE_DIR"
 
@@ -57,6 +57,21 @@ def converted_model(source: GgufSource, digest: bytes, cache: Path) -> FolderSou
             "folder that can be written"
         ) from error
     return FolderSource(folder)
+
+
+def export_model(path: Path | None, folder: Path, cache: Path | None = None) -> None:
+    """Writes the model at `path` (see `find_model`) as a Hugging Face folder of fp32 safetensors that other programs load.
+
+    Raises `ModelUnavailable` for a damaged model, one that is such a folder already, or where `folder` cannot be made.
+    """
+    source = find_model(path)
+    if not isinstance(source, GgufSource):
+        raise ModelUnavailable(f"{source.path} is a Hugging Face folder already; only a .gguf file is converted")
+    converted = converted_model(source, weights_digest(source), cache or cache_dir())
+    try:
+        shutil.copytree(converted.path, folder)
+    except (OSError, shutil.Error) as error:
+        raise ModelUnavailable(f"the model cannot be written to {folder}: {error}") from error
 
 
 def _publish(unfinished: Path, folder: Path) -> None:

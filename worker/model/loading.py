@@ -19,6 +19,7 @@ from worker.dtypes import TORCH_DTYPES
 from worker.errors import ModelUnavailable
 from worker.model.attention import ATTENTION_NAME, register_attention
 from worker.model.conversion import cache_dir, converted_model
+from worker.model.decoder import Decoder, create_decoder
 from worker.model.source import FolderSource, GgufSource, ModelSource, find_model, weights_digest
 
 _KV_FIELDS: Final = (
@@ -33,11 +34,13 @@ _KV_FIELDS: Final = (
 class LoadedModel:
     """A causal language model whose attention is `worker.model.attention`.
 
-    `module` is transformers' model in evaluation mode, `fingerprint` 32 bytes, `context_tokens_max` its trained length.
+    `module` is transformers' model in evaluation mode and `decoder` what runs it over pages; `fingerprint` is 32 bytes,
+    `context_tokens_max` its trained length.
     """
 
     name: str
     module: Any
+    decoder: Decoder
     tokenizer: Any
     dtype: DType
     fingerprint: bytes
@@ -75,6 +78,7 @@ def load_model(path: Path | None = None, dtype: DType = DType.FP32, cache: Path 
     return LoadedModel(
         name=source.name,
         module=module,
+        decoder=create_decoder(module),
         tokenizer=tokenizer,
         dtype=dtype,
         fingerprint=_fingerprint(digest, module.config, dtype),
