@@ -42,6 +42,12 @@ class ServeOptions(BaseModel):
     weight: float = Field(1.0, gt=0, le=NODE_WEIGHT_MAX, description="the node's share of the cluster, relative to other nodes")
     replicas: int = Field(1, ge=1, le=REPLICAS_MAX, description="copies of each page in the cluster; the most of any node counts")
     transports: str = Field("tcp,shm", description="bulk transports offered beside grpc, comma-separated: tcp, shm, or none")
+    attend_threads: int | None = Field(
+        None,
+        ge=0,
+        le=1024,
+        description="cores that answer queries (with attnstore[attention]); 0: no queries; default: all, from the first query on",
+    )
     page_channel_port: int = Field(0, ge=0, le=65535, description="port of the page channel (tcp); 0 takes a free one")
     metrics_port: int | None = Field(None, ge=0, le=65535, description="port of the Prometheus metrics; none by default")
     token: SecretStr | None = Field(None, description="token that callers must present; they are all the tenant 'default'")

@@ -14,6 +14,7 @@
         ├── Unauthenticated           missing or wrong token
         ├── PermissionDenied          the namespace belongs to another tenant
         ├── ProtocolError             the peer broke the protocol; a bug or a foreign server
+        ├── Unsupported               this node does not offer that
         └── ClientClosed              the client was closed before or during the call
 
 A page that is missing, late or corrupt is *not* an exception in a batch: it is that page's status (`PageStatus`), and a miss.
@@ -109,6 +110,12 @@ class ProtocolError(NotRetryable):
     """The peer broke the protocol."""
 
     code = "protocol_error"
+
+
+class Unsupported(NotRetryable):
+    """This node does not offer what was asked for; `Describe` says what it offers."""
+
+    code = "unsupported"
 
 
 class ClientClosed(NotRetryable):

@@ -125,3 +125,24 @@ EVENTS_IN_BATCH_MAX = 1_024
 
 assert 2 * HEARTBEAT_MS < MEMBER_MS_MAX, "one lost heartbeat removes nobody"
 assert DIRECTORY_MS_MAX <= HEARTBEAT_MS
+
+ATTEND_SETS_MAX = 256
+"""Sets of pages that one attend stream may have open, and ask about in one query: the sequences of one worker's batch."""
+ATTEND_HASHES_MAX = 65_536
+"""Pages in one set; a million tokens at 16 tokens a block."""
+ATTEND_ROWS_MAX = 1_024
+"""Query rows in one query, of all its sets together."""
+ATTEND_BYTES_MAX = 2 * MIB
+"""The rows of one query, and each of the two halves of its answer."""
+ATTEND_FRAME_BYTES_MAX = ATTEND_BYTES_MAX + 4 * KIB
+"""Of a frame that carries rows, or hashes, and what names them."""
+ATTEND_HEADS_MAX = 1_024
+ATTEND_WAITING_MAX = 256
+"""Queries that wait for a node's cores; more are refused as `overloaded`."""
+ATTEND_TOGETHER_MAX = 32
+"""Queries that a node answers in one computation."""
+
+assert ATTEND_HASHES_MAX <= HASHES_MAX
+assert ATTEND_BYTES_MAX + CHUNK_HEADER_BYTES_MAX <= MESSAGE_BYTES_MAX
+assert ATTEND_HASHES_MAX * HASH_BYTES <= ATTEND_BYTES_MAX
+assert ATTEND_SETS_MAX * 8 <= ATTEND_FRAME_BYTES_MAX - ATTEND_BYTES_MAX

@@ -59,6 +59,9 @@ class NodeMetrics:
         self._received = _ByLabels(
             Counter("attnstore_received_bytes_total", "Page bytes received from writers.", ["transport"], registry=self.registry)
         )
+        self._attended = Counter(
+            "attnstore_attended_rows_total", "Query rows answered over the pages here.", ["transport"], registry=self.registry
+        )
         self.registry.register(_OccupancyCollector(occupancy))
         self._read_bytes = 0
         self._lock = threading.Lock()
@@ -95,6 +98,10 @@ class _ByLabels(dict[tuple[str, ...], Counter]):
     def __missing__(self, values: tuple[str, ...]) -> Counter:
         child = self[values] = self._counter.labels(*values)
         return child
+
+    def attended(self, transport: str, rows: int) -> None:
+        """Counts query rows that were answered. Safe from any thread."""
+        self._attended.labels(transport).inc(rows)
 
 
 class _OccupancyCollector(Collector):

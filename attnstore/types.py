@@ -103,8 +103,20 @@ class WriteResult:
 
 
 @dataclass(frozen=True, slots=True)
+class AttendLimits:
+    """What a node that answers queries allows: rows and their bytes in one query, pages in one set, sets on one stream."""
+
+    rows_max: int
+    bytes_max: int
+    hashes_max: int
+    sets_max: int
+
+
+@dataclass(frozen=True, slots=True)
 class NodeDescription:
-    """What a node says of itself. A new `epoch` means that it was restarted with an empty arena."""
+    """What a node says of itself. A new `epoch` means that it was restarted with an empty arena. `attend` is None where the node
+    answers no queries.
+    """
 
     node_id: str
     epoch: bytes
@@ -117,6 +129,7 @@ class NodeDescription:
     hashes_max: int
     lease_ms_max: int
     page_bytes_max: int
+    attend: AttendLimits | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,10 +15,13 @@ from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
+from attnstore.client.attend import AttendCall, ChannelAttend
 from attnstore.client.bulk import (
     BulkChoice,
+    BulkUnavailable,
     OnLayer,
     ReadPlan,
+    Transfer,
     WritePlan,
     all_layers,
     in_thread,
@@ -54,6 +57,7 @@ from attnstore.types import (
     WriteResult,
 )
 from attnstore.wire import messages
+from attnstore.wire.attend import AttendShape
 from attnstore.wire.chunks import Buffer
 
 T = TypeVar("T")
@@ -315,6 +319,32 @@ class AsyncClient:
             # gRPC loses a refusal that crosses pages on their way; an empty question in the same namespace meets it again.
             await self._connected().call("Match", messages.MatchRequest(namespace=plan.namespace), plan.deadline.left_ms())
             raise
+
+    async def attend(self, namespace: bytes, *, q_heads: int, scale: float, deadline_ms: float | None = None) -> AttendCall:
+        """An attend stream over gRPC: open sets of leased pages on it, then ask what query rows get from them; see `AttendStream`.
+
+        `q_heads` is a multiple of the layout's kv_heads, `scale` the factor on `q . k`; each exchange ends within `deadline_ms`.
+        (The blocking client attends over the page channel where the node offers it, with less delay.)
+        """
+        shape = self.attend_shape(namespace, q_heads, scale)
+        return AttendCall(self._connected().attend(self._deadline_ms(deadline_ms)), shape, self._deadline_ms(deadline_ms))
+
+    def attend_shape(self, namespace: bytes, q_heads: int, scale: float) -> AttendShape:
+        """Checks the arguments of `attend`; nothing is sent."""
+        self._layout(namespace)
+        return AttendShape(namespace, q_heads, scale)
+
+    async def attend_over_channel(self, shape: AttendShape, deadline_ms: float | None) -> ChannelAttend | None:
+        """An attend stream over the page channel; None where there is none to be had and gRPC is left."""
+        deadline = self._deadline(deadline_ms)
+        await self._negotiate(deadline)
+        tcp = self._tcp
+        if tcp is None or self._options.transport == "grpc":
+            return None
+        try:
+            return await in_thread(lambda: tcp.attend(shape, self._clock, self._deadline_ms(deadline_ms)), Transfer())
+        except BulkUnavailable:
+            return None
 
     async def _negotiate(self, deadline: Deadline) -> None:
         """Asks the node once which bulk transports it offers."""

@@ -19,6 +19,7 @@ from typing import Any, ClassVar, Concatenate, Generic, ParamSpec, Protocol, Sel
 import uvloop
 
 from attnstore.client.async_client import AsyncClient
+from attnstore.client.attend import AttendStream, BlockingAttend
 from attnstore.client.bulk import OnLayer, wait_out, written
 from attnstore.client.cluster import AsyncClusterClient
 from attnstore.client.mapped import PageViews
@@ -258,6 +259,17 @@ class Client(BlockingFacade[AsyncClient]):
                 if verdicts is not None:
                     return written(plan, verdicts)
             return self._thread.run(self._client.run_write(plan))
+
+    def attend(self, namespace: bytes, *, q_heads: int, scale: float, deadline_ms: float | None = None) -> AttendStream:
+        """An attend stream, over the page channel where the node offers it, else over gRPC; see `AttendStream` and
+        `AsyncClient.attend`. The stream ends with the client.
+        """
+        shape = self._client.attend_shape(namespace, q_heads, scale)
+        channel = self._thread.run(self._client.attend_over_channel(shape, deadline_ms))
+        if channel is not None:
+            return channel
+        call = self._thread.run(self._client.attend(namespace, q_heads=q_heads, scale=scale, deadline_ms=deadline_ms))
+        return BlockingAttend(call, self._thread.run)
 
     def watch(self, namespace: bytes, *, deadline_ms: float | None = None) -> Generator[PageEvent, None, None]:
         """Page events of `namespace` from the return of this call on; see `AsyncClient.watch`."""

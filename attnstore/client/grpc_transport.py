@@ -9,7 +9,7 @@ import asyncio
 import os
 import weakref
 from collections.abc import AsyncGenerator, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -18,7 +18,7 @@ import grpc
 from attnstore.client.landing import Landing
 from attnstore.config import split_address
 from attnstore.core.hashing import page_checksum
-from attnstore.errors import ClientClosed, InvalidArgument, ProtocolError
+from attnstore.errors import ClientClosed, DeadlineExceeded, InvalidArgument, ProtocolError
 from attnstore.limits import CHUNK_BYTES_MAX, CONNECT_MS_MAX, FRAME_BYTES_MAX, KEEPALIVE_MS, KEEPALIVE_TIMEOUT_MS, MESSAGE_BYTES_MAX
 from attnstore.types import PageStatus
 from attnstore.wire import chunks, messages
@@ -146,14 +146,59 @@ class GrpcTransport:
             call.cancel()
         raise ProtocolError("the node ended a watch that only the caller or an error may end")
 
+    def attend(self, deadline_ms: float) -> AttendRpc:
+        """A new attend stream, each of whose exchanges may take `deadline_ms`."""
+        return AttendRpc(self._stubs["Attend"](metadata=self._metadata), deadline_ms)
+
     def _stub(self, method: messages.Method) -> Any:
         kind = {
             (False, False): self._channel.unary_unary,
             (False, True): self._channel.unary_stream,
             (True, False): self._channel.stream_unary,
+            (True, True): self._channel.stream_stream,
         }[method.streams_requests, method.streams_responses]
         # Answers are decoded here, not by gRPC's hook: it would turn bytes that are no message into None.
         return kind(method.path, request_serializer=method.encode_request)
+
+
+class AttendRpc:
+    """The bidirectional call of one attend stream."""
+
+    def __init__(self, call: Any, deadline_ms: float) -> None:
+        self._call = call
+        self._deadline_s = deadline_ms / 1000
+
+    async def write(self, message: Any) -> None:
+        """Sends a request. Raises the typed error of the call's failure, or `DeadlineExceeded`."""
+        with _typed_errors():
+            async with self._in_time():
+                try:
+                    await self._call.write(message)
+                except asyncio.InvalidStateError:  # the node has ended the call
+                    await self._call.read()
+                    raise ProtocolError("the node ended an attend stream without a reason") from None
+
+    async def read(self) -> Any:
+        """The next response. Errors as those of `write`."""
+        with _typed_errors():
+            async with self._in_time():
+                message = await self._call.read()
+        if message is grpc.aio.EOF:
+            raise ProtocolError("the node ended an attend stream without a reason")
+        return METHODS["Attend"].decode_response(message)
+
+    def cancel(self) -> None:
+        """Ends the call."""
+        self._call.cancel()
+
+    @asynccontextmanager
+    async def _in_time(self) -> AsyncGenerator[None, None]:
+        try:
+            async with asyncio.timeout(self._deadline_s):
+                yield
+        except TimeoutError:
+            self._call.cancel()
+            raise DeadlineExceeded("the node did not answer on the attend stream within the deadline") from None
 
 
 async def _send_pages(call: Any, namespace: bytes, hashes: Sequence[bytes], pages: Sequence[memoryview]) -> None:

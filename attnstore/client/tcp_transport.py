@@ -9,14 +9,16 @@ from __future__ import annotations
 
 import functools
 import socket
+import weakref
 from collections import deque
 from collections.abc import Callable
 from typing import TypeVar
 
+from attnstore.client.attend import ChannelAttend
 from attnstore.client.bulk import BulkUnavailable, OpenChannel, ReadPlan, WritePlan, all_layers
 from attnstore.client.channel_pool import ChannelPool
 from attnstore.client.parts import PartWorkers
-from attnstore.clock import Deadline
+from attnstore.clock import Clock, Deadline
 from attnstore.config import split_address
 from attnstore.core.hashing import joint_checksum, page_checksum
 from attnstore.errors import AttnStoreError, InvalidArgument, Overloaded, ProtocolError
@@ -27,6 +29,7 @@ from attnstore.limits import (
     CHANNEL_SECOND_READ_HASHES_MAX,
 )
 from attnstore.types import PageStatus
+from attnstore.wire.attend import AttendShape
 from attnstore.wire.page_channel import NO_LEASE, VERSION, Frame, Kind, Order, Role, decode_refusal, encode_frame
 from attnstore.wire.stream import FrameStream
 
@@ -45,12 +48,15 @@ class TcpTransport:
         self._host = host
         self._open_channel = open_channel
         self._pool = ChannelPool(self._connect)
+        self._attending = weakref.WeakSet[ChannelAttend]()
         self._parts = PartWorkers(channels, "attnstore-tcp")
 
     def close(self) -> None:
         """See `BulkReader.close`."""
         self._pool.close()
         self._parts.close()
+        for stream in list(self._attending):
+            stream.close()
 
     def read(self, plan: ReadPlan) -> None:
         """See `BulkReader.read`. `on_layer` makes the node send layer by layer, over one connection."""
@@ -68,6 +74,12 @@ class TcpTransport:
             lambda begin, end: self._exchange(plan, lambda channel: channel.write(plan, begin, end)),
         )
         return tuple(verdict for part in verdicts for verdict in part)
+
+    def attend(self, shape: AttendShape, clock: Clock, deadline_ms: float) -> ChannelAttend:
+        """An attend stream over a connection of its own. Raises `BulkUnavailable` where none can be opened. Blocks."""
+        stream = ChannelAttend(self._connect(Deadline(clock, deadline_ms)).stream, shape, clock, deadline_ms)
+        self._attending.add(stream)
+        return stream
 
     def _read(self, plan: ReadPlan, begin: int, end: int) -> None:
         self._exchange(plan, lambda channel: channel.read(plan, begin, end))
@@ -104,7 +116,7 @@ class _Channel:
     """One open connection: a client's half of the protocol."""
 
     def __init__(self, stream: FrameStream, read_hashes_max: int, credits_max: int) -> None:
-        self._stream = stream
+        self.stream = self._stream = stream
         self.answered = False
         self._read_hashes_max = read_hashes_max
         self._credits_max = credits_max

@@ -229,6 +229,11 @@ class PageTable:
         self._residency.abandoned(abandoned, self._tick)
         self._free(abandoned)
 
+    def holds(self, namespace: bytes, lease_id: bytes, now_ms: float) -> bool:
+        """The lease is alive and of this namespace."""
+        lease = self._leases.find(lease_id, now_ms)
+        return lease is not None and lease.namespace is self._namespaces.find(namespace)
+
     def renew(self, lease_id: bytes, lease_ms: int, now_ms: float) -> int:
         """Extends a lease to at least `lease_ms` (at most `LEASE_MS_MAX`) from now; returns the milliseconds it has now.
 

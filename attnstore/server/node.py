@@ -27,6 +27,7 @@ from attnstore.core.page_table import PageTable
 from attnstore.directory import LayoutRecord, Member, open_directory
 from attnstore.errors import InvalidArgument
 from attnstore.limits import EPOCH_BYTES, FRAME_BYTES_MAX, KEEPALIVE_MS, KEEPALIVE_TIMEOUT_MS, LEASE_ID_BYTES, MESSAGE_BYTES_MAX
+from attnstore.server.attend import Attending, threads_default
 from attnstore.server.events import EventHub
 from attnstore.server.page_channel import PageChannelServer, TokenBook
 from attnstore.server.registration import Registration
@@ -82,7 +83,10 @@ class StoreNode:
         self._metrics = NodeMetrics(self._store.statistics)
         self._shell = RpcShell(authenticator, self._metrics)
         self._tokens = TokenBook(clock)
-        self._page_channel = PageChannelServer(self._store, self._tokens, self._metrics, stall_ms=options.stall_ms)
+        self._attending = self._make_attending(clock)
+        self._page_channel = PageChannelServer(
+            self._store, self._tokens, self._metrics, stall_ms=options.stall_ms, attending=self._attending
+        )
         epoch = secrets.token_bytes(EPOCH_BYTES)
         self._shared_memory = (
             SharedMemoryServer(
@@ -102,6 +106,7 @@ class StoreNode:
             stall_ms=options.stall_ms,
             streams_in_flight=lambda: self._shell.streams_in_flight,
             channels=self._channels,
+            attending=self._attending,
         )
         self._health = health.aio.HealthServicer()
         self._stop_metrics: Callable[[], None] | None = None
@@ -170,6 +175,21 @@ class StoreNode:
         for held in self._store.statistics().namespaces:
             yield LayoutRecord(held.namespace, held.tenant, held.layout.page_bytes)
 
+    def _make_attending(self, clock: Clock) -> Attending | None:
+        threads = self._options.attend_threads
+        if threads == 0:
+            return None
+        if not Attending.is_possible():
+            if threads is not None:
+                raise InvalidArgument(
+                    f"--attend-threads {threads} needs the packages of attnstore[attention], which are not installed"
+                )
+            return None
+        attending = Attending(self._store, clock, threads or threads_default())
+        if threads is not None:
+            attending.load()
+        return attending
+
     def _bind(self) -> str:
         listen = self._options.listen
         credentials = self._credentials()
@@ -211,6 +231,8 @@ class StoreNode:
         while True:
             await asyncio.sleep(_EXPIRY_PERIOD_S)
             self._store.expire()
+            if self._attending is not None:
+                self._attending.expire()
 
 
 async def serve(options: ServeOptions) -> None:

@@ -32,6 +32,8 @@ from attnstore.limits import (
     CHANNEL_TOKENS_MAX,
     MIB,
 )
+from attnstore.server.attend import Attending
+from attnstore.server.attend_channel import AttendChannel
 from attnstore.server.connections import Connection, ConnectionThreads
 from attnstore.server.store import PageView, Store
 from attnstore.telemetry import NodeMetrics
@@ -76,11 +78,14 @@ class TokenBook:
 class PageChannelServer:
     """Serves the page channel on `host`:`port` (0: a free port, see `port`) from `start` to `stop`."""
 
-    def __init__(self, store: Store, tokens: TokenBook, metrics: NodeMetrics, *, stall_ms: int) -> None:
+    def __init__(
+        self, store: Store, tokens: TokenBook, metrics: NodeMetrics, *, stall_ms: int, attending: Attending | None = None
+    ) -> None:
         self._store = store
         self._tokens = tokens
         self._metrics = metrics
         self._stall_ms = stall_ms
+        self._attending = attending
         self._draining = threading.Event()
         self._connections = ConnectionThreads("page-channel", self._connect, store)
         self.port = 0
@@ -101,14 +106,23 @@ class PageChannelServer:
         self._connections.stop(drain_ms)
 
     def _connect(self, peer: socket.socket) -> _Connection:
-        return _Connection(FrameStream(peer, Role.NODE), self._store, self._tokens, self._metrics, self._stall_ms, self._draining)
+        stream = FrameStream(peer, Role.NODE)
+        attend = AttendChannel(stream, self._attending, self._metrics)
+        return _Connection(stream, self._store, self._tokens, self._metrics, self._stall_ms, self._draining, attend)
 
 
 class _Connection(Connection):
     """One peer: HELLO, then its requests one after the other."""
 
     def __init__(
-        self, stream: FrameStream, store: Store, tokens: TokenBook, metrics: NodeMetrics, stall_ms: int, draining: threading.Event
+        self,
+        stream: FrameStream,
+        store: Store,
+        tokens: TokenBook,
+        metrics: NodeMetrics,
+        stall_ms: int,
+        draining: threading.Event,
+        attend: AttendChannel,
     ) -> None:
         super().__init__(stream)
         self._stream = stream
@@ -117,6 +131,12 @@ class _Connection(Connection):
         self._metrics = metrics
         self._stall_ms = stall_ms
         self._draining = draining
+        self._attend = attend
+        self._answers: dict[Kind, Callable[[Frame, str], None]] = {
+            Kind.READ: self._read,
+            Kind.WRITE: self._write,
+            **attend.answers,
+        }
         self._scratch = memoryview(bytearray(MIB))
 
     def serve(self) -> None:
@@ -133,6 +153,8 @@ class _Connection(Connection):
             _log.warning("page channel closed", reason=str(error), code=error.code)
             with suppress(Retryable):
                 self._stream.send(encode_refusal(0, error))
+        finally:
+            self._attend.close()
 
     def _welcome(self) -> str:
         hello = self._stream.receive()
@@ -152,11 +174,10 @@ class _Connection(Connection):
         return frame
 
     def _answer(self, frame: Frame, tenant: str) -> None:
-        answer: Callable[[Frame, str], None] = self._read if frame.kind is Kind.READ else self._write
         try:
             if self._draining.is_set():
                 raise Unavailable("the node is draining")
-            answer(frame, tenant)
+            self._answers[frame.kind](frame, tenant)
         except (Unavailable, DeadlineExceeded):
             raise
         except AttnStoreError as error:

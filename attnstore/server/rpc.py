@@ -82,6 +82,8 @@ class RpcShell:
             return await self._run(method, handler, None, context)
 
         # Requests are decoded in `_limited`: what gRPC's own hook raises would reach the caller without our code.
+        if method.streams_requests and method.streams_responses:
+            return grpc.stream_stream_rpc_method_handler(client_stream, response_serializer=method.encode_response)
         if method.streams_requests:
             return grpc.stream_unary_rpc_method_handler(client_stream, response_serializer=method.encode_response)
         if method.streams_responses:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import grpc
@@ -16,6 +16,8 @@ import grpc
 from attnstore.core.layout import PageLayout
 from attnstore.errors import InvalidArgument, ProtocolError, Unavailable
 from attnstore.limits import CHANNEL_TOKEN_MS_MAX, CHUNK_BYTES_MAX, HASHES_MAX, LEASE_MS_MAX, PAGE_BYTES_MAX
+from attnstore.server.attend import LIMITS, Attending
+from attnstore.server.attend_rpc import attend
 from attnstore.server.events import EventHub
 from attnstore.server.ingest import Ingest
 from attnstore.server.rpc import Handler
@@ -56,6 +58,7 @@ class Servicer:
         stall_ms: int,
         streams_in_flight: Callable[[], int],
         channels: Mapping[str, ChannelOffer],
+        attending: Attending | None,
     ) -> None:
         self._identity = identity
         self._store = store
@@ -64,6 +67,7 @@ class Servicer:
         self._stall_s = stall_ms / 1000
         self._streams_in_flight = streams_in_flight
         self._channels = channels
+        self._attending = attending
         self._draining = False
         self._started_ms = store.now_ms()
 
@@ -81,6 +85,7 @@ class Servicer:
             "OpenChannel": self.open_channel,
             "Stats": self.stats,
             "Watch": self.watch,
+            "Attend": self.attend,
         }
 
     def drain(self) -> None:
@@ -108,6 +113,7 @@ class Servicer:
                 messages.Transport(name="grpc"),
                 *(messages.Transport(name=name, address=offer.address) for name, offer in self._channels.items()),
             ],
+            attend=None if self._attending is None else messages.AttendOffer(**asdict(LIMITS)),
         )
 
     async def register_layout(self, request: Any, _context: Any, tenant: str) -> messages.RegisterLayoutResponse:
@@ -231,6 +237,9 @@ class Servicer:
                 for event in await subscription.take():
                     async with asyncio.timeout(self._stall_s):
                         await context.write(messages.event_to_wire(event))
+
+    async def attend(self, _request: None, context: Any, tenant: str) -> None:
+        await attend(self._attending, self._metrics, context, tenant)
 
     def _layout(self, namespace: bytes, tenant: str) -> PageLayout:
         return self._store.layout_of(messages.check_namespace(namespace), tenant)

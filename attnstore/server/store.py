@@ -120,6 +120,11 @@ class Store:
         with self._lock:
             self._table.abort(page)
 
+    def holds(self, namespace: bytes, lease_id: bytes) -> bool:
+        """`PageTable.holds`."""
+        with self._lock:
+            return self._table.holds(namespace, lease_id, self._clock.now_ms())
+
     def renew(self, lease_id: bytes, lease_ms: int) -> int:
         """`PageTable.renew`."""
         with self._lock:

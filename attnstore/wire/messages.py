@@ -17,9 +17,10 @@ from google.protobuf.message import DecodeError
 from attnstore.core.layout import DType, PageLayout
 from attnstore.errors import InvalidArgument, ProtocolError
 from attnstore.limits import HASH_BYTES, HASHES_MAX
-from attnstore.types import NamespaceStatistics, NodeDescription, NodeStatistics, PageEvent, PageEventKind, PageStatus
+from attnstore.types import AttendLimits, NamespaceStatistics, NodeDescription, NodeStatistics, PageEvent, PageEventKind, PageStatus
 from attnstore.wire.v1 import store_pb2 as pb
 
+AttendOffer = pb.AttendOffer
 DeleteRequest = pb.DeleteRequest
 DeleteResponse = pb.DeleteResponse
 DescribeRequest = pb.DescribeRequest
@@ -98,6 +99,7 @@ _METHODS = (
     Method("Stats", False, False, *_message(pb.StatsRequest), *_message(pb.StatsResponse)),
     Method("OpenChannel", False, False, *_message(pb.OpenChannelRequest), *_message(pb.OpenChannelResponse)),
     Method("Watch", False, True, *_message(pb.WatchRequest), *_message(pb.PageEvent)),
+    Method("Attend", True, True, *_message(pb.AttendRequest), *_message(pb.AttendResponse)),
 )
 METHODS: dict[str, Method] = {method.name: method for method in _METHODS}
 assert set(METHODS) == {method.name for method in pb.DESCRIPTOR.services_by_name["AttentionStore"].methods}
@@ -203,7 +205,12 @@ def description_from_wire(message: pb.DescribeResponse) -> NodeDescription:
         hashes_max=message.limits.hashes_max,
         lease_ms_max=message.limits.lease_ms_max,
         page_bytes_max=message.limits.page_bytes_max,
+        attend=_attend_limits(message.attend) if message.HasField("attend") else None,
     )
+
+
+def _attend_limits(message: pb.AttendOffer) -> AttendLimits:
+    return AttendLimits(message.rows_max, message.bytes_max, message.hashes_max, message.sets_max)
 
 
 def statistics_to_wire(statistics: NodeStatistics) -> pb.StatsResponse:

@@ -10,33 +10,46 @@ A frame is a header of 128 bytes, little-endian, and `size_bytes` of payload:
     magic 4s | kind u8 | status u8 | order u8 | 0 u8 | request u32 | page u32 | size u64 | offset u64 | checksum u64 |
     layer_begin u32 | layer_end u32 | lease 16s | namespace 32s | hash 32s
 
-| kind    | from   | means                                     | fields used                                | payload       |
-|---------|--------|-------------------------------------------|--------------------------------------------|---------------|
-| HELLO   | client | opens, with a token of `OpenChannel`      | page = version                             | token         |
-| READ    | client | send me these pages                       | request, order, layers, lease, namespace   | hashes        |
-| WRITE   | client | here is one page                          | request, page, checksum, namespace, hash   | page bytes    |
-| WELCOME | node   | go on                                     | page = hashes in a READ, request = credits | none          |
-| SLICE   | node   | (part of) a page and its checksum; a miss | request, page, status, offset, checksum    | slice, none   |
-| VERDICT | node   | what became of a written page             | request, page, status                      | none          |
-| REFUSED | node   | the request, or the HELLO, was wrong      | request                                    | code, message |
+| kind         | from   | means                                     | fields used                              | payload       |
+|--------------|--------|-------------------------------------------|------------------------------------------|---------------|
+| HELLO        | client | opens, with a token of `OpenChannel`      | page = version                           | token         |
+| READ         | client | send me these pages                       | request, order, layers, lease, namespace | hashes        |
+| WRITE        | client | here is one page                          | request, page, checksum, namespace, hash | page bytes    |
+| ATTEND_OPEN  | client | I will ask about this set of pages        | request, page = set, lease, namespace    | shape, hashes |
+| ATTEND       | client | attend to one layer of these sets         | request, page = sets, layer_begin,       | sets, rows    |
+|              |        |                                           | offset = budget in ms, checksum          |               |
+| ATTEND_CLOSE | client | I will not ask about this set again       | page = set                               | none          |
+| WELCOME      | node   | go on                                     | page = READ's hashes, request = credits  | none          |
+| SLICE        | node   | (part of) a page and its checksum; a miss | request, page, status, offset, checksum  | slice, none   |
+| VERDICT      | node   | what became of a written page             | request, page, status                    | none          |
+| OPENED       | node   | the set's pages are here and stay         | request, page = set                      | none          |
+| PARTIAL      | node   | what the rows get from the sets           | request, checksum                        | out, lse      |
+| REFUSED      | node   | the request, or the HELLO, was wrong      | request                                  | code, message |
+
+The payloads of the three attend frames are those of `attnstore.wire.attend`. ATTEND_CLOSE has no answer.
 
 What each side may receive, and what that makes of the connection; anything else ends it:
 
-| side   | state | receives | becomes |
-|--------|-------|----------|---------|
-| node   | new   | HELLO    | open    |
-| node   | open  | READ     | open    |
-| node   | open  | WRITE    | open    |
-| client | new   | WELCOME  | open    |
-| client | new   | REFUSED  | closed  |
-| client | open  | SLICE    | open    |
-| client | open  | VERDICT  | open    |
-| client | open  | REFUSED  | open    |
+| side   | state | receives     | becomes |
+|--------|-------|--------------|---------|
+| node   | new   | HELLO        | open    |
+| node   | open  | READ         | open    |
+| node   | open  | WRITE        | open    |
+| node   | open  | ATTEND_OPEN  | open    |
+| node   | open  | ATTEND       | open    |
+| node   | open  | ATTEND_CLOSE | open    |
+| client | new   | WELCOME      | open    |
+| client | new   | REFUSED      | closed  |
+| client | open  | SLICE        | open    |
+| client | open  | VERDICT      | open    |
+| client | open  | OPENED       | open    |
+| client | open  | PARTIAL      | open    |
+| client | open  | REFUSED      | open    |
 
 Credits: a client has at most `credits` pages on the way that no VERDICT has come for, and at most two READs that are not fully
 answered, the second of at most `CHANNEL_SECOND_READ_HASHES_MAX` hashes: what one side sends before it reads fits the kernel's
-buffers, so neither waits for a peer that waits for it. The node serves a connection's frames one after the other; a client that
-wants more at once opens several connections.
+buffers, so neither waits for a peer that waits for it. Of ATTEND_OPEN and ATTEND together it has one that is not answered. The node
+serves a connection's frames one after the other; a client that wants more at once opens several connections.
 """
 
 from __future__ import annotations
@@ -47,6 +60,8 @@ from typing import Final, NamedTuple
 
 from attnstore.errors import AttnStoreError, ProtocolError, Unavailable, error_of_code
 from attnstore.limits import (
+    ATTEND_BYTES_MAX,
+    ATTEND_FRAME_BYTES_MAX,
     CHANNEL_READ_HASHES_MAX,
     CHANNEL_REASON_BYTES_MAX,
     CHANNEL_TOKEN_BYTES,
@@ -70,10 +85,15 @@ class Kind(enum.IntEnum):
     HELLO = 1
     READ = 2
     WRITE = 3
+    ATTEND_OPEN = 4
+    ATTEND = 5
+    ATTEND_CLOSE = 6
     WELCOME = 16
     SLICE = 17
     VERDICT = 18
     REFUSED = 19
+    OPENED = 20
+    PARTIAL = 21
 
 
 class Order(enum.IntEnum):
@@ -107,10 +127,15 @@ TRANSITIONS: Final[dict[tuple[Role, State, Kind], State]] = {
     (Role.NODE, State.NEW, Kind.HELLO): State.OPEN,
     (Role.NODE, State.OPEN, Kind.READ): State.OPEN,
     (Role.NODE, State.OPEN, Kind.WRITE): State.OPEN,
+    (Role.NODE, State.OPEN, Kind.ATTEND_OPEN): State.OPEN,
+    (Role.NODE, State.OPEN, Kind.ATTEND): State.OPEN,
+    (Role.NODE, State.OPEN, Kind.ATTEND_CLOSE): State.OPEN,
     (Role.CLIENT, State.NEW, Kind.WELCOME): State.OPEN,
     (Role.CLIENT, State.NEW, Kind.REFUSED): State.CLOSED,
     (Role.CLIENT, State.OPEN, Kind.SLICE): State.OPEN,
     (Role.CLIENT, State.OPEN, Kind.VERDICT): State.OPEN,
+    (Role.CLIENT, State.OPEN, Kind.OPENED): State.OPEN,
+    (Role.CLIENT, State.OPEN, Kind.PARTIAL): State.OPEN,
     (Role.CLIENT, State.OPEN, Kind.REFUSED): State.OPEN,
 }
 """(role, state, kind received) -> state. A frame that is not in the table is a `ProtocolError`."""
@@ -119,10 +144,15 @@ _PAYLOAD_BYTES_MAX: Final[dict[Kind, int]] = {
     Kind.HELLO: CHANNEL_TOKEN_BYTES,
     Kind.READ: CHANNEL_READ_HASHES_MAX * HASH_BYTES,
     Kind.WRITE: PAGE_BYTES_MAX,
+    Kind.ATTEND_OPEN: ATTEND_FRAME_BYTES_MAX,
+    Kind.ATTEND: ATTEND_FRAME_BYTES_MAX,
+    Kind.ATTEND_CLOSE: 0,
     Kind.WELCOME: 0,
     Kind.SLICE: PAGE_BYTES_MAX,
     Kind.VERDICT: 0,
     Kind.REFUSED: CHANNEL_REASON_BYTES_MAX,
+    Kind.OPENED: 0,
+    Kind.PARTIAL: 2 * ATTEND_BYTES_MAX,
 }
 
 _STATUSES: Final[dict[Kind, frozenset[PageStatus]]] = {

@@ -24,6 +24,7 @@ _CODE_OF_ERROR: dict[type[errors.AttnStoreError], grpc.StatusCode] = {
     errors.Unauthenticated: grpc.StatusCode.UNAUTHENTICATED,
     errors.PermissionDenied: grpc.StatusCode.PERMISSION_DENIED,
     errors.ProtocolError: grpc.StatusCode.INVALID_ARGUMENT,
+    errors.Unsupported: grpc.StatusCode.UNIMPLEMENTED,
     errors.ClientClosed: grpc.StatusCode.CANCELLED,
 }
 
@@ -34,7 +35,7 @@ _ERROR_OF_CODE: dict[grpc.StatusCode, type[errors.AttnStoreError]] = {
     grpc.StatusCode.PERMISSION_DENIED: errors.PermissionDenied,
     grpc.StatusCode.INVALID_ARGUMENT: errors.InvalidArgument,
     grpc.StatusCode.RESOURCE_EXHAUSTED: errors.InvalidArgument,
-    grpc.StatusCode.UNIMPLEMENTED: errors.ProtocolError,
+    grpc.StatusCode.UNIMPLEMENTED: errors.Unsupported,
     grpc.StatusCode.OUT_OF_RANGE: errors.InvalidArgument,
 }
 

@@ -68,7 +68,7 @@ class DescribeRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class DescribeResponse(_message.Message):
-    __slots__ = ("node_id", "epoch", "version", "limits", "capacity_bytes", "used_bytes", "in_flight", "draining", "transports")
+    __slots__ = ("node_id", "epoch", "version", "limits", "capacity_bytes", "used_bytes", "in_flight", "draining", "transports", "attend")
     NODE_ID_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     VERSION_FIELD_NUMBER: _ClassVar[int]
@@ -78,6 +78,7 @@ class DescribeResponse(_message.Message):
     IN_FLIGHT_FIELD_NUMBER: _ClassVar[int]
     DRAINING_FIELD_NUMBER: _ClassVar[int]
     TRANSPORTS_FIELD_NUMBER: _ClassVar[int]
+    ATTEND_FIELD_NUMBER: _ClassVar[int]
     node_id: str
     epoch: bytes
     version: str
@@ -87,7 +88,20 @@ class DescribeResponse(_message.Message):
     in_flight: int
     draining: bool
     transports: _containers.RepeatedCompositeFieldContainer[Transport]
-    def __init__(self, node_id: _Optional[str] = ..., epoch: _Optional[bytes] = ..., version: _Optional[str] = ..., limits: _Optional[_Union[Limits, _Mapping]] = ..., capacity_bytes: _Optional[int] = ..., used_bytes: _Optional[int] = ..., in_flight: _Optional[int] = ..., draining: _Optional[bool] = ..., transports: _Optional[_Iterable[_Union[Transport, _Mapping]]] = ...) -> None: ...
+    attend: AttendOffer
+    def __init__(self, node_id: _Optional[str] = ..., epoch: _Optional[bytes] = ..., version: _Optional[str] = ..., limits: _Optional[_Union[Limits, _Mapping]] = ..., capacity_bytes: _Optional[int] = ..., used_bytes: _Optional[int] = ..., in_flight: _Optional[int] = ..., draining: _Optional[bool] = ..., transports: _Optional[_Iterable[_Union[Transport, _Mapping]]] = ..., attend: _Optional[_Union[AttendOffer, _Mapping]] = ...) -> None: ...
+
+class AttendOffer(_message.Message):
+    __slots__ = ("rows_max", "bytes_max", "hashes_max", "sets_max")
+    ROWS_MAX_FIELD_NUMBER: _ClassVar[int]
+    BYTES_MAX_FIELD_NUMBER: _ClassVar[int]
+    HASHES_MAX_FIELD_NUMBER: _ClassVar[int]
+    SETS_MAX_FIELD_NUMBER: _ClassVar[int]
+    rows_max: int
+    bytes_max: int
+    hashes_max: int
+    sets_max: int
+    def __init__(self, rows_max: _Optional[int] = ..., bytes_max: _Optional[int] = ..., hashes_max: _Optional[int] = ..., sets_max: _Optional[int] = ...) -> None: ...
 
 class Limits(_message.Message):
     __slots__ = ("chunk_bytes_max", "hashes_max", "lease_ms_max", "page_bytes_max")
@@ -332,3 +346,77 @@ class PageEvent(_message.Message):
     sequence: int
     dropped: int
     def __init__(self, kind: _Optional[_Union[PageEvent.Kind, str]] = ..., hash: _Optional[bytes] = ..., sequence: _Optional[int] = ..., dropped: _Optional[int] = ...) -> None: ...
+
+class AttendRequest(_message.Message):
+    __slots__ = ("open", "query", "close")
+    OPEN_FIELD_NUMBER: _ClassVar[int]
+    QUERY_FIELD_NUMBER: _ClassVar[int]
+    CLOSE_FIELD_NUMBER: _ClassVar[int]
+    open: AttendOpen
+    query: AttendQuery
+    close: AttendClose
+    def __init__(self, open: _Optional[_Union[AttendOpen, _Mapping]] = ..., query: _Optional[_Union[AttendQuery, _Mapping]] = ..., close: _Optional[_Union[AttendClose, _Mapping]] = ...) -> None: ...
+
+class AttendOpen(_message.Message):
+    __slots__ = ("set", "namespace", "hashes", "lease_id", "q_heads", "scale")
+    SET_FIELD_NUMBER: _ClassVar[int]
+    NAMESPACE_FIELD_NUMBER: _ClassVar[int]
+    HASHES_FIELD_NUMBER: _ClassVar[int]
+    LEASE_ID_FIELD_NUMBER: _ClassVar[int]
+    Q_HEADS_FIELD_NUMBER: _ClassVar[int]
+    SCALE_FIELD_NUMBER: _ClassVar[int]
+    set: int
+    namespace: bytes
+    hashes: bytes
+    lease_id: bytes
+    q_heads: int
+    scale: float
+    def __init__(self, set: _Optional[int] = ..., namespace: _Optional[bytes] = ..., hashes: _Optional[bytes] = ..., lease_id: _Optional[bytes] = ..., q_heads: _Optional[int] = ..., scale: _Optional[float] = ...) -> None: ...
+
+class AttendQuery(_message.Message):
+    __slots__ = ("layer", "budget_ms", "sets", "rows")
+    LAYER_FIELD_NUMBER: _ClassVar[int]
+    BUDGET_MS_FIELD_NUMBER: _ClassVar[int]
+    SETS_FIELD_NUMBER: _ClassVar[int]
+    ROWS_FIELD_NUMBER: _ClassVar[int]
+    layer: int
+    budget_ms: int
+    sets: _containers.RepeatedCompositeFieldContainer[AttendRows]
+    rows: bytes
+    def __init__(self, layer: _Optional[int] = ..., budget_ms: _Optional[int] = ..., sets: _Optional[_Iterable[_Union[AttendRows, _Mapping]]] = ..., rows: _Optional[bytes] = ...) -> None: ...
+
+class AttendRows(_message.Message):
+    __slots__ = ("set", "rows")
+    SET_FIELD_NUMBER: _ClassVar[int]
+    ROWS_FIELD_NUMBER: _ClassVar[int]
+    set: int
+    rows: int
+    def __init__(self, set: _Optional[int] = ..., rows: _Optional[int] = ...) -> None: ...
+
+class AttendClose(_message.Message):
+    __slots__ = ("set",)
+    SET_FIELD_NUMBER: _ClassVar[int]
+    set: int
+    def __init__(self, set: _Optional[int] = ...) -> None: ...
+
+class AttendResponse(_message.Message):
+    __slots__ = ("opened", "partial")
+    OPENED_FIELD_NUMBER: _ClassVar[int]
+    PARTIAL_FIELD_NUMBER: _ClassVar[int]
+    opened: AttendOpened
+    partial: AttendPartial
+    def __init__(self, opened: _Optional[_Union[AttendOpened, _Mapping]] = ..., partial: _Optional[_Union[AttendPartial, _Mapping]] = ...) -> None: ...
+
+class AttendOpened(_message.Message):
+    __slots__ = ("set",)
+    SET_FIELD_NUMBER: _ClassVar[int]
+    set: int
+    def __init__(self, set: _Optional[int] = ...) -> None: ...
+
+class AttendPartial(_message.Message):
+    __slots__ = ("out", "lse")
+    OUT_FIELD_NUMBER: _ClassVar[int]
+    LSE_FIELD_NUMBER: _ClassVar[int]
+    out: bytes
+    lse: bytes
+    def __init__(self, out: _Optional[bytes] = ..., lse: _Optional[bytes] = ...) -> None: ...

@@ -89,6 +89,11 @@ class AttentionStoreStub:
                 request_serializer=attnstore_dot_wire_dot_v1_dot_store__pb2.WatchRequest.SerializeToString,
                 response_deserializer=attnstore_dot_wire_dot_v1_dot_store__pb2.PageEvent.FromString,
                 _registered_method=True)
+        self.Attend = channel.stream_stream(
+                '/attnstore.v1.AttentionStore/Attend',
+                request_serializer=attnstore_dot_wire_dot_v1_dot_store__pb2.AttendRequest.SerializeToString,
+                response_deserializer=attnstore_dot_wire_dot_v1_dot_store__pb2.AttendResponse.FromString,
+                _registered_method=True)
 
 
 class AttentionStoreServicer:
@@ -171,6 +176,14 @@ class AttentionStoreServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Attend(self, request_iterator, context):
+        """Answers queries over pages where they lie, instead of sending the pages. Requests are answered in order; CLOSE has no answer.
+        The stream ends with an error at the first request that is refused. A node whose `Describe` has no `attend` answers UNIMPLEMENTED.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_AttentionStoreServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -228,6 +241,11 @@ def add_AttentionStoreServicer_to_server(servicer, server):
                     servicer.Watch,
                     request_deserializer=attnstore_dot_wire_dot_v1_dot_store__pb2.WatchRequest.FromString,
                     response_serializer=attnstore_dot_wire_dot_v1_dot_store__pb2.PageEvent.SerializeToString,
+            ),
+            'Attend': grpc.stream_stream_rpc_method_handler(
+                    servicer.Attend,
+                    request_deserializer=attnstore_dot_wire_dot_v1_dot_store__pb2.AttendRequest.FromString,
+                    response_serializer=attnstore_dot_wire_dot_v1_dot_store__pb2.AttendResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -527,6 +545,33 @@ class AttentionStore:
             '/attnstore.v1.AttentionStore/Watch',
             attnstore_dot_wire_dot_v1_dot_store__pb2.WatchRequest.SerializeToString,
             attnstore_dot_wire_dot_v1_dot_store__pb2.PageEvent.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Attend(request_iterator,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.stream_stream(
+            request_iterator,
+            target,
+            '/attnstore.v1.AttentionStore/Attend',
+            attnstore_dot_wire_dot_v1_dot_store__pb2.AttendRequest.SerializeToString,
+            attnstore_dot_wire_dot_v1_dot_store__pb2.AttendResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -67,6 +67,10 @@ class AttentionStoreStub:
     """A one-time token for a bulk transport that `Describe` offers. Good for a few seconds and one connection."""
     Watch: _grpc.UnaryStreamMultiCallable[_store_pb2.WatchRequest, _store_pb2.PageEvent]
     """Page events of one namespace, until the caller ends the call: all from the moment when the initial metadata `attnstore-watching` comes."""
+    Attend: _grpc.StreamStreamMultiCallable[_store_pb2.AttendRequest, _store_pb2.AttendResponse]
+    """Answers queries over pages where they lie, instead of sending the pages. Requests are answered in order; CLOSE has no answer.
+    The stream ends with an error at the first request that is refused. A node whose `Describe` has no `attend` answers UNIMPLEMENTED.
+    """
 
 @_typing.type_check_only
 class AttentionStoreAsyncStub(AttentionStoreStub):
@@ -93,6 +97,10 @@ class AttentionStoreAsyncStub(AttentionStoreStub):
     """A one-time token for a bulk transport that `Describe` offers. Good for a few seconds and one connection."""
     Watch: _aio.UnaryStreamMultiCallable[_store_pb2.WatchRequest, _store_pb2.PageEvent]  # type: ignore[assignment]
     """Page events of one namespace, until the caller ends the call: all from the moment when the initial metadata `attnstore-watching` comes."""
+    Attend: _aio.StreamStreamMultiCallable[_store_pb2.AttendRequest, _store_pb2.AttendResponse]  # type: ignore[assignment]
+    """Answers queries over pages where they lie, instead of sending the pages. Requests are answered in order; CLOSE has no answer.
+    The stream ends with an error at the first request that is refused. A node whose `Describe` has no `attend` answers UNIMPLEMENTED.
+    """
 
 class AttentionStoreServicer(metaclass=_abc_1.ABCMeta):
     @_abc_1.abstractmethod
@@ -182,5 +190,15 @@ class AttentionStoreServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_store_pb2.PageEvent], _abc.AsyncIterator[_store_pb2.PageEvent]]:
         """Page events of one namespace, until the caller ends the call: all from the moment when the initial metadata `attnstore-watching` comes."""
+
+    @_abc_1.abstractmethod
+    def Attend(
+        self,
+        request_iterator: _MaybeAsyncIterator[_store_pb2.AttendRequest],
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_store_pb2.AttendResponse], _abc.AsyncIterator[_store_pb2.AttendResponse]]:
+        """Answers queries over pages where they lie, instead of sending the pages. Requests are answered in order; CLOSE has no answer.
+        The stream ends with an error at the first request that is refused. A node whose `Describe` has no `attend` answers UNIMPLEMENTED.
+        """
 
 def add_AttentionStoreServicer_to_server(servicer: AttentionStoreServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

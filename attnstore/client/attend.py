@@ -1,0 +1,243 @@
+"""The client's half of an attend stream: open sets of pages at a node, ask it about a layer, receive what the rows get from them.
+
+Owns: `AttendStream` over a page channel of its own, and `AttendCall` over gRPC, which `BlockingAttend` makes an `AttendStream` too.
+Invariant: partials land in the caller's memory only within `receive`, verified; after any error the stream is closed for good, and
+whoever wants to go on opens another.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Coroutine, Sequence
+from contextlib import suppress
+from types import TracebackType
+from typing import Any, Final, Protocol, Self, TypeVar
+
+from attnstore.client.grpc_transport import AttendRpc
+from attnstore.clock import Clock, Deadline
+from attnstore.core.hashing import joint_checksum
+from attnstore.errors import ClientClosed, ProtocolError, Unavailable
+from attnstore.types import Lease
+from attnstore.wire.attend import (
+    AttendClose,
+    AttendOpen,
+    AttendQuery,
+    AttendShape,
+    AttendStep,
+    encode_open,
+    encode_sets,
+    step_to_wire,
+)
+from attnstore.wire.chunks import Buffer
+from attnstore.wire.page_channel import Frame, Kind, decode_refusal, encode_frame
+from attnstore.wire.stream import FrameStream
+
+R = TypeVar("R")
+
+_SET_IDS_MAX: Final = 1 << 32
+
+
+class AttendStream(Protocol):
+    """One stream, one thread at a time; every exchange ends within the stream's deadline.
+
+    Errors of all methods but `close`: `LeaseExpired` (match again), `Overloaded`, `DeadlineExceeded`, `Unavailable`, `Unsupported`,
+    `InvalidArgument` for what breaks a limit of `attnstore.limits.ATTEND_*`, `ProtocolError`. Whatever is raised, close the stream.
+    """
+
+    def open(self, hashes: Sequence[bytes], lease: Lease) -> int:
+        """Has the node keep these pages in place, for as long as the lease holds; the name of the set from now on."""
+        ...
+
+    def ask(self, layer: int, sets: Sequence[tuple[int, int]], rows: Buffer) -> None:
+        """Sends rows, fp32 `[total rows, q_heads, head_dim]`, of which each `(set, count)` has the next `count`. `receive` next."""
+        ...
+
+    def receive(self, out: memoryview, lse: memoryview) -> None:
+        """Waits for the answer: fp32 `[total rows, q_heads, head_dim]` and `[total rows, q_heads]` as bytes, writable."""
+        ...
+
+    def close_set(self, set_id: int) -> None:
+        """The set is not needed any more."""
+        ...
+
+    def close(self) -> None:
+        """Ends the stream. Safe from any thread, any number of times."""
+        ...
+
+    def __enter__(self) -> Self: ...
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None: ...
+
+
+class _Closing:
+    def close(self) -> None:
+        raise NotImplementedError
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
+        self.close()
+
+
+class ChannelAttend(_Closing):
+    """An `AttendStream` over a page channel that is this stream's alone, welcomed by the node."""
+
+    def __init__(self, stream: FrameStream, shape: AttendShape, clock: Clock, deadline_ms: float) -> None:
+        self._stream = stream
+        self._shape = shape
+        self._clock = clock
+        self._deadline_ms = deadline_ms
+        self._deadline = Deadline(clock, deadline_ms)
+        self._request = 0
+        self._set_ids = itertools.count()
+        stream.bound(self._left_ms)
+
+    def close(self) -> None:
+        self._stream.abort()
+
+    def open(self, hashes: Sequence[bytes], lease: Lease) -> int:
+        """See `AttendStream.open`."""
+        set_id = next(self._set_ids) % _SET_IDS_MAX
+        payload = encode_open(AttendOpen(set_id, self._shape, hashes, lease.lease_id))
+        self._begin()
+        frame = Frame(
+            Kind.ATTEND_OPEN,
+            request=self._request,
+            page=set_id,
+            size_bytes=len(payload),
+            namespace=self._shape.namespace,
+            lease=lease.lease_id,
+        )
+        self._stream.send(encode_frame(frame), payload)
+        if self._receive(Kind.OPENED).page != set_id:
+            raise ProtocolError("the node opened another set than it was asked for")
+        return set_id
+
+    def ask(self, layer: int, sets: Sequence[tuple[int, int]], rows: Buffer) -> None:
+        """See `AttendStream.ask`."""
+        self._begin()
+        query = AttendQuery(layer, int(self._deadline_ms), sets, rows)
+        parts = (encode_sets(query.sets), memoryview(rows).cast("B"))
+        frame = Frame(
+            Kind.ATTEND,
+            request=self._request,
+            page=len(sets),
+            size_bytes=sum(map(len, parts)),
+            offset_bytes=query.budget_ms,
+            checksum=joint_checksum(parts),
+            layer_begin=layer,
+        )
+        self._stream.send(encode_frame(frame), *parts)
+
+    def receive(self, out: memoryview, lse: memoryview) -> None:
+        """See `AttendStream.receive`."""
+        frame = self._receive(Kind.PARTIAL)
+        if frame.size_bytes != len(out) + len(lse):
+            raise ProtocolError(f"the node's partial has {frame.size_bytes} bytes where {len(out) + len(lse)} are due")
+        self._stream.receive_payload(out, lse)
+        if joint_checksum((out, lse)) != frame.checksum:
+            raise Unavailable("the partial that came does not have its checksum")
+
+    def close_set(self, set_id: int) -> None:
+        """See `AttendStream.close_set`."""
+        self._begin()
+        self._stream.send(encode_frame(Frame(Kind.ATTEND_CLOSE, request=self._request, page=set_id)))
+
+    def _begin(self) -> None:
+        self._request = (self._request + 1) % _SET_IDS_MAX
+        self._deadline = Deadline(self._clock, self._deadline_ms)
+
+    def _left_ms(self) -> float:
+        return self._deadline.left_ms()
+
+    def _receive(self, expected: Kind) -> Frame:
+        frame = self._stream.receive()
+        if frame.kind is Kind.REFUSED:
+            reason = bytearray(frame.size_bytes)
+            if reason:
+                self._stream.receive_payload(memoryview(reason))
+            raise decode_refusal(reason)
+        if frame.kind is not expected or frame.request != self._request:
+            raise ProtocolError(
+                f"a {frame.kind.name} frame of request {frame.request} came where {expected.name} of {self._request} was due"
+            )
+        return frame
+
+
+class AttendCall:
+    """An attend stream over gRPC, for the event loop. Methods as in `AttendStream`, awaited."""
+
+    def __init__(self, call: AttendRpc, shape: AttendShape, deadline_ms: float) -> None:
+        self._call = call
+        self._shape = shape
+        self._deadline_ms = deadline_ms
+        self._set_ids = itertools.count()
+
+    async def open(self, hashes: Sequence[bytes], lease: Lease) -> int:
+        """See `AttendStream.open`."""
+        set_id = next(self._set_ids) % _SET_IDS_MAX
+        await self._send(AttendOpen(set_id, self._shape, hashes, lease.lease_id))
+        answer = await self._call.read()
+        if answer.WhichOneof("step") != "opened" or answer.opened.set != set_id:
+            raise ProtocolError("the node answered an open with something else")
+        return set_id
+
+    async def ask(self, layer: int, sets: Sequence[tuple[int, int]], rows: Buffer) -> None:
+        """See `AttendStream.ask`."""
+        await self._send(AttendQuery(layer, int(self._deadline_ms), sets, memoryview(rows).cast("B")))
+
+    async def receive(self, out: memoryview, lse: memoryview) -> None:
+        """See `AttendStream.receive`."""
+        partial = (await self._call.read()).partial
+        if (len(partial.out), len(partial.lse)) != (len(out), len(lse)):
+            raise ProtocolError(f"a partial came of {len(partial.out)} and {len(partial.lse)} bytes, not {len(out)} and {len(lse)}")
+        out[:] = partial.out
+        lse[:] = partial.lse
+
+    async def close_set(self, set_id: int) -> None:
+        """See `AttendStream.close_set`."""
+        await self._send(AttendClose(set_id))
+
+    async def close(self) -> None:
+        """Ends the stream."""
+        self._call.cancel()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        await self.close()
+
+    async def _send(self, step: AttendStep) -> None:
+        await self._call.write(step_to_wire(step))
+
+
+class BlockingAttend(_Closing):
+    """An `AttendCall` as an `AttendStream`: `run` runs a coroutine on the call's event loop and waits for it."""
+
+    def __init__(self, call: AttendCall, run: Callable[[Coroutine[Any, Any, R]], R]) -> None:
+        self._call = call
+        self._run: Callable[[Coroutine[Any, Any, Any]], Any] = run
+
+    def close(self) -> None:
+        with suppress(ClientClosed):
+            self._run(self._call.close())
+
+    def open(self, hashes: Sequence[bytes], lease: Lease) -> int:
+        """See `AttendStream.open`."""
+        return int(self._run(self._call.open(hashes, lease)))
+
+    def ask(self, layer: int, sets: Sequence[tuple[int, int]], rows: Buffer) -> None:
+        """See `AttendStream.ask`."""
+        self._run(self._call.ask(layer, sets, rows))
+
+    def receive(self, out: memoryview, lse: memoryview) -> None:
+        """See `AttendStream.receive`."""
+        self._run(self._call.receive(out, lse))
+
+    def close_set(self, set_id: int) -> None:
+        """See `AttendStream.close_set`."""
+        self._run(self._call.close_set(set_id))

@@ -1,0 +1,245 @@
+"""Answering queries where the pages lie: the sets that a stream has open, and the computation over them.
+
+Owns: `Attending`, one for each node that can attend, and `AttendSession`, one for each stream; transports feed them.
+Invariants: the pages of an open set are pinned, so that what is computed from them is theirs; a set is used only while its lease
+holds, and closed soon after it ran out (`expire`), so that a stream keeps pages no longer than its client says that it is there;
+the node's cores are used by one computation at a time, in the order of `FairTurns`.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import threading
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final, NamedTuple
+
+from attnstore.clock import Clock, Deadline
+from attnstore.core.layout import PageLayout
+from attnstore.errors import InvalidArgument, LeaseExpired
+from attnstore.limits import (
+    ATTEND_BYTES_MAX,
+    ATTEND_HASHES_MAX,
+    ATTEND_ROWS_MAX,
+    ATTEND_SETS_MAX,
+    ATTEND_TOGETHER_MAX,
+    ATTEND_WAITING_MAX,
+)
+from attnstore.server.store import Store
+from attnstore.server.turns import FairTurns
+from attnstore.types import AttendLimits, PageStatus
+from attnstore.wire.attend import FLOAT_BYTES, AttendClose, AttendOpen, AttendQuery, AttendShape
+
+if TYPE_CHECKING:
+    from attnstore.attention.in_place import InPlaceAttention, PagesInPlace, Partial, Rows
+
+LIMITS: Final = AttendLimits(ATTEND_ROWS_MAX, ATTEND_BYTES_MAX, ATTEND_HASHES_MAX, ATTEND_SETS_MAX)
+_BUDGET_MS_DEFAULT: Final = 10_000
+_ROWS_PER_READ: Final = 8
+_NEEDED: Final = ("torch", "numba")
+
+
+class _Job(NamedTuple):
+    asked: list[Rows]
+    layout: PageLayout
+    shape: AttendShape
+    layer: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Set:
+    """`views` keep the memory of the pages mapped, `pins` their content in it."""
+
+    pages: PagesInPlace
+    views: tuple[memoryview, ...]
+    lease_id: bytes
+    pins: ExitStack
+
+
+class Attending:
+    """Attends over the pages of `store`, with `threads` cores. torch is imported by `load`, or else by the first open set, because
+    it takes seconds and most nodes may never be asked.
+    """
+
+    def __init__(self, store: Store, clock: Clock, threads: int) -> None:
+        self.store = store
+        self.clock = clock
+        self._threads = threads
+        self._attention: InPlaceAttention | None = None
+        self._turns = FairTurns[_Job, "list[Partial]"](
+            self._compute, _kind, clock, waiting_max=ATTEND_WAITING_MAX, together_max=ATTEND_TOGETHER_MAX
+        )
+        self._lock = threading.Lock()
+        self._sessions: set[AttendSession] = set()
+
+    @staticmethod
+    def is_possible() -> bool:
+        """The packages of the extra `attention` are installed."""
+        return all(importlib.util.find_spec(name) is not None for name in _NEEDED)
+
+    def load(self) -> None:
+        """Imports what computes, once."""
+        with self._lock:
+            if self._attention is None:
+                from attnstore.attention.in_place import InPlaceAttention
+
+                self._attention = InPlaceAttention(self._threads)
+
+    @property
+    def waiting(self) -> int:
+        """Queries that wait for the cores."""
+        return self._turns.waiting
+
+    def session(self, tenant: str) -> AttendSession:
+        """A stream's sets, none so far. Close it."""
+        session = AttendSession(self, tenant)
+        with self._lock:
+            self._sessions.add(session)
+        return session
+
+    def forget(self, session: AttendSession) -> None:
+        """The session is closed."""
+        with self._lock:
+            self._sessions.discard(session)
+
+    def expire(self) -> None:
+        """Closes the sets whose lease has run out, except those that are being asked about."""
+        with self._lock:
+            sessions = list(self._sessions)
+        for session in sessions:
+            session.expire()
+
+    def compute(self, job: _Job, tenant: str, deadline: Deadline) -> list[Partial]:
+        """A partial for each set of the job, when its turn has come. Errors as in `FairTurns.take`."""
+        # A few rows cost what reading the pages does, many rows what multiplying with them does.
+        pages = sum(len(rows.pages) * (1 + len(rows.query) // _ROWS_PER_READ) for rows in job.asked)
+        return self._turns.take(job, tenant=tenant, cost=pages * job.layout.layer_bytes, deadline=deadline)
+
+    def _compute(self, jobs: Sequence[_Job]) -> list[list[Partial]]:
+        assert self._attention is not None
+        asked = [rows for job in jobs for rows in job.asked]
+        partials = iter(self._attention.attend(asked, jobs[0].layer, jobs[0].shape.scale))
+        return [[next(partials) for _ in job.asked] for job in jobs]
+
+
+class AttendSession:
+    """The sets of one stream of `tenant`. One step at a time; `expire` from any thread."""
+
+    def __init__(self, attending: Attending, tenant: str) -> None:
+        self._attending = attending
+        self._tenant = tenant
+        self._shape: AttendShape | None = None
+        self._layout: PageLayout | None = None
+        self._sets: dict[int, _Set] = {}
+        self._busy = threading.Lock()
+
+    def open(self, opening: AttendOpen) -> None:
+        """Pins the pages of a set. Blocks for some microseconds a page.
+
+        Raises `LeaseExpired` where the lease does not hold or a page is not here, `InvalidArgument` for a set that is open already
+        or does not fit the stream's others, and what `Store.layout_of` raises.
+        """
+        self._attending.load()
+        from attnstore.attention.in_place import PagesInPlace
+
+        with self._busy:
+            layout = self._check_opening(opening)
+            with ExitStack() as pins:
+                views = []
+                for index, page_hash in enumerate(opening.hashes):
+                    page = pins.enter_context(self._attending.store.reading(opening.shape.namespace, page_hash, opening.lease_id))
+                    if isinstance(page, PageStatus):
+                        raise LeaseExpired(f"page {index} of the set's {len(opening.hashes)} is {page.name}: match again")
+                    views.append(page.data)
+                pages = PagesInPlace(layout, views)
+                self._sets[opening.set_id] = _Set(pages, tuple(views), opening.lease_id, pins.pop_all())
+            self._shape, self._layout = opening.shape, layout
+
+    def answer(self, query: AttendQuery) -> tuple[list[memoryview], list[memoryview]]:
+        """The bytes of `out` and of `lse` of each set, in the order of the query's. Blocks until they are computed.
+
+        Raises `InvalidArgument` for a malformed query, `LeaseExpired` for a set whose lease has run out, `Overloaded` and
+        `DeadlineExceeded` as `FairTurns.take` does.
+        """
+        from attnstore.attention.in_place import Rows, rows_from
+
+        with self._busy:
+            sets = [self._alive(set_id) for set_id, _ in query.sets]
+            layout, shape = self._layout, self._shape
+            assert layout is not None
+            assert shape is not None
+            if query.layer >= layout.layers:
+                raise InvalidArgument(f"layer is {query.layer}; the layout has layers 0 to {layout.layers - 1}")
+            row_bytes = shape.q_heads * layout.head_dim * FLOAT_BYTES
+            if memoryview(query.rows).nbytes != query.total_rows * row_bytes:
+                raise InvalidArgument(f"{query.total_rows} rows have {query.total_rows * row_bytes} bytes, not {len(query.rows)}")
+            rows = rows_from(query.rows, shape.q_heads, layout.head_dim).split_with_sizes([count for _, count in query.sets])
+            asked = [Rows(part.pages, of_part) for part, of_part in zip(sets, rows, strict=True)]
+            deadline = Deadline(self._attending.clock, query.budget_ms or _BUDGET_MS_DEFAULT)
+            partials = self._attending.compute(_Job(asked, layout, shape, query.layer), self._tenant, deadline)
+        outs, lses = zip(*(partial.views() for partial in partials), strict=True)
+        return list(outs), list(lses)
+
+    def close_set(self, closing: AttendClose) -> None:
+        """Lets a set go, if it is open."""
+        with self._busy:
+            self._drop(closing.set_id)
+
+    def expire(self) -> None:
+        """Closes the sets whose lease has run out, unless a step is running."""
+        if self._busy.acquire(blocking=False):
+            try:
+                for set_id in [set_id for set_id, part in self._sets.items() if not self._holds(part)]:
+                    self._drop(set_id)
+            finally:
+                self._busy.release()
+
+    def close(self) -> None:
+        """Lets all sets go. Closing twice is harmless."""
+        with self._busy:
+            for set_id in list(self._sets):
+                self._drop(set_id)
+        self._attending.forget(self)
+
+    def _check_opening(self, opening: AttendOpen) -> PageLayout:
+        layout = self._attending.store.layout_of(opening.shape.namespace, self._tenant)
+        if opening.set_id in self._sets:
+            raise InvalidArgument(f"set {opening.set_id} is open already; close it first")
+        if len(self._sets) >= ATTEND_SETS_MAX:
+            raise InvalidArgument(f"{ATTEND_SETS_MAX} sets are open on this stream; close some or open another stream")
+        if self._shape is not None and opening.shape != self._shape:
+            raise InvalidArgument("all sets of a stream have one namespace, one q_heads and one scale; open another stream")
+        if opening.shape.q_heads % layout.kv_heads:
+            raise InvalidArgument(
+                f"q_heads is {opening.shape.q_heads}, which is no multiple of the layout's {layout.kv_heads} kv_heads"
+            )
+        return layout
+
+    def _alive(self, set_id: int) -> _Set:
+        part = self._sets.get(set_id)
+        if part is None:
+            raise LeaseExpired(f"set {set_id} is not open: it never was, or its lease ran out; match again")
+        if not self._holds(part):
+            self._drop(set_id)
+            raise LeaseExpired(f"the lease of set {set_id} has run out; match again")
+        return part
+
+    def _holds(self, part: _Set) -> bool:
+        assert self._shape is not None
+        return self._attending.store.holds(self._shape.namespace, part.lease_id)
+
+    def _drop(self, set_id: int) -> None:
+        part = self._sets.pop(set_id, None)
+        if part is not None:
+            part.pins.close()
+
+
+def _kind(job: _Job) -> tuple[object, ...]:
+    return job.layout, job.shape.q_heads, job.shape.scale, job.layer
+
+
+def threads_default() -> int:
+    """Cores that this process may run on."""
+    return len(os.sched_getaffinity(0))

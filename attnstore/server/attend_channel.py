@@ -1,0 +1,85 @@
+"""The attend frames of one page channel: received into memory that is kept, answered from where the result lies.
+
+Owns: the session of the connection, begun with its first set. Invariant: a query allocates nothing of its size here, and its
+payload is taken off the stream before anything can be refused, so the next frame finds a clean stream.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from attnstore.core.hashing import joint_checksum, page_checksum
+from attnstore.errors import DeadlineExceeded, ProtocolError, Unsupported
+from attnstore.server.attend import Attending, AttendSession
+from attnstore.telemetry import NodeMetrics
+from attnstore.wire.attend import AttendClose, decode_open, decode_query
+from attnstore.wire.page_channel import Frame, Kind, encode_frame, encode_refusal
+from attnstore.wire.stream import FrameStream
+
+NOT_OFFERED = "this node answers no queries: install attnstore[attention] there and do not start it with --attend-threads 0"
+
+
+class AttendChannel:
+    """`attending` None: everything is refused with `Unsupported`."""
+
+    def __init__(self, stream: FrameStream, attending: Attending | None, metrics: NodeMetrics) -> None:
+        self._stream = stream
+        self._attending = attending
+        self._metrics = metrics
+        self._session: AttendSession | None = None
+        self._kept = bytearray()
+        self.answers: dict[Kind, Callable[[Frame, str], None]] = {
+            Kind.ATTEND_OPEN: self._open,
+            Kind.ATTEND: self._query,
+            Kind.ATTEND_CLOSE: self._close_set,
+        }
+
+    def close(self) -> None:
+        """Lets all sets go."""
+        if self._session is not None:
+            self._session.close()
+
+    def _open(self, frame: Frame, tenant: str) -> None:
+        payload = self._payload(frame)
+        if self._session is None:
+            if self._attending is None:
+                raise Unsupported(NOT_OFFERED)
+            self._session = self._attending.session(tenant)
+        self._session.open(decode_open(frame.page, frame.namespace, frame.lease, payload))
+        self._stream.send(encode_frame(Frame(Kind.OPENED, request=frame.request, page=frame.page)))
+
+    def _query(self, frame: Frame, _tenant: str) -> None:
+        payload = self._payload(frame)
+        if self._attending is None:
+            raise Unsupported(NOT_OFFERED)
+        if page_checksum(payload) != frame.checksum:
+            raise ProtocolError("an ATTEND frame's payload does not have its checksum")
+        query = decode_query(frame.layer_begin, frame.offset_bytes, frame.page, payload)
+        try:
+            outs, lses = self._required_session().answer(query)
+        except DeadlineExceeded as error:
+            # Of the query, not of the connection: the client learns it as any other refusal.
+            self._stream.send(encode_refusal(frame.request, error))
+            return
+        parts = [*outs, *lses]
+        size_bytes = sum(map(len, parts))
+        header = Frame(Kind.PARTIAL, request=frame.request, size_bytes=size_bytes, checksum=joint_checksum(parts))
+        self._stream.send(encode_frame(header), *parts)
+        self._metrics.attended("tcp", query.total_rows)
+
+    def _close_set(self, frame: Frame, _tenant: str) -> None:
+        if self._session is not None:
+            self._session.close_set(AttendClose(frame.page))
+
+    def _required_session(self) -> AttendSession:
+        if self._session is None:
+            raise ProtocolError("an ATTEND frame came before the first ATTEND_OPEN")
+        return self._session
+
+    def _payload(self, frame: Frame) -> memoryview:
+        if len(self._kept) < frame.size_bytes:
+            self._kept = bytearray(frame.size_bytes)
+        payload = memoryview(self._kept)[: frame.size_bytes]
+        if payload:
+            self._stream.receive_payload(payload)
+        return payload

@@ -1,0 +1,54 @@
+"""The Attend stream over gRPC: one step after the other, each computed on a thread while the event loop serves others.
+
+Invariant: the session is closed only when no thread uses it any more, however the call ends.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import grpc
+
+from attnstore.errors import Unsupported
+from attnstore.server.attend import Attending, AttendSession
+from attnstore.server.attend_channel import NOT_OFFERED
+from attnstore.telemetry import NodeMetrics
+from attnstore.wire.attend import AttendOpen, AttendQuery, AttendStep, opened_to_wire, partial_to_wire, step_from_wire
+from attnstore.wire.messages import METHODS
+
+_decode = METHODS["Attend"].decode_request
+
+
+async def attend(attending: Attending | None, metrics: NodeMetrics, context: Any, tenant: str) -> None:
+    """Serves one call until the client has no more steps. Raises the typed error of the first step that is refused."""
+    if attending is None:
+        raise Unsupported(NOT_OFFERED)
+    session = attending.session(tenant)
+    answering: asyncio.Future[Any] | None = None
+    try:
+        while (message := await context.read()) is not grpc.aio.EOF:
+            step = step_from_wire(_decode(message))
+            # A future, not a coroutine: cancelling the call must not let go of a thread that uses the session.
+            answering = asyncio.get_running_loop().run_in_executor(None, _answer, session, step)
+            answer = await asyncio.shield(answering)
+            if answer is not None:
+                await context.write(answer)
+            if isinstance(step, AttendQuery):
+                metrics.attended("grpc", step.total_rows)
+    finally:
+        if answering is None or answering.done():
+            session.close()
+        else:
+            answering.add_done_callback(lambda _: session.close())
+
+
+def _answer(session: AttendSession, step: AttendStep) -> Any:
+    if isinstance(step, AttendOpen):
+        session.open(step)
+        return opened_to_wire(step.set_id)
+    if isinstance(step, AttendQuery):
+        outs, lses = session.answer(step)
+        return partial_to_wire(b"".join(outs), b"".join(lses))
+    session.close_set(step)
+    return None

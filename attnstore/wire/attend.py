@@ -1,0 +1,182 @@
+"""What is asked and answered on an attend stream: sets of pages, query rows, partials; as frames' payloads and as messages.
+
+Owns: `AttendOpen`, `AttendQuery`, `AttendClose` and their two encodings, one for the page channel (below) and one for gRPC.
+Invariant: what comes from a peer is checked here against the limits, before anybody allocates or computes for it.
+
+Payloads on the page channel, little-endian:
+
+    ATTEND_OPEN   q_heads u32 | 0 u32 | scale f64 | hashes, 32 bytes each
+    ATTEND        (set u32 | rows u32) for each set | rows fp32 [total rows, q_heads, head_dim]
+    PARTIAL       out fp32 [total rows, q_heads, head_dim] | lse fp32 [total rows, q_heads]
+"""
+
+from __future__ import annotations
+
+import math
+import struct
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+from attnstore.errors import InvalidArgument, ProtocolError
+from attnstore.limits import (
+    ATTEND_BYTES_MAX,
+    ATTEND_HASHES_MAX,
+    ATTEND_HEADS_MAX,
+    ATTEND_ROWS_MAX,
+    ATTEND_SETS_MAX,
+    LEASE_ID_BYTES,
+)
+from attnstore.wire.chunks import Buffer
+from attnstore.wire.messages import check_namespace, join_hashes, split_hashes
+from attnstore.wire.v1 import store_pb2 as pb
+
+FLOAT_BYTES: Final = 4
+_OPEN_HEAD: Final = struct.Struct("<I4xd")
+_SET_HEAD: Final = struct.Struct("<II")
+OPEN_HEAD_BYTES: Final = _OPEN_HEAD.size
+SET_HEAD_BYTES: Final = _SET_HEAD.size
+
+
+@dataclass(frozen=True, slots=True)
+class AttendShape:
+    """What all sets of one stream have in common. `scale` is the factor on `q . k`."""
+
+    namespace: bytes
+    q_heads: int
+    scale: float
+
+
+@dataclass(frozen=True, slots=True)
+class AttendOpen:
+    """A set of pages that the client calls `set_id` from now on, kept by a lease."""
+
+    set_id: int
+    shape: AttendShape
+    hashes: Sequence[bytes]
+    lease_id: bytes
+
+    def __post_init__(self) -> None:
+        check_namespace(self.shape.namespace)
+        if not 1 <= len(self.hashes) <= ATTEND_HASHES_MAX:
+            raise InvalidArgument(f"a set has {len(self.hashes)} pages; it must have 1 to {ATTEND_HASHES_MAX}")
+        if len(self.lease_id) != LEASE_ID_BYTES:
+            raise InvalidArgument(
+                f"a set needs a lease of {LEASE_ID_BYTES} bytes that keeps its pages, not of {len(self.lease_id)}"
+            )
+        if not 1 <= self.shape.q_heads <= ATTEND_HEADS_MAX:
+            raise InvalidArgument(f"q_heads is {self.shape.q_heads}; it must be between 1 and {ATTEND_HEADS_MAX}")
+        if not math.isfinite(self.shape.scale):
+            raise InvalidArgument(f"scale is {self.shape.scale}; it must be finite")
+
+
+@dataclass(frozen=True, slots=True)
+class AttendQuery:
+    """Rows against one layer. `sets`: `(set_id, rows)` in the order of `rows`, fp32 `[total rows, q_heads, head_dim]`.
+
+    An answer that would come later than `budget_ms` from now is not worth computing; 0: no limit.
+    """
+
+    layer: int
+    budget_ms: int
+    sets: Sequence[tuple[int, int]]
+    rows: Buffer
+
+    def __post_init__(self) -> None:
+        if not 1 <= len(self.sets) <= ATTEND_SETS_MAX:
+            raise InvalidArgument(f"a query names {len(self.sets)} sets; it must name 1 to {ATTEND_SETS_MAX}")
+        if not 1 <= self.total_rows <= ATTEND_ROWS_MAX or not all(rows for _, rows in self.sets):
+            raise InvalidArgument(
+                f"a query has {self.total_rows} rows; it must have 1 to {ATTEND_ROWS_MAX}, and at least one for each set"
+            )
+        if memoryview(self.rows).nbytes > ATTEND_BYTES_MAX:
+            raise InvalidArgument(
+                f"a query's rows have {memoryview(self.rows).nbytes} bytes; at most {ATTEND_BYTES_MAX} are allowed"
+            )
+
+    @property
+    def total_rows(self) -> int:
+        """Of all sets together."""
+        return sum(rows for _, rows in self.sets)
+
+
+@dataclass(frozen=True, slots=True)
+class AttendClose:
+    """The set is not needed any more. A set that is not open is ignored: its lease may have run out."""
+
+    set_id: int
+
+
+AttendStep = AttendOpen | AttendQuery | AttendClose
+
+
+def encode_open(opening: AttendOpen) -> bytes:
+    """The payload of an ATTEND_OPEN frame."""
+    return _OPEN_HEAD.pack(opening.shape.q_heads, opening.shape.scale) + join_hashes(opening.hashes)
+
+
+def decode_open(set_id: int, namespace: bytes, lease_id: bytes, payload: Buffer) -> AttendOpen:
+    """The inverse of `encode_open`, with what the frame's header says. Raises `InvalidArgument`."""
+    if len(payload) < OPEN_HEAD_BYTES:
+        raise InvalidArgument(f"an ATTEND_OPEN frame has {len(payload)} bytes; its head alone has {OPEN_HEAD_BYTES}")
+    q_heads, scale = _OPEN_HEAD.unpack_from(payload)
+    return AttendOpen(set_id, AttendShape(namespace, q_heads, scale), split_hashes(bytes(payload[OPEN_HEAD_BYTES:])), lease_id)
+
+
+def encode_sets(sets: Sequence[tuple[int, int]]) -> bytes:
+    """The head of an ATTEND frame's payload; the rows come after it."""
+    return b"".join(_SET_HEAD.pack(set_id, rows) for set_id, rows in sets)
+
+
+def decode_query(layer: int, budget_ms: int, sets: int, payload: memoryview) -> AttendQuery:
+    """A query of `sets` sets from an ATTEND frame's payload, which it shares the memory of. Raises `InvalidArgument`."""
+    head_bytes = sets * SET_HEAD_BYTES
+    if not 1 <= sets <= ATTEND_SETS_MAX or len(payload) < head_bytes:
+        raise InvalidArgument(f"an ATTEND frame of {len(payload)} bytes names {sets} sets")
+    return AttendQuery(layer, budget_ms, list(_SET_HEAD.iter_unpack(payload[:head_bytes])), payload[head_bytes:])
+
+
+def step_to_wire(step: AttendStep) -> pb.AttendRequest:
+    """A step as a message."""
+    match step:
+        case AttendOpen(set_id, shape, hashes, lease_id):
+            return pb.AttendRequest(
+                open=pb.AttendOpen(
+                    set=set_id,
+                    namespace=shape.namespace,
+                    hashes=join_hashes(hashes),
+                    lease_id=lease_id,
+                    q_heads=shape.q_heads,
+                    scale=shape.scale,
+                )
+            )
+        case AttendQuery(layer, budget_ms, sets, rows):
+            named = [pb.AttendRows(set=set_id, rows=count) for set_id, count in sets]
+            return pb.AttendRequest(query=pb.AttendQuery(layer=layer, budget_ms=budget_ms, sets=named, rows=bytes(rows)))
+        case AttendClose(set_id):
+            return pb.AttendRequest(close=pb.AttendClose(set=set_id))
+
+
+def step_from_wire(message: Any) -> AttendStep:
+    """A peer's step, checked. Raises `InvalidArgument`, or `ProtocolError` for a step of a kind that this version does not know."""
+    kind = message.WhichOneof("step")
+    if kind == "open":
+        opening = message.open
+        shape = AttendShape(opening.namespace, opening.q_heads, opening.scale)
+        return AttendOpen(opening.set, shape, split_hashes(opening.hashes), opening.lease_id)
+    if kind == "query":
+        query = message.query
+        return AttendQuery(query.layer, query.budget_ms, [(named.set, named.rows) for named in query.sets], query.rows)
+    if kind == "close":
+        return AttendClose(message.close.set)
+    raise ProtocolError("an attend request is neither open, query nor close")
+
+
+def opened_to_wire(set_id: int) -> pb.AttendResponse:
+    """The answer to an open."""
+    return pb.AttendResponse(opened=pb.AttendOpened(set=set_id))
+
+
+def partial_to_wire(out: Buffer, lse: Buffer) -> pb.AttendResponse:
+    """The answer to a query."""
+    return pb.AttendResponse(partial=pb.AttendPartial(out=bytes(out), lse=bytes(lse)))
