@@ -17,6 +17,8 @@ _GUARD = 0xA5
 _PAYLOAD_BYTES_MAX = 4096
 """Larger payloads are announced and then left: the fuzzer's time is better spent on headers."""
 
+_WITH_PAYLOAD = {Kind.HELLO, Kind.READ, Kind.WRITE, Kind.SLICE, Kind.REFUSED, Kind.ATTEND_OPEN, Kind.ATTEND, Kind.PARTIAL}
+
 Outcome = tuple[list[Frame], bytes, State, bool]
 
 
@@ -68,7 +70,7 @@ def _mend(stream: bytes) -> bytes:
     at = 0
     while at + 128 <= len(mended):
         mended[at : at + 4] = b"ATPC"
-        size = mended[at + 16] if mended[at + 4] in (Kind.HELLO, Kind.READ, Kind.WRITE, Kind.SLICE, Kind.REFUSED) else 0
+        size = mended[at + 16] if mended[at + 4] in _WITH_PAYLOAD else 0
         if mended[at + 17] < 0xF0:
             mended[at + 16 : at + 24] = size.to_bytes(8, "little")
         at += 128 + size

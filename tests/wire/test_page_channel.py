@@ -19,7 +19,15 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from attnstore import errors
 from attnstore.errors import ProtocolError
-from attnstore.limits import CHANNEL_READ_HASHES_MAX, CHANNEL_REASON_BYTES_MAX, CHANNEL_TOKEN_BYTES, HASH_BYTES, PAGE_BYTES_MAX
+from attnstore.limits import (
+    ATTEND_BYTES_MAX,
+    ATTEND_FRAME_BYTES_MAX,
+    CHANNEL_READ_HASHES_MAX,
+    CHANNEL_REASON_BYTES_MAX,
+    CHANNEL_TOKEN_BYTES,
+    HASH_BYTES,
+    PAGE_BYTES_MAX,
+)
 from attnstore.types import PageStatus
 from attnstore.wire import page_channel
 from attnstore.wire.page_channel import (
@@ -49,6 +57,11 @@ PAYLOAD_BYTES_MAX = {
     Kind.SLICE: PAGE_BYTES_MAX,
     Kind.VERDICT: 0,
     Kind.REFUSED: CHANNEL_REASON_BYTES_MAX,
+    Kind.ATTEND_OPEN: ATTEND_FRAME_BYTES_MAX,
+    Kind.ATTEND: ATTEND_FRAME_BYTES_MAX,
+    Kind.ATTEND_CLOSE: 0,
+    Kind.OPENED: 0,
+    Kind.PARTIAL: 2 * ATTEND_BYTES_MAX,
 }
 READ_STATUSES = {PageStatus.OK, PageStatus.MISSING, PageStatus.LEASE_EXPIRED}
 STATUSES = {
@@ -201,14 +214,14 @@ def test_nothing_is_taken_once_the_channel_is_closed() -> None:
 
 
 def test_the_documented_table_is_the_one_in_force() -> None:
-    rows = re.findall(r"^\| (node|client) +\| (\w+) +\| ([A-Z]+) +\| (\w+) +\|$", page_channel.__doc__ or "", re.MULTILINE)
+    rows = re.findall(r"^\| (node|client) +\| (\w+) +\| ([A-Z_]+) +\| (\w+) +\|$", page_channel.__doc__ or "", re.MULTILINE)
     documented = {(Role(side), State(state), Kind[kind]): State(following) for side, state, kind, following in rows}
     assert documented == TRANSITIONS
     assert len(rows) == len(TRANSITIONS)
 
 
 def test_the_documented_senders_are_those_that_the_table_receives_from() -> None:
-    rows = re.findall(r"^\| ([A-Z]+) +\| (client|node) +\|", page_channel.__doc__ or "", re.MULTILINE)
+    rows = re.findall(r"^\| ([A-Z_]+) +\| (client|node) +\|", page_channel.__doc__ or "", re.MULTILINE)
     sender = {Role.NODE: "client", Role.CLIENT: "node"}
     assert dict(rows) == {kind.name: sender[role] for role, _, kind in TRANSITIONS}
     assert {kind for kind in Kind if kind < 16} == {Kind[name] for name, side in rows if side == "client"}

@@ -33,7 +33,7 @@ def test_a_trailer_may_come_as_bytes() -> None:
         (grpc.StatusCode.UNKNOWN, errors.Unavailable),
         (grpc.StatusCode.CANCELLED, errors.Unavailable),
         (grpc.StatusCode.RESOURCE_EXHAUSTED, errors.InvalidArgument),
-        (grpc.StatusCode.UNIMPLEMENTED, errors.ProtocolError),
+        (grpc.StatusCode.UNIMPLEMENTED, errors.Unsupported),
         (grpc.StatusCode.UNAUTHENTICATED, errors.Unauthenticated),
     ],
 )

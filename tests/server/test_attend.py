@@ -1,0 +1,213 @@
+"""A node that attends: sets and leases, wrong queries and lost leases, over a real page channel in this process."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from attnstore import PageLayout, errors
+from attnstore.client.attend import ChannelAttend
+from attnstore.clock import MonotonicClock
+from attnstore.core.layout import DType
+from attnstore.limits import ATTEND_SETS_MAX
+from attnstore.server.attend import Attending
+from attnstore.testing.clock import ManualClock
+from attnstore.types import Lease
+from attnstore.wire.attend import AttendShape
+from attnstore.wire.page_channel import Frame, Kind, encode_frame
+from tests.channels import PATIENCE_MS, ChannelNode
+from tests.samples import Batch, eventually, make_batch
+
+LAYOUT = PageLayout(layers=2, kv_heads=2, head_dim=64, dtype=DType.FP32)
+Q_HEADS = 4
+LEASE_MS = 60_000
+
+
+class Node:
+    """A page channel that attends, with finite pages in it."""
+
+    def __init__(self, *, attends: bool = True) -> None:
+        self.clock = ManualClock()
+        self.channel = ChannelNode(clock=self.clock)
+        self.attending = Attending(self.channel.store, self.clock, 1) if attends else None
+        self.channel.server._attending = self.attending
+        torch.manual_seed(3)
+        pages = torch.randn(6, *LAYOUT.shape)
+        made = make_batch(6, model="attend", layout=LAYOUT)
+        self.batch = Batch(LAYOUT, made.namespace, made.hashes, [page.numpy().tobytes() for page in pages])
+        self.channel.keep(self.batch)
+
+    def lease(self, pages: int = 6) -> Lease:
+        found = self.channel.store.match(self.batch.namespace, [self.batch.hashes[:pages]], LEASE_MS)
+        assert found.lease_id is not None
+        return Lease(found.lease_id, found.lease_ms)
+
+    def stream(self, *, q_heads: int = Q_HEADS, tenant: str = "default") -> ChannelAttend:
+        shape = AttendShape(self.batch.namespace, q_heads, 0.125)
+        return ChannelAttend(self.channel.connect(tenant), shape, MonotonicClock(), PATIENCE_MS)
+
+    def pinned(self) -> int:
+        return self.channel.store.statistics().pages_pinned
+
+
+@pytest.fixture
+def node() -> Iterator[Node]:
+    node = Node()
+    try:
+        yield node
+        node.channel.stop()
+        node.clock.advance_ms(10 * LEASE_MS)
+        node.channel.store.expire()
+        assert node.channel.is_clean()
+    finally:
+        node.channel.close()
+
+
+def ask(stream: ChannelAttend, set_id: int, *, rows: int = 1, layer: int = 0, query: torch.Tensor | None = None) -> torch.Tensor:
+    query = torch.ones(rows, Q_HEADS, LAYOUT.head_dim) if query is None else query
+    out, lse = torch.empty(rows, Q_HEADS, LAYOUT.head_dim), torch.empty(rows, Q_HEADS)
+    stream.ask(layer, [(set_id, rows)], memoryview(query.numpy()).cast("B"))
+    stream.receive(memoryview(out.numpy()).cast("B"), memoryview(lse.numpy()).cast("B"))
+    assert torch.isfinite(out).all()
+    return out
+
+
+def test_an_open_set_keeps_its_pages_and_a_closed_one_lets_them_go(node: Node) -> None:
+    lease = node.lease()
+    with node.stream() as stream:
+        first, second = stream.open(node.batch.hashes, lease), stream.open(node.batch.hashes[:2], lease)
+        ask(stream, first)
+        node.channel.store.release(lease.lease_id)
+        assert node.pinned() == 6, "the stream's own hold"
+        stream.close_set(first)
+        assert eventually(lambda: node.pinned() == 2)
+        stream.close_set(second)
+        assert eventually(lambda: node.pinned() == 0)
+
+
+def test_the_end_of_the_connection_lets_all_pages_go(node: Node) -> None:
+    lease = node.lease()
+    with node.stream() as stream:
+        stream.open(node.batch.hashes, lease)
+        node.channel.store.release(lease.lease_id)
+    assert eventually(lambda: node.pinned() == 0)
+
+
+def test_a_lease_that_runs_out_ends_the_set_at_the_next_query(node: Node) -> None:
+    with node.stream() as stream:
+        set_id = stream.open(node.batch.hashes, node.lease())
+        ask(stream, set_id)
+        node.clock.advance_ms(LEASE_MS + 1)
+        with pytest.raises(errors.LeaseExpired, match="match again"):
+            ask(stream, set_id)
+
+
+def test_a_renewed_lease_keeps_its_set(node: Node) -> None:
+    with node.stream() as stream:
+        lease = node.lease()
+        set_id = stream.open(node.batch.hashes, lease)
+        node.clock.advance_ms(LEASE_MS - 1)
+        node.channel.store.renew(lease.lease_id, LEASE_MS)
+        node.clock.advance_ms(LEASE_MS - 1)
+        ask(stream, set_id)
+
+
+def test_the_pages_of_a_silent_client_come_back_when_its_lease_has_run_out(node: Node) -> None:
+    with node.stream() as stream:
+        stream.open(node.batch.hashes, node.lease())
+        node.clock.advance_ms(LEASE_MS + 1)
+        node.channel.store.expire()
+        assert node.pinned() == 6
+        assert node.attending is not None
+        node.attending.expire()
+        assert node.pinned() == 0
+
+
+def test_a_page_that_is_not_there_refuses_the_set_and_holds_nothing(node: Node) -> None:
+    absent = make_batch(7, model="attend", layout=LAYOUT).hashes[6]
+    lease = node.lease(1)
+    with node.stream() as stream:
+        with pytest.raises(errors.LeaseExpired, match="page 2 of the set's 3"):
+            stream.open([*node.batch.hashes[:2], absent], lease)
+        node.channel.store.release(lease.lease_id)
+        assert node.pinned() == 0
+        stream.open(node.batch.hashes, node.lease())  # the stream goes on
+
+
+def test_wrong_queries_are_refused_and_the_stream_goes_on(node: Node) -> None:
+    infinite = torch.ones(1, Q_HEADS, LAYOUT.head_dim)
+    infinite[0, 1, 2] = torch.nan
+    with node.stream() as stream:
+        set_id = stream.open(node.batch.hashes, node.lease())
+        expected = ask(stream, set_id)
+        wrong = [
+            (lambda: ask(stream, set_id, query=infinite), errors.InvalidArgument, "finite"),
+            (lambda: ask(stream, set_id, layer=LAYOUT.layers), errors.InvalidArgument, "layer is 2"),
+            (lambda: ask(stream, set_id, query=torch.ones(1, Q_HEADS, 8)), errors.InvalidArgument, "bytes"),
+            (lambda: ask(stream, set_id, rows=2, query=torch.ones(1, Q_HEADS, 64)), errors.InvalidArgument, "bytes"),
+            (lambda: ask(stream, 77), errors.LeaseExpired, "not open"),
+        ]
+        for act, error, words in wrong:
+            with pytest.raises(error, match=words):
+                act()
+            assert torch.equal(ask(stream, set_id), expected)
+
+
+def test_more_rows_than_allowed_never_leave_the_client(node: Node) -> None:
+    with node.stream() as stream:
+        set_id = stream.open(node.batch.hashes, node.lease())
+        with pytest.raises(errors.InvalidArgument, match="rows"):
+            stream.ask(0, [(set_id, 1025)], bytes(1025 * Q_HEADS * LAYOUT.head_dim * 4))
+        ask(stream, set_id)
+
+
+def test_a_node_refuses_more_rows_than_it_allows(node: Node) -> None:
+    stream = node.channel.connect()
+    payload = (0).to_bytes(4, "little") + (4096).to_bytes(4, "little")
+    stream.send(encode_frame(Frame(Kind.ATTEND, request=1, page=1, size_bytes=len(payload))), payload)
+    frame = stream.receive()
+    assert frame.kind is Kind.REFUSED
+    stream.close()
+
+
+def test_heads_that_do_not_divide_and_a_second_shape_are_refused(node: Node) -> None:
+    with node.stream(q_heads=3) as stream, pytest.raises(errors.InvalidArgument, match="multiple"):
+        stream.open(node.batch.hashes, node.lease())
+    with node.stream() as stream:
+        stream.open(node.batch.hashes, node.lease())
+        stream._shape = AttendShape(node.batch.namespace, Q_HEADS, 0.5)
+        with pytest.raises(errors.InvalidArgument, match="another stream"):
+            stream.open(node.batch.hashes, node.lease())
+
+
+def test_a_stream_has_a_maximum_of_sets(node: Node) -> None:
+    lease = node.lease()
+    with node.stream() as stream:
+        for _ in range(ATTEND_SETS_MAX):
+            stream.open(node.batch.hashes[:1], lease)
+        with pytest.raises(errors.InvalidArgument, match="sets are open"):
+            stream.open(node.batch.hashes[:1], lease)
+
+
+def test_another_tenant_reaches_nothing(node: Node) -> None:
+    with node.stream(tenant="other") as stream, pytest.raises(errors.PermissionDenied):
+        stream.open(node.batch.hashes, node.lease())
+
+
+def test_a_query_whose_bytes_changed_on_the_way_is_refused(node: Node) -> None:
+    stream = node.channel.connect()
+    payload = (0).to_bytes(4, "little") + (1).to_bytes(4, "little") + bytes(Q_HEADS * 64 * 4)
+    stream.send(encode_frame(Frame(Kind.ATTEND, request=1, page=1, size_bytes=len(payload), checksum=1)), payload)
+    assert stream.receive().kind is Kind.REFUSED
+    stream.close()
+
+
+def test_a_node_without_the_packages_says_so() -> None:
+    node = Node(attends=False)
+    try:
+        with node.stream() as stream, pytest.raises(errors.Unsupported, match=r"attnstore\[attention\]"):
+            stream.open(node.batch.hashes, node.lease())
+    finally:
+        node.channel.close()

@@ -1,0 +1,117 @@
+"""The attend stream's payloads: what is encoded is decoded, on both transports, and nothing malformed or too large gets through."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import struct
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from attnstore.errors import AttnStoreError, InvalidArgument, ProtocolError
+from attnstore.limits import ATTEND_BYTES_MAX, ATTEND_HASHES_MAX, ATTEND_HEADS_MAX, ATTEND_ROWS_MAX, ATTEND_SETS_MAX
+from attnstore.wire.attend import (
+    AttendClose,
+    AttendOpen,
+    AttendQuery,
+    AttendShape,
+    decode_open,
+    decode_query,
+    encode_open,
+    encode_sets,
+    step_from_wire,
+    step_to_wire,
+)
+from attnstore.wire.messages import METHODS
+
+NAMESPACE = bytes(range(32))
+SHAPE = AttendShape(NAMESPACE, q_heads=9, scale=0.125)
+LEASE = bytes(range(16))
+HASH = bytes(32)
+U32 = st.integers(0, 2**32 - 1)
+
+opens = st.builds(
+    AttendOpen,
+    U32,
+    st.builds(AttendShape, st.just(NAMESPACE), st.integers(1, ATTEND_HEADS_MAX), st.floats(allow_nan=False, allow_infinity=False)),
+    st.lists(st.binary(min_size=32, max_size=32), min_size=1, max_size=9),
+    st.just(LEASE),
+)
+queries = st.builds(
+    AttendQuery, U32, U32, st.lists(st.tuples(U32, st.integers(1, 4)), min_size=1, max_size=9), st.binary(max_size=64)
+)
+
+
+@given(opens)
+def test_an_open_crosses_the_page_channel_unchanged(opening: AttendOpen) -> None:
+    assert decode_open(opening.set_id, NAMESPACE, LEASE, encode_open(opening)) == opening
+
+
+@given(queries)
+def test_a_query_crosses_the_page_channel_unchanged(query: AttendQuery) -> None:
+    payload = memoryview(encode_sets(query.sets) + bytes(query.rows))
+    assert decode_query(query.layer, query.budget_ms, len(query.sets), payload) == query
+
+
+@given(st.one_of(opens, queries, st.builds(AttendClose, U32)))
+def test_a_step_crosses_grpc_unchanged(step: AttendOpen | AttendQuery | AttendClose) -> None:
+    method = METHODS["Attend"]
+    assert step_from_wire(method.decode_request(method.encode_request(step_to_wire(step)))) == step
+
+
+@given(U32, U32, st.integers(0, 2 * ATTEND_SETS_MAX), st.binary(max_size=400))
+def test_any_payload_gives_a_step_or_a_typed_error(layer: int, budget_ms: int, sets: int, payload: bytes) -> None:
+    for decode in (
+        lambda: decode_query(layer, budget_ms, sets, memoryview(payload)),
+        lambda: decode_open(layer, NAMESPACE, LEASE, payload),
+        lambda: step_from_wire(METHODS["Attend"].decode_request(payload)),
+    ):
+        with contextlib.suppress(AttnStoreError):
+            decode()
+
+
+@pytest.mark.parametrize(
+    ("q_heads", "scale", "hashes", "lease"),
+    [
+        (0, 1.0, [HASH], LEASE),
+        (ATTEND_HEADS_MAX + 1, 1.0, [HASH], LEASE),
+        (1, math.nan, [HASH], LEASE),
+        (1, math.inf, [HASH], LEASE),
+        (1, 1.0, [], LEASE),
+        (1, 1.0, [HASH] * (ATTEND_HASHES_MAX + 1), LEASE),
+        (1, 1.0, [HASH], b""),
+    ],
+    ids=["no heads", "many heads", "nan", "inf", "no pages", "many pages", "no lease"],
+)
+def test_an_open_beyond_the_limits_is_refused(q_heads: int, scale: float, hashes: list[bytes], lease: bytes) -> None:
+    with pytest.raises(InvalidArgument):
+        AttendOpen(0, AttendShape(NAMESPACE, q_heads, scale), hashes, lease)
+
+
+@pytest.mark.parametrize(
+    ("sets", "rows"),
+    [
+        ([], b""),
+        ([(0, 1)] * (ATTEND_SETS_MAX + 1), b""),
+        ([(0, 0)], b""),
+        ([(0, 1), (1, 0)], b""),
+        ([(0, ATTEND_ROWS_MAX + 1)], b""),
+        ([(0, 1)], bytes(ATTEND_BYTES_MAX + 1)),
+    ],
+    ids=["no sets", "many sets", "no rows", "a set without rows", "many rows", "many bytes"],
+)
+def test_a_query_beyond_the_limits_is_refused(sets: list[tuple[int, int]], rows: bytes) -> None:
+    with pytest.raises(InvalidArgument):
+        AttendQuery(0, 0, sets, rows)
+
+
+def test_a_hash_list_that_is_cut_off_is_refused() -> None:
+    with pytest.raises(InvalidArgument, match="hash list"):
+        decode_open(0, NAMESPACE, LEASE, struct.pack("<I4xd", 9, 0.125) + HASH[:31])
+
+
+def test_a_message_without_a_step_is_a_protocol_error() -> None:
+    with pytest.raises(ProtocolError):
+        step_from_wire(METHODS["Attend"].decode_request(b""))
