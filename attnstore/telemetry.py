@@ -59,8 +59,8 @@ class NodeMetrics:
         self._received = _ByLabels(
             Counter("attnstore_received_bytes_total", "Page bytes received from writers.", ["transport"], registry=self.registry)
         )
-        self._attended = Counter(
-            "attnstore_attended_rows_total", "Query rows answered over the pages here.", ["transport"], registry=self.registry
+        self._attended = _ByLabels(
+            Counter("attnstore_attended_rows_total", "Query rows answered in place.", ["transport"], registry=self.registry)
         )
         self.registry.register(_OccupancyCollector(occupancy))
         self._read_bytes = 0
@@ -85,6 +85,10 @@ class NodeMetrics:
         """Counts page bytes taken from a writer, kept or not. Safe from any thread."""
         self._received[(transport,)].inc(size_bytes)
 
+    def attended(self, transport: str, rows: int) -> None:
+        """Counts query rows that were answered. Safe from any thread."""
+        self._attended[(transport,)].inc(rows)
+
 
 class _ByLabels(dict[tuple[str, ...], Counter]):
     """The children of a counter by their label values. `Counter.labels` takes a lock and builds the key anew at every call, which a
@@ -98,10 +102,6 @@ class _ByLabels(dict[tuple[str, ...], Counter]):
     def __missing__(self, values: tuple[str, ...]) -> Counter:
         child = self[values] = self._counter.labels(*values)
         return child
-
-    def attended(self, transport: str, rows: int) -> None:
-        """Counts query rows that were answered. Safe from any thread."""
-        self._attended.labels(transport).inc(rows)
 
 
 class _OccupancyCollector(Collector):

@@ -18,6 +18,7 @@ VALUES: dict[str, tuple[str, object]] = {
     "directory": ("redis://ada:secret@h:1/2", "redis://ada:secret@h:1/2"),
     "advertise": ("store-1:7400", "store-1:7400"),
     "weight": ("2.5", 2.5),
+    "attend_threads": ("3", 3),
     "replicas": ("2", 2),
     "transports": ("none", "none"),
     "page_channel_port": ("7002", 7002),

@@ -327,7 +327,8 @@ class AsyncClient:
         (The blocking client attends over the page channel where the node offers it, with less delay.)
         """
         shape = self.attend_shape(namespace, q_heads, scale)
-        return AttendCall(self._connected().attend(self._deadline_ms(deadline_ms)), shape, self._deadline_ms(deadline_ms))
+        milliseconds = self._deadline_ms(deadline_ms)
+        return AttendCall(await self._connected().attend(milliseconds), shape, milliseconds)
 
     def attend_shape(self, namespace: bytes, q_heads: int, scale: float) -> AttendShape:
         """Checks the arguments of `attend`; nothing is sent."""

@@ -146,9 +146,11 @@ class GrpcTransport:
             call.cancel()
         raise ProtocolError("the node ended a watch that only the caller or an error may end")
 
-    def attend(self, deadline_ms: float) -> AttendRpc:
-        """A new attend stream, each of whose exchanges may take `deadline_ms`."""
-        return AttendRpc(self._stubs["Attend"](metadata=self._metadata), deadline_ms)
+    async def attend(self, deadline_ms: float) -> AttendRpc:
+        """A new attend stream, accepted by the node, each of whose exchanges may take `deadline_ms`."""
+        stream = AttendRpc(self._stubs["Attend"](metadata=self._metadata), deadline_ms)
+        await stream.accepted()
+        return stream
 
     def _stub(self, method: messages.Method) -> Any:
         kind = {
@@ -167,6 +169,14 @@ class AttendRpc:
     def __init__(self, call: Any, deadline_ms: float) -> None:
         self._call = call
         self._deadline_s = deadline_ms / 1000
+
+    async def accepted(self) -> None:
+        """Waits until the node has accepted the call. Raises the typed error of its refusal, or `DeadlineExceeded`."""
+        with _typed_errors():
+            async with self._in_time():
+                if messages.ATTENDING not in tuple(await self._call.initial_metadata()):
+                    await self._call.read()  # raises the refusal
+                    raise ProtocolError("the node accepted an attend stream without saying so")
 
     async def write(self, message: Any) -> None:
         """Sends a request. Raises the typed error of the call's failure, or `DeadlineExceeded`."""

@@ -15,7 +15,7 @@ from attnstore.server.attend import Attending, AttendSession
 from attnstore.server.attend_channel import NOT_OFFERED
 from attnstore.telemetry import NodeMetrics
 from attnstore.wire.attend import AttendOpen, AttendQuery, AttendStep, opened_to_wire, partial_to_wire, step_from_wire
-from attnstore.wire.messages import METHODS
+from attnstore.wire.messages import ATTENDING, METHODS
 
 _decode = METHODS["Attend"].decode_request
 
@@ -27,6 +27,7 @@ async def attend(attending: Attending | None, metrics: NodeMetrics, context: Any
     session = attending.session(tenant)
     answering: asyncio.Future[Any] | None = None
     try:
+        await context.send_initial_metadata((ATTENDING,))
         while (message := await context.read()) is not grpc.aio.EOF:
             step = step_from_wire(_decode(message))
             # A future, not a coroutine: cancelling the call must not let go of a thread that uses the session.

@@ -50,6 +50,9 @@ ERROR_TRAILER = "attnstore-error"
 WATCHING = ("attnstore-watching", "1")
 """Initial metadata by which `Watch` says that it was accepted and that no event is missed from here on."""
 
+ATTENDING = ("attnstore-attending", "1")
+"""Initial metadata by which `Attend` says that it was accepted. A refusal that crosses the first request would be lost."""
+
 
 @dataclass(frozen=True, slots=True)
 class Method:

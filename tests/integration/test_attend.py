@@ -141,8 +141,8 @@ def test_a_node_that_attends_nothing_does_not_offer_it_and_says_so(pages: torch.
     ):
         assert client.describe().attend is None
         lease = keep(client, pages, 0, 1)
-        with client.attend(NAMESPACE, q_heads=Q_HEADS, scale=SCALE) as stream, pytest.raises(errors.Unsupported):
-            stream.open(HASHES[:1], lease)
+        with pytest.raises(errors.Unsupported):
+            client.attend(NAMESPACE, q_heads=Q_HEADS, scale=SCALE).open(HASHES[:1], lease)
 
 
 @pytest.mark.parametrize("transport", ["tcp", "grpc"])
