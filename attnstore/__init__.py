@@ -70,6 +70,7 @@ def connect(
     tls_ca: str | Path | None = None,
     transport: str = "auto",
     channels: int = 1,
+    shared_path: str | Path | None = None,
 ) -> Client | ClusterClient:
     """A blocking client of a store node or of a cluster. `target` is one of
 
@@ -80,16 +81,31 @@ def connect(
     `deadline_ms` bounds every call that names no deadline of its own. `token` defaults to the environment's `ATTNSTORE_TOKEN`;
     `tls_ca` is a PEM file of trusted authorities (default: the system's).
 
-    `transport` says how page bytes move: `auto` takes the best that the node offers and falls back to gRPC with a warning; `grpc`
-    and `tcp` are forced. `channels` is how many page channels one large transfer may use at once. Nothing is sent before the first
-    call. Raises `errors.InvalidArgument` for a malformed argument.
+    `transport` says how page bytes move: `auto` takes the best that the node offers and falls back to gRPC with a warning; `grpc`,
+    `tcp` and `shm` are forced. `channels` is how many page channels one large transfer may use at once. `shared_path` is the
+    `--arena-path` of a node on this host: such a file is mapped only if you name it, because cutting it would kill its readers.
+    Nothing is sent before the first call. Raises `errors.InvalidArgument` for a malformed argument.
     """
     if is_cluster(target):
         return ClusterClient(
             ClusterOptions.create(
-                target, deadline_ms=deadline_ms, token=token, tls_ca=tls_ca, transport=transport, channels=channels
+                target,
+                deadline_ms=deadline_ms,
+                token=token,
+                tls_ca=tls_ca,
+                transport=transport,
+                channels=channels,
+                shared_path=shared_path,
             )
         )
     return Client(
-        ConnectOptions.create(target, deadline_ms=deadline_ms, token=token, tls_ca=tls_ca, transport=transport, channels=channels)
+        ConnectOptions.create(
+            target,
+            deadline_ms=deadline_ms,
+            token=token,
+            tls_ca=tls_ca,
+            transport=transport,
+            channels=channels,
+            shared_path=shared_path,
+        )
     )

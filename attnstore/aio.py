@@ -18,14 +18,29 @@ def connect(
     tls_ca: str | Path | None = None,
     transport: str = "auto",
     channels: int = 1,
+    shared_path: str | Path | None = None,
 ) -> AsyncClient | AsyncClusterClient:
     """An `AsyncClient` or `AsyncClusterClient` for the running event loop. Arguments as in `attnstore.connect`."""
     if is_cluster(target):
         return AsyncClusterClient(
             ClusterOptions.create(
-                target, deadline_ms=deadline_ms, token=token, tls_ca=tls_ca, transport=transport, channels=channels
+                target,
+                deadline_ms=deadline_ms,
+                token=token,
+                tls_ca=tls_ca,
+                transport=transport,
+                channels=channels,
+                shared_path=shared_path,
             )
         )
     return AsyncClient(
-        ConnectOptions.create(target, deadline_ms=deadline_ms, token=token, tls_ca=tls_ca, transport=transport, channels=channels)
+        ConnectOptions.create(
+            target,
+            deadline_ms=deadline_ms,
+            token=token,
+            tls_ca=tls_ca,
+            transport=transport,
+            channels=channels,
+            shared_path=shared_path,
+        )
     )

@@ -30,6 +30,9 @@ class ServeOptions(BaseModel):
 
     listen: str = Field("127.0.0.1:7400", description="host:port of the gRPC service; port 0 takes a free one")
     capacity: ByteSize = Field(ByteSize(2 << 30), description="bytes of pages that the node holds at most, for example 2GiB")
+    arena_path: Path | None = Field(
+        None, description="file or memory device that holds the pages, for example /dev/dax0.0; default: memory of the node's own"
+    )
     node_id: str = Field(
         "",
         max_length=NODE_ID_CHARS_MAX,

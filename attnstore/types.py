@@ -79,11 +79,13 @@ class ReadResult:
 
     `error` is None where the read ran to its end; otherwise it says what broke it off (deadline, lost connection), and the pages
     that were not complete by then are INCOMPLETE. Once a result is returned, nothing is written into the buffers any more.
+    `transport` is the one that carried the pages.
     """
 
     statuses: tuple[PageStatus, ...]
     bytes_read: int
     error: Retryable | None = None
+    transport: str = "grpc"
 
     @property
     def leading_hits(self) -> int:

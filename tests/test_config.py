@@ -28,6 +28,7 @@ VALUES: dict[str, tuple[str, object]] = {
     "tls_cert": ("cert.pem", Path("cert.pem")),
     "tls_key": ("key.pem", Path("key.pem")),
     "insecure": ("true", True),
+    "arena_path": ("/dev/dax0.0", Path("/dev/dax0.0")),
     "drain_ms": ("11", 11),
     "stall_ms": ("222", 222),
     "log_level": ("debug", "debug"),

@@ -1,8 +1,10 @@
 """The bytes of the page slots: preallocated memory of a fixed capacity, one contract and one file for each kind of memory."""
 
 from attnstore.arena.base import Arena
+from attnstore.arena.file import FileArena
 from attnstore.arena.memory import MemoryArena
 from attnstore.arena.shared import SharedArena
+from attnstore.arena.stamped import StampedArena
 from attnstore.core.slots import extent_bytes_for
 
-__all__ = ["Arena", "MemoryArena", "SharedArena", "extent_bytes_for"]
+__all__ = ["Arena", "FileArena", "MemoryArena", "SharedArena", "StampedArena", "extent_bytes_for"]

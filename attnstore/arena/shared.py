@@ -1,14 +1,10 @@
 """The arena of shared memory: extents that other processes of this host may map and read in place.
 
-Owns: one sealed memory file (`memfd`) for each extent, its stamps, and the read-only descriptor that is handed out.
+Owns: one sealed memory file (`memfd`) for each extent, and the read-only descriptor that is handed out.
 Invariants: whoever mapped an extent for one tenant never sees a byte of the next one, because the next one gets another file; the
-old file is emptied before the new one is filled, so the memory of all files together never passes the capacity and its stamps; a
-slot's stamp changes before the first byte of a new generation can be written, because nobody gets the slot's window without it.
+old file is emptied before the new one is filled, so the memory of all files together never passes the capacity and its stamps.
 
-Why a new file and not a wipe: a mapping in another process cannot be taken back, so what comes next must not be in that file. Why
-stamps in the file: a reader needs no call to learn that a page it uses in place is still the page. They are read and written
-without locks: on x86 loads and stores keep their order, and elsewhere the locks that lie between a stamp and the bytes in the node
-(and the release of the interpreter lock around a copy in the reader) order them.
+Why a new file and not a wipe: a mapping in another process cannot be taken back, so what comes next must not be in that file.
 """
 
 from __future__ import annotations
@@ -18,12 +14,10 @@ import fcntl
 import mmap
 import os
 import resource
-from array import array
 from contextlib import suppress
 from typing import Final
 
-from attnstore.arena.base import Arena
-from attnstore.core.slots import Slot
+from attnstore.arena.stamped import Span, StampedArena, void
 from attnstore.errors import InvalidArgument, Overloaded
 from attnstore.wire.shared import ExtentLayout
 
@@ -34,7 +28,7 @@ _DESCRIPTORS_PER_EXTENT: Final = 2
 _DESCRIPTORS_BESIDE: Final = 512
 
 
-class SharedArena(Arena):
+class SharedArena(StampedArena):
     """An arena of memory files. Linux only.
 
     Raises `InvalidArgument` where the machine has less memory than the capacity, or where this process may not have two
@@ -45,8 +39,6 @@ class SharedArena(Arena):
         super().__init__(capacity_bytes, extent_bytes)
         _require_memory(capacity_bytes)
         _require_descriptors(self.extents * _DESCRIPTORS_PER_EXTENT + _DESCRIPTORS_BESIDE)
-        self.layout = ExtentLayout(extent_bytes)
-        self._slot_bytes = [0] * self.extents
         self._files: list[_ExtentFile] = []
         try:
             for _ in range(self.extents):
@@ -57,25 +49,10 @@ class SharedArena(Arena):
                 f"no shared memory for an arena of {capacity_bytes} bytes ({error.strerror}); lower the capacity"
             ) from error
 
-    def view(self, slot: Slot) -> memoryview:
-        """See `Arena.view`. The first view of a slot also makes every place that named older bytes of it worthless."""
-        window = super().view(slot)
-        index = self.layout.stamp_index(slot.offset_bytes)
-        if self._files[slot.extent].stamps[index] < slot.generation:
-            with self._changing:
-                self._stamp(slot, index)
-        return window
-
-    def stamp(self, slot: Slot) -> int:
-        """What the stamp word of a slot says now. Meaningful for a page that is pinned."""
-        return self._files[slot.extent].stamps[self.layout.stamp_index(slot.offset_bytes)]
-
-    def descriptor(self, extent: int, tenancy: int) -> int | None:
-        """A new read-only descriptor of the extent, for the caller to close; None where the tenancy is not the current one."""
-        with self._changing:
-            if not 0 <= extent < self.extents or self._tenancies[extent] != tenancy:
-                return None
-            return os.dup(self._files[extent].descriptor)
+    def span(self, extent: int) -> Span:
+        """Each extent is a file of its own."""
+        del extent
+        return Span(0, self.layout.file_bytes)
 
     def close(self) -> None:
         """See `Arena.close`. Memory that a reader has mapped lives on, unchanged, until the reader lets it go."""
@@ -96,14 +73,11 @@ class SharedArena(Arena):
         self._files[extent] = fresh
         self._slot_bytes[extent] = 0
 
-    def _stamp(self, slot: Slot, index: int) -> None:
-        stamps = self._files[slot.extent].stamps
-        if self._slot_bytes[slot.extent] != slot.size_bytes:
-            # Slots of another size lie across the old ones, whose stamp words need not be where the new ones begin.
-            stamps[:] = memoryview(array("Q", (slot.generation,)) * len(stamps))
-            self._slot_bytes[slot.extent] = slot.size_bytes
-        elif stamps[index] < slot.generation:
-            stamps[index] = slot.generation
+    def _open(self, extent: int) -> int:
+        return os.dup(self._files[extent].descriptor)
+
+    def _stamps(self, extent: int) -> memoryview:
+        return self._files[extent].stamps
 
 
 class _ExtentFile:
@@ -128,7 +102,7 @@ class _ExtentFile:
 
     def empty(self) -> None:
         """Voids every stamp, then gives the memory back: whoever still maps the file reads zeros, and can tell."""
-        self.stamps[:] = memoryview(array("Q", bytes(self.stamps.nbytes)))
+        void(self.stamps)
         self._mapping.madvise(mmap.MADV_REMOVE)
 
     def close(self) -> None:

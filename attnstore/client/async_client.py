@@ -59,6 +59,7 @@ from attnstore.types import (
 from attnstore.wire import messages
 from attnstore.wire.attend import AttendShape
 from attnstore.wire.chunks import Buffer
+from attnstore.wire.shared import SHARED_FILE_OFFER
 
 T = TypeVar("T")
 
@@ -365,8 +366,9 @@ class AsyncClient:
             if "tcp" in offered:
                 host, _ = split_address(self._options.target.address)
                 self._tcp = TcpTransport(host, opener, self._options.channels)
-            if "shm" in offered and (self._options.transport == "shm" or ShmTransport.is_reachable(offered["shm"])):
-                self.shm = ShmTransport(opener, self._options.channels)
+            offer = SHARED_FILE_OFFER if self._options.shared_path is not None and SHARED_FILE_OFFER in offered else "shm"
+            if offer in offered and (self._options.transport == "shm" or ShmTransport.is_reachable(offered[offer])):
+                self.shm = ShmTransport(opener, self._options.channels, offer, self._options.shared_path)
             self.bulk.offer(
                 [transport for transport in (self.shm, self._tcp) if transport is not None],
                 [transport for transport in (self._tcp,) if transport is not None],

@@ -196,11 +196,13 @@ class BulkChoice:
         """Reads over the best transport that opens; False where none does and gRPC is left. Blocks; errors as in `BulkReader`."""
         for reader in self._readers:
             if self._is_open(reader.name):
+                plan.landing.transport = reader.name
                 try:
                     reader.read(plan)
                     return True
                 except BulkUnavailable as error:
                     self._suspend(reader.name, error)
+        plan.landing.transport = "grpc"
         return False
 
     def write(self, plan: WritePlan) -> tuple[PageStatus, ...] | None:

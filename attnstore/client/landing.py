@@ -30,6 +30,8 @@ class Landing:
         self._slice_bytes = slice_bytes
         self._received_bytes = [0] * pages
         self._statuses: list[PageStatus | None] = [None] * pages
+        self.transport = "grpc"
+        """The transport that fills the buffers now."""
 
     @property
     def leading_open(self) -> int:
@@ -100,7 +102,7 @@ class Landing:
     def result(self, error: Retryable | None = None) -> ReadResult:
         """The outcome so far; pages that are not complete are INCOMPLETE."""
         statuses = tuple(PageStatus.INCOMPLETE if status is None else status for status in self._statuses)
-        return ReadResult(statuses, statuses.count(PageStatus.OK) * self._slice_bytes, error)
+        return ReadResult(statuses, statuses.count(PageStatus.OK) * self._slice_bytes, error, self.transport)
 
     def _require_open(self, index: int) -> None:
         if not 0 <= index < len(self._views) or self._statuses[index] is not None:

@@ -11,8 +11,10 @@ import ctypes
 import fcntl
 import mmap
 import os
+import stat
 from collections.abc import Sequence
 from contextlib import suppress
+from pathlib import Path
 from types import TracebackType
 from typing import Final, Self
 
@@ -27,24 +29,27 @@ _PYBUF_SIMPLE: Final = 0
 
 
 class MappedExtent:
-    """One extent, read-only. Raises `ProtocolError` for a descriptor that is not a sealed file of the extent's size.
+    """One extent, read-only: the `size_bytes` at `offset_bytes` of a file.
 
-    A file that could shrink would kill this process at the first byte read beyond its end.
+    A file that shrinks kills this process at the first byte read beyond its end. So it must be sealed, or the one that the user
+    names as `shared_path` and vouches for. Raises `ProtocolError` for any other, and for one that is too short.
     """
 
-    def __init__(self, descriptor: int, layout: ExtentLayout) -> None:
+    def __init__(self, descriptor: int, layout: ExtentLayout, offset_bytes: int, size_bytes: int, shared_path: Path | None) -> None:
         try:
-            sealed = fcntl.fcntl(descriptor, fcntl.F_GET_SEALS) & _SEALS_NEEDED == _SEALS_NEEDED
-            if not sealed or os.fstat(descriptor).st_size != layout.file_bytes:
-                raise ProtocolError("the node handed out a file that is not a sealed extent")
-            mapping = mmap.mmap(descriptor, layout.file_bytes, mmap.MAP_SHARED, mmap.PROT_READ)
+            status = os.fstat(descriptor)
+            if not (_is_sealed(descriptor) or (shared_path is not None and os.path.samestat(status, shared_path.stat()))):
+                raise ProtocolError("the node handed out a file that is neither sealed nor the one named as shared_path")
+            if stat.S_ISREG(status.st_mode) and status.st_size < offset_bytes + size_bytes:
+                raise ProtocolError("the node handed out a file that ends before the extent does")
+            mapping = mmap.mmap(descriptor, size_bytes, mmap.MAP_SHARED, mmap.PROT_READ, offset=offset_bytes)
         except OSError as error:
             raise ProtocolError(f"the extent that the node handed out cannot be mapped: {error.strerror}") from None
         with suppress(OSError):  # an older kernel: the first reads pay for the page faults
             mapping.madvise(_MADV_POPULATE_READ)
         self._layout = layout
         self._bytes = memoryview(mapping)
-        self.stamps = self._bytes[layout.stamps_offset_bytes :].cast("Q")
+        self.stamps = self._bytes[layout.stamps_offset_bytes : layout.file_bytes].cast("Q")
         self.address = _address(self._bytes)
         """Where the mapping begins in this process; good for as long as this object lives."""
 
@@ -71,6 +76,13 @@ class MappedExtent:
         assert 0 <= begin <= begin + size_bytes <= len(self._bytes)
         assert not destination.readonly
         ctypes.memmove(ctypes.addressof(ctypes.c_char.from_buffer(destination)), self.address + begin, size_bytes)
+
+
+def _is_sealed(descriptor: int) -> bool:
+    try:
+        return fcntl.fcntl(descriptor, fcntl.F_GET_SEALS) & _SEALS_NEEDED == _SEALS_NEEDED
+    except OSError:  # a kind of file that has no seals
+        return False
 
 
 Located = tuple[Place, MappedExtent] | PageStatus

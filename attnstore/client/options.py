@@ -25,16 +25,30 @@ class ConnectOptions:
     tls_ca: bytes | None = field(repr=False)
     transport: TransportName
     channels: int
+    shared_path: Path | None = None
 
     @classmethod
     def create(
-        cls, target: str, *, deadline_ms: float, token: str | None, tls_ca: str | Path | None, transport: str, channels: int
+        cls,
+        target: str,
+        *,
+        deadline_ms: float,
+        token: str | None,
+        tls_ca: str | Path | None,
+        transport: str,
+        channels: int,
+        shared_path: str | Path | None = None,
     ) -> ConnectOptions:
         """Options from what a user gives; the token falls back to the environment's `ATTNSTORE_TOKEN`.
 
         Raises `InvalidArgument` for a bad value or a `tls_ca` file that cannot be read.
         """
-        return cls._checked(Target.parse(target), deadline_ms, token, tls_ca, transport, channels)
+        options = cls._checked(Target.parse(target), deadline_ms, token, tls_ca, transport, channels)
+        return options.sharing(shared_path)
+
+    def sharing(self, shared_path: str | Path | None) -> ConnectOptions:
+        """The same with the file named that the node's arena lies in."""
+        return replace(self, shared_path=Path(shared_path) if shared_path is not None else None)
 
     def at(self, url: str) -> ConnectOptions:
         """The same for another node. Raises `InvalidArgument` for a malformed URL."""
@@ -84,7 +98,15 @@ class ClusterOptions:
 
     @classmethod
     def create(
-        cls, target: str, *, deadline_ms: float, token: str | None, tls_ca: str | Path | None, transport: str, channels: int
+        cls,
+        target: str,
+        *,
+        deadline_ms: float,
+        token: str | None,
+        tls_ca: str | Path | None,
+        transport: str,
+        channels: int,
+        shared_path: str | Path | None = None,
     ) -> Self:
         """As `ConnectOptions.create`, for a target that `is_cluster`: a directory's URL, or `grpc://a:7400,b:7400?replicas=2`."""
         nodes: tuple[str, ...] = ()
@@ -98,7 +120,7 @@ class ClusterOptions:
         node = ConnectOptions.of_cluster(
             tls, deadline_ms=deadline_ms, token=token, tls_ca=tls_ca, transport=transport, channels=channels
         )
-        return cls(nodes, "" if nodes else target, replicas, node)
+        return cls(nodes, "" if nodes else target, replicas, node.sharing(shared_path))
 
     def open_directory(self) -> Directory:
         """The directory, for the running event loop; nothing is sent yet."""

@@ -16,6 +16,7 @@ import threading
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import NamedTuple
 
 from attnstore.client.bulk import BulkUnavailable, OpenChannel, ReadPlan, Transfer, all_layers
@@ -57,13 +58,16 @@ class ViewPlan:
 class ShmTransport:
     """A `BulkReader`, and the only transport with `view`. For nodes on this host that run as the same user.
 
-    `channels` is how many threads may copy the pages of one large read.
+    `channels` is how many threads may copy the pages of one large read; `offer` is the name under which the node offers its memory,
+    `shared_path` its arena where that is no sealed memory.
     """
 
     name = "shm"
 
-    def __init__(self, open_channel: OpenChannel, channels: int) -> None:
+    def __init__(self, open_channel: OpenChannel, channels: int, offer: str = "shm", shared_path: Path | None = None) -> None:
         self._open_channel = open_channel
+        self._offer = offer
+        self._shared_path = shared_path
         self._pool = ChannelPool(self._connect)
         self._parts = PartWorkers(channels, "attnstore-shm")
         self._lock = threading.Lock()
@@ -144,7 +148,7 @@ class ShmTransport:
 
     def _connect(self, deadline: Deadline) -> _Channel:
         try:
-            address, token = self._open_channel(self.name, deadline)
+            address, token = self._open_channel(self._offer, deadline)
         except (InvalidArgument, Overloaded) as error:
             # The node was restarted without this transport, or gives out no more tokens for now.
             raise BulkUnavailable(f"the node opens no shared memory: {error}") from None
@@ -153,7 +157,7 @@ class ShmTransport:
         try:
             connection.settimeout(soon.left_ms() / 1000)
             connection.connect(address)
-            channel = _Channel.opened(SharedStream(connection), token, soon)
+            channel = _Channel.opened(SharedStream(connection), token, soon, self._shared_path)
         except OSError as error:
             connection.close()
             raise BulkUnavailable(f"the node's shared memory cannot be reached from here: {error}") from None
@@ -227,8 +231,9 @@ def _copied(extent: MappedExtent, begin: int, window: memoryview) -> Iterator[me
 class _Channel:
     """One open connection: a client's half of the protocol."""
 
-    def __init__(self, stream: SharedStream, welcome: Welcome) -> None:
+    def __init__(self, stream: SharedStream, welcome: Welcome, shared_path: Path | None) -> None:
         self.welcome = welcome
+        self._shared_path = shared_path
         self.answered = False
         self._stream = stream
         self._layout = ExtentLayout(welcome.extent_bytes)
@@ -236,13 +241,13 @@ class _Channel:
         self._early: deque[list[Place | PageStatus]] = deque()  # answers that came before a MAP's
 
     @classmethod
-    def opened(cls, stream: SharedStream, token: bytes, deadline: Deadline) -> _Channel:
+    def opened(cls, stream: SharedStream, token: bytes, deadline: Deadline, shared_path: Path | None) -> _Channel:
         """Says HELLO and waits for WELCOME. Raises `BulkUnavailable`."""
         stream.bound(deadline.left_ms)
         try:
             stream.send(shared.encode_hello(token))
             answer = _answer(stream, Kind.HELLO)
-            return cls(stream, shared.decode_welcome(answer.payload))
+            return cls(stream, shared.decode_welcome(answer.payload), shared_path)
         except AttnStoreError as error:
             raise BulkUnavailable(f"shared memory was not opened: {error}") from None
 
@@ -272,7 +277,8 @@ class _Channel:
         if answer.descriptor is None:
             raise ProtocolError("the node's MAPPED came without a descriptor")
         try:
-            return MappedExtent(answer.descriptor, self._layout)
+            span = shared.decode_mapped(answer.payload, self._layout)
+            return MappedExtent(answer.descriptor, self._layout, *span, self._shared_path)
         finally:
             os.close(answer.descriptor)
 

@@ -20,7 +20,7 @@ import structlog
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
-from attnstore.arena import MemoryArena, SharedArena, extent_bytes_for
+from attnstore.arena import Arena, FileArena, MemoryArena, SharedArena, StampedArena, extent_bytes_for
 from attnstore.clock import Clock, MonotonicClock
 from attnstore.config import ServeOptions, split_address
 from attnstore.core.page_table import PageTable
@@ -37,6 +37,7 @@ from attnstore.server.shared_memory import SharedMemoryServer
 from attnstore.server.store import Store
 from attnstore.telemetry import NodeMetrics
 from attnstore.wire.messages import METHODS, SERVICE
+from attnstore.wire.shared import SHARED_FILE_OFFER
 
 _EXPIRY_PERIOD_S = 1.0
 _SERVER_OPTIONS = (
@@ -71,8 +72,8 @@ class StoreNode:
         self._server = grpc.aio.server(options=_SERVER_OPTIONS)
         self.address = self._bind()
         extent_bytes = extent_bytes_for(options.capacity)
-        offers_memory = "shm" in options.bulk_transports()
-        self._arena = (SharedArena if offers_memory else MemoryArena)(options.capacity, extent_bytes)
+        self._arena = _arena(options, extent_bytes)
+        offers_memory = "shm" in options.bulk_transports() and _may_be_mapped(options)
         table = PageTable(
             capacity_bytes=options.capacity,
             extent_bytes=extent_bytes,
@@ -92,7 +93,7 @@ class StoreNode:
             SharedMemoryServer(
                 self._store, self._arena, TokenBook(clock), self._metrics, clock, epoch=epoch, stall_ms=options.stall_ms
             )
-            if isinstance(self._arena, SharedArena)
+            if offers_memory and isinstance(self._arena, StampedArena)
             else None
         )
         self._channels: dict[str, ChannelOffer] = {}
@@ -123,7 +124,8 @@ class StoreNode:
             self._channels["tcp"] = ChannelOffer(f":{self._page_channel.port}", self._tokens.issue)
         if self._shared_memory is not None:
             self._shared_memory.start()
-            self._channels["shm"] = ChannelOffer(self._shared_memory.address, self._shared_memory.tokens.issue)
+            offer = "shm" if self._options.arena_path is None else SHARED_FILE_OFFER
+            self._channels[offer] = ChannelOffer(self._shared_memory.address, self._shared_memory.tokens.issue)
         if self._options.metrics_port is not None:
             self._serve_metrics(self._options.metrics_port)
         await self._server.start()
@@ -233,6 +235,17 @@ class StoreNode:
             self._store.expire()
             if self._attending is not None:
                 self._attending.expire()
+
+
+def _arena(options: ServeOptions, extent_bytes: int) -> Arena:
+    if options.arena_path is not None:
+        return FileArena(options.capacity, extent_bytes, options.arena_path)
+    return (SharedArena if "shm" in options.bulk_transports() else MemoryArena)(options.capacity, extent_bytes)
+
+
+def _may_be_mapped(options: ServeOptions) -> bool:
+    """Whether what one tenant maps holds no page of another one."""
+    return options.arena_path is None or len(options.tenants()) <= 1
 
 
 async def serve(options: ServeOptions) -> None:

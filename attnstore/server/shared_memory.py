@@ -17,7 +17,7 @@ from pathlib import Path
 
 import structlog
 
-from attnstore.arena.shared import SharedArena
+from attnstore.arena import StampedArena
 from attnstore.clock import Clock, Deadline
 from attnstore.core.page_table import PinnedPage
 from attnstore.errors import AttnStoreError, InvalidArgument, PermissionDenied, Retryable, Unavailable
@@ -43,7 +43,7 @@ class SharedMemoryServer:
     def __init__(
         self,
         store: Store,
-        arena: SharedArena,
+        arena: StampedArena,
         tokens: TokenBook,
         metrics: NodeMetrics,
         clock: Clock,
@@ -112,7 +112,7 @@ class _Connection(Connection):
         self,
         stream: SharedStream,
         store: Store,
-        arena: SharedArena,
+        arena: StampedArena,
         tokens: TokenBook,
         metrics: NodeMetrics,
         clock: Clock,
@@ -195,9 +195,9 @@ class _Connection(Connection):
     def _hand_out(self, extent: int, tenancy: int) -> None:
         descriptor = self._arena.descriptor(extent, tenancy) if self._told.get(extent) == tenancy else None
         if descriptor is None:
-            self._stream.send(shared.encode_bare(Kind.GONE))
+            self._stream.send(shared.encode_gone())
             return
         try:
-            self._stream.send_with_descriptor(shared.encode_bare(Kind.MAPPED), descriptor)
+            self._stream.send_with_descriptor(shared.encode_mapped(*self._arena.span(extent)), descriptor)
         finally:
             os.close(descriptor)

@@ -20,9 +20,11 @@ sides' messages fit the kernel's buffers and neither waits for the other to read
 | MAP     | client | give me this extent, as LOCATED named it         | extent u32, tenancy u64               | 0         |
 | WELCOME | node   | to HELLO; an equal epoch means the same memory   | epoch 16s, extent_bytes u64           | 0         |
 | LOCATED | node   | to LOCATE: status and place of each              | PLACE...                              | pages     |
-| MAPPED  | node   | to MAP: the descriptor is attached, read-only    |                                       | 0         |
+| MAPPED  | node   | to MAP: the descriptor is attached, read-only    | offset u64, size u64                  | 0         |
 | GONE    | node   | to MAP: the extent has another tenant by now     |                                       | 0         |
 | REFUSED | node   | to any: the request was wrong                    | `code\\nmessage`                      | bytes     |
+
+MAPPED says which bytes of the file the extent is; the size is at least the extent's `file_bytes`, and both are multiples of 4096.
 
 PLACE is `status u8 | 0 3x | extent u32 | tenancy u64 | offset u64 | size u64 | stamp u64 | checksum u64`; all but the status are 0
 for a page that is not there.
@@ -49,10 +51,16 @@ from attnstore.limits import (
 from attnstore.types import PageStatus
 from attnstore.wire.chunks import Buffer
 
-VERSION: Final = 1
+VERSION: Final = 2
 MAGIC: Final = b"ATSM"
+SHARED_FILE_OFFER: Final = "shm-file"
+"""How `Describe` names this transport where the extents are parts of a file that is not sealed: only clients that were told of the
+file, and trust it not to shrink, may map it.
+"""
 _HEADER: Final = struct.Struct("<4sBxxxI")
 _EXTENT: Final = struct.Struct("<IQ")
+_SPAN: Final = struct.Struct("<QQ")
+_FILE_BYTES_MAX: Final = 1 << 62
 _WELCOME: Final = struct.Struct(f"<{EPOCH_BYTES}sQ")
 _PLACE: Final = struct.Struct("<BxxxIQQQQQ")
 _LOCATE_BYTES: Final = HASH_BYTES + LEASE_ID_BYTES
@@ -111,7 +119,7 @@ _SHAPES: Final[dict[Kind, _Shape]] = {
     Kind.MAP: _Shape(_EXTENT.size, 0, 0),
     Kind.WELCOME: _Shape(_WELCOME.size, 0, 0),
     Kind.LOCATED: _Shape(0, _PLACE.size, SHARED_LOCATE_HASHES_MAX),
-    Kind.MAPPED: _Shape(0, 0, 0),
+    Kind.MAPPED: _Shape(_SPAN.size, 0, 0),
     Kind.GONE: _Shape(0, 0, 0),
     Kind.REFUSED: _Shape(0, 1, CHANNEL_REASON_BYTES_MAX),
 }
@@ -203,9 +211,14 @@ def encode_located(places: Sequence[Place | PageStatus]) -> bytes:
     return b"".join((_HEADER.pack(MAGIC, Kind.LOCATED, len(places)), *entries))
 
 
-def encode_bare(kind: Kind) -> bytes:
-    """A whole MAPPED or GONE."""
-    return _HEADER.pack(MAGIC, kind, 0)
+def encode_mapped(offset_bytes: int, size_bytes: int) -> bytes:
+    """A whole MAPPED."""
+    return _HEADER.pack(MAGIC, Kind.MAPPED, 0) + _SPAN.pack(offset_bytes, size_bytes)
+
+
+def encode_gone() -> bytes:
+    """A whole GONE."""
+    return _HEADER.pack(MAGIC, Kind.GONE, 0)
 
 
 def encode_refusal(error: AttnStoreError) -> bytes:
@@ -262,6 +275,16 @@ def decode_located(payload: bytes, layout: ExtentLayout) -> list[Place | PageSta
         else:
             raise ProtocolError(f"the node places a page outside its extent of {layout.extent_bytes} bytes")
     return places
+
+
+def decode_mapped(payload: bytes, layout: ExtentLayout) -> tuple[int, int]:
+    """Offset and size of a MAPPED. Raises `ProtocolError` for bytes that hold no extent."""
+    offset_bytes, size_bytes = _SPAN.unpack(payload)
+    if size_bytes < layout.file_bytes or offset_bytes % _GRAIN_BYTES or size_bytes % _GRAIN_BYTES:
+        raise ProtocolError(f"the node hands out {size_bytes} bytes at {offset_bytes} for an extent of {layout.file_bytes}")
+    if offset_bytes + size_bytes > _FILE_BYTES_MAX:
+        raise ProtocolError("the node hands out bytes that no file has")
+    return offset_bytes, size_bytes
 
 
 def decode_refusal(reason: bytes) -> AttnStoreError:

@@ -416,7 +416,7 @@ def test_a_descriptor_that_could_kill_its_reader_is_not_mapped(what: str) -> Non
         if kind is Kind.LOCATE:
             stream.send(shared.encode_located([A_PLACE]))
         elif what == "no descriptor":
-            stream.send(shared.encode_bare(Kind.MAPPED))
+            stream.send(shared.encode_mapped(0, file_bytes))
         else:
             descriptor = {
                 "not a file": lambda: os.open("/dev/null", os.O_RDONLY),
@@ -424,7 +424,7 @@ def test_a_descriptor_that_could_kill_its_reader_is_not_mapped(what: str) -> Non
                 "too short": lambda: sealed_file(4096),
                 "shorter than the extent": lambda: sealed_file(file_bytes - 1),
             }[what]()
-            stream.send_with_descriptor(shared.encode_bare(Kind.MAPPED), descriptor)
+            stream.send_with_descriptor(shared.encode_mapped(0, file_bytes), descriptor)
             os.close(descriptor)
 
     open_before = len(os.listdir("/proc/self/fd"))
@@ -435,7 +435,7 @@ def test_a_descriptor_that_could_kill_its_reader_is_not_mapped(what: str) -> Non
 
 def test_a_page_whose_extent_went_to_another_tenant_meanwhile_is_a_miss() -> None:
     def answer(stream: SharedStream, kind: Kind) -> None:
-        stream.send(shared.encode_located([A_PLACE]) if kind is Kind.LOCATE else shared.encode_bare(Kind.GONE))
+        stream.send(shared.encode_located([A_PLACE]) if kind is Kind.LOCATE else shared.encode_gone())
 
     with LyingNode(answer) as node:
         assert read_from(node) is MISSING
@@ -448,8 +448,9 @@ def test_zeros_of_an_extent_that_was_given_up_are_a_miss() -> None:
         if kind is Kind.LOCATE:
             stream.send(shared.encode_located([A_PLACE]))
         else:
-            descriptor = sealed_file(shared.ExtentLayout(1 << 20).file_bytes)
-            stream.send_with_descriptor(shared.encode_bare(Kind.MAPPED), descriptor)
+            file_bytes = shared.ExtentLayout(1 << 20).file_bytes
+            descriptor = sealed_file(file_bytes)
+            stream.send_with_descriptor(shared.encode_mapped(0, file_bytes), descriptor)
             os.close(descriptor)
 
     with LyingNode(answer) as node:

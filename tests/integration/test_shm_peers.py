@@ -92,7 +92,7 @@ def test_another_version_is_refused_and_spends_no_token(node: StoreProcess) -> N
     [
         shared.encode_locate(b"n" * 32, None, [b"h" * 32]),
         shared.encode_map(0, 1),
-        shared.encode_bare(Kind.MAPPED),
+        shared.encode_mapped(0, 4096),
         b"GET / HTTP/1.1\r\n\r\n",
         b"\0" * 64,
     ],

@@ -51,6 +51,24 @@ def test_a_map_names_extent_and_tenancy(extent: int, tenancy: int) -> None:
     assert shared.decode_map(split(shared.encode_map(extent, tenancy), Kind.MAP)[2]) == (extent, tenancy)
 
 
+@given(extent=st.integers(0, 1000), more=st.integers(0, 1000))
+def test_a_mapped_says_which_bytes_of_the_file_the_extent_is(extent: int, more: int) -> None:
+    offset_bytes, size_bytes = extent * 2 * LAYOUT.file_bytes, LAYOUT.file_bytes + more * 4096
+    _, _, payload = split(shared.encode_mapped(offset_bytes, size_bytes), Kind.MAPPED)
+    assert shared.decode_mapped(payload, LAYOUT) == (offset_bytes, size_bytes)
+
+
+@pytest.mark.parametrize(
+    ("offset_bytes", "size_bytes"),
+    [(0, LAYOUT.file_bytes - 4096), (1, LAYOUT.file_bytes), (0, LAYOUT.file_bytes + 1), (1 << 62, LAYOUT.file_bytes), (0, 1 << 63)],
+    ids=["too few", "offset off the grain", "size off the grain", "beyond any file", "more than any file"],
+)
+def test_bytes_that_hold_no_extent_are_a_broken_protocol(offset_bytes: int, size_bytes: int) -> None:
+    _, _, payload = split(shared.encode_mapped(offset_bytes, size_bytes), Kind.MAPPED)
+    with pytest.raises(ProtocolError):
+        shared.decode_mapped(payload, LAYOUT)
+
+
 def test_hello_and_welcome_carry_token_version_epoch_and_limits() -> None:
     assert split(shared.encode_hello(TOKEN), Kind.HELLO) == (Kind.HELLO, shared.VERSION, TOKEN)
     _, _, payload = split(shared.encode_welcome(Welcome(EPOCH, 1 << 26)), Kind.WELCOME)

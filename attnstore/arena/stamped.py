@@ -1,0 +1,86 @@
+"""What every arena has that readers on this host map: stamps beside the bytes, and extents to hand out.
+
+Owns: the rule by which stamps change. Where the words lie is the subclass's: behind the data of each extent, as
+`attnstore.wire.shared.ExtentLayout` says.
+Invariant: a slot's stamp changes before the first byte of a new generation can be written, because nobody gets the slot's window
+without it.
+
+Why stamps in the file: a reader needs no call to learn that a page it uses in place is still the page. They are read and written
+without locks: on x86 loads and stores keep their order, and elsewhere the locks that lie between a stamp and the bytes in the node
+(and the release of the interpreter lock around a copy in the reader) order them.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from array import array
+from typing import NamedTuple
+
+from attnstore.arena.base import Arena
+from attnstore.core.slots import Slot
+from attnstore.wire.shared import ExtentLayout
+
+
+class Span(NamedTuple):
+    """Which bytes of its file an extent is. Both are multiples of what the file can be mapped at."""
+
+    offset_bytes: int
+    size_bytes: int
+
+
+class StampedArena(Arena):
+    """An arena whose extents other processes may map. `first_stamp` is what the stamps of this node's life begin at: memory that
+    outlives the node must not show a stamp twice.
+    """
+
+    def __init__(self, capacity_bytes: int, extent_bytes: int, *, first_stamp: int = 0) -> None:
+        super().__init__(capacity_bytes, extent_bytes)
+        self.layout = ExtentLayout(extent_bytes)
+        self._first_stamp = first_stamp
+        self._slot_bytes = [0] * self.extents
+
+    def view(self, slot: Slot) -> memoryview:
+        """See `Arena.view`. The first view of a slot also makes every place that named older bytes of it worthless."""
+        window = super().view(slot)
+        index = self.layout.stamp_index(slot.offset_bytes)
+        if self._stamps(slot.extent)[index] < self._first_stamp + slot.generation:
+            with self._changing:
+                self._stamp(slot, index)
+        return window
+
+    def stamp(self, slot: Slot) -> int:
+        """What the stamp word of a slot says now. Meaningful for a page that is pinned."""
+        return self._stamps(slot.extent)[self.layout.stamp_index(slot.offset_bytes)]
+
+    def descriptor(self, extent: int, tenancy: int) -> int | None:
+        """A new read-only descriptor of the extent's file, for the caller to close; None where the tenancy is no longer."""
+        with self._changing:
+            if not 0 <= extent < self.extents or self._tenancies[extent] != tenancy:
+                return None
+            return self._open(extent)
+
+    @abstractmethod
+    def span(self, extent: int) -> Span:
+        """Where in that file the extent is."""
+
+    @abstractmethod
+    def _open(self, extent: int) -> int:
+        """A new read-only descriptor."""
+
+    @abstractmethod
+    def _stamps(self, extent: int) -> memoryview:
+        """The extent's stamp words, writable, format `Q`."""
+
+    def _stamp(self, slot: Slot, index: int) -> None:
+        stamps, stamp = self._stamps(slot.extent), self._first_stamp + slot.generation
+        if self._slot_bytes[slot.extent] != slot.size_bytes:
+            # Slots of another size lie across the old ones, whose stamp words need not be where the new ones begin.
+            stamps[:] = memoryview(array("Q", (stamp,)) * len(stamps))
+            self._slot_bytes[slot.extent] = slot.size_bytes
+        elif stamps[index] < stamp:
+            stamps[index] = stamp
+
+
+def void(stamps: memoryview) -> None:
+    """Makes every place in an extent worthless."""
+    stamps[:] = memoryview(array("Q", bytes(stamps.nbytes)))

@@ -1,0 +1,138 @@
+"""The arena in a file: room, stamps that no two lives of a node share, and paths that cannot serve."""
+
+from __future__ import annotations
+
+import mmap
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from attnstore.arena import FileArena
+from attnstore.core.slots import Slot
+from attnstore.errors import InvalidArgument
+
+EXTENT_BYTES = 3 * (1 << 16) + 100
+EXTENTS = 3
+CAPACITY_BYTES = EXTENTS * EXTENT_BYTES + 7
+
+
+def slot(extent: int, offset_bytes: int, size_bytes: int, tenancy: int = 1, generation: int = 1) -> Slot:
+    return Slot(extent, offset_bytes, size_bytes, generation, tenancy)
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "arena"
+
+
+@pytest.fixture
+def arena(path: Path) -> Iterator[FileArena]:
+    arena = FileArena(CAPACITY_BYTES, EXTENT_BYTES, path)
+    yield arena
+    arena.close()
+
+
+def mapped(arena: FileArena, extent: int, tenancy: int) -> mmap.mmap:
+    """The extent as a reader in another process sees it."""
+    descriptor = arena.descriptor(extent, tenancy)
+    assert descriptor is not None
+    span = arena.span(extent)
+    try:
+        return mmap.mmap(descriptor, span.size_bytes, mmap.MAP_SHARED, mmap.PROT_READ, offset=span.offset_bytes)
+    finally:
+        os.close(descriptor)
+
+
+def stamp_seen(arena: FileArena, reader: mmap.mmap, offset_bytes: int) -> int:
+    at = arena.layout.stamps_offset_bytes + 8 * arena.layout.stamp_index(offset_bytes)
+    return int.from_bytes(reader[at : at + 8], "little")
+
+
+def test_extents_lie_apart_and_end_where_they_should(arena: FileArena) -> None:
+    for extent in range(EXTENTS):
+        arena.view(slot(extent, 0, EXTENT_BYTES))[:] = bytes([extent + 1]) * EXTENT_BYTES
+    for extent in range(EXTENTS):
+        assert bytes(arena.view(slot(extent, 0, EXTENT_BYTES))) == bytes([extent + 1]) * EXTENT_BYTES
+        assert mapped(arena, extent, 1)[:EXTENT_BYTES] == bytes([extent + 1]) * EXTENT_BYTES
+    with pytest.raises(AssertionError, match="passes the end"):
+        arena.view(slot(2, EXTENT_BYTES - 1, 2))
+
+
+def test_spans_can_be_mapped_from_a_device_of_huge_pages(arena: FileArena) -> None:
+    assert all(number % (2 << 20) == 0 for extent in range(EXTENTS) for number in arena.span(extent))
+
+
+def test_a_stamp_changes_before_the_window_of_a_new_generation_is_had(arena: FileArena) -> None:
+    arena.view(slot(0, 8192, 4096, generation=5))[:] = b"a" * 4096
+    reader = mapped(arena, 0, 1)
+    before = stamp_seen(arena, reader, 8192)
+    assert before == arena.stamp(slot(0, 8192, 4096))
+    arena.view(slot(0, 8192, 4096, generation=9))
+    assert stamp_seen(arena, reader, 8192) == before + 4
+    assert reader[8192:8196] == b"aaaa", "nothing was written yet, and the reader is warned already"
+
+
+def test_a_reader_cannot_write(arena: FileArena) -> None:
+    arena.view(slot(0, 0, 4))
+    descriptor = arena.descriptor(0, 1)
+    assert descriptor is not None
+    with pytest.raises(PermissionError):
+        mmap.mmap(descriptor, 4096, mmap.MAP_SHARED, mmap.PROT_READ | mmap.PROT_WRITE)
+    os.close(descriptor)
+
+
+def test_an_extent_that_changes_tenants_is_all_zeros_without_stamps_for_the_next_one(arena: FileArena) -> None:
+    arena.view(slot(0, 0, EXTENT_BYTES))[:] = b"s" * EXTENT_BYTES
+    reader = mapped(arena, 0, 1)
+    before = stamp_seen(arena, reader, 0)
+    assert bytes(arena.view(slot(0, 4096, 4096, tenancy=2, generation=2))) == bytes(4096)
+    assert stamp_seen(arena, reader, 0) != before
+    assert reader[:EXTENT_BYTES] == bytes(EXTENT_BYTES)
+    assert arena.descriptor(0, 1) is None
+
+
+def test_what_an_earlier_life_left_is_gone_and_no_stamp_comes_again(path: Path) -> None:
+    first = FileArena(CAPACITY_BYTES, EXTENT_BYTES, path)
+    first.view(slot(0, 0, 4096, generation=1))[:] = b"a" * 4096
+    reader = mapped(first, 0, 1)
+    old = stamp_seen(first, reader, 0)
+    first.close()
+    assert reader[:4096] == b"a" * 4096, "a reader outlives the node"
+    second = FileArena(CAPACITY_BYTES, EXTENT_BYTES, path)
+    assert stamp_seen(second, reader, 0) == 0
+    assert bytes(second.view(slot(0, 0, 4096, generation=1))) == bytes(4096)
+    assert stamp_seen(second, reader, 0) not in (0, old)
+    second.close()
+
+
+def test_a_larger_file_keeps_its_size(path: Path) -> None:
+    path.write_bytes(bytes(32 << 20))
+    FileArena(CAPACITY_BYTES, EXTENT_BYTES, path).close()
+    assert path.stat().st_size == 32 << 20
+
+
+def test_two_nodes_cannot_have_one_file(arena: FileArena, path: Path) -> None:
+    with pytest.raises(InvalidArgument, match="another node uses it"):
+        FileArena(CAPACITY_BYTES, EXTENT_BYTES, path)
+    assert len(arena.view(slot(0, 0, 4))) == 4
+
+
+def test_paths_that_cannot_serve_are_named(tmp_path: Path) -> None:
+    for path, why in (
+        (tmp_path, "directory"),
+        (tmp_path / "no" / "such", "No such file"),
+        (Path("/dev/null"), "cannot be mapped"),
+    ):
+        with pytest.raises(InvalidArgument, match=f"--arena-path {path}.*{why}"):
+            FileArena(CAPACITY_BYTES, EXTENT_BYTES, path)
+
+
+def test_a_window_outlives_the_close_of_the_arena(path: Path) -> None:
+    arena = FileArena(CAPACITY_BYTES, EXTENT_BYTES, path)
+    window = arena.view(slot(0, 0, 4))
+    window[:] = b"last"
+    arena.close()
+    arena.close()
+    assert bytes(window) == b"last"
