@@ -12,6 +12,7 @@ from torch import Tensor
 from attnstore.attention import AttentionBackend, create_attention
 from attnstore.testing import StoreProcess
 from attnstore.types import PageStatus
+from experiments.overlap import Shape, measure
 from worker.cache import STORE_TRANSPORTS, LayerGate, open_store
 from worker.cache.load_plan import LoadPlan, Order
 from worker.engine import Engine, EngineOptions, SamplingParams
@@ -143,6 +144,12 @@ def test_every_transport_serves_a_plan_by_layers(tiny: LoadedModel, transport: s
             assert sequence.admission is not None
             assert sequence.admission.remote_tokens == 112
             finish(engine)
+
+
+def test_the_experiment_gets_the_same_tokens_from_all_three_ways(tiny: LoadedModel) -> None:
+    (row,) = measure(tiny, Shape(hit_tokens=256, chunk_tokens=64, repetitions=2), [1.0])
+    assert row.tokens_equal
+    assert min(row.transfer_ms, row.compute_ms, row.sequential_ttft_ms, row.overlapped_ttft_ms) > 0
 
 
 class TestGate:
