@@ -21,7 +21,7 @@ from attnstore.clock import Clock
 
 _WINDOW: Final = 64
 _HALF_LIFE_SAMPLES: Final = 8.0
-_HALF_LIFE_MS: Final = 30_000.0
+_HALF_LIFE_MS: Final = 120_000.0
 _STALE_MS: Final = 600_000.0
 """Older samples say nothing."""
 _ELAPSED_MS_RANGE: Final = (1e-4, 86_400_000.0)

@@ -15,7 +15,7 @@ from attnstore.core.layout import DType, PageLayout
 from attnstore.types import PageStatus
 from worker.cache import CacheManager, Loading, PagePool, RemoteTier
 from worker.cache.load_plan import LoadPlan, Order, Planner
-from worker.cache.observation import Load, LoadEnd, Step, Transfer, TransferKind
+from worker.cache.observation import Answer, Load, LoadEnd, Step, Transfer, TransferKind
 from worker.engine import Engine, EngineOptions, FinishReason, SamplingParams, Sequence
 from worker.model import LoadedModel
 from worker.testing import FixedPlanner, MemoryStore
@@ -34,6 +34,7 @@ class Recorder:
         self.transfers: list[Transfer] = []
         self.steps: list[Step] = []
         self.loads: list[Load] = []
+        self.answers: list[Answer] = []
 
     def transferred(self, transfer: Transfer) -> None:
         self.transfers.append(transfer)
@@ -43,6 +44,9 @@ class Recorder:
 
     def loaded(self, load: Load) -> None:
         self.loads.append(load)
+
+    def answered(self, answer: Answer) -> None:
+        self.answers.append(answer)
 
 
 class Turnstile:

@@ -25,6 +25,8 @@ _FIT_ROUNDS: Final = 4
 _HUBER: Final = 0.1
 """Relative errors beyond this count in proportion, not squared."""
 _RIDGE: Final = 1e-3
+_PRIOR_SHARES: Final = np.array([0.4, 1.0, 0.3])
+"""Where chunks do not tell the three terms apart, each is given its part of the time in proportion to its square here."""
 _ELAPSED_MS_MIN: Final = 1e-4
 _ELAPSED_MS_MAX: Final = 86_400_000.0
 _TOKENS_MAX: Final = 1 << 30
@@ -80,7 +82,7 @@ def _fit(chunks: list[tuple[int, int, float]]) -> PrefillCost:
     tokens = end - begin
     # Each row is divided by its time, so that errors are relative: rows of ones are to be explained.
     features = np.stack([np.ones_like(tokens), tokens, tokens * (begin + end) / 2], axis=1) / elapsed_ms[:, None]
-    scale = np.maximum(np.linalg.norm(features, axis=0), 1e-300)
+    scale = np.maximum(np.linalg.norm(features, axis=0), 1e-300) / _PRIOR_SHARES
     features = features / scale
     age = np.arange(len(chunks))[::-1]
     recent = 0.5 ** (age / _HALF_LIFE_SAMPLES)

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 
 from worker.cache.block_table import BlockTable
 from worker.cache.layer_gate import LayerGate
+from worker.cache.load_plan import Prompt
 from worker.cache.observation import LoadEnd
 from worker.cache.swap_in import SwapIn
 
@@ -34,13 +35,15 @@ class Admission:
 
 @dataclass(slots=True)
 class Loading:
-    """An admitted sequence's blocks, and the swap-in for them, if there is one. `end` is None as long as it runs.
+    """An admitted sequence's blocks, and the swap-in for them, if there is one. `end` is None as long as it runs. `prompt` is what
+    was to be decided, None where all is resident.
 
     `ready` arrived and are still ahead of the computed front; `used_blocks` were passed over.
     """
 
     table: BlockTable
     resident_blocks: int
+    prompt: Prompt | None
     swap_in: SwapIn | None
     ready: set[int] = field(default_factory=set)
     arrived_blocks: int = 0

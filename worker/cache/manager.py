@@ -123,7 +123,8 @@ class CacheManager:
         except Overloaded:
             self.release(table)
             raise
-        return Loading(table, resident, self._start_swap_in(table, len(token_ids), usable))
+        prompt = self._prompt(table, len(token_ids), usable)
+        return Loading(table, resident, prompt, self._start_swap_in(table, prompt) if prompt is not None else None)
 
     def empty_table(self) -> BlockTable:
         """A table for a sequence whose content matters to nobody."""
@@ -219,16 +220,19 @@ class CacheManager:
         parent = hashes[-1] if hashes else self._namespace
         hashes += block_hashes(parent, token_ids[len(hashes) * self.block_tokens :], self.block_tokens)
 
-    def _start_swap_in(self, table: BlockTable, tokens: int, usable: int) -> SwapIn | None:
+    def _prompt(self, table: BlockTable, tokens: int, usable: int) -> Prompt | None:
+        """What there is to decide about; None where no lower tier could help."""
         if self._remote is None or table.sealed == usable:
             return None
         layout = self.pages.layout
         self._admissions += 1
-        prompt = Prompt(self._admissions, tokens, self.block_tokens, layout.page_bytes, layout.layers, table.sealed, usable)
+        return Prompt(self._admissions, tokens, self.block_tokens, layout.page_bytes, layout.layers, table.sealed, usable)
+
+    def _start_swap_in(self, table: BlockTable, prompt: Prompt) -> SwapIn | None:
         search = self._planner.search(prompt)
-        if search is None:
+        if self._remote is None or search is None:
             return None
-        wanted = slice(table.sealed, usable)
+        wanted = slice(prompt.resident_blocks, prompt.usable_blocks)
         buffers = [self.pages.page(block_id) for block_id in table.block_ids[wanted]]
         return SwapIn(
             self._remote,
@@ -269,6 +273,7 @@ class CacheManager:
         loading.ended_ms = self._clock.now_ms()
         self._observer.loaded(
             Load(
+                swap_in.prompt,
                 swap_in.search,
                 swap_in.found,
                 swap_in.plan,

@@ -10,7 +10,7 @@ import enum
 from dataclasses import dataclass
 from typing import Protocol
 
-from worker.cache.load_plan import Found, LoadPlan, SearchPlan
+from worker.cache.load_plan import Found, LoadPlan, Prompt, SearchPlan
 
 
 class TransferKind(enum.Enum):
@@ -71,6 +71,7 @@ class Load:
     so far. Blocks `arrived_blocks` came from below and were used or could be.
     """
 
+    prompt: Prompt
     search: SearchPlan
     found: Found | None
     plan: LoadPlan | None
@@ -79,6 +80,15 @@ class Load:
     ended_ms: float
     arrived_blocks: int
     bytes_read: int
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """A prompt that lower tiers may have helped with has its first token; `started_ms` is when it was admitted."""
+
+    prompt: Prompt
+    started_ms: float
+    ended_ms: float
 
 
 class Observer(Protocol):
@@ -93,7 +103,11 @@ class Observer(Protocol):
         ...
 
     def loaded(self, load: Load) -> None:
-        """A sequence waits for no page any more."""
+        """A sequence waits for no page any more. Told once for each search."""
+        ...
+
+    def answered(self, answer: Answer) -> None:
+        """A prompt has its first token."""
         ...
 
 
@@ -107,4 +121,7 @@ class Unobserved:
         """Forgotten."""
 
     def loaded(self, load: Load) -> None:
+        """Forgotten."""
+
+    def answered(self, answer: Answer) -> None:
         """Forgotten."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from collections.abc import Sequence as Items
 from dataclasses import dataclass
 from types import TracebackType
@@ -35,6 +35,7 @@ from worker.cache import (
     Step,
     Unobserved,
 )
+from worker.cache.observation import Answer
 from worker.engine.options import EngineOptions
 from worker.engine.runner import Runner
 from worker.engine.sampler import SamplingParams, sample_rows
@@ -42,7 +43,6 @@ from worker.engine.scheduler import Scheduler
 from worker.engine.sequence import Chunk, FinishReason, Sequence, chunk_at, next_chunk
 from worker.engine.text import TextStream
 from worker.errors import ContextOverflow, PagesLost, PoolTooSmall
-from worker.model.attention import at_once
 from worker.model.loading import LoadedModel
 
 _IDLE_MS = 50.0
@@ -123,9 +123,11 @@ class Engine:
         tokens = min(self.options.chunk_tokens, self._cache.capacity_tokens, self.model.context_tokens_max) - 1
         sequence = self._sequence([0] * max(tokens, 1), SamplingParams(max_tokens=1), 0)
         sequence.table = self._cache.empty_table()
-        for _ in range(2):  # a prefill and a decode step
+        self._cache.grow(sequence.table, len(sequence.token_ids))
+        self._runner.run([next_chunk(sequence, self.options.chunk_tokens)])
+        for _ in range(2):  # a prefill and a decode step, which now take as long as they will
             self._cache.grow(sequence.table, len(sequence.token_ids))
-            self._runner.run([next_chunk(sequence, self.options.chunk_tokens)])
+            self._run([next_chunk(sequence, self.options.chunk_tokens)])
             sequence.computed_tokens = len(sequence.token_ids)
             sequence.token_ids.append(0)
         self._cache.release(sequence.table)
@@ -246,7 +248,9 @@ class Engine:
                 return
 
     def _start(self, sequence: Sequence) -> None:
+        sequence.admitted_ms = self._clock.now_ms()
         sequence.loading = self._cache.admit(sequence.token_ids, sequence.hashes)
+        sequence.prompt = sequence.loading.prompt
         sequence.table = sequence.loading.table
         sequence.computed_tokens = sequence.table.sealed * self.layout.block_tokens
         self._scheduler.start(sequence)
@@ -269,14 +273,15 @@ class Engine:
         due_ms = min((s.loading.due_ms for s in self._scheduler.running if s.loading is not None), default=math.inf)
         return min(_IDLE_MS, max(1.0, due_ms - self._clock.now_ms()))
 
-    def _run(self, chunks: Items[Chunk], before_layer: Callable[[int], None] = at_once) -> Tensor:
+    def _run(self, chunks: Items[Chunk]) -> Tensor:
         started_ms = self._clock.now_ms()
-        logits = self._runner.run(chunks, before_layer)
-        spans = tuple((chunk.begin, chunk.end) for chunk in chunks)
-        self._observer.stepped(Step(started_ms, self._clock.now_ms(), spans))
+        logits = self._runner.run(chunks)
+        self._observer.stepped(Step(started_ms, self._clock.now_ms(), tuple((chunk.begin, chunk.end) for chunk in chunks)))
+        return logits
+
+    def _count(self, chunks: Items[Chunk]) -> None:
         self._counts["steps"] += 1
         self._counts["tokens_computed"] += sum(chunk.tokens for chunk in chunks)
-        return logits
 
     def _gate(self, sequence: Sequence) -> LayerGate | None:
         return sequence.loading.gate(sequence.computed_tokens) if sequence.loading is not None else None
@@ -292,7 +297,8 @@ class Engine:
         begin = gate.blocks.stop * self.layout.block_tokens
         chunk = chunk_at(sequence, begin, self.options.chunk_tokens)
         try:
-            logits = self._run([chunk], lambda layer: gate.wait(layer, late))
+            # Not observed as a step: how long it takes says more about the link than about the model.
+            logits = self._runner.run([chunk], lambda layer: gate.wait(layer, late))
             gate.wait_complete(late)
         except PagesLost:
             return []
@@ -335,6 +341,7 @@ class Engine:
         self._counts["preemptions"] += 1
 
     def _postprocess(self, chunks: Items[Chunk], logits: Tensor) -> list[Token]:
+        self._count(chunks)
         giving = [chunk.sequence for chunk in chunks if chunk.gives_token]
         for chunk in chunks:
             assert chunk.sequence.table is not None
@@ -349,6 +356,8 @@ class Engine:
         self._counts["tokens_generated"] += 1
         if sequence.first_token_ms is None:
             sequence.first_token_ms = self._clock.now_ms()
+            if sequence.prompt is not None:
+                self._observer.answered(Answer(sequence.prompt, sequence.admitted_ms, sequence.first_token_ms))
         text = sequence.text_stream.push(token_id)
         reason = self._finish_reason(sequence, token_id)
         if reason is not None:

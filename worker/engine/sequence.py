@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from attnstore.core.hashing import BlockHash
 from worker.cache import Admission, Loading
 from worker.cache.block_table import BlockTable
+from worker.cache.load_plan import Prompt
 from worker.engine.sampler import Sampler, SamplingParams
 from worker.engine.text import TextStream
 
@@ -34,7 +35,7 @@ class Sequence:
     """`token_ids` are the prompt's `prompt_tokens` tokens and then the generated ones. Times are on the engine's clock.
 
     `hashes` name its first complete blocks, `table` has the blocks held now, `admission` what was found of the prompt the first
-    time.
+    time. `prompt` is what was to be decided when it was last admitted, at `admitted_ms`; None where all was resident.
     """
 
     sequence_id: int
@@ -48,6 +49,8 @@ class Sequence:
     hashes: list[BlockHash] = field(default_factory=list)
     announced: list[BlockHash] = field(default_factory=list)
     admission: Admission | None = None
+    prompt: Prompt | None = None
+    admitted_ms: float = 0.0
     table: BlockTable | None = None
     loading: Loading | None = None
     computed_tokens: int = 0

@@ -1,0 +1,202 @@
+"""The planner that measures: costs from what the worker has seen, a split for each prompt, and a record of what came of it.
+
+Owns: `CostPlanner`, which is both the engine's `Planner` and its `Observer`. Invariant: without measurements it computes from the
+front and fetches a little beside it, which costs no time and teaches what the next decision needs; it never has the engine wait for
+a link that it does not know.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Final
+
+from attnstore.clock import Clock
+from worker.cache.cost_book import CostBook, CostReport
+from worker.cache.decisions import Decision, DecisionLog, PredictionStatistics
+from worker.cache.load_plan import Found, LoadPlan, LoadProgress, Order, Prompt, SearchPlan
+from worker.cache.observation import Answer, Load, Step, Transfer
+from worker.cache.planner import IDLE_SHARE, Costs, Split, Work, fetch_everything, recompute_ms, search_head, split
+
+PROBE_MS: Final = 10_000.0
+"""A link that is not used is measured again after this time, beside the next prompt that is computed."""
+_UNKNOWN_DEADLINE_MS: Final = 5_000.0
+_LATE_MS: Final = 5.0
+"""A read ends at the deadline of its load; for so long its last pages may be on their way to the engine."""
+
+
+class CostPlanner:
+    """For prompts computed `chunk_tokens` at a time. `sink` gets every decision when its prompt has its first token."""
+
+    def __init__(self, clock: Clock, chunk_tokens: int, sink: Callable[[Decision], None] | None = None) -> None:
+        self._clock = clock
+        self._chunk_tokens = chunk_tokens
+        self._book = CostBook(clock)
+        self._log = DecisionLog(sink)
+        self._lock = threading.Lock()
+        self._loads = 0
+
+    def search(self, prompt: Prompt) -> SearchPlan | None:
+        """Asks unless that cannot pay; computes meanwhile as much as the answer takes."""
+        plan = self._search(prompt)
+        if plan is not None:
+            with self._lock:
+                self._loads += 1
+        return plan
+
+    def load(self, found: Found) -> LoadPlan | None:
+        """Where computing and fetching meet, by what is known now."""
+        costs, work = self._book.costs(), self._work(found.prompt, found.front, found.hit_end)
+        if work.front >= work.back:
+            return None
+        if costs is None:
+            self._decided(found.prompt, None, None, "probe", found)
+            return _probe(work, _UNKNOWN_DEADLINE_MS)
+        slack_ms = self._slack_ms(costs, found, found.front, found.search_ms)
+        work = replace(work, ahead_ms=max(0.0, -slack_ms))
+        planned = split(costs, work, idle_ms=max(0.0, slack_ms))
+        is_stale = costs.link.age_ms > PROBE_MS
+        self._decided(found.prompt, costs, planned, "probe" if is_stale and not planned.fetches else planned.choice, found)
+        if planned.fetches:
+            return _load_plan(planned, planned.deadline_ms)
+        return _probe(work, recompute_ms(costs.prefill, work)) if is_stale else None
+
+    def replan(self, progress: LoadProgress) -> LoadPlan | None:
+        """The meeting point moves with the link; a load that is later than patience allows is given up."""
+        if progress.elapsed_ms > progress.plan.deadline_ms + _LATE_MS:
+            return None
+        costs, found = self._book.costs(), progress.found
+        asked = progress.in_flight.start if progress.in_flight else progress.pending.stop
+        is_last = progress.front >= asked and not progress.in_flight
+        if costs is None or is_last or progress.plan.order is Order.LAYERS:
+            return progress.plan
+        slack_ms = self._slack_ms(costs, found, progress.front, found.search_ms + progress.elapsed_ms)
+        work = replace(
+            self._work(found.prompt, progress.front, found.hit_end),
+            ahead_ms=max(0.0, -slack_ms),
+            asked=max(asked, progress.front),
+            back=progress.in_flight.stop if progress.in_flight else asked,
+            busy_ms=_busy_ms(costs, found.prompt.page_bytes, progress),
+        )
+        planned = split(costs, work, idle_ms=max(0.0, slack_ms))
+        if planned.fetches:
+            return _load_plan(planned, progress.elapsed_ms + planned.deadline_ms)
+        if work.front < work.asked:  # computing goes on anyway: what is being read may still come in time
+            spent_ms = costs.slowdown * self._compute_ms(costs, work, work.front, work.asked)
+            return replace(progress.plan, begin=asked, compute_before=asked, deadline_ms=progress.elapsed_ms + spent_ms)
+        return None
+
+    def transferred(self, transfer: Transfer) -> None:
+        """See `CostBook`."""
+        self._book.transferred(transfer)
+
+    def stepped(self, step: Step) -> None:
+        """See `CostBook`."""
+        with self._lock:
+            loads = self._loads
+        self._book.stepped(step, loads=loads)
+
+    def loaded(self, load: Load) -> None:
+        """Notes how it ended."""
+        with self._lock:
+            self._loads -= 1
+        self._log.loaded(load)
+
+    def answered(self, answer: Answer) -> None:
+        """Compares the prediction with what happened."""
+        self._log.answered(answer.prompt.number, answer.ended_ms - answer.started_ms)
+
+    def report(self) -> CostReport:
+        """What is known of costs."""
+        return self._book.report()
+
+    def decisions(self, count: int) -> list[Decision]:
+        """The last ones that are over, the newest last."""
+        return self._log.last(count)
+
+    def predictions(self) -> PredictionStatistics:
+        """How good they were."""
+        return self._log.statistics()
+
+    def explain(self, prompt: Prompt) -> Decision:
+        """What would be decided about a prompt whose usable blocks were all found at once. Decides nothing."""
+        costs = self._book.costs()
+        work = self._work(prompt, prompt.resident_blocks, prompt.usable_blocks)
+        planned = split(costs, work) if costs is not None else None
+        return self._decision(prompt, costs, planned, planned.choice if planned is not None else "probe", None)
+
+    def _search(self, prompt: Prompt) -> SearchPlan | None:
+        costs, work = self._book.costs(), self._work(prompt, prompt.resident_blocks, prompt.usable_blocks)
+        self._decided(prompt, None, None, "recompute", None)  # until hits are found
+        if costs is None:
+            return SearchPlan(_UNKNOWN_DEADLINE_MS, work.back)
+        planned = split(costs, work)
+        everything_ms = recompute_ms(costs.prefill, work)
+        if not planned.fetches:
+            self._decided(prompt, costs, planned, "recompute", None)
+            return SearchPlan(everything_ms, work.back) if costs.link.age_ms > PROBE_MS else None
+        head = search_head(costs, work)
+        head_ms = self._compute_ms(costs, work, work.front, head) if head < work.back else everything_ms
+        return SearchPlan(head_ms + IDLE_SHARE * everything_ms, head)
+
+    def _work(self, prompt: Prompt, front: int, back: int) -> Work:
+        return Work(
+            prompt.tokens, prompt.block_tokens, self._chunk_tokens, prompt.page_bytes, front, back, back, back, prompt.layers
+        )
+
+    def _compute_ms(self, costs: Costs, work: Work, begin: int, end: int) -> float:
+        return costs.prefill.span(begin * work.block_tokens, end * work.block_tokens, work.chunk_tokens)
+
+    def _slack_ms(self, costs: Costs, found: Found, front: int, elapsed_ms: float) -> float:
+        """Time since the search began that was not spent on computing; negative where the last chunk is still being computed."""
+        work = self._work(found.prompt, front, found.hit_end)
+        return elapsed_ms - costs.slowdown * self._compute_ms(costs, work, found.prompt.resident_blocks, front)
+
+    def _decided(self, prompt: Prompt, costs: Costs | None, planned: Split | None, choice: str, found: Found | None) -> None:
+        decision = self._decision(prompt, costs, planned, choice, found)
+        earlier = self._log.get(prompt.number)
+        self._log.opened(decision if earlier is None else replace(decision, at_ms=earlier.at_ms))
+
+    def _decision(self, prompt: Prompt, costs: Costs | None, planned: Split | None, choice: str, found: Found | None) -> Decision:
+        decision = Decision(
+            prompt.number, self._clock.now_ms(), prompt.tokens, prompt.resident_blocks, prompt.usable_blocks, choice
+        )
+        if found is not None:
+            decision = replace(decision, hit_end=found.hit_end)
+        if costs is None or planned is None:
+            return decision
+        spent_ms = found.search_ms if found is not None else 0.0
+        forecasts = {
+            "recompute": spent_ms + planned.recompute_ms,
+            "fetch": spent_ms + fetch_everything(costs, planned.work).ttft_ms,
+            "planned": spent_ms + planned.ttft_ms,
+        }
+        return replace(
+            decision,
+            meet=planned.meet,
+            rtt_ms=costs.link.rtt_ms,
+            gbit_per_s=costs.link.gbit_per_s,
+            spread=costs.link.spread,
+            slowdown=costs.slowdown,
+            forecasts=forecasts,
+            predicted_ttft_ms=forecasts["planned"],
+        )
+
+
+def _busy_ms(costs: Costs, page_bytes: int, progress: LoadProgress) -> float:
+    """When the read that runs will be over: as expected, or, if it is late already, in as long as it is late (nobody knows)."""
+    if not progress.in_flight:
+        return 0.0
+    return abs(costs.link.transfer_ms(len(progress.in_flight) * page_bytes) - progress.in_flight_ms)
+
+
+def _load_plan(planned: Split, deadline_ms: float) -> LoadPlan:
+    meet, order = planned.meet, Order.LAYERS if planned.by_layers else Order.BACK_TO_FRONT
+    return LoadPlan(meet, planned.work.hit_end, planned.batch_blocks, deadline_ms, order, meet)
+
+
+def _probe(work: Work, deadline_ms: float) -> LoadPlan:
+    """One page from the end, while everything before it is computed."""
+    last = work.back - 1
+    return LoadPlan(last, work.back, 1, deadline_ms, Order.BACK_TO_FRONT, last)
