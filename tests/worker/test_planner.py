@@ -137,7 +137,8 @@ def test_an_uncertain_link_is_not_waited_for() -> None:
     work = whole(2048, 127)
     certain = split(Costs(link(10.0, 1.0), MEASURED, 1.0), work)
     uncertain = split(Costs(link(10.0, 1.0, spread=100.0), MEASURED, 1.0), work)
-    assert (certain.meet, uncertain.meet) == (0, 127)
+    assert certain.meet == 0
+    assert uncertain.meet > 32
 
 
 def test_what_is_being_read_is_waited_for_only_as_long_as_it_is_worth() -> None:
