@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from worker.cache.layer_gate import LayerGate
+from worker.cache.cost_planner import CostPlanner
 from worker.cache.load_plan import FetchAll, Planner, RecomputeAll
 from worker.cache.loading import Admission, Loading
 from worker.cache.manager import CacheManager, CacheStatistics
@@ -16,6 +17,7 @@ __all__ = [
     "Admission",
     "CacheManager",
     "CacheStatistics",
+    "CostPlanner",
     "FetchAll",
     "LayerGate",
     "LoadEnd",
