@@ -3,39 +3,125 @@
 from __future__ import annotations
 
 import argparse
+import asyncio
+import json
+import os
 import sys
+import time
 from collections.abc import Sequence
 from importlib.metadata import version
+from pathlib import Path
 
 import uvloop
 
+from attnstore import aio
 from attnstore.allocator import keep_freed_memory
-from attnstore.config import add_serve_options, load_serve_options
-from attnstore.errors import AttnStoreError
+from attnstore.config import ServeOptions, add_serve_options, load_serve_options
+from attnstore.directory import Intent
+from attnstore.errors import AttnStoreError, InvalidArgument
+from attnstore.operations import Access, cluster_status, set_intent, status_text, wait_drained
+from attnstore.server.handoff import OpenPeer
 from attnstore.server.node import serve
 from attnstore.telemetry import configure_logs
 from attnstore.whatif.command import add_plan_options, run_plan
 
+_CLEAR_SCREEN = "\x1b[2J\x1b[H"
+
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command; the exit status is 0, or 2 after one line on standard error that says what is wrong."""
+    """Runs the command. Exit status: 0, 1 where a wait ran out, 2 after a line on standard error that says what is wrong."""
+    arguments = _parser().parse_args(argv)
+    try:
+        return int(arguments.run(arguments) or 0)
+    except AttnStoreError as error:
+        print(f"attnstore: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 0
+
+
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="attnstore", description="AttnStore: a network Attention store for LLM inference.")
     parser.add_argument("--version", action="version", version=f"attnstore {version('attnstore')}")
     commands = parser.add_subparsers(dest="command", required=True)
+
     serve_parser = commands.add_parser("serve", help="run a store node", description="Run a store node until SIGTERM.")
     add_serve_options(serve_parser)
     serve_parser.set_defaults(run=_serve)
+
     plan_parser = commands.add_parser(
         "plan", help="what moving KV would cost on other hardware", description="Estimates when a network may hold a model's KV."
     )
     add_plan_options(plan_parser)
     plan_parser.set_defaults(run=run_plan)
-    arguments = parser.parse_args(argv)
-    try:
-        arguments.run(arguments)
-    except AttnStoreError as error:
-        print(f"attnstore: {error}", file=sys.stderr)
-        return 2
+
+    status = commands.add_parser("status", help="show the nodes of a cluster", description="Show how every node of a cluster is.")
+    status.add_argument("--watch", nargs="?", type=float, const=2.0, metavar="S", help="again every S seconds (default 2)")
+    status.add_argument("--json", action="store_true", help="one JSON object, with --watch one a line")
+    status.set_defaults(run=_status)
+
+    drain = commands.add_parser("drain", help="hand a node's pages over and take it out of placement")
+    drain.add_argument("--wait", type=float, metavar="S", help="wait until it is done, at most S seconds; status 1 where it is not")
+    drain.set_defaults(run=lambda arguments: _ask(arguments, Intent.DRAIN))
+    undrain = commands.add_parser("undrain", help="take a drained or evicted node back")
+    undrain.set_defaults(run=lambda arguments: _ask(arguments, None))
+    evict = commands.add_parser("evict", help="take a node out at once, without its pages: for one that misbehaves")
+    evict.set_defaults(run=lambda arguments: _ask(arguments, Intent.EVICT))
+    for command in (drain, undrain, evict):
+        command.add_argument("node", metavar="NODE", help="its id, as attnstore status shows it")
+    for command in (status, drain, undrain, evict):
+        _add_access(command)
+    return parser
+
+
+def _add_access(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--directory", metavar="URL", default=os.environ.get("ATTNSTORE_DIRECTORY"), help="the cluster [env ATTNSTORE_DIRECTORY]")
+    add("--token", default=os.environ.get("ATTNSTORE_TOKEN"), help="token for the nodes [env ATTNSTORE_TOKEN]")
+    add("--tls-ca", type=Path, metavar="FILE", help="PEM certificates of the nodes' authorities; default: the system's")
+    add("--deadline-ms", type=float, default=2_000, metavar="MS", help="longest wait for a node (default 2000)")
+
+
+def _access(arguments: argparse.Namespace) -> Access:
+    if not arguments.directory:
+        raise InvalidArgument("--directory is missing: the cluster's directory, or grpc://a:7400,b:7400 for status")
+    return Access(arguments.directory, arguments.token, arguments.tls_ca, arguments.deadline_ms)
+
+
+def _serve(arguments: argparse.Namespace) -> int:
+    options = load_serve_options(arguments)
+    configure_logs(options.log_level, options.log_format)
+    keep_freed_memory()
+    uvloop.run(serve(options, _peer_opener(options)))
+    return 0
+
+
+def _peer_opener(options: ServeOptions) -> OpenPeer:
+    def open_peer(url: str, token: str | None) -> aio.AsyncClient | aio.AsyncClusterClient:
+        tls_ca = options.peer_ca if url.startswith("grpcs") else None
+        return aio.connect(url, token=token, tls_ca=tls_ca)
+
+    return open_peer
+
+
+def _status(arguments: argparse.Namespace) -> int:
+    access = _access(arguments)
+    while True:
+        status = asyncio.run(cluster_status(access))
+        if arguments.json:
+            print(json.dumps(status.to_json()), flush=True)
+        else:
+            print(f"{_CLEAR_SCREEN if arguments.watch else ''}{status_text(status)}", flush=True)
+        if arguments.watch is None:
+            return 0
+        time.sleep(arguments.watch)
+
+
+def _ask(arguments: argparse.Namespace, intent: Intent | None) -> int:
+    access = _access(arguments)
+    asyncio.run(set_intent(access, arguments.node, intent))
+    if intent is Intent.DRAIN and arguments.wait is not None:
+        return 0 if asyncio.run(wait_drained(access, arguments.node, arguments.wait)) else 1
     return 0
 
 

@@ -37,6 +37,11 @@ class Deadline:
             raise DeadlineExceeded("the deadline passed during a bulk transfer")
         return left
 
+    @property
+    def is_over(self) -> bool:
+        """There is no time left."""
+        return self._clock.now_ms() >= self._end_ms
+
     def sooner(self, limit_ms: float) -> Deadline:
         """A deadline for a first attempt: half of the time left, and at most `limit_ms`, so that a second one has time too."""
         return Deadline(self._clock, min(self.left_ms() / 2, limit_ms))

@@ -57,6 +57,9 @@ class ServeOptions(BaseModel):
     tokens_file: Path | None = Field(None, description='TOML file of `tenant = "token"` lines, for several tenants')
     tls_cert: Path | None = Field(None, description="PEM certificate chain; turns TLS on, together with --tls-key")
     tls_key: Path | None = Field(None, description="PEM private key of --tls-cert")
+    peer_ca: Path | None = Field(
+        None, description="PEM certificates of the authorities of other nodes, for handing pages over; default: the system's"
+    )
     insecure: bool = Field(False, description="allow a public address with neither TLS nor a token")
     drain_ms: int = Field(DRAIN_MS_DEFAULT, ge=0, le=600_000, description="on SIGTERM, time for running calls to finish")
     stall_ms: int = Field(30_000, ge=100, le=600_000, description="a peer that moves no byte for this long loses its call")

@@ -62,6 +62,15 @@ class NodeMetrics:
         self._attended = _ByLabels(
             Counter("attnstore_attended_rows_total", "Query rows answered in place.", ["transport"], registry=self.registry)
         )
+        self.handed_over = Counter(
+            "attnstore_handed_over_pages_total", "Pages sent to their new owners, by verdict.", ["status"], registry=self.registry
+        )
+        self.members = Gauge(
+            "attnstore_cluster_members", "Nodes of the cluster as this one sees it, by state.", ["state"], registry=self.registry
+        )
+        self.directory_up = Gauge(
+            "attnstore_directory_up", "1 where the directory answered the last heartbeat.", registry=self.registry
+        )
         self.registry.register(_OccupancyCollector(occupancy))
         self._read_bytes = 0
         self._lock = threading.Lock()

@@ -27,6 +27,7 @@ VALUES: dict[str, tuple[str, object]] = {
     "tokens_file": ("tokens.toml", Path("tokens.toml")),
     "tls_cert": ("cert.pem", Path("cert.pem")),
     "tls_key": ("key.pem", Path("key.pem")),
+    "peer_ca": ("ca.pem", Path("ca.pem")),
     "insecure": ("true", True),
     "arena_path": ("/dev/dax0.0", Path("/dev/dax0.0")),
     "drain_ms": ("11", 11),

@@ -80,7 +80,7 @@ class ClusterRead:
             self._failure = error
         missing = any(status is PageStatus.INCOMPLETE for status in self._statuses)
         bytes_read = self._slice_bytes * sum(status.is_hit for status in self._statuses)
-        failure = self._failure if not self._answered or (missing and self._is_over()) else None
+        failure = self._failure if not self._answered or (missing and self._deadline.is_over) else None
         return ReadResult(tuple(self._statuses), bytes_read, failure)
 
     async def _rounds(self) -> None:
@@ -219,13 +219,6 @@ class ClusterRead:
     def _hedge_ms(self, link: NodeLink, pages: int) -> float | None:
         expected_ms = link.expected_ms(pages)
         return None if expected_ms is None else max(HEDGE_MS_MIN, HEDGE_FACTOR * expected_ms)
-
-    def _is_over(self) -> bool:
-        try:
-            self._deadline.left_ms()
-        except Retryable:
-            return True
-        return False
 
 
 def _is_whole(task: asyncio.Task[ReadResult]) -> bool:

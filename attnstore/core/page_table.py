@@ -125,6 +125,10 @@ class PageTable:
         """The layout of a tenant's namespace. Raises `NamespaceUnknown` or `PermissionDenied`."""
         return self._namespaces.find_of(namespace, tenant).layout
 
+    def sealed_hashes(self, namespace: bytes) -> list[bytes]:
+        """The pages of a namespace that can be read now, the one sealed first at the head. O(pages of the namespace)."""
+        return list(self._namespaces.find(namespace).sealed)
+
     def match(self, namespace: bytes, prefixes: Sequence[Sequence[bytes]], lease_ms: int, now_ms: float) -> MatchOutcome:
         """How many leading hashes of each prefix are sealed, and with `lease_ms > 0` one lease over all of those pages.
 

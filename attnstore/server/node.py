@@ -11,7 +11,7 @@ import os
 import secrets
 import signal
 import ssl
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from importlib.metadata import version
 
 import grpc
@@ -24,14 +24,14 @@ from attnstore.arena import Arena, FileArena, MemoryArena, SharedArena, StampedA
 from attnstore.clock import Clock, MonotonicClock
 from attnstore.config import ServeOptions, split_address
 from attnstore.core.page_table import PageTable
-from attnstore.directory import LayoutRecord, Member, open_directory
 from attnstore.errors import InvalidArgument
 from attnstore.limits import EPOCH_BYTES, FRAME_BYTES_MAX, KEEPALIVE_MS, KEEPALIVE_TIMEOUT_MS, LEASE_ID_BYTES, MESSAGE_BYTES_MAX
 from attnstore.server.attend import Attending, threads_default
 from attnstore.server.events import EventHub
+from attnstore.server.handoff import OpenPeer
 from attnstore.server.page_channel import PageChannelServer, TokenBook
-from attnstore.server.registration import Registration
 from attnstore.server.rpc import Authenticator, RpcShell
+from attnstore.server.seat import take_seat
 from attnstore.server.servicer import ChannelOffer, NodeIdentity, Servicer
 from attnstore.server.shared_memory import SharedMemoryServer
 from attnstore.server.store import Store
@@ -60,10 +60,12 @@ _log = structlog.get_logger(__name__)
 class StoreNode:
     """A node on the running event loop, bound to its `address`. `start`, then `stop` once.
 
+    `open_peer` connects to other nodes of its cluster: nodes are clients of each other, and which client is not theirs to know.
+
     Raises `InvalidArgument` naming the option when an address cannot be bound, a file not be read or memory not be had.
     """
 
-    def __init__(self, options: ServeOptions, clock: Clock | None = None) -> None:
+    def __init__(self, options: ServeOptions, open_peer: OpenPeer, clock: Clock | None = None) -> None:
         clock = clock or MonotonicClock()
         self._options = options
         self._loop = asyncio.get_running_loop()
@@ -98,7 +100,16 @@ class StoreNode:
         )
         self._channels: dict[str, ChannelOffer] = {}
         node_id = options.node_id or options.advertised(self.address)
-        self._registration = self._joined(node_id, epoch, clock)
+        self._seat = take_seat(
+            options,
+            node_id=node_id,
+            epoch=epoch,
+            address=self.address,
+            store=self._store,
+            metrics=self._metrics,
+            clock=clock,
+            open_peer=open_peer,
+        )
         self._servicer = Servicer(
             identity=NodeIdentity(node_id, epoch, version("attnstore")),
             store=self._store,
@@ -132,16 +143,16 @@ class StoreNode:
         for service in ("", SERVICE):
             await self._health.set(service, health_pb2.HealthCheckResponse.SERVING)
         self._expiry = asyncio.create_task(self._expire_leases())
-        if self._registration is not None:
-            self._registration.start()
+        if self._seat is not None:
+            self._seat.start()
         _log.info("serving", address=self.address, capacity_bytes=int(self._options.capacity), pid=os.getpid())
 
     async def stop(self, drain_ms: int | None = None) -> None:
         """Takes no new call, waits up to `drain_ms` (default: the option) for running ones, then lets everything go."""
         drain_ms = self._options.drain_ms if drain_ms is None else drain_ms
         _log.info("draining", streams_in_flight=self._shell.streams_in_flight, drain_ms=drain_ms)
-        if self._registration is not None:
-            await self._registration.stop()
+        if self._seat is not None:
+            await self._seat.stop()
         await self._health.enter_graceful_shutdown()
         self._servicer.drain()
         # All kinds of calls drain at the same time, under the same limit.
@@ -157,25 +168,6 @@ class StoreNode:
             self._stop_metrics()
         self._arena.close()
         _log.info("stopped")
-
-    def _joined(self, node_id: str, epoch: bytes, clock: Clock) -> Registration | None:
-        """The node's place in its cluster, if it has one."""
-        if self._options.directory is None:
-            return None
-        scheme = "grpcs" if self._options.tls_cert is not None else "grpc"
-        member = Member(
-            node_id=node_id,
-            url=f"{scheme}://{self._options.advertised(self.address)}",
-            epoch=epoch,
-            weight=self._options.weight,
-            replicas=self._options.replicas,
-        )
-        directory = open_directory(self._options.directory.get_secret_value())
-        return Registration(directory, member, clock, layouts=self._held_layouts, on_view=lambda _view: None)
-
-    def _held_layouts(self) -> Iterator[LayoutRecord]:
-        for held in self._store.statistics().namespaces:
-            yield LayoutRecord(held.namespace, held.tenant, held.layout.page_bytes)
 
     def _make_attending(self, clock: Clock) -> Attending | None:
         threads = self._options.attend_threads
@@ -248,13 +240,13 @@ def _may_be_mapped(options: ServeOptions) -> bool:
     return options.arena_path is None or len(options.tenants()) <= 1
 
 
-async def serve(options: ServeOptions) -> None:
+async def serve(options: ServeOptions, open_peer: OpenPeer) -> None:
     """Runs a node until SIGTERM or SIGINT. Prints `listening on HOST:PORT` to standard output when it is ready."""
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
-    node = StoreNode(options)
+    node = StoreNode(options, open_peer)
     await node.start()
     print(f"listening on {node.address}", flush=True)
     await stop.wait()

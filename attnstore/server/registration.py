@@ -7,6 +7,7 @@ directory; a directory that is slow or gone leaves the last view in force, and h
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import replace
@@ -17,6 +18,7 @@ from attnstore.clock import Clock
 from attnstore.directory import ClusterView, Directory, Intent, LayoutRecord, Member, Membership, NodeState, ViewTracker
 from attnstore.errors import ProtocolError, Unavailable
 from attnstore.limits import HEARTBEAT_MS, LAYOUT_MS_MAX, MEMBER_MS_MAX
+from attnstore.telemetry import NodeMetrics
 
 _log = structlog.get_logger(__name__)
 _LAYOUTS_AGAIN_MS = LAYOUT_MS_MAX // 4
@@ -36,12 +38,14 @@ class Registration:
         *,
         layouts: Callable[[], Iterable[LayoutRecord]],
         on_view: Callable[[ClusterView], None],
+        metrics: NodeMetrics,
     ) -> None:
         self._directory = directory
         self._member = member
         self._clock = clock
         self._layouts = layouts
         self._on_view = on_view
+        self._metrics = metrics
         self._tracker = ViewTracker()
         self._intent: Intent | None = None
         self._answers = True
@@ -53,21 +57,6 @@ class Registration:
     def member(self) -> Member:
         """The node's record as it was last announced, or will be next."""
         return self._member
-
-    @property
-    def view(self) -> ClusterView:
-        """The latest view."""
-        return self._tracker.view
-
-    @property
-    def is_answered(self) -> bool:
-        """The directory answered the last heartbeat."""
-        return self._answers
-
-    @property
-    def is_asked_to_drain(self) -> bool:
-        """An operator wants the node's pages elsewhere."""
-        return self._intent is Intent.DRAIN
 
     def start(self) -> None:
         """Begins to announce the node."""
@@ -109,6 +98,10 @@ class Registration:
             if not self._answers:
                 _log.info("the directory answers again", directory=self._directory.name)
             self._answers = True
+        self._metrics.directory_up.set(self._answers)
+        states = Counter(member.state for member in self._tracker.view.members.values())
+        for state in NodeState:
+            self._metrics.members.labels(state.value).set(states[state])
 
     def _follow(self, membership: Membership) -> None:
         """Takes up what operators want of this node."""

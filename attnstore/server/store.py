@@ -50,6 +50,11 @@ class Store:
         with self._lock:
             return self._table.layout_of(namespace, tenant)
 
+    def sealed_hashes(self, namespace: bytes) -> list[bytes]:
+        """`PageTable.sealed_hashes`."""
+        with self._lock:
+            return self._table.sealed_hashes(namespace)
+
     def match(self, namespace: bytes, prefixes: Sequence[Sequence[bytes]], lease_ms: int) -> MatchOutcome:
         """`PageTable.match`."""
         with self._lock:

@@ -2,5 +2,6 @@
 
 from attnstore.testing.clock import ManualClock
 from attnstore.testing.node import StoreProcess
+from attnstore.testing.redis_server import RedisServer, server_binaries
 
-__all__ = ["ManualClock", "StoreProcess"]
+__all__ = ["ManualClock", "RedisServer", "StoreProcess", "server_binaries"]

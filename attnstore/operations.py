@@ -1,0 +1,228 @@
+"""What `attnstore status`, `drain`, `undrain` and `evict` do: a cluster as an operator sees it and what he asks of it.
+
+Owns: `ClusterStatus` and its text. Invariants: nothing is changed but what operators want of a node; a node that does not answer is
+shown as such, within the deadline.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from attnstore import aio
+from attnstore.clock import Deadline, MonotonicClock
+from attnstore.directory import Directory, Intent, Member, NodeState, is_directory_url, open_directory
+from attnstore.errors import AttnStoreError, InvalidArgument
+from attnstore.types import NodeDescription, NodeStatistics
+
+_POLL_S: Final = 0.5
+_HOT_LAYOUTS: Final = 8
+
+
+@dataclass(frozen=True, slots=True)
+class Access:
+    """How nodes and directory are reached; `target` as in `attnstore.connect`."""
+
+    target: str
+    token: str | None
+    tls_ca: Path | None
+    deadline_ms: float
+
+    def node(self, url: str) -> aio.AsyncClient | aio.AsyncClusterClient:
+        """A client of one node."""
+        tls_ca = self.tls_ca if url.startswith("grpcs") else None
+        return aio.connect(url, deadline_ms=self.deadline_ms, token=self.token, tls_ca=tls_ca, transport="grpc")
+
+    def directory(self) -> Directory:
+        """The cluster's directory. Raises `InvalidArgument` where the target is none."""
+        if not is_directory_url(self.target):
+            raise InvalidArgument("--directory must be a directory's URL, for example redis://HOST:6379/0")
+        return open_directory(self.target)
+
+
+@dataclass(frozen=True, slots=True)
+class NodeStatus:
+    """One node: what the directory says, and what it says of itself, `error` where it does not answer.
+
+    `hit_rate` is pages found over pages asked for since its start, None where none were; `round_trip_ms` is that of one call now.
+    """
+
+    node_id: str
+    url: str
+    state: str
+    weight: float
+    replicas: int
+    error: str | None = None
+    version: str | None = None
+    uptime_ms: int = 0
+    round_trip_ms: float | None = None
+    capacity_bytes: int = 0
+    used_bytes: int = 0
+    pages_sealed: int = 0
+    leases: int = 0
+    in_flight: int = 0
+    hit_rate: float | None = None
+    evicted_pages: int = 0
+    read_bytes: int = 0
+    written_bytes: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class LayoutStatus:
+    """A namespace and how many pages of it the nodes have that answer; only the asking tenant's own."""
+
+    namespace: str
+    page_bytes: int
+    pages_sealed: int
+
+
+@dataclass(frozen=True, slots=True)
+class ClusterStatus:
+    """All nodes and the largest layouts. `unix_s`: when."""
+
+    target: str
+    unix_s: float
+    nodes: tuple[NodeStatus, ...]
+    layouts: tuple[LayoutStatus, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """For `json.dumps`."""
+        return asdict(self)
+
+
+async def cluster_status(access: Access) -> ClusterStatus:
+    """Asks the directory who there is and every node how it is. Raises `Unavailable` where the directory does not answer."""
+    members = await _members(access)
+    answers = await asyncio.gather(*(_node_status(access, member) for member in members))
+    sealed: Counter[tuple[str, int]] = Counter()
+    for _, statistics in answers:
+        for space in statistics.namespaces if statistics is not None else ():
+            sealed[space.namespace.hex(), space.layout.page_bytes] += space.pages_sealed
+    layouts = [LayoutStatus(name, page_bytes, pages) for (name, page_bytes), pages in sealed.most_common(_HOT_LAYOUTS)]
+    shown = access.target.partition("://")[2].rpartition("@")[2]
+    return ClusterStatus(shown, time.time(), tuple(status for status, _ in answers), tuple(layouts))
+
+
+async def _members(access: Access) -> list[Member]:
+    if is_directory_url(access.target):
+        directory = access.directory()
+        try:
+            membership = await directory.membership(None)
+        finally:
+            await directory.close()
+        present = membership.present() if membership is not None else {}
+        evicted = [member for member in membership.members if member.node_id not in present] if membership is not None else []
+        return sorted([*present.values(), *evicted], key=lambda member: member.node_id)
+    scheme, _, addresses = access.target.partition("://")
+    return [Member(address, f"{scheme}://{address}") for address in addresses.partition("?")[0].split(",")]
+
+
+async def _node_status(access: Access, member: Member) -> tuple[NodeStatus, NodeStatistics | None]:
+    known = (member.node_id, member.url, member.state.value, member.weight, member.replicas)
+    try:
+        async with access.node(member.url) as client:
+            await client.describe()  # connects
+            began = time.perf_counter()
+            description = await client.describe()
+            round_trip_ms = (time.perf_counter() - began) * 1e3
+            statistics = await client.stats()
+    except AttnStoreError as error:
+        return NodeStatus(*known, error=f"{type(error).__name__}: {error}"), None
+    return _answered(known, description, statistics, round_trip_ms), statistics
+
+
+def _answered(
+    known: tuple[str, str, str, float, int], description: NodeDescription, statistics: NodeStatistics, round_trip_ms: float
+) -> NodeStatus:
+    asked = statistics.hit_pages + statistics.missed_pages
+    return NodeStatus(
+        *known,
+        version=description.version,
+        uptime_ms=statistics.uptime_ms,
+        round_trip_ms=round_trip_ms,
+        capacity_bytes=statistics.capacity_bytes,
+        used_bytes=statistics.used_bytes,
+        pages_sealed=statistics.pages_sealed,
+        leases=statistics.leases,
+        in_flight=description.in_flight,
+        hit_rate=statistics.hit_pages / asked if asked else None,
+        evicted_pages=statistics.evicted_pages,
+        read_bytes=statistics.read_bytes,
+        written_bytes=statistics.written_bytes,
+    )
+
+
+def status_text(status: ClusterStatus) -> str:
+    """A table for people."""
+    rows = [("NODE", "STATE", "WEIGHT", "USED", "OF", "PAGES", "HIT RATE", "EVICTED", "LEASES", "RTT", "UP", "URL")]
+    for node in status.nodes:
+        if node.error is not None:
+            rows.append((node.node_id, node.state, f"{node.weight:g}", *("-" * 8), f"{node.url}  {node.error}"))
+            continue
+        rows.append(
+            (
+                node.node_id,
+                node.state,
+                f"{node.weight:g}",
+                f"{node.used_bytes / max(1, node.capacity_bytes):.0%}",
+                _size(node.capacity_bytes),
+                str(node.pages_sealed),
+                "-" if node.hit_rate is None else f"{node.hit_rate:.1%}",
+                str(node.evicted_pages),
+                str(node.leases),
+                f"{node.round_trip_ms:.1f} ms",
+                f"{node.uptime_ms / 1000:.0f} s",
+                node.url,
+            )
+        )
+    lines = _aligned(rows)
+    if status.layouts:
+        layouts = [("NAMESPACE", "PAGE", "PAGES")]
+        layouts += [(layout.namespace[:16], _size(layout.page_bytes), str(layout.pages_sealed)) for layout in status.layouts]
+        lines += ["", *_aligned(layouts)]
+    return "\n".join(lines)
+
+
+async def set_intent(access: Access, node_id: str, intent: Intent | None) -> None:
+    """Asks something of a node. Raises `InvalidArgument` where it is no member."""
+    directory = access.directory()
+    try:
+        known = await directory.set_intent(node_id, intent)
+    finally:
+        await directory.close()
+    if not known:
+        raise InvalidArgument(f"{node_id!r} is no node of this cluster: attnstore status lists them")
+
+
+async def wait_drained(access: Access, node_id: str, timeout_s: float) -> bool:
+    """Waits until the node has handed its pages over, or has left. False when time ran out."""
+    deadline = Deadline(MonotonicClock(), timeout_s * 1e3)
+    directory = access.directory()
+    try:
+        while True:
+            membership = await directory.membership(None)
+            states = {member.node_id: member.state for member in membership.members} if membership is not None else {}
+            if states.get(node_id, NodeState.DRAINED) is NodeState.DRAINED:
+                return True
+            if deadline.is_over:
+                return False
+            await asyncio.sleep(_POLL_S)
+    finally:
+        await directory.close()
+
+
+def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+
+
+def _size(size_bytes: int) -> str:
+    for unit, scale in (("TiB", 1 << 40), ("GiB", 1 << 30), ("MiB", 1 << 20), ("KiB", 1 << 10)):
+        if size_bytes >= scale:
+            return f"{size_bytes / scale:.3g} {unit}"
+    return f"{size_bytes} B"

@@ -1,0 +1,200 @@
+"""Handing pages over: after a change of the cluster each node sends the pages that others own now to them.
+
+Owns: the background task and what it has settled. Invariants: a page is kept here until its new owner has it, and beyond: only
+eviction removes it; a call from a client never waits for a hand-over; one that failed is tried again with the next heartbeat.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass
+from typing import Final, Protocol
+
+import structlog
+
+from attnstore.core.hashing import segment_key
+from attnstore.core.layout import PageLayout
+from attnstore.core.page_table import NamespaceStatistics
+from attnstore.directory import ClusterView
+from attnstore.directory.moves import Moves
+from attnstore.errors import AttnStoreError, NamespaceUnknown
+from attnstore.limits import MIB
+from attnstore.server.store import Store
+from attnstore.telemetry import NodeMetrics
+from attnstore.types import MatchResult, PageStatus, WriteResult
+
+_log = structlog.get_logger(__name__)
+
+BATCH_BYTES: Final = 16 * MIB
+"""Pages that are pinned and sent at a time, at least one."""
+ASK_HASHES: Final = 1_024
+"""Pages that a peer is asked about at a time."""
+DRAIN_BEATS_MIN: Final = 3
+"""A node is drained no sooner than this many heartbeats after it began: by then every client knows and writes elsewhere."""
+
+
+class Peer(Protocol):
+    """Another node, as far as handing pages to it goes."""
+
+    async def register_layout(self, namespace: bytes, layout: PageLayout) -> int:
+        """Makes a namespace known to it."""
+        ...
+
+    async def match(self, namespace: bytes, prefixes: Sequence[Sequence[bytes]]) -> MatchResult:
+        """What it has."""
+        ...
+
+    async def write(self, namespace: bytes, hashes: Sequence[bytes], pages: Sequence[memoryview]) -> WriteResult:
+        """Sends it pages."""
+        ...
+
+    async def close(self) -> None:
+        """Ends the connection."""
+        ...
+
+
+OpenPeer = Callable[[str, str | None], Peer]
+"""`open_peer(url, token)`: a connection to a node, as the tenant whose token it is."""
+
+
+@dataclass(slots=True)
+class _Pass:
+    """What one look at all pages came to."""
+
+    sent: int = 0
+    refused: int = 0
+    failed: int = 0
+
+
+class Handoff:
+    """`tokens`: tenant -> token, empty where the cluster asks for none. `on_drained` is told once nothing is left to hand over.
+
+    Belongs to the event loop on which it is started.
+    """
+
+    def __init__(
+        self,
+        node_id: str,
+        store: Store,
+        open_peer: OpenPeer,
+        tokens: Mapping[str, str],
+        metrics: NodeMetrics,
+        on_drained: Callable[[], None],
+    ) -> None:
+        self._node_id = node_id
+        self._store = store
+        self._open_peer = open_peer
+        self._tokens = tokens
+        self._metrics = metrics
+        self._on_drained = on_drained
+        self._settled: ClusterView | None = None
+        self._view: ClusterView | None = None
+        self._beats_draining = 0
+        self._beat = asyncio.Event()
+        self._task: asyncio.Task[None] | None = None
+
+    def start(self) -> None:
+        """Begins to follow views."""
+        self._task = asyncio.create_task(self._run())
+
+    async def stop(self) -> None:
+        """Ends, also in the middle of a hand-over."""
+        if self._task is not None:
+            self._task.cancel()
+            with suppress(asyncio.CancelledError):
+                await self._task
+
+    def follow(self, view: ClusterView) -> None:
+        """Takes the view of one heartbeat."""
+        self._view = view
+        self._beat.set()
+
+    async def _run(self) -> None:
+        while True:
+            await self._beat.wait()
+            self._beat.clear()
+            view = self._view
+            if view is None or self._node_id not in view.members:
+                continue
+            if self._settled is None:
+                self._settled = view  # a node that has just joined has nothing to hand over
+            moves = Moves(self._node_id, self._settled, view)
+            self._beats_draining = self._beats_draining + 1 if moves.leaves else 0
+            if not (moves.is_nothing or (moves.leaves and view == self._settled)):
+                await self._settle(view, moves)
+
+    async def _settle(self, view: ClusterView, moves: Moves) -> None:
+        done = await self._hand_over(view, moves)
+        if done.sent or done.failed:
+            _log.info("pages handed over", sent=done.sent, refused=done.refused, nodes_failed=done.failed, draining=moves.leaves)
+        if done.failed:
+            return
+        if not moves.leaves:
+            self._settled = view
+        elif not done.sent and self._beats_draining >= DRAIN_BEATS_MIN and view.placement.weights:
+            self._settled = view
+            self._on_drained()
+
+    async def _hand_over(self, view: ClusterView, moves: Moves) -> _Pass:
+        """Sends every page that has to move, to all targets at once, one batch at a time to each."""
+        done = _Pass()
+        for space in self._store.statistics().namespaces:
+            by_target: dict[str, list[bytes]] = defaultdict(list)
+            targets: dict[bytes, list[str]] = {}
+            for page_hash in self._sealed(space):
+                key = segment_key(page_hash)
+                if key not in targets:
+                    targets[key] = moves.targets(key)
+                    await asyncio.sleep(0)  # many segments must not hold up the node's callers
+                for node_id in targets[key]:
+                    by_target[node_id].append(page_hash)
+            urls = {node_id: view.members[node_id].url for node_id in by_target}
+            await asyncio.gather(*(self._send(done, urls[node_id], space, hashes) for node_id, hashes in by_target.items()))
+        return done
+
+    def _sealed(self, space: NamespaceStatistics) -> list[bytes]:
+        try:
+            return self._store.sealed_hashes(space.namespace)
+        except NamespaceUnknown:
+            return []
+
+    async def _send(self, done: _Pass, url: str, space: NamespaceStatistics, hashes: Sequence[bytes]) -> None:
+        """Sends one node what it lacks of the pages. Never raises because of that node."""
+        peer = self._open_peer(url, self._tokens.get(space.tenant))
+        try:
+            await peer.register_layout(space.namespace, space.layout)
+            for begin in range(0, len(hashes), ASK_HASHES):
+                asked = hashes[begin : begin + ASK_HASHES]
+                found = await peer.match(space.namespace, [[page_hash] for page_hash in asked])
+                missing = [page_hash for page_hash, hit in zip(asked, found.hits, strict=True) if not hit]
+                for batch in _batches(missing, max(1, BATCH_BYTES // space.layout.page_bytes)):
+                    await self._send_batch(done, peer, space.namespace, batch)
+        except AttnStoreError as error:
+            done.failed += 1
+            _log.warning("handing pages over failed, tried again later", url=url, reason=str(error))
+        finally:
+            await peer.close()
+
+    async def _send_batch(self, done: _Pass, peer: Peer, namespace: bytes, hashes: Sequence[bytes]) -> None:
+        with ExitStack() as pinned:
+            pages: dict[bytes, memoryview] = {}
+            for page_hash in hashes:
+                page = pinned.enter_context(self._store.reading(namespace, page_hash, None))
+                if not isinstance(page, PageStatus):  # it may have been evicted meanwhile
+                    pages[page_hash] = page.data
+            if not pages:
+                return
+            written = await peer.write(namespace, list(pages), list(pages.values()))
+        for verdict in written.verdicts:
+            self._metrics.handed_over.labels(verdict.name.lower()).inc()
+        # What is on its way there from elsewhere will arrive; what was refused would be refused again.
+        done.sent += sum(verdict is PageStatus.STORED for verdict in written.verdicts)
+        done.refused += sum(not verdict.is_kept and verdict is not PageStatus.ARRIVING for verdict in written.verdicts)
+
+
+def _batches(hashes: Sequence[bytes], size: int) -> Iterator[Sequence[bytes]]:
+    for begin in range(0, len(hashes), size):
+        yield hashes[begin : begin + size]

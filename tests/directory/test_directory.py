@@ -1,0 +1,129 @@
+"""What every directory promises, on each kind there is."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+
+import pytest
+
+from attnstore.directory import Directory, EventBatch, Intent, LayoutRecord, Member, NodeState
+from attnstore.errors import ProtocolError
+
+ADA = Member("ada", "grpc://10.0.0.1:7400", bytes(16), weight=2.0, replicas=2)
+BOB = Member("bob", "grpcs://10.0.0.2:7400", b"e" * 16, state=NodeState.DRAINED)
+TTL_MS = 60_000
+BRIEF_MS = 50
+
+
+async def test_a_member_is_found_as_it_announced_itself(directory: Directory) -> None:
+    await directory.announce(ADA, TTL_MS, None)
+    membership = await directory.announce(BOB, TTL_MS, None)
+    assert membership is not None
+    assert set(membership.members) == {ADA, BOB}
+
+
+async def test_whoever_knows_the_revision_is_told_nothing_until_something_changes(directory: Directory) -> None:
+    first = await directory.announce(ADA, TTL_MS, None)
+    assert first is not None
+    assert await directory.announce(ADA, TTL_MS, first.revision) is None
+    assert await directory.membership(first.revision) is None
+    second = await directory.announce(BOB, TTL_MS, first.revision)
+    assert second is not None
+    assert await directory.membership(first.revision) == second
+    assert await directory.membership(second.revision) is None
+
+
+async def test_a_member_whose_heartbeat_is_overdue_is_gone(directory: Directory) -> None:
+    known = await directory.announce(ADA, TTL_MS, None)
+    await directory.announce(BOB, BRIEF_MS, None)
+    assert known is not None
+    await asyncio.sleep(2 * BRIEF_MS / 1000)
+    membership = await directory.membership(known.revision)
+    assert membership is not None
+    assert membership.members == (ADA,)
+
+
+async def test_a_member_that_withdraws_is_gone_at_once_with_what_was_wanted_of_it(directory: Directory) -> None:
+    await directory.announce(ADA, TTL_MS, None)
+    assert await directory.set_intent("ada", Intent.DRAIN)
+    await directory.withdraw("ada")
+    await directory.withdraw("nobody")
+    again = await directory.announce(ADA, TTL_MS, None)
+    assert again is not None
+    assert (again.members, again.intents) == ((ADA,), {})
+
+
+async def test_intents_of_members_are_kept_and_of_others_refused(directory: Directory) -> None:
+    await directory.announce(ADA, TTL_MS, None)
+    assert not await directory.set_intent("nobody", Intent.EVICT)
+    assert await directory.set_intent("ada", Intent.EVICT)
+    evicted = await directory.membership(None)
+    assert evicted is not None
+    assert evicted.intents == {"ada": Intent.EVICT}
+    assert evicted.present() == {}
+    assert await directory.set_intent("ada", None)
+    served = await directory.membership(evicted.revision)
+    assert served is not None
+    assert served.present() == {"ada": ADA}
+
+
+async def test_a_node_that_is_to_drain_counts_as_draining_before_it_says_so(directory: Directory) -> None:
+    await directory.announce(ADA, TTL_MS, None)
+    await directory.set_intent("ada", Intent.DRAIN)
+    membership = await directory.membership(None)
+    assert membership is not None
+    assert membership.present()["ada"].state is NodeState.DRAINING
+
+
+async def test_quotas_are_set_and_lifted(directory: Directory) -> None:
+    await directory.announce(ADA, TTL_MS, None)
+    await directory.set_quota("tenant", 5 << 30)
+    limited = await directory.membership(None)
+    await directory.set_quota("tenant", None)
+    lifted = await directory.membership(None)
+    assert limited is not None
+    assert lifted is not None
+    assert (limited.quota_bytes, lifted.quota_bytes) == ({"tenant": 5 << 30}, {})
+
+
+async def test_layouts_are_listed_once_each(directory: Directory) -> None:
+    records = [LayoutRecord(bytes([number]) * 32, "tenant", 4096 + number) for number in range(3)]
+    await directory.put_layouts(records[:2])
+    await directory.put_layouts(records[1:])
+    assert sorted(await directory.layouts(), key=lambda record: record.namespace) == records
+
+
+async def test_events_published_from_now_on_are_read_in_order_and_once(directory: Directory) -> None:
+    await directory.publish(EventBatch("ada", b"before"))
+    nothing, position = await directory.events(None, 1)
+    batches = [EventBatch("ada", bytes([number, 0, 255]), number) for number in range(3)]
+    for batch in batches:
+        await directory.publish(batch)
+    read, position = await directory.events(position, 1)
+    assert (nothing, read) == ([], batches)
+    assert (await directory.events(position, 1))[0] == []
+
+
+async def test_whoever_waits_for_events_gets_them_when_they_come(directory: Directory) -> None:
+    _, position = await directory.events(None, 1)
+    waiting = asyncio.create_task(directory.events(position, 400))
+    await asyncio.sleep(0.05)
+    await directory.publish(EventBatch("ada", b"now"))
+    batches, _ = await waiting
+    assert batches == [EventBatch("ada", b"now")]
+
+
+@pytest.mark.parametrize("text", ["{}", "[]", "nonsense", '{"node_id": 1}'])
+def test_a_record_of_somebody_else_is_a_typed_error(text: str) -> None:
+    with pytest.raises(ProtocolError, match="no node's"):
+        Member.from_json(text)
+
+
+@pytest.mark.parametrize(
+    "field", ['"weight": 0', '"weight": NaN', '"weight": -1', '"replicas": 0', '"replicas": 99', '"epoch": "00"']
+)
+def test_a_record_out_of_bounds_is_a_typed_error(field: str) -> None:
+    fields = {**json.loads(ADA.to_json()), **json.loads("{" + field + "}")}
+    with pytest.raises(ProtocolError, match="out of bounds"):
+        Member.from_json(json.dumps(fields))
