@@ -125,12 +125,5 @@ def _ask(arguments: argparse.Namespace, intent: Intent | None) -> int:
     return 0
 
 
-def _serve(arguments: argparse.Namespace) -> None:
-    options = load_serve_options(arguments)
-    configure_logs(options.log_level, options.log_format)
-    keep_freed_memory()
-    uvloop.run(serve(options))
-
-
 if __name__ == "__main__":
     sys.exit(main())

@@ -79,7 +79,7 @@ class ReadResult:
 
     `error` is None where the read ran to its end; otherwise it says what broke it off (deadline, lost connection), and the pages
     that were not complete by then are INCOMPLETE. Once a result is returned, nothing is written into the buffers any more.
-    `transport` is the one that carried the pages.
+    `transport` is the one that carried the pages; a cluster's nodes may use several, which are joined by commas.
     """
 
     statuses: tuple[PageStatus, ...]

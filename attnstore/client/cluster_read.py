@@ -69,6 +69,7 @@ class ClusterRead:
         self._statuses = [PageStatus.MISSING] * len(hashes)
         self._asked: dict[int, set[str]] = defaultdict(set)
         self._answered = False
+        self._transports: set[str] = set()
         self._failure: Retryable | None = None
 
     async def run(self) -> ReadResult:
@@ -81,7 +82,7 @@ class ClusterRead:
         missing = any(status is PageStatus.INCOMPLETE for status in self._statuses)
         bytes_read = self._slice_bytes * sum(status.is_hit for status in self._statuses)
         failure = self._failure if not self._answered or (missing and self._deadline.is_over) else None
-        return ReadResult(tuple(self._statuses), bytes_read, failure)
+        return ReadResult(tuple(self._statuses), bytes_read, failure, ",".join(sorted(self._transports)))
 
     async def _rounds(self) -> None:
         pending = list(range(len(self._hashes)))
@@ -209,6 +210,8 @@ class ClusterRead:
     def _take(self, indices: Sequence[int], result: ReadResult) -> None:
         for index, status in zip(indices, result.statuses, strict=True):
             self._statuses[index] = status
+        if result.bytes_read:
+            self._transports.add(result.transport)
 
     def _lease_for(self, link: NodeLink, hashes: Sequence[bytes]) -> Lease | None:
         """The lease to name to a node: only one that covers all the pages there."""
