@@ -25,7 +25,7 @@ from attnstore.core.eviction import EVICTION_POLICIES
 from attnstore.core.layout import DType
 from attnstore.errors import AttnStoreError, InvalidArgument
 from attnstore.limits import MIB
-from worker.cache import STORE_TRANSPORTS, PageStore, open_store
+from worker.cache import STORE_TRANSPORTS, WRITE_POLICIES, PageStore, open_store
 from worker.engine import Engine, EngineOptions, SamplingParams, Sequence, Token
 from worker.model import LoadedModel, export_model, load_model
 from worker.progress import Progress, create_progress
@@ -93,6 +93,7 @@ def _add_engine_options(parser: argparse.ArgumentParser) -> None:
     add("--dtype", choices=("fp32", "bf16", "fp16"), default="fp32", help="of weights and KV (default fp32)")
     add("--pool", type=_byte_size, default=512 * MIB, metavar="SIZE", help="KV memory, a hard limit (default 512MiB)")
     add("--eviction", choices=EVICTION_POLICIES, default="lru", help="which cached blocks of the pool go first (default lru)")
+    add("--write-policy", choices=WRITE_POLICIES, default="write-behind", help="when pages go to the store (default write-behind)")
     add("--chunk-tokens", type=int, default=256, metavar="N", help="prompt tokens computed in one step (default 256)")
     add("--threads", type=int, metavar="N", help="compute threads (default: torch's choice)")
 
@@ -141,6 +142,7 @@ def _engine_options(arguments: argparse.Namespace) -> EngineOptions:
         chunk_tokens=arguments.chunk_tokens,
         store_deadline_ms=arguments.store_deadline_ms,
         eviction=arguments.eviction,
+        write_policy=arguments.write_policy,
     )
 
 

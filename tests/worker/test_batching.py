@@ -12,6 +12,7 @@ import torch
 from attnstore.core.eviction import EVICTION_POLICIES
 from attnstore.errors import InvalidArgument, Overloaded
 from attnstore.types import PageStatus
+from worker.cache import WRITE_POLICIES
 from worker.cache.load_plan import Found, LoadPlan, LoadProgress, Order, Prompt, SearchPlan
 from worker.engine import Engine, EngineOptions, FinishReason, SamplingParams, Sequence
 from worker.engine.sampler import Sampler, sample_rows
@@ -131,7 +132,14 @@ def test_no_block_is_lost_whatever_is_cancelled_preempted_or_fails(tiny: LoadedM
     batch = prompts(24, seed=seed)
     how = SamplingParams(max_tokens=16)
     expected: dict[int, list[int]] = {}
-    small = options(tiny, 24, sequences_max=6, store_deadline_ms=20, eviction=generator.choice(EVICTION_POLICIES))
+    small = options(
+        tiny,
+        24,
+        sequences_max=6,
+        store_deadline_ms=20,
+        eviction=generator.choice(EVICTION_POLICIES),
+        write_policy=generator.choice(WRITE_POLICIES),
+    )
     with Engine(tiny, small, store=store, planner=_AnyPlan(seed)) as engine:
         live: list[Sequence] = []
         while batch or not engine.idle:

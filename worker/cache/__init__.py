@@ -11,9 +11,11 @@ from worker.cache.observation import LoadEnd, Observer, Step, Unobserved
 from worker.cache.page_store import STORE_TRANSPORTS, OnLayer, PageStore, open_store
 from worker.cache.pages import PagePool
 from worker.cache.remote import RemoteTier
+from worker.cache.writers import WRITE_POLICIES
 
 __all__ = [
     "STORE_TRANSPORTS",
+    "WRITE_POLICIES",
     "Admission",
     "CacheManager",
     "CacheStatistics",

@@ -23,7 +23,7 @@ from worker.cache.observation import Load, LoadEnd, Observer, Unobserved
 from worker.cache.pages import PagePool
 from worker.cache.remote import RemoteStatistics, RemoteTier
 from worker.cache.swap_in import SwapIn
-from worker.cache.swap_out import SwapOut
+from worker.cache.writers import create_writer
 
 _GRACE_MS = 250.0
 """How much longer than a store's own deadline the engine waits for a block before it gives a transfer up."""
@@ -58,18 +58,18 @@ class CacheManager:
         policy: EvictionPolicy[BlockHash] | None = None,
         planner: Planner | None = None,
         observer: Observer | None = None,
+        write_policy: str = "write-behind",
     ) -> None:
         self.pages = pages
         self._namespace = namespace
         self._clock = clock
-        self._pool = BlockPool(pages.capacity, policy)
+        self._pool = BlockPool(pages.capacity, policy, on_evict=self._evicted)
         self._remote = remote
-        self._swap_out = SwapOut(self._write_batch, queue_blocks_max=pages.capacity) if remote is not None else None
+        self._writer = create_writer(write_policy, self._pool, pages, remote)
         self._planner = planner or FetchAll(remote.deadline_ms if remote is not None else 0.0)
         self._observer = observer or Unobserved()
         self._changed = threading.Event()
         self._quarantine: list[_Quarantined] = []
-        self._dropped = 0
         self._admissions = 0
 
     @property
@@ -86,8 +86,7 @@ class CacheManager:
     def available_blocks(self) -> int:
         """Blocks that could be given out without waiting, among them those that are held only by the queue to the store."""
         self._reap()
-        queued = self._swap_out.queued(self._is_held_once) if self._swap_out is not None else 0
-        return self._pool.available + queued
+        return self._pool.available + self._writer.reclaimable
 
     def connect(self) -> None:
         """Prepares the store connection, if there is a store, ahead of the first request."""
@@ -178,8 +177,12 @@ class CacheManager:
                 block = token_ids[index * self.block_tokens : (index + 1) * self.block_tokens]
                 table.hashes.append(block_hash(parent, block))
             if self._pool.seal(table.block_ids[index], table.hashes[index]):
-                self._start_swap_out(table.hashes[index], table.block_ids[index])
+                self._writer.sealed(table.hashes[index], table.block_ids[index])
             table.sealed = index + 1
+
+    def end_step(self) -> None:
+        """All blocks that a step completed are sealed: waits for their writes, where the write policy says so."""
+        self._writer.end_step()
 
     def release(self, table: BlockTable) -> None:
         """Ends a sequence's hold. Its tail is evicted before its head, because a prefix needs its head."""
@@ -188,15 +191,14 @@ class CacheManager:
         self._reap()
 
     def flush(self, timeout_ms: float) -> bool:
-        """Waits until all sealed blocks are written or refused. False when time ran out."""
-        flushed = self._swap_out is None or self._swap_out.flush(timeout_ms)
+        """Waits until every page that is on its way to the store is written or refused. False when time ran out."""
+        flushed = self._writer.flush(timeout_ms)
         self._reap()
         return flushed
 
     def close(self) -> None:
-        """Ends write-behind; what is still queued is not written."""
-        if self._swap_out is not None:
-            self._swap_out.close()
+        """Ends writing; what is still queued is not written."""
+        self._writer.close()
         self._reap()
 
     def statistics(self) -> CacheStatistics:
@@ -204,8 +206,8 @@ class CacheManager:
         return CacheStatistics(
             pool=self._pool.statistics(),
             remote=self._remote.statistics() if self._remote is not None else RemoteStatistics(),
-            swap_out_pending=self._swap_out.pending if self._swap_out is not None else 0,
-            swap_out_dropped=self._dropped,
+            swap_out_pending=self._writer.pending,
+            swap_out_dropped=self._writer.dropped,
             quarantined=sum(len(transfer.block_ids) for transfer in self._quarantine),
         )
 
@@ -247,7 +249,8 @@ class CacheManager:
 
     def _take_arrived(self, loading: Loading, swap_in: SwapIn) -> None:
         for block in swap_in.take_arrived():
-            self._pool.seal(loading.table.block_ids[block], loading.table.hashes[block])
+            if self._pool.seal(loading.table.block_ids[block], loading.table.hashes[block]):
+                self._writer.arrived(loading.table.hashes[block])
             loading.ready.add(block)
             loading.arrived_blocks += 1
 
@@ -289,7 +292,7 @@ class CacheManager:
         """Gives the table other blocks in the place of quarantined ones, or cuts it there."""
         block_ids = loading.table.block_ids
         for block in blocks:
-            if not self._pool.available and not self._cancel_queued():
+            if not self._pool.available and not self._writer.reclaim():
                 loading.ready = {ready for ready in loading.ready if ready < block}
                 self._pool.release(reversed(block_ids[block:]))
                 del block_ids[block:]
@@ -297,17 +300,8 @@ class CacheManager:
             self._pool.release([block_ids[block]])
             block_ids[block] = self._pool.allocate()
 
-    def _start_swap_out(self, block_hash: BlockHash, block_id: int) -> None:
-        if self._swap_out is None:
-            return
-        self._pool.hold(block_id)
-        if not self._swap_out.offer(block_hash, block_id):
-            self._dropped += 1
-            self._pool.release([block_id])
-
-    def _write_batch(self, hashes: Sequence[BlockHash], block_ids: Sequence[int]) -> None:
-        assert self._remote is not None
-        self._remote.write(hashes, [self.pages.page(block_id) for block_id in block_ids])
+    def _evicted(self, block_hash: BlockHash, block_id: int) -> None:
+        self._writer.evicted(block_hash, self.pages.page(block_id))
 
     def _allocate(self, blocks: int) -> list[int]:
         self._reap()
@@ -324,32 +318,19 @@ class CacheManager:
 
     def _reclaim(self) -> None:
         """Gets a block back from transfers: first one that is only queued for the store, else whatever ends in time."""
-        if self._swap_out is None or self._remote is None or self._cancel_queued():
+        if self._remote is None or self._writer.reclaim():
             return
         give_up_ms = self._clock.now_ms() + self._remote.deadline_ms + _GRACE_MS
         while not self._pool.available and self._in_flight() and self._clock.now_ms() < give_up_ms:
-            self._swap_out.wait_finished(_POLL_MS)
+            self._writer.wait_finished(_POLL_MS)
             self._reap()
 
-    def _cancel_queued(self) -> bool:
-        """Takes a block back that only the queue to the store holds. False where there is none."""
-        cancelled = self._swap_out.cancel_newest(self._is_held_once) if self._swap_out is not None else None
-        if cancelled is None:
-            return False
-        self._dropped += 1
-        self._pool.release([cancelled])
-        return True
-
-    def _is_held_once(self, block_id: int) -> bool:
-        return self._pool.holders(block_id) == 1
-
     def _in_flight(self) -> bool:
-        return bool(self._quarantine) or (self._swap_out is not None and self._swap_out.pending > 0)
+        return bool(self._quarantine) or self._writer.held > 0
 
     def _reap(self) -> None:
         """Releases the blocks of transfers that are over."""
-        if self._swap_out is not None:
-            self._pool.release(self._swap_out.take_finished())
+        self._writer.reap()
         for transfer in [transfer for transfer in self._quarantine if transfer.swap_in.done]:
             self._quarantine.remove(transfer)
             self._pool.release(transfer.block_ids)

@@ -111,6 +111,7 @@ class Engine:
             policy=create_eviction_policy(self.options.eviction),
             planner=planner,
             observer=self._observer,
+            write_policy=self.options.write_policy,
         )
         self._runner = Runner(model, pages, attention or create_attention("cpu"))
         self._scheduler = Scheduler(self.options.scheduler_limits(), self.options.block_tokens)
@@ -198,7 +199,7 @@ class Engine:
         return not self._scheduler.running and not self._scheduler.waiting
 
     def flush(self, timeout_ms: float) -> bool:
-        """Waits until write-behind is done. False when time ran out."""
+        """Waits until all pages that are on their way to the store are there. False when time ran out."""
         return self._cache.flush(timeout_ms)
 
     def statistics(self) -> CacheStatistics:
@@ -219,7 +220,7 @@ class Engine:
         self._cache.check()
 
     def close(self) -> None:
-        """Ends write-behind; flush first to keep what was computed."""
+        """Ends writing; flush first to keep what was computed."""
         self._cache.close()
 
     def __enter__(self) -> Self:

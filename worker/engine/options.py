@@ -14,11 +14,12 @@ from worker.engine.scheduler import SchedulerLimits
 
 @dataclass(frozen=True, slots=True)
 class EngineOptions:
-    """`pool_bytes` is a hard limit on KV memory; every store call has a deadline; `eviction` is one of `EVICTION_POLICIES`.
+    """`pool_bytes` is a hard limit on KV memory; every store call has a deadline; `eviction` is one of `EVICTION_POLICIES`,
+    `write_policy` one of `WRITE_POLICIES`.
 
     At most `chunk_tokens` of one prompt and `step_tokens` of all sequences run in one step (None: a chunk and all decodes);
     `sequences_max` run at once and `waiting_max` wait for it.
-    Raises `InvalidArgument` for values that do not fit together (an unknown `eviction` when the engine is made).
+    Raises `InvalidArgument` for values that do not fit together (an unknown policy when the engine is made).
     """
 
     pool_bytes: int = 512 * MIB
@@ -30,6 +31,7 @@ class EngineOptions:
     store_deadline_ms: int = 5_000
     tenant_salt: bytes = b""
     eviction: str = "lru"
+    write_policy: str = "write-behind"
 
     def __post_init__(self) -> None:
         if self.chunk_tokens < 1 or self.chunk_tokens % self.block_tokens:
