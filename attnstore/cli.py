@@ -16,6 +16,7 @@ import uvloop
 
 from attnstore import aio
 from attnstore.allocator import keep_freed_memory
+from attnstore.client.health import check_serving
 from attnstore.config import ServeOptions, add_serve_options, load_serve_options
 from attnstore.directory import Intent
 from attnstore.errors import AttnStoreError, InvalidArgument
@@ -54,6 +55,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     add_plan_options(plan_parser)
     plan_parser.set_defaults(run=run_plan)
+    health = commands.add_parser("health", help="ask a node whether it serves", description="Exit status 0 if a node serves.")
+    health.add_argument("target", metavar="URL", help="for example grpc://127.0.0.1:7400")
+    health.add_argument("--deadline-ms", type=float, default=2_000, metavar="MS", help="wait for its answer (default 2000)")
+    health.add_argument("--tls-ca", type=Path, metavar="FILE", help="PEM file of trusted authorities, for grpcs://")
+    health.set_defaults(run=_health)
 
     status = commands.add_parser("status", help="show the nodes of a cluster", description="Show how every node of a cluster is.")
     status.add_argument("--watch", nargs="?", type=float, const=2.0, metavar="S", help="again every S seconds (default 2)")
@@ -102,6 +108,11 @@ def _peer_opener(options: ServeOptions) -> OpenPeer:
         return aio.connect(url, token=token, tls_ca=tls_ca)
 
     return open_peer
+
+
+def _health(arguments: argparse.Namespace) -> int:
+    check_serving(arguments.target, deadline_ms=arguments.deadline_ms, tls_ca=arguments.tls_ca)
+    return 0
 
 
 def _status(arguments: argparse.Namespace) -> int:

@@ -1,0 +1,37 @@
+"""Whether a node serves, asked with gRPC's standard health protocol, as an orchestrator's probe asks.
+
+Owns: nothing. A draining node answers that it does not serve, so that it gets no new callers. No token is asked for.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import grpc
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from attnstore.client.grpc_transport import Target
+from attnstore.errors import InvalidArgument, Unavailable
+
+
+def check_serving(target: str, *, deadline_ms: float, tls_ca: Path | None = None) -> None:
+    """Returns when the node at `target` serves. Raises `Unavailable` when it does not or does not answer within `deadline_ms`,
+    `InvalidArgument` for a malformed target or a `tls_ca` that cannot be read.
+    """
+    parsed = Target.parse(target)
+    try:
+        authorities = tls_ca.read_bytes() if tls_ca is not None else None
+    except OSError as error:
+        raise InvalidArgument(f"tls_ca {tls_ca} cannot be read: {error.strerror}") from None
+    credentials = grpc.ssl_channel_credentials(authorities)
+    channel = grpc.secure_channel(parsed.address, credentials) if parsed.tls else grpc.insecure_channel(parsed.address)
+    with channel:
+        try:
+            # The published types of this stub know no methods.
+            stub: Any = health_pb2_grpc.HealthStub(channel)
+            answer = stub.Check(health_pb2.HealthCheckRequest(), timeout=deadline_ms / 1000)
+        except grpc.RpcError as error:
+            raise Unavailable(f"{target} does not answer: {error.code().name.lower()}") from None
+    if answer.status != health_pb2.HealthCheckResponse.SERVING:
+        raise Unavailable(f"{target} does not serve: {health_pb2.HealthCheckResponse.ServingStatus.Name(answer.status).lower()}")

