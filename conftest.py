@@ -32,7 +32,11 @@ def _missing_vllm() -> str | None:
     return None if os.environ.get("ATTNSTORE_VLLM_PYTHON") else "ATTNSTORE_VLLM_PYTHON names no Python with vLLM"
 
 
-_MISSING = {"gpu": _missing_gpu, "netns": _missing_netns, "vllm": _missing_vllm}
+def _missing_browser() -> str | None:
+    return None if shutil.which("chromium") else "Chromium is not installed"
+
+
+_MISSING = {"browser": _missing_browser, "gpu": _missing_gpu, "netns": _missing_netns, "vllm": _missing_vllm}
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

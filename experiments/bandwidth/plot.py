@@ -11,6 +11,7 @@ matplotlib.use("Agg")
 
 from matplotlib import pyplot
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
 from experiments.bandwidth.report import LIMITS, TRANSPORTS
 from experiments.bandwidth.results import Row
@@ -22,16 +23,26 @@ _LIMIT_STYLE = {"memcpy": "-", "raw_tcp": "--", "iperf3": "-.", "grpc_bare": ":"
 
 
 def save_plot(rows: Sequence[Row], path: Path) -> None:
-    """One panel for each operation and page size, written as PNG."""
+    """Writes a PNG."""
+    figure = draw(rows)
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
+
+
+def draw(rows: Sequence[Row]) -> Figure:
+    """One panel for each operation and page size."""
     sizes = sorted({row["page_bytes"] for row in rows})
     figure, panels = pyplot.subplots(len(sizes), 2, figsize=(13, 5.2 * len(sizes)), squeeze=False, layout="constrained")
     for line, page_bytes in zip(panels, sizes, strict=True):
         for panel, op in zip(line, ("read", "write"), strict=True):
-            _draw(panel, [row for row in rows if (row["page_bytes"], row["op"]) == (page_bytes, op)])
-            panel.set_title(f"{op}, pages of {page_bytes:,} B")
+            own = [row for row in rows if (row["page_bytes"], row["op"]) == (page_bytes, op)]
+            if own:
+                _draw(panel, own)
+                panel.set_title(f"{op}, pages of {page_bytes:,} B")
+            else:
+                panel.set_axis_off()
     figure.suptitle("Throughput on loopback, medians over rounds; grey: the machine's limits")
-    figure.savefig(path, dpi=120)
-    pyplot.close(figure)
+    return figure
 
 
 def _draw(panel: Axes, rows: Sequence[Row]) -> None:

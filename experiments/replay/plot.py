@@ -13,13 +13,21 @@ import matplotlib
 matplotlib.use("Agg")
 
 from matplotlib import pyplot
+from matplotlib.figure import Figure
 
 from experiments.replay.hash_only import UNLIMITED, Replay
 from experiments.replay.report import label
 
 
 def save_plot(replays: Sequence[Replay], path: Path) -> None:
-    """Writes a PNG. An unlimited capacity has no place on the axis; it is the line at the top."""
+    """Writes a PNG."""
+    figure = draw(replays)
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
+
+
+def draw(replays: Sequence[Replay]) -> Figure:
+    """Hit rate over capacity. An unlimited capacity has no place on the axis; it is the line at the top."""
     figure, axes = pyplot.subplots(figsize=(8, 5), layout="constrained")
     finite = [replay for replay in replays if replay.capacity_tokens != UNLIMITED]
     for name in dict.fromkeys(map(label, finite)):
@@ -35,8 +43,7 @@ def save_plot(replays: Sequence[Replay], path: Path) -> None:
     axes.set_ylabel("block hits, %")
     axes.grid(alpha=0.3)
     axes.legend()
-    figure.savefig(path, dpi=120)
-    pyplot.close(figure)
+    return figure
 
 
 def _tokens(replay: Replay) -> float:

@@ -1,0 +1,76 @@
+"""How every figure looks: colours that colour-blind readers tell apart, axes that say their units.
+
+Owns: the palette (Okabe and Ito, 2008), the fonts, and the way a figure becomes a file. Invariant: nothing is told by colour alone;
+marks differ or are labelled where they are.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import matplotlib
+
+matplotlib.use("Agg")
+
+from matplotlib import pyplot
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, NullFormatter, NullLocator
+
+BLUE, ORANGE, GREEN, VERMILLION, PURPLE, SKY, GREY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#6b6b6b"
+
+pyplot.rcParams.update(
+    {
+        "font.family": "DejaVu Sans",
+        "font.size": 10,
+        "axes.titlesize": 10.5,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "axes.grid": True,
+        "grid.color": "#dddddd",
+        "grid.linewidth": 0.6,
+        "axes.axisbelow": True,
+        "lines.linewidth": 1.8,
+        "lines.markersize": 5,
+        "legend.frameon": False,
+        "svg.fonttype": "path",
+        # The same figure is the same file, so that a committed report changes only where its figures do.
+        "svg.hashsalt": "attnstore",
+    }
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Picture:
+    """One figure of the report. `name` is its file's stem; `caption` says what to see."""
+
+    name: str
+    title: str
+    caption: str
+    figure: Figure
+
+
+def rate(gbit_per_s: float) -> str:
+    """`10 Gb/s`, `250 Mb/s`."""
+    return f"{gbit_per_s:g} Gb/s" if gbit_per_s >= 1 else f"{gbit_per_s * 1000:g} Mb/s"
+
+
+def duration(milliseconds: float) -> str:
+    """Three digits at most: `1.2 s`, `340 ms`."""
+    return f"{milliseconds / 1000:.3g} s" if milliseconds >= 1000 else f"{milliseconds:.3g} ms"
+
+
+def log_rates(axes: Axes, gbit_per_s: list[float]) -> None:
+    """A logarithmic axis of bandwidths with a tick at each that was measured."""
+    axes.set_xscale("log")
+    axes.set_xticks(gbit_per_s, [rate(each) for each in gbit_per_s])
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.set_xlabel("bandwidth")
+
+
+def log_times(axes: Axes, label: str) -> None:
+    """A logarithmic axis of times in milliseconds."""
+    axes.set_yscale("log")
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: duration(value)))
+    axes.yaxis.set_minor_formatter(NullFormatter())
+    axes.set_ylabel(label)
