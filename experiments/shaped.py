@@ -43,7 +43,7 @@ class Row:
 def measure(gbit_per_s: float, clients: int, transports: list[str], seconds: float) -> list[Row]:
     """Raw TCP and every transport, in both directions, over one cable."""
     rows = []
-    with ShapedLink(int(gbit_per_s * 1e9)) as link, ExitStack() as stack:
+    with ShapedLink(f"{gbit_per_s:f}g") as link, ExitStack() as stack:
         with link.node.entered():
             node = stack.enter_context(
                 StoreProcess("--listen", f"{link.node.address}:0", "--insecure", "--capacity", _CAPACITY, "--log-level", "error")

@@ -1,13 +1,15 @@
-"""Networks of several machines in one: network namespaces joined by a cable of a given rate, or by a switch.
+"""Networks of several machines in one: network namespaces joined by a cable as a link profile describes it, or by a switch.
 
-Owns: the namespaces, their virtual Ethernet pairs and token bucket filters. Invariant: all of it is gone when the `with` block
-ends, however it ends. Linux only; needs root and iproute2 (`ip`, `tc`).
+Owns: the namespaces, their virtual Ethernet pairs and queueing disciplines. Invariant: all of it is gone when the `with` block
+ends, however it ends. Linux only; needs root and iproute2 (`ip`, `tc`). A rate needs the kernel's `tbf`; a delay needs `netem`,
+which not every kernel has: there, `attnstore.testing.link` delays in userspace.
 """
 
 from __future__ import annotations
 
 import ctypes
 import itertools
+import math
 import os
 import subprocess
 from collections.abc import Iterator
@@ -17,6 +19,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+from attnstore.links import LinkProfile, parse_link
+
 _NAMES = itertools.count()
 _DEVICE = "eth0"
 _BRIDGE = "bridge"
@@ -25,6 +29,9 @@ _MTU_BYTES = 9_000
 _BURST_BYTES_MIN = 256 << 10
 _BURST_S = 0.001
 _QUEUE_MS = 20
+_QUEUE_PACKETS_MIN = 1_000
+_OWN_DELAY_MS = 0.1
+"""What two namespaces take to wake each other, about: a cable that is no longer than that needs no `netem`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,16 +60,17 @@ class Host:
 
 
 class ShapedLink:
-    """Two hosts and a cable of `bits_per_s` in each direction; a context manager.
+    """Two hosts and the cable of a profile (or of its text, see `parse_link`) between them; a context manager.
 
-    `node` and `client` are its ends. Raises `RuntimeError` with the words of `ip` or `tc` where the system refuses.
+    `node` and `client` are its ends; `down` is from the node. Raises `RuntimeError` with the words of `ip` or `tc` where the system
+    refuses, as it refuses a delay where the kernel has no `netem`.
     """
 
-    def __init__(self, bits_per_s: int) -> None:
+    def __init__(self, profile: LinkProfile | str) -> None:
         name = f"attnstore-{os.getpid()}-{next(_NAMES)}"
         self.node = Host(f"{name}-node", "10.98.76.1")
         self.client = Host(f"{name}-client", "10.98.76.2")
-        self._bits_per_s = bits_per_s
+        self._profile = parse_link(profile) if isinstance(profile, str) else profile
         self._undo = ExitStack()
 
     def __enter__(self) -> Self:
@@ -71,17 +79,14 @@ class ShapedLink:
                 _add_namespace(stack, host.namespace)
             peer = ("peer", "name", _DEVICE, "netns", self.client.namespace)
             _run("ip", "link", "add", _DEVICE, "mtu", str(_MTU_BYTES), "netns", self.node.namespace, "type", "veth", *peer)
-            for host in (self.node, self.client):
-                self._configure(host)
+            for host, bits_per_s in ((self.node, self._profile.down_bits_per_s), (self.client, self._profile.up_bits_per_s)):
+                _bring_up(host)
+                _shape(host.namespace, _DEVICE, bits_per_s, self._profile)
             self._undo = stack.pop_all()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
         self._undo.close()
-
-    def _configure(self, host: Host) -> None:
-        _bring_up(host)
-        _shape(host.namespace, _DEVICE, self._bits_per_s)
 
 
 class Switch:
@@ -126,10 +131,28 @@ class Switch:
         """Ends a cut."""
         _run("ip", "-netns", self._name, "link", "set", self._ports[host.namespace], "master", _BRIDGE)
 
-    def shape(self, host: Host, bits_per_s: int) -> None:
-        """Gives the host's cable a rate in each direction."""
-        _shape(host.namespace, _DEVICE, bits_per_s)
-        _shape(self._name, self._ports[host.namespace], bits_per_s)
+    def shape(self, host: Host, profile: LinkProfile | str) -> None:
+        """Makes the host's cable that of a profile; `up` is from the host."""
+        profile = parse_link(profile) if isinstance(profile, str) else profile
+        _shape(host.namespace, _DEVICE, profile.up_bits_per_s, profile)
+        _shape(self._name, self._ports[host.namespace], profile.down_bits_per_s, profile)
+
+
+def queueing_discipline(bits_per_s: float, delay_ms: float, jitter_ms: float) -> tuple[str, ...]:
+    """What `tc` is told to put at one end of a cable: a token bucket for a rate, `netem` where there is a delay too, or nothing.
+
+    >>> queueing_discipline(1e9, 0.0, 0.0)
+    ('tbf', 'rate', '1000000000bit', 'burst', '262144', 'latency', '20ms')
+    """
+    rate = () if bits_per_s == math.inf else ("rate", f"{bits_per_s:.0f}bit")
+    if delay_ms > _OWN_DELAY_MS:
+        # Room for what is on its way and for the queue before it; a cable without a limit is no faster than memory.
+        packets = math.ceil(min(bits_per_s, 100e9) / 8 * (delay_ms + _QUEUE_MS) / 1000 / _MTU_BYTES)
+        return ("netem", "delay", f"{delay_ms}ms", f"{jitter_ms}ms", *rate, "limit", str(max(_QUEUE_PACKETS_MIN, packets)))
+    if not rate:
+        return ()
+    burst_bytes = max(_BURST_BYTES_MIN, int(bits_per_s / 8 * _BURST_S))
+    return ("tbf", *rate, "burst", str(burst_bytes), "latency", f"{_QUEUE_MS}ms")
 
 
 def _add_namespace(undo: ExitStack, name: str) -> None:
@@ -144,10 +167,9 @@ def _bring_up(host: Host) -> None:
     _run("ip", *inside, "link", "set", _DEVICE, "mtu", str(_MTU_BYTES), "up")
 
 
-def _shape(namespace: str, device: str, bits_per_s: int) -> None:
-    burst_bytes = max(_BURST_BYTES_MIN, int(bits_per_s / 8 * _BURST_S))
-    bucket = ("rate", f"{bits_per_s}bit", "burst", str(burst_bytes), "latency", f"{_QUEUE_MS}ms")
-    _run("tc", "-netns", namespace, "qdisc", "replace", "dev", device, "root", "tbf", *bucket)
+def _shape(namespace: str, device: str, bits_per_s: float, profile: LinkProfile) -> None:
+    discipline = queueing_discipline(bits_per_s, profile.one_way_ms, profile.jitter_ms) or ("pfifo_fast",)
+    _run("tc", "-netns", namespace, "qdisc", "replace", "dev", device, "root", *discipline)
 
 
 def _run(*command: str) -> None:

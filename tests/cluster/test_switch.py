@@ -53,8 +53,8 @@ def test_a_cut_host_reaches_nobody_until_it_is_mended(switch: Switch) -> None:
 
 def test_a_shaped_cable_has_its_rate_at_both_ends(switch: Switch) -> None:
     host = switch.join("host")
-    switch.shape(host, 10**9)
-    switch.shape(host, 2 * 10**9)
+    switch.shape(host, "1g")
+    switch.shape(host, "2g")
     hosts = {name for name in _namespaces() if host.namespace.startswith(name)}
     shown = [
         subprocess.run(["tc", "-netns", name, "qdisc", "show"], capture_output=True, text=True, check=True).stdout for name in hosts
