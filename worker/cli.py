@@ -72,6 +72,9 @@ def _parser() -> argparse.ArgumentParser:
     serving.add_argument("--host", default="127.0.0.1", help="address to listen on (default 127.0.0.1)")
     serving.add_argument("--port", type=int, default=8000, help="0 takes a free one (default 8000)")
     serving.add_argument("--sequences", type=int, default=64, metavar="N", help="sequences that run at once (default 64)")
+    serving.add_argument(
+        "--prefetch", type=int, default=2, metavar="N", help="waiting sequences whose pages are fetched ahead (default 2)"
+    )
     serving.add_argument("--waiting", type=int, default=1024, metavar="N", help="sequences that may wait (default 1024)")
     _add_engine_options(serving)
     serving.set_defaults(run=_serve)
@@ -124,7 +127,12 @@ def _generate(arguments: argparse.Namespace) -> None:
 
 
 def _serve(arguments: argparse.Namespace) -> None:
-    options = replace(_engine_options(arguments), sequences_max=arguments.sequences, waiting_max=arguments.waiting)
+    options = replace(
+        _engine_options(arguments),
+        sequences_max=arguments.sequences,
+        waiting_max=arguments.waiting,
+        prefetch_sequences=arguments.prefetch,
+    )
     with ExitStack() as stack:
         with create_progress(sys.stderr) as progress:
             engine = stack.enter_context(_open_engine(arguments, options, progress))

@@ -170,3 +170,8 @@ class FixedPlanner:
     def replan(self, progress: LoadProgress) -> LoadPlan | None:
         """The same plan, unless told to give up."""
         return None if self.gives_up else progress.plan
+
+    def prefetches(self, prompt: Prompt) -> bool:
+        """Never."""
+        del prompt
+        return False

@@ -192,6 +192,10 @@ class _AnyPlan:
     def _compute_before(self) -> int:
         return self._random.choice([0, self._random.randrange(20), 99])
 
+    def prefetches(self, prompt: Prompt) -> bool:
+        del prompt
+        return self._random.random() < 0.7
+
 
 def _break_something(store: MemoryStore, generator: random.Random) -> None:
     if generator.random() < 0.1:

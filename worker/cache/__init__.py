@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from worker.cache.layer_gate import LayerGate
 from worker.cache.cost_planner import CostPlanner
+from worker.cache.layer_gate import LayerGate
 from worker.cache.load_plan import FetchAll, Planner, RecomputeAll
 from worker.cache.loading import Admission, Loading
 from worker.cache.manager import CacheManager, CacheStatistics

@@ -87,6 +87,11 @@ class CostPlanner:
             return replace(progress.plan, begin=asked, compute_before=asked, deadline_ms=progress.elapsed_ms + spent_ms)
         return None
 
+    def prefetches(self, prompt: Prompt) -> bool:
+        """Where fetching would be part of the best split."""
+        costs = self._book.costs()
+        return costs is not None and split(costs, self._work(prompt, prompt.resident_blocks, prompt.usable_blocks)).fetches
+
     def transferred(self, transfer: Transfer) -> None:
         """See `CostBook`."""
         self._book.transferred(transfer)

@@ -11,8 +11,11 @@ taken from a cache, so only `usable_blocks` can be loaded.
 from __future__ import annotations
 
 import enum
-from dataclasses import dataclass
-from typing import Protocol
+from dataclasses import dataclass, replace
+from typing import Final, Protocol
+
+AHEAD_BLOCKS: Final = 8
+"""Pages in one read of a prefetch: what is lost, and read again, when the sequence's turn comes during one."""
 
 
 class Order(enum.Enum):
@@ -111,6 +114,10 @@ class Planner(Protocol):
         """
         ...
 
+    def prefetches(self, prompt: Prompt) -> bool:
+        """Whether a waiting prompt's pages are fetched before its turn. That computes nothing and costs the link's time only."""
+        ...
+
 
 class FetchAll:
     """Fetches every hit in one read and computes nothing meanwhile. Needs no measurement, and can be slower than recomputing."""
@@ -132,6 +139,19 @@ class FetchAll:
         """The same until the deadline."""
         return progress.plan
 
+    def prefetches(self, prompt: Prompt) -> bool:
+        """Always."""
+        del prompt
+        return True
+
+
+class FetchAhead(FetchAll):
+    """Fetches every hit in small reads from the front: for a sequence that waits, whose turn may come at any time."""
+
+    def load(self, found: Found) -> LoadPlan:
+        """All hits, `AHEAD_BLOCKS` at a time."""
+        return replace(super().load(found), batch_blocks=AHEAD_BLOCKS)
+
 
 class RecomputeAll:
     """Asks nobody for pages."""
@@ -147,3 +167,8 @@ class RecomputeAll:
     def replan(self, progress: LoadProgress) -> None:
         """Nothing."""
         del progress
+
+    def prefetches(self, prompt: Prompt) -> bool:
+        """Never."""
+        del prompt
+        return False

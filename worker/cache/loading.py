@@ -36,7 +36,7 @@ class Admission:
 @dataclass(slots=True)
 class Loading:
     """An admitted sequence's blocks, and the swap-in for them, if there is one. `end` is None as long as it runs. `prompt` is what
-    was to be decided, None where all is resident.
+    was to be decided, None where all is resident and for a prefetch.
 
     `ready` arrived and are still ahead of the computed front; `used_blocks` were passed over.
     """

@@ -17,7 +17,7 @@ from attnstore.core.hashing import BlockHash, Namespace, block_hash, block_hashe
 from attnstore.errors import Overloaded
 from worker.cache.block_pool import BlockPool, BlockPoolStatistics
 from worker.cache.block_table import BlockTable
-from worker.cache.load_plan import FetchAll, Planner, Prompt
+from worker.cache.load_plan import FetchAhead, FetchAll, Planner, Prompt
 from worker.cache.loading import Loading
 from worker.cache.observation import Load, LoadEnd, Observer, Unobserved
 from worker.cache.pages import PagePool
@@ -125,6 +125,25 @@ class CacheManager:
         prompt = self._prompt(table, len(token_ids), usable)
         return Loading(table, resident, prompt, self._start_swap_in(table, prompt) if prompt is not None else None)
 
+    def prefetch(self, token_ids: Sequence[int], hashes: list[BlockHash], spare_blocks: int) -> Loading | None:
+        """A load for a sequence that waits, where the planner wants one and it needs no more than `spare_blocks`, else None.
+
+        `advance` takes its pages into the pool; `abandon` and `release` it when it is over or its blocks are needed.
+        """
+        self._name_blocks(token_ids, hashes)
+        usable = self._usable_blocks(token_ids)
+        if self._remote is None or usable > min(spare_blocks, self._pool.available):
+            return None
+        table = BlockTable(self.block_tokens, self._pool.hold_prefix(hashes[:usable]), hashes)
+        table.sealed = resident = len(table.block_ids)
+        prompt = self._prompt(table, len(token_ids), usable)
+        if prompt is None or not self._planner.prefetches(prompt):
+            self.release(table)
+            return None
+        self.grow(table, usable * self.block_tokens)
+        swap_in = self._swap_in(self._remote, FetchAhead(self._remote.deadline_ms), prompt, table)
+        return Loading(table, resident, None, swap_in)
+
     def empty_table(self) -> BlockTable:
         """A table for a sequence whose content matters to nobody."""
         return BlockTable(self.block_tokens)
@@ -231,21 +250,16 @@ class CacheManager:
         return Prompt(self._admissions, tokens, self.block_tokens, layout.page_bytes, layout.layers, table.sealed, usable)
 
     def _start_swap_in(self, table: BlockTable, prompt: Prompt) -> SwapIn | None:
-        search = self._planner.search(prompt)
-        if self._remote is None or search is None:
+        return None if self._remote is None else self._swap_in(self._remote, self._planner, prompt, table)
+
+    def _swap_in(self, remote: RemoteTier, planner: Planner, prompt: Prompt, table: BlockTable) -> SwapIn | None:
+        search = planner.search(prompt)
+        if search is None:
             return None
         wanted = slice(prompt.resident_blocks, prompt.usable_blocks)
         buffers = [self.pages.page(block_id) for block_id in table.block_ids[wanted]]
-        return SwapIn(
-            self._remote,
-            self._planner,
-            prompt,
-            search,
-            table.hashes[wanted],
-            buffers,
-            clock=self._clock,
-            changed=self._changed,
-        )
+        hashes = table.hashes[wanted]
+        return SwapIn(remote, planner, prompt, search, hashes, buffers, clock=self._clock, changed=self._changed)
 
     def _take_arrived(self, loading: Loading, swap_in: SwapIn) -> None:
         for block in swap_in.take_arrived():
@@ -274,9 +288,11 @@ class CacheManager:
     def _end(self, loading: Loading, swap_in: SwapIn, end: LoadEnd) -> None:
         loading.end = end
         loading.ended_ms = self._clock.now_ms()
+        if loading.prompt is None:  # nobody's load yet
+            return
         self._observer.loaded(
             Load(
-                swap_in.prompt,
+                loading.prompt,
                 swap_in.search,
                 swap_in.found,
                 swap_in.plan,

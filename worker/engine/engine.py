@@ -37,6 +37,7 @@ from worker.cache import (
 )
 from worker.cache.observation import Answer
 from worker.engine.options import EngineOptions
+from worker.engine.prefetch import LookAheadPrefetch
 from worker.engine.runner import Runner
 from worker.engine.sampler import SamplingParams, sample_rows
 from worker.engine.scheduler import Scheduler
@@ -115,6 +116,7 @@ class Engine:
         )
         self._runner = Runner(model, pages, attention or create_attention("cpu"))
         self._scheduler = Scheduler(self.options.scheduler_limits(), self.options.block_tokens)
+        self._prefetch = LookAheadPrefetch(self._cache, self.options.prefetch_sequences)
         self._submitted = 0
         self._counts: Counter[str] = Counter()
 
@@ -161,6 +163,7 @@ class Engine:
         self._admit()
         self._advance()
         self._make_room()
+        self._prefetch.advance(self._scheduler.waiting, self._cache.available_blocks - len(self._scheduler.running))
         chunks = self._scheduler.chunks()
         if chunks:
             return self._postprocess(chunks, self._run(chunks))
@@ -236,20 +239,31 @@ class Engine:
         return Sequence(self._submitted, list(token_ids), len(token_ids), sampling, now_ms, priority, text_stream)
 
     def _admit(self) -> None:
-        while (sequence := self._scheduler.admissible(self._cache.available_blocks)) is not None:
+        while (sequence := self._admissible()) is not None:
             self._cache.settle(sequence.announced)
             try:
                 self._start(sequence)
             except Overloaded:
                 # The blocks of a transfer that hangs are lost for now. Where others run they will give theirs back.
-                if not self._scheduler.running:
+                if not self._scheduler.running and not self._prefetch.give_way():
                     self._end(sequence, FinishReason.OVERLOADED)
                     continue
                 sequence.announced = self._cache.announce(sequence.token_ids, sequence.hashes)
-                return
+                if self._scheduler.running:
+                    return
+
+    def _admissible(self) -> Sequence | None:
+        """The next sequence to admit; prefetching gives way to it."""
+        while True:
+            available = self._cache.available_blocks
+            sequence = self._scheduler.admissible(available)
+            if sequence is not None or self._scheduler.admissible(available + self._prefetch.blocks) is None:
+                return sequence
+            self._prefetch.give_way()
 
     def _start(self, sequence: Sequence) -> None:
         sequence.admitted_ms = self._clock.now_ms()
+        self._prefetch.forget(sequence)
         sequence.loading = self._cache.admit(sequence.token_ids, sequence.hashes)
         sequence.prompt = sequence.loading.prompt
         sequence.table = sequence.loading.table
@@ -318,7 +332,8 @@ class Engine:
     def _make_room(self) -> None:
         """Gives each running sequence the blocks for all its tokens; for lack of blocks the last ones go back to waiting."""
         while (victim := self._scheduler.victim(self._cache.available_blocks)) is not None:
-            self._preempt(victim)
+            if not self._prefetch.give_way():
+                self._preempt(victim)
         for sequence in self._scheduler.running:
             assert sequence.table is not None
             try:
@@ -370,6 +385,7 @@ class Engine:
         sequence.finish_reason = reason
         sequence.finished_ms = self._clock.now_ms()
         self._scheduler.remove(sequence)
+        self._prefetch.forget(sequence)
         self._end_loading(sequence)
         if sequence.table is not None:
             sequence.blocks_used = len(sequence.table.block_ids)

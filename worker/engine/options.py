@@ -18,7 +18,8 @@ class EngineOptions:
     `write_policy` one of `WRITE_POLICIES`.
 
     At most `chunk_tokens` of one prompt and `step_tokens` of all sequences run in one step (None: a chunk and all decodes);
-    `sequences_max` run at once and `waiting_max` wait for it.
+    `sequences_max` run at once and `waiting_max` wait for it; of those
+    the pages of the first `prefetch_sequences` are fetched ahead.
     Raises `InvalidArgument` for values that do not fit together (an unknown policy when the engine is made).
     """
 
@@ -32,12 +33,15 @@ class EngineOptions:
     tenant_salt: bytes = b""
     eviction: str = "lru"
     write_policy: str = "write-behind"
+    prefetch_sequences: int = 2
 
     def __post_init__(self) -> None:
         if self.chunk_tokens < 1 or self.chunk_tokens % self.block_tokens:
             raise InvalidArgument(
                 f"chunk_tokens is {self.chunk_tokens}; it must be a positive multiple of block_tokens = {self.block_tokens}"
             )
+        if self.prefetch_sequences < 0:
+            raise InvalidArgument(f"prefetch_sequences is {self.prefetch_sequences}; it must not be negative")
         if self.store_deadline_ms < 1:
             raise InvalidArgument(f"store_deadline_ms is {self.store_deadline_ms}; it must be at least 1")
         self.scheduler_limits()
