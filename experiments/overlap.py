@@ -31,7 +31,7 @@ from attnstore.testing import StoreProcess
 from attnstore.testing.link import Link
 from worker.cache import FetchAll, PageStore, open_store
 from worker.cache.load_plan import Found, LoadPlan, Order
-from worker.cache.observation import Load, Step, Transfer, TransferKind
+from worker.cache.observation import Transfer, TransferKind, Unobserved
 from worker.engine import Engine, EngineOptions, SamplingParams
 from worker.model import LoadedModel, load_model
 
@@ -48,21 +48,16 @@ class ByLayers(FetchAll):
         return replace(super().load(found), order=Order.LAYERS)
 
 
-class _Reads:
+class _Reads(Unobserved):
     """How long the reads took."""
 
     def __init__(self) -> None:
         self.durations_ms: list[float] = []
 
     def transferred(self, transfer: Transfer) -> None:
+        """Keeps the duration of a read."""
         if transfer.kind is TransferKind.READ:
             self.durations_ms.append(transfer.ended_ms - transfer.started_ms)
-
-    def stepped(self, step: Step) -> None:
-        del step
-
-    def loaded(self, load: Load) -> None:
-        del load
 
 
 @dataclass(frozen=True, slots=True)
