@@ -16,6 +16,7 @@ import threading
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
@@ -39,6 +40,7 @@ _COPIED_HASHES = 64
 """Few enough that a page without a lease is copied soon after it was located, enough that asking costs nothing beside copying."""
 _PIECE_BYTES = 384 * KIB
 """Copied and then verified at once; fits the second-level cache of any server."""
+_QUESTIONS_IN_FLIGHT = 2
 _VIEWED_HASHES = SHARED_LOCATE_HASHES_MAX
 
 
@@ -120,15 +122,18 @@ class ShmTransport:
         self._pool.exchange(plan.deadline, plan.transfer, run)
 
     def _located(self, channel: _Channel, question: _Question) -> Iterator[Located]:
-        """The pages in the order asked for. While the caller looks at some, the node looks for the next."""
+        """The pages in the order asked for. While the caller looks at some, the node looks for the next: two questions are on the
+        way as long as there are pages to ask for.
+        """
         parts = question.parts()
-        channel.locate(question, next(parts))
+        for part in islice(parts, _QUESTIONS_IN_FLIGHT):
+            channel.locate(question, part)
         left = len(question.hashes)
         while left:
             places = channel.places()
             left -= len(places)
-            if left:
-                channel.locate(question, next(parts))
+            for part in islice(parts, 1):
+                channel.locate(question, part)
             for place in places:
                 yield place if isinstance(place, PageStatus) else self._mapped(channel, place, question.end)
 

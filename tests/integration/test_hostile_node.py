@@ -42,12 +42,17 @@ async def fake_node(answers: dict[str, list[bytes]]) -> AsyncIterator[str]:
         async def one(_request: Any, _context: Any) -> bytes:
             return replies[0]
 
+        async def one_at_the_end(requests: AsyncIterator[bytes], _context: Any) -> bytes:
+            async for _ in requests:  # an answer that crosses requests is one that gRPC may lose
+                pass
+            return replies[0]
+
         async def many(_request: bytes, _context: Any) -> AsyncIterator[bytes]:
             for reply in replies:
                 yield reply
 
         if METHODS[name].streams_requests:
-            return grpc.stream_unary_rpc_method_handler(one)
+            return grpc.stream_unary_rpc_method_handler(one_at_the_end)
         return (
             grpc.unary_stream_rpc_method_handler(many)
             if METHODS[name].streams_responses
@@ -169,12 +174,11 @@ Call = Callable[[attnstore.aio.AsyncClient], Any]
         ("ReleaseLease", b"\xff", lambda client: client.release(attnstore.Lease(bytes(16), 1))),
         ("Watch", b"\xff", lambda client: client.watch(BATCH.namespace)),
         ("Watch", pb.PageEvent(kind=1), lambda client: client.watch(BATCH.namespace)),
-        ("RenewLease", None, lambda client: client.stats()),
     ],
     ids=lambda value: value if isinstance(value, str) else None,
 )
 async def test_answers_that_no_node_gives_are_protocol_errors(rpc: str, reply: Any, call: Call) -> None:
-    encoded = reply if isinstance(reply, bytes) else reply.SerializeToString() if reply is not None else b""
+    encoded = reply if isinstance(reply, bytes) else reply.SerializeToString()
     async with fake_node({rpc: [encoded]}) as url, attnstore.aio.connect(url, deadline_ms=5_000, transport="grpc") as client:
         client._layouts[BATCH.namespace] = SMALL
         with pytest.raises(errors.ProtocolError):
