@@ -114,6 +114,8 @@ async def test_an_engine_that_fails_fails_every_stream(
         await tokens_of(await front.submit(prompt(1), LONG))
     assert not front.alive
     assert "on purpose" in caplog.text
+    assert engine.idle
+    assert engine.statistics().pool.held == 0
 
 
 def test_a_stream_whose_event_loop_is_gone_is_cancelled(engine: Engine) -> None:

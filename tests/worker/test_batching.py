@@ -231,6 +231,30 @@ def test_cancelling_gives_every_block_back_at_every_stage(tiny: LoadedModel) -> 
             assert engine.generate(token_ids, SamplingParams(max_tokens=2)).finish_reason is FinishReason.LENGTH
 
 
+@pytest.mark.parametrize("failing", ["_runner.run", "_cache.seal"])
+def test_a_step_that_raises_ends_its_sequences_and_the_others_go_on(
+    tiny: LoadedModel, monkeypatch: pytest.MonkeyPatch, failing: str
+) -> None:
+    def broken(*_: object) -> None:
+        raise RuntimeError("on purpose")
+
+    how = SamplingParams(max_tokens=3)
+    batch = prompts(3, seed=8, shortest=20, longest=30)
+    with Engine(tiny, options(tiny, 40, sequences_max=2)) as engine:
+        sequences = [engine.submit(each, how) for each in batch]
+        engine.step()
+        with monkeypatch.context() as patch:
+            owner, name = failing.split(".")
+            patch.setattr(getattr(engine, owner), name, broken)
+            with pytest.raises(RuntimeError, match="on purpose"):
+                engine.step()
+        assert [sequence.finish_reason for sequence in sequences] == [FinishReason.FAILED, FinishReason.FAILED, None]
+        assert engine.statistics().pool.held == 0
+        engine.check()
+        finish(engine)
+        assert sequences[2].generated == alone(tiny, batch[2], how)
+
+
 def test_a_finished_sequence_cannot_be_cancelled_any_more(tiny: LoadedModel) -> None:
     with Engine(tiny, options(tiny, 20)) as engine:
         sequence = engine.generate([5, 6, 7], SamplingParams(max_tokens=1))

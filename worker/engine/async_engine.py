@@ -188,9 +188,6 @@ class AsyncEngine:
         try:
             while self._obey():
                 self._step()
-            for sequence in self._streams:
-                self._engine.cancel(sequence)
-            self._publish()
         except Exception:
             _LOG.exception("the engine failed; it takes no more prompts")
         finally:
@@ -248,6 +245,9 @@ class AsyncEngine:
     def _end(self) -> None:
         with self._posting:
             self._ended = True
+        for sequence in self._streams:
+            self._engine.cancel(sequence)
+        self._publish()
         for stream in self._streams.values():
             stream.deliver(_not_running())
         self._streams.clear()

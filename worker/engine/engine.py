@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from collections.abc import Sequence as Items
+from contextlib import contextmanager
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Self
@@ -158,7 +159,8 @@ class Engine:
         """Runs one batch; returns the tokens that it gave.
 
         Where all that run wait for their pages it waits with them, for a short time or until `wake`, and returns without a token.
-        Nothing happens when there is no work.
+        Nothing happens when there is no work. Where it raises, the sequences whose chunks it computed have ended as FAILED; the
+        others go on with the next step.
         """
         self._admit()
         self._advance()
@@ -166,7 +168,8 @@ class Engine:
         self._prefetch.advance(self._scheduler.waiting, self._cache.available_blocks - len(self._scheduler.running))
         chunks = self._scheduler.chunks()
         if chunks:
-            return self._postprocess(chunks, self._run(chunks))
+            with self._failing(chunks):
+                return self._postprocess(chunks, self._run(chunks))
         if not self._scheduler.running:
             return []
         for sequence in self._scheduler.running:
@@ -297,6 +300,17 @@ class Engine:
     def _count(self, chunks: Items[Chunk]) -> None:
         self._counts["steps"] += 1
         self._counts["tokens_computed"] += sum(chunk.tokens for chunk in chunks)
+
+    @contextmanager
+    def _failing(self, chunks: Items[Chunk]) -> Iterator[None]:
+        """Ends the sequences of a step that raises: nobody knows which of its tokens were counted."""
+        try:
+            yield
+        except BaseException:
+            for chunk in chunks:
+                if chunk.sequence.finish_reason is None:
+                    self._end(chunk.sequence, FinishReason.FAILED)
+            raise
 
     def _gate(self, sequence: Sequence) -> LayerGate | None:
         return sequence.loading.gate(sequence.computed_tokens) if sequence.loading is not None else None

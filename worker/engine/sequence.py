@@ -20,7 +20,7 @@ from worker.engine.text import TextStream
 
 
 class FinishReason(enum.Enum):
-    """Why a sequence ended. OVERLOADED: transfers held the pool for longer than their deadline."""
+    """Why a sequence ended. OVERLOADED: transfers held the pool for longer than their deadline. FAILED: its step raised."""
 
     STOP = "stop"
     LENGTH = "length"
@@ -28,6 +28,7 @@ class FinishReason(enum.Enum):
     POOL_FULL = "pool_full"
     CANCELLED = "cancelled"
     OVERLOADED = "overloaded"
+    FAILED = "failed"
 
 
 @dataclass(slots=True, eq=False)
