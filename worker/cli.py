@@ -25,7 +25,7 @@ from attnstore.core.eviction import EVICTION_POLICIES
 from attnstore.core.layout import DType
 from attnstore.errors import AttnStoreError, InvalidArgument
 from attnstore.limits import MIB
-from worker.cache import STORE_TRANSPORTS, WRITE_POLICIES, PageStore, open_store
+from worker.cache import STORE_TRANSPORTS, WRITE_POLICIES, PageStore, SharedUse, open_store
 from worker.engine import Engine, EngineOptions, SamplingParams, Sequence, Token
 from worker.model import LoadedModel, export_model, load_model
 from worker.progress import Progress, create_progress
@@ -92,10 +92,18 @@ def _add_engine_options(parser: argparse.ArgumentParser) -> None:
     add("--store-deadline-ms", type=int, default=5_000, metavar="MS", help="longest a call to the store may take (default 5000)")
     add("--flush-ms", type=int, default=60_000, metavar="MS", help="longest wait for the last pages to reach the store")
     add("--transport", choices=STORE_TRANSPORTS, default="auto", help="how pages travel (default auto: the best on offer)")
+    add("--shared-path", type=Path, metavar="FILE", help="--arena-path of a store node on this host, to map it")
+    add(
+        "--shared",
+        choices=[use.value for use in SharedUse],
+        default=SharedUse.COPY.value,
+        help="pages of a store node on this host: copied into the pool, or used in place (default copy)",
+    )
     _add_model_option(parser)
     add("--dtype", choices=("fp32", "bf16", "fp16"), default="fp32", help="of weights and KV (default fp32)")
     add("--pool", type=_byte_size, default=512 * MIB, metavar="SIZE", help="KV memory, a hard limit (default 512MiB)")
-    add("--eviction", choices=EVICTION_POLICIES, default="lru", help="which cached blocks of the pool go first (default lru)")
+    add("--host-pool", type=_byte_size, default=0, metavar="SIZE", help="memory for blocks that the pool evicts (default none)")
+    add("--eviction", choices=EVICTION_POLICIES, default="lru", help="which cached blocks of a pool go first (default lru)")
     add("--write-policy", choices=WRITE_POLICIES, default="write-behind", help="when pages go to the store (default write-behind)")
     add("--chunk-tokens", type=int, default=256, metavar="N", help="prompt tokens computed in one step (default 256)")
     add("--threads", type=int, metavar="N", help="compute threads (default: torch's choice)")
@@ -151,6 +159,8 @@ def _engine_options(arguments: argparse.Namespace) -> EngineOptions:
         store_deadline_ms=arguments.store_deadline_ms,
         eviction=arguments.eviction,
         write_policy=arguments.write_policy,
+        host_pool_bytes=arguments.host_pool,
+        shared=SharedUse(arguments.shared),
     )
 
 
@@ -170,7 +180,12 @@ def _open_engine(arguments: argparse.Namespace, options: EngineOptions, progress
 
 
 def _open_store(arguments: argparse.Namespace) -> AbstractContextManager[PageStore]:
-    return open_store(arguments.store, deadline_ms=arguments.store_deadline_ms, transport=arguments.transport)
+    return open_store(
+        arguments.store,
+        deadline_ms=arguments.store_deadline_ms,
+        transport=arguments.transport,
+        shared_path=arguments.shared_path,
+    )
 
 
 def _run(engine: Engine, sequence: Sequence, progress: Progress) -> list[Token]:

@@ -25,6 +25,7 @@ class GenerationReport:
     hit_tokens: int
     hit_tokens_local: int
     hit_tokens_remote: int
+    hit_tokens_by_tier: dict[str, int]
     ttft_ms: float
     match_ms: float
     read_ms: float
@@ -67,6 +68,7 @@ def generation_report(engine: Engine, sequence: Sequence, *, load_ms: float, flu
         hit_tokens=admission.hit_tokens,
         hit_tokens_local=admission.local_tokens,
         hit_tokens_remote=admission.remote_tokens,
+        hit_tokens_by_tier={tier.value: tokens for tier, tokens in admission.hit_tokens_by_tier().items()},
         ttft_ms=sequence.first_token_ms - sequence.submitted_ms,
         match_ms=admission.match_ms,
         read_ms=admission.read_ms,

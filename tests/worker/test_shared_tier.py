@@ -17,7 +17,6 @@ from attnstore.testing import StoreProcess
 from attnstore.types import Lease, PageStatus
 from tests.samples import Batch, eventually, make_batch
 from worker.cache.page_window import PageWindow
-from worker.cache.pages import PagePool
 from worker.cache.shared_tier import SharedPages, SharedTier
 
 LAYOUT = PageLayout(layers=2, kv_heads=2, head_dim=64, block_tokens=16, dtype=DType.FP32)
@@ -75,7 +74,7 @@ def borrowed(tier: SharedTier, client: attnstore.Client, batch: Batch) -> Shared
 def test_borrowed_pages_are_the_nodes_bytes_beside_the_own_pool(client: attnstore.Client) -> None:
     batch = stored(client, 40, "in place")
     window = PageWindow(LAYOUT)
-    own = PagePool(LAYOUT, 8 * LAYOUT.page_bytes, allocate=window.allocate_pool)
+    own = window.pool(8 * LAYOUT.page_bytes)
     own.tensor[:] = 1.5
     tier = tier_on(client, batch, window)
     pages = borrowed(tier, client, batch)
@@ -95,7 +94,7 @@ def test_attention_over_own_and_borrowed_pages_is_one_call_and_equal_to_attentio
     client.write(batch.namespace, batch.hashes[:8], [page.numpy().tobytes() for page in contents[:8]])
     batch.hashes[8:] = []
     window = PageWindow(LAYOUT)
-    own = PagePool(LAYOUT, 6 * LAYOUT.page_bytes, allocate=window.allocate_pool)
+    own = window.pool(6 * LAYOUT.page_bytes)
     tier = tier_on(client, batch, window)
     pages = borrowed(tier, client, batch)
     own.tensor[2:6] = contents[8:]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from worker.cache.assembly import SharedUse, TierOptions, create_cache
 from worker.cache.cost_planner import CostPlanner
 from worker.cache.layer_gate import LayerGate
 from worker.cache.load_plan import FetchAll, Planner, RecomputeAll
@@ -11,6 +12,7 @@ from worker.cache.observation import LoadEnd, Observer, Step, Unobserved
 from worker.cache.page_store import STORE_TRANSPORTS, OnLayer, PageStore, open_store
 from worker.cache.pages import PagePool
 from worker.cache.remote import RemoteTier
+from worker.cache.tier import Tier, TierStatistics
 from worker.cache.writers import WRITE_POLICIES
 
 __all__ = [
@@ -31,7 +33,12 @@ __all__ = [
     "Planner",
     "RecomputeAll",
     "RemoteTier",
+    "SharedUse",
     "Step",
+    "Tier",
+    "TierOptions",
+    "TierStatistics",
     "Unobserved",
+    "create_cache",
     "open_store",
 ]

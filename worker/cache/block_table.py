@@ -9,19 +9,21 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from attnstore.core.hashing import BlockHash
+from worker.cache.shared_tier import SharedPages
 
 
 @dataclass(slots=True)
 class BlockTable:
     """The blocks of one sequence. `hashes[j]` names block `j`; all of the prompt's complete blocks are named at admission.
 
-    The list of hashes is the sequence's own and outlives the table.
+    The list of hashes is the sequence's own and outlives the table. `lent` holds the blocks that lie in a node's memory.
     """
 
     block_tokens: int
     block_ids: list[int] = field(default_factory=list)
     hashes: list[BlockHash] = field(default_factory=list)
     sealed: int = 0
+    lent: SharedPages | None = None
 
     @property
     def capacity_tokens(self) -> int:

@@ -29,28 +29,19 @@ class HostTier:
     `policy` is the tier's own (default: least recently used). Raises `PoolTooSmall` where not even one page fits.
     """
 
-    def __init__(
-        self,
-        layout: PageLayout,
-        pool_bytes: int,
-        *,
-        policy: EvictionPolicy[BlockHash] | None = None,
-        on_evict: OnEvict | None = None,
-    ) -> None:
+    def __init__(self, layout: PageLayout, pool_bytes: int, policy: EvictionPolicy[BlockHash] | None = None) -> None:
         self._pages = PagePool(layout, pool_bytes)
-        self._on_evict = on_evict
         self._pool = BlockPool(self._pages.capacity, policy, on_evict=self._leaving)
-        self._dropped = 0
+        self.on_evict: OnEvict = _forget
 
-    @property
-    def dropped(self) -> int:
-        """Pages that `keep` had no room for, because every slot was being copied up."""
-        return self._dropped
+    def keep(self, block_hash: BlockHash, page: Tensor) -> bool:
+        """Copies a page that HBM evicts; one that is here already only counts as used. `page` has the shape of the layout.
 
-    def keep(self, block_hash: BlockHash, page: Tensor) -> None:
-        """Copies a page that HBM evicts; one that is here already only counts as used. `page` has the shape of the layout."""
+        False where there was no room, because every slot is being copied up.
+        """
         slots = self._pool.hold_prefix([block_hash]) or self._copied_down(block_hash, page)
         self._pool.release(slots)
+        return bool(slots)
 
     def hold_prefix(self, hashes: Sequence[BlockHash]) -> list[int]:
         """The slots of the longest prefix of `hashes` that is here, kept in place until `release`."""
@@ -85,12 +76,14 @@ class HostTier:
         try:
             slot = self._pool.allocate()
         except Overloaded:
-            self._dropped += 1
             return []
         self._pages.tensor[slot].copy_(page)
         self._pool.seal(slot, block_hash)
         return [slot]
 
     def _leaving(self, block_hash: BlockHash, slot: int) -> None:
-        if self._on_evict is not None:
-            self._on_evict(block_hash, self._pages.page(slot))
+        self.on_evict(block_hash, self._pages.page(slot))
+
+
+def _forget(block_hash: BlockHash, page: memoryview) -> None:
+    del block_hash, page

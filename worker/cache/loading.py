@@ -15,22 +15,38 @@ from worker.cache.layer_gate import LayerGate
 from worker.cache.load_plan import Prompt
 from worker.cache.observation import LoadEnd
 from worker.cache.swap_in import SwapIn
+from worker.cache.tier import Tier
 
 
 @dataclass(frozen=True, slots=True)
 class Admission:
-    """What was found of a prompt. Tokens count whole blocks; `bytes_read` came from lower tiers."""
+    """What was found of a prompt. Tokens count whole blocks; `bytes_read` came from the store.
+
+    `host_tokens` of the local ones came up from HOST, the others were in HBM; `shared_tokens` of the remote ones came through
+    memory shared with the store's node, or are used there.
+    """
 
     local_tokens: int = 0
     remote_tokens: int = 0
     bytes_read: int = 0
     match_ms: float = 0.0
     read_ms: float = 0.0
+    host_tokens: int = 0
+    shared_tokens: int = 0
 
     @property
     def hit_tokens(self) -> int:
         """Tokens that need no prefill."""
         return self.local_tokens + self.remote_tokens
+
+    def hit_tokens_by_tier(self) -> dict[Tier, int]:
+        """The hit tokens of each tier."""
+        return {
+            Tier.HBM: self.local_tokens - self.host_tokens,
+            Tier.HOST: self.host_tokens,
+            Tier.SHARED: self.shared_tokens,
+            Tier.REMOTE: self.remote_tokens - self.shared_tokens,
+        }
 
 
 @dataclass(slots=True)
@@ -38,7 +54,8 @@ class Loading:
     """An admitted sequence's blocks, and the swap-in for them, if there is one. `end` is None as long as it runs. `prompt` is what
     was to be decided, None where all is resident and for a prefetch.
 
-    `ready` arrived and are still ahead of the computed front; `used_blocks` were passed over.
+    `host_blocks` of the resident ones came up from HOST. `ready` arrived and are still ahead of the computed front; `used_blocks`
+    were passed over, `shared_blocks` of them from SHARED.
     """
 
     table: BlockTable
@@ -48,6 +65,8 @@ class Loading:
     ready: set[int] = field(default_factory=set)
     arrived_blocks: int = 0
     used_blocks: int = 0
+    shared_blocks: int = 0
+    host_blocks: int = 0
     end: LoadEnd | None = None
     ended_ms: float = 0.0
 
@@ -86,16 +105,24 @@ class Loading:
         while block in self.ready:
             self.ready.remove(block)
             self.used_blocks += 1
+            self.shared_blocks += self.swap_in is not None and block in self.swap_in.shared
             block += 1
             self.table.sealed = block
         return block
 
     def admission(self) -> Admission:
         """What has come of it so far."""
-        local_tokens = self.resident_blocks * self.table.block_tokens
+        block_tokens = self.table.block_tokens
+        local_tokens, host_tokens = self.resident_blocks * block_tokens, self.host_blocks * block_tokens
         if self.swap_in is None:
-            return Admission(local_tokens)
+            return Admission(local_tokens, host_tokens=host_tokens)
         searched = self.swap_in.found.search_ms if self.swap_in.found is not None else self.ended_ms - self.swap_in.started_ms
-        read_ms = self.ended_ms - self.swap_in.planned_ms if self.swap_in.plan is not None else 0.0
-        remote_tokens = self.used_blocks * self.table.block_tokens
-        return Admission(local_tokens, remote_tokens, self.swap_in.bytes_read, searched, read_ms)
+        return Admission(
+            local_tokens=local_tokens,
+            remote_tokens=self.used_blocks * block_tokens,
+            bytes_read=self.swap_in.bytes_read,
+            match_ms=searched,
+            read_ms=self.ended_ms - self.swap_in.planned_ms if self.swap_in.plan is not None else 0.0,
+            host_tokens=host_tokens,
+            shared_tokens=self.shared_blocks * block_tokens,
+        )

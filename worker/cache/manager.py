@@ -1,6 +1,6 @@
 """The worker's KV manager: which tier a sequence's blocks come from and where they go when they are sealed.
 
-Owns: the block pool with its pages, and the transfers between it and the store.
+Owns: the block pool with its pages, the HOST tier below it, and the transfers between the pool and the store.
 Invariant: a block that a transfer reads or writes is held until that transfer is over, and only pages that came whole and
 verified are ever given to a sequence. One thread (the engine's) calls everything here.
 """
@@ -8,21 +8,24 @@ verified are ever given to a sequence. One thread (the engine's) calls everythin
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from attnstore.clock import Clock
 from attnstore.core.eviction import EvictionPolicy
 from attnstore.core.hashing import BlockHash, Namespace, block_hash, block_hashes
 from attnstore.errors import Overloaded
-from worker.cache.block_pool import BlockPool, BlockPoolStatistics
+from worker.cache.block_pool import BlockPoolStatistics
 from worker.cache.block_table import BlockTable
+from worker.cache.host_tier import HostTier
 from worker.cache.load_plan import FetchAhead, FetchAll, Planner, Prompt
 from worker.cache.loading import Loading
 from worker.cache.observation import Load, LoadEnd, Observer, Unobserved
 from worker.cache.pages import PagePool
 from worker.cache.remote import RemoteStatistics, RemoteTier
-from worker.cache.swap_in import SwapIn
+from worker.cache.resident import ResidentTiers
+from worker.cache.swap_in import Lender, SwapIn
+from worker.cache.tier import Tier, TierCounter, TierStatistics
 from worker.cache.writers import create_writer
 
 _GRACE_MS = 250.0
@@ -36,6 +39,7 @@ _POLL_MS = 5.0
 class CacheStatistics:
     """A snapshot of the manager. `swap_out_dropped`: sealed blocks that were never sent, for lack of queue or of blocks."""
 
+    tiers: Mapping[Tier, TierStatistics]
     pool: BlockPoolStatistics
     remote: RemoteStatistics
     swap_out_pending: int
@@ -44,8 +48,9 @@ class CacheStatistics:
 
 
 class CacheManager:
-    """Block tables for sequences. Without `remote` the pool is the only tier. `policy` orders the pool's evictions (default: least
-    recently used), `planner` decides about loads (default: fetch all hits), `observer` is told of them.
+    """Block tables for sequences. `policy` orders the pool's evictions (default: least recently used), which go down to `host`;
+    `remote` is the store, and `lender` lets its pages be used in place. Without the three the pool is the only tier.
+    `planner` decides about loads (default: fetch all hits), `observer` is told of them.
     """
 
     def __init__(
@@ -56,6 +61,8 @@ class CacheManager:
         remote: RemoteTier | None,
         clock: Clock,
         policy: EvictionPolicy[BlockHash] | None = None,
+        host: HostTier | None = None,
+        lender: Lender | None = None,
         planner: Planner | None = None,
         observer: Observer | None = None,
         write_policy: str = "write-behind",
@@ -63,7 +70,10 @@ class CacheManager:
         self.pages = pages
         self._namespace = namespace
         self._clock = clock
-        self._pool = BlockPool(pages.capacity, policy, on_evict=self._evicted)
+        self._tiers = TierCounter(pages.layout.block_tokens, pages.layout.page_bytes)
+        self._resident = ResidentTiers(pages, policy, host, self._tiers, self._leaving)
+        self._pool = self._resident.pool
+        self._lender = lender
         self._remote = remote
         self._writer = create_writer(write_policy, self._pool, pages, remote)
         self._planner = planner or FetchAll(remote.deadline_ms if remote is not None else 0.0)
@@ -100,22 +110,23 @@ class CacheManager:
         """
         self._name_blocks(token_ids, hashes)
         announced = hashes[: self._usable_blocks(token_ids)]
-        self._pool.announce(announced)
+        self._resident.announce(announced)
         return announced
 
     def settle(self, announced: Sequence[BlockHash]) -> None:
         """An announced prompt waits no longer: it is about to be admitted, or was cancelled."""
-        self._pool.settle(announced)
+        self._resident.settle(announced)
 
     def admit(self, token_ids: Sequence[int], hashes: list[BlockHash]) -> Loading:
-        """A table with blocks for all tokens, of which the longest prefix that the pool has is there, and more may be on the way.
+        """A table with blocks for all tokens, of which the longest prefix in HBM and HOST is there, and more may be on the way.
 
         At most all tokens but the last are taken from a cache: that one must be computed to have logits. `hashes` as in `announce`.
         Raises `Overloaded`, with nothing held, where transfers and others hold the blocks.
         """
         self._name_blocks(token_ids, hashes)
         usable = self._usable_blocks(token_ids)
-        table = BlockTable(self.block_tokens, self._pool.hold_prefix(hashes[:usable]), hashes)
+        found = self._resident.hold_prefix(hashes[:usable], self._allocate)
+        table = BlockTable(self.block_tokens, found.block_ids, hashes)
         table.sealed = resident = len(table.block_ids)
         try:
             self.grow(table, len(token_ids))
@@ -123,18 +134,21 @@ class CacheManager:
             self.release(table)
             raise
         prompt = self._prompt(table, len(token_ids), usable)
-        return Loading(table, resident, prompt, self._start_swap_in(table, prompt) if prompt is not None else None)
+        swap_in = self._start_swap_in(table, prompt) if prompt is not None else None
+        return Loading(table, resident, prompt, swap_in, host_blocks=found.from_host)
 
     def prefetch(self, token_ids: Sequence[int], hashes: list[BlockHash], spare_blocks: int) -> Loading | None:
-        """A load for a sequence that waits, where the planner wants one and it needs no more than `spare_blocks`, else None.
+        """A load for a sequence that waits, where the planner wants one and it needs no more than `spare_blocks`, else None: also
+        where pages are used in place, which need no fetching.
 
         `advance` takes its pages into the pool; `abandon` and `release` it when it is over or its blocks are needed.
         """
         self._name_blocks(token_ids, hashes)
         usable = self._usable_blocks(token_ids)
-        if self._remote is None or usable > min(spare_blocks, self._pool.available):
+        if self._remote is None or self._lender is not None or usable > min(spare_blocks, self._pool.available):
             return None
-        table = BlockTable(self.block_tokens, self._pool.hold_prefix(hashes[:usable]), hashes)
+        found = self._resident.hold_prefix(hashes[:usable], self._allocate)
+        table = BlockTable(self.block_tokens, found.block_ids, hashes)
         table.sealed = resident = len(table.block_ids)
         prompt = self._prompt(table, len(token_ids), usable)
         if prompt is None or not self._planner.prefetches(prompt):
@@ -205,9 +219,16 @@ class CacheManager:
 
     def release(self, table: BlockTable) -> None:
         """Ends a sequence's hold. Its tail is evicted before its head, because a prefix needs its head."""
-        self._pool.release(reversed(table.block_ids))
+        self._pool.release(block_id for block_id in reversed(table.block_ids) if block_id < self.pages.capacity)
         table.block_ids.clear()
+        if table.lent is not None and self._lender is not None:
+            self._lender.release(table.lent)
+            table.lent = None
         self._reap()
+
+    def is_intact(self, table: BlockTable) -> bool:
+        """Whether blocks that lie in a node's memory still hold their pages. To be asked after a step that used them."""
+        return table.lent is None or table.lent.intact()
 
     def flush(self, timeout_ms: float) -> bool:
         """Waits until every page that is on its way to the store is written or refused. False when time ran out."""
@@ -218,11 +239,14 @@ class CacheManager:
     def close(self) -> None:
         """Ends writing; what is still queued is not written."""
         self._writer.close()
+        if self._lender is not None:
+            self._lender.close()
         self._reap()
 
     def statistics(self) -> CacheStatistics:
         """A snapshot."""
         return CacheStatistics(
+            tiers=self._tiers.statistics(self._resident.evicted_blocks()),
             pool=self._pool.statistics(),
             remote=self._remote.statistics() if self._remote is not None else RemoteStatistics(),
             swap_out_pending=self._writer.pending,
@@ -232,7 +256,7 @@ class CacheManager:
 
     def check(self) -> None:
         """Asserts the conservation of blocks."""
-        self._pool.check()
+        self._resident.check()
 
     def _usable_blocks(self, token_ids: Sequence[int]) -> int:
         return (len(token_ids) - 1) // self.block_tokens
@@ -256,17 +280,40 @@ class CacheManager:
         search = planner.search(prompt)
         if search is None:
             return None
+        for tier in (Tier.SHARED, Tier.REMOTE):
+            self._tiers.queried(tier, prompt.usable_blocks - prompt.resident_blocks)
         wanted = slice(prompt.resident_blocks, prompt.usable_blocks)
         buffers = [self.pages.page(block_id) for block_id in table.block_ids[wanted]]
-        hashes = table.hashes[wanted]
-        return SwapIn(remote, planner, prompt, search, hashes, buffers, clock=self._clock, changed=self._changed)
+        return SwapIn(
+            remote,
+            planner,
+            prompt,
+            search,
+            table.hashes[wanted],
+            buffers,
+            clock=self._clock,
+            changed=self._changed,
+            lender=self._lender,
+        )
 
     def _take_arrived(self, loading: Loading, swap_in: SwapIn) -> None:
-        for block in swap_in.take_arrived():
-            if self._pool.seal(loading.table.block_ids[block], loading.table.hashes[block]):
-                self._writer.arrived(loading.table.hashes[block])
-            loading.ready.add(block)
-            loading.arrived_blocks += 1
+        table = loading.table
+        arrived = swap_in.take_arrived()
+        if swap_in.lent is not None and table.lent is None:
+            table.lent = swap_in.lent
+            for block in arrived:
+                self._pool.release([table.block_ids[block]])
+                table.block_ids[block] = table.lent.block_ids[block - swap_in.prompt.resident_blocks]
+            self._tiers.used_in_place(Tier.SHARED, len(arrived))
+        else:
+            for block in arrived:
+                if self._pool.seal(table.block_ids[block], table.hashes[block]):
+                    self._writer.arrived(table.hashes[block])
+            shared = len(swap_in.shared.intersection(arrived))
+            self._tiers.copied(Tier.SHARED, shared)
+            self._tiers.copied(Tier.REMOTE, len(arrived) - shared)
+        loading.ready.update(arrived)
+        loading.arrived_blocks += len(arrived)
 
     def _is_late(self, swap_in: SwapIn) -> bool:
         if self._clock.now_ms() > swap_in.due_ms + _LOAD_GRACE_MS:
@@ -316,8 +363,8 @@ class CacheManager:
             self._pool.release([block_ids[block]])
             block_ids[block] = self._pool.allocate()
 
-    def _evicted(self, block_hash: BlockHash, block_id: int) -> None:
-        self._writer.evicted(block_hash, self.pages.page(block_id))
+    def _leaving(self, block_hash: BlockHash, page: memoryview) -> None:
+        self._writer.evicted(block_hash, page)
 
     def _allocate(self, blocks: int) -> list[int]:
         self._reap()
@@ -340,6 +387,7 @@ class CacheManager:
         while not self._pool.available and self._in_flight() and self._clock.now_ms() < give_up_ms:
             self._writer.wait_finished(_POLL_MS)
             self._reap()
+        self._reap()  # what ended between the last look and the end of the loop
 
     def _in_flight(self) -> bool:
         return bool(self._quarantine) or self._writer.held > 0
@@ -361,6 +409,8 @@ class _Quarantined:
 
 
 def _natural_end(swap_in: SwapIn) -> LoadEnd:
+    if swap_in.lent is not None:
+        return LoadEnd.LENT
     if swap_in.found is None:
         return LoadEnd.NOT_FOUND
     if swap_in.plan is None:

@@ -52,11 +52,12 @@ class Step:
 class LoadEnd(enum.Enum):
     """Why a load is over.
 
-    COMPLETE: everything planned was fetched or failed. MET: the computed front reached what had arrived. NOT_FOUND: no lower tier
-    had a block. DECLINED: the planner wanted none. LATE: its deadline passed, or the planner gave it up. RELEASED: the sequence
-    was cancelled or preempted.
+    LENT: the pages are used where they lie. COMPLETE: everything planned was fetched or failed. MET: the computed front reached
+    what had arrived. NOT_FOUND: no lower tier had a block. DECLINED: the planner wanted none. LATE: its deadline passed, or the
+    planner gave it up. RELEASED: the sequence was cancelled or preempted.
     """
 
+    LENT = "lent"
     COMPLETE = "complete"
     MET = "met"
     NOT_FOUND = "not_found"

@@ -6,6 +6,7 @@ Owns: `PageStore`, and `open_store`, the one place where the worker opens a clie
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Final, Protocol
 
 import attnstore
@@ -55,10 +56,12 @@ class PageStore(Protocol):
         ...
 
 
-def open_store(target: str, *, deadline_ms: int, transport: str = "auto") -> attnstore.Client | attnstore.ClusterClient:
+def open_store(
+    target: str, *, deadline_ms: int, transport: str = "auto", shared_path: Path | None = None
+) -> attnstore.Client | attnstore.ClusterClient:
     """A client of the store node or cluster at `target` (see `attnstore.connect`): a `PageStore` and a context manager.
 
-    Nothing is sent before its first call.
-    `transport` is one of `STORE_TRANSPORTS`. Raises `InvalidArgument` for a malformed target.
+    Nothing is sent before its first call. `transport` is one of `STORE_TRANSPORTS`, `shared_path` the file of a node's arena on
+    this host. Raises `InvalidArgument` for a malformed target.
     """
-    return attnstore.connect(target, deadline_ms=deadline_ms, transport=transport)
+    return attnstore.connect(target, deadline_ms=deadline_ms, transport=transport, shared_path=shared_path)

@@ -26,7 +26,7 @@ from attnstore.client.mapped import MappedExtent
 from attnstore.core.layout import PageLayout
 from attnstore.errors import InvalidArgument
 from attnstore.limits import GIB
-from worker.cache.pages import HUGE_PAGE_BYTES
+from worker.cache.pages import HUGE_PAGE_BYTES, PagePool
 from worker.dtypes import TORCH_DTYPES
 
 WINDOW_BYTES_MAX: Final = 1024 * GIB
@@ -55,13 +55,14 @@ class PageWindow:
     """A window for pages of one layout. Raises `InvalidArgument` where the addresses are not to be had.
 
     >>> window = PageWindow(PageLayout(layers=1, kv_heads=1, head_dim=16, block_tokens=16))
-    >>> memory = window.allocate_pool(4 * 1024)
-    >>> memory[1024:1026] = bytes([0, 63])
+    >>> pool = window.pool(4 * 1024)
+    >>> pool.tensor[1] = 0.5
     >>> float(window.tensor[1, 0, 0, 0, 0, 0])
     0.5
     """
 
     def __init__(self, layout: PageLayout) -> None:
+        self._layout = layout
         self._page_bytes = layout.page_bytes
         pages = min(WINDOW_BYTES_MAX // layout.page_bytes, _BLOCK_IDS_MAX)
         self._size_bytes = pages * layout.page_bytes
@@ -80,13 +81,11 @@ class PageWindow:
         self.tensor: Tensor = flat.view(pages, *layout.shape)
         """`[pages, layers, 2, kv_heads, block_tokens, head_dim]`; only pages that are mapped may be touched."""
 
-    def allocate_pool(self, size_bytes: int) -> memoryview:
-        """Memory for the worker's own pages: pages 0 and on of the window. Once."""
-        assert self._free_at == 0, "a window has one pool"
-        _mapped(self._base, size_bytes, mmap.PROT_READ | mmap.PROT_WRITE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_FIXED)
-        _libc.madvise(self._base, size_bytes, mmap.MADV_HUGEPAGE)
-        self._free_at = -(-size_bytes // self._unit_bytes) * self._unit_bytes
-        return memoryview(self._whole).cast("B")[:size_bytes]
+    def pool(self, pool_bytes: int) -> PagePool:
+        """The worker's own pages: pages 0 and on of the window. Once. Raises `PoolTooSmall`."""
+        pages = PagePool(self._layout, pool_bytes, allocate=self._allocate)
+        pages.attended = self.tensor
+        return pages
 
     def page_of(self, extent: MappedExtent, offset_bytes: int) -> int | None:
         """The window's page at `offset_bytes` of the extent, which is mapped here for it if it was not yet. From any thread.
@@ -100,6 +99,13 @@ class PageWindow:
             if at is None:
                 at = self._map(extent)
         return None if at is None else (at + offset_bytes) // self._page_bytes
+
+    def _allocate(self, size_bytes: int) -> memoryview:
+        assert self._free_at == 0, "a window has one pool"
+        _mapped(self._base, size_bytes, mmap.PROT_READ | mmap.PROT_WRITE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_FIXED)
+        _libc.madvise(self._base, size_bytes, mmap.MADV_HUGEPAGE)
+        self._free_at = -(-size_bytes // self._unit_bytes) * self._unit_bytes
+        return memoryview(self._whole).cast("B")[:size_bytes]
 
     def _map(self, extent: MappedExtent) -> int | None:
         span = -(-extent.size_bytes // self._unit_bytes) * self._unit_bytes

@@ -44,6 +44,8 @@ class PagePool:
         self._memory = allocate(self.capacity * layout.page_bytes)
         flat = torch.frombuffer(self._memory, dtype=TORCH_DTYPES[layout.dtype], count=self.capacity * math.prod(layout.shape))
         self.tensor = flat.view(self.capacity, *layout.shape)
+        self.attended = self.tensor
+        """What attention reads: the pool, and other memory behind it where the pool lies in a window."""
         # Touches every page now: a first touch during a swap-in would cost as much as the copy itself.
         self.tensor.zero_()
         self._bytes = memoryview(self._memory)

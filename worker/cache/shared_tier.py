@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 from collections import defaultdict
 from collections.abc import Sequence
-from typing import Any, Final, Protocol
+from typing import Any, Final, Protocol, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
@@ -29,6 +29,7 @@ RENEW_PERIOD_MS: Final = LEASE_MARGIN_MS / 2
 """Every lease that the worker takes is longer than the margin."""
 
 
+@runtime_checkable
 class SharedStore(LeaseStore, Protocol):
     """What the tier needs of a store, beside what REMOTE needs: `attnstore.Client` is one."""
 

@@ -24,6 +24,7 @@ from attnstore.limits import CHANNEL_READ_HASHES_MAX
 from attnstore.types import Lease, MatchResult, ReadResult
 from worker.cache.layer_gate import LayerGate
 from worker.cache.load_plan import Found, LoadPlan, LoadProgress, Order, Planner, Prompt, SearchPlan
+from worker.cache.shared_tier import SharedPages
 
 _LOG = logging.getLogger(__name__)
 
@@ -52,10 +53,27 @@ class PageSource(Protocol):
         ...
 
 
+class Lender(Protocol):
+    """Whoever lets pages be used where they lie. No method raises."""
+
+    def borrow(self, hashes: Sequence[BlockHash], lease: Lease) -> SharedPages | None:
+        """All the pages, and the lease with them; None, and the lease stays the caller's."""
+        ...
+
+    def release(self, pages: SharedPages) -> None:
+        """Ends a hold."""
+        ...
+
+    def close(self) -> None:
+        """Ends all holds, soon."""
+        ...
+
+
 class SwapIn:
     """A search and a load that run. `buffers[i]` and `hashes[i]` are those of block `prompt.resident_blocks + i`.
 
-    `changed` is set whenever the engine might go on. The methods are the engine's.
+    Pages that `lender` lends are not read at all: the blocks arrive at once, as those of `lent`, whose first is block
+    `prompt.resident_blocks`. `changed` is set whenever the engine might go on. The methods are the engine's.
     """
 
     def __init__(
@@ -69,6 +87,7 @@ class SwapIn:
         *,
         clock: Clock,
         changed: threading.Event,
+        lender: Lender | None = None,
     ) -> None:
         self.prompt = prompt
         self.search = search
@@ -78,6 +97,10 @@ class SwapIn:
         self.planned_ms = self.started_ms
         self.gate: LayerGate | None = None
         self.bytes_read = 0
+        self.lent: SharedPages | None = None
+        self.shared: set[int] = set()
+        """The blocks that came through memory shared with the store's node."""
+        self._lender = lender
         self._source = source
         self._planner = planner
         self._hashes = hashes
@@ -187,7 +210,9 @@ class SwapIn:
         try:
             match = self._source.match(self._hashes)
             lease = match.lease
-            if self._begin(match.hits[0]):
+            if self._lend(match.hits[0], lease):
+                lease = None
+            elif self._begin(match.hits[0]):
                 while batch := self._next_batch():
                     self._fetch(batch, lease)
                     self.replan()
@@ -198,6 +223,26 @@ class SwapIn:
         self._done.set()
         self._changed.set()
         self._source.release(lease)
+
+    def _lend(self, hits: int, lease: Lease | None) -> bool:
+        """Borrows the pages instead of reading them. True where the lease is not this thread's any more."""
+        if self._lender is None or lease is None:
+            return False
+        pages = self._lender.borrow(self._hashes[:hits], lease)
+        if pages is None:
+            return False
+        hit_end = self.prompt.resident_blocks + hits
+        with self._lock:
+            if not self._over:
+                self._over = True
+                self.found = Found(self.prompt, hit_end, self._front, self._clock.now_ms() - self.started_ms)
+                self.lent = pages
+                self.shared.update(range(self._front, hit_end))
+                self._arrived += range(self._front, hit_end)
+                self._arrived_blocks += max(0, hit_end - self._front)
+                return True
+        self._lender.release(pages)
+        return True
 
     def _begin(self, hits: int) -> bool:
         """Has the load planned. False where there is none."""
@@ -241,6 +286,8 @@ class SwapIn:
         hits = [block for block, status in zip(batch, result.statuses, strict=True) if status.is_hit]
         with self._lock:
             self.bytes_read += result.bytes_read
+            if result.transport == "shm":
+                self.shared.update(hits)
             if not self._over:
                 self._in_flight = range(0)
                 self._arrived += hits

@@ -20,21 +20,18 @@ from torch import Tensor
 
 from attnstore.attention import AttentionBackend, create_attention
 from attnstore.clock import Clock, MonotonicClock
-from attnstore.core.eviction import create_eviction_policy
 from attnstore.core.hashing import namespace
 from attnstore.errors import InvalidArgument, Overloaded
 from worker.cache import (
-    CacheManager,
     CacheStatistics,
     LayerGate,
     LoadEnd,
     Observer,
-    PagePool,
     PageStore,
     Planner,
-    RemoteTier,
     Step,
     Unobserved,
+    create_cache,
 )
 from worker.cache.observation import Answer
 from worker.engine.options import EngineOptions
@@ -98,24 +95,18 @@ class Engine:
         self.options = options or EngineOptions()
         self._clock = clock or MonotonicClock()
         self.layout = model.layout(self.options.block_tokens)
-        pages = PagePool(self.layout, self.options.pool_bytes)
         name = namespace(self.layout, model=model.fingerprint, tenant_salt=self.options.tenant_salt)
         self._observer = observer or Unobserved()
-        remote = None
-        if store is not None:
-            deadline_ms = self.options.store_deadline_ms
-            remote = RemoteTier(store, name, self.layout, deadline_ms=deadline_ms, clock=self._clock, observer=self._observer)
-        self._cache = CacheManager(
-            pages,
+        self._cache = create_cache(
+            self.layout,
             name,
-            remote=remote,
+            self.options.tier_options(),
+            store=store,
             clock=self._clock,
-            policy=create_eviction_policy(self.options.eviction),
             planner=planner,
             observer=self._observer,
-            write_policy=self.options.write_policy,
         )
-        self._runner = Runner(model, pages, attention or create_attention("cpu"))
+        self._runner = Runner(model, self._cache.pages.attended, attention or create_attention("cpu"))
         self._scheduler = Scheduler(self.options.scheduler_limits(), self.options.block_tokens)
         self._prefetch = LookAheadPrefetch(self._cache, self.options.prefetch_sequences)
         self._submitted = 0
@@ -164,6 +155,7 @@ class Engine:
         """
         self._admit()
         self._advance()
+        self._drop_recycled(self._scheduler.running)
         self._make_room()
         self._prefetch.advance(self._scheduler.waiting, self._cache.available_blocks - len(self._scheduler.running))
         chunks = self._scheduler.chunks()
@@ -370,8 +362,19 @@ class Engine:
         sequence.announced = self._cache.announce(sequence.token_ids, sequence.hashes)
         self._counts["preemptions"] += 1
 
+    def _drop_recycled(self, sequences: Items[Sequence]) -> set[Sequence]:
+        """Sends sequences back to waiting whose pages in a node's memory are not theirs any more. Returns them."""
+        recycled = {each for each in sequences if each.table is not None and not self._cache.is_intact(each.table)}
+        for sequence in recycled:
+            self._preempt(sequence)
+        return recycled
+
     def _postprocess(self, chunks: Items[Chunk], logits: Tensor) -> list[Token]:
         self._count(chunks)
+        # Only now that the step has read them is it known that the pages were the right ones all the time.
+        if recycled := self._drop_recycled([chunk.sequence for chunk in chunks]):
+            logits = logits[[chunk.sequence not in recycled for chunk in chunks if chunk.gives_token]]
+            chunks = [chunk for chunk in chunks if chunk.sequence not in recycled]
         giving = [chunk.sequence for chunk in chunks if chunk.gives_token]
         for chunk in chunks:
             assert chunk.sequence.table is not None

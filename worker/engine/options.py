@@ -9,17 +9,18 @@ from dataclasses import dataclass
 
 from attnstore.errors import InvalidArgument
 from attnstore.limits import MIB
+from worker.cache import SharedUse, TierOptions
 from worker.engine.scheduler import SchedulerLimits
 
 
 @dataclass(frozen=True, slots=True)
 class EngineOptions:
-    """`pool_bytes` is a hard limit on KV memory; every store call has a deadline; `eviction` is one of `EVICTION_POLICIES`,
-    `write_policy` one of `WRITE_POLICIES`.
+    """`pool_bytes` is a hard limit on KV memory, `host_pool_bytes` on the HOST tier below it (0: none); every store call has a
+    deadline; `eviction` is one of `EVICTION_POLICIES`, `write_policy` one of `WRITE_POLICIES`; `shared` says how pages of a node on
+    this host are used.
 
     At most `chunk_tokens` of one prompt and `step_tokens` of all sequences run in one step (None: a chunk and all decodes);
-    `sequences_max` run at once and `waiting_max` wait for it; of those
-    the pages of the first `prefetch_sequences` are fetched ahead.
+    `sequences_max` run at once and `waiting_max` wait for it; of those the pages of the first `prefetch_sequences` are fetched ahead.
     Raises `InvalidArgument` for values that do not fit together (an unknown policy when the engine is made).
     """
 
@@ -34,6 +35,8 @@ class EngineOptions:
     eviction: str = "lru"
     write_policy: str = "write-behind"
     prefetch_sequences: int = 2
+    host_pool_bytes: int = 0
+    shared: SharedUse = SharedUse.COPY
 
     def __post_init__(self) -> None:
         if self.chunk_tokens < 1 or self.chunk_tokens % self.block_tokens:
@@ -45,6 +48,12 @@ class EngineOptions:
         if self.store_deadline_ms < 1:
             raise InvalidArgument(f"store_deadline_ms is {self.store_deadline_ms}; it must be at least 1")
         self.scheduler_limits()
+
+    def tier_options(self) -> TierOptions:
+        """What the KV memory is made of."""
+        return TierOptions(
+            self.pool_bytes, self.host_pool_bytes, self.eviction, self.shared, self.store_deadline_ms, self.write_policy
+        )
 
     def scheduler_limits(self) -> SchedulerLimits:
         """What the scheduler keeps to."""

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from attnstore.attention import AttentionBackend
-from worker.cache import PagePool
 from worker.cache.block_table import BlockTable
 from worker.engine.sequence import Chunk
 from worker.model.attention import PagedStep, at_once
@@ -21,11 +20,11 @@ from worker.model.loading import LoadedModel
 
 
 class Runner:
-    """A model on one block pool."""
+    """A model on one block pool, `[blocks, layers, 2, kv_heads, block_tokens, head_dim]`."""
 
-    def __init__(self, model: LoadedModel, pages: PagePool, attention: AttentionBackend) -> None:
+    def __init__(self, model: LoadedModel, pool: Tensor, attention: AttentionBackend) -> None:
         self._decoder = model.decoder
-        self._pool = pages.tensor
+        self._pool = pool
         self._attention = attention
 
     def run(self, chunks: Items[Chunk], before_layer: Callable[[int], None] = at_once) -> Tensor:

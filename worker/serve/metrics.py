@@ -13,6 +13,13 @@ from prometheus_client.registry import Collector
 
 from worker.engine import EngineSnapshot
 
+_TIER_METRICS = {
+    "queried_tokens": "Prompt tokens that a tier was asked for.",
+    "hit_tokens": "Prompt tokens that a tier had.",
+    "bytes_read": "Page bytes copied up from a tier.",
+    "evicted_blocks": "Blocks that a tier evicted.",
+}
+"""Names are those of `TierStatistics`."""
 _TTFT_BUCKETS_S = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
 
 
@@ -48,6 +55,11 @@ class _EngineCollector(Collector):
             yield GaugeMetricFamily(f"attnstore_worker_sequences_{state}", f"Sequences {state}.", getattr(batching, state))
         for state in ("capacity", "free", "held", "evictable"):
             yield GaugeMetricFamily(f"attnstore_worker_blocks_{state}", f"Blocks of the pool: {state}.", getattr(pool, state))
+        for name, meaning in _TIER_METRICS.items():
+            family = CounterMetricFamily(f"attnstore_worker_tier_{name}", meaning, labels=["tier"])
+            for tier, statistics in snapshot.cache.tiers.items():
+                family.add_metric([tier.value], getattr(statistics, name))
+            yield family
         yield CounterMetricFamily("attnstore_worker_steps", "Steps of the engine.", batching.steps)
         yield CounterMetricFamily("attnstore_worker_tokens_computed", "Tokens run through the model.", batching.tokens_computed)
         yield CounterMetricFamily("attnstore_worker_tokens_generated", "Tokens sampled.", batching.tokens_generated)
