@@ -25,8 +25,8 @@ class Tier(enum.Enum):
 class TierStatistics:
     """Counts since the start. `bytes_read`: pages copied up from the tier; those that are used in place are not copied.
 
-    A prompt that is fetched ahead, or preempted, is asked for again. SHARED and REMOTE are asked together: their queried tokens are those of the store. `evicted_blocks`: 0 for a store, which says
-    it itself.
+    A prompt that is fetched ahead, or preempted, is asked for again. SHARED and REMOTE are asked together: their queried tokens are
+    those of the store. `evicted_blocks`: 0 for a store, which says it itself.
     """
 
     queried_tokens: int = 0
