@@ -20,7 +20,7 @@ class EngineOptions:
     this host are used.
 
     At most `chunk_tokens` of one prompt and `step_tokens` of all sequences run in one step (None: a chunk and all decodes);
-    `sequences_max` run at once and `waiting_max` wait for it, of which the first `prefetch_sequences` have their pages fetched ahead.
+    `sequences_max` run at once and `waiting_max` wait for it; the first `prefetch_sequences` of these have pages fetched ahead.
     Raises `InvalidArgument` for values that do not fit together (an unknown policy when the engine is made).
     """
 
