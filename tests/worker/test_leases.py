@@ -51,6 +51,8 @@ def test_a_lease_is_renewed_to_its_length_until_it_is_let_go() -> None:
     assert not second.lost
     keeper.close()
     assert eventually(lambda: node.released == [FIRST, SECOND])
+    keeper.let_go(second)
+    keeper.let_go(first)
 
 
 @pytest.mark.parametrize(("error", "lost"), [(LeaseExpired("gone"), True), (Unavailable("no answer"), False)])

@@ -266,6 +266,7 @@ def test_pages_used_in_place_give_the_same_tokens_and_take_no_room_in_the_pool(t
             assert sequence.generated == wanted
             assert (admission(sequence).shared_tokens, admission(sequence).bytes_read) == (96, 0)
             assert held <= 1, "6 of 7 blocks are the node's"
+            assert sequence.blocks_used == 1
         tiers = engine.statistics().tiers
         assert (tiers[Tier.SHARED].hit_tokens, tiers[Tier.SHARED].bytes_read) == (288, 0)
         assert tiers[Tier.REMOTE].hit_tokens == 0

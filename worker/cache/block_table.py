@@ -26,6 +26,12 @@ class BlockTable:
     lent: SharedPages | None = None
 
     @property
+    def own_block_ids(self) -> list[int]:
+        """The blocks of the worker's own pool, in order."""
+        lent = set(self.lent.block_ids) if self.lent is not None else set()
+        return [block_id for block_id in self.block_ids if block_id not in lent]
+
+    @property
     def capacity_tokens(self) -> int:
         """Tokens that the blocks held now have room for."""
         return len(self.block_ids) * self.block_tokens

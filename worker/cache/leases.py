@@ -59,11 +59,12 @@ class LeaseKeeper:
         return kept
 
     def let_go(self, kept: KeptLease) -> None:
-        """Has a lease released soon. Once per lease."""
+        """Has a lease released soon, unless it was already."""
         with self._changed:
-            self._kept.remove(kept)
-            self._released.append(kept.lease)
-            self._changed.notify_all()
+            if kept in self._kept:
+                self._kept.remove(kept)
+                self._released.append(kept.lease)
+                self._changed.notify_all()
 
     def close(self) -> None:
         """Lets the thread end once everything is released, without waiting for it."""

@@ -219,7 +219,7 @@ class CacheManager:
 
     def release(self, table: BlockTable) -> None:
         """Ends a sequence's hold. Its tail is evicted before its head, because a prefix needs its head."""
-        self._pool.release(block_id for block_id in reversed(table.block_ids) if block_id < self.pages.capacity)
+        self._pool.release(reversed(table.own_block_ids))
         table.block_ids.clear()
         if table.lent is not None and self._lender is not None:
             self._lender.release(table.lent)

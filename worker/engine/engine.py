@@ -380,6 +380,7 @@ class Engine:
             assert chunk.sequence.table is not None
             chunk.sequence.computed_tokens = chunk.end
             self._cache.seal(chunk.sequence.table, chunk.sequence.token_ids, chunk.end)
+        self._cache.end_step()
         token_ids = sample_rows([sequence.sampler for sequence in giving], logits)
         return [self._extend(*each) for each in zip(giving, token_ids, logits, strict=True)]
 
@@ -405,7 +406,7 @@ class Engine:
         self._prefetch.forget(sequence)
         self._end_loading(sequence)
         if sequence.table is not None:
-            sequence.blocks_used = len(sequence.table.block_ids)
+            sequence.blocks_used = len(sequence.table.own_block_ids)
             self._cache.release(sequence.table)
             sequence.table = None
 
