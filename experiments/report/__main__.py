@@ -22,6 +22,7 @@ from experiments.report.page import page
 from experiments.report.rows import Results, read_results
 from experiments.report.style import Picture
 from experiments.report.surfaces import penalty_surface, planner_surface
+from experiments.report.tables import faults
 
 _EXIT_USAGE: Final = 2
 _DOTS_PER_INCH: Final = 130
@@ -40,7 +41,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         for picture in pictures:
             picture.figure.savefig(arguments.out / f"{picture.name}.png", dpi=_DOTS_PER_INCH, metadata={"Software": None})
         here = measured(results.bandwidth)
-        html = page(results.runs, summary(results), findings(results), pictures, (ratios(here), real_machines()))
+        tables = [*([faults(results.faults)] if results.faults else []), ratios(here), real_machines()]
+        html = page(results.runs, summary(results), findings(results), pictures, tables)
         (arguments.out / _PAGE).write_text(html)
         for picture in pictures:
             pyplot.close(picture.figure)

@@ -7,8 +7,6 @@ import math
 from collections.abc import Sequence
 
 from matplotlib import pyplot
-from matplotlib.axes import Axes
-from matplotlib.ticker import FuncFormatter
 
 from experiments.report.rows import RESIDENCES, Decode, FirstToken
 from experiments.report.style import (
@@ -24,6 +22,7 @@ from experiments.report.style import (
     log_rates,
     log_times,
     rate,
+    spell,
 )
 from experiments.report.surfaces import spread
 
@@ -100,8 +99,7 @@ def crossover_lines(cells: Sequence[FirstToken]) -> Picture | None:
     axes.set_xticks(contexts, [f"{context:,}" for context in contexts])
     axes.minorticks_off()
     axes.set_yscale("log")
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: rate(value)))
-    axes.yaxis.set_minor_formatter(FuncFormatter(lambda value, _: rate(float(f"{value:.3g}"))))
+    spell(axes.yaxis, rate)
     axes.set_xlabel("tokens of context")
     axes.set_ylabel("break-even bandwidth")
     axes.legend(title="round trip", loc="center left", bbox_to_anchor=(1.0, 0.5))
@@ -140,7 +138,9 @@ def predictions(cells: Sequence[FirstToken]) -> Picture:
             x, y, s=26, color=_COLORS[index % len(_COLORS)], marker=_MARKERS[index % len(_MARKERS)], label=choice, alpha=0.85
         )
     log_times(axes, "predicted TTFT")
-    _log_times_x(axes, "measured TTFT")
+    axes.set_xscale("log")
+    spell(axes.xaxis, duration)
+    axes.set_xlabel("measured TTFT")
     axes.set_xlim(ends)
     axes.set_ylim(ends)
     axes.set_aspect("equal")
@@ -156,6 +156,7 @@ def predictions(cells: Sequence[FirstToken]) -> Picture:
 
 def decode_costs(rows: Sequence[Decode]) -> Picture:
     """Inter-token time over bandwidth, a line for each place where the KV may be."""
+    rates = sorted({row.gbit_per_s for row in rows})
     contexts = spread([row.context_tokens for row in rows], _PANELS_MAX)
     round_trips = spread([row.rtt_ms for row in rows], _PANELS_MAX)
     figure, panels = pyplot.subplots(
@@ -176,7 +177,9 @@ def decode_costs(rows: Sequence[Decode]) -> Picture:
                 if own:
                     x, y = [row.gbit_per_s for row in own], [row.itl_ms for row in own]
                     panel.plot(x, y, color=color, marker=marker, label=residence)
-            log_rates(panel, sorted({row.gbit_per_s for row in rows}))
+                    if len(rates) == 1:
+                        panel.annotate(duration(y[0]), (x[0], y[0]), (9, 0), textcoords="offset points", va="center")
+            log_rates(panel, rates)
             log_times(panel, "between tokens")
             panel.set_title(f"{context:,.0f} tokens, {rtt_ms:g} ms round trip")
             panel.tick_params(axis="x", rotation=30)
@@ -192,10 +195,3 @@ def decode_costs(rows: Sequence[Decode]) -> Picture:
         "stays in the node, which answers the queries." + remark,
         figure,
     )
-
-
-def _log_times_x(axes: Axes, label: str) -> None:
-    axes.set_xscale("log")
-    axes.xaxis.set_major_formatter(axes.yaxis.get_major_formatter())
-    axes.xaxis.set_minor_formatter(axes.yaxis.get_minor_formatter())
-    axes.set_xlabel(label)

@@ -13,21 +13,12 @@ from matplotlib.ticker import FuncFormatter, NullLocator
 from attnstore.links import PROFILES
 from attnstore.whatif import GPUS, Question, answer, load_model
 from experiments.report.style import BLUE, GREEN, ORANGE, PURPLE, Picture
+from experiments.report.tables import Table
 
 _LINKS: Final = ("800g", "400g", "100g", "25g", "10g", "1g", "100m", "5g", "6g-vision")
 _MODELS: Final = (("llama-3-8b", "h100", 1), ("llama-3-8b", "b200", 1), ("llama-3-70b", "h100", 8), ("llama-3-70b", "mi300x", 8))
 _CONTEXT_TOKENS: Final = 32_768
 _HIT: Final = 0.9
-
-
-@dataclass(frozen=True, slots=True)
-class Table:
-    """Cells as text; the first column is the row's name."""
-
-    title: str
-    caption: str
-    header: tuple[str, ...]
-    lines: tuple[tuple[str, ...], ...]
 
 
 @dataclass(frozen=True, slots=True)

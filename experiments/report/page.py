@@ -11,9 +11,9 @@ from collections.abc import Sequence
 from html import escape
 
 from experiments.bandwidth.claims import Claim
-from experiments.report.memory import Table
 from experiments.report.rows import Run
 from experiments.report.style import Picture
+from experiments.report.tables import Table
 
 _STYLE = """
 :root { color-scheme: light; }

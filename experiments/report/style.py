@@ -6,7 +6,9 @@ marks differ or are labelled where they are.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import matplotlib
 
@@ -14,8 +16,9 @@ matplotlib.use("Agg")
 
 from matplotlib import pyplot
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, NullFormatter, NullLocator
+from matplotlib.ticker import LogFormatter, NullLocator
 
 BLUE, ORANGE, GREEN, VERMILLION, PURPLE, SKY, GREY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#6b6b6b"
 
@@ -71,6 +74,23 @@ def log_rates(axes: Axes, gbit_per_s: list[float]) -> None:
 def log_times(axes: Axes, label: str) -> None:
     """A logarithmic axis of times in milliseconds."""
     axes.set_yscale("log")
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: duration(value)))
-    axes.yaxis.set_minor_formatter(NullFormatter())
+    spell(axes.yaxis, duration)
     axes.set_ylabel(label)
+
+
+def spell(axis: Axis, words: Callable[[float], str]) -> None:
+    """Labels of a logarithmic axis in words; between powers of ten only where there are few powers."""
+    axis.set_major_formatter(_Spelled(words, labelOnlyBase=False, minor_thresholds=(1.5, 0.5)))
+    axis.set_minor_formatter(_Spelled(words, labelOnlyBase=False, minor_thresholds=(1.5, 0.5)))
+
+
+class _Spelled(LogFormatter):
+    """Says what `LogFormatter` says, where it says anything, in other words."""
+
+    def __init__(self, words: Callable[[float], str], **options: Any) -> None:
+        super().__init__(**options)
+        self._words = words
+
+    def __call__(self, x: float, pos: int | None = None) -> str:
+        # Ticks are computed as powers of ten and are off by a rounding.
+        return self._words(float(f"{x:.3g}")) if super().__call__(x, pos) else ""

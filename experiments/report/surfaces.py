@@ -82,7 +82,8 @@ def _figure(cells: Sequence[FirstToken], value: Callable[[FirstToken], float], l
         panel.set_axis_off()
     assert image is not None
     bar = figure.colorbar(image, ax=panels, label=label, shrink=0.8)
-    ticks = [tick for tick in (1 / 16, 1 / 8, 1 / 4, 1 / 2, 0.8, 1, 1.25, 2, 4, 8, 16) if 1 / limit <= tick <= limit]
+    wide, narrow = (1 / 16, 1 / 8, 1 / 4, 1 / 2, 1, 2, 4, 8, 16), (0.5, 0.6, 0.7, 0.8, 0.9, 1, 1.1, 1.25, 1.5, 1.75, 2)
+    ticks = [tick for tick in (wide if limit > max(narrow) else narrow) if 1 / limit <= tick <= limit]
     bar.set_ticks(ticks, labels=[f"{tick:.3g}" for tick in ticks])
     bar.ax.minorticks_off()
     return figure

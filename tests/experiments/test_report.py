@@ -103,6 +103,11 @@ def test_the_same_rows_make_the_same_page(out: Path, tmp_path: Path) -> None:
     assert (tmp_path / "report.html").read_bytes() == (out / "report.html").read_bytes()
 
 
+def test_faults_are_told_one_by_one(out: Path) -> None:
+    row = '<th scope="row">collapse</th><td>1 Gb/s, 1 ms</td><td>512</td><td>100 ms</td><td>120 ms</td><td>1.20</td>'
+    assert row in (out / "report.html").read_text()
+
+
 def test_words_from_results_cannot_become_markup(out: Path) -> None:
     html = (out / "report.html").read_text()
     assert "two &lt;cores&gt; &amp; a cable" in html
