@@ -3,8 +3,8 @@
     python -m experiments.relay [--profiles P ...] [--json PATH]
 
 A server, the relay and a client, each a process, on loopback. For each profile as many bytes as its link carries in two seconds (at
-most 4 GB), from the server to the client over one connection, and the round trip of 64 bytes. `direct` is the same without the relay.
-Medians over rounds.
+most 4 GB), from the server to the client over one connection, and the round trip of 64 bytes; `direct` is the same without the
+relay. Medians over rounds.
 """
 
 from __future__ import annotations
