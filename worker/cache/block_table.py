@@ -1,7 +1,8 @@
 """Where one sequence's tokens lie: its blocks in order, and the slot of each token.
 
 Owns: the mapping from a token's position to `(block_id, offset)`. Invariant: block `j` holds positions
-`[j * block_tokens, (j + 1) * block_tokens)`; the first `sealed` blocks are complete and will never be written again.
+`[j * block_tokens, (j + 1) * block_tokens)`; the first `sealed` blocks are complete and will never be written again; the first
+`remote_blocks` of them are attended to where they lie in the store, and `block_ids` has those after them.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ class BlockTable:
     hashes: list[BlockHash] = field(default_factory=list)
     sealed: int = 0
     lent: SharedPages | None = None
+    remote_blocks: int = 0
 
     @property
     def own_block_ids(self) -> list[int]:
@@ -32,12 +34,22 @@ class BlockTable:
         return [block_id for block_id in self.block_ids if block_id not in lent]
 
     @property
+    def blocks(self) -> int:
+        """Blocks that have a place, here or in the store."""
+        return self.remote_blocks + len(self.block_ids)
+
+    @property
+    def remote_tokens(self) -> int:
+        """Tokens before the first one that lies here."""
+        return self.remote_blocks * self.block_tokens
+
+    @property
     def capacity_tokens(self) -> int:
         """Tokens that the blocks held now have room for."""
-        return len(self.block_ids) * self.block_tokens
+        return self.blocks * self.block_tokens
 
     def slot_mapping(self, begin: int, end: int) -> tuple[list[int], list[int]]:
         """`(block_ids, offsets)` of positions `[begin, end)`, one entry per token."""
-        assert 0 <= begin <= end <= self.capacity_tokens
-        positions = range(begin, end)
+        assert self.remote_tokens <= begin <= end <= self.capacity_tokens
+        positions = range(begin - self.remote_tokens, end - self.remote_tokens)
         return [self.block_ids[p // self.block_tokens] for p in positions], [p % self.block_tokens for p in positions]

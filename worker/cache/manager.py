@@ -158,9 +158,9 @@ class CacheManager:
         swap_in = self._swap_in(self._remote, FetchAhead(self._remote.deadline_ms), prompt, table)
         return Loading(table, resident, None, swap_in)
 
-    def empty_table(self) -> BlockTable:
-        """A table for a sequence whose content matters to nobody."""
-        return BlockTable(self.block_tokens)
+    def empty_table(self, hashes: list[BlockHash] | None = None) -> BlockTable:
+        """A table without blocks; without `hashes` that of a sequence whose content matters to nobody."""
+        return BlockTable(self.block_tokens, hashes=[] if hashes is None else hashes)
 
     def advance(self, loading: Loading, computed_tokens: int) -> int:
         """Takes what has arrived, ends what is over or late, and returns how many tokens need no computing any more.
@@ -199,7 +199,7 @@ class CacheManager:
 
     def grow(self, table: BlockTable, tokens: int) -> None:
         """Gives the table blocks for `tokens` tokens. Raises `Overloaded` where others hold all blocks."""
-        missing = -(-tokens // self.block_tokens) - len(table.block_ids)
+        missing = -(-tokens // self.block_tokens) - table.blocks
         table.block_ids += self._allocate(missing)
 
     def seal(self, table: BlockTable, token_ids: Sequence[int], computed_tokens: int) -> None:
@@ -209,8 +209,9 @@ class CacheManager:
                 parent = table.hashes[-1] if table.hashes else self._namespace
                 block = token_ids[index * self.block_tokens : (index + 1) * self.block_tokens]
                 table.hashes.append(block_hash(parent, block))
-            if self._pool.seal(table.block_ids[index], table.hashes[index]):
-                self._writer.sealed(table.hashes[index], table.block_ids[index])
+            block_id = table.block_ids[index - table.remote_blocks]
+            if self._pool.seal(block_id, table.hashes[index]):
+                self._writer.sealed(table.hashes[index], block_id)
             table.sealed = index + 1
 
     def end_step(self) -> None:
@@ -224,11 +225,26 @@ class CacheManager:
         if table.lent is not None and self._lender is not None:
             self._lender.release(table.lent)
             table.lent = None
+        table.remote_blocks = 0
         self._reap()
 
     def is_intact(self, table: BlockTable) -> bool:
         """Whether blocks that lie in a node's memory still hold their pages. To be asked after a step that used them."""
         return table.lent is None or table.lent.intact()
+
+    def let_stay(self, table: BlockTable, remote_blocks: int) -> None:
+        """The first `remote_blocks` blocks are attended to in the store from now on: those that are here are given up."""
+        own = set(table.own_block_ids)
+        given_up = table.block_ids[: remote_blocks - table.remote_blocks]
+        del table.block_ids[: len(given_up)]
+        table.remote_blocks = remote_blocks
+        table.sealed = max(table.sealed, remote_blocks)
+        self._pool.release(block_id for block_id in reversed(given_up) if block_id in own)
+
+    def offer_again(self, table: BlockTable, blocks: range) -> None:
+        """Starts sealed blocks on their way to the store once more: it refused or lost them."""
+        for block in blocks:
+            self._writer.sealed(table.hashes[block], table.block_ids[block - table.remote_blocks])
 
     def flush(self, timeout_ms: float) -> bool:
         """Waits until every page that is on its way to the store is written or refused. False when time ran out."""

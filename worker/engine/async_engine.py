@@ -18,7 +18,8 @@ from typing import Self
 
 from attnstore.errors import AttnStoreError, Unavailable
 from worker.cache import CacheStatistics
-from worker.engine.engine import BatchingStatistics, Engine, Token
+from worker.engine.engine import Engine
+from worker.engine.outputs import BatchingStatistics, Token
 from worker.engine.sampler import SamplingParams
 from worker.engine.sequence import FinishReason, Sequence
 

@@ -12,7 +12,6 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from collections.abc import Sequence as Items
 from contextlib import contextmanager
-from dataclasses import dataclass
 from types import TracebackType
 from typing import Self
 
@@ -20,9 +19,10 @@ from torch import Tensor
 
 from attnstore.attention import AttentionBackend, create_attention
 from attnstore.clock import Clock, MonotonicClock
-from attnstore.core.hashing import namespace
+from attnstore.core.hashing import Namespace, namespace
 from attnstore.errors import InvalidArgument, Overloaded
 from worker.cache import (
+    Admission,
     CacheStatistics,
     LayerGate,
     LoadEnd,
@@ -34,12 +34,17 @@ from worker.cache import (
     create_cache,
 )
 from worker.cache.observation import Answer
+from worker.cache.remote_attention import AttendStatistics, AttendStore, RemoteAttention
+from worker.engine.attend_policy import AttendPolicy
+from worker.engine.attended import AttendedBlocks
 from worker.engine.options import EngineOptions
+from worker.engine.outputs import BatchingStatistics, Token
 from worker.engine.prefetch import LookAheadPrefetch
 from worker.engine.runner import Runner
-from worker.engine.sampler import SamplingParams, sample_rows
+from worker.engine.sampler import SamplingParams
 from worker.engine.scheduler import Scheduler
 from worker.engine.sequence import Chunk, FinishReason, Sequence, chunk_at, next_chunk
+from worker.engine.speculative import DRAFTS_MAX, Speculation
 from worker.engine.text import TextStream
 from worker.errors import ContextOverflow, PagesLost, PoolTooSmall
 from worker.model.loading import LoadedModel
@@ -48,34 +53,10 @@ _IDLE_MS = 50.0
 """A step that can only wait for pages looks around at least this often."""
 
 
-@dataclass(frozen=True, slots=True)
-class Token:
-    """One generated token, the fp32 logits `[vocabulary]` that it was drawn from, and the text that became certain with it."""
-
-    sequence: Sequence
-    token_id: int
-    logits: Tensor
-    text: str
-
-
-@dataclass(frozen=True, slots=True)
-class BatchingStatistics:
-    """A snapshot. `loading` of the `running` sequences wait for pages. `steps`, `tokens_computed`, `tokens_generated` and
-    `preemptions` count since the start.
-    """
-
-    waiting: int
-    running: int
-    loading: int
-    steps: int
-    tokens_computed: int
-    tokens_generated: int
-    preemptions: int
-
-
 class Engine:
     """Generates with `model`; pages that `store` has are read instead of computed where `planner` (default: always) finds that
-    better, new ones are written to it. `observer` is told of transfers, loads and steps.
+    better, new ones are written to it. `observer` is told of transfers, loads and steps. `attend_nodes` are nodes of the store that
+    answer queries over pages that stay there, where `EngineOptions.attend` says so.
 
     Not thread-safe, except for `wake`. Leaving it as a context manager closes it.
     """
@@ -90,6 +71,7 @@ class Engine:
         clock: Clock | None = None,
         planner: Planner | None = None,
         observer: Observer | None = None,
+        attend_nodes: Items[AttendStore] = (),
     ) -> None:
         self.model = model
         self.options = options or EngineOptions()
@@ -106,9 +88,12 @@ class Engine:
             planner=planner,
             observer=self._observer,
         )
-        self._runner = Runner(model, self._cache.pages.attended, attention or create_attention("cpu"))
+        self._attend = self._attended_blocks(attend_nodes, name)
+        attended = self._attend.remote if self._attend is not None else None
+        self._runner = Runner(model, self._cache.pages.attended, attention or create_attention("cpu"), attended)
         self._scheduler = Scheduler(self.options.scheduler_limits(), self.options.block_tokens)
         self._prefetch = LookAheadPrefetch(self._cache, self.options.prefetch_sequences)
+        self._speculation = Speculation()
         self._submitted = 0
         self._counts: Counter[str] = Counter()
 
@@ -156,12 +141,13 @@ class Engine:
         self._admit()
         self._advance()
         self._drop_recycled(self._scheduler.running)
+        self._draft()
         self._make_room()
         self._prefetch.advance(self._scheduler.waiting, self._cache.available_blocks - len(self._scheduler.running))
         chunks = self._scheduler.chunks()
         if chunks:
             with self._failing(chunks):
-                return self._postprocess(chunks, self._run(chunks))
+                return self._step(chunks)
         if not self._scheduler.running:
             return []
         for sequence in self._scheduler.running:
@@ -210,8 +196,14 @@ class Engine:
             waiting=len(self._scheduler.waiting),
             running=len(self._scheduler.running),
             loading=sum(sequence.loading is not None for sequence in self._scheduler.running),
+            drafts_checked=self._speculation.checked,
+            drafts_accepted=self._speculation.accepted,
             **{name: self._counts[name] for name in ("steps", "tokens_computed", "tokens_generated", "preemptions")},
         )
+
+    def attending(self) -> AttendStatistics | None:
+        """A snapshot of what was asked of store nodes; None where nothing ever is."""
+        return self._attend.remote.statistics() if self._attend is not None else None
 
     def check(self) -> None:
         """Asserts the conservation of blocks."""
@@ -219,6 +211,8 @@ class Engine:
 
     def close(self) -> None:
         """Ends writing; flush first to keep what was computed."""
+        if self._attend is not None:
+            self._attend.remote.end()
         self._cache.close()
 
     def __enter__(self) -> Self:
@@ -226,6 +220,14 @@ class Engine:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.close()
+
+    def _attended_blocks(self, nodes: Items[AttendStore], name: Namespace) -> AttendedBlocks | None:
+        policy = self.options.attend_policy()
+        if not nodes or policy is AttendPolicy.NEVER:
+            return None
+        deadline_ms = self.options.store_deadline_ms
+        remote = RemoteAttention(nodes, name, self.layout, self.model.query_shape(), deadline_ms=deadline_ms)
+        return AttendedBlocks(remote, self._cache, policy, chunk_tokens=self.options.chunk_tokens, flush_ms=deadline_ms)
 
     def _sequence(self, token_ids: list[int], sampling: SamplingParams, priority: int) -> Sequence:
         self._submitted += 1
@@ -259,6 +261,11 @@ class Engine:
     def _start(self, sequence: Sequence) -> None:
         sequence.admitted_ms = self._clock.now_ms()
         self._prefetch.forget(sequence)
+        sequence.attends = self._attend is not None and self._attend.wants(sequence) and self._attend.admit(sequence)
+        if sequence.attends:
+            sequence.admission = sequence.admission or Admission(remote_tokens=sequence.computed_tokens)
+            self._scheduler.start(sequence)
+            return
         sequence.loading = self._cache.admit(sequence.token_ids, sequence.hashes)
         sequence.prompt = sequence.loading.prompt
         sequence.table = sequence.loading.table
@@ -304,6 +311,38 @@ class Engine:
                     self._end(chunk.sequence, FinishReason.FAILED)
             raise
 
+    def _step(self, chunks: Items[Chunk]) -> list[Token]:
+        started_ms = self._clock.now_ms()
+        try:
+            logits = self._run(chunks)
+        except PagesLost:  # of a store node that attends; nothing was computed
+            for chunk in chunks:
+                chunk.sequence.drafts = ()
+            self._recover()
+            return []
+        return self._postprocess(chunks, logits, self._clock.now_ms() - started_ms)
+
+    def _recover(self) -> None:
+        """Finds the blocks that running sequences lost at the store again, or has them waiting, to be fetched or computed."""
+        assert self._attend is not None
+        for sequence in self._scheduler.running:
+            if sequence.remote is not None and sequence.remote.lost and not self._attend.recover(sequence):
+                self._give_up_remote(self._attend, sequence)
+
+    def _give_up_remote(self, attend: AttendedBlocks, sequence: Sequence) -> None:
+        """Has a sequence that lost its blocks at the store begin anew, or ends it where it has no way to go on."""
+        if attend.may_go_on(sequence):
+            self._preempt(sequence)
+        else:
+            self._end(sequence, FinishReason.REMOTE_LOST)
+
+    def _draft(self) -> None:
+        """Guesses next tokens, within the room there is: nobody is preempted for a guess."""
+        running = self._scheduler.running
+        if self.options.speculate and self._cache.available_blocks >= len(running) * (1 + DRAFTS_MAX // self.layout.block_tokens):
+            pool_tokens = self._cache.capacity_tokens
+            self._speculation.draft(running, tokens_max=self.model.context_tokens_max, pool_tokens=pool_tokens)
+
     def _gate(self, sequence: Sequence) -> LayerGate | None:
         return sequence.loading.gate(sequence.computed_tokens) if sequence.loading is not None else None
 
@@ -326,7 +365,7 @@ class Engine:
         sequence.computed_tokens = self._cache.advance(loading, sequence.computed_tokens)
         assert sequence.computed_tokens == begin
         self._end_loading(sequence, LoadEnd.COMPLETE)
-        return self._postprocess([chunk], logits)
+        return self._postprocess([chunk], logits, 0.0)
 
     def _end_loading(self, sequence: Sequence, end: LoadEnd = LoadEnd.RELEASED) -> None:
         if sequence.loading is not None:
@@ -337,26 +376,39 @@ class Engine:
 
     def _make_room(self) -> None:
         """Gives each running sequence the blocks for all its tokens; for lack of blocks the last ones go back to waiting."""
+        for sequence in self._scheduler.running:
+            self._leave_behind(sequence)
         while (victim := self._scheduler.victim(self._cache.available_blocks)) is not None:
             if not self._prefetch.give_way():
                 self._preempt(victim)
         for sequence in self._scheduler.running:
             assert sequence.table is not None
             try:
-                self._cache.grow(sequence.table, len(sequence.token_ids))
+                self._cache.grow(sequence.table, sequence.room_tokens(self.options.chunk_tokens))
             except Overloaded:  # a transfer kept a block for longer than its deadline
                 if len(self._scheduler.running) > 1:
                     self._preempt(sequence)
                 else:
                     self._end(sequence, FinishReason.OVERLOADED)
 
+    def _leave_behind(self, sequence: Sequence) -> None:
+        """Leaves blocks to the store where a sequence attends, or has grown too long to go on without."""
+        if self._attend is None or sequence.loading is not None:
+            return
+        sequence.attends = sequence.attends or self._attend.wants(sequence)
+        if sequence.attends and not self._attend.make_room(sequence):
+            self._give_up_remote(self._attend, sequence)
+
     def _preempt(self, sequence: Sequence) -> None:
         """Takes a sequence's blocks. Sealed ones stay findable here and in the store, so only its tail is computed again."""
         assert sequence.table is not None
         self._scheduler.preempt(sequence)
         self._end_loading(sequence)
+        if self._attend is not None:
+            self._attend.release(sequence)
         self._cache.release(sequence.table)
         sequence.table = None
+        sequence.drafts = ()
         sequence.computed_tokens = 0
         sequence.preemptions += 1
         sequence.announced = self._cache.announce(sequence.token_ids, sequence.hashes)
@@ -369,20 +421,38 @@ class Engine:
             self._preempt(sequence)
         return recycled
 
-    def _postprocess(self, chunks: Items[Chunk], logits: Tensor) -> list[Token]:
+    def _postprocess(self, chunks: Items[Chunk], logits: Tensor, took_ms: float) -> list[Token]:
         self._count(chunks)
         # Only now that the step has read them is it known that the pages were the right ones all the time.
         if recycled := self._drop_recycled([chunk.sequence for chunk in chunks]):
-            logits = logits[[chunk.sequence not in recycled for chunk in chunks if chunk.gives_token]]
+            kept = [chunk.sequence not in recycled for chunk in chunks if chunk.gives_token for _ in range(1 + len(chunk.drafts))]
+            logits = logits[kept]
             chunks = [chunk for chunk in chunks if chunk.sequence not in recycled]
-        giving = [chunk.sequence for chunk in chunks if chunk.gives_token]
+        token_ids = self._speculation.next_tokens(chunks, logits, took_ms)
+        tokens: list[Token] = []
         for chunk in chunks:
-            assert chunk.sequence.table is not None
-            chunk.sequence.computed_tokens = chunk.end
-            self._cache.seal(chunk.sequence.table, chunk.sequence.token_ids, chunk.end)
+            sequence = chunk.sequence
+            assert sequence.table is not None
+            sequence.drafts = ()
+            sequence.computed_tokens = chunk.end
+            self._cache.seal(sequence.table, sequence.token_ids, chunk.end)
+            if (drawn := token_ids.get(sequence)) is not None:
+                tokens += self._extend_all(sequence, drawn)
         self._cache.end_step()
-        token_ids = sample_rows([sequence.sampler for sequence in giving], logits)
-        return [self._extend(*each) for each in zip(giving, token_ids, logits, strict=True)]
+        return tokens
+
+    def _extend_all(self, sequence: Sequence, drawn: Items[tuple[int, Tensor]]) -> list[Token]:
+        """Appends tokens of which all but the last were computed, up to the end of the sequence."""
+        tokens: list[Token] = []
+        for number, (token_id, logits) in enumerate(drawn):
+            if number:
+                assert sequence.table is not None
+                sequence.computed_tokens += 1
+                self._cache.seal(sequence.table, sequence.token_ids, sequence.computed_tokens)
+            tokens.append(self._extend(sequence, token_id, logits))
+            if sequence.finish_reason is not None:
+                break
+        return tokens
 
     def _extend(self, sequence: Sequence, token_id: int, logits: Tensor) -> Token:
         assert sequence.text_stream is not None
@@ -405,6 +475,8 @@ class Engine:
         self._scheduler.remove(sequence)
         self._prefetch.forget(sequence)
         self._end_loading(sequence)
+        if self._attend is not None:
+            self._attend.release(sequence)
         if sequence.table is not None:
             sequence.blocks_used = len(sequence.table.own_block_ids)
             self._cache.release(sequence.table)
@@ -422,7 +494,7 @@ class Engine:
             return FinishReason.LENGTH
         if len(sequence.token_ids) >= self.model.context_tokens_max:
             return FinishReason.CONTEXT_FULL
-        if len(sequence.token_ids) > self._cache.capacity_tokens:
+        if len(sequence.token_ids) > self._cache.capacity_tokens and self._attend is None:
             return FinishReason.POOL_FULL
         return None
 
@@ -437,7 +509,7 @@ class Engine:
             raise ContextOverflow(
                 f"the prompt has {len(token_ids)} tokens; the context of {self.model.name} is {context}, the answer included"
             )
-        if len(token_ids) > pool:
+        if len(token_ids) > pool and self._attend is None:
             raise PoolTooSmall(
                 f"the prompt has {len(token_ids)} tokens; the pool of {self.options.pool_bytes} bytes holds {pool} of "
                 f"{self.layout.page_bytes // self.layout.block_tokens} bytes each; give it more"

@@ -89,7 +89,7 @@ class Scheduler:
         if not self._waiting or len(self._running) >= self._limits.sequences_max:
             return None
         first = self._waiting[0]
-        fits = self._blocks(len(first.token_ids)) + len(self._running) <= available_blocks
+        fits = self._blocks(first.room_tokens(self._limits.chunk_tokens)) + len(self._running) <= available_blocks
         return first if fits or not self._running else None
 
     def start(self, sequence: Sequence) -> None:
@@ -120,7 +120,7 @@ class Scheduler:
         chunks: list[Chunk] = []
         budget = self._limits.step_tokens
         candidates = [next_chunk(sequence, self._limits.chunk_tokens) for sequence in self._running]
-        for chunk in sorted(candidates, key=lambda chunk: chunk.tokens > 1):
+        for chunk in sorted(candidates, key=lambda chunk: chunk.end - chunk.begin > 1):
             if 0 < chunk.tokens <= budget:
                 budget -= chunk.tokens
                 chunks.append(chunk)
@@ -128,7 +128,7 @@ class Scheduler:
 
     def _missing_blocks(self, sequence: Sequence) -> int:
         assert sequence.table is not None
-        return self._blocks(len(sequence.token_ids)) - len(sequence.table.block_ids)
+        return max(0, self._blocks(sequence.room_tokens(self._limits.chunk_tokens)) - sequence.table.blocks)
 
     def _blocks(self, tokens: int) -> int:
         return -(-tokens // self._block_tokens)

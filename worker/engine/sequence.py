@@ -9,18 +9,21 @@ what it was given free, up to `computable_tokens`.
 from __future__ import annotations
 
 import enum
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from attnstore.core.hashing import BlockHash
 from worker.cache import Admission, Loading
 from worker.cache.block_table import BlockTable
 from worker.cache.load_plan import Prompt
+from worker.cache.remote_attention import RemoteContext
 from worker.engine.sampler import Sampler, SamplingParams
 from worker.engine.text import TextStream
 
 
 class FinishReason(enum.Enum):
-    """Why a sequence ended. OVERLOADED: transfers held the pool for longer than their deadline. FAILED: its step raised."""
+    """Why a sequence ended. OVERLOADED: transfers held the pool for longer than their deadline. REMOTE_LOST: its context does not
+    fit into the pool, and the store does not keep or answer for the rest of it. FAILED: its step raised.
+    """
 
     STOP = "stop"
     LENGTH = "length"
@@ -29,6 +32,7 @@ class FinishReason(enum.Enum):
     CANCELLED = "cancelled"
     OVERLOADED = "overloaded"
     FAILED = "failed"
+    REMOTE_LOST = "remote_lost"
 
 
 @dataclass(slots=True, eq=False)
@@ -36,7 +40,8 @@ class Sequence:
     """`token_ids` are the prompt's `prompt_tokens` tokens and then the generated ones. Times are on the engine's clock.
 
     `hashes` name its first complete blocks, `table` has the blocks held now, `admission` what was found of the prompt the first
-    time. `prompt` is what was to be decided when it was last admitted, at `admitted_ms`; None where all was resident.
+    time. `prompt` is what was to be decided when it was last admitted, at `admitted_ms`; None where all was resident. One that
+    `attends` may leave its first blocks in the store: `remote` is where. `drafts` are guesses of the next tokens.
     """
 
     sequence_id: int
@@ -54,6 +59,10 @@ class Sequence:
     admitted_ms: float = 0.0
     table: BlockTable | None = None
     loading: Loading | None = None
+    remote: RemoteContext | None = None
+    attends: bool = False
+    remote_losses: int = 0
+    drafts: tuple[int, ...] = ()
     computed_tokens: int = 0
     computable_tokens: int | None = None
     blocks_used: int = 0
@@ -70,6 +79,11 @@ class Sequence:
         """The tokens sampled so far."""
         return self.token_ids[self.prompt_tokens :]
 
+    def room_tokens(self, chunk_tokens: int) -> int:
+        """For how many tokens there must be blocks in the next step: all known ones, or the next chunk's where it attends."""
+        known = next_chunk(self, chunk_tokens).end if self.attends else len(self.token_ids)
+        return known + len(self.drafts)
+
     @property
     def in_prefill(self) -> bool:
         """Tokens of the prompt are still to be computed."""
@@ -78,16 +92,21 @@ class Sequence:
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """Tokens `[begin, end)` of a sequence, to be computed in one step."""
+    """Tokens `[begin, end)` of a sequence, to be computed in one step, and guesses of the tokens after them."""
 
     sequence: Sequence
     begin: int
     end: int
+    drafts: tuple[int, ...] = ()
 
     @property
     def tokens(self) -> int:
         """How many tokens the chunk computes."""
-        return self.end - self.begin
+        return self.end - self.begin + len(self.drafts)
+
+    def token_ids(self) -> list[int]:
+        """The tokens that the chunk computes."""
+        return [*self.sequence.token_ids[self.begin : self.end], *self.drafts]
 
     @property
     def gives_token(self) -> bool:
@@ -99,7 +118,7 @@ def next_chunk(sequence: Sequence, chunk_tokens: int) -> Chunk:
     """The next tokens to compute, up to where pages are on the way; maybe none."""
     chunk = chunk_at(sequence, sequence.computed_tokens, chunk_tokens)
     if sequence.computable_tokens is None:
-        return chunk
+        return replace(chunk, drafts=sequence.drafts) if chunk.gives_token else chunk
     return Chunk(sequence, chunk.begin, max(chunk.begin, min(chunk.end, sequence.computable_tokens)))
 
 

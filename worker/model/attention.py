@@ -11,10 +11,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Final
 
-from torch import Tensor, nn, stack
+from torch import Tensor, float32, nn, stack
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from attnstore.attention import AttentionBackend
+from worker.cache.remote_step import RemoteStep
 
 ATTENTION_NAME: Final = "attnstore_paged"
 
@@ -26,6 +27,8 @@ class PagedStep:
     pool: `[blocks, layers, 2, kv_heads, block_tokens, head_dim]`; new keys and values are written into it.
     slot_blocks, slot_offsets: int64 `[total_q]`, the block and the token position inside it of each query's own key.
     block_tables, context_lens, query_starts: as in `AttentionBackend.paged_attention`.
+    remote: asks store nodes about the blocks that lie before those of `block_tables`; None where there are none. `context_lens`
+        then count the keys in the tables alone.
     before_layer: called with each layer's number before its pages are read; returns when they are there, or raises `PagesLost`.
     """
 
@@ -37,6 +40,7 @@ class PagedStep:
     context_lens: Tensor
     query_starts: Tensor
     before_layer: Callable[[int], None]
+    remote: RemoteStep | None = None
 
     def attend(self, layer: int, query: Tensor, keys_values: Tensor, *, scale: float, sliding_window: int | None = None) -> Tensor:
         """One layer: query `[total_q, q_heads, head_dim]` and its own keys and values `[total_q, 2, kv_heads, head_dim]`, rotated.
@@ -46,7 +50,10 @@ class PagedStep:
         self.before_layer(layer)
         slots = self.pool[:, layer].permute(0, 3, 1, 2, 4)  # [blocks, block_tokens, 2, kv_heads, head_dim]
         slots.index_put_((self.slot_blocks, self.slot_offsets), keys_values)
-        out, _lse = self.backend.paged_attention(
+        if self.remote is not None:
+            assert sliding_window is None, "nodes answer over all of a set's keys"
+            self.remote.ask(layer, query)  # first, so that the nodes compute while we do
+        out, lse = self.backend.paged_attention(
             query,
             self.pool,
             self.block_tables,
@@ -55,8 +62,9 @@ class PagedStep:
             layer=layer,
             scale=scale,
             sliding_window=sliding_window,
+            out_dtype=None if self.remote is None else float32,
         )
-        return out
+        return out if self.remote is None else self.remote.merge(out, lse).to(query.dtype)
 
 
 def at_once(_: int) -> None:

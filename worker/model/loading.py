@@ -15,6 +15,8 @@ from typing import Any, Final
 import transformers
 
 from attnstore.core.layout import DType, PageLayout
+from attnstore.errors import InvalidArgument
+from worker.cache.remote_attention import QueryShape
 from worker.dtypes import TORCH_DTYPES
 from worker.errors import ModelUnavailable
 from worker.model.attention import ATTENTION_NAME, register_attention
@@ -58,6 +60,14 @@ class LoadedModel:
             block_tokens=block_tokens,
             dtype=self.dtype,
         )
+
+    def query_shape(self) -> QueryShape:
+        """The queries that a store node can answer. Raises `InvalidArgument` for a model that does not attend to all keys."""
+        config = self.module.config
+        if getattr(config, "sliding_window", None) is not None and getattr(config, "use_sliding_window", True):
+            raise InvalidArgument(f"{self.name} attends to a sliding window; store nodes answer over all keys: use attend='never'")
+        scale = next(module.scaling for module in self.module.modules() if hasattr(module, "scaling"))
+        return QueryShape(config.num_attention_heads, float(scale))
 
 
 def load_model(path: Path | None = None, dtype: DType = DType.FP32, cache: Path | None = None) -> LoadedModel:

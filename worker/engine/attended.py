@@ -1,0 +1,120 @@
+"""Sequences some of whose blocks stay in the store: which, how many of their blocks are here, and what becomes of a loss.
+
+Owns: the decision to attend remotely, and the remote contexts of sequences. The engine calls it between steps.
+Invariant: a sequence that attends has at most `resident_blocks_max` blocks here when a step begins, and the blocks before them, all
+of them, in one context that is not lost; so contexts of any length run in a pool of any size that holds a few chunks.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+from worker.cache import CacheManager
+from worker.cache.remote_attention import RemoteAttention, RemoteContext
+from worker.engine.attend_policy import AttendPolicy
+from worker.engine.sequence import Sequence
+
+LOSSES_MAX: Final = 3
+"""After so many losses a sequence attends no more."""
+
+
+class AttendedBlocks:
+    """`flush_ms`: how long to wait for blocks on their way to the store before one that is needed there is given up."""
+
+    def __init__(
+        self, remote: RemoteAttention, cache: CacheManager, policy: AttendPolicy, *, chunk_tokens: int, flush_ms: float
+    ) -> None:
+        self.remote = remote
+        self._cache = cache
+        self._policy = policy
+        self._chunk_tokens = chunk_tokens
+        self._flush_ms = flush_ms
+        pool_blocks = cache.pages.capacity
+        self.resident_blocks_max = max(pool_blocks // 2, min(pool_blocks, chunk_tokens // cache.block_tokens + 2))
+
+    def wants(self, sequence: Sequence) -> bool:
+        """The sequence is to attend from its next admission on, or is too long now to go on without."""
+        if sequence.remote_losses > LOSSES_MAX:
+            return False
+        return self._policy is AttendPolicy.ALWAYS or not self.fits(sequence)
+
+    def admit(self, sequence: Sequence) -> bool:
+        """Gives a waiting sequence a table that begins with all the blocks that the store has of it.
+
+        False, with nothing done, where that is none and the sequence fits into the pool.
+        """
+        usable = (len(sequence.token_ids) - 1) // self._cache.block_tokens
+        context = self.remote.open(sequence.hashes[:usable])
+        if context is None and self.fits(sequence):
+            return False
+        table = self._cache.empty_table(sequence.hashes)
+        if context is not None:
+            self._cache.let_stay(table, context.blocks)
+        sequence.table, sequence.remote = table, context
+        sequence.computed_tokens = table.remote_tokens
+        return True
+
+    def make_room(self, sequence: Sequence) -> bool:
+        """Leaves the oldest blocks to the store where the next step would need more blocks here than allowed.
+
+        False where the store does not have them: the sequence cannot go on like this.
+        """
+        table = sequence.table
+        assert table is not None
+        needed = -(-sequence.room_tokens(self._chunk_tokens) // self._cache.block_tokens)
+        if needed - table.remote_blocks <= self.resident_blocks_max:
+            return True
+        leaving = min(table.sealed, needed - self.resident_blocks_max // 2)
+        context = self._open_all(sequence, leaving)
+        if context is None:
+            sequence.remote_losses = LOSSES_MAX + 1
+            return False
+        self.release(sequence)
+        sequence.remote = context
+        self._cache.let_stay(table, context.blocks)
+        return needed - table.remote_blocks <= self._cache.pages.capacity
+
+    def recover(self, sequence: Sequence) -> bool:
+        """After a loss: the same blocks once more, from whoever has them now. False where they are not to be had."""
+        table = sequence.table
+        assert table is not None
+        sequence.remote_losses += 1
+        self.release(sequence)
+        if sequence.remote_losses > LOSSES_MAX:
+            return False
+        sequence.remote = self.remote.open(table.hashes[: table.remote_blocks])
+        return sequence.remote is not None and sequence.remote.blocks == table.remote_blocks
+
+    def may_go_on(self, sequence: Sequence) -> bool:
+        """A sequence that was lost too often goes on without the store, where it fits into the pool."""
+        return sequence.remote_losses <= LOSSES_MAX or self.fits(sequence)
+
+    def fits(self, sequence: Sequence) -> bool:
+        """The sequence, and a token more, fits into the pool."""
+        return len(sequence.token_ids) < self._cache.capacity_tokens
+
+    def release(self, sequence: Sequence) -> None:
+        """The sequence needs its remote blocks no more."""
+        if sequence.remote is not None:
+            self.remote.close(sequence.remote)
+            sequence.remote = None
+
+    def _open_all(self, sequence: Sequence, blocks: int) -> RemoteContext | None:
+        """A context of exactly so many blocks; those that the store lacks are sent once more."""
+        table = sequence.table
+        assert table is not None
+        context = self.remote.open(table.hashes[:blocks])
+        if context is not None and context.blocks == blocks:
+            return context
+        there = table.remote_blocks
+        if context is not None:
+            there = max(there, context.blocks)
+            self.remote.close(context)
+        if self._cache.flush(self._flush_ms):
+            self._cache.offer_again(table, range(there, blocks))
+            self._cache.flush(self._flush_ms)
+        context = self.remote.open(table.hashes[:blocks])
+        if context is None or context.blocks == blocks:
+            return context
+        self.remote.close(context)
+        return None
