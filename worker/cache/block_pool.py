@@ -133,6 +133,11 @@ class BlockPool:
         """The sequence that announced exactly these blocks waits no longer: it has its blocks or was cancelled."""
         self._policy.settled(hashes)
 
+    def drop_evictable(self) -> None:
+        """Evicts every block that nobody holds."""
+        while (victim := self._policy.victim()) is not None:
+            self._free.append(self._evict(victim))
+
     def statistics(self) -> BlockPoolStatistics:
         """A snapshot."""
         return BlockPoolStatistics(self._capacity, len(self._free), len(self._holders), len(self._policy), self._evicted)

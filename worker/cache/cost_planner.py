@@ -35,14 +35,14 @@ class CostPlanner:
         self._book = CostBook(clock)
         self._log = DecisionLog(sink)
         self._lock = threading.Lock()
-        self._loads = 0
+        self._loading: set[int] = set()
 
     def search(self, prompt: Prompt) -> SearchPlan | None:
         """Asks unless that cannot pay; computes meanwhile as much as the answer takes."""
         plan = self._search(prompt)
         if plan is not None:
             with self._lock:
-                self._loads += 1
+                self._loading.add(prompt.number)
         return plan
 
     def load(self, found: Found) -> LoadPlan | None:
@@ -99,13 +99,13 @@ class CostPlanner:
     def stepped(self, step: Step) -> None:
         """See `CostBook`."""
         with self._lock:
-            loads = self._loads
+            loads = len(self._loading)
         self._book.stepped(step, loads=loads)
 
     def loaded(self, load: Load) -> None:
         """Notes how it ended."""
         with self._lock:
-            self._loads -= 1
+            self._loading.discard(load.prompt.number)
         self._log.loaded(load)
 
     def answered(self, answer: Answer) -> None:

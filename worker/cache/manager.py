@@ -246,6 +246,11 @@ class CacheManager:
         for block in blocks:
             self._writer.sealed(table.hashes[block], table.block_ids[block - table.remote_blocks])
 
+    def drop_cached(self) -> None:
+        """Forgets every block that no sequence and no transfer holds."""
+        self._reap()
+        self._pool.drop_evictable()
+
     def flush(self, timeout_ms: float) -> bool:
         """Waits until every page that is on its way to the store is written or refused. False when time ran out."""
         flushed = self._writer.flush(timeout_ms)

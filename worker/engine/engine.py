@@ -186,6 +186,10 @@ class Engine:
         """Waits until all pages that are on their way to the store are there. False when time ran out."""
         return self._cache.flush(timeout_ms)
 
+    def drop_cached(self) -> None:
+        """Forgets every block that no sequence holds, as after a restart: what comes next is a miss here."""
+        self._cache.drop_cached()
+
     def statistics(self) -> CacheStatistics:
         """A snapshot of the KV manager."""
         return self._cache.statistics()

@@ -1,0 +1,196 @@
+"""The worker process of the measurement: a real model behind the public API, told by a pipe what to run.
+
+Owns: the prompts, the engines and what is asked of them. Invariant: no block is cached before a measurement, and nothing that a
+measurement computes reaches the store: what is found there was put there by `fill`.
+
+Each request is one line of JSON, a `verb` and its arguments; each answer one line.
+"""
+
+from __future__ import annotations
+
+import json
+import pydoc_data.topics
+import random
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from statistics import median
+from typing import Any, Final
+
+import torch
+
+from attnstore.clock import MonotonicClock
+from attnstore.core.hashing import block_hashes, namespace
+from attnstore.core.layout import DType
+from attnstore.types import PageStatus, WriteResult
+from worker.cache import CostPlanner, FetchAll, PageStore, Planner, RecomputeAll, open_store
+from worker.engine import Engine, EngineOptions, SamplingParams
+from worker.model import load_model
+
+_DEADLINE_MS: Final = 300_000
+_FLUSH_MS: Final = 120_000
+_OPTIONS: Final = EngineOptions(pool_bytes=256 << 20, store_deadline_ms=_DEADLINE_MS)
+_ONE_TOKEN: Final = SamplingParams(max_tokens=1, stop_token_ids=frozenset())
+_CALIBRATION_TOKENS: Final = 2048
+_CALIBRATION_READS: Final = 8
+_CALIBRATION_S_MAX: Final = 6.0
+_DECODE_STEPS: Final = 5
+
+
+@dataclass(frozen=True, slots=True)
+class Start:
+    """How the process is started: the node itself, the node behind the link, and how pages travel."""
+
+    node_url: str
+    link_url: str
+    transport: str
+    seed: int
+    threads: int
+
+
+class ReadOnly:
+    """A store that takes no pages, so that a measurement finds what it should and nothing that another one left."""
+
+    def __init__(self, store: PageStore) -> None:
+        self.register_layout = store.register_layout
+        self.match = store.match
+        self.read = store.read
+        self.release = store.release
+
+    def write(self, namespace: bytes, hashes: Sequence[bytes], pages: Sequence[memoryview], /, *, deadline_ms: int) -> WriteResult:
+        """Says that all is there already."""
+        del namespace, pages, deadline_ms
+        return WriteResult((PageStatus.ALREADY_PRESENT,) * len(hashes), 0)
+
+
+class Bench:
+    """A model and engines on it, one for each way to a first token."""
+
+    def __init__(self, start: Start, stack: ExitStack) -> None:
+        self._start = start
+        self._stack = stack
+        self._model = load_model(None, DType.BF16)
+        self._clock = MonotonicClock()
+        topics = pydoc_data.topics.topics
+        text = "\n\n".join(topics[name] for name in sorted(topics))
+        self._text: list[int] = self._model.tokenizer(text, verbose=False).input_ids
+        self._draw = random.Random(start.seed)
+        self._behind = stack.enter_context(open_store(start.link_url, deadline_ms=_DEADLINE_MS, transport=start.transport))
+        self._planner = CostPlanner(self._clock, _OPTIONS.chunk_tokens)
+        self._recompute = self._engine(RecomputeAll(), None)
+        self._fetch = self._engine(FetchAll(_DEADLINE_MS), None)
+
+    def fill(self, contexts: list[int]) -> dict[str, Any]:
+        """Computes the documents and writes their pages to the node, past the link."""
+        with (
+            open_store(self._start.node_url, deadline_ms=_DEADLINE_MS, transport=self._start.transport) as store,
+            Engine(self._model, _OPTIONS, store=store) as engine,
+        ):
+            engine.warm_up()
+            for context in sorted({*contexts, _CALIBRATION_TOKENS}):
+                engine.generate(self._document(context), _ONE_TOKEN)
+                assert engine.flush(_FLUSH_MS), "the pages did not reach the store in time"
+        return {"page_bytes": engine.layout.page_bytes, "model": self._model.name, "dtype": self._model.dtype.value}
+
+    def calibrate(self) -> dict[str, Any]:
+        """Makes a planner that has been on this link for a while: a prompt was computed, and a few small ones were fetched."""
+        self._planner = CostPlanner(self._clock, _OPTIONS.chunk_tokens)
+        with self._engine(RecomputeAll(), self._planner) as computing:
+            computing.generate(self._document(_CALIBRATION_TOKENS), _ONE_TOKEN)
+        began_s = time.monotonic()
+        with self._engine(FetchAll(_DEADLINE_MS), self._planner) as fetching:
+            for index in range(_CALIBRATION_READS):
+                fetching.generate(self._document(_CALIBRATION_TOKENS)[: 130 if index % 2 else 514], _ONE_TOKEN)
+                fetching.drop_cached()
+                if time.monotonic() - began_s > _CALIBRATION_S_MAX:
+                    break
+        link = self._planner.report().links.get("remote")
+        self._planning = self._engine(self._planner, self._planner)
+        return {"rtt_ms": link.rtt_ms, "gbit_per_s": link.gbit_per_s, "spread": link.spread} if link is not None else {}
+
+    def measure(self, way: str, context: int, hit_rate: float) -> dict[str, Any]:
+        """One first token, from submission on."""
+        engine = {"recompute": self._recompute, "fetch": self._fetch, "planner": self._planning}[way]
+        engine.drop_cached()
+        sequence = engine.generate(self._prompt(context, hit_rate), _ONE_TOKEN)
+        assert sequence.first_token_ms is not None
+        assert sequence.admission is not None
+        answer = {"ttft_ms": sequence.first_token_ms - sequence.submitted_ms, "hit_tokens": sequence.admission.hit_tokens}
+        if way == "planner":
+            answer["decision"] = self._planner.decisions(1)[0].as_json()
+        return answer
+
+    def decode(self, context: int) -> dict[str, Any]:
+        """Times between tokens with the KV in the pool, and brought over the link for each step: before it, or beside the last."""
+        engine, steps = self._fetch, _DECODE_STEPS
+        engine.drop_cached()
+        document = self._document(context)
+        name = namespace(engine.layout, model=self._model.fingerprint, tenant_salt=_OPTIONS.tenant_salt)
+        hashes = block_hashes(name, document, engine.layout.block_tokens)
+        memory = memoryview(bytearray(len(hashes) * engine.layout.page_bytes))
+        pages = [memory[begin : begin + engine.layout.page_bytes] for begin in range(0, len(memory), engine.layout.page_bytes)]
+
+        def bring() -> None:
+            result = self._behind.read(name, hashes, pages, lease=None, deadline_ms=_DEADLINE_MS)
+            assert result.leading_hits == len(hashes), result.error
+
+        sequence = engine.submit(document, SamplingParams(max_tokens=3 * steps + 4, stop_token_ids=frozenset()))
+        while not sequence.generated:
+            engine.step()
+        times: dict[str, list[float]] = {"resident": [], "fetched": [], "prefetched": []}
+        for _ in range(steps):
+            times["resident"].append(self._timed_ms(engine.step))
+        for _ in range(steps):
+            times["fetched"].append(self._timed_ms(lambda: (bring(), engine.step())))
+        for _ in range(steps):
+            times["prefetched"].append(self._timed_ms(lambda: self._beside(bring, engine)))
+        engine.cancel(sequence)
+        return {residence: median(durations) for residence, durations in times.items()}
+
+    def _beside(self, bring: Any, engine: Engine) -> None:
+        thread = threading.Thread(target=bring)
+        thread.start()
+        engine.step()
+        thread.join()
+
+    def _timed_ms(self, run: Any) -> float:
+        began_ms = self._clock.now_ms()
+        run()
+        return self._clock.now_ms() - began_ms
+
+    def _engine(self, planner: Planner, observer: CostPlanner | None) -> Engine:
+        engine = self._stack.enter_context(
+            Engine(self._model, _OPTIONS, store=ReadOnly(self._behind), planner=planner, observer=observer, clock=self._clock)
+        )
+        engine.warm_up()
+        return engine
+
+    def _document(self, context: int) -> list[int]:
+        """The text from a place of its own for each context, so that no document is another one's prefix."""
+        return self._text[context : 2 * context]
+
+    def _prompt(self, context: int, hit_rate: float) -> list[int]:
+        """A document's first tokens, then, where the hit rate is not 1, others that no store has seen."""
+        known = int(context * hit_rate)
+        begin = self._draw.randrange(len(self._text) - context)
+        return self._document(context)[:known] + self._text[begin : begin + context - known]
+
+
+def main() -> None:
+    """Answers requests until the input ends."""
+    start = Start(**json.loads(sys.argv[1]))
+    torch.set_num_threads(start.threads)
+    with ExitStack() as stack:
+        bench = Bench(start, stack)
+        print("ready", flush=True)
+        for line in sys.stdin:
+            request = json.loads(line)
+            verb = {"fill": bench.fill, "calibrate": bench.calibrate, "measure": bench.measure, "decode": bench.decode}
+            print(json.dumps(verb[request.pop("verb")](**request)), flush=True)
+
+
+if __name__ == "__main__":
+    main()
