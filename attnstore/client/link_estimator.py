@@ -15,6 +15,7 @@ from __future__ import annotations
 import math
 from collections import deque
 from dataclasses import dataclass
+from itertools import combinations
 from typing import Final
 
 from attnstore.clock import Clock
@@ -31,6 +32,10 @@ _BULK_BYTES: Final = 16 << 10
 """Smaller messages measure the round trip, larger ones the bandwidth."""
 _CHANGE_RUN: Final = 3
 _CHANGE_LOG: Final = math.log(2.0)
+_UNLIKE: Final = 2.0
+"""Two transfers tell the time of a request apart from that of the bytes where one is so many times as large as the other."""
+_PAIRED: Final = 16
+_SLOPES_MIN: Final = 6
 _SPREAD_QUANTILE: Final = 0.8
 _LOG_SPREAD_MAX: Final = math.log(100.0)
 
@@ -39,10 +44,12 @@ _LOG_SPREAD_MAX: Final = math.log(100.0)
 class LinkEstimate:
     """A link at one moment. `spread` >= 1 is a factor: a transfer is expected within `transfer_ms` times or over `spread`.
 
-    `samples` counts bulk transfers, decayed by number and age; `age_ms` is that of the newest.
+    `rtt_ms` is what a question takes, `request_ms` what a bulk transfer takes besides its bytes. `samples` counts bulk transfers,
+    decayed by number and age; `age_ms` is that of the newest.
     """
 
     rtt_ms: float
+    request_ms: float
     bytes_per_ms: float
     spread: float
     samples: float
@@ -55,7 +62,7 @@ class LinkEstimate:
 
     def transfer_ms(self, size_bytes: float) -> float:
         """The time that a read of so many bytes is expected to take, the request included."""
-        return self.rtt_ms + size_bytes / self.bytes_per_ms
+        return self.request_ms + size_bytes / self.bytes_per_ms
 
     def transfer_ms_high(self, size_bytes: float) -> float:
         """The time that it takes if the link is as slow as it may well be."""
@@ -132,23 +139,46 @@ class LinkEstimator:
         bulk = self._bulk.weighted(now_ms)
         if not bulk:
             return None
-        fastest_ms = min(sample.elapsed_ms for sample, _ in bulk)
-        rtt_ms = min(self._round_trip_ms(now_ms) or 0.0, fastest_ms * 0.99)
-        # What a transfer says of the bandwidth is the part of its time that was not the round trip.
-        rates = [(s.size_bytes / (s.elapsed_ms - rtt_ms), w * (1 - rtt_ms / s.elapsed_ms)) for s, w in bulk]
-        bytes_per_ms = weighted_median(rates)
-        assert bytes_per_ms is not None
+        rtt_ms = self._round_trip_ms(now_ms)
+        request_ms, bytes_per_ms = _line(bulk, rtt_ms or 0.0)
         samples = sum(weight for _, weight in bulk)
         age_ms = max(0.0, now_ms - bulk[0][0].at_ms)
-        errors = [(abs(math.log(s.elapsed_ms / (rtt_ms + s.size_bytes / bytes_per_ms))), w) for s, w in bulk]
+        errors = [(abs(math.log(s.elapsed_ms / (request_ms + s.size_bytes / bytes_per_ms))), w) for s, w in bulk]
         seen = weighted_quantile(errors, _SPREAD_QUANTILE)
         assert seen is not None
         # One sample, or one as old as a half-life, could be wrong by a factor of two.
         unseen = math.log(2.0) * (1 / max(samples, 1e-3) + age_ms / _HALF_LIFE_MS)
-        return LinkEstimate(rtt_ms, bytes_per_ms, math.exp(min(seen + unseen, _LOG_SPREAD_MAX)), samples, age_ms)
+        spread = math.exp(min(seen + unseen, _LOG_SPREAD_MAX))
+        return LinkEstimate(request_ms if rtt_ms is None else rtt_ms, request_ms, bytes_per_ms, spread, samples, age_ms)
 
     def _round_trip_ms(self, now_ms: float) -> float | None:
         return weighted_median([(sample.elapsed_ms, weight) for sample, weight in self._questions.weighted(now_ms)])
+
+
+def _line(bulk: list[tuple[_Sample, float]], rtt_ms: float) -> tuple[float, float]:
+    """What a transfer takes besides its bytes, and its bytes per ms.
+
+    From the slopes between transfers of unlike sizes, where there are enough of them; else from each transfer without a round trip.
+    """
+    pairs = list(combinations(bulk[:_PAIRED], 2))
+    slopes = [
+        ((one.elapsed_ms - other.elapsed_ms) / (one.size_bytes - other.size_bytes), weight * other_weight)
+        for (one, weight), (other, other_weight) in pairs
+        if not 1 / _UNLIKE < one.size_bytes / other.size_bytes < _UNLIKE
+    ]
+    fastest_ms = min(sample.elapsed_ms for sample, _ in bulk)
+    ms_per_byte = weighted_median(slopes) if len(slopes) >= _SLOPES_MIN else None
+    if ms_per_byte is not None and ms_per_byte > 0:
+        request_ms = weighted_median([(s.elapsed_ms - s.size_bytes * ms_per_byte, w / s.elapsed_ms) for s, w in bulk]) or 0.0
+        request_ms = max(request_ms, 0.0)
+    else:
+        request_ms = rtt_ms
+    request_ms = min(request_ms, max(rtt_ms, fastest_ms / 2), fastest_ms * 0.99)
+    # What a transfer says of the bandwidth is the part of its time that its bytes took.
+    rates = [(s.size_bytes / (s.elapsed_ms - request_ms), w * (1 - request_ms / s.elapsed_ms)) for s, w in bulk]
+    bytes_per_ms = weighted_median(rates)
+    assert bytes_per_ms is not None
+    return request_ms, bytes_per_ms
 
 
 def weighted_median(values: list[tuple[float, float]]) -> float | None:

@@ -17,7 +17,7 @@ from worker.cache.cost_book import CostBook, CostReport
 from worker.cache.decisions import Decision, DecisionLog, PredictionStatistics
 from worker.cache.load_plan import Found, LoadPlan, LoadProgress, Order, Prompt, SearchPlan
 from worker.cache.observation import Answer, Load, Step, Transfer
-from worker.cache.planner import IDLE_SHARE, Costs, Split, Work, fetch_everything, recompute_ms, search_head, split
+from worker.cache.planner import Costs, Split, Work, fetch_everything, patience, recompute_ms, search_head, split
 
 PROBE_MS: Final = 10_000.0
 """A link that is not used is measured again after this time, beside the next prompt that is computed."""
@@ -55,7 +55,7 @@ class CostPlanner:
             return _probe(work, _UNKNOWN_DEADLINE_MS)
         slack_ms = self._slack_ms(costs, found, found.front, found.search_ms)
         work = replace(work, ahead_ms=max(0.0, -slack_ms))
-        planned = split(costs, work, idle_ms=max(0.0, slack_ms))
+        planned = split(costs, work, self._patience_ms(costs, found.prompt) - max(0.0, slack_ms))
         is_stale = costs.link.age_ms > PROBE_MS
         self._decided(found.prompt, costs, planned, "probe" if is_stale and not planned.fetches else planned.choice, found)
         if planned.fetches:
@@ -79,7 +79,7 @@ class CostPlanner:
             back=progress.in_flight.stop if progress.in_flight else asked,
             busy_ms=_busy_ms(costs, found.prompt.page_bytes, progress),
         )
-        planned = split(costs, work, idle_ms=max(0.0, slack_ms))
+        planned = split(costs, work, self._patience_ms(costs, found.prompt) - max(0.0, slack_ms))
         if planned.fetches:
             return _load_plan(planned, progress.elapsed_ms + planned.deadline_ms)
         if work.front < work.asked:  # computing goes on anyway: what is being read may still come in time
@@ -128,7 +128,7 @@ class CostPlanner:
         """What would be decided about a prompt whose usable blocks were all found at once. Decides nothing."""
         costs = self._book.costs()
         work = self._work(prompt, prompt.resident_blocks, prompt.usable_blocks)
-        planned = split(costs, work) if costs is not None else None
+        planned = split(costs, work, patience(costs.prefill, work)) if costs is not None else None
         return self._decision(prompt, costs, planned, planned.choice if planned is not None else "probe", None)
 
     def _search(self, prompt: Prompt) -> SearchPlan | None:
@@ -136,14 +136,14 @@ class CostPlanner:
         self._decided(prompt, None, None, "recompute", None)  # until hits are found
         if costs is None:
             return SearchPlan(_UNKNOWN_DEADLINE_MS, work.back)
-        planned = split(costs, work)
+        planned = split(costs, work, patience(costs.prefill, work))
         everything_ms = recompute_ms(costs.prefill, work)
         if not planned.fetches:
             self._decided(prompt, costs, planned, "recompute", None)
             return SearchPlan(everything_ms, work.back) if costs.link.age_ms > PROBE_MS else None
         head = search_head(costs, work)
         head_ms = self._compute_ms(costs, work, work.front, head) if head < work.back else everything_ms
-        return SearchPlan(head_ms + IDLE_SHARE * everything_ms, head)
+        return SearchPlan(head_ms + patience(costs.prefill, work), head)
 
     def _work(self, prompt: Prompt, front: int, back: int) -> Work:
         return Work(
@@ -152,6 +152,9 @@ class CostPlanner:
 
     def _compute_ms(self, costs: Costs, work: Work, begin: int, end: int) -> float:
         return costs.prefill.span(begin * work.block_tokens, end * work.block_tokens, work.chunk_tokens)
+
+    def _patience_ms(self, costs: Costs, prompt: Prompt) -> float:
+        return patience(costs.prefill, self._work(prompt, prompt.resident_blocks, prompt.usable_blocks))
 
     def _slack_ms(self, costs: Costs, found: Found, front: int, elapsed_ms: float) -> float:
         """Time since the search began that was not spent on computing; negative where the last chunk is still being computed."""

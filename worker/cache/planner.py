@@ -28,13 +28,13 @@ from typing import Final
 from attnstore.client.link_estimator import LinkEstimate
 from worker.cache.estimators import PrefillCost
 
-IDLE_SHARE: Final = 0.15
+IDLE_SHARE: Final = 0.2
 """Waiting that a link may cost, as a share of the time that computing everything takes."""
 FETCH_MARGIN: Final = 1.25
 """A fetch must be expected so much before its deadline: some transfers are slower than the median."""
 GAIN_MIN: Final = 0.02
 """A plan must be predicted faster than computing by this share; below it the risk is for nothing."""
-OVERLAP_GAIN_MIN: Final = 0.05
+OVERLAP_GAIN_MIN: Final = 0.1
 """Computing beside a fetch must be worth this share, or the fetch has the machine to itself."""
 HEAD_GAIN_MIN: Final = 0.01
 """The same while the tiers are asked, when there is nothing yet that computing could disturb."""
@@ -127,25 +127,31 @@ class Split:
 
 def recompute_ms(prefill: PrefillCost, work: Work) -> float:
     """Time to compute everything that is not there."""
-    tokens = work.block_tokens
-    hits_ms = prefill.span(work.back * tokens, work.hit_end * tokens, work.chunk_tokens)
-    return work.ahead_ms + prefill.span(work.front * tokens, work.tokens, work.chunk_tokens) - hits_ms
+    front, back, tail = (block * work.block_tokens for block in (work.front, work.back, work.hit_end))
+    if back == tail:
+        return work.ahead_ms + prefill.span(front, work.tokens, work.chunk_tokens)
+    parts = prefill.span(front, back, work.chunk_tokens) + prefill.span(tail, work.tokens, work.chunk_tokens)
+    return work.ahead_ms + parts
 
 
 def batch_blocks(link: LinkEstimate, page_bytes: int) -> int:
     """Pages in one read, so that round trips cost little and progress is seen often."""
-    longest_ms = max(BATCH_RTTS * link.rtt_ms, BATCH_MS_MIN)
+    longest_ms = max(BATCH_RTTS * link.request_ms, BATCH_MS_MIN)
     return max(1, int(longest_ms * link.bytes_per_ms / page_bytes))
 
 
 def fetch_ms(link: LinkEstimate, page_bytes: int, blocks: int, batch: int) -> float:
     """Time to read so many pages in batches, one after the other."""
-    return -(-blocks // batch) * link.rtt_ms + blocks * page_bytes / link.bytes_per_ms if blocks else 0.0
+    return -(-blocks // batch) * link.request_ms + blocks * page_bytes / link.bytes_per_ms if blocks else 0.0
 
 
-def split(costs: Costs, work: Work, *, idle_ms: float = 0.0) -> Split:
-    """The best way to get `work` done; `idle_ms` of its patience were waited away already."""
-    patience_ms = max(0.0, IDLE_SHARE * recompute_ms(costs.prefill, work) - idle_ms)
+def patience(prefill: PrefillCost, work: Work) -> float:
+    """How long a prompt may wait idle in all, by what is to be done at its admission, in ms."""
+    return IDLE_SHARE * recompute_ms(prefill, work)
+
+
+def split(costs: Costs, work: Work, patience_ms: float) -> Split:
+    """The best way to get `work` done with so much patience left."""
 
     def at(meet: int) -> Split:
         return _at(costs, work, meet, patience_ms)
@@ -198,7 +204,7 @@ def _at(costs: Costs, work: Work, meet: int, patience_ms: float) -> Split:
         compute_ms=work.ahead_ms + costs.slowdown * prefill.span(work.front * tokens, meet * tokens, work.chunk_tokens),
         fetch_ms=work.busy_ms + fetch_ms(costs.link, work.page_bytes, wanted, batch),
         tail_ms=prefill.span(tail, work.tokens, work.chunk_tokens),
-        patience_ms=min(patience_ms, prefill.span(meet * tokens, work.back * tokens, work.chunk_tokens)),
+        patience_ms=min(max(patience_ms, 0.0), prefill.span(meet * tokens, work.back * tokens, work.chunk_tokens)),
         recompute_ms=recompute_ms(prefill, work),
         chunk_ms=prefill.chunk(tail, chunk_end),
     )
@@ -209,20 +215,21 @@ def search_head(costs: Costs, work: Work) -> int:
     `work.back` to compute on without regard to the answer.
     """
     rtt_ms = costs.link.rtt_ms
-    patience_ms = IDLE_SHARE * recompute_ms(costs.prefill, work)
+    patience_ms = patience(costs.prefill, work)
     rtt_blocks = bisect_left(range(work.front, work.back), rtt_ms, key=lambda block: _head_ms(costs, work, block))
     heads = [work.front, work.front + rtt_blocks, work.back]
     safe = [head for head in heads if rtt_ms * costs.link.spread <= _head_ms(costs, work, head) + patience_ms]
     bias = {work.front: 1 - HEAD_GAIN_MIN}
-    return min(safe, key=lambda head: _after_search_ms(costs, work, head) * bias.get(head, 1), default=work.back)
+    return min(safe, key=lambda head: _after_search_ms(costs, work, head, patience_ms) * bias.get(head, 1), default=work.back)
 
 
-def _after_search_ms(costs: Costs, work: Work, head: int) -> float:
+def _after_search_ms(costs: Costs, work: Work, head: int, patience_ms: float) -> float:
     """The first token where the search is over after one round trip and the engine then looks up from its chunk."""
     chunk_end = (work.front * work.block_tokens // work.chunk_tokens + 1) * work.chunk_tokens // work.block_tokens
     front = min(head, chunk_end, work.back)
-    ahead_ms = max(0.0, _head_ms(costs, work, front) - costs.link.rtt_ms)
-    return costs.link.rtt_ms + split(costs, replace(work, front=front, ahead_ms=ahead_ms)).ttft_ms
+    slack_ms = costs.link.rtt_ms - _head_ms(costs, work, front)
+    rest = replace(work, front=front, ahead_ms=max(0.0, -slack_ms))
+    return costs.link.rtt_ms + split(costs, rest, patience_ms - max(0.0, slack_ms)).ttft_ms
 
 
 def _head_ms(costs: Costs, work: Work, head: int) -> float:
