@@ -90,7 +90,8 @@ class CostPlanner:
     def prefetches(self, prompt: Prompt) -> bool:
         """Where fetching would be part of the best split."""
         costs = self._book.costs()
-        return costs is not None and split(costs, self._work(prompt, prompt.resident_blocks, prompt.usable_blocks)).fetches
+        work = self._work(prompt, prompt.resident_blocks, prompt.usable_blocks)
+        return costs is not None and split(costs, work, patience(costs.prefill, work)).fetches
 
     def transferred(self, transfer: Transfer) -> None:
         """See `CostBook`."""

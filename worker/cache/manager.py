@@ -247,7 +247,7 @@ class CacheManager:
             self._writer.sealed(table.hashes[block], table.block_ids[block - table.remote_blocks])
 
     def drop_cached(self) -> None:
-        """Forgets every block that no sequence and no transfer holds."""
+        """Evicts every block that no sequence and no transfer holds; a tier below the pool gets them as it does any other."""
         self._reap()
         self._pool.drop_evictable()
 

@@ -187,7 +187,7 @@ class Engine:
         return self._cache.flush(timeout_ms)
 
     def drop_cached(self) -> None:
-        """Forgets every block that no sequence holds, as after a restart: what comes next is a miss here."""
+        """Evicts every block that no sequence holds, so that what comes next is a miss in the pool."""
         self._cache.drop_cached()
 
     def statistics(self) -> CacheStatistics:
