@@ -110,6 +110,8 @@ HEARTBEAT_MS = 1_000
 """Nodes announce themselves this often, and clients look as often whether the membership has changed."""
 MEMBER_MS_MAX = 4 * HEARTBEAT_MS
 """A node that has not announced itself for this long is no member any more."""
+NODE_MATCH_MS_MAX = 1_000
+"""A node of a cluster that has not said for this long which pages it has is taken to have none: others may be asked still."""
 DIRECTORY_MS_MAX = 1_000
 """One call to the directory. A slow directory is as good as none: the last view goes on."""
 PREVIOUS_OWNERS_MS_MAX = 600_000

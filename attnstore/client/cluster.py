@@ -29,7 +29,7 @@ from attnstore.core.hashing import segment_key
 from attnstore.core.layout import PageLayout
 from attnstore.directory import ClusterView, Member
 from attnstore.errors import ClientClosed, InvalidArgument, LeaseExpired, NamespaceUnknown, Retryable, Unavailable
-from attnstore.limits import EPOCH_BYTES, HASHES_MAX, LEASE_MS_MAX
+from attnstore.limits import EPOCH_BYTES, HASHES_MAX, LEASE_MS_MAX, NODE_MATCH_MS_MAX
 from attnstore.types import (
     Lease,
     MatchResult,
@@ -191,7 +191,8 @@ class AsyncClusterClient:
 
         async def match(client: AsyncClient) -> MatchResult:
             await link.register(namespace, self._layout(namespace), deadline)
-            return await client.match(namespace, rests, lease_ms=lease_ms, deadline_ms=deadline.left_ms())
+            patience_ms = min(deadline.left_ms(), NODE_MATCH_MS_MAX)
+            return await client.match(namespace, rests, lease_ms=lease_ms, deadline_ms=patience_ms)
 
         try:
             found = await link.call(match)

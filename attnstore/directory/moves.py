@@ -1,25 +1,34 @@
 """Which pages a node has to hand to whom after its cluster has changed, purely.
 
-Invariants: of the nodes that held a segment before a change and are still there, one hands it over; nobody is sent a segment that
-it owned before, unless it was restarted with an empty arena since.
+Owns: who sends what. Invariants: of the nodes that held a segment before a change and are still there, one hands it over; nobody is
+sent a segment that it owned before, unless it was restarted with an empty arena since.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 from attnstore.directory.base import NodeState
 from attnstore.directory.view import ClusterView
 
 
-class Moves:
-    """What node `node_id` does about the way from one view to another."""
+def is_same_cluster(left: ClusterView, right: ClusterView) -> bool:
+    """Every segment has the same owners in both, in the same incarnations."""
+    return (
+        left.placement == right.placement
+        and left.replicas == right.replicas
+        and {name: member.epoch for name, member in left.members.items()}
+        == {name: member.epoch for name, member in right.members.items()}
+    )
 
-    def __init__(self, node_id: str, before: ClusterView, now: ClusterView) -> None:
+
+class Moves:
+    """What node `node_id` does in view `now`, where pages may have been written in any of the views `before`."""
+
+    def __init__(self, node_id: str, before: Sequence[ClusterView], now: ClusterView) -> None:
         self._node_id = node_id
         self._before = before
         self._now = now
-        self._restarted = {
-            name for name, member in now.members.items() if name in before.members and before.members[name].epoch != member.epoch
-        }
 
     @property
     def leaves(self) -> bool:
@@ -27,19 +36,18 @@ class Moves:
         own = self._now.members.get(self._node_id)
         return own is not None and own.state is not NodeState.ACTIVE
 
-    @property
-    def is_nothing(self) -> bool:
-        """No segment has another owner than before."""
-        same_owners = self._before.placement == self._now.placement and self._before.replicas == self._now.replicas
-        return not self.leaves and same_owners and not self._restarted
-
     def targets(self, key: bytes) -> list[str]:
         """The nodes that are to be sent the segment by this one."""
         owners = self._now.owners(key)
         if self.leaves:
             return [node_id for node_id in owners if node_id != self._node_id]
-        before = self._before.owners(key)
-        left = [node_id for node_id in before if node_id in self._now.members and node_id not in self._restarted]
-        if left[:1] != [self._node_id]:
-            return []
-        return [node_id for node_id in owners if node_id not in left]
+        lacking: set[str] = set()
+        for view in self._before:
+            left = [node_id for node_id in view.owners(key) if self._is_still_there(node_id, view)]
+            if left[:1] == [self._node_id]:
+                lacking.update(set(owners) - set(left))
+        return [node_id for node_id in owners if node_id in lacking]
+
+    def _is_still_there(self, node_id: str, view: ClusterView) -> bool:
+        member = self._now.members.get(node_id)
+        return member is not None and member.epoch == view.members[node_id].epoch

@@ -19,7 +19,7 @@ from attnstore.core.hashing import segment_key
 from attnstore.core.layout import PageLayout
 from attnstore.core.page_table import NamespaceStatistics
 from attnstore.directory import ClusterView
-from attnstore.directory.moves import Moves
+from attnstore.directory.moves import Moves, is_same_cluster
 from attnstore.errors import AttnStoreError, NamespaceUnknown
 from attnstore.limits import MIB
 from attnstore.server.store import Store
@@ -34,6 +34,10 @@ ASK_HASHES: Final = 1_024
 """Pages that a peer is asked about at a time."""
 DRAIN_BEATS_MIN: Final = 3
 """A node is drained no sooner than this many heartbeats after it began: by then every client knows and writes elsewhere."""
+SETTLE_BEATS_MIN: Final = 3
+"""For as many heartbeats after a change pages are looked for that clients wrote by the view before it."""
+VIEWS_MAX: Final = 8
+"""Views of a cluster that changes faster than it settles; older ones are forgotten."""
 
 
 class Peer(Protocol):
@@ -90,9 +94,10 @@ class Handoff:
         self._tokens = tokens
         self._metrics = metrics
         self._on_drained = on_drained
-        self._settled: ClusterView | None = None
         self._view: ClusterView | None = None
-        self._beats_draining = 0
+        self._unsettled: list[ClusterView] = []
+        self._beats = 0
+        self._drained = False
         self._beat = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
 
@@ -119,24 +124,30 @@ class Handoff:
             view = self._view
             if view is None or self._node_id not in view.members:
                 continue
-            if self._settled is None:
-                self._settled = view  # a node that has just joined has nothing to hand over
-            moves = Moves(self._node_id, self._settled, view)
-            self._beats_draining = self._beats_draining + 1 if moves.leaves else 0
-            if not (moves.is_nothing or (moves.leaves and view == self._settled)):
+            if not self._unsettled:
+                self._unsettled = [view]  # a node that has just joined has nothing to hand over
+            if is_same_cluster(self._unsettled[-1], view):
+                self._beats += 1
+            else:
+                self._unsettled = [*self._unsettled, view][-VIEWS_MAX:]
+                self._beats, self._drained = 0, False
+            moves = Moves(self._node_id, self._unsettled, view)
+            if not self._drained and (moves.leaves or len(self._unsettled) > 1):
                 await self._settle(view, moves)
 
     async def _settle(self, view: ClusterView, moves: Moves) -> None:
+        """Hands over what is to be handed over now, and notes when nothing more is to be expected."""
         done = await self._hand_over(view, moves)
         if done.sent or done.failed:
             _log.info("pages handed over", sent=done.sent, refused=done.refused, nodes_failed=done.failed, draining=moves.leaves)
         if done.failed:
             return
-        if not moves.leaves:
-            self._settled = view
-        elif not done.sent and self._beats_draining >= DRAIN_BEATS_MIN and view.placement.weights:
-            self._settled = view
-            self._on_drained()
+        if moves.leaves:
+            if not done.sent and self._beats >= DRAIN_BEATS_MIN and view.placement.weights:
+                self._unsettled, self._drained = [view], True
+                self._on_drained()
+        elif self._beats >= SETTLE_BEATS_MIN:
+            self._unsettled = [view]
 
     async def _hand_over(self, view: ClusterView, moves: Moves) -> _Pass:
         """Sends every page that has to move, to all targets at once, one batch at a time to each."""

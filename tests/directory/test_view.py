@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from attnstore.core.placement import Placement
 from attnstore.directory import ClusterView, Intent, Member, Membership, NodeState, Revision, ViewTracker
-from attnstore.directory.moves import Moves
+from attnstore.directory.moves import Moves, is_same_cluster
 from attnstore.limits import MEMBER_MS_MAX, PREVIOUS_OWNERS_MS_MAX
 
 KEYS = [bytes([number] * 7) for number in range(60)]
@@ -111,25 +111,35 @@ def test_every_new_owner_is_sent_a_segment_by_exactly_one_node_that_held_it(
     was, now = view_of(before, replicas), view_of(after, replicas)
     for key in KEYS[:10]:
         survivors = [name for name in was.owners(key) if name in after]
-        sent = [target for name in survivors for target in Moves(name, was, now).targets(key)]
+        sent = [target for name in survivors for target in Moves(name, [was], now).targets(key)]
         wanted = [name for name in now.owners(key) if name not in survivors] if survivors else []
         assert sorted(sent) == sorted(wanted)
 
 
 def test_a_node_that_was_restarted_is_sent_its_segments_again_by_the_other_replica() -> None:
     was, now = view_of(["a", "b"], 2), view_of(["a", "b"], 2, {"b": 1})
-    moves = Moves("a", was, now)
-    assert not moves.is_nothing
-    assert all(moves.targets(key) == ["b"] for key in KEYS)
-    assert all(Moves("b", was, now).targets(key) == [] for key in KEYS)
+    assert not is_same_cluster(was, now)
+    assert all(Moves("a", [was], now).targets(key) == ["b"] for key in KEYS)
+    assert all(Moves("b", [was], now).targets(key) == [] for key in KEYS)
 
 
 def test_a_node_that_drains_sends_everything_to_the_owners_that_stay() -> None:
     was = view_of(["a", "b", "c"], 2)
     members = {**was.members, "a": replace(was.members["a"], state=NodeState.DRAINING)}
     now = ClusterView(members, Placement({"b": 1.0, "c": 1.0}))
-    assert all(sorted(Moves("a", was, now).targets(key)) == ["b", "c"] for key in KEYS)
+    assert all(sorted(Moves("a", [was], now).targets(key)) == ["b", "c"] for key in KEYS)
 
 
 def test_nothing_moves_while_nothing_changes() -> None:
-    assert Moves("a", view_of(["a", "b"], 1), view_of(["b", "a"], 1)).is_nothing
+    was, now = view_of(["a", "b"], 1), view_of(["b", "a"], 1)
+    assert is_same_cluster(was, now)
+    assert not any(Moves("a", [was], now).targets(key) for key in KEYS)
+
+
+def test_pages_written_while_a_node_was_there_that_came_and_went_get_their_second_copy() -> None:
+    two, three = view_of(["a", "b"], 2), view_of(["a", "b", "c"], 2)
+    for key in KEYS:
+        survivor = next(name for name in three.owners(key) if name != "c")
+        other = "b" if survivor == "a" else "a"
+        wanted = [other] if "c" in three.owners(key) else []
+        assert Moves(survivor, [two, three], two).targets(key) == wanted

@@ -1,0 +1,51 @@
+"""The circuit breaker: who is left alone, and when it is asked whether it is back."""
+
+from __future__ import annotations
+
+from attnstore.client.breaker import FAILURES_MAX, PROBE_MS_FIRST, PROBE_MS_MAX, CircuitBreaker, CircuitState
+from attnstore.testing import ManualClock
+
+
+def failing(clock: ManualClock, times: int) -> CircuitBreaker:
+    breaker = CircuitBreaker(clock)
+    for _ in range(times):
+        breaker.failed()
+    return breaker
+
+
+def test_a_node_is_left_alone_after_the_failure_that_is_one_too_many() -> None:
+    assert failing(ManualClock(), FAILURES_MAX - 1).state is CircuitState.CLOSED
+    assert failing(ManualClock(), FAILURES_MAX).state is CircuitState.OPEN
+
+
+def test_only_failures_in_a_row_count() -> None:
+    breaker = failing(ManualClock(), FAILURES_MAX - 1)
+    breaker.succeeded()
+    breaker.failed()
+    assert breaker.state is CircuitState.CLOSED
+
+
+def test_time_alone_closes_no_circuit_but_a_probe_that_succeeds_does() -> None:
+    clock = ManualClock()
+    breaker = failing(clock, FAILURES_MAX)
+    clock.advance_ms(10 * PROBE_MS_MAX)
+    assert breaker.state is CircuitState.OPEN
+    breaker.succeeded()
+    assert breaker.state is CircuitState.CLOSED
+
+
+def test_probes_come_later_and_later_up_to_a_maximum() -> None:
+    clock = ManualClock()
+    breaker = failing(clock, FAILURES_MAX)
+    waits = []
+    for _ in range(8):
+        waits.append(breaker.probe_in_ms())
+        clock.advance_ms(waits[-1])
+        assert breaker.probe_in_ms() == 0
+        breaker.probe_failed()
+    assert waits[:3] == [PROBE_MS_FIRST, 2 * PROBE_MS_FIRST, 4 * PROBE_MS_FIRST]
+    assert waits[-1] == PROBE_MS_MAX
+    breaker.succeeded()
+    for _ in range(FAILURES_MAX):
+        breaker.failed()
+    assert breaker.probe_in_ms() == PROBE_MS_FIRST

@@ -1,0 +1,73 @@
+"""Single flight: the same question at the same time is asked once."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+
+from attnstore.client.flight import Flight, SingleFlight
+
+
+class Source:
+    """Answers when it is told to; counts how often it was asked."""
+
+    def __init__(self) -> None:
+        self.asked = 0
+        self.passengers: list[int] = []
+        self.go = asyncio.Event()
+
+    async def answer(self, flight: Flight[int]) -> int:
+        self.asked += 1
+        await self.go.wait()
+        self.passengers.append(flight.passengers)
+        return self.asked
+
+
+async def test_all_who_ask_at_once_get_one_answer_and_those_who_come_later_a_new_one() -> None:
+    flights, source = SingleFlight[int](), Source()
+    waiting = [asyncio.create_task(flights.run("key", source.answer)) for _ in range(5)]
+    await asyncio.sleep(0)
+    source.go.set()
+    assert await asyncio.gather(*waiting) == [1] * 5
+    assert source.passengers == [5]
+    assert await flights.run("key", source.answer) == 2
+
+
+async def test_different_questions_do_not_wait_for_each_other() -> None:
+    flights, source = SingleFlight[int](), Source()
+    source.go.set()
+    assert await asyncio.gather(flights.run("a", source.answer), flights.run("b", source.answer)) == [2, 2]
+
+
+async def test_one_who_gives_up_stops_nobody_else() -> None:
+    flights, source = SingleFlight[int](), Source()
+    first, second = (asyncio.create_task(flights.run("key", source.answer)) for _ in range(2))
+    await asyncio.sleep(0)
+    first.cancel()
+    await asyncio.wait([first])
+    source.go.set()
+    assert await second == 1
+    assert source.passengers == [1]
+
+
+async def test_a_call_that_nobody_waits_for_is_cancelled() -> None:
+    flights, source = SingleFlight[int](), Source()
+    only = asyncio.create_task(flights.run("key", source.answer))
+    await asyncio.sleep(0)
+    only.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await only
+    assert source.passengers == []
+    source.go.set()
+    assert await flights.run("key", source.answer) == 2
+
+
+async def test_what_a_call_raises_reaches_all_who_wait() -> None:
+    flights = SingleFlight[int]()
+
+    async def fail(_flight: Flight[int]) -> int:
+        raise KeyError("why")
+
+    outcomes = await asyncio.gather(*(flights.run("key", fail) for _ in range(3)), return_exceptions=True)
+    assert [type(outcome) for outcome in outcomes] == [KeyError] * 3

@@ -1,0 +1,125 @@
+"""Real clusters: store nodes in processes of their own around a real Redis-protocol server."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+
+import pytest
+
+import attnstore
+from attnstore.client.cluster import AsyncClusterClient
+from attnstore.testing import RedisServer, StoreProcess
+from tests.samples import SMALL, Batch, eventually, make_batch
+
+PATIENCE_S = 20.0
+
+
+class Cluster:
+    """A directory and nodes by name; `close` ends them all."""
+
+    def __init__(self, *names: str, options: tuple[str, ...] = ()) -> None:
+        self._stack = ExitStack()
+        self._options = options
+        self.directory = self._stack.enter_context(RedisServer())
+        self.nodes: dict[str, StoreProcess] = {}
+        self._addresses: dict[str, str] = {}
+        try:
+            for name in names:
+                self.start(name)
+            self.wait_for(*names)
+        except BaseException:
+            self.close()
+            raise
+
+    @property
+    def url(self) -> str:
+        return self.directory.url
+
+    def start(self, name: str, *options: str) -> StoreProcess:
+        """A node; one that was there before comes back at its address, empty."""
+        listen = ("--listen", self._addresses[name]) if name in self._addresses else ()
+        member = ("--directory", self.url, "--node-id", name, "--capacity", "64MiB", "--drain-ms", "1000")
+        node = self._stack.enter_context(StoreProcess(*listen, *member, *self._options, *options))
+        self.nodes[name] = node
+        self._addresses[name] = node.address
+        return node
+
+    def kill(self, name: str) -> None:
+        self.nodes.pop(name).kill()
+
+    def wait_for(self, *names: str) -> None:
+        """Until the directory knows exactly these nodes."""
+        with attnstore.connect(self.url) as client:
+            assert eventually(lambda: known_to(client) == set(names), PATIENCE_S), f"{known_to(client)} are there, not {names}"
+
+    def close(self) -> None:
+        self._stack.close()
+
+
+def known_to(client: attnstore.ClusterClient) -> set[str]:
+    """The nodes that a client knows."""
+    try:
+        return {member.node_id for member in client.members()}
+    except attnstore.AttnStoreError:
+        return set()
+
+
+def stored(client: attnstore.ClusterClient, batch: Batch) -> Batch:
+    """The batch, after the cluster has it."""
+    client.register_layout(batch.namespace, batch.layout)
+    written = client.write(batch.namespace, batch.hashes, batch.pages)
+    assert all(verdict.is_kept for verdict in written.verdicts), written
+    return batch
+
+
+def hits_and_no_wrong_byte(client: attnstore.ClusterClient, batch: Batch, deadline_ms: float = 5_000) -> int:
+    """How many pages of the batch are hits. Fails for a page that is a hit and not the one that was written, or a late answer."""
+    buffers = batch.buffers()
+    began_s = time.monotonic()
+    result = client.read(batch.namespace, batch.hashes, buffers, deadline_ms=deadline_ms)
+    took_ms = (time.monotonic() - began_s) * 1e3
+    assert took_ms < deadline_ms + 1_000, f"the read took {took_ms:.0f} ms"
+    hits = [index for index, status in enumerate(result.statuses) if status.is_hit]
+    assert all(buffers[index] == batch.pages[index] for index in hits)
+    return len(hits)
+
+
+@pytest.fixture(scope="module")
+def shared_cluster() -> Iterator[Cluster]:
+    """Three nodes for tests that change nothing but their own namespace."""
+    cluster = Cluster("ada", "bob", "cleo")
+    yield cluster
+    cluster.close()
+
+
+@pytest.fixture
+def cluster() -> Iterator[Cluster]:
+    """Three nodes of the test's own."""
+    cluster = Cluster("ada", "bob", "cleo")
+    yield cluster
+    cluster.close()
+
+
+@pytest.fixture
+def replicated() -> Iterator[Cluster]:
+    """Three nodes that keep two copies of each page."""
+    cluster = Cluster("ada", "bob", "cleo", options=("--replicas", "2"))
+    yield cluster
+    cluster.close()
+
+
+@pytest.fixture
+def batch_of(request: pytest.FixtureRequest) -> Callable[..., Batch]:
+    """`batch_of(pages)`: pages that no other test has, over several segments."""
+
+    def make(pages: int, suffix: str = "") -> Batch:
+        return make_batch(pages, model=request.node.nodeid + suffix, layout=SMALL)
+
+    return make
+
+
+def inner(client: attnstore.ClusterClient) -> AsyncClusterClient:
+    """The asynchronous client inside a blocking one."""
+    return client._client

@@ -1,0 +1,251 @@
+"""Many nodes behind the calls of one: placement, leases, layers, joining, draining and losing nodes."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+import attnstore
+from attnstore import PageStatus, errors
+from attnstore.limits import SEGMENT_BLOCKS
+from tests.cluster.conftest import Cluster, hits_and_no_wrong_byte, known_to, stored
+from tests.samples import Batch, eventually
+
+pytestmark = pytest.mark.redis
+
+BatchOf = Callable[..., Batch]
+PAGES = 12 * SEGMENT_BLOCKS
+
+
+def run_command(*arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "attnstore.cli", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+
+
+def status_of(cluster: Cluster) -> dict[str, dict[str, object]]:
+    shown = run_command("status", "--json", "--directory", cluster.url)
+    assert shown.returncode == 0, shown.stderr
+    return {node["node_id"]: node for node in json.loads(shown.stdout)["nodes"]}
+
+
+def sealed_on(cluster: Cluster, name: str) -> int:
+    with attnstore.connect(cluster.nodes[name].url) as client:
+        return client.stats().pages_sealed
+
+
+@pytest.mark.parametrize("transport", ["grpc", "tcp", "shm", "auto"])
+def test_pages_lie_on_all_nodes_and_are_read_as_they_were_written(
+    shared_cluster: Cluster, batch_of: BatchOf, transport: str
+) -> None:
+    with attnstore.connect(shared_cluster.url, transport=transport) as client:
+        before = [sealed_on(shared_cluster, name) for name in shared_cluster.nodes]
+        batch = stored(client, batch_of(PAGES))
+        after = [sealed_on(shared_cluster, name) for name in shared_cluster.nodes]
+        assert all(now > then for now, then in zip(after, before, strict=True))
+        assert sum(after) - sum(before) == PAGES
+        assert client.match(batch.namespace, [batch.hashes, batch.hashes[100:]]).hits == (PAGES, PAGES - 100)
+        assert hits_and_no_wrong_byte(client, batch) == PAGES
+        again = client.write(batch.namespace, batch.hashes, batch.pages)
+        assert set(again.verdicts) == {PageStatus.ALREADY_PRESENT}
+
+
+def test_a_list_of_nodes_is_a_cluster_without_a_directory(shared_cluster: Cluster, batch_of: BatchOf) -> None:
+    target = "grpc://" + ",".join(node.address for node in shared_cluster.nodes.values())
+    with attnstore.connect(target) as client, attnstore.connect(target) as other:
+        batch = stored(client, batch_of(PAGES))
+        other.register_layout(batch.namespace, batch.layout)
+        assert hits_and_no_wrong_byte(other, batch) == PAGES
+
+
+def test_a_match_ends_at_the_first_page_that_no_node_has(shared_cluster: Cluster, batch_of: BatchOf) -> None:
+    with attnstore.connect(shared_cluster.url) as client:
+        batch = stored(client, batch_of(PAGES))
+        gap = 5 * SEGMENT_BLOCKS + 7
+        assert client.delete(batch.namespace, batch.hashes[gap : gap + 1]) == (PageStatus.OK,)
+        found = client.match(batch.namespace, [batch.hashes, batch.hashes[gap + 1 :]])
+        assert found.hits == (gap, PAGES - gap - 1)
+        assert client.delete(batch.namespace, batch.hashes[gap : gap + 1]) == (PageStatus.MISSING,)
+
+
+def test_a_lease_holds_its_pages_on_every_node_until_it_is_released(shared_cluster: Cluster, batch_of: BatchOf) -> None:
+    with attnstore.connect(shared_cluster.url) as client:
+        batch = stored(client, batch_of(PAGES))
+        found = client.match(batch.namespace, [batch.hashes], lease_ms=60_000)
+        assert found.lease is not None
+        assert set(client.delete(batch.namespace, batch.hashes)) == {PageStatus.PINNED}
+        assert client.renew(found.lease, 70_000).lease_ms == 70_000
+        assert client.release(found.lease)
+        assert not client.release(found.lease)
+        with pytest.raises(errors.LeaseExpired):
+            client.renew(found.lease, 1_000)
+        late = client.read(batch.namespace, batch.hashes, batch.buffers(), lease=found.lease)
+        assert set(late.statuses) == {PageStatus.LEASE_EXPIRED}
+        assert set(client.delete(batch.namespace, batch.hashes)) == {PageStatus.OK}
+
+
+def test_nothing_stays_leased_where_the_first_page_is_missing(shared_cluster: Cluster, batch_of: BatchOf) -> None:
+    with attnstore.connect(shared_cluster.url) as client:
+        batch = stored(client, batch_of(PAGES))
+        client.delete(batch.namespace, batch.hashes[:1])
+        found = client.match(batch.namespace, [batch.hashes], lease_ms=60_000)
+        assert (found.hits, found.lease) == ((0,), None)
+        assert eventually(lambda: client.stats().leases == 0)
+
+
+def test_layers_of_all_nodes_are_told_of_in_order_as_those_of_one_read(shared_cluster: Cluster, batch_of: BatchOf) -> None:
+    with attnstore.connect(shared_cluster.url, transport="tcp") as client:
+        batch = stored(client, batch_of(PAGES))
+        told: list[tuple[int, int]] = []
+        buffers = batch.buffers()
+        result = client.read(batch.namespace, batch.hashes, buffers, on_layer=lambda layer, pages: told.append((layer, pages)))
+        assert told == [(layer, PAGES) for layer in range(batch.layout.layers)]
+        assert buffers == batch.pages
+        assert result.transport == "tcp"
+
+
+def test_layers_are_told_of_up_to_the_first_page_that_is_missing(shared_cluster: Cluster, batch_of: BatchOf) -> None:
+    with attnstore.connect(shared_cluster.url, transport="tcp") as client:
+        batch = stored(client, batch_of(PAGES))
+        client.delete(batch.namespace, batch.hashes[300:301])
+        told: list[tuple[int, int]] = []
+        result = client.read(
+            batch.namespace, batch.hashes, batch.buffers(), on_layer=lambda layer, pages: told.append((layer, pages))
+        )
+        assert result.leading_hits == 300
+        assert [layer for layer, _ in told] == list(range(batch.layout.layers))
+        assert all(pages <= 300 for _, pages in told[-1:])
+
+
+def test_callers_that_look_for_the_same_pages_at_once_ask_the_nodes_once(shared_cluster: Cluster, batch_of: BatchOf) -> None:
+    callers = 16
+    with attnstore.connect(shared_cluster.url) as client, ThreadPoolExecutor(callers) as pool:
+        batch = batch_of(PAGES)
+        client.register_layout(batch.namespace, batch.layout)
+        before = client.stats().missed_pages
+        together = threading.Barrier(callers)
+
+        def look(_number: int) -> tuple[int, ...]:
+            together.wait()
+            return client.match(batch.namespace, [batch.hashes]).hits
+
+        assert set(pool.map(look, range(callers))) == {(0,)}
+        # Threads that come too late for the first flight share the next one; all on their own would be `callers` times as many.
+        assert client.stats().missed_pages - before <= PAGES * callers // 2
+
+
+def test_callers_that_share_a_match_share_its_lease_until_the_last_one_releases_it(
+    shared_cluster: Cluster, batch_of: BatchOf
+) -> None:
+    callers = 8
+    with attnstore.connect(shared_cluster.url) as client, ThreadPoolExecutor(callers) as pool:
+        batch = stored(client, batch_of(2 * SEGMENT_BLOCKS))
+        found = list(pool.map(lambda _n: client.match(batch.namespace, [batch.hashes], lease_ms=60_000), range(callers)))
+        leases = [result.lease for result in found if result.lease is not None]
+        assert len(leases) == callers
+        for lease in leases[:-1]:
+            client.release(lease)
+        assert PageStatus.OK not in client.delete(batch.namespace, batch.hashes)
+        assert client.release(leases[-1])
+        assert set(client.delete(batch.namespace, batch.hashes)) == {PageStatus.OK}
+
+
+def test_a_wrong_call_is_refused_before_anything_is_sent(shared_cluster: Cluster, batch_of: BatchOf) -> None:
+    with attnstore.connect(shared_cluster.url) as client:
+        batch = batch_of(4)
+        with pytest.raises(errors.NamespaceUnknown):
+            client.match(batch.namespace, [batch.hashes])
+        client.register_layout(batch.namespace, batch.layout)
+        with pytest.raises(errors.BufferMismatch):
+            client.read(batch.namespace, batch.hashes, batch.buffers()[:-1])
+        with pytest.raises(errors.InvalidArgument):
+            client.match(batch.namespace, [[b"short"]])
+        with pytest.raises(errors.InvalidArgument):
+            client.write(batch.namespace, batch.hashes, batch.pages[:-1])
+        wrong = attnstore.PageLayout(layers=3, kv_heads=1, head_dim=8, dtype=attnstore.DType.FP32)
+        with pytest.raises(errors.LayoutMismatch):
+            client.register_layout(batch.namespace, wrong)
+    with pytest.raises(errors.ClientClosed):
+        client.match(batch.namespace, [batch.hashes])
+
+
+def test_a_node_that_joins_costs_no_hit_and_gets_its_share(cluster: Cluster, batch_of: BatchOf) -> None:
+    with attnstore.connect(cluster.url) as client:
+        batch = stored(client, batch_of(PAGES))
+        cluster.start("dora")
+        while known_to(client) != {"ada", "bob", "cleo", "dora"}:
+            assert hits_and_no_wrong_byte(client, batch) == PAGES
+        assert hits_and_no_wrong_byte(client, batch) == PAGES
+        assert eventually(lambda: sealed_on(cluster, "dora") >= SEGMENT_BLOCKS)
+    # A client that never saw the old placement finds the moved pages once they have been handed over.
+    with attnstore.connect(cluster.url) as newcomer:
+        newcomer.register_layout(batch.namespace, batch.layout)
+        assert eventually(lambda: hits_and_no_wrong_byte(newcomer, batch) == PAGES)
+
+
+def test_a_node_is_drained_stopped_and_taken_back_without_losing_a_hit(cluster: Cluster, batch_of: BatchOf) -> None:
+    with attnstore.connect(cluster.url) as client:
+        batch = stored(client, batch_of(PAGES))
+        drained = run_command("drain", "bob", "--wait", "30", "--directory", cluster.url)
+        assert drained.returncode == 0, drained.stderr
+        states = {name: node["state"] for name, node in status_of(cluster).items()}
+        assert states == {"ada": "active", "bob": "drained", "cleo": "active"}
+        assert hits_and_no_wrong_byte(client, batch) == PAGES
+        assert run_command("undrain", "bob", "--directory", cluster.url).returncode == 0
+        assert eventually(lambda: status_of(cluster)["bob"]["state"] == "active")
+        assert run_command("drain", "bob", "--wait", "30", "--directory", cluster.url).returncode == 0
+        cluster.nodes.pop("bob").stop()
+        assert hits_and_no_wrong_byte(client, batch) == PAGES
+        cluster.start("bob")
+        cluster.wait_for("ada", "bob", "cleo")
+        assert eventually(lambda: sealed_on(cluster, "bob") >= SEGMENT_BLOCKS)
+        assert hits_and_no_wrong_byte(client, batch) == PAGES
+
+
+def test_an_evicted_node_is_asked_nothing_any_more(cluster: Cluster, batch_of: BatchOf) -> None:
+    with attnstore.connect(cluster.url) as client:
+        batch = stored(client, batch_of(PAGES))
+        on_bob = sealed_on(cluster, "bob")
+        assert run_command("evict", "bob", "--directory", cluster.url).returncode == 0
+        assert eventually(lambda: known_to(client) == {"ada", "cleo"})
+        assert hits_and_no_wrong_byte(client, batch) == PAGES - on_bob
+        assert run_command("undrain", "bob", "--directory", cluster.url).returncode == 0
+        assert eventually(lambda: known_to(client) == {"ada", "bob", "cleo"})
+        assert hits_and_no_wrong_byte(client, batch) == PAGES
+
+
+@pytest.mark.parametrize("command", ["drain", "undrain", "evict"])
+def test_operators_are_told_of_a_node_that_is_none(shared_cluster: Cluster, command: str) -> None:
+    refused = run_command(command, "nobody", "--directory", shared_cluster.url)
+    assert refused.returncode == 2
+    assert "no node of this cluster" in refused.stderr
+
+
+@pytest.mark.parametrize("victim", ["ada", "bob", "cleo"])
+def test_with_two_copies_killing_any_one_node_loses_no_page(replicated: Cluster, batch_of: BatchOf, victim: str) -> None:
+    with attnstore.connect(replicated.url) as client:
+        batch = stored(client, batch_of(PAGES))
+        assert sum(sealed_on(replicated, name) for name in replicated.nodes) == 2 * PAGES
+        replicated.kill(victim)
+        assert hits_and_no_wrong_byte(client, batch) == PAGES
+        assert client.match(batch.namespace, [batch.hashes]).hits == (PAGES,)
+        # The survivors make second copies, so that the next loss is not the last.
+        survivors = list(replicated.nodes)
+        assert eventually(lambda: [sealed_on(replicated, name) for name in survivors] == [PAGES, PAGES], 20)
+        replicated.kill(survivors[0])
+        assert hits_and_no_wrong_byte(client, batch) == PAGES
+
+
+def test_a_node_that_comes_back_empty_is_given_its_copies_again(replicated: Cluster, batch_of: BatchOf) -> None:
+    with attnstore.connect(replicated.url) as client:
+        batch = stored(client, batch_of(PAGES))
+        share = sealed_on(replicated, "bob")
+        replicated.kill("bob")
+        replicated.start("bob")
+        assert eventually(lambda: sealed_on(replicated, "bob") == share, 20)
+        assert hits_and_no_wrong_byte(client, batch) == PAGES

@@ -1,0 +1,176 @@
+"""The directory on real servers: keys that expire, a bounded cost, Sentinel, Redis Cluster and ACL users."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+
+import pytest
+from redis.exceptions import ResponseError
+
+from attnstore.directory import Directory, EventBatch, Intent, LayoutRecord, Member, Membership, open_directory
+from attnstore.directory.scripts import KEEP_MS, KEYS
+from attnstore.errors import Unavailable
+from attnstore.limits import EVENT_BATCHES_MAX, LAYOUT_MS_MAX, MEMBER_MS_MAX
+from attnstore.testing import RedisServer
+from tests.samples import eventually
+
+pytestmark = pytest.mark.redis
+
+ADA = Member("ada", "grpc://10.0.0.1:7400", bytes(16))
+BEATS = 50
+HEARTBEAT_BYTES_MAX = 4096
+
+
+async def use(directory: Directory) -> None:
+    """Everything that a directory is used for, once."""
+    await directory.announce(ADA, MEMBER_MS_MAX, None)
+    await directory.set_intent("ada", Intent.DRAIN)
+    await directory.put_layouts([LayoutRecord(bytes(32), "tenant", 4096)])
+    await directory.publish(EventBatch("ada", bytes(100)))
+    await directory.set_quota("tenant", 1 << 30)
+    membership = await directory.membership(None)
+    assert membership is not None
+    assert membership.members == (ADA,)
+    assert len(await directory.layouts()) == 1
+
+
+async def test_all_keys_are_documented_tagged_and_expire(server: RedisServer) -> None:
+    server.client().flushall()
+    directory = open_directory(f"{server.url}?cluster=blue")
+    await use(directory)
+    await directory.close()
+    keys = {key.decode(): server.client().pttl(key) for key in server.client().keys("*")}
+    assert set(keys) == {f"{{attnstore:blue}}:{name}" for name in KEYS}
+    # Quotas are what an operator has set; they have no one to renew them and stay until he lifts them.
+    assert keys.pop("{attnstore:blue}:quotas") == -1
+    assert all(0 < left_ms <= max(KEEP_MS, LAYOUT_MS_MAX) for left_ms in keys.values())
+
+
+async def test_the_stream_of_events_is_capped(server: RedisServer) -> None:
+    directory = open_directory(f"{server.url}?cluster=stream")
+    for number in range(EVENT_BATCHES_MAX + 40):
+        await directory.publish(EventBatch("ada", number.to_bytes(4, "little")))
+    await directory.close()
+    assert server.client().xlen("{attnstore:stream}:events") == EVENT_BATCHES_MAX
+
+
+async def test_clusters_in_one_directory_do_not_see_each_other(server: RedisServer) -> None:
+    blue, green = (open_directory(f"{server.url}?cluster={name}") for name in ("blue2", "green2"))
+    await blue.announce(ADA, MEMBER_MS_MAX, None)
+    membership = await green.membership(None)
+    assert membership is not None
+    assert membership.members == ()
+    await blue.close()
+    await green.close()
+
+
+async def test_a_heartbeat_and_a_look_cost_one_command_and_a_bounded_number_of_bytes_each(server: RedisServer) -> None:
+    directory = open_directory(f"{server.url}?cluster=cost")
+    known = await directory.announce(ADA, MEMBER_MS_MAX, None)
+    assert known is not None
+    client = server.client()
+    before, calls_before = client.info("stats"), client.info("commandstats")
+    for _ in range(BEATS):
+        assert await directory.announce(ADA, MEMBER_MS_MAX, known.revision) is None
+        assert await directory.membership(known.revision) is None
+    after, calls_after = client.info("stats"), client.info("commandstats")
+    await directory.close()
+    assert calls_after["cmdstat_eval"]["calls"] - calls_before["cmdstat_eval"]["calls"] == 2 * BEATS
+    moved = sum(after[name] - before[name] for name in ("total_net_input_bytes", "total_net_output_bytes"))
+    # Asking for the statistics is part of what moved; its answers are some kilobytes.
+    assert moved < 2 * BEATS * HEARTBEAT_BYTES_MAX + 64_000
+
+
+async def test_a_server_that_is_gone_or_silent_is_a_typed_error_within_the_limit_and_forgiven_when_it_is_back() -> None:
+    with RedisServer() as server:
+        directory = open_directory(server.url)
+        await directory.announce(ADA, MEMBER_MS_MAX, None)
+        server.pause()
+        began_s = time.monotonic()
+        with pytest.raises(Unavailable):
+            await directory.membership(None)
+        assert time.monotonic() - began_s < 5
+        server.resume()
+        assert (await directory.membership(None)) is not None
+        server.kill()
+        with pytest.raises(Unavailable):
+            await directory.membership(None)
+        server.start()
+        membership = await directory.membership(None)
+        assert membership is not None
+        assert membership.members == ()
+        await directory.close()
+
+
+async def test_a_login_is_needed_where_the_server_asks_for_one_and_the_documented_rights_are_enough() -> None:
+    rights = "~{attnstore:*}* +eval +time +@hash +@sortedset +@stream +pexpire +select"
+    with RedisServer("user default off", f"user ada on >s3cret {rights}") as server:
+        address = f"{server.host}:{server.port}/0"
+        known = open_directory(f"redis://ada:s3cret@{address}")
+        await use(known)
+        await known.close()
+        for wrong in (f"redis://{address}", f"redis://ada:wr0ng@{address}"):
+            stranger = open_directory(wrong)
+            with pytest.raises(Unavailable) as refusal:
+                await stranger.membership(None)
+            assert "wr0ng" not in str(refusal.value)
+            await stranger.close()
+
+
+async def test_all_scripts_keep_to_one_slot_of_a_redis_cluster() -> None:
+    with RedisServer("cluster-enabled yes") as server:
+        client = server.client()
+        client.execute_command("CLUSTER", "ADDSLOTSRANGE", 0, 16383)
+        assert eventually(lambda: _cluster_is_ok(client))
+        directory = open_directory(f"redis+cluster://{server.host}:{server.port}")
+        await use(directory)
+        _, position = await directory.events(None, 1)
+        await directory.publish(EventBatch("ada", b"now"))
+        assert (await directory.events(position, 1))[0] == [EventBatch("ada", b"now")]
+        await directory.close()
+
+
+async def test_after_a_fail_over_the_directory_is_the_server_that_sentinel_names() -> None:
+    with RedisServer() as primary, RedisServer(f"replicaof {primary.host} {primary.port}") as replica:
+        replica_link = replica.client()
+        assert eventually(lambda: replica_link.info("replication")["master_link_status"] == "up", 20)
+        watch = (
+            f"sentinel monitor store {primary.host} {primary.port} 1",
+            "sentinel down-after-milliseconds store 500",
+            "sentinel failover-timeout store 2000",
+        )
+        with RedisServer(*watch, arguments=("--sentinel",)) as sentinel:
+            knows = sentinel.client()
+            assert eventually(lambda: len(knows.execute_command("SENTINEL", "REPLICAS", "store")) == 1, 20)
+            directory = open_directory(f"redis+sentinel://{sentinel.host}:{sentinel.port}/store/0")
+            await directory.announce(ADA, 10 * MEMBER_MS_MAX, None)
+            primary.kill()
+            membership = await _answer(directory)
+            assert membership.members == (ADA,)
+            assert replica_link.info("replication")["role"] == "master"
+            await directory.close()
+
+
+async def _answer(directory: Directory) -> Membership:
+    """The membership, once somebody answers again."""
+    end_s = time.monotonic() + 20
+    while True:
+        try:
+            membership = await directory.membership(None)
+            await directory.announce(ADA, 10 * MEMBER_MS_MAX, None)
+        except Unavailable:
+            assert time.monotonic() < end_s, "nobody took over"
+            await asyncio.sleep(0.1)
+        else:
+            assert membership is not None
+            return membership
+
+
+def _cluster_is_ok(client: object) -> bool:
+    try:
+        info = client.execute_command("CLUSTER", "INFO")  # type: ignore[attr-defined]
+    except ResponseError:
+        return False
+    state = info if isinstance(info, dict) else dict(line.split(":") for line in info.decode().split())
+    return str(state["cluster_state"]) == "ok"
