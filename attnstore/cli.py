@@ -13,6 +13,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import uvloop
+from pydantic import ByteSize, TypeAdapter, ValidationError
 
 from attnstore import aio
 from attnstore.allocator import keep_freed_memory
@@ -20,7 +21,7 @@ from attnstore.client.health import check_serving
 from attnstore.config import ServeOptions, add_serve_options, load_serve_options
 from attnstore.directory import Intent
 from attnstore.errors import AttnStoreError, InvalidArgument
-from attnstore.operations import Access, cluster_status, set_intent, status_text, wait_drained
+from attnstore.operations import Access, cluster_status, set_intent, set_quota, status_text, wait_drained
 from attnstore.server.handoff import OpenPeer
 from attnstore.server.node import serve
 from attnstore.telemetry import configure_logs
@@ -73,9 +74,13 @@ def _parser() -> argparse.ArgumentParser:
     undrain.set_defaults(run=lambda arguments: _ask(arguments, None))
     evict = commands.add_parser("evict", help="take a node out at once, without its pages: for one that misbehaves")
     evict.set_defaults(run=lambda arguments: _ask(arguments, Intent.EVICT))
+    quota = commands.add_parser("quota", help="limit the bytes of a tenant's pages on all nodes together")
+    quota.add_argument("tenant", metavar="TENANT")
+    quota.add_argument("size", metavar="SIZE", help="for example 10GiB, copies counted; none lifts the limit")
+    quota.set_defaults(run=_quota)
     for command in (drain, undrain, evict):
         command.add_argument("node", metavar="NODE", help="its id, as attnstore status shows it")
-    for command in (status, drain, undrain, evict):
+    for command in (status, drain, undrain, evict, quota):
         _add_access(command)
     return parser
 
@@ -126,6 +131,15 @@ def _status(arguments: argparse.Namespace) -> int:
         if arguments.watch is None:
             return 0
         time.sleep(arguments.watch)
+
+
+def _quota(arguments: argparse.Namespace) -> int:
+    try:
+        quota_bytes = None if arguments.size == "none" else int(TypeAdapter(ByteSize).validate_python(arguments.size))
+    except ValidationError:
+        raise InvalidArgument(f"{arguments.size!r} is not a size, for example 10GiB, or none") from None
+    asyncio.run(set_quota(_access(arguments), arguments.tenant, quota_bytes))
+    return 0
 
 
 def _ask(arguments: argparse.Namespace, intent: Intent | None) -> int:

@@ -1,6 +1,6 @@
-"""What `attnstore status`, `drain`, `undrain` and `evict` do: a cluster as an operator sees it and what he asks of it.
+"""What `attnstore status`, `drain`, `undrain`, `evict` and `quota` do: a cluster as an operator sees it and what he asks of it.
 
-Owns: `ClusterStatus` and its text. Invariants: nothing is changed but what operators want of a node; a node that does not answer is
+Owns: `ClusterStatus` and its text. Invariants: nothing is changed but what operators want of a node or allow a tenant; a node that does not answer is
 shown as such, within the deadline.
 """
 
@@ -197,6 +197,15 @@ async def set_intent(access: Access, node_id: str, intent: Intent | None) -> Non
         await directory.close()
     if not known:
         raise InvalidArgument(f"{node_id!r} is no node of this cluster: attnstore status lists them")
+
+
+async def set_quota(access: Access, tenant: str, quota_bytes: int | None) -> None:
+    """Limits a tenant, or lifts its limit."""
+    directory = access.directory()
+    try:
+        await directory.set_quota(tenant, quota_bytes)
+    finally:
+        await directory.close()
 
 
 async def wait_drained(access: Access, node_id: str, timeout_s: float) -> bool:

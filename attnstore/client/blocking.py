@@ -273,18 +273,7 @@ class Client(BlockingFacade[AsyncClient]):
 
     def watch(self, namespace: bytes, *, deadline_ms: float | None = None) -> Generator[PageEvent, None, None]:
         """Page events of `namespace` from the return of this call on; see `AsyncClient.watch`."""
-        events = self._thread.run(self._client.watch(namespace, deadline_ms=deadline_ms))
-
-        def iterate() -> Generator[PageEvent, None, None]:
-            try:
-                while True:
-                    yield self._thread.run(_next(events))
-            except StopAsyncIteration:
-                return
-            finally:
-                self._thread.submit(_end(events))
-
-        return iterate()
+        return _iterate(self._thread, self._thread.run(self._client.watch(namespace, deadline_ms=deadline_ms)))
 
 
 class ClusterClient(BlockingFacade[AsyncClusterClient]):
@@ -308,6 +297,21 @@ class ClusterClient(BlockingFacade[AsyncClusterClient]):
     write = _blocking(AsyncClusterClient.write)
     delete = _blocking(AsyncClusterClient.delete)
     stats = _blocking(AsyncClusterClient.stats)
+
+    def watch(self, namespace: bytes, *, deadline_ms: float | None = None) -> Generator[PageEvent, None, None]:
+        """Page events of `namespace` from the return of this call on; see `AsyncClusterClient.watch`."""
+        return _iterate(self._thread, self._thread.run(self._client.watch(namespace, deadline_ms=deadline_ms)))
+
+
+def _iterate(thread: LoopThread, events: AsyncGenerator[PageEvent, None]) -> Generator[PageEvent, None, None]:
+    """The events, each waited for on the calling thread."""
+    try:
+        while True:
+            yield thread.run(_next(events))
+    except StopAsyncIteration:
+        return
+    finally:
+        thread.submit(_end(events))
 
 
 async def _next(events: AsyncGenerator[PageEvent, None]) -> PageEvent:

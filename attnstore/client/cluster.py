@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 from collections import defaultdict
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from types import TracebackType
 from typing import Self, TypeVar
 
@@ -28,14 +28,16 @@ from attnstore.clock import Clock, Deadline, MonotonicClock
 from attnstore.core.hashing import segment_key
 from attnstore.core.layout import PageLayout
 from attnstore.directory import ClusterView, Member
+from attnstore.directory.events import events_in
 from attnstore.errors import ClientClosed, InvalidArgument, LeaseExpired, NamespaceUnknown, Retryable, Unavailable
-from attnstore.limits import EPOCH_BYTES, HASHES_MAX, LEASE_MS_MAX, NODE_MATCH_MS_MAX
+from attnstore.limits import EPOCH_BYTES, HASHES_MAX, HEARTBEAT_MS, LEASE_MS_MAX, NODE_MATCH_MS_MAX
 from attnstore.types import (
     Lease,
     MatchResult,
     NamespaceStatistics,
     NodeDescription,
     NodeStatistics,
+    PageEvent,
     PageStatus,
     ReadResult,
     WriteResult,
@@ -307,6 +309,29 @@ class AsyncClusterClient:
         calls = (delete_on(membership.links[node_id], indices) for node_id, indices in groups.items())
         _raise_any(await asyncio.gather(*calls, return_exceptions=True))
         return tuple(statuses)
+
+    async def watch(self, namespace: bytes, *, deadline_ms: float | None = None) -> AsyncGenerator[PageEvent, None]:
+        """Page events of all nodes, through the directory: in order for each node, about a heartbeat late.
+
+        Returns once later events cannot be missed. The generator ends with `Unavailable` when the directory fails. Raises
+        `InvalidArgument` for a fixed list of nodes, which has no directory: watch each node.
+        """
+        if self._options.nodes:
+            raise InvalidArgument("a fixed list of nodes has no directory to watch: watch each node")
+        self._layout(namespace)
+        deadline = None if deadline_ms is None else self._deadline(deadline_ms)
+        directory = self._followed().directory
+        _, position = await directory.events(None, 1)
+
+        async def events() -> AsyncGenerator[PageEvent, None]:
+            after = position
+            while deadline is None or deadline.left_ms():
+                batches, after = await directory.events(after, HEARTBEAT_MS)
+                for batch in batches:
+                    for event in events_in(batch, namespace):
+                        yield event
+
+        return events()
 
     async def _everywhere(self, call: Callable[[AsyncClient, float], Awaitable[T]], deadline_ms: float | None) -> list[T]:
         """The answers of all nodes that answer. Raises what one of them raised where none does."""

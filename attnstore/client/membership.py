@@ -41,6 +41,11 @@ class ClusterMembership:
         return self._links
 
     @property
+    def directory(self) -> Directory:
+        """The directory that is followed."""
+        return self._directory
+
+    @property
     def view(self) -> ClusterView:
         """The latest view."""
         return self._tracker.view

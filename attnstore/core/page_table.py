@@ -13,7 +13,8 @@ values and events, so that a simulation from a seed repeats exactly. Not thread-
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from attnstore.core.events import EventLog
@@ -22,6 +23,7 @@ from attnstore.core.layout import PageLayout
 from attnstore.core.lease import LeaseTable
 from attnstore.core.namespaces import Namespaces
 from attnstore.core.page import ArrivingPage, NamespaceRecord, Page, PageState, PageStep, PinnedPage
+from attnstore.core.quota import Quotas
 from attnstore.core.residency import Residency
 from attnstore.core.slots import Slot, SlotClass, SlotPool
 from attnstore.limits import HASH_BYTES, LEASE_MS_MAX
@@ -94,6 +96,7 @@ class PageTable:
         self._namespaces = Namespaces()
         self._leases = LeaseTable(new_lease_id)
         self._events = EventLog()
+        self._quotas = Quotas()
         self._new_policy = policy
         self._policies: dict[SlotClass, EvictionPolicy[Page]] = {}
         self._tick = 0  # counts uses: recency that is strictly ordered even where the clock stands still
@@ -120,6 +123,10 @@ class PageTable:
             record = NamespaceRecord(namespace, layout, tenant, slot_class, policy)
             self._namespaces.add(record)
         return self._slots.extents * record.slot_class.slots_per_extent
+
+    def limit_tenants(self, quota_bytes: Mapping[str, int]) -> None:
+        """Bytes that tenants' pages may take here; who is not named may take all there is. See `Quotas.limit`."""
+        self._quotas.limit(quota_bytes)
 
     def layout_of(self, namespace: bytes, tenant: str) -> PageLayout:
         """The layout of a tenant's namespace. Raises `NamespaceUnknown` or `PermissionDenied`."""
@@ -199,7 +206,9 @@ class PageTable:
             return PageStatus.ALREADY_PRESENT
         if page_hash in record.arriving:
             return PageStatus.ARRIVING
-        slot = self._slots.take(record.slot_class) or self._make_room(record, now_ms)
+        slot = None
+        if self._fits_quota(record, now_ms):
+            slot = self._slots.take(record.slot_class) or self._make_room(record, now_ms)
         if slot is None:
             return PageStatus.NO_SPACE
         page = Page(record, page_hash, checksum, slot, self._residency.extent_of(slot))
@@ -208,6 +217,7 @@ class PageTable:
         self._residency.arrived(page)
         self._arriving += 1
         self._used_bytes += slot.size_bytes
+        self._quotas.took(record.tenant, slot.size_bytes)
         return ArrivingPage(page)
 
     def complete(self, page: ArrivingPage, now_ms: float) -> None:  # noqa: ARG002 - for policies that look at age
@@ -307,6 +317,10 @@ class PageTable:
         assert {page.state for page in sealed} <= {PageState.SEALED}
         assert (self._arriving, self._sealed) == (len(arriving), len(sealed))
         assert self._used_bytes == sum(page.slot.size_bytes for page in pages) <= self._slots.capacity_bytes
+        of_tenant: Counter[str] = Counter()
+        for page in pages:
+            of_tenant[page.namespace.tenant] += page.slot.size_bytes
+        self._quotas.check(of_tenant)
         leased: dict[Page, int] = {}
         for lease in self._leases:
             for page in lease.pages:
@@ -348,6 +362,21 @@ class PageTable:
         self._residency.touched(pages, self._next_tick())
         record.policy.touched([page for page in pages if not page.pins])
 
+    def _fits_quota(self, record: NamespaceRecord, now_ms: float) -> bool:
+        """Evicts the tenant's own pages, of this size first, until its quota has room for one more. False: all are pinned."""
+        size_bytes = record.layout.page_bytes
+        if self._quotas.leaves_room(record.tenant, size_bytes):
+            return True
+        self.expire(now_ms)
+        others = [policy for slot_class, policy in self._policies.items() if slot_class.tenant == record.tenant]
+        while not self._quotas.leaves_room(record.tenant, size_bytes):
+            victim = next((page for policy in (record.policy, *others) if (page := policy.victim()) is not None), None)
+            if victim is None:
+                return False
+            self._drop(victim, PageStep.EVICT, PageEventKind.EVICTED)
+            self._evicted += 1
+        return True
+
     def _make_room(self, record: NamespaceRecord, now_ms: float) -> Slot | None:
         """Evicts until a slot is free: the policy's victim, or a whole idle extent of another class that is colder still.
 
@@ -383,6 +412,7 @@ class PageTable:
 
     def _free(self, page: Page) -> None:
         self._used_bytes -= page.slot.size_bytes
+        self._quotas.gave_back(page.namespace.tenant, page.slot.size_bytes)
         self._slots.give_back(page.slot)
 
     def _next_tick(self) -> int:

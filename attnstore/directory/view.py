@@ -29,6 +29,12 @@ class ClusterView:
         """Copies of each segment: the most that any member was told to keep."""
         return max((member.replicas for member in self.members.values()), default=1)
 
+    def quota_bytes_of(self, node_id: str) -> dict[str, int]:
+        """Tenant -> bytes that its pages may take on one node: its part of the quota, by weight, as of the segments."""
+        total = sum(self.placement.weights.values())
+        part = self.placement.weights.get(node_id, 0.0) / total if total else 0.0
+        return {tenant: int(quota_bytes * part) for tenant, quota_bytes in self.quota_bytes.items()}
+
     def owners(self, key: bytes, usable: Iterable[str] | None = None) -> list[str]:
         """The nodes to write a segment to, the first one first: `replicas` of them, or as many as there are.
 

@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
 from attnstore.errors import Unavailable
 from attnstore.limits import WATCH_EVENTS_MAX
 from attnstore.types import PageEvent, PageEventKind
+
+Publish = Callable[[Iterable[tuple[bytes, PageEvent]]], None]
 
 
 class Subscription:
@@ -66,6 +68,16 @@ class EventHub:
         watched = [(namespace, event) for namespace, event in events if namespace in self._subscriptions]
         if watched:
             self._loop.call_soon_threadsafe(self._deliver, watched)
+
+    def publish_also_to(self, other: Callable[[Sequence[tuple[bytes, PageEvent]]], None]) -> Publish:
+        """`publish`, which hands the same events to `other` too, of all namespaces, watched or not."""
+
+        def publish(events: Iterable[tuple[bytes, PageEvent]]) -> None:
+            happened = list(events)
+            self.publish(happened)
+            other(happened)
+
+        return publish
 
     def _deliver(self, events: Iterable[tuple[bytes, PageEvent]]) -> None:
         for namespace, event in events:

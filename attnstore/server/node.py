@@ -24,6 +24,7 @@ from attnstore.arena import Arena, FileArena, MemoryArena, SharedArena, StampedA
 from attnstore.clock import Clock, MonotonicClock
 from attnstore.config import ServeOptions, split_address
 from attnstore.core.page_table import PageTable
+from attnstore.directory.events import EventFeed
 from attnstore.errors import InvalidArgument
 from attnstore.limits import EPOCH_BYTES, FRAME_BYTES_MAX, KEEPALIVE_MS, KEEPALIVE_TIMEOUT_MS, LEASE_ID_BYTES, MESSAGE_BYTES_MAX
 from attnstore.server.attend import Attending, threads_default
@@ -82,7 +83,11 @@ class StoreNode:
             new_lease_id=lambda: secrets.token_bytes(LEASE_ID_BYTES),
         )
         hub = EventHub(self._loop)
-        self._store = Store(table, self._arena, clock, hub.publish)
+        node_id = options.node_id or options.advertised(self.address)
+        feed = EventFeed(node_id)
+        self._store = Store(
+            table, self._arena, clock, hub.publish if options.directory is None else hub.publish_also_to(feed.offer)
+        )
         self._metrics = NodeMetrics(self._store.statistics)
         self._shell = RpcShell(authenticator, self._metrics)
         self._tokens = TokenBook(clock)
@@ -99,7 +104,6 @@ class StoreNode:
             else None
         )
         self._channels: dict[str, ChannelOffer] = {}
-        node_id = options.node_id or options.advertised(self.address)
         self._seat = take_seat(
             options,
             node_id=node_id,
@@ -108,6 +112,7 @@ class StoreNode:
             store=self._store,
             metrics=self._metrics,
             clock=clock,
+            feed=feed,
             open_peer=open_peer,
         )
         self._servicer = Servicer(

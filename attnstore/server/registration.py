@@ -16,6 +16,7 @@ import structlog
 
 from attnstore.clock import Clock
 from attnstore.directory import ClusterView, Directory, Intent, LayoutRecord, Member, Membership, NodeState, ViewTracker
+from attnstore.directory.events import EventFeed
 from attnstore.errors import ProtocolError, Unavailable
 from attnstore.limits import HEARTBEAT_MS, LAYOUT_MS_MAX, MEMBER_MS_MAX
 from attnstore.telemetry import NodeMetrics
@@ -27,7 +28,7 @@ _LAYOUTS_AGAIN_MS = LAYOUT_MS_MAX // 4
 class Registration:
     """Keeps `member` in `directory`. `on_view` gets every view, also an unchanged one, once for each answer of the directory.
 
-    `layouts` tells what the node holds pages of. Belongs to the event loop on which it is started.
+    `layouts` tells what the node holds pages of, `feed` what happened to them. Belongs to the event loop on which it is started.
     """
 
     def __init__(
@@ -38,6 +39,7 @@ class Registration:
         *,
         layouts: Callable[[], Iterable[LayoutRecord]],
         on_view: Callable[[ClusterView], None],
+        feed: EventFeed,
         metrics: NodeMetrics,
     ) -> None:
         self._directory = directory
@@ -45,6 +47,7 @@ class Registration:
         self._clock = clock
         self._layouts = layouts
         self._on_view = on_view
+        self._feed = feed
         self._metrics = metrics
         self._tracker = ViewTracker()
         self._intent: Intent | None = None
@@ -90,6 +93,7 @@ class Registration:
                 self._follow(membership)
             self._on_view(self._tracker.observe(membership, self._clock.now_ms()))
             await self._tell_layouts()
+            await self._tell_events()
         except (Unavailable, ProtocolError) as error:
             if self._answers:
                 _log.warning("the directory does not answer, the last view stays in force", reason=str(error))
@@ -117,6 +121,15 @@ class Registration:
         if held and (held != self._told or now_ms >= self._told_ms + _LAYOUTS_AGAIN_MS):
             await self._directory.put_layouts(sorted(held, key=lambda record: record.namespace))
             self._told, self._told_ms = held, now_ms
+
+    async def _tell_events(self) -> None:
+        batch = self._feed.take()
+        if batch is not None:
+            try:
+                await self._directory.publish(batch)
+            except Unavailable:
+                self._feed.lost(batch)
+                raise
 
     async def _run(self) -> None:
         while True:

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 
 from attnstore.clock import Clock
 from attnstore.config import ServeOptions
-from attnstore.directory import LayoutRecord, Member, open_directory
+from attnstore.directory import ClusterView, LayoutRecord, Member, open_directory
+from attnstore.directory.events import EventFeed
 from attnstore.server.handoff import Handoff, OpenPeer
 from attnstore.server.registration import Registration
 from attnstore.server.store import Store
@@ -44,6 +45,7 @@ def take_seat(
     store: Store,
     metrics: NodeMetrics,
     clock: Clock,
+    feed: EventFeed,
     open_peer: OpenPeer,
 ) -> Seat | None:
     """The seat of the node that is bound to `address`; None where it is on its own. Raises `InvalidArgument` for bad options."""
@@ -53,6 +55,11 @@ def take_seat(
     def layouts() -> Iterator[LayoutRecord]:
         for held in store.statistics().namespaces:
             yield LayoutRecord(held.namespace, held.tenant, held.layout.page_bytes)
+
+    def follow(view: ClusterView) -> None:
+        handoff.follow(view)
+        if node_id in view.placement.weights:  # a node that owns nothing keeps what it has until it is handed over
+            store.limit_tenants(view.quota_bytes_of(node_id))
 
     scheme = "grpcs" if options.tls_cert is not None else "grpc"
     url = f"{scheme}://{options.advertised(address)}"
@@ -64,7 +71,8 @@ def take_seat(
         member,
         clock,
         layouts=layouts,
-        on_view=handoff.follow,
+        on_view=follow,
+        feed=feed,
         metrics=metrics,
     )
     return Seat(registration, handoff)

@@ -7,7 +7,7 @@ a peer is waited for, so that metadata stays quick while pages flow on other thr
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TypeVar
 
 from attnstore.arena import Arena
@@ -49,6 +49,11 @@ class Store:
         """`PageTable.layout_of`: also the check that the namespace is the tenant's own."""
         with self._lock:
             return self._table.layout_of(namespace, tenant)
+
+    def limit_tenants(self, quota_bytes: Mapping[str, int]) -> None:
+        """`PageTable.limit_tenants`."""
+        with self._lock:
+            self._table.limit_tenants(quota_bytes)
 
     def sealed_hashes(self, namespace: bytes) -> list[bytes]:
         """`PageTable.sealed_hashes`."""

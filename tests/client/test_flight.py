@@ -35,9 +35,13 @@ async def test_all_who_ask_at_once_get_one_answer_and_those_who_come_later_a_new
 
 
 async def test_different_questions_do_not_wait_for_each_other() -> None:
-    flights, source = SingleFlight[int](), Source()
-    source.go.set()
-    assert await asyncio.gather(flights.run("a", source.answer), flights.run("b", source.answer)) == [2, 2]
+    flights, slow, quick = SingleFlight[int](), Source(), Source()
+    waiting = asyncio.create_task(flights.run("slow", slow.answer))
+    quick.go.set()
+    assert await flights.run("quick", quick.answer) == 1
+    assert not waiting.done()
+    slow.go.set()
+    assert await waiting == 1
 
 
 async def test_one_who_gives_up_stops_nobody_else() -> None:

@@ -249,3 +249,43 @@ def test_a_node_that_comes_back_empty_is_given_its_copies_again(replicated: Clus
         replicated.start("bob")
         assert eventually(lambda: sealed_on(replicated, "bob") == share, 20)
         assert hits_and_no_wrong_byte(client, batch) == PAGES
+
+
+def test_a_tenant_keeps_no_more_on_all_nodes_together_than_its_quota(cluster: Cluster, batch_of: BatchOf) -> None:
+    quota = run_command("quota", "default", str(90 * 4096), "--directory", cluster.url)
+    assert quota.returncode == 0, quota.stderr
+    with attnstore.connect(cluster.url) as client:
+        batch = batch_of(PAGES)
+        client.register_layout(batch.namespace, batch.layout)
+
+        def is_enforced() -> bool:
+            client.write(batch.namespace, batch.hashes, batch.pages)
+            return client.stats().used_bytes <= 90 * 4096
+
+        assert eventually(is_enforced)
+        assert 0 < hits_and_no_wrong_byte(client, batch) <= 90
+        assert run_command("quota", "default", "none", "--directory", cluster.url).returncode == 0
+
+        def is_lifted() -> bool:
+            client.write(batch.namespace, batch.hashes, batch.pages)
+            return hits_and_no_wrong_byte(client, batch) == PAGES
+
+        assert eventually(is_lifted)
+
+
+def test_whoever_watches_a_namespace_is_told_of_the_pages_of_all_nodes(shared_cluster: Cluster, batch_of: BatchOf) -> None:
+    with attnstore.connect(shared_cluster.url) as client:
+        batch = batch_of(PAGES)
+        client.register_layout(batch.namespace, batch.layout)
+        events = client.watch(batch.namespace, deadline_ms=20_000)
+        client.write(batch.namespace, batch.hashes, batch.pages)
+        told = {next(events).hash for _ in range(PAGES)}
+        assert told == set(batch.hashes)
+        client.delete(batch.namespace, batch.hashes[:1])
+        assert next(events).kind is attnstore.PageEventKind.DELETED
+
+
+def test_a_fixed_list_of_nodes_cannot_be_watched(shared_cluster: Cluster, batch_of: BatchOf) -> None:
+    target = "grpc://" + ",".join(node.address for node in shared_cluster.nodes.values())
+    with attnstore.connect(target) as client, pytest.raises(errors.InvalidArgument, match="no directory"):
+        client.watch(batch_of(1).namespace)

@@ -1,0 +1,68 @@
+"""Page events on their way through the directory: packed by the node, unpacked by whoever watches.
+
+Owns: `EventFeed`, a node's queue of events to publish, and their encoding. Invariants: the feed never waits and holds a bounded
+number of events; what did not fit is counted and told as LAGGED.
+
+A packed event has 73 bytes: kind `u8`, sequence `u64`, namespace, hash; little-endian.
+"""
+
+from __future__ import annotations
+
+import struct
+import threading
+from collections import deque
+from collections.abc import Iterable, Iterator
+
+from attnstore.directory.base import EventBatch
+from attnstore.errors import ProtocolError
+from attnstore.limits import EVENTS_IN_BATCH_MAX, HASH_BYTES
+from attnstore.types import PageEvent, PageEventKind
+
+_EVENT = struct.Struct(f"<BQ{HASH_BYTES}s{HASH_BYTES}s")
+
+
+class EventFeed:
+    """Events of one node that were not published yet. Safe from any thread."""
+
+    def __init__(self, node_id: str) -> None:
+        self._node_id = node_id
+        self._queue: deque[tuple[bytes, PageEvent]] = deque()
+        self._dropped = 0
+        self._lock = threading.Lock()
+
+    def offer(self, events: Iterable[tuple[bytes, PageEvent]]) -> None:
+        """Queues `(namespace, event)` pairs; the ones that do not fit into the next batch are dropped and counted."""
+        with self._lock:
+            for entry in events:
+                if len(self._queue) < EVENTS_IN_BATCH_MAX:
+                    self._queue.append(entry)
+                else:
+                    self._dropped += 1
+
+    def take(self) -> EventBatch | None:
+        """Everything that is queued, to be published now; None where that is nothing."""
+        with self._lock:
+            queue, self._queue = self._queue, deque()
+            dropped, self._dropped = self._dropped, 0
+        if not queue and not dropped:
+            return None
+        packed = b"".join(_EVENT.pack(event.kind, event.sequence, namespace, event.hash) for namespace, event in queue)
+        return EventBatch(self._node_id, packed, dropped)
+
+    def lost(self, batch: EventBatch) -> None:
+        """A batch could not be published: its events count as dropped."""
+        with self._lock:
+            self._dropped += batch.dropped + len(batch.packed) // _EVENT.size
+
+
+def events_in(batch: EventBatch, namespace: bytes) -> Iterator[PageEvent]:
+    """The events of one namespace in a batch, then LAGGED if any were dropped after them. Raises `ProtocolError`."""
+    sequence = 0
+    try:
+        for kind, sequence, of_namespace, page_hash in _EVENT.iter_unpack(batch.packed):
+            if of_namespace == namespace:
+                yield PageEvent(PageEventKind(kind), page_hash, sequence)
+    except (struct.error, ValueError) as error:
+        raise ProtocolError(f"the directory's events of node {batch.node_id} cannot be read: {error}") from None
+    if batch.dropped:
+        yield PageEvent(PageEventKind.LAGGED, b"", sequence, batch.dropped)

@@ -1,0 +1,46 @@
+"""Page events on their way through the directory: packed, bounded, and nothing lost without being told."""
+
+from __future__ import annotations
+
+import pytest
+
+from attnstore import PageEvent, PageEventKind
+from attnstore.directory import EventBatch
+from attnstore.directory.events import EventFeed, events_in
+from attnstore.errors import ProtocolError
+from attnstore.limits import EVENTS_IN_BATCH_MAX
+
+MINE, OTHER = bytes(32), b"o" * 32
+
+
+def sealed(number: int) -> PageEvent:
+    return PageEvent(PageEventKind.SEALED, number.to_bytes(32, "little"), number)
+
+
+def test_events_of_a_namespace_arrive_as_they_were_offered() -> None:
+    feed = EventFeed("ada")
+    feed.offer([(MINE, sealed(1)), (OTHER, sealed(2)), (MINE, PageEvent(PageEventKind.EVICTED, bytes(32), 3))])
+    batch = feed.take()
+    assert batch is not None
+    assert list(events_in(batch, MINE)) == [sealed(1), PageEvent(PageEventKind.EVICTED, bytes(32), 3)]
+    assert list(events_in(batch, OTHER)) == [sealed(2)]
+    assert feed.take() is None
+
+
+def test_events_that_do_not_fit_and_batches_that_were_lost_are_counted() -> None:
+    feed = EventFeed("ada")
+    feed.offer((MINE, sealed(number)) for number in range(EVENTS_IN_BATCH_MAX + 5))
+    first = feed.take()
+    assert first is not None
+    assert first.dropped == 5
+    feed.lost(first)
+    feed.offer([(MINE, sealed(9))])
+    second = feed.take()
+    assert second is not None
+    assert list(events_in(second, MINE)) == [sealed(9), PageEvent(PageEventKind.LAGGED, b"", 9, EVENTS_IN_BATCH_MAX + 5)]
+
+
+@pytest.mark.parametrize("packed", [b"short", b"\xff" * 73])
+def test_events_of_somebody_else_are_a_typed_error(packed: bytes) -> None:
+    with pytest.raises(ProtocolError, match="cannot be read"):
+        list(events_in(EventBatch("ada", packed), b"\xff" * 32))
