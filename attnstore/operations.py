@@ -1,7 +1,7 @@
 """What `attnstore status`, `drain`, `undrain`, `evict` and `quota` do: a cluster as an operator sees it and what he asks of it.
 
-Owns: `ClusterStatus` and its text. Invariants: nothing is changed but what operators want of a node or allow a tenant; a node that does not answer is
-shown as such, within the deadline.
+Owns: `ClusterStatus` and its text. Invariants: nothing is changed but what operators want of a node or allow a tenant; a node that
+does not answer is shown as such, within the deadline.
 """
 
 from __future__ import annotations

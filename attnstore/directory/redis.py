@@ -37,7 +37,8 @@ class RedisDirectory:
 
     def __init__(self, url: DirectoryUrl) -> None:
         self._url = url
-        self._client: Any = _connect(url)
+        self._sentinels: list[Any] = []
+        self._client = self._connect(url)
         self._key = {name: f"{{attnstore:{url.cluster}}}:{name}" for name in scripts.KEYS}
         self._cluster_keys = [self._key[name] for name in ("nodes", "alive", "intents", "quotas", "revision")]
 
@@ -56,7 +57,7 @@ class RedisDirectory:
         await self._eval(scripts.WITHDRAW, self._cluster_keys, node_id)
 
     async def set_intent(self, node_id: str, intent: Intent | None) -> bool:
-        return bool(await self._eval(scripts.SET_INTENT, self._cluster_keys, node_id, intent or ""))
+        return bool(await self._eval(scripts.SET_INTENT, self._cluster_keys, node_id, intent or "", scripts.KEEP_MS))
 
     async def put_layouts(self, layouts: Sequence[LayoutRecord]) -> None:
         records = [json.dumps([record.namespace.hex(), record.tenant, record.page_bytes]) for record in layouts]
@@ -90,7 +91,29 @@ class RedisDirectory:
         return batches, entries[-1][0].decode() if entries else position
 
     async def close(self) -> None:
-        await self._client.aclose()
+        for client in (self._client, *self._sentinels):
+            await client.aclose()
+
+    def _connect(self, url: DirectoryUrl) -> Any:
+        # A call that fails is made again by whoever has a period for it, never at once by the library.
+        patience: dict[str, Any] = {
+            "socket_timeout": DIRECTORY_MS_MAX / 1000,
+            "socket_connect_timeout": DIRECTORY_MS_MAX / 1000,
+            "retry": Retry(NoBackoff(), 0),
+        }
+        login: dict[str, Any] = {"username": url.username, "password": url.password}
+        encryption: dict[str, Any] = {"ssl": True, "ssl_ca_certs": url.ca} if url.tls else {}
+        if url.kind == "cluster":
+            nodes = [ClusterNode(host, port) for host, port in url.hosts]
+            return RedisCluster(startup_nodes=nodes, **patience, **login, **encryption)
+        if url.kind == "sentinel":
+            new_manager: Any = Sentinel  # it has no types
+            # Sentinels have users of their own, or none: the login is for the server that they name.
+            manager = new_manager(url.hosts, sentinel_kwargs={**patience, **encryption})
+            self._sentinels = manager.sentinels
+            return manager.master_for(url.service, db=url.database, **patience, **login, **encryption)
+        ((host, port),) = url.hosts
+        return Redis(host=host, port=port, db=url.database, **patience, **login, **encryption)
 
     async def _last_event(self) -> str:
         newest = await self._ask(self._client.xrevrange(self._key["events"], count=1), DIRECTORY_MS_MAX)
@@ -107,27 +130,6 @@ class RedisDirectory:
             raise Unavailable(f"the directory {self.name} did not answer within {limit_ms:g} ms") from None
         except (RedisError, OSError) as error:
             raise Unavailable(f"the directory {self.name} failed: {type(error).__name__}: {error}") from None
-
-
-def _connect(url: DirectoryUrl) -> Any:
-    # A call that fails is made again by whoever has a period for it, never at once by the library.
-    patience: dict[str, Any] = {
-        "socket_timeout": DIRECTORY_MS_MAX / 1000,
-        "socket_connect_timeout": DIRECTORY_MS_MAX / 1000,
-        "retry": Retry(NoBackoff(), 0),
-    }
-    login: dict[str, Any] = {"username": url.username, "password": url.password}
-    encryption: dict[str, Any] = {"ssl": True, "ssl_ca_certs": url.ca} if url.tls else {}
-    if url.kind == "cluster":
-        nodes = [ClusterNode(host, port) for host, port in url.hosts]
-        return RedisCluster(startup_nodes=nodes, **patience, **login, **encryption)
-    if url.kind == "sentinel":
-        new_manager: Any = Sentinel  # it has no types
-        # Sentinels have users of their own, or none: the login is for the server that they name.
-        manager = new_manager(url.hosts, sentinel_kwargs={**patience, **encryption})
-        return manager.master_for(url.service, db=url.database, **patience, **login, **encryption)
-    ((host, port),) = url.hosts
-    return Redis(host=host, port=port, db=url.database, **patience, **login, **encryption)
 
 
 def _revision(known: Revision | None) -> tuple[str, str, str]:

@@ -38,8 +38,11 @@ local time = redis.call('TIME')
 local now_ms = time[1] * 1000 + math.floor(time[2] / 1000)
 """
 
-_PURGE: Final = """
-if redis.call('HSETNX', KEYS[5], 'incarnation', ARGV[1]) == 1 then redis.call('HSET', KEYS[5], 'number', 0) end
+_PURGE: Final = f"""
+if redis.call('HSETNX', KEYS[5], 'incarnation', ARGV[1]) == 1 then
+  redis.call('HSETNX', KEYS[5], 'number', 0)
+  redis.call('PEXPIRE', KEYS[5], {KEEP_MS})
+end
 local gone = redis.call('ZRANGEBYSCORE', KEYS[2], '-inf', now_ms)
 if #gone > 0 then
   redis.call('ZREM', KEYS[2], unpack(gone))
@@ -98,10 +101,11 @@ return 1
 SET_INTENT: Final = """
 if redis.call('HEXISTS', KEYS[1], ARGV[1]) == 0 then return 0 end
 if ARGV[2] == '' then redis.call('HDEL', KEYS[3], ARGV[1]) else redis.call('HSET', KEYS[3], ARGV[1], ARGV[2]) end
+redis.call('PEXPIRE', KEYS[3], ARGV[3])
 redis.call('HINCRBY', KEYS[5], 'number', 1)
 return 1
 """
-"""What an operator wants of a node. KEYS as in MEMBERSHIP. ARGV[1] node id, [2] the intent, or nothing for none."""
+"""What an operator wants of a node. KEYS as in MEMBERSHIP. ARGV[1] node id, [2] the intent, or nothing, [3] how long to keep it."""
 
 SET_QUOTA: Final = """
 if ARGV[2] == '' then
@@ -111,7 +115,7 @@ elseif redis.call('HEXISTS', KEYS[4], ARGV[1]) == 0 and redis.call('HLEN', KEYS[
 else
   redis.call('HSET', KEYS[4], ARGV[1], ARGV[2])
 end
-redis.call('HINCRBY', KEYS[5], 'number', 1)
+if redis.call('EXISTS', KEYS[5]) == 1 then redis.call('HINCRBY', KEYS[5], 'number', 1) end
 return 1
 """
 """A tenant's quota. KEYS as in MEMBERSHIP. ARGV[1] tenant, [2] bytes, or nothing for none, [3] the most tenants."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from attnstore.client.layer_merge import LayerMerge
@@ -16,6 +16,7 @@ ROOT = b"\xff" * 32
 CHAIN = block_hashes(ROOT, range(4 * SEGMENT_BLOCKS), 1)
 
 
+@settings(deadline=None, derandomize=True)
 @given(begin=st.integers(0, len(CHAIN)), end=st.integers(0, len(CHAIN)))
 def test_runs_are_the_prefix_cut_where_the_segment_changes(begin: int, end: int) -> None:
     prefix = CHAIN[begin:end]
@@ -25,6 +26,7 @@ def test_runs_are_the_prefix_cut_where_the_segment_changes(begin: int, end: int)
     assert all(left.key != right.key for left, right in itertools.pairwise(runs))
 
 
+@settings(deadline=None, derandomize=True)
 @given(present=st.lists(st.booleans(), min_size=len(CHAIN), max_size=len(CHAIN)), begin=st.integers(0, 200))
 def test_hits_are_the_pages_before_the_first_one_that_is_missing(present: list[bool], begin: int) -> None:
     prefixes = [CHAIN, CHAIN[begin:]]

@@ -104,7 +104,7 @@ async def test_a_server_that_is_gone_or_silent_is_a_typed_error_within_the_limit
 
 
 async def test_a_login_is_needed_where_the_server_asks_for_one_and_the_documented_rights_are_enough() -> None:
-    rights = "~{attnstore:*}* +eval +time +@hash +@sortedset +@stream +pexpire +select"
+    rights = "~{attnstore:*}* +eval +time +exists +@hash +@sortedset +@stream +pexpire +select"
     with RedisServer("user default off", f"user ada on >s3cret {rights}") as server:
         address = f"{server.host}:{server.port}/0"
         known = open_directory(f"redis://ada:s3cret@{address}")

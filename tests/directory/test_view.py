@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from attnstore.core.placement import Placement
@@ -105,6 +105,7 @@ def view_of(names: list[str], replicas: int, epochs: dict[str, int] | None = Non
 
 
 @given(before=NAMES, after=NAMES, replicas=st.integers(1, 3))
+@settings(deadline=None, derandomize=True)
 def test_every_new_owner_is_sent_a_segment_by_exactly_one_node_that_held_it(
     before: list[str], after: list[str], replicas: int
 ) -> None:
