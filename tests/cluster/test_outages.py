@@ -179,6 +179,8 @@ import attnstore
 from tests.samples import make_batch
 batch = make_batch(int(sys.argv[2]), model="partition")
 with attnstore.connect(sys.argv[1], deadline_ms=2_000) as client:
+    while len(client.members()) < 2:
+        time.sleep(0.05)
     client.register_layout(batch.namespace, batch.layout)
     written = client.write(batch.namespace, batch.hashes, batch.pages)
     assert all(verdict.is_kept for verdict in written.verdicts), written
@@ -215,7 +217,7 @@ def test_a_worker_that_is_cut_off_from_one_node_misses_its_pages_until_the_cut_i
             cut = [_read(reader) for _ in range(4)]
             switch.mend(hosts["bob"])
             assert all(read["wrong"] == 0 and read["seconds"] < 3 for read in cut)
-            assert all(0 < read["hits"] < PAGES for read in cut)
+            assert all(0 < read["hits"] < PAGES for read in cut), cut
             assert eventually(lambda: _read(reader)["hits"] == PAGES, 30)
         finally:
             reader.kill()
