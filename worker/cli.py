@@ -17,6 +17,7 @@ from pathlib import Path
 
 import torch
 from pydantic import ByteSize, TypeAdapter, ValidationError
+from rich.console import Console
 from safetensors.torch import save_file
 
 from attnstore.allocator import keep_freed_memory
@@ -25,8 +26,20 @@ from attnstore.core.eviction import EVICTION_POLICIES
 from attnstore.core.layout import DType
 from attnstore.errors import AttnStoreError, InvalidArgument
 from attnstore.limits import MIB
-from worker.cache import STORE_TRANSPORTS, WRITE_POLICIES, PageStore, SharedUse, open_store
+from worker.cache import (
+    STORE_TRANSPORTS,
+    WRITE_POLICIES,
+    CostPlanner,
+    FetchAll,
+    PageStore,
+    Planner,
+    RecomputeAll,
+    SharedUse,
+    open_store,
+)
+from worker.cache.decisions import Decision
 from worker.engine import Engine, EngineOptions, SamplingParams, Sequence, Token
+from worker.explain import decisions_of, show, try_out
 from worker.model import LoadedModel, export_model, load_model
 from worker.progress import Progress, create_progress
 from worker.report import GenerationReport, generation_report
@@ -65,7 +78,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--ignore-stop", action="store_true", help="generate --max-tokens tokens whatever they are")
     add("--json", action="store_true", help="print one JSON object instead of the text")
     add("--logits", type=Path, metavar="FILE", help="also write each token's fp32 logits to this safetensors file")
-    _add_engine_options(generate)
+    # One prompt cannot learn a link: what it knew of it would come too late.
+    _add_engine_options(generate, planner="fetch")
     generate.set_defaults(run=_generate)
 
     serving = commands.add_parser("serve", help="answer HTTP requests", description="An OpenAI-compatible HTTP endpoint.")
@@ -76,8 +90,20 @@ def _parser() -> argparse.ArgumentParser:
         "--prefetch", type=int, default=2, metavar="N", help="waiting sequences whose pages are fetched ahead (default 2)"
     )
     serving.add_argument("--waiting", type=int, default=1024, metavar="N", help="sequences that may wait (default 1024)")
-    _add_engine_options(serving)
+    _add_engine_options(serving, planner="cost")
     serving.set_defaults(run=_serve)
+
+    explain = commands.add_parser(
+        "explain", help="what the planner decides and why", description="Predicted costs of each choice, and what happened."
+    )
+    source = explain.add_mutually_exclusive_group(required=True)
+    source.add_argument("--from", dest="source", metavar="SOURCE", help="URL of a worker, or a file that --decisions wrote")
+    source.add_argument("--prompt-file", type=Path, metavar="FILE", help="try this prompt out with --store; - is standard input")
+    explain.add_argument("--last", type=int, default=20, metavar="N", help="show the last N decisions (default 20)")
+    explain.add_argument("--prompt-tokens", type=int, metavar="N", help="use only the first N tokens of the prompt")
+    explain.add_argument("--json", action="store_true", help="print JSON lines instead of a table")
+    _add_engine_options(explain, planner="cost")
+    explain.set_defaults(run=_explain, chat=False)
 
     convert = commands.add_parser("convert", help="write a model for other programs", description="GGUF to a Hugging Face folder.")
     convert.add_argument("folder", type=Path, metavar="FOLDER", help="to make; fp32 safetensors, config and tokenizer")
@@ -86,8 +112,15 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _add_engine_options(parser: argparse.ArgumentParser) -> None:
+def _add_engine_options(parser: argparse.ArgumentParser, *, planner: str) -> None:
     add = parser.add_argument
+    add(
+        "--planner",
+        choices=("cost", "fetch", "recompute"),
+        default=planner,
+        help=f"what is fetched of a prompt that the store has: what measured costs say, everything, nothing (default {planner})",
+    )
+    add("--decisions", type=Path, metavar="FILE", help="append each decision of --planner cost to this file, as a line of JSON")
     add("--store", metavar="URL", help="store node, for example grpc://127.0.0.1:7400; none: compute everything here")
     add("--store-deadline-ms", type=int, default=5_000, metavar="MS", help="longest a call to the store may take (default 5000)")
     add("--flush-ms", type=int, default=60_000, metavar="MS", help="longest wait for the last pages to reach the store")
@@ -148,6 +181,21 @@ def _serve(arguments: argparse.Namespace) -> None:
         engine.flush(arguments.flush_ms)
 
 
+def _explain(arguments: argparse.Namespace) -> None:
+    if arguments.source is not None:
+        decisions = decisions_of(arguments.source, arguments.last)
+    else:
+        prompt = _read_prompt(arguments.prompt_file)
+        with create_progress(sys.stderr) as progress, _open_engine(arguments, _engine_options(arguments), progress) as engine:
+            if not isinstance(engine.planner, CostPlanner) or not arguments.store:
+                raise InvalidArgument("a prompt is tried out with --planner cost and a --store")
+            decisions = try_out(engine, engine.planner, _prompt_ids(engine.model, prompt, arguments))
+    if arguments.json:
+        print("\n".join(map(json.dumps, decisions)))
+    else:
+        show(decisions, Console())
+
+
 def _convert(arguments: argparse.Namespace) -> None:
     export_model(arguments.model, arguments.folder)
 
@@ -173,10 +221,34 @@ def _open_engine(arguments: argparse.Namespace, options: EngineOptions, progress
         progress.phase("loading the model")
         model = load_model(arguments.model, DType(arguments.dtype))
         store = stack.enter_context(_open_store(arguments)) if arguments.store else None
-        engine = stack.enter_context(Engine(model, options, store=store))
+        clock = MonotonicClock()
+        planner = stack.enter_context(_planner(arguments, options, clock))
+        observer = planner if isinstance(planner, CostPlanner) else None
+        engine = stack.enter_context(Engine(model, options, store=store, clock=clock, planner=planner, observer=observer))
         progress.phase("warming up")
         engine.warm_up()
         yield engine
+
+
+@contextmanager
+def _planner(arguments: argparse.Namespace, options: EngineOptions, clock: MonotonicClock) -> Iterator[Planner]:
+    if arguments.planner == "fetch":
+        yield FetchAll(options.store_deadline_ms)
+    elif arguments.planner == "recompute":
+        yield RecomputeAll()
+    elif arguments.decisions is None:
+        yield CostPlanner(clock, options.chunk_tokens)
+    else:
+        try:
+            file = arguments.decisions.open("a", encoding="utf-8", buffering=1)
+        except OSError as error:
+            raise InvalidArgument(f"--decisions {arguments.decisions} cannot be written: {error}") from None
+        with file:
+
+            def write(decision: Decision) -> None:
+                file.write(json.dumps(decision.as_json()) + "\n")
+
+            yield CostPlanner(clock, options.chunk_tokens, write)
 
 
 def _open_store(arguments: argparse.Namespace) -> AbstractContextManager[PageStore]:

@@ -17,7 +17,7 @@ from types import TracebackType
 from typing import Self
 
 from attnstore.errors import AttnStoreError, Unavailable
-from worker.cache import CacheStatistics
+from worker.cache import CacheStatistics, Planner
 from worker.engine.engine import Engine
 from worker.engine.outputs import BatchingStatistics, Token
 from worker.engine.sampler import SamplingParams
@@ -148,6 +148,11 @@ class AsyncEngine:
     def alive(self) -> bool:
         """Prompts are taken."""
         return not self._ended
+
+    @property
+    def planner(self) -> Planner:
+        """The engine's."""
+        return self._engine.planner
 
     @property
     def snapshot(self) -> EngineSnapshot:

@@ -24,6 +24,7 @@ from attnstore.errors import InvalidArgument, Overloaded
 from worker.cache import (
     Admission,
     CacheStatistics,
+    FetchAll,
     LayerGate,
     LoadEnd,
     Observer,
@@ -78,6 +79,7 @@ class Engine:
         self._clock = clock or MonotonicClock()
         self.layout = model.layout(self.options.block_tokens)
         name = namespace(self.layout, model=model.fingerprint, tenant_salt=self.options.tenant_salt)
+        self.planner = planner or FetchAll(self.options.store_deadline_ms)
         self._observer = observer or Unobserved()
         self._cache = create_cache(
             self.layout,
@@ -85,7 +87,7 @@ class Engine:
             self.options.tier_options(),
             store=store,
             clock=self._clock,
-            planner=planner,
+            planner=self.planner,
             observer=self._observer,
         )
         self._attend = self._attended_blocks(attend_nodes, name)

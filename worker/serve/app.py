@@ -11,6 +11,7 @@ import asyncio
 import logging
 import secrets
 from collections.abc import AsyncIterator, Callable, Coroutine
+from dataclasses import asdict
 from itertools import repeat
 from typing import Any, Final, TypeVar
 
@@ -24,6 +25,7 @@ from starlette.types import Receive, Scope, Send
 
 from attnstore.errors import AttnStoreError, InvalidArgument
 from attnstore.limits import MIB
+from worker.cache import CostPlanner
 from worker.engine import AsyncEngine, SamplingParams
 from worker.engine.sampler import SEED_MAX
 from worker.model import LoadedModel
@@ -44,6 +46,7 @@ _T = TypeVar("_T")
 
 BODY_BYTES_MAX: Final = 4 * MIB
 _COMPLETION_TOKENS_DEFAULT: Final = 16
+_DECISIONS_DEFAULT: Final = 20
 _CLIENT_CLOSED_REQUEST: Final = 499
 """nginx's status for a client that went away; nobody reads it but the metrics."""
 
@@ -65,6 +68,7 @@ def create_app(engine: AsyncEngine, model: LoadedModel) -> Starlette:
             Route("/v1/models/{model_id:path}", api.model),
             Route("/health", api.health),
             Route("/metrics", api.metrics),
+            Route("/planner", api.planner),
         ],
         exception_handlers={
             AttnStoreError: api.refused,
@@ -81,7 +85,7 @@ class _Api:
     def __init__(self, engine: AsyncEngine, model: LoadedModel) -> None:
         self._engine = engine
         self._model = model
-        self._metrics = ServeMetrics(lambda: engine.snapshot)
+        self._metrics = ServeMetrics(lambda: engine.snapshot, engine.planner)
 
     async def completions(self, request: Request) -> Response:
         """`POST /v1/completions`."""
@@ -115,6 +119,20 @@ class _Api:
     async def metrics(self, _: Request) -> Response:
         """`GET /metrics`."""
         return Response(self._metrics.text(), media_type="text/plain; version=0.0.4")
+
+    async def planner(self, request: Request) -> Response:
+        """`GET /planner?last=N`: measured costs, how good predictions were, and the last decisions."""
+        planner = self._engine.planner
+        if not isinstance(planner, CostPlanner):
+            return self._reply("planner", {"decisions": []})
+        last = request.query_params.get("last", str(_DECISIONS_DEFAULT))
+        count = int(last) if last.isdecimal() else _DECISIONS_DEFAULT
+        body: dict[str, object] = {
+            "costs": asdict(planner.report()),
+            "predictions": asdict(planner.predictions()),
+            "decisions": [decision.as_json() for decision in planner.decisions(count)],
+        }
+        return self._reply("planner", body)
 
     async def refused(self, request: Request, error: Exception) -> Response:
         """An error of the tree: the client's fault, or worth another try."""

@@ -8,9 +8,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from worker.cache import CostPlanner, Planner
+from worker.cache.decisions import ERROR_BOUNDS
 from worker.engine import EngineSnapshot
 
 _TIER_METRICS = {
@@ -26,7 +28,7 @@ _TTFT_BUCKETS_S = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0,
 class ServeMetrics:
     """The metrics of one endpoint in a registry of its own, so that several can live in one process (tests do that)."""
 
-    def __init__(self, snapshot: Callable[[], EngineSnapshot]) -> None:
+    def __init__(self, snapshot: Callable[[], EngineSnapshot], planner: Planner) -> None:
         self._registry = CollectorRegistry()
         self.requests = Counter(
             "attnstore_worker_requests_total",
@@ -38,6 +40,8 @@ class ServeMetrics:
             "attnstore_worker_ttft_seconds", "From request to first text.", buckets=_TTFT_BUCKETS_S, registry=self._registry
         )
         self._registry.register(_EngineCollector(snapshot))
+        if isinstance(planner, CostPlanner):
+            self._registry.register(_PlannerCollector(planner))
 
     def text(self) -> bytes:
         """All metrics in Prometheus' text format."""
@@ -67,3 +71,37 @@ class _EngineCollector(Collector):
         yield CounterMetricFamily("attnstore_worker_store_read_bytes", "Page bytes read from the store.", remote.bytes_read)
         yield CounterMetricFamily("attnstore_worker_store_written_bytes", "Page bytes kept by the store.", remote.bytes_written)
         yield CounterMetricFamily("attnstore_worker_store_failures", "Calls to the store that failed.", remote.failures)
+
+
+class _PlannerCollector(Collector):
+    def __init__(self, planner: CostPlanner) -> None:
+        self._planner = planner
+
+    def collect(self) -> Iterator[Metric]:
+        report, predictions = self._planner.report(), self._planner.predictions()
+        rtt = GaugeMetricFamily("attnstore_worker_link_rtt_seconds", "Round trip of a question to a tier.", labels=["tier"])
+        rate = GaugeMetricFamily("attnstore_worker_link_bytes_per_second", "Bandwidth of reads from a tier.", labels=["tier"])
+        spread = GaugeMetricFamily("attnstore_worker_link_spread", "Factor within which a read is expected.", labels=["tier"])
+        for tier, link in report.links.items():
+            rtt.add_metric([tier], link.rtt_ms / 1e3)
+            rate.add_metric([tier], link.bytes_per_ms * 1e3)
+            spread.add_metric([tier], link.spread)
+        yield from (rtt, rate, spread)
+        if report.prefill is not None:
+            for name in ("chunk_ms", "token_ms", "pair_ms"):
+                value_s = getattr(report.prefill, name) / 1e3
+                text = "Seconds of prefill for each chunk, token, or pair of a token and one of its context."
+                yield GaugeMetricFamily(f"attnstore_worker_prefill_{name.removesuffix('_ms')}_seconds", text, value_s)
+        if report.decode_ms is not None:
+            yield GaugeMetricFamily(
+                "attnstore_worker_decode_step_seconds", "A decode step of one sequence.", report.decode_ms / 1e3
+            )
+        yield GaugeMetricFamily("attnstore_worker_load_slowdown", "How much a load slows computing down.", report.slowdown)
+        choices = CounterMetricFamily("attnstore_worker_decisions", "Prompts, by what was planned.", labels=["choice"])
+        for choice, count in predictions.choices.items():
+            choices.add_metric([choice], count)
+        yield choices
+        bounds = [*map(str, ERROR_BOUNDS), "+Inf"]
+        buckets = list(zip(bounds, map(float, predictions.errors_at_most), strict=True))
+        text = "Relative error of predicted times to the first token."
+        yield HistogramMetricFamily("attnstore_worker_prediction_error", text, buckets, predictions.error_sum)
