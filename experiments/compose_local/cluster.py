@@ -100,6 +100,14 @@ class ComposeCluster:
         """SIGKILL."""
         self._containers[name].kill()
 
+    def freeze(self, name: str) -> None:
+        """The service holds what it holds, and answers nothing."""
+        self._containers[name].freeze()
+
+    def thaw(self, name: str) -> None:
+        """Ends a freeze."""
+        self._containers[name].thaw()
+
     def cut(self, name: str) -> None:
         """From now on packets from and to the service vanish."""
         self.switch.cut(self.host(name))
@@ -116,14 +124,18 @@ class ComposeCluster:
         health = container.service.health
         return health is None or container.execute(health.command, health.timeout_s) == 0
 
+    def begin(self, name: str, *arguments: str) -> Container:
+        """Starts one more container of a service, with more arguments; the caller waits for it, or ends it."""
+        service = self._all[name]
+        self._runs += 1
+        return self._container(replace(service, command=(*service.command, *arguments)), f"{name}-run-{self._runs}")
+
     def run_once(self, name: str, timeout_s: float, *arguments: str) -> tuple[int, str]:
         """A service that ends by itself, with more arguments: its exit status and what it printed, as `docker compose run`.
 
         Raises `subprocess.TimeoutExpired`, with the service ended.
         """
-        service = self._all[name]
-        self._runs += 1
-        container = self._container(replace(service, command=(*service.command, *arguments)), f"{name}-run-{self._runs}")
+        container = self.begin(name, *arguments)
         try:
             return container.wait(timeout_s), container.log
         finally:

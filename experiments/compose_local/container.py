@@ -78,6 +78,7 @@ class Container:
     def stop(self) -> None:
         """SIGTERM, and SIGKILL once the service's grace period is over."""
         self._signal(signal.SIGTERM)
+        self._signal(signal.SIGCONT)
         try:
             self._process.wait(self.service.stop_grace_s)
         except subprocess.TimeoutExpired:
@@ -88,6 +89,14 @@ class Container:
         self._signal(signal.SIGKILL)
         self._process.kill()
         self._process.wait(_END_S_MAX)
+
+    def freeze(self) -> None:
+        """SIGSTOP: it holds what it holds, and answers nothing."""
+        self._signal(signal.SIGSTOP)
+
+    def thaw(self) -> None:
+        """SIGCONT: it goes on where it was."""
+        self._signal(signal.SIGCONT)
 
     def _signal(self, number: signal.Signals) -> None:
         pid = self._inner_pid()

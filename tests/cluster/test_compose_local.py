@@ -30,6 +30,7 @@ services:
     working_dir: /srv
     command: [python, -m, http.server, "8080"]
     ports: ["127.0.0.1:0:8080"]
+    stop_grace_period: 1s
     healthcheck: {test: [CMD, python, -c, "import urllib.request as u; u.urlopen('http://127.0.0.1:8080/page.txt')"], timeout: 20s}
   probe:
     image: probe

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import shutil
 import subprocess
 import sys
@@ -54,10 +55,15 @@ def test_every_variable_is_one_that_is_read(name: str, command: tuple[str, ...],
 @pytest.mark.parametrize(("name", "command", "environment"), STARTS)
 def test_every_argument_is_one_that_is_taken(name: str, command: tuple[str, ...], environment: Mapping[str, str]) -> None:
     del name, environment
-    program = shutil.which(command[0], path=str(Path(sys.executable).parent))
-    assert program is not None
-    shown = subprocess.run([program, command[1], "--help"], capture_output=True, text=True, timeout=60, check=True).stdout
+    shown = help_of(*command[:2])
     assert all(argument.partition("=")[0] in shown for argument in command[2:])
+
+
+@functools.cache
+def help_of(program: str, command: str) -> str:
+    path = shutil.which(program, path=str(Path(sys.executable).parent))
+    assert path is not None
+    return subprocess.run([path, command, "--help"], capture_output=True, text=True, timeout=60, check=True).stdout
 
 
 def test_a_node_of_the_manifests_would_start(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,8 +14,7 @@ import yaml
 
 from experiments.compose_local import ComposeCluster
 from experiments.walkthrough import dashboard_queries
-from worker.model import load_model
-from worker.model.conversion import cache_dir
+from tests.volumes import seed_models
 
 ROOT = Path(__file__).parents[2]
 DEPLOY = ROOT / "deploy"
@@ -43,14 +42,6 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ComposeCluster
     with ComposeCluster(ROOT / "docker-compose.yml", volumes=volumes, environment=environment) as cluster:
         yield cluster
     shutil.rmtree(volumes)
-
-
-def seed_models(volume: Path) -> None:
-    """The converted model as an earlier start would have left it in the volume: converting takes 20 s on two cores."""
-    load_model()
-    shutil.copytree(cache_dir() / "models", volume / "models")
-    for path in (volume, *volume.rglob("*")):
-        os.chown(path, 10001, 10001)
 
 
 def test_what_this_machine_cannot_run_is_grafana_at_most(cluster: ComposeCluster) -> None:

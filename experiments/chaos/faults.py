@@ -1,0 +1,80 @@
+"""The faults of a run: which, when and for how long, all of it from a seed. Pure.
+
+Invariant: one fault at a time, with time before it to measure the level and after it to recover; every kind occurs before any
+occurs twice.
+"""
+
+from __future__ import annotations
+
+import enum
+import random
+from dataclasses import dataclass
+from typing import Final
+
+WARM_UP_S: Final = 8.0
+"""The store fills before anything is measured."""
+LEVEL_S: Final = 3.0
+"""Time before each fault over which the hit rate's level is taken."""
+RESTART_S: Final = 3.0
+"""Left for a killed service to become healthy again."""
+RECOVERY_S_MAX: Final = 10.0
+"""The stated time: after a heal the hit rate is back at 90% of its level within it."""
+_FAULT_S: Final = (2.5, 4.0)
+
+
+class FaultKind(enum.StrEnum):
+    """What is done to a service, and undone."""
+
+    KILLED = "killed"
+    """SIGKILL; started again, empty."""
+    CUT_OFF = "cut off"
+    """Packets from and to it vanish; the link is mended."""
+    FROZEN = "frozen"
+    """It stops without closing anything; it goes on where it was."""
+
+
+_SUBJECTS: Final = (
+    (FaultKind.KILLED, ("store1", "store2", "store3")),
+    (FaultKind.CUT_OFF, ("store1", "store2", "store3")),
+    (FaultKind.KILLED, ("redis",)),
+    (FaultKind.FROZEN, ("store1", "store2", "store3")),
+    (FaultKind.CUT_OFF, ("redis",)),
+    (FaultKind.CUT_OFF, ("worker1", "worker2")),
+)
+"""The first three are the least that a run of a minute has."""
+_FIRST: Final = 3
+
+
+@dataclass(frozen=True, slots=True)
+class Fault:
+    """`at_s` counts from the start of the load, warm-up included; the fault lasts `for_s`."""
+
+    kind: FaultKind
+    service: str
+    at_s: float
+    for_s: float
+
+
+def plan_faults(seed: int, run_s: float) -> list[Fault]:
+    """As many faults as `run_s` seconds of load after the warm-up hold, the same for the same seed."""
+    draws = random.Random(seed)
+    faults: list[Fault] = []
+    at_s = WARM_UP_S + LEVEL_S
+    deck: list[tuple[FaultKind, tuple[str, ...]]] = []
+    while True:
+        for_s = round(draws.uniform(*_FAULT_S), 2)
+        over_s = for_s + RESTART_S + RECOVERY_S_MAX
+        if at_s + over_s > WARM_UP_S + run_s:
+            return faults
+        if not deck:
+            deck = _shuffled(draws)
+        kind, services = deck.pop()
+        faults.append(Fault(kind, draws.choice(services), round(at_s, 2), for_s))
+        at_s += over_s + LEVEL_S
+
+
+def _shuffled(draws: random.Random) -> list[tuple[FaultKind, tuple[str, ...]]]:
+    first, rest = list(_SUBJECTS[:_FIRST]), list(_SUBJECTS[_FIRST:])
+    draws.shuffle(first)
+    draws.shuffle(rest)
+    return [*rest, *first]

@@ -1,0 +1,62 @@
+"""`python -m experiments.chaos.reference`: prompts and the texts that follow, from an engine without a store and without company.
+
+Prompts where a token wins by less than `_MARGIN_MIN` are left out: batches of another shape may round it the other way (fp32).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import pydoc_data.topics
+import sys
+from collections.abc import Iterator
+from typing import Final
+
+import torch
+
+from attnstore.core.layout import DType
+from worker.engine import Engine, EngineOptions, SamplingParams
+from worker.model import LoadedModel, load_model
+
+_MARGIN_MIN: Final = 0.01
+_CHARACTERS: Final = 1_200
+
+
+def main() -> int:
+    """Prints one JSON object: prompt -> text."""
+    parser = argparse.ArgumentParser("python -m experiments.chaos.reference")
+    parser.add_argument("--prompts", type=int, default=8)
+    parser.add_argument("--tokens", type=int, default=12)
+    parser.add_argument("--threads", type=int, default=1)
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    model = load_model(None, DType.FP32)
+    with Engine(model, EngineOptions(), store=None) as engine:
+        texts: dict[str, str] = {}
+        for prompt in _prompts():
+            text, margin = _continued(engine, model, prompt, options.tokens)
+            if margin >= _MARGIN_MIN:
+                texts[prompt] = text
+            if len(texts) == options.prompts:
+                break
+    print(json.dumps(texts))
+    return 0
+
+
+def _prompts() -> Iterator[str]:
+    topics = pydoc_data.topics.topics
+    return (topics[name][:_CHARACTERS] for name in sorted(topics) if len(topics[name]) >= _CHARACTERS)
+
+
+def _continued(engine: Engine, model: LoadedModel, prompt: str, count: int) -> tuple[str, float]:
+    """The text that follows, and the least lead of a token over the next best."""
+    sequence = engine.submit(model.tokenizer(prompt, verbose=False).input_ids, SamplingParams(max_tokens=count))
+    tokens = []
+    while sequence.finish_reason is None:
+        tokens += engine.step()
+    leads = [(top[0] - top[1]).item() for token in tokens for top in (token.logits.topk(2).values,)]
+    return "".join(token.text for token in tokens), min(leads)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,159 @@
+"""One run: the cluster of docker-compose.yml under load, faults made and undone, everything that was seen.
+
+Owns: the order of events. Invariant: the load begins after the cluster is healthy and ends before the cluster does, and every fault
+is undone before the next.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import secrets
+import subprocess
+import sys
+import threading
+import time
+import urllib.error
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Final
+
+from experiments.chaos.faults import WARM_UP_S, Fault, FaultKind, plan_faults
+from experiments.chaos.observation import Call, Healed, Verdict, judge
+from experiments.compose_local import ComposeCluster
+from experiments.compose_local.container import Container
+from experiments.compose_local.executables import PROJECT
+from experiments.endpoints import complete, model_name
+
+WORKERS: Final = ("worker1", "worker2")
+CLIENTS: Final = 4
+_TOKENS: Final = 12
+_ANSWER_S: Final = 30.0
+"""A worker's answer has this long: a prompt computed in full on a busy machine takes a few seconds."""
+_REFERENCE_S_MAX: Final = 300.0
+_RESTART_S_MAX: Final = 60.0
+_END_S_MAX: Final = 30.0
+_POLL_S: Final = 0.2
+
+Report = Callable[[str], None]
+
+
+def cluster_environment(environment: Mapping[str, str]) -> dict[str, str]:
+    """Variables of docker-compose.yml for a run: small pools, so that workers live on the store, and ports out of the way."""
+    ports = dict.fromkeys(("WORKER1_PORT", "WORKER2_PORT", "PROMETHEUS_PORT", "GRAFANA_PORT"), "0")
+    token = secrets.token_hex(16)
+    return {
+        **environment,
+        **ports,
+        "ATTNSTORE_TOKEN": token,
+        "GRAFANA_PASSWORD": token,
+        "ATTNSTORE_NODE_CAPACITY": "512MiB",
+        "ATTNSTORE_WORKER_POOL": "64MiB",
+        "ATTNSTORE_WORKER_THREADS": "1",
+    }
+
+
+def run_chaos(seed: int, run_s: float, volumes: Path, environment: Mapping[str, str], report: Report) -> Verdict:
+    """Runs the warm-up and `run_s` seconds of load with the faults of `seed`."""
+    load_s = WARM_UP_S + run_s
+    report("computing the reference texts, without a store")
+    texts = _reference_texts()
+    cluster = ComposeCluster(
+        PROJECT / "docker-compose.yml", volumes=volumes, environment=cluster_environment(environment), report=report
+    )
+    calls: list[Call] = []
+    healed: list[Healed] = []
+    with cluster, ExitStack() as stack:
+        began_s = time.monotonic()
+        clients = [_begin_client(stack, cluster, number, seed, load_s) for number in range(CLIENTS)]
+        loads = [WorkerLoad(name, f"http://{cluster.published(name, 8000)}", texts, began_s + load_s, seed) for name in WORKERS]
+        for fault in plan_faults(seed, run_s):
+            _sleep_until(began_s + fault.at_s)
+            report(f"{time.monotonic() - began_s:5.1f} s: {fault.service} is {fault.kind} for {fault.for_s} s")
+            healed.append(_suffer(cluster, fault))
+            report(f"{time.monotonic() - began_s:5.1f} s: {fault.service} is back")
+        _sleep_until(began_s + load_s)
+        for load in loads:
+            calls += load.finish()
+        for client in clients:
+            client.wait(_END_S_MAX)
+            calls += [Call.from_line(line) for line in client.log.splitlines() if line.startswith("{")]
+    return judge(seed, run_s, began_s, calls, healed)
+
+
+class WorkerLoad:
+    """Asks one worker, without a pause, for texts that are known, until `end_s` on the monotonic clock."""
+
+    def __init__(self, name: str, url: str, texts: Mapping[str, str], end_s: float, seed: int) -> None:
+        self._name = name
+        self._url = url
+        self._texts = dict(texts)
+        self._end_s = end_s
+        self._draws = random.Random(f"{seed} {name}")
+        self._model = model_name(url)
+        self._calls: list[Call] = []
+        self._thread = threading.Thread(target=self._run, name=f"load-{name}", daemon=True)
+        self._thread.start()
+
+    def finish(self) -> list[Call]:
+        """Waits for the last answer; all calls."""
+        self._thread.join(_ANSWER_S + _END_S_MAX)
+        return self._calls
+
+    def _run(self) -> None:
+        prompts = list(self._texts)
+        while time.monotonic() < self._end_s:
+            self._calls.append(self._ask(self._draws.choice(prompts)))
+
+    def _ask(self, prompt: str) -> Call:
+        began_s = time.monotonic()
+        asked = hits = wrong = 0
+        error: str | None = None
+        try:
+            answer = complete(self._url, self._model, prompt, tokens=_TOKENS, timeout_s=_ANSWER_S)
+            asked, hits = answer.prompt_tokens, answer.cached_tokens
+            wrong = int(answer.text != self._texts[prompt])
+        except (OSError, urllib.error.URLError) as raised:
+            error = type(raised).__name__
+        return Call(self._name, "complete", began_s, time.monotonic(), _ANSWER_S, asked, hits, wrong, error)
+
+
+def _reference_texts() -> dict[str, str]:
+    command = [sys.executable, "-m", "experiments.chaos.reference", f"--tokens={_TOKENS}"]
+    done = subprocess.run(command, cwd=PROJECT, stdout=subprocess.PIPE, text=True, timeout=_REFERENCE_S_MAX, check=True)
+    texts: dict[str, str] = json.loads(done.stdout)
+    return texts
+
+
+def _begin_client(stack: ExitStack, cluster: ComposeCluster, number: int, seed: int, load_s: float) -> Container:
+    name = f"client{number + 1}"
+    client = cluster.begin("client", f"--name={name}", f"--seed={seed * CLIENTS + number}", f"--seconds={load_s}")
+    stack.callback(client.kill)
+    return client
+
+
+def _suffer(cluster: ComposeCluster, fault: Fault) -> Healed:
+    """Makes a fault, waits, undoes it."""
+    began_s = time.monotonic()
+    match fault.kind:
+        case FaultKind.KILLED:
+            cluster.kill(fault.service)
+            _sleep_until(began_s + fault.for_s)
+            cluster.start(fault.service)
+            deadline_s = time.monotonic() + _RESTART_S_MAX
+            while not cluster.is_healthy(fault.service) and time.monotonic() < deadline_s:
+                time.sleep(_POLL_S)
+        case FaultKind.CUT_OFF:
+            cluster.cut(fault.service)
+            _sleep_until(began_s + fault.for_s)
+            cluster.mend(fault.service)
+        case FaultKind.FROZEN:
+            cluster.freeze(fault.service)
+            _sleep_until(began_s + fault.for_s)
+            cluster.thaw(fault.service)
+    return Healed(fault, began_s, time.monotonic())
+
+
+def _sleep_until(then_s: float) -> None:
+    time.sleep(max(0.0, then_s - time.monotonic()))
