@@ -28,7 +28,7 @@ _STALE_MS: Final = 600_000.0
 _ELAPSED_MS_RANGE: Final = (1e-4, 86_400_000.0)
 _SIZE_BYTES_MAX: Final = 1 << 48
 """Outside of these a sample is a broken clock or a bug: no transfer ends in 100 ns or takes a day."""
-_BULK_BYTES: Final = 16 << 10
+_BULK_BYTES: Final = 4 << 10
 """Smaller messages measure the round trip, larger ones the bandwidth."""
 _CHANGE_RUN: Final = 3
 _CHANGE_LOG: Final = math.log(2.0)

@@ -68,6 +68,8 @@ class CostPlanner:
             return None
         costs, found = self._book.costs(), progress.found
         asked = progress.in_flight.start if progress.in_flight else progress.pending.stop
+        if costs is None and progress.in_flight and progress.front >= asked:
+            return None  # nobody waits for a link that is not known
         is_last = progress.front >= asked and not progress.in_flight
         if costs is None or is_last or progress.plan.order is Order.LAYERS:
             return progress.plan

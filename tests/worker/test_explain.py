@@ -1,0 +1,91 @@
+"""What the planner decided, as people and machines are told it."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx2
+import pytest
+import uvicorn
+from rich.console import Console
+
+from attnstore.clock import MonotonicClock
+from attnstore.errors import InvalidArgument
+from worker.cache import CostPlanner
+from worker.engine import AsyncEngine, Engine, EngineOptions, SamplingParams
+from worker.explain import decisions_of, show, try_out
+from worker.model import LoadedModel
+from worker.serve import create_app
+from worker.testing import MemoryStore
+
+WAIT_S = 30.0
+PROMPT = list(range(5, 205))
+HOW = SamplingParams(max_tokens=1)
+
+
+@pytest.fixture
+def planner() -> CostPlanner:
+    return CostPlanner(MonotonicClock(), 64)
+
+
+@pytest.fixture
+def engine(tiny: LoadedModel, planner: CostPlanner) -> Iterator[Engine]:
+    options = EngineOptions(pool_bytes=60 * tiny.layout(16).page_bytes, chunk_tokens=64)
+    with Engine(tiny, options, store=MemoryStore(), planner=planner, observer=planner) as engine:
+        engine.warm_up()
+        yield engine
+
+
+def test_a_prompt_tried_out_is_explained_with_what_each_choice_costs(engine: Engine, planner: CostPlanner) -> None:
+    engine.generate(PROMPT, HOW)
+    assert engine.flush(WAIT_S * 1e3)
+    engine.drop_cached()
+    happened, predicted = try_out(engine, planner, PROMPT)
+    assert happened["happened_ttft_ms"] > 0
+    assert happened["hit_end"] == 12
+    assert predicted["forecasts"].keys() == {"recompute", "fetch", "planned"}
+    assert predicted["forecasts"]["planned"] <= predicted["forecasts"]["recompute"]
+
+
+def test_decisions_are_read_from_a_file_and_shown(tmp_path: Path, engine: Engine, planner: CostPlanner) -> None:
+    engine.generate(PROMPT, HOW)
+    path = tmp_path / "decisions.jsonl"
+    path.write_text("".join(json.dumps(decision.as_json()) + "\n" for decision in planner.decisions(9)))
+    found = decisions_of(str(path), 5)
+    assert [each["tokens"] for each in found] == [200]
+    console = Console(record=True, width=160)
+    show(found, console)
+    assert found[0]["choice"] in console.export_text()
+
+
+@pytest.mark.parametrize("content", [None, "no JSON\n"])
+def test_a_file_without_decisions_is_refused_by_name(tmp_path: Path, content: str | None) -> None:
+    path = tmp_path / "decisions.jsonl"
+    if content is not None:
+        path.write_text(content)
+    with pytest.raises(InvalidArgument, match="decisions"):
+        decisions_of(str(path), 5)
+
+
+def test_a_running_worker_tells_its_decisions_costs_and_metrics(engine: Engine, tiny: LoadedModel) -> None:
+    engine.generate(PROMPT, HOW)
+    with AsyncEngine(engine) as front:
+        server = uvicorn.Server(uvicorn.Config(create_app(front, tiny), port=0, log_level="error", lifespan="off"))
+        thread = threading.Thread(target=server.run)
+        thread.start()
+        try:
+            while not server.started:
+                thread.join(0.005)
+            url = f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
+            assert [each["tokens"] for each in decisions_of(url, 5)] == [200]
+            assert httpx2.get(f"{url}/planner?last=0").json()["costs"]["prefill"]["token_ms"] >= 0
+            metrics = httpx2.get(f"{url}/metrics").text
+            assert "attnstore_worker_prefill_token_seconds" in metrics
+            assert 'attnstore_worker_decisions_total{choice="' in metrics
+            assert "attnstore_worker_prediction_error_bucket" in metrics
+        finally:
+            server.should_exit = True
+            thread.join(WAIT_S)
