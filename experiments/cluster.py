@@ -1,23 +1,29 @@
 """`python -m experiments.cluster`: do three nodes deliver three times what one does, and what does the directory cost?
 
 Owns: the measurement over network namespaces (root, `ip` and `tc` needed). Every node has a host and a link of a given rate of its
-own, the directory too; all client processes share one host whose link is not shaped. Clients read whole segments, chosen at random,
-as fast as they can; the figure is the payload of all of them over the time from the first request to the last answer.
+own; the directory and all client processes are on hosts whose links are not shaped. Clients read whole segments, chosen at random,
+as fast as they can; the figure is the payload of all of them over the time from the first request to the last answer. The few
+segments that fit into memory here are chosen so that every node owns as many, as it does within 5% of the many of a real store
+(tests/core/test_placement.py).
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import random
 import sys
 import threading
 import time
+from collections import Counter
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import attnstore
+from attnstore.core.hashing import segment_key
+from attnstore.core.placement import Placement
 from attnstore.limits import SEGMENT_BLOCKS
 from attnstore.testing import RedisServer, StoreProcess
 from attnstore.testing.netns import Host, Switch
@@ -85,7 +91,7 @@ class Cluster:
         self._stack.close()
 
     def _start_node(self, host: Host, switch: Switch, gbit_per_s: float) -> None:
-        switch.shape(host, int(gbit_per_s * 1e9))
+        switch.shape(host, f"{gbit_per_s:f}g")
         member = ("--directory", self.url, "--insecure", "--capacity", _CAPACITY, "--log-level", "error")
         with host.entered():
             self._stack.enter_context(StoreProcess("--listen", f"{host.address}:0", *member))
@@ -147,6 +153,22 @@ def _over(cluster: Cluster, seconds: float) -> tuple[float, float, int]:
     return (later - commands) / seconds, (moved_later - moved) / seconds, kept
 
 
+def balanced(nodes: list[str]) -> list[list[attnstore.BlockHash]]:
+    """Segments, as many for each of the nodes."""
+    placement = Placement(dict.fromkeys(nodes, 1.0))
+    left = Counter({node_id: _SEGMENTS // len(nodes) for node_id in nodes})
+    chosen = []
+    for number in itertools.count():
+        chain = _chain(number)
+        owner = placement.ranked(segment_key(chain[0]))[0]
+        if left[owner]:
+            left[owner] -= 1
+            chosen.append(chain)
+        if not left.total():
+            break
+    return chosen
+
+
 def _chain(number: int) -> list[attnstore.BlockHash]:
     """One segment: the first 64 blocks of a sequence."""
     tokens = [number, *range(1, SEGMENT_BLOCKS * _LAYOUT.block_tokens)]
@@ -155,14 +177,16 @@ def _chain(number: int) -> list[attnstore.BlockHash]:
 
 def run_client(url: str, nodes: int, seed: int, writes: bool) -> None:
     """A client process: stores the pages if it is the one that does, then reads for as long as it is told to."""
-    with attnstore.connect(url, deadline_ms=_DEADLINE_MS) as client:
-        while len(client.members()) < nodes:
+    # All hosts of the switch share one file system, and so shared memory: only tcp and grpc go over the links.
+    with attnstore.connect(url, deadline_ms=_DEADLINE_MS, transport="tcp") as client:
+        while len(members := client.members()) < nodes:
             time.sleep(0.05)
+        chains = balanced(sorted(member.node_id for member in members))
         client.register_layout(_NAMESPACE, _LAYOUT)
         if writes:
             content = random.Random(seed).randbytes(_LAYOUT.page_bytes)
-            for number in range(_SEGMENTS):
-                written = client.write(_NAMESPACE, _chain(number), [content] * SEGMENT_BLOCKS)
+            for chain in chains:
+                written = client.write(_NAMESPACE, chain, [content] * SEGMENT_BLOCKS)
                 assert all(verdict.is_kept for verdict in written.verdicts), written
         print("ready", flush=True)
         order = sys.stdin.readline()
@@ -175,7 +199,7 @@ def run_client(url: str, nodes: int, seed: int, writes: bool) -> None:
             draws = random.Random(f"{seed} {thread}")
             buffers = [bytearray(_LAYOUT.page_bytes) for _ in range(SEGMENT_BLOCKS)]
             while time.monotonic() < until:
-                result = client.read(_NAMESPACE, _chain(draws.randrange(_SEGMENTS)), buffers)
+                result = client.read(_NAMESPACE, draws.choice(chains), buffers)
                 assert result.leading_hits == SEGMENT_BLOCKS, result
                 moved[thread] += result.bytes_read
 

@@ -178,7 +178,8 @@ import json, sys, time
 import attnstore
 from tests.samples import make_batch
 batch = make_batch(int(sys.argv[2]), model="partition")
-with attnstore.connect(sys.argv[1], deadline_ms=2_000) as client:
+# Over TCP: all hosts of the switch share one file system, and so shared memory.
+with attnstore.connect(sys.argv[1], deadline_ms=2_000, transport="tcp") as client:
     while len(client.members()) < 2:
         time.sleep(0.05)
     client.register_layout(batch.namespace, batch.layout)
