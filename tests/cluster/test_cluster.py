@@ -8,6 +8,7 @@ import sys
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 
@@ -272,6 +273,25 @@ def test_a_tenant_keeps_no_more_on_all_nodes_together_than_its_quota(cluster: Cl
             return hits_and_no_wrong_byte(client, batch) == PAGES
 
         assert eventually(is_lifted)
+
+
+def test_nodes_that_ask_for_tokens_hand_pages_over_as_their_tenant(batch_of: BatchOf, tmp_path: Path) -> None:
+    tokens = tmp_path / "tokens.toml"
+    tokens.write_text('red = "r3d"\nblue = "blu3"\n')
+    cluster = Cluster("ada", "bob", options=("--tokens-file", str(tokens)))
+    try:
+        with attnstore.connect(cluster.url, token="r3d") as red, attnstore.connect(cluster.url, token="blu3") as blue:
+            reds, blues = stored(red, batch_of(PAGES, "red")), stored(blue, batch_of(PAGES, "blue"))
+            drained = run_command("drain", "bob", "--wait", "30", "--directory", cluster.url, "--token", "r3d")
+            assert drained.returncode == 0, drained.stderr
+            cluster.nodes.pop("bob").stop()
+            assert hits_and_no_wrong_byte(red, reds) == hits_and_no_wrong_byte(blue, blues) == PAGES
+            with pytest.raises(errors.PermissionDenied):
+                blue.register_layout(reds.namespace, reds.layout)
+        with attnstore.connect(cluster.url, token="wr0ng") as stranger, pytest.raises(errors.Unauthenticated):
+            stranger.describe()
+    finally:
+        cluster.close()
 
 
 def test_whoever_watches_a_namespace_is_told_of_the_pages_of_all_nodes(shared_cluster: Cluster, batch_of: BatchOf) -> None:

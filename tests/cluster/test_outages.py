@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 
@@ -130,6 +131,23 @@ def test_with_two_copies_a_node_that_hangs_costs_no_hit(replicated: Cluster, bat
         with frozen(replicated.nodes["ada"]):
             assert hits_and_no_wrong_byte(client, batch, 2 * DEADLINE_MS) == PAGES
             assert client.match(batch.namespace, [batch.hashes]).hits == (PAGES,)
+
+
+def test_a_read_whose_node_has_become_slow_is_answered_by_the_other_copy_long_before_its_deadline(
+    replicated: Cluster, batch_of: BatchOf
+) -> None:
+    patient_ms = 40_000
+    with attnstore.connect(replicated.url) as client:
+        batch = stored(client, batch_of(PAGES))
+        assert hits_and_no_wrong_byte(client, batch) == PAGES  # from now on it is known how long a read takes
+        with frozen(replicated.nodes["bob"]):
+            buffers = batch.buffers()
+            began_s = time.monotonic()
+            result = client.read(batch.namespace, batch.hashes, buffers, deadline_ms=patient_ms)
+            # Without a hedge the node would have been given half of the time before the other copy is asked for.
+            assert (time.monotonic() - began_s) * 1e3 < patient_ms / 2
+        assert result.leading_hits == PAGES
+        assert buffers == batch.pages
 
 
 def test_clients_with_different_views_read_what_was_written_or_nothing(cluster: Cluster, batch_of: BatchOf) -> None:
