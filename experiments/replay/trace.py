@@ -21,10 +21,13 @@ BLOCK_TOKENS: Final = 512
 
 @dataclass(frozen=True, slots=True)
 class TraceRequest:
-    """One prompt: when it arrived, and the names of its blocks. The last block may be incomplete; the format names it too."""
+    """One prompt: when it arrived, the names of its blocks, and how many tokens followed it. The last block may be incomplete; the
+    format names it too.
+    """
 
     arrival_ms: float
     hashes: tuple[BlockHash, ...]
+    output_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +83,7 @@ def _request(fields: dict[str, Any]) -> TraceRequest:
     hashes = tuple(_hash(hash_id) for hash_id in fields["hash_ids"])
     if not hashes:
         raise ValueError("no blocks")
-    return TraceRequest(float(fields["timestamp"]), hashes)
+    return TraceRequest(float(fields["timestamp"]), hashes, int(fields.get("output_length", 0)))
 
 
 def _hash(hash_id: int) -> BlockHash:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from attnstore.clock import MonotonicClock
 from attnstore.core.eviction import EVICTION_POLICIES
 from attnstore.core.hashing import BlockHash
 from attnstore.errors import InvalidArgument
@@ -17,6 +18,10 @@ from experiments.replay.__main__ import main
 from experiments.replay.bound import bound_hits
 from experiments.replay.hash_only import UNLIMITED, Capacity, replay
 from experiments.replay.trace import BLOCK_TOKENS, Trace, TraceRequest, read_trace
+from experiments.replay.with_model import prompt, replay_with_model
+from worker.engine import Engine, EngineOptions
+from worker.model import LoadedModel
+from worker.testing import MemoryStore
 
 ROOT = Path(__file__).parents[2]
 REAL_TRACE = ROOT.parent / "shared" / "data" / "traces" / "mooncake_conversation_trace.jsonl"
@@ -180,3 +185,56 @@ def test_on_the_real_trace_look_ahead_beats_lru_which_beats_fifo_below_the_ceili
     assert fifo < lru < 0.95 * look_ahead
     assert 0.99 * ceiling < everything_known <= ceiling
     assert 100 * ceiling / 288_500 == pytest.approx(35.3, abs=0.05)
+
+
+def test_prompts_share_tokens_exactly_where_they_share_blocks() -> None:
+    first, second, other, again = (prompt(request, 16, 49_152) for request in trace_of(PROMPTS).requests)
+    assert len(first) == 3 * 16 + 1
+    assert first[:32] == second[:32]
+    assert first[32:48] != second[32:48]
+    assert first[:48] == again[:48]
+    assert not set(zip(range(48), first[:48], strict=True)) & set(zip(range(48), other[:48], strict=True))
+
+
+def test_a_slice_finds_in_the_engine_what_the_trace_repeats(tiny: LoadedModel) -> None:
+    """The second prompt shares two blocks with the first, the fourth has all three: 5 of 12 blocks; each has a token more."""
+    page_bytes = tiny.layout(16).page_bytes
+    with Engine(tiny, EngineOptions(pool_bytes=64 * page_bytes)) as engine:
+        result = replay_with_model(engine, trace_of(PROMPTS), 4, 300.0, MonotonicClock())
+        engine.check()
+    assert result.requests == 4
+    assert result.prompt_tokens == 4 * 49
+    assert result.generated_tokens == 4
+    assert result.hit_rate["hbm"] == pytest.approx(5 * 16 / (4 * 49))
+    assert 0 < result.ttft_ms_p50 <= result.ttft_ms_p90 <= result.ttft_ms_p99
+
+
+def test_what_the_pool_cannot_keep_comes_back_from_host_and_store(tiny: LoadedModel, store: MemoryStore) -> None:
+    """Pool and HOST hold four blocks each; five prompts of three blocks pass, and the first comes again."""
+    page_bytes = tiny.layout(16).page_bytes
+    options = EngineOptions(pool_bytes=4 * page_bytes, host_pool_bytes=4 * page_bytes)
+    trace = trace_of([[1, 2, 3], [4, 5, 6], [7, 8, 9], [10, 11, 12], [1, 2, 3]])
+    with Engine(tiny, options, store=store) as engine:
+        result = replay_with_model(engine, trace, 5, 300.0, MonotonicClock())
+        engine.check()
+    found = sum(rate for tier, rate in result.hit_rate.items() if tier != "hbm")
+    assert found == pytest.approx(3 * 16 / (5 * 49))
+    assert result.bytes_up["remote"] + result.bytes_up["host"] == 3 * page_bytes
+    assert result.bytes_written >= 12 * page_bytes
+
+
+def test_the_command_runs_a_slice_behind_a_store_node(
+    tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    trace, figures = write_trace(tmp_path / "trace.jsonl", PROMPTS), tmp_path / "figures.json"
+    how = ["--with-model", "3", "--slowdown", "0.01", "--model", str(tiny_folder), "--dtype", "fp32", "--node-capacity", "64MiB"]
+    assert main(["--trace", str(trace), *how, "--json", str(figures)]) == 0
+    assert "3 requests with 147 prompt tokens" in capsys.readouterr().out
+    assert json.loads(figures.read_text())["bytes_written"] > 0
+
+
+def test_a_slowdown_that_is_not_positive_is_refused(tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    trace = write_trace(tmp_path / "trace.jsonl", PROMPTS)
+    how = ["--with-model", "3", "--slowdown", "0", "--model", str(tiny_folder), "--node-capacity", "0"]
+    assert main(["--trace", str(trace), *how]) == 2
+    assert "must be positive" in capsys.readouterr().err
