@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import shutil
+import subprocess
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from hypothesis import settings
@@ -51,6 +53,24 @@ def store_url() -> Iterator[str]:
     """A real store node of its own process, shared by the tests that only need one to be there."""
     with StoreProcess("--capacity", "64MiB") as node:
         yield node.url
+
+
+@pytest.fixture(scope="session")
+def certificates(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with `cert.pem` and `key.pem`, self-signed for localhost, and `other.pem`, an authority that signed nothing."""
+    if shutil.which("openssl") is None:
+        pytest.skip("openssl is not installed")
+    folder = tmp_path_factory.mktemp("tls")
+    for name in ("cert", "other"):
+        key = "key" if name == "cert" else "other-key"
+        subprocess.run(
+            f"openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -days 1 -subj /CN=localhost "
+            f"-addext subjectAltName=DNS:localhost,IP:127.0.0.1 -keyout {key}.pem -out {name}.pem".split(),
+            cwd=folder,
+            check=True,
+            capture_output=True,
+        )
+    return folder
 
 
 @pytest.fixture(autouse=True)

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import ssl
 import time
+from contextlib import suppress
+from pathlib import Path
 
 import pytest
 from redis.exceptions import ResponseError
@@ -116,6 +119,33 @@ async def test_a_login_is_needed_where_the_server_asks_for_one_and_the_documente
                 await stranger.membership(None)
             assert "wr0ng" not in str(refusal.value)
             await stranger.close()
+
+
+async def test_tls_is_spoken_to_those_who_trust_the_authority(server: RedisServer, certificates: Path) -> None:
+    async def relay(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        """What a server with TLS does; the one from the wheel has none."""
+        inner_reader, inner_writer = await asyncio.open_connection(server.host, server.port)
+
+        async def pump(source: asyncio.StreamReader, target: asyncio.StreamWriter) -> None:
+            with suppress(OSError):
+                while data := await source.read(65536):
+                    target.write(data)
+                    await target.drain()
+            target.close()
+
+        await asyncio.gather(pump(reader, inner_writer), pump(inner_reader, writer))
+
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(certificates / "cert.pem", certificates / "key.pem")
+    async with await asyncio.start_server(relay, "127.0.0.1", 0, ssl=context) as listener:
+        port = listener.sockets[0].getsockname()[1]
+        trusting = open_directory(f"rediss://127.0.0.1:{port}/0?cluster=tls&ca={certificates / 'cert.pem'}")
+        await use(trusting)
+        await trusting.close()
+        wary = open_directory(f"rediss://127.0.0.1:{port}/0?cluster=tls&ca={certificates / 'other.pem'}")
+        with pytest.raises(Unavailable, match="certificate"):
+            await wary.membership(None)
+        await wary.close()
 
 
 async def test_all_scripts_keep_to_one_slot_of_a_redis_cluster() -> None:

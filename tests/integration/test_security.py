@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import shutil
 import socket
-import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
@@ -19,24 +17,6 @@ from attnstore.wire.v1 import store_pb2_grpc
 from tests.samples import SMALL, Batch
 
 BatchOf = Callable[..., Batch]
-
-
-@pytest.fixture(scope="module")
-def certificates(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with `cert.pem` and `key.pem`, self-signed for localhost, and `other.pem`, an authority that signed nothing."""
-    if shutil.which("openssl") is None:
-        pytest.skip("openssl is not installed")
-    folder = tmp_path_factory.mktemp("tls")
-    for name in ("cert", "other"):
-        key = "key" if name == "cert" else "other-key"
-        subprocess.run(
-            f"openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -days 1 -subj /CN=localhost "
-            f"-addext subjectAltName=DNS:localhost,IP:127.0.0.1 -keyout {key}.pem -out {name}.pem".split(),
-            cwd=folder,
-            check=True,
-            capture_output=True,
-        )
-    return folder
 
 
 def tls_options(folder: Path) -> tuple[str, ...]:
