@@ -7,7 +7,6 @@ fails costs misses, never a wrong page and never the answers of other nodes; onl
 from __future__ import annotations
 
 import asyncio
-import hashlib
 from collections import defaultdict
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from types import TracebackType
@@ -24,17 +23,17 @@ from attnstore.client.membership import ClusterMembership
 from attnstore.client.node_link import NodeLink
 from attnstore.client.options import ClusterOptions, checked_deadline_ms
 from attnstore.client.segments import Run, leading_hits, runs_of
+from attnstore.client.totals import joint_description, joint_statistics
 from attnstore.clock import Clock, Deadline, MonotonicClock
 from attnstore.core.hashing import segment_key
 from attnstore.core.layout import PageLayout
 from attnstore.directory import ClusterView, Member
 from attnstore.directory.events import events_in
 from attnstore.errors import ClientClosed, InvalidArgument, LeaseExpired, NamespaceUnknown, Retryable, Unavailable
-from attnstore.limits import EPOCH_BYTES, HASHES_MAX, HEARTBEAT_MS, LEASE_MS_MAX, NODE_MATCH_MS_MAX
+from attnstore.limits import HASHES_MAX, HEARTBEAT_MS, LEASE_MS_MAX, NODE_MATCH_MS_MAX
 from attnstore.types import (
     Lease,
     MatchResult,
-    NamespaceStatistics,
     NodeDescription,
     NodeStatistics,
     PageEvent,
@@ -89,19 +88,7 @@ class AsyncClusterClient:
     async def describe(self, *, deadline_ms: float | None = None) -> NodeDescription:
         """What the nodes that answer say of themselves, as one; limits are the lowest of any."""
         answers = await self._everywhere(lambda client, left_ms: client.describe(deadline_ms=left_ms), deadline_ms)
-        return NodeDescription(
-            node_id=_cluster_id(answers),
-            epoch=_joint_epoch([answer.epoch for answer in answers]),
-            version=min(answer.version for answer in answers),
-            capacity_bytes=sum(answer.capacity_bytes for answer in answers),
-            used_bytes=sum(answer.used_bytes for answer in answers),
-            in_flight=sum(answer.in_flight for answer in answers),
-            draining=all(answer.draining for answer in answers),
-            transports=dict.fromkeys(sorted(set.intersection(*(set(answer.transports) for answer in answers))), ""),
-            hashes_max=min(answer.hashes_max for answer in answers),
-            lease_ms_max=min(answer.lease_ms_max for answer in answers),
-            page_bytes_max=min(answer.page_bytes_max for answer in answers),
-        )
+        return joint_description(answers)
 
     async def stats(self, *, deadline_ms: float | None = None) -> NodeStatistics:
         """The sums of the counters of the nodes that answer; `uptime_ms` is that of the youngest."""
@@ -371,37 +358,6 @@ class AsyncClusterClient:
 
     def _deadline(self, deadline_ms: float | None) -> Deadline:
         return Deadline(self._clock, self._options.node.deadline_ms if deadline_ms is None else checked_deadline_ms(deadline_ms))
-
-
-def joint_statistics(answers: Sequence[NodeStatistics]) -> NodeStatistics:
-    """Sums over nodes; a namespace is listed once."""
-    spaces: dict[bytes, NamespaceStatistics] = {}
-    for answer in answers:
-        for space in answer.namespaces:
-            known = spaces.get(space.namespace)
-            sealed = space.pages_sealed + (known.pages_sealed if known else 0)
-            spaces[space.namespace] = NamespaceStatistics(space.namespace, space.layout, sealed)
-    totals = {
-        name: sum(getattr(answer, name) for answer in answers)
-        for name in NodeStatistics.__slots__
-        if name not in ("node_id", "epoch", "uptime_ms", "namespaces")
-    }
-    return NodeStatistics(
-        node_id=_cluster_id(answers),
-        epoch=_joint_epoch([answer.epoch for answer in answers]),
-        uptime_ms=min(answer.uptime_ms for answer in answers),
-        namespaces=tuple(spaces.values()),
-        **totals,
-    )
-
-
-def _cluster_id(answers: Sequence[NodeDescription] | Sequence[NodeStatistics]) -> str:
-    return ",".join(sorted(answer.node_id for answer in answers))
-
-
-def _joint_epoch(epochs: Sequence[bytes]) -> bytes:
-    """Changes whenever a node is restarted, joins or leaves."""
-    return hashlib.blake2b(b"".join(sorted(epochs)), digest_size=EPOCH_BYTES).digest()
 
 
 def _raise_wrong_calls(outcomes: Sequence[object]) -> None:
