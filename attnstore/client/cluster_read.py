@@ -150,23 +150,29 @@ class ClusterRead:
             await _ended(running)
 
     async def _hedge(self, other: NodeLink, indices: list[int], running: set[asyncio.Task[ReadResult]]) -> None:
-        """The first whole answer of the two counts; else the one that was asked first."""
+        """Waits for the first whole answer of the two, or for both; pages that the first one did not bring come from the second."""
         (first,) = running
         scratch = [bytearray(self._slice_bytes) for _ in indices]
         second = asyncio.create_task(self._ask(other, indices, scratch, None, last=True))
         running.add(second)
         for index in indices:
             self._asked[index].add(other.member.node_id)
-        await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
-        if not (first.done() and _is_whole(first)):
-            await asyncio.wait({second})
-            if _is_whole(second) and not (first.done() and _is_whole(first)):
-                await _ended({first})
-                for index, page in zip(indices, scratch, strict=True):
-                    memoryview(self._buffers[index]).cast("B")[:] = page
-                self._take(indices, second.result())
-                return
-        self._take(indices, await first)
+        pending = set(running)
+        while pending and not any(_is_whole(task) for task in running - pending):
+            _, pending = await asyncio.wait(pending, return_when=asyncio.FIRST_COMPLETED)
+        await _ended(pending)
+        if not first.cancelled():
+            self._take(indices, first.result())
+        if not second.cancelled():
+            self._fill(indices, second.result(), scratch)
+
+    def _fill(self, indices: Sequence[int], result: ReadResult, pages: Sequence[bytearray]) -> None:
+        """Takes the pages that are not there yet. Nobody may be writing into the caller's buffers any more."""
+        for index, status, page in zip(indices, result.statuses, pages, strict=True):
+            if status.is_hit and not self._statuses[index].is_hit:
+                memoryview(self._buffers[index]).cast("B")[:] = page
+                self._statuses[index] = status
+                self._transports.add(result.transport)
 
     async def _ask(
         self,
