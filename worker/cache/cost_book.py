@@ -18,6 +18,7 @@ from worker.cache.planner import Costs
 REMOTE = "remote"
 """The tier at the other end of the network."""
 _SLOWDOWN_PRIOR = 1.1
+_BEHIND_PRIOR = 1.1
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +29,7 @@ class CostReport:
     prefill: PrefillCost | None = None
     decode_ms: float | None = None
     slowdown: float = _SLOWDOWN_PRIOR
+    behind: float = _BEHIND_PRIOR
 
     def prefill_tokens_per_s(self, tokens: int, chunk_tokens: int) -> float | None:
         """The rate at which a prompt of so many tokens is computed."""
@@ -45,6 +47,7 @@ class CostBook:
         self._prefill = PrefillEstimator()
         self._decode = DurationEstimator()
         self._slowdown = FactorEstimator(_SLOWDOWN_PRIOR)
+        self._behind = FactorEstimator(_BEHIND_PRIOR)
 
     def transferred(self, transfer: Transfer) -> None:
         """Learns from a call to a tier. Writes teach nothing: links need not be alike in both directions."""
@@ -71,15 +74,23 @@ class CostBook:
             else:
                 self._prefill.observe(begin, end, elapsed_ms)
 
+    def computed_behind(self, measured_ms: float, expected_ms: float) -> None:
+        """A prompt whose chunk ran behind arriving pages took so long; `expected_ms` is what the formula says."""
+        with self._lock:
+            self._behind.observe(measured_ms, expected_ms)
+
     def costs(self) -> Costs | None:
         """What a planner reckons with; None as long as the link or computing is unknown."""
         with self._lock:
             link = self._links[REMOTE].estimate() if REMOTE in self._links else None
             prefill = self._prefill.estimate()
-            return Costs(link, prefill, self._slowdown.estimate()) if link is not None and prefill is not None else None
+            if link is None or prefill is None:
+                return None
+            return Costs(link, prefill, self._slowdown.estimate(), self._behind.estimate())
 
     def report(self) -> CostReport:
         """A snapshot."""
         with self._lock:
             links = {tier: estimate for tier, link in self._links.items() if (estimate := link.estimate()) is not None}
-            return CostReport(links, self._prefill.estimate(), self._decode.estimate(), self._slowdown.estimate())
+            factors = self._slowdown.estimate(), self._behind.estimate()
+            return CostReport(links, self._prefill.estimate(), self._decode.estimate(), *factors)

@@ -113,7 +113,12 @@ class CostPlanner:
 
     def answered(self, answer: Answer) -> None:
         """Compares the prediction with what happened."""
-        self._log.answered(answer.prompt.number, answer.ended_ms - answer.started_ms)
+        happened_ms = answer.ended_ms - answer.started_ms
+        decision = self._log.get(answer.prompt.number)
+        if decision is not None and decision.choice == "layers" and decision.predicted_ttft_ms is not None:
+            costs = self._book.costs()
+            self._book.computed_behind(happened_ms, decision.predicted_ttft_ms / (costs.behind if costs is not None else 1.0))
+        self._log.answered(answer.prompt.number, happened_ms)
 
     def report(self) -> CostReport:
         """What is known of costs."""

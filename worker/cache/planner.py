@@ -8,7 +8,7 @@ With k blocks computed and the other m - k of the hits fetched meanwhile, the fi
     ttft(k) = max(slowdown * compute(k), fetch(m - k)) + tail          0 <= k < m
     ttft(m) = compute everything, with no transfer beside it
 
-    layers  = max(fetch(m) + chunk / L, fetch(m) / L + chunk) + tail behind the first chunk
+    layers  = behind * max(fetch(m) + chunk / L, fetch(m) / L + chunk) + tail behind the first chunk
 
 where fetch(j) = ceil(j / batch) * rtt + j * page_bytes / bandwidth. compute grows with k and fetch falls, so the best k is where
 they cross: both ends are then busy until they meet (Cake: Jin et al., "Compute or Load KV Cache? Why Not Both?", ICML 2025).
@@ -46,11 +46,14 @@ BATCH_MS_MIN: Final = 10.0
 
 @dataclass(frozen=True, slots=True)
 class Costs:
-    """What everything costs at one moment. `slowdown` >= 1: how much a running transfer slows computing down."""
+    """What everything costs at one moment. `slowdown` >= 1: how much a running transfer slows computing down; `behind` >= 1: how
+    many times as long as its formula says a chunk takes that is computed behind pages which still arrive.
+    """
 
     link: LinkEstimate
     prefill: PrefillCost
     slowdown: float
+    behind: float = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,6 +95,7 @@ class Split:
     patience_ms: float
     recompute_ms: float
     chunk_ms: float
+    behind: float
     by_layers: bool = False
 
     @property
@@ -107,7 +111,7 @@ class Split:
         if self.by_layers:
             share = 1 / self.work.layers
             both_ms = max(self.fetch_ms + self.chunk_ms * share, self.fetch_ms * share + self.chunk_ms)
-            return both_ms + self.tail_ms - self.chunk_ms
+            return both_ms * self.behind + self.tail_ms - self.chunk_ms
         return max(self.compute_ms, self.fetch_ms) + self.tail_ms
 
     @property
@@ -207,6 +211,7 @@ def _at(costs: Costs, work: Work, meet: int, patience_ms: float) -> Split:
         patience_ms=min(max(patience_ms, 0.0), prefill.span(meet * tokens, work.back * tokens, work.chunk_tokens)),
         recompute_ms=recompute_ms(prefill, work),
         chunk_ms=prefill.chunk(tail, chunk_end),
+        behind=costs.behind,
     )
 
 
