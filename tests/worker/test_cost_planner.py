@@ -112,6 +112,7 @@ class _Run:
         pending = range(max(self.pending.start, self.front), self.pending.stop)
         size = len(pending) if self.plan.order is Order.LAYERS else self.plan.batch_blocks
         self.in_flight, self.pending = pending[-size:], pending[:-size]
+        assert not self.arrived & set(self.in_flight), "no block is fetched twice"
         self.missing_bytes, self.asked_ms = len(self.in_flight) * PAGE_BYTES, self.clock.now_ms()
         if not self.in_flight:
             self._end(LoadEnd.COMPLETE)
@@ -129,6 +130,7 @@ class _Run:
         if plan is None:
             self._end(LoadEnd.LATE)
             return False
+        assert plan.order is self.plan.order, "what has begun page by page goes on so"
         self.plan, self.pending = plan, range(plan.begin, self.pending.stop)
         return True
 

@@ -80,6 +80,7 @@ class CostPlanner:
             asked=max(asked, progress.front),
             back=progress.in_flight.stop if progress.in_flight else asked,
             busy_ms=_busy_ms(costs, found.prompt.page_bytes, progress),
+            layers=1,  # a load that has begun page by page goes on so
         )
         planned = split(costs, work, self._patience_ms(costs, found.prompt) - max(0.0, slack_ms))
         if planned.fetches:

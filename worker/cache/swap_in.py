@@ -15,6 +15,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Protocol
 
 from attnstore.client.bulk import OnLayer
@@ -189,7 +190,7 @@ class SwapIn:
             if plan is None or self._over or self._failed:
                 self._pending = range(0)
                 return plan is not None
-            self.plan = plan
+            self.plan = plan = replace(plan, order=progress.plan.order)
             if plan.order is Order.BACK_TO_FRONT:
                 self._pending = range(max(plan.begin, self.prompt.resident_blocks), self._pending.stop)
             else:
