@@ -1,7 +1,7 @@
 """`python -m experiments.cluster`: do three nodes deliver three times what one does, and what does the directory cost?
 
 Owns: the measurement over network namespaces (root, `ip` and `tc` needed). Every node has a host and a link of a given rate of its
-own; the directory and all client processes are on hosts whose links are not shaped. Clients read whole segments, chosen at random,
+own; the directory and all client processes are on hosts whose links are not shaped. Clients read pages of segments chosen at random
 as fast as they can; the figure is the payload of all of them over the time from the first request to the last answer. The few
 segments that fit into memory here are chosen so that every node owns as many, as it does within 5% of the many of a real store
 (tests/core/test_placement.py).
@@ -33,7 +33,9 @@ from experiments.bandwidth.report import aligned
 _LAYOUT = attnstore.PageLayout(layers=30, kv_heads=3, head_dim=64)
 _NAMESPACE = attnstore.namespace(_LAYOUT, model=b"experiments.cluster")
 _SEGMENTS = 24
-_THREADS = 4
+_THREADS = 8
+_PAGES = 16
+"""In one read. Many reads of few pages keep all links busy; with few long ones a link waits now and then for somebody to ask."""
 _CAPACITY = "1GiB"
 _SCALING_MIN = 2.7
 _DEADLINE_MS = 60_000
@@ -197,10 +199,11 @@ def run_client(url: str, nodes: int, seed: int, writes: bool) -> None:
 
         def read(thread: int) -> None:
             draws = random.Random(f"{seed} {thread}")
-            buffers = [bytearray(_LAYOUT.page_bytes) for _ in range(SEGMENT_BLOCKS)]
+            buffers = [bytearray(_LAYOUT.page_bytes) for _ in range(_PAGES)]
             while time.monotonic() < until:
-                result = client.read(_NAMESPACE, draws.choice(chains), buffers)
-                assert result.leading_hits == SEGMENT_BLOCKS, result
+                begin = draws.randrange(0, SEGMENT_BLOCKS, _PAGES)
+                result = client.read(_NAMESPACE, draws.choice(chains)[begin : begin + _PAGES], buffers)
+                assert result.leading_hits == _PAGES, result
                 moved[thread] += result.bytes_read
 
         threads = [threading.Thread(target=read, args=(number,)) for number in range(_THREADS)]
