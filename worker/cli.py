@@ -39,6 +39,7 @@ from worker.cache import (
 )
 from worker.cache.decisions import Decision
 from worker.engine import Engine, EngineOptions, SamplingParams, Sequence, Token
+from worker.engine.attend_policy import AttendPolicy
 from worker.explain import decisions_of, show, try_out
 from worker.model import LoadedModel, export_model, load_model
 from worker.progress import Progress, create_progress
@@ -138,6 +139,13 @@ def _add_engine_options(parser: argparse.ArgumentParser, *, planner: str) -> Non
     add("--host-pool", type=_byte_size, default=0, metavar="SIZE", help="memory for blocks that the pool evicts (default none)")
     add("--eviction", choices=EVICTION_POLICIES, default="lru", help="which cached blocks of a pool go first (default lru)")
     add("--write-policy", choices=WRITE_POLICIES, default="write-behind", help="when pages go to the store (default write-behind)")
+    add(
+        "--attend",
+        choices=[policy.value for policy in AttendPolicy],
+        default=AttendPolicy.NEVER.value,
+        help="which sequences leave blocks in the store and attend to them there (default never)",
+    )
+    add("--speculate", action="store_true", help="guess next tokens from the text so far and check several in one step")
     add("--chunk-tokens", type=int, default=256, metavar="N", help="prompt tokens computed in one step (default 256)")
     add("--threads", type=int, metavar="N", help="compute threads (default: torch's choice)")
 
@@ -209,6 +217,8 @@ def _engine_options(arguments: argparse.Namespace) -> EngineOptions:
         write_policy=arguments.write_policy,
         host_pool_bytes=arguments.host_pool,
         shared=SharedUse(arguments.shared),
+        attend=arguments.attend,
+        speculate=arguments.speculate,
     )
 
 

@@ -329,3 +329,8 @@ def test_cancelling_lets_the_pages_at_the_node_go(
 def test_an_unknown_policy_is_refused() -> None:
     with pytest.raises(errors.InvalidArgument, match="beyond_pool"):
         EngineOptions(attend="sometimes")
+
+
+def test_attending_needs_a_node_that_answers(tiny: LoadedModel, store: MemoryStore) -> None:
+    with pytest.raises(errors.InvalidArgument, match="answers queries"):
+        Engine(tiny, EngineOptions(attend="always"), store=store)

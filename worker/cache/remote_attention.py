@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Final, Protocol
+from typing import Final, Protocol, runtime_checkable
 
 from attnstore.client.attend import AttendStream
 from attnstore.core.hashing import BlockHash, Namespace
@@ -28,6 +28,7 @@ _RENEW_MS: Final = LEASE_MS / 4
 _FLOAT_BYTES: Final = 4
 
 
+@runtime_checkable
 class AttendStore(Protocol):
     """A node that answers queries; all calls end within a deadline."""
 
@@ -50,6 +51,11 @@ class AttendStore(Protocol):
     def attend(self, namespace: bytes, /, *, q_heads: int, scale: float, deadline_ms: float | None = None) -> AttendStream:
         """A new attend stream."""
         ...
+
+
+def nodes_of(store: object) -> tuple[AttendStore, ...]:
+    """The store itself where it is a client of one node; a cluster's client does not say who holds which page."""
+    return (store,) if isinstance(store, AttendStore) else ()
 
 
 @dataclass(frozen=True, slots=True)

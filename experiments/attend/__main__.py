@@ -1,0 +1,87 @@
+"""The command line of the experiment; see the package and docs/attend.md."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+from rich.console import Console
+
+from experiments.attend.real_model import Cell, documents, measure
+from experiments.attend.rows import MODES, Row, table
+from experiments.attend.synthetic import LLAMA_3_8B, SMOLLM2, measure_geometry
+from worker.model import LoadedModel, load_model
+
+_THREADS: Final = 1
+_REMOTE: Final = ("fetch_each_step", "attend", "shared_in_place")
+_GUESSING: Final = ("attend", "attend_speculative")
+_LINKS: Final = ((0.1, 0.1), (0.1, 1.0), (0.1, 10.0), (2.0, 1.0), (10.0, 1.0))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Measures and prints; 0 when every mode gave the resident run's tokens."""
+    arguments = _parser().parse_args(argv)
+    torch.set_num_threads(_THREADS)
+    console = Console()
+    rows: list[Row] = []
+
+    def add(more: list[Row]) -> None:
+        rows.extend(more)
+        if arguments.json is not None:
+            arguments.json.write_text(json.dumps([_as_json(row) for row in rows], indent=1) + "\n")
+
+    model = load_model()
+    (_quick if arguments.quick else _full)(model, add)
+    console.print(table(rows))
+    return 0 if all(row.tokens_equal is not False for row in rows) else 1
+
+
+def _quick(model: LoadedModel, add: Any) -> None:
+    [prose] = documents(model, 512, 1, repeating=False)
+    add(measure(model, prose, [Cell(0.1, 1.0, _REMOTE, 8, 2)], capacity="256MiB", threads=_THREADS))
+    [listing] = documents(model, 256, 1, repeating=True)
+    add(measure(model, listing, [Cell(2.0, 1.0, _GUESSING, 16, 2)], capacity="256MiB", threads=_THREADS))
+    for nodes in (1, 2):
+        add(measure_geometry(SMOLLM2, 32_768, [(0.1, 1.0)], nodes, threads=_THREADS, repeats=8))
+
+
+def _full(model: LoadedModel, add: Any) -> None:
+    for context in (1024, 4096, 8128):
+        [prose] = documents(model, context, 1, repeating=False)
+        cells = [Cell(0.1, 1.0, _REMOTE, 32, 3), Cell(0.1, 10.0, ("attend",), 16, 2), Cell(2.0, 1.0, ("attend",), 16, 2)]
+        cells += [Cell(10.0, 1.0, ("attend",), 8, 2), Cell(0.1, 0.1, ("attend",), 16, 2)] if context == 8128 else []
+        add(measure(model, prose, cells, capacity="1GiB", threads=_THREADS))
+    for prose in documents(model, 500, 5, repeating=False):
+        cell = Cell(0.0, 10.0, (*MODES[1:],), 64, 64)
+        add(measure(model, prose, [cell], capacity="256MiB", threads=_THREADS))
+    [listing] = documents(model, 1024, 1, repeating=True)
+    add(measure(model, listing, [Cell(2.0, 1.0, _GUESSING, 64, 2)], capacity="512MiB", threads=_THREADS))
+    for geometry in (SMOLLM2, LLAMA_3_8B):
+        for context in (8_192, 32_768, 131_072):
+            add(measure_geometry(geometry, context, _LINKS, 1, threads=_THREADS, repeats=12))
+        add(measure_geometry(geometry, 131_072, [(0.1, 1.0)], 2, threads=_THREADS, repeats=12))
+
+
+def _as_json(row: Row) -> dict[str, Any]:
+    """JSON has no infinity: a link that nothing limits has none of either figure."""
+    return {name: None if isinstance(value, float) and math.isinf(value) else value for name, value in asdict(row).items()}
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m experiments.attend",
+        description="Decoding with the KV in the worker's memory, fetched for each step, or attended to at the store.",
+    )
+    parser.add_argument("--json", type=Path, metavar="PATH", help="write the rows as a list")
+    parser.add_argument("--quick", action="store_true", help="short contexts and few tokens, in less than 50 s")
+    return parser
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

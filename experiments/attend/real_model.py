@@ -1,0 +1,221 @@
+"""The modes with the real model: an engine for each, over a link to a node that has the prompt's pages.
+
+Owns: `measure`. Invariant: all modes of a context continue the same prompt greedily in fp32, and their tokens are compared with
+those of the resident run.
+"""
+
+from __future__ import annotations
+
+import pydoc_data.topics
+import statistics
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from time import perf_counter
+from typing import Final
+
+import attnstore
+from attnstore.testing import StoreProcess
+from attnstore.testing.link import Link
+from experiments.attend.rows import Row, attend_ms, fetch_ms
+from worker.cache import SharedUse
+from worker.engine import Engine, EngineOptions, SamplingParams
+from worker.engine import Sequence as Prompted
+from worker.model import LoadedModel
+
+DEADLINE_MS: Final = 120_000
+_CHUNK_TOKENS: Final = 256
+_BLOCK_TOKENS: Final = 16
+_LIST: Final = "Item {0}: the value of field {0} is unknown; see item {0}.\n"
+
+
+@dataclass(frozen=True, slots=True)
+class Cell:
+    """One link, and how many tokens to generate in the modes that are fast and in the one that is slow."""
+
+    rtt_ms: float
+    gbit_per_s: float
+    modes: tuple[str, ...]
+    tokens: int
+    fetched_tokens: int
+
+    @property
+    def profile(self) -> str:
+        """As `attnstore.links.parse_link` takes it."""
+        return f"{self.gbit_per_s:g}g@{self.rtt_ms:g}ms"
+
+
+@dataclass(frozen=True, slots=True)
+class _Run:
+    """One mode's tokens and times; `step_ms` of each step after the first token, and the tokens that it gave."""
+
+    generated: list[int]
+    ttft_ms: float
+    step_ms: list[float]
+    step_tokens: list[int]
+    bytes_moved: float
+    round_trips: float
+
+    @property
+    def tpot_ms(self) -> float:
+        """Time per token of the median step."""
+        if not self.step_ms:
+            return self.ttft_ms
+        return statistics.median(self.step_ms) / statistics.fmean(self.step_tokens)
+
+    @property
+    def accepted_per_step(self) -> float:
+        """Guesses that were right, in each step."""
+        return statistics.fmean(self.step_tokens) - 1 if self.step_tokens else 0.0
+
+
+def documents(model: LoadedModel, tokens: int, count: int, *, repeating: bool) -> list[list[int]]:
+    """Prompts of `tokens` tokens: Python's own documentation, or a list that goes on as it began."""
+    topics = [pydoc_data.topics.topics[name] for name in sorted(pydoc_data.topics.topics)]
+    prompts = []
+    for number in range(count):
+        text = "\n\n".join(topics[7 * number :] + topics[: 7 * number])
+        if repeating:
+            text = _LIST.format("A") * tokens
+        prompts.append([int(token) for token in model.tokenizer(text[: tokens * 8], verbose=False).input_ids[:tokens]])
+    return prompts
+
+
+def measure(model: LoadedModel, prompt: list[int], cells: Sequence[Cell], *, capacity: str, threads: int) -> list[Row]:
+    """Rows of one prompt over several links; the node computes with `threads` cores, as we do."""
+    layout = model.layout(_BLOCK_TOKENS)
+    context_bytes = len(prompt) // _BLOCK_TOKENS * layout.page_bytes
+    tokens_max = max(cell.tokens for cell in cells)
+    with StoreProcess("--capacity", capacity, "--attend-threads", str(threads)) as node:
+        resident = _resident(model, prompt, tokens_max, node.url)
+        rows = [_row(model, prompt, cells[0], "resident", resident, resident, resident.tpot_ms)]
+        for cell in cells:
+            with Link.to_node(node.url, cell.profile) as link:
+                for mode in cell.modes:
+                    if mode == "shared_in_place":
+                        run = _shared(model, prompt, cell.tokens, node.url)
+                        predicted = resident.tpot_ms
+                    elif mode == "fetch_each_step":
+                        run = _fetched(model, prompt, cell.fetched_tokens, link.url)
+                        predicted = fetch_ms(resident.tpot_ms, context_bytes, cell.rtt_ms, cell.gbit_per_s)
+                    else:
+                        run = _attended(model, prompt, cell.tokens, link.url, speculate=mode == "attend_speculative")
+                        tokens = 1 + run.accepted_per_step
+                        step_bytes = run.bytes_moved * tokens
+                        step = attend_ms(resident.tpot_ms, layout.layers, cell.rtt_ms, step_bytes, cell.gbit_per_s)
+                        predicted = step / tokens
+                    rows.append(_row(model, prompt, cell, mode, run, resident, predicted))
+    return rows
+
+
+def _row(
+    model: LoadedModel, prompt: list[int], cell: Cell, mode: str, run: _Run, resident: _Run, predicted_ms: float | None
+) -> Row:
+    local = mode in ("resident", "shared_in_place")
+    return Row(
+        model=model.name,
+        context_tokens=len(prompt),
+        rtt_ms=0.0 if local else cell.rtt_ms,
+        gbit_per_s=float("inf") if local else cell.gbit_per_s,
+        mode=mode,
+        nodes=1,
+        tpot_ms=run.tpot_ms,
+        ttft_ms=run.ttft_ms,
+        bytes_per_token=run.bytes_moved,
+        round_trips_per_token=run.round_trips,
+        tokens_equal=run.generated == resident.generated[: len(run.generated)],
+        accepted_per_step=run.accepted_per_step if mode == "attend_speculative" else None,
+        predicted_ms=predicted_ms,
+    )
+
+
+def _options(model: LoadedModel, tokens: int, **more: object) -> EngineOptions:
+    blocks = -(-tokens // _BLOCK_TOKENS) + 4
+    pool_bytes = blocks * model.layout(_BLOCK_TOKENS).page_bytes
+    return EngineOptions(
+        pool_bytes=pool_bytes,
+        chunk_tokens=_CHUNK_TOKENS,
+        sequences_max=4,
+        store_deadline_ms=DEADLINE_MS,
+        **more,  # type: ignore[arg-type]
+    )
+
+
+@contextmanager
+def _store(url: str, transport: str) -> Iterator[attnstore.Client]:
+    with attnstore.connect(url, transport=transport, deadline_ms=DEADLINE_MS) as client:
+        yield client
+
+
+def _resident(model: LoadedModel, prompt: list[int], tokens: int, url: str) -> _Run:
+    """Computes the prompt, which fills the node, and generates with everything in the pool."""
+    with _store(url, "tcp") as store, Engine(model, _options(model, len(prompt) + tokens), store=store) as engine:
+        run = _generate(engine, prompt, tokens)
+        engine.flush(DEADLINE_MS)
+        return run
+
+
+def _shared(model: LoadedModel, prompt: list[int], tokens: int, url: str) -> _Run:
+    options = _options(model, _CHUNK_TOKENS + len(prompt) + tokens, shared=SharedUse.IN_PLACE)
+    with _store(url, "shm") as store, Engine(model, options, store=store) as engine:
+        return _generate(engine, prompt, tokens)
+
+
+def _attended(model: LoadedModel, prompt: list[int], tokens: int, url: str, *, speculate: bool) -> _Run:
+    options = _options(model, 4 * _CHUNK_TOKENS + tokens, attend="always", speculate=speculate)
+    with _store(url, "tcp") as store:
+        with Engine(model, options, store=store, attend_nodes=[store]) as warming:  # the node's kernels, and what rows it knows
+            _generate(warming, prompt, 12 if speculate else 2)
+        with Engine(model, options, store=store, attend_nodes=[store]) as engine:
+            run = _generate(engine, prompt, tokens)
+            asked = engine.attending()
+            assert asked is not None
+            given = len(run.generated)
+            moved = asked.bytes_sent + asked.bytes_received
+            steps = engine.batching().steps
+            # The first step has the rows of the prompt's rest in it; a token's share is that of the rows that gave tokens.
+            rows = len(prompt) % _BLOCK_TOKENS or _BLOCK_TOKENS
+            layers = model.layout(_BLOCK_TOKENS).layers
+            moved_later = moved * (asked.rows - rows * layers) / asked.rows
+            return _Run(
+                run.generated,
+                run.ttft_ms,
+                run.step_ms,
+                run.step_tokens,
+                moved_later / max(1, given - 1),
+                layers * (steps - 1) / max(1, given - 1),
+            )
+
+
+def _fetched(model: LoadedModel, prompt: list[int], tokens: int, url: str) -> _Run:
+    """Each token by an engine that has nothing yet: the whole context crosses the link for it."""
+    generated: list[int] = []
+    times: list[float] = []
+    moved = 0
+    with _store(url, "tcp") as store:
+        for _ in range(tokens):
+            with Engine(model, _options(model, len(prompt) + tokens), store=store) as engine:
+                began = perf_counter()
+                generated += engine.generate([*prompt, *generated], SamplingParams(max_tokens=1)).generated
+                times.append((perf_counter() - began) * 1e3)
+                moved += engine.statistics().remote.bytes_read
+    return _Run(generated, times[0], times[1:], [1] * (tokens - 1), moved / tokens, 1.0)
+
+
+def _generate(engine: Engine, prompt: list[int], tokens: int) -> _Run:
+    sequence = engine.submit(prompt, SamplingParams(max_tokens=tokens))
+    began = perf_counter()
+    _step_to_token(engine, sequence)
+    ttft_ms = (perf_counter() - began) * 1e3
+    step_ms, step_tokens = [], []
+    while sequence.finish_reason is None:
+        known, began = len(sequence.generated), perf_counter()
+        engine.step()
+        step_ms.append((perf_counter() - began) * 1e3)
+        step_tokens.append(len(sequence.generated) - known)
+    return _Run(sequence.generated, ttft_ms, step_ms, step_tokens, 0.0, 0.0)
+
+
+def _step_to_token(engine: Engine, sequence: Prompted) -> None:
+    while not sequence.generated and sequence.finish_reason is None:
+        engine.step()
