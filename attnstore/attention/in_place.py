@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from attnstore.attention.cpu import CpuAttention
+from attnstore.attention.warm_up import warm_up
 from attnstore.core.layout import DType, PageLayout
 from attnstore.errors import InvalidArgument
 
@@ -84,6 +85,11 @@ class InPlaceAttention:
         torch.set_num_threads(threads)
         self._backend = CpuAttention(threads)
         self._kept: tuple[tuple[PagesInPlace, ...], _Pool] | None = None
+
+    def warm_up(self) -> None:
+        """Has the kernels compiled for every type of page: seconds the first time on a machine, little afterwards."""
+        for dtype in _TORCH_DTYPES.values():
+            warm_up(self._backend, torch.zeros(1, 1, 2, 1, 16, 64, dtype=dtype), q_heads=1)
 
     def attend(self, asked: Sequence[Rows], layer: int, scale: float) -> list[Partial]:
         """One partial for each of `asked`, whose pages have one layout and whose rows one number of heads."""

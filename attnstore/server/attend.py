@@ -87,6 +87,12 @@ class Attending:
 
                 self._attention = InPlaceAttention(self._threads)
 
+    def warm_up(self) -> None:
+        """Imports and compiles what computes, so that no query waits for it."""
+        self.load()
+        assert self._attention is not None
+        self._attention.warm_up()
+
     @property
     def waiting(self) -> int:
         """Queries that wait for the cores."""

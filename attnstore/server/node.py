@@ -186,7 +186,7 @@ class StoreNode:
             return None
         attending = Attending(self._store, clock, threads or threads_default())
         if threads is not None:
-            attending.load()
+            attending.warm_up()
         return attending
 
     def _bind(self) -> str:

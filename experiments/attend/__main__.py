@@ -79,7 +79,7 @@ def _parser() -> argparse.ArgumentParser:
         description="Decoding with the KV in the worker's memory, fetched for each step, or attended to at the store.",
     )
     parser.add_argument("--json", type=Path, metavar="PATH", help="write the rows as a list")
-    parser.add_argument("--quick", action="store_true", help="short contexts and few tokens, in less than 50 s")
+    parser.add_argument("--quick", action="store_true", help="short contexts and few tokens")
     return parser
 
 

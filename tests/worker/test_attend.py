@@ -23,7 +23,8 @@ NEW_TOKENS = 24
 
 @pytest.fixture(scope="module")
 def nodes() -> Iterator[list[StoreProcess]]:
-    with StoreProcess("--capacity", "64MiB") as first, StoreProcess("--capacity", "64MiB") as second:
+    options = ("--capacity", "64MiB", "--attend-threads", "1")
+    with StoreProcess(*options) as first, StoreProcess(*options) as second:
         yield [first, second]
 
 
@@ -36,7 +37,9 @@ def client(nodes: list[StoreProcess]) -> Iterator[attnstore.Client]:
 def options(model: LoadedModel, request: str, attend: str = "beyond_pool", **more: object) -> EngineOptions:
     """Every test has pages of its own in the shared nodes."""
     pool_bytes = BLOCKS * model.layout(16).page_bytes
-    return EngineOptions(pool_bytes=pool_bytes, chunk_tokens=32, attend=attend, tenant_salt=request.encode(), **more)  # type: ignore[arg-type]
+    # A node compiles its kernels at the first query, which takes long on a busy machine.
+    named = {"store_deadline_ms": 60_000, "tenant_salt": request.encode(), **more}
+    return EngineOptions(pool_bytes=pool_bytes, chunk_tokens=32, attend=attend, **named)  # type: ignore[arg-type]
 
 
 def prompt(tokens: int, seed: int = 0) -> list[int]:
@@ -296,8 +299,8 @@ def test_a_store_that_keeps_nothing_ends_a_context_that_does_not_fit_with_a_reas
 def test_a_killed_node_mid_generation_costs_no_token(tiny: LoadedModel, request: pytest.FixtureRequest) -> None:
     token_ids = prompt(6 * 16 + 5)
     with (
-        StoreProcess("--capacity", "64MiB") as node,
-        attnstore.connect(node.url, transport="tcp", deadline_ms=2_000) as client,
+        StoreProcess("--capacity", "64MiB", "--attend-threads", "1") as node,
+        attnstore.connect(node.url, transport="tcp", deadline_ms=60_000) as client,
         Engine(tiny, options(tiny, request.node.name, "always"), store=client, attend_nodes=[client]) as engine,
     ):
         engine.generate(token_ids, SamplingParams(max_tokens=1))
@@ -334,3 +337,24 @@ def test_an_unknown_policy_is_refused() -> None:
 def test_attending_needs_a_node_that_answers(tiny: LoadedModel, store: MemoryStore) -> None:
     with pytest.raises(errors.InvalidArgument, match="answers queries"):
         Engine(tiny, EngineOptions(attend="always"), store=store)
+
+
+def test_a_stream_that_breaks_between_two_steps_costs_no_token(
+    tiny: LoadedModel, client: attnstore.Client, request: pytest.FixtureRequest
+) -> None:
+    prompts = [prompt(3 * 16 + 1, seed) for seed in range(2)]
+    wanted = options(tiny, request.node.name, "always")
+    with Engine(tiny, wanted, store=client) as engine:
+        for token_ids in prompts:
+            engine.generate(token_ids, SamplingParams(max_tokens=1))
+        assert engine.flush(30_000)
+        sequences = [engine.submit(token_ids, SamplingParams(max_tokens=NEW_TOKENS)) for token_ids in prompts]
+        while len(sequences[0].generated) < 3:
+            engine.step()
+        assert sequences[0].remote is not None
+        assert sequences[1].remote is not None
+        sequences[0].remote.sets[0].node.reset()
+        engine.cancel(sequences[0])
+        while sequences[1].finish_reason is None:
+            engine.step()
+        assert sequences[1].generated == resident(tiny, prompts[1])

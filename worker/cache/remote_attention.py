@@ -8,7 +8,7 @@ node loses every context that has a set there (`RemoteContext.lost`), and never 
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Final, Protocol, runtime_checkable
 
@@ -20,6 +20,7 @@ from attnstore.limits import ATTEND_BYTES_MAX, ATTEND_HASHES_MAX, ATTEND_ROWS_MA
 from attnstore.types import Lease, MatchResult
 from worker.cache.leases import KeptLease, LeaseKeeper
 from worker.cache.remote_step import NodeRows, RemoteStep
+from worker.errors import PagesLost
 
 _LOG = logging.getLogger(__name__)
 
@@ -105,7 +106,7 @@ class RemoteAttention:
     ) -> None:
         self._namespace = namespace
         self._layout = layout
-        self._nodes = [_Node(store, namespace, layout, shape, deadline_ms) for store in nodes]
+        self._nodes = [_Node(store, namespace, layout, shape, deadline_ms, self._forget) for store in nodes]
         row_bytes = shape.q_heads * layout.head_dim * _FLOAT_BYTES
         self._rows_max = min(ATTEND_ROWS_MAX, ATTEND_BYTES_MAX // row_bytes)
         self._contexts: set[RemoteContext] = set()
@@ -143,7 +144,12 @@ class RemoteAttention:
         context.sets.clear()
 
     def step(self, parts: Sequence[tuple[RemoteContext | None, int]]) -> RemoteStep | None:
-        """What is asked at each layer of a step whose sequences have so many rows each; None where nothing is remote."""
+        """What is asked at each layer of a step whose sequences have so many rows each; None where nothing is remote.
+
+        Raises `PagesLost` where a context is lost already.
+        """
+        if any(context is not None and context.lost for context, _ in parts):
+            raise PagesLost("blocks in the store were lost before this step")
         by_node: dict[_Node, list[tuple[int, int, int]]] = {}
         begin = 0
         for context, rows in parts:
@@ -162,8 +168,6 @@ class RemoteAttention:
         for node in self._nodes:
             if node.uses(stream):
                 node.reset()
-                for context in self._contexts:
-                    context.lost |= any(part.node is node for part in context.sets)
 
     def statistics(self) -> AttendStatistics:
         """A snapshot."""
@@ -177,6 +181,10 @@ class RemoteAttention:
         for node in self._nodes:
             node.end()
 
+    def _forget(self, node: _Node) -> None:
+        for context in self._contexts:
+            context.lost |= any(part.node is node for part in context.sets)
+
     def _lose(self, context: RemoteContext, error: AttnStoreError) -> None:
         _LOG.warning("a store node does not attend: %s: %s", type(error).__name__, error)
         self._losses += 1
@@ -186,12 +194,21 @@ class RemoteAttention:
 class _Node:
     """One store node as a source of attention."""
 
-    def __init__(self, store: AttendStore, namespace: Namespace, layout: PageLayout, shape: QueryShape, deadline_ms: float) -> None:
+    def __init__(
+        self,
+        store: AttendStore,
+        namespace: Namespace,
+        layout: PageLayout,
+        shape: QueryShape,
+        deadline_ms: float,
+        on_reset: Callable[[_Node], None],
+    ) -> None:
         self._store = store
         self._namespace = namespace
         self._layout = layout
         self._shape = shape
         self._deadline_ms = deadline_ms
+        self._on_reset = on_reset
         self._leases = LeaseKeeper(store, period_ms=_RENEW_MS)
         self._stream: AttendStream | None = None
         self._registered = False
@@ -253,6 +270,7 @@ class _Node:
         stream, self._stream = self._stream, None
         if stream is not None:
             stream.close()
+            self._on_reset(self)
 
     def end(self) -> None:
         """Ends everything."""
