@@ -52,7 +52,8 @@ class PortRelay:
                 inside.close()
                 writer.close()
                 return
-            await asyncio.gather(_pass_on(reader, far_writer), _pass_on(far_reader, writer))
+            with suppress(asyncio.CancelledError):  # the cluster ends
+                await asyncio.gather(_pass_on(reader, far_writer), _pass_on(far_reader, writer))
 
         server = await asyncio.start_server(relay, *listen)
         self._servers.append(server)

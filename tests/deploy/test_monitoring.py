@@ -59,4 +59,4 @@ def test_the_dashboard_finds_its_data_source() -> None:
 
 def test_the_dashboard_shows_every_theme() -> None:
     rows = [panel["title"] for panel in json.loads(DASHBOARD.read_text())["panels"] if panel["type"] == "row"]
-    assert rows == ["Cluster", "Hit rates", "Tiers", "Network", "Faults"]
+    assert rows == ["Cluster", "Hit rates", "Tiers", "Network", "Links and planner", "Faults"]
