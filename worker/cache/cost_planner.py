@@ -151,6 +151,7 @@ class CostPlanner:
             self._decided(prompt, costs, planned, "recompute", None)
             return SearchPlan(everything_ms, work.back) if costs.link.age_ms > PROBE_MS else None
         head = search_head(costs, work)
+        self._decided(prompt, costs, planned, planned.choice, None)
         head_ms = self._compute_ms(costs, work, work.front, head) if head < work.back else everything_ms
         return SearchPlan(head_ms + patience(costs.prefill, work), head)
 
@@ -183,7 +184,7 @@ class CostPlanner:
             decision = replace(decision, hit_end=found.hit_end)
         if costs is None or planned is None:
             return decision
-        spent_ms = found.search_ms if found is not None else 0.0
+        spent_ms = found.search_ms if found is not None else costs.link.rtt_ms if planned.fetches else 0.0
         forecasts = {
             "recompute": spent_ms + planned.recompute_ms,
             "fetch": spent_ms + fetch_everything(costs, planned.work).ttft_ms,

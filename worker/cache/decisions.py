@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass, field, replace
 from statistics import median
 from typing import Any, Final
 
-from worker.cache.observation import Load
+from worker.cache.observation import Load, LoadEnd
 
 _KEPT: Final = 256
 ERROR_BOUNDS: Final = (0.02, 0.05, 0.1, 0.15, 0.25, 0.5, 1.0, 2.0)
@@ -101,8 +101,11 @@ class DecisionLog:
         """Its load is over."""
         with self._lock:
             decision = self._open.get(load.prompt.number)
-            if decision is not None:
-                self._open[decision.number] = replace(decision, arrived_blocks=load.arrived_blocks, end=load.end.value)
+            if decision is None:
+                return
+            if load.end is LoadEnd.NOT_FOUND:  # what was predicted supposed hits
+                decision = replace(decision, choice="recompute", meet=None, predicted_ttft_ms=None)
+            self._open[decision.number] = replace(decision, arrived_blocks=load.arrived_blocks, end=load.end.value)
 
     def answered(self, number: int, ttft_ms: float) -> None:
         """Its first token is there."""
