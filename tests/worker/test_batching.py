@@ -205,6 +205,10 @@ def _break_something(store: MemoryStore, generator: random.Random) -> None:
     if generator.random() < 0.1:
         broken = generator.choice([PageStatus.MISSING, PageStatus.CORRUPT, PageStatus.INCOMPLETE])
         store.read_status = lambda index: broken if index % 3 == 2 else PageStatus.OK
+    if generator.random() < 0.1:
+        store.on_page = lambda _: time.sleep(0.002)
+    if generator.random() < 0.1:
+        store.before_layer = lambda _: time.sleep(0.005)
     if generator.random() < 0.05:
         store.gate.clear()
 
@@ -212,6 +216,7 @@ def _break_something(store: MemoryStore, generator: random.Random) -> None:
 def _mend(store: MemoryStore) -> None:
     store.failing = ()
     store.read_status = lambda _: PageStatus.OK
+    store.on_page = store.before_layer = lambda _: None
     store.gate.set()
 
 
