@@ -41,6 +41,7 @@ def test_a_second_process_reads_what_the_first_wrote(tiny_folder: Path, prompt_f
     with StoreProcess("--capacity", "64MiB") as node:
         cold = report(*options, "--store", node.url)
         warm = report(*options, "--store", node.url)
+        in_place = report(*options, "--store", node.url, "--shared", "in-place", "--host-pool", "1MiB")
     control = report(*options)
     assert cold["store_error"] is warm["store_error"] is None
     assert cold["pages_not_written"] == 0
@@ -52,6 +53,10 @@ def test_a_second_process_reads_what_the_first_wrote(tiny_folder: Path, prompt_f
     assert warm["bytes_read"] == warm["hit_tokens"] // 16 * page_bytes
     assert cold["bytes_written"] == (cold["prompt_tokens"] + 7) // 16 * page_bytes
     assert warm["bytes_written"] == 0, "its own last block was there already, too"
+    assert warm["hit_tokens_by_tier"] == {"hbm": 0, "host": 0, "shared": warm["hit_tokens"], "remote": 0}
+    assert in_place["tokens"] == warm["tokens"]
+    assert (in_place["hit_tokens_by_tier"]["shared"], in_place["bytes_read"]) == (warm["hit_tokens"], 0)
+    assert in_place["kv_bytes_used"] == warm["kv_bytes_used"] - warm["bytes_read"], "the node's pages are not the pool's"
     assert control["kv_bytes_used"] < control["kv_bytes_contiguous"] == 512 // 16 * page_bytes
 
 

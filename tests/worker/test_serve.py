@@ -235,6 +235,8 @@ async def test_health_and_metrics_tell_how_it_goes(http: httpx2.AsyncClient, cli
     assert 'attnstore_worker_requests_total{route="completions",status="200"} 1.0' in text
     assert "attnstore_worker_tokens_generated_total 4.0" in text
     assert "attnstore_worker_sequences_running 0.0" in text
+    assert 'attnstore_worker_tier_queried_tokens_total{tier="hbm"} 0.0' in text
+    assert 'attnstore_worker_tier_evicted_blocks_total{tier="host"} 0.0' in text
     assert "attnstore_worker_ttft_seconds_count 1.0" in text
 
 

@@ -1,0 +1,45 @@
+"""The experiment on tiers, on a tiny model: its rows say which tier served, and that the tokens were right."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+
+import pytest
+
+from experiments.tiers import MODES, Pressure, decode_rows
+from worker.model import LoadedModel
+
+SERVED_BY = {
+    "hbm_only": None,
+    "host": "host",
+    "remote_tcp": "remote",
+    "shared_copy": "shared",
+    "shared_in_place": "shared",
+    "host_and_remote_tcp": "host",
+}
+
+
+def test_every_mode_is_served_by_its_tier_and_gives_the_same_tokens(tiny: LoadedModel) -> None:
+    pressure = Pressure(tiny, 60, 4)
+    rows = {mode.name: pressure.row(mode) for mode in MODES}
+    assert rows.keys() == {"unconstrained", *SERVED_BY}
+    assert all(row.tokens_equal for row in rows.values())
+    assert rows["unconstrained"].hit_tokens_by_tier["hbm"] == 8 * 48
+    for name, tier in SERVED_BY.items():
+        row = rows[name]
+        assert row.pool_blocks * 4 == row.needed_blocks
+        below = {other: hits for other, hits in row.hit_tokens_by_tier.items() if other != "hbm" and hits}
+        assert list(below) == ([tier] if tier is not None else []), name
+    assert rows["shared_copy"].read_bytes_by_tier["shared"] > 0
+    assert rows["shared_in_place"].read_bytes_by_tier["shared"] == 0
+
+
+def test_a_context_in_the_own_pool_is_compared_with_the_same_in_place(tiny: LoadedModel) -> None:
+    resident, in_place = decode_rows(tiny, 100, 6, 2)
+    assert resident.hit_tokens_by_tier == {"hbm": 96, "host": 0, "shared": 0, "remote": 0}
+    assert in_place.hit_tokens_by_tier == {"hbm": 0, "host": 0, "shared": 96, "remote": 0}
+    assert resident.tokens_equal
+    assert in_place.tokens_equal
+    assert resident.ratio == pytest.approx(1.0)
+    assert json.loads(json.dumps(asdict(in_place)))["measurement"] == "decode"
