@@ -198,9 +198,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--json", type=Path, metavar="PATH", help="write the rows there, one JSON object a line")
     parser.add_argument("--quick", action="store_true", help="shorter prompts and contexts, within 50 s")
     arguments = parser.parse_args(argv)
-    pressure = Pressure(load_model(), *((96, 8) if arguments.quick else (512, 32)))
+    pressure = Pressure(load_model(), *((96, 8) if arguments.quick else (256, 16)))
     rows = [pressure.row(mode) for mode in MODES]
-    decoded = decode_rows(load_model(dtype=DType.BF16), *((2_000, 24, 3) if arguments.quick else (8_000, 32, 5)))
+    decoded = decode_rows(load_model(dtype=DType.BF16), *((2_000, 24, 3) if arguments.quick else (8_000, 24, 4)))
     console = Console()
     console.print(_pressure_table(rows))
     console.print(_decode_table(decoded))

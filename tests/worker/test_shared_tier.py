@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import gc
 import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -214,3 +216,20 @@ def test_an_extent_stays_in_the_window_as_long_as_somebody_uses_it_and_its_place
         gc.collect()
         assert mappings() == before
     assert len(places) == 1
+
+
+def test_a_process_that_may_not_have_the_addresses_is_told_what_to_do() -> None:
+    code = """
+import resource
+from attnstore.core.layout import PageLayout
+from attnstore.errors import InvalidArgument
+from worker.cache.page_window import PageWindow
+resource.setrlimit(resource.RLIMIT_AS, (1 << 38, 1 << 38))
+try:
+    PageWindow(PageLayout(layers=1, kv_heads=1, head_dim=16))
+except InvalidArgument as error:
+    print(error)
+"""
+    told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True).stdout
+    assert "ulimit -v" in told
+    assert "copy pages instead" in told
