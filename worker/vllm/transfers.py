@@ -1,0 +1,177 @@
+"""The worker's half: pages into vLLM's blocks and out of them, beside the engine.
+
+Owns: the threads that load and save, and what they measured. Invariants: a block is written only by the load that vLLM asked for,
+and reported only after its last byte; a page that did not come whole and verified is reported as a failed block, and none of it is
+written; a block that is saved is copied before `save` returns, so that vLLM may reuse it; memory for copies is bounded, and what
+passes the bound is not saved.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Final
+
+import structlog
+
+from attnstore.clock import Clock
+from attnstore.core.hashing import Namespace
+from attnstore.core.layout import PageLayout
+from attnstore.errors import AttnStoreError, Retryable
+from attnstore.types import PageStatus
+from worker.cache.page_store import PageStore
+from worker.vllm.kv_pages import KvPages
+from worker.vllm.plan import BlockPlan, Costs, LoadPlan
+
+_LOADS_AT_ONCE: Final = 2
+_READ_BYTES: Final = 32 << 20
+"""Copies of pages that one load has in memory at a time."""
+_MEASUREMENTS_MAX: Final = 256
+
+_log = structlog.get_logger(__name__)
+
+
+class Transfers:
+    """`deadline_ms` bounds a whole load; `save_bytes_max` is the memory for pages that wait to be written."""
+
+    def __init__(
+        self,
+        store: PageStore,
+        space: Namespace,
+        layout: PageLayout,
+        pages: KvPages,
+        clock: Clock,
+        *,
+        deadline_ms: float,
+        save_bytes_max: int,
+    ) -> None:
+        self._store = RegisteredStore(store, space, layout)
+        self._space = space
+        self._pages = pages
+        self._clock = clock
+        self._deadline_ms = deadline_ms
+        self._save_pages_max = max(1, save_bytes_max // pages.page_bytes)
+        self._loaders = ThreadPoolExecutor(_LOADS_AT_ONCE, "attnstore-load")
+        self._saver = ThreadPoolExecutor(1, "attnstore-save")
+        self._lock = threading.Lock()
+        self._loaded: set[str] = set()
+        self._failed_blocks: set[int] = set()
+        self._saving = 0
+        self._dropped = 0
+        self._load_costs: deque[tuple[int, float]] = deque(maxlen=_MEASUREMENTS_MAX)
+
+    def load(self, plan: LoadPlan) -> None:
+        """Starts a load; `take_loaded` names it when it is over."""
+        self._loaders.submit(self._load, plan)
+
+    def save(self, blocks: Sequence[BlockPlan]) -> None:
+        """Copies blocks that are complete and hands them to the writer. Returns when they may be reused."""
+        with self._lock:
+            room = max(0, self._save_pages_max - self._saving)
+            taken, dropped = blocks[:room], blocks[room:]
+            self._saving += len(taken)
+            self._dropped += len(dropped)
+        if dropped:
+            _log.warning("the store takes pages more slowly than they are computed", dropped_pages=len(dropped))
+        if taken:
+            copies = [self._pages.gather(block.block_id) for block in taken]
+            self._saver.submit(self._save, [block.page_hash for block in taken], copies)
+
+    def take_loaded(self) -> set[str]:
+        """Requests whose loads have ended since the last call. Ask for failed blocks after this, never before."""
+        with self._lock:
+            loaded, self._loaded = self._loaded, set()
+            return loaded
+
+    def take_failed_blocks(self) -> set[int]:
+        """Blocks that hold nothing of use, since the last call."""
+        with self._lock:
+            failed, self._failed_blocks = self._failed_blocks, set()
+            return failed
+
+    def take_load_costs(self) -> tuple[tuple[int, float], ...]:
+        """`(bytes, ms)` of the loads since the last call."""
+        with self._lock:
+            costs = tuple(self._load_costs)
+            self._load_costs.clear()
+            return costs
+
+    def flush(self) -> None:
+        """Waits until what was handed to the writer is written or refused, each within its deadline; then ends."""
+        self._loaders.shutdown(wait=True, cancel_futures=True)
+        self._saver.shutdown(wait=True)
+
+    def _load(self, plan: LoadPlan) -> None:
+        began_ms = self._clock.now_ms()
+        good = 0
+        try:
+            good = self._load_leading(plan.blocks, began_ms + self._deadline_ms)
+        except AttnStoreError as error:
+            _log.warning("a load failed", request=plan.request_id, reason=str(error))
+        except Exception:
+            _log.exception("a load failed", request=plan.request_id)
+        with self._lock:
+            if good:
+                self._load_costs.append((good * self._pages.page_bytes, self._clock.now_ms() - began_ms))
+            self._failed_blocks.update(block.block_id for block in plan.blocks[good:])
+            self._loaded.add(plan.request_id)
+
+    def _load_leading(self, blocks: Sequence[BlockPlan], until_ms: float) -> int:
+        """Loads blocks up to the first that is not to be had; how many."""
+        together = max(1, _READ_BYTES // self._pages.page_bytes)
+        for first in range(0, len(blocks), together):
+            part = blocks[first : first + together]
+            left_ms = until_ms - self._clock.now_ms()
+            if left_ms < 1:
+                return first
+            copies = [bytearray(self._pages.page_bytes) for _ in part]
+            hashes = [block.page_hash for block in part]
+            hits = (
+                self._store.ready()
+                .read(self._space, hashes, [memoryview(copy) for copy in copies], lease=None, deadline_ms=left_ms)
+                .leading_hits
+            )
+            for block, copy in zip(part[:hits], copies, strict=False):
+                self._pages.scatter(block.block_id, copy)
+            if hits < len(part):
+                return first + hits
+        return len(blocks)
+
+    def _save(self, hashes: Sequence[bytes], copies: Sequence[bytearray]) -> None:
+        try:
+            views = [memoryview(copy) for copy in copies]
+            verdicts = self._store.ready().write(self._space, hashes, views, deadline_ms=int(self._deadline_ms)).verdicts
+            refused = [verdict.name for verdict in verdicts if not verdict.is_kept and verdict is not PageStatus.ARRIVING]
+            if refused:
+                _log.warning("the store refused pages", verdicts=sorted(set(refused)), pages=len(refused))
+        except Retryable as error:
+            _log.warning("pages were not saved", pages=len(hashes), reason=str(error))
+        except AttnStoreError:
+            _log.exception("pages were not saved", pages=len(hashes))
+        finally:
+            with self._lock:
+                self._saving -= len(hashes)
+
+
+class RegisteredStore:
+    """A store and a namespace that is made known to it before the first use, whenever the store is there for that."""
+
+    def __init__(self, store: PageStore, space: Namespace, layout: PageLayout) -> None:
+        self._store = store
+        self._space = space
+        self._layout = layout
+        self._registered = False
+
+    def ready(self) -> PageStore:
+        """The store, which knows the namespace. Raises its errors. From any thread: registering twice is harmless."""
+        if not self._registered:
+            self._store.register_layout(self._space, self._layout)
+            self._registered = True
+        return self._store
+
+
+def costs_of(transfers: Transfers, steps: Sequence[tuple[int, float]]) -> Costs:
+    """What is to be told to the scheduler."""
+    return Costs(transfers.take_load_costs(), tuple(steps))
