@@ -1,6 +1,6 @@
 """Runs under a Python that has vLLM: prompts in, tokens out. One JSON object on standard input, one on the last line of output.
 
-Input: `{"model", "dtype", "store", "prompts", "max_tokens", "salts"}`; `store` is null for vLLM alone, a prompt is a list of token ids.
+Input: `{"model", "dtype", "store", "prompts", "max_tokens", "salts"}`; `store` is null for vLLM alone, a prompt is token ids.
 Output: `{"tokens": [[...]], "ttft_ms": [...]}`. Before the prompts a short one pays for first uses.
 """
 
