@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable
-from contextlib import suppress
 
 import structlog
 
+from attnstore import tasks
 from attnstore.client.node_link import NodeLink
 from attnstore.clock import Clock, Deadline
 from attnstore.directory import ClusterView, Directory, Member, ViewTracker
@@ -72,9 +72,7 @@ class ClusterMembership:
     async def close(self) -> None:
         """Ends the task, the links and the directory's connections."""
         if self._watching is not None:
-            self._watching.cancel()
-            with suppress(asyncio.CancelledError):
-                await self._watching
+            await tasks.end(self._watching)
         links, self._links = self._links, {}
         await asyncio.gather(*(link.close() for link in links.values()), self._directory.close())
 

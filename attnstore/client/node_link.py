@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable
-from contextlib import suppress
 from typing import Final, TypeVar
 
 import structlog
 
+from attnstore import tasks
 from attnstore.client.async_client import AsyncClient
 from attnstore.client.breaker import CircuitBreaker, CircuitState
 from attnstore.client.options import ConnectOptions
@@ -87,9 +87,7 @@ class NodeLink:
     async def close(self) -> None:
         """Ends the connection."""
         if self._probing is not None:
-            self._probing.cancel()
-            with suppress(asyncio.CancelledError):
-                await self._probing
+            await tasks.end(self._probing)
         await self.client.close()
 
     async def _probe(self) -> None:

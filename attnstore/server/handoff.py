@@ -9,12 +9,13 @@ from __future__ import annotations
 import asyncio
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Final, Protocol
 
 import structlog
 
+from attnstore import tasks
 from attnstore.core.hashing import segment_key
 from attnstore.core.layout import PageLayout
 from attnstore.core.page_table import NamespaceStatistics
@@ -108,9 +109,7 @@ class Handoff:
     async def stop(self) -> None:
         """Ends, also in the middle of a hand-over."""
         if self._task is not None:
-            self._task.cancel()
-            with suppress(asyncio.CancelledError):
-                await self._task
+            await tasks.end(self._task)
 
     def follow(self, view: ClusterView) -> None:
         """Takes the view of one heartbeat."""

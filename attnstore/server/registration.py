@@ -14,6 +14,7 @@ from dataclasses import replace
 
 import structlog
 
+from attnstore import tasks
 from attnstore.clock import Clock
 from attnstore.directory import ClusterView, Directory, Intent, LayoutRecord, Member, Membership, NodeState, ViewTracker
 from attnstore.directory.events import EventFeed
@@ -68,9 +69,7 @@ class Registration:
     async def stop(self) -> None:
         """Leaves the cluster, if the directory answers, and ends."""
         if self._task is not None:
-            self._task.cancel()
-            with suppress(asyncio.CancelledError):
-                await self._task
+            await tasks.end(self._task)
             with suppress(Unavailable):
                 await self._directory.withdraw(self._member.node_id)
         await self._directory.close()
