@@ -20,7 +20,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from attnstore.client import Client, ClusterClient, ClusterOptions, ConnectOptions, is_cluster
+from attnstore.client import Client, ClusterClient, ClusterOptions, options_of
 from attnstore.core.hashing import BlockHash, Namespace, block_hash, block_hashes, namespace, page_checksum
 from attnstore.core.layout import DType, PageLayout
 from attnstore.errors import AttnStoreError
@@ -86,26 +86,13 @@ def connect(
     `--arena-path` of a node on this host: such a file is mapped only if you name it, because cutting it would kill its readers.
     Nothing is sent before the first call. Raises `errors.InvalidArgument` for a malformed argument.
     """
-    if is_cluster(target):
-        return ClusterClient(
-            ClusterOptions.create(
-                target,
-                deadline_ms=deadline_ms,
-                token=token,
-                tls_ca=tls_ca,
-                transport=transport,
-                channels=channels,
-                shared_path=shared_path,
-            )
-        )
-    return Client(
-        ConnectOptions.create(
-            target,
-            deadline_ms=deadline_ms,
-            token=token,
-            tls_ca=tls_ca,
-            transport=transport,
-            channels=channels,
-            shared_path=shared_path,
-        )
+    options = options_of(
+        target,
+        deadline_ms=deadline_ms,
+        token=token,
+        tls_ca=tls_ca,
+        transport=transport,
+        channels=channels,
+        shared_path=shared_path,
     )
+    return ClusterClient(options) if isinstance(options, ClusterOptions) else Client(options)

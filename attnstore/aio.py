@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from attnstore.client import AsyncClient, AsyncClusterClient, ClusterOptions, ConnectOptions, is_cluster
+from attnstore.client import AsyncClient, AsyncClusterClient, ClusterOptions, options_of
 from attnstore.limits import DEADLINE_MS_DEFAULT
 
 __all__ = ["AsyncClient", "AsyncClusterClient", "connect"]
@@ -21,26 +21,13 @@ def connect(
     shared_path: str | Path | None = None,
 ) -> AsyncClient | AsyncClusterClient:
     """An `AsyncClient` or `AsyncClusterClient` for the running event loop. Arguments as in `attnstore.connect`."""
-    if is_cluster(target):
-        return AsyncClusterClient(
-            ClusterOptions.create(
-                target,
-                deadline_ms=deadline_ms,
-                token=token,
-                tls_ca=tls_ca,
-                transport=transport,
-                channels=channels,
-                shared_path=shared_path,
-            )
-        )
-    return AsyncClient(
-        ConnectOptions.create(
-            target,
-            deadline_ms=deadline_ms,
-            token=token,
-            tls_ca=tls_ca,
-            transport=transport,
-            channels=channels,
-            shared_path=shared_path,
-        )
+    options = options_of(
+        target,
+        deadline_ms=deadline_ms,
+        token=token,
+        tls_ca=tls_ca,
+        transport=transport,
+        channels=channels,
+        shared_path=shared_path,
     )
+    return AsyncClusterClient(options) if isinstance(options, ClusterOptions) else AsyncClient(options)

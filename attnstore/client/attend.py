@@ -8,6 +8,7 @@ whoever wants to go on opens another.
 from __future__ import annotations
 
 import itertools
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Coroutine, Sequence
 from contextlib import suppress
 from types import TracebackType
@@ -69,9 +70,10 @@ class AttendStream(Protocol):
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None: ...
 
 
-class _Closing:
+class _Closing(ABC):
+    @abstractmethod
     def close(self) -> None:
-        raise NotImplementedError
+        """See `AttendStream.close`."""
 
     def __enter__(self) -> Self:
         return self

@@ -136,6 +136,29 @@ def is_cluster(target: str) -> bool:
     return is_directory_url(target) or "," in target
 
 
+def options_of(
+    target: str,
+    *,
+    deadline_ms: float,
+    token: str | None,
+    tls_ca: str | Path | None,
+    transport: str,
+    channels: int,
+    shared_path: str | Path | None = None,
+) -> ConnectOptions | ClusterOptions:
+    """The options that `target` asks for: those of a cluster or of one node. Raises as their `create`."""
+    create = ClusterOptions.create if is_cluster(target) else ConnectOptions.create
+    return create(
+        target,
+        deadline_ms=deadline_ms,
+        token=token,
+        tls_ca=tls_ca,
+        transport=transport,
+        channels=channels,
+        shared_path=shared_path,
+    )
+
+
 def _fixed_list(target: str) -> tuple[tuple[str, ...], int]:
     scheme, _, rest = target.partition("://")
     addresses, _, query = rest.partition("?")

@@ -16,6 +16,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+from attnstore.testing.ports import free_port
+
 _START_S_MAX = 15.0
 _STOP_S_MAX = 10.0
 
@@ -45,7 +47,7 @@ class RedisServer:
         self._arguments = arguments
         self._folder = Path(tempfile.mkdtemp(prefix="attnstore-redis-"))
         self.host = host
-        self.port = _free_port(host)
+        self.port = free_port(host)
         self._settings = settings
         self._process: subprocess.Popen[bytes] | None = None
         try:
@@ -114,8 +116,3 @@ class RedisServer:
         with suppress(OSError), socket.create_connection((self.host, self.port), timeout=1):
             return True
         return False
-
-
-def _free_port(host: str) -> int:
-    with socket.create_server((host, 0)) as listener:
-        return int(listener.getsockname()[1])

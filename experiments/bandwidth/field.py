@@ -19,6 +19,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from attnstore.testing import StoreProcess
+from attnstore.testing.ports import free_port
 from experiments.bandwidth.lane import Sample, Start
 from experiments.bandwidth.pages import Shape
 from experiments.bandwidth.processes import Child, ChildEnded
@@ -118,7 +119,7 @@ def _with_own_server(stack: ExitStack, name: str, plan: Plan) -> Child:
 def _iperf3(stack: ExitStack, plan: Plan) -> Child:
     if shutil.which("iperf3") is None:
         raise NotHere("iperf3 is not installed: its rows are missing")
-    port = _free_port()
+    port = free_port()
     server = _daemon(stack, ["iperf3", "--server", "--bind", "127.0.0.1", "--port", str(port)], port)
     return _lane(stack, "iperf3", replace(_start(plan), address=f"127.0.0.1:{port}", server_pids=(server.pid,)))
 
@@ -141,8 +142,8 @@ def _mooncake(stack: ExitStack, plan: Plan) -> Child:
     if plan.mooncake_python is None:
         raise NotHere("--mooncake-python is not given: the rows mooncake_* are missing")
     python = plan.mooncake_python
-    port = _free_port()
-    ports = ("--rpc_port", str(port), "--metrics_port", str(_free_port()))
+    port = free_port()
+    ports = ("--rpc_port", str(port), "--metrics_port", str(free_port()))
     master = _daemon(stack, [str(python.parent / "mooncake_master"), *ports], port)
     start = replace(_start(plan), address=f"127.0.0.1:{port}")
     segment = _lane(stack, "mooncake", replace(start, variant="server"), python)
@@ -179,8 +180,3 @@ def _daemon(stack: ExitStack, command: Sequence[str], port: int) -> subprocess.P
                 return process
         time.sleep(0.05)
     raise absence
-
-
-def _free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        return int(probe.getsockname()[1])

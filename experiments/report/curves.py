@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Sequence
+from typing import Any
 
 from matplotlib import pyplot
 
@@ -38,21 +39,26 @@ _RESIDENCE = dict(zip(RESIDENCES, ((GREEN, "o"), (SKY, "D"), (PURPLE, "s"), (VER
 _BAND = 0.15
 
 
+def _grid(lines: int, columns: int, *, panel_width: float) -> tuple[Any, Any]:
+    """A figure and its panels `[line, column]`, whose axes are the same for all."""
+    return pyplot.subplots(
+        lines,
+        columns,
+        figsize=(panel_width * columns + 0.8, 2.5 * lines + 0.6),
+        sharex=True,
+        sharey=True,
+        squeeze=False,
+        layout="constrained",
+    )
+
+
 def first_token_curves(cells: Sequence[FirstToken]) -> Picture:
     """TTFT over bandwidth, a panel for each context and round trip."""
     hit = max(cell.hit_rate for cell in cells)
     cells = [cell for cell in cells if cell.hit_rate == hit]
     contexts = spread([cell.context_tokens for cell in cells], _PANELS_MAX)
     round_trips = spread([cell.rtt_ms for cell in cells], _PANELS_MAX)
-    figure, panels = pyplot.subplots(
-        len(round_trips),
-        len(contexts),
-        figsize=(3.6 * len(contexts) + 0.8, 2.5 * len(round_trips) + 0.6),
-        sharex=True,
-        sharey=True,
-        squeeze=False,
-        layout="constrained",
-    )
+    figure, panels = _grid(len(round_trips), len(contexts), panel_width=3.6)
     for line, rtt_ms in zip(panels, round_trips, strict=True):
         for panel, context in zip(line, contexts, strict=True):
             own = [cell for cell in cells if (cell.rtt_ms, cell.context_tokens) == (rtt_ms, context)]
@@ -159,15 +165,7 @@ def decode_costs(rows: Sequence[Decode]) -> Picture:
     rates = sorted({row.gbit_per_s for row in rows})
     contexts = spread([row.context_tokens for row in rows], _PANELS_MAX)
     round_trips = spread([row.rtt_ms for row in rows], _PANELS_MAX)
-    figure, panels = pyplot.subplots(
-        len(round_trips),
-        len(contexts),
-        figsize=(3.8 * len(contexts) + 0.8, 2.5 * len(round_trips) + 0.6),
-        sharex=True,
-        sharey=True,
-        squeeze=False,
-        layout="constrained",
-    )
+    figure, panels = _grid(len(round_trips), len(contexts), panel_width=3.8)
     for line, rtt_ms in zip(panels, round_trips, strict=True):
         for panel, context in zip(line, contexts, strict=True):
             for residence, (color, marker) in _RESIDENCE.items():

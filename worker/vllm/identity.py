@@ -62,10 +62,9 @@ def weights_fingerprint(model: str) -> str:
     return digest.hexdigest()
 
 
-def page_hashes(root: Namespace, block_hashes: Sequence[bytes]) -> list[BlockHash]:
-    """The store's names of a request's first blocks, from vLLM's hashes of them."""
+def page_hashes(parent: bytes, block_hashes: Sequence[bytes]) -> list[BlockHash]:
+    """The store's names of the blocks that follow `parent` (the namespace before a request's first), from vLLM's hashes of them."""
     hashes: list[BlockHash] = []
-    parent: bytes = root
     for foreign in block_hashes:
         parent = block_hash(parent, (), (bytes(foreign),))
         hashes.append(BlockHash(parent))

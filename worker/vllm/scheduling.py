@@ -43,6 +43,7 @@ class _Request:
     """`block_hashes` is vLLM's own list, which grows with the request."""
 
     block_hashes: Sequence[bytes]
+    hashes: list[BlockHash] = field(default_factory=list)  # our names of its first blocks, as far as they were needed
     block_ids: list[int] = field(default_factory=list)
     saved: int = 0
     lookup: _Lookup | None = None
@@ -81,7 +82,7 @@ class SchedulerSide:
         if request.claimed or usable <= local or not self._store_answers():
             return 0
         if request.lookup is None:
-            hashes = page_hashes(self._root, block_hashes[:usable])
+            hashes = self._names(request, usable)
             request.lookup = _Lookup(self._clock.now_ms(), self._threads.submit(self._timed_match, hashes))
             wait([request.lookup.found], _QUICK_ANSWER_S)
         lookup = request.lookup
@@ -103,7 +104,7 @@ class SchedulerSide:
             return
         first = request.local_blocks
         last = first + external_tokens // self._layout.block_tokens
-        hashes = page_hashes(self._root, request.block_hashes[:last])
+        hashes = self._names(request, last)
         plans = tuple(BlockPlan(block_ids[index], hashes[index]) for index in range(first, last))
         self._loads.append(LoadPlan(request_id, plans))
         request.saved = last
@@ -122,7 +123,7 @@ class SchedulerSide:
         last = min(tokens_after // self._layout.block_tokens, len(request.block_hashes), len(request.block_ids))
         if last <= request.saved:
             return []
-        hashes = page_hashes(self._root, request.block_hashes[:last])
+        hashes = self._names(request, last)
         plans = [BlockPlan(request.block_ids[index], hashes[index]) for index in range(request.saved, last)]
         request.saved = last
         return plans
@@ -145,6 +146,12 @@ class SchedulerSide:
     def learn(self, costs: Costs) -> None:
         """What the workers measured."""
         self._gate.learn(costs)
+
+    def _names(self, request: _Request, blocks: int) -> list[BlockHash]:
+        """The names of the first blocks; each is computed once, however often it is asked for while the request grows."""
+        known = request.hashes
+        known += page_hashes(known[-1] if known else self._root, request.block_hashes[len(known) : blocks])
+        return known[:blocks]
 
     def _timed_match(self, hashes: Sequence[BlockHash]) -> tuple[int, float]:
         began_ms = self._clock.now_ms()
