@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import structlog
 from hypothesis import settings
 
 from attnstore.testing import StoreProcess
@@ -36,6 +38,12 @@ def _missing_vllm() -> str | None:
 
 def _missing_browser() -> str | None:
     return None if shutil.which("chromium") else "Chromium is not installed"
+
+
+def pytest_configure() -> None:
+    """A run in the background of a shell begins with interrupts ignored, and some tests are about interrupts."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 _MISSING = {"browser": _missing_browser, "gpu": _missing_gpu, "netns": _missing_netns, "vllm": _missing_vllm}
@@ -80,3 +88,10 @@ def _store_in_doctests(request: pytest.FixtureRequest) -> None:
         test = request.node.dtest
         if any("store_url" in example.source for example in test.examples):
             test.globs["store_url"] = request.getfixturevalue("store_url")
+
+
+@pytest.fixture(autouse=True)
+def _logs_are_nobodys() -> Iterator[None]:
+    """Log lines go to a test's own captured output: what a command run inside the test configured would write to its closed one."""
+    yield
+    structlog.reset_defaults()

@@ -15,7 +15,7 @@ from attnstore.core.layout import DType
 from worker.engine import Engine, EngineOptions, SamplingParams
 from worker.model import LoadedModel, load_model
 from worker.model.decoder import TransformersDecoder
-from worker.model.linear import PackedLinear, gated_product, merged_linear, pack_linears, packable
+from worker.model.linear import PackedLinear, WidenedLinear, gated_product, has_bf16_kernels, merged_linear, pack_linears
 from worker.model.llama import LlamaDecoder
 
 BF16_TOLERANCE = 2**-6
@@ -51,9 +51,9 @@ def expected_logits(model: LoadedModel, sequence: list[int], tokens: int) -> tor
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("rows", [1, 7, 130])
 def test_a_packed_layer_computes_what_the_layer_did(rows: int, bias: bool) -> None:
-    dense = linear(96, 160, torch.bfloat16, bias=bias)
-    if not packable(dense.weight):
+    if not has_bf16_kernels():
         pytest.skip("oneDNN has no bf16 kernels for this machine")
+    dense = linear(96, 160, torch.bfloat16, bias=bias)
     packed = PackedLinear(dense.weight, dense.bias)
     given, factor = torch.randn(rows, 96).bfloat16(), torch.randn(rows, 160).bfloat16()
     tolerance = {"atol": BF16_TOLERANCE, "rtol": BF16_TOLERANCE}
@@ -61,6 +61,24 @@ def test_a_packed_layer_computes_what_the_layer_did(rows: int, bias: bool) -> No
     torch.testing.assert_close(packed(given.unsqueeze(0)), dense(given).unsqueeze(0), **tolerance)
     torch.testing.assert_close(packed.silu(given), functional.silu(dense(given)), **tolerance)
     torch.testing.assert_close(packed.times(given, factor), dense(given) * factor, **tolerance)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("rows", [1, 130])
+def test_a_widened_layer_computes_what_the_layer_did(rows: int, bias: bool) -> None:
+    dense = linear(96, 160, torch.bfloat16, bias=bias)
+    given = torch.randn(rows, 96).bfloat16()
+    got = WidenedLinear(dense.weight, dense.bias)(given)
+    assert got.dtype is torch.bfloat16
+    torch.testing.assert_close(got, dense(given), atol=BF16_TOLERANCE, rtol=BF16_TOLERANCE)
+
+
+def test_bf16_layers_become_those_that_this_machine_has_kernels_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("worker.model.linear.has_bf16_kernels", lambda: False)
+    module = nn.Sequential(linear(32, 32, torch.bfloat16, bias=True))
+    pack_linears(module)
+    assert type(module[0]) is WidenedLinear
+    assert type(merged_linear([linear(32, 32, torch.bfloat16, bias=False)])) is WidenedLinear
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -1,8 +1,9 @@
-"""Linear layers whose weights lie in the order in which oneDNN's matrix kernels read them.
+"""Linear layers whose weights are kept the way this machine's matrix kernels read them fastest.
 
-Owns: `PackedLinear`, `pack_linears`, `merged_linear`, `gated_product`. Invariant: results are `nn.Linear`'s up to rounding.
-Why: torch keeps a weight row by row and oneDNN reorders it at every call, which is a third of a bf16 layer's time, at one row as at
-256 (docs/decisions/0017-lean-decoder.md). In fp32 nothing is gained, so nothing is packed.
+Owns: `PackedLinear`, `WidenedLinear`, `pack_linears`, `merged_linear`, `gated_product`. Invariant: results are `nn.Linear`'s up to
+rounding. Why (docs/decisions/0017-lean-decoder.md): torch keeps a bf16 weight row by row and oneDNN reorders it at every call, a
+third of a layer's time, at one row as at 256; and on a CPU without bf16 kernels torch's own loop takes eight times as long as fp32.
+In fp32 nothing is gained, so nothing is packed.
 """
 
 from __future__ import annotations
@@ -12,8 +13,6 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-
-_PACKED_DTYPE = torch.bfloat16
 
 
 class PackedLinear(nn.Module):
@@ -41,22 +40,40 @@ class PackedLinear(nn.Module):
         return result
 
 
-def packable(weight: Tensor) -> bool:
-    """oneDNN on this machine has kernels for such a weight."""
-    return (
-        weight.dtype is _PACKED_DTYPE
-        and weight.device.type == "cpu"
-        and torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
-        and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+class WidenedLinear(nn.Module):
+    """`nn.Linear` on a CPU that has no bf16 kernels: bf16 in and out, an fp32 copy of the weight between. Twice the memory."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+        super().__init__()
+        self._weight = weight.detach().float()
+        self._bias = None if bias is None else bias.detach().float()
+
+    def forward(self, rows: Tensor) -> Tensor:
+        """`rows @ weight.T + bias`, rounded once."""
+        return functional.linear(rows.float(), self._weight, self._bias).to(rows.dtype)
+
+
+def has_bf16_kernels() -> bool:
+    """oneDNN has bf16 matrix kernels for this CPU (AVX-512 or AMX)."""
+    return bool(
+        torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
+        and torch.ops.mkldnn._is_mkldnn_bf16_supported()
     )
+
+
+def _packed(weight: Tensor, bias: Tensor | None) -> nn.Module | None:
+    """The layer that this machine runs faster than `nn.Linear`; None where there is none."""
+    if weight.dtype is not torch.bfloat16 or weight.device.type != "cpu":
+        return None
+    return PackedLinear(weight, bias) if has_bf16_kernels() else WidenedLinear(weight, bias)
 
 
 def pack_linears(module: nn.Module) -> None:
     """Replaces every `nn.Linear` below `module` whose weight can be packed. The rows' own copy is freed, unless it is tied."""
     for parent in list(module.modules()):
         for name, child in list(parent.named_children()):
-            if type(child) is nn.Linear and packable(child.weight):
-                setattr(parent, name, PackedLinear(child.weight, child.bias))
+            if type(child) is nn.Linear and (packed := _packed(child.weight, child.bias)) is not None:
+                setattr(parent, name, packed)
 
 
 def merged_linear(linears: Sequence[nn.Linear]) -> nn.Module:
@@ -70,8 +87,8 @@ def merged_linear(linears: Sequence[nn.Linear]) -> nn.Module:
     biases = [linear.bias.detach() for linear in linears if linear.bias is not None]
     assert len(biases) in (0, len(linears))
     bias = torch.cat(biases) if biases else None
-    if packable(weight):
-        return PackedLinear(weight, bias)
+    if (packed := _packed(weight, bias)) is not None:
+        return packed
     merged = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
     merged.weight = nn.Parameter(weight, requires_grad=False)
     if bias is not None:
