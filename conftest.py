@@ -10,7 +10,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import structlog
 from hypothesis import settings
 
 from attnstore.testing import StoreProcess
@@ -88,10 +87,3 @@ def _store_in_doctests(request: pytest.FixtureRequest) -> None:
         test = request.node.dtest
         if any("store_url" in example.source for example in test.examples):
             test.globs["store_url"] = request.getfixturevalue("store_url")
-
-
-@pytest.fixture(autouse=True)
-def _logs_are_nobodys() -> Iterator[None]:
-    """Log lines go to a test's own captured output: what a command run inside the test configured would write to its closed one."""
-    yield
-    structlog.reset_defaults()
