@@ -17,7 +17,15 @@ from typing import Any, Literal, Self
 from pydantic import BaseModel, ByteSize, ConfigDict, Field, SecretStr, ValidationError, field_validator, model_validator
 
 from attnstore.errors import InvalidArgument
-from attnstore.limits import CAPACITY_BYTES_MAX, DRAIN_MS_DEFAULT, KIB, NODE_ID_CHARS_MAX, NODE_WEIGHT_MAX, REPLICAS_MAX
+from attnstore.limits import (
+    CAPACITY_BYTES_MAX,
+    DRAIN_MS_DEFAULT,
+    HOT_USES_DEFAULT,
+    KIB,
+    NODE_ID_CHARS_MAX,
+    NODE_WEIGHT_MAX,
+    REPLICAS_MAX,
+)
 
 BULK_TRANSPORTS = frozenset({"shm", "tcp"})
 ENVIRONMENT_PREFIX = "ATTNSTORE_"
@@ -44,6 +52,11 @@ class ServeOptions(BaseModel):
     advertise: str = Field("", description="host:port, or host, where others reach the node; default: the address it listens on")
     weight: float = Field(1.0, gt=0, le=NODE_WEIGHT_MAX, description="the node's share of the cluster, relative to other nodes")
     replicas: int = Field(1, ge=1, le=REPLICAS_MAX, description="copies of each page in the cluster; the most of any node counts")
+    hot_uses: int = Field(
+        HOT_USES_DEFAULT,
+        ge=0,
+        description="leased look-ups within ten seconds that earn a segment of 64 blocks a second copy in the cluster; 0: none do",
+    )
     transports: str = Field("tcp,shm", description="bulk transports offered beside grpc, comma-separated: tcp, shm, or none")
     attend_threads: int | None = Field(
         None,

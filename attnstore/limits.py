@@ -15,6 +15,7 @@ EPOCH_BYTES = 16
 
 SEGMENT_BLOCKS = 64
 """Consecutive blocks of a chain that are placed together in a cluster. Part of every block hash: a change renames all pages."""
+SEGMENT_KEY_BYTES = 7
 
 CAPACITY_BYTES_MAX = 1 << 46
 """Of one node: half of what an x86-64 process can address."""
@@ -118,6 +119,15 @@ PREVIOUS_OWNERS_MS_MAX = 600_000
 """For this long after a change of the membership a segment is also looked for where it was before."""
 PREVIOUS_OWNERS_MAX = 3
 """Earlier placements that are looked at."""
+HEAT_WINDOW_MS = 10_000
+"""Uses of a segment are counted for so long; a segment that is used often enough within it is hot."""
+HEAT_SEGMENTS_MAX = 65_536
+"""Segments whose uses a node counts at a time; further ones are not seen until the next window."""
+HOT_SEGMENTS_MAX = 64
+"""Hot segments that one node announces: a kilobyte and a half in its record."""
+HOT_USES_DEFAULT = 50
+HOT_REPLICAS = 2
+"""Copies of a hot segment."""
 LAYOUT_MS_MAX = 86_400_000
 DIRECTORY_LAYOUTS_MAX = 4_096
 TENANTS_MAX = 4_096
@@ -127,6 +137,8 @@ EVENTS_IN_BATCH_MAX = 1_024
 
 assert 2 * HEARTBEAT_MS < MEMBER_MS_MAX, "one lost heartbeat removes nobody"
 assert DIRECTORY_MS_MAX <= HEARTBEAT_MS
+assert HEARTBEAT_MS < HEAT_WINDOW_MS, "heat is looked at several times in a window"
+assert HOT_REPLICAS <= REPLICAS_MAX
 
 ATTEND_SETS_MAX = 256
 """Sets of pages that one attend stream may have open, and ask about in one query: the sequences of one worker's batch."""

@@ -68,6 +68,9 @@ class NodeMetrics:
         self.members = Gauge(
             "attnstore_cluster_members", "Nodes of the cluster as this one sees it, by state.", ["state"], registry=self.registry
         )
+        self.hot_segments = Gauge(
+            "attnstore_hot_segments", "Segments used so often here that they have a second copy.", registry=self.registry
+        )
         self.directory_up = Gauge(
             "attnstore_directory_up", "1 where the directory answered the last heartbeat.", registry=self.registry
         )

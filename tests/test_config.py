@@ -20,6 +20,7 @@ VALUES: dict[str, tuple[str, object]] = {
     "weight": ("2.5", 2.5),
     "attend_threads": ("3", 3),
     "replicas": ("2", 2),
+    "hot_uses": ("7", 7),
     "transports": ("none", "none"),
     "page_channel_port": ("7002", 7002),
     "metrics_port": ("7003", 7003),

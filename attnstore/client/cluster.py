@@ -7,6 +7,8 @@ fails costs misses, never a wrong page and never the answers of other nodes; onl
 from __future__ import annotations
 
 import asyncio
+import itertools
+import secrets
 from collections import defaultdict
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from types import TracebackType
@@ -30,7 +32,7 @@ from attnstore.core.layout import PageLayout
 from attnstore.directory import ClusterView, Member
 from attnstore.directory.events import events_in
 from attnstore.errors import ClientClosed, InvalidArgument, LeaseExpired, NamespaceUnknown, Retryable, Unavailable
-from attnstore.limits import HASHES_MAX, HEARTBEAT_MS, LEASE_MS_MAX, NODE_MATCH_MS_MAX
+from attnstore.limits import HASHES_MAX, HEARTBEAT_MS, HOT_REPLICAS, LEASE_MS_MAX, NODE_MATCH_MS_MAX
 from attnstore.types import (
     Lease,
     MatchResult,
@@ -62,6 +64,7 @@ class AsyncClusterClient:
         self._leases = ClusterLeases(self._clock)
         self._matches: SingleFlight[MatchResult] = SingleFlight()
         self._writer = ClusterWriter()
+        self._turns = itertools.count(secrets.randbelow(HOT_REPLICAS))
         self._membership: ClusterMembership | None = None
         self._closed = False
 
@@ -137,9 +140,10 @@ class AsyncClusterClient:
         membership = self._followed()
         view = await membership.ready(deadline)
         runs = runs_of(prefixes)
+        turn = next(self._turns)
         parts: list[LeasePart] = []
         try:
-            while asked := self._next_round(view, runs):
+            while asked := self._next_round(view, runs, turn):
                 rounds = (self._ask(link, namespace, group, lease_ms, parts, deadline) for link, group in asked)
                 outcomes = await asyncio.gather(*rounds, return_exceptions=True)
                 _raise_wrong_calls(outcomes)
@@ -152,14 +156,14 @@ class AsyncClusterClient:
             return MatchResult(hits, None)
         return MatchResult(hits, self._leases.grant(parts, flight.passengers) if parts else None)
 
-    def _next_round(self, view: ClusterView, runs: Sequence[Run]) -> list[tuple[NodeLink, list[Run]]]:
+    def _next_round(self, view: ClusterView, runs: Sequence[Run], turn: int) -> list[tuple[NodeLink, list[Run]]]:
         """For each node the runs that it is the next one to be asked for: their pages are not all found yet."""
         links = self._followed().links
         groups: dict[str, list[Run]] = defaultdict(list)
         usable = self._followed().usable()
         for run in runs:
             if not run.is_complete:
-                holders = [node_id for node_id in view.holders(run.key, usable) if node_id not in run.asked]
+                holders = [node_id for node_id in view.holders(run.key, usable, turn=turn) if node_id not in run.asked]
                 if holders:
                     groups[holders[0]].append(run)
         return [(links[node_id], group) for node_id, group in groups.items()]
@@ -280,7 +284,7 @@ class AsyncClusterClient:
         view = await membership.ready(deadline)
         groups: dict[str, list[int]] = defaultdict(list)
         for index, page_hash in enumerate(hashes):
-            for node_id in view.holders(segment_key(page_hash), membership.usable()):
+            for node_id in view.everywhere(segment_key(page_hash), membership.usable()):
                 groups[node_id].append(index)
         statuses = [PageStatus.MISSING] * len(hashes)
 

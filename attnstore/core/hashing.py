@@ -19,7 +19,7 @@ import xxhash
 
 from attnstore.core.layout import PageLayout
 from attnstore.errors import InvalidArgument
-from attnstore.limits import HASH_BYTES, SEGMENT_BLOCKS
+from attnstore.limits import HASH_BYTES, SEGMENT_BLOCKS, SEGMENT_KEY_BYTES
 
 BlockHash = NewType("BlockHash", bytes)
 Namespace = NewType("Namespace", bytes)
@@ -30,7 +30,7 @@ _U32 = struct.Struct("<I")
 
 _CHAIN_ROOT = 0xFF
 """First byte of a namespace; a block's first byte is its index in its segment, which is smaller."""
-_SEGMENT = slice(1, 8)
+_SEGMENT = slice(1, 1 + SEGMENT_KEY_BYTES)
 assert SEGMENT_BLOCKS <= _CHAIN_ROOT
 
 

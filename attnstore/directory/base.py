@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 from typing import Protocol, Self
 
 from attnstore.errors import ProtocolError
-from attnstore.limits import EPOCH_BYTES, NODE_ID_CHARS_MAX, REPLICAS_MAX
+from attnstore.limits import EPOCH_BYTES, HOT_SEGMENTS_MAX, NODE_ID_CHARS_MAX, REPLICAS_MAX, SEGMENT_KEY_BYTES
 
 
 class NodeState(enum.StrEnum):
@@ -40,7 +40,8 @@ class Member:
     """One node as its cluster knows it.
 
     `url` is where clients reach it; a new `epoch` means that it was restarted with an empty arena; `weight` is its share of the
-    segments relative to other nodes; `replicas` is how many copies it was told to keep (the cluster keeps the most that any says).
+    segments relative to other nodes; `replicas` is how many copies it was told to keep (the cluster keeps the most that any says);
+    `hot` are the keys of the segments that are used so often at this node that they should have a second copy.
     """
 
     node_id: str
@@ -49,6 +50,7 @@ class Member:
     weight: float = 1.0
     replicas: int = 1
     state: NodeState = NodeState.ACTIVE
+    hot: frozenset[bytes] = frozenset()
 
     def to_json(self) -> str:
         """One line; equal members have equal lines."""
@@ -60,6 +62,7 @@ class Member:
                 "weight": self.weight,
                 "replicas": self.replicas,
                 "state": self.state.value,
+                "hot": sorted(key.hex() for key in self.hot),
             },
             sort_keys=True,
         )
@@ -76,12 +79,14 @@ class Member:
                 weight=float(fields["weight"]),
                 replicas=int(fields["replicas"]),
                 state=NodeState(fields["state"]),
+                hot=frozenset(map(bytes.fromhex, fields.get("hot", ()))),
             )
         except (KeyError, TypeError, ValueError) as error:
             raise ProtocolError(f"the directory holds a record that is no node's: {error}") from None
         good_weight = member.weight > 0 and math.isfinite(member.weight)
         good_names = 0 < len(member.node_id) <= NODE_ID_CHARS_MAX and len(member.epoch) in (0, EPOCH_BYTES)
-        if not (good_weight and good_names and 1 <= member.replicas <= REPLICAS_MAX):
+        good_heat = len(member.hot) <= HOT_SEGMENTS_MAX and all(len(key) == SEGMENT_KEY_BYTES for key in member.hot)
+        if not (good_weight and good_names and good_heat and 1 <= member.replicas <= REPLICAS_MAX):
             raise ProtocolError(f"the directory's record of node {member.node_id[:NODE_ID_CHARS_MAX]!r} is out of bounds")
         return member
 

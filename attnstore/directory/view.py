@@ -12,17 +12,21 @@ from dataclasses import dataclass, field
 
 from attnstore.core.placement import Placement
 from attnstore.directory.base import Member, Membership, NodeState, Revision
-from attnstore.limits import MEMBER_MS_MAX, PREVIOUS_OWNERS_MAX, PREVIOUS_OWNERS_MS_MAX
+from attnstore.limits import HOT_REPLICAS, MEMBER_MS_MAX, PREVIOUS_OWNERS_MAX, PREVIOUS_OWNERS_MS_MAX
 
 
 @dataclass(frozen=True, slots=True)
 class ClusterView:
-    """A cluster at one moment: members by node id, where segments belong now, and where they belonged before, newest first."""
+    """A cluster at one moment: members by node id, where segments belong now, and where they belonged before, newest first.
+
+    `hot`: keys of the segments that some member finds used so often that they have `HOT_REPLICAS` copies at least.
+    """
 
     members: Mapping[str, Member]
     placement: Placement
     previous: tuple[Placement, ...] = ()
     quota_bytes: Mapping[str, int] = field(default_factory=dict)
+    hot: frozenset[bytes] = frozenset()
 
     @property
     def replicas(self) -> int:
@@ -44,17 +48,33 @@ class ClusterView:
         if usable is not None:
             wanted = set(usable)
             ranked = [node_id for node_id in ranked if node_id in wanted]
-        return ranked[: self.replicas]
+        return ranked[: self.copies(key)]
 
-    def holders(self, key: bytes, usable: Iterable[str] | None = None) -> list[str]:
-        """The nodes to look for a segment at, the likeliest first: its owners, then its owners before the last changes."""
+    def copies(self, key: bytes) -> int:
+        """How many nodes own a segment."""
+        return max(self.replicas, HOT_REPLICAS) if key in self.hot else self.replicas
+
+    def holders(self, key: bytes, usable: Iterable[str] | None = None, *, turn: int = 0) -> list[str]:
+        """The nodes to look for a segment at, the likeliest first: its owners, then its owners before the last changes.
+
+        Callers that count `turn` up share the owners of a hot segment between them.
+        """
         holders = self.owners(key, usable)
+        if turn and holders and key in self.hot:
+            first = turn % len(holders)
+            holders = holders[first:] + holders[:first]
         allowed = self.members.keys() if usable is None else set(usable)
         for placement in self.previous:
             for node_id in placement.ranked(key)[: self.replicas]:
                 if node_id in allowed and node_id in self.members and node_id not in holders:
                     holders.append(node_id)
         return holders
+
+    def everywhere(self, key: bytes, usable: Iterable[str]) -> list[str]:
+        """All nodes that may have a segment: its holders, and whoever has a copy from when it was hot."""
+        wanted = set(usable)
+        ranked = [node_id for node_id in self.placement.ranked(key) if node_id in wanted]
+        return list(dict.fromkeys([*self.holders(key, wanted), *ranked[:HOT_REPLICAS]]))
 
 
 class ViewTracker:
@@ -97,6 +117,7 @@ class ViewTracker:
         if everyone != placement:
             # Whoever sees this cluster for the first time knows no earlier placement; nodes that drain tell of one.
             previous.insert(0, everyone)
-        view = ClusterView(members, placement, tuple(previous), quota_bytes)
+        hot = frozenset(key for member in members.values() for key in member.hot)
+        view = ClusterView(members, placement, tuple(previous), quota_bytes, hot)
         if view != self.view:
             self.view = view

@@ -36,7 +36,7 @@ ASK_HASHES: Final = 1_024
 DRAIN_BEATS_MIN: Final = 3
 """A node is drained no sooner than this many heartbeats after it began: by then every client knows and writes elsewhere."""
 SETTLE_BEATS_MIN: Final = 3
-"""For as many heartbeats after a change pages are looked for that clients wrote by the view before it."""
+"""For as many heartbeats after a change, also of what is hot, pages are looked for that clients wrote by the view before it."""
 VIEWS_MAX: Final = 8
 """Views of a cluster that changes faster than it settles; older ones are forgotten."""
 
@@ -97,6 +97,7 @@ class Handoff:
         self._on_drained = on_drained
         self._view: ClusterView | None = None
         self._unsettled: list[ClusterView] = []
+        self._hot_beats: dict[bytes, int] = {}
         self._beats = 0
         self._drained = False
         self._beat = asyncio.Event()
@@ -133,10 +134,11 @@ class Handoff:
             moves = Moves(self._node_id, self._unsettled, view)
             if not self._drained and (moves.leaves or len(self._unsettled) > 1):
                 await self._settle(view, moves)
+            await self._copy_hot(view)
 
     async def _settle(self, view: ClusterView, moves: Moves) -> None:
         """Hands over what is to be handed over now, and notes when nothing more is to be expected."""
-        done = await self._hand_over(view, moves)
+        done = await self._hand_over(view, moves.targets)
         if done.sent or done.failed:
             _log.info("pages handed over", sent=done.sent, refused=done.refused, nodes_failed=done.failed, draining=moves.leaves)
         if done.failed:
@@ -148,8 +150,22 @@ class Handoff:
         elif self._beats >= SETTLE_BEATS_MIN:
             self._unsettled = [view]
 
-    async def _hand_over(self, view: ClusterView, moves: Moves) -> _Pass:
-        """Sends every page that has to move, to all targets at once, one batch at a time to each."""
+    async def _copy_hot(self, view: ClusterView) -> None:
+        """Sends the segments that became hot a moment ago, as far as this node is their first owner, to their other owners."""
+        self._hot_beats = {key: self._hot_beats.get(key, 0) for key in view.hot}
+        mine = {
+            key for key, beats in self._hot_beats.items() if beats < SETTLE_BEATS_MIN and view.owners(key)[:1] == [self._node_id]
+        }
+        if not mine:
+            return
+        done = await self._hand_over(view, lambda key: view.owners(key)[1:] if key in mine else [])
+        if done.sent or done.failed:
+            _log.info("hot segments copied", segments=len(mine), sent=done.sent, refused=done.refused, nodes_failed=done.failed)
+        if not done.failed:
+            self._hot_beats.update({key: self._hot_beats[key] + 1 for key in mine})
+
+    async def _hand_over(self, view: ClusterView, targets_of: Callable[[bytes], list[str]]) -> _Pass:
+        """Sends every page to the nodes that its segment has to go to, to all at once, one batch at a time to each."""
         done = _Pass()
         for space in self._store.statistics().namespaces:
             by_target: dict[str, list[bytes]] = defaultdict(list)
@@ -157,7 +173,7 @@ class Handoff:
             for page_hash in self._sealed(space):
                 key = segment_key(page_hash)
                 if key not in targets:
-                    targets[key] = moves.targets(key)
+                    targets[key] = targets_of(key)
                     await asyncio.sleep(0)  # many segments must not hold up the node's callers
                 for node_id in targets[key]:
                     by_target[node_id].append(page_hash)

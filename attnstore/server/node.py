@@ -23,6 +23,7 @@ from grpc_reflection.v1alpha import reflection
 from attnstore.arena import Arena, FileArena, MemoryArena, SharedArena, StampedArena, extent_bytes_for
 from attnstore.clock import Clock, MonotonicClock
 from attnstore.config import ServeOptions, split_address
+from attnstore.core.heat import SegmentHeat
 from attnstore.core.page_table import PageTable
 from attnstore.directory.events import EventFeed
 from attnstore.errors import InvalidArgument
@@ -85,9 +86,9 @@ class StoreNode:
         hub = EventHub(self._loop)
         node_id = options.node_id or options.advertised(self.address)
         feed = EventFeed(node_id)
-        self._store = Store(
-            table, self._arena, clock, hub.publish if options.directory is None else hub.publish_also_to(feed.offer)
-        )
+        publish = hub.publish if options.directory is None else hub.publish_also_to(feed.offer)
+        heat = None if options.directory is None else SegmentHeat(options.hot_uses)
+        self._store = Store(table, self._arena, clock, publish, heat)
         self._metrics = NodeMetrics(self._store.statistics)
         self._shell = RpcShell(authenticator, self._metrics)
         self._tokens = TokenBook(clock)

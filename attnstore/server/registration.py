@@ -29,7 +29,8 @@ _LAYOUTS_AGAIN_MS = LAYOUT_MS_MAX // 4
 class Registration:
     """Keeps `member` in `directory`. `on_view` gets every view, also an unchanged one, once for each answer of the directory.
 
-    `layouts` tells what the node holds pages of, `feed` what happened to them. Belongs to the event loop on which it is started.
+    `layouts` tells what the node holds pages of, `hot` which segments are used most, `feed` what happened to the pages. Belongs to
+    the event loop on which it is started.
     """
 
     def __init__(
@@ -39,6 +40,7 @@ class Registration:
         clock: Clock,
         *,
         layouts: Callable[[], Iterable[LayoutRecord]],
+        hot: Callable[[], frozenset[bytes]],
         on_view: Callable[[ClusterView], None],
         feed: EventFeed,
         metrics: NodeMetrics,
@@ -47,6 +49,7 @@ class Registration:
         self._member = member
         self._clock = clock
         self._layouts = layouts
+        self._hot = hot
         self._on_view = on_view
         self._feed = feed
         self._metrics = metrics
@@ -81,6 +84,8 @@ class Registration:
     async def beat(self) -> None:
         """One heartbeat. Never raises because of the directory."""
         known = self._tracker.known
+        self._member = replace(self._member, hot=self._hot())
+        self._metrics.hot_segments.set(len(self._member.hot))
         try:
             membership = await self._directory.announce(self._member, MEMBER_MS_MAX, known)
             forgotten = membership is not None and known is not None and membership.revision.incarnation != known.incarnation

@@ -71,6 +71,7 @@ def take_seat(
         member,
         clock,
         layouts=layouts,
+        hot=store.hot_segments,
         on_view=follow,
         feed=feed,
         metrics=metrics,

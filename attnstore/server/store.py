@@ -13,6 +13,7 @@ from typing import TypeVar
 from attnstore.arena import Arena
 from attnstore.clock import Clock
 from attnstore.core.hashing import page_checksum
+from attnstore.core.heat import SegmentHeat
 from attnstore.core.layout import PageLayout
 from attnstore.core.page_table import ArrivingPage, MatchOutcome, PageTable, PageTableStatistics, PinnedPage
 from attnstore.types import PageEvent, PageStatus
@@ -22,13 +23,17 @@ Publish = Callable[[Iterable[tuple[bytes, PageEvent]]], None]
 
 
 class Store:
-    """Page table and arena together, safe from any thread. `publish` gets the page events, on the thread that caused them."""
+    """Page table and arena together, safe from any thread. `publish` gets the page events, on the thread that caused them.
 
-    def __init__(self, table: PageTable, arena: Arena, clock: Clock, publish: Publish) -> None:
+    `heat` counts how often segments are used; without one nothing is counted.
+    """
+
+    def __init__(self, table: PageTable, arena: Arena, clock: Clock, publish: Publish, heat: SegmentHeat | None = None) -> None:
         self._table = table
         self._arena = arena
         self._clock = clock
         self._publish = publish
+        self._heat = heat or SegmentHeat(0)
         self._lock = threading.Lock()
 
     @property
@@ -61,9 +66,17 @@ class Store:
             return self._table.sealed_hashes(namespace)
 
     def match(self, namespace: bytes, prefixes: Sequence[Sequence[bytes]], lease_ms: int) -> MatchOutcome:
-        """`PageTable.match`."""
+        """`PageTable.match`. One that takes a lease is a use of the segments that it finds."""
         with self._lock:
-            return self._table.match(namespace, prefixes, lease_ms, self._clock.now_ms())
+            found = self._table.match(namespace, prefixes, lease_ms, self._clock.now_ms())
+            if found.lease_id is not None:
+                self._heat.used([prefix[:hits] for prefix, hits in zip(prefixes, found.hits, strict=True)])
+        return found
+
+    def hot_segments(self) -> frozenset[bytes]:
+        """`SegmentHeat.hot`."""
+        with self._lock:
+            return self._heat.hot(self._clock.now_ms())
 
     def reading(self, namespace: bytes, page_hash: bytes, lease_id: bytes | None) -> Reading:
         """A sealed page, kept in place for the `with` block; or the status that says why not."""

@@ -310,3 +310,38 @@ def test_a_fixed_list_of_nodes_cannot_be_watched(shared_cluster: Cluster, batch_
     target = "grpc://" + ",".join(node.address for node in shared_cluster.nodes.values())
     with attnstore.connect(target) as client, pytest.raises(errors.InvalidArgument, match="no directory"):
         client.watch(batch_of(1).namespace)
+
+
+def test_a_segment_that_many_use_gets_a_second_copy_and_survives_its_node(batch_of: BatchOf) -> None:
+    cluster = Cluster("ada", "bob", "cleo", options=("--hot-uses", "5"))
+    try:
+        with attnstore.connect(cluster.url) as client:
+            hot, cold = stored(client, batch_of(SEGMENT_BLOCKS, "hot")), stored(client, batch_of(SEGMENT_BLOCKS, "cold"))
+            (first,) = (name for name in cluster.nodes if has(cluster, name, hot))
+            kept_on = [name for name in cluster.nodes if has(cluster, name, cold)]
+
+            def use() -> list[str]:
+                found = client.match(hot.namespace, [hot.hashes], lease_ms=5_000)
+                assert found.hits == (SEGMENT_BLOCKS,)
+                assert hits_and_no_wrong_byte(client, hot) == SEGMENT_BLOCKS
+                assert found.lease is not None
+                client.release(found.lease)
+                return [name for name in cluster.nodes if has(cluster, name, hot)]
+
+            assert eventually(lambda: len(use()) == 2, 20), "no second copy was made"
+            assert [name for name in cluster.nodes if has(cluster, name, cold)] == kept_on
+            assert eventually(lambda: sum(len(member.hot) for member in client.members()) > 0, 20)
+            cluster.kill(first)
+            assert eventually(lambda: hits_and_no_wrong_byte(client, hot) == SEGMENT_BLOCKS, 20)
+            assert eventually(lambda: known_to(client) == set(cluster.nodes), 20)
+            assert set(client.delete(hot.namespace, hot.hashes)) == {PageStatus.OK}
+            assert not any(has(cluster, name, hot) for name in cluster.nodes)
+    finally:
+        cluster.close()
+
+
+def has(cluster: Cluster, name: str, batch: Batch) -> bool:
+    """The node has all pages of the batch."""
+    with attnstore.connect(cluster.nodes[name].url) as client:
+        client.register_layout(batch.namespace, batch.layout)
+        return client.match(batch.namespace, [batch.hashes]).hits == (len(batch.hashes),)

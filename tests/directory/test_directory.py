@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import json
+from dataclasses import replace
 
 import pytest
 
 from attnstore.directory import Directory, EventBatch, Intent, LayoutRecord, Member, NodeState
 from attnstore.errors import ProtocolError
+from attnstore.limits import HOT_SEGMENTS_MAX
 
 ADA = Member("ada", "grpc://10.0.0.1:7400", bytes(16), weight=2.0, replicas=2)
 BOB = Member("bob", "grpcs://10.0.0.2:7400", b"e" * 16, state=NodeState.DRAINED)
@@ -114,6 +116,14 @@ async def test_whoever_waits_for_events_gets_them_when_they_come(directory: Dire
     assert batches == [EventBatch("ada", b"now")]
 
 
+def test_a_member_survives_its_record_and_one_of_an_older_version_has_no_hot_segments() -> None:
+    hot = replace(ADA, hot=frozenset({bytes(7), bytes(range(7))}))
+    assert Member.from_json(hot.to_json()) == hot
+    fields = json.loads(ADA.to_json())
+    del fields["hot"]
+    assert Member.from_json(json.dumps(fields)) == ADA
+
+
 @pytest.mark.parametrize("text", ["{}", "[]", "nonsense", '{"node_id": 1}'])
 def test_a_record_of_somebody_else_is_a_typed_error(text: str) -> None:
     with pytest.raises(ProtocolError, match="no node's"):
@@ -121,7 +131,17 @@ def test_a_record_of_somebody_else_is_a_typed_error(text: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "field", ['"weight": 0', '"weight": NaN', '"weight": -1', '"replicas": 0', '"replicas": 99', '"epoch": "00"']
+    "field",
+    [
+        '"weight": 0',
+        '"weight": NaN',
+        '"weight": -1',
+        '"replicas": 0',
+        '"replicas": 99',
+        '"epoch": "00"',
+        '"hot": ["00"]',
+        f'"hot": {json.dumps([f"{number:014x}" for number in range(HOT_SEGMENTS_MAX + 1)])}',
+    ],
 )
 def test_a_record_out_of_bounds_is_a_typed_error(field: str) -> None:
     fields = {**json.loads(ADA.to_json()), **json.loads("{" + field + "}")}

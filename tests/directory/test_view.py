@@ -144,3 +144,21 @@ def test_pages_written_while_a_node_was_there_that_came_and_went_get_their_secon
         other = "b" if survivor == "a" else "a"
         wanted = [other] if "c" in three.owners(key) else []
         assert Moves(survivor, [two, three], two).targets(key) == wanted
+
+
+def test_a_hot_segment_has_two_owners_whom_callers_ask_in_turn() -> None:
+    names = ("a", "b", "c")
+    hot = KEYS[:20]
+    cool = tracked(membership(1, *map(member, names))).view
+    view = tracked(membership(1, replace(member("a"), hot=frozenset(hot)), *map(member, names[1:]))).view
+    for key in hot:
+        assert view.owners(key) == cool.placement.ranked(key)[:2]
+        assert [view.holders(key, turn=turn)[0] for turn in range(4)] == view.owners(key) * 2
+        assert view.owners(key, set(names) - {view.owners(key)[0]}) == cool.placement.ranked(key)[1:]
+        assert set(cool.everywhere(key, names)) == set(view.owners(key)), "a copy from when it was hot is found to be deleted"
+    assert all(view.owners(key) == cool.owners(key) == view.holders(key, turn=1) for key in KEYS[20:])
+
+
+def test_more_copies_than_hot_ones_have_stay_as_they_are() -> None:
+    view = tracked(membership(1, *(replace(member(name, replicas=3), hot=frozenset(KEYS)) for name in "abcd"))).view
+    assert {len(view.owners(key)) for key in KEYS} == {3}
