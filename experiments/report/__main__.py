@@ -14,6 +14,7 @@ from attnstore.errors import AttnStoreError, InvalidArgument
 from experiments.bandwidth.plot import draw as draw_bandwidth
 from experiments.bandwidth.results import Row as BandwidthRow
 from experiments.replay.plot import draw as draw_replays
+from experiments.report.attend import attend_costs, attend_findings
 from experiments.report.attention import attention_rates
 from experiments.report.curves import crossover_lines, decode_costs, first_token_curves, predictions
 from experiments.report.findings import findings, summary
@@ -42,7 +43,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             picture.figure.savefig(arguments.out / f"{picture.name}.png", dpi=_DOTS_PER_INCH, metadata={"Software": None})
         here = measured(results.bandwidth)
         tables = [*([faults(results.faults)] if results.faults else []), ratios(here), real_machines()]
-        html = page(results.runs, summary(results), findings(results), pictures, tables)
+        claims = [*findings(results), *(attend_findings(results.attends) if results.attends else [])]
+        html = page(results.runs, summary(results), claims, pictures, tables)
         (arguments.out / _PAGE).write_text(html)
         for picture in pictures:
             pyplot.close(picture.figure)
@@ -71,6 +73,8 @@ def _pictures(results: Results) -> Iterator[Picture]:
         yield predictions(results.first_tokens)
     if results.decodes:
         yield decode_costs(results.decodes)
+    if results.attends:
+        yield attend_costs(results.attends)
     yield hierarchy(measured(results.bandwidth))
     if results.bandwidth:
         figure = draw_bandwidth(cast(list[BandwidthRow], results.bandwidth))

@@ -16,6 +16,8 @@ from statistics import median
 from typing import Any, Final, TypeVar
 
 from attnstore.errors import InvalidArgument
+from experiments.attend.rows import MODES
+from experiments.attend.rows import Row as AttendRow
 from experiments.attention import Row as AttentionRow
 from experiments.replay.hash_only import Replay
 
@@ -107,11 +109,13 @@ class Results:
     bandwidth: list[dict[str, Any]] = field(default_factory=list)
     attention: list[AttentionRow] = field(default_factory=list)
     replays: list[Replay] = field(default_factory=list)
+    attends: list[AttendRow] = field(default_factory=list)
 
     @property
     def is_empty(self) -> bool:
         """There is nothing to draw."""
-        return not (self.first_tokens or self.decodes or self.faults or self.bandwidth or self.attention or self.replays)
+        drawn = (self.first_tokens, self.decodes, self.faults, self.bandwidth, self.attention, self.replays, self.attends)
+        return not any(drawn)
 
 
 def read_results(paths: Iterable[Path]) -> Results:
@@ -157,6 +161,8 @@ def _take(results: Results, row: Any) -> None:
         results.bandwidth.append(row)
     elif "backend" in names:
         results.attention.append(_made(AttentionRow, row))
+    elif "tpot_ms" in names:
+        results.attends.append(_attend_row(row))
     elif "hit_blocks" in names:
         results.replays.append(Replay(**{each.name: row[each.name] for each in fields(Replay)}))
     elif not {"machine", "seed"} <= names:
@@ -179,6 +185,21 @@ def _made(kind: type[T], row: dict[str, Any]) -> T:
                 raise ValueError(f"{each.name} is {value!r}")
         values[each.name] = value
     return kind(**values)
+
+
+def _attend_row(row: dict[str, Any]) -> AttendRow:
+    """A row of `experiments.attend`, where a link that nothing limits has no figure and several others may be missing too."""
+    values = {each.name: row.get(each.name) for each in fields(AttendRow)}
+    if values["mode"] not in MODES:
+        raise ValueError(f"mode is {values['mode']!r}; known are {', '.join(MODES)}")
+    values["gbit_per_s"] = math.inf if values["gbit_per_s"] is None else values["gbit_per_s"]
+    for name in ("context_tokens", "nodes", "tpot_ms", "gbit_per_s", "rtt_ms", "bytes_per_token", "round_trips_per_token"):
+        value = values[name]
+        is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        may_be_zero = name in ("nodes", "rtt_ms", "bytes_per_token", "round_trips_per_token")
+        if not is_number or not (value > 0 or (may_be_zero and value == 0)) or (name != "gbit_per_s" and value == math.inf):
+            raise ValueError(f"{name} is {value!r}")
+    return AttendRow(**values)
 
 
 def _medians(rows: Sequence[T], key: tuple[str, ...]) -> list[T]:

@@ -13,6 +13,7 @@ import pytest
 
 from attnstore.errors import InvalidArgument
 from experiments.report.__main__ import main
+from experiments.report.attend import attend_findings, crossover_tokens
 from experiments.report.curves import break_even_gbit_per_s
 from experiments.report.findings import findings
 from experiments.report.rows import FirstToken, Results, read_results
@@ -53,6 +54,35 @@ _FAULT = {
 }
 _SWEEP = [_cell(rtt, rate, context) for rtt in (0, 50) for rate in (0.01, 0.1, 10) for context in (512, 6_000)]
 _ROWS = [_RUN, *_SWEEP, *(_decode(where, rate) for where in ("resident", "fetched") for rate in (0.1, 10)), _FAULT]
+
+
+def _attend(mode: str, context_tokens: int, tpot_ms: float, **change: Any) -> dict[str, Any]:
+    moved = {"fetch_each_step": context_tokens * 46_080, "attend": 139_320, "attend_speculative": 30_000}.get(mode, 0)
+    row = {
+        "model": "SmolLM2",
+        "context_tokens": context_tokens,
+        "rtt_ms": 0.1 if moved else 0.0,
+        "gbit_per_s": 1.0 if moved else None,
+        "mode": mode,
+        "nodes": 1,
+        "tpot_ms": tpot_ms,
+        "ttft_ms": None,
+        "bytes_per_token": moved,
+        "round_trips_per_token": {"fetch_each_step": 1, "attend": 30}.get(mode, 0),
+        "tokens_equal": True,
+        "accepted_per_step": None,
+        "predicted_ms": tpot_ms * 0.9 if moved else None,
+    }
+    return row | change
+
+
+_ATTENDS = [
+    *(_attend("fetch_each_step", tokens, tokens / 2) for tokens in (1_024, 8_128)),
+    *(_attend("attend", tokens, 60 + tokens / 100) for tokens in (1_024, 8_128)),
+    *(_attend("resident", tokens, 50 + tokens / 100) for tokens in (1_024, 8_128)),
+    _attend("shared_in_place", 8_128, 140),
+    *(_attend(mode, 1_024, tpot_ms, rtt_ms=2.0) for mode, tpot_ms in (("attend", 180), ("attend_speculative", 60))),
+]
 
 
 def _written(path: Path, rows: list[Any]) -> Path:
@@ -170,9 +200,34 @@ def test_results_of_the_other_experiments_are_drawn(tmp_path: Path) -> None:
     assert "this machine, memcpy 7.0 GB/s" in (tmp_path / "out" / "report.html").read_text()
 
 
+def test_attending_is_drawn_and_judged_by_the_real_models_rows(tmp_path: Path) -> None:
+    assert main([str(_written(tmp_path / "rows.jsonl", _ATTENDS)), "--out", str(tmp_path)]) == 0
+    assert (tmp_path / "attend.png").is_file()
+    html = (tmp_path / "report.html").read_text()
+    assert html.count("<td>met</td>") + html.count('<td class="">met</td>') == 6
+    rows = read_results([tmp_path / "rows.jsonl"]).attends
+    judged = {claim.text.split(",")[0]: claim for claim in attend_findings(rows)}
+    assert judged["fetching for each token over attending"].measured == pytest.approx(4_064 / 141.28)
+    assert judged["attending over attending with guesses"].measured == pytest.approx(3)
+    [wrong] = read_results([_written(tmp_path / "wrong", [_attend("attend", 512, 60, tokens_equal=False)])]).attends
+    assert attend_findings([*rows, wrong])[-1].verdict == "MISSED"
+    assert {claim.verdict for claim in attend_findings([])} == {"not measured"}
+
+
+def test_the_context_where_attending_begins_to_win_follows_from_bytes_and_round_trips(tmp_path: Path) -> None:
+    fetched, attended = read_results(
+        [_written(tmp_path / "rows", [_attend("fetch_each_step", 1_000, 9), _attend("attend", 1_000, 9)])]
+    ).attends
+    # At 1 Gb/s a token's 46,080 bytes take 0.36864 ms; 29 more round trips take 2.9 ms and 139,320 bytes 1.11456 ms.
+    assert crossover_tokens(fetched, attended) == pytest.approx(4.01456 / 0.36864)
+
+
 @pytest.mark.parametrize(
     ("row", "words"),
     [
+        (_attend("guess", 512, 60), "mode is 'guess'"),
+        (_attend("attend", 512, 0), "tpot_ms is 0"),
+        (_attend("attend", 512, 60, nodes=None), "nodes is None"),
         ({"color": "red"}, "of no known kind"),
         (["rtt_ms"], "is no object"),
         (_cell(1, 1, 512, planner_ttft_ms=None), "planner_ttft_ms is None"),
