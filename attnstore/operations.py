@@ -57,6 +57,7 @@ class NodeStatus:
     state: str
     weight: float
     replicas: int
+    hot_segments: int
     error: str | None = None
     version: str | None = None
     uptime_ms: int = 0
@@ -123,7 +124,7 @@ async def _members(access: Access) -> list[Member]:
 
 
 async def _node_status(access: Access, member: Member) -> tuple[NodeStatus, NodeStatistics | None]:
-    known = (member.node_id, member.url, member.state.value, member.weight, member.replicas)
+    known = (member.node_id, member.url, member.state.value, member.weight, member.replicas, len(member.hot))
     try:
         async with access.node(member.url) as client:
             await client.describe()  # connects
@@ -137,7 +138,7 @@ async def _node_status(access: Access, member: Member) -> tuple[NodeStatus, Node
 
 
 def _answered(
-    known: tuple[str, str, str, float, int], description: NodeDescription, statistics: NodeStatistics, round_trip_ms: float
+    known: tuple[str, str, str, float, int, int], description: NodeDescription, statistics: NodeStatistics, round_trip_ms: float
 ) -> NodeStatus:
     asked = statistics.hit_pages + statistics.missed_pages
     return NodeStatus(
@@ -159,10 +160,10 @@ def _answered(
 
 def status_text(status: ClusterStatus) -> str:
     """A table for people."""
-    rows = [("NODE", "STATE", "WEIGHT", "USED", "OF", "PAGES", "HIT RATE", "EVICTED", "LEASES", "RTT", "UP", "URL")]
+    rows = [("NODE", "STATE", "WEIGHT", "USED", "OF", "PAGES", "HIT RATE", "HOT", "EVICTED", "LEASES", "RTT", "UP", "URL")]
     for node in status.nodes:
         if node.error is not None:
-            rows.append((node.node_id, node.state, f"{node.weight:g}", *("-" * 8), f"{node.url}  {node.error}"))
+            rows.append((node.node_id, node.state, f"{node.weight:g}", *("-" * 9), f"{node.url}  {node.error}"))
             continue
         rows.append(
             (
@@ -173,6 +174,7 @@ def status_text(status: ClusterStatus) -> str:
                 _size(node.capacity_bytes),
                 str(node.pages_sealed),
                 "-" if node.hit_rate is None else f"{node.hit_rate:.1%}",
+                str(node.hot_segments),
                 str(node.evicted_pages),
                 str(node.leases),
                 f"{node.round_trip_ms:.1f} ms",
