@@ -284,6 +284,33 @@ class ClusterClient(BlockingFacade[AsyncClusterClient]):
 
     def __init__(self, options: ClusterOptions, clock: Clock | None = None) -> None:
         super().__init__(AsyncClusterClient(options, clock))
+        self._node_options = options.node
+        self._nodes_lock = threading.Lock()
+        self._nodes: dict[tuple[str, bytes], Client] = {}
+
+    def nodes(self, *, deadline_ms: float | None = None) -> tuple[Client, ...]:
+        """A client of each node that is a member now, for what a cluster has no call for, such as `attend`.
+
+        The same objects as long as a node is a member and is not restarted; they are closed then, and with this client.
+        """
+        members = {(member.url, member.epoch) for member in self.members(deadline_ms=deadline_ms)}
+        with self._nodes_lock:
+            gone = [self._nodes.pop(key) for key in self._nodes.keys() - members]
+            for url, epoch in sorted(members - self._nodes.keys()):
+                self._nodes[url, epoch] = Client(self._node_options.at(url))
+            nodes = tuple(self._nodes.values())
+        for client in gone:
+            client.close()
+        return nodes
+
+    def close(self) -> None:
+        """Ends all connections; calls that are running fail. Closing twice is harmless."""
+        with self._nodes_lock:
+            nodes = list(self._nodes.values())
+            self._nodes.clear()
+        for client in nodes:
+            client.close()
+        super().close()
 
     members = _blocking(AsyncClusterClient.members)
     describe = _blocking(AsyncClusterClient.describe)

@@ -54,9 +54,24 @@ class AttendStore(Protocol):
         ...
 
 
-def nodes_of(store: object) -> tuple[AttendStore, ...]:
-    """The store itself where it is a client of one node; a cluster's client does not say who holds which page."""
-    return (store,) if isinstance(store, AttendStore) else ()
+@runtime_checkable
+class AttendCluster(Protocol):
+    """A cluster whose nodes answer queries."""
+
+    def nodes(self) -> Sequence[AttendStore]:
+        """Those that are members now; the same objects as long as they are."""
+        ...
+
+
+NodesNow = Callable[[], Sequence[AttendStore]]
+"""The nodes there are now. May raise any of the store's errors: the last ones stay."""
+
+
+def nodes_of(store: object) -> NodesNow | None:
+    """The store itself where it is a client of one node, the members where it is one of a cluster; None for any other store."""
+    if isinstance(store, AttendStore):
+        return lambda: (store,)
+    return store.nodes if isinstance(store, AttendCluster) else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,14 +114,15 @@ class RemoteContext:
 
 
 class RemoteAttention:
-    """`nodes` that may hold pages of `namespace`; a query has to be answered within `deadline_ms`."""
+    """`nodes` may hold pages of `namespace`; a query has to be answered within `deadline_ms`."""
 
-    def __init__(
-        self, nodes: Sequence[AttendStore], namespace: Namespace, layout: PageLayout, shape: QueryShape, *, deadline_ms: float
-    ) -> None:
+    def __init__(self, nodes: NodesNow, namespace: Namespace, layout: PageLayout, shape: QueryShape, *, deadline_ms: float) -> None:
         self._namespace = namespace
         self._layout = layout
-        self._nodes = [_Node(store, namespace, layout, shape, deadline_ms, self._forget) for store in nodes]
+        self._nodes_now = nodes
+        self._shape = shape
+        self._deadline_ms = deadline_ms
+        self._nodes: list[_Node] = []
         row_bytes = shape.q_heads * layout.head_dim * _FLOAT_BYTES
         self._rows_max = min(ATTEND_ROWS_MAX, ATTEND_BYTES_MAX // row_bytes)
         self._contexts: set[RemoteContext] = set()
@@ -118,6 +134,7 @@ class RemoteAttention:
 
     def open(self, hashes: Sequence[BlockHash]) -> RemoteContext | None:
         """The longest prefix that the nodes hold together, ready to be asked about; None where that is nothing."""
+        self._refresh()
         found = [node.match(hashes) for node in self._nodes]
         held = _distribute([present for present, _ in found], len(hashes))
         blocks = sum(map(len, held))
@@ -181,6 +198,21 @@ class RemoteAttention:
         for node in self._nodes:
             node.end()
 
+    def _refresh(self) -> None:
+        """Takes up nodes that have come and ends those that have left, whose contexts are lost."""
+        try:
+            stores = self._nodes_now()
+        except AttnStoreError as error:
+            _LOG.warning("the nodes of the cluster could not be listed: %s", error)
+            return
+        known = {id(node.store): node for node in self._nodes}
+        self._nodes = [known.pop(id(store)) if id(store) in known else self._new(store) for store in stores]
+        for node in known.values():
+            node.end()
+
+    def _new(self, store: AttendStore) -> _Node:
+        return _Node(store, self._namespace, self._layout, self._shape, self._deadline_ms, self._forget)
+
     def _forget(self, node: _Node) -> None:
         for context in self._contexts:
             context.lost |= any(part.node is node for part in context.sets)
@@ -192,7 +224,7 @@ class RemoteAttention:
 
 
 class _Node:
-    """One store node as a source of attention."""
+    """One store node as a source of attention: `store` is its client."""
 
     def __init__(
         self,
@@ -203,7 +235,7 @@ class _Node:
         deadline_ms: float,
         on_reset: Callable[[_Node], None],
     ) -> None:
-        self._store = store
+        self.store = store
         self._namespace = namespace
         self._layout = layout
         self._shape = shape
@@ -256,7 +288,7 @@ class _Node:
         """The node's stream, begun if need be."""
         if self._stream is None:
             shape = self._shape
-            self._stream = self._store.attend(
+            self._stream = self.store.attend(
                 self._namespace, q_heads=shape.q_heads, scale=shape.scale, deadline_ms=self._deadline_ms
             )
         return self._stream
@@ -279,9 +311,9 @@ class _Node:
 
     def _match(self, hashes: Sequence[BlockHash]) -> tuple[set[int], Lease | None]:
         if not self._registered:
-            self._store.register_layout(self._namespace, self._layout)
+            self.store.register_layout(self._namespace, self._layout)
             self._registered = True
-        found = self._store.match(self._namespace, [[page_hash] for page_hash in hashes], lease_ms=LEASE_MS)
+        found = self.store.match(self._namespace, [[page_hash] for page_hash in hashes], lease_ms=LEASE_MS)
         return {index for index, hits in enumerate(found.hits) if hits}, found.lease
 
 

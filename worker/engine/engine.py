@@ -35,7 +35,7 @@ from worker.cache import (
     create_cache,
 )
 from worker.cache.observation import Answer
-from worker.cache.remote_attention import AttendStatistics, AttendStore, RemoteAttention, nodes_of
+from worker.cache.remote_attention import AttendStatistics, AttendStore, NodesNow, RemoteAttention, nodes_of
 from worker.engine.attend_policy import AttendPolicy
 from worker.engine.attended import AttendedBlocks
 from worker.engine.options import EngineOptions
@@ -57,7 +57,7 @@ _IDLE_MS = 50.0
 class Engine:
     """Generates with `model`; pages that `store` has are read instead of computed where `planner` (default: always) finds that
     better, new ones are written to it. `observer` is told of transfers, loads and steps. `attend_nodes` are the nodes that
-    answer queries over pages that stay there, where `EngineOptions.attend` says so (default: `store`, where it is one node).
+    answer queries over pages that stay there, where `EngineOptions.attend` says so (default: `store`, or the nodes of its cluster).
 
     Not thread-safe, except for `wake`. Leaving it as a context manager closes it.
     """
@@ -90,7 +90,7 @@ class Engine:
             planner=self.planner,
             observer=self._observer,
         )
-        self._attend = self._attended_blocks(attend_nodes or nodes_of(store), name)
+        self._attend = self._attended_blocks((lambda: attend_nodes) if attend_nodes else nodes_of(store), name)
         attended = self._attend.remote if self._attend is not None else None
         self._runner = Runner(model, self._cache.pages.attended, attention or create_attention("cpu"), attended)
         self._scheduler = Scheduler(self.options.scheduler_limits(), self.options.block_tokens)
@@ -227,11 +227,11 @@ class Engine:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.close()
 
-    def _attended_blocks(self, nodes: Items[AttendStore], name: Namespace) -> AttendedBlocks | None:
+    def _attended_blocks(self, nodes: NodesNow | None, name: Namespace) -> AttendedBlocks | None:
         policy = self.options.attend_policy()
         if policy is AttendPolicy.NEVER:
             return None
-        if not nodes:
+        if nodes is None:
             raise InvalidArgument(f"attend is {policy.value!r}, which needs a store node that answers queries")
         deadline_ms = self.options.store_deadline_ms
         remote = RemoteAttention(nodes, name, self.layout, self.model.query_shape(), deadline_ms=deadline_ms)

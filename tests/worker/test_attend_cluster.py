@@ -1,0 +1,76 @@
+"""Blocks that stay on the nodes of a cluster: any node may answer for any of them, and nodes come and go."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+import attnstore
+from tests.cluster.conftest import Cluster, known_to
+from tests.samples import eventually
+from worker.engine import Engine, EngineOptions, FinishReason, SamplingParams
+from worker.model import LoadedModel
+
+pytestmark = pytest.mark.redis
+
+BLOCK_TOKENS = 2
+"""So small that the tiny model's context of 512 tokens has four segments."""
+NEW_TOKENS = 24
+PROMPT = [(7 * index * index + 13 * index) % 4096 + 10 for index in range(480)]
+
+
+@pytest.fixture
+def cluster() -> Iterator[Cluster]:
+    cluster = Cluster("ada", "bob", "cleo", options=("--attend-threads", "1", "--replicas", "2"))
+    yield cluster
+    cluster.close()
+
+
+def options(model: LoadedModel, pool_blocks: int, attend: str) -> EngineOptions:
+    pool_bytes = pool_blocks * model.layout(BLOCK_TOKENS).page_bytes
+    return EngineOptions(pool_bytes=pool_bytes, block_tokens=BLOCK_TOKENS, chunk_tokens=32, attend=attend, store_deadline_ms=20_000)
+
+
+def resident(model: LoadedModel) -> list[int]:
+    with Engine(model, options(model, 256, "never")) as engine:
+        return engine.generate(PROMPT, SamplingParams(max_tokens=NEW_TOKENS)).generated
+
+
+def test_the_nodes_of_a_cluster_answer_together_and_one_that_is_killed_costs_no_token(tiny: LoadedModel, cluster: Cluster) -> None:
+    expected = resident(tiny)
+    with (
+        attnstore.connect(cluster.url, deadline_ms=20_000, transport="tcp") as store,
+        Engine(tiny, options(tiny, 64, "beyond_pool"), store=store) as engine,
+    ):
+        sequence = engine.submit(PROMPT, SamplingParams(max_tokens=NEW_TOKENS))
+        while len(sequence.generated) < NEW_TOKENS // 2:
+            engine.step()
+        before = engine.attending()
+        assert before is not None
+        assert before.pages_open > 64
+        assert before.losses == 0
+        assert before.rows > before.round_trips, "several nodes are asked at once"
+        cluster.kill("bob")
+        while sequence.finish_reason is None:
+            engine.step()
+        after = engine.attending()
+        assert after is not None
+        assert after.losses > 0
+        assert (sequence.finish_reason, sequence.generated) == (FinishReason.LENGTH, expected)
+
+
+def test_a_cluster_names_its_nodes_as_long_as_they_are_members(cluster: Cluster) -> None:
+    with attnstore.connect(cluster.url) as store:
+        nodes = store.nodes()
+        assert {node.describe().node_id for node in nodes} == {"ada", "bob", "cleo"}
+        assert set(map(id, store.nodes())) == set(map(id, nodes))
+        (gone,) = (node for node in nodes if node.describe().node_id == "bob")
+        cluster.kill("bob")
+        assert eventually(lambda: known_to(store) == {"ada", "cleo"}, 20)
+        left = store.nodes()
+        assert {node.describe().node_id for node in left} == {"ada", "cleo"}
+        with pytest.raises(attnstore.errors.ClientClosed):
+            gone.describe()
+    with pytest.raises(attnstore.errors.ClientClosed):
+        left[0].describe()
