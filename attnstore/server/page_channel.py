@@ -12,6 +12,7 @@ from __future__ import annotations
 import secrets
 import socket
 import threading
+from collections import Counter
 from collections.abc import Callable
 from contextlib import ExitStack, suppress
 
@@ -46,7 +47,11 @@ _log = structlog.get_logger(__name__)
 
 
 class TokenBook:
-    """One-time tokens: each opens one connection for the tenant that it was given to, within a few seconds."""
+    """One-time tokens: each opens one connection for the tenant that it was given to, within a few seconds.
+
+    Where there are too many, the tenant with the most outstanding loses its oldest one to a tenant with fewer: nobody keeps others
+    from opening channels by asking for tokens that it does not use.
+    """
 
     def __init__(self, clock: Clock) -> None:
         self._clock = clock
@@ -54,16 +59,23 @@ class TokenBook:
         self._tokens: dict[bytes, tuple[str, float]] = {}  # token -> tenant, expiry; oldest first
 
     def issue(self, tenant: str) -> bytes:
-        """A new token. Raises `Overloaded` when too many are outstanding."""
+        """A new token. Raises `Overloaded` when too many are outstanding and no other tenant has more of them."""
         with self._lock:
             now_ms = self._clock.now_ms()
             for token in [token for token, (_, expiry_ms) in self._tokens.items() if expiry_ms <= now_ms]:
                 del self._tokens[token]
             if len(self._tokens) >= CHANNEL_TOKENS_MAX:
-                raise Overloaded(f"{CHANNEL_TOKENS_MAX} channel tokens are waiting to be used; try again in a few seconds")
+                self._make_room(tenant)
             token = secrets.token_bytes(CHANNEL_TOKEN_BYTES)
             self._tokens[token] = (tenant, now_ms + CHANNEL_TOKEN_MS_MAX)
             return token
+
+    def _make_room(self, tenant: str) -> None:
+        held = Counter(holder for holder, _ in self._tokens.values())
+        greediest, most = held.most_common(1)[0]
+        if most <= held[tenant] + 1:
+            raise Overloaded(f"{CHANNEL_TOKENS_MAX} channel tokens are waiting to be used; try again in a few seconds")
+        del self._tokens[next(token for token, (holder, _) in self._tokens.items() if holder == greediest)]
 
     def redeem(self, token: bytes) -> str:
         """The token's tenant; the token is void from now on. Raises `Unauthenticated`."""
