@@ -34,7 +34,7 @@ _DEADLINE_MS: Final = 300_000
 _FLUSH_MS: Final = 120_000
 _OPTIONS: Final = EngineOptions(pool_bytes=256 << 20, store_deadline_ms=_DEADLINE_MS)
 _ONE_TOKEN: Final = SamplingParams(max_tokens=1, stop_token_ids=frozenset())
-_CALIBRATION_TOKENS: Final = 2048
+_CALIBRATION_TOKENS_MAX: Final = 2048
 _CALIBRATION_READS: Final = 8
 _CALIBRATION_S_MAX: Final = 6.0
 _DECODE_STEPS: Final = 5
@@ -78,6 +78,7 @@ class Bench:
         text = "\n\n".join(topics[name] for name in sorted(topics))
         self._text: list[int] = self._model.tokenizer(text, verbose=False).input_ids
         self._draw = random.Random(start.seed)
+        self._calibration_tokens = _CALIBRATION_TOKENS_MAX
         self._behind = stack.enter_context(open_store(start.link_url, deadline_ms=_DEADLINE_MS, transport=start.transport))
         self._planner = CostPlanner(self._clock, _OPTIONS.chunk_tokens)
         self._recompute = self._engine(RecomputeAll(), None)
@@ -85,12 +86,13 @@ class Bench:
 
     def fill(self, contexts: list[int]) -> dict[str, Any]:
         """Computes the documents and writes their pages to the node, past the link."""
+        self._calibration_tokens = min(_CALIBRATION_TOKENS_MAX, max(contexts))
         with (
             open_store(self._start.node_url, deadline_ms=_DEADLINE_MS, transport=self._start.transport) as store,
             Engine(self._model, _OPTIONS, store=store) as engine,
         ):
             engine.warm_up()
-            for context in sorted({*contexts, _CALIBRATION_TOKENS}):
+            for context in sorted({*contexts, self._calibration_tokens}):
                 engine.generate(self._document(context), _ONE_TOKEN)
                 assert engine.flush(_FLUSH_MS), "the pages did not reach the store in time"
         return {"page_bytes": engine.layout.page_bytes, "model": self._model.name, "dtype": self._model.dtype.value}
@@ -99,11 +101,11 @@ class Bench:
         """Makes a planner that has been on this link for a while: a prompt was computed, and a few small ones were fetched."""
         self._planner = CostPlanner(self._clock, _OPTIONS.chunk_tokens)
         with self._engine(RecomputeAll(), self._planner) as computing:
-            computing.generate(self._document(_CALIBRATION_TOKENS), _ONE_TOKEN)
+            computing.generate(self._document(self._calibration_tokens), _ONE_TOKEN)
         began_s = time.monotonic()
         with self._engine(FetchAll(_DEADLINE_MS), self._planner) as fetching:
             for index in range(_CALIBRATION_READS):
-                fetching.generate(self._document(_CALIBRATION_TOKENS)[: 130 if index % 2 else 514], _ONE_TOKEN)
+                fetching.generate(self._document(self._calibration_tokens)[: 130 if index % 2 else 514], _ONE_TOKEN)
                 fetching.drop_cached()
                 if time.monotonic() - began_s > _CALIBRATION_S_MAX:
                     break
