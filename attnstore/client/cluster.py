@@ -269,7 +269,9 @@ class AsyncClusterClient:
     async def write(
         self, namespace: bytes, hashes: Sequence[bytes], pages: Sequence[Buffer], *, deadline_ms: float | None = None
     ) -> WriteResult:
-        """See `AsyncClient.write`. STORED: all owners that can be reached have it; ARRIVING: this client is writing it already."""
+        """See `AsyncClient.write`. STORED: all owners that can be reached have it; ARRIVING: this client is writing it already, or
+        another node is handing it to an owner.
+        """
         deadline = self._deadline(deadline_ms)
         return await self._writer.write(self._followed(), namespace, self._layout(namespace), hashes, pages, deadline)
 
