@@ -21,10 +21,10 @@ from attnstore.client.health import check_serving
 from attnstore.config import ServeOptions, add_serve_options, load_serve_options
 from attnstore.directory import Intent
 from attnstore.errors import AttnStoreError, InvalidArgument
+from attnstore.logs import configure_logs
 from attnstore.operations import Access, cluster_status, set_intent, set_quota, status_text, wait_drained
 from attnstore.server.handoff import OpenPeer
 from attnstore.server.node import serve
-from attnstore.telemetry import configure_logs
 from attnstore.whatif.command import add_plan_options, run_plan
 
 _CLEAR_SCREEN = "\x1b[2J\x1b[H"

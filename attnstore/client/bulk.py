@@ -16,11 +16,10 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol, TypeVar
 
-import structlog
-
 from attnstore.client.landing import Landing
 from attnstore.clock import Clock, Deadline
 from attnstore.errors import AttnStoreError, InvalidArgument, ProtocolError, Unavailable
+from attnstore.logs import get_logger
 from attnstore.types import PageStatus, WriteResult
 
 T = TypeVar("T")
@@ -34,7 +33,7 @@ OnLayer = Callable[[int, int], None]
 """
 
 _SUSPENDED_MS = 30_000
-_log = structlog.get_logger(__name__)
+_log = get_logger(__name__)
 
 
 class BulkUnavailable(Unavailable):

@@ -9,16 +9,15 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable
 
-import structlog
-
 from attnstore import tasks
 from attnstore.client.node_link import NodeLink
 from attnstore.clock import Clock, Deadline
 from attnstore.directory import ClusterView, Directory, Member, ViewTracker
 from attnstore.errors import DeadlineExceeded, ProtocolError, Unavailable
 from attnstore.limits import HEARTBEAT_MS
+from attnstore.logs import get_logger
 
-_log = structlog.get_logger(__name__)
+_log = get_logger(__name__)
 
 
 class ClusterMembership:

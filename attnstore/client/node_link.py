@@ -10,8 +10,6 @@ import asyncio
 from collections.abc import Awaitable, Callable
 from typing import Final, TypeVar
 
-import structlog
-
 from attnstore import tasks
 from attnstore.client.async_client import AsyncClient
 from attnstore.client.breaker import CircuitBreaker, CircuitState
@@ -20,10 +18,11 @@ from attnstore.clock import Clock, Deadline
 from attnstore.core.layout import PageLayout
 from attnstore.directory import Member
 from attnstore.errors import AttnStoreError, ClientClosed, DeadlineExceeded, Unavailable
+from attnstore.logs import get_logger
 
 T = TypeVar("T")
 
-_log = structlog.get_logger(__name__)
+_log = get_logger(__name__)
 _PROBE_DEADLINE_MS: Final = 1_000
 _SMOOTHING: Final = 0.2
 

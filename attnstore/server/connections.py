@@ -12,15 +12,14 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Protocol
 
-import structlog
-
 from attnstore.clock import Clock
 from attnstore.errors import Overloaded
 from attnstore.limits import CHANNEL_CONNECTIONS_MAX
+from attnstore.logs import get_logger
 
 _ACCEPT_RETRY_S = 0.01
 
-_log = structlog.get_logger(__name__)
+_log = get_logger(__name__)
 
 
 class Stream(Protocol):

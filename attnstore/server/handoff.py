@@ -13,8 +13,6 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Final, Protocol
 
-import structlog
-
 from attnstore import tasks
 from attnstore.core.hashing import segment_key
 from attnstore.core.layout import PageLayout
@@ -23,11 +21,12 @@ from attnstore.directory import ClusterView
 from attnstore.directory.moves import Moves, is_same_cluster
 from attnstore.errors import AttnStoreError, NamespaceUnknown
 from attnstore.limits import MIB
+from attnstore.logs import get_logger
 from attnstore.server.store import Store
 from attnstore.telemetry import NodeMetrics
 from attnstore.types import MatchResult, PageStatus, WriteResult
 
-_log = structlog.get_logger(__name__)
+_log = get_logger(__name__)
 
 BATCH_BYTES: Final = 16 * MIB
 """Pages that are pinned and sent at a time, at least one."""

@@ -16,7 +16,6 @@ from importlib.metadata import version
 
 import grpc
 import prometheus_client
-import structlog
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
@@ -28,6 +27,7 @@ from attnstore.core.page_table import PageTable
 from attnstore.directory.events import EventFeed
 from attnstore.errors import InvalidArgument
 from attnstore.limits import EPOCH_BYTES, FRAME_BYTES_MAX, KEEPALIVE_MS, KEEPALIVE_TIMEOUT_MS, LEASE_ID_BYTES, MESSAGE_BYTES_MAX
+from attnstore.logs import get_logger
 from attnstore.server.attend import Attending, threads_default
 from attnstore.server.events import EventHub
 from attnstore.server.handoff import OpenPeer
@@ -56,7 +56,7 @@ _SERVER_OPTIONS = (
     ("grpc.http2.min_ping_interval_without_data_ms", KEEPALIVE_MS // 2),
 )
 
-_log = structlog.get_logger(__name__)
+_log = get_logger(__name__)
 
 
 class StoreNode:

@@ -16,8 +16,6 @@ from collections import Counter
 from collections.abc import Callable
 from contextlib import ExitStack, suppress
 
-import structlog
-
 from attnstore.clock import Clock, Deadline
 from attnstore.core.hashing import joint_checksum
 from attnstore.errors import AttnStoreError, DeadlineExceeded, InvalidArgument, Overloaded, Retryable, Unauthenticated, Unavailable
@@ -33,6 +31,7 @@ from attnstore.limits import (
     CHANNEL_TOKENS_MAX,
     MIB,
 )
+from attnstore.logs import get_logger
 from attnstore.server.attend import Attending
 from attnstore.server.attend_channel import AttendChannel
 from attnstore.server.connections import Connection, ConnectionThreads
@@ -43,7 +42,7 @@ from attnstore.wire.messages import split_hashes
 from attnstore.wire.page_channel import VERSION, Frame, Kind, Order, Role, encode_frame, encode_refusal, encode_slice
 from attnstore.wire.stream import FrameStream
 
-_log = structlog.get_logger(__name__)
+_log = get_logger(__name__)
 
 
 class TokenBook:

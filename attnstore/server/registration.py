@@ -12,17 +12,16 @@ from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import replace
 
-import structlog
-
 from attnstore import tasks
 from attnstore.clock import Clock
 from attnstore.directory import ClusterView, Directory, Intent, LayoutRecord, Member, Membership, NodeState, ViewTracker
 from attnstore.directory.events import EventFeed
 from attnstore.errors import ProtocolError, Unavailable
 from attnstore.limits import HEARTBEAT_MS, LAYOUT_MS_MAX, MEMBER_MS_MAX
+from attnstore.logs import get_logger
 from attnstore.telemetry import NodeMetrics
 
-_log = structlog.get_logger(__name__)
+_log = get_logger(__name__)
 _LAYOUTS_AGAIN_MS = LAYOUT_MS_MAX // 4
 
 

@@ -13,10 +13,10 @@ from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
 
 import grpc
-import structlog
 
 from attnstore.errors import AttnStoreError, DeadlineExceeded, Overloaded, Unauthenticated
 from attnstore.limits import STREAMS_MAX
+from attnstore.logs import get_logger
 from attnstore.telemetry import NodeMetrics
 from attnstore.wire.messages import SERVICE, Method
 from attnstore.wire.status import rpc_status
@@ -24,7 +24,7 @@ from attnstore.wire.status import rpc_status
 Handler = Callable[[Any, Any, str], Awaitable[Any]]
 """`handler(request, context, tenant)`; for a client stream the request is `None` and `context.read()` gives bytes."""
 
-_log = structlog.get_logger(__name__)
+_log = get_logger(__name__)
 _BEARER = "Bearer "
 
 

@@ -15,13 +15,12 @@ import threading
 from collections import Counter
 from pathlib import Path
 
-import structlog
-
 from attnstore.arena import StampedArena
 from attnstore.clock import Clock, Deadline
 from attnstore.core.page_table import PinnedPage
 from attnstore.errors import AttnStoreError, InvalidArgument, PermissionDenied, Retryable, Unavailable
 from attnstore.limits import CHANNEL_CONNECTIONS_MAX, CHANNEL_HELLO_MS_MAX, CHANNEL_IDLE_MS_MAX
+from attnstore.logs import get_logger
 from attnstore.server.connections import Connection, ConnectionThreads
 from attnstore.server.page_channel import TokenBook
 from attnstore.server.store import Store
@@ -34,7 +33,7 @@ from attnstore.wire.shared_stream import Message, SharedStream
 _HASHES_PER_LOCK = 64
 """Metadata calls wait for the page table no longer than this many look-ups take."""
 
-_log = structlog.get_logger(__name__)
+_log = get_logger(__name__)
 
 
 class SharedMemoryServer:

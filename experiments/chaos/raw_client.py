@@ -111,6 +111,12 @@ class RawClient:
         )
 
 
+def _print(call: Call) -> None:
+    # In one piece: the log that a container's output goes to is shared by all of its threads and by standard error.
+    sys.stdout.write(call.to_line() + "\n")
+    sys.stdout.flush()
+
+
 def main() -> int:
     """Runs until its time is over."""
     parser = argparse.ArgumentParser("python -m experiments.chaos.raw_client")
@@ -124,7 +130,7 @@ def main() -> int:
     end_s = time.monotonic() + options.seconds
     draws = random.Random(options.seed)
     with attnstore.connect(options.store, deadline_ms=options.deadline_ms) as store:
-        client = RawClient(store, options.name, options.deadline_ms, lambda call: print(call.to_line(), flush=True))
+        client = RawClient(store, options.name, options.deadline_ms, _print)
         client.register()
         while (began_s := time.monotonic()) < end_s:
             client.turn(draws)

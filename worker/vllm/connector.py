@@ -11,7 +11,6 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import structlog
 from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorBase_V1,
     KVConnectorMetadata,
@@ -24,6 +23,7 @@ from attnstore.clock import MonotonicClock
 from attnstore.core.hashing import Namespace
 from attnstore.core.layout import PageLayout
 from attnstore.errors import InvalidArgument
+from attnstore.logs import get_logger
 from worker.vllm.identity import SHARED_HASH_ALGORITHMS, page_layout, vllm_namespace, weights_fingerprint
 from worker.vllm.kv_pages import KvPages
 from worker.vllm.plan import BlockPlan, Costs, StepPlan
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
 _PROBE_MS_MAX = 10_000.0
 
-_log = structlog.get_logger(__name__)
+_log = get_logger(__name__)
 
 
 @dataclass

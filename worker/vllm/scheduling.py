@@ -11,13 +11,12 @@ from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from typing import Final
 
-import structlog
-
 from attnstore.client.breaker import CircuitBreaker, CircuitState
 from attnstore.clock import Clock
 from attnstore.core.hashing import BlockHash, Namespace
 from attnstore.core.layout import PageLayout
 from attnstore.errors import AttnStoreError
+from attnstore.logs import get_logger
 from worker.vllm.gate import Gate
 from worker.vllm.identity import page_hashes
 from worker.vllm.plan import BlockPlan, Costs, LoadPlan, StepPlan
@@ -26,7 +25,7 @@ _QUICK_ANSWER_S: Final = 0.002
 """So long the first question waits: on a fast network the answer is there, and the request needs no second turn."""
 _LOOKUPS_MAX: Final = 4
 
-_log = structlog.get_logger(__name__)
+_log = get_logger(__name__)
 
 Match = Callable[[Sequence[BlockHash]], int]
 """`match(hashes)`: how many of the first pages the store has. Blocks; ends within its deadline or raises an `AttnStoreError`."""

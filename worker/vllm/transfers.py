@@ -14,12 +14,11 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Final
 
-import structlog
-
 from attnstore.clock import Clock
 from attnstore.core.hashing import Namespace
 from attnstore.core.layout import PageLayout
 from attnstore.errors import AttnStoreError, Retryable
+from attnstore.logs import get_logger
 from attnstore.types import PageStatus
 from worker.cache.page_store import PageStore
 from worker.vllm.kv_pages import KvPages
@@ -30,7 +29,7 @@ _READ_BYTES: Final = 32 << 20
 """Copies of pages that one load has in memory at a time."""
 _MEASUREMENTS_MAX: Final = 256
 
-_log = structlog.get_logger(__name__)
+_log = get_logger(__name__)
 
 
 class Transfers:
