@@ -53,6 +53,7 @@ class ChannelNode:
         self.server = PageChannelServer(self.store, self.tokens, self.metrics, stall_ms=stall_ms)
         self.server.start("127.0.0.1", 0)
         self._stopped = False
+        self._dialled: list[FrameStream] = []
 
     def register(self, batch: Batch, tenant: str = "default") -> None:
         self.store.register(batch.namespace, batch.layout, tenant)
@@ -67,8 +68,10 @@ class ChannelNode:
             assert self.store.seal(page) is PageStatus.STORED
 
     def dial(self, receive_buffer_bytes: int = 0) -> FrameStream:
-        """A connection that has said nothing yet."""
-        return dial(self.server.port, receive_buffer_bytes)
+        """A connection that has said nothing yet; `close` ends it where its test has failed before it could."""
+        stream = dial(self.server.port, receive_buffer_bytes)
+        self._dialled.append(stream)
+        return stream
 
     def connect(self, tenant: str = "default", *, receive_buffer_bytes: int = 0) -> FrameStream:
         """A connection that was welcomed."""
@@ -97,6 +100,8 @@ class ChannelNode:
 
     def close(self) -> None:
         self.stop()
+        for stream in self._dialled:
+            stream.close()
         self._arena.close()
 
 

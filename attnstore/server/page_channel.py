@@ -158,8 +158,11 @@ class _Connection(Connection):
                 frame = self._next_request()
                 with self.busy:
                     self._answer(frame, tenant)
+        except DeadlineExceeded:
+            # Stalled: nothing that the kernel still holds for it is kept, and it learns so even if neither window is open.
+            self._stream.abort()
         except Retryable:
-            return  # gone or stalled: its pins and slots were given back on the way here
+            return  # gone, or the node drains; as above, its pins and slots were given back on the way here
         except AttnStoreError as error:
             _log.warning("page channel closed", reason=str(error), code=error.code)
             with suppress(Retryable):
