@@ -26,7 +26,7 @@ _TIMEOUT_S: Final = 10.0
 _ROUTE: Final = "/planner"
 _COLUMNS: Final = (
     *("#", "tokens", "here", "found", "RTT ms", "Gb/s", "+-"),
-    *("recompute", "fetch", "planned", "choice", "fetched", "took", "error"),
+    *("recompute", "fetch", "planned", "attend", "choice", "fetched", "took", "error"),
 )
 
 
@@ -73,7 +73,7 @@ def show(decisions: Sequence[dict[str, Any]], console: Console) -> None:
             _number(each["rtt_ms"], ".1f"),
             _number(each["gbit_per_s"], ".3g"),
             _number(each["spread"], ".2f"),
-            *(_number(forecasts.get(name), ".0f") for name in ("recompute", "fetch", "planned")),
+            *(_number(forecasts.get(name), ".0f") for name in ("recompute", "fetch", "planned", "attend")),
             each["choice"],
             str(each["arrived_blocks"]),
             _number(each["happened_ttft_ms"], ".0f"),

@@ -11,7 +11,8 @@ from types import TracebackType
 from typing import Self
 
 _READY = "listening on "
-_START_S_MAX = 30.0
+_START_S_MAX = 120.0
+"""A node that attends compiles its kernels first, where nobody has before it: half a minute on a busy machine."""
 _STOP_S_MAX = 30.0
 
 

@@ -63,6 +63,10 @@ class BlockPool:
         """How many blocks `allocate` could give out now."""
         return len(self._free) + len(self._policy)
 
+    def __contains__(self, block_hash: BlockHash) -> bool:
+        """A sealed block with that hash is here."""
+        return block_hash in self._block_of
+
     def holders(self, block_id: int) -> int:
         """How many hold the block; 0 when it is free or evictable."""
         return self._holders.get(block_id, 0)

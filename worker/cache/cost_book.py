@@ -7,7 +7,7 @@ what ran undisturbed teaches the cost of computing; a step beside a load teaches
 from __future__ import annotations
 
 import threading
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from attnstore.client.link_estimator import LinkEstimate, LinkEstimator
 from attnstore.clock import Clock
@@ -19,6 +19,25 @@ REMOTE = "remote"
 """The tier at the other end of the network."""
 _SLOWDOWN_PRIOR = 1.1
 _BEHIND_PRIOR = 1.1
+_ATTENDING_PRIOR = 1.0
+_ATTENDING_LEAST = 0.25
+_ATTENDING_MOST = 64.0
+
+
+@dataclass(frozen=True, slots=True)
+class AttendCosts:
+    """What a step costs whose keys lie partly at store nodes. `factor`: how many times as long as `step_ms` says it takes; nodes
+    that are slow or busy are in it. `resident_step_ms` is that of a step which asks nobody.
+    """
+
+    resident_step_ms: float
+    round_trip_ms: float
+    bytes_per_ms: float
+    factor: float
+
+    def step_ms(self, compute_ms: float, round_trips: int, size_bytes: int) -> float:
+        """A step that computes for `compute_ms` and moves so many bytes in so many exchanges, one after the other."""
+        return self.factor * (compute_ms + round_trips * self.round_trip_ms + size_bytes / self.bytes_per_ms)
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +49,7 @@ class CostReport:
     decode_ms: float | None = None
     slowdown: float = _SLOWDOWN_PRIOR
     behind: float = _BEHIND_PRIOR
+    attend: AttendCosts | None = None
 
     def prefill_tokens_per_s(self, tokens: int, chunk_tokens: int) -> float | None:
         """The rate at which a prompt of so many tokens is computed."""
@@ -48,12 +68,17 @@ class CostBook:
         self._decode = DurationEstimator()
         self._slowdown = FactorEstimator(_SLOWDOWN_PRIOR)
         self._behind = FactorEstimator(_BEHIND_PRIOR)
+        self._round_trip = DurationEstimator()
+        self._attending = FactorEstimator(_ATTENDING_PRIOR, least=_ATTENDING_LEAST, most=_ATTENDING_MOST)
 
     def transferred(self, transfer: Transfer) -> None:
         """Learns from a call to a tier. Writes teach nothing: links need not be alike in both directions."""
         if transfer.kind is TransferKind.WRITE:
             return
         with self._lock:
+            if transfer.kind is TransferKind.ATTEND:
+                self._round_trip.observe(transfer.ended_ms - transfer.started_ms)
+                return
             link = self._links.setdefault(transfer.tier, LinkEstimator(self._clock))
             if transfer.bytes or not transfer.failed:
                 link.observe(transfer.bytes, transfer.ended_ms - transfer.started_ms)
@@ -67,7 +92,9 @@ class CostBook:
         (begin, end), elapsed_ms = step.chunks[0], step.ended_ms - step.started_ms
         with self._lock:
             known = self._prefill.estimate()
-            if end - begin == 1:
+            if step.round_trips:
+                self._attended(step, decodes=end - begin == 1)
+            elif end - begin == 1:
                 self._decode.observe(elapsed_ms)
             elif loads and known is not None:
                 self._slowdown.observe(elapsed_ms, known.chunk(begin, end))
@@ -93,4 +120,23 @@ class CostBook:
         with self._lock:
             links = {tier: estimate for tier, link in self._links.items() if (estimate := link.estimate()) is not None}
             factors = self._slowdown.estimate(), self._behind.estimate()
-            return CostReport(links, self._prefill.estimate(), self._decode.estimate(), *factors)
+            return CostReport(links, self._prefill.estimate(), self._decode.estimate(), *factors, self._attend_costs())
+
+    def attend_costs(self) -> AttendCosts | None:
+        """What attending at nodes costs; None as long as a link, a round trip or a step of this worker's own is unknown."""
+        with self._lock:
+            return self._attend_costs()
+
+    def _attend_costs(self) -> AttendCosts | None:
+        link = self._links[REMOTE].estimate() if REMOTE in self._links else None
+        round_trip_ms, decode_ms = self._round_trip.estimate(), self._decode.estimate()
+        if link is None or round_trip_ms is None or decode_ms is None:
+            return None
+        return AttendCosts(decode_ms, round_trip_ms, link.bytes_per_ms, self._attending.estimate())
+
+    def _attended(self, step: Step, *, decodes: bool) -> None:
+        costs = self._attend_costs()
+        if decodes and costs is not None:
+            formula = replace(costs, factor=1.0)
+            expected_ms = formula.step_ms(costs.resident_step_ms, step.round_trips, step.attend_bytes)
+            self._attending.observe(step.ended_ms - step.started_ms, expected_ms)

@@ -13,6 +13,7 @@ from dataclasses import replace
 from typing import Final
 
 from attnstore.clock import Clock
+from worker.cache.attend_planner import AttendForecast
 from worker.cache.cost_book import CostBook, CostReport
 from worker.cache.decisions import Decision, DecisionLog, PredictionStatistics
 from worker.cache.load_plan import Found, LoadPlan, LoadProgress, Order, Prompt, SearchPlan
@@ -95,6 +96,31 @@ class CostPlanner:
         costs = self._book.costs()
         work = self._work(prompt, prompt.resident_blocks, prompt.usable_blocks)
         return costs is not None and split(costs, work, patience(costs.prefill, work)).fetches
+
+    def attend_forecast(self, prompt: Prompt, remote_blocks: int, row_bytes: int) -> AttendForecast | None:
+        """Of a prompt whose first `remote_blocks` blocks lie in the store, where a row of a query and its answer have `row_bytes`
+        over all layers; None as long as a cost is unknown.
+        """
+        costs, attend = self._book.costs(), self._book.attend_costs()
+        if costs is None or attend is None:
+            return None
+        work = self._work(prompt, prompt.resident_blocks, remote_blocks)
+        loaded = split(costs, work, patience(costs.prefill, work)) if work.front < work.back else None
+        begin = remote_blocks * prompt.block_tokens
+        tail_ms = costs.prefill.span(begin, prompt.tokens, self._chunk_tokens)
+        chunks = -(-prompt.tokens // self._chunk_tokens) - begin // self._chunk_tokens
+        return AttendForecast(
+            attend_ttft_ms=attend.step_ms(tail_ms, chunks * prompt.layers, (prompt.tokens - begin) * row_bytes),
+            attend_step_ms=attend.step_ms(attend.resident_step_ms, prompt.layers, row_bytes),
+            load_ttft_ms=loaded.ttft_ms if loaded is not None else recompute_ms(costs.prefill, work),
+            resident_step_ms=attend.resident_step_ms,
+        )
+
+    def attending(self, prompt: Prompt, remote_blocks: int, forecast: AttendForecast) -> None:
+        """Notes that a prompt's first blocks are left in the store."""
+        decision = self._decision(prompt, None, None, "attend", None)
+        forecasts = {"attend": forecast.attend_ttft_ms, "planned": forecast.load_ttft_ms}
+        self._log.opened(replace(decision, hit_end=remote_blocks, forecasts=forecasts, predicted_ttft_ms=forecast.attend_ttft_ms))
 
     def transferred(self, transfer: Transfer) -> None:
         """See `CostBook`."""

@@ -26,10 +26,10 @@ ERROR_BOUNDS: Final = (0.02, 0.05, 0.1, 0.15, 0.25, 0.5, 1.0, 2.0)
 class Decision:
     """One prompt. Times in ms from its admission to its first token; None where nothing was known or has happened yet.
 
-    `choice` is recompute, fetch, layers (fetch, and compute behind it), meet (compute and fetch at once) or probe (compute, and
-    fetch a little to learn); `forecasts` has the predicted time of each choice. Blocks `[resident_blocks,
-    hit_end)` were found below, of which those from `meet` on were to be fetched and `arrived_blocks` were. `end` is why the load
-    ended.
+    `choice` is recompute, fetch, layers (fetch, and compute behind it), meet (compute and fetch at once), probe (compute, and
+    fetch a little to learn) or attend (leave it there); `forecasts` has the predicted time of each choice. Blocks
+    `[resident_blocks, hit_end)` were found below, of which those from `meet` on were to be fetched and `arrived_blocks` were. `end`
+    is why the load ended.
     """
 
     number: int

@@ -129,10 +129,12 @@ class DurationEstimator:
 
 
 class FactorEstimator:
-    """The median of recent ratios of measured to expected, between 1 and 4; `prior` before there are any."""
+    """The median of recent ratios of measured to expected, between `least` and `most`; `prior` before there are any."""
 
-    def __init__(self, prior: float) -> None:
+    def __init__(self, prior: float, *, least: float = 1.0, most: float = 4.0) -> None:
         self._prior = prior
+        self._least = least
+        self._most = most
         self._ratios: deque[float] = deque([prior], maxlen=_WINDOW // 4)
 
     def observe(self, measured_ms: float, expected_ms: float) -> None:
@@ -142,4 +144,4 @@ class FactorEstimator:
 
     def estimate(self) -> float:
         """The factor now."""
-        return min(max(weighted_median([(ratio, 1.0) for ratio in self._ratios]) or self._prior, 1.0), 4.0)
+        return min(max(weighted_median([(ratio, 1.0) for ratio in self._ratios]) or self._prior, self._least), self._most)

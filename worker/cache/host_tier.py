@@ -34,6 +34,10 @@ class HostTier:
         self._pool = BlockPool(self._pages.capacity, policy, on_evict=self._leaving)
         self.on_evict: OnEvict = _forget
 
+    def __contains__(self, block_hash: BlockHash) -> bool:
+        """The page is here."""
+        return block_hash in self._pool
+
     def keep(self, block_hash: BlockHash, page: Tensor) -> bool:
         """Copies a page that HBM evicts; one that is here already only counts as used. `page` has the shape of the layout.
 

@@ -158,6 +158,16 @@ class CacheManager:
         swap_in = self._swap_in(self._remote, FetchAhead(self._remote.deadline_ms), prompt, table)
         return Loading(table, resident, None, swap_in)
 
+    def prompt(self, token_ids: Sequence[int], hashes: list[BlockHash], *, resident_blocks: int | None = None) -> Prompt:
+        """What there would be to decide about these tokens, with the blocks that are here now or `resident_blocks` of them, if all
+        others were in the store. `hashes` as in `announce`.
+        """
+        self._name_blocks(token_ids, hashes)
+        usable = self._usable_blocks(token_ids)
+        if resident_blocks is None:
+            resident_blocks = self._resident.prefix_blocks(hashes[:usable])
+        return self._new_prompt(len(token_ids), resident_blocks, usable)
+
     def empty_table(self, hashes: list[BlockHash] | None = None) -> BlockTable:
         """A table without blocks; without `hashes` that of a sequence whose content matters to nobody."""
         return BlockTable(self.block_tokens, hashes=[] if hashes is None else hashes)
@@ -290,9 +300,12 @@ class CacheManager:
         """What there is to decide about; None where no lower tier could help."""
         if self._remote is None or table.sealed == usable:
             return None
+        return self._new_prompt(tokens, table.sealed, usable)
+
+    def _new_prompt(self, tokens: int, resident: int, usable: int) -> Prompt:
         layout = self.pages.layout
         self._admissions += 1
-        return Prompt(self._admissions, tokens, self.block_tokens, layout.page_bytes, layout.layers, table.sealed, usable)
+        return Prompt(self._admissions, tokens, self.block_tokens, layout.page_bytes, layout.layers, resident, usable)
 
     def _start_swap_in(self, table: BlockTable, prompt: Prompt) -> SwapIn | None:
         return None if self._remote is None else self._swap_in(self._remote, self._planner, prompt, table)

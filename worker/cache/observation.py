@@ -14,11 +14,14 @@ from worker.cache.load_plan import Found, LoadPlan, Prompt, SearchPlan
 
 
 class TransferKind(enum.Enum):
-    """What a tier was asked to do. A MATCH moves no page: its duration is a round trip."""
+    """What a tier was asked to do. A MATCH moves no page: its duration is a round trip. So is that of an ATTEND, which tells a node
+    on an attend stream what pages will be asked about.
+    """
 
     MATCH = "match"
     READ = "read"
     WRITE = "write"
+    ATTEND = "attend"
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,11 +45,15 @@ class Transfer:
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """One step of the model. `chunks` are the token ranges `(begin, end)` that it computed, one for each sequence in it."""
+    """One step of the model. `chunks` are the token ranges `(begin, end)` that it computed, one for each sequence in it. Of what it
+    asked store nodes meanwhile: the exchanges that it waited for, one after the other, and their payload.
+    """
 
     started_ms: float
     ended_ms: float
     chunks: tuple[tuple[int, int], ...]
+    round_trips: int = 0
+    attend_bytes: int = 0
 
 
 class LoadEnd(enum.Enum):

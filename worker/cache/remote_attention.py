@@ -8,18 +8,22 @@ node loses every context that has a set there (`RemoteContext.lost`), and never 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Final, Protocol, runtime_checkable
 
 from attnstore.client.attend import AttendStream
+from attnstore.clock import Clock
 from attnstore.core.hashing import BlockHash, Namespace
 from attnstore.core.layout import PageLayout
 from attnstore.errors import AttnStoreError, NamespaceUnknown
 from attnstore.limits import ATTEND_BYTES_MAX, ATTEND_HASHES_MAX, ATTEND_ROWS_MAX
 from attnstore.types import Lease, MatchResult
 from worker.cache.leases import KeptLease, LeaseKeeper
+from worker.cache.observation import Observer, Transfer, TransferKind
 from worker.cache.remote_step import NodeRows, RemoteStep
+from worker.cache.tier import Tier
 from worker.errors import PagesLost
 
 _LOG = logging.getLogger(__name__)
@@ -81,6 +85,18 @@ class QueryShape:
     q_heads: int
     scale: float
 
+    def row_bytes(self, layout: PageLayout) -> int:
+        """Of one row's questions and answers over all layers: `q`, and `(out, lse)`, in fp32."""
+        return _FLOAT_BYTES * layout.layers * self.q_heads * (2 * layout.head_dim + 1)
+
+
+@dataclass(frozen=True, slots=True)
+class Traffic:
+    """Since the start: `round_trips` as in `AttendStatistics`, and the payload of both directions."""
+
+    round_trips: int = 0
+    bytes: int = 0
+
 
 @dataclass(frozen=True, slots=True)
 class AttendStatistics:
@@ -114,14 +130,26 @@ class RemoteContext:
 
 
 class RemoteAttention:
-    """`nodes` may hold pages of `namespace`; a query has to be answered within `deadline_ms`."""
+    """`nodes` may hold pages of `namespace`; a query has to be answered within `deadline_ms`. `observer` is told of sets opened."""
 
-    def __init__(self, nodes: NodesNow, namespace: Namespace, layout: PageLayout, shape: QueryShape, *, deadline_ms: float) -> None:
+    def __init__(
+        self,
+        nodes: NodesNow,
+        namespace: Namespace,
+        layout: PageLayout,
+        shape: QueryShape,
+        *,
+        deadline_ms: float,
+        clock: Clock,
+        observer: Observer,
+    ) -> None:
         self._namespace = namespace
         self._layout = layout
         self._nodes_now = nodes
         self._shape = shape
         self._deadline_ms = deadline_ms
+        self._clock = clock
+        self._observer = observer
         self._nodes: list[_Node] = []
         row_bytes = shape.q_heads * layout.head_dim * _FLOAT_BYTES
         self._rows_max = min(ATTEND_ROWS_MAX, ATTEND_BYTES_MAX // row_bytes)
@@ -186,6 +214,10 @@ class RemoteAttention:
             if node.uses(stream):
                 node.reset()
 
+    def traffic(self) -> Traffic:
+        """What was asked and answered so far."""
+        return Traffic(self.round_trips, self.bytes_sent + self.bytes_received)
+
     def statistics(self) -> AttendStatistics:
         """A snapshot."""
         pages = sum(part.pages for context in self._contexts for part in context.sets)
@@ -211,7 +243,16 @@ class RemoteAttention:
             node.end()
 
     def _new(self, store: AttendStore) -> _Node:
-        return _Node(store, self._namespace, self._layout, self._shape, self._deadline_ms, self._forget)
+        return _Node(store, self._namespace, self._layout, self._shape, self._deadline_ms, self._forget, self._opening)
+
+    @contextmanager
+    def _opening(self, pages: int) -> Iterator[None]:
+        started_ms = self._clock.now_ms()
+        yield
+        ended_ms = self._clock.now_ms()
+        self._observer.transferred(
+            Transfer(Tier.REMOTE.value, TransferKind.ATTEND, started_ms, ended_ms, pages, pages, 0, failed=False)
+        )
 
     def _forget(self, node: _Node) -> None:
         for context in self._contexts:
@@ -234,6 +275,7 @@ class _Node:
         shape: QueryShape,
         deadline_ms: float,
         on_reset: Callable[[_Node], None],
+        opening: Callable[[int], AbstractContextManager[None]],
     ) -> None:
         self.store = store
         self._namespace = namespace
@@ -241,6 +283,7 @@ class _Node:
         self._shape = shape
         self._deadline_ms = deadline_ms
         self._on_reset = on_reset
+        self._opening = opening
         self._leases = LeaseKeeper(store, period_ms=_RENEW_MS)
         self._stream: AttendStream | None = None
         self._registered = False
@@ -262,9 +305,11 @@ class _Node:
         kept = self._leases.keep(lease)
         opened: list[_Set] = []
         try:
+            stream = self.stream()  # begun before the first exchange is timed
             for begin in range(0, len(hashes), ATTEND_HASHES_MAX):
                 pages = hashes[begin : begin + ATTEND_HASHES_MAX]
-                opened.append(_Set(self, self.stream().open(pages, lease), len(pages), kept))
+                with self._opening(len(pages)):
+                    opened.append(_Set(self, stream.open(pages, lease), len(pages), kept))
         except AttnStoreError:
             self.reset()
             self._leases.let_go(kept)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 
 from attnstore.core.eviction import EvictionPolicy
 from attnstore.core.hashing import BlockHash
@@ -55,6 +56,14 @@ class ResidentTiers:
         self._counter.queried(Tier.HBM, len(hashes))
         self._counter.used_in_place(Tier.HBM, len(found.block_ids) - found.from_host)
         return found
+
+    def prefix_blocks(self, hashes: Sequence[BlockHash]) -> int:
+        """How many leading blocks of `hashes` the tiers have now. Holds nothing, and counts as no use."""
+
+        def is_here(block_hash: BlockHash) -> bool:
+            return block_hash in self.pool or (self._host is not None and block_hash in self._host)
+
+        return sum(1 for _ in takewhile(is_here, hashes))
 
     def evicted_blocks(self) -> dict[Tier, int]:
         """Blocks that left each tier since the start."""

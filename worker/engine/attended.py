@@ -1,17 +1,18 @@
 """Sequences some of whose blocks stay in the store: which, how many of their blocks are here, and what becomes of a loss.
 
-Owns: the decision to attend remotely, and the remote contexts of sequences. The engine calls it between steps.
+Owns: the remote contexts of sequences; whether one attends is `AttendChoice`'s decision. The engine calls it between steps.
 Invariant: a sequence that attends has at most `resident_blocks_max` blocks here when a step begins, and the blocks before them, all
 of them, in one context that is not lost; so contexts of any length run in a pool of any size that holds a few chunks.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Final
 
 from worker.cache import CacheManager
 from worker.cache.remote_attention import RemoteAttention, RemoteContext
-from worker.engine.attend_policy import AttendPolicy
+from worker.engine.attend_policy import AttendChoice
 from worker.engine.sequence import Sequence
 
 LOSSES_MAX: Final = 3
@@ -22,31 +23,36 @@ class AttendedBlocks:
     """`flush_ms`: how long to wait for blocks on their way to the store before one that is needed there is given up."""
 
     def __init__(
-        self, remote: RemoteAttention, cache: CacheManager, policy: AttendPolicy, *, chunk_tokens: int, flush_ms: float
+        self, remote: RemoteAttention, cache: CacheManager, choice: AttendChoice, *, chunk_tokens: int, flush_ms: float
     ) -> None:
         self.remote = remote
         self._cache = cache
-        self._policy = policy
+        self._choice = choice
         self._chunk_tokens = chunk_tokens
         self._flush_ms = flush_ms
         pool_blocks = cache.pages.capacity
         self.resident_blocks_max = max(pool_blocks // 2, min(pool_blocks, chunk_tokens // cache.block_tokens + 2))
 
     def wants(self, sequence: Sequence) -> bool:
-        """The sequence is to attend from its next admission on, or is too long now to go on without."""
-        if sequence.remote_losses > LOSSES_MAX:
-            return False
-        return self._policy is AttendPolicy.ALWAYS or not self.fits(sequence)
+        """A waiting sequence is to attend from its admission on."""
+        return sequence.remote_losses <= LOSSES_MAX and self._choice.wants(sequence)
+
+    def must(self, sequence: Sequence) -> bool:
+        """A running one is to attend from now on, having grown too long to go on without for example."""
+        return sequence.remote_losses <= LOSSES_MAX and self._choice.must(sequence)
 
     def admit(self, sequence: Sequence) -> bool:
         """Gives a waiting sequence a table that begins with all the blocks that the store has of it.
 
-        False, with nothing done, where that is none and the sequence fits into the pool.
+        False, with nothing done, where those are none or too few to be worth it, and the sequence fits into the pool.
         """
         usable = (len(sequence.token_ids) - 1) // self._cache.block_tokens
         context = self.remote.open(sequence.hashes[:usable])
-        if context is None and self.fits(sequence):
+        if not self._choice.takes(sequence, context.blocks if context is not None else 0):
+            if context is not None:
+                self.remote.close(context)
             return False
+        self._choice.began(sequence)
         table = self._cache.empty_table(sequence.hashes)
         if context is not None:
             self._cache.let_stay(table, context.blocks)
@@ -87,11 +93,37 @@ class AttendedBlocks:
 
     def may_go_on(self, sequence: Sequence) -> bool:
         """A sequence that was lost too often goes on without the store, where it fits into the pool."""
-        return sequence.remote_losses <= LOSSES_MAX or self.fits(sequence)
+        return sequence.remote_losses <= LOSSES_MAX or self._choice.fits(sequence)
 
-    def fits(self, sequence: Sequence) -> bool:
-        """The sequence, and a token more, fits into the pool."""
-        return len(sequence.token_ids) < self._cache.capacity_tokens
+    def moves(self, sequence: Sequence, spare_blocks: int) -> bool:
+        """A sequence that attends is better off with its blocks here from now on: to be admitted anew, for which room is left."""
+        if not sequence.attends or not self._choice.moves(sequence, spare_blocks):
+            return False
+        sequence.keeps_here, sequence.attends = True, False
+        return True
+
+    def leave_for(self, victim: Sequence, running: Iterable[Sequence]) -> bool:
+        """Has a running sequence, the one with the most blocks here, attend from now on, where that costs less than to preempt
+        `victim`. False where there is none.
+        """
+        for sequence in sorted(running, key=lambda each: each.table.sealed if each.table is not None else 0, reverse=True):
+            table = sequence.table
+            if table is None or table.lent is not None or sequence.attends or sequence.loading is not None or not table.sealed:
+                continue
+            if sequence.remote_losses > LOSSES_MAX or not self._choice.leaves(sequence, victim):
+                continue
+            context = self.remote.open(table.hashes[: table.sealed])
+            if context is not None:
+                sequence.attends, sequence.remote = True, context
+                self._choice.began(sequence)
+                self._cache.let_stay(table, context.blocks)
+                return True
+        return False
+
+    def ended(self, sequence: Sequence) -> None:
+        """The sequence is over."""
+        self.release(sequence)
+        self._choice.ended(sequence)
 
     def release(self, sequence: Sequence) -> None:
         """The sequence needs its remote blocks no more."""

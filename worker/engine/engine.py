@@ -35,8 +35,8 @@ from worker.cache import (
     create_cache,
 )
 from worker.cache.observation import Answer
-from worker.cache.remote_attention import AttendStatistics, AttendStore, NodesNow, RemoteAttention, nodes_of
-from worker.engine.attend_policy import AttendPolicy
+from worker.cache.remote_attention import AttendStatistics, AttendStore, NodesNow, RemoteAttention, Traffic, nodes_of
+from worker.engine.attend_policy import AttendChoice, AttendForecaster, AttendPolicy
 from worker.engine.attended import AttendedBlocks
 from worker.engine.options import EngineOptions
 from worker.engine.outputs import BatchingStatistics, Token
@@ -90,12 +90,12 @@ class Engine:
             planner=self.planner,
             observer=self._observer,
         )
+        self._speculation = Speculation()
         self._attend = self._attended_blocks((lambda: attend_nodes) if attend_nodes else nodes_of(store), name)
         attended = self._attend.remote if self._attend is not None else None
         self._runner = Runner(model, self._cache.pages.attended, attention or create_attention("cpu"), attended)
         self._scheduler = Scheduler(self.options.scheduler_limits(), self.options.block_tokens)
         self._prefetch = LookAheadPrefetch(self._cache, self.options.prefetch_sequences)
-        self._speculation = Speculation()
         self._submitted = 0
         self._counts: Counter[str] = Counter()
 
@@ -233,9 +233,16 @@ class Engine:
             return None
         if nodes is None:
             raise InvalidArgument(f"attend is {policy.value!r}, which needs a store node that answers queries")
-        deadline_ms = self.options.store_deadline_ms
-        remote = RemoteAttention(nodes, name, self.layout, self.model.query_shape(), deadline_ms=deadline_ms)
-        return AttendedBlocks(remote, self._cache, policy, chunk_tokens=self.options.chunk_tokens, flush_ms=deadline_ms)
+        forecaster = self.planner if isinstance(self.planner, AttendForecaster) else None
+        if policy is AttendPolicy.MEASURED and forecaster is None:
+            raise InvalidArgument("attend is 'measured', which needs the planner that measures costs")
+        deadline_ms, shape = self.options.store_deadline_ms, self.model.query_shape()
+        remote = RemoteAttention(
+            nodes, name, self.layout, shape, deadline_ms=deadline_ms, clock=self._clock, observer=self._observer
+        )
+        row_bytes = shape.row_bytes(self.layout)
+        choice = AttendChoice(policy, self._cache, forecaster, row_bytes, lambda: self._speculation.tokens_per_step)
+        return AttendedBlocks(remote, self._cache, choice, chunk_tokens=self.options.chunk_tokens, flush_ms=deadline_ms)
 
     def _sequence(self, token_ids: list[int], sampling: SamplingParams, priority: int) -> Sequence:
         self._submitted += 1
@@ -300,8 +307,13 @@ class Engine:
 
     def _run(self, chunks: Items[Chunk]) -> Tensor:
         started_ms = self._clock.now_ms()
+        asked = self._attend.remote.traffic() if self._attend is not None else Traffic()
         logits = self._runner.run(chunks)
-        self._observer.stepped(Step(started_ms, self._clock.now_ms(), tuple((chunk.begin, chunk.end) for chunk in chunks)))
+        now = self._attend.remote.traffic() if self._attend is not None else Traffic()
+        ranges = tuple((chunk.begin, chunk.end) for chunk in chunks)
+        self._observer.stepped(
+            Step(started_ms, self._clock.now_ms(), ranges, now.round_trips - asked.round_trips, now.bytes - asked.bytes)
+        )
         return logits
 
     def _count(self, chunks: Items[Chunk]) -> None:
@@ -387,7 +399,7 @@ class Engine:
         for sequence in self._scheduler.running:
             self._leave_behind(sequence)
         while (victim := self._scheduler.victim(self._cache.available_blocks)) is not None:
-            if not self._prefetch.give_way():
+            if not self._prefetch.give_way() and not self._leave_for(victim):
                 self._preempt(victim)
         for sequence in self._scheduler.running:
             assert sequence.table is not None
@@ -403,12 +415,25 @@ class Engine:
         """Leaves blocks to the store where a sequence attends, or has grown too long to go on without."""
         if self._attend is None or sequence.loading is not None:
             return
-        sequence.attends = sequence.attends or self._attend.wants(sequence)
+        spare = 0 if self._scheduler.waiting else self._cache.available_blocks - len(self._scheduler.running)
+        if self._attend.moves(sequence, spare):
+            self._send_back(sequence)
+            return
+        sequence.attends = sequence.attends or self._attend.must(sequence)
         if sequence.attends and not self._attend.make_room(sequence):
             self._give_up_remote(self._attend, sequence)
 
+    def _leave_for(self, victim: Sequence) -> bool:
+        return self._attend is not None and self._attend.leave_for(victim, self._scheduler.running)
+
     def _preempt(self, sequence: Sequence) -> None:
-        """Takes a sequence's blocks. Sealed ones stay findable here and in the store, so only its tail is computed again."""
+        """Takes a sequence's blocks for others."""
+        self._send_back(sequence)
+        sequence.preemptions += 1
+        self._counts["preemptions"] += 1
+
+    def _send_back(self, sequence: Sequence) -> None:
+        """To waiting, without a block. Sealed ones stay findable here and in the store, so only its tail is computed again."""
         assert sequence.table is not None
         self._scheduler.preempt(sequence)
         self._end_loading(sequence)
@@ -418,9 +443,7 @@ class Engine:
         sequence.table = None
         sequence.drafts = ()
         sequence.computed_tokens = 0
-        sequence.preemptions += 1
         sequence.announced = self._cache.announce(sequence.token_ids, sequence.hashes)
-        self._counts["preemptions"] += 1
 
     def _drop_recycled(self, sequences: Items[Sequence]) -> set[Sequence]:
         """Sends sequences back to waiting whose pages in a node's memory are not theirs any more. Returns them."""
@@ -484,7 +507,7 @@ class Engine:
         self._prefetch.forget(sequence)
         self._end_loading(sequence)
         if self._attend is not None:
-            self._attend.release(sequence)
+            self._attend.ended(sequence)
         if sequence.table is not None:
             sequence.blocks_used = len(sequence.table.own_block_ids)
             self._cache.release(sequence.table)

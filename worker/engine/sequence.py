@@ -41,7 +41,8 @@ class Sequence:
 
     `hashes` name its first complete blocks, `table` has the blocks held now, `admission` what was found of the prompt the first
     time. `prompt` is what was to be decided when it was last admitted, at `admitted_ms`; None where all was resident. One that
-    `attends` may leave its first blocks in the store: `remote` is where. `drafts` are guesses of the next tokens.
+    `attends` may leave its first blocks in the store: `remote` is where, `attends_since` the number of tokens that were generated
+    when it began; one that `keeps_here` has left off for good, unless it must. `drafts` are guesses of the next tokens.
     """
 
     sequence_id: int
@@ -61,6 +62,8 @@ class Sequence:
     loading: Loading | None = None
     remote: RemoteContext | None = None
     attends: bool = False
+    attends_since: int = 0
+    keeps_here: bool = False
     remote_losses: int = 0
     drafts: tuple[int, ...] = ()
     computed_tokens: int = 0

@@ -126,6 +126,12 @@ class Speculation:
         self._length = DraftLength()
         self.checked = 0
         self.accepted = 0
+        self._steps = 0
+
+    @property
+    def tokens_per_step(self) -> float:
+        """What a step gave a sequence on average; 1 where nothing was guessed right."""
+        return 1 + self.accepted / max(self._steps, 1)
 
     def draft(self, running: Sequence[Prompted], *, tokens_max: int, pool_tokens: int) -> None:
         """Gives each running sequence guesses, where all decode: prefill needs the room of a step, and gains nothing.
@@ -147,6 +153,7 @@ class Speculation:
         """
         giving = [chunk for chunk in chunks if chunk.gives_token]
         rows = list(logits.split_with_sizes([1 + len(chunk.drafts) for chunk in giving]))
+        self._steps += len(giving)
         alone = [index for index, chunk in enumerate(giving) if not chunk.drafts]
         drawn: dict[int, list[int]] = {}
         if alone:

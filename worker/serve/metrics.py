@@ -97,6 +97,15 @@ class _PlannerCollector(Collector):
                 "attnstore_worker_decode_step_seconds", "A decode step of one sequence.", report.decode_ms / 1e3
             )
         yield GaugeMetricFamily("attnstore_worker_load_slowdown", "How much a load slows computing down.", report.slowdown)
+        if report.attend is not None:
+            yield GaugeMetricFamily(
+                "attnstore_worker_attend_round_trip_seconds",
+                "One exchange with a store node that attends.",
+                report.attend.round_trip_ms / 1e3,
+            )
+            yield GaugeMetricFamily(
+                "attnstore_worker_attend_factor", "Attended steps over what their formula says.", report.attend.factor
+            )
         choices = CounterMetricFamily("attnstore_worker_decisions", "Prompts, by what was planned.", labels=["choice"])
         for choice, count in predictions.choices.items():
             choices.add_metric([choice], count)
