@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator, Sequence
 
 import pytest
@@ -112,6 +113,20 @@ def test_a_context_four_times_the_pool_runs_to_its_end_with_the_resident_tokens(
         assert attending.round_trips > 0
         assert attending.losses == 0
         assert attending.pages_open == 0
+
+
+def test_where_nothing_repeats_the_model_guesses_by_the_blocks_that_are_here_and_the_tokens_stay_the_same(
+    tiny: LoadedModel, client: attnstore.Client, request: pytest.FixtureRequest
+) -> None:
+    node = Flaky(client)
+    node.fault = lambda: time.sleep(0.02)  # a far one: guessing pays
+    token_ids = prompt(20 * 16 + 3)
+    with Engine(tiny, options(tiny, request.node.name, speculate=True), store=client, attend_nodes=[node]) as engine:
+        for sampling in (SamplingParams(max_tokens=NEW_TOKENS), SamplingParams(max_tokens=NEW_TOKENS, temperature=0.7, seed=3)):
+            sequence = engine.generate(token_ids, sampling)
+            engine.check()
+            assert sequence.generated == resident(tiny, token_ids, sampling)
+        assert engine.batching().drafts_checked > 0
 
 
 def test_without_attend_such_a_context_is_refused(

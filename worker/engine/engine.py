@@ -90,7 +90,7 @@ class Engine:
             planner=self.planner,
             observer=self._observer,
         )
-        self._speculation = Speculation()
+        self._speculation = Speculation(self._clock)
         self._attend = self._attended_blocks((lambda: attend_nodes) if attend_nodes else nodes_of(store), name)
         attended = self._attend.remote if self._attend is not None else None
         self._runner = Runner(model, self._cache.pages.attended, attention or create_attention("cpu"), attended)
@@ -333,6 +333,8 @@ class Engine:
 
     def _step(self, chunks: Items[Chunk]) -> list[Token]:
         started_ms = self._clock.now_ms()
+        if self._draft_from_residents():
+            chunks = self._scheduler.chunks()
         try:
             logits = self._run(chunks)
         except PagesLost:  # of a store node that attends; nothing was computed
@@ -362,6 +364,19 @@ class Engine:
         if self.options.speculate and self._cache.available_blocks >= len(running) * (1 + DRAFTS_MAX // self.layout.block_tokens):
             pool_tokens = self._cache.capacity_tokens
             self._speculation.draft(running, tokens_max=self.model.context_tokens_max, pool_tokens=pool_tokens)
+
+    def _draft_from_residents(self) -> bool:
+        """False where nobody was given guesses."""
+        if not self.options.speculate or self._attend is None:
+            return False
+
+        def run(chunks: Items[Chunk]) -> Tensor:
+            return self._runner.run(chunks, resident_only=True)
+
+        tokens_max, chunk_tokens = self.model.context_tokens_max, self.options.chunk_tokens
+        return self._speculation.draft_from_residents(
+            self._scheduler.running, run, tokens_max=tokens_max, chunk_tokens=chunk_tokens
+        )
 
     def _gate(self, sequence: Sequence) -> LayerGate | None:
         return sequence.loading.gate(sequence.computed_tokens) if sequence.loading is not None else None

@@ -31,8 +31,9 @@ class Runner:
         self._attention = attention
         self._remote = remote
 
-    def run(self, chunks: Items[Chunk], before_layer: Callable[[int], None] = at_once) -> Tensor:
-        """Computes the chunks' KV into their sequences' blocks. `before_layer` as in `PagedStep`.
+    def run(self, chunks: Items[Chunk], before_layer: Callable[[int], None] = at_once, *, resident_only: bool = False) -> Tensor:
+        """Computes the chunks' KV into their sequences' blocks. `before_layer` as in `PagedStep`. With `resident_only` nobody is
+        asked about blocks in the store: the result is an approximation, and what it wrote must be computed again.
 
         Returns fp32 logits `[n, vocabulary]` of the last known token and of each draft of every chunk that gives tokens, in the
         order of the chunks. Raises `PagesLost` where a store node failed that attends: nothing was computed then.
@@ -40,7 +41,7 @@ class Runner:
         tables = [_table(chunk) for chunk in chunks]
         token_ids = [token for chunk in chunks for token in chunk.token_ids()]
         positions = [position for chunk in chunks for position in range(chunk.begin, chunk.end + len(chunk.drafts))]
-        step = self._paged_step(chunks, tables, before_layer)
+        step = self._paged_step(chunks, tables, before_layer, None if resident_only else self._remote)
         ends = [int(end) for end in step.query_starts[1:]]
         rows = [
             row
@@ -50,13 +51,19 @@ class Runner:
         ]
         return self._decoder.logits(torch.tensor(token_ids), torch.tensor(positions), torch.tensor(rows, dtype=torch.int64), step)
 
-    def _paged_step(self, chunks: Items[Chunk], tables: Items[BlockTable], before_layer: Callable[[int], None]) -> PagedStep:
+    def _paged_step(
+        self,
+        chunks: Items[Chunk],
+        tables: Items[BlockTable],
+        before_layer: Callable[[int], None],
+        attended: RemoteAttention | None,
+    ) -> PagedStep:
         ends = [chunk.end + len(chunk.drafts) for chunk in chunks]
         slots = [table.slot_mapping(chunk.begin, end) for chunk, end, table in zip(chunks, ends, tables, strict=True)]
         query_lens = [end - chunk.begin for chunk, end in zip(chunks, ends, strict=True)]
         remote = None
-        if self._remote is not None:
-            remote = self._remote.step([(chunk.sequence.remote, rows) for chunk, rows in zip(chunks, query_lens, strict=True)])
+        if attended is not None:
+            remote = attended.step([(chunk.sequence.remote, rows) for chunk, rows in zip(chunks, query_lens, strict=True)])
         block_tables = torch.zeros(len(tables), max(len(table.block_ids) for table in tables), dtype=torch.int32)
         for row, table in zip(block_tables, tables, strict=True):
             row[: len(table.block_ids)] = torch.tensor(table.block_ids, dtype=torch.int32)

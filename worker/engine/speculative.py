@@ -1,7 +1,7 @@
 """Speculative decoding: guesses of the next tokens, checked by the model in one pass, so that one round trip serves several tokens.
 
 Owns: `draft` (prompt lookup), `accepted_tokens` (verification), `DraftLength` (how many guesses pay) and `Speculation`, which does
-all three for an engine. Invariant: the tokens are those that each sequence's sampler would have drawn one by one, whatever was
+all of it for an engine. Invariant: the tokens are those that each sequence's sampler would have drawn one by one, whatever was
 guessed.
 
 Guesses are the tokens that followed the last occurrence of the sequence's own last n-gram (prompt lookup decoding, Saxena 2023;
@@ -10,17 +10,22 @@ and goes on while the draw is the guess. For a guess that is certain (its own di
 (Leviathan et al. 2023): the guess `d` is accepted with probability `p(d)`, and what is drawn otherwise has the distribution `p`
 without `d`. And it draws from the generator once for each token, in order, so a seed gives the same tokens with and without
 speculation.
+
+Where nothing repeats, and round trips are what a step is made of, the model itself guesses: it attends to the blocks that are here
+and asks no node. A recent window says much of the next token (as a draft: TriForce, Sun et al. 2024). What that writes into the
+pool is wrong in its keys and values; the step that checks the guesses computes all of it again.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Final
 
 from torch import Tensor, cat
 
+from attnstore.clock import Clock
 from worker.engine.sampler import Sampler, sample_rows
-from worker.engine.sequence import Chunk
+from worker.engine.sequence import Chunk, next_chunk
 from worker.engine.sequence import Sequence as Prompted
 
 DRAFTS_MAX: Final = 15
@@ -80,11 +85,17 @@ class DraftLength:
         self._sum_ms = 0.0
         self._sum_kk = 0.0
         self._sum_k_ms = 0.0
+        self._made_ms: float | None = None
 
     @property
     def acceptance(self) -> float:
         """Estimated probability that a guess is right, given that those before it were."""
         return self._right / self._tried
+
+    def made(self, drafts: int, elapsed_ms: float) -> None:
+        """Making so many guesses took so long, which is part of what the step takes. Never told where guesses are free."""
+        each_ms = elapsed_ms / drafts
+        self._made_ms = each_ms if self._made_ms is None else _DECAY * self._made_ms + (1 - _DECAY) * each_ms
 
     def observe(self, drafts: int, accepted: int, step_ms: float) -> None:
         """A step that checked `drafts` guesses of one sequence, of which the first `accepted` were right."""
@@ -108,22 +119,28 @@ class DraftLength:
         return max(range(DRAFTS_MAX + 1), key=tokens_per_ms)
 
     def _costs(self) -> tuple[float, float]:
-        """`base` and `each` by least squares over the recent steps; without enough of them a guess costs a twentieth of a step."""
+        """`base` and `each` by least squares over the recent steps; without enough of them a guess costs a twentieth of a step, and
+        what it took to make it.
+        """
         if self._samples == 0:
             return 1.0, _EACH_SHARE
         mean_k, mean_ms = self._sum_k / self._samples, self._sum_ms / self._samples
         variance = self._sum_kk / self._samples - mean_k * mean_k
         slope = (self._sum_k_ms / self._samples - mean_k * mean_ms) / variance if variance > _VARIANCE_MIN else -1.0
         if slope <= 0:
-            slope = _EACH_SHARE * mean_ms / (1 + _EACH_SHARE * mean_k)
+            made_ms = self._made_ms or 0.0
+            slope = made_ms + _EACH_SHARE * max(mean_ms - made_ms * mean_k, 0.0) / (1 + _EACH_SHARE * mean_k)
         return max(mean_ms - slope * mean_k, slope), slope
 
 
 class Speculation:
     """Guesses for the sequences of one engine, and the tokens that follow from checking them. Counts are since the start."""
 
-    def __init__(self) -> None:
+    def __init__(self, clock: Clock) -> None:
+        self._clock = clock
         self._length = DraftLength()
+        self._resident_length = DraftLength()
+        self._from_residents: set[Prompted] = set()
         self.checked = 0
         self.accepted = 0
         self._steps = 0
@@ -138,13 +155,37 @@ class Speculation:
 
         No sequence grows past `tokens_max` by them, nor past `pool_tokens` where it does not attend to blocks in the store.
         """
-        decoding = all(len(sequence.token_ids) - sequence.computed_tokens == 1 for sequence in running)
-        drafts_max = self._length.best() if decoding else 0
+        drafts_max = self._length.best() if _decoding(running) else 0
         for sequence in running:
-            unasked = sequence.sampling.max_tokens - len(sequence.generated) - 1
-            room = (tokens_max if sequence.attends else min(tokens_max, pool_tokens)) - len(sequence.token_ids) - 1
-            left = min(drafts_max, unasked, room)
+            left = min(drafts_max, _room(sequence, tokens_max if sequence.attends else min(tokens_max, pool_tokens)))
             sequence.drafts = draft(sequence.token_ids, left) if left > 0 else ()
+
+    def draft_from_residents(
+        self, running: Sequence[Prompted], run: Callable[[Sequence[Chunk]], Tensor], *, tokens_max: int, chunk_tokens: int
+    ) -> bool:
+        """Gives those that attend to blocks in the store, and have no guesses, the model's own by its other blocks, one after the
+        other: `run` computes chunks in that way, as `Runner.run`. No table grows for that. False where nobody was given any.
+        """
+        self._from_residents.clear()
+        if not _decoding(running):
+            return False
+        began_ms = self._clock.now_ms()
+        drafts_max = self._resident_length.best()
+        wanted = {
+            sequence: min(drafts_max, _room(sequence, tokens_max), sequence.table.capacity_tokens - len(sequence.token_ids))
+            for sequence in running
+            if sequence.remote is not None and sequence.table is not None and not sequence.drafts
+        }
+        self._from_residents.update(wanted)
+        most_drafts = max(wanted.values(), default=0)
+        for count in range(1, most_drafts + 1):
+            drafting = [sequence for sequence, most in wanted.items() if count <= most]
+            rows = run([next_chunk(sequence, chunk_tokens) for sequence in drafting])
+            for sequence, guesses in zip(drafting, rows.split_with_sizes([count] * len(drafting)), strict=True):
+                sequence.drafts += (int(guesses[-1].argmax()),)
+        if most_drafts > 0:
+            self._resident_length.made(most_drafts, self._clock.now_ms() - began_ms)
+        return most_drafts > 0
 
     def next_tokens(self, chunks: Sequence[Chunk], logits: Tensor, step_ms: float) -> dict[Prompted, list[tuple[int, Tensor]]]:
         """For each sequence whose chunk gives tokens those tokens, with the logits `[vocabulary]` that each was drawn from.
@@ -165,5 +206,16 @@ class Speculation:
                 self.checked += len(chunk.drafts)
                 self.accepted += len(drawn[index]) - 1
         if len(chunks) == len(giving) == 1 and chunks[0].end - chunks[0].begin == 1:
-            self._length.observe(len(chunks[0].drafts), len(drawn[0]) - 1, step_ms)
+            length = self._resident_length if chunks[0].sequence in self._from_residents else self._length
+            length.observe(len(chunks[0].drafts), len(drawn[0]) - 1, step_ms)
         return {chunk.sequence: list(zip(drawn[index], rows[index], strict=False)) for index, chunk in enumerate(giving)}
+
+
+def _decoding(running: Sequence[Prompted]) -> bool:
+    return all(len(sequence.token_ids) - sequence.computed_tokens == 1 for sequence in running)
+
+
+def _room(sequence: Prompted, tokens_max: int) -> int:
+    """How many guesses could be of use: no more than the tokens asked for, nor than the sequence may grow to."""
+    unasked = sequence.sampling.max_tokens - len(sequence.generated) - 1
+    return min(unasked, tokens_max - len(sequence.token_ids) - 1)
