@@ -64,6 +64,9 @@ def _parser() -> argparse.ArgumentParser:
 
     status = commands.add_parser("status", help="show the nodes of a cluster", description="Show how every node of a cluster is.")
     status.add_argument("--watch", nargs="?", type=float, const=2.0, metavar="S", help="again every S seconds (default 2)")
+    status.add_argument(
+        "--worker", action="append", default=[], metavar="URL", help="also the links and costs that this worker has measured"
+    )
     status.add_argument("--json", action="store_true", help="one JSON object, with --watch one a line")
     status.set_defaults(run=_status)
 
@@ -123,7 +126,7 @@ def _health(arguments: argparse.Namespace) -> int:
 def _status(arguments: argparse.Namespace) -> int:
     access = _access(arguments)
     while True:
-        status = asyncio.run(cluster_status(access))
+        status = asyncio.run(cluster_status(access, arguments.worker))
         if arguments.json:
             print(json.dumps(status.to_json()), flush=True)
         else:

@@ -19,6 +19,7 @@ from attnstore.clock import Deadline, MonotonicClock
 from attnstore.directory import Directory, Intent, Member, NodeState, is_directory_url, open_directory
 from attnstore.errors import AttnStoreError, InvalidArgument
 from attnstore.types import NodeDescription, NodeStatistics
+from attnstore.worker_status import WorkerStatus, worker_rows, worker_statuses
 
 _POLL_S: Final = 0.5
 _HOT_LAYOUTS: Final = 8
@@ -84,29 +85,33 @@ class LayoutStatus:
 
 @dataclass(frozen=True, slots=True)
 class ClusterStatus:
-    """All nodes and the largest layouts. `unix_s`: when."""
+    """All nodes, the largest layouts, and the workers that were asked for. `unix_s`: when."""
 
     target: str
     unix_s: float
     nodes: tuple[NodeStatus, ...]
     layouts: tuple[LayoutStatus, ...]
+    workers: tuple[WorkerStatus, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """For `json.dumps`."""
         return asdict(self)
 
 
-async def cluster_status(access: Access) -> ClusterStatus:
-    """Asks the directory who there is and every node how it is. Raises `Unavailable` where the directory does not answer."""
+async def cluster_status(access: Access, worker_urls: Sequence[str] = ()) -> ClusterStatus:
+    """Asks the directory who there is, and every node and these workers how they are. Raises `Unavailable` where the directory does
+    not answer.
+    """
     members = await _members(access)
-    answers = await asyncio.gather(*(_node_status(access, member) for member in members))
+    nodes = asyncio.gather(*(_node_status(access, member) for member in members))
+    answers, workers = await asyncio.gather(nodes, worker_statuses(worker_urls, access.deadline_ms))
     sealed: Counter[tuple[str, int]] = Counter()
     for _, statistics in answers:
         for space in statistics.namespaces if statistics is not None else ():
             sealed[space.namespace.hex(), space.layout.page_bytes] += space.pages_sealed
     layouts = [LayoutStatus(name, page_bytes, pages) for (name, page_bytes), pages in sealed.most_common(_HOT_LAYOUTS)]
     shown = access.target.partition("://")[2].rpartition("@")[2]
-    return ClusterStatus(shown, time.time(), tuple(status for status, _ in answers), tuple(layouts))
+    return ClusterStatus(shown, time.time(), tuple(status for status, _ in answers), tuple(layouts), workers)
 
 
 async def _members(access: Access) -> list[Member]:
@@ -187,6 +192,8 @@ def status_text(status: ClusterStatus) -> str:
         layouts = [("NAMESPACE", "PAGE", "PAGES")]
         layouts += [(layout.namespace[:16], _size(layout.page_bytes), str(layout.pages_sealed)) for layout in status.layouts]
         lines += ["", *_aligned(layouts)]
+    if status.workers:
+        lines += ["", *_aligned(worker_rows(status.workers))]
     return "\n".join(lines)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import threading
 from collections.abc import Iterator
@@ -14,6 +15,7 @@ from rich.console import Console
 
 from attnstore.clock import MonotonicClock
 from attnstore.errors import InvalidArgument
+from attnstore.worker_status import worker_statuses
 from worker.cache import CostPlanner
 from worker.engine import AsyncEngine, Engine, EngineOptions, SamplingParams
 from worker.explain import decisions_of, show, try_out
@@ -82,6 +84,10 @@ def test_a_running_worker_tells_its_decisions_costs_and_metrics(engine: Engine, 
             url = f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
             assert [each["tokens"] for each in decisions_of(url, 5)] == [200]
             assert httpx2.get(f"{url}/planner?last=0").json()["costs"]["prefill"]["token_ms"] >= 0
+            [status] = asyncio.run(worker_statuses([url], WAIT_S * 1e3))
+            assert status.error is None
+            assert status.prefill_tokens_per_s
+            assert sum(count for _, count in status.choices) == 1
             metrics = httpx2.get(f"{url}/metrics").text
             assert "attnstore_worker_prefill_token_seconds" in metrics
             assert 'attnstore_worker_decisions_total{choice="' in metrics

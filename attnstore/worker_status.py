@@ -1,0 +1,114 @@
+"""What workers say of themselves, for `attnstore status --worker URL`: measured links and costs, and how well they were predicted.
+
+Owns: `WorkerStatus`, read from a worker's `GET /planner`. Invariant: a worker that does not answer, or answers with anything else,
+is shown as such, within the deadline.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import http.client
+import json
+import urllib.error
+import urllib.request
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+_ANSWER_BYTES_MAX: Final = 4 << 20
+_PROMPT_TOKENS: Final = 1_024
+_CHUNK_TOKENS: Final = 256
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerLink:
+    """A tier as the worker has measured it; `spread`: the factor within which a read is expected."""
+
+    tier: str
+    rtt_ms: float
+    gbit_per_s: float
+    spread: float
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerStatus:
+    """One worker, `error` where it does not answer; None for what it has not measured.
+
+    `prefill_tokens_per_s` is for a prompt of 1,024 tokens in chunks of 256, `attend_round_trip_ms` one exchange with a node that
+    attends, `choices` counts prompts by what was planned, `median_error` is the relative error of predicted times to first tokens.
+    """
+
+    url: str
+    error: str | None = None
+    links: tuple[WorkerLink, ...] = ()
+    prefill_tokens_per_s: float | None = None
+    decode_ms: float | None = None
+    attend_round_trip_ms: float | None = None
+    choices: tuple[tuple[str, int], ...] = ()
+    median_error: float | None = None
+
+
+async def worker_statuses(urls: Sequence[str], deadline_ms: float) -> tuple[WorkerStatus, ...]:
+    """Asks all of them at once."""
+    return tuple(await asyncio.gather(*(asyncio.to_thread(_ask, url.rstrip("/"), deadline_ms) for url in urls)))
+
+
+def worker_rows(workers: Sequence[WorkerStatus]) -> list[tuple[str, ...]]:
+    """A table's rows, the head first: one for each link of each worker."""
+    rows: list[tuple[str, ...]] = [("WORKER", "TIER", "RTT", "GB/S", "+-", "PREFILL", "DECODE", "ATTEND", "ERROR", "CHOICES")]
+    for worker in workers:
+        if worker.error is not None:
+            rows.append((worker.url, *("-" * 8), worker.error))
+            continue
+        costs = (
+            _shown(worker.prefill_tokens_per_s, "{:.0f}/s"),
+            _shown(worker.decode_ms, "{:.1f} ms"),
+            _shown(worker.attend_round_trip_ms, "{:.2f} ms"),
+            _shown(worker.median_error, "{:.0%}"),
+            " ".join(f"{choice}:{count}" for choice, count in worker.choices) or "-",
+        )
+        links = [(link.tier, f"{link.rtt_ms:.1f} ms", f"{link.gbit_per_s / 8:.3g}", f"{link.spread:.2f}") for link in worker.links]
+        rows += [(worker.url, *link, *costs) for link in links or [("-",) * 4]]
+    return rows
+
+
+def _ask(url: str, deadline_ms: float) -> WorkerStatus:
+    try:
+        if not url.startswith(("http://", "https://")):
+            raise ValueError("a worker's URL begins with http:// or https://")
+        with urllib.request.urlopen(f"{url}/planner?last=0", timeout=deadline_ms / 1e3) as answer:
+            return _parse(url, json.loads(answer.read(_ANSWER_BYTES_MAX)))
+    except (OSError, http.client.HTTPException, ValueError, KeyError, TypeError, AttributeError) as error:
+        return WorkerStatus(url, error=f"{type(error).__name__}: {error}")
+
+
+def _parse(url: str, body: dict[str, Any]) -> WorkerStatus:
+    costs, predictions = body.get("costs"), body.get("predictions")
+    if costs is None or predictions is None:  # a worker that measures nothing
+        return WorkerStatus(url)
+    links = [
+        WorkerLink(str(tier), float(link["rtt_ms"]), float(link["bytes_per_ms"]) * 8 / 1e6, float(link["spread"]))
+        for tier, link in sorted(costs["links"].items())
+    ]
+    attend = costs.get("attend")
+    return WorkerStatus(
+        url,
+        links=tuple(links),
+        prefill_tokens_per_s=_prefill_rate(costs["prefill"]),
+        decode_ms=None if costs["decode_ms"] is None else float(costs["decode_ms"]),
+        attend_round_trip_ms=None if attend is None else float(attend["round_trip_ms"]),
+        choices=tuple((str(choice), int(count)) for choice, count in sorted(predictions["choices"].items())),
+        median_error=None if predictions["median_error"] is None else float(predictions["median_error"]),
+    )
+
+
+def _prefill_rate(prefill: dict[str, Any] | None) -> float | None:
+    if prefill is None:
+        return None
+    chunk_ms, token_ms, pair_ms = (float(prefill[name]) for name in ("chunk_ms", "token_ms", "pair_ms"))
+    elapsed_ms = chunk_ms * _PROMPT_TOKENS / _CHUNK_TOKENS + _PROMPT_TOKENS * (token_ms + pair_ms * _PROMPT_TOKENS / 2)
+    return _PROMPT_TOKENS * 1e3 / elapsed_ms if elapsed_ms > 0 else None
+
+
+def _shown(value: float | None, form: str) -> str:
+    return "-" if value is None else form.format(value)
