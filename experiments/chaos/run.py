@@ -35,6 +35,7 @@ _REFERENCE_S_MAX: Final = 300.0
 _RESTART_S_MAX: Final = 60.0
 _END_S_MAX: Final = 30.0
 _POLL_S: Final = 0.2
+_LOG_CHARACTERS: Final = 2_000
 
 Report = Callable[[str], None]
 
@@ -72,6 +73,8 @@ def run_chaos(seed: int, run_s: float, volumes: Path, environment: Mapping[str, 
             _sleep_until(began_s + fault.at_s)
             report(f"{time.monotonic() - began_s:5.1f} s: {fault.service} is {fault.kind} for {fault.for_s} s")
             healed.append(_suffer(cluster, fault))
+            if not cluster.is_healthy(fault.service):
+                report(f"{fault.service} does not become healthy again:\n{cluster.log(fault.service)[-_LOG_CHARACTERS:]}")
             report(f"{time.monotonic() - began_s:5.1f} s: {fault.service} is back")
         _sleep_until(began_s + load_s)
         for load in loads:

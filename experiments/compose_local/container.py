@@ -87,8 +87,12 @@ class Container:
     def kill(self) -> None:
         """SIGKILL: the service gets no chance to say goodbye."""
         self._signal(signal.SIGKILL)
-        self._process.kill()
-        self._process.wait(_END_S_MAX)
+        try:
+            # `unshare` ends when the service has, and with it everything that the service held, its ports among it.
+            self._process.wait(_END_S_MAX)
+        except subprocess.TimeoutExpired:
+            self._process.kill()  # it had not got as far as starting the service
+            self._process.wait(_END_S_MAX)
 
     def freeze(self) -> None:
         """SIGSTOP: it holds what it holds, and answers nothing."""

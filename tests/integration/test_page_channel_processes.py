@@ -247,14 +247,13 @@ def options(node: StoreProcess, transport: str) -> ConnectOptions:
 
 
 def test_a_blocked_port_falls_back_to_grpc_with_a_warning_and_comes_back(
-    shared_node: StoreProcess, capsys: pytest.CaptureFixture[str]
+    shared_node: StoreProcess, caplog: pytest.LogCaptureFixture
 ) -> None:
     clock, door = ManualClock(), Door(shared_node)
     client = Client(options(shared_node, "auto"), clock)
     client._client.bulk.offer((door.transport,), (door.transport,))
     batch = stored(client, 3, "blocked")
-    said = capsys.readouterr()
-    assert "using the next one" in said.out + said.err
+    assert "using the next one" in caplog.text
     assert read(client, batch).leading_hits == 3
     assert door.knocks == 1, "a blocked port is left alone for a while"
     door.blocked = False

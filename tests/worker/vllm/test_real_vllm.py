@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import os
 import pydoc_data.topics
-import subprocess
-import sys
-from collections.abc import Iterator
+import socket
+import tempfile
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,17 +16,23 @@ import pytest
 
 import attnstore
 from attnstore.testing import StoreProcess
+from attnstore.testing.link import Link
+from experiments.vllm.runs import Engine
+from experiments.vllm.session import Answers, Batch, Start
 from worker.model.conversion import export_model
 
 PYTHON = os.environ.get("ATTNSTORE_VLLM_PYTHON")
-ROOT = Path(__file__).parents[3]
 PROMPT_TOKENS = 1_776
-_RUN_S_MAX = 420
+BLOCKS = PROMPT_TOKENS // 128
+PAGE_BYTES = 5_898_240
+NEW_TOKENS = 24
+LOAD_MS_MAX = 2_000
+THREADS = os.cpu_count() or 1
 
 pytestmark = [
     pytest.mark.vllm,
     pytest.mark.slow,
-    pytest.mark.timeout(1_500),
+    pytest.mark.timeout(1_800),
     pytest.mark.skipif(PYTHON is None, reason="ATTNSTORE_VLLM_PYTHON names no Python with vLLM (make test-vllm makes one)"),
 ]
 
@@ -41,65 +48,104 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def prompts(model: Path) -> list[list[int]]:
     from transformers import AutoTokenizer
 
-    ids = AutoTokenizer.from_pretrained(model).encode("\n".join(pydoc_data.topics.topics.values())[:60_000])
-    return [ids[begin : begin + PROMPT_TOKENS] for begin in (0, 4_000)]
+    ids = AutoTokenizer.from_pretrained(model).encode("\n".join(pydoc_data.topics.topics.values())[:80_000])
+    return [ids[begin : begin + PROMPT_TOKENS] for begin in range(0, 16_000, 2_000)]
 
 
-@pytest.fixture
-def node() -> Iterator[StoreProcess]:
-    with StoreProcess("--capacity", "1GiB") as node:
-        yield node
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port: int = listener.getsockname()[1]
+        return port
 
 
-def run(
-    model: Path, store: dict[str, Any] | None, prompts: list[list[int]], salts: list[str | None] | None = None
-) -> dict[str, Any]:
-    asked = {
-        "model": str(model),
-        "dtype": "float32",
-        "store": store,
-        "prompts": prompts,
-        "max_tokens": 24,
-        "salts": salts or [None] * len(prompts),
-    }
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    child = subprocess.run(
-        [str(PYTHON), str(Path(__file__).with_name("run_vllm.py"))],
-        input=json.dumps(asked),
-        capture_output=True,
-        text=True,
-        timeout=_RUN_S_MAX,
-        env=environment,
-        check=False,
-    )
-    assert child.returncode == 0, child.stderr[-4_000:]
-    print(child.stderr[-2_000:], file=sys.stderr)
-    answer: dict[str, Any] = json.loads(child.stdout.splitlines()[-1])
-    return answer
+@contextmanager
+def vllm(model: Path, store: dict[str, Any] | None) -> Iterator[Engine]:
+    assert PYTHON is not None
+    with tempfile.TemporaryFile("w+") as log:
+        try:
+            with Engine(Path(PYTHON), Start(str(model), "float32", 4_096, store), THREADS, log) as engine:
+                yield engine
+        finally:
+            log.seek(0)
+            print(log.read()[-6_000:])
+
+
+@pytest.fixture(scope="module")
+def alone(model: Path, prompts: list[list[int]]) -> Answers:
+    """vLLM without a store, one prompt after the other."""
+    with vllm(model, None) as engine:
+        each = [engine.ask(Batch([prompt], NEW_TOKENS)) for prompt in prompts]
+    return Answers([one.tokens[0] for one in each], [one.ttft_ms[0] for one in each], sum(one.wall_ms for one in each))
 
 
 def test_a_second_process_gets_the_pages_and_the_tokens_are_those_of_vllm_alone(
-    model: Path, prompts: list[list[int]], node: StoreProcess
+    model: Path, prompts: list[list[int]], alone: Answers
 ) -> None:
-    alone = run(model, None, prompts)
-    first = run(model, {"store": node.url}, prompts)
-    assert first["tokens"] == alone["tokens"]
-    with attnstore.connect(node.url) as client:
-        assert client.stats().pages_sealed >= 2 * (PROMPT_TOKENS // 128)
+    with StoreProcess("--capacity", "1GiB") as node, attnstore.connect(node.url) as client:
+        with vllm(model, {"store": node.url}) as first:
+            for number in range(2):
+                assert first.ask(Batch([prompts[number]], NEW_TOKENS)).tokens == [alone.tokens[number]]
+        assert client.stats().pages_sealed >= 2 * BLOCKS
         read_before = client.stats().read_bytes
-        second = run(model, {"store": node.url}, prompts)
+        with vllm(model, {"store": node.url}) as second:
+            answers = [second.ask(Batch([prompts[number]], NEW_TOKENS)) for number in range(2)]
+            together = second.ask(Batch(prompts[:2], NEW_TOKENS))
         read = client.stats().read_bytes - read_before
-    assert second["tokens"] == alone["tokens"]
-    assert read >= 2 * (PROMPT_TOKENS // 128) * 5_898_240, "every page of both prompts came from the store"
-    print({"ttft_ms": {"alone": alone["ttft_ms"], "first": first["ttft_ms"], "second": second["ttft_ms"]}})
+    assert [one.tokens[0] for one in answers] == alone.tokens[:2] == together.tokens
+    assert read >= 2 * BLOCKS * PAGE_BYTES, "every page of both prompts came from the store"
+    print({"ttft_ms": {"alone": alone.ttft_ms[:2], "second": [one.ttft_ms[0] for one in answers]}})
 
 
-def test_salts_separate_tenants_and_a_store_that_is_gone_costs_no_token(model: Path, prompts: list[list[int]]) -> None:
+def test_salts_separate_tenants(model: Path, prompts: list[list[int]], alone: Answers) -> None:
     with StoreProcess("--capacity", "1GiB") as node:
-        with_salts = run(model, {"store": node.url}, [prompts[0], prompts[0]], ["alice", "bob"])
-        assert with_salts["tokens"][0] == with_salts["tokens"][1]
+        with vllm(model, {"store": node.url}) as engine:
+            for salt in ("alice", "bob"):
+                assert engine.ask(Batch([prompts[0]], NEW_TOKENS, [salt])).tokens == [alone.tokens[0]]
         with attnstore.connect(node.url) as client:
-            assert client.stats().pages_sealed >= 2 * (PROMPT_TOKENS // 128), "each salt has pages of its own"
-        url = node.url
-    without = run(model, {"store": url, "load_ms_max": 500, "lookup_ms_max": 200}, [prompts[0]])
-    assert without["tokens"][0] == with_salts["tokens"][0]
+            assert client.stats().pages_sealed >= 2 * BLOCKS, "each salt has pages of its own"
+
+
+def test_faults_during_a_load_cost_time_and_no_token_and_no_engine(
+    model: Path, prompts: list[list[int]], alone: Answers, tmp_path: Path
+) -> None:
+    arena = tmp_path / "arena"
+    with ExitStack() as stack:
+        options = ("--capacity", "1GiB", "--page-channel-port", str(free_port()))
+        node = stack.enter_context(StoreProcess(*options, "--arena-path", str(arena)))
+        link = stack.enter_context(Link.to_node(node.url, "1g"))
+        client = attnstore.connect(node.url, transport="grpc")
+        stack.callback(client.close)
+        store = {"store": link.url, "transport": "tcp", "load_ms_max": LOAD_MS_MAX, "lookup_ms_max": LOAD_MS_MAX}
+        engine = stack.enter_context(vllm(model, store))
+        for prompt, tokens in zip(prompts, alone.tokens, strict=True):
+            assert engine.ask(Batch([prompt], NEW_TOKENS)).tokens == [tokens]
+
+        def asked(number: int, during: Callable[[], object] | None = None, after_s: float = 0.2) -> tuple[Answers, int]:
+            """A prompt whose pages the store has, and the bytes that were read of it; a load takes some 0.6 s."""
+            read = client.stats().read_bytes
+            timer = threading.Timer(after_s, during or (lambda: None))
+            timer.start()
+            answers = engine.ask(Batch([prompts[number]], NEW_TOKENS))
+            timer.join()
+            assert answers.tokens == [alone.tokens[number]]
+            assert answers.ttft_ms[0] < 2 * LOAD_MS_MAX + 3 * max(alone.ttft_ms)
+            return answers, 0 if node.process.poll() is not None else client.stats().read_bytes - read
+
+        assert asked(0)[1] >= BLOCKS * PAGE_BYTES
+        for fault in (link.stall, link.cut):
+            asked(1, fault)
+            link.restore()
+            assert any(asked(2)[1] for _ in range(5)), "the store is used again"
+        with arena.open("r+b") as memory:  # every page now has a wrong byte
+            for position in range(4_096, arena.stat().st_size, PAGE_BYTES // 4):
+                memory.seek(position)
+                byte = memory.read(1)
+                memory.seek(position)
+                memory.write(bytes([byte[0] ^ 0xFF]))
+        asked(3)
+        asked(4, node.kill)
+        with StoreProcess("--listen", node.address, *options), attnstore.connect(node.url, transport="grpc") as again:
+            assert engine.ask(Batch([prompts[5]], NEW_TOKENS)).tokens == [alone.tokens[5]]
+            for number in (6, 7, 6, 7, 6, 7):
+                assert engine.ask(Batch([prompts[number]], NEW_TOKENS)).tokens == [alone.tokens[number]]
+            assert again.stats().read_bytes > 0, "the restarted store is written to and read from"

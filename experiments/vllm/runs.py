@@ -1,0 +1,189 @@
+"""One run: a node that has the documents, and each engine in its turn, alone or on the node over some transport and link.
+
+Owns: the node, the links and the sessions of a run, and `Row`. Invariants: at most one engine works at a time; every engine's
+tokens are compared with those of vLLM alone.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from statistics import median
+from typing import IO, Any, Final
+
+import attnstore
+from attnstore.links import LinkProfile, parse_link
+from attnstore.testing import StoreProcess
+from attnstore.testing.link import Link
+from experiments.bandwidth.processes import Child
+from experiments.vllm.session import Answers, Batch, Start, environment
+from experiments.vllm.workloads import Played, Workload
+
+_START_S_MAX: Final = 300.0
+"""vLLM compiles when it starts."""
+_BATCH_S_MAX: Final = 300.0
+_SETTLED_S: Final = 0.3
+_SETTLE_S_MAX: Final = 60.0
+_CAPACITY: Final = "4GiB"
+
+
+@dataclass(frozen=True, slots=True)
+class System:
+    """vLLM alone where `transport` is None, else on a node behind `link` (text for `parse_link`)."""
+
+    transport: str | None = None
+    link: str = "loopback"
+
+    @property
+    def name(self) -> str:
+        """For people and salts."""
+        return "vllm" if self.transport is None else f"attnstore {self.transport} {self.link}"
+
+    @property
+    def profile(self) -> LinkProfile:
+        """The link's figures."""
+        return parse_link(self.link)
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One system and workload. `ttft_ms`: median, `over_alone`: over that of vLLM alone; `tokens_per_s`: new tokens, all time."""
+
+    system: str
+    transport: str | None
+    link: str
+    rtt_ms: float
+    gbit_per_s: float | None
+    dtype: str
+    workload: str
+    requests: int
+    ttft_ms: float
+    ttft_max_ms: float
+    over_alone: float
+    tokens_per_s: float
+    bytes_read: int
+    tokens_equal: bool
+
+
+class Engine:
+    """A session's process, asked from here. Raises `ChildEnded` where it breaks or takes too long."""
+
+    def __init__(self, python: Path, start: Start, threads: int, log: IO[str]) -> None:
+        command = [str(python), "-m", "experiments.vllm.session", json.dumps(asdict(start))]
+        self._child = Child(command, stderr=log, environment=environment(dict(os.environ), threads))
+        try:
+            self._child.first_line(_START_S_MAX)
+        except BaseException:
+            self._child.stop()
+            raise
+
+    def __enter__(self) -> Engine:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._child.stop()
+
+    def ask(self, batch: Batch) -> Answers:
+        """Runs a batch to its end."""
+        return Answers(**json.loads(self._child.ask_within(_BATCH_S_MAX, json.dumps(asdict(batch)))))
+
+
+class Run:
+    """Measures systems one after the other on one node. `report` is told what begins; what vLLM prints goes to `log`."""
+
+    def __init__(self, python: Path, start: Start, threads: int, log: IO[str], report: Callable[[str], None]) -> None:
+        self._python = python
+        self._start = start
+        self._threads = threads
+        self._log = log
+        self._report = report
+
+    def measure(self, systems: Sequence[System], workloads: Sequence[Workload]) -> Iterator[Row]:
+        """Rows, first those of vLLM alone. Raises `ChildEnded`."""
+        with StoreProcess("--capacity", _CAPACITY) as node, attnstore.connect(node.url, transport="grpc") as client:
+            self._report("vllm alone")
+            with self._engine(None) as engine:
+                alone = {workload.name: workload.play(engine.ask, None) for workload in workloads}
+            for workload in workloads:
+                yield self._row(System(), workload, alone[workload.name], alone[workload.name], 0)
+            self._report("one process that fills the store")
+            with self._engine({"store": node.url}) as engine:
+                for workload in workloads:
+                    workload.fill(engine.ask)
+                _settle(client)
+            for system in systems:
+                yield from self._on_node(system, workloads, alone, node, client)
+
+    def _on_node(
+        self,
+        system: System,
+        workloads: Sequence[Workload],
+        alone: dict[str, Played],
+        node: StoreProcess,
+        client: attnstore.Client | attnstore.ClusterClient,
+    ) -> Iterator[Row]:
+        self._report(system.name)
+        with _reached(node, system) as url, self._engine({"store": url, "transport": system.transport}) as engine:
+
+            def ask(batch: Batch) -> Answers:
+                _settle(client)  # what the last turn wrote is there: users take longer than that to think
+                return engine.ask(batch)
+
+            def ask_alone(batch: Batch) -> Answers:
+                return ask(replace(batch, salts=[system.name for _ in batch.prompts]))
+
+            for workload in workloads:
+                read = client.stats().read_bytes
+                played = workload.play(ask if workload.shares else ask_alone, alone[workload.name].tokens)
+                yield self._row(system, workload, played, alone[workload.name], client.stats().read_bytes - read)
+
+    def _engine(self, store: dict[str, Any] | None) -> Engine:
+        start = Start(self._start.model, self._start.dtype, self._start.tokens_max, store)
+        return Engine(self._python, start, self._threads, self._log)
+
+    def _row(self, system: System, workload: Workload, played: Played, alone: Played, bytes_read: int) -> Row:
+        profile = system.profile
+        return Row(
+            system=system.name,
+            transport=system.transport,
+            link=system.link,
+            rtt_ms=profile.rtt_ms,
+            gbit_per_s=None if math.isinf(profile.down_bits_per_s) else profile.down_bits_per_s / 1e9,
+            dtype=self._start.dtype,
+            workload=workload.name,
+            requests=len(played.ttft_ms),
+            ttft_ms=median(played.ttft_ms),
+            ttft_max_ms=max(played.ttft_ms),
+            over_alone=median(played.ttft_ms) / median(alone.ttft_ms),
+            tokens_per_s=sum(map(len, played.tokens)) / played.wall_ms * 1e3,
+            bytes_read=bytes_read,
+            tokens_equal=played.tokens == alone.tokens,
+        )
+
+
+@contextmanager
+def _reached(node: StoreProcess, system: System) -> Iterator[str]:
+    if system.link == "loopback":
+        yield node.url
+        return
+    with Link.to_node(node.url, system.profile) as link:
+        yield link.url
+
+
+def _settle(client: attnstore.Client | attnstore.ClusterClient) -> None:
+    """Waits until nothing is being written."""
+    give_up_s = time.monotonic() + _SETTLE_S_MAX
+    sealed, since_s = -1, time.monotonic()
+    while time.monotonic() < give_up_s:
+        now = client.stats().pages_sealed
+        if now != sealed:
+            sealed, since_s = now, time.monotonic()
+        elif time.monotonic() - since_s > _SETTLED_S:
+            return
+        time.sleep(_SETTLED_S / 6)

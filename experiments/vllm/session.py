@@ -1,0 +1,125 @@
+"""One vLLM engine in a process of its own, under the Python that has vLLM: requests in, tokens and times out, a JSON line each.
+
+Owns: `Start`, `Batch` and `Answers`, what goes over the pipe, and the loop that answers. Standard library only, apart from vLLM.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+_WARM_UP = list(range(1000, 1200))
+
+
+@dataclass(frozen=True, slots=True)
+class Start:
+    """`model`: a Hugging Face folder, `dtype` as vLLM calls it. `store`: the connector's settings; None for vLLM alone."""
+
+    model: str
+    dtype: str
+    tokens_max: int
+    store: dict[str, Any] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """Prompts of token ids that are asked at once, each continued greedily by exactly `new_tokens`. `salts` as vLLM's `cache_salt`.
+
+    With `forget` vLLM's own prefix cache is emptied before: as if other users' prompts had gone through it.
+    """
+
+    prompts: list[list[int]]
+    new_tokens: int
+    salts: list[str | None] = field(default_factory=list)
+    forget: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class Answers:
+    """In the order of the prompts: the new tokens, and the times until the first of them; `wall_ms` until the last of all."""
+
+    tokens: list[list[int]]
+    ttft_ms: list[float]
+    wall_ms: float
+
+
+def environment(base: dict[str, str], threads: int) -> dict[str, str]:
+    """What vLLM on a CPU needs in a process: as many threads, no network, KV memory of 1 GiB."""
+    return {
+        **base,
+        "HF_HUB_OFFLINE": "1",
+        "OMP_NUM_THREADS": str(threads),
+        "VLLM_CPU_KVCACHE_SPACE": "1",
+        "VLLM_NO_USAGE_STATS": "1",
+    }
+
+
+class Session:
+    """vLLM's offline engine with its defaults, its engine core in a process of its own."""
+
+    def __init__(self, start: Start) -> None:
+        from vllm import LLM  # only the Python that runs this module has it
+
+        options: dict[str, Any] = {}
+        if start.store is not None:
+            options["kv_transfer_config"] = {
+                "kv_connector": "AttnStoreConnector",
+                "kv_connector_module_path": "worker.vllm",
+                "kv_role": "kv_both",
+                "kv_load_failure_policy": "recompute",
+                "kv_connector_extra_config": start.store,
+            }
+        self._llm = LLM(model=start.model, dtype=start.dtype, max_model_len=start.tokens_max, disable_log_stats=True, **options)
+        self._requests = 0
+
+    def answer(self, batch: Batch) -> Answers:
+        """Runs a batch to its end."""
+        from vllm import SamplingParams
+
+        engine = self._llm.llm_engine
+        if batch.forget:
+            self._llm.reset_prefix_cache()
+        sampling = SamplingParams(max_tokens=batch.new_tokens, temperature=0, ignore_eos=True)
+        order: dict[str, int] = {}
+        tokens: list[list[int]] = [[] for _ in batch.prompts]
+        ttft_ms = [0.0] * len(batch.prompts)
+        began = time.perf_counter()
+        for index, prompt in enumerate(batch.prompts):
+            given: dict[str, Any] = {"prompt_token_ids": prompt}
+            if batch.salts and batch.salts[index] is not None:
+                given["cache_salt"] = batch.salts[index]
+            self._requests += 1
+            name = str(self._requests)
+            order[engine.add_request(name, given, sampling) or name] = index
+            order[name] = index
+        while engine.has_unfinished_requests():
+            for output in engine.step():
+                index = order[output.request_id]
+                tokens[index] = list(output.outputs[0].token_ids)
+                if not ttft_ms[index] and tokens[index]:
+                    ttft_ms[index] = (time.perf_counter() - began) * 1e3
+        return Answers(tokens, ttft_ms, (time.perf_counter() - began) * 1e3)
+
+    def close(self) -> None:
+        """Ends the engine, which writes what waits to be written first."""
+        self._llm.llm_engine.engine_core.shutdown()
+
+
+def main() -> None:
+    """Says `ready` and answers batches until standard input ends. What vLLM prints goes to standard error."""
+    answers = os.fdopen(os.dup(1), "w", buffering=1)
+    os.dup2(2, 1)
+    session = Session(Start(**json.loads(sys.argv[1])))
+    session.answer(Batch([_WARM_UP], 2))
+    print("ready", file=answers)
+    for line in sys.stdin:
+        print(json.dumps(asdict(session.answer(Batch(**json.loads(line))))), file=answers)
+    session.close()
+
+
+if __name__ == "__main__":
+    main()

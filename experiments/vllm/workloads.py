@@ -1,0 +1,113 @@
+"""What vLLM is asked: documents that several users ask questions about, and conversations of several turns.
+
+Owns: the prompts, from Python's own documentation, and how a workload is played on an engine. Invariant: every engine is asked the
+same; a later turn has the answer in it that vLLM alone gave, so that all compute the same tokens.
+"""
+
+from __future__ import annotations
+
+import pydoc_data.topics
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Final, Protocol
+
+from experiments.vllm.session import Answers, Batch
+
+DOCUMENT_TOKENS: Final = 1_776
+_QUESTIONS: Final = (
+    "\n\nQuestion: what is this text about?\nAnswer:",
+    "\n\nQuestion: which of these rules is the most surprising one?\nAnswer:",
+    "\n\nQuestion: give a short example.\nAnswer:",
+)
+_TURN: Final = "\n\nUser: {text}\nAssistant:"
+_TURN_CHARACTERS: Final = 6_000
+_TURN_TOKENS: Final = 320
+_ANSWER_TOKENS: Final = 24
+
+Tokenize = Callable[[str], list[int]]
+Ask = Callable[[Batch], Answers]
+
+
+@dataclass(slots=True)
+class Played:
+    """What a workload measured, and the tokens of every answer in order."""
+
+    ttft_ms: list[float] = field(default_factory=list)
+    wall_ms: float = 0.0
+    tokens: list[list[int]] = field(default_factory=list)
+
+    def add(self, answers: Answers) -> None:
+        """One batch more."""
+        self.ttft_ms += answers.ttft_ms
+        self.wall_ms += answers.wall_ms
+        self.tokens += answers.tokens
+
+
+class Workload(Protocol):
+    """Prompts in an order."""
+
+    name: str
+    shares: bool
+    """Engines are to find pages of each other."""
+
+    def fill(self, ask: Ask) -> None:
+        """Computes what other processes have computed before."""
+        ...
+
+    def play(self, ask: Ask, known: Sequence[list[int]] | None) -> Played:
+        """Asks everything; `known` are the answers of vLLM alone, None where this is vLLM alone."""
+        ...
+
+
+class SharedDocuments:
+    """Each question about each document by a user of his own, one after the other."""
+
+    name = "shared_document"
+    shares = True
+
+    def __init__(self, tokenize: Tokenize, documents: int, questions: int) -> None:
+        text = tokenize("\n\n".join(pydoc_data.topics.topics.values())[:200_000])
+        # Every document begins at another place, so that none has a block of another.
+        self._documents = [text[begin : begin + DOCUMENT_TOKENS] for begin in range(0, documents * 2_000, 2_000)]
+        self._questions = [tokenize(question) for question in _QUESTIONS[:questions]]
+
+    def fill(self, ask: Ask) -> None:
+        """One user asked about each document before."""
+        for document in self._documents:
+            ask(Batch([document], 1))
+
+    def play(self, ask: Ask, known: Sequence[list[int]] | None) -> Played:
+        """See `Workload`."""
+        del known
+        played = Played()
+        for document in self._documents:
+            for question in self._questions:
+                played.add(ask(Batch([document + question], _ANSWER_TOKENS)))
+        return played
+
+
+class MultiTurn:
+    """Conversations that go on together, turn by turn; between turns others use the engine, so that it has forgotten them."""
+
+    name = "multi_turn"
+    shares = False
+
+    def __init__(self, tokenize: Tokenize, conversations: int, turns: int) -> None:
+        text = "\n\n".join(sorted(pydoc_data.topics.topics.values()))
+        begins = range(0, _TURN_CHARACTERS * conversations * turns, _TURN_CHARACTERS)
+        parts = [tokenize(_TURN.format(text=text[begin:][:_TURN_CHARACTERS]))[:_TURN_TOKENS] for begin in begins]
+        self._said = [parts[user::conversations] for user in range(conversations)]
+
+    def fill(self, ask: Ask) -> None:
+        """Nothing: each turn writes what the next one reads."""
+
+    def play(self, ask: Ask, known: Sequence[list[int]] | None) -> Played:
+        """See `Workload`."""
+        played = Played()
+        histories: list[list[int]] = [[] for _ in self._said]
+        for turn in range(len(self._said[0])):
+            prompts = [history + said[turn] for history, said in zip(histories, self._said, strict=True)]
+            played.add(ask(Batch(prompts, _ANSWER_TOKENS)))
+            given = (played.tokens if known is None else known)[turn * len(prompts) :]
+            histories = [prompt + list(answer) for prompt, answer in zip(prompts, given, strict=False)]
+        return played
