@@ -12,7 +12,9 @@ import os
 import socket
 import tempfile
 import threading
+import time
 from collections import Counter
+from contextlib import suppress
 from pathlib import Path
 
 from attnstore.arena import StampedArena
@@ -30,6 +32,10 @@ from attnstore.wire import shared
 from attnstore.wire.shared import Kind, Place, State
 from attnstore.wire.shared_stream import Message, SharedStream
 
+_PREFIX = "attnstore-shm-"
+_SOCKET = "shm"
+_LEFT_BEHIND_S = 60.0
+"""Younger directories may be those of nodes that are about to listen."""
 _HASHES_PER_LOCK = 64
 """Metadata calls wait for the page table no longer than this many look-ups take."""
 
@@ -68,8 +74,9 @@ class SharedMemoryServer:
         """
         listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
-            directory = tempfile.mkdtemp(prefix="attnstore-", dir=os.environ.get("XDG_RUNTIME_DIR") or None)
-            self.address = f"{directory}/shm"
+            directory = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=os.environ.get("XDG_RUNTIME_DIR") or None))
+            _remove_left_behind(directory.parent)
+            self.address = str(directory / _SOCKET)
             listener.bind(self.address)
             listener.listen(CHANNEL_CONNECTIONS_MAX)
         except OSError as error:
@@ -200,3 +207,18 @@ class _Connection(Connection):
             self._stream.send_with_descriptor(shared.encode_mapped(*self._arena.span(extent)), descriptor)
         finally:
             os.close(descriptor)
+
+
+def _remove_left_behind(parent: Path) -> None:
+    """Removes the directories of nodes that were killed: nobody listens at the socket in them."""
+    for directory in parent.glob(f"{_PREFIX}*"):
+        path = directory / _SOCKET
+        with suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+            if time.time() - directory.stat().st_mtime < _LEFT_BEHIND_S:
+                continue
+            probe.setblocking(False)
+            try:
+                probe.connect(str(path))
+            except ConnectionRefusedError:
+                path.unlink()
+                directory.rmdir()

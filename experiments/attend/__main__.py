@@ -62,6 +62,9 @@ def _full(model: LoadedModel, add: Any) -> None:
         add(measure(model, prose, [cell], capacity="256MiB", threads=_THREADS))
     [listing] = documents(model, 1024, 1, repeating=True)
     add(measure(model, listing, [Cell(2.0, 1.0, _GUESSING, 64, 2)], capacity="512MiB", threads=_THREADS))
+    [prose] = documents(model, 1024, 1, repeating=False)
+    far = [Cell(rtt_ms, 1.0, _GUESSING, 48, 2, resident_share=0.5) for rtt_ms in (2.0, 10.0)]
+    add(measure(model, prose, far, capacity="1GiB", threads=_THREADS))
     for geometry in (SMOLLM2, LLAMA_3_8B):
         for context in (8_192, 32_768, 131_072):
             add(measure_geometry(geometry, context, _LINKS, 1, threads=_THREADS, repeats=12))

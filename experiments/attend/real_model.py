@@ -31,13 +31,16 @@ _LIST: Final = "Item {0}: the value of field {0} is unknown; see item {0}.\n"
 
 @dataclass(frozen=True, slots=True)
 class Cell:
-    """One link, and how many tokens to generate in the modes that are fast and in the one that is slow."""
+    """One link, and how many tokens to generate in the modes that are fast and in the one that is slow. With a `resident_share` the
+    modes that attend compute the context in a pool of that share of it, and leave the rest behind.
+    """
 
     rtt_ms: float
     gbit_per_s: float
     modes: tuple[str, ...]
     tokens: int
     fetched_tokens: int
+    resident_share: float = 0.0
 
     @property
     def profile(self) -> str:
@@ -61,7 +64,9 @@ class _Run:
         """Time per token of the median step."""
         if not self.step_ms:
             return self.ttft_ms
-        return statistics.median(self.step_ms) / statistics.fmean(self.step_tokens)
+        if len(set(self.step_tokens)) > 1:  # steps that guess and steps that do not have no median in common
+            return sum(self.step_ms) / sum(self.step_tokens)
+        return statistics.median(self.step_ms) / self.step_tokens[0]
 
     @property
     def accepted_per_step(self) -> float:
@@ -99,7 +104,11 @@ def measure(model: LoadedModel, prompt: list[int], cells: Sequence[Cell], *, cap
                         run = _fetched(model, prompt, cell.fetched_tokens, link.url)
                         predicted = fetch_ms(resident.tpot_ms, context_bytes, cell.rtt_ms, cell.gbit_per_s)
                     else:
-                        run = _attended(model, prompt, cell.tokens, link.url, speculate=mode == "attend_speculative")
+                        speculate = mode == "attend_speculative"
+                        if cell.resident_share:
+                            run = _left_behind(model, prompt, cell, link.url, speculate=speculate)
+                        else:
+                            run = _attended(model, prompt, cell.tokens, link.url, speculate=speculate)
                         tokens = 1 + run.accepted_per_step
                         step_bytes = run.bytes_moved * tokens
                         step = attend_ms(resident.tpot_ms, layout.layers, cell.rtt_ms, step_bytes, cell.gbit_per_s)
@@ -125,7 +134,8 @@ def _row(
         round_trips_per_token=run.round_trips,
         tokens_equal=run.generated == resident.generated[: len(run.generated)],
         accepted_per_step=run.accepted_per_step if mode == "attend_speculative" else None,
-        predicted_ms=predicted_ms,
+        predicted_ms=None if cell.resident_share else predicted_ms,  # the formula knows no guesses that cost something
+        resident_share=cell.resident_share if mode.startswith("attend") else 0.0,
     )
 
 
@@ -187,6 +197,31 @@ def _attended(model: LoadedModel, prompt: list[int], tokens: int, url: str, *, s
             )
 
 
+def _left_behind(model: LoadedModel, prompt: list[int], cell: Cell, url: str, *, speculate: bool) -> _Run:
+    """The context is computed here, as of a tenant of its own, and its older blocks stay in the store for want of room."""
+    options = _options(
+        model,
+        int(len(prompt) * cell.resident_share),
+        attend="beyond_pool",
+        speculate=speculate,
+        tenant_salt=f"{cell} {speculate}".encode(),
+    )
+    with _store(url, "tcp") as store, Engine(model, options, store=store, attend_nodes=[store]) as engine:
+        sequence = engine.submit(prompt, SamplingParams(max_tokens=cell.tokens))
+        began = perf_counter()
+        _step_to_token(engine, sequence)
+        ttft_ms = (perf_counter() - began) * 1e3
+        before = engine.attending()
+        step_ms, step_tokens = _step_to_end(engine, sequence)
+        after = engine.attending()
+        assert before is not None
+        assert after is not None
+        given = max(1, len(sequence.generated) - 1)
+        moved = after.bytes_sent + after.bytes_received - before.bytes_sent - before.bytes_received
+        round_trips = (after.round_trips - before.round_trips) / given
+        return _Run(sequence.generated, ttft_ms, step_ms, step_tokens, moved / given, round_trips)
+
+
 def _fetched(model: LoadedModel, prompt: list[int], tokens: int, url: str) -> _Run:
     """Each token by an engine that has nothing yet: the whole context crosses the link for it."""
     generated: list[int] = []
@@ -207,13 +242,18 @@ def _generate(engine: Engine, prompt: list[int], tokens: int) -> _Run:
     began = perf_counter()
     _step_to_token(engine, sequence)
     ttft_ms = (perf_counter() - began) * 1e3
+    return _Run(sequence.generated, ttft_ms, *_step_to_end(engine, sequence), 0.0, 0.0)
+
+
+def _step_to_end(engine: Engine, sequence: Prompted) -> tuple[list[float], list[int]]:
+    """The milliseconds of each step, and the tokens that it gave."""
     step_ms, step_tokens = [], []
     while sequence.finish_reason is None:
         known, began = len(sequence.generated), perf_counter()
         engine.step()
         step_ms.append((perf_counter() - began) * 1e3)
         step_tokens.append(len(sequence.generated) - known)
-    return _Run(sequence.generated, ttft_ms, step_ms, step_tokens, 0.0, 0.0)
+    return step_ms, step_tokens
 
 
 def _step_to_token(engine: Engine, sequence: Prompted) -> None:

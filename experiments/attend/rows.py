@@ -17,7 +17,7 @@ class Row:
 
     `tpot_ms` is the median time of a decoding step over the tokens that it gave; `ttft_ms` is None where no prompt was run, and
     `tokens_equal` where there are no tokens. `nodes`: store nodes that held the pages. `predicted_ms` is the formula's `tpot_ms`
-    (docs/attend.md), None where a figure that it needs was not measured.
+    (docs/attend.md), None where a figure that it needs was not measured. `resident_share` of the context was in the worker's pool.
     """
 
     model: str
@@ -33,6 +33,7 @@ class Row:
     tokens_equal: bool | None
     accepted_per_step: float | None
     predicted_ms: float | None
+    resident_share: float = 0.0
 
 
 def attend_ms(resident_ms: float, layers: int, rtt_ms: float, bytes_per_token: float, gbit_per_s: float) -> float:
@@ -58,7 +59,7 @@ def table(rows: Sequence[Row]) -> Table:
             str(row.context_tokens),
             f"{row.rtt_ms:g}",
             f"{row.gbit_per_s:g}",
-            row.mode,
+            row.mode + (f" ({row.resident_share:.0%} here)" if row.resident_share else ""),
             str(row.nodes),
             f"{row.tpot_ms:.1f}",
             "" if row.predicted_ms is None else f"{row.predicted_ms:.1f}",

@@ -73,7 +73,7 @@ def run_chaos(seed: int, run_s: float, volumes: Path, environment: Mapping[str, 
             _sleep_until(began_s + fault.at_s)
             report(f"{time.monotonic() - began_s:5.1f} s: {fault.service} is {fault.kind} for {fault.for_s} s")
             healed.append(_suffer(cluster, fault))
-            if not cluster.is_healthy(fault.service):
+            if fault.kind is FaultKind.KILLED and not cluster.is_healthy(fault.service):
                 report(f"{fault.service} does not become healthy again:\n{cluster.log(fault.service)[-_LOG_CHARACTERS:]}")
             report(f"{time.monotonic() - began_s:5.1f} s: {fault.service} is back")
         _sleep_until(began_s + load_s)

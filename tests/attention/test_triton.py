@@ -9,6 +9,7 @@ import json
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -42,10 +43,24 @@ def test_compiled_kernels_agree_with_the_reference() -> None:
     assert done.returncode == 0, done.stdout
 
 
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory: pytest.TempPathFactory) -> dict[str, subprocess.CompletedProcess[str]]:
+    """What compiling for each target said; a compiler uses one core, so as many run at once."""
+
+    def compile_for(target: str) -> subprocess.CompletedProcess[str]:
+        cache = str(tmp_path_factory.mktemp(target))
+        return run(["tests.attention.compile_target", target], TRITON_CACHE_DIR=cache, TRITON_DEFAULT_FP_FUSION="1")
+
+    with ThreadPoolExecutor(os.cpu_count()) as compilers:
+        return dict(zip(SHARED_BYTES_MAX, compilers.map(compile_for, SHARED_BYTES_MAX), strict=True))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("target", sorted(SHARED_BYTES_MAX))
-def test_every_kernel_compiles_for_the_target_and_fits_it(target: str, tmp_path: Path) -> None:
-    done = run(["tests.attention.compile_target", target], TRITON_CACHE_DIR=str(tmp_path), TRITON_DEFAULT_FP_FUSION="1")
+def test_every_kernel_compiles_for_the_target_and_fits_it(
+    target: str, compiled: dict[str, subprocess.CompletedProcess[str]]
+) -> None:
+    done = compiled[target]
     assert done.returncode == 0, done.stderr
     reports = [json.loads(line) for line in done.stdout.splitlines()]
     assert {report["kernel"] for report in reports} == {"attend", "merge_splits", "copy_pages"}

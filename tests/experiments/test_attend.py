@@ -48,6 +48,18 @@ def test_every_mode_gives_the_resident_tokens() -> None:
     assert by_mode["attend_speculative"].round_trips_per_token <= 30
 
 
+@pytest.mark.slow
+def test_a_context_of_which_half_is_here_gives_the_resident_tokens_too() -> None:
+    model: LoadedModel = load_model()
+    [prose] = documents(model, 640, 1, repeating=False)
+    cell = Cell(2.0, 1.0, ("attend_speculative",), 8, 2, resident_share=0.5)
+    resident, half = measure(model, prose, [cell], capacity="256MiB", threads=1)
+    assert (resident.resident_share, half.resident_share) == (0.0, 0.5)
+    assert half.tokens_equal
+    assert 0 < half.round_trips_per_token <= 30
+    assert "50% here" in "".join(map(str, table([half]).columns[4].cells))
+
+
 def test_rows_are_valid_json(tmp_path: Path) -> None:
     row = Row("m", 16, 0.0, float("inf"), "resident", 1, 1.0, None, 0.0, 0.0, None, None, None)
     path = tmp_path / "rows.json"

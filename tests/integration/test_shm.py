@@ -455,3 +455,28 @@ def test_zeros_of_an_extent_that_was_given_up_are_a_miss() -> None:
 
     with LyingNode(answer) as node:
         assert read_from(node) is MISSING
+
+
+def test_what_a_killed_node_left_behind_is_removed_by_the_next_one_and_a_living_node_is_left_alone(tmp_path: Path) -> None:
+    def directories() -> set[Path]:
+        return set(tmp_path.iterdir())
+
+    options, environment = ("--capacity", "4MiB"), {"XDG_RUNTIME_DIR": str(tmp_path)}
+    killed = StoreProcess(*options, environment=environment)
+    [left_behind] = directories()
+    killed.kill()
+    assert directories() == {left_behind}
+    with StoreProcess(*options, environment=environment) as living:
+        [socket_of_living] = directories() - {left_behind}
+        for directory in (left_behind, socket_of_living):
+            os.utime(directory, (0, 0))
+        with StoreProcess(*options, environment=environment):
+            assert left_behind not in directories()
+            assert socket_of_living in directories()
+            assert len(directories()) == 2
+            batch = make_batch(1, model="left behind")
+            with attnstore.connect(living.url, transport="shm") as client:
+                client.register_layout(batch.namespace, batch.layout)
+                client.write(batch.namespace, batch.hashes, batch.pages)
+                assert client.read(batch.namespace, batch.hashes, batch.buffers()).leading_hits == 1
+    assert directories() == set()

@@ -285,7 +285,7 @@ def test_a_step_with_nothing_but_loads_waits_and_is_woken_by_their_end(
     tiny: LoadedModel, store: MemoryStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With the bound of the waiting out of the way, a step that spun or missed its wake-up would be seen."""
-    monkeypatch.setattr("worker.engine.engine._IDLE_MS", WAIT_MS)
+    monkeypatch.setattr("worker.engine.residency._IDLE_MS", WAIT_MS)
     how = SamplingParams(max_tokens=2)
     expected = stored(tiny, store, prompt(1, 100), how)
     with Engine(tiny, options(tiny, 40), store=store) as engine:
@@ -304,7 +304,7 @@ def test_a_step_with_nothing_but_loads_waits_and_is_woken_by_their_end(
 
 
 def test_a_waiting_step_can_be_woken(tiny: LoadedModel, store: MemoryStore, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("worker.engine.engine._IDLE_MS", WAIT_MS)
+    monkeypatch.setattr("worker.engine.residency._IDLE_MS", WAIT_MS)
     stored(tiny, store, prompt(1, 100), SamplingParams(max_tokens=2))
     with Engine(tiny, options(tiny, 40), store=store) as engine:
         store.gate.clear()

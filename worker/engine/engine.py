@@ -1,13 +1,13 @@
 """The engine: prompts in, tokens out, one step at a time.
 
 Owns: the life of sequences from `submit` to the last token. `step` is admit, make room, run, postprocess (the shape of nano-vllm's
-engine); who takes part is the scheduler's decision. Invariant: whatever the store does and whoever else runs, the tokens are those
-of a run alone, up to the rounding of near ties; a sequence that waits or is finished holds no block.
+engine); who takes part is the scheduler's decision, and where a sequence's blocks come from is residency's. Invariant: whatever the
+store does and whoever else runs, the tokens are those of a run alone, up to the rounding of near ties; a sequence that waits or is
+finished holds no block.
 """
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from collections.abc import Sequence as Items
@@ -20,9 +20,8 @@ from torch import Tensor
 from attnstore.attention import AttentionBackend, create_attention
 from attnstore.clock import Clock, MonotonicClock
 from attnstore.core.hashing import Namespace, namespace
-from attnstore.errors import InvalidArgument, Overloaded
+from attnstore.errors import InvalidArgument
 from worker.cache import (
-    Admission,
     CacheStatistics,
     FetchAll,
     LayerGate,
@@ -40,7 +39,7 @@ from worker.engine.attend_policy import AttendChoice, AttendForecaster, AttendPo
 from worker.engine.attended import AttendedBlocks
 from worker.engine.options import EngineOptions
 from worker.engine.outputs import BatchingStatistics, Token
-from worker.engine.prefetch import LookAheadPrefetch
+from worker.engine.residency import Residency
 from worker.engine.runner import Runner
 from worker.engine.sampler import SamplingParams
 from worker.engine.scheduler import Scheduler
@@ -49,9 +48,6 @@ from worker.engine.speculative import DRAFTS_MAX, Speculation
 from worker.engine.text import TextStream
 from worker.errors import ContextOverflow, PagesLost, PoolTooSmall
 from worker.model.loading import LoadedModel
-
-_IDLE_MS = 50.0
-"""A step that can only wait for pages looks around at least this often."""
 
 
 class Engine:
@@ -95,7 +91,15 @@ class Engine:
         attended = self._attend.remote if self._attend is not None else None
         self._runner = Runner(model, self._cache.pages.attended, attention or create_attention("cpu"), attended)
         self._scheduler = Scheduler(self.options.scheduler_limits(), self.options.block_tokens)
-        self._prefetch = LookAheadPrefetch(self._cache, self.options.prefetch_sequences)
+        self._residency = Residency(
+            self._cache,
+            self._scheduler,
+            self._attend,
+            self._clock,
+            self._end,
+            chunk_tokens=self.options.chunk_tokens,
+            prefetch_sequences=self.options.prefetch_sequences,
+        )
         self._submitted = 0
         self._counts: Counter[str] = Counter()
 
@@ -122,15 +126,12 @@ class Engine:
         """
         self._check_prompt(token_ids)
         sequence = self._sequence(token_ids, sampling or SamplingParams(stop_token_ids=self.model.stop_token_ids), priority)
-        self._scheduler.enqueue(sequence)
-        sequence.announced = self._cache.announce(sequence.token_ids, sequence.hashes)
+        self._residency.enqueue(sequence)
         return sequence
 
     def cancel(self, sequence: Sequence) -> None:
         """Ends a sequence wherever it is; what it has computed stays in the cache. A finished one stays as it is."""
         if sequence.finish_reason is None:
-            if sequence.table is None:
-                self._cache.settle(sequence.announced)
             self._end(sequence, FinishReason.CANCELLED)
 
     def step(self) -> list[Token]:
@@ -140,22 +141,20 @@ class Engine:
         Nothing happens when there is no work. Where it raises, the sequences whose chunks it computed have ended as FAILED; the
         others go on with the next step.
         """
-        self._admit()
-        self._advance()
-        self._drop_recycled(self._scheduler.running)
+        self._residency.admit()
+        self._residency.advance()
+        self._residency.drop_recycled(self._scheduler.running)
         self._draft()
-        self._make_room()
-        self._prefetch.advance(self._scheduler.waiting, self._cache.available_blocks - len(self._scheduler.running))
+        self._residency.make_room()
         chunks = self._scheduler.chunks()
         if chunks:
             with self._failing(chunks):
                 return self._step(chunks)
         if not self._scheduler.running:
             return []
-        for sequence in self._scheduler.running:
-            if (gate := self._gate(sequence)) is not None:
-                return self._step_behind(sequence, gate)
-        self._cache.wait(self._idle_ms())
+        if (gated := self._residency.gated()) is not None:
+            return self._step_behind(*gated)
+        self._residency.wait()
         return []
 
     def wake(self) -> None:
@@ -204,7 +203,8 @@ class Engine:
             loading=sum(sequence.loading is not None for sequence in self._scheduler.running),
             drafts_checked=self._speculation.checked,
             drafts_accepted=self._speculation.accepted,
-            **{name: self._counts[name] for name in ("steps", "tokens_computed", "tokens_generated", "preemptions")},
+            preemptions=self._residency.preemptions,
+            **{name: self._counts[name] for name in ("steps", "tokens_computed", "tokens_generated")},
         )
 
     def attending(self) -> AttendStatistics | None:
@@ -250,61 +250,6 @@ class Engine:
         now_ms = self._clock.now_ms()
         return Sequence(self._submitted, list(token_ids), len(token_ids), sampling, now_ms, priority, text_stream)
 
-    def _admit(self) -> None:
-        while (sequence := self._admissible()) is not None:
-            self._cache.settle(sequence.announced)
-            try:
-                self._start(sequence)
-            except Overloaded:
-                # The blocks of a transfer that hangs are lost for now. Where others run they will give theirs back.
-                if not self._scheduler.running and not self._prefetch.give_way():
-                    self._end(sequence, FinishReason.OVERLOADED)
-                    continue
-                sequence.announced = self._cache.announce(sequence.token_ids, sequence.hashes)
-                if self._scheduler.running:
-                    return
-
-    def _admissible(self) -> Sequence | None:
-        """The next sequence to admit; prefetching gives way to it."""
-        while True:
-            available = self._cache.available_blocks
-            sequence = self._scheduler.admissible(available)
-            if sequence is not None or self._scheduler.admissible(available + self._prefetch.blocks) is None:
-                return sequence
-            self._prefetch.give_way()
-
-    def _start(self, sequence: Sequence) -> None:
-        sequence.admitted_ms = self._clock.now_ms()
-        self._prefetch.forget(sequence)
-        sequence.attends = self._attend is not None and self._attend.wants(sequence) and self._attend.admit(sequence)
-        if sequence.attends:
-            sequence.admission = sequence.admission or Admission(remote_tokens=sequence.computed_tokens)
-            self._scheduler.start(sequence)
-            return
-        sequence.loading = self._cache.admit(sequence.token_ids, sequence.hashes)
-        sequence.prompt = sequence.loading.prompt
-        sequence.table = sequence.loading.table
-        sequence.computed_tokens = sequence.table.sealed * self.layout.block_tokens
-        self._scheduler.start(sequence)
-
-    def _advance(self) -> None:
-        """Lets each loading sequence have what has arrived, and claims what it computes next."""
-        for sequence in self._scheduler.running:
-            loading = sequence.loading
-            if loading is None:
-                continue
-            sequence.computed_tokens = self._cache.advance(loading, sequence.computed_tokens)
-            sequence.computable_tokens = None
-            if loading.over:
-                self._end_loading(sequence)
-            else:
-                sequence.computable_tokens = loading.claim(next_chunk(sequence, self.options.chunk_tokens).end)
-
-    def _idle_ms(self) -> float:
-        """How long to wait for pages before the first load is due."""
-        due_ms = min((s.loading.due_ms for s in self._scheduler.running if s.loading is not None), default=math.inf)
-        return min(_IDLE_MS, max(1.0, due_ms - self._clock.now_ms()))
-
     def _run(self, chunks: Items[Chunk]) -> Tensor:
         started_ms = self._clock.now_ms()
         asked = self._attend.remote.traffic() if self._attend is not None else Traffic()
@@ -340,23 +285,9 @@ class Engine:
         except PagesLost:  # of a store node that attends; nothing was computed
             for chunk in chunks:
                 chunk.sequence.drafts = ()
-            self._recover()
+            self._residency.recover()
             return []
         return self._postprocess(chunks, logits, self._clock.now_ms() - started_ms)
-
-    def _recover(self) -> None:
-        """Finds the blocks that running sequences lost at the store again, or has them waiting, to be fetched or computed."""
-        assert self._attend is not None
-        for sequence in self._scheduler.running:
-            if sequence.remote is not None and sequence.remote.lost and not self._attend.recover(sequence):
-                self._give_up_remote(self._attend, sequence)
-
-    def _give_up_remote(self, attend: AttendedBlocks, sequence: Sequence) -> None:
-        """Has a sequence that lost its blocks at the store begin anew, or ends it where it has no way to go on."""
-        if attend.may_go_on(sequence):
-            self._preempt(sequence)
-        else:
-            self._end(sequence, FinishReason.REMOTE_LOST)
 
     def _draft(self) -> None:
         """Guesses next tokens, within the room there is: nobody is preempted for a guess."""
@@ -378,9 +309,6 @@ class Engine:
             self._scheduler.running, run, tokens_max=tokens_max, chunk_tokens=chunk_tokens
         )
 
-    def _gate(self, sequence: Sequence) -> LayerGate | None:
-        return sequence.loading.gate(sequence.computed_tokens) if sequence.loading is not None else None
-
     def _step_behind(self, sequence: Sequence, gate: LayerGate) -> list[Token]:
         """Computes the chunk behind pages that are still arriving, layer by layer. Where they do not all come, it did nothing."""
         loading = sequence.loading
@@ -399,78 +327,13 @@ class Engine:
             return []
         sequence.computed_tokens = self._cache.advance(loading, sequence.computed_tokens)
         assert sequence.computed_tokens == begin
-        self._end_loading(sequence, LoadEnd.COMPLETE)
+        self._residency.end_loading(sequence, LoadEnd.COMPLETE)
         return self._postprocess([chunk], logits, 0.0)
-
-    def _end_loading(self, sequence: Sequence, end: LoadEnd = LoadEnd.RELEASED) -> None:
-        if sequence.loading is not None:
-            self._cache.abandon(sequence.loading, end)
-            sequence.admission = sequence.admission or sequence.loading.admission()
-            sequence.loading = None
-            sequence.computable_tokens = None
-
-    def _make_room(self) -> None:
-        """Gives each running sequence the blocks for all its tokens; for lack of blocks the last ones go back to waiting."""
-        for sequence in self._scheduler.running:
-            self._leave_behind(sequence)
-        while (victim := self._scheduler.victim(self._cache.available_blocks)) is not None:
-            if not self._prefetch.give_way() and not self._leave_for(victim):
-                self._preempt(victim)
-        for sequence in self._scheduler.running:
-            assert sequence.table is not None
-            try:
-                self._cache.grow(sequence.table, sequence.room_tokens(self.options.chunk_tokens))
-            except Overloaded:  # a transfer kept a block for longer than its deadline
-                if len(self._scheduler.running) > 1:
-                    self._preempt(sequence)
-                else:
-                    self._end(sequence, FinishReason.OVERLOADED)
-
-    def _leave_behind(self, sequence: Sequence) -> None:
-        """Leaves blocks to the store where a sequence attends, or has grown too long to go on without."""
-        if self._attend is None or sequence.loading is not None:
-            return
-        spare = 0 if self._scheduler.waiting else self._cache.available_blocks - len(self._scheduler.running)
-        if self._attend.moves(sequence, spare):
-            self._send_back(sequence)
-            return
-        sequence.attends = sequence.attends or self._attend.must(sequence)
-        if sequence.attends and not self._attend.make_room(sequence):
-            self._give_up_remote(self._attend, sequence)
-
-    def _leave_for(self, victim: Sequence) -> bool:
-        return self._attend is not None and self._attend.leave_for(victim, self._scheduler.running)
-
-    def _preempt(self, sequence: Sequence) -> None:
-        """Takes a sequence's blocks for others."""
-        self._send_back(sequence)
-        sequence.preemptions += 1
-        self._counts["preemptions"] += 1
-
-    def _send_back(self, sequence: Sequence) -> None:
-        """To waiting, without a block. Sealed ones stay findable here and in the store, so only its tail is computed again."""
-        assert sequence.table is not None
-        self._scheduler.preempt(sequence)
-        self._end_loading(sequence)
-        if self._attend is not None:
-            self._attend.release(sequence)
-        self._cache.release(sequence.table)
-        sequence.table = None
-        sequence.drafts = ()
-        sequence.computed_tokens = 0
-        sequence.announced = self._cache.announce(sequence.token_ids, sequence.hashes)
-
-    def _drop_recycled(self, sequences: Items[Sequence]) -> set[Sequence]:
-        """Sends sequences back to waiting whose pages in a node's memory are not theirs any more. Returns them."""
-        recycled = {each for each in sequences if each.table is not None and not self._cache.is_intact(each.table)}
-        for sequence in recycled:
-            self._preempt(sequence)
-        return recycled
 
     def _postprocess(self, chunks: Items[Chunk], logits: Tensor, took_ms: float) -> list[Token]:
         self._count(chunks)
         # Only now that the step has read them is it known that the pages were the right ones all the time.
-        if recycled := self._drop_recycled([chunk.sequence for chunk in chunks]):
+        if recycled := self._residency.drop_recycled([chunk.sequence for chunk in chunks]):
             kept = [chunk.sequence not in recycled for chunk in chunks if chunk.gives_token for _ in range(1 + len(chunk.drafts))]
             logits = logits[kept]
             chunks = [chunk for chunk in chunks if chunk.sequence not in recycled]
@@ -518,15 +381,7 @@ class Engine:
     def _end(self, sequence: Sequence, reason: FinishReason) -> None:
         sequence.finish_reason = reason
         sequence.finished_ms = self._clock.now_ms()
-        self._scheduler.remove(sequence)
-        self._prefetch.forget(sequence)
-        self._end_loading(sequence)
-        if self._attend is not None:
-            self._attend.ended(sequence)
-        if sequence.table is not None:
-            sequence.blocks_used = len(sequence.table.own_block_ids)
-            self._cache.release(sequence.table)
-            sequence.table = None
+        self._residency.release(sequence)
 
     def _decode(self, token_ids: Items[int]) -> str:
         text: str = self.model.tokenizer.decode(token_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
