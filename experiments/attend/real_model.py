@@ -242,7 +242,8 @@ def _generate(engine: Engine, prompt: list[int], tokens: int) -> _Run:
     began = perf_counter()
     _step_to_token(engine, sequence)
     ttft_ms = (perf_counter() - began) * 1e3
-    return _Run(sequence.generated, ttft_ms, *_step_to_end(engine, sequence), 0.0, 0.0)
+    step_ms, step_tokens = _step_to_end(engine, sequence)
+    return _Run(sequence.generated, ttft_ms, step_ms, step_tokens, 0.0, 0.0)
 
 
 def _step_to_end(engine: Engine, sequence: Prompted) -> tuple[list[float], list[int]]:
