@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[2]
 COMPOSE = ROOT / "docker-compose.yml"
 DOCKERFILES = sorted((ROOT / "deploy" / "docker").glob("Dockerfile.*"))
 SECRETS = {"ATTNSTORE_TOKEN": "a-token", "GRAFANA_PASSWORD": "a-password"}
-PROFILES = ("experiments", "link")
+PROFILES = ("experiments", "link", "vllm")
 
 needs_docker_compose = pytest.mark.skipif(
     shutil.which("docker-compose") is None, reason="docker-compose is not installed (Debian: apt-get install docker-compose)"
@@ -91,7 +91,7 @@ def test_services_run_with_no_more_rights_than_they_need() -> None:
 def test_only_loopback_ports_are_published_and_none_of_the_store_or_the_directory() -> None:
     for service in load_compose_file(COMPOSE, SECRETS).values():
         assert {port.host for port in service.ports} <= {"127.0.0.1"}
-        assert not service.ports or service.name in {"worker1", "worker2", "prometheus", "grafana"}
+        assert not service.ports or service.name in {"worker1", "worker2", "vllm", "prometheus", "grafana"}
 
 
 def test_every_service_that_stays_has_a_health_check() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,6 +14,7 @@ from attnstore.errors import InvalidArgument
 class Settings(BaseModel):
     """`store`: what `attnstore.connect` takes. `load_ms_max` bounds a load, `lookup_ms_max` the wait for what the store has.
 
+    `token` is by default that of the environment, `ATTNSTORE_TOKEN`: there no list of processes shows it.
     `model_id` replaces the fingerprint of the weights; `tenant_salt` separates tenants of one store that must not share pages.
     """
 
@@ -20,7 +22,7 @@ class Settings(BaseModel):
 
     store: str
     transport: str = "auto"
-    token: str | None = None
+    token: str | None = Field(default_factory=lambda: os.environ.get("ATTNSTORE_TOKEN"))
     tls_ca: str | None = None
     load_ms_max: float = Field(5_000, gt=0)
     lookup_ms_max: float = Field(500, gt=0)

@@ -57,3 +57,11 @@ def test_a_wrong_option_is_named() -> None:
         Settings.parse({"store": "grpc://a:1", "load_ms_max": 0})
     with pytest.raises(InvalidArgument, match="stroe"):
         Settings.parse({"stroe": "grpc://a:1"})
+
+
+def test_the_token_is_that_of_the_environment_unless_one_is_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("ATTNSTORE_TOKEN", raising=False)
+    assert Settings.parse({"store": "grpc://node:7400"}).token is None
+    monkeypatch.setenv("ATTNSTORE_TOKEN", "from-the-environment")
+    assert Settings.parse({"store": "grpc://node:7400"}).token == "from-the-environment"
+    assert Settings.parse({"store": "grpc://node:7400", "token": "given"}).token == "given"
