@@ -92,10 +92,15 @@ def _left_whole(rows: Sequence[Row]) -> list[Row]:
 
 
 def _panels(rows: Sequence[Row]) -> list[tuple[str, float, float]]:
-    """For each model the link with the most rows, and what else has several contexts of one mode."""
-    counts = Counter((row.model, row.rtt_ms, row.gbit_per_s) for row in rows if math.isfinite(row.gbit_per_s))
-    first = {model: max((key for key in counts if key[0] == model), key=counts.__getitem__) for model, _, _ in counts}
-    return sorted(first.values())
+    """For each model the link on which the most modes and contexts were measured."""
+    measured = {(row.model, row.rtt_ms, row.gbit_per_s, row.mode, row.context_tokens) for row in rows}
+    counts = Counter((model, rtt_ms, gbit) for model, rtt_ms, gbit, _, _ in measured if math.isfinite(gbit))
+
+    def rank(panel: tuple[str, float, float]) -> tuple[int, float, float]:
+        _, rtt_ms, gbit = panel
+        return counts[panel], -rtt_ms, -abs(math.log(gbit / _GBIT))
+
+    return sorted(max((panel for panel in counts if panel[0] == model), key=rank) for model in {model for model, _, _ in counts})
 
 
 def _draw(panel: Axes, rows: Sequence[Row]) -> None:
