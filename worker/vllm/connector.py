@@ -90,7 +90,7 @@ class AttnStoreConnector(KVConnectorBase_V1):
                 self._match, self._space, self._layout, self._clock, lookup_ms_max=self._settings.lookup_ms_max
             )
             self._prober = ThreadPoolExecutor(1, "attnstore-probe")
-            self._probe = self._prober.submit(probe_link, self._store, self._layout, self._clock, deadline_ms=_PROBE_MS_MAX)
+            self._measure_link()
 
     # Scheduler
 
@@ -101,6 +101,8 @@ class AttnStoreConnector(KVConnectorBase_V1):
         """See the base class. Never waits for the store for longer than a few milliseconds."""
         self._take_probe()
         hit = self._scheduling.hit_tokens(request.request_id, request.block_hashes, request.num_tokens, num_computed_tokens)
+        if self._probe is None and self._scheduling.wants_probe:
+            self._measure_link()
         return hit, bool(hit)
 
     def update_state_after_alloc(self, request: Any, blocks: Any, num_external_tokens: int) -> None:
@@ -137,6 +139,10 @@ class AttnStoreConnector(KVConnectorBase_V1):
         """Nothing is held back: what was saved has been copied."""
         self._scheduling.finished(request.request_id)
         return False, None
+
+    def _measure_link(self) -> None:
+        """In the background; nobody waits for it."""
+        self._probe = self._prober.submit(probe_link, self._store, self._layout, self._clock, deadline_ms=_PROBE_MS_MAX)
 
     def _take_probe(self) -> None:
         if self._probe is None or not self._probe.done():

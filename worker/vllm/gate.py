@@ -15,6 +15,8 @@ from worker.vllm.plan import Costs
 
 PREFILL_TOKENS_PER_S_UNMEASURED: Final = 20_000.0
 """Until prefill has been measured it is taken to be fast, so that only a fetch that beats even a fast GPU is made."""
+PROBE_MS: Final = 10_000.0
+"""After so long without a load the link may have changed."""
 _STEP_TOKENS_MIN: Final = 64
 """Smaller steps are decoding."""
 _STEPS: Final = 32
@@ -43,6 +45,12 @@ class Gate:
         """Whether `size_bytes` are expected sooner than their `tokens` would be computed, even if the link is at its slowest."""
         estimate = self._link.estimate()
         return estimate is not None and estimate.transfer_ms_high(size_bytes) < self.prefill_ms(tokens)
+
+    @property
+    def is_stale(self) -> bool:
+        """The link was never measured, or long ago."""
+        estimate = self._link.estimate()
+        return estimate is None or estimate.age_ms > PROBE_MS
 
     def prefill_ms(self, tokens: int) -> float:
         """How long this engine computes so many tokens."""

@@ -63,6 +63,7 @@ class SchedulerSide:
         self._breaker = CircuitBreaker(clock)
         self._threads = ThreadPoolExecutor(_LOOKUPS_MAX, "attnstore-lookup")
         self._probe: Future[int] | None = None
+        self._refused = False
         self._requests: dict[str, _Request] = {}
         self._loads: list[LoadPlan] = []
 
@@ -91,7 +92,10 @@ class SchedulerSide:
         request.claimed = True
         found = self._outcome(lookup)
         blocks = min(found, usable) - local
-        if blocks <= 0 or not self._gate.fetch_pays(blocks * block_tokens, blocks * self._layout.page_bytes):
+        if blocks <= 0:
+            return 0
+        if not self._gate.fetch_pays(blocks * block_tokens, blocks * self._layout.page_bytes):
+            self._refused = True
             return 0
         request.local_blocks = local
         return blocks * block_tokens
@@ -145,6 +149,12 @@ class SchedulerSide:
     def learn(self, costs: Costs) -> None:
         """What the workers measured."""
         self._gate.learn(costs)
+        self._refused = self._refused and not costs.loads
+
+    @property
+    def wants_probe(self) -> bool:
+        """A hit was not claimed, and nothing has told for long how the link is: unmeasured, it would never be used again."""
+        return self._refused and self._gate.is_stale
 
     def _names(self, request: _Request, blocks: int) -> list[BlockHash]:
         """The names of the first blocks; each is computed once, however often it is asked for while the request grows."""

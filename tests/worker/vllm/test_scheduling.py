@@ -10,6 +10,7 @@ import pytest
 from attnstore.core.hashing import BlockHash
 from attnstore.errors import Unavailable
 from attnstore.testing import ManualClock
+from worker.vllm.gate import PROBE_MS
 from worker.vllm.identity import page_hashes, page_layout, vllm_namespace
 from worker.vllm.plan import Costs
 from worker.vllm.scheduling import SchedulerSide
@@ -141,3 +142,22 @@ def test_a_preempted_request_may_ask_again(side: SchedulerSide, store: Answers) 
     assert settled(side, "a") == 3 * TOKENS
     side.finished("a")
     assert side.scheduled("a", [1], tokens_after=TOKENS, restarted=True) == []
+
+
+def test_a_link_that_was_bad_is_measured_again_and_used_again(side: SchedulerSide, clock: ManualClock) -> None:
+    side.learn(SLOW)
+    assert side.hit_tokens("first", FOREIGN, 100, 0) == 0
+    assert not side.wants_probe, "it was measured just now"
+    clock.advance_ms(PROBE_MS + 1)
+    assert side.wants_probe
+    side.learn(FAST)
+    assert not side.wants_probe
+    assert side.hit_tokens("second", FOREIGN, 100, 0) == 96
+
+
+def test_a_link_that_was_never_measured_is_measured_when_a_hit_was_not_claimed(store: Answers, clock: ManualClock) -> None:
+    side = SchedulerSide(store, ROOT, LAYOUT, clock, lookup_ms_max=100)
+    assert not side.wants_probe
+    assert side.hit_tokens("first", FOREIGN, 100, 0) == 0
+    assert side.wants_probe
+    side.close()
