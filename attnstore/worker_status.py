@@ -16,8 +16,6 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 _ANSWER_BYTES_MAX: Final = 4 << 20
-_PROMPT_TOKENS: Final = 1_024
-_CHUNK_TOKENS: Final = 256
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,20 +92,16 @@ def _parse(url: str, body: dict[str, Any]) -> WorkerStatus:
     return WorkerStatus(
         url,
         links=tuple(links),
-        prefill_tokens_per_s=_prefill_rate(costs["prefill"]),
-        decode_ms=None if costs["decode_ms"] is None else float(costs["decode_ms"]),
+        prefill_tokens_per_s=_number(costs["prefill_tokens_per_s"]),
+        decode_ms=_number(costs["decode_ms"]),
         attend_round_trip_ms=None if attend is None else float(attend["round_trip_ms"]),
         choices=tuple((str(choice), int(count)) for choice, count in sorted(predictions["choices"].items())),
-        median_error=None if predictions["median_error"] is None else float(predictions["median_error"]),
+        median_error=_number(predictions["median_error"]),
     )
 
 
-def _prefill_rate(prefill: dict[str, Any] | None) -> float | None:
-    if prefill is None:
-        return None
-    chunk_ms, token_ms, pair_ms = (float(prefill[name]) for name in ("chunk_ms", "token_ms", "pair_ms"))
-    elapsed_ms = chunk_ms * _PROMPT_TOKENS / _CHUNK_TOKENS + _PROMPT_TOKENS * (token_ms + pair_ms * _PROMPT_TOKENS / 2)
-    return _PROMPT_TOKENS * 1e3 / elapsed_ms if elapsed_ms > 0 else None
+def _number(value: Any) -> float | None:
+    return None if value is None else float(value)
 
 
 def _shown(value: float | None, form: str) -> str:

@@ -20,7 +20,7 @@ DEADLINE_MS = 500.0
 MEASURED = {
     "costs": {
         "links": {"remote": {"rtt_ms": 0.5, "bytes_per_ms": 1.25e6, "spread": 1.5}},
-        "prefill": {"chunk_ms": 10.0, "token_ms": 1.0, "pair_ms": 0.001},
+        "prefill_tokens_per_s": 1024e3 / (4 * 10 + 1024 + 1024 * 0.512),
         "decode_ms": 30.0,
         "attend": {"round_trip_ms": 0.25},
     },

@@ -207,10 +207,7 @@ def _left_behind(model: LoadedModel, prompt: list[int], cell: Cell, url: str, *,
         tenant_salt=f"{cell} {speculate}".encode(),
     )
     with _store(url, "tcp") as store, Engine(model, options, store=store, attend_nodes=[store]) as engine:
-        sequence = engine.submit(prompt, SamplingParams(max_tokens=cell.tokens))
-        began = perf_counter()
-        _step_to_token(engine, sequence)
-        ttft_ms = (perf_counter() - began) * 1e3
+        sequence, ttft_ms = _first_token(engine, prompt, cell.tokens)
         before = engine.attending()
         step_ms, step_tokens = _step_to_end(engine, sequence)
         after = engine.attending()
@@ -238,10 +235,7 @@ def _fetched(model: LoadedModel, prompt: list[int], tokens: int, url: str) -> _R
 
 
 def _generate(engine: Engine, prompt: list[int], tokens: int) -> _Run:
-    sequence = engine.submit(prompt, SamplingParams(max_tokens=tokens))
-    began = perf_counter()
-    _step_to_token(engine, sequence)
-    ttft_ms = (perf_counter() - began) * 1e3
+    sequence, ttft_ms = _first_token(engine, prompt, tokens)
     step_ms, step_tokens = _step_to_end(engine, sequence)
     return _Run(sequence.generated, ttft_ms, step_ms, step_tokens, 0.0, 0.0)
 
@@ -257,6 +251,10 @@ def _step_to_end(engine: Engine, sequence: Prompted) -> tuple[list[float], list[
     return step_ms, step_tokens
 
 
-def _step_to_token(engine: Engine, sequence: Prompted) -> None:
+def _first_token(engine: Engine, prompt: list[int], tokens: int) -> tuple[Prompted, float]:
+    """A prompt that has its first token, and how many milliseconds that took."""
+    sequence = engine.submit(prompt, SamplingParams(max_tokens=tokens))
+    began = perf_counter()
     while not sequence.generated and sequence.finish_reason is None:
         engine.step()
+    return sequence, (perf_counter() - began) * 1e3

@@ -20,8 +20,7 @@ from attnstore.errors import AttnStoreError
 from experiments.bandwidth.processes import ChildEnded
 from experiments.throughput.compare import Comparison, compare
 from experiments.throughput.side import Case, Start
-from worker.model.conversion import cache_dir, converted_model
-from worker.model.source import GgufSource, find_model, weights_digest
+from worker.model.conversion import model_folder
 
 _EXIT_USAGE: Final = 2
 _RECORDED: Final = Path(__file__).with_name("recorded.json")
@@ -71,8 +70,7 @@ def _parser() -> argparse.ArgumentParser:
 def _setting(arguments: argparse.Namespace) -> tuple[Start, list[Case]]:
     prompt_tokens = arguments.prompt_tokens or (256 if arguments.quick else 1024)
     new_tokens = arguments.new_tokens or (32 if arguments.quick else 128)
-    source = find_model(arguments.model)
-    folder = converted_model(source, weights_digest(source), cache_dir()) if isinstance(source, GgufSource) else source
+    folder = model_folder(arguments.model)
     start = Start(str(folder.path), arguments.dtype, arguments.threads, prompt_tokens + new_tokens + _SPARE_TOKENS)
     return start, [Case(batch, prompt_tokens, new_tokens, arguments.seed) for batch in _BATCHES]
 

@@ -17,6 +17,7 @@ from typing import IO, Final
 
 from experiments.bandwidth.processes import Child
 from experiments.throughput.side import Case, Speed, Start
+from experiments.vllm import session
 
 _START_S_MAX: Final = 300.0
 """vLLM compiles its graphs when it starts."""
@@ -64,15 +65,8 @@ def compare(start: Start, cases: Sequence[Case], repeats: int, vllm_python: Path
 
 
 def vllm_environment(environment: Mapping[str, str], threads: int) -> dict[str, str]:
-    """What vLLM on a CPU needs: as many threads, its engine in its own process, no network, KV memory of 1 GiB."""
-    return {
-        **environment,
-        "HF_HUB_OFFLINE": "1",
-        "OMP_NUM_THREADS": str(threads),
-        "VLLM_CPU_KVCACHE_SPACE": "1",
-        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-        "VLLM_NO_USAGE_STATS": "1",
-    }
+    """What vLLM on a CPU needs, with its engine in the process that steps it."""
+    return {**session.environment(environment, threads), "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
 
 
 def _compared(children: Sequence[Child], case: Case, repeats: int) -> Comparison:

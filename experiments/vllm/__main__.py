@@ -22,8 +22,7 @@ from experiments.bandwidth.processes import ChildEnded
 from experiments.vllm.runs import Row, Run, System
 from experiments.vllm.session import Start
 from experiments.vllm.workloads import MultiTurn, SharedDocuments, Workload
-from worker.model.conversion import cache_dir, converted_model
-from worker.model.source import GgufSource, find_model, weights_digest
+from worker.model.conversion import model_folder
 
 _EXIT_USAGE: Final = 2
 _TOKENS_MAX: Final = 4_096
@@ -46,11 +45,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     rows: list[Row] = []
     with tempfile.NamedTemporaryFile("w+", prefix="attnstore-vllm-", suffix=".log") as log:
         try:
-            source = find_model(arguments.model)
-            folder = converted_model(source, weights_digest(source), cache_dir()) if isinstance(source, GgufSource) else source
-            start = Start(str(folder.path), arguments.dtype, _TOKENS_MAX)
+            folder = str(model_folder(arguments.model).path)
+            start = Start(folder, arguments.dtype, _TOKENS_MAX)
             run = Run(arguments.vllm_python, start, arguments.threads, log, console.print)
-            for row in run.measure(_QUICK if arguments.quick else _SYSTEMS, _workloads(str(folder.path), arguments.quick)):
+            for row in run.measure(_QUICK if arguments.quick else _SYSTEMS, _workloads(folder, arguments.quick)):
                 rows.append(row)
                 if arguments.json is not None:
                     arguments.json.write_text(json.dumps([asdict(each) for each in rows], indent=1) + "\n")

@@ -76,7 +76,7 @@ class Engine:
 
     def __init__(self, python: Path, start: Start, threads: int, log: IO[str]) -> None:
         command = [str(python), "-m", "experiments.vllm.session", json.dumps(asdict(start))]
-        self._child = Child(command, stderr=log, environment=environment(dict(os.environ), threads))
+        self._child = Child(command, stderr=log, environment=environment(os.environ, threads))
         try:
             self._child.first_line(_START_S_MAX)
         except BaseException:

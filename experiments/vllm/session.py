@@ -9,6 +9,7 @@ import json
 import os
 import sys
 import time
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -47,7 +48,7 @@ class Answers:
     wall_ms: float
 
 
-def environment(base: dict[str, str], threads: int) -> dict[str, str]:
+def environment(base: Mapping[str, str], threads: int) -> dict[str, str]:
     """What vLLM on a CPU needs in a process: as many threads, no network, KV memory of 1 GiB."""
     return {
         **base,
@@ -94,7 +95,7 @@ class Session:
                 given["cache_salt"] = batch.salts[index]
             self._requests += 1
             name = str(self._requests)
-            order[engine.add_request(name, given, sampling) or name] = index
+            engine.add_request(name, given, sampling)
             order[name] = index
         while engine.has_unfinished_requests():
             for output in engine.step():

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from worker.cache.cost_book import CostReport
 from worker.cache.estimators import DurationEstimator, FactorEstimator, PrefillCost, PrefillEstimator
 
 TRUTH = PrefillCost(chunk_ms=24.0, token_ms=0.5, pair_ms=3.3e-4)
@@ -88,3 +89,9 @@ def test_a_duration_is_the_median_of_what_was_possible() -> None:
     for elapsed_ms in (math.nan, -1.0, 40.0, 41.0, 900.0, math.inf):
         estimator.observe(elapsed_ms)
     assert estimator.estimate() == 41.0
+
+
+def test_a_prefill_rate_counts_chunks_tokens_and_pairs() -> None:
+    report = CostReport(prefill=PrefillCost(chunk_ms=10.0, token_ms=1.0, pair_ms=0.001))
+    assert report.prefill_tokens_per_s(1_024, 256) == pytest.approx(1024e3 / (4 * 10 + 1024 + 1024 * 0.512))
+    assert CostReport().prefill_tokens_per_s(1_024, 256) is None

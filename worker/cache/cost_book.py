@@ -109,7 +109,7 @@ class CostBook:
     def costs(self) -> Costs | None:
         """What a planner reckons with; None as long as the link or computing is unknown."""
         with self._lock:
-            link = self._links[REMOTE].estimate() if REMOTE in self._links else None
+            link = self._remote_link()
             prefill = self._prefill.estimate()
             if link is None or prefill is None:
                 return None
@@ -127,8 +127,11 @@ class CostBook:
         with self._lock:
             return self._attend_costs()
 
+    def _remote_link(self) -> LinkEstimate | None:
+        return self._links[REMOTE].estimate() if REMOTE in self._links else None
+
     def _attend_costs(self) -> AttendCosts | None:
-        link = self._links[REMOTE].estimate() if REMOTE in self._links else None
+        link = self._remote_link()
         round_trip_ms, decode_ms = self._round_trip.estimate(), self._decode.estimate()
         if link is None or round_trip_ms is None or decode_ms is None:
             return None

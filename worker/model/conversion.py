@@ -59,6 +59,15 @@ def converted_model(source: GgufSource, digest: bytes, cache: Path) -> FolderSou
     return FolderSource(folder)
 
 
+def model_folder(path: Path | None, cache: Path | None = None) -> FolderSource:
+    """The model at `path` (see `find_model`) as a Hugging Face folder: the one that it is, or the converted one in `cache`.
+
+    Raises `ModelUnavailable`.
+    """
+    source = find_model(path)
+    return converted_model(source, weights_digest(source), cache or cache_dir()) if isinstance(source, GgufSource) else source
+
+
 def export_model(path: Path | None, folder: Path, cache: Path | None = None) -> None:
     """Writes the model at `path` (see `find_model`) as a Hugging Face folder of fp32 safetensors that other programs load.
 

@@ -47,6 +47,8 @@ _T = TypeVar("_T")
 BODY_BYTES_MAX: Final = 4 * MIB
 _COMPLETION_TOKENS_DEFAULT: Final = 16
 _DECISIONS_DEFAULT: Final = 20
+_RATE_TOKENS: Final = 1_024
+_RATE_CHUNK_TOKENS: Final = 256
 _CLIENT_CLOSED_REQUEST: Final = 499
 """nginx's status for a client that went away; nobody reads it but the metrics."""
 
@@ -127,8 +129,10 @@ class _Api:
             return self._reply("planner", {"decisions": []})
         last = request.query_params.get("last", str(_DECISIONS_DEFAULT))
         count = int(last) if last.isdecimal() else _DECISIONS_DEFAULT
+        report = planner.report()
+        rate = report.prefill_tokens_per_s(_RATE_TOKENS, _RATE_CHUNK_TOKENS)
         body: dict[str, object] = {
-            "costs": asdict(planner.report()),
+            "costs": {**asdict(report), "prefill_tokens_per_s": rate},
             "predictions": asdict(planner.predictions()),
             "decisions": [decision.as_json() for decision in planner.decisions(count)],
         }
