@@ -1,6 +1,7 @@
 # Everything runs inside .venv; `make setup` makes it and makes it again when the dependencies change.
 PYTHON ?= python3
 PYTEST_ARGS ?=
+TEST_PROCESSES ?= 2
 BENCH_ARGS ?=
 
 BIN := .venv/bin
@@ -41,9 +42,9 @@ tools:
 demo: setup
 	$(BIN)/python -m experiments.demo $(if $(JSON),--json '$(JSON)') $(if $(DOCUMENT),--document '$(DOCUMENT)')
 
-## make test      every check and every test (PYTEST_ARGS="-m 'not slow'" passes options on)
+## make test      every check and every test (PYTEST_ARGS="-m 'not slow'" passes options on; TEST_PROCESSES=1 one after the other)
 test: lint types layers proto-check
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist worksteal $(PYTEST_ARGS)
 
 ## make test-vllm the connector inside real vLLM on this CPU (about 3 GB of packages in .venv-vllm)
 test-vllm: setup $(VLLM_STAMP)

@@ -1,12 +1,16 @@
-"""What every test shares: repeatable property tests, markers that look for what they need, a store node for the doctests."""
+"""What every test shares: repeatable property tests, markers that look for what they need, a store node for the doctests.
+
+Tests run in several processes at once (`make test`); one that is marked `alone` has the machine to itself.
+"""
 
 from __future__ import annotations
 
+import fcntl
 import os
 import shutil
 import signal
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 
 import pytest
@@ -53,6 +57,19 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
     for marker, missing in _MISSING.items():
         if item.get_closest_marker(marker) is not None and (reason := missing()) is not None:
             pytest.skip(reason)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests that need the machine to themselves come last, when the other process runs out of tests too."""
+    items.sort(key=lambda item: item.get_closest_marker("alone") is not None)
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object]:
+    """Holds a lock on this file, shared by all tests but those marked `alone`; outermost, so that waiting counts against no test."""
+    with open(__file__) as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX if item.get_closest_marker("alone") is not None else fcntl.LOCK_SH)
+        return (yield)
 
 
 @pytest.fixture(scope="session")

@@ -47,8 +47,7 @@ def _quick(model: LoadedModel, add: Any) -> None:
     add(measure(model, prose, [Cell(0.1, 1.0, _REMOTE, 8, 2)], capacity="256MiB", threads=_THREADS))
     [listing] = documents(model, 256, 1, repeating=True)
     add(measure(model, listing, [Cell(2.0, 1.0, _GUESSING, 16, 2)], capacity="256MiB", threads=_THREADS))
-    for nodes in (1, 2):
-        add(measure_geometry(SMOLLM2, 32_768, [(0.1, 1.0)], nodes, threads=_THREADS, repeats=8))
+    add(measure_geometry(SMOLLM2, 8_192, [(0.1, 1.0)], 1, threads=_THREADS, repeats=8))
 
 
 def _full(model: LoadedModel, add: Any) -> None:

@@ -15,6 +15,7 @@ from tests.volumes import seed_models
 SEED = 2026
 
 
+@pytest.mark.alone
 @pytest.mark.netns
 @pytest.mark.redis
 @pytest.mark.slow

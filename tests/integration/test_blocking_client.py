@@ -256,6 +256,7 @@ def test_a_spawned_child_connects_for_itself(shared_node: StoreProcess) -> None:
 
 def test_both_kinds_of_client_live_in_one_process(shared_node: StoreProcess, batch_of: BatchOf) -> None:
     batch = batch_of(2)
+    on_interrupt = signal.getsignal(signal.SIGINT)
 
     async def asynchronous() -> PageStatus:
         async with attnstore.aio.connect(shared_node.url) as other:
@@ -267,4 +268,4 @@ def test_both_kinds_of_client_live_in_one_process(shared_node: StoreProcess, bat
         client.write(batch.namespace, batch.hashes, batch.pages)
         assert asyncio.run(asynchronous()) is PageStatus.OK
         assert client.describe().node_id == shared_node.address
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert signal.getsignal(signal.SIGINT) is on_interrupt

@@ -121,7 +121,11 @@ def test_a_token_opens_one_connection_and_no_second(node: ChannelNode) -> None:
     second.close()
 
 
-@pytest.mark.parametrize("token", [b"", b"short", bytes(CHANNEL_TOKEN_BYTES), os.urandom(CHANNEL_TOKEN_BYTES)])
+@pytest.mark.parametrize(
+    "token",
+    [b"", b"short", bytes(CHANNEL_TOKEN_BYTES), os.urandom(CHANNEL_TOKEN_BYTES)],
+    ids=["empty", "short", "zeros", "random"],
+)
 def test_a_token_that_was_never_given_out_is_refused(node: ChannelNode, token: bytes) -> None:
     node.tokens.issue("default")
     stream = node.dial()
