@@ -66,7 +66,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)
 def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object]:
-    """Holds a lock on this file, shared by all tests but those marked `alone`; outermost, so that waiting counts against no test."""
+    """Holds a lock on this file, shared but for tests marked `alone`; outermost, so that waiting counts against no test."""
     with open(__file__) as lock:
         fcntl.flock(lock, fcntl.LOCK_EX if item.get_closest_marker("alone") is not None else fcntl.LOCK_SH)
         return (yield)

@@ -81,7 +81,7 @@ CHANNEL_TOKENS_MAX = 1_024
 CHANNEL_CONNECTIONS_MAX = 128
 """Page channels on one node; each has a thread."""
 CHANNEL_READ_HASHES_MAX = 4_096
-"""Hashes in one READ frame; longer reads are sent as several."""
+"""Hashes in one READ frame; longer reads are sent as several. Also hashes, and prefixes, of a MATCH; longer ones go over gRPC."""
 CHANNEL_SECOND_READ_HASHES_MAX = 512
 """Hashes in a READ that is sent while another is being answered. Such a frame fits the kernel's buffers, whatever they hold."""
 CHANNELS_MAX = 16

@@ -6,13 +6,16 @@ Owns: the names of all metrics. Invariant: label values come from closed sets (R
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from attnstore.core.page_table import PageTableStatistics
+from attnstore.errors import AttnStoreError
 from attnstore.types import PageStatus
 
 _LATENCY_BUCKETS_S = (0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
@@ -60,6 +63,29 @@ class NodeMetrics:
     def read_bytes(self) -> int:
         """Page bytes sent since start, by all transports together."""
         return self._read_bytes
+
+    def ended(self, rpc: str, code: str, seconds: float) -> None:
+        """Counts a call that has ended, with how long it took. Safe from any thread."""
+        self.calls.labels(rpc, code).inc()
+        self.seconds.labels(rpc).observe(seconds)
+
+    @contextmanager
+    def call(self, rpc: str) -> Iterator[None]:
+        """Counts what the `with` block does as one call, wherever it came from. Safe from any thread."""
+        began, code = time.perf_counter(), "ok"
+        with self.in_flight.labels(rpc).track_inprogress():
+            try:
+                yield
+            except AttnStoreError as error:
+                code = error.code
+                raise
+            finally:
+                self.ended(rpc, code, time.perf_counter() - began)
+
+    def matched(self, hits: Sequence[int], prefixes: Sequence[Sequence[bytes]]) -> None:
+        """Counts the pages of an answered Match. Safe from any thread."""
+        self.pages("Match", PageStatus.OK, sum(hits))
+        self.pages("Match", PageStatus.MISSING, sum(map(len, prefixes)) - sum(hits))
 
     def pages(self, rpc: str, status: PageStatus, count: int = 1) -> None:
         """Counts pages answered. Safe from any thread."""

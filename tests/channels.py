@@ -27,7 +27,7 @@ from attnstore.wire import messages
 from attnstore.wire.messages import METHODS
 from attnstore.wire.page_channel import VERSION, Frame, Kind, Role, encode_frame, encode_slice
 from attnstore.wire.stream import FrameStream
-from tests.samples import Batch
+from tests.samples import Batch, eventually
 
 WIDE = PageLayout(layers=8, kv_heads=8, head_dim=128, block_tokens=16, dtype=DType.BF16)
 """512 KiB a page: more than a small socket buffer holds."""
@@ -103,6 +103,17 @@ class ChannelNode:
         for stream in self._dialled:
             stream.close()
         self._arena.close()
+
+
+@contextmanager
+def clean_node() -> Iterator[ChannelNode]:
+    """A node that must be left without a slot that is arriving or a page that is pinned."""
+    node = ChannelNode()
+    try:
+        yield node
+        assert eventually(node.is_clean)
+    finally:
+        node.close()
 
 
 def dial(port: int, receive_buffer_bytes: int = 0) -> FrameStream:

@@ -19,12 +19,14 @@ from attnstore.client.attend import AttendCall, ChannelAttend
 from attnstore.client.bulk import (
     BulkChoice,
     BulkUnavailable,
+    MatchPlan,
     OnLayer,
     ReadPlan,
     Transfer,
     WritePlan,
     all_layers,
     in_thread,
+    matched,
     written,
 )
 from attnstore.client.grpc_transport import GrpcTransport
@@ -130,20 +132,29 @@ class AsyncClient:
         With `lease_ms` the pages that hit are kept for that long (at most `limits.LEASE_MS_MAX`): pass the lease to `read`,
         then `release` it.
         """
-        asked = sum(map(len, prefixes))
-        if asked > HASHES_MAX:
-            raise InvalidArgument(f"the prefixes have {asked} hashes; at most {HASHES_MAX} fit one request")
+        return await self.run_match(self.plan_match(namespace, prefixes, lease_ms, deadline_ms))
+
+    def plan_match(
+        self, namespace: bytes, prefixes: Sequence[Sequence[bytes]], lease_ms: int, deadline_ms: float | None
+    ) -> MatchPlan:
+        """Checks the arguments of `match`; nothing is sent."""
+        messages.check_namespace(namespace)
+        plan = MatchPlan(namespace, prefixes, _checked_lease_ms(lease_ms), self._deadline(deadline_ms))
+        if plan.hashes > HASHES_MAX:
+            raise InvalidArgument(f"the prefixes have {plan.hashes} hashes; at most {HASHES_MAX} fit one request")
+        return plan
+
+    async def run_match(self, plan: MatchPlan) -> MatchResult:
+        """Carries a plan out over gRPC."""
         request = messages.MatchRequest(
-            namespace=namespace,
-            prefixes=[messages.join_hashes(prefix) for prefix in prefixes],
-            lease_ms=_checked_lease_ms(lease_ms),
+            namespace=plan.namespace,
+            prefixes=[messages.join_hashes(prefix) for prefix in plan.prefixes],
+            lease_ms=plan.lease_ms,
         )
-        deadline = self._deadline(deadline_ms)
-        answer = await self._in_namespace(namespace, deadline, lambda: self._connected().call("Match", request, deadline.left_ms()))
-        if len(answer.hits) != len(prefixes) or any(hits > len(prefix) for hits, prefix in zip(answer.hits, prefixes, strict=True)):
-            raise ProtocolError("the node's hits do not fit the prefixes asked for")
-        lease = Lease(answer.lease_id, answer.lease_ms) if answer.lease_id else None
-        return MatchResult(tuple(answer.hits), lease)
+        answer = await self._in_namespace(
+            plan.namespace, plan.deadline, lambda: self._connected().call("Match", request, plan.deadline.left_ms())
+        )
+        return matched(plan, answer.hits, answer.lease_id, answer.lease_ms)
 
     async def lease(
         self, namespace: bytes, hashes: Sequence[bytes], lease_ms: int, *, deadline_ms: float | None = None
@@ -369,10 +380,8 @@ class AsyncClient:
             offer = SHARED_FILE_OFFER if self._options.shared_path is not None and SHARED_FILE_OFFER in offered else "shm"
             if offer in offered and (self._options.transport == "shm" or ShmTransport.is_reachable(offered[offer])):
                 self.shm = ShmTransport(opener, self._options.channels, offer, self._options.shared_path)
-            self.bulk.offer(
-                [transport for transport in (self.shm, self._tcp) if transport is not None],
-                [transport for transport in (self._tcp,) if transport is not None],
-            )
+            channel = [] if self._tcp is None else [self._tcp]
+            self.bulk.offer([*channel] if self.shm is None else [self.shm, *channel], writers=channel, matchers=channel)
         finally:
             self._negotiating.release()
 

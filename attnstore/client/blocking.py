@@ -26,7 +26,7 @@ from attnstore.client.mapped import PageViews
 from attnstore.client.options import ClusterOptions, ConnectOptions
 from attnstore.clock import Clock
 from attnstore.errors import ClientClosed, NamespaceUnknown, Retryable
-from attnstore.types import Lease, PageEvent, ReadResult, WriteResult
+from attnstore.types import Lease, MatchResult, PageEvent, ReadResult, WriteResult
 from attnstore.wire.chunks import Buffer
 
 P = ParamSpec("P")
@@ -201,12 +201,29 @@ class Client(BlockingFacade[AsyncClient]):
 
     describe = _blocking(AsyncClient.describe)
     register_layout = _blocking(AsyncClient.register_layout)
-    match = _blocking(AsyncClient.match)
-    lease = _blocking(AsyncClient.lease)
     renew = _blocking(AsyncClient.renew)
     release = _blocking(AsyncClient.release)
     delete = _blocking(AsyncClient.delete)
     stats = _blocking(AsyncClient.stats)
+
+    def match(
+        self, namespace: bytes, prefixes: Sequence[Sequence[bytes]], *, lease_ms: int = 0, deadline_ms: float | None = None
+    ) -> MatchResult:
+        """See `AsyncClient.match`. Over the page channel once there is one, on the calling thread: in under half of gRPC's time."""
+        with self._thread.used():
+            plan = self._client.plan_match(namespace, prefixes, lease_ms, deadline_ms)
+            with suppress(NamespaceUnknown):  # registered again below
+                found = self._client.bulk.match(plan)
+                if found is not None:
+                    return found
+            return self._thread.run(self._client.run_match(plan))
+
+    def lease(
+        self, namespace: bytes, hashes: Sequence[bytes], lease_ms: int, *, deadline_ms: float | None = None
+    ) -> tuple[int, Lease | None]:
+        """See `AsyncClient.lease`; as fast as `match`."""
+        found = self.match(namespace, [hashes], lease_ms=lease_ms, deadline_ms=deadline_ms)
+        return found.hits[0], found.lease
 
     def read(
         self,

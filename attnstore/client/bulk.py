@@ -19,8 +19,9 @@ from typing import Any, Literal, Protocol, TypeVar
 from attnstore.client.landing import Landing
 from attnstore.clock import Clock, Deadline
 from attnstore.errors import AttnStoreError, InvalidArgument, ProtocolError, Unavailable
+from attnstore.limits import CHANNEL_READ_HASHES_MAX
 from attnstore.logs import get_logger
-from attnstore.types import PageStatus, WriteResult
+from attnstore.types import Lease, MatchResult, PageStatus, WriteResult
 
 T = TypeVar("T")
 
@@ -103,6 +104,22 @@ class WritePlan:
     transfer: Transfer = field(default_factory=Transfer)
 
 
+@dataclass(frozen=True, slots=True)
+class MatchPlan:
+    """A checked match: how many leading pages of each prefix there are, with a lease on them where `lease_ms` is not 0."""
+
+    namespace: bytes
+    prefixes: Sequence[Sequence[bytes]]
+    lease_ms: int
+    deadline: Deadline
+    transfer: Transfer = field(default_factory=Transfer)
+
+    @property
+    def hashes(self) -> int:
+        """Of all prefixes together."""
+        return sum(map(len, self.prefixes))
+
+
 def all_layers(plan: ReadPlan, on_layer: OnLayer) -> None:
     """Tells of every layer at once, where they did not come one by one."""
     for layer in range(plan.layer_begin, plan.layer_end):
@@ -139,6 +156,21 @@ class BulkWriter(Protocol):
         ...
 
 
+class BulkMatcher(Protocol):
+    """Matches prefixes. Methods may be called from several threads at once."""
+
+    @property
+    def name(self) -> str:
+        """The transport's name in `Describe`."""
+        ...
+
+    def match(self, plan: MatchPlan) -> MatchResult:
+        """What the node has of at most `CHANNEL_READ_HASHES_MAX` prefixes and hashes. Errors as in `BulkReader.read`."""
+        ...
+
+
+B = TypeVar("B", BulkWriter, BulkMatcher)
+
 OpenChannel = Callable[[str, Deadline], tuple[str, bytes]]
 """`open_channel(transport, deadline)`: address and one-time token, asked of the node over gRPC. Blocks; from any thread but the
 event loop's. Errors as those of any call.
@@ -165,6 +197,7 @@ class BulkChoice:
         self._clock = clock
         self._readers: tuple[BulkReader, ...] = ()
         self._writers: tuple[BulkWriter, ...] = ()
+        self._matchers: tuple[BulkMatcher, ...] = ()
         self._suspended_until_ms: dict[str, float] = {}
         self._negotiated = wanted == "grpc"
 
@@ -172,13 +205,13 @@ class BulkChoice:
         """The node's offer is known, or of no interest."""
         return self._negotiated
 
-    def offer(self, readers: Sequence[BulkReader], writers: Sequence[BulkWriter]) -> None:
+    def offer(self, readers: Sequence[BulkReader], writers: Sequence[BulkWriter], matchers: Sequence[BulkMatcher] = ()) -> None:
         """Takes what the node offers, best first. Raises `InvalidArgument` if the forced transport is not among it."""
         if self._wanted != "auto":
             readers = [reader for reader in readers if reader.name == self._wanted]
             if not readers:
                 raise InvalidArgument(f"transport={self._wanted!r} is asked for and the node does not offer it")
-        self._readers, self._writers = tuple(readers), tuple(writers)
+        self._readers, self._writers, self._matchers = tuple(readers), tuple(writers), tuple(matchers)
         self._negotiated = True
 
     @property
@@ -206,12 +239,21 @@ class BulkChoice:
 
     def write(self, plan: WritePlan) -> tuple[PageStatus, ...] | None:
         """Writes as `read` reads: the verdict on each page, or None where gRPC is left."""
-        for writer in self._writers:
-            if self._is_open(writer.name):
+        return self._over_first(self._writers, lambda writer: writer.write(plan))
+
+    def match(self, plan: MatchPlan) -> MatchResult | None:
+        """Matches as `read` reads: the answer, or None where gRPC is left, as for what is too long for a frame."""
+        if max(plan.hashes, len(plan.prefixes)) > CHANNEL_READ_HASHES_MAX:
+            return None
+        return self._over_first(self._matchers, lambda matcher: matcher.match(plan))
+
+    def _over_first(self, transports: Sequence[B], call: Callable[[B], T]) -> T | None:
+        for transport in transports:
+            if self._is_open(transport.name):
                 try:
-                    return writer.write(plan)
+                    return call(transport)
                 except BulkUnavailable as error:
-                    self._suspend(writer.name, error)
+                    self._suspend(transport.name, error)
         return None
 
     def _suspend(self, name: str, error: AttnStoreError) -> None:
@@ -239,6 +281,13 @@ def written(plan: WritePlan, verdicts: tuple[PageStatus, ...]) -> WriteResult:
     return WriteResult(
         verdicts, sum(len(page) for page, verdict in zip(plan.pages, verdicts, strict=True) if verdict is PageStatus.STORED)
     )
+
+
+def matched(plan: MatchPlan, hits: Sequence[int], lease_id: bytes | None, lease_ms: int) -> MatchResult:
+    """The outcome of a match. Raises `ProtocolError` for hits that do not fit the prefixes."""
+    if len(hits) != len(plan.prefixes) or any(count > len(prefix) for count, prefix in zip(hits, plan.prefixes, strict=True)):
+        raise ProtocolError("the node's hits do not fit the prefixes asked for")
+    return MatchResult(tuple(hits), Lease(lease_id, lease_ms) if lease_id else None)
 
 
 async def in_thread(function: Callable[[], T], transfer: Transfer) -> T:

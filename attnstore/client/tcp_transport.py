@@ -15,7 +15,7 @@ from collections.abc import Callable
 from typing import TypeVar
 
 from attnstore.client.attend import ChannelAttend
-from attnstore.client.bulk import BulkUnavailable, OpenChannel, ReadPlan, WritePlan, all_layers
+from attnstore.client.bulk import BulkUnavailable, MatchPlan, OpenChannel, ReadPlan, WritePlan, all_layers, matched
 from attnstore.client.channel_pool import ChannelPool
 from attnstore.client.parts import PartWorkers
 from attnstore.clock import Clock, Deadline
@@ -28,8 +28,9 @@ from attnstore.limits import (
     CHANNEL_READ_HASHES_MAX,
     CHANNEL_SECOND_READ_HASHES_MAX,
 )
-from attnstore.types import PageStatus
+from attnstore.types import MatchResult, PageStatus
 from attnstore.wire.attend import AttendShape
+from attnstore.wire.match import decode_hits, encode_prefixes
 from attnstore.wire.page_channel import NO_LEASE, VERSION, Frame, Kind, Order, Role, decode_refusal, encode_frame
 from attnstore.wire.stream import FrameStream
 
@@ -75,6 +76,11 @@ class TcpTransport:
         )
         return tuple(verdict for part in verdicts for verdict in part)
 
+    def match(self, plan: MatchPlan) -> MatchResult:
+        """See `BulkMatcher.match`."""
+        payload = encode_prefixes(plan.prefixes)
+        return self._exchange(plan, lambda channel: channel.match(plan, payload))
+
     def attend(self, shape: AttendShape, clock: Clock, deadline_ms: float) -> ChannelAttend:
         """An attend stream over a connection of its own. Raises `BulkUnavailable` where none can be opened. Blocks."""
         stream = ChannelAttend(self._connect(Deadline(clock, deadline_ms)).stream, shape, clock, deadline_ms)
@@ -84,7 +90,7 @@ class TcpTransport:
     def _read(self, plan: ReadPlan, begin: int, end: int) -> None:
         self._exchange(plan, lambda channel: channel.read(plan, begin, end))
 
-    def _exchange(self, plan: ReadPlan | WritePlan, run: Callable[[_Channel], R]) -> R:
+    def _exchange(self, plan: ReadPlan | WritePlan | MatchPlan, run: Callable[[_Channel], R]) -> R:
         def begun(channel: _Channel) -> R:
             channel.begin(plan.deadline)
             return run(channel)
@@ -188,6 +194,21 @@ class _Channel:
             verdicts.append(self._take_verdict(begin + len(verdicts)))
         return tuple(verdicts)
 
+    def match(self, plan: MatchPlan, payload: bytes) -> MatchResult:
+        """One MATCH and its answer."""
+        self._request += 1
+        question = Frame(
+            Kind.MATCH,
+            request=self._request,
+            page=len(plan.prefixes),
+            size_bytes=len(payload),
+            offset_bytes=plan.lease_ms,
+            namespace=plan.namespace,
+        )
+        self._stream.send(encode_frame(question), payload)
+        answer = self._receive(Kind.MATCHED, self._request)
+        return matched(plan, decode_hits(self._payload(answer)), answer.lease_id, answer.offset_bytes)
+
     def _hashes_max(self, plan: ReadPlan, pages: int) -> int:
         """How many pages one READ asks for."""
         if plan.on_layer is None:
@@ -280,10 +301,13 @@ class _Channel:
         return frame
 
     def _refusal(self, frame: Frame) -> AttnStoreError:
-        reason = bytearray(frame.size_bytes)
-        if reason:
-            self._stream.receive_payload(memoryview(reason))
-        return decode_refusal(reason)
+        return decode_refusal(self._payload(frame))
+
+    def _payload(self, frame: Frame) -> bytearray:
+        payload = bytearray(frame.size_bytes)
+        if payload:
+            self._stream.receive_payload(memoryview(payload))
+        return payload
 
 
 class _PendingRead:

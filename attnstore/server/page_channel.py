@@ -38,8 +38,9 @@ from attnstore.server.connections import Connection, ConnectionThreads
 from attnstore.server.store import PageView, Store
 from attnstore.telemetry import NodeMetrics
 from attnstore.types import PageStatus
+from attnstore.wire.match import decode_prefixes, encode_hits
 from attnstore.wire.messages import split_hashes
-from attnstore.wire.page_channel import VERSION, Frame, Kind, Order, Role, encode_frame, encode_refusal, encode_slice
+from attnstore.wire.page_channel import NO_LEASE, VERSION, Frame, Kind, Order, Role, encode_frame, encode_refusal, encode_slice
 from attnstore.wire.stream import FrameStream
 
 _log = get_logger(__name__)
@@ -146,6 +147,7 @@ class _Connection(Connection):
         self._answers: dict[Kind, Callable[[Frame, str], None]] = {
             Kind.READ: self._read,
             Kind.WRITE: self._write,
+            Kind.MATCH: self._match,
             **attend.answers,
         }
         self._scratch = memoryview(bytearray(MIB))
@@ -172,9 +174,7 @@ class _Connection(Connection):
 
     def _welcome(self) -> str:
         hello = self._stream.receive()
-        token = bytearray(hello.size_bytes)
-        if token:
-            self._stream.receive_payload(memoryview(token))
+        token = self._payload(hello)
         if hello.page != VERSION:
             raise InvalidArgument(f"the page channel's version is {VERSION}; the client speaks {hello.page}")
         tenant = self._tokens.redeem(bytes(token))
@@ -200,11 +200,26 @@ class _Connection(Connection):
                 self._stream.discard_payload(self._scratch)
             self._stream.send(encode_refusal(frame.request, error))
 
+    def _match(self, frame: Frame, tenant: str) -> None:
+        payload = self._payload(frame)
+        with self._metrics.call("Match"):
+            prefixes = decode_prefixes(frame.page, payload)
+            self._store.layout_of(frame.namespace, tenant)
+            found = self._store.match(frame.namespace, prefixes, frame.offset_bytes)
+            self._metrics.matched(found.hits, prefixes)
+        hits = encode_hits(found.hits)
+        lease = found.lease_id or NO_LEASE
+        answer = Frame(Kind.MATCHED, request=frame.request, size_bytes=len(hits), lease=lease, offset_bytes=found.lease_ms)
+        self._stream.send(encode_frame(answer), hits)
+
+    def _payload(self, frame: Frame) -> bytearray:
+        payload = bytearray(frame.size_bytes)
+        if payload:
+            self._stream.receive_payload(memoryview(payload))
+        return payload
+
     def _read(self, frame: Frame, tenant: str) -> None:
-        joined = bytearray(frame.size_bytes)
-        if joined:
-            self._stream.receive_payload(memoryview(joined))
-        hashes = split_hashes(bytes(joined))
+        hashes = split_hashes(bytes(self._payload(frame)))
         layout = self._store.layout_of(frame.namespace, tenant)
         begin, end = layout.layer_slice(frame.layer_begin, frame.layer_end)
         if frame.order is Order.LAYERS:

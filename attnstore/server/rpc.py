@@ -114,8 +114,7 @@ class RpcShell:
             await _refuse(context, grpc.StatusCode.INTERNAL, f"{type(error).__name__} in the node; its log tells more")
         finally:
             gauge.dec()
-            self._metrics.calls.labels(method.name, code).inc()
-            self._metrics.seconds.labels(method.name).observe(time.perf_counter() - began)
+            self._metrics.ended(method.name, code, time.perf_counter() - began)
 
     async def _limited(self, method: Method, handler: Handler, request: Any, context: Any) -> Any:
         tenant = self._authenticator.tenant(context)

@@ -127,8 +127,7 @@ class Servicer:
         if sum(map(len, prefixes)) > HASHES_MAX:
             raise InvalidArgument(f"the request has {sum(map(len, prefixes))} hashes; at most {HASHES_MAX} fit one request")
         found = self._store.match(request.namespace, prefixes, request.lease_ms)
-        self._metrics.pages("Match", PageStatus.OK, sum(found.hits))
-        self._metrics.pages("Match", PageStatus.MISSING, sum(map(len, prefixes)) - sum(found.hits))
+        self._metrics.matched(found.hits, prefixes)
         return messages.MatchResponse(hits=found.hits, lease_id=found.lease_id or b"", lease_ms=found.lease_ms)
 
     async def read(self, request: Any, context: Any, tenant: str) -> None:

@@ -15,6 +15,8 @@ A frame is a header of 128 bytes, little-endian, and `size_bytes` of payload:
 | HELLO        | client | opens, with a token of `OpenChannel`      | page = version                           | token         |
 | READ         | client | send me these pages                       | request, order, layers, lease, namespace | hashes        |
 | WRITE        | client | here is one page                          | request, page, checksum, namespace, hash | page bytes    |
+| MATCH        | client | how much of these prefixes do you have    | request, page = prefixes, namespace,     | counts,       |
+|              |        |                                           | offset = lease in ms                     | hashes        |
 | ATTEND_OPEN  | client | I will ask about this set of pages        | request, page = set, lease, namespace    | shape, hashes |
 | ATTEND       | client | attend to one layer of these sets         | request, page = sets, layer_begin,       | sets, rows    |
 |              |        |                                           | offset = budget in ms, checksum          |               |
@@ -22,11 +24,13 @@ A frame is a header of 128 bytes, little-endian, and `size_bytes` of payload:
 | WELCOME      | node   | go on                                     | page = READ's hashes, request = credits  | none          |
 | SLICE        | node   | (part of) a page and its checksum; a miss | request, page, status, offset, checksum  | slice, none   |
 | VERDICT      | node   | what became of a written page             | request, page, status                    | none          |
+| MATCHED      | node   | so many leading pages of each, leased     | request, lease, offset = lease in ms     | hits          |
 | OPENED       | node   | the set's pages are here and stay         | request, page = set                      | none          |
 | PARTIAL      | node   | what the rows get from the sets           | request, checksum                        | out, lse      |
 | REFUSED      | node   | the request, or the HELLO, was wrong      | request                                  | code, message |
 
-The payloads of the three attend frames are those of `attnstore.wire.attend`. ATTEND_CLOSE has no answer.
+The payloads of the three attend frames and of PARTIAL are those of `attnstore.wire.attend`, those of MATCH and MATCHED are those of
+`attnstore.wire.match`. ATTEND_CLOSE has no answer.
 
 What each side may receive, and what that makes of the connection; anything else ends it:
 
@@ -35,6 +39,7 @@ What each side may receive, and what that makes of the connection; anything else
 | node   | new   | HELLO        | open    |
 | node   | open  | READ         | open    |
 | node   | open  | WRITE        | open    |
+| node   | open  | MATCH        | open    |
 | node   | open  | ATTEND_OPEN  | open    |
 | node   | open  | ATTEND       | open    |
 | node   | open  | ATTEND_CLOSE | open    |
@@ -42,14 +47,15 @@ What each side may receive, and what that makes of the connection; anything else
 | client | new   | REFUSED      | closed  |
 | client | open  | SLICE        | open    |
 | client | open  | VERDICT      | open    |
+| client | open  | MATCHED      | open    |
 | client | open  | OPENED       | open    |
 | client | open  | PARTIAL      | open    |
 | client | open  | REFUSED      | open    |
 
 Credits: a client has at most `credits` pages on the way that no VERDICT has come for, and at most two READs that are not fully
 answered, the second of at most `CHANNEL_SECOND_READ_HASHES_MAX` hashes: what one side sends before it reads fits the kernel's
-buffers, so neither waits for a peer that waits for it. Of ATTEND_OPEN and ATTEND together it has one that is not answered. The node
-serves a connection's frames one after the other; a client that wants more at once opens several connections.
+buffers, so neither waits for a peer that waits for it. Of MATCH, ATTEND_OPEN and ATTEND together it has one that is not answered.
+The node serves a connection's frames one after the other; a client that wants more at once opens several connections.
 """
 
 from __future__ import annotations
@@ -71,6 +77,7 @@ from attnstore.limits import (
 )
 from attnstore.types import PageStatus
 from attnstore.wire.chunks import Buffer
+from attnstore.wire.match import COUNT_BYTES
 
 VERSION: Final = 1
 MAGIC: Final = b"ATPC"
@@ -88,12 +95,14 @@ class Kind(enum.IntEnum):
     ATTEND_OPEN = 4
     ATTEND = 5
     ATTEND_CLOSE = 6
+    MATCH = 7
     WELCOME = 16
     SLICE = 17
     VERDICT = 18
     REFUSED = 19
     OPENED = 20
     PARTIAL = 21
+    MATCHED = 22
 
 
 class Order(enum.IntEnum):
@@ -127,6 +136,7 @@ TRANSITIONS: Final[dict[tuple[Role, State, Kind], State]] = {
     (Role.NODE, State.NEW, Kind.HELLO): State.OPEN,
     (Role.NODE, State.OPEN, Kind.READ): State.OPEN,
     (Role.NODE, State.OPEN, Kind.WRITE): State.OPEN,
+    (Role.NODE, State.OPEN, Kind.MATCH): State.OPEN,
     (Role.NODE, State.OPEN, Kind.ATTEND_OPEN): State.OPEN,
     (Role.NODE, State.OPEN, Kind.ATTEND): State.OPEN,
     (Role.NODE, State.OPEN, Kind.ATTEND_CLOSE): State.OPEN,
@@ -134,6 +144,7 @@ TRANSITIONS: Final[dict[tuple[Role, State, Kind], State]] = {
     (Role.CLIENT, State.NEW, Kind.REFUSED): State.CLOSED,
     (Role.CLIENT, State.OPEN, Kind.SLICE): State.OPEN,
     (Role.CLIENT, State.OPEN, Kind.VERDICT): State.OPEN,
+    (Role.CLIENT, State.OPEN, Kind.MATCHED): State.OPEN,
     (Role.CLIENT, State.OPEN, Kind.OPENED): State.OPEN,
     (Role.CLIENT, State.OPEN, Kind.PARTIAL): State.OPEN,
     (Role.CLIENT, State.OPEN, Kind.REFUSED): State.OPEN,
@@ -144,12 +155,14 @@ _PAYLOAD_BYTES_MAX: Final[dict[Kind, int]] = {
     Kind.HELLO: CHANNEL_TOKEN_BYTES,
     Kind.READ: CHANNEL_READ_HASHES_MAX * HASH_BYTES,
     Kind.WRITE: PAGE_BYTES_MAX,
+    Kind.MATCH: CHANNEL_READ_HASHES_MAX * (COUNT_BYTES + HASH_BYTES),
     Kind.ATTEND_OPEN: ATTEND_FRAME_BYTES_MAX,
     Kind.ATTEND: ATTEND_FRAME_BYTES_MAX,
     Kind.ATTEND_CLOSE: 0,
     Kind.WELCOME: 0,
     Kind.SLICE: PAGE_BYTES_MAX,
     Kind.VERDICT: 0,
+    Kind.MATCHED: CHANNEL_READ_HASHES_MAX * COUNT_BYTES,
     Kind.REFUSED: CHANNEL_REASON_BYTES_MAX,
     Kind.OPENED: 0,
     Kind.PARTIAL: 2 * ATTEND_BYTES_MAX,

@@ -25,8 +25,8 @@ from attnstore.limits import (
 )
 from attnstore.types import ReadResult
 from attnstore.wire.page_channel import Frame, Kind, Order, encode_frame, encode_refusal, encode_slice
-from tests.channels import ChannelNode, NodeEnd, Script, ScriptedNode, read_plan, scripted, write_plan
-from tests.samples import LARGE, SMALL, Batch, eventually, make_batch
+from tests.channels import ChannelNode, NodeEnd, Script, ScriptedNode, clean_node, read_plan, scripted, write_plan
+from tests.samples import LARGE, SMALL, Batch, make_batch
 
 OK, MISSING, CORRUPT, INCOMPLETE = PageStatus.OK, PageStatus.MISSING, PageStatus.CORRUPT, PageStatus.INCOMPLETE
 LAYER = SMALL.layer_bytes
@@ -34,12 +34,8 @@ LAYER = SMALL.layer_bytes
 
 @pytest.fixture
 def node() -> Iterator[ChannelNode]:
-    node = ChannelNode()
-    try:
+    with clean_node() as node:
         yield node
-        assert eventually(node.is_clean)
-    finally:
-        node.close()
 
 
 def pages_of(batch: Batch) -> Script:

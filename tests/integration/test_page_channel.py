@@ -30,6 +30,7 @@ from tests.channels import (
     WIDE,
     ChannelNode,
     ask,
+    clean_node,
     page_header,
     read_plan,
     say_hello,
@@ -47,12 +48,8 @@ NARROW = 16 << 10
 
 @pytest.fixture
 def node() -> Iterator[ChannelNode]:
-    node = ChannelNode()
-    try:
+    with clean_node() as node:
         yield node
-        assert eventually(node.is_clean)
-    finally:
-        node.close()
 
 
 @pytest.fixture

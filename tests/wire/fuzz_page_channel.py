@@ -17,7 +17,8 @@ _GUARD = 0xA5
 _PAYLOAD_BYTES_MAX = 4096
 """Larger payloads are announced and then left: the fuzzer's time is better spent on headers."""
 
-_WITH_PAYLOAD = {Kind.HELLO, Kind.READ, Kind.WRITE, Kind.SLICE, Kind.REFUSED, Kind.ATTEND_OPEN, Kind.ATTEND, Kind.PARTIAL}
+_WITHOUT_PAYLOAD = {Kind.WELCOME, Kind.VERDICT, Kind.OPENED, Kind.ATTEND_CLOSE}
+_WITH_PAYLOAD = set(Kind) - _WITHOUT_PAYLOAD
 
 Outcome = tuple[list[Frame], bytes, State, bool]
 
