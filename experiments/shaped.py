@@ -1,8 +1,8 @@
 """`python -m experiments.shaped`: does the store fill a cable of 1 or 10 Gb/s, in both directions, with one client and with four?
 
 Owns: the measurement over network namespaces (root, `ip` and `tc` needed). A node on one host, client processes on the other, all
-clients moving pages at once. The figure is payload delivered over the time from the first request to the last answer, so that a
-client that starves shows; the bound is the shaped rate, headers included.
+clients moving pages at once, 32 a call. The figure is payload delivered over the time from the first request to the last answer, so
+that a client that starves shows; the bound is the shaped rate, headers included.
 """
 
 from __future__ import annotations
@@ -18,12 +18,13 @@ from pathlib import Path
 from attnstore.testing import StoreProcess
 from attnstore.testing.netns import ShapedLink
 from experiments.bandwidth.lane import Start
+from experiments.bandwidth.lanes.store import KEEPS
 from experiments.bandwidth.processes import Child
 from experiments.bandwidth.report import aligned
 
 _PAGE_BYTES = 368_640
 _PAGES = 64
-_BATCH = 8
+_BATCH = 32
 _CAPACITY = "1GiB"
 _SHARE_MIN = 0.95
 
@@ -52,7 +53,7 @@ def measure(gbit_per_s: float, clients: int, transports: list[str], seconds: flo
         with link.client.entered():
             lanes = {
                 "raw_tcp": _lanes(stack, "raw_tcp", Start(_PAGE_BYTES, _PAGES, limit.first_line()), clients),
-                "store": _lanes(stack, "store", Start(_PAGE_BYTES, _PAGES, node.url, (node.process.pid,)), clients),
+                "store": _lanes(stack, "store", Start(_PAGE_BYTES, _PAGES, node.url, (node.process.pid,), KEEPS), clients),
             }
         for lane in [*lanes["raw_tcp"], *lanes["store"]]:
             lane.first_line()

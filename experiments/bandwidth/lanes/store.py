@@ -1,6 +1,7 @@
 """AttnStore itself, through its public API: one client for each transport that the node offers, checksums on.
 
-Writes go to hashes that the node does not have; the pages written are deleted between passes, outside the clock. Reads in place
+Writes go to hashes that the node does not have; the pages written are deleted between passes, outside the clock, or, where a clock
+on the wall runs on (the start's variant is `KEEPS`), left to the node to evict. Reads in place
 (shm) hold a lease, and ask after use whether every page was still there; they move no byte, so their GB/s only says how many bytes
 became usable.
 """
@@ -8,6 +9,7 @@ became usable.
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Iterator
 from itertools import count
 
@@ -23,6 +25,8 @@ LAYOUTS = {
     2 << 20: attnstore.PageLayout(layers=32, kv_heads=8, head_dim=128),  # Llama-3-8B
 }
 _DEADLINE_MS = 60_000.0
+_RENEW_S = LEASE_MS_MAX / 1_000 / 2
+KEEPS = "keeps"
 
 
 class StoreLane:
@@ -35,6 +39,7 @@ class StoreLane:
         self._hashes = [_hash(number) for number in range(start.pages)]
         # Several lanes may write to one node: each has numbers of its own.
         self._fresh: Iterator[bytes] = map(_hash, count(os.getpid() << 64))
+        self._keeps = start.variant == KEEPS
         self._written: list[bytes] = []
         self._source = PageBuffers.filled(start.shape)
         self._destination = PageBuffers(start.shape)
@@ -42,6 +47,7 @@ class StoreLane:
         stored = self._control.write(self._namespace, self._hashes, self._source.views)
         if not all(verdict.is_kept for verdict in stored.verdicts):
             raise RuntimeError(f"the node does not hold the pages: {stored}")
+        self._renew_at_s = time.monotonic() + _RENEW_S
         leased, self._lease = self._control.lease(self._namespace, self._hashes, LEASE_MS_MAX)
         if self._lease is None or leased != start.pages:
             raise RuntimeError(f"{leased} of {start.pages} pages could be leased")
@@ -53,11 +59,13 @@ class StoreLane:
 
     def begin_pass(self) -> None:
         """Deletes what was written, so that the next pass finds room and no page of its own; keeps the lease alive."""
-        if self._written:
+        if self._written and not self._keeps:
             self._control.delete(self._namespace, self._written)
-            self._written.clear()
-        assert self._lease is not None
-        self._lease = self._control.renew(self._lease, LEASE_MS_MAX)
+        self._written.clear()
+        if time.monotonic() >= self._renew_at_s:
+            assert self._lease is not None
+            self._lease = self._control.renew(self._lease, LEASE_MS_MAX)
+            self._renew_at_s = time.monotonic() + _RENEW_S
 
     def _add(self, transport: str) -> None:
         """The verbs of one transport."""
