@@ -75,10 +75,9 @@ class Sweep:
         """A cell's medians. Rounds take turns, so that a slow moment of the machine hits all ways alike."""
         samples: dict[str, list[float]] = {"recompute": [], "fetch": [], "planner": []}
         decisions = []
-        once = cell.link.transfer_s(self._bytes(cell.context_tokens) * cell.hit_rate) > self._grid.once_s
-        for turn in range(self._grid.rounds):
+        for _ in range(self._grid.rounds):
             for way in ("recompute", "planner", "fetch"):
-                if way == "fetch" and once and turn:
+                if self._is_long(samples[way]):
                     continue
                 answer = self._ask("measure", way=way, context=cell.context_tokens, hit_rate=cell.hit_rate)
                 samples[way].append(answer["ttft_ms"])
@@ -103,8 +102,11 @@ class Sweep:
         }
 
     def _fault(self, link: LinkCell, context: int, fault: str) -> None:
-        recomputed, planned = [], []
+        recomputed: list[float] = []
+        planned: list[float] = []
         for _ in range(self._grid.rounds):
+            if self._is_long(recomputed):
+                break
             self._enter(link)
             recomputed.append(self._ask("measure", way="recompute", context=context, hit_rate=1.0)["ttft_ms"])
             self._worker.tell(json.dumps({"verb": "measure", "way": "planner", "context": context, "hit_rate": 1.0}))
@@ -125,6 +127,9 @@ class Sweep:
             planner_ttft_ms=round(median(planned), 2),
             samples_ms={"recompute": recomputed, "planner": planned},
         )
+
+    def _is_long(self, times_ms: Sequence[float]) -> bool:
+        return bool(times_ms) and times_ms[0] > self._grid.once_s * 1000
 
     def _decode(self, link: LinkCell, context: int) -> None:
         row = {"rtt_ms": link.rtt_ms, "gbit_per_s": link.gbit_per_s, "context_tokens": context}

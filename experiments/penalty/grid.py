@@ -38,7 +38,7 @@ class Cell:
 
 @dataclass(frozen=True, slots=True)
 class Grid:
-    """Everything that a run measures. Each time is the median of `rounds` runs; a fetch that takes longer than `once_s` runs once.
+    """Everything that a run measures. Each time is the median of `rounds` runs; what takes longer than `once_s` runs once.
 
     On links below `halves_gbit_per_s` only a hit rate of 1 is measured: there nothing is fetched anyway.
     """
