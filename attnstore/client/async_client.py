@@ -8,7 +8,6 @@ Invariant: a call ends within its one deadline, whatever it takes to serve it.
 from __future__ import annotations
 
 import asyncio
-import concurrent.futures
 import contextlib
 import functools
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
@@ -17,7 +16,6 @@ from typing import Any, Self, TypeVar
 
 from attnstore.client.attend import AttendCall, ChannelAttend
 from attnstore.client.bulk import (
-    BulkChoice,
     BulkUnavailable,
     MatchPlan,
     OnLayer,
@@ -32,11 +30,10 @@ from attnstore.client.bulk import (
 from attnstore.client.grpc_transport import GrpcTransport
 from attnstore.client.landing import Landing, readable_view
 from attnstore.client.mapped import PageViews
+from attnstore.client.negotiation import BulkTransports
 from attnstore.client.options import ConnectOptions, checked_deadline_ms
 from attnstore.client.shm_transport import ShmTransport, ViewPlan
-from attnstore.client.tcp_transport import TcpTransport
 from attnstore.clock import Clock, Deadline, MonotonicClock
-from attnstore.config import split_address
 from attnstore.core.layout import PageLayout
 from attnstore.errors import (
     ClientClosed,
@@ -61,7 +58,6 @@ from attnstore.types import (
 from attnstore.wire import messages
 from attnstore.wire.attend import AttendShape
 from attnstore.wire.chunks import Buffer
-from attnstore.wire.shared import SHARED_FILE_OFFER
 
 T = TypeVar("T")
 
@@ -76,12 +72,10 @@ class AsyncClient:
         self._options = options
         self._layouts: dict[bytes, PageLayout] = {}
         self._transport: GrpcTransport | None = None
-        self._tcp: TcpTransport | None = None
-        self.shm: ShmTransport | None = None
         self._clock = clock or MonotonicClock()
-        self._negotiating = asyncio.Lock()
         self._closed = False
-        self.bulk = BulkChoice(options.transport, self._clock)
+        self._bulk = BulkTransports(options, self._clock, self._offered, self._ask_channel)
+        self.bulk = self._bulk.choice
 
     async def __aenter__(self) -> Self:
         return self
@@ -94,15 +88,15 @@ class AsyncClient:
     async def close(self) -> None:
         """Ends the connection; calls that are running fail. Closing twice is harmless."""
         self._closed = True
-        tcp, self._tcp = self._tcp, None
-        if tcp is not None:
-            tcp.close()
-        shm, self.shm = self.shm, None
-        if shm is not None:
-            shm.close()
+        self._bulk.close()
         transport, self._transport = self._transport, None
         if transport is not None:
             await transport.close()
+
+    @property
+    def shm(self) -> ShmTransport | None:
+        """The shared memory of a node of this host, once it has been offered."""
+        return self._bulk.shm
 
     async def describe(self, *, deadline_ms: float | None = None) -> NodeDescription:
         """What the node says of itself."""
@@ -239,7 +233,7 @@ class AsyncClient:
 
     async def _read_over_best(self, plan: ReadPlan) -> None:
         plan.landing.restart()
-        await self._negotiate(plan.deadline)
+        await self._bulk.negotiate(plan.deadline)
         if self.bulk.has_readers and await in_thread(lambda: self.bulk.read(plan), plan.transfer):
             return
         request = messages.ReadRequest(
@@ -286,7 +280,7 @@ class AsyncClient:
         return ViewPlan(namespace, tuple(hashes), begin, end, lease.lease_id, self._deadline(deadline_ms))
 
     async def _view_over_shm(self, plan: ViewPlan) -> PageViews:
-        await self._negotiate(plan.deadline)
+        await self._bulk.negotiate(plan.deadline)
         shm = self.shm
         if shm is None:
             raise InvalidArgument("pages can be viewed in place only on a node of this host that offers shm")
@@ -320,7 +314,7 @@ class AsyncClient:
         return written(plan, await self._in_namespace(plan.namespace, plan.deadline, lambda: self._write_over_best(plan)))
 
     async def _write_over_best(self, plan: WritePlan) -> tuple[PageStatus, ...]:
-        await self._negotiate(plan.deadline)
+        await self._bulk.negotiate(plan.deadline)
         if self.bulk.has_writers:
             verdicts = await in_thread(lambda: self.bulk.write(plan), plan.transfer)
             if verdicts is not None:
@@ -350,55 +344,14 @@ class AsyncClient:
     async def attend_over_channel(self, shape: AttendShape, deadline_ms: float | None) -> ChannelAttend | None:
         """An attend stream over the page channel; None where there is none to be had and gRPC is left."""
         deadline = self._deadline(deadline_ms)
-        await self._negotiate(deadline)
-        tcp = self._tcp
+        await self._bulk.negotiate(deadline)
+        tcp = self._bulk.tcp
         if tcp is None or self._options.transport == "grpc":
             return None
         try:
             return await in_thread(lambda: tcp.attend(shape, self._clock, self._deadline_ms(deadline_ms)), Transfer())
         except BulkUnavailable:
             return None
-
-    async def _negotiate(self, deadline: Deadline) -> None:
-        """Asks the node once which bulk transports it offers."""
-        if self.bulk.is_negotiated():
-            return
-        try:
-            # Another call may be asking, with a later deadline than this one's.
-            async with asyncio.timeout(deadline.left_ms() / 1000):
-                await self._negotiating.acquire()
-        except TimeoutError:
-            raise DeadlineExceeded("the node did not say in time which transports it offers") from None
-        try:
-            if self.bulk.is_negotiated():
-                return
-            offered = (await self.describe(deadline_ms=deadline.left_ms())).transports
-            opener = self._opener(asyncio.get_running_loop())
-            if "tcp" in offered:
-                host, _ = split_address(self._options.target.address)
-                self._tcp = TcpTransport(host, opener, self._options.channels)
-            offer = SHARED_FILE_OFFER if self._options.shared_path is not None and SHARED_FILE_OFFER in offered else "shm"
-            if offer in offered and (self._options.transport == "shm" or ShmTransport.is_reachable(offered[offer])):
-                self.shm = ShmTransport(opener, self._options.channels, offer, self._options.shared_path)
-            channel = [] if self._tcp is None else [self._tcp]
-            self.bulk.offer([*channel] if self.shm is None else [self.shm, *channel], writers=channel, matchers=channel)
-        finally:
-            self._negotiating.release()
-
-    def _opener(self, loop: asyncio.AbstractEventLoop) -> Callable[[str, Deadline], tuple[str, bytes]]:
-        async def ask(transport: str, deadline: Deadline) -> tuple[str, bytes]:
-            request = messages.OpenChannelRequest(transport=transport)
-            answer = await self._connected().call("OpenChannel", request, deadline.left_ms())
-            return answer.address, answer.token
-
-        def open_channel(transport: str, deadline: Deadline) -> tuple[str, bytes]:
-            answer = asyncio.run_coroutine_threadsafe(ask(transport, deadline), loop)
-            try:
-                return answer.result()
-            except concurrent.futures.CancelledError:
-                raise ClientClosed("the client is closed, or its event loop is ending") from None
-
-        return open_channel
 
     async def delete(
         self, namespace: bytes, hashes: Sequence[bytes], *, deadline_ms: float | None = None
@@ -443,6 +396,14 @@ class AsyncClient:
                     yield messages.event_from_wire(message)
 
         return events()
+
+    async def _offered(self, deadline_ms: float) -> dict[str, str]:
+        return (await self.describe(deadline_ms=deadline_ms)).transports
+
+    async def _ask_channel(self, transport: str, deadline: Deadline) -> tuple[str, bytes]:
+        request = messages.OpenChannelRequest(transport=transport)
+        answer = await self._connected().call("OpenChannel", request, deadline.left_ms())
+        return answer.address, answer.token
 
     def _connected(self) -> GrpcTransport:
         if self._closed:

@@ -8,6 +8,7 @@ Each request is one line of JSON, a `verb` and its arguments; each answer one li
 
 from __future__ import annotations
 
+import gc
 import json
 import pydoc_data.topics
 import random
@@ -71,7 +72,6 @@ class Bench:
 
     def __init__(self, start: Start, stack: ExitStack) -> None:
         self._start = start
-        self._stack = stack
         self._model = load_model(None, DType.BF16)
         self._clock = MonotonicClock()
         topics = pydoc_data.topics.topics
@@ -81,8 +81,10 @@ class Bench:
         self._calibration_tokens = _CALIBRATION_TOKENS_MAX
         self._behind = stack.enter_context(open_store(start.link_url, deadline_ms=_DEADLINE_MS, transport=start.transport))
         self._planner = CostPlanner(self._clock, _OPTIONS.chunk_tokens)
-        self._recompute = self._engine(RecomputeAll(), None)
-        self._fetch = self._engine(FetchAll(_DEADLINE_MS), None)
+        self._recompute = stack.enter_context(self._engine(RecomputeAll(), None))
+        self._fetch = stack.enter_context(self._engine(FetchAll(_DEADLINE_MS), None))
+        self._planning: Engine | None = None
+        stack.callback(self._forget)
 
     def fill(self, contexts: list[int]) -> dict[str, Any]:
         """Computes the documents and writes their pages to the node, past the link."""
@@ -99,6 +101,7 @@ class Bench:
 
     def calibrate(self) -> dict[str, Any]:
         """Makes a planner that has been on this link for a while: a prompt was computed, and a few small ones were fetched."""
+        self._forget()
         self._planner = CostPlanner(self._clock, _OPTIONS.chunk_tokens)
         with self._engine(RecomputeAll(), self._planner) as computing:
             computing.generate(self._document(self._calibration_tokens), _ONE_TOKEN)
@@ -116,6 +119,7 @@ class Bench:
     def measure(self, way: str, context: int, hit_rate: float) -> dict[str, Any]:
         """One first token, from submission on."""
         engine = {"recompute": self._recompute, "fetch": self._fetch, "planner": self._planning}[way]
+        assert engine is not None, "calibrate comes first"
         engine.drop_cached()
         sequence = engine.generate(self._prompt(context, hit_rate), _ONE_TOKEN)
         assert sequence.first_token_ms is not None
@@ -164,11 +168,17 @@ class Bench:
         return self._clock.now_ms() - began_ms
 
     def _engine(self, planner: Planner, observer: CostPlanner | None) -> Engine:
-        engine = self._stack.enter_context(
-            Engine(self._model, _OPTIONS, store=ReadOnly(self._behind), planner=planner, observer=observer, clock=self._clock)
-        )
+        store = ReadOnly(self._behind)
+        engine = Engine(self._model, _OPTIONS, store=store, planner=planner, observer=observer, clock=self._clock)
         engine.warm_up()
         return engine
+
+    def _forget(self) -> None:
+        """Ends the engine of the last link, which holds a pool."""
+        if self._planning is not None:
+            self._planning.close()
+            self._planning = None
+        gc.collect()
 
     def _document(self, context: int) -> list[int]:
         """The text from a place of its own for each context, so that no document is another one's prefix."""

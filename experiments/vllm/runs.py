@@ -22,7 +22,7 @@ from attnstore.links import LinkProfile, parse_link
 from attnstore.testing import StoreProcess
 from attnstore.testing.link import Link
 from experiments.bandwidth.processes import Child
-from experiments.vllm.session import Answers, Batch, Start, environment
+from experiments.vllm.session import Answers, Batch, Start, attnstore_connector, environment
 from experiments.vllm.workloads import Played, Workload
 
 _START_S_MAX: Final = 300.0
@@ -113,7 +113,7 @@ class Run:
             for workload in workloads:
                 yield self._row(System(), workload, alone[workload.name], alone[workload.name], 0)
             self._report("one process that fills the store")
-            with self._engine({"store": node.url}) as engine:
+            with self._engine(attnstore_connector(store=node.url)) as engine:
                 for workload in workloads:
                     workload.fill(engine.ask)
                 _settle(client)
@@ -129,7 +129,10 @@ class Run:
         client: attnstore.Client | attnstore.ClusterClient,
     ) -> Iterator[Row]:
         self._report(system.name)
-        with _reached(node, system) as url, self._engine({"store": url, "transport": system.transport}) as engine:
+        with (
+            _reached(node, system) as url,
+            self._engine(attnstore_connector(store=url, transport=system.transport)) as engine,
+        ):
 
             def ask(batch: Batch) -> Answers:
                 _settle(client)  # what the last turn wrote is there: users take longer than that to think
@@ -143,9 +146,8 @@ class Run:
                 played = workload.play(ask if workload.shares else ask_alone, alone[workload.name].tokens)
                 yield self._row(system, workload, played, alone[workload.name], client.stats().read_bytes - read)
 
-    def _engine(self, store: dict[str, Any] | None) -> Engine:
-        start = Start(self._start.model, self._start.dtype, self._start.tokens_max, store)
-        return Engine(self._python, start, self._threads, self._log)
+    def _engine(self, connector: dict[str, Any] | None) -> Engine:
+        return Engine(self._python, replace(self._start, connector=connector), self._threads, self._log)
 
     def _row(self, system: System, workload: Workload, played: Played, alone: Played, bytes_read: int) -> Row:
         profile = system.profile

@@ -18,12 +18,12 @@ _WARM_UP = list(range(1000, 1200))
 
 @dataclass(frozen=True, slots=True)
 class Start:
-    """`model`: a Hugging Face folder, `dtype` as vLLM calls it. `store`: the connector's settings; None for vLLM alone."""
+    """`model`: a Hugging Face folder, `dtype` as vLLM calls it. `connector`: vLLM's `kv_transfer_config`; None for vLLM alone."""
 
     model: str
     dtype: str
     tokens_max: int
-    store: dict[str, Any] | None = None
+    connector: dict[str, Any] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,21 +59,24 @@ def environment(base: Mapping[str, str], threads: int) -> dict[str, str]:
     }
 
 
+def attnstore_connector(**settings: Any) -> dict[str, Any]:
+    """The `kv_transfer_config` of AttnStore's connector; `settings` are its own, `store` among them."""
+    return {
+        "kv_connector": "AttnStoreConnector",
+        "kv_connector_module_path": "worker.vllm",
+        "kv_role": "kv_both",
+        "kv_load_failure_policy": "recompute",
+        "kv_connector_extra_config": settings,
+    }
+
+
 class Session:
     """vLLM's offline engine with its defaults, its engine core in a process of its own."""
 
     def __init__(self, start: Start) -> None:
         from vllm import LLM  # only the Python that runs this module has it
 
-        options: dict[str, Any] = {}
-        if start.store is not None:
-            options["kv_transfer_config"] = {
-                "kv_connector": "AttnStoreConnector",
-                "kv_connector_module_path": "worker.vllm",
-                "kv_role": "kv_both",
-                "kv_load_failure_policy": "recompute",
-                "kv_connector_extra_config": start.store,
-            }
+        options: dict[str, Any] = {} if start.connector is None else {"kv_transfer_config": start.connector}
         self._llm = LLM(model=start.model, dtype=start.dtype, max_model_len=start.tokens_max, disable_log_stats=True, **options)
         self._requests = 0
 

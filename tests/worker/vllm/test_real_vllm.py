@@ -18,7 +18,7 @@ import attnstore
 from attnstore.testing import StoreProcess
 from attnstore.testing.link import Link
 from experiments.vllm.runs import Engine
-from experiments.vllm.session import Answers, Batch, Start
+from experiments.vllm.session import Answers, Batch, Start, attnstore_connector
 from worker.model.conversion import export_model
 
 PYTHON = os.environ.get("ATTNSTORE_VLLM_PYTHON")
@@ -59,11 +59,12 @@ def free_port() -> int:
 
 
 @contextmanager
-def vllm(model: Path, store: dict[str, Any] | None) -> Iterator[Engine]:
+def vllm(model: Path, settings: dict[str, Any] | None) -> Iterator[Engine]:
     assert PYTHON is not None
+    connector = None if settings is None else attnstore_connector(**settings)
     with tempfile.TemporaryFile("w+") as log:
         try:
-            with Engine(Path(PYTHON), Start(str(model), "float32", 4_096, store), THREADS, log) as engine:
+            with Engine(Path(PYTHON), Start(str(model), "float32", 4_096, connector), THREADS, log) as engine:
                 yield engine
         finally:
             log.seek(0)
