@@ -123,7 +123,7 @@ def test_a_killed_client_leaves_nothing_behind(shared_node: StoreProcess, client
             now = client.stats()
             return now.pages_pinned if direction == "read" else now.pages_arriving
 
-        assert held() > 0
+        assert eventually(lambda: held() > 0), "between two pages none may be on its way"
         half.send_signal(signal.SIGKILL)
         assert eventually(lambda: held() == 0)
     client.write(batch.namespace, batch.hashes, batch.pages)
