@@ -178,10 +178,7 @@ class NodeEnd:
     def next_request(self) -> tuple[Frame, bytes]:
         """The next frame with its payload."""
         frame = self.stream.receive()
-        payload = bytearray(frame.size_bytes)
-        if payload:
-            self.stream.receive_payload(memoryview(payload))
-        return frame, bytes(payload)
+        return frame, bytes(self.stream.whole_payload(frame))
 
     def slice(self, request: int, index: int, data: bytes, *, offset_bytes: int = 0, checksum: int | None = None) -> None:
         """Sends bytes of a page."""

@@ -74,8 +74,8 @@ class AsyncClient:
         self._transport: GrpcTransport | None = None
         self._clock = clock or MonotonicClock()
         self._closed = False
-        self._bulk = BulkTransports(options, self._clock, self._offered, self._ask_channel)
-        self.bulk = self._bulk.choice
+        self._transports = BulkTransports(options, self._clock, self._offered, self._ask_channel)
+        self.bulk = self._transports.choice
 
     async def __aenter__(self) -> Self:
         return self
@@ -88,7 +88,7 @@ class AsyncClient:
     async def close(self) -> None:
         """Ends the connection; calls that are running fail. Closing twice is harmless."""
         self._closed = True
-        self._bulk.close()
+        self._transports.close()
         transport, self._transport = self._transport, None
         if transport is not None:
             await transport.close()
@@ -96,7 +96,7 @@ class AsyncClient:
     @property
     def shm(self) -> ShmTransport | None:
         """The shared memory of a node of this host, once it has been offered."""
-        return self._bulk.shm
+        return self._transports.shm
 
     async def describe(self, *, deadline_ms: float | None = None) -> NodeDescription:
         """What the node says of itself."""
@@ -233,7 +233,7 @@ class AsyncClient:
 
     async def _read_over_best(self, plan: ReadPlan) -> None:
         plan.landing.restart()
-        await self._bulk.negotiate(plan.deadline)
+        await self._transports.negotiate(plan.deadline)
         if self.bulk.has_readers and await in_thread(lambda: self.bulk.read(plan), plan.transfer):
             return
         request = messages.ReadRequest(
@@ -280,7 +280,7 @@ class AsyncClient:
         return ViewPlan(namespace, tuple(hashes), begin, end, lease.lease_id, self._deadline(deadline_ms))
 
     async def _view_over_shm(self, plan: ViewPlan) -> PageViews:
-        await self._bulk.negotiate(plan.deadline)
+        await self._transports.negotiate(plan.deadline)
         shm = self.shm
         if shm is None:
             raise InvalidArgument("pages can be viewed in place only on a node of this host that offers shm")
@@ -314,7 +314,7 @@ class AsyncClient:
         return written(plan, await self._in_namespace(plan.namespace, plan.deadline, lambda: self._write_over_best(plan)))
 
     async def _write_over_best(self, plan: WritePlan) -> tuple[PageStatus, ...]:
-        await self._bulk.negotiate(plan.deadline)
+        await self._transports.negotiate(plan.deadline)
         if self.bulk.has_writers:
             verdicts = await in_thread(lambda: self.bulk.write(plan), plan.transfer)
             if verdicts is not None:
@@ -344,8 +344,8 @@ class AsyncClient:
     async def attend_over_channel(self, shape: AttendShape, deadline_ms: float | None) -> ChannelAttend | None:
         """An attend stream over the page channel; None where there is none to be had and gRPC is left."""
         deadline = self._deadline(deadline_ms)
-        await self._bulk.negotiate(deadline)
-        tcp = self._bulk.tcp
+        await self._transports.negotiate(deadline)
+        tcp = self._transports.tcp
         if tcp is None or self._options.transport == "grpc":
             return None
         try:

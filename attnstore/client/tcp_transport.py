@@ -207,7 +207,7 @@ class _Channel:
         )
         self._stream.send(encode_frame(question), payload)
         answer = self._receive(Kind.MATCHED, self._request)
-        return matched(plan, decode_hits(self._payload(answer)), answer.lease_id, answer.offset_bytes)
+        return matched(plan, decode_hits(self._stream.whole_payload(answer)), answer.lease_id, answer.offset_bytes)
 
     def _hashes_max(self, plan: ReadPlan, pages: int) -> int:
         """How many pages one READ asks for."""
@@ -301,13 +301,7 @@ class _Channel:
         return frame
 
     def _refusal(self, frame: Frame) -> AttnStoreError:
-        return decode_refusal(self._payload(frame))
-
-    def _payload(self, frame: Frame) -> bytearray:
-        payload = bytearray(frame.size_bytes)
-        if payload:
-            self._stream.receive_payload(memoryview(payload))
-        return payload
+        return decode_refusal(self._stream.whole_payload(frame))
 
 
 class _PendingRead:

@@ -174,7 +174,7 @@ class _Connection(Connection):
 
     def _welcome(self) -> str:
         hello = self._stream.receive()
-        token = self._payload(hello)
+        token = self._stream.whole_payload(hello)
         if hello.page != VERSION:
             raise InvalidArgument(f"the page channel's version is {VERSION}; the client speaks {hello.page}")
         tenant = self._tokens.redeem(bytes(token))
@@ -201,7 +201,7 @@ class _Connection(Connection):
             self._stream.send(encode_refusal(frame.request, error))
 
     def _match(self, frame: Frame, tenant: str) -> None:
-        payload = self._payload(frame)
+        payload = self._stream.whole_payload(frame)
         with self._metrics.call("Match"):
             prefixes = decode_prefixes(frame.page, payload)
             self._store.layout_of(frame.namespace, tenant)
@@ -212,14 +212,8 @@ class _Connection(Connection):
         answer = Frame(Kind.MATCHED, request=frame.request, size_bytes=len(hits), lease=lease, offset_bytes=found.lease_ms)
         self._stream.send(encode_frame(answer), hits)
 
-    def _payload(self, frame: Frame) -> bytearray:
-        payload = bytearray(frame.size_bytes)
-        if payload:
-            self._stream.receive_payload(memoryview(payload))
-        return payload
-
     def _read(self, frame: Frame, tenant: str) -> None:
-        hashes = split_hashes(bytes(self._payload(frame)))
+        hashes = split_hashes(bytes(self._stream.whole_payload(frame)))
         layout = self._store.layout_of(frame.namespace, tenant)
         begin, end = layout.layer_slice(frame.layer_begin, frame.layer_end)
         if frame.order is Order.LAYERS:

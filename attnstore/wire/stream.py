@@ -94,6 +94,13 @@ class FrameStream:
         self._receiver.land(*views)
         self.receive()
 
+    def whole_payload(self, frame: Frame) -> bytearray:
+        """The payload that `frame` announces, in memory of its own; empty where it has none."""
+        payload = bytearray(frame.size_bytes)
+        if payload:
+            self.receive_payload(memoryview(payload))
+        return payload
+
     def discard_payload(self, scratch: memoryview) -> None:
         """Receives the announced payload and throws it away."""
         self._receiver.discard(scratch)

@@ -74,10 +74,7 @@ def refusal(stream: FrameStream) -> errors.AttnStoreError:
 def payload(stream: FrameStream) -> tuple[Frame, bytes]:
     """The next frame and its bytes."""
     frame = stream.receive()
-    data = bytearray(frame.size_bytes)
-    if data:
-        stream.receive_payload(memoryview(data))
-    return frame, bytes(data)
+    return frame, bytes(stream.whole_payload(frame))
 
 
 def is_closed(stream: FrameStream) -> bool:
