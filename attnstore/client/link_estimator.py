@@ -5,9 +5,9 @@ absurd, makes it raise or answer with a number that is not finite and positive; 
 
 Estimates are weighted medians, which half of the samples must be wrong to fool; weights halve with every few newer samples and with
 age. Three samples in a row that are all far slower, or all far faster, than expected mean that the link itself has changed: what
-came before them is forgotten. The spread around the median, few samples and age make an estimate less certain, and a planner that
-must be safe reckons with `spread`. Robust fits by medians are Theil's and Sen's (1950, 1968); forgetting after a run of like
-residuals is the idea of a CUSUM chart (Page, 1954).
+came before them is forgotten. How far slow transfers are from the median, few samples and age make an estimate less certain, and a
+planner that must be safe reckons with `spread`. Robust fits by medians are Theil's and Sen's (1950, 1968); forgetting after a run
+of like residuals is the idea of a CUSUM chart (Page, 1954).
 """
 
 from __future__ import annotations
@@ -36,13 +36,13 @@ _UNLIKE: Final = 2.0
 """Two transfers tell the time of a request apart from that of the bytes where one is so many times as large as the other."""
 _PAIRED: Final = 16
 _SLOPES_MIN: Final = 6
-_SPREAD_QUANTILE: Final = 0.8
+_SLOW_QUANTILE: Final = 0.9
 _LOG_SPREAD_MAX: Final = math.log(100.0)
 
 
 @dataclass(frozen=True, slots=True)
 class LinkEstimate:
-    """A link at one moment. `spread` >= 1 is a factor: a transfer is expected within `transfer_ms` times or over `spread`.
+    """A link at one moment. `spread` >= 1 is a factor: a transfer is expected to take no longer than `transfer_ms` times `spread`.
 
     `rtt_ms` is what a question takes, `request_ms` what a bulk transfer takes besides its bytes. `samples` counts bulk transfers,
     decayed by number and age; `age_ms` is that of the newest.
@@ -143,8 +143,9 @@ class LinkEstimator:
         request_ms, bytes_per_ms = _line(bulk, rtt_ms or 0.0)
         samples = sum(weight for _, weight in bulk)
         age_ms = max(0.0, now_ms - bulk[0][0].at_ms)
-        errors = [(abs(math.log(s.elapsed_ms / (request_ms + s.size_bytes / bytes_per_ms))), w) for s, w in bulk]
-        seen = weighted_quantile(errors, _SPREAD_QUANTILE)
+        # A transfer that was faster than expected is no sign that the next one may be slower.
+        errors = [(max(0.0, math.log(s.elapsed_ms / (request_ms + s.size_bytes / bytes_per_ms))), w) for s, w in bulk]
+        seen = weighted_quantile(errors, _SLOW_QUANTILE)
         assert seen is not None
         # One sample, or one as old as a half-life, could be wrong by a factor of two.
         unseen = math.log(2.0) * (1 / max(samples, 1e-3) + age_ms / _HALF_LIFE_MS)

@@ -112,6 +112,14 @@ def test_age_makes_uncertain_and_then_unknown() -> None:
     assert link.estimator.estimate() is None
 
 
+def test_small_transfers_that_were_fast_do_not_make_a_large_one_look_slower_than_it_was() -> None:
+    link = Link(0.5, 0.0)
+    for size_bytes, elapsed_ms in ((6_000_000, 1.0), (6_000_000, 2.0), (6_000_000, 6.0), (77_000_000, 250.0)):
+        link.clock.advance_ms(elapsed_ms)
+        link.estimator.observe(size_bytes, elapsed_ms)
+    assert 25 < link.estimate().transfer_ms_high(77_000_000) < 2 * 250
+
+
 def test_a_failed_link_is_unknown_again() -> None:
     link = Link(1.0, 100_000.0)
     for _ in range(10):

@@ -131,6 +131,8 @@ class AttnStoreConnector(KVConnectorBase_V1):
 
     def update_connector_output(self, connector_output: Any) -> None:
         """See the base class."""
+        if connector_output.invalid_block_ids:
+            self._scheduling.failed(connector_output.invalid_block_ids)
         told = connector_output.kv_connector_worker_meta
         if isinstance(told, WorkerMetadata):
             self._scheduling.learn(told.costs)

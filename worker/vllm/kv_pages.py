@@ -39,12 +39,12 @@ class KvPages:
             part.view(block.dtype).view(block.shape).copy_(block)
         return page
 
-    def scatter(self, block_id: int, page: bytearray) -> None:
+    def scatter(self, block_id: int, page: bytearray | memoryview) -> None:
         """Puts a page into a block."""
         for part, layer in zip(self._parts(page), self._layers, strict=True):
             block = layer[block_id]
             block.copy_(part.view(block.dtype).view(block.shape))
 
-    def _parts(self, page: bytearray) -> tuple[Tensor, ...]:
+    def _parts(self, page: bytearray | memoryview) -> tuple[Tensor, ...]:
         whole = torch.frombuffer(page, dtype=torch.uint8).view(len(self._layers), self._layer_block_bytes)
         return whole.unbind()

@@ -6,7 +6,7 @@ thread of its own, the scheduler asks again, and one that is late, failed or not
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from typing import Final
@@ -19,6 +19,7 @@ from attnstore.errors import AttnStoreError
 from attnstore.logs import get_logger
 from worker.vllm.gate import Gate
 from worker.vllm.identity import page_hashes
+from worker.vllm.known import KnownPages
 from worker.vllm.plan import BlockPlan, Costs, LoadPlan, StepPlan
 
 _QUICK_ANSWER_S: Final = 0.002
@@ -48,6 +49,7 @@ class _Request:
     lookup: _Lookup | None = None
     claimed: bool = False
     local_blocks: int = 0  # that vLLM had when a hit was claimed
+    loads: tuple[BlockPlan, ...] = ()
 
 
 class SchedulerSide:
@@ -64,6 +66,7 @@ class SchedulerSide:
         self._threads = ThreadPoolExecutor(_LOOKUPS_MAX, "attnstore-lookup")
         self._probe: Future[int] | None = None
         self._refused = False
+        self._known = KnownPages()
         self._requests: dict[str, _Request] = {}
         self._loads: list[LoadPlan] = []
 
@@ -91,6 +94,9 @@ class SchedulerSide:
             return None
         request.claimed = True
         found = self._outcome(lookup)
+        names = self._names(request, usable)
+        self._known.add(names[:found])
+        self._known.discard(names[found:])
         blocks = min(found, usable) - local
         if blocks <= 0:
             return 0
@@ -108,9 +114,18 @@ class SchedulerSide:
         first = request.local_blocks
         last = first + external_tokens // self._layout.block_tokens
         hashes = self._names(request, last)
-        plans = tuple(BlockPlan(block_ids[index], hashes[index]) for index in range(first, last))
-        self._loads.append(LoadPlan(request_id, plans))
+        request.loads = tuple(BlockPlan(block_ids[index], hashes[index]) for index in range(first, last))
+        self._loads.append(LoadPlan(request_id, request.loads))
         request.saved = last
+
+    def failed(self, block_ids: Collection[int]) -> None:
+        """These blocks were not loaded: they are computed, and saved then."""
+        for request in self._requests.values():
+            good = next((index for index, load in enumerate(request.loads) if load.block_id in block_ids), None)
+            if good is not None:
+                self._known.discard([load.page_hash for load in request.loads[good:]])
+                request.saved = request.local_blocks + good
+                request.loads = ()
 
     def scheduled(self, request_id: str, new_block_ids: Sequence[int], *, tokens_after: int, restarted: bool) -> list[BlockPlan]:
         """The blocks of a request that are complete once this step is done and that the store is not known to have.
@@ -127,7 +142,12 @@ class SchedulerSide:
         if last <= request.saved:
             return []
         hashes = self._names(request, last)
-        plans = [BlockPlan(request.block_ids[index], hashes[index]) for index in range(request.saved, last)]
+        plans = [
+            BlockPlan(request.block_ids[index], hashes[index])
+            for index in range(request.saved, last)
+            if hashes[index] not in self._known
+        ]
+        self._known.add([plan.page_hash for plan in plans])
         request.saved = last
         return plans
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import threading
 from collections import deque
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from typing import Final
 
 from attnstore.clock import Clock
@@ -21,12 +21,13 @@ from attnstore.errors import AttnStoreError, Retryable
 from attnstore.logs import get_logger
 from attnstore.types import PageStatus
 from worker.cache.page_store import PageStore
+from worker.cache.pages import anonymous_memory
 from worker.vllm.kv_pages import KvPages
 from worker.vllm.plan import BlockPlan, Costs, LoadPlan
 
 _LOADS_AT_ONCE: Final = 2
-_READ_BYTES: Final = 32 << 20
-"""Copies of pages that one load has in memory at a time."""
+_PART_BYTES: Final = 16 << 20
+"""A load goes in parts of so many bytes: while one is put into vLLM's blocks, the next is read."""
 _MEASUREMENTS_MAX: Final = 256
 
 _log = get_logger(__name__)
@@ -60,6 +61,9 @@ class Transfers:
         self._saving = 0
         self._dropped = 0
         self._load_costs: deque[tuple[int, float]] = deque(maxlen=_MEASUREMENTS_MAX)
+        self._part_pages = max(1, _PART_BYTES // pages.page_bytes)
+        self._readers = ThreadPoolExecutor(_LOADS_AT_ONCE, "attnstore-read")
+        self._staging: deque[_Staging] = deque()  # of the loads that have ended
 
     def load(self, plan: LoadPlan) -> None:
         """Starts a load; `take_loaded` names it when it is over."""
@@ -100,43 +104,56 @@ class Transfers:
     def flush(self) -> None:
         """Waits until what was handed to the writer is written or refused, each within its deadline; then ends."""
         self._loaders.shutdown(wait=True, cancel_futures=True)
+        self._readers.shutdown(wait=True)
         self._saver.shutdown(wait=True)
 
     def _load(self, plan: LoadPlan) -> None:
         began_ms = self._clock.now_ms()
         good = 0
+        staging = self._staging.pop() if self._staging else _Staging(self._part_pages, self._pages.page_bytes)
         try:
-            good = self._load_leading(plan.blocks, began_ms + self._deadline_ms)
-        except AttnStoreError as error:
-            _log.warning("a load failed", request=plan.request_id, reason=str(error))
+            good = self._load_leading(plan.blocks, staging, began_ms + self._deadline_ms)
         except Exception:
             _log.exception("a load failed", request=plan.request_id)
+        self._staging.append(staging)
         with self._lock:
             if good:
                 self._load_costs.append((good * self._pages.page_bytes, self._clock.now_ms() - began_ms))
             self._failed_blocks.update(block.block_id for block in plan.blocks[good:])
             self._loaded.add(plan.request_id)
 
-    def _load_leading(self, blocks: Sequence[BlockPlan], until_ms: float) -> int:
-        """Loads blocks up to the first that is not to be had; how many."""
-        together = max(1, _READ_BYTES // self._pages.page_bytes)
-        for first in range(0, len(blocks), together):
-            part = blocks[first : first + together]
-            left_ms = until_ms - self._clock.now_ms()
-            if left_ms < 1:
-                return first
-            copies = [bytearray(self._pages.page_bytes) for _ in part]
-            hashes = [block.page_hash for block in part]
-            hits = (
-                self._store.ready()
-                .read(self._space, hashes, [memoryview(copy) for copy in copies], lease=None, deadline_ms=left_ms)
-                .leading_hits
-            )
-            for block, copy in zip(part[:hits], copies, strict=False):
-                self._pages.scatter(block.block_id, copy)
+    def _load_leading(self, blocks: Sequence[BlockPlan], staging: _Staging, until_ms: float) -> int:
+        """Loads blocks up to the first that is not to be had; how many. No byte comes into `staging` after it has returned."""
+        parts = [blocks[first : first + self._part_pages] for first in range(0, len(blocks), self._part_pages)]
+        loaded = 0
+        reading = self._readers.submit(self._read, parts[0], staging.halves[0], until_ms)
+        for index, part in enumerate(parts):
+            pages, hits = staging.halves[index % 2], reading.result()
+            if hits == len(part) and index + 1 < len(parts):
+                reading = self._readers.submit(self._read, parts[index + 1], staging.halves[(index + 1) % 2], until_ms)
+            try:
+                for block, page in zip(part[:hits], pages, strict=False):
+                    self._pages.scatter(block.block_id, page)
+            except BaseException:
+                wait([reading])
+                raise
+            loaded += hits
             if hits < len(part):
-                return first + hits
-        return len(blocks)
+                break
+        return loaded
+
+    def _read(self, blocks: Sequence[BlockPlan], pages: Sequence[memoryview], until_ms: float) -> int:
+        """Reads pages up to the first that is not to be had; how many."""
+        left_ms = until_ms - self._clock.now_ms()
+        if left_ms < 1:
+            return 0
+        hashes = [block.page_hash for block in blocks]
+        try:
+            answer = self._store.ready().read(self._space, hashes, pages[: len(blocks)], lease=None, deadline_ms=left_ms)
+        except AttnStoreError as error:
+            _log.warning("pages were not read", pages=len(blocks), reason=str(error))
+            return 0
+        return answer.leading_hits
 
     def _save(self, hashes: Sequence[bytes], copies: Sequence[bytearray]) -> None:
         try:
@@ -152,6 +169,15 @@ class Transfers:
         finally:
             with self._lock:
                 self._saving -= len(hashes)
+
+
+class _Staging:
+    """Where the pages of one load arrive: two halves, of a part each. Kept for the next load: new memory must be zeroed first."""
+
+    def __init__(self, part_pages: int, page_bytes: int) -> None:
+        memory = memoryview(anonymous_memory(2 * part_pages * page_bytes))
+        pages = [memory[index * page_bytes : (index + 1) * page_bytes] for index in range(2 * part_pages)]
+        self.halves = (pages[:part_pages], pages[part_pages:])
 
 
 class RegisteredStore:

@@ -12,6 +12,7 @@ from attnstore.errors import Unavailable
 from attnstore.testing import ManualClock
 from worker.vllm.gate import PROBE_MS
 from worker.vllm.identity import page_hashes, page_layout, vllm_namespace
+from worker.vllm.known import KnownPages
 from worker.vllm.plan import Costs
 from worker.vllm.scheduling import SchedulerSide
 
@@ -161,3 +162,42 @@ def test_a_link_that_was_never_measured_is_measured_when_a_hit_was_not_claimed(s
     assert side.hit_tokens("first", FOREIGN, 100, 0) == 0
     assert side.wants_probe
     side.close()
+
+
+def saved_names(side: SchedulerSide, request: str, blocks: int) -> list[bytes]:
+    """What a step that completes so many blocks of a request, all in vLLM's own cache or computed, would save."""
+    return [plan.page_hash for plan in side.scheduled(request, range(blocks), tokens_after=blocks * TOKENS, restarted=True)]
+
+
+def test_a_block_that_vllm_still_has_is_not_sent_a_second_time(side: SchedulerSide, store: Answers) -> None:
+    store.pages = 0
+    names = page_hashes(ROOT, FOREIGN)
+    assert settled(side, "a") == 0
+    assert saved_names(side, "a", 8) == names[:8]
+    assert settled(side, "b", computed=9 * TOKENS) == 0, "vLLM has it all: the store is not asked"
+    assert saved_names(side, "b", 10) == names[8:]
+
+
+def test_pages_that_the_store_has_lost_are_saved_again(side: SchedulerSide, store: Answers) -> None:
+    names = page_hashes(ROOT, FOREIGN)
+    assert settled(side, "a") == 6 * TOKENS
+    assert saved_names(side, "a", 8) == names[6:8]
+    store.pages = 2
+    assert settled(side, "b", computed=2 * TOKENS) == 0
+    assert saved_names(side, "b", 8) == names[2:8]
+
+
+def test_blocks_that_were_not_loaded_are_saved_when_they_are_computed(side: SchedulerSide) -> None:
+    names = page_hashes(ROOT, FOREIGN)
+    assert settled(side, "a", computed=TOKENS) == 5 * TOKENS
+    side.allocated("a", list(range(20, 30)), 5 * TOKENS)
+    side.failed({23, 24, 25})
+    saves = side.scheduled("a", list(range(20, 30)), tokens_after=7 * TOKENS, restarted=True)
+    assert [(plan.block_id, plan.page_hash) for plan in saves] == list(zip(range(23, 27), names[3:7], strict=True))
+
+
+def test_only_the_latest_names_are_remembered() -> None:
+    known = KnownPages(names_max=3)
+    known.add([b"a", b"b", b"c"])
+    known.add([b"a", b"d"])
+    assert [name for name in (b"a", b"b", b"c", b"d") if name in known] == [b"a", b"c", b"d"]
