@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import random
 import shutil
-import socket
 import subprocess
 import sys
 import time
@@ -22,7 +21,7 @@ from attnstore.testing import StoreProcess
 from attnstore.testing.ports import free_port
 from experiments.bandwidth.lane import Sample, Start
 from experiments.bandwidth.pages import Shape
-from experiments.bandwidth.processes import Child, ChildEnded
+from experiments.bandwidth.processes import Child, ChildEnded, listens
 from experiments.bandwidth.results import Cell, Results
 
 _SHUFFLE_SEED = 3
@@ -173,10 +172,6 @@ def _daemon(stack: ExitStack, command: Sequence[str], port: int) -> subprocess.P
         raise absence from None
     stack.callback(process.wait)
     stack.callback(process.terminate)
-    until = time.monotonic() + _PORT_OPEN_S_MAX
-    while process.poll() is None and time.monotonic() < until:
-        with socket.socket() as probe:
-            if probe.connect_ex(("127.0.0.1", port)) == 0:
-                return process
-        time.sleep(0.05)
+    if listens(process, port, _PORT_OPEN_S_MAX):
+        return process
     raise absence

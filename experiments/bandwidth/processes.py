@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -18,6 +19,7 @@ from typing import IO, Self
 ROOT = Path(__file__).parents[2]
 _START_S_MAX = 60.0
 _END_S_MAX = 10.0
+_LISTENS_POLL_S = 0.05
 
 
 class ChildEnded(Exception):
@@ -103,6 +105,17 @@ class Child:
             self.process.kill()
             self.process.wait()
         self.process.stdout.close()
+
+
+def listens(process: subprocess.Popen[bytes], port: int, limit_s: float) -> bool:
+    """Waits until `port` of this host is open; whether it is, before the process ended and within the limit."""
+    until = time.monotonic() + limit_s
+    while process.poll() is None and time.monotonic() < until:
+        with socket.socket() as probe:
+            if probe.connect_ex(("127.0.0.1", port)) == 0:
+                return True
+        time.sleep(_LISTENS_POLL_S)
+    return False
 
 
 def serve_connections(host: str, answer: Callable[[socket.socket], None]) -> str:

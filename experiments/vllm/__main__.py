@@ -48,7 +48,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             folder = str(model_folder(arguments.model).path)
             start = Start(folder, arguments.dtype, _TOKENS_MAX)
             run = Run(arguments.vllm_python, start, arguments.threads, log, console.print)
-            for row in run.measure(_QUICK if arguments.quick else _SYSTEMS, _workloads(folder, arguments.quick)):
+            systems, workloads = _QUICK if arguments.quick else _SYSTEMS, _workloads(folder, arguments.quick)
+            for row in run.measure(systems, workloads, arguments.lmcache_python):
                 rows.append(row)
                 if arguments.json is not None:
                     arguments.json.write_text(json.dumps([asdict(each) for each in rows], indent=1) + "\n")
@@ -86,7 +87,7 @@ def _table(rows: Sequence[Row]) -> Table:
             f"{row.ttft_max_ms:.0f}",
             f"{row.over_alone:.2f}",
             f"{row.tokens_per_s:.1f}",
-            f"{row.bytes_read / 1e6:.0f}",
+            "-" if row.bytes_read is None else f"{row.bytes_read / 1e6:.0f}",
             "yes" if row.tokens_equal else "NO",
         )
     return shown
@@ -104,6 +105,7 @@ def _parser() -> argparse.ArgumentParser:
         required=True,
         help="interpreter with vLLM and attnstore; make test-vllm makes one",
     )
+    add("--lmcache-python", type=Path, metavar="PATH", help="interpreter with vLLM and LMCache: adds rows")
     add("--quick", action="store_true", help="two documents, two links")
     add("--dtype", choices=("float32", "bfloat16"), default="float32", help="of weights and KV (default float32)")
     add("--threads", type=int, default=torch.get_num_threads(), metavar="N", help="of vLLM (default: all cores)")

@@ -22,6 +22,7 @@ from attnstore.links import LinkProfile, parse_link
 from attnstore.testing import StoreProcess
 from attnstore.testing.link import Link
 from experiments.bandwidth.processes import Child
+from experiments.vllm.lmcache import lmcache_server
 from experiments.vllm.session import Answers, Batch, Start, attnstore_connector, environment
 from experiments.vllm.workloads import Played, Workload
 
@@ -30,20 +31,23 @@ _START_S_MAX: Final = 300.0
 _BATCH_S_MAX: Final = 300.0
 _SETTLED_S: Final = 0.3
 _SETTLE_S_MAX: Final = 60.0
+_LMCACHE_SETTLE_S: Final = 1.0
+"""It does not say when all is written."""
 _CAPACITY: Final = "4GiB"
 
 
 @dataclass(frozen=True, slots=True)
 class System:
-    """vLLM alone where `transport` is None, else on a node behind `link` (text for `parse_link`)."""
+    """vLLM on a node behind `link` (text for `parse_link`), or, where `transport` is None, alone or on a `peer`."""
 
     transport: str | None = None
     link: str = "loopback"
+    peer: str | None = None
 
     @property
     def name(self) -> str:
         """For people and salts."""
-        return "vllm" if self.transport is None else f"attnstore {self.transport} {self.link}"
+        return f"attnstore {self.transport} {self.link}" if self.transport else self.peer or "vllm"
 
     @property
     def profile(self) -> LinkProfile:
@@ -53,7 +57,10 @@ class System:
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One system and workload. `ttft_ms`: median, `over_alone`: over that of vLLM alone; `tokens_per_s`: new tokens, all time."""
+    """One system and workload. `ttft_ms`: median, `over_alone`: over that of vLLM alone; `tokens_per_s`: new tokens, all time.
+
+    `bytes_read` is None where only the peer knows.
+    """
 
     system: str
     transport: str | None
@@ -67,7 +74,7 @@ class Row:
     ttft_max_ms: float
     over_alone: float
     tokens_per_s: float
-    bytes_read: int
+    bytes_read: int | None
     tokens_equal: bool
 
 
@@ -104,8 +111,8 @@ class Run:
         self._log = log
         self._report = report
 
-    def measure(self, systems: Sequence[System], workloads: Sequence[Workload]) -> Iterator[Row]:
-        """Rows, first those of vLLM alone. Raises `ChildEnded`."""
+    def measure(self, systems: Sequence[System], workloads: Sequence[Workload], lmcache_python: Path | None) -> Iterator[Row]:
+        """Rows, first those of vLLM alone. LMCache's follow where there is an interpreter that has it. Raises `ChildEnded`."""
         with StoreProcess("--capacity", _CAPACITY) as node, attnstore.connect(node.url, transport="grpc") as client:
             self._report("vllm alone")
             with self._engine(None) as engine:
@@ -119,6 +126,8 @@ class Run:
                 _settle(client)
             for system in systems:
                 yield from self._on_node(system, workloads, alone, node, client)
+        if lmcache_python is not None:
+            yield from self._on_lmcache(lmcache_python, workloads, alone)
 
     def _on_node(
         self,
@@ -146,10 +155,27 @@ class Run:
                 played = workload.play(ask if workload.shares else ask_alone, alone[workload.name].tokens)
                 yield self._row(system, workload, played, alone[workload.name], client.stats().read_bytes - read)
 
-    def _engine(self, connector: dict[str, Any] | None) -> Engine:
-        return Engine(self._python, replace(self._start, connector=connector), self._threads, self._log)
+    def _on_lmcache(self, python: Path, workloads: Sequence[Workload], alone: dict[str, Played]) -> Iterator[Row]:
+        system = System(peer="lmcache")
+        self._report(system.name)
+        with lmcache_server(python, self._log) as connector:
+            with self._engine(connector, python) as engine:
+                for workload in workloads:
+                    workload.fill(engine.ask)
+            with self._engine(connector, python) as engine:
 
-    def _row(self, system: System, workload: Workload, played: Played, alone: Played, bytes_read: int) -> Row:
+                def ask(batch: Batch) -> Answers:
+                    time.sleep(_LMCACHE_SETTLE_S)
+                    return engine.ask(batch)
+
+                for workload in workloads:
+                    played = workload.play(ask, alone[workload.name].tokens)
+                    yield self._row(system, workload, played, alone[workload.name], None)
+
+    def _engine(self, connector: dict[str, Any] | None, python: Path | None = None) -> Engine:
+        return Engine(python or self._python, replace(self._start, connector=connector), self._threads, self._log)
+
+    def _row(self, system: System, workload: Workload, played: Played, alone: Played, bytes_read: int | None) -> Row:
         profile = system.profile
         return Row(
             system=system.name,

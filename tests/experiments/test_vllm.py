@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
 
+from experiments.bandwidth.processes import ChildEnded
 from experiments.vllm.__main__ import main
+from experiments.vllm.lmcache import lmcache_server
 from experiments.vllm.runs import System
 from experiments.vllm.session import Answers, Batch, environment
 from experiments.vllm.workloads import DOCUMENT_TOKENS, MultiTurn, SharedDocuments, Workload
@@ -65,9 +68,26 @@ def test_every_batch_is_asked_of_an_engine_that_has_forgotten(create: object) ->
 
 
 def test_systems_have_names_that_tell_them_apart() -> None:
-    systems = [System(), System("tcp"), System("tcp", "1g"), System("grpc", "1g")]
+    systems = [System(), System("tcp"), System("tcp", "1g"), System("grpc", "1g"), System(peer="lmcache")]
     assert len({system.name for system in systems}) == len(systems)
-    assert environment({"A": "1"}, 3)["OMP_NUM_THREADS"] == "3"
+
+
+def test_vllm_runs_on_the_same_cores_with_a_connector_and_without() -> None:
+    core = min(os.sched_getaffinity(0))
+    told = environment({"A": "1"}, 1)
+    assert told["A"] == told["OMP_NUM_THREADS"] == "1"
+    assert told["VLLM_CPU_OMP_THREADS_BIND"] == str(core)
+
+
+def test_an_lmcache_that_does_not_start_is_told_of(tmp_path: Path) -> None:
+    (tmp_path / "lmcache").write_text("#!/bin/sh\nexit 3\n")
+    (tmp_path / "lmcache").chmod(0o755)
+    with (
+        (tmp_path / "log").open("w+") as log,
+        pytest.raises(ChildEnded, match="lmcache server"),
+        lmcache_server(tmp_path / "python", log),
+    ):
+        pytest.fail("there is no server")
 
 
 def test_an_interpreter_without_vllm_is_told_of(tiny_folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
