@@ -80,13 +80,31 @@ def load(typingctx, array, index):
 
 @intrinsic
 def store(typingctx, array, index, value):
-    """`array[index : index + 16] = value`; `array` is fp32."""
+    """`array[index : index + 16] = value`, rounded to the nearest value of the array's type, ties to even."""
 
     def codegen(context, builder, signature, args):
-        builder.store(args[2], _address(context, builder, signature.args[0], args[0], args[1], _VECTOR)).align = 4
+        element = signature.args[0].dtype
+        value = args[2]
+        if element == types.uint16:
+            value = _rounded_to_bf16(builder, value)
+        elif element == types.int16:
+            value = builder.fptrunc(value, ir.VectorType(_F16, LANES))
+        target = _address(context, builder, signature.args[0], args[0], args[1], value.type)
+        builder.store(value, target).align = element.bitwidth // 8
         return context.get_dummy_value()
 
     return types.void(array, types.intp, value), codegen
+
+
+def _rounded_to_bf16(builder: Any, value: Any) -> Any:
+    """The upper half of each fp32 after half of what the lower one counts was added; a NaN stays one."""
+    bits = builder.bitcast(value, _INT_VECTOR)
+    half, one, shift = (ir.Constant(_INT_VECTOR, [number] * LANES) for number in (0x7FFF, 1, 16))
+    odd = builder.and_(builder.lshr(bits, shift), one)
+    rounded = builder.lshr(builder.add(bits, builder.add(half, odd)), shift)
+    nan = ir.Constant(_INT_VECTOR, [0x7FC0] * LANES)
+    rounded = builder.select(builder.fcmp_unordered("uno", value, value), nan, rounded)
+    return builder.trunc(rounded, ir.VectorType(_I16, LANES))
 
 
 @intrinsic

@@ -46,6 +46,7 @@ def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,
+        head_dim=32,
         vocab_size=49152,
         max_position_embeddings=512,
         initializer_range=0.2,

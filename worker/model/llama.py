@@ -12,11 +12,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import rms_norm
 from transformers import LlamaForCausalLM
 
 from worker.model.attention import PagedStep
 from worker.model.linear import gated_product, merged_linear, pack_linears
+from worker.model.rows import added_and_normalized, fits, normalized, rotate
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,33 +52,39 @@ class LlamaDecoder:
         """See `Decoder.logits`."""
         with torch.inference_mode():
             hidden = self._embedding[token_ids]
-            rotation = _rotation(*self._rotary(hidden, positions[None]))
-            for index, layer in enumerate(self._layers):
-                hidden = self._run_layer(index, layer, hidden, rotation, step)
-            logits: Tensor = self._head(self._normalized(hidden[rows], self._norm))
+            rotation = _rotation(*self._rotary(hidden.float(), positions[None]))
+            # Each layer begins with the norm behind the sum that the one before it ends with.
+            normed = normalized(hidden, self._layers[0].attention_norm, self._epsilon)
+            for index, layer in enumerate(self._layers[:-1]):
+                delta = self._run_layer(index, layer, hidden, normed, rotation, step)
+                normed = added_and_normalized(hidden, delta, self._layers[index + 1].attention_norm, self._epsilon)
+            last = len(self._layers) - 1
+            hidden = hidden + self._run_layer(last, self._layers[last], hidden, normed, rotation, step)
+            logits: Tensor = self._head(normalized(hidden[rows], self._norm, self._epsilon))
             return logits.float()
 
-    def _run_layer(self, index: int, layer: _Layer, hidden: Tensor, rotation: tuple[Tensor, Tensor], step: PagedStep) -> Tensor:
+    def _run_layer(
+        self, index: int, layer: _Layer, hidden: Tensor, normed: Tensor, rotation: tuple[Tensor, Tensor], step: PagedStep
+    ) -> Tensor:
+        """Adds what attention gives to `hidden`, in place; returns what the MLP gives, which is still to be added."""
         q_heads, kv_heads = self._heads
-        heads: Tensor = layer.query_key_value(self._normalized(hidden, layer.attention_norm))
-        heads = heads.view(len(hidden), q_heads + 2 * kv_heads, -1)
-        turning = heads[:, : q_heads + kv_heads]
-        cosines, sines = rotation
-        torch.addcmul(turning * cosines, turning.roll(turning.shape[-1] // 2, -1), sines, out=turning)
+        heads: Tensor = layer.query_key_value(normed).view(len(hidden), q_heads + 2 * kv_heads, -1)
+        rotate(heads, q_heads + kv_heads, *rotation)
         keys_values = heads[:, q_heads:].view(len(hidden), 2, kv_heads, -1)
         attended = step.attend(index, heads[:, :q_heads], keys_values, scale=self._scale)
-        hidden = hidden + layer.attention_output(attended.flatten(1))
-        rows = self._normalized(hidden, layer.mlp_norm)
-        result: Tensor = hidden + layer.down(gated_product(layer.gate, layer.up, rows))
+        delta = layer.attention_output(attended.flatten(1))
+        result: Tensor = layer.down(
+            gated_product(layer.gate, layer.up, added_and_normalized(hidden, delta, layer.mlp_norm, self._epsilon))
+        )
         return result
-
-    def _normalized(self, rows: Tensor, weight: Tensor) -> Tensor:
-        return rms_norm(rows, weight.shape, weight, self._epsilon)
 
 
 def is_plain_llama(module: Any) -> bool:
-    """`LlamaDecoder` computes what this module does: exactly Llama's, with its usual activation."""
-    return type(module) is LlamaForCausalLM and module.config.hidden_act == "silu"
+    """`LlamaDecoder` computes what this module does: exactly Llama's, with its usual activation and rows that the kernels take."""
+    if type(module) is not LlamaForCausalLM or module.device.type != "cpu":
+        return False
+    config = module.config
+    return config.hidden_act == "silu" and fits(config.hidden_size, module.model.layers[0].self_attn.head_dim)
 
 
 def _query_key_value(attention: Any) -> list[nn.Linear]:
@@ -99,11 +105,10 @@ def _layer(layer: Any, query_key_value: nn.Module) -> _Layer:
 
 
 def _rotation(cosines: Tensor, sines: Tensor) -> tuple[Tensor, Tensor]:
-    """Cosines and signed sines `[total_q, 1, head_dim]`: a rotation is then `x * cosines + roll(x, head_dim / 2) * sines`.
+    """fp32 cosines and sines `[total_q, head_dim / 2]`.
 
     From transformers' `[1, total_q, head_dim]`, in which both halves of a head have the same angles (RoPE, Su et al. 2021, in the
     order of GPT-NeoX).
     """
-    signed = sines[0].clone()
-    signed[:, : signed.shape[-1] // 2].neg_()
-    return cosines[0].unsqueeze(1), signed.unsqueeze(1)
+    half = cosines.shape[-1] // 2
+    return cosines[0, :, :half].contiguous(), sines[0, :, :half].contiguous()

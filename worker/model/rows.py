@@ -1,0 +1,103 @@
+"""What a decoder layer does with its rows between two matrix products, in one pass over them each.
+
+Owns: `RowKernels`, compiled by numba for the machine that they run on. Invariant: results are those of torch's operations up to
+rounding, each value rounded once where torch rounds after each of them. Why: for a row at a time torch's norm alone takes five
+operations, and calling them costs as much as a third of the matrix products (docs/decisions/0017-lean-decoder.md).
+
+Rows lie one after the other. Elements are bf16, fp16 or fp32, sixteen at a time (`attnstore.attention.simd`).
+"""
+
+# mypy: disable-error-code="untyped-decorator,no-untyped-call,no-untyped-def"
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+import numpy as np
+import torch
+from numba import njit
+from torch import Tensor
+
+from attnstore.attention.simd import LANES, add, fma, load, mul, splat, store, total
+
+_ELEMENTS: Final = {torch.bfloat16: torch.uint16, torch.float16: torch.int16, torch.float32: torch.float32}
+"""How the kernels are told an element type: numba knows neither bf16 nor fp16."""
+
+_compiled = njit(nogil=True, error_model="numpy", cache=True)
+_ZERO: Final = np.float32(0.0)
+_ONE: Final = np.float32(1.0)
+
+
+def fits(hidden_size: int, head_dim: int) -> bool:
+    """Rows of these sizes can be worked on sixteen elements at a time."""
+    return hidden_size % LANES == 0 and head_dim % (2 * LANES) == 0
+
+
+def normalized(hidden: Tensor, weight: Tensor, epsilon: float) -> Tensor:
+    """`hidden / sqrt(mean(hidden ** 2) + epsilon) * weight` by row (RMSNorm, Zhang and Sennrich 2019): `[rows, hidden_size]`."""
+    result = torch.empty_like(hidden)
+    _normalize(_flat(hidden), _flat(weight), np.float32(epsilon), _flat(result))
+    return result
+
+
+def added_and_normalized(hidden: Tensor, delta: Tensor, weight: Tensor, epsilon: float) -> Tensor:
+    """`hidden += delta` in place, and then `normalized`."""
+    result = torch.empty_like(hidden)
+    _add_and_normalize(_flat(hidden), _flat(delta), _flat(weight), np.float32(epsilon), _flat(result))
+    return result
+
+
+def rotate(heads: Tensor, turned: int, cosines: Tensor, sines: Tensor) -> None:
+    """Turns the first `turned` heads of `heads`, `[rows, heads, head_dim]`, in place: RoPE in the order of GPT-NeoX.
+
+    cosines, sines: fp32 `[rows, head_dim / 2]`, of the angle between element `i` and element `i + head_dim / 2`.
+    """
+    _, count, head_dim = heads.shape
+    _rotate(_flat(heads), count, turned, head_dim, _flat(cosines), _flat(sines))
+
+
+def _flat(rows: Tensor) -> Any:
+    return rows.view(_ELEMENTS[rows.dtype]).view(-1).numpy()
+
+
+@_compiled
+def _normalize(hidden, weight, epsilon, result):
+    width = weight.shape[0]
+    for row in range(0, hidden.shape[0], width):
+        squares = splat(_ZERO)
+        for dim in range(0, width, LANES):
+            value = load(hidden, row + dim)
+            squares = fma(value, value, squares)
+        _scale(hidden, row, weight, width, squares, epsilon, result)
+
+
+@_compiled
+def _add_and_normalize(hidden, delta, weight, epsilon, result):
+    width = weight.shape[0]
+    for row in range(0, hidden.shape[0], width):
+        squares = splat(_ZERO)
+        for dim in range(0, width, LANES):
+            store(hidden, row + dim, add(load(hidden, row + dim), load(delta, row + dim)))
+            value = load(hidden, row + dim)
+            squares = fma(value, value, squares)
+        _scale(hidden, row, weight, width, squares, epsilon, result)
+
+
+@njit(nogil=True, error_model="numpy", forceinline=True, cache=True)
+def _scale(hidden, row, weight, width, squares, epsilon, result):
+    factor = splat(_ONE / np.sqrt(total(squares) / np.float32(width) + epsilon))
+    for dim in range(0, width, LANES):
+        store(result, row + dim, mul(mul(load(hidden, row + dim), factor), load(weight, dim)))
+
+
+@_compiled
+def _rotate(heads, count, turned, head_dim, cosines, sines):
+    half = head_dim // 2
+    for row in range(heads.shape[0] // (count * head_dim)):
+        for head in range(turned):
+            low = (row * count + head) * head_dim
+            for dim in range(0, half, LANES):
+                cosine, sine = load(cosines, row * half + dim), load(sines, row * half + dim)
+                first, second = load(heads, low + dim), load(heads, low + half + dim)
+                store(heads, low + dim, fma(first, cosine, mul(mul(second, sine), splat(-_ONE))))
+                store(heads, low + half + dim, fma(second, cosine, mul(first, sine)))
