@@ -18,14 +18,15 @@ from attnstore.client.tcp_transport import TcpTransport
 from attnstore.clock import Clock, Deadline, MonotonicClock
 from attnstore.core.hashing import page_checksum
 from attnstore.core.page_table import PageTable
-from attnstore.errors import AttnStoreError
-from attnstore.limits import CHANNEL_CREDITS, CHANNEL_READ_HASHES_MAX, LEASE_ID_BYTES
+from attnstore.errors import AttnStoreError, Retryable, Unavailable
+from attnstore.limits import CHANNEL_CREDITS, CHANNEL_READ_HASHES_MAX, HASH_BYTES, LEASE_ID_BYTES
 from attnstore.server.page_channel import PageChannelServer, TokenBook
 from attnstore.server.store import Store
 from attnstore.telemetry import NodeMetrics
+from attnstore.types import ReadResult
 from attnstore.wire import messages
 from attnstore.wire.messages import METHODS
-from attnstore.wire.page_channel import VERSION, Frame, Kind, Role, encode_frame, encode_slice
+from attnstore.wire.page_channel import VERSION, Frame, Kind, Role, decode_refusal, encode_frame, encode_slice
 from attnstore.wire.stream import FrameStream
 from tests.samples import Batch, eventually
 
@@ -308,3 +309,58 @@ def write_plan(batch: Batch, *, deadline_ms: float = PATIENCE_MS) -> WritePlan:
 def other_namespace(batch: Batch) -> bytes:
     """A namespace that nobody registered."""
     return namespace(batch.layout, model=b"nobody's")
+
+
+def pages_of(batch: Batch) -> Script:
+    """A node that has the batch, and sends what it is asked for."""
+    page_of = dict(zip(batch.hashes, batch.pages, strict=True))
+
+    def serve(end: NodeEnd) -> None:
+        while True:
+            frame, joined = end.next_request()
+            for index in range(len(joined) // HASH_BYTES):
+                page = page_of[joined[index * HASH_BYTES : (index + 1) * HASH_BYTES]]  # type: ignore[index]
+                end.slice(frame.request, index, page)
+
+    return serve
+
+
+def read(transport: TcpTransport, batch: Batch, **options: object) -> tuple[ReadResult, list[bytearray]]:
+    """Reads a batch as a client does."""
+    buffers = batch.buffers()
+    plan = read_plan(batch, buffers, **options)  # type: ignore[arg-type]
+    try:
+        transport.read(plan)
+    except Retryable as error:
+        return plan.landing.result(error), buffers
+    return plan.landing.result(), buffers
+
+
+def refusal(stream: FrameStream) -> AttnStoreError:
+    """The error that the node refuses with."""
+    frame = stream.receive()
+    assert frame.kind is Kind.REFUSED
+    reason = bytearray(frame.size_bytes)
+    stream.receive_payload(memoryview(reason))
+    return decode_refusal(reason)
+
+
+def payload(stream: FrameStream) -> tuple[Frame, bytes]:
+    """The next frame and its bytes."""
+    frame = stream.receive()
+    return frame, bytes(stream.whole_payload(frame))
+
+
+def is_closed(stream: FrameStream) -> bool:
+    """The node has ended the connection."""
+    try:
+        stream.receive()
+    except Unavailable:
+        return True
+    return False
+
+
+def verdict(stream: FrameStream) -> PageStatus | None:
+    frame = stream.receive()
+    assert frame.kind is Kind.VERDICT
+    return frame.status

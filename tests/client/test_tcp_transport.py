@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import threading
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from hypothesis import given, settings
@@ -15,52 +14,24 @@ from attnstore import PageStatus, errors
 from attnstore.client.bulk import BulkUnavailable
 from attnstore.client.tcp_transport import TcpTransport
 from attnstore.core.hashing import page_checksum
-from attnstore.errors import ClientClosed, DeadlineExceeded, InvalidArgument, ProtocolError, Unavailable
+from attnstore.errors import DeadlineExceeded, ProtocolError, Unavailable
 from attnstore.limits import (
     CHANNEL_CREDITS,
-    CHANNEL_GATHER_PAGES,
     CHANNEL_READ_HASHES_MAX,
     CHANNEL_SECOND_READ_HASHES_MAX,
     HASH_BYTES,
 )
-from attnstore.types import ReadResult
-from attnstore.wire.page_channel import Frame, Kind, Order, encode_frame, encode_refusal, encode_slice
-from tests.channels import ChannelNode, NodeEnd, Script, ScriptedNode, clean_node, read_plan, scripted, write_plan
-from tests.samples import LARGE, SMALL, Batch, make_batch
+from attnstore.wire.page_channel import Frame, Kind, encode_frame, encode_slice
+from tests.channels import ChannelNode, NodeEnd, clean_node, pages_of, read, read_plan, scripted, write_plan
+from tests.samples import LARGE, SMALL, make_batch
 
 OK, MISSING, CORRUPT, INCOMPLETE = PageStatus.OK, PageStatus.MISSING, PageStatus.CORRUPT, PageStatus.INCOMPLETE
-LAYER = SMALL.layer_bytes
 
 
 @pytest.fixture
 def node() -> Iterator[ChannelNode]:
     with clean_node() as node:
         yield node
-
-
-def pages_of(batch: Batch) -> Script:
-    """A node that has the batch, and sends what it is asked for."""
-    page_of = dict(zip(batch.hashes, batch.pages, strict=True))
-
-    def serve(end: NodeEnd) -> None:
-        while True:
-            frame, joined = end.next_request()
-            for index in range(len(joined) // HASH_BYTES):
-                page = page_of[joined[index * HASH_BYTES : (index + 1) * HASH_BYTES]]  # type: ignore[index]
-                end.slice(frame.request, index, page)
-
-    return serve
-
-
-def read(transport: TcpTransport, batch: Batch, **options: object) -> tuple[ReadResult, list[bytearray]]:
-    """Reads a batch as a client does."""
-    buffers = batch.buffers()
-    plan = read_plan(batch, buffers, **options)  # type: ignore[arg-type]
-    try:
-        transport.read(plan)
-    except errors.Retryable as error:
-        return plan.landing.result(error), buffers
-    return plan.landing.result(), buffers
 
 
 # What works
@@ -137,147 +108,6 @@ def test_a_refusal_arrives_as_the_error_that_it_is(node: ChannelNode) -> None:
         with pytest.raises(errors.PermissionDenied):
             call()
     transport.close()
-
-
-# Layer by layer
-
-
-def test_layers_are_told_of_in_order_once_each_and_only_when_they_are_there(node: ChannelNode) -> None:
-    pages = CHANNEL_GATHER_PAGES + 3
-    batch = make_batch(pages, model="on layer")
-    node.keep(batch)
-    buffers = batch.buffers()
-    seen: list[tuple[int, int]] = []
-
-    def on_layer(layer: int, count: int) -> None:
-        seen.append((layer, count))
-        upto = (layer + 1) * LAYER
-        assert [buffer[:upto] for buffer in buffers[:count]] == [page[:upto] for page in batch.pages[:count]]
-
-    transport = node.transport(channels=4)
-    plan = read_plan(batch, buffers, on_layer=on_layer)
-    transport.read(plan)
-    assert seen == [(layer, pages) for layer in range(SMALL.layers)]
-    assert plan.landing.result().leading_hits == pages
-    transport.close()
-
-
-@pytest.mark.parametrize("missing", [{0}, {1}, {3}, {0, 3}, {1, 2}, {0, 1, 2, 3}])
-def test_on_layer_counts_the_leading_pages_before_the_first_miss(node: ChannelNode, missing: set[int]) -> None:
-    batch = make_batch(4, model="on layer with misses")
-    node.keep(batch)
-    node.store.delete(batch.namespace, [batch.hashes[index] for index in missing])
-    seen: list[tuple[int, int]] = []
-    transport = node.transport()
-    result, buffers = read(transport, batch, on_layer=lambda *told: seen.append(told))
-    assert seen == [(layer, min(missing)) for layer in range(SMALL.layers)]
-    assert result.statuses == tuple(MISSING if index in missing else OK for index in range(4))
-    assert all(buffers[index] == batch.pages[index] for index in range(4) if index not in missing)
-    transport.close()
-
-
-def test_what_on_layer_raises_reaches_the_caller_and_costs_the_connection(node: ChannelNode) -> None:
-    batch = make_batch(2, model="on layer raises")
-    node.keep(batch)
-    transport = node.transport()
-
-    def on_layer(_layer: int, _pages: int) -> None:
-        raise ZeroDivisionError
-
-    with pytest.raises(ZeroDivisionError):
-        transport.read(read_plan(batch, batch.buffers(), on_layer=on_layer))
-    assert read(transport, batch)[0].leading_hits == 2
-    transport.close()
-
-
-def layers_of(*slices: tuple[int, int, bytes]) -> Script:
-    """A node that answers a read by layers with `(page, layer, bytes)` each, with right checksums."""
-
-    def serve(end: NodeEnd) -> None:
-        frame, _ = end.next_request()
-        assert frame.order is Order.LAYERS
-        for page, layer, data in slices:
-            end.slice(frame.request, page, data, offset_bytes=layer * LAYER)
-        end.next_request()
-
-    return serve
-
-
-FULL = bytes(LAYER)
-
-
-@pytest.mark.parametrize(
-    "slices",
-    [
-        [(0, 0, FULL), (0, 1, FULL)],
-        [(0, 0, FULL), (0, 0, FULL)],
-        [(1, 0, FULL)],
-        [(0, 1, FULL * 2)],
-        [(0, 0, FULL * 2), (0, 0, FULL * 2)],
-        [(0, 0, FULL * 3)],
-        [(0, 0, FULL[:-1])],
-        [(2, 0, FULL)],
-        [(2**32 - 1, 0, FULL)],
-    ],
-    ids=str,
-)
-def test_layers_that_do_not_come_in_turn_break_the_protocol_before_anybody_is_told(slices: list[tuple[int, int, bytes]]) -> None:
-    batch = make_batch(2, model="layers out of turn")
-    told: list[tuple[int, int]] = []
-    with scripted(layers_of(*slices)) as transport, pytest.raises(ProtocolError):
-        transport.read(read_plan(batch, batch.buffers(), on_layer=lambda *layer: told.append(layer)))
-    assert all(layer == (0, 2) for layer in told)
-    assert len(told) <= 1
-
-
-def test_a_node_cannot_gather_more_pages_than_agreed() -> None:
-    pages = CHANNEL_GATHER_PAGES + 1
-    batch = make_batch(pages, model="gather")
-    with scripted(layers_of((0, 0, FULL * pages))) as transport, pytest.raises(ProtocolError):
-        transport.read(read_plan(batch, batch.buffers(), on_layer=lambda _layer, _pages: None))
-
-
-def test_a_corrupt_layer_stops_the_count_there_and_marks_its_pages() -> None:
-    batch = make_batch(3, model="corrupt layer")
-
-    def serve(end: NodeEnd) -> None:
-        frame, _ = end.next_request()
-        for layer in range(SMALL.layers):
-            for index, page in enumerate(batch.pages):
-                data = page[layer * LAYER : (layer + 1) * LAYER]
-                wrong = {"checksum": 1} if (index, layer) == (1, 0) else {}
-                end.slice(frame.request, index, data, offset_bytes=layer * LAYER, **wrong)
-        end.next_request()
-
-    told: list[tuple[int, int]] = []
-    with scripted(serve) as transport:
-        result, buffers = read(transport, batch, on_layer=lambda *layer: told.append(layer))
-    assert result.statuses == (OK, CORRUPT, OK)
-    assert told == [(0, 1), (1, 1)]
-    assert (buffers[0], buffers[2]) == (batch.pages[0], batch.pages[2])
-
-
-def test_a_node_cannot_name_a_layer_through_a_page_that_is_corrupt_already() -> None:
-    batch = make_batch(1, model="corrupt and lying")
-    told: list[tuple[int, int]] = []
-
-    def serve(end: NodeEnd) -> None:
-        frame, _ = end.next_request()
-        end.slice(frame.request, 0, FULL, checksum=1)
-        end.slice(frame.request, 0, FULL, offset_bytes=9 * LAYER)
-        end.next_request()
-
-    with scripted(serve) as transport, pytest.raises(ProtocolError):
-        transport.read(read_plan(batch, batch.buffers(), on_layer=lambda *layer: told.append(layer)))
-    assert told == [(0, 0)]
-
-
-def test_a_node_that_takes_fewer_pages_by_layer_is_not_asked_for_more() -> None:
-    batch = make_batch(3, model="fewer")
-    with scripted(pages_of(batch), hashes_max=2) as transport:
-        with pytest.raises(InvalidArgument):
-            transport.read(read_plan(batch, batch.buffers(), on_layer=lambda _layer, _pages: None))
-        assert read(transport, batch)[0].leading_hits == 3
 
 
 # Credits
@@ -506,162 +336,3 @@ def test_a_write_ends_with_its_deadline_when_nobody_reads() -> None:
         with pytest.raises(DeadlineExceeded):
             transport.write(write_plan(batch, deadline_ms=150))
         ended.set()
-
-
-# Connections that die
-
-
-def test_a_pooled_connection_that_died_meanwhile_is_replaced_without_a_word(node: ChannelNode) -> None:
-    batch = make_batch(2, model="died")
-    node.keep(batch)
-    transport = node.transport()
-    assert read(transport, batch)[0].leading_hits == 2
-    node.stop()
-    other = ChannelNode()
-    try:
-        other.keep(batch)
-        transport._open_channel = lambda _name, _deadline: (f":{other.server.port}", other.tokens.issue("default"))
-        assert read(transport, batch)[0].leading_hits == 2
-        assert set(transport.write(write_plan(batch))) == {PageStatus.ALREADY_PRESENT}
-    finally:
-        transport.close()
-        other.close()
-
-
-def test_an_exchange_that_had_an_answer_is_not_begun_again() -> None:
-    batch = make_batch(2, model="begun")
-    reads: list[int] = []
-
-    def serve(end: NodeEnd) -> None:
-        for turn in itertools.count():
-            frame, _ = end.next_request()
-            reads.append(end.number)
-            end.slice(frame.request, 0, batch.pages[0])
-            if turn == 1:
-                return
-            end.slice(frame.request, 1, batch.pages[1])
-
-    with scripted(serve) as transport:
-        assert read(transport, batch)[0].leading_hits == 2
-        result, _ = read(transport, batch)
-    assert result.statuses == (OK, INCOMPLETE)
-    assert reads == [0, 0]
-
-
-def test_a_closed_port_a_silent_port_and_a_bad_address_are_said_to_be_unavailable() -> None:
-    batch = make_batch(1, model="unavailable")
-    silent = ScriptedNode(lambda _end: None)
-    silent.close()
-    for address in (f"127.0.0.1:{silent.port}", "nonsense", "127.0.0.1:99999", ":"):
-        transport = TcpTransport("127.0.0.1", lambda _name, _deadline, address=address: (address, bytes(32)), 1)  # type: ignore[misc]
-        with pytest.raises(BulkUnavailable):
-            transport.read(read_plan(batch, batch.buffers()))
-        transport.close()
-
-
-@pytest.mark.parametrize("error", [InvalidArgument("not offered any more"), errors.Overloaded("too many tokens")])
-def test_a_node_that_opens_no_channel_is_a_transport_that_is_unavailable(error: errors.AttnStoreError) -> None:
-    batch = make_batch(1, model="not opened")
-
-    def open_channel(_name: str, _deadline: object) -> tuple[str, bytes]:
-        raise error
-
-    transport = TcpTransport("127.0.0.1", open_channel, 1)
-    with pytest.raises(BulkUnavailable):
-        transport.write(write_plan(batch))
-    transport.close()
-
-
-def test_an_opening_that_hangs_leaves_half_of_the_time_to_the_next_transport() -> None:
-    batch = make_batch(1, model="hangs")
-    ended = threading.Event()
-
-    class SilentNode(ScriptedNode):
-        def _serve(self, _end: NodeEnd) -> None:
-            ended.wait(20)
-
-    node = SilentNode(lambda _end: None)
-    transport = node.transport()
-    plan = read_plan(batch, batch.buffers(), deadline_ms=2_000)
-    with pytest.raises(BulkUnavailable):
-        transport.read(plan)
-    assert plan.deadline.left_ms() > 0
-    ended.set()
-    transport.close()
-    node.close()
-
-
-def test_a_refused_hello_says_why() -> None:
-    batch = make_batch(1, model="refused hello")
-
-    class Refusing(ScriptedNode):
-        def _serve(self, end: NodeEnd) -> None:
-            end.next_request()
-            end.stream.send(encode_refusal(0, errors.Unauthenticated("too old")))
-
-    node = Refusing(lambda _end: None)
-    transport = node.transport()
-    with pytest.raises(BulkUnavailable, match="too old"):
-        transport.read(read_plan(batch, batch.buffers()))
-    transport.close()
-    node.close()
-
-
-def test_a_part_without_a_connection_of_its_own_goes_over_anothers(node: ChannelNode) -> None:
-    batch = make_batch(9, model="homeless")
-    node.register(batch)
-    opened: list[int] = []
-    lock = threading.Lock()
-
-    def open_channel(_name: str, _deadline: object) -> tuple[str, bytes]:
-        with lock:
-            opened.append(1)
-            if len(opened) > 1:
-                raise errors.Overloaded("one connection is all you get")
-        return f":{node.server.port}", node.tokens.issue("default")
-
-    transport = TcpTransport("127.0.0.1", open_channel, 3)
-    assert transport.write(write_plan(batch)) == (PageStatus.STORED,) * 9
-    result, buffers = read(transport, batch)
-    assert (result.leading_hits, buffers) == (9, batch.pages)
-    transport.close()
-
-
-def test_if_no_part_finds_a_connection_the_transport_is_unavailable() -> None:
-    batch = make_batch(9, model="all homeless")
-
-    def open_channel(_name: str, _deadline: object) -> tuple[str, bytes]:
-        raise errors.Overloaded("none")
-
-    transport = TcpTransport("127.0.0.1", open_channel, 3)
-    with pytest.raises(BulkUnavailable):
-        transport.read(read_plan(batch, batch.buffers()))
-    transport.close()
-
-
-# The end
-
-
-@pytest.mark.parametrize("channels", [1, 2])
-def test_closing_ends_what_runs_and_what_comes_after_with_the_reason(channels: int) -> None:
-    batch = make_batch(4, model="closing")
-    running = threading.Barrier(channels + 1)
-
-    def serve(end: NodeEnd) -> None:
-        end.next_request()
-        running.wait(20)
-        end.next_request()
-
-    def outcome(transport: TcpTransport) -> type[BaseException] | None:
-        try:
-            transport.read(read_plan(batch, batch.buffers()))
-        except errors.AttnStoreError as error:
-            return type(error)
-        return None
-
-    with scripted(serve, channels=channels) as transport, ThreadPoolExecutor(1) as thread:
-        reading = thread.submit(outcome, transport)
-        running.wait(20)
-        transport.close()
-        assert reading.result(20) is ClientClosed
-        assert outcome(transport) is ClientClosed
