@@ -106,6 +106,8 @@ class Overlap:
             chunk_tokens=shape.chunk_tokens,
             store_deadline_ms=_DEADLINE_MS,
         )
+        # What a prompt ends with must not be found in the store by the next one that has it.
+        self._reading_only = replace(self._options, write_policy="on-evict")
         self._layout = layout
 
     def resident(self, store: PageStore) -> tuple[float, list[int]]:
@@ -118,7 +120,7 @@ class Overlap:
         with Engine(self._model, self._options) as engine:
             engine.generate([*self._prefix, 5], _ONE_TOKEN)
             for prompt in self._prompts:
-                ttft_ms, token = _first_token(engine, prompt)
+                ttft_ms, token = _first_token(engine, prompt, self._shape.hit_tokens)
                 times.append(ttft_ms)
                 tokens.append(token)
         return statistics.median(times), tokens
@@ -151,18 +153,20 @@ class Overlap:
         reads, times, tokens = _Reads(), [], []
         with open_store(link.url, deadline_ms=_DEADLINE_MS, transport="tcp") as store:
             for prompt in self._prompts:
-                with Engine(self._model, self._options, store=store, planner=planner(_DEADLINE_MS), observer=reads) as engine:
+                with Engine(self._model, self._reading_only, store=store, planner=planner(_DEADLINE_MS), observer=reads) as engine:
                     engine.warm_up()
-                    ttft_ms, token = _first_token(engine, prompt)
+                    ttft_ms, token = _first_token(engine, prompt, self._shape.hit_tokens)
                     times.append(ttft_ms)
                     tokens.append(token)
-                    engine.flush(_DEADLINE_MS)
         return statistics.median(reads.durations_ms), statistics.median(times), tokens
 
 
-def _first_token(engine: Engine, prompt: list[int]) -> tuple[float, int]:
+def _first_token(engine: Engine, prompt: list[int], hit_tokens: int) -> tuple[float, int]:
     sequence = engine.generate(prompt, _ONE_TOKEN)
     assert sequence.first_token_ms is not None
+    assert sequence.admission is not None
+    if sequence.admission.hit_tokens != hit_tokens:
+        raise RuntimeError(f"{sequence.admission.hit_tokens} tokens were found where {hit_tokens} are to be: nothing was measured")
     return sequence.first_token_ms - sequence.submitted_ms, sequence.generated[0]
 
 
