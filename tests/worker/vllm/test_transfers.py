@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
+from typing import Any, cast
 
 import pytest
 import torch
 
 import attnstore
 from attnstore.clock import MonotonicClock
-from attnstore.errors import InvalidArgument
+from attnstore.errors import InvalidArgument, Unavailable
 from attnstore.testing import StoreProcess
+from attnstore.types import ReadResult
+from worker.cache.page_store import PageStore
 from worker.vllm.identity import page_hashes, page_layout, vllm_namespace
 from worker.vllm.kv_pages import KvPages
 from worker.vllm.plan import BlockPlan, LoadPlan
@@ -126,6 +129,47 @@ def test_a_store_that_is_gone_fails_every_block_within_the_deadline() -> None:
         wait_loaded(transfers, "r")
         assert transfers.take_failed_blocks() == {0, 1, 2}
         transfers.flush()
+
+
+class BreaksAfter:
+    """A store that is gone after some reads."""
+
+    def __init__(self, client: attnstore.Client, reads: int) -> None:
+        self._client = client
+        self._reads = reads
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self._client, name)
+
+    def read(self, *arguments: Any, **options: Any) -> ReadResult:
+        self._reads -= 1
+        if self._reads < 0:
+            raise Unavailable("gone")
+        return self._client.read(*arguments, **options)
+
+
+@pytest.mark.parametrize("reads", [0, 1, 3])
+def test_what_came_before_the_store_broke_is_kept(node: StoreProcess, monkeypatch: pytest.MonkeyPatch, reads: int) -> None:
+    monkeypatch.setattr("worker.vllm.transfers._PART_BYTES", 2 * LAYOUT.page_bytes)
+    source, target = make_cache(8), make_cache(9)
+    untouched = [layer.clone() for layer in target]
+    space = vllm_namespace(LAYOUT, {"model": f"breaks after {reads}"}, tenant_salt="")
+    with attnstore.connect(node.url) as client:
+        pages, clock = KvPages(source, LAYER_BYTES), MonotonicClock()
+        writer = Transfers(client, space, LAYOUT, pages, clock, deadline_ms=5_000, save_bytes_max=1 << 20)
+        writer.save(plans(0, 8))
+        writer.flush()
+        store = cast("PageStore", BreaksAfter(client, reads))
+        reader = Transfers(store, space, LAYOUT, KvPages(target, LAYER_BYTES), clock, deadline_ms=5_000, save_bytes_max=1 << 20)
+        reader.load(LoadPlan("r", plans(0, 8)))
+        wait_loaded(reader, "r")
+        failed = reader.take_failed_blocks()
+        reader.flush()
+    kept = 2 * reads
+    assert failed == set(range(kept, 8))
+    for before, layer, wanted in zip(untouched, target, source, strict=True):
+        assert torch.equal(layer[:kept], wanted[:kept])
+        assert torch.equal(layer[kept:], before[kept:])
 
 
 def test_a_cache_of_another_size_is_refused() -> None:
