@@ -49,7 +49,7 @@ def test_a_second_process_reads_what_the_first_wrote(tiny_folder: Path, prompt_f
     assert len(control["tokens"]) == 8
     assert (cold["hit_tokens"], control["hit_tokens"]) == (0, 0)
     assert warm["hit_tokens_remote"] == (warm["prompt_tokens"] - 1) // 16 * 16
-    page_bytes = 2 * 2 * 2 * 16 * 16 * 4
+    page_bytes = 2 * 2 * 2 * 16 * 32 * 4
     assert warm["bytes_read"] == warm["hit_tokens"] // 16 * page_bytes
     assert cold["bytes_written"] == (cold["prompt_tokens"] + 7) // 16 * page_bytes
     assert warm["bytes_written"] == 0, "its own last block was there already, too"

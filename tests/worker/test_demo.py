@@ -31,7 +31,7 @@ def test_the_demonstration_writes_its_figures_and_the_tokens_are_equal(
     ]
     assert figures["tokens_equal"] is True
     assert (figures["prompt_tokens"], figures["hit_tokens"]) == (300, 288)
-    assert figures["bytes_read"] == 288 // 16 * 8192
+    assert figures["bytes_read"] == 288 // 16 * 16_384
     assert figures["kv_bytes_used"] < figures["kv_bytes_contiguous"]
     shown = capsys.readouterr().out
     assert "TTFT warm" in shown
