@@ -340,9 +340,7 @@ def refusal(stream: FrameStream) -> AttnStoreError:
     """The error that the node refuses with."""
     frame = stream.receive()
     assert frame.kind is Kind.REFUSED
-    reason = bytearray(frame.size_bytes)
-    stream.receive_payload(memoryview(reason))
-    return decode_refusal(reason)
+    return decode_refusal(stream.whole_payload(frame))
 
 
 def payload(stream: FrameStream) -> tuple[Frame, bytes]:

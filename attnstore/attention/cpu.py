@@ -20,7 +20,7 @@ from torch import Tensor
 
 from attnstore.attention import cpu_kernel
 from attnstore.attention.cpu_plan import Plan, Prefill, make_plan
-from attnstore.attention.simd import LANES
+from attnstore.attention.simd import ELEMENTS, LANES
 
 DECODE_ROWS_MAX: Final = {torch.bfloat16: 48, torch.float16: 96, torch.float32: 96}
 """Rows per key head (query tokens times GQA group) up to which the decode kernel beats gathering, by the pool's type: the matrix
@@ -31,9 +31,6 @@ TILE_ROWS: Final = 256
 
 SHARE_BYTES_MIN: Final = 512 * 1024
 """KV bytes for which waking another thread pays: about 80 us of reading."""
-
-_ELEMENTS: Final = {torch.bfloat16: torch.uint16, torch.float16: torch.int16, torch.float32: torch.float32}
-"""How the kernels are told a pool's element type: numba knows neither bf16 nor fp16."""
 
 
 class CpuAttention:
@@ -174,7 +171,7 @@ class CpuAttention:
             pages.layer_at,
             pages.kv_heads,
             pages.run,
-            gathered.view(_ELEMENTS[pages.dtype]).numpy(),
+            gathered.view(ELEMENTS[pages.dtype]).numpy(),
         )
         return gathered.view(shape)
 
@@ -189,7 +186,7 @@ class _Pages:
         self.run = self.block_tokens * self.head_dim
         self.layer_at = layer * 2 * self.kv_heads * self.run
         elements = (blocks - 1) * self.block_stride + math.prod(pool.shape[1:])
-        self.flat = pool.as_strided((elements,), (1,)).view(_ELEMENTS[pool.dtype]).numpy()
+        self.flat = pool.as_strided((elements,), (1,)).view(ELEMENTS[pool.dtype]).numpy()
         self.tables = block_tables.contiguous().numpy()
 
 

@@ -15,11 +15,15 @@ from __future__ import annotations
 import math
 from typing import Any, Final
 
+import torch
 from llvmlite import ir
 from numba.core import cgutils, types
 from numba.extending import intrinsic, models, register_model
 
 LANES: Final = 16
+
+ELEMENTS: Final = {torch.bfloat16: torch.uint16, torch.float16: torch.int16, torch.float32: torch.float32}
+"""How the kernels are told an element type: numba knows neither bf16 nor fp16."""
 
 _F16, _F32, _I16, _I32 = ir.HalfType(), ir.FloatType(), ir.IntType(16), ir.IntType(32)
 _VECTOR = ir.VectorType(_F32, LANES)

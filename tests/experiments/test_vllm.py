@@ -77,6 +77,7 @@ def test_vllm_runs_on_the_same_cores_with_a_connector_and_without() -> None:
     told = environment({"A": "1"}, 1)
     assert told["A"] == told["OMP_NUM_THREADS"] == "1"
     assert told["VLLM_CPU_OMP_THREADS_BIND"] == str(core)
+    assert environment({"A": "1"}, 3)["OMP_NUM_THREADS"] == "3"
 
 
 def test_an_lmcache_that_does_not_start_is_told_of(tmp_path: Path) -> None:

@@ -272,6 +272,12 @@ def test_with_costs_that_are_really_measured_the_tokens_stay_right_and_decisions
     clock = MonotonicClock()
     planner = CostPlanner(clock, 32)
     prompts = [prompt_of(7 * 16 + 3, seed) for seed in range(6)]
+    # This small a model may be computed so fast that the planner never tries the link: a worker that always reads shows it.
+    with Engine(
+        tiny, options(tiny, "real", attend="never"), store=client, clock=clock, planner=FetchAll(60_000), observer=planner
+    ) as engine:
+        warmed(engine, prompt_of(7 * 16 + 3, seed=6))
+        engine.generate(prompt_of(7 * 16 + 3, seed=6), SamplingParams(max_tokens=1))
     with Engine(tiny, options(tiny, "real"), store=client, clock=clock, planner=planner, observer=planner) as engine:
         for token_ids in prompts:
             warmed(engine, token_ids)
@@ -282,7 +288,5 @@ def test_with_costs_that_are_really_measured_the_tokens_stay_right_and_decisions
             sequence = engine.generate(token_ids, SamplingParams(max_tokens=6))
             engine.check()
             assert sequence.generated == resident(tiny, token_ids, 6)
-        report = planner.report()
-        # Where computing this small a model always beat fetching, no link was measured, and nothing else is learned from it.
-        assert report.attend is not None or not report.links
+        assert planner.report().attend is not None
         assert len(planner.decisions(len(prompts))) == len(prompts)

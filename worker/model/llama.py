@@ -52,7 +52,7 @@ class LlamaDecoder:
         """See `Decoder.logits`."""
         with torch.inference_mode():
             hidden = self._embedding[token_ids]
-            rotation = _rotation(*self._rotary(hidden.float(), positions[None]))
+            rotation = _rotation(*self._rotary(hidden[:0].float(), positions[None]))  # for the type alone: fp32
             # Each layer begins with the norm behind the sum that the one before it ends with.
             normed = normalized(hidden, self._layers[0].attention_norm, self._epsilon)
             for index, layer in enumerate(self._layers[:-1]):

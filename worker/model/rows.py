@@ -1,8 +1,8 @@
 """What a decoder layer does with its rows between two matrix products, in one pass over them each.
 
-Owns: `RowKernels`, compiled by numba for the machine that they run on. Invariant: results are those of torch's operations up to
-rounding, each value rounded once where torch rounds after each of them. Why: for a row at a time torch's norm alone takes five
-operations, and calling them costs as much as a third of the matrix products (docs/decisions/0017-lean-decoder.md).
+Owns: `normalized`, `added_and_normalized` and `rotate`, compiled by numba for the machine that they run on. Invariant: results are
+those of torch's operations up to rounding, each value rounded once where torch rounds after each of them. Why: torch's norm alone
+takes several operations, and of a decode step of 25 ms its calls took 2.5 (docs/decisions/0017-lean-decoder.md).
 
 Rows lie one after the other. Elements are bf16, fp16 or fp32, sixteen at a time (`attnstore.attention.simd`).
 """
@@ -18,10 +18,7 @@ import torch
 from numba import njit
 from torch import Tensor
 
-from attnstore.attention.simd import LANES, add, fma, load, mul, splat, store, total
-
-_ELEMENTS: Final = {torch.bfloat16: torch.uint16, torch.float16: torch.int16, torch.float32: torch.float32}
-"""How the kernels are told an element type: numba knows neither bf16 nor fp16."""
+from attnstore.attention.simd import ELEMENTS, LANES, add, fma, load, mul, splat, store, sub, total
 
 _compiled = njit(nogil=True, error_model="numpy", cache=True)
 _ZERO: Final = np.float32(0.0)
@@ -57,7 +54,7 @@ def rotate(heads: Tensor, turned: int, cosines: Tensor, sines: Tensor) -> None:
 
 
 def _flat(rows: Tensor) -> Any:
-    return rows.view(_ELEMENTS[rows.dtype]).view(-1).numpy()
+    return rows.view(ELEMENTS[rows.dtype]).view(-1).numpy()
 
 
 @_compiled
@@ -99,5 +96,5 @@ def _rotate(heads, count, turned, head_dim, cosines, sines):
             for dim in range(0, half, LANES):
                 cosine, sine = load(cosines, row * half + dim), load(sines, row * half + dim)
                 first, second = load(heads, low + dim), load(heads, low + half + dim)
-                store(heads, low + dim, fma(first, cosine, mul(mul(second, sine), splat(-_ONE))))
+                store(heads, low + dim, sub(mul(first, cosine), mul(second, sine)))
                 store(heads, low + half + dim, fma(second, cosine, mul(first, sine)))
