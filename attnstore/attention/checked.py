@@ -7,11 +7,14 @@ Invariant: what passes here never makes a backend touch memory outside of its ar
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from attnstore.attention.base import FLOAT_DTYPES, AttentionBackend
+from attnstore.attention.cpu_plan import Plan
 from attnstore.errors import InvalidArgument
 
 HEAD_DIM_MAX = 256
@@ -61,6 +64,29 @@ class CheckedAttention:
             query_positions=query_positions,
             out_dtype=out_dtype,
         )
+
+    def plan(
+        self,
+        query: Tensor,
+        pool: Tensor,
+        block_tables: Tensor,
+        context_lens: Tensor,
+        query_starts: Tensor,
+        *,
+        share_bytes_min: int,
+    ) -> Plan | None:
+        """How the CPU's kernel is to be run over these arguments by a caller who does that; None where the backend is another one.
+
+        Of `query` and `pool` only shapes and types matter; threads get at least `share_bytes_min` of keys and values each.
+        Raises `InvalidArgument` as `paged_attention` does.
+        """
+        plan: Callable[..., Plan] | None = getattr(self._backend, "plan", None)
+        if plan is None:
+            return None
+        _check_data(query, pool)
+        _check_index_shapes(query, block_tables, context_lens, query_starts, None)
+        self._check_values_once(query, pool, block_tables, context_lens, query_starts)
+        return plan(query, pool, context_lens, query_starts, share_bytes_min=share_bytes_min)
 
     def _check_values_once(
         self, query: Tensor, pool: Tensor, block_tables: Tensor, context_lens: Tensor, query_starts: Tensor
@@ -135,21 +161,22 @@ def _check_index_shapes(
 
 
 def _check_values(query: Tensor, pool: Tensor, block_tables: Tensor, context_lens: Tensor, query_starts: Tensor) -> None:
+    # By numpy: torch may wake its threads for these few numbers, and they then spin for milliseconds where the kernels are to run.
+    tables, lengths, starts = block_tables.numpy(), context_lens.numpy(), query_starts.numpy()
     block_tokens = pool.shape[4]
-    keys_max = block_tables.shape[1] * block_tokens
-    if int(query_starts[0]) != 0 or int(query_starts[-1]) != query.shape[0] or bool((query_starts.diff() < 0).any()):
+    keys_max = tables.shape[1] * block_tokens
+    if starts[0] != 0 or starts[-1] != query.shape[0] or (np.diff(starts) < 0).any():
         raise InvalidArgument(f"query_starts must rise from 0 to total_q = {query.shape[0]}")
-    if context_lens.numel() == 0:
+    if lengths.size == 0:
         return
-    low, high = (int(bound) for bound in context_lens.aminmax())
+    low, high = int(lengths.min()), int(lengths.max())
     if low < 0 or high > keys_max:
         raise InvalidArgument(
-            f"context_lens lie in [{low}, {high}]; {block_tables.shape[1]} blocks of {block_tokens} tokens hold 0 to {keys_max}"
+            f"context_lens lie in [{low}, {high}]; {tables.shape[1]} blocks of {block_tokens} tokens hold 0 to {keys_max}"
         )
-    used = torch.arange(block_tables.shape[1]) * block_tokens < context_lens.unsqueeze(1)
-    ids = block_tables[used]
-    if ids.numel() == 0:
+    ids = tables[np.arange(tables.shape[1]) * block_tokens < lengths[:, None]]
+    if ids.size == 0:
         return
-    low, high = (int(bound) for bound in ids.aminmax())
+    low, high = int(ids.min()), int(ids.max())
     if low < 0 or high >= pool.shape[0]:
         raise InvalidArgument(f"block_tables name blocks [{low}, {high}]; the pool has blocks 0 to {pool.shape[0] - 1}")

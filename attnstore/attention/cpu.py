@@ -10,15 +10,14 @@ Invariant: results do not depend on how the work was cut, up to rounding.
 from __future__ import annotations
 
 import math
-import os
 import threading
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Final
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from attnstore.attention import cpu_kernel
+from attnstore.attention import cpu_kernel, prefill_kernel, team
 from attnstore.attention.cpu_plan import Plan, Prefill, make_plan
 from attnstore.attention.simd import ELEMENTS, LANES
 
@@ -41,7 +40,8 @@ class CpuAttention:
 
     def __init__(self, threads: int | None = None) -> None:
         self._threads = threads
-        self._workers = ThreadPoolExecutor(max_workers=os.cpu_count() or 1, thread_name_prefix="attention")
+        # A store node, which names its cores, has better uses for them than spinning between two calls.
+        self._run = team.run if threads is None else team.run_apart
         # One step calls every layer with the same lengths: the last plan is kept, with what it was made from. That is compared by
         # content, because a caller may write the next step's lengths into the same tensors.
         self._planned: tuple[tuple[Any, ...], Plan] | None = None
@@ -62,8 +62,9 @@ class CpuAttention:
         out_dtype: torch.dtype | None = None,
     ) -> tuple[Tensor, Tensor]:
         """See `AttentionBackend.paged_attention`."""
-        plan = self._plan(query, pool, context_lens, query_starts, query_positions, sliding_window)
-        query = query.contiguous()
+        plan = self.plan(query, pool, context_lens, query_starts, query_positions, sliding_window)
+        if query.stride()[1:] != (query.shape[2], 1):
+            query = query.contiguous()
         pages = _Pages(pool, block_tables, layer)
         decoded = self._decode(plan, pages, query, scale) if len(plan.decode_rows) else None
         if decoded is not None and not plan.prefills:
@@ -74,6 +75,13 @@ class CpuAttention:
             out[plan.decode_rows] = decoded[0].to(out.dtype)
             lse[plan.decode_rows] = decoded[1]
         for prefill in plan.prefills:
+            if (
+                query.dtype is pages.dtype is torch.bfloat16
+                and prefill_kernel.fits(pages.head_dim, pages.block_tokens)
+                and scale > 0
+            ):
+                self._attend_many(plan, prefill, pages, query, scale, out, lse)
+                continue
             keys_values = self._gather(pages, prefill)
             first_key = prefill.block_begin * pages.block_tokens
             for begin in range(prefill.row_begin, prefill.row_end, TILE_ROWS):
@@ -82,21 +90,23 @@ class CpuAttention:
                 out[rows], lse[rows] = _flash(query[rows], keys_values, first_key, visible, scale)
         return out, lse
 
-    def _plan(
+    def plan(
         self,
         query: Tensor,
         pool: Tensor,
         context_lens: Tensor,
         query_starts: Tensor,
-        query_positions: Tensor | None,
-        sliding_window: int | None,
+        query_positions: Tensor | None = None,
+        sliding_window: int | None = None,
+        share_bytes_min: int = SHARE_BYTES_MIN,
     ) -> Plan:
+        """How a call with these arguments is cut; of `query` and `pool` only shapes and types matter."""
         _, _, _, kv_heads, block_tokens, head_dim = pool.shape
         group = query.shape[1] // kv_heads
         threads = self._threads or torch.get_num_threads()
         positions = None if query_positions is None else query_positions.numpy().tobytes()
         lengths = (context_lens.numpy().tobytes(), query_starts.numpy().tobytes(), positions)
-        source = (lengths, sliding_window, pool.shape[3:], pool.dtype, group, threads)
+        source = (lengths, sliding_window, pool.shape[3:], pool.dtype, group, threads, share_bytes_min)
         planned = self._planned
         if planned is not None and planned[0] == source:
             return planned[1]
@@ -109,7 +119,7 @@ class CpuAttention:
             block_tokens=block_tokens,
             decode_rows_max=DECODE_ROWS_MAX[pool.dtype] // group if in_place else 0,
             block_bytes=2 * kv_heads * block_tokens * head_dim * pool.element_size(),
-            share_bytes_min=SHARE_BYTES_MIN,
+            share_bytes_min=share_bytes_min,
             threads=threads,
         )
         self._planned = (source, plan)
@@ -121,13 +131,14 @@ class CpuAttention:
         outs = torch.empty(plan.state_rows, q_heads, head_dim)
         tops, sums = torch.empty(2, plan.state_rows * q_heads).numpy()
         lses = torch.empty(len(plan.decode_rows), q_heads)
-        scaled = (query.float() * (scale * math.log2(math.e))).view(-1).numpy()
+        rows = int(plan.decode_rows[-1]) + 1
+        scaled = (query[:rows].float() * (scale * math.log2(math.e))).view(-1).numpy()
         flat_outs = outs.view(-1).numpy()
         scratch = cpu_kernel.scratch_elements(plan.piece_rows_max, q_heads, pages.block_tokens, head_dim)
 
-        def attend(share: Any) -> None:
+        def attend(thread: int) -> None:
             cpu_kernel.attend(
-                share,
+                plan.shares[thread],
                 pages.tables,
                 plan.visible,
                 scaled,
@@ -144,24 +155,64 @@ class CpuAttention:
                 torch.empty(scratch).numpy(),
             )
 
-        others = [self._workers.submit(attend, share) for share in plan.shares[1:]]
-        attend(plan.shares[0])
-        for other in others:
-            other.result()
+        self._run(len(plan.shares), attend)
         cpu_kernel.finish(plan.pieces, plan.owners, q_heads, head_dim, flat_outs, tops, sums, lses.view(-1).numpy())
         return outs[: len(plan.decode_rows)], lses
 
-    def _gather(self, pages: _Pages, prefill: Prefill) -> Tensor:
-        """Keys and values of a prefill's blocks, `[2, kv_heads, tokens, head_dim]`, until this thread's next call.
+    def _attend_many(
+        self, plan: Plan, prefill: Prefill, pages: _Pages, query: Tensor, scale: float, out: Tensor, lse: Tensor
+    ) -> None:
+        """Writes the prefill's rows of `out` and `lse`."""
+        threads = torch.get_num_threads()
+        q_heads, head_dim = query.shape[1:]
+        group = q_heads // pages.kv_heads
+        panels = -(-prefill.block_end * pages.block_tokens // prefill_kernel.PANEL)
+        packed = self._keep(2 * pages.kv_heads * panels * prefill_kernel.PANEL * head_dim, pages.dtype)
+        keys, values = (half.numpy() for half in packed.view(ELEMENTS[pages.dtype]).chunk(2))
+        narrow, wide = prefill_kernel.scratch_elements(group, head_dim)
+        flat_query, flat_out = cpu_kernel.elements(query), cpu_kernel.elements(out)
+        flat_lse, counters = lse.view(-1).numpy(), np.zeros(prefill_kernel.COUNTERS, np.int64)
 
-        The memory is kept: fresh memory of this size is mapped anew each time, which costs more than the copy itself.
-        """
-        shape = (2, pages.kv_heads, (prefill.block_end - prefill.block_begin) * pages.block_tokens, pages.head_dim)
-        elements = math.prod(shape)
+        def attend(_: int) -> None:
+            prefill_kernel.attend_many(
+                threads,
+                counters,
+                prefill.row_begin,
+                prefill.row_end,
+                pages.tables[prefill.sequence],
+                plan.visible,
+                flat_query,
+                query.stride(0),
+                pages.flat,
+                pages.block_stride,
+                pages.layer_at,
+                pages.kv_heads,
+                group,
+                pages.block_tokens,
+                head_dim,
+                np.float32(scale * math.log2(math.e)),
+                keys,
+                values,
+                flat_out,
+                flat_lse,
+                np.empty(narrow, np.uint16),
+                np.empty(wide, np.float32),
+            )
+
+        team.run(threads, attend)
+
+    def _keep(self, elements: int, dtype: torch.dtype) -> Tensor:
+        """Memory until this thread's next call. It is kept: fresh memory of this size is mapped anew each time, which costs more
+        than filling it."""
         kept: Tensor | None = getattr(self._kept, "gathered", None)
-        if kept is None or kept.dtype != pages.dtype or kept.numel() < elements:
-            kept = self._kept.gathered = torch.empty(elements, dtype=pages.dtype)
-        gathered = kept[:elements]
+        if kept is None or kept.dtype != dtype or kept.numel() < elements:
+            kept = self._kept.gathered = torch.empty(elements, dtype=dtype)
+        return kept[:elements]
+
+    def _gather(self, pages: _Pages, prefill: Prefill) -> Tensor:
+        """Keys and values of a prefill's blocks, `[2, kv_heads, tokens, head_dim]`, until this thread's next call."""
+        shape = (2, pages.kv_heads, (prefill.block_end - prefill.block_begin) * pages.block_tokens, pages.head_dim)
+        gathered = self._keep(math.prod(shape), pages.dtype)
         cpu_kernel.gather(
             pages.flat,
             pages.tables[prefill.sequence],
@@ -180,13 +231,12 @@ class _Pages:
     """One layer of a pool as the kernels take it."""
 
     def __init__(self, pool: Tensor, block_tables: Tensor, layer: int) -> None:
-        blocks, _, _, self.kv_heads, self.block_tokens, self.head_dim = pool.shape
+        _, _, _, self.kv_heads, self.block_tokens, self.head_dim = pool.shape
         self.dtype = pool.dtype
         self.block_stride = pool.stride(0)
         self.run = self.block_tokens * self.head_dim
         self.layer_at = layer * 2 * self.kv_heads * self.run
-        elements = (blocks - 1) * self.block_stride + math.prod(pool.shape[1:])
-        self.flat = pool.as_strided((elements,), (1,)).view(ELEMENTS[pool.dtype]).numpy()
+        self.flat = cpu_kernel.elements(pool)
         self.tables = block_tables.contiguous().numpy()
 
 

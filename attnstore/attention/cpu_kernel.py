@@ -17,12 +17,15 @@ in base 2: the query arrives multiplied by `scale * log2(e)`, so that `exp2` alo
 
 from __future__ import annotations
 
-from typing import Final, NamedTuple
+import math
+from typing import Any, Final, NamedTuple
 
 import numpy as np
 from numba import njit
+from torch import Tensor
 
 from attnstore.attention.simd import (
+    ELEMENTS,
     LANES,
     add,
     exp2,
@@ -30,6 +33,7 @@ from attnstore.attention.simd import (
     largest,
     load,
     maximum,
+    move,
     mul,
     prefetch,
     splat,
@@ -72,6 +76,13 @@ class _Shape(NamedTuple):
     """Elements in a cache line."""
     width: int
     """Scores per row and chunk, padded to LANES."""
+
+
+def elements(rows: Tensor) -> Any:
+    """The elements of a pool, or of other rows of which each is contiguous, as the kernels take them: from the first to the last,
+    with what lies between."""
+    count = (rows.shape[0] - 1) * rows.stride(0) + math.prod(rows.shape[1:])
+    return rows.as_strided((count,), (1,)).view(ELEMENTS[rows.dtype]).numpy()
 
 
 def chunk_blocks(block_tokens: int) -> int:
@@ -387,6 +398,21 @@ def finish(pieces, owners, q_heads, head_dim, outs, tops, sums, lses):
                 outs[dim] *= factor
         else:
             lses[at] = _HIDDEN
+
+
+@_compiled
+def put(flat, blocks, offsets, block_stride, layer_at, kv_heads, block_tokens, head_dim, rows, row_stride):
+    """Writes each row's own keys and values of one layer into the pool.
+
+    blocks, offsets: int64 `[rows]`, where; rows: `[rows, 2, kv_heads, head_dim]` of the pool's type, `row_stride` elements apart;
+    `head_dim` is a multiple of LANES.
+    """
+    for row in range(blocks.shape[0]):
+        begin = blocks[row] * block_stride + layer_at + offsets[row] * head_dim
+        for plane in range(2 * kv_heads):
+            source, target = row * row_stride + plane * head_dim, begin + plane * block_tokens * head_dim
+            for dim in range(0, head_dim, LANES):
+                move(flat, target + dim, rows, source + dim)
 
 
 @_compiled

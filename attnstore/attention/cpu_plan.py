@@ -15,8 +15,6 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from attnstore.attention.base import row_positions
-
 Indices = npt.NDArray[np.int64]
 
 
@@ -103,8 +101,12 @@ def make_plan(
 def _visible_keys(
     context_lens: Tensor, query_starts: Tensor, query_positions: Tensor | None, sliding_window: int | None
 ) -> npt.NDArray[np.int32]:
-    positions = row_positions(context_lens, query_starts, query_positions).numpy()
-    keys = np.repeat(context_lens.numpy(), np.diff(query_starts.numpy()))
+    lengths, starts = context_lens.numpy(), query_starts.numpy()
+    keys = np.repeat(lengths, np.diff(starts))
+    if query_positions is None:  # as `row_positions`, but numpy wakes no threads for it
+        positions = keys + np.arange(len(keys)) - np.repeat(starts[1:], np.diff(starts))
+    else:
+        positions = query_positions.numpy()
     last = np.clip(positions + 1, 0, keys)
     first = np.zeros_like(last) if sliding_window is None else np.clip(positions + 1 - sliding_window, 0, last)
     visible = np.ascontiguousarray(np.stack((first, last), axis=1), dtype=np.int32)

@@ -2,8 +2,8 @@
 
 Owns: `Lanes` and the operations on it. It exists because the attention kernel is bound by a handful of instructions per key:
 numba has no bf16, proves no absence of aliasing, and so vectorises neither a dot product over short rows nor `exp2` after it.
-Invariant: every operation is one LLVM instruction or intrinsic on `<16 x float>`; LLVM splits it for narrower machines
-(two AVX2 registers, four NEON ones), so nothing here names an instruction set.
+Invariant: every operation is a few LLVM instructions or intrinsics on `<16 x float>`; LLVM splits them for narrower machines
+(two AVX2 registers, four NEON ones). `dot` alone names an instruction set, and only where this machine has it.
 
 Arrays are one-dimensional and indexed by element, without bounds check. Element types: float32; bf16 as uint16; fp16 as int16.
 """
@@ -16,7 +16,7 @@ import math
 from typing import Any, Final
 
 import torch
-from llvmlite import ir
+from llvmlite import binding, ir
 from numba.core import cgutils, types
 from numba.extending import intrinsic, models, register_model
 
@@ -47,7 +47,8 @@ class _LanesModel(models.PrimitiveModel):
         super().__init__(dmm, fe_type, _VECTOR)
 
 
-def _address(context: Any, builder: Any, array_type: Any, array: Any, index: Any, vector: ir.Type) -> Any:
+def address(context: Any, builder: Any, array_type: Any, array: Any, index: Any, vector: ir.Type) -> Any:
+    """Where `array[index]` lies, as a pointer to `vector`."""
     data = context.make_array(array_type)(context, builder, array).data
     return builder.bitcast(builder.gep(data, [index]), vector.as_pointer())
 
@@ -72,14 +73,19 @@ def load(typingctx, array, index):
     def codegen(context, builder, signature, args):
         element = signature.args[0].dtype
         source = ir.VectorType(_LOADED[element], LANES)
-        value = builder.load(_address(context, builder, signature.args[0], args[0], args[1], source))
+        value = builder.load(address(context, builder, signature.args[0], args[0], args[1], source))
         value.align = element.bitwidth // 8
-        if element == types.uint16:  # bf16 is the upper half of an fp32
-            shift = ir.Constant(_INT_VECTOR, [16] * LANES)
-            return builder.bitcast(builder.shl(builder.zext(value, _INT_VECTOR), shift), _VECTOR)
-        return builder.fpext(value, _VECTOR) if element == types.int16 else value
+        return _widened(builder, value, _LOADED[element])
 
     return lanes(array, types.intp), codegen
+
+
+def _widened(builder: Any, value: Any, element: ir.Type) -> Any:
+    """Sixteen elements as fp32."""
+    if element == _I16:  # bf16 is the upper half of an fp32
+        shift = ir.Constant(_INT_VECTOR, [16] * LANES)
+        return builder.bitcast(builder.shl(builder.zext(value, _INT_VECTOR), shift), _VECTOR)
+    return builder.fpext(value, _VECTOR) if element == _F16 else value
 
 
 @intrinsic
@@ -93,15 +99,84 @@ def store(typingctx, array, index, value):
             value = _rounded_to_bf16(builder, value)
         elif element == types.int16:
             value = builder.fptrunc(value, ir.VectorType(_F16, LANES))
-        target = _address(context, builder, signature.args[0], args[0], args[1], value.type)
+        target = address(context, builder, signature.args[0], args[0], args[1], value.type)
         builder.store(value, target).align = element.bitwidth // 8
         return context.get_dummy_value()
 
     return types.void(array, types.intp, value), codegen
 
 
+@intrinsic
+def move(typingctx, target, i, source, j):
+    """`target[i : i + 16] = source[j : j + 16]`, two arrays of one type. numba's own loop wraps every negative index first."""
+
+    def codegen(context, builder, signature, args):
+        element = signature.args[0].dtype
+        sixteen = ir.VectorType(_LOADED[element], LANES)
+        value = builder.load(address(context, builder, signature.args[2], args[2], args[3], sixteen))
+        value.align = element.bitwidth // 8
+        builder.store(value, address(context, builder, signature.args[0], args[0], args[1], sixteen)).align = value.align
+        return context.get_dummy_value()
+
+    return types.void(target, types.intp, source, types.intp), codegen
+
+
+@intrinsic
+def interleave(typingctx, target, i, source, j, k, keeps_first, keeps_second):
+    """`target[i : i + 32]` becomes elements of `source` from `j` on and from `k` on in turns, zeros for those that are not kept.
+
+    All bf16 or fp16.
+    """
+
+    def codegen(context, builder, signature, args):
+        sixteen = ir.VectorType(_I16, LANES)
+        parts = []
+        for index, keeps in ((args[3], args[5]), (args[4], args[6])):
+            value = builder.load(address(context, builder, signature.args[2], args[2], index, sixteen))
+            value.align = 2
+            parts.append(builder.select(keeps, value, ir.Constant(sixteen, [0] * LANES)))
+        value = _shuffle(builder, parts[0], parts[1], [lane // 2 + lane % 2 * LANES for lane in range(2 * LANES)])
+        builder.store(value, address(context, builder, signature.args[0], args[0], args[1], value.type)).align = 2
+        return context.get_dummy_value()
+
+    return types.void(target, types.intp, source, types.intp, types.intp, types.boolean, types.boolean), codegen
+
+
+@intrinsic
+def transpose_pairs(typingctx, target, i, stride, source, j, step):
+    """Puts sixteen pairs of elements of four rows side by side: `target[i + p * stride + 2 * r + e] = source[j + r * step + 2 * p +
+    e]`.
+
+    All bf16 or fp16.
+    """
+
+    def codegen(context, builder, signature, args):
+        target, i, stride, source, j, step = args
+        pairs = ir.VectorType(_I32, LANES)
+        rows = []
+        for row in range(4):
+            at = builder.add(j, builder.mul(step, ir.Constant(j.type, row)))
+            value = builder.load(address(context, builder, signature.args[3], source, at, pairs))
+            value.align = 2
+            rows.append(value)
+        turns = [lane // 2 + lane % 2 * LANES for lane in range(2 * LANES)]
+        first, second = _shuffle(builder, rows[0], rows[1], turns), _shuffle(builder, rows[2], rows[3], turns)
+        for pair in range(LANES):
+            four = _shuffle(builder, first, second, [2 * pair, 2 * pair + 1, 2 * LANES + 2 * pair, 2 * LANES + 2 * pair + 1])
+            at = builder.add(i, builder.mul(stride, ir.Constant(i.type, pair)))
+            builder.store(four, address(context, builder, signature.args[0], target, at, four.type)).align = 2
+        return context.get_dummy_value()
+
+    index = types.intp
+    return types.void(target, index, index, source, index, index), codegen
+
+
 def _rounded_to_bf16(builder: Any, value: Any) -> Any:
-    """The upper half of each fp32 after half of what the lower one counts was added; a NaN stays one."""
+    """To the nearest bf16, ties to even; a NaN stays one."""
+    if HAS_BF16_PRODUCTS:
+        numbers = ir.VectorType(_BFloat(), LANES)
+        return builder.bitcast(_call(builder, "llvm.x86.avx512bf16.cvtneps2bf16.512", numbers, [value]), ir.VectorType(_I16, LANES))
+    # The upper half of each fp32 after half of what the lower one counts was added.
     bits = builder.bitcast(value, _INT_VECTOR)
     half, one, shift = (ir.Constant(_INT_VECTOR, [number] * LANES) for number in (0x7FFF, 1, 16))
     odd = builder.and_(builder.lshr(bits, shift), one)
@@ -115,17 +190,72 @@ def _rounded_to_bf16(builder: Any, value: Any) -> Any:
 def splat(typingctx, scalar):
     """Sixteen copies of an fp32 scalar."""
 
-    def codegen(context, builder, signature, args):
-        undefined = ir.Constant(_VECTOR, ir.Undefined)
-        return _shuffle(builder, builder.insert_element(undefined, args[0], ir.Constant(_I32, 0)), undefined, [0] * LANES)
+    return lanes(types.float32), lambda context, builder, signature, args: splatted(builder, args[0])
 
-    return lanes(types.float32), codegen
+
+def splatted(builder: Any, scalar: Any) -> Any:
+    """Sixteen copies of a scalar of 32 bits."""
+    undefined = ir.Constant(ir.VectorType(scalar.type, LANES), ir.Undefined)
+    return _shuffle(builder, builder.insert_element(undefined, scalar, ir.Constant(_I32, 0)), undefined, [0] * LANES)
 
 
 @intrinsic
 def fma(typingctx, x, y, z):
     """`x * y + z`, rounded once."""
     return lanes(x, y, z), lambda context, builder, signature, args: _call(builder, f"llvm.fma.v{LANES}f32", _VECTOR, list(args))
+
+
+class _BFloat(ir.Type):
+    """LLVM's bf16, which llvmlite does not name."""
+
+    intrinsic_name = "bf16"
+
+    def __str__(self) -> str:
+        return "bfloat"
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _BFloat)
+
+    def __hash__(self) -> int:
+        return hash(_BFloat)
+
+
+HAS_BF16_PRODUCTS: Final = bool(binding.get_host_cpu_features().get("avx512bf16", False))
+"""This machine multiplies pairs of bf16 and adds them to fp32 in one instruction (AVX512-BF16)."""
+
+
+def bf16_products(builder: Any, sums: Any, x: Any, y: Any) -> Any:
+    """`sums` and the products of two vectors of 32 bf16, two on each lane; needs `HAS_BF16_PRODUCTS`."""
+    numbers = ir.VectorType(_BFloat(), 2 * LANES)
+    operands = [sums, builder.bitcast(x, numbers), builder.bitcast(y, numbers)]
+    return _call(builder, "llvm.x86.avx512bf16.dpbf16ps.512", _VECTOR, operands)
+
+
+@intrinsic
+def dot(typingctx, x, i, y, j, sums):
+    """`sums` and 32 products, `x[i : i + 32] * y[j : j + 32]`, two on each lane. Both arrays are of one type.
+
+    bf16 in one instruction where the machine has it (AVX512-BF16).
+    """
+
+    def codegen(context, builder, signature, args):
+        x_type, _, y_type, _, _ = signature.args
+        element, pairs = _LOADED[x_type.dtype], ir.VectorType(_LOADED[x_type.dtype], 2 * LANES)
+        first, second = (
+            builder.load(address(context, builder, *place, pairs))
+            for place in ((x_type, args[0], args[1]), (y_type, args[2], args[3]))
+        )
+        first.align = second.align = x_type.dtype.bitwidth // 8
+        if x_type.dtype == types.uint16 and HAS_BF16_PRODUCTS:
+            return bf16_products(builder, args[4], first, second)
+        result = args[4]
+        for begin in (0, LANES):
+            half = list(range(begin, begin + LANES))
+            factors = [_widened(builder, _shuffle(builder, part, part, half), element) for part in (first, second)]
+            result = _call(builder, f"llvm.fma.v{LANES}f32", _VECTOR, [*factors, result])
+        return result
+
+    return lanes(x, types.intp, y, types.intp, sums), codegen
 
 
 @intrinsic
@@ -144,6 +274,12 @@ def sub(typingctx, x, y):
 def mul(typingctx, x, y):
     """`x * y`."""
     return lanes(x, y), lambda context, builder, signature, args: builder.fmul(*args)
+
+
+@intrinsic
+def divide(typingctx, x, y):
+    """`x / y`."""
+    return lanes(x, y), lambda context, builder, signature, args: builder.fdiv(*args)
 
 
 @intrinsic
@@ -188,7 +324,7 @@ def store_totals(typingctx, array, index, w, x, y, z):
         for distance in (2, 1):
             sums = builder.fadd(sums, _shuffle(builder, sums, sums, [lane ^ distance for lane in range(LANES)]))
         four = _shuffle(builder, sums, sums, [0, 4, 8, 12])
-        builder.store(four, _address(context, builder, signature.args[0], args[0], args[1], four.type)).align = 4
+        builder.store(four, address(context, builder, signature.args[0], args[0], args[1], four.type)).align = 4
         return context.get_dummy_value()
 
     return types.void(array, types.intp, w, x, y, z), codegen
@@ -201,7 +337,7 @@ _EXP2_TERMS: Final = tuple(math.log(2) ** power / math.factorial(power) for powe
 
 @intrinsic
 def exp2(typingctx, x):
-    """`2 ** x` for `x <= 0` to 2e-7 relative; exactly 0 below -126."""
+    """`2 ** x` for `x <= 127` to 2e-7 relative; exactly 0 below -126."""
 
     def codegen(context, builder, signature, args):
         lowest = _constant(_EXP2_LOWEST)
@@ -224,9 +360,9 @@ def prefetch(typingctx, array, index):
     """Ask for the cache line of `array[index]` without waiting for it."""
 
     def codegen(context, builder, signature, args):
-        address = _address(context, builder, signature.args[0], args[0], args[1], ir.IntType(8))
+        line = address(context, builder, signature.args[0], args[0], args[1], ir.IntType(8))
         read, locality, data_cache = (ir.Constant(_I32, value) for value in (0, 2, 1))
-        _call(builder, "llvm.prefetch.p0", ir.VoidType(), [address, read, locality, data_cache])
+        _call(builder, "llvm.prefetch.p0", ir.VoidType(), [line, read, locality, data_cache])
         return context.get_dummy_value()
 
     return types.void(array, types.intp), codegen

@@ -27,6 +27,10 @@ def linear(inputs: int, outputs: int, dtype: torch.dtype, *, bias: bool, seed: i
     return nn.Linear(inputs, outputs, bias=bias, dtype=dtype).eval().requires_grad_(False)
 
 
+def merged(parts: list[nn.Linear]) -> nn.Module:
+    return merged_linear(torch.cat([part.weight for part in parts]), parts)
+
+
 def engine_logits(model: LoadedModel, token_ids: list[int], tokens: int) -> torch.Tensor:
     """Logits of `tokens` generated tokens, computed with prefill in two chunks and then one by one."""
     with Engine(model, EngineOptions(pool_bytes=32 * model.layout(16).page_bytes, chunk_tokens=64)) as engine:
@@ -78,7 +82,7 @@ def test_bf16_layers_become_those_that_this_machine_has_kernels_for(monkeypatch:
     module = nn.Sequential(linear(32, 32, torch.bfloat16, bias=True))
     pack_linears(module)
     assert type(module[0]) is WidenedLinear
-    assert type(merged_linear([linear(32, 32, torch.bfloat16, bias=False)])) is WidenedLinear
+    assert type(merged([linear(32, 32, torch.bfloat16, bias=False)])) is WidenedLinear
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -87,16 +91,18 @@ def test_a_merged_layer_gives_the_outputs_side_by_side(dtype: torch.dtype, bias:
     parts = [linear(32, outputs, dtype, bias=bias, seed=outputs) for outputs in (48, 16, 16)]
     given = torch.randn(5, 32).to(dtype)
     expected = torch.cat([part(given) for part in parts], dim=-1)
-    merged = merged_linear(parts)
     tolerance = BF16_TOLERANCE if dtype is torch.bfloat16 else 1e-6
-    torch.testing.assert_close(merged(given), expected, atol=tolerance, rtol=tolerance)
+    torch.testing.assert_close(merged(parts)(given), expected, atol=tolerance, rtol=tolerance)
     torch.testing.assert_close(torch.cat([part(given) for part in parts], dim=-1), expected)
 
 
-def test_a_merged_fp32_weight_is_held_once() -> None:
-    parts = [linear(32, outputs, torch.float32, bias=False) for outputs in (48, 16)]
-    merged = merged_linear(parts)
-    assert {part.weight.untyped_storage().data_ptr() for part in parts} == {merged.weight.untyped_storage().data_ptr()}
+def test_a_models_fp32_weights_are_held_once(tiny: LoadedModel) -> None:
+    decoder = tiny.decoder
+    assert isinstance(decoder, LlamaDecoder)
+    for layer, lean in zip(tiny.module.model.layers, decoder._layers, strict=True):
+        together = lean.query_key_value.weight.untyped_storage().data_ptr()
+        for part in (layer.self_attn.q_proj, layer.self_attn.v_proj, layer.mlp.down_proj, layer.input_layernorm, lean.gate):
+            assert part.weight.untyped_storage().data_ptr() == together
 
 
 def test_fp32_layers_are_not_packed() -> None:

@@ -8,12 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Final
+from typing import Any, Final
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from attnstore.errors import InvalidArgument
+
+Floats = npt.NDArray[np.float32]
 
 STOPS_MAX: Final = 16
 """Stop strings of one sequence; each is searched for after each token."""
@@ -62,31 +66,50 @@ class Sampler:
 
     def sample(self, logits: Tensor) -> int:
         """The next token from fp32 logits `[vocabulary]`; of equal largest ones the lowest id when greedy."""
-        params = self._params
         if self.greedy:
-            return int(logits.argmax())
-        # Less the largest one first, which then stays 0 however small the divisor: the others may overflow to -inf.
-        scaled = ((logits - logits.max()) / max(params.temperature, _TEMPERATURE_MIN)).cpu()
+            return int(_largest(logits))
+        params = self._params
+        values = logits.cpu().numpy()
+        with np.errstate(over="ignore"):
+            # Less the largest one first, which then stays 0 however small the divisor: the others may overflow to -inf.
+            scaled = (values - values.max()) / np.float32(max(params.temperature, _TEMPERATURE_MIN))
         if params.top_k is None and params.top_p == 1.0:
-            return self._draw(torch.softmax(scaled, dim=-1))
-        likeliest, token_ids = scaled.topk(min(params.top_k or scaled.numel(), scaled.numel()))
-        weights = torch.softmax(likeliest, dim=-1)
-        outside = weights.cumsum(-1) - weights >= params.top_p
-        return int(token_ids[self._draw(weights.masked_fill(outside, 0.0))])
+            return self._draw(np.exp(scaled))
+        likeliest = _descending(scaled, params.top_k)
+        weights = np.exp(scaled[likeliest])
+        before = np.cumsum(weights) - weights
+        weights[before >= params.top_p * weights.sum()] = 0.0
+        return int(likeliest[self._draw(weights)])
 
     @property
     def greedy(self) -> bool:
         """It takes the largest logit and draws nothing."""
         return self._params.temperature == 0.0
 
-    def _draw(self, weights: Tensor) -> int:
-        return int(torch.multinomial(weights, 1, generator=self._generator))
+    def _draw(self, weights: Floats) -> int:
+        """An index, as likely as its weight among all; never one of weight 0."""
+        borders = np.cumsum(weights, dtype=np.float64)
+        drawn = torch.rand((), dtype=torch.float64, generator=self._generator).item() * borders[-1]
+        return int(np.searchsorted(borders, min(drawn, np.nextafter(borders[-1], 0.0)), side="right"))
 
 
 def sample_rows(samplers: Sequence[Sampler], logits: Tensor) -> list[int]:
     """The next token of each row of fp32 logits `[n, vocabulary]` from its own sampler; all greedy rows are looked at together."""
-    largest: list[int] = logits.argmax(dim=-1).tolist()
     return [
-        token_id if sampler.greedy else sampler.sample(row)
-        for sampler, token_id, row in zip(samplers, largest, logits, strict=True)
+        int(token_id) if sampler.greedy else sampler.sample(row)
+        for sampler, token_id, row in zip(samplers, _largest(logits), logits, strict=True)
     ]
+
+
+def _largest(logits: Tensor) -> Any:
+    """The index of the largest of each row. Not by torch on a CPU: its threads would then spin for milliseconds on the cores that
+    compute the next step (docs/decisions/0018-few-rows.md)."""
+    return logits.numpy().argmax(axis=-1) if logits.device.type == "cpu" else logits.argmax(dim=-1).cpu().numpy()
+
+
+def _descending(values: Floats, most: int | None) -> Any:
+    """The indices of the `most` largest values, all where that is None, largest first."""
+    if most is None or most >= len(values):
+        return np.argsort(-values, kind="stable")
+    largest = np.argpartition(-values, most)[:most]
+    return largest[np.argsort(-values[largest], kind="stable")]

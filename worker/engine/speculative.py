@@ -198,7 +198,8 @@ class Speculation:
         alone = [index for index, chunk in enumerate(giving) if not chunk.drafts]
         drawn: dict[int, list[int]] = {}
         if alone:
-            token_ids = sample_rows([giving[index].sequence.sampler for index in alone], cat([rows[index] for index in alone]))
+            several = logits if len(alone) == len(giving) else cat([rows[index] for index in alone])
+            token_ids = sample_rows([giving[index].sequence.sampler for index in alone], several)
             drawn = {index: [token_id] for index, token_id in zip(alone, token_ids, strict=True)}
         for index, chunk in enumerate(giving):
             if chunk.drafts:

@@ -14,7 +14,8 @@ from typing import Any, Final
 from torch import Tensor, float32, nn, stack
 from transformers import AttentionInterface, AttentionMaskInterface
 
-from attnstore.attention import AttentionBackend
+from attnstore.attention import AttentionBackend, cpu_kernel
+from attnstore.attention.simd import LANES
 from worker.cache.remote_step import RemoteStep
 
 ATTENTION_NAME: Final = "attnstore_paged"
@@ -48,8 +49,7 @@ class PagedStep:
         Returns `[total_q, q_heads, head_dim]`. Causality follows from the positions.
         """
         self.before_layer(layer)
-        slots = self.pool[:, layer].permute(0, 3, 1, 2, 4)  # [blocks, block_tokens, 2, kv_heads, head_dim]
-        slots.index_put_((self.slot_blocks, self.slot_offsets), keys_values)
+        self._put(layer, keys_values)
         if self.remote is not None:
             assert sliding_window is None, "nodes answer over all of a set's keys"
             self.remote.ask(layer, query)  # first, so that the nodes compute while we do
@@ -65,6 +65,25 @@ class PagedStep:
             out_dtype=None if self.remote is None else float32,
         )
         return out if self.remote is None else self.remote.merge(out, lse).to(query.dtype)
+
+    def _put(self, layer: int, keys_values: Tensor) -> None:
+        _, _, _, kv_heads, block_tokens, head_dim = self.pool.shape
+        if self.pool.device.type != "cpu" or head_dim % LANES or not keys_values[0].is_contiguous():
+            slots = self.pool[:, layer].permute(0, 3, 1, 2, 4)  # [blocks, block_tokens, 2, kv_heads, head_dim]
+            slots.index_put_((self.slot_blocks, self.slot_offsets), keys_values)
+            return
+        cpu_kernel.put(
+            cpu_kernel.elements(self.pool),
+            self.slot_blocks.numpy(),
+            self.slot_offsets.numpy(),
+            self.pool.stride(0),
+            layer * self.pool.stride(1),
+            kv_heads,
+            block_tokens,
+            head_dim,
+            cpu_kernel.elements(keys_values),
+            keys_values.stride(0),
+        )
 
 
 def at_once(_: int) -> None:

@@ -76,14 +76,8 @@ def pack_linears(module: nn.Module) -> None:
                 setattr(parent, name, packed)
 
 
-def merged_linear(linears: Sequence[nn.Linear]) -> nn.Module:
-    """One layer that gives the outputs of several side by side; they have one input. Packed where that is possible.
-
-    The others become views of the merged weight, so that it is held once where it is not packed.
-    """
-    weight = torch.cat([linear.weight.detach() for linear in linears])
-    for linear, part in zip(linears, torch.split(weight, [linear.out_features for linear in linears]), strict=True):
-        linear.weight = nn.Parameter(part, requires_grad=False)
+def merged_linear(weight: Tensor, linears: Sequence[nn.Linear]) -> nn.Module:
+    """One layer that gives the outputs of several side by side, whose weights are the parts of `weight`. Packed where possible."""
     biases = [linear.bias.detach() for linear in linears if linear.bias is not None]
     assert len(biases) in (0, len(linears))
     bias = torch.cat(biases) if biases else None

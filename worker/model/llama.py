@@ -12,11 +12,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 from transformers import LlamaForCausalLM
 
 from worker.model.attention import PagedStep
+from worker.model.few_rows import FewRows
+from worker.model.few_rows import fits as few_rows_fit
 from worker.model.linear import gated_product, merged_linear, pack_linears
 from worker.model.rows import added_and_normalized, fits, normalized, rotate
+from worker.model.weights import LayerWeights, gather_weights
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +41,10 @@ class LlamaDecoder:
 
     def __init__(self, module: Any) -> None:
         config = module.config
-        merged = [merged_linear(_query_key_value(layer.self_attn)) for layer in module.model.layers]
+        weights = gather_weights(module)
+        merged = [_merged(weights, index, layer.self_attn) for index, layer in enumerate(module.model.layers)]
+        head = module.lm_head.weight.detach()
+        biased = any(linear.bias is not None for linear in module.modules() if isinstance(linear, nn.Linear))
         pack_linears(module)
         self._embedding = module.model.embed_tokens.weight
         self._rotary = module.model.rotary_emb
@@ -47,12 +54,17 @@ class LlamaDecoder:
         self._heads = (config.num_attention_heads, config.num_key_value_heads)
         self._scale = module.model.layers[0].self_attn.scaling
         self._layers = [_layer(*parts) for parts in zip(module.model.layers, merged, strict=True)]
+        self._few_rows = None
+        if few_rows_fit(weights.shape, len(head)) and not biased:
+            self._few_rows = FewRows(weights, self._norm, head, epsilon=self._epsilon, scale=self._scale)
 
     def logits(self, token_ids: Tensor, positions: Tensor, rows: Tensor, step: PagedStep) -> Tensor:
         """See `Decoder.logits`."""
         with torch.inference_mode():
-            hidden = self._embedding[token_ids]
+            hidden = functional.embedding(token_ids, self._embedding)
             rotation = _rotation(*self._rotary(hidden[:0].float(), positions[None]))  # for the type alone: fp32
+            if self._few_rows is not None and (plan := self._few_rows.plan(len(hidden), step)) is not None:
+                return self._few_rows.logits(hidden, rotation, rows, step, plan)
             # Each layer begins with the norm behind the sum that the one before it ends with.
             normed = normalized(hidden, self._layers[0].attention_norm, self._epsilon)
             for index, layer in enumerate(self._layers[:-1]):
@@ -87,8 +99,8 @@ def is_plain_llama(module: Any) -> bool:
     return config.hidden_act == "silu" and fits(config.hidden_size, module.model.layers[0].self_attn.head_dim)
 
 
-def _query_key_value(attention: Any) -> list[nn.Linear]:
-    return [attention.q_proj, attention.k_proj, attention.v_proj]
+def _merged(weights: LayerWeights, index: int, attention: Any) -> nn.Module:
+    return merged_linear(weights.part(index, "query_key_value"), [attention.q_proj, attention.k_proj, attention.v_proj])
 
 
 def _layer(layer: Any, query_key_value: nn.Module) -> _Layer:
