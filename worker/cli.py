@@ -146,7 +146,7 @@ def _add_engine_options(parser: argparse.ArgumentParser, *, planner: str) -> Non
         help="which sequences leave blocks in the store and attend to them there; measured: where costs say so (default never)",
     )
     add("--speculate", action="store_true", help="guess next tokens from the text so far and check several in one step")
-    add("--chunk-tokens", type=int, default=256, metavar="N", help="prompt tokens computed in one step (default 256)")
+    add("--chunk-tokens", type=int, default=512, metavar="N", help="prompt tokens computed in one step (default 512)")
     add("--threads", type=int, metavar="N", help="compute threads (default: torch's choice)")
 
 

@@ -135,6 +135,7 @@ class CpuAttention:
         scaled = (query[:rows].float() * (scale * math.log2(math.e))).view(-1).numpy()
         flat_outs = outs.view(-1).numpy()
         scratch = cpu_kernel.scratch_elements(plan.piece_rows_max, q_heads, pages.block_tokens, head_dim)
+        scratches = [torch.empty(scratch).numpy() for _ in plan.shares]
 
         def attend(thread: int) -> None:
             cpu_kernel.attend(
@@ -152,7 +153,7 @@ class CpuAttention:
                 flat_outs,
                 tops,
                 sums,
-                torch.empty(scratch).numpy(),
+                scratches[thread],
             )
 
         self._run(len(plan.shares), attend)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+import time
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
@@ -22,6 +23,8 @@ from experiments.vllm import session
 _START_S_MAX: Final = 300.0
 """vLLM compiles its graphs when it starts."""
 _CASE_S_MAX: Final = 300.0
+_PAUSE_S: Final = 0.5
+"""Before each turn: the threads of the side that has just worked spin on for up to 0.2 s, on the cores of the other."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +78,7 @@ def _compared(children: Sequence[Child], case: Case, repeats: int) -> Comparison
         # Other prompts each time, so that no side finds them again.
         line = json.dumps(asdict(Case(case.batch, case.prompt_tokens, case.new_tokens, case.seed + repeat)))
         for child, side in zip(children, speeds, strict=True):
+            time.sleep(_PAUSE_S)
             side.append(Speed(**json.loads(child.ask_within(_CASE_S_MAX, line))))
     ours, *others = [_median(side[1:]) for side in speeds]
     return Comparison(case.batch, case.prompt_tokens, case.new_tokens, repeats, ours, others[0] if others else None)

@@ -20,7 +20,7 @@ class EngineOptions:
     deadline; `eviction` is one of `EVICTION_POLICIES`, `write_policy` one of `WRITE_POLICIES`; `shared` says how pages of a node on
     this host are used.
 
-    At most `chunk_tokens` of one prompt and `step_tokens` of all sequences run in one step (None: a chunk and all decodes);
+    At most `chunk_tokens` of one prompt and `step_tokens` of all sequences run in one step (None: two chunks and all decodes);
     `sequences_max` run at once and `waiting_max` wait for it; the first `prefetch_sequences` of these have pages fetched ahead.
     `attend` is one of `AttendPolicy`: which sequences leave blocks in the store and attend to them there. With `speculate` next
     tokens are guessed and checked several at a time; the tokens are the same.
@@ -29,7 +29,7 @@ class EngineOptions:
 
     pool_bytes: int = 512 * MIB
     block_tokens: int = 16
-    chunk_tokens: int = 256
+    chunk_tokens: int = 512
     step_tokens: int | None = None
     sequences_max: int = 64
     waiting_max: int = 1024
@@ -70,5 +70,5 @@ class EngineOptions:
 
     def scheduler_limits(self) -> SchedulerLimits:
         """What the scheduler keeps to."""
-        step_tokens = self.chunk_tokens + self.sequences_max if self.step_tokens is None else self.step_tokens
+        step_tokens = 2 * self.chunk_tokens + self.sequences_max if self.step_tokens is None else self.step_tokens
         return SchedulerLimits(self.chunk_tokens, step_tokens, self.sequences_max, self.waiting_max)

@@ -84,9 +84,9 @@ class FewRows:
         hidden = self._shape.hidden
         inputs = _flat(torch.zeros(threads * padded * hidden, dtype=self._dtype))
         logits = torch.empty(padded, len(self._head) // hidden)
+        places, flat_logits = rows.numpy(), logits.view(-1).numpy()
 
         def part(thread: int) -> None:
-            places, flat_logits = rows.numpy(), logits.view(-1).numpy()
             run_head(thread, threads, self._norm, self._head, self._epsilon, places, work, inputs, flat_logits)
 
         team.run(threads, part)
