@@ -220,7 +220,11 @@ class _BFloat(ir.Type):
         return hash(_BFloat)
 
 
-HAS_BF16_PRODUCTS: Final = bool(binding.get_host_cpu_features().get("avx512bf16", False))
+_FEATURES: Final = binding.get_host_cpu_features()
+HAS_32_REGISTERS: Final = bool(_FEATURES.get("avx512f", False))
+"""This machine holds 32 vectors of sixteen lanes in registers (AVX-512)."""
+
+HAS_BF16_PRODUCTS: Final = bool(_FEATURES.get("avx512bf16", False))
 """This machine multiplies pairs of bf16 and adds them to fp32 in one instruction (AVX512-BF16)."""
 
 
@@ -240,22 +244,31 @@ def dot(typingctx, x, i, y, j, sums):
 
     def codegen(context, builder, signature, args):
         x_type, _, y_type, _, _ = signature.args
-        element, pairs = _LOADED[x_type.dtype], ir.VectorType(_LOADED[x_type.dtype], 2 * LANES)
-        first, second = (
-            builder.load(address(context, builder, *place, pairs))
-            for place in ((x_type, args[0], args[1]), (y_type, args[2], args[3]))
-        )
-        first.align = second.align = x_type.dtype.bitwidth // 8
-        if x_type.dtype == types.uint16 and HAS_BF16_PRODUCTS:
-            return bf16_products(builder, args[4], first, second)
-        result = args[4]
-        for begin in (0, LANES):
-            half = list(range(begin, begin + LANES))
-            factors = [_widened(builder, _shuffle(builder, part, part, half), element) for part in (first, second)]
-            result = _call(builder, f"llvm.fma.v{LANES}f32", _VECTOR, [*factors, result])
-        return result
+        first = load_pairs(context, builder, x_type, args[0], args[1])
+        second = load_pairs(context, builder, y_type, args[2], args[3])
+        return products(builder, args[4], first, second)
 
     return lanes(x, types.intp, y, types.intp, sums), codegen
+
+
+def load_pairs(context: Any, builder: Any, array_type: Any, array: Any, index: Any) -> Any:
+    """`array[index : index + 32]` as it is."""
+    pairs = ir.VectorType(_LOADED[array_type.dtype], 2 * LANES)
+    value = builder.load(address(context, builder, array_type, array, index, pairs))
+    value.align = array_type.dtype.bitwidth // 8
+    return value
+
+
+def products(builder: Any, sums: Any, x: Any, y: Any) -> Any:
+    """`sums` and the products of two vectors of 32 elements, two on each lane."""
+    element = x.type.element
+    if element == _I16 and HAS_BF16_PRODUCTS:
+        return bf16_products(builder, sums, x, y)
+    for begin in (0, LANES):
+        half = list(range(begin, begin + LANES))
+        factors = [_widened(builder, _shuffle(builder, part, part, half), element) for part in (x, y)]
+        sums = _call(builder, f"llvm.fma.v{LANES}f32", _VECTOR, [*factors, sums])
+    return sums
 
 
 @intrinsic
@@ -314,20 +327,27 @@ def store_totals(typingctx, array, index, w, x, y, z):
     """`array[index : index + 4] = total(w), total(x), total(y), total(z)`, with a third of the shuffles of four `total`s."""
 
     def codegen(context, builder, signature, args):
-        def halved(first, second, width):
-            """Adds neighbouring groups of `width` lanes: the sums of `first`, then those of `second`."""
-            lower = [group + lane for group in range(0, 2 * LANES, 2 * width) for lane in range(width)]
-            upper = [lane + width for lane in lower]
-            return builder.fadd(_shuffle(builder, first, second, lower), _shuffle(builder, first, second, upper))
-
-        sums = halved(halved(args[2], args[3], 8), halved(args[4], args[5], 8), 4)
-        for distance in (2, 1):
-            sums = builder.fadd(sums, _shuffle(builder, sums, sums, [lane ^ distance for lane in range(LANES)]))
-        four = _shuffle(builder, sums, sums, [0, 4, 8, 12])
+        four = four_totals(builder, args[2:])
         builder.store(four, address(context, builder, signature.args[0], args[0], args[1], four.type)).align = 4
         return context.get_dummy_value()
 
     return types.void(array, types.intp, w, x, y, z), codegen
+
+
+def four_totals(builder: Any, vectors: Any) -> Any:
+    """The sums of the lanes of four vectors, as one vector."""
+
+    def halved(first: Any, second: Any, width: int) -> Any:
+        """Adds neighbouring groups of `width` lanes: the sums of `first`, then those of `second`."""
+        lower = [group + lane for group in range(0, 2 * LANES, 2 * width) for lane in range(width)]
+        upper = [lane + width for lane in lower]
+        return builder.fadd(_shuffle(builder, first, second, lower), _shuffle(builder, first, second, upper))
+
+    w, x, y, z = vectors
+    sums = halved(halved(w, x, 8), halved(y, z, 8), 4)
+    for distance in (2, 1):
+        sums = builder.fadd(sums, _shuffle(builder, sums, sums, [lane ^ distance for lane in range(LANES)]))
+    return _shuffle(builder, sums, sums, [0, 4, 8, 12])
 
 
 _EXP2_LOWEST: Final = -126.0
@@ -360,9 +380,13 @@ def prefetch(typingctx, array, index):
     """Ask for the cache line of `array[index]` without waiting for it."""
 
     def codegen(context, builder, signature, args):
-        line = address(context, builder, signature.args[0], args[0], args[1], ir.IntType(8))
-        read, locality, data_cache = (ir.Constant(_I32, value) for value in (0, 2, 1))
-        _call(builder, "llvm.prefetch.p0", ir.VoidType(), [line, read, locality, data_cache])
+        request_line(builder, address(context, builder, signature.args[0], args[0], args[1], ir.IntType(8)))
         return context.get_dummy_value()
 
     return types.void(array, types.intp), codegen
+
+
+def request_line(builder: Any, pointer: Any) -> None:
+    """`prefetch` of an address."""
+    read, locality, data_cache = (ir.Constant(_I32, value) for value in (0, 2, 1))
+    _call(builder, "llvm.prefetch.p0", ir.VoidType(), [pointer, read, locality, data_cache])

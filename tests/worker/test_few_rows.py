@@ -99,7 +99,15 @@ def takes(decoder: LlamaDecoder, question: Asked) -> bool:
 @pytest.mark.parametrize("threads", [1, 2, 3])
 @pytest.mark.parametrize(
     ("context_lens", "query_lens"),
-    [([1], [1]), ([100], [1]), ([100], [3]), ([40, 7, 130], [1, 4, 2]), ([200] * 8, [1] * 8), ([16, 33, 90, 18], [4, 4, 4, 4])],
+    [
+        ([1], [1]),
+        ([100], [1]),
+        ([100], [3]),
+        ([40, 7, 130], [1, 4, 2]),
+        ([200] * 8, [1] * 8),
+        ([16, 33, 90, 18], [4, 4, 4, 4]),
+        ([30] * 41, [1] * 41),
+    ],
 )
 def test_logits_and_pages_are_those_of_the_other_way(
     typed: LoadedModel, context_lens: list[int], query_lens: list[int], threads: int

@@ -17,12 +17,13 @@ from torch import Tensor
 
 from attnstore.attention import CheckedAttention, cpu_kernel, team
 from attnstore.attention.cpu_plan import Plan
+from attnstore.attention.dots import COLUMNS, OUTPUTS, ROWS
 from attnstore.attention.simd import ELEMENTS
 from worker.model.attention import PagedStep, at_once
-from worker.model.few_rows_kernel import COLUMNS, OUTPUTS, Batch, Work, run_head, run_layers
+from worker.model.few_rows_kernel import Batch, Work, run_head, run_layers
 from worker.model.weights import LayerShape, LayerWeights
 
-ROWS_MAX: Final = 16
+ROWS_MAX: Final = 96
 """Rows up to which this costs less than a library's product for each weight; measured, docs/decisions/0018-few-rows.md."""
 
 _SHARE_BYTES_MIN: Final = 64 * 1024
@@ -45,7 +46,7 @@ class FewRows:
         self._shape, self._dtype, self._layers = weights.shape, weights.flat.dtype, len(weights.flat)
         self._weights, self._norm, self._head = _flat(weights.flat), _flat(norm), _flat(head)
         self._epsilon, self._scale = np.float32(epsilon), np.float32(scale * math.log2(math.e))
-        self._work: dict[tuple[int, int], Work] = {}
+        self._kept: tuple[tuple[int, int], Work] | None = None
         self._lock = threading.Lock()
 
     def plan(self, total_q: int, step: PagedStep) -> Plan | None:
@@ -80,10 +81,11 @@ class FewRows:
         team.run(threads, part)
 
     def _logits(self, rows: Tensor, work: Work, threads: int) -> Tensor:
-        padded = _padded(len(rows))
-        hidden = self._shape.hidden
+        padded, hidden = _padded(len(rows)), self._shape.hidden
         inputs = _flat(torch.zeros(threads * padded * hidden, dtype=self._dtype))
         logits = torch.empty(padded, len(self._head) // hidden)
+        if not padded:
+            return logits
         places, flat_logits = rows.numpy(), logits.view(-1).numpy()
 
         def part(thread: int) -> None:
@@ -93,10 +95,10 @@ class FewRows:
         return logits[: len(rows)]
 
     def _memory(self, rows: int, threads: int) -> Work:
+        """Kept until a step of another size comes."""
         padded = _padded(rows)
-        kept = self._work.get((padded, threads))
-        if kept is not None:
-            return kept
+        if self._kept is not None and self._kept[0] == (padded, threads):
+            return self._kept[1]
         shape = self._shape
         attended = shape.q_heads * shape.head_dim
 
@@ -106,7 +108,7 @@ class FewRows:
         def typed(elements: int) -> Any:
             return _flat(torch.zeros(elements, dtype=self._dtype))
 
-        work = self._work[padded, threads] = Work(
+        work = Work(
             hidden=floats(threads * padded * shape.hidden),
             inputs=typed(threads * padded * max(shape.hidden, attended)),
             heads=floats(padded * (attended + 2 * shape.kv_heads * shape.head_dim)),
@@ -117,6 +119,7 @@ class FewRows:
             gated=typed(padded * shape.intermediate),
             arrived=np.zeros(1, np.int64),
         )
+        self._kept = (padded, threads), work
         return work
 
     def _batch(self, rotation: tuple[Tensor, Tensor], step: PagedStep, plan: Plan, threads: int) -> Batch:
@@ -146,7 +149,7 @@ class FewRows:
 
 
 def _padded(rows: int) -> int:
-    return rows if rows < 2 else -(-rows // OUTPUTS) * OUTPUTS
+    return rows if rows < 2 else -(-rows // ROWS) * ROWS
 
 
 def _flat(rows: Tensor) -> Any:

@@ -20,6 +20,7 @@ from numba import njit
 
 from attnstore.attention import cpu_kernel
 from attnstore.attention.barrier import meet
+from attnstore.attention.dots import COLUMNS, OUTPUTS, ROWS, dot_rows, dot_rows_ahead
 from attnstore.attention.simd import (
     LANES,
     add,
@@ -39,14 +40,8 @@ from attnstore.attention.simd import (
 )
 from worker.model.weights import LayerShape
 
-COLUMNS: Final = 2 * LANES
-"""Elements of one `dot`: the widths of all products must be multiples of it."""
-
-OUTPUTS: Final = 4
-"""Outputs computed together, and rows."""
-
 _AHEAD_BYTES: Final = 4608
-"""How far ahead of a product its weights are asked for; measured."""
+"""How far ahead of a single row's product its weights are asked for; measured."""
 
 _ZERO: Final = np.float32(0.0)
 _ONE: Final = np.float32(1.0)
@@ -123,23 +118,11 @@ def _one_row(weights, weight, width, inputs):
     return sums
 
 
-@_inlined
-def _four_rows(weights, weight, width, inputs, row):
-    w = x = y = z = splat(_ZERO)
-    for at in range(0, width, COLUMNS):
-        prefetch(weights, weight + at + _AHEAD_BYTES // weights.itemsize)
-        w = dot(inputs, row + at, weights, weight + at, w)
-        x = dot(inputs, row + width + at, weights, weight + at, x)
-        y = dot(inputs, row + 2 * width + at, weights, weight + at, y)
-        z = dot(inputs, row + 3 * width + at, weights, weight + at, z)
-    return w, x, y, z
-
-
 @_compiled
 def product(weights, begin, width, first, last, inputs, padded, outputs, count):
     """`outputs[row, n] = inputs[row] . weights[n]` for `n` in `[first, last)`, a multiple of OUTPUTS.
 
-    weights: `[count, width]` from `begin` on; inputs: `[padded, width]`; outputs: fp32 `[padded, count]`. `width` is a multiple of
+    weights: `[count, width]` from `begin` on; inputs: `[padded, width]`, one row or a multiple of ROWS; outputs: fp32 `[padded, count]`. `width` is a multiple of
     COLUMNS.
     """
     for output in range(first, last, OUTPUTS):
@@ -149,16 +132,9 @@ def product(weights, begin, width, first, last, inputs, padded, outputs, count):
             y, z = _one_row(weights, weight + 2 * width, width, inputs), _one_row(weights, weight + 3 * width, width, inputs)
             store_totals(outputs, output, w, x, y, z)
             continue
-        for row in range(0, padded, OUTPUTS):
-            w1, w2, w3, w4 = _four_rows(weights, weight, width, inputs, row * width)
-            x1, x2, x3, x4 = _four_rows(weights, weight + width, width, inputs, row * width)
-            y1, y2, y3, y4 = _four_rows(weights, weight + 2 * width, width, inputs, row * width)
-            z1, z2, z3, z4 = _four_rows(weights, weight + 3 * width, width, inputs, row * width)
-            at = row * count + output
-            store_totals(outputs, at, w1, x1, y1, z1)
-            store_totals(outputs, at + count, w2, x2, y2, z2)
-            store_totals(outputs, at + 2 * count, w3, x3, y3, z3)
-            store_totals(outputs, at + 3 * count, w4, x4, y4, z4)
+        dot_rows_ahead(weights, weight, inputs, 0, width, outputs, output, count)
+        for row in range(ROWS, padded, ROWS):
+            dot_rows(weights, weight, inputs, row * width, width, outputs, row * count + output, count)
 
 
 @_compiled
