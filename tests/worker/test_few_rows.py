@@ -100,7 +100,6 @@ def takes(decoder: LlamaDecoder, question: Asked) -> bool:
 @pytest.mark.parametrize(
     ("context_lens", "query_lens"),
     [
-    [
         ([1], [1]),
         ([100], [1]),
         ([100], [3]),

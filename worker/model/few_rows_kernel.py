@@ -122,8 +122,8 @@ def _one_row(weights, weight, width, inputs):
 def product(weights, begin, width, first, last, inputs, padded, outputs, count):
     """`outputs[row, n] = inputs[row] . weights[n]` for `n` in `[first, last)`, a multiple of OUTPUTS.
 
-    weights: `[count, width]` from `begin` on; inputs: `[padded, width]`, one row or a multiple of ROWS; outputs: fp32 `[padded, count]`. `width` is a multiple of
-    COLUMNS.
+    weights: `[count, width]` from `begin` on; inputs: `[padded, width]`, one row or a multiple of ROWS; outputs: fp32 `[padded,
+    count]`. `width` is a multiple of COLUMNS.
     """
     for output in range(first, last, OUTPUTS):
         weight = begin + output * width
