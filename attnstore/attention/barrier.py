@@ -15,6 +15,9 @@ from llvmlite import ir
 from numba import njit, types
 from numba.extending import intrinsic
 
+SPOILT: Final = 1 << 40
+"""More than any counter counts to."""
+
 _SPINS: Final = 2000
 """Looks before the core is given away, some microseconds: phases of one layer end closer together than the system can switch."""
 
@@ -47,8 +50,11 @@ def _arrived(typingctx, counter):
 
 @njit(nogil=True, error_model="numpy", cache=True)
 def meet(counter, threads):
-    """Returns when all of `threads` threads have called it as often as this one. counter: int64 `[1]`, 0 before the first time."""
-    awaited = (take(counter) // threads + 1) * threads
+    """Returns when all of `threads` threads have called it as often as this one. counter: int64 `[1]`, 0 before the first time.
+
+    From SPOILT on nobody waits at it.
+    """
+    awaited = min((take(counter) // threads + 1) * threads, SPOILT)
     looks = 0
     while _arrived(counter) < awaited:
         looks += 1

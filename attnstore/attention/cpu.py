@@ -200,7 +200,7 @@ class CpuAttention:
                 np.empty(wide, np.float32),
             )
 
-        team.run(threads, attend)
+        team.run(threads, attend, counters)
 
     def _keep(self, elements: int, dtype: torch.dtype) -> Tensor:
         """Memory until this thread's next call. It is kept: fresh memory of this size is mapped anew each time, which costs more

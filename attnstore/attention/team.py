@@ -10,11 +10,15 @@ from __future__ import annotations
 import ctypes
 import functools
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any, Final
 
+import numpy as np
+import numpy.typing as npt
 import torch
+
+from attnstore.attention.barrier import SPOILT
 
 _LIBRARIES: Final = ("libgomp", "libiomp5", "libomp")
 """OpenMP's libraries by the beginning of their names; all have GNU's entry points."""
@@ -22,43 +26,68 @@ _LIBRARIES: Final = ("libgomp", "libiomp5", "libomp")
 _Part = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
 
 
-def run(threads: int, work: Callable[[int], None]) -> None:
+def run(threads: int, work: Callable[[int], None], counters: npt.NDArray[np.int64] | None = None) -> None:
     """Calls `work(0)` to `work(threads - 1)` at once and returns after the last; raises what one of them raised.
+
+    counters: int64, those of `barrier` at which the parts meet. They are spoilt where a part raises, so that nobody waits for it
+    (an interrupt from the keyboard may come at any time); what the others then compute is of no use.
 
     `work` should do little before it gives up the interpreter's lock, for which the others wait, and nothing with torch: its first
     operation on a thread that Python does not know costs 100 us, every time.
     """
+    parts = _Parts(work, counters)
     if threads == 1:
         work(0)
-    elif (library := _openmp()) is None or not _run_on_torchs_threads(library, threads, work):
-        run_apart(threads, work)
+    elif (library := _openmp()) is None or not _run_on_torchs_threads(library, threads, parts):
+        _run_on_own_threads(threads, parts)
 
 
 def run_apart(threads: int, work: Callable[[int], None]) -> None:
     """`run` on threads of our own, which sleep when they have nothing to do: for a process in which torch computes little."""
-    others = [_own_threads().submit(work, thread) for thread in range(1, threads)]
-    work(0)
-    for other in others:
-        other.result()
+    _run_on_own_threads(threads, _Parts(work, None))
 
 
-def _run_on_torchs_threads(library: Any, threads: int, work: Callable[[int], None]) -> bool:
+class _Parts:
+    """The parts of one call, and what they raised."""
+
+    def __init__(self, work: Callable[[int], None], counters: npt.NDArray[np.int64] | None) -> None:
+        self._work, self._counters = work, counters
+        self._errors: list[BaseException] = []
+
+    def run(self, number: int) -> None:
+        """One part; raises nothing."""
+        try:
+            self._work(number)
+        except BaseException as error:
+            self._errors.append(error)
+            if self._counters is not None:
+                self._counters += SPOILT
+
+    def end(self) -> None:
+        """After all have ended."""
+        if self._errors:
+            raise self._errors[0]
+
+
+def _run_on_torchs_threads(library: Any, threads: int, parts: _Parts) -> bool:
     """False, and nothing was called, where there are not so many: inside an operation of torch, or under a limit."""
-    errors: list[BaseException] = []
     enough: list[bool] = []
 
     def part(_: int) -> None:
-        try:
-            enough.append(library.omp_get_num_threads() == threads)
-            if enough[-1]:
-                work(library.omp_get_thread_num())
-        except BaseException as error:
-            errors.append(error)
+        enough.append(library.omp_get_num_threads() == threads)
+        if enough[-1]:
+            parts.run(library.omp_get_thread_num())
 
     library.GOMP_parallel(_Part(part), None, threads, 0)
-    if errors:
-        raise errors[0]
+    parts.end()
     return all(enough)
+
+
+def _run_on_own_threads(threads: int, parts: _Parts) -> None:
+    others = [_own_threads().submit(parts.run, thread) for thread in range(1, threads)]
+    parts.run(0)
+    wait(others)
+    parts.end()
 
 
 @functools.cache

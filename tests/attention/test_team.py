@@ -56,6 +56,22 @@ def test_what_a_part_raises_comes_out_after_all_have_ended(run: Run) -> None:
     run(2, no_work)
 
 
+@pytest.mark.parametrize("openmp", [True, False])
+def test_nobody_waits_for_a_part_that_raised(openmp: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not openmp:
+        monkeypatch.setattr(team, "_openmp", lambda: None)
+    counter, threads = np.zeros(1, np.int64), 3
+    written, wrong = np.zeros(threads, np.int64), np.zeros(threads, np.int64)
+
+    def part(number: int) -> None:
+        if number == 1:
+            raise KeyboardInterrupt
+        _write_and_look(number, threads, 100, written, counter, wrong)
+
+    with pytest.raises(KeyboardInterrupt):
+        team.run(threads, part, counter)
+
+
 def test_inside_of_another_call_there_are_threads_too(run: Run) -> None:
     seen: list[tuple[int, int]] = []
     run(2, lambda outer: run(2, lambda inner: seen.append((outer, inner))))

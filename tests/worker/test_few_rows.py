@@ -17,7 +17,7 @@ from torch import Tensor
 from attnstore.attention import create_attention
 from attnstore.core.layout import DType
 from worker.errors import PagesLost
-from worker.model import LoadedModel, load_model
+from worker.model import LoadedModel, few_rows, load_model
 from worker.model.attention import PagedStep, at_once
 from worker.model.few_rows import ROWS_MAX, fits
 from worker.model.llama import LlamaDecoder
@@ -177,6 +177,26 @@ def test_pages_that_are_lost_end_the_step(tiny: LoadedModel) -> None:
     with pytest.raises(PagesLost):
         replace(question, step=replace(question.step, before_layer=before_layer)).logits(tiny.decoder)
     again, _ = question.logits(tiny.decoder)
+    assert torch.equal(again, expected)
+
+
+def test_a_step_that_was_interrupted_leaves_nothing_behind(tiny: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    question = asked(tiny, [70], [2])
+    assert isinstance(tiny.decoder, LlamaDecoder)
+    run_layers = few_rows.run_layers
+
+    def interrupted(first: int, last: int, thread: int, *others: Any) -> None:
+        if thread == 1:
+            raise KeyboardInterrupt
+        run_layers(first, last, thread, *others)
+
+    with compute_threads(2):
+        expected, _ = question.logits(tiny.decoder)
+        monkeypatch.setattr(few_rows, "run_layers", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            question.logits(tiny.decoder)
+        monkeypatch.undo()
+        again, _ = question.logits(tiny.decoder)
     assert torch.equal(again, expected)
 
 

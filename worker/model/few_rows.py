@@ -78,7 +78,11 @@ class FewRows:
         def part(thread: int) -> None:
             run_layers(first, last, thread, threads, self._shape, self._weights, self._epsilon, work, batch)
 
-        team.run(threads, part)
+        try:
+            team.run(threads, part, work.arrived)
+        except BaseException:
+            self._kept = None  # its counter is spoilt
+            raise
 
     def _logits(self, rows: Tensor, work: Work, threads: int) -> Tensor:
         padded, hidden = _padded(len(rows)), self._shape.hidden
