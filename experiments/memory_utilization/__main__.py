@@ -23,10 +23,10 @@ from worker.model import LoadedModel, load_model
 
 _EXIT_USAGE: Final = 2
 _LONGEST_FIT: Final = 4
-"""The memory holds so many of the longest sequences: 189 MB of SmolLM2's KV in bf16."""
+"""Of the longest sequences, that the memory holds: 189 MB of SmolLM2's KV in bf16."""
 _OVERLOAD_PER_S: Final = 6.0
 """Requests a second of unshrunk length, which is more than any policy serves on two cores."""
-_SWEEP_PER_S: Final = (0.3, 0.6, 0.9, 1.2, 1.5)
+_SWEEP_PER_S: Final = (0.6, 0.75, 0.9, 1.05, 1.2, 1.35)
 _WINDOW: Final = Window(warm_up_s=20.0, measured_s=60.0, drain_s=0.0)
 _QUICK_WINDOW: Final = Window(warm_up_s=2.0, measured_s=6.0, drain_s=0.0)
 _SHRINK: Final = 4
@@ -34,7 +34,10 @@ _SHRINK: Final = 4
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs, prints and writes; 0, or 2 after one line on standard error that says what is wrong."""
-    arguments = _parser().parse_args(argv)
+    parser = _parser()
+    arguments = parser.parse_args(argv)
+    if arguments.longest_fit < 1:
+        parser.error(f"argument --longest-fit: {arguments.longest_fit} is not at least 1")
     if arguments.threads is not None:
         torch.set_num_threads(arguments.threads)
     keep_freed_memory()
@@ -55,6 +58,7 @@ def _parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--quick", action="store_true", help=f"lengths and blocks divided by {_SHRINK}, short windows (under 50 s)")
     add("--shrink", type=int, choices=(1, 2, 4), help="divide lengths and blocks by this (default 1, with --quick 4)")
+    add("--longest-fit", type=int, default=_LONGEST_FIT, metavar="N", help="memory for N of the longest sequences (default 4)")
     add("--sweep", action="store_true", help="also the latency at several rates of requests")
     add("--latency-ms", type=float, default=100.0, metavar="MS", help="limit for the sustained rate (default 100 per output token)")
     add("--seed", type=int, default=1, help="of lengths, arrivals and prompts (default 1)")
@@ -69,7 +73,7 @@ def _run(model: LoadedModel, arguments: argparse.Namespace) -> None:
     shrink = arguments.shrink or (_SHRINK if arguments.quick else 1)
     shape = Shape().shrunk(shrink)
     window = _QUICK_WINDOW if arguments.quick else _WINDOW
-    slots = _LONGEST_FIT * shape.total_max
+    slots = arguments.longest_fit * shape.total_max
     console = Console()
     console.print(
         f"{model.name} in {model.dtype.value}, {slots:,} token slots of KV memory; ShareGPT-shaped lengths divided by {shrink}: "
