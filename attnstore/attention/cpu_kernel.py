@@ -158,10 +158,21 @@ def _score_two(scores, score1, score2, query, row1, row2, tile, flat, ahead, unt
 
 
 @_inlined
+def advance(tops, sums, state, top, summed):
+    """Adds weights relative to `top` to a row's sum, whose running maximum is not above it; returns the factor on what was summed
+    before."""
+    keep = _ONE
+    if top > tops[state]:
+        keep = np.float32(2.0 ** (tops[state] - top))
+        tops[state] = top
+    sums[state] = sums[state] * keep + total(summed)
+    return keep
+
+
+@_inlined
 def _softmax(scores, score, tokens, tops, sums, state):
     """Turns one row's scores into weights relative to its running maximum; returns the factor on what was summed before."""
-    before = tops[state]
-    highest = splat(before)
+    highest = splat(tops[state])
     for at in range(score, score + tokens, LANES):
         highest = maximum(highest, load(scores, at))
     top = largest(highest)
@@ -170,12 +181,7 @@ def _softmax(scores, score, tokens, tops, sums, state):
         weights = exp2(sub(load(scores, at), highest))
         store(scores, at, weights)
         summed = add(summed, weights)
-    keep = _ONE
-    if top > before:
-        keep = np.float32(2.0 ** (before - top))
-        tops[state] = top
-    sums[state] = sums[state] * keep + total(summed)
-    return keep
+    return advance(tops, sums, state, top, summed)
 
 
 @_inlined

@@ -21,7 +21,7 @@ from numba import njit
 
 from attnstore.attention import tile
 from attnstore.attention.barrier import meet, take
-from attnstore.attention.cpu_kernel import NOTHING_SEEN, QUAD
+from attnstore.attention.cpu_kernel import NOTHING_SEEN, QUAD, advance
 from attnstore.attention.simd import (
     LANES,
     add,
@@ -34,7 +34,6 @@ from attnstore.attention.simd import (
     mul,
     splat,
     store,
-    total,
     transpose_pairs,
 )
 from attnstore.attention.tile import ROWS, tile_1, tile_4
@@ -104,22 +103,16 @@ def _softmax(scores, first, last, width, factor, weights, row, tops, sums, state
         scores[at + key] = _HIDDEN
     for key in range(last, width):
         scores[at + key] = _HIDDEN
-    before = tops[state]
     highest = splat(_HIDDEN)
     for key in range(at, at + width, LANES):
         highest = maximum(highest, load(scores, key))
-    top = max(before, largest(highest) * factor)
+    top = max(tops[state], largest(highest) * factor)
     factors, lowered, summed = splat(factor), splat(-top), splat(_ZERO)
     for key in range(0, width, LANES):
         weight = exp2(fma(load(scores, at + key), factors, lowered))
         store(weights, at + key, weight)
         summed = add(summed, weight)
-    keep = _ONE
-    if top > before:
-        keep = np.float32(2.0 ** (before - top))
-        tops[state] = top
-    sums[state] = sums[state] * keep + total(summed)
-    return keep
+    return advance(tops, sums, state, top, summed)
 
 
 @_inlined

@@ -67,7 +67,7 @@ class Sampler:
     def sample(self, logits: Tensor) -> int:
         """The next token from fp32 logits `[vocabulary]`; of equal largest ones the lowest id when greedy."""
         if self.greedy:
-            return int(_largest(logits))
+            return int(largest(logits))
         params = self._params
         values = logits.cpu().numpy()
         with np.errstate(over="ignore"):
@@ -97,11 +97,11 @@ def sample_rows(samplers: Sequence[Sampler], logits: Tensor) -> list[int]:
     """The next token of each row of fp32 logits `[n, vocabulary]` from its own sampler; all greedy rows are looked at together."""
     return [
         int(token_id) if sampler.greedy else sampler.sample(row)
-        for sampler, token_id, row in zip(samplers, _largest(logits), logits, strict=True)
+        for sampler, token_id, row in zip(samplers, largest(logits), logits, strict=True)
     ]
 
 
-def _largest(logits: Tensor) -> Any:
+def largest(logits: Tensor) -> Any:
     """The index of the largest of each row. Not by torch on a CPU: its threads would then spin for milliseconds on the cores that
     compute the next step (docs/decisions/0018-few-rows.md)."""
     return logits.numpy().argmax(axis=-1) if logits.device.type == "cpu" else logits.argmax(dim=-1).cpu().numpy()

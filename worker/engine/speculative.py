@@ -24,7 +24,7 @@ from typing import Final
 from torch import Tensor, cat
 
 from attnstore.clock import Clock
-from worker.engine.sampler import Sampler, sample_rows
+from worker.engine.sampler import Sampler, largest, sample_rows
 from worker.engine.sequence import Chunk, next_chunk
 from worker.engine.sequence import Sequence as Prompted
 
@@ -182,7 +182,7 @@ class Speculation:
             drafting = [sequence for sequence, most in wanted.items() if count <= most]
             rows = run([next_chunk(sequence, chunk_tokens) for sequence in drafting])
             for sequence, guesses in zip(drafting, rows.split_with_sizes([count] * len(drafting)), strict=True):
-                sequence.drafts += (int(guesses[-1].argmax()),)
+                sequence.drafts += (int(largest(guesses[-1])),)
         if most_drafts > 0:
             self._resident_length.made(most_drafts, self._clock.now_ms() - began_ms)
         return most_drafts > 0

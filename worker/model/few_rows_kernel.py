@@ -27,7 +27,6 @@ from attnstore.attention.simd import (
     divide,
     dot,
     exp2,
-    fma,
     load,
     maximum,
     mul,
@@ -36,8 +35,8 @@ from attnstore.attention.simd import (
     store,
     store_totals,
     sub,
-    total,
 )
+from worker.model.rows import add_and_normalize, turned_by
 from worker.model.weights import LayerShape
 
 _AHEAD_BYTES: Final = 4608
@@ -138,20 +137,6 @@ def product(weights, begin, width, first, last, inputs, padded, outputs, count):
 
 
 @_compiled
-def _add_and_normalize(hidden, delta, weights, norm, width, rows, epsilon, inputs):
-    """`hidden += delta`, and RMSNorm of it into `inputs`; see `worker.model.rows`."""
-    for row in range(0, rows * width, width):
-        squares = splat(_ZERO)
-        for at in range(row, row + width, LANES):
-            value = add(load(hidden, at), load(delta, at))
-            store(hidden, at, value)
-            squares = fma(value, value, squares)
-        factor = splat(_ONE / np.sqrt(total(squares) / np.float32(width) + epsilon))
-        for at in range(0, width, LANES):
-            store(inputs, row + at, mul(mul(load(hidden, row + at), factor), load(weights, norm + at)))
-
-
-@_compiled
 def _place(first, last, layer_at, shape, work, batch):
     """Heads `[first, last)` of each row: queries turned and scaled to `work.query`; keys turned, and values, to the pool."""
     half, dims = shape.head_dim // 2, shape.head_dim
@@ -168,8 +153,7 @@ def _place(first, last, layer_at, shape, work, batch):
                 continue
             for at in range(0, half, LANES):
                 cosine, sine = load(batch.cosines, row * half + at), load(batch.sines, row * half + at)
-                one, two = load(work.heads, source + at), load(work.heads, source + half + at)
-                low, high = sub(mul(one, cosine), mul(two, sine)), fma(two, cosine, mul(one, sine))
+                low, high = turned_by(cosine, sine, load(work.heads, source + at), load(work.heads, source + half + at))
                 if head < shape.q_heads:
                     target = (row * shape.q_heads + head) * dims + at
                     store(work.query, target, mul(low, scale))
@@ -222,7 +206,7 @@ def run_layers(first, last, thread, threads, shape: LayerShape, weights, epsilon
     hidden, attended = shape.hidden, shape.q_heads * shape.head_dim
     heads = shape.q_heads + 2 * shape.kv_heads
     padded = work.delta.shape[0] // hidden
-    mine = work.hidden[thread * padded * hidden : (thread + 1) * padded * hidden]
+    mine = work.hidden[thread * padded * hidden : (thread * padded + batch.rows) * hidden]
     room = work.inputs.shape[0] // threads
     inputs = work.inputs[thread * room : (thread + 1) * room]
     head0, head1 = _share(heads, thread, threads)
@@ -233,7 +217,7 @@ def run_layers(first, last, thread, threads, shape: LayerShape, weights, epsilon
     for layer in range(first, last):
         at = layer * layer_elements
         layer_at = layer * 2 * shape.kv_heads * batch.block_tokens * shape.head_dim
-        _add_and_normalize(mine, work.delta, weights, at, hidden, batch.rows, epsilon, inputs)
+        add_and_normalize(mine, work.delta, weights[at : at + hidden], epsilon, inputs)
         at += hidden
         product(
             weights, at, hidden, head0 * shape.head_dim, head1 * shape.head_dim, inputs, padded, work.heads, heads * shape.head_dim
@@ -253,7 +237,7 @@ def run_layers(first, last, thread, threads, shape: LayerShape, weights, epsilon
         product(weights, at, attended, hidden0, hidden1, inputs, padded, work.delta, hidden)
         at += attended * hidden
         meet(work.arrived, threads)
-        _add_and_normalize(mine, work.delta, weights, at, hidden, batch.rows, epsilon, inputs)
+        add_and_normalize(mine, work.delta, weights[at : at + hidden], epsilon, inputs)
         at += hidden
         product(weights, at, hidden, middle0, middle1, inputs, padded, work.gates, shape.intermediate)
         at += shape.intermediate * hidden
@@ -278,7 +262,7 @@ def run_head(thread, threads, norm, head, epsilon, rows, work, inputs, logits):
     before = work.hidden[thread * work.delta.shape[0] : (thread + 1) * work.delta.shape[0]]
     for row in range(rows.shape[0]):
         source = slice(rows[row] * hidden, (rows[row] + 1) * hidden)
-        _add_and_normalize(before[source], work.delta[source], norm, 0, hidden, 1, epsilon, mine[row * hidden : (row + 1) * hidden])
+        add_and_normalize(before[source], work.delta[source], norm, epsilon, mine[row * hidden : (row + 1) * hidden])
     padded = room // hidden
     vocabulary = head.shape[0] // hidden
     first, last = _share(vocabulary // OUTPUTS, thread, threads)

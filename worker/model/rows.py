@@ -1,8 +1,9 @@
 """What a decoder layer does with its rows between two matrix products, in one pass over them each.
 
-Owns: `normalized`, `added_and_normalized` and `rotate`, compiled by numba for the machine that they run on. Invariant: results are
-those of torch's operations up to rounding, each value rounded once where torch rounds after each of them. Why: torch's norm alone
-takes several operations, and of a decode step of 25 ms its calls took 2.5 (docs/decisions/0017-lean-decoder.md).
+Owns: `normalized`, `added_and_normalized` and `rotate`, with what other kernels call of them, compiled by numba for the machine
+that they run on. Invariant: results are those of torch's operations up to rounding, each value rounded once where torch rounds
+after each of them. Why: torch's norm alone takes several operations, and of a decode step of 25 ms its calls took 2.5
+(docs/decisions/0017-lean-decoder.md).
 
 Rows lie one after the other. Elements are bf16, fp16 or fp32, sixteen at a time (`attnstore.attention.simd`).
 """
@@ -21,6 +22,7 @@ from torch import Tensor
 from attnstore.attention.simd import ELEMENTS, LANES, add, fma, load, mul, splat, store, sub, total
 
 _compiled = njit(nogil=True, error_model="numpy", cache=True)
+_inlined = njit(nogil=True, error_model="numpy", forceinline=True, cache=True)
 _ZERO: Final = np.float32(0.0)
 _ONE: Final = np.float32(1.0)
 
@@ -40,7 +42,7 @@ def normalized(hidden: Tensor, weight: Tensor, epsilon: float) -> Tensor:
 def added_and_normalized(hidden: Tensor, delta: Tensor, weight: Tensor, epsilon: float) -> Tensor:
     """`hidden += delta` in place, and then `normalized`."""
     result = torch.empty_like(hidden)
-    _add_and_normalize(_flat(hidden), _flat(delta), _flat(weight), np.float32(epsilon), _flat(result))
+    add_and_normalize(_flat(hidden), _flat(delta), _flat(weight), np.float32(epsilon), _flat(result))
     return result
 
 
@@ -69,7 +71,8 @@ def _normalize(hidden, weight, epsilon, result):
 
 
 @_compiled
-def _add_and_normalize(hidden, delta, weight, epsilon, result):
+def add_and_normalize(hidden, delta, weight, epsilon, result):
+    """`added_and_normalized` on flat arrays, for other compiled code: as many rows as `hidden` has."""
     width = weight.shape[0]
     for row in range(0, hidden.shape[0], width):
         squares = splat(_ZERO)
@@ -80,11 +83,17 @@ def _add_and_normalize(hidden, delta, weight, epsilon, result):
         _scale(hidden, row, weight, width, squares, epsilon, result)
 
 
-@njit(nogil=True, error_model="numpy", forceinline=True, cache=True)
+@_inlined
 def _scale(hidden, row, weight, width, squares, epsilon, result):
     factor = splat(_ONE / np.sqrt(total(squares) / np.float32(width) + epsilon))
     for dim in range(0, width, LANES):
         store(result, row + dim, mul(mul(load(hidden, row + dim), factor), load(weight, dim)))
+
+
+@_inlined
+def turned_by(cosine, sine, first, second):
+    """The two halves of a head after their rotation."""
+    return sub(mul(first, cosine), mul(second, sine)), fma(second, cosine, mul(first, sine))
 
 
 @_compiled
@@ -96,5 +105,6 @@ def _rotate(heads, count, turned, head_dim, cosines, sines):
             for dim in range(0, half, LANES):
                 cosine, sine = load(cosines, row * half + dim), load(sines, row * half + dim)
                 first, second = load(heads, low + dim), load(heads, low + half + dim)
-                store(heads, low + dim, sub(mul(first, cosine), mul(second, sine)))
-                store(heads, low + half + dim, fma(second, cosine, mul(first, sine)))
+                first, second = turned_by(cosine, sine, first, second)
+                store(heads, low + dim, first)
+                store(heads, low + half + dim, second)
