@@ -98,6 +98,10 @@ CHANNEL_IDLE_MS_MAX = 300_000
 
 SHARED_LOCATE_HASHES_MAX = 256
 """Pages in one question of the shared memory protocol. Two of them and their answers fit the kernel's buffers of a Unix socket."""
+SHARED_TAKE_PAGES_MAX = 64
+"""Pages in one request of a writer; a few of them, and their answers, fit the same buffers."""
+SHARED_LENT_BYTES_MAX = 2 * PAGE_BYTES_MAX
+"""Memory that a writer lends a node over one connection: room for one page to be copied by each side at a time."""
 
 assert CHANNEL_SECOND_READ_HASHES_MAX <= CHANNEL_READ_HASHES_MAX <= HASHES_MAX
 assert CHANNELS_MAX <= CHANNEL_CONNECTIONS_MAX

@@ -20,6 +20,7 @@ from pydantic import ByteSize, TypeAdapter, ValidationError
 from rich.console import Console
 from safetensors.torch import save_file
 
+from attnstore import copying
 from attnstore.allocator import keep_freed_memory
 from attnstore.clock import MonotonicClock
 from attnstore.core.eviction import EVICTION_POLICIES
@@ -55,6 +56,7 @@ def main(argv: Items[str] | None = None) -> int:
     arguments = _parser().parse_args(argv)
     logging.basicConfig(level=logging.WARNING, format="attnstore-worker: %(message)s")
     keep_freed_memory()
+    copying.prepare()
     try:
         arguments.run(arguments)
     except AttnStoreError as error:

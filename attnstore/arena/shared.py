@@ -9,21 +9,17 @@ Why a new file and not a wipe: a mapping in another process cannot be taken back
 
 from __future__ import annotations
 
-import errno
-import fcntl
 import mmap
 import os
 import resource
 from contextlib import suppress
 from typing import Final
 
+from attnstore import memory_files
 from attnstore.arena.stamped import Span, StampedArena, void
 from attnstore.errors import InvalidArgument, Overloaded
 from attnstore.wire.shared import ExtentLayout
 
-_SEALS: Final = fcntl.F_SEAL_GROW | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_SEAL
-_MADV_POPULATE_WRITE: Final = 23
-"""Linux 5.14; the mmap module has no name for it."""
 _DESCRIPTORS_PER_EXTENT: Final = 2
 _DESCRIPTORS_BESIDE: Final = 512
 
@@ -84,12 +80,8 @@ class _ExtentFile:
     """One extent's memory file, mapped writable here and nowhere else. Raises `OSError` where there is no memory for it."""
 
     def __init__(self, layout: ExtentLayout) -> None:
-        file = os.memfd_create("attnstore-extent", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        file, self._mapping = memory_files.create("attnstore-extent", layout.file_bytes)
         try:
-            os.ftruncate(file, layout.file_bytes)
-            fcntl.fcntl(file, fcntl.F_ADD_SEALS, _SEALS)
-            self._mapping = mmap.mmap(file, layout.file_bytes)
-            _allocate(self._mapping, file)
             # Opened anew, because a duplicate would be as writable as the original. (F_SEAL_FUTURE_WRITE would bind even a reader
             # who opens the file himself, but with it the kernel gives no memory back as long as any reader maps the file.)
             self.descriptor = os.open(f"/proc/self/fd/{file}", os.O_RDONLY | os.O_CLOEXEC)
@@ -115,18 +107,6 @@ class _ExtentFile:
         os.close(self.descriptor)
         with suppress(BufferError):  # windows are held: the mapping goes with the last of them
             self._mapping.close()
-
-
-def _allocate(mapping: mmap.mmap, file: int) -> None:
-    """Allocates every page of the file now, as huge pages where the system has them for shared memory."""
-    with suppress(OSError):
-        mapping.madvise(mmap.MADV_HUGEPAGE)
-    try:
-        mapping.madvise(_MADV_POPULATE_WRITE)
-    except OSError as error:
-        if error.errno != errno.EINVAL:
-            raise
-        os.posix_fallocate(file, 0, len(mapping))
 
 
 def _require_memory(capacity_bytes: int) -> None:

@@ -209,6 +209,7 @@ class BulkChoice:
         """Takes what the node offers, best first. Raises `InvalidArgument` if the forced transport is not among it."""
         if self._wanted != "auto":
             readers = [reader for reader in readers if reader.name == self._wanted]
+            writers = [writer for writer in writers if writer.name == self._wanted]
             if not readers:
                 raise InvalidArgument(f"transport={self._wanted!r} is asked for and the node does not offer it")
         self._readers, self._writers, self._matchers = tuple(readers), tuple(writers), tuple(matchers)

@@ -69,6 +69,16 @@ class Landing:
             )
         return None if worthless else self._views[index][begin:end]
 
+    def whole(self, index: int) -> memoryview:
+        """Where all of page `index` goes, for a transport that brings it at once: then `settle`. Raises as `window` does."""
+        self._require_open(index)
+        return self._views[index]
+
+    def settle(self, index: int, intact: bool) -> None:
+        """All of page `index` came."""
+        self._received_bytes[index] = self._slice_bytes
+        self._statuses[index] = PageStatus.OK if intact else PageStatus.CORRUPT
+
     def landed(self, index: int, size_bytes: int) -> bool:
         """Counts bytes that came, worthless ones too; whether the slice of the page is complete now, and due for `judge`."""
         self._received_bytes[index] += size_bytes

@@ -7,50 +7,35 @@ with *after* they were used.
 
 from __future__ import annotations
 
-import ctypes
-import fcntl
-import mmap
-import os
-import stat
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Final, Self
 
-from attnstore.errors import ProtocolError
+from attnstore import memory_files
+from attnstore.copying import address_of, copy
 from attnstore.types import PageStatus
 from attnstore.wire.shared import ExtentLayout, Place
 
 _MADV_POPULATE_READ: Final = 22
 """Linux 5.14; the mmap module has no name for it."""
-_SEALS_NEEDED: Final = fcntl.F_SEAL_SHRINK
-_PYBUF_SIMPLE: Final = 0
 
 
 class MappedExtent:
     """One extent, read-only: the `size_bytes` at `offset_bytes` of a file.
 
-    A file that shrinks kills this process at the first byte read beyond its end. So it must be sealed, or the one that the user
-    names as `shared_path` and vouches for. Raises `ProtocolError` for any other, and for one that is too short.
+    Errors as in `memory_files.map_read_only`; `shared_path` is the file that the user trusts.
     """
 
     def __init__(self, descriptor: int, layout: ExtentLayout, offset_bytes: int, size_bytes: int, shared_path: Path | None) -> None:
-        try:
-            status = os.fstat(descriptor)
-            if not (_is_sealed(descriptor) or (shared_path is not None and os.path.samestat(status, shared_path.stat()))):
-                raise ProtocolError("the node handed out a file that is neither sealed nor the one named as shared_path")
-            if stat.S_ISREG(status.st_mode) and status.st_size < offset_bytes + size_bytes:
-                raise ProtocolError("the node handed out a file that ends before the extent does")
-            mapping = mmap.mmap(descriptor, size_bytes, mmap.MAP_SHARED, mmap.PROT_READ, offset=offset_bytes)
-        except OSError as error:
-            raise ProtocolError(f"the extent that the node handed out cannot be mapped: {error.strerror}") from None
+        mapping = memory_files.map_read_only(descriptor, offset_bytes, size_bytes, shared_path)
         with suppress(OSError):  # an older kernel: the first reads pay for the page faults
             mapping.madvise(_MADV_POPULATE_READ)
         self._layout = layout
         self._bytes = memoryview(mapping)
         self.stamps = self._bytes[layout.stamps_offset_bytes : layout.file_bytes].cast("Q")
-        self.address = _address(self._bytes)
+        self.address = address_of(self._bytes)
         """Where the mapping begins in this process; good for as long as this object lives."""
 
     @property
@@ -70,19 +55,10 @@ class MappedExtent:
         """Bytes `[begin, end)` of the extent, read-only."""
         return self._bytes[begin:end]
 
-    def copy(self, begin: int, destination: memoryview) -> None:
-        """Copies from `begin` on into all of `destination`, without the interpreter lock, so that several threads copy at once."""
-        size_bytes = len(destination)
-        assert 0 <= begin <= begin + size_bytes <= len(self._bytes)
-        assert not destination.readonly
-        ctypes.memmove(ctypes.addressof(ctypes.c_char.from_buffer(destination)), self.address + begin, size_bytes)
-
-
-def _is_sealed(descriptor: int) -> bool:
-    try:
-        return fcntl.fcntl(descriptor, fcntl.F_GET_SEALS) & _SEALS_NEEDED == _SEALS_NEEDED
-    except OSError:  # a kind of file that has no seals
-        return False
+    def copy(self, begin: int, destination: memoryview) -> int:
+        """Fills `destination` with the bytes from `begin` on; their checksum. See `attnstore.copying.copy`."""
+        assert 0 <= begin <= begin + len(destination) <= len(self._bytes)
+        return copy(destination, self.address + begin)
 
 
 Located = tuple[Place, MappedExtent] | PageStatus
@@ -129,31 +105,3 @@ class PageViews:
             PageStatus.MISSING if status is PageStatus.OK and not self.valid(index) else status
             for index, status in enumerate(self.statuses)
         )
-
-
-class _Buffer(ctypes.Structure):
-    """CPython's `Py_buffer`, which is part of the stable ABI since 3.11."""
-
-    _fields_ = (
-        ("buf", ctypes.c_void_p),
-        ("obj", ctypes.py_object),
-        ("len", ctypes.c_ssize_t),
-        ("itemsize", ctypes.c_ssize_t),
-        ("readonly", ctypes.c_int),
-        ("ndim", ctypes.c_int),
-        ("format", ctypes.c_char_p),
-        ("shape", ctypes.c_void_p),
-        ("strides", ctypes.c_void_p),
-        ("suboffsets", ctypes.c_void_p),
-        ("internal", ctypes.c_void_p),
-    )
-
-
-def _address(view: memoryview) -> int:
-    """Where a contiguous view's bytes are; good for as long as the view is alive. (ctypes itself refuses read-only memory.)"""
-    buffer = _Buffer()
-    ctypes.pythonapi.PyObject_GetBuffer(ctypes.py_object(view), ctypes.byref(buffer), _PYBUF_SIMPLE)
-    address = buffer.buf
-    ctypes.pythonapi.PyBuffer_Release(ctypes.byref(buffer))
-    assert address is not None
-    return int(address)

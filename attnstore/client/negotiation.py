@@ -71,8 +71,8 @@ class BulkTransports:
         offer = SHARED_FILE_OFFER if options.shared_path is not None and SHARED_FILE_OFFER in offered else "shm"
         if offer in offered and (options.transport == "shm" or ShmTransport.is_reachable(offered[offer])):
             self.shm = ShmTransport(opener, options.channels, offer, options.shared_path)
-        channel = [] if self.tcp is None else [self.tcp]
-        self.choice.offer([*channel] if self.shm is None else [self.shm, *channel], writers=channel, matchers=channel)
+        transports = [transport for transport in (self.shm, self.tcp) if transport is not None]
+        self.choice.offer(readers=transports, writers=transports, matchers=[] if self.tcp is None else [self.tcp])
 
     def _opener(self, loop: asyncio.AbstractEventLoop) -> OpenChannel:
         def open_channel(transport: str, deadline: Deadline) -> tuple[str, bytes]:

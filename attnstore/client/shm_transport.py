@@ -1,10 +1,11 @@
-"""The shm transport: pages read from the node's memory, mapped into this process.
+"""The shm transport: pages read from the node's memory, mapped into this process, and written through memory lent to the node.
 
 Owns: the extents mapped so far, and the connections that say where pages are.
 Invariant: a page is OK only if its stamp was unchanged after its last byte was used, and a whole page only if its checksum matched
 as well. A recycled slot, an extent that went to another tenant and a node that is gone are misses.
 
-Pages are written through another transport: the mapping is read-only.
+The node's memory is mapped read-only. A page that is written is copied twice, by us into memory that we lend the node and by the
+node into its slot, both at once for different pages, and never passes a socket.
 """
 
 from __future__ import annotations
@@ -20,26 +21,22 @@ from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
-from attnstore.client.bulk import BulkUnavailable, OpenChannel, ReadPlan, Transfer, all_layers
+from attnstore.client.bulk import BulkUnavailable, OpenChannel, ReadPlan, Transfer, WritePlan, all_layers
 from attnstore.client.channel_pool import ChannelPool
+from attnstore.client.lent import LentMemory
 from attnstore.client.mapped import Located, MappedExtent, PageViews
 from attnstore.client.parts import PartWorkers
 from attnstore.clock import Deadline
-from attnstore.core.hashing import joint_checksum
 from attnstore.errors import AttnStoreError, InvalidArgument, Overloaded, ProtocolError
-from attnstore.limits import KIB, SHARED_LOCATE_HASHES_MAX
+from attnstore.limits import SHARED_LOCATE_HASHES_MAX
 from attnstore.types import PageStatus
 from attnstore.wire import shared
-from attnstore.wire.shared import ANSWERS, ExtentLayout, Kind, Place, Welcome
+from attnstore.wire.shared import ANSWERS, ExtentLayout, Item, Kind, Place, Welcome
 from attnstore.wire.shared_stream import Message, SharedStream
 
 _CONNECT_MS_MAX = 2_000
-_FIRST_HASHES = 8
-"""Copying begins when so many pages are located; the node locates the next ones meanwhile."""
 _COPIED_HASHES = 64
 """Few enough that a page without a lease is copied soon after it was located, enough that asking costs nothing beside copying."""
-_PIECE_BYTES = 384 * KIB
-"""Copied and then verified at once; fits the second-level cache of any server."""
 _QUESTIONS_IN_FLIGHT = 2
 _VIEWED_HASHES = SHARED_LOCATE_HASHES_MAX
 
@@ -58,7 +55,7 @@ class ViewPlan:
 
 
 class ShmTransport:
-    """A `BulkReader`, and the only transport with `view`. For nodes on this host that run as the same user.
+    """A `BulkReader` and `BulkWriter`, and the only transport with `view`. For nodes on this host that run as the same user.
 
     `channels` is how many threads may copy the pages of one large read; `offer` is the name under which the node offers its memory,
     `shared_path` its arena where that is no sealed memory.
@@ -98,12 +95,17 @@ class ShmTransport:
         if plan.on_layer is not None:
             all_layers(plan, plan.on_layer)
 
+    def write(self, plan: WritePlan) -> tuple[PageStatus, ...]:
+        """See `BulkWriter.write`."""
+        verdicts = self._parts.run(len(plan.hashes), plan.transfer, functools.partial(self._write, plan))
+        return tuple(verdict for part in verdicts for verdict in part)
+
     def view(self, plan: ViewPlan) -> PageViews:
         """The pages where they lie; see `PageViews`. Errors as in `BulkReader.read`."""
 
         def run(channel: _Channel) -> list[Located]:
             channel.begin(plan.deadline)
-            question = _Question(plan.namespace, plan.lease_id, plan.hashes, plan.end, (_VIEWED_HASHES, _VIEWED_HASHES))
+            question = _Question(plan.namespace, plan.lease_id, plan.hashes, plan.end, _VIEWED_HASHES)
             return list(self._located(channel, question))
 
         return PageViews(self._pool.exchange(plan.deadline, plan.transfer, run), plan.begin, plan.end)
@@ -113,7 +115,7 @@ class ShmTransport:
 
         def run(channel: _Channel) -> None:
             channel.begin(plan.deadline)
-            question = _Question(plan.namespace, plan.lease_id, plan.hashes[first:last], end, (_FIRST_HASHES, _COPIED_HASHES))
+            question = _Question(plan.namespace, plan.lease_id, plan.hashes[first:last], end, _COPIED_HASHES)
             for index, located in enumerate(self._located(channel, question), first):
                 plan.deadline.left_ms()
                 channel.answered = True
@@ -121,19 +123,36 @@ class ShmTransport:
 
         self._pool.exchange(plan.deadline, plan.transfer, run)
 
+    def _write(self, plan: WritePlan, begin: int, end: int) -> list[PageStatus]:
+        if begin == end:
+            return []
+
+        def run(channel: _Channel) -> list[PageStatus]:
+            channel.begin(plan.deadline)
+            lent = channel.lend(len(plan.pages[begin]))
+            verdicts: list[PageStatus] = []
+            pages = zip(plan.hashes[begin:end], plan.pages[begin:end], strict=True)
+            for count in lent.groups(end - begin):
+                while lent.free < count:
+                    verdicts += channel.verdicts()
+                channel.offer(plan.namespace, [Item(page_hash, *lent.put(page)) for page_hash, page in islice(pages, count)])
+            while len(verdicts) < end - begin:
+                verdicts += channel.verdicts()
+            return verdicts
+
+        return self._pool.exchange(plan.deadline, plan.transfer, run)
+
     def _located(self, channel: _Channel, question: _Question) -> Iterator[Located]:
         """The pages in the order asked for. While the caller looks at some, the node looks for the next: two questions are on the
         way as long as there are pages to ask for.
         """
         parts = question.parts()
-        for part in islice(parts, _QUESTIONS_IN_FLIGHT):
-            channel.locate(question, part)
         left = len(question.hashes)
         while left:
+            for part in islice(parts, _QUESTIONS_IN_FLIGHT - channel.questions):
+                channel.locate(question, part)
             places = channel.places()
             left -= len(places)
-            for part in islice(parts, 1):
-                channel.locate(question, part)
             for place in places:
                 yield place if isinstance(place, PageStatus) else self._mapped(channel, place, question.end)
 
@@ -177,20 +196,18 @@ class ShmTransport:
 
 
 class _Question(NamedTuple):
-    """Where are these pages, of which bytes up to `end` are wanted? Asked in parts of `part_hashes`: the first, each other."""
+    """Where are these pages, of which bytes up to `end` are wanted? Asked in parts of `part_hashes`."""
 
     namespace: bytes
     lease_id: bytes | None
     hashes: Sequence[bytes]
     end: int
-    part_hashes: tuple[int, int]
+    part_hashes: int
 
     def parts(self) -> Iterator[Sequence[bytes]]:
         """The hashes in order, in parts."""
-        first, others = self.part_hashes
-        yield self.hashes[:first]
-        for at in range(first, len(self.hashes), others):
-            yield self.hashes[at : at + others]
+        for at in range(0, len(self.hashes), self.part_hashes):
+            yield self.hashes[at : at + self.part_hashes]
 
 
 class _Known(NamedTuple):
@@ -207,30 +224,16 @@ def _land(plan: ReadPlan, index: int, located: Located, begin: int, end: int) ->
         plan.landing.miss(index, located)
         return
     place, extent = located
-    if not extent.holds(place):
+    stamps, stamp, at = extent.stamps, place.stamp, extent.stamp_index(place)
+    if stamps[at] != stamp:
         plan.landing.miss(index, PageStatus.MISSING)
         return
-    window = plan.landing.window(index, 0, end - begin)
-    assert window is not None, "no page lands twice in one read"
-    if len(window) < place.size_bytes:
-        extent.copy(place.offset_bytes + begin, window)
-        intact = True
-    else:
-        intact = joint_checksum(_copied(extent, place.offset_bytes, window)) == place.checksum
+    checksum = extent.copy(place.offset_bytes + begin, plan.landing.whole(index))
     # Only now: whatever the node did while we copied, it changed the stamp first.
-    if not extent.holds(place):
+    if stamps[at] != stamp:
         plan.landing.miss(index, PageStatus.MISSING)
-        return
-    plan.landing.landed(index, len(window))
-    plan.landing.judge(index, intact)
-
-
-def _copied(extent: MappedExtent, begin: int, window: memoryview) -> Iterator[memoryview]:
-    """Copies into the window a piece at a time, and gives each piece while it is in the processor's cache."""
-    for at in range(0, len(window), _PIECE_BYTES):
-        piece = window[at : at + _PIECE_BYTES]
-        extent.copy(begin + at, piece)
-        yield piece
+    else:
+        plan.landing.settle(index, end - begin < place.size_bytes or checksum == place.checksum)
 
 
 class _Channel:
@@ -242,8 +245,10 @@ class _Channel:
         self.answered = False
         self._stream = stream
         self._layout = ExtentLayout(welcome.extent_bytes)
-        self._asked: deque[int] = deque()  # pages of each LOCATE on the way
+        self._asked: deque[int] = deque()  # pages of each LOCATE on the way that have no answer yet
         self._early: deque[list[Place | PageStatus]] = deque()  # answers that came before a MAP's
+        self._lent: LentMemory | None = None
+        self._offered: deque[int] = deque()  # pages of each TAKE on the way
 
     @classmethod
     def opened(cls, stream: SharedStream, token: bytes, deadline: Deadline, shared_path: Path | None) -> _Channel:
@@ -261,6 +266,11 @@ class _Channel:
         self.answered = False
         self._stream.bound(deadline.left_ms)
 
+    @property
+    def questions(self) -> int:
+        """How many LOCATEs are on the way."""
+        return len(self._asked)
+
     def locate(self, question: _Question, hashes: Sequence[bytes]) -> None:
         """Asks for a part of the pages; `places` gives the answers in the order asked."""
         assert len(hashes) <= SHARED_LOCATE_HASHES_MAX
@@ -268,7 +278,7 @@ class _Channel:
         self._asked.append(len(hashes))
 
     def places(self) -> list[Place | PageStatus]:
-        """The answer to the oldest `locate`."""
+        """The next places of those asked for, one at least."""
         return self._early.popleft() if self._early else self._take_places()
 
     def map(self, place: Place) -> MappedExtent | None:
@@ -279,13 +289,43 @@ class _Channel:
         answer = _answer(self._stream, Kind.MAP)
         if answer.kind is Kind.GONE:
             return None
-        if answer.descriptor is None:
-            raise ProtocolError("the node's MAPPED came without a descriptor")
+        assert answer.descriptor is not None
         try:
             span = shared.decode_mapped(answer.payload, self._layout)
             return MappedExtent(answer.descriptor, self._layout, *span, self._shared_path)
         finally:
             os.close(answer.descriptor)
+
+    def lend(self, page_bytes: int) -> LentMemory:
+        """Memory that the node knows of, for pages of that size. Raises `BulkUnavailable` where there is none."""
+        if self._lent is None or self._lent.page_bytes != page_bytes:
+            try:
+                lent = LentMemory(page_bytes)
+            except OSError as error:
+                raise BulkUnavailable(f"no memory to write through: {error.strerror}") from None
+            try:
+                self._stream.send_with_descriptor(shared.encode_lend(lent.size_bytes), lent.file)
+            finally:
+                lent.close_file()
+            _answer(self._stream, Kind.LEND)
+            self._lent = lent
+        return self._lent
+
+    def offer(self, namespace: bytes, items: Sequence[Item]) -> None:
+        """Offers pages that were put into what was lent; `verdicts` gives the answers in the order offered."""
+        self._stream.send(shared.encode_take(namespace, items))
+        self._offered.append(len(items))
+
+    def verdicts(self) -> list[PageStatus]:
+        """The answer to the oldest `offer`."""
+        assert self._lent is not None
+        answer = _answer(self._stream, Kind.TAKE)
+        offered = self._offered.popleft()
+        self.answered = True
+        if answer.count != offered:
+            raise ProtocolError(f"the node gave {answer.count} verdicts on {offered} pages")
+        self._lent.give_back(offered)
+        return shared.decode_taken(answer.payload)
 
     def shutdown(self) -> None:
         self._stream.shutdown()
@@ -294,10 +334,12 @@ class _Channel:
         self._stream.close()
 
     def _take_places(self) -> list[Place | PageStatus]:
-        asked = self._asked.popleft()
         answer = _answer(self._stream, Kind.LOCATE)
-        if answer.count != asked:
+        asked = self._asked.popleft()
+        if not 0 < answer.count <= asked:
             raise ProtocolError(f"the node placed {answer.count} pages of {asked}")
+        if answer.count < asked:
+            self._asked.appendleft(asked - answer.count)
         return shared.decode_located(answer.payload, self._layout)
 
 

@@ -186,6 +186,23 @@ class PageTable:
         self._hold(record, (page,))
         return PinnedPage(page)
 
+    def use(
+        self, namespace: bytes, page_hashes: Sequence[bytes], lease_id: bytes | None, now_ms: float
+    ) -> list[PinnedPage | PageStatus]:
+        """`pin` and `unpin` of each, in order, for a caller that is done with the pages before the table is used again."""
+        record = self._namespaces.find(namespace)
+        if lease_id is not None:
+            lease = self._leases.find(lease_id, now_ms)
+            if lease is None or lease.namespace is not record:
+                self._missed += len(page_hashes)
+                return [PageStatus.LEASE_EXPIRED] * len(page_hashes)
+        pages = [record.sealed.get(page_hash) for page_hash in page_hashes]
+        found = [page for page in pages if page is not None]
+        self._touch(record, found)
+        self._hit += len(found)
+        self._missed += len(pages) - len(found)
+        return [PageStatus.MISSING if page is None else PinnedPage(page) for page in pages]
+
     def unpin(self, page: PinnedPage) -> None:
         """Ends a `pin`. The page counts as used until now."""
         record = page.record

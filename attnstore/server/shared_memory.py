@@ -1,4 +1,4 @@
-"""The node's end of shared memory: a Unix socket that says where pages are and hands extents out.
+"""The node's end of shared memory: a Unix socket that says where pages are, hands extents out and takes pages from lent memory.
 
 Owns: the socket in a directory of its own that only the node's user can enter, and who may have which extent.
 Invariants: a peer runs as the node's own user (the kernel says so) and presents a one-time token, which decides the tenant; it
@@ -17,8 +17,10 @@ from collections import Counter
 from contextlib import suppress
 from pathlib import Path
 
+from attnstore import memory_files
 from attnstore.arena import StampedArena
 from attnstore.clock import Clock, Deadline
+from attnstore.copying import address_of
 from attnstore.core.page_table import PinnedPage
 from attnstore.errors import AttnStoreError, InvalidArgument, PermissionDenied, Retryable, Unavailable
 from attnstore.limits import CHANNEL_CONNECTIONS_MAX, CHANNEL_HELLO_MS_MAX, CHANNEL_IDLE_MS_MAX
@@ -36,8 +38,11 @@ _PREFIX = "attnstore-shm-"
 _SOCKET = "shm"
 _LEFT_BEHIND_S = 60.0
 """Younger directories may be those of nodes that are about to listen."""
+_HASHES_FIRST = 2
 _HASHES_PER_LOCK = 64
 """Metadata calls wait for the page table no longer than this many look-ups take."""
+
+_COPIED = (PageStatus.STORED, PageStatus.CHECKSUM_MISMATCH)
 
 _log = get_logger(__name__)
 
@@ -137,6 +142,7 @@ class _Connection(Connection):
         self._welcome = welcome
         self._stall_ms = stall_ms
         self._draining = draining
+        self._lent: memoryview | None = None
         self._told: dict[int, int] = {}  # extent -> the tenancy in which a page of our tenant was last located there
 
     def serve(self) -> None:
@@ -171,32 +177,70 @@ class _Connection(Connection):
             self._hand_out(*shared.decode_map(request.payload))
             return
         try:
-            answer = shared.encode_located(self._locate(shared.decode_locate(request.payload), tenant))
+            if request.kind is Kind.LOCATE:
+                self._locate(shared.decode_locate(request.payload), tenant)
+                return
+            if request.kind is Kind.TAKE:
+                answer = shared.encode_taken(self._take(shared.decode_take(request.payload), tenant))
+            else:
+                answer = self._borrow(request)
         except AttnStoreError as error:
             # The request is wrong, the connection is not.
             answer = shared.encode_refusal(error)
         self._stream.send(answer)
 
-    def _locate(self, asked: shared.Located, tenant: str) -> list[Place | PageStatus]:
+    def _locate(self, asked: shared.Located, tenant: str) -> None:
+        """Answers in parts that grow: the reader copies the first pages while we look for the next."""
         if self._draining.is_set():
             raise Unavailable("the node is draining")
         self._store.layout_of(asked.namespace, tenant)
-        places: list[Place | PageStatus] = []
-        for at in range(0, len(asked.hashes), _HASHES_PER_LOCK):
-            places += self._store.locate(asked.namespace, asked.hashes[at : at + _HASHES_PER_LOCK], asked.lease_id, self._place)
-        self._count(places)
-        return places
+        size = _HASHES_FIRST
+        answered: list[Place | PageStatus] = []
+        while len(answered) < len(asked.hashes):
+            hashes = asked.hashes[len(answered) : len(answered) + size]
+            places = self._store.locate(asked.namespace, hashes, asked.lease_id, self._place)
+            self._stream.send(shared.encode_located(places))
+            answered += places
+            size = min(4 * size, _HASHES_PER_LOCK)
+        self._count(answered)
 
     def _place(self, page: PinnedPage) -> Place:
         slot = page.slot
         self._told[slot.extent] = slot.tenancy
         return Place(slot.extent, slot.tenancy, slot.offset_bytes, slot.size_bytes, self._arena.stamp(slot), page.checksum)
 
-    def _count(self, places: list[Place | PageStatus]) -> None:
-        statuses = Counter(place if isinstance(place, PageStatus) else PageStatus.OK for place in places)
-        for status, pages in statuses.items():
+    def _count(self, answered: list[Place | PageStatus]) -> None:
+        placed = [place.size_bytes for place in answered if isinstance(place, Place)]
+        statuses = Counter(place for place in answered if isinstance(place, PageStatus))
+        for status, pages in (*statuses.items(), (PageStatus.OK, len(placed))):
             self._metrics.pages("Read", status, pages)
-        self._metrics.sent("shm", sum(place.size_bytes for place in places if isinstance(place, Place)))
+        self._metrics.sent("shm", sum(placed))
+
+    def _borrow(self, request: Message) -> bytes:
+        assert request.descriptor is not None
+        try:
+            lent = memory_files.map_read_only(request.descriptor, 0, shared.decode_lend(request.payload))
+        finally:
+            os.close(request.descriptor)
+        self._lent = memoryview(lent)
+        return shared.encode_lent()
+
+    def _take(self, offered: shared.Taken, tenant: str) -> list[PageStatus]:
+        if self._draining.is_set():
+            raise Unavailable("the node is draining")
+        page_bytes = self._store.layout_of(offered.namespace, tenant).page_bytes
+        lent = self._lent
+        if lent is None or any(item.offset_bytes + page_bytes > len(lent) for item in offered.items):
+            raise InvalidArgument("a page is offered where no memory is lent")
+        first = address_of(lent)
+        verdicts: list[PageStatus] = []
+        for item in offered.items:
+            page = self._store.prepare(offered.namespace, item.hash, item.checksum)
+            verdicts.append(page if isinstance(page, PageStatus) else self._store.fill(page, first + item.offset_bytes))
+        for verdict, pages in Counter(verdicts).items():
+            self._metrics.pages("Write", verdict, pages)
+        self._metrics.received("shm", page_bytes * sum(verdict in _COPIED for verdict in verdicts))
+        return verdicts
 
     def _hand_out(self, extent: int, tenancy: int) -> None:
         descriptor = self._arena.descriptor(extent, tenancy) if self._told.get(extent) == tenancy else None

@@ -12,6 +12,7 @@ from typing import TypeVar
 
 from attnstore.arena import Arena
 from attnstore.clock import Clock
+from attnstore.copying import copy
 from attnstore.core.hashing import page_checksum
 from attnstore.core.heat import SegmentHeat
 from attnstore.core.layout import PageLayout
@@ -94,25 +95,15 @@ class Store:
             self._table.unpin(view.page)
 
     def locate(
-        self, namespace: bytes, page_hashes: Iterable[bytes], lease_id: bytes | None, place: Callable[[PinnedPage], T]
+        self, namespace: bytes, page_hashes: Sequence[bytes], lease_id: bytes | None, place: Callable[[PinnedPage], T]
     ) -> list[T | PageStatus]:
         """`place` of each sealed page, called while the page cannot be recycled; or the status that says why not.
 
         The table is locked meanwhile: ask for few pages at once.
         """
-        located: list[T | PageStatus] = []
         with self._lock:
-            now_ms = self._clock.now_ms()
-            for page_hash in page_hashes:
-                page = self._table.pin(namespace, page_hash, lease_id, now_ms)
-                if isinstance(page, PageStatus):
-                    located.append(page)
-                    continue
-                try:
-                    located.append(place(page))
-                finally:
-                    self._table.unpin(page)
-        return located
+            pages = self._table.use(namespace, page_hashes, lease_id, self._clock.now_ms())
+            return [page if isinstance(page, PageStatus) else place(page) for page in pages]
 
     def prepare(self, namespace: bytes, page_hash: bytes, checksum: int) -> ArrivingPage | PageStatus:
         """`PageTable.prepare`; hand the page to `seal` or `abort`."""
@@ -130,7 +121,19 @@ class Store:
 
     def seal(self, page: ArrivingPage) -> PageStatus:
         """Ends the arrival of a page whose bytes are all there: STORED, or CHECKSUM_MISMATCH and its slot is free again."""
-        if page_checksum(self._arena.view(page.slot)) != page.checksum:
+        return self._sealed(page, page_checksum(self._arena.view(page.slot)))
+
+    def fill(self, page: ArrivingPage, source: int) -> PageStatus:
+        """Copies a whole page from address `source` on and ends its arrival, as `seal` does."""
+        try:
+            checksum = copy(self._arena.view(page.slot), source)
+        except BaseException:
+            self.abort(page)
+            raise
+        return self._sealed(page, checksum)
+
+    def _sealed(self, page: ArrivingPage, checksum: int) -> PageStatus:
+        if checksum != page.checksum:
             self.abort(page)
             return PageStatus.CHECKSUM_MISMATCH
         with self._lock:

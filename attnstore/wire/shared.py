@@ -1,7 +1,8 @@
 """Shared memory between a node and the workers on its host: what both sides must agree on, without I/O.
 
 Owns: how one extent is laid out in its file (`ExtentLayout`), and the protocol on the Unix socket by which a reader learns where
-pages are. Page bytes never travel here: a reader maps the extent and reads them where they lie.
+pages are, and a writer says where the node finds new ones. Page bytes never travel here: a reader maps the extent and reads them
+where they lie, and the node maps what a writer lends it.
 Invariant: a location is worth something only together with its stamp. The node changes the stamp word of a slot before it lets
 new bytes into the slot, so a reader that finds the stamp unchanged *after* it used the bytes used those of the page it asked for.
 
@@ -9,25 +10,35 @@ An extent's file is `extent_bytes` of data, rounded up to 4096, and then one lit
 data. A slot's stamp is the word of the 4096 bytes that it begins in: the generation of the slot that last began there. Slots
 smaller than that share words, which costs a reader an occasional needless miss and never a wrong byte.
 
+A writer lends the node a memory file of its own, sealed against shrinking, and puts pages there. The node copies each into its slot
+and takes it only if the checksum of what *it* has then is the one announced, so a writer that changes the bytes meanwhile gains
+nothing. The writer uses the bytes again when it has the node's verdict on them; a node forgets the file with the connection.
+
 A message is a header of 12 bytes, little-endian, `magic 4s | kind u8 | 0 3x | count u32`, and a payload whose size follows from
-kind and count. The node answers a connection's questions in their order; a client has at most two of them on the way, so that both
-sides' messages fit the kernel's buffers and neither waits for the other to read.
+kind and count. A LOCATE is answered by as many LOCATED as the node likes, none of them empty, until each page had its answer; every
+other request by one message. The node answers a connection's requests in their order; a client has so few of them on the way (two
+LOCATEs, a few TAKEs) that both sides' messages fit the kernel's buffers and neither waits for the other to read.
 
 | kind    | from   | means                                            | payload                               | count     |
 |---------|--------|--------------------------------------------------|---------------------------------------|-----------|
 | HELLO   | client | the token came from `OpenChannel` over gRPC      | token 32s                             | version   |
 | LOCATE  | client | where are these pages?                           | namespace 32s, lease 16s, hash 32s... | hashes    |
 | MAP     | client | give me this extent, as LOCATED named it         | extent u32, tenancy u64               | 0         |
+| LEND    | client | pages will lie in the attached file              | size u64                              | 0         |
+| TAKE    | client | store these pages of the file lent last          | namespace 32s, ITEM...                | pages     |
 | WELCOME | node   | to HELLO; an equal epoch means the same memory   | epoch 16s, extent_bytes u64           | 0         |
-| LOCATED | node   | to LOCATE: status and place of each              | PLACE...                              | pages     |
+| LOCATED | node   | to LOCATE: status and place of the next pages    | PLACE...                              | pages     |
 | MAPPED  | node   | to MAP: the descriptor is attached, read-only    | offset u64, size u64                  | 0         |
 | GONE    | node   | to MAP: the extent has another tenant by now     |                                       | 0         |
+| LENT    | node   | to LEND: it is mapped                            |                                       | 0         |
+| TAKEN   | node   | to TAKE: the verdict on each                     | status u8...                          | pages     |
 | REFUSED | node   | to any: the request was wrong                    | `code\\nmessage`                      | bytes     |
 
 MAPPED says which bytes of the file the extent is; the size is at least the extent's `file_bytes`, and both are multiples of 4096.
 
 PLACE is `status u8 | 0 3x | extent u32 | tenancy u64 | offset u64 | size u64 | stamp u64 | checksum u64`; all but the status are 0
-for a page that is not there.
+for a page that is not there. ITEM is `hash 32s | checksum u64 | offset u64`: the page's bytes are those from `offset` of the file
+on, as many as the namespace's pages have.
 """
 
 from __future__ import annotations
@@ -46,12 +57,14 @@ from attnstore.limits import (
     HASH_BYTES,
     KIB,
     LEASE_ID_BYTES,
+    SHARED_LENT_BYTES_MAX,
     SHARED_LOCATE_HASHES_MAX,
+    SHARED_TAKE_PAGES_MAX,
 )
 from attnstore.types import PageStatus
 from attnstore.wire.chunks import Buffer
 
-VERSION: Final = 2
+VERSION: Final = 3
 MAGIC: Final = b"ATSM"
 SHARED_FILE_OFFER: Final = "shm-file"
 """How `Describe` names this transport where the extents are parts of a file that is not sealed: only clients that were told of the
@@ -62,9 +75,12 @@ _EXTENT: Final = struct.Struct("<IQ")
 _SPAN: Final = struct.Struct("<QQ")
 _FILE_BYTES_MAX: Final = 1 << 62
 _WELCOME: Final = struct.Struct(f"<{EPOCH_BYTES}sQ")
+_SIZE: Final = struct.Struct("<Q")
+_ITEM: Final = struct.Struct(f"<{HASH_BYTES}sQQ")
 _PLACE: Final = struct.Struct("<BxxxIQQQQQ")
 _LOCATE_BYTES: Final = HASH_BYTES + LEASE_ID_BYTES
 _NO_LEASE: Final = bytes(LEASE_ID_BYTES)
+_OK: Final = int(PageStatus.OK)
 _GRAIN_BYTES: Final = 4 * KIB
 _STAMP_BYTES: Final = 8
 HEADER_BYTES: Final = _HEADER.size
@@ -76,11 +92,15 @@ class Kind(enum.IntEnum):
     HELLO = 1
     LOCATE = 2
     MAP = 3
+    LEND = 4
+    TAKE = 5
     WELCOME = 16
     LOCATED = 17
     MAPPED = 18
     GONE = 19
     REFUSED = 20
+    LENT = 21
+    TAKEN = 22
 
 
 class State(enum.Enum):
@@ -92,7 +112,7 @@ class State(enum.Enum):
 
 REQUESTS: Final[dict[State, frozenset[Kind]]] = {
     State.NEW: frozenset({Kind.HELLO}),
-    State.OPEN: frozenset({Kind.LOCATE, Kind.MAP}),
+    State.OPEN: frozenset({Kind.LOCATE, Kind.MAP, Kind.LEND, Kind.TAKE}),
 }
 """What a node expects in each state; the connection is OPEN once a HELLO was answered by WELCOME."""
 
@@ -100,8 +120,13 @@ ANSWERS: Final[dict[Kind, frozenset[Kind]]] = {
     Kind.HELLO: frozenset({Kind.WELCOME, Kind.REFUSED}),
     Kind.LOCATE: frozenset({Kind.LOCATED, Kind.REFUSED}),
     Kind.MAP: frozenset({Kind.MAPPED, Kind.GONE, Kind.REFUSED}),
+    Kind.LEND: frozenset({Kind.LENT, Kind.REFUSED}),
+    Kind.TAKE: frozenset({Kind.TAKEN, Kind.REFUSED}),
 }
 """What a client expects after each request."""
+
+WITH_DESCRIPTOR: Final = frozenset({Kind.MAPPED, Kind.LEND})
+"""Kinds to which a descriptor is attached, to the first byte."""
 
 
 class _Shape(NamedTuple):
@@ -117,10 +142,14 @@ _SHAPES: Final[dict[Kind, _Shape]] = {
     Kind.HELLO: _Shape(CHANNEL_TOKEN_BYTES, 0, _COUNT_MAX),
     Kind.LOCATE: _Shape(_LOCATE_BYTES, HASH_BYTES, SHARED_LOCATE_HASHES_MAX),
     Kind.MAP: _Shape(_EXTENT.size, 0, 0),
+    Kind.LEND: _Shape(_SIZE.size, 0, 0),
+    Kind.TAKE: _Shape(HASH_BYTES, _ITEM.size, SHARED_TAKE_PAGES_MAX),
     Kind.WELCOME: _Shape(_WELCOME.size, 0, 0),
     Kind.LOCATED: _Shape(0, _PLACE.size, SHARED_LOCATE_HASHES_MAX),
     Kind.MAPPED: _Shape(_SPAN.size, 0, 0),
     Kind.GONE: _Shape(0, 0, 0),
+    Kind.LENT: _Shape(0, 0, 0),
+    Kind.TAKEN: _Shape(0, 1, SHARED_TAKE_PAGES_MAX),
     Kind.REFUSED: _Shape(0, 1, CHANNEL_REASON_BYTES_MAX),
 }
 
@@ -175,6 +204,21 @@ class Located(NamedTuple):
     hashes: list[bytes]
 
 
+class Item(NamedTuple):
+    """A page that a writer offers: its bytes begin at `offset_bytes` of what it lent."""
+
+    hash: bytes
+    checksum: int
+    offset_bytes: int
+
+
+class Taken(NamedTuple):
+    """A TAKE's arguments."""
+
+    namespace: bytes
+    items: list[Item]
+
+
 @dataclass(frozen=True, slots=True)
 class Welcome:
     """What a node says of its memory. `epoch` is 16 bytes, new with each start of the node."""
@@ -199,6 +243,16 @@ def encode_map(extent: int, tenancy: int) -> bytes:
     return _HEADER.pack(MAGIC, Kind.MAP, 0) + _EXTENT.pack(extent, tenancy)
 
 
+def encode_lend(size_bytes: int) -> bytes:
+    """A whole LEND, to which the descriptor is attached."""
+    return _HEADER.pack(MAGIC, Kind.LEND, 0) + _SIZE.pack(size_bytes)
+
+
+def encode_take(namespace: bytes, items: Sequence[Item]) -> bytes:
+    """A whole TAKE of at most `SHARED_TAKE_PAGES_MAX` pages."""
+    return b"".join((_HEADER.pack(MAGIC, Kind.TAKE, len(items)), namespace, *(_ITEM.pack(*item) for item in items)))
+
+
 def encode_welcome(welcome: Welcome) -> bytes:
     """A whole WELCOME."""
     return _HEADER.pack(MAGIC, Kind.WELCOME, 0) + _WELCOME.pack(welcome.epoch, welcome.extent_bytes)
@@ -219,6 +273,16 @@ def encode_mapped(offset_bytes: int, size_bytes: int) -> bytes:
 def encode_gone() -> bytes:
     """A whole GONE."""
     return _HEADER.pack(MAGIC, Kind.GONE, 0)
+
+
+def encode_lent() -> bytes:
+    """A whole LENT."""
+    return _HEADER.pack(MAGIC, Kind.LENT, 0)
+
+
+def encode_taken(verdicts: Sequence[PageStatus]) -> bytes:
+    """A whole TAKEN."""
+    return _HEADER.pack(MAGIC, Kind.TAKEN, len(verdicts)) + bytes(verdicts)
 
 
 def encode_refusal(error: AttnStoreError) -> bytes:
@@ -255,6 +319,24 @@ def decode_map(payload: bytes) -> tuple[int, int]:
     return extent, tenancy
 
 
+def decode_lend(payload: bytes) -> int:
+    """The size of what is lent. Raises `ProtocolError` for more than any writer needs, or nothing."""
+    (size_bytes,) = _SIZE.unpack(payload)
+    if not 0 < size_bytes <= SHARED_LENT_BYTES_MAX:
+        raise ProtocolError(f"shared memory: {size_bytes} bytes are lent; the maximum is {SHARED_LENT_BYTES_MAX}")
+    return int(size_bytes)
+
+
+def decode_take(payload: bytes) -> Taken:
+    """The arguments of a TAKE whose header was accepted."""
+    return Taken(payload[:HASH_BYTES], [Item(*fields) for fields in _ITEM.iter_unpack(payload[HASH_BYTES:])])
+
+
+def decode_taken(payload: bytes) -> list[PageStatus]:
+    """The verdicts. Raises `ProtocolError` for one that is none."""
+    return [_status(status) for status in payload]
+
+
 def decode_welcome(payload: bytes) -> Welcome:
     """The inverse of `encode_welcome`. Raises `ProtocolError` for memory without bytes."""
     epoch, extent_bytes = _WELCOME.unpack(payload)
@@ -266,14 +348,14 @@ def decode_welcome(payload: bytes) -> Welcome:
 def decode_located(payload: bytes, layout: ExtentLayout) -> list[Place | PageStatus]:
     """Place or status of each page. Raises `ProtocolError` for a status or a place that no correct node sends."""
     places: list[Place | PageStatus] = []
-    for status, *numbers in _PLACE.iter_unpack(payload):
-        place = Place(*numbers)
-        if status != PageStatus.OK:
-            places.append(_miss(status))
-        elif place.size_bytes and place.offset_bytes + place.size_bytes <= layout.extent_bytes:
-            places.append(place)
+    extent_bytes = layout.extent_bytes
+    for status, extent, tenancy, offset_bytes, size_bytes, stamp, checksum in _PLACE.iter_unpack(payload):
+        if status != _OK:
+            places.append(_status(status))
+        elif size_bytes and offset_bytes + size_bytes <= extent_bytes:
+            places.append(Place(extent, tenancy, offset_bytes, size_bytes, stamp, checksum))
         else:
-            raise ProtocolError(f"the node places a page outside its extent of {layout.extent_bytes} bytes")
+            raise ProtocolError(f"the node places a page outside its extent of {extent_bytes} bytes")
     return places
 
 
@@ -293,7 +375,7 @@ def decode_refusal(reason: bytes) -> AttnStoreError:
     return (error_of_code(code) or Unavailable)(message or code)
 
 
-def _miss(status: int) -> PageStatus:
+def _status(status: int) -> PageStatus:
     try:
         return PageStatus(status)
     except ValueError as error:

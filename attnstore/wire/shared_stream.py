@@ -11,16 +11,21 @@ import contextlib
 import os
 import socket
 import threading
-from collections.abc import Callable, Collection
+import time
+from collections.abc import Collection
 from dataclasses import dataclass
 
-from attnstore.errors import Unavailable
-from attnstore.wire.shared import HEADER_BYTES, Kind, decode_header
-from attnstore.wire.stream import WAIT_SLACK_MS, bound_waits, lost
+from attnstore.errors import ProtocolError, Unavailable
+from attnstore.wire.shared import HEADER_BYTES, WITH_DESCRIPTOR, Kind, decode_header
+from attnstore.wire.stream import Waits, lost
 
 _ONE_DESCRIPTOR_BYTES = socket.CMSG_SPACE(array.array("i").itemsize)
 _RECEIVE_FLAGS = int(socket.MSG_WAITALL | socket.MSG_CMSG_CLOEXEC)
-_DESCRIPTOR_ALLOWED = frozenset({Kind.MAPPED})
+_LOOK_FLAGS = int(_RECEIVE_FLAGS | socket.MSG_DONTWAIT)
+_LOOKS_S = 100e-6
+"""How long to look for bytes before sleeping until they come: a core that has gone idle takes 50 us and more to wake up, on each
+side of each question, where most answers take less.
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,14 +44,10 @@ class SharedStream:
     def __init__(self, connection: socket.socket) -> None:
         connection.setblocking(True)
         self._socket = connection
-        self._left_ms: Callable[[], float] | None = None
-        self._timeout_ms = 0.0
+        self._waits = Waits(connection)
+        self.bound = self._waits.bound
         # A descriptor's number may be another connection's as soon as it is closed.
         self._ending = threading.Lock()
-
-    def bound(self, left_ms: Callable[[], float]) -> None:
-        """Bounds every later wait for the peer: `left_ms` is asked before each system call and may raise to end the exchange."""
-        self._left_ms = left_ms
 
     def send(self, message: bytes) -> None:
         """Sends a message completely. Raises `Unavailable` or `DeadlineExceeded`."""
@@ -55,7 +56,7 @@ class SharedStream:
     def send_with_descriptor(self, message: bytes, descriptor: int) -> None:
         """Sends a message with a descriptor attached to its first byte; the descriptor stays the caller's to close."""
         try:
-            self._bound_wait()
+            self._waits.before_sending()
             sent = socket.send_fds(self._socket, [message], [descriptor])
         except OSError as error:
             raise lost(error) from None
@@ -66,15 +67,20 @@ class SharedStream:
 
         Raises `Unavailable`, `DeadlineExceeded` or `ProtocolError`; the connection is useless then.
         """
-        ancillary_bytes = 0 if _DESCRIPTOR_ALLOWED.isdisjoint(expected) else _ONE_DESCRIPTOR_BYTES
+        ancillary_bytes = 0 if WITH_DESCRIPTOR.isdisjoint(expected) else _ONE_DESCRIPTOR_BYTES
         header, descriptor = self._receive(HEADER_BYTES, ancillary_bytes)
         try:
             kind, count, payload_bytes = decode_header(header, expected)
+            if kind in WITH_DESCRIPTOR and descriptor is None:
+                raise ProtocolError(f"shared memory: a {kind.name} came without its descriptor")
             payload, _ = self._receive(payload_bytes, 0) if payload_bytes else (b"", None)
         except BaseException:
             if descriptor is not None:
                 os.close(descriptor)
             raise
+        if descriptor is not None and kind not in WITH_DESCRIPTOR:
+            os.close(descriptor)
+            descriptor = None
         return Message(kind, count, payload, descriptor)
 
     def peer_uid(self) -> int:
@@ -93,21 +99,26 @@ class SharedStream:
         with self._ending:
             self._socket.close()
 
-    def _bound_wait(self) -> None:
-        assert self._left_ms is not None, "bound() comes before the first wait"
-        left_ms = self._left_ms()
-        if not left_ms <= self._timeout_ms <= left_ms + WAIT_SLACK_MS:
-            bound_waits(self._socket, left_ms)
-            self._timeout_ms = left_ms
-
     def _send(self, message: bytes, sent: int) -> None:
         view = memoryview(message)
         try:
             while sent < len(view):
-                self._bound_wait()
+                self._waits.before_sending()
                 sent += self._socket.send(view[sent:])
         except OSError as error:
             raise lost(error) from None
+
+    def _arrived(self, size_bytes: int, ancillary_bytes: int) -> tuple[bytes, list[tuple[int, int, bytes]]]:
+        """What has arrived, at most `size_bytes`; none at the end of the stream. Looks for a while, and then sleeps."""
+        self._waits.left_ms()
+        began_s = time.perf_counter()
+        while time.perf_counter() - began_s < _LOOKS_S:
+            try:  # cheaper than `suppress`, again and again
+                return self._socket.recvmsg(size_bytes, ancillary_bytes, _LOOK_FLAGS)[:2]
+            except BlockingIOError:
+                continue
+        self._waits.before_receiving()
+        return self._socket.recvmsg(size_bytes, ancillary_bytes, _RECEIVE_FLAGS)[:2]
 
     def _receive(self, size_bytes: int, ancillary_bytes: int) -> tuple[bytes, int | None]:
         """Exactly `size_bytes`, and the descriptor that came with the first of them."""
@@ -115,9 +126,8 @@ class SharedStream:
         descriptor: int | None = None
         try:
             while len(received) < size_bytes:
-                self._bound_wait()
                 # The kernel closes what does not fit the ancillary buffer, so a peer can give us one descriptor or none.
-                data, ancillary, _, _ = self._socket.recvmsg(size_bytes - len(received), ancillary_bytes, _RECEIVE_FLAGS)
+                data, ancillary = self._arrived(size_bytes - len(received), ancillary_bytes)
                 for level, kind, content in ancillary:
                     if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
                         descriptor = array.array("i", content)[0]

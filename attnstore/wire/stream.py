@@ -20,7 +20,7 @@ from attnstore.wire.page_channel import Frame, FrameReceiver, Role
 _TIMEVAL = struct.Struct("@ll")
 _NO_LINGER = struct.pack("@ii", 1, 0)
 _WAIT_MS_MAX = 86_400_000.0
-WAIT_SLACK_MS = 20.0
+_SLACK_MS = 20.0
 """The kernel's time-out is set again only when it is off by this much; a wait ends no later than this after its bound."""
 _KEEPALIVE = (
     (socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1),
@@ -40,8 +40,8 @@ class FrameStream:
             connection.setsockopt(level, name, value)
         self._socket = connection
         self._receiver = FrameReceiver(role)
-        self._left_ms: Callable[[], float] | None = None
-        self._timeout_ms = 0.0
+        self._waits = Waits(connection)
+        self.bound = self._waits.bound
         # A descriptor's number may be another connection's as soon as it is closed.
         self._ending = threading.Lock()
 
@@ -50,19 +50,12 @@ class FrameStream:
         """Nothing of the next frame has arrived."""
         return self._receiver.at_boundary
 
-    def bound(self, left_ms: Callable[[], float]) -> None:
-        """Bounds every later wait for the peer: `left_ms` is asked before each system call and may raise to end the exchange.
-
-        The kernel keeps the time, so that no call is split to watch a clock.
-        """
-        self._left_ms = left_ms
-
     def send(self, *parts: Buffer) -> None:
         """Sends the parts one after the other, completely. Raises `Unavailable` or `DeadlineExceeded`."""
         left = [memoryview(part) for part in parts]
         try:
             while left:
-                self._bound_wait()
+                self._waits.before_sending()
                 sent = self._socket.sendmsg(left)
                 while left and sent >= len(left[0]):
                     sent -= len(left.pop(0))
@@ -79,7 +72,7 @@ class FrameStream:
         receiver = self._receiver
         try:
             while True:
-                self._bound_wait()
+                self._waits.before_receiving()
                 count = self._socket.recvmsg_into(receiver.windows(), 0, socket.MSG_WAITALL)[0]
                 if count == 0:
                     raise Unavailable("the peer closed the page channel")
@@ -122,20 +115,38 @@ class FrameStream:
             self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _NO_LINGER)
         self.close()
 
-    def _bound_wait(self) -> None:
+
+class Waits:
+    """How long a blocking socket may wait. The kernel keeps the time, so that no call is split to watch a clock."""
+
+    def __init__(self, connection: socket.socket) -> None:
+        self._socket = connection
+        self._left_ms: Callable[[], float] | None = None
+        self._timeouts_ms = {socket.SO_RCVTIMEO: 0.0, socket.SO_SNDTIMEO: 0.0}
+
+    def bound(self, left_ms: Callable[[], float]) -> None:
+        """Bounds every later wait for the peer: `left_ms` is asked before each system call and may raise to end the exchange."""
+        self._left_ms = left_ms
+
+    def left_ms(self) -> float:
+        """How long the next wait may be. Raises where the exchange is to end."""
         assert self._left_ms is not None, "bound() comes before the first wait"
-        left_ms = self._left_ms()
-        if not left_ms <= self._timeout_ms <= left_ms + WAIT_SLACK_MS:
-            bound_waits(self._socket, left_ms)
-            self._timeout_ms = left_ms
+        return self._left_ms()
 
+    def before_sending(self) -> None:
+        """Bounds the system call that follows. Raises as `left_ms`."""
+        self._bound(socket.SO_SNDTIMEO)
 
-def bound_waits(connection: socket.socket, timeout_ms: float) -> None:
-    """Bounds every later wait of a blocking socket, in the kernel."""
-    whole_s, rest_us = divmod(max(1, int(min(timeout_ms, _WAIT_MS_MAX) * 1000)), 1_000_000)
-    timeout = _TIMEVAL.pack(whole_s, rest_us)
-    connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, timeout)
-    connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, timeout)
+    def before_receiving(self) -> None:
+        """Bounds the system call that follows. Raises as `left_ms`."""
+        self._bound(socket.SO_RCVTIMEO)
+
+    def _bound(self, option: int) -> None:
+        left_ms = self.left_ms()
+        if not left_ms <= self._timeouts_ms[option] <= left_ms + _SLACK_MS:
+            whole_s, rest_us = divmod(max(1, int(min(left_ms, _WAIT_MS_MAX) * 1000)), 1_000_000)
+            self._socket.setsockopt(socket.SOL_SOCKET, option, _TIMEVAL.pack(whole_s, rest_us))
+            self._timeouts_ms[option] = left_ms
 
 
 def lost(error: OSError) -> Retryable:

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from attnstore.arena import shared
+from attnstore import memory_files
 from attnstore.arena.shared import SharedArena
 from attnstore.core.layout import DType, PageLayout
 from attnstore.core.page_table import ArrivingPage, PageTable
@@ -183,7 +183,7 @@ def test_an_extent_without_memory_for_its_new_tenant_is_tried_again(arena: Share
         def refuse(*_: object) -> None:
             raise OSError(errno.ENOMEM, "Cannot allocate memory")
 
-        patch.setattr(shared, "_allocate", refuse)
+        patch.setattr(memory_files, "_allocate", refuse)
         with pytest.raises(Overloaded, match="no memory"):
             arena.view(slot(0, 0, 8, tenancy=2))
     assert bytes(arena.view(slot(0, 0, 8, tenancy=2))) == bytes(8)

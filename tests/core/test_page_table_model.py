@@ -142,6 +142,19 @@ class PageTableMachine(RuleBasedStateMachine):
             return (key, answer)
         return multiple()
 
+    @rule(namespace=namespaces, page_hashes=st.lists(hashes, max_size=4), lease=st.none() | lease_ids)
+    def use(self, namespace: bytes, page_hashes: list[bytes], lease: tuple[bytes, bytes] | None) -> None:
+        answers = self.table.use(namespace, page_hashes, lease[1] if lease else None, self.now_ms)
+        for page_hash, answer in zip(page_hashes, answers, strict=True):
+            key = (namespace, page_hash)
+            if lease and not (lease[0] == namespace and self.is_live(lease[1])):
+                assert answer is PageStatus.LEASE_EXPIRED
+            elif key not in self.sealed:
+                assert answer is PageStatus.MISSING
+            else:
+                assert isinstance(answer, PinnedPage)
+                assert (answer.slot, answer.checksum) == (self.sealed[key].slot, self.sealed[key].checksum)
+
     @rule(page=consumes(pinned_pages))
     def unpin(self, page: tuple[Key, PinnedPage]) -> None:
         key, pinned = page
@@ -263,7 +276,7 @@ def test_the_table_agrees_with_the_model_through_random_histories(extent_bytes: 
 @settings(max_examples=150)
 @given(
     pages_max=st.integers(1, 6),
-    steps=st.lists(st.tuples(st.sampled_from(["store", "match", "pin", "delete"]), st.integers(0, 9)), max_size=80),
+    steps=st.lists(st.tuples(st.sampled_from(["store", "match", "pin", "use", "delete"]), st.integers(0, 9)), max_size=80),
 )
 def test_one_class_keeps_exactly_the_most_recently_used_pages(pages_max: int, steps: list[tuple[str, int]]) -> None:
     namespace = b"n" * 32
@@ -282,6 +295,8 @@ def test_one_class_keeps_exactly_the_most_recently_used_pages(pages_max: int, st
             pinned = table.pin(namespace, page_hash, None, 0.0)
             if isinstance(pinned, PinnedPage):
                 table.unpin(pinned)
+        elif verb == "use":
+            table.use(namespace, [page_hash], None, 0.0)
         else:
             table.delete(namespace, page_hash, 0.0)
         if number in recent or verb == "store":

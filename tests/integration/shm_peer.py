@@ -1,4 +1,4 @@
-"""A peer of the shared memory socket that keeps to the protocol only as far as a test wants it to."""
+"""Peers of the shared memory socket, on either side, that keep to the protocol only as far as a test wants them to."""
 
 from __future__ import annotations
 
@@ -6,6 +6,9 @@ import fcntl
 import mmap
 import os
 import socket
+import tempfile
+import threading
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Self
@@ -13,10 +16,11 @@ from typing import Self
 import grpc
 
 from attnstore.clock import Deadline, MonotonicClock
+from attnstore.errors import Unavailable
 from attnstore.testing import StoreProcess
 from attnstore.types import PageStatus
 from attnstore.wire import messages, shared
-from attnstore.wire.shared import ExtentLayout, Kind, Place
+from attnstore.wire.shared import ExtentLayout, Kind, Place, State
 from attnstore.wire.shared_stream import Message, SharedStream
 
 WAIT_MS = 10_000.0
@@ -85,8 +89,12 @@ class Peer:
         return True
 
     def locate(self, namespace: bytes, *hashes: bytes) -> list[Place | PageStatus]:
-        answer = self.ask(shared.encode_locate(namespace, None, hashes), Kind.LOCATED)
-        return shared.decode_located(answer.payload, ExtentLayout(self.extent_bytes))
+        self.stream.send(shared.encode_locate(namespace, None, hashes))
+        places: list[Place | PageStatus] = []
+        while len(places) < len(hashes):
+            answer = self.stream.receive(frozenset({Kind.LOCATED}))
+            places += shared.decode_located(answer.payload, ExtentLayout(self.extent_bytes))
+        return places
 
     def map(self, place: Place) -> mmap.mmap | None:
         """The extent of a place as this process may see it; None where it is gone or not ours."""
@@ -99,3 +107,37 @@ class Peer:
             return mmap.mmap(answer.descriptor, ExtentLayout(self.extent_bytes).file_bytes, mmap.MAP_SHARED, mmap.PROT_READ)
         finally:
             os.close(answer.descriptor)
+
+
+class LyingNode:
+    """A shared memory socket that answers what a test says, to one client."""
+
+    def __init__(self, answer: Callable[[SharedStream, Kind], None]) -> None:
+        self._directory = tempfile.TemporaryDirectory()
+        self.address = f"{self._directory.name}/shm"
+        self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        self._listener.bind(self.address)
+        self._listener.listen()
+        self._answer = answer
+        self._thread = threading.Thread(target=self._serve)
+        self._thread.start()
+
+    def __enter__(self) -> LyingNode:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._thread.join()
+        self._listener.close()
+        self._directory.cleanup()
+
+    def _serve(self) -> None:
+        connection, _ = self._listener.accept()
+        stream = SharedStream(connection)
+        stream.bound(Deadline(MonotonicClock(), 10_000).left_ms)
+        try:
+            stream.receive({Kind.HELLO})
+            stream.send(shared.encode_welcome(shared.Welcome(b"e" * 16, 1 << 20)))
+            while True:
+                self._answer(stream, stream.receive(shared.REQUESTS[State.OPEN]).kind)
+        except Unavailable:
+            stream.close()

@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import fcntl
+import mmap
 import os
 import signal
-import socket
-import tempfile
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 import attnstore
 import attnstore.aio
-from attnstore import DType, PageLayout, PageStatus
+from attnstore import DType, PageLayout, PageStatus, copying
 from attnstore.client.bulk import ReadPlan
 from attnstore.client.landing import Landing
 from attnstore.client.mapped import MappedExtent
@@ -27,7 +26,7 @@ from attnstore.testing import StoreProcess
 from attnstore.wire import shared
 from attnstore.wire.shared import Kind, Place
 from attnstore.wire.shared_stream import SharedStream
-from tests.integration.shm_peer import open_channel
+from tests.integration.shm_peer import LyingNode, Peer, open_channel
 from tests.samples import LARGE, SMALL, Batch, eventually, make_batch
 
 OK, MISSING, CORRUPT, INCOMPLETE = PageStatus.OK, PageStatus.MISSING, PageStatus.CORRUPT, PageStatus.INCOMPLETE
@@ -202,12 +201,13 @@ def test_a_slot_recycled_around_the_copy_is_a_miss(
     with attnstore.connect(small_node.url, transport="shm") as client, attnstore.connect(small_node.url) as other:
         batch = stored(client, 1, f"around {moment}")
 
-        def copy_amid_a_flood(extent: MappedExtent, begin: int, destination: memoryview) -> None:
+        def copy_amid_a_flood(extent: MappedExtent, begin: int, destination: memoryview) -> int:
             if moment == "before":
                 flood(other)
-            copy(extent, begin, destination)
+            checksum = copy(extent, begin, destination)
             if moment == "after":
                 flood(other)
+            return checksum
 
         monkeypatch.setattr(MappedExtent, "copy", copy_amid_a_flood)
         size_bytes = PAGE.page_bytes if layers is None else PAGE.layer_bytes
@@ -215,17 +215,38 @@ def test_a_slot_recycled_around_the_copy_is_a_miss(
     assert (answer.statuses, answer.error) == ((MISSING,), None)
 
 
-def test_a_byte_that_flips_on_the_way_is_corrupt(node: StoreProcess, monkeypatch: pytest.MonkeyPatch) -> None:
-    copy = MappedExtent.copy
-
-    def copy_and_flip(extent: MappedExtent, begin: int, destination: memoryview) -> None:
-        copy(extent, begin, destination)
-        destination[-1] ^= 1
-
+@pytest.mark.parametrize("at", [0, 64, 1024, PAGE.page_bytes // 2, PAGE.page_bytes - 1])
+@pytest.mark.parametrize("compiled", [True, False], ids=["compiled", "not compiled"])
+def test_a_byte_that_flips_in_the_nodes_memory_is_corrupt(
+    node: StoreProcess, monkeypatch: pytest.MonkeyPatch, compiled: bool, at: int
+) -> None:
+    copying.prepare()
+    if not compiled:
+        monkeypatch.setattr(copying, "_compilation", copying._Compilation(1 << 60))
     with attnstore.connect(node.url, transport="shm") as client:
-        batch = stored(client, 2, "flips")
-        monkeypatch.setattr(MappedExtent, "copy", copy_and_flip)
-        assert client.read(batch.namespace, batch.hashes, batch.buffers()).statuses == (CORRUPT, CORRUPT)
+        batch = stored(client, 3, f"flips {compiled} {at}")
+        with Peer.greeted(node) as peer:
+            place = peer.locate(batch.namespace, batch.hashes[1])[0]
+            assert isinstance(place, Place)
+            extent = peer.map(place)
+            assert extent is not None
+        flip_byte_of(node, extent, place.offset_bytes + at)
+        assert client.read(batch.namespace, batch.hashes, batch.buffers()).statuses == (OK, CORRUPT, OK)
+
+
+def flip_byte_of(node: StoreProcess, extent: mmap.mmap, at: int) -> None:
+    """In the node's own file of a mapped extent, which its user may open anew."""
+    before = extent[at]
+    for number in os.listdir(f"/proc/{node.process.pid}/fd"):
+        path = f"/proc/{node.process.pid}/fd/{number}"
+        if "attnstore-extent" in os.readlink(path):
+            with open(path, "r+b") as file:
+                was = os.pread(file.fileno(), 1, at)
+                os.pwrite(file.fileno(), bytes((before ^ 1,)), at)
+                if extent[at] != before:
+                    return
+                os.pwrite(file.fileno(), was, at)
+    raise AssertionError("the node has no such extent")
 
 
 def test_readers_amid_a_churning_writer_get_right_bytes_or_misses(small_node: StoreProcess) -> None:
@@ -331,40 +352,6 @@ def test_without_its_socket_auto_reads_over_the_next_transport_and_forced_shm_sa
             assert isinstance(answer.error, Unavailable)
             assert "shared memory" in str(answer.error)
         assert node.stop() == 0, "a socket that somebody removed does not keep the node from stopping"
-
-
-class LyingNode:
-    """A shared memory socket that answers what a test says, to one client."""
-
-    def __init__(self, answer: Callable[[SharedStream, Kind], None]) -> None:
-        self._directory = tempfile.TemporaryDirectory()
-        self.address = f"{self._directory.name}/shm"
-        self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        self._listener.bind(self.address)
-        self._listener.listen()
-        self._answer = answer
-        self._thread = threading.Thread(target=self._serve)
-        self._thread.start()
-
-    def __enter__(self) -> LyingNode:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._thread.join()
-        self._listener.close()
-        self._directory.cleanup()
-
-    def _serve(self) -> None:
-        connection, _ = self._listener.accept()
-        stream = SharedStream(connection)
-        stream.bound(Deadline(MonotonicClock(), 10_000).left_ms)
-        try:
-            stream.receive({Kind.HELLO})
-            stream.send(shared.encode_welcome(shared.Welcome(b"e" * 16, 1 << 20)))
-            while True:
-                self._answer(stream, stream.receive({Kind.LOCATE, Kind.MAP}).kind)
-        except Unavailable:
-            stream.close()
 
 
 A_PLACE = Place(extent=0, tenancy=1, offset_bytes=0, size_bytes=SMALL.page_bytes, stamp=1, checksum=1)

@@ -9,10 +9,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from attnstore.errors import AttnStoreError, PermissionDenied, ProtocolError, Unavailable
-from attnstore.limits import CHANNEL_REASON_BYTES_MAX, SHARED_LOCATE_HASHES_MAX
+from attnstore.limits import CHANNEL_REASON_BYTES_MAX, SHARED_LENT_BYTES_MAX, SHARED_LOCATE_HASHES_MAX, SHARED_TAKE_PAGES_MAX
 from attnstore.types import PageStatus
 from attnstore.wire import shared
-from attnstore.wire.shared import ANSWERS, HEADER_BYTES, REQUESTS, ExtentLayout, Kind, Place, State, Welcome
+from attnstore.wire.shared import ANSWERS, HEADER_BYTES, REQUESTS, ExtentLayout, Item, Kind, Place, State, Welcome
 
 NAMESPACE, LEASE, TOKEN, EPOCH = b"n" * 32, b"l" * 16, b"t" * 32, b"e" * 16
 LAYOUT = ExtentLayout(1 << 20)
@@ -44,6 +44,40 @@ def test_a_located_says_where_each_page_is_or_why_not(places: list[Place | PageS
     _, count, payload = split(shared.encode_located(places), Kind.LOCATED)
     assert count == len(places)
     assert shared.decode_located(payload, LAYOUT) == places
+
+
+@given(items=st.lists(st.builds(Item, st.binary(min_size=32, max_size=32), U64, U64), max_size=20))
+def test_a_take_says_what_is_offered_and_where(items: list[Item]) -> None:
+    _, count, payload = split(shared.encode_take(NAMESPACE, items), Kind.TAKE)
+    assert count == len(items)
+    assert shared.decode_take(payload) == (NAMESPACE, items)
+
+
+@given(verdicts=st.lists(st.sampled_from(list(PageStatus)), max_size=SHARED_TAKE_PAGES_MAX))
+def test_a_taken_gives_the_verdict_on_each(verdicts: list[PageStatus]) -> None:
+    _, count, payload = split(shared.encode_taken(verdicts), Kind.TAKEN)
+    assert count == len(verdicts)
+    assert shared.decode_taken(payload) == verdicts
+
+
+def test_a_verdict_of_no_meaning_is_a_broken_protocol() -> None:
+    with pytest.raises(ProtocolError, match="250"):
+        shared.decode_taken(bytes((PageStatus.STORED, 250)))
+
+
+def test_a_lend_says_how_much_and_a_lent_nothing() -> None:
+    assert shared.decode_lend(split(shared.encode_lend(4096), Kind.LEND)[2]) == 4096
+    assert split(shared.encode_lent(), Kind.LENT) == (Kind.LENT, 0, b"")
+
+
+@pytest.mark.parametrize("size_bytes", [0, SHARED_LENT_BYTES_MAX + 1, (1 << 64) - 1])
+def test_a_size_that_nobody_lends_is_a_broken_protocol(size_bytes: int) -> None:
+    with pytest.raises(ProtocolError, match="lent"):
+        shared.decode_lend(shared.encode_lend(size_bytes)[HEADER_BYTES:])
+
+
+def test_kinds_with_a_descriptor_are_known_to_both_sides() -> None:
+    assert {Kind.LEND, Kind.MAPPED} == shared.WITH_DESCRIPTOR
 
 
 @given(extent=U32, tenancy=U64)
@@ -109,6 +143,10 @@ def test_every_request_has_an_answer_and_each_side_sends_its_own_kinds() -> None
         (Kind.LOCATE, SHARED_LOCATE_HASHES_MAX + 1),
         (Kind.LOCATED, SHARED_LOCATE_HASHES_MAX + 1),
         (Kind.MAP, 1),
+        (Kind.LEND, 1),
+        (Kind.TAKE, SHARED_TAKE_PAGES_MAX + 1),
+        (Kind.LENT, 1),
+        (Kind.TAKEN, SHARED_TAKE_PAGES_MAX + 1),
         (Kind.REFUSED, 4097),
     ],
 )

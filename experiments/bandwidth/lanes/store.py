@@ -90,7 +90,7 @@ class StoreLane:
                     raise RuntimeError(f"in place: {views.verify()}")
 
         if transport == "shm":
-            self.verbs |= {"shm_copy read": read, "shm_in_place read": read_in_place}
+            self.verbs |= {"shm_copy read": read, "shm_in_place read": read_in_place, "shm_copy write": write}
             self.landing["shm_copy read"] = self._destination
         else:
             self.verbs |= {f"{transport} read": read, f"{transport} write": write}

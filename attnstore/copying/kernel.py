@@ -1,0 +1,211 @@
+"""One loop that copies and computes XXH3-64 of what it copies, compiled by numba.
+
+Owns: `copy_and_hash`. Source of the algorithm: Yann Collet, XXH3, https://github.com/Cyan4973/xxHash, doc/xxhash_spec.md; the case
+of more than 240 bytes with seed 0 and the default secret. A copy waits for memory, so the arithmetic costs nothing; and stores that
+go past the cache spare reading what they overwrite, as the C library's `memcpy` does only from some megabytes on.
+Invariant: each byte is read from the source once, and what was read is what is stored and what is hashed.
+"""
+
+# mypy: disable-error-code="untyped-decorator,no-untyped-call,no-untyped-def,no-any-unimported,misc,no-any-return"
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+import numpy as np
+from llvmlite import ir
+from numba import njit, types
+from numba.extending import intrinsic, models, register_model
+
+_STRIPE_BYTES: Final = 64
+_STRIPES: Final = 16
+"""Of a block, after which the sums are scrambled."""
+_STEP_BYTES: Final = 8
+"""By so much the secret moves on with each stripe."""
+_SCRAMBLE_AT: Final = 128
+_LAST_AT: Final = 121
+_MERGE_AT: Final = 11
+
+_SECRET_HEX: Final = (
+    "b8fe6c3923a44bbe7c01812cf721ad1cded46de9839097db7240a4a4b7b3671f"
+    "cb79e64eccc0e578825ad07dccff7221b8084674f743248ee03590e6813a264c"
+    "3c2852bb91c300cb88d0658b1b532ea371644897a20df94e3819ef46a9deacd8"
+    "a8fa763fe39c343ff9dcbbc7c70b4f1d8a51e04bcdb45931c89f7ec9d9787364"
+    "eac5ac8334d3ebc3c581a0fffa1363eb170ddd51b7f0da49d316552629d4689e"
+    "2b16be587d47a1fc8ff8b8d17ad031ce45cb3a8f95160428afd7fbcabb4b407e"
+)
+_SECRET: Final = np.frombuffer(bytes.fromhex(_SECRET_HEX), np.uint8)
+_P32_1, _P32_2, _P32_3 = 0x9E3779B1, 0x85EBCA77, 0xC2B2AE3D
+_P64_1, _P64_2, _P64_3 = 0x9E3779B185EBCA87, 0xC2B2AE3D27D4EB4F, 0x165667B19E3779F9
+_P64_4, _P64_5 = 0x85EBCA77C2B2AE63, 0x27D4EB2F165667C5
+_AVALANCHE: Final = 0x165667919E3779F9
+_SUMS: Final = (_P32_3, _P64_1, _P64_2, _P64_3, _P64_4, _P32_2, _P64_5, _P32_1)
+
+_U64 = ir.IntType(64)
+_LANES: Final = 8
+_VECTOR = ir.VectorType(_U64, _LANES)
+
+
+class _Words(types.Type):
+    """The numba type of `<8 x u64>`: one stripe."""
+
+    def __init__(self) -> None:
+        super().__init__(name="uint64x8")
+
+
+_words = _Words()
+
+
+@register_model(_Words)
+class _WordsModel(models.PrimitiveModel):
+    def __init__(self, dmm: Any, fe_type: Any) -> None:
+        super().__init__(dmm, fe_type, _VECTOR)
+
+
+def _splat(number: int) -> Any:
+    return ir.Constant(_VECTOR, [number] * _LANES)
+
+
+@intrinsic
+def _first_sums(typingctx):
+    """What the sums begin with."""
+    return _words(), lambda context, builder, signature, args: ir.Constant(_VECTOR, list(_SUMS))
+
+
+@intrinsic
+def _load(typingctx, address):
+    """The 64 bytes at an address."""
+
+    def codegen(context, builder, signature, args):
+        value = builder.load(builder.inttoptr(args[0], _VECTOR.as_pointer()))
+        value.align = 1
+        return value
+
+    return _words(types.intp), codegen
+
+
+@intrinsic
+def _store(typingctx, address, words):
+    """Stores 64 bytes at an address."""
+
+    def codegen(context, builder, signature, args):
+        builder.store(args[1], builder.inttoptr(args[0], _VECTOR.as_pointer())).align = 1
+        return context.get_dummy_value()
+
+    return types.void(types.intp, words), codegen
+
+
+@intrinsic
+def _stream(typingctx, address, words):
+    """Stores 64 bytes at an address that is a multiple of 64, past the cache."""
+
+    def codegen(context, builder, signature, args):
+        store = builder.store(args[1], builder.inttoptr(args[0], _VECTOR.as_pointer()))
+        store.align = _STRIPE_BYTES
+        one = builder.module.add_metadata([ir.Constant(ir.IntType(32), 1)])
+        store.set_metadata("nontemporal", one)
+        return context.get_dummy_value()
+
+    return types.void(types.intp, words), codegen
+
+
+@intrinsic
+def _fence(typingctx):
+    """What was stored past the cache comes before every later store."""
+
+    def codegen(context, builder, signature, args):
+        builder.fence("seq_cst")
+        return context.get_dummy_value()
+
+    return types.void(), codegen
+
+
+@intrinsic
+def _byte(typingctx, target, source):
+    """Copies one byte between addresses."""
+
+    def codegen(context, builder, signature, args):
+        target, source = (builder.inttoptr(arg, ir.IntType(8).as_pointer()) for arg in args)
+        builder.store(builder.load(source), target)
+        return context.get_dummy_value()
+
+    return types.void(types.intp, types.intp), codegen
+
+
+@intrinsic
+def _accumulated(typingctx, sums, data, key):
+    """The sums after one stripe."""
+
+    def codegen(context, builder, signature, args):
+        sums, data, key = args
+        mixed = builder.xor(data, key)
+        low, high = builder.and_(mixed, _splat(0xFFFF_FFFF)), builder.lshr(mixed, _splat(32))
+        neighbours = ir.Constant(ir.VectorType(ir.IntType(32), _LANES), [lane ^ 1 for lane in range(_LANES)])
+        swapped = builder.shuffle_vector(data, data, neighbours)
+        return builder.add(builder.add(sums, swapped), builder.mul(low, high))
+
+    return _words(sums, data, key), codegen
+
+
+@intrinsic
+def _scrambled(typingctx, sums, key):
+    """The sums after one block."""
+
+    def codegen(context, builder, signature, args):
+        sums, key = args
+        mixed = builder.xor(builder.xor(sums, builder.lshr(sums, _splat(47))), key)
+        return builder.mul(mixed, _splat(_P32_1))
+
+    return _words(sums, key), codegen
+
+
+@intrinsic
+def _merged(typingctx, sums, key, size_bytes):
+    """The checksum that the sums come to."""
+
+    def codegen(context, builder, signature, args):
+        sums, key, size_bytes = args
+        u128 = ir.IntType(128)
+        mixed = builder.xor(sums, key)
+        result = builder.mul(size_bytes, ir.Constant(_U64, _P64_1))
+        for lane in range(0, _LANES, 2):
+            pair = [builder.extract_element(mixed, ir.Constant(ir.IntType(32), lane + side)) for side in range(2)]
+            product = builder.mul(*(builder.zext(factor, u128) for factor in pair))
+            high = builder.trunc(builder.lshr(product, ir.Constant(u128, 64)), _U64)
+            result = builder.add(result, builder.xor(builder.trunc(product, _U64), high))
+        result = builder.xor(result, builder.lshr(result, ir.Constant(_U64, 37)))
+        result = builder.mul(result, ir.Constant(_U64, _AVALANCHE))
+        return builder.xor(result, builder.lshr(result, ir.Constant(_U64, 32)))
+
+    return types.uint64(sums, key, types.intp), codegen
+
+
+@njit(types.uint64(types.intp, types.intp, types.intp, types.boolean), nogil=True, error_model="numpy", cache=True)
+def copy_and_hash(target, source, size_bytes, past_cache):
+    """Copies `size_bytes`, more than 240, from address `source` to address `target`; XXH3-64 of them.
+
+    past_cache: whether the bytes need not be in the cache afterwards.
+    """
+    secret = _SECRET.ctypes.data
+    streams = past_cache and target % _STRIPE_BYTES == 0
+    sums = _first_sums()
+    stripes = (size_bytes - 1) // _STRIPE_BYTES
+    key = secret
+    for stripe in range(stripes):
+        words = _load(source + stripe * _STRIPE_BYTES)
+        if streams:
+            _stream(target + stripe * _STRIPE_BYTES, words)
+        else:
+            _store(target + stripe * _STRIPE_BYTES, words)
+        sums = _accumulated(sums, words, _load(key))
+        key += _STEP_BYTES
+        if key == secret + _SCRAMBLE_AT:
+            sums = _scrambled(sums, _load(key))
+            key = secret
+    for at in range(stripes * _STRIPE_BYTES, size_bytes):
+        _byte(target + at, source + at)
+    # The last stripe overlaps the one before: it is read where both are by now.
+    sums = _accumulated(sums, _load(target + size_bytes - _STRIPE_BYTES), _load(secret + _LAST_AT))
+    if streams:
+        _fence()
+    return _merged(sums, _load(secret + _MERGE_AT), size_bytes)

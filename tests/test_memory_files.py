@@ -1,0 +1,90 @@
+"""Sealed memory files: what is made, and what is refused of what a peer passes."""
+
+from __future__ import annotations
+
+import fcntl
+import mmap
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from attnstore import memory_files
+from attnstore.errors import ProtocolError
+
+SIZE_BYTES = 3 * mmap.PAGESIZE
+
+
+def test_a_file_is_zeros_that_its_maker_writes_and_others_read() -> None:
+    file, mapping = memory_files.create("test", SIZE_BYTES)
+    try:
+        reading = memory_files.map_read_only(file, 0, SIZE_BYTES)
+        assert reading[:] == bytes(SIZE_BYTES)
+        mapping[5:8] = b"abc"
+        assert reading[5:8] == b"abc"
+        with pytest.raises(TypeError):
+            reading[0] = 1
+        assert memory_files.map_read_only(file, mmap.PAGESIZE, mmap.PAGESIZE)[:] == bytes(mmap.PAGESIZE)
+    finally:
+        os.close(file)
+
+
+@pytest.mark.parametrize("size_bytes", [0, mmap.PAGESIZE, 2 * SIZE_BYTES])
+def test_nobody_can_shrink_or_grow_it_or_lift_its_seals(size_bytes: int) -> None:
+    file, _ = memory_files.create("test", SIZE_BYTES)
+    try:
+        with pytest.raises(PermissionError):
+            os.ftruncate(file, size_bytes)
+        with pytest.raises(PermissionError):
+            fcntl.fcntl(file, fcntl.F_ADD_SEALS, fcntl.F_SEAL_WRITE)
+    finally:
+        os.close(file)
+
+
+def sealed(size_bytes: int, flags: int = 0) -> int:
+    file = os.memfd_create("peer", os.MFD_ALLOW_SEALING | os.MFD_CLOEXEC | flags)
+    os.ftruncate(file, size_bytes)
+    fcntl.fcntl(file, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK)
+    return file
+
+
+def unsealed() -> int:
+    file = os.memfd_create("peer")
+    os.ftruncate(file, SIZE_BYTES)
+    return file
+
+
+@pytest.mark.parametrize(
+    ("make", "complaint"),
+    [
+        (unsealed, "neither sealed"),
+        (lambda: os.open("/dev/null", os.O_RDONLY), "neither sealed"),
+        (lambda: os.open("/", os.O_RDONLY), "neither sealed"),
+        (lambda: sealed(SIZE_BYTES - 1), "ends too soon"),
+        (lambda: sealed(2 << 20, os.MFD_HUGETLB), "neither sealed"),
+    ],
+    ids=["unsealed", "a device", "a directory", "too short", "huge pages that may be lacking when they are touched"],
+)
+def test_what_could_kill_its_reader_is_not_mapped(make: Callable[[], int], complaint: str) -> None:
+    file = make()
+    try:
+        with pytest.raises(ProtocolError, match=complaint):
+            memory_files.map_read_only(file, 0, SIZE_BYTES)
+    finally:
+        os.close(file)
+
+
+def test_a_file_that_the_user_names_is_trusted_and_no_other(tmp_path: Path) -> None:
+    named, other = tmp_path / "named", tmp_path / "other"
+    for path in (named, other):
+        path.write_bytes(b"x" * SIZE_BYTES)
+    file = os.open(named, os.O_RDONLY)
+    try:
+        assert memory_files.map_read_only(file, 0, SIZE_BYTES, named)[:1] == b"x"
+        with pytest.raises(ProtocolError, match="shared_path"):
+            memory_files.map_read_only(file, 0, SIZE_BYTES, other)
+        with pytest.raises(ProtocolError):
+            memory_files.map_read_only(file, 0, SIZE_BYTES, tmp_path / "missing")
+    finally:
+        os.close(file)
