@@ -1,11 +1,15 @@
 """Sealed memory files: memory that one process makes and another maps.
 
-Owns: how they are made, and what is looked at before one that a peer passed is mapped. Invariant: reading a file that was mapped
-here cannot kill this process: it can neither shrink, nor does it consist of huge pages that the system may lack when touched.
+Owns: how they are made and mapped, and what is looked at before one that a peer passed is. Invariant: reading a file mapped here
+cannot kill this process: it can neither shrink, nor does it consist of huge pages that the system may lack when touched.
+
+Every mapping begins at an address at which the system can map huge pages as such, which `collapse` makes of a file's small ones.
+Most systems never do so by themselves (`shmem_enabled` is `never`), and each 4 KiB then need an entry of the processor's TLB.
 """
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import fcntl
 import mmap
@@ -15,20 +19,41 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Final
 
+from attnstore.copying import address_of
 from attnstore.errors import ProtocolError
+from attnstore.limits import MIB
+
+HUGE_PAGE_BYTES: Final = 2 * MIB
 
 _SEALS: Final = fcntl.F_SEAL_GROW | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_SEAL
+_MADV_REMOVE: Final = 9
+_MADV_HUGEPAGE: Final = 14
+_MADV_POPULATE_READ: Final = 22
 _MADV_POPULATE_WRITE: Final = 23
-"""Linux 5.14; the mmap module has no name for it."""
+_MADV_COLLAPSE: Final = 25
+"""Linux 5.14 for the last but one, 6.1 for the last; the mmap module has no names for them and keeps the interpreter lock."""
+_MAP_FIXED: Final = 0x10
+_MAP_NORESERVE: Final = 0x4000
+_SIZE_BYTES_MAX: Final = 1 << 46
+_READ_WRITE: Final = mmap.PROT_READ | mmap.PROT_WRITE
+
+_system = ctypes.CDLL(None, use_errno=True)
+_mmap, _madvise = _system.mmap, _system.madvise
+_mmap.restype = ctypes.c_void_p
+_mmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_int64)
+_madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
 
 
-def create(name: str, size_bytes: int) -> tuple[int, mmap.mmap]:
-    """A sealed file of zeros, allocated, and its writable mapping. The caller closes the descriptor. Raises `OSError`."""
+def create(name: str, size_bytes: int) -> tuple[int, memoryview]:
+    """A sealed file of zeros, allocated, and its writable mapping, which lives as long as a view of it.
+
+    `size_bytes` is a multiple of the page size. The caller closes the descriptor. Raises `OSError`.
+    """
     file = os.memfd_create(name, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
     try:
         os.ftruncate(file, size_bytes)
         fcntl.fcntl(file, fcntl.F_ADD_SEALS, _SEALS)
-        mapping = mmap.mmap(file, size_bytes)
+        mapping = _mapped(file, 0, size_bytes, _READ_WRITE)
         _allocate(mapping, file)
     except BaseException:
         os.close(file)
@@ -36,8 +61,8 @@ def create(name: str, size_bytes: int) -> tuple[int, mmap.mmap]:
     return file, mapping
 
 
-def map_read_only(file: int, offset_bytes: int, size_bytes: int, trusted: Path | None = None) -> mmap.mmap:
-    """Maps bytes of a file that a peer passed; the descriptor stays the caller's to close.
+def map_read_only(file: int, offset_bytes: int, size_bytes: int, trusted: Path | None = None) -> memoryview:
+    """Maps bytes of a file that a peer passed, faulted in; the descriptor stays the caller's to close.
 
     Raises `ProtocolError` for one that is too short, that cannot be mapped, or that is no sealed memory file, unless it is the
     one at `trusted`, for which the user vouches.
@@ -48,9 +73,45 @@ def map_read_only(file: int, offset_bytes: int, size_bytes: int, trusted: Path |
             raise ProtocolError("the peer passed a file that is neither sealed nor the one named as shared_path")
         if stat.S_ISREG(status.st_mode) and status.st_size < offset_bytes + size_bytes:
             raise ProtocolError("the peer passed a file that ends too soon")
-        return mmap.mmap(file, size_bytes, mmap.MAP_SHARED, mmap.PROT_READ, offset=offset_bytes)
+        mapping = _mapped(file, offset_bytes, size_bytes, mmap.PROT_READ)
     except OSError as error:
         raise ProtocolError(f"the file that the peer passed cannot be mapped: {error.strerror}") from None
+    with suppress(OSError):  # an older kernel: the first reads pay for the page faults
+        _advise(mapping, _MADV_POPULATE_READ)
+    return mapping
+
+
+def give_back(mapping: memoryview) -> None:
+    """Gives the memory of a file back: whoever maps it reads zeros. `mapping` is all of it. Raises `OSError`."""
+    _advise(mapping, _MADV_REMOVE)
+
+
+def collapse(part: memoryview) -> bool:
+    """Makes huge pages of the small ones in a part of a mapping, as far as they are aligned; blocks for some milliseconds a piece.
+
+    False where this system will not. The bytes stay what they are, for everybody who maps them.
+    """
+    try:
+        _advise(part, _MADV_COLLAPSE)
+    except OSError as error:
+        return error.errno != errno.EINVAL
+    return True
+
+
+def _mapped(file: int, offset_bytes: int, size_bytes: int, protection: int) -> memoryview:
+    """Raises `OSError`."""
+    if not 0 < size_bytes <= _SIZE_BYTES_MAX:
+        raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+    # Python's own mapping reserves the addresses and gives them back with the last view; ours lies in the middle of it.
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE
+    reserved = memoryview(mmap.mmap(-1, size_bytes + HUGE_PAGE_BYTES, flags=flags, prot=protection))
+    begin = -address_of(reserved) % HUGE_PAGE_BYTES
+    mapping = reserved[begin : begin + size_bytes]
+    address = address_of(mapping)
+    mapped = _mmap(address, size_bytes, protection, mmap.MAP_SHARED | _MAP_FIXED, file, offset_bytes)
+    if mapped != address:
+        raise _error()
+    return mapping
 
 
 def _is_harmless(file: int) -> bool:
@@ -61,13 +122,23 @@ def _is_harmless(file: int) -> bool:
     return sealed and os.fstatvfs(file).f_bsize == mmap.PAGESIZE
 
 
-def _allocate(mapping: mmap.mmap, file: int) -> None:
+def _allocate(mapping: memoryview, file: int) -> None:
     """Allocates every page of the file now, as huge pages where the system has them for shared memory."""
     with suppress(OSError):
-        mapping.madvise(mmap.MADV_HUGEPAGE)
+        _advise(mapping, _MADV_HUGEPAGE)
     try:
-        mapping.madvise(_MADV_POPULATE_WRITE)
+        _advise(mapping, _MADV_POPULATE_WRITE)
     except OSError as error:
         if error.errno != errno.EINVAL:
             raise
         os.posix_fallocate(file, 0, len(mapping))
+
+
+def _advise(mapping: memoryview, advice: int) -> None:
+    if _madvise(address_of(mapping), len(mapping), advice) != 0:
+        raise _error()
+
+
+def _error() -> OSError:
+    number = ctypes.get_errno()
+    return OSError(number, os.strerror(number))

@@ -12,11 +12,12 @@ from __future__ import annotations
 import mmap
 import os
 import resource
-from contextlib import suppress
 from typing import Final
 
 from attnstore import memory_files
+from attnstore.arena.huge_pages import HugePages
 from attnstore.arena.stamped import Span, StampedArena, void
+from attnstore.core.slots import Slot
 from attnstore.errors import InvalidArgument, Overloaded
 from attnstore.wire.shared import ExtentLayout
 
@@ -36,6 +37,7 @@ class SharedArena(StampedArena):
         _require_memory(capacity_bytes)
         _require_descriptors(self.extents * _DESCRIPTORS_PER_EXTENT + _DESCRIPTORS_BESIDE)
         self._files: list[_ExtentFile] = []
+        self._huge_pages = HugePages()
         try:
             for _ in range(self.extents):
                 self._files.append(_ExtentFile(self.layout))
@@ -52,11 +54,16 @@ class SharedArena(StampedArena):
 
     def close(self) -> None:
         """See `Arena.close`. Memory that a reader has mapped lives on, unchanged, until the reader lets it go."""
+        self._huge_pages.close()
         for file in self._files:
             file.close()
 
     def _extent(self, extent: int) -> memoryview:
         return self._files[extent].data
+
+    def _hand_over(self, slot: Slot) -> None:
+        super()._hand_over(slot)
+        self._huge_pages.make(self._files[slot.extent].data)
 
     def _replace(self, extent: int) -> None:
         self._files[extent].empty()
@@ -80,33 +87,34 @@ class _ExtentFile:
     """One extent's memory file, mapped writable here and nowhere else. Raises `OSError` where there is no memory for it."""
 
     def __init__(self, layout: ExtentLayout) -> None:
-        file, self._mapping = memory_files.create("attnstore-extent", layout.file_bytes)
+        file, self._bytes = memory_files.create("attnstore-extent", layout.file_bytes)
         try:
             # Opened anew, because a duplicate would be as writable as the original. (F_SEAL_FUTURE_WRITE would bind even a reader
             # who opens the file himself, but with it the kernel gives no memory back as long as any reader maps the file.)
             self.descriptor = os.open(f"/proc/self/fd/{file}", os.O_RDONLY | os.O_CLOEXEC)
         finally:
             os.close(file)
-        whole = memoryview(self._mapping)
-        self.data = whole[: layout.extent_bytes]
-        self.stamps = whole[layout.stamps_offset_bytes :].cast("Q")[: layout.stamps]
+        self.data = self._bytes[: layout.extent_bytes]
+        self.stamps = self._bytes[layout.stamps_offset_bytes :].cast("Q")[: layout.stamps]
         self._closed = False
 
     def empty(self) -> None:
         """Voids every stamp, then gives the memory back: whoever still maps the file reads zeros, and can tell."""
         void(self.stamps)
-        self._mapping.madvise(mmap.MADV_REMOVE)
+        memory_files.give_back(self._bytes)
 
     def close(self) -> None:
-        """Lets the file go; the kernel frees it with the last mapping. Closing twice is allowed."""
+        """Lets the file go; the kernel frees it with the last window of ours and the last mapping of others.
+
+        Closing twice is allowed.
+        """
         if self._closed:
             return
         self._closed = True
         self.data.release()
         self.stamps.release()
+        self._bytes.release()
         os.close(self.descriptor)
-        with suppress(BufferError):  # windows are held: the mapping goes with the last of them
-            self._mapping.close()
 
 
 def _require_memory(capacity_bytes: int) -> None:

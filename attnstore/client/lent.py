@@ -26,8 +26,7 @@ class LentMemory:
         self._slots = max(2, _LENT_BYTES // self._stride_bytes)
         self.page_bytes = page_bytes
         self.size_bytes = self._slots * self._stride_bytes
-        self.file, mapping = memory_files.create("attnstore-lent", self.size_bytes)
-        self._bytes = memoryview(mapping)
+        self.file, self._bytes = memory_files.create("attnstore-lent", self.size_bytes)
         self._next = 0
         self._used = 0
 

@@ -11,15 +11,12 @@ from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
-from typing import Final, Self
+from typing import Self
 
 from attnstore import memory_files
 from attnstore.copying import address_of, copy
 from attnstore.types import PageStatus
 from attnstore.wire.shared import ExtentLayout, Place
-
-_MADV_POPULATE_READ: Final = 22
-"""Linux 5.14; the mmap module has no name for it."""
 
 
 class MappedExtent:
@@ -29,11 +26,8 @@ class MappedExtent:
     """
 
     def __init__(self, descriptor: int, layout: ExtentLayout, offset_bytes: int, size_bytes: int, shared_path: Path | None) -> None:
-        mapping = memory_files.map_read_only(descriptor, offset_bytes, size_bytes, shared_path)
-        with suppress(OSError):  # an older kernel: the first reads pay for the page faults
-            mapping.madvise(_MADV_POPULATE_READ)
         self._layout = layout
-        self._bytes = memoryview(mapping)
+        self._bytes = memory_files.map_read_only(descriptor, offset_bytes, size_bytes, shared_path)
         self.stamps = self._bytes[layout.stamps_offset_bytes : layout.file_bytes].cast("Q")
         self.address = address_of(self._bytes)
         """Where the mapping begins in this process; good for as long as this object lives."""

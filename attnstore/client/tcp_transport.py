@@ -166,6 +166,7 @@ class _Channel:
                 at += count
             frame = self._receive(Kind.SLICE, pending[0].request)
             if frame.status is PageStatus.OK:
+                pending[0].is_last = len(pending) == 1
                 take(plan, pending[0], frame)
             else:
                 self._take_miss(plan, pending[0], frame)
@@ -249,7 +250,7 @@ class _Channel:
         window = plan.landing.window(index, frame.offset_bytes, frame.size_bytes)
         if window is None:
             raise ProtocolError(f"page {index} came twice")
-        self._stream.receive_payload(window)
+        self._stream.receive_payload(window, ahead=not read.is_last or read.answered + 1 < read.count)
         if not plan.landing.landed(index, len(window)):
             raise ProtocolError(f"page {index} came in part: {len(window)} bytes")
         plan.landing.judge(index, page_checksum(window) == frame.checksum)
@@ -307,13 +308,14 @@ class _Channel:
 class _PendingRead:
     """One READ on the way: pages `[begin, begin + count)` of the plan."""
 
-    __slots__ = ("_found", "answered", "begin", "count", "missing", "position", "request")
+    __slots__ = ("_found", "answered", "begin", "count", "is_last", "missing", "position", "request")
 
     def __init__(self, request: int, begin: int, count: int) -> None:
         self.request = request
         self.begin = begin
         self.count = count
         self.answered = 0
+        self.is_last = True  # no other is on the way behind it
         self.missing: set[int] = set()
         self.position = 0  # in a read by layers: how many of the pages found have their slice of the current layer
         self._found: list[int] = []

@@ -26,7 +26,7 @@ from attnstore.core.layout import PageLayout
 from attnstore.core.slots import Slot, SlotClass
 
 
-class PageState(enum.Enum):
+class PageState(enum.StrEnum):
     """Where a page is in its life."""
 
     ABSENT = "absent"
@@ -34,7 +34,7 @@ class PageState(enum.Enum):
     SEALED = "sealed"
 
 
-class PageStep(enum.Enum):
+class PageStep(enum.StrEnum):
     """What moves a page on."""
 
     PREPARE = "prepare"

@@ -219,10 +219,9 @@ class _Connection(Connection):
     def _borrow(self, request: Message) -> bytes:
         assert request.descriptor is not None
         try:
-            lent = memory_files.map_read_only(request.descriptor, 0, shared.decode_lend(request.payload))
+            self._lent = memory_files.map_read_only(request.descriptor, 0, shared.decode_lend(request.payload))
         finally:
             os.close(request.descriptor)
-        self._lent = memoryview(lent)
         return shared.encode_lent()
 
     def _take(self, offered: shared.Taken, tenant: str) -> list[PageStatus]:

@@ -20,6 +20,8 @@ from attnstore.core.page_table import ArrivingPage, MatchOutcome, PageTable, Pag
 from attnstore.types import PageEvent, PageStatus
 
 T = TypeVar("T")
+_PINS_PER_LOCK = 64
+"""Metadata calls wait for the page table no longer than this many pins take."""
 Publish = Callable[[Iterable[tuple[bytes, PageEvent]]], None]
 
 
@@ -83,16 +85,27 @@ class Store:
         """A sealed page, kept in place for the `with` block; or the status that says why not."""
         return Reading(self, namespace, page_hash, lease_id)
 
+    def reading_all(self, namespace: bytes, page_hashes: Sequence[bytes], lease_id: bytes | None) -> ReadingAll:
+        """`reading` of each of the pages."""
+        return ReadingAll(self, namespace, page_hashes, lease_id)
+
     def pin(self, namespace: bytes, page_hash: bytes, lease_id: bytes | None) -> PageView | PageStatus:
         """`PageTable.pin`; hand the page to `unpin`."""
-        with self._lock:
-            page = self._table.pin(namespace, page_hash, lease_id, self._clock.now_ms())
-        return page if isinstance(page, PageStatus) else PageView(self._arena.view(page.slot), page)
+        [page] = self.pin_all(namespace, (page_hash,), lease_id)
+        return page
 
-    def unpin(self, view: PageView) -> None:
-        """`PageTable.unpin`."""
+    def pin_all(self, namespace: bytes, page_hashes: Sequence[bytes], lease_id: bytes | None) -> list[PageView | PageStatus]:
+        """`PageTable.pin` of each; the table is locked meanwhile. Hand the pages to `unpin`."""
         with self._lock:
-            self._table.unpin(view.page)
+            now_ms = self._clock.now_ms()
+            pages = [self._table.pin(namespace, page_hash, lease_id, now_ms) for page_hash in page_hashes]
+        return [page if isinstance(page, PageStatus) else PageView(self._arena.view(page.slot), page) for page in pages]
+
+    def unpin(self, *views: PageView) -> None:
+        """`PageTable.unpin` of each."""
+        with self._lock:
+            for view in views:
+                self._table.unpin(view.page)
 
     def locate(
         self, namespace: bytes, page_hashes: Sequence[bytes], lease_id: bytes | None, place: Callable[[PinnedPage], T]
@@ -213,3 +226,27 @@ class Reading:
     def __exit__(self, *_: object) -> None:
         if isinstance(self._found, PageView):
             self._store.unpin(self._found)
+
+
+class ReadingAll:
+    """The `with` block of `Store.reading_all`."""
+
+    __slots__ = ("_asked", "_pinned", "_store")
+
+    def __init__(self, store: Store, namespace: bytes, page_hashes: Sequence[bytes], lease_id: bytes | None) -> None:
+        self._store = store
+        self._asked = (namespace, page_hashes, lease_id)
+        self._pinned: list[PageView] = []
+
+    def __enter__(self) -> list[PageView | PageStatus]:
+        namespace, page_hashes, lease_id = self._asked
+        found: list[PageView | PageStatus] = []
+        for at in range(0, len(page_hashes), _PINS_PER_LOCK):
+            pages = self._store.pin_all(namespace, page_hashes[at : at + _PINS_PER_LOCK], lease_id)
+            self._pinned += [page for page in pages if isinstance(page, PageView)]
+            found += pages
+        return found
+
+    def __exit__(self, *_: object) -> None:
+        for at in range(0, len(self._pinned), _PINS_PER_LOCK):
+            self._store.unpin(*self._pinned[at : at + _PINS_PER_LOCK])

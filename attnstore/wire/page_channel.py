@@ -308,12 +308,13 @@ class FrameReceiver:
         self._scratch = memoryview(b"")
         self._frame: Frame | None = None
         self._left_bytes = 0
+        self._ahead = False
         self.state = State.NEW
 
     @property
     def at_boundary(self) -> bool:
         """No frame has begun: the peer may close here."""
-        return self._frame is None and len(self._windows[0]) == HEADER_BYTES
+        return self._frame is None and bool(self._windows) and len(self._windows[0]) == HEADER_BYTES
 
     @property
     def payload_left_bytes(self) -> int:
@@ -325,10 +326,21 @@ class FrameReceiver:
         assert self._windows, "land() or discard() comes before the payload"
         return self._windows
 
-    def land(self, *views: memoryview) -> None:
-        """The announced payload goes into `views`, which have exactly its size together."""
+    def land(self, *views: memoryview, ahead: bool = False) -> None:
+        """The announced payload goes into `views`, which have exactly its size together.
+
+        `ahead`: another frame is sure to follow, and the windows go on with its header. Once this frame has arrived, ask
+        `announced` for that one before the cycle goes on.
+        """
         assert sum(map(len, views)) == self._left_bytes > 0
         self._windows = list(views)
+        self._ahead = ahead
+        if ahead:
+            self._windows.append(memoryview(self._header))
+
+    def announced(self) -> Frame | None:
+        """The frame whose header came whole with the payload before it; None where there is none. Raises as `received`."""
+        return self._announced() if self._frame is None and not self._windows else None
 
     def discard(self, scratch: memoryview) -> None:
         """The announced payload is thrown away, through `scratch` of any size."""
@@ -345,13 +357,15 @@ class FrameReceiver:
         self._consume(count)
         if self._frame is None:
             return None if self._windows else self._announced()
-        self._left_bytes -= count
+        self._left_bytes -= min(count, self._left_bytes)
         if self._left_bytes > 0:
             if not self._windows:
                 self._windows = [self._scratch[: self._left_bytes]]
             return None
         frame, self._frame = self._frame, None
-        self._windows = [memoryview(self._header)]
+        if not self._ahead:
+            self._windows = [memoryview(self._header)]
+        self._ahead = False
         return frame
 
     def _consume(self, count: int) -> None:

@@ -56,8 +56,7 @@ class SharedStream:
     def send_with_descriptor(self, message: bytes, descriptor: int) -> None:
         """Sends a message with a descriptor attached to its first byte; the descriptor stays the caller's to close."""
         try:
-            self._waits.before_sending()
-            sent = socket.send_fds(self._socket, [message], [descriptor])
+            sent = self._waits.sending(socket.send_fds, self._socket, [message], [descriptor])
         except OSError as error:
             raise lost(error) from None
         self._send(message, sent)
@@ -103,8 +102,7 @@ class SharedStream:
         view = memoryview(message)
         try:
             while sent < len(view):
-                self._waits.before_sending()
-                sent += self._socket.send(view[sent:])
+                sent += self._waits.sending(self._socket.send, view[sent:])
         except OSError as error:
             raise lost(error) from None
 
@@ -117,8 +115,7 @@ class SharedStream:
                 return self._socket.recvmsg(size_bytes, ancillary_bytes, _LOOK_FLAGS)[:2]
             except BlockingIOError:
                 continue
-        self._waits.before_receiving()
-        return self._socket.recvmsg(size_bytes, ancillary_bytes, _RECEIVE_FLAGS)[:2]
+        return self._waits.receiving(self._socket.recvmsg, size_bytes, ancillary_bytes, _RECEIVE_FLAGS)[:2]
 
     def _receive(self, size_bytes: int, ancillary_bytes: int) -> tuple[bytes, int | None]:
         """Exactly `size_bytes`, and the descriptor that came with the first of them."""

@@ -8,14 +8,18 @@ Invariant: no system call waits longer than `bound` allows when it begins, so a 
 from __future__ import annotations
 
 import contextlib
+import math
 import socket
 import struct
 import threading
 from collections.abc import Callable
+from typing import TypeVar
 
 from attnstore.errors import DeadlineExceeded, Retryable, Unavailable
 from attnstore.wire.chunks import Buffer
 from attnstore.wire.page_channel import Frame, FrameReceiver, Role
+
+T = TypeVar("T")
 
 _TIMEVAL = struct.Struct("@ll")
 _NO_LINGER = struct.pack("@ii", 1, 0)
@@ -55,8 +59,7 @@ class FrameStream:
         left = [memoryview(part) for part in parts]
         try:
             while left:
-                self._waits.before_sending()
-                sent = self._socket.sendmsg(left)
+                sent = self._waits.sending(self._socket.sendmsg, left)
                 while left and sent >= len(left[0]):
                     sent -= len(left.pop(0))
                 if left:
@@ -69,22 +72,39 @@ class FrameStream:
 
         Raises `Unavailable`, `DeadlineExceeded` or `ProtocolError`; the connection is useless then.
         """
-        receiver = self._receiver
+        receiver, receive = self._receiver, self._socket.recvmsg_into
+        frame = receiver.announced()
+        if frame is not None:
+            return frame
         try:
             while True:
-                self._waits.before_receiving()
-                count = self._socket.recvmsg_into(receiver.windows(), 0, socket.MSG_WAITALL)[0]
-                if count == 0:
-                    raise Unavailable("the peer closed the page channel")
-                frame = receiver.received(count)
+                frame = self._received(self._waits.receiving(receive, receiver.windows(), 0, socket.MSG_WAITALL)[0])
                 if frame is not None:
                     return frame
         except OSError as error:
             raise lost(error) from None
 
-    def receive_payload(self, *views: memoryview) -> None:
-        """Receives the announced payload into `views`, at most `CHANNEL_GATHER_PAGES` of them."""
-        self._receiver.land(*views)
+    def look(self) -> Frame | None:
+        """`receive` of a frame that has begun to arrive; None at once where there is none."""
+        try:
+            frame = self._received(self._socket.recvmsg_into(self._receiver.windows(), 0, socket.MSG_DONTWAIT)[0])
+        except BlockingIOError:
+            return None
+        except OSError as error:
+            raise lost(error) from None
+        return frame or self.receive()
+
+    def _received(self, count: int) -> Frame | None:
+        if count == 0:
+            raise Unavailable("the peer closed the page channel")
+        return self._receiver.received(count)
+
+    def receive_payload(self, *views: memoryview, ahead: bool = False) -> None:
+        """Receives the announced payload into `views`, at most `CHANNEL_GATHER_PAGES` of them.
+
+        `ahead` spares a system call where another frame is sure to follow: its header is received at once.
+        """
+        self._receiver.land(*views, ahead=ahead)
         self.receive()
 
     def whole_payload(self, frame: Frame) -> bytearray:
@@ -117,12 +137,15 @@ class FrameStream:
 
 
 class Waits:
-    """How long a blocking socket may wait. The kernel keeps the time, so that no call is split to watch a clock."""
+    """How long a blocking socket may wait. The kernel keeps the time, so that no call is split to watch a clock.
+
+    A wait ends at its bound, or later by as much as a shorter bound of the wait before it.
+    """
 
     def __init__(self, connection: socket.socket) -> None:
         self._socket = connection
         self._left_ms: Callable[[], float] | None = None
-        self._timeouts_ms = {socket.SO_RCVTIMEO: 0.0, socket.SO_SNDTIMEO: 0.0}
+        self._timeouts_ms = {socket.SO_RCVTIMEO: math.inf, socket.SO_SNDTIMEO: math.inf}
 
     def bound(self, left_ms: Callable[[], float]) -> None:
         """Bounds every later wait for the peer: `left_ms` is asked before each system call and may raise to end the exchange."""
@@ -133,20 +156,32 @@ class Waits:
         assert self._left_ms is not None, "bound() comes before the first wait"
         return self._left_ms()
 
-    def before_sending(self) -> None:
-        """Bounds the system call that follows. Raises as `left_ms`."""
-        self._bound(socket.SO_SNDTIMEO)
+    def sending(self, call: Callable[..., T], *arguments: object) -> T:
+        """A bounded system call that may wait until the peer takes bytes. Raises as it does, and as `left_ms`."""
+        return self._run(socket.SO_SNDTIMEO, call, arguments)
 
-    def before_receiving(self) -> None:
-        """Bounds the system call that follows. Raises as `left_ms`."""
-        self._bound(socket.SO_RCVTIMEO)
+    def receiving(self, call: Callable[..., T], *arguments: object) -> T:
+        """A bounded system call that may wait for bytes of the peer. Raises as it does, and as `left_ms`."""
+        return self._run(socket.SO_RCVTIMEO, call, arguments)
 
-    def _bound(self, option: int) -> None:
+    def _run(self, option: int, call: Callable[..., T], arguments: tuple[object, ...]) -> T:
         left_ms = self.left_ms()
-        if not left_ms <= self._timeouts_ms[option] <= left_ms + _SLACK_MS:
-            whole_s, rest_us = divmod(max(1, int(min(left_ms, _WAIT_MS_MAX) * 1000)), 1_000_000)
-            self._socket.setsockopt(socket.SOL_SOCKET, option, _TIMEVAL.pack(whole_s, rest_us))
-            self._timeouts_ms[option] = left_ms
+        if self._timeouts_ms[option] > left_ms + _SLACK_MS:
+            self._set(option, left_ms)
+        try:
+            return call(*arguments)
+        except BlockingIOError:
+            # A shorter time-out than this wait's, left from another: to raise it only here spares most calls a second one.
+            left_ms = self.left_ms()
+            if left_ms <= self._timeouts_ms[option] + _SLACK_MS:
+                raise
+            self._set(option, left_ms)
+        return call(*arguments)
+
+    def _set(self, option: int, timeout_ms: float) -> None:
+        whole_s, rest_us = divmod(max(1, int(min(timeout_ms, _WAIT_MS_MAX) * 1000)), 1_000_000)
+        self._socket.setsockopt(socket.SOL_SOCKET, option, _TIMEVAL.pack(whole_s, rest_us))
+        self._timeouts_ms[option] = timeout_ms
 
 
 def lost(error: OSError) -> Retryable:

@@ -51,6 +51,8 @@ def _of_page_size(results: Results, page_bytes: int) -> Iterator[Claim]:
         ("tcp write over Mooncake's best put", "tcp write", ("mooncake_put write",), 2.5),
         ("tcp read over redis-py's best read", "tcp read", ("redis_get read", "redis_mget read"), 2.5),
         ("tcp write over redis-py's best SET", "tcp write", ("redis_set write",), 4.0),
+        ("shm write over redis-py's best SET", "shm_copy write", ("redis_set write",), 4.0),
+        ("shm write over Mooncake's best put", "shm_copy write", ("mooncake_put write",), 2.5),
     ):
         yield Claim(f"{size}: {text}", _best_ratio(results, page_bytes, ours, theirs), bound)
     ours_us, theirs_us = (_latency_us(results, Cell(name, "read", page_bytes, 1)) for name in ("tcp", "mooncake_get"))
