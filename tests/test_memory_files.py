@@ -5,13 +5,16 @@ from __future__ import annotations
 import fcntl
 import mmap
 import os
+import random
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from attnstore import memory_files
+from attnstore.copying import address_of
 from attnstore.errors import ProtocolError
+from attnstore.memory_files import HUGE_PAGE_BYTES
 
 SIZE_BYTES = 3 * mmap.PAGESIZE
 
@@ -40,6 +43,58 @@ def test_nobody_can_shrink_or_grow_it_or_lift_its_seals(size_bytes: int) -> None
             fcntl.fcntl(file, fcntl.F_ADD_SEALS, fcntl.F_SEAL_WRITE)
     finally:
         os.close(file)
+
+
+def test_mappings_begin_where_huge_pages_can_be_mapped_and_end_with_their_last_view() -> None:
+    file, mapping = memory_files.create("attnstore-ends", SIZE_BYTES)
+    reading = memory_files.map_read_only(file, 0, SIZE_BYTES)
+    os.close(file)
+    assert address_of(mapping) % HUGE_PAGE_BYTES == address_of(reading) % HUGE_PAGE_BYTES == 0
+
+    def mapped() -> int:
+        return Path("/proc/self/maps").read_text().count("attnstore-ends")
+
+    part = reading[5:9]
+    del reading
+    assert mapped() == 2
+    del part
+    assert mapped() == 1
+    del mapping
+    assert mapped() == 0
+
+
+def test_memory_that_is_given_back_reads_as_zeros_for_everybody() -> None:
+    file, mapping = memory_files.create("test", SIZE_BYTES)
+    reading = memory_files.map_read_only(file, 0, SIZE_BYTES)
+    mapping[:] = b"x" * SIZE_BYTES
+    memory_files.give_back(mapping)
+    assert os.fstat(file).st_blocks == 0
+    assert reading == bytes(SIZE_BYTES)
+    os.close(file)
+
+
+def test_pages_that_are_collapsed_keep_their_bytes() -> None:
+    size_bytes = 4 * HUGE_PAGE_BYTES
+    file, mapping = memory_files.create("test", size_bytes)
+    reading = memory_files.map_read_only(file, 0, size_bytes)
+    os.close(file)
+    data = random.Random(1).randbytes(size_bytes)
+    mapping[:] = data
+    works = memory_files.collapse(mapping[HUGE_PAGE_BYTES : 3 * HUGE_PAGE_BYTES])
+    print("huge pages can be made here" if works else "this system makes no huge pages")
+    assert reading == data
+    mapping[0:3] = b"abc"
+    assert reading == b"abc" + data[3:]
+
+
+@pytest.mark.parametrize("size_bytes", [0, -1, 1 << 60])
+def test_sizes_that_no_mapping_has_are_refused(size_bytes: int) -> None:
+    with pytest.raises((OSError, ValueError)):
+        memory_files.create("test", size_bytes)
+    file, _ = memory_files.create("test", SIZE_BYTES)
+    with pytest.raises(ProtocolError):
+        memory_files.map_read_only(file, 0, size_bytes)
+    os.close(file)
 
 
 def sealed(size_bytes: int, flags: int = 0) -> int:

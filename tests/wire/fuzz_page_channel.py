@@ -27,26 +27,32 @@ def play(data: bytes) -> None:
     """One input: the outcome is the same however the stream is cut, and every frame taken is one that encodes to itself."""
     role = Role.NODE if data[:1] < b"\x80" else Role.CLIENT
     step, stream = 1 + int.from_bytes(data[1:2], "little"), _mend(data[2:])
-    whole, cut = receive(role, stream, len(stream) + 1), receive(role, stream, step)
-    assert whole == cut, (whole, cut)
+    whole = receive(role, stream, len(stream) + 1, ahead=False)
+    for size, ahead in ((step, False), (len(stream) + 1, True), (step, True)):
+        cut = receive(role, stream, size, ahead=ahead)
+        assert whole == cut, (whole, cut, size, ahead)
     for frame in whole[0]:
         assert decode_frame(encode_frame(frame)) == frame
 
 
-def receive(role: Role, stream: bytes, step: int) -> Outcome:
-    """Frames taken, payload bytes landed, last state, and whether the peer broke the protocol; `step` bytes at a time."""
+def receive(role: Role, stream: bytes, step: int, *, ahead: bool) -> Outcome:
+    """Frames taken, payload bytes landed, last state, and whether the peer broke the protocol; at most `step` bytes at a time, over
+    as many windows as they fill. `ahead`: the header behind a payload is received with it.
+    """
     receiver = FrameReceiver(role)
     frames: list[Frame] = []
     landed = bytearray()
     guarded = bytearray()
     at = 0
     try:
-        while at < len(stream):
-            window = receiver.windows()[0]
-            part = stream[at : at + min(step, len(window))]
-            window[: len(part)] = part
-            at += len(part)
-            frame = receiver.received(len(part))
+        while True:
+            frame = receiver.announced()
+            if frame is None:
+                if at >= len(stream):
+                    break
+                count = _fill(receiver.windows(), stream[at : at + step])
+                at += count
+                frame = receiver.received(count)
             if frame is None:
                 continue
             if receiver.payload_left_bytes == 0:
@@ -58,11 +64,21 @@ def receive(role: Role, stream: bytes, step: int) -> Outcome:
                 break
             else:
                 guarded = bytearray([_GUARD]) * (frame.size_bytes + 2)
-                receiver.land(memoryview(guarded)[1:-1])
+                receiver.land(memoryview(guarded)[1:-1], ahead=ahead)
     except ProtocolError:
         assert receiver.state is State.CLOSED
         return frames, bytes(landed), State.CLOSED, True
     return frames, bytes(landed), receiver.state, False
+
+
+def _fill(windows: list[memoryview], data: bytes) -> int:
+    """Writes data into the windows, one after the other; how many bytes."""
+    count = 0
+    for window in windows:
+        part = data[count : count + len(window)]
+        window[: len(part)] = part
+        count += len(part)
+    return count
 
 
 def _mend(stream: bytes) -> bytes:

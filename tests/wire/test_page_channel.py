@@ -289,6 +289,42 @@ def test_a_payload_lands_in_order_in_the_views_given_and_nowhere_else(views: lis
     assert receiver.at_boundary
 
 
+def test_a_header_that_came_with_the_payload_before_it_is_announced_next() -> None:
+    payload = bytes(range(100))
+    stream = encode_frame(valid(Kind.SLICE, 100)) + payload + encode_frame(valid(Kind.SLICE, 50))
+    for short in range(HEADER_BYTES + 1):
+        receiver = receiver_in(Role.CLIENT, State.OPEN)
+        feed(receiver, stream[:HEADER_BYTES])
+        landed = bytearray(100)
+        receiver.land(memoryview(landed), ahead=True)
+        payload_window, header_window = receiver.windows()
+        payload_window[:] = payload
+        header_window[: HEADER_BYTES - short] = stream[HEADER_BYTES + 100 :][: HEADER_BYTES - short]
+        whole = receiver.received(100 + HEADER_BYTES - short)
+        assert whole is not None
+        assert (whole.size_bytes, landed) == (100, payload)
+        following = receiver.announced()
+        if short:
+            assert following is None
+            assert receiver.at_boundary is (short == HEADER_BYTES)
+            (following,) = feed(receiver, stream[-short:])
+        assert following.size_bytes == 50
+        assert receiver.announced() is None
+        assert receiver.payload_left_bytes == 50
+
+
+def test_a_malformed_header_behind_a_payload_does_not_spoil_the_payload() -> None:
+    receiver = receiver_in(Role.CLIENT, State.OPEN)
+    feed(receiver, encode_frame(valid(Kind.SLICE, 10)))
+    receiver.land(memoryview(bytearray(10)), ahead=True)
+    for window in receiver.windows():
+        window[:] = b"x" * len(window)
+    assert receiver.received(10 + HEADER_BYTES) is not None
+    with pytest.raises(errors.ProtocolError):
+        receiver.announced()
+    assert receiver.state is State.CLOSED
+
+
 def test_a_window_of_another_size_than_the_payload_is_our_own_mistake() -> None:
     for size in (0, 9, 11):
         receiver = receiver_in(Role.CLIENT, State.OPEN)
