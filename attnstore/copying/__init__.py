@@ -17,12 +17,14 @@ from typing import Final
 
 from attnstore.core.hashing import page_checksum
 from attnstore.limits import MIB
+from attnstore.logs import get_logger
 
 _MUCH_BYTES: Final = 64 * MIB
 """Copied by a process before it compiles anything."""
 _COMPILED_BYTES_MIN: Final = 1024
 _PYBUF_SIMPLE: Final = 0
 
+_log = get_logger(__name__)
 _addressof = ctypes.addressof
 _from_buffer = ctypes.c_char.from_buffer
 _Compiled = Callable[[int, int, int, bool], int]
@@ -100,9 +102,12 @@ class _Compilation:
 
     def compile(self) -> None:
         """Takes half a second, and a whole one where nothing is cached."""
-        from attnstore.copying.kernel import copy_and_hash
-
-        self.result = copy_and_hash
+        try:
+            from attnstore.copying.kernel import copy_and_hash
+        except Exception as error:  # whatever a library of compilers finds wrong with this machine: copies need none of it
+            _log.warning("pages are copied without the compiled loop", reason=f"{type(error).__name__}: {error}")
+        else:
+            self.result = copy_and_hash
 
 
 def _can_compile() -> bool:

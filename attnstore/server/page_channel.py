@@ -38,14 +38,13 @@ from attnstore.server.connections import Connection, ConnectionThreads
 from attnstore.server.store import PageView, Store
 from attnstore.telemetry import NodeMetrics
 from attnstore.types import PageStatus
-from attnstore.wire.chunks import Buffer
 from attnstore.wire.match import decode_prefixes, encode_hits
 from attnstore.wire.messages import split_hashes
 from attnstore.wire.page_channel import NO_LEASE, VERSION, Frame, Kind, Order, Role, encode_frame, encode_refusal, encode_slice
 from attnstore.wire.stream import FrameStream
 
-_GATHER_BYTES = 2 * MIB
-"""Pages that are sent in one system call, one at least."""
+_PINNED_TOGETHER = 8
+"""Pages of a READ that are looked up at a time. They are sent one by one: their reader copies one while we look at the next."""
 _VERDICTS_MAX = CHANNEL_CREDITS // 4
 """Verdicts that wait for each other while pages arrive without a pause."""
 
@@ -238,26 +237,23 @@ class _Connection(Connection):
         if frame.order is Order.LAYERS:
             self._read_by_layer(frame, hashes, begin, end, layout.layer_bytes)
             return
-        together = max(1, min(CHANNEL_GATHER_PAGES, _GATHER_BYTES // (end - begin)))
-        for first in range(0, len(hashes), together):
-            with self._store.reading_all(frame.namespace, hashes[first : first + together], frame.lease_id) as pages:
+        for first in range(0, len(hashes), _PINNED_TOGETHER):
+            with self._store.reading_all(frame.namespace, hashes[first : first + _PINNED_TOGETHER], frame.lease_id) as pages:
                 self._send_pages(frame.request, first, pages, begin, end)
 
     def _send_pages(self, request: int, first: int, pages: list[PageView | PageStatus], begin: int, end: int) -> None:
-        """In one system call, which costs as much as a tenth of a page."""
-        parts: list[Buffer] = []
-        sent = 0
-        for index, page in enumerate(pages, first):
-            if isinstance(page, PageStatus):
-                parts.append(_miss(request, index, page))
-                self._count_read(page, 1)
-            else:
-                data, checksum = page.slice(begin, end)
-                parts += (encode_slice(request, index, end - begin, 0, checksum), data)
-                sent += 1
-        self._stream.send(*parts)
-        self._count_read(PageStatus.OK, sent)
-        self._metrics.sent("tcp", sent * (end - begin))
+        size_bytes, sent = end - begin, 0
+        try:
+            for index, page in enumerate(pages, first):
+                if isinstance(page, PageStatus):
+                    self._send_miss(request, index, page)
+                else:
+                    data, checksum = page.slice(begin, end)
+                    self._stream.send(encode_slice(request, index, size_bytes, 0, checksum), data)
+                    sent += 1
+        finally:
+            self._metrics.pages("Read", PageStatus.OK, sent)
+            self._metrics.sent("tcp", sent * size_bytes)
 
     def _read_by_layer(self, frame: Frame, hashes: list[bytes], begin: int, end: int, layer_bytes: int) -> None:
         with ExitStack() as held:
@@ -265,24 +261,21 @@ class _Connection(Connection):
             found = held.enter_context(self._store.reading_all(frame.namespace, hashes, frame.lease_id))
             for index, page in enumerate(found):
                 if isinstance(page, PageStatus):
-                    self._stream.send(_miss(frame.request, index, page))
-                    self._count_read(page, 1)
+                    self._send_miss(frame.request, index, page)
                 else:
                     pages.append((index, page))
             for at in range(begin, end, layer_bytes):
                 for first in range(0, len(pages), CHANNEL_GATHER_PAGES):
                     gathered = pages[first : first + CHANNEL_GATHER_PAGES]
                     parts = [page.data[at : at + layer_bytes] for _, page in gathered]
-                    self._send_slice(frame.request, gathered[0][0], at - begin, joint_checksum(parts), parts)
-            self._count_read(PageStatus.OK, len(pages))
+                    size_bytes, checksum = len(parts) * layer_bytes, joint_checksum(parts)
+                    self._stream.send(encode_slice(frame.request, gathered[0][0], size_bytes, at - begin, checksum), *parts)
+                    self._metrics.sent("tcp", size_bytes)
+            self._metrics.pages("Read", PageStatus.OK, len(pages))
 
-    def _send_slice(self, request: int, index: int, offset_bytes: int, checksum: int, parts: list[memoryview]) -> None:
-        size_bytes = sum(map(len, parts))
-        self._stream.send(encode_slice(request, index, size_bytes, offset_bytes, checksum), *parts)
-        self._metrics.sent("tcp", size_bytes)
-
-    def _count_read(self, status: PageStatus, pages: int) -> None:
-        self._metrics.pages("Read", status, pages)
+    def _send_miss(self, request: int, index: int, status: PageStatus) -> None:
+        self._stream.send(encode_frame(Frame(Kind.SLICE, request=request, page=index, status=status)))
+        self._metrics.pages("Read", status)
 
     def _write(self, frame: Frame, tenant: str) -> None:
         layout = self._store.layout_of(frame.namespace, tenant)
@@ -309,7 +302,3 @@ class _Connection(Connection):
             raise
         self._metrics.received("tcp", frame.size_bytes)
         return self._store.seal(page)
-
-
-def _miss(request: int, index: int, status: PageStatus) -> bytes:
-    return encode_frame(Frame(Kind.SLICE, request=request, page=index, status=status))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import sys
 import threading
 from collections.abc import Iterator
 
@@ -132,6 +133,16 @@ def test_without_numba_a_process_copies_as_well(fresh: copying._Compilation, mon
         assert copy(memoryview(bytearray(len(source))), address_of(memoryview(source))) == page_checksum(source)
     assert fresh.result is None
     assert not [thread for thread in threading.enumerate() if thread.name == "attnstore-compile"]
+
+
+def test_a_machine_on_which_nothing_compiles_copies_as_well(fresh: copying._Compilation, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "attnstore.copying.kernel", None)  # its import raises now
+    prepare()
+    assert fresh.result is None
+    source = bytes(range(256)) * 64
+    target = bytearray(len(source))
+    assert copy(memoryview(target), address_of(memoryview(source))) == page_checksum(source)
+    assert target == source
 
 
 def test_a_destination_that_is_read_only_is_refused(compiled: bool) -> None:

@@ -255,6 +255,31 @@ def test_a_page_whose_bytes_are_not_those_of_its_checksum_is_not_kept(node: Chan
     stream.close()
 
 
+def test_verdicts_come_in_order_and_before_whatever_was_asked_after_their_pages(node: ChannelNode) -> None:
+    """They may wait for each other, but not for more than is on the way already."""
+    batch = make_batch(40, model="verdicts together")
+    node.register(batch)
+    stream = node.connect()
+    for index, page in enumerate(batch.pages):
+        stream.send(page_header(batch, index), page)
+    ask(stream, batch)
+    frames = [stream.receive() for _ in batch.pages]
+    assert [(frame.kind, frame.page, frame.status) for frame in frames] == [
+        (Kind.VERDICT, index, PageStatus.STORED) for index in range(40)
+    ]
+    assert [payload(stream)[1] for _ in batch.pages] == batch.pages
+    # A page that comes alone has its verdict at once, and an error does not overtake one.
+    other = make_batch(2, model="verdict at once")
+    node.register(other)
+    stream.send(page_header(other, 0), other.pages[0])
+    assert verdict(stream) is PageStatus.STORED
+    stream.send(page_header(other, 1), other.pages[1])
+    stream.send(page_header(make_batch(1, model="of nobody"), 0), batch.pages[0])
+    assert verdict(stream) is PageStatus.STORED
+    assert isinstance(refusal(stream), errors.NamespaceUnknown)
+    stream.close()
+
+
 def test_a_page_that_is_there_or_on_its_way_is_read_to_its_end_and_not_stored_twice(node: ChannelNode) -> None:
     batch = make_batch(1, model="twice")
     node.register(batch)
