@@ -1,7 +1,7 @@
 """The CPU prefill kernel: many query rows of one sequence against its pages, with the bf16 products of the machine.
 
 Owns: `attend_many`, compiled by numba, and the order of keys and values that it reads. Invariant: a row's result depends on the
-keys that it sees alone; what lies in a page behind them is never multiplied. Needs `tile.available`.
+keys that it sees alone; what lies in a page behind them is never multiplied. Needs `HAS_BF16_PRODUCTS`.
 
 Keys and values of a sequence are first put in the order of the tiles, once for all its rows, by panels of PANEL keys: keys as
 `[head_dim / 2, PANEL, 2]`, values as `[PANEL / 2, head_dim, 2]`. Then ROWS query rows at a time take a panel's scores, their
@@ -19,10 +19,10 @@ from typing import Final
 import numpy as np
 from numba import njit
 
-from attnstore.attention import tile
 from attnstore.attention.barrier import meet, take
 from attnstore.attention.cpu_kernel import NOTHING_SEEN, QUAD, advance
 from attnstore.attention.simd import (
+    HAS_BF16_PRODUCTS,
     LANES,
     add,
     exp2,
@@ -59,7 +59,7 @@ _inlined = njit(nogil=True, error_model="numpy", forceinline=True, cache=True)
 
 def fits(head_dim: int, block_tokens: int) -> bool:
     """The kernel exists on this machine and takes heads and blocks of this size."""
-    return tile.available and head_dim % (2 * LANES) == 0 and block_tokens % QUAD == 0
+    return HAS_BF16_PRODUCTS and head_dim % (2 * LANES) == 0 and block_tokens % QUAD == 0
 
 
 def scratch_elements(group: int, head_dim: int) -> tuple[int, int]:

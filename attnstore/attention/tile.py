@@ -2,7 +2,7 @@
 
 Owns: `tile_4` and `tile_1`. It exists because what keeps the bf16 unit busy is a block of sums held in registers while rows of one
 factor are broadcast against vectors of the other, and no compiler finds that in plain loops. Invariant: sums are fp32 and both
-factors bf16, two products a lane and instruction (AVX512-BF16); without that instruction there is no such kernel (`available`).
+factors bf16, two products a lane and instruction (AVX512-BF16); without that instruction there is no such kernel (`HAS_BF16_PRODUCTS`).
 
 The first factor lies in rows; of the second, two neighbouring rows lie interleaved, element by element ("pairs"), so that one lane
 multiplies both at once.
@@ -18,12 +18,10 @@ from llvmlite import ir
 from numba.core import cgutils, types
 from numba.extending import intrinsic
 
-from attnstore.attention.simd import HAS_BF16_PRODUCTS, LANES, address, bf16_products, splatted
+from attnstore.attention.simd import LANES, address, bf16_products, splatted
 
 ROWS: Final = 6
 """Rows of a tile: with four vectors each, 24 of the 32 registers hold sums."""
-
-available: Final = HAS_BF16_PRODUCTS
 
 _VECTOR: Final = ir.VectorType(ir.FloatType(), LANES)
 _PAIRS: Final = ir.VectorType(ir.IntType(16), 2 * LANES)

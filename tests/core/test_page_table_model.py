@@ -131,13 +131,7 @@ class PageTableMachine(RuleBasedStateMachine):
     def pin(self, namespace: bytes, page_hash: bytes, lease: tuple[bytes, bytes] | None) -> object:
         key = (namespace, page_hash)
         answer = self.table.pin(namespace, page_hash, lease[1] if lease else None, self.now_ms)
-        if lease and not (lease[0] == namespace and self.is_live(lease[1])):
-            assert answer is PageStatus.LEASE_EXPIRED
-        elif key not in self.sealed:
-            assert answer is PageStatus.MISSING
-        else:
-            assert isinstance(answer, PinnedPage)
-            assert (answer.slot, answer.checksum) == (self.sealed[key].slot, self.sealed[key].checksum)
+        if self.expects_page(key, lease, answer):
             self.sealed[key].readers += 1
             return (key, answer)
         return multiple()
@@ -146,14 +140,19 @@ class PageTableMachine(RuleBasedStateMachine):
     def use(self, namespace: bytes, page_hashes: list[bytes], lease: tuple[bytes, bytes] | None) -> None:
         answers = self.table.use(namespace, page_hashes, lease[1] if lease else None, self.now_ms)
         for page_hash, answer in zip(page_hashes, answers, strict=True):
-            key = (namespace, page_hash)
-            if lease and not (lease[0] == namespace and self.is_live(lease[1])):
-                assert answer is PageStatus.LEASE_EXPIRED
-            elif key not in self.sealed:
-                assert answer is PageStatus.MISSING
-            else:
-                assert isinstance(answer, PinnedPage)
-                assert (answer.slot, answer.checksum) == (self.sealed[key].slot, self.sealed[key].checksum)
+            self.expects_page((namespace, page_hash), lease, answer)
+
+    def expects_page(self, key: Key, lease: tuple[bytes, bytes] | None, answer: object) -> bool:
+        """Whether a read finds the page; asserts that the answer says so, or why not."""
+        if lease and not (lease[0] == key[0] and self.is_live(lease[1])):
+            assert answer is PageStatus.LEASE_EXPIRED
+            return False
+        if key not in self.sealed:
+            assert answer is PageStatus.MISSING
+            return False
+        assert isinstance(answer, PinnedPage)
+        assert (answer.slot, answer.checksum) == (self.sealed[key].slot, self.sealed[key].checksum)
+        return True
 
     @rule(page=consumes(pinned_pages))
     def unpin(self, page: tuple[Key, PinnedPage]) -> None:

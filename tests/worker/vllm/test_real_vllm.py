@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import pydoc_data.topics
-import socket
 import tempfile
 import threading
 from collections.abc import Callable, Iterator
@@ -17,6 +16,7 @@ import pytest
 import attnstore
 from attnstore.testing import StoreProcess
 from attnstore.testing.link import Link
+from attnstore.testing.ports import free_port
 from experiments.vllm.runs import Engine
 from experiments.vllm.session import Answers, Batch, Start, attnstore_connector
 from worker.model.conversion import export_model
@@ -50,12 +50,6 @@ def prompts(model: Path) -> list[list[int]]:
 
     ids = AutoTokenizer.from_pretrained(model).encode("\n".join(pydoc_data.topics.topics.values())[:80_000])
     return [ids[begin : begin + PROMPT_TOKENS] for begin in range(0, 16_000, 2_000)]
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        port: int = listener.getsockname()[1]
-        return port
 
 
 @contextmanager
