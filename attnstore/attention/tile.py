@@ -2,7 +2,8 @@
 
 Owns: `tile_4` and `tile_1`. It exists because what keeps the bf16 unit busy is a block of sums held in registers while rows of one
 factor are broadcast against vectors of the other, and no compiler finds that in plain loops. Invariant: sums are fp32 and both
-factors bf16, two products a lane and instruction (AVX512-BF16); without that instruction there is no such kernel (`HAS_BF16_PRODUCTS`).
+factors bf16, two products a lane and instruction (AVX512-BF16); without that instruction (`HAS_BF16_PRODUCTS`) there is no such
+kernel.
 
 The first factor lies in rows; of the second, two neighbouring rows lie interleaved, element by element ("pairs"), so that one lane
 multiplies both at once.
