@@ -16,6 +16,7 @@ import socket
 import threading
 from collections import deque
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -319,13 +320,25 @@ class _Channel:
     def verdicts(self) -> list[PageStatus]:
         """The answer to the oldest `offer`."""
         assert self._lent is not None
-        answer = _answer(self._stream, Kind.TAKE)
         offered = self._offered.popleft()
+        try:
+            answer = _answer(self._stream, Kind.TAKE)
+        except ProtocolError:
+            raise
+        except AttnStoreError:
+            self._await_refusals()
+            raise
         self.answered = True
         if answer.count != offered:
             raise ProtocolError(f"the node gave {answer.count} verdicts on {offered} pages")
         self._lent.give_back(offered)
         return shared.decode_taken(answer.payload)
+
+    def _await_refusals(self) -> None:
+        """A call that was refused has ended at the node, too, when it ends here: whoever calls again must not meet its pages."""
+        with suppress(AttnStoreError):
+            for _ in self._offered:
+                self._stream.receive(ANSWERS[Kind.TAKE])
 
     def shutdown(self) -> None:
         self._stream.shutdown()

@@ -12,6 +12,7 @@ import socket
 import weakref
 from collections import deque
 from collections.abc import Callable
+from contextlib import suppress
 from typing import TypeVar
 
 from attnstore.client.attend import ChannelAttend
@@ -179,7 +180,7 @@ class _Channel:
         verdicts: list[PageStatus] = []
         for index in range(begin, end):
             if index - begin - len(verdicts) == self._credits_max:
-                verdicts.append(self._take_verdict(begin + len(verdicts)))
+                verdicts.append(self._take_verdict(begin + len(verdicts), index))
             page = plan.pages[index]
             frame = Frame(
                 Kind.WRITE,
@@ -192,7 +193,7 @@ class _Channel:
             )
             self._stream.send(encode_frame(frame), page)
         while len(verdicts) < end - begin:
-            verdicts.append(self._take_verdict(begin + len(verdicts)))
+            verdicts.append(self._take_verdict(begin + len(verdicts), end))
         return tuple(verdicts)
 
     def match(self, plan: MatchPlan, payload: bytes) -> MatchResult:
@@ -283,12 +284,25 @@ class _Channel:
             assert plan.on_layer is not None
             plan.on_layer(layer, plan.landing.leading_open)
 
-    def _take_verdict(self, index: int) -> PageStatus:
-        frame = self._receive(Kind.VERDICT, self._request)
+    def _take_verdict(self, index: int, sent_to: int) -> PageStatus:
+        """The verdict on page `index`, of the pages up to `sent_to` that were sent."""
+        try:
+            frame = self._receive(Kind.VERDICT, self._request)
+        except ProtocolError:
+            raise
+        except AttnStoreError:
+            self._await_refusals(sent_to - index - 1)
+            raise
         if frame.page != index:
             raise ProtocolError(f"the node's verdict is on page {frame.page} where page {index} was next")
         assert frame.status is not None
         return frame.status
+
+    def _await_refusals(self, pages: int) -> None:
+        """A call that was refused has ended at the node, too, when it ends here: whoever calls again must not meet its pages."""
+        with suppress(AttnStoreError):
+            for _ in range(pages):
+                self._stream.whole_payload(self._stream.receive())
 
     def _receive(self, expected: Kind, request: int) -> Frame:
         frame = self._stream.receive()

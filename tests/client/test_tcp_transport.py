@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import threading
+import time
 from collections.abc import Iterator
 
 import pytest
@@ -21,7 +22,7 @@ from attnstore.limits import (
     CHANNEL_SECOND_READ_HASHES_MAX,
     HASH_BYTES,
 )
-from attnstore.wire.page_channel import Frame, Kind, encode_frame, encode_slice
+from attnstore.wire.page_channel import Frame, Kind, encode_frame, encode_refusal, encode_slice
 from tests.channels import ChannelNode, NodeEnd, clean_node, pages_of, read, read_plan, scripted, write_plan
 from tests.samples import LARGE, SMALL, make_batch
 
@@ -108,6 +109,24 @@ def test_a_refusal_arrives_as_the_error_that_it_is(node: ChannelNode) -> None:
         with pytest.raises(errors.PermissionDenied):
             call()
     transport.close()
+
+
+def test_a_write_that_was_refused_ends_with_the_nodes_last_answer() -> None:
+    """Its later pages are on the way: a node that is slow would store them once whoever calls again has made them welcome."""
+    batch = make_batch(4, model="refused")
+    answered: list[int] = []
+
+    def serve(end: NodeEnd) -> None:
+        for index in range(4):
+            frame, _ = end.next_request()
+            time.sleep(0.1 * index)
+            answered.append(index)
+            end.stream.send(encode_refusal(frame.request, errors.NamespaceUnknown("who?")))
+
+    with scripted(serve) as transport:
+        with pytest.raises(errors.NamespaceUnknown):
+            transport.write(write_plan(batch))
+        assert answered == [0, 1, 2, 3]
 
 
 # Credits

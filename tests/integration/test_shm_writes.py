@@ -457,10 +457,10 @@ def test_a_node_that_has_drained_takes_no_page() -> None:
 # A node that lies to a writer.
 
 
-def write_to(lying: LyingNode) -> tuple[PageStatus, ...]:
-    batch = make_batch(1, model="to a liar")
+def write_to(lying: LyingNode, pages: int = 1) -> tuple[PageStatus, ...]:
+    batch = make_batch(pages, model="to a liar")
     transport = ShmTransport(lambda _name, _deadline: (lying.address, b"t" * 32), channels=1)
-    plan = WritePlan(batch.namespace, batch.hashes, [memoryview(batch.pages[0])], Deadline(MonotonicClock(), 10_000))
+    plan = WritePlan(batch.namespace, batch.hashes, list(map(memoryview, batch.pages)), Deadline(MonotonicClock(), 10_000))
     try:
         return transport.write(plan)
     finally:
@@ -483,6 +483,25 @@ def test_answers_that_no_honest_node_gives_are_a_broken_protocol(answer: bytes, 
 
     with LyingNode(lie) as node, pytest.raises(ProtocolError, match=complaint):
         write_to(node)
+
+
+def test_a_call_that_was_refused_ends_with_the_nodes_last_answer() -> None:
+    """Its later pages are on the way: a node that is slow would store them once whoever calls again has made them welcome."""
+    answered: list[Kind] = []
+
+    def refuse(stream: shared.SharedStream, kind: Kind) -> None:
+        if kind is Kind.LEND:
+            stream.send(shared.encode_lent())
+            return
+        if answered:
+            time.sleep(0.1)
+        answered.append(kind)
+        stream.send(shared.encode_refusal(NamespaceUnknown("who?")))
+
+    with LyingNode(refuse) as node:
+        with pytest.raises(NamespaceUnknown):
+            write_to(node, pages=7)
+        assert answered == [Kind.TAKE] * 3, "of one page, of two, of four"
 
 
 @pytest.mark.parametrize("page_bytes", [1, 4096, 100_000, 3 << 20, 40 << 20])
