@@ -57,6 +57,15 @@ class StoreProcess:
         """SIGKILL: the node gets no chance to say goodbye."""
         return self._end(signal.SIGKILL)
 
+    def suspend(self) -> None:
+        """SIGSTOP, and waits until every thread of the node has stopped: until then one may still answer. `resume` ends it."""
+        self.process.send_signal(signal.SIGSTOP)
+        os.waitid(os.P_PID, self.process.pid, os.WSTOPPED)
+
+    def resume(self) -> None:
+        """SIGCONT."""
+        self.process.send_signal(signal.SIGCONT)
+
     def _end(self, number: signal.Signals) -> int:
         if self.process.poll() is None:
             self.process.send_signal(signal.SIGCONT)

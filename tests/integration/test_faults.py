@@ -154,7 +154,7 @@ def test_every_call_to_a_stopped_node_ends_within_its_deadline(node: StoreProces
     with attnstore.connect(node.url, deadline_ms=300, transport=transport) as client:
         client.register_layout(batch.namespace, LARGE, deadline_ms=5_000)
         client.write(batch.namespace, batch.hashes, batch.pages, deadline_ms=5_000)
-        node.process.send_signal(signal.SIGSTOP)
+        node.suspend()
         for call in (
             client.describe,
             client.stats,
@@ -171,7 +171,7 @@ def test_every_call_to_a_stopped_node_ends_within_its_deadline(node: StoreProces
             assert time.monotonic() - began_s < 0.3 + GRACE_S
         answer = client.read(batch.namespace, batch.hashes, batch.buffers())
         assert isinstance(answer.error, errors.DeadlineExceeded)
-        node.process.send_signal(signal.SIGCONT)
+        node.resume()
         buffers = batch.buffers()
         assert eventually(lambda: client.read(batch.namespace, batch.hashes, buffers, deadline_ms=5_000).leading_hits == 4)
         assert buffers == batch.pages
@@ -181,7 +181,7 @@ async def test_a_short_deadline_holds_beside_a_call_with_a_long_one(node: StoreP
     batch = batch_of(1)
     async with attnstore.aio.connect(node.url, deadline_ms=20_000) as client:
         await client.register_layout(batch.namespace, SMALL)
-        node.process.send_signal(signal.SIGSTOP)
+        node.suspend()
         # The first call asks the stopped node which transports it offers; the second needs to know as well.
         patient = asyncio.create_task(client.write(batch.namespace, batch.hashes, batch.pages))
         await asyncio.sleep(0.05)
@@ -189,16 +189,16 @@ async def test_a_short_deadline_holds_beside_a_call_with_a_long_one(node: StoreP
         answer = await client.read(batch.namespace, batch.hashes, batch.buffers(), deadline_ms=300)
         assert isinstance(answer.error, errors.DeadlineExceeded)
         assert time.monotonic() - began_s < 0.3 + GRACE_S
-        node.process.send_signal(signal.SIGCONT)
+        node.resume()
         assert (await patient).verdicts == (PageStatus.STORED,)
 
 
 def test_a_slow_handshake_is_waited_for(node: StoreProcess, pool: ThreadPoolExecutor) -> None:
-    node.process.send_signal(signal.SIGSTOP)
+    node.suspend()
     with attnstore.connect(node.url, deadline_ms=20_000) as client:
         asked = pool.submit(client.describe)
         time.sleep(0.5)
-        node.process.send_signal(signal.SIGCONT)
+        node.resume()
         assert asked.result(30).capacity_bytes == 64 << 20
 
 

@@ -166,7 +166,7 @@ def test_a_node_killed_during_a_write_is_unavailable(node: StoreProcess, channel
         stored(client, 3, "before the end")
         batch = make_batch(60, model="node killed in a write", layout=WIDE)
         client.register_layout(batch.namespace, WIDE)
-        node.process.send_signal(signal.SIGSTOP)  # pages pile up on their way
+        node.suspend()  # pages pile up on their way
         with ThreadPoolExecutor(1) as thread:
             writing = thread.submit(client.write, batch.namespace, batch.hashes, batch.pages)
             node.kill()
@@ -458,7 +458,7 @@ def test_a_client_closed_by_another_thread_ends_its_calls(node: StoreProcess) ->
     client = attnstore.connect(node.url, transport="tcp", deadline_ms=20_000)
     batch = stored(client, 4, "closed meanwhile", WIDE)
     read(client, batch)
-    node.process.send_signal(signal.SIGSTOP)
+    node.suspend()
     with ThreadPoolExecutor(2) as threads:
         reading = threads.submit(client.read, batch.namespace, batch.hashes, batch.buffers())
         writing = threads.submit(client.write, batch.namespace, batch.hashes, batch.pages)

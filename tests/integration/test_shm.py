@@ -6,7 +6,6 @@ import asyncio
 import fcntl
 import mmap
 import os
-import signal
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -27,7 +26,7 @@ from attnstore.wire import shared
 from attnstore.wire.shared import Kind, Place
 from attnstore.wire.shared_stream import SharedStream
 from tests.integration.shm_peer import LyingNode, Peer, open_channel
-from tests.samples import LARGE, SMALL, Batch, eventually, make_batch
+from tests.samples import LARGE, SMALL, Batch, make_batch
 
 OK, MISSING, CORRUPT, INCOMPLETE = PageStatus.OK, PageStatus.MISSING, PageStatus.CORRUPT, PageStatus.INCOMPLETE
 PAGE = PageLayout(layers=4, kv_heads=1, head_dim=1024, block_tokens=16, dtype=DType.OPAQUE)
@@ -62,10 +61,6 @@ def flood(client: attnstore.Client, pages: int = 64) -> None:
 def mapped_files() -> set[str]:
     """Extents that this process has mapped, of whatever node, by inode."""
     return {line.split()[4] for line in Path("/proc/self/maps").read_text().splitlines() if "attnstore-extent" in line}
-
-
-def is_stopped(node: StoreProcess) -> bool:
-    return Path(f"/proc/{node.process.pid}/stat").read_text().rpartition(")")[2].split()[0] == "T"
 
 
 def test_pages_are_read_byte_for_byte_with_misses_in_between(node: StoreProcess) -> None:
@@ -323,12 +318,11 @@ def test_a_stopped_node_ends_a_read_at_its_deadline_and_serves_again_later(node:
     with attnstore.connect(node.url, transport="shm") as client:
         batch = stored(client, 2, "stopped")
         client.read(batch.namespace, batch.hashes, batch.buffers())
-        node.process.send_signal(signal.SIGSTOP)
+        node.suspend()
         try:
-            assert eventually(lambda: is_stopped(node))
             answer = client.read(batch.namespace, batch.hashes, batch.buffers(), deadline_ms=200)
         finally:
-            node.process.send_signal(signal.SIGCONT)
+            node.resume()
         assert answer.statuses == (INCOMPLETE,) * 2
         assert isinstance(answer.error, DeadlineExceeded)
         assert client.read(batch.namespace, batch.hashes, batch.buffers()).leading_hits == 2

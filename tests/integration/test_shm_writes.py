@@ -385,14 +385,14 @@ def test_a_stopped_node_ends_a_write_at_its_deadline_and_takes_later_ones(node: 
     with attnstore.connect(node.url, transport="shm") as client:
         batch = registered(client, 6, "stopped", LARGE)
         client.write(batch.namespace, batch.hashes[:1], batch.pages[:1])
-        node.process.send_signal(signal.SIGSTOP)
+        node.suspend()
         try:
             began_s = time.monotonic()
             with pytest.raises(Retryable):
                 client.write(batch.namespace, batch.hashes, batch.pages, deadline_ms=500)
             assert time.monotonic() - began_s < 2.5
         finally:
-            node.process.send_signal(signal.SIGCONT)
+            node.resume()
         # What the node still finds of the broken call it may finish or drop; either way each page is whole.
         assert eventually(lambda: all(v.is_kept for v in client.write(batch.namespace, batch.hashes, batch.pages).verdicts))
         assert_holds(node, batch)
@@ -403,7 +403,7 @@ def test_a_cancelled_write_ends_and_its_connection_serves_nobody_else(node: Stor
         async with attnstore.aio.connect(node.url, transport="shm") as client:
             await client.register_layout(batch.namespace, LARGE)
             await client.write(batch.namespace, batch.hashes[:1], batch.pages[:1])
-            node.process.send_signal(signal.SIGSTOP)
+            node.suspend()
             try:
                 writing = asyncio.create_task(client.write(batch.namespace, batch.hashes, batch.pages))
                 await asyncio.sleep(0.2)
@@ -411,7 +411,7 @@ def test_a_cancelled_write_ends_and_its_connection_serves_nobody_else(node: Stor
                 with pytest.raises(asyncio.CancelledError):
                     await asyncio.wait_for(writing, 5)
             finally:
-                node.process.send_signal(signal.SIGCONT)
+                node.resume()
             for _ in range(50):
                 verdicts = (await client.write(batch.namespace, batch.hashes, batch.pages)).verdicts
                 if all(verdict.is_kept for verdict in verdicts):

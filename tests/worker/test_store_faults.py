@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import signal
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -41,7 +40,7 @@ def _kill(node: StoreProcess) -> None:
 
 
 def _stop_answering(node: StoreProcess) -> None:
-    node.process.send_signal(signal.SIGSTOP)
+    node.suspend()
 
 
 @pytest.mark.parametrize("fault", [_kill, _stop_answering])
