@@ -12,6 +12,9 @@ import threading
 from attnstore import memory_files
 from attnstore.memory_files import HUGE_PAGE_BYTES
 
+_PAUSE_S = 0.2
+"""Between two huge pages: without it a node that fills new extents took four fifths of a 10 Gb/s link, on two cores."""
+
 
 class HugePages:
     """`make` from any thread, then `close` once."""
@@ -44,7 +47,7 @@ class HugePages:
         while (extent := self._extents.get()) is not None:
             with extent:
                 for at in range(0, len(extent) if works else 0, HUGE_PAGE_BYTES):
-                    if self._closed.is_set():
+                    if self._closed.wait(_PAUSE_S):
                         return
                     with extent[at : at + HUGE_PAGE_BYTES] as piece:
                         works = len(piece) < HUGE_PAGE_BYTES or memory_files.collapse(piece)
