@@ -3,8 +3,8 @@
 Owns: how they are made and mapped, and what is looked at before one that a peer passed is. Invariant: reading a file mapped here
 cannot kill this process: it can neither shrink, nor does it consist of huge pages that the system may lack when touched.
 
-Every mapping begins at an address at which the system can map huge pages as such, which `collapse` makes of a file's small ones.
-Most systems never do so by themselves (`shmem_enabled` is `never`), and each 4 KiB then need an entry of the processor's TLB.
+Every mapping begins at an address at which the system can map huge pages as such, and `allocate_huge_pages` asks for them. Most
+systems never give them to shared memory by themselves (`shmem_enabled` is `never`); each 4 KiB then need an entry of the TLB.
 """
 
 from __future__ import annotations
@@ -27,7 +27,6 @@ HUGE_PAGE_BYTES: Final = 2 * MIB
 
 _SEALS: Final = fcntl.F_SEAL_GROW | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_SEAL
 _MADV_REMOVE: Final = 9
-_MADV_HUGEPAGE: Final = 14
 _MADV_POPULATE_READ: Final = 22
 _MADV_POPULATE_WRITE: Final = 23
 _MADV_COLLAPSE: Final = 25
@@ -35,7 +34,6 @@ _MADV_COLLAPSE: Final = 25
 _MAP_FIXED: Final = 0x10
 _MAP_NORESERVE: Final = 0x4000
 _SIZE_BYTES_MAX: Final = 1 << 46
-_READ_WRITE: Final = mmap.PROT_READ | mmap.PROT_WRITE
 
 _system = ctypes.CDLL(None, use_errno=True)
 _mmap, _madvise = _system.mmap, _system.madvise
@@ -53,12 +51,29 @@ def create(name: str, size_bytes: int) -> tuple[int, memoryview]:
     try:
         os.ftruncate(file, size_bytes)
         fcntl.fcntl(file, fcntl.F_ADD_SEALS, _SEALS)
-        mapping = _mapped(file, 0, size_bytes, _READ_WRITE)
+        mapping = map_writable(file, size_bytes)
         _allocate(mapping, file)
     except BaseException:
         os.close(file)
         raise
     return file, mapping
+
+
+def map_writable(file: int, size_bytes: int) -> memoryview:
+    """Maps that much of a file of our own, from its beginning; the mapping lives as long as a view of it. Raises `OSError`."""
+    return _mapped(file, 0, size_bytes, mmap.PROT_READ | mmap.PROT_WRITE)
+
+
+def allocate_huge_pages(mapping: memoryview) -> None:
+    """Allocates the huge pages that a writable mapping has room for, where the system makes them for such a file; else little.
+
+    Out of one small page and holes the system makes a huge page without copying, ten times as fast as it allocates the small ones.
+    No byte changes for anybody who maps the file.
+    """
+    with suppress(OSError):  # no more of them, or none for such a file
+        for begin in range(0, len(mapping) - HUGE_PAGE_BYTES + 1, HUGE_PAGE_BYTES):
+            _advise(mapping[begin : begin + mmap.PAGESIZE], _MADV_POPULATE_WRITE)
+            _advise(mapping[begin : begin + HUGE_PAGE_BYTES], _MADV_COLLAPSE)
 
 
 def map_read_only(file: int, offset_bytes: int, size_bytes: int, trusted: Path | None = None) -> memoryview:
@@ -86,18 +101,6 @@ def give_back(mapping: memoryview) -> None:
     _advise(mapping, _MADV_REMOVE)
 
 
-def collapse(part: memoryview) -> bool:
-    """Makes huge pages of the small ones in a part of a mapping, as far as they are aligned; blocks for some milliseconds a piece.
-
-    False where this system will not. The bytes stay what they are, for everybody who maps them.
-    """
-    try:
-        _advise(part, _MADV_COLLAPSE)
-    except OSError as error:
-        return error.errno != errno.EINVAL
-    return True
-
-
 def _mapped(file: int, offset_bytes: int, size_bytes: int, protection: int) -> memoryview:
     """Raises `OSError`."""
     if not 0 < size_bytes <= _SIZE_BYTES_MAX:
@@ -123,9 +126,8 @@ def _is_harmless(file: int) -> bool:
 
 
 def _allocate(mapping: memoryview, file: int) -> None:
-    """Allocates every page of the file now, as huge pages where the system has them for shared memory."""
-    with suppress(OSError):
-        _advise(mapping, _MADV_HUGEPAGE)
+    """Allocates every page of the file now."""
+    allocate_huge_pages(mapping)
     try:
         _advise(mapping, _MADV_POPULATE_WRITE)
     except OSError as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import mmap
 import os
@@ -15,6 +16,7 @@ from attnstore import memory_files
 from attnstore.copying import address_of
 from attnstore.errors import ProtocolError
 from attnstore.memory_files import HUGE_PAGE_BYTES
+from tests.huge_pages import huge_pages_in, makes_huge_pages
 
 SIZE_BYTES = 3 * mmap.PAGESIZE
 
@@ -73,18 +75,48 @@ def test_memory_that_is_given_back_reads_as_zeros_for_everybody() -> None:
     os.close(file)
 
 
-def test_pages_that_are_collapsed_keep_their_bytes() -> None:
-    size_bytes = 4 * HUGE_PAGE_BYTES
+def test_files_are_allocated_in_huge_pages_where_the_system_makes_them() -> None:
+    size_bytes = 2 * HUGE_PAGE_BYTES + 5 * mmap.PAGESIZE
     file, mapping = memory_files.create("test", size_bytes)
+    assert os.fstat(file).st_blocks * 512 == size_bytes
     reading = memory_files.map_read_only(file, 0, size_bytes)
     os.close(file)
+    expected = 2 if makes_huge_pages() else 0
+    assert huge_pages_in(mapping) == huge_pages_in(reading) == expected
+    assert reading == bytes(size_bytes)
+    mapping[-3:] = b"abc"
+    assert reading[-4:] == b"\0abc"
+
+
+def test_a_file_that_has_bytes_already_keeps_them() -> None:
+    size_bytes = 2 * HUGE_PAGE_BYTES
     data = random.Random(1).randbytes(size_bytes)
-    mapping[:] = data
-    works = memory_files.collapse(mapping[HUGE_PAGE_BYTES : 3 * HUGE_PAGE_BYTES])
-    print("huge pages can be made here" if works else "this system makes no huge pages")
-    assert reading == data
-    mapping[0:3] = b"abc"
-    assert reading == b"abc" + data[3:]
+    file = os.memfd_create("test")
+    os.write(file, data)
+    mapping = memory_files.map_writable(file, size_bytes)
+    os.close(file)
+    memory_files.allocate_huge_pages(mapping)
+    assert mapping == data
+
+
+@pytest.mark.parametrize("failing", [errno.EINVAL, errno.ENOMEM], ids=["none for such files", "no more of them"])
+def test_a_system_without_huge_pages_allocates_small_ones(failing: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    advise = memory_files._advise  # pyright: ignore[reportPrivateUsage]
+    asked: list[int] = []
+
+    def refuse_to_collapse(mapping: memoryview, advice: int) -> None:
+        if advice == memory_files._MADV_COLLAPSE:  # pyright: ignore[reportPrivateUsage]
+            asked.append(len(mapping))
+            raise OSError(failing, os.strerror(failing))
+        advise(mapping, advice)
+
+    monkeypatch.setattr(memory_files, "_advise", refuse_to_collapse)
+    size_bytes = 3 * HUGE_PAGE_BYTES
+    file, mapping = memory_files.create("test", size_bytes)
+    assert os.fstat(file).st_blocks * 512 == size_bytes
+    assert mapping == bytes(size_bytes)
+    assert asked == [HUGE_PAGE_BYTES], "the first refusal is enough"
+    os.close(file)
 
 
 @pytest.mark.parametrize("size_bytes", [0, -1, 1 << 60])

@@ -12,20 +12,18 @@ from __future__ import annotations
 
 import errno
 import fcntl
-import mmap
 import os
 import secrets
 import stat
-from contextlib import suppress
 from pathlib import Path
 from typing import Final
 
+from attnstore import memory_files
 from attnstore.arena.stamped import Span, StampedArena, void
 from attnstore.errors import InvalidArgument
 from attnstore.limits import MIB
+from attnstore.memory_files import HUGE_PAGE_BYTES
 
-_GRAIN_BYTES: Final = 2 * MIB
-"""A device of CXL memory can be mapped in multiples of this."""
 _FIRST_STAMP_BITS: Final = 62
 _ZEROS: Final = bytes(MIB)
 
@@ -38,19 +36,20 @@ class FileArena(StampedArena):
 
     def __init__(self, capacity_bytes: int, extent_bytes: int, path: Path) -> None:
         super().__init__(capacity_bytes, extent_bytes, first_stamp=secrets.randbits(_FIRST_STAMP_BITS))
-        self._span_bytes = -(-self.layout.file_bytes // _GRAIN_BYTES) * _GRAIN_BYTES
+        # A device of CXL memory can be mapped in multiples of this.
+        self._span_bytes = -(-self.layout.file_bytes // HUGE_PAGE_BYTES) * HUGE_PAGE_BYTES
         try:
             self._file: int | None = _opened(path, self.extents * self._span_bytes)
         except OSError as error:
             raise InvalidArgument(f"--arena-path {path}: {_reason(error)}") from None
         try:
-            self._mapping = mmap.mmap(self._file, self.extents * self._span_bytes)
-        except (OSError, ValueError) as error:  # ValueError: mmap's word for a file that is too short
+            self._bytes = memory_files.map_writable(self._file, self.extents * self._span_bytes)
+        except OSError as error:
             os.close(self._file)
             raise InvalidArgument(
-                f"--arena-path {path} cannot be mapped for a capacity of {capacity_bytes} bytes ({error}); lower --capacity"
+                f"--arena-path {path} cannot be mapped for a capacity of {capacity_bytes} bytes ({error.strerror}); "
+                "lower --capacity"
             ) from None
-        self._bytes = memoryview(self._mapping)
         self._data = [self._part(extent, 0, extent_bytes) for extent in range(self.extents)]
         at, end = self.layout.stamps_offset_bytes, self.layout.stamps_offset_bytes + 8 * self.layout.stamps
         self._words = [self._part(extent, at, end).cast("Q") for extent in range(self.extents)]
@@ -67,8 +66,6 @@ class FileArena(StampedArena):
         """See `Arena.close`. A regular file stays, with its bytes."""
         for view in (*self._data, *self._words, self._bytes):
             view.release()
-        with suppress(BufferError):  # windows are held: the mapping goes with the last of them
-            self._mapping.close()
         if self._file is not None:
             os.close(self._file)
             self._file = None
@@ -107,8 +104,14 @@ def _opened(path: Path, size_bytes: int) -> int:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         status = os.fstat(file)
         if stat.S_ISREG(status.st_mode):
-            # Allocated now: a page of a mapped file that finds no room later is a fatal signal.
-            os.posix_fallocate(file, 0, size_bytes)
+            os.ftruncate(file, max(status.st_size, size_bytes))
+            try:
+                memory_files.allocate_huge_pages(memory_files.map_writable(file, size_bytes))
+                # Allocated now: a page of a mapped file that finds no room later is a fatal signal.
+                os.posix_fallocate(file, 0, size_bytes)
+            except OSError:
+                os.ftruncate(file, status.st_size)
+                raise
         elif not stat.S_ISCHR(status.st_mode):
             raise OSError(errno.EINVAL, "neither a regular file nor a memory device")
     except BaseException:

@@ -15,9 +15,7 @@ import resource
 from typing import Final
 
 from attnstore import memory_files
-from attnstore.arena.huge_pages import HugePages
 from attnstore.arena.stamped import Span, StampedArena, void
-from attnstore.core.slots import Slot
 from attnstore.errors import InvalidArgument, Overloaded
 from attnstore.wire.shared import ExtentLayout
 
@@ -37,7 +35,6 @@ class SharedArena(StampedArena):
         _require_memory(capacity_bytes)
         _require_descriptors(self.extents * _DESCRIPTORS_PER_EXTENT + _DESCRIPTORS_BESIDE)
         self._files: list[_ExtentFile] = []
-        self._huge_pages = HugePages()
         try:
             for _ in range(self.extents):
                 self._files.append(_ExtentFile(self.layout))
@@ -54,16 +51,11 @@ class SharedArena(StampedArena):
 
     def close(self) -> None:
         """See `Arena.close`. Memory that a reader has mapped lives on, unchanged, until the reader lets it go."""
-        self._huge_pages.close()
         for file in self._files:
             file.close()
 
     def _extent(self, extent: int) -> memoryview:
         return self._files[extent].data
-
-    def _hand_over(self, slot: Slot) -> None:
-        super()._hand_over(slot)
-        self._huge_pages.make(self._files[slot.extent].data)
 
     def _replace(self, extent: int) -> None:
         self._files[extent].empty()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import mmap
 import os
 from collections.abc import Iterator
@@ -12,6 +13,7 @@ import pytest
 from attnstore.arena import FileArena
 from attnstore.core.slots import Slot
 from attnstore.errors import InvalidArgument
+from tests.huge_pages import huge_pages_in, makes_huge_pages
 
 EXTENT_BYTES = 3 * (1 << 16) + 100
 EXTENTS = 3
@@ -111,6 +113,29 @@ def test_a_larger_file_keeps_its_size(path: Path) -> None:
     path.write_bytes(bytes(32 << 20))
     FileArena(CAPACITY_BYTES, EXTENT_BYTES, path).close()
     assert path.stat().st_size == 32 << 20
+
+
+def test_a_file_that_finds_no_room_keeps_its_size(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_range: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    path.write_bytes(b"x" * 100)
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with pytest.raises(InvalidArgument, match="No space left"):
+        FileArena(CAPACITY_BYTES, EXTENT_BYTES, path)
+    assert path.read_bytes() == b"x" * 100
+
+
+def test_a_file_in_memory_consists_of_huge_pages_where_the_system_makes_them() -> None:
+    path = Path("/dev/shm") / f"attnstore-test-{os.getpid()}"
+    try:
+        arena = FileArena(CAPACITY_BYTES, EXTENT_BYTES, path)
+        expected = EXTENTS if makes_huge_pages() else 0
+        assert huge_pages_in(arena.view(slot(0, 0, 4))) == expected
+        assert bytes(arena.view(slot(0, 0, EXTENT_BYTES))) == bytes(EXTENT_BYTES)
+        arena.close()
+    finally:
+        path.unlink(missing_ok=True)
 
 
 def test_two_nodes_cannot_have_one_file(arena: FileArena, path: Path) -> None:
