@@ -101,11 +101,11 @@ def test_a_file_that_has_bytes_already_keeps_them() -> None:
 
 @pytest.mark.parametrize("failing", [errno.EINVAL, errno.ENOMEM], ids=["none for such files", "no more of them"])
 def test_a_system_without_huge_pages_allocates_small_ones(failing: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    advise = memory_files._advise  # pyright: ignore[reportPrivateUsage]
+    advise = memory_files._advise
     asked: list[int] = []
 
     def refuse_to_collapse(mapping: memoryview, advice: int) -> None:
-        if advice == memory_files._MADV_COLLAPSE:  # pyright: ignore[reportPrivateUsage]
+        if advice == memory_files._MADV_COLLAPSE:
             asked.append(len(mapping))
             raise OSError(failing, os.strerror(failing))
         advise(mapping, advice)

@@ -1,9 +1,8 @@
-"""The shm transport against real nodes: bytes, places that go stale under a reader, and nodes that go away or lie."""
+"""The shm transport against real nodes: bytes, places that go stale under a reader, and nodes that go away."""
 
 from __future__ import annotations
 
 import asyncio
-import fcntl
 import mmap
 import os
 import threading
@@ -15,17 +14,11 @@ import pytest
 import attnstore
 import attnstore.aio
 from attnstore import DType, PageLayout, PageStatus, copying
-from attnstore.client.bulk import ReadPlan
-from attnstore.client.landing import Landing
 from attnstore.client.mapped import MappedExtent
-from attnstore.client.shm_transport import ShmTransport
-from attnstore.clock import Deadline, MonotonicClock
-from attnstore.errors import DeadlineExceeded, InvalidArgument, ProtocolError, Unavailable
+from attnstore.errors import DeadlineExceeded, InvalidArgument, Unavailable
 from attnstore.testing import StoreProcess
-from attnstore.wire import shared
-from attnstore.wire.shared import Kind, Place
-from attnstore.wire.shared_stream import SharedStream
-from tests.integration.shm_peer import LyingNode, Peer, open_channel
+from attnstore.wire.shared import Place
+from tests.integration.shm_peer import Peer, open_channel
 from tests.samples import LARGE, SMALL, Batch, make_batch
 
 OK, MISSING, CORRUPT, INCOMPLETE = PageStatus.OK, PageStatus.MISSING, PageStatus.CORRUPT, PageStatus.INCOMPLETE
@@ -346,96 +339,6 @@ def test_without_its_socket_auto_reads_over_the_next_transport_and_forced_shm_sa
             assert isinstance(answer.error, Unavailable)
             assert "shared memory" in str(answer.error)
         assert node.stop() == 0, "a socket that somebody removed does not keep the node from stopping"
-
-
-A_PLACE = Place(extent=0, tenancy=1, offset_bytes=0, size_bytes=SMALL.page_bytes, stamp=1, checksum=1)
-
-
-def read_from(lying: LyingNode) -> PageStatus:
-    transport = ShmTransport(lambda _name, _deadline: (lying.address, b"t" * 32), channels=1)
-    landing = Landing(1, [bytearray(SMALL.page_bytes)], SMALL.page_bytes)
-    plan = ReadPlan(b"n" * 32, [b"h" * 32], 0, 2, SMALL.layer_bytes, None, landing, Deadline(MonotonicClock(), 10_000))
-    try:
-        transport.read(plan)
-    finally:
-        transport.close()
-    return landing.result().statuses[0]
-
-
-def sealed_file(size_bytes: int) -> int:
-
-    file = os.memfd_create("lie", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
-    os.ftruncate(file, size_bytes)
-    fcntl.fcntl(file, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK)
-    return file
-
-
-@pytest.mark.parametrize(
-    ("places", "complaint"),
-    [
-        ([A_PLACE, A_PLACE], "placed 2 pages of 1"),
-        ([], "placed 0 pages of 1"),
-        ([A_PLACE._replace(offset_bytes=(1 << 20) - 1)], "outside its extent"),
-        ([A_PLACE._replace(size_bytes=SMALL.page_bytes - 1)], f"of a page of which {SMALL.page_bytes} were asked for"),
-    ],
-    ids=["too many", "too few", "beyond the extent", "too short"],
-)
-def test_places_that_no_honest_node_gives_are_a_broken_protocol(places: list[Place | PageStatus], complaint: str) -> None:
-    def lie(stream: SharedStream, kind: Kind) -> None:
-        assert kind is Kind.LOCATE
-        stream.send(shared.encode_located(places))
-
-    with LyingNode(lie) as node, pytest.raises(ProtocolError, match=complaint):
-        read_from(node)
-
-
-@pytest.mark.parametrize("what", ["no descriptor", "not a file", "unsealed", "too short", "shorter than the extent"])
-def test_a_descriptor_that_could_kill_its_reader_is_not_mapped(what: str) -> None:
-    file_bytes = shared.ExtentLayout(1 << 20).file_bytes
-
-    def lie(stream: SharedStream, kind: Kind) -> None:
-        if kind is Kind.LOCATE:
-            stream.send(shared.encode_located([A_PLACE]))
-        elif what == "no descriptor":
-            stream.send(shared.encode_mapped(0, file_bytes))
-        else:
-            descriptor = {
-                "not a file": lambda: os.open("/dev/null", os.O_RDONLY),
-                "unsealed": lambda: os.memfd_create("lie"),
-                "too short": lambda: sealed_file(4096),
-                "shorter than the extent": lambda: sealed_file(file_bytes - 1),
-            }[what]()
-            stream.send_with_descriptor(shared.encode_mapped(0, file_bytes), descriptor)
-            os.close(descriptor)
-
-    open_before = len(os.listdir("/proc/self/fd"))
-    with LyingNode(lie) as node, pytest.raises(ProtocolError):
-        read_from(node)
-    assert len(os.listdir("/proc/self/fd")) == open_before
-
-
-def test_a_page_whose_extent_went_to_another_tenant_meanwhile_is_a_miss() -> None:
-    def answer(stream: SharedStream, kind: Kind) -> None:
-        stream.send(shared.encode_located([A_PLACE]) if kind is Kind.LOCATE else shared.encode_gone())
-
-    with LyingNode(answer) as node:
-        assert read_from(node) is MISSING
-
-
-def test_zeros_of_an_extent_that_was_given_up_are_a_miss() -> None:
-    """What a reader maps a moment too late: the old file, emptied."""
-
-    def answer(stream: SharedStream, kind: Kind) -> None:
-        if kind is Kind.LOCATE:
-            stream.send(shared.encode_located([A_PLACE]))
-        else:
-            file_bytes = shared.ExtentLayout(1 << 20).file_bytes
-            descriptor = sealed_file(file_bytes)
-            stream.send_with_descriptor(shared.encode_mapped(0, file_bytes), descriptor)
-            os.close(descriptor)
-
-    with LyingNode(answer) as node:
-        assert read_from(node) is MISSING
 
 
 def test_what_a_killed_node_left_behind_is_removed_by_the_next_one_and_a_living_node_is_left_alone(tmp_path: Path) -> None:

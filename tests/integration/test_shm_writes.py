@@ -1,45 +1,30 @@
-"""Pages written through memory lent to a real node: bytes and verdicts, peers that lie, and whoever goes away meanwhile."""
+"""Pages written through memory lent to a real node: bytes and verdicts, and whoever goes away meanwhile."""
 
 from __future__ import annotations
 
 import asyncio
 import errno
-import fcntl
-import itertools
-import os
 import signal
 import subprocess
 import sys
 import threading
 import time
 import urllib.request
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Iterator
 
 import pytest
 
 import attnstore
 import attnstore.aio
 from attnstore import DType, PageLayout, PageStatus, memory_files
-from attnstore.client.bulk import WritePlan
-from attnstore.client.lent import LentMemory
-from attnstore.client.shm_transport import ShmTransport
-from attnstore.clock import Deadline, MonotonicClock
 from attnstore.errors import (
-    InvalidArgument,
-    NamespaceUnknown,
-    PermissionDenied,
-    ProtocolError,
     Retryable,
     Unavailable,
 )
-from attnstore.limits import SHARED_LENT_BYTES_MAX, SHARED_TAKE_PAGES_MAX
 from attnstore.testing import StoreProcess
 from attnstore.testing.ports import free_port
-from attnstore.wire import shared
-from attnstore.wire.shared import Item, Kind
-from tests.integration.shm_peer import LyingNode, Peer
-from tests.samples import LARGE, SMALL, Batch, eventually, make_batch
+from tests.integration.shm_writing import assert_holds, registered, used_bytes
+from tests.samples import LARGE, SMALL, eventually, make_batch
 
 STORED, PRESENT, NO_SPACE, MISMATCH = (
     PageStatus.STORED,
@@ -55,26 +40,6 @@ ODD = PageLayout(layers=3, kv_heads=1, head_dim=333, block_tokens=1, dtype=DType
 def node() -> Iterator[StoreProcess]:
     with StoreProcess("--capacity", "256MiB", "--stall-ms", "1000") as node:
         yield node
-
-
-def registered(client: attnstore.Client, pages: int, model: str, layout: PageLayout = SMALL) -> Batch:
-    batch = make_batch(pages, model=model, layout=layout)
-    client.register_layout(batch.namespace, layout)
-    return batch
-
-
-def assert_holds(node: StoreProcess, batch: Batch) -> None:
-    """As another client reads it, over another transport."""
-    with attnstore.connect(node.url, transport="tcp") as client:
-        client.register_layout(batch.namespace, batch.layout)
-        buffers = batch.buffers()
-        assert client.read(batch.namespace, batch.hashes, buffers).leading_hits == len(batch.hashes)
-    assert buffers == batch.pages
-
-
-def used_bytes(node: StoreProcess) -> int:
-    with attnstore.connect(node.url, transport="grpc") as client:
-        return client.stats().used_bytes
 
 
 @pytest.mark.parametrize("channels", [1, 3])
@@ -158,173 +123,6 @@ def test_a_namespace_that_the_node_forgot_is_registered_again() -> None:
             with StoreProcess("--capacity", "4MiB", "--listen", address) as second:
                 assert client.write(batch.namespace, batch.hashes, batch.pages).verdicts == (STORED,) * 5
                 assert_holds(second, batch)
-
-
-# Peers that lie.
-
-
-def lent(peer: Peer, pages: list[bytes]) -> int:
-    """Lends the node a file of the pages, one after the other, and returns the writable descriptor."""
-    data = b"".join(pages)
-    file, mapping = memory_files.create("peer", -(-len(data) // 4096) * 4096)
-    mapping[: len(data)] = data
-    peer.stream.send_with_descriptor(shared.encode_lend(len(mapping)), file)
-    peer.stream.receive(frozenset({Kind.LENT}))
-    return file
-
-
-def take(peer: Peer, batch: Batch, offsets: list[int], checksums: list[int] | None = None) -> list[PageStatus]:
-    sums = checksums or [attnstore.page_checksum(page) for page in batch.pages]
-    items = [Item(*item) for item in zip(batch.hashes, sums, offsets, strict=True)]
-    answer = peer.ask(shared.encode_take(batch.namespace, items), Kind.TAKEN, Kind.REFUSED)
-    if answer.kind is Kind.REFUSED:
-        raise shared.decode_refusal(answer.payload)
-    return shared.decode_taken(answer.payload)
-
-
-@pytest.fixture
-def batch(node: StoreProcess, request: pytest.FixtureRequest) -> Batch:
-    """Three pages that the node does not have, in a namespace that it knows."""
-    with attnstore.connect(node.url, transport="grpc") as client:
-        return registered(client, 3, request.node.name)
-
-
-AT = [0, 4096, 8192]
-
-
-def test_a_page_whose_bytes_are_not_those_announced_is_not_stored(node: StoreProcess, batch: Batch) -> None:
-    before = used_bytes(node)
-    with Peer.greeted(node) as peer:
-        os.close(lent(peer, batch.pages))
-        assert take(peer, batch, [0, 0, 8192]) == [STORED, MISMATCH, STORED]
-        assert peer.locate(batch.namespace, *batch.hashes)[1] is PageStatus.MISSING
-    assert used_bytes(node) == before + 2 * SMALL.page_bytes
-
-
-def test_a_writer_that_changes_bytes_meanwhile_stores_what_it_announced_or_nothing(node: StoreProcess) -> None:
-    layout = PageLayout(layers=1, kv_heads=1, head_dim=1 << 19, block_tokens=1, dtype=DType.OPAQUE)
-    batch = make_batch(1, model="scribbles", layout=layout)
-    with attnstore.connect(node.url, transport="shm") as client, Peer.greeted(node) as peer:
-        client.register_layout(batch.namespace, layout)
-        file = lent(peer, batch.pages)
-        done = threading.Event()
-
-        def scribble() -> None:
-            while not done.is_set():
-                os.pwrite(file, b"\0" * 64, 500_000)
-                os.pwrite(file, batch.pages[0][500_000:500_064], 500_000)
-
-        scribbler = threading.Thread(target=scribble)
-        scribbler.start()
-        verdicts = set()
-        try:
-            for _ in range(200):
-                [verdict] = take(peer, batch, [0])
-                verdicts.add(verdict)
-                if verdict is STORED:
-                    buffers = batch.buffers()
-                    assert client.read(batch.namespace, batch.hashes, buffers).leading_hits == 1
-                    assert buffers == batch.pages
-                    client.delete(batch.namespace, batch.hashes)
-        finally:
-            done.set()
-            scribbler.join()
-            os.close(file)
-    assert verdicts <= {STORED, MISMATCH}
-
-
-@pytest.mark.parametrize(
-    "offset", [1, 3 * 4096, 1 << 40, (1 << 64) - 8193], ids=["across the end", "behind it", "far", "the largest"]
-)
-def test_a_page_outside_what_is_lent_is_refused_before_any_is_taken(node: StoreProcess, batch: Batch, offset: int) -> None:
-    before = used_bytes(node)
-    with Peer.greeted(node) as peer:
-        os.close(lent(peer, batch.pages))
-        with pytest.raises(InvalidArgument, match="no memory is lent"):
-            take(peer, batch, [0, 4096, 8192 + offset])
-        assert used_bytes(node) == before
-        assert take(peer, batch, AT) == [STORED] * 3, "the connection goes on"
-
-
-def test_nothing_is_taken_before_memory_is_lent(node: StoreProcess, batch: Batch) -> None:
-    with Peer.greeted(node) as peer, pytest.raises(InvalidArgument, match="no memory is lent"):
-        take(peer, batch, AT)
-
-
-def test_what_is_lent_later_replaces_what_was_lent_before(node: StoreProcess, batch: Batch) -> None:
-    with Peer.greeted(node) as peer:
-        os.close(lent(peer, [bytes(4096)] * 3))
-        os.close(lent(peer, batch.pages))
-        assert take(peer, batch, AT) == [STORED] * 3
-    assert_holds(node, batch)
-
-
-def test_a_namespace_of_nobody_and_one_of_another_tenant_are_refused(tmp_path: Path) -> None:
-    tokens = tmp_path / "tokens.toml"
-    tokens.write_text('alice = "alices-token"\nbob = "bobs-token"\n')
-    with StoreProcess("--capacity", "8MiB", "--tokens-file", str(tokens)) as node:
-        with attnstore.connect(node.url, token="alices-token", transport="shm") as alice:
-            batch = registered(alice, 1, "alices")
-            with Peer.greeted(node, "bobs-token") as bob:
-                os.close(lent(bob, batch.pages))
-                with pytest.raises(PermissionDenied):
-                    take(bob, batch, [0])
-            assert alice.write(batch.namespace, batch.hashes, batch.pages).verdicts == (STORED,)
-        with Peer.greeted(node, "bobs-token") as bob:
-            os.close(lent(bob, batch.pages))
-            with pytest.raises(NamespaceUnknown):
-                take(bob, make_batch(1, model="nobodys"), [0])
-
-
-def sealed(size_bytes: int, seals: int = fcntl.F_SEAL_SHRINK) -> int:
-    file = os.memfd_create("lie", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
-    os.ftruncate(file, size_bytes)
-    fcntl.fcntl(file, fcntl.F_ADD_SEALS, seals)
-    return file
-
-
-@pytest.mark.parametrize(
-    ("make", "size_bytes"),
-    [
-        (lambda: sealed(4096, fcntl.F_SEAL_GROW), 4096),
-        (lambda: os.open("/dev/null", os.O_RDONLY), 4096),
-        (lambda: sealed(4096), 8192),
-        (lambda: sealed(4096), 0),
-        (lambda: sealed(4096), SHARED_LENT_BYTES_MAX + 1),
-    ],
-    ids=["could shrink", "a device", "ends too soon", "nothing", "too much"],
-)
-def test_a_file_that_could_kill_the_node_is_refused_and_the_node_lives(
-    node: StoreProcess, batch: Batch, make: Callable[[], int], size_bytes: int
-) -> None:
-    descriptors = f"/proc/{node.process.pid}/fd"
-    with Peer.greeted(node) as peer:
-        before = len(os.listdir(descriptors))
-        for _ in range(20):
-            file = make()
-            peer.stream.send_with_descriptor(shared.encode_lend(size_bytes), file)
-            os.close(file)
-            answer = peer.stream.receive(frozenset({Kind.REFUSED}))
-            assert isinstance(shared.decode_refusal(answer.payload), ProtocolError)
-        assert len(os.listdir(descriptors)) < before + 10, "what is refused does not stay open"
-        os.close(lent(peer, batch.pages))
-        assert take(peer, batch, AT) == [STORED] * 3
-
-
-def test_lending_without_a_file_ends_the_connection(node: StoreProcess) -> None:
-    with Peer.greeted(node) as peer:
-        assert isinstance(peer.refusal(shared.encode_lend(4096)), ProtocolError)
-        assert peer.is_closed_by_the_node()
-
-
-def test_more_pages_than_fit_a_request_end_the_connection_at_its_header(node: StoreProcess) -> None:
-    with Peer.greeted(node) as peer:
-        header = shared.encode_take(b"n" * 32, [])[:8] + (SHARED_TAKE_PAGES_MAX + 1).to_bytes(4, "little")
-        assert isinstance(peer.refusal(header), ProtocolError)
-        assert peer.is_closed_by_the_node()
-
-
-# Whoever goes away.
 
 
 def test_a_writer_that_is_killed_leaves_whole_pages_and_no_slot_taken() -> None:
@@ -452,71 +250,3 @@ def test_a_node_that_has_drained_takes_no_page() -> None:
         assert node.process.wait(20) == 0
         with pytest.raises(Unavailable):
             client.write(batch.namespace, batch.hashes, batch.pages)
-
-
-# A node that lies to a writer.
-
-
-def write_to(lying: LyingNode, pages: int = 1) -> tuple[PageStatus, ...]:
-    batch = make_batch(pages, model="to a liar")
-    transport = ShmTransport(lambda _name, _deadline: (lying.address, b"t" * 32), channels=1)
-    plan = WritePlan(batch.namespace, batch.hashes, list(map(memoryview, batch.pages)), Deadline(MonotonicClock(), 10_000))
-    try:
-        return transport.write(plan)
-    finally:
-        transport.close()
-
-
-@pytest.mark.parametrize(
-    ("answer", "complaint"),
-    [
-        (shared.encode_taken([STORED, STORED]), "2 verdicts on 1"),
-        (shared.encode_taken([]), "0 verdicts on 1"),
-        (shared.encode_taken([STORED])[:-1] + b"\xfa", "250"),
-        (shared.encode_lent(), "TAKEN was due"),
-    ],
-    ids=["too many", "too few", "no verdict", "another message"],
-)
-def test_answers_that_no_honest_node_gives_are_a_broken_protocol(answer: bytes, complaint: str) -> None:
-    def lie(stream: shared.SharedStream, kind: Kind) -> None:
-        stream.send(shared.encode_lent() if kind is Kind.LEND else answer)
-
-    with LyingNode(lie) as node, pytest.raises(ProtocolError, match=complaint):
-        write_to(node)
-
-
-def test_a_call_that_was_refused_ends_with_the_nodes_last_answer() -> None:
-    """Its later pages are on the way: a node that is slow would store them once whoever calls again has made them welcome."""
-    answered: list[Kind] = []
-
-    def refuse(stream: shared.SharedStream, kind: Kind) -> None:
-        if kind is Kind.LEND:
-            stream.send(shared.encode_lent())
-            return
-        if answered:
-            time.sleep(0.1)
-        answered.append(kind)
-        stream.send(shared.encode_refusal(NamespaceUnknown("who?")))
-
-    with LyingNode(refuse) as node:
-        with pytest.raises(NamespaceUnknown):
-            write_to(node, pages=7)
-        assert answered == [Kind.TAKE] * 3, "of one page, of two, of four"
-
-
-@pytest.mark.parametrize("page_bytes", [1, 4096, 100_000, 3 << 20, 40 << 20])
-def test_lent_memory_never_gives_a_place_away_twice(page_bytes: int) -> None:
-    lent = LentMemory(page_bytes)
-    lent.close_file()
-    page = memoryview(bytes(page_bytes))
-    assert lent.size_bytes <= SHARED_LENT_BYTES_MAX
-    assert lent.free >= 2
-    offered: list[list[int]] = []
-    for count in lent.groups(100 if page_bytes < 1 << 20 else 7):
-        assert 1 <= count <= SHARED_TAKE_PAGES_MAX
-        while lent.free < count:
-            lent.give_back(len(offered.pop(0)))
-        offered.append([lent.put(page)[1] for _ in range(count)])
-        begins = sorted(begin for group in offered for begin in group)
-        assert all(second - first >= page_bytes for first, second in itertools.pairwise(begins))
-        assert begins[-1] + page_bytes <= lent.size_bytes
