@@ -165,13 +165,14 @@ class _Channel:
                 count = min(hashes_max, end - at)
                 pending.append(self._ask(plan, at, count))
                 at += count
-            frame = self._receive(Kind.SLICE, pending[0].request)
+            read = pending[0]
+            frame = self._receive(Kind.SLICE, read.request)
             if frame.status is PageStatus.OK:
-                pending[0].is_last = len(pending) == 1
-                take(plan, pending[0], frame)
+                read.is_last = len(pending) == 1
+                take(plan, read, frame)
             else:
-                self._take_miss(plan, pending[0], frame)
-            if pending[0].is_complete:
+                self._take_miss(plan, read, frame)
+            if read.is_complete:
                 pending.popleft()
 
     def write(self, plan: WritePlan, begin: int, end: int) -> tuple[PageStatus, ...]:
@@ -248,13 +249,11 @@ class _Channel:
 
     def _take_page(self, plan: ReadPlan, read: _PendingRead, frame: Frame) -> None:
         index = read.index_of(frame)
-        window = plan.landing.window(index, frame.offset_bytes, frame.size_bytes)
-        if window is None:
-            raise ProtocolError(f"page {index} came twice")
-        self._stream.receive_payload(window, ahead=not read.is_last or read.answered + 1 < read.count)
-        if not plan.landing.landed(index, len(window)):
-            raise ProtocolError(f"page {index} came in part: {len(window)} bytes")
-        plan.landing.judge(index, page_checksum(window) == frame.checksum)
+        page = plan.landing.whole(index)
+        if frame.offset_bytes or frame.size_bytes != len(page):
+            raise ProtocolError(f"page {index} came in part: {frame.size_bytes} bytes at {frame.offset_bytes} of {len(page)}")
+        self._stream.receive_payload(page, ahead=not read.is_last or read.answered + 1 < read.count)
+        plan.landing.settle(index, page_checksum(page) == frame.checksum)
         read.answered += 1
 
     def _take_layer(self, plan: ReadPlan, read: _PendingRead, frame: Frame) -> None:

@@ -117,14 +117,14 @@ class Order(enum.IntEnum):
     LAYERS = 1
 
 
-class Role(enum.Enum):
+class Role(enum.StrEnum):
     """Which side a receiver is on."""
 
     NODE = "node"
     CLIENT = "client"
 
 
-class State(enum.Enum):
+class State(enum.StrEnum):
     """Where a connection is, as seen by one receiving side."""
 
     NEW = "new"
