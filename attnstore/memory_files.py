@@ -27,6 +27,7 @@ HUGE_PAGE_BYTES: Final = 2 * MIB
 
 _SEALS: Final = fcntl.F_SEAL_GROW | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_SEAL
 _MADV_REMOVE: Final = 9
+_MADV_HUGEPAGE: Final = 14
 _MADV_POPULATE_READ: Final = 22
 _MADV_POPULATE_WRITE: Final = 23
 _MADV_COLLAPSE: Final = 25
@@ -71,6 +72,7 @@ def allocate_huge_pages(mapping: memoryview) -> None:
     No byte changes for anybody who maps the file.
     """
     with suppress(OSError):  # no more of them, or none for such a file
+        _advise(mapping, _MADV_HUGEPAGE)  # enough where `shmem_enabled` is `advise`, on kernels that cannot make them otherwise
         for begin in range(0, len(mapping) - HUGE_PAGE_BYTES + 1, HUGE_PAGE_BYTES):
             _advise(mapping[begin : begin + mmap.PAGESIZE], _MADV_POPULATE_WRITE)
             _advise(mapping[begin : begin + HUGE_PAGE_BYTES], _MADV_COLLAPSE)
