@@ -16,7 +16,7 @@ from attnstore import memory_files
 from attnstore.copying import address_of
 from attnstore.errors import ProtocolError
 from attnstore.memory_files import HUGE_PAGE_BYTES
-from tests.huge_pages import huge_pages_in, makes_huge_pages
+from tests.memory_files import huge_pages_in, makes_huge_pages, sealed_file
 
 SIZE_BYTES = 3 * mmap.PAGESIZE
 
@@ -129,13 +129,6 @@ def test_sizes_that_no_mapping_has_are_refused(size_bytes: int) -> None:
     os.close(file)
 
 
-def sealed(size_bytes: int, flags: int = 0) -> int:
-    file = os.memfd_create("peer", os.MFD_ALLOW_SEALING | os.MFD_CLOEXEC | flags)
-    os.ftruncate(file, size_bytes)
-    fcntl.fcntl(file, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK)
-    return file
-
-
 def unsealed() -> int:
     file = os.memfd_create("peer")
     os.ftruncate(file, SIZE_BYTES)
@@ -148,8 +141,8 @@ def unsealed() -> int:
         (unsealed, "neither sealed"),
         (lambda: os.open("/dev/null", os.O_RDONLY), "neither sealed"),
         (lambda: os.open("/", os.O_RDONLY), "neither sealed"),
-        (lambda: sealed(SIZE_BYTES - 1), "ends too soon"),
-        (lambda: sealed(2 << 20, os.MFD_HUGETLB), "neither sealed"),
+        (lambda: sealed_file(SIZE_BYTES - 1), "ends too soon"),
+        (lambda: sealed_file(2 << 20, flags=os.MFD_HUGETLB), "neither sealed"),
     ],
     ids=["unsealed", "a device", "a directory", "too short", "huge pages that may be lacking when they are touched"],
 )

@@ -13,7 +13,7 @@ import pytest
 from attnstore.arena import FileArena
 from attnstore.core.slots import Slot
 from attnstore.errors import InvalidArgument
-from tests.huge_pages import huge_pages_in, makes_huge_pages
+from tests.memory_files import huge_pages_in, makes_huge_pages
 
 EXTENT_BYTES = 3 * (1 << 16) + 100
 EXTENTS = 3

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 import time
 
@@ -18,6 +17,7 @@ from attnstore.wire import shared
 from attnstore.wire.shared import Kind, Place
 from attnstore.wire.shared_stream import SharedStream
 from tests.integration.shm_peer import LyingNode
+from tests.memory_files import sealed_file
 from tests.samples import SMALL, make_batch
 
 MISSING, STORED = PageStatus.MISSING, PageStatus.STORED
@@ -33,14 +33,6 @@ def read_from(lying: LyingNode) -> PageStatus:
     finally:
         transport.close()
     return landing.result().statuses[0]
-
-
-def sealed_file(size_bytes: int) -> int:
-
-    file = os.memfd_create("lie", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
-    os.ftruncate(file, size_bytes)
-    fcntl.fcntl(file, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK)
-    return file
 
 
 @pytest.mark.parametrize(

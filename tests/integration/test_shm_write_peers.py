@@ -11,7 +11,6 @@ from pathlib import Path
 import pytest
 
 import attnstore
-import attnstore.aio
 from attnstore import DType, PageLayout, PageStatus, memory_files
 from attnstore.errors import (
     InvalidArgument,
@@ -25,14 +24,10 @@ from attnstore.wire import shared
 from attnstore.wire.shared import Item, Kind
 from tests.integration.shm_peer import Peer
 from tests.integration.shm_writing import assert_holds, registered, used_bytes
+from tests.memory_files import sealed_file
 from tests.samples import SMALL, Batch, make_batch
 
-STORED, PRESENT, NO_SPACE, MISMATCH = (
-    PageStatus.STORED,
-    PageStatus.ALREADY_PRESENT,
-    PageStatus.NO_SPACE,
-    PageStatus.CHECKSUM_MISMATCH,
-)
+STORED, MISMATCH = PageStatus.STORED, PageStatus.CHECKSUM_MISMATCH
 AT = [0, 4096, 8192]
 
 
@@ -152,21 +147,14 @@ def test_a_namespace_of_nobody_and_one_of_another_tenant_are_refused(tmp_path: P
                 take(bob, make_batch(1, model="nobodys"), [0])
 
 
-def sealed(size_bytes: int, seals: int = fcntl.F_SEAL_SHRINK) -> int:
-    file = os.memfd_create("lie", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
-    os.ftruncate(file, size_bytes)
-    fcntl.fcntl(file, fcntl.F_ADD_SEALS, seals)
-    return file
-
-
 @pytest.mark.parametrize(
     ("make", "size_bytes"),
     [
-        (lambda: sealed(4096, fcntl.F_SEAL_GROW), 4096),
+        (lambda: sealed_file(4096, seals=fcntl.F_SEAL_GROW), 4096),
         (lambda: os.open("/dev/null", os.O_RDONLY), 4096),
-        (lambda: sealed(4096), 8192),
-        (lambda: sealed(4096), 0),
-        (lambda: sealed(4096), SHARED_LENT_BYTES_MAX + 1),
+        (lambda: sealed_file(4096), 8192),
+        (lambda: sealed_file(4096), 0),
+        (lambda: sealed_file(4096), SHARED_LENT_BYTES_MAX + 1),
     ],
     ids=["could shrink", "a device", "ends too soon", "nothing", "too much"],
 )

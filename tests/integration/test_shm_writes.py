@@ -26,12 +26,7 @@ from attnstore.testing.ports import free_port
 from tests.integration.shm_writing import assert_holds, registered, used_bytes
 from tests.samples import LARGE, SMALL, eventually, make_batch
 
-STORED, PRESENT, NO_SPACE, MISMATCH = (
-    PageStatus.STORED,
-    PageStatus.ALREADY_PRESENT,
-    PageStatus.NO_SPACE,
-    PageStatus.CHECKSUM_MISMATCH,
-)
+STORED, PRESENT, NO_SPACE = PageStatus.STORED, PageStatus.ALREADY_PRESENT, PageStatus.NO_SPACE
 ODD = PageLayout(layers=3, kv_heads=1, head_dim=333, block_tokens=1, dtype=DType.OPAQUE)
 """1,998 bytes a page: no multiple of a cache line."""
 

@@ -1,14 +1,24 @@
-"""Huge pages as the kernel reports them, for the tests of what is made of them."""
+"""Memory files as peers make them, and huge pages as the kernel reports them."""
 
 from __future__ import annotations
 
+import fcntl
 import mmap
+import os
 from pathlib import Path
 
 from attnstore.copying import address_of
 from attnstore.memory_files import HUGE_PAGE_BYTES
 
 _MADV_COLLAPSE = 25
+
+
+def sealed_file(size_bytes: int, *, seals: int = fcntl.F_SEAL_SHRINK, flags: int = 0) -> int:
+    """The descriptor of a file that nobody allocated; `flags` are more of `memfd_create`'s."""
+    file = os.memfd_create("peer", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING | flags)
+    os.ftruncate(file, size_bytes)
+    fcntl.fcntl(file, fcntl.F_ADD_SEALS, seals)
+    return file
 
 
 def huge_pages_in(mapping: memoryview) -> int:
