@@ -50,7 +50,7 @@ class Access:
 class NodeStatus:
     """One node: what the directory says, and what it says of itself, `error` where it does not answer.
 
-    `hit_rate` is pages found over pages asked for since its start, None where none were; `round_trip_ms` is that of one call now.
+    `hit_rate` is that of `NodeStatistics`, since the node's start; `round_trip_ms` is that of one call now.
     """
 
     node_id: str
@@ -145,7 +145,6 @@ async def _node_status(access: Access, member: Member) -> tuple[NodeStatus, Node
 def _answered(
     known: tuple[str, str, str, float, int, int], description: NodeDescription, statistics: NodeStatistics, round_trip_ms: float
 ) -> NodeStatus:
-    asked = statistics.hit_pages + statistics.missed_pages
     return NodeStatus(
         *known,
         version=description.version,
@@ -156,7 +155,7 @@ def _answered(
         pages_sealed=statistics.pages_sealed,
         leases=statistics.leases,
         in_flight=description.in_flight,
-        hit_rate=statistics.hit_pages / asked if asked else None,
+        hit_rate=statistics.hit_rate,
         evicted_pages=statistics.evicted_pages,
         read_bytes=statistics.read_bytes,
         written_bytes=statistics.written_bytes,

@@ -57,12 +57,18 @@ class NodeMetrics:
         )
         self.registry.register(_OccupancyCollector(occupancy))
         self._read_bytes = 0
+        self._read_pages = 0
         self._lock = threading.Lock()
 
     @property
     def read_bytes(self) -> int:
         """Page bytes sent since start, by all transports together."""
         return self._read_bytes
+
+    @property
+    def read_pages(self) -> int:
+        """Pages handed to readers since start, whole or in part, by all transports together."""
+        return self._read_pages
 
     def ended(self, rpc: str, code: str, seconds: float) -> None:
         """Counts a call that has ended, with how long it took. Safe from any thread."""
@@ -91,10 +97,12 @@ class NodeMetrics:
         """Counts pages answered. Safe from any thread."""
         self._pages[rpc, status.name.lower()].inc(count)
 
-    def sent(self, transport: str, size_bytes: int) -> None:
-        """Counts page bytes handed to a reader. Safe from any thread."""
+    def sent(self, transport: str, pages: int, size_bytes: int) -> None:
+        """Counts pages that a Read answered, and the bytes handed over. Safe from any thread."""
+        self.pages("Read", PageStatus.OK, pages)
         self._sent[(transport,)].inc(size_bytes)
         with self._lock:
+            self._read_pages += pages
             self._read_bytes += size_bytes
 
     def received(self, transport: str, size_bytes: int) -> None:
@@ -139,8 +147,16 @@ class _OccupancyCollector(Collector):
         ):
             yield GaugeMetricFamily(name, text, value=value)
         for name, text, value in (
-            ("attnstore_hit_pages", "Pages asked for and found, by Match and Read.", now.hit_pages),
-            ("attnstore_missed_pages", "Pages asked for and not found, by Match and Read.", now.missed_pages),
+            (
+                "attnstore_hit_pages",
+                "Look-ups of pages that found them: once for each Match that asks; reads do not count again.",
+                now.hit_pages,
+            ),
+            (
+                "attnstore_missed_pages",
+                "Look-ups of pages that found nothing: once for each Match that asks; reads do not count again.",
+                now.missed_pages,
+            ),
             ("attnstore_stored_pages", "Pages sealed.", now.stored_pages),
             ("attnstore_evicted_pages", "Pages evicted.", now.evicted_pages),
         ):

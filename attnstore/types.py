@@ -145,7 +145,12 @@ class NamespaceStatistics:
 
 @dataclass(frozen=True, slots=True)
 class NodeStatistics:
-    """One consistent snapshot of a node's counters; counts are pages since the node's start unless the name says otherwise."""
+    """One consistent snapshot of a node's counters; counts are pages since the node's start unless the name says otherwise.
+
+    A page counts once, in `hit_pages` or `missed_pages`, for each Match that asks for it; behind a prefix's first miss, as missed.
+    Reading it counts in `read_pages` alone: pages of which bytes were handed to a reader. Of a cluster these are the sums over its
+    nodes: where several nodes are asked for one page, each of them counts.
+    """
 
     node_id: str
     epoch: bytes
@@ -159,7 +164,14 @@ class NodeStatistics:
     missed_pages: int
     stored_pages: int
     evicted_pages: int
+    read_pages: int
     read_bytes: int
     written_bytes: int
     uptime_ms: int
     namespaces: tuple[NamespaceStatistics, ...]
+
+    @property
+    def hit_rate(self) -> float | None:
+        """Share of look-ups that found their page; None before the first."""
+        asked = self.hit_pages + self.missed_pages
+        return self.hit_pages / asked if asked else None

@@ -58,8 +58,8 @@ class NamespaceStatistics:
 class PageTableStatistics:
     """The table at one moment; hits, misses, stored and evicted count since start.
 
-    A page hits or misses once for each `match` or `pin` that asks for it. In a `match` every hash after the first miss of a
-    prefix is a miss.
+    A page hits or misses once for each `match` that asks for it, so that `hit_pages / (hit_pages + missed_pages)` is the hit rate:
+    the reads that follow a match count nothing. Every hash after the first miss of a prefix is a miss.
     """
 
     capacity_bytes: int
@@ -179,9 +179,7 @@ class PageTable:
             if lease is None or lease.namespace is not record:
                 status = PageStatus.LEASE_EXPIRED
         if page is None or status is not PageStatus.OK:
-            self._missed += 1
             return status
-        self._hit += 1
         page.readers += 1
         self._hold(record, (page,))
         return PinnedPage(page)
@@ -194,13 +192,10 @@ class PageTable:
         if lease_id is not None:
             lease = self._leases.find(lease_id, now_ms)
             if lease is None or lease.namespace is not record:
-                self._missed += len(page_hashes)
                 return [PageStatus.LEASE_EXPIRED] * len(page_hashes)
         pages = [record.sealed.get(page_hash) for page_hash in page_hashes]
         found = [page for page in pages if page is not None]
         self._touch(record, found)
-        self._hit += len(found)
-        self._missed += len(pages) - len(found)
         return [PageStatus.MISSING if page is None else PinnedPage(page) for page in pages]
 
     def unpin(self, page: PinnedPage) -> None:

@@ -252,8 +252,7 @@ class _Connection(Connection):
                     self._stream.send(encode_slice(request, index, size_bytes, 0, checksum), data)
                     sent += 1
         finally:
-            self._metrics.pages("Read", PageStatus.OK, sent)
-            self._metrics.sent("tcp", sent * size_bytes)
+            self._metrics.sent("tcp", sent, sent * size_bytes)
 
     def _read_by_layer(self, frame: Frame, hashes: list[bytes], begin: int, end: int, layer_bytes: int) -> None:
         with ExitStack() as held:
@@ -270,8 +269,8 @@ class _Connection(Connection):
                     parts = [page.data[at : at + layer_bytes] for _, page in gathered]
                     size_bytes, checksum = len(parts) * layer_bytes, joint_checksum(parts)
                     self._stream.send(encode_slice(frame.request, gathered[0][0], size_bytes, at - begin, checksum), *parts)
-                    self._metrics.sent("tcp", size_bytes)
-            self._metrics.pages("Read", PageStatus.OK, len(pages))
+                    self._metrics.sent("tcp", 0, size_bytes)
+            self._metrics.sent("tcp", len(pages), 0)
 
     def _send_miss(self, request: int, index: int, status: PageStatus) -> None:
         self._stream.send(encode_frame(Frame(Kind.SLICE, request=request, page=index, status=status)))

@@ -147,8 +147,7 @@ class Servicer:
                         payload = data[offset : offset + CHUNK_BYTES_MAX]
                         await context.write(chunks.encode_read_chunk(index, PageStatus.OK, len(data), offset, checksum, payload))
                         stall.moved()
-                self._metrics.pages("Read", PageStatus.OK)
-                self._metrics.sent("grpc", len(data))
+                self._metrics.sent("grpc", 1, len(data))
 
     async def write(self, _request: None, context: Any, tenant: str) -> messages.WriteResponse:
         ingest: Ingest | None = None
@@ -217,6 +216,7 @@ class Servicer:
                 missed_pages=now.missed_pages,
                 stored_pages=now.stored_pages,
                 evicted_pages=now.evicted_pages,
+                read_pages=self._metrics.read_pages,
                 read_bytes=self._metrics.read_bytes,
                 written_bytes=now.stored_bytes,
                 uptime_ms=int(self._store.now_ms() - self._started_ms),

@@ -212,9 +212,9 @@ class _Connection(Connection):
     def _count(self, answered: list[Place | PageStatus]) -> None:
         placed = [place.size_bytes for place in answered if isinstance(place, Place)]
         statuses = Counter(place for place in answered if isinstance(place, PageStatus))
-        for status, pages in (*statuses.items(), (PageStatus.OK, len(placed))):
+        for status, pages in statuses.items():
             self._metrics.pages("Read", status, pages)
-        self._metrics.sent("shm", sum(placed))
+        self._metrics.sent("shm", len(placed), sum(placed))
 
     def _borrow(self, request: Message) -> bytes:
         assert request.descriptor is not None

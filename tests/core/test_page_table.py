@@ -126,6 +126,17 @@ def test_a_match_counts_leading_pages_of_each_prefix(table: PageTable) -> None:
     assert (statistics.hit_pages, statistics.missed_pages) == (5, 4)
 
 
+def test_only_a_match_counts_as_a_look_up(table: PageTable) -> None:
+    store(table, 1)
+    table.match(NAMESPACE, [[page_hash(1), page_hash(2)]], 0, 0.0)
+    table.unpin(pin(table, 1))
+    assert table.pin(NAMESPACE, page_hash(2), None, 0.0) is PageStatus.MISSING
+    table.use(NAMESPACE, [page_hash(1), page_hash(2)], None, 0.0)
+    table.use(NAMESPACE, [page_hash(1)], bytes(16), 0.0)
+    statistics = table.statistics()
+    assert (statistics.hit_pages, statistics.missed_pages) == (1, 1)
+
+
 def test_a_hash_stored_under_another_namespace_is_a_miss(make_table: MakeTable, layout_of_bytes: MakeLayout) -> None:
     table = make_table(4 * PAGE_BYTES)
     for namespace in (NAMESPACE, OTHER):

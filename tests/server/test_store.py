@@ -71,11 +71,11 @@ def test_bytes_are_counted_exactly_whatever_thread_counts_them() -> None:
 
     def work(_number: int) -> None:
         for _ in range(2_000):
-            metrics.sent("tcp", 3)
+            metrics.sent("tcp", 2, 3)
             metrics.received("tcp", 5)
 
     with ThreadPoolExecutor(8) as pool:
         list(pool.map(work, range(8)))
-    assert metrics.read_bytes == 8 * 2_000 * 3
+    assert (metrics.read_pages, metrics.read_bytes) == (8 * 2_000 * 2, 8 * 2_000 * 3)
     assert metrics.registry.get_sample_value("attnstore_sent_bytes_total", {"transport": "tcp"}) == metrics.read_bytes
     assert metrics.registry.get_sample_value("attnstore_received_bytes_total", {"transport": "tcp"}) == 8 * 2_000 * 5
