@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import mmap
 import os
+import re
 from pathlib import Path
 
 from attnstore.copying import address_of
@@ -21,12 +22,16 @@ def sealed_file(size_bytes: int, *, seals: int = fcntl.F_SEAL_SHRINK, flags: int
     return file
 
 
-def huge_pages_in(mapping: memoryview) -> int:
-    """How many huge pages this process has mapped there."""
-    entries = Path("/proc/self/smaps").read_text().split("VmFlags")
-    (entry,) = (entry for entry in entries if f"\n{address_of(mapping):x}-" in entry)
-    (line,) = (line for line in entry.splitlines() if line.startswith("ShmemPmdMapped:"))
-    return int(line.split()[1]) * 1024 // HUGE_PAGE_BYTES
+def huge_pages_in(view: memoryview) -> int:
+    """How many huge pages this process has in the mapping that the view is part of."""
+    address, huge_pages, here = address_of(view), [], False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        if bounds := re.match("([0-9a-f]+)-([0-9a-f]+) ", line):
+            here = int(bounds[1], 16) <= address < int(bounds[2], 16)
+        elif here and line.startswith("ShmemPmdMapped:"):
+            huge_pages.append(int(line.split()[1]) * 1024 // HUGE_PAGE_BYTES)
+    (count,) = huge_pages
+    return count
 
 
 def makes_huge_pages() -> bool:

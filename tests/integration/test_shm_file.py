@@ -95,3 +95,31 @@ def test_a_restarted_node_on_the_same_file_shows_readers_of_the_old_one_that_the
             stored(other, 5, "something else")
             assert views.verify() == (PageStatus.MISSING,) * 5
         client.close()
+
+
+@pytest.mark.parametrize(("before", "after"), [("24MiB", "4MiB"), ("4MiB", "24MiB"), ("24MiB", "40MiB"), ("40MiB", "24MiB")])
+def test_a_node_restarted_with_another_capacity_shows_readers_of_the_old_one_nothing_else(
+    path: Path, before: str, after: str
+) -> None:
+    with StoreProcess("--capacity", before, "--arena-path", str(path)) as node:
+        client = attnstore.connect(node.url, shared_path=path)
+        batch = stored(client, 28, "before")
+        lease = client.lease(batch.namespace, batch.hashes, 600_000)[1]
+        assert lease is not None
+        views = client.view(batch.namespace, batch.hashes, lease=lease)
+        node.kill()
+        assert views.verify() == (PageStatus.OK,) * 28
+        with StoreProcess("--capacity", after, "--arena-path", str(path)) as again, attnstore.connect(again.url) as other:
+            assert views.verify() == (PageStatus.MISSING,) * 28
+            for life in range(4):
+                stored(other, 28, f"after {life}")
+            assert views.verify() == (PageStatus.MISSING,) * 28
+        client.close()
+
+
+def test_a_node_does_not_start_on_a_file_that_is_no_arena(tmp_path: Path) -> None:
+    path = tmp_path / "notes.txt"
+    path.write_text("not to be lost\n")
+    with pytest.raises(RuntimeError, match=r"--arena-path .*notes\.txt is no arena.*delete it or name another"):
+        StoreProcess("--capacity", "4MiB", "--arena-path", str(path))
+    assert path.read_text() == "not to be lost\n"
