@@ -45,7 +45,12 @@ LEASED_PAGES_MAX = 4_194_304
 
 NAMESPACES_MAX = 4_096
 STREAMS_MAX = 256
-"""Read, Write and Watch calls running at once on one node; more are refused as `overloaded`."""
+"""Read and Write calls running at once on one node. This and every limit below that many callers share is shared fairly among the
+node's tenants (`attnstore.core.fair_share`); what is beyond a tenant's share is refused as `overloaded`."""
+WATCHERS_MAX = 128
+"""Watch calls running at once on one node. They last, so they take no place of a Read or Write."""
+ATTEND_CALLS_MAX = 64
+"""Attend calls over gRPC running at once on one node; each may keep a thread waiting for the node's cores."""
 
 WATCH_EVENTS_MAX = 65_536
 """Events queued for one slow watcher before they are dropped and it is told so."""
@@ -79,7 +84,11 @@ CHANNEL_TOKEN_MS_MAX = 10_000
 CHANNEL_TOKENS_MAX = 1_024
 """Tokens given out and not yet used."""
 CHANNEL_CONNECTIONS_MAX = 128
-"""Page channels on one node; each has a thread."""
+"""Page channels on one node whose peers have shown a token, and as many shared memory connections; each has a thread."""
+CHANNEL_NEWCOMERS_MAX = 32
+"""Connections to one listener whose peers have shown nothing yet; the oldest gives way to the next."""
+CHANNEL_BACKLOG_MAX = 1_024
+"""Connections that the kernel holds for one listener until they are accepted."""
 CHANNEL_READ_HASHES_MAX = 4_096
 """Hashes in one READ frame; longer reads are sent as several. Also hashes, and prefixes, of a MATCH; longer ones go over gRPC."""
 CHANNEL_SECOND_READ_HASHES_MAX = 512
@@ -105,6 +114,7 @@ SHARED_LENT_BYTES_MAX = 2 * PAGE_BYTES_MAX
 
 assert CHANNEL_SECOND_READ_HASHES_MAX <= CHANNEL_READ_HASHES_MAX <= HASHES_MAX
 assert CHANNELS_MAX <= CHANNEL_CONNECTIONS_MAX
+assert CHANNEL_CONNECTIONS_MAX + CHANNEL_NEWCOMERS_MAX <= CHANNEL_BACKLOG_MAX
 
 NODES_MAX = 1_024
 """Nodes of one cluster."""

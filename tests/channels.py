@@ -40,7 +40,9 @@ PATIENCE_MS = 20_000.0
 class ChannelNode:
     """A page channel with a store behind it, all in this process. Tokens are those of the tenant `default`."""
 
-    def __init__(self, *, stall_ms: int = 20_000, clock: Clock | None = None, capacity_bytes: int = 32 << 20) -> None:
+    def __init__(
+        self, *, stall_ms: int = 20_000, clock: Clock | None = None, capacity_bytes: int = 32 << 20, tenants: int = 1
+    ) -> None:
         clock = clock or MonotonicClock()
         self._arena = MemoryArena(capacity_bytes, capacity_bytes // 8)
         table = PageTable(
@@ -50,8 +52,8 @@ class ChannelNode:
         )
         self.store = Store(table, self._arena, clock, lambda _events: None)
         self.metrics = NodeMetrics(self.store.statistics)
-        self.tokens = TokenBook(clock)
-        self.server = PageChannelServer(self.store, self.tokens, self.metrics, stall_ms=stall_ms)
+        self.tokens = TokenBook(clock, tenants)
+        self.server = PageChannelServer(self.store, self.tokens, self.metrics, stall_ms=stall_ms, tenants=tenants)
         self.server.start("127.0.0.1", 0)
         self._stopped = False
         self._dialled: list[FrameStream] = []

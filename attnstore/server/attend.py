@@ -141,6 +141,11 @@ class AttendSession:
         self._sets: dict[int, _Set] = {}
         self._busy = threading.Lock()
 
+    @property
+    def sets(self) -> int:
+        """How many are open. Safe from any thread."""
+        return len(self._sets)
+
     def open(self, opening: AttendOpen) -> None:
         """Pins the pages of a set. Blocks for some microseconds a page.
 

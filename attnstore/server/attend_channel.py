@@ -34,6 +34,11 @@ class AttendChannel:
             Kind.ATTEND_CLOSE: self._close_set,
         }
 
+    @property
+    def has_sets(self) -> bool:
+        """The peer has sets open, which it will ask about."""
+        return self._session is not None and self._session.sets > 0
+
     def close(self) -> None:
         """Lets all sets go."""
         if self._session is not None:

@@ -1,11 +1,18 @@
 """A listening socket, one thread for each connection, and the end of both.
 
-Owns: the accepting thread, the set of live connections and how they drain. What a connection says is its own affair.
-Invariant: after `stop` no thread of this listener runs and no socket of it is open.
+Owns: the accepting thread, the set of live connections, who has a place and how they drain. What a connection says is its own
+affair.
+Invariants: after `stop` no thread of this listener runs and no socket of it is open; a peer that has not shown whose it is takes no
+place of one that has.
+
+A peer is a newcomer until it is admitted. There are few places for newcomers, and the one that has waited longest makes room for
+the next. Admitted peers share the places by tenant; where a tenant's are all taken, an idle connection is closed, so that many
+workers that are mostly idle share fewer places. A client replaces an idle connection that it finds closed.
 """
 
 from __future__ import annotations
 
+import functools
 import socket
 import threading
 from abc import ABC, abstractmethod
@@ -13,8 +20,9 @@ from collections.abc import Callable
 from typing import Protocol
 
 from attnstore.clock import Clock
-from attnstore.errors import Overloaded
-from attnstore.limits import CHANNEL_CONNECTIONS_MAX
+from attnstore.core.fair_share import FairShares
+from attnstore.errors import Unavailable
+from attnstore.limits import CHANNEL_CONNECTIONS_MAX, CHANNEL_NEWCOMERS_MAX
 from attnstore.logs import get_logger
 
 _ACCEPT_RETRY_S = 0.01
@@ -35,25 +43,40 @@ class Stream(Protocol):
 
 
 class Connection(ABC):
-    """One peer, served by one thread. `serve` holds `busy` while it answers a request."""
+    """One peer, served by one thread. `serve` holds `busy` while it answers a request, and takes none once `is_ending`."""
 
     def __init__(self, stream: Stream) -> None:
         self._ending = stream
         self.busy = threading.Lock()
+        self.is_ending = False
+        self.used_ms = 0.0
+        """When the last request was answered, which `serve` notes."""
 
     @abstractmethod
-    def serve(self) -> None:
-        """Runs until the peer leaves, breaks the protocol, stalls, or the node drains."""
+    def serve(self, admit: Callable[[str], None]) -> None:
+        """Runs until the peer leaves, breaks the protocol, stalls, or the node drains.
+
+        Calls `admit(tenant)` once the peer has shown whose it is; that raises `Overloaded` where the tenant has its share of
+        connections, and `Unavailable` where the peer took too long.
+        """
+
+    @property
+    def keeps_state(self) -> bool:
+        """Its peer would lose more than the connection if it were closed between two requests."""
+        return False
 
     def shutdown(self) -> None:
         """Breaks the connection, so that `serve` returns soon. Safe from any thread."""
+        self.is_ending = True
         self._ending.shutdown()
 
-    def shutdown_when_idle(self) -> None:
-        """Breaks it now if no request is running; otherwise `serve` returns after that one."""
-        if self.busy.acquire(blocking=False):
-            self._ending.shutdown()
-            self.busy.release()
+    def shutdown_when_idle(self) -> bool:
+        """Breaks it now if no request is running; otherwise `serve` may return after that one. Whether it was broken."""
+        if not self.busy.acquire(blocking=False):
+            return False
+        self.shutdown()
+        self.busy.release()
+        return True
 
     def close(self) -> None:
         """Gives the socket back, after `serve`."""
@@ -61,14 +84,20 @@ class Connection(ABC):
 
 
 class ConnectionThreads:
-    """Serves what `connect` makes of each accepted socket, from `start` to `stop`. `name` is that of the threads and log lines."""
+    """Serves what `connect` makes of each accepted socket, from `start` to `stop`. `name` is that of the threads and log lines.
 
-    def __init__(self, name: str, connect: Callable[[socket.socket], Connection], clock: Clock) -> None:
+    `tenants`: how many the node serves. See the module for who gets a place.
+    """
+
+    def __init__(self, name: str, connect: Callable[[socket.socket], Connection], clock: Clock, tenants: int = 1) -> None:
         self._name = name
         self._connect = connect
         self._clock = clock
         self._lock = threading.Lock()
         self._threads: dict[Connection, threading.Thread] = {}
+        self._newcomers: dict[Connection, None] = {}  # the oldest first
+        self._tenants: dict[Connection, str] = {}  # of those admitted
+        self._places = FairShares(CHANNEL_CONNECTIONS_MAX, f"{name} connections", "close some, or go over gRPC", tenants=tenants)
         self._stopping = threading.Event()
         self._listener: socket.socket | None = None
         self._acceptor: threading.Thread | None = None
@@ -107,24 +136,65 @@ class ConnectionThreads:
             self._adopt(peer)
 
     def _adopt(self, peer: socket.socket) -> None:
+        self._make_room_for_newcomer()
         try:
             with self._lock:
-                if len(self._threads) >= CHANNEL_CONNECTIONS_MAX:
-                    raise Overloaded(f"{CHANNEL_CONNECTIONS_MAX} connections are open")
                 connection = self._connect(peer)
                 thread = threading.Thread(target=self._run, args=(connection,), name=self._name, daemon=True)
                 thread.start()
                 self._threads[connection] = thread
-        except (Overloaded, OSError, RuntimeError) as error:  # also: the peer has left, or the system gives no more threads
+                self._newcomers[connection] = None
+        except (OSError, RuntimeError) as error:  # the peer has left, or the system gives no more threads
             peer.close()
             _log.warning("connection refused", listener=self._name, reason=str(error))
 
+    def _make_room_for_newcomer(self) -> None:
+        """The newcomer that has been silent longest gives way: an honest one says who it is at once."""
+        with self._lock:
+            if len(self._newcomers) < CHANNEL_NEWCOMERS_MAX:
+                return
+            oldest = next(iter(self._newcomers))
+            del self._newcomers[oldest]
+            thread = self._threads[oldest]
+        oldest.shutdown()
+        thread.join()  # no more threads than places, however fast peers come
+
+    def _admit(self, connection: Connection, tenant: str) -> None:
+        with self._lock:
+            if connection not in self._newcomers:
+                raise Unavailable("the connection took too long to say whose it is")
+            if not self._places.fits(tenant):
+                self._reclaim(tenant)
+            self._places.take(tenant)
+            del self._newcomers[connection]
+            self._tenants[connection] = tenant
+
+    def _reclaim(self, newcomer: str) -> None:
+        """Closes an idle connection, if there is one: of the tenant that holds the most, the one that was unused longest."""
+        held = self._places.held
+        idle = [connection for connection in self._tenants if not connection.keeps_state]
+        idle.sort(key=lambda connection: (-held[self._tenants[connection]], connection.used_ms))
+        for connection in idle:
+            tenant = self._tenants[connection]
+            if tenant != newcomer and held[tenant] <= held.get(newcomer, 0) + 1:
+                continue
+            if connection.shutdown_when_idle():
+                self._leave(connection)
+                return
+
+    def _leave(self, connection: Connection) -> None:
+        self._newcomers.pop(connection, None)
+        tenant = self._tenants.pop(connection, None)
+        if tenant is not None:
+            self._places.give_back(tenant)
+
     def _run(self, connection: Connection) -> None:
         try:
-            connection.serve()
+            connection.serve(functools.partial(self._admit, connection))
         except Exception:
             _log.exception("connection failed", listener=self._name)
         finally:
             with self._lock:
+                self._leave(connection)
                 del self._threads[connection]
             connection.close()

@@ -91,15 +91,27 @@ class StoreNode:
         self._store = Store(table, self._arena, clock, publish, heat)
         self._metrics = NodeMetrics(self._store.statistics)
         self._shell = RpcShell(authenticator, self._metrics)
-        self._tokens = TokenBook(clock)
+        self._tokens = TokenBook(clock, authenticator.tenants)
         self._attending = self._make_attending(clock)
         self._page_channel = PageChannelServer(
-            self._store, self._tokens, self._metrics, stall_ms=options.stall_ms, attending=self._attending
+            self._store,
+            self._tokens,
+            self._metrics,
+            stall_ms=options.stall_ms,
+            attending=self._attending,
+            tenants=authenticator.tenants,
         )
         epoch = secrets.token_bytes(EPOCH_BYTES)
         self._shared_memory = (
             SharedMemoryServer(
-                self._store, self._arena, TokenBook(clock), self._metrics, clock, epoch=epoch, stall_ms=options.stall_ms
+                self._store,
+                self._arena,
+                TokenBook(clock, authenticator.tenants),
+                self._metrics,
+                clock,
+                epoch=epoch,
+                stall_ms=options.stall_ms,
+                tenants=authenticator.tenants,
             )
             if offers_memory and isinstance(self._arena, StampedArena)
             else None

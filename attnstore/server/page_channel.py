@@ -12,15 +12,15 @@ from __future__ import annotations
 import secrets
 import socket
 import threading
-from collections import Counter
 from collections.abc import Callable
 from contextlib import ExitStack, suppress
 
 from attnstore.clock import Clock, Deadline
+from attnstore.core.fair_share import FairShares
 from attnstore.core.hashing import joint_checksum
 from attnstore.errors import AttnStoreError, DeadlineExceeded, InvalidArgument, Overloaded, Retryable, Unauthenticated, Unavailable
 from attnstore.limits import (
-    CHANNEL_CONNECTIONS_MAX,
+    CHANNEL_BACKLOG_MAX,
     CHANNEL_CREDITS,
     CHANNEL_GATHER_PAGES,
     CHANNEL_HELLO_MS_MAX,
@@ -54,49 +54,55 @@ _log = get_logger(__name__)
 class TokenBook:
     """One-time tokens: each opens one connection for the tenant that it was given to, within a few seconds.
 
-    Where there are too many, the tenant with the most outstanding loses its oldest one to a tenant with fewer: nobody keeps others
-    from opening channels by asking for tokens that it does not use.
+    `tenants`: how many the node serves; they share the tokens that may be outstanding.
     """
 
-    def __init__(self, clock: Clock) -> None:
+    def __init__(self, clock: Clock, tenants: int = 1) -> None:
         self._clock = clock
         self._lock = threading.Lock()
         self._tokens: dict[bytes, tuple[str, float]] = {}  # token -> tenant, expiry; oldest first
+        self._shares = FairShares(
+            CHANNEL_TOKENS_MAX, "channel tokens that wait to be used", "try again in a few seconds", tenants=tenants
+        )
 
     def issue(self, tenant: str) -> bytes:
-        """A new token. Raises `Overloaded` when too many are outstanding and no other tenant has more of them."""
+        """A new token. Raises `Overloaded` when too many of the tenant's are outstanding."""
         with self._lock:
             now_ms = self._clock.now_ms()
             for token in [token for token, (_, expiry_ms) in self._tokens.items() if expiry_ms <= now_ms]:
-                del self._tokens[token]
-            if len(self._tokens) >= CHANNEL_TOKENS_MAX:
-                self._make_room(tenant)
+                self._take_out(token)
+            self._shares.take(tenant)
             token = secrets.token_bytes(CHANNEL_TOKEN_BYTES)
             self._tokens[token] = (tenant, now_ms + CHANNEL_TOKEN_MS_MAX)
             return token
-
-    def _make_room(self, tenant: str) -> None:
-        held = Counter(holder for holder, _ in self._tokens.values())
-        greediest, most = held.most_common(1)[0]
-        if most <= held[tenant] + 1:
-            raise Overloaded(f"{CHANNEL_TOKENS_MAX} channel tokens are waiting to be used; try again in a few seconds")
-        del self._tokens[next(token for token, (holder, _) in self._tokens.items() if holder == greediest)]
 
     def redeem(self, token: bytes) -> str:
         """The token's tenant; the token is void from now on. Raises `Unauthenticated`."""
         with self._lock:
             # A dictionary look-up by a secret of 256 bits gives an observer nothing to time.
-            tenant, expiry_ms = self._tokens.pop(token, ("", 0.0))
+            tenant, expiry_ms = self._take_out(token) if token in self._tokens else ("", 0.0)
             if expiry_ms <= self._clock.now_ms():
                 raise Unauthenticated("the channel token is unknown, used or too old: ask for another with OpenChannel")
             return tenant
 
+    def _take_out(self, token: bytes) -> tuple[str, float]:
+        tenant, expiry_ms = self._tokens.pop(token)
+        self._shares.give_back(tenant)
+        return tenant, expiry_ms
+
 
 class PageChannelServer:
-    """Serves the page channel on `host`:`port` (0: a free port, see `port`) from `start` to `stop`."""
+    """Serves the page channel on `host`:`port` (0: a free port, see `port`) from `start` to `stop`, to `tenants` tenants."""
 
     def __init__(
-        self, store: Store, tokens: TokenBook, metrics: NodeMetrics, *, stall_ms: int, attending: Attending | None = None
+        self,
+        store: Store,
+        tokens: TokenBook,
+        metrics: NodeMetrics,
+        *,
+        stall_ms: int,
+        attending: Attending | None = None,
+        tenants: int = 1,
     ) -> None:
         self._store = store
         self._tokens = tokens
@@ -104,14 +110,14 @@ class PageChannelServer:
         self._stall_ms = stall_ms
         self._attending = attending
         self._draining = threading.Event()
-        self._connections = ConnectionThreads("page-channel", self._connect, store)
+        self._connections = ConnectionThreads("page-channel", self._connect, store, tenants)
         self.port = 0
 
     def start(self, host: str, port: int) -> None:
         """Binds and serves. Raises `InvalidArgument` when the address cannot be bound."""
         try:
             family = socket.AF_INET6 if ":" in host else socket.AF_INET
-            listener = socket.create_server((host, port), family=family, backlog=CHANNEL_CONNECTIONS_MAX)
+            listener = socket.create_server((host, port), family=family, backlog=CHANNEL_BACKLOG_MAX)
         except OSError as error:
             raise InvalidArgument(f"--page-channel-port {port} on {host} cannot be bound: {error.strerror}") from None
         self.port = listener.getsockname()[1]
@@ -158,33 +164,46 @@ class _Connection(Connection):
         self._scratch = memoryview(bytearray(MIB))
         self._verdicts: list[bytes] = []
 
-    def serve(self) -> None:
+    @property
+    def keeps_state(self) -> bool:
+        return self._attend.has_sets
+
+    def serve(self, admit: Callable[[str], None]) -> None:
         try:
             self._stream.bound(Deadline(self._store, min(CHANNEL_HELLO_MS_MAX, self._stall_ms)).left_ms)
-            tenant = self._welcome()
+            tenant = self._welcome(admit)
             while not self._draining.is_set():
+                self.used_ms = self._store.now_ms()
                 frame = self._next_request()
                 with self.busy:
+                    if self.is_ending:
+                        return
                     self._answer(frame, tenant)
             self._send_verdicts()
         except DeadlineExceeded:
             # Stalled: nothing that the kernel still holds for it is kept, and it learns so even if neither window is open.
             self._stream.abort()
+        except Overloaded as error:
+            self._refuse(error)
         except Retryable:
             return  # gone, or the node drains; as above, its pins and slots were given back on the way here
         except AttnStoreError as error:
-            _log.warning("page channel closed", reason=str(error), code=error.code)
-            with suppress(Retryable):
-                self._stream.send(encode_refusal(0, error))
+            self._refuse(error)
         finally:
             self._attend.close()
 
-    def _welcome(self) -> str:
+    def _refuse(self, error: AttnStoreError) -> None:
+        _log.warning("page channel closed", reason=str(error), code=error.code)
+        with suppress(Retryable):
+            self._stream.send(encode_refusal(0, error))
+
+    def _welcome(self, admit: Callable[[str], None]) -> str:
         hello = self._stream.receive()
         token = self._stream.whole_payload(hello)
         if hello.page != VERSION:
             raise InvalidArgument(f"the page channel's version is {VERSION}; the client speaks {hello.page}")
         tenant = self._tokens.redeem(bytes(token))
+        admit(tenant)
         self._stream.send(encode_frame(Frame(Kind.WELCOME, page=CHANNEL_READ_HASHES_MAX, request=CHANNEL_CREDITS)))
         return tenant
 

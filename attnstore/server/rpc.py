@@ -14,8 +14,9 @@ from typing import Any
 
 import grpc
 
-from attnstore.errors import AttnStoreError, DeadlineExceeded, Overloaded, Unauthenticated
-from attnstore.limits import STREAMS_MAX
+from attnstore.core.fair_share import FairShares
+from attnstore.errors import AttnStoreError, DeadlineExceeded, Unauthenticated
+from attnstore.limits import ATTEND_CALLS_MAX, STREAMS_MAX, WATCHERS_MAX
 from attnstore.logs import get_logger
 from attnstore.telemetry import NodeMetrics
 from attnstore.wire.messages import SERVICE, Method
@@ -33,6 +34,11 @@ class Authenticator:
 
     def __init__(self, tenant_of_token: Mapping[str, str]) -> None:
         self._tenant_of_token = dict(tenant_of_token)
+
+    @property
+    def tenants(self) -> int:
+        """How many tenants the node serves."""
+        return max(1, len(self._tenant_of_token))
 
     def tenant(self, context: Any) -> str:
         """The caller's tenant. Raises `Unauthenticated` for a missing or unknown token."""
@@ -61,12 +67,18 @@ class RpcShell:
     def __init__(self, authenticator: Authenticator, metrics: NodeMetrics) -> None:
         self._authenticator = authenticator
         self._metrics = metrics
-        self._streams: set[asyncio.Task[Any]] = set()
+        tenants = authenticator.tenants
+        # Calls that last as long as their caller likes have places of their own, so that they keep nobody from reading or writing.
+        self._lasting = {
+            "Watch": FairShares(WATCHERS_MAX, "Watch calls", "end some", tenants=tenants),
+            "Attend": FairShares(ATTEND_CALLS_MAX, "Attend calls", "end some, or attend over the page channel", tenants=tenants),
+        }
+        self._transfers = FairShares(STREAMS_MAX, "streams", "try again or use another node", tenants=tenants)
 
     @property
     def streams_in_flight(self) -> int:
         """Streaming calls running now."""
-        return len(self._streams)
+        return self._transfers.used + sum(shares.used for shares in self._lasting.values())
 
     def generic_handler(self, handlers: Mapping[str, Handler], methods: Mapping[str, Method]) -> grpc.GenericRpcHandler:
         """The gRPC handler of the whole service."""
@@ -122,15 +134,12 @@ class RpcShell:
             request = method.decode_request(request)
         if not (method.streams_requests or method.streams_responses):
             return await handler(request, context, tenant)
-        if len(self._streams) >= STREAMS_MAX:
-            raise Overloaded(f"the node already serves {STREAMS_MAX} streams; try again or use another node")
-        task = asyncio.current_task()
-        assert task is not None
-        self._streams.add(task)
+        shares = self._lasting.get(method.name, self._transfers)
+        shares.take(tenant)
         try:
             return await handler(request, context, tenant)
         finally:
-            self._streams.discard(task)
+            shares.give_back(tenant)
 
 
 async def _refuse(context: Any, code: grpc.StatusCode, message: str, trailers: tuple[tuple[str, str], ...] = ()) -> None:

@@ -14,6 +14,7 @@ import tempfile
 import threading
 import time
 from collections import Counter
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
@@ -22,8 +23,8 @@ from attnstore.arena import StampedArena
 from attnstore.clock import Clock, Deadline
 from attnstore.copying import address_of
 from attnstore.core.page_table import PinnedPage
-from attnstore.errors import AttnStoreError, InvalidArgument, PermissionDenied, Retryable, Unavailable
-from attnstore.limits import CHANNEL_CONNECTIONS_MAX, CHANNEL_HELLO_MS_MAX, CHANNEL_IDLE_MS_MAX
+from attnstore.errors import AttnStoreError, InvalidArgument, Overloaded, PermissionDenied, Retryable, Unavailable
+from attnstore.limits import CHANNEL_BACKLOG_MAX, CHANNEL_HELLO_MS_MAX, CHANNEL_IDLE_MS_MAX
 from attnstore.logs import get_logger
 from attnstore.server.connections import Connection, ConnectionThreads
 from attnstore.server.page_channel import TokenBook
@@ -48,7 +49,9 @@ _log = get_logger(__name__)
 
 
 class SharedMemoryServer:
-    """Serves the shared memory of `arena` from `start` to `stop`. `epoch` is 16 bytes, new with each start of the node."""
+    """Serves the shared memory of `arena` from `start` to `stop`, to `tenants` tenants. `epoch` is 16 bytes, new with each start of
+    the node.
+    """
 
     def __init__(
         self,
@@ -60,6 +63,7 @@ class SharedMemoryServer:
         *,
         epoch: bytes,
         stall_ms: int,
+        tenants: int = 1,
     ) -> None:
         self._store = store
         self._arena = arena
@@ -69,7 +73,7 @@ class SharedMemoryServer:
         self._stall_ms = stall_ms
         self._welcome = shared.Welcome(epoch, arena.extent_bytes)
         self._draining = threading.Event()
-        self._connections = ConnectionThreads("shared-memory", self._connect, clock)
+        self._connections = ConnectionThreads("shared-memory", self._connect, clock, tenants)
         self.address = ""
 
     def start(self) -> None:
@@ -83,7 +87,7 @@ class SharedMemoryServer:
             _remove_left_behind(directory.parent)
             self.address = str(directory / _SOCKET)
             listener.bind(self.address)
-            listener.listen(CHANNEL_CONNECTIONS_MAX)
+            listener.listen(CHANNEL_BACKLOG_MAX)
         except OSError as error:
             listener.close()
             self._remove()
@@ -145,23 +149,33 @@ class _Connection(Connection):
         self._lent: memoryview | None = None
         self._told: dict[int, int] = {}  # extent -> the tenancy in which a page of our tenant was last located there
 
-    def serve(self) -> None:
+    def serve(self, admit: Callable[[str], None]) -> None:
         try:
             self._stream.bound(Deadline(self._clock, min(CHANNEL_HELLO_MS_MAX, self._stall_ms)).left_ms)
-            tenant = self._admit()
+            tenant = self._welcomed(admit)
             while not self._draining.is_set():
+                self.used_ms = self._clock.now_ms()
                 self._stream.bound(Deadline(self._clock, CHANNEL_IDLE_MS_MAX).left_ms)
                 request = self._stream.receive(shared.REQUESTS[State.OPEN])
                 self._stream.bound(Deadline(self._clock, self._stall_ms).left_ms)
                 with self.busy:
+                    if self.is_ending:
+                        request.close()
+                        return
                     self._answer(request, tenant)
+        except Overloaded as error:
+            self._refuse(error)
         except Retryable:
             return  # gone, silent or stalled
         except AttnStoreError as error:
-            _log.warning("shared memory connection closed", reason=str(error), code=error.code)
+            self._refuse(error)
+
+    def _refuse(self, error: AttnStoreError) -> None:
+        _log.warning("shared memory connection closed", reason=str(error), code=error.code)
+        with suppress(Retryable):
             self._stream.send(shared.encode_refusal(error))
 
-    def _admit(self) -> str:
+    def _welcomed(self, admit: Callable[[str], None]) -> str:
         hello = self._stream.receive(shared.REQUESTS[State.NEW])
         uid = self._stream.peer_uid()
         if uid != os.geteuid():
@@ -169,6 +183,7 @@ class _Connection(Connection):
         if hello.count != shared.VERSION:
             raise InvalidArgument(f"the shared memory protocol's version is {shared.VERSION}; the client speaks {hello.count}")
         tenant = self._tokens.redeem(hello.payload)
+        admit(tenant)
         self._stream.send(shared.encode_welcome(self._welcome))
         return tenant
 

@@ -37,6 +37,11 @@ class Message:
     payload: bytes
     descriptor: int | None
 
+    def close(self) -> None:
+        """For a message that nobody answers: its descriptor goes."""
+        if self.descriptor is not None:
+            os.close(self.descriptor)
+
 
 class SharedStream:
     """Messages over a connected Unix socket, which it owns from now on. One thread at a time; `shutdown` from any."""

@@ -11,7 +11,7 @@ import pytest
 import attnstore
 from attnstore import PageStatus
 from attnstore.core.hashing import page_checksum
-from attnstore.limits import CHUNK_BYTES_MAX, HASH_BYTES, HASHES_MAX, MESSAGE_BYTES_MAX, STREAMS_MAX
+from attnstore.limits import CHUNK_BYTES_MAX, HASH_BYTES, HASHES_MAX, MESSAGE_BYTES_MAX, STREAMS_MAX, WATCHERS_MAX
 from attnstore.testing import StoreProcess
 from attnstore.wire.messages import ERROR_TRAILER, METHODS, layout_to_wire
 from attnstore.wire.v1 import store_pb2 as pb
@@ -246,22 +246,43 @@ def test_a_cancelled_write_gives_its_slot_back_and_keeps_whole_pages(stub: Stub,
     assert list(found.hits) == [1]
 
 
-def test_streams_beyond_the_limit_are_refused_as_overload(node: StoreProcess, batch_of: BatchOf) -> None:
+def test_watchers_beyond_their_limit_are_refused_and_keep_nobody_from_reading(node: StoreProcess, batch_of: BatchOf) -> None:
     batch = batch_of(1)
     with grpc.insecure_channel(node.address) as channel:
         stub = store_pb2_grpc.AttentionStoreStub(channel)
         register(stub, batch)
-        watches = [stub.Watch(pb.WatchRequest(namespace=batch.namespace), timeout=30) for _ in range(STREAMS_MAX)]
+        watches = [stub.Watch(pb.WatchRequest(namespace=batch.namespace), timeout=30) for _ in range(WATCHERS_MAX)]
         for watch in watches:
             assert watch.initial_metadata()
-        assert stub.Describe(pb.DescribeRequest(), timeout=5).in_flight == STREAMS_MAX
+        assert stub.Describe(pb.DescribeRequest(), timeout=5).in_flight == WATCHERS_MAX
+        with pytest.raises(grpc.RpcError) as caught:
+            next(stub.Watch(pb.WatchRequest(namespace=batch.namespace), timeout=30))
+        assert refusal(caught.value) == "overloaded"
+        with attnstore.connect(node.url, transport="grpc") as client:
+            client.register_layout(batch.namespace, batch.layout)
+            assert client.read(batch.namespace, batch.hashes, batch.buffers()).error is None
+        for watch in watches:
+            watch.cancel()
+        assert eventually(lambda: stub.Describe(pb.DescribeRequest(), timeout=5).in_flight == 0)
+
+
+def test_writes_beyond_the_limit_are_refused_as_overload(node: StoreProcess, batch_of: BatchOf) -> None:
+    batch = batch_of(1)
+    gate = Gate()
+    with grpc.insecure_channel(node.address) as channel:
+        stub = store_pb2_grpc.AttentionStoreStub(channel)
+        register(stub, batch)
+        half = pb.WriteChunk(namespace=batch.namespace, hash=batch.hashes[0], payload=batch.pages[0][:100])
+        writes = [stub.Write.future(gate.chunks([half], []), timeout=60) for _ in range(STREAMS_MAX)]
+        assert eventually(lambda: stub.Describe(pb.DescribeRequest(), timeout=5).in_flight == STREAMS_MAX)
         with attnstore.connect(node.url, transport="grpc") as client:
             client.register_layout(batch.namespace, batch.layout)
             answer = client.read(batch.namespace, batch.hashes, batch.buffers())
             assert isinstance(answer.error, attnstore.errors.Overloaded)
             assert answer.statuses == (PageStatus.INCOMPLETE,)
-            for watch in watches:
-                watch.cancel()
+            gate.open()
+            for write in writes:
+                write.result()
             assert eventually(lambda: client.describe().in_flight == 0)
             assert client.read(batch.namespace, batch.hashes, batch.buffers()).error is None
 

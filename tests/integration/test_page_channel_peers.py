@@ -14,6 +14,7 @@ import pytest
 from attnstore import PageStatus, errors
 from attnstore.limits import (
     CHANNEL_CONNECTIONS_MAX,
+    CHANNEL_NEWCOMERS_MAX,
     CHANNEL_TOKEN_BYTES,
 )
 from attnstore.wire.page_channel import VERSION, Frame, Kind, Order, encode_frame
@@ -25,7 +26,10 @@ from tests.channels import (
     clean_node,
     is_closed,
     page_header,
+    payload,
+    read,
     read_plan,
+    refusal,
     say_hello,
     verdict,
     write_plan,
@@ -181,26 +185,62 @@ def test_a_writer_that_takes_no_verdicts_is_dropped(impatient_node: ChannelNode)
 # Many peers
 
 
-def test_connections_beyond_the_limit_are_closed_and_room_is_reused(node: ChannelNode) -> None:
-    streams = [node.connect() for _ in range(CHANNEL_CONNECTIONS_MAX)]
+def test_silent_peers_take_no_place_of_those_that_have_shown_a_token(node: ChannelNode) -> None:
+    batch = make_batch(1, model="beside the silent")
+    node.keep(batch)
+    before = node.connect()
+    silent = [node.dial() for _ in range(CHANNEL_NEWCOMERS_MAX + CHANNEL_CONNECTIONS_MAX)]
+    assert is_closed(silent[0]), "the one that was silent longest makes room"
+    for stream in (before, node.connect()):
+        ask(stream, batch)
+        assert payload(stream)[1] == batch.pages[0]
+
+
+def test_more_idle_clients_than_places_all_keep_the_page_channel(node: ChannelNode) -> None:
+    batch = make_batch(1, model="idle workers")
+    node.keep(batch)
+    workers = [node.transport() for _ in range(CHANNEL_CONNECTIONS_MAX + 12)]
+    for _ in range(2):
+        for worker in workers:
+            result, buffers = read(worker, batch)
+            assert result.leading_hits == 1
+            assert buffers == batch.pages
+    for worker in workers:
+        worker.close()
+
+
+def test_a_connection_in_use_is_not_closed_for_another(node: ChannelNode) -> None:
+    batch = make_batch(1, model="in use")
+    node.register(batch)
+    half = len(batch.pages[0]) // 2
+    busy = [node.connect() for _ in range(CHANNEL_CONNECTIONS_MAX)]
+    for stream in busy:
+        stream.send(page_header(batch, 0), batch.pages[0][:half])
+    assert eventually(lambda: node.store.statistics().pages_arriving == 1)
     extra = node.dial()
-    assert is_closed(extra)
-    extra.close()
-    streams.pop().close()
+    say_hello(extra, node.tokens.issue("default"))
+    assert isinstance(refusal(extra), errors.Overloaded)
+    for stream in busy:
+        stream.send(batch.pages[0][half:])
+        assert stream.receive().kind is Kind.VERDICT
+    assert node.connect()
 
-    def welcomed() -> bool:
-        stream = node.dial()
-        try:
-            say_hello(stream, node.tokens.issue("default"))
-            return stream.receive().kind is Kind.WELCOME
-        except errors.Unavailable:
-            return False
-        finally:
-            stream.close()
 
-    assert eventually(welcomed)
-    for stream in streams:
-        stream.close()
+def test_a_tenant_with_all_its_places_in_use_leaves_places_to_another() -> None:
+    node = ChannelNode(tenants=2)
+    try:
+        batch = make_batch(1, model="greedy")
+        node.register(batch, "greedy")
+        while True:
+            stream = node.dial()
+            say_hello(stream, node.tokens.issue("greedy"))
+            if stream.receive().kind is Kind.REFUSED:
+                break
+            stream.send(page_header(batch, 0), batch.pages[0][:10])
+        modest = [node.connect("modest") for _ in range(CHANNEL_CONNECTIONS_MAX // 4)]
+        assert modest
+    finally:
+        node.close()
 
 
 def test_bytes_are_counted_exactly_whatever_runs_at_once(node: ChannelNode) -> None:

@@ -17,12 +17,12 @@ import pytest
 import attnstore
 from attnstore import DType, PageLayout, PageStatus
 from attnstore.errors import InvalidArgument, NamespaceUnknown, PermissionDenied, ProtocolError, Unauthenticated
-from attnstore.limits import CHANNEL_CONNECTIONS_MAX
+from attnstore.limits import CHANNEL_CONNECTIONS_MAX, CHANNEL_NEWCOMERS_MAX
 from attnstore.testing import StoreProcess
 from attnstore.wire import shared
 from attnstore.wire.shared import Kind, Place
 from tests.integration.shm_peer import Peer, open_channel
-from tests.samples import SMALL, eventually, make_batch
+from tests.samples import SMALL, make_batch
 
 KIB_128 = PageLayout(layers=1, kv_heads=1, head_dim=1 << 16, block_tokens=1, dtype=DType.OPAQUE)
 """128 KiB a page."""
@@ -168,21 +168,32 @@ def test_a_peer_that_reads_no_answer_loses_its_connection_and_nobody_else_waits(
         assert extent[place.offset_bytes : place.offset_bytes + len(page)] == page
 
 
-def test_connections_are_bounded_and_there_is_room_again_later(node: StoreProcess) -> None:
+def test_silent_peers_take_no_place_of_those_that_have_shown_a_token(node: StoreProcess) -> None:
     address, _ = open_channel(node)
-    peers = [Peer.connected(address) for _ in range(CHANNEL_CONNECTIONS_MAX + 1)]
-    assert peers[-1].is_closed_by_the_node()
-    for peer in peers:
-        peer.stream.close()
+    namespace, page_hash, _ = a_stored_page(node, "beside the silent")
+    with Peer.greeted(node) as before:
+        silent = [Peer.connected(address) for _ in range(CHANNEL_NEWCOMERS_MAX + CHANNEL_CONNECTIONS_MAX)]
+        assert silent[0].is_closed_by_the_node(), "the one that was silent longest makes room"
+        with Peer.greeted(node) as after:
+            for peer in (before, after):
+                assert isinstance(peer.locate(namespace, page_hash)[0], Place)
+        for peer in silent:
+            peer.stream.close()
 
-    def has_room() -> bool:
-        try:
-            Peer.greeted(node).stream.close()
-        except attnstore.AttnStoreError:
-            return False
-        return True
 
-    assert eventually(has_room)
+def test_more_idle_clients_than_places_all_keep_shared_memory(node: StoreProcess) -> None:
+    batch = make_batch(1, model="idle workers")
+    workers = [attnstore.connect(node.url, transport="shm") for _ in range(CHANNEL_CONNECTIONS_MAX + 12)]
+    for worker in workers:
+        worker.register_layout(batch.namespace, batch.layout)
+    workers[0].write(batch.namespace, batch.hashes, batch.pages)
+    for _ in range(2):
+        for worker in workers:
+            buffers = batch.buffers()
+            assert worker.read(batch.namespace, batch.hashes, buffers).transport == "shm"
+            assert buffers == batch.pages
+    for worker in workers:
+        worker.close()
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can become somebody else")

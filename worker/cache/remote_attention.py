@@ -115,6 +115,7 @@ class AttendStatistics:
 @dataclass(slots=True, eq=False)
 class _Set:
     node: _Node
+    stream: AttendStream
     set_id: int
     pages: int
     lease: KeptLease
@@ -286,6 +287,7 @@ class _Node:
         self._opening = opening
         self._leases = LeaseKeeper(store, period_ms=_RENEW_MS)
         self._stream: AttendStream | None = None
+        self._sets_open = 0
         self._registered = False
 
     def match(self, hashes: Sequence[BlockHash]) -> tuple[set[int], Lease | None]:
@@ -309,7 +311,8 @@ class _Node:
             for begin in range(0, len(hashes), ATTEND_HASHES_MAX):
                 pages = hashes[begin : begin + ATTEND_HASHES_MAX]
                 with self._opening(len(pages)):
-                    opened.append(_Set(self, stream.open(pages, lease), len(pages), kept))
+                    opened.append(_Set(self, stream, stream.open(pages, lease), len(pages), kept))
+                    self._sets_open += 1
         except AttnStoreError:
             self.reset()
             self._leases.let_go(kept)
@@ -317,11 +320,14 @@ class _Node:
         return opened
 
     def close(self, part: _Set) -> None:
-        """Lets a set and its lease go."""
-        if self._stream is not None:
+        """Lets a set and its lease go, and with the last set the stream: one that is not used takes a place from others."""
+        if part.stream is self._stream:  # not of one that has failed, whose numbers may name others' sets on this one
+            self._sets_open -= 1
             try:
-                self._stream.close_set(part.set_id)
+                part.stream.close_set(part.set_id)
             except AttnStoreError:
+                self._sets_open = 0
+            if not self._sets_open:
                 self.reset()
         self._leases.let_go(part.lease)
 
@@ -345,6 +351,7 @@ class _Node:
     def reset(self) -> None:
         """Ends the stream, and with it every set that is open on it."""
         stream, self._stream = self._stream, None
+        self._sets_open = 0
         if stream is not None:
             stream.close()
             self._on_reset(self)

@@ -1,0 +1,82 @@
+"""One limit of a node, shared among its tenants: whoever takes leaves room for others.
+
+Owns: how much of a limit each tenant holds, and whether it may take more. Invariants: what is held is never more than the limit;
+each of the node's tenants can always hold `guaranteed` units, whatever the others do; of the rest no tenant takes a unit with which
+it would have more than `HELD_OF_FREE` times what is then free, unless that unit is all that it holds.
+
+Half of the limit is guaranteed, in equal parts. The rule for the other half is that of shared-memory switches (Choudhury and Hahne
+1998, "Dynamic Queue Length Thresholds for Shared-Memory Packet Switches"): it adapts to how many tenants ask, where a fixed part
+for each of a hundred tenants would be too small for the three that are busy. A node with one tenant keeps nothing back for others.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Final
+
+from attnstore.errors import Overloaded
+
+HELD_OF_FREE: Final = 4
+
+
+class FairShares:
+    """`limit` units of `what`, for a node that serves `tenants` tenants. `remedy` ends the message of a refusal.
+
+    Not thread-safe: one owner calls it.
+    """
+
+    def __init__(self, limit: int, what: str, remedy: str, *, tenants: int = 1) -> None:
+        self._limit = limit
+        self._what = what
+        self._remedy = remedy
+        self._tenants = tenants
+        self.guaranteed = limit // (2 * tenants)
+        self._held: dict[str, int] = {}  # no tenant holds 0
+        self._used = 0
+        self._used_guaranteed = 0
+
+    @property
+    def used(self) -> int:
+        """Units held by all tenants together."""
+        return self._used
+
+    @property
+    def held(self) -> Mapping[str, int]:
+        """Units by tenant, of those that hold any."""
+        return self._held
+
+    def fits(self, tenant: str, units: int = 1) -> bool:
+        """Whether the tenant may take so many units more."""
+        held = self._held.get(tenant, 0)
+        if self._tenants == 1:
+            return self._used + units <= self._limit
+        kept_for_others = self.guaranteed * (self._tenants - 1) - (self._used_guaranteed - min(held, self.guaranteed))
+        free_after = self._limit - self._used - units - max(0, kept_for_others)
+        beyond_guarantee = held + units - self.guaranteed
+        return free_after >= 0 and beyond_guarantee <= max(not held, HELD_OF_FREE * free_after)
+
+    def require(self, tenant: str, units: int = 1) -> None:
+        """Raises `Overloaded` unless `fits`."""
+        if not self.fits(tenant, units):
+            held = self._held.get(tenant, 0)
+            raise Overloaded(
+                f"of this node's {self._limit} {self._what} the tenant holds {held} and others {self._used - held}; "
+                f"{units} more would pass the tenant's share: {self._remedy}"
+            )
+
+    def take(self, tenant: str, units: int = 1) -> None:
+        """Counts the units as the tenant's. Raises `Overloaded` unless `fits`."""
+        self.require(tenant, units)
+        self._count(tenant, units)
+
+    def give_back(self, tenant: str, units: int = 1) -> None:
+        """Ends a `take`."""
+        assert units <= self._held.get(tenant, 0), "more is given back than was taken"
+        self._count(tenant, -units)
+
+    def _count(self, tenant: str, units: int) -> None:
+        held = self._held.pop(tenant, 0)
+        if held + units:
+            self._held[tenant] = held + units
+        self._used += units
+        self._used_guaranteed += min(held + units, self.guaranteed) - min(held, self.guaranteed)
