@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from typing import Protocol
 
@@ -42,6 +43,9 @@ class Deadline:
         """There is no time left."""
         return self._clock.now_ms() >= self._end_ms
 
-    def sooner(self, limit_ms: float) -> Deadline:
-        """A deadline for a first attempt: half of the time left, and at most `limit_ms`, so that a second one has time too."""
-        return Deadline(self._clock, min(self.left_ms() / 2, limit_ms))
+    def sooner(self, limit_ms: float = math.inf, *, last: bool = False) -> Deadline:
+        """A deadline for one attempt: half of the time left, so that the next one has time too, or all of it for the `last` one;
+        at most `limit_ms`. Raises `DeadlineExceeded` when there is no time left.
+        """
+        left_ms = self.left_ms()
+        return Deadline(self._clock, min(left_ms if last else left_ms / 2, limit_ms))

@@ -125,8 +125,14 @@ HEARTBEAT_MS = 1_000
 """Nodes announce themselves this often, and clients look as often whether the membership has changed."""
 MEMBER_MS_MAX = 4 * HEARTBEAT_MS
 """A node that has not announced itself for this long is no member any more."""
-NODE_MATCH_MS_MAX = 1_000
-"""A node of a cluster that has not said for this long which pages it has is taken to have none: others may be asked still."""
+NODE_ANSWER_MS_MAX = 1_000
+"""A node of a cluster that does not answer a match, a renewal or a release for this long is taken to have nothing: others may be
+asked still.
+"""
+NODE_FAIR_MS = 500
+"""A node that was given less than this to answer, and did not, has not failed: whoever asked it was in a hurry."""
+NODE_FAIR_BYTES_PER_MS = 10_000
+"""What a call moves adds to the fair time at this rate, 80 Mb/s: a slower node is no better than one that does not answer."""
 DIRECTORY_MS_MAX = 1_000
 """One call to the directory. A slow directory is as good as none: the last view goes on."""
 PREVIOUS_OWNERS_MS_MAX = 600_000
@@ -151,6 +157,7 @@ EVENTS_IN_BATCH_MAX = 1_024
 
 assert 2 * HEARTBEAT_MS < MEMBER_MS_MAX, "one lost heartbeat removes nobody"
 assert DIRECTORY_MS_MAX <= HEARTBEAT_MS
+assert 0 < NODE_FAIR_MS < NODE_ANSWER_MS_MAX, "a node that does not answer has had a fair time"
 assert HEARTBEAT_MS < HEAT_WINDOW_MS, "heat is looked at several times in a window"
 assert HOT_REPLICAS <= REPLICAS_MAX
 

@@ -67,18 +67,24 @@ class Lease:
 
 @dataclass(frozen=True, slots=True)
 class MatchResult:
-    """`hits[i]`: how many leading pages of prefix i are on the node. `lease` is None where none was asked for or nothing hit."""
+    """`hits[i]`: how many leading pages of prefix i are on the node. `lease` is None where none was asked for or nothing hit.
+
+    `error` says why a cluster's nodes were not asked, or that none of them answered: nothing is known of the pages then. One node
+    that does not answer raises instead.
+    """
 
     hits: tuple[int, ...]
     lease: Lease | None
+    error: Retryable | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class ReadResult:
     """Status of each page in the order asked for. The buffer of a page that is not a hit has unspecified content.
 
-    `error` is None where the read ran to its end; otherwise it says what broke it off (deadline, lost connection), and the pages
-    that were not complete by then are INCOMPLETE. Once a result is returned, nothing is written into the buffers any more.
+    `error` is None where the read ran to its end; otherwise it says what broke it off (deadline, lost connection, no node that
+    could be asked), and the pages that were not complete by then are INCOMPLETE. Once a result is returned, nothing is written into
+    the buffers any more.
     `transport` is the one that carried the pages; a cluster's nodes may use several, which are joined by commas.
     """
 

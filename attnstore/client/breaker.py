@@ -1,7 +1,8 @@
 """A circuit breaker for one node: when calls to it are made, and when they are not worth making.
 
-Invariant: pure; time comes in through the clock. A node that fails `FAILURES_MAX` times in a row is left alone; a probe, never a
-user's call, finds out whether it is back. (Nygard, Release It!, 2007.)
+Invariants: pure; time comes in through the clock. A node that fails `FAILURES_MAX` times in a row is left alone; a probe, never a
+user's call, finds out whether it is back. (Nygard, Release It!, 2007.) A deadline that passes counts as a failure of the node only
+where the node had a fair time: a caller in a hurry says nothing about the node.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import enum
 from typing import Final
 
 from attnstore.clock import Clock
+from attnstore.limits import NODE_FAIR_BYTES_PER_MS, NODE_FAIR_MS
 
 FAILURES_MAX: Final = 2
 """Failures in a row that open the circuit."""
@@ -25,6 +27,11 @@ class CircuitState(enum.StrEnum):
     """It is made."""
     OPEN = "open"
     """It is not made."""
+
+
+def had_fair_time(given_ms: float, size_bytes: int = 0) -> bool:
+    """Whether a node that was given so long for a call that moves `size_bytes` should have answered."""
+    return given_ms >= NODE_FAIR_MS + size_bytes / NODE_FAIR_BYTES_PER_MS
 
 
 class CircuitBreaker:

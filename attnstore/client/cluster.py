@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import math
 import secrets
 from collections import defaultdict
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
@@ -21,7 +22,7 @@ from attnstore.client.cluster_read import ClusterRead
 from attnstore.client.cluster_write import ClusterWriter
 from attnstore.client.flight import Flight, SingleFlight
 from attnstore.client.mapped import PageViews
-from attnstore.client.membership import ClusterMembership
+from attnstore.client.membership import ClusterMembership, no_node_to_ask
 from attnstore.client.node_link import NodeLink
 from attnstore.client.options import ClusterOptions, checked_deadline_ms
 from attnstore.client.segments import Run, leading_hits, runs_of
@@ -31,8 +32,8 @@ from attnstore.core.hashing import segment_key
 from attnstore.core.layout import PageLayout
 from attnstore.directory import ClusterView, Member
 from attnstore.directory.events import events_in
-from attnstore.errors import ClientClosed, InvalidArgument, LeaseExpired, NamespaceUnknown, Retryable, Unavailable
-from attnstore.limits import HASHES_MAX, HEARTBEAT_MS, HOT_REPLICAS, LEASE_MS_MAX, NODE_MATCH_MS_MAX
+from attnstore.errors import ClientClosed, DeadlineExceeded, InvalidArgument, LeaseExpired, NamespaceUnknown, Retryable, Unavailable
+from attnstore.limits import HASHES_MAX, HEARTBEAT_MS, HOT_REPLICAS, LEASE_MS_MAX, NODE_ANSWER_MS_MAX
 from attnstore.types import (
     Lease,
     MatchResult,
@@ -53,8 +54,8 @@ class AsyncClusterClient:
     """A client of a cluster, for one event loop; made by `attnstore.aio.connect`.
 
     Methods, arguments and errors are those of `AsyncClient`. What differs: `describe` and `stats` are sums over the nodes that
-    answer; pages of nodes that do not answer are misses, so that `read` has an `error`, and `write` raises, only where no node
-    answered at all.
+    answer; pages of nodes that do not answer are misses, so that `match` and `read` have an `error`, and `write` raises, only where
+    no node answered at all, or none could be asked.
     """
 
     def __init__(self, options: ClusterOptions, clock: Clock | None = None) -> None:
@@ -123,11 +124,14 @@ class AsyncClusterClient:
         deadline = self._deadline(deadline_ms)
         try:
             async with asyncio.timeout(deadline.left_ms() / 1000):
+                # Whoever has much more time than another does not share the answer that was had in the other's time.
+                _, patience = math.frexp(deadline.left_ms())
                 return await self._matches.run(
-                    (namespace, frozen, lease_ms), lambda flight: self._match(flight, namespace, frozen, lease_ms, deadline)
+                    (namespace, frozen, lease_ms, patience),
+                    lambda flight: self._match(flight, namespace, frozen, lease_ms, deadline),
                 )
         except TimeoutError:
-            return MatchResult((0,) * len(prefixes), None)
+            return MatchResult((0,) * len(prefixes), None, DeadlineExceeded("no node answered within the deadline"))
 
     async def _match(
         self,
@@ -142,31 +146,40 @@ class AsyncClusterClient:
         runs = runs_of(prefixes)
         turn = next(self._turns)
         parts: list[LeasePart] = []
+        answered = not runs
+        failure: Retryable = no_node_to_ask()
         try:
             while asked := self._next_round(view, runs, turn):
-                rounds = (self._ask(link, namespace, group, lease_ms, parts, deadline) for link, group in asked)
+                rounds = (self._ask(link, namespace, group, lease_ms, parts, deadline, last) for link, group, last in asked)
                 outcomes = await asyncio.gather(*rounds, return_exceptions=True)
                 _raise_wrong_calls(outcomes)
+                answered |= None in outcomes
+                failure = next((outcome for outcome in outcomes if isinstance(outcome, Retryable)), failure)
         except BaseException:
             self._let_go(parts)
             raise
         hits = leading_hits(len(prefixes), runs)
         if not any(hits):
             self._let_go(parts)
-            return MatchResult(hits, None)
+            return MatchResult(hits, None, None if answered else failure)
         return MatchResult(hits, self._leases.grant(parts, flight.passengers) if parts else None)
 
-    def _next_round(self, view: ClusterView, runs: Sequence[Run], turn: int) -> list[tuple[NodeLink, list[Run]]]:
-        """For each node the runs that it is the next one to be asked for: their pages are not all found yet."""
+    def _next_round(self, view: ClusterView, runs: Sequence[Run], turn: int) -> list[tuple[NodeLink, list[Run], bool]]:
+        """For each node the runs that it is the next one to be asked for, because their pages are not all found yet, and whether
+        it is the last one for all of them.
+        """
         links = self._followed().links
         groups: dict[str, list[Run]] = defaultdict(list)
+        others: set[str] = set()
         usable = self._followed().usable()
         for run in runs:
             if not run.is_complete:
                 holders = [node_id for node_id in view.holders(run.key, usable, turn=turn) if node_id not in run.asked]
                 if holders:
                     groups[holders[0]].append(run)
-        return [(links[node_id], group) for node_id, group in groups.items()]
+                if len(holders) > 1:
+                    others.add(holders[0])
+        return [(links[node_id], group, node_id not in others) for node_id, group in groups.items()]
 
     async def _ask(
         self,
@@ -176,21 +189,19 @@ class AsyncClusterClient:
         lease_ms: int,
         parts: list[LeasePart],
         deadline: Deadline,
+        last: bool,
     ) -> None:
-        """Asks one node for what is missing of the runs. A node that fails has nothing."""
+        """Asks one node for what is missing of the runs, in its part of the time. Raises where the node does not answer."""
         for run in runs:
             run.asked.add(link.member.node_id)
         rests = [run.rest for run in runs]
+        attempt = deadline.sooner(NODE_ANSWER_MS_MAX, last=last)
 
         async def match(client: AsyncClient) -> MatchResult:
-            await link.register(namespace, self._layout(namespace), deadline)
-            patience_ms = min(deadline.left_ms(), NODE_MATCH_MS_MAX)
-            return await client.match(namespace, rests, lease_ms=lease_ms, deadline_ms=patience_ms)
+            await link.register(namespace, self._layout(namespace), attempt)
+            return await client.match(namespace, rests, lease_ms=lease_ms, deadline_ms=attempt.left_ms())
 
-        try:
-            found = await link.call(match)
-        except Retryable:
-            return
+        found = await link.call(match)
         if found.lease is not None:
             hit = [page_hash for rest, hits in zip(rests, found.hits, strict=True) for page_hash in rest[:hits]]
             parts.append(LeasePart(link, found.lease, frozenset(hit)))
@@ -200,15 +211,20 @@ class AsyncClusterClient:
     async def lease(
         self, namespace: bytes, hashes: Sequence[bytes], lease_ms: int, *, deadline_ms: float | None = None
     ) -> tuple[int, Lease | None]:
-        """Leases the leading pages of one prefix: how many, and the lease (None when the first is missing already)."""
+        """Leases the leading pages of one prefix: how many, and the lease (None when the first is missing already).
+
+        Raises what `MatchResult.error` would say.
+        """
         found = await self.match(namespace, [hashes], lease_ms=lease_ms, deadline_ms=deadline_ms)
+        if found.error is not None:
+            raise found.error
         return found.hits[0], found.lease
 
     async def renew(self, lease: Lease, lease_ms: int, *, deadline_ms: float | None = None) -> Lease:
         """Extends a lease on all its nodes. Raises `LeaseExpired` if it ran out on any: match again."""
         parts = self._leases.parts(lease)
-        left_ms = self._deadline(deadline_ms).left_ms()
-        calls = (part.renew(lease_ms, left_ms) for part in parts)
+        soon = self._deadline(deadline_ms).sooner(NODE_ANSWER_MS_MAX, last=True)
+        calls = (part.renew(lease_ms, soon.left_ms()) for part in parts)
         outcomes = await asyncio.gather(*calls, return_exceptions=True)
         _raise_wrong_calls(outcomes)
         renewed = [outcome.lease_ms for outcome in outcomes if isinstance(outcome, Lease)]
@@ -219,8 +235,8 @@ class AsyncClusterClient:
     async def release(self, lease: Lease, *, deadline_ms: float | None = None) -> bool:
         """Ends a lease. False if it had already run out, on any of its nodes, or others who share it still hold it."""
         parts = self._leases.release(lease)
-        left_ms = self._deadline(deadline_ms).left_ms()
-        calls = (part.release(left_ms) for part in parts)
+        soon = self._deadline(deadline_ms).sooner(NODE_ANSWER_MS_MAX, last=True)
+        calls = (part.release(soon.left_ms()) for part in parts)
         outcomes = await asyncio.gather(*calls, return_exceptions=True)
         _raise_wrong_calls(outcomes)
         return bool(parts) and all(outcome is True for outcome in outcomes)

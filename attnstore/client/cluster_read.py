@@ -19,7 +19,7 @@ from attnstore.client.bulk import OnLayer, Transfer, in_thread
 from attnstore.client.cluster_leases import LeasePart
 from attnstore.client.landing import Landing
 from attnstore.client.layer_merge import LayerMerge
-from attnstore.client.membership import ClusterMembership
+from attnstore.client.membership import ClusterMembership, no_node_to_ask
 from attnstore.client.node_link import NodeLink
 from attnstore.clock import Clock, Deadline
 from attnstore.core.hashing import segment_key
@@ -66,11 +66,11 @@ class ClusterRead:
         self._deadline = deadline
         self._clock = clock
         self._lease_of = {page_hash: (part.link.member.node_id, part.lease) for part in parts for page_hash in part.hashes}
-        self._statuses = [PageStatus.MISSING] * len(hashes)
+        self._statuses = [PageStatus.INCOMPLETE] * len(hashes)
         self._asked: dict[int, set[str]] = defaultdict(set)
-        self._answered = False
+        self._answered = not hashes
         self._transports: set[str] = set()
-        self._failure: Retryable | None = None
+        self._failure: Retryable = no_node_to_ask()
 
     async def run(self) -> ReadResult:
         """The outcome. Raises only for a call that is wrong."""
@@ -189,8 +189,8 @@ class ClusterRead:
         results: list[ReadResult] = []
 
         async def read(client: AsyncClient) -> None:
-            await link.register(self._namespace, self._layout, self._deadline)
-            left_ms = self._deadline.left_ms()
+            attempt = self._deadline.sooner(last=last)
+            await link.register(self._namespace, self._layout, attempt)
             result = await client.read(
                 self._namespace,
                 hashes,
@@ -198,14 +198,14 @@ class ClusterRead:
                 layers=self._layers,
                 lease=self._lease_for(link, hashes),
                 on_layer=merge.of_group(indices[0]) if merge is not None else None,
-                deadline_ms=left_ms if last else left_ms / 2,
+                deadline_ms=attempt.left_ms(),
             )
             results.append(result)
             if result.error is not None:
                 raise result.error  # counts against the node
 
         try:
-            await link.call(read)
+            await link.call(read, self._slice_bytes * len(indices))
         except Retryable as error:
             self._failure = error
             return results[0] if results else ReadResult((PageStatus.INCOMPLETE,) * len(indices), 0, error)

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 from attnstore.client.async_client import AsyncClient
 from attnstore.client.landing import readable_view
-from attnstore.client.membership import ClusterMembership
+from attnstore.client.membership import ClusterMembership, no_node_to_ask
 from attnstore.client.node_link import NodeLink
 from attnstore.clock import Deadline
 from attnstore.core.hashing import segment_key
@@ -76,7 +76,7 @@ class _Write:
         self._deadline = deadline
         self._verdicts: list[dict[str, PageStatus]] = [{} for _ in hashes]
         self._failed: set[str] = set()
-        self._failure: Retryable | None = None
+        self._failure: Retryable = no_node_to_ask()
 
     async def run(self, indices: set[int]) -> None:
         """Writes to the owners, and where one fails to the node that is next in line, until there is none or no time."""
@@ -88,8 +88,8 @@ class _Write:
                     raise outcome
 
     def result(self, mine: set[int]) -> WriteResult:
-        """One verdict a page. Raises what the last node raised where no node answered for any page."""
-        if self._failure is not None and not any(self._verdicts):
+        """One verdict a page. Raises what the last node raised where no node answered for any page, or none could be asked."""
+        if mine and not any(self._verdicts):
             raise self._failure
         verdicts = tuple(self._verdict(index) if index in mine else PageStatus.ARRIVING for index in range(len(self._hashes)))
         stored = sum(
@@ -112,6 +112,11 @@ class _Write:
                     groups[node_id].append(index)
         return groups
 
+    def _has_stand_in(self) -> bool:
+        """Another node could be written to if one of the owners failed."""
+        usable = self._membership.usable() - self._failed
+        return len(usable & self._view.placement.weights.keys()) > self._view.replicas
+
     async def _write_to(self, node_id: str, indices: Sequence[int]) -> None:
         link: NodeLink | None = self._membership.links.get(node_id)
         if link is None:  # it left a moment ago
@@ -119,16 +124,17 @@ class _Write:
             return
 
         async def write(client: AsyncClient) -> WriteResult:
-            await link.register(self._namespace, self._layout, self._deadline)
+            attempt = self._deadline.sooner(last=not self._has_stand_in())
+            await link.register(self._namespace, self._layout, attempt)
             return await client.write(
                 self._namespace,
                 [self._hashes[index] for index in indices],
                 [self._pages[index] for index in indices],
-                deadline_ms=self._deadline.left_ms(),
+                deadline_ms=attempt.left_ms(),
             )
 
         try:
-            written = await link.call(write)
+            written = await link.call(write, self._layout.page_bytes * len(indices))
         except Retryable as error:
             self._failed.add(node_id)
             self._failure = error

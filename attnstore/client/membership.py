@@ -20,6 +20,11 @@ from attnstore.logs import get_logger
 _log = get_logger(__name__)
 
 
+def no_node_to_ask() -> Unavailable:
+    """What a call says for which no node is left that it could be made to."""
+    return Unavailable("the nodes that this call is for have failed and are left alone until a probe of them succeeds")
+
+
 class ClusterMembership:
     """Follows a directory. Belongs to one event loop; `open_link` makes the link to a member."""
 

@@ -1,7 +1,8 @@
 """One node of a cluster, as a client sees it: its connection, its circuit breaker, and how fast it has been.
 
 Owns: the `AsyncClient` of one incarnation of a node. Invariants: no call is made through an open circuit but the probe; a namespace
-is registered with the node before the first call that needs it.
+is registered with the node before the first call that needs it. A call whose deadline was too short to blame the node has a probe
+sent, which gives it a fair time: a node that hangs is found even where every caller is in a hurry.
 """
 
 from __future__ import annotations
@@ -12,12 +13,13 @@ from typing import Final, TypeVar
 
 from attnstore import tasks
 from attnstore.client.async_client import AsyncClient
-from attnstore.client.breaker import CircuitBreaker, CircuitState
+from attnstore.client.breaker import CircuitBreaker, CircuitState, had_fair_time
 from attnstore.client.options import ConnectOptions
 from attnstore.clock import Clock, Deadline
 from attnstore.core.layout import PageLayout
 from attnstore.directory import Member
 from attnstore.errors import AttnStoreError, ClientClosed, DeadlineExceeded, Unavailable
+from attnstore.limits import NODE_FAIR_MS
 from attnstore.logs import get_logger
 
 T = TypeVar("T")
@@ -25,6 +27,8 @@ T = TypeVar("T")
 _log = get_logger(__name__)
 _PROBE_DEADLINE_MS: Final = 1_000
 _SMOOTHING: Final = 0.2
+
+assert _PROBE_DEADLINE_MS >= NODE_FAIR_MS, "a probe gives the node a fair time"
 
 
 class NodeLink:
@@ -38,6 +42,7 @@ class NodeLink:
         self._registered: set[bytes] = set()
         self._probing: asyncio.Task[None] | None = None
         self._page_ms: float | None = None
+        self._closed = False
 
     @property
     def is_usable(self) -> bool:
@@ -53,14 +58,28 @@ class NodeLink:
         now = took_ms / pages
         self._page_ms = now if self._page_ms is None else self._page_ms + _SMOOTHING * (now - self._page_ms)
 
-    async def call(self, call: Callable[[AsyncClient], Awaitable[T]]) -> T:
-        """Makes a call and counts how it ended. Raises `Unavailable` at once where the circuit is open."""
+    async def call(self, call: Callable[[AsyncClient], Awaitable[T]], size_bytes: int = 0) -> T:
+        """Makes a call that moves up to `size_bytes`, and counts how it ended.
+
+        Raises `Unavailable` at once where the circuit is open.
+        """
         if not self.is_usable:
             raise Unavailable(f"node {self.member.node_id} has failed and is left alone until a probe of it succeeds")
+        began_ms = self._clock.now_ms()
         try:
             answer = await call(self.client)
-        except (Unavailable, DeadlineExceeded):
-            self.failed()
+        except DeadlineExceeded:
+            # What counts is the time that this node was given, not what the caller had before others were asked.
+            if had_fair_time(self._clock.now_ms() - began_ms, size_bytes):
+                self._failed()
+            else:
+                self._begin_probe()
+            raise
+        except Unavailable:
+            self._failed()
+            raise
+        except asyncio.CancelledError:
+            self._begin_probe()  # nobody waits any more: was it for the node?
             raise
         except ClientClosed:
             raise Unavailable(f"node {self.member.node_id} left the cluster during the call") from None
@@ -70,13 +89,6 @@ class NodeLink:
         self._breaker.succeeded()
         return answer
 
-    def failed(self) -> None:
-        """A call that was made did not end well, though it raised nothing."""
-        self._breaker.failed()
-        if not self.is_usable and (self._probing is None or self._probing.done()):
-            _log.warning("node left alone", node=self.member.node_id, url=self.member.url)
-            self._probing = asyncio.create_task(self._probe())
-
     async def register(self, namespace: bytes, layout: PageLayout, deadline: Deadline) -> None:
         """Makes the namespace known to the node, if this link has not done so."""
         if namespace not in self._registered:
@@ -85,17 +97,39 @@ class NodeLink:
 
     async def close(self) -> None:
         """Ends the connection."""
+        self._closed = True
         if self._probing is not None:
             await tasks.end(self._probing)
         await self.client.close()
 
+    def _failed(self) -> None:
+        was_usable = self.is_usable
+        self._breaker.failed()
+        if was_usable and not self.is_usable:
+            _log.warning("node left alone", node=self.member.node_id, url=self.member.url)
+            self._begin_probe()
+
+    def _begin_probe(self) -> None:
+        if not self._closed and (self._probing is None or self._probing.done()):
+            self._probing = asyncio.create_task(self._probe())
+
     async def _probe(self) -> None:
-        while not self.is_usable:
-            await asyncio.sleep(self._breaker.probe_in_ms() / 1000)
-            try:
-                await self.client.describe(deadline_ms=_PROBE_DEADLINE_MS)
-            except AttnStoreError:
-                self._breaker.probe_failed()
+        """Asks the node whether it is there until it answers; where that takes too long, the circuit opens meanwhile."""
+        while not await self._answers():
+            if self.is_usable:
+                self._failed()
             else:
-                self._breaker.succeeded()
-                _log.info("node is back", node=self.member.node_id, url=self.member.url)
+                self._breaker.probe_failed()
+        if not self.is_usable:
+            _log.info("node is back", node=self.member.node_id, url=self.member.url)
+        self._breaker.succeeded()
+
+    async def _answers(self) -> bool:
+        await asyncio.sleep(self._breaker.probe_in_ms() / 1000)
+        try:
+            await self.client.describe(deadline_ms=_PROBE_DEADLINE_MS)
+        except (Unavailable, DeadlineExceeded):
+            return False
+        except AttnStoreError:
+            pass  # a refusal is an answer
+        return True

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from attnstore.client.breaker import FAILURES_MAX, PROBE_MS_FIRST, PROBE_MS_MAX, CircuitBreaker, CircuitState
+import pytest
+
+from attnstore.client.breaker import FAILURES_MAX, PROBE_MS_FIRST, PROBE_MS_MAX, CircuitBreaker, CircuitState, had_fair_time
+from attnstore.limits import MIB, NODE_FAIR_MS
 from attnstore.testing import ManualClock
 
 
@@ -49,3 +52,13 @@ def test_probes_come_later_and_later_up_to_a_maximum() -> None:
     for _ in range(FAILURES_MAX):
         breaker.failed()
     assert breaker.probe_in_ms() == PROBE_MS_FIRST
+
+
+@pytest.mark.parametrize(
+    ("given_ms", "size_bytes", "is_fair"),
+    [(2, 0, False), (NODE_FAIR_MS - 1, 0, False), (NODE_FAIR_MS, 0, True), (NODE_FAIR_MS, MIB, False), (10_000, 64 * MIB, True)],
+)
+def test_a_deadline_says_something_of_a_node_only_if_it_left_time_for_an_answer_and_for_what_is_moved(
+    given_ms: float, size_bytes: int, is_fair: bool
+) -> None:
+    assert had_fair_time(given_ms, size_bytes) is is_fair

@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Final, TypeVar
 
+from attnstore.client.breaker import had_fair_time
 from attnstore.client.bulk import OnLayer
 from attnstore.clock import Clock
 from attnstore.core.hashing import BlockHash, Namespace
@@ -80,8 +81,11 @@ class RemoteTier:
         lease_ms = self.deadline_ms + LEASE_MARGIN_MS
         started_ms = self._clock.now_ms()
         result = self._attempt("match", lambda: self._store.match(self._namespace, [hashes], lease_ms=lease_ms))
+        if result is not None and result.error is not None:
+            self._fail("match", result.error)
         found = result or MatchResult(hits=(0,), lease=None)
-        self._observe(TransferKind.MATCH, started_ms, len(hashes), found.hits[0], 0, failed=result is None)
+        failed = result is None or result.error is not None
+        self._observe(TransferKind.MATCH, started_ms, len(hashes), found.hits[0], 0, failed=failed)
         return found
 
     def read(
@@ -119,7 +123,7 @@ class RemoteTier:
             result = ReadResult(statuses=(PageStatus.INCOMPLETE,) * len(hashes), bytes_read=0)
         hits = sum(status.is_hit for status in result.statuses)
         self._count(pages_read=hits, pages_missed=len(hashes) - hits, bytes_read=result.bytes_read)
-        if result.error is not None and not self._was_hurried(result.error, deadline_ms):
+        if result.error is not None and not self._was_hurried(result.error, deadline_ms, len(hashes)):
             self._fail("read", result.error)
         first_byte_ms = first_ms[0] if first_ms else None
         self._observe(
@@ -176,9 +180,10 @@ class RemoteTier:
             self._paused_until_ms = self._clock.now_ms() + PAUSE_MS
         _LOG.warning("the store failed and is left alone for %d ms: %s", PAUSE_MS, self._last_error)
 
-    def _was_hurried(self, error: Exception, deadline_ms: float) -> bool:
-        """The read ran out of a time that was short by a planner's choice: no sign of a dead store."""
-        return isinstance(error, DeadlineExceeded) and deadline_ms < self.deadline_ms / 2
+    def _was_hurried(self, error: Exception, deadline_ms: float, pages: int) -> bool:
+        """The read ran out of a time that was short by a planner's choice, not the operator's: no sign of a dead store."""
+        fair = had_fair_time(deadline_ms, pages * self._layout.page_bytes) or deadline_ms >= self.deadline_ms / 2
+        return isinstance(error, DeadlineExceeded) and not fair
 
     def _observe(
         self,

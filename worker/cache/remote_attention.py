@@ -366,6 +366,8 @@ class _Node:
             self.store.register_layout(self._namespace, self._layout)
             self._registered = True
         found = self.store.match(self._namespace, [[page_hash] for page_hash in hashes], lease_ms=LEASE_MS)
+        if found.error is not None:
+            raise found.error
         return {index for index, hits in enumerate(found.hits) if hits}, found.lease
 
 

@@ -95,7 +95,10 @@ class AttnStoreConnector(KVConnectorBase_V1):
     # Scheduler
 
     def _match(self, hashes: Any) -> int:
-        return int(self._registered.ready().match(self._space, [hashes], lease_ms=0).hits[0])
+        found = self._registered.ready().match(self._space, [hashes], lease_ms=0)
+        if found.error is not None:
+            raise found.error
+        return found.hits[0]
 
     def get_num_new_matched_tokens(self, request: Any, num_computed_tokens: int) -> tuple[int | None, bool]:
         """See the base class. Never waits for the store for longer than a few milliseconds."""

@@ -11,7 +11,7 @@ from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from typing import Final
 
-from attnstore.client.breaker import CircuitBreaker, CircuitState
+from attnstore.client.breaker import CircuitBreaker, CircuitState, had_fair_time
 from attnstore.clock import Clock
 from attnstore.core.hashing import BlockHash, Namespace
 from attnstore.core.layout import PageLayout
@@ -66,6 +66,7 @@ class SchedulerSide:
         self._threads = ThreadPoolExecutor(_LOOKUPS_MAX, "attnstore-lookup")
         self._probe: Future[int] | None = None
         self._refused = False
+        self._late: list[_Lookup] = []
         self._known = KnownPages()
         self._requests: dict[str, _Request] = {}
         self._loads: list[LoadPlan] = []
@@ -190,8 +191,15 @@ class SchedulerSide:
     def _outcome(self, lookup: _Lookup) -> int:
         """Pages found; 0 for an answer that is late or an error."""
         if not lookup.found.done():
-            self._failed("no answer in time")
+            if had_fair_time(self._clock.now_ms() - lookup.began_ms):
+                self._failed("no answer in time")
+            else:
+                self._late.append(lookup)  # how it ends tells more of the store than this request's hurry
             return 0
+        return self._answer(lookup)
+
+    def _answer(self, lookup: _Lookup) -> int:
+        """Pages found by a look-up that has ended; 0 for an error."""
         error = lookup.found.exception()
         if error is None:
             found, took_ms = lookup.found.result()
@@ -210,6 +218,9 @@ class SchedulerSide:
 
     def _store_answers(self) -> bool:
         """Whether the store is worth asking; while it is not, now and then a question that nobody waits for."""
+        for lookup in [lookup for lookup in self._late if lookup.found.done()]:
+            self._late.remove(lookup)
+            self._answer(lookup)
         if self._breaker.state is CircuitState.OPEN:
             self._probe_store()
         return self._breaker.state is CircuitState.CLOSED

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
 from collections.abc import Iterator, Sequence
 
@@ -10,6 +11,7 @@ import pytest
 from attnstore.core.hashing import BlockHash
 from attnstore.errors import Unavailable
 from attnstore.testing import ManualClock
+from tests.samples import eventually
 from worker.vllm.gate import PROBE_MS
 from worker.vllm.identity import page_hashes, page_layout, vllm_namespace
 from worker.vllm.known import KnownPages
@@ -105,6 +107,35 @@ def test_a_store_that_fails_is_left_alone_until_a_probe_finds_it(side: Scheduler
         if side.hit_tokens(f"d{_}", FOREIGN, 160, 0) != 0:
             break
     assert settled(side, "e") == 6 * TOKENS
+
+
+def test_requests_that_do_not_wait_long_do_not_make_the_store_a_dead_one(
+    side: SchedulerSide, store: Answers, clock: ManualClock
+) -> None:
+    store.open.clear()
+    for request in "ab":
+        assert side.hit_tokens(request, FOREIGN, 160, 0) is None
+        clock.advance_ms(100)
+        assert side.hit_tokens(request, FOREIGN, 160, 0) == 0
+    store.open.set()
+    assert settled(side, "c") == 6 * TOKENS
+
+
+def test_a_store_whose_late_answers_turn_out_to_be_errors_is_left_alone(
+    side: SchedulerSide, store: Answers, clock: ManualClock
+) -> None:
+    store.open.clear()
+    store.error = Unavailable("gone")
+    for request in "ab":
+        assert side.hit_tokens(request, FOREIGN, 160, 0) is None
+        clock.advance_ms(100)
+        assert side.hit_tokens(request, FOREIGN, 160, 0) == 0
+    store.open.set()
+    names = map(str, itertools.count())
+    assert eventually(lambda: side.hit_tokens(next(names), FOREIGN, 160, 0) == 0 and not side._late)
+    store.error = None
+    assert settled(side, "d") == 0
+    assert store.asked == [], "nothing was asked for a request"
 
 
 def test_a_fetch_that_would_be_slower_than_computing_is_not_claimed(side: SchedulerSide) -> None:
