@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
-import os
 import sys
 import time
 from collections.abc import Sequence
@@ -18,20 +17,27 @@ from pydantic import ByteSize, TypeAdapter, ValidationError
 from attnstore import aio
 from attnstore.allocator import keep_freed_memory
 from attnstore.client.health import check_serving
-from attnstore.config import ServeOptions, add_serve_options, load_serve_options
+from attnstore.command_line import CommandParser, seconds
+from attnstore.config import ServeOptions, add_serve_options, ignored_variables, load_serve_options
 from attnstore.directory import Intent
+from attnstore.environment import variable
 from attnstore.errors import AttnStoreError, InvalidArgument
-from attnstore.logs import configure_logs
-from attnstore.operations import Access, cluster_status, set_intent, set_quota, status_text, wait_drained
+from attnstore.logs import configure_logs, get_logger
+from attnstore.operations import Access, ClusterStatus, cluster_status, set_intent, set_quota, status_text, wait_drained
 from attnstore.server.handoff import OpenPeer
 from attnstore.server.node import serve
 from attnstore.whatif.command import add_plan_options, run_plan
 
 _CLEAR_SCREEN = "\x1b[2J\x1b[H"
+_TARGET_DEFAULT = f"grpc://{ServeOptions.model_fields['listen'].default}"
+
+_log = get_logger(__name__)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command. Exit status: 0, 1 where a wait ran out, 2 after a line on standard error that says what is wrong."""
+    """Runs the command. Exit status: 0; 1 where a wait ran out or one of those that were asked did not answer; 2 where the command
+    could not be done. A line on standard error says why it is not 0.
+    """
     arguments = _parser().parse_args(argv)
     try:
         return int(arguments.run(arguments) or 0)
@@ -43,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="attnstore", description="AttnStore: a network Attention store for LLM inference.")
+    parser = CommandParser(prog="attnstore", description="AttnStore: a network Attention store for LLM inference.")
     parser.add_argument("--version", action="version", version=f"attnstore {version('attnstore')}")
     commands = parser.add_subparsers(dest="command", required=True)
 
@@ -62,8 +68,15 @@ def _parser() -> argparse.ArgumentParser:
     health.add_argument("--tls-ca", type=Path, metavar="FILE", help="PEM file of trusted authorities, for grpcs://")
     health.set_defaults(run=_health)
 
-    status = commands.add_parser("status", help="show the nodes of a cluster", description="Show how every node of a cluster is.")
-    status.add_argument("--watch", nargs="?", type=float, const=2.0, metavar="S", help="again every S seconds (default 2)")
+    status = commands.add_parser(
+        "status",
+        help="show a node, or the nodes of a cluster",
+        description="Show how every node is. Exit status 0 if each of them, and each worker asked for, has answered.",
+    )
+    status.add_argument(
+        "target", nargs="?", metavar="URL", help=f"a node, nodes or a directory (default --directory, else {_TARGET_DEFAULT})"
+    )
+    status.add_argument("--watch", nargs="?", type=seconds, const=2.0, metavar="S", help="again every S seconds (default 2)")
     status.add_argument(
         "--worker", action="append", default=[], metavar="URL", help="also the links and costs that this worker has measured"
     )
@@ -71,7 +84,7 @@ def _parser() -> argparse.ArgumentParser:
     status.set_defaults(run=_status)
 
     drain = commands.add_parser("drain", help="hand a node's pages over and take it out of placement")
-    drain.add_argument("--wait", type=float, metavar="S", help="wait until it is done, at most S seconds; status 1 where it is not")
+    drain.add_argument("--wait", type=seconds, metavar="S", help="wait until it is done, at most S seconds; exit status 1 if not")
     drain.set_defaults(run=lambda arguments: _ask(arguments, Intent.DRAIN))
     undrain = commands.add_parser("undrain", help="take a drained or evicted node back")
     undrain.set_defaults(run=lambda arguments: _ask(arguments, None))
@@ -90,21 +103,24 @@ def _parser() -> argparse.ArgumentParser:
 
 def _add_access(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("--directory", metavar="URL", default=os.environ.get("ATTNSTORE_DIRECTORY"), help="the cluster [env ATTNSTORE_DIRECTORY]")
-    add("--token", default=os.environ.get("ATTNSTORE_TOKEN"), help="token for the nodes [env ATTNSTORE_TOKEN]")
+    add("--directory", metavar="URL", help="the cluster [env ATTNSTORE_DIRECTORY]")
+    add("--token", default=variable("token"), help="token for the nodes [env ATTNSTORE_TOKEN]")
     add("--tls-ca", type=Path, metavar="FILE", help="PEM certificates of the nodes' authorities; default: the system's")
     add("--deadline-ms", type=float, default=2_000, metavar="MS", help="longest wait for a node (default 2000)")
 
 
-def _access(arguments: argparse.Namespace) -> Access:
-    if not arguments.directory:
-        raise InvalidArgument("--directory is missing: the cluster's directory, or grpc://a:7400,b:7400 for status")
-    return Access(arguments.directory, arguments.token, arguments.tls_ca, arguments.deadline_ms)
+def _access(arguments: argparse.Namespace, target: str | None = None, default: str | None = None) -> Access:
+    target = target or arguments.directory or variable("directory") or default
+    if target is None:
+        raise InvalidArgument("--directory is missing: the URL of the cluster's directory, for example redis://HOST:6379/0")
+    return Access(target, arguments.token, arguments.tls_ca, arguments.deadline_ms)
 
 
 def _serve(arguments: argparse.Namespace) -> int:
     options = load_serve_options(arguments)
     configure_logs(options.log_level, options.log_format)
+    for name, value in ignored_variables().items():
+        _log.warning("variable ignored: Kubernetes set it for a Service (enableServiceLinks: false)", variable=name, value=value)
     keep_freed_memory()
     uvloop.run(serve(options, _peer_opener(options)))
     return 0
@@ -124,7 +140,9 @@ def _health(arguments: argparse.Namespace) -> int:
 
 
 def _status(arguments: argparse.Namespace) -> int:
-    access = _access(arguments)
+    if arguments.target is not None and arguments.directory is not None:
+        raise InvalidArgument("URL and --directory exclude each other")
+    access = _access(arguments, arguments.target, default=_TARGET_DEFAULT)
     while True:
         status = asyncio.run(cluster_status(access, arguments.worker))
         if arguments.json:
@@ -132,8 +150,17 @@ def _status(arguments: argparse.Namespace) -> int:
         else:
             print(f"{_CLEAR_SCREEN if arguments.watch else ''}{status_text(status)}", flush=True)
         if arguments.watch is None:
-            return 0
+            return _told_unanswered(status)
         time.sleep(arguments.watch)
+
+
+def _told_unanswered(status: ClusterStatus) -> int:
+    """Says who did not answer, and gives the exit status."""
+    for name, error in status.unanswered():
+        print(f"attnstore: {name} did not answer: {error}", file=sys.stderr)
+    if not status.nodes:
+        print(f"attnstore: {status.target} knows no node", file=sys.stderr)
+    return 0 if status.nodes and not status.unanswered() else 1
 
 
 def _quota(arguments: argparse.Namespace) -> int:
@@ -149,7 +176,10 @@ def _ask(arguments: argparse.Namespace, intent: Intent | None) -> int:
     access = _access(arguments)
     asyncio.run(set_intent(access, arguments.node, intent))
     if intent is Intent.DRAIN and arguments.wait is not None:
-        return 0 if asyncio.run(wait_drained(access, arguments.node, arguments.wait)) else 1
+        reason = asyncio.run(wait_drained(access, arguments.node, arguments.wait))
+        if reason is not None:
+            print(f"attnstore: {reason}", file=sys.stderr)
+            return 1
     return 0
 
 

@@ -16,6 +16,7 @@ from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ByteSize, ConfigDict, Field, SecretStr, ValidationError, field_validator, model_validator
 
+from attnstore.environment import service_links, variable, variable_name
 from attnstore.errors import InvalidArgument
 from attnstore.limits import (
     CAPACITY_BYTES_MAX,
@@ -28,7 +29,6 @@ from attnstore.limits import (
 )
 
 BULK_TRANSPORTS = frozenset({"shm", "tcp"})
-ENVIRONMENT_PREFIX = "ATTNSTORE_"
 
 
 class ServeOptions(BaseModel):
@@ -166,7 +166,7 @@ def add_serve_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--config", metavar="FILE", help="TOML file of options, one `name = value` a line")
     for name, field in ServeOptions.model_fields.items():
         option = _option(name)
-        help_text = f"{field.description} [env {_environment_name(name)}; default: {_shown(field.default)}]"
+        help_text = f"{field.description} [env {variable_name(name)}; default: {_shown(field.default)}]"
         if field.annotation is bool:
             parser.add_argument(option, action="store_true", default=None, help=help_text)
         else:
@@ -174,13 +174,16 @@ def add_serve_options(parser: argparse.ArgumentParser) -> None:
 
 
 def load_serve_options(arguments: argparse.Namespace, environment: Mapping[str, str] = os.environ) -> ServeOptions:
-    """Merges command line, environment and TOML file. Raises `InvalidArgument` naming the option and where it was set."""
-    config_file = arguments.config or environment.get(f"{ENVIRONMENT_PREFIX}CONFIG")
+    """Merges command line, environment and TOML file. Raises `InvalidArgument` naming the option and where it was set.
+
+    A variable that is empty sets nothing; an option that is given empty anywhere else is refused.
+    """
+    config_file = arguments.config or variable("config", environment)
     layers: list[tuple[str, Mapping[str, Any]]] = []
     if config_file:
         layers.append((f"file {config_file}", _read_toml(Path(config_file), "--config")))
     fields = ServeOptions.model_fields
-    given = {name: environment.get(_environment_name(name)) for name in fields}
+    given = {name: variable(name, environment) for name in fields}
     layers.append(("environment", {name: value for name, value in given.items() if value is not None}))
     given = {name: getattr(arguments, name) for name in fields}
     layers.append(("command line", {name: value for name, value in given.items() if value is not None}))
@@ -189,12 +192,19 @@ def load_serve_options(arguments: argparse.Namespace, environment: Mapping[str, 
     for where, layer in layers:
         for name, value in layer.items():
             field_name = name.replace("-", "_")
+            if value == "":
+                raise InvalidArgument(f"{_option(field_name)} ({where}) is empty: leave it out, or give it a value")
             values[field_name] = value
             origin[field_name] = where
     try:
         return ServeOptions(**values)
     except ValidationError as error:
         raise InvalidArgument("; ".join(_explain(problem, origin) for problem in error.errors())) from None
+
+
+def ignored_variables(environment: Mapping[str, str] = os.environ) -> dict[str, str]:
+    """The variables named like options that Kubernetes has set for a Service: nobody meant the node by them."""
+    return service_links(ServeOptions.model_fields, environment)
 
 
 def split_address(address: str) -> tuple[str, int]:
@@ -242,10 +252,6 @@ def _read_toml(path: Path, option: str) -> dict[str, Any]:
 
 def _option(name: str) -> str:
     return "--" + name.replace("_", "-")
-
-
-def _environment_name(name: str) -> str:
-    return ENVIRONMENT_PREFIX + name.upper()
 
 
 def _shown(default: Any) -> str:

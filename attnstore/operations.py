@@ -39,9 +39,14 @@ class Access:
         tls_ca = self.tls_ca if url.startswith("grpcs") else None
         return aio.connect(url, deadline_ms=self.deadline_ms, token=self.token, tls_ca=tls_ca, transport="grpc")
 
+    @property
+    def is_cluster(self) -> bool:
+        """The target is a directory, and not nodes."""
+        return is_directory_url(self.target)
+
     def directory(self) -> Directory:
         """The cluster's directory. Raises `InvalidArgument` where the target is none."""
-        if not is_directory_url(self.target):
+        if not self.is_cluster:
             raise InvalidArgument("--directory must be a directory's URL, for example redis://HOST:6379/0")
         return open_directory(self.target)
 
@@ -93,6 +98,11 @@ class ClusterStatus:
     layouts: tuple[LayoutStatus, ...]
     workers: tuple[WorkerStatus, ...] = ()
 
+    def unanswered(self) -> list[tuple[str, str]]:
+        """Which nodes and workers did not answer, by what they were asked at, and why."""
+        told = [(node.url, node.error) for node in self.nodes] + [(worker.url, worker.error) for worker in self.workers]
+        return [(url, error) for url, error in told if error is not None]
+
     def to_json(self) -> dict[str, Any]:
         """For `json.dumps`."""
         return asdict(self)
@@ -100,7 +110,7 @@ class ClusterStatus:
 
 async def cluster_status(access: Access, worker_urls: Sequence[str] = ()) -> ClusterStatus:
     """Asks the directory who there is, and every node and these workers how they are. Raises `Unavailable` where the directory does
-    not answer.
+    not answer, `InvalidArgument` for a target that names neither a directory nor nodes.
     """
     members = await _members(access)
     nodes = asyncio.gather(*(_node_status(access, member) for member in members))
@@ -115,7 +125,7 @@ async def cluster_status(access: Access, worker_urls: Sequence[str] = ()) -> Clu
 
 
 async def _members(access: Access) -> list[Member]:
-    if is_directory_url(access.target):
+    if access.is_cluster:
         directory = access.directory()
         try:
             membership = await directory.membership(None)
@@ -124,8 +134,9 @@ async def _members(access: Access) -> list[Member]:
         present = membership.present() if membership is not None else {}
         evicted = [member for member in membership.members if member.node_id not in present] if membership is not None else []
         return sorted([*present.values(), *evicted], key=lambda member: member.node_id)
-    scheme, _, addresses = access.target.partition("://")
-    return [Member(address, f"{scheme}://{address}") for address in addresses.partition("?")[0].split(",")]
+    async with access.node(access.target):  # refuses what is no target; nothing is sent
+        scheme, _, addresses = access.target.partition("://")
+        return [Member(address, f"{scheme}://{address}") for address in addresses.partition("?")[0].split(",")]
 
 
 async def _node_status(access: Access, member: Member) -> tuple[NodeStatus, NodeStatistics | None]:
@@ -216,18 +227,20 @@ async def set_quota(access: Access, tenant: str, quota_bytes: int | None) -> Non
         await directory.close()
 
 
-async def wait_drained(access: Access, node_id: str, timeout_s: float) -> bool:
-    """Waits until the node has handed its pages over, or has left. False when time ran out."""
+async def wait_drained(access: Access, node_id: str, timeout_s: float) -> str | None:
+    """Waits until the node has said that its pages are handed over; then None, otherwise what came between."""
     deadline = Deadline(MonotonicClock(), timeout_s * 1e3)
     directory = access.directory()
     try:
         while True:
             membership = await directory.membership(None)
             states = {member.node_id: member.state for member in membership.members} if membership is not None else {}
-            if states.get(node_id, NodeState.DRAINED) is NodeState.DRAINED:
-                return True
+            if node_id not in states:
+                return f"{node_id} has left, and had not said that its pages are handed over"
+            if states[node_id] is NodeState.DRAINED:
+                return None
             if deadline.is_over:
-                return False
+                return f"{node_id} has not handed its pages over within {timeout_s:g} s"
             await asyncio.sleep(_POLL_S)
     finally:
         await directory.close()

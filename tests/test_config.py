@@ -3,12 +3,21 @@
 from __future__ import annotations
 
 import argparse
+import re
 from pathlib import Path
 
 import pytest
 from pydantic import SecretStr
 
-from attnstore.config import ServeOptions, add_serve_options, is_loopback, is_token, load_serve_options, split_address
+from attnstore.config import (
+    ServeOptions,
+    add_serve_options,
+    ignored_variables,
+    is_loopback,
+    is_token,
+    load_serve_options,
+    split_address,
+)
 from attnstore.errors import InvalidArgument
 
 VALUES: dict[str, tuple[str, object]] = {
@@ -40,7 +49,7 @@ PARTNERS = {"tls_cert": "tls_key", "tls_key": "tls_cert"}
 
 
 def load(*arguments: str, environment: dict[str, str] | None = None) -> ServeOptions:
-    parser = argparse.ArgumentParser()
+    parser = argparse.ArgumentParser(allow_abbrev=False)
     add_serve_options(parser)
     return load_serve_options(parser.parse_args(arguments), environment or {})
 
@@ -75,6 +84,57 @@ def test_each_option_is_taken_from_the_command_line(name: str) -> None:
 def test_each_option_is_taken_from_the_environment(name: str) -> None:
     environment = {f"ATTNSTORE_{option.upper()}": VALUES[option][0] for option in needed(name)}
     assert shown(load(environment=environment), name) == VALUES[name][1]
+
+
+@pytest.mark.parametrize("name", [*VALUES, "config"])
+def test_an_empty_variable_sets_nothing(name: str) -> None:
+    assert load(environment={f"ATTNSTORE_{name.upper()}": ""}) == load()
+
+
+@pytest.mark.parametrize("name", sorted(set(VALUES) - {"insecure"}))
+def test_an_option_that_is_given_empty_is_refused_by_its_name(tmp_path: Path, name: str) -> None:
+    option = "--" + name.replace("_", "-")
+    path = tmp_path / "node.toml"
+    path.write_text(f'{name} = ""')
+    for arguments, place in (((f"{option}=",), "command line"), (("--config", str(path)), f"file {path}")):
+        with pytest.raises(InvalidArgument, match=rf"{option} \({re.escape(place)}\) is empty"):
+            load(*arguments)
+
+
+SERVICE_LINKS = {
+    "ATTNSTORE_{}_PORT": "tcp://10.0.0.1:9400",
+    "ATTNSTORE_{}_SERVICE_HOST": "10.0.0.1",
+    "ATTNSTORE_{}_SERVICE_PORT": "9400",
+    "ATTNSTORE_{}_SERVICE_PORT_GRPC": "9400",
+    "ATTNSTORE_{}_PORT_9400_TCP": "tcp://10.0.0.1:9400",
+    "ATTNSTORE_{}_PORT_9400_TCP_ADDR": "10.0.0.1",
+    "ATTNSTORE_{}_PORT_9400_TCP_PORT": "9400",
+    "ATTNSTORE_{}_PORT_9400_TCP_PROTO": "tcp",
+}
+"""What Kubernetes gives the pods of a namespace in which there is a Service `attnstore-X`."""
+
+
+@pytest.mark.parametrize("service", ["METRICS", "PAGE_CHANNEL", "NODE", "LISTEN", "TLS"])
+@pytest.mark.parametrize("protocol", ["tcp", "udp", "sctp"])
+def test_what_kubernetes_says_of_a_service_is_no_option(service: str, protocol: str) -> None:
+    environment = {
+        name.format(service).replace("TCP", protocol.upper()): value.replace("tcp", protocol)
+        for name, value in SERVICE_LINKS.items()
+    }
+    assert load(environment=environment) == load()
+    clashes = {"METRICS": {"ATTNSTORE_METRICS_PORT"}, "PAGE_CHANNEL": {"ATTNSTORE_PAGE_CHANNEL_PORT"}}
+    assert set(ignored_variables(environment)) == clashes.get(service, set())
+
+
+@pytest.mark.parametrize("name", VALUES)
+def test_no_option_has_a_name_that_a_service_link_takes_with_a_plain_value(name: str) -> None:
+    assert not re.search(r"SERVICE_(HOST|PORT)|PORT_\d", name.upper()), "Kubernetes could set it, and nobody could tell"
+
+
+def test_a_port_that_somebody_meant_is_one() -> None:
+    environment = {"ATTNSTORE_METRICS_PORT": "9400"}
+    assert load(environment=environment).metrics_port == 9400
+    assert not ignored_variables(environment)
 
 
 @pytest.mark.parametrize("dashes", [False, True])
@@ -115,7 +175,7 @@ def test_the_command_line_wins_over_the_environment_over_the_file(tmp_path: Path
         ("transports", "tcp,pigeon", "pigeon is not among"),
         ("page_channel_port", "-1", "0"),
         ("metrics_port", "65536", "65535"),
-        ("metrics_port", "", "integer"),
+        ("metrics_port", "nine", "integer"),
         ("insecure", "perhaps", "boolean"),
         ("drain_ms", "-1", "0"),
         ("stall_ms", "1", "100"),
@@ -235,7 +295,8 @@ def test_tokens_travel_in_headers() -> None:
     ],
 )
 def test_a_node_advertises_what_it_is_told_and_else_where_it_listens(listen: str, advertise: str, advertised: str) -> None:
-    options = load("--listen", listen, "--advertise", advertise, "--insecure", "--directory", "redis://h/0")
+    told = ("--advertise", advertise) if advertise else ()
+    options = load("--listen", listen, *told, "--insecure", "--directory", "redis://h/0")
     assert options.advertised(listen) == advertised
 
 

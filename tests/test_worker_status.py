@@ -127,8 +127,11 @@ def test_the_command_shows_nodes_and_workers(store_url: str) -> None:
             "--worker",
             "http://127.0.0.1:1",
         ]
-        text = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout
-        found = json.loads(subprocess.run([*command, "--json"], capture_output=True, text=True, timeout=60, check=True).stdout)
+        shown = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+        found = json.loads(subprocess.run([*command, "--json"], capture_output=True, text=True, timeout=60, check=False).stdout)
+    text = shown.stdout
+    assert shown.returncode == 1, "one of the workers did not answer"
+    assert "http://127.0.0.1:1 did not answer" in shown.stderr
     assert "fetch:3 meet:2" in text
     assert "URLError" in text
     assert [node["error"] for node in found["nodes"]] == [None]

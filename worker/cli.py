@@ -23,6 +23,7 @@ from safetensors.torch import save_file
 from attnstore import copying
 from attnstore.allocator import keep_freed_memory
 from attnstore.clock import MonotonicClock
+from attnstore.command_line import CommandParser
 from attnstore.core.eviction import EVICTION_POLICIES
 from attnstore.core.layout import DType
 from attnstore.errors import AttnStoreError, InvalidArgument
@@ -68,7 +69,7 @@ def main(argv: Items[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="attnstore-worker", description="An inference worker on an AttnStore node.")
+    parser = CommandParser(prog="attnstore-worker", description="An inference worker on an AttnStore node.")
     commands = parser.add_subparsers(dest="command", required=True)
     generate = commands.add_parser("generate", help="continue one prompt", description="Continue one prompt.")
     add = generate.add_argument

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Self
@@ -11,6 +10,7 @@ from attnstore.client.bulk import TransportName, checked_transport
 from attnstore.client.grpc_transport import Target
 from attnstore.config import is_token
 from attnstore.directory import Directory, DirectoryUrl, Member, MemoryDirectory, is_directory_url, open_directory
+from attnstore.environment import variable
 from attnstore.errors import InvalidArgument
 from attnstore.limits import CHANNELS_MAX, DEADLINE_MS_MAX, NODES_MAX, REPLICAS_MAX
 
@@ -65,7 +65,7 @@ class ConnectOptions:
     def _checked(
         cls, parsed: Target, deadline_ms: float, token: str | None, tls_ca: str | Path | None, transport: str, channels: int
     ) -> ConnectOptions:
-        token = token or os.environ.get("ATTNSTORE_TOKEN")
+        token = variable("token") if token is None else token
         if token is not None and not is_token(token):
             raise InvalidArgument("token must be printable ASCII without spaces")
         if tls_ca is not None and not parsed.tls:

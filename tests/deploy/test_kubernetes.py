@@ -118,6 +118,7 @@ def test_pods_run_without_root_and_without_rights(kustomization: str) -> None:
         spec = pod(workload)["spec"]
         assert spec["securityContext"]["runAsNonRoot"]
         assert not spec["automountServiceAccountToken"]
+        assert not spec["enableServiceLinks"], "a Service attnstore-metrics would set ATTNSTORE_METRICS_PORT"
     for container in containers(kustomization):
         context = container["securityContext"]
         assert context["readOnlyRootFilesystem"]

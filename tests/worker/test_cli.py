@@ -91,6 +91,16 @@ def test_a_bad_option_is_one_line_on_standard_error(
     assert message in lines[0]
 
 
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [(("serve", "--store", ""), "--store"), (("serve", "--model="), "--model"), (("explain", "--from", ""), "--from")],
+)
+def test_an_empty_value_is_refused_by_name(arguments: tuple[str, ...], named: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main(arguments)
+    assert capsys.readouterr().err.splitlines()[-1].endswith(f"{named} is empty")
+
+
 def test_text_goes_to_standard_output_and_the_costs_to_standard_error(tiny_folder: Path, prompt_file: Path) -> None:
     finished = worker("--model", tiny_folder, "--prompt-file", prompt_file, "--max-tokens", "4", "--chat")
     assert finished.returncode == 0

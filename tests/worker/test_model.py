@@ -12,7 +12,7 @@ import transformers
 from attnstore.core.layout import DType
 from worker.errors import ModelUnavailable
 from worker.model import LoadedModel, export_model, find_model, load_model
-from worker.model.conversion import CACHE_DIR_VARIABLE, cache_dir, converted_model
+from worker.model.conversion import cache_dir, converted_model
 from worker.model.source import FolderSource, GgufSource, weights_digest
 
 
@@ -53,12 +53,12 @@ def test_a_cache_that_cannot_be_written_says_which_variable_moves_it(tmp_path: P
     (tmp_path / "models").write_text("a file where the folder should be")
     source = find_model()
     assert isinstance(source, GgufSource)
-    with pytest.raises(ModelUnavailable, match=CACHE_DIR_VARIABLE):
+    with pytest.raises(ModelUnavailable, match="ATTNSTORE_CACHE_DIR"):
         converted_model(source, b"d" * 32, tmp_path)
 
 
 def test_the_cache_is_where_the_environment_says() -> None:
-    assert cache_dir({CACHE_DIR_VARIABLE: "/a"}) == Path("/a")
+    assert cache_dir({"ATTNSTORE_CACHE_DIR": "/a"}) == Path("/a")
     assert cache_dir({"XDG_CACHE_HOME": "/b"}) == Path("/b/attnstore")
     assert cache_dir({}) == Path.home() / ".cache" / "attnstore"
 

@@ -20,16 +20,15 @@ import torch
 import transformers
 from safetensors.torch import save_file
 
+from attnstore.environment import variable, variable_name
 from worker.errors import ModelUnavailable
 from worker.model.source import FolderSource, GgufSource, find_model, weights_digest
-
-CACHE_DIR_VARIABLE = "ATTNSTORE_CACHE_DIR"
 
 
 def cache_dir(environment: Mapping[str, str] = os.environ) -> Path:
     """Where converted models are kept."""
-    configured = environment.get(CACHE_DIR_VARIABLE)
-    if configured:
+    configured = variable("cache_dir", environment)
+    if configured is not None:
         return Path(configured)
     return Path(environment.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "attnstore"
 
@@ -53,8 +52,8 @@ def converted_model(source: GgufSource, digest: bytes, cache: Path) -> FolderSou
             _publish(unfinished, folder)
     except OSError as error:
         raise ModelUnavailable(
-            f"the model converted from {source.path} cannot be kept in {folder.parent}: {error}; set {CACHE_DIR_VARIABLE} to a "
-            "folder that can be written"
+            f"the model converted from {source.path} cannot be kept in {folder.parent}: {error}; "
+            f"set {variable_name('cache_dir')} to a folder that can be written"
         ) from error
     return FolderSource(folder)
 

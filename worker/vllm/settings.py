@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from attnstore.environment import variable
 from attnstore.errors import InvalidArgument
 
 
@@ -22,7 +22,7 @@ class Settings(BaseModel):
 
     store: str
     transport: str = "auto"
-    token: str | None = Field(default_factory=lambda: os.environ.get("ATTNSTORE_TOKEN"))
+    token: str | None = Field(default_factory=lambda: variable("token"))
     tls_ca: str | None = None
     load_ms_max: float = Field(5_000, gt=0)
     lookup_ms_max: float = Field(500, gt=0)

@@ -1,0 +1,35 @@
+"""What the commands' parsers have in common.
+
+Owns: `CommandParser`. Invariant: an empty value is refused by its option's name, because it comes of a variable that was not set in
+the caller's shell, and would mean the current folder, no token or no store.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+
+class CommandParser(argparse.ArgumentParser):
+    """An `ArgumentParser` that takes no empty values. Its subcommands' parsers are of this class too."""
+
+    def parse_known_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:  # type: ignore[override]
+        given = sys.argv[1:] if args is None else list(args)
+        for before, argument in zip(["", *given], given, strict=False):
+            option, equals, value = argument.partition("=")
+            if not argument:
+                self.error(f"the value after {before or self.prog} is empty")
+            if option.startswith("--") and equals and not value:
+                self.error(f"the value of {option} is empty")
+        return super().parse_known_args(given, namespace)
+
+
+def seconds(text: str) -> float:
+    """A positive time for an option's `type`."""
+    value = float(text)
+    if not (math.isfinite(value) and value > 0):
+        raise ValueError(text)
+    return value
