@@ -135,6 +135,14 @@ NODE_FAIR_BYTES_PER_MS = 10_000
 """What a call moves adds to the fair time at this rate, 80 Mb/s: a slower node is no better than one that does not answer."""
 DIRECTORY_MS_MAX = 1_000
 """One call to the directory. A slow directory is as good as none: the last view goes on."""
+NODE_URL_CHARS_MAX = 512
+RECORD_BYTES_MAX = 16 * KIB
+"""Of one record in the directory; longer ones are skipped unread. Names may be written in escapes of twelve characters each."""
+QUOTA_BYTES_MAX = NODES_MAX * CAPACITY_BYTES_MAX
+"""Of one tenant on all nodes."""
+TASK_AGAIN_MS_MIN = 100
+TASK_AGAIN_MS_MAX = 1_000
+"""Background work that has failed is tried again after a pause between these."""
 PREVIOUS_OWNERS_MS_MAX = 600_000
 """For this long after a change of the membership a segment is also looked for where it was before."""
 PREVIOUS_OWNERS_MAX = 3
@@ -158,6 +166,8 @@ EVENTS_IN_BATCH_MAX = 1_024
 assert 2 * HEARTBEAT_MS < MEMBER_MS_MAX, "one lost heartbeat removes nobody"
 assert DIRECTORY_MS_MAX <= HEARTBEAT_MS
 assert 0 < NODE_FAIR_MS < NODE_ANSWER_MS_MAX, "a node that does not answer has had a fair time"
+assert TASK_AGAIN_MS_MIN < TASK_AGAIN_MS_MAX <= HEARTBEAT_MS, "a heartbeat that failed is made again before its node is overdue"
+assert 12 * (NODE_ID_CHARS_MAX + NODE_URL_CHARS_MAX) + HOT_SEGMENTS_MAX * (2 * SEGMENT_KEY_BYTES + 4) + KIB <= RECORD_BYTES_MAX
 assert HEARTBEAT_MS < HEAT_WINDOW_MS, "heat is looked at several times in a window"
 assert HOT_REPLICAS <= REPLICAS_MAX
 

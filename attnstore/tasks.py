@@ -1,15 +1,80 @@
-"""The end of a background task.
+"""Background work: begun so that it cannot end unnoticed, and ended so that it ends.
 
-Owns: `end`. Why not `cancel()` and `await` with the cancellation suppressed: that suppresses a cancellation of the caller as well,
-who then goes on for ever; and a library inside the task may swallow the one that was meant for it.
+Owns: `supervised` and `supervised_thread` for what runs as long as its owner does, `detached` for what is done once and waited for
+by nobody, `end`, and the count of failures. Invariants: a failure is logged and counted, and what is supervised is tried again; a
+task that runs is not collected as garbage (the event loop holds tasks by weak references only).
+
+Why `end` and not `cancel()` and `await` with the cancellation suppressed: that suppresses a cancellation of the caller as well, who
+then goes on for ever; and a library inside the task may swallow the one that was meant for it.
 """
 
 from __future__ import annotations
 
 import asyncio
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Coroutine
 from typing import Any, Final
 
+from attnstore.limits import TASK_AGAIN_MS_MAX, TASK_AGAIN_MS_MIN
+from attnstore.logs import get_logger
+
 _AGAIN_S: Final = 0.5
+
+_log = get_logger(__name__)
+_detached: set[asyncio.Task[Any]] = set()
+_failures: Counter[str] = Counter()
+_failures_lock = threading.Lock()
+
+
+def failures() -> dict[str, int]:
+    """How often background work of this process has failed, by its name. Safe from any thread."""
+    with _failures_lock:
+        return dict(_failures)
+
+
+def supervised(name: str, run: Callable[[], Coroutine[Any, Any, None]]) -> asyncio.Task[None]:
+    """Runs `run()` until it returns or the task is cancelled; where it raises, again after a pause that grows."""
+
+    async def keep_running() -> None:
+        attempts = _Attempts(name)
+        while True:
+            attempts.begin()
+            try:
+                await run()
+            except Exception as error:
+                await asyncio.sleep(attempts.failed(error))
+            else:
+                return
+
+    return asyncio.create_task(keep_running(), name=f"attnstore-{name}")
+
+
+def supervised_thread(name: str, run: Callable[[], None]) -> threading.Thread:
+    """As `supervised`, on a daemon thread that is already running."""
+
+    def keep_running() -> None:
+        attempts = _Attempts(name)
+        while True:
+            attempts.begin()
+            try:
+                run()
+            except Exception as error:
+                time.sleep(attempts.failed(error))
+            else:
+                return
+
+    thread = threading.Thread(target=keep_running, name=f"attnstore-{name}", daemon=True)
+    thread.start()
+    return thread
+
+
+def detached(name: str, coroutine: Coroutine[Any, Any, Any]) -> None:
+    """Runs a coroutine on the running event loop once, for nobody who waits: where it raises, that is logged and counted."""
+    task = asyncio.create_task(_watched(name, coroutine), name=f"attnstore-{name}")
+    _detached.add(task)
+    task.add_done_callback(_detached.discard)
 
 
 async def end(task: asyncio.Task[Any]) -> None:
@@ -19,3 +84,37 @@ async def end(task: asyncio.Task[Any]) -> None:
         await asyncio.wait([task], timeout=_AGAIN_S)
     if not task.cancelled():
         task.result()
+
+
+async def _watched(name: str, coroutine: Coroutine[Any, Any, Any]) -> None:
+    try:
+        await coroutine
+    except Exception as error:
+        _Attempts(name).failed(error)
+
+
+class _Attempts:
+    """How often one piece of work was tried, and how long to wait before it is tried again."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+        self._pause_ms = TASK_AGAIN_MS_MIN
+        self._last: tuple[type[Exception], str] | None = None
+        self._began_s = time.monotonic()
+
+    def begin(self) -> None:
+        """It is tried now."""
+        self._began_s = time.monotonic()
+
+    def failed(self, error: Exception) -> float:
+        """Counts a failure, and logs it unless it is the last one once more. Seconds until the next attempt."""
+        with _failures_lock:
+            _failures[self._name] += 1
+        if time.monotonic() - self._began_s > TASK_AGAIN_MS_MAX / 1e3:
+            self._pause_ms = TASK_AGAIN_MS_MIN
+        if self._last != (kind := (type(error), str(error))):
+            _log.error("background work failed", work=self._name, exc_info=error)
+        self._last = kind
+        pause_s = self._pause_ms / 1e3
+        self._pause_ms = min(2 * self._pause_ms, TASK_AGAIN_MS_MAX)
+        return pause_s

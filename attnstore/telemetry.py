@@ -14,6 +14,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from attnstore import tasks
 from attnstore.core.page_table import PageTableStatistics
 from attnstore.errors import AttnStoreError
 from attnstore.types import PageStatus
@@ -52,10 +53,17 @@ class NodeMetrics:
         self.hot_segments = Gauge(
             "attnstore_hot_segments", "Segments used so often here that they have a second copy.", registry=self.registry
         )
+        self.records_skipped = Gauge(
+            "attnstore_directory_records_skipped",
+            "Records of the directory that no node of this cluster can have written, by kind.",
+            ["kind"],
+            registry=self.registry,
+        )
         self.directory_up = Gauge(
             "attnstore_directory_up", "1 where the directory answered the last heartbeat.", registry=self.registry
         )
         self.registry.register(_OccupancyCollector(occupancy))
+        self.registry.register(TaskFailures())
         self._read_bytes = 0
         self._read_pages = 0
         self._lock = threading.Lock()
@@ -126,6 +134,19 @@ class _ByLabels(dict[tuple[str, ...], Counter]):
     def __missing__(self, values: tuple[str, ...]) -> Counter:
         child = self[values] = self._counter.labels(*values)
         return child
+
+
+class TaskFailures(Collector):
+    """How often background work of this process has failed: its tasks are its own, whatever lives in it."""
+
+    def describe(self) -> Iterator[Metric]:
+        yield from ()
+
+    def collect(self) -> Iterator[Metric]:
+        family = CounterMetricFamily("attnstore_task_failures", "Failures of background work, by its name.", labels=["task"])
+        for name, count in tasks.failures().items():
+            family.add_metric([name], count)
+        yield family
 
 
 class _OccupancyCollector(Collector):

@@ -1,13 +1,138 @@
-"""A background task ends when it is told to, and whoever tells it can be ended, too."""
+"""Background work goes on after a failure, which is told; it ends when it is told to, and whoever tells it can be ended, too."""
 
 from __future__ import annotations
 
+import ast
 import asyncio
+import gc
+import threading
+from collections.abc import Iterator
 from contextlib import suppress
+from pathlib import Path
 
 import pytest
 
 from attnstore import tasks
+from tests.samples import eventually
+
+ROOT = Path(__file__).parent.parent
+BEGINNERS = {"create_task", "ensure_future", "Thread"}
+WAITED_FOR = {
+    "attnstore/tasks.py": "the helpers themselves",
+    "attnstore/client/blocking.py": "the event loop's own thread; each call's task is settled by a callback",
+    "attnstore/client/cluster_read.py": "a read and its hedge, both ended before the read is",
+    "attnstore/client/flight.py": "callers that share an answer wait for it",
+    "attnstore/copying/__init__.py": "compiles once, and says what went wrong",
+    "attnstore/server/connections.py": "one connection, whose failure is logged",
+    "attnstore/server/node.py": "the ends of both bulk servers, gathered",
+    "worker/cache/swap_in.py": "one load, whose failure is logged and recomputed",
+    "worker/engine/async_engine.py": "an engine that failed takes no more prompts, and says so",
+    "worker/serve/app.py": "one request's work, waited for",
+    "worker/serve/choices.py": "one request's streams, waited for",
+}
+"""Where tasks and threads are begun that are not supervised, and why not."""
+
+
+def test_every_task_and_thread_is_supervised_or_waited_for() -> None:
+    assert {path for path, _ in _begun()} == WAITED_FOR.keys()
+
+
+def _begun() -> Iterator[tuple[str, int]]:
+    for package in ("attnstore", "worker"):
+        for path in (ROOT / package).rglob("*.py"):
+            name = path.relative_to(ROOT).as_posix()
+            if not name.startswith("attnstore/testing/"):
+                for node in ast.walk(ast.parse(path.read_text())):
+                    if isinstance(node, ast.Attribute) and node.attr in BEGINNERS and not _is_annotation(path, node):
+                        yield name, node.lineno
+
+
+def _is_annotation(path: Path, node: ast.Attribute) -> bool:
+    """Whether the line names the type only."""
+    line = path.read_text().splitlines()[node.lineno - 1][node.end_col_offset :]
+    return not line.startswith("(")
+
+
+class Flaky:
+    """Work that raises so many times before it goes on."""
+
+    def __init__(self, failures: int) -> None:
+        self.attempts = 0
+        self.going_on = asyncio.Event()
+        self._failures = failures
+
+    def fail(self) -> None:
+        self.attempts += 1
+        if self.attempts <= self._failures:
+            raise OverflowError("cannot convert float infinity to integer")
+
+    async def run(self) -> None:
+        self.fail()
+        self.going_on.set()
+        await asyncio.sleep(3600)
+
+
+async def test_work_that_fails_is_counted_told_once_and_tried_again_until_it_is_ended(caplog: pytest.LogCaptureFixture) -> None:
+    flaky, before = Flaky(failures=3), tasks.failures().get("flaky", 0)
+    task = tasks.supervised("flaky", flaky.run)
+    await flaky.going_on.wait()
+    assert flaky.attempts == 4
+    assert tasks.failures()["flaky"] == before + 3
+    (record,) = caplog.records
+    assert "infinity" in caplog.text
+    assert record.exc_info is not None
+    await tasks.end(task)
+    assert task.cancelled()
+
+
+async def test_work_is_ended_in_the_pause_before_its_next_attempt() -> None:
+    flaky = Flaky(failures=1_000)
+    task = tasks.supervised("flaky", flaky.run)
+    await asyncio.sleep(0)
+    await tasks.end(task)
+    assert task.cancelled()
+
+
+async def test_work_that_returns_has_ended() -> None:
+    async def once() -> None:
+        return None
+
+    await tasks.supervised("once", once)
+
+
+def test_a_thread_whose_work_fails_tries_it_again_and_ends_when_that_returns() -> None:
+    attempts: list[int] = []
+
+    def twice() -> None:
+        attempts.append(1)
+        if len(attempts) < 3:
+            raise ValueError("no")
+
+    thread = tasks.supervised_thread("twice", twice)
+    assert thread.daemon
+    assert eventually(lambda: not thread.is_alive())
+    assert len(attempts) == 3
+    assert tasks.failures()["twice"] >= 2
+    assert threading.current_thread() is not thread
+
+
+async def test_detached_work_survives_a_garbage_collection_and_its_failure_is_told(caplog: pytest.LogCaptureFixture) -> None:
+    done = asyncio.Event()
+
+    async def fails(gate: asyncio.Future[None]) -> None:
+        await gate
+        done.set()
+        raise ValueError("no")
+
+    gate = asyncio.get_running_loop().create_future()
+    tasks.detached("fails", fails(gate))
+    await asyncio.sleep(0)
+    gc.collect()
+    gate.set_result(None)
+    await done.wait()
+    await asyncio.sleep(0)
+    assert tasks.failures()["fails"] >= 1
+    assert "no" in caplog.text
 
 
 async def stubborn(swallowed: list[int], times: int) -> None:

@@ -18,6 +18,7 @@ from typing import Any, ClassVar, Concatenate, Generic, ParamSpec, Protocol, Sel
 
 import uvloop
 
+from attnstore import tasks
 from attnstore.client.async_client import AsyncClient
 from attnstore.client.attend import AttendStream, BlockingAttend
 from attnstore.client.bulk import OnLayer, wait_out, written
@@ -122,7 +123,7 @@ class LoopThread:
         """Has a coroutine run, without a lock and without waiting for it: a garbage collector may call this on any thread."""
         try:
             if LoopThread._shared is self:
-                self._loop.call_soon_threadsafe(self._loop.create_task, coroutine)
+                self._loop.call_soon_threadsafe(tasks.detached, "submitted", coroutine)
                 return
         except RuntimeError:  # the loop was closed in this moment
             pass

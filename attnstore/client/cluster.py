@@ -12,9 +12,11 @@ import math
 import secrets
 from collections import defaultdict
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+from contextlib import suppress
 from types import TracebackType
 from typing import Self, TypeVar
 
+from attnstore import tasks
 from attnstore.client.async_client import AsyncClient
 from attnstore.client.bulk import OnLayer
 from attnstore.client.cluster_leases import ClusterLeases, LeasePart
@@ -32,7 +34,16 @@ from attnstore.core.hashing import segment_key
 from attnstore.core.layout import PageLayout
 from attnstore.directory import ClusterView, Member
 from attnstore.directory.events import events_in
-from attnstore.errors import ClientClosed, DeadlineExceeded, InvalidArgument, LeaseExpired, NamespaceUnknown, Retryable, Unavailable
+from attnstore.errors import (
+    AttnStoreError,
+    ClientClosed,
+    DeadlineExceeded,
+    InvalidArgument,
+    LeaseExpired,
+    NamespaceUnknown,
+    Retryable,
+    Unavailable,
+)
 from attnstore.limits import HASHES_MAX, HEARTBEAT_MS, HOT_REPLICAS, LEASE_MS_MAX, NODE_ANSWER_MS_MAX
 from attnstore.types import (
     Lease,
@@ -359,8 +370,11 @@ class AsyncClusterClient:
     def _let_go(self, parts: Sequence[LeasePart]) -> None:
         """Releases what was leased for nothing, in the background: it would run out by itself."""
         for part in parts:
-            task = asyncio.create_task(part.release(self._options.node.deadline_ms))
-            task.add_done_callback(lambda done: None if done.cancelled() else done.exception())
+            tasks.detached("release", self._release_quietly(part))
+
+    async def _release_quietly(self, part: LeasePart) -> None:
+        with suppress(AttnStoreError):
+            await part.release(self._options.node.deadline_ms)
 
     def _followed(self) -> ClusterMembership:
         if self._closed:

@@ -13,7 +13,7 @@ from attnstore import tasks
 from attnstore.client.node_link import NodeLink
 from attnstore.clock import Clock, Deadline
 from attnstore.directory import ClusterView, Directory, Member, ViewTracker
-from attnstore.errors import DeadlineExceeded, ProtocolError, Unavailable
+from attnstore.errors import AttnStoreError, DeadlineExceeded, ProtocolError, Unavailable
 from attnstore.limits import HEARTBEAT_MS
 from attnstore.logs import get_logger
 
@@ -34,6 +34,7 @@ class ClusterMembership:
         self._open_link = open_link
         self._tracker = ViewTracker()
         self._links: dict[str, NodeLink] = {}
+        self._refused: dict[str, Member] = {}
         self._answers = True
         self._looked = asyncio.Event()
         self._watching: asyncio.Task[None] | None = None
@@ -61,7 +62,7 @@ class ClusterMembership:
     async def ready(self, deadline: Deadline) -> ClusterView:
         """The view, once there is one. Raises `Unavailable` where the directory has never answered, or knows no node."""
         if self._watching is None:
-            self._watching = asyncio.create_task(self._watch())
+            self._watching = tasks.supervised("membership", self._watch)
         if not self._links:
             try:
                 async with asyncio.timeout(deadline.left_ms() / 1000):
@@ -107,10 +108,17 @@ class ClusterMembership:
         for node_id, member in view.members.items():
             link = self._links.get(node_id)
             if link is None or (link.member.url, link.member.epoch) != (member.url, member.epoch):
-                link = self._open_link(member)
+                try:
+                    link = self._open_link(member)
+                except AttnStoreError as error:  # of one node; the others are followed
+                    if self._refused.get(node_id) != member:
+                        _log.warning("node left alone: no link to it can be made", node=node_id, reason=str(error))
+                    self._refused[node_id] = member
+                    continue
             links[node_id] = link
         for node_id, link in self._links.items():
             if links.get(node_id) is not link:
                 ended.append(link.close())
         self._links = links
+        self._refused = {node_id: member for node_id, member in self._refused.items() if node_id in view.members}
         return ended

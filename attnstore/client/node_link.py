@@ -111,7 +111,7 @@ class NodeLink:
 
     def _begin_probe(self) -> None:
         if not self._closed and (self._probing is None or self._probing.done()):
-            self._probing = asyncio.create_task(self._probe())
+            self._probing = tasks.supervised("probe", self._probe)
 
     async def _probe(self) -> None:
         """Asks the node whether it is there until it answers; where that takes too long, the circuit opens meanwhile."""

@@ -8,13 +8,37 @@ from __future__ import annotations
 
 import enum
 import json
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Protocol, Self
+from typing import Any, Protocol, Self
 
+from attnstore.config import split_address
 from attnstore.errors import ProtocolError
-from attnstore.limits import EPOCH_BYTES, HOT_SEGMENTS_MAX, NODE_ID_CHARS_MAX, REPLICAS_MAX, SEGMENT_KEY_BYTES
+from attnstore.limits import (
+    EPOCH_BYTES,
+    HASH_BYTES,
+    HOT_SEGMENTS_MAX,
+    NODE_ID_CHARS_MAX,
+    NODE_URL_CHARS_MAX,
+    NODE_WEIGHT_MAX,
+    PAGE_BYTES_MAX,
+    RECORD_BYTES_MAX,
+    REPLICAS_MAX,
+    SEGMENT_KEY_BYTES,
+)
+
+_REASON_CHARS = 200
+
+
+class RecordKind(enum.StrEnum):
+    """What a directory keeps records of."""
+
+    NODE = "node"
+    INTENT = "intent"
+    QUOTA = "quota"
+    LAYOUT = "layout"
+    EVENTS = "events"
 
 
 class NodeState(enum.StrEnum):
@@ -70,8 +94,8 @@ class Member:
     @classmethod
     def from_json(cls, text: str | bytes) -> Self:
         """The inverse. Raises `ProtocolError` for anything that is no member's line: the directory may be shared with others."""
-        try:
-            fields = json.loads(text)
+        with reading_record("node"):
+            fields = record_fields(text)
             member = cls(
                 node_id=str(fields["node_id"]),
                 url=str(fields["url"]),
@@ -81,12 +105,10 @@ class Member:
                 state=NodeState(fields["state"]),
                 hot=frozenset(map(bytes.fromhex, fields.get("hot", ()))),
             )
-        except (KeyError, TypeError, ValueError) as error:
-            raise ProtocolError(f"the directory holds a record that is no node's: {error}") from None
-        good_weight = member.weight > 0 and math.isfinite(member.weight)
-        good_names = 0 < len(member.node_id) <= NODE_ID_CHARS_MAX and len(member.epoch) in (0, EPOCH_BYTES)
+        good_names = is_name(member.node_id) and len(member.epoch) in (0, EPOCH_BYTES) and _is_node_url(member.url)
         good_heat = len(member.hot) <= HOT_SEGMENTS_MAX and all(len(key) == SEGMENT_KEY_BYTES for key in member.hot)
-        if not (good_weight and good_names and good_heat and 1 <= member.replicas <= REPLICAS_MAX):
+        good_share = 0 < member.weight <= NODE_WEIGHT_MAX and 1 <= member.replicas <= REPLICAS_MAX
+        if not (good_names and good_heat and good_share):
             raise ProtocolError(f"the directory's record of node {member.node_id[:NODE_ID_CHARS_MAX]!r} is out of bounds")
         return member
 
@@ -129,6 +151,20 @@ class LayoutRecord:
     tenant: str
     page_bytes: int
 
+    def to_json(self) -> str:
+        """One line; equal records have equal lines."""
+        return json.dumps([self.namespace.hex(), self.tenant, self.page_bytes])
+
+    @classmethod
+    def from_json(cls, text: str | bytes) -> Self:
+        """The inverse. Raises `ProtocolError` for anything that is no layout's line."""
+        with reading_record("layout"):
+            name, tenant, page_bytes = record_fields(text)
+            record = cls(bytes.fromhex(name), str(tenant), int(page_bytes))
+        if len(record.namespace) != HASH_BYTES or not 0 < record.page_bytes <= PAGE_BYTES_MAX:
+            raise ProtocolError("the directory's record of a layout is out of bounds")
+        return record
+
 
 @dataclass(frozen=True, slots=True)
 class EventBatch:
@@ -140,11 +176,19 @@ class EventBatch:
 
 
 class Directory(Protocol):
-    """All calls raise `Unavailable` where the directory does not answer within its own short time limit."""
+    """All calls raise `Unavailable` where the directory does not answer within its own short time limit.
+
+    Records that nobody of this cluster can have written are skipped, as if they were not there.
+    """
 
     @property
     def name(self) -> str:
         """Where the directory is, without secrets; for messages."""
+        ...
+
+    @property
+    def skipped(self) -> Mapping[RecordKind, int]:
+        """How many records of each kind were skipped in the last answer that had some of the kind."""
         ...
 
     async def announce(self, member: Member, ttl_ms: int, known: Revision | None) -> Membership | None:
@@ -186,3 +230,34 @@ class Directory(Protocol):
     async def close(self) -> None:
         """Lets connections go."""
         ...
+
+
+@contextmanager
+def reading_record(kind: str) -> Iterator[None]:
+    """Turns whatever goes wrong while a record is taken apart into `ProtocolError`."""
+    try:
+        yield
+    except (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError) as error:
+        raise ProtocolError(f"the directory holds a record that is no {kind}'s: {str(error)[:_REASON_CHARS]}") from None
+
+
+def record_fields(text: str | bytes) -> Any:
+    """What a record of JSON says. Raises `ValueError` for one that is none, or too long, and `RecursionError`."""
+    if len(text) > RECORD_BYTES_MAX:
+        raise ValueError(f"it has more than {RECORD_BYTES_MAX} bytes")
+    return json.loads(text)
+
+
+def is_name(text: str) -> bool:
+    """Whether a node may have this name: it is shown in logs and tables, and hashed."""
+    return 0 < len(text) <= NODE_ID_CHARS_MAX and text.isprintable()
+
+
+def _is_node_url(url: str) -> bool:
+    scheme, _, address = url.partition("://")
+    try:
+        host, port = split_address(address)
+    except ValueError:
+        return False
+    good_text = len(url) <= NODE_URL_CHARS_MAX and url.isprintable() and " " not in url
+    return scheme in ("grpc", "grpcs") and good_text and host != "" and port > 0

@@ -13,12 +13,13 @@ import threading
 from collections import deque
 from collections.abc import Iterable, Iterator
 
-from attnstore.directory.base import EventBatch
+from attnstore.directory.base import EventBatch, is_name
 from attnstore.errors import ProtocolError
-from attnstore.limits import EVENTS_IN_BATCH_MAX, HASH_BYTES
+from attnstore.limits import EVENTS_IN_BATCH_MAX, HASH_BYTES, NODE_ID_CHARS_MAX
 from attnstore.types import PageEvent, PageEventKind
 
 _EVENT = struct.Struct(f"<BQ{HASH_BYTES}s{HASH_BYTES}s")
+_KINDS = frozenset(PageEventKind)
 
 
 class EventFeed:
@@ -55,14 +56,18 @@ class EventFeed:
             self._dropped += batch.dropped + len(batch.packed) // _EVENT.size
 
 
+def check_events(batch: EventBatch) -> None:
+    """Raises `ProtocolError` for a batch that no node has packed."""
+    good_size = len(batch.packed) % _EVENT.size == 0 and len(batch.packed) <= EVENTS_IN_BATCH_MAX * _EVENT.size
+    if not (is_name(batch.node_id) and good_size and batch.dropped >= 0 and _KINDS.issuperset(batch.packed[:: _EVENT.size])):
+        raise ProtocolError(f"the directory's events of node {batch.node_id[:NODE_ID_CHARS_MAX]!r} cannot be read")
+
+
 def events_in(batch: EventBatch, namespace: bytes) -> Iterator[PageEvent]:
-    """The events of one namespace in a batch, then LAGGED if any were dropped after them. Raises `ProtocolError`."""
+    """The events of one namespace in a checked batch, then LAGGED if any were dropped after them."""
     sequence = 0
-    try:
-        for kind, sequence, of_namespace, page_hash in _EVENT.iter_unpack(batch.packed):
-            if of_namespace == namespace:
-                yield PageEvent(PageEventKind(kind), page_hash, sequence)
-    except (struct.error, ValueError) as error:
-        raise ProtocolError(f"the directory's events of node {batch.node_id} cannot be read: {error}") from None
+    for kind, sequence, of_namespace, page_hash in _EVENT.iter_unpack(batch.packed):
+        if of_namespace == namespace:
+            yield PageEvent(PageEventKind(kind), page_hash, sequence)
     if batch.dropped:
         yield PageEvent(PageEventKind.LAGGED, b"", sequence, batch.dropped)

@@ -12,7 +12,7 @@ from collections import deque
 from collections.abc import Sequence
 
 from attnstore.clock import Clock, MonotonicClock
-from attnstore.directory.base import EventBatch, Intent, LayoutRecord, Member, Membership, Revision
+from attnstore.directory.base import EventBatch, Intent, LayoutRecord, Member, Membership, RecordKind, Revision
 from attnstore.limits import EVENT_BATCHES_MAX, LAYOUT_MS_MAX
 
 
@@ -36,6 +36,10 @@ class MemoryDirectory:
     @property
     def name(self) -> str:
         return "memory"
+
+    @property
+    def skipped(self) -> dict[RecordKind, int]:
+        return {}
 
     async def announce(self, member: Member, ttl_ms: int, known: Revision | None) -> Membership | None:
         if self._members.get(member.node_id) != member:

@@ -7,7 +7,6 @@ one call is one command. What the commands do is in `attnstore.directory.scripts
 from __future__ import annotations
 
 import asyncio
-import json
 import secrets
 from collections.abc import Sequence
 from typing import Any
@@ -19,15 +18,15 @@ from redis.backoff import NoBackoff
 from redis.exceptions import RedisError
 
 from attnstore.directory import scripts
-from attnstore.directory.base import EventBatch, Intent, LayoutRecord, Member, Membership, Revision
+from attnstore.directory.base import EventBatch, Intent, LayoutRecord, Member, Membership, RecordKind, Revision
+from attnstore.directory.records import RecordReader
 from attnstore.directory.url import DirectoryUrl
-from attnstore.errors import ProtocolError, Unavailable
+from attnstore.errors import Unavailable
 from attnstore.limits import (
     DIRECTORY_LAYOUTS_MAX,
     DIRECTORY_MS_MAX,
     EVENT_BATCHES_MAX,
     LAYOUT_MS_MAX,
-    NODES_MAX,
     TENANTS_MAX,
 )
 
@@ -37,6 +36,7 @@ class RedisDirectory:
 
     def __init__(self, url: DirectoryUrl) -> None:
         self._url = url
+        self._records = RecordReader(url.shown)
         self._sentinels: list[Any] = []
         self._client = self._connect(url)
         self._key = {name: f"{{attnstore:{url.cluster}}}:{name}" for name in scripts.KEYS}
@@ -46,12 +46,16 @@ class RedisDirectory:
     def name(self) -> str:
         return self._url.shown
 
+    @property
+    def skipped(self) -> dict[RecordKind, int]:
+        return self._records.skipped
+
     async def announce(self, member: Member, ttl_ms: int, known: Revision | None) -> Membership | None:
-        arguments = (*_revision(known), member.node_id, member.to_json(), ttl_ms, NODES_MAX, scripts.KEEP_MS)
-        return _membership(await self._eval(scripts.ANNOUNCE, self._cluster_keys, *arguments))
+        arguments = (*_revision(known), secrets.token_hex(8), member.node_id, member.to_json(), ttl_ms, scripts.KEEP_MS)
+        return self._records.membership(await self._eval(scripts.ANNOUNCE, self._cluster_keys, *arguments))
 
     async def membership(self, known: Revision | None) -> Membership | None:
-        return _membership(await self._eval(scripts.MEMBERSHIP, self._cluster_keys, *_revision(known)))
+        return self._records.membership(await self._look(scripts.MEMBERSHIP, self._cluster_keys, *_revision(known)))
 
     async def withdraw(self, node_id: str) -> None:
         await self._eval(scripts.WITHDRAW, self._cluster_keys, node_id)
@@ -60,16 +64,11 @@ class RedisDirectory:
         return bool(await self._eval(scripts.SET_INTENT, self._cluster_keys, node_id, intent or "", scripts.KEEP_MS))
 
     async def put_layouts(self, layouts: Sequence[LayoutRecord]) -> None:
-        records = [json.dumps([record.namespace.hex(), record.tenant, record.page_bytes]) for record in layouts]
+        records = [record.to_json() for record in layouts]
         await self._eval(scripts.PUT_LAYOUTS, [self._key["layouts"]], LAYOUT_MS_MAX, DIRECTORY_LAYOUTS_MAX, *records)
 
     async def layouts(self) -> list[LayoutRecord]:
-        records = await self._eval(scripts.LAYOUTS, [self._key["layouts"]])
-        try:
-            parsed = [json.loads(record) for record in records]
-            return [LayoutRecord(bytes.fromhex(name), str(tenant), int(page_bytes)) for name, tenant, page_bytes in parsed]
-        except (TypeError, ValueError) as error:
-            raise ProtocolError(f"the directory holds a record that is no layout's: {error}") from None
+        return self._records.layouts(await self._look(scripts.LAYOUTS, [self._key["layouts"]]))
 
     async def set_quota(self, tenant: str, quota_bytes: int | None) -> None:
         value = "" if quota_bytes is None else quota_bytes
@@ -87,8 +86,7 @@ class RedisDirectory:
         # RESP2 answers with a list of pairs, RESP3 with a map.
         streams = dict(answer or ())
         entries = [entry for stream in streams.values() for entry in _flat_entries(stream)]
-        batches = [EventBatch(fields[b"node"].decode(), fields[b"packed"], int(fields[b"dropped"])) for _, fields in entries]
-        return batches, entries[-1][0].decode() if entries else position
+        return self._records.events(entries), entries[-1][0].decode() if entries else position
 
     async def close(self) -> None:
         for client in (self._client, *self._sentinels):
@@ -122,6 +120,10 @@ class RedisDirectory:
     async def _eval(self, script: str, keys: Sequence[str], *arguments: object) -> Any:
         return await self._ask(self._client.eval(script, len(keys), *keys, *arguments), DIRECTORY_MS_MAX)
 
+    async def _look(self, script: str, keys: Sequence[str], *arguments: object) -> Any:
+        """Runs a script that changes nothing, which a user who may only read is allowed to."""
+        return await self._ask(self._client.eval_ro(script, len(keys), *keys, *arguments), DIRECTORY_MS_MAX)
+
     async def _ask(self, command: Any, limit_ms: float) -> Any:
         try:
             async with asyncio.timeout(limit_ms / 1000):
@@ -132,28 +134,8 @@ class RedisDirectory:
             raise Unavailable(f"the directory {self.name} failed: {type(error).__name__}: {error}") from None
 
 
-def _revision(known: Revision | None) -> tuple[str, str, str]:
-    return (secrets.token_hex(8), known.incarnation if known else "", str(known.number) if known else "")
-
-
-def _membership(answer: Any) -> Membership | None:
-    if not answer:
-        return None
-    incarnation, number, records, intents, quotas = answer
-    try:
-        return Membership(
-            Revision(incarnation.decode(), int(number)),
-            tuple(Member.from_json(record) for record in records),
-            {node_id.decode(): Intent(intent.decode()) for node_id, intent in _pairs(intents)},
-            {tenant.decode(): int(quota_bytes) for tenant, quota_bytes in _pairs(quotas)},
-        )
-    except ValueError as error:
-        raise ProtocolError(f"the directory's membership cannot be read: {error}") from None
-
-
-def _pairs(flat: Any) -> Any:
-    """The fields of a hash, which come as a map or as names and values in turn."""
-    return flat.items() if isinstance(flat, dict) else zip(flat[::2], flat[1::2], strict=True)
+def _revision(known: Revision | None) -> tuple[str, str]:
+    return (known.incarnation, str(known.number)) if known else ("", "")
 
 
 def _flat_entries(stream: Any) -> Any:

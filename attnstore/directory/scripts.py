@@ -28,6 +28,8 @@ from __future__ import annotations
 
 from typing import Final
 
+from attnstore.limits import NODES_MAX
+
 KEYS: Final = ("nodes", "alive", "intents", "quotas", "revision", "layouts", "events")
 
 KEEP_MS: Final = 3_600_000
@@ -39,41 +41,47 @@ local now_ms = time[1] * 1000 + math.floor(time[2] / 1000)
 """
 
 _PURGE: Final = f"""
-if redis.call('HSETNX', KEYS[5], 'incarnation', ARGV[1]) == 1 then
+if redis.call('HSETNX', KEYS[5], 'incarnation', ARGV[3]) == 1 then
   redis.call('HSETNX', KEYS[5], 'number', 0)
   redis.call('PEXPIRE', KEYS[5], {KEEP_MS})
 end
-local gone = redis.call('ZRANGEBYSCORE', KEYS[2], '-inf', now_ms)
-if #gone > 0 then
-  redis.call('ZREM', KEYS[2], unpack(gone))
-  redis.call('HDEL', KEYS[1], unpack(gone))
-  redis.call('HDEL', KEYS[3], unpack(gone))
-  redis.call('HINCRBY', KEYS[5], 'number', 1)
+local gone = redis.call('ZRANGEBYSCORE', KEYS[2], '-inf', now_ms, 'LIMIT', 0, {NODES_MAX})
+for _, node_id in ipairs(gone) do
+  redis.call('ZREM', KEYS[2], node_id)
+  redis.call('HDEL', KEYS[1], node_id)
+  redis.call('HDEL', KEYS[3], node_id)
 end
+if #gone > 0 then redis.call('HINCRBY', KEYS[5], 'number', 1) end
 """
 
-_ANSWER: Final = """
-local incarnation = redis.call('HGET', KEYS[5], 'incarnation')
-local number = redis.call('HGET', KEYS[5], 'number')
-if incarnation == ARGV[2] and number == ARGV[3] then return {} end
-return {
-  incarnation, number,
-  redis.call('HVALS', KEYS[1]), redis.call('HGETALL', KEYS[3]), redis.call('HGETALL', KEYS[4])
-}
+_ANSWER: Final = f"""
+local incarnation = redis.call('HGET', KEYS[5], 'incarnation') or ''
+local number = redis.call('HGET', KEYS[5], 'number') or '0'
+local is_known = incarnation == ARGV[1] and number == ARGV[2]
+if is_known and redis.call('ZCOUNT', KEYS[2], '-inf', now_ms) == 0 then return {{}} end
+local records = {{}}
+for _, node_id in ipairs(redis.call('ZRANGEBYSCORE', KEYS[2], '(' .. now_ms, '+inf', 'LIMIT', 0, {NODES_MAX})) do
+  local record = redis.call('HGET', KEYS[1], node_id)
+  if record then
+    records[#records + 1] = node_id
+    records[#records + 1] = record
+  end
+end
+return {{incarnation, number, records, redis.call('HGETALL', KEYS[3]), redis.call('HGETALL', KEYS[4])}}
 """
 
-MEMBERSHIP: Final = _NOW + _PURGE + _ANSWER
-"""The membership, without those whose heartbeat is overdue.
+MEMBERSHIP: Final = _NOW + _ANSWER
+"""The membership, without those whose heartbeat is overdue; changes nothing, so that a user who may only read can run it.
 
-KEYS: nodes, alive, intents, quotas, revision. ARGV: an incarnation for a directory that has none; incarnation and number of the
-revision that the caller knows. Answers with nothing where that is still the one.
+KEYS: nodes, alive, intents, quotas, revision. ARGV: incarnation and number of the revision that the caller knows. Answers with
+nothing where that is still the one and nobody is overdue; a directory that was never written to has the incarnation ''.
 """
 
 ANNOUNCE: Final = (
     _NOW
     + _PURGE
-    + """
-if redis.call('HEXISTS', KEYS[1], ARGV[4]) == 0 and redis.call('HLEN', KEYS[1]) >= tonumber(ARGV[7]) then
+    + f"""
+if redis.call('HEXISTS', KEYS[1], ARGV[4]) == 0 and redis.call('HLEN', KEYS[1]) >= {NODES_MAX} then
   return redis.error_reply('CLUSTERFULL no more nodes fit this cluster')
 end
 if redis.call('HGET', KEYS[1], ARGV[4]) ~= ARGV[5] then
@@ -81,13 +89,14 @@ if redis.call('HGET', KEYS[1], ARGV[4]) ~= ARGV[5] then
   redis.call('HINCRBY', KEYS[5], 'number', 1)
 end
 redis.call('ZADD', KEYS[2], now_ms + tonumber(ARGV[6]), ARGV[4])
-for _, key in ipairs({KEYS[1], KEYS[2], KEYS[3], KEYS[5]}) do redis.call('PEXPIRE', key, ARGV[8]) end
+for _, key in ipairs({{KEYS[1], KEYS[2], KEYS[3], KEYS[5]}}) do redis.call('PEXPIRE', key, ARGV[7]) end
 """
     + _ANSWER
 )
-"""A heartbeat. KEYS and ARGV[1..3] as in MEMBERSHIP.
+"""A heartbeat. KEYS and ARGV[1..2] as in MEMBERSHIP.
 
-ARGV[4] node id, [5] its record, [6] milliseconds until the next heartbeat is overdue, [7] the most nodes, [8] how long to keep all.
+ARGV[3] an incarnation for a directory that has none, [4] node id, [5] its record, [6] milliseconds until the next heartbeat is
+overdue, [7] how long to keep all.
 """
 
 WITHDRAW: Final = """

@@ -19,6 +19,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Protocol
 
+from attnstore import tasks
 from attnstore.clock import Clock
 from attnstore.core.fair_share import FairShares
 from attnstore.errors import Unavailable
@@ -105,8 +106,7 @@ class ConnectionThreads:
     def start(self, listener: socket.socket) -> None:
         """Serves a listening socket, which this object owns from now on."""
         self._listener = listener
-        self._acceptor = threading.Thread(target=self._accept, args=(listener,), name=f"{self._name}-accept", daemon=True)
-        self._acceptor.start()
+        self._acceptor = tasks.supervised_thread(f"{self._name}-accept", lambda: self._accept(listener))
 
     def stop(self, drain_ms: float) -> None:
         """Takes no new connection, gives running requests up to `drain_ms`, then breaks the connections and joins their threads."""

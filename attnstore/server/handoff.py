@@ -104,7 +104,7 @@ class Handoff:
 
     def start(self) -> None:
         """Begins to follow views."""
-        self._task = asyncio.create_task(self._run())
+        self._task = tasks.supervised("handoff", self._run)
 
     async def stop(self) -> None:
         """Ends, also in the middle of a hand-over."""
@@ -200,6 +200,9 @@ class Handoff:
         except AttnStoreError as error:
             done.failed += 1
             _log.warning("handing pages over failed, tried again later", url=url, reason=str(error))
+        except Exception:  # must not end what is sent to other nodes
+            done.failed += 1
+            _log.exception("handing pages over failed, tried again later", url=url)
         finally:
             await peer.close()
 

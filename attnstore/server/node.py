@@ -19,6 +19,7 @@ import prometheus_client
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
+from attnstore import tasks
 from attnstore.arena import Arena, FileArena, MemoryArena, SharedArena, StampedArena, extent_bytes_for
 from attnstore.clock import Clock, MonotonicClock
 from attnstore.config import ServeOptions, split_address
@@ -160,7 +161,7 @@ class StoreNode:
         await self._server.start()
         for service in ("", SERVICE):
             await self._health.set(service, health_pb2.HealthCheckResponse.SERVING)
-        self._expiry = asyncio.create_task(self._expire_leases())
+        self._expiry = tasks.supervised("expiry", self._expire_leases)
         if self._seat is not None:
             self._seat.start()
         _log.info("serving", address=self.address, capacity_bytes=int(self._options.capacity), pid=os.getpid())
@@ -181,7 +182,7 @@ class StoreNode:
         await self._server.stop(drain_ms / 1000)
         await asyncio.gather(*bulk_stopped)
         if self._expiry is not None:
-            self._expiry.cancel()
+            await tasks.end(self._expiry)
         if self._stop_metrics is not None:
             self._stop_metrics()
         self._arena.close()

@@ -66,7 +66,7 @@ class Registration:
 
     def start(self) -> None:
         """Begins to announce the node."""
-        self._task = asyncio.create_task(self._run())
+        self._task = tasks.supervised("heartbeats", self._run)
 
     async def stop(self) -> None:
         """Leaves the cluster, if the directory answers, and ends."""
@@ -106,6 +106,8 @@ class Registration:
                 _log.info("the directory answers again", directory=self._directory.name)
             self._answers = True
         self._metrics.directory_up.set(self._answers)
+        for kind, records in self._directory.skipped.items():
+            self._metrics.records_skipped.labels(kind.value).set(records)
         states = Counter(member.state for member in self._tracker.view.members.values())
         for state in NodeState:
             self._metrics.members.labels(state.value).set(states[state])

@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import pytest
-
 from attnstore import PageEvent, PageEventKind
-from attnstore.directory import EventBatch
 from attnstore.directory.events import EventFeed, events_in
-from attnstore.errors import ProtocolError
 from attnstore.limits import EVENTS_IN_BATCH_MAX
 
 MINE, OTHER = bytes(32), b"o" * 32
@@ -38,9 +34,3 @@ def test_events_that_do_not_fit_and_batches_that_were_lost_are_counted() -> None
     second = feed.take()
     assert second is not None
     assert list(events_in(second, MINE)) == [sealed(9), PageEvent(PageEventKind.LAGGED, b"", 9, EVENTS_IN_BATCH_MAX + 5)]
-
-
-@pytest.mark.parametrize("packed", [b"short", b"\xff" * 73])
-def test_events_of_somebody_else_are_a_typed_error(packed: bytes) -> None:
-    with pytest.raises(ProtocolError, match="cannot be read"):
-        list(events_in(EventBatch("ada", packed), b"\xff" * 32))

@@ -5,8 +5,10 @@ from __future__ import annotations
 import asyncio
 import ssl
 import time
+from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
 from redis.exceptions import ResponseError
@@ -16,12 +18,16 @@ from attnstore.directory.scripts import KEEP_MS, KEYS
 from attnstore.errors import Unavailable
 from attnstore.limits import EVENT_BATCHES_MAX, LAYOUT_MS_MAX, MEMBER_MS_MAX
 from attnstore.testing import RedisServer
+from tests.directory.conftest import BINARIES
 from tests.samples import eventually
 
 pytestmark = pytest.mark.redis
 
 ADA = Member("ada", "grpc://10.0.0.1:7400", bytes(16))
 BEATS = 50
+NODE_RIGHTS = "~{attnstore:*}* +eval +eval_ro +time +exists +@hash +@sortedset +@stream +pexpire +select"
+WORKER_RIGHTS = "%R~{attnstore:*}* +eval_ro +time +hget +hgetall +zrangebyscore +zcount +xread +xrevrange +select"
+EVENT = bytes([1]) + bytes(72)
 HEARTBEAT_BYTES_MAX = 4096
 
 
@@ -30,7 +36,7 @@ async def use(directory: Directory) -> None:
     await directory.announce(ADA, MEMBER_MS_MAX, None)
     await directory.set_intent("ada", Intent.DRAIN)
     await directory.put_layouts([LayoutRecord(bytes(32), "tenant", 4096)])
-    await directory.publish(EventBatch("ada", bytes(100)))
+    await directory.publish(EventBatch("ada", EVENT))
     await directory.set_quota("tenant", 1 << 30)
     membership = await directory.membership(None)
     assert membership is not None
@@ -53,7 +59,7 @@ async def test_all_keys_are_documented_tagged_and_expire(server: RedisServer) ->
 async def test_the_stream_of_events_is_capped(server: RedisServer) -> None:
     directory = open_directory(f"{server.url}?cluster=stream")
     for number in range(EVENT_BATCHES_MAX + 40):
-        await directory.publish(EventBatch("ada", number.to_bytes(4, "little")))
+        await directory.publish(EventBatch("ada", EVENT, number))
     await directory.close()
     assert server.client().xlen("{attnstore:stream}:events") == EVENT_BATCHES_MAX
 
@@ -79,7 +85,7 @@ async def test_a_heartbeat_and_a_look_cost_one_command_and_a_bounded_number_of_b
         assert await directory.membership(known.revision) is None
     after, calls_after = client.info("stats"), client.info("commandstats")
     await directory.close()
-    assert calls_after["cmdstat_eval"]["calls"] - calls_before["cmdstat_eval"]["calls"] == 2 * BEATS
+    assert _scripts(calls_after) - _scripts(calls_before) == 2 * BEATS
     moved = sum(after[name] - before[name] for name in ("total_net_input_bytes", "total_net_output_bytes"))
     # Asking for the statistics is part of what moved; its answers are some kilobytes.
     assert moved < 2 * BEATS * HEARTBEAT_BYTES_MAX + 64_000
@@ -107,8 +113,7 @@ async def test_a_server_that_is_gone_or_silent_is_a_typed_error_within_the_limit
 
 
 async def test_a_login_is_needed_where_the_server_asks_for_one_and_the_documented_rights_are_enough() -> None:
-    rights = "~{attnstore:*}* +eval +time +exists +@hash +@sortedset +@stream +pexpire +select"
-    with RedisServer("user default off", f"user ada on >s3cret {rights}") as server:
+    with RedisServer("user default off", f"user ada on >s3cret {NODE_RIGHTS}") as server:
         address = f"{server.host}:{server.port}/0"
         known = open_directory(f"redis://ada:s3cret@{address}")
         await use(known)
@@ -119,6 +124,42 @@ async def test_a_login_is_needed_where_the_server_asks_for_one_and_the_documente
                 await stranger.membership(None)
             assert "wr0ng" not in str(refusal.value)
             await stranger.close()
+
+
+@pytest.mark.parametrize("binary", BINARIES.values(), ids=BINARIES.keys())
+async def test_the_documented_user_for_workers_can_look_and_cannot_write(binary: str) -> None:
+    users = ("user default off", f"user node on >n0de {NODE_RIGHTS}", f"user worker on >w0rker {WORKER_RIGHTS}")
+    with RedisServer(*users, binary=binary) as server:
+        node = open_directory(f"redis://node:n0de@{server.host}:{server.port}/0")
+        worker = open_directory(f"redis://worker:w0rker@{server.host}:{server.port}/0")
+        empty = await worker.membership(None)
+        assert empty is not None
+        assert empty.members == ()
+        await use(node)
+        membership = await worker.membership(empty.revision)
+        assert membership is not None
+        assert membership.members == (ADA,)
+        assert await worker.membership(membership.revision) is None
+        assert await worker.layouts() == await node.layouts()
+        _, position = await worker.events(None, 1)
+        await node.publish(EventBatch("ada", EVENT))
+        assert (await worker.events(position, 1))[0] == [EventBatch("ada", EVENT)]
+        writes: tuple[Callable[[], Awaitable[object]], ...] = (
+            lambda: worker.announce(ADA, MEMBER_MS_MAX, None),
+            lambda: worker.withdraw("ada"),
+            lambda: worker.set_intent("ada", None),
+            lambda: worker.set_quota("tenant", None),
+            lambda: worker.put_layouts([LayoutRecord(bytes(32), "tenant", 8192)]),
+            lambda: worker.publish(EventBatch("ada", EVENT)),
+        )
+        before = server.client(username="node", password="n0de").xlen("{attnstore:default}:events")
+        for write in writes:
+            with pytest.raises(Unavailable, match="NoPermission"):
+                await write()
+        assert await worker.membership(membership.revision) is None
+        assert server.client(username="node", password="n0de").xlen("{attnstore:default}:events") == before
+        await worker.close()
+        await node.close()
 
 
 async def test_tls_is_spoken_to_those_who_trust_the_authority(server: RedisServer, certificates: Path) -> None:
@@ -156,8 +197,8 @@ async def test_all_scripts_keep_to_one_slot_of_a_redis_cluster() -> None:
         directory = open_directory(f"redis+cluster://{server.host}:{server.port}")
         await use(directory)
         _, position = await directory.events(None, 1)
-        await directory.publish(EventBatch("ada", b"now"))
-        assert (await directory.events(position, 1))[0] == [EventBatch("ada", b"now")]
+        await directory.publish(EventBatch("ada", EVENT))
+        assert (await directory.events(position, 1))[0] == [EventBatch("ada", EVENT)]
         await directory.close()
 
 
@@ -195,6 +236,11 @@ async def _answer(directory: Directory) -> Membership:
         else:
             assert membership is not None
             return membership
+
+
+def _scripts(calls: Any) -> int:
+    """How many scripts were run, those that may write and those that may not."""
+    return sum(calls[name]["calls"] for name in ("cmdstat_eval", "cmdstat_eval_ro") if name in calls)
 
 
 def _cluster_is_ok(client: object) -> bool:

@@ -12,6 +12,7 @@ import threading
 from contextlib import suppress
 from typing import Protocol
 
+from attnstore import tasks
 from attnstore.errors import AttnStoreError, LeaseExpired
 from attnstore.types import Lease
 
@@ -48,8 +49,7 @@ class LeaseKeeper:
         self._released: list[Lease] = []
         self._closing = False
         self._changed = threading.Condition()
-        self._thread = threading.Thread(target=self._run, name="attnstore-leases", daemon=True)
-        self._thread.start()
+        tasks.supervised_thread("leases", self._run)
 
     def keep(self, lease: Lease) -> KeptLease:
         """Renews a lease from now on, until `let_go`."""

@@ -12,6 +12,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Final
 
+from attnstore import tasks
 from attnstore.core.hashing import BlockHash
 
 BATCH_BLOCKS_MAX: Final = 32
@@ -21,7 +22,7 @@ WriteBatch = Callable[[Sequence[BlockHash], Sequence[int]], None]
 
 
 class SwapOut:
-    """Writes blocks in the order offered, `BATCH_BLOCKS_MAX` at a time. `write` must not raise."""
+    """Writes blocks in the order offered, `BATCH_BLOCKS_MAX` at a time. A `write` that raises costs the store these pages."""
 
     def __init__(self, write: WriteBatch, *, queue_blocks_max: int) -> None:
         self._write = write
@@ -31,8 +32,7 @@ class SwapOut:
         self._writing = 0
         self._closing = False
         self._changed = threading.Condition()
-        self._thread = threading.Thread(target=self._run, name="attnstore-swap-out", daemon=True)
-        self._thread.start()
+        tasks.supervised_thread("swap-out", self._run)
 
     @property
     def pending(self) -> int:
@@ -90,11 +90,13 @@ class SwapOut:
 
     def _run(self) -> None:
         while batch := self._next_batch():
-            self._write([block_hash for block_hash, _ in batch], [block_id for _, block_id in batch])
-            with self._changed:
-                self._finished += [block_id for _, block_id in batch]
-                self._writing = 0
-                self._changed.notify_all()
+            try:
+                self._write([block_hash for block_hash, _ in batch], [block_id for _, block_id in batch])
+            finally:  # a batch that failed is reported all the same: nobody reads its blocks any more
+                with self._changed:
+                    self._finished += [block_id for _, block_id in batch]
+                    self._writing = 0
+                    self._changed.notify_all()
 
     def _next_batch(self) -> list[tuple[BlockHash, int]]:
         with self._changed:

@@ -11,6 +11,7 @@ from prometheus_client import CollectorRegistry, Counter, Histogram, generate_la
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from attnstore.telemetry import TaskFailures
 from worker.cache import CostPlanner, Planner
 from worker.cache.decisions import ERROR_BOUNDS
 from worker.engine import EngineSnapshot
@@ -40,6 +41,7 @@ class ServeMetrics:
             "attnstore_worker_ttft_seconds", "From request to first text.", buckets=_TTFT_BUCKETS_S, registry=self._registry
         )
         self._registry.register(_EngineCollector(snapshot))
+        self._registry.register(TaskFailures())
         if isinstance(planner, CostPlanner):
             self._registry.register(_PlannerCollector(planner))
 

@@ -1,0 +1,126 @@
+"""What a directory's keys say, read with suspicion: it may be shared with others, or written to by whoever should not.
+
+Owns: how the answers of the scripts become records. Invariant: a record that cannot be read is skipped and counted, and the log
+says so once, not with every heartbeat; nothing that anybody writes into the directory raises anything but `ProtocolError`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any, TypeVar
+
+from attnstore.directory.base import (
+    EventBatch,
+    Intent,
+    LayoutRecord,
+    Member,
+    Membership,
+    RecordKind,
+    Revision,
+    is_name,
+    reading_record,
+)
+from attnstore.directory.events import check_events
+from attnstore.errors import ProtocolError
+from attnstore.limits import QUOTA_BYTES_MAX
+from attnstore.logs import get_logger
+
+R = TypeVar("R")
+T = TypeVar("T")
+
+_log = get_logger(__name__)
+_NAME_CHARS = 64
+
+
+class RecordReader:
+    """Reads the answers of one directory, whose name in messages is `directory`."""
+
+    def __init__(self, directory: str) -> None:
+        self._directory = directory
+        self._reasons: dict[RecordKind, list[str]] = {}
+
+    @property
+    def skipped(self) -> dict[RecordKind, int]:
+        """See `Directory.skipped`."""
+        return {kind: len(self._reasons.get(kind, ())) for kind in RecordKind}
+
+    def membership(self, answer: Any) -> Membership | None:
+        """Of the scripts MEMBERSHIP and ANNOUNCE. Raises `ProtocolError` where not even the revision can be read."""
+        if not answer:
+            return None
+        with reading_record("revision"):
+            incarnation, number, records, intents, quotas = answer
+            revision = Revision(incarnation.decode(), int(number))
+        return Membership(
+            revision,
+            tuple(self._read(RecordKind.NODE, pairs(records), _member)),
+            dict(self._read(RecordKind.INTENT, pairs(intents), _intent)),
+            dict(self._read(RecordKind.QUOTA, pairs(quotas), _quota)),
+        )
+
+    def layouts(self, records: Iterable[bytes]) -> list[LayoutRecord]:
+        """Of the script LAYOUTS."""
+        return self._read(RecordKind.LAYOUT, records, LayoutRecord.from_json)
+
+    def events(self, entries: Iterable[Any]) -> list[EventBatch]:
+        """Of the stream of events."""
+        return self._read(RecordKind.EVENTS, entries, _batch)
+
+    def _read(self, kind: RecordKind, raw: Iterable[R], read: Callable[[R], T]) -> list[T]:
+        found: list[T] = []
+        reasons: list[str] = []
+        for each in raw:
+            try:
+                found.append(read(each))
+            except ProtocolError as error:
+                reasons.append(str(error))
+        if reasons != self._reasons.get(kind, []):
+            self._reasons[kind] = reasons
+            if reasons:
+                _log.warning(
+                    "records of the directory are skipped",
+                    directory=self._directory,
+                    kind=kind.value,
+                    records=len(reasons),
+                    first_reason=reasons[0],
+                )
+        return found
+
+
+def pairs(flat: Any) -> Any:
+    """The fields of a hash, which come as a map or as names and values in turn."""
+    return flat.items() if isinstance(flat, dict) else zip(flat[::2], flat[1::2], strict=True)
+
+
+def _member(entry: tuple[bytes, bytes]) -> Member:
+    name, record = entry
+    member = Member.from_json(record)
+    if member.node_id.encode() != name:
+        raise ProtocolError(f"the directory has a record of node {member.node_id!r} under another name")
+    return member
+
+
+def _intent(entry: tuple[bytes, bytes]) -> tuple[str, Intent]:
+    name, intent = entry
+    with reading_record("intent"):
+        node_id, wanted = name.decode(), Intent(intent.decode())
+    if not is_name(node_id):
+        raise ProtocolError("the directory has an intent for what is no node's name")
+    return node_id, wanted
+
+
+def _quota(entry: tuple[bytes, bytes]) -> tuple[str, int]:
+    tenant, value = entry
+    with reading_record("quota"):
+        name, quota_bytes = tenant.decode(), int(value)
+    if not 0 <= quota_bytes <= QUOTA_BYTES_MAX:
+        raise ProtocolError(f"the directory's quota of tenant {name[:_NAME_CHARS]!r} is out of bounds")
+    return name, quota_bytes
+
+
+def _batch(entry: tuple[bytes, dict[bytes, bytes]]) -> EventBatch:
+    _, fields = entry
+    with reading_record("batch of events"):
+        batch = EventBatch(fields[b"node"].decode(), fields[b"packed"], int(fields[b"dropped"]))
+    check_events(batch)
+    return batch
