@@ -90,3 +90,20 @@ def test_closing_gives_queued_blocks_back_and_keeps_the_one_being_written(record
     assert swap_out.wait_finished(WAIT_MS)
     assert swap_out.take_finished() == [0]
     assert recorder.written == [0]
+
+
+def test_a_write_that_raises_is_reported_too_and_the_next_blocks_are_written() -> None:
+    written: list[int] = []
+
+    def write(_hashes: Sequence[BlockHash], block_ids: Sequence[int]) -> None:
+        if 0 in block_ids:
+            raise OverflowError("a store's mistake")
+        written.extend(block_ids)
+
+    swap_out = SwapOut(write, queue_blocks_max=100)
+    swap_out.offer(name(0), 0)
+    assert swap_out.flush(WAIT_MS)
+    swap_out.offer(name(1), 1)
+    assert swap_out.flush(WAIT_MS)
+    assert (sorted(swap_out.take_finished()), written) == ([0, 1], [1])
+    swap_out.close()
