@@ -12,7 +12,7 @@
         ├── NamespaceUnknown          register the layout first
         ├── LayoutMismatch            the namespace is registered with another layout
         ├── Unauthenticated           missing or wrong token
-        ├── PermissionDenied          the namespace belongs to another tenant
+        ├── PermissionDenied          shared memory is for processes of the node's user
         ├── ProtocolError             the peer broke the protocol; a bug or a foreign server
         ├── Unsupported               this node does not offer that
         └── ClientClosed              the client was closed before or during the call
@@ -101,7 +101,7 @@ class Unauthenticated(NotRetryable):
 
 
 class PermissionDenied(NotRetryable):
-    """The namespace belongs to another tenant."""
+    """The caller may not have this: shared memory is for processes of the node's user."""
 
     code = "permission_denied"
 

@@ -4,9 +4,17 @@ from __future__ import annotations
 
 import enum
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from attnstore.core.layout import PageLayout
 from attnstore.errors import Retryable
+
+
+class Space(NamedTuple):
+    """A namespace of one tenant, by which a node keeps pages: equal digests of two tenants are two spaces."""
+
+    tenant: str
+    namespace: bytes
 
 
 class PageStatus(enum.IntEnum):
@@ -123,7 +131,7 @@ class AttendLimits:
 @dataclass(frozen=True, slots=True)
 class NodeDescription:
     """What a node says of itself. A new `epoch` means that it was restarted with an empty arena. `attend` is None where the node
-    answers no queries.
+    answers no queries. `tenant` is who asked, as the node takes it from the token.
     """
 
     node_id: str
@@ -138,6 +146,7 @@ class NodeDescription:
     lease_ms_max: int
     page_bytes_max: int
     attend: AttendLimits | None = None
+    tenant: str = ""
 
 
 @dataclass(frozen=True, slots=True)

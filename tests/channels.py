@@ -23,7 +23,7 @@ from attnstore.limits import CHANNEL_CREDITS, CHANNEL_READ_HASHES_MAX, HASH_BYTE
 from attnstore.server.page_channel import PageChannelServer, TokenBook
 from attnstore.server.store import Store
 from attnstore.telemetry import NodeMetrics
-from attnstore.types import ReadResult
+from attnstore.types import ReadResult, Space
 from attnstore.wire import messages
 from attnstore.wire.messages import METHODS
 from attnstore.wire.page_channel import VERSION, Frame, Kind, Role, decode_refusal, encode_frame, encode_slice
@@ -59,13 +59,13 @@ class ChannelNode:
         self._dialled: list[FrameStream] = []
 
     def register(self, batch: Batch, tenant: str = "default") -> None:
-        self.store.register(batch.namespace, batch.layout, tenant)
+        self.store.register(Space(tenant, batch.namespace), batch.layout)
 
     def keep(self, batch: Batch) -> None:
         """Registers the batch and stores its pages, on a path of its own."""
         self.register(batch)
         for page_hash, data in zip(batch.hashes, batch.pages, strict=True):
-            page = self.store.prepare(batch.namespace, page_hash, page_checksum(data))
+            page = self.store.prepare(batch.space, page_hash, page_checksum(data))
             assert not isinstance(page, PageStatus)
             self.store.view(page)[:] = data
             assert self.store.seal(page) is PageStatus.STORED

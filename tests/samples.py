@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from attnstore import BlockHash, DType, Namespace, PageLayout, block_hashes, namespace
+from attnstore.types import Space
 
 SMALL = PageLayout(layers=2, kv_heads=2, head_dim=8, dtype=DType.FP32)
 """4 KiB a page: one chunk."""
@@ -24,6 +25,11 @@ class Batch:
     namespace: Namespace
     hashes: list[BlockHash]
     pages: list[bytes]
+
+    @property
+    def space(self) -> Space:
+        """The batch's namespace, where everyone is the tenant `default`."""
+        return Space("default", self.namespace)
 
     def buffers(self) -> list[bytearray]:
         """One zeroed buffer for each page."""

@@ -106,8 +106,8 @@ class AsyncClient:
     async def register_layout(self, namespace: bytes, layout: PageLayout, *, deadline_ms: float | None = None) -> int:
         """Makes `namespace` known to the node; how many of its pages the node could hold. Idempotent.
 
-        Raises `LayoutMismatch` if the node knows the namespace with another layout, `PermissionDenied` if it belongs to another
-        tenant.
+        Raises `LayoutMismatch` if the node knows the namespace with another layout. A namespace is the caller's own: another
+        tenant may use an equal digest, and neither ever sees the other's pages.
         """
         request = messages.RegisterLayoutRequest(
             namespace=messages.check_namespace(namespace), layout=messages.layout_to_wire(layout)

@@ -53,6 +53,7 @@ from attnstore.types import (
     PageEvent,
     PageStatus,
     ReadResult,
+    Space,
     WriteResult,
 )
 from attnstore.wire import messages
@@ -334,13 +335,16 @@ class AsyncClusterClient:
         """Page events of all nodes, through the directory: in order for each node, about a heartbeat late.
 
         Returns once later events cannot be missed. The generator ends with `Unavailable` when the directory fails. Raises
-        `InvalidArgument` for a fixed list of nodes, which has no directory: watch each node.
+        `InvalidArgument` for a fixed list of nodes, which has no directory: watch each node; and what `describe` raises, because
+        the nodes know which tenant's events the caller may see.
         """
         if self._options.nodes:
             raise InvalidArgument("a fixed list of nodes has no directory to watch: watch each node")
         self._layout(namespace)
         deadline = None if deadline_ms is None else self._deadline(deadline_ms)
         directory = self._followed().directory
+        described = await self.describe(deadline_ms=None if deadline is None else deadline.left_ms())
+        space = Space(described.tenant, namespace)
         _, position = await directory.events(None, 1)
 
         async def events() -> AsyncGenerator[PageEvent, None]:
@@ -348,7 +352,7 @@ class AsyncClusterClient:
             while deadline is None or deadline.left_ms():
                 batches, after = await directory.events(after, HEARTBEAT_MS)
                 for batch in batches:
-                    for event in events_in(batch, namespace):
+                    for event in events_in(batch, space):
                         yield event
 
         return events()

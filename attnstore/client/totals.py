@@ -26,6 +26,7 @@ def joint_description(answers: Sequence[NodeDescription]) -> NodeDescription:
         hashes_max=min(answer.hashes_max for answer in answers),
         lease_ms_max=min(answer.lease_ms_max for answer in answers),
         page_bytes_max=min(answer.page_bytes_max for answer in answers),
+        tenant=answers[0].tenant,
     )
 
 

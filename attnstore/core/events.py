@@ -10,27 +10,27 @@ from __future__ import annotations
 from collections import deque
 
 from attnstore.limits import WATCH_EVENTS_MAX
-from attnstore.types import PageEvent, PageEventKind
+from attnstore.types import PageEvent, PageEventKind, Space
 
 
 class EventLog:
-    """A bounded queue of `(namespace, PageEvent)`."""
+    """A bounded queue of `(space, PageEvent)`."""
 
     def __init__(self) -> None:
-        self._waiting: deque[tuple[bytes, PageEvent]] = deque()
-        self._dropped: dict[bytes, int] = {}
+        self._waiting: deque[tuple[Space, PageEvent]] = deque()
+        self._dropped: dict[Space, int] = {}
         self._sequence = 0
 
-    def append(self, namespace: bytes, kind: PageEventKind, page_hash: bytes) -> None:
+    def append(self, space: Space, kind: PageEventKind, page_hash: bytes) -> None:
         """Files an event; the oldest one is dropped, and counted, where too many wait."""
         self._sequence += 1
         if len(self._waiting) == WATCH_EVENTS_MAX:
             loser, _ = self._waiting.popleft()
             self._dropped[loser] = self._dropped.get(loser, 0) + 1
-        self._waiting.append((namespace, PageEvent(kind, page_hash, self._sequence)))
+        self._waiting.append((space, PageEvent(kind, page_hash, self._sequence)))
 
-    def take(self) -> list[tuple[bytes, PageEvent]]:
-        """The events since the last call, after one LAGGED event for each namespace that lost some.
+    def take(self) -> list[tuple[Space, PageEvent]]:
+        """The events since the last call, after one LAGGED event for each space that lost some.
 
         A LAGGED event bears the number of the last event that was lost.
         """
@@ -38,8 +38,7 @@ class EventLog:
         if self._dropped:
             last_lost = events[0][1].sequence - 1
             events[:0] = [
-                (namespace, PageEvent(PageEventKind.LAGGED, b"", last_lost, dropped))
-                for namespace, dropped in self._dropped.items()
+                (space, PageEvent(PageEventKind.LAGGED, b"", last_lost, dropped)) for space, dropped in self._dropped.items()
             ]
         self._waiting.clear()
         self._dropped.clear()

@@ -70,12 +70,17 @@ class LeaseTable:
         lease = self._leases.get(lease_id)
         return lease if lease is not None and now_ms < lease.expires_ms else None
 
-    def renew(self, lease_id: bytes, lease_ms: int, now_ms: float) -> int:
-        """Extends a living lease to at least `lease_ms` from now and returns the whole milliseconds that it now has.
-
-        A renewal never shortens a lease. Raises `LeaseExpired`.
-        """
+    def find_of(self, tenant: str, lease_id: bytes, now_ms: float) -> LeaseRecord | None:
+        """`find`, where the lease is the tenant's."""
         lease = self.find(lease_id, now_ms)
+        return lease if lease is not None and lease.namespace.space.tenant == tenant else None
+
+    def renew(self, tenant: str, lease_id: bytes, lease_ms: int, now_ms: float) -> int:
+        """Extends a tenant's living lease to at least `lease_ms` from now and returns the whole milliseconds that it now has.
+
+        A renewal never shortens a lease. Raises `LeaseExpired`, also for another tenant's.
+        """
+        lease = self.find_of(tenant, lease_id, now_ms)
         if lease is None:
             raise LeaseExpired(f"lease {lease_id.hex()} has expired or never existed; match again")
         lease.expires_ms = max(lease.expires_ms, now_ms + min(lease_ms, LEASE_MS_MAX))

@@ -24,6 +24,7 @@ from typing import Final
 from attnstore.core.eviction import EvictionPolicy
 from attnstore.core.layout import PageLayout
 from attnstore.core.slots import Slot, SlotClass
+from attnstore.types import Space
 
 
 class PageState(enum.StrEnum):
@@ -90,16 +91,13 @@ class ExtentPages:
 
 
 class NamespaceRecord:
-    """One namespace and its pages by hash. Namespaces of one class (tenant and page size) share slots and eviction order."""
+    """One space and its pages by hash. Those of one class (tenant and page size) share slots and eviction order."""
 
-    __slots__ = ("arriving", "layout", "namespace", "policy", "sealed", "slot_class", "tenant")
+    __slots__ = ("arriving", "layout", "policy", "sealed", "slot_class", "space")
 
-    def __init__(
-        self, namespace: bytes, layout: PageLayout, tenant: str, slot_class: SlotClass, policy: EvictionPolicy[Page]
-    ) -> None:
-        self.namespace = namespace
+    def __init__(self, space: Space, layout: PageLayout, slot_class: SlotClass, policy: EvictionPolicy[Page]) -> None:
+        self.space = space
         self.layout = layout
-        self.tenant = tenant
         self.slot_class = slot_class
         self.policy = policy
         self.arriving: dict[bytes, Page] = {}

@@ -27,7 +27,7 @@ from attnstore.core.quota import Quotas
 from attnstore.core.residency import Residency
 from attnstore.core.slots import Slot, SlotClass, SlotPool
 from attnstore.limits import HASH_BYTES, LEASE_MS_MAX
-from attnstore.types import PageEvent, PageEventKind, PageStatus
+from attnstore.types import PageEvent, PageEventKind, PageStatus, Space
 
 __all__ = ["ArrivingPage", "MatchOutcome", "NamespaceStatistics", "PageTable", "PageTableStatistics", "PinnedPage"]
 
@@ -45,11 +45,10 @@ class MatchOutcome:
 
 @dataclass(frozen=True, slots=True)
 class NamespaceStatistics:
-    """One namespace at one moment."""
+    """One space at one moment."""
 
-    namespace: bytes
+    space: Space
     layout: PageLayout
-    tenant: str
     pages_sealed: int
     pages_arriving: int
 
@@ -77,7 +76,7 @@ class PageTableStatistics:
 
 
 class PageTable:
-    """See the module. Methods that take a namespace raise `NamespaceUnknown` where it was not registered.
+    """See the module. Methods that take a space raise `NamespaceUnknown` where it was not registered.
 
     Raises `InvalidArgument` for a capacity or extent size that makes no extent. `new_lease_id` returns 16 bytes, never twice
     the same and not to be guessed, because whoever knows a lease id may renew and release it.
@@ -110,17 +109,16 @@ class PageTable:
         self._stored_bytes = 0
         self._evicted = 0
 
-    def register(self, namespace: bytes, layout: PageLayout, tenant: str) -> int:
-        """Makes a namespace known, idempotently, and returns how many of its pages the whole arena could hold.
+    def register(self, space: Space, layout: PageLayout) -> int:
+        """Makes a tenant's namespace known, idempotently, and returns how many of its pages the whole arena could hold.
 
-        Raises `LayoutMismatch`, `PermissionDenied`, `InvalidArgument` (the page is larger than an extent) or `Overloaded`
-        (too many namespaces).
+        Raises `LayoutMismatch`, `InvalidArgument` (the page is larger than an extent) or `Overloaded` (too many namespaces).
         """
-        record = self._namespaces.known(namespace, layout, tenant)
+        record = self._namespaces.known(space, layout)
         if record is None:
-            slot_class = self._slots.slot_class(tenant, layout.page_bytes)
+            slot_class = self._slots.slot_class(space.tenant, layout.page_bytes)
             policy = self._policies.setdefault(slot_class, self._new_policy())
-            record = NamespaceRecord(namespace, layout, tenant, slot_class, policy)
+            record = NamespaceRecord(space, layout, slot_class, policy)
             self._namespaces.add(record)
         return self._slots.extents * record.slot_class.slots_per_extent
 
@@ -128,22 +126,22 @@ class PageTable:
         """Bytes that tenants' pages may take here; who is not named may take all there is. See `Quotas.limit`."""
         self._quotas.limit(quota_bytes)
 
-    def layout_of(self, namespace: bytes, tenant: str) -> PageLayout:
-        """The layout of a tenant's namespace. Raises `NamespaceUnknown` or `PermissionDenied`."""
-        return self._namespaces.find_of(namespace, tenant).layout
+    def layout_of(self, space: Space) -> PageLayout:
+        """The layout of a space."""
+        return self._namespaces.find(space).layout
 
-    def sealed_hashes(self, namespace: bytes) -> list[bytes]:
-        """The pages of a namespace that can be read now, the one sealed first at the head. O(pages of the namespace)."""
-        return list(self._namespaces.find(namespace).sealed)
+    def sealed_hashes(self, space: Space) -> list[bytes]:
+        """The pages of a space that can be read now, the one sealed first at the head. O(pages of the space)."""
+        return list(self._namespaces.find(space).sealed)
 
-    def match(self, namespace: bytes, prefixes: Sequence[Sequence[bytes]], lease_ms: int, now_ms: float) -> MatchOutcome:
+    def match(self, space: Space, prefixes: Sequence[Sequence[bytes]], lease_ms: int, now_ms: float) -> MatchOutcome:
         """How many leading hashes of each prefix are sealed, and with `lease_ms > 0` one lease over all of those pages.
 
         A lease longer than `LEASE_MS_MAX` is granted that. The pages count as used, the first of a prefix as the most recent,
         so that a chain loses its tail before its head. O(1) for each hash, whatever the size of the table.
         Raises `Overloaded` where a lease is asked for and there are too many; nothing has changed then.
         """
-        record = self._namespaces.find(namespace)
+        record = self._namespaces.find(space)
         found: list[Page] = []
         hits = []
         lookup = record.sealed.get
@@ -166,12 +164,12 @@ class PageTable:
         self._missed += sum(map(len, prefixes)) - len(found)
         return MatchOutcome(tuple(hits), lease_id, granted_ms)
 
-    def pin(self, namespace: bytes, page_hash: bytes, lease_id: bytes | None, now_ms: float) -> PinnedPage | PageStatus:
+    def pin(self, space: Space, page_hash: bytes, lease_id: bytes | None, now_ms: float) -> PinnedPage | PageStatus:
         """Keeps a sealed page in place for a running read, or says MISSING or, where a lease is named, LEASE_EXPIRED.
 
-        A lease of another namespace counts as expired. The page need not be one that the lease covers.
+        A lease of another space counts as expired. The page need not be one that the lease covers.
         """
-        record = self._namespaces.find(namespace)
+        record = self._namespaces.find(space)
         page = record.sealed.get(page_hash)
         status = PageStatus.OK if page is not None else PageStatus.MISSING
         if lease_id is not None:
@@ -185,10 +183,10 @@ class PageTable:
         return PinnedPage(page)
 
     def use(
-        self, namespace: bytes, page_hashes: Sequence[bytes], lease_id: bytes | None, now_ms: float
+        self, space: Space, page_hashes: Sequence[bytes], lease_id: bytes | None, now_ms: float
     ) -> list[PinnedPage | PageStatus]:
         """`pin` and `unpin` of each, in order, for a caller that is done with the pages before the table is used again."""
-        record = self._namespaces.find(namespace)
+        record = self._namespaces.find(space)
         if lease_id is not None:
             lease = self._leases.find(lease_id, now_ms)
             if lease is None or lease.namespace is not record:
@@ -205,13 +203,13 @@ class PageTable:
         record.readers -= 1
         self._let_go(record.namespace, (record,))
 
-    def prepare(self, namespace: bytes, page_hash: bytes, checksum: int, now_ms: float) -> ArrivingPage | PageStatus:
+    def prepare(self, space: Space, page_hash: bytes, checksum: int, now_ms: float) -> ArrivingPage | PageStatus:
         """A slot for a page that a writer announces, or ALREADY_PRESENT, ARRIVING or NO_SPACE.
 
         May evict unpinned pages. The page stays invisible until `complete`.
         """
         assert len(page_hash) == HASH_BYTES, f"a hash has {HASH_BYTES} bytes"
-        record = self._namespaces.find(namespace)
+        record = self._namespaces.find(space)
         present = record.sealed.get(page_hash)
         if present is not None:
             self._touch(record, (present,))
@@ -229,7 +227,7 @@ class PageTable:
         self._residency.arrived(page)
         self._arriving += 1
         self._used_bytes += slot.size_bytes
-        self._quotas.took(record.tenant, slot.size_bytes)
+        self._quotas.took(record.space.tenant, slot.size_bytes)
         return ArrivingPage(page)
 
     def complete(self, page: ArrivingPage, now_ms: float) -> None:  # noqa: ARG002 - for policies that look at age
@@ -244,7 +242,7 @@ class PageTable:
         self._stored_bytes += arrived.slot.size_bytes
         self._residency.settled((arrived,), self._next_tick())
         record.policy.admitted(arrived)
-        self._events.append(record.namespace, PageEventKind.SEALED, arrived.hash)
+        self._events.append(record.space, PageEventKind.SEALED, arrived.hash)
 
     def abort(self, page: ArrivingPage) -> None:
         """Takes the slot of a page back that will not be complete: its writer failed, vanished or was too slow."""
@@ -255,31 +253,32 @@ class PageTable:
         self._residency.abandoned(abandoned, self._tick)
         self._free(abandoned)
 
-    def holds(self, namespace: bytes, lease_id: bytes, now_ms: float) -> bool:
-        """The lease is alive and of this namespace."""
+    def holds(self, space: Space, lease_id: bytes, now_ms: float) -> bool:
+        """The lease is alive and of this space."""
         lease = self._leases.find(lease_id, now_ms)
-        return lease is not None and lease.namespace is self._namespaces.find(namespace)
+        return lease is not None and lease.namespace is self._namespaces.find(space)
 
-    def renew(self, lease_id: bytes, lease_ms: int, now_ms: float) -> int:
-        """Extends a lease to at least `lease_ms` (at most `LEASE_MS_MAX`) from now; returns the milliseconds it has now.
+    def renew(self, tenant: str, lease_id: bytes, lease_ms: int, now_ms: float) -> int:
+        """Extends a tenant's lease to at least `lease_ms` (at most `LEASE_MS_MAX`) from now; returns the milliseconds it has now.
 
         Raises `LeaseExpired`.
         """
-        return self._leases.renew(lease_id, lease_ms, now_ms)
+        return self._leases.renew(tenant, lease_id, lease_ms, now_ms)
 
-    def release(self, lease_id: bytes, now_ms: float) -> bool:
-        """Ends a lease; False where it had expired or never existed."""
+    def release(self, tenant: str, lease_id: bytes, now_ms: float) -> bool:
+        """Ends a tenant's lease; False where it had expired or never existed."""
         self.expire(now_ms)
-        lease = self._leases.remove(lease_id)
+        lease = self._leases.find_of(tenant, lease_id, now_ms)
         if lease is None:
             return False
+        self._leases.remove(lease_id)
         self._let_go(lease.namespace, lease.pages)
         return True
 
-    def delete(self, namespace: bytes, page_hash: bytes, now_ms: float) -> PageStatus:
+    def delete(self, space: Space, page_hash: bytes, now_ms: float) -> PageStatus:
         """Removes a sealed page: OK, MISSING, or PINNED where a lease or a reader holds it."""
         self.expire(now_ms)
-        page = self._namespaces.find(namespace).sealed.get(page_hash)
+        page = self._namespaces.find(space).sealed.get(page_hash)
         if page is None:
             return PageStatus.MISSING
         if page.pins:
@@ -293,8 +292,8 @@ class PageTable:
             self._let_go(lease.namespace, lease.pages)
         return self._leases.next_expiry_ms()
 
-    def take_events(self) -> list[tuple[bytes, PageEvent]]:
-        """`(namespace, event)` for each page sealed, evicted or deleted since the last call, in order."""
+    def take_events(self) -> list[tuple[Space, PageEvent]]:
+        """`(space, event)` for each page sealed, evicted or deleted since the last call, in order."""
         return self._events.take()
 
     def statistics(self) -> PageTableStatistics:
@@ -312,7 +311,7 @@ class PageTable:
             evicted_pages=self._evicted,
             stored_bytes=self._stored_bytes,
             namespaces=tuple(
-                NamespaceStatistics(record.namespace, record.layout, record.tenant, len(record.sealed), len(record.arriving))
+                NamespaceStatistics(record.space, record.layout, len(record.sealed), len(record.arriving))
                 for record in self._namespaces
             ),
         )
@@ -331,7 +330,7 @@ class PageTable:
         assert self._used_bytes == sum(page.slot.size_bytes for page in pages) <= self._slots.capacity_bytes
         of_tenant: Counter[str] = Counter()
         for page in pages:
-            of_tenant[page.namespace.tenant] += page.slot.size_bytes
+            of_tenant[page.namespace.space.tenant] += page.slot.size_bytes
         self._quotas.check(of_tenant)
         leased: dict[Page, int] = {}
         for lease in self._leases:
@@ -377,11 +376,11 @@ class PageTable:
     def _fits_quota(self, record: NamespaceRecord, now_ms: float) -> bool:
         """Evicts the tenant's own pages, of this size first, until its quota has room for one more. False: all are pinned."""
         size_bytes = record.layout.page_bytes
-        if self._quotas.leaves_room(record.tenant, size_bytes):
+        if self._quotas.leaves_room(record.space.tenant, size_bytes):
             return True
         self.expire(now_ms)
-        others = [policy for slot_class, policy in self._policies.items() if slot_class.tenant == record.tenant]
-        while not self._quotas.leaves_room(record.tenant, size_bytes):
+        others = [policy for slot_class, policy in self._policies.items() if slot_class.tenant == record.space.tenant]
+        while not self._quotas.leaves_room(record.space.tenant, size_bytes):
             victim = next((page for policy in (record.policy, *others) if (page := policy.victim()) is not None), None)
             if victim is None:
                 return False
@@ -420,11 +419,11 @@ class PageTable:
         self._residency.left(page)
         self._sealed -= 1
         self._free(page)
-        self._events.append(record.namespace, kind, page.hash)
+        self._events.append(record.space, kind, page.hash)
 
     def _free(self, page: Page) -> None:
         self._used_bytes -= page.slot.size_bytes
-        self._quotas.gave_back(page.namespace.tenant, page.slot.size_bytes)
+        self._quotas.gave_back(page.namespace.space.tenant, page.slot.size_bytes)
         self._slots.give_back(page.slot)
 
     def _next_tick(self) -> int:

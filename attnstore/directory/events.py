@@ -1,13 +1,15 @@
 """Page events on their way through the directory: packed by the node, unpacked by whoever watches.
 
 Owns: `EventFeed`, a node's queue of events to publish, and their encoding. Invariants: the feed never waits and holds a bounded
-number of events; what did not fit is counted and told as LAGGED.
+number of events; what did not fit is counted and told as LAGGED; a watcher is shown its own tenant's events only.
 
-A packed event has 73 bytes: kind `u8`, sequence `u64`, namespace, hash; little-endian.
+A packed event has 73 bytes: kind `u8`, sequence `u64`, name of the space, hash; little-endian. The name is that of the tenant and
+its namespace together, so that equal namespaces of two tenants differ (see `space_name`).
 """
 
 from __future__ import annotations
 
+import hashlib
 import struct
 import threading
 from collections import deque
@@ -16,8 +18,9 @@ from collections.abc import Iterable, Iterator
 from attnstore.directory.base import EventBatch, is_name
 from attnstore.errors import ProtocolError
 from attnstore.limits import EVENTS_IN_BATCH_MAX, HASH_BYTES, NODE_ID_CHARS_MAX
-from attnstore.types import PageEvent, PageEventKind
+from attnstore.types import PageEvent, PageEventKind, Space
 
+_SPACE_PERSON = b"attnstore-sp-v1"
 _EVENT = struct.Struct(f"<BQ{HASH_BYTES}s{HASH_BYTES}s")
 _KINDS = frozenset(PageEventKind)
 
@@ -27,12 +30,12 @@ class EventFeed:
 
     def __init__(self, node_id: str) -> None:
         self._node_id = node_id
-        self._queue: deque[tuple[bytes, PageEvent]] = deque()
+        self._queue: deque[tuple[Space, PageEvent]] = deque()
         self._dropped = 0
         self._lock = threading.Lock()
 
-    def offer(self, events: Iterable[tuple[bytes, PageEvent]]) -> None:
-        """Queues `(namespace, event)` pairs; the ones that do not fit into the next batch are dropped and counted."""
+    def offer(self, events: Iterable[tuple[Space, PageEvent]]) -> None:
+        """Queues `(space, event)` pairs; the ones that do not fit into the next batch are dropped and counted."""
         with self._lock:
             for entry in events:
                 if len(self._queue) < EVENTS_IN_BATCH_MAX:
@@ -47,7 +50,8 @@ class EventFeed:
             dropped, self._dropped = self._dropped, 0
         if not queue and not dropped:
             return None
-        packed = b"".join(_EVENT.pack(event.kind, event.sequence, namespace, event.hash) for namespace, event in queue)
+        names = {space: space_name(space) for space in {space for space, _ in queue}}
+        packed = b"".join(_EVENT.pack(event.kind, event.sequence, names[space], event.hash) for space, event in queue)
         return EventBatch(self._node_id, packed, dropped)
 
     def lost(self, batch: EventBatch) -> None:
@@ -63,11 +67,17 @@ def check_events(batch: EventBatch) -> None:
         raise ProtocolError(f"the directory's events of node {batch.node_id[:NODE_ID_CHARS_MAX]!r} cannot be read")
 
 
-def events_in(batch: EventBatch, namespace: bytes) -> Iterator[PageEvent]:
-    """The events of one namespace in a checked batch, then LAGGED if any were dropped after them."""
+def space_name(space: Space) -> bytes:
+    """32 bytes that name a tenant's namespace: BLAKE2b-256, personalised `attnstore-sp-v1`, of the namespace and the tenant."""
+    return hashlib.blake2b(space.namespace + space.tenant.encode(), digest_size=HASH_BYTES, person=_SPACE_PERSON).digest()
+
+
+def events_in(batch: EventBatch, space: Space) -> Iterator[PageEvent]:
+    """The events of one space in a checked batch, then LAGGED if any were dropped after them."""
+    name = space_name(space)
     sequence = 0
-    for kind, sequence, of_namespace, page_hash in _EVENT.iter_unpack(batch.packed):
-        if of_namespace == namespace:
+    for kind, sequence, of_space, page_hash in _EVENT.iter_unpack(batch.packed):
+        if of_space == name:
             yield PageEvent(PageEventKind(kind), page_hash, sequence)
     if batch.dropped:
         yield PageEvent(PageEventKind.LAGGED, b"", sequence, batch.dropped)

@@ -28,7 +28,7 @@ class MemoryDirectory:
         self._until_ms: dict[str, float] = {member.node_id: float("inf") for member in members}
         self._intents: dict[str, Intent] = {}
         self._quota_bytes: dict[str, int] = {}
-        self._layouts: dict[bytes, tuple[LayoutRecord, float]] = {}
+        self._layouts: dict[LayoutRecord, float] = {}
         self._batches: deque[tuple[int, EventBatch]] = deque(maxlen=EVENT_BATCHES_MAX)
         self._positions = itertools.count(1)
         self._published = asyncio.Event()
@@ -75,12 +75,12 @@ class MemoryDirectory:
 
     async def put_layouts(self, layouts: Sequence[LayoutRecord]) -> None:
         until_ms = self._clock.now_ms() + LAYOUT_MS_MAX
-        self._layouts.update({record.namespace: (record, until_ms) for record in layouts})
+        self._layouts.update(dict.fromkeys(layouts, until_ms))
 
     async def layouts(self) -> list[LayoutRecord]:
         now_ms = self._clock.now_ms()
-        self._layouts = {name: entry for name, entry in self._layouts.items() if entry[1] > now_ms}
-        return [record for record, _ in self._layouts.values()]
+        self._layouts = {record: until_ms for record, until_ms in self._layouts.items() if until_ms > now_ms}
+        return list(self._layouts)
 
     async def set_quota(self, tenant: str, quota_bytes: int | None) -> None:
         if quota_bytes is None:

@@ -29,7 +29,7 @@ from attnstore.limits import (
 )
 from attnstore.server.store import Store
 from attnstore.server.turns import FairTurns
-from attnstore.types import AttendLimits, PageStatus
+from attnstore.types import AttendLimits, PageStatus, Space
 from attnstore.wire.attend import FLOAT_BYTES, AttendClose, AttendOpen, AttendQuery, AttendShape
 
 if TYPE_CHECKING:
@@ -156,11 +156,13 @@ class AttendSession:
         from attnstore.attention.in_place import PagesInPlace
 
         with self._busy:
-            layout = self._check_opening(opening)
+            space = Space(self._tenant, opening.shape.namespace)
+            layout = self._attending.store.layout_of(space)
+            self._check_opening(opening, layout)
             with ExitStack() as pins:
                 views = []
                 for index, page_hash in enumerate(opening.hashes):
-                    page = pins.enter_context(self._attending.store.reading(opening.shape.namespace, page_hash, opening.lease_id))
+                    page = pins.enter_context(self._attending.store.reading(space, page_hash, opening.lease_id))
                     if isinstance(page, PageStatus):
                         raise LeaseExpired(f"page {index} of the set's {len(opening.hashes)} is {page.name}: match again")
                     views.append(page.data)
@@ -214,8 +216,7 @@ class AttendSession:
                 self._drop(set_id)
         self._attending.forget(self)
 
-    def _check_opening(self, opening: AttendOpen) -> PageLayout:
-        layout = self._attending.store.layout_of(opening.shape.namespace, self._tenant)
+    def _check_opening(self, opening: AttendOpen, layout: PageLayout) -> None:
         if opening.set_id in self._sets:
             raise InvalidArgument(f"set {opening.set_id} is open already; close it first")
         if len(self._sets) >= ATTEND_SETS_MAX:
@@ -226,7 +227,6 @@ class AttendSession:
             raise InvalidArgument(
                 f"q_heads is {opening.shape.q_heads}, which is no multiple of the layout's {layout.kv_heads} kv_heads"
             )
-        return layout
 
     def _alive(self, set_id: int) -> _Set:
         part = self._sets.get(set_id)
@@ -239,7 +239,7 @@ class AttendSession:
 
     def _holds(self, part: _Set) -> bool:
         assert self._shape is not None
-        return self._attending.store.holds(self._shape.namespace, part.lease_id)
+        return self._attending.store.holds(Space(self._tenant, self._shape.namespace), part.lease_id)
 
     def _drop(self, set_id: int) -> None:
         part = self._sets.pop(set_id, None)

@@ -12,9 +12,9 @@ from contextlib import contextmanager
 
 from attnstore.errors import Unavailable
 from attnstore.limits import WATCH_EVENTS_MAX
-from attnstore.types import PageEvent, PageEventKind
+from attnstore.types import PageEvent, PageEventKind, Space
 
-Publish = Callable[[Iterable[tuple[bytes, PageEvent]]], None]
+Publish = Callable[[Iterable[tuple[Space, PageEvent]]], None]
 
 
 class Subscription:
@@ -57,31 +57,31 @@ class Subscription:
 
 
 class EventHub:
-    """Delivers the page table's events to the watchers of each namespace, on the event loop where it was made."""
+    """Delivers the page table's events to the watchers of each space, on the event loop where it was made."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self._loop = loop
-        self._subscriptions: dict[bytes, set[Subscription]] = {}
+        self._subscriptions: dict[Space, set[Subscription]] = {}
 
-    def publish(self, events: Iterable[tuple[bytes, PageEvent]]) -> None:
-        """Offers each `(namespace, event)` to that namespace's watchers. Safe from any thread; keeps the order of calls."""
-        watched = [(namespace, event) for namespace, event in events if namespace in self._subscriptions]
+    def publish(self, events: Iterable[tuple[Space, PageEvent]]) -> None:
+        """Offers each `(space, event)` to that space's watchers. Safe from any thread; keeps the order of calls."""
+        watched = [(space, event) for space, event in events if space in self._subscriptions]
         if watched:
             self._loop.call_soon_threadsafe(self._deliver, watched)
 
-    def publish_also_to(self, other: Callable[[Sequence[tuple[bytes, PageEvent]]], None]) -> Publish:
-        """`publish`, which hands the same events to `other` too, of all namespaces, watched or not."""
+    def publish_also_to(self, other: Callable[[Sequence[tuple[Space, PageEvent]]], None]) -> Publish:
+        """`publish`, which hands the same events to `other` too, of all spaces, watched or not."""
 
-        def publish(events: Iterable[tuple[bytes, PageEvent]]) -> None:
+        def publish(events: Iterable[tuple[Space, PageEvent]]) -> None:
             happened = list(events)
             self.publish(happened)
             other(happened)
 
         return publish
 
-    def _deliver(self, events: Iterable[tuple[bytes, PageEvent]]) -> None:
-        for namespace, event in events:
-            for subscription in self._subscriptions.get(namespace, ()):
+    def _deliver(self, events: Iterable[tuple[Space, PageEvent]]) -> None:
+        for space, event in events:
+            for subscription in self._subscriptions.get(space, ()):
                 subscription.offer(event)
 
     def close(self) -> None:
@@ -91,14 +91,14 @@ class EventHub:
                 subscription.close()
 
     @contextmanager
-    def subscribed(self, namespace: bytes) -> Iterator[Subscription]:
+    def subscribed(self, space: Space) -> Iterator[Subscription]:
         """A subscription that ends with the `with` block."""
         subscription = Subscription()
-        self._subscriptions.setdefault(namespace, set()).add(subscription)
+        self._subscriptions.setdefault(space, set()).add(subscription)
         try:
             yield subscription
         finally:
-            watchers = self._subscriptions[namespace]
+            watchers = self._subscriptions[space]
             watchers.discard(subscription)
             if not watchers:
-                del self._subscriptions[namespace]
+                del self._subscriptions[space]

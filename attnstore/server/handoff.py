@@ -24,7 +24,7 @@ from attnstore.limits import MIB
 from attnstore.logs import get_logger
 from attnstore.server.store import Store
 from attnstore.telemetry import NodeMetrics
-from attnstore.types import MatchResult, PageStatus, WriteResult
+from attnstore.types import MatchResult, PageStatus, Space, WriteResult
 
 _log = get_logger(__name__)
 
@@ -166,10 +166,10 @@ class Handoff:
     async def _hand_over(self, view: ClusterView, targets_of: Callable[[bytes], list[str]]) -> _Pass:
         """Sends every page to the nodes that its segment has to go to, to all at once, one batch at a time to each."""
         done = _Pass()
-        for space in self._store.statistics().namespaces:
+        for held in self._store.statistics().namespaces:
             by_target: dict[str, list[bytes]] = defaultdict(list)
             targets: dict[bytes, list[str]] = {}
-            for page_hash in self._sealed(space):
+            for page_hash in self._sealed(held.space):
                 key = segment_key(page_hash)
                 if key not in targets:
                     targets[key] = targets_of(key)
@@ -177,26 +177,27 @@ class Handoff:
                 for node_id in targets[key]:
                     by_target[node_id].append(page_hash)
             urls = {node_id: view.members[node_id].url for node_id in by_target}
-            await asyncio.gather(*(self._send(done, urls[node_id], space, hashes) for node_id, hashes in by_target.items()))
+            await asyncio.gather(*(self._send(done, urls[node_id], held, hashes) for node_id, hashes in by_target.items()))
         return done
 
-    def _sealed(self, space: NamespaceStatistics) -> list[bytes]:
+    def _sealed(self, space: Space) -> list[bytes]:
         try:
-            return self._store.sealed_hashes(space.namespace)
+            return self._store.sealed_hashes(space)
         except NamespaceUnknown:
             return []
 
-    async def _send(self, done: _Pass, url: str, space: NamespaceStatistics, hashes: Sequence[bytes]) -> None:
+    async def _send(self, done: _Pass, url: str, held: NamespaceStatistics, hashes: Sequence[bytes]) -> None:
         """Sends one node what it lacks of the pages. Never raises because of that node."""
+        space = held.space
         peer = self._open_peer(url, self._tokens.get(space.tenant))
         try:
-            await peer.register_layout(space.namespace, space.layout)
+            await peer.register_layout(space.namespace, held.layout)
             for begin in range(0, len(hashes), ASK_HASHES):
                 asked = hashes[begin : begin + ASK_HASHES]
                 found = await peer.match(space.namespace, [[page_hash] for page_hash in asked])
                 missing = [page_hash for page_hash, hit in zip(asked, found.hits, strict=True) if not hit]
-                for batch in _batches(missing, max(1, BATCH_BYTES // space.layout.page_bytes)):
-                    await self._send_batch(done, peer, space.namespace, batch)
+                for batch in _batches(missing, max(1, BATCH_BYTES // held.layout.page_bytes)):
+                    await self._send_batch(done, peer, space, batch)
         except AttnStoreError as error:
             done.failed += 1
             _log.warning("handing pages over failed, tried again later", url=url, reason=str(error))
@@ -206,16 +207,16 @@ class Handoff:
         finally:
             await peer.close()
 
-    async def _send_batch(self, done: _Pass, peer: Peer, namespace: bytes, hashes: Sequence[bytes]) -> None:
+    async def _send_batch(self, done: _Pass, peer: Peer, space: Space, hashes: Sequence[bytes]) -> None:
         with ExitStack() as pinned:
             pages: dict[bytes, memoryview] = {}
             for page_hash in hashes:
-                page = pinned.enter_context(self._store.reading(namespace, page_hash, None))
+                page = pinned.enter_context(self._store.reading(space, page_hash, None))
                 if not isinstance(page, PageStatus):  # it may have been evicted meanwhile
                     pages[page_hash] = page.data
             if not pages:
                 return
-            written = await peer.write(namespace, list(pages), list(pages.values()))
+            written = await peer.write(space.namespace, list(pages), list(pages.values()))
         for verdict in written.verdicts:
             self._metrics.handed_over.labels(verdict.name.lower()).inc()
         # What is on its way there from elsewhere will arrive; what was refused would be refused again.

@@ -11,16 +11,17 @@ from attnstore.core.page_table import ArrivingPage
 from attnstore.errors import InvalidArgument, ProtocolError
 from attnstore.limits import HASH_BYTES, HASHES_MAX
 from attnstore.server.store import Store
-from attnstore.types import PageStatus
+from attnstore.types import PageStatus, Space
 
 
 class Ingest:
     """Pages of one write stream, one after the other: `begin`, `receive` until the page is whole, then the next `begin`."""
 
-    def __init__(self, store: Store, namespace: bytes, page_bytes: int) -> None:
-        self.namespace = namespace
+    def __init__(self, store: Store, space: Space) -> None:
+        """Raises `NamespaceUnknown`."""
+        self.space = space
         self._store = store
-        self._page_bytes = page_bytes
+        self._page_bytes = store.layout_of(space).page_bytes
         self._verdicts: list[PageStatus] = []
         self._open = False
         self._arriving: ArrivingPage | None = None
@@ -34,7 +35,7 @@ class Ingest:
             raise InvalidArgument(f"a block hash has {len(page_hash)} bytes; it must have {HASH_BYTES}")
         if len(self._verdicts) == HASHES_MAX:
             raise InvalidArgument(f"one write stream carries at most {HASHES_MAX} pages; open another")
-        outcome = self._store.prepare(self.namespace, page_hash, checksum)
+        outcome = self._store.prepare(self.space, page_hash, checksum)
         self._open = True
         self._received_bytes = 0
         if isinstance(outcome, PageStatus):

@@ -37,7 +37,7 @@ from attnstore.server.attend_channel import AttendChannel
 from attnstore.server.connections import Connection, ConnectionThreads
 from attnstore.server.store import PageView, Store
 from attnstore.telemetry import NodeMetrics
-from attnstore.types import PageStatus
+from attnstore.types import PageStatus, Space
 from attnstore.wire.match import decode_prefixes, encode_hits
 from attnstore.wire.messages import split_hashes
 from attnstore.wire.page_channel import NO_LEASE, VERSION, Frame, Kind, Order, Role, encode_frame, encode_refusal, encode_slice
@@ -241,8 +241,7 @@ class _Connection(Connection):
         payload = self._stream.whole_payload(frame)
         with self._metrics.call("Match"):
             prefixes = decode_prefixes(frame.page, payload)
-            self._store.layout_of(frame.namespace, tenant)
-            found = self._store.match(frame.namespace, prefixes, frame.offset_bytes)
+            found = self._store.match(Space(tenant, frame.namespace), prefixes, frame.offset_bytes)
             self._metrics.matched(found.hits, prefixes)
         hits = encode_hits(found.hits)
         lease = found.lease_id or NO_LEASE
@@ -251,13 +250,14 @@ class _Connection(Connection):
 
     def _read(self, frame: Frame, tenant: str) -> None:
         hashes = split_hashes(bytes(self._stream.whole_payload(frame)))
-        layout = self._store.layout_of(frame.namespace, tenant)
+        space = Space(tenant, frame.namespace)
+        layout = self._store.layout_of(space)
         begin, end = layout.layer_slice(frame.layer_begin, frame.layer_end)
         if frame.order is Order.LAYERS:
-            self._read_by_layer(frame, hashes, begin, end, layout.layer_bytes)
+            self._read_by_layer(frame, space, hashes, begin, end, layout.layer_bytes)
             return
         for first in range(0, len(hashes), _PINNED_TOGETHER):
-            with self._store.reading_all(frame.namespace, hashes[first : first + _PINNED_TOGETHER], frame.lease_id) as pages:
+            with self._store.reading_all(space, hashes[first : first + _PINNED_TOGETHER], frame.lease_id) as pages:
                 self._send_pages(frame.request, first, pages, begin, end)
 
     def _send_pages(self, request: int, first: int, pages: list[PageView | PageStatus], begin: int, end: int) -> None:
@@ -273,10 +273,10 @@ class _Connection(Connection):
         finally:
             self._metrics.sent("tcp", sent, sent * size_bytes)
 
-    def _read_by_layer(self, frame: Frame, hashes: list[bytes], begin: int, end: int, layer_bytes: int) -> None:
+    def _read_by_layer(self, frame: Frame, space: Space, hashes: list[bytes], begin: int, end: int, layer_bytes: int) -> None:
         with ExitStack() as held:
             pages: list[tuple[int, PageView]] = []
-            found = held.enter_context(self._store.reading_all(frame.namespace, hashes, frame.lease_id))
+            found = held.enter_context(self._store.reading_all(space, hashes, frame.lease_id))
             for index, page in enumerate(found):
                 if isinstance(page, PageStatus):
                     self._send_miss(frame.request, index, page)
@@ -296,10 +296,10 @@ class _Connection(Connection):
         self._metrics.pages("Read", status)
 
     def _write(self, frame: Frame, tenant: str) -> None:
-        layout = self._store.layout_of(frame.namespace, tenant)
+        space = Space(tenant, frame.namespace)
         verdict = PageStatus.WRONG_SIZE
-        if frame.size_bytes == layout.page_bytes:
-            verdict = self._receive_page(frame)
+        if frame.size_bytes == self._store.layout_of(space).page_bytes:
+            verdict = self._receive_page(frame, space)
         elif frame.size_bytes:
             self._stream.discard_payload(self._scratch)
         self._metrics.pages("Write", verdict)
@@ -307,8 +307,8 @@ class _Connection(Connection):
         if len(self._verdicts) == _VERDICTS_MAX:
             self._send_verdicts()
 
-    def _receive_page(self, frame: Frame) -> PageStatus:
-        page = self._store.prepare(frame.namespace, frame.hash, frame.checksum)
+    def _receive_page(self, frame: Frame, space: Space) -> PageStatus:
+        page = self._store.prepare(space, frame.hash, frame.checksum)
         if isinstance(page, PageStatus):
             self._stream.discard_payload(self._scratch)
             self._metrics.received("tcp", frame.size_bytes)

@@ -54,7 +54,7 @@ def take_seat(
 
     def layouts() -> Iterator[LayoutRecord]:
         for held in store.statistics().namespaces:
-            yield LayoutRecord(held.namespace, held.tenant, held.layout.page_bytes)
+            yield LayoutRecord(held.space.namespace, held.space.tenant, held.layout.page_bytes)
 
     def follow(view: ClusterView) -> None:
         handoff.follow(view)

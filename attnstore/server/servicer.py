@@ -13,7 +13,6 @@ from typing import Any
 
 import grpc
 
-from attnstore.core.layout import PageLayout
 from attnstore.errors import InvalidArgument, ProtocolError, Unavailable
 from attnstore.limits import CHANNEL_TOKEN_MS_MAX, CHUNK_BYTES_MAX, HASHES_MAX, LEASE_MS_MAX, PAGE_BYTES_MAX
 from attnstore.server.attend import LIMITS, Attending
@@ -24,7 +23,7 @@ from attnstore.server.rpc import Handler
 from attnstore.server.stall import Stall
 from attnstore.server.store import Store
 from attnstore.telemetry import NodeMetrics
-from attnstore.types import NamespaceStatistics, NodeStatistics, PageStatus
+from attnstore.types import NamespaceStatistics, NodeStatistics, PageStatus, Space
 from attnstore.wire import chunks, messages
 
 
@@ -93,7 +92,7 @@ class Servicer:
         self._draining = True
         self._hub.close()
 
-    async def describe(self, _request: Any, _context: Any, _tenant: str) -> messages.DescribeResponse:
+    async def describe(self, _request: Any, _context: Any, tenant: str) -> messages.DescribeResponse:
         now = self._store.statistics()
         return messages.DescribeResponse(
             node_id=self._identity.node_id,
@@ -114,29 +113,31 @@ class Servicer:
                 *(messages.Transport(name=name, address=offer.address) for name, offer in self._channels.items()),
             ],
             attend=None if self._attending is None else messages.AttendOffer(**asdict(LIMITS)),
+            tenant=tenant,
         )
 
     async def register_layout(self, request: Any, _context: Any, tenant: str) -> messages.RegisterLayoutResponse:
         layout = messages.layout_from_wire(request.layout)
-        pages_max = self._store.register(messages.check_namespace(request.namespace), layout, tenant)
+        pages_max = self._store.register(_space(tenant, request.namespace), layout)
         return messages.RegisterLayoutResponse(page_bytes=layout.page_bytes, pages_max=pages_max, epoch=self._identity.epoch)
 
     async def match(self, request: Any, _context: Any, tenant: str) -> messages.MatchResponse:
-        self._layout(request.namespace, tenant)
+        space = _space(tenant, request.namespace)
         prefixes = [messages.split_hashes(joined) for joined in request.prefixes]
         if sum(map(len, prefixes)) > HASHES_MAX:
             raise InvalidArgument(f"the request has {sum(map(len, prefixes))} hashes; at most {HASHES_MAX} fit one request")
-        found = self._store.match(request.namespace, prefixes, request.lease_ms)
+        found = self._store.match(space, prefixes, request.lease_ms)
         self._metrics.matched(found.hits, prefixes)
         return messages.MatchResponse(hits=found.hits, lease_id=found.lease_id or b"", lease_ms=found.lease_ms)
 
     async def read(self, request: Any, context: Any, tenant: str) -> None:
-        layout = self._layout(request.namespace, tenant)
+        space = _space(tenant, request.namespace)
+        layout = self._store.layout_of(space)
         begin, end = layout.layer_slice(request.layer_begin, request.layer_end)
         lease_id = request.lease_id or None
         async with Stall(self._stall_s) as stall:
             for index, page_hash in enumerate(messages.split_hashes(request.hashes)):
-                with self._store.reading(request.namespace, page_hash, lease_id) as page:
+                with self._store.reading(space, page_hash, lease_id) as page:
                     if isinstance(page, PageStatus):
                         self._metrics.pages("Read", page)
                         await context.write(chunks.encode_read_chunk(index, page))
@@ -156,7 +157,7 @@ class Servicer:
                 while (message := await context.read()) is not grpc.aio.EOF:
                     stall.moved()
                     chunk = chunks.decode_write_chunk(message)
-                    ingest = ingest or Ingest(self._store, chunk.namespace, self._layout(chunk.namespace, tenant).page_bytes)
+                    ingest = ingest or Ingest(self._store, _space(tenant, chunk.namespace))
                     self._take(ingest, chunk)
                     # The next message then takes this one's memory, which is still in the cache.
                     del message, chunk
@@ -171,22 +172,23 @@ class Servicer:
     def _take(self, ingest: Ingest, chunk: chunks.WriteChunk) -> None:
         if len(chunk.payload) > CHUNK_BYTES_MAX:
             raise InvalidArgument(f"a chunk carries {len(chunk.payload)} bytes; the maximum is {CHUNK_BYTES_MAX}")
-        if chunk.namespace not in (b"", ingest.namespace):
+        if chunk.namespace not in (b"", ingest.space.namespace):
             raise ProtocolError("one write stream serves one namespace; open another for the next")
         if chunk.page_hash:
             ingest.begin(chunk.page_hash, chunk.checksum)
         ingest.receive(chunk.offset_bytes, chunk.payload)
         self._metrics.received("grpc", len(chunk.payload))
 
-    async def renew_lease(self, request: Any, _context: Any, _tenant: str) -> messages.RenewLeaseResponse:
-        return messages.RenewLeaseResponse(lease_ms=self._store.renew(request.lease_id, request.lease_ms))
+    async def renew_lease(self, request: Any, _context: Any, tenant: str) -> messages.RenewLeaseResponse:
+        return messages.RenewLeaseResponse(lease_ms=self._store.renew(tenant, request.lease_id, request.lease_ms))
 
-    async def release_lease(self, request: Any, _context: Any, _tenant: str) -> messages.ReleaseLeaseResponse:
-        return messages.ReleaseLeaseResponse(released=self._store.release(request.lease_id))
+    async def release_lease(self, request: Any, _context: Any, tenant: str) -> messages.ReleaseLeaseResponse:
+        return messages.ReleaseLeaseResponse(released=self._store.release(tenant, request.lease_id))
 
     async def delete(self, request: Any, _context: Any, tenant: str) -> messages.DeleteResponse:
-        self._layout(request.namespace, tenant)
-        statuses = self._store.delete(request.namespace, messages.split_hashes(request.hashes))
+        space = _space(tenant, request.namespace)
+        self._store.layout_of(space)
+        statuses = self._store.delete(space, messages.split_hashes(request.hashes))
         for status in statuses:
             self._metrics.pages("Delete", status)
         return messages.DeleteResponse(statuses=messages.statuses_to_wire(statuses))
@@ -221,16 +223,17 @@ class Servicer:
                 written_bytes=now.stored_bytes,
                 uptime_ms=int(self._store.now_ms() - self._started_ms),
                 namespaces=tuple(
-                    NamespaceStatistics(space.namespace, space.layout, space.pages_sealed)
-                    for space in now.namespaces
-                    if space.tenant == tenant
+                    NamespaceStatistics(held.space.namespace, held.layout, held.pages_sealed)
+                    for held in now.namespaces
+                    if held.space.tenant == tenant
                 ),
             )
         )
 
     async def watch(self, request: Any, context: Any, tenant: str) -> None:
-        self._layout(request.namespace, tenant)
-        with self._hub.subscribed(request.namespace) as subscription:
+        space = _space(tenant, request.namespace)
+        self._store.layout_of(space)
+        with self._hub.subscribed(space) as subscription:
             await context.send_initial_metadata((messages.WATCHING,))
             while True:
                 for event in await subscription.take():
@@ -240,5 +243,6 @@ class Servicer:
     async def attend(self, _request: None, context: Any, tenant: str) -> None:
         await attend(self._attending, self._metrics, context, tenant)
 
-    def _layout(self, namespace: bytes, tenant: str) -> PageLayout:
-        return self._store.layout_of(messages.check_namespace(namespace), tenant)
+
+def _space(tenant: str, namespace: bytes) -> Space:
+    return Space(tenant, messages.check_namespace(namespace))

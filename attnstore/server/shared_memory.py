@@ -30,7 +30,7 @@ from attnstore.server.connections import Connection, ConnectionThreads
 from attnstore.server.page_channel import TokenBook
 from attnstore.server.store import Store
 from attnstore.telemetry import NodeMetrics
-from attnstore.types import PageStatus
+from attnstore.types import PageStatus, Space
 from attnstore.wire import shared
 from attnstore.wire.shared import Kind, Place, State
 from attnstore.wire.shared_stream import Message, SharedStream
@@ -208,12 +208,13 @@ class _Connection(Connection):
         """Answers in parts that grow: the reader copies the first pages while we look for the next."""
         if self._draining.is_set():
             raise Unavailable("the node is draining")
-        self._store.layout_of(asked.namespace, tenant)
+        space = Space(tenant, asked.namespace)
+        self._store.layout_of(space)
         size = _HASHES_FIRST
         answered: list[Place | PageStatus] = []
         while len(answered) < len(asked.hashes):
             hashes = asked.hashes[len(answered) : len(answered) + size]
-            places = self._store.locate(asked.namespace, hashes, asked.lease_id, self._place)
+            places = self._store.locate(space, hashes, asked.lease_id, self._place)
             self._stream.send(shared.encode_located(places))
             answered += places
             size = min(4 * size, _HASHES_PER_LOCK)
@@ -242,14 +243,15 @@ class _Connection(Connection):
     def _take(self, offered: shared.Taken, tenant: str) -> list[PageStatus]:
         if self._draining.is_set():
             raise Unavailable("the node is draining")
-        page_bytes = self._store.layout_of(offered.namespace, tenant).page_bytes
+        space = Space(tenant, offered.namespace)
+        page_bytes = self._store.layout_of(space).page_bytes
         lent = self._lent
         if lent is None or any(item.offset_bytes + page_bytes > len(lent) for item in offered.items):
             raise InvalidArgument("a page is offered where no memory is lent")
         first = address_of(lent)
         verdicts: list[PageStatus] = []
         for item in offered.items:
-            page = self._store.prepare(offered.namespace, item.hash, item.checksum)
+            page = self._store.prepare(space, item.hash, item.checksum)
             verdicts.append(page if isinstance(page, PageStatus) else self._store.fill(page, first + item.offset_bytes))
         for verdict, pages in Counter(verdicts).items():
             self._metrics.pages("Write", verdict, pages)

@@ -17,12 +17,12 @@ from attnstore.core.hashing import page_checksum
 from attnstore.core.heat import SegmentHeat
 from attnstore.core.layout import PageLayout
 from attnstore.core.page_table import ArrivingPage, MatchOutcome, PageTable, PageTableStatistics, PinnedPage
-from attnstore.types import PageEvent, PageStatus
+from attnstore.types import PageEvent, PageStatus, Space
 
 T = TypeVar("T")
 _PINS_PER_LOCK = 64
 """Metadata calls wait for the page table no longer than this many pins take."""
-Publish = Callable[[Iterable[tuple[bytes, PageEvent]]], None]
+Publish = Callable[[Iterable[tuple[Space, PageEvent]]], None]
 
 
 class Store:
@@ -48,30 +48,30 @@ class Store:
         """The clock that leases run by."""
         return self._clock.now_ms()
 
-    def register(self, namespace: bytes, layout: PageLayout, tenant: str) -> int:
+    def register(self, space: Space, layout: PageLayout) -> int:
         """`PageTable.register`."""
         with self._lock:
-            return self._table.register(namespace, layout, tenant)
+            return self._table.register(space, layout)
 
-    def layout_of(self, namespace: bytes, tenant: str) -> PageLayout:
-        """`PageTable.layout_of`: also the check that the namespace is the tenant's own."""
+    def layout_of(self, space: Space) -> PageLayout:
+        """`PageTable.layout_of`: also the check that the tenant has registered the namespace."""
         with self._lock:
-            return self._table.layout_of(namespace, tenant)
+            return self._table.layout_of(space)
 
     def limit_tenants(self, quota_bytes: Mapping[str, int]) -> None:
         """`PageTable.limit_tenants`."""
         with self._lock:
             self._table.limit_tenants(quota_bytes)
 
-    def sealed_hashes(self, namespace: bytes) -> list[bytes]:
+    def sealed_hashes(self, space: Space) -> list[bytes]:
         """`PageTable.sealed_hashes`."""
         with self._lock:
-            return self._table.sealed_hashes(namespace)
+            return self._table.sealed_hashes(space)
 
-    def match(self, namespace: bytes, prefixes: Sequence[Sequence[bytes]], lease_ms: int) -> MatchOutcome:
+    def match(self, space: Space, prefixes: Sequence[Sequence[bytes]], lease_ms: int) -> MatchOutcome:
         """`PageTable.match`. One that takes a lease is a use of the segments that it finds."""
         with self._lock:
-            found = self._table.match(namespace, prefixes, lease_ms, self._clock.now_ms())
+            found = self._table.match(space, prefixes, lease_ms, self._clock.now_ms())
             if found.lease_id is not None:
                 self._heat.used([prefix[:hits] for prefix, hits in zip(prefixes, found.hits, strict=True)])
         return found
@@ -81,24 +81,24 @@ class Store:
         with self._lock:
             return self._heat.hot(self._clock.now_ms())
 
-    def reading(self, namespace: bytes, page_hash: bytes, lease_id: bytes | None) -> Reading:
+    def reading(self, space: Space, page_hash: bytes, lease_id: bytes | None) -> Reading:
         """A sealed page, kept in place for the `with` block; or the status that says why not."""
-        return Reading(self, namespace, page_hash, lease_id)
+        return Reading(self, space, page_hash, lease_id)
 
-    def reading_all(self, namespace: bytes, page_hashes: Sequence[bytes], lease_id: bytes | None) -> ReadingAll:
+    def reading_all(self, space: Space, page_hashes: Sequence[bytes], lease_id: bytes | None) -> ReadingAll:
         """`reading` of each of the pages."""
-        return ReadingAll(self, namespace, page_hashes, lease_id)
+        return ReadingAll(self, space, page_hashes, lease_id)
 
-    def pin(self, namespace: bytes, page_hash: bytes, lease_id: bytes | None) -> PageView | PageStatus:
+    def pin(self, space: Space, page_hash: bytes, lease_id: bytes | None) -> PageView | PageStatus:
         """`PageTable.pin`; hand the page to `unpin`."""
-        [page] = self.pin_all(namespace, (page_hash,), lease_id)
+        [page] = self.pin_all(space, (page_hash,), lease_id)
         return page
 
-    def pin_all(self, namespace: bytes, page_hashes: Sequence[bytes], lease_id: bytes | None) -> list[PageView | PageStatus]:
+    def pin_all(self, space: Space, page_hashes: Sequence[bytes], lease_id: bytes | None) -> list[PageView | PageStatus]:
         """`PageTable.pin` of each; the table is locked meanwhile. Hand the pages to `unpin`."""
         with self._lock:
             now_ms = self._clock.now_ms()
-            pages = [self._table.pin(namespace, page_hash, lease_id, now_ms) for page_hash in page_hashes]
+            pages = [self._table.pin(space, page_hash, lease_id, now_ms) for page_hash in page_hashes]
         return [page if isinstance(page, PageStatus) else PageView(self._arena.view(page.slot), page) for page in pages]
 
     def unpin(self, *views: PageView) -> None:
@@ -108,20 +108,20 @@ class Store:
                 self._table.unpin(view.page)
 
     def locate(
-        self, namespace: bytes, page_hashes: Sequence[bytes], lease_id: bytes | None, place: Callable[[PinnedPage], T]
+        self, space: Space, page_hashes: Sequence[bytes], lease_id: bytes | None, place: Callable[[PinnedPage], T]
     ) -> list[T | PageStatus]:
         """`place` of each sealed page, called while the page cannot be recycled; or the status that says why not.
 
         The table is locked meanwhile: ask for few pages at once.
         """
         with self._lock:
-            pages = self._table.use(namespace, page_hashes, lease_id, self._clock.now_ms())
+            pages = self._table.use(space, page_hashes, lease_id, self._clock.now_ms())
             return [page if isinstance(page, PageStatus) else place(page) for page in pages]
 
-    def prepare(self, namespace: bytes, page_hash: bytes, checksum: int) -> ArrivingPage | PageStatus:
+    def prepare(self, space: Space, page_hash: bytes, checksum: int) -> ArrivingPage | PageStatus:
         """`PageTable.prepare`; hand the page to `seal` or `abort`."""
         with self._lock:
-            page = self._table.prepare(namespace, page_hash, checksum, self._clock.now_ms())
+            page = self._table.prepare(space, page_hash, checksum, self._clock.now_ms())
             if isinstance(page, ArrivingPage):
                 # The first look at an extent of a new tenancy wipes it, so it must not happen beside another writer's.
                 self._arena.view(page.slot)
@@ -159,26 +159,26 @@ class Store:
         with self._lock:
             self._table.abort(page)
 
-    def holds(self, namespace: bytes, lease_id: bytes) -> bool:
+    def holds(self, space: Space, lease_id: bytes) -> bool:
         """`PageTable.holds`."""
         with self._lock:
-            return self._table.holds(namespace, lease_id, self._clock.now_ms())
+            return self._table.holds(space, lease_id, self._clock.now_ms())
 
-    def renew(self, lease_id: bytes, lease_ms: int) -> int:
+    def renew(self, tenant: str, lease_id: bytes, lease_ms: int) -> int:
         """`PageTable.renew`."""
         with self._lock:
-            return self._table.renew(lease_id, lease_ms, self._clock.now_ms())
+            return self._table.renew(tenant, lease_id, lease_ms, self._clock.now_ms())
 
-    def release(self, lease_id: bytes) -> bool:
+    def release(self, tenant: str, lease_id: bytes) -> bool:
         """`PageTable.release`."""
         with self._lock:
-            return self._table.release(lease_id, self._clock.now_ms())
+            return self._table.release(tenant, lease_id, self._clock.now_ms())
 
-    def delete(self, namespace: bytes, page_hashes: Iterable[bytes]) -> list[PageStatus]:
+    def delete(self, space: Space, page_hashes: Iterable[bytes]) -> list[PageStatus]:
         """`PageTable.delete` of each."""
         with self._lock:
             now_ms = self._clock.now_ms()
-            statuses = [self._table.delete(namespace, page_hash, now_ms) for page_hash in page_hashes]
+            statuses = [self._table.delete(space, page_hash, now_ms) for page_hash in page_hashes]
             self._publish(self._table.take_events())
         return statuses
 
@@ -214,9 +214,9 @@ class Reading:
 
     __slots__ = ("_asked", "_found", "_store")
 
-    def __init__(self, store: Store, namespace: bytes, page_hash: bytes, lease_id: bytes | None) -> None:
+    def __init__(self, store: Store, space: Space, page_hash: bytes, lease_id: bytes | None) -> None:
         self._store = store
-        self._asked = (namespace, page_hash, lease_id)
+        self._asked = (space, page_hash, lease_id)
         self._found: PageView | PageStatus = PageStatus.MISSING
 
     def __enter__(self) -> PageView | PageStatus:
@@ -233,16 +233,16 @@ class ReadingAll:
 
     __slots__ = ("_asked", "_pinned", "_store")
 
-    def __init__(self, store: Store, namespace: bytes, page_hashes: Sequence[bytes], lease_id: bytes | None) -> None:
+    def __init__(self, store: Store, space: Space, page_hashes: Sequence[bytes], lease_id: bytes | None) -> None:
         self._store = store
-        self._asked = (namespace, page_hashes, lease_id)
+        self._asked = (space, page_hashes, lease_id)
         self._pinned: list[PageView] = []
 
     def __enter__(self) -> list[PageView | PageStatus]:
-        namespace, page_hashes, lease_id = self._asked
+        space, page_hashes, lease_id = self._asked
         found: list[PageView | PageStatus] = []
         for at in range(0, len(page_hashes), _PINS_PER_LOCK):
-            pages = self._store.pin_all(namespace, page_hashes[at : at + _PINS_PER_LOCK], lease_id)
+            pages = self._store.pin_all(space, page_hashes[at : at + _PINS_PER_LOCK], lease_id)
             self._pinned += [page for page in pages if isinstance(page, PageView)]
             found += pages
         return found

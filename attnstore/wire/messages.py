@@ -209,6 +209,7 @@ def description_from_wire(message: pb.DescribeResponse) -> NodeDescription:
         lease_ms_max=message.limits.lease_ms_max,
         page_bytes_max=message.limits.page_bytes_max,
         attend=_attend_limits(message.attend) if message.HasField("attend") else None,
+        tenant=message.tenant,
     )
 
 

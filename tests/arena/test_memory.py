@@ -12,6 +12,7 @@ from attnstore.core.layout import DType, PageLayout
 from attnstore.core.page_table import ArrivingPage, PageTable
 from attnstore.core.slots import Slot
 from attnstore.errors import InvalidArgument
+from attnstore.types import Space
 
 EXTENT_BYTES = 3 * (1 << 20) + 4096
 CAPACITY_BYTES = 2 * EXTENT_BYTES
@@ -95,21 +96,21 @@ def test_no_tenant_ever_sees_a_byte_of_another(seed: int) -> None:
     chance = random.Random(seed)
     arena = MemoryArena(4096, 1024)
     table = PageTable(capacity_bytes=4096, extent_bytes=1024, new_lease_id=lambda: bytes(16))
-    tenants = {bytes([number]) * 32: bytes([number]) for number in (1, 2, 3)}
-    for namespace, fill in tenants.items():
+    tenants = {Space(str(number), b"n" * 32): bytes([number]) for number in (1, 2, 3)}
+    for space, fill in tenants.items():
         layout = PageLayout(layers=1, kv_heads=1, head_dim=32 * fill[0], block_tokens=1, dtype=DType.OPAQUE)
-        table.register(namespace, layout, fill.hex())
+        table.register(space, layout)
     tenancies = set()
     for step in range(400):
-        namespace = chance.choice(list(tenants))
-        page = table.prepare(namespace, step.to_bytes(32, "big"), 0, 0.0)
+        space = chance.choice(list(tenants))
+        page = table.prepare(space, step.to_bytes(32, "big"), 0, 0.0)
         assert isinstance(page, ArrivingPage)
-        arena.view(page.slot)[:] = tenants[namespace] * page.slot.size_bytes
+        arena.view(page.slot)[:] = tenants[space] * page.slot.size_bytes
         whole_extent = arena.view(Slot(page.slot.extent, 0, 1024, page.slot.generation, page.slot.tenancy))
-        assert set(bytes(whole_extent)) <= {0, *tenants[namespace]}
+        assert set(bytes(whole_extent)) <= {0, *tenants[space]}
         table.complete(page, 0.0)
         tenancies.add(page.slot.tenancy)
         if chance.random() < 0.3:
-            table.delete(namespace, chance.randrange(step + 1).to_bytes(32, "big"), 0.0)
+            table.delete(space, chance.randrange(step + 1).to_bytes(32, "big"), 0.0)
     assert max(tenancies) > 2, "the history moved no extent between tenants and tested nothing"
     arena.close()

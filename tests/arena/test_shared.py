@@ -18,6 +18,7 @@ from attnstore.core.layout import DType, PageLayout
 from attnstore.core.page_table import ArrivingPage, PageTable
 from attnstore.core.slots import Slot
 from attnstore.errors import InvalidArgument, Overloaded
+from attnstore.types import Space
 
 EXTENT_BYTES = 3 * (1 << 16) + 100
 EXTENTS = 3
@@ -249,26 +250,26 @@ def test_no_reader_ever_sees_a_byte_of_another_tenant_nor_a_valid_place_with_wro
     chance = random.Random(seed)
     arena = SharedArena(8 * 16384, 16384)
     table = PageTable(capacity_bytes=8 * 16384, extent_bytes=16384, new_lease_id=lambda: bytes(16))
-    tenants = {bytes([number]) * 32: number for number in (1, 2, 3)}
-    for namespace, number in tenants.items():
+    tenants = {Space(str(number), b"n" * 32): number for number in (1, 2, 3)}
+    for space, number in tenants.items():
         layout = PageLayout(layers=1, kv_heads=1, head_dim=(1024, 2048, 3000)[number - 1], block_tokens=1, dtype=DType.OPAQUE)
-        table.register(namespace, layout, f"tenant {number}")
+        table.register(space, layout)
     readers: dict[tuple[int, int], tuple[int, mmap.mmap]] = {}
     places: list[tuple[Slot, int, bytes, mmap.mmap]] = []
     for step in range(600):
-        namespace = chance.choice(list(tenants))
-        page = table.prepare(namespace, step.to_bytes(32, "big"), 0, 0.0)
+        space = chance.choice(list(tenants))
+        page = table.prepare(space, step.to_bytes(32, "big"), 0, 0.0)
         assert isinstance(page, ArrivingPage)
         serial = bytes((0x80 | step >> 7, 0x80 | step & 0x7F))  # no byte of it is a tenant's number
-        content = serial + bytes([tenants[namespace]]) * (page.slot.size_bytes - 2)
+        content = serial + bytes([tenants[space]]) * (page.slot.size_bytes - 2)
         arena.view(page.slot)[:] = content
         table.complete(page, 0.0)
         key = (page.slot.extent, page.slot.tenancy)
         if key not in readers:
-            readers[key] = tenants[namespace], mapped(arena, *key)
+            readers[key] = tenants[space], mapped(arena, *key)
         places.append((page.slot, arena.stamp(page.slot), content, readers[key][1]))
         if chance.random() < 0.3:
-            table.delete(namespace, chance.randrange(step + 1).to_bytes(32, "big"), 0.0)
+            table.delete(space, chance.randrange(step + 1).to_bytes(32, "big"), 0.0)
     for number, reader in readers.values():
         assert not set(reader[:16384]) & (set(tenants.values()) - {number})
     valid = [place for place in places if stamp_seen(arena, place[3], place[0].offset_bytes) == place[1]]

@@ -56,7 +56,7 @@ def test_each_channel_gets_its_own_part_and_the_parts_are_the_whole(node: Channe
     node.register(batch)
     transport = node.transport(channels=4)
     transport.write(write_plan(batch))
-    node.store.delete(batch.namespace, [batch.hashes[2], batch.hashes[6]])
+    node.store.delete(batch.space, [batch.hashes[2], batch.hashes[6]])
     result, buffers = read(transport, batch)
     assert result.statuses == (OK, OK, MISSING, OK, OK, OK, MISSING)
     assert [buffers[index] for index in (0, 1, 3, 4, 5)] == [batch.pages[index] for index in (0, 1, 3, 4, 5)]
@@ -106,7 +106,7 @@ def test_a_refusal_arrives_as_the_error_that_it_is(node: ChannelNode) -> None:
             call()
     node.register(batch, tenant="another")
     for call in (lambda: transport.read(read_plan(batch, batch.buffers())), lambda: transport.write(write_plan(batch))):
-        with pytest.raises(errors.PermissionDenied):
+        with pytest.raises(errors.NamespaceUnknown):
             call()
     transport.close()
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from attnstore.core.events import EventLog
 from attnstore.limits import WATCH_EVENTS_MAX
-from attnstore.types import PageEvent, PageEventKind
+from attnstore.types import PageEvent, PageEventKind, Space
 
-A, B = b"a" * 32, b"b" * 32
+A, B = Space("a", b"n" * 32), Space("b", b"n" * 32)
 
 
-def test_events_come_in_order_and_are_numbered_across_namespaces() -> None:
+def test_events_come_in_order_and_are_numbered_across_spaces() -> None:
     log = EventLog()
     log.append(A, PageEventKind.SEALED, b"1")
     log.append(B, PageEventKind.SEALED, b"2")
@@ -19,10 +19,10 @@ def test_events_come_in_order_and_are_numbered_across_namespaces() -> None:
     assert log.take() == []
 
 
-def test_a_log_that_nobody_reads_stays_bounded_and_tells_each_namespace_what_it_lost() -> None:
+def test_a_log_that_nobody_reads_stays_bounded_and_tells_each_space_what_it_lost() -> None:
     log = EventLog()
-    for namespace in (A, B, A):
-        log.append(namespace, PageEventKind.SEALED, b"early")
+    for space in (A, B, A):
+        log.append(space, PageEventKind.SEALED, b"early")
     for _ in range(WATCH_EVENTS_MAX):
         log.append(B, PageEventKind.SEALED, b"late")
     events = log.take()

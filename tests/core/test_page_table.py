@@ -10,14 +10,14 @@ from attnstore.core.eviction import Item, LeastRecentlyUsed
 from attnstore.core.layout import PageLayout
 from attnstore.core.page_table import ArrivingPage, PageTable, PinnedPage
 from attnstore.core.slots import Slot
-from attnstore.errors import InvalidArgument, LayoutMismatch, NamespaceUnknown, Overloaded, PermissionDenied
+from attnstore.errors import InvalidArgument, LayoutMismatch, NamespaceUnknown, Overloaded
 from attnstore.limits import NAMESPACES_MAX
-from attnstore.types import PageEventKind, PageStatus
+from attnstore.types import PageEventKind, PageStatus, Space
 
 MakeTable = Callable[..., PageTable]
 MakeLayout = Callable[[int], PageLayout]
 
-NAMESPACE, OTHER = b"n" * 32, b"o" * 32
+SPACE, OTHER, STRANGERS = Space("a", b"n" * 32), Space("a", b"o" * 32), Space("b", b"n" * 32)
 PAGE_BYTES = 100
 
 
@@ -25,34 +25,34 @@ def page_hash(number: int) -> bytes:
     return number.to_bytes(32, "big")
 
 
-def prepare(table: PageTable, number: int, namespace: bytes = NAMESPACE, now_ms: float = 0.0) -> ArrivingPage:
-    page = table.prepare(namespace, page_hash(number), number, now_ms)
+def prepare(table: PageTable, number: int, space: Space = SPACE, now_ms: float = 0.0) -> ArrivingPage:
+    page = table.prepare(space, page_hash(number), number, now_ms)
     assert isinstance(page, ArrivingPage), page
     return page
 
 
-def store(table: PageTable, number: int, namespace: bytes = NAMESPACE, now_ms: float = 0.0) -> Slot:
-    page = prepare(table, number, namespace, now_ms)
+def store(table: PageTable, number: int, space: Space = SPACE, now_ms: float = 0.0) -> Slot:
+    page = prepare(table, number, space, now_ms)
     table.complete(page, now_ms)
     table.check()
     return page.slot
 
 
-def pin(table: PageTable, number: int, namespace: bytes = NAMESPACE) -> PinnedPage:
-    page = table.pin(namespace, page_hash(number), None, 0.0)
+def pin(table: PageTable, number: int, space: Space = SPACE) -> PinnedPage:
+    page = table.pin(space, page_hash(number), None, 0.0)
     assert isinstance(page, PinnedPage), page
     return page
 
 
-def present(table: PageTable, numbers: range, namespace: bytes = NAMESPACE) -> list[int]:
+def present(table: PageTable, numbers: range, space: Space = SPACE) -> list[int]:
     """Which pages are sealed, seen without touching any of them through the events or the order of eviction."""
     events = table.take_events()
     alive: dict[int, None] = {}
     for owner, event in events:
         number = int.from_bytes(event.hash, "big")
-        if owner == namespace and event.kind is PageEventKind.SEALED:
+        if owner == space and event.kind is PageEventKind.SEALED:
             alive[number] = None
-        elif owner == namespace:
+        elif owner == space:
             alive.pop(number, None)
     return [number for number in numbers if number in alive]
 
@@ -61,7 +61,7 @@ def present(table: PageTable, numbers: range, namespace: bytes = NAMESPACE) -> l
 def table(make_table: MakeTable, layout_of_bytes: MakeLayout) -> PageTable:
     """Four pages of one namespace in one extent."""
     table = make_table(4 * PAGE_BYTES)
-    assert table.register(NAMESPACE, layout_of_bytes(PAGE_BYTES), "a") == 4
+    assert table.register(SPACE, layout_of_bytes(PAGE_BYTES)) == 4
     return table
 
 
@@ -69,17 +69,17 @@ def table(make_table: MakeTable, layout_of_bytes: MakeLayout) -> PageTable:
 def shared_table(make_table: MakeTable, layout_of_bytes: MakeLayout) -> PageTable:
     """Two tenants with a namespace each, and two extents of two pages."""
     table = make_table(4 * PAGE_BYTES, 2 * PAGE_BYTES)
-    table.register(NAMESPACE, layout_of_bytes(PAGE_BYTES), "a")
-    table.register(OTHER, layout_of_bytes(PAGE_BYTES), "b")
+    table.register(SPACE, layout_of_bytes(PAGE_BYTES))
+    table.register(STRANGERS, layout_of_bytes(PAGE_BYTES))
     return table
 
 
 def test_a_page_is_found_only_once_it_is_complete(table: PageTable) -> None:
     page = prepare(table, 1)
-    assert table.match(NAMESPACE, [[page_hash(1)]], 0, 0.0).hits == (0,)
-    assert table.pin(NAMESPACE, page_hash(1), None, 0.0) is PageStatus.MISSING
+    assert table.match(SPACE, [[page_hash(1)]], 0, 0.0).hits == (0,)
+    assert table.pin(SPACE, page_hash(1), None, 0.0) is PageStatus.MISSING
     table.complete(page, 0.0)
-    assert table.match(NAMESPACE, [[page_hash(1)]], 0, 0.0).hits == (1,)
+    assert table.match(SPACE, [[page_hash(1)]], 0, 0.0).hits == (1,)
     assert pin(table, 1).checksum == 1
 
 
@@ -111,9 +111,9 @@ def test_unpinning_more_often_than_pinning_is_caught(table: PageTable) -> None:
 
 def test_a_second_writer_of_a_page_is_told_so(table: PageTable) -> None:
     page = prepare(table, 1)
-    assert table.prepare(NAMESPACE, page_hash(1), 1, 0.0) is PageStatus.ARRIVING
+    assert table.prepare(SPACE, page_hash(1), 1, 0.0) is PageStatus.ARRIVING
     table.complete(page, 0.0)
-    assert table.prepare(NAMESPACE, page_hash(1), 1, 0.0) is PageStatus.ALREADY_PRESENT
+    assert table.prepare(SPACE, page_hash(1), 1, 0.0) is PageStatus.ALREADY_PRESENT
     assert table.statistics().stored_pages == 1
 
 
@@ -121,26 +121,26 @@ def test_a_match_counts_leading_pages_of_each_prefix(table: PageTable) -> None:
     for number in (1, 2, 4):
         store(table, number)
     prefixes = [[page_hash(number) for number in prefix] for prefix in ([1, 2, 3, 4], [4], [], [9, 1], [2, 1])]
-    assert table.match(NAMESPACE, prefixes, 0, 0.0).hits == (2, 1, 0, 0, 2)
+    assert table.match(SPACE, prefixes, 0, 0.0).hits == (2, 1, 0, 0, 2)
     statistics = table.statistics()
     assert (statistics.hit_pages, statistics.missed_pages) == (5, 4)
 
 
 def test_only_a_match_counts_as_a_look_up(table: PageTable) -> None:
     store(table, 1)
-    table.match(NAMESPACE, [[page_hash(1), page_hash(2)]], 0, 0.0)
+    table.match(SPACE, [[page_hash(1), page_hash(2)]], 0, 0.0)
     table.unpin(pin(table, 1))
-    assert table.pin(NAMESPACE, page_hash(2), None, 0.0) is PageStatus.MISSING
-    table.use(NAMESPACE, [page_hash(1), page_hash(2)], None, 0.0)
-    table.use(NAMESPACE, [page_hash(1)], bytes(16), 0.0)
+    assert table.pin(SPACE, page_hash(2), None, 0.0) is PageStatus.MISSING
+    table.use(SPACE, [page_hash(1), page_hash(2)], None, 0.0)
+    table.use(SPACE, [page_hash(1)], bytes(16), 0.0)
     statistics = table.statistics()
     assert (statistics.hit_pages, statistics.missed_pages) == (1, 1)
 
 
 def test_a_hash_stored_under_another_namespace_is_a_miss(make_table: MakeTable, layout_of_bytes: MakeLayout) -> None:
     table = make_table(4 * PAGE_BYTES)
-    for namespace in (NAMESPACE, OTHER):
-        table.register(namespace, layout_of_bytes(PAGE_BYTES), "a")
+    for namespace in (SPACE, OTHER):
+        table.register(namespace, layout_of_bytes(PAGE_BYTES))
     store(table, 1)
     assert table.match(OTHER, [[page_hash(1)]], 100, 0.0).hits == (0,)
     assert table.pin(OTHER, page_hash(1), None, 0.0) is PageStatus.MISSING
@@ -152,9 +152,9 @@ def test_a_hash_stored_under_another_namespace_is_a_miss(make_table: MakeTable, 
 def test_the_least_recently_used_page_is_evicted_first(table: PageTable) -> None:
     for number in range(4):
         store(table, number)
-    table.match(NAMESPACE, [[page_hash(0)]], 0, 0.0)
+    table.match(SPACE, [[page_hash(0)]], 0, 0.0)
     table.unpin(pin(table, 1))
-    table.prepare(NAMESPACE, page_hash(2), 2, 0.0)
+    table.prepare(SPACE, page_hash(2), 2, 0.0)
     for number in range(4, 6):
         store(table, number)
     assert present(table, range(6)) == [1, 2, 4, 5]
@@ -164,7 +164,7 @@ def test_the_least_recently_used_page_is_evicted_first(table: PageTable) -> None
 def test_a_chain_loses_its_tail_before_its_head(table: PageTable) -> None:
     for number in range(4):
         store(table, number)
-    table.match(NAMESPACE, [[page_hash(number) for number in range(4)]], 0, 0.0)
+    table.match(SPACE, [[page_hash(number) for number in range(4)]], 0, 0.0)
     store(table, 4)
     store(table, 5)
     assert present(table, range(6)) == [0, 1, 4, 5]
@@ -173,7 +173,7 @@ def test_a_chain_loses_its_tail_before_its_head(table: PageTable) -> None:
 def test_a_chain_whose_lease_ended_loses_its_tail_before_its_head(table: PageTable) -> None:
     for number in range(4):
         store(table, number)
-    table.match(NAMESPACE, [[page_hash(number) for number in range(4)]], 10, 0.0)
+    table.match(SPACE, [[page_hash(number) for number in range(4)]], 10, 0.0)
     table.expire(10.0)
     store(table, 4)
     assert present(table, range(5)) == [0, 1, 2, 4]
@@ -183,11 +183,11 @@ def test_pinned_and_arriving_pages_are_never_evicted(table: PageTable) -> None:
     store(table, 0)
     store(table, 1)
     reader = pin(table, 0)
-    table.match(NAMESPACE, [[page_hash(1)]], 10, 0.0)
+    table.match(SPACE, [[page_hash(1)]], 10, 0.0)
     arriving = [prepare(table, 2), prepare(table, 3)]
-    assert table.prepare(NAMESPACE, page_hash(4), 4, 0.0) is PageStatus.NO_SPACE
+    assert table.prepare(SPACE, page_hash(4), 4, 0.0) is PageStatus.NO_SPACE
     table.check()
-    assert table.match(NAMESPACE, [[page_hash(0)], [page_hash(1)]], 0, 0.0).hits == (1, 1)
+    assert table.match(SPACE, [[page_hash(0)], [page_hash(1)]], 0, 0.0).hits == (1, 1)
     table.unpin(reader)
     store(table, 4)
     assert present(table, range(5)) == [1, 4]
@@ -199,15 +199,15 @@ def test_pinned_and_arriving_pages_are_never_evicted(table: PageTable) -> None:
 def test_a_store_with_everything_leased_has_no_space_until_the_leases_expire(table: PageTable) -> None:
     for number in range(4):
         store(table, number)
-    table.match(NAMESPACE, [[page_hash(number) for number in range(4)]], 50, 0.0)
-    assert table.prepare(NAMESPACE, page_hash(4), 4, 49.9) is PageStatus.NO_SPACE
+    table.match(SPACE, [[page_hash(number) for number in range(4)]], 50, 0.0)
+    assert table.prepare(SPACE, page_hash(4), 4, 49.9) is PageStatus.NO_SPACE
     assert table.statistics().evicted_pages == 0
     store(table, 4, now_ms=50.0)
 
 
 def test_a_recycled_slot_has_a_new_generation(make_table: MakeTable, layout_of_bytes: MakeLayout) -> None:
     table = make_table(PAGE_BYTES)
-    table.register(NAMESPACE, layout_of_bytes(PAGE_BYTES), "a")
+    table.register(SPACE, layout_of_bytes(PAGE_BYTES))
     slots = [store(table, number) for number in range(3)]
     assert len({(slot.extent, slot.offset_bytes) for slot in slots}) == 1
     assert len({slot.generation for slot in slots}) == 3
@@ -216,47 +216,47 @@ def test_a_recycled_slot_has_a_new_generation(make_table: MakeTable, layout_of_b
 def test_a_deleted_page_is_gone_and_its_slot_is_free(table: PageTable) -> None:
     store(table, 1)
     reader = pin(table, 1)
-    assert table.delete(NAMESPACE, page_hash(1), 0.0) is PageStatus.PINNED
+    assert table.delete(SPACE, page_hash(1), 0.0) is PageStatus.PINNED
     table.unpin(reader)
-    assert table.delete(NAMESPACE, page_hash(1), 0.0) is PageStatus.OK
-    assert table.delete(NAMESPACE, page_hash(1), 0.0) is PageStatus.MISSING
+    assert table.delete(SPACE, page_hash(1), 0.0) is PageStatus.OK
+    assert table.delete(SPACE, page_hash(1), 0.0) is PageStatus.MISSING
     assert table.statistics().used_bytes == 0
     table.check()
 
 
 def test_an_arriving_page_cannot_be_deleted(table: PageTable) -> None:
     page = prepare(table, 1)
-    assert table.delete(NAMESPACE, page_hash(1), 0.0) is PageStatus.MISSING
+    assert table.delete(SPACE, page_hash(1), 0.0) is PageStatus.MISSING
     table.complete(page, 0.0)
     table.check()
 
 
 def test_events_tell_what_was_sealed_evicted_and_deleted(make_table: MakeTable, layout_of_bytes: MakeLayout) -> None:
     table = make_table(PAGE_BYTES)
-    table.register(NAMESPACE, layout_of_bytes(PAGE_BYTES), "a")
+    table.register(SPACE, layout_of_bytes(PAGE_BYTES))
     store(table, 1)
     store(table, 2)
-    table.delete(NAMESPACE, page_hash(2), 0.0)
+    table.delete(SPACE, page_hash(2), 0.0)
     events = [(namespace, event.kind, event.hash, event.sequence) for namespace, event in table.take_events()]
     assert events == [
-        (NAMESPACE, PageEventKind.SEALED, page_hash(1), 1),
-        (NAMESPACE, PageEventKind.EVICTED, page_hash(1), 2),
-        (NAMESPACE, PageEventKind.SEALED, page_hash(2), 3),
-        (NAMESPACE, PageEventKind.DELETED, page_hash(2), 4),
+        (SPACE, PageEventKind.SEALED, page_hash(1), 1),
+        (SPACE, PageEventKind.EVICTED, page_hash(1), 2),
+        (SPACE, PageEventKind.SEALED, page_hash(2), 3),
+        (SPACE, PageEventKind.DELETED, page_hash(2), 4),
     ]
 
 
 def test_an_extent_never_holds_pages_of_two_tenants(shared_table: PageTable) -> None:
     mine = {store(shared_table, 0).extent}
-    theirs = {store(shared_table, number, OTHER).extent for number in range(2)}
+    theirs = {store(shared_table, number, STRANGERS).extent for number in range(2)}
     assert mine.isdisjoint(theirs)
 
 
 def test_a_class_without_slots_takes_the_coldest_idle_extent_of_another(shared_table: PageTable) -> None:
     for number in range(4):
         store(shared_table, number)
-    shared_table.match(NAMESPACE, [[page_hash(0)]], 0, 0.0)
-    slot = store(shared_table, 9, OTHER)
+    shared_table.match(SPACE, [[page_hash(0)]], 0, 0.0)
+    slot = store(shared_table, 9, STRANGERS)
     assert slot.tenancy == 2
     assert present(shared_table, range(4)) == [0, 1]
 
@@ -265,10 +265,10 @@ def test_an_extent_with_a_busy_page_is_not_taken(shared_table: PageTable) -> Non
     for number in range(4):
         store(shared_table, number)
     readers = [pin(shared_table, 0), pin(shared_table, 2)]
-    assert shared_table.prepare(OTHER, page_hash(9), 9, 0.0) is PageStatus.NO_SPACE
+    assert shared_table.prepare(STRANGERS, page_hash(9), 9, 0.0) is PageStatus.NO_SPACE
     assert present(shared_table, range(4)) == [0, 1, 2, 3]
     shared_table.unpin(readers[0])
-    store(shared_table, 9, OTHER)
+    store(shared_table, 9, STRANGERS)
     assert present(shared_table, range(4)) == []
 
 
@@ -283,7 +283,7 @@ def test_the_policy_decides_within_a_class_even_where_an_older_extent_is_idle(la
     table = PageTable(
         capacity_bytes=4 * PAGE_BYTES, extent_bytes=2 * PAGE_BYTES, policy=MostRecentlyUsed, new_lease_id=lambda: bytes(16)
     )
-    table.register(NAMESPACE, layout_of_bytes(PAGE_BYTES), "a")
+    table.register(SPACE, layout_of_bytes(PAGE_BYTES))
     for number in range(6):
         store(table, number)
     assert present(table, range(6)) == [0, 1, 2, 5]
@@ -293,8 +293,8 @@ def test_memory_flows_from_a_tenant_that_rests_to_one_that_works(shared_table: P
     for number in range(4):
         store(shared_table, number)
     for number in range(10, 16):
-        store(shared_table, number, OTHER)
-    sealed = {statistics.tenant: statistics.pages_sealed for statistics in shared_table.statistics().namespaces}
+        store(shared_table, number, STRANGERS)
+    sealed = {statistics.space.tenant: statistics.pages_sealed for statistics in shared_table.statistics().namespaces}
     assert sealed == {"a": 0, "b": 4}
 
 
@@ -302,16 +302,16 @@ def test_a_tenant_in_use_is_not_robbed_by_one_that_only_writes(shared_table: Pag
     store(shared_table, 0)
     store(shared_table, 1)
     for number in range(10, 20):
-        store(shared_table, number, OTHER)
-        shared_table.match(NAMESPACE, [[page_hash(0), page_hash(1)]], 0, 0.0)
-    sealed = {statistics.tenant: statistics.pages_sealed for statistics in shared_table.statistics().namespaces}
+        store(shared_table, number, STRANGERS)
+        shared_table.match(SPACE, [[page_hash(0), page_hash(1)]], 0, 0.0)
+    sealed = {statistics.space.tenant: statistics.pages_sealed for statistics in shared_table.statistics().namespaces}
     assert sealed == {"a": 2, "b": 2}
 
 
 def test_pages_of_two_sizes_share_the_capacity(make_table: MakeTable, layout_of_bytes: MakeLayout) -> None:
     table = make_table(800, 400)
-    assert table.register(NAMESPACE, layout_of_bytes(100), "a") == 8
-    assert table.register(OTHER, layout_of_bytes(400), "a") == 2
+    assert table.register(SPACE, layout_of_bytes(100)) == 8
+    assert table.register(OTHER, layout_of_bytes(400)) == 2
     small = [store(table, number) for number in range(4)]
     large = store(table, 9, OTHER)
     assert large.extent not in {slot.extent for slot in small}
@@ -322,7 +322,7 @@ def test_statistics_agree_with_what_was_done(table: PageTable) -> None:
     store(table, 1)
     store(table, 2)
     prepare(table, 3)
-    table.match(NAMESPACE, [[page_hash(1)]], 10, 0.0)
+    table.match(SPACE, [[page_hash(1)]], 10, 0.0)
     pin(table, 1)
     statistics = table.statistics()
     assert statistics.capacity_bytes == 400
@@ -331,30 +331,45 @@ def test_statistics_agree_with_what_was_done(table: PageTable) -> None:
     assert (statistics.namespaces[0].pages_sealed, statistics.namespaces[0].pages_arriving) == (2, 1)
 
 
-def test_registering_is_idempotent_and_layouts_are_known_to_their_tenant(table: PageTable, layout_of_bytes: MakeLayout) -> None:
-    assert table.register(NAMESPACE, layout_of_bytes(PAGE_BYTES), "a") == 4
-    assert table.layout_of(NAMESPACE, "a") == layout_of_bytes(PAGE_BYTES)
+def test_registering_is_idempotent(table: PageTable, layout_of_bytes: MakeLayout) -> None:
+    assert table.register(SPACE, layout_of_bytes(PAGE_BYTES)) == 4
+    assert table.layout_of(SPACE) == layout_of_bytes(PAGE_BYTES)
 
 
-def test_a_namespace_is_refused_to_another_tenant_and_to_another_layout(table: PageTable, layout_of_bytes: MakeLayout) -> None:
-    with pytest.raises(PermissionDenied, match="another tenant"):
-        table.register(NAMESPACE, layout_of_bytes(PAGE_BYTES), "b")
-    with pytest.raises(PermissionDenied, match="another tenant"):
-        table.layout_of(NAMESPACE, "b")
+def test_a_namespace_is_refused_with_another_layout(table: PageTable, layout_of_bytes: MakeLayout) -> None:
     with pytest.raises(LayoutMismatch, match="registered with"):
-        table.register(NAMESPACE, layout_of_bytes(PAGE_BYTES - 2), "a")
+        table.register(SPACE, layout_of_bytes(PAGE_BYTES - 2))
+
+
+def test_one_namespace_of_two_tenants_is_two_spaces_which_share_nothing(shared_table: PageTable) -> None:
+    table = shared_table
+    mine = store(table, 1, SPACE)
+    assert table.match(STRANGERS, [[page_hash(1)]], 100, 0.0).hits == (0,)
+    assert table.pin(STRANGERS, page_hash(1), None, 0.0) is PageStatus.MISSING
+    assert table.delete(STRANGERS, page_hash(1), 0.0) is PageStatus.MISSING
+    theirs = store(table, 1, STRANGERS)
+    assert mine.extent != theirs.extent
+    assert [(space, event.hash) for space, event in table.take_events()] == [(SPACE, page_hash(1)), (STRANGERS, page_hash(1))]
+    assert table.delete(STRANGERS, page_hash(1), 0.0) is PageStatus.OK
+    assert table.match(SPACE, [[page_hash(1)]], 0, 0.0).hits == (1,)
+    table.check()
+
+
+def test_a_layout_of_its_own_may_go_with_another_tenants_namespace(table: PageTable, layout_of_bytes: MakeLayout) -> None:
+    table.register(STRANGERS, layout_of_bytes(PAGE_BYTES - 2))
+    assert (table.layout_of(SPACE), table.layout_of(STRANGERS)) == (layout_of_bytes(PAGE_BYTES), layout_of_bytes(PAGE_BYTES - 2))
 
 
 def test_a_page_that_fits_no_extent_is_refused(table: PageTable, layout_of_bytes: MakeLayout) -> None:
     with pytest.raises(InvalidArgument, match="raise the capacity"):
-        table.register(OTHER, layout_of_bytes(402), "a")
+        table.register(OTHER, layout_of_bytes(402))
     with pytest.raises(NamespaceUnknown):
-        table.layout_of(OTHER, "a")
+        table.layout_of(OTHER)
 
 
 def test_an_unknown_namespace_is_refused_everywhere(table: PageTable) -> None:
     calls: list[Callable[[], object]] = [
-        lambda: table.layout_of(OTHER, "a"),
+        lambda: table.layout_of(OTHER),
         lambda: table.match(OTHER, [], 0, 0.0),
         lambda: table.pin(OTHER, page_hash(1), None, 0.0),
         lambda: table.prepare(OTHER, page_hash(1), 1, 0.0),
@@ -368,13 +383,13 @@ def test_an_unknown_namespace_is_refused_everywhere(table: PageTable) -> None:
 def test_the_number_of_namespaces_is_bounded(table: PageTable, layout_of_bytes: MakeLayout) -> None:
     layout = layout_of_bytes(PAGE_BYTES)
     for number in range(NAMESPACES_MAX - 1):
-        table.register(page_hash(number), layout, "a")
+        table.register(Space("b", page_hash(number)), layout)
     with pytest.raises(Overloaded, match="namespaces"):
-        table.register(OTHER, layout, "a")
-    assert table.register(NAMESPACE, layout, "a") == 4
+        table.register(OTHER, layout)
+    assert table.register(SPACE, layout) == 4
 
 
 @pytest.mark.parametrize("length", [0, 31, 33])
 def test_a_hash_of_another_length_is_never_stored(table: PageTable, length: int) -> None:
     with pytest.raises(AssertionError, match="32 bytes"):
-        table.prepare(NAMESPACE, bytes(length), 0, 0.0)
+        table.prepare(SPACE, bytes(length), 0, 0.0)

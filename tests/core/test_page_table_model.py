@@ -19,18 +19,24 @@ from attnstore.core.layout import DType, PageLayout
 from attnstore.core.page_table import ArrivingPage, PageTable, PinnedPage
 from attnstore.core.slots import Slot
 from attnstore.errors import LeaseExpired
-from attnstore.types import PageEventKind, PageStatus
+from attnstore.types import PageEventKind, PageStatus, Space
 
 CAPACITY_BYTES = 1024
-TENANTS = {b"1" * 32: "a", b"2" * 32: "a", b"3" * 32: "a", b"4" * 32: "b", b"5" * 32: "b"}
-PAGE_BYTES = {b"1" * 32: 128, b"2" * 32: 128, b"3" * 32: 60, b"4" * 32: 128, b"5" * 32: 250}
+PAGE_BYTES = {
+    Space("a", b"1" * 32): 128,
+    Space("a", b"2" * 32): 128,
+    Space("a", b"3" * 32): 60,
+    Space("b", b"1" * 32): 128,  # the digest of a's
+    Space("b", b"2" * 32): 250,
+}
+TENANTS = ["a", "b"]
 HASHES = [bytes([number]) * 32 for number in range(8)]
 
-namespaces = st.sampled_from(list(TENANTS))
+spaces = st.sampled_from(list(PAGE_BYTES))
 hashes = st.sampled_from(HASHES)
 durations_ms = st.integers(1, 60)
 
-Key = tuple[bytes, bytes]
+Key = tuple[Space, bytes]
 
 
 @dataclass
@@ -56,9 +62,9 @@ class PageTableMachine(RuleBasedStateMachine):
         self.table = PageTable(
             capacity_bytes=CAPACITY_BYTES, extent_bytes=self.extent_bytes, new_lease_id=lambda: next(ids).to_bytes(16, "big")
         )
-        for namespace, tenant in TENANTS.items():
-            layout = PageLayout(layers=1, kv_heads=1, head_dim=PAGE_BYTES[namespace] // 2, block_tokens=1, dtype=DType.OPAQUE)
-            self.table.register(namespace, layout, tenant)
+        for space, page_bytes in PAGE_BYTES.items():
+            layout = PageLayout(layers=1, kv_heads=1, head_dim=page_bytes // 2, block_tokens=1, dtype=DType.OPAQUE)
+            self.table.register(space, layout)
         self.now_ms = 0.0
         self.arriving: dict[Key, ModelPage] = {}
         self.sealed: dict[Key, ModelPage] = {}
@@ -70,11 +76,11 @@ class PageTableMachine(RuleBasedStateMachine):
     def time_passes(self, step_ms: int) -> None:
         self.now_ms += step_ms
 
-    @rule(target=arriving_pages, namespace=namespaces, page_hash=hashes, checksum=st.integers(0, 9))
-    def prepare(self, namespace: bytes, page_hash: bytes, checksum: int) -> object:
-        key = (namespace, page_hash)
-        room = self.has_room(namespace)
-        answer = self.table.prepare(namespace, page_hash, checksum, self.now_ms)
+    @rule(target=arriving_pages, space=spaces, page_hash=hashes, checksum=st.integers(0, 9))
+    def prepare(self, space: Space, page_hash: bytes, checksum: int) -> object:
+        key = (space, page_hash)
+        room = self.has_room(space)
+        answer = self.table.prepare(space, page_hash, checksum, self.now_ms)
         self.learn_evictions()
         if key in self.sealed:
             assert answer is PageStatus.ALREADY_PRESENT
@@ -85,7 +91,7 @@ class PageTableMachine(RuleBasedStateMachine):
         else:
             assert isinstance(answer, ArrivingPage)
             assert answer.slot.generation not in self.generations
-            assert answer.slot.size_bytes == PAGE_BYTES[namespace]
+            assert answer.slot.size_bytes == PAGE_BYTES[space]
             self.generations.add(answer.slot.generation)
             self.arriving[key] = ModelPage(answer.slot, checksum)
             return (key, answer)
@@ -105,15 +111,15 @@ class PageTableMachine(RuleBasedStateMachine):
 
     @rule(
         target=lease_ids,
-        namespace=namespaces,
+        space=spaces,
         prefixes=st.lists(st.lists(hashes, max_size=4), max_size=3),
         lease_ms=st.just(0) | durations_ms,
     )
-    def match(self, namespace: bytes, prefixes: list[list[bytes]], lease_ms: int) -> object:
-        outcome = self.table.match(namespace, prefixes, lease_ms, self.now_ms)
+    def match(self, space: Space, prefixes: list[list[bytes]], lease_ms: int) -> object:
+        outcome = self.table.match(space, prefixes, lease_ms, self.now_ms)
         hit_keys = set()
         for prefix, hits in zip(prefixes, outcome.hits, strict=True):
-            keys = [(namespace, page_hash) for page_hash in prefix]
+            keys = [(space, page_hash) for page_hash in prefix]
             assert all(key in self.sealed for key in keys[:hits])
             assert hits == len(prefix) or keys[hits] not in self.sealed
             hit_keys.update(keys[:hits])
@@ -125,24 +131,24 @@ class PageTableMachine(RuleBasedStateMachine):
         self.lease_ends_ms[outcome.lease_id] = self.now_ms + lease_ms
         for key in hit_keys:
             self.sealed[key].leases.add(outcome.lease_id)
-        return (namespace, outcome.lease_id)
+        return (space, outcome.lease_id)
 
-    @rule(target=pinned_pages, namespace=namespaces, page_hash=hashes, lease=st.none() | lease_ids)
-    def pin(self, namespace: bytes, page_hash: bytes, lease: tuple[bytes, bytes] | None) -> object:
-        key = (namespace, page_hash)
-        answer = self.table.pin(namespace, page_hash, lease[1] if lease else None, self.now_ms)
+    @rule(target=pinned_pages, space=spaces, page_hash=hashes, lease=st.none() | lease_ids)
+    def pin(self, space: Space, page_hash: bytes, lease: tuple[Space, bytes] | None) -> object:
+        key = (space, page_hash)
+        answer = self.table.pin(space, page_hash, lease[1] if lease else None, self.now_ms)
         if self.expects_page(key, lease, answer):
             self.sealed[key].readers += 1
             return (key, answer)
         return multiple()
 
-    @rule(namespace=namespaces, page_hashes=st.lists(hashes, max_size=4), lease=st.none() | lease_ids)
-    def use(self, namespace: bytes, page_hashes: list[bytes], lease: tuple[bytes, bytes] | None) -> None:
-        answers = self.table.use(namespace, page_hashes, lease[1] if lease else None, self.now_ms)
+    @rule(space=spaces, page_hashes=st.lists(hashes, max_size=4), lease=st.none() | lease_ids)
+    def use(self, space: Space, page_hashes: list[bytes], lease: tuple[Space, bytes] | None) -> None:
+        answers = self.table.use(space, page_hashes, lease[1] if lease else None, self.now_ms)
         for page_hash, answer in zip(page_hashes, answers, strict=True):
-            self.expects_page((namespace, page_hash), lease, answer)
+            self.expects_page((space, page_hash), lease, answer)
 
-    def expects_page(self, key: Key, lease: tuple[bytes, bytes] | None, answer: object) -> bool:
+    def expects_page(self, key: Key, lease: tuple[Space, bytes] | None, answer: object) -> bool:
         """Whether a read finds the page; asserts that the answer says so, or why not."""
         if lease and not (lease[0] == key[0] and self.is_live(lease[1])):
             assert answer is PageStatus.LEASE_EXPIRED
@@ -161,20 +167,22 @@ class PageTableMachine(RuleBasedStateMachine):
         self.table.unpin(pinned)
         self.sealed[key].readers -= 1
 
-    @rule(lease=lease_ids, lease_ms=durations_ms)
-    def renew(self, lease: tuple[bytes, bytes], lease_ms: int) -> None:
-        if self.is_live(lease[1]):
+    @rule(lease=lease_ids, tenant=st.sampled_from(TENANTS), lease_ms=durations_ms)
+    def renew(self, lease: tuple[Space, bytes], tenant: str, lease_ms: int) -> None:
+        if self.is_live(lease[1]) and tenant == lease[0].tenant:
             end_ms = max(self.lease_ends_ms[lease[1]], self.now_ms + lease_ms)
-            assert self.table.renew(lease[1], lease_ms, self.now_ms) == end_ms - self.now_ms
+            assert self.table.renew(tenant, lease[1], lease_ms, self.now_ms) == end_ms - self.now_ms
             self.lease_ends_ms[lease[1]] = end_ms
         else:
             with pytest.raises(LeaseExpired):
-                self.table.renew(lease[1], lease_ms, self.now_ms)
+                self.table.renew(tenant, lease[1], lease_ms, self.now_ms)
 
-    @rule(lease=lease_ids)
-    def release(self, lease: tuple[bytes, bytes]) -> None:
-        assert self.table.release(lease[1], self.now_ms) == self.is_live(lease[1])
-        self.lease_ends_ms.pop(lease[1], None)
+    @rule(lease=lease_ids, tenant=st.sampled_from(TENANTS))
+    def release(self, lease: tuple[Space, bytes], tenant: str) -> None:
+        released = self.is_live(lease[1]) and tenant == lease[0].tenant
+        assert self.table.release(tenant, lease[1], self.now_ms) == released
+        if released:
+            del self.lease_ends_ms[lease[1]]
 
     @rule()
     def expire(self) -> None:
@@ -183,10 +191,10 @@ class PageTableMachine(RuleBasedStateMachine):
         assert self.table.statistics().leases == len(live_ms)
         assert self.table.statistics().pages_pinned == sum(map(self.is_pinned, self.sealed.values()))
 
-    @rule(namespace=namespaces, page_hash=hashes)
-    def delete(self, namespace: bytes, page_hash: bytes) -> None:
-        key = (namespace, page_hash)
-        status = self.table.delete(namespace, page_hash, self.now_ms)
+    @rule(space=spaces, page_hash=hashes)
+    def delete(self, space: Space, page_hash: bytes) -> None:
+        key = (space, page_hash)
+        status = self.table.delete(space, page_hash, self.now_ms)
         if key not in self.sealed:
             assert status is PageStatus.MISSING
         elif self.is_pinned(self.sealed[key]):
@@ -204,8 +212,8 @@ class PageTableMachine(RuleBasedStateMachine):
         assert (statistics.pages_sealed, statistics.pages_arriving) == (len(self.sealed), len(self.arriving))
         assert statistics.used_bytes == sum(page.slot.size_bytes for page in pages.values()) <= CAPACITY_BYTES
         tenants: dict[int, set[tuple[str, int]]] = {}
-        for (namespace, _), page in pages.items():
-            tenants.setdefault(page.slot.extent, set()).add((TENANTS[namespace], page.slot.tenancy))
+        for (space, _), page in pages.items():
+            tenants.setdefault(page.slot.extent, set()).add((space.tenant, page.slot.tenancy))
         assert all(len(owners) == 1 for owners in tenants.values()), "an extent shows pages of two tenants"
         ends_bytes = 0
         for slot in sorted((page.slot for page in pages.values()), key=self.address):
@@ -235,25 +243,25 @@ class PageTableMachine(RuleBasedStateMachine):
     def is_pinned(self, page: ModelPage) -> bool:
         return page.readers > 0 or any(map(self.is_live, page.leases))
 
-    def has_room(self, namespace: bytes) -> bool:
+    def has_room(self, space: Space) -> bool:
         """Whether a page can be had: a free slot or extent, a page of the own class to evict, or an idle extent."""
         by_extent: dict[int, list[Key]] = {}
         for key, page in self.pages().items():
             by_extent.setdefault(page.slot.extent, []).append(key)
         if len(by_extent) < CAPACITY_BYTES // self.extent_bytes:
             return True
-        own_class = (TENANTS[namespace], PAGE_BYTES[namespace])
+        own_class = (space.tenant, PAGE_BYTES[space])
         for keys in by_extent.values():
             evictable = [key in self.sealed and not self.is_pinned(self.sealed[key]) for key in keys]
             owner = keys[0][0]
-            is_own = (TENANTS[owner], PAGE_BYTES[owner]) == own_class
-            if all(evictable) or (is_own and (any(evictable) or len(keys) < self.extent_bytes // PAGE_BYTES[namespace])):
+            is_own = (owner.tenant, PAGE_BYTES[owner]) == own_class
+            if all(evictable) or (is_own and (any(evictable) or len(keys) < self.extent_bytes // PAGE_BYTES[space])):
                 return True
         return False
 
     def learn_evictions(self) -> None:
-        for namespace, event in self.table.take_events():
-            key = (namespace, event.hash)
+        for space, event in self.table.take_events():
+            key = (space, event.hash)
             assert event.kind is PageEventKind.EVICTED
             assert not self.is_pinned(self.sealed[key]), "a pinned page was evicted"
             del self.sealed[key]
@@ -261,9 +269,9 @@ class PageTableMachine(RuleBasedStateMachine):
             assert event.sequence == self.sequence
 
     def expect_event(self, kind: PageEventKind, key: Key) -> None:
-        ((namespace, event),) = self.table.take_events()
+        ((space, event),) = self.table.take_events()
         self.sequence += 1
-        assert (event.kind, namespace, event.hash, event.sequence) == (kind, *key, self.sequence)
+        assert (event.kind, space, event.hash, event.sequence) == (kind, *key, self.sequence)
 
 
 @pytest.mark.parametrize("extent_bytes", [256, 512, 1024])
@@ -278,29 +286,29 @@ def test_the_table_agrees_with_the_model_through_random_histories(extent_bytes: 
     steps=st.lists(st.tuples(st.sampled_from(["store", "match", "pin", "use", "delete"]), st.integers(0, 9)), max_size=80),
 )
 def test_one_class_keeps_exactly_the_most_recently_used_pages(pages_max: int, steps: list[tuple[str, int]]) -> None:
-    namespace = b"n" * 32
+    space = Space("a", b"n" * 32)
     table = PageTable(capacity_bytes=pages_max * 64, extent_bytes=64, new_lease_id=lambda: bytes(16))
-    table.register(namespace, PageLayout(layers=1, kv_heads=1, head_dim=32, block_tokens=1, dtype=DType.OPAQUE), "a")
+    table.register(space, PageLayout(layers=1, kv_heads=1, head_dim=32, block_tokens=1, dtype=DType.OPAQUE))
     recent: list[int] = []
     for verb, number in steps:
         page_hash = bytes([number]) * 32
         if verb == "store":
-            page = table.prepare(namespace, page_hash, 0, 0.0)
+            page = table.prepare(space, page_hash, 0, 0.0)
             if isinstance(page, ArrivingPage):
                 table.complete(page, 0.0)
         elif verb == "match":
-            table.match(namespace, [[page_hash]], 0, 0.0)
+            table.match(space, [[page_hash]], 0, 0.0)
         elif verb == "pin":
-            pinned = table.pin(namespace, page_hash, None, 0.0)
+            pinned = table.pin(space, page_hash, None, 0.0)
             if isinstance(pinned, PinnedPage):
                 table.unpin(pinned)
         elif verb == "use":
-            table.use(namespace, [page_hash], None, 0.0)
+            table.use(space, [page_hash], None, 0.0)
         else:
-            table.delete(namespace, page_hash, 0.0)
+            table.delete(space, page_hash, 0.0)
         if number in recent or verb == "store":
             recent = [other for other in recent if other != number] + [number] * (verb != "delete")
             recent = recent[-pages_max:]
         table.check()
         assert table.statistics().pages_sealed == len(recent)
-    assert [n for n in range(10) if table.delete(namespace, bytes([n]) * 32, 0.0) is PageStatus.OK] == sorted(recent)
+    assert [n for n in range(10) if table.delete(space, bytes([n]) * 32, 0.0) is PageStatus.OK] == sorted(recent)

@@ -8,18 +8,19 @@ import pytest
 
 from attnstore import PageLayout, PageStatus
 from attnstore.core.page_table import ArrivingPage, PageTable
+from attnstore.types import Space
 
 PAGE_BYTES = 64
-MINE, YOURS, LARGE = b"m" * 32, b"y" * 32, b"l" * 32
+MINE, YOURS, LARGE = Space("me", b"m" * 32), Space("you", b"y" * 32), Space("me", b"l" * 32)
 
 
 @pytest.fixture
 def table(make_table: Callable[..., PageTable], layout_of_bytes: Callable[[int], PageLayout]) -> PageTable:
     """Sixteen extents of four pages; two tenants, the first with pages of two sizes."""
     table = make_table(64 * PAGE_BYTES, 4 * PAGE_BYTES)
-    table.register(MINE, layout_of_bytes(PAGE_BYTES), "me")
-    table.register(LARGE, layout_of_bytes(2 * PAGE_BYTES), "me")
-    table.register(YOURS, layout_of_bytes(PAGE_BYTES), "you")
+    table.register(MINE, layout_of_bytes(PAGE_BYTES))
+    table.register(LARGE, layout_of_bytes(2 * PAGE_BYTES))
+    table.register(YOURS, layout_of_bytes(PAGE_BYTES))
     return table
 
 
@@ -27,8 +28,8 @@ def name(number: int) -> bytes:
     return number.to_bytes(32, "big")
 
 
-def store(table: PageTable, namespace: bytes, number: int) -> PageStatus:
-    page = table.prepare(namespace, name(number), 0, 0.0)
+def store(table: PageTable, space: Space, number: int) -> PageStatus:
+    page = table.prepare(space, name(number), 0, 0.0)
     table.check()
     if isinstance(page, ArrivingPage):
         table.complete(page, 0.0)
@@ -36,8 +37,8 @@ def store(table: PageTable, namespace: bytes, number: int) -> PageStatus:
     return page
 
 
-def held(table: PageTable, namespace: bytes) -> list[int]:
-    return sorted(int.from_bytes(page_hash, "big") for page_hash in table.sealed_hashes(namespace))
+def held(table: PageTable, space: Space) -> list[int]:
+    return sorted(int.from_bytes(page_hash, "big") for page_hash in table.sealed_hashes(space))
 
 
 def test_a_tenant_over_its_quota_loses_its_own_oldest_pages_and_nobody_elses(table: PageTable) -> None:

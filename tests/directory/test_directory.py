@@ -98,9 +98,10 @@ async def test_quotas_are_set_and_lifted(directory: Directory) -> None:
 
 async def test_layouts_are_listed_once_each(directory: Directory) -> None:
     records = [LayoutRecord(bytes([number]) * 32, "tenant", 4096 + number) for number in range(3)]
+    records.append(LayoutRecord(bytes([2]) * 32, "with the same model", 4098))
     await directory.put_layouts(records[:2])
     await directory.put_layouts(records[1:])
-    assert sorted(await directory.layouts(), key=lambda record: record.namespace) == records
+    assert sorted(await directory.layouts(), key=records.index) == records
 
 
 async def test_events_published_from_now_on_are_read_in_order_and_once(directory: Directory) -> None:

@@ -5,21 +5,24 @@ from __future__ import annotations
 from attnstore import PageEvent, PageEventKind
 from attnstore.directory.events import EventFeed, events_in
 from attnstore.limits import EVENTS_IN_BATCH_MAX
+from attnstore.types import Space
 
-MINE, OTHER = bytes(32), b"o" * 32
+MINE, OTHER, STRANGERS = Space("a", bytes(32)), Space("a", b"o" * 32), Space("b", bytes(32))
 
 
 def sealed(number: int) -> PageEvent:
     return PageEvent(PageEventKind.SEALED, number.to_bytes(32, "little"), number)
 
 
-def test_events_of_a_namespace_arrive_as_they_were_offered() -> None:
+def test_events_of_a_space_arrive_as_they_were_offered() -> None:
     feed = EventFeed("ada")
-    feed.offer([(MINE, sealed(1)), (OTHER, sealed(2)), (MINE, PageEvent(PageEventKind.EVICTED, bytes(32), 3))])
+    evicted = PageEvent(PageEventKind.EVICTED, bytes(32), 3)
+    feed.offer([(MINE, sealed(1)), (OTHER, sealed(2)), (MINE, evicted), (STRANGERS, sealed(4))])
     batch = feed.take()
     assert batch is not None
-    assert list(events_in(batch, MINE)) == [sealed(1), PageEvent(PageEventKind.EVICTED, bytes(32), 3)]
+    assert list(events_in(batch, MINE)) == [sealed(1), evicted]
     assert list(events_in(batch, OTHER)) == [sealed(2)]
+    assert list(events_in(batch, STRANGERS)) == [sealed(4)], "an equal namespace of another tenant"
     assert feed.take() is None
 
 

@@ -148,9 +148,9 @@ def test_the_tokens_tenant_is_the_connections_tenant(node: ChannelNode) -> None:
         stream.send(page_header(batch, 0), batch.pages[0])
         frame, reason = payload(stream)
         assert frame.kind is expected
-    assert isinstance(decode_refusal(reason), errors.PermissionDenied)
+    assert isinstance(decode_refusal(reason), errors.NamespaceUnknown)
     ask(stranger, batch)
-    assert isinstance(refusal(stranger), errors.PermissionDenied)
+    assert isinstance(refusal(stranger), errors.NamespaceUnknown)
     ask(owner, batch)
     assert payload(owner)[1] == batch.pages[0]
     owner.close()

@@ -230,13 +230,13 @@ def test_a_draining_node_lets_idle_peers_go_and_removes_its_socket() -> None:
         assert not Path(address).parent.exists()
 
 
-def test_another_tenants_namespace_is_refused(two_tenants: StoreProcess) -> None:
+def test_another_tenants_namespace_is_unknown(two_tenants: StoreProcess) -> None:
     batch = make_batch(1, model="alices own")
     with attnstore.connect(two_tenants.url, token="alices-token", transport="grpc") as alice:
         alice.register_layout(batch.namespace, SMALL)
         alice.write(batch.namespace, batch.hashes, batch.pages)
     with Peer.greeted(two_tenants, "bobs-token") as bob, Peer.greeted(two_tenants, "alices-token") as alices:
-        assert isinstance(bob.refusal(shared.encode_locate(batch.namespace, None, batch.hashes)), PermissionDenied)
+        assert isinstance(bob.refusal(shared.encode_locate(batch.namespace, None, batch.hashes)), NamespaceUnknown)
         place = alices.locate(batch.namespace, batch.hashes[0])[0]
         assert isinstance(place, Place)
         assert bob.map(place) is None

@@ -15,7 +15,6 @@ from attnstore import DType, PageLayout, PageStatus, memory_files
 from attnstore.errors import (
     InvalidArgument,
     NamespaceUnknown,
-    PermissionDenied,
     ProtocolError,
 )
 from attnstore.limits import SHARED_LENT_BYTES_MAX, SHARED_TAKE_PAGES_MAX
@@ -130,7 +129,7 @@ def test_what_is_lent_later_replaces_what_was_lent_before(node: StoreProcess, ba
     assert_holds(node, batch)
 
 
-def test_a_namespace_of_nobody_and_one_of_another_tenant_are_refused(tmp_path: Path) -> None:
+def test_a_namespace_of_nobody_and_one_of_another_tenant_are_unknown(tmp_path: Path) -> None:
     tokens = tmp_path / "tokens.toml"
     tokens.write_text('alice = "alices-token"\nbob = "bobs-token"\n')
     with StoreProcess("--capacity", "8MiB", "--tokens-file", str(tokens)) as node:
@@ -138,7 +137,7 @@ def test_a_namespace_of_nobody_and_one_of_another_tenant_are_refused(tmp_path: P
             batch = registered(alice, 1, "alices")
             with Peer.greeted(node, "bobs-token") as bob:
                 os.close(lent(bob, batch.pages))
-                with pytest.raises(PermissionDenied):
+                with pytest.raises(NamespaceUnknown):
                     take(bob, batch, [0])
             assert alice.write(batch.namespace, batch.hashes, batch.pages).verdicts == (STORED,)
         with Peer.greeted(node, "bobs-token") as bob:

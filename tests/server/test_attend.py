@@ -40,7 +40,7 @@ class Node:
         self.channel.keep(self.batch)
 
     def lease(self, pages: int = 6) -> Lease:
-        found = self.channel.store.match(self.batch.namespace, [self.batch.hashes[:pages]], LEASE_MS)
+        found = self.channel.store.match(self.batch.space, [self.batch.hashes[:pages]], LEASE_MS)
         assert found.lease_id is not None
         return Lease(found.lease_id, found.lease_ms)
 
@@ -79,7 +79,7 @@ def test_an_open_set_keeps_its_pages_and_a_closed_one_lets_them_go(node: Node) -
     with node.stream() as stream:
         first, second = stream.open(node.batch.hashes, lease), stream.open(node.batch.hashes[:2], lease)
         ask(stream, first)
-        node.channel.store.release(lease.lease_id)
+        node.channel.store.release("default", lease.lease_id)
         assert node.pinned() == 6, "the stream's own hold"
         stream.close_set(first)
         assert eventually(lambda: node.pinned() == 2)
@@ -91,7 +91,7 @@ def test_the_end_of_the_connection_lets_all_pages_go(node: Node) -> None:
     lease = node.lease()
     with node.stream() as stream:
         stream.open(node.batch.hashes, lease)
-        node.channel.store.release(lease.lease_id)
+        node.channel.store.release("default", lease.lease_id)
     assert eventually(lambda: node.pinned() == 0)
 
 
@@ -109,7 +109,7 @@ def test_a_renewed_lease_keeps_its_set(node: Node) -> None:
         lease = node.lease()
         set_id = stream.open(node.batch.hashes, lease)
         node.clock.advance_ms(LEASE_MS - 1)
-        node.channel.store.renew(lease.lease_id, LEASE_MS)
+        node.channel.store.renew("default", lease.lease_id, LEASE_MS)
         node.clock.advance_ms(LEASE_MS - 1)
         ask(stream, set_id)
 
@@ -131,7 +131,7 @@ def test_a_page_that_is_not_there_refuses_the_set_and_holds_nothing(node: Node) 
     with node.stream() as stream:
         with pytest.raises(errors.LeaseExpired, match="page 2 of the set's 3"):
             stream.open([*node.batch.hashes[:2], absent], lease)
-        node.channel.store.release(lease.lease_id)
+        node.channel.store.release("default", lease.lease_id)
         assert node.pinned() == 0
         stream.open(node.batch.hashes, node.lease())  # the stream goes on
 
@@ -192,8 +192,12 @@ def test_a_stream_has_a_maximum_of_sets(node: Node) -> None:
 
 
 def test_another_tenant_reaches_nothing(node: Node) -> None:
-    with node.stream(tenant="other") as stream, pytest.raises(errors.PermissionDenied):
-        stream.open(node.batch.hashes, node.lease())
+    with node.stream(tenant="other") as stream:
+        with pytest.raises(errors.NamespaceUnknown):
+            stream.open(node.batch.hashes, node.lease())
+        node.channel.register(node.batch, tenant="other")
+        with pytest.raises(errors.LeaseExpired):
+            stream.open(node.batch.hashes, node.lease())
 
 
 def test_a_query_whose_bytes_changed_on_the_way_is_refused(node: Node) -> None:

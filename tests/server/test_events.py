@@ -1,4 +1,4 @@
-"""Watchers get their namespace's events in order, and a bounded queue with an honest count of what was lost."""
+"""Watchers get their own tenant's and namespace's events in order, and a bounded queue with an honest count of what was lost."""
 
 from __future__ import annotations
 
@@ -9,24 +9,25 @@ import pytest
 from attnstore.errors import Unavailable
 from attnstore.server import events
 from attnstore.server.events import EventHub, Subscription
-from attnstore.types import PageEvent, PageEventKind
+from attnstore.types import PageEvent, PageEventKind, Space
 
 SEALED, LAGGED = PageEventKind.SEALED, PageEventKind.LAGGED
+A, B, C = Space("a", b"n" * 32), Space("b", b"n" * 32), Space("a", b"c" * 32)
 
 
 def sealed(number: int) -> PageEvent:
     return PageEvent(SEALED, bytes([number]), number)
 
 
-async def test_events_of_any_thread_reach_every_watcher_of_the_namespace_in_order() -> None:
+async def test_events_of_any_thread_reach_every_watcher_of_the_space_in_order() -> None:
     hub = EventHub(asyncio.get_running_loop())
-    with hub.subscribed(b"a") as first, hub.subscribed(b"a") as second, hub.subscribed(b"b") as other:
+    with hub.subscribed(A) as first, hub.subscribed(A) as second, hub.subscribed(B) as other:
         for number in range(3):
-            await asyncio.to_thread(hub.publish, [(b"a", sealed(number)), (b"c", sealed(9))])
-        await asyncio.to_thread(hub.publish, [(b"b", sealed(7))])
+            await asyncio.to_thread(hub.publish, [(A, sealed(number)), (C, sealed(9))])
+        await asyncio.to_thread(hub.publish, [(B, sealed(7))])
         assert await first.take() == await second.take() == [sealed(0), sealed(1), sealed(2)]
         assert await other.take() == [sealed(7)]
-    hub.publish([(b"a", sealed(4))])
+    hub.publish([(A, sealed(4))])
     assert not hub._subscriptions, "nobody is left"
 
 
@@ -43,7 +44,7 @@ async def test_a_full_queue_counts_what_it_loses_and_says_so_in_place(monkeypatc
 
 async def test_closing_sends_waiting_and_later_takers_away() -> None:
     hub = EventHub(asyncio.get_running_loop())
-    with hub.subscribed(b"a") as queue:
+    with hub.subscribed(A) as queue:
         waiting = asyncio.create_task(queue.take())
         await asyncio.sleep(0)
         hub.close()

@@ -17,11 +17,11 @@ from attnstore.limits import HASH_BYTES, HASHES_MAX
 from attnstore.server.ingest import Ingest
 from attnstore.server.store import Store
 from attnstore.testing import ManualClock
-from attnstore.types import PageStatus
+from attnstore.types import PageStatus, Space
 
 LAYOUT = PageLayout(layers=1, kv_heads=1, head_dim=8, block_tokens=1, dtype=DType.OPAQUE)
 SIZE = LAYOUT.page_bytes
-SPACE = b"n" * HASH_BYTES
+SPACE = Space("default", b"n" * HASH_BYTES)
 SLOTS = 4
 
 
@@ -33,12 +33,12 @@ def make_store() -> Store:
     ids = count()
     table = PageTable(capacity_bytes=SLOTS * SIZE, extent_bytes=SLOTS * SIZE, new_lease_id=lambda: next(ids).to_bytes(16, "big"))
     store = Store(table, MemoryArena(SLOTS * SIZE, SLOTS * SIZE), ManualClock(), lambda events: None)  # noqa: ARG005
-    store.register(SPACE, LAYOUT, "default")
+    store.register(SPACE, LAYOUT)
     return store
 
 
 def make_ingest(store: Store) -> Ingest:
-    return Ingest(store, SPACE, SIZE)
+    return Ingest(store, SPACE)
 
 
 def test_a_page_in_pieces_is_sealed_with_its_last_byte() -> None:

@@ -13,21 +13,21 @@ from attnstore.core.page_table import ArrivingPage, PageTable
 from attnstore.server.store import Store
 from attnstore.telemetry import NodeMetrics
 from attnstore.testing import ManualClock
-from attnstore.types import PageEvent, PageEventKind, PageStatus
+from attnstore.types import PageEvent, PageEventKind, PageStatus, Space
 
 LAYOUT = PageLayout(layers=1, kv_heads=1, head_dim=2048, block_tokens=1, dtype=DType.OPAQUE)
 SIZE = LAYOUT.page_bytes
 SLOTS = 16
 
 
-def make_store(publish: Callable[[list[tuple[bytes, PageEvent]]], None] = lambda events: None) -> Store:  # noqa: ARG005
+def make_store(publish: Callable[[list[tuple[Space, PageEvent]]], None] = lambda events: None) -> Store:  # noqa: ARG005
     ids = count()
     table = PageTable(capacity_bytes=SLOTS * SIZE, extent_bytes=SLOTS * SIZE, new_lease_id=lambda: next(ids).to_bytes(16, "big"))
     return Store(table, MemoryArena(SLOTS * SIZE, SLOTS * SIZE), ManualClock(), publish)  # type: ignore[arg-type]
 
 
-def fill(store: Store, namespace: bytes, page_hash: bytes, page: bytes) -> PageStatus:
-    arriving = store.prepare(namespace, page_hash, page_checksum(page))
+def fill(store: Store, space: Space, page_hash: bytes, page: bytes) -> PageStatus:
+    arriving = store.prepare(space, page_hash, page_checksum(page))
     if not isinstance(arriving, ArrivingPage):
         return arriving
     store.view(arriving)[:] = page
@@ -36,31 +36,31 @@ def fill(store: Store, namespace: bytes, page_hash: bytes, page: bytes) -> PageS
 
 def test_threads_that_share_a_new_extent_do_not_wipe_each_others_pages() -> None:
     store = make_store()
-    tenants = [bytes([number]) * 32 for number in range(2)]
-    for number, namespace in enumerate(tenants):
-        store.register(namespace, LAYOUT, str(number))
+    tenants = [Space(str(number), b"n" * 32) for number in range(2)]
+    for space in tenants:
+        store.register(space, LAYOUT)
     with ThreadPoolExecutor(4) as pool:
         for turn in range(40):
             # The extent goes from one tenant to the other and is wiped each time.
-            namespace = tenants[turn % 2]
+            space = tenants[turn % 2]
             hashes = [bytes([turn, number]) * 16 for number in range(SLOTS)]
             pages = [bytes([number + 1]) * SIZE for number in range(SLOTS)]
-            verdicts = list(pool.map(fill, [store] * SLOTS, [namespace] * SLOTS, hashes, pages))
+            verdicts = list(pool.map(fill, [store] * SLOTS, [space] * SLOTS, hashes, pages))
             assert verdicts == [PageStatus.STORED] * SLOTS
             for page_hash, page in zip(hashes, pages, strict=True):
-                with store.reading(namespace, page_hash, None) as found:
+                with store.reading(space, page_hash, None) as found:
                     assert not isinstance(found, PageStatus)
                     assert found.data == page
-            store.delete(namespace, hashes)
+            store.delete(space, hashes)
 
 
 def test_events_are_published_in_the_order_in_which_they_happened() -> None:
     seen: list[PageEvent] = []
     store = make_store(lambda events: seen.extend(event for _, event in events))
-    namespace = b"n" * 32
-    store.register(namespace, LAYOUT, "default")
+    space = Space("default", b"n" * 32)
+    store.register(space, LAYOUT)
     with ThreadPoolExecutor(4) as pool:
-        list(pool.map(lambda number: fill(store, namespace, bytes([number]) * 32, bytes(SIZE)), range(3 * SLOTS)))
+        list(pool.map(lambda number: fill(store, space, bytes([number]) * 32, bytes(SIZE)), range(3 * SLOTS)))
     assert [event.sequence for event in seen] == list(range(1, len(seen) + 1))
     assert sum(event.kind is PageEventKind.SEALED for event in seen) == store.statistics().stored_pages == 3 * SLOTS
     assert store.statistics().stored_bytes == 3 * SLOTS * SIZE

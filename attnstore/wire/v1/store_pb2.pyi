@@ -68,7 +68,7 @@ class DescribeRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class DescribeResponse(_message.Message):
-    __slots__ = ("node_id", "epoch", "version", "limits", "capacity_bytes", "used_bytes", "in_flight", "draining", "transports", "attend")
+    __slots__ = ("node_id", "epoch", "version", "limits", "capacity_bytes", "used_bytes", "in_flight", "draining", "transports", "attend", "tenant")
     NODE_ID_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     VERSION_FIELD_NUMBER: _ClassVar[int]
@@ -79,6 +79,7 @@ class DescribeResponse(_message.Message):
     DRAINING_FIELD_NUMBER: _ClassVar[int]
     TRANSPORTS_FIELD_NUMBER: _ClassVar[int]
     ATTEND_FIELD_NUMBER: _ClassVar[int]
+    TENANT_FIELD_NUMBER: _ClassVar[int]
     node_id: str
     epoch: bytes
     version: str
@@ -89,7 +90,8 @@ class DescribeResponse(_message.Message):
     draining: bool
     transports: _containers.RepeatedCompositeFieldContainer[Transport]
     attend: AttendOffer
-    def __init__(self, node_id: _Optional[str] = ..., epoch: _Optional[bytes] = ..., version: _Optional[str] = ..., limits: _Optional[_Union[Limits, _Mapping]] = ..., capacity_bytes: _Optional[int] = ..., used_bytes: _Optional[int] = ..., in_flight: _Optional[int] = ..., draining: _Optional[bool] = ..., transports: _Optional[_Iterable[_Union[Transport, _Mapping]]] = ..., attend: _Optional[_Union[AttendOffer, _Mapping]] = ...) -> None: ...
+    tenant: str
+    def __init__(self, node_id: _Optional[str] = ..., epoch: _Optional[bytes] = ..., version: _Optional[str] = ..., limits: _Optional[_Union[Limits, _Mapping]] = ..., capacity_bytes: _Optional[int] = ..., used_bytes: _Optional[int] = ..., in_flight: _Optional[int] = ..., draining: _Optional[bool] = ..., transports: _Optional[_Iterable[_Union[Transport, _Mapping]]] = ..., attend: _Optional[_Union[AttendOffer, _Mapping]] = ..., tenant: _Optional[str] = ...) -> None: ...
 
 class AttendOffer(_message.Message):
     __slots__ = ("rows_max", "bytes_max", "hashes_max", "sets_max")

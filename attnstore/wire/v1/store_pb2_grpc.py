@@ -142,7 +142,7 @@ class AttentionStoreServicer:
         raise NotImplementedError('Method not implemented!')
 
     def ReleaseLease(self, request, context):
-        """Ends a lease. Releasing an unknown or expired lease is a no-op that says so.
+        """Ends a lease. Releasing an unknown or expired lease, or another tenant's, is a no-op that says so.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -7,7 +7,8 @@ Conventions
   * A page is one block of tokens in the byte order [layer][K|V][kv_head][token][dim]. Its bytes never change.
   * A block hash is 32 bytes (BLAKE2b-256, see docs/architecture.md). Lists of hashes travel as one `bytes` field, the hashes
     concatenated in order: a list of n hashes is exactly 32 * n bytes. Any other length is refused with `invalid_argument`.
-  * A namespace is 32 bytes. Every call that touches pages names one; a page is reachable through its own namespace only.
+  * A namespace is 32 bytes. Every call that touches pages names one; a page is reachable through its own namespace only, and by
+    the tenant that wrote it only. Two tenants may use equal namespaces; to either, the other's does not exist.
   * Batches are never all-or-nothing: each page of a batch has a PageStatus of its own.
   * A refused call ends with a gRPC status and the trailer `attnstore-error: <code>`, the code of one class of the tree in
     attnstore/errors.py (for example `namespace_unknown`). The status message names the cause and the fix.
@@ -58,7 +59,7 @@ class AttentionStoreStub:
     RenewLease: _grpc.UnaryUnaryMultiCallable[_store_pb2.RenewLeaseRequest, _store_pb2.RenewLeaseResponse]
     """Extends a lease that has not expired. An expired or unknown lease is refused with `lease_expired`."""
     ReleaseLease: _grpc.UnaryUnaryMultiCallable[_store_pb2.ReleaseLeaseRequest, _store_pb2.ReleaseLeaseResponse]
-    """Ends a lease. Releasing an unknown or expired lease is a no-op that says so."""
+    """Ends a lease. Releasing an unknown or expired lease, or another tenant's, is a no-op that says so."""
     Delete: _grpc.UnaryUnaryMultiCallable[_store_pb2.DeleteRequest, _store_pb2.DeleteResponse]
     """Removes sealed, unpinned pages."""
     Stats: _grpc.UnaryUnaryMultiCallable[_store_pb2.StatsRequest, _store_pb2.StatsResponse]
@@ -88,7 +89,7 @@ class AttentionStoreAsyncStub(AttentionStoreStub):
     RenewLease: _aio.UnaryUnaryMultiCallable[_store_pb2.RenewLeaseRequest, _store_pb2.RenewLeaseResponse]  # type: ignore[assignment]
     """Extends a lease that has not expired. An expired or unknown lease is refused with `lease_expired`."""
     ReleaseLease: _aio.UnaryUnaryMultiCallable[_store_pb2.ReleaseLeaseRequest, _store_pb2.ReleaseLeaseResponse]  # type: ignore[assignment]
-    """Ends a lease. Releasing an unknown or expired lease is a no-op that says so."""
+    """Ends a lease. Releasing an unknown or expired lease, or another tenant's, is a no-op that says so."""
     Delete: _aio.UnaryUnaryMultiCallable[_store_pb2.DeleteRequest, _store_pb2.DeleteResponse]  # type: ignore[assignment]
     """Removes sealed, unpinned pages."""
     Stats: _aio.UnaryUnaryMultiCallable[_store_pb2.StatsRequest, _store_pb2.StatsResponse]  # type: ignore[assignment]
@@ -157,7 +158,7 @@ class AttentionStoreServicer(metaclass=_abc_1.ABCMeta):
         request: _store_pb2.ReleaseLeaseRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_store_pb2.ReleaseLeaseResponse, _abc.Awaitable[_store_pb2.ReleaseLeaseResponse]]:
-        """Ends a lease. Releasing an unknown or expired lease is a no-op that says so."""
+        """Ends a lease. Releasing an unknown or expired lease, or another tenant's, is a no-op that says so."""
 
     @_abc_1.abstractmethod
     def Delete(
