@@ -1,7 +1,7 @@
 """The shared memory protocol over a blocking Unix socket: whole messages in, whole messages out, each wait bounded.
 
 Owns: the system calls, and the descriptors that come with a message until the caller takes them.
-Invariant: no system call waits longer than `bound` allows at its start; a descriptor that nobody asked for is closed.
+Invariant: no system call waits longer than `bound` allows at its start; a descriptor that is not due is closed, and its message refused.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ from attnstore.errors import ProtocolError, Unavailable
 from attnstore.wire.shared import HEADER_BYTES, WITH_DESCRIPTOR, Kind, decode_header
 from attnstore.wire.stream import Waits, lost
 
-_ONE_DESCRIPTOR_BYTES = socket.CMSG_SPACE(array.array("i").itemsize)
+_ONE_DESCRIPTOR_BYTES = socket.CMSG_LEN(array.array("i").itemsize)
+"""Not `CMSG_SPACE`, whose padding has room for a second one."""
 _RECEIVE_FLAGS = int(socket.MSG_WAITALL | socket.MSG_CMSG_CLOEXEC)
 _LOOK_FLAGS = int(_RECEIVE_FLAGS | socket.MSG_DONTWAIT)
 _LOOKS_S = 100e-6
@@ -75,16 +76,13 @@ class SharedStream:
         header, descriptor = self._receive(HEADER_BYTES, ancillary_bytes)
         try:
             kind, count, payload_bytes = decode_header(header, expected)
-            if kind in WITH_DESCRIPTOR and descriptor is None:
-                raise ProtocolError(f"shared memory: a {kind.name} came without its descriptor")
+            if (kind in WITH_DESCRIPTOR) != (descriptor is not None):
+                raise ProtocolError(f"shared memory: a {kind.name} comes with {'its' if kind in WITH_DESCRIPTOR else 'no'} descriptor")
             payload, _ = self._receive(payload_bytes, 0) if payload_bytes else (b"", None)
         except BaseException:
             if descriptor is not None:
                 os.close(descriptor)
             raise
-        if descriptor is not None and kind not in WITH_DESCRIPTOR:
-            os.close(descriptor)
-            descriptor = None
         return Message(kind, count, payload, descriptor)
 
     def peer_uid(self) -> int:
@@ -111,16 +109,16 @@ class SharedStream:
         except OSError as error:
             raise lost(error) from None
 
-    def _arrived(self, size_bytes: int, ancillary_bytes: int) -> tuple[bytes, list[tuple[int, int, bytes]]]:
+    def _arrived(self, size_bytes: int, ancillary_bytes: int) -> tuple[bytes, list[tuple[int, int, bytes]], int]:
         """What has arrived, at most `size_bytes`; none at the end of the stream. Looks for a while, and then sleeps."""
         self._waits.left_ms()
         began_s = time.perf_counter()
         while time.perf_counter() - began_s < _LOOKS_S:
             try:  # cheaper than `suppress`, again and again
-                return self._socket.recvmsg(size_bytes, ancillary_bytes, _LOOK_FLAGS)[:2]
+                return self._socket.recvmsg(size_bytes, ancillary_bytes, _LOOK_FLAGS)[:3]
             except BlockingIOError:
                 continue
-        return self._waits.receiving(self._socket.recvmsg, size_bytes, ancillary_bytes, _RECEIVE_FLAGS)[:2]
+        return self._waits.receiving(self._socket.recvmsg, size_bytes, ancillary_bytes, _RECEIVE_FLAGS)[:3]
 
     def _receive(self, size_bytes: int, ancillary_bytes: int) -> tuple[bytes, int | None]:
         """Exactly `size_bytes`, and the descriptor that came with the first of them."""
@@ -128,11 +126,13 @@ class SharedStream:
         descriptor: int | None = None
         try:
             while len(received) < size_bytes:
-                # The kernel closes what does not fit the ancillary buffer, so a peer can give us one descriptor or none.
-                data, ancillary = self._arrived(size_bytes - len(received), ancillary_bytes)
+                data, ancillary, flags = self._arrived(size_bytes - len(received), ancillary_bytes)
                 for level, kind, content in ancillary:
                     if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
                         descriptor = array.array("i", content)[0]
+                if flags & socket.MSG_CTRUNC:
+                    # The kernel has closed what did not fit the ancillary buffer.
+                    raise ProtocolError("shared memory: a descriptor came that is not due")
                 if not data:
                     raise Unavailable("the peer closed the shared memory connection")
                 received += data

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 import time
 
 import pytest
@@ -54,7 +55,7 @@ def test_places_that_no_honest_node_gives_are_a_broken_protocol(places: list[Pla
         read_from(node)
 
 
-@pytest.mark.parametrize("what", ["no descriptor", "not a file", "unsealed", "too short", "shorter than the extent"])
+@pytest.mark.parametrize("what", ["no descriptor", "two", "not a file", "unsealed", "too short", "shorter than the extent"])
 def test_a_descriptor_that_could_kill_its_reader_is_not_mapped(what: str) -> None:
     file_bytes = shared.ExtentLayout(1 << 20).file_bytes
 
@@ -63,6 +64,10 @@ def test_a_descriptor_that_could_kill_its_reader_is_not_mapped(what: str) -> Non
             stream.send(shared.encode_located([A_PLACE]))
         elif what == "no descriptor":
             stream.send(shared.encode_mapped(0, file_bytes))
+        elif what == "two":
+            file = sealed_file(file_bytes)
+            socket.send_fds(stream._socket, [shared.encode_mapped(0, file_bytes)], [file, file])
+            os.close(file)
         else:
             descriptor = {
                 "not a file": lambda: os.open("/dev/null", os.O_RDONLY),

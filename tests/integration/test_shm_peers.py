@@ -131,19 +131,30 @@ def test_an_extent_that_was_not_located_is_not_handed_out(node: StoreProcess) ->
 
 
 SENT = 50
+MAP, LEND = shared.encode_map(0, 9), shared.encode_lend(SMALL.page_bytes)
+NOT_DUE = {
+    "one with a MAP": [(MAP, 1)],
+    "one with the payload of a MAP": [(MAP[: shared.HEADER_BYTES], 0), (MAP[shared.HEADER_BYTES :], 1)],
+    "two with a LEND": [(LEND, 2)],
+    "three with a LEND": [(LEND, 3)],
+    "one with each half of a LEND": [(LEND[:4], 1), (LEND[4:], 1)],
+}
+"""What a peer sends: bytes, and how many descriptors with them."""
 
 
-def test_descriptors_sent_to_the_node_do_not_stay_open_there(node: StoreProcess) -> None:
+@pytest.mark.parametrize("parts", NOT_DUE.values(), ids=NOT_DUE.keys())
+def test_descriptors_that_are_not_due_are_refused_and_none_stays_open(node: StoreProcess, parts: list[tuple[bytes, int]]) -> None:
     descriptors = f"/proc/{node.process.pid}/fd"
-    with Peer.greeted(node) as peer:
-        before = len(os.listdir(descriptors))
-        request = shared.encode_map(0, 9)
-        for _ in range(SENT):
-            with Path("/dev/null").open() as file:
-                socket.send_fds(peer.connection, [request], [file.fileno()])
-            peer.stream.receive({Kind.GONE})
-        # Connections of other tests may end or begin meanwhile; what was sent is far more than those.
-        assert len(os.listdir(descriptors)) < before + SENT // 2
+    before = len(os.listdir(descriptors))
+    for _ in range(SENT):
+        with Path("/dev/null").open() as file, Peer.greeted(node) as peer:
+            for content, count in parts:
+                socket.send_fds(peer.connection, [content], [file.fileno()] * count)
+            with pytest.raises(ProtocolError, match="descriptor"):
+                raise peer.refusal(b"")
+            assert peer.is_closed_by_the_node()
+    # Connections of other tests may end or begin meanwhile; what was sent is far more than those.
+    assert eventually(lambda: len(os.listdir(descriptors)) < before + SENT // 2)
 
 
 @pytest.mark.parametrize("sent", [0, 5, 20], ids=["nothing", "half a header", "half a payload"])
