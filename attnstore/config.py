@@ -75,7 +75,9 @@ class ServeOptions(BaseModel):
     )
     insecure: bool = Field(False, description="allow a public address with neither TLS nor a token")
     drain_ms: int = Field(DRAIN_MS_DEFAULT, ge=0, le=600_000, description="on SIGTERM, time for running calls to finish")
-    stall_ms: int = Field(30_000, ge=100, le=600_000, description="a peer that moves no byte for this long loses its call")
+    stall_ms: int = Field(
+        30_000, ge=100, le=600_000, description="a peer that moves nothing, or less than 8 KiB/s, for this long loses its call"
+    )
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="least severe log lines shown")
     log_format: Literal["console", "json"] = Field("console", description="log lines for people or for machines")
 

@@ -64,6 +64,12 @@ EXTENTS_MIN = 8
 
 DEADLINE_MS_DEFAULT = 10_000
 DEADLINE_MS_MAX = 86_400_000
+PEER_BYTES_PER_S_MIN = 8 * KIB
+"""The least that a peer must move, on average over `--stall-ms`, while a node waits for it in the middle of a transfer: a fifteenth
+of a link of 1 Mb/s. Silence for as long ends the call whatever came before."""
+MESSAGE_OVERHEAD_BYTES = 128
+"""What a gRPC message counts for beside its bytes: the headers of TCP/IP, HTTP/2 and gRPC. A read of pages that are all missing
+consists of little else."""
 KEEPALIVE_MS = 15_000
 """Both ends ask a silent peer for a sign of life this often, so that a vanished one holds no stream and nobody waits for it."""
 KEEPALIVE_TIMEOUT_MS = 10_000
@@ -104,6 +110,9 @@ CHANNEL_HELLO_MS_MAX = 5_000
 """A page channel that has not said HELLO by then is closed: it holds a thread."""
 CHANNEL_IDLE_MS_MAX = 300_000
 """A page channel on which nothing is asked for this long is closed."""
+
+CHANNEL_LAYER_PINS_MS_MAX = 10_000
+"""A read by layers keeps all of its pages in place for this long; from then on only those of the frame that is being sent."""
 
 SHARED_LOCATE_HASHES_MAX = 256
 """Pages in one question of the shared memory protocol. Two of them and their answers fit the kernel's buffers of a Unix socket."""

@@ -11,6 +11,7 @@ from typing import Any
 import grpc
 
 from attnstore.errors import Unsupported
+from attnstore.limits import CHANNEL_IDLE_MS_MAX
 from attnstore.server.attend import Attending, AttendSession
 from attnstore.server.attend_channel import NOT_OFFERED
 from attnstore.telemetry import NodeMetrics
@@ -20,21 +21,28 @@ from attnstore.wire.messages import ATTENDING, METHODS
 _decode = METHODS["Attend"].decode_request
 
 
-async def attend(attending: Attending | None, metrics: NodeMetrics, context: Any, tenant: str) -> None:
-    """Serves one call until the client has no more steps. Raises the typed error of the first step that is refused."""
+async def attend(attending: Attending | None, metrics: NodeMetrics, context: Any, tenant: str, stall_s: float) -> None:
+    """Serves one call until the client has no more steps. Raises the typed error of the first step that is refused, and
+    `TimeoutError` for a client that asks nothing for `CHANNEL_IDLE_MS_MAX` or does not take an answer within `stall_s`.
+    """
     if attending is None:
         raise Unsupported(NOT_OFFERED)
     session = attending.session(tenant)
     answering: asyncio.Future[Any] | None = None
     try:
         await context.send_initial_metadata((ATTENDING,))
-        while (message := await context.read()) is not grpc.aio.EOF:
+        while True:
+            async with asyncio.timeout(CHANNEL_IDLE_MS_MAX / 1000):
+                message = await context.read()
+            if message is grpc.aio.EOF:
+                return
             step = step_from_wire(_decode(message))
             # A future, not a coroutine: cancelling the call must not let go of a thread that uses the session.
             answering = asyncio.get_running_loop().run_in_executor(None, _answer, session, step)
             answer = await asyncio.shield(answering)
             if answer is not None:
-                await context.write(answer)
+                async with asyncio.timeout(stall_s):
+                    await context.write(answer)
             if isinstance(step, AttendQuery):
                 metrics.attended("grpc", step.total_rows)
     finally:

@@ -4,7 +4,8 @@ Owns: the answers, and the one-time tokens of all bulk transports. Each connecti
 because what it does is system calls that release the interpreter lock: pages flow on as many cores as there are connections while
 the event loop answers metadata.
 Invariants: only a token that the gRPC service gave out, once and lately, opens a connection; a thread holds at most the pages of
-one READ, and no longer than its peer takes bytes every `stall_ms`; a prepared slot is sealed or aborted however a connection ends.
+one READ, and no longer than its peer takes `PEER_BYTES_PER_S_MIN`, averaged over `stall_ms`; a prepared slot is sealed or aborted
+however a connection ends.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from attnstore.limits import (
     CHANNEL_GATHER_PAGES,
     CHANNEL_HELLO_MS_MAX,
     CHANNEL_IDLE_MS_MAX,
+    CHANNEL_LAYER_PINS_MS_MAX,
     CHANNEL_READ_HASHES_MAX,
     CHANNEL_TOKEN_BYTES,
     CHANNEL_TOKEN_MS_MAX,
@@ -172,6 +174,7 @@ class _Connection(Connection):
         try:
             self._stream.bound(Deadline(self._store, min(CHANNEL_HELLO_MS_MAX, self._stall_ms)).left_ms)
             tenant = self._welcome(admit)
+            self._stream.demand(self._stall_ms)
             while not self._draining.is_set():
                 self.used_ms = self._store.now_ms()
                 frame = self._next_request()
@@ -211,7 +214,7 @@ class _Connection(Connection):
         frame = self._stream.look() if self._verdicts else None
         if frame is None:
             self._send_verdicts()
-            self._stream.bound(lambda: CHANNEL_IDLE_MS_MAX)
+            self._stream.bound(Deadline(self._store, CHANNEL_IDLE_MS_MAX).left_ms)
             frame = self._stream.receive()
             self._stream.bound(lambda: self._stall_ms)
         return frame
@@ -274,6 +277,7 @@ class _Connection(Connection):
             self._metrics.sent("tcp", sent, sent * size_bytes)
 
     def _read_by_layer(self, frame: Frame, space: Space, hashes: list[bytes], begin: int, end: int, layer_bytes: int) -> None:
+        kept_until_ms = self._store.now_ms() + CHANNEL_LAYER_PINS_MS_MAX
         with ExitStack() as held:
             pages: list[tuple[int, PageView]] = []
             found = held.enter_context(self._store.reading_all(space, hashes, frame.lease_id))
@@ -285,11 +289,28 @@ class _Connection(Connection):
             for at in range(begin, end, layer_bytes):
                 for first in range(0, len(pages), CHANNEL_GATHER_PAGES):
                     gathered = pages[first : first + CHANNEL_GATHER_PAGES]
-                    parts = [page.data[at : at + layer_bytes] for _, page in gathered]
-                    size_bytes, checksum = len(parts) * layer_bytes, joint_checksum(parts)
-                    self._stream.send(encode_slice(frame.request, gathered[0][0], size_bytes, at - begin, checksum), *parts)
-                    self._metrics.sent("tcp", 0, size_bytes)
+                    if self._store.now_ms() < kept_until_ms:
+                        self._send_layer(frame.request, gathered, at, layer_bytes, at - begin)
+                    else:
+                        held.close()
+                        self._send_layer_anew(frame, space, hashes, [index for index, _ in gathered], at, layer_bytes, at - begin)
             self._metrics.sent("tcp", len(pages), 0)
+
+    def _send_layer(self, request: int, pages: list[tuple[int, PageView]], at: int, layer_bytes: int, offset_bytes: int) -> None:
+        parts = [page.data[at : at + layer_bytes] for _, page in pages]
+        size_bytes, checksum = len(parts) * layer_bytes, joint_checksum(parts)
+        self._stream.send(encode_slice(request, pages[0][0], size_bytes, offset_bytes, checksum), *parts)
+        self._metrics.sent("tcp", 0, size_bytes)
+
+    def _send_layer_anew(
+        self, frame: Frame, space: Space, hashes: list[bytes], indices: list[int], at: int, layer_bytes: int, offset_bytes: int
+    ) -> None:
+        """For a reader too slow to keep all of its pages in place: those of one frame are, while it is sent."""
+        with self._store.reading_all(space, [hashes[index] for index in indices], frame.lease_id) as found:
+            pages = [(index, page) for index, page in zip(indices, found, strict=True) if isinstance(page, PageView)]
+            if len(pages) < len(indices):
+                raise DeadlineExceeded("a page has gone, or its lease has, before its slow reader had taken all of its layers")
+            self._send_layer(frame.request, pages, at, layer_bytes, offset_bytes)
 
     def _send_miss(self, request: int, index: int, status: PageStatus) -> None:
         self._stream.send(encode_frame(Frame(Kind.SLICE, request=request, page=index, status=status)))

@@ -116,7 +116,7 @@ class RpcShell:
             await _refuse(context, *rpc_status(error))
         except TimeoutError:
             code = DeadlineExceeded.code
-            await _refuse(context, *rpc_status(DeadlineExceeded("the peer moved no byte for longer than the node's --stall-ms")))
+            await _refuse(context, *rpc_status(DeadlineExceeded("the peer moved too little, or nothing, for --stall-ms")))
         except grpc.aio.InternalError:
             # The caller went away while we were sending to it.
             raise asyncio.CancelledError from None

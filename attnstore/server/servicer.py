@@ -140,14 +140,15 @@ class Servicer:
                 with self._store.reading(space, page_hash, lease_id) as page:
                     if isinstance(page, PageStatus):
                         self._metrics.pages("Read", page)
-                        await context.write(chunks.encode_read_chunk(index, page))
-                        stall.moved()
+                        message = chunks.encode_read_chunk(index, page)
+                        await context.write(message)
+                        stall.moved(len(message))
                         continue
                     data, checksum = page.slice(begin, end)
                     for offset in range(0, len(data), CHUNK_BYTES_MAX):
                         payload = data[offset : offset + CHUNK_BYTES_MAX]
                         await context.write(chunks.encode_read_chunk(index, PageStatus.OK, len(data), offset, checksum, payload))
-                        stall.moved()
+                        stall.moved(len(payload))
                 self._metrics.sent("grpc", 1, len(data))
 
     async def write(self, _request: None, context: Any, tenant: str) -> messages.WriteResponse:
@@ -155,7 +156,7 @@ class Servicer:
         try:
             async with Stall(self._stall_s) as stall:
                 while (message := await context.read()) is not grpc.aio.EOF:
-                    stall.moved()
+                    stall.moved(len(message))
                     chunk = chunks.decode_write_chunk(message)
                     ingest = ingest or Ingest(self._store, _space(tenant, chunk.namespace))
                     self._take(ingest, chunk)
@@ -241,7 +242,7 @@ class Servicer:
                         await context.write(messages.event_to_wire(event))
 
     async def attend(self, _request: None, context: Any, tenant: str) -> None:
-        await attend(self._attending, self._metrics, context, tenant)
+        await attend(self._attending, self._metrics, context, tenant, self._stall_s)
 
 
 def _space(tenant: str, namespace: bytes) -> Space:

@@ -1,4 +1,4 @@
-"""How long a peer may move nothing.
+"""How long a peer may move nothing, or too little.
 
 Owns: `Stall`. Why not `asyncio.timeout`, moved on after every message: that sets a timer of the event loop anew each time, which
 costs more than the rest of what a message needs here; this notes the time, and a timer looks at it now and then.
@@ -10,20 +10,26 @@ import asyncio
 from types import TracebackType
 from typing import Self
 
+from attnstore.limits import MESSAGE_OVERHEAD_BYTES, PEER_BYTES_PER_S_MIN
+
 
 class Stall:
-    """`async with Stall(seconds) as stall:` raises `TimeoutError` out of the block once nothing has `moved` for `seconds`."""
+    """`async with Stall(seconds) as stall:` raises `TimeoutError` out of the block once nothing has `moved` for `seconds`, or less
+    than `PEER_BYTES_PER_S_MIN` on average over as long.
+    """
 
     def __init__(self, seconds: float) -> None:
         self._seconds = seconds
         self._timeout = asyncio.timeout(None)
         self._loop = asyncio.get_running_loop()
         self._moved_s = 0.0
+        self._window_began_s = 0.0
+        self._window_bytes = 0
         self._timer: asyncio.TimerHandle | None = None
 
     async def __aenter__(self) -> Self:
         await self._timeout.__aenter__()
-        self.moved()
+        self._moved_s = self._window_began_s = self._loop.time()
         self._look()
         return self
 
@@ -34,14 +40,20 @@ class Stall:
             self._timer.cancel()
         await self._timeout.__aexit__(kind, error, traceback)
 
-    def moved(self) -> None:
-        """The peer moved something: it has its whole time for the next."""
+    def moved(self, size_bytes: int) -> None:
+        """The peer took or sent a message of so many bytes."""
         self._moved_s = self._loop.time()
+        self._window_bytes += size_bytes + MESSAGE_OVERHEAD_BYTES
 
     def _look(self) -> None:
-        due = self._moved_s + self._seconds
-        if self._loop.time() < due:
-            self._timer = self._loop.call_at(due, self._look)
-        else:
+        now_s = self._loop.time()
+        window_s = now_s - self._window_began_s
+        is_slow = False
+        if window_s >= self._seconds:
+            is_slow = self._window_bytes < PEER_BYTES_PER_S_MIN * window_s
+            self._window_began_s, self._window_bytes = now_s, 0
+        if is_slow or now_s >= self._moved_s + self._seconds:
             self._timer = None
-            self._timeout.reschedule(due)
+            self._timeout.reschedule(now_s)
+        else:
+            self._timer = self._loop.call_at(min(self._moved_s, self._window_began_s) + self._seconds, self._look)

@@ -1,7 +1,8 @@
 """The shared memory protocol over a blocking Unix socket: whole messages in, whole messages out, each wait bounded.
 
 Owns: the system calls, and the descriptors that come with a message until the caller takes them.
-Invariant: no system call waits longer than `bound` allows at its start; a descriptor that is not due is closed, and its message refused.
+Invariant: no system call waits longer than `bound` allows at its start; a descriptor that is not due is closed and its message
+refused.
 """
 
 from __future__ import annotations
@@ -76,8 +77,9 @@ class SharedStream:
         header, descriptor = self._receive(HEADER_BYTES, ancillary_bytes)
         try:
             kind, count, payload_bytes = decode_header(header, expected)
-            if (kind in WITH_DESCRIPTOR) != (descriptor is not None):
-                raise ProtocolError(f"shared memory: a {kind.name} comes with {'its' if kind in WITH_DESCRIPTOR else 'no'} descriptor")
+            how = "with" if kind in WITH_DESCRIPTOR else "without"
+            if (descriptor is not None) != (how == "with"):
+                raise ProtocolError(f"shared memory: a {kind.name} must come {how} a descriptor")
             payload, _ = self._receive(payload_bytes, 0) if payload_bytes else (b"", None)
         except BaseException:
             if descriptor is not None:

@@ -2,7 +2,8 @@
 
 Owns: the system calls. One `recv` for a header, one for a payload straight into its destination, one `sendmsg` for a header and a
 payload straight from where it lies; all of them release the interpreter lock while the kernel copies.
-Invariant: no system call waits longer than `bound` allows when it begins, so a peer that trickles bytes gains no time.
+Invariant: no system call waits longer than `bound` allows when it begins; a peer that moves less than `demand` asks for, averaged
+over the time that it is waited for, is as good as silent.
 """
 
 from __future__ import annotations
@@ -12,10 +13,12 @@ import math
 import socket
 import struct
 import threading
+import time
 from collections.abc import Callable
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 from attnstore.errors import DeadlineExceeded, Retryable, Unavailable
+from attnstore.limits import PEER_BYTES_PER_S_MIN
 from attnstore.wire.chunks import Buffer
 from attnstore.wire.page_channel import Frame, FrameReceiver, Role
 
@@ -46,6 +49,7 @@ class FrameStream:
         self._receiver = FrameReceiver(role)
         self._waits = Waits(connection)
         self.bound = self._waits.bound
+        self.demand = self._waits.demand
         # A descriptor's number may be another connection's as soon as it is closed.
         self._ending = threading.Lock()
 
@@ -57,13 +61,15 @@ class FrameStream:
     def send(self, *parts: Buffer) -> None:
         """Sends the parts one after the other, completely. Raises `Unavailable` or `DeadlineExceeded`."""
         left = [memoryview(part) for part in parts]
+        window = None
         try:
             while left:
-                sent = self._waits.sending(self._socket.sendmsg, left)
-                while left and sent >= len(left[0]):
-                    sent -= len(left.pop(0))
+                rest = sent = self._waits.sending(self._socket.sendmsg, left)
+                while left and rest >= len(left[0]):
+                    rest -= len(left.pop(0))
                 if left:
-                    left[0] = left[0][sent:]
+                    left[0] = left[0][rest:]
+                    window = self._waits.judged(window, sent)
         except OSError as error:
             raise lost(error) from None
 
@@ -76,11 +82,14 @@ class FrameStream:
         frame = receiver.announced()
         if frame is not None:
             return frame
+        window = None
         try:
             while True:
-                frame = self._received(self._waits.receiving(receive, receiver.windows(), 0, socket.MSG_WAITALL)[0])
+                count = self._waits.receiving(receive, receiver.windows(), 0, socket.MSG_WAITALL)[0]
+                frame = self._received(count)
                 if frame is not None:
                     return frame
+                window = self._waits.judged(window, count)
         except OSError as error:
             raise lost(error) from None
 
@@ -136,6 +145,13 @@ class FrameStream:
         self.close()
 
 
+class Window(NamedTuple):
+    """What a peer has moved since a moment of `time.monotonic`."""
+
+    began_s: float
+    moved_bytes: int
+
+
 class Waits:
     """How long a blocking socket may wait. The kernel keeps the time, so that no call is split to watch a clock.
 
@@ -145,11 +161,32 @@ class Waits:
     def __init__(self, connection: socket.socket) -> None:
         self._socket = connection
         self._left_ms: Callable[[], float] | None = None
+        self._window_s = math.inf
         self._timeouts_ms = {socket.SO_RCVTIMEO: math.inf, socket.SO_SNDTIMEO: math.inf}
 
     def bound(self, left_ms: Callable[[], float]) -> None:
         """Bounds every later wait for the peer: `left_ms` is asked before each system call and may raise to end the exchange."""
         self._left_ms = left_ms
+
+    def demand(self, window_ms: float) -> None:
+        """From now on a transfer fails that the peer slows below `PEER_BYTES_PER_S_MIN` for about `window_ms`."""
+        self._window_s = window_ms / 1000
+
+    def judged(self, window: Window | None, moved_bytes: int) -> Window:
+        """The window of a transfer of which another wait has ended after so many bytes, before the last one. None: no wait before.
+
+        Raises `DeadlineExceeded` for a peer that is too slow. A transfer that is done in one wait, as most are, pays nothing.
+        """
+        now_s = time.monotonic()
+        if window is None:
+            return Window(now_s, 0)
+        moved_bytes += window.moved_bytes
+        elapsed_s = now_s - window.began_s
+        if elapsed_s < self._window_s:
+            return Window(window.began_s, moved_bytes)
+        if moved_bytes < PEER_BYTES_PER_S_MIN * elapsed_s:
+            raise DeadlineExceeded(f"the peer moved {moved_bytes} bytes in {elapsed_s:.1f} s: too few to be waited for")
+        return Window(now_s, 0)
 
     def left_ms(self) -> float:
         """How long the next wait may be. Raises where the exchange is to end."""
