@@ -22,7 +22,7 @@ from attnstore.testing import StoreProcess
 from attnstore.wire import shared
 from attnstore.wire.shared import Kind, Place
 from tests.integration.shm_peer import Peer, open_channel
-from tests.samples import SMALL, make_batch
+from tests.samples import SMALL, eventually, make_batch
 
 KIB_128 = PageLayout(layers=1, kv_heads=1, head_dim=1 << 16, block_tokens=1, dtype=DType.OPAQUE)
 """128 KiB a page."""
