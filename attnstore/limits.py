@@ -142,6 +142,10 @@ NODE_FAIR_MS = 500
 """A node that was given less than this to answer, and did not, has not failed: whoever asked it was in a hurry."""
 NODE_FAIR_BYTES_PER_MS = 10_000
 """What a call moves adds to the fair time at this rate, 80 Mb/s: a slower node is no better than one that does not answer."""
+HEDGES_PERCENT_MAX = 5
+"""Of the reads of a cluster's client that it may ask a second node for as well, because the first is late."""
+HEDGES_BURST_MAX = 10
+"""Such reads that may come in a row, after many that were not late."""
 DIRECTORY_MS_MAX = 1_000
 """One call to the directory. A slow directory is as good as none: the last view goes on."""
 NODE_URL_CHARS_MAX = 512
@@ -177,6 +181,7 @@ assert DIRECTORY_MS_MAX <= HEARTBEAT_MS
 assert 0 < NODE_FAIR_MS < NODE_ANSWER_MS_MAX, "a node that does not answer has had a fair time"
 assert TASK_AGAIN_MS_MIN < TASK_AGAIN_MS_MAX <= HEARTBEAT_MS, "a heartbeat that failed is made again before its node is overdue"
 assert 12 * (NODE_ID_CHARS_MAX + NODE_URL_CHARS_MAX) + HOT_SEGMENTS_MAX * (2 * SEGMENT_KEY_BYTES + 4) + KIB <= RECORD_BYTES_MAX
+assert 0 < HEDGES_PERCENT_MAX < 100 <= 100 * HEDGES_BURST_MAX
 assert HEARTBEAT_MS < HEAT_WINDOW_MS, "heat is looked at several times in a window"
 assert HOT_REPLICAS <= REPLICAS_MAX
 

@@ -23,6 +23,7 @@ from attnstore.client.cluster_leases import ClusterLeases, LeasePart
 from attnstore.client.cluster_read import ClusterRead
 from attnstore.client.cluster_write import ClusterWriter
 from attnstore.client.flight import Flight, SingleFlight
+from attnstore.client.hedges import HedgeBudget
 from attnstore.client.mapped import PageViews
 from attnstore.client.membership import ClusterMembership, no_node_to_ask
 from attnstore.client.node_link import NodeLink
@@ -77,6 +78,7 @@ class AsyncClusterClient:
         self._leases = ClusterLeases(self._clock)
         self._matches: SingleFlight[MatchResult] = SingleFlight()
         self._writer = ClusterWriter()
+        self._hedges = HedgeBudget()
         self._turns = itertools.count(secrets.randbelow(HOT_REPLICAS))
         self._membership: ClusterMembership | None = None
         self._closed = False
@@ -273,8 +275,9 @@ class AsyncClusterClient:
                 parts = self._leases.parts(lease)
             except LeaseExpired:
                 return ReadResult((PageStatus.LEASE_EXPIRED,) * len(hashes), 0)
+        layout = self._layout(namespace)
         read = ClusterRead(
-            membership, namespace, self._layout(namespace), hashes, buffers, layers, parts, on_layer, deadline, self._clock
+            membership, namespace, layout, hashes, buffers, layers, parts, on_layer, deadline, self._clock, self._hedges
         )
         return await read.run()
 

@@ -3,8 +3,8 @@
 Owns: one read: which node is asked for which page, in which order, and which answer counts. Invariants: a buffer is written by one
 transfer at a time; when `run` ends, however it ends, every transfer has ended.
 
-A read that takes much longer than its node usually needs is asked of another holder as well, into memory of its own, and the first
-whole answer counts (hedged requests: Dean and Barroso, The Tail at Scale, 2013).
+What a node is late with, compared to what it usually needs, is asked of another holder as well, into memory of its own, and the
+first whole answer counts (hedged requests: Dean and Barroso, The Tail at Scale, 2013), within a budget (`hedges`).
 """
 
 from __future__ import annotations
@@ -12,11 +12,13 @@ from __future__ import annotations
 import asyncio
 from collections import defaultdict
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Final
 
 from attnstore.client.async_client import AsyncClient
 from attnstore.client.bulk import OnLayer, Transfer, in_thread
 from attnstore.client.cluster_leases import LeasePart
+from attnstore.client.hedges import HedgeBudget
 from attnstore.client.landing import Landing
 from attnstore.client.layer_merge import LayerMerge
 from attnstore.client.membership import ClusterMembership, no_node_to_ask
@@ -36,6 +38,31 @@ Group = tuple[str, str | None]
 """The node that is asked, and the one to turn to if it is late."""
 
 
+@dataclass(slots=True)
+class _Attempt:
+    """One node asked for pages `indices` of the read. `landing` is where they land, once the node is asked.
+
+    Unless it is the `last` one to be asked it gets half of the time.
+    """
+
+    link: NodeLink
+    indices: Sequence[int]
+    buffers: Sequence[bytearray | memoryview]
+    last: bool
+    landing: Landing | None = None
+
+    @property
+    def lacking(self) -> list[int]:
+        """Positions in `indices` of the pages that have not come so far."""
+        return list(range(len(self.indices))) if self.landing is None else self.landing.lacking
+
+    def result(self) -> ReadResult:
+        """What has come. The attempt must have ended: until then bytes may land."""
+        if self.landing is None:
+            return ReadResult((PageStatus.INCOMPLETE,) * len(self.indices), 0)
+        return self.landing.result()
+
+
 class ClusterRead:
     """One read over a cluster. `parts` are those of the lease that covers the pages, if there is one."""
 
@@ -51,6 +78,7 @@ class ClusterRead:
         on_layer: OnLayer | None,
         deadline: Deadline,
         clock: Clock,
+        hedges: HedgeBudget,
     ) -> None:
         messages.join_hashes(hashes)
         self._layers = layers if layers is not None else (0, layout.layers)
@@ -65,6 +93,7 @@ class ClusterRead:
         self._on_layer = on_layer
         self._deadline = deadline
         self._clock = clock
+        self._hedges = hedges
         self._lease_of = {page_hash: (part.link.member.node_id, part.lease) for part in parts for page_hash in part.hashes}
         self._statuses = [PageStatus.INCOMPLETE] * len(hashes)
         self._asked: dict[int, set[str]] = defaultdict(set)
@@ -134,90 +163,79 @@ class ClusterRead:
         link, other = links.get(node_id), links.get(alternative or "")
         if link is None:  # it left a moment ago
             return
-        buffers = [self._buffers[index] for index in indices]
+        self._hedges.read()
+        first = _Attempt(link, indices, [self._buffers[index] for index in indices], last=other is None)
         hedge_ms = self._hedge_ms(link, len(indices)) if other is not None and merge is None else None
         if other is None or hedge_ms is None:
-            self._take(indices, await self._ask(link, indices, buffers, merge, last=other is None))
-            return
-        running = {asyncio.create_task(self._ask(link, indices, buffers, None, last=False))}
+            await self._ask(first, merge)
+            self._take(first)
+        else:
+            await self._ask_hedged(first, other, hedge_ms)
+
+    async def _ask_hedged(self, first: _Attempt, other: NodeLink, hedge_ms: float) -> None:
+        """Asks a node, and another one for what has not come by then. Ends with the first that has brought all, or with both."""
+        running = {asyncio.create_task(self._ask(first, None)): first}
         try:
-            done, _ = await asyncio.wait(running, timeout=hedge_ms / 1000)
-            if done:
-                self._take(indices, done.pop().result())
-                return
-            await self._hedge(other, indices, running)
+            done, pending = await asyncio.wait(running, timeout=hedge_ms / 1000)
+            late = first.lacking
+            if pending and late and self._hedges.take():
+                indices = [first.indices[position] for position in late]
+                hedge = _Attempt(other, indices, [bytearray(self._slice_bytes) for _ in indices], last=True)
+                for index in indices:
+                    self._asked[index].add(other.member.node_id)
+                running[asyncio.create_task(self._ask(hedge, None))] = hedge
+                pending = set(running)
+            while pending and all(running[task].lacking for task in done):
+                done, pending = await asyncio.wait(pending, return_when=asyncio.FIRST_COMPLETED)
         finally:
-            await _ended(running)
+            await _ended(set(running))
+        for task in running:
+            if not task.cancelled():
+                task.result()
+        self._take(first)
+        for hedge in list(running.values())[1:]:
+            self._fill(hedge)
 
-    async def _hedge(self, other: NodeLink, indices: list[int], running: set[asyncio.Task[ReadResult]]) -> None:
-        """Waits for the first whole answer of the two, or for both; pages that the first one did not bring come from the second."""
-        (first,) = running
-        scratch = [bytearray(self._slice_bytes) for _ in indices]
-        second = asyncio.create_task(self._ask(other, indices, scratch, None, last=True))
-        running.add(second)
-        for index in indices:
-            self._asked[index].add(other.member.node_id)
-        pending = set(running)
-        while pending and not any(_is_whole(task) for task in running - pending):
-            _, pending = await asyncio.wait(pending, return_when=asyncio.FIRST_COMPLETED)
-        await _ended(pending)
-        if not first.cancelled():
-            self._take(indices, first.result())
-        if not second.cancelled():
-            self._fill(indices, second.result(), scratch)
-
-    def _fill(self, indices: Sequence[int], result: ReadResult, pages: Sequence[bytearray]) -> None:
-        """Takes the pages that are not there yet. Nobody may be writing into the caller's buffers any more."""
-        for index, status, page in zip(indices, result.statuses, pages, strict=True):
-            if status.is_hit and not self._statuses[index].is_hit:
-                memoryview(self._buffers[index]).cast("B")[:] = page
-                self._statuses[index] = status
-                self._transports.add(result.transport)
-
-    async def _ask(
-        self,
-        link: NodeLink,
-        indices: Sequence[int],
-        buffers: Sequence[bytearray | memoryview],
-        merge: LayerMerge | None,
-        *,
-        last: bool,
-    ) -> ReadResult:
-        """One node's answer; a node that fails has sent nothing. Unless it is the `last` to be asked it gets half the time."""
+    async def _ask(self, attempt: _Attempt, merge: LayerMerge | None) -> None:
+        """Asks one node. One that fails leaves pages lacking."""
         began_ms = self._clock.now_ms()
-        hashes = [self._hashes[index] for index in indices]
-        results: list[ReadResult] = []
+        hashes = [self._hashes[index] for index in attempt.indices]
 
         async def read(client: AsyncClient) -> None:
-            attempt = self._deadline.sooner(last=last)
-            await link.register(self._namespace, self._layout, attempt)
-            result = await client.read(
-                self._namespace,
-                hashes,
-                buffers,
-                layers=self._layers,
-                lease=self._lease_for(link, hashes),
-                on_layer=merge.of_group(indices[0]) if merge is not None else None,
-                deadline_ms=attempt.left_ms(),
-            )
-            results.append(result)
+            deadline = self._deadline.sooner(last=attempt.last)
+            await attempt.link.register(self._namespace, self._layout, deadline)
+            lease = self._lease_for(attempt.link, hashes)
+            on_layer = merge.of_group(attempt.indices[0]) if merge is not None else None
+            plan = client.plan_read(self._namespace, hashes, attempt.buffers, self._layers, lease, on_layer, deadline.left_ms())
+            attempt.landing = plan.landing
+            result = await client.run_read(plan)
             if result.error is not None:
                 raise result.error  # counts against the node
 
         try:
-            await link.call(read, self._slice_bytes * len(indices))
+            await attempt.link.call(read, self._slice_bytes * len(hashes))
         except Retryable as error:
             self._failure = error
-            return results[0] if results else ReadResult((PageStatus.INCOMPLETE,) * len(indices), 0, error)
+            return
         self._answered = True
-        link.took(len(indices), self._clock.now_ms() - began_ms)
-        return results[0]
+        attempt.link.took(len(hashes), self._clock.now_ms() - began_ms)
 
-    def _take(self, indices: Sequence[int], result: ReadResult) -> None:
-        for index, status in zip(indices, result.statuses, strict=True):
+    def _take(self, attempt: _Attempt) -> None:
+        """Takes what has come into the caller's buffers."""
+        result = attempt.result()
+        for index, status in zip(attempt.indices, result.statuses, strict=True):
             self._statuses[index] = status
         if result.bytes_read:
             self._transports.add(result.transport)
+
+    def _fill(self, hedge: _Attempt) -> None:
+        """Takes the pages that are not there yet out of a hedge's memory. Nobody may be writing into the caller's buffers."""
+        result = hedge.result()
+        for index, status, page in zip(hedge.indices, result.statuses, hedge.buffers, strict=True):
+            if status.is_hit and not self._statuses[index].is_hit:
+                memoryview(self._buffers[index]).cast("B")[:] = page
+                self._statuses[index] = status
+                self._transports.add(result.transport)
 
     def _lease_for(self, link: NodeLink, hashes: Sequence[bytes]) -> Lease | None:
         """The lease to name to a node: only one that covers all the pages there."""
@@ -230,11 +248,7 @@ class ClusterRead:
         return None if expected_ms is None else max(HEDGE_MS_MIN, HEDGE_FACTOR * expected_ms)
 
 
-def _is_whole(task: asyncio.Task[ReadResult]) -> bool:
-    return not task.cancelled() and task.exception() is None and all(status.is_hit for status in task.result().statuses)
-
-
-async def _ended(tasks: set[asyncio.Task[ReadResult]]) -> None:
+async def _ended(tasks: set[asyncio.Task[None]]) -> None:
     """Cancels tasks and waits for their end: until then they may write into buffers. A cancellation meanwhile comes afterwards."""
     for task in tasks:
         task.cancel()

@@ -41,6 +41,11 @@ class Landing:
                 return index
         return len(self._statuses)
 
+    @property
+    def lacking(self) -> list[int]:
+        """The pages that are not there, or not whole and verified, so far."""
+        return [index for index, status in enumerate(self._statuses) if status is not PageStatus.OK]
+
     def restart(self) -> None:
         """Forgets what has landed: the same read is begun again, over another transport or connection."""
         self._received_bytes = [0] * len(self._views)
