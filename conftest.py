@@ -9,6 +9,7 @@ import fcntl
 import os
 import shutil
 import signal
+import socket
 import subprocess
 from collections.abc import Generator, Iterator
 from pathlib import Path
@@ -43,13 +44,21 @@ def _missing_browser() -> str | None:
     return None if shutil.which("chromium") else "Chromium is not installed"
 
 
+def _missing_ipv6() -> str | None:
+    try:
+        socket.create_server(("::1", 0), family=socket.AF_INET6).close()
+    except OSError:
+        return "no IPv6 loopback"
+    return None
+
+
 def pytest_configure() -> None:
     """A run in the background of a shell begins with interrupts ignored, and some tests are about interrupts."""
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-_MISSING = {"browser": _missing_browser, "gpu": _missing_gpu, "netns": _missing_netns, "vllm": _missing_vllm}
+_MISSING = {"browser": _missing_browser, "gpu": _missing_gpu, "ipv6": _missing_ipv6, "netns": _missing_netns, "vllm": _missing_vllm}
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

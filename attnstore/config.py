@@ -7,15 +7,25 @@ Invariant: a bad value stops the start with one line that names the option, wher
 from __future__ import annotations
 
 import argparse
-import ipaddress
 import os
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, Self
 
-from pydantic import BaseModel, ByteSize, ConfigDict, Field, SecretStr, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ByteSize,
+    ConfigDict,
+    Field,
+    SecretStr,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
+from attnstore.address import Address
 from attnstore.environment import service_links, variable, variable_name
 from attnstore.errors import InvalidArgument
 from attnstore.limits import (
@@ -27,6 +37,7 @@ from attnstore.limits import (
     NODE_WEIGHT_MAX,
     REPLICAS_MAX,
 )
+from attnstore.tokens import is_token
 
 BULK_TRANSPORTS = frozenset({"shm", "tcp"})
 
@@ -36,7 +47,7 @@ class ServeOptions(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    listen: str = Field("127.0.0.1:7400", description="host:port of the gRPC service; port 0 takes a free one")
+    listen: str = Field("127.0.0.1:7400", description="host:port or [ipv6]:port of the gRPC service; port 0 takes a free one")
     capacity: ByteSize = Field(ByteSize(2 << 30), description="bytes of pages that the node holds at most, for example 2GiB")
     arena_path: Path | None = Field(
         None, description="file or memory device that holds the pages, for example /dev/dax0.0; default: memory of the node's own"
@@ -81,10 +92,13 @@ class ServeOptions(BaseModel):
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="least severe log lines shown")
     log_format: Literal["console", "json"] = Field("console", description="log lines for people or for machines")
 
-    @field_validator("listen")
+    @field_validator("listen", "advertise")
     @classmethod
-    def _listen_is_host_and_port(cls, value: str) -> str:
-        split_address(value)
+    def _is_an_address(cls, value: str, field: ValidationInfo) -> str:
+        if field.field_name == "listen":
+            Address.parse(value)
+        elif value:
+            Address.parse(value, 0)
         return value
 
     @field_validator("transports")
@@ -116,29 +130,29 @@ class ServeOptions(BaseModel):
         if self.token is not None and self.tokens_file is not None:
             raise ValueError("--token and --tokens-file exclude each other")
         guarded = self.tls_cert is not None or self.token is not None or self.tokens_file is not None
-        if not (guarded or self.insecure or is_loopback(split_address(self.listen)[0])):
+        if not (guarded or self.insecure or self.address.is_loopback):
             raise ValueError(
                 f"--listen {self.listen} is reachable from other machines: give --tls-cert and --tls-key, or --token or "
                 "--tokens-file, or say --insecure to serve everyone who can reach it"
             )
         return self
 
-    def advertised(self, bound: str) -> str:
-        """host:port where others reach a node that is bound to `bound`.
+    @property
+    def address(self) -> Address:
+        """Where the node listens; port 0 stands for a free one."""
+        return Address.parse(self.listen)
 
-        Raises `InvalidArgument` for a malformed `advertise`, or where it is missing and the node listens on all addresses.
+    def advertised(self, bound: Address) -> Address:
+        """Where others reach a node that is bound to `bound`.
+
+        Raises `InvalidArgument` where `advertise` is missing and the node of a cluster listens on all addresses.
         """
-        bound_host, bound_port = split_address(bound)
-        if not self.advertise:
-            if self.directory is not None and bound_host in ("0.0.0.0", "::"):
-                raise InvalidArgument(f"--listen {self.listen} names no address that others could reach: give --advertise")
-            return bound
-        has_port = ":" in self.advertise.rpartition("]")[2]
-        try:
-            host, port = split_address(self.advertise if has_port else f"{self.advertise}:{bound_port}")
-        except ValueError as error:
-            raise InvalidArgument(f"--advertise {self.advertise}: {error}") from None
-        return f"[{host}]:{port or bound_port}" if ":" in host else f"{host}:{port or bound_port}"
+        if self.advertise:
+            advertised = Address.parse(self.advertise, bound.port)
+            return advertised if advertised.port else advertised.at(bound.port)
+        if self.directory is not None and bound.is_wildcard:
+            raise InvalidArgument(f"--listen {self.listen} names no address that others could reach: give --advertise")
+        return bound
 
     def bulk_transports(self) -> frozenset[str]:
         """Names of the bulk transports to offer. None of them is encrypted, so there are none with TLS."""
@@ -207,28 +221,6 @@ def load_serve_options(arguments: argparse.Namespace, environment: Mapping[str, 
 def ignored_variables(environment: Mapping[str, str] = os.environ) -> dict[str, str]:
     """The variables named like options that Kubernetes has set for a Service: nobody meant the node by them."""
     return service_links(ServeOptions.model_fields, environment)
-
-
-def split_address(address: str) -> tuple[str, int]:
-    """`host:port` or `[ipv6]:port` as a pair. Raises `ValueError` naming what is wrong."""
-    host, colon, port = address.rpartition(":")
-    host = host.removeprefix("[").removesuffix("]")
-    if not colon or not host or not port.isascii() or not port.isdigit() or int(port) > 65535:
-        raise ValueError(f"{address!r} is not host:port with a port of 0 to 65535")
-    return host, int(port)
-
-
-def is_loopback(host: str) -> bool:
-    """Whether only this machine can reach `host`."""
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
-
-
-def is_token(text: str) -> bool:
-    """Whether a token can travel in a header: printable ASCII without spaces, and not empty."""
-    return text != "" and all("!" <= character <= "~" for character in text)
 
 
 def _explain(problem: Any, origin: Mapping[str, str]) -> str:

@@ -23,7 +23,7 @@ from pathlib import Path
 from statistics import median
 from typing import Final
 
-from attnstore.config import split_address
+from attnstore.address import Address
 from attnstore.testing.link import Link
 from experiments.bandwidth.processes import Child, say_and_wait, serve_connections
 from experiments.bandwidth.report import aligned
@@ -35,6 +35,7 @@ _BYTES_MAX: Final = 4_000_000_000
 _PINGS: Final = 500
 _PING_S: Final = 1.5
 _BLOCK: Final = 1 << 20
+_CONNECT_S_MAX: Final = 10.0
 _ORDER: Final = struct.Struct("<Q")
 
 
@@ -65,7 +66,7 @@ def measure(profile: str, server: str, rounds: int) -> Row:
 
 
 def _connected(address: str) -> socket.socket:
-    connection = socket.create_connection(split_address(address))
+    connection = Address.parse(address).connect(_CONNECT_S_MAX)
     connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     return connection
 

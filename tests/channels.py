@@ -11,6 +11,7 @@ from contextlib import contextmanager, suppress
 import grpc
 
 from attnstore import DType, PageLayout, PageStatus, namespace
+from attnstore.address import Address
 from attnstore.arena import MemoryArena
 from attnstore.client.bulk import OnLayer, ReadPlan, Transfer, WritePlan
 from attnstore.client.landing import Landing
@@ -54,7 +55,7 @@ class ChannelNode:
         self.metrics = NodeMetrics(self.store.statistics)
         self.tokens = TokenBook(clock, tenants)
         self.server = PageChannelServer(self.store, self.tokens, self.metrics, stall_ms=stall_ms, tenants=tenants)
-        self.server.start("127.0.0.1", 0)
+        self.server.start(Address("127.0.0.1", 0))
         self._stopped = False
         self._dialled: list[FrameStream] = []
 

@@ -15,8 +15,8 @@ from typing import Any, ClassVar
 
 import grpc
 
+from attnstore.address import Address
 from attnstore.client.landing import Landing
-from attnstore.config import split_address
 from attnstore.core.hashing import page_checksum
 from attnstore.errors import ClientClosed, DeadlineExceeded, InvalidArgument, ProtocolError
 from attnstore.limits import CHUNK_BYTES_MAX, CONNECT_MS_MAX, FRAME_BYTES_MAX, KEEPALIVE_MS, KEEPALIVE_TIMEOUT_MS, MESSAGE_BYTES_MAX
@@ -48,7 +48,7 @@ _CHANNEL_OPTIONS = (
 class Target:
     """A parsed target URL: `grpc://host:port`, or `grpcs://host:port` for TLS."""
 
-    address: str
+    address: Address
     tls: bool
 
     @classmethod
@@ -58,10 +58,9 @@ class Target:
         if not separator or scheme not in ("grpc", "grpcs"):
             raise InvalidArgument(f"target {url!r} is not grpc://host:port or grpcs://host:port")
         try:
-            split_address(address)
-        except ValueError as error:
+            return cls(Address.parse(address), scheme == "grpcs")
+        except InvalidArgument as error:
             raise InvalidArgument(f"target {url!r}: {error}") from None
-        return cls(address, scheme == "grpcs")
 
 
 class GrpcTransport:
@@ -85,9 +84,9 @@ class GrpcTransport:
             )
         if target.tls:
             credentials = grpc.ssl_channel_credentials(tls_ca)
-            self._channel = grpc.aio.secure_channel(target.address, credentials, options=_CHANNEL_OPTIONS)
+            self._channel = grpc.aio.secure_channel(str(target.address), credentials, options=_CHANNEL_OPTIONS)
         else:
-            self._channel = grpc.aio.insecure_channel(target.address, options=_CHANNEL_OPTIONS)
+            self._channel = grpc.aio.insecure_channel(str(target.address), options=_CHANNEL_OPTIONS)
         self._metadata = (("authorization", f"Bearer {token}"),) if token else ()
         self._stubs = {name: self._stub(method) for name, method in METHODS.items()}
         GrpcTransport._open.add(self)

@@ -25,7 +25,8 @@ def check_serving(target: str, *, deadline_ms: float, tls_ca: Path | None = None
     except OSError as error:
         raise InvalidArgument(f"tls_ca {tls_ca} cannot be read: {error.strerror}") from None
     credentials = grpc.ssl_channel_credentials(authorities)
-    channel = grpc.secure_channel(parsed.address, credentials) if parsed.tls else grpc.insecure_channel(parsed.address)
+    address = str(parsed.address)
+    channel = grpc.secure_channel(address, credentials) if parsed.tls else grpc.insecure_channel(address)
     with channel:
         try:
             # The published types of this stub know no methods.

@@ -15,7 +15,6 @@ from attnstore.client.options import ConnectOptions
 from attnstore.client.shm_transport import ShmTransport
 from attnstore.client.tcp_transport import TcpTransport
 from attnstore.clock import Clock, Deadline
-from attnstore.config import split_address
 from attnstore.errors import ClientClosed, DeadlineExceeded
 from attnstore.wire.shared import SHARED_FILE_OFFER
 
@@ -66,8 +65,7 @@ class BulkTransports:
     def _take(self, offered: dict[str, str]) -> None:
         options, opener = self._options, self._opener(asyncio.get_running_loop())
         if "tcp" in offered:
-            host, _ = split_address(options.target.address)
-            self.tcp = TcpTransport(host, opener, options.channels)
+            self.tcp = TcpTransport(options.target.address.host, opener, options.channels)
         offer = SHARED_FILE_OFFER if options.shared_path is not None and SHARED_FILE_OFFER in offered else "shm"
         if offer in offered and (options.transport == "shm" or ShmTransport.is_reachable(offered[offer])):
             self.shm = ShmTransport(opener, options.channels, offer, options.shared_path)

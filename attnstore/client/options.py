@@ -6,13 +6,14 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Self
 
+from attnstore.address import Address
 from attnstore.client.bulk import TransportName, checked_transport
 from attnstore.client.grpc_transport import Target
-from attnstore.config import is_token
 from attnstore.directory import Directory, DirectoryUrl, Member, MemoryDirectory, is_directory_url, open_directory
 from attnstore.environment import variable
 from attnstore.errors import InvalidArgument
 from attnstore.limits import CHANNELS_MAX, DEADLINE_MS_MAX, NODES_MAX, REPLICAS_MAX
+from attnstore.tokens import is_token
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +60,7 @@ class ConnectOptions:
         cls, tls: bool, *, deadline_ms: float, token: str | None, tls_ca: str | Path | None, transport: str, channels: int
     ) -> ConnectOptions:
         """Options for nodes whose addresses are not known yet; `at` makes them those of a node."""
-        return cls._checked(Target("", tls), deadline_ms, token, tls_ca, transport, channels)
+        return cls._checked(Target(Address("", 0), tls), deadline_ms, token, tls_ca, transport, channels)
 
     @classmethod
     def _checked(
@@ -69,7 +70,7 @@ class ConnectOptions:
         if token is not None and not is_token(token):
             raise InvalidArgument("token must be printable ASCII without spaces")
         if tls_ca is not None and not parsed.tls:
-            raise InvalidArgument(f"tls_ca is given, but target {parsed.address!r} does not use TLS: say grpcs://")
+            raise InvalidArgument(f"tls_ca is given, but target {str(parsed.address)!r} does not use TLS: say grpcs://")
         try:
             authorities = Path(tls_ca).read_bytes() if tls_ca is not None else None
         except OSError as error:

@@ -8,19 +8,18 @@ land in a buffer that its owner uses again.
 from __future__ import annotations
 
 import functools
-import socket
 import weakref
 from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
 from typing import TypeVar
 
+from attnstore.address import Address
 from attnstore.client.attend import ChannelAttend
 from attnstore.client.bulk import BulkUnavailable, MatchPlan, OpenChannel, ReadPlan, WritePlan, all_layers, matched
 from attnstore.client.channel_pool import ChannelPool
 from attnstore.client.parts import PartWorkers
 from attnstore.clock import Clock, Deadline
-from attnstore.config import split_address
 from attnstore.core.hashing import joint_checksum, page_checksum
 from attnstore.errors import AttnStoreError, InvalidArgument, Overloaded, ProtocolError
 from attnstore.limits import (
@@ -106,8 +105,9 @@ class TcpTransport:
             raise BulkUnavailable(f"the node opens no page channel: {error}") from None
         soon = deadline.sooner(_CONNECT_MS_MAX)
         try:
-            host, port = split_address(self._host + address if address.startswith(":") else address)
-            connection = socket.create_connection((host, port), soon.left_ms() / 1000)
+            # `:port` is a port of the host on which the node was reached.
+            offered = Address.of(self._host, int(address[1:])) if address.startswith(":") else Address.parse(address)
+            connection = offered.connect(soon.left_ms() / 1000)
         except (OSError, ValueError) as error:
             raise BulkUnavailable(f"the page channel at {self._host} cannot be reached: {error}") from None
         try:

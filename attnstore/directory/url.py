@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from typing import Self
 from urllib.parse import parse_qsl, unquote, urlsplit
 
-from attnstore.config import split_address
+from attnstore.address import Address
 from attnstore.errors import InvalidArgument
 
 SCHEMES = frozenset(f"redis{tls}{kind}" for tls in ("", "s") for kind in ("", "+sentinel", "+cluster"))
@@ -86,13 +86,9 @@ class DirectoryUrl:
 def _hosts(addresses: str, kind: str, shown: str) -> tuple[tuple[str, int], ...]:
     default = _SENTINEL_PORT if kind == "sentinel" else _REDIS_PORT
     try:
-        hosts = tuple(split_address(address if _has_port(address) else f"{address}:{default}") for address in addresses.split(","))
+        hosts = tuple((each.host, each.port) for each in (Address.parse(text, default) for text in addresses.split(",")))
     except ValueError as error:
         raise InvalidArgument(f"directory {shown!r}: {error}") from None
     if kind == "standalone" and len(hosts) != 1:
         raise InvalidArgument(f"directory {shown!r}: several hosts need redis+sentinel:// or redis+cluster://")
     return hosts
-
-
-def _has_port(address: str) -> bool:
-    return ":" in address.rpartition("]")[2]

@@ -1,8 +1,8 @@
-"""A listening socket, one thread for each connection, and the end of both.
+"""Listening sockets, one thread for each connection, and the end of both.
 
-Owns: the accepting thread, the set of live connections, who has a place and how they drain. What a connection says is its own
+Owns: the accepting threads, the set of live connections, who has a place and how they drain. What a connection says is its own
 affair.
-Invariants: after `stop` no thread of this listener runs and no socket of it is open; a peer that has not shown whose it is takes no
+Invariants: after `stop` no thread of these listeners runs and no socket of theirs is open; a peer that has not shown whose it is takes no
 place of one that has.
 
 A peer is a newcomer until it is admitted. There are few places for newcomers, and the one that has waited longest makes room for
@@ -95,26 +95,26 @@ class ConnectionThreads:
         self._connect = connect
         self._clock = clock
         self._lock = threading.Lock()
+        self._adopting = threading.Lock()
         self._threads: dict[Connection, threading.Thread] = {}
         self._newcomers: dict[Connection, None] = {}  # the oldest first
         self._tenants: dict[Connection, str] = {}  # of those admitted
         self._places = FairShares(CHANNEL_CONNECTIONS_MAX, f"{name} connections", "close some, or go over gRPC", tenants=tenants)
         self._stopping = threading.Event()
-        self._listener: socket.socket | None = None
-        self._acceptor: threading.Thread | None = None
+        self._acceptors: dict[socket.socket, threading.Thread] = {}
 
-    def start(self, listener: socket.socket) -> None:
-        """Serves a listening socket, which this object owns from now on."""
-        self._listener = listener
-        self._acceptor = tasks.supervised_thread(f"{self._name}-accept", lambda: self._accept(listener))
+    def start(self, *listeners: socket.socket) -> None:
+        """Serves listening sockets, which this object owns from now on."""
+        for listener in listeners:
+            self._acceptors[listener] = tasks.supervised_thread(f"{self._name}-accept", functools.partial(self._accept, listener))
 
     def stop(self, drain_ms: float) -> None:
         """Takes no new connection, gives running requests up to `drain_ms`, then breaks the connections and joins their threads."""
         self._stopping.set()
-        if self._listener is not None and self._acceptor is not None:
-            self._listener.shutdown(socket.SHUT_RDWR)
-            self._acceptor.join()
-            self._listener.close()
+        for listener, acceptor in self._acceptors.items():
+            listener.shutdown(socket.SHUT_RDWR)
+            acceptor.join()
+            listener.close()
         with self._lock:
             threads = dict(self._threads)
         for connection in threads:
@@ -136,7 +136,11 @@ class ConnectionThreads:
             self._adopt(peer)
 
     def _adopt(self, peer: socket.socket) -> None:
-        self._make_room_for_newcomer()
+        with self._adopting:  # or two acceptors would both take the last place
+            self._make_room_for_newcomer()
+            self._begin(peer)
+
+    def _begin(self, peer: socket.socket) -> None:
         try:
             with self._lock:
                 connection = self._connect(peer)

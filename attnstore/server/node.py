@@ -15,14 +15,14 @@ from collections.abc import Callable
 from importlib.metadata import version
 
 import grpc
-import prometheus_client
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from attnstore import tasks
+from attnstore.address import Address
 from attnstore.arena import Arena, FileArena, MemoryArena, SharedArena, StampedArena, extent_bytes_for
 from attnstore.clock import Clock, MonotonicClock
-from attnstore.config import ServeOptions, split_address
+from attnstore.config import ServeOptions
 from attnstore.core.heat import SegmentHeat
 from attnstore.core.page_table import PageTable
 from attnstore.directory.events import EventFeed
@@ -32,6 +32,7 @@ from attnstore.logs import get_logger
 from attnstore.server.attend import Attending, threads_default
 from attnstore.server.events import EventHub
 from attnstore.server.handoff import OpenPeer
+from attnstore.server.metrics_endpoint import MetricsEndpoint
 from attnstore.server.page_channel import PageChannelServer, TokenBook
 from attnstore.server.rpc import Authenticator, RpcShell
 from attnstore.server.seat import take_seat
@@ -85,7 +86,7 @@ class StoreNode:
             new_lease_id=lambda: secrets.token_bytes(LEASE_ID_BYTES),
         )
         hub = EventHub(self._loop)
-        node_id = options.node_id or options.advertised(self.address)
+        node_id = options.node_id or str(options.advertised(self.address))
         feed = EventFeed(node_id)
         publish = hub.publish if options.directory is None else hub.publish_also_to(feed.offer)
         heat = None if options.directory is None else SegmentHeat(options.hot_uses)
@@ -140,7 +141,7 @@ class StoreNode:
             attending=self._attending,
         )
         self._health = health.aio.HealthServicer()
-        self._stop_metrics: Callable[[], None] | None = None
+        self._metrics_endpoint: MetricsEndpoint | None = None
         self._expiry: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
@@ -149,8 +150,7 @@ class StoreNode:
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         reflection.enable_server_reflection((SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME), self._server)
         if "tcp" in self._options.bulk_transports():
-            host, _ = split_address(self._options.listen)
-            self._page_channel.start(host, self._options.page_channel_port)
+            self._page_channel.start(self.address.at(self._options.page_channel_port))
             self._channels["tcp"] = ChannelOffer(f":{self._page_channel.port}", self._tokens.issue)
         if self._shared_memory is not None:
             self._shared_memory.start()
@@ -164,7 +164,7 @@ class StoreNode:
         self._expiry = tasks.supervised("expiry", self._expire_leases)
         if self._seat is not None:
             self._seat.start()
-        _log.info("serving", address=self.address, capacity_bytes=int(self._options.capacity), pid=os.getpid())
+        _log.info("serving", address=str(self.address), capacity_bytes=int(self._options.capacity), pid=os.getpid())
 
     async def stop(self, drain_ms: int | None = None) -> None:
         """Takes no new call, waits up to `drain_ms` (default: the option) for running ones, then lets everything go."""
@@ -183,8 +183,8 @@ class StoreNode:
         await asyncio.gather(*bulk_stopped)
         if self._expiry is not None:
             await tasks.end(self._expiry)
-        if self._stop_metrics is not None:
-            self._stop_metrics()
+        if self._metrics_endpoint is not None:
+            self._metrics_endpoint.stop()
         self._arena.close()
         _log.info("stopped")
 
@@ -203,16 +203,17 @@ class StoreNode:
             attending.warm_up()
         return attending
 
-    def _bind(self) -> str:
-        listen = self._options.listen
-        credentials = self._credentials()
+    def _bind(self) -> Address:
+        address, credentials = self._options.address, self._credentials()
         try:
             port = (
-                self._server.add_insecure_port(listen) if credentials is None else self._server.add_secure_port(listen, credentials)
+                self._server.add_insecure_port(str(address))
+                if credentials is None
+                else self._server.add_secure_port(str(address), credentials)
             )
         except RuntimeError:
-            raise InvalidArgument(f"--listen {listen} cannot be bound: not an address of this machine, or in use") from None
-        return f"{listen.rpartition(':')[0]}:{port}"
+            raise InvalidArgument(f"--listen {address} cannot be bound: not an address of this machine, or in use") from None
+        return address.at(port)
 
     def _credentials(self) -> grpc.ServerCredentials | None:
         cert, key = self._options.tls_cert, self._options.tls_key
@@ -226,18 +227,11 @@ class StoreNode:
             raise InvalidArgument(f"--tls-cert {cert} and --tls-key {key} are no usable pair of PEM files: {error}") from None
 
     def _serve_metrics(self, port: int) -> None:
-        host, _ = split_address(self._options.listen)
         try:
-            server, thread = prometheus_client.start_http_server(port, addr=host, registry=self._metrics.registry)
+            listeners = self.address.at(port).listen()
         except OSError as error:
             raise InvalidArgument(f"--metrics-port {port} cannot be bound: {error.strerror}") from None
-
-        def stop() -> None:
-            server.shutdown()
-            server.server_close()
-            thread.join()
-
-        self._stop_metrics = stop
+        self._metrics_endpoint = MetricsEndpoint(self._metrics.registry, listeners)
 
     async def _expire_leases(self) -> None:
         # Uses of a lease compare with the clock themselves; this only gives the pages of silent holders back in time.

@@ -16,6 +16,7 @@ import threading
 from collections.abc import Callable
 from contextlib import ExitStack, suppress
 
+from attnstore.address import Address
 from attnstore.clock import Clock, Deadline
 from attnstore.core.fair_share import FairShares
 from attnstore.core.hashing import joint_checksum
@@ -94,7 +95,7 @@ class TokenBook:
 
 
 class PageChannelServer:
-    """Serves the page channel on `host`:`port` (0: a free port, see `port`) from `start` to `stop`, to `tenants` tenants."""
+    """Serves the page channel on an address (port 0: a free one, see `port`) from `start` to `stop`, to `tenants` tenants."""
 
     def __init__(
         self,
@@ -115,15 +116,16 @@ class PageChannelServer:
         self._connections = ConnectionThreads("page-channel", self._connect, store, tenants)
         self.port = 0
 
-    def start(self, host: str, port: int) -> None:
+    def start(self, address: Address) -> None:
         """Binds and serves. Raises `InvalidArgument` when the address cannot be bound."""
         try:
-            family = socket.AF_INET6 if ":" in host else socket.AF_INET
-            listener = socket.create_server((host, port), family=family, backlog=CHANNEL_BACKLOG_MAX)
+            listeners = address.listen(CHANNEL_BACKLOG_MAX)
         except OSError as error:
-            raise InvalidArgument(f"--page-channel-port {port} on {host} cannot be bound: {error.strerror}") from None
-        self.port = listener.getsockname()[1]
-        self._connections.start(listener)
+            raise InvalidArgument(
+                f"--page-channel-port {address.port} on {address.host} cannot be bound: {error.strerror}"
+            ) from None
+        self.port = listeners[0].getsockname()[1]
+        self._connections.start(*listeners)
 
     def stop(self, drain_ms: float) -> None:
         """See `ConnectionThreads.stop`; a connection takes no new request from now on."""

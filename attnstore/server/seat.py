@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from attnstore.address import Address
 from attnstore.clock import Clock
 from attnstore.config import ServeOptions
 from attnstore.directory import ClusterView, LayoutRecord, Member, open_directory
@@ -41,7 +42,7 @@ def take_seat(
     *,
     node_id: str,
     epoch: bytes,
-    address: str,
+    address: Address,
     store: Store,
     metrics: NodeMetrics,
     clock: Clock,

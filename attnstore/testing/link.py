@@ -28,21 +28,23 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from types import TracebackType
 from typing import Self
 
 import attnstore
-from attnstore.config import split_address
+from attnstore.address import Address
 from attnstore.errors import AttnStoreError, InvalidArgument
 from attnstore.links import PROFILES, LinkProfile, parse_link
-from attnstore.testing.link_relay import Relay, Traffic, listen
+from attnstore.testing.link_relay import Relay, Traffic
 
 _START_S_MAX = 30.0
 _STOP_S_MAX = 10.0
 _READY = "relaying "
 _TIMER_SLACK_NS = 1_000
 _PR_SET_TIMERSLACK = 29
+_TARGETS_PORT = -1
+"""No port: that of the target."""
 
 
 class Link:
@@ -79,10 +81,11 @@ class Link:
         """
         with attnstore.connect(url, transport="grpc", token=token) as client:
             offered = client.describe().transports
-        service = url.removeprefix("grpc://")
-        host, _, _ = service.rpartition(":")
-        channel = offered.get("tcp")
-        return cls([service] if channel is None else [service, host + channel], profile, seed=seed)
+        service = Address.parse(url.removeprefix("grpc://"))
+        targets = [service]
+        if "tcp" in offered:
+            targets.append(service.at(int(offered["tcp"].removeprefix(":"))))
+        return cls([str(target) for target in targets], profile, seed=seed)
 
     @property
     def url(self) -> str:
@@ -164,16 +167,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(argv)
     _wake_on_time()
     try:
-        targets = [split_address(target) for target in options.target]
+        targets = [Address.parse(target) for target in options.target]
         profile = parse_link(options.profile)
-        listeners = _listeners(options.listen, [port for _, port in targets])
+        places = _places(options.listen, [target.port for target in targets])
     except (AttnStoreError, OSError, ValueError) as error:
         print(f"link: {error}", file=sys.stderr)
         return 2
-    relay = Relay(listeners, targets, profile, options.seed)
-    for listener, target in zip(listeners, options.target, strict=True):
-        host, port = listener.getsockname()[:2]
-        print(f"{_READY}{host}:{port} to {target} over {profile.spec}", flush=True)
+    routes = [(listener, target) for place, target in zip(places, targets, strict=True) for listener in place.listeners]
+    relay = Relay(routes, profile, options.seed)
+    for place, target in zip(places, targets, strict=True):
+        print(f"{_READY}{place.address} to {target} over {profile.spec}", flush=True)
     with contextlib.suppress(KeyboardInterrupt):
         if options.control:
             _obey(relay, sys.stdin)
@@ -206,24 +209,38 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _listeners(where: str, ports: Sequence[int]) -> list[socket.socket]:
+@dataclass(frozen=True, slots=True)
+class _Place:
+    """Where connections to one target are taken, and the sockets that take them."""
+
+    address: Address
+    listeners: tuple[socket.socket, ...]
+
+
+def _places(where: str, ports: Sequence[int]) -> list[_Place]:
     if where == "auto":
         for last in range(2, 255):
             with contextlib.suppress(OSError):
                 return _listen_all(f"127.0.0.{last}", ports)
         raise InvalidArgument(f"no address 127.0.0.2 to 127.0.0.254 has the ports {', '.join(map(str, ports))} free")
-    if ":" in where:
-        if len(ports) > 1:
-            raise InvalidArgument("--listen HOST:PORT takes a single --target; say --listen HOST to keep the targets' ports")
-        return [listen(*split_address(where))]
-    return _listen_all(where, ports)
+    address = Address.parse(where, _TARGETS_PORT)
+    if address.port == _TARGETS_PORT:
+        return _listen_all(where, ports)
+    if len(ports) > 1:
+        raise InvalidArgument("--listen HOST:PORT takes a single --target; say --listen HOST to keep the targets' ports")
+    return _listen_all(address.host, [address.port])
 
 
-def _listen_all(host: str, ports: Sequence[int]) -> list[socket.socket]:
+def _listen_all(host: str, ports: Sequence[int]) -> list[_Place]:
+    places: list[_Place] = []
     with contextlib.ExitStack() as stack:
-        listeners = [stack.enter_context(listen(host, port)) for port in ports]
+        for port in ports:
+            listeners = Address.of(host, port).listen()
+            for listener in listeners:
+                stack.enter_context(listener)
+            places.append(_Place(Address.of(host, listeners[0].getsockname()[1]), listeners))
         stack.pop_all()
-    return listeners
+    return places
 
 
 def _obey(relay: Relay, commands: Iterable[str]) -> None:

@@ -27,6 +27,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from attnstore.address import Address
 from attnstore.limits import KIB, MIB
 from attnstore.links import LinkProfile
 
@@ -256,11 +257,9 @@ class _Connection:
 
 
 class Relay:
-    """Relays connections at `listeners[i]` to `targets[i]` over one link. `seed` decides all jitter."""
+    """Relays connections over one link, those at the first socket of a route to its address. `seed` decides all jitter."""
 
-    def __init__(
-        self, listeners: Sequence[socket.socket], targets: Sequence[tuple[str, int]], profile: LinkProfile, seed: int
-    ) -> None:
+    def __init__(self, routes: Sequence[tuple[socket.socket, Address]], profile: LinkProfile, seed: int) -> None:
         self._gate = Gate()
         self._up = Wire(profile.up_bits_per_s, profile.one_way_ms / 1000, profile.jitter_ms / 1000)
         self._down = Wire(profile.down_bits_per_s, profile.one_way_ms / 1000, profile.jitter_ms / 1000)
@@ -269,7 +268,9 @@ class Relay:
         self._connections: list[_Connection] = []
         self._accepted = 0
         self._is_cut = False
-        for listener, target in zip(listeners, targets, strict=True):
+        for listener, target in routes:
+            # A connection's buffer is its listener's, and its window is agreed in the handshake.
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, _RECEIVE_BUFFER_BYTES)
             threading.Thread(target=self._accept, args=(listener, target), daemon=True).start()
 
     def change(self, profile: LinkProfile) -> None:
@@ -304,7 +305,7 @@ class Relay:
         """What has passed so far."""
         return Traffic(self._accepted, self._up.moved_bytes, self._down.moved_bytes)
 
-    def _accept(self, listener: socket.socket, target: tuple[str, int]) -> None:
+    def _accept(self, listener: socket.socket, target: Address) -> None:
         while True:
             client, _ = listener.accept()
             with self._lock:
@@ -317,9 +318,9 @@ class Relay:
             else:
                 threading.Thread(target=self._connect, args=(client, target, number), daemon=True).start()
 
-    def _connect(self, client: socket.socket, target: tuple[str, int], number: int) -> None:
+    def _connect(self, client: socket.socket, target: Address, number: int) -> None:
         try:
-            server = _connected(*target)
+            server = target.connect(_CONNECT_S_MAX, receive_buffer_bytes=_RECEIVE_BUFFER_BYTES)
         except OSError:
             _refuse(client)
             return
@@ -338,35 +339,6 @@ class Relay:
         down = _Pump(server, client, self._down, self._gate, draws[1])
         threading.Thread(target=connection.run, args=(up,), daemon=True).start()
         connection.run(down)
-
-
-def listen(host: str, port: int) -> socket.socket:
-    """A listener for `Relay`. Raises `OSError` where the address is not to be had."""
-    listener = socket.socket()
-    try:
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, _RECEIVE_BUFFER_BYTES)
-        listener.bind((host, port))
-        listener.listen()
-    except OSError:
-        listener.close()
-        raise
-    return listener
-
-
-def _connected(host: str, port: int) -> socket.socket:
-    family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-    connection = socket.socket(family, kind, protocol)
-    try:
-        # Before connecting: the window is agreed in the handshake.
-        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, _RECEIVE_BUFFER_BYTES)
-        connection.settimeout(_CONNECT_S_MAX)
-        connection.connect(address)
-        connection.settimeout(None)
-    except OSError:
-        connection.close()
-        raise
-    return connection
 
 
 def _refuse(client: socket.socket) -> None:

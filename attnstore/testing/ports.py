@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-import socket
+from contextlib import ExitStack
+
+from attnstore.address import Address
 
 
 def free_port(host: str = "127.0.0.1") -> int:
     """A TCP port of `host` that nobody listens on now. Somebody may, a moment later."""
-    with socket.create_server((host, 0)) as listener:
-        return int(listener.getsockname()[1])
+    with ExitStack() as stack:
+        first, *_ = [stack.enter_context(listener) for listener in Address.of(host, 0).listen()]
+        return int(first.getsockname()[1])

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import shutil
 import signal
-import socket
 import subprocess
 import tempfile
 import time
@@ -16,6 +15,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+from attnstore.address import Address
 from attnstore.testing.ports import free_port
 
 _START_S_MAX = 15.0
@@ -65,7 +65,7 @@ class RedisServer:
     @property
     def url(self) -> str:
         """Ready for `--directory` and `attnstore.connect`."""
-        return f"redis://{self.host}:{self.port}/0"
+        return f"redis://{Address.of(self.host, self.port)}/0"
 
     def start(self) -> None:
         """Starts the server, empty, on the port that it had before."""
@@ -113,6 +113,6 @@ class RedisServer:
         self._process.send_signal(number)
 
     def _accepts(self) -> bool:
-        with suppress(OSError), socket.create_connection((self.host, self.port), timeout=1):
+        with suppress(OSError), Address.of(self.host, self.port).connect(1):
             return True
         return False

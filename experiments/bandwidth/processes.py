@@ -16,6 +16,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, Self
 
+from attnstore.address import Address
+
 ROOT = Path(__file__).parents[2]
 _START_S_MAX = 60.0
 _END_S_MAX = 10.0
@@ -120,15 +122,16 @@ def listens(process: subprocess.Popen[bytes], port: int, limit_s: float) -> bool
 
 def serve_connections(host: str, answer: Callable[[socket.socket], None]) -> str:
     """Listens on a free port of `host` and runs `answer` on a thread for each connection; the address."""
-    listener = socket.create_server((host, 0))
+    listeners = Address.of(host, 0).listen()
 
-    def accept() -> None:
+    def accept(listener: socket.socket) -> None:
         while True:
             peer, _ = listener.accept()
             threading.Thread(target=answer, args=(peer,), daemon=True).start()
 
-    threading.Thread(target=accept, daemon=True).start()
-    return f"{host}:{listener.getsockname()[1]}"
+    for listener in listeners:
+        threading.Thread(target=accept, args=(listener,), daemon=True).start()
+    return str(Address.of(host, listeners[0].getsockname()[1]))
 
 
 def say_and_wait(line: str) -> None:

@@ -175,8 +175,8 @@ class ComposeCluster:
     def _publish(self, relay: PortRelay) -> None:
         for service in self.services.values():
             for port in service.ports:
-                address = relay.publish((port.host, port.port), self.host(service.name), port.container_port)
-                self._published[service.name, port.container_port] = f"{address[0]}:{address[1]}"
+                address = relay.publish(port.address, self.host(service.name), port.container_port)
+                self._published[service.name, port.container_port] = str(address)
 
     def _end_all(self) -> None:
         """The last one started is the first to end, and every one of them does."""

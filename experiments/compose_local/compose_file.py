@@ -16,6 +16,8 @@ from typing import Any, Final
 
 import yaml
 
+from attnstore.address import Address
+
 NOT_APPLIED: Final = {
     "build": "images are not built: executables of this machine take their place",
     "restart": "a service that ends stays down, which is what experiments want to see",
@@ -79,10 +81,9 @@ class Mount:
 
 @dataclass(frozen=True, slots=True)
 class PublishedPort:
-    """`container_port` reachable from outside under `host:port`; port 0 takes a free one."""
+    """`container_port` reachable from outside under `address`; port 0 takes a free one."""
 
-    host: str
-    port: int
+    address: Address
     container_port: int
 
 
@@ -167,8 +168,8 @@ def _mount(text: str, folder: Path) -> Mount:
 
 
 def _port(text: str) -> PublishedPort:
-    host, port, container_port = text.split(":")
-    return PublishedPort(host, int(port), int(container_port))
+    address, _, container_port = text.rpartition(":")
+    return PublishedPort(Address.parse(address), int(container_port))
 
 
 def _network_of(mode: str | None) -> str | None:

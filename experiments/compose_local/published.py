@@ -12,6 +12,7 @@ from contextlib import suppress
 from types import TracebackType
 from typing import Final, Self
 
+from attnstore.address import Address
 from attnstore.testing.netns import Host
 
 _CHUNK_BYTES: Final = 64 << 10
@@ -35,11 +36,11 @@ class PortRelay:
         self._thread.join()
         self._loop.close()
 
-    def publish(self, listen: tuple[str, int], host: Host, port: int) -> tuple[str, int]:
+    def publish(self, listen: Address, host: Host, port: int) -> Address:
         """Listens on `listen` (port 0: a free one) for `port` of `host`; the address. Raises `OSError` where it is taken."""
         return asyncio.run_coroutine_threadsafe(self._publish(listen, host, port), self._loop).result()
 
-    async def _publish(self, listen: tuple[str, int], host: Host, port: int) -> tuple[str, int]:
+    async def _publish(self, listen: Address, host: Host, port: int) -> Address:
         async def relay(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
             # A socket belongs to the network in which it was made, wherever it is used.
             with host.entered():
@@ -55,10 +56,9 @@ class PortRelay:
             with suppress(asyncio.CancelledError):  # the cluster ends
                 await asyncio.gather(_pass_on(reader, far_writer), _pass_on(far_reader, writer))
 
-        server = await asyncio.start_server(relay, *listen)
-        self._servers.append(server)
-        address: tuple[str, int] = server.sockets[0].getsockname()
-        return address
+        listeners = listen.listen()
+        self._servers += [await asyncio.start_server(relay, sock=listener) for listener in listeners]
+        return listen.at(listeners[0].getsockname()[1])
 
     async def _close(self) -> None:
         for server in self._servers:

@@ -94,6 +94,22 @@ def test_a_node_answers_as_the_reference_does(nodes: list[StoreProcess], pages: 
                 ask(stream, second, query[:1])
 
 
+@pytest.mark.ipv6
+@pytest.mark.parametrize("transport", ["tcp", "grpc"])
+def test_a_node_on_ipv6_answers_too(pages: torch.Tensor, transport: str) -> None:
+    with (
+        StoreProcess("--listen", "[::1]:0", "--capacity", "64MiB", "--transports", "tcp") as node,
+        attnstore.connect(node.url, transport=transport, deadline_ms=DEADLINE_MS) as client,
+    ):
+        lease = keep(client, pages, 0, PAGES)
+        with client.attend(NAMESPACE, q_heads=Q_HEADS, scale=SCALE) as stream:
+            query = torch.randn(2, Q_HEADS, LAYOUT.head_dim)
+            out, lse = ask(stream, stream.open(HASHES, lease), query)
+            want_out, want_lse = whole(query, pages, 0)
+            torch.testing.assert_close(out, want_out, rtol=0, atol=1e-5)
+            torch.testing.assert_close(lse, want_lse, rtol=0, atol=1e-5)
+
+
 def test_two_nodes_that_hold_a_half_each_answer_at_once_and_merge_to_the_whole(
     nodes: list[StoreProcess], pages: torch.Tensor
 ) -> None:

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 import pytest
 
 import attnstore
-from attnstore.config import split_address
+from attnstore.address import Address
 from attnstore.testing import StoreProcess
 from attnstore.testing.link import Link
 
@@ -55,7 +55,7 @@ def echo() -> Iterator[str]:
 
 
 def _connect(link: Link) -> socket.socket:
-    return socket.create_connection(split_address(link.addresses[0]), _WAIT_S)
+    return Address.parse(link.addresses[0]).connect(_WAIT_S)
 
 
 def _echoed(connection: socket.socket, data: bytes) -> bytes:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ import openai
 import pytest
 import uvicorn
 
+from attnstore.address import Address
 from worker.engine import AsyncEngine, Engine, EngineOptions, SamplingParams
 from worker.model import LoadedModel
 from worker.serve import create_app
@@ -240,31 +241,46 @@ async def test_health_and_metrics_tell_how_it_goes(http: httpx2.AsyncClient, cli
     assert "attnstore_worker_ttft_seconds_count 1.0" in text
 
 
-@pytest.mark.parametrize("ending", [signal.SIGTERM, signal.SIGINT])
-def test_the_command_serves_until_it_is_asked_to_end(tiny_folder: Path, ending: signal.Signals) -> None:
-    command = [
-        sys.executable,
-        "-m",
-        "worker.cli",
-        "serve",
-        "--port",
-        "0",
-        "--threads",
-        "1",
-        "--pool",
-        "4MiB",
-        "--model",
-        str(tiny_folder),
-    ]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env={**os.environ})
+@contextmanager
+def served(model: Path, *options: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
+    """The command in a process of its own, and its URL."""
+    command = [sys.executable, "-m", "worker.cli", "serve", "--port", "0", "--model", str(model)]
+    process = subprocess.Popen([*command, "--threads", "1", "--pool", "4MiB", *options], stderr=subprocess.PIPE, text=True)
     try:
         assert process.stderr is not None
-        address = next(line for line in process.stderr if "serving" in line).split(" on ")[1].strip()
-        with openai.OpenAI(base_url=f"{address}/v1", api_key="none") as client:
+        yield process, next(line for line in process.stderr if "serving" in line).split(" on ")[1].strip()
+    finally:
+        process.kill()
+        process.communicate()
+
+
+@pytest.mark.parametrize("ending", [signal.SIGTERM, signal.SIGINT])
+def test_the_command_serves_until_it_is_asked_to_end(tiny_folder: Path, ending: signal.Signals) -> None:
+    with served(tiny_folder) as (process, url):
+        with openai.OpenAI(base_url=f"{url}/v1", api_key="none") as client:
             name = client.models.list().data[0].id
             assert client.completions.create(model=name, prompt="Hello", max_tokens=3).usage is not None
         process.send_signal(ending)
         assert process.wait(WAIT_S) == 0
-    finally:
-        process.kill()
-        process.communicate()
+
+
+@pytest.mark.ipv6
+@pytest.mark.parametrize(("host", "hosts"), [("::1", ["::1"]), ("[::1]", ["::1"]), ("localhost", ["127.0.0.1", "::1"])])
+def test_the_command_serves_on_either_family(tiny_folder: Path, host: str, hosts: list[str]) -> None:
+    with served(tiny_folder, "--host", host) as (_, url):
+        port = Address.parse(url.removeprefix("http://")).port
+        for each in hosts:
+            assert httpx2.get(f"http://{Address.of(each, port)}/health").status_code == 200
+
+
+def test_a_host_that_is_no_address_is_refused(tiny_folder: Path) -> None:
+    for host, words in (
+        ("::1:x", "--host ::1:x"),
+        ("127.1", "four decimal numbers"),
+        ("203.0.113.7", "cannot listen on 203.0.113.7"),
+    ):
+        command = [sys.executable, "-m", "worker.cli", "serve", "--port", "0", "--model", str(tiny_folder), "--host", host]
+        result = subprocess.run(command, capture_output=True, text=True, timeout=WAIT_S * 4)
+        assert result.returncode == 2
+        assert words in result.stderr
+        assert "Traceback" not in result.stderr

@@ -10,6 +10,7 @@ import subprocess
 import sys
 from dataclasses import asdict
 
+from attnstore.address import Address
 from experiments.bandwidth.lane import Sample, Start
 
 _WRITE_BYTES_MAX = 1 << 20
@@ -17,9 +18,9 @@ _WRITE_BYTES_MAX = 1 << 20
 
 def stream(start: Start, verb: str, batch: int) -> Sample:
     """One transfer of `batch` pages: a read is the server sending."""
-    host, _, port = start.address.rpartition(":")
+    address = Address.parse(start.address)
     write_bytes = min(start.page_bytes, _WRITE_BYTES_MAX)
-    command = ["iperf3", "--client", host, "--port", port, "--json", "--length", str(write_bytes)]
+    command = ["iperf3", "--client", address.host, "--port", str(address.port), "--json", "--length", str(write_bytes)]
     command += ["--bytes", str(batch * start.page_bytes), *(["--reverse"] if verb.endswith(" read") else [])]
     end = json.loads(subprocess.run(command, check=True, capture_output=True, timeout=60).stdout)["end"]
     received, load = end["sum_received"], end["cpu_utilization_percent"]

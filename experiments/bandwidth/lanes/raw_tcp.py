@@ -9,20 +9,21 @@ from __future__ import annotations
 import socket
 import struct
 
+from attnstore.address import Address
 from experiments.bandwidth.lane import Start, serve_lane
 from experiments.bandwidth.pages import PageBuffers
 from experiments.bandwidth.processes import say_and_wait, serve_connections
 
 _REQUEST = struct.Struct("<QII")
 _READ, _WRITE = 1, 2
+_CONNECT_S_MAX = 10.0
 
 
 class RawTcpLane:
     """The client."""
 
     def __init__(self, start: Start) -> None:
-        host, _, port = start.address.rpartition(":")
-        self._socket = socket.create_connection((host, int(port)))
+        self._socket = Address.parse(start.address).connect(_CONNECT_S_MAX)
         self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self._source = PageBuffers.filled(start.shape)
         self._answer = memoryview(bytearray(1))

