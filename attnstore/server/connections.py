@@ -2,8 +2,8 @@
 
 Owns: the accepting threads, the set of live connections, who has a place and how they drain. What a connection says is its own
 affair.
-Invariants: after `stop` no thread of these listeners runs and no socket of theirs is open; a peer that has not shown whose it is takes no
-place of one that has.
+Invariants: after `stop` no thread of these listeners runs and no socket of theirs is open; a peer that has not shown whose
+it is takes no place of one that has.
 
 A peer is a newcomer until it is admitted. There are few places for newcomers, and the one that has waited longest makes room for
 the next. Admitted peers share the places by tenant; where a tenant's are all taken, an idle connection is closed, so that many

@@ -167,7 +167,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(argv)
     _wake_on_time()
     try:
-        targets = [Address.parse(target) for target in options.target]
+        targets = [_address("--target", target) for target in options.target]
         profile = parse_link(options.profile)
         places = _places(options.listen, [target.port for target in targets])
     except (AttnStoreError, OSError, ValueError) as error:
@@ -223,12 +223,19 @@ def _places(where: str, ports: Sequence[int]) -> list[_Place]:
             with contextlib.suppress(OSError):
                 return _listen_all(f"127.0.0.{last}", ports)
         raise InvalidArgument(f"no address 127.0.0.2 to 127.0.0.254 has the ports {', '.join(map(str, ports))} free")
-    address = Address.parse(where, _TARGETS_PORT)
+    address = _address("--listen", where, _TARGETS_PORT)
     if address.port == _TARGETS_PORT:
-        return _listen_all(where, ports)
+        return _listen_all(address.host, ports)
     if len(ports) > 1:
         raise InvalidArgument("--listen HOST:PORT takes a single --target; say --listen HOST to keep the targets' ports")
     return _listen_all(address.host, [address.port])
+
+
+def _address(option: str, text: str, default_port: int | None = None) -> Address:
+    try:
+        return Address.parse(text, default_port)
+    except InvalidArgument as error:
+        raise InvalidArgument(f"{option} {text}: {error}") from None
 
 
 def _listen_all(host: str, ports: Sequence[int]) -> list[_Place]:

@@ -90,7 +90,7 @@ def test_services_run_with_no_more_rights_than_they_need() -> None:
 
 def test_only_loopback_ports_are_published_and_none_of_the_store_or_the_directory() -> None:
     for service in load_compose_file(COMPOSE, SECRETS).values():
-        assert {port.host for port in service.ports} <= {"127.0.0.1"}
+        assert {port.address.host for port in service.ports} <= {"127.0.0.1"}
         assert not service.ports or service.name in {"worker1", "worker2", "vllm", "prometheus", "grafana"}
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from attnstore.address import Address
 from experiments.compose_local.compose_file import ComposeError, HealthCheck, Mount, PublishedPort, load_compose_file, seconds
 
 FILE = """
@@ -44,7 +45,7 @@ def test_every_part_of_a_service_is_read(tmp_path: Path) -> None:
     assert (node.user, node.capabilities, node.stop_grace_s) == ("7:8", ("NET_ADMIN",), 3.0)
     assert node.mounts == (Mount(str(tmp_path / "conf"), "/etc/conf", True), Mount("data", "/data", False))
     assert [mount.is_volume for mount in node.mounts] == [False, True]
-    assert node.ports == (PublishedPort("127.0.0.1", 0, 80),)
+    assert node.ports == (PublishedPort(Address("127.0.0.1", 0), 80),)
     assert node.health == HealthCheck(("true",), 90.0, 0.5, 2, 1.0)
     assert (side.network_of, side.depends_on, side.profiles) == ("node", {"node": "service_healthy"}, {"extra"})
 

@@ -203,7 +203,7 @@ def test_a_read_over_a_flapping_link_is_late_and_right() -> None:
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        (["--target", "nowhere"], "is not host:port"),
+        (["--target", "nowhere"], "--target nowhere: must be host:port"),
         (["--target", "127.0.0.1:1", "--profile", "fast"], "is no link"),
         (["--target", "127.0.0.1:1", "--target", "127.0.0.1:2", "--listen", "127.0.0.1:0"], "single --target"),
         (["--target", "127.0.0.1:1", "--listen", "192.0.2.1:0"], "Cannot assign"),
