@@ -13,8 +13,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol, Self
 
-from attnstore.config import split_address
-from attnstore.errors import ProtocolError
+from attnstore.address import Address
+from attnstore.errors import InvalidArgument, ProtocolError
 from attnstore.limits import (
     EPOCH_BYTES,
     HASH_BYTES,
@@ -256,8 +256,7 @@ def is_name(text: str) -> bool:
 def _is_node_url(url: str) -> bool:
     scheme, _, address = url.partition("://")
     try:
-        host, port = split_address(address)
-    except ValueError:
+        port = Address.parse(address).port
+    except InvalidArgument:
         return False
-    good_text = len(url) <= NODE_URL_CHARS_MAX and url.isprintable() and " " not in url
-    return scheme in ("grpc", "grpcs") and good_text and host != "" and port > 0
+    return scheme in ("grpc", "grpcs") and len(url) <= NODE_URL_CHARS_MAX and port > 0
