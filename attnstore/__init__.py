@@ -71,6 +71,7 @@ def connect(
     transport: str = "auto",
     channels: int = 1,
     shared_path: str | Path | None = None,
+    http_proxy: str | None = None,
 ) -> Client | ClusterClient:
     """A blocking client of a store node or of a cluster. `target` is one of
 
@@ -84,6 +85,8 @@ def connect(
     `transport` says how page bytes move: `auto` takes the best that the node offers and falls back to gRPC with a warning; `grpc`,
     `tcp` and `shm` are forced. `channels` is how many page channels one large transfer may use at once. `shared_path` is the
     `--arena-path` of a node on this host: such a file is mapped only if you name it, because cutting it would kill its readers.
+
+    `http_proxy` is the URL of an HTTP proxy to go through, with gRPC alone; the proxies that the environment names are not used.
     Nothing is sent before the first call. Raises `errors.InvalidArgument` for a malformed argument.
     """
     options = options_of(
@@ -94,5 +97,6 @@ def connect(
         transport=transport,
         channels=channels,
         shared_path=shared_path,
+        http_proxy=http_proxy,
     )
     return ClusterClient(options) if isinstance(options, ClusterOptions) else Client(options)

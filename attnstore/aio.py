@@ -19,6 +19,7 @@ def connect(
     transport: str = "auto",
     channels: int = 1,
     shared_path: str | Path | None = None,
+    http_proxy: str | None = None,
 ) -> AsyncClient | AsyncClusterClient:
     """An `AsyncClient` or `AsyncClusterClient` for the running event loop. Arguments as in `attnstore.connect`."""
     options = options_of(
@@ -29,5 +30,6 @@ def connect(
         transport=transport,
         channels=channels,
         shared_path=shared_path,
+        http_proxy=http_proxy,
     )
     return AsyncClusterClient(options) if isinstance(options, ClusterOptions) else AsyncClient(options)

@@ -66,6 +66,7 @@ def _parser() -> argparse.ArgumentParser:
     health.add_argument("target", metavar="URL", help="for example grpc://127.0.0.1:7400")
     health.add_argument("--deadline-ms", type=float, default=2_000, metavar="MS", help="wait for its answer (default 2000)")
     health.add_argument("--tls-ca", type=Path, metavar="FILE", help="PEM file of trusted authorities, for grpcs://")
+    _add_http_proxy(health)
     health.set_defaults(run=_health)
 
     status = commands.add_parser(
@@ -107,13 +108,20 @@ def _add_access(parser: argparse.ArgumentParser) -> None:
     add("--token", default=variable("token"), help="token for the nodes [env ATTNSTORE_TOKEN]")
     add("--tls-ca", type=Path, metavar="FILE", help="PEM certificates of the nodes' authorities; default: the system's")
     add("--deadline-ms", type=float, default=2_000, metavar="MS", help="longest wait for a node (default 2000)")
+    _add_http_proxy(parser)
+
+
+def _add_http_proxy(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--http-proxy", metavar="URL", help="go through this HTTP proxy (default: none, not the environment's either)"
+    )
 
 
 def _access(arguments: argparse.Namespace, target: str | None = None, default: str | None = None) -> Access:
     target = target or arguments.directory or variable("directory") or default
     if target is None:
         raise InvalidArgument("--directory is missing: the URL of the cluster's directory, for example redis://HOST:6379/0")
-    return Access(target, arguments.token, arguments.tls_ca, arguments.deadline_ms)
+    return Access(target, arguments.token, arguments.tls_ca, arguments.deadline_ms, arguments.http_proxy)
 
 
 def _serve(arguments: argparse.Namespace) -> int:
@@ -135,7 +143,7 @@ def _peer_opener(options: ServeOptions) -> OpenPeer:
 
 
 def _health(arguments: argparse.Namespace) -> int:
-    check_serving(arguments.target, deadline_ms=arguments.deadline_ms, tls_ca=arguments.tls_ca)
+    check_serving(arguments.target, deadline_ms=arguments.deadline_ms, tls_ca=arguments.tls_ca, http_proxy=arguments.http_proxy)
     return 0
 
 

@@ -33,11 +33,14 @@ class Access:
     token: str | None
     tls_ca: Path | None
     deadline_ms: float
+    http_proxy: str | None = None
 
     def node(self, url: str) -> aio.AsyncClient | aio.AsyncClusterClient:
         """A client of one node."""
         tls_ca = self.tls_ca if url.startswith("grpcs") else None
-        return aio.connect(url, deadline_ms=self.deadline_ms, token=self.token, tls_ca=tls_ca, transport="grpc")
+        return aio.connect(
+            url, deadline_ms=self.deadline_ms, token=self.token, tls_ca=tls_ca, transport="grpc", http_proxy=self.http_proxy
+        )
 
     @property
     def is_cluster(self) -> bool:
@@ -114,7 +117,7 @@ async def cluster_status(access: Access, worker_urls: Sequence[str] = ()) -> Clu
     """
     members = await _members(access)
     nodes = asyncio.gather(*(_node_status(access, member) for member in members))
-    answers, workers = await asyncio.gather(nodes, worker_statuses(worker_urls, access.deadline_ms))
+    answers, workers = await asyncio.gather(nodes, worker_statuses(worker_urls, access.deadline_ms, access.http_proxy))
     sealed: Counter[tuple[str, int]] = Counter()
     for _, statistics in answers:
         for space in statistics.namespaces if statistics is not None else ():

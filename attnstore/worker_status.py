@@ -9,11 +9,11 @@ from __future__ import annotations
 import asyncio
 import http.client
 import json
-import urllib.error
-import urllib.request
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Final
+
+from attnstore.http_client import open_url
 
 _ANSWER_BYTES_MAX: Final = 4 << 20
 
@@ -46,9 +46,10 @@ class WorkerStatus:
     median_error: float | None = None
 
 
-async def worker_statuses(urls: Sequence[str], deadline_ms: float) -> tuple[WorkerStatus, ...]:
+async def worker_statuses(urls: Sequence[str], deadline_ms: float, http_proxy: str | None = None) -> tuple[WorkerStatus, ...]:
     """Asks all of them at once."""
-    return tuple(await asyncio.gather(*(asyncio.to_thread(_ask, url.rstrip("/"), deadline_ms) for url in urls)))
+    asked = (asyncio.to_thread(_ask, url.rstrip("/"), deadline_ms, http_proxy) for url in urls)
+    return tuple(await asyncio.gather(*asked))
 
 
 def worker_rows(workers: Sequence[WorkerStatus]) -> list[tuple[str, ...]]:
@@ -70,11 +71,11 @@ def worker_rows(workers: Sequence[WorkerStatus]) -> list[tuple[str, ...]]:
     return rows
 
 
-def _ask(url: str, deadline_ms: float) -> WorkerStatus:
+def _ask(url: str, deadline_ms: float, http_proxy: str | None) -> WorkerStatus:
     try:
         if not url.startswith(("http://", "https://")):
             raise ValueError("a worker's URL begins with http:// or https://")
-        with urllib.request.urlopen(f"{url}/planner?last=0", timeout=deadline_ms / 1e3) as answer:
+        with open_url(f"{url}/planner?last=0", deadline_ms / 1e3, http_proxy) as answer:
             return _parse(url, json.loads(answer.read(_ANSWER_BYTES_MAX)))
     except (OSError, http.client.HTTPException, ValueError, KeyError, TypeError, AttributeError) as error:
         return WorkerStatus(url, error=f"{type(error).__name__}: {error}")

@@ -1,4 +1,4 @@
-"""What experiments ask of running services over HTTP: completions of a worker, metrics, queries of Prometheus. Standard library."""
+"""What experiments ask of running services over HTTP: completions of a worker, metrics, queries of Prometheus."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from prometheus_client.parser import text_string_to_metric_families
+
+from attnstore.http_client import open_url
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +47,7 @@ def complete(worker: str, model: str, prompt: str, *, tokens: int, timeout_s: fl
 
 def metric(endpoint: str, name: str, timeout_s: float = 10.0) -> float:
     """The sum of a metric's samples over its labels, as `endpoint`/metrics gives it; 0 where there is none."""
-    with urllib.request.urlopen(f"{endpoint}/metrics", timeout=timeout_s) as answer:
+    with open_url(f"{endpoint}/metrics", timeout_s) as answer:
         families = text_string_to_metric_families(answer.read().decode())
     return sum(sample.value for family in families for sample in family.samples if sample.name == name)
 
@@ -61,5 +63,5 @@ def query(prometheus: str, expression: str, timeout_s: float = 10.0) -> list[dic
 
 
 def _json(request: str | urllib.request.Request, timeout_s: float) -> Any:
-    with urllib.request.urlopen(request, timeout=timeout_s) as answer:
+    with open_url(request, timeout_s) as answer:
         return json.load(answer)

@@ -129,6 +129,7 @@ def _add_engine_options(parser: argparse.ArgumentParser, *, planner: str) -> Non
     add("--store-deadline-ms", type=int, default=5_000, metavar="MS", help="longest a call to the store may take (default 5000)")
     add("--flush-ms", type=int, default=60_000, metavar="MS", help="longest wait for the last pages to reach the store")
     add("--transport", choices=STORE_TRANSPORTS, default="auto", help="how pages travel (default auto: the best on offer)")
+    add("--http-proxy", metavar="URL", help="HTTP proxy to the store, or to --from (default: none, not the environment's either)")
     add("--shared-path", type=Path, metavar="FILE", help="--arena-path of a store node on this host, to map it")
     add(
         "--shared",
@@ -194,7 +195,7 @@ def _serve(arguments: argparse.Namespace) -> None:
 
 def _explain(arguments: argparse.Namespace) -> None:
     if arguments.source is not None:
-        decisions = decisions_of(arguments.source, arguments.last)
+        decisions = decisions_of(arguments.source, arguments.last, arguments.http_proxy)
     else:
         prompt = _read_prompt(arguments.prompt_file)
         with create_progress(sys.stderr) as progress, _open_engine(arguments, _engine_options(arguments), progress) as engine:
@@ -270,6 +271,7 @@ def _open_store(arguments: argparse.Namespace) -> AbstractContextManager[PageSto
         deadline_ms=arguments.store_deadline_ms,
         transport=arguments.transport,
         shared_path=arguments.shared_path,
+        http_proxy=arguments.http_proxy,
     )
 
 

@@ -6,10 +6,10 @@ is one of a `Decision` or a `CostReport`.
 
 from __future__ import annotations
 
+import http.client
 import json
-import urllib.error
-import urllib.request
 from collections.abc import Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, Final
 
@@ -18,7 +18,9 @@ from rich.console import Console
 from rich.table import Table
 
 from attnstore.errors import InvalidArgument
+from attnstore.http_client import open_url
 from worker.cache import CostPlanner
+from worker.cache.decisions import Decision
 from worker.cache.load_plan import Prompt
 from worker.engine import Engine, SamplingParams
 
@@ -28,21 +30,24 @@ _COLUMNS: Final = (
     *("#", "tokens", "here", "found", "RTT ms", "Gb/s", "+-"),
     *("recompute", "fetch", "planned", "attend", "choice", "fetched", "took", "error"),
 )
+_FIELDS: Final = frozenset(field.name for field in fields(Decision))
 
 
-def decisions_of(source: str, last: int) -> list[dict[str, Any]]:
+def decisions_of(source: str, last: int, http_proxy: str | None = None) -> list[dict[str, Any]]:
     """The last decisions of the worker at an http URL, or of a file that `--decisions` wrote; the newest last.
 
     Raises `InvalidArgument` where there are none to be had.
     """
     try:
         if source.startswith(("http://", "https://")):
-            with urllib.request.urlopen(f"{source.rstrip('/')}{_ROUTE}?last={last}", timeout=_TIMEOUT_S) as answer:
-                found: list[dict[str, Any]] = json.load(answer)["decisions"]
+            with open_url(f"{source.rstrip('/')}{_ROUTE}?last={last}", _TIMEOUT_S, http_proxy) as answer:
+                found = json.load(answer)["decisions"]
         else:
             found = [json.loads(line) for line in Path(source).read_text(encoding="utf-8").splitlines()]
-    except (OSError, ValueError, KeyError, urllib.error.URLError) as error:
+    except (OSError, http.client.HTTPException, ValueError, KeyError, TypeError) as error:
         raise InvalidArgument(f"no decisions can be read from {source}: {error}") from None
+    if not isinstance(found, list) or not all(isinstance(each, dict) and each.keys() >= _FIELDS for each in found):
+        raise InvalidArgument(f"no decisions can be read from {source}: it holds something else")
     return found[-last:]
 
 

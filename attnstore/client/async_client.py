@@ -409,7 +409,8 @@ class AsyncClient:
         if self._closed:
             raise ClientClosed("the client is closed")
         if self._transport is None:
-            self._transport = GrpcTransport(self._options.target, self._options.token, self._options.tls_ca)
+            options = self._options
+            self._transport = GrpcTransport(options.target, options.token, options.tls_ca, options.http_proxy)
         return self._transport
 
     def _layout(self, namespace: bytes) -> PageLayout:

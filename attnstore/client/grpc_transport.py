@@ -44,6 +44,11 @@ _CHANNEL_OPTIONS = (
 )
 
 
+def proxy_options(http_proxy: str | None) -> tuple[tuple[str, Any], ...]:
+    """A channel's options for going through an HTTP proxy, or through none, whatever the environment says."""
+    return (("grpc.enable_http_proxy", 0),) if http_proxy is None else (("grpc.http_proxy", http_proxy),)
+
+
 @dataclass(frozen=True, slots=True)
 class Target:
     """A parsed target URL: `grpc://host:port`, or `grpcs://host:port` for TLS."""
@@ -77,16 +82,17 @@ class GrpcTransport:
         """In a forked child: gRPC's threads stayed behind, so that a call would wait for ever."""
         cls._is_stranded = len(cls._open) > 0
 
-    def __init__(self, target: Target, token: str | None, tls_ca: bytes | None) -> None:
+    def __init__(self, target: Target, token: str | None, tls_ca: bytes | None, http_proxy: str | None) -> None:
         if GrpcTransport._is_stranded:
             raise ClientClosed(
                 "this process was forked from one with an open client, which gRPC does not survive: start it with the spawn method"
             )
+        options = (*_CHANNEL_OPTIONS, *proxy_options(http_proxy))
         if target.tls:
             credentials = grpc.ssl_channel_credentials(tls_ca)
-            self._channel = grpc.aio.secure_channel(str(target.address), credentials, options=_CHANNEL_OPTIONS)
+            self._channel = grpc.aio.secure_channel(str(target.address), credentials, options=options)
         else:
-            self._channel = grpc.aio.insecure_channel(str(target.address), options=_CHANNEL_OPTIONS)
+            self._channel = grpc.aio.insecure_channel(str(target.address), options=options)
         self._metadata = (("authorization", f"Bearer {token}"),) if token else ()
         self._stubs = {name: self._stub(method) for name, method in METHODS.items()}
         GrpcTransport._open.add(self)

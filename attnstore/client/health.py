@@ -11,11 +11,11 @@ from typing import Any
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from attnstore.client.grpc_transport import Target
+from attnstore.client.grpc_transport import Target, proxy_options
 from attnstore.errors import InvalidArgument, Unavailable
 
 
-def check_serving(target: str, *, deadline_ms: float, tls_ca: Path | None = None) -> None:
+def check_serving(target: str, *, deadline_ms: float, tls_ca: Path | None = None, http_proxy: str | None = None) -> None:
     """Returns when the node at `target` serves. Raises `Unavailable` when it does not or does not answer within `deadline_ms`,
     `InvalidArgument` for a malformed target or a `tls_ca` that cannot be read.
     """
@@ -25,8 +25,8 @@ def check_serving(target: str, *, deadline_ms: float, tls_ca: Path | None = None
     except OSError as error:
         raise InvalidArgument(f"tls_ca {tls_ca} cannot be read: {error.strerror}") from None
     credentials = grpc.ssl_channel_credentials(authorities)
-    address = str(parsed.address)
-    channel = grpc.secure_channel(address, credentials) if parsed.tls else grpc.insecure_channel(address)
+    address, options = str(parsed.address), proxy_options(http_proxy)
+    channel = grpc.secure_channel(address, credentials, options) if parsed.tls else grpc.insecure_channel(address, options)
     with channel:
         try:
             # The published types of this stub know no methods.

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Self
+from urllib.parse import urlsplit
 
 from attnstore.address import Address
 from attnstore.client.bulk import TransportName, checked_transport
@@ -18,7 +19,10 @@ from attnstore.tokens import is_token
 
 @dataclass(frozen=True, slots=True)
 class ConnectOptions:
-    """How a client reaches its node. `tls_ca`: PEM certificates of the trusted authorities, None for the system's."""
+    """How a client reaches its node. `tls_ca`: PEM certificates of the trusted authorities, None for the system's.
+
+    `http_proxy`: URL of the HTTP proxy that gRPC connections go through, None for none.
+    """
 
     target: Target
     deadline_ms: float
@@ -27,6 +31,7 @@ class ConnectOptions:
     transport: TransportName
     channels: int
     shared_path: Path | None = None
+    http_proxy: str | None = field(default=None, repr=False)
 
     @classmethod
     def create(
@@ -39,17 +44,31 @@ class ConnectOptions:
         transport: str,
         channels: int,
         shared_path: str | Path | None = None,
+        http_proxy: str | None = None,
     ) -> ConnectOptions:
         """Options from what a user gives; the token falls back to the environment's `ATTNSTORE_TOKEN`.
 
         Raises `InvalidArgument` for a bad value or a `tls_ca` file that cannot be read.
         """
         options = cls._checked(Target.parse(target), deadline_ms, token, tls_ca, transport, channels)
-        return options.sharing(shared_path)
+        return options.sharing(shared_path).through(http_proxy)
 
     def sharing(self, shared_path: str | Path | None) -> ConnectOptions:
         """The same with the file named that the node's arena lies in."""
         return replace(self, shared_path=Path(shared_path) if shared_path is not None else None)
+
+    def through(self, http_proxy: str | None) -> ConnectOptions:
+        """The same by way of an HTTP proxy, which carries gRPC and nothing else.
+
+        Raises `InvalidArgument` for a malformed URL, which it does not show, or a transport that goes past the proxy.
+        """
+        if http_proxy is None:
+            return self
+        if not is_http_proxy(http_proxy):
+            raise InvalidArgument("http_proxy is not http://host:port")
+        if self.transport not in ("auto", "grpc"):
+            raise InvalidArgument(f"transport {self.transport!r} goes past an HTTP proxy: say grpc, or leave http_proxy out")
+        return replace(self, http_proxy=http_proxy, transport="grpc")
 
     def at(self, url: str) -> ConnectOptions:
         """The same for another node. Raises `InvalidArgument` for a malformed URL."""
@@ -108,6 +127,7 @@ class ClusterOptions:
         transport: str,
         channels: int,
         shared_path: str | Path | None = None,
+        http_proxy: str | None = None,
     ) -> Self:
         """As `ConnectOptions.create`, for a target that `is_cluster`: a directory's URL, or `grpc://a:7400,b:7400?replicas=2`."""
         nodes: tuple[str, ...] = ()
@@ -121,7 +141,7 @@ class ClusterOptions:
         node = ConnectOptions.of_cluster(
             tls, deadline_ms=deadline_ms, token=token, tls_ca=tls_ca, transport=transport, channels=channels
         )
-        return cls(nodes, "" if nodes else target, replicas, node.sharing(shared_path))
+        return cls(nodes, "" if nodes else target, replicas, node.sharing(shared_path).through(http_proxy))
 
     def open_directory(self) -> Directory:
         """The directory, for the running event loop; nothing is sent yet."""
@@ -146,6 +166,7 @@ def options_of(
     transport: str,
     channels: int,
     shared_path: str | Path | None = None,
+    http_proxy: str | None = None,
 ) -> ConnectOptions | ClusterOptions:
     """The options that `target` asks for: those of a cluster or of one node. Raises as their `create`."""
     create = ClusterOptions.create if is_cluster(target) else ConnectOptions.create
@@ -157,7 +178,17 @@ def options_of(
         transport=transport,
         channels=channels,
         shared_path=shared_path,
+        http_proxy=http_proxy,
     )
+
+
+def is_http_proxy(url: str) -> bool:
+    """Whether a proxy can be at `url`: `http://host:port`, with `user:password@` before the host where it asks for them."""
+    try:
+        parts = urlsplit(url)
+        return parts.scheme == "http" and bool(parts.hostname) and parts.port is not None
+    except ValueError:
+        return False
 
 
 def _fixed_list(target: str) -> tuple[tuple[str, ...], int]:

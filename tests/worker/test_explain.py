@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import socket
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -63,13 +64,31 @@ def test_decisions_are_read_from_a_file_and_shown(tmp_path: Path, engine: Engine
     assert found[0]["choice"] in console.export_text()
 
 
-@pytest.mark.parametrize("content", [None, "no JSON\n"])
+@pytest.mark.parametrize("content", [None, "no JSON\n", "3\n", "[]\n", "{}\n", '{"number": 1}\n', "\x00"])
 def test_a_file_without_decisions_is_refused_by_name(tmp_path: Path, content: str | None) -> None:
     path = tmp_path / "decisions.jsonl"
     if content is not None:
         path.write_text(content)
     with pytest.raises(InvalidArgument, match="decisions"):
         decisions_of(str(path), 5)
+
+
+@pytest.mark.parametrize("answer", [b"", b"SSH-2.0-OpenSSH_9.6\r\n", b"HTTP/1.1 200 OK\r\n\r\n[]", b"HTTP/1.1 404 No\r\n\r\n"])
+def test_an_endpoint_that_is_no_worker_is_refused_by_name(answer: bytes) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+
+        def answer_once() -> None:
+            connection, _ = listener.accept()
+            with connection:
+                connection.recv(65536)
+                connection.sendall(answer)
+
+        thread = threading.Thread(target=answer_once)
+        thread.start()
+        url = f"http://127.0.0.1:{listener.getsockname()[1]}"
+        with pytest.raises(InvalidArgument, match=f"no decisions can be read from {url}"):
+            decisions_of(url, 5)
+        thread.join(WAIT_S)
 
 
 def test_a_running_worker_tells_its_decisions_costs_and_metrics(engine: Engine, tiny: LoadedModel) -> None:

@@ -79,6 +79,7 @@ class AttnStoreConnector(KVConnectorBase_V1):
             transport=self._settings.transport,
             token=self._settings.token,
             tls_ca=self._settings.tls_ca,
+            http_proxy=self._settings.http_proxy,
         )
         self._registered = RegisteredStore(self._store, self._space, self._layout)
         self._transfers: Transfers | None = None

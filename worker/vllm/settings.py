@@ -15,6 +15,7 @@ class Settings(BaseModel):
     """`store`: what `attnstore.connect` takes. `load_ms_max` bounds a load, `lookup_ms_max` the wait for what the store has.
 
     `token` is by default that of the environment, `ATTNSTORE_TOKEN`: there no list of processes shows it.
+    `http_proxy` is the URL of a proxy to go through; those of the environment are not used.
     `model_id` replaces the fingerprint of the weights; `tenant_salt` separates tenants of one store that must not share pages.
     """
 
@@ -24,6 +25,7 @@ class Settings(BaseModel):
     transport: str = "auto"
     token: str | None = Field(default_factory=lambda: variable("token"))
     tls_ca: str | None = None
+    http_proxy: str | None = None
     load_ms_max: float = Field(5_000, gt=0)
     lookup_ms_max: float = Field(500, gt=0)
     save_bytes_max: int = Field(512 << 20, gt=0)

@@ -21,7 +21,11 @@ from experiments.bandwidth.processes import say_and_wait
 
 _SERVICE = "bare.Pages"
 _RANGE = struct.Struct("<II")
-_OPTIONS = (("grpc.max_receive_message_length", MESSAGE_BYTES_MAX), ("grpc.max_send_message_length", MESSAGE_BYTES_MAX))
+_OPTIONS = (
+    ("grpc.max_receive_message_length", MESSAGE_BYTES_MAX),
+    ("grpc.max_send_message_length", MESSAGE_BYTES_MAX),
+    ("grpc.enable_http_proxy", 0),
+)
 
 
 class GrpcBareLane:

@@ -1,0 +1,18 @@
+"""HTTP to our own processes: a worker's endpoint, metrics.
+
+Owns: `open_url`. Invariant: no request goes through a proxy that only the environment names (`http_proxy`, `all_proxy`): those are
+meant for the internet, would see what workers are asked, and know no address of a private network.
+"""
+
+from __future__ import annotations
+
+import http.client
+import urllib.request
+from typing import cast
+
+
+def open_url(request: str | urllib.request.Request, timeout_s: float, http_proxy: str | None = None) -> http.client.HTTPResponse:
+    """The answer, to be used in a `with`; `http_proxy` is the URL of a proxy to go through. Raises what `urllib` raises."""
+    proxies = {} if http_proxy is None else {"http": http_proxy, "https": http_proxy}
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler(proxies))
+    return cast(http.client.HTTPResponse, opener.open(request, timeout=timeout_s))
