@@ -12,14 +12,16 @@ import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from attnstore.client.grpc_transport import Target, proxy_options
+from attnstore.client.options import checked_deadline_ms
 from attnstore.errors import InvalidArgument, Unavailable
 
 
 def check_serving(target: str, *, deadline_ms: float, tls_ca: Path | None = None, http_proxy: str | None = None) -> None:
     """Returns when the node at `target` serves. Raises `Unavailable` when it does not or does not answer within `deadline_ms`,
-    `InvalidArgument` for a malformed target or a `tls_ca` that cannot be read.
+    `InvalidArgument` for a malformed target or deadline or a `tls_ca` that cannot be read.
     """
     parsed = Target.parse(target)
+    timeout_s = checked_deadline_ms(deadline_ms) / 1000
     try:
         authorities = tls_ca.read_bytes() if tls_ca is not None else None
     except OSError as error:
@@ -31,7 +33,7 @@ def check_serving(target: str, *, deadline_ms: float, tls_ca: Path | None = None
         try:
             # The published types of this stub know no methods.
             stub: Any = health_pb2_grpc.HealthStub(channel)
-            answer = stub.Check(health_pb2.HealthCheckRequest(), timeout=deadline_ms / 1000)
+            answer = stub.Check(health_pb2.HealthCheckRequest(), timeout=timeout_s)
         except grpc.RpcError as error:
             raise Unavailable(f"{target} does not answer: {error.code().name.lower()}") from None
     if answer.status != health_pb2.HealthCheckResponse.SERVING:
