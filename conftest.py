@@ -55,8 +55,8 @@ def _missing_ipv6() -> str | None:
 def pytest_configure() -> None:
     """Makes the tests' environment the same everywhere.
 
-    A run in the background of a shell begins with interrupts ignored, and some tests are about interrupts. A proxy in the environment
-    is for the internet, and what tests themselves ask on loopback would go there.
+    A run in the background of a shell begins with interrupts ignored, which some tests test. A proxy in the environment
+    is for the internet: what tests ask on loopback would go there.
     """
     for name in [name for name in os.environ if name.lower().endswith("_proxy")]:
         del os.environ[name]
