@@ -41,7 +41,7 @@ LEASES_MAX = 65_536
 """Live leases on one node."""
 
 LEASED_PAGES_MAX = 4_194_304
-"""Pages held by all leases of one node together, a page counted once for each lease that holds it."""
+"""Pages held by all leases of one node together, a page counted once for each time that a lease holds it."""
 
 NAMESPACES_MAX = 4_096
 STREAMS_MAX = 256

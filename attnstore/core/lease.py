@@ -23,7 +23,7 @@ _STALE_ENTRIES_MIN = 64
 
 @dataclass(slots=True)
 class LeaseRecord:
-    """One lease: pages of one namespace, each once."""
+    """One lease: pages of one space; a page that is there twice is pinned twice."""
 
     lease_id: bytes
     namespace: NamespaceRecord

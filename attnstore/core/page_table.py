@@ -350,21 +350,23 @@ class PageTable:
         return lease.lease_id, lease_ms
 
     def _hold(self, record: NamespaceRecord, pages: Sequence[Page]) -> None:
-        """Pins each of the pages, which are distinct, once more."""
-        unpinned = [page for page in pages if not page.pins]
+        """Pins each of the pages once more, one that is named twice twice."""
+        unpinned = []
+        for page in pages:
+            if not page.pins:
+                unpinned.append(page)
+            page.pins += 1
         record.policy.withdrawn(unpinned)
         self._residency.busied(unpinned)
         self._pinned += len(unpinned)
-        for page in pages:
-            page.pins += 1
 
     def _let_go(self, record: NamespaceRecord, pages: Sequence[Page]) -> None:
-        """Unpins each of the pages once; where it was the last pin they are the most recently used pages now, in the order
-        given.
-        """
+        """Undoes `_hold`; where it was the last pin they are the most recently used pages now, in the order given."""
+        unpinned = []
         for page in pages:
             page.pins -= 1
-        unpinned = [page for page in pages if not page.pins]
+            if not page.pins:
+                unpinned.append(page)
         self._residency.settled(unpinned, self._next_tick())
         record.policy.returned(unpinned)
         self._pinned -= len(unpinned)

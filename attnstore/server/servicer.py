@@ -123,6 +123,8 @@ class Servicer:
 
     async def match(self, request: Any, _context: Any, tenant: str) -> messages.MatchResponse:
         space = _space(tenant, request.namespace)
+        if len(request.prefixes) > HASHES_MAX:
+            raise InvalidArgument(f"the request has {len(request.prefixes)} prefixes; at most {HASHES_MAX} are allowed")
         prefixes = [messages.split_hashes(joined) for joined in request.prefixes]
         if sum(map(len, prefixes)) > HASHES_MAX:
             raise InvalidArgument(f"the request has {sum(map(len, prefixes))} hashes; at most {HASHES_MAX} fit one request")

@@ -96,16 +96,25 @@ class Store:
 
     def pin_all(self, space: Space, page_hashes: Sequence[bytes], lease_id: bytes | None) -> list[PageView | PageStatus]:
         """`PageTable.pin` of each; the table is locked meanwhile. Hand the pages to `unpin`."""
-        with self._lock:
-            now_ms = self._clock.now_ms()
-            pages = [self._table.pin(space, page_hash, lease_id, now_ms) for page_hash in page_hashes]
-        return [page if isinstance(page, PageStatus) else PageView(self._arena.view(page.slot), page) for page in pages]
+        pages: list[PinnedPage | PageStatus] = []
+        try:
+            with self._lock:
+                now_ms = self._clock.now_ms()
+                for page_hash in page_hashes:
+                    pages.append(self._table.pin(space, page_hash, lease_id, now_ms))
+            return [page if isinstance(page, PageStatus) else PageView(self._arena.view(page.slot), page) for page in pages]
+        except BaseException:
+            self._unpin(page for page in pages if isinstance(page, PinnedPage))
+            raise
 
     def unpin(self, *views: PageView) -> None:
         """`PageTable.unpin` of each."""
+        self._unpin(view.page for view in views)
+
+    def _unpin(self, pages: Iterable[PinnedPage]) -> None:
         with self._lock:
-            for view in views:
-                self._table.unpin(view.page)
+            for page in pages:
+                self._table.unpin(page)
 
     def locate(
         self, space: Space, page_hashes: Sequence[bytes], lease_id: bytes | None, place: Callable[[PinnedPage], T]
@@ -122,10 +131,15 @@ class Store:
         """`PageTable.prepare`; hand the page to `seal` or `abort`."""
         with self._lock:
             page = self._table.prepare(space, page_hash, checksum, self._clock.now_ms())
-            if isinstance(page, ArrivingPage):
-                # The first look at an extent of a new tenancy wipes it, so it must not happen beside another writer's.
-                self._arena.view(page.slot)
-            self._publish(self._table.take_events())
+            try:
+                if isinstance(page, ArrivingPage):
+                    # The first look at an extent of a new tenancy wipes it, so it must not happen beside another writer's.
+                    self._arena.view(page.slot)
+                self._publish(self._table.take_events())
+            except BaseException:
+                if isinstance(page, ArrivingPage):
+                    self._table.abort(page)
+                raise
         return page
 
     def view(self, page: ArrivingPage) -> memoryview:
@@ -134,18 +148,18 @@ class Store:
 
     def seal(self, page: ArrivingPage) -> PageStatus:
         """Ends the arrival of a page whose bytes are all there: STORED, or CHECKSUM_MISMATCH and its slot is free again."""
-        return self._sealed(page, page_checksum(self._arena.view(page.slot)))
+        return self._end(page, lambda: page_checksum(self._arena.view(page.slot)))
 
     def fill(self, page: ArrivingPage, source: int) -> PageStatus:
         """Copies a whole page from address `source` on and ends its arrival, as `seal` does."""
+        return self._end(page, lambda: copy(self._arena.view(page.slot), source))
+
+    def _end(self, page: ArrivingPage, checksum_of: Callable[[], int]) -> PageStatus:
         try:
-            checksum = copy(self._arena.view(page.slot), source)
+            checksum = checksum_of()
         except BaseException:
             self.abort(page)
             raise
-        return self._sealed(page, checksum)
-
-    def _sealed(self, page: ArrivingPage, checksum: int) -> PageStatus:
         if checksum != page.checksum:
             self.abort(page)
             return PageStatus.CHECKSUM_MISMATCH
@@ -241,10 +255,14 @@ class ReadingAll:
     def __enter__(self) -> list[PageView | PageStatus]:
         space, page_hashes, lease_id = self._asked
         found: list[PageView | PageStatus] = []
-        for at in range(0, len(page_hashes), _PINS_PER_LOCK):
-            pages = self._store.pin_all(space, page_hashes[at : at + _PINS_PER_LOCK], lease_id)
-            self._pinned += [page for page in pages if isinstance(page, PageView)]
-            found += pages
+        try:
+            for at in range(0, len(page_hashes), _PINS_PER_LOCK):
+                pages = self._store.pin_all(space, page_hashes[at : at + _PINS_PER_LOCK], lease_id)
+                self._pinned += [page for page in pages if isinstance(page, PageView)]
+                found += pages
+        except BaseException:
+            self.__exit__()
+            raise
         return found
 
     def __exit__(self, *_: object) -> None:

@@ -50,6 +50,19 @@ def test_a_lease_longer_than_the_maximum_is_granted_the_maximum(table: PageTable
     assert table.expire(0.0) == LEASE_MS_MAX
 
 
+@pytest.mark.parametrize("prefixes", [[(0, 0)], [(0, 1, 0, 2, 0)], [(0, 1), (0, 1)], [(0,)] * 3])
+def test_a_lease_over_pages_that_are_named_several_times_gives_all_of_them_back(
+    table: PageTable, prefixes: list[tuple[int, ...]]
+) -> None:
+    outcome = table.match(SPACE, [[HASHES[number] for number in numbers] for numbers in prefixes], 100, 0.0)
+    table.check()
+    assert outcome.lease_id is not None
+    assert table.statistics().pages_pinned == len({number for numbers in prefixes for number in numbers})
+    assert table.release("a", outcome.lease_id, 1.0)
+    table.check()
+    assert table.statistics().pages_pinned == 0
+
+
 def test_a_lease_over_prefixes_that_share_pages_holds_each_page_once(table: PageTable) -> None:
     outcome = table.match(SPACE, [HASHES[:3], HASHES[:2], HASHES[:1]], 100, 0.0)
     table.check()

@@ -13,7 +13,16 @@ from itertools import count
 import hypothesis.strategies as st
 import pytest
 from hypothesis import given, settings
-from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, multiple, rule, run_state_machine_as_test
+from hypothesis.stateful import (
+    Bundle,
+    RuleBasedStateMachine,
+    consumes,
+    invariant,
+    multiple,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
 
 from attnstore.core.layout import DType, PageLayout
 from attnstore.core.page_table import ArrivingPage, PageTable, PinnedPage
@@ -30,7 +39,7 @@ PAGE_BYTES = {
     Space("b", b"2" * 32): 250,
 }
 TENANTS = ["a", "b"]
-HASHES = [bytes([number]) * 32 for number in range(8)]
+HASHES = [bytes([number]) * 32 for number in range(6)]
 
 spaces = st.sampled_from(list(PAGE_BYTES))
 hashes = st.sampled_from(HASHES)
@@ -97,6 +106,13 @@ class PageTableMachine(RuleBasedStateMachine):
             return (key, answer)
         return multiple()
 
+    @rule(space=spaces, page_hashes=st.lists(hashes, min_size=1, max_size=3))
+    def store(self, space: Space, page_hashes: list[bytes]) -> None:
+        for page_hash in page_hashes:
+            page = self.prepare(space, page_hash, 0)
+            if isinstance(page, tuple):
+                self.complete(page)
+
     @rule(page=consumes(arriving_pages))
     def complete(self, page: tuple[Key, ArrivingPage]) -> None:
         key, arriving = page
@@ -132,6 +148,13 @@ class PageTableMachine(RuleBasedStateMachine):
         for key in hit_keys:
             self.sealed[key].leases.add(outcome.lease_id)
         return (space, outcome.lease_id)
+
+    @precondition(lambda self: self.sealed)
+    @rule(target=lease_ids, data=st.data(), lease_ms=durations_ms)
+    def lease_what_is_there(self, data: st.DataObject, lease_ms: int) -> object:
+        space = data.draw(st.sampled_from(sorted({space for space, _ in self.sealed})))
+        there = st.sampled_from(sorted(page_hash for owner, page_hash in self.sealed if owner == space))
+        return self.match(space, data.draw(st.lists(st.lists(there, min_size=1, max_size=4), min_size=1, max_size=2)), lease_ms)
 
     @rule(target=pinned_pages, space=spaces, page_hash=hashes, lease=st.none() | lease_ids)
     def pin(self, space: Space, page_hash: bytes, lease: tuple[Space, bytes] | None) -> object:

@@ -200,6 +200,7 @@ def test_the_node_counts_hashes_itself(stub: Stub, batch: Batch) -> None:
         lambda: stub.Match(pb.MatchRequest(namespace=batch.namespace, prefixes=[many]), timeout=5),
         lambda: stub.Match(pb.MatchRequest(namespace=batch.namespace, prefixes=[half, half]), timeout=5),
         lambda: stub.Match(pb.MatchRequest(namespace=batch.namespace, prefixes=[odd]), timeout=5),
+        lambda: stub.Match(pb.MatchRequest(namespace=batch.namespace, prefixes=[b""] * (HASHES_MAX + 1)), timeout=5),
         lambda: stub.Match(pb.MatchRequest(namespace=b"short"), timeout=5),
         lambda: stub.Delete(pb.DeleteRequest(namespace=batch.namespace, hashes=many), timeout=5),
         lambda: list(stub.Read(pb.ReadRequest(namespace=batch.namespace, hashes=many), timeout=5)),

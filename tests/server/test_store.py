@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from itertools import count
+
+import pytest
 
 from attnstore.arena import MemoryArena
 from attnstore.core.hashing import page_checksum
 from attnstore.core.layout import DType, PageLayout
 from attnstore.core.page_table import ArrivingPage, PageTable
+from attnstore.core.slots import Slot
+from attnstore.errors import Overloaded
+from attnstore.server import store as store_module
 from attnstore.server.store import Store
 from attnstore.telemetry import NodeMetrics
 from attnstore.testing import ManualClock
@@ -20,10 +25,25 @@ SIZE = LAYOUT.page_bytes
 SLOTS = 16
 
 
-def make_store(publish: Callable[[list[tuple[Space, PageEvent]]], None] = lambda events: None) -> Store:  # noqa: ARG005
+class FaultyArena(MemoryArena):
+    """Gives no window once `left` of them were given, until `left` is set again."""
+
+    left = -1
+
+    def view(self, slot: Slot) -> memoryview:
+        self.left -= 1
+        if self.left == -1:
+            raise Overloaded("no memory for the extent of a new tenant")
+        return super().view(slot)
+
+
+def make_store(
+    publish: Callable[[list[tuple[Space, PageEvent]]], None] = lambda events: None,  # noqa: ARG005
+    arena: type[MemoryArena] = MemoryArena,
+) -> Store:
     ids = count()
     table = PageTable(capacity_bytes=SLOTS * SIZE, extent_bytes=SLOTS * SIZE, new_lease_id=lambda: next(ids).to_bytes(16, "big"))
-    return Store(table, MemoryArena(SLOTS * SIZE, SLOTS * SIZE), ManualClock(), publish)  # type: ignore[arg-type]
+    return Store(table, arena(SLOTS * SIZE, SLOTS * SIZE), ManualClock(), publish)  # type: ignore[arg-type]
 
 
 def fill(store: Store, space: Space, page_hash: bytes, page: bytes) -> PageStatus:
@@ -32,6 +52,73 @@ def fill(store: Store, space: Space, page_hash: bytes, page: bytes) -> PageStatu
         return arriving
     store.view(arriving)[:] = page
     return store.seal(arriving)
+
+
+@pytest.fixture
+def faulty() -> Iterator[tuple[Store, FaultyArena, Space]]:
+    """A store whose arena can fail, with four pages in it; at the end nothing arrives and nothing is pinned."""
+    store = make_store(arena=FaultyArena)
+    arena = store._arena
+    assert isinstance(arena, FaultyArena)
+    space = Space("default", b"n" * 32)
+    store.register(space, LAYOUT)
+    for number in range(4):
+        assert fill(store, space, name(number), bytes(SIZE)) is PageStatus.STORED
+    yield store, arena, space
+    store._table.check()
+    now = store.statistics()
+    assert (now.pages_sealed, now.pages_arriving, now.pages_pinned) == (4, 0, 0)
+
+
+def name(number: int) -> bytes:
+    return bytes([number]) * 32
+
+
+def test_a_page_for_which_there_is_no_memory_does_not_arrive_for_ever(faulty: tuple[Store, FaultyArena, Space]) -> None:
+    store, arena, space = faulty
+    arena.left = 0
+    with pytest.raises(Overloaded):
+        store.prepare(space, name(9), 0)
+    assert fill(store, space, name(9), bytes(SIZE)) is PageStatus.STORED
+    store.delete(space, [name(9)])
+
+
+def test_a_page_whose_events_cannot_be_told_does_not_arrive_for_ever() -> None:
+    def closed(_events: object) -> None:
+        raise RuntimeError("the loop is closed")
+
+    store = make_store(closed)
+    space = Space("default", b"n" * 32)
+    store.register(space, LAYOUT)
+    with pytest.raises(RuntimeError):
+        store.prepare(space, name(1), 0)
+    assert store.statistics().pages_arriving == 0
+
+
+@pytest.mark.parametrize("end", ["seal", "fill"])
+def test_a_page_that_cannot_be_looked_at_when_it_ends_is_aborted(faulty: tuple[Store, FaultyArena, Space], end: str) -> None:
+    store, arena, space = faulty
+    page = store.prepare(space, name(9), 0)
+    assert isinstance(page, ArrivingPage)
+    arena.left = 0
+    with pytest.raises(Overloaded):
+        store.seal(page) if end == "seal" else store.fill(page, 0)
+
+
+def test_a_reader_that_is_refused_in_the_middle_lets_go_of_what_it_has(
+    faulty: tuple[Store, FaultyArena, Space], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store, arena, space = faulty
+    monkeypatch.setattr(store_module, "_PINS_PER_LOCK", 2)
+    for left in range(4):
+        for read in (
+            lambda: store.pin_all(space, [name(number) for number in range(4)], None),
+            lambda: store.reading_all(space, [name(number) for number in (0, 1, 0, 2)], None).__enter__(),
+        ):
+            arena.left = left
+            with pytest.raises(Overloaded):
+                read()
+            assert store.statistics().pages_pinned == 0
 
 
 def test_threads_that_share_a_new_extent_do_not_wipe_each_others_pages() -> None:

@@ -17,7 +17,8 @@ Item = TypeVar("Item", bound=Hashable)
 
 
 class EvictionPolicy(Protocol[Item]):
-    """Order of eviction over items of any kind. Sequences are given in order of use: the last one was used last.
+    """Order of eviction over items of any kind. Sequences are given in order of use: the last one was used last. `touched` may name
+    an item several times, all others name each once.
 
     Items are equal where their content is: a policy may recognise one that comes back after it was removed.
     """
