@@ -70,6 +70,16 @@ of a link of 1 Mb/s. Silence for as long ends the call whatever came before."""
 MESSAGE_OVERHEAD_BYTES = 128
 """What a gRPC message counts for beside its bytes: the headers of TCP/IP, HTTP/2 and gRPC. A read of pages that are all missing
 consists of little else."""
+GRPC_CONNECTIONS_MAX = 4_096
+"""Connections to the gRPC port of one node, fewer where the process may not have so many file descriptors."""
+GRPC_CONNECTIONS_MIN = 128
+GRPC_CALLS_MAX = 1_024
+"""Calls at once on one connection; a client's further ones wait."""
+GRPC_IDLE_MS_MAX = 300_000
+"""A gRPC connection without a call for this long is closed; a client opens another with its next call."""
+OPEN_STREAMS_MAX = 64
+"""Streams of the services that ask for no token, health and reflection; the oldest gives way to the next."""
+OPEN_WRITE_MS_MAX = 1_000
 KEEPALIVE_MS = 15_000
 """Both ends ask a silent peer for a sign of life this often, so that a vanished one holds no stream and nobody waits for it."""
 KEEPALIVE_TIMEOUT_MS = 10_000
@@ -124,6 +134,16 @@ SHARED_LENT_BYTES_MAX = 2 * PAGE_BYTES_MAX
 assert CHANNEL_SECOND_READ_HASHES_MAX <= CHANNEL_READ_HASHES_MAX <= HASHES_MAX
 assert CHANNELS_MAX <= CHANNEL_CONNECTIONS_MAX
 assert CHANNEL_CONNECTIONS_MAX + CHANNEL_NEWCOMERS_MAX <= CHANNEL_BACKLOG_MAX
+
+DESCRIPTORS_OTHER_MAX = 128
+"""File descriptors of a node beside its arena and its peers: event loop, log, directory, clients of other nodes."""
+DESCRIPTORS_BESIDE_ARENA_MIN = (
+    DESCRIPTORS_OTHER_MAX + GRPC_CONNECTIONS_MIN + 3 * (CHANNEL_NEWCOMERS_MAX + 2) + (1 + 2) * CHANNEL_CONNECTIONS_MAX
+)
+"""Three listeners (page channel, shared memory, metrics); a shared memory connection may pass a descriptor beside its own."""
+
+assert 2 * STREAMS_MAX <= GRPC_CALLS_MAX, "one client may use up its tenant's streams over one connection"
+assert CHANNEL_CONNECTIONS_MAX <= GRPC_CONNECTIONS_MIN, "whoever has a page channel came over gRPC"
 
 NODES_MAX = 1_024
 """Nodes of one cluster."""

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import threading
 from abc import ABC, abstractmethod
+from typing import ClassVar
 
 from attnstore.core.slots import Slot
 from attnstore.errors import InvalidArgument
@@ -22,6 +23,8 @@ class Arena(ABC):
     Raises `InvalidArgument` where the sizes make no extent or the memory cannot be had. `view` may be called from any thread:
     of two threads that bring the same new tenancy, one replaces the bytes and the other waits for it.
     """
+
+    descriptors_per_extent: ClassVar[int] = 0
 
     def __init__(self, capacity_bytes: int, extent_bytes: int) -> None:
         if not 1 <= extent_bytes <= capacity_bytes:

@@ -12,15 +12,12 @@ from __future__ import annotations
 import mmap
 import os
 import resource
-from typing import Final
 
 from attnstore import memory_files
 from attnstore.arena.stamped import Span, StampedArena, void
 from attnstore.errors import InvalidArgument, Overloaded
+from attnstore.limits import DESCRIPTORS_BESIDE_ARENA_MIN
 from attnstore.wire.shared import ExtentLayout
-
-_DESCRIPTORS_PER_EXTENT: Final = 2
-_DESCRIPTORS_BESIDE: Final = 512
 
 
 class SharedArena(StampedArena):
@@ -30,10 +27,12 @@ class SharedArena(StampedArena):
     descriptors for each extent; it raises its own soft limit of descriptors as far as it must.
     """
 
+    descriptors_per_extent = 2
+
     def __init__(self, capacity_bytes: int, extent_bytes: int) -> None:
         super().__init__(capacity_bytes, extent_bytes)
         _require_memory(capacity_bytes)
-        _require_descriptors(self.extents * _DESCRIPTORS_PER_EXTENT + _DESCRIPTORS_BESIDE)
+        _require_descriptors(self.extents * self.descriptors_per_extent + DESCRIPTORS_BESIDE_ARENA_MIN)
         self._files: list[_ExtentFile] = []
         try:
             for _ in range(self.extents):

@@ -1,51 +1,59 @@
-"""The Prometheus endpoint of a node: `GET /metrics` on every socket that it is given.
+"""The Prometheus endpoint of a node: for as few threads and descriptors as anybody may take who asks for no token.
 
-Owns: its listening sockets and threads, until `stop`. Exists because `prometheus_client` binds only one address of a host.
+Owns: its listening sockets and threads, until `stop`. Invariant: at most `CHANNEL_NEWCOMERS_MAX` requests are open, and the oldest
+gives way to the next. (The server of `prometheus_client` has a thread for every connection, for as long as its peer likes.)
 """
 
 from __future__ import annotations
 
 import socket
-import threading
-from collections.abc import Sequence
-from typing import Any
-from wsgiref.simple_server import WSGIRequestHandler
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 
-from prometheus_client import CollectorRegistry
-from prometheus_client.exposition import ThreadingWSGIServer, make_wsgi_app
+from prometheus_client import CollectorRegistry, MetricsHandler
+
+from attnstore.clock import Clock
+from attnstore.limits import CHANNEL_HELLO_MS_MAX
+from attnstore.server.connections import Connection, ConnectionThreads
 
 
 class MetricsEndpoint:
     """Serves the registry on `listeners`, which it owns from now on."""
 
-    def __init__(self, registry: CollectorRegistry, listeners: Sequence[socket.socket]) -> None:
-        app = make_wsgi_app(registry)
-        self._servers = [_Server(listener, app) for listener in listeners]
-        self._threads = [threading.Thread(target=server.serve_forever, name="metrics", daemon=True) for server in self._servers]
-        for thread in self._threads:
-            thread.start()
+    def __init__(self, registry: CollectorRegistry, listeners: Sequence[socket.socket], clock: Clock) -> None:
+        handler = MetricsHandler.factory(registry)
+        self._connections = ConnectionThreads("metrics", lambda peer: _Request(_Peer(peer), handler), clock)
+        self._connections.start(*listeners)
 
     def stop(self) -> None:
-        """Takes no request any more."""
-        for server, thread in zip(self._servers, self._threads, strict=True):
-            server.shutdown()
-            server.server_close()
-            thread.join()
+        """Takes no request any more, and breaks those that run."""
+        self._connections.stop(0)
 
 
-class _Server(ThreadingWSGIServer):
-    """On a socket that listens already."""
+class _Peer:
+    """A socket as `Connection` ends it."""
 
-    def __init__(self, listener: socket.socket, app: Any) -> None:
-        super().__init__(listener.getsockname(), _SilentHandler, bind_and_activate=False)
+    def __init__(self, connection: socket.socket) -> None:
+        connection.settimeout(CHANNEL_HELLO_MS_MAX / 1000)
+        self.socket = connection
+
+    def shutdown(self) -> None:
+        with suppress(OSError):  # the peer has left
+            self.socket.shutdown(socket.SHUT_RDWR)
+
+    def close(self) -> None:
         self.socket.close()
-        self.socket = listener
-        # Its own way of binding would ask the resolver for this machine's name.
-        self.server_name, self.server_port = listener.getsockname()[:2]
-        self.setup_environ()
-        self.set_app(app)
 
 
-class _SilentHandler(WSGIRequestHandler):
-    def log_message(self, format: str, *args: Any) -> None:
-        """No line for each request."""
+class _Request(Connection):
+    """One request. Its peer never shows whose it is, so it stays a newcomer."""
+
+    def __init__(self, peer: _Peer, handler: type) -> None:
+        super().__init__(peer)
+        self._peer = peer
+        self._handler = handler
+
+    def serve(self, admit: Callable[[str], None]) -> None:
+        del admit
+        with suppress(OSError):  # the peer has left, or takes no bytes
+            self._handler(self._peer.socket, self._peer.socket.getpeername(), None)

@@ -15,8 +15,6 @@ from collections.abc import Callable
 from importlib.metadata import version
 
 import grpc
-from grpc_health.v1 import health, health_pb2, health_pb2_grpc
-from grpc_reflection.v1alpha import reflection
 
 from attnstore import tasks
 from attnstore.address import Address
@@ -27,12 +25,24 @@ from attnstore.core.heat import SegmentHeat
 from attnstore.core.page_table import PageTable
 from attnstore.directory.events import EventFeed
 from attnstore.errors import InvalidArgument
-from attnstore.limits import EPOCH_BYTES, FRAME_BYTES_MAX, KEEPALIVE_MS, KEEPALIVE_TIMEOUT_MS, LEASE_ID_BYTES, MESSAGE_BYTES_MAX
+from attnstore.limits import (
+    CONNECT_MS_MAX,
+    EPOCH_BYTES,
+    FRAME_BYTES_MAX,
+    GRPC_CALLS_MAX,
+    GRPC_IDLE_MS_MAX,
+    KEEPALIVE_MS,
+    KEEPALIVE_TIMEOUT_MS,
+    LEASE_ID_BYTES,
+    MESSAGE_BYTES_MAX,
+)
 from attnstore.logs import get_logger
 from attnstore.server.attend import Attending, threads_default
+from attnstore.server.descriptors import grpc_connections_max
 from attnstore.server.events import EventHub
 from attnstore.server.handoff import OpenPeer
 from attnstore.server.metrics_endpoint import MetricsEndpoint
+from attnstore.server.open_services import OpenServices
 from attnstore.server.page_channel import PageChannelServer, TokenBook
 from attnstore.server.rpc import Authenticator, RpcShell
 from attnstore.server.seat import take_seat
@@ -49,6 +59,10 @@ _SERVER_OPTIONS = (
     ("grpc.max_send_message_length", MESSAGE_BYTES_MAX),
     ("grpc.http2.max_frame_size", FRAME_BYTES_MAX),
     ("grpc.so_reuseport", 0),
+    ("grpc.max_concurrent_streams", GRPC_CALLS_MAX),
+    # Of a peer that connects and says nothing: it holds a descriptor no longer than this.
+    ("grpc.server_handshake_timeout_ms", CONNECT_MS_MAX),
+    ("grpc.max_connection_idle_ms", GRPC_IDLE_MS_MAX),
     # A caller whose machine vanished holds a stream, its pins and its slots no longer than this.
     ("grpc.keepalive_time_ms", KEEPALIVE_MS),
     ("grpc.keepalive_timeout_ms", KEEPALIVE_TIMEOUT_MS),
@@ -75,9 +89,11 @@ class StoreNode:
         self._loop = asyncio.get_running_loop()
         # What can be wrong with the options shows before the arena's memory is claimed.
         authenticator = Authenticator(options.tenants())
-        self._server = grpc.aio.server(options=_SERVER_OPTIONS)
-        self.address = self._bind()
         extent_bytes = extent_bytes_for(options.capacity)
+        arena_type = _arena_type(options)
+        connections_max = grpc_connections_max(arena_type.descriptors_per_extent * (options.capacity // extent_bytes))
+        self._server = grpc.aio.server(options=(*_SERVER_OPTIONS, ("grpc.max_allowed_incoming_connections", connections_max)))
+        self.address = self._bind()
         self._arena = _arena(options, extent_bytes)
         offers_memory = "shm" in options.bulk_transports() and _may_be_mapped(options)
         table = PageTable(
@@ -140,15 +156,13 @@ class StoreNode:
             channels=self._channels,
             attending=self._attending,
         )
-        self._health = health.aio.HealthServicer()
+        self._open_services = OpenServices(self._server, (SERVICE,))
         self._metrics_endpoint: MetricsEndpoint | None = None
         self._expiry: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
         """Serves. Raises `InvalidArgument` when the port of the metrics cannot be bound."""
         self._server.add_generic_rpc_handlers((self._shell.generic_handler(self._servicer.handlers(), METHODS),))
-        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
-        reflection.enable_server_reflection((SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME), self._server)
         if "tcp" in self._options.bulk_transports():
             self._page_channel.start(self.address.at(self._options.page_channel_port))
             self._channels["tcp"] = ChannelOffer(f":{self._page_channel.port}", self._tokens.issue)
@@ -159,8 +173,7 @@ class StoreNode:
         if self._options.metrics_port is not None:
             self._serve_metrics(self._options.metrics_port)
         await self._server.start()
-        for service in ("", SERVICE):
-            await self._health.set(service, health_pb2.HealthCheckResponse.SERVING)
+        await self._open_services.serving()
         self._expiry = tasks.supervised("expiry", self._expire_leases)
         if self._seat is not None:
             self._seat.start()
@@ -172,7 +185,7 @@ class StoreNode:
         _log.info("draining", streams_in_flight=self._shell.streams_in_flight, drain_ms=drain_ms)
         if self._seat is not None:
             await self._seat.stop()
-        await self._health.enter_graceful_shutdown()
+        await self._open_services.draining()
         self._servicer.drain()
         # All kinds of calls drain at the same time, under the same limit.
         stops: list[Callable[[float], None]] = [self._page_channel.stop]
@@ -231,7 +244,7 @@ class StoreNode:
             listeners = self.address.at(port).listen()
         except OSError as error:
             raise InvalidArgument(f"--metrics-port {port} cannot be bound: {error.strerror}") from None
-        self._metrics_endpoint = MetricsEndpoint(self._metrics.registry, listeners)
+        self._metrics_endpoint = MetricsEndpoint(self._metrics.registry, listeners, self._store)
 
     async def _expire_leases(self) -> None:
         # Uses of a lease compare with the clock themselves; this only gives the pages of silent holders back in time.
@@ -242,10 +255,16 @@ class StoreNode:
                 self._attending.expire()
 
 
+def _arena_type(options: ServeOptions) -> type[Arena]:
+    if options.arena_path is not None:
+        return FileArena
+    return SharedArena if "shm" in options.bulk_transports() else MemoryArena
+
+
 def _arena(options: ServeOptions, extent_bytes: int) -> Arena:
     if options.arena_path is not None:
         return FileArena(options.capacity, extent_bytes, options.arena_path)
-    return (SharedArena if "shm" in options.bulk_transports() else MemoryArena)(options.capacity, extent_bytes)
+    return _arena_type(options)(options.capacity, extent_bytes)
 
 
 def _may_be_mapped(options: ServeOptions) -> bool:

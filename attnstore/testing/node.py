@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import threading
+from collections.abc import Sequence
 from types import TracebackType
 from typing import Self
 
@@ -19,13 +20,14 @@ _STOP_S_MAX = 30.0
 class StoreProcess:
     """`attnstore serve` with the given options, on a free loopback port unless they say otherwise; a context manager.
 
-    `url` is ready for `attnstore.connect`. Raises `RuntimeError` with the node's own words if it does not start.
+    `under` is a command that runs it, with its arguments. `url` is ready for `attnstore.connect`. Raises `RuntimeError` with the
+    node's own words if it does not start.
     """
 
-    def __init__(self, *options: str, environment: dict[str, str] | None = None) -> None:
+    def __init__(self, *options: str, environment: dict[str, str] | None = None, under: Sequence[str] = ()) -> None:
         listen = () if "--listen" in options else ("--listen", "127.0.0.1:0")
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "attnstore.cli", "serve", *listen, *options],
+            [*under, sys.executable, "-m", "attnstore.cli", "serve", *listen, *options],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,

@@ -18,6 +18,7 @@ from attnstore.core.layout import DType, PageLayout
 from attnstore.core.page_table import ArrivingPage, PageTable
 from attnstore.core.slots import Slot
 from attnstore.errors import InvalidArgument, Overloaded
+from attnstore.limits import DESCRIPTORS_BESIDE_ARENA_MIN
 from attnstore.types import Space
 
 EXTENT_BYTES = 3 * (1 << 16) + 100
@@ -235,10 +236,10 @@ def test_the_soft_limit_of_descriptors_is_raised_and_the_hard_one_refused(monkey
     monkeypatch.setattr(resource, "getrlimit", lambda _: limits[-1])
     monkeypatch.setattr(resource, "setrlimit", lambda _, pair: limits.append(pair))
     SharedArena(8192, 4096).close()
-    assert limits[-1] == (516, 10_000)
+    assert limits[-1] == (4 + DESCRIPTORS_BESIDE_ARENA_MIN, 10_000)
     limits.append((100, resource.RLIM_INFINITY))
     SharedArena(8192, 4096).close()
-    assert limits[-1] == (516, resource.RLIM_INFINITY)
+    assert limits[-1] == (4 + DESCRIPTORS_BESIDE_ARENA_MIN, resource.RLIM_INFINITY)
     limits.append((100, 200))
     with pytest.raises(InvalidArgument, match="ulimit"):
         SharedArena(8192, 4096)

@@ -1,0 +1,96 @@
+"""The services that ask for no token: health and reflection.
+
+Owns: how many of their streams run. Invariants: at most `OPEN_STREAMS_MAX`, the oldest gives way to the next; a peer that takes no
+bytes delays nobody, for the library's health service writes while it holds what a change of the health waits for.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterable, AsyncIterator, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import grpc
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection, reflection_pb2_grpc
+
+from attnstore.limits import OPEN_STREAMS_MAX, OPEN_WRITE_MS_MAX
+
+_LibraryReflection: Any = reflection.aio.ReflectionServicer  # whose stubs take its generator for a coroutine
+
+
+class OpenServices:
+    """Adds both to a server."""
+
+    def __init__(self, server: grpc.aio.Server, services: Sequence[str]) -> None:
+        streams = _Streams()
+        self._services = ("", *services)
+        self._health = _Health(streams)
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
+        names = (*services, health.SERVICE_NAME, reflection.SERVICE_NAME)
+        reflection_pb2_grpc.add_ServerReflectionServicer_to_server(  # type: ignore[no-untyped-call]
+            _Reflection(streams, names), server
+        )
+
+    async def serving(self) -> None:
+        """From now on the node is healthy."""
+        for service in self._services:
+            await self._health.set(service, health_pb2.HealthCheckResponse.SERVING)
+
+    async def draining(self) -> None:
+        """From now on, and for good, it is not."""
+        await self._health.enter_graceful_shutdown()
+
+
+class _Streams:
+    def __init__(self) -> None:
+        self._running: dict[asyncio.Task[Any] | None, None] = {}  # the oldest first
+
+    @contextmanager
+    def place(self) -> Iterator[None]:
+        """A place for the running call."""
+        if len(self._running) >= OPEN_STREAMS_MAX:
+            oldest = next(iter(self._running))
+            del self._running[oldest]
+            if oldest is not None:
+                oldest.cancel()
+        task = asyncio.current_task()
+        self._running[task] = None
+        try:
+            yield
+        finally:
+            self._running.pop(task, None)
+
+
+class _Health(health.aio.HealthServicer):
+    def __init__(self, streams: _Streams) -> None:
+        super().__init__()
+        self._streams = streams
+
+    async def Watch(self, request: Any, context: Any) -> None:
+        with self._streams.place():
+            writer: Any = _Writer(context)
+            await super().Watch(request, writer)
+
+
+class _Writer:
+    """A call's context whose writes end soon."""
+
+    def __init__(self, context: Any) -> None:
+        self._context = context
+
+    async def write(self, message: Any) -> None:
+        async with asyncio.timeout(OPEN_WRITE_MS_MAX / 1000):
+            await self._context.write(message)
+
+
+class _Reflection(_LibraryReflection):  # type: ignore[misc]
+    def __init__(self, streams: _Streams, names: Sequence[str]) -> None:
+        super().__init__(service_names=names)
+        self._streams = streams
+
+    async def ServerReflectionInfo(self, requests: AsyncIterable[Any], context: Any) -> AsyncIterator[Any]:
+        with self._streams.place():
+            async for answer in super().ServerReflectionInfo(requests, context):
+                yield answer

@@ -1,0 +1,118 @@
+"""Peers that connect and say nothing, to every port of a node that may have few file descriptors: it goes on for others."""
+
+from __future__ import annotations
+
+import os
+import socket
+import urllib.request
+from collections.abc import Callable, Iterator
+
+import grpc
+import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
+
+import attnstore
+from attnstore.limits import CONNECT_MS_MAX, DESCRIPTORS_BESIDE_ARENA_MIN, OPEN_STREAMS_MAX
+from attnstore.testing import StoreProcess
+from attnstore.testing.ports import free_port
+from tests.channels import open_channel
+from tests.integration.shm_peer import open_channel as open_shm
+from tests.samples import eventually, make_batch
+
+SILENT = 1_100
+ARENA_DESCRIPTORS = 16
+DESCRIPTORS = DESCRIPTORS_BESIDE_ARENA_MIN + ARENA_DESCRIPTORS
+
+Connect = Callable[[], socket.socket]
+
+
+class Node:
+    """A node that may have no more descriptors than it must, and what clients and a reader of metrics see of it."""
+
+    def __init__(self) -> None:
+        self.metrics_port = free_port()
+        options = ("--capacity", "32MiB", "--metrics-port", str(self.metrics_port))
+        self.process = StoreProcess(*options, under=("prlimit", f"--nofile=256:{DESCRIPTORS}"))
+
+    def serves(self, transport: str) -> bool:
+        batch = make_batch(2, model=f"beside silence, over {transport}")
+        with attnstore.connect(self.process.url, transport=transport, deadline_ms=2_000) as client:
+            try:
+                client.register_layout(batch.namespace, batch.layout)
+                client.write(batch.namespace, batch.hashes, batch.pages)
+                buffers = batch.buffers()
+                return client.read(batch.namespace, batch.hashes, buffers).transport == transport and buffers == batch.pages
+            except attnstore.errors.Retryable:
+                return False
+
+    def shows_metrics(self) -> bool:
+        with urllib.request.urlopen(f"http://127.0.0.1:{self.metrics_port}/metrics", timeout=20) as answer:
+            return b"attnstore_capacity_bytes" in answer.read()
+
+    def threads(self) -> int:
+        return len(os.listdir(f"/proc/{self.process.process.pid}/task"))
+
+    def connects(self, where: str) -> Connect:
+        """What connects to a port of the node."""
+        if where == "shm":
+            path, _ = open_shm(self.process)
+            return lambda: unix(path)
+        host, grpc_port = self.process.address.split(":")
+        port = {"grpc": int(grpc_port), "metrics": self.metrics_port}.get(where) or open_channel(self.process.address)[0]
+        return lambda: socket.create_connection((host, port), 20)
+
+
+def unix(path: str) -> socket.socket:
+    connection = socket.socket(socket.AF_UNIX)
+    connection.settimeout(20)
+    while True:
+        try:
+            connection.connect(path)
+            return connection
+        except BlockingIOError:  # the kernel holds no more for the node to accept
+            continue
+
+
+@pytest.fixture
+def small_node() -> Iterator[Node]:
+    node = Node()
+    yield node
+    node.process.stop()
+
+
+@pytest.mark.parametrize("where", ["grpc", "tcp", "shm", "metrics"])
+def test_silent_connections_stop_nothing(small_node: Node, where: str) -> None:
+    threads = small_node.threads()
+    connect = small_node.connects(where)
+    silent = []
+    try:
+        for _ in range(SILENT):
+            silent.append(connect())
+        assert small_node.threads() < threads + 100
+        for transport in ("grpc", "tcp", "shm"):
+            # What was silent for CONNECT_MS_MAX is closed; until then a full port refuses.
+            assert eventually(lambda transport=transport: small_node.serves(transport), 4 * CONNECT_MS_MAX / 1000)
+        assert small_node.shows_metrics()
+    finally:
+        for connection in silent:
+            connection.close()
+
+
+def test_services_that_ask_for_no_token_hold_few_streams_and_the_oldest_gives_way(small_node: Node) -> None:
+    with grpc.insecure_channel(small_node.process.address) as channel:
+        health = health_pb2_grpc.HealthStub(channel)
+        watches = [health.Watch(health_pb2.HealthCheckRequest(), timeout=60) for _ in range(OPEN_STREAMS_MAX)]
+        assert [next(watch).status for watch in watches] == [health_pb2.HealthCheckResponse.SERVING] * OPEN_STREAMS_MAX
+        reflection = reflection_pb2_grpc.ServerReflectionStub(channel)  # type: ignore[no-untyped-call]
+        question = reflection_pb2.ServerReflectionRequest(list_services="")
+        answer = next(reflection.ServerReflectionInfo(iter([question]), timeout=60))
+        assert "attnstore.v1.AttentionStore" in [service.name for service in answer.list_services_response.service]
+        with pytest.raises(grpc.RpcError):
+            next(watches[0])
+        assert health.Check(health_pb2.HealthCheckRequest(), timeout=5).status == health_pb2.HealthCheckResponse.SERVING
+
+
+def test_a_node_that_may_have_too_few_descriptors_says_how_many_it_needs() -> None:
+    with pytest.raises(RuntimeError, match=f"needs {DESCRIPTORS} file descriptors, {ARENA_DESCRIPTORS} of them for its arena"):
+        StoreProcess("--capacity", "32MiB", under=("prlimit", f"--nofile=256:{DESCRIPTORS - 1}"))
