@@ -210,33 +210,34 @@ def test_more_idle_clients_than_places_all_keep_the_page_channel(node: ChannelNo
 
 
 def test_a_connection_in_use_is_not_closed_for_another(node: ChannelNode) -> None:
-    batch = make_batch(1, model="in use")
+    batch = make_batch(CHANNEL_CONNECTIONS_MAX, model="in use")
     node.register(batch)
-    half = len(batch.pages[0]) // 2
-    busy = [node.connect() for _ in range(CHANNEL_CONNECTIONS_MAX)]
-    for stream in busy:
-        stream.send(page_header(batch, 0), batch.pages[0][:half])
-    assert eventually(lambda: node.store.statistics().pages_arriving == 1)
+    half = batch.layout.page_bytes // 2
+    busy = [node.connect() for _ in batch.pages]
+    for index, stream in enumerate(busy):
+        stream.send(page_header(batch, index), batch.pages[index][:half])
+    assert eventually(lambda: node.store.statistics().pages_arriving == len(busy))
     extra = node.dial()
     say_hello(extra, node.tokens.issue("default"))
     assert isinstance(refusal(extra), errors.Overloaded)
-    for stream in busy:
-        stream.send(batch.pages[0][half:])
-        assert stream.receive().kind is Kind.VERDICT
+    for index, stream in enumerate(busy):
+        stream.send(batch.pages[index][half:])
+        assert verdict(stream) is PageStatus.STORED
     assert node.connect()
 
 
 def test_a_tenant_with_all_its_places_in_use_leaves_places_to_another() -> None:
     node = ChannelNode(tenants=2)
     try:
-        batch = make_batch(1, model="greedy")
+        batch = make_batch(CHANNEL_CONNECTIONS_MAX, model="greedy")
         node.register(batch, "greedy")
-        while True:
+        for index, page in enumerate(batch.pages):
             stream = node.dial()
             say_hello(stream, node.tokens.issue("greedy"))
             if stream.receive().kind is Kind.REFUSED:
                 break
-            stream.send(page_header(batch, 0), batch.pages[0][:10])
+            stream.send(page_header(batch, index), page[:10])
+            assert eventually(lambda index=index: node.store.statistics().pages_arriving == index + 1)
         modest = [node.connect("modest") for _ in range(CHANNEL_CONNECTIONS_MAX // 4)]
         assert modest
     finally:
