@@ -154,6 +154,10 @@ HEARTBEAT_MS = 1_000
 """Nodes announce themselves this often, and clients look as often whether the membership has changed."""
 MEMBER_MS_MAX = 4 * HEARTBEAT_MS
 """A node that has not announced itself for this long is no member any more."""
+DIRECTORY_GAP_MS = 2 * HEARTBEAT_MS
+"""A directory that took no heartbeat of any node for this long was away itself: that time counts against nobody."""
+INTENT_MS_MAX = 3_600_000
+"""What an operator wants of a node is kept for this long after the node was last heard of."""
 NODE_ANSWER_MS_MAX = 1_000
 """A node of a cluster that does not answer a match, a renewal or a release for this long is taken to have nothing: others may be
 asked still.
@@ -197,6 +201,7 @@ EVENT_BATCHES_MAX = 256
 EVENTS_IN_BATCH_MAX = 1_024
 
 assert 2 * HEARTBEAT_MS < MEMBER_MS_MAX, "one lost heartbeat removes nobody"
+assert HEARTBEAT_MS < DIRECTORY_GAP_MS < MEMBER_MS_MAX < INTENT_MS_MAX
 assert DIRECTORY_MS_MAX <= HEARTBEAT_MS
 assert 0 < NODE_FAIR_MS < NODE_ANSWER_MS_MAX, "a node that does not answer has had a fair time"
 assert TASK_AGAIN_MS_MIN < TASK_AGAIN_MS_MAX <= HEARTBEAT_MS, "a heartbeat that failed is made again before its node is overdue"

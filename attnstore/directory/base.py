@@ -204,7 +204,10 @@ class Directory(Protocol):
         ...
 
     async def set_intent(self, node_id: str, intent: Intent | None) -> bool:
-        """What operators want of a node from now on, as long as it is a member. False where there is no such member."""
+        """What operators want of a node from now on, until it leaves or for `INTENT_MS_MAX` after it was last heard of.
+
+        False where there is no such member, nor one that was lately and of which something is wanted.
+        """
         ...
 
     async def put_layouts(self, layouts: Sequence[LayoutRecord]) -> None:

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 
 from attnstore.clock import Clock, MonotonicClock
 from attnstore.directory.base import EventBatch, Intent, LayoutRecord, Member, Membership, RecordKind, Revision
-from attnstore.limits import EVENT_BATCHES_MAX, LAYOUT_MS_MAX
+from attnstore.limits import DIRECTORY_GAP_MS, EVENT_BATCHES_MAX, INTENT_MS_MAX, LAYOUT_MS_MAX
 
 
 class MemoryDirectory:
@@ -26,7 +26,9 @@ class MemoryDirectory:
         self._number = 0
         self._members: dict[str, Member] = {member.node_id: member for member in members}
         self._until_ms: dict[str, float] = {member.node_id: float("inf") for member in members}
+        self._beat_ms = self._clock.now_ms()
         self._intents: dict[str, Intent] = {}
+        self._intended_ms: dict[str, float] = {}
         self._quota_bytes: dict[str, int] = {}
         self._layouts: dict[LayoutRecord, float] = {}
         self._batches: deque[tuple[int, EventBatch]] = deque(maxlen=EVENT_BATCHES_MAX)
@@ -42,35 +44,55 @@ class MemoryDirectory:
         return {}
 
     async def announce(self, member: Member, ttl_ms: int, known: Revision | None) -> Membership | None:
+        now_ms = self._clock.now_ms()
+        away_ms = now_ms - self._beat_ms
+        if away_ms > DIRECTORY_GAP_MS:
+            still_ms = self._until_ms.items()
+            self._until_ms = {name: until + away_ms if until > self._beat_ms else until for name, until in still_ms}
+        self._beat_ms = now_ms
+        await self.membership(known)
         if self._members.get(member.node_id) != member:
             self._members[member.node_id] = member
             self._number += 1
-        self._until_ms[member.node_id] = self._clock.now_ms() + ttl_ms
+        self._until_ms[member.node_id] = now_ms + ttl_ms
+        if member.node_id in self._intents:
+            self._intended_ms[member.node_id] = now_ms + INTENT_MS_MAX
         return await self.membership(known)
 
     async def membership(self, known: Revision | None) -> Membership | None:
         now_ms = self._clock.now_ms()
-        for node_id in [node_id for node_id, until_ms in self._until_ms.items() if until_ms <= now_ms]:
-            await self.withdraw(node_id)
+        judged_ms = self._beat_ms if now_ms - self._beat_ms > DIRECTORY_GAP_MS else now_ms
+        for node_id in [node_id for node_id, until_ms in self._until_ms.items() if until_ms <= judged_ms]:
+            self._remove(node_id)
+        for node_id in [node_id for node_id, until_ms in self._intended_ms.items() if until_ms <= judged_ms]:
+            self._forget_intent(node_id)
         revision = Revision(self._incarnation, self._number)
         if revision == known:
             return None
         return Membership(revision, tuple(self._members.values()), dict(self._intents), dict(self._quota_bytes))
 
     async def withdraw(self, node_id: str) -> None:
+        self._remove(node_id)
+        self._forget_intent(node_id)
+
+    def _remove(self, node_id: str) -> None:
         if self._members.pop(node_id, None) is not None:
             del self._until_ms[node_id]
-            self._intents.pop(node_id, None)
+            self._number += 1
+
+    def _forget_intent(self, node_id: str) -> None:
+        if self._intents.pop(node_id, None) is not None:
+            del self._intended_ms[node_id]
             self._number += 1
 
     async def set_intent(self, node_id: str, intent: Intent | None) -> bool:
-        if node_id not in self._members:
+        if node_id not in self._members and node_id not in self._intents:
             return False
-        if intent is None:
-            self._intents.pop(node_id, None)
-        else:
+        self._forget_intent(node_id)
+        if intent is not None:
             self._intents[node_id] = intent
-        self._number += 1
+            self._intended_ms[node_id] = self._clock.now_ms() + INTENT_MS_MAX
+            self._number += 1
         return True
 
     async def put_layouts(self, layouts: Sequence[LayoutRecord]) -> None:

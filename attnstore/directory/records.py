@@ -6,7 +6,8 @@ says so once, not with every heartbeat; nothing that anybody writes into the dir
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from attnstore.directory.base import (
@@ -32,30 +33,58 @@ _log = get_logger(__name__)
 _NAME_CHARS = 64
 
 
+@dataclass(frozen=True, slots=True)
+class Told:
+    """The records of a revision as the directory told them, to which it is told what has changed. None is known at first."""
+
+    revision: Revision | None = None
+    nodes: Mapping[bytes, bytes] = field(default_factory=dict)
+    intents: Mapping[bytes, bytes] = field(default_factory=dict)
+    quotas: Mapping[bytes, bytes] = field(default_factory=dict)
+
+
 class RecordReader:
     """Reads the answers of one directory, whose name in messages is `directory`."""
 
     def __init__(self, directory: str) -> None:
         self._directory = directory
         self._reasons: dict[RecordKind, list[str]] = {}
+        self._told = Told()
 
     @property
     def skipped(self) -> dict[RecordKind, int]:
         """See `Directory.skipped`."""
         return {kind: len(self._reasons.get(kind, ())) for kind in RecordKind}
 
-    def membership(self, answer: Any) -> Membership | None:
-        """Of the scripts MEMBERSHIP and ANNOUNCE. Raises `ProtocolError` where not even the revision can be read."""
+    @property
+    def known(self) -> Told:
+        """What the last answer came to, for `membership` of the next one."""
+        return self._told
+
+    def membership(self, answer: Any, before: Told) -> Membership | None:
+        """Of the scripts MEMBERSHIP and ANNOUNCE, asked for what has changed since `before`. None where nothing has.
+
+        Raises `ProtocolError` where not even the revision can be read.
+        """
         if not answer:
             return None
         with reading_record("revision"):
-            incarnation, number, records, intents, quotas = answer
+            incarnation, number, is_all, records, gone, intents, quotas = answer
             revision = Revision(incarnation.decode(), int(number))
+            nodes = dict(pairs(records)) if is_all else {**before.nodes, **dict(pairs(records))}
+            for name in gone:
+                nodes.pop(name, None)
+            self._told = Told(
+                revision,
+                nodes,
+                before.intents if intents is None else dict(pairs(intents)),
+                before.quotas if quotas is None else dict(pairs(quotas)),
+            )
         return Membership(
             revision,
-            tuple(self._read(RecordKind.NODE, pairs(records), _member)),
-            dict(self._read(RecordKind.INTENT, pairs(intents), _intent)),
-            dict(self._read(RecordKind.QUOTA, pairs(quotas), _quota)),
+            tuple(self._read(RecordKind.NODE, nodes.items(), _member)),
+            dict(self._read(RecordKind.INTENT, self._told.intents.items(), _intent)),
+            dict(self._read(RecordKind.QUOTA, self._told.quotas.items(), _quota)),
         )
 
     def layouts(self, records: Iterable[bytes]) -> list[LayoutRecord]:

@@ -19,7 +19,7 @@ from redis.exceptions import RedisError
 
 from attnstore.directory import scripts
 from attnstore.directory.base import EventBatch, Intent, LayoutRecord, Member, Membership, RecordKind, Revision
-from attnstore.directory.records import RecordReader
+from attnstore.directory.records import RecordReader, Told
 from attnstore.directory.url import DirectoryUrl
 from attnstore.errors import Unavailable
 from attnstore.limits import (
@@ -40,7 +40,7 @@ class RedisDirectory:
         self._sentinels: list[Any] = []
         self._client = self._connect(url)
         self._key = {name: f"{{attnstore:{url.cluster}}}:{name}" for name in scripts.KEYS}
-        self._cluster_keys = [self._key[name] for name in ("nodes", "alive", "intents", "quotas", "revision")]
+        self._cluster_keys = [self._key[name] for name in scripts.MEMBERSHIP_KEYS]
 
     @property
     def name(self) -> str:
@@ -51,11 +51,13 @@ class RedisDirectory:
         return self._records.skipped
 
     async def announce(self, member: Member, ttl_ms: int, known: Revision | None) -> Membership | None:
-        arguments = (*_revision(known), secrets.token_hex(8), member.node_id, member.to_json(), ttl_ms, scripts.KEEP_MS)
-        return self._records.membership(await self._eval(scripts.ANNOUNCE, self._cluster_keys, *arguments))
+        told = self._told(known)
+        arguments = (*_revision(told), secrets.token_hex(8), member.node_id, member.to_json(), ttl_ms, scripts.KEEP_MS)
+        return self._records.membership(await self._eval(scripts.ANNOUNCE, self._cluster_keys, *arguments), told)
 
     async def membership(self, known: Revision | None) -> Membership | None:
-        return self._records.membership(await self._look(scripts.MEMBERSHIP, self._cluster_keys, *_revision(known)))
+        told = self._told(known)
+        return self._records.membership(await self._look(scripts.MEMBERSHIP, self._cluster_keys, *_revision(told)), told)
 
     async def withdraw(self, node_id: str) -> None:
         await self._eval(scripts.WITHDRAW, self._cluster_keys, node_id)
@@ -113,6 +115,11 @@ class RedisDirectory:
         ((host, port),) = url.hosts
         return Redis(host=host, port=port, db=url.database, **patience, **login, **encryption)
 
+    def _told(self, known: Revision | None) -> Told:
+        """What to ask for the changes since: what the caller knows, if that is still here, or nothing."""
+        told = self._records.known
+        return told if told.revision == known else Told()
+
     async def _last_event(self) -> str:
         newest = await self._ask(self._client.xrevrange(self._key["events"], count=1), DIRECTORY_MS_MAX)
         return newest[0][0].decode() if newest else "0-0"
@@ -134,8 +141,8 @@ class RedisDirectory:
             raise Unavailable(f"the directory {self.name} failed: {type(error).__name__}: {error}") from None
 
 
-def _revision(known: Revision | None) -> tuple[str, str]:
-    return (known.incarnation, str(known.number)) if known else ("", "")
+def _revision(told: Told) -> tuple[str, str]:
+    return (told.revision.incarnation, str(told.revision.number)) if told.revision else ("", "")
 
 
 def _flat_entries(stream: Any) -> Any:

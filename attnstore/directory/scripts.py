@@ -9,16 +9,25 @@ All keys of a cluster NAME carry the hash tag `{attnstore:NAME}`, so that they l
 |------------|------------|---------------------------------------------------------|--------------------------------------------|
 | `nodes`    | hash       | node id -> record of the node, JSON                     | field: until its heartbeat is overdue      |
 | `alive`    | sorted set | node id, scored with when its heartbeat is overdue (ms) | as above                                   |
-| `intents`  | hash       | node id -> `drain` or `evict`                           | as long as the node is a member            |
+| `intents`  | hash       | node id -> `drain` or `evict`                           | field: an hour after the node's heartbeats |
+| `intended` | sorted set | node id, scored with when its intent is forgotten (ms)  | as above                                   |
 | `quotas`   | hash       | tenant -> bytes over all nodes                          | until lifted; at most TENANTS_MAX          |
-| `revision` | hash       | `incarnation` (random), `number` (counts changes)       | as the three first                         |
+| `revision` | hash       | `incarnation` (random), `number` (counts changes), ...  | as `nodes`                                 |
+| `changes`  | sorted set | node id, scored with its last change's `number`         | at most CHANGES_MAX                        |
 | `layouts`  | sorted set | record of a namespace, JSON, scored with when it is old | a day; at most DIRECTORY_LAYOUTS_MAX       |
 | `events`   | stream     | page events, a batch of one node in each entry          | at most EVENT_BATCHES_MAX entries          |
 
-`nodes`, `alive`, `intents` and `revision` go an hour after the last heartbeat of any node, `events` an hour after the last batch.
+All but `quotas`, `layouts` and `events` go an hour after the last heartbeat of any node, `events` an hour after the last batch.
+
+Whoever knows a revision is told what has changed since, not everything: with a thousand nodes, each of which may announce other hot
+segments every second, everything would be megabytes a second for each client. The other fields of `revision` serve that: `counted`
+is the last `number` that these scripts made (where it is another one, somebody else has changed something, and everything is told),
+`since` the last number before which `changes` does not tell all, `intents` and `quotas` the numbers of the last changes of those.
 
 A directory that lost its memory (a restart without persistence, a fail-over to an empty replica) has a new incarnation: readers
-then wait until every node had time for a heartbeat before they take a missing one for gone.
+then wait until every node had time for a heartbeat before they take a missing one for gone. One that was only away (paused, cut
+off) finds no heartbeat of anybody for DIRECTORY_GAP_MS (`beat_ms` in `revision` is when the last one came): until one comes nobody
+is overdue, and then everyone has the time again that was left before.
 
 The scripts are sent with EVAL: at one call a second for each node and worker a kilobyte of text costs less than keeping track of
 which server has which script after a fail-over.
@@ -28,16 +37,38 @@ from __future__ import annotations
 
 from typing import Final
 
-from attnstore.limits import NODES_MAX
+from attnstore.limits import DIRECTORY_GAP_MS, INTENT_MS_MAX, NODES_MAX
 
-KEYS: Final = ("nodes", "alive", "intents", "quotas", "revision", "layouts", "events")
+MEMBERSHIP_KEYS: Final = ("nodes", "alive", "intents", "quotas", "revision", "changes", "intended")
+KEYS: Final = (*MEMBERSHIP_KEYS, "layouts", "events")
 
 KEEP_MS: Final = 3_600_000
 """What is left of a cluster without heartbeats is forgotten after this long."""
+CHANGES_MAX: Final = 2 * NODES_MAX
+"""Nodes whose last change is known, also of nodes that are gone."""
+
+assert INTENT_MS_MAX <= KEEP_MS
 
 _NOW: Final = """
 local time = redis.call('TIME')
 local now_ms = time[1] * 1000 + math.floor(time[2] / 1000)
+"""
+
+_JUDGED: Final = f"""
+local beat_ms = tonumber(redis.call('HGET', KEYS[5], 'beat_ms')) or now_ms
+local was_away = now_ms - beat_ms > {DIRECTORY_GAP_MS}
+local judged_ms = was_away and beat_ms or now_ms
+"""
+
+_CHANGED: Final = """
+local function counted()
+  local before = redis.call('HGET', KEYS[5], 'number') or '0'
+  if before ~= (redis.call('HGET', KEYS[5], 'counted') or '0') then redis.call('HSET', KEYS[5], 'since', before) end
+  local number = redis.call('HINCRBY', KEYS[5], 'number', 1)
+  redis.call('HSET', KEYS[5], 'counted', number)
+  return number
+end
+local function changed(node_id) redis.call('ZADD', KEYS[6], counted(), node_id) end
 """
 
 _PURGE: Final = f"""
@@ -45,40 +76,77 @@ if redis.call('HSETNX', KEYS[5], 'incarnation', ARGV[3]) == 1 then
   redis.call('HSETNX', KEYS[5], 'number', 0)
   redis.call('PEXPIRE', KEYS[5], {KEEP_MS})
 end
-local gone = redis.call('ZRANGEBYSCORE', KEYS[2], '-inf', now_ms, 'LIMIT', 0, {NODES_MAX})
-for _, node_id in ipairs(gone) do
+if was_away then
+  local late = redis.call('ZRANGEBYSCORE', KEYS[2], '(' .. beat_ms, now_ms, 'LIMIT', 0, {NODES_MAX})
+  for _, node_id in ipairs(redis.call('ZRANGEBYSCORE', KEYS[2], '(' .. beat_ms, '+inf', 'LIMIT', 0, {NODES_MAX})) do
+    redis.call('ZINCRBY', KEYS[2], now_ms - beat_ms, node_id)
+  end
+  for _, node_id in ipairs(late) do changed(node_id) end -- some may have been told that it is gone
+end
+redis.call('HSET', KEYS[5], 'beat_ms', now_ms)
+judged_ms = now_ms
+for _, node_id in ipairs(redis.call('ZRANGEBYSCORE', KEYS[2], '-inf', now_ms, 'LIMIT', 0, {NODES_MAX})) do
   redis.call('ZREM', KEYS[2], node_id)
   redis.call('HDEL', KEYS[1], node_id)
-  redis.call('HDEL', KEYS[3], node_id)
+  changed(node_id)
 end
-if #gone > 0 then redis.call('HINCRBY', KEYS[5], 'number', 1) end
+for _, node_id in ipairs(redis.call('ZRANGEBYSCORE', KEYS[7], '-inf', now_ms, 'LIMIT', 0, {NODES_MAX})) do
+  redis.call('ZREM', KEYS[7], node_id)
+  if redis.call('HDEL', KEYS[3], node_id) == 1 then redis.call('HSET', KEYS[5], 'intents', counted()) end
+end
+local surplus = redis.call('ZCARD', KEYS[6]) - {CHANGES_MAX}
+if surplus > 0 then
+  local last = redis.call('ZRANGE', KEYS[6], surplus - 1, surplus - 1, 'WITHSCORES')
+  redis.call('HSET', KEYS[5], 'since', last[2])
+  redis.call('ZREMRANGEBYRANK', KEYS[6], 0, surplus - 1)
+end
 """
 
 _ANSWER: Final = f"""
 local incarnation = redis.call('HGET', KEYS[5], 'incarnation') or ''
 local number = redis.call('HGET', KEYS[5], 'number') or '0'
-local is_known = incarnation == ARGV[1] and number == ARGV[2]
-if is_known and redis.call('ZCOUNT', KEYS[2], '-inf', now_ms) == 0 then return {{}} end
-local records = {{}}
-for _, node_id in ipairs(redis.call('ZRANGEBYSCORE', KEYS[2], '(' .. now_ms, '+inf', 'LIMIT', 0, {NODES_MAX})) do
+local overdue = redis.call('ZRANGEBYSCORE', KEYS[2], '-inf', judged_ms, 'LIMIT', 0, {NODES_MAX})
+if incarnation == ARGV[1] and number == ARGV[2] and #overdue == 0 then return {{}} end
+local known = incarnation == ARGV[1] and tonumber(ARGV[2]) or -1
+local is_all = known < (tonumber(redis.call('HGET', KEYS[5], 'since')) or 0) or known > tonumber(number)
+  or (redis.call('HGET', KEYS[5], 'counted') or '0') ~= number
+local records, gone = {{}}, overdue
+local function tell(node_id)
   local record = redis.call('HGET', KEYS[1], node_id)
   if record then
     records[#records + 1] = node_id
     records[#records + 1] = record
   end
+  return record
 end
-return {{incarnation, number, records, redis.call('HGETALL', KEYS[3]), redis.call('HGETALL', KEYS[4])}}
+if is_all then
+  local alive = redis.call('ZRANGEBYSCORE', KEYS[2], '(' .. judged_ms, '+inf', 'LIMIT', 0, {NODES_MAX})
+  for _, node_id in ipairs(alive) do tell(node_id) end
+else
+  for _, node_id in ipairs(redis.call('ZRANGEBYSCORE', KEYS[6], '(' .. known, '+inf')) do
+    if not tell(node_id) then gone[#gone + 1] = node_id end
+  end
+end
+local function told(key, field)
+  local is_news = is_all or (tonumber(redis.call('HGET', KEYS[5], field)) or 0) > known
+  return is_news and redis.call('HGETALL', key)
+end
+return {{incarnation, number, is_all and 1 or 0, records, gone, told(KEYS[3], 'intents'), told(KEYS[4], 'quotas')}}
 """
 
-MEMBERSHIP: Final = _NOW + _ANSWER
+MEMBERSHIP: Final = _NOW + _JUDGED + _ANSWER
 """The membership, without those whose heartbeat is overdue; changes nothing, so that a user who may only read can run it.
 
-KEYS: nodes, alive, intents, quotas, revision. ARGV: incarnation and number of the revision that the caller knows. Answers with
-nothing where that is still the one and nobody is overdue; a directory that was never written to has the incarnation ''.
+KEYS: MEMBERSHIP_KEYS. ARGV: incarnation and number of the revision that the caller knows. Answers with nothing where that is still
+the one and nobody is overdue; else with incarnation, number, 1 if all is told or 0 for what has changed, names and records, names
+of nodes that are gone, intents, quotas (nothing where they are the known ones). A directory that was never written to has the
+incarnation ''.
 """
 
 ANNOUNCE: Final = (
     _NOW
+    + _JUDGED
+    + _CHANGED
     + _PURGE
     + f"""
 if redis.call('HEXISTS', KEYS[1], ARGV[4]) == 0 and redis.call('HLEN', KEYS[1]) >= {NODES_MAX} then
@@ -86,10 +154,11 @@ if redis.call('HEXISTS', KEYS[1], ARGV[4]) == 0 and redis.call('HLEN', KEYS[1]) 
 end
 if redis.call('HGET', KEYS[1], ARGV[4]) ~= ARGV[5] then
   redis.call('HSET', KEYS[1], ARGV[4], ARGV[5])
-  redis.call('HINCRBY', KEYS[5], 'number', 1)
+  changed(ARGV[4])
 end
 redis.call('ZADD', KEYS[2], now_ms + tonumber(ARGV[6]), ARGV[4])
-for _, key in ipairs({{KEYS[1], KEYS[2], KEYS[3], KEYS[5]}}) do redis.call('PEXPIRE', key, ARGV[7]) end
+if redis.call('HEXISTS', KEYS[3], ARGV[4]) == 1 then redis.call('ZADD', KEYS[7], now_ms + {INTENT_MS_MAX}, ARGV[4]) end
+for _, index in ipairs({{1, 2, 3, 5, 6, 7}}) do redis.call('PEXPIRE', KEYS[index], ARGV[7]) end
 """
     + _ANSWER
 )
@@ -99,24 +168,40 @@ ARGV[3] an incarnation for a directory that has none, [4] node id, [5] its recor
 overdue, [7] how long to keep all.
 """
 
-WITHDRAW: Final = """
-if redis.call('HDEL', KEYS[1], ARGV[1]) == 1 then redis.call('HINCRBY', KEYS[5], 'number', 1) end
+WITHDRAW: Final = (
+    _CHANGED
+    + """
+if redis.call('HDEL', KEYS[1], ARGV[1]) == 1 then changed(ARGV[1]) end
 redis.call('ZREM', KEYS[2], ARGV[1])
-redis.call('HDEL', KEYS[3], ARGV[1])
+redis.call('ZREM', KEYS[7], ARGV[1])
+if redis.call('HDEL', KEYS[3], ARGV[1]) == 1 then redis.call('HSET', KEYS[5], 'intents', counted()) end
 return 1
 """
+)
 """A node has left. KEYS as in MEMBERSHIP. ARGV[1] node id."""
 
-SET_INTENT: Final = """
-if redis.call('HEXISTS', KEYS[1], ARGV[1]) == 0 then return 0 end
-if ARGV[2] == '' then redis.call('HDEL', KEYS[3], ARGV[1]) else redis.call('HSET', KEYS[3], ARGV[1], ARGV[2]) end
-redis.call('PEXPIRE', KEYS[3], ARGV[3])
-redis.call('HINCRBY', KEYS[5], 'number', 1)
+SET_INTENT: Final = (
+    _NOW
+    + _CHANGED
+    + f"""
+if redis.call('HEXISTS', KEYS[1], ARGV[1]) == 0 and redis.call('HEXISTS', KEYS[3], ARGV[1]) == 0 then return 0 end
+if ARGV[2] == '' then
+  redis.call('HDEL', KEYS[3], ARGV[1])
+  redis.call('ZREM', KEYS[7], ARGV[1])
+else
+  redis.call('HSET', KEYS[3], ARGV[1], ARGV[2])
+  redis.call('ZADD', KEYS[7], now_ms + {INTENT_MS_MAX}, ARGV[1])
+end
+for _, index in ipairs({{3, 5, 6, 7}}) do redis.call('PEXPIRE', KEYS[index], ARGV[3]) end
+redis.call('HSET', KEYS[5], 'intents', counted())
 return 1
 """
+)
 """What an operator wants of a node. KEYS as in MEMBERSHIP. ARGV[1] node id, [2] the intent, or nothing, [3] how long to keep it."""
 
-SET_QUOTA: Final = """
+SET_QUOTA: Final = (
+    _CHANGED
+    + """
 if ARGV[2] == '' then
   redis.call('HDEL', KEYS[4], ARGV[1])
 elseif redis.call('HEXISTS', KEYS[4], ARGV[1]) == 0 and redis.call('HLEN', KEYS[4]) >= tonumber(ARGV[3]) then
@@ -124,9 +209,10 @@ elseif redis.call('HEXISTS', KEYS[4], ARGV[1]) == 0 and redis.call('HLEN', KEYS[
 else
   redis.call('HSET', KEYS[4], ARGV[1], ARGV[2])
 end
-if redis.call('EXISTS', KEYS[5]) == 1 then redis.call('HINCRBY', KEYS[5], 'number', 1) end
+if redis.call('EXISTS', KEYS[5]) == 1 then redis.call('HSET', KEYS[5], 'quotas', counted()) end
 return 1
 """
+)
 """A tenant's quota. KEYS as in MEMBERSHIP. ARGV[1] tenant, [2] bytes, or nothing for none, [3] the most tenants."""
 
 PUT_LAYOUTS: Final = (

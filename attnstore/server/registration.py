@@ -88,9 +88,9 @@ class Registration:
         try:
             membership = await self._directory.announce(self._member, MEMBER_MS_MAX, known)
             forgotten = membership is not None and known is not None and membership.revision.incarnation != known.incarnation
-            if forgotten and self._intent is Intent.DRAIN:
+            if forgotten and self._intent is not None:
                 # The directory lost its memory; what the operator asked of this node must not go with it.
-                await self._directory.set_intent(self._member.node_id, Intent.DRAIN)
+                await self._directory.set_intent(self._member.node_id, self._intent)
                 self._told = frozenset()
             elif membership is not None:
                 self._follow(membership)

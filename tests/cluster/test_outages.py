@@ -15,7 +15,7 @@ import pytest
 
 import attnstore
 from attnstore import errors
-from attnstore.limits import SEGMENT_BLOCKS
+from attnstore.limits import HEARTBEAT_MS, MEMBER_MS_MAX, SEGMENT_BLOCKS
 from attnstore.testing import RedisServer, StoreProcess
 from attnstore.testing.netns import Switch
 from tests.cluster.conftest import Cluster, hits_and_no_wrong_byte, known_to, stored
@@ -94,6 +94,37 @@ def test_a_drain_that_the_directory_forgets_goes_on(cluster: Cluster, batch_of: 
         assert eventually(lambda: "directory answers again" in cluster.nodes["bob"].log)
         assert eventually(is_drained)
         assert hits_and_no_wrong_byte(client, batch) == PAGES
+
+
+@pytest.mark.parametrize("outage", ["paused", "emptied"])
+def test_an_evicted_and_a_draining_node_stay_that_through_an_outage_of_the_directory(
+    cluster: Cluster, batch_of: BatchOf, outage: str
+) -> None:
+    with attnstore.connect(cluster.url) as client:
+        stored(client, batch_of(PAGES))
+        for command, name in (("evict", "cleo"), ("drain", "bob")):
+            asked = [sys.executable, "-m", "attnstore.cli", command, name, "--directory", cluster.url]
+            assert subprocess.run(asked, check=False, timeout=60).returncode == 0
+
+        def states() -> dict[str, str]:
+            return {member.node_id: member.state.value for member in client.members()}
+
+        assert eventually(lambda: states() == {"ada": "active", "bob": "drained"}, 20)
+        seen = []
+        if outage == "paused":
+            cluster.directory.pause()
+            time.sleep((MEMBER_MS_MAX + 2 * HEARTBEAT_MS) / 1000)
+            cluster.directory.resume()
+        else:
+            cluster.directory.kill()
+            cluster.directory.start()
+        end_s = time.monotonic() + 2 * MEMBER_MS_MAX / 1000
+        while time.monotonic() < end_s:
+            seen.append(states())
+            time.sleep(0.05)
+        if outage == "paused":
+            assert all(each == {"ada": "active", "bob": "drained"} for each in seen)
+        assert seen[-1] == {"ada": "active", "bob": "drained"}
 
 
 def test_a_node_that_dies_costs_its_own_pages_only_and_comes_back_empty(cluster: Cluster, batch_of: BatchOf) -> None:

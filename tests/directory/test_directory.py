@@ -9,11 +9,13 @@ from dataclasses import replace
 from attnstore import PageEvent, PageEventKind
 from attnstore.directory import Directory, EventBatch, Intent, LayoutRecord, Member, NodeState
 from attnstore.directory.events import EventFeed
+from attnstore.limits import DIRECTORY_GAP_MS
 
 ADA = Member("ada", "grpc://10.0.0.1:7400", bytes(16), weight=2.0, replicas=2)
 BOB = Member("bob", "grpcs://10.0.0.2:7400", b"e" * 16, state=NodeState.DRAINED)
 TTL_MS = 60_000
 BRIEF_MS = 50
+SHORT_MS = 500
 
 
 def events(number: int) -> bytes:
@@ -75,6 +77,46 @@ async def test_intents_of_members_are_kept_and_of_others_refused(directory: Dire
     served = await directory.membership(evicted.revision)
     assert served is not None
     assert served.present() == {"ada": ADA}
+
+
+async def test_what_is_wanted_of_a_node_outlives_a_heartbeat_that_is_overdue_and_can_be_lifted_meanwhile(
+    directory: Directory,
+) -> None:
+    await directory.announce(ADA, TTL_MS, None)
+    await directory.announce(BOB, BRIEF_MS, None)
+    assert await directory.set_intent("bob", Intent.EVICT)
+    await asyncio.sleep(2 * BRIEF_MS / 1000)
+    gone = await directory.announce(ADA, TTL_MS, None)
+    assert gone is not None
+    assert gone.members == (ADA,)
+    back = await directory.announce(BOB, BRIEF_MS, gone.revision)
+    assert back is not None
+    assert back.present() == {"ada": ADA}
+    await asyncio.sleep(2 * BRIEF_MS / 1000)
+    assert await directory.set_intent("bob", None)
+    again = await directory.announce(BOB, TTL_MS, back.revision)
+    assert again is not None
+    assert again.present() == {"ada": ADA, "bob": BOB}
+
+
+async def test_a_directory_that_was_away_takes_nobody_for_gone_before_he_had_his_time(directory: Directory) -> None:
+    first = await directory.announce(ADA, SHORT_MS, None)
+    second = await directory.announce(BOB, SHORT_MS, None)
+    assert await directory.set_intent("bob", Intent.DRAIN)
+    assert first is not None
+    assert second is not None
+    await asyncio.sleep((DIRECTORY_GAP_MS + 2 * BRIEF_MS) / 1000)
+    away = await directory.membership(None)
+    assert away is not None
+    assert set(away.members) == {ADA, BOB}
+    ended = await directory.announce(ADA, TTL_MS, second.revision)
+    assert ended is not None
+    assert set(ended.members) == {ADA, BOB}
+    assert ended.intents == {"bob": Intent.DRAIN}
+    await asyncio.sleep(2 * SHORT_MS / 1000)
+    late = await directory.announce(ADA, TTL_MS, ended.revision)
+    assert late is not None
+    assert late.members == (ADA,)
 
 
 async def test_a_node_that_is_to_drain_counts_as_draining_before_it_says_so(directory: Directory) -> None:

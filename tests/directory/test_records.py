@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -12,12 +13,13 @@ from hypothesis import strategies as st
 from attnstore.directory import EventBatch, Intent, LayoutRecord, Member, Membership
 from attnstore.directory.base import RecordKind
 from attnstore.directory.events import events_in
-from attnstore.directory.records import RecordReader
+from attnstore.directory.records import RecordReader, Told
 from attnstore.directory.view import ViewTracker
 from attnstore.errors import ProtocolError
 from attnstore.limits import HOT_SEGMENTS_MAX, QUOTA_BYTES_MAX, RECORD_BYTES_MAX
 
 ADA = Member("ada", "grpc://10.0.0.1:7400", bytes(16), weight=2.0, replicas=2)
+CLEO = replace(ADA, node_id="cleo")
 LAYOUT = LayoutRecord(bytes(32), "tenant", 4096)
 
 
@@ -128,12 +130,13 @@ QUOTAS = st.lists(st.tuples(NAMES, NAMES | st.integers().map(str)))
 def test_good_records_are_read_whatever_stands_beside_them(
     members: list[tuple[Any, Any]], intents: list[tuple[Any, Any]], quotas: list[tuple[Any, Any]], as_map: bool
 ) -> None:
-    answer: list[Any] = [b"incarnation", b"7"]
+    answer: list[Any] = [b"incarnation", b"7", 1]
     for others, good in ((members, ("ada", ADA.to_json())), (intents, ("ada", "drain")), (quotas, ("tenant", "5"))):
         whole = flat([*others, good])
         answer.append(dict(zip(whole[::2], whole[1::2], strict=True)) if as_map else whole)
+    answer.insert(4, [])
     reader = RecordReader("redis://h")
-    membership = reader.membership(answer)
+    membership = reader.membership(answer, Told())
     assert membership is not None
     assert ADA in membership.members
     assert (membership.intents["ada"], membership.quota_bytes["tenant"]) == (Intent.DRAIN, 5)
@@ -141,10 +144,10 @@ def test_good_records_are_read_whatever_stands_beside_them(
     assert all(0 <= quota_bytes <= QUOTA_BYTES_MAX for quota_bytes in view.quota_bytes_of("ada").values())
 
 
-@given(st.lists(st.none() | st.binary() | st.integers() | st.lists(st.binary(), max_size=3), max_size=6))
+@given(st.lists(st.none() | st.binary() | st.integers() | st.lists(st.binary(), max_size=3), max_size=8))
 def test_an_answer_without_a_revision_is_a_protocol_error(answer: list[Any]) -> None:
     try:
-        membership = RecordReader("redis://h").membership(answer)
+        membership = RecordReader("redis://h").membership(answer, Told())
     except ProtocolError:
         return
     assert membership is None or isinstance(membership, Membership)
@@ -167,11 +170,14 @@ def test_events_of_somebody_else_are_skipped_and_counted(packed: bytes) -> None:
 
 def test_what_is_skipped_is_counted_by_kind_until_it_is_gone_and_told_once(caplog: pytest.LogCaptureFixture) -> None:
     reader = RecordReader("redis://h")
-    bad = [b"i", b"1", flat([("bob", "no"), ("ada", ADA.to_json())]), flat([("ada", "explode")]), []]
-    good = [b"i", b"2", flat([("ada", ADA.to_json())]), [], []]
-    for _ in range(3):
-        reader.membership(bad)
+    bad = [b"i", b"1", 1, flat([("bob", "no"), ("ada", ADA.to_json())]), [], flat([("ada", "explode")]), []]
+    more = [b"i", b"2", 0, flat([("cleo", CLEO.to_json())]), [], None, None]
+    good = [b"i", b"3", 0, [], [b"bob"], [], None]
+    for answer in (bad, bad, more):
+        reader.membership(answer, reader.known)
     assert {kind: count for kind, count in reader.skipped.items() if count} == {RecordKind.NODE: 1, RecordKind.INTENT: 1}
     assert len(caplog.records) == 2
-    reader.membership(good)
+    membership = reader.membership(good, reader.known)
+    assert membership is not None
+    assert membership.members == (ADA, CLEO)
     assert set(reader.skipped.values()) == {0}

@@ -7,7 +7,9 @@ import ssl
 import time
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import pytest
@@ -16,7 +18,7 @@ from redis.exceptions import ResponseError
 from attnstore.directory import Directory, EventBatch, Intent, LayoutRecord, Member, Membership, open_directory
 from attnstore.directory.scripts import KEEP_MS, KEYS
 from attnstore.errors import Unavailable
-from attnstore.limits import EVENT_BATCHES_MAX, LAYOUT_MS_MAX, MEMBER_MS_MAX
+from attnstore.limits import EVENT_BATCHES_MAX, HOT_SEGMENTS_MAX, LAYOUT_MS_MAX, MEMBER_MS_MAX, SEGMENT_KEY_BYTES
 from attnstore.testing import RedisServer
 from tests.directory.conftest import BINARIES
 from tests.samples import eventually
@@ -29,6 +31,8 @@ NODE_RIGHTS = "~{attnstore:*}* +eval +eval_ro +time +exists +@hash +@sortedset +
 WORKER_RIGHTS = "%R~{attnstore:*}* +eval_ro +time +hget +hgetall +zrangebyscore +zcount +xread +xrevrange +select"
 EVENT = bytes([1]) + bytes(72)
 HEARTBEAT_BYTES_MAX = 4096
+MANY_NODES = 200
+CHANGES = 10
 
 
 async def use(directory: Directory) -> None:
@@ -62,6 +66,62 @@ async def test_the_stream_of_events_is_capped(server: RedisServer) -> None:
         await directory.publish(EventBatch("ada", EVENT, number))
     await directory.close()
     assert server.client().xlen("{attnstore:stream}:events") == EVENT_BATCHES_MAX
+
+
+async def test_whoever_follows_the_changes_knows_what_whoever_asks_for_everything_is_told(server: RedisServer) -> None:
+    random = Random(7)
+    directory, follower = (open_directory(f"{server.url}?cluster=changes") for _ in range(2))
+    known: Membership | None = None
+    members = {f"node{number}": replace(ADA, node_id=f"node{number}") for number in range(8)}
+    for _ in range(150):
+        node_id = random.choice(list(members))
+        match random.randrange(6):
+            case 0:
+                await directory.withdraw(node_id)
+            case 1:
+                await directory.set_intent(node_id, random.choice([*Intent, None]))
+            case 2:
+                await directory.set_quota(node_id, random.choice([random.randrange(1 << 40), None]))
+            case _:
+                members[node_id] = replace(members[node_id], hot=frozenset({random.randbytes(SEGMENT_KEY_BYTES)}))
+                await directory.announce(members[node_id], 10 * MEMBER_MS_MAX, None)
+        news = await follower.membership(known.revision if known is not None else None)
+        known = news or known
+        everything = await directory.membership(None)
+        assert known is not None
+        assert everything is not None
+        assert (set(known.members), known.intents) == (set(everything.members), everything.intents)
+        assert (known.quota_bytes, known.revision) == (everything.quota_bytes, everything.revision)
+        full = await follower.membership(None) if random.randrange(20) == 0 else None
+        known = full or known
+    await directory.close()
+    await follower.close()
+
+
+async def test_a_change_of_what_is_hot_moves_bytes_of_one_record_not_of_all(server: RedisServer) -> None:
+    cluster, follower = (open_directory(f"{server.url}?cluster=hot") for _ in range(2))
+    hot = [frozenset(bytes([change]) * 6 + bytes([number]) for number in range(HOT_SEGMENTS_MAX)) for change in range(CHANGES + 1)]
+    nodes = [replace(ADA, node_id=f"node{number}", hot=hot[0]) for number in range(MANY_NODES)]
+    for node in nodes:
+        await cluster.announce(node, 10 * MEMBER_MS_MAX, None)
+    known = await follower.membership(None)
+    assert known is not None
+    assert len(known.members) == MANY_NODES
+    client = server.client()
+    moved = 0
+    for change in range(1, CHANGES + 1):
+        node = replace(nodes[change], hot=hot[change])
+        await cluster.announce(node, 10 * MEMBER_MS_MAX, None)
+        before = client.info("stats")["total_net_output_bytes"]
+        known = await follower.membership(known.revision)
+        # The answer to the question itself is part of the next one.
+        moved += client.info("stats")["total_net_output_bytes"] - before - len(str(client.info("stats")))
+        assert known is not None
+        assert node in known.members
+        assert len(known.members) == MANY_NODES
+    await cluster.close()
+    await follower.close()
+    assert moved < CHANGES * 4 * len(nodes[0].to_json())
 
 
 async def test_clusters_in_one_directory_do_not_see_each_other(server: RedisServer) -> None:
