@@ -10,6 +10,7 @@ from attnstore import PageEvent, PageEventKind
 from attnstore.directory import Directory, EventBatch, Intent, LayoutRecord, Member, NodeState
 from attnstore.directory.events import EventFeed
 from attnstore.limits import DIRECTORY_GAP_MS
+from attnstore.types import Space
 
 ADA = Member("ada", "grpc://10.0.0.1:7400", bytes(16), weight=2.0, replicas=2)
 BOB = Member("bob", "grpcs://10.0.0.2:7400", b"e" * 16, state=NodeState.DRAINED)
@@ -21,7 +22,7 @@ SHORT_MS = 500
 def events(number: int) -> bytes:
     """A packed event."""
     feed = EventFeed("ada")
-    feed.offer([(bytes(32), PageEvent(PageEventKind.SEALED, bytes(32), number))])
+    feed.offer([(Space("tenant", bytes(32)), PageEvent(PageEventKind.SEALED, bytes(32), number))])
     batch = feed.take()
     assert batch is not None
     return batch.packed

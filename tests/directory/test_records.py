@@ -17,6 +17,7 @@ from attnstore.directory.records import RecordReader, Told
 from attnstore.directory.view import ViewTracker
 from attnstore.errors import ProtocolError
 from attnstore.limits import HOT_SEGMENTS_MAX, QUOTA_BYTES_MAX, RECORD_BYTES_MAX
+from attnstore.types import Space
 
 ADA = Member("ada", "grpc://10.0.0.1:7400", bytes(16), weight=2.0, replicas=2)
 CLEO = replace(ADA, node_id="cleo")
@@ -158,7 +159,7 @@ def test_good_events_are_read_whatever_stands_beside_them(entries: list[dict[byt
     good = {b"node": b"ada", b"packed": bytes([1]) + bytes(72), b"dropped": b"2"}
     batches = RecordReader("redis://h").events([(b"1-0", fields) for fields in [*entries, good]])
     assert batches[-1] == EventBatch("ada", good[b"packed"], 2)
-    assert all(list(events_in(batch, bytes(32))) is not None for batch in batches)
+    assert all(list(events_in(batch, Space("tenant", bytes(32)))) is not None for batch in batches)
 
 
 @pytest.mark.parametrize("packed", [b"short", b"\xff" * 73, (bytes([1]) + bytes(72)) * 1_025])
