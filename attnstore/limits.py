@@ -86,6 +86,8 @@ KEEPALIVE_TIMEOUT_MS = 10_000
 CONNECT_MS_MAX = 5_000
 """One attempt to connect, TLS handshake included."""
 DRAIN_MS_DEFAULT = 10_000
+STOP_MS_MAX = 3_000
+"""A node has ended so long after the time for draining, whatever still runs."""
 
 assert CHUNK_BYTES_MAX + CHUNK_HEADER_BYTES_MAX <= MESSAGE_BYTES_MAX
 assert HASHES_MAX * HASH_BYTES + CHUNK_HEADER_BYTES_MAX <= MESSAGE_BYTES_MAX

@@ -1,8 +1,9 @@
 """Background work: begun so that it cannot end unnoticed, and ended so that it ends.
 
 Owns: `supervised` and `supervised_thread` for what runs as long as its owner does, `detached` for what is done once and waited for
-by nobody, `end`, and the count of failures. Invariants: a failure is logged and counted, and what is supervised is tried again; a
-task that runs is not collected as garbage (the event loop holds tasks by weak references only).
+by nobody, `on_thread` for what blocks, `end` and `attempt_all` for the end, and the count of failures. Invariants: a failure is
+logged and counted, and what is supervised is tried again; a task that runs is not collected as garbage (the event loop holds tasks
+by weak references only).
 
 Why `end` and not `cancel()` and `await` with the cancellation suppressed: that suppresses a cancellation of the caller as well, who
 then goes on for ever; and a library inside the task may swallow the one that was meant for it.
@@ -14,11 +15,14 @@ import asyncio
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Coroutine
-from typing import Any, Final
+from collections.abc import Callable, Coroutine, Mapping
+from contextlib import suppress
+from typing import Any, Final, TypeVar
 
 from attnstore.limits import TASK_AGAIN_MS_MAX, TASK_AGAIN_MS_MIN
 from attnstore.logs import get_logger
+
+R = TypeVar("R")
 
 _AGAIN_S: Final = 0.5
 
@@ -75,6 +79,49 @@ def detached(name: str, coroutine: Coroutine[Any, Any, Any]) -> None:
     task = asyncio.create_task(_watched(name, coroutine), name=f"attnstore-{name}")
     _detached.add(task)
     task.add_done_callback(_detached.discard)
+
+
+async def on_thread(name: str, call: Callable[[], R]) -> R:
+    """`call()` on a daemon thread of its own. Why not `asyncio.to_thread`: its few threads may all be taken by what never ends, and
+    the process waits for them.
+    """
+    loop = asyncio.get_running_loop()
+    outcome: asyncio.Future[R] = loop.create_future()
+
+    def settle(set_outcome: Callable[[Any], None], value: Any) -> None:
+        def tell() -> None:
+            if not outcome.done():
+                set_outcome(value)
+
+        with suppress(RuntimeError):  # the loop has ended, and with it whoever waited
+            loop.call_soon_threadsafe(tell)
+
+    def run() -> None:
+        try:
+            result = call()
+        except BaseException as error:
+            settle(outcome.set_exception, error)
+        else:
+            settle(outcome.set_result, result)
+
+    threading.Thread(target=run, name=f"attnstore-{name}", daemon=True).start()
+    return await outcome
+
+
+async def attempt_all(steps: Mapping[str, Coroutine[Any, Any, Any]], within_s: float) -> None:
+    """Runs all steps at the same time, for as long as that takes but no longer than `within_s`. What fails or goes on is logged,
+    and keeps no other step from its end.
+    """
+    running = {asyncio.create_task(step, name=f"attnstore-{name}"): name for name, step in steps.items()}
+    if not running:
+        return
+    done, late = await asyncio.wait(running, timeout=within_s)
+    for task in done:
+        if not task.cancelled() and (error := task.exception()) is not None:
+            _log.error("could not be ended in order", work=running[task], exc_info=error)
+    for task in late:
+        task.cancel()
+        _log.warning("does not end and is left", work=running[task])
 
 
 async def end(task: asyncio.Task[Any]) -> None:

@@ -24,7 +24,6 @@ WAITED_FOR = {
     "attnstore/client/flight.py": "callers that share an answer wait for it",
     "attnstore/copying/__init__.py": "compiles once, and says what went wrong",
     "attnstore/server/connections.py": "one connection, whose failure is logged",
-    "attnstore/server/node.py": "the ends of both bulk servers, gathered",
     "worker/cache/swap_in.py": "one load, whose failure is logged and recomputed",
     "worker/engine/async_engine.py": "an engine that failed takes no more prompts, and says so",
     "worker/serve/app.py": "one request's work, waited for",
@@ -176,3 +175,35 @@ async def test_what_a_task_met_is_told() -> None:
     await asyncio.sleep(0)
     with pytest.raises(ValueError, match="no"):
         await tasks.end(task)
+
+
+async def test_the_end_of_one_thing_keeps_no_other_from_its_own() -> None:
+    ended = []
+
+    async def fails() -> None:
+        raise ValueError("half way")
+
+    async def hangs() -> None:
+        await asyncio.Event().wait()
+
+    async def works() -> None:
+        ended.append("works")
+
+    async with asyncio.timeout(20):
+        await tasks.attempt_all({"a": fails(), "b": hangs(), "c": works()}, 0.05)
+    assert ended == ["works"]
+    await tasks.attempt_all({}, 0.05)
+
+
+async def test_a_thread_of_its_own_needs_none_of_the_event_loops() -> None:
+    release = threading.Event()
+    loop = asyncio.get_running_loop()
+    taken = [loop.run_in_executor(None, release.wait) for _ in range(64)]
+    try:
+        async with asyncio.timeout(20):
+            assert await tasks.on_thread("quick", lambda: "done") == "done"
+            with pytest.raises(KeyError):
+                await tasks.on_thread("wrong", lambda: {}["missing"])
+    finally:
+        release.set()
+        await asyncio.gather(*taken)

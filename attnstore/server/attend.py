@@ -12,6 +12,7 @@ import importlib.util
 import os
 import threading
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, NamedTuple
@@ -21,6 +22,7 @@ from attnstore.core.layout import PageLayout
 from attnstore.errors import InvalidArgument, LeaseExpired
 from attnstore.limits import (
     ATTEND_BYTES_MAX,
+    ATTEND_CALLS_MAX,
     ATTEND_HASHES_MAX,
     ATTEND_ROWS_MAX,
     ATTEND_SETS_MAX,
@@ -71,6 +73,9 @@ class Attending:
         self._turns = FairTurns[_Job, "list[Partial]"](
             self._compute, _kind, clock, waiting_max=ATTEND_WAITING_MAX, together_max=ATTEND_TOGETHER_MAX
         )
+        # Its threads wait for turns, which those of the event loop's own executor have no time for.
+        self.executor = ThreadPoolExecutor(ATTEND_CALLS_MAX, "attnstore-attend")
+        self._loading = threading.Lock()
         self._lock = threading.Lock()
         self._sessions: set[AttendSession] = set()
 
@@ -81,7 +86,7 @@ class Attending:
 
     def load(self) -> None:
         """Imports what computes, once."""
-        with self._lock:
+        with self._loading:
             if self._attention is None:
                 from attnstore.attention.in_place import InPlaceAttention
 

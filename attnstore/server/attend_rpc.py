@@ -38,7 +38,7 @@ async def attend(attending: Attending | None, metrics: NodeMetrics, context: Any
                 return
             step = step_from_wire(_decode(message))
             # A future, not a coroutine: cancelling the call must not let go of a thread that uses the session.
-            answering = asyncio.get_running_loop().run_in_executor(None, _answer, session, step)
+            answering = asyncio.get_running_loop().run_in_executor(attending.executor, _answer, session, step)
             answer = await asyncio.shield(answering)
             if answer is not None:
                 async with asyncio.timeout(stall_s):
@@ -46,10 +46,11 @@ async def attend(attending: Attending | None, metrics: NodeMetrics, context: Any
             if isinstance(step, AttendQuery):
                 metrics.attended("grpc", step.total_rows)
     finally:
+        # Large sets take long to let go: not on the event loop.
         if answering is None or answering.done():
-            session.close()
+            attending.executor.submit(session.close)
         else:
-            answering.add_done_callback(lambda _: session.close())
+            answering.add_done_callback(lambda _: attending.executor.submit(session.close))
 
 
 def _answer(session: AttendSession, step: AttendStep) -> Any:

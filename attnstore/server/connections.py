@@ -2,8 +2,8 @@
 
 Owns: the accepting threads, the set of live connections, who has a place and how they drain. What a connection says is its own
 affair.
-Invariants: after `stop` no thread of these listeners runs and no socket of theirs is open; a peer that has not shown whose
-it is takes no place of one that has.
+Invariants: after `stop` no socket of these listeners is open and no thread of theirs waits for a peer; a peer that has not shown
+whose it is takes no place of one that has.
 
 A peer is a newcomer until it is admitted. There are few places for newcomers, and the one that has waited longest makes room for
 the next. Admitted peers share the places by tenant; where a tenant's are all taken, an idle connection is closed, so that many
@@ -16,14 +16,15 @@ import functools
 import socket
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from typing import Protocol
 
 from attnstore import tasks
 from attnstore.clock import Clock
 from attnstore.core.fair_share import FairShares
 from attnstore.errors import Unavailable
-from attnstore.limits import CHANNEL_CONNECTIONS_MAX, CHANNEL_NEWCOMERS_MAX
+from attnstore.limits import CHANNEL_CONNECTIONS_MAX, CHANNEL_NEWCOMERS_MAX, STOP_MS_MAX
 from attnstore.logs import get_logger
 
 _ACCEPT_RETRY_S = 0.01
@@ -109,21 +110,29 @@ class ConnectionThreads:
             self._acceptors[listener] = tasks.supervised_thread(f"{self._name}-accept", functools.partial(self._accept, listener))
 
     def stop(self, drain_ms: float) -> None:
-        """Takes no new connection, gives running requests up to `drain_ms`, then breaks the connections and joins their threads."""
+        """Takes no new connection, gives running requests up to `drain_ms`, then breaks the connections and joins their threads.
+
+        A thread that computes goes on, and ends when it has done: it is waited for no longer than half of `STOP_MS_MAX`.
+        """
         self._stopping.set()
         for listener, acceptor in self._acceptors.items():
-            listener.shutdown(socket.SHUT_RDWR)
-            acceptor.join()
+            with suppress(OSError):
+                listener.shutdown(socket.SHUT_RDWR)
+            acceptor.join(STOP_MS_MAX / 8 / 1000)
             listener.close()
         with self._lock:
             threads = dict(self._threads)
         for connection in threads:
             connection.shutdown_when_idle()
-        deadline_ms = self._clock.now_ms() + drain_ms
-        for connection, thread in threads.items():
-            thread.join(max(0.0, deadline_ms - self._clock.now_ms()) / 1000)
+        self._join(threads, drain_ms)
+        for connection in threads:
             connection.shutdown()
-            thread.join()
+        self._join(threads, STOP_MS_MAX / 4)
+
+    def _join(self, threads: Mapping[Connection, threading.Thread], within_ms: float) -> None:
+        end_ms = self._clock.now_ms() + within_ms
+        for thread in threads.values():
+            thread.join(max(0.0, end_ms - self._clock.now_ms()) / 1000)
 
     def _accept(self, listener: socket.socket) -> None:
         while not self._stopping.is_set():

@@ -1,7 +1,8 @@
 """One store node: assembled, started, drained, stopped.
 
 Owns: the life of the process. Everything a node needs is made here from `ServeOptions` and handed down; nothing is global.
-Invariant: on SIGTERM or SIGINT no new call is taken, running calls get `drain_ms` to finish, and only then is the arena let go.
+Invariant: on SIGTERM or SIGINT no new call is taken, running calls get `drain_ms` to finish, and only then is the arena let go;
+the process has ended `STOP_MS_MAX` later, whatever still runs.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import os
 import secrets
 import signal
 import ssl
+import threading
 from collections.abc import Callable
 from importlib.metadata import version
 
@@ -35,6 +37,7 @@ from attnstore.limits import (
     KEEPALIVE_TIMEOUT_MS,
     LEASE_ID_BYTES,
     MESSAGE_BYTES_MAX,
+    STOP_MS_MAX,
 )
 from attnstore.logs import get_logger
 from attnstore.server.attend import Attending, threads_default
@@ -180,25 +183,33 @@ class StoreNode:
         _log.info("serving", address=str(self.address), capacity_bytes=int(self._options.capacity), pid=os.getpid())
 
     async def stop(self, drain_ms: int | None = None) -> None:
-        """Takes no new call, waits up to `drain_ms` (default: the option) for running ones, then lets everything go."""
+        """Takes no new call, waits up to `drain_ms` (default: the option) for running ones, then lets everything go.
+
+        Ends within `STOP_MS_MAX` after that: a step that fails or does not end is logged and keeps no other from its turn.
+        """
         drain_ms = self._options.drain_ms if drain_ms is None else drain_ms
         _log.info("draining", streams_in_flight=self._shell.streams_in_flight, drain_ms=drain_ms)
-        if self._seat is not None:
-            await self._seat.stop()
-        await self._open_services.draining()
         self._servicer.drain()
         # All kinds of calls drain at the same time, under the same limit.
-        stops: list[Callable[[float], None]] = [self._page_channel.stop]
+        drains = {
+            "health": self._open_services.draining(),
+            "calls": self._server.stop(drain_ms / 1000),
+            "page channels": tasks.on_thread("stop", lambda: self._page_channel.stop(drain_ms)),
+        }
         if self._shared_memory is not None:
-            stops.append(self._shared_memory.stop)
-        bulk_stopped = [asyncio.create_task(asyncio.to_thread(stop, drain_ms)) for stop in stops]
-        await self._server.stop(drain_ms / 1000)
-        await asyncio.gather(*bulk_stopped)
+            stop_shared_memory = self._shared_memory.stop
+            drains["shared memory"] = tasks.on_thread("stop", lambda: stop_shared_memory(drain_ms))
+        if self._seat is not None:
+            drains["membership"] = self._seat.stop()
+        await tasks.attempt_all(drains, (drain_ms + STOP_MS_MAX / 2) / 1000)
+        ends = {}
         if self._expiry is not None:
-            await tasks.end(self._expiry)
+            ends["expiry"] = tasks.end(self._expiry)
         if self._metrics_endpoint is not None:
-            self._metrics_endpoint.stop()
-        self._arena.close()
+            ends["metrics"] = tasks.on_thread("stop", self._metrics_endpoint.stop)
+        # Windows into the arena that a computation still uses keep its memory.
+        ends["arena"] = tasks.on_thread("stop", self._arena.close)
+        await tasks.attempt_all(ends, STOP_MS_MAX / 4 / 1000)
         _log.info("stopped")
 
     def _make_attending(self, clock: Clock) -> Attending | None:
@@ -252,7 +263,7 @@ class StoreNode:
             await asyncio.sleep(_EXPIRY_PERIOD_S)
             self._store.expire()
             if self._attending is not None:
-                self._attending.expire()
+                await self._loop.run_in_executor(self._attending.executor, self._attending.expire)
 
 
 def _arena_type(options: ServeOptions) -> type[Arena]:
@@ -279,7 +290,13 @@ async def serve(options: ServeOptions, open_peer: OpenPeer) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
     node = StoreNode(options, open_peer)
-    await node.start()
-    print(f"listening on {node.address}", flush=True)
-    await stop.wait()
-    await node.stop()
+    try:
+        await node.start()
+        print(f"listening on {node.address}", flush=True)
+        await stop.wait()
+    finally:
+        # Python waits for threads that run when a process ends, and they may compute or look up a name for long.
+        last = threading.Timer((options.drain_ms + STOP_MS_MAX) / 1000, os._exit, (0,))
+        last.daemon = True
+        last.start()
+        await node.stop()

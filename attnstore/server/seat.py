@@ -33,8 +33,10 @@ class Seat:
 
     async def stop(self) -> None:
         """Leaves the cluster."""
-        await self.handoff.stop()
-        await self.registration.stop()
+        try:
+            await self.handoff.stop()
+        finally:
+            await self.registration.stop()
 
 
 def take_seat(

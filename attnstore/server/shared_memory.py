@@ -116,8 +116,9 @@ class SharedMemoryServer:
     def _remove(self) -> None:
         if self.address:
             path = Path(self.address)
-            path.unlink(missing_ok=True)
-            path.parent.rmdir()
+            with suppress(OSError):  # somebody tidied up, or left something there
+                path.unlink(missing_ok=True)
+                path.parent.rmdir()
 
 
 class _Connection(Connection):

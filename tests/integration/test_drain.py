@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import shutil
 import signal
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from pathlib import Path
 
 import grpc
 import pytest
@@ -13,6 +16,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 import attnstore
 from attnstore import errors
+from attnstore.limits import ATTEND_ROWS_MAX, LEASE_MS_MAX
 from attnstore.testing import StoreProcess
 from attnstore.wire.v1 import store_pb2 as pb
 from attnstore.wire.v1 import store_pb2_grpc
@@ -100,3 +104,34 @@ def test_an_idle_node_stops_at_once(node: StoreProcess) -> None:
     began_s = time.monotonic()
     assert node.stop() == 0
     assert time.monotonic() - began_s < 3
+
+
+def test_a_socket_folder_that_is_gone_does_not_keep_the_node_from_its_end(node: StoreProcess) -> None:
+    with attnstore.connect(node.url) as client:
+        address = Path(client.describe().transports["shm"])
+    shutil.rmtree(address.parent)
+    assert node.stop() == 0
+    assert "stopped" in node.log
+    assert "Traceback" not in node.log
+
+
+def test_queries_that_compute_for_long_do_not_hold_up_the_end(batch_of: BatchOf) -> None:
+    layout = attnstore.PageLayout(layers=1, kv_heads=1, head_dim=64, block_tokens=256, dtype=attnstore.DType.FP32)
+    batch = batch_of(1, layout)
+    hashes = batch.hashes * 4_096
+    rows = bytes(ATTEND_ROWS_MAX * layout.head_dim * 4)
+    with (
+        StoreProcess("--capacity", "64MiB", "--attend-threads", "1", "--drain-ms", "300") as node,
+        attnstore.connect(node.url, transport="grpc", deadline_ms=120_000) as client,
+        ExitStack() as streams,
+    ):
+        client.register_layout(batch.namespace, layout)
+        client.write(batch.namespace, batch.hashes, batch.pages)
+        lease = client.match(batch.namespace, [batch.hashes], lease_ms=LEASE_MS_MAX).lease
+        assert lease is not None
+        for _ in range(12):
+            stream = streams.enter_context(client.attend(batch.namespace, q_heads=1, scale=1.0))
+            stream.ask(0, [(stream.open(hashes, lease), ATTEND_ROWS_MAX)], rows)
+        # The process would be killed, and the status say so, if it were not gone half a minute after the signal.
+        assert node.stop() == 0
+        assert "stopped" in node.log
