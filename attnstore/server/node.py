@@ -13,7 +13,6 @@ import secrets
 import signal
 import ssl
 import threading
-from collections.abc import Callable
 from importlib.metadata import version
 
 import grpc
