@@ -8,13 +8,22 @@ from __future__ import annotations
 
 import argparse
 import math
+import re
 import sys
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NoReturn
+
+from attnstore.secrecy import shown
+
+_OPTION = re.compile(r"--[a-z-]+")
+_AMBIGUOUS = re.compile(r"(ambiguous option: [a-z-]+)=\S*")
 
 
 class CommandParser(argparse.ArgumentParser):
-    """An `ArgumentParser` that takes no empty values. Its subcommands' parsers are of this class too."""
+    """An `ArgumentParser` that takes no empty values, and whose messages show none that may be a password or have one in it.
+
+    Its subcommands' parsers are of this class too.
+    """
 
     def parse_known_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:  # type: ignore[override]
         given = sys.argv[1:] if args is None else list(args)
@@ -25,6 +34,19 @@ class CommandParser(argparse.ArgumentParser):
             if option.startswith("--") and equals and not value:
                 self.error(f"the value of {option} is empty")
         return super().parse_known_args(given, namespace)
+
+    def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:  # type: ignore[override]
+        known, unknown = self.parse_known_args(args, namespace)
+        if unknown:
+            names = [name for argument in unknown if _OPTION.fullmatch(name := argument.partition("=")[0])]
+            self.error(f"{len(unknown)} arguments are not understood{': ' if names else ''}{', '.join(names)}")
+        return known
+
+    def error(self, message: str) -> NoReturn:
+        message = _AMBIGUOUS.sub(r"\1", message)
+        if shown(message) != repr(message):
+            message = re.split("['\"]", message, maxsplit=1)[0].rstrip(": ")
+        super().error(message)
 
 
 def seconds(text: str) -> float:

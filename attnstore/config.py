@@ -37,6 +37,7 @@ from attnstore.limits import (
     NODE_WEIGHT_MAX,
     REPLICAS_MAX,
 )
+from attnstore.secrecy import shown
 from attnstore.tokens import is_token
 
 BULK_TRANSPORTS = frozenset({"shm", "tcp"})
@@ -231,7 +232,7 @@ def _explain(problem: Any, origin: Mapping[str, str]) -> str:
     where = origin.get(name, "default")
     if problem["type"] == "extra_forbidden":
         return f"{name} ({where}) is not an option of attnstore serve"
-    given = "" if name in ("token", "directory") else f" {problem['input']}"
+    given = "" if name in ("token", "directory") else f" {shown(str(problem['input']))}"
     return f"{_option(name)}{given} ({where}): {message}"
 
 

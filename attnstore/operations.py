@@ -10,13 +10,13 @@ import asyncio
 import time
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
 from attnstore import aio
 from attnstore.clock import Deadline, MonotonicClock
-from attnstore.directory import Directory, Intent, Member, NodeState, is_directory_url, open_directory
+from attnstore.directory import Directory, DirectoryUrl, Intent, Member, NodeState, is_directory_url, open_directory
 from attnstore.errors import AttnStoreError, InvalidArgument
 from attnstore.types import NodeDescription, NodeStatistics
 from attnstore.worker_status import WorkerStatus, worker_rows, worker_statuses
@@ -29,8 +29,8 @@ _HOT_LAYOUTS: Final = 8
 class Access:
     """How nodes and directory are reached; `target` as in `attnstore.connect`."""
 
-    target: str
-    token: str | None
+    target: str = field(repr=False)
+    token: str | None = field(repr=False)
     tls_ca: Path | None
     deadline_ms: float
     http_proxy: str | None = None
@@ -123,7 +123,7 @@ async def cluster_status(access: Access, worker_urls: Sequence[str] = ()) -> Clu
         for space in statistics.namespaces if statistics is not None else ():
             sealed[space.namespace.hex(), space.layout.page_bytes] += space.pages_sealed
     layouts = [LayoutStatus(name, page_bytes, pages) for (name, page_bytes), pages in sealed.most_common(_HOT_LAYOUTS)]
-    shown = access.target.partition("://")[2].rpartition("@")[2]
+    shown = (DirectoryUrl.parse(access.target).shown if access.is_cluster else access.target).partition("://")[2]
     return ClusterStatus(shown, time.time(), tuple(status for status, _ in answers), tuple(layouts), workers)
 
 

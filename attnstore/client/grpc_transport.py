@@ -20,6 +20,7 @@ from attnstore.client.landing import Landing
 from attnstore.core.hashing import page_checksum
 from attnstore.errors import ClientClosed, DeadlineExceeded, InvalidArgument, ProtocolError
 from attnstore.limits import CHUNK_BYTES_MAX, CONNECT_MS_MAX, FRAME_BYTES_MAX, KEEPALIVE_MS, KEEPALIVE_TIMEOUT_MS, MESSAGE_BYTES_MAX
+from attnstore.secrecy import shown
 from attnstore.types import PageStatus
 from attnstore.wire import chunks, messages
 from attnstore.wire.messages import METHODS
@@ -61,11 +62,11 @@ class Target:
         """Raises `InvalidArgument` for anything else."""
         scheme, separator, address = url.partition("://")
         if not separator or scheme not in ("grpc", "grpcs"):
-            raise InvalidArgument(f"target {url!r} is not grpc://host:port or grpcs://host:port")
+            raise InvalidArgument(f"target {shown(url)} is not grpc://host:port or grpcs://host:port")
         try:
             return cls(Address.parse(address), scheme == "grpcs")
         except InvalidArgument as error:
-            raise InvalidArgument(f"target {url!r}: {error}") from None
+            raise InvalidArgument(f"target {shown(url)}: {error}") from None
 
 
 class GrpcTransport:

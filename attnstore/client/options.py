@@ -14,6 +14,7 @@ from attnstore.directory import Directory, DirectoryUrl, Member, MemoryDirectory
 from attnstore.environment import variable
 from attnstore.errors import InvalidArgument
 from attnstore.limits import CHANNELS_MAX, DEADLINE_MS_MAX, NODES_MAX, REPLICAS_MAX
+from attnstore.secrecy import shown
 from attnstore.tokens import is_token
 
 
@@ -196,12 +197,12 @@ def _fixed_list(target: str) -> tuple[tuple[str, ...], int]:
     addresses, _, query = rest.partition("?")
     name, _, value = query.partition("=")
     if query and (name != "replicas" or not value.isdecimal() or not 1 <= int(value) <= REPLICAS_MAX):
-        raise InvalidArgument(f"target {target!r}: only ?replicas=N may follow the nodes, with N from 1 to {REPLICAS_MAX}")
+        raise InvalidArgument(f"target {shown(target)}: only ?replicas=N may follow the nodes, with N from 1 to {REPLICAS_MAX}")
     nodes = tuple(f"{scheme}://{address}" for address in addresses.split(","))
     for url in nodes:
         Target.parse(url)
     if len(set(nodes)) != len(nodes) or len(nodes) > NODES_MAX:
-        raise InvalidArgument(f"target {target!r} names a node twice, or more than {NODES_MAX} nodes")
+        raise InvalidArgument(f"target {shown(target)} names a node twice, or more than {NODES_MAX} nodes")
     return nodes, int(value) if query else 1
 
 

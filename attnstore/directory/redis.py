@@ -15,7 +15,7 @@ from redis.asyncio import Redis, RedisCluster, Sentinel
 from redis.asyncio.cluster import ClusterNode
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
-from redis.exceptions import RedisError
+from redis.exceptions import RedisClusterException, RedisError
 
 from attnstore.directory import scripts
 from attnstore.directory.base import EventBatch, Intent, LayoutRecord, Member, Membership, RecordKind, Revision
@@ -109,7 +109,8 @@ class RedisDirectory:
         if url.kind == "sentinel":
             new_manager: Any = Sentinel  # it has no types
             # Sentinels have users of their own, or none: the login is for the server that they name.
-            manager = new_manager(url.hosts, sentinel_kwargs={**patience, **encryption})
+            own_login = {"username": url.sentinel_username, "password": url.sentinel_password}
+            manager = new_manager(url.hosts, sentinel_kwargs={**patience, **own_login, **encryption})
             self._sentinels = manager.sentinels
             return manager.master_for(url.service, db=url.database, **patience, **login, **encryption)
         ((host, port),) = url.hosts
@@ -137,8 +138,9 @@ class RedisDirectory:
                 return await command
         except TimeoutError:
             raise Unavailable(f"the directory {self.name} did not answer within {limit_ms:g} ms") from None
-        except (RedisError, OSError) as error:
-            raise Unavailable(f"the directory {self.name} failed: {type(error).__name__}: {error}") from None
+        except (RedisError, RedisClusterException, OSError, UnicodeError) as error:
+            reason = self._url.without_secrets(str(error))
+            raise Unavailable(f"the directory {self.name} failed: {type(error).__name__}: {reason}") from None
 
 
 def _revision(told: Told) -> tuple[str, str]:

@@ -4,24 +4,33 @@
     redis+sentinel://HOST:PORT,HOST:PORT/SERVICE/DB     the primary that the Sentinels name; rediss+sentinel:// with TLS
     redis+cluster://HOST:PORT,HOST:PORT     a Redis Cluster, found through any of its nodes; rediss+cluster:// with TLS
 
-Before the hosts goes `USER:PASSWORD@` (percent-encoded) for an ACL user; after everything `?cluster=NAME` for one of several
-clusters in one directory (default `default`), and `&ca=FILE` for a private certificate authority.
+Before the hosts goes `USER:PASSWORD@` for an ACL user. After everything may follow `?NAME=VALUE`, several with `&` between them:
 
-Invariant: what is `shown` has no password in it, and neither has any message of an error.
+    cluster             one of several clusters in one directory; default `default`
+    ca                  file of a private certificate authority
+    sentinel_username   of the Sentinels, which have users of their own, or none
+    sentinel_password
+
+What is special in a URL is percent-encoded in names and passwords: `%40` for `@`, `%2F` for `/`, `%23` for `#`.
+
+Invariant: what is `shown` is made of parts that were understood, without logins; a message about a URL that was not understood
+shows no part of it but the scheme.
 """
 
 from __future__ import annotations
 
+import re
 import string
 from dataclasses import dataclass, field
 from typing import Self
-from urllib.parse import parse_qsl, unquote, urlsplit
+from urllib.parse import unquote
 
 from attnstore.address import Address
 from attnstore.errors import InvalidArgument
 
 SCHEMES = frozenset(f"redis{tls}{kind}" for tls in ("", "s") for kind in ("", "+sentinel", "+cluster"))
-_NAME_CHARACTERS = frozenset(string.ascii_letters + string.digits + "-_.")
+_URL = re.compile(r"[a-z+]+://(?P<authority>[^/?#]*)(?P<path>[^?#]*)(?:\?(?P<query>[^#]*))?(?P<fragment>#.*)?", re.DOTALL)
+_NAME = re.compile(rf"[{re.escape(string.ascii_letters + string.digits)}._-]+")
 _SENTINEL_PORT = 26379
 _REDIS_PORT = 6379
 
@@ -39,8 +48,10 @@ class DirectoryUrl:
     hosts: tuple[tuple[str, int], ...]
     tls: bool
     ca: str | None
-    username: str | None
+    username: str | None = field(repr=False)
     password: str | None = field(repr=False)
+    sentinel_username: str | None = field(repr=False)
+    sentinel_password: str | None = field(repr=False)
     service: str
     database: int
     cluster: str
@@ -48,47 +59,80 @@ class DirectoryUrl:
 
     @classmethod
     def parse(cls, url: str) -> Self:
-        """Raises `InvalidArgument`, without the password, for anything else."""
-        parts = urlsplit(url)
-        shown = f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
-        if parts.scheme not in SCHEMES:
-            raise InvalidArgument(f"directory {shown!r} is not redis://, redis+sentinel:// or redis+cluster://, or one with rediss")
-        kind = parts.scheme.partition("+")[2] or "standalone"
-        credentials, _, addresses = parts.netloc.rpartition("@")
+        """Raises `InvalidArgument`, without any part of the URL but its scheme, for anything else."""
+        scheme = url.partition("://")[0]
+        parts = _URL.fullmatch(url)
+        if scheme not in SCHEMES or parts is None:
+            raise InvalidArgument("the directory's URL is not redis://, redis+sentinel:// or redis+cluster://, or one with rediss")
+        kind, tls = scheme.partition("+")[2] or "standalone", scheme.startswith("rediss")
+        credentials, _, addresses = parts["authority"].rpartition("@")
+        if "@" in parts["path"] + (parts["query"] or "") + (parts["fragment"] or ""):
+            raise _refusal(scheme, "an '@' follows the hosts: percent-encode what is special in a password (%40, %2F, %3F, %23)")
+        if parts["fragment"] is not None:
+            raise _refusal(scheme, "a '#' is in it: percent-encode it as %23")
+        hosts = _hosts(scheme, addresses, _SENTINEL_PORT if kind == "sentinel" else _REDIS_PORT)
+        if kind == "standalone" and len(hosts) != 1:
+            raise _refusal(scheme, "several hosts need redis+sentinel:// or redis+cluster://")
+        options = _options(scheme, kind, tls, parts["query"])
+        service, database = _path(scheme, kind, parts["path"])
         username, _, password = credentials.partition(":")
-        query = dict(parse_qsl(parts.query, keep_blank_values=True))
-        cluster, ca = query.pop("cluster", "default"), query.pop("ca", None)
-        if query or parts.fragment:
-            raise InvalidArgument(f"directory {shown!r}: only ?cluster=NAME and &ca=FILE may follow")
-        if not cluster or set(cluster) - _NAME_CHARACTERS:
-            raise InvalidArgument(f"directory {shown!r}: a cluster's name has letters, digits, '-', '_' and '.' only")
-        path = [unquote(part) for part in parts.path.split("/") if part]
-        service = path.pop(0) if kind == "sentinel" and path else ""
-        if kind == "sentinel" and not service:
-            raise InvalidArgument(f"directory {shown!r}: the name of the service that the Sentinels know must follow the hosts")
-        database = path.pop(0) if kind != "cluster" and path else "0"
-        if path or not (database.isascii() and database.isdigit()):
-            raise InvalidArgument(f"directory {shown!r}: {'/'.join(path) or database!r} is not the number of a database")
+        path = {"standalone": f"/{database}", "sentinel": f"/{service}/{database}", "cluster": ""}[kind]
         return cls(
             kind=kind,
-            hosts=_hosts(addresses, kind, shown),
-            tls=parts.scheme.startswith("rediss"),
-            ca=ca,
+            hosts=tuple((host.host, host.port) for host in hosts),
+            tls=tls,
+            ca=options.get("ca"),
             username=unquote(username) or None,
             password=unquote(password) or None,
+            sentinel_username=options.get("sentinel_username"),
+            sentinel_password=options.get("sentinel_password"),
             service=service,
-            database=int(database),
-            cluster=cluster,
-            shown=shown,
+            database=database,
+            cluster=options.get("cluster", "default"),
+            shown=f"{scheme}://{','.join(map(str, hosts))}{path}",
         )
 
+    def without_secrets(self, text: str) -> str:
+        """A text of somebody else's, such as a server's error, without the passwords in it."""
+        for secret in (self.password, self.sentinel_password):
+            if secret:
+                text = text.replace(secret, "(password)")
+        return text
 
-def _hosts(addresses: str, kind: str, shown: str) -> tuple[tuple[str, int], ...]:
-    default = _SENTINEL_PORT if kind == "sentinel" else _REDIS_PORT
+
+def _refusal(scheme: str, rule: str) -> InvalidArgument:
+    return InvalidArgument(f"the directory's URL {scheme}://... cannot be used: {rule}")
+
+
+def _hosts(scheme: str, addresses: str, port_default: int) -> tuple[Address, ...]:
     try:
-        hosts = tuple((each.host, each.port) for each in (Address.parse(text, default) for text in addresses.split(",")))
-    except ValueError as error:
-        raise InvalidArgument(f"directory {shown!r}: {error}") from None
-    if kind == "standalone" and len(hosts) != 1:
-        raise InvalidArgument(f"directory {shown!r}: several hosts need redis+sentinel:// or redis+cluster://")
-    return hosts
+        return tuple(Address.parse(text, port_default) for text in addresses.split(","))
+    except InvalidArgument as error:
+        raise _refusal(scheme, f"{error} (each of the hosts)") from None
+
+
+def _options(scheme: str, kind: str, tls: bool, query: str | None) -> dict[str, str]:
+    known = ("cluster", "ca", *(("sentinel_username", "sentinel_password") if kind == "sentinel" else ()))
+    options: dict[str, str] = {}
+    for option in query.split("&") if query else ():
+        name, _, value = option.partition("=")
+        if name not in known or name in options or not value:
+            raise _refusal(scheme, f"after the '?' may follow NAME=VALUE, once each, with the names {', '.join(known)}")
+        options[name] = unquote(value)
+    if not _NAME.fullmatch(options.get("cluster", "default")):
+        raise _refusal(scheme, "a cluster's name has letters, digits, '-', '_' and '.' only")
+    if "ca" in options and not tls:
+        raise _refusal(scheme, "ca=FILE is for rediss://")
+    return options
+
+
+def _path(scheme: str, kind: str, path: str) -> tuple[str, int]:
+    """The service that Sentinels know, and the number of the database."""
+    parts = [unquote(part) for part in path.split("/") if part]
+    service = parts.pop(0) if kind == "sentinel" and parts else ""
+    if kind == "sentinel" and not _NAME.fullmatch(service):
+        raise _refusal(scheme, "the name of the service that the Sentinels know must follow the hosts (letters, digits, '-_.')")
+    database = parts.pop(0) if kind != "cluster" and parts else "0"
+    if parts or re.fullmatch(r"[0-9]{1,9}", database) is None:
+        raise _refusal(scheme, "after the hosts may follow the number of a database only, and none for redis+cluster://")
+    return service, int(database)

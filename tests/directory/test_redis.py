@@ -172,6 +172,16 @@ async def test_a_server_that_is_gone_or_silent_is_a_typed_error_within_the_limit
         await directory.close()
 
 
+@pytest.mark.parametrize("kind", ["redis", "redis+cluster", "redis+sentinel"])
+async def test_a_server_that_cannot_be_reached_is_a_typed_error_of_every_kind_of_directory(kind: str) -> None:
+    path = "/store" if kind == "redis+sentinel" else ""
+    for host in ("127.0.0.1:1", f"{'label' * 20}.example:1"):
+        directory = open_directory(f"{kind}://{host}{path}")
+        with pytest.raises(Unavailable):
+            await directory.membership(None)
+        await directory.close()
+
+
 async def test_a_login_is_needed_where_the_server_asks_for_one_and_the_documented_rights_are_enough() -> None:
     with RedisServer("user default off", f"user ada on >s3cret {NODE_RIGHTS}") as server:
         address = f"{server.host}:{server.port}/0"
@@ -281,6 +291,22 @@ async def test_after_a_fail_over_the_directory_is_the_server_that_sentinel_names
             assert membership.members == (ADA,)
             assert replica_link.info("replication")["role"] == "master"
             await directory.close()
+
+
+async def test_sentinels_have_a_login_of_their_own() -> None:
+    with RedisServer("requirepass s3cret/primary") as primary:
+        watch = (f"sentinel monitor store {primary.host} {primary.port} 1", "sentinel auth-pass store s3cret/primary")
+        with RedisServer("requirepass s3cret+sentinel", *watch, arguments=("--sentinel",)) as sentinel:
+            url = f"redis+sentinel://:s3cret%2Fprimary@{sentinel.host}:{sentinel.port}/store/0"
+            known = open_directory(f"{url}?sentinel_password=s3cret+sentinel")
+            await use(known)
+            await known.close()
+            for login in ("", "?sentinel_password=wr0ng"):
+                stranger = open_directory(url + login)
+                with pytest.raises(Unavailable) as refusal:
+                    await stranger.membership(None)
+                assert "wr0ng" not in str(refusal.value)
+                await stranger.close()
 
 
 async def _answer(directory: Directory) -> Membership:

@@ -30,7 +30,21 @@ def test_urls_say_how_the_directory_is_reached(
 def test_a_login_is_decoded_and_never_shown() -> None:
     parsed = DirectoryUrl.parse("redis://ada:s%40cret@h:1/0")
     assert (parsed.username, parsed.password) == ("ada", "s@cret")
+    assert parsed.shown == "redis://h:1/0"
     assert "cret" not in parsed.shown + repr(parsed) + open_directory("redis://ada:s%40cret@h:1/0").name
+
+
+def test_sentinels_have_a_login_of_their_own_which_is_decoded_and_never_shown() -> None:
+    url = "redis+sentinel://ada:s3cret@h/store/0?cluster=blue&sentinel_username=eve&sentinel_password=a%26s3cret+b"
+    parsed = DirectoryUrl.parse(url)
+    assert (parsed.sentinel_username, parsed.sentinel_password) == ("eve", "a&s3cret+b")
+    assert (parsed.username, parsed.password, parsed.cluster) == ("ada", "s3cret", "blue")
+    assert "s3cret" not in parsed.shown + repr(parsed)
+
+
+def test_a_text_of_a_server_loses_the_passwords_in_it() -> None:
+    parsed = DirectoryUrl.parse("redis://ada:s3cret@h")
+    assert "s3cret" not in parsed.without_secrets("unknown command 'HELLO', with args beginning with: '3' 'AUTH' 'ada' 's3cret'")
 
 
 @pytest.mark.parametrize(
@@ -45,6 +59,11 @@ def test_a_login_is_decoded_and_never_shown() -> None:
         "redis://u:s3cret@h/0?color=red",
         "redis://u:s3cret@h/0?cluster=a{b}",
         "redis+sentinel://u:s3cret@h",
+        "redis://u:s3cret@h/0?cluster=a&cluster=b",
+        "redis://u:s3cret@h/0?sentinel_password=s3cret",
+        "redis://u:s3cret@h/0?ca=/s3cret",
+        "redis://u:s3cret@h/99999999999999999999",
+        "redis+sentinel://h/store/0?sentinel_password=s3&cret",
     ],
 )
 def test_a_wrong_url_is_refused_without_its_password(url: str) -> None:

@@ -21,9 +21,9 @@ class Settings(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    store: str
+    store: str = Field(repr=False)
     transport: str = "auto"
-    token: str | None = Field(default_factory=lambda: variable("token"))
+    token: str | None = Field(default_factory=lambda: variable("token"), repr=False)
     tls_ca: str | None = None
     http_proxy: str | None = None
     load_ms_max: float = Field(5_000, gt=0)
