@@ -138,7 +138,7 @@ class RedisDirectory:
                 return await command
         except TimeoutError:
             raise Unavailable(f"the directory {self.name} did not answer within {limit_ms:g} ms") from None
-        except (RedisError, RedisClusterException, OSError, UnicodeError) as error:
+        except (RedisError, RedisClusterException, OSError) as error:
             reason = self._url.without_secrets(str(error))
             raise Unavailable(f"the directory {self.name} failed: {type(error).__name__}: {reason}") from None
 
