@@ -161,7 +161,7 @@ class AsyncClient:
         """Extends a lease to `lease_ms` from now. Raises `LeaseExpired` if it ran out: match again."""
         request = messages.RenewLeaseRequest(lease_id=lease.lease_id, lease_ms=_checked_lease_ms(lease_ms))
         answer = await self._connected().call("RenewLease", request, self._deadline_ms(deadline_ms))
-        return Lease(lease.lease_id, answer.lease_ms)
+        return messages.lease_from_wire(lease.lease_id, answer.lease_ms)
 
     async def release(self, lease: Lease, *, deadline_ms: float | None = None) -> bool:
         """Ends a lease. False if it had already run out."""

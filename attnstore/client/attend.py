@@ -119,7 +119,7 @@ class ChannelAttend(_Closing):
     def ask(self, layer: int, sets: Sequence[tuple[int, int]], rows: Buffer) -> None:
         """See `AttendStream.ask`."""
         self._begin()
-        query = AttendQuery(layer, int(self._deadline_ms), sets, rows)
+        query = AttendQuery(layer, _budget_ms(self._deadline_ms), sets, rows)
         parts = (encode_sets(query.sets), memoryview(rows).cast("B"))
         frame = Frame(
             Kind.ATTEND,
@@ -187,7 +187,7 @@ class AttendCall:
 
     async def ask(self, layer: int, sets: Sequence[tuple[int, int]], rows: Buffer) -> None:
         """See `AttendStream.ask`."""
-        await self._send(AttendQuery(layer, int(self._deadline_ms), sets, memoryview(rows).cast("B")))
+        await self._send(AttendQuery(layer, _budget_ms(self._deadline_ms), sets, memoryview(rows).cast("B")))
 
     async def receive(self, out: memoryview, lse: memoryview) -> None:
         """See `AttendStream.receive`."""
@@ -243,3 +243,8 @@ class BlockingAttend(_Closing):
     def close_set(self, set_id: int) -> None:
         """See `AttendStream.close_set`."""
         self._run(self._call.close_set(set_id))
+
+
+def _budget_ms(deadline_ms: float) -> int:
+    """Whole milliseconds for the node; at least one, because 0 would mean no limit."""
+    return max(1, int(deadline_ms))

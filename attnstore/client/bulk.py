@@ -21,7 +21,8 @@ from attnstore.clock import Clock, Deadline
 from attnstore.errors import AttnStoreError, InvalidArgument, ProtocolError, Unavailable
 from attnstore.limits import CHANNEL_READ_HASHES_MAX
 from attnstore.logs import get_logger
-from attnstore.types import Lease, MatchResult, PageStatus, WriteResult
+from attnstore.types import MatchResult, PageStatus, WriteResult
+from attnstore.wire.messages import lease_from_wire
 
 T = TypeVar("T")
 
@@ -285,10 +286,10 @@ def written(plan: WritePlan, verdicts: tuple[PageStatus, ...]) -> WriteResult:
 
 
 def matched(plan: MatchPlan, hits: Sequence[int], lease_id: bytes | None, lease_ms: int) -> MatchResult:
-    """The outcome of a match. Raises `ProtocolError` for hits that do not fit the prefixes."""
+    """The outcome of a match. Raises `ProtocolError` for hits that do not fit the prefixes, or a lease that is none."""
     if len(hits) != len(plan.prefixes) or any(count > len(prefix) for count, prefix in zip(hits, plan.prefixes, strict=True)):
         raise ProtocolError("the node's hits do not fit the prefixes asked for")
-    return MatchResult(tuple(hits), Lease(lease_id, lease_ms) if lease_id else None)
+    return MatchResult(tuple(hits), lease_from_wire(lease_id, lease_ms) if lease_id else None)
 
 
 async def in_thread(function: Callable[[], T], transfer: Transfer) -> T:

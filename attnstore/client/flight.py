@@ -31,25 +31,25 @@ class SingleFlight(Generic[T]):
     async def run(self, key: Hashable, start: Callable[[Flight[T]], Coroutine[Any, Any, T]]) -> T:
         """The answer of the call that is running for `key`, or of one that is started now with its flight."""
         flight = self._flights.get(key)
-        if flight is None:
-            flight = self._flights[key] = Flight()
-            flight.task = asyncio.create_task(self._fly(key, start(flight)))
-        assert flight.task is not None
+        task = flight.task if flight is not None else None
+        if flight is None or task is None or task.done():  # of one that has landed the next who asks is to see what is there then
+            flight = Flight()
+            task = flight.task = asyncio.create_task(start(flight))
+            self._flights[key] = flight
+            # Not in the task itself: one that is cancelled before its first step runs none of its code.
+            task.add_done_callback(lambda _: self._land(key, flight))
         flight.passengers += 1
         try:
-            return await asyncio.shield(flight.task)
+            return await asyncio.shield(task)
         except asyncio.CancelledError:
             flight.passengers -= 1
             if flight.passengers == 0:
-                flight.task.cancel()
-                await asyncio.wait([flight.task])
-                if not flight.task.cancelled():
-                    flight.task.exception()
+                task.cancel()
+                await asyncio.wait([task])
+                if not task.cancelled():
+                    task.exception()
             raise
 
-    async def _fly(self, key: Hashable, call: Coroutine[Any, Any, T]) -> T:
-        try:
-            return await call
-        finally:
-            # From here on nobody boards: the next one who asks is to see what is there then.
+    def _land(self, key: Hashable, flight: Flight[T]) -> None:
+        if self._flights.get(key) is flight:
             del self._flights[key]

@@ -1,7 +1,8 @@
 """Whose turn it is to compute: a bounded queue for the node's cores, fair between tenants, that lets callers ride together.
 
 Owns: `FairTurns`. Invariants: one computation runs at a time; a caller waits no longer than its deadline for it to begin; the
-tenant that has used the least goes first, so that no tenant can keep another waiting for more than the computation that runs.
+tenant that has used the least goes first, so that no tenant can keep another waiting for more than the computation that runs;
+whatever a caller leaves with, its place and its turn do not stay behind.
 
 Nobody hands work to another thread while there is no queue: the caller computes on its own thread, which spares the two wake-ups
 that would cost as much as a small computation. Where callers wait, the first of them computes for all that can be answered together
@@ -29,6 +30,7 @@ _NEW_SAMPLE_WEIGHT: Final = 0.2
 @dataclass(slots=True, eq=False)
 class _Caller(Generic[J, R]):
     job: J
+    kind: Hashable
     tenant: str
     cost: float
     woken: threading.Event = field(default_factory=threading.Event)
@@ -74,7 +76,7 @@ class FairTurns(Generic[J, R]):
         Raises `Overloaded` at once where the queue is full or, by what computing has cost so far, could not be done by the
         deadline; `DeadlineExceeded` where the turn did not come in time; and what `run` raises.
         """
-        caller = _Caller[J, R](job, tenant, cost)
+        caller = _Caller[J, R](job, self._kind(job), tenant, cost)
         with self._lock:
             if self._busy:
                 self._enqueue(caller, deadline.left_ms())
@@ -82,10 +84,14 @@ class FairTurns(Generic[J, R]):
                 self._busy = True
                 self._charge(caller)
                 caller.leads = [caller]
-        if caller.leads is None:
-            self._wait(caller, deadline)
-        if caller.leads is not None:
-            self._lead(caller.leads)
+        try:
+            if caller.leads is None:
+                self._wait(caller, deadline)
+            if caller.leads is not None:
+                self._lead(caller.leads)
+        except BaseException:
+            self._leave(caller)
+            raise
         if caller.error is not None:
             raise caller.error
         assert caller.result is not None
@@ -117,9 +123,16 @@ class FairTurns(Generic[J, R]):
             if caller.woken.is_set():
                 return
             if caller in self._waiting.get(caller.tenant, ()):
-                self._dequeue(caller)
                 raise DeadlineExceeded("this node's cores were busy with others' queries until the deadline")
         caller.woken.wait()  # it rides in a computation that runs, which ends
+
+    def _leave(self, caller: _Caller[J, R]) -> None:
+        """Takes a caller out that waits no longer. The turn, if it has it by now, goes to those who were to ride with it."""
+        with self._lock:
+            if caller in self._waiting.get(caller.tenant, ()):
+                self._dequeue(caller)
+            elif caller.leads is not None:
+                self._give_turn(caller.leads[1:])
 
     def _lead(self, batch: list[_Caller[J, R]]) -> None:
         began_ms = self._clock.now_ms()
@@ -134,6 +147,7 @@ class FairTurns(Generic[J, R]):
             rate = sum(caller.cost for caller in batch) / took_ms
             known = self._cost_per_ms
             self._cost_per_ms = rate if known is None else known + _NEW_SAMPLE_WEIGHT * (rate - known)
+            batch[0].leads = None
             self._pass_on()
         for caller in batch[1:]:
             caller.woken.set()
@@ -148,14 +162,20 @@ class FairTurns(Generic[J, R]):
             return
         first = self._waiting[min(self._waiting, key=lambda tenant: self._virtual[tenant])][0]
         self._now = self._virtual[first.tenant]
-        kind = self._kind(first.job)
         riders = [caller for queue in self._waiting.values() for caller in queue if caller is not first]
-        batch = [first, *[caller for caller in riders if self._kind(caller.job) == kind]][: self._together_max]
+        batch = [first, *[caller for caller in riders if caller.kind == first.kind]][: self._together_max]
         for caller in batch:
             self._dequeue(caller)
             self._charge(caller)
-        first.leads = batch
-        first.woken.set()
+        self._give_turn(batch)
+
+    def _give_turn(self, batch: list[_Caller[J, R]]) -> None:
+        """Has the first of these callers compute for all of them; the next ones in the queue where there are none."""
+        if not batch:
+            self._pass_on()
+            return
+        batch[0].leads = batch
+        batch[0].woken.set()
 
     def _dequeue(self, caller: _Caller[J, R]) -> None:
         queue = self._waiting[caller.tenant]

@@ -25,6 +25,7 @@ from attnstore.limits import (
     ATTEND_HEADS_MAX,
     ATTEND_ROWS_MAX,
     ATTEND_SETS_MAX,
+    DEADLINE_MS_MAX,
     LEASE_ID_BYTES,
 )
 from attnstore.wire.chunks import Buffer
@@ -83,6 +84,8 @@ class AttendQuery:
     rows: Buffer
 
     def __post_init__(self) -> None:
+        if not 0 <= self.budget_ms <= DEADLINE_MS_MAX:
+            raise InvalidArgument(f"budget_ms is {self.budget_ms}; it must be between 0 and {DEADLINE_MS_MAX}")
         if not 1 <= len(self.sets) <= ATTEND_SETS_MAX:
             raise InvalidArgument(f"a query names {len(self.sets)} sets; it must name 1 to {ATTEND_SETS_MAX}")
         if not 1 <= self.total_rows <= ATTEND_ROWS_MAX or not all(rows for _, rows in self.sets):

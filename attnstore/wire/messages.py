@@ -16,8 +16,17 @@ from google.protobuf.message import DecodeError
 
 from attnstore.core.layout import DType, PageLayout
 from attnstore.errors import InvalidArgument, ProtocolError
-from attnstore.limits import HASH_BYTES, HASHES_MAX
-from attnstore.types import AttendLimits, NamespaceStatistics, NodeDescription, NodeStatistics, PageEvent, PageEventKind, PageStatus
+from attnstore.limits import HASH_BYTES, HASHES_MAX, LEASE_ID_BYTES, LEASE_MS_MAX
+from attnstore.types import (
+    AttendLimits,
+    Lease,
+    NamespaceStatistics,
+    NodeDescription,
+    NodeStatistics,
+    PageEvent,
+    PageEventKind,
+    PageStatus,
+)
 from attnstore.wire.v1 import store_pb2 as pb
 
 AttendOffer = pb.AttendOffer
@@ -135,6 +144,13 @@ def check_namespace(namespace: bytes) -> bytes:
     if len(namespace) != HASH_BYTES:
         raise InvalidArgument(f"namespace has {len(namespace)} bytes; it must have {HASH_BYTES}")
     return namespace
+
+
+def lease_from_wire(lease_id: bytes, lease_ms: int) -> Lease:
+    """A lease that a node has granted. Raises `ProtocolError` for one that no node grants."""
+    if len(lease_id) != LEASE_ID_BYTES or not 0 <= lease_ms <= LEASE_MS_MAX:
+        raise ProtocolError(f"the node granted a lease of {lease_ms} ms with an id of {len(lease_id)} bytes")
+    return Lease(lease_id, lease_ms)
 
 
 def layout_to_wire(layout: PageLayout) -> pb.PageLayout:

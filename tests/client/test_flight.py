@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Coroutine
+from typing import Any
 
 import pytest
 
@@ -65,6 +67,34 @@ async def test_a_call_that_nobody_waits_for_is_cancelled() -> None:
     assert source.passengers == []
     source.go.set()
     assert await flights.run("key", source.answer) == 2
+
+
+async def test_a_call_that_is_cancelled_before_it_began_leaves_nothing_behind() -> None:
+    flights, source = SingleFlight[int](), Source()
+
+    def begin(flight: Flight[int]) -> Coroutine[Any, Any, int]:
+        # As whoever cancels all tasks of a loop does.
+        asyncio.get_running_loop().call_soon(lambda: flight.task is not None and flight.task.cancel())
+        return source.answer(flight)
+
+    with pytest.raises(asyncio.CancelledError):
+        await flights.run("key", begin)
+    assert source.asked == 0
+    source.go.set()
+    assert await asyncio.wait_for(flights.run("key", source.answer), 5) == 1
+    assert not flights._flights
+
+
+async def test_a_call_that_cannot_begin_leaves_nothing_behind() -> None:
+    flights, source = SingleFlight[int](), Source()
+
+    def refuse(_flight: Flight[int]) -> Coroutine[Any, Any, int]:
+        raise RuntimeError("not now")
+
+    with pytest.raises(RuntimeError):
+        await flights.run("key", refuse)
+    source.go.set()
+    assert await asyncio.wait_for(flights.run("key", source.answer), 5) == 1
 
 
 async def test_what_a_call_raises_reaches_all_who_wait() -> None:

@@ -143,3 +143,17 @@ def test_what_a_frame_cannot_carry_and_a_port_that_is_blocked_are_left_to_grpc(n
     choice = BulkChoice("auto", MonotonicClock())
     choice.offer([], [], [TcpTransport("127.0.0.1", blocked, 1)])
     assert choice.match(plan_of(batch, [batch.hashes])) is None
+
+
+@pytest.mark.parametrize("lease_ms", [LEASE_MS_MAX + 1, 1 << 63])
+def test_a_lease_that_no_node_grants_breaks_the_protocol(lease_ms: int) -> None:
+    batch = make_batch(1, model="lying")
+
+    def serve(end: NodeEnd) -> None:
+        frame, _ = end.next_request()
+        hits = encode_hits([1])
+        answer = Frame(Kind.MATCHED, request=frame.request, size_bytes=len(hits), lease=bytes([1]) * 16, offset_bytes=lease_ms)
+        end.stream.send(encode_frame(answer), hits)
+
+    with scripted(serve) as transport, pytest.raises(errors.ProtocolError, match="lease"):
+        transport.match(plan_of(batch, [batch.hashes], lease_ms=1_000))

@@ -10,14 +10,15 @@ import torch
 from attnstore import PageLayout, errors
 from attnstore.client.attend import ChannelAttend
 from attnstore.clock import MonotonicClock
+from attnstore.core.hashing import joint_checksum
 from attnstore.core.layout import DType
 from attnstore.limits import ATTEND_SETS_MAX
 from attnstore.server.attend import Attending
 from attnstore.testing.clock import ManualClock
 from attnstore.types import Lease
-from attnstore.wire.attend import AttendShape
+from attnstore.wire.attend import AttendShape, encode_sets
 from attnstore.wire.page_channel import Frame, Kind, encode_frame
-from tests.channels import PATIENCE_MS, ChannelNode
+from tests.channels import PATIENCE_MS, ChannelNode, refusal
 from tests.samples import Batch, eventually, make_batch
 
 LAYOUT = PageLayout(layers=2, kv_heads=2, head_dim=64, dtype=DType.FP32)
@@ -198,6 +199,25 @@ def test_another_tenant_reaches_nothing(node: Node) -> None:
         node.channel.register(node.batch, tenant="other")
         with pytest.raises(errors.LeaseExpired):
             stream.open(node.batch.hashes, node.lease())
+
+
+def test_a_budget_of_ages_is_refused_and_costs_nobody_an_answer(node: Node) -> None:
+    with node.stream() as greedy, node.stream() as other:
+        set_id = greedy.open(node.batch.hashes, node.lease())
+        rows = torch.ones(1, Q_HEADS, LAYOUT.head_dim).numpy().tobytes()
+        parts = (encode_sets([(set_id, 1)]), rows)
+        frame = Frame(
+            Kind.ATTEND,
+            request=9,
+            page=1,
+            size_bytes=sum(map(len, parts)),
+            offset_bytes=1 << 63,
+            checksum=joint_checksum(parts),
+        )
+        greedy._stream.send(encode_frame(frame), *parts)
+        assert isinstance(refusal(greedy._stream), errors.InvalidArgument)
+        ask(greedy, set_id)
+        ask(other, other.open(node.batch.hashes, node.lease()))
 
 
 def test_a_query_whose_bytes_changed_on_the_way_is_refused(node: Node) -> None:

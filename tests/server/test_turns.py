@@ -78,6 +78,53 @@ def test_a_batch_has_a_maximum() -> None:
     assert cores.batches == [["0"], ["1", "2"], ["3"]]
 
 
+class Interrupted:
+    """A deadline whose caller is interrupted while it waits: at once, or when it has been given the turn."""
+
+    def __init__(self, cores: Cores, *, with_the_turn: bool) -> None:
+        self._cores = cores
+        self._with_the_turn = with_the_turn
+        self._looks = 0
+
+    def left_ms(self) -> float:
+        self._looks += 1
+        if self._looks == 1:
+            return PATIENCE_MS
+        if self._with_the_turn:
+            assert eventually(lambda: self._cores.turns.waiting == 0)
+        raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("with_the_turn", [False, True])
+@pytest.mark.parametrize("riders", [0, 2])
+def test_a_caller_that_is_interrupted_leaves_neither_its_place_nor_its_turn_behind(
+    cores: Cores, with_the_turn: bool, riders: int
+) -> None:
+    first = cores.ask("a", "first", "t")
+    deadline = Interrupted(cores, with_the_turn=with_the_turn)
+    gone = cores.callers.submit(cores.turns.take, ("a", "gone"), tenant="t", cost=1.0, deadline=deadline)  # type: ignore[arg-type]
+    assert eventually(lambda: cores.turns.waiting == 1 if with_the_turn else gone.done())
+    rest = [cores.ask("a", str(number), "t") for number in range(riders)]
+    cores.permits.release(10)
+    with pytest.raises(KeyboardInterrupt):
+        gone.result(20)
+    assert [one.result(20) for one in [first, *rest]] == ["first", *map(str, range(riders))]
+    assert cores.ask("b", "later", "t").result(20) == "later"
+    assert "gone" not in [name for batch in cores.batches for name in batch]
+    assert cores.turns.waiting == 0
+
+
+@pytest.mark.parametrize("deadline_ms", [float(1 << 63), float("inf")])
+def test_a_deadline_that_no_wait_can_take_costs_nobody_else_the_cores(cores: Cores, deadline_ms: float) -> None:
+    first = cores.ask("a", "first", "t")
+    endless = cores.ask("a", "endless", "t", deadline_ms=deadline_ms)
+    with pytest.raises(OverflowError):
+        endless.result(20)
+    cores.permits.release(2)
+    assert first.result(20) == "first"
+    assert cores.ask("a", "later", "other").result(20) == "later"
+
+
 def test_a_tenant_with_many_queries_does_not_keep_another_waiting(cores: Cores) -> None:
     busy = [cores.ask(f"busy{number}", f"busy{number}", "busy") for number in range(6)]
     quiet = [cores.ask("quiet", "quiet1", "quiet")]

@@ -11,7 +11,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from attnstore.errors import AttnStoreError, InvalidArgument, ProtocolError
-from attnstore.limits import ATTEND_BYTES_MAX, ATTEND_HASHES_MAX, ATTEND_HEADS_MAX, ATTEND_ROWS_MAX, ATTEND_SETS_MAX
+from attnstore.limits import (
+    ATTEND_BYTES_MAX,
+    ATTEND_HASHES_MAX,
+    ATTEND_HEADS_MAX,
+    ATTEND_ROWS_MAX,
+    ATTEND_SETS_MAX,
+    DEADLINE_MS_MAX,
+)
 from attnstore.wire.attend import (
     AttendClose,
     AttendOpen,
@@ -31,6 +38,7 @@ SHAPE = AttendShape(NAMESPACE, q_heads=9, scale=0.125)
 LEASE = bytes(range(16))
 HASH = bytes(32)
 U32 = st.integers(0, 2**32 - 1)
+BUDGETS_MS = st.integers(0, DEADLINE_MS_MAX)
 
 opens = st.builds(
     AttendOpen,
@@ -40,7 +48,7 @@ opens = st.builds(
     st.just(LEASE),
 )
 queries = st.builds(
-    AttendQuery, U32, U32, st.lists(st.tuples(U32, st.integers(1, 4)), min_size=1, max_size=9), st.binary(max_size=64)
+    AttendQuery, U32, BUDGETS_MS, st.lists(st.tuples(U32, st.integers(1, 4)), min_size=1, max_size=9), st.binary(max_size=64)
 )
 
 
@@ -61,7 +69,7 @@ def test_a_step_crosses_grpc_unchanged(step: AttendOpen | AttendQuery | AttendCl
     assert step_from_wire(method.decode_request(method.encode_request(step_to_wire(step)))) == step
 
 
-@given(U32, U32, st.integers(0, 2 * ATTEND_SETS_MAX), st.binary(max_size=400))
+@given(U32, st.integers(0, 2**64 - 1), st.integers(0, 2 * ATTEND_SETS_MAX), st.binary(max_size=400))
 def test_any_payload_gives_a_step_or_a_typed_error(layer: int, budget_ms: int, sets: int, payload: bytes) -> None:
     for decode in (
         lambda: decode_query(layer, budget_ms, sets, memoryview(payload)),
@@ -105,6 +113,12 @@ def test_an_open_beyond_the_limits_is_refused(q_heads: int, scale: float, hashes
 def test_a_query_beyond_the_limits_is_refused(sets: list[tuple[int, int]], rows: bytes) -> None:
     with pytest.raises(InvalidArgument):
         AttendQuery(0, 0, sets, rows)
+
+
+@pytest.mark.parametrize("budget_ms", [-1, DEADLINE_MS_MAX + 1, 2**32 - 1, 2**63])
+def test_a_budget_that_is_no_time_to_wait_is_refused(budget_ms: int) -> None:
+    with pytest.raises(InvalidArgument, match="budget_ms"):
+        AttendQuery(0, budget_ms, [(0, 1)], b"")
 
 
 def test_a_hash_list_that_is_cut_off_is_refused() -> None:

@@ -20,7 +20,7 @@ class Node:
     def __init__(self) -> None:
         self.renewed: list[tuple[Lease, int]] = []
         self.released: list[Lease] = []
-        self.errors: dict[Lease, AttnStoreError] = {}
+        self.errors: dict[Lease, Exception] = {}
         self.gate = threading.Event()
         self.gate.set()
 
@@ -81,3 +81,15 @@ def test_a_store_that_hangs_keeps_nobody_waiting() -> None:
     assert node.released == []
     node.gate.set()
     assert eventually(lambda: set(node.released) == {FIRST, SECOND})
+
+
+def test_a_release_that_fails_in_a_way_nobody_foresaw_loses_no_other_lease() -> None:
+    node = Node()
+    node.errors[FIRST] = ZeroDivisionError()
+    keeper = LeaseKeeper(node, period_ms=1)
+    node.gate.clear()
+    for kept in [keeper.keep(FIRST), keeper.keep(SECOND)]:
+        keeper.let_go(kept)
+    node.gate.set()
+    assert eventually(lambda: node.released == [FIRST, SECOND])
+    keeper.close()

@@ -78,7 +78,8 @@ class LeaseKeeper:
         while True:
             with self._changed:
                 woken = self._changed.wait_for(lambda: self._released or self._closing, self._period_s)
-                released, self._released = self._released, []
+                # One at a time, so that whatever a store raises costs the others nothing.
+                released, self._released = self._released[:1], self._released[1:]
                 kept = [] if woken else list(self._kept)
             for lease in released:
                 with suppress(AttnStoreError):  # it runs out by itself

@@ -219,10 +219,11 @@ class SwapIn:
                     self.replan()
         except Exception:  # a planner's or a source's mistake must not cost a sequence its life
             _LOG.exception("a swap-in failed; what has not arrived is recomputed")
-        with self._lock:
-            self._over = True
-        self._done.set()
-        self._changed.set()
+        finally:
+            with self._lock:
+                self._over = True
+            self._done.set()
+            self._changed.set()
         self._source.release(lease)
 
     def _lend(self, hits: int, lease: Lease | None) -> bool:

@@ -79,8 +79,12 @@ class Transfers:
         if dropped:
             _log.warning("the store takes pages more slowly than they are computed", dropped_pages=len(dropped))
         if taken:
-            copies = [self._pages.gather(block.block_id) for block in taken]
-            self._saver.submit(self._save, [block.page_hash for block in taken], copies)
+            try:
+                copies = [self._pages.gather(block.block_id) for block in taken]
+                self._saver.submit(self._save, [block.page_hash for block in taken], copies)
+            except BaseException:
+                self._saved(len(taken))
+                raise
 
     def take_loaded(self) -> set[str]:
         """Requests whose loads have ended since the last call. Ask for failed blocks after this, never before."""
@@ -110,12 +114,14 @@ class Transfers:
     def _load(self, plan: LoadPlan) -> None:
         began_ms = self._clock.now_ms()
         good = 0
-        staging = self._staging.pop() if self._staging else _Staging(self._part_pages, self._pages.page_bytes)
         try:
-            good = self._load_leading(plan.blocks, staging, began_ms + self._deadline_ms)
+            staging = self._staging.pop() if self._staging else _Staging(self._part_pages, self._pages.page_bytes)
+            try:
+                good = self._load_leading(plan.blocks, staging, began_ms + self._deadline_ms)
+            finally:
+                self._staging.append(staging)
         except Exception:
             _log.exception("a load failed", request=plan.request_id)
-        self._staging.append(staging)
         with self._lock:
             if good:
                 self._load_costs.append((good * self._pages.page_bytes, self._clock.now_ms() - began_ms))
@@ -167,8 +173,11 @@ class Transfers:
         except AttnStoreError:
             _log.exception("pages were not saved", pages=len(hashes))
         finally:
-            with self._lock:
-                self._saving -= len(hashes)
+            self._saved(len(hashes))
+
+    def _saved(self, pages: int) -> None:
+        with self._lock:
+            self._saving -= pages
 
 
 class _Staging:

@@ -172,6 +172,36 @@ def test_what_came_before_the_store_broke_is_kept(node: StoreProcess, monkeypatc
         assert torch.equal(layer[kept:], before[kept:])
 
 
+def test_a_load_for_which_there_is_no_memory_is_reported_as_failed(
+    transfers_of: Callable[..., Transfers], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(_size_bytes: int) -> object:
+        raise MemoryError
+
+    reader = transfers_of(make_cache(10))
+    monkeypatch.setattr("worker.vllm.transfers.anonymous_memory", refuse)
+    reader.load(LoadPlan("r", plans(0, 2)))
+    wait_loaded(reader, "r")
+    assert reader.take_failed_blocks() == {0, 1}
+
+
+def test_a_save_that_cannot_be_copied_keeps_no_room_from_later_ones(
+    transfers_of: Callable[..., Transfers], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    writer = transfers_of(make_cache(11), save_bytes_max=LAYOUT.page_bytes)
+
+    def refuse(_pages: KvPages, _block_id: int) -> bytearray:
+        raise MemoryError
+
+    with monkeypatch.context() as patched:
+        patched.setattr(KvPages, "gather", refuse)
+        with pytest.raises(MemoryError):
+            writer.save(plans(0, 1))
+    writer.save(plans(11, 12))
+    writer.flush()
+    assert writer._dropped == 0
+
+
 def test_a_cache_of_another_size_is_refused() -> None:
     with pytest.raises(InvalidArgument, match="blocks of"):
         KvPages(make_cache(8), LAYER_BYTES * 2)
