@@ -44,6 +44,8 @@ LEASED_PAGES_MAX = 4_194_304
 """Pages held by all leases of one node together, a page counted once for each time that a lease holds it."""
 
 NAMESPACES_MAX = 4_096
+NAMESPACE_EMPTY_MS_MAX = 600_000
+"""A namespace without pages is forgotten after this long, or sooner where its place is needed; a client registers it again."""
 STREAMS_MAX = 256
 """Read and Write calls running at once on one node. This and every limit below that many callers share is shared fairly among the
 node's tenants (`attnstore.core.fair_share`); what is beyond a tenant's share is refused as `overloaded`."""

@@ -11,11 +11,13 @@ alive and files it anew, so renewing often costs no memory.
 from __future__ import annotations
 
 import heapq
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
+from attnstore.core.fair_share import FairShares
 from attnstore.core.page import NamespaceRecord, Page
-from attnstore.errors import LeaseExpired, Overloaded
+from attnstore.errors import LeaseExpired
 from attnstore.limits import LEASE_ID_BYTES, LEASE_MS_MAX, LEASED_PAGES_MAX, LEASES_MAX
 
 _STALE_ENTRIES_MIN = 64
@@ -32,13 +34,15 @@ class LeaseRecord:
 
 
 class LeaseTable:
-    """The leases by id. Pins nothing itself: the page table does, and undoes it for every lease that leaves."""
+    """The leases of `tenants` tenants by id. Pins nothing itself: the page table does, and undoes it for each lease that ends."""
 
-    def __init__(self, new_lease_id: Callable[[], bytes]) -> None:
+    def __init__(self, new_lease_id: Callable[[], bytes], tenants: int = 1) -> None:
         self._new_lease_id = new_lease_id
+        remedy = "release leases, or match without one"
+        self._shares = FairShares(LEASES_MAX, "leases", remedy, tenants=tenants)
+        self._page_shares = FairShares(LEASED_PAGES_MAX, "leased pages", remedy, tenants=tenants)
         self._leases: dict[bytes, LeaseRecord] = {}
         self._expiries: list[tuple[float, bytes]] = []
-        self._pages = 0
 
     def __len__(self) -> int:
         return len(self._leases)
@@ -46,12 +50,10 @@ class LeaseTable:
     def __iter__(self) -> Iterator[LeaseRecord]:
         return iter(self._leases.values())
 
-    def require_room(self, pages: int) -> None:
-        """Raises `Overloaded` where a lease of so many pages would pass a maximum."""
-        if len(self._leases) >= LEASES_MAX:
-            raise Overloaded(f"the node holds {LEASES_MAX} leases, its maximum; release leases or match without one")
-        if self._pages + pages > LEASED_PAGES_MAX:
-            raise Overloaded(f"leases would cover more than {LEASED_PAGES_MAX} pages; release leases or match without one")
+    def require_room(self, tenant: str, pages: int) -> None:
+        """Raises `Overloaded` where a lease of so many pages would pass the tenant's share."""
+        self._shares.require(tenant)
+        self._page_shares.require(tenant, pages)
 
     def grant(self, namespace: NamespaceRecord, pages: Sequence[Page], lease_ms: int, now_ms: float) -> LeaseRecord:
         """A new lease of `lease_ms`, for which `require_room` found room."""
@@ -61,7 +63,8 @@ class LeaseTable:
         assert 0 < lease_ms <= LEASE_MS_MAX
         lease = LeaseRecord(lease_id, namespace, pages, now_ms + lease_ms)
         self._leases[lease_id] = lease
-        self._pages += len(pages)
+        self._shares.take(namespace.space.tenant)
+        self._page_shares.take(namespace.space.tenant, len(pages))
         heapq.heappush(self._expiries, (lease.expires_ms, lease_id))
         return lease
 
@@ -90,7 +93,8 @@ class LeaseTable:
         """Takes a lease out, alive or expired; None where there is none."""
         lease = self._leases.pop(lease_id, None)
         if lease is not None:
-            self._pages -= len(lease.pages)
+            self._shares.give_back(lease.namespace.space.tenant)
+            self._page_shares.give_back(lease.namespace.space.tenant, len(lease.pages))
             self._forget_stale_entries()
         return lease
 
@@ -110,8 +114,12 @@ class LeaseTable:
 
     def check(self) -> None:
         """Asserts the module's invariant. O(pages); for tests."""
-        assert len(self._leases) <= LEASES_MAX
-        assert self._pages == sum(len(lease.pages) for lease in self) <= LEASED_PAGES_MAX
+        leases: Counter[str] = Counter()
+        pages: Counter[str] = Counter()
+        for lease in self:
+            leases[lease.namespace.space.tenant] += 1
+            pages[lease.namespace.space.tenant] += len(lease.pages)
+        assert (self._shares.held, self._page_shares.held) == (leases, pages)
         filed = [lease_id for _, lease_id in self._expiries if lease_id in self._leases]
         assert sorted(filed) == sorted(self._leases), "every lease has exactly one entry in the heap"
         assert len(self._expiries) <= 2 * len(self._leases) + _STALE_ENTRIES_MIN

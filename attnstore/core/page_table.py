@@ -78,7 +78,8 @@ class PageTableStatistics:
 class PageTable:
     """See the module. Methods that take a space raise `NamespaceUnknown` where it was not registered.
 
-    Raises `InvalidArgument` for a capacity or extent size that makes no extent. `new_lease_id` returns 16 bytes, never twice
+    Raises `InvalidArgument` for a capacity or extent size that makes no extent. What its limits allow is shared among `tenants`
+    tenants. `new_lease_id` returns 16 bytes, never twice
     the same and not to be guessed, because whoever knows a lease id may renew and release it.
     """
 
@@ -89,11 +90,12 @@ class PageTable:
         extent_bytes: int,
         policy: Callable[[], EvictionPolicy[Page]] = LeastRecentlyUsed,
         new_lease_id: Callable[[], bytes],
+        tenants: int = 1,
     ) -> None:
         self._slots = SlotPool(capacity_bytes, extent_bytes)
-        self._residency = Residency(self._slots.extents)
-        self._namespaces = Namespaces()
-        self._leases = LeaseTable(new_lease_id)
+        self._residency = Residency(self._slots.extents, tenants)
+        self._namespaces = Namespaces(tenants)
+        self._leases = LeaseTable(new_lease_id, tenants)
         self._events = EventLog()
         self._quotas = Quotas()
         self._new_policy = policy
@@ -112,10 +114,13 @@ class PageTable:
     def register(self, space: Space, layout: PageLayout) -> int:
         """Makes a tenant's namespace known, idempotently, and returns how many of its pages the whole arena could hold.
 
-        Raises `LayoutMismatch`, `InvalidArgument` (the page is larger than an extent) or `Overloaded` (too many namespaces).
+        Raises `LayoutMismatch`, `InvalidArgument` (the page is larger than an extent) or `Overloaded` (the tenant has its share of
+        namespaces, and all have pages).
         """
         record = self._namespaces.known(space, layout)
         if record is None:
+            while (spare := self._namespaces.spare(space.tenant)) is not None:
+                self._forget(spare)
             slot_class = self._slots.slot_class(space.tenant, layout.page_bytes)
             policy = self._policies.setdefault(slot_class, self._new_policy())
             record = NamespaceRecord(space, layout, slot_class, policy)
@@ -139,7 +144,7 @@ class PageTable:
 
         A lease longer than `LEASE_MS_MAX` is granted that. The pages count as used, the first of a prefix as the most recent,
         so that a chain loses its tail before its head. O(1) for each hash, whatever the size of the table.
-        Raises `Overloaded` where a lease is asked for and there are too many; nothing has changed then.
+        Raises `Overloaded` where a lease is asked for that would pass the tenant's share; nothing has changed then.
         """
         record = self._namespaces.find(space)
         found: list[Page] = []
@@ -167,7 +172,8 @@ class PageTable:
     def pin(self, space: Space, page_hash: bytes, lease_id: bytes | None, now_ms: float) -> PinnedPage | PageStatus:
         """Keeps a sealed page in place for a running read, or says MISSING or, where a lease is named, LEASE_EXPIRED.
 
-        A lease of another space counts as expired. The page need not be one that the lease covers.
+        A lease of another space counts as expired. The page need not be one that the lease covers. Raises `Overloaded` where the
+        tenant keeps its share of the memory in place already.
         """
         record = self._namespaces.find(space)
         page = record.sealed.get(page_hash)
@@ -178,6 +184,8 @@ class PageTable:
                 status = PageStatus.LEASE_EXPIRED
         if page is None or status is not PageStatus.OK:
             return status
+        if not page.extent.busy and not self._may_busy(record, now_ms):
+            self._residency.require_room(space.tenant, (page,))
         page.readers += 1
         self._hold(record, (page,))
         return PinnedPage(page)
@@ -218,11 +226,12 @@ class PageTable:
             return PageStatus.ARRIVING
         slot = None
         if self._fits_quota(record, now_ms):
-            slot = self._slots.take(record.slot_class) or self._make_room(record, now_ms)
+            slot = self._slot_for(record, now_ms)
         if slot is None:
             return PageStatus.NO_SPACE
         page = Page(record, page_hash, checksum, slot, self._residency.extent_of(slot))
         page.advance(PageStep.PREPARE)
+        self._namespaces.filled(record)
         record.arriving[page_hash] = page
         self._residency.arrived(page)
         self._arriving += 1
@@ -251,6 +260,7 @@ class PageTable:
         del abandoned.namespace.arriving[abandoned.hash]
         self._arriving -= 1
         self._residency.abandoned(abandoned, self._tick)
+        self._namespaces.lost_page(abandoned.namespace)
         self._free(abandoned)
 
     def holds(self, space: Space, lease_id: bytes, now_ms: float) -> bool:
@@ -292,6 +302,11 @@ class PageTable:
             self._let_go(lease.namespace, lease.pages)
         return self._leases.next_expiry_ms()
 
+    def forget_empty(self, now_ms: float) -> None:
+        """Forgets namespaces that have had no page for `NAMESPACE_EMPTY_MS_MAX`. O(namespaces without pages)."""
+        for record in self._namespaces.long_empty(now_ms):
+            self._forget(record)
+
     def take_events(self) -> list[tuple[Space, PageEvent]]:
         """`(space, event)` for each page sealed, evicted or deleted since the last call, in order."""
         return self._events.take()
@@ -324,6 +339,7 @@ class PageTable:
         self._slots.check([page.slot for page in pages])
         self._residency.check()
         self._leases.check()
+        self._namespaces.check()
         assert {page.state for page in arriving} <= {PageState.ARRIVING}
         assert {page.state for page in sealed} <= {PageState.SEALED}
         assert (self._arriving, self._sealed) == (len(arriving), len(sealed))
@@ -344,7 +360,8 @@ class PageTable:
 
     def _lease(self, record: NamespaceRecord, pages: list[Page], lease_ms: int, now_ms: float) -> tuple[bytes, int]:
         self.expire(now_ms)
-        self._leases.require_room(len(pages))
+        self._leases.require_room(record.space.tenant, len(pages))
+        self._residency.require_room(record.space.tenant, pages)
         lease = self._leases.grant(record, pages, lease_ms, now_ms)
         self._hold(record, pages)
         return lease.lease_id, lease_ms
@@ -386,9 +403,38 @@ class PageTable:
             victim = next((page for policy in (record.policy, *others) if (page := policy.victim()) is not None), None)
             if victim is None:
                 return False
-            self._drop(victim, PageStep.EVICT, PageEventKind.EVICTED)
-            self._evicted += 1
+            self._evict(victim)
         return True
+
+    def _slot_for(self, record: NamespaceRecord, now_ms: float) -> Slot | None:
+        """A free slot, or one that an eviction frees; for a tenant with its share of busy extents, in one of those or none."""
+        if not self._may_busy(record, now_ms):
+            return self._slot_in_busy_extent(record)
+        return self._slots.take(record.slot_class) or self._make_room(record, now_ms)
+
+    def _may_busy(self, record: NamespaceRecord, now_ms: float) -> bool:
+        if self._residency.may_busy(record.space.tenant):
+            return True
+        self.expire(now_ms)
+        return self._residency.may_busy(record.space.tenant)
+
+    def _slot_in_busy_extent(self, record: NamespaceRecord) -> Slot | None:
+        slot = self._slots.take(record.slot_class)
+        if slot is None:
+            victim = record.policy.victim()
+            if victim is None or not victim.extent.busy:
+                return None
+            self._evict(victim)
+            return self._slots.take(record.slot_class)
+        if not self._residency.extent_of(slot).busy:
+            self._slots.give_back(slot)
+            return None
+        return slot
+
+    def _forget(self, record: NamespaceRecord) -> None:
+        if self._namespaces.forget(record):
+            del self._policies[record.slot_class]
+            self._slots.forget_class(record.slot_class)
 
     def _make_room(self, record: NamespaceRecord, now_ms: float) -> Slot | None:
         """Evicts until a slot is free: the policy's victim, or a whole idle extent of another class that is colder still.
@@ -407,9 +453,12 @@ class PageTable:
         ):
             victims = list(coldest.pages)
         for page in victims:
-            self._drop(page, PageStep.EVICT, PageEventKind.EVICTED)
-            self._evicted += 1
+            self._evict(page)
         return self._slots.take(record.slot_class) if victims else None
+
+    def _evict(self, page: Page) -> None:
+        self._drop(page, PageStep.EVICT, PageEventKind.EVICTED)
+        self._evicted += 1
 
     def _drop(self, page: Page, step: PageStep, kind: PageEventKind) -> None:
         """Ends the life of a sealed page that nobody pins."""
@@ -420,6 +469,7 @@ class PageTable:
         record.policy.removed(page)
         self._residency.left(page)
         self._sealed -= 1
+        self._namespaces.lost_page(record)
         self._free(page)
         self._events.append(record.space, kind, page.hash)
 

@@ -2,7 +2,9 @@
 
 Owns: for each extent its pages and how many of them are busy (arriving or pinned), and the order of last use of the extents
 that have pages but no busy one: the *idle* extents.
-Invariant: an extent is idle exactly while it has pages and none of them is busy; the idle order is ascending in `used`.
+Invariants: an extent is idle exactly while it has pages and none of them is busy; the idle order is ascending in `used`; no tenant
+makes more extents busy than is its share, so that leases that are renewed for ever, slow readers and slow writers of one tenant
+leave extents that others can have.
 
 A class that runs out of slots can take a whole idle extent from another class, the one that was unused longest. Keeping the
 idle extents in order makes that choice O(1) however many extents the node has.
@@ -10,23 +12,37 @@ idle extents in order makes that choice O(1) however many extents the node has.
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from collections.abc import Sequence
+from collections import Counter, OrderedDict
+from collections.abc import Iterable, Sequence
 
+from attnstore.core.fair_share import FairShares
 from attnstore.core.page import ExtentPages, Page, PageState
 from attnstore.core.slots import Slot
 
 
 class Residency:
-    """The pages of every extent and the order of the idle ones."""
+    """The pages of every extent and the order of the idle ones, on a node of `tenants` tenants."""
 
-    def __init__(self, extents: int) -> None:
+    def __init__(self, extents: int, tenants: int = 1) -> None:
+        self._is_shared = tenants > 1
+        self._busy = FairShares(extents, "extents of memory in use", "release leases, or try again later", tenants=tenants)
         self._extents = [ExtentPages() for _ in range(extents)]
         self._idle: OrderedDict[ExtentPages, None] = OrderedDict()
 
     def extent_of(self, slot: Slot) -> ExtentPages:
         """The extent that a slot lies in."""
         return self._extents[slot.extent]
+
+    def may_busy(self, tenant: str) -> bool:
+        """Whether pages of the tenant in an idle extent may become busy."""
+        return not self._is_shared or self._busy.fits(tenant)
+
+    def require_room(self, tenant: str, pages: Iterable[Page]) -> None:
+        """Raises `Overloaded` where the tenant would hold more than its share of the extents if these pages became busy."""
+        if self._is_shared:
+            idle = {page.extent for page in pages if not page.extent.busy}
+            if idle:
+                self._busy.require(tenant, len(idle))
 
     def coldest_idle(self) -> ExtentPages | None:
         """The idle extent that was unused longest, None where every extent is free or busy."""
@@ -56,6 +72,7 @@ class Residency:
             extent = page.extent
             if not extent.busy:
                 idle.pop(extent, None)
+                self._busy.take(page.namespace.space.tenant)
             extent.busy += 1
 
     def settled(self, pages: Sequence[Page], tick: int) -> None:
@@ -67,6 +84,7 @@ class Residency:
             extent.busy -= 1
             if not extent.busy:
                 self._idle[extent] = None
+                self._busy.give_back(page.namespace.space.tenant)
 
     def touched(self, pages: Sequence[Page], tick: int) -> None:
         """Pages, busy or idle, were used."""
@@ -88,5 +106,7 @@ class Residency:
             assert (extent in self._idle) == (bool(extent.pages) and not busy), f"extent {index} is wrongly idle or wrongly not"
             assert all(page.extent is extent and page.slot.extent == index for page in extent.pages)
             assert all(page.used <= extent.used for page in extent.pages)
+        holders = Counter(next(iter(extent.pages)).namespace.space.tenant for extent in self._extents if extent.busy)
+        assert self._busy.held == holders
         ticks = [extent.used for extent in self._idle]
         assert ticks == sorted(ticks), "the idle extents are out of order"

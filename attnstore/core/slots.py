@@ -108,6 +108,11 @@ class SlotPool:
             self._classes[key] = SlotClass(tenant, page_bytes, self.extent_bytes)
         return self._classes[key]
 
+    def forget_class(self, slot_class: SlotClass) -> None:
+        """A class that nobody will take slots for: the next of its tenant and page size is another."""
+        assert not slot_class._open, "the class has slots that are taken"
+        del self._classes[slot_class.tenant, slot_class.page_bytes]
+
     def take(self, slot_class: SlotClass) -> Slot | None:
         """A slot of an extent that the class has, else of an extent from the pool; None where there is neither."""
         extent = next(iter(slot_class._open), None) or self._acquire(slot_class)

@@ -102,6 +102,7 @@ class StoreNode:
             capacity_bytes=options.capacity,
             extent_bytes=extent_bytes,
             new_lease_id=lambda: secrets.token_bytes(LEASE_ID_BYTES),
+            tenants=authenticator.tenants,
         )
         hub = EventHub(self._loop)
         node_id = options.node_id or str(options.advertised(self.address))

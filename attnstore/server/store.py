@@ -197,9 +197,11 @@ class Store:
         return statuses
 
     def expire(self) -> None:
-        """`PageTable.expire`: gives the pages of silent lease holders back in time."""
+        """`PageTable.expire`: gives the pages of silent lease holders back in time; and `forget_empty`."""
         with self._lock:
-            self._table.expire(self._clock.now_ms())
+            now_ms = self._clock.now_ms()
+            self._table.expire(now_ms)
+            self._table.forget_empty(now_ms)
 
     def statistics(self) -> PageTableStatistics:
         """`PageTable.statistics`."""

@@ -6,12 +6,13 @@ from collections.abc import Callable
 
 import pytest
 
+from attnstore.core import namespaces as namespaces_module
 from attnstore.core.eviction import Item, LeastRecentlyUsed
 from attnstore.core.layout import PageLayout
 from attnstore.core.page_table import ArrivingPage, PageTable, PinnedPage
 from attnstore.core.slots import Slot
 from attnstore.errors import InvalidArgument, LayoutMismatch, NamespaceUnknown, Overloaded
-from attnstore.limits import NAMESPACES_MAX
+from attnstore.limits import NAMESPACE_EMPTY_MS_MAX, NAMESPACES_MAX
 from attnstore.types import PageEventKind, PageStatus, Space
 
 MakeTable = Callable[..., PageTable]
@@ -380,13 +381,61 @@ def test_an_unknown_namespace_is_refused_everywhere(table: PageTable) -> None:
             call()
 
 
-def test_the_number_of_namespaces_is_bounded(table: PageTable, layout_of_bytes: MakeLayout) -> None:
+def test_a_namespace_without_pages_makes_room_for_another(table: PageTable, layout_of_bytes: MakeLayout) -> None:
     layout = layout_of_bytes(PAGE_BYTES)
-    for number in range(NAMESPACES_MAX - 1):
+    store(table, 1)
+    for number in range(NAMESPACES_MAX + 5):
         table.register(Space("b", page_hash(number)), layout)
-    with pytest.raises(Overloaded, match="namespaces"):
-        table.register(OTHER, layout)
-    assert table.register(SPACE, layout) == 4
+    known = [space.space for space in table.statistics().namespaces]
+    assert len(known) == NAMESPACES_MAX
+    assert SPACE in known
+    assert Space("b", page_hash(NAMESPACES_MAX + 4)) in known
+    with pytest.raises(NamespaceUnknown):
+        table.layout_of(Space("b", page_hash(0)))
+    table.check()
+
+
+def test_a_namespace_with_pages_is_never_forgotten_for_another(
+    make_table: MakeTable, layout_of_bytes: MakeLayout, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(namespaces_module, "NAMESPACES_MAX", 2)
+    table = make_table(400)
+    for number, space in enumerate((SPACE, OTHER)):
+        table.register(space, layout_of_bytes(PAGE_BYTES))
+        prepare(table, number, space)
+    with pytest.raises(Overloaded, match="2 namespaces with pages"):
+        table.register(STRANGERS, layout_of_bytes(PAGE_BYTES))
+    table.check()
+
+
+def test_a_namespace_without_pages_is_forgotten_by_age_with_its_class(make_table: MakeTable, layout_of_bytes: MakeLayout) -> None:
+    table = make_table(400)
+    table.register(SPACE, layout_of_bytes(PAGE_BYTES))
+    table.register(OTHER, layout_of_bytes(50))
+    page = prepare(table, 1, OTHER)
+    table.forget_empty(0.0)
+    table.forget_empty(NAMESPACE_EMPTY_MS_MAX)
+    assert [space.space for space in table.statistics().namespaces] == [OTHER]
+    table.abort(page)
+    table.forget_empty(NAMESPACE_EMPTY_MS_MAX)
+    table.forget_empty(2 * NAMESPACE_EMPTY_MS_MAX - 1)
+    assert table.layout_of(OTHER) == layout_of_bytes(50)
+    table.forget_empty(2 * NAMESPACE_EMPTY_MS_MAX)
+    assert table.statistics().namespaces == ()
+    table.check()
+    table.register(OTHER, layout_of_bytes(PAGE_BYTES))
+    table.complete(prepare(table, 1, OTHER), 0.0)
+    table.check()
+
+
+def test_a_tenants_own_empty_namespace_goes_before_anothers(
+    make_table: MakeTable, layout_of_bytes: MakeLayout, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(namespaces_module, "NAMESPACES_MAX", 3)
+    table = make_table(400)
+    for space in (STRANGERS, SPACE, OTHER, Space("a", b"p" * 32)):
+        table.register(space, layout_of_bytes(PAGE_BYTES))
+    assert [space.space for space in table.statistics().namespaces] == [STRANGERS, OTHER, Space("a", b"p" * 32)]
 
 
 @pytest.mark.parametrize("length", [0, 31, 33])
