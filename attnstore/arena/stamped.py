@@ -5,9 +5,8 @@ Owns: the rule by which stamps change. Where the words lie is the subclass's: be
 Invariant: a slot's stamp changes before the first byte of a new generation can be written, because nobody gets the slot's window
 without it.
 
-Why stamps in the file: a reader needs no call to learn that a page it uses in place is still the page. They are read and written
-without locks: on x86 loads and stores keep their order, and elsewhere the locks that lie between a stamp and the bytes in the node
-(and the release of the interpreter lock around a copy in the reader) order them.
+Why stamps in the file: a reader needs no call to learn that a page it uses in place is still the page. Both sides fence
+(`attnstore.fences`), because no lock lies between two processes.
 """
 
 from __future__ import annotations
@@ -18,6 +17,7 @@ from typing import NamedTuple
 
 from attnstore.arena.base import Arena
 from attnstore.core.slots import Slot
+from attnstore.fences import write_fence
 from attnstore.wire.shared import ExtentLayout
 
 
@@ -79,8 +79,10 @@ class StampedArena(Arena):
             self._slot_bytes[slot.extent] = slot.size_bytes
         elif stamps[index] < stamp:
             stamps[index] = stamp
+        write_fence()
 
 
 def void(stamps: memoryview) -> None:
-    """Makes every place in an extent worthless."""
+    """Makes every place in an extent worthless, before anything that is written to it from now on."""
     stamps[:] = memoryview(array("Q", bytes(stamps.nbytes)))
+    write_fence()

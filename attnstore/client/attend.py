@@ -30,7 +30,7 @@ from attnstore.wire.attend import (
     step_to_wire,
 )
 from attnstore.wire.chunks import Buffer
-from attnstore.wire.page_channel import Frame, Kind, decode_refusal, encode_frame
+from attnstore.wire.page_channel import Frame, Kind, decode_refusal, encode_frame, next_request
 from attnstore.wire.stream import FrameStream
 
 R = TypeVar("R")
@@ -147,7 +147,7 @@ class ChannelAttend(_Closing):
         self._stream.send(encode_frame(Frame(Kind.ATTEND_CLOSE, request=self._request, page=set_id)))
 
     def _begin(self) -> None:
-        self._request = (self._request + 1) % _SET_IDS_MAX
+        self._request = next_request(self._request)
         self._deadline = Deadline(self._clock, self._deadline_ms)
 
     def _left_ms(self) -> float:

@@ -136,7 +136,9 @@ class BulkReader(Protocol):
         ...
 
     def read(self, plan: ReadPlan) -> None:
-        """Fills `plan.landing`. Raises `BulkUnavailable` if nothing was begun, other `Retryable` errors if it broke off."""
+        """Fills `plan.landing`. Raises `BulkUnavailable` if a connection was not to be had, though parts that had one may have
+        landed; other `Retryable` errors if it broke off.
+        """
         ...
 
     def close(self) -> None:
@@ -236,6 +238,7 @@ class BulkChoice:
                     return True
                 except BulkUnavailable as error:
                     self._suspend(reader.name, error)
+                    plan.landing.restart()  # some parts may have had a connection
         plan.landing.transport = "grpc"
         return False
 

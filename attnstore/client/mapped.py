@@ -15,6 +15,7 @@ from typing import Self
 
 from attnstore import memory_files
 from attnstore.copying import address_of, copy
+from attnstore.fences import read_fence
 from attnstore.types import PageStatus
 from attnstore.wire.shared import ExtentLayout, Place
 
@@ -42,7 +43,8 @@ class MappedExtent:
         return self._layout.stamp_index(place.offset_bytes)
 
     def holds(self, place: Place) -> bool:
-        """Whether the bytes there are still those of the page that was located there."""
+        """Whether the bytes there, and what was read of them before, are still those of the page that was located there."""
+        read_fence()
         return self.stamps[self.stamp_index(place)] == place.stamp
 
     def view(self, begin: int, end: int) -> memoryview:

@@ -29,6 +29,7 @@ from attnstore.client.mapped import Located, MappedExtent, PageViews
 from attnstore.client.parts import PartWorkers
 from attnstore.clock import Deadline
 from attnstore.errors import AttnStoreError, InvalidArgument, Overloaded, ProtocolError
+from attnstore.fences import read_fence
 from attnstore.limits import SHARED_LOCATE_HASHES_MAX
 from attnstore.types import PageStatus
 from attnstore.wire import shared
@@ -231,6 +232,7 @@ def _land(plan: ReadPlan, index: int, located: Located, begin: int, end: int) ->
         return
     checksum = extent.copy(place.offset_bytes + begin, plan.landing.whole(index))
     # Only now: whatever the node did while we copied, it changed the stamp first.
+    read_fence()
     if stamps[at] != stamp:
         plan.landing.miss(index, PageStatus.MISSING)
     else:

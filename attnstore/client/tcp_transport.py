@@ -31,7 +31,7 @@ from attnstore.limits import (
 from attnstore.types import MatchResult, PageStatus
 from attnstore.wire.attend import AttendShape
 from attnstore.wire.match import decode_hits, encode_prefixes
-from attnstore.wire.page_channel import NO_LEASE, VERSION, Frame, Kind, Order, Role, decode_refusal, encode_frame
+from attnstore.wire.page_channel import NO_LEASE, VERSION, Frame, Kind, Order, Role, decode_refusal, encode_frame, next_request
 from attnstore.wire.stream import FrameStream
 
 R = TypeVar("R")
@@ -177,7 +177,7 @@ class _Channel:
 
     def write(self, plan: WritePlan, begin: int, end: int) -> tuple[PageStatus, ...]:
         """Pages `[begin, end)` of the plan, with at most the node's credits on the way."""
-        self._request += 1
+        self._request = next_request(self._request)
         verdicts: list[PageStatus] = []
         for index in range(begin, end):
             if index - begin - len(verdicts) == self._credits_max:
@@ -199,7 +199,7 @@ class _Channel:
 
     def match(self, plan: MatchPlan, payload: bytes) -> MatchResult:
         """One MATCH and its answer."""
-        self._request += 1
+        self._request = next_request(self._request)
         question = Frame(
             Kind.MATCH,
             request=self._request,
@@ -221,7 +221,7 @@ class _Channel:
         return pages
 
     def _ask(self, plan: ReadPlan, begin: int, count: int) -> _PendingRead:
-        self._request += 1
+        self._request = next_request(self._request)
         joined = b"".join(plan.hashes[begin : begin + count])
         frame = Frame(
             Kind.READ,

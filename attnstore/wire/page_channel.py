@@ -192,6 +192,11 @@ NO_LEASE: Final = bytes(LEASE_ID_BYTES)
 _NO_HASH: Final = bytes(HASH_BYTES)
 
 
+def next_request(request: int) -> int:
+    """The number of the request after this one: a u32, which wraps."""
+    return (request + 1) % (1 << 32)
+
+
 class Frame(NamedTuple):
     """A frame's header. `lease`, `namespace` and `hash` are all zeros, and `status` None, where the frame has none."""
 

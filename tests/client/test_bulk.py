@@ -107,6 +107,31 @@ def test_when_none_opens_grpc_is_left_and_they_come_back() -> None:
     assert offered.choice.has_writers
 
 
+def test_parts_that_landed_before_a_fall_back_are_read_again() -> None:
+    """Two channels: one part came whole, the other got no connection, and the next transport reads everything."""
+    batch = make_batch(2, model="fall back")
+
+    class Half(FakeTransport):
+        def read(self, plan: ReadPlan) -> None:
+            plan.landing.whole(0)[:] = bytes(batch.layout.page_bytes)
+            plan.landing.settle(0, True)
+            raise BulkUnavailable("no more connections")
+
+    class Whole(FakeTransport):
+        def read(self, plan: ReadPlan) -> None:
+            for index, page in enumerate(batch.pages):
+                plan.landing.whole(index)[:] = page
+                plan.landing.settle(index, True)
+
+    choice = BulkChoice("auto", ManualClock())
+    choice.offer((Half("shm"), Whole("tcp")), ())
+    buffers = batch.buffers()
+    plan = read_plan(batch, buffers)
+    assert choice.read(plan)
+    assert plan.landing.result().leading_hits == 2
+    assert buffers == batch.pages
+
+
 @pytest.mark.parametrize("failure", [errors.Unavailable("lost"), DeadlineExceeded("late"), ProtocolError("odd")])
 def test_one_that_broke_off_is_not_replaced_for_bytes_may_have_landed(failure: errors.AttnStoreError) -> None:
     offered = Offered()

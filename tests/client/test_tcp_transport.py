@@ -12,8 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from attnstore import PageStatus, errors
-from attnstore.client.bulk import BulkUnavailable
+from attnstore.client.bulk import BulkUnavailable, MatchPlan
 from attnstore.client.tcp_transport import TcpTransport
+from attnstore.clock import Deadline, MonotonicClock
 from attnstore.core.hashing import page_checksum
 from attnstore.errors import DeadlineExceeded, ProtocolError, Unavailable
 from attnstore.limits import (
@@ -23,7 +24,7 @@ from attnstore.limits import (
     HASH_BYTES,
 )
 from attnstore.wire.page_channel import Frame, Kind, encode_frame, encode_refusal, encode_slice
-from tests.channels import ChannelNode, NodeEnd, clean_node, pages_of, read, read_plan, scripted, write_plan
+from tests.channels import PATIENCE_MS, ChannelNode, NodeEnd, clean_node, pages_of, read, read_plan, scripted, write_plan
 from tests.samples import LARGE, SMALL, make_batch
 
 OK, MISSING, CORRUPT, INCOMPLETE = PageStatus.OK, PageStatus.MISSING, PageStatus.CORRUPT, PageStatus.INCOMPLETE
@@ -95,6 +96,23 @@ def test_a_connection_is_used_again_after_a_whole_exchange(node: ChannelNode) ->
         assert read(transport, batch)[0].leading_hits == 2
         assert set(transport.write(write_plan(batch))) == {PageStatus.ALREADY_PRESENT}
     assert len(tokens) == 1
+    transport.close()
+
+
+def test_requests_are_numbered_on_past_the_largest_number(node: ChannelNode) -> None:
+    batch = make_batch(3, model="wraps")
+    node.keep(batch)
+    transport = node.transport()
+    assert read(transport, batch)[0].leading_hits == 3
+    (channel,) = transport._pool._idle
+    for started in range((1 << 32) - 3, 1 << 32):
+        channel._request = started
+        assert read(transport, batch)[0].leading_hits == 3
+        assert set(transport.write(write_plan(batch))) == {PageStatus.ALREADY_PRESENT}
+        plan = MatchPlan(batch.namespace, [batch.hashes], 0, Deadline(MonotonicClock(), PATIENCE_MS))
+        assert transport.match(plan).hits == (3,)
+        assert transport._pool._idle == [channel], "the connection was never replaced"
+        assert channel._request < 3
     transport.close()
 
 

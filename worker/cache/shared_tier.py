@@ -17,6 +17,7 @@ import numpy.typing as npt
 
 from attnstore.client.mapped import MappedExtent, PageViews
 from attnstore.core.hashing import BlockHash, Namespace
+from attnstore.fences import read_fence
 from attnstore.types import Lease, PageStatus
 from attnstore.wire.shared import Place
 from worker.cache.leases import KeptLease, LeaseKeeper, LeaseStore
@@ -52,6 +53,7 @@ class SharedPages:
 
     def intact(self) -> bool:
         """Whether every page's bytes are still its own, and its lease not known to be lost. To be asked after use."""
+        read_fence()
         return not self.lease.lost and all(bool((words[at] == stamps).all()) for _, words, at, stamps in self._stamps)
 
 
