@@ -81,6 +81,12 @@ def _parser() -> argparse.ArgumentParser:
     status.add_argument(
         "--worker", action="append", default=[], metavar="URL", help="also the links and costs that this worker has measured"
     )
+    status.add_argument(
+        "--worker-token",
+        metavar="TOKEN",
+        default=variable("worker_token"),
+        help="token for the workers [env ATTNSTORE_WORKER_TOKEN]",
+    )
     status.add_argument("--json", action="store_true", help="one JSON object, with --watch one a line")
     status.set_defaults(run=_status)
 
@@ -152,7 +158,7 @@ def _status(arguments: argparse.Namespace) -> int:
         raise InvalidArgument("URL and --directory exclude each other")
     access = _access(arguments, arguments.target, default=_TARGET_DEFAULT)
     while True:
-        status = asyncio.run(cluster_status(access, arguments.worker))
+        status = asyncio.run(cluster_status(access, arguments.worker, arguments.worker_token))
         if arguments.json:
             print(json.dumps(status.to_json()), flush=True)
         else:

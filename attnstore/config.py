@@ -85,7 +85,7 @@ class ServeOptions(BaseModel):
     peer_ca: Path | None = Field(
         None, description="PEM certificates of the authorities of other nodes, for handing pages over; default: the system's"
     )
-    insecure: bool = Field(False, description="allow a public address with neither TLS nor a token")
+    insecure: bool = Field(False, description="serve everyone who can reach a public address, with no token")
     drain_ms: int = Field(DRAIN_MS_DEFAULT, ge=0, le=600_000, description="on SIGTERM, time for running calls to finish")
     stall_ms: int = Field(
         30_000, ge=100, le=600_000, description="a peer that moves nothing, or less than 8 KiB/s, for this long loses its call"
@@ -130,11 +130,11 @@ class ServeOptions(BaseModel):
             raise ValueError("--tls-cert and --tls-key go together; one of them is missing")
         if self.token is not None and self.tokens_file is not None:
             raise ValueError("--token and --tokens-file exclude each other")
-        guarded = self.tls_cert is not None or self.token is not None or self.tokens_file is not None
-        if not (guarded or self.insecure or self.address.is_loopback):
+        asks_for_token = self.token is not None or self.tokens_file is not None  # TLS alone keeps nobody out
+        if not (asks_for_token or self.insecure or self.address.is_loopback):
             raise ValueError(
-                f"--listen {self.listen} is reachable from other machines: give --tls-cert and --tls-key, or --token or "
-                "--tokens-file, or say --insecure to serve everyone who can reach it"
+                f"--listen {self.listen} is reachable from other machines: give --token or --tokens-file, "
+                "or say --insecure to serve everyone who can reach it"
             )
         return self
 
@@ -167,15 +167,7 @@ class ServeOptions(BaseModel):
             return {self.token.get_secret_value(): "default"}
         if self.tokens_file is None:
             return {}
-        entries = _read_toml(self.tokens_file, "--tokens-file")
-        if not entries or not all(isinstance(token, str) and is_token(token) for token in entries.values()):
-            raise InvalidArgument(
-                f'--tokens-file {self.tokens_file}: every line must be tenant = "token", printable ASCII without spaces'
-            )
-        tenants = {token: tenant for tenant, token in entries.items()}
-        if len(tenants) != len(entries):
-            raise InvalidArgument(f"--tokens-file {self.tokens_file}: two tenants have the same token")
-        return tenants
+        return read_tokens_file(self.tokens_file)
 
 
 def add_serve_options(parser: argparse.ArgumentParser) -> None:
@@ -234,6 +226,17 @@ def _explain(problem: Any, origin: Mapping[str, str]) -> str:
         return f"{name} ({where}) is not an option of attnstore serve"
     given = "" if name in ("token", "directory") else f" {shown(str(problem['input']))}"
     return f"{_option(name)}{given} ({where}): {message}"
+
+
+def read_tokens_file(path: Path) -> dict[str, str]:
+    """Token -> tenant of a file of `tenant = "token"` lines. Raises `InvalidArgument` for an unreadable or malformed one."""
+    entries = _read_toml(path, "--tokens-file")
+    if not entries or not all(isinstance(token, str) and is_token(token) for token in entries.values()):
+        raise InvalidArgument(f'--tokens-file {path}: every line must be tenant = "token", printable ASCII without spaces')
+    tenants = {token: tenant for tenant, token in entries.items()}
+    if len(tenants) != len(entries):
+        raise InvalidArgument(f"--tokens-file {path}: two tenants have the same token")
+    return tenants
 
 
 def _read_toml(path: Path, option: str) -> dict[str, Any]:

@@ -10,9 +10,19 @@ import http.client
 import urllib.request
 from typing import cast
 
+from attnstore.tokens import BEARER
 
-def open_url(request: str | urllib.request.Request, timeout_s: float, http_proxy: str | None = None) -> http.client.HTTPResponse:
-    """The answer, to be used in a `with`; `http_proxy` is the URL of a proxy to go through. Raises what `urllib` raises."""
+
+def open_url(
+    request: str | urllib.request.Request, timeout_s: float, http_proxy: str | None = None, token: str | None = None
+) -> http.client.HTTPResponse:
+    """The answer, to be used in a `with`; `http_proxy` is the URL of a proxy to go through. Raises what `urllib` raises.
+
+    `token` is shown to the host of the request alone, and to no other one that it redirects to.
+    """
+    if token is not None:
+        request = urllib.request.Request(request) if isinstance(request, str) else request
+        request.add_unredirected_header("Authorization", BEARER + token)
     proxies = {} if http_proxy is None else {"http": http_proxy, "https": http_proxy}
     opener = urllib.request.build_opener(urllib.request.ProxyHandler(proxies))
     return cast(http.client.HTTPResponse, opener.open(request, timeout=timeout_s))

@@ -149,6 +149,20 @@ DESCRIPTORS_BESIDE_ARENA_MIN = (
 assert 2 * STREAMS_MAX <= GRPC_CALLS_MAX, "one client may use up its tenant's streams over one connection"
 assert CHANNEL_CONNECTIONS_MAX <= GRPC_CONNECTIONS_MIN, "whoever has a page channel came over gRPC"
 
+HTTP_BODY_BYTES_MAX = 4 * MIB
+"""A request of a worker's HTTP endpoint."""
+HTTP_IDLE_MS_MAX = 5_000
+"""A connection to that endpoint on which no request has begun for so long is closed."""
+HTTP_HEAD_MS_MAX = 10_000
+"""From the connection, or the answer before, to the end of a request's head."""
+HTTP_BODY_MS_MAX = 30_000
+"""From the end of a request's head to the end of its body."""
+HTTP_STALL_MS_MAX = 30_000
+"""A client that takes nothing of its answer for so long loses its connection."""
+
+assert HTTP_IDLE_MS_MAX <= HTTP_HEAD_MS_MAX <= HTTP_BODY_MS_MAX
+assert HASHES_MAX * 4 <= HTTP_BODY_BYTES_MAX, "a prompt as long as one look-up fits, at four characters a token id"
+
 NODES_MAX = 1_024
 """Nodes of one cluster."""
 NODE_ID_CHARS_MAX = 128

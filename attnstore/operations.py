@@ -111,13 +111,14 @@ class ClusterStatus:
         return asdict(self)
 
 
-async def cluster_status(access: Access, worker_urls: Sequence[str] = ()) -> ClusterStatus:
+async def cluster_status(access: Access, worker_urls: Sequence[str] = (), worker_token: str | None = None) -> ClusterStatus:
     """Asks the directory who there is, and every node and these workers how they are. Raises `Unavailable` where the directory does
     not answer, `InvalidArgument` for a target that names neither a directory nor nodes.
     """
     members = await _members(access)
     nodes = asyncio.gather(*(_node_status(access, member) for member in members))
-    answers, workers = await asyncio.gather(nodes, worker_statuses(worker_urls, access.deadline_ms, access.http_proxy))
+    asked = worker_statuses(worker_urls, access.deadline_ms, access.http_proxy, worker_token)
+    answers, workers = await asyncio.gather(nodes, asked)
     sealed: Counter[tuple[str, int]] = Counter()
     for _, statistics in answers:
         for space in statistics.namespaces if statistics is not None else ():

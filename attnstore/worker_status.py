@@ -46,9 +46,11 @@ class WorkerStatus:
     median_error: float | None = None
 
 
-async def worker_statuses(urls: Sequence[str], deadline_ms: float, http_proxy: str | None = None) -> tuple[WorkerStatus, ...]:
-    """Asks all of them at once."""
-    asked = (asyncio.to_thread(_ask, url.rstrip("/"), deadline_ms, http_proxy) for url in urls)
+async def worker_statuses(
+    urls: Sequence[str], deadline_ms: float, http_proxy: str | None = None, token: str | None = None
+) -> tuple[WorkerStatus, ...]:
+    """Asks all of them at once, with the same token."""
+    asked = (asyncio.to_thread(_ask, url.rstrip("/"), deadline_ms, http_proxy, token) for url in urls)
     return tuple(await asyncio.gather(*asked))
 
 
@@ -71,11 +73,11 @@ def worker_rows(workers: Sequence[WorkerStatus]) -> list[tuple[str, ...]]:
     return rows
 
 
-def _ask(url: str, deadline_ms: float, http_proxy: str | None) -> WorkerStatus:
+def _ask(url: str, deadline_ms: float, http_proxy: str | None, token: str | None) -> WorkerStatus:
     try:
         if not url.startswith(("http://", "https://")):
             raise ValueError("a worker's URL begins with http:// or https://")
-        with open_url(f"{url}/planner?last=0", deadline_ms / 1e3, http_proxy) as answer:
+        with open_url(f"{url}/planner?last=0", deadline_ms / 1e3, http_proxy, token) as answer:
             return _parse(url, json.loads(answer.read(_ANSWER_BYTES_MAX)))
     except (OSError, http.client.HTTPException, ValueError, KeyError, TypeError, AttributeError) as error:
         return WorkerStatus(url, error=f"{type(error).__name__}: {error}")

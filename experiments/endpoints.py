@@ -24,18 +24,18 @@ class Completion:
     cached_tokens: int
 
 
-def model_name(worker: str, timeout_s: float = 10.0) -> str:
-    """The model that a worker serves."""
-    return str(_json(f"{worker}/v1/models", timeout_s)["data"][0]["id"])
+def model_name(worker: str, token: str | None, timeout_s: float = 10.0) -> str:
+    """The model that a worker serves; `token` where it asks for one."""
+    return str(_json(f"{worker}/v1/models", timeout_s, token)["data"][0]["id"])
 
 
-def complete(worker: str, model: str, prompt: str, *, tokens: int, timeout_s: float) -> Completion:
+def complete(worker: str, token: str | None, model: str, prompt: str, *, tokens: int, timeout_s: float) -> Completion:
     """Continues a prompt by exactly `tokens` tokens, greedily. Raises `OSError` where that fails or takes longer."""
     body = {"model": model, "prompt": prompt, "max_tokens": tokens, "temperature": 0, "ignore_eos": True}
     request = urllib.request.Request(
         f"{worker}/v1/completions", json.dumps(body).encode(), headers={"content-type": "application/json"}
     )
-    answer = _json(request, timeout_s)
+    answer = _json(request, timeout_s, token)
     usage = answer["usage"]
     return Completion(
         answer["choices"][0]["text"],
@@ -62,6 +62,6 @@ def query(prometheus: str, expression: str, timeout_s: float = 10.0) -> list[dic
     return series
 
 
-def _json(request: str | urllib.request.Request, timeout_s: float) -> Any:
-    with open_url(request, timeout_s) as answer:
+def _json(request: str | urllib.request.Request, timeout_s: float, token: str | None = None) -> Any:
+    with open_url(request, timeout_s, token=token) as answer:
         return json.load(answer)

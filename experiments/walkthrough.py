@@ -16,6 +16,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Final
 
+from attnstore.environment import variable
 from experiments.endpoints import Completion, complete, metric, model_name, query
 
 _ANSWER_S_MAX: Final = 300.0
@@ -67,7 +68,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def take_tour(workers: Sequence[str], nodes: Sequence[str], prometheus: str, queries: Sequence[str], prompts: int) -> Tour:
     """Asks the first worker, then the others in turn, and looks at what that left in nodes and metrics."""
-    model = model_name(workers[0])
+    model = model_name(workers[0], variable("worker_token"))
     texts = _prompts(prompts)
     cold, computed_s = _timed(lambda: [_ask(workers[0], model, text) for text in texts])
     blocks = sum(answer.prompt_tokens // 16 for answer in cold)
@@ -126,7 +127,7 @@ def _prompts(count: int) -> list[str]:
 
 
 def _ask(worker: str, model: str, prompt: str) -> Completion:
-    return complete(worker, model, prompt, tokens=16, timeout_s=_ANSWER_S_MAX)
+    return complete(worker, variable("worker_token"), model, prompt, tokens=16, timeout_s=_ANSWER_S_MAX)
 
 
 def _pages(nodes: Sequence[str]) -> dict[str, int]:

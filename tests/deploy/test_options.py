@@ -16,7 +16,7 @@ from attnstore.config import ServeOptions
 from experiments.compose_local import load_compose_file
 
 ROOT = Path(__file__).parents[2]
-OTHER_VARIABLES = {"ATTNSTORE_CACHE_DIR", "ATTNSTORE_TOKEN", "ATTNSTORE_DIRECTORY"}
+OTHER_VARIABLES = {"ATTNSTORE_CACHE_DIR", "ATTNSTORE_TOKEN", "ATTNSTORE_DIRECTORY", "ATTNSTORE_WORKER_TOKEN"}
 """Read by a worker, or by the manifest itself."""
 
 Start = tuple[str, tuple[str, ...], Mapping[str, str]]
@@ -56,6 +56,15 @@ def test_every_argument_is_one_that_is_taken(name: str, command: tuple[str, ...]
     del name, environment
     shown = help_of(*command[:2])
     assert all(argument.partition("=")[0] in shown for argument in command[2:])
+
+
+@pytest.mark.parametrize(("name", "command", "environment"), STARTS)
+def test_a_worker_that_others_reach_says_who_may_use_it(
+    name: str, command: tuple[str, ...], environment: Mapping[str, str]
+) -> None:
+    if command[:2] == ("attnstore-worker", "serve"):
+        assert "--host=0.0.0.0" in command
+        assert ("ATTNSTORE_WORKER_TOKEN" in environment) or "--insecure" in command, name
 
 
 @functools.cache

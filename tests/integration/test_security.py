@@ -133,12 +133,16 @@ def refused(*options: str, environment: dict[str, str] | None = None) -> str:
 @pytest.mark.parametrize("listen", ["0.0.0.0:0", "[::]:0", "203.0.113.7:0", "example.org:0"])
 def test_a_public_address_needs_a_guard_or_a_word(listen: str) -> None:
     message = refused("--listen", listen)
-    for option in (f"--listen {listen}", "--tls-cert", "--token", "--tokens-file", "--insecure"):
+    for option in (f"--listen {listen}", "--token", "--tokens-file", "--insecure"):
         assert option in message
 
 
+def test_tls_alone_guards_no_public_address(certificates: Path) -> None:
+    assert "--token" in refused("--listen", "0.0.0.0:0", *tls_options(certificates))
+
+
 def test_a_guarded_or_insecure_public_address_is_served(certificates: Path) -> None:
-    for options in (("--insecure",), ("--token", "s3cret"), tls_options(certificates)):
+    for options in (("--insecure",), ("--token", "s3cret"), ("--token", "s3cret", *tls_options(certificates))):
         with StoreProcess("--listen", "0.0.0.0:0", "--capacity", "1MiB", *options) as node:
             port = int(node.address.rpartition(":")[2])
             socket.create_connection(("127.0.0.1", port), 5).close()

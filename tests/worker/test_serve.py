@@ -19,10 +19,10 @@ import pytest
 import uvicorn
 
 from attnstore.address import Address
+from attnstore.limits import HTTP_BODY_BYTES_MAX
 from worker.engine import AsyncEngine, Engine, EngineOptions, SamplingParams
 from worker.model import LoadedModel
 from worker.serve import create_app
-from worker.serve.app import BODY_BYTES_MAX
 
 WAIT_S = 30.0
 GREEDY: dict[str, Any] = {"temperature": 0.0}
@@ -210,7 +210,7 @@ async def test_what_is_not_there_and_what_is_too_large_have_error_bodies_as_well
     for answer, status in (
         (await http.get("/v1/nothing"), 404),
         (await http.get("/v1/completions"), 405),
-        (await http.post("/v1/completions", content=b" " * (BODY_BYTES_MAX + 1)), 413),
+        (await http.post("/v1/completions", content=b" " * (HTTP_BODY_BYTES_MAX + 1)), 413),
     ):
         assert answer.status_code == status
         assert answer.json()["error"]["message"]

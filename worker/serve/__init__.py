@@ -3,6 +3,6 @@
 from __future__ import annotations
 
 from worker.serve.app import create_app
-from worker.serve.server import serve
+from worker.serve.server import Endpoint, serve
 
-__all__ = ["create_app", "serve"]
+__all__ = ["Endpoint", "create_app", "serve"]

@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import secrets
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
 from dataclasses import asdict
 from itertools import repeat
 from typing import Any, Final, TypeVar
@@ -18,19 +18,21 @@ from typing import Any, Final, TypeVar
 from jinja2 import TemplateError
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
-from attnstore.errors import AttnStoreError, InvalidArgument
-from attnstore.limits import MIB
+from attnstore.errors import AttnStoreError, InvalidArgument, Unauthenticated
+from attnstore.limits import HTTP_BODY_BYTES_MAX, HTTP_BODY_MS_MAX
 from worker.cache import CostPlanner
 from worker.engine import AsyncEngine, SamplingParams
 from worker.engine.sampler import SEED_MAX
 from worker.model import LoadedModel
 from worker.serve.choices import Choices, Piece
 from worker.serve.formats import STREAM_END, ChatFormat, CompletionFormat, Format, Json, error_body, event
+from worker.serve.guard import TokenGuard
 from worker.serve.metrics import ServeMetrics
 from worker.serve.schema import (
     CHOICES_MAX,
@@ -44,7 +46,6 @@ from worker.serve.schema import (
 _LOG = logging.getLogger(__name__)
 _T = TypeVar("_T")
 
-BODY_BYTES_MAX: Final = 4 * MIB
 _COMPLETION_TOKENS_DEFAULT: Final = 16
 _DECISIONS_DEFAULT: Final = 20
 _RATE_TOKENS: Final = 1_024
@@ -59,10 +60,14 @@ class ModelNotFound(InvalidArgument):
     code = "model_not_found"
 
 
-def create_app(engine: AsyncEngine, model: LoadedModel) -> Starlette:
-    """The application; it serves `model` under its name. The caller keeps the engine running and closes it."""
+def create_app(engine: AsyncEngine, model: LoadedModel, tokens: Mapping[str, str] | None = None) -> Starlette:
+    """The application; it serves `model` under its name. `tokens` (token -> whose it is): who may use it; none: everyone.
+
+    The caller keeps the engine running and closes it.
+    """
     api = _Api(engine, model)
     return Starlette(
+        middleware=[Middleware(TokenGuard, tokens=tokens, refuse=api.refused)] if tokens else [],
         routes=[
             Route("/v1/completions", api.completions, methods=["POST"]),
             Route("/v1/chat/completions", api.chat_completions, methods=["POST"]),
@@ -277,10 +282,14 @@ class _EventStream(StreamingResponse):
 
 async def _body(request: Request) -> bytes:
     body = bytearray()
-    async for part in request.stream():
-        body += part
-        if len(body) > BODY_BYTES_MAX:
-            raise HTTPException(413, f"the body has more than {BODY_BYTES_MAX} bytes")
+    try:
+        async with asyncio.timeout(HTTP_BODY_MS_MAX / 1000):
+            async for part in request.stream():
+                body += part
+                if len(body) > HTTP_BODY_BYTES_MAX:
+                    raise HTTPException(413, f"the body has more than {HTTP_BODY_BYTES_MAX} bytes")
+    except TimeoutError:
+        raise HTTPException(408, f"the body did not arrive within {HTTP_BODY_MS_MAX} ms") from None
     return bytes(body)
 
 
@@ -305,6 +314,8 @@ async def _disconnect(receive: Receive) -> None:
 
 def _status(error: AttnStoreError) -> tuple[int, str]:
     """HTTP status and OpenAI's kind of error."""
+    if isinstance(error, Unauthenticated):
+        return 401, "invalid_request_error"
     if isinstance(error, ModelNotFound):
         return 404, "invalid_request_error"
     return (503, "server_error") if error.retryable else (400, "invalid_request_error")

@@ -1,0 +1,48 @@
+"""Who may use the endpoint: those who present a token, where it has any.
+
+Owns: the middleware in front of all routes. Invariant: with tokens, only `/health` and `/metrics` answer a caller without one;
+orchestrators and Prometheus ask them, and neither shows a prompt.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Mapping
+from typing import Final
+
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from attnstore.errors import Unauthenticated
+from attnstore.tokens import BEARER, holder
+
+_OPEN_PATHS: Final = frozenset({"/health", "/metrics"})
+
+
+class InvalidApiKey(Unauthenticated):
+    """A missing or unknown token; the code is OpenAI's."""
+
+    code = "invalid_api_key"
+
+
+class TokenGuard:
+    """ASGI middleware; `refuse` makes the answer to a caller without a token."""
+
+    def __init__(
+        self, app: ASGIApp, tokens: Mapping[str, str], refuse: Callable[[Request, Exception], Awaitable[Response]]
+    ) -> None:
+        self._app = app
+        self._tokens = tokens
+        self._refuse = refuse
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and scope["path"] not in _OPEN_PATHS:
+            request = Request(scope)
+            given = request.headers.get("authorization", "")
+            if not given.startswith(BEARER) or holder(self._tokens, given.removeprefix(BEARER)) is None:
+                error = InvalidApiKey("this worker asks for one of its tokens: Authorization: Bearer TOKEN")
+                response = await self._refuse(request, error)
+                response.headers["www-authenticate"] = "Bearer"
+                await response(scope, receive, send)
+                return
+        await self._app(scope, receive, send)
