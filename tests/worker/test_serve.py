@@ -279,7 +279,19 @@ def test_a_host_that_is_no_address_is_refused(tiny_folder: Path) -> None:
         ("127.1", "four decimal numbers"),
         ("203.0.113.7", "cannot listen on 203.0.113.7"),
     ):
-        command = [sys.executable, "-m", "worker.cli", "serve", "--port", "0", "--model", str(tiny_folder), "--host", host]
+        command = [
+            sys.executable,
+            "-m",
+            "worker.cli",
+            "serve",
+            "--port",
+            "0",
+            "--model",
+            str(tiny_folder),
+            "--insecure",
+            "--host",
+            host,
+        ]
         result = subprocess.run(command, capture_output=True, text=True, timeout=WAIT_S * 4)
         assert result.returncode == 2
         assert words in result.stderr
