@@ -232,6 +232,8 @@ ATTEND_SETS_MAX = 256
 """Sets of pages that one attend stream may have open, and ask about in one query: the sequences of one worker's batch."""
 ATTEND_HASHES_MAX = 65_536
 """Pages in one set; a million tokens at 16 tokens a block."""
+ATTEND_PAGES_MAX = 1_048_576
+"""Pages in all sets that are open on one node together; each costs some 300 bytes beside the page."""
 ATTEND_ROWS_MAX = 1_024
 """Query rows in one query, of all its sets together."""
 ATTEND_BYTES_MAX = 2 * MIB
@@ -245,6 +247,7 @@ ATTEND_TOGETHER_MAX = 32
 """Queries that a node answers in one computation."""
 
 assert ATTEND_HASHES_MAX <= HASHES_MAX
+assert ATTEND_HASHES_MAX <= ATTEND_PAGES_MAX <= LEASED_PAGES_MAX, "a set's pages are leased"
 assert ATTEND_BYTES_MAX + CHUNK_HEADER_BYTES_MAX <= MESSAGE_BYTES_MAX
 assert ATTEND_HASHES_MAX * HASH_BYTES <= ATTEND_BYTES_MAX
 assert ATTEND_SETS_MAX * 8 <= ATTEND_FRAME_BYTES_MAX - ATTEND_BYTES_MAX

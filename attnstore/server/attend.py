@@ -11,19 +11,21 @@ from __future__ import annotations
 import importlib.util
 import os
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 from attnstore.clock import Clock, Deadline
+from attnstore.core.fair_share import FairShares
 from attnstore.core.layout import PageLayout
 from attnstore.errors import InvalidArgument, LeaseExpired
 from attnstore.limits import (
     ATTEND_BYTES_MAX,
     ATTEND_CALLS_MAX,
     ATTEND_HASHES_MAX,
+    ATTEND_PAGES_MAX,
     ATTEND_ROWS_MAX,
     ATTEND_SETS_MAX,
     ATTEND_TOGETHER_MAX,
@@ -52,27 +54,28 @@ class _Job(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class _Set:
-    """`views` keep the memory of the pages mapped, `pins` their content in it."""
+    """`pins` keep the memory of the pages mapped and their content in it."""
 
     pages: PagesInPlace
-    views: tuple[memoryview, ...]
     lease_id: bytes
     pins: ExitStack
 
 
 class Attending:
-    """Attends over the pages of `store`, with `threads` cores. torch is imported by `load`, or else by the first open set, because
-    it takes seconds and most nodes may never be asked.
+    """Attends over the pages of `store`, with `threads` cores, for `tenants` tenants.
+
+    torch is imported by `load`, or else by the first open set, because it takes seconds and most nodes may never be asked.
     """
 
-    def __init__(self, store: Store, clock: Clock, threads: int) -> None:
+    def __init__(self, store: Store, clock: Clock, threads: int, tenants: int = 1) -> None:
         self.store = store
         self.clock = clock
         self._threads = threads
         self._attention: InPlaceAttention | None = None
         self._turns = FairTurns[_Job, "list[Partial]"](
-            self._compute, _kind, clock, waiting_max=ATTEND_WAITING_MAX, together_max=ATTEND_TOGETHER_MAX
+            self._compute, _kind, clock, waiting_max=ATTEND_WAITING_MAX, together_max=ATTEND_TOGETHER_MAX, tenants=tenants
         )
+        self._pages = FairShares(ATTEND_PAGES_MAX, "pages of attended sets", "close some sets, or fetch the pages", tenants=tenants)
         # Its threads wait for turns, which those of the event loop's own executor have no time for.
         self.executor = ThreadPoolExecutor(ATTEND_CALLS_MAX, "attnstore-attend")
         self._loading = threading.Lock()
@@ -122,6 +125,17 @@ class Attending:
         for session in sessions:
             session.expire()
 
+    @contextmanager
+    def counted(self, tenant: str, pages: int) -> Iterator[None]:
+        """So many pages are in an open set. Raises `Overloaded` where that is more than the tenant's share."""
+        with self._lock:
+            self._pages.take(tenant, pages)
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._pages.give_back(tenant, pages)
+
     def compute(self, job: _Job, tenant: str, deadline: Deadline) -> list[Partial]:
         """A partial for each set of the job, when its turn has come. Errors as in `FairTurns.take`."""
         # A few rows cost what reading the pages does, many rows what multiplying with them does.
@@ -154,8 +168,9 @@ class AttendSession:
     def open(self, opening: AttendOpen) -> None:
         """Pins the pages of a set. Blocks for some microseconds a page.
 
-        Raises `LeaseExpired` where the lease does not hold or a page is not here, `InvalidArgument` for a set that is open already
-        or does not fit the stream's others, and what `Store.layout_of` raises.
+        Raises `LeaseExpired` where the lease does not hold or a page is not here, `InvalidArgument` for a set that is open already,
+        names a page twice or does not fit the stream's others, `Overloaded` where the tenant has its share of pages in sets, and
+        what `Store.layout_of` raises.
         """
         self._attending.load()
         from attnstore.attention.in_place import PagesInPlace
@@ -165,14 +180,14 @@ class AttendSession:
             layout = self._attending.store.layout_of(space)
             self._check_opening(opening, layout)
             with ExitStack() as pins:
+                pins.enter_context(self._attending.counted(self._tenant, len(opening.hashes)))
                 views = []
-                for index, page_hash in enumerate(opening.hashes):
-                    page = pins.enter_context(self._attending.store.reading(space, page_hash, opening.lease_id))
+                found = pins.enter_context(self._attending.store.reading_all(space, opening.hashes, opening.lease_id))
+                for index, page in enumerate(found):
                     if isinstance(page, PageStatus):
-                        raise LeaseExpired(f"page {index} of the set's {len(opening.hashes)} is {page.name}: match again")
+                        raise LeaseExpired(f"page {index} of the set's {len(found)} is {page.name}: match again")
                     views.append(page.data)
-                pages = PagesInPlace(layout, views)
-                self._sets[opening.set_id] = _Set(pages, tuple(views), opening.lease_id, pins.pop_all())
+                self._sets[opening.set_id] = _Set(PagesInPlace(layout, views), opening.lease_id, pins.pop_all())
             self._shape, self._layout = opening.shape, layout
 
     def answer(self, query: AttendQuery) -> tuple[list[memoryview], list[memoryview]]:
@@ -226,6 +241,8 @@ class AttendSession:
             raise InvalidArgument(f"set {opening.set_id} is open already; close it first")
         if len(self._sets) >= ATTEND_SETS_MAX:
             raise InvalidArgument(f"{ATTEND_SETS_MAX} sets are open on this stream; close some or open another stream")
+        if len(set(opening.hashes)) < len(opening.hashes):
+            raise InvalidArgument("a set names a page twice; a sequence has each of its pages once")
         if self._shape is not None and opening.shape != self._shape:
             raise InvalidArgument("all sets of a stream have one namespace, one q_heads and one scale; open another stream")
         if opening.shape.q_heads % layout.kv_heads:

@@ -113,7 +113,7 @@ class StoreNode:
         self._metrics = NodeMetrics(self._store.statistics)
         self._shell = RpcShell(authenticator, self._metrics)
         self._tokens = TokenBook(clock, authenticator.tenants)
-        self._attending = self._make_attending(clock)
+        self._attending = self._make_attending(clock, authenticator.tenants)
         self._page_channel = PageChannelServer(
             self._store,
             self._tokens,
@@ -212,7 +212,7 @@ class StoreNode:
         await tasks.attempt_all(ends, STOP_MS_MAX / 4 / 1000)
         _log.info("stopped")
 
-    def _make_attending(self, clock: Clock) -> Attending | None:
+    def _make_attending(self, clock: Clock, tenants: int) -> Attending | None:
         threads = self._options.attend_threads
         if threads == 0:
             return None
@@ -222,7 +222,7 @@ class StoreNode:
                     f"--attend-threads {threads} needs the packages of attnstore[attention], which are not installed"
                 )
             return None
-        attending = Attending(self._store, clock, threads or threads_default())
+        attending = Attending(self._store, clock, threads or threads_default(), tenants)
         if threads is not None:
             attending.warm_up()
         return attending

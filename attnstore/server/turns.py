@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from typing import Final, Generic, TypeVar
 
 from attnstore.clock import Clock, Deadline
+from attnstore.core.fair_share import FairShares
 from attnstore.errors import DeadlineExceeded, Overloaded
 
 J = TypeVar("J")
@@ -50,17 +51,16 @@ class FairTurns(Generic[J, R]):
         *,
         waiting_max: int,
         together_max: int,
+        tenants: int = 1,
     ) -> None:
         self._run = run
         self._kind = kind
         self._clock = clock
-        self._waiting_max = waiting_max
+        self._places = FairShares(waiting_max, "queries that wait for its cores", "fetch the pages, or try later", tenants=tenants)
         self._together_max = together_max
         self._lock = threading.Lock()
         self._busy = False
         self._waiting: dict[str, deque[_Caller[J, R]]] = {}  # no queue is empty
-        self._count = 0
-        self._waiting_cost = 0.0
         self._virtual: dict[str, float] = {}
         self._now = 0.0
         self._cost_per_ms: float | None = None
@@ -68,7 +68,7 @@ class FairTurns(Generic[J, R]):
     @property
     def waiting(self) -> int:
         """Callers that wait for their turn."""
-        return self._count
+        return self._places.used
 
     def take(self, job: J, *, tenant: str, cost: float, deadline: Deadline) -> R:
         """The job's result; `cost` in any unit that grows with the time it takes. Blocks.
@@ -98,19 +98,23 @@ class FairTurns(Generic[J, R]):
         return caller.result
 
     def _enqueue(self, caller: _Caller[J, R], left_ms: float) -> None:
-        if self._count >= self._waiting_max:
-            raise Overloaded(f"{self._count} queries wait for this node's cores, its maximum; fetch the pages or try later")
-        ahead_ms = (self._waiting_cost + caller.cost) / self._cost_per_ms if self._cost_per_ms else 0.0
+        self._places.require(caller.tenant)
+        ahead_ms = self._cost_ahead(caller) / self._cost_per_ms if self._cost_per_ms else 0.0
         if ahead_ms > left_ms:
             raise Overloaded(
                 f"this node's cores are busy for {ahead_ms:.0f} ms and the query allows {left_ms:.0f}; fetch the pages"
             )
+        self._places.take(caller.tenant)
         if caller.tenant not in self._waiting:
             self._waiting[caller.tenant] = deque()
             self._virtual[caller.tenant] = max(self._virtual.get(caller.tenant, 0.0), self._now)
         self._waiting[caller.tenant].append(caller)
-        self._count += 1
-        self._waiting_cost += caller.cost
+
+    def _cost_ahead(self, caller: _Caller[J, R]) -> float:
+        """What is computed until the caller's is done: its tenant's, and of each other tenant's no more than that."""
+        waiting = {tenant: sum(other.cost for other in queue) for tenant, queue in self._waiting.items()}
+        own = waiting.pop(caller.tenant, 0.0) + caller.cost
+        return own + sum(min(own, cost) for cost in waiting.values())
 
     def _wait(self, caller: _Caller[J, R], deadline: Deadline) -> None:
         try:
@@ -182,8 +186,7 @@ class FairTurns(Generic[J, R]):
         queue.remove(caller)
         if not queue:
             del self._waiting[caller.tenant]
-        self._count -= 1
-        self._waiting_cost -= caller.cost
+        self._places.give_back(caller.tenant)
 
     def _charge(self, caller: _Caller[J, R]) -> None:
         self._virtual[caller.tenant] = max(self._virtual.get(caller.tenant, 0.0), self._now) + caller.cost

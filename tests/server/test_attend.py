@@ -13,6 +13,7 @@ from attnstore.clock import MonotonicClock
 from attnstore.core.hashing import joint_checksum
 from attnstore.core.layout import DType
 from attnstore.limits import ATTEND_SETS_MAX
+from attnstore.server import attend as attend_module
 from attnstore.server.attend import Attending
 from attnstore.testing.clock import ManualClock
 from attnstore.types import Lease
@@ -190,6 +191,27 @@ def test_a_stream_has_a_maximum_of_sets(node: Node) -> None:
             stream.open(node.batch.hashes[:1], lease)
         with pytest.raises(errors.InvalidArgument, match="sets are open"):
             stream.open(node.batch.hashes[:1], lease)
+
+
+def test_a_set_that_names_a_page_twice_is_refused(node: Node) -> None:
+    with node.stream() as stream, pytest.raises(errors.InvalidArgument, match="twice"):
+        stream.open(node.batch.hashes[:1] * 2, node.lease())
+
+
+def test_the_pages_of_all_sets_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attend_module, "ATTEND_PAGES_MAX", 12)
+    node = Node()
+    try:
+        with node.stream() as first, node.stream() as second:
+            sets = [first.open(node.batch.hashes, node.lease()), second.open(node.batch.hashes[:5], node.lease())]
+            with pytest.raises(errors.Overloaded, match=r"12 pages of attended sets .* holds 11 .* 2 more"):
+                second.open(node.batch.hashes[:2], node.lease())
+            first.close_set(sets[0])
+            assert eventually(lambda: node.attending is not None and node.attending._pages.used == 5)
+            assert torch.isfinite(ask(second, sets[1])).all()
+            second.open(node.batch.hashes, node.lease())
+    finally:
+        node.channel.close()
 
 
 def test_another_tenant_reaches_nothing(node: Node) -> None:

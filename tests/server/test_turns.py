@@ -20,13 +20,18 @@ PATIENCE_MS = 20_000.0
 class Cores:
     """Runs batches one at a time when told to, and remembers them. A job is `(kind, name)`; its result is its name."""
 
-    def __init__(self, *, waiting_max: int = 64, together_max: int = 8, clock: ManualClock | None = None) -> None:
+    def __init__(self, *, waiting_max: int = 64, together_max: int = 8, clock: ManualClock | None = None, tenants: int = 1) -> None:
         self.clock = clock or MonotonicClock()
         self.batches: list[list[str]] = []
         self.permits = threading.Semaphore(0)
         self.fails = False
         self.turns = FairTurns[tuple[str, str], str](
-            self._run, lambda job: job[0], self.clock, waiting_max=waiting_max, together_max=together_max
+            self._run,
+            lambda job: job[0],
+            self.clock,
+            waiting_max=waiting_max,
+            together_max=together_max,
+            tenants=tenants,
         )
         self.callers = ThreadPoolExecutor(max_workers=64)
 
@@ -149,7 +154,7 @@ def test_what_a_tenant_gets_is_measured_in_cost(cores: Cores) -> None:
 def test_a_full_queue_is_overloaded() -> None:
     cores = Cores(waiting_max=1)
     asked = [cores.ask("a", "runs", "t"), cores.ask("b", "waits", "t")]
-    with pytest.raises(Overloaded, match="maximum"):
+    with pytest.raises(Overloaded, match="1 queries that wait"):
         cores.ask("c", "refused", "t").result(20)
     cores.permits.release(10)
     assert [one.result(20) for one in asked] == ["runs", "waits"]
@@ -164,6 +169,29 @@ def test_a_deadline_that_cannot_be_met_is_refused_at_once() -> None:
         cores.ask("b", "refused", "t", cost=10, deadline_ms=99).result(20)
     cores.permits.release(10)
     assert running.result(20) == "runs"
+
+
+def test_a_tenant_that_fills_the_queue_leaves_places_to_another() -> None:
+    cores = Cores(waiting_max=16, tenants=2)
+    asked = [cores.ask("runs", "runs", "greedy")]
+    greedy = [cores.ask(f"{number}", "", "greedy") for number in range(16)]
+    modest = [cores.ask(f"{number}", "modest", "modest") for number in range(4)]
+    cores.permits.release(40)
+    assert [one.result(20) for one in asked + modest] == ["runs"] + 4 * ["modest"]
+    assert sum(isinstance(one.exception(20), Overloaded) for one in greedy) == 6
+
+
+def test_what_one_tenant_queues_is_not_in_the_way_of_anothers_deadline() -> None:
+    cores = Cores(clock=ManualClock(), tenants=2)
+    cores.permits.release()
+    assert cores.ask("a", "takes 100 ms", "t", cost=10).result(20) == "takes 100 ms"
+    greedy = [cores.ask(f"{number}", "", "greedy", cost=10) for number in range(9)]
+    with pytest.raises(Overloaded, match="busy for 900 ms"):
+        cores.ask("more", "", "greedy", cost=10, deadline_ms=899).result(20)
+    modest = cores.ask("modest", "modest", "modest", cost=10, deadline_ms=201)
+    cores.permits.release(40)
+    assert modest.result(20) == "modest"
+    assert [one.result(20) for one in greedy] == [""] * 9
 
 
 def test_a_turn_that_does_not_come_in_time_is_given_up(cores: Cores) -> None:
