@@ -8,6 +8,7 @@ from typing import Final, Literal
 from attnstore.attention.base import AttentionBackend
 from attnstore.attention.checked import CheckedAttention
 from attnstore.errors import InvalidArgument
+from attnstore.extras import needs_extra
 
 AttentionName = Literal["cpu", "reference", "triton"]
 
@@ -26,8 +27,6 @@ def create_attention(name: AttentionName) -> AttentionBackend:
     if name not in _BACKENDS:
         raise InvalidArgument(f"attention backend {name!r} is unknown; known are {', '.join(sorted(_BACKENDS))}")
     module, cls = _BACKENDS[name]
-    try:
+    with needs_extra("attention", f"attention backend {name!r}"):
         backend: AttentionBackend = getattr(importlib.import_module(module), cls)()
-    except ModuleNotFoundError as missing:
-        raise InvalidArgument(f"attention backend {name!r} needs the package {missing.name!r}, which is not installed") from missing
     return CheckedAttention(backend)

@@ -10,7 +10,7 @@ from urllib.parse import urlsplit
 from attnstore.address import Address
 from attnstore.client.bulk import TransportName, checked_transport
 from attnstore.client.grpc_transport import Target
-from attnstore.directory import Directory, DirectoryUrl, Member, MemoryDirectory, is_directory_url, open_directory
+from attnstore.directory import Directory, Member, MemoryDirectory, checked_directory, is_directory_url, open_directory
 from attnstore.environment import variable
 from attnstore.errors import InvalidArgument
 from attnstore.limits import CHANNELS_MAX, DEADLINE_MS_MAX, NODES_MAX, REPLICAS_MAX
@@ -134,7 +134,7 @@ class ClusterOptions:
         nodes: tuple[str, ...] = ()
         replicas = 1
         if is_directory_url(target):
-            DirectoryUrl.parse(target)
+            checked_directory(target)
             tls = tls_ca is not None
         else:
             nodes, replicas = _fixed_list(target)

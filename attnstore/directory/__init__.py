@@ -10,7 +10,7 @@ from attnstore.directory.base import (
     NodeState,
     Revision,
 )
-from attnstore.directory.factory import open_directory
+from attnstore.directory.factory import checked_directory, open_directory
 from attnstore.directory.memory import MemoryDirectory
 from attnstore.directory.url import DirectoryUrl, is_directory_url
 from attnstore.directory.view import ClusterView, ViewTracker
@@ -28,6 +28,7 @@ __all__ = [
     "NodeState",
     "Revision",
     "ViewTracker",
+    "checked_directory",
     "is_directory_url",
     "open_directory",
 ]

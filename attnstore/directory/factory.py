@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from attnstore.directory.base import Directory
 from attnstore.directory.url import DirectoryUrl
-from attnstore.errors import InvalidArgument
+from attnstore.extras import needs_extra
 
 
 def open_directory(url: str) -> Directory:
@@ -12,9 +14,12 @@ def open_directory(url: str) -> Directory:
 
     Raises `InvalidArgument` for a malformed URL, or where the extra `redis` is not installed.
     """
+    return checked_directory(url)()
+
+
+def checked_directory(url: str) -> Callable[[], Directory]:
+    """Opens the directory at `url` when it is called. Raises as `open_directory`, now."""
     parsed = DirectoryUrl.parse(url)
-    try:
+    with needs_extra("redis", "a directory on Redis or Valkey"):
         from attnstore.directory.redis import RedisDirectory
-    except ImportError:
-        raise InvalidArgument("a directory on Redis or Valkey needs the extra: pip install 'attnstore[redis]'") from None
-    return RedisDirectory(parsed)
+    return lambda: RedisDirectory(parsed)

@@ -26,6 +26,7 @@ from attnstore.core.heat import SegmentHeat
 from attnstore.core.page_table import PageTable
 from attnstore.directory.events import EventFeed
 from attnstore.errors import InvalidArgument
+from attnstore.extras import needs_extra
 from attnstore.limits import (
     CONNECT_MS_MAX,
     EPOCH_BYTES,
@@ -216,15 +217,12 @@ class StoreNode:
         threads = self._options.attend_threads
         if threads == 0:
             return None
-        if not Attending.is_possible():
-            if threads is not None:
-                raise InvalidArgument(
-                    f"--attend-threads {threads} needs the packages of attnstore[attention], which are not installed"
-                )
+        if threads is None and not Attending.is_possible():
             return None
         attending = Attending(self._store, clock, threads or threads_default(), tenants)
         if threads is not None:
-            attending.warm_up()
+            with needs_extra("attention", f"--attend-threads {threads}"):
+                attending.warm_up()
         return attending
 
     def _bind(self) -> Address:

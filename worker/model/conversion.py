@@ -6,6 +6,7 @@ Invariant: a folder under its final name is complete; it is written under anothe
 
 from __future__ import annotations
 
+import importlib
 import io
 import os
 import shutil
@@ -14,7 +15,7 @@ import tempfile
 from collections.abc import Mapping
 from contextlib import nullcontext, redirect_stderr
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import torch
 import transformers
@@ -23,6 +24,9 @@ from safetensors.torch import save_file
 from attnstore.environment import variable, variable_name
 from worker.errors import ModelUnavailable
 from worker.model.source import FolderSource, GgufSource, find_model, weights_digest
+
+_GGUF_PACKAGES: Final = ("accelerate", "gguf")
+"""Imported by transformers, whose errors for a missing one look like those for a damaged file."""
 
 
 def cache_dir(environment: Mapping[str, str] = os.environ) -> Path:
@@ -106,6 +110,8 @@ def _convert(source: GgufSource, folder: Path) -> None:
 
 
 def _read_gguf(source: GgufSource) -> tuple[Any, Any]:
+    for package in _GGUF_PACKAGES:
+        importlib.import_module(package)
     where: dict[str, Any] = {"pretrained_model_name_or_path": str(source.path.parent), "gguf_file": source.path.name}
     # Its progress bar obeys nothing but the stream it is written to.
     bar = nullcontext() if sys.stderr.isatty() else redirect_stderr(io.StringIO())

