@@ -137,6 +137,12 @@ def _add_engine_options(parser: argparse.ArgumentParser, *, planner: str) -> Non
     )
     add("--decisions", type=Path, metavar="FILE", help="append each decision of --planner cost to this file, as a line of JSON")
     add("--store", metavar="URL", help="store node, for example grpc://127.0.0.1:7400; none: compute everything here")
+    add(
+        "--tenant-salt",
+        metavar="SECRET",
+        default=variable("tenant_salt"),
+        help="shares pages with workers of the same salt alone; better not on the command line [env ATTNSTORE_TENANT_SALT]",
+    )
     add("--store-deadline-ms", type=int, default=5_000, metavar="MS", help="longest a call to the store may take (default 5000)")
     add("--flush-ms", type=int, default=60_000, metavar="MS", help="longest wait for the last pages to reach the store")
     add("--transport", choices=STORE_TRANSPORTS, default="auto", help="how pages travel (default auto: the best on offer)")
@@ -239,6 +245,7 @@ def _engine_options(arguments: argparse.Namespace) -> EngineOptions:
         pool_bytes=arguments.pool,
         chunk_tokens=arguments.chunk_tokens,
         store_deadline_ms=arguments.store_deadline_ms,
+        tenant_salt=(arguments.tenant_salt or "").encode(),
         eviction=arguments.eviction,
         write_policy=arguments.write_policy,
         host_pool_bytes=arguments.host_pool,

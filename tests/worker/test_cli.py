@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import pytest
 
 from attnstore.testing import StoreProcess
 from worker.cli import main
+from worker.engine import EngineOptions
 
 PROMPT = "The store keeps pages. " * 40
 
@@ -58,6 +60,51 @@ def test_a_second_process_reads_what_the_first_wrote(tiny_folder: Path, prompt_f
     assert (in_place["hit_tokens_by_tier"]["shared"], in_place["bytes_read"]) == (warm["hit_tokens"], 0)
     assert in_place["kv_bytes_used"] == warm["kv_bytes_used"] - warm["bytes_read"], "the node's pages are not the pool's"
     assert control["kv_bytes_used"] < control["kv_bytes_contiguous"] == 512 // 16 * page_bytes
+
+
+Run = Callable[..., dict[str, Any]]
+
+
+@pytest.fixture
+def run(tiny_folder: Path, prompt_file: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+    """`run(node, *options, TOKEN=..., TENANT_SALT=...)`: the report of a worker in this process that has nothing cached."""
+
+    def run(node: StoreProcess, *options: str, **environment: str) -> dict[str, Any]:
+        with monkeypatch.context() as patched:
+            for name, value in environment.items():
+                patched.setenv(f"ATTNSTORE_{name}", value)
+            prompt = ("--prompt-file", str(prompt_file), "--max-tokens", "4", "--ignore-stop", "--threads", "1")
+            assert main(["generate", "--model", str(tiny_folder), *prompt, "--json", "--store", node.url, *options]) == 0
+        written = capsys.readouterr()
+        assert "pepper" not in written.out + written.err
+        result: dict[str, Any] = json.loads(written.out)
+        assert result["store_error"] is None
+        return result
+
+    return run
+
+
+def test_two_tenants_of_one_model_each_hit_what_they_wrote_themselves(run: Run, tmp_path: Path) -> None:
+    tokens = tmp_path / "tokens.toml"
+    tokens.write_text('ada = "adas"\nbob = "bobs"\n')
+    with StoreProcess("--capacity", "64MiB", "--tokens-file", str(tokens)) as node:
+        reports = [run(node, TOKEN=token) for token in ("adas", "bobs", "adas", "bobs")]
+    assert [report["hit_tokens"] > 0 for report in reports] == [False, False, True, True]
+    assert len({tuple(report["tokens"]) for report in reports}) == 1
+    assert all(report["pages_not_written"] == 0 for report in reports)
+
+
+def test_workers_share_pages_with_those_of_their_own_salt_alone(run: Run) -> None:
+    with StoreProcess("--capacity", "64MiB") as node:
+        reports = [
+            run(node),
+            run(node, "--tenant-salt", "pepper"),
+            run(node, TENANT_SALT="pepper"),
+            run(node, TENANT_SALT="pepper2"),
+            run(node, TENANT_SALT=""),
+        ]
+    assert [report["hit_tokens"] > 0 for report in reports] == [False, False, True, False, True]
+    assert "pepper" not in repr(EngineOptions(tenant_salt=b"pepper"))
 
 
 def test_a_store_that_is_not_there_costs_a_warning_only(tiny_folder: Path, prompt_file: Path) -> None:

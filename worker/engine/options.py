@@ -5,7 +5,7 @@ Owns: `EngineOptions`. Invariant: options that exist fit together; what does not
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from attnstore.errors import InvalidArgument
 from attnstore.limits import MIB
@@ -17,8 +17,8 @@ from worker.engine.scheduler import SchedulerLimits
 @dataclass(frozen=True, slots=True)
 class EngineOptions:
     """`pool_bytes` is a hard limit on KV memory, `host_pool_bytes` on the HOST tier below it (0: none); every store call has a
-    deadline; `eviction` is one of `EVICTION_POLICIES`, `write_policy` one of `WRITE_POLICIES`; `shared` says how pages of a node on
-    this host are used.
+    deadline; pages are shared with workers of the same `tenant_salt` alone; `eviction` is one of `EVICTION_POLICIES`,
+    `write_policy` one of `WRITE_POLICIES`; `shared` says how pages of a node on this host are used.
 
     At most `chunk_tokens` of one prompt and `step_tokens` of all sequences run in one step (None: two chunks and all decodes);
     `sequences_max` run at once and `waiting_max` wait for it; the first `prefetch_sequences` of these have pages fetched ahead.
@@ -34,7 +34,7 @@ class EngineOptions:
     sequences_max: int = 64
     waiting_max: int = 1024
     store_deadline_ms: int = 5_000
-    tenant_salt: bytes = b""
+    tenant_salt: bytes = field(default=b"", repr=False)
     eviction: str = "lru"
     write_policy: str = "write-behind"
     prefetch_sequences: int = 2

@@ -14,7 +14,8 @@ from attnstore.errors import InvalidArgument
 class Settings(BaseModel):
     """`store`: what `attnstore.connect` takes. `load_ms_max` bounds a load, `lookup_ms_max` the wait for what the store has.
 
-    `token` is by default that of the environment, `ATTNSTORE_TOKEN`: there no list of processes shows it.
+    `token` and `tenant_salt` are by default those of the environment, `ATTNSTORE_TOKEN` and `ATTNSTORE_TENANT_SALT`: there no list
+    of processes shows them.
     `http_proxy` is the URL of a proxy to go through; those of the environment are not used.
     `model_id` replaces the fingerprint of the weights; `tenant_salt` separates tenants of one store that must not share pages.
     """
@@ -30,7 +31,7 @@ class Settings(BaseModel):
     lookup_ms_max: float = Field(500, gt=0)
     save_bytes_max: int = Field(512 << 20, gt=0)
     model_id: str | None = None
-    tenant_salt: str = ""
+    tenant_salt: str = Field(default_factory=lambda: variable("tenant_salt") or "", repr=False)
 
     @classmethod
     def parse(cls, extra_config: Mapping[str, Any]) -> Settings:

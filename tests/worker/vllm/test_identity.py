@@ -65,3 +65,13 @@ def test_the_token_is_that_of_the_environment_unless_one_is_given(monkeypatch: p
     monkeypatch.setenv("ATTNSTORE_TOKEN", "from-the-environment")
     assert Settings.parse({"store": "grpc://node:7400"}).token == "from-the-environment"
     assert Settings.parse({"store": "grpc://node:7400", "token": "given"}).token == "given"
+
+
+def test_the_tenants_salt_is_that_of_the_environment_unless_one_is_given_and_is_not_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("ATTNSTORE_TENANT_SALT", raising=False)
+    assert Settings.parse({"store": "grpc://node:7400"}).tenant_salt == ""
+    monkeypatch.setenv("ATTNSTORE_TENANT_SALT", "pepper")
+    from_environment = Settings.parse({"store": "grpc://node:7400"})
+    assert from_environment.tenant_salt == "pepper"
+    assert "pepper" not in repr(from_environment)
+    assert Settings.parse({"store": "grpc://node:7400", "tenant_salt": "given"}).tenant_salt == "given"
