@@ -141,9 +141,12 @@ def _serve(arguments: argparse.Namespace) -> int:
 
 
 def _peer_opener(options: ServeOptions) -> OpenPeer:
-    def open_peer(url: str, token: str | None) -> aio.AsyncClient | aio.AsyncClusterClient:
+    def open_peer(url: str, token: str | None) -> aio.AsyncClient:
         tls_ca = options.peer_ca if url.startswith("grpcs") else None
-        return aio.connect(url, token=token, tls_ca=tls_ca)
+        client = aio.connect(url, token=token, tls_ca=tls_ca)
+        if not isinstance(client, aio.AsyncClient):
+            raise InvalidArgument(f"{url} is not the address of one node")
+        return client
 
     return open_peer
 

@@ -36,6 +36,8 @@ from attnstore.limits import (
     NODE_ID_CHARS_MAX,
     NODE_WEIGHT_MAX,
     REPLICAS_MAX,
+    SCRUB_BYTES_PER_S_DEFAULT,
+    SCRUB_BYTES_PER_S_MAX,
 )
 from attnstore.secrecy import shown
 from attnstore.tokens import is_token
@@ -86,6 +88,11 @@ class ServeOptions(BaseModel):
         None, description="PEM certificates of the authorities of other nodes, for handing pages over; default: the system's"
     )
     insecure: bool = Field(False, description="serve everyone who can reach a public address, with no token")
+    scrub_rate: ByteSize = Field(
+        ByteSize(SCRUB_BYTES_PER_S_DEFAULT),
+        le=SCRUB_BYTES_PER_S_MAX,
+        description="bytes of idle pages that are hashed again in a second, to find memory that has changed; 0: none",
+    )
     drain_ms: int = Field(DRAIN_MS_DEFAULT, ge=0, le=600_000, description="on SIGTERM, time for running calls to finish")
     stall_ms: int = Field(
         30_000, ge=100, le=600_000, description="a peer that moves nothing, or less than 8 KiB/s, for this long loses its call"

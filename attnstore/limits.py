@@ -228,6 +228,19 @@ assert 0 < HEDGES_PERCENT_MAX < 100 <= 100 * HEDGES_BURST_MAX
 assert HEARTBEAT_MS < HEAT_WINDOW_MS, "heat is looked at several times in a window"
 assert HOT_REPLICAS <= REPLICAS_MAX
 
+REPORTED_HASHES_MAX = 256
+"""Pages in one Verify."""
+REPORT_MS_MAX = 1_000
+"""A reader waits no longer for the node to look into what it reports."""
+REPORTED_BYTES_PER_S_MAX = 256 * MIB
+"""Reported pages are hashed at this pace: a few percent of a core, however many are reported."""
+SCRUB_BYTES_PER_S_DEFAULT = 32 * MIB
+SCRUB_BYTES_PER_S_MAX = GIB
+
+assert REPORTED_HASHES_MAX <= HASHES_MAX
+assert PAGE_BYTES_MAX <= REPORTED_BYTES_PER_S_MAX, "the largest page holds the others up for a second at most"
+assert SCRUB_BYTES_PER_S_DEFAULT <= SCRUB_BYTES_PER_S_MAX
+
 ATTEND_SETS_MAX = 256
 """Sets of pages that one attend stream may have open, and ask about in one query: the sequences of one worker's batch."""
 ATTEND_HASHES_MAX = 65_536
@@ -245,6 +258,8 @@ ATTEND_WAITING_MAX = 256
 """Queries that wait for a node's cores; more are refused as `overloaded`."""
 ATTEND_TOGETHER_MAX = 32
 """Queries that a node answers in one computation."""
+ATTEND_VERIFIED_MS_MAX = 60_000
+"""A page of a set that is opened is hashed if it has not been for this long."""
 
 assert ATTEND_HASHES_MAX <= HASHES_MAX
 assert ATTEND_HASHES_MAX <= ATTEND_PAGES_MAX <= LEASED_PAGES_MAX, "a set's pages are leased"

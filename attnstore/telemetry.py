@@ -180,5 +180,7 @@ class _OccupancyCollector(Collector):
             ),
             ("attnstore_stored_pages", "Pages sealed.", now.stored_pages),
             ("attnstore_evicted_pages", "Pages evicted.", now.evicted_pages),
+            ("attnstore_verified_pages", "Pages hashed again where they lie.", now.verified_pages),
+            ("attnstore_corrupt_pages", "Pages dropped because they were not what was sealed any more.", now.corrupt_pages),
         ):
             yield CounterMetricFamily(name, text, value=value)

@@ -163,7 +163,8 @@ class NodeStatistics:
     """One consistent snapshot of a node's counters; counts are pages since the node's start unless the name says otherwise.
 
     A page counts once, in `hit_pages` or `missed_pages`, for each Match that asks for it; behind a prefix's first miss, as missed.
-    Reading it counts in `read_pages` alone: pages of which bytes were handed to a reader. Of a cluster these are the sums over its
+    Reading it counts in `read_pages` alone: pages of which bytes were handed to a reader. `verified_pages` were hashed again where
+    they lie; `corrupt_pages` of them were not what was sealed any more, and were dropped. Of a cluster these are the sums over its
     nodes: where several nodes are asked for one page, each of them counts.
     """
 
@@ -180,6 +181,8 @@ class NodeStatistics:
     stored_pages: int
     evicted_pages: int
     read_pages: int
+    verified_pages: int
+    corrupt_pages: int
     read_bytes: int
     written_bytes: int
     uptime_ms: int

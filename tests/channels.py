@@ -17,7 +17,7 @@ from attnstore.client.bulk import OnLayer, ReadPlan, Transfer, WritePlan
 from attnstore.client.landing import Landing
 from attnstore.client.tcp_transport import TcpTransport
 from attnstore.clock import Clock, Deadline, MonotonicClock
-from attnstore.core.hashing import page_checksum
+from attnstore.core.hashing import layer_checksums, page_checksum
 from attnstore.core.page_table import PageTable
 from attnstore.errors import AttnStoreError, Retryable, Unavailable
 from attnstore.limits import CHANNEL_CREDITS, CHANNEL_READ_HASHES_MAX, HASH_BYTES, LEASE_ID_BYTES
@@ -189,6 +189,11 @@ class NodeEnd:
         checksum = page_checksum(data) if checksum is None else checksum
         self.stream.send(encode_slice(request, index, len(data), offset_bytes, checksum), data)
 
+    def layer(self, request: int, index: int, data: bytes, layer_bytes: int, layer: int, *, wrong: int = 0) -> None:
+        """Sends one layer of as many pages as there are bytes for; `wrong` changes the checksums."""
+        sealed = bytes(byte ^ wrong for byte in layer_checksums(data, layer_bytes))
+        self.stream.send(encode_slice(request, index, len(sealed) + len(data), layer * layer_bytes, 0), sealed, data)
+
     def send(self, kind: Kind, **fields: object) -> None:
         """Sends a frame without payload."""
         self.stream.send(encode_frame(Frame(kind, **fields)))  # type: ignore[arg-type]
@@ -296,6 +301,7 @@ def read_plan(
         layer_begin=begin,
         layer_end=end,
         layer_bytes=batch.layout.layer_bytes,
+        is_whole=(begin, end) == (0, batch.layout.layers),
         lease_id=lease_id,
         landing=Landing(len(batch.hashes), buffers, (end - begin) * batch.layout.layer_bytes),
         deadline=Deadline(MonotonicClock(), deadline_ms),

@@ -33,6 +33,7 @@ VALUES: dict[str, tuple[str, object]] = {
     "peer_ca": ("ca.pem", Path("ca.pem")),
     "insecure": ("true", True),
     "arena_path": ("/dev/dax0.0", Path("/dev/dax0.0")),
+    "scrub_rate": ("5MiB", 5 << 20),
     "drain_ms": ("11", 11),
     "stall_ms": ("222", 222),
     "log_level": ("debug", "debug"),

@@ -15,6 +15,7 @@ from attnstore.arena import stamped
 from attnstore.arena.shared import SharedArena
 from attnstore.client import mapped, shm_transport
 from attnstore.client.mapped import MappedExtent, PageViews
+from attnstore.core.hashing import layer_checksums, range_checksum
 from attnstore.core.slots import Slot
 from attnstore.types import Lease, PageStatus
 from attnstore.wire.shared import Place
@@ -84,7 +85,9 @@ def views(extent: MappedExtent, place: Place) -> bool:
 def copies(extent: MappedExtent, place: Place) -> bool:
     batch = make_batch(1, model="fence")
     plan = read_plan(batch, [bytearray(SMALL.layer_bytes)], layers=(0, 1))
-    shm_transport._land(plan, 0, (place, extent), 0, SMALL.layer_bytes)
+    layer = extent.view(place.offset_bytes, place.offset_bytes + SMALL.layer_bytes)
+    sealed = range_checksum(layer_checksums(layer, SMALL.layer_bytes))
+    shm_transport._land(plan, 0, (place._replace(checksum=sealed), extent), 0)
     return plan.landing.result().leading_hits == 1
 
 

@@ -51,6 +51,10 @@ class Arena(ABC):
         return self._extent(slot.extent)[slot.offset_bytes : end_bytes]
 
     @abstractmethod
+    def withdraw(self, slot: Slot) -> None:
+        """Whoever uses the bytes of a taken slot in place learns that they are not to be used any more."""
+
+    @abstractmethod
     def close(self) -> None:
         """Gives the memory back, as soon as no window into it is held. Closing twice is allowed; `view` then raises
         `ValueError`.

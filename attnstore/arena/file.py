@@ -26,6 +26,7 @@ from attnstore import memory_files
 from attnstore.arena.stamped import Span, StampedArena, void
 from attnstore.arena.superblock import EXTENTS_AT_BYTES, SUPERBLOCK_BYTES, VERSION, Superblock
 from attnstore.errors import InvalidArgument
+from attnstore.fences import write_fence
 from attnstore.limits import MIB
 from attnstore.memory_files import HUGE_PAGE_BYTES
 
@@ -136,6 +137,7 @@ def _taken_over(file: int, block: Superblock, path: Path) -> memoryview:
     if earlier is not None:
         for begin, end in earlier.stamps_in(size_bytes):
             mapping[begin:end] = bytes(end - begin)
+        write_fence()
     mapping[:SUPERBLOCK_BYTES] = block.encode()
     with suppress(OSError):  # a device, which keeps what it is told
         os.fsync(file)

@@ -13,6 +13,7 @@ from contextlib import suppress
 from typing import Final
 
 from attnstore.arena.base import Arena
+from attnstore.core.slots import Slot
 from attnstore.errors import InvalidArgument
 from attnstore.limits import MIB
 
@@ -42,6 +43,9 @@ class MemoryArena(Arena):
                 f"no memory for an arena of {capacity_bytes} bytes ({error.strerror}); lower the capacity"
             ) from error
         self._bytes = memoryview(self._mapping)
+
+    def withdraw(self, slot: Slot) -> None:
+        """See `Arena.withdraw`. Nobody outside this process uses them."""
 
     def close(self) -> None:
         self._bytes.release()

@@ -2,8 +2,8 @@
 
 Owns: the rule by which stamps change. Where the words lie is the subclass's: behind the data of each extent, as
 `attnstore.wire.shared.ExtentLayout` says.
-Invariant: a slot's stamp changes before the first byte of a new generation can be written, because nobody gets the slot's window
-without it.
+Invariants: a slot's stamp changes before the first byte of a new generation can be written, because nobody gets the slot's window
+without it; a slot that is withdrawn has a stamp that no page was ever located with. (A generation has two stamps, one for each.)
 
 Why stamps in the file: a reader needs no call to learn that a page it uses in place is still the page. Both sides fence
 (`attnstore.fences`), because no lock lies between two processes.
@@ -43,10 +43,17 @@ class StampedArena(Arena):
         """See `Arena.view`. The first view of a slot also makes every place that named older bytes of it worthless."""
         window = super().view(slot)
         index = self.layout.stamp_index(slot.offset_bytes)
-        if self._stamps(slot.extent)[index] < self._first_stamp + slot.generation:
+        if self._stamps(slot.extent)[index] < self._stamp_of(slot):
             with self._changing:
                 self._stamp(slot, index)
         return window
+
+    def withdraw(self, slot: Slot) -> None:
+        """See `Arena.withdraw`: readers that have the extent mapped learn it by the stamp."""
+        stamps, index, stamp = self._stamps(slot.extent), self.layout.stamp_index(slot.offset_bytes), self._stamp_of(slot)
+        with self._changing:
+            if stamps[index] == stamp:
+                stamps[index] = stamp + 1
 
     def stamp(self, slot: Slot) -> int:
         """What the stamp word of a slot says now. Meaningful for a page that is pinned."""
@@ -72,7 +79,7 @@ class StampedArena(Arena):
         """The extent's stamp words, writable, format `Q`."""
 
     def _stamp(self, slot: Slot, index: int) -> None:
-        stamps, stamp = self._stamps(slot.extent), self._first_stamp + slot.generation
+        stamps, stamp = self._stamps(slot.extent), self._stamp_of(slot)
         if self._slot_bytes[slot.extent] != slot.size_bytes:
             # Slots of another size lie across the old ones, whose stamp words need not be where the new ones begin.
             stamps[:] = memoryview(array("Q", (stamp,)) * len(stamps))
@@ -80,6 +87,9 @@ class StampedArena(Arena):
         elif stamps[index] < stamp:
             stamps[index] = stamp
         write_fence()
+
+    def _stamp_of(self, slot: Slot) -> int:
+        return self._first_stamp + 2 * slot.generation
 
 
 def void(stamps: memoryview) -> None:

@@ -36,6 +36,7 @@ from attnstore.client.shm_transport import ShmTransport, ViewPlan
 from attnstore.clock import Clock, Deadline, MonotonicClock
 from attnstore.core.layout import PageLayout
 from attnstore.errors import (
+    AttnStoreError,
     ClientClosed,
     DeadlineExceeded,
     InvalidArgument,
@@ -44,7 +45,8 @@ from attnstore.errors import (
     Retryable,
     Unavailable,
 )
-from attnstore.limits import CHANNEL_READ_HASHES_MAX, HASHES_MAX, LEASE_MS_MAX
+from attnstore.limits import CHANNEL_READ_HASHES_MAX, HASHES_MAX, LEASE_MS_MAX, REPORT_MS_MAX, REPORTED_HASHES_MAX
+from attnstore.logs import get_logger
 from attnstore.types import (
     Lease,
     MatchResult,
@@ -60,6 +62,8 @@ from attnstore.wire.attend import AttendShape
 from attnstore.wire.chunks import Buffer
 
 T = TypeVar("T")
+
+_log = get_logger(__name__)
 
 
 class AsyncClient:
@@ -215,6 +219,7 @@ class AsyncClient:
             layer_begin=layer_begin,
             layer_end=layer_end or layout.layers,
             layer_bytes=layout.layer_bytes,
+            is_whole=end - begin == layout.page_bytes,
             lease_id=lease.lease_id if lease is not None else None,
             landing=Landing(len(hashes), buffers, end - begin),
             deadline=self._deadline(deadline_ms),
@@ -229,7 +234,33 @@ class AsyncClient:
             await self._in_namespace(plan.namespace, plan.deadline, lambda: self._read_over_best(plan))
         except Retryable as error:
             return plan.landing.result(error)
-        return plan.landing.result()
+        result = plan.landing.result()
+        await self.report(plan.namespace, plan.hashes, result.statuses, plan.deadline)
+        return result
+
+    async def report(self, namespace: bytes, hashes: Sequence[bytes], statuses: Sequence[PageStatus], deadline: Deadline) -> None:
+        """Tells the node which pages came CORRUPT, if any did, so that it drops those that are wrong there. Never raises."""
+        corrupt = [page_hash for page_hash, status in zip(hashes, statuses, strict=True) if status is PageStatus.CORRUPT]
+        if not corrupt:
+            return
+        with contextlib.suppress(AttnStoreError):  # the next reader reports them again
+            left_ms = deadline.sooner(REPORT_MS_MAX, last=True).left_ms()
+            verified = await self.verify(namespace, corrupt[:REPORTED_HASHES_MAX], deadline_ms=left_ms)
+            gone = sum(status is not PageStatus.OK for status in verified)
+            _log.warning("corrupt pages reported", node=self._options.target, pages=len(corrupt), gone=gone)
+
+    async def verify(
+        self, namespace: bytes, hashes: Sequence[bytes], *, deadline_ms: float | None = None
+    ) -> tuple[PageStatus, ...]:
+        """Has the node hash pages where they lie, at most `REPORTED_HASHES_MAX`: OK for one that is what was written, MISSING
+        for one that is not there, or that was not and is dropped now.
+
+        `read` and `view` do that by themselves for pages that come CORRUPT. Raises `Overloaded` while another such call of the
+        tenant runs.
+        """
+        request = messages.VerifyRequest(namespace=namespace, hashes=messages.join_hashes(hashes))
+        answer = await self._connected().call("Verify", request, self._deadline_ms(deadline_ms))
+        return messages.statuses_from_wire(answer.statuses, len(hashes))
 
     async def _read_over_best(self, plan: ReadPlan) -> None:
         plan.landing.restart()
@@ -263,7 +294,9 @@ class AsyncClient:
         and a `Retryable` error when the connection is lost or the deadline passes.
         """
         plan = self.plan_view(namespace, hashes, lease, layers, deadline_ms)
-        return await self._in_namespace(namespace, plan.deadline, lambda: self._view_over_shm(plan))
+        views = await self._in_namespace(namespace, plan.deadline, lambda: self._view_over_shm(plan))
+        await self.report(namespace, plan.hashes, views.statuses, plan.deadline)
+        return views
 
     def plan_view(
         self,
@@ -287,17 +320,31 @@ class AsyncClient:
         return await in_thread(lambda: shm.view(plan), plan.transfer)
 
     async def write(
-        self, namespace: bytes, hashes: Sequence[bytes], pages: Sequence[Buffer], *, deadline_ms: float | None = None
+        self,
+        namespace: bytes,
+        hashes: Sequence[bytes],
+        pages: Sequence[Buffer],
+        *,
+        sealed: Sequence[int] | None = None,
+        deadline_ms: float | None = None,
     ) -> WriteResult:
         """Writes pages, one bytes-like object of the layout's page size for each hash; the verdict on each.
 
         Writing a page that the node has already is a no-op (ALREADY_PRESENT). Raises a `Retryable` error when the connection is
         lost or the deadline passes; pages that were complete by then stay.
+
+        `sealed` are the `page_checksum`s that the pages had when they were made, where that was long ago: one that has changed
+        since is refused (CHECKSUM_MISMATCH). Without it the checksums are made now.
         """
-        return await self.run_write(self.plan_write(namespace, hashes, pages, deadline_ms))
+        return await self.run_write(self.plan_write(namespace, hashes, pages, deadline_ms, sealed))
 
     def plan_write(
-        self, namespace: bytes, hashes: Sequence[bytes], pages: Sequence[Buffer], deadline_ms: float | None
+        self,
+        namespace: bytes,
+        hashes: Sequence[bytes],
+        pages: Sequence[Buffer],
+        deadline_ms: float | None,
+        sealed: Sequence[int] | None = None,
     ) -> WritePlan:
         """Checks the arguments of `write`; nothing is sent."""
         layout = self._layout(namespace)
@@ -305,7 +352,9 @@ class AsyncClient:
             raise InvalidArgument(f"{len(hashes)} hashes and {len(pages)} pages are given; give one page for each hash")
         messages.join_hashes(hashes)
         views = [readable_view(index, page, layout.page_bytes) for index, page in enumerate(pages)]
-        return WritePlan(namespace, hashes, views, self._deadline(deadline_ms))
+        if sealed is not None and len(sealed) != len(hashes):
+            raise InvalidArgument(f"{len(hashes)} hashes and {len(sealed)} checksums are given; give one for each page")
+        return WritePlan(namespace, hashes, views, self._deadline(deadline_ms), sealed)
 
     async def run_write(self, plan: WritePlan) -> WriteResult:
         """Carries a plan out over the best transport there is."""
@@ -320,7 +369,7 @@ class AsyncClient:
             if verdicts is not None:
                 return verdicts
         try:
-            return await self._connected().write(plan.namespace, plan.hashes, plan.pages, plan.deadline.left_ms())
+            return await self._connected().write(plan, plan.deadline.left_ms())
         except Unavailable:
             # gRPC loses a refusal that crosses pages on their way; an empty question in the same namespace meets it again.
             await self._connected().call("Match", messages.MatchRequest(namespace=plan.namespace), plan.deadline.left_ms())

@@ -21,13 +21,14 @@ import uvloop
 from attnstore import tasks
 from attnstore.client.async_client import AsyncClient
 from attnstore.client.attend import AttendStream, BlockingAttend
-from attnstore.client.bulk import OnLayer, wait_out, written
+from attnstore.client.bulk import OnLayer, ReadPlan, wait_out, written
 from attnstore.client.cluster import AsyncClusterClient
 from attnstore.client.mapped import PageViews
 from attnstore.client.options import ClusterOptions, ConnectOptions
+from attnstore.client.shm_transport import ViewPlan
 from attnstore.clock import Clock
 from attnstore.errors import ClientClosed, NamespaceUnknown, Retryable
-from attnstore.types import Lease, MatchResult, PageEvent, ReadResult, WriteResult
+from attnstore.types import Lease, MatchResult, PageEvent, PageStatus, ReadResult, WriteResult
 from attnstore.wire.chunks import Buffer
 
 P = ParamSpec("P")
@@ -205,6 +206,7 @@ class Client(BlockingFacade[AsyncClient]):
     renew = _blocking(AsyncClient.renew)
     release = _blocking(AsyncClient.release)
     delete = _blocking(AsyncClient.delete)
+    verify = _blocking(AsyncClient.verify)
     stats = _blocking(AsyncClient.stats)
 
     def match(
@@ -242,7 +244,9 @@ class Client(BlockingFacade[AsyncClient]):
             plan = self._client.plan_read(namespace, hashes, buffers, layers, lease, on_layer, deadline_ms)
             try:
                 if hashes and self._client.bulk.read(plan):
-                    return plan.landing.result()
+                    result = plan.landing.result()
+                    self._report(plan, result.statuses)
+                    return result
             except NamespaceUnknown:
                 pass  # registered again below
             except Retryable as error:
@@ -263,15 +267,28 @@ class Client(BlockingFacade[AsyncClient]):
             shm = self._client.shm
             if shm is not None:
                 with suppress(NamespaceUnknown):  # registered again below
-                    return shm.view(self._client.plan_view(namespace, hashes, lease, layers, deadline_ms))
+                    plan = self._client.plan_view(namespace, hashes, lease, layers, deadline_ms)
+                    views = shm.view(plan)
+                    self._report(plan, views.statuses)
+                    return views
             return self._thread.run(self._client.view(namespace, hashes, lease=lease, layers=layers, deadline_ms=deadline_ms))
 
+    def _report(self, plan: ReadPlan | ViewPlan, statuses: Sequence[PageStatus]) -> None:
+        if PageStatus.CORRUPT in statuses:
+            self._thread.run(self._client.report(plan.namespace, plan.hashes, statuses, plan.deadline))
+
     def write(
-        self, namespace: bytes, hashes: Sequence[bytes], pages: Sequence[Buffer], *, deadline_ms: float | None = None
+        self,
+        namespace: bytes,
+        hashes: Sequence[bytes],
+        pages: Sequence[Buffer],
+        *,
+        sealed: Sequence[int] | None = None,
+        deadline_ms: float | None = None,
     ) -> WriteResult:
         """See `AsyncClient.write`. A bulk transport runs on the calling thread, with no hop to the event loop."""
         with self._thread.used():
-            plan = self._client.plan_write(namespace, hashes, pages, deadline_ms)
+            plan = self._client.plan_write(namespace, hashes, pages, deadline_ms, sealed)
             with suppress(NamespaceUnknown):  # registered again below
                 verdicts = self._client.bulk.write(plan) if hashes else None
                 if verdicts is not None:

@@ -18,6 +18,8 @@ from typing import Any, Literal, Protocol, TypeVar
 
 from attnstore.client.landing import Landing
 from attnstore.clock import Clock, Deadline
+from attnstore.copying import checksums
+from attnstore.core.hashing import page_checksum, range_checksum
 from attnstore.errors import AttnStoreError, InvalidArgument, ProtocolError, Unavailable
 from attnstore.limits import CHANNEL_READ_HASHES_MAX
 from attnstore.logs import get_logger
@@ -80,29 +82,41 @@ class Transfer:
 
 @dataclass(frozen=True, slots=True)
 class ReadPlan:
-    """A checked read: what to ask for and where it lands."""
+    """A checked read: what to ask for and where it lands. `is_whole`: the layers are all that there are."""
 
     namespace: bytes
     hashes: Sequence[bytes]
     layer_begin: int
     layer_end: int
     layer_bytes: int
+    is_whole: bool
     lease_id: bytes | None
     landing: Landing
     deadline: Deadline
     on_layer: OnLayer | None = None
     transfer: Transfer = field(default_factory=Transfer)
 
+    def is_intact(self, landed: memoryview, sealed: int) -> bool:
+        """Whether what landed is what the node sealed: `sealed` guards the whole page, or the layers that are read of it."""
+        if self.is_whole:
+            return page_checksum(landed) == sealed
+        return range_checksum(checksums(landed, self.layer_bytes).layers) == sealed
+
 
 @dataclass(frozen=True, slots=True)
 class WritePlan:
-    """A checked write: `pages[i]` are the bytes of `hashes[i]`."""
+    """A checked write: `pages[i]` are the bytes of `hashes[i]`, `sealed[i]` the checksum that they were sealed with elsewhere."""
 
     namespace: bytes
     hashes: Sequence[bytes]
     pages: Sequence[memoryview]
     deadline: Deadline
+    sealed: Sequence[int] | None = None
     transfer: Transfer = field(default_factory=Transfer)
+
+    def checksum(self, index: int) -> int:
+        """What the node must find that page `index` has."""
+        return page_checksum(self.pages[index]) if self.sealed is None else self.sealed[index]
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import os
 import weakref
-from collections.abc import AsyncGenerator, Iterator, Sequence
+from collections.abc import AsyncGenerator, Iterator
 from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -16,8 +16,8 @@ from typing import Any, ClassVar
 import grpc
 
 from attnstore.address import Address
+from attnstore.client.bulk import WritePlan
 from attnstore.client.landing import Landing
-from attnstore.core.hashing import page_checksum
 from attnstore.errors import ClientClosed, DeadlineExceeded, InvalidArgument, ProtocolError
 from attnstore.limits import CHUNK_BYTES_MAX, CONNECT_MS_MAX, FRAME_BYTES_MAX, KEEPALIVE_MS, KEEPALIVE_TIMEOUT_MS, MESSAGE_BYTES_MAX
 from attnstore.secrecy import shown
@@ -121,20 +121,18 @@ class GrpcTransport:
             call.cancel()
         landing.require_complete()
 
-    async def write(
-        self, namespace: bytes, hashes: Sequence[bytes], pages: Sequence[memoryview], deadline_ms: float
-    ) -> tuple[PageStatus, ...]:
+    async def write(self, plan: WritePlan, deadline_ms: float) -> tuple[PageStatus, ...]:
         """Streams pages to the node; the verdict on each."""
         call = self._stubs["Write"](timeout=deadline_ms / 1000, metadata=self._metadata)
         try:
             with _typed_errors():
                 with suppress(asyncio.InvalidStateError):  # the node ended the call while we were still sending
-                    await _send_pages(call, namespace, hashes, pages)
+                    await _send_pages(call, plan)
                 answer = await call
         finally:
             call.cancel()
         response = METHODS["Write"].decode_response(answer)
-        return messages.statuses_from_wire(response.verdicts, len(hashes))
+        return messages.statuses_from_wire(response.verdicts, len(plan.hashes))
 
     async def watch(self, request: Any, deadline_ms: float | None) -> AsyncGenerator[Any, None]:
         """Events as messages, the first item None once the node has begun to watch."""
@@ -217,9 +215,10 @@ class AttendRpc:
             raise DeadlineExceeded("the node did not answer on the attend stream within the deadline") from None
 
 
-async def _send_pages(call: Any, namespace: bytes, hashes: Sequence[bytes], pages: Sequence[memoryview]) -> None:
-    for page_hash, page in zip(hashes, pages, strict=True):
-        checksum = page_checksum(page)
+async def _send_pages(call: Any, plan: WritePlan) -> None:
+    namespace = plan.namespace
+    for index, (page_hash, page) in enumerate(zip(plan.hashes, plan.pages, strict=True)):
+        checksum = plan.checksum(index)
         for offset in range(0, len(page), CHUNK_BYTES_MAX):
             payload = page[offset : offset + CHUNK_BYTES_MAX]
             await call.write(chunks.encode_write_chunk(namespace, page_hash, checksum, offset, payload))

@@ -48,13 +48,13 @@ class LentMemory:
         return self._slots - self._used
 
     def put(self, page: memoryview) -> tuple[int, int]:
-        """Copies a page to where there is room; its checksum, and the offset in bytes."""
+        """Copies a page to where there is room; the checksum of what is there, and the offset in bytes."""
         assert len(page) == self.page_bytes
         assert self._used < self._slots
         begin = self._next * self._stride_bytes
         self._next = (self._next + 1) % self._slots
         self._used += 1
-        return copy(self._bytes[begin : begin + len(page)], address_of(page), soon_used=True), begin
+        return copy(self._bytes[begin : begin + len(page)], address_of(page), len(page), soon_used=True).whole, begin
 
     def give_back(self, pages: int) -> None:
         """The node is done with the `pages` that have been here longest."""

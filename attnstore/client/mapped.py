@@ -14,7 +14,8 @@ from types import TracebackType
 from typing import Self
 
 from attnstore import memory_files
-from attnstore.copying import address_of, copy
+from attnstore.copying import Checksums, address_of, copy
+from attnstore.core.hashing import page_checksum
 from attnstore.fences import read_fence
 from attnstore.types import PageStatus
 from attnstore.wire.shared import ExtentLayout, Place
@@ -29,6 +30,7 @@ class MappedExtent:
     def __init__(self, descriptor: int, layout: ExtentLayout, offset_bytes: int, size_bytes: int, shared_path: Path | None) -> None:
         self._layout = layout
         self._bytes = memory_files.map_read_only(descriptor, offset_bytes, size_bytes, shared_path)
+        self._intact: dict[int, int] = {}  # stamp index -> the stamp under which the page there was found intact
         self.stamps = self._bytes[layout.stamps_offset_bytes : layout.file_bytes].cast("Q")
         self.address = address_of(self._bytes)
         """Where the mapping begins in this process; good for as long as this object lives."""
@@ -51,10 +53,20 @@ class MappedExtent:
         """Bytes `[begin, end)` of the extent, read-only."""
         return self._bytes[begin:end]
 
-    def copy(self, begin: int, destination: memoryview) -> int:
-        """Fills `destination` with the bytes from `begin` on; their checksum. See `attnstore.copying.copy`."""
+    def is_intact(self, place: Place) -> bool:
+        """Whether the whole page there has its checksum; it is hashed once. Holds if the extent `holds` the place afterwards."""
+        index = self.stamp_index(place)
+        if self._intact.get(index) != place.stamp:
+            page = self.view(place.offset_bytes, place.offset_bytes + place.size_bytes)
+            if page_checksum(page) != place.checksum:
+                return False
+            self._intact[index] = place.stamp
+        return True
+
+    def copy(self, begin: int, destination: memoryview, layer_bytes: int) -> Checksums:
+        """Fills `destination` with the bytes from `begin` on; their checksums. See `attnstore.copying.copy`."""
         assert 0 <= begin <= begin + len(destination) <= len(self._bytes)
-        return copy(destination, self.address + begin)
+        return copy(destination, self.address + begin, layer_bytes)
 
 
 Located = tuple[Place, MappedExtent] | PageStatus
@@ -64,11 +76,11 @@ Located = tuple[Place, MappedExtent] | PageStatus
 class PageViews:
     """Pages used where they lie, with no copy: `with transport.view(plan) as pages: ...`.
 
-    `pages[i]` is a read-only memoryview of bytes `[begin, end)` of page i, or None where `statuses[i]` is not OK. What it costs
-    does not depend on the size of a page, because nobody looks at the bytes: *no checksum is verified* (the node did when it
-    sealed the page), and a page that is recycled meanwhile changes under the reader's eyes. So take the lease that covers the
-    pages, use them within it, and ask `verify` (or `valid`) *after* use: what was computed from a page that is not valid then must
-    be thrown away. At the end of the `with` block the views are released; whoever still holds an array made of one keeps the
+    `pages[i]` is a read-only memoryview of bytes `[begin, end)` of page i, or None where `statuses[i]` is not OK. A page is hashed
+    the first time that this process uses it in place, and costs nothing that depends on its size from then on. A page that is
+    recycled meanwhile, or found to be corrupt by others, changes under the reader's eyes. So take the lease that covers the pages,
+    use them within it, and ask `verify` (or `valid`) *after* use: what was computed from a page that is not valid then must be
+    thrown away. At the end of the `with` block the views are released; whoever still holds an array made of one keeps the
     memory mapped, but no promise.
     """
 

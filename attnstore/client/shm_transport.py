@@ -1,8 +1,8 @@
 """The shm transport: pages read from the node's memory, mapped into this process, and written through memory lent to the node.
 
 Owns: the extents mapped so far, and the connections that say where pages are.
-Invariant: a page is OK only if its stamp was unchanged after its last byte was used, and a whole page only if its checksum matched
-as well. A recycled slot, an extent that went to another tenant and a node that is gone are misses.
+Invariant: a page is OK only if its stamp was unchanged after its last byte was used, and its bytes had the checksum that it was
+sealed with. A recycled slot, an extent that went to another tenant and a node that is gone are misses.
 
 The node's memory is mapped read-only. A page that is written is copied twice, by us into memory that we lend the node and by the
 node into its slot, both at once for different pages, and never passes a socket.
@@ -28,12 +28,13 @@ from attnstore.client.lent import LentMemory
 from attnstore.client.mapped import Located, MappedExtent, PageViews
 from attnstore.client.parts import PartWorkers
 from attnstore.clock import Deadline
+from attnstore.core.hashing import range_checksum
 from attnstore.errors import AttnStoreError, InvalidArgument, Overloaded, ProtocolError
 from attnstore.fences import read_fence
 from attnstore.limits import SHARED_LOCATE_HASHES_MAX
 from attnstore.types import PageStatus
 from attnstore.wire import shared
-from attnstore.wire.shared import ANSWERS, ExtentLayout, Item, Kind, Place, Welcome
+from attnstore.wire.shared import ALL_LAYERS, ANSWERS, ExtentLayout, Item, Kind, Place, Welcome
 from attnstore.wire.shared_stream import Message, SharedStream
 
 _CONNECT_MS_MAX = 2_000
@@ -88,11 +89,7 @@ class ShmTransport:
             self._extents.clear()
 
     def read(self, plan: ReadPlan) -> None:
-        """See `BulkReader.read`. Whole pages are verified by their checksums, layer ranges by their stamps alone.
-
-        The node's checksum is that of the whole page; one made now, of bytes in the same memory, would prove nothing. `on_layer`
-        is called when all layers are there.
-        """
+        """See `BulkReader.read`. `on_layer` is called when all layers are there."""
         self._parts.run(len(plan.hashes), plan.transfer, functools.partial(self._read, plan))
         if plan.on_layer is not None:
             all_layers(plan, plan.on_layer)
@@ -107,21 +104,22 @@ class ShmTransport:
 
         def run(channel: _Channel) -> list[Located]:
             channel.begin(plan.deadline)
-            question = _Question(plan.namespace, plan.lease_id, plan.hashes, plan.end, _VIEWED_HASHES)
-            return list(self._located(channel, question))
+            question = _Question(plan.namespace, plan.lease_id, plan.hashes, ALL_LAYERS, plan.end, _VIEWED_HASHES)
+            return [_verified(plan, located) for located in self._located(channel, question)]
 
         return PageViews(self._pool.exchange(plan.deadline, plan.transfer, run), plan.begin, plan.end)
 
     def _read(self, plan: ReadPlan, first: int, last: int) -> None:
         begin, end = plan.layer_begin * plan.layer_bytes, plan.layer_end * plan.layer_bytes
+        layers = ALL_LAYERS if plan.is_whole else (plan.layer_begin, plan.layer_end)
 
         def run(channel: _Channel) -> None:
             channel.begin(plan.deadline)
-            question = _Question(plan.namespace, plan.lease_id, plan.hashes[first:last], end, _COPIED_HASHES)
+            question = _Question(plan.namespace, plan.lease_id, plan.hashes[first:last], layers, end, _COPIED_HASHES)
             for index, located in enumerate(self._located(channel, question), first):
                 plan.deadline.left_ms()
                 channel.answered = True
-                _land(plan, index, located, begin, end)
+                _land(plan, index, located, begin)
 
         self._pool.exchange(plan.deadline, plan.transfer, run)
 
@@ -133,11 +131,11 @@ class ShmTransport:
             channel.begin(plan.deadline)
             lent = channel.lend(len(plan.pages[begin]))
             verdicts: list[PageStatus] = []
-            pages = zip(plan.hashes[begin:end], plan.pages[begin:end], strict=True)
+            indices = iter(range(begin, end))
             for count in lent.groups(end - begin):
                 while lent.free < count:
                     verdicts += channel.verdicts()
-                channel.offer(plan.namespace, [Item(page_hash, *lent.put(page)) for page_hash, page in islice(pages, count)])
+                channel.offer(plan.namespace, [_lend(plan, lent, index) for index in islice(indices, count)])
             while len(verdicts) < end - begin:
                 verdicts += channel.verdicts()
             return verdicts
@@ -198,11 +196,12 @@ class ShmTransport:
 
 
 class _Question(NamedTuple):
-    """Where are these pages, of which bytes up to `end` are wanted? Asked in parts of `part_hashes`."""
+    """Where are these pages, of which `layers` are wanted, bytes up to `end`? Asked in parts of `part_hashes`."""
 
     namespace: bytes
     lease_id: bytes | None
     hashes: Sequence[bytes]
+    layers: tuple[int, int]
     end: int
     part_hashes: int
 
@@ -220,7 +219,25 @@ class _Known(NamedTuple):
     extent: MappedExtent
 
 
-def _land(plan: ReadPlan, index: int, located: Located, begin: int, end: int) -> None:
+def _lend(plan: WritePlan, lent: LentMemory, index: int) -> Item:
+    """Puts one page where the node finds it."""
+    checksum, offset_bytes = lent.put(plan.pages[index])
+    return Item(plan.hashes[index], checksum if plan.sealed is None else plan.sealed[index], offset_bytes)
+
+
+def _verified(plan: ViewPlan, located: Located) -> Located:
+    """The page where it lies, if it is what the node sealed; else why not."""
+    plan.deadline.left_ms()
+    if isinstance(located, PageStatus):
+        return located
+    place, extent = located
+    intact = extent.is_intact(place)
+    if not extent.holds(place):
+        return PageStatus.MISSING
+    return located if intact else PageStatus.CORRUPT
+
+
+def _land(plan: ReadPlan, index: int, located: Located, begin: int) -> None:
     """Copies one page into its buffer."""
     if isinstance(located, PageStatus):
         plan.landing.miss(index, located)
@@ -230,13 +247,14 @@ def _land(plan: ReadPlan, index: int, located: Located, begin: int, end: int) ->
     if stamps[at] != stamp:
         plan.landing.miss(index, PageStatus.MISSING)
         return
-    checksum = extent.copy(place.offset_bytes + begin, plan.landing.whole(index))
+    landing = plan.landing.whole(index)
+    made = extent.copy(place.offset_bytes + begin, landing, len(landing) if plan.is_whole else plan.layer_bytes)
     # Only now: whatever the node did while we copied, it changed the stamp first.
     read_fence()
     if stamps[at] != stamp:
         plan.landing.miss(index, PageStatus.MISSING)
     else:
-        plan.landing.settle(index, end - begin < place.size_bytes or checksum == place.checksum)
+        plan.landing.settle(index, (made.whole if plan.is_whole else range_checksum(made.layers)) == place.checksum)
 
 
 class _Channel:
@@ -277,7 +295,7 @@ class _Channel:
     def locate(self, question: _Question, hashes: Sequence[bytes]) -> None:
         """Asks for a part of the pages; `places` gives the answers in the order asked."""
         assert len(hashes) <= SHARED_LOCATE_HASHES_MAX
-        self._stream.send(shared.encode_locate(question.namespace, question.lease_id, hashes))
+        self._stream.send(shared.encode_locate(question.namespace, question.lease_id, hashes, question.layers))
         self._asked.append(len(hashes))
 
     def places(self) -> list[Place | PageStatus]:

@@ -12,6 +12,7 @@ import weakref
 from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
+from struct import unpack
 from typing import TypeVar
 
 from attnstore.address import Address
@@ -20,7 +21,7 @@ from attnstore.client.bulk import BulkUnavailable, MatchPlan, OpenChannel, ReadP
 from attnstore.client.channel_pool import ChannelPool
 from attnstore.client.parts import PartWorkers
 from attnstore.clock import Clock, Deadline
-from attnstore.core.hashing import joint_checksum, page_checksum
+from attnstore.core.hashing import LAYER_CHECKSUM_BYTES, page_checksum
 from attnstore.errors import AttnStoreError, InvalidArgument, Overloaded, ProtocolError
 from attnstore.limits import (
     CHANNEL_CREDITS,
@@ -188,7 +189,7 @@ class _Channel:
                 request=self._request,
                 page=index,
                 size_bytes=len(page),
-                checksum=page_checksum(page),
+                checksum=plan.checksum(index),
                 namespace=plan.namespace,
                 hash=plan.hashes[index],
             )
@@ -253,28 +254,29 @@ class _Channel:
         if frame.offset_bytes or frame.size_bytes != len(page):
             raise ProtocolError(f"page {index} came in part: {frame.size_bytes} bytes at {frame.offset_bytes} of {len(page)}")
         self._stream.receive_payload(page, ahead=not read.is_last or read.answered + 1 < read.count)
-        plan.landing.settle(index, page_checksum(page) == frame.checksum)
+        plan.landing.settle(index, plan.is_intact(page, frame.checksum))
         read.answered += 1
 
     def _take_layer(self, plan: ReadPlan, read: _PendingRead, frame: Frame) -> None:
         """One layer of some pages, those after the ones that came last."""
         found = read.found()
-        pages = found[read.position : read.position + frame.size_bytes // plan.layer_bytes]
-        as_announced = bool(pages) and pages[0] == read.index_of(frame) and len(pages) * plan.layer_bytes == frame.size_bytes
-        if not as_announced or len(pages) > CHANNEL_GATHER_PAGES:
+        count, rest_bytes = divmod(frame.size_bytes, LAYER_CHECKSUM_BYTES + plan.layer_bytes)
+        pages = found[read.position : read.position + count]
+        as_announced = bool(pages) and pages[0] == read.index_of(frame) and len(pages) == count and not rest_bytes
+        if not as_announced or count > CHANNEL_GATHER_PAGES:
             raise ProtocolError("a SLICE of a read by layers does not begin or end where the last one says")
         # The bytes of a page that is corrupt already still come, and go nowhere.
-        windows = [
-            (page, plan.landing.window(page, frame.offset_bytes, plan.layer_bytes) or memoryview(bytearray(plan.layer_bytes)))
+        views = [
+            plan.landing.window(page, frame.offset_bytes, plan.layer_bytes) or memoryview(bytearray(plan.layer_bytes))
             for page in pages
         ]
-        views = [view for _, view in windows]
-        self._stream.receive_payload(*views)
-        intact = joint_checksum(views) == frame.checksum
-        for page in pages:
+        sealed = bytearray(LAYER_CHECKSUM_BYTES * count)
+        self._stream.receive_payload(memoryview(sealed), *views)
+        for page, view, checksum in zip(pages, views, unpack(f"<{count}Q", sealed), strict=True):
+            intact = page_checksum(view) == checksum
             if plan.landing.landed(page, plan.layer_bytes) or not intact:
                 plan.landing.judge(page, intact)
-        read.position += len(pages)
+        read.position += count
         if read.position == len(found):
             read.position = 0
             layer = plan.layer_begin + frame.offset_bytes // plan.layer_bytes

@@ -1,10 +1,12 @@
-"""Copies bytes between memories, and says the checksum of what it copied.
+"""Copies bytes between memories, and says the checksums of what it copied; or hashes what lies there.
 
-Owns: `copy`, `address_of`, and which of two ways a copy goes. Invariant: the checksum is that of the bytes which the destination
-has now, whatever happens to the source meanwhile, so a page whose checksum is right *is* the page.
+Owns: `copy`, `checksums`, `address_of`, and which of two ways a copy goes.
+Invariants: the checksums are those of the bytes which the destination has now, whatever happens to the source meanwhile, so a page
+whose checksum is right *is* the page. Those of the layers are made of the same bytes, or of what lay there just before: memory that
+changed in between gives a page's checksum that is wrong.
 
-Where numba is installed, a process that copies much compiles one loop for both (`attnstore.copying.kernel`), which hides the
-checksum behind the memory; others copy first and read what they copied once more.
+Where numba is installed, a process that copies or hashes much compiles one loop for all of it (`attnstore.copying.kernel`), which
+hides the checksums behind the memory; others copy first and read what they copied twice more.
 """
 
 from __future__ import annotations
@@ -13,37 +15,69 @@ import ctypes
 import importlib.util
 import threading
 from collections.abc import Callable
-from typing import Final
+from typing import Final, NamedTuple
 
-from attnstore.core.hashing import page_checksum
-from attnstore.limits import MIB
+from attnstore.core.hashing import LAYER_CHECKSUM_BYTES, layer_checksums, page_checksum
+from attnstore.limits import KIB, MIB
 from attnstore.logs import get_logger
 
 _MUCH_BYTES: Final = 64 * MIB
-"""Copied by a process before it compiles anything."""
-_COMPILED_BYTES_MIN: Final = 1024
+"""Copied or hashed by a process before it compiles anything."""
+BLOCK_BYTES: Final = KIB
+"""What XXH3 adds up at a time. Layers that are a multiple of it need one pass."""
+_LINE_BYTES: Final = 64
 _PYBUF_SIMPLE: Final = 0
 
 _log = get_logger(__name__)
 _addressof = ctypes.addressof
 _from_buffer = ctypes.c_char.from_buffer
-_Compiled = Callable[[int, int, int, bool], int]
+_Compiled = Callable[[int, int, int, int, int, int], int]
 
 
-def copy(destination: memoryview, source: int, *, soon_used: bool = False) -> int:
-    """Fills `destination`, writable and contiguous, from address `source` on; the `page_checksum` of what it holds then.
+class Checksums(NamedTuple):
+    """The `page_checksum` of a page or of a range of its layers, and the `layer_checksums` of these."""
+
+    whole: int
+    layers: bytes
+
+
+def copy(destination: memoryview, source: int, layer_bytes: int, *, soon_used: bool = False) -> Checksums:
+    """Fills `destination`, writable and contiguous, from address `source` on; the checksums of what it holds then.
 
     Without the interpreter lock, so that several threads copy at once. `soon_used` leaves the bytes in the processor's cache;
-    otherwise they go past it where that is faster. The source must not overlap, and must stay mapped.
+    otherwise they go past it where that is faster. The source must not overlap, and must stay mapped. `destination` is a whole
+    number of layers.
     """
-    size_bytes = len(destination)
     target = _addressof(_from_buffer(destination))
     compiled = _compilation.result
-    if compiled is not None and size_bytes >= _COMPILED_BYTES_MIN:
-        return compiled(target, source, size_bytes, not soon_used)
-    ctypes.memmove(target, source, size_bytes)
-    _compilation.count(size_bytes)
-    return page_checksum(destination)
+    if compiled is not None and layer_bytes % BLOCK_BYTES == 0:
+        return _run(compiled, source, len(destination), layer_bytes, target, 1 if soon_used or target % _LINE_BYTES else 2)
+    ctypes.memmove(target, source, len(destination))
+    return _read_twice(destination, layer_bytes)
+
+
+def checksums(data: memoryview, layer_bytes: int) -> Checksums:
+    """The checksums of contiguous bytes where they lie, a whole number of layers. Without the interpreter lock."""
+    compiled = _compilation.result
+    if compiled is not None and layer_bytes % BLOCK_BYTES == 0:
+        source = address_of(data) if data.readonly else _addressof(_from_buffer(data))
+        return _run(compiled, source, len(data), layer_bytes, 0, 0)
+    return _read_twice(data, layer_bytes)
+
+
+def _run(compiled: _Compiled, source: int, size_bytes: int, layer_bytes: int, target: int, how: int) -> Checksums:
+    layers = size_bytes // layer_bytes
+    of_layers = bytearray(LAYER_CHECKSUM_BYTES * layers)
+    whole = compiled(source, layers, layer_bytes, _addressof(_from_buffer(of_layers)), target, how)
+    return Checksums(whole, bytes(of_layers))
+
+
+def _read_twice(data: memoryview, layer_bytes: int) -> Checksums:
+    _compilation.count(len(data))
+    of_layers = layer_checksums(data, layer_bytes)
+    if len(data) == layer_bytes:
+        return Checksums(int.from_bytes(of_layers, "little"), of_layers)
+    return Checksums(page_checksum(data), of_layers)
 
 
 def prepare() -> None:
@@ -81,7 +115,7 @@ def address_of(view: memoryview) -> int:
 
 
 class _Compilation:
-    """Compiles on a thread of its own, once the process has copied enough for it to pay; nobody waits for it."""
+    """Compiles on a thread of its own, once the process has copied or hashed enough for it to pay; nobody waits for it."""
 
     def __init__(self, much_bytes: int) -> None:
         self.result: _Compiled | None = None
@@ -90,7 +124,7 @@ class _Compilation:
         self._lock = threading.Lock()
 
     def count(self, size_bytes: int) -> None:
-        """So many bytes were copied without it."""
+        """So many bytes were copied or hashed without it."""
         if self._left_bytes <= 0:
             return
         with self._lock:
@@ -103,11 +137,11 @@ class _Compilation:
     def compile(self) -> None:
         """Takes half a second, and a whole one where nothing is cached."""
         try:
-            from attnstore.copying.kernel import copy_and_hash
+            from attnstore.copying.kernel import hash_layers
         except Exception as error:  # whatever a library of compilers finds wrong with this machine: copies need none of it
             _log.warning("pages are copied without the compiled loop", reason=f"{type(error).__name__}: {error}")
         else:
-            self.result = copy_and_hash
+            self.result = hash_layers
 
 
 def _can_compile() -> bool:

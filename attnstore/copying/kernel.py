@@ -1,9 +1,11 @@
-"""One loop that copies and computes XXH3-64 of what it copies, compiled by numba.
+"""One loop that hashes a page and each of its layers, and copies it if asked to, compiled by numba.
 
-Owns: `copy_and_hash`. Source of the algorithm: Yann Collet, XXH3, https://github.com/Cyan4973/xxHash, doc/xxhash_spec.md; the case
-of more than 240 bytes with seed 0 and the default secret. A copy waits for memory, so the arithmetic costs nothing; and stores that
-go past the cache spare reading what they overwrite, as the C library's `memcpy` does only from some megabytes on.
-Invariant: each byte is read from the source once, and what was read is what is stored and what is hashed.
+Owns: `hash_layers`. Source of the algorithm: Yann Collet, XXH3, https://github.com/Cyan4973/xxHash, doc/xxhash_spec.md; the case of
+more than 240 bytes with seed 0 and the default secret. XXH3 adds up blocks of 1,024 bytes, and what a block adds depends on nothing
+before it: so where layers are whole blocks one pass gives the page's checksum and those of its layers, for the price of the former.
+A copy waits for memory, so the arithmetic costs nothing; and stores that go past the cache spare reading what they overwrite, as
+the C library's `memcpy` does only from some megabytes on.
+Invariant: each byte is read from the source once, and what was read is what is stored and what is hashed, for page and layer alike.
 """
 
 # mypy: disable-error-code="untyped-decorator,no-untyped-call,no-untyped-def,no-any-unimported,misc,no-any-return"
@@ -17,8 +19,10 @@ from llvmlite import ir
 from numba import njit, types
 from numba.extending import intrinsic, models, register_model
 
+from attnstore.copying import BLOCK_BYTES
+
 _STRIPE_BYTES: Final = 64
-_STRIPES: Final = 16
+_STRIPES: Final = BLOCK_BYTES // _STRIPE_BYTES
 """Of a block, after which the sums are scrambled."""
 _STEP_BYTES: Final = 8
 """By so much the secret moves on with each stripe."""
@@ -121,15 +125,26 @@ def _fence(typingctx):
 
 
 @intrinsic
-def _byte(typingctx, target, source):
-    """Copies one byte between addresses."""
+def _put(typingctx, address, number):
+    """Stores a number at an address that is a multiple of 8."""
 
     def codegen(context, builder, signature, args):
-        target, source = (builder.inttoptr(arg, ir.IntType(8).as_pointer()) for arg in args)
-        builder.store(builder.load(source), target)
+        builder.store(args[1], builder.inttoptr(args[0], _U64.as_pointer())).align = 8
         return context.get_dummy_value()
 
-    return types.void(types.intp, types.intp), codegen
+    return types.void(types.intp, types.uint64), codegen
+
+
+@intrinsic
+def _no_sums(typingctx):
+    """What a block's own sums begin with."""
+    return _words(), lambda context, builder, signature, args: ir.Constant(_VECTOR, [0] * _LANES)
+
+
+@intrinsic
+def _added(typingctx, sums, more):
+    """Both sums together."""
+    return _words(sums, more), lambda context, builder, signature, args: builder.add(*args)
 
 
 @intrinsic
@@ -180,32 +195,47 @@ def _merged(typingctx, sums, key, size_bytes):
     return types.uint64(sums, key, types.intp), codegen
 
 
-@njit(types.uint64(types.intp, types.intp, types.intp, types.boolean), nogil=True, error_model="numpy", cache=True)
-def copy_and_hash(target, source, size_bytes, past_cache):
-    """Copies `size_bytes`, more than 240, from address `source` to address `target`; XXH3-64 of them.
+@njit(
+    types.uint64(types.intp, types.intp, types.intp, types.intp, types.intp, types.intp),
+    nogil=True,
+    error_model="numpy",
+    cache=True,
+)
+def hash_layers(source, layers, layer_bytes, checksums, target, how):
+    """XXH3-64 of `layers` times `layer_bytes` from address `source` on; that of each layer goes to address `checksums`, u64 each.
 
-    past_cache: whether the bytes need not be in the cache afterwards.
+    `layer_bytes` is a multiple of 1,024, `checksums` of 8. how: 0 copies nothing, 1 copies to address `target`, 2 does so past the
+    cache, which needs a `target` that is a multiple of 64.
     """
     secret = _SECRET.ctypes.data
-    streams = past_cache and target % _STRIPE_BYTES == 0
-    sums = _first_sums()
-    stripes = (size_bytes - 1) // _STRIPE_BYTES
-    key = secret
-    for stripe in range(stripes):
-        words = _load(source + stripe * _STRIPE_BYTES)
-        if streams:
-            _stream(target + stripe * _STRIPE_BYTES, words)
-        else:
-            _store(target + stripe * _STRIPE_BYTES, words)
-        sums = _accumulated(sums, words, _load(key))
-        key += _STEP_BYTES
-        if key == secret + _SCRAMBLE_AT:
-            sums = _scrambled(sums, _load(key))
-            key = secret
-    for at in range(stripes * _STRIPE_BYTES, size_bytes):
-        _byte(target + at, source + at)
-    # The last stripe overlaps the one before: it is read where both are by now.
-    sums = _accumulated(sums, _load(target + size_bytes - _STRIPE_BYTES), _load(secret + _LAST_AT))
-    if streams:
+    scramble, last, merge = _load(secret + _SCRAMBLE_AT), _load(secret + _LAST_AT), _load(secret + _MERGE_AT)
+    blocks = layer_bytes // BLOCK_BYTES
+    page = _first_sums()
+    checksum = types.uint64(0)
+    at = 0
+    for layer in range(layers):
+        sums = _first_sums()
+        for block in range(blocks):
+            own = _no_sums()
+            words = _load(source + at)
+            for stripe in range(_STRIPES):
+                words = _load(source + at)
+                if how == 1:
+                    _store(target + at, words)
+                elif how == 2:
+                    _stream(target + at, words)
+                if stripe < _STRIPES - 1:
+                    own = _accumulated(own, words, _load(secret + stripe * _STEP_BYTES))
+                at += _STRIPE_BYTES
+            if block == blocks - 1:
+                # The last stripe of all that is hashed has a key of its own, and nothing is scrambled after it.
+                end = _accumulated(own, words, last)
+                _put(checksums + 8 * layer, _merged(_added(sums, end), merge, layer_bytes))
+                if layer == layers - 1:
+                    checksum = _merged(_added(page, end), merge, layers * layer_bytes)
+            own = _accumulated(own, words, _load(secret + (_STRIPES - 1) * _STEP_BYTES))
+            page = _scrambled(_added(page, own), scramble)
+            sums = _scrambled(_added(sums, own), scramble)
+    if how == 2:
         _fence()
-    return _merged(sums, _load(secret + _MERGE_AT), size_bytes)
+    return checksum

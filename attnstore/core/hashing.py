@@ -1,6 +1,6 @@
 """Identity: namespaces, chained block hashes and page checksums.
 
-Owns: the two digests that name bytes (`Namespace`, `BlockHash`) and the one that guards them (`page_checksum`).
+Owns: the two digests that name bytes (`Namespace`, `BlockHash`) and the one that guards them, of pages, layers and ranges of these.
 Invariant: a hash depends on its inputs alone, never on the process, the platform or a seed, so that any worker in any language
 that follows docs/architecture.md finds the same page. `tests/core/vectors.json` publishes test vectors.
 """
@@ -13,13 +13,15 @@ import sys
 from array import array
 from collections.abc import Iterable, Sequence
 from itertools import islice
-from typing import NewType
+from typing import Final, NewType
 
 import xxhash
 
 from attnstore.core.layout import PageLayout
 from attnstore.errors import InvalidArgument
 from attnstore.limits import HASH_BYTES, SEGMENT_BLOCKS, SEGMENT_KEY_BYTES
+
+LAYER_CHECKSUM_BYTES: Final = 8
 
 BlockHash = NewType("BlockHash", bytes)
 Namespace = NewType("Namespace", bytes)
@@ -105,6 +107,18 @@ def joint_checksum(parts: Iterable[bytes | bytearray | memoryview]) -> int:
     for part in parts:
         digest.update(part)
     return digest.intdigest()
+
+
+def layer_checksums(data: bytes | bytearray | memoryview, layer_bytes: int) -> bytes:
+    """`page_checksum` of each layer, u64 little-endian, one after the other. `data` is a whole number of layers."""
+    layers = memoryview(data)
+    sums = [xxhash.xxh3_64_intdigest(layers[at : at + layer_bytes]) for at in range(0, len(layers), layer_bytes)]
+    return struct.pack(f"<{len(sums)}Q", *sums)
+
+
+def range_checksum(layers: bytes | memoryview) -> int:
+    """What guards a range of layers whose `layer_checksums` are given: XXH3-64 of these. No byte of a page is needed for it."""
+    return xxhash.xxh3_64_intdigest(layers)
 
 
 def _u32_bytes(token_ids: Sequence[int]) -> bytes:

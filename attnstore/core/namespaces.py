@@ -78,7 +78,7 @@ class Namespaces:
 
     def lost_page(self, record: NamespaceRecord) -> None:
         """The space has one page less."""
-        if not record.sealed and not record.arriving:
+        if not record.has_pages:
             self._empty[record.space] = None
 
     def long_empty(self, now_ms: float) -> list[NamespaceRecord]:
@@ -104,6 +104,6 @@ class Namespaces:
 
     def check(self) -> None:
         """Asserts the module's invariants. O(spaces); for tests."""
-        assert set(self._empty) == {record.space for record in self if not record.sealed and not record.arriving}
+        assert set(self._empty) == {record.space for record in self if not record.has_pages}
         assert self._shares.held == Counter(space.tenant for space in self._records)
         assert self._of_class == Counter(record.slot_class for record in self)

@@ -5,23 +5,27 @@ Owns: the transition table of a page's life.
 Invariant: a page moves along `PAGE_LIFE` and in no other way; a step that is not in the table is a bug and raises
 `AssertionError`.
 
-    state     | prepare   complete  abort   evict   delete
-    ----------+-------------------------------------------
+    state     | prepare   complete  abort   evict   delete  condemn  free
+    ----------+------------------------------------------------------------
     ABSENT    | ARRIVING
     ARRIVING  |           SEALED    ABSENT
-    SEALED    |                             ABSENT  ABSENT
+    SEALED    |                             ABSENT  ABSENT  CORRUPT
+    CORRUPT   |                                                      ABSENT
 
-Only SEALED pages are found by a lookup, and only SEALED pages that nobody pins are evicted or deleted. (A page on the SSD
-will be a fourth state, SPILLED, between SEALED and ABSENT.)
+Only SEALED pages are found by a lookup, and only SEALED pages that nobody pins are evicted or deleted. A page whose bytes are not
+what was sealed any more is CORRUPT until its last pin is gone: nobody finds it, and its hash may be written anew meanwhile. (A page
+on the SSD will be another state, SPILLED, between SEALED and ABSENT.)
 """
 
 from __future__ import annotations
 
 import enum
+import math
 from dataclasses import dataclass
 from typing import Final
 
 from attnstore.core.eviction import EvictionPolicy
+from attnstore.core.hashing import LAYER_CHECKSUM_BYTES, range_checksum
 from attnstore.core.layout import PageLayout
 from attnstore.core.slots import Slot, SlotClass
 from attnstore.types import Space
@@ -33,6 +37,7 @@ class PageState(enum.StrEnum):
     ABSENT = "absent"
     ARRIVING = "arriving"
     SEALED = "sealed"
+    CORRUPT = "corrupt"
 
 
 class PageStep(enum.StrEnum):
@@ -43,6 +48,8 @@ class PageStep(enum.StrEnum):
     ABORT = "abort"
     EVICT = "evict"
     DELETE = "delete"
+    CONDEMN = "condemn"
+    FREE = "free"
 
 
 PAGE_LIFE: Final[dict[tuple[PageState, PageStep], PageState]] = {
@@ -51,13 +58,17 @@ PAGE_LIFE: Final[dict[tuple[PageState, PageStep], PageState]] = {
     (PageState.ARRIVING, PageStep.ABORT): PageState.ABSENT,
     (PageState.SEALED, PageStep.EVICT): PageState.ABSENT,
     (PageState.SEALED, PageStep.DELETE): PageState.ABSENT,
+    (PageState.SEALED, PageStep.CONDEMN): PageState.CORRUPT,
+    (PageState.CORRUPT, PageStep.FREE): PageState.ABSENT,
 }
 
 
 class Page:
-    """The table's record of one page. `pins` counts leases and readers together, `readers` those in this process alone."""
+    """The table's record of one page. `pins` counts leases and readers together, `readers` those in this process alone. `layers`
+    are the `layer_checksums` of a sealed page, `verified_ms` is when it was last hashed again.
+    """
 
-    __slots__ = ("checksum", "extent", "hash", "namespace", "pins", "readers", "slot", "state", "used")
+    __slots__ = ("checksum", "extent", "hash", "layers", "namespace", "pins", "readers", "slot", "state", "used", "verified_ms")
 
     def __init__(self, namespace: NamespaceRecord, page_hash: bytes, checksum: int, slot: Slot, extent: ExtentPages) -> None:
         self.namespace = namespace
@@ -65,7 +76,9 @@ class Page:
         self.checksum = checksum
         self.slot = slot
         self.extent = extent
+        self.layers = b""
         self.state = PageState.ABSENT
+        self.verified_ms = -math.inf
         self.pins = 0
         self.readers = 0
         self.used = 0  # the table's tick at the last use
@@ -91,9 +104,11 @@ class ExtentPages:
 
 
 class NamespaceRecord:
-    """One space and its pages by hash. Those of one class (tenant and page size) share slots and eviction order."""
+    """One space and its pages by hash, with those that are corrupt and still held. Spaces of one class (tenant and page size) share
+    slots and eviction order.
+    """
 
-    __slots__ = ("arriving", "layout", "policy", "sealed", "slot_class", "space")
+    __slots__ = ("arriving", "corrupt", "layout", "policy", "sealed", "slot_class", "space")
 
     def __init__(self, space: Space, layout: PageLayout, slot_class: SlotClass, policy: EvictionPolicy[Page]) -> None:
         self.space = space
@@ -102,6 +117,12 @@ class NamespaceRecord:
         self.policy = policy
         self.arriving: dict[bytes, Page] = {}
         self.sealed: dict[bytes, Page] = {}
+        self.corrupt: set[Page] = set()
+
+    @property
+    def has_pages(self) -> bool:
+        """Slots are taken, whatever for."""
+        return bool(self.sealed or self.arriving or self.corrupt)
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,6 +141,11 @@ class ArrivingPage:
         """What the writer announced: the XXH3-64 that the bytes must have before `complete`."""
         return self.record.checksum
 
+    @property
+    def layer_bytes(self) -> int:
+        """Bytes of each of the page's layers."""
+        return self.record.namespace.layout.layer_bytes
+
 
 @dataclass(frozen=True, slots=True)
 class PinnedPage:
@@ -136,3 +162,25 @@ class PinnedPage:
     def checksum(self) -> int:
         """XXH3-64 of the whole page."""
         return self.record.checksum
+
+    @property
+    def layers(self) -> bytes:
+        """`layer_checksums` of the page."""
+        return self.record.layers
+
+    @property
+    def layer_bytes(self) -> int:
+        """Bytes of each of the page's layers."""
+        return self.record.namespace.layout.layer_bytes
+
+    @property
+    def verified_ms(self) -> float:
+        """When the page was last hashed again and found intact; minus infinity where it never was."""
+        return self.record.verified_ms
+
+    def guard(self, begin: int, end: int) -> int:
+        """What a reader of bytes `[begin, end)`, whole layers, checks: the page's checksum for all of it, else `range_checksum`."""
+        if end - begin == self.record.slot.size_bytes:
+            return self.record.checksum
+        first, last = begin // self.layer_bytes, end // self.layer_bytes
+        return range_checksum(self.record.layers[LAYER_CHECKSUM_BYTES * first : LAYER_CHECKSUM_BYTES * last])

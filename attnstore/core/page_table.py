@@ -3,7 +3,7 @@
 Owns: every page of the node, through its whole life (`attnstore.core.page` draws it as a table), and the composition of the
 parts: slots (where), residency (which extents are idle), policies (what goes first), leases (who holds), events (who is
 told).
-Invariants, asserted by `check`: free + arriving + sealed slots are all the slots; the capacity is never passed; a page is
+Invariants, asserted by `check`: free + arriving + sealed + corrupt slots are all the slots; the capacity is never passed; a page is
 evictable exactly while it is sealed and unpinned; pins are leases plus readers; an expired lease pins nothing that anybody
 asks for.
 
@@ -71,6 +71,8 @@ class PageTableStatistics:
     missed_pages: int
     stored_pages: int
     evicted_pages: int
+    verified_pages: int
+    corrupt_pages: int
     stored_bytes: int
     namespaces: tuple[NamespaceStatistics, ...]
 
@@ -110,6 +112,8 @@ class PageTable:
         self._stored = 0
         self._stored_bytes = 0
         self._evicted = 0
+        self._verified = 0
+        self._corrupt = 0
 
     def register(self, space: Space, layout: PageLayout) -> int:
         """Makes a tenant's namespace known, idempotently, and returns how many of its pages the whole arena could hold.
@@ -239,10 +243,14 @@ class PageTable:
         self._quotas.took(record.space.tenant, slot.size_bytes)
         return ArrivingPage(page)
 
-    def complete(self, page: ArrivingPage, now_ms: float) -> None:  # noqa: ARG002 - for policies that look at age
-        """Seals a page whose bytes are all there and have the announced checksum: from now on it is found."""
+    def complete(self, page: ArrivingPage, now_ms: float, layers: bytes = b"") -> None:  # noqa: ARG002 - for policies that look at age
+        """Seals a page whose bytes are all there and have the announced checksum: from now on it is found.
+
+        `layers` are the `layer_checksums` of the bytes that had it, without which no layer of the page can be checked.
+        """
         record, arrived = page.record.namespace, page.record
         arrived.advance(PageStep.COMPLETE)
+        arrived.layers = layers
         del record.arriving[arrived.hash]
         record.sealed[arrived.hash] = arrived
         self._arriving -= 1
@@ -296,6 +304,30 @@ class PageTable:
         self._drop(page, PageStep.DELETE, PageEventKind.DELETED)
         return PageStatus.OK
 
+    def peek(self, space: Space, page_hash: bytes) -> PinnedPage | None:
+        """A sealed page, for `verified`: neither pinned, so that its slot may be another page's any time, nor used."""
+        page = self._namespaces.find(space).sealed.get(page_hash)
+        return None if page is None else PinnedPage(page)
+
+    def verified(self, page: PinnedPage, now_ms: float, *, intact: bool) -> bool:
+        """A page was hashed again, pinned or not. One that is not intact is gone from now on, and its slot with its last pin: True.
+
+        Nothing happens to a page that is gone already: its slot may have had another's bytes meanwhile.
+        """
+        record = page.record
+        self._verified += 1
+        if record.state is not PageState.SEALED:
+            return False
+        if intact:
+            record.verified_ms = now_ms
+            return False
+        self._corrupt += 1
+        self._vanish(record, PageStep.CONDEMN, PageEventKind.EVICTED)
+        record.namespace.corrupt.add(record)
+        if not record.pins:
+            self._bury(record)
+        return True
+
     def expire(self, now_ms: float) -> float | None:
         """Drops the leases that have expired and returns when the next one will, None where there is none."""
         for lease in self._leases.pop_expired(now_ms):
@@ -324,6 +356,8 @@ class PageTable:
             missed_pages=self._missed,
             stored_pages=self._stored,
             evicted_pages=self._evicted,
+            verified_pages=self._verified,
+            corrupt_pages=self._corrupt,
             stored_bytes=self._stored_bytes,
             namespaces=tuple(
                 NamespaceStatistics(record.space, record.layout, len(record.sealed), len(record.arriving))
@@ -335,13 +369,16 @@ class PageTable:
         """Asserts the module's invariants. O(pages); for tests and simulations."""
         arriving = [page for record in self._namespaces for page in record.arriving.values()]
         sealed = [page for record in self._namespaces for page in record.sealed.values()]
-        pages = arriving + sealed
+        corrupt = [page for record in self._namespaces for page in record.corrupt]
+        pages = arriving + sealed + corrupt
         self._slots.check([page.slot for page in pages])
         self._residency.check()
         self._leases.check()
         self._namespaces.check()
         assert {page.state for page in arriving} <= {PageState.ARRIVING}
         assert {page.state for page in sealed} <= {PageState.SEALED}
+        assert {page.state for page in corrupt} <= {PageState.CORRUPT}
+        assert all(page.pins for page in corrupt), "a corrupt page that nobody holds keeps its slot"
         assert (self._arriving, self._sealed) == (len(arriving), len(sealed))
         assert self._used_bytes == sum(page.slot.size_bytes for page in pages) <= self._slots.capacity_bytes
         of_tenant: Counter[str] = Counter()
@@ -352,11 +389,11 @@ class PageTable:
         for lease in self._leases:
             for page in lease.pages:
                 leased[page] = leased.get(page, 0) + 1
-        assert leased.keys() <= set(sealed), "a lease covers a page that is gone"
+        assert leased.keys() <= {*sealed, *corrupt}, "a lease covers a page that is gone"
         assert all(page.pins == page.readers + leased.get(page, 0) for page in pages)
         assert self._pinned == sum(page.pins > 0 for page in pages)
         assert all((page in page.namespace.policy) == (page.pins == 0) for page in sealed)
-        assert sum(map(len, self._policies.values())) == len(sealed) - self._pinned
+        assert sum(map(len, self._policies.values())) == len(sealed) + len(corrupt) - self._pinned
 
     def _lease(self, record: NamespaceRecord, pages: list[Page], lease_ms: int, now_ms: float) -> tuple[bytes, int]:
         self.expire(now_ms)
@@ -387,6 +424,10 @@ class PageTable:
         self._residency.settled(unpinned, self._next_tick())
         record.policy.returned(unpinned)
         self._pinned -= len(unpinned)
+        if record.corrupt:
+            for page in unpinned:
+                if page in record.corrupt:
+                    self._bury(page)
 
     def _touch(self, record: NamespaceRecord, pages: Sequence[Page]) -> None:
         self._residency.touched(pages, self._next_tick())
@@ -443,6 +484,9 @@ class PageTable:
         flows to whoever uses it, an extent at a time.
         """
         self.expire(now_ms)
+        free = self._slots.take(record.slot_class)
+        if free is not None:
+            return free  # of a corrupt page that a lease had kept
         victim = record.policy.victim()
         coldest = self._residency.coldest_idle()
         victims = [] if victim is None else [victim]
@@ -463,15 +507,29 @@ class PageTable:
     def _drop(self, page: Page, step: PageStep, kind: PageEventKind) -> None:
         """Ends the life of a sealed page that nobody pins."""
         assert not page.pins, "a pinned page is neither evicted nor deleted"
+        self._vanish(page, step, kind)
+        self._leave(page)
+
+    def _vanish(self, page: Page, step: PageStep, kind: PageEventKind) -> None:
+        """A sealed page is found no more."""
         page.advance(step)
         record = page.namespace
         del record.sealed[page.hash]
-        record.policy.removed(page)
-        self._residency.left(page)
         self._sealed -= 1
-        self._namespaces.lost_page(record)
-        self._free(page)
         self._events.append(record.space, kind, page.hash)
+
+    def _bury(self, page: Page) -> None:
+        """Ends the life of a corrupt page that nobody pins any more."""
+        page.namespace.corrupt.remove(page)
+        page.advance(PageStep.FREE)
+        self._leave(page)
+
+    def _leave(self, page: Page) -> None:
+        """Gives an idle page's slot back."""
+        page.namespace.policy.removed(page)
+        self._residency.left(page)
+        self._free(page)
+        self._namespaces.lost_page(page.namespace)
 
     def _free(self, page: Page) -> None:
         self._used_bytes -= page.slot.size_bytes

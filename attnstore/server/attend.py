@@ -29,6 +29,7 @@ from attnstore.limits import (
     ATTEND_ROWS_MAX,
     ATTEND_SETS_MAX,
     ATTEND_TOGETHER_MAX,
+    ATTEND_VERIFIED_MS_MAX,
     ATTEND_WAITING_MAX,
 )
 from attnstore.server.store import Store
@@ -166,7 +167,8 @@ class AttendSession:
         return len(self._sets)
 
     def open(self, opening: AttendOpen) -> None:
-        """Pins the pages of a set. Blocks for some microseconds a page.
+        """Pins the pages of a set. Blocks for some microseconds a page, and for as long as hashing those takes that were not hashed
+        lately: a query has no checksum that would tell that a page has changed where it lies.
 
         Raises `LeaseExpired` where the lease does not hold or a page is not here, `InvalidArgument` for a set that is open already,
         names a page twice or does not fit the stream's others, `Overloaded` where the tenant has its share of pages in sets, and
@@ -186,6 +188,8 @@ class AttendSession:
                 for index, page in enumerate(found):
                     if isinstance(page, PageStatus):
                         raise LeaseExpired(f"page {index} of the set's {len(found)} is {page.name}: match again")
+                    if not self._attending.store.is_intact(page, ATTEND_VERIFIED_MS_MAX):
+                        raise LeaseExpired(f"page {index} of the set's {len(found)} was corrupt and is gone: match again")
                     views.append(page.data)
                 self._sets[opening.set_id] = _Set(PagesInPlace(layout, views), opening.lease_id, pins.pop_all())
             self._shape, self._layout = opening.shape, layout

@@ -22,7 +22,7 @@ from attnstore.directory.moves import Moves, is_same_cluster
 from attnstore.errors import AttnStoreError, NamespaceUnknown
 from attnstore.limits import MIB
 from attnstore.logs import get_logger
-from attnstore.server.store import Store
+from attnstore.server.store import PageView, Store
 from attnstore.telemetry import NodeMetrics
 from attnstore.types import MatchResult, PageStatus, Space, WriteResult
 
@@ -51,8 +51,10 @@ class Peer(Protocol):
         """What it has."""
         ...
 
-    async def write(self, namespace: bytes, hashes: Sequence[bytes], pages: Sequence[memoryview]) -> WriteResult:
-        """Sends it pages."""
+    async def write(
+        self, namespace: bytes, hashes: Sequence[bytes], pages: Sequence[memoryview], *, sealed: Sequence[int]
+    ) -> WriteResult:
+        """Sends it pages, with the checksums that they must have."""
         ...
 
     async def close(self) -> None:
@@ -209,14 +211,20 @@ class Handoff:
 
     async def _send_batch(self, done: _Pass, peer: Peer, space: Space, hashes: Sequence[bytes]) -> None:
         with ExitStack() as pinned:
-            pages: dict[bytes, memoryview] = {}
+            pages: dict[bytes, PageView] = {}
             for page_hash in hashes:
                 page = pinned.enter_context(self._store.reading(space, page_hash, None))
                 if not isinstance(page, PageStatus):  # it may have been evicted meanwhile
-                    pages[page_hash] = page.data
+                    pages[page_hash] = page
             if not pages:
                 return
-            written = await peer.write(space.namespace, list(pages), list(pages.values()))
+            views = list(pages.values())
+            # With the checksums that they were sealed with: a page that has changed since must not become a good one there.
+            sealed = [view.page.checksum for view in views]
+            written = await peer.write(space.namespace, list(pages), [view.data for view in views], sealed=sealed)
+            for view, verdict in zip(views, written.verdicts, strict=True):
+                if verdict is PageStatus.CHECKSUM_MISMATCH:
+                    await asyncio.to_thread(self._store.is_intact, view)
         for verdict in written.verdicts:
             self._metrics.handed_over.labels(verdict.name.lower()).inc()
         # What is on its way there from elsewhere will arrive; what was refused would be refused again.

@@ -48,6 +48,7 @@ from attnstore.server.metrics_endpoint import MetricsEndpoint
 from attnstore.server.open_services import OpenServices
 from attnstore.server.page_channel import PageChannelServer, TokenBook
 from attnstore.server.rpc import Authenticator, RpcShell
+from attnstore.server.scrubber import Scrubber
 from attnstore.server.seat import take_seat
 from attnstore.server.servicer import ChannelOffer, NodeIdentity, Servicer
 from attnstore.server.shared_memory import SharedMemoryServer
@@ -150,9 +151,11 @@ class StoreNode:
             feed=feed,
             open_peer=open_peer,
         )
+        self._scrubber = Scrubber(self._store, int(options.scrub_rate))
         self._servicer = Servicer(
             identity=NodeIdentity(node_id, epoch, version("attnstore")),
             store=self._store,
+            scrubber=self._scrubber,
             hub=hub,
             metrics=self._metrics,
             stall_ms=options.stall_ms,
@@ -179,6 +182,7 @@ class StoreNode:
         await self._server.start()
         await self._open_services.serving()
         self._expiry = tasks.supervised("expiry", self._expire_leases)
+        self._scrubber.start()
         if self._seat is not None:
             self._seat.start()
         _log.info("serving", address=str(self.address), capacity_bytes=int(self._options.capacity), pid=os.getpid())
@@ -196,6 +200,7 @@ class StoreNode:
             "health": self._open_services.draining(),
             "calls": self._server.stop(drain_ms / 1000),
             "page channels": tasks.on_thread("stop", lambda: self._page_channel.stop(drain_ms)),
+            "scrubber": self._scrubber.stop(),
         }
         if self._shared_memory is not None:
             stop_shared_memory = self._shared_memory.stop

@@ -19,7 +19,7 @@ from contextlib import ExitStack, suppress
 from attnstore.address import Address
 from attnstore.clock import Clock, Deadline
 from attnstore.core.fair_share import FairShares
-from attnstore.core.hashing import joint_checksum
+from attnstore.core.hashing import LAYER_CHECKSUM_BYTES
 from attnstore.errors import AttnStoreError, DeadlineExceeded, InvalidArgument, Overloaded, Retryable, Unauthenticated, Unavailable
 from attnstore.limits import (
     CHANNEL_BACKLOG_MAX,
@@ -33,6 +33,7 @@ from attnstore.limits import (
     CHANNEL_TOKEN_MS_MAX,
     CHANNEL_TOKENS_MAX,
     MIB,
+    PAGE_BYTES_MAX,
 )
 from attnstore.logs import get_logger
 from attnstore.server.attend import Attending
@@ -288,9 +289,10 @@ class _Connection(Connection):
                     self._send_miss(frame.request, index, page)
                 else:
                     pages.append((index, page))
+            together = max(1, min(CHANNEL_GATHER_PAGES, PAGE_BYTES_MAX // layer_bytes))
             for at in range(begin, end, layer_bytes):
-                for first in range(0, len(pages), CHANNEL_GATHER_PAGES):
-                    gathered = pages[first : first + CHANNEL_GATHER_PAGES]
+                for first in range(0, len(pages), together):
+                    gathered = pages[first : first + together]
                     if self._store.now_ms() < kept_until_ms:
                         self._send_layer(frame.request, gathered, at, layer_bytes, at - begin)
                     else:
@@ -299,9 +301,11 @@ class _Connection(Connection):
             self._metrics.sent("tcp", len(pages), 0)
 
     def _send_layer(self, request: int, pages: list[tuple[int, PageView]], at: int, layer_bytes: int, offset_bytes: int) -> None:
+        sealed_at = LAYER_CHECKSUM_BYTES * (at // layer_bytes)
+        sealed = b"".join([page.page.layers[sealed_at : sealed_at + LAYER_CHECKSUM_BYTES] for _, page in pages])
         parts = [page.data[at : at + layer_bytes] for _, page in pages]
-        size_bytes, checksum = len(parts) * layer_bytes, joint_checksum(parts)
-        self._stream.send(encode_slice(request, pages[0][0], size_bytes, offset_bytes, checksum), *parts)
+        size_bytes = len(parts) * layer_bytes
+        self._stream.send(encode_slice(request, pages[0][0], len(sealed) + size_bytes, offset_bytes, 0), sealed, *parts)
         self._metrics.sent("tcp", 0, size_bytes)
 
     def _send_layer_anew(

@@ -20,6 +20,7 @@ from attnstore.server.attend_rpc import attend
 from attnstore.server.events import EventHub
 from attnstore.server.ingest import Ingest
 from attnstore.server.rpc import Handler
+from attnstore.server.scrubber import Scrubber
 from attnstore.server.stall import Stall
 from attnstore.server.store import Store
 from attnstore.telemetry import NodeMetrics
@@ -52,6 +53,7 @@ class Servicer:
         *,
         identity: NodeIdentity,
         store: Store,
+        scrubber: Scrubber,
         hub: EventHub,
         metrics: NodeMetrics,
         stall_ms: int,
@@ -61,6 +63,7 @@ class Servicer:
     ) -> None:
         self._identity = identity
         self._store = store
+        self._scrubber = scrubber
         self._hub = hub
         self._metrics = metrics
         self._stall_s = stall_ms / 1000
@@ -81,6 +84,7 @@ class Servicer:
             "RenewLease": self.renew_lease,
             "ReleaseLease": self.release_lease,
             "Delete": self.delete,
+            "Verify": self.verify,
             "OpenChannel": self.open_channel,
             "Stats": self.stats,
             "Watch": self.watch,
@@ -140,13 +144,14 @@ class Servicer:
         async with Stall(self._stall_s) as stall:
             for index, page_hash in enumerate(messages.split_hashes(request.hashes)):
                 with self._store.reading(space, page_hash, lease_id) as page:
-                    if isinstance(page, PageStatus):
-                        self._metrics.pages("Read", page)
-                        message = chunks.encode_read_chunk(index, page)
+                    found = page if isinstance(page, PageStatus) else self._store.hashed_slice(page, begin, end)
+                    if isinstance(found, PageStatus):
+                        self._metrics.pages("Read", found)
+                        message = chunks.encode_read_chunk(index, found)
                         await context.write(message)
                         stall.moved(len(message))
                         continue
-                    data, checksum = page.slice(begin, end)
+                    data, checksum = found
                     for offset in range(0, len(data), CHUNK_BYTES_MAX):
                         payload = data[offset : offset + CHUNK_BYTES_MAX]
                         await context.write(chunks.encode_read_chunk(index, PageStatus.OK, len(data), offset, checksum, payload))
@@ -196,6 +201,10 @@ class Servicer:
             self._metrics.pages("Delete", status)
         return messages.DeleteResponse(statuses=messages.statuses_to_wire(statuses))
 
+    async def verify(self, request: Any, _context: Any, tenant: str) -> messages.VerifyResponse:
+        statuses = await self._scrubber.verify(_space(tenant, request.namespace), messages.split_hashes(request.hashes))
+        return messages.VerifyResponse(statuses=messages.statuses_to_wire(statuses))
+
     async def open_channel(self, request: Any, _context: Any, tenant: str) -> messages.OpenChannelResponse:
         offer = self._channels.get(request.transport)
         if offer is None:
@@ -221,6 +230,8 @@ class Servicer:
                 missed_pages=now.missed_pages,
                 stored_pages=now.stored_pages,
                 evicted_pages=now.evicted_pages,
+                verified_pages=now.verified_pages,
+                corrupt_pages=now.corrupt_pages,
                 read_pages=self._metrics.read_pages,
                 read_bytes=self._metrics.read_bytes,
                 written_bytes=now.stored_bytes,

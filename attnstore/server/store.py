@@ -12,12 +12,15 @@ from typing import TypeVar
 
 from attnstore.arena import Arena
 from attnstore.clock import Clock
-from attnstore.copying import copy
-from attnstore.core.hashing import page_checksum
+from attnstore.copying import Checksums, checksums, copy
+from attnstore.core.hashing import page_checksum, range_checksum
 from attnstore.core.heat import SegmentHeat
 from attnstore.core.layout import PageLayout
 from attnstore.core.page_table import ArrivingPage, MatchOutcome, PageTable, PageTableStatistics, PinnedPage
+from attnstore.logs import get_logger
 from attnstore.types import PageEvent, PageStatus, Space
+
+_log = get_logger(__name__)
 
 T = TypeVar("T")
 _PINS_PER_LOCK = 64
@@ -148,23 +151,23 @@ class Store:
 
     def seal(self, page: ArrivingPage) -> PageStatus:
         """Ends the arrival of a page whose bytes are all there: STORED, or CHECKSUM_MISMATCH and its slot is free again."""
-        return self._end(page, lambda: page_checksum(self._arena.view(page.slot)))
+        return self._end(page, lambda: checksums(self._arena.view(page.slot), page.layer_bytes))
 
     def fill(self, page: ArrivingPage, source: int) -> PageStatus:
         """Copies a whole page from address `source` on and ends its arrival, as `seal` does."""
-        return self._end(page, lambda: copy(self._arena.view(page.slot), source))
+        return self._end(page, lambda: copy(self._arena.view(page.slot), source, page.layer_bytes))
 
-    def _end(self, page: ArrivingPage, checksum_of: Callable[[], int]) -> PageStatus:
+    def _end(self, page: ArrivingPage, checksums_of: Callable[[], Checksums]) -> PageStatus:
         try:
-            checksum = checksum_of()
+            made = checksums_of()
         except BaseException:
             self.abort(page)
             raise
-        if checksum != page.checksum:
+        if made.whole != page.checksum:
             self.abort(page)
             return PageStatus.CHECKSUM_MISMATCH
         with self._lock:
-            self._table.complete(page, self._clock.now_ms())
+            self._table.complete(page, self._clock.now_ms(), made.layers)
             self._publish(self._table.take_events())
         return PageStatus.STORED
 
@@ -172,6 +175,45 @@ class Store:
         """`PageTable.abort`."""
         with self._lock:
             self._table.abort(page)
+
+    def peek(self, space: Space, page_hash: bytes) -> PageView | None:
+        """`PageTable.peek`, for `is_intact`."""
+        with self._lock:
+            page = self._table.peek(space, page_hash)
+            return None if page is None else PageView(self._arena.view(page.slot), page)
+
+    def hashed_slice(self, view: PageView, begin: int, end: int) -> tuple[memoryview, int] | PageStatus:
+        """`PageView.slice` for a reader that knows no guards: with the `page_checksum` of the bytes. MISSING where they are not
+        what was sealed; the page is gone then.
+
+        For a part of a page it is made before its layers are compared with what they were sealed with: bytes that change in
+        between, or later, do not have it.
+        """
+        part, guard = view.slice(begin, end)
+        if len(part) == len(view.data):
+            return part, guard
+        checksum = page_checksum(part)
+        if range_checksum(checksums(part, view.page.layer_bytes).layers) != guard:
+            self.is_intact(view)
+            return PageStatus.MISSING
+        return part, checksum
+
+    def is_intact(self, view: PageView, within_ms: float = 0.0) -> bool:
+        """Hashes a page where it lies, pinned or not, unless that was done within so many milliseconds: is it what was sealed?
+
+        One that is not is gone from now on, for all who find it or use it in place, so that it can be written anew. False also
+        for a page that was evicted meanwhile.
+        """
+        page = view.page
+        if self._clock.now_ms() - page.verified_ms < within_ms:
+            return True
+        intact = checksums(view.data, page.layer_bytes) == (page.checksum, page.layers)
+        with self._lock:
+            if self._table.verified(page, self._clock.now_ms(), intact=intact):
+                self._arena.withdraw(page.slot)
+                _log.error("page was not what was sealed any more, and is gone", extent=page.slot.extent, at=page.slot.offset_bytes)
+            self._publish(self._table.take_events())
+        return intact
 
     def holds(self, space: Space, lease_id: bytes) -> bool:
         """`PageTable.holds`."""
@@ -210,7 +252,7 @@ class Store:
 
 
 class PageView:
-    """A pinned page's bytes and the checksum they were sealed with."""
+    """A pinned page's bytes and the checksums they were sealed with."""
 
     __slots__ = ("data", "page")
 
@@ -219,10 +261,8 @@ class PageView:
         self.page = page
 
     def slice(self, begin: int, end: int) -> tuple[memoryview, int]:
-        """Bytes `[begin, end)` and their checksum: the sealed one for a whole page, one made now for a part of it."""
-        part = self.data[begin:end]
-        whole = len(part) == len(self.data)
-        return part, self.page.checksum if whole else page_checksum(part)
+        """Bytes `[begin, end)`, whole layers, and what a reader checks them with: see `PinnedPage.guard`."""
+        return self.data[begin:end], self.page.guard(begin, end)
 
 
 class Reading:

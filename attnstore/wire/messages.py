@@ -31,6 +31,8 @@ from attnstore.wire.v1 import store_pb2 as pb
 
 AttendOffer = pb.AttendOffer
 DeleteRequest = pb.DeleteRequest
+VerifyRequest = pb.VerifyRequest
+VerifyResponse = pb.VerifyResponse
 DeleteResponse = pb.DeleteResponse
 DescribeRequest = pb.DescribeRequest
 DescribeResponse = pb.DescribeResponse
@@ -108,6 +110,7 @@ _METHODS = (
     Method("RenewLease", False, False, *_message(pb.RenewLeaseRequest), *_message(pb.RenewLeaseResponse)),
     Method("ReleaseLease", False, False, *_message(pb.ReleaseLeaseRequest), *_message(pb.ReleaseLeaseResponse)),
     Method("Delete", False, False, *_message(pb.DeleteRequest), *_message(pb.DeleteResponse)),
+    Method("Verify", False, False, *_message(pb.VerifyRequest), *_message(pb.VerifyResponse)),
     Method("Stats", False, False, *_message(pb.StatsRequest), *_message(pb.StatsResponse)),
     Method("OpenChannel", False, False, *_message(pb.OpenChannelRequest), *_message(pb.OpenChannelResponse)),
     Method("Watch", False, True, *_message(pb.WatchRequest), *_message(pb.PageEvent)),

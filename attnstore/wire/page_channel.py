@@ -22,12 +22,15 @@ A frame is a header of 128 bytes, little-endian, and `size_bytes` of payload:
 |              |        |                                           | offset = budget in ms, checksum          |               |
 | ATTEND_CLOSE | client | I will not ask about this set again       | page = set                               | none          |
 | WELCOME      | node   | go on                                     | page = READ's hashes, request = credits  | none          |
-| SLICE        | node   | (part of) a page and its checksum; a miss | request, page, status, offset, checksum  | slice, none   |
+| SLICE        | node   | (part of) a page and its checksum; a miss | request, page, status, offset, checksum  | see `Order`   |
 | VERDICT      | node   | what became of a written page             | request, page, status                    | none          |
 | MATCHED      | node   | so many leading pages of each, leased     | request, lease, offset = lease in ms     | hits          |
 | OPENED       | node   | the set's pages are here and stay         | request, page = set                      | none          |
 | PARTIAL      | node   | what the rows get from the sets           | request, checksum                        | out, lse      |
 | REFUSED      | node   | the request, or the HELLO, was wrong      | request                                  | code, message |
+
+The checksum of a SLICE is the one that the whole page was sealed with, or `range_checksum` of those that its layers were sealed
+with: nothing is hashed when it is sent, so a byte that changed in the node's memory since is found by whoever receives it.
 
 The payloads of the three attend frames and of PARTIAL are those of `attnstore.wire.attend`, those of MATCH and MATCHED are those of
 `attnstore.wire.match`. ATTEND_CLOSE has no answer.
@@ -64,10 +67,12 @@ import enum
 import struct
 from typing import Final, NamedTuple
 
+from attnstore.core.hashing import LAYER_CHECKSUM_BYTES
 from attnstore.errors import AttnStoreError, ProtocolError, Unavailable, error_of_code
 from attnstore.limits import (
     ATTEND_BYTES_MAX,
     ATTEND_FRAME_BYTES_MAX,
+    CHANNEL_GATHER_PAGES,
     CHANNEL_READ_HASHES_MAX,
     CHANNEL_REASON_BYTES_MAX,
     CHANNEL_TOKEN_BYTES,
@@ -79,7 +84,8 @@ from attnstore.types import PageStatus
 from attnstore.wire.chunks import Buffer
 from attnstore.wire.match import COUNT_BYTES
 
-VERSION: Final = 1
+VERSION: Final = 2
+"""2: checksums of parts of pages are made when a page is sealed, no longer when they are sent."""
 MAGIC: Final = b"ATPC"
 _HEADER: Final = struct.Struct("<4sBBBxIIQQQII16s32s32s")
 HEADER_BYTES: Final = _HEADER.size
@@ -110,7 +116,8 @@ class Order(enum.IntEnum):
 
     PAGES: one SLICE for each page asked for, in order. LAYERS: first one SLICE without bytes for each page that is missing; then,
     layer by layer, the layer's bytes of all other pages, in order. A SLICE carries the bytes of one or more consecutive of these
-    pages then (at most `CHANNEL_GATHER_PAGES`), `page` being the first and the checksum that of the whole payload.
+    pages then (at most `CHANNEL_GATHER_PAGES`), `page` being the first, and before them the checksum of the layer of each of them,
+    u64 little-endian; the header has none.
     """
 
     PAGES = 0
@@ -160,7 +167,7 @@ _PAYLOAD_BYTES_MAX: Final[dict[Kind, int]] = {
     Kind.ATTEND: ATTEND_FRAME_BYTES_MAX,
     Kind.ATTEND_CLOSE: 0,
     Kind.WELCOME: 0,
-    Kind.SLICE: PAGE_BYTES_MAX,
+    Kind.SLICE: PAGE_BYTES_MAX + CHANNEL_GATHER_PAGES * LAYER_CHECKSUM_BYTES,
     Kind.VERDICT: 0,
     Kind.MATCHED: CHANNEL_READ_HASHES_MAX * COUNT_BYTES,
     Kind.REFUSED: CHANNEL_REASON_BYTES_MAX,

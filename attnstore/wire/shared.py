@@ -22,7 +22,7 @@ LOCATEs, a few TAKEs) that both sides' messages fit the kernel's buffers and nei
 | kind    | from   | means                                            | payload                               | count     |
 |---------|--------|--------------------------------------------------|---------------------------------------|-----------|
 | HELLO   | client | the token came from `OpenChannel` over gRPC      | token 32s                             | version   |
-| LOCATE  | client | where are these pages?                           | namespace 32s, lease 16s, hash 32s... | hashes    |
+| LOCATE  | client | where are these pages?                           | RANGE, lease 16s, hash 32s...         | hashes    |
 | MAP     | client | give me this extent, as LOCATED named it         | extent u32, tenancy u64               | 0         |
 | LEND    | client | pages will lie in the attached file              | size u64                              | 0         |
 | TAKE    | client | store these pages of the file lent last          | namespace 32s, ITEM...                | pages     |
@@ -36,9 +36,11 @@ LOCATEs, a few TAKEs) that both sides' messages fit the kernel's buffers and nei
 
 MAPPED says which bytes of the file the extent is; the size is at least the extent's `file_bytes`, and both are multiples of 4096.
 
+RANGE is `namespace 32s | layer_begin u32 | layer_end u32`: the layers that the reader will look at, 0 and 0 being all of them.
 PLACE is `status u8 | 0 3x | extent u32 | tenancy u64 | offset u64 | size u64 | stamp u64 | checksum u64`; all but the status are 0
-for a page that is not there. ITEM is `hash 32s | checksum u64 | offset u64`: the page's bytes are those from `offset` of the file
-on, as many as the namespace's pages have.
+for a page that is not there. Offset and size are those of the whole page; the checksum is the one that the whole page was sealed
+with, or `range_checksum` of those that the layers of RANGE were sealed with. ITEM is `hash 32s | checksum u64 | offset u64`: the
+page's bytes are those from `offset` of the file on, as many as the namespace's pages have.
 """
 
 from __future__ import annotations
@@ -64,7 +66,8 @@ from attnstore.limits import (
 from attnstore.types import PageStatus
 from attnstore.wire.chunks import Buffer
 
-VERSION: Final = 3
+VERSION: Final = 4
+"""4: a LOCATE says which layers, and gets their checksum."""
 MAGIC: Final = b"ATSM"
 SHARED_FILE_OFFER: Final = "shm-file"
 """How `Describe` names this transport where the extents are parts of a file that is not sealed: only clients that were told of the
@@ -78,8 +81,9 @@ _WELCOME: Final = struct.Struct(f"<{EPOCH_BYTES}sQ")
 _SIZE: Final = struct.Struct("<Q")
 _ITEM: Final = struct.Struct(f"<{HASH_BYTES}sQQ")
 _PLACE: Final = struct.Struct("<BxxxIQQQQQ")
-_LOCATE_BYTES: Final = HASH_BYTES + LEASE_ID_BYTES
+_LOCATE: Final = struct.Struct(f"<{HASH_BYTES}sII{LEASE_ID_BYTES}s")
 _NO_LEASE: Final = bytes(LEASE_ID_BYTES)
+ALL_LAYERS: Final = (0, 0)
 _OK: Final = int(PageStatus.OK)
 _GRAIN_BYTES: Final = 4 * KIB
 _STAMP_BYTES: Final = 8
@@ -140,7 +144,7 @@ class _Shape(NamedTuple):
 _COUNT_MAX: Final = (1 << 32) - 1
 _SHAPES: Final[dict[Kind, _Shape]] = {
     Kind.HELLO: _Shape(CHANNEL_TOKEN_BYTES, 0, _COUNT_MAX),
-    Kind.LOCATE: _Shape(_LOCATE_BYTES, HASH_BYTES, SHARED_LOCATE_HASHES_MAX),
+    Kind.LOCATE: _Shape(_LOCATE.size, HASH_BYTES, SHARED_LOCATE_HASHES_MAX),
     Kind.MAP: _Shape(_EXTENT.size, 0, 0),
     Kind.LEND: _Shape(_SIZE.size, 0, 0),
     Kind.TAKE: _Shape(HASH_BYTES, _ITEM.size, SHARED_TAKE_PAGES_MAX),
@@ -186,7 +190,7 @@ class ExtentLayout:
 
 
 class Place(NamedTuple):
-    """Where a sealed page is. `checksum` is that of the whole page; `stamp` is what its stamp word must still say."""
+    """Where a sealed page is. `checksum` is that of the layers asked about; `stamp` is what its stamp word must still say."""
 
     extent: int
     tenancy: int
@@ -197,11 +201,12 @@ class Place(NamedTuple):
 
 
 class Located(NamedTuple):
-    """A LOCATE's arguments."""
+    """A LOCATE's arguments; `layers` as in `PageLayout.layer_slice`."""
 
     namespace: bytes
     lease_id: bytes | None
     hashes: list[bytes]
+    layers: tuple[int, int]
 
 
 class Item(NamedTuple):
@@ -233,9 +238,10 @@ def encode_hello(token: bytes) -> bytes:
     return _HEADER.pack(MAGIC, Kind.HELLO, VERSION) + token
 
 
-def encode_locate(namespace: bytes, lease_id: bytes | None, hashes: Sequence[bytes]) -> bytes:
+def encode_locate(namespace: bytes, lease_id: bytes | None, hashes: Sequence[bytes], layers: tuple[int, int] = ALL_LAYERS) -> bytes:
     """A whole LOCATE of at most `SHARED_LOCATE_HASHES_MAX` hashes."""
-    return b"".join((_HEADER.pack(MAGIC, Kind.LOCATE, len(hashes)), namespace, lease_id or _NO_LEASE, *hashes))
+    fixed = _LOCATE.pack(namespace, *layers, lease_id or _NO_LEASE)
+    return b"".join((_HEADER.pack(MAGIC, Kind.LOCATE, len(hashes)), fixed, *hashes))
 
 
 def encode_map(extent: int, tenancy: int) -> bytes:
@@ -308,9 +314,9 @@ def decode_header(header: Buffer, expected: Collection[Kind]) -> tuple[Kind, int
 
 def decode_locate(payload: bytes) -> Located:
     """The arguments of a LOCATE whose header was accepted."""
-    lease = payload[HASH_BYTES:_LOCATE_BYTES]
-    hashes = [payload[at : at + HASH_BYTES] for at in range(_LOCATE_BYTES, len(payload), HASH_BYTES)]
-    return Located(payload[:HASH_BYTES], None if lease == _NO_LEASE else lease, hashes)
+    namespace, layer_begin, layer_end, lease = _LOCATE.unpack_from(payload)
+    hashes = [payload[at : at + HASH_BYTES] for at in range(_LOCATE.size, len(payload), HASH_BYTES)]
+    return Located(namespace, None if lease == _NO_LEASE else lease, hashes, (layer_begin, layer_end))
 
 
 def decode_map(payload: bytes) -> tuple[int, int]:

@@ -109,7 +109,7 @@ class FrameStream:
         return self._receiver.received(count)
 
     def receive_payload(self, *views: memoryview, ahead: bool = False) -> None:
-        """Receives the announced payload into `views`, at most `CHANNEL_GATHER_PAGES` of them.
+        """Receives the announced payload into `views`, hundreds of them at most.
 
         `ahead` spares a system call where another frame is sure to follow: its header is received at once.
         """

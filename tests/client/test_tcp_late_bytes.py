@@ -19,7 +19,7 @@ import attnstore.aio
 from attnstore import PageStatus, errors
 from attnstore.client.bulk import Transfer
 from attnstore.client.tcp_transport import TcpTransport
-from attnstore.core.hashing import page_checksum
+from attnstore.core.hashing import layer_checksums, page_checksum
 from attnstore.limits import HASH_BYTES
 from attnstore.testing import StoreProcess
 from attnstore.wire.page_channel import encode_slice
@@ -84,7 +84,8 @@ def test_after_a_deadline_of_a_read_by_layers() -> None:
 
     def serve(end: NodeEnd) -> None:
         frame, _ = end.next_request()
-        end.stream.send(encode_slice(frame.request, 0, len(row), 0, page_checksum(row)), row[: LARGE.layer_bytes + 10])
+        sealed = layer_checksums(row, LARGE.layer_bytes)
+        end.stream.send(encode_slice(frame.request, 0, len(sealed) + len(row), 0, 0), sealed, row[: LARGE.layer_bytes + 10])
         node.caller_is_back.wait(20)
         end.send_until_broken()
         node.sent_until_broken.release()

@@ -7,11 +7,12 @@ from collections.abc import Iterator
 import pytest
 
 from attnstore import PageStatus
+from attnstore.core.hashing import layer_checksums
 from attnstore.errors import InvalidArgument, ProtocolError
 from attnstore.limits import (
     CHANNEL_GATHER_PAGES,
 )
-from attnstore.wire.page_channel import Order
+from attnstore.wire.page_channel import Order, encode_slice
 from tests.channels import ChannelNode, NodeEnd, Script, clean_node, pages_of, read, read_plan, scripted
 from tests.samples import SMALL, make_batch
 
@@ -80,7 +81,7 @@ def layers_of(*slices: tuple[int, int, bytes]) -> Script:
         frame, _ = end.next_request()
         assert frame.order is Order.LAYERS
         for page, layer, data in slices:
-            end.slice(frame.request, page, data, offset_bytes=layer * LAYER)
+            end.layer(frame.request, page, data, LAYER, layer)
         end.next_request()
 
     return serve
@@ -128,8 +129,7 @@ def test_a_corrupt_layer_stops_the_count_there_and_marks_its_pages() -> None:
         for layer in range(SMALL.layers):
             for index, page in enumerate(batch.pages):
                 data = page[layer * LAYER : (layer + 1) * LAYER]
-                wrong = {"checksum": 1} if (index, layer) == (1, 0) else {}
-                end.slice(frame.request, index, data, offset_bytes=layer * LAYER, **wrong)
+                end.layer(frame.request, index, data, LAYER, layer, wrong=int((index, layer) == (1, 0)))
         end.next_request()
 
     told: list[tuple[int, int]] = []
@@ -140,14 +140,35 @@ def test_a_corrupt_layer_stops_the_count_there_and_marks_its_pages() -> None:
     assert (buffers[0], buffers[2]) == (batch.pages[0], batch.pages[2])
 
 
+def test_of_pages_that_come_together_only_the_corrupt_one_is_marked() -> None:
+    batch = make_batch(3, model="corrupt among others")
+
+    def serve(end: NodeEnd) -> None:
+        frame, _ = end.next_request()
+        for layer in range(SMALL.layers):
+            row = bytearray(b"".join(page[layer * LAYER : (layer + 1) * LAYER] for page in batch.pages))
+            header = encode_slice(frame.request, 0, len(row) + 3 * 8, layer * LAYER, 0)
+            sealed = layer_checksums(row, LAYER)
+            row[LAYER] ^= layer
+            end.stream.send(header, sealed, row)
+        end.next_request()
+
+    told: list[tuple[int, int]] = []
+    with scripted(serve) as transport:
+        result, buffers = read(transport, batch, on_layer=lambda *layer: told.append(layer))
+    assert result.statuses == (OK, CORRUPT, OK)
+    assert told == [(0, 3), (1, 1)]
+    assert (buffers[0], buffers[2]) == (batch.pages[0], batch.pages[2])
+
+
 def test_a_node_cannot_name_a_layer_through_a_page_that_is_corrupt_already() -> None:
     batch = make_batch(1, model="corrupt and lying")
     told: list[tuple[int, int]] = []
 
     def serve(end: NodeEnd) -> None:
         frame, _ = end.next_request()
-        end.slice(frame.request, 0, FULL, checksum=1)
-        end.slice(frame.request, 0, FULL, offset_bytes=9 * LAYER)
+        end.layer(frame.request, 0, FULL, LAYER, 0, wrong=1)
+        end.layer(frame.request, 0, FULL, LAYER, 9)
         end.next_request()
 
     with scripted(serve) as transport, pytest.raises(ProtocolError):

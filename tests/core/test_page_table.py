@@ -232,6 +232,80 @@ def test_an_arriving_page_cannot_be_deleted(table: PageTable) -> None:
     table.check()
 
 
+def test_a_page_that_is_found_corrupt_is_gone_and_its_slot_is_free(table: PageTable) -> None:
+    for number in range(4):
+        store(table, number)
+    page = table.peek(SPACE, page_hash(1))
+    assert page is not None
+    assert page.verified_ms < 0, "it was not hashed since it was sealed"
+    assert not table.verified(page, 7.0, intact=True)
+    assert page.verified_ms == 7.0
+    assert present(table, range(4)) == [0, 1, 2, 3]
+    assert table.verified(page, 8.0, intact=False)
+    table.check()
+    assert table.peek(SPACE, page_hash(1)) is None
+    assert table.match(SPACE, [[page_hash(0), page_hash(1)]], 0, 0.0).hits == (1,)
+    assert [(event.kind, event.hash) for _, event in table.take_events()] == [(PageEventKind.EVICTED, page_hash(1))]
+    now = table.statistics()
+    assert (now.verified_pages, now.corrupt_pages, now.evicted_pages, now.pages_sealed) == (2, 1, 0, 3)
+    assert now.used_bytes == 3 * PAGE_BYTES
+    assert not table.verified(page, 9.0, intact=False), "it was gone before"
+    assert table.statistics().corrupt_pages == 1
+    store(table, 1)
+    assert table.statistics().pages_sealed == 4
+
+
+def test_a_corrupt_page_keeps_its_slot_for_those_who_hold_it_while_its_hash_is_written_anew(table: PageTable) -> None:
+    slot = store(table, 1)
+    lease_id = table.match(SPACE, [[page_hash(1)]], 100, 0.0).lease_id
+    assert lease_id is not None
+    reader = pin(table, 1)
+    assert table.verified(reader, 0.0, intact=False)
+    table.check()
+    assert table.pin(SPACE, page_hash(1), None, 0.0) is PageStatus.MISSING
+    assert table.delete(SPACE, page_hash(1), 0.0) is PageStatus.MISSING
+    again = store(table, 1)
+    assert again.offset_bytes != slot.offset_bytes, "somebody still looks at the old bytes"
+    table.unpin(reader)
+    table.check()
+    assert table.statistics().used_bytes == 2 * PAGE_BYTES
+    assert table.release("a", lease_id, 0.0)
+    table.check()
+    assert table.statistics().used_bytes == PAGE_BYTES
+    assert table.statistics().pages_pinned == 0
+    assert pin(table, 1).slot is again
+
+
+def test_a_slot_that_only_an_expired_lease_keeps_for_a_corrupt_page_is_room(
+    make_table: MakeTable, layout_of_bytes: MakeLayout
+) -> None:
+    table = make_table(PAGE_BYTES)
+    table.register(SPACE, layout_of_bytes(PAGE_BYTES))
+    store(table, 1)
+    table.match(SPACE, [[page_hash(1)]], 100, 0.0)
+    page = table.peek(SPACE, page_hash(1))
+    assert page is not None
+    assert table.verified(page, 0.0, intact=False)
+    assert table.prepare(SPACE, page_hash(2), 2, 99.0) is PageStatus.NO_SPACE
+    store(table, 2, now_ms=100.0)
+
+
+def test_looking_at_a_page_to_verify_it_is_no_use_of_it(make_table: MakeTable, layout_of_bytes: MakeLayout) -> None:
+    table = make_table(2 * PAGE_BYTES)
+    table.register(SPACE, layout_of_bytes(PAGE_BYTES))
+    store(table, 1)
+    store(table, 2)
+    page = table.peek(SPACE, page_hash(1))
+    assert page is not None
+    before = table.statistics()
+    assert (before.hit_pages, before.missed_pages, before.pages_pinned) == (0, 0, 0)
+    table.verified(page, 0.0, intact=True)
+    store(table, 3)
+    assert present(table, range(4)) == [2, 3], "the one that was only looked at went first"
+    assert not table.verified(page, 0.0, intact=False), "its slot is another page's by now"
+    assert present(table, range(4)) == []
+
+
 def test_events_tell_what_was_sealed_evicted_and_deleted(make_table: MakeTable, layout_of_bytes: MakeLayout) -> None:
     table = make_table(PAGE_BYTES)
     table.register(SPACE, layout_of_bytes(PAGE_BYTES))

@@ -77,6 +77,7 @@ class PageTableMachine(RuleBasedStateMachine):
         self.now_ms = 0.0
         self.arriving: dict[Key, ModelPage] = {}
         self.sealed: dict[Key, ModelPage] = {}
+        self.corrupt: list[tuple[Key, ModelPage]] = []  # some may be free by now, if only leases held them that have expired
         self.lease_ends_ms: dict[bytes, float] = {}
         self.generations: set[int] = set()
         self.sequence = 0
@@ -162,7 +163,7 @@ class PageTableMachine(RuleBasedStateMachine):
         answer = self.table.pin(space, page_hash, lease[1] if lease else None, self.now_ms)
         if self.expects_page(key, lease, answer):
             self.sealed[key].readers += 1
-            return (key, answer)
+            return (self.sealed[key], key, answer)
         return multiple()
 
     @rule(space=spaces, page_hashes=st.lists(hashes, max_size=4), lease=st.none() | lease_ids)
@@ -184,11 +185,39 @@ class PageTableMachine(RuleBasedStateMachine):
         return True
 
     @rule(page=consumes(pinned_pages))
-    def unpin(self, page: tuple[Key, PinnedPage]) -> None:
-        key, pinned = page
-        assert self.sealed[key].slot is pinned.slot, "a pinned page moved or was replaced"
+    def unpin(self, page: tuple[ModelPage, Key, PinnedPage]) -> None:
+        model, key, pinned = page
+        assert self.sealed.get(key) is model or (key, model) in self.corrupt, "a pinned page was replaced"
+        assert model.slot is pinned.slot, "a pinned page moved"
         self.table.unpin(pinned)
-        self.sealed[key].readers -= 1
+        model.readers -= 1
+        if not self.is_pinned(model) and not model.leases:
+            self.corrupt = [(known, other) for known, other in self.corrupt if other is not model]
+
+    @rule(space=spaces, page_hash=hashes, intact=st.booleans())
+    def verify(self, space: Space, page_hash: bytes, intact: bool) -> None:
+        key = (space, page_hash)
+        page = self.table.peek(space, page_hash)
+        assert (page is not None) == (key in self.sealed)
+        if page is not None:
+            assert self.table.verified(page, self.now_ms, intact=intact) is not intact
+            if not intact:
+                self.condemn(key)
+
+    @rule(page=pinned_pages)
+    def verify_pinned(self, page: tuple[ModelPage, Key, PinnedPage]) -> None:
+        """Somebody who holds a page finds it corrupt; somebody else may have done so before."""
+        model, key, pinned = page
+        is_first = self.sealed.get(key) is model
+        assert self.table.verified(pinned, self.now_ms, intact=False) is is_first
+        if is_first:
+            self.condemn(key)
+
+    def condemn(self, key: Key) -> None:
+        self.expect_event(PageEventKind.EVICTED, key)
+        model = self.sealed.pop(key)
+        if model.readers or model.leases:
+            self.corrupt.append((key, model))
 
     @rule(lease=lease_ids, tenant=st.sampled_from(TENANTS), lease_ms=durations_ms)
     def renew(self, lease: tuple[Space, bytes], tenant: str, lease_ms: int) -> None:
@@ -212,7 +241,8 @@ class PageTableMachine(RuleBasedStateMachine):
         live_ms = [end_ms for lease_id, end_ms in self.lease_ends_ms.items() if self.is_live(lease_id)]
         assert self.table.expire(self.now_ms) == min(live_ms, default=None)
         assert self.table.statistics().leases == len(live_ms)
-        assert self.table.statistics().pages_pinned == sum(map(self.is_pinned, self.sealed.values()))
+        self.corrupt = [(key, page) for key, page in self.corrupt if self.is_pinned(page)]
+        assert self.table.statistics().pages_pinned == len(self.corrupt) + sum(map(self.is_pinned, self.sealed.values()))
 
     @rule(space=spaces, page_hash=hashes)
     def delete(self, space: Space, page_hash: bytes) -> None:
@@ -233,13 +263,15 @@ class PageTableMachine(RuleBasedStateMachine):
         pages = self.pages()
         statistics = self.table.statistics()
         assert (statistics.pages_sealed, statistics.pages_arriving) == (len(self.sealed), len(self.arriving))
-        assert statistics.used_bytes == sum(page.slot.size_bytes for page in pages.values()) <= CAPACITY_BYTES
+        surely_bytes = sum(page.slot.size_bytes for _, page in pages)
+        perhaps_bytes = sum(page.slot.size_bytes for _, page in self.corrupt if not self.is_pinned(page))
+        assert surely_bytes <= statistics.used_bytes <= min(surely_bytes + perhaps_bytes, CAPACITY_BYTES)
         tenants: dict[int, set[tuple[str, int]]] = {}
-        for (space, _), page in pages.items():
+        for (space, _), page in pages:
             tenants.setdefault(page.slot.extent, set()).add((space.tenant, page.slot.tenancy))
         assert all(len(owners) == 1 for owners in tenants.values()), "an extent shows pages of two tenants"
         ends_bytes = 0
-        for slot in sorted((page.slot for page in pages.values()), key=self.address):
+        for slot in sorted((page.slot for _, page in pages), key=self.address):
             assert self.address(slot) >= ends_bytes, "two slots overlap"
             ends_bytes = self.address(slot) + slot.size_bytes
         assert ends_bytes <= CAPACITY_BYTES
@@ -254,8 +286,10 @@ class PageTableMachine(RuleBasedStateMachine):
         self.table.check()
         assert self.table.statistics().pages_sealed == sum(page.readers > 0 for page in self.sealed.values())
 
-    def pages(self) -> dict[Key, ModelPage]:
-        return {**self.arriving, **self.sealed}
+    def pages(self) -> list[tuple[Key, ModelPage]]:
+        """Those that surely have a slot."""
+        held = [(key, page) for key, page in self.corrupt if self.is_pinned(page)]
+        return [*self.arriving.items(), *self.sealed.items(), *held]
 
     def address(self, slot: Slot) -> int:
         return slot.extent * self.extent_bytes + slot.offset_bytes
@@ -269,7 +303,7 @@ class PageTableMachine(RuleBasedStateMachine):
     def has_room(self, space: Space) -> bool:
         """Whether a page can be had: a free slot or extent, a page of the own class to evict, or an idle extent."""
         by_extent: dict[int, list[Key]] = {}
-        for key, page in self.pages().items():
+        for key, page in self.pages():
             by_extent.setdefault(page.slot.extent, []).append(key)
         if len(by_extent) < CAPACITY_BYTES // self.extent_bytes:
             return True

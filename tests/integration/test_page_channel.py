@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from attnstore import PageStatus, errors
-from attnstore.core.hashing import page_checksum
+from attnstore.core.hashing import layer_checksums, page_checksum
 from attnstore.limits import (
     CHANNEL_CREDITS,
     CHANNEL_READ_HASHES_MAX,
@@ -315,8 +315,8 @@ def test_a_read_by_layers_names_the_misses_first_and_then_gathers_each_layer(nod
         frame, data = payload(stream)
         begin = layer * SMALL.layer_bytes
         assert (frame.page, frame.offset_bytes) == (0, begin)
-        assert data == b"".join(page[begin : begin + SMALL.layer_bytes] for page in batch.pages)
-        assert frame.checksum == page_checksum(data)
+        row = b"".join(page[begin : begin + SMALL.layer_bytes] for page in batch.pages)
+        assert data == layer_checksums(row, SMALL.layer_bytes) + row
     stream.close()
 
 

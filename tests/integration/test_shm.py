@@ -15,6 +15,7 @@ import attnstore
 import attnstore.aio
 from attnstore import DType, PageLayout, PageStatus, copying
 from attnstore.client.mapped import MappedExtent
+from attnstore.copying import Checksums
 from attnstore.errors import DeadlineExceeded, InvalidArgument, Unavailable
 from attnstore.testing import StoreProcess
 from attnstore.wire.shared import Place
@@ -189,13 +190,13 @@ def test_a_slot_recycled_around_the_copy_is_a_miss(
     with attnstore.connect(small_node.url, transport="shm") as client, attnstore.connect(small_node.url) as other:
         batch = stored(client, 1, f"around {moment}")
 
-        def copy_amid_a_flood(extent: MappedExtent, begin: int, destination: memoryview) -> int:
+        def copy_amid_a_flood(extent: MappedExtent, begin: int, destination: memoryview, layer_bytes: int) -> Checksums:
             if moment == "before":
                 flood(other)
-            checksum = copy(extent, begin, destination)
+            made = copy(extent, begin, destination, layer_bytes)
             if moment == "after":
                 flood(other)
-            return checksum
+            return made
 
         monkeypatch.setattr(MappedExtent, "copy", copy_amid_a_flood)
         size_bytes = PAGE.page_bytes if layers is None else PAGE.layer_bytes

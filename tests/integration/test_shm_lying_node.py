@@ -28,7 +28,7 @@ A_PLACE = Place(extent=0, tenancy=1, offset_bytes=0, size_bytes=SMALL.page_bytes
 def read_from(lying: LyingNode) -> PageStatus:
     transport = ShmTransport(lambda _name, _deadline: (lying.address, b"t" * 32), channels=1)
     landing = Landing(1, [bytearray(SMALL.page_bytes)], SMALL.page_bytes)
-    plan = ReadPlan(b"n" * 32, [b"h" * 32], 0, 2, SMALL.layer_bytes, None, landing, Deadline(MonotonicClock(), 10_000))
+    plan = ReadPlan(b"n" * 32, [b"h" * 32], 0, 2, SMALL.layer_bytes, True, None, landing, Deadline(MonotonicClock(), 10_000))
     try:
         transport.read(plan)
     finally:

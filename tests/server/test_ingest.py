@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from attnstore.arena import MemoryArena
-from attnstore.core.hashing import page_checksum
+from attnstore.core.hashing import layer_checksums, page_checksum, range_checksum
 from attnstore.core.layout import DType, PageLayout
 from attnstore.core.page_table import PageTable
 from attnstore.errors import InvalidArgument, ProtocolError
@@ -19,7 +19,7 @@ from attnstore.server.store import Store
 from attnstore.testing import ManualClock
 from attnstore.types import PageStatus, Space
 
-LAYOUT = PageLayout(layers=1, kv_heads=1, head_dim=8, block_tokens=1, dtype=DType.OPAQUE)
+LAYOUT = PageLayout(layers=2, kv_heads=1, head_dim=4, block_tokens=1, dtype=DType.OPAQUE)
 SIZE = LAYOUT.page_bytes
 SPACE = Space("default", b"n" * HASH_BYTES)
 SLOTS = 4
@@ -53,7 +53,7 @@ def test_a_page_in_pieces_is_sealed_with_its_last_byte() -> None:
     with store.reading(SPACE, name(1), None) as found:
         assert not isinstance(found, PageStatus)
         assert found.slice(0, SIZE) == (page, page_checksum(page))
-        assert found.slice(4, 8) == (page[4:8], page_checksum(page[4:8]))
+        assert found.slice(8, 16) == (page[8:], range_checksum(layer_checksums(page[8:], LAYOUT.layer_bytes)))
     assert ingest.finish() == (PageStatus.STORED,)
 
 

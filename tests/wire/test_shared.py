@@ -28,9 +28,9 @@ def split(message: bytes, *expected: Kind) -> tuple[Kind, int, bytes]:
 
 @given(hashes=st.lists(st.binary(min_size=32, max_size=32), max_size=20), lease=st.none() | st.just(LEASE))
 def test_a_locate_says_what_was_asked(hashes: list[bytes], lease: bytes | None) -> None:
-    _, count, payload = split(shared.encode_locate(NAMESPACE, lease, hashes), Kind.LOCATE)
+    _, count, payload = split(shared.encode_locate(NAMESPACE, lease, hashes, (3, 9)), Kind.LOCATE)
     assert count == len(hashes)
-    assert shared.decode_locate(payload) == (NAMESPACE, lease, hashes)
+    assert shared.decode_locate(payload) == (NAMESPACE, lease, hashes, (3, 9))
 
 
 @given(

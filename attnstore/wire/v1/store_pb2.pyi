@@ -253,12 +253,26 @@ class DeleteResponse(_message.Message):
     statuses: _containers.RepeatedScalarFieldContainer[PageStatus]
     def __init__(self, statuses: _Optional[_Iterable[_Union[PageStatus, str]]] = ...) -> None: ...
 
+class VerifyRequest(_message.Message):
+    __slots__ = ("namespace", "hashes")
+    NAMESPACE_FIELD_NUMBER: _ClassVar[int]
+    HASHES_FIELD_NUMBER: _ClassVar[int]
+    namespace: bytes
+    hashes: bytes
+    def __init__(self, namespace: _Optional[bytes] = ..., hashes: _Optional[bytes] = ...) -> None: ...
+
+class VerifyResponse(_message.Message):
+    __slots__ = ("statuses",)
+    STATUSES_FIELD_NUMBER: _ClassVar[int]
+    statuses: _containers.RepeatedScalarFieldContainer[PageStatus]
+    def __init__(self, statuses: _Optional[_Iterable[_Union[PageStatus, str]]] = ...) -> None: ...
+
 class StatsRequest(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...
 
 class StatsResponse(_message.Message):
-    __slots__ = ("node_id", "epoch", "capacity_bytes", "used_bytes", "pages_sealed", "pages_arriving", "pages_pinned", "leases", "hit_pages", "missed_pages", "stored_pages", "evicted_pages", "read_bytes", "written_bytes", "uptime_ms", "namespaces", "read_pages")
+    __slots__ = ("node_id", "epoch", "capacity_bytes", "used_bytes", "pages_sealed", "pages_arriving", "pages_pinned", "leases", "hit_pages", "missed_pages", "stored_pages", "evicted_pages", "read_bytes", "written_bytes", "uptime_ms", "namespaces", "read_pages", "verified_pages", "corrupt_pages")
     NODE_ID_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     CAPACITY_BYTES_FIELD_NUMBER: _ClassVar[int]
@@ -276,6 +290,8 @@ class StatsResponse(_message.Message):
     UPTIME_MS_FIELD_NUMBER: _ClassVar[int]
     NAMESPACES_FIELD_NUMBER: _ClassVar[int]
     READ_PAGES_FIELD_NUMBER: _ClassVar[int]
+    VERIFIED_PAGES_FIELD_NUMBER: _ClassVar[int]
+    CORRUPT_PAGES_FIELD_NUMBER: _ClassVar[int]
     node_id: str
     epoch: bytes
     capacity_bytes: int
@@ -293,7 +309,9 @@ class StatsResponse(_message.Message):
     uptime_ms: int
     namespaces: _containers.RepeatedCompositeFieldContainer[NamespaceStats]
     read_pages: int
-    def __init__(self, node_id: _Optional[str] = ..., epoch: _Optional[bytes] = ..., capacity_bytes: _Optional[int] = ..., used_bytes: _Optional[int] = ..., pages_sealed: _Optional[int] = ..., pages_arriving: _Optional[int] = ..., pages_pinned: _Optional[int] = ..., leases: _Optional[int] = ..., hit_pages: _Optional[int] = ..., missed_pages: _Optional[int] = ..., stored_pages: _Optional[int] = ..., evicted_pages: _Optional[int] = ..., read_bytes: _Optional[int] = ..., written_bytes: _Optional[int] = ..., uptime_ms: _Optional[int] = ..., namespaces: _Optional[_Iterable[_Union[NamespaceStats, _Mapping]]] = ..., read_pages: _Optional[int] = ...) -> None: ...
+    verified_pages: int
+    corrupt_pages: int
+    def __init__(self, node_id: _Optional[str] = ..., epoch: _Optional[bytes] = ..., capacity_bytes: _Optional[int] = ..., used_bytes: _Optional[int] = ..., pages_sealed: _Optional[int] = ..., pages_arriving: _Optional[int] = ..., pages_pinned: _Optional[int] = ..., leases: _Optional[int] = ..., hit_pages: _Optional[int] = ..., missed_pages: _Optional[int] = ..., stored_pages: _Optional[int] = ..., evicted_pages: _Optional[int] = ..., read_bytes: _Optional[int] = ..., written_bytes: _Optional[int] = ..., uptime_ms: _Optional[int] = ..., namespaces: _Optional[_Iterable[_Union[NamespaceStats, _Mapping]]] = ..., read_pages: _Optional[int] = ..., verified_pages: _Optional[int] = ..., corrupt_pages: _Optional[int] = ...) -> None: ...
 
 class NamespaceStats(_message.Message):
     __slots__ = ("namespace", "layout", "pages_sealed")

@@ -74,6 +74,11 @@ class AttentionStoreStub:
                 request_serializer=attnstore_dot_wire_dot_v1_dot_store__pb2.DeleteRequest.SerializeToString,
                 response_deserializer=attnstore_dot_wire_dot_v1_dot_store__pb2.DeleteResponse.FromString,
                 _registered_method=True)
+        self.Verify = channel.unary_unary(
+                '/attnstore.v1.AttentionStore/Verify',
+                request_serializer=attnstore_dot_wire_dot_v1_dot_store__pb2.VerifyRequest.SerializeToString,
+                response_deserializer=attnstore_dot_wire_dot_v1_dot_store__pb2.VerifyResponse.FromString,
+                _registered_method=True)
         self.Stats = channel.unary_unary(
                 '/attnstore.v1.AttentionStore/Stats',
                 request_serializer=attnstore_dot_wire_dot_v1_dot_store__pb2.StatsRequest.SerializeToString,
@@ -155,6 +160,14 @@ class AttentionStoreServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Verify(self, request, context):
+        """Reports pages that came with a wrong checksum: the node hashes them where they lie and drops those that are wrong there, so that
+        they can be written anew. One report of a tenant at a time; another is refused with `overloaded`.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def Stats(self, request, context):
         """Counters and occupancy. One consistent snapshot.
         """
@@ -226,6 +239,11 @@ def add_AttentionStoreServicer_to_server(servicer, server):
                     servicer.Delete,
                     request_deserializer=attnstore_dot_wire_dot_v1_dot_store__pb2.DeleteRequest.FromString,
                     response_serializer=attnstore_dot_wire_dot_v1_dot_store__pb2.DeleteResponse.SerializeToString,
+            ),
+            'Verify': grpc.unary_unary_rpc_method_handler(
+                    servicer.Verify,
+                    request_deserializer=attnstore_dot_wire_dot_v1_dot_store__pb2.VerifyRequest.FromString,
+                    response_serializer=attnstore_dot_wire_dot_v1_dot_store__pb2.VerifyResponse.SerializeToString,
             ),
             'Stats': grpc.unary_unary_rpc_method_handler(
                     servicer.Stats,
@@ -464,6 +482,33 @@ class AttentionStore:
             '/attnstore.v1.AttentionStore/Delete',
             attnstore_dot_wire_dot_v1_dot_store__pb2.DeleteRequest.SerializeToString,
             attnstore_dot_wire_dot_v1_dot_store__pb2.DeleteResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Verify(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/attnstore.v1.AttentionStore/Verify',
+            attnstore_dot_wire_dot_v1_dot_store__pb2.VerifyRequest.SerializeToString,
+            attnstore_dot_wire_dot_v1_dot_store__pb2.VerifyResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -62,6 +62,10 @@ class AttentionStoreStub:
     """Ends a lease. Releasing an unknown or expired lease, or another tenant's, is a no-op that says so."""
     Delete: _grpc.UnaryUnaryMultiCallable[_store_pb2.DeleteRequest, _store_pb2.DeleteResponse]
     """Removes sealed, unpinned pages."""
+    Verify: _grpc.UnaryUnaryMultiCallable[_store_pb2.VerifyRequest, _store_pb2.VerifyResponse]
+    """Reports pages that came with a wrong checksum: the node hashes them where they lie and drops those that are wrong there, so that
+    they can be written anew. One report of a tenant at a time; another is refused with `overloaded`.
+    """
     Stats: _grpc.UnaryUnaryMultiCallable[_store_pb2.StatsRequest, _store_pb2.StatsResponse]
     """Counters and occupancy. One consistent snapshot."""
     OpenChannel: _grpc.UnaryUnaryMultiCallable[_store_pb2.OpenChannelRequest, _store_pb2.OpenChannelResponse]
@@ -92,6 +96,10 @@ class AttentionStoreAsyncStub(AttentionStoreStub):
     """Ends a lease. Releasing an unknown or expired lease, or another tenant's, is a no-op that says so."""
     Delete: _aio.UnaryUnaryMultiCallable[_store_pb2.DeleteRequest, _store_pb2.DeleteResponse]  # type: ignore[assignment]
     """Removes sealed, unpinned pages."""
+    Verify: _aio.UnaryUnaryMultiCallable[_store_pb2.VerifyRequest, _store_pb2.VerifyResponse]  # type: ignore[assignment]
+    """Reports pages that came with a wrong checksum: the node hashes them where they lie and drops those that are wrong there, so that
+    they can be written anew. One report of a tenant at a time; another is refused with `overloaded`.
+    """
     Stats: _aio.UnaryUnaryMultiCallable[_store_pb2.StatsRequest, _store_pb2.StatsResponse]  # type: ignore[assignment]
     """Counters and occupancy. One consistent snapshot."""
     OpenChannel: _aio.UnaryUnaryMultiCallable[_store_pb2.OpenChannelRequest, _store_pb2.OpenChannelResponse]  # type: ignore[assignment]
@@ -167,6 +175,16 @@ class AttentionStoreServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_store_pb2.DeleteResponse, _abc.Awaitable[_store_pb2.DeleteResponse]]:
         """Removes sealed, unpinned pages."""
+
+    @_abc_1.abstractmethod
+    def Verify(
+        self,
+        request: _store_pb2.VerifyRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_store_pb2.VerifyResponse, _abc.Awaitable[_store_pb2.VerifyResponse]]:
+        """Reports pages that came with a wrong checksum: the node hashes them where they lie and drops those that are wrong there, so that
+        they can be written anew. One report of a tenant at a time; another is refused with `overloaded`.
+        """
 
     @_abc_1.abstractmethod
     def Stats(

@@ -1,0 +1,103 @@
+"""Hashes pages again where they lie: those that nobody reads, at a bounded pace, and those that a reader found to be wrong.
+
+Owns: the thread that hashes, and whose page is next. A page that is not what was sealed is gone then (`Store.is_intact`).
+Invariants: nothing is hashed on the event loop or under the store's lock, and no page is kept from being evicted; idle pages take
+`rate` bytes a second at most, reported ones `REPORTED_BYTES_PER_S_MAX` of all tenants together, one page of each tenant in turn.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Final
+
+from attnstore import tasks
+from attnstore.core.page_table import NamespaceStatistics
+from attnstore.errors import InvalidArgument, NamespaceUnknown, Overloaded, Unavailable
+from attnstore.limits import REPORTED_BYTES_PER_S_MAX, REPORTED_HASHES_MAX
+from attnstore.server.store import Store
+from attnstore.types import PageStatus, Space
+
+_BATCHES_PER_S: Final = 10
+_PAUSE_S: Final = 1.0
+"""Between two walks over all pages."""
+
+
+class Scrubber:
+    """`rate`: bytes of idle pages that are hashed in a second, 0 for none. Belongs to the event loop on which it is started."""
+
+    def __init__(self, store: Store, rate: int) -> None:
+        self._store = store
+        self._rate = rate
+        self._worker = ThreadPoolExecutor(1, "attnstore-scrub")
+        self._turn = asyncio.Lock()  # serves in the order of asking, and a tenant asks once at a time
+        self._reporting: set[str] = set()
+        self._task: asyncio.Task[None] | None = None
+        self._stopping = False
+
+    def start(self) -> None:
+        """Begins to walk over idle pages."""
+        if self._rate:
+            self._task = tasks.supervised("scrub", self._walk)
+
+    async def stop(self) -> None:
+        """Ends, after the page that is being hashed."""
+        self._stopping = True
+        if self._task is not None:
+            await tasks.end(self._task)
+        await tasks.on_thread("stop", self._worker.shutdown)
+
+    async def verify(self, space: Space, page_hashes: Sequence[bytes]) -> list[PageStatus]:
+        """Hashes pages that a reader reports: OK for one that is intact, MISSING for one that is not here, or that was not intact.
+
+        Raises `InvalidArgument` for too many, `Overloaded` while another report of the tenant is looked into.
+        """
+        if len(page_hashes) > REPORTED_HASHES_MAX:
+            raise InvalidArgument(f"{len(page_hashes)} pages are reported; at most {REPORTED_HASHES_MAX} fit one request")
+        if space.tenant in self._reporting:
+            raise Overloaded("another report of this tenant is being looked into; read again before you report again")
+        self._reporting.add(space.tenant)
+        try:
+            return [await self._verify_reported(space, page_hash) for page_hash in page_hashes]
+        finally:
+            self._reporting.discard(space.tenant)
+
+    async def _verify_reported(self, space: Space, page_hash: bytes) -> PageStatus:
+        async with self._turn:
+            if self._stopping:
+                raise Unavailable("the node is draining")
+            view = self._store.peek(space, page_hash)
+            if view is None:
+                return PageStatus.MISSING
+            intact = await asyncio.get_running_loop().run_in_executor(self._worker, self._store.is_intact, view)
+            await asyncio.sleep(len(view.data) / REPORTED_BYTES_PER_S_MAX)
+        return PageStatus.OK if intact else PageStatus.MISSING
+
+    async def _walk(self) -> None:
+        while True:
+            for space in self._store.statistics().namespaces:
+                await self._walk_over(space)
+            await asyncio.sleep(_PAUSE_S)
+
+    async def _walk_over(self, space: NamespaceStatistics) -> None:
+        loop = asyncio.get_running_loop()
+        together = max(1, self._rate // _BATCHES_PER_S // space.layout.page_bytes)
+        try:
+            hashes = self._store.sealed_hashes(space.space)
+            for at in range(0, len(hashes), together):
+                due_s = loop.time()
+                due_s += await loop.run_in_executor(self._worker, self._hash, space.space, hashes[at : at + together]) / self._rate
+                await asyncio.sleep(due_s - loop.time())
+        except NamespaceUnknown:  # forgotten meanwhile
+            return
+
+    def _hash(self, space: Space, page_hashes: Sequence[bytes]) -> int:
+        """Hashes pages as far as they are still here. How many bytes."""
+        hashed_bytes = 0
+        for page_hash in page_hashes:
+            view = self._store.peek(space, page_hash)
+            if view is not None:
+                self._store.is_intact(view)
+                hashed_bytes += len(view.data)
+        return hashed_bytes
