@@ -57,6 +57,9 @@ ATTEND_CALLS_MAX = 64
 WATCH_EVENTS_MAX = 65_536
 """Events queued for one slow watcher before they are dropped and it is told so."""
 
+WATCHED_EVENTS_MAX = 4 * WATCH_EVENTS_MAX
+"""Events queued for all watchers of one node together."""
+
 EXTENT_BYTES_MAX = 64 * MIB
 """The arena is handed to (tenant, page size) classes in extents of at most this size, unless the operator names another."""
 
@@ -134,6 +137,8 @@ SHARED_TAKE_PAGES_MAX = 64
 """Pages in one request of a writer; a few of them, and their answers, fit the same buffers."""
 SHARED_LENT_BYTES_MAX = 2 * PAGE_BYTES_MAX
 """Memory that a writer lends a node over one connection: room for one page to be copied by each side at a time."""
+SHARED_LENT_NODE_BYTES_MAX = 16 * SHARED_LENT_BYTES_MAX
+"""Memory lent to one node over all connections together; most lend 8 MiB."""
 
 assert CHANNEL_SECOND_READ_HASHES_MAX <= CHANNEL_READ_HASHES_MAX <= HASHES_MAX
 assert CHANNELS_MAX <= CHANNEL_CONNECTIONS_MAX

@@ -328,7 +328,10 @@ class _Channel:
                 self._stream.send_with_descriptor(shared.encode_lend(lent.size_bytes), lent.file)
             finally:
                 lent.close_file()
-            _answer(self._stream, Kind.LEND)
+            try:
+                _answer(self._stream, Kind.LEND)
+            except Overloaded as error:
+                raise BulkUnavailable(f"the node takes no memory to write through: {error}") from None
             self._lent = lent
         return self._lent
 

@@ -1,45 +1,63 @@
 """Which segments are hot: used so often that a second copy of them is worth its memory.
 
-Owns: the counts of uses in the current window. Invariants: memory is bounded whatever is asked for; a segment stays hot while it is
-used at least a quarter as often as it took to become hot, because with a second copy its node sees half of the uses.
+Owns: the counts of uses in the current window. Invariants: memory is bounded whatever is asked for, and shared among tenants; a
+segment stays hot while it is used at least a quarter as often as it took to become hot, because with a second copy its node sees
+half of the uses.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
+from attnstore.core.fair_share import FairShares
 from attnstore.core.hashing import segment_key
 from attnstore.limits import HEAT_SEGMENTS_MAX, HEAT_WINDOW_MS, HOT_SEGMENTS_MAX, SEGMENT_BLOCKS
 
 _KEEP_SHARE = 4
+_Segment = tuple[str, bytes]
+"""A tenant and a segment key: two tenants' segments of one key hold different pages."""
 
 
 class SegmentHeat:
-    """`hot_uses` uses within `HEAT_WINDOW_MS` make a segment hot; with 0 none ever is."""
+    """`hot_uses` uses within `HEAT_WINDOW_MS` make a segment hot; with 0 none ever is. For a node of `tenants` tenants."""
 
-    def __init__(self, hot_uses: int) -> None:
+    def __init__(self, hot_uses: int, tenants: int = 1) -> None:
         self._hot_uses = hot_uses
-        self._uses: dict[bytes, int] = {}
-        self._kept: frozenset[bytes] = frozenset()
+        self._tenants = tenants
+        self._uses: dict[_Segment, int] = {}
+        self._counted = self._shares(HEAT_SEGMENTS_MAX)
+        self._kept: frozenset[_Segment] = frozenset()
         self._window_ends_ms = float("-inf")
 
-    def used(self, prefixes: Sequence[Sequence[bytes]]) -> None:
+    def used(self, tenant: str, prefixes: Sequence[Sequence[bytes]]) -> None:
         """One caller found these pages, runs of consecutive blocks, and will use them: one use of each of their segments."""
         if self._hot_uses:
-            for key in {key for prefix in prefixes for key in _keys(prefix)}:
-                if key in self._uses or len(self._uses) < HEAT_SEGMENTS_MAX:
-                    self._uses[key] = self._uses.get(key, 0) + 1
+            for segment in {(tenant, key) for prefix in prefixes for key in _keys(prefix)}:
+                if segment in self._uses:
+                    self._uses[segment] += 1
+                elif self._counted.fits(tenant):
+                    self._counted.take(tenant)
+                    self._uses[segment] = 1
 
     def hot(self, now_ms: float) -> frozenset[bytes]:
-        """The keys of the hot segments, at most `HOT_SEGMENTS_MAX`: those that are used most."""
+        """The keys of the hot segments, at most `HOT_SEGMENTS_MAX`: of each tenant those that are used most."""
         uses = self._uses
-        often = self._kept.union(key for key, count in uses.items() if count >= self._hot_uses)
-        hot = sorted(often, key=lambda key: (-uses.get(key, 0), key))[:HOT_SEGMENTS_MAX]
+        often = self._kept.union(segment for segment, count in uses.items() if count >= self._hot_uses)
+        places = self._shares(HOT_SEGMENTS_MAX)
+        hot = []
+        for segment in sorted(often, key=lambda segment: (-uses.get(segment, 0), segment)):
+            if places.fits(segment[0]):
+                places.take(segment[0])
+                hot.append(segment)
         if now_ms >= self._window_ends_ms:
-            self._kept = frozenset(key for key in hot if uses.get(key, 0) * _KEEP_SHARE >= self._hot_uses)
+            self._kept = frozenset(segment for segment in hot if uses.get(segment, 0) * _KEEP_SHARE >= self._hot_uses)
             uses.clear()
+            self._counted = self._shares(HEAT_SEGMENTS_MAX)
             self._window_ends_ms = now_ms + HEAT_WINDOW_MS
-        return frozenset(hot)
+        return frozenset(key for _, key in hot)
+
+    def _shares(self, limit: int) -> FairShares:
+        return FairShares(limit, "segments", "use them less often", tenants=self._tenants)
 
 
 def _keys(prefix: Sequence[bytes]) -> list[bytes]:

@@ -15,6 +15,7 @@ import threading
 from collections import deque
 from collections.abc import Iterable, Iterator
 
+from attnstore.core.fair_share import FairShares
 from attnstore.directory.base import EventBatch, is_name
 from attnstore.errors import ProtocolError
 from attnstore.limits import EVENTS_IN_BATCH_MAX, HASH_BYTES, NODE_ID_CHARS_MAX
@@ -26,19 +27,23 @@ _KINDS = frozenset(PageEventKind)
 
 
 class EventFeed:
-    """Events of one node that were not published yet. Safe from any thread."""
+    """Events of one node, of `tenants` tenants, that were not published yet. Safe from any thread."""
 
-    def __init__(self, node_id: str) -> None:
+    def __init__(self, node_id: str, tenants: int = 1) -> None:
         self._node_id = node_id
+        self._tenants = tenants
+        self._shares = self._new_shares()
         self._queue: deque[tuple[Space, PageEvent]] = deque()
         self._dropped = 0
         self._lock = threading.Lock()
 
     def offer(self, events: Iterable[tuple[Space, PageEvent]]) -> None:
-        """Queues `(space, event)` pairs; the ones that do not fit into the next batch are dropped and counted."""
+        """Queues `(space, event)` pairs; those beyond their tenant's share of the next batch are dropped and counted."""
         with self._lock:
             for entry in events:
-                if len(self._queue) < EVENTS_IN_BATCH_MAX:
+                tenant = entry[0].tenant
+                if self._shares.fits(tenant):
+                    self._shares.take(tenant)
                     self._queue.append(entry)
                 else:
                     self._dropped += 1
@@ -47,12 +52,16 @@ class EventFeed:
         """Everything that is queued, to be published now; None where that is nothing."""
         with self._lock:
             queue, self._queue = self._queue, deque()
+            self._shares = self._new_shares()
             dropped, self._dropped = self._dropped, 0
         if not queue and not dropped:
             return None
         names = {space: space_name(space) for space in {space for space, _ in queue}}
         packed = b"".join(_EVENT.pack(event.kind, event.sequence, names[space], event.hash) for space, event in queue)
         return EventBatch(self._node_id, packed, dropped)
+
+    def _new_shares(self) -> FairShares:
+        return FairShares(EVENTS_IN_BATCH_MAX, "events of a batch", "look at the pages", tenants=self._tenants)
 
     def lost(self, batch: EventBatch) -> None:
         """A batch could not be published: its events count as dropped."""

@@ -10,27 +10,33 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
+from attnstore.core.fair_share import FairShares
 from attnstore.errors import Unavailable
-from attnstore.limits import WATCH_EVENTS_MAX
+from attnstore.limits import WATCH_EVENTS_MAX, WATCHED_EVENTS_MAX
 from attnstore.types import PageEvent, PageEventKind, Space
 
 Publish = Callable[[Iterable[tuple[Space, PageEvent]]], None]
 
 
 class Subscription:
-    """One watcher's queue."""
+    """One watcher's queue. `shares`: the events that all watchers' queues may hold together."""
 
-    def __init__(self) -> None:
+    def __init__(self, tenant: str, shares: FairShares) -> None:
+        self._tenant = tenant
+        self._shares = shares
         self._events: deque[PageEvent] = deque()
         self._dropped = 0
         self._closed = False
         self._filled = asyncio.Event()
 
     def offer(self, event: PageEvent) -> None:
-        """Queues an event, or counts it as dropped when the queue is full."""
-        if len(self._events) >= WATCH_EVENTS_MAX:
+        """Queues an event. Where the queue is full, or the tenant has its share of events queued, it is dropped and counted, as all
+        others are until the next `take`.
+        """
+        if self._dropped or len(self._events) >= WATCH_EVENTS_MAX or not self._shares.fits(self._tenant):
             self._dropped += event.dropped or 1
         else:
+            self._shares.take(self._tenant)
             self._events.append(event)
         self._filled.set()
 
@@ -48,19 +54,30 @@ class Subscription:
         if self._closed:
             raise Unavailable("the node is draining; watch another one or try again later")
         self._filled.clear()
-        events = list(self._events)
-        self._events.clear()
+        events = self._emptied()
         if self._dropped:
             events.append(PageEvent(PageEventKind.LAGGED, b"", events[-1].sequence if events else 0, self._dropped))
             self._dropped = 0
+        return events
+
+    def end(self) -> None:
+        """Nobody takes what is queued."""
+        self._emptied()
+
+    def _emptied(self) -> list[PageEvent]:
+        events = list(self._events)
+        self._events.clear()
+        if events:
+            self._shares.give_back(self._tenant, len(events))
         return events
 
 
 class EventHub:
     """Delivers the page table's events to the watchers of each space, on the event loop where it was made."""
 
-    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+    def __init__(self, loop: asyncio.AbstractEventLoop, tenants: int = 1) -> None:
         self._loop = loop
+        self._shares = FairShares(WATCHED_EVENTS_MAX, "events that wait for watchers", "take them faster", tenants=tenants)
         self._subscriptions: dict[Space, set[Subscription]] = {}
 
     def publish(self, events: Iterable[tuple[Space, PageEvent]]) -> None:
@@ -93,12 +110,13 @@ class EventHub:
     @contextmanager
     def subscribed(self, space: Space) -> Iterator[Subscription]:
         """A subscription that ends with the `with` block."""
-        subscription = Subscription()
+        subscription = Subscription(space.tenant, self._shares)
         self._subscriptions.setdefault(space, set()).add(subscription)
         try:
             yield subscription
         finally:
             watchers = self._subscriptions[space]
             watchers.discard(subscription)
+            subscription.end()
             if not watchers:
                 del self._subscriptions[space]

@@ -106,11 +106,11 @@ class StoreNode:
             new_lease_id=lambda: secrets.token_bytes(LEASE_ID_BYTES),
             tenants=authenticator.tenants,
         )
-        hub = EventHub(self._loop)
+        hub = EventHub(self._loop, authenticator.tenants)
         node_id = options.node_id or str(options.advertised(self.address))
-        feed = EventFeed(node_id)
+        feed = EventFeed(node_id, authenticator.tenants)
         publish = hub.publish if options.directory is None else hub.publish_also_to(feed.offer)
-        heat = None if options.directory is None else SegmentHeat(options.hot_uses)
+        heat = None if options.directory is None else SegmentHeat(options.hot_uses, authenticator.tenants)
         self._store = Store(table, self._arena, clock, publish, heat)
         self._metrics = NodeMetrics(self._store.statistics)
         self._shell = RpcShell(authenticator, self._metrics)

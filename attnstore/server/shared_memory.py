@@ -22,9 +22,10 @@ from attnstore import memory_files
 from attnstore.arena import StampedArena
 from attnstore.clock import Clock, Deadline
 from attnstore.copying import address_of
+from attnstore.core.fair_share import FairShares
 from attnstore.core.page_table import PinnedPage
 from attnstore.errors import AttnStoreError, InvalidArgument, Overloaded, PermissionDenied, Retryable, Unavailable
-from attnstore.limits import CHANNEL_BACKLOG_MAX, CHANNEL_HELLO_MS_MAX, CHANNEL_IDLE_MS_MAX
+from attnstore.limits import CHANNEL_BACKLOG_MAX, CHANNEL_HELLO_MS_MAX, CHANNEL_IDLE_MS_MAX, SHARED_LENT_NODE_BYTES_MAX
 from attnstore.logs import get_logger
 from attnstore.server.connections import Connection, ConnectionThreads
 from attnstore.server.page_channel import TokenBook
@@ -73,6 +74,7 @@ class SharedMemoryServer:
         self._stall_ms = stall_ms
         self._welcome = shared.Welcome(epoch, arena.extent_bytes)
         self._draining = threading.Event()
+        self._lent = _LentBytes(tenants)
         self._connections = ConnectionThreads("shared-memory", self._connect, clock, tenants)
         self.address = ""
 
@@ -111,6 +113,7 @@ class SharedMemoryServer:
             welcome=self._welcome,
             stall_ms=self._stall_ms,
             draining=self._draining,
+            lent=self._lent,
         )
 
     def _remove(self) -> None:
@@ -119,6 +122,26 @@ class SharedMemoryServer:
             with suppress(OSError):  # somebody tidied up, or left something there
                 path.unlink(missing_ok=True)
                 path.parent.rmdir()
+
+
+class _LentBytes:
+    """How much memory the peers of each tenant have lent. Safe from any thread."""
+
+    def __init__(self, tenants: int) -> None:
+        self._lock = threading.Lock()
+        self._shares = FairShares(
+            SHARED_LENT_NODE_BYTES_MAX, "bytes of lent memory", "lend less, or write over tcp", tenants=tenants
+        )
+
+    def take(self, tenant: str, size_bytes: int) -> None:
+        """Raises `Overloaded` where that is more than the tenant's share."""
+        with self._lock:
+            self._shares.take(tenant, size_bytes)
+
+    def give_back(self, tenant: str, size_bytes: int) -> None:
+        """A mapping has gone."""
+        with self._lock:
+            self._shares.give_back(tenant, size_bytes)
 
 
 class _Connection(Connection):
@@ -136,6 +159,7 @@ class _Connection(Connection):
         welcome: shared.Welcome,
         stall_ms: int,
         draining: threading.Event,
+        lent: _LentBytes,
     ) -> None:
         super().__init__(stream)
         self._stream = stream
@@ -147,6 +171,7 @@ class _Connection(Connection):
         self._welcome = welcome
         self._stall_ms = stall_ms
         self._draining = draining
+        self._lent_bytes = lent
         self._lent: memoryview | None = None
         self._told: dict[int, int] = {}  # extent -> the tenancy in which a page of our tenant was last located there
 
@@ -154,22 +179,28 @@ class _Connection(Connection):
         try:
             self._stream.bound(Deadline(self._clock, min(CHANNEL_HELLO_MS_MAX, self._stall_ms)).left_ms)
             tenant = self._welcomed(admit)
-            while not self._draining.is_set():
-                self.used_ms = self._clock.now_ms()
-                self._stream.bound(Deadline(self._clock, CHANNEL_IDLE_MS_MAX).left_ms)
-                request = self._stream.receive(shared.REQUESTS[State.OPEN])
-                self._stream.bound(Deadline(self._clock, self._stall_ms).left_ms)
-                with self.busy:
-                    if self.is_ending:
-                        request.close()
-                        return
-                    self._answer(request, tenant)
+            try:
+                self._serve(tenant)
+            finally:
+                self._return_lent(tenant)
         except Overloaded as error:
             self._refuse(error)
         except Retryable:
             return  # gone, silent or stalled
         except AttnStoreError as error:
             self._refuse(error)
+
+    def _serve(self, tenant: str) -> None:
+        while not self._draining.is_set():
+            self.used_ms = self._clock.now_ms()
+            self._stream.bound(Deadline(self._clock, CHANNEL_IDLE_MS_MAX).left_ms)
+            request = self._stream.receive(shared.REQUESTS[State.OPEN])
+            self._stream.bound(Deadline(self._clock, self._stall_ms).left_ms)
+            with self.busy:
+                if self.is_ending:
+                    request.close()
+                    return
+                self._answer(request, tenant)
 
     def _refuse(self, error: AttnStoreError) -> None:
         _log.warning("shared memory connection closed", reason=str(error), code=error.code)
@@ -199,7 +230,7 @@ class _Connection(Connection):
             if request.kind is Kind.TAKE:
                 answer = shared.encode_taken(self._take(shared.decode_take(request.payload), tenant))
             else:
-                answer = self._borrow(request)
+                answer = self._borrow(request, tenant)
         except AttnStoreError as error:
             # The request is wrong, the connection is not.
             answer = shared.encode_refusal(error)
@@ -234,13 +265,26 @@ class _Connection(Connection):
             self._metrics.pages("Read", status, pages)
         self._metrics.sent("shm", len(placed), sum(placed))
 
-    def _borrow(self, request: Message) -> bytes:
+    def _borrow(self, request: Message, tenant: str) -> bytes:
         assert request.descriptor is not None
         try:
-            self._lent = memory_files.map_read_only(request.descriptor, 0, shared.decode_lend(request.payload))
+            size_bytes = shared.decode_lend(request.payload)
+            self._lent_bytes.take(tenant, size_bytes)
+            try:
+                lent = memory_files.map_read_only(request.descriptor, 0, size_bytes)
+            except BaseException:
+                self._lent_bytes.give_back(tenant, size_bytes)
+                raise
         finally:
             os.close(request.descriptor)
+        self._return_lent(tenant)
+        self._lent = lent
         return shared.encode_lent()
+
+    def _return_lent(self, tenant: str) -> None:
+        lent, self._lent = self._lent, None
+        if lent is not None:
+            self._lent_bytes.give_back(tenant, lent.nbytes)
 
     def _take(self, offered: shared.Taken, tenant: str) -> list[PageStatus]:
         if self._draining.is_set():

@@ -76,7 +76,7 @@ class Store:
         with self._lock:
             found = self._table.match(space, prefixes, lease_ms, self._clock.now_ms())
             if found.lease_id is not None:
-                self._heat.used([prefix[:hits] for prefix, hits in zip(prefixes, found.hits, strict=True)])
+                self._heat.used(space.tenant, [prefix[:hits] for prefix, hits in zip(prefixes, found.hits, strict=True)])
         return found
 
     def hot_segments(self) -> frozenset[bytes]:
