@@ -5,8 +5,8 @@ stamp, fences and then writes bytes, and the reader uses bytes, fences and then 
 stamp used no new byte (Boehm, "Can seqlocks get along with programming language memory models?", MSPC 2012).
 
 Python has no fence, so locks make one: what is before a lock's release stays before it, what is after a lock's acquisition stays
-after it, and on x86-64 and aarch64 a release and a later acquisition keep their order. Two locks, one after the other, thus keep
-everything before them from everything behind them.
+after it, and on x86-64 and aarch64 a release and a later acquisition keep their order. A lock that is held twice, one time after
+the other, thus keeps everything before it from everything behind it.
 """
 
 from __future__ import annotations
@@ -21,10 +21,11 @@ _LOADS_IN_ORDER: Final = frozenset({"x86_64", "amd64", "i386", "i686"})
 
 def write_fence() -> None:
     """What this thread stored before comes before all that it stores from now on."""
-    for _ in range(2):
-        lock = threading.Lock()  # of its own: nobody waits for it
-        lock.acquire()
-        lock.release()
+    lock = threading.Lock()  # of its own: nobody waits for it
+    lock.acquire()
+    lock.release()
+    lock.acquire()
+    lock.release()
 
 
 def _nothing() -> None:

@@ -88,7 +88,11 @@ class LoopThread:
         tasks: list[asyncio.Task[R]] = []
 
         def start() -> None:
-            task = self._loop.create_task(coroutine)
+            try:
+                task = self._loop.create_task(coroutine)
+            except BaseException as error:  # somebody waits for an outcome
+                outcome.set_exception(error)
+                return
             tasks.append(task)
             task.add_done_callback(functools.partial(_settle, outcome))
 

@@ -107,17 +107,17 @@ class Store:
                     pages.append(self._table.pin(space, page_hash, lease_id, now_ms))
             return [page if isinstance(page, PageStatus) else PageView(self._arena.view(page.slot), page) for page in pages]
         except BaseException:
-            self._unpin(page for page in pages if isinstance(page, PinnedPage))
+            with self._lock:
+                for page in pages:
+                    if isinstance(page, PinnedPage):
+                        self._table.unpin(page)
             raise
 
     def unpin(self, *views: PageView) -> None:
         """`PageTable.unpin` of each."""
-        self._unpin(view.page for view in views)
-
-    def _unpin(self, pages: Iterable[PinnedPage]) -> None:
         with self._lock:
-            for page in pages:
-                self._table.unpin(page)
+            for view in views:
+                self._table.unpin(view.page)
 
     def locate(
         self, space: Space, page_hashes: Sequence[bytes], lease_id: bytes | None, place: Callable[[PinnedPage], T]

@@ -296,6 +296,24 @@ def test_nodes_that_ask_for_tokens_hand_pages_over_as_their_tenant(batch_of: Bat
         cluster.close()
 
 
+def test_pages_that_are_named_twice_are_answered_twice_and_given_back(shared_cluster: Cluster, batch_of: BatchOf) -> None:
+    with attnstore.connect(shared_cluster.url) as client:
+        batch = stored(client, batch_of(2 * SEGMENT_BLOCKS))
+        run = [*batch.hashes[:2], batch.hashes[0], *batch.hashes[SEGMENT_BLOCKS : SEGMENT_BLOCKS + 2] * 2]
+        pages = [batch.pages[batch.hashes.index(page_hash)] for page_hash in run]
+        found = client.match(batch.namespace, [run, run], lease_ms=60_000)
+        assert found.hits == (len(run),) * 2
+        assert found.lease is not None
+        buffers = [bytearray(batch.layout.page_bytes) for _ in run]
+        assert client.read(batch.namespace, run, buffers, lease=found.lease).leading_hits == len(run)
+        assert buffers == pages
+        assert set(client.write(batch.namespace, run, pages).verdicts) == {PageStatus.ALREADY_PRESENT}
+        assert client.release(found.lease)
+        assert client.stats().pages_pinned == 0
+        assert set(client.delete(batch.namespace, run)) <= {PageStatus.OK, PageStatus.MISSING}
+        assert client.match(batch.namespace, [run]).hits == (0,)
+
+
 def test_whoever_watches_a_namespace_is_told_of_the_pages_of_all_nodes(shared_cluster: Cluster, batch_of: BatchOf) -> None:
     with attnstore.connect(shared_cluster.url) as client:
         batch = batch_of(PAGES)

@@ -11,6 +11,7 @@ import sys
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import pytest
 
@@ -82,6 +83,20 @@ def test_closing_ends_the_calls_of_other_threads(shared_node: StoreProcess, batc
     buffer[:] = bytes(len(buffer))
     assert not any(buffer)
     client.close()
+
+
+def test_a_call_that_cannot_be_begun_raises_and_the_next_one_is_made(shared_node: StoreProcess) -> None:
+    def refuse(_loop: object, coroutine: Any, **_options: object) -> Any:
+        coroutine.close()
+        raise MemoryError
+
+    with attnstore.connect(shared_node.url, transport="grpc") as client:
+        loop = client._thread._loop
+        loop.set_task_factory(refuse)
+        with pytest.raises(MemoryError):
+            client.describe()
+        loop.set_task_factory(None)
+        assert client.describe().tenant == "default"
 
 
 @transports
