@@ -29,7 +29,7 @@ class LeaseRecord:
 
     lease_id: bytes
     namespace: NamespaceRecord
-    pages: Sequence[Page]
+    pages: list[Page]
     expires_ms: float
 
 
@@ -55,7 +55,7 @@ class LeaseTable:
         self._shares.require(tenant)
         self._page_shares.require(tenant, pages)
 
-    def grant(self, namespace: NamespaceRecord, pages: Sequence[Page], lease_ms: int, now_ms: float) -> LeaseRecord:
+    def grant(self, namespace: NamespaceRecord, pages: list[Page], lease_ms: int, now_ms: float) -> LeaseRecord:
         """A new lease of `lease_ms`, for which `require_room` found room."""
         lease_id = self._new_lease_id()
         assert len(lease_id) == LEASE_ID_BYTES, f"a lease id has {LEASE_ID_BYTES} bytes"
@@ -67,6 +67,14 @@ class LeaseTable:
         self._page_shares.take(namespace.space.tenant, len(pages))
         heapq.heappush(self._expiries, (lease.expires_ms, lease_id))
         return lease
+
+    def extend(self, lease: LeaseRecord, pages: Sequence[Page], lease_ms: int, now_ms: float) -> None:
+        """Adds pages to a living lease, which has at least `lease_ms` from now. Raises `Overloaded` as `require_room` does."""
+        tenant = lease.namespace.space.tenant
+        self._page_shares.require(tenant, len(pages))
+        self._page_shares.take(tenant, len(pages))
+        lease.pages += pages
+        lease.expires_ms = max(lease.expires_ms, now_ms + lease_ms)
 
     def find(self, lease_id: bytes, now_ms: float) -> LeaseRecord | None:
         """The lease where it is alive at `now_ms`."""
@@ -98,14 +106,10 @@ class LeaseTable:
             self._forget_stale_entries()
         return lease
 
-    def pop_expired(self, now_ms: float) -> list[LeaseRecord]:
-        """Takes out the leases that have expired."""
-        expired = []
-        while (entry := self._earliest()) is not None and entry[0] <= now_ms:
-            lease = self.remove(entry[1])
-            assert lease is not None
-            expired.append(lease)
-        return expired
+    def pop_expired(self, now_ms: float) -> LeaseRecord | None:
+        """Takes out the lease that has been expired longest; None where none has."""
+        entry = self._earliest()
+        return self.remove(entry[1]) if entry is not None and entry[0] <= now_ms else None
 
     def next_expiry_ms(self) -> float | None:
         """When the next lease expires, None where there is none."""

@@ -35,6 +35,10 @@ class Namespaces:
     def __iter__(self) -> Iterator[NamespaceRecord]:
         return iter(self._records.values())
 
+    def get(self, space: Space) -> NamespaceRecord | None:
+        """None where the space is not known."""
+        return self._records.get(space)
+
     def find(self, space: Space) -> NamespaceRecord:
         """Raises `NamespaceUnknown`, also where the namespace is another tenant's alone."""
         record = self._records.get(space)

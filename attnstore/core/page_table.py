@@ -4,8 +4,11 @@ Owns: every page of the node, through its whole life (`attnstore.core.page` draw
 parts: slots (where), residency (which extents are idle), policies (what goes first), leases (who holds), events (who is
 told).
 Invariants, asserted by `check`: free + arriving + sealed + corrupt slots are all the slots; the capacity is never passed; a page is
-evictable exactly while it is sealed and unpinned; pins are leases plus readers; an expired lease pins nothing that anybody
-asks for.
+evictable exactly while it is sealed and unpinned; pins are leases, living or ended, plus readers; a lease that has ended names
+nothing any more, and its pages are let go by `expire`.
+
+No command works on more than `WORK_PAGES_MAX` pages beyond those that it was given: what takes more says that it is not done, and
+is asked again, so that whoever shares the table gets turns between.
 
 Pure: no I/O, no clock, no framework. Time comes in as `now_ms`, identifiers through `new_lease_id`, effects go out as return
 values and events, so that a simulation from a seed repeats exactly. Not thread-safe: one owner calls it.
@@ -13,23 +16,34 @@ values and events, so that a simulation from a seed repeats exactly. Not thread-
 
 from __future__ import annotations
 
-from collections import Counter
+import enum
+from collections import Counter, deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain, islice
+from typing import Literal
 
 from attnstore.core.events import EventLog
 from attnstore.core.eviction import EvictionPolicy, LeastRecentlyUsed
 from attnstore.core.layout import PageLayout
-from attnstore.core.lease import LeaseTable
+from attnstore.core.lease import LeaseRecord, LeaseTable
 from attnstore.core.namespaces import Namespaces
 from attnstore.core.page import ArrivingPage, NamespaceRecord, Page, PageState, PageStep, PinnedPage
 from attnstore.core.quota import Quotas
 from attnstore.core.residency import Residency
 from attnstore.core.slots import Slot, SlotClass, SlotPool
-from attnstore.limits import HASH_BYTES, LEASE_MS_MAX
+from attnstore.limits import HASH_BYTES, LEASE_MS_MAX, WORK_PAGES_MAX
 from attnstore.types import PageEvent, PageEventKind, PageStatus, Space
 
-__all__ = ["ArrivingPage", "MatchOutcome", "NamespaceStatistics", "PageTable", "PageTableStatistics", "PinnedPage"]
+__all__ = ["ArrivingPage", "MatchOutcome", "NamespaceStatistics", "PageTable", "PageTableStatistics", "PinnedPage", "Room"]
+
+
+class Room(enum.Enum):
+    """Whether there is room for one more page: yes, or soon, or not as long as so much is pinned."""
+
+    FREE = enum.auto()
+    MAKING = enum.auto()
+    NONE = enum.auto()
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +88,6 @@ class PageTableStatistics:
     verified_pages: int
     corrupt_pages: int
     stored_bytes: int
-    namespaces: tuple[NamespaceStatistics, ...]
 
 
 class PageTable:
@@ -98,6 +111,7 @@ class PageTable:
         self._residency = Residency(self._slots.extents, tenants)
         self._namespaces = Namespaces(tenants)
         self._leases = LeaseTable(new_lease_id, tenants)
+        self._ended: deque[LeaseRecord] = deque()
         self._events = EventLog()
         self._quotas = Quotas()
         self._new_policy = policy
@@ -139,12 +153,26 @@ class PageTable:
         """The layout of a space."""
         return self._namespaces.find(space).layout
 
-    def sealed_hashes(self, space: Space) -> list[bytes]:
-        """The pages of a space that can be read now, the one sealed first at the head. O(pages of the space)."""
-        return list(self._namespaces.find(space).sealed)
+    @property
+    def extents(self) -> int:
+        """How many there are."""
+        return self._slots.extents
 
-    def match(self, space: Space, prefixes: Sequence[Sequence[bytes]], lease_ms: int, now_ms: float) -> MatchOutcome:
+    def sealed_in(self, extent: int) -> list[tuple[Space, bytes]]:
+        """Space and hash of each page of an extent that can be read now, the one that came first at the head."""
+        return [(page.namespace.space, page.hash) for page in self._residency.pages_of(extent) if page.state is PageState.SEALED]
+
+    def match(
+        self,
+        space: Space,
+        prefixes: Sequence[Sequence[bytes]],
+        lease_ms: int,
+        now_ms: float,
+        lease_id: bytes | None = None,
+    ) -> MatchOutcome:
         """How many leading hashes of each prefix are sealed, and with `lease_ms > 0` one lease over all of those pages.
+
+        The pages go into the lease `lease_id` where one is named, which was granted for the beginning of the same prefixes.
 
         A lease longer than `LEASE_MS_MAX` is granted that. The pages count as used, the first of a prefix as the most recent,
         so that a chain loses its tail before its head. O(1) for each hash, whatever the size of the table.
@@ -162,16 +190,19 @@ class PageTable:
                     break
                 found.append(page)
             hits.append(len(found) - before)
-        found.reverse()
-        lease_id, granted_ms = None, 0
+        granted_ms = 0
         if found and lease_ms > 0:
-            pages = found if len(prefixes) == 1 else list(dict.fromkeys(found))
-            lease_id, granted_ms = self._lease(record, pages, min(lease_ms, LEASE_MS_MAX), now_ms)
+            granted_ms = min(lease_ms, LEASE_MS_MAX)
+            lease_id = self._lease(record, found, granted_ms, now_ms, lease_id)
         else:
-            self._touch(record, found)
+            self._touch(record, found[::-1])
         self._hit += len(found)
-        self._missed += sum(map(len, prefixes)) - len(found)
+        self.missed(sum(map(len, prefixes)) - len(found))
         return MatchOutcome(tuple(hits), lease_id, granted_ms)
+
+    def missed(self, pages: int) -> None:
+        """Counts pages of a `match` behind the first of their prefix that was not found."""
+        self._missed += pages
 
     def pin(self, space: Space, page_hash: bytes, lease_id: bytes | None, now_ms: float) -> PinnedPage | PageStatus:
         """Keeps a sealed page in place for a running read, or says MISSING or, where a lease is named, LEASE_EXPIRED.
@@ -215,10 +246,13 @@ class PageTable:
         record.readers -= 1
         self._let_go(record.namespace, (record,))
 
-    def prepare(self, space: Space, page_hash: bytes, checksum: int, now_ms: float) -> ArrivingPage | PageStatus:
+    def prepare(
+        self, space: Space, page_hash: bytes, checksum: int, now_ms: float
+    ) -> ArrivingPage | PageStatus | Literal[Room.MAKING]:
         """A slot for a page that a writer announces, or ALREADY_PRESENT, ARRIVING or NO_SPACE.
 
-        May evict unpinned pages. The page stays invisible until `complete`.
+        May evict unpinned pages, at most `WORK_PAGES_MAX`: `Room.MAKING` says to ask again, because those were not enough. The page
+        stays invisible until `complete`.
         """
         assert len(page_hash) == HASH_BYTES, f"a hash has {HASH_BYTES} bytes"
         record = self._namespaces.find(space)
@@ -228,10 +262,10 @@ class PageTable:
             return PageStatus.ALREADY_PRESENT
         if page_hash in record.arriving:
             return PageStatus.ARRIVING
-        slot = None
-        if self._fits_quota(record, now_ms):
-            slot = self._slot_for(record, now_ms)
-        if slot is None:
+        slot = self._slot_for(record, now_ms)
+        if slot is Room.MAKING:
+            return Room.MAKING
+        if slot is Room.NONE:
             return PageStatus.NO_SPACE
         page = Page(record, page_hash, checksum, slot, self._residency.extent_of(slot))
         page.advance(PageStep.PREPARE)
@@ -284,19 +318,24 @@ class PageTable:
         return self._leases.renew(tenant, lease_id, lease_ms, now_ms)
 
     def release(self, tenant: str, lease_id: bytes, now_ms: float) -> bool:
-        """Ends a tenant's lease; False where it had expired or never existed."""
-        self.expire(now_ms)
+        """Ends a tenant's lease; False where it had expired or never existed. Lets pages go as `expire` does."""
         lease = self._leases.find_of(tenant, lease_id, now_ms)
-        if lease is None:
-            return False
-        self._leases.remove(lease_id)
-        self._let_go(lease.namespace, lease.pages)
-        return True
-
-    def delete(self, space: Space, page_hash: bytes, now_ms: float) -> PageStatus:
-        """Removes a sealed page: OK, MISSING, or PINNED where a lease or a reader holds it."""
+        if lease is not None:
+            self._leases.remove(lease_id)
+            self._ended.append(lease)
         self.expire(now_ms)
-        page = self._namespaces.find(space).sealed.get(page_hash)
+        return lease is not None
+
+    def delete(self, space: Space, page_hashes: Sequence[bytes], now_ms: float) -> list[PageStatus]:
+        """Removes sealed pages: of each OK, MISSING, or PINNED where a lease or a reader holds it.
+
+        A lease that has ended holds its pages until `expire` has let them go.
+        """
+        self.expire(now_ms)
+        sealed = self._namespaces.find(space).sealed
+        return [self._delete(sealed.get(page_hash)) for page_hash in page_hashes]
+
+    def _delete(self, page: Page | None) -> PageStatus:
         if page is None:
             return PageStatus.MISSING
         if page.pins:
@@ -329,10 +368,37 @@ class PageTable:
         return True
 
     def expire(self, now_ms: float) -> float | None:
-        """Drops the leases that have expired and returns when the next one will, None where there is none."""
-        for lease in self._leases.pop_expired(now_ms):
-            self._let_go(lease.namespace, lease.pages)
-        return self._leases.next_expiry_ms()
+        """Ends the leases that have expired and lets the pages of ended ones go, the last of a prefix first: at most
+        `WORK_PAGES_MAX` leases and as many pages.
+
+        Returns when there is more to do: not later than now where this was not all, else when the next lease expires, None where no
+        lease is left.
+        """
+        for _ in range(WORK_PAGES_MAX):
+            expired = self._leases.pop_expired(now_ms)
+            if expired is None:
+                break
+            self._ended.append(expired)
+        left = WORK_PAGES_MAX
+        while self._ended and left > 0:
+            pages = self._ended[0].pages
+            going = pages[-left:]
+            del pages[-left:]
+            self._let_go(self._ended[0].namespace, going[::-1])
+            left -= max(1, len(going))
+            if not pages:
+                self._ended.popleft()
+        return now_ms if self._ended else self._leases.next_expiry_ms()
+
+    def trim(self) -> bool:
+        """Evicts pages of tenants that are over their quotas, at most `WORK_PAGES_MAX`. True: there is more to evict."""
+        left = WORK_PAGES_MAX
+        for tenant in self._quotas.over():
+            policies = self._policies_of(tenant)
+            while left and not self._quotas.leaves_room(tenant, 0) and (victim := _first_victim(policies)) is not None:
+                self._evict(victim)
+                left -= 1
+        return left == 0
 
     def forget_empty(self, now_ms: float) -> None:
         """Forgets namespaces that have had no page for `NAMESPACE_EMPTY_MS_MAX`. O(namespaces without pages)."""
@@ -344,7 +410,7 @@ class PageTable:
         return self._events.take()
 
     def statistics(self) -> PageTableStatistics:
-        """A snapshot. O(namespaces)."""
+        """A snapshot. O(1)."""
         return PageTableStatistics(
             capacity_bytes=self._slots.capacity_bytes,
             used_bytes=self._used_bytes,
@@ -359,11 +425,16 @@ class PageTable:
             verified_pages=self._verified,
             corrupt_pages=self._corrupt,
             stored_bytes=self._stored_bytes,
-            namespaces=tuple(
-                NamespaceStatistics(record.space, record.layout, len(record.sealed), len(record.arriving))
-                for record in self._namespaces
-            ),
         )
+
+    def spaces(self) -> list[Space]:
+        """All that are known."""
+        return [record.space for record in self._namespaces]
+
+    def space_statistics(self, spaces: Sequence[Space]) -> list[NamespaceStatistics]:
+        """A snapshot of each that is known, in order."""
+        records = [record for space in spaces if (record := self._namespaces.get(space)) is not None]
+        return [NamespaceStatistics(record.space, record.layout, len(record.sealed), len(record.arriving)) for record in records]
 
     def check(self) -> None:
         """Asserts the module's invariants. O(pages); for tests and simulations."""
@@ -386,7 +457,7 @@ class PageTable:
             of_tenant[page.namespace.space.tenant] += page.slot.size_bytes
         self._quotas.check(of_tenant)
         leased: dict[Page, int] = {}
-        for lease in self._leases:
+        for lease in chain(self._leases, self._ended):
             for page in lease.pages:
                 leased[page] = leased.get(page, 0) + 1
         assert leased.keys() <= {*sealed, *corrupt}, "a lease covers a page that is gone"
@@ -395,13 +466,20 @@ class PageTable:
         assert all((page in page.namespace.policy) == (page.pins == 0) for page in sealed)
         assert sum(map(len, self._policies.values())) == len(sealed) + len(corrupt) - self._pinned
 
-    def _lease(self, record: NamespaceRecord, pages: list[Page], lease_ms: int, now_ms: float) -> tuple[bytes, int]:
+    def _lease(self, record: NamespaceRecord, pages: list[Page], lease_ms: int, now_ms: float, lease_id: bytes | None) -> bytes:
+        """A new lease over the pages, or `lease_id` with them; as it was where it has expired meanwhile."""
         self.expire(now_ms)
-        self._leases.require_room(record.space.tenant, len(pages))
+        lease = None if lease_id is None else self._leases.find(lease_id, now_ms)
+        if lease_id is not None and lease is None:
+            return lease_id
         self._residency.require_room(record.space.tenant, pages)
-        lease = self._leases.grant(record, pages, lease_ms, now_ms)
+        if lease is None:
+            self._leases.require_room(record.space.tenant, len(pages))
+            lease = self._leases.grant(record, pages, lease_ms, now_ms)
+        else:
+            self._leases.extend(lease, pages, lease_ms, now_ms)
         self._hold(record, pages)
-        return lease.lease_id, lease_ms
+        return lease.lease_id
 
     def _hold(self, record: NamespaceRecord, pages: Sequence[Page]) -> None:
         """Pins each of the pages once more, one that is named twice twice."""
@@ -433,24 +511,15 @@ class PageTable:
         self._residency.touched(pages, self._next_tick())
         record.policy.touched([page for page in pages if not page.pins])
 
-    def _fits_quota(self, record: NamespaceRecord, now_ms: float) -> bool:
-        """Evicts the tenant's own pages, of this size first, until its quota has room for one more. False: all are pinned."""
-        size_bytes = record.layout.page_bytes
-        if self._quotas.leaves_room(record.space.tenant, size_bytes):
-            return True
-        self.expire(now_ms)
-        others = [policy for slot_class, policy in self._policies.items() if slot_class.tenant == record.space.tenant]
-        while not self._quotas.leaves_room(record.space.tenant, size_bytes):
-            victim = next((page for policy in (record.policy, *others) if (page := policy.victim()) is not None), None)
-            if victim is None:
-                return False
-            self._evict(victim)
-        return True
-
-    def _slot_for(self, record: NamespaceRecord, now_ms: float) -> Slot | None:
+    def _slot_for(self, record: NamespaceRecord, now_ms: float) -> Slot | Literal[Room.MAKING, Room.NONE]:
         """A free slot, or one that an eviction frees; for a tenant with its share of busy extents, in one of those or none."""
-        if not self._may_busy(record, now_ms):
-            return self._slot_in_busy_extent(record)
+        room = self._fits_quota(record, now_ms)
+        if room is not Room.FREE:
+            return room
+        if not self._residency.may_busy(record.space.tenant):
+            later = _room_after(self.expire(now_ms), now_ms)
+            if not self._residency.may_busy(record.space.tenant):
+                return self._slot_in_busy_extent(record) or later
         return self._slots.take(record.slot_class) or self._make_room(record, now_ms)
 
     def _may_busy(self, record: NamespaceRecord, now_ms: float) -> bool:
@@ -477,13 +546,34 @@ class PageTable:
             del self._policies[record.slot_class]
             self._slots.forget_class(record.slot_class)
 
-    def _make_room(self, record: NamespaceRecord, now_ms: float) -> Slot | None:
+    def _fits_quota(self, record: NamespaceRecord, now_ms: float) -> Room:
+        """Evicts the tenant's own pages, of this size first: as much as one more takes, where its quota has no room for that.
+
+        What a tenant takes beyond a quota that was lowered is for `trim`.
+        """
+        tenant, size_bytes = record.space.tenant, record.layout.page_bytes
+        if self._quotas.leaves_room(tenant, size_bytes):
+            return Room.FREE
+        later = _room_after(self.expire(now_ms), now_ms)
+        policies = [record.policy, *self._policies_of(tenant)]
+        freed_bytes = 0
+        for _ in range(WORK_PAGES_MAX):
+            victim = _first_victim(policies)
+            if victim is None:
+                return later
+            freed_bytes += victim.slot.size_bytes
+            self._evict(victim)
+            if freed_bytes >= size_bytes or self._quotas.leaves_room(tenant, size_bytes):
+                return Room.FREE
+        return Room.MAKING
+
+    def _make_room(self, record: NamespaceRecord, now_ms: float) -> Slot | Literal[Room.MAKING, Room.NONE]:
         """Evicts until a slot is free: the policy's victim, or a whole idle extent of another class that is colder still.
 
         Without the second choice a class would keep what it once took while another thrashes in one extent; with it, memory
         flows to whoever uses it, an extent at a time.
         """
-        self.expire(now_ms)
+        later = _room_after(self.expire(now_ms), now_ms)
         free = self._slots.take(record.slot_class)
         if free is not None:
             return free  # of a corrupt page that a lease had kept
@@ -495,10 +585,15 @@ class PageTable:
             and (victim is None or coldest.used < victim.used)
             and next(iter(coldest.pages)).namespace.policy is not record.policy
         ):
-            victims = list(coldest.pages)
+            victims = list(islice(coldest.pages, WORK_PAGES_MAX))
+        if not victims:
+            return later
         for page in victims:
             self._evict(page)
-        return self._slots.take(record.slot_class) if victims else None
+        return self._slots.take(record.slot_class) or Room.MAKING
+
+    def _policies_of(self, tenant: str) -> list[EvictionPolicy[Page]]:
+        return [policy for slot_class, policy in self._policies.items() if slot_class.tenant == tenant]
 
     def _evict(self, page: Page) -> None:
         self._drop(page, PageStep.EVICT, PageEventKind.EVICTED)
@@ -539,3 +634,12 @@ class PageTable:
     def _next_tick(self) -> int:
         self._tick += 1
         return self._tick
+
+
+def _first_victim(policies: Sequence[EvictionPolicy[Page]]) -> Page | None:
+    return next((page for policy in policies if (page := policy.victim()) is not None), None)
+
+
+def _room_after(next_ms: float | None, now_ms: float) -> Literal[Room.MAKING, Room.NONE]:
+    """Whether pages that nothing holds any more are still to be let go, as `PageTable.expire` has said."""
+    return Room.NONE if next_ms is None or next_ms > now_ms else Room.MAKING

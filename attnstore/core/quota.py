@@ -18,13 +18,17 @@ class Quotas:
         self._used_bytes: Counter[str] = Counter()
 
     def limit(self, limit_bytes: Mapping[str, int]) -> None:
-        """Sets all quotas. A tenant that is over its own loses pages when it writes the next one, not before."""
+        """Sets all quotas. Whoever is over its own is `over` until enough of its pages were evicted."""
         self._limit_bytes = dict(limit_bytes)
 
     def leaves_room(self, tenant: str, size_bytes: int) -> bool:
         """Whether the tenant may take so many bytes more."""
         limit = self._limit_bytes.get(tenant)
         return limit is None or self._used_bytes[tenant] + size_bytes <= limit
+
+    def over(self) -> list[str]:
+        """Tenants that take more bytes than they may."""
+        return [tenant for tenant, limit in self._limit_bytes.items() if self._used_bytes[tenant] > limit]
 
     def took(self, tenant: str, size_bytes: int) -> None:
         """A slot was taken for the tenant."""

@@ -44,6 +44,10 @@ class Residency:
             if idle:
                 self._busy.require(tenant, len(idle))
 
+    def pages_of(self, extent: int) -> Iterable[Page]:
+        """The pages of an extent, in the order in which they came."""
+        return self._extents[extent].pages
+
     def coldest_idle(self) -> ExtentPages | None:
         """The idle extent that was unused longest, None where every extent is free or busy."""
         return next(iter(self._idle), None)

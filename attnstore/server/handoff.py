@@ -19,9 +19,10 @@ from attnstore.core.layout import PageLayout
 from attnstore.core.page_table import NamespaceStatistics
 from attnstore.directory import ClusterView
 from attnstore.directory.moves import Moves, is_same_cluster
-from attnstore.errors import AttnStoreError, NamespaceUnknown
-from attnstore.limits import MIB
+from attnstore.errors import AttnStoreError
+from attnstore.limits import MIB, WORK_PAGES_MAX
 from attnstore.logs import get_logger
+from attnstore.server.slices import finish_among_calls, in_slices
 from attnstore.server.store import PageView, Store
 from attnstore.telemetry import NodeMetrics
 from attnstore.types import MatchResult, PageStatus, Space, WriteResult
@@ -168,25 +169,24 @@ class Handoff:
     async def _hand_over(self, view: ClusterView, targets_of: Callable[[bytes], list[str]]) -> _Pass:
         """Sends every page to the nodes that its segment has to go to, to all at once, one batch at a time to each."""
         done = _Pass()
-        for held in self._store.statistics().namespaces:
-            by_target: dict[str, list[bytes]] = defaultdict(list)
-            targets: dict[bytes, list[str]] = {}
-            for page_hash in self._sealed(held.space):
-                key = segment_key(page_hash)
-                if key not in targets:
-                    targets[key] = targets_of(key)
-                    await asyncio.sleep(0)  # many segments must not hold up the node's callers
-                for node_id in targets[key]:
-                    by_target[node_id].append(page_hash)
+        sorted_out: dict[Space, dict[str, list[bytes]]] = defaultdict(lambda: defaultdict(list))
+        targets: dict[bytes, list[str]] = {}
+        # Many pages, or segments, must not hold up the node's callers.
+        for pages in self._store.sealed():
+            for part in in_slices(pages, WORK_PAGES_MAX):
+                for space, page_hash in part:
+                    key = segment_key(page_hash)
+                    if key not in targets:
+                        targets[key] = targets_of(key)
+                        await asyncio.sleep(0)
+                    for node_id in targets[key]:
+                        sorted_out[space][node_id].append(page_hash)
+                await asyncio.sleep(0)
+        for held in await finish_among_calls(self._store.namespaces()):
+            by_target = sorted_out.get(held.space, {})
             urls = {node_id: view.members[node_id].url for node_id in by_target}
             await asyncio.gather(*(self._send(done, urls[node_id], held, hashes) for node_id, hashes in by_target.items()))
         return done
-
-    def _sealed(self, space: Space) -> list[bytes]:
-        try:
-            return self._store.sealed_hashes(space)
-        except NamespaceUnknown:
-            return []
 
     async def _send(self, done: _Pass, url: str, held: NamespaceStatistics, hashes: Sequence[bytes]) -> None:
         """Sends one node what it lacks of the pages. Never raises because of that node."""

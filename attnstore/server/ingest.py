@@ -7,7 +7,7 @@ was prepared is always completed or aborted (`close` sees to the last one).
 
 from __future__ import annotations
 
-from attnstore.core.page_table import ArrivingPage
+from attnstore.core.page_table import ArrivingPage, Room
 from attnstore.errors import InvalidArgument, ProtocolError
 from attnstore.limits import HASH_BYTES, HASHES_MAX
 from attnstore.server.store import Store
@@ -28,14 +28,19 @@ class Ingest:
         self._verdict: PageStatus | None = None
         self._received_bytes = 0
 
-    def begin(self, page_hash: bytes, checksum: int) -> None:
-        """Starts the next page; an unfinished one before it gets WRONG_SIZE. Raises `InvalidArgument` for a malformed hash."""
+    def begin(self, page_hash: bytes, checksum: int) -> bool:
+        """Starts the next page; an unfinished one before it gets WRONG_SIZE. False: room for it is being made, begin it again.
+
+        Raises `InvalidArgument` for a malformed hash.
+        """
         self._end_page()
         if len(page_hash) != HASH_BYTES:
             raise InvalidArgument(f"a block hash has {len(page_hash)} bytes; it must have {HASH_BYTES}")
         if len(self._verdicts) == HASHES_MAX:
             raise InvalidArgument(f"one write stream carries at most {HASHES_MAX} pages; open another")
-        outcome = self._store.prepare(self.space, page_hash, checksum)
+        outcome = self._store.try_prepare(self.space, page_hash, checksum)
+        if outcome is Room.MAKING:
+            return False
         self._open = True
         self._received_bytes = 0
         if isinstance(outcome, PageStatus):
@@ -43,6 +48,7 @@ class Ingest:
         else:
             self._arriving = outcome
             self._verdict = None
+        return True
 
     def receive(self, offset_bytes: int, payload: memoryview) -> None:
         """Takes the next bytes of the page. Raises `ProtocolError` outside a page or out of order."""

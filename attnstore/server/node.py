@@ -52,6 +52,7 @@ from attnstore.server.scrubber import Scrubber
 from attnstore.server.seat import take_seat
 from attnstore.server.servicer import ChannelOffer, NodeIdentity, Servicer
 from attnstore.server.shared_memory import SharedMemoryServer
+from attnstore.server.slices import finish_among_calls
 from attnstore.server.store import Store
 from attnstore.telemetry import NodeMetrics
 from attnstore.wire.messages import METHODS, SERVICE
@@ -264,7 +265,7 @@ class StoreNode:
         # Uses of a lease compare with the clock themselves; this only gives the pages of silent holders back in time.
         while True:
             await asyncio.sleep(_EXPIRY_PERIOD_S)
-            self._store.expire()
+            await finish_among_calls(self._store.sweeping())
             if self._attending is not None:
                 await self._loop.run_in_executor(self._attending.executor, self._attending.expire)
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable
 from contextlib import suppress
 from dataclasses import replace
 
@@ -38,7 +38,7 @@ class Registration:
         member: Member,
         clock: Clock,
         *,
-        layouts: Callable[[], Iterable[LayoutRecord]],
+        layouts: Callable[[], Awaitable[Iterable[LayoutRecord]]],
         hot: Callable[[], frozenset[bytes]],
         on_view: Callable[[ClusterView], None],
         feed: EventFeed,
@@ -121,7 +121,7 @@ class Registration:
             self._member = replace(self._member, state=NodeState.ACTIVE)
 
     async def _tell_layouts(self) -> None:
-        held = frozenset(self._layouts())
+        held = frozenset(await self._layouts())
         now_ms = self._clock.now_ms()
         if held and (held != self._told or now_ms >= self._told_ms + _LAYOUTS_AGAIN_MS):
             await self._directory.put_layouts(sorted(held, key=lambda record: record.namespace))

@@ -10,10 +10,10 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from typing import Final
 
 from attnstore import tasks
-from attnstore.core.page_table import NamespaceStatistics
 from attnstore.errors import InvalidArgument, NamespaceUnknown, Overloaded, Unavailable
 from attnstore.limits import REPORTED_BYTES_PER_S_MAX, REPORTED_HASHES_MAX
 from attnstore.server.store import Store
@@ -76,28 +76,32 @@ class Scrubber:
 
     async def _walk(self) -> None:
         while True:
-            for space in self._store.statistics().namespaces:
-                await self._walk_over(space)
+            for pages in self._store.sealed():
+                await self._walk_over(pages)
             await asyncio.sleep(_PAUSE_S)
 
-    async def _walk_over(self, space: NamespaceStatistics) -> None:
+    async def _walk_over(self, pages: Sequence[tuple[Space, bytes]]) -> None:
+        """Hashes the pages of an extent, which are all of one size."""
         loop = asyncio.get_running_loop()
-        together = max(1, self._rate // _BATCHES_PER_S // space.layout.page_bytes)
-        try:
-            hashes = self._store.sealed_hashes(space.space)
-            for at in range(0, len(hashes), together):
-                due_s = loop.time()
-                due_s += await loop.run_in_executor(self._worker, self._hash, space.space, hashes[at : at + together]) / self._rate
-                await asyncio.sleep(due_s - loop.time())
-        except NamespaceUnknown:  # forgotten meanwhile
-            return
+        at = 0
+        while at < len(pages):
+            try:
+                together = max(1, self._rate // _BATCHES_PER_S // self._store.layout_of(pages[at][0]).page_bytes)
+            except NamespaceUnknown:  # forgotten meanwhile
+                together = 1
+            due_s = loop.time()
+            due_s += await loop.run_in_executor(self._worker, self._hash, pages[at : at + together]) / self._rate
+            await asyncio.sleep(due_s - loop.time())
+            at += together
+        await asyncio.sleep(0)
 
-    def _hash(self, space: Space, page_hashes: Sequence[bytes]) -> int:
+    def _hash(self, pages: Sequence[tuple[Space, bytes]]) -> int:
         """Hashes pages as far as they are still here. How many bytes."""
         hashed_bytes = 0
-        for page_hash in page_hashes:
-            view = self._store.peek(space, page_hash)
-            if view is not None:
-                self._store.is_intact(view)
-                hashed_bytes += len(view.data)
+        for space, page_hash in pages:
+            with suppress(NamespaceUnknown):  # forgotten meanwhile
+                view = self._store.peek(space, page_hash)
+                if view is not None:
+                    self._store.is_intact(view)
+                    hashed_bytes += len(view.data)
         return hashed_bytes

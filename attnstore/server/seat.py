@@ -5,7 +5,6 @@ Owns: the order in which both begin and end. Invariant: a node without `--direct
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 from attnstore.address import Address
@@ -15,6 +14,7 @@ from attnstore.directory import ClusterView, LayoutRecord, Member, open_director
 from attnstore.directory.events import EventFeed
 from attnstore.server.handoff import Handoff, OpenPeer
 from attnstore.server.registration import Registration
+from attnstore.server.slices import finish_among_calls
 from attnstore.server.store import Store
 from attnstore.telemetry import NodeMetrics
 
@@ -55,9 +55,9 @@ def take_seat(
     if options.directory is None:
         return None
 
-    def layouts() -> Iterator[LayoutRecord]:
-        for held in store.statistics().namespaces:
-            yield LayoutRecord(held.space.namespace, held.space.tenant, held.layout.page_bytes)
+    async def layouts() -> list[LayoutRecord]:
+        held = await finish_among_calls(store.namespaces())
+        return [LayoutRecord(each.space.namespace, each.space.tenant, each.layout.page_bytes) for each in held]
 
     def follow(view: ClusterView) -> None:
         handoff.follow(view)

@@ -7,25 +7,30 @@ Invariant: a page stays pinned while its bytes are copied out; a prepared slot i
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Mapping
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Final
 
 import grpc
 
 from attnstore.errors import InvalidArgument, ProtocolError, Unavailable
-from attnstore.limits import CHANNEL_TOKEN_MS_MAX, CHUNK_BYTES_MAX, HASHES_MAX, LEASE_MS_MAX, PAGE_BYTES_MAX
+from attnstore.limits import CHANNEL_TOKEN_MS_MAX, CHUNK_BYTES_MAX, HASHES_MAX, LEASE_MS_MAX, PAGE_BYTES_MAX, WORK_PAGES_MAX
 from attnstore.server.attend import LIMITS, Attending
 from attnstore.server.attend_rpc import attend
 from attnstore.server.events import EventHub
 from attnstore.server.ingest import Ingest
 from attnstore.server.rpc import Handler
 from attnstore.server.scrubber import Scrubber
+from attnstore.server.slices import finish_among_calls, in_slices
 from attnstore.server.stall import Stall
 from attnstore.server.store import Store
 from attnstore.telemetry import NodeMetrics
 from attnstore.types import NamespaceStatistics, NodeStatistics, PageStatus, Space
 from attnstore.wire import chunks, messages
+
+_STATUSES_AT_ONCE: Final = 32 * WORK_PAGES_MAX
+"""Counting one costs far less than what is done for a page."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,10 +134,14 @@ class Servicer:
         space = _space(tenant, request.namespace)
         if len(request.prefixes) > HASHES_MAX:
             raise InvalidArgument(f"the request has {len(request.prefixes)} prefixes; at most {HASHES_MAX} are allowed")
-        prefixes = [messages.split_hashes(joined) for joined in request.prefixes]
+        prefixes: list[list[bytes]] = []
+        for joined in in_slices(request.prefixes, WORK_PAGES_MAX):
+            prefixes += map(messages.split_hashes, joined)
+            if len(prefixes) < len(request.prefixes):
+                await asyncio.sleep(0)
         if sum(map(len, prefixes)) > HASHES_MAX:
             raise InvalidArgument(f"the request has {sum(map(len, prefixes))} hashes; at most {HASHES_MAX} fit one request")
-        found = self._store.match(space, prefixes, request.lease_ms)
+        found = await finish_among_calls(self._store.matching(space, prefixes, request.lease_ms))
         self._metrics.matched(found.hits, prefixes)
         return messages.MatchResponse(hits=found.hits, lease_id=found.lease_id or b"", lease_ms=found.lease_ms)
 
@@ -166,24 +175,30 @@ class Servicer:
                     stall.moved(len(message))
                     chunk = chunks.decode_write_chunk(message)
                     ingest = ingest or Ingest(self._store, _space(tenant, chunk.namespace))
-                    self._take(ingest, chunk)
+                    await self._take(ingest, chunk)
                     # The next message then takes this one's memory, which is still in the cache.
                     del message, chunk
             verdicts = ingest.finish() if ingest is not None else ()
         finally:
             if ingest is not None:
                 ingest.close()
-        for verdict in verdicts:
-            self._metrics.pages("Write", verdict)
+        await self._count("Write", verdicts)
         return messages.WriteResponse(verdicts=messages.statuses_to_wire(verdicts))
 
-    def _take(self, ingest: Ingest, chunk: chunks.WriteChunk) -> None:
+    async def _count(self, rpc: str, statuses: Sequence[PageStatus]) -> None:
+        for part in in_slices(statuses, _STATUSES_AT_ONCE):
+            for status, pages in Counter(part).items():
+                self._metrics.pages(rpc, status, pages)
+            await asyncio.sleep(0)
+
+    async def _take(self, ingest: Ingest, chunk: chunks.WriteChunk) -> None:
         if len(chunk.payload) > CHUNK_BYTES_MAX:
             raise InvalidArgument(f"a chunk carries {len(chunk.payload)} bytes; the maximum is {CHUNK_BYTES_MAX}")
         if chunk.namespace not in (b"", ingest.space.namespace):
             raise ProtocolError("one write stream serves one namespace; open another for the next")
         if chunk.page_hash:
-            ingest.begin(chunk.page_hash, chunk.checksum)
+            while not ingest.begin(chunk.page_hash, chunk.checksum):
+                await asyncio.sleep(0)
         ingest.receive(chunk.offset_bytes, chunk.payload)
         self._metrics.received("grpc", len(chunk.payload))
 
@@ -191,14 +206,16 @@ class Servicer:
         return messages.RenewLeaseResponse(lease_ms=self._store.renew(tenant, request.lease_id, request.lease_ms))
 
     async def release_lease(self, request: Any, _context: Any, tenant: str) -> messages.ReleaseLeaseResponse:
-        return messages.ReleaseLeaseResponse(released=self._store.release(tenant, request.lease_id))
+        released = await finish_among_calls(self._store.releasing(tenant, request.lease_id))
+        return messages.ReleaseLeaseResponse(released=released)
 
     async def delete(self, request: Any, _context: Any, tenant: str) -> messages.DeleteResponse:
         space = _space(tenant, request.namespace)
         self._store.layout_of(space)
-        statuses = self._store.delete(space, messages.split_hashes(request.hashes))
-        for status in statuses:
-            self._metrics.pages("Delete", status)
+        hashes = messages.split_hashes(request.hashes)
+        await asyncio.sleep(0)
+        statuses = await finish_among_calls(self._store.deleting(space, hashes))
+        await self._count("Delete", statuses)
         return messages.DeleteResponse(statuses=messages.statuses_to_wire(statuses))
 
     async def verify(self, request: Any, _context: Any, tenant: str) -> messages.VerifyResponse:
@@ -216,7 +233,7 @@ class Servicer:
 
     async def stats(self, _request: Any, _context: Any, tenant: str) -> messages.StatsResponse:
         now = self._store.statistics()
-        return messages.statistics_to_wire(
+        message = messages.statistics_to_wire(
             NodeStatistics(
                 node_id=self._identity.node_id,
                 epoch=self._identity.epoch,
@@ -236,13 +253,15 @@ class Servicer:
                 read_bytes=self._metrics.read_bytes,
                 written_bytes=now.stored_bytes,
                 uptime_ms=int(self._store.now_ms() - self._started_ms),
-                namespaces=tuple(
-                    NamespaceStatistics(held.space.namespace, held.layout, held.pages_sealed)
-                    for held in now.namespaces
-                    if held.space.tenant == tenant
-                ),
+                namespaces=(),
             )
         )
+        for part in in_slices(await finish_among_calls(self._store.namespaces(tenant)), WORK_PAGES_MAX):
+            messages.add_namespaces(
+                message, [NamespaceStatistics(held.space.namespace, held.layout, held.pages_sealed) for held in part]
+            )
+            await asyncio.sleep(0)
+        return message
 
     async def watch(self, request: Any, context: Any, tenant: str) -> None:
         space = _space(tenant, request.namespace)

@@ -1,14 +1,16 @@
 """The pure core with its arena, its clock and one lock: what every transport of a node works on.
 
-Owns: `Store`. Invariant: the page table is touched under the lock only, and the lock is never held while a page's bytes move or
-a peer is waited for, so that metadata stays quick while pages flow on other threads.
+Owns: `Store`. Invariants: the page table is touched under the lock only, and the lock is never held while a page's bytes move or
+a peer is waited for, so that metadata stays quick while pages flow on other threads; nor for more than `WORK_PAGES_MAX` pages: what
+takes more is `Sliced`, for callers on the event loop, with a twin for those on threads.
 """
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import TypeVar
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Literal, TypeVar
 
 from attnstore.arena import Arena
 from attnstore.clock import Clock
@@ -16,8 +18,19 @@ from attnstore.copying import Checksums, checksums, copy
 from attnstore.core.hashing import page_checksum, range_checksum
 from attnstore.core.heat import SegmentHeat
 from attnstore.core.layout import PageLayout
-from attnstore.core.page_table import ArrivingPage, MatchOutcome, PageTable, PageTableStatistics, PinnedPage
+from attnstore.core.matching import SlicedMatch
+from attnstore.core.page_table import (
+    ArrivingPage,
+    MatchOutcome,
+    NamespaceStatistics,
+    PageTable,
+    PageTableStatistics,
+    PinnedPage,
+    Room,
+)
+from attnstore.limits import WORK_PAGES_MAX
 from attnstore.logs import get_logger
+from attnstore.server.slices import TURN_S, Sliced, finish, in_slices
 from attnstore.types import PageEvent, PageStatus, Space
 
 _log = get_logger(__name__)
@@ -25,6 +38,8 @@ _log = get_logger(__name__)
 T = TypeVar("T")
 _PINS_PER_LOCK = 64
 """Metadata calls wait for the page table no longer than this many pins take."""
+_ROOM_TRIES_MAX = 4_096
+"""Then others take what is made free: there is no room. An extent of two million pages is emptied in as many."""
 Publish = Callable[[Iterable[tuple[Space, PageEvent]]], None]
 
 
@@ -66,18 +81,53 @@ class Store:
         with self._lock:
             self._table.limit_tenants(quota_bytes)
 
-    def sealed_hashes(self, space: Space) -> list[bytes]:
-        """`PageTable.sealed_hashes`."""
-        with self._lock:
-            return self._table.sealed_hashes(space)
+    def sealed(self) -> Iterator[list[tuple[Space, bytes]]]:
+        """The pages that can be read, an extent at a time; those that come or go meanwhile may be among them or not."""
+        for extent in range(self._table.extents):
+            with self._lock:
+                pages = self._table.sealed_in(extent)
+            yield pages
 
     def match(self, space: Space, prefixes: Sequence[Sequence[bytes]], lease_ms: int) -> MatchOutcome:
         """`PageTable.match`. One that takes a lease is a use of the segments that it finds."""
+        return finish(self.matching(space, prefixes, lease_ms))
+
+    def matching(self, space: Space, prefixes: Sequence[Sequence[bytes]], lease_ms: int) -> Sliced[MatchOutcome]:
+        """`match` in slices. Where there are several, pages that no lease holds may go between them."""
+        if lease_ms > 0:
+            yield from self.settling()
+        if len(prefixes) <= WORK_PAGES_MAX and sum(map(len, prefixes)) <= WORK_PAGES_MAX:
+            with self._lock:
+                return self._used(space, prefixes, self._table.match(space, prefixes, lease_ms, self._clock.now_ms()))
+        match = SlicedMatch(self._table, space, prefixes, lease_ms)
+        try:
+            while not self._advanced(match):
+                yield
+        except BaseException:
+            if match.lease_id is not None:
+                self.release(space.tenant, match.lease_id)
+            raise
         with self._lock:
-            found = self._table.match(space, prefixes, lease_ms, self._clock.now_ms())
-            if found.lease_id is not None:
-                self._heat.used(space.tenant, [prefix[:hits] for prefix, hits in zip(prefixes, found.hits, strict=True)])
+            return self._used(space, prefixes, match.outcome())
+
+    def _advanced(self, match: SlicedMatch) -> bool:
+        with self._lock:
+            return match.advance(self._clock.now_ms())
+
+    def _used(self, space: Space, prefixes: Sequence[Sequence[bytes]], found: MatchOutcome) -> MatchOutcome:
+        if found.lease_id is not None:
+            self._heat.used(space.tenant, [prefix[:hits] for prefix, hits in zip(prefixes, found.hits, strict=True)])
         return found
+
+    def settling(self) -> Sliced[None]:
+        """`PageTable.expire` until every lease that has ended has let its pages go."""
+        while True:
+            with self._lock:
+                now_ms = self._clock.now_ms()
+                next_ms = self._table.expire(now_ms)
+            if next_ms is None or next_ms > now_ms:
+                return
+            yield
 
     def hot_segments(self) -> frozenset[bytes]:
         """`SegmentHeat.hot`."""
@@ -131,7 +181,16 @@ class Store:
             return [page if isinstance(page, PageStatus) else place(page) for page in pages]
 
     def prepare(self, space: Space, page_hash: bytes, checksum: int) -> ArrivingPage | PageStatus:
-        """`PageTable.prepare`; hand the page to `seal` or `abort`."""
+        """`PageTable.prepare` until there is room or none; hand the page to `seal` or `abort`."""
+        for _ in range(_ROOM_TRIES_MAX):
+            page = self.try_prepare(space, page_hash, checksum)
+            if page is not Room.MAKING:
+                return page
+            time.sleep(TURN_S)
+        return PageStatus.NO_SPACE
+
+    def try_prepare(self, space: Space, page_hash: bytes, checksum: int) -> ArrivingPage | PageStatus | Literal[Room.MAKING]:
+        """`PageTable.prepare`."""
         with self._lock:
             page = self._table.prepare(space, page_hash, checksum, self._clock.now_ms())
             try:
@@ -226,24 +285,62 @@ class Store:
             return self._table.renew(tenant, lease_id, lease_ms, self._clock.now_ms())
 
     def release(self, tenant: str, lease_id: bytes) -> bool:
-        """`PageTable.release`."""
-        with self._lock:
-            return self._table.release(tenant, lease_id, self._clock.now_ms())
+        """`PageTable.release`, and lets the pages go."""
+        return finish(self.releasing(tenant, lease_id))
 
-    def delete(self, space: Space, page_hashes: Iterable[bytes]) -> list[PageStatus]:
-        """`PageTable.delete` of each."""
+    def releasing(self, tenant: str, lease_id: bytes) -> Sliced[bool]:
+        """`release` in slices; the lease is void after the first."""
         with self._lock:
-            now_ms = self._clock.now_ms()
-            statuses = [self._table.delete(space, page_hash, now_ms) for page_hash in page_hashes]
-            self._publish(self._table.take_events())
+            was_alive = self._table.release(tenant, lease_id, self._clock.now_ms())
+        yield from self.settling()
+        return was_alive
+
+    def delete(self, space: Space, page_hashes: Sequence[bytes]) -> list[PageStatus]:
+        """`PageTable.delete` of each."""
+        return finish(self.deleting(space, page_hashes))
+
+    def deleting(self, space: Space, page_hashes: Sequence[bytes]) -> Sliced[list[PageStatus]]:
+        """`delete` in slices."""
+        yield from self.settling()
+        statuses: list[PageStatus] = []
+        for hashes in in_slices(page_hashes, WORK_PAGES_MAX):
+            with self._lock:
+                statuses += self._table.delete(space, hashes, self._clock.now_ms())
+                self._publish(self._table.take_events())
+            yield
         return statuses
 
-    def expire(self) -> None:
-        """`PageTable.expire`: gives the pages of silent lease holders back in time; and `forget_empty`."""
+    def sweeping(self) -> Sliced[None]:
+        """Gives back what nobody holds or may hold any more: pages of leases that have ended, those beyond quotas, and namespaces
+        that have long been empty.
+        """
         with self._lock:
-            now_ms = self._clock.now_ms()
-            self._table.expire(now_ms)
-            self._table.forget_empty(now_ms)
+            self._table.forget_empty(self._clock.now_ms())
+        yield from self.settling()
+        while True:
+            with self._lock:
+                has_more = self._table.trim()
+                self._publish(self._table.take_events())
+            if not has_more:
+                return
+            yield
+
+    def expire(self) -> None:
+        """`sweeping`, on a thread."""
+        finish(self.sweeping())
+
+    def namespaces(self, tenant: str | None = None) -> Sliced[list[NamespaceStatistics]]:
+        """`PageTable.space_statistics` of the tenant's spaces, or of all."""
+        with self._lock:
+            spaces = self._table.spaces()
+        if tenant is not None:
+            spaces = [space for space in spaces if space.tenant == tenant]
+        statistics: list[NamespaceStatistics] = []
+        for part in in_slices(spaces, WORK_PAGES_MAX):
+            with self._lock:
+                statistics += self._table.space_statistics(part)
+            yield
+        return statistics
 
     def statistics(self) -> PageTableStatistics:
         """`PageTable.statistics`."""

@@ -239,9 +239,14 @@ def _attend_limits(message: pb.AttendOffer) -> AttendLimits:
 def statistics_to_wire(statistics: NodeStatistics) -> pb.StatsResponse:
     """A node's counters as a message."""
     message = pb.StatsResponse(**{name: getattr(statistics, name) for name in _STATISTICS_FIELDS})
-    for space in statistics.namespaces:
-        message.namespaces.add(namespace=space.namespace, layout=layout_to_wire(space.layout), pages_sealed=space.pages_sealed)
+    add_namespaces(message, statistics.namespaces)
     return message
+
+
+def add_namespaces(message: pb.StatsResponse, namespaces: Iterable[NamespaceStatistics]) -> None:
+    """More of a tenant's namespaces for a node's counters."""
+    for space in namespaces:
+        message.namespaces.add(namespace=space.namespace, layout=layout_to_wire(space.layout), pages_sealed=space.pages_sealed)
 
 
 def statistics_from_wire(message: pb.StatsResponse) -> NodeStatistics:

@@ -80,10 +80,10 @@ def test_a_page_stays_pinned_until_the_last_of_its_leases_and_readers_is_gone(ta
     reader = table.pin(SPACE, HASHES[0], first, 0.0)
     assert isinstance(reader, PinnedPage)
     for end in (lambda: table.release("a", first, 1.0), lambda: table.release("a", second, 1.0), lambda: table.unpin(reader)):
-        assert table.delete(SPACE, HASHES[0], 1.0) is PageStatus.PINNED
+        assert table.delete(SPACE, [HASHES[0]], 1.0) == [PageStatus.PINNED]
         end()
         table.check()
-    assert table.delete(SPACE, HASHES[0], 1.0) is PageStatus.OK
+    assert table.delete(SPACE, [HASHES[0]], 1.0) == [PageStatus.OK]
 
 
 def test_a_lease_ends_exactly_at_its_time(table: PageTable) -> None:
@@ -103,13 +103,13 @@ def test_an_expired_lease_is_not_honoured_although_nobody_swept(table: PageTable
 
 def test_an_expired_lease_protects_no_page_although_nobody_swept(table: PageTable) -> None:
     lease(table, 0)
-    assert table.delete(SPACE, HASHES[0], 99.9) is PageStatus.PINNED
-    assert table.delete(SPACE, HASHES[0], 100.0) is PageStatus.OK
+    assert table.delete(SPACE, [HASHES[0]], 99.9) == [PageStatus.PINNED]
+    assert table.delete(SPACE, [HASHES[0]], 100.0) == [PageStatus.OK]
 
 
 def test_an_expired_lease_says_so_even_where_the_page_is_gone(table: PageTable) -> None:
     lease_id = lease(table, 0)
-    table.delete(SPACE, HASHES[0], 100.0)
+    table.delete(SPACE, [HASHES[0]], 100.0)
     assert table.pin(SPACE, HASHES[0], lease_id, 101.0) is PageStatus.LEASE_EXPIRED
 
 
@@ -135,7 +135,7 @@ def test_a_reader_keeps_the_page_when_its_lease_expires_under_it(table: PageTabl
     reader = table.pin(SPACE, HASHES[0], lease(table, 0), 0.0)
     assert isinstance(reader, PinnedPage)
     table.expire(100.0)
-    assert table.delete(SPACE, HASHES[0], 100.0) is PageStatus.PINNED
+    assert table.delete(SPACE, [HASHES[0]], 100.0) == [PageStatus.PINNED]
     table.unpin(reader)
     table.check()
 

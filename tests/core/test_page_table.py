@@ -145,7 +145,7 @@ def test_a_hash_stored_under_another_namespace_is_a_miss(make_table: MakeTable, 
     store(table, 1)
     assert table.match(OTHER, [[page_hash(1)]], 100, 0.0).hits == (0,)
     assert table.pin(OTHER, page_hash(1), None, 0.0) is PageStatus.MISSING
-    assert table.delete(OTHER, page_hash(1), 0.0) is PageStatus.MISSING
+    assert table.delete(OTHER, [page_hash(1)], 0.0) == [PageStatus.MISSING]
     store(table, 1, OTHER)
     assert table.statistics().pages_sealed == 2
 
@@ -217,17 +217,17 @@ def test_a_recycled_slot_has_a_new_generation(make_table: MakeTable, layout_of_b
 def test_a_deleted_page_is_gone_and_its_slot_is_free(table: PageTable) -> None:
     store(table, 1)
     reader = pin(table, 1)
-    assert table.delete(SPACE, page_hash(1), 0.0) is PageStatus.PINNED
+    assert table.delete(SPACE, [page_hash(1)], 0.0) == [PageStatus.PINNED]
     table.unpin(reader)
-    assert table.delete(SPACE, page_hash(1), 0.0) is PageStatus.OK
-    assert table.delete(SPACE, page_hash(1), 0.0) is PageStatus.MISSING
+    assert table.delete(SPACE, [page_hash(1)], 0.0) == [PageStatus.OK]
+    assert table.delete(SPACE, [page_hash(1)], 0.0) == [PageStatus.MISSING]
     assert table.statistics().used_bytes == 0
     table.check()
 
 
 def test_an_arriving_page_cannot_be_deleted(table: PageTable) -> None:
     page = prepare(table, 1)
-    assert table.delete(SPACE, page_hash(1), 0.0) is PageStatus.MISSING
+    assert table.delete(SPACE, [page_hash(1)], 0.0) == [PageStatus.MISSING]
     table.complete(page, 0.0)
     table.check()
 
@@ -263,7 +263,7 @@ def test_a_corrupt_page_keeps_its_slot_for_those_who_hold_it_while_its_hash_is_w
     assert table.verified(reader, 0.0, intact=False)
     table.check()
     assert table.pin(SPACE, page_hash(1), None, 0.0) is PageStatus.MISSING
-    assert table.delete(SPACE, page_hash(1), 0.0) is PageStatus.MISSING
+    assert table.delete(SPACE, [page_hash(1)], 0.0) == [PageStatus.MISSING]
     again = store(table, 1)
     assert again.offset_bytes != slot.offset_bytes, "somebody still looks at the old bytes"
     table.unpin(reader)
@@ -311,7 +311,7 @@ def test_events_tell_what_was_sealed_evicted_and_deleted(make_table: MakeTable, 
     table.register(SPACE, layout_of_bytes(PAGE_BYTES))
     store(table, 1)
     store(table, 2)
-    table.delete(SPACE, page_hash(2), 0.0)
+    table.delete(SPACE, [page_hash(2)], 0.0)
     events = [(namespace, event.kind, event.hash, event.sequence) for namespace, event in table.take_events()]
     assert events == [
         (SPACE, PageEventKind.SEALED, page_hash(1), 1),
@@ -369,7 +369,9 @@ def test_memory_flows_from_a_tenant_that_rests_to_one_that_works(shared_table: P
         store(shared_table, number)
     for number in range(10, 16):
         store(shared_table, number, STRANGERS)
-    sealed = {statistics.space.tenant: statistics.pages_sealed for statistics in shared_table.statistics().namespaces}
+    sealed = {
+        statistics.space.tenant: statistics.pages_sealed for statistics in shared_table.space_statistics(shared_table.spaces())
+    }
     assert sealed == {"a": 0, "b": 4}
 
 
@@ -379,7 +381,9 @@ def test_a_tenant_in_use_is_not_robbed_by_one_that_only_writes(shared_table: Pag
     for number in range(10, 20):
         store(shared_table, number, STRANGERS)
         shared_table.match(SPACE, [[page_hash(0), page_hash(1)]], 0, 0.0)
-    sealed = {statistics.space.tenant: statistics.pages_sealed for statistics in shared_table.statistics().namespaces}
+    sealed = {
+        statistics.space.tenant: statistics.pages_sealed for statistics in shared_table.space_statistics(shared_table.spaces())
+    }
     assert sealed == {"a": 2, "b": 2}
 
 
@@ -403,7 +407,8 @@ def test_statistics_agree_with_what_was_done(table: PageTable) -> None:
     assert statistics.capacity_bytes == 400
     assert statistics.used_bytes == 300
     assert (statistics.pages_sealed, statistics.pages_arriving, statistics.pages_pinned, statistics.leases) == (2, 1, 1, 1)
-    assert (statistics.namespaces[0].pages_sealed, statistics.namespaces[0].pages_arriving) == (2, 1)
+    [space] = table.space_statistics([SPACE])
+    assert (space.pages_sealed, space.pages_arriving) == (2, 1)
 
 
 def test_registering_is_idempotent(table: PageTable, layout_of_bytes: MakeLayout) -> None:
@@ -421,11 +426,11 @@ def test_one_namespace_of_two_tenants_is_two_spaces_which_share_nothing(shared_t
     mine = store(table, 1, SPACE)
     assert table.match(STRANGERS, [[page_hash(1)]], 100, 0.0).hits == (0,)
     assert table.pin(STRANGERS, page_hash(1), None, 0.0) is PageStatus.MISSING
-    assert table.delete(STRANGERS, page_hash(1), 0.0) is PageStatus.MISSING
+    assert table.delete(STRANGERS, [page_hash(1)], 0.0) == [PageStatus.MISSING]
     theirs = store(table, 1, STRANGERS)
     assert mine.extent != theirs.extent
     assert [(space, event.hash) for space, event in table.take_events()] == [(SPACE, page_hash(1)), (STRANGERS, page_hash(1))]
-    assert table.delete(STRANGERS, page_hash(1), 0.0) is PageStatus.OK
+    assert table.delete(STRANGERS, [page_hash(1)], 0.0) == [PageStatus.OK]
     assert table.match(SPACE, [[page_hash(1)]], 0, 0.0).hits == (1,)
     table.check()
 
@@ -448,7 +453,7 @@ def test_an_unknown_namespace_is_refused_everywhere(table: PageTable) -> None:
         lambda: table.match(OTHER, [], 0, 0.0),
         lambda: table.pin(OTHER, page_hash(1), None, 0.0),
         lambda: table.prepare(OTHER, page_hash(1), 1, 0.0),
-        lambda: table.delete(OTHER, page_hash(1), 0.0),
+        lambda: table.delete(OTHER, [page_hash(1)], 0.0),
     ]
     for call in calls:
         with pytest.raises(NamespaceUnknown, match="RegisterLayout"):
@@ -460,7 +465,7 @@ def test_a_namespace_without_pages_makes_room_for_another(table: PageTable, layo
     store(table, 1)
     for number in range(NAMESPACES_MAX + 5):
         table.register(Space("b", page_hash(number)), layout)
-    known = [space.space for space in table.statistics().namespaces]
+    known = table.spaces()
     assert len(known) == NAMESPACES_MAX
     assert SPACE in known
     assert Space("b", page_hash(NAMESPACES_MAX + 4)) in known
@@ -489,13 +494,13 @@ def test_a_namespace_without_pages_is_forgotten_by_age_with_its_class(make_table
     page = prepare(table, 1, OTHER)
     table.forget_empty(0.0)
     table.forget_empty(NAMESPACE_EMPTY_MS_MAX)
-    assert [space.space for space in table.statistics().namespaces] == [OTHER]
+    assert table.spaces() == [OTHER]
     table.abort(page)
     table.forget_empty(NAMESPACE_EMPTY_MS_MAX)
     table.forget_empty(2 * NAMESPACE_EMPTY_MS_MAX - 1)
     assert table.layout_of(OTHER) == layout_of_bytes(50)
     table.forget_empty(2 * NAMESPACE_EMPTY_MS_MAX)
-    assert table.statistics().namespaces == ()
+    assert table.spaces() == []
     table.check()
     table.register(OTHER, layout_of_bytes(PAGE_BYTES))
     table.complete(prepare(table, 1, OTHER), 0.0)
@@ -509,7 +514,7 @@ def test_a_tenants_own_empty_namespace_goes_before_anothers(
     table = make_table(400)
     for space in (STRANGERS, SPACE, OTHER, Space("a", b"p" * 32)):
         table.register(space, layout_of_bytes(PAGE_BYTES))
-    assert [space.space for space in table.statistics().namespaces] == [STRANGERS, OTHER, Space("a", b"p" * 32)]
+    assert table.spaces() == [STRANGERS, OTHER, Space("a", b"p" * 32)]
 
 
 @pytest.mark.parametrize("length", [0, 31, 33])

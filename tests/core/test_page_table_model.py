@@ -247,7 +247,7 @@ class PageTableMachine(RuleBasedStateMachine):
     @rule(space=spaces, page_hash=hashes)
     def delete(self, space: Space, page_hash: bytes) -> None:
         key = (space, page_hash)
-        status = self.table.delete(space, page_hash, self.now_ms)
+        [status] = self.table.delete(space, [page_hash], self.now_ms)
         if key not in self.sealed:
             assert status is PageStatus.MISSING
         elif self.is_pinned(self.sealed[key]):
@@ -281,7 +281,7 @@ class PageTableMachine(RuleBasedStateMachine):
         self.now_ms += 1e6
         for key, page in list(self.sealed.items()):
             if not page.readers:
-                assert self.table.delete(*key, self.now_ms) is PageStatus.OK
+                assert self.table.delete(key[0], [key[1]], self.now_ms) == [PageStatus.OK]
                 del self.sealed[key]
         self.table.check()
         assert self.table.statistics().pages_sealed == sum(page.readers > 0 for page in self.sealed.values())
@@ -362,10 +362,10 @@ def test_one_class_keeps_exactly_the_most_recently_used_pages(pages_max: int, st
         elif verb == "use":
             table.use(space, [page_hash], None, 0.0)
         else:
-            table.delete(space, page_hash, 0.0)
+            table.delete(space, [page_hash], 0.0)
         if number in recent or verb == "store":
             recent = [other for other in recent if other != number] + [number] * (verb != "delete")
             recent = recent[-pages_max:]
         table.check()
         assert table.statistics().pages_sealed == len(recent)
-    assert [n for n in range(10) if table.delete(space, bytes([n]) * 32, 0.0) is PageStatus.OK] == sorted(recent)
+    assert [n for n in range(10) if table.delete(space, [bytes([n]) * 32], 0.0) == [PageStatus.OK]] == sorted(recent)

@@ -38,7 +38,12 @@ def store(table: PageTable, space: Space, number: int) -> PageStatus:
 
 
 def held(table: PageTable, space: Space) -> list[int]:
-    return sorted(int.from_bytes(page_hash, "big") for page_hash in table.sealed_hashes(space))
+    return sorted(
+        int.from_bytes(page_hash, "big")
+        for extent in range(table.extents)
+        for of, page_hash in table.sealed_in(extent)
+        if of == space
+    )
 
 
 def test_a_tenant_over_its_quota_loses_its_own_oldest_pages_and_nobody_elses(table: PageTable) -> None:

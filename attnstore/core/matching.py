@@ -1,0 +1,81 @@
+"""One Match of many pages, asked of the page table a slice at a time.
+
+Owns: how far the question is, and the lease that grows with it. Invariants: where a lease is asked for, a page that counts as a hit
+is held by it from the moment it is found; where none is, the pages count as used from the tail to the head, as in one command.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from attnstore.core.page_table import MatchOutcome, PageTable
+from attnstore.limits import WORK_PAGES_MAX
+from attnstore.types import Space
+
+_Run = tuple[int, int, Sequence[bytes]]
+"""A run of a prefix: which one, how many of its hashes come before, and the hashes."""
+
+
+class SlicedMatch:
+    """Whoever owns the table calls `advance` until it says that it is done; then there is an `outcome`."""
+
+    def __init__(self, table: PageTable, space: Space, prefixes: Sequence[Sequence[bytes]], lease_ms: int) -> None:
+        self._table = table
+        self._space = space
+        self._prefixes = prefixes
+        self._lease_ms = lease_ms
+        self._granted_ms = 0
+        self._hits = [0] * len(prefixes)
+        self._to_find = _batches(prefixes)
+        self._to_touch: Iterator[list[_Run]] | None = None
+        self.lease_id: bytes | None = None
+
+    def advance(self, now_ms: float) -> bool:
+        """Works on at most `WORK_PAGES_MAX` pages. True: that was the last of it. Raises as `PageTable.match` does."""
+        batch = next(self._to_find, None)
+        if batch is not None:
+            self._find(batch, now_ms)
+            return False
+        if self._lease_ms > 0:
+            return True
+        if self._to_touch is None:
+            found = [prefix[:hits] for prefix, hits in zip(self._prefixes, self._hits, strict=True)]
+            self._to_touch = iter(list(_batches(found))[::-1])
+        batch = next(self._to_touch, None)
+        if batch is not None:
+            hashes = [page_hash for _, _, run in batch for page_hash in run]
+            self._table.use(self._space, hashes[::-1], None, now_ms)
+        return batch is None
+
+    def outcome(self) -> MatchOutcome:
+        """What was found."""
+        return MatchOutcome(tuple(self._hits), self.lease_id, self._granted_ms)
+
+    def _find(self, batch: list[_Run], now_ms: float) -> None:
+        asked = [run for run in batch if self._hits[run[0]] == run[1]]
+        found = self._table.match(self._space, [run for _, _, run in asked], self._lease_ms, now_ms, self.lease_id)
+        for (prefix, _, _), hits in zip(asked, found.hits, strict=True):
+            self._hits[prefix] += hits
+        self._table.missed(sum(len(run) for _, _, run in batch) - sum(len(run) for _, _, run in asked))
+        self.lease_id = found.lease_id
+        self._granted_ms = found.lease_ms or self._granted_ms
+
+
+def _batches(prefixes: Sequence[Sequence[bytes]]) -> Iterator[list[_Run]]:
+    """The prefixes in runs, so many together that they have at most `WORK_PAGES_MAX` hashes and are no more either."""
+    batch: list[_Run] = []
+    room = WORK_PAGES_MAX
+    for index, prefix in enumerate(prefixes):
+        begin = 0
+        while True:
+            run = prefix[begin : begin + room]
+            batch.append((index, begin, run))
+            begin += len(run)
+            room -= max(1, len(run))
+            if room <= 0:
+                yield batch
+                batch, room = [], WORK_PAGES_MAX
+            if begin == len(prefix):
+                break
+    if batch:
+        yield batch
