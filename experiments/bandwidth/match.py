@@ -20,6 +20,7 @@ import attnstore
 from attnstore.core.page_table import ArrivingPage, PageTable
 from attnstore.limits import LEASE_ID_BYTES
 from attnstore.testing import StoreProcess
+from attnstore.types import Space
 from experiments.bandwidth.lane import Start
 from experiments.bandwidth.processes import Child
 from experiments.bandwidth.results import quantile_us
@@ -83,11 +84,11 @@ def _of_table(pages: int, hashes: Sequence[int], seconds: float) -> Iterator[Mat
         extent_bytes=_EXTENT_BYTES,
         new_lease_id=lambda: os.urandom(LEASE_ID_BYTES),
     )
-    namespace = attnstore.namespace(_LAYOUT, model=b"match")
-    table.register(namespace, _LAYOUT, "default")
+    space = Space("default", attnstore.namespace(_LAYOUT, model=b"match"))
+    table.register(space, _LAYOUT)
     known = _hashes(pages)
     for page_hash in known:
-        arriving = table.prepare(namespace, page_hash, 0, 0.0)
+        arriving = table.prepare(space, page_hash, 0, 0.0)
         assert isinstance(arriving, ArrivingPage), arriving
         table.complete(arriving, 0.0)
         table.take_events()
@@ -96,7 +97,7 @@ def _of_table(pages: int, hashes: Sequence[int], seconds: float) -> Iterator[Mat
         # A prompt's blocks were stored one after the other; a table smaller than the prompt is gone round several times.
         at = starts.randrange(pages)
         prefix = list(islice(cycle(known[at:] + known[:at]), count))
-        durations = _timed(partial(table.match, namespace, [prefix], 0, 0.0), seconds)
+        durations = _timed(partial(table.match, space, [prefix], 0, 0.0), seconds)
         yield _figures("page table", pages, count, durations)
 
 
