@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from typing import Any
 
 import pytest
 
@@ -91,6 +95,19 @@ def hits_and_no_wrong_byte(client: attnstore.ClusterClient, batch: Batch, deadli
     hits = [index for index, status in enumerate(result.statuses) if status.is_hit]
     assert all(buffers[index] == batch.pages[index] for index in hits)
     return len(hits)
+
+
+def run_command(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """`attnstore` with these arguments."""
+    command = [sys.executable, "-m", "attnstore.cli", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+
+
+def status_of(cluster: Cluster) -> dict[str, dict[str, Any]]:
+    """What `attnstore status` says of each node, by name."""
+    shown = run_command("status", "--json", "--directory", cluster.url)
+    assert shown.returncode == 0, shown.stderr
+    return {node["node_id"]: node for node in json.loads(shown.stdout)["nodes"]}
 
 
 @pytest.fixture(scope="module")

@@ -2,39 +2,24 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 import attnstore
 from attnstore import PageStatus, errors
 from attnstore.limits import SEGMENT_BLOCKS
-from tests.cluster.conftest import Cluster, hits_and_no_wrong_byte, known_to, stored
+from tests.cluster.conftest import Cluster, hits_and_no_wrong_byte, known_to, run_command, status_of, stored
 from tests.samples import Batch, eventually
 
 pytestmark = pytest.mark.redis
 
 BatchOf = Callable[..., Batch]
 PAGES = 12 * SEGMENT_BLOCKS
-
-
-def run_command(*arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "attnstore.cli", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
-
-
-def status_of(cluster: Cluster) -> dict[str, dict[str, Any]]:
-    shown = run_command("status", "--json", "--directory", cluster.url)
-    assert shown.returncode == 0, shown.stderr
-    return {node["node_id"]: node for node in json.loads(shown.stdout)["nodes"]}
 
 
 def sealed_on(cluster: Cluster, name: str) -> int:
