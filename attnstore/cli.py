@@ -17,13 +17,16 @@ from pydantic import ByteSize, TypeAdapter, ValidationError
 from attnstore import aio
 from attnstore.allocator import keep_freed_memory
 from attnstore.client.health import check_serving
+from attnstore.client.options import ConnectOptions
 from attnstore.command_line import CommandParser, seconds
 from attnstore.config import ServeOptions, add_serve_options, ignored_variables, load_serve_options
-from attnstore.directory import Intent
+from attnstore.directory import Intent, Member, load_cluster_key
 from attnstore.environment import variable
 from attnstore.errors import AttnStoreError, InvalidArgument
+from attnstore.limits import DEADLINE_MS_DEFAULT
 from attnstore.logs import configure_logs, get_logger
 from attnstore.operations import Access, ClusterStatus, cluster_status, set_intent, set_quota, status_text, wait_drained
+from attnstore.peering import Peering
 from attnstore.server.handoff import OpenPeer
 from attnstore.server.node import serve
 from attnstore.whatif.command import add_plan_options, run_plan
@@ -105,12 +108,27 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("node", metavar="NODE", help="its id, as attnstore status shows it")
     for command in (status, drain, undrain, evict, quota):
         _add_access(command)
+    cluster_key = commands.add_parser(
+        "cluster-key",
+        help="make the key that a cluster's nodes know each other by",
+        description="Makes the file of a cluster's key, unless it is there, and prints the public key for clients' directory URLs.",
+    )
+    cluster_key.add_argument("file", type=Path, metavar="FILE", help="for attnstore serve --cluster-key, readable by nobody else")
+    cluster_key.add_argument("--public", type=Path, metavar="FILE", help="write the public key to this file too")
+    cluster_key.set_defaults(run=_cluster_key)
     return parser
 
 
 def _add_access(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--directory", metavar="URL", help="the cluster [env ATTNSTORE_DIRECTORY]")
+    add(
+        "--cluster-key",
+        type=Path,
+        metavar="FILE",
+        default=variable("cluster_key"),
+        help="the key of the cluster's nodes, to sign what is asked of them [env ATTNSTORE_CLUSTER_KEY]",
+    )
     add("--token", default=variable("token"), help="token for the nodes [env ATTNSTORE_TOKEN]")
     add("--tls-ca", type=Path, metavar="FILE", help="PEM certificates of the nodes' authorities; default: the system's")
     add("--deadline-ms", type=float, default=2_000, metavar="MS", help="longest wait for a node (default 2000)")
@@ -127,7 +145,7 @@ def _access(arguments: argparse.Namespace, target: str | None = None, default: s
     target = target or arguments.directory or variable("directory") or default
     if target is None:
         raise InvalidArgument("--directory is missing: the URL of the cluster's directory, for example redis://HOST:6379/0")
-    return Access(target, arguments.token, arguments.tls_ca, arguments.deadline_ms, arguments.http_proxy)
+    return Access(target, arguments.token, arguments.tls_ca, arguments.deadline_ms, arguments.http_proxy, arguments.cluster_key)
 
 
 def _serve(arguments: argparse.Namespace) -> int:
@@ -141,14 +159,26 @@ def _serve(arguments: argparse.Namespace) -> int:
 
 
 def _peer_opener(options: ServeOptions) -> OpenPeer:
-    def open_peer(url: str, token: str | None) -> aio.AsyncClient:
-        tls_ca = options.peer_ca if url.startswith("grpcs") else None
-        client = aio.connect(url, token=token, tls_ca=tls_ca)
-        if not isinstance(client, aio.AsyncClient):
-            raise InvalidArgument(f"{url} is not the address of one node")
-        return client
+    def open_peer(peering: Peering | None, member: Member, tenant: str) -> aio.AsyncClient:
+        tls_ca = options.peer_ca if member.url.startswith("grpcs") else None
+        token = None if peering is None else peering.credential(member, tenant)
+        node = ConnectOptions.create(
+            member.url, deadline_ms=DEADLINE_MS_DEFAULT, token=token, tls_ca=tls_ca, transport="auto", channels=1
+        )
+        return aio.AsyncClient(node.at(member, None if peering is None else peering.check_of(member)))
 
     return open_peer
+
+
+def _cluster_key(arguments: argparse.Namespace) -> int:
+    public = load_cluster_key(arguments.file, create=True).public
+    if arguments.public is not None:
+        try:
+            arguments.public.write_text(f"{public}\n")
+        except OSError as error:
+            raise InvalidArgument(f"--public {arguments.public} cannot be written: {error.strerror}") from None
+    print(public)
+    return 0
 
 
 def _health(arguments: argparse.Namespace) -> int:

@@ -63,6 +63,9 @@ class ServeOptions(BaseModel):
     directory: SecretStr | None = Field(
         None, description="URL of the cluster's directory, for example redis://HOST:6379/0; none: the node is on its own"
     )
+    cluster_key: Path | None = Field(
+        None, description="file of the cluster's key, made by attnstore cluster-key; needed in a cluster whose nodes ask for tokens"
+    )
     advertise: str = Field("", description="host:port, or host, where others reach the node; default: the address it listens on")
     weight: float = Field(1.0, gt=0, le=NODE_WEIGHT_MAX, description="the node's share of the cluster, relative to other nodes")
     replicas: int = Field(1, ge=1, le=REPLICAS_MAX, description="copies of each page in the cluster; the most of any node counts")
@@ -138,6 +141,11 @@ class ServeOptions(BaseModel):
         if self.token is not None and self.tokens_file is not None:
             raise ValueError("--token and --tokens-file exclude each other")
         asks_for_token = self.token is not None or self.tokens_file is not None  # TLS alone keeps nobody out
+        if self.directory is not None and self.cluster_key is None and asks_for_token:
+            raise ValueError(
+                "--directory with tokens needs --cluster-key: without it nodes would believe any record in the directory, and hand "
+                "tenants' pages to whoever wrote it. Make one key for all nodes with attnstore cluster-key"
+            )
         if not (asks_for_token or self.insecure or self.address.is_loopback):
             raise ValueError(
                 f"--listen {self.listen} is reachable from other machines: give --token or --tokens-file, "

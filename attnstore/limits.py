@@ -204,6 +204,16 @@ RECORD_BYTES_MAX = 16 * KIB
 """Of one record in the directory; longer ones are skipped unread. Names may be written in escapes of twelve characters each."""
 QUOTA_BYTES_MAX = NODES_MAX * CAPACITY_BYTES_MAX
 """Of one tenant on all nodes."""
+RECORD_SIGNED_MS_MAX = 3_600_000
+"""A signed record of a node is believed for this long: as long as an old one that somebody kept could bring an old address back."""
+RECORD_AGAIN_MS = 900_000
+"""Nodes sign their records anew this often. Each time everybody is told of the change."""
+CLOCKS_APART_MS_MAX = 300_000
+"""How far the clocks of two machines of a cluster with a key may be apart."""
+CREDENTIAL_MS_MAX = 600_000
+"""A node may act as a tenant at another one for this long before it says anew who it is."""
+CREDENTIAL_BYTES_MAX = 2_048
+CHALLENGE_BYTES = 32
 TASK_AGAIN_MS_MIN = 100
 TASK_AGAIN_MS_MAX = 1_000
 """Background work that has failed is tried again after a pause between these."""
@@ -231,6 +241,7 @@ assert 2 * HEARTBEAT_MS < MEMBER_MS_MAX, "one lost heartbeat removes nobody"
 assert HEARTBEAT_MS < DIRECTORY_GAP_MS < MEMBER_MS_MAX < INTENT_MS_MAX
 assert DIRECTORY_MS_MAX <= HEARTBEAT_MS
 assert 0 < NODE_FAIR_MS < NODE_ANSWER_MS_MAX, "a node that does not answer has had a fair time"
+assert RECORD_AGAIN_MS + CLOCKS_APART_MS_MAX < RECORD_SIGNED_MS_MAX, "a record is signed anew before it is too old for anybody"
 assert TASK_AGAIN_MS_MIN < TASK_AGAIN_MS_MAX <= HEARTBEAT_MS, "a heartbeat that failed is made again before its node is overdue"
 assert 12 * (NODE_ID_CHARS_MAX + NODE_URL_CHARS_MAX) + HOT_SEGMENTS_MAX * (2 * SEGMENT_KEY_BYTES + 4) + KIB <= RECORD_BYTES_MAX
 assert 0 < HEDGES_PERCENT_MAX < 100 <= 100 * HEDGES_BURST_MAX

@@ -15,8 +15,19 @@ from pathlib import Path
 from typing import Any, Final
 
 from attnstore import aio
+from attnstore.client.options import ConnectOptions
 from attnstore.clock import Deadline, MonotonicClock
-from attnstore.directory import Directory, DirectoryUrl, Intent, Member, NodeState, is_directory_url, open_directory
+from attnstore.directory import (
+    Directory,
+    DirectoryUrl,
+    Intent,
+    Member,
+    NodeState,
+    is_directory_url,
+    load_cluster_key,
+    open_directory,
+)
+from attnstore.directory.trust import MemberCheck
 from attnstore.errors import AttnStoreError, InvalidArgument
 from attnstore.types import NodeDescription, NodeStatistics
 from attnstore.worker_status import WorkerStatus, worker_rows, worker_statuses
@@ -34,13 +45,28 @@ class Access:
     tls_ca: Path | None
     deadline_ms: float
     http_proxy: str | None = None
+    cluster_key: Path | None = None
 
     def node(self, url: str) -> aio.AsyncClient | aio.AsyncClusterClient:
-        """A client of one node."""
+        """A client of one node, or of the nodes of a list."""
         tls_ca = self.tls_ca if url.startswith("grpcs") else None
         return aio.connect(
             url, deadline_ms=self.deadline_ms, token=self.token, tls_ca=tls_ca, transport="grpc", http_proxy=self.http_proxy
         )
+
+    def member(self, member: Member, check: MemberCheck | None) -> aio.AsyncClient:
+        """A client of a node that passes the check before it is told the token."""
+        tls_ca = self.tls_ca if member.url.startswith("grpcs") else None
+        options = ConnectOptions.create(
+            member.url,
+            deadline_ms=self.deadline_ms,
+            token=self.token,
+            tls_ca=tls_ca,
+            transport="grpc",
+            channels=1,
+            http_proxy=self.http_proxy,
+        )
+        return aio.AsyncClient(options.at(member, check))
 
     @property
     def is_cluster(self) -> bool:
@@ -51,7 +77,18 @@ class Access:
         """The cluster's directory. Raises `InvalidArgument` where the target is none."""
         if not self.is_cluster:
             raise InvalidArgument("--directory must be a directory's URL, for example redis://HOST:6379/0")
-        return open_directory(self.target)
+        key = None if self.cluster_key is None else load_cluster_key(Path(self.cluster_key))
+        if self.token is not None and key is None and DirectoryUrl.parse(self.target).key is None:
+            raise InvalidArgument(
+                "a token is sent to nodes that the directory names: give --cluster-key, or add key=KEY to the directory's URL"
+            )
+        return open_directory(self.target, key=key, tls_only=self.tls_ca is not None)
+
+    def signing_directory(self) -> Directory:
+        """The directory, to ask something of the cluster there. Raises `InvalidArgument` where nobody would believe it."""
+        if self.is_cluster and self.cluster_key is None and DirectoryUrl.parse(self.target).key is not None:
+            raise InvalidArgument("this cluster believes only what its key has signed: give --cluster-key")
+        return self.directory()
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,7 +153,7 @@ async def cluster_status(access: Access, worker_urls: Sequence[str] = (), worker
     not answer, `InvalidArgument` for a target that names neither a directory nor nodes.
     """
     members = await _members(access)
-    nodes = asyncio.gather(*(_node_status(access, member) for member in members))
+    nodes = asyncio.gather(*(_node_status(access, member, check) for member, check in members))
     asked = worker_statuses(worker_urls, access.deadline_ms, access.http_proxy, worker_token)
     answers, workers = await asyncio.gather(nodes, asked)
     sealed: Counter[tuple[str, int]] = Counter()
@@ -128,7 +165,7 @@ async def cluster_status(access: Access, worker_urls: Sequence[str] = (), worker
     return ClusterStatus(shown, time.time(), tuple(status for status, _ in answers), tuple(layouts), workers)
 
 
-async def _members(access: Access) -> list[Member]:
+async def _members(access: Access) -> list[tuple[Member, MemberCheck | None]]:
     if access.is_cluster:
         directory = access.directory()
         try:
@@ -137,16 +174,17 @@ async def _members(access: Access) -> list[Member]:
             await directory.close()
         present = membership.present() if membership is not None else {}
         evicted = [member for member in membership.members if member.node_id not in present] if membership is not None else []
-        return sorted([*present.values(), *evicted], key=lambda member: member.node_id)
+        members = sorted([*present.values(), *evicted], key=lambda member: member.node_id)
+        return [(member, directory.check_of(member)) for member in members]
     async with access.node(access.target):  # refuses what is no target; nothing is sent
         scheme, _, addresses = access.target.partition("://")
-        return [Member(address, f"{scheme}://{address}") for address in addresses.partition("?")[0].split(",")]
+        return [(Member(address, f"{scheme}://{address}"), None) for address in addresses.partition("?")[0].split(",")]
 
 
-async def _node_status(access: Access, member: Member) -> tuple[NodeStatus, NodeStatistics | None]:
+async def _node_status(access: Access, member: Member, check: MemberCheck | None) -> tuple[NodeStatus, NodeStatistics | None]:
     known = (member.node_id, member.url, member.state.value, member.weight, member.replicas, len(member.hot))
     try:
-        async with access.node(member.url) as client:
+        async with access.member(member, check) as client:
             await client.describe()  # connects
             began = time.perf_counter()
             description = await client.describe()
@@ -213,7 +251,7 @@ def status_text(status: ClusterStatus) -> str:
 
 async def set_intent(access: Access, node_id: str, intent: Intent | None) -> None:
     """Asks something of a node. Raises `InvalidArgument` where it is no member."""
-    directory = access.directory()
+    directory = access.signing_directory()
     try:
         known = await directory.set_intent(node_id, intent)
     finally:
@@ -224,7 +262,7 @@ async def set_intent(access: Access, node_id: str, intent: Intent | None) -> Non
 
 async def set_quota(access: Access, tenant: str, quota_bytes: int | None) -> None:
     """Limits a tenant, or lifts its limit."""
-    directory = access.directory()
+    directory = access.signing_directory()
     try:
         await directory.set_quota(tenant, quota_bytes)
     finally:

@@ -459,7 +459,7 @@ class AsyncClient:
             raise ClientClosed("the client is closed")
         if self._transport is None:
             options = self._options
-            self._transport = GrpcTransport(options.target, options.token, options.tls_ca, options.http_proxy)
+            self._transport = GrpcTransport(options.target, options.token, options.tls_ca, options.http_proxy, options.check)
         return self._transport
 
     def _layout(self, namespace: bytes) -> PageLayout:

@@ -323,7 +323,6 @@ class ClusterClient(BlockingFacade[AsyncClusterClient]):
 
     def __init__(self, options: ClusterOptions, clock: Clock | None = None) -> None:
         super().__init__(AsyncClusterClient(options, clock))
-        self._node_options = options.node
         self._nodes_lock = threading.Lock()
         self._nodes: dict[tuple[str, bytes], Client] = {}
 
@@ -332,11 +331,11 @@ class ClusterClient(BlockingFacade[AsyncClusterClient]):
 
         The same objects as long as a node is a member and is not restarted; they are closed then, and with this client.
         """
-        members = {(member.url, member.epoch) for member in self.members(deadline_ms=deadline_ms)}
+        members = {(member.url, member.epoch): member for member in self.members(deadline_ms=deadline_ms)}
         with self._nodes_lock:
-            gone = [self._nodes.pop(key) for key in self._nodes.keys() - members]
-            for url, epoch in sorted(members - self._nodes.keys()):
-                self._nodes[url, epoch] = Client(self._node_options.at(url))
+            gone = [self._nodes.pop(key) for key in self._nodes.keys() - members.keys()]
+            for url, epoch in sorted(members.keys() - self._nodes.keys()):
+                self._nodes[url, epoch] = Client(self._client.options_of(members[url, epoch]))
             nodes = tuple(self._nodes.values())
         for client in gone:
             client.close()

@@ -27,7 +27,7 @@ from attnstore.client.hedges import HedgeBudget
 from attnstore.client.mapped import PageViews
 from attnstore.client.membership import ClusterMembership, no_node_to_ask
 from attnstore.client.node_link import NodeLink
-from attnstore.client.options import ClusterOptions, checked_deadline_ms
+from attnstore.client.options import ClusterOptions, ConnectOptions, checked_deadline_ms
 from attnstore.client.segments import Run, leading_hits, runs_of
 from attnstore.client.totals import joint_description, joint_statistics
 from attnstore.clock import Clock, Deadline, MonotonicClock
@@ -97,6 +97,10 @@ class AsyncClusterClient:
         membership, self._membership = self._membership, None
         if membership is not None:
             await membership.close()
+
+    def options_of(self, member: Member) -> ConnectOptions:
+        """How a member is reached. Raises `InvalidArgument` for one whose URL is none."""
+        return self._options.node.at(member, self._followed().directory.check_of(member))
 
     async def members(self, *, deadline_ms: float | None = None) -> tuple[Member, ...]:
         """The nodes of the cluster, as this client sees it."""
@@ -391,7 +395,7 @@ class AsyncClusterClient:
         return self._membership
 
     def _open_link(self, member: Member) -> NodeLink:
-        return NodeLink(member, self._options.node.at(member.url), self._clock)
+        return NodeLink(member, self.options_of(member), self._clock)
 
     def _layout(self, namespace: bytes) -> PageLayout:
         try:

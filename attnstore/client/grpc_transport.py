@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import asyncio
 import os
+import secrets
+import time
 import weakref
 from collections.abc import AsyncGenerator, Iterator
 from contextlib import asynccontextmanager, contextmanager, suppress
@@ -18,12 +20,22 @@ import grpc
 from attnstore.address import Address
 from attnstore.client.bulk import WritePlan
 from attnstore.client.landing import Landing
-from attnstore.errors import ClientClosed, DeadlineExceeded, InvalidArgument, ProtocolError
-from attnstore.limits import CHUNK_BYTES_MAX, CONNECT_MS_MAX, FRAME_BYTES_MAX, KEEPALIVE_MS, KEEPALIVE_TIMEOUT_MS, MESSAGE_BYTES_MAX
+from attnstore.directory.trust import MemberCheck
+from attnstore.errors import ClientClosed, DeadlineExceeded, InvalidArgument, ProtocolError, Unavailable
+from attnstore.limits import (
+    CHALLENGE_BYTES,
+    CHUNK_BYTES_MAX,
+    CONNECT_MS_MAX,
+    DEADLINE_MS_DEFAULT,
+    FRAME_BYTES_MAX,
+    KEEPALIVE_MS,
+    KEEPALIVE_TIMEOUT_MS,
+    MESSAGE_BYTES_MAX,
+)
 from attnstore.secrecy import shown
 from attnstore.types import PageStatus
 from attnstore.wire import chunks, messages
-from attnstore.wire.messages import METHODS
+from attnstore.wire.messages import CHALLENGE, METHODS, PROOF
 from attnstore.wire.status import error_from_rpc
 
 _CHANNEL_OPTIONS = (
@@ -83,7 +95,9 @@ class GrpcTransport:
         """In a forked child: gRPC's threads stayed behind, so that a call would wait for ever."""
         cls._is_stranded = len(cls._open) > 0
 
-    def __init__(self, target: Target, token: str | None, tls_ca: bytes | None, http_proxy: str | None) -> None:
+    def __init__(
+        self, target: Target, token: str | None, tls_ca: bytes | None, http_proxy: str | None, check: MemberCheck | None
+    ) -> None:
         if GrpcTransport._is_stranded:
             raise ClientClosed(
                 "this process was forked from one with an open client, which gRPC does not survive: start it with the spawn method"
@@ -94,6 +108,7 @@ class GrpcTransport:
             self._channel = grpc.aio.secure_channel(str(target.address), credentials, options=options)
         else:
             self._channel = grpc.aio.insecure_channel(str(target.address), options=options)
+        self._check = check
         self._metadata = (("authorization", f"Bearer {token}"),) if token else ()
         self._stubs = {name: self._stub(method) for name, method in METHODS.items()}
         GrpcTransport._open.add(self)
@@ -106,12 +121,14 @@ class GrpcTransport:
     async def call(self, name: str, request: Any, deadline_ms: float) -> Any:
         """One unary call. Raises the typed error of its failure."""
         with _typed_errors():
-            answer = await self._stubs[name](request, timeout=deadline_ms / 1000, metadata=self._metadata)
+            timeout_s = await self._admitted(deadline_ms)
+            answer = await self._stubs[name](request, timeout=timeout_s, metadata=self._metadata)
         return METHODS[name].decode_response(answer)
 
     async def read(self, request: Any, landing: Landing, deadline_ms: float) -> None:
         """Streams pages into `landing` until all are answered."""
-        call = self._stubs["Read"](request, timeout=deadline_ms / 1000, metadata=self._metadata)
+        timeout_s = await self._admitted(deadline_ms)
+        call = self._stubs["Read"](request, timeout=timeout_s, metadata=self._metadata)
         try:
             with _typed_errors():
                 while (message := await call.read()) is not grpc.aio.EOF:
@@ -123,7 +140,8 @@ class GrpcTransport:
 
     async def write(self, plan: WritePlan, deadline_ms: float) -> tuple[PageStatus, ...]:
         """Streams pages to the node; the verdict on each."""
-        call = self._stubs["Write"](timeout=deadline_ms / 1000, metadata=self._metadata)
+        timeout_s = await self._admitted(deadline_ms)
+        call = self._stubs["Write"](timeout=timeout_s, metadata=self._metadata)
         try:
             with _typed_errors():
                 with suppress(asyncio.InvalidStateError):  # the node ended the call while we were still sending
@@ -136,8 +154,8 @@ class GrpcTransport:
 
     async def watch(self, request: Any, deadline_ms: float | None) -> AsyncGenerator[Any, None]:
         """Events as messages, the first item None once the node has begun to watch."""
-        timeout = None if deadline_ms is None else deadline_ms / 1000
-        call = self._stubs["Watch"](request, timeout=timeout, metadata=self._metadata)
+        admitted_s = await self._admitted(DEADLINE_MS_DEFAULT if deadline_ms is None else deadline_ms)
+        call = self._stubs["Watch"](request, timeout=None if deadline_ms is None else admitted_s, metadata=self._metadata)
         try:
             with _typed_errors():
                 if messages.WATCHING not in tuple(await call.initial_metadata()):
@@ -152,9 +170,34 @@ class GrpcTransport:
 
     async def attend(self, deadline_ms: float) -> AttendRpc:
         """A new attend stream, accepted by the node, each of whose exchanges may take `deadline_ms`."""
+        await self._admitted(deadline_ms)
         stream = AttendRpc(self._stubs["Attend"](metadata=self._metadata), deadline_ms)
         await stream.accepted()
         return stream
+
+    async def _admitted(self, deadline_ms: float) -> float:
+        """How many seconds are left for a call to a node that has passed the check; the first call has it checked.
+
+        Raises `Unavailable` where whoever answers does not pass, and nothing was told to it.
+        """
+        check = self._check
+        if check is None:
+            return deadline_ms / 1000
+        began_s, challenge = time.monotonic(), secrets.token_bytes(CHALLENGE_BYTES)
+        with _typed_errors():
+            metadata = ((CHALLENGE, challenge),)
+            call = self._stubs["Describe"](messages.DescribeRequest(), timeout=deadline_ms / 1000, metadata=metadata)
+            proof = dict(tuple(await call.initial_metadata())).get(PROOF, "")
+            if not check.is_passed(challenge, str(proof)):
+                call.cancel()
+                raise Unavailable(f"what answers at {check.member.url} has not shown that it is node {check.member.node_id!r}")
+            with suppress(grpc.RpcError):  # it may ask for a token, which is now told
+                await call
+        self._check = None
+        left_s = deadline_ms / 1000 - (time.monotonic() - began_s)
+        if left_s <= 0:
+            raise DeadlineExceeded("the node has shown who it is, and no time was left for the call")
+        return left_s
 
     def _stub(self, method: messages.Method) -> Any:
         kind = {

@@ -10,7 +10,16 @@ from urllib.parse import urlsplit
 from attnstore.address import Address
 from attnstore.client.bulk import TransportName, checked_transport
 from attnstore.client.grpc_transport import Target
-from attnstore.directory import Directory, Member, MemoryDirectory, checked_directory, is_directory_url, open_directory
+from attnstore.directory import (
+    Directory,
+    DirectoryUrl,
+    Member,
+    MemoryDirectory,
+    checked_directory,
+    is_directory_url,
+    open_directory,
+)
+from attnstore.directory.trust import MemberCheck
 from attnstore.environment import variable
 from attnstore.errors import InvalidArgument
 from attnstore.limits import CHANNELS_MAX, DEADLINE_MS_MAX, NODES_MAX, REPLICAS_MAX
@@ -22,7 +31,8 @@ from attnstore.tokens import is_token
 class ConnectOptions:
     """How a client reaches its node. `tls_ca`: PEM certificates of the trusted authorities, None for the system's.
 
-    `http_proxy`: URL of the HTTP proxy that gRPC connections go through, None for none.
+    `check`: what the node has to pass before anything is sent to it, None for nothing. `http_proxy`: URL of the HTTP proxy that gRPC
+    connections go through, None for none.
     """
 
     target: Target
@@ -33,6 +43,7 @@ class ConnectOptions:
     channels: int
     shared_path: Path | None = None
     http_proxy: str | None = field(default=None, repr=False)
+    check: MemberCheck | None = None
 
     @classmethod
     def create(
@@ -71,9 +82,9 @@ class ConnectOptions:
             raise InvalidArgument(f"transport {self.transport!r} goes past an HTTP proxy: say grpc, or leave http_proxy out")
         return replace(self, http_proxy=http_proxy, transport="grpc")
 
-    def at(self, url: str) -> ConnectOptions:
-        """The same for another node. Raises `InvalidArgument` for a malformed URL."""
-        return replace(self, target=Target.parse(url))
+    def at(self, member: Member, check: MemberCheck | None = None) -> ConnectOptions:
+        """The same for a node of a cluster, which passes the check before it is sent anything. Raises `InvalidArgument`."""
+        return replace(self, target=Target.parse(member.url), check=check)
 
     @classmethod
     def of_cluster(
@@ -133,8 +144,10 @@ class ClusterOptions:
         """As `ConnectOptions.create`, for a target that `is_cluster`: a directory's URL, or `grpc://a:7400,b:7400?replicas=2`."""
         nodes: tuple[str, ...] = ()
         replicas = 1
+        has_key = False
         if is_directory_url(target):
             checked_directory(target)
+            has_key = DirectoryUrl.parse(target).key is not None
             tls = tls_ca is not None
         else:
             nodes, replicas = _fixed_list(target)
@@ -142,12 +155,17 @@ class ClusterOptions:
         node = ConnectOptions.of_cluster(
             tls, deadline_ms=deadline_ms, token=token, tls_ca=tls_ca, transport=transport, channels=channels
         )
+        if node.token is not None and not nodes and not has_key:
+            raise InvalidArgument(
+                "a token is sent to nodes that a directory names, so the directory's URL must say by which key to know them: add "
+                "key=KEY, or key=/FILE, of attnstore cluster-key"
+            )
         return cls(nodes, "" if nodes else target, replicas, node.sharing(shared_path).through(http_proxy))
 
     def open_directory(self) -> Directory:
         """The directory, for the running event loop; nothing is sent yet."""
         if self.directory:
-            return open_directory(self.directory)
+            return open_directory(self.directory, tls_only=self.node.target.tls)
         return MemoryDirectory(
             members=[Member(url.partition("://")[2], url, weight=1.0, replicas=self.replicas) for url in self.nodes]
         )

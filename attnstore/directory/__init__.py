@@ -10,7 +10,7 @@ from attnstore.directory.base import (
     NodeState,
     Revision,
 )
-from attnstore.directory.factory import checked_directory, open_directory
+from attnstore.directory.factory import checked_directory, load_cluster_key, open_directory
 from attnstore.directory.memory import MemoryDirectory
 from attnstore.directory.url import DirectoryUrl, is_directory_url
 from attnstore.directory.view import ClusterView, ViewTracker
@@ -30,5 +30,6 @@ __all__ = [
     "ViewTracker",
     "checked_directory",
     "is_directory_url",
+    "load_cluster_key",
     "open_directory",
 ]

@@ -11,7 +11,7 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol, Self
+from typing import TYPE_CHECKING, Any, Protocol, Self
 
 from attnstore.address import Address
 from attnstore.errors import InvalidArgument, ProtocolError
@@ -27,6 +27,9 @@ from attnstore.limits import (
     REPLICAS_MAX,
     SEGMENT_KEY_BYTES,
 )
+
+if TYPE_CHECKING:
+    from attnstore.directory.trust import MemberCheck
 
 _REASON_CHARS = 200
 
@@ -189,6 +192,10 @@ class Directory(Protocol):
     @property
     def skipped(self) -> Mapping[RecordKind, int]:
         """How many records of each kind were skipped in the last answer that had some of the kind."""
+        ...
+
+    def check_of(self, member: Member) -> MemberCheck | None:
+        """How a member is told from whoever else answers at its URL before anything is sent there; None for not at all."""
         ...
 
     async def announce(self, member: Member, ttl_ms: int, known: Revision | None) -> Membership | None:

@@ -3,23 +3,41 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from attnstore.directory.base import Directory
 from attnstore.directory.url import DirectoryUrl
 from attnstore.extras import needs_extra
 
+if TYPE_CHECKING:
+    from attnstore.cluster_key import ClusterKey
 
-def open_directory(url: str) -> Directory:
+
+def open_directory(url: str, *, key: ClusterKey | None = None, tls_only: bool = False) -> Directory:
     """The directory at `url` (see `attnstore.directory.url`), for the running event loop; nothing is sent yet.
 
-    Raises `InvalidArgument` for a malformed URL, or where the extra `redis` is not installed.
+    With the cluster's key records are signed, and only signed ones believed; with `key=` in the URL the latter alone.
+    With `tls_only` nodes without TLS are not followed.
+
+    Raises `InvalidArgument` for a malformed URL, keys that are not a pair, or where the extra `redis` is not installed.
     """
-    return checked_directory(url)()
+    return checked_directory(url, key=key, tls_only=tls_only)()
 
 
-def checked_directory(url: str) -> Callable[[], Directory]:
+def checked_directory(url: str, *, key: ClusterKey | None = None, tls_only: bool = False) -> Callable[[], Directory]:
     """Opens the directory at `url` when it is called. Raises as `open_directory`, now."""
     parsed = DirectoryUrl.parse(url)
     with needs_extra("redis", "a directory on Redis or Valkey"):
+        from attnstore.cluster_key import PublicKey
         from attnstore.directory.redis import RedisDirectory
-    return lambda: RedisDirectory(parsed)
+        from attnstore.directory.trust import Trust
+    public = None if parsed.key is None else PublicKey.read(parsed.key)
+    return lambda: RedisDirectory(parsed, Trust(parsed.cluster, public, key, tls_only=tls_only))
+
+
+def load_cluster_key(path: Path, *, create: bool = False) -> ClusterKey:
+    """The cluster's key in a file, which `create` makes where there is none. Raises `InvalidArgument`, also for a missing extra."""
+    with needs_extra("redis", "a cluster's key"):
+        from attnstore.cluster_key import ClusterKey
+    return ClusterKey.create(path) if create and not path.exists() else ClusterKey.load(path)

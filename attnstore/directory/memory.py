@@ -43,6 +43,9 @@ class MemoryDirectory:
     def skipped(self) -> dict[RecordKind, int]:
         return {}
 
+    def check_of(self, member: Member) -> None:
+        del member
+
     async def announce(self, member: Member, ttl_ms: int, known: Revision | None) -> Membership | None:
         now_ms = self._clock.now_ms()
         away_ms = now_ms - self._beat_ms

@@ -22,6 +22,7 @@ from attnstore.directory.base import (
     reading_record,
 )
 from attnstore.directory.events import check_events
+from attnstore.directory.trust import Trust
 from attnstore.errors import ProtocolError
 from attnstore.limits import QUOTA_BYTES_MAX
 from attnstore.logs import get_logger
@@ -46,8 +47,9 @@ class Told:
 class RecordReader:
     """Reads the answers of one directory, whose name in messages is `directory`."""
 
-    def __init__(self, directory: str) -> None:
+    def __init__(self, directory: str, trust: Trust) -> None:
         self._directory = directory
+        self._trust = trust
         self._reasons: dict[RecordKind, list[str]] = {}
         self._told = Told()
 
@@ -82,9 +84,9 @@ class RecordReader:
             )
         return Membership(
             revision,
-            tuple(self._read(RecordKind.NODE, nodes.items(), _member)),
-            dict(self._read(RecordKind.INTENT, self._told.intents.items(), _intent)),
-            dict(self._read(RecordKind.QUOTA, self._told.quotas.items(), _quota)),
+            tuple(self._read(RecordKind.NODE, nodes.items(), self._member)),
+            dict(self._read(RecordKind.INTENT, self._told.intents.items(), self._intent)),
+            dict(self._read(RecordKind.QUOTA, self._told.quotas.items(), self._quota)),
         )
 
     def layouts(self, records: Iterable[bytes]) -> list[LayoutRecord]:
@@ -94,6 +96,35 @@ class RecordReader:
     def events(self, entries: Iterable[Any]) -> list[EventBatch]:
         """Of the stream of events."""
         return self._read(RecordKind.EVENTS, entries, _batch)
+
+    def _member(self, entry: tuple[bytes, bytes]) -> Member:
+        name, text = self._opened(RecordKind.NODE, entry)
+        member = Member.from_json(text)
+        if member.node_id != name:
+            raise ProtocolError(f"the directory has a record of node {member.node_id!r} under another name")
+        self._trust.check_member(member)
+        return member
+
+    def _intent(self, entry: tuple[bytes, bytes]) -> tuple[str, Intent]:
+        node_id, text = self._opened(RecordKind.INTENT, entry)
+        if not is_name(node_id):
+            raise ProtocolError("the directory has an intent for what is no node's name")
+        with reading_record("intent"):
+            return node_id, Intent(text)
+
+    def _quota(self, entry: tuple[bytes, bytes]) -> tuple[str, int]:
+        tenant, text = self._opened(RecordKind.QUOTA, entry)
+        with reading_record("quota"):
+            quota_bytes = int(text)
+        if not 0 <= quota_bytes <= QUOTA_BYTES_MAX:
+            raise ProtocolError(f"the directory's quota of tenant {tenant[:_NAME_CHARS]!r} is out of bounds")
+        return tenant, quota_bytes
+
+    def _opened(self, kind: RecordKind, entry: tuple[bytes, bytes]) -> tuple[str, str]:
+        name, record = entry
+        with reading_record(kind.value):
+            text = name.decode()
+        return text, self._trust.opened(kind, text, record)
 
     def _read(self, kind: RecordKind, raw: Iterable[R], read: Callable[[R], T]) -> list[T]:
         found: list[T] = []
@@ -119,32 +150,6 @@ class RecordReader:
 def pairs(flat: Any) -> Any:
     """The fields of a hash, which come as a map or as names and values in turn."""
     return flat.items() if isinstance(flat, dict) else zip(flat[::2], flat[1::2], strict=True)
-
-
-def _member(entry: tuple[bytes, bytes]) -> Member:
-    name, record = entry
-    member = Member.from_json(record)
-    if member.node_id.encode() != name:
-        raise ProtocolError(f"the directory has a record of node {member.node_id!r} under another name")
-    return member
-
-
-def _intent(entry: tuple[bytes, bytes]) -> tuple[str, Intent]:
-    name, intent = entry
-    with reading_record("intent"):
-        node_id, wanted = name.decode(), Intent(intent.decode())
-    if not is_name(node_id):
-        raise ProtocolError("the directory has an intent for what is no node's name")
-    return node_id, wanted
-
-
-def _quota(entry: tuple[bytes, bytes]) -> tuple[str, int]:
-    tenant, value = entry
-    with reading_record("quota"):
-        name, quota_bytes = tenant.decode(), int(value)
-    if not 0 <= quota_bytes <= QUOTA_BYTES_MAX:
-        raise ProtocolError(f"the directory's quota of tenant {name[:_NAME_CHARS]!r} is out of bounds")
-    return name, quota_bytes
 
 
 def _batch(entry: tuple[bytes, dict[bytes, bytes]]) -> EventBatch:

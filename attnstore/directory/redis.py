@@ -20,6 +20,7 @@ from redis.exceptions import RedisClusterException, RedisError
 from attnstore.directory import scripts
 from attnstore.directory.base import EventBatch, Intent, LayoutRecord, Member, Membership, RecordKind, Revision
 from attnstore.directory.records import RecordReader, Told
+from attnstore.directory.trust import MemberCheck, Trust
 from attnstore.directory.url import DirectoryUrl
 from attnstore.errors import Unavailable
 from attnstore.limits import (
@@ -34,9 +35,10 @@ from attnstore.limits import (
 class RedisDirectory:
     """See `Directory`. Belongs to one event loop; connects at first use and again after every loss."""
 
-    def __init__(self, url: DirectoryUrl) -> None:
+    def __init__(self, url: DirectoryUrl, trust: Trust) -> None:
         self._url = url
-        self._records = RecordReader(url.shown)
+        self._trust = trust
+        self._records = RecordReader(url.shown, trust)
         self._sentinels: list[Any] = []
         self._client = self._connect(url)
         self._key = {name: f"{{attnstore:{url.cluster}}}:{name}" for name in scripts.KEYS}
@@ -50,9 +52,13 @@ class RedisDirectory:
     def skipped(self) -> dict[RecordKind, int]:
         return self._records.skipped
 
+    def check_of(self, member: Member) -> MemberCheck | None:
+        return self._trust.check_of(member)
+
     async def announce(self, member: Member, ttl_ms: int, known: Revision | None) -> Membership | None:
         told = self._told(known)
-        arguments = (*_revision(told), secrets.token_hex(8), member.node_id, member.to_json(), ttl_ms, scripts.KEEP_MS)
+        record = self._trust.sealed(RecordKind.NODE, member.node_id, member.to_json())
+        arguments = (*_revision(told), secrets.token_hex(8), member.node_id, record, ttl_ms, scripts.KEEP_MS)
         return self._records.membership(await self._eval(scripts.ANNOUNCE, self._cluster_keys, *arguments), told)
 
     async def membership(self, known: Revision | None) -> Membership | None:
@@ -63,7 +69,8 @@ class RedisDirectory:
         await self._eval(scripts.WITHDRAW, self._cluster_keys, node_id)
 
     async def set_intent(self, node_id: str, intent: Intent | None) -> bool:
-        return bool(await self._eval(scripts.SET_INTENT, self._cluster_keys, node_id, intent or "", scripts.KEEP_MS))
+        record = "" if intent is None else self._trust.sealed(RecordKind.INTENT, node_id, intent.value)
+        return bool(await self._eval(scripts.SET_INTENT, self._cluster_keys, node_id, record, scripts.KEEP_MS))
 
     async def put_layouts(self, layouts: Sequence[LayoutRecord]) -> None:
         records = [record.to_json() for record in layouts]
@@ -73,7 +80,7 @@ class RedisDirectory:
         return self._records.layouts(await self._look(scripts.LAYOUTS, [self._key["layouts"]]))
 
     async def set_quota(self, tenant: str, quota_bytes: int | None) -> None:
-        value = "" if quota_bytes is None else quota_bytes
+        value = "" if quota_bytes is None else self._trust.sealed(RecordKind.QUOTA, tenant, str(quota_bytes))
         await self._eval(scripts.SET_QUOTA, self._cluster_keys, tenant, value, TENANTS_MAX)
 
     async def publish(self, batch: EventBatch) -> None:

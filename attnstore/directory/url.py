@@ -8,6 +8,7 @@ Before the hosts goes `USER:PASSWORD@` for an ACL user. After everything may fol
 
     cluster             one of several clusters in one directory; default `default`
     ca                  file of a private certificate authority
+    key                 public key of the cluster, or `/FILE` with it: records that are not signed with it are not believed
     sentinel_username   of the Sentinels, which have users of their own, or none
     sentinel_password
 
@@ -55,6 +56,7 @@ class DirectoryUrl:
     service: str
     database: int
     cluster: str
+    key: str | None
     shown: str
 
     @classmethod
@@ -89,6 +91,7 @@ class DirectoryUrl:
             service=service,
             database=database,
             cluster=options.get("cluster", "default"),
+            key=options.get("key"),
             shown=f"{scheme}://{','.join(map(str, hosts))}{path}",
         )
 
@@ -112,7 +115,7 @@ def _hosts(scheme: str, addresses: str, port_default: int) -> tuple[Address, ...
 
 
 def _options(scheme: str, kind: str, tls: bool, query: str | None) -> dict[str, str]:
-    known = ("cluster", "ca", *(("sentinel_username", "sentinel_password") if kind == "sentinel" else ()))
+    known = ("cluster", "ca", "key", *(("sentinel_username", "sentinel_password") if kind == "sentinel" else ()))
     options: dict[str, str] = {}
     for option in query.split("&") if query else ():
         name, _, value = option.partition("=")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Final, Protocol
@@ -17,11 +17,12 @@ from attnstore import tasks
 from attnstore.core.hashing import segment_key
 from attnstore.core.layout import PageLayout
 from attnstore.core.page_table import NamespaceStatistics
-from attnstore.directory import ClusterView
+from attnstore.directory import ClusterView, Member
 from attnstore.directory.moves import Moves, is_same_cluster
 from attnstore.errors import AttnStoreError
 from attnstore.limits import MIB, WORK_PAGES_MAX
 from attnstore.logs import get_logger
+from attnstore.peering import Peering
 from attnstore.server.slices import finish_among_calls, in_slices
 from attnstore.server.store import PageView, Store
 from attnstore.telemetry import NodeMetrics
@@ -63,8 +64,11 @@ class Peer(Protocol):
         ...
 
 
-OpenPeer = Callable[[str, str | None], Peer]
-"""`open_peer(url, token)`: a connection to a node, as the tenant whose token it is."""
+OpenPeer = Callable[[Peering | None, Member, str], Peer]
+"""`open_peer(peering, member, tenant)`: a connection to a node, as a tenant.
+
+With a peering the node has to show that it is a member before it is sent anything; calls raise `Unavailable` where it does not.
+"""
 
 
 @dataclass(slots=True)
@@ -77,7 +81,7 @@ class _Pass:
 
 
 class Handoff:
-    """`tokens`: tenant -> token, empty where the cluster asks for none. `on_drained` is told once nothing is left to hand over.
+    """`peering` is what the node knows others by, None in a cluster without a key. `on_drained` is told once nothing is left to do.
 
     Belongs to the event loop on which it is started.
     """
@@ -87,14 +91,14 @@ class Handoff:
         node_id: str,
         store: Store,
         open_peer: OpenPeer,
-        tokens: Mapping[str, str],
+        peering: Peering | None,
         metrics: NodeMetrics,
         on_drained: Callable[[], None],
     ) -> None:
         self._node_id = node_id
         self._store = store
         self._open_peer = open_peer
-        self._tokens = tokens
+        self._peering = peering
         self._metrics = metrics
         self._on_drained = on_drained
         self._view: ClusterView | None = None
@@ -184,15 +188,16 @@ class Handoff:
                 await asyncio.sleep(0)
         for held in await finish_among_calls(self._store.namespaces()):
             by_target = sorted_out.get(held.space, {})
-            urls = {node_id: view.members[node_id].url for node_id in by_target}
-            await asyncio.gather(*(self._send(done, urls[node_id], held, hashes) for node_id, hashes in by_target.items()))
+            members = {node_id: view.members[node_id] for node_id in by_target}
+            await asyncio.gather(*(self._send(done, members[node_id], held, hashes) for node_id, hashes in by_target.items()))
         return done
 
-    async def _send(self, done: _Pass, url: str, held: NamespaceStatistics, hashes: Sequence[bytes]) -> None:
+    async def _send(self, done: _Pass, member: Member, held: NamespaceStatistics, hashes: Sequence[bytes]) -> None:
         """Sends one node what it lacks of the pages. Never raises because of that node."""
         space = held.space
-        peer = self._open_peer(url, self._tokens.get(space.tenant))
+        peer: Peer | None = None
         try:
+            peer = self._open_peer(self._peering, member, space.tenant)
             await peer.register_layout(space.namespace, held.layout)
             for begin in range(0, len(hashes), ASK_HASHES):
                 asked = hashes[begin : begin + ASK_HASHES]
@@ -202,12 +207,13 @@ class Handoff:
                     await self._send_batch(done, peer, space, batch)
         except AttnStoreError as error:
             done.failed += 1
-            _log.warning("handing pages over failed, tried again later", url=url, reason=str(error))
+            _log.warning("handing pages over failed, tried again later", node=member.node_id, url=member.url, reason=str(error))
         except Exception:  # must not end what is sent to other nodes
             done.failed += 1
-            _log.exception("handing pages over failed, tried again later", url=url)
+            _log.exception("handing pages over failed, tried again later", node=member.node_id, url=member.url)
         finally:
-            await peer.close()
+            if peer is not None:
+                await peer.close()
 
     async def _send_batch(self, done: _Pass, peer: Peer, space: Space, hashes: Sequence[bytes]) -> None:
         with ExitStack() as pinned:

@@ -49,7 +49,7 @@ from attnstore.server.open_services import OpenServices
 from attnstore.server.page_channel import PageChannelServer, TokenBook
 from attnstore.server.rpc import Authenticator, RpcShell
 from attnstore.server.scrubber import Scrubber
-from attnstore.server.seat import take_seat
+from attnstore.server.seat import own_record, peering_of, take_seat
 from attnstore.server.servicer import ChannelOffer, NodeIdentity, Servicer
 from attnstore.server.shared_memory import SharedMemoryServer
 from attnstore.server.slices import finish_among_calls
@@ -93,12 +93,16 @@ class StoreNode:
         self._options = options
         self._loop = asyncio.get_running_loop()
         # What can be wrong with the options shows before the arena's memory is claimed.
-        authenticator = Authenticator(options.tenants())
+        tenants = options.tenants()
         extent_bytes = extent_bytes_for(options.capacity)
         arena_type = _arena_type(options)
         connections_max = grpc_connections_max(arena_type.descriptors_per_extent * (options.capacity // extent_bytes))
         self._server = grpc.aio.server(options=(*_SERVER_OPTIONS, ("grpc.max_allowed_incoming_connections", connections_max)))
         self.address = self._bind()
+        epoch = secrets.token_bytes(EPOCH_BYTES)
+        member = own_record(options, self.address, epoch)
+        peering = peering_of(options, member)
+        authenticator = Authenticator(tenants, peering)
         self._arena = _arena(options, extent_bytes)
         offers_memory = "shm" in options.bulk_transports() and _may_be_mapped(options)
         table = PageTable(
@@ -108,8 +112,7 @@ class StoreNode:
             tenants=authenticator.tenants,
         )
         hub = EventHub(self._loop, authenticator.tenants)
-        node_id = options.node_id or str(options.advertised(self.address))
-        feed = EventFeed(node_id, authenticator.tenants)
+        feed = EventFeed(member.node_id, authenticator.tenants)
         publish = hub.publish if options.directory is None else hub.publish_also_to(feed.offer)
         heat = None if options.directory is None else SegmentHeat(options.hot_uses, authenticator.tenants)
         self._store = Store(table, self._arena, clock, publish, heat)
@@ -125,7 +128,6 @@ class StoreNode:
             attending=self._attending,
             tenants=authenticator.tenants,
         )
-        epoch = secrets.token_bytes(EPOCH_BYTES)
         self._shared_memory = (
             SharedMemoryServer(
                 self._store,
@@ -143,9 +145,8 @@ class StoreNode:
         self._channels: dict[str, ChannelOffer] = {}
         self._seat = take_seat(
             options,
-            node_id=node_id,
-            epoch=epoch,
-            address=self.address,
+            member=member,
+            peering=peering,
             store=self._store,
             metrics=self._metrics,
             clock=clock,
@@ -154,7 +155,7 @@ class StoreNode:
         )
         self._scrubber = Scrubber(self._store, int(options.scrub_rate))
         self._servicer = Servicer(
-            identity=NodeIdentity(node_id, epoch, version("attnstore")),
+            identity=NodeIdentity(member.node_id, epoch, version("attnstore")),
             store=self._store,
             scrubber=self._scrubber,
             hub=hub,

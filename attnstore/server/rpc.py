@@ -15,39 +15,54 @@ import grpc
 
 from attnstore.core.fair_share import FairShares
 from attnstore.errors import AttnStoreError, DeadlineExceeded, Unauthenticated
-from attnstore.limits import ATTEND_CALLS_MAX, STREAMS_MAX, WATCHERS_MAX
+from attnstore.limits import ATTEND_CALLS_MAX, CHALLENGE_BYTES, STREAMS_MAX, WATCHERS_MAX
 from attnstore.logs import get_logger
+from attnstore.peering import CREDENTIAL_PREFIX, Peering
 from attnstore.telemetry import NodeMetrics
 from attnstore.tokens import BEARER, holder
-from attnstore.wire.messages import SERVICE, Method
+from attnstore.wire.messages import CHALLENGE, PROOF, SERVICE, Method
 from attnstore.wire.status import rpc_status
 
 Handler = Callable[[Any, Any, str], Awaitable[Any]]
 """`handler(request, context, tenant)`; for a client stream the request is `None` and `context.read()` gives bytes."""
 
 _log = get_logger(__name__)
+_OF_NODES = frozenset({"Describe", "RegisterLayout", "Match", "Write", "OpenChannel"})
+"""What another node may call, as the tenant whose pages it hands over."""
 
 
 class Authenticator:
     """Maps a call's token to its tenant. With no tokens configured everyone is the tenant `default`."""
 
-    def __init__(self, tenant_of_token: Mapping[str, str]) -> None:
+    def __init__(self, tenant_of_token: Mapping[str, str], peering: Peering | None = None) -> None:
         self._tenant_of_token = dict(tenant_of_token)
+        self._peering = peering
 
     @property
     def tenants(self) -> int:
         """How many tenants the node serves."""
         return max(1, len(self._tenant_of_token))
 
-    def tenant(self, context: Any) -> str:
-        """The caller's tenant. Raises `Unauthenticated` for a missing or unknown token."""
+    def tenant(self, context: Any, method: str) -> str:
+        """The caller's tenant, also where another node acts as it. Raises `Unauthenticated` for a missing or unknown token."""
         if not self._tenant_of_token:
             return "default"
         metadata = dict(context.invocation_metadata() or ())
         given = str(metadata.get("authorization", ""))
         if not given.startswith(BEARER):
             raise Unauthenticated("this node asks for a token: connect with token=..., or set ATTNSTORE_TOKEN")
-        return self.tenant_of_token(given.removeprefix(BEARER))
+        token = given.removeprefix(BEARER)
+        if self._peering is not None and token.startswith(CREDENTIAL_PREFIX):
+            if method not in _OF_NODES:
+                raise Unauthenticated(f"{method} is not for other nodes: their credential is for handing pages over")
+            return self._peering.tenant_of(token)
+        return self.tenant_of_token(token)
+
+    async def answer_challenge(self, context: Any) -> None:
+        """Shows who asks for it that this node is a member of its cluster; whoever asks need not have said who he is."""
+        challenge = dict(context.invocation_metadata() or ()).get(CHALLENGE)
+        if self._peering is not None and isinstance(challenge, bytes) and len(challenge) == CHALLENGE_BYTES:
+            await context.send_initial_metadata(((PROOF, self._peering.proof(challenge)),))
 
     def tenant_of_token(self, given: str) -> str:
         """The tenant of a token. Raises `Unauthenticated`."""
@@ -125,7 +140,9 @@ class RpcShell:
             self._metrics.ended(method.name, code, time.perf_counter() - began)
 
     async def _limited(self, method: Method, handler: Handler, request: Any, context: Any) -> Any:
-        tenant = self._authenticator.tenant(context)
+        if method.name == "Describe":
+            await self._authenticator.answer_challenge(context)
+        tenant = self._authenticator.tenant(context, method.name)
         if not method.streams_requests:
             request = method.decode_request(request)
         if not (method.streams_requests or method.streams_responses):

@@ -10,8 +10,10 @@ from dataclasses import dataclass
 from attnstore.address import Address
 from attnstore.clock import Clock
 from attnstore.config import ServeOptions
-from attnstore.directory import ClusterView, LayoutRecord, Member, open_directory
+from attnstore.directory import ClusterView, DirectoryUrl, LayoutRecord, Member, load_cluster_key, open_directory
 from attnstore.directory.events import EventFeed
+from attnstore.errors import InvalidArgument, ProtocolError
+from attnstore.peering import Peering
 from attnstore.server.handoff import Handoff, OpenPeer
 from attnstore.server.registration import Registration
 from attnstore.server.slices import finish_among_calls
@@ -39,19 +41,43 @@ class Seat:
             await self.registration.stop()
 
 
+def own_record(options: ServeOptions, address: Address, epoch: bytes) -> Member:
+    """The record of the node that is bound to `address`. Raises `InvalidArgument` where others could make nothing of it."""
+    advertised = options.advertised(address)
+    scheme = "grpcs" if options.tls_cert is not None else "grpc"
+    member = Member(
+        node_id=options.node_id or str(advertised),
+        url=f"{scheme}://{advertised}",
+        epoch=epoch,
+        weight=options.weight,
+        replicas=options.replicas,
+    )
+    try:
+        return Member.from_json(member.to_json())
+    except ProtocolError as error:
+        raise InvalidArgument(f"--node-id, --advertise: {error}") from None
+
+
+def peering_of(options: ServeOptions, member: Member) -> Peering | None:
+    """What a node knows the others of its cluster by; None without `--cluster-key`. Raises `InvalidArgument` for a bad one."""
+    if options.cluster_key is None or options.directory is None:
+        return None
+    cluster = DirectoryUrl.parse(options.directory.get_secret_value()).cluster
+    return Peering(load_cluster_key(options.cluster_key), cluster, member, frozenset(options.tenants().values()))
+
+
 def take_seat(
     options: ServeOptions,
     *,
-    node_id: str,
-    epoch: bytes,
-    address: Address,
+    member: Member,
+    peering: Peering | None,
     store: Store,
     metrics: NodeMetrics,
     clock: Clock,
     feed: EventFeed,
     open_peer: OpenPeer,
 ) -> Seat | None:
-    """The seat of the node that is bound to `address`; None where it is on its own. Raises `InvalidArgument` for bad options."""
+    """The seat of the node that is `member`; None where it is on its own. Raises `InvalidArgument` for bad options."""
     if options.directory is None:
         return None
 
@@ -61,16 +87,16 @@ def take_seat(
 
     def follow(view: ClusterView) -> None:
         handoff.follow(view)
-        if node_id in view.placement.weights:  # a node that owns nothing keeps what it has until it is handed over
-            store.limit_tenants(view.quota_bytes_of(node_id))
+        if member.node_id in view.placement.weights:  # a node that owns nothing keeps what it has until it is handed over
+            store.limit_tenants(view.quota_bytes_of(member.node_id))
 
-    scheme = "grpcs" if options.tls_cert is not None else "grpc"
-    url = f"{scheme}://{options.advertised(address)}"
-    member = Member(node_id=node_id, url=url, epoch=epoch, weight=options.weight, replicas=options.replicas)
-    tokens = {tenant: token for token, tenant in options.tenants().items()}
-    handoff = Handoff(node_id, store, open_peer, tokens, metrics, lambda: registration.drained())
+    handoff = Handoff(member.node_id, store, open_peer, peering, metrics, lambda: registration.drained())
     registration = Registration(
-        open_directory(options.directory.get_secret_value()),
+        open_directory(
+            options.directory.get_secret_value(),
+            key=None if peering is None else peering.key,
+            tls_only=options.tls_cert is not None,
+        ),
         member,
         clock,
         layouts=layouts,

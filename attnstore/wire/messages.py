@@ -63,6 +63,10 @@ WATCHING = ("attnstore-watching", "1")
 
 ATTENDING = ("attnstore-attending", "1")
 """Initial metadata by which `Attend` says that it was accepted. A refusal that crosses the first request would be lost."""
+CHALLENGE = "attnstore-challenge-bin"
+"""Metadata of a Describe: bytes to be signed by a node that says that it is a member of its cluster."""
+PROOF = "attnstore-proof"
+"""Initial metadata of the answer, with or without a token: the signature."""
 
 
 @dataclass(frozen=True, slots=True)

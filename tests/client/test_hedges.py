@@ -67,7 +67,7 @@ async def cluster(batch: Batch) -> AsyncIterator[tuple[ClusterMembership, list[N
     )
 
     def open_link(member: Member) -> NodeLink:
-        link = NodeLink(member, options.node.at(member.url), CLOCK)
+        link = NodeLink(member, options.node.at(member), CLOCK)
         link._begin_probe = lambda: None  # type: ignore[method-assign]
         link.took(1, 0.001)
         return link

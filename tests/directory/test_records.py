@@ -14,6 +14,7 @@ from attnstore.directory import EventBatch, Intent, LayoutRecord, Member, Member
 from attnstore.directory.base import RecordKind
 from attnstore.directory.events import events_in
 from attnstore.directory.records import RecordReader, Told
+from attnstore.directory.trust import Trust
 from attnstore.directory.view import ViewTracker
 from attnstore.errors import ProtocolError
 from attnstore.limits import HOT_SEGMENTS_MAX, QUOTA_BYTES_MAX, RECORD_BYTES_MAX
@@ -136,7 +137,7 @@ def test_good_records_are_read_whatever_stands_beside_them(
         whole = flat([*others, good])
         answer.append(dict(zip(whole[::2], whole[1::2], strict=True)) if as_map else whole)
     answer.insert(4, [])
-    reader = RecordReader("redis://h")
+    reader = RecordReader("redis://h", Trust("default"))
     membership = reader.membership(answer, Told())
     assert membership is not None
     assert ADA in membership.members
@@ -148,7 +149,7 @@ def test_good_records_are_read_whatever_stands_beside_them(
 @given(st.lists(st.none() | st.binary() | st.integers() | st.lists(st.binary(), max_size=3), max_size=8))
 def test_an_answer_without_a_revision_is_a_protocol_error(answer: list[Any]) -> None:
     try:
-        membership = RecordReader("redis://h").membership(answer, Told())
+        membership = RecordReader("redis://h", Trust("default")).membership(answer, Told())
     except ProtocolError:
         return
     assert membership is None or isinstance(membership, Membership)
@@ -157,20 +158,20 @@ def test_an_answer_without_a_revision_is_a_protocol_error(answer: list[Any]) -> 
 @given(st.lists(st.dictionaries(st.sampled_from([b"node", b"packed", b"dropped"]) | st.binary(), st.binary())))
 def test_good_events_are_read_whatever_stands_beside_them(entries: list[dict[bytes, bytes]]) -> None:
     good = {b"node": b"ada", b"packed": bytes([1]) + bytes(72), b"dropped": b"2"}
-    batches = RecordReader("redis://h").events([(b"1-0", fields) for fields in [*entries, good]])
+    batches = RecordReader("redis://h", Trust("default")).events([(b"1-0", fields) for fields in [*entries, good]])
     assert batches[-1] == EventBatch("ada", good[b"packed"], 2)
     assert all(list(events_in(batch, Space("tenant", bytes(32)))) is not None for batch in batches)
 
 
 @pytest.mark.parametrize("packed", [b"short", b"\xff" * 73, (bytes([1]) + bytes(72)) * 1_025])
 def test_events_of_somebody_else_are_skipped_and_counted(packed: bytes) -> None:
-    reader = RecordReader("redis://h")
+    reader = RecordReader("redis://h", Trust("default"))
     assert reader.events([(b"1-0", {b"node": b"ada", b"packed": packed, b"dropped": b"0"})]) == []
     assert reader.skipped[RecordKind.EVENTS] == 1
 
 
 def test_what_is_skipped_is_counted_by_kind_until_it_is_gone_and_told_once(caplog: pytest.LogCaptureFixture) -> None:
-    reader = RecordReader("redis://h")
+    reader = RecordReader("redis://h", Trust("default"))
     bad = [b"i", b"1", 1, flat([("bob", "no"), ("ada", ADA.to_json())]), [], flat([("ada", "explode")]), []]
     more = [b"i", b"2", 0, flat([("cleo", CLEO.to_json())]), [], None, None]
     good = [b"i", b"3", 0, [], [b"bob"], [], None]
