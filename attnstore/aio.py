@@ -5,9 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 from attnstore.client import AsyncClient, AsyncClusterClient, ClusterOptions, options_of
+from attnstore.client.options import ConnectOptions
+from attnstore.directory import Member
+from attnstore.directory.trust import MemberCheck
 from attnstore.limits import DEADLINE_MS_DEFAULT
 
-__all__ = ["AsyncClient", "AsyncClusterClient", "connect"]
+__all__ = ["AsyncClient", "AsyncClusterClient", "connect", "connect_member"]
 
 
 def connect(
@@ -33,3 +36,29 @@ def connect(
         http_proxy=http_proxy,
     )
     return AsyncClusterClient(options) if isinstance(options, ClusterOptions) else AsyncClient(options)
+
+
+def connect_member(
+    member: Member,
+    check: MemberCheck | None,
+    *,
+    token: str | None,
+    tls_ca: str | Path | None,
+    deadline_ms: float = DEADLINE_MS_DEFAULT,
+    transport: str = "auto",
+    http_proxy: str | None = None,
+) -> AsyncClient:
+    """A client of one node of a cluster, which has to pass the check before it is sent the token or anything else.
+
+    `tls_ca` is for a node that is reached over TLS. Calls raise `Unavailable` where the check is not passed.
+    """
+    options = ConnectOptions.create(
+        member.url,
+        deadline_ms=deadline_ms,
+        token=token,
+        tls_ca=tls_ca if member.url.startswith("grpcs://") else None,
+        transport=transport,
+        channels=1,
+        http_proxy=http_proxy,
+    )
+    return AsyncClient(options.at(member, check))

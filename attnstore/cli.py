@@ -17,13 +17,11 @@ from pydantic import ByteSize, TypeAdapter, ValidationError
 from attnstore import aio
 from attnstore.allocator import keep_freed_memory
 from attnstore.client.health import check_serving
-from attnstore.client.options import ConnectOptions
 from attnstore.command_line import CommandParser, seconds
 from attnstore.config import ServeOptions, add_serve_options, ignored_variables, load_serve_options
 from attnstore.directory import Intent, Member, load_cluster_key
 from attnstore.environment import variable
 from attnstore.errors import AttnStoreError, InvalidArgument
-from attnstore.limits import DEADLINE_MS_DEFAULT
 from attnstore.logs import configure_logs, get_logger
 from attnstore.operations import Access, ClusterStatus, cluster_status, set_intent, set_quota, status_text, wait_drained
 from attnstore.peering import Peering
@@ -160,12 +158,11 @@ def _serve(arguments: argparse.Namespace) -> int:
 
 def _peer_opener(options: ServeOptions) -> OpenPeer:
     def open_peer(peering: Peering | None, member: Member, tenant: str) -> aio.AsyncClient:
-        tls_ca = options.peer_ca if member.url.startswith("grpcs") else None
-        token = None if peering is None else peering.credential(member, tenant)
-        node = ConnectOptions.create(
-            member.url, deadline_ms=DEADLINE_MS_DEFAULT, token=token, tls_ca=tls_ca, transport="auto", channels=1
+        if peering is None:
+            return aio.connect_member(member, None, token=None, tls_ca=options.peer_ca)
+        return aio.connect_member(
+            member, peering.check_of(member), token=peering.credential(member, tenant), tls_ca=options.peer_ca
         )
-        return aio.AsyncClient(node.at(member, None if peering is None else peering.check_of(member)))
 
     return open_peer
 

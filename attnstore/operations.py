@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any, Final
 
 from attnstore import aio
-from attnstore.client.options import ConnectOptions
 from attnstore.clock import Deadline, MonotonicClock
 from attnstore.directory import (
     Directory,
@@ -56,17 +55,15 @@ class Access:
 
     def member(self, member: Member, check: MemberCheck | None) -> aio.AsyncClient:
         """A client of a node that passes the check before it is told the token."""
-        tls_ca = self.tls_ca if member.url.startswith("grpcs") else None
-        options = ConnectOptions.create(
-            member.url,
-            deadline_ms=self.deadline_ms,
+        return aio.connect_member(
+            member,
+            check,
             token=self.token,
-            tls_ca=tls_ca,
+            tls_ca=self.tls_ca,
+            deadline_ms=self.deadline_ms,
             transport="grpc",
-            channels=1,
             http_proxy=self.http_proxy,
         )
-        return aio.AsyncClient(options.at(member, check))
 
     @property
     def is_cluster(self) -> bool:

@@ -31,8 +31,8 @@ from attnstore.tokens import is_token
 class ConnectOptions:
     """How a client reaches its node. `tls_ca`: PEM certificates of the trusted authorities, None for the system's.
 
-    `check`: what the node has to pass before anything is sent to it, None for nothing. `http_proxy`: URL of the HTTP proxy that gRPC
-    connections go through, None for none.
+    `check`: what the node has to pass before anything is sent to it, None for nothing.
+    `http_proxy`: URL of the HTTP proxy that gRPC connections go through, None for none.
     """
 
     target: Target

@@ -33,7 +33,8 @@ def checked_directory(url: str, *, key: ClusterKey | None = None, tls_only: bool
         from attnstore.directory.redis import RedisDirectory
         from attnstore.directory.trust import Trust
     public = None if parsed.key is None else PublicKey.read(parsed.key)
-    return lambda: RedisDirectory(parsed, Trust(parsed.cluster, public, key, tls_only=tls_only))
+    trust = Trust(parsed.cluster, public, key, tls_only=tls_only)
+    return lambda: RedisDirectory(parsed, trust)
 
 
 def load_cluster_key(path: Path, *, create: bool = False) -> ClusterKey:
