@@ -54,6 +54,12 @@ class ComposeCluster:
             if absent := set(service.depends_on) - set(self.services):
                 raise ComposeError(f"{service.name} depends on {', '.join(sorted(absent))}, which cannot run here")
         self._volumes = volumes
+        self._ends_by_itself = {
+            other
+            for service in self.services.values()
+            for other, condition in service.depends_on.items()
+            if condition == "service_completed_successfully"
+        }
         self._report = report
         self._containers: dict[str, Container] = {}
         self._published: dict[tuple[str, int], str] = {}
@@ -151,9 +157,13 @@ class ComposeCluster:
                     self.start(name)
                     started_s[name] = time.monotonic()
             for name in sorted(unhealthy & set(started_s)):
+                if name in self._ends_by_itself and self._containers[name].exit_status == 0:
+                    unhealthy.remove(name)
+                    self._report(f"{name} has ended after {time.monotonic() - started_s[name]:.1f} s")
+                    continue
                 if self._containers[name].exit_status is not None or time.monotonic() > deadline_s:
                     raise ServiceFailed(f"{name} did not become healthy:\n{self.log(name)}")
-                if self.is_healthy(name):
+                if name not in self._ends_by_itself and self.is_healthy(name):
                     unhealthy.remove(name)
                     self._report(f"{name} is healthy after {time.monotonic() - started_s[name]:.1f} s")
             time.sleep(_POLL_S)

@@ -95,8 +95,18 @@ def test_only_loopback_ports_are_published_and_none_of_the_store_or_the_director
 
 
 def test_every_service_that_stays_has_a_health_check() -> None:
-    services = load_compose_file(COMPOSE, SECRETS).values()
-    assert all(service.health for service in services if not service.profiles)
+    services = load_compose_file(COMPOSE, SECRETS)
+    assert all(service.health for name, service in services.items() if not service.profiles and name != "cluster-key")
+
+
+def test_only_nodes_have_the_key_and_everybody_else_its_public_part() -> None:
+    services = load_compose_file(COMPOSE, SECRETS)
+    private = {name for name, service in services.items() if any(mount.source == "cluster-private" for mount in service.mounts)}
+    assert private == {"cluster-key", "store1", "store2", "store3"}
+    for name, service in services.items():
+        stores = [argument for argument in service.command if "redis://redis" in argument]
+        assert all("key=/etc/attnstore/public/cluster.pub" in argument for argument in stores), name
+        assert not stores or any(mount.source == "cluster-public" and mount.read_only for mount in service.mounts), name
 
 
 def test_images_are_pinned() -> None:
