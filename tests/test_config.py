@@ -36,6 +36,7 @@ VALUES: dict[str, tuple[str, object]] = {
     "scrub_rate": ("5MiB", 5 << 20),
     "drain_ms": ("11", 11),
     "stall_ms": ("222", 222),
+    "cluster_key": ("/keys/cluster.key", Path("/keys/cluster.key")),
     "log_level": ("debug", "debug"),
     "log_format": ("json", "json"),
 }

@@ -147,3 +147,19 @@ def test_a_service_that_ends_at_once_fails_the_start_with_its_log_and_leaves_not
     namespaces = subprocess.run(["ip", "netns", "list"], capture_output=True, text=True, check=True).stdout
     assert cluster.host("bad").namespace not in namespaces
     assert "attnstore-compose-" not in Path("/proc/mounts").read_text()
+
+
+def test_a_service_that_others_wait_for_until_it_has_ended_ends_before_them_or_fails_the_start(tmp_path: Path) -> None:
+    path = tmp_path / "docker-compose.yml"
+    text = (
+        "services:\n"
+        "  maker: {image: x, volumes: ['made:/made'], command: [sh, -c, 'sleep 1; echo it > /made/it; exit STATUS']}\n"
+        "  user: {image: x, volumes: ['made:/made'], command: [sh, -c, 'cat /made/it && sleep 60'], stop_grace_period: 1s,\n"
+        "    depends_on: {maker: {condition: service_completed_successfully}}}\n"
+    )
+    path.write_text(text.replace("STATUS", "0"))
+    with ComposeCluster(path, volumes=tmp_path / "volumes", environment={}) as cluster:
+        assert eventually(lambda: cluster.log("user") == "it\n")
+    path.write_text(text.replace("STATUS", "3"))
+    with pytest.raises(ServiceFailed, match="maker"), ComposeCluster(path, volumes=tmp_path / "volumes", environment={}):
+        pass
