@@ -31,6 +31,7 @@ from attnstore.errors import InvalidArgument
 from attnstore.limits import (
     CAPACITY_BYTES_MAX,
     DRAIN_MS_DEFAULT,
+    GIB,
     HOT_USES_DEFAULT,
     KIB,
     NODE_ID_CHARS_MAX,
@@ -67,7 +68,12 @@ class ServeOptions(BaseModel):
         None, description="file of the cluster's key, made by attnstore cluster-key; needed in a cluster whose nodes ask for tokens"
     )
     advertise: str = Field("", description="host:port, or host, where others reach the node; default: the address it listens on")
-    weight: float = Field(1.0, gt=0, le=NODE_WEIGHT_MAX, description="the node's share of the cluster, relative to other nodes")
+    weight: float | None = Field(
+        None,
+        gt=0,
+        le=NODE_WEIGHT_MAX,
+        description="the node's share of the cluster, relative to other nodes; default: its capacity in GiB",
+    )
     replicas: int = Field(1, ge=1, le=REPLICAS_MAX, description="copies of each page in the cluster; the most of any node counts")
     hot_uses: int = Field(
         HOT_USES_DEFAULT,
@@ -157,6 +163,11 @@ class ServeOptions(BaseModel):
     def address(self) -> Address:
         """Where the node listens; port 0 stands for a free one."""
         return Address.parse(self.listen)
+
+    @property
+    def share(self) -> float:
+        """The node's weight in its cluster: as given, or by what it can hold."""
+        return self.capacity / GIB if self.weight is None else self.weight
 
     def advertised(self, bound: Address) -> Address:
         """Where others reach a node that is bound to `bound`.

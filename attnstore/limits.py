@@ -176,7 +176,8 @@ NODES_MAX = 1_024
 """Nodes of one cluster."""
 NODE_ID_CHARS_MAX = 128
 REPLICAS_MAX = 8
-NODE_WEIGHT_MAX = 1_000.0
+NODE_WEIGHT_MAX = 65_536.0
+"""By default a node weighs its capacity in GiB."""
 HEARTBEAT_MS = 1_000
 """Nodes announce themselves this often, and clients look as often whether the membership has changed."""
 MEMBER_MS_MAX = 4 * HEARTBEAT_MS
@@ -221,6 +222,17 @@ PREVIOUS_OWNERS_MS_MAX = 600_000
 """For this long after a change of the membership a segment is also looked for where it was before."""
 PREVIOUS_OWNERS_MAX = 3
 """Earlier placements that are looked at."""
+TOMBSTONES_MAX = 262_144
+"""Deleted pages that one node remembers, so that nobody hands them over to it; a hundred bytes each, and the hash."""
+TOMBSTONE_MS_MAX = 600_000
+"""A node remembers for this long that a page was deleted, and the directory tells nodes of it that were away."""
+TOMBSTONE_MARGIN_MS = DEADLINE_MS_DEFAULT
+"""A page that is handed over was written after its deletion only if it is younger by this much: it was on its way for a while."""
+PAGE_AGE_MS_MAX = 1 << 40
+"""A page that is handed over counts as no older than 34 years."""
+DELETIONS_MAX = 1_024
+"""Deletions that the directory keeps, of at most DELETION_HASHES_MAX pages each."""
+DELETION_HASHES_MAX = 1_024
 HEAT_WINDOW_MS = 10_000
 """Uses of a segment are counted for so long; a segment that is used often enough within it is hot."""
 HEAT_SEGMENTS_MAX = 65_536
@@ -245,6 +257,13 @@ assert RECORD_AGAIN_MS + CLOCKS_APART_MS_MAX < RECORD_SIGNED_MS_MAX, "a record i
 assert TASK_AGAIN_MS_MIN < TASK_AGAIN_MS_MAX <= HEARTBEAT_MS, "a heartbeat that failed is made again before its node is overdue"
 assert 12 * (NODE_ID_CHARS_MAX + NODE_URL_CHARS_MAX) + HOT_SEGMENTS_MAX * (2 * SEGMENT_KEY_BYTES + 4) + KIB <= RECORD_BYTES_MAX
 assert 0 < HEDGES_PERCENT_MAX < 100 <= 100 * HEDGES_BURST_MAX
+assert PREVIOUS_OWNERS_MS_MAX <= TOMBSTONE_MS_MAX, (
+    "a page is not found at an earlier owner after it was forgotten that it is deleted"
+)
+assert HASHES_MAX <= TOMBSTONES_MAX
+assert TOMBSTONE_MARGIN_MS < TOMBSTONE_MS_MAX < PAGE_AGE_MS_MAX
+assert CAPACITY_BYTES_MAX <= NODE_WEIGHT_MAX * GIB
+assert HASHES_MAX < DELETIONS_MAX * DELETION_HASHES_MAX
 assert HEARTBEAT_MS < HEAT_WINDOW_MS, "heat is looked at several times in a window"
 assert HOT_REPLICAS <= REPLICAS_MAX
 

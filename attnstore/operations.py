@@ -273,11 +273,12 @@ async def wait_drained(access: Access, node_id: str, timeout_s: float) -> str | 
     try:
         while True:
             membership = await directory.membership(None)
-            states = {member.node_id: member.state for member in membership.members} if membership is not None else {}
-            if node_id not in states:
+            members = {member.node_id: member for member in membership.members} if membership is not None else {}
+            if node_id not in members:
                 return f"{node_id} has left, and had not said that its pages are handed over"
-            if states[node_id] is NodeState.DRAINED:
-                return None
+            if members[node_id].state is NodeState.DRAINED:
+                left = members[node_id].left
+                return f"{node_id} is drained, but {left} of its pages found no room at their new owners" if left else None
             if deadline.is_over:
                 return f"{node_id} has not handed its pages over within {timeout_s:g} s"
             await asyncio.sleep(_POLL_S)

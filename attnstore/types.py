@@ -30,6 +30,7 @@ class PageStatus(enum.IntEnum):
     CHECKSUM_MISMATCH = 8
     WRONG_SIZE = 9
     PINNED = 10
+    DELETED = 11
 
     # Known to the client alone, never sent: what a read found wrong on this side of the network.
     CORRUPT = 100

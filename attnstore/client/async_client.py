@@ -325,18 +325,33 @@ class AsyncClient:
         hashes: Sequence[bytes],
         pages: Sequence[Buffer],
         *,
-        sealed: Sequence[int] | None = None,
         deadline_ms: float | None = None,
     ) -> WriteResult:
         """Writes pages, one bytes-like object of the layout's page size for each hash; the verdict on each.
 
         Writing a page that the node has already is a no-op (ALREADY_PRESENT). Raises a `Retryable` error when the connection is
         lost or the deadline passes; pages that were complete by then stay.
-
-        `sealed` are the `page_checksum`s that the pages had when they were made, where that was long ago: one that has changed
-        since is refused (CHECKSUM_MISMATCH). Without it the checksums are made now.
         """
-        return await self.run_write(self.plan_write(namespace, hashes, pages, deadline_ms, sealed))
+        return await self.run_write(self.plan_write(namespace, hashes, pages, deadline_ms))
+
+    async def hand_over(
+        self,
+        namespace: bytes,
+        hashes: Sequence[bytes],
+        pages: Sequence[Buffer],
+        *,
+        sealed: Sequence[int],
+        ages_ms: Sequence[int],
+        deadline_ms: float | None = None,
+    ) -> WriteResult:
+        """Writes pages on behalf of the clients that wrote them so long ago, at least 1 ms: what nodes do for each other.
+
+        As `write`, but the node evicts nothing for them (NO_SPACE), and refuses what was deleted since (DELETED). `sealed` are the
+        `page_checksum`s that the pages had when they were made: one that has changed since is refused (CHECKSUM_MISMATCH).
+        """
+        assert len(ages_ms) == len(sealed) == len(hashes)
+        assert all(age_ms > 0 for age_ms in ages_ms)
+        return await self.run_write(self.plan_write(namespace, hashes, pages, deadline_ms, sealed, ages_ms))
 
     def plan_write(
         self,
@@ -345,6 +360,7 @@ class AsyncClient:
         pages: Sequence[Buffer],
         deadline_ms: float | None,
         sealed: Sequence[int] | None = None,
+        ages_ms: Sequence[int] = (),
     ) -> WritePlan:
         """Checks the arguments of `write`; nothing is sent."""
         layout = self._layout(namespace)
@@ -352,9 +368,7 @@ class AsyncClient:
             raise InvalidArgument(f"{len(hashes)} hashes and {len(pages)} pages are given; give one page for each hash")
         messages.join_hashes(hashes)
         views = [readable_view(index, page, layout.page_bytes) for index, page in enumerate(pages)]
-        if sealed is not None and len(sealed) != len(hashes):
-            raise InvalidArgument(f"{len(hashes)} hashes and {len(sealed)} checksums are given; give one for each page")
-        return WritePlan(namespace, hashes, views, self._deadline(deadline_ms), sealed)
+        return WritePlan(namespace, hashes, views, self._deadline(deadline_ms), sealed, ages_ms)
 
     async def run_write(self, plan: WritePlan) -> WriteResult:
         """Carries a plan out over the best transport there is."""

@@ -282,17 +282,11 @@ class Client(BlockingFacade[AsyncClient]):
             self._thread.run(self._client.report(plan.namespace, plan.hashes, statuses, plan.deadline))
 
     def write(
-        self,
-        namespace: bytes,
-        hashes: Sequence[bytes],
-        pages: Sequence[Buffer],
-        *,
-        sealed: Sequence[int] | None = None,
-        deadline_ms: float | None = None,
+        self, namespace: bytes, hashes: Sequence[bytes], pages: Sequence[Buffer], *, deadline_ms: float | None = None
     ) -> WriteResult:
         """See `AsyncClient.write`. A bulk transport runs on the calling thread, with no hop to the event loop."""
         with self._thread.used():
-            plan = self._client.plan_write(namespace, hashes, pages, deadline_ms, sealed)
+            plan = self._client.plan_write(namespace, hashes, pages, deadline_ms)
             with suppress(NamespaceUnknown):  # registered again below
                 verdicts = self._client.bulk.write(plan) if hashes else None
                 if verdicts is not None:

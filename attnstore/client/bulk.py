@@ -105,14 +105,21 @@ class ReadPlan:
 
 @dataclass(frozen=True, slots=True)
 class WritePlan:
-    """A checked write: `pages[i]` are the bytes of `hashes[i]`, `sealed[i]` the checksum that they were sealed with elsewhere."""
+    """A checked write: `pages[i]` are the bytes of `hashes[i]`. Where a node hands pages over, `sealed[i]` is the checksum that the
+    page was sealed with there, and `ages_ms[i]` how long ago a client wrote it.
+    """
 
     namespace: bytes
     hashes: Sequence[bytes]
     pages: Sequence[memoryview]
     deadline: Deadline
     sealed: Sequence[int] | None = None
+    ages_ms: Sequence[int] = ()
     transfer: Transfer = field(default_factory=Transfer)
+
+    def age_ms(self, index: int) -> int:
+        """Of page `index`; 0 where a client writes it now."""
+        return self.ages_ms[index] if self.ages_ms else 0
 
     def checksum(self, index: int) -> int:
         """What the node must find that page `index` has."""
@@ -257,8 +264,12 @@ class BulkChoice:
         return False
 
     def write(self, plan: WritePlan) -> tuple[PageStatus, ...] | None:
-        """Writes as `read` reads: the verdict on each page, or None where gRPC is left."""
-        return self._over_first(self._writers, lambda writer: writer.write(plan))
+        """Writes as `read` reads: the verdict on each page, or None where gRPC is left.
+
+        Pages that a node hands over do not go through shared memory, whose requests have no place for their age.
+        """
+        writers = [writer for writer in self._writers if writer.name != "shm"] if plan.ages_ms else self._writers
+        return self._over_first(writers, lambda writer: writer.write(plan))
 
     def match(self, plan: MatchPlan) -> MatchResult | None:
         """Matches as `read` reads: the answer, or None where gRPC is left, as for what is too long for a frame."""

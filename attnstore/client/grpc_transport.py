@@ -261,10 +261,10 @@ class AttendRpc:
 async def _send_pages(call: Any, plan: WritePlan) -> None:
     namespace = plan.namespace
     for index, (page_hash, page) in enumerate(zip(plan.hashes, plan.pages, strict=True)):
-        checksum = plan.checksum(index)
+        checksum, age_ms = plan.checksum(index), plan.age_ms(index)
         for offset in range(0, len(page), CHUNK_BYTES_MAX):
             payload = page[offset : offset + CHUNK_BYTES_MAX]
-            await call.write(chunks.encode_write_chunk(namespace, page_hash, checksum, offset, payload))
+            await call.write(chunks.encode_write_chunk(namespace, page_hash, checksum, offset, payload, age_ms))
             namespace = page_hash = b""
     await call.done_writing()
 

@@ -189,6 +189,7 @@ class _Channel:
                 request=self._request,
                 page=index,
                 size_bytes=len(page),
+                offset_bytes=plan.age_ms(index),
                 checksum=plan.checksum(index),
                 namespace=plan.namespace,
                 hash=plan.hashes[index],

@@ -12,11 +12,11 @@ needs its place, or after `NAMESPACE_EMPTY_MS_MAX`; a node that lives for years 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 from attnstore.core.fair_share import FairShares
 from attnstore.core.layout import PageLayout
-from attnstore.core.page import NamespaceRecord
+from attnstore.core.page import NamespaceRecord, Page
 from attnstore.core.slots import SlotClass
 from attnstore.errors import LayoutMismatch, NamespaceUnknown
 from attnstore.limits import HASH_BYTES, NAMESPACE_EMPTY_MS_MAX, NAMESPACES_MAX
@@ -45,6 +45,11 @@ class Namespaces:
         if record is None:
             raise NamespaceUnknown(f"namespace {space.namespace.hex()} is not registered on this node; call RegisterLayout first")
         return record
+
+    def sealed_in(self, space: Space) -> Mapping[bytes, Page]:
+        """The sealed pages of a space; none where it is not registered."""
+        record = self._records.get(space)
+        return {} if record is None else record.sealed
 
     def known(self, space: Space, layout: PageLayout) -> NamespaceRecord | None:
         """The record where it agrees, None where there is none. Raises `LayoutMismatch`."""

@@ -65,10 +65,26 @@ PAGE_LIFE: Final[dict[tuple[PageState, PageStep], PageState]] = {
 
 class Page:
     """The table's record of one page. `pins` counts leases and readers together, `readers` those in this process alone. `layers`
-    are the `layer_checksums` of a sealed page, `verified_ms` is when it was last hashed again.
+    are the `layer_checksums` of a sealed page, `verified_ms` is when it was last hashed again, `written_ms` when a client wrote it,
+    also where it was handed over since; `number` counts the table's sealed pages.
     """
 
-    __slots__ = ("checksum", "extent", "hash", "layers", "namespace", "pins", "readers", "slot", "state", "used", "verified_ms")
+    __slots__ = (
+        "checksum",
+        "extent",
+        "hash",
+        "is_handed_over",
+        "layers",
+        "namespace",
+        "number",
+        "pins",
+        "readers",
+        "slot",
+        "state",
+        "used",
+        "verified_ms",
+        "written_ms",
+    )
 
     def __init__(self, namespace: NamespaceRecord, page_hash: bytes, checksum: int, slot: Slot, extent: ExtentPages) -> None:
         self.namespace = namespace
@@ -82,6 +98,9 @@ class Page:
         self.pins = 0
         self.readers = 0
         self.used = 0  # the table's tick at the last use
+        self.number = 0
+        self.written_ms = 0.0
+        self.is_handed_over = False
 
     def advance(self, step: PageStep) -> None:
         """Moves the page along `PAGE_LIFE`."""
@@ -157,6 +176,11 @@ class PinnedPage:
     def slot(self) -> Slot:
         """Where the bytes are."""
         return self.record.slot
+
+    @property
+    def written_ms(self) -> float:
+        """When a client wrote it, by the table's clock."""
+        return self.record.written_ms
 
     @property
     def checksum(self) -> int:

@@ -2,7 +2,7 @@
 
 Owns: every page of the node, through its whole life (`attnstore.core.page` draws it as a table), and the composition of the
 parts: slots (where), residency (which extents are idle), policies (what goes first), leases (who holds), events (who is
-told).
+told), tombstones (what does not come back).
 Invariants, asserted by `check`: free + arriving + sealed + corrupt slots are all the slots; the capacity is never passed; a page is
 evictable exactly while it is sealed and unpinned; pins are leases, living or ended, plus readers; a lease that has ended names
 nothing any more, and its pages are let go by `expire`.
@@ -32,7 +32,8 @@ from attnstore.core.page import ArrivingPage, NamespaceRecord, Page, PageState, 
 from attnstore.core.quota import Quotas
 from attnstore.core.residency import Residency
 from attnstore.core.slots import Slot, SlotClass, SlotPool
-from attnstore.limits import HASH_BYTES, LEASE_MS_MAX, WORK_PAGES_MAX
+from attnstore.core.tombstones import Tombstones
+from attnstore.limits import HASH_BYTES, LEASE_MS_MAX, PAGE_AGE_MS_MAX, TOMBSTONE_MARGIN_MS, WORK_PAGES_MAX
 from attnstore.types import PageEvent, PageEventKind, PageStatus, Space
 
 __all__ = ["ArrivingPage", "MatchOutcome", "NamespaceStatistics", "PageTable", "PageTableStatistics", "PinnedPage", "Room"]
@@ -114,6 +115,7 @@ class PageTable:
         self._ended: deque[LeaseRecord] = deque()
         self._events = EventLog()
         self._quotas = Quotas()
+        self._tombstones = Tombstones()
         self._new_policy = policy
         self._policies: dict[SlotClass, EvictionPolicy[Page]] = {}
         self._tick = 0  # counts uses: recency that is strictly ordered even where the clock stands still
@@ -158,9 +160,17 @@ class PageTable:
         """How many there are."""
         return self._slots.extents
 
-    def sealed_in(self, extent: int) -> list[tuple[Space, bytes]]:
-        """Space and hash of each page of an extent that can be read now, the one that came first at the head."""
-        return [(page.namespace.space, page.hash) for page in self._residency.pages_of(extent) if page.state is PageState.SEALED]
+    @property
+    def stored_pages(self) -> int:
+        """How many pages were sealed since the start."""
+        return self._stored
+
+    def sealed_in(self, extent: int, after: int = 0) -> list[tuple[Space, bytes]]:
+        """Space and hash of each page of an extent that can be read now, the one that came first at the head, as far as they were
+        sealed after the first `after` of all pages that were stored here.
+        """
+        pages = self._residency.pages_of(extent)
+        return [(page.namespace.space, page.hash) for page in pages if page.state is PageState.SEALED and page.number > after]
 
     def match(
         self,
@@ -247,12 +257,15 @@ class PageTable:
         self._let_go(record.namespace, (record,))
 
     def prepare(
-        self, space: Space, page_hash: bytes, checksum: int, now_ms: float
+        self, space: Space, page_hash: bytes, checksum: int, now_ms: float, age_ms: int = 0
     ) -> ArrivingPage | PageStatus | Literal[Room.MAKING]:
         """A slot for a page that a writer announces, or ALREADY_PRESENT, ARRIVING or NO_SPACE.
 
         May evict unpinned pages, at most `WORK_PAGES_MAX`: `Room.MAKING` says to ask again, because those were not enough. The page
         stays invisible until `complete`.
+
+        With `age_ms` another node hands the page over, so long after a client has written it. Then nothing is evicted: what clients
+        use here is worth as much. DELETED where the page was deleted here and is not known to have been written later.
         """
         assert len(page_hash) == HASH_BYTES, f"a hash has {HASH_BYTES} bytes"
         record = self._namespaces.find(space)
@@ -262,12 +275,16 @@ class PageTable:
             return PageStatus.ALREADY_PRESENT
         if page_hash in record.arriving:
             return PageStatus.ARRIVING
-        slot = self._slot_for(record, now_ms)
+        if age_ms and self._is_deleted(space, page_hash, now_ms - age_ms, now_ms):
+            return PageStatus.DELETED
+        slot = self._free_slot(record) if age_ms else self._slot_for(record, now_ms)
         if slot is Room.MAKING:
             return Room.MAKING
         if slot is Room.NONE:
             return PageStatus.NO_SPACE
         page = Page(record, page_hash, checksum, slot, self._residency.extent_of(slot))
+        page.written_ms = now_ms - min(age_ms, PAGE_AGE_MS_MAX)
+        page.is_handed_over = age_ms > 0
         page.advance(PageStep.PREPARE)
         self._namespaces.filled(record)
         record.arriving[page_hash] = page
@@ -277,12 +294,21 @@ class PageTable:
         self._quotas.took(record.space.tenant, slot.size_bytes)
         return ArrivingPage(page)
 
-    def complete(self, page: ArrivingPage, now_ms: float, layers: bytes = b"") -> None:  # noqa: ARG002 - for policies that look at age
-        """Seals a page whose bytes are all there and have the announced checksum: from now on it is found.
+    def complete(self, page: ArrivingPage, now_ms: float, layers: bytes = b"") -> PageStatus:
+        """Seals a page whose bytes are all there and have the announced checksum: from now on it is found. STORED.
 
         `layers` are the `layer_checksums` of the bytes that had it, without which no layer of the page can be checked.
+
+        A page that is handed over and was deleted on its way is aborted: DELETED. One that a client writes is new, though one of
+        that hash was deleted before.
         """
         record, arrived = page.record.namespace, page.record
+        if not arrived.is_handed_over:
+            self._tombstones.lift(record.space, arrived.hash)
+            arrived.written_ms = now_ms
+        elif self._is_deleted(record.space, arrived.hash, arrived.written_ms, now_ms):
+            self.abort(page)
+            return PageStatus.DELETED
         arrived.advance(PageStep.COMPLETE)
         arrived.layers = layers
         del record.arriving[arrived.hash]
@@ -290,10 +316,12 @@ class PageTable:
         self._arriving -= 1
         self._sealed += 1
         self._stored += 1
+        arrived.number = self._stored
         self._stored_bytes += arrived.slot.size_bytes
         self._residency.settled((arrived,), self._next_tick())
         record.policy.admitted(arrived)
         self._events.append(record.space, PageEventKind.SEALED, arrived.hash)
+        return PageStatus.STORED
 
     def abort(self, page: ArrivingPage) -> None:
         """Takes the slot of a page back that will not be complete: its writer failed, vanished or was too slow."""
@@ -329,19 +357,31 @@ class PageTable:
     def delete(self, space: Space, page_hashes: Sequence[bytes], now_ms: float) -> list[PageStatus]:
         """Removes sealed pages: of each OK, MISSING, or PINNED where a lease or a reader holds it.
 
-        A lease that has ended holds its pages until `expire` has let them go.
+        A lease that has ended holds its pages until `expire` has let them go. Those that are not PINNED cannot be handed over by
+        other nodes from now on (`prepare`), for `TOMBSTONE_MS_MAX`.
         """
         self.expire(now_ms)
-        sealed = self._namespaces.find(space).sealed
-        return [self._delete(sealed.get(page_hash)) for page_hash in page_hashes]
+        record = self._namespaces.find(space)
+        return [self._delete(record, page_hash, now_ms) for page_hash in page_hashes]
 
-    def _delete(self, page: Page | None) -> PageStatus:
+    def _delete(self, record: NamespaceRecord, page_hash: bytes, now_ms: float) -> PageStatus:
+        page = record.sealed.get(page_hash)
+        if page is not None and page.pins:
+            return PageStatus.PINNED
+        self._tombstones.bury(record.space, page_hash, now_ms, now_ms)
         if page is None:
             return PageStatus.MISSING
-        if page.pins:
-            return PageStatus.PINNED
         self._drop(page, PageStep.DELETE, PageEventKind.DELETED)
         return PageStatus.OK
+
+    def deleted_elsewhere(self, space: Space, page_hash: bytes, died_ms: float, now_ms: float) -> None:
+        """Takes note that the page was deleted elsewhere at `died_ms`, and removes it unless it was written later or is pinned."""
+        page = self._namespaces.sealed_in(space).get(page_hash)
+        if page is not None and page.written_ms >= died_ms:
+            return
+        self._tombstones.bury(space, page_hash, died_ms, now_ms)
+        if page is not None and not page.pins:
+            self._drop(page, PageStep.DELETE, PageEventKind.DELETED)
 
     def peek(self, space: Space, page_hash: bytes) -> PinnedPage | None:
         """A sealed page, for `verified`: neither pinned, so that its slot may be another page's any time, nor used."""
@@ -446,6 +486,7 @@ class PageTable:
         self._residency.check()
         self._leases.check()
         self._namespaces.check()
+        self._tombstones.check()
         assert {page.state for page in arriving} <= {PageState.ARRIVING}
         assert {page.state for page in sealed} <= {PageState.SEALED}
         assert {page.state for page in corrupt} <= {PageState.CORRUPT}
@@ -510,6 +551,22 @@ class PageTable:
     def _touch(self, record: NamespaceRecord, pages: Sequence[Page]) -> None:
         self._residency.touched(pages, self._next_tick())
         record.policy.touched([page for page in pages if not page.pins])
+
+    def _is_deleted(self, space: Space, page_hash: bytes, written_ms: float, now_ms: float) -> bool:
+        died_ms = self._tombstones.died_ms(space, page_hash, now_ms)
+        return died_ms is not None and written_ms < died_ms + TOMBSTONE_MARGIN_MS
+
+    def _free_slot(self, record: NamespaceRecord) -> Slot | Literal[Room.NONE]:
+        """A slot for which nothing has to go."""
+        if not self._quotas.leaves_room(record.space.tenant, record.layout.page_bytes):
+            return Room.NONE
+        slot = self._slots.take(record.slot_class)
+        if slot is None:
+            return Room.NONE
+        if not self._residency.extent_of(slot).busy and not self._residency.may_busy(record.space.tenant):
+            self._slots.give_back(slot)
+            return Room.NONE
+        return slot
 
     def _slot_for(self, record: NamespaceRecord, now_ms: float) -> Slot | Literal[Room.MAKING, Room.NONE]:
         """A free slot, or one that an eviction frees; for a tenant with its share of busy extents, in one of those or none."""

@@ -68,7 +68,8 @@ class Member:
 
     `url` is where clients reach it; a new `epoch` means that it was restarted with an empty arena; `weight` is its share of the
     segments relative to other nodes; `replicas` is how many copies it was told to keep (the cluster keeps the most that any says);
-    `hot` are the keys of the segments that are used so often at this node that they should have a second copy.
+    `hot` are the keys of the segments that are used so often at this node that they should have a second copy; `left` counts the
+    pages of a drained node that found no room elsewhere.
     """
 
     node_id: str
@@ -78,6 +79,7 @@ class Member:
     replicas: int = 1
     state: NodeState = NodeState.ACTIVE
     hot: frozenset[bytes] = frozenset()
+    left: int = 0
 
     def to_json(self) -> str:
         """One line; equal members have equal lines."""
@@ -90,6 +92,7 @@ class Member:
                 "replicas": self.replicas,
                 "state": self.state.value,
                 "hot": sorted(key.hex() for key in self.hot),
+                "left": self.left,
             },
             sort_keys=True,
         )
@@ -107,11 +110,12 @@ class Member:
                 replicas=int(fields["replicas"]),
                 state=NodeState(fields["state"]),
                 hot=frozenset(map(bytes.fromhex, fields.get("hot", ()))),
+                left=int(fields.get("left", 0)),
             )
         good_names = is_name(member.node_id) and len(member.epoch) in (0, EPOCH_BYTES) and _is_node_url(member.url)
         good_heat = len(member.hot) <= HOT_SEGMENTS_MAX and all(len(key) == SEGMENT_KEY_BYTES for key in member.hot)
         good_share = 0 < member.weight <= NODE_WEIGHT_MAX and 1 <= member.replicas <= REPLICAS_MAX
-        if not (good_names and good_heat and good_share):
+        if not (good_names and good_heat and good_share and 0 <= member.left < 1 << 53):
             raise ProtocolError(f"the directory's record of node {member.node_id[:NODE_ID_CHARS_MAX]!r} is out of bounds")
         return member
 

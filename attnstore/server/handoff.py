@@ -1,7 +1,8 @@
 """Handing pages over: after a change of the cluster each node sends the pages that others own now to them.
 
 Owns: the background task and what it has settled. Invariants: a page is kept here until its new owner has it, and beyond: only
-eviction removes it; a call from a client never waits for a hand-over; one that failed is tried again with the next heartbeat.
+eviction removes it; a call from a client never waits for a hand-over; one that failed is tried again with the next heartbeat. Each
+page is offered to a node once in a view: one that refuses it, or evicts it later, is not offered it again, so that it ends.
 """
 
 from __future__ import annotations
@@ -53,10 +54,16 @@ class Peer(Protocol):
         """What it has."""
         ...
 
-    async def write(
-        self, namespace: bytes, hashes: Sequence[bytes], pages: Sequence[memoryview], *, sealed: Sequence[int]
+    async def hand_over(
+        self,
+        namespace: bytes,
+        hashes: Sequence[bytes],
+        pages: Sequence[memoryview],
+        *,
+        sealed: Sequence[int],
+        ages_ms: Sequence[int],
     ) -> WriteResult:
-        """Sends it pages, with the checksums that they must have."""
+        """Sends it pages, with the checksums that they must have, and how long ago clients wrote them."""
         ...
 
     async def close(self) -> None:
@@ -80,8 +87,13 @@ class _Pass:
     failed: int = 0
 
 
+Offered = dict[str, int]
+"""Node id -> of how many of the pages that were ever stored here, from the first on, the node was offered those it should have."""
+
+
 class Handoff:
-    """`peering` is what the node knows others by, None in a cluster without a key. `on_drained` is told once nothing is left to do.
+    """`peering` is what the node knows others by, None in a cluster without a key. `on_drained(left)` is told once everything was
+    handed over that could be: `left` pages found no room at one of their new owners.
 
     Belongs to the event loop on which it is started.
     """
@@ -93,7 +105,7 @@ class Handoff:
         open_peer: OpenPeer,
         peering: Peering | None,
         metrics: NodeMetrics,
-        on_drained: Callable[[], None],
+        on_drained: Callable[[int], None],
     ) -> None:
         self._node_id = node_id
         self._store = store
@@ -105,6 +117,8 @@ class Handoff:
         self._unsettled: list[ClusterView] = []
         self._hot_beats: dict[bytes, int] = {}
         self._beats = 0
+        self._offered: Offered = {}
+        self._left = 0
         self._drained = False
         self._beat = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
@@ -137,6 +151,7 @@ class Handoff:
             else:
                 self._unsettled = [*self._unsettled, view][-VIEWS_MAX:]
                 self._beats, self._drained = 0, False
+                self._offered, self._left = {}, 0
             moves = Moves(self._node_id, self._unsettled, view)
             if not self._drained and (moves.leaves or len(self._unsettled) > 1):
                 await self._settle(view, moves)
@@ -144,15 +159,16 @@ class Handoff:
 
     async def _settle(self, view: ClusterView, moves: Moves) -> None:
         """Hands over what is to be handed over now, and notes when nothing more is to be expected."""
-        done = await self._hand_over(view, moves.targets)
-        if done.sent or done.failed:
+        done = await self._hand_over(view, moves.targets, self._offered)
+        self._left += done.refused
+        if done.sent or done.failed or done.refused:
             _log.info("pages handed over", sent=done.sent, refused=done.refused, nodes_failed=done.failed, draining=moves.leaves)
         if done.failed:
             return
         if moves.leaves:
             if not done.sent and self._beats >= DRAIN_BEATS_MIN and view.placement.weights:
                 self._unsettled, self._drained = [view], True
-                self._on_drained()
+                self._on_drained(self._left)
         elif self._beats >= SETTLE_BEATS_MIN:
             self._unsettled = [view]
 
@@ -164,56 +180,72 @@ class Handoff:
         }
         if not mine:
             return
-        done = await self._hand_over(view, lambda key: view.owners(key)[1:] if key in mine else [])
+        done = await self._hand_over(view, lambda key: view.owners(key)[1:] if key in mine else [], {})
         if done.sent or done.failed:
             _log.info("hot segments copied", segments=len(mine), sent=done.sent, refused=done.refused, nodes_failed=done.failed)
         if not done.failed:
             self._hot_beats.update({key: self._hot_beats[key] + 1 for key in mine})
 
-    async def _hand_over(self, view: ClusterView, targets_of: Callable[[bytes], list[str]]) -> _Pass:
-        """Sends every page to the nodes that its segment has to go to, to all at once, one batch at a time to each."""
+    async def _hand_over(self, view: ClusterView, targets_of: Callable[[bytes], list[str]], offered: Offered) -> _Pass:
+        """Sends every page to the nodes that its segment has to go to, to all at once, one batch at a time to each.
+
+        What they were offered before is left out, and what they are offered now is noted.
+        """
         done = _Pass()
+        # Taken before the pages are looked at: what is sealed meanwhile is offered again.
+        stored_pages = self._store.stored_pages
         sorted_out: dict[Space, dict[str, list[bytes]]] = defaultdict(lambda: defaultdict(list))
         targets: dict[bytes, list[str]] = {}
         # Many pages, or segments, must not hold up the node's callers.
-        for pages in self._store.sealed():
-            for part in in_slices(pages, WORK_PAGES_MAX):
-                for space, page_hash in part:
-                    key = segment_key(page_hash)
-                    if key not in targets:
-                        targets[key] = targets_of(key)
-                        await asyncio.sleep(0)
-                    for node_id in targets[key]:
-                        sorted_out[space][node_id].append(page_hash)
-                await asyncio.sleep(0)
+        for after in {offered.get(node_id, 0) for node_id in view.members}:
+            for pages in self._store.sealed(after):
+                for part in in_slices(pages, WORK_PAGES_MAX):
+                    for space, page_hash in part:
+                        key = segment_key(page_hash)
+                        if key not in targets:
+                            targets[key] = targets_of(key)
+                            await asyncio.sleep(0)
+                        for node_id in targets[key]:
+                            if offered.get(node_id, 0) == after:
+                                sorted_out[space][node_id].append(page_hash)
+                    await asyncio.sleep(0)
+        failed: set[str] = set()
         for held in await finish_among_calls(self._store.namespaces()):
             by_target = sorted_out.get(held.space, {})
-            members = {node_id: view.members[node_id] for node_id in by_target}
-            await asyncio.gather(*(self._send(done, members[node_id], held, hashes) for node_id, hashes in by_target.items()))
+            calls = [self._send(done, view.members[node_id], held, hashes) for node_id, hashes in by_target.items()]
+            for node_id, is_done in zip(by_target, await asyncio.gather(*calls), strict=True):
+                if not is_done:
+                    failed.add(node_id)
+        offered.update(dict.fromkeys(view.members.keys() - failed, stored_pages))
         return done
 
-    async def _send(self, done: _Pass, member: Member, held: NamespaceStatistics, hashes: Sequence[bytes]) -> None:
-        """Sends one node what it lacks of the pages. Never raises because of that node."""
-        space = held.space
-        peer: Peer | None = None
+    async def _send(self, done: _Pass, member: Member, held: NamespaceStatistics, hashes: Sequence[bytes]) -> bool:
+        """Sends one node what it lacks of the pages. False, and no error, where that node failed."""
         try:
-            peer = self._open_peer(self._peering, member, space.tenant)
-            await peer.register_layout(space.namespace, held.layout)
-            for begin in range(0, len(hashes), ASK_HASHES):
-                asked = hashes[begin : begin + ASK_HASHES]
-                found = await peer.match(space.namespace, [[page_hash] for page_hash in asked])
-                missing = [page_hash for page_hash, hit in zip(asked, found.hits, strict=True) if not hit]
-                for batch in _batches(missing, max(1, BATCH_BYTES // held.layout.page_bytes)):
-                    await self._send_batch(done, peer, space, batch)
+            peer = self._open_peer(self._peering, member, held.space.tenant)
+            try:
+                await self._send_missing(done, peer, held, hashes)
+            finally:
+                await peer.close()
         except AttnStoreError as error:
             done.failed += 1
             _log.warning("handing pages over failed, tried again later", node=member.node_id, url=member.url, reason=str(error))
+            return False
         except Exception:  # must not end what is sent to other nodes
             done.failed += 1
             _log.exception("handing pages over failed, tried again later", node=member.node_id, url=member.url)
-        finally:
-            if peer is not None:
-                await peer.close()
+            return False
+        return True
+
+    async def _send_missing(self, done: _Pass, peer: Peer, held: NamespaceStatistics, hashes: Sequence[bytes]) -> None:
+        space = held.space
+        await peer.register_layout(space.namespace, held.layout)
+        for begin in range(0, len(hashes), ASK_HASHES):
+            asked = hashes[begin : begin + ASK_HASHES]
+            found = await peer.match(space.namespace, [[page_hash] for page_hash in asked])
+            missing = [page_hash for page_hash, hit in zip(asked, found.hits, strict=True) if not hit]
+            for batch in _batches(missing, max(1, BATCH_BYTES // held.layout.page_bytes)):
+                await self._send_batch(done, peer, space, batch)
 
     async def _send_batch(self, done: _Pass, peer: Peer, space: Space, hashes: Sequence[bytes]) -> None:
         with ExitStack() as pinned:
@@ -225,17 +257,23 @@ class Handoff:
             if not pages:
                 return
             views = list(pages.values())
-            # With the checksums that they were sealed with: a page that has changed since must not become a good one there.
-            sealed = [view.page.checksum for view in views]
-            written = await peer.write(space.namespace, list(pages), [view.data for view in views], sealed=sealed)
+            now_ms = self._store.now_ms()
+            written = await peer.hand_over(
+                space.namespace,
+                list(pages),
+                [view.data for view in views],
+                # With the checksums that they were sealed with: a page that has changed since must not become a good one there.
+                sealed=[view.page.checksum for view in views],
+                ages_ms=[1 + int(now_ms - view.page.written_ms) for view in views],
+            )
             for view, verdict in zip(views, written.verdicts, strict=True):
                 if verdict is PageStatus.CHECKSUM_MISMATCH:
                     await asyncio.to_thread(self._store.is_intact, view)
         for verdict in written.verdicts:
             self._metrics.handed_over.labels(verdict.name.lower()).inc()
-        # What is on its way there from elsewhere will arrive; what was refused would be refused again.
-        done.sent += sum(verdict is PageStatus.STORED for verdict in written.verdicts)
-        done.refused += sum(not verdict.is_kept and verdict is not PageStatus.ARRIVING for verdict in written.verdicts)
+        # What is on its way there from elsewhere will arrive; what is corrupt here, or deleted there, is not wanted.
+        done.sent += written.verdicts.count(PageStatus.STORED)
+        done.refused += written.verdicts.count(PageStatus.NO_SPACE)
 
 
 def _batches(hashes: Sequence[bytes], size: int) -> Iterator[Sequence[bytes]]:

@@ -28,8 +28,9 @@ class Ingest:
         self._verdict: PageStatus | None = None
         self._received_bytes = 0
 
-    def begin(self, page_hash: bytes, checksum: int) -> bool:
+    def begin(self, page_hash: bytes, checksum: int, age_ms: int = 0) -> bool:
         """Starts the next page; an unfinished one before it gets WRONG_SIZE. False: room for it is being made, begin it again.
+        `age_ms` as in `PageTable.prepare`.
 
         Raises `InvalidArgument` for a malformed hash.
         """
@@ -38,7 +39,7 @@ class Ingest:
             raise InvalidArgument(f"a block hash has {len(page_hash)} bytes; it must have {HASH_BYTES}")
         if len(self._verdicts) == HASHES_MAX:
             raise InvalidArgument(f"one write stream carries at most {HASHES_MAX} pages; open another")
-        outcome = self._store.try_prepare(self.space, page_hash, checksum)
+        outcome = self._store.try_prepare(self.space, page_hash, checksum, age_ms)
         if outcome is Room.MAKING:
             return False
         self._open = True

@@ -335,7 +335,7 @@ class _Connection(Connection):
             self._send_verdicts()
 
     def _receive_page(self, frame: Frame, space: Space) -> PageStatus:
-        page = self._store.prepare(space, frame.hash, frame.checksum)
+        page = self._store.prepare(space, frame.hash, frame.checksum, frame.offset_bytes)
         if isinstance(page, PageStatus):
             self._stream.discard_payload(self._scratch)
             self._metrics.received("tcp", frame.size_bytes)

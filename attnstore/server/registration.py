@@ -76,9 +76,9 @@ class Registration:
                 await self._directory.withdraw(self._member.node_id)
         await self._directory.close()
 
-    def drained(self) -> None:
-        """Every page that others should have is there: the next heartbeat says so."""
-        self._member = replace(self._member, state=NodeState.DRAINED)
+    def drained(self, left: int) -> None:
+        """Every page that others should have is there, but `left`, for which they have no room: the next heartbeat says so."""
+        self._member = replace(self._member, state=NodeState.DRAINED, left=left)
 
     async def beat(self) -> None:
         """One heartbeat. Never raises because of the directory."""
@@ -118,7 +118,7 @@ class Registration:
         if self._intent is Intent.DRAIN and self._member.state is NodeState.ACTIVE:
             self._member = replace(self._member, state=NodeState.DRAINING)
         elif self._intent is None and self._member.state is not NodeState.ACTIVE:
-            self._member = replace(self._member, state=NodeState.ACTIVE)
+            self._member = replace(self._member, state=NodeState.ACTIVE, left=0)
 
     async def _tell_layouts(self) -> None:
         held = frozenset(await self._layouts())

@@ -49,7 +49,7 @@ def own_record(options: ServeOptions, address: Address, epoch: bytes) -> Member:
         node_id=options.node_id or str(advertised),
         url=f"{scheme}://{advertised}",
         epoch=epoch,
-        weight=options.weight,
+        weight=options.share,
         replicas=options.replicas,
     )
     try:
@@ -90,7 +90,7 @@ def take_seat(
         if member.node_id in view.placement.weights:  # a node that owns nothing keeps what it has until it is handed over
             store.limit_tenants(view.quota_bytes_of(member.node_id))
 
-    handoff = Handoff(member.node_id, store, open_peer, peering, metrics, lambda: registration.drained())
+    handoff = Handoff(member.node_id, store, open_peer, peering, metrics, lambda left: registration.drained(left))
     registration = Registration(
         open_directory(
             options.directory.get_secret_value(),

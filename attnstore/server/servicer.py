@@ -197,7 +197,7 @@ class Servicer:
         if chunk.namespace not in (b"", ingest.space.namespace):
             raise ProtocolError("one write stream serves one namespace; open another for the next")
         if chunk.page_hash:
-            while not ingest.begin(chunk.page_hash, chunk.checksum):
+            while not ingest.begin(chunk.page_hash, chunk.checksum, chunk.age_ms):
                 await asyncio.sleep(0)
         ingest.receive(chunk.offset_bytes, chunk.payload)
         self._metrics.received("grpc", len(chunk.payload))

@@ -81,11 +81,19 @@ class Store:
         with self._lock:
             self._table.limit_tenants(quota_bytes)
 
-    def sealed(self) -> Iterator[list[tuple[Space, bytes]]]:
-        """The pages that can be read, an extent at a time; those that come or go meanwhile may be among them or not."""
+    @property
+    def stored_pages(self) -> int:
+        """`PageTable.stored_pages`."""
+        with self._lock:
+            return self._table.stored_pages
+
+    def sealed(self, after: int = 0) -> Iterator[list[tuple[Space, bytes]]]:
+        """The pages that can be read, an extent at a time; those that come or go meanwhile may be among them or not. `after` as in
+        `PageTable.sealed_in`.
+        """
         for extent in range(self._table.extents):
             with self._lock:
-                pages = self._table.sealed_in(extent)
+                pages = self._table.sealed_in(extent, after)
             yield pages
 
     def match(self, space: Space, prefixes: Sequence[Sequence[bytes]], lease_ms: int) -> MatchOutcome:
@@ -180,19 +188,21 @@ class Store:
             pages = self._table.use(space, page_hashes, lease_id, self._clock.now_ms())
             return [page if isinstance(page, PageStatus) else place(page) for page in pages]
 
-    def prepare(self, space: Space, page_hash: bytes, checksum: int) -> ArrivingPage | PageStatus:
+    def prepare(self, space: Space, page_hash: bytes, checksum: int, age_ms: int = 0) -> ArrivingPage | PageStatus:
         """`PageTable.prepare` until there is room or none; hand the page to `seal` or `abort`."""
         for _ in range(_ROOM_TRIES_MAX):
-            page = self.try_prepare(space, page_hash, checksum)
+            page = self.try_prepare(space, page_hash, checksum, age_ms)
             if page is not Room.MAKING:
                 return page
             time.sleep(TURN_S)
         return PageStatus.NO_SPACE
 
-    def try_prepare(self, space: Space, page_hash: bytes, checksum: int) -> ArrivingPage | PageStatus | Literal[Room.MAKING]:
+    def try_prepare(
+        self, space: Space, page_hash: bytes, checksum: int, age_ms: int = 0
+    ) -> ArrivingPage | PageStatus | Literal[Room.MAKING]:
         """`PageTable.prepare`."""
         with self._lock:
-            page = self._table.prepare(space, page_hash, checksum, self._clock.now_ms())
+            page = self._table.prepare(space, page_hash, checksum, self._clock.now_ms(), age_ms)
             try:
                 if isinstance(page, ArrivingPage):
                     # The first look at an extent of a new tenancy wipes it, so it must not happen beside another writer's.
@@ -209,7 +219,9 @@ class Store:
         return self._arena.view(page.slot)
 
     def seal(self, page: ArrivingPage) -> PageStatus:
-        """Ends the arrival of a page whose bytes are all there: STORED, or CHECKSUM_MISMATCH and its slot is free again."""
+        """Ends the arrival of a page whose bytes are all there: STORED, or why its slot is free again: DELETED as of
+        `PageTable.complete`, or CHECKSUM_MISMATCH.
+        """
         return self._end(page, lambda: checksums(self._arena.view(page.slot), page.layer_bytes))
 
     def fill(self, page: ArrivingPage, source: int) -> PageStatus:
@@ -226,9 +238,9 @@ class Store:
             self.abort(page)
             return PageStatus.CHECKSUM_MISMATCH
         with self._lock:
-            self._table.complete(page, self._clock.now_ms(), made.layers)
+            verdict = self._table.complete(page, self._clock.now_ms(), made.layers)
             self._publish(self._table.take_events())
-        return PageStatus.STORED
+        return verdict
 
     def abort(self, page: ArrivingPage) -> None:
         """`PageTable.abort`."""
@@ -309,6 +321,15 @@ class Store:
                 self._publish(self._table.take_events())
             yield
         return statuses
+
+    def deleted_elsewhere(self, space: Space, page_hashes: Sequence[bytes], age_ms: float) -> None:
+        """`PageTable.deleted_elsewhere` of each, which were deleted elsewhere so long ago."""
+        died_ms = self._clock.now_ms() - age_ms
+        for hashes in in_slices(page_hashes, WORK_PAGES_MAX):
+            with self._lock:
+                for page_hash in hashes:
+                    self._table.deleted_elsewhere(space, page_hash, died_ms, self._clock.now_ms())
+                self._publish(self._table.take_events())
 
     def sweeping(self) -> Sliced[None]:
         """Gives back what nobody holds or may hold any more: pages of leases that have ended, those beyond quotas, and namespaces

@@ -41,6 +41,7 @@ class WriteChunk(NamedTuple):
     checksum: int
     offset_bytes: int
     payload: memoryview
+    age_ms: int = 0
 
 
 def encode_read_chunk(
@@ -58,15 +59,18 @@ def encode_read_chunk(
     return b"".join((head, payload))
 
 
-def encode_write_chunk(namespace: bytes, page_hash: bytes, checksum: int, offset_bytes: int, payload: Buffer) -> bytes:
+def encode_write_chunk(
+    namespace: bytes, page_hash: bytes, checksum: int, offset_bytes: int, payload: Buffer, age_ms: int = 0
+) -> bytes:
     """A serialized `WriteChunk`; copies `payload` once."""
-    head = b"\x0a%b%b\x12%b%b\x19%b\x20%b\x2a%b" % (
+    head = b"\x0a%b%b\x12%b%b\x19%b\x20%b\x30%b\x2a%b" % (
         _varint(len(namespace)),
         namespace,
         _varint(len(page_hash)),
         page_hash,
         _FIXED64.pack(checksum),
         _varint(offset_bytes),
+        _varint(age_ms),
         _varint(len(payload)),
     )
     return b"".join((head, payload))
@@ -98,6 +102,7 @@ def decode_write_chunk(message: bytes) -> WriteChunk:
         checksum=numbers.get(3, 0),
         offset_bytes=numbers.get(4, 0),
         payload=views.get(5, _NOTHING),
+        age_ms=numbers.get(6, 0),
     )
 
 

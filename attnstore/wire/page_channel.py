@@ -14,7 +14,8 @@ A frame is a header of 128 bytes, little-endian, and `size_bytes` of payload:
 |--------------|--------|-------------------------------------------|------------------------------------------|---------------|
 | HELLO        | client | opens, with a token of `OpenChannel`      | page = version                           | token         |
 | READ         | client | send me these pages                       | request, order, layers, lease, namespace | hashes        |
-| WRITE        | client | here is one page                          | request, page, checksum, namespace, hash | page bytes    |
+| WRITE        | client | here is one page (offset: its age in ms   | request, page, checksum, namespace,      | page bytes    |
+|              |        | where a node hands it over, else 0)       | hash, offset                             |               |
 | MATCH        | client | how much of these prefixes do you have    | request, page = prefixes, namespace,     | counts,       |
 |              |        |                                           | offset = lease in ms                     | hashes        |
 | ATTEND_OPEN  | client | I will ask about this set of pages        | request, page = set, lease, namespace    | shape, hashes |
@@ -185,6 +186,7 @@ _STATUSES: Final[dict[Kind, frozenset[PageStatus]]] = {
             PageStatus.NO_SPACE,
             PageStatus.CHECKSUM_MISMATCH,
             PageStatus.WRONG_SIZE,
+            PageStatus.DELETED,
         }
     ),
 }

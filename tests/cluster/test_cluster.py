@@ -195,6 +195,29 @@ def test_a_node_is_drained_stopped_and_taken_back_without_losing_a_hit(cluster: 
         assert hits_and_no_wrong_byte(client, batch) == PAGES
 
 
+def test_a_drain_to_a_smaller_node_ends_costs_it_no_page_of_its_own_and_says_what_was_left(batch_of: BatchOf) -> None:
+    cluster = Cluster("ada")
+    try:
+        cluster.start("bob", "--capacity", "4MiB")
+        cluster.wait_for("ada", "bob")
+        with attnstore.connect(cluster.url) as client:
+            weights = {member.node_id: member.weight for member in client.members()}
+            assert weights["ada"] == 16 * weights["bob"]
+            batch = stored(client, batch_of(100 * SEGMENT_BLOCKS))
+            own = pages_on(cluster, "bob", batch)
+            assert 0 < len(own) < len(batch.hashes) / 4
+            drained = run_command("drain", "ada", "--wait", "60", "--directory", cluster.url)
+            assert drained.returncode == 1
+            room = (4 << 20) // batch.layout.page_bytes - len(own)
+            left = len(batch.hashes) - len(own) - room
+            assert f"ada is drained, but {left} of its pages found no room" in drained.stderr
+            assert set(own) <= set(pages_on(cluster, "bob", batch))
+            assert sealed_on(cluster, "bob") == len(own) + room
+            assert hits_and_no_wrong_byte(client, batch) == len(batch.hashes)
+    finally:
+        cluster.close()
+
+
 def test_an_evicted_node_is_asked_nothing_any_more(cluster: Cluster, batch_of: BatchOf) -> None:
     with attnstore.connect(cluster.url) as client:
         batch = stored(client, batch_of(PAGES))
@@ -364,6 +387,14 @@ def test_a_segment_that_many_use_gets_a_second_copy_and_survives_its_node(batch_
             assert not any(has(cluster, name, hot) for name in cluster.nodes)
     finally:
         cluster.close()
+
+
+def pages_on(cluster: Cluster, name: str, batch: Batch) -> list[bytes]:
+    """The pages of the batch that a node has."""
+    with attnstore.connect(cluster.nodes[name].url) as client:
+        client.register_layout(batch.namespace, batch.layout)
+        hits = client.match(batch.namespace, [[page_hash] for page_hash in batch.hashes]).hits
+        return [page_hash for page_hash, hit in zip(batch.hashes, hits, strict=True) if hit]
 
 
 def has(cluster: Cluster, name: str, batch: Batch) -> bool:

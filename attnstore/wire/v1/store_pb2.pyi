@@ -20,6 +20,7 @@ class PageStatus(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     PAGE_STATUS_CHECKSUM_MISMATCH: _ClassVar[PageStatus]
     PAGE_STATUS_WRONG_SIZE: _ClassVar[PageStatus]
     PAGE_STATUS_PINNED: _ClassVar[PageStatus]
+    PAGE_STATUS_DELETED: _ClassVar[PageStatus]
 
 class DType(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
@@ -39,6 +40,7 @@ PAGE_STATUS_NO_SPACE: PageStatus
 PAGE_STATUS_CHECKSUM_MISMATCH: PageStatus
 PAGE_STATUS_WRONG_SIZE: PageStatus
 PAGE_STATUS_PINNED: PageStatus
+PAGE_STATUS_DELETED: PageStatus
 DTYPE_UNSPECIFIED: DType
 DTYPE_BF16: DType
 DTYPE_FP16: DType
@@ -194,18 +196,20 @@ class ReadChunk(_message.Message):
     def __init__(self, page_index: _Optional[int] = ..., status: _Optional[_Union[PageStatus, str]] = ..., size_bytes: _Optional[int] = ..., offset_bytes: _Optional[int] = ..., checksum: _Optional[int] = ..., payload: _Optional[bytes] = ...) -> None: ...
 
 class WriteChunk(_message.Message):
-    __slots__ = ("namespace", "hash", "checksum", "offset_bytes", "payload")
+    __slots__ = ("namespace", "hash", "checksum", "offset_bytes", "payload", "age_ms")
     NAMESPACE_FIELD_NUMBER: _ClassVar[int]
     HASH_FIELD_NUMBER: _ClassVar[int]
     CHECKSUM_FIELD_NUMBER: _ClassVar[int]
     OFFSET_BYTES_FIELD_NUMBER: _ClassVar[int]
     PAYLOAD_FIELD_NUMBER: _ClassVar[int]
+    AGE_MS_FIELD_NUMBER: _ClassVar[int]
     namespace: bytes
     hash: bytes
     checksum: int
     offset_bytes: int
     payload: bytes
-    def __init__(self, namespace: _Optional[bytes] = ..., hash: _Optional[bytes] = ..., checksum: _Optional[int] = ..., offset_bytes: _Optional[int] = ..., payload: _Optional[bytes] = ...) -> None: ...
+    age_ms: int
+    def __init__(self, namespace: _Optional[bytes] = ..., hash: _Optional[bytes] = ..., checksum: _Optional[int] = ..., offset_bytes: _Optional[int] = ..., payload: _Optional[bytes] = ..., age_ms: _Optional[int] = ...) -> None: ...
 
 class WriteResponse(_message.Message):
     __slots__ = ("verdicts",)
@@ -240,12 +244,14 @@ class ReleaseLeaseResponse(_message.Message):
     def __init__(self, released: _Optional[bool] = ...) -> None: ...
 
 class DeleteRequest(_message.Message):
-    __slots__ = ("namespace", "hashes")
+    __slots__ = ("namespace", "hashes", "tell")
     NAMESPACE_FIELD_NUMBER: _ClassVar[int]
     HASHES_FIELD_NUMBER: _ClassVar[int]
+    TELL_FIELD_NUMBER: _ClassVar[int]
     namespace: bytes
     hashes: bytes
-    def __init__(self, namespace: _Optional[bytes] = ..., hashes: _Optional[bytes] = ...) -> None: ...
+    tell: bool
+    def __init__(self, namespace: _Optional[bytes] = ..., hashes: _Optional[bytes] = ..., tell: _Optional[bool] = ...) -> None: ...
 
 class DeleteResponse(_message.Message):
     __slots__ = ("statuses",)

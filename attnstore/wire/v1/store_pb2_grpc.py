@@ -154,7 +154,7 @@ class AttentionStoreServicer:
         raise NotImplementedError('Method not implemented!')
 
     def Delete(self, request, context):
-        """Removes sealed, unpinned pages.
+        """Removes sealed, unpinned pages. What is not PINNED cannot be handed over to this node for ten minutes; a client may write it again.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

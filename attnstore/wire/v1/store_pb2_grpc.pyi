@@ -61,7 +61,7 @@ class AttentionStoreStub:
     ReleaseLease: _grpc.UnaryUnaryMultiCallable[_store_pb2.ReleaseLeaseRequest, _store_pb2.ReleaseLeaseResponse]
     """Ends a lease. Releasing an unknown or expired lease, or another tenant's, is a no-op that says so."""
     Delete: _grpc.UnaryUnaryMultiCallable[_store_pb2.DeleteRequest, _store_pb2.DeleteResponse]
-    """Removes sealed, unpinned pages."""
+    """Removes sealed, unpinned pages. What is not PINNED cannot be handed over to this node for ten minutes; a client may write it again."""
     Verify: _grpc.UnaryUnaryMultiCallable[_store_pb2.VerifyRequest, _store_pb2.VerifyResponse]
     """Reports pages that came with a wrong checksum: the node hashes them where they lie and drops those that are wrong there, so that
     they can be written anew. One report of a tenant at a time; another is refused with `overloaded`.
@@ -95,7 +95,7 @@ class AttentionStoreAsyncStub(AttentionStoreStub):
     ReleaseLease: _aio.UnaryUnaryMultiCallable[_store_pb2.ReleaseLeaseRequest, _store_pb2.ReleaseLeaseResponse]  # type: ignore[assignment]
     """Ends a lease. Releasing an unknown or expired lease, or another tenant's, is a no-op that says so."""
     Delete: _aio.UnaryUnaryMultiCallable[_store_pb2.DeleteRequest, _store_pb2.DeleteResponse]  # type: ignore[assignment]
-    """Removes sealed, unpinned pages."""
+    """Removes sealed, unpinned pages. What is not PINNED cannot be handed over to this node for ten minutes; a client may write it again."""
     Verify: _aio.UnaryUnaryMultiCallable[_store_pb2.VerifyRequest, _store_pb2.VerifyResponse]  # type: ignore[assignment]
     """Reports pages that came with a wrong checksum: the node hashes them where they lie and drops those that are wrong there, so that
     they can be written anew. One report of a tenant at a time; another is refused with `overloaded`.
@@ -174,7 +174,7 @@ class AttentionStoreServicer(metaclass=_abc_1.ABCMeta):
         request: _store_pb2.DeleteRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_store_pb2.DeleteResponse, _abc.Awaitable[_store_pb2.DeleteResponse]]:
-        """Removes sealed, unpinned pages."""
+        """Removes sealed, unpinned pages. What is not PINNED cannot be handed over to this node for ten minutes; a client may write it again."""
 
     @_abc_1.abstractmethod
     def Verify(

@@ -1,0 +1,60 @@
+"""Which pages were deleted here a short time ago, so that no other node brings them back.
+
+Owns: when pages were deleted, by tenant. Invariants: pure; a page is remembered for `TOMBSTONE_MS_MAX` at most; there are never
+more than `TOMBSTONES_MAX`, and where they do not suffice the tenant that has the most loses its oldest: one that deletes a lot
+makes the node forget its own deletions only.
+"""
+
+from __future__ import annotations
+
+from attnstore.limits import TOMBSTONE_MS_MAX, TOMBSTONES_MAX
+from attnstore.types import Space
+
+_Name = tuple[bytes, bytes]
+
+
+class Tombstones:
+    """Times are those of the table's clock."""
+
+    def __init__(self) -> None:
+        self._died_ms: dict[str, dict[_Name, float]] = {}  # of each tenant, the oldest first
+        self._count = 0
+
+    def __len__(self) -> int:
+        return self._count
+
+    def bury(self, space: Space, page_hash: bytes, died_ms: float, now_ms: float) -> None:
+        """The page was deleted at `died_ms`."""
+        self.lift(space, page_hash)
+        of_tenant = self._died_ms.setdefault(space.tenant, {})
+        of_tenant[space.namespace, page_hash] = died_ms
+        self._count += 1
+        while of_tenant and next(iter(of_tenant.values())) <= now_ms - TOMBSTONE_MS_MAX:
+            self._forget_oldest(space.tenant)
+        if self._count > TOMBSTONES_MAX:
+            self._forget_oldest(max(self._died_ms, key=lambda tenant: len(self._died_ms[tenant])))
+
+    def lift(self, space: Space, page_hash: bytes) -> None:
+        """The page was written anew."""
+        of_tenant = self._died_ms.get(space.tenant, {})
+        if of_tenant.pop((space.namespace, page_hash), None) is not None:
+            self._count -= 1
+            if not of_tenant:
+                del self._died_ms[space.tenant]
+
+    def died_ms(self, space: Space, page_hash: bytes, now_ms: float) -> float | None:
+        """When the page was deleted; None where that is not known, or long ago."""
+        died_ms = self._died_ms.get(space.tenant, {}).get((space.namespace, page_hash))
+        return None if died_ms is None or died_ms <= now_ms - TOMBSTONE_MS_MAX else died_ms
+
+    def check(self) -> None:
+        """Asserts the module's invariants. O(tombstones); for tests and simulations."""
+        assert all(self._died_ms.values())
+        assert self._count == sum(map(len, self._died_ms.values())) <= TOMBSTONES_MAX
+
+    def _forget_oldest(self, tenant: str) -> None:
+        of_tenant = self._died_ms[tenant]
+        del of_tenant[next(iter(of_tenant))]
+        self._count -= 1
+        if not of_tenant:
+            del self._died_ms[tenant]
