@@ -37,3 +37,16 @@ def test_events_that_do_not_fit_and_batches_that_were_lost_are_counted() -> None
     second = feed.take()
     assert second is not None
     assert list(events_in(second, MINE)) == [sealed(9), PageEvent(PageEventKind.LAGGED, b"", 9, EVENTS_IN_BATCH_MAX + 5)]
+
+
+def test_a_tenant_with_many_events_leaves_room_for_anothers() -> None:
+    feed = EventFeed("ada", tenants=2)
+    feed.offer((MINE, sealed(number)) for number in range(2 * EVENTS_IN_BATCH_MAX))
+    feed.offer([(STRANGERS, sealed(9))])
+    batch = feed.take()
+    assert batch is not None
+    assert sealed(9) in list(events_in(batch, STRANGERS))
+    feed.offer((MINE, sealed(number)) for number in range(EVENTS_IN_BATCH_MAX // 4))
+    batch = feed.take()
+    assert batch is not None
+    assert batch.dropped == 0
