@@ -142,7 +142,7 @@ SHARED_TAKE_PAGES_MAX = 64
 SHARED_LENT_BYTES_MAX = 2 * PAGE_BYTES_MAX
 """Memory that a writer lends a node over one connection: room for one page to be copied by each side at a time."""
 SHARED_LENT_NODE_BYTES_MAX = 4 * SHARED_LENT_BYTES_MAX
-"""Memory lent to one node over all connections together; most lend 8 MiB. Holes that a peer left in it fill up when it is mapped."""
+"""Memory lent to one node over all connections together; most lend 8 MiB. Holes in it are filled when the node maps it."""
 
 assert CHANNEL_SECOND_READ_HASHES_MAX <= CHANNEL_READ_HASHES_MAX <= HASHES_MAX
 assert CHANNELS_MAX <= CHANNEL_CONNECTIONS_MAX
