@@ -22,6 +22,15 @@ def sealed_file(size_bytes: int, *, seals: int = fcntl.F_SEAL_SHRINK, flags: int
     return file
 
 
+def flip_bit(file: Path, page: bytes, at: int) -> None:
+    """Changes one bit of byte `at` of the one place where a file has these bytes, as failing memory does."""
+    with file.open("r+b") as opened, mmap.mmap(opened.fileno(), 0) as memory:
+        begin = memory.find(page)
+        assert begin >= 0
+        assert memory.find(page, begin + 1) < 0
+        memory[begin + at] ^= 0x10
+
+
 def huge_pages_in(view: memoryview) -> int:
     """How many huge pages this process has in the mapping that the view is part of."""
     address, huge_pages, here = address_of(view), [], False

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import mmap
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -12,6 +11,7 @@ import pytest
 import attnstore
 from attnstore import PageStatus
 from tests.cluster.conftest import Cluster, hits_and_no_wrong_byte, run_command, status_of, stored
+from tests.memory_files import flip_bit
 from tests.samples import Batch
 
 pytestmark = pytest.mark.redis
@@ -37,11 +37,6 @@ def cluster(arena: Path) -> Iterator[Cluster]:
     cluster.close()
 
 
-def flip(arena: Path, page: bytes) -> None:
-    with arena.open("r+b") as file, mmap.mmap(file.fileno(), 0) as memory:
-        memory[memory.find(page) + 100] ^= 1
-
-
 def corrupt_pages(cluster: Cluster, name: str) -> int:
     with attnstore.connect(cluster.nodes[name].url) as client:
         return client.stats().corrupt_pages
@@ -50,7 +45,7 @@ def corrupt_pages(cluster: Cluster, name: str) -> int:
 def test_a_corrupt_page_is_not_handed_over(cluster: Cluster, batch_of: BatchOf, arena: Path) -> None:
     with attnstore.connect(cluster.url) as client:
         batch = stored(client, batch_of(PAGES))
-        flip(arena, batch.pages[BAD])
+        flip_bit(arena, batch.pages[BAD], 100)
         cluster.start("bob")
         cluster.wait_for("ada", "bob")
         drained = run_command("drain", "ada", "--wait", "30", "--directory", cluster.url)
@@ -75,7 +70,7 @@ def test_a_clusters_client_reports_what_it_finds_and_reads_the_other_copy(batch_
         with attnstore.connect(cluster.url) as client:
             batch = stored(client, batch_of(PAGES))
             for page in batch.pages:
-                flip(arena, page)
+                flip_bit(arena, page, 100)
             assert hits_and_no_wrong_byte(client, batch) == PAGES
             with attnstore.connect(cluster.nodes["ada"].url) as ada:
                 ada.register_layout(batch.namespace, batch.layout)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import mmap
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -15,6 +14,7 @@ from attnstore.core.layout import DType
 from attnstore.errors import InvalidArgument, LeaseExpired, NamespaceUnknown
 from attnstore.limits import REPORTED_HASHES_MAX
 from attnstore.testing import StoreProcess
+from tests.memory_files import flip_bit
 from tests.samples import Batch, eventually, make_batch
 
 PAGE = PageLayout(layers=6, kv_heads=2, head_dim=64, block_tokens=16, dtype=DType.FP32)
@@ -35,12 +35,8 @@ class Node:
         self.url = self.process.url
 
     def flip(self, page: bytes, at: int) -> None:
-        """Changes one bit of the one place where the node has this page."""
-        with self.path.open("r+b") as file, mmap.mmap(file.fileno(), 0) as memory:
-            begin = memory.find(page)
-            assert begin >= 0
-            assert memory.find(page, begin + 1) < 0
-            memory[begin + at] ^= 0x10
+        """See `flip_bit`."""
+        flip_bit(self.path, page, at)
 
     def connect(self, transport: str) -> attnstore.Client:
         return attnstore.connect(self.url, transport=transport, shared_path=self.path)

@@ -6,6 +6,7 @@ import gc
 import os
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from attnstore.attention import create_attention
 from attnstore.core.layout import DType, PageLayout
 from attnstore.testing import StoreProcess
 from attnstore.types import Lease, PageStatus
+from tests.memory_files import flip_bit
 from tests.samples import Batch, eventually, make_batch
 from worker.cache.page_window import PageWindow
 from worker.cache.shared_tier import SharedPages, SharedTier
@@ -170,6 +172,30 @@ def test_what_is_not_all_there_or_not_leased_is_not_borrowed(client: attnstore.C
     client.release(lease)
     assert tier.borrow(batch.hashes, lease) is None
     tier.close()
+
+
+def test_a_page_that_has_changed_is_not_borrowed_and_one_that_is_found_later_is_withdrawn() -> None:
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as folder:
+        arena = Path(folder) / "arena"
+        with (
+            StoreProcess("--capacity", "4MiB", "--arena-path", str(arena), "--scrub-rate", "0") as node,
+            attnstore.connect(node.url, shared_path=arena) as client,
+            attnstore.connect(node.url, transport="tcp") as other,
+        ):
+            batch = stored(client, 3, "changed")
+            tier = tier_on(client, batch, PageWindow(LAYOUT))
+            flip_bit(arena, batch.pages[1], 0)
+            lease = leased(client, batch)
+            assert tier.borrow(batch.hashes, lease) is None
+            client.release(lease)
+            assert client.write(batch.namespace, batch.hashes, batch.pages).verdicts[1] is PageStatus.STORED
+            pages = borrowed(tier, client, batch)
+            assert pages.intact()
+            flip_bit(arena, batch.pages[2], 0)
+            other.register_layout(batch.namespace, LAYOUT)
+            assert other.read(batch.namespace, batch.hashes, batch.buffers()).statuses[2] is PageStatus.CORRUPT
+            assert not pages.intact()
+            tier.close()
 
 
 def test_a_node_without_shared_memory_lends_nothing_and_says_so_once(caplog: pytest.LogCaptureFixture) -> None:
