@@ -329,6 +329,7 @@ ELSEWHERE: Final = {
     "HEAT_SEGMENTS_MAX": "tests.core.test_heat:test_a_tenant_that_uses_many_segments_leaves_counts_and_places_to_another",
     "HOT_SEGMENTS_MAX": "tests.core.test_heat:test_a_tenant_that_uses_many_segments_leaves_counts_and_places_to_another",
     "EVENTS_IN_BATCH_MAX": "tests.directory.test_events:test_a_tenant_with_many_events_leaves_room_for_anothers",
+    "TOMBSTONES_MAX": "tests.core.test_tombstones:test_a_tenant_that_deletes_a_lot_makes_the_node_forget_its_own_deletions",
     "REPORTED_BYTES_PER_S_MAX": "tests.server.test_scrubber:test_reports_of_two_tenants_take_turns_and_neither_hashes_on_the_loop",
 }
 """Shared limits that are tried with a small number, or where more than tenants of one node share them."""
@@ -337,6 +338,7 @@ OF_ONE_REQUEST: Final = "what one message, request, page, stream or connection m
 OF_TIME: Final = "a time or a rate for each peer or task by itself"
 OF_SIZES: Final = "the size of something, or a number that an operator chooses"
 OF_OPERATORS: Final = "counts what operators and nodes write into the directory; no tenant can"
+OF_HINTS: Final = "the newest of what all tell the directory; what is forgotten early is at worst a hit of bytes that were right"
 OF_CLIENTS: Final = "bounds what one client or worker does, in its own process"
 
 NOT_SHARED: Final[dict[str, tuple[str, ...]]] = {
@@ -363,6 +365,7 @@ NOT_SHARED: Final[dict[str, tuple[str, ...]]] = {
         *("ATTEND_SETS_MAX", "ATTEND_HASHES_MAX", "ATTEND_ROWS_MAX", "ATTEND_BYTES_MAX", "ATTEND_FRAME_BYTES_MAX"),
         *("ATTEND_HEADS_MAX", "ATTEND_TOGETHER_MAX", "MESSAGE_OVERHEAD_BYTES", "REPORTED_HASHES_MAX", "WATCH_EVENTS_MAX"),
         *("HTTP_BODY_BYTES_MAX", "RECORD_BYTES_MAX", "WORK_PAGES_MAX", "CREDENTIAL_BYTES_MAX"),
+        "DELETION_HASHES_MAX",
     ),
     OF_TIME: (
         *(
@@ -378,8 +381,10 @@ NOT_SHARED: Final[dict[str, tuple[str, ...]]] = {
         *("HEARTBEAT_MS", "MEMBER_MS_MAX", "DIRECTORY_GAP_MS", "INTENT_MS_MAX", "DIRECTORY_MS_MAX", "HEAT_WINDOW_MS"),
         *("LAYOUT_MS_MAX", "PREVIOUS_OWNERS_MS_MAX", "TASK_AGAIN_MS_MIN", "TASK_AGAIN_MS_MAX", "REPORT_MS_MAX"),
         *("RECORD_AGAIN_MS", "RECORD_SIGNED_MS_MAX", "CREDENTIAL_MS_MAX", "CLOCKS_APART_MS_MAX"),
+        *("TOMBSTONE_MS_MAX", "TOMBSTONE_MARGIN_MS", "PAGE_AGE_MS_MAX"),
         *("ATTEND_VERIFIED_MS_MAX", "HTTP_IDLE_MS_MAX", "HTTP_HEAD_MS_MAX", "HTTP_BODY_MS_MAX", "HTTP_STALL_MS_MAX"),
     ),
+    OF_HINTS: ("DELETIONS_MAX",),
     OF_OPERATORS: ("NODES_MAX", "TENANTS_MAX", "DIRECTORY_LAYOUTS_MAX", "EVENT_BATCHES_MAX"),
     OF_CLIENTS: (
         *("CHANNELS_MAX", "NODE_ANSWER_MS_MAX", "NODE_FAIR_MS", "NODE_FAIR_BYTES_PER_MS", "HEDGES_PERCENT_MAX"),
