@@ -47,9 +47,9 @@ class FairShares:
 
     def fits(self, tenant: str, units: int = 1) -> bool:
         """Whether the tenant may take so many units more."""
-        held = self._held.get(tenant, 0)
         if self._tenants == 1:
             return self._used + units <= self._limit
+        held = self._held.get(tenant, 0)
         kept_for_others = self.guaranteed * (self._tenants - 1) - (self._used_guaranteed - min(held, self.guaranteed))
         free_after = self._limit - self._used - units - max(0, kept_for_others)
         beyond_guarantee = held + units - self.guaranteed
@@ -66,7 +66,8 @@ class FairShares:
 
     def take(self, tenant: str, units: int = 1) -> None:
         """Counts the units as the tenant's. Raises `Overloaded` unless `fits`."""
-        self.require(tenant, units)
+        if not self.fits(tenant, units):
+            self.require(tenant, units)
         self._count(tenant, units)
 
     def give_back(self, tenant: str, units: int = 1) -> None:
@@ -75,8 +76,12 @@ class FairShares:
         self._count(tenant, -units)
 
     def _count(self, tenant: str, units: int) -> None:
-        held = self._held.pop(tenant, 0)
-        if held + units:
-            self._held[tenant] = held + units
+        before = self._held.get(tenant, 0)
+        after = before + units
+        if after:
+            self._held[tenant] = after
+        else:
+            self._held.pop(tenant, None)
         self._used += units
-        self._used_guaranteed += min(held + units, self.guaranteed) - min(held, self.guaranteed)
+        if self._tenants > 1:
+            self._used_guaranteed += min(after, self.guaranteed) - min(before, self.guaranteed)
