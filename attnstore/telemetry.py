@@ -62,6 +62,11 @@ class NodeMetrics:
         self.directory_up = Gauge(
             "attnstore_directory_up", "1 where the directory answered the last heartbeat.", registry=self.registry
         )
+        self.certificate_expiry = Gauge(
+            "attnstore_certificate_expiry_timestamp_seconds",
+            "When the certificate of --tls-cert expires, in seconds since 1970; 0 without TLS.",
+            registry=self.registry,
+        )
         self.registry.register(_OccupancyCollector(occupancy))
         self.registry.register(TaskFailures())
         self._read_bytes = 0

@@ -29,6 +29,7 @@ from attnstore.core.layout import DType
 from attnstore.environment import variable
 from attnstore.errors import AttnStoreError, InvalidArgument
 from attnstore.limits import MIB
+from attnstore.memory_limit import memory_limit_bytes, require_memory, resident_bytes
 from worker.cache import (
     STORE_TRANSPORTS,
     WRITE_POLICIES,
@@ -142,6 +143,13 @@ def _add_engine_options(parser: argparse.ArgumentParser, *, planner: str) -> Non
         metavar="SECRET",
         default=variable("tenant_salt"),
         help="shares pages with workers of the same salt alone; better not on the command line [env ATTNSTORE_TENANT_SALT]",
+    )
+    add(
+        "--store-ca",
+        type=Path,
+        default=variable("store_ca"),
+        metavar="FILE",
+        help="PEM certificates of the store nodes' authorities; default: the system's [env ATTNSTORE_STORE_CA]",
     )
     add("--store-deadline-ms", type=int, default=5_000, metavar="MS", help="longest a call to the store may take (default 5000)")
     add("--flush-ms", type=int, default=60_000, metavar="MS", help="longest wait for the last pages to reach the store")
@@ -260,9 +268,11 @@ def _open_engine(arguments: argparse.Namespace, options: EngineOptions, progress
     """An engine that has paid for its first uses, on its model and, if there is one, its store."""
     if arguments.threads is not None:
         torch.set_num_threads(arguments.threads)
+    _require_memory(options, beside_bytes=0)
     with ExitStack() as stack:
         progress.phase("loading the model")
         model = load_model(arguments.model, DType(arguments.dtype))
+        _require_memory(options, beside_bytes=resident_bytes())
         store = stack.enter_context(_open_store(arguments)) if arguments.store else None
         clock = MonotonicClock()
         planner = stack.enter_context(_planner(arguments, options, clock))
@@ -271,6 +281,13 @@ def _open_engine(arguments: argparse.Namespace, options: EngineOptions, progress
         progress.phase("warming up")
         engine.warm_up()
         yield engine
+
+
+def _require_memory(options: EngineOptions, *, beside_bytes: int) -> None:
+    pools_bytes = options.pool_bytes + options.host_pool_bytes
+    warning = require_memory("--pool, with --host-pool,", pools_bytes, beside_bytes, memory_limit_bytes())
+    if warning is not None:
+        logging.getLogger(__name__).warning(warning)
 
 
 @contextmanager
@@ -301,6 +318,7 @@ def _open_store(arguments: argparse.Namespace) -> AbstractContextManager[PageSto
         transport=arguments.transport,
         shared_path=arguments.shared_path,
         http_proxy=arguments.http_proxy,
+        tls_ca=arguments.store_ca,
     )
 
 

@@ -20,6 +20,7 @@ import grpc
 from attnstore.address import Address
 from attnstore.client.bulk import WritePlan
 from attnstore.client.landing import Landing
+from attnstore.client.tls_probe import explained
 from attnstore.directory.trust import MemberCheck
 from attnstore.errors import ClientClosed, DeadlineExceeded, InvalidArgument, ProtocolError, Unavailable
 from attnstore.limits import (
@@ -111,6 +112,8 @@ class GrpcTransport:
         self._check = check
         self._metadata = (("authorization", f"Bearer {token}"),) if token else ()
         self._stubs = {name: self._stub(method) for name, method in METHODS.items()}
+        # Until the node has answered in the clear, it may want TLS: asked once.
+        self._may_want_tls = target.address if not target.tls and http_proxy is None else None
         GrpcTransport._open.add(self)
 
     async def close(self) -> None:
@@ -120,9 +123,17 @@ class GrpcTransport:
 
     async def call(self, name: str, request: Any, deadline_ms: float) -> Any:
         """One unary call. Raises the typed error of its failure."""
-        with _typed_errors():
-            timeout_s = await self._admitted(deadline_ms)
-            answer = await self._stubs[name](request, timeout=timeout_s, metadata=self._metadata)
+        until_s = time.monotonic() + deadline_ms / 1000
+        try:
+            with _typed_errors():
+                timeout_s = await self._admitted(deadline_ms)
+                answer = await self._stubs[name](request, timeout=timeout_s, metadata=self._metadata)
+        except Unavailable as error:
+            address, self._may_want_tls = self._may_want_tls, None
+            if address is None:
+                raise
+            raise await asyncio.to_thread(explained, error, address, until_s - time.monotonic()) from None
+        self._may_want_tls = None
         return METHODS[name].decode_response(answer)
 
     async def read(self, request: Any, landing: Landing, deadline_ms: float) -> None:

@@ -5,6 +5,7 @@ Owns: nothing. A draining node answers that it does not serve, so that it gets n
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,9 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from attnstore.client.grpc_transport import Target, proxy_options
 from attnstore.client.options import checked_deadline_ms
+from attnstore.client.tls_probe import explained
 from attnstore.errors import InvalidArgument, Unavailable
+from attnstore.wire.status import error_from_rpc
 
 
 def check_serving(target: str, *, deadline_ms: float, tls_ca: Path | None = None, http_proxy: str | None = None) -> None:
@@ -21,7 +24,7 @@ def check_serving(target: str, *, deadline_ms: float, tls_ca: Path | None = None
     `InvalidArgument` for a malformed target or deadline or a `tls_ca` that cannot be read.
     """
     parsed = Target.parse(target)
-    timeout_s = checked_deadline_ms(deadline_ms) / 1000
+    timeout_s, began_s = checked_deadline_ms(deadline_ms) / 1000, time.monotonic()
     try:
         authorities = tls_ca.read_bytes() if tls_ca is not None else None
     except OSError as error:
@@ -35,6 +38,9 @@ def check_serving(target: str, *, deadline_ms: float, tls_ca: Path | None = None
             stub: Any = health_pb2_grpc.HealthStub(channel)
             answer = stub.Check(health_pb2.HealthCheckRequest(), timeout=timeout_s)
         except grpc.RpcError as error:
-            raise Unavailable(f"{target} does not answer: {error.code().name.lower()}") from None
+            failed = error_from_rpc(error.code(), error.details() or "", ())
+            if isinstance(failed, Unavailable) and not parsed.tls and http_proxy is None:
+                failed = explained(failed, parsed.address, began_s + timeout_s - time.monotonic())
+            raise Unavailable(f"{target} does not answer: {error.code().name.lower()}: {failed}") from None
     if answer.status != health_pb2.HealthCheckResponse.SERVING:
         raise Unavailable(f"{target} does not serve: {health_pb2.HealthCheckResponse.ServingStatus.Name(answer.status).lower()}")

@@ -11,8 +11,8 @@ import asyncio
 import os
 import secrets
 import signal
-import ssl
 import threading
+import time
 from importlib.metadata import version
 
 import grpc
@@ -37,10 +37,13 @@ from attnstore.limits import (
     KEEPALIVE_TIMEOUT_MS,
     LEASE_ID_BYTES,
     MESSAGE_BYTES_MAX,
+    NODE_OTHER_BYTES_MIN,
     STOP_MS_MAX,
 )
 from attnstore.logs import get_logger
+from attnstore.memory_limit import memory_limit_bytes, require_memory
 from attnstore.server.attend import Attending, threads_default
+from attnstore.server.certificate import Certificate
 from attnstore.server.descriptors import grpc_connections_max
 from attnstore.server.events import EventHub
 from attnstore.server.handoff import OpenPeer
@@ -94,6 +97,8 @@ class StoreNode:
         self._loop = asyncio.get_running_loop()
         # What can be wrong with the options shows before the arena's memory is claimed.
         tenants = options.tenants()
+        self._certificate = _certificate(options)
+        _require_memory(options)
         extent_bytes = extent_bytes_for(options.capacity)
         arena_type = _arena_type(options)
         connections_max = grpc_connections_max(arena_type.descriptors_per_extent * (options.capacity // extent_bytes))
@@ -117,6 +122,7 @@ class StoreNode:
         heat = None if options.directory is None else SegmentHeat(options.hot_uses, authenticator.tenants)
         self._store = Store(table, self._arena, clock, publish, heat)
         self._metrics = NodeMetrics(self._store.statistics)
+        self._metrics.certificate_expiry.set(0 if self._certificate is None else self._certificate.ends_s)
         self._shell = RpcShell(authenticator, self._metrics)
         self._tokens = TokenBook(clock, authenticator.tenants)
         self._attending = self._make_attending(clock, authenticator.tenants)
@@ -248,12 +254,7 @@ class StoreNode:
         cert, key = self._options.tls_cert, self._options.tls_key
         if cert is None or key is None:
             return None
-        try:
-            # gRPC would refuse a bad pair with a message about the port. No password is asked for: a node starts unattended.
-            ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(cert, key, password="")
-            return grpc.ssl_server_credentials([(key.read_bytes(), cert.read_bytes())])
-        except OSError as error:
-            raise InvalidArgument(f"--tls-cert {cert} and --tls-key {key} are no usable pair of PEM files: {error}") from None
+        return grpc.ssl_server_credentials([(key.read_bytes(), cert.read_bytes())])
 
     def _serve_metrics(self, port: int) -> None:
         try:
@@ -275,6 +276,27 @@ def _arena_type(options: ServeOptions) -> type[Arena]:
     if options.arena_path is not None:
         return FileArena
     return SharedArena if "shm" in options.bulk_transports() else MemoryArena
+
+
+def _certificate(options: ServeOptions) -> Certificate | None:
+    """gRPC would refuse a bad pair of files with a message about the port, and take one that no client accepts."""
+    if options.tls_cert is None or options.tls_key is None:
+        return None
+    certificate = Certificate.load(options.tls_cert, options.tls_key)
+    now_s = time.time()
+    certificate.check(now_s)
+    days_left = certificate.days_left(now_s)
+    if days_left is not None:
+        _log.warning("the certificate expires soon", tls_cert=str(options.tls_cert), days_left=days_left)
+    return certificate
+
+
+def _require_memory(options: ServeOptions) -> None:
+    if options.arena_path is None:  # else the memory is a device's, or the file system's
+        limit_bytes = memory_limit_bytes()
+        warning = require_memory("--capacity", options.capacity, NODE_OTHER_BYTES_MIN, limit_bytes)
+        if warning is not None:
+            _log.warning(warning)
 
 
 def _arena(options: ServeOptions, extent_bytes: int) -> Arena:

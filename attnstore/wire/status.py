@@ -39,6 +39,20 @@ _ERROR_OF_CODE: dict[grpc.StatusCode, type[errors.AttnStoreError]] = {
     grpc.StatusCode.OUT_OF_RANGE: errors.InvalidArgument,
 }
 
+_UNTRUSTED = "its TLS certificate is of no authority that is trusted here: name the right one as tls_ca"
+
+# What gRPC says of a TLS handshake that failed, and what it means.
+_TLS_REASONS = (
+    ("certificate has expired", "its TLS certificate has expired: renew it, or look at this machine's clock"),
+    ("certificate is not yet valid", "its TLS certificate is not valid yet: look at the clocks of both machines"),
+    ("Hostname Verification Check failed", "its TLS certificate is for another name than the one it was reached by"),
+    ("WRONG_VERSION_NUMBER", "it does not speak TLS: say grpc://"),
+    ("self signed certificate", _UNTRUSTED),
+    ("unable to get local issuer certificate", _UNTRUSTED),
+    ("CERTIFICATE_VERIFY_FAILED", "its TLS certificate is refused"),
+    ("Tls handshake failed", "the TLS handshake with it failed"),
+)
+
 Trailers = Iterable[tuple[str, str | bytes]]
 
 
@@ -54,4 +68,5 @@ def error_from_rpc(code: grpc.StatusCode, message: str, trailers: Trailers) -> e
             cls = errors.error_of_code(value if isinstance(value, str) else value.decode("ascii", "replace"))
             if cls is not None:
                 return cls(message)
-    return _ERROR_OF_CODE.get(code, errors.Unavailable)(f"{message or 'no details'} ({code.name})")
+    meaning = next((f"{meaning}: " for words, meaning in _TLS_REASONS if words in message), "")
+    return _ERROR_OF_CODE.get(code, errors.Unavailable)(f"{meaning}{message or 'no details'} ({code.name})")

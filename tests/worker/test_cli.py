@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from attnstore import memory_limit
 from attnstore.testing import StoreProcess
 from worker.cli import main
 from worker.engine import EngineOptions
@@ -36,6 +37,26 @@ def prompt_file(tmp_path: Path) -> Path:
     file = tmp_path / "prompt.txt"
     file.write_text(PROMPT)
     return file
+
+
+def test_pools_that_the_kernel_would_kill_the_worker_for_are_refused(
+    tiny_folder: Path,
+    prompt_file: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    (tmp_path / "memory.max").write_text(f"{64 << 20}\n")
+    (tmp_path / "membership").write_text("0::/\n")
+    monkeypatch.setattr(memory_limit, "CGROUPS", tmp_path)
+    monkeypatch.setattr(memory_limit, "MEMBERSHIP", tmp_path / "membership")
+    options = ["generate", "--prompt-file", str(prompt_file), "--max-tokens", "1"]
+    for pools in (["--pool", "65MiB"], ["--pool", "32MiB", "--host-pool", "33MiB"]):
+        assert main([*options, "--model", str(tmp_path / "absent"), *pools]) == 2
+        assert "takes 65.0MiB, and the memory limit of this process' control group is 64.0MiB" in capfd.readouterr().err
+    assert main([*options, "--model", str(tiny_folder), "--pool", "32MiB"]) == 0
+    assert "may not leave enough" in caplog.text
 
 
 def test_a_second_process_reads_what_the_first_wrote(tiny_folder: Path, prompt_file: Path) -> None:

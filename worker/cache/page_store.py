@@ -57,11 +57,20 @@ class PageStore(Protocol):
 
 
 def open_store(
-    target: str, *, deadline_ms: int, transport: str = "auto", shared_path: Path | None = None, http_proxy: str | None = None
+    target: str,
+    *,
+    deadline_ms: int,
+    transport: str = "auto",
+    shared_path: Path | None = None,
+    http_proxy: str | None = None,
+    tls_ca: Path | None = None,
 ) -> attnstore.Client | attnstore.ClusterClient:
     """A client of the store node or cluster at `target` (see `attnstore.connect`): a `PageStore` and a context manager.
 
     Nothing is sent before its first call. `transport` is one of `STORE_TRANSPORTS`, `shared_path` the file of a node's arena on
-    this host, `http_proxy` the URL of a proxy to go through. Raises `InvalidArgument` for a malformed target.
+    this host, `http_proxy` the URL of a proxy to go through, `tls_ca` a file of certificates of the nodes' authorities. Raises
+    `InvalidArgument` for a malformed target or a file that cannot be read.
     """
-    return attnstore.connect(target, deadline_ms=deadline_ms, transport=transport, shared_path=shared_path, http_proxy=http_proxy)
+    return attnstore.connect(
+        target, deadline_ms=deadline_ms, transport=transport, shared_path=shared_path, http_proxy=http_proxy, tls_ca=tls_ca
+    )

@@ -1,0 +1,84 @@
+"""How much memory this process may use: the limit of its control group, which containers and service managers set.
+
+Owns: how the limit is found, for both versions of Linux's control groups. Exists because the kernel kills a process that passes its
+limit, without a word: what is taken at start is compared with the limit first.
+"""
+
+from __future__ import annotations
+
+import resource
+from collections.abc import Iterator
+from pathlib import Path, PurePosixPath
+from typing import Final
+
+from pydantic import ByteSize
+
+from attnstore.errors import InvalidArgument
+
+_UNLIMITED_BYTES_MIN: Final = 1 << 60
+"""Version 1 writes "no limit" as the largest number of pages that fits a signed integer."""
+
+CGROUPS: Final = Path("/sys/fs/cgroup")
+MEMBERSHIP: Final = Path("/proc/self/cgroup")
+_STATM: Final = Path("/proc/self/statm")
+
+
+def memory_limit_bytes() -> int | None:
+    """The smallest limit of the process' control group and those around it; None where there is none, or none can be read."""
+    limits = [limit for file in _limit_files() if (limit := _limit(file)) is not None]
+    return min(limits, default=None)
+
+
+def resident_bytes() -> int:
+    """Memory that this process has now."""
+    return int(_STATM.read_text().split()[1]) * resource.getpagesize()
+
+
+def require_memory(what: str, needed_bytes: int, beside_bytes: int, limit_bytes: int | None) -> str | None:
+    """Compares what is about to be taken, `what` for people, with the limit.
+
+    Returns a warning where less than `beside_bytes` would be left for the rest of the process. Raises `InvalidArgument` where it
+    does not fit at all.
+    """
+    if limit_bytes is None or needed_bytes + beside_bytes <= limit_bytes:
+        return None
+    needed, limit = (ByteSize(count).human_readable() for count in (needed_bytes, limit_bytes))
+    told = f"{what} takes {needed}, and the memory limit of this process' control group is {limit}"
+    if needed_bytes > limit_bytes:
+        raise InvalidArgument(f"{told}: the kernel would kill it; lower the one or raise the other")
+    return f"{told}: that may not leave enough for the rest of the process, which the kernel then kills"
+
+
+def _limit_files() -> Iterator[Path]:
+    for controllers, group in _groups():
+        if not controllers:
+            places = [CGROUPS / "memory.max", CGROUPS / "unified" / "memory.max"]
+        elif "memory" in controllers:
+            places = [CGROUPS / "memory" / "memory.limit_in_bytes"]
+        else:
+            continue
+        for place in places:
+            # In a container the group's path may be the host's, while the container's own group is mounted as the root.
+            for path in (group, *group.parents):
+                yield place.parent / path.relative_to("/") / place.name
+
+
+def _groups() -> Iterator[tuple[list[str], PurePosixPath]]:
+    try:
+        lines = MEMBERSHIP.read_text().splitlines()
+    except OSError:
+        return
+    for line in lines:
+        _, controllers, path = [*line.split(":", 2), "", ""][:3]
+        if path.startswith("/"):
+            yield [name for name in controllers.split(",") if name], PurePosixPath(path)
+
+
+def _limit(file: Path) -> int | None:
+    try:
+        text = file.read_text().strip()
+    except OSError:
+        return None
+    if not text.isdecimal() or int(text) >= _UNLIMITED_BYTES_MIN:
+        return None
+    return int(text)
