@@ -27,6 +27,7 @@ from attnstore.wire.attend import (
     AttendStep,
     encode_open,
     encode_sets,
+    partial_from_wire,
     step_to_wire,
 )
 from attnstore.wire.chunks import Buffer
@@ -191,11 +192,11 @@ class AttendCall:
 
     async def receive(self, out: memoryview, lse: memoryview) -> None:
         """See `AttendStream.receive`."""
-        partial = (await self._call.read()).partial
-        if (len(partial.out), len(partial.lse)) != (len(out), len(lse)):
-            raise ProtocolError(f"a partial came of {len(partial.out)} and {len(partial.lse)} bytes, not {len(out)} and {len(lse)}")
-        out[:] = partial.out
-        lse[:] = partial.lse
+        came_out, came_lse = partial_from_wire(await self._call.read())
+        if (len(came_out), len(came_lse)) != (len(out), len(lse)):
+            raise ProtocolError(f"a partial came of {len(came_out)} and {len(came_lse)} bytes, not {len(out)} and {len(lse)}")
+        out[:] = came_out
+        lse[:] = came_lse
 
     async def close_set(self, set_id: int) -> None:
         """See `AttendStream.close_set`."""

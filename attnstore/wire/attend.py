@@ -18,7 +18,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
-from attnstore.errors import InvalidArgument, ProtocolError
+from attnstore.core.hashing import joint_checksum, page_checksum
+from attnstore.errors import InvalidArgument, ProtocolError, Unavailable
 from attnstore.limits import (
     ATTEND_BYTES_MAX,
     ATTEND_HASHES_MAX,
@@ -155,7 +156,8 @@ def step_to_wire(step: AttendStep) -> pb.AttendRequest:
             )
         case AttendQuery(layer, budget_ms, sets, rows):
             named = [pb.AttendRows(set=set_id, rows=count) for set_id, count in sets]
-            return pb.AttendRequest(query=pb.AttendQuery(layer=layer, budget_ms=budget_ms, sets=named, rows=bytes(rows)))
+            query = pb.AttendQuery(layer=layer, budget_ms=budget_ms, sets=named, rows=bytes(rows), checksum=page_checksum(rows))
+            return pb.AttendRequest(query=query)
         case AttendClose(set_id):
             return pb.AttendRequest(close=pb.AttendClose(set=set_id))
 
@@ -169,6 +171,8 @@ def step_from_wire(message: Any) -> AttendStep:
         return AttendOpen(opening.set, shape, split_hashes(opening.hashes), opening.lease_id)
     if kind == "query":
         query = message.query
+        if query.HasField("checksum") and query.checksum != page_checksum(query.rows):
+            raise ProtocolError("the rows of an attend query do not have their checksum")
         return AttendQuery(query.layer, query.budget_ms, [(named.set, named.rows) for named in query.sets], query.rows)
     if kind == "close":
         return AttendClose(message.close.set)
@@ -182,4 +186,12 @@ def opened_to_wire(set_id: int) -> pb.AttendResponse:
 
 def partial_to_wire(out: Buffer, lse: Buffer) -> pb.AttendResponse:
     """The answer to a query."""
-    return pb.AttendResponse(partial=pb.AttendPartial(out=bytes(out), lse=bytes(lse)))
+    return pb.AttendResponse(partial=pb.AttendPartial(out=bytes(out), lse=bytes(lse), checksum=joint_checksum((out, lse))))
+
+
+def partial_from_wire(message: Any) -> tuple[bytes, bytes]:
+    """`out` and `lse` of an answer. Raises `Unavailable` where they do not have their checksum."""
+    partial = message.partial
+    if partial.HasField("checksum") and partial.checksum != joint_checksum((partial.out, partial.lse)):
+        raise Unavailable("the partial that came does not have its checksum")
+    return partial.out, partial.lse

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from attnstore.errors import AttnStoreError, InvalidArgument, ProtocolError
+from attnstore.errors import AttnStoreError, InvalidArgument, ProtocolError, Unavailable
 from attnstore.limits import (
     ATTEND_BYTES_MAX,
     ATTEND_HASHES_MAX,
@@ -28,6 +28,8 @@ from attnstore.wire.attend import (
     decode_query,
     encode_open,
     encode_sets,
+    partial_from_wire,
+    partial_to_wire,
     step_from_wire,
     step_to_wire,
 )
@@ -129,3 +131,25 @@ def test_a_hash_list_that_is_cut_off_is_refused() -> None:
 def test_a_message_without_a_step_is_a_protocol_error() -> None:
     with pytest.raises(ProtocolError):
         step_from_wire(METHODS["Attend"].decode_request(b""))
+
+
+def test_rows_and_partials_that_change_on_their_way_over_grpc_are_refused() -> None:
+    method = METHODS["Attend"]
+    query = step_to_wire(AttendQuery(0, 5, [(0, 1)], b"some rows"))
+    query.query.rows = b"some rowz"
+    with pytest.raises(ProtocolError, match="checksum"):
+        step_from_wire(method.decode_request(method.encode_request(query)))
+    answer = partial_to_wire(b"out", b"lse")
+    assert partial_from_wire(answer) == (b"out", b"lse")
+    answer.partial.lse = b"lsf"
+    with pytest.raises(Unavailable, match="checksum"):
+        partial_from_wire(answer)
+
+
+def test_peers_that_know_no_checksum_of_attention_are_understood() -> None:
+    query = step_to_wire(AttendQuery(0, 5, [(0, 1)], b"some rows"))
+    query.query.ClearField("checksum")
+    assert step_from_wire(query) == AttendQuery(0, 5, [(0, 1)], b"some rows")
+    answer = partial_to_wire(b"out", b"lse")
+    answer.partial.ClearField("checksum")
+    assert partial_from_wire(answer) == (b"out", b"lse")

@@ -402,16 +402,18 @@ class AttendOpen(_message.Message):
     def __init__(self, set: _Optional[int] = ..., namespace: _Optional[bytes] = ..., hashes: _Optional[bytes] = ..., lease_id: _Optional[bytes] = ..., q_heads: _Optional[int] = ..., scale: _Optional[float] = ...) -> None: ...
 
 class AttendQuery(_message.Message):
-    __slots__ = ("layer", "budget_ms", "sets", "rows")
+    __slots__ = ("layer", "budget_ms", "sets", "rows", "checksum")
     LAYER_FIELD_NUMBER: _ClassVar[int]
     BUDGET_MS_FIELD_NUMBER: _ClassVar[int]
     SETS_FIELD_NUMBER: _ClassVar[int]
     ROWS_FIELD_NUMBER: _ClassVar[int]
+    CHECKSUM_FIELD_NUMBER: _ClassVar[int]
     layer: int
     budget_ms: int
     sets: _containers.RepeatedCompositeFieldContainer[AttendRows]
     rows: bytes
-    def __init__(self, layer: _Optional[int] = ..., budget_ms: _Optional[int] = ..., sets: _Optional[_Iterable[_Union[AttendRows, _Mapping]]] = ..., rows: _Optional[bytes] = ...) -> None: ...
+    checksum: int
+    def __init__(self, layer: _Optional[int] = ..., budget_ms: _Optional[int] = ..., sets: _Optional[_Iterable[_Union[AttendRows, _Mapping]]] = ..., rows: _Optional[bytes] = ..., checksum: _Optional[int] = ...) -> None: ...
 
 class AttendRows(_message.Message):
     __slots__ = ("set", "rows")
@@ -442,9 +444,11 @@ class AttendOpened(_message.Message):
     def __init__(self, set: _Optional[int] = ...) -> None: ...
 
 class AttendPartial(_message.Message):
-    __slots__ = ("out", "lse")
+    __slots__ = ("out", "lse", "checksum")
     OUT_FIELD_NUMBER: _ClassVar[int]
     LSE_FIELD_NUMBER: _ClassVar[int]
+    CHECKSUM_FIELD_NUMBER: _ClassVar[int]
     out: bytes
     lse: bytes
-    def __init__(self, out: _Optional[bytes] = ..., lse: _Optional[bytes] = ...) -> None: ...
+    checksum: int
+    def __init__(self, out: _Optional[bytes] = ..., lse: _Optional[bytes] = ..., checksum: _Optional[int] = ...) -> None: ...
