@@ -23,6 +23,9 @@ from attnstore.testing import StoreProcess
 settings.register_profile("repeatable", derandomize=True, deadline=None, print_blob=True)
 settings.load_profile("repeatable")
 
+# A node that answers queries imports and compiles for seconds before it listens: tests that ask some say so.
+os.environ.setdefault("ATTNSTORE_ATTEND_THREADS", "0")
+
 
 def _missing_gpu() -> str | None:
     import torch

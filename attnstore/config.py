@@ -85,7 +85,7 @@ class ServeOptions(BaseModel):
         None,
         ge=0,
         le=1024,
-        description="cores that answer queries (with attnstore[attention]); 0: no queries; default: all, from the first query on",
+        description="cores that answer queries (with attnstore[attention]); 0: no queries, and a quicker start; default: all",
     )
     page_channel_port: int = Field(0, ge=0, le=65535, description="port of the page channel (tcp); 0 takes a free one")
     metrics_port: int | None = Field(None, ge=0, le=65535, description="port of the Prometheus metrics; none by default")

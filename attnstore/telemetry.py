@@ -44,6 +44,12 @@ class NodeMetrics:
         self._attended = _ByLabels(
             Counter("attnstore_attended_rows_total", "Query rows answered in place.", ["transport"], registry=self.registry)
         )
+        self.loop_lag = Histogram(
+            "attnstore_loop_lag_seconds",
+            "How late the event loop was, looked at ten times a second.",
+            buckets=_LATENCY_BUCKETS_S,
+            registry=self.registry,
+        )
         self.handed_over = Counter(
             "attnstore_handed_over_pages_total", "Pages sent to their new owners, by verdict.", ["status"], registry=self.registry
         )

@@ -27,7 +27,7 @@ class SlicedMatch:
         self._granted_ms = 0
         self._hits = [0] * len(prefixes)
         self._to_find = _batches(prefixes)
-        self._to_touch: Iterator[list[_Run]] | None = None
+        self._to_touch: list[list[bytes]] = []
         self.lease_id: bytes | None = None
 
     def advance(self, now_ms: float) -> bool:
@@ -35,17 +35,9 @@ class SlicedMatch:
         batch = next(self._to_find, None)
         if batch is not None:
             self._find(batch, now_ms)
-            return False
-        if self._lease_ms > 0:
-            return True
-        if self._to_touch is None:
-            found = [prefix[:hits] for prefix, hits in zip(self._prefixes, self._hits, strict=True)]
-            self._to_touch = iter(list(_batches(found))[::-1])
-        batch = next(self._to_touch, None)
-        if batch is not None:
-            hashes = [page_hash for _, _, run in batch for page_hash in run]
-            self._table.use(self._space, hashes[::-1], None, now_ms)
-        return batch is None
+        elif self._to_touch:
+            self._table.use(self._space, self._to_touch.pop()[::-1], None, now_ms)
+        return batch is None and not self._to_touch
 
     def outcome(self) -> MatchOutcome:
         """What was found."""
@@ -56,6 +48,10 @@ class SlicedMatch:
         found = self._table.match(self._space, [run for _, _, run in asked], self._lease_ms, now_ms, self.lease_id)
         for (prefix, _, _), hits in zip(asked, found.hits, strict=True):
             self._hits[prefix] += hits
+        if self._lease_ms == 0:
+            self._to_touch.append(
+                [page_hash for (_, _, run), hits in zip(asked, found.hits, strict=True) for page_hash in run[:hits]]
+            )
         self._table.missed(sum(len(run) for _, _, run in batch) - sum(len(run) for _, _, run in asked))
         self.lease_id = found.lease_id
         self._granted_ms = found.lease_ms or self._granted_ms

@@ -165,12 +165,9 @@ class PageTable:
         """How many pages were sealed since the start."""
         return self._stored
 
-    def sealed_in(self, extent: int, after: int = 0) -> list[tuple[Space, bytes]]:
-        """Space and hash of each page of an extent that can be read now, the one that came first at the head, as far as they were
-        sealed after the first `after` of all pages that were stored here.
-        """
-        pages = self._residency.pages_of(extent)
-        return [(page.namespace.space, page.hash) for page in pages if page.state is PageState.SEALED and page.number > after]
+    def pages_in(self, extent: int) -> list[Page]:
+        """The records of all pages of an extent, arriving ones too, in the order in which they came."""
+        return list(self._residency.pages_of(extent))
 
     def match(
         self,

@@ -38,7 +38,7 @@ from attnstore.types import AttendLimits, PageStatus, Space
 from attnstore.wire.attend import FLOAT_BYTES, AttendClose, AttendOpen, AttendQuery, AttendShape
 
 if TYPE_CHECKING:
-    from attnstore.attention.in_place import InPlaceAttention, PagesInPlace, Partial, Rows
+    from attnstore.attention.in_place import PagesInPlace, Partial, Rows
 
 LIMITS: Final = AttendLimits(ATTEND_ROWS_MAX, ATTEND_BYTES_MAX, ATTEND_HASHES_MAX, ATTEND_SETS_MAX)
 _BUDGET_MS_DEFAULT: Final = 10_000
@@ -65,21 +65,22 @@ class _Set:
 class Attending:
     """Attends over the pages of `store`, with `threads` cores, for `tenants` tenants.
 
-    torch is imported by `load`, or else by the first open set, because it takes seconds and most nodes may never be asked.
+    To make one imports torch, and `warm_up` compiles: for seconds, with the interpreter lock held for up to one of them at a time.
+    Neither is for a node that serves already.
     """
 
     def __init__(self, store: Store, clock: Clock, threads: int, tenants: int = 1) -> None:
         self.store = store
         self.clock = clock
-        self._threads = threads
-        self._attention: InPlaceAttention | None = None
+        from attnstore.attention.in_place import InPlaceAttention
+
+        self._attention = InPlaceAttention(threads)
         self._turns = FairTurns[_Job, "list[Partial]"](
             self._compute, _kind, clock, waiting_max=ATTEND_WAITING_MAX, together_max=ATTEND_TOGETHER_MAX, tenants=tenants
         )
         self._pages = FairShares(ATTEND_PAGES_MAX, "pages of attended sets", "close some sets, or fetch the pages", tenants=tenants)
         # Its threads wait for turns, which those of the event loop's own executor have no time for.
         self.executor = ThreadPoolExecutor(ATTEND_CALLS_MAX, "attnstore-attend")
-        self._loading = threading.Lock()
         self._lock = threading.Lock()
         self._sessions: set[AttendSession] = set()
 
@@ -88,18 +89,8 @@ class Attending:
         """The packages of the extra `attention` are installed."""
         return all(importlib.util.find_spec(name) is not None for name in _NEEDED)
 
-    def load(self) -> None:
-        """Imports what computes, once."""
-        with self._loading:
-            if self._attention is None:
-                from attnstore.attention.in_place import InPlaceAttention
-
-                self._attention = InPlaceAttention(self._threads)
-
     def warm_up(self) -> None:
-        """Imports and compiles what computes, so that no query waits for it."""
-        self.load()
-        assert self._attention is not None
+        """Compiles what computes, so that no query waits for it: a minute the first time on a machine, seconds afterwards."""
         self._attention.warm_up()
 
     @property
@@ -144,7 +135,6 @@ class Attending:
         return self._turns.take(job, tenant=tenant, cost=pages * job.layout.layer_bytes, deadline=deadline)
 
     def _compute(self, jobs: Sequence[_Job]) -> list[list[Partial]]:
-        assert self._attention is not None
         asked = [rows for job in jobs for rows in job.asked]
         partials = iter(self._attention.attend(asked, jobs[0].layer, jobs[0].shape.scale))
         return [[next(partials) for _ in job.asked] for job in jobs]
@@ -174,7 +164,6 @@ class AttendSession:
         names a page twice or does not fit the stream's others, `Overloaded` where the tenant has its share of pages in sets, and
         what `Store.layout_of` raises.
         """
-        self._attending.load()
         from attnstore.attention.in_place import PagesInPlace
 
         with self._busy:

@@ -21,10 +21,10 @@ from attnstore.core.page_table import NamespaceStatistics
 from attnstore.directory import ClusterView, Member
 from attnstore.directory.moves import Moves, is_same_cluster
 from attnstore.errors import AttnStoreError
-from attnstore.limits import MIB, WORK_PAGES_MAX
+from attnstore.limits import MIB
 from attnstore.logs import get_logger
 from attnstore.peering import Peering
-from attnstore.server.slices import finish_among_calls, in_slices
+from attnstore.server.slices import finish_among_calls
 from attnstore.server.store import PageView, Store
 from attnstore.telemetry import NodeMetrics
 from attnstore.types import MatchResult, PageStatus, Space, WriteResult
@@ -199,16 +199,15 @@ class Handoff:
         # Many pages, or segments, must not hold up the node's callers.
         for after in {offered.get(node_id, 0) for node_id in view.members}:
             for pages in self._store.sealed(after):
-                for part in in_slices(pages, WORK_PAGES_MAX):
-                    for space, page_hash in part:
-                        key = segment_key(page_hash)
-                        if key not in targets:
-                            targets[key] = targets_of(key)
-                            await asyncio.sleep(0)
-                        for node_id in targets[key]:
-                            if offered.get(node_id, 0) == after:
-                                sorted_out[space][node_id].append(page_hash)
-                    await asyncio.sleep(0)
+                for space, page_hash in pages:
+                    key = segment_key(page_hash)
+                    if key not in targets:
+                        targets[key] = targets_of(key)
+                        await asyncio.sleep(0)
+                    for node_id in targets[key]:
+                        if offered.get(node_id, 0) == after:
+                            sorted_out[space][node_id].append(page_hash)
+                await asyncio.sleep(0)
         failed: set[str] = set()
         for held in await finish_among_calls(self._store.namespaces()):
             by_target = sorted_out.get(held.space, {})

@@ -62,6 +62,7 @@ from attnstore.wire.messages import METHODS, SERVICE
 from attnstore.wire.shared import SHARED_FILE_OFFER
 
 _EXPIRY_PERIOD_S = 1.0
+_LAG_PERIOD_S = 0.1
 _SERVER_OPTIONS = (
     ("grpc.max_receive_message_length", MESSAGE_BYTES_MAX),
     ("grpc.max_send_message_length", MESSAGE_BYTES_MAX),
@@ -173,7 +174,7 @@ class StoreNode:
         )
         self._open_services = OpenServices(self._server, (SERVICE,))
         self._metrics_endpoint: MetricsEndpoint | None = None
-        self._expiry: asyncio.Task[None] | None = None
+        self._background: dict[str, asyncio.Task[None]] = {}
 
     async def start(self) -> None:
         """Serves. Raises `InvalidArgument` when the port of the metrics cannot be bound."""
@@ -189,7 +190,10 @@ class StoreNode:
             self._serve_metrics(self._options.metrics_port)
         await self._server.start()
         await self._open_services.serving()
-        self._expiry = tasks.supervised("expiry", self._expire_leases)
+        self._background = {
+            "expiry": tasks.supervised("expiry", self._expire_leases),
+            "loop lag": tasks.supervised("loop lag", self._observe_loop_lag),
+        }
         self._scrubber.start()
         if self._seat is not None:
             self._seat.start()
@@ -216,9 +220,7 @@ class StoreNode:
         if self._seat is not None:
             drains["membership"] = self._seat.stop()
         await tasks.attempt_all(drains, (drain_ms + STOP_MS_MAX / 2) / 1000)
-        ends = {}
-        if self._expiry is not None:
-            ends["expiry"] = tasks.end(self._expiry)
+        ends = {name: tasks.end(task) for name, task in self._background.items()}
         if self._metrics_endpoint is not None:
             ends["metrics"] = tasks.on_thread("stop", self._metrics_endpoint.stop)
         # Windows into the arena that a computation still uses keep its memory.
@@ -232,10 +234,9 @@ class StoreNode:
             return None
         if threads is None and not Attending.is_possible():
             return None
-        attending = Attending(self._store, clock, threads or threads_default(), tenants)
-        if threads is not None:
-            with needs_extra("attention", f"--attend-threads {threads}"):
-                attending.warm_up()
+        with needs_extra("attention", f"--attend-threads {threads}"):
+            attending = Attending(self._store, clock, threads or threads_default(), tenants)
+        attending.warm_up()
         return attending
 
     def _bind(self) -> Address:
@@ -270,6 +271,12 @@ class StoreNode:
             await finish_among_calls(self._store.sweeping())
             if self._attending is not None:
                 await self._loop.run_in_executor(self._attending.executor, self._attending.expire)
+
+    async def _observe_loop_lag(self) -> None:
+        while True:
+            due_s = self._loop.time() + _LAG_PERIOD_S
+            await asyncio.sleep(_LAG_PERIOD_S)
+            self._metrics.loop_lag.observe(max(0.0, self._loop.time() - due_s))
 
 
 def _arena_type(options: ServeOptions) -> type[Arena]:

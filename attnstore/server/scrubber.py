@@ -81,7 +81,7 @@ class Scrubber:
             await asyncio.sleep(_PAUSE_S)
 
     async def _walk_over(self, pages: Sequence[tuple[Space, bytes]]) -> None:
-        """Hashes the pages of an extent, which are all of one size."""
+        """Hashes pages of one extent, which are all of one size."""
         loop = asyncio.get_running_loop()
         at = 0
         while at < len(pages):

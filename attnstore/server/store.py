@@ -19,6 +19,7 @@ from attnstore.core.hashing import page_checksum, range_checksum
 from attnstore.core.heat import SegmentHeat
 from attnstore.core.layout import PageLayout
 from attnstore.core.matching import SlicedMatch
+from attnstore.core.page import PageState
 from attnstore.core.page_table import (
     ArrivingPage,
     MatchOutcome,
@@ -88,13 +89,14 @@ class Store:
             return self._table.stored_pages
 
     def sealed(self, after: int = 0) -> Iterator[list[tuple[Space, bytes]]]:
-        """The pages that can be read, an extent at a time; those that come or go meanwhile may be among them or not. `after` as in
-        `PageTable.sealed_in`.
+        """The pages that can be read, some of one extent at a time, as far as they were sealed after the first `after` of all pages
+        that were stored here; those that come or go meanwhile may be among them or not.
         """
         for extent in range(self._table.extents):
             with self._lock:
-                pages = self._table.sealed_in(extent, after)
-            yield pages
+                pages = self._table.pages_in(extent)
+            for part in in_slices(pages, WORK_PAGES_MAX):
+                yield [(page.namespace.space, page.hash) for page in part if page.state is PageState.SEALED and page.number > after]
 
     def match(self, space: Space, prefixes: Sequence[Sequence[bytes]], lease_ms: int) -> MatchOutcome:
         """`PageTable.match`. One that takes a lease is a use of the segments that it finds."""

@@ -7,6 +7,7 @@ from collections.abc import Callable
 import pytest
 
 from attnstore import PageLayout, PageStatus
+from attnstore.core.page import PageState
 from attnstore.core.page_table import ArrivingPage, PageTable
 from attnstore.types import Space
 
@@ -38,12 +39,8 @@ def store(table: PageTable, space: Space, number: int) -> PageStatus:
 
 
 def held(table: PageTable, space: Space) -> list[int]:
-    return sorted(
-        int.from_bytes(page_hash, "big")
-        for extent in range(table.extents)
-        for of, page_hash in table.sealed_in(extent)
-        if of == space
-    )
+    pages = [page for extent in range(table.extents) for page in table.pages_in(extent) if page.namespace.space == space]
+    return sorted(int.from_bytes(page.hash, "big") for page in pages if page.state is PageState.SEALED)
 
 
 def test_a_tenant_over_its_quota_loses_its_own_oldest_pages_and_nobody_elses(table: PageTable) -> None:

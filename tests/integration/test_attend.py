@@ -20,7 +20,6 @@ NAMESPACE = attnstore.namespace(LAYOUT, model=b"attend")
 HASHES = attnstore.block_hashes(NAMESPACE, range(PAGES * 16), 16)
 LEASE_MS = 60_000
 DEADLINE_MS = 60_000.0
-"""The first query of a node waits for its libraries."""
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +30,10 @@ def pages() -> torch.Tensor:
 
 @pytest.fixture(scope="module")
 def nodes() -> Iterator[list[StoreProcess]]:
-    with StoreProcess("--capacity", "64MiB") as first, StoreProcess("--capacity", "64MiB") as second:
+    with (
+        StoreProcess("--capacity", "64MiB", "--attend-threads", "1") as first,
+        StoreProcess("--capacity", "64MiB", "--attend-threads", "1") as second,
+    ):
         yield [first, second]
 
 
@@ -98,7 +100,7 @@ def test_a_node_answers_as_the_reference_does(nodes: list[StoreProcess], pages: 
 @pytest.mark.parametrize("transport", ["tcp", "grpc"])
 def test_a_node_on_ipv6_answers_too(pages: torch.Tensor, transport: str) -> None:
     with (
-        StoreProcess("--listen", "[::1]:0", "--capacity", "64MiB", "--transports", "tcp") as node,
+        StoreProcess("--listen", "[::1]:0", "--capacity", "64MiB", "--transports", "tcp", "--attend-threads", "1") as node,
         attnstore.connect(node.url, transport=transport, deadline_ms=DEADLINE_MS) as client,
     ):
         lease = keep(client, pages, 0, PAGES)
@@ -136,7 +138,7 @@ def test_two_nodes_that_hold_a_half_each_answer_at_once_and_merge_to_the_whole(
 @pytest.mark.parametrize("transport", ["tcp", "grpc"])
 def test_a_node_that_dies_between_two_queries_is_unavailable(pages: torch.Tensor, transport: str) -> None:
     with (
-        StoreProcess("--capacity", "64MiB") as node,
+        StoreProcess("--capacity", "64MiB", "--attend-threads", "1") as node,
         attnstore.connect(node.url, transport=transport, deadline_ms=DEADLINE_MS) as client,
     ):
         lease = keep(client, pages, 0, 4)

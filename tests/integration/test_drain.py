@@ -116,12 +116,11 @@ def test_a_socket_folder_that_is_gone_does_not_keep_the_node_from_its_end(node: 
 
 
 def test_queries_that_compute_for_long_do_not_hold_up_the_end(batch_of: BatchOf) -> None:
-    layout = attnstore.PageLayout(layers=1, kv_heads=1, head_dim=64, block_tokens=256, dtype=attnstore.DType.FP32)
-    batch = batch_of(1, layout)
-    hashes = batch.hashes * 4_096
+    layout = attnstore.PageLayout(layers=1, kv_heads=1, head_dim=64, block_tokens=1_024, dtype=attnstore.DType.FP32)
+    batch = batch_of(256, layout)
     rows = bytes(ATTEND_ROWS_MAX * layout.head_dim * 4)
     with (
-        StoreProcess("--capacity", "64MiB", "--attend-threads", "1", "--drain-ms", "300") as node,
+        StoreProcess("--capacity", "192MiB", "--attend-threads", "1", "--drain-ms", "300") as node,
         attnstore.connect(node.url, transport="grpc", deadline_ms=120_000) as client,
         ExitStack() as streams,
     ):
@@ -131,7 +130,7 @@ def test_queries_that_compute_for_long_do_not_hold_up_the_end(batch_of: BatchOf)
         assert lease is not None
         for _ in range(12):
             stream = streams.enter_context(client.attend(batch.namespace, q_heads=1, scale=1.0))
-            stream.ask(0, [(stream.open(hashes, lease), ATTEND_ROWS_MAX)], rows)
+            stream.ask(0, [(stream.open(batch.hashes, lease), ATTEND_ROWS_MAX)], rows)
         # The process would be killed, and the status say so, if it were not gone half a minute after the signal.
         assert node.stop() == 0
         assert "stopped" in node.log
