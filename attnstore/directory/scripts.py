@@ -3,6 +3,8 @@
 Owns: every key of the directory. Invariant: nothing accumulates. Everything expires, by the server's own clock, so that no clock of
 a node or worker matters; every collection is bounded; and every script runs in time proportional to the number of nodes.
 
+In a cluster with a key, records of `nodes`, `intents` and `quotas` are signed (see `attnstore.directory.trust`).
+
 All keys of a cluster NAME carry the hash tag `{attnstore:NAME}`, so that they lie in one slot of a Redis Cluster.
 
 | key        | type       | content                                                 | lives                                      |

@@ -13,6 +13,8 @@ Conventions
   * A refused call ends with a gRPC status and the trailer `attnstore-error: <code>`, the code of one class of the tree in
     attnstore/errors.py (for example `namespace_unknown`). The status message names the cause and the fix.
   * A node with tokens configured expects the request metadata `authorization: Bearer <token>`; the token decides the tenant.
+  * A node of a cluster with a key answers the metadata `attnstore-challenge-bin` (32 bytes) of a Describe with the initial metadata
+    `attnstore-proof`, whether or not the caller has a token; another node's credential takes a token's place (attnstore/peering.py).
   * Times are durations in milliseconds: no clock is shared between machines.
 
 Versioning: fields are only added, numbers are never reused. A change that an old peer would misread makes a package attnstore.v2.
