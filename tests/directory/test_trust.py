@@ -6,6 +6,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from attnstore.cluster_key import ClusterKey, PublicKey
 from attnstore.directory import Intent, Member, Membership
@@ -150,3 +152,12 @@ def test_a_key_file_is_its_owners_alone_and_never_written_over(tmp_path: Path, k
 def test_a_text_that_is_no_public_key_is_refused(text: str) -> None:
     with pytest.raises(InvalidArgument):
         PublicKey.read(text)
+
+
+LINES = st.lists(st.text() | st.integers().map(str) | st.just("A" * 86), min_size=1, max_size=4)
+
+
+@given(record=LINES.map(lambda lines: "\n".join(lines).encode(errors="surrogatepass")) | st.binary())
+def test_whatever_is_written_where_records_are_signed_is_refused_with_a_protocol_error(key: ClusterKey, record: bytes) -> None:
+    with pytest.raises(ProtocolError):
+        Trust("blue", key.public).opened(NODE, "ada", record)
