@@ -12,6 +12,7 @@ import pytest
 
 import attnstore
 from attnstore import PageStatus, errors
+from attnstore.cluster_key import ClusterKey
 from attnstore.limits import SEGMENT_BLOCKS
 from tests.cluster.conftest import Cluster, hits_and_no_wrong_byte, known_to, run_command, status_of, stored
 from tests.samples import Batch, eventually
@@ -288,17 +289,21 @@ def test_a_tenant_keeps_no_more_on_all_nodes_together_than_its_quota(cluster: Cl
 def test_nodes_that_ask_for_tokens_hand_pages_over_as_their_tenant(batch_of: BatchOf, tmp_path: Path) -> None:
     tokens = tmp_path / "tokens.toml"
     tokens.write_text('red = "r3d"\nblue = "blu3"\n')
-    cluster = Cluster("ada", "bob", options=("--tokens-file", str(tokens)))
+    key = tmp_path / "cluster.key"
+    query = f"?key={ClusterKey.create(key).public}"
+    cluster = Cluster("ada", "bob", options=("--tokens-file", str(tokens), "--cluster-key", str(key)))
     try:
-        with attnstore.connect(cluster.url, token="r3d") as red, attnstore.connect(cluster.url, token="blu3") as blue:
+        url = cluster.url + query
+        with attnstore.connect(url, token="r3d") as red, attnstore.connect(url, token="blu3") as blue:
             reds = stored(red, batch_of(PAGES))
             # The same model and prompt: what the other tenant stores must never be what this one reads.
             blues = stored(blue, replace(reds, pages=[bytes(reversed(page)) for page in reds.pages]))
-            drained = run_command("drain", "bob", "--wait", "30", "--directory", cluster.url, "--token", "r3d")
+            access = ("--directory", cluster.url, "--token", "r3d", "--cluster-key", str(key))
+            drained = run_command("drain", "bob", "--wait", "30", *access)
             assert drained.returncode == 0, drained.stderr
             cluster.nodes.pop("bob").stop()
             assert hits_and_no_wrong_byte(red, reds) == hits_and_no_wrong_byte(blue, blues) == PAGES
-        with attnstore.connect(cluster.url, token="wr0ng") as stranger, pytest.raises(errors.Unauthenticated):
+        with attnstore.connect(url, token="wr0ng") as stranger, pytest.raises(errors.Unauthenticated):
             stranger.describe()
     finally:
         cluster.close()
@@ -337,9 +342,12 @@ def test_whoever_watches_a_namespace_is_told_of_the_pages_of_all_nodes(shared_cl
 def test_a_watcher_is_told_of_its_own_tenants_pages_alone(batch_of: BatchOf, tmp_path: Path) -> None:
     tokens = tmp_path / "tokens.toml"
     tokens.write_text('red = "r3d"\nblue = "blu3"\n')
-    cluster = Cluster("ada", options=("--tokens-file", str(tokens)))
+    key = tmp_path / "cluster.key"
+    query = f"?key={ClusterKey.create(key).public}"
+    cluster = Cluster("ada", options=("--tokens-file", str(tokens), "--cluster-key", str(key)))
     try:
-        with attnstore.connect(cluster.url, token="r3d") as red, attnstore.connect(cluster.url, token="blu3") as blue:
+        url = cluster.url + query
+        with attnstore.connect(url, token="r3d") as red, attnstore.connect(url, token="blu3") as blue:
             batch = batch_of(2)
             for client in (red, blue):
                 client.register_layout(batch.namespace, batch.layout)
