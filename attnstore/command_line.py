@@ -10,7 +10,7 @@ import argparse
 import math
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 from attnstore.secrecy import shown
@@ -47,6 +47,19 @@ class CommandParser(argparse.ArgumentParser):
         if shown(message) != repr(message):
             message = re.split("['\"]", message, maxsplit=1)[0].rstrip(": ")
         super().error(message)
+
+
+def whole(least: int, most: int | None = None) -> Callable[[str], int]:
+    """For an option's `type`: a whole number of at least `least` and at most `most`."""
+    bounds = f"of at least {least}" if most is None else f"from {least} to {most}"
+
+    def parse(text: str) -> int:
+        number = int(text) if re.fullmatch(r"[+-]?[0-9]{1,18}", text) else None
+        if number is None or number < least or (most is not None and number > most):
+            raise argparse.ArgumentTypeError(f"{text} is not a whole number {bounds}")
+        return number
+
+    return parse
 
 
 def seconds(text: str) -> float:

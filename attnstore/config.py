@@ -118,6 +118,13 @@ class ServeOptions(BaseModel):
             Address.parse(value, 0)
         return value
 
+    @field_validator("node_id")
+    @classmethod
+    def _node_id_can_be_shown(cls, value: str) -> str:
+        if not value.isprintable():
+            raise ValueError("must be printable")
+        return value
+
     @field_validator("transports")
     @classmethod
     def _transports_are_known(cls, value: str) -> str:

@@ -169,6 +169,7 @@ def test_the_command_line_wins_over_the_environment_over_the_file(tmp_path: Path
         ("advertise", "::1:7400", "brackets"),
         ("advertise", "store 1", "a name of letters"),
         ("advertise", "store-1:x", "host:port"),
+        ("node_id", "a\u200bb", "printable"),
         ("capacity", "much", "byte"),
         ("capacity", "1KiB", "4KiB"),
         ("capacity", "-1", "byte"),

@@ -23,12 +23,12 @@ from safetensors.torch import save_file
 from attnstore import copying
 from attnstore.allocator import keep_freed_memory
 from attnstore.clock import MonotonicClock
-from attnstore.command_line import CommandParser
+from attnstore.command_line import CommandParser, whole
 from attnstore.core.eviction import EVICTION_POLICIES
 from attnstore.core.layout import DType
 from attnstore.environment import variable
 from attnstore.errors import AttnStoreError, InvalidArgument
-from attnstore.limits import MIB
+from attnstore.limits import DEADLINE_MS_MAX, MIB
 from attnstore.memory_limit import memory_limit_bytes, require_memory, resident_bytes
 from worker.cache import (
     STORE_TRANSPORTS,
@@ -51,6 +51,7 @@ from worker.report import GenerationReport, generation_report
 from worker.serve import Endpoint, serve
 
 _EXIT_USAGE = 2
+_THREADS_MAX = 1024
 _EXIT_INTERRUPTED = 130
 
 
@@ -76,9 +77,9 @@ def _parser() -> argparse.ArgumentParser:
     generate = commands.add_parser("generate", help="continue one prompt", description="Continue one prompt.")
     add = generate.add_argument
     add("--prompt-file", type=Path, required=True, metavar="FILE", help="text to continue; - is standard input")
-    add("--prompt-tokens", type=int, metavar="N", help="use only the first N tokens of the prompt")
+    add("--prompt-tokens", type=whole(1), metavar="N", help="use only the first N tokens of the prompt")
     add("--chat", action="store_true", help="the prompt is a user's message: wrap it in the model's chat template")
-    add("--max-tokens", type=int, default=64, metavar="N", help="tokens to generate at most (default 64)")
+    add("--max-tokens", type=whole(1), default=64, metavar="N", help="tokens to generate at most (default 64)")
     add("--temperature", type=float, default=0.0, metavar="T", help="0 is greedy (default)")
     add("--seed", type=int, default=0, help="of the draws when the temperature is not 0")
     add("--ignore-stop", action="store_true", help="generate --max-tokens tokens whatever they are")
@@ -90,7 +91,7 @@ def _parser() -> argparse.ArgumentParser:
 
     serving = commands.add_parser("serve", help="answer HTTP requests", description="An OpenAI-compatible HTTP endpoint.")
     serving.add_argument("--host", default="127.0.0.1", help="address to listen on (default 127.0.0.1)")
-    serving.add_argument("--port", type=int, default=8000, help="0 takes a free one (default 8000)")
+    serving.add_argument("--port", type=whole(0, 65535), default=8000, help="0 takes a free one (default 8000)")
     _add_token(serving, "callers must present this token, as OpenAI's API key")
     serving.add_argument(
         "--tokens-file",
@@ -100,11 +101,11 @@ def _parser() -> argparse.ArgumentParser:
         help='TOML file of `name = "token"` lines, for several callers [env ATTNSTORE_WORKER_TOKENS_FILE]',
     )
     serving.add_argument("--insecure", action="store_true", help="serve everyone who can reach a public address, with no token")
-    serving.add_argument("--sequences", type=int, default=64, metavar="N", help="sequences that run at once (default 64)")
+    serving.add_argument("--sequences", type=whole(1), default=64, metavar="N", help="sequences that run at once (default 64)")
     serving.add_argument(
-        "--prefetch", type=int, default=2, metavar="N", help="waiting sequences whose pages are fetched ahead (default 2)"
+        "--prefetch", type=whole(0), default=2, metavar="N", help="waiting sequences whose pages are fetched ahead (default 2)"
     )
-    serving.add_argument("--waiting", type=int, default=1024, metavar="N", help="sequences that may wait (default 1024)")
+    serving.add_argument("--waiting", type=whole(1), default=1024, metavar="N", help="sequences that may wait (default 1024)")
     _add_engine_options(serving, planner="cost")
     serving.set_defaults(run=_serve)
 
@@ -115,8 +116,8 @@ def _parser() -> argparse.ArgumentParser:
     source.add_argument("--from", dest="source", metavar="SOURCE", help="URL of a worker, or a file that --decisions wrote")
     source.add_argument("--prompt-file", type=Path, metavar="FILE", help="try this prompt out with --store; - is standard input")
     _add_token(explain, "token for the worker of --from")
-    explain.add_argument("--last", type=int, default=20, metavar="N", help="show the last N decisions (default 20)")
-    explain.add_argument("--prompt-tokens", type=int, metavar="N", help="use only the first N tokens of the prompt")
+    explain.add_argument("--last", type=whole(1), default=20, metavar="N", help="show the last N decisions (default 20)")
+    explain.add_argument("--prompt-tokens", type=whole(1), metavar="N", help="use only the first N tokens of the prompt")
     explain.add_argument("--json", action="store_true", help="print JSON lines instead of a table")
     _add_engine_options(explain, planner="cost")
     explain.set_defaults(run=_explain, chat=False)
@@ -151,8 +152,20 @@ def _add_engine_options(parser: argparse.ArgumentParser, *, planner: str) -> Non
         metavar="FILE",
         help="PEM certificates of the store nodes' authorities; default: the system's [env ATTNSTORE_STORE_CA]",
     )
-    add("--store-deadline-ms", type=int, default=5_000, metavar="MS", help="longest a call to the store may take (default 5000)")
-    add("--flush-ms", type=int, default=60_000, metavar="MS", help="longest wait for the last pages to reach the store")
+    add(
+        "--store-deadline-ms",
+        type=whole(1, DEADLINE_MS_MAX),
+        default=5_000,
+        metavar="MS",
+        help="longest a call to the store may take (default 5000)",
+    )
+    add(
+        "--flush-ms",
+        type=whole(0, DEADLINE_MS_MAX),
+        default=60_000,
+        metavar="MS",
+        help="longest wait for the last pages to reach the store",
+    )
     add("--transport", choices=STORE_TRANSPORTS, default="auto", help="how pages travel (default auto: the best on offer)")
     add("--http-proxy", metavar="URL", help="HTTP proxy to the store, or to --from (default: none, not the environment's either)")
     add("--shared-path", type=Path, metavar="FILE", help="--arena-path of a store node on this host, to map it")
@@ -175,8 +188,8 @@ def _add_engine_options(parser: argparse.ArgumentParser, *, planner: str) -> Non
         help="which sequences leave blocks in the store and attend to them there; measured: where costs say so (default never)",
     )
     add("--speculate", action="store_true", help="guess next tokens from the text so far and check several in one step")
-    add("--chunk-tokens", type=int, default=512, metavar="N", help="prompt tokens computed in one step (default 512)")
-    add("--threads", type=int, metavar="N", help="compute threads (default: torch's choice)")
+    add("--chunk-tokens", type=whole(1), default=512, metavar="N", help="prompt tokens computed in one step (default 512)")
+    add("--threads", type=whole(1, _THREADS_MAX), metavar="N", help="compute threads (default: torch's choice)")
 
 
 def _add_token(parser: argparse.ArgumentParser, text: str) -> None:

@@ -39,6 +39,33 @@ def prompt_file(tmp_path: Path) -> Path:
     return file
 
 
+@pytest.mark.parametrize(
+    ("command", "option", "values"),
+    [
+        ("generate", "--prompt-tokens", ("-1", "0", "x")),
+        ("generate", "--max-tokens", ("0", "1.5")),
+        ("generate", "--threads", ("0", "-1", "100000")),
+        ("generate", "--flush-ms", ("-1",)),
+        ("generate", "--store-deadline-ms", ("0", "-1", "99999999999999999999")),
+        ("generate", "--chunk-tokens", ("0",)),
+        ("serve", "--port", ("-1", "65536")),
+        ("serve", "--sequences", ("0",)),
+        ("serve", "--prefetch", ("-1",)),
+        ("serve", "--waiting", ("0",)),
+        ("explain", "--last", ("0", "-1")),
+    ],
+)
+def test_a_number_that_would_mean_something_else_is_refused(
+    command: str, option: str, values: tuple[str, ...], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    needed = {"generate": ["--prompt-file", str(tmp_path)], "serve": [], "explain": ["--from", str(tmp_path)]}[command]
+    for value in values:
+        with pytest.raises(SystemExit) as caught:
+            main([command, *needed, f"{option}={value}"])
+        assert caught.value.code == 2
+        assert f"argument {option}: {value} is not a whole number" in capsys.readouterr().err
+
+
 def test_pools_that_the_kernel_would_kill_the_worker_for_are_refused(
     tiny_folder: Path,
     prompt_file: Path,
