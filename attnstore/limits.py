@@ -235,7 +235,9 @@ PAGE_AGE_MS_MAX = 1 << 40
 """A page that is handed over counts as no older than 34 years."""
 DELETIONS_MAX = 1_024
 """Deletions that the directory keeps, of at most DELETION_HASHES_MAX pages each."""
-DELETION_HASHES_MAX = 1_024
+DELETION_HASHES_MAX = 192
+DELETIONS_IN_BEAT_MAX = 64
+"""Deletions that a node publishes with one heartbeat; what it learns in one is four times as many."""
 HEAT_WINDOW_MS = 10_000
 """Uses of a segment are counted for so long; a segment that is used often enough within it is hot."""
 HEAT_SEGMENTS_MAX = 65_536
@@ -267,6 +269,7 @@ assert HASHES_MAX <= TOMBSTONES_MAX
 assert TOMBSTONE_MARGIN_MS < TOMBSTONE_MS_MAX < PAGE_AGE_MS_MAX
 assert CAPACITY_BYTES_MAX <= NODE_WEIGHT_MAX * GIB
 assert HASHES_MAX < DELETIONS_MAX * DELETION_HASHES_MAX
+assert 2 * HASH_BYTES * (DELETION_HASHES_MAX + 1) + 2 * KIB <= RECORD_BYTES_MAX
 assert HEARTBEAT_MS < HEAT_WINDOW_MS, "heat is looked at several times in a window"
 assert HOT_REPLICAS <= REPLICAS_MAX
 

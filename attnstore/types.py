@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import enum
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 from attnstore.core.layout import PageLayout
 from attnstore.errors import Retryable
@@ -117,6 +118,19 @@ class WriteResult:
 
     verdicts: tuple[PageStatus, ...]
     bytes_written: int
+
+
+class DeleteResult(tuple[PageStatus, ...]):
+    """OK, MISSING or PINNED for each page in the order given. `unreached` are the nodes of a cluster that did not answer: what they
+    had they have still, until their cluster's directory tells them, within a heartbeat of being back.
+    """
+
+    unreached: tuple[str, ...]
+
+    def __new__(cls, statuses: Iterable[PageStatus], unreached: tuple[str, ...] = ()) -> Self:
+        result = super().__new__(cls, statuses)
+        result.unreached = unreached
+        return result
 
 
 @dataclass(frozen=True, slots=True)

@@ -48,6 +48,7 @@ from attnstore.errors import (
 from attnstore.limits import CHANNEL_READ_HASHES_MAX, HASHES_MAX, LEASE_MS_MAX, REPORT_MS_MAX, REPORTED_HASHES_MAX
 from attnstore.logs import get_logger
 from attnstore.types import (
+    DeleteResult,
     Lease,
     MatchResult,
     NodeDescription,
@@ -417,15 +418,18 @@ class AsyncClient:
             return None
 
     async def delete(
-        self, namespace: bytes, hashes: Sequence[bytes], *, deadline_ms: float | None = None
-    ) -> tuple[PageStatus, ...]:
-        """Removes pages: OK, MISSING or PINNED (leased or being read) for each."""
-        request = messages.DeleteRequest(namespace=namespace, hashes=messages.join_hashes(hashes))
+        self, namespace: bytes, hashes: Sequence[bytes], *, tell: bool = False, deadline_ms: float | None = None
+    ) -> DeleteResult:
+        """Removes pages: OK, MISSING or PINNED (leased or being read) for each.
+
+        With `tell` the node has its cluster's directory tell the members that cannot be reached now.
+        """
+        request = messages.DeleteRequest(namespace=namespace, hashes=messages.join_hashes(hashes), tell=tell)
         deadline = self._deadline(deadline_ms)
         answer = await self._in_namespace(
             namespace, deadline, lambda: self._connected().call("Delete", request, deadline.left_ms())
         )
-        return messages.statuses_from_wire(answer.statuses, len(hashes))
+        return DeleteResult(messages.statuses_from_wire(answer.statuses, len(hashes)))
 
     async def stats(self, *, deadline_ms: float | None = None) -> NodeStatistics:
         """The node's counters and occupancy; only the caller's own tenant's namespaces are listed."""

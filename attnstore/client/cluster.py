@@ -19,6 +19,7 @@ from typing import Self, TypeVar
 from attnstore import tasks
 from attnstore.client.async_client import AsyncClient
 from attnstore.client.bulk import OnLayer
+from attnstore.client.cluster_delete import delete_everywhere
 from attnstore.client.cluster_leases import ClusterLeases, LeasePart
 from attnstore.client.cluster_read import ClusterRead
 from attnstore.client.cluster_write import ClusterWriter
@@ -31,7 +32,6 @@ from attnstore.client.options import ClusterOptions, ConnectOptions, checked_dea
 from attnstore.client.segments import Run, leading_hits, runs_of
 from attnstore.client.totals import joint_description, joint_statistics
 from attnstore.clock import Clock, Deadline, MonotonicClock
-from attnstore.core.hashing import segment_key
 from attnstore.core.layout import PageLayout
 from attnstore.directory import ClusterView, Member
 from attnstore.directory.events import events_in
@@ -47,6 +47,7 @@ from attnstore.errors import (
 )
 from attnstore.limits import HASHES_MAX, HEARTBEAT_MS, HOT_REPLICAS, LEASE_MS_MAX, NODE_ANSWER_MS_MAX
 from attnstore.types import (
+    DeleteResult,
     Lease,
     MatchResult,
     NodeDescription,
@@ -310,33 +311,14 @@ class AsyncClusterClient:
         deadline = self._deadline(deadline_ms)
         return await self._writer.write(self._followed(), namespace, self._layout(namespace), hashes, pages, deadline)
 
-    async def delete(
-        self, namespace: bytes, hashes: Sequence[bytes], *, deadline_ms: float | None = None
-    ) -> tuple[PageStatus, ...]:
-        """Removes pages wherever they may lie: PINNED if any node cannot, else OK if any had the page, else MISSING."""
+    async def delete(self, namespace: bytes, hashes: Sequence[bytes], *, deadline_ms: float | None = None) -> DeleteResult:
+        """Removes pages from all nodes: PINNED if any node cannot, else OK if any had the page, else MISSING.
+
+        `DeleteResult.unreached` names the nodes that did not answer. Raises only where none did.
+        """
         messages.join_hashes(hashes)
         layout = self._layout(namespace)
-        deadline = self._deadline(deadline_ms)
-        membership = self._followed()
-        view = await membership.ready(deadline)
-        groups: dict[str, list[int]] = defaultdict(list)
-        for index, page_hash in enumerate(hashes):
-            for node_id in view.everywhere(segment_key(page_hash), membership.usable()):
-                groups[node_id].append(index)
-        statuses = [PageStatus.MISSING] * len(hashes)
-
-        async def delete_on(link: NodeLink, indices: Sequence[int]) -> None:
-            async def call(client: AsyncClient) -> tuple[PageStatus, ...]:
-                await link.register(namespace, layout, deadline)
-                return await client.delete(namespace, [hashes[index] for index in indices], deadline_ms=deadline.left_ms())
-
-            for index, status in zip(indices, await link.call(call), strict=True):
-                if statuses[index] is not PageStatus.PINNED and status is not PageStatus.MISSING:
-                    statuses[index] = status
-
-        calls = (delete_on(membership.links[node_id], indices) for node_id, indices in groups.items())
-        _raise_any(await asyncio.gather(*calls, return_exceptions=True))
-        return tuple(statuses)
+        return await delete_everywhere(self._followed(), namespace, layout, hashes, self._deadline(deadline_ms))
 
     async def watch(self, namespace: bytes, *, deadline_ms: float | None = None) -> AsyncGenerator[PageEvent, None]:
         """Page events of all nodes, through the directory: in order for each node, about a heartbeat late.

@@ -29,6 +29,7 @@ from attnstore.limits import (
 )
 
 if TYPE_CHECKING:
+    from attnstore.directory.deletions import Deletion
     from attnstore.directory.trust import MemberCheck
 
 _REASON_CHARS = 200
@@ -42,6 +43,7 @@ class RecordKind(enum.StrEnum):
     QUOTA = "quota"
     LAYOUT = "layout"
     EVENTS = "events"
+    DELETION = "deletion"
 
 
 class NodeState(enum.StrEnum):
@@ -239,6 +241,14 @@ class Directory(Protocol):
 
     async def events(self, after: str | None, wait_ms: int) -> tuple[list[EventBatch], str]:
         """The batches after a position, waiting for the first one, and the next position. `after=None`: from now on."""
+        ...
+
+    async def publish_deletions(self, node_id: str, deletions: Sequence[Deletion]) -> None:
+        """Keeps deletions for nodes that are away, a bounded number of them."""
+        ...
+
+    async def deletions(self, after: str | None) -> tuple[list[Deletion], str | None]:
+        """Deletions after a position, with their age now, a part of them if there are many, and the next position. None: all."""
         ...
 
     async def close(self) -> None:

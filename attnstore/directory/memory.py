@@ -13,7 +13,16 @@ from collections.abc import Sequence
 
 from attnstore.clock import Clock, MonotonicClock
 from attnstore.directory.base import EventBatch, Intent, LayoutRecord, Member, Membership, RecordKind, Revision
-from attnstore.limits import DIRECTORY_GAP_MS, EVENT_BATCHES_MAX, INTENT_MS_MAX, LAYOUT_MS_MAX
+from attnstore.directory.deletions import Deletion
+from attnstore.limits import (
+    DELETIONS_IN_BEAT_MAX,
+    DELETIONS_MAX,
+    DIRECTORY_GAP_MS,
+    EVENT_BATCHES_MAX,
+    INTENT_MS_MAX,
+    LAYOUT_MS_MAX,
+    TOMBSTONE_MS_MAX,
+)
 
 
 class MemoryDirectory:
@@ -32,6 +41,7 @@ class MemoryDirectory:
         self._quota_bytes: dict[str, int] = {}
         self._layouts: dict[LayoutRecord, float] = {}
         self._batches: deque[tuple[int, EventBatch]] = deque(maxlen=EVENT_BATCHES_MAX)
+        self._deletions: deque[tuple[int, float, Deletion]] = deque(maxlen=DELETIONS_MAX)
         self._positions = itertools.count(1)
         self._published = asyncio.Event()
 
@@ -130,6 +140,17 @@ class MemoryDirectory:
                 return [], str(position)
         fresh = [(at, batch) for at, batch in self._batches if at > position]
         return [batch for _, batch in fresh], str(fresh[-1][0] if fresh else position)
+
+    async def publish_deletions(self, node_id: str, deletions: Sequence[Deletion]) -> None:
+        del node_id
+        self._deletions.extend((next(self._positions), self._clock.now_ms(), deletion) for deletion in deletions)
+
+    async def deletions(self, after: str | None) -> tuple[list[Deletion], str | None]:
+        now_ms = self._clock.now_ms()
+        fresh = [entry for entry in self._deletions if entry[0] > int(after or 0) and now_ms - entry[1] < TOMBSTONE_MS_MAX]
+        fresh = fresh[: 4 * DELETIONS_IN_BEAT_MAX]
+        told = [deletion.aged(now_ms - at_ms) for _, at_ms, deletion in fresh]
+        return told, str(fresh[-1][0]) if fresh else after
 
     async def close(self) -> None:
         """Nothing to let go."""

@@ -21,6 +21,7 @@ from attnstore.directory.base import (
     is_name,
     reading_record,
 )
+from attnstore.directory.deletions import Deletion
 from attnstore.directory.events import check_events
 from attnstore.directory.trust import Trust
 from attnstore.errors import ProtocolError
@@ -93,6 +94,11 @@ class RecordReader:
         """Of the script LAYOUTS."""
         return self._read(RecordKind.LAYOUT, records, LayoutRecord.from_json)
 
+    def deletions(self, answer: Any) -> list[Deletion]:
+        """Of the script DELETIONS, with their age now."""
+        now_ms, entries = answer
+        return self._read(RecordKind.DELETION, entries, lambda entry: self._deletion(entry, now_ms))
+
     def events(self, entries: Iterable[Any]) -> list[EventBatch]:
         """Of the stream of events."""
         return self._read(RecordKind.EVENTS, entries, _batch)
@@ -119,6 +125,15 @@ class RecordReader:
         if not 0 <= quota_bytes <= QUOTA_BYTES_MAX:
             raise ProtocolError(f"the directory's quota of tenant {tenant[:_NAME_CHARS]!r} is out of bounds")
         return tenant, quota_bytes
+
+    def _deletion(self, entry: tuple[bytes, list[bytes]], now_ms: int) -> Deletion:
+        position, flat = entry
+        with reading_record("deletion"):
+            fields = dict(pairs(flat))
+            at_ms = int(position.partition(b"-")[0])
+            opened = (fields[b"node"], fields[b"deletion"])
+        _, text = self._opened(RecordKind.DELETION, opened)
+        return Deletion.from_json(text).aged(now_ms - at_ms)
 
     def _opened(self, kind: RecordKind, entry: tuple[bytes, bytes]) -> tuple[str, str]:
         name, record = entry

@@ -19,16 +19,20 @@ from redis.exceptions import RedisClusterException, RedisError
 
 from attnstore.directory import scripts
 from attnstore.directory.base import EventBatch, Intent, LayoutRecord, Member, Membership, RecordKind, Revision
+from attnstore.directory.deletions import Deletion
 from attnstore.directory.records import RecordReader, Told
 from attnstore.directory.trust import MemberCheck, Trust
 from attnstore.directory.url import DirectoryUrl
 from attnstore.errors import Unavailable
 from attnstore.limits import (
+    DELETIONS_IN_BEAT_MAX,
+    DELETIONS_MAX,
     DIRECTORY_LAYOUTS_MAX,
     DIRECTORY_MS_MAX,
     EVENT_BATCHES_MAX,
     LAYOUT_MS_MAX,
     TENANTS_MAX,
+    TOMBSTONE_MS_MAX,
 )
 
 
@@ -96,6 +100,17 @@ class RedisDirectory:
         streams = dict(answer or ())
         entries = [entry for stream in streams.values() for entry in _flat_entries(stream)]
         return self._records.events(entries), entries[-1][0].decode() if entries else position
+
+    async def publish_deletions(self, node_id: str, deletions: Sequence[Deletion]) -> None:
+        records = [self._trust.sealed(RecordKind.DELETION, node_id, deletion.to_json()) for deletion in deletions]
+        arguments = (DELETIONS_MAX, TOMBSTONE_MS_MAX, node_id, *records)
+        await self._eval(scripts.PUBLISH_DELETIONS, [self._key["deletions"]], *arguments)
+
+    async def deletions(self, after: str | None) -> tuple[list[Deletion], str | None]:
+        begin = "-" if after is None else f"({after}"
+        answer = await self._look(scripts.DELETIONS, [self._key["deletions"]], begin, 4 * DELETIONS_IN_BEAT_MAX)
+        entries = answer[1]
+        return self._records.deletions(answer), entries[-1][0].decode() if entries else after
 
     async def close(self) -> None:
         for client in (self._client, *self._sentinels):

@@ -18,8 +18,9 @@ All keys of a cluster NAME carry the hash tag `{attnstore:NAME}`, so that they l
 | `changes`  | sorted set | node id, scored with its last change's `number`         | at most CHANGES_MAX                        |
 | `layouts`  | sorted set | record of a namespace, JSON, scored with when it is old | a day; at most DIRECTORY_LAYOUTS_MAX       |
 | `events`   | stream     | page events, a batch of one node in each entry          | at most EVENT_BATCHES_MAX entries          |
+| `deletions`| stream     | pages that were deleted, JSON, for nodes that are away  | TOMBSTONE_MS_MAX; at most DELETIONS_MAX    |
 
-All but `quotas`, `layouts` and `events` go an hour after the last heartbeat of any node, `events` an hour after the last batch.
+All but the last three and `quotas` go an hour after the last heartbeat of any node, `events` an hour after the last batch.
 
 Whoever knows a revision is told what has changed since, not everything: with a thousand nodes, each of which may announce other hot
 segments every second, everything would be megabytes a second for each client. The other fields of `revision` serve that: `counted`
@@ -42,7 +43,7 @@ from typing import Final
 from attnstore.limits import DIRECTORY_GAP_MS, INTENT_MS_MAX, NODES_MAX
 
 MEMBERSHIP_KEYS: Final = ("nodes", "alive", "intents", "quotas", "revision", "changes", "intended")
-KEYS: Final = (*MEMBERSHIP_KEYS, "layouts", "events")
+KEYS: Final = (*MEMBERSHIP_KEYS, "layouts", "events", "deletions")
 
 KEEP_MS: Final = 3_600_000
 """What is left of a cluster without heartbeats is forgotten after this long."""
@@ -243,3 +244,24 @@ redis.call('PEXPIRE', KEYS[1], ARGV[2])
 return 1
 """
 """A batch of page events. KEYS[1] events. ARGV[1] the most batches, [2] how long to keep, [3] node id, [4] events, [5] dropped."""
+
+PUBLISH_DELETIONS: Final = (
+    _NOW
+    + """
+for index = 4, #ARGV do
+  redis.call('XADD', KEYS[1], 'MAXLEN', ARGV[1], '*', 'node', ARGV[3], 'deletion', ARGV[index])
+end
+redis.call('XTRIM', KEYS[1], 'MINID', now_ms - tonumber(ARGV[2]))
+redis.call('PEXPIRE', KEYS[1], ARGV[2])
+return 1
+"""
+)
+"""Deletions. KEYS[1] deletions. ARGV[1] the most, [2] how long to keep them, [3] node id, [4...] records."""
+
+DELETIONS: Final = (
+    _NOW
+    + """
+return {now_ms, redis.call('XRANGE', KEYS[1], ARGV[1], '+', 'COUNT', ARGV[2])}
+"""
+)
+"""The deletions from a position on, and the time. KEYS[1] deletions. ARGV[1] position, [2] the most."""

@@ -70,12 +70,6 @@ class ClusterView:
                     holders.append(node_id)
         return holders
 
-    def everywhere(self, key: bytes, usable: Iterable[str]) -> list[str]:
-        """All nodes that may have a segment: its holders, and whoever has a copy from when it was hot."""
-        wanted = set(usable)
-        ranked = [node_id for node_id in self.placement.ranked(key) if node_id in wanted]
-        return list(dict.fromkeys([*self.holders(key, wanted), *ranked[:HOT_REPLICAS]]))
-
 
 class ViewTracker:
     """Turns memberships into views. Not thread-safe: one owner calls it."""

@@ -24,6 +24,7 @@ from attnstore.clock import Clock, MonotonicClock
 from attnstore.config import ServeOptions
 from attnstore.core.heat import SegmentHeat
 from attnstore.core.page_table import PageTable
+from attnstore.directory.deletions import DeletionFeed
 from attnstore.directory.events import EventFeed
 from attnstore.errors import InvalidArgument
 from attnstore.extras import needs_extra
@@ -119,6 +120,7 @@ class StoreNode:
         )
         hub = EventHub(self._loop, authenticator.tenants)
         feed = EventFeed(member.node_id, authenticator.tenants)
+        deletions = DeletionFeed(clock)
         publish = hub.publish if options.directory is None else hub.publish_also_to(feed.offer)
         heat = None if options.directory is None else SegmentHeat(options.hot_uses, authenticator.tenants)
         self._store = Store(table, self._arena, clock, publish, heat)
@@ -158,6 +160,7 @@ class StoreNode:
             metrics=self._metrics,
             clock=clock,
             feed=feed,
+            deletions=deletions,
             open_peer=open_peer,
         )
         self._scrubber = Scrubber(self._store, int(options.scrub_rate))
@@ -171,6 +174,7 @@ class StoreNode:
             streams_in_flight=lambda: self._shell.streams_in_flight,
             channels=self._channels,
             attending=self._attending,
+            deletions=None if options.directory is None else deletions,
         )
         self._open_services = OpenServices(self._server, (SERVICE,))
         self._metrics_endpoint: MetricsEndpoint | None = None

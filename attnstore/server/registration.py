@@ -15,6 +15,7 @@ from dataclasses import replace
 from attnstore import tasks
 from attnstore.clock import Clock
 from attnstore.directory import ClusterView, Directory, Intent, LayoutRecord, Member, Membership, NodeState, ViewTracker
+from attnstore.directory.deletions import Deletion, DeletionFeed
 from attnstore.directory.events import EventFeed
 from attnstore.errors import ProtocolError, Unavailable
 from attnstore.limits import HEARTBEAT_MS, LAYOUT_MS_MAX, MEMBER_MS_MAX
@@ -28,8 +29,9 @@ _LAYOUTS_AGAIN_MS = LAYOUT_MS_MAX // 4
 class Registration:
     """Keeps `member` in `directory`. `on_view` gets every view, also an unchanged one, once for each answer of the directory.
 
-    `layouts` tells what the node holds pages of, `hot` which segments are used most, `feed` what happened to the pages. Belongs to
-    the event loop on which it is started.
+    `layouts` tells what the node holds pages of, `hot` which segments are used most, `feed` what happened to the pages, `deletions`
+    what others should know that was deleted here; `on_deletion` is told what was deleted elsewhere. Belongs to the event loop on
+    which it is started.
     """
 
     def __init__(
@@ -42,6 +44,8 @@ class Registration:
         hot: Callable[[], frozenset[bytes]],
         on_view: Callable[[ClusterView], None],
         feed: EventFeed,
+        deletions: DeletionFeed,
+        on_deletion: Callable[[Deletion], None],
         metrics: NodeMetrics,
     ) -> None:
         self._directory = directory
@@ -51,6 +55,9 @@ class Registration:
         self._hot = hot
         self._on_view = on_view
         self._feed = feed
+        self._deletions = deletions
+        self._on_deletion = on_deletion
+        self._learnt: str | None = None
         self._metrics = metrics
         self._tracker = ViewTracker()
         self._intent: Intent | None = None
@@ -94,6 +101,9 @@ class Registration:
                 self._told = frozenset()
             elif membership is not None:
                 self._follow(membership)
+            # Before pages are handed over by the new view.
+            await self._tell_deletions()
+            await self._learn_deletions()
             self._on_view(self._tracker.observe(membership, self._clock.now_ms()))
             await self._tell_layouts()
             await self._tell_events()
@@ -126,6 +136,20 @@ class Registration:
         if held and (held != self._told or now_ms >= self._told_ms + _LAYOUTS_AGAIN_MS):
             await self._directory.put_layouts(sorted(held, key=lambda record: record.namespace))
             self._told, self._told_ms = held, now_ms
+
+    async def _tell_deletions(self) -> None:
+        deletions = self._deletions.take()
+        if deletions:
+            try:
+                await self._directory.publish_deletions(self._member.node_id, deletions)
+            except Unavailable:
+                self._deletions.lost(deletions)
+                raise
+
+    async def _learn_deletions(self) -> None:
+        deletions, self._learnt = await self._directory.deletions(self._learnt)
+        for deletion in deletions:
+            self._on_deletion(deletion)
 
     async def _tell_events(self) -> None:
         batch = self._feed.take()

@@ -11,6 +11,7 @@ from attnstore.address import Address
 from attnstore.clock import Clock
 from attnstore.config import ServeOptions
 from attnstore.directory import ClusterView, DirectoryUrl, LayoutRecord, Member, load_cluster_key, open_directory
+from attnstore.directory.deletions import DeletionFeed
 from attnstore.directory.events import EventFeed
 from attnstore.errors import InvalidArgument, ProtocolError
 from attnstore.peering import Peering
@@ -75,6 +76,7 @@ def take_seat(
     metrics: NodeMetrics,
     clock: Clock,
     feed: EventFeed,
+    deletions: DeletionFeed,
     open_peer: OpenPeer,
 ) -> Seat | None:
     """The seat of the node that is `member`; None where it is on its own. Raises `InvalidArgument` for bad options."""
@@ -103,6 +105,8 @@ def take_seat(
         hot=store.hot_segments,
         on_view=follow,
         feed=feed,
+        deletions=deletions,
+        on_deletion=lambda told: store.deleted_elsewhere(told.space, told.hashes, told.age_ms),
         metrics=metrics,
     )
     return Seat(registration, handoff)

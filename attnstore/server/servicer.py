@@ -14,6 +14,7 @@ from typing import Any, Final
 
 import grpc
 
+from attnstore.directory.deletions import DeletionFeed
 from attnstore.errors import InvalidArgument, ProtocolError, Unavailable
 from attnstore.limits import CHANNEL_TOKEN_MS_MAX, CHUNK_BYTES_MAX, HASHES_MAX, LEASE_MS_MAX, PAGE_BYTES_MAX, WORK_PAGES_MAX
 from attnstore.server.attend import LIMITS, Attending
@@ -65,9 +66,11 @@ class Servicer:
         streams_in_flight: Callable[[], int],
         channels: Mapping[str, ChannelOffer],
         attending: Attending | None,
+        deletions: DeletionFeed | None,
     ) -> None:
         self._identity = identity
         self._store = store
+        self._deletions = deletions
         self._scrubber = scrubber
         self._hub = hub
         self._metrics = metrics
@@ -216,6 +219,9 @@ class Servicer:
         await asyncio.sleep(0)
         statuses = await finish_among_calls(self._store.deleting(space, hashes))
         await self._count("Delete", statuses)
+        if request.tell and self._deletions is not None:
+            gone = zip(hashes, statuses, strict=True)
+            self._deletions.offer(space, [page_hash for page_hash, status in gone if status is not PageStatus.PINNED])
         return messages.DeleteResponse(statuses=messages.statuses_to_wire(statuses))
 
     async def verify(self, request: Any, _context: Any, tenant: str) -> messages.VerifyResponse:

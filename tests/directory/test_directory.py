@@ -8,6 +8,7 @@ from dataclasses import replace
 
 from attnstore import PageEvent, PageEventKind
 from attnstore.directory import Directory, EventBatch, Intent, LayoutRecord, Member, NodeState
+from attnstore.directory.deletions import Deletion
 from attnstore.directory.events import EventFeed
 from attnstore.limits import DIRECTORY_GAP_MS
 from attnstore.types import Space
@@ -137,6 +138,23 @@ async def test_quotas_are_set_and_lifted(directory: Directory) -> None:
     assert limited is not None
     assert lifted is not None
     assert (limited.quota_bytes, lifted.quota_bytes) == ({"tenant": 5 << 30}, {})
+
+
+async def test_deletions_are_told_once_to_each_who_asks_and_age(directory: Directory) -> None:
+    first = Deletion(Space("tenant", bytes(32)), (b"a" * 32, b"b" * 32), 1_000)
+    second = Deletion(Space("other", b"o" * 32), (), 0)
+    assert await directory.deletions(None) == ([], None)
+    await directory.publish_deletions("ada", [first, second])
+    await asyncio.sleep(BRIEF_MS / 1000)
+    for _ in range(2):
+        told, position = await directory.deletions(None)
+        assert [(deletion.space, deletion.hashes) for deletion in told] == [(each.space, each.hashes) for each in (first, second)]
+        assert BRIEF_MS - 2 <= told[1].age_ms < told[0].age_ms - 900
+    assert await directory.deletions(position) == ([], position)
+    await directory.publish_deletions("bob", [second])
+    told, later = await directory.deletions(position)
+    assert [deletion.space for deletion in told] == [second.space]
+    assert (await directory.deletions(later))[0] == []
 
 
 async def test_layouts_are_listed_once_each(directory: Directory) -> None:

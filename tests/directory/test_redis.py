@@ -16,10 +16,12 @@ import pytest
 from redis.exceptions import ResponseError
 
 from attnstore.directory import Directory, EventBatch, Intent, LayoutRecord, Member, Membership, open_directory
+from attnstore.directory.deletions import Deletion
 from attnstore.directory.scripts import KEEP_MS, KEYS
 from attnstore.errors import Unavailable
 from attnstore.limits import EVENT_BATCHES_MAX, HOT_SEGMENTS_MAX, LAYOUT_MS_MAX, MEMBER_MS_MAX, SEGMENT_KEY_BYTES
 from attnstore.testing import RedisServer
+from attnstore.types import Space
 from tests.directory.conftest import BINARIES
 from tests.samples import eventually
 
@@ -42,6 +44,8 @@ async def use(directory: Directory) -> None:
     await directory.put_layouts([LayoutRecord(bytes(32), "tenant", 4096)])
     await directory.publish(EventBatch("ada", EVENT))
     await directory.set_quota("tenant", 1 << 30)
+    await directory.publish_deletions("ada", [Deletion(Space("tenant", bytes(32)), (bytes(32),), 0)])
+    assert len((await directory.deletions(None))[0]) >= 1
     membership = await directory.membership(None)
     assert membership is not None
     assert membership.members == (ADA,)

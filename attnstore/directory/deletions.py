@@ -1,0 +1,95 @@
+"""Deletions on their way through the directory, for the nodes that nobody could tell: they hung, or were cut off, or not there yet.
+
+Owns: the form of a deletion's record and what of them a node has not published yet. Invariants: ages are durations, so that no
+clocks of two machines are compared; the queue is bounded, and where it is full the oldest deletions are forgotten, which is logged.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Self
+
+from attnstore.clock import Clock
+from attnstore.directory.base import reading_record, record_fields
+from attnstore.errors import ProtocolError
+from attnstore.limits import (
+    DELETION_HASHES_MAX,
+    DELETIONS_IN_BEAT_MAX,
+    DELETIONS_MAX,
+    HASH_BYTES,
+    PAGE_AGE_MS_MAX,
+    TOMBSTONE_MS_MAX,
+)
+from attnstore.logs import get_logger
+from attnstore.types import Space
+
+_log = get_logger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Deletion:
+    """Pages of one space that were deleted `age_ms` ago."""
+
+    space: Space
+    hashes: tuple[bytes, ...]
+    age_ms: int
+
+    def to_json(self) -> str:
+        """One line."""
+        return json.dumps([self.space.tenant, self.space.namespace.hex(), b"".join(self.hashes).hex(), self.age_ms])
+
+    @classmethod
+    def from_json(cls, text: str | bytes) -> Self:
+        """The inverse. Raises `ProtocolError` for anything that is no deletion's line."""
+        with reading_record("deletion"):
+            tenant, namespace, joined, age_ms = record_fields(text)
+            hashes = bytes.fromhex(joined)
+            parts = tuple(hashes[at : at + HASH_BYTES] for at in range(0, len(hashes), HASH_BYTES))
+            deletion = cls(Space(str(tenant), bytes.fromhex(namespace)), parts, int(age_ms))
+        good_size = len(deletion.space.namespace) == HASH_BYTES and len(hashes) % HASH_BYTES == 0
+        if not (good_size and len(parts) <= DELETION_HASHES_MAX and 0 <= deletion.age_ms <= PAGE_AGE_MS_MAX):
+            raise ProtocolError("the directory's record of a deletion is out of bounds")
+        return deletion
+
+    def aged(self, more_ms: float) -> Self:
+        """The same, so much later."""
+        return replace(self, age_ms=self.age_ms + max(0, int(more_ms)))
+
+
+class DeletionFeed:
+    """Deletions that one node is to publish. Safe from any thread."""
+
+    def __init__(self, clock: Clock) -> None:
+        self._clock = clock
+        self._queue: deque[tuple[float, Deletion]] = deque()
+        self._lock = threading.Lock()
+
+    def offer(self, space: Space, hashes: Sequence[bytes]) -> None:
+        """Queues pages that were deleted now."""
+        now_ms = self._clock.now_ms()
+        with self._lock:
+            for begin in range(0, len(hashes), DELETION_HASHES_MAX):
+                self._queue.append((now_ms, Deletion(space, tuple(hashes[begin : begin + DELETION_HASHES_MAX]), 0)))
+            lost = len(self._queue) - DELETIONS_MAX
+            for _ in range(lost):
+                self._queue.popleft()
+        if lost > 0:
+            _log.warning("deletions are not told to nodes that are away: there are too many", deletions=lost)
+
+    def take(self) -> list[Deletion]:
+        """What is to be published with this heartbeat: the oldest ones, with their age now."""
+        now_ms = self._clock.now_ms()
+        with self._lock:
+            count = min(len(self._queue), DELETIONS_IN_BEAT_MAX)
+            taken = [self._queue.popleft() for _ in range(count)]
+        return [deletion.aged(now_ms - at_ms) for at_ms, deletion in taken if now_ms - at_ms < TOMBSTONE_MS_MAX]
+
+    def lost(self, deletions: Sequence[Deletion]) -> None:
+        """They could not be published: they come again."""
+        now_ms = self._clock.now_ms()
+        with self._lock:
+            self._queue.extendleft((now_ms, deletion) for deletion in reversed(deletions))
