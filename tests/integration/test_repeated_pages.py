@@ -111,9 +111,14 @@ def deletes(door: Door) -> None:
 def attends(door: Door) -> None:
     first, second, _ = door.batch.hashes
     lease = door.lease([first, second])
+    with (
+        door.client.attend(door.space, q_heads=2, scale=0.125) as stream,
+        pytest.raises(attnstore.errors.InvalidArgument, match="twice"),
+    ):
+        stream.open([first, first, second, first], lease)
+    door.check()
     with door.client.attend(door.space, q_heads=2, scale=0.125) as stream:
-        set_id = stream.open([first, first, second, first], lease)
-        door.check()
+        set_id = stream.open([first, second], lease)
         out, lse = bytearray(2 * 2 * 64 * 4), bytearray(2 * 2 * 4)
         stream.ask(0, [(set_id, 1), (set_id, 1)], bytes(len(out)))
         stream.receive(memoryview(out), memoryview(lse))

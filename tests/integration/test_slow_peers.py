@@ -13,7 +13,7 @@ import pytest
 
 import attnstore
 from attnstore import PageStatus, errors
-from attnstore.core.hashing import page_checksum
+from attnstore.core.hashing import LAYER_CHECKSUM_BYTES, page_checksum
 from attnstore.limits import CHANNEL_GATHER_PAGES, CHANNEL_LAYER_PINS_MS_MAX, KIB, MIB, PEER_BYTES_PER_S_MIN
 from attnstore.server.stall import Stall
 from attnstore.testing import StoreProcess
@@ -188,5 +188,6 @@ def test_a_slow_reader_by_layers_gets_every_layer_of_pages_that_stay(clock: Manu
         for page in batch.pages:
             frame, data = payload(stream)
             assert frame.status is PageStatus.OK
+            data = data[LAYER_CHECKSUM_BYTES * CHANNEL_GATHER_PAGES :]
             assert data == page[layer * WIDE.layer_bytes : (layer + 1) * WIDE.layer_bytes] * CHANNEL_GATHER_PAGES
     assert eventually(clocked_node.is_clean)
