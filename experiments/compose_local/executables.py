@@ -7,6 +7,7 @@ such by `missing_program`; nothing pretends to be it.
 from __future__ import annotations
 
 import importlib.util
+import os
 import shutil
 import sys
 from collections.abc import Callable
@@ -16,8 +17,8 @@ from typing import Final
 from experiments.compose_local.compose_file import Service
 
 PROJECT: Final = Path(__file__).parents[2]
-PROGRAMS_PATH: Final = f"{sys.prefix}/bin:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
-"""`PATH` of every service: this interpreter's console scripts first."""
+PROGRAMS_PATH: Final = os.pathsep.join((f"{sys.prefix}/bin", os.environ.get("PATH", os.defpath)))
+"""`PATH` of every service: this interpreter's console scripts, then what this process finds."""
 
 CODE: Final = tuple(dict.fromkeys((sys.base_prefix, sys.prefix, str(PROJECT))))
 """Folders that every service sees, read-only: the interpreter, its packages, the project."""

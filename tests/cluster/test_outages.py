@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 import signal
 import subprocess
 import sys
@@ -195,7 +194,6 @@ def test_clients_with_different_views_read_what_was_written_or_nothing(cluster: 
 
 
 @pytest.mark.netns
-@pytest.mark.skipif(shutil.which("unshare") is None, reason="unshare is not installed")
 def test_a_node_whose_clock_is_a_day_ahead_is_a_member_like_any_other(cluster: Cluster, batch_of: BatchOf) -> None:
     in_a_day = ("unshare", "--time", "--monotonic", "86400", "--boottime", "86400", "--fork", "--kill-child")
     serve = ("-m", "attnstore.cli", "serve", "--listen", "127.0.0.1:0", "--capacity", "64MiB")

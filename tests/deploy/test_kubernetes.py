@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import shutil
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,9 +20,7 @@ WITHOUT_SCHEMA = {"ServiceMonitor", "PrometheusRule"}
 
 Manifest = dict[str, Any]
 
-pytestmark = pytest.mark.skipif(
-    shutil.which("kubectl") is None, reason="kubectl is not installed, so nothing renders the manifests"
-)
+pytestmark = pytest.mark.needs("kubectl")  # renders the manifests
 each = pytest.mark.parametrize("kustomization", KUSTOMIZATIONS)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -14,10 +13,6 @@ import yaml
 DEPLOY = Path(__file__).parents[2] / "deploy"
 ALERTS = DEPLOY / "prometheus" / "alerts.yml"
 DASHBOARD = DEPLOY / "grafana" / "dashboards" / "attnstore.json"
-
-needs_promtool = pytest.mark.skipif(
-    shutil.which("promtool") is None, reason="promtool is not installed (Debian: apt-get install prometheus)"
-)
 
 
 def rules() -> list[dict[str, Any]]:
@@ -30,12 +25,12 @@ def promtool(*arguments: str) -> str:
     return done.stdout
 
 
-@needs_promtool
+@pytest.mark.needs("promtool")
 def test_the_alerts_fire_when_they_must_and_only_then() -> None:
     assert "SUCCESS" in promtool("test", "rules", str(DEPLOY / "prometheus" / "alerts_test.yml"))
 
 
-@needs_promtool
+@pytest.mark.needs("promtool")
 def test_prometheus_accepts_its_configuration(tmp_path: Path) -> None:
     configured = (DEPLOY / "prometheus" / "prometheus.yml").read_text().replace("/etc/prometheus/", "")
     (tmp_path / "prometheus.yml").write_text(configured)

@@ -144,7 +144,7 @@ def test_words_from_results_cannot_become_markup(out: Path) -> None:
     assert "<cores>" not in html
 
 
-@pytest.mark.browser
+@pytest.mark.needs("chromium")
 @pytest.mark.slow
 def test_the_page_opens_in_a_browser_without_an_error_and_with_every_picture(out: Path, tmp_path: Path) -> None:
     # The page has no script of its own; this one reports pictures that did not load, and proves that errors are seen at all.

@@ -12,7 +12,7 @@ import pytest
 import attnstore
 from attnstore import errors
 from attnstore.address import Address
-from attnstore.testing import RedisServer, StoreProcess, server_binaries
+from attnstore.testing import RedisServer, StoreProcess
 from attnstore.testing.ports import free_port
 from tests.samples import SMALL, Batch, eventually
 
@@ -67,7 +67,6 @@ def test_every_service_of_a_node_is_reached_wherever_it_listens(listen: str, hos
 
 
 @pytest.mark.redis
-@pytest.mark.skipif(not server_binaries(), reason="no Redis-protocol server")
 def test_a_cluster_lives_on_ipv6_alone(batch_of: BatchOf) -> None:
     with RedisServer(host="::1") as directory:
         assert directory.url.startswith("redis://[::1]:")

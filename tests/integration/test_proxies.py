@@ -121,6 +121,7 @@ def test_neither_do_the_commands(behind_proxy: Proxy) -> None:
     assert behind_proxy.asked == []
 
 
+@pytest.mark.redis
 def test_neither_do_nodes_that_hand_pages_over_nor_clients_of_a_cluster(behind_proxy: Proxy, batch_of: BatchOf) -> None:
     batch = batch_of(4)
     with RedisServer() as directory:
