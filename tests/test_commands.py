@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -127,8 +128,11 @@ def test_a_directory_that_does_not_answer_is_an_error(run: Run) -> None:
 @pytest.mark.redis
 @pytest.mark.parametrize("end", [signal.SIGTERM, signal.SIGKILL])
 def test_waiting_for_a_drain_fails_when_the_node_leaves_before_it_is_done(run: Run, end: signal.Signals) -> None:
-    """A node alone in its cluster has nobody to hand its pages to, so that it never says that it is done."""
-    with RedisServer() as directory, StoreProcess("--capacity", "1MiB", "--directory", directory.url, "--node-id", "ada") as node:
+    with RedisServer() as directory, ExitStack() as stack:
+        member = ("--capacity", "1MiB", "--directory", directory.url, "--node-id")
+        node, _ = (stack.enter_context(StoreProcess(*member, name)) for name in ("ada", "bob"))
+        # With nobody to hand its pages to, a node never says that it is done.
+        assert run("evict", "bob", "--directory", directory.url).returncode == 0
         command = [sys.executable, "-m", "attnstore.cli", "drain", "ada", "--wait", "30", "--directory", directory.url]
         with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as waiting:
             while "draining" not in run("status", "--json", directory.url).stdout:

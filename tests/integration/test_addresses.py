@@ -92,11 +92,11 @@ def test_a_cluster_lives_on_ipv6_alone(batch_of: BatchOf) -> None:
 @pytest.mark.parametrize(
     ("arguments", "named"),
     [
-        (("serve", "--listen", "::1:7400"), "--listen ::1:7400"),
-        (("serve", "--advertise", "::1:7400"), "--advertise ::1:7400"),
+        (("serve", "--listen", "::1:7400"), "--listen '::1:7400'"),
+        (("serve", "--advertise", "::1:7400"), "--advertise '::1:7400'"),
         (("health", "grpc://::1:7400"), "'grpc://::1:7400'"),
         (("status", "--directory", "grpc://::1:7400"), "::1:7400"),
-        (("serve", "--directory", "redis://::1:7400/0"), "redis://::1:7400/0"),
+        (("serve", "--directory", "redis://::1:7400/0"), "directory's URL"),
     ],
 )
 def test_an_ipv6_address_without_brackets_is_refused_where_a_port_follows(arguments: tuple[str, ...], named: str) -> None:
