@@ -36,6 +36,9 @@ CHUNK_BYTES_MAX = 1 * MIB
 
 CHUNK_HEADER_BYTES_MAX = 4 * KIB
 
+REFUSAL_CHARS_MAX = 512
+"""Of the text of a refusal over gRPC: it may quote a long request, and a header that is too long never arrives."""
+
 HASHES_MAX = 100_000
 """Hashes in one Match, Read or Delete; 1.6 million tokens at 16 tokens a block."""
 

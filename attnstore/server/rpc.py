@@ -15,7 +15,7 @@ import grpc
 
 from attnstore.core.fair_share import FairShares
 from attnstore.errors import AttnStoreError, DeadlineExceeded, Unauthenticated
-from attnstore.limits import ATTEND_CALLS_MAX, CHALLENGE_BYTES, STREAMS_MAX, WATCHERS_MAX
+from attnstore.limits import ATTEND_CALLS_MAX, CHALLENGE_BYTES, REFUSAL_CHARS_MAX, STREAMS_MAX, WATCHERS_MAX
 from attnstore.logs import get_logger
 from attnstore.peering import CREDENTIAL_PREFIX, Peering
 from attnstore.telemetry import NodeMetrics
@@ -157,7 +157,7 @@ class RpcShell:
 
 async def _refuse(context: Any, code: grpc.StatusCode, message: str, trailers: tuple[tuple[str, str], ...] = ()) -> None:
     try:
-        await context.abort(code, message, trailers)
+        await context.abort(code, message[:REFUSAL_CHARS_MAX], trailers)
     except grpc.aio.InternalError:
         # Nobody is left to tell; as a cancelled call this is no news to gRPC's log.
         raise asyncio.CancelledError from None

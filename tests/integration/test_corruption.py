@@ -31,7 +31,7 @@ class Node:
     def __init__(self, *options: str) -> None:
         self._folder = tempfile.TemporaryDirectory(dir="/dev/shm")
         self.path = Path(self._folder.name) / "arena"
-        self.process = StoreProcess("--capacity", "16MiB", "--arena-path", str(self.path), *options)
+        self.process = StoreProcess("--capacity", "16MiB", "--attend-threads", "1", "--arena-path", str(self.path), *options)
         self.url = self.process.url
 
     def flip(self, page: bytes, at: int) -> None:

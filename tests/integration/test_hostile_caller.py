@@ -23,6 +23,13 @@ Stub = store_pb2_grpc.AttentionStoreStub
 
 
 @pytest.fixture(scope="module")
+def shared_node() -> Iterator[StoreProcess]:
+    """A node with every RPC."""
+    with StoreProcess("--capacity", "64MiB", "--attend-threads", "1") as node:
+        yield node
+
+
+@pytest.fixture(scope="module")
 def channel(shared_node: StoreProcess) -> Iterator[grpc.Channel]:
     options = (("grpc.max_send_message_length", -1),)
     with grpc.insecure_channel(shared_node.address, options=options) as channel:
@@ -301,3 +308,11 @@ class Gate:
         yield from before
         assert self._open.wait(20)
         yield from after
+
+
+def test_a_refusal_that_quotes_a_long_request_reaches_its_caller(channel: grpc.Channel) -> None:
+    request = pb.OpenChannelRequest(transport="\x01" * (MESSAGE_BYTES_MAX - 64))
+    with pytest.raises(grpc.RpcError) as caught:
+        store_pb2_grpc.AttentionStoreStub(channel).OpenChannel(request, timeout=20)
+    assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+    assert dict(caught.value.trailing_metadata())[ERROR_TRAILER] == "invalid_argument"

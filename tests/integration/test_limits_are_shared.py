@@ -365,7 +365,7 @@ NOT_SHARED: Final[dict[str, tuple[str, ...]]] = {
         *("CHANNEL_REASON_BYTES_MAX", "SHARED_LOCATE_HASHES_MAX", "SHARED_TAKE_PAGES_MAX", "SHARED_LENT_BYTES_MAX"),
         *("ATTEND_SETS_MAX", "ATTEND_HASHES_MAX", "ATTEND_ROWS_MAX", "ATTEND_BYTES_MAX", "ATTEND_FRAME_BYTES_MAX"),
         *("ATTEND_HEADS_MAX", "ATTEND_TOGETHER_MAX", "MESSAGE_OVERHEAD_BYTES", "REPORTED_HASHES_MAX", "WATCH_EVENTS_MAX"),
-        *("HTTP_BODY_BYTES_MAX", "RECORD_BYTES_MAX", "WORK_PAGES_MAX", "CREDENTIAL_BYTES_MAX"),
+        *("HTTP_BODY_BYTES_MAX", "RECORD_BYTES_MAX", "WORK_PAGES_MAX", "CREDENTIAL_BYTES_MAX", "REFUSAL_CHARS_MAX"),
         "DELETION_HASHES_MAX",
     ),
     OF_TIME: (
@@ -417,7 +417,9 @@ def works(node: StoreProcess, transport: str) -> None:
 def two_tenants(tmp_path: Path) -> Iterator[StoreProcess]:
     tokens_file = tmp_path / "tokens.toml"
     tokens_file.write_text(f'greedy = "{GREEDY}"\nmodest = "{MODEST}"\n')
-    with StoreProcess("--capacity", f"{CAPACITY_MIB}MiB", "--tokens-file", str(tokens_file), "--drain-ms", "100") as node:
+    with StoreProcess(
+        "--capacity", f"{CAPACITY_MIB}MiB", "--tokens-file", str(tokens_file), "--drain-ms", "100", "--attend-threads", "1"
+    ) as node:
         yield node
 
 

@@ -92,7 +92,9 @@ async def test_an_asynchronous_watch_ends_with_its_generator_or_its_client(node:
 async def test_a_slow_watcher_is_told_how_much_it_missed(monkeypatch: pytest.MonkeyPatch, batch_of: BatchOf) -> None:
     monkeypatch.setattr(events, "WATCH_EVENTS_MAX", 4)
     batch = batch_of(12)
-    node = StoreNode(ServeOptions(listen="127.0.0.1:0", capacity=1 << 20), lambda url, _token: attnstore.aio.connect(url))  # type: ignore[arg-type]
+    node = StoreNode(
+        ServeOptions(listen="127.0.0.1:0", capacity=1 << 20, attend_threads=0), lambda url, _token: attnstore.aio.connect(url)
+    )  # type: ignore[arg-type]
     await node.start()
     try:
         async with attnstore.aio.connect(f"grpc://{node.address}", transport="grpc") as client:
