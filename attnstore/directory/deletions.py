@@ -1,7 +1,8 @@
 """Deletions on their way through the directory, for the nodes that nobody could tell: they hung, or were cut off, or not there yet.
 
 Owns: the form of a deletion's record and what of them a node has not published yet. Invariants: ages are durations, so that no
-clocks of two machines are compared; the queue is bounded, and where it is full the oldest deletions are forgotten, which is logged.
+clocks of two machines are compared; the queue is bounded, and where it is full the tenant with the most loses its oldest, which is
+logged; tenants take turns, so that one that deletes a lot holds up nobody else's.
 """
 
 from __future__ import annotations
@@ -28,6 +29,9 @@ from attnstore.logs import get_logger
 from attnstore.types import Space
 
 _log = get_logger(__name__)
+
+_Dated = tuple[float, "Deletion"]
+"""With the clock's time of when the age was right."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,31 +69,47 @@ class DeletionFeed:
 
     def __init__(self, clock: Clock) -> None:
         self._clock = clock
-        self._queue: deque[tuple[float, Deletion]] = deque()
+        self._queues: dict[str, deque[_Dated]] = {}  # by tenant, the one whose turn it is first; none is empty
+        self._count = 0
         self._lock = threading.Lock()
 
     def offer(self, space: Space, hashes: Sequence[bytes]) -> None:
         """Queues pages that were deleted now."""
         now_ms = self._clock.now_ms()
+        parts = (hashes[begin : begin + DELETION_HASHES_MAX] for begin in range(0, len(hashes), DELETION_HASHES_MAX))
         with self._lock:
-            for begin in range(0, len(hashes), DELETION_HASHES_MAX):
-                self._queue.append((now_ms, Deletion(space, tuple(hashes[begin : begin + DELETION_HASHES_MAX]), 0)))
-            lost = len(self._queue) - DELETIONS_MAX
+            for part in parts:
+                self._queues.setdefault(space.tenant, deque()).append((now_ms, Deletion(space, tuple(part), 0)))
+                self._count += 1
+            lost = self._count - DELETIONS_MAX
             for _ in range(lost):
-                self._queue.popleft()
+                self._next(max(self._queues, key=lambda tenant: len(self._queues[tenant])))
         if lost > 0:
             _log.warning("deletions are not told to nodes that are away: there are too many", deletions=lost)
 
     def take(self) -> list[Deletion]:
-        """What is to be published with this heartbeat: the oldest ones, with their age now."""
+        """What is to be published with this heartbeat, a deletion of each tenant in turn, its oldest first, with their age now."""
         now_ms = self._clock.now_ms()
+        taken: list[_Dated] = []
         with self._lock:
-            count = min(len(self._queue), DELETIONS_IN_BEAT_MAX)
-            taken = [self._queue.popleft() for _ in range(count)]
+            while self._queues and len(taken) < DELETIONS_IN_BEAT_MAX:
+                tenant = next(iter(self._queues))
+                taken.append(self._next(tenant))
+                if tenant in self._queues:
+                    self._queues[tenant] = self._queues.pop(tenant)
         return [deletion.aged(now_ms - at_ms) for at_ms, deletion in taken if now_ms - at_ms < TOMBSTONE_MS_MAX]
 
     def lost(self, deletions: Sequence[Deletion]) -> None:
         """They could not be published: they come again."""
         now_ms = self._clock.now_ms()
         with self._lock:
-            self._queue.extendleft((now_ms, deletion) for deletion in reversed(deletions))
+            for deletion in reversed(deletions):
+                self._queues.setdefault(deletion.space.tenant, deque()).appendleft((now_ms, deletion))
+            self._count += len(deletions)
+
+    def _next(self, tenant: str) -> _Dated:
+        queue = self._queues[tenant]
+        self._count -= 1
+        if len(queue) == 1:
+            del self._queues[tenant]
+        return queue.popleft()

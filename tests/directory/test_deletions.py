@@ -49,6 +49,18 @@ def test_what_is_too_old_or_too_much_is_not_published() -> None:
     assert taken == DELETIONS_MAX
 
 
+def test_a_tenant_that_deletes_without_end_neither_holds_up_nor_pushes_out_anothers_deletions() -> None:
+    feed = DeletionFeed(ManualClock())
+    other = Space("other", bytes(32))
+    feed.offer(other, hashes(1))
+    for _ in range(DELETIONS_MAX + 5):
+        feed.offer(SPACE, hashes(1))
+    feed.offer(other, hashes(2))
+    taken = feed.take()
+    assert len(taken) == DELETIONS_IN_BEAT_MAX
+    assert [len(each.hashes) for each in taken if each.space == other] == [1, 2]
+
+
 def test_a_deletion_survives_its_record() -> None:
     deletion = Deletion(SPACE, tuple(hashes(3)), 7)
     assert Deletion.from_json(deletion.to_json()) == deletion
