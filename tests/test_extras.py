@@ -17,7 +17,7 @@ import attnstore
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 WORKER = "worker.__main__"
-NEEDS_EXTRA = ("attnstore.attention", "attnstore.copying.kernel", "attnstore.directory.redis")
+NEEDS_EXTRA = ("attnstore.attention", "attnstore.cluster_key", "attnstore.copying.kernel", "attnstore.directory.redis")
 
 
 def packages(*requirements: str) -> set[str]:
@@ -56,8 +56,7 @@ def run(absent: set[str], *command: str, **environment: str) -> subprocess.Compl
 def is_refused(done: subprocess.CompletedProcess[str], package: str, extra: str) -> None:
     assert done.returncode == 2, done
     [line] = done.stderr.splitlines()
-    assert package in line
-    assert line.endswith(f"is not installed: pip install 'attnstore[{extra}]'"), line
+    assert line.endswith(f"needs package {package}, which is not installed: pip install 'attnstore[{extra}]'"), line
 
 
 EVERYTHING = {package for extra in PROJECT["optional-dependencies"] for package in of_extra(extra)}
@@ -106,8 +105,13 @@ def test_a_command_that_needs_no_extra_runs_without_any(arguments: tuple[str, ..
 def test_a_command_on_a_directory_names_the_extra_of_directories(command: str) -> None:
     operands = {"drain": ("ada",), "undrain": ("ada",), "evict": ("ada",), "quota": ("ada", "1GiB")}.get(command, ())
     url = "redis://127.0.0.1:1/0"
-    done = run(of_extra("redis"), "-m", "attnstore.cli", command, *operands, "--directory", url, *listening(command))
-    is_refused(done, "redis", "redis")
+    for package in of_extra("redis"):
+        done = run({package}, "-m", "attnstore.cli", command, *operands, "--directory", url, *listening(command))
+        is_refused(done, package, "redis")
+
+
+def test_a_clusters_key_names_the_extra_of_directories(tmp_path: Path) -> None:
+    is_refused(run({"cryptography"}, "-m", "attnstore.cli", "cluster-key", str(tmp_path / "key")), "cryptography", "redis")
 
 
 def listening(command: str) -> tuple[str, ...]:
@@ -152,7 +156,7 @@ def test_a_package_of_the_worker_is_missed_by_its_name(tmp_path: Path, package: 
 def test_a_worker_on_a_directory_names_the_extra_of_directories(tmp_path: Path) -> None:
     prompt = tmp_path / "prompt"
     prompt.write_text("What?")
-    done = run(of_extra("redis"), "-m", WORKER, "generate", "--prompt-file", str(prompt), "--store", "redis://127.0.0.1:1/0")
+    done = run({"redis"}, "-m", WORKER, "generate", "--prompt-file", str(prompt), "--store", "redis://127.0.0.1:1/0")
     is_refused(done, "redis", "redis")
 
 
