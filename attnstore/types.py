@@ -57,8 +57,7 @@ class PageEventKind(enum.IntEnum):
     LAGGED = 4
 
 
-@dataclass(frozen=True, slots=True)
-class PageEvent:
+class PageEvent(NamedTuple):
     """One event of `watch`. `hash` is empty and `dropped` counts the lost events when `kind` is LAGGED."""
 
     kind: PageEventKind

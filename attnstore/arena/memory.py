@@ -43,18 +43,19 @@ class MemoryArena(Arena):
                 f"no memory for an arena of {capacity_bytes} bytes ({error.strerror}); lower the capacity"
             ) from error
         self._bytes = memoryview(self._mapping)
+        self._windows = [self._bytes[begin : begin + extent_bytes] for begin in range(0, self.extents * extent_bytes, extent_bytes)]
 
     def withdraw(self, slot: Slot) -> None:
         """See `Arena.withdraw`. Nobody outside this process uses them."""
 
     def close(self) -> None:
-        self._bytes.release()
+        for window in (*self._windows, self._bytes):
+            window.release()
         with suppress(BufferError):  # windows are held: the mapping goes with the last of them
             self._mapping.close()
 
     def _extent(self, extent: int) -> memoryview:
-        begin = extent * self.extent_bytes
-        return self._bytes[begin : begin + self.extent_bytes]
+        return self._windows[extent]
 
     def _replace(self, extent: int) -> None:
         window = self._extent(extent)

@@ -100,7 +100,7 @@ class ReadPlan:
         """Whether what landed is what the node sealed: `sealed` guards the whole page, or the layers that are read of it."""
         if self.is_whole:
             return page_checksum(landed) == sealed
-        return range_checksum(checksums(landed, self.layer_bytes).layers) == sealed
+        return range_checksum(checksums(landed, self.layer_bytes)[1]) == sealed
 
 
 @dataclass(frozen=True, slots=True)

@@ -54,7 +54,7 @@ class LentMemory:
         begin = self._next * self._stride_bytes
         self._next = (self._next + 1) % self._slots
         self._used += 1
-        return copy(self._bytes[begin : begin + len(page)], address_of(page), len(page), soon_used=True).whole, begin
+        return copy(self._bytes[begin : begin + len(page)], address_of(page), len(page), soon_used=True)[0], begin
 
     def give_back(self, pages: int) -> None:
         """The node is done with the `pages` that have been here longest."""

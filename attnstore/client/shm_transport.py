@@ -248,13 +248,13 @@ def _land(plan: ReadPlan, index: int, located: Located, begin: int) -> None:
         plan.landing.miss(index, PageStatus.MISSING)
         return
     landing = plan.landing.whole(index)
-    made = extent.copy(place.offset_bytes + begin, landing, len(landing) if plan.is_whole else plan.layer_bytes)
+    whole, layers = extent.copy(place.offset_bytes + begin, landing, len(landing) if plan.is_whole else plan.layer_bytes)
     # Only now: whatever the node did while we copied, it changed the stamp first.
     read_fence()
     if stamps[at] != stamp:
         plan.landing.miss(index, PageStatus.MISSING)
     else:
-        plan.landing.settle(index, (made.whole if plan.is_whole else range_checksum(made.layers)) == place.checksum)
+        plan.landing.settle(index, (whole if plan.is_whole else range_checksum(layers)) == place.checksum)
 
 
 class _Channel:

@@ -15,7 +15,7 @@ import ctypes
 import importlib.util
 import threading
 from collections.abc import Callable
-from typing import Final, NamedTuple
+from typing import Final
 
 from attnstore.core.hashing import LAYER_CHECKSUM_BYTES, layer_checksums, page_checksum
 from attnstore.limits import KIB, MIB
@@ -34,11 +34,10 @@ _from_buffer = ctypes.c_char.from_buffer
 _Compiled = Callable[[int, int, int, int, int, int], int]
 
 
-class Checksums(NamedTuple):
-    """The `page_checksum` of a page or of a range of its layers, and the `layer_checksums` of these."""
-
-    whole: int
-    layers: bytes
+Checksums = tuple[int, bytes]
+"""The `page_checksum` of a page or of a range of its layers, and the `layer_checksums` of these. A plain tuple, because a named one
+takes as long to make as a small page to hash.
+"""
 
 
 def copy(destination: memoryview, source: int, layer_bytes: int, *, soon_used: bool = False) -> Checksums:
@@ -53,31 +52,34 @@ def copy(destination: memoryview, source: int, layer_bytes: int, *, soon_used: b
     if compiled is not None and layer_bytes % BLOCK_BYTES == 0:
         return _run(compiled, source, len(destination), layer_bytes, target, 1 if soon_used or target % _LINE_BYTES else 2)
     ctypes.memmove(target, source, len(destination))
-    return _read_twice(destination, layer_bytes)
+    _compilation.count(len(destination))
+    return _read(destination, layer_bytes)
 
 
 def checksums(data: memoryview, layer_bytes: int) -> Checksums:
     """The checksums of contiguous bytes where they lie, a whole number of layers. Without the interpreter lock."""
-    compiled = _compilation.result
-    if compiled is not None and layer_bytes % BLOCK_BYTES == 0:
-        source = address_of(data) if data.readonly else _addressof(_from_buffer(data))
-        return _run(compiled, source, len(data), layer_bytes, 0, 0)
-    return _read_twice(data, layer_bytes)
+    if layer_bytes < len(data):
+        compiled = _compilation.result
+        if compiled is not None and layer_bytes % BLOCK_BYTES == 0:
+            source = address_of(data) if data.readonly else _addressof(_from_buffer(data))
+            return _run(compiled, source, len(data), layer_bytes, 0, 0)
+        _compilation.count(len(data))
+    return _read(data, layer_bytes)
+
+
+def _read(data: memoryview, layer_bytes: int) -> Checksums:
+    if layer_bytes == len(data):
+        whole = page_checksum(data)
+        return whole, whole.to_bytes(LAYER_CHECKSUM_BYTES, "little")
+    of_layers = layer_checksums(data, layer_bytes)  # first: see the module
+    return page_checksum(data), of_layers
 
 
 def _run(compiled: _Compiled, source: int, size_bytes: int, layer_bytes: int, target: int, how: int) -> Checksums:
     layers = size_bytes // layer_bytes
     of_layers = bytearray(LAYER_CHECKSUM_BYTES * layers)
     whole = compiled(source, layers, layer_bytes, _addressof(_from_buffer(of_layers)), target, how)
-    return Checksums(whole, bytes(of_layers))
-
-
-def _read_twice(data: memoryview, layer_bytes: int) -> Checksums:
-    _compilation.count(len(data))
-    of_layers = layer_checksums(data, layer_bytes)
-    if len(data) == layer_bytes:
-        return Checksums(int.from_bytes(of_layers, "little"), of_layers)
-    return Checksums(page_checksum(data), of_layers)
+    return whole, bytes(of_layers)
 
 
 def prepare() -> None:

@@ -34,12 +34,14 @@ class EventLog:
 
         A LAGGED event bears the number of the last event that was lost.
         """
+        if not self._waiting:
+            return []
         events = list(self._waiting)
         if self._dropped:
             last_lost = events[0][1].sequence - 1
             events[:0] = [
                 (space, PageEvent(PageEventKind.LAGGED, b"", last_lost, dropped)) for space, dropped in self._dropped.items()
             ]
+            self._dropped.clear()
         self._waiting.clear()
-        self._dropped.clear()
         return events

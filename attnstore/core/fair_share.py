@@ -47,9 +47,13 @@ class FairShares:
 
     def fits(self, tenant: str, units: int = 1) -> bool:
         """Whether the tenant may take so many units more."""
+        if self._used + units > self._limit:
+            return False
         if self._tenants == 1:
-            return self._used + units <= self._limit
+            return True
         held = self._held.get(tenant, 0)
+        if held + units <= self.guaranteed:
+            return True
         kept_for_others = self.guaranteed * (self._tenants - 1) - (self._used_guaranteed - min(held, self.guaranteed))
         free_after = self._limit - self._used - units - max(0, kept_for_others)
         beyond_guarantee = held + units - self.guaranteed
@@ -84,4 +88,5 @@ class FairShares:
             self._held.pop(tenant, None)
         self._used += units
         if self._tenants > 1:
-            self._used_guaranteed += min(after, self.guaranteed) - min(before, self.guaranteed)
+            guaranteed = self.guaranteed
+            self._used_guaranteed += (after if after < guaranteed else guaranteed) - (before if before < guaranteed else guaranteed)

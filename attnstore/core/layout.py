@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import enum
 import struct
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from attnstore.errors import InvalidArgument
 from attnstore.limits import PAGE_BYTES_MAX
@@ -65,6 +65,10 @@ class PageLayout:
     dtype: DType = DType.BF16
     tp_rank: int = 0
     tp_size: int = 1
+    layer_bytes: int = field(init=False, repr=False, compare=False)
+    """Bytes of one layer's K and V of one block."""
+    page_bytes: int = field(init=False, repr=False, compare=False)
+    """Bytes of one page."""
 
     def __post_init__(self) -> None:
         for name in ("layers", "kv_heads", "head_dim", "block_tokens", "tp_size"):
@@ -73,20 +77,14 @@ class PageLayout:
                 raise InvalidArgument(f"layout.{name} is {value}; it must be between 1 and {_FIELD_MAX}")
         if not 0 <= self.tp_rank < self.tp_size:
             raise InvalidArgument(f"layout.tp_rank is {self.tp_rank}; it must be at least 0 and less than tp_size = {self.tp_size}")
+        layer_bytes = 2 * self.kv_heads * self.block_tokens * self.head_dim * self.dtype.item_bytes
+        # Computed once: they are asked for with every page.
+        object.__setattr__(self, "layer_bytes", layer_bytes)
+        object.__setattr__(self, "page_bytes", self.layers * layer_bytes)
         if self.page_bytes > PAGE_BYTES_MAX:
             raise InvalidArgument(
                 f"a page of this layout has {self.page_bytes} bytes; the maximum is {PAGE_BYTES_MAX}; use fewer block_tokens"
             )
-
-    @property
-    def layer_bytes(self) -> int:
-        """Bytes of one layer's K and V of one block."""
-        return 2 * self.kv_heads * self.block_tokens * self.head_dim * self.dtype.item_bytes
-
-    @property
-    def page_bytes(self) -> int:
-        """Bytes of one page."""
-        return self.layers * self.layer_bytes
 
     @property
     def shape(self) -> tuple[int, int, int, int, int]:

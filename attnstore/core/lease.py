@@ -50,29 +50,27 @@ class LeaseTable:
     def __iter__(self) -> Iterator[LeaseRecord]:
         return iter(self._leases.values())
 
-    def require_room(self, tenant: str, pages: int) -> None:
-        """Raises `Overloaded` where a lease of so many pages would pass the tenant's share."""
-        self._shares.require(tenant)
-        self._page_shares.require(tenant, pages)
-
     def grant(self, namespace: NamespaceRecord, pages: list[Page], lease_ms: int, now_ms: float) -> LeaseRecord:
-        """A new lease of `lease_ms`, for which `require_room` found room."""
+        """A new lease of `lease_ms`. Raises `Overloaded` where it would pass the tenant's share."""
+        tenant = namespace.space.tenant
+        self._shares.take(tenant)
+        try:
+            self._page_shares.take(tenant, len(pages))
+        except BaseException:
+            self._shares.give_back(tenant)
+            raise
         lease_id = self._new_lease_id()
         assert len(lease_id) == LEASE_ID_BYTES, f"a lease id has {LEASE_ID_BYTES} bytes"
         assert lease_id not in self._leases, "lease ids must not repeat"
         assert 0 < lease_ms <= LEASE_MS_MAX
         lease = LeaseRecord(lease_id, namespace, pages, now_ms + lease_ms)
         self._leases[lease_id] = lease
-        self._shares.take(namespace.space.tenant)
-        self._page_shares.take(namespace.space.tenant, len(pages))
         heapq.heappush(self._expiries, (lease.expires_ms, lease_id))
         return lease
 
     def extend(self, lease: LeaseRecord, pages: Sequence[Page], lease_ms: int, now_ms: float) -> None:
-        """Adds pages to a living lease, which has at least `lease_ms` from now. Raises `Overloaded` as `require_room` does."""
-        tenant = lease.namespace.space.tenant
-        self._page_shares.require(tenant, len(pages))
-        self._page_shares.take(tenant, len(pages))
+        """Adds pages to a living lease, which has at least `lease_ms` from now. Raises `Overloaded` as `grant` does."""
+        self._page_shares.take(lease.namespace.space.tenant, len(pages))
         lease.pages += pages
         lease.expires_ms = max(lease.expires_ms, now_ms + lease_ms)
 
@@ -101,15 +99,21 @@ class LeaseTable:
         """Takes a lease out, alive or expired; None where there is none."""
         lease = self._leases.pop(lease_id, None)
         if lease is not None:
-            self._shares.give_back(lease.namespace.space.tenant)
-            self._page_shares.give_back(lease.namespace.space.tenant, len(lease.pages))
-            self._forget_stale_entries()
+            tenant = lease.namespace.space.tenant
+            self._shares.give_back(tenant)
+            self._page_shares.give_back(tenant, len(lease.pages))
+            if len(self._expiries) > 2 * len(self._leases) + _STALE_ENTRIES_MIN:
+                self._forget_stale_entries()
         return lease
 
     def pop_expired(self, now_ms: float) -> LeaseRecord | None:
         """Takes out the lease that has been expired longest; None where none has."""
         entry = self._earliest()
         return self.remove(entry[1]) if entry is not None and entry[0] <= now_ms else None
+
+    def has_due(self, now_ms: float) -> bool:
+        """Whether `pop_expired` is worth a call: False where no lease has expired. It costs less than looking."""
+        return bool(self._expiries) and self._expiries[0][0] <= now_ms
 
     def next_expiry_ms(self) -> float | None:
         """When the next lease expires, None where there is none."""
@@ -146,6 +150,5 @@ class LeaseTable:
         """Keeps the heap within twice the leases: clients that match and release quickly leave entries until their time is
         up.
         """
-        if len(self._expiries) > 2 * len(self._leases) + _STALE_ENTRIES_MIN:
-            self._expiries = [(lease.expires_ms, lease.lease_id) for lease in self]
-            heapq.heapify(self._expiries)
+        self._expiries = [(lease.expires_ms, lease.lease_id) for lease in self]
+        heapq.heapify(self._expiries)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from attnstore.core.page_table import MatchOutcome, PageTable
-from attnstore.limits import WORK_PAGES_MAX
+from attnstore.limits import MATCH_PAGES_MAX
 from attnstore.types import Space
 
 _Run = tuple[int, int, Sequence[bytes]]
@@ -31,7 +31,7 @@ class SlicedMatch:
         self.lease_id: bytes | None = None
 
     def advance(self, now_ms: float) -> bool:
-        """Works on at most `WORK_PAGES_MAX` pages. True: that was the last of it. Raises as `PageTable.match` does."""
+        """Works on at most `MATCH_PAGES_MAX` pages. True: that was the last of it. Raises as `PageTable.match` does."""
         batch = next(self._to_find, None)
         if batch is not None:
             self._find(batch, now_ms)
@@ -58,9 +58,9 @@ class SlicedMatch:
 
 
 def _batches(prefixes: Sequence[Sequence[bytes]]) -> Iterator[list[_Run]]:
-    """The prefixes in runs, so many together that they have at most `WORK_PAGES_MAX` hashes and are no more either."""
+    """The prefixes in runs, so many together that they have at most `MATCH_PAGES_MAX` hashes and are no more either."""
     batch: list[_Run] = []
-    room = WORK_PAGES_MAX
+    room = MATCH_PAGES_MAX
     for index, prefix in enumerate(prefixes):
         begin = 0
         while True:
@@ -70,7 +70,7 @@ def _batches(prefixes: Sequence[Sequence[bytes]]) -> Iterator[list[_Run]]:
             room -= max(1, len(run))
             if room <= 0:
                 yield batch
-                batch, room = [], WORK_PAGES_MAX
+                batch, room = [], MATCH_PAGES_MAX
             if begin == len(prefix):
                 break
     if batch:

@@ -144,7 +144,7 @@ class NamespaceRecord:
         return bool(self.sealed or self.arriving or self.corrupt)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True, eq=False)
 class ArrivingPage:
     """A slot to fill: hand it back to `PageTable.complete` or `PageTable.abort`, exactly once."""
 
@@ -166,7 +166,7 @@ class ArrivingPage:
         return self.record.namespace.layout.layer_bytes
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True, eq=False)
 class PinnedPage:
     """A sealed page that stays where it is until `PageTable.unpin`, which must be called exactly once."""
 

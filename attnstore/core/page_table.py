@@ -7,8 +7,8 @@ Invariants, asserted by `check`: free + arriving + sealed + corrupt slots are al
 evictable exactly while it is sealed and unpinned; pins are leases, living or ended, plus readers; a lease that has ended names
 nothing any more, and its pages are let go by `expire`.
 
-No command works on more than `WORK_PAGES_MAX` pages beyond those that it was given: what takes more says that it is not done, and
-is asked again, so that whoever shares the table gets turns between.
+No command evicts more than `WORK_PAGES_MAX` pages, or lets more than `MATCH_PAGES_MAX` go: what takes more says that it is not
+done, and is asked again, so that whoever shares the table gets turns between.
 
 Pure: no I/O, no clock, no framework. Time comes in as `now_ms`, identifiers through `new_lease_id`, effects go out as return
 values and events, so that a simulation from a seed repeats exactly. Not thread-safe: one owner calls it.
@@ -33,7 +33,7 @@ from attnstore.core.quota import Quotas
 from attnstore.core.residency import Residency
 from attnstore.core.slots import Slot, SlotClass, SlotPool
 from attnstore.core.tombstones import Tombstones
-from attnstore.limits import HASH_BYTES, LEASE_MS_MAX, PAGE_AGE_MS_MAX, TOMBSTONE_MARGIN_MS, WORK_PAGES_MAX
+from attnstore.limits import HASH_BYTES, LEASE_MS_MAX, MATCH_PAGES_MAX, PAGE_AGE_MS_MAX, TOMBSTONE_MARGIN_MS, WORK_PAGES_MAX
 from attnstore.types import PageEvent, PageEventKind, PageStatus, Space
 
 __all__ = ["ArrivingPage", "MatchOutcome", "NamespaceStatistics", "PageTable", "PageTableStatistics", "PinnedPage", "Room"]
@@ -188,8 +188,10 @@ class PageTable:
         record = self._namespaces.find(space)
         found: list[Page] = []
         hits = []
+        asked = 0
         lookup = record.sealed.get
         for prefix in prefixes:
+            asked += len(prefix)
             before = len(found)
             for page_hash in prefix:
                 page = lookup(page_hash)
@@ -204,7 +206,7 @@ class PageTable:
         else:
             self._touch(record, found[::-1])
         self._hit += len(found)
-        self.missed(sum(map(len, prefixes)) - len(found))
+        self._missed += asked - len(found)
         return MatchOutcome(tuple(hits), lease_id, granted_ms)
 
     def missed(self, pages: int) -> None:
@@ -280,10 +282,12 @@ class PageTable:
         if slot is Room.NONE:
             return PageStatus.NO_SPACE
         page = Page(record, page_hash, checksum, slot, self._residency.extent_of(slot))
-        page.written_ms = now_ms - min(age_ms, PAGE_AGE_MS_MAX)
-        page.is_handed_over = age_ms > 0
+        if age_ms:
+            page.written_ms = now_ms - min(age_ms, PAGE_AGE_MS_MAX)
+            page.is_handed_over = True
         page.advance(PageStep.PREPARE)
-        self._namespaces.filled(record)
+        if not (record.sealed or record.arriving):
+            self._namespaces.filled(record)
         record.arriving[page_hash] = page
         self._residency.arrived(page)
         self._arriving += 1
@@ -345,11 +349,17 @@ class PageTable:
     def release(self, tenant: str, lease_id: bytes, now_ms: float) -> bool:
         """Ends a tenant's lease; False where it had expired or never existed. Lets pages go as `expire` does."""
         lease = self._leases.find_of(tenant, lease_id, now_ms)
-        if lease is not None:
-            self._leases.remove(lease_id)
+        if lease is None:
+            self._settle(now_ms)
+            return False
+        self._leases.remove(lease_id)
+        if self._ended or len(lease.pages) > MATCH_PAGES_MAX:
             self._ended.append(lease)
-        self.expire(now_ms)
-        return lease is not None
+            self._settle(now_ms)
+        else:
+            lease.pages.reverse()
+            self._let_go(lease.namespace, lease.pages)
+        return True
 
     def delete(self, space: Space, page_hashes: Sequence[bytes], now_ms: float) -> list[PageStatus]:
         """Removes sealed pages: of each OK, MISSING, or PINNED where a lease or a reader holds it.
@@ -357,7 +367,7 @@ class PageTable:
         A lease that has ended holds its pages until `expire` has let them go. Those that are not PINNED cannot be handed over by
         other nodes from now on (`prepare`), for `TOMBSTONE_MS_MAX`.
         """
-        self.expire(now_ms)
+        self._settle(now_ms)
         record = self._namespaces.find(space)
         return [self._delete(record, page_hash, now_ms) for page_hash in page_hashes]
 
@@ -404,9 +414,13 @@ class PageTable:
             self._bury(record)
         return True
 
+    def has_due(self, now_ms: float) -> bool:
+        """Whether `expire` is worth a call: False where it would find nothing to let go."""
+        return bool(self._ended) or self._leases.has_due(now_ms)
+
     def expire(self, now_ms: float) -> float | None:
         """Ends the leases that have expired and lets the pages of ended ones go, the last of a prefix first: at most
-        `WORK_PAGES_MAX` leases and as many pages.
+        `WORK_PAGES_MAX` leases and `MATCH_PAGES_MAX` pages.
 
         Returns when there is more to do: not later than now where this was not all, else when the next lease expires, None where no
         lease is left.
@@ -416,15 +430,17 @@ class PageTable:
             if expired is None:
                 break
             self._ended.append(expired)
-        left = WORK_PAGES_MAX
+        left = MATCH_PAGES_MAX
         while self._ended and left > 0:
-            pages = self._ended[0].pages
-            going = pages[-left:]
-            del pages[-left:]
-            self._let_go(self._ended[0].namespace, going[::-1])
-            left -= max(1, len(going))
-            if not pages:
+            lease = self._ended[0]
+            going = lease.pages[-left:]
+            going.reverse()
+            self._let_go(lease.namespace, going)
+            if len(going) == len(lease.pages):
                 self._ended.popleft()
+            else:
+                del lease.pages[-left:]
+            left -= max(1, len(going))
         return now_ms if self._ended else self._leases.next_expiry_ms()
 
     def trim(self) -> bool:
@@ -506,26 +522,33 @@ class PageTable:
 
     def _lease(self, record: NamespaceRecord, pages: list[Page], lease_ms: int, now_ms: float, lease_id: bytes | None) -> bytes:
         """A new lease over the pages, or `lease_id` with them; as it was where it has expired meanwhile."""
-        self.expire(now_ms)
+        self._settle(now_ms)
         lease = None if lease_id is None else self._leases.find(lease_id, now_ms)
         if lease_id is not None and lease is None:
             return lease_id
         self._residency.require_room(record.space.tenant, pages)
         if lease is None:
-            self._leases.require_room(record.space.tenant, len(pages))
             lease = self._leases.grant(record, pages, lease_ms, now_ms)
         else:
             self._leases.extend(lease, pages, lease_ms, now_ms)
         self._hold(record, pages)
         return lease.lease_id
 
+    def _settle(self, now_ms: float) -> Literal[Room.MAKING, Room.NONE]:
+        """`expire` where it has something to do; whether pages that nothing holds any more are then still to be let go."""
+        if not self._ended and not self._leases.has_due(now_ms):
+            return Room.NONE
+        next_ms = self.expire(now_ms)
+        return Room.NONE if next_ms is None or next_ms > now_ms else Room.MAKING
+
     def _hold(self, record: NamespaceRecord, pages: Sequence[Page]) -> None:
         """Pins each of the pages once more, one that is named twice twice."""
         unpinned = []
         for page in pages:
-            if not page.pins:
+            pins = page.pins
+            if not pins:
                 unpinned.append(page)
-            page.pins += 1
+            page.pins = pins + 1
         record.policy.withdrawn(unpinned)
         self._residency.busied(unpinned)
         self._pinned += len(unpinned)
@@ -534,8 +557,9 @@ class PageTable:
         """Undoes `_hold`; where it was the last pin they are the most recently used pages now, in the order given."""
         unpinned = []
         for page in pages:
-            page.pins -= 1
-            if not page.pins:
+            pins = page.pins - 1
+            page.pins = pins
+            if not pins:
                 unpinned.append(page)
         self._residency.settled(unpinned, self._next_tick())
         record.policy.returned(unpinned)
@@ -567,11 +591,12 @@ class PageTable:
 
     def _slot_for(self, record: NamespaceRecord, now_ms: float) -> Slot | Literal[Room.MAKING, Room.NONE]:
         """A free slot, or one that an eviction frees; for a tenant with its share of busy extents, in one of those or none."""
-        room = self._fits_quota(record, now_ms)
-        if room is not Room.FREE:
-            return room
+        if not self._quotas.leaves_room(record.space.tenant, record.layout.page_bytes):
+            room = self._make_quota(record, now_ms)
+            if room is not Room.FREE:
+                return room
         if not self._residency.may_busy(record.space.tenant):
-            later = _room_after(self.expire(now_ms), now_ms)
+            later = self._settle(now_ms)
             if not self._residency.may_busy(record.space.tenant):
                 return self._slot_in_busy_extent(record) or later
         return self._slots.take(record.slot_class) or self._make_room(record, now_ms)
@@ -579,7 +604,7 @@ class PageTable:
     def _may_busy(self, record: NamespaceRecord, now_ms: float) -> bool:
         if self._residency.may_busy(record.space.tenant):
             return True
-        self.expire(now_ms)
+        self._settle(now_ms)
         return self._residency.may_busy(record.space.tenant)
 
     def _slot_in_busy_extent(self, record: NamespaceRecord) -> Slot | None:
@@ -600,15 +625,13 @@ class PageTable:
             del self._policies[record.slot_class]
             self._slots.forget_class(record.slot_class)
 
-    def _fits_quota(self, record: NamespaceRecord, now_ms: float) -> Room:
-        """Evicts the tenant's own pages, of this size first: as much as one more takes, where its quota has no room for that.
+    def _make_quota(self, record: NamespaceRecord, now_ms: float) -> Room:
+        """Evicts the tenant's own pages, of this size first: as much as one more takes, for which its quota has no room.
 
         What a tenant takes beyond a quota that was lowered is for `trim`.
         """
         tenant, size_bytes = record.space.tenant, record.layout.page_bytes
-        if self._quotas.leaves_room(tenant, size_bytes):
-            return Room.FREE
-        later = _room_after(self.expire(now_ms), now_ms)
+        later = self._settle(now_ms)
         policies = [record.policy, *self._policies_of(tenant)]
         freed_bytes = 0
         for _ in range(WORK_PAGES_MAX):
@@ -627,7 +650,7 @@ class PageTable:
         Without the second choice a class would keep what it once took while another thrashes in one extent; with it, memory
         flows to whoever uses it, an extent at a time.
         """
-        later = _room_after(self.expire(now_ms), now_ms)
+        later = self._settle(now_ms)
         free = self._slots.take(record.slot_class)
         if free is not None:
             return free  # of a corrupt page that a lease had kept
@@ -692,8 +715,3 @@ class PageTable:
 
 def _first_victim(policies: Sequence[EvictionPolicy[Page]]) -> Page | None:
     return next((page for policy in policies if (page := policy.victim()) is not None), None)
-
-
-def _room_after(next_ms: float | None, now_ms: float) -> Literal[Room.MAKING, Room.NONE]:
-    """Whether pages that nothing holds any more are still to be let go, as `PageTable.expire` has said."""
-    return Room.NONE if next_ms is None or next_ms > now_ms else Room.MAKING

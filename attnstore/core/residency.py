@@ -2,9 +2,9 @@
 
 Owns: for each extent its pages and how many of them are busy (arriving or pinned), and the order of last use of the extents
 that have pages but no busy one: the *idle* extents.
-Invariants: an extent is idle exactly while it has pages and none of them is busy; the idle order is ascending in `used`; no tenant
-makes more extents busy than is its share, so that leases that are renewed for ever, slow readers and slow writers of one tenant
-leave extents that others can have.
+Invariants: an extent is idle exactly while it has pages and none of them is busy; the idle order is ascending in `used`; where
+there are several tenants none makes more extents busy than is its share, so that leases that are renewed for ever, slow readers and
+slow writers of one leave extents that others can have.
 
 A class that runs out of slots can take a whole idle extent from another class, the one that was unused longest. Keeping the
 idle extents in order makes that choice O(1) however many extents the node has.
@@ -71,24 +71,27 @@ class Residency:
 
     def busied(self, pages: Sequence[Page]) -> None:
         """Idle pages become busy."""
-        idle = self._idle
+        idle, is_shared = self._idle, self._is_shared
         for page in pages:
             extent = page.extent
             if not extent.busy:
                 idle.pop(extent, None)
-                self._busy.take(page.namespace.space.tenant)
+                if is_shared:
+                    self._busy.take(page.namespace.space.tenant)
             extent.busy += 1
 
     def settled(self, pages: Sequence[Page], tick: int) -> None:
         """Busy pages become idle, used until now."""
+        idle, is_shared = self._idle, self._is_shared
         for page in pages:
             page.used = tick
             extent = page.extent
             extent.used = tick
             extent.busy -= 1
             if not extent.busy:
-                self._idle[extent] = None
-                self._busy.give_back(page.namespace.space.tenant)
+                idle[extent] = None
+                if is_shared:
+                    self._busy.give_back(page.namespace.space.tenant)
 
     def touched(self, pages: Sequence[Page], tick: int) -> None:
         """Pages, busy or idle, were used."""
@@ -111,6 +114,6 @@ class Residency:
             assert all(page.extent is extent and page.slot.extent == index for page in extent.pages)
             assert all(page.used <= extent.used for page in extent.pages)
         holders = Counter(next(iter(extent.pages)).namespace.space.tenant for extent in self._extents if extent.busy)
-        assert self._busy.held == holders
+        assert self._busy.held == (holders if self._is_shared else {})
         ticks = [extent.used for extent in self._idle]
         assert ticks == sorted(ticks), "the idle extents are out of order"

@@ -12,8 +12,8 @@ shows one tenant's pages only, and pages of many sizes share one capacity withou
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from itertools import count
+from typing import NamedTuple
 
 from attnstore.errors import InvalidArgument
 from attnstore.limits import EXTENT_BYTES_MAX, EXTENT_BYTES_MIN, EXTENTS_MIN
@@ -34,8 +34,7 @@ def extent_bytes_for(capacity_bytes: int) -> int:
     return exact if extents == 1 else aligned
 
 
-@dataclass(frozen=True, slots=True)
-class Slot:
+class Slot(NamedTuple):
     """A page's place: bytes `[offset_bytes, offset_bytes + size_bytes)` of an extent.
 
     `generation` is new every time a slot is taken and never repeats, so an equal generation means that the bytes are still

@@ -36,8 +36,8 @@ class Tombstones:
 
     def lift(self, space: Space, page_hash: bytes) -> None:
         """The page was written anew."""
-        of_tenant = self._died_ms.get(space.tenant, {})
-        if of_tenant.pop((space.namespace, page_hash), None) is not None:
+        of_tenant = self._died_ms.get(space.tenant)
+        if of_tenant is not None and of_tenant.pop((space.namespace, page_hash), None) is not None:
             self._count -= 1
             if not of_tenant:
                 del self._died_ms[space.tenant]

@@ -82,6 +82,8 @@ class EventHub:
 
     def publish(self, events: Iterable[tuple[Space, PageEvent]]) -> None:
         """Offers each `(space, event)` to that space's watchers. Safe from any thread; keeps the order of calls."""
+        if not self._subscriptions:
+            return
         watched = [(space, event) for space, event in events if space in self._subscriptions]
         if watched:
             self._loop.call_soon_threadsafe(self._deliver, watched)

@@ -167,6 +167,7 @@ class _Connection(Connection):
             **attend.answers,
         }
         self._scratch = memoryview(bytearray(MIB))
+        self._space = Space("", b"")
         self._verdicts: list[bytes] = []
 
     @property
@@ -243,11 +244,18 @@ class _Connection(Connection):
             self._send_verdicts()
             self._stream.send(encode_refusal(frame.request, error))
 
+    def _space_of(self, frame: Frame, tenant: str) -> Space:
+        """The last one, where it is the same: a writer names it with every page."""
+        space = self._space
+        if space.namespace != frame.namespace:
+            space = self._space = Space(tenant, frame.namespace)
+        return space
+
     def _match(self, frame: Frame, tenant: str) -> None:
         payload = self._stream.whole_payload(frame)
         with self._metrics.call("Match"):
             prefixes = decode_prefixes(frame.page, payload)
-            found = self._store.match(Space(tenant, frame.namespace), prefixes, frame.offset_bytes)
+            found = self._store.match(self._space_of(frame, tenant), prefixes, frame.offset_bytes)
             self._metrics.matched(found.hits, prefixes)
         hits = encode_hits(found.hits)
         lease = found.lease_id or NO_LEASE
@@ -256,7 +264,7 @@ class _Connection(Connection):
 
     def _read(self, frame: Frame, tenant: str) -> None:
         hashes = split_hashes(bytes(self._stream.whole_payload(frame)))
-        space = Space(tenant, frame.namespace)
+        space = self._space_of(frame, tenant)
         layout = self._store.layout_of(space)
         begin, end = layout.layer_slice(frame.layer_begin, frame.layer_end)
         if frame.order is Order.LAYERS:
@@ -323,7 +331,7 @@ class _Connection(Connection):
         self._metrics.pages("Read", status)
 
     def _write(self, frame: Frame, tenant: str) -> None:
-        space = Space(tenant, frame.namespace)
+        space = self._space_of(frame, tenant)
         verdict = PageStatus.WRONG_SIZE
         if frame.size_bytes == self._store.layout_of(space).page_bytes:
             verdict = self._receive_page(frame, space)

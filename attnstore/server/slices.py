@@ -15,7 +15,7 @@ R = TypeVar("R")
 T = TypeVar("T")
 
 Sliced = Generator[None, None, R]
-"""Work that pauses after each slice, with no lock held, and returns its result. `close` ends it in order."""
+"""Work that pauses between two slices, with no lock held, and returns its result. `close` ends it in order."""
 
 TURN_S: Final = 100e-6
 """Who lets a lock go and takes it at once again leaves others no time to wake up."""

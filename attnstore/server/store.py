@@ -1,8 +1,8 @@
 """The pure core with its arena, its clock and one lock: what every transport of a node works on.
 
 Owns: `Store`. Invariants: the page table is touched under the lock only, and the lock is never held while a page's bytes move or
-a peer is waited for, so that metadata stays quick while pages flow on other threads; nor for more than `WORK_PAGES_MAX` pages: what
-takes more is `Sliced`, for callers on the event loop, with a twin for those on threads.
+a peer is waited for, so that metadata stays quick while pages flow on other threads; nor for more pages than `WORK_PAGES_MAX` and
+`MATCH_PAGES_MAX` say: what takes more is `Sliced`, for callers on the event loop, with a twin for those on threads.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from attnstore.core.page_table import (
     PinnedPage,
     Room,
 )
-from attnstore.limits import WORK_PAGES_MAX
+from attnstore.limits import MATCH_PAGES_MAX, WORK_PAGES_MAX
 from attnstore.logs import get_logger
 from attnstore.server.slices import TURN_S, Sliced, finish, in_slices
 from attnstore.types import PageEvent, PageStatus, Space
@@ -100,15 +100,27 @@ class Store:
 
     def match(self, space: Space, prefixes: Sequence[Sequence[bytes]], lease_ms: int) -> MatchOutcome:
         """`PageTable.match`. One that takes a lease is a use of the segments that it finds."""
-        return finish(self.matching(space, prefixes, lease_ms))
+        found = self._match_at_once(space, prefixes, lease_ms)
+        return finish(self._match_in_slices(space, prefixes, lease_ms)) if found is None else found
 
     def matching(self, space: Space, prefixes: Sequence[Sequence[bytes]], lease_ms: int) -> Sliced[MatchOutcome]:
         """`match` in slices. Where there are several, pages that no lease holds may go between them."""
+        found = self._match_at_once(space, prefixes, lease_ms)
+        return (yield from self._match_in_slices(space, prefixes, lease_ms)) if found is None else found
+
+    def _match_at_once(self, space: Space, prefixes: Sequence[Sequence[bytes]], lease_ms: int) -> MatchOutcome | None:
+        """None where that takes too long: there are too many pages, or leases have ended whose pages are still to be let go."""
+        if len(prefixes) > MATCH_PAGES_MAX or sum(map(len, prefixes)) > MATCH_PAGES_MAX:
+            return None
+        with self._lock:
+            now_ms = self._clock.now_ms()
+            if lease_ms > 0 and self._table.has_due(now_ms):
+                return None
+            return self._used(space, prefixes, self._table.match(space, prefixes, lease_ms, now_ms))
+
+    def _match_in_slices(self, space: Space, prefixes: Sequence[Sequence[bytes]], lease_ms: int) -> Sliced[MatchOutcome]:
         if lease_ms > 0:
             yield from self.settling()
-        if len(prefixes) <= WORK_PAGES_MAX and sum(map(len, prefixes)) <= WORK_PAGES_MAX:
-            with self._lock:
-                return self._used(space, prefixes, self._table.match(space, prefixes, lease_ms, self._clock.now_ms()))
         match = SlicedMatch(self._table, space, prefixes, lease_ms)
         try:
             while not self._advanced(match):
@@ -134,7 +146,7 @@ class Store:
         while True:
             with self._lock:
                 now_ms = self._clock.now_ms()
-                next_ms = self._table.expire(now_ms)
+                next_ms = self._table.expire(now_ms) if self._table.has_due(now_ms) else None
             if next_ms is None or next_ms > now_ms:
                 return
             yield
@@ -209,7 +221,7 @@ class Store:
                 if isinstance(page, ArrivingPage):
                     # The first look at an extent of a new tenancy wipes it, so it must not happen beside another writer's.
                     self._arena.view(page.slot)
-                self._publish(self._table.take_events())
+                self._tell()
             except BaseException:
                 if isinstance(page, ArrivingPage):
                     self._table.abort(page)
@@ -224,25 +236,37 @@ class Store:
         """Ends the arrival of a page whose bytes are all there: STORED, or why its slot is free again: DELETED as of
         `PageTable.complete`, or CHECKSUM_MISMATCH.
         """
-        return self._end(page, lambda: checksums(self._arena.view(page.slot), page.layer_bytes))
-
-    def fill(self, page: ArrivingPage, source: int) -> PageStatus:
-        """Copies a whole page from address `source` on and ends its arrival, as `seal` does."""
-        return self._end(page, lambda: copy(self._arena.view(page.slot), source, page.layer_bytes))
-
-    def _end(self, page: ArrivingPage, checksums_of: Callable[[], Checksums]) -> PageStatus:
         try:
-            made = checksums_of()
+            made = checksums(self._arena.view(page.slot), page.layer_bytes)
         except BaseException:
             self.abort(page)
             raise
-        if made.whole != page.checksum:
+        return self._end(page, made)
+
+    def fill(self, page: ArrivingPage, source: int) -> PageStatus:
+        """Copies a whole page from address `source` on and ends its arrival, as `seal` does."""
+        try:
+            made = copy(self._arena.view(page.slot), source, page.layer_bytes)
+        except BaseException:
+            self.abort(page)
+            raise
+        return self._end(page, made)
+
+    def _end(self, page: ArrivingPage, made: Checksums) -> PageStatus:
+        whole, layers = made
+        if whole != page.checksum:
             self.abort(page)
             return PageStatus.CHECKSUM_MISMATCH
         with self._lock:
-            verdict = self._table.complete(page, self._clock.now_ms(), made.layers)
-            self._publish(self._table.take_events())
+            verdict = self._table.complete(page, self._clock.now_ms(), layers)
+            self._tell()
         return verdict
+
+    def _tell(self) -> None:
+        """Publishes what happened, under the lock, so that events keep their order."""
+        events = self._table.take_events()
+        if events:
+            self._publish(events)
 
     def abort(self, page: ArrivingPage) -> None:
         """`PageTable.abort`."""
@@ -266,7 +290,7 @@ class Store:
         if len(part) == len(view.data):
             return part, guard
         checksum = page_checksum(part)
-        if range_checksum(checksums(part, view.page.layer_bytes).layers) != guard:
+        if range_checksum(checksums(part, view.page.layer_bytes)[1]) != guard:
             self.is_intact(view)
             return PageStatus.MISSING
         return part, checksum
@@ -285,7 +309,7 @@ class Store:
             if self._table.verified(page, self._clock.now_ms(), intact=intact):
                 self._arena.withdraw(page.slot)
                 _log.error("page was not what was sealed any more, and is gone", extent=page.slot.extent, at=page.slot.offset_bytes)
-            self._publish(self._table.take_events())
+            self._tell()
         return intact
 
     def holds(self, space: Space, lease_id: bytes) -> bool:
@@ -300,14 +324,23 @@ class Store:
 
     def release(self, tenant: str, lease_id: bytes) -> bool:
         """`PageTable.release`, and lets the pages go."""
-        return finish(self.releasing(tenant, lease_id))
+        was_alive, is_done = self._release(tenant, lease_id)
+        if not is_done:
+            finish(self.settling())
+        return was_alive
 
     def releasing(self, tenant: str, lease_id: bytes) -> Sliced[bool]:
         """`release` in slices; the lease is void after the first."""
-        with self._lock:
-            was_alive = self._table.release(tenant, lease_id, self._clock.now_ms())
-        yield from self.settling()
+        was_alive, is_done = self._release(tenant, lease_id)
+        if not is_done:
+            yield from self.settling()
         return was_alive
+
+    def _release(self, tenant: str, lease_id: bytes) -> tuple[bool, bool]:
+        """Whether the lease was alive, and whether its pages are let go."""
+        with self._lock:
+            now_ms = self._clock.now_ms()
+            return self._table.release(tenant, lease_id, now_ms), not self._table.has_due(now_ms)
 
     def delete(self, space: Space, page_hashes: Sequence[bytes]) -> list[PageStatus]:
         """`PageTable.delete` of each."""
@@ -318,10 +351,11 @@ class Store:
         yield from self.settling()
         statuses: list[PageStatus] = []
         for hashes in in_slices(page_hashes, WORK_PAGES_MAX):
+            if statuses:
+                yield
             with self._lock:
                 statuses += self._table.delete(space, hashes, self._clock.now_ms())
-                self._publish(self._table.take_events())
-            yield
+                self._tell()
         return statuses
 
     def deleted_elsewhere(self, space: Space, page_hashes: Sequence[bytes], age_ms: float) -> None:
@@ -331,7 +365,7 @@ class Store:
             with self._lock:
                 for page_hash in hashes:
                     self._table.deleted_elsewhere(space, page_hash, died_ms, self._clock.now_ms())
-                self._publish(self._table.take_events())
+                self._tell()
 
     def sweeping(self) -> Sliced[None]:
         """Gives back what nobody holds or may hold any more: pages of leases that have ended, those beyond quotas, and namespaces
@@ -343,7 +377,7 @@ class Store:
         while True:
             with self._lock:
                 has_more = self._table.trim()
-                self._publish(self._table.take_events())
+                self._tell()
             if not has_more:
                 return
             yield
@@ -360,9 +394,10 @@ class Store:
             spaces = [space for space in spaces if space.tenant == tenant]
         statistics: list[NamespaceStatistics] = []
         for part in in_slices(spaces, WORK_PAGES_MAX):
+            if statistics:
+                yield
             with self._lock:
                 statistics += self._table.space_statistics(part)
-            yield
         return statistics
 
     def statistics(self) -> PageTableStatistics:

@@ -1,4 +1,4 @@
-"""What takes many pages is done a slice at a time, of at most `WORK_PAGES_MAX` of them, and all of it is done in the end."""
+"""What takes many pages is done a slice at a time, of at most so many of them, and all of it is done in the end."""
 
 from __future__ import annotations
 
@@ -25,7 +25,8 @@ MakeLayout = Callable[[int], PageLayout]
 @pytest.fixture(autouse=True)
 def _small_slices(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(page_table, "WORK_PAGES_MAX", SLICE)
-    monkeypatch.setattr(matching, "WORK_PAGES_MAX", SLICE)
+    for module in (page_table, matching):
+        monkeypatch.setattr(module, "MATCH_PAGES_MAX", SLICE)
 
 
 @pytest.fixture

@@ -84,14 +84,20 @@ def test_a_page_for_which_there_is_no_memory_does_not_arrive_for_ever(faulty: tu
 
 
 def test_a_page_whose_events_cannot_be_told_does_not_arrive_for_ever() -> None:
-    def closed(_events: object) -> None:
-        raise RuntimeError("the loop is closed")
+    is_closed = False
 
-    store = make_store(closed)
+    def publish(_events: object) -> None:
+        if is_closed:
+            raise RuntimeError("the loop is closed")
+
+    store = make_store(publish)
     space = Space("default", b"n" * 32)
     store.register(space, LAYOUT)
+    for number in range(SLOTS):
+        fill(store, space, name(number), bytes(SIZE))
+    is_closed = True
     with pytest.raises(RuntimeError):
-        store.prepare(space, name(1), 0)
+        store.prepare(space, name(SLOTS), 0)  # evicts a page, which is to be told
     assert store.statistics().pages_arriving == 0
 
 
