@@ -81,8 +81,10 @@ class LeaseTable:
 
     def find_of(self, tenant: str, lease_id: bytes, now_ms: float) -> LeaseRecord | None:
         """`find`, where the lease is the tenant's."""
-        lease = self.find(lease_id, now_ms)
-        return lease if lease is not None and lease.namespace.space.tenant == tenant else None
+        lease = self._leases.get(lease_id)
+        if lease is None or now_ms >= lease.expires_ms or lease.namespace.space.tenant != tenant:
+            return None
+        return lease
 
     def renew(self, tenant: str, lease_id: bytes, lease_ms: int, now_ms: float) -> int:
         """Extends a tenant's living lease to at least `lease_ms` from now and returns the whole milliseconds that it now has.

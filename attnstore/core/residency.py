@@ -37,9 +37,10 @@ class Residency:
         """Whether pages of the tenant in an idle extent may become busy."""
         return not self._is_shared or self._busy.fits(tenant)
 
-    def require_room(self, tenant: str, pages: Iterable[Page]) -> None:
+    def require_room(self, tenant: str, pages: Sequence[Page]) -> None:
         """Raises `Overloaded` where the tenant would hold more than its share of the extents if these pages became busy."""
-        if self._is_shared:
+        # They are counted only where as many as they may at most be would be too many.
+        if self._is_shared and not self._busy.fits(tenant, min(len(pages), len(self._idle))):
             idle = {page.extent for page in pages if not page.extent.busy}
             if idle:
                 self._busy.require(tenant, len(idle))

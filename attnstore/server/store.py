@@ -110,7 +110,8 @@ class Store:
 
     def _match_at_once(self, space: Space, prefixes: Sequence[Sequence[bytes]], lease_ms: int) -> MatchOutcome | None:
         """None where that takes too long: there are too many pages, or leases have ended whose pages are still to be let go."""
-        if len(prefixes) > MATCH_PAGES_MAX or sum(map(len, prefixes)) > MATCH_PAGES_MAX:
+        pages = len(prefixes[0]) if len(prefixes) == 1 else sum(map(len, prefixes))
+        if pages > MATCH_PAGES_MAX or len(prefixes) > MATCH_PAGES_MAX:
             return None
         with self._lock:
             now_ms = self._clock.now_ms()
