@@ -54,6 +54,14 @@ MATCH_PAGES_MAX = 4_096
 LEASED_PAGES_MAX = 4_194_304
 """Pages held by all leases of one node together, a page counted once for each time that a lease holds it."""
 
+VISIBLE_PAGES_MAX = 8_192
+"""New pages that Python's garbage collector sees before they leave its view: a collection of them takes 5 ms."""
+VISIBLE_LEASED_PAGES_MAX = 8 * VISIBLE_PAGES_MAX
+"""As many, where leases are new: an entry of a lease is a reference, a page is two objects."""
+UNSEEN_OBJECTS_MAX = 1_000_000
+"""Garbage that may lie outside that view, by an estimate, until a node looks through all of its pages."""
+_OBJECT_BYTES = 256
+
 NAMESPACES_MAX = 4_096
 NAMESPACE_EMPTY_MS_MAX = 600_000
 """A namespace without pages is forgotten after this long, or sooner where its place is needed; a client registers it again."""
@@ -111,6 +119,8 @@ assert CHUNK_BYTES_MAX <= EXTENT_BYTES_MIN <= EXTENT_BYTES_MAX <= PAGE_BYTES_MAX
 assert 0 < KEEPALIVE_TIMEOUT_MS < KEEPALIVE_MS
 assert HASHES_MAX <= LEASED_PAGES_MAX
 assert WORK_PAGES_MAX <= MATCH_PAGES_MAX <= HASHES_MAX
+assert WORK_PAGES_MAX <= VISIBLE_PAGES_MAX
+assert UNSEEN_OBJECTS_MAX * _OBJECT_BYTES <= NODE_OTHER_BYTES_MIN
 assert LEASE_MS_MAX < 1 << 32
 
 CHANNEL_TOKEN_BYTES = 32

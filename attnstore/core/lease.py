@@ -34,7 +34,10 @@ class LeaseRecord:
 
 
 class LeaseTable:
-    """The leases of `tenants` tenants by id. Pins nothing itself: the page table does, and undoes it for each lease that ends."""
+    """The leases of `tenants` tenants by id. Pins nothing itself: the page table does, and undoes it for each lease that ends.
+
+    `leased_pages` counts the pages of all leases since the start.
+    """
 
     def __init__(self, new_lease_id: Callable[[], bytes], tenants: int = 1) -> None:
         self._new_lease_id = new_lease_id
@@ -43,6 +46,7 @@ class LeaseTable:
         self._page_shares = FairShares(LEASED_PAGES_MAX, "leased pages", remedy, tenants=tenants)
         self._leases: dict[bytes, LeaseRecord] = {}
         self._expiries: list[tuple[float, bytes]] = []
+        self.leased_pages = 0
 
     def __len__(self) -> int:
         return len(self._leases)
@@ -65,12 +69,14 @@ class LeaseTable:
         assert 0 < lease_ms <= LEASE_MS_MAX
         lease = LeaseRecord(lease_id, namespace, pages, now_ms + lease_ms)
         self._leases[lease_id] = lease
+        self.leased_pages += len(pages)
         heapq.heappush(self._expiries, (lease.expires_ms, lease_id))
         return lease
 
     def extend(self, lease: LeaseRecord, pages: Sequence[Page], lease_ms: int, now_ms: float) -> None:
         """Adds pages to a living lease, which has at least `lease_ms` from now. Raises `Overloaded` as `grant` does."""
         self._page_shares.take(lease.namespace.space.tenant, len(pages))
+        self.leased_pages += len(pages)
         lease.pages += pages
         lease.expires_ms = max(lease.expires_ms, now_ms + lease_ms)
 

@@ -165,6 +165,11 @@ class PageTable:
         """How many pages were sealed since the start."""
         return self._stored
 
+    @property
+    def leased_pages(self) -> int:
+        """How many pages were leased since the start, one counted once for each lease."""
+        return self._leases.leased_pages
+
     def pages_in(self, extent: int) -> list[Page]:
         """The records of all pages of an extent, arriving ones too, in the order in which they came."""
         return list(self._residency.pages_of(extent))

@@ -10,14 +10,13 @@ from __future__ import annotations
 from attnstore.limits import TOMBSTONE_MS_MAX, TOMBSTONES_MAX
 from attnstore.types import Space
 
-_Name = tuple[bytes, bytes]
-
 
 class Tombstones:
     """Times are those of the table's clock."""
 
     def __init__(self) -> None:
-        self._died_ms: dict[str, dict[_Name, float]] = {}  # of each tenant, the oldest first
+        # Of each tenant, the oldest first, by namespace and hash in one: of bytes and numbers there is nothing to collect.
+        self._died_ms: dict[str, dict[bytes, float]] = {}
         self._count = 0
 
     def __len__(self) -> int:
@@ -27,7 +26,7 @@ class Tombstones:
         """The page was deleted at `died_ms`."""
         self.lift(space, page_hash)
         of_tenant = self._died_ms.setdefault(space.tenant, {})
-        of_tenant[space.namespace, page_hash] = died_ms
+        of_tenant[space.namespace + page_hash] = died_ms
         self._count += 1
         while of_tenant and next(iter(of_tenant.values())) <= now_ms - TOMBSTONE_MS_MAX:
             self._forget_oldest(space.tenant)
@@ -37,14 +36,14 @@ class Tombstones:
     def lift(self, space: Space, page_hash: bytes) -> None:
         """The page was written anew."""
         of_tenant = self._died_ms.get(space.tenant)
-        if of_tenant is not None and of_tenant.pop((space.namespace, page_hash), None) is not None:
+        if of_tenant is not None and of_tenant.pop(space.namespace + page_hash, None) is not None:
             self._count -= 1
             if not of_tenant:
                 del self._died_ms[space.tenant]
 
     def died_ms(self, space: Space, page_hash: bytes, now_ms: float) -> float | None:
         """When the page was deleted; None where that is not known, or long ago."""
-        died_ms = self._died_ms.get(space.tenant, {}).get((space.namespace, page_hash))
+        died_ms = self._died_ms.get(space.tenant, {}).get(space.namespace + page_hash)
         return None if died_ms is None or died_ms <= now_ms - TOMBSTONE_MS_MAX else died_ms
 
     def check(self) -> None:

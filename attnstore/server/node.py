@@ -45,6 +45,7 @@ from attnstore.logs import get_logger
 from attnstore.memory_limit import memory_limit_bytes, require_memory
 from attnstore.server.attend import Attending, threads_default
 from attnstore.server.certificate import Certificate
+from attnstore.server.collection import Collection
 from attnstore.server.descriptors import grpc_connections_max
 from attnstore.server.events import EventHub
 from attnstore.server.handoff import OpenPeer
@@ -86,7 +87,8 @@ _log = get_logger(__name__)
 
 
 class StoreNode:
-    """A node on the running event loop, bound to its `address`. `start`, then `stop` once.
+    """A node on the running event loop, bound to its `address`. `start`, then `stop` once. `collection` is for whoever owns the
+    process, which has one garbage collector.
 
     `open_peer` connects to other nodes of its cluster: nodes are clients of each other, and which client is not theirs to know.
 
@@ -124,6 +126,7 @@ class StoreNode:
         publish = hub.publish if options.directory is None else hub.publish_also_to(feed.offer)
         heat = None if options.directory is None else SegmentHeat(options.hot_uses, authenticator.tenants)
         self._store = Store(table, self._arena, clock, publish, heat)
+        self.collection = Collection(self._store)
         self._metrics = NodeMetrics(self._store.statistics)
         self._metrics.certificate_expiry.set(0 if self._certificate is None else self._certificate.ends_s)
         self._shell = RpcShell(authenticator, self._metrics)
@@ -328,6 +331,8 @@ async def serve(options: ServeOptions, open_peer: OpenPeer) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
     node = StoreNode(options, open_peer)
+    node.collection.freeze()
+    collecting = tasks.supervised("collection", node.collection.run)
     try:
         await node.start()
         print(f"listening on {node.address}", flush=True)
@@ -337,4 +342,5 @@ async def serve(options: ServeOptions, open_peer: OpenPeer) -> None:
         last = threading.Timer((options.drain_ms + STOP_MS_MAX) / 1000, os._exit, (0,))
         last.daemon = True
         last.start()
+        collecting.cancel()
         await node.stop()

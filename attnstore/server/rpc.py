@@ -161,3 +161,12 @@ async def _refuse(context: Any, code: grpc.StatusCode, message: str, trailers: t
     except grpc.aio.InternalError:
         # Nobody is left to tell; as a cancelled call this is no news to gRPC's log.
         raise asyncio.CancelledError from None
+    except grpc.aio.AbortError as abort:
+        # gRPC keeps it with the call, and its frames keep the call and the request: a circle, until a garbage collector looks.
+        asyncio.get_running_loop().call_soon(_forget_frames, abort)
+        raise
+
+
+def _forget_frames(error: BaseException) -> None:
+    error.__context__ = None
+    error.with_traceback(None)

@@ -88,6 +88,12 @@ class Store:
         with self._lock:
             return self._table.stored_pages
 
+    @property
+    def leased_pages(self) -> int:
+        """`PageTable.leased_pages`."""
+        with self._lock:
+            return self._table.leased_pages
+
     def sealed(self, after: int = 0) -> Iterator[list[tuple[Space, bytes]]]:
         """The pages that can be read, some of one extent at a time, as far as they were sealed after the first `after` of all pages
         that were stored here; those that come or go meanwhile may be among them or not.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -43,13 +42,7 @@ def best(tries: list[Lag]) -> Lag:
 
 def _once(node: WatchedNode, channel: grpc.Channel, call: Call) -> Lag:
     run = call.prepare(node, channel)
-    # A full collection scans this process's own lists of hashes as well: what it costs is not the call's.
-    gc.collect()
-    gc.disable()
-    try:
-        node.settle()
-        run()
-        lag_ms, busy_ms = node.probe.take()
-        return Lag(call.rpc, call.size, lag_ms, busy_ms, node.lock.take())
-    finally:
-        gc.enable()
+    node.settle()
+    run()
+    lag_ms, busy_ms = node.probe.take()
+    return Lag(call.rpc, call.size, lag_ms, busy_ms, node.lock.take())

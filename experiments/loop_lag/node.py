@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import subprocess
 import sys
 import threading
@@ -42,7 +43,7 @@ with attnstore.connect(sys.argv[1], transport="tcp") as client:
 
 
 class WatchedNode:
-    """`probe` watches the loop, `lock` is the store's."""
+    """`probe` watches the loop, `lock` is the store's. Garbage is collected as in a node's process."""
 
     def __init__(self, *, attend_threads: int) -> None:
         self._attend_threads = attend_threads
@@ -61,6 +62,7 @@ class WatchedNode:
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
         self._loop.close()
+        gc.unfreeze()
 
     def run(self, coroutine: Coroutine[Any, Any, R]) -> R:
         """Runs a coroutine on the node's event loop and waits for it."""
@@ -98,11 +100,13 @@ class WatchedNode:
         options = ServeOptions(listen="127.0.0.1:0", capacity=512 << 20, attend_threads=self._attend_threads)  # type: ignore[arg-type]
         self._node = StoreNode(options, lambda url, token: aio.connect(url, token=token))
         self._node._store._lock = self.lock  # type: ignore[assignment]
+        self._node.collection.freeze()
         await self._node.start()
-        self._probing = asyncio.create_task(self.probe.run())
+        self._background = [asyncio.create_task(run) for run in (self._node.collection.run(), self.probe.run())]
 
     async def _stop(self) -> None:
-        self._probing.cancel()
+        for task in self._background:
+            task.cancel()
         await self._node.stop(0)
 
 
