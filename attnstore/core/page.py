@@ -97,7 +97,7 @@ class Page:
         self.verified_ms = -math.inf
         self.pins = 0
         self.readers = 0
-        self.used = 0  # the table's tick at the last use
+        self.used = 0  # the tick at the last use
         self.number = 0
         self.written_ms = 0.0
         self.is_handed_over = False

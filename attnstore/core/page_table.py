@@ -118,7 +118,6 @@ class PageTable:
         self._tombstones = Tombstones()
         self._new_policy = policy
         self._policies: dict[SlotClass, EvictionPolicy[Page]] = {}
-        self._tick = 0  # counts uses: recency that is strictly ordered even where the clock stands still
         self._used_bytes = 0
         self._sealed = 0
         self._arriving = 0
@@ -324,7 +323,7 @@ class PageTable:
         self._stored += 1
         arrived.number = self._stored
         self._stored_bytes += arrived.slot.size_bytes
-        self._residency.settled((arrived,), self._next_tick())
+        self._residency.settled((arrived,))
         record.policy.admitted(arrived)
         self._events.append(record.space, PageEventKind.SEALED, arrived.hash)
         return PageStatus.STORED
@@ -335,7 +334,7 @@ class PageTable:
         abandoned.advance(PageStep.ABORT)
         del abandoned.namespace.arriving[abandoned.hash]
         self._arriving -= 1
-        self._residency.abandoned(abandoned, self._tick)
+        self._residency.abandoned(abandoned)
         self._namespaces.lost_page(abandoned.namespace)
         self._free(abandoned)
 
@@ -566,7 +565,7 @@ class PageTable:
             page.pins = pins
             if not pins:
                 unpinned.append(page)
-        self._residency.settled(unpinned, self._next_tick())
+        self._residency.settled(unpinned)
         record.policy.returned(unpinned)
         self._pinned -= len(unpinned)
         if record.corrupt:
@@ -575,7 +574,7 @@ class PageTable:
                     self._bury(page)
 
     def _touch(self, record: NamespaceRecord, pages: Sequence[Page]) -> None:
-        self._residency.touched(pages, self._next_tick())
+        self._residency.touched(pages)
         record.policy.touched([page for page in pages if not page.pins])
 
     def _is_deleted(self, space: Space, page_hash: bytes, written_ms: float, now_ms: float) -> bool:
@@ -712,10 +711,6 @@ class PageTable:
         self._used_bytes -= page.slot.size_bytes
         self._quotas.gave_back(page.namespace.space.tenant, page.slot.size_bytes)
         self._slots.give_back(page.slot)
-
-    def _next_tick(self) -> int:
-        self._tick += 1
-        return self._tick
 
 
 def _first_victim(policies: Sequence[EvictionPolicy[Page]]) -> Page | None:

@@ -1,7 +1,7 @@
 """Which pages lie in which extent, and which extent could be given to another class.
 
-Owns: for each extent its pages and how many of them are busy (arriving or pinned), and the order of last use of the extents
-that have pages but no busy one: the *idle* extents.
+Owns: for each extent its pages and how many of them are busy (arriving or pinned), the count of uses, and by it the order of last
+use of the extents that have pages but no busy one: the *idle* extents.
 Invariants: an extent is idle exactly while it has pages and none of them is busy; the idle order is ascending in `used`; where
 there are several tenants none makes more extents busy than is its share, so that leases that are renewed for ever, slow readers and
 slow writers of one leave extents that others can have.
@@ -28,6 +28,7 @@ class Residency:
         self._busy = FairShares(extents, "extents of memory in use", "release leases, or try again later", tenants=tenants)
         self._extents = [ExtentPages() for _ in range(extents)]
         self._idle: OrderedDict[ExtentPages, None] = OrderedDict()
+        self._tick = 0  # counts uses: recency that is strictly ordered even where the clock stands still
 
     def extent_of(self, slot: Slot) -> ExtentPages:
         """The extent that a slot lies in."""
@@ -65,9 +66,9 @@ class Residency:
         if not extent.pages:
             del self._idle[extent]
 
-    def abandoned(self, page: Page, tick: int) -> None:
+    def abandoned(self, page: Page) -> None:
         """A busy page ends its life."""
-        self.settled((page,), tick)
+        self.settled((page,))
         self.left(page)
 
     def busied(self, pages: Sequence[Page]) -> None:
@@ -81,8 +82,9 @@ class Residency:
                     self._busy.take(page.namespace.space.tenant)
             extent.busy += 1
 
-    def settled(self, pages: Sequence[Page], tick: int) -> None:
+    def settled(self, pages: Sequence[Page]) -> None:
         """Busy pages become idle, used until now."""
+        self._tick = tick = self._tick + 1
         idle, is_shared = self._idle, self._is_shared
         for page in pages:
             page.used = tick
@@ -94,8 +96,9 @@ class Residency:
                 if is_shared:
                     self._busy.give_back(page.namespace.space.tenant)
 
-    def touched(self, pages: Sequence[Page], tick: int) -> None:
+    def touched(self, pages: Sequence[Page]) -> None:
         """Pages, busy or idle, were used."""
+        self._tick = tick = self._tick + 1
         last = None
         for page in pages:
             page.used = tick
