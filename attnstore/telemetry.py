@@ -15,7 +15,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector
 
 from attnstore import tasks
-from attnstore.core.page_table import PageTableStatistics
+from attnstore.core.statistics import PageTableStatistics
 from attnstore.errors import AttnStoreError
 from attnstore.types import PageStatus
 

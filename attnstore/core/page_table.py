@@ -1,11 +1,10 @@
 """The page table of a store node: which pages are here, who holds them, and which go when there is no room.
 
 Owns: every page of the node, through its whole life (`attnstore.core.page` draws it as a table), and the composition of the
-parts: slots (where), residency (which extents are idle), policies (what goes first), leases (who holds), events (who is
-told), tombstones (what does not come back).
-Invariants, asserted by `check`: free + arriving + sealed + corrupt slots are all the slots; the capacity is never passed; a page is
-evictable exactly while it is sealed and unpinned; pins are leases, living or ended, plus readers; a lease that has ended names
-nothing any more, and its pages are let go by `expire`.
+parts: slots (where), residency (which extents are idle), leases and pins (who holds), room (what goes first), events (who is told),
+tombstones (what does not come back).
+Invariants, asserted by `check` with those of the parts: free + arriving + sealed + corrupt slots are all the slots; the capacity is
+never passed; a page is evictable exactly while it is sealed and unpinned.
 
 No command evicts more than `WORK_PAGES_MAX` pages, or lets more than `MATCH_PAGES_MAX` go: what takes more says that it is not
 done, and is asked again, so that whoever shares the table gets turns between.
@@ -16,35 +15,28 @@ values and events, so that a simulation from a seed repeats exactly. Not thread-
 
 from __future__ import annotations
 
-import enum
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import chain, islice
 from typing import Literal
 
 from attnstore.core.events import EventLog
 from attnstore.core.eviction import EvictionPolicy, LeastRecentlyUsed
 from attnstore.core.layout import PageLayout
-from attnstore.core.lease import LeaseRecord, LeaseTable
+from attnstore.core.lease import LeaseTable
 from attnstore.core.namespaces import Namespaces
 from attnstore.core.page import ArrivingPage, NamespaceRecord, Page, PageState, PageStep, PinnedPage
+from attnstore.core.pins import Pins
 from attnstore.core.quota import Quotas
 from attnstore.core.residency import Residency
-from attnstore.core.slots import Slot, SlotClass, SlotPool
+from attnstore.core.room import Room, RoomMaker
+from attnstore.core.slots import SlotPool
+from attnstore.core.statistics import NamespaceStatistics, PageTableStatistics
 from attnstore.core.tombstones import Tombstones
-from attnstore.limits import HASH_BYTES, LEASE_MS_MAX, MATCH_PAGES_MAX, PAGE_AGE_MS_MAX, TOMBSTONE_MARGIN_MS, WORK_PAGES_MAX
+from attnstore.limits import HASH_BYTES, LEASE_MS_MAX, PAGE_AGE_MS_MAX, TOMBSTONE_MARGIN_MS
 from attnstore.types import PageEvent, PageEventKind, PageStatus, Space
 
-__all__ = ["ArrivingPage", "MatchOutcome", "NamespaceStatistics", "PageTable", "PageTableStatistics", "PinnedPage", "Room"]
-
-
-class Room(enum.Enum):
-    """Whether there is room for one more page: yes, or soon, or not as long as so much is pinned."""
-
-    FREE = enum.auto()
-    MAKING = enum.auto()
-    NONE = enum.auto()
+__all__ = ["ArrivingPage", "MatchOutcome", "PageTable", "PinnedPage", "Room"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,45 +50,12 @@ class MatchOutcome:
     lease_ms: int
 
 
-@dataclass(frozen=True, slots=True)
-class NamespaceStatistics:
-    """One space at one moment."""
-
-    space: Space
-    layout: PageLayout
-    pages_sealed: int
-    pages_arriving: int
-
-
-@dataclass(frozen=True, slots=True)
-class PageTableStatistics:
-    """The table at one moment; hits, misses, stored and evicted count since start.
-
-    A page hits or misses once for each `match` that asks for it, so that `hit_pages / (hit_pages + missed_pages)` is the hit rate:
-    the reads that follow a match count nothing. Every hash after the first miss of a prefix is a miss.
-    """
-
-    capacity_bytes: int
-    used_bytes: int
-    pages_sealed: int
-    pages_arriving: int
-    pages_pinned: int
-    leases: int
-    hit_pages: int
-    missed_pages: int
-    stored_pages: int
-    evicted_pages: int
-    verified_pages: int
-    corrupt_pages: int
-    stored_bytes: int
-
-
 class PageTable:
     """See the module. Methods that take a space raise `NamespaceUnknown` where it was not registered.
 
     Raises `InvalidArgument` for a capacity or extent size that makes no extent. What its limits allow is shared among `tenants`
-    tenants. `new_lease_id` returns 16 bytes, never twice
-    the same and not to be guessed, because whoever knows a lease id may renew and release it.
+    tenants. `new_lease_id` returns 16 bytes, never twice the same and not to be guessed, because whoever knows a lease id may renew
+    and release it.
     """
 
     def __init__(
@@ -112,21 +71,18 @@ class PageTable:
         self._residency = Residency(self._slots.extents, tenants)
         self._namespaces = Namespaces(tenants)
         self._leases = LeaseTable(new_lease_id, tenants)
-        self._ended: deque[LeaseRecord] = deque()
         self._events = EventLog()
         self._quotas = Quotas()
         self._tombstones = Tombstones()
-        self._new_policy = policy
-        self._policies: dict[SlotClass, EvictionPolicy[Page]] = {}
+        self._pins = Pins(self._residency, self._leases, self._bury)
+        self._room = RoomMaker(self._slots, self._residency, self._quotas, self._pins, policy, self._evict)
         self._used_bytes = 0
         self._sealed = 0
         self._arriving = 0
-        self._pinned = 0
         self._hit = 0
         self._missed = 0
         self._stored = 0
         self._stored_bytes = 0
-        self._evicted = 0
         self._verified = 0
         self._corrupt = 0
 
@@ -141,8 +97,7 @@ class PageTable:
             while (spare := self._namespaces.spare(space.tenant)) is not None:
                 self._forget(spare)
             slot_class = self._slots.slot_class(space.tenant, layout.page_bytes)
-            policy = self._policies.setdefault(slot_class, self._new_policy())
-            record = NamespaceRecord(space, layout, slot_class, policy)
+            record = NamespaceRecord(space, layout, slot_class, self._room.policy_of(slot_class))
             self._namespaces.add(record)
         return self._slots.extents * record.slot_class.slots_per_extent
 
@@ -206,9 +161,9 @@ class PageTable:
         granted_ms = 0
         if found and lease_ms > 0:
             granted_ms = min(lease_ms, LEASE_MS_MAX)
-            lease_id = self._lease(record, found, granted_ms, now_ms, lease_id)
+            lease_id = self._pins.lease(record, found, granted_ms, now_ms, lease_id)
         else:
-            self._touch(record, found[::-1])
+            self._pins.touch(record, found[::-1])
         self._hit += len(found)
         self._missed += asked - len(found)
         return MatchOutcome(tuple(hits), lease_id, granted_ms)
@@ -232,10 +187,10 @@ class PageTable:
                 status = PageStatus.LEASE_EXPIRED
         if page is None or status is not PageStatus.OK:
             return status
-        if not page.extent.busy and not self._may_busy(record, now_ms):
+        if not page.extent.busy and not self._pins.may_busy(space.tenant, now_ms):
             self._residency.require_room(space.tenant, (page,))
         page.readers += 1
-        self._hold(record, (page,))
+        self._pins.hold(record, (page,))
         return PinnedPage(page)
 
     def use(
@@ -249,7 +204,7 @@ class PageTable:
                 return [PageStatus.LEASE_EXPIRED] * len(page_hashes)
         pages = [record.sealed.get(page_hash) for page_hash in page_hashes]
         found = [page for page in pages if page is not None]
-        self._touch(record, found)
+        self._pins.touch(record, found)
         return [PageStatus.MISSING if page is None else PinnedPage(page) for page in pages]
 
     def unpin(self, page: PinnedPage) -> None:
@@ -257,7 +212,7 @@ class PageTable:
         record = page.record
         assert record.readers > 0, "the page is unpinned more often than it was pinned"
         record.readers -= 1
-        self._let_go(record.namespace, (record,))
+        self._pins.let_go(record.namespace, (record,))
 
     def prepare(
         self, space: Space, page_hash: bytes, checksum: int, now_ms: float, age_ms: int = 0
@@ -274,13 +229,13 @@ class PageTable:
         record = self._namespaces.find(space)
         present = record.sealed.get(page_hash)
         if present is not None:
-            self._touch(record, (present,))
+            self._pins.touch(record, (present,))
             return PageStatus.ALREADY_PRESENT
         if page_hash in record.arriving:
             return PageStatus.ARRIVING
         if age_ms and self._is_deleted(space, page_hash, now_ms - age_ms, now_ms):
             return PageStatus.DELETED
-        slot = self._free_slot(record) if age_ms else self._slot_for(record, now_ms)
+        slot = self._room.free_slot(record) if age_ms else self._room.slot_for(record, now_ms)
         if slot is Room.MAKING:
             return Room.MAKING
         if slot is Room.NONE:
@@ -351,19 +306,8 @@ class PageTable:
         return self._leases.renew(tenant, lease_id, lease_ms, now_ms)
 
     def release(self, tenant: str, lease_id: bytes, now_ms: float) -> bool:
-        """Ends a tenant's lease; False where it had expired or never existed. Lets pages go as `expire` does."""
-        lease = self._leases.find_of(tenant, lease_id, now_ms)
-        if lease is None:
-            self._settle(now_ms)
-            return False
-        self._leases.remove(lease_id)
-        if self._ended or len(lease.pages) > MATCH_PAGES_MAX:
-            self._ended.append(lease)
-            self._settle(now_ms)
-        else:
-            lease.pages.reverse()
-            self._let_go(lease.namespace, lease.pages)
-        return True
+        """Ends a tenant's lease; False where it had expired or never existed. Lets pages go, its own or as `expire` does."""
+        return self._pins.release(tenant, lease_id, now_ms)
 
     def delete(self, space: Space, page_hashes: Sequence[bytes], now_ms: float) -> list[PageStatus]:
         """Removes sealed pages: of each OK, MISSING, or PINNED where a lease or a reader holds it.
@@ -371,7 +315,7 @@ class PageTable:
         A lease that has ended holds its pages until `expire` has let them go. Those that are not PINNED cannot be handed over by
         other nodes from now on (`prepare`), for `TOMBSTONE_MS_MAX`.
         """
-        self._settle(now_ms)
+        self._pins.settle(now_ms)
         record = self._namespaces.find(space)
         return [self._delete(record, page_hash, now_ms) for page_hash in page_hashes]
 
@@ -420,42 +364,15 @@ class PageTable:
 
     def has_due(self, now_ms: float) -> bool:
         """Whether `expire` is worth a call: False where it would find nothing to let go."""
-        return bool(self._ended) or self._leases.has_due(now_ms)
+        return self._pins.has_due(now_ms)
 
     def expire(self, now_ms: float) -> float | None:
-        """Ends the leases that have expired and lets the pages of ended ones go, the last of a prefix first: at most
-        `WORK_PAGES_MAX` leases and `MATCH_PAGES_MAX` pages.
-
-        Returns when there is more to do: not later than now where this was not all, else when the next lease expires, None where no
-        lease is left.
-        """
-        for _ in range(WORK_PAGES_MAX):
-            expired = self._leases.pop_expired(now_ms)
-            if expired is None:
-                break
-            self._ended.append(expired)
-        left = MATCH_PAGES_MAX
-        while self._ended and left > 0:
-            lease = self._ended[0]
-            going = lease.pages[-left:]
-            going.reverse()
-            self._let_go(lease.namespace, going)
-            if len(going) == len(lease.pages):
-                self._ended.popleft()
-            else:
-                del lease.pages[-left:]
-            left -= max(1, len(going))
-        return now_ms if self._ended else self._leases.next_expiry_ms()
+        """Ends the leases that have expired and lets the pages of ended ones go: see `Pins.expire`."""
+        return self._pins.expire(now_ms)
 
     def trim(self) -> bool:
         """Evicts pages of tenants that are over their quotas, at most `WORK_PAGES_MAX`. True: there is more to evict."""
-        left = WORK_PAGES_MAX
-        for tenant in self._quotas.over():
-            policies = self._policies_of(tenant)
-            while left and not self._quotas.leaves_room(tenant, 0) and (victim := _first_victim(policies)) is not None:
-                self._evict(victim)
-                left -= 1
-        return left == 0
+        return self._room.trim()
 
     def forget_empty(self, now_ms: float) -> None:
         """Forgets namespaces that have had no page for `NAMESPACE_EMPTY_MS_MAX`. O(namespaces without pages)."""
@@ -473,12 +390,12 @@ class PageTable:
             used_bytes=self._used_bytes,
             pages_sealed=self._sealed,
             pages_arriving=self._arriving,
-            pages_pinned=self._pinned,
+            pages_pinned=self._pins.pages,
             leases=len(self._leases),
             hit_pages=self._hit,
             missed_pages=self._missed,
             stored_pages=self._stored,
-            evicted_pages=self._evicted,
+            evicted_pages=self._room.evicted_pages,
             verified_pages=self._verified,
             corrupt_pages=self._corrupt,
             stored_bytes=self._stored_bytes,
@@ -501,184 +418,30 @@ class PageTable:
         pages = arriving + sealed + corrupt
         self._slots.check([page.slot for page in pages])
         self._residency.check()
-        self._leases.check()
         self._namespaces.check()
         self._tombstones.check()
         assert {page.state for page in arriving} <= {PageState.ARRIVING}
         assert {page.state for page in sealed} <= {PageState.SEALED}
         assert {page.state for page in corrupt} <= {PageState.CORRUPT}
-        assert all(page.pins for page in corrupt), "a corrupt page that nobody holds keeps its slot"
         assert (self._arriving, self._sealed) == (len(arriving), len(sealed))
         assert self._used_bytes == sum(page.slot.size_bytes for page in pages) <= self._slots.capacity_bytes
         of_tenant: Counter[str] = Counter()
         for page in pages:
             of_tenant[page.namespace.space.tenant] += page.slot.size_bytes
         self._quotas.check(of_tenant)
-        leased: dict[Page, int] = {}
-        for lease in chain(self._leases, self._ended):
-            for page in lease.pages:
-                leased[page] = leased.get(page, 0) + 1
-        assert leased.keys() <= {*sealed, *corrupt}, "a lease covers a page that is gone"
-        assert all(page.pins == page.readers + leased.get(page, 0) for page in pages)
-        assert self._pinned == sum(page.pins > 0 for page in pages)
-        assert all((page in page.namespace.policy) == (page.pins == 0) for page in sealed)
-        assert sum(map(len, self._policies.values())) == len(sealed) + len(corrupt) - self._pinned
-
-    def _lease(self, record: NamespaceRecord, pages: list[Page], lease_ms: int, now_ms: float, lease_id: bytes | None) -> bytes:
-        """A new lease over the pages, or `lease_id` with them; as it was where it has expired meanwhile."""
-        self._settle(now_ms)
-        lease = None if lease_id is None else self._leases.find(lease_id, now_ms)
-        if lease_id is not None and lease is None:
-            return lease_id
-        self._residency.require_room(record.space.tenant, pages)
-        if lease is None:
-            lease = self._leases.grant(record, pages, lease_ms, now_ms)
-        else:
-            self._leases.extend(lease, pages, lease_ms, now_ms)
-        self._hold(record, pages)
-        return lease.lease_id
-
-    def _settle(self, now_ms: float) -> Literal[Room.MAKING, Room.NONE]:
-        """`expire` where it has something to do; whether pages that nothing holds any more are then still to be let go."""
-        if not self._ended and not self._leases.has_due(now_ms):
-            return Room.NONE
-        next_ms = self.expire(now_ms)
-        return Room.NONE if next_ms is None or next_ms > now_ms else Room.MAKING
-
-    def _hold(self, record: NamespaceRecord, pages: Sequence[Page]) -> None:
-        """Pins each of the pages once more, one that is named twice twice."""
-        unpinned = []
-        for page in pages:
-            pins = page.pins
-            if not pins:
-                unpinned.append(page)
-            page.pins = pins + 1
-        record.policy.withdrawn(unpinned)
-        self._residency.busied(unpinned)
-        self._pinned += len(unpinned)
-
-    def _let_go(self, record: NamespaceRecord, pages: Sequence[Page]) -> None:
-        """Undoes `_hold`; where it was the last pin they are the most recently used pages now, in the order given."""
-        unpinned = []
-        for page in pages:
-            pins = page.pins - 1
-            page.pins = pins
-            if not pins:
-                unpinned.append(page)
-        self._residency.settled(unpinned)
-        record.policy.returned(unpinned)
-        self._pinned -= len(unpinned)
-        if record.corrupt:
-            for page in unpinned:
-                if page in record.corrupt:
-                    self._bury(page)
-
-    def _touch(self, record: NamespaceRecord, pages: Sequence[Page]) -> None:
-        self._residency.touched(pages)
-        record.policy.touched([page for page in pages if not page.pins])
+        self._pins.check(sealed, corrupt)
+        self._room.check(len(sealed) + len(corrupt) - self._pins.pages)
 
     def _is_deleted(self, space: Space, page_hash: bytes, written_ms: float, now_ms: float) -> bool:
         died_ms = self._tombstones.died_ms(space, page_hash, now_ms)
         return died_ms is not None and written_ms < died_ms + TOMBSTONE_MARGIN_MS
 
-    def _free_slot(self, record: NamespaceRecord) -> Slot | Literal[Room.NONE]:
-        """A slot for which nothing has to go."""
-        if not self._quotas.leaves_room(record.space.tenant, record.layout.page_bytes):
-            return Room.NONE
-        slot = self._slots.take(record.slot_class)
-        if slot is None:
-            return Room.NONE
-        if not self._residency.extent_of(slot).busy and not self._residency.may_busy(record.space.tenant):
-            self._slots.give_back(slot)
-            return Room.NONE
-        return slot
-
-    def _slot_for(self, record: NamespaceRecord, now_ms: float) -> Slot | Literal[Room.MAKING, Room.NONE]:
-        """A free slot, or one that an eviction frees; for a tenant with its share of busy extents, in one of those or none."""
-        if not self._quotas.leaves_room(record.space.tenant, record.layout.page_bytes):
-            room = self._make_quota(record, now_ms)
-            if room is not Room.FREE:
-                return room
-        if not self._residency.may_busy(record.space.tenant):
-            later = self._settle(now_ms)
-            if not self._residency.may_busy(record.space.tenant):
-                return self._slot_in_busy_extent(record) or later
-        return self._slots.take(record.slot_class) or self._make_room(record, now_ms)
-
-    def _may_busy(self, record: NamespaceRecord, now_ms: float) -> bool:
-        if self._residency.may_busy(record.space.tenant):
-            return True
-        self._settle(now_ms)
-        return self._residency.may_busy(record.space.tenant)
-
-    def _slot_in_busy_extent(self, record: NamespaceRecord) -> Slot | None:
-        slot = self._slots.take(record.slot_class)
-        if slot is None:
-            victim = record.policy.victim()
-            if victim is None or not victim.extent.busy:
-                return None
-            self._evict(victim)
-            return self._slots.take(record.slot_class)
-        if not self._residency.extent_of(slot).busy:
-            self._slots.give_back(slot)
-            return None
-        return slot
-
     def _forget(self, record: NamespaceRecord) -> None:
         if self._namespaces.forget(record):
-            del self._policies[record.slot_class]
-            self._slots.forget_class(record.slot_class)
-
-    def _make_quota(self, record: NamespaceRecord, now_ms: float) -> Room:
-        """Evicts the tenant's own pages, of this size first: as much as one more takes, for which its quota has no room.
-
-        What a tenant takes beyond a quota that was lowered is for `trim`.
-        """
-        tenant, size_bytes = record.space.tenant, record.layout.page_bytes
-        later = self._settle(now_ms)
-        policies = [record.policy, *self._policies_of(tenant)]
-        freed_bytes = 0
-        for _ in range(WORK_PAGES_MAX):
-            victim = _first_victim(policies)
-            if victim is None:
-                return later
-            freed_bytes += victim.slot.size_bytes
-            self._evict(victim)
-            if freed_bytes >= size_bytes or self._quotas.leaves_room(tenant, size_bytes):
-                return Room.FREE
-        return Room.MAKING
-
-    def _make_room(self, record: NamespaceRecord, now_ms: float) -> Slot | Literal[Room.MAKING, Room.NONE]:
-        """Evicts until a slot is free: the policy's victim, or a whole idle extent of another class that is colder still.
-
-        Without the second choice a class would keep what it once took while another thrashes in one extent; with it, memory
-        flows to whoever uses it, an extent at a time.
-        """
-        later = self._settle(now_ms)
-        free = self._slots.take(record.slot_class)
-        if free is not None:
-            return free  # of a corrupt page that a lease had kept
-        victim = record.policy.victim()
-        coldest = self._residency.coldest_idle()
-        victims = [] if victim is None else [victim]
-        if (
-            coldest is not None
-            and (victim is None or coldest.used < victim.used)
-            and next(iter(coldest.pages)).namespace.policy is not record.policy
-        ):
-            victims = list(islice(coldest.pages, WORK_PAGES_MAX))
-        if not victims:
-            return later
-        for page in victims:
-            self._evict(page)
-        return self._slots.take(record.slot_class) or Room.MAKING
-
-    def _policies_of(self, tenant: str) -> list[EvictionPolicy[Page]]:
-        return [policy for slot_class, policy in self._policies.items() if slot_class.tenant == tenant]
+            self._room.forget(record.slot_class)
 
     def _evict(self, page: Page) -> None:
         self._drop(page, PageStep.EVICT, PageEventKind.EVICTED)
-        self._evicted += 1
 
     def _drop(self, page: Page, step: PageStep, kind: PageEventKind) -> None:
         """Ends the life of a sealed page that nobody pins."""
@@ -711,7 +474,3 @@ class PageTable:
         self._used_bytes -= page.slot.size_bytes
         self._quotas.gave_back(page.namespace.space.tenant, page.slot.size_bytes)
         self._slots.give_back(page.slot)
-
-
-def _first_victim(policies: Sequence[EvictionPolicy[Page]]) -> Page | None:
-    return next((page for policy in policies if (page := policy.victim()) is not None), None)

@@ -17,7 +17,7 @@ from typing import Final, Protocol
 from attnstore import tasks
 from attnstore.core.hashing import segment_key
 from attnstore.core.layout import PageLayout
-from attnstore.core.page_table import NamespaceStatistics
+from attnstore.core.statistics import NamespaceStatistics
 from attnstore.directory import ClusterView, Member
 from attnstore.directory.moves import Moves, is_same_cluster
 from attnstore.errors import AttnStoreError

@@ -20,15 +20,8 @@ from attnstore.core.heat import SegmentHeat
 from attnstore.core.layout import PageLayout
 from attnstore.core.matching import SlicedMatch
 from attnstore.core.page import PageState
-from attnstore.core.page_table import (
-    ArrivingPage,
-    MatchOutcome,
-    NamespaceStatistics,
-    PageTable,
-    PageTableStatistics,
-    PinnedPage,
-    Room,
-)
+from attnstore.core.page_table import ArrivingPage, MatchOutcome, PageTable, PinnedPage, Room
+from attnstore.core.statistics import NamespaceStatistics, PageTableStatistics
 from attnstore.limits import MATCH_PAGES_MAX, WORK_PAGES_MAX
 from attnstore.logs import get_logger
 from attnstore.server.slices import TURN_S, Sliced, finish, in_slices

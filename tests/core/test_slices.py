@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 import pytest
 
-from attnstore.core import matching, page_table
+from attnstore.core import matching, pins, room
 from attnstore.core.layout import PageLayout
 from attnstore.core.matching import SlicedMatch
 from attnstore.core.page_table import ArrivingPage, PageTable, Room
@@ -24,8 +24,9 @@ MakeLayout = Callable[[int], PageLayout]
 
 @pytest.fixture(autouse=True)
 def _small_slices(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(page_table, "WORK_PAGES_MAX", SLICE)
-    for module in (page_table, matching):
+    for module in (pins, room):
+        monkeypatch.setattr(module, "WORK_PAGES_MAX", SLICE)
+    for module in (pins, matching):
         monkeypatch.setattr(module, "MATCH_PAGES_MAX", SLICE)
 
 
