@@ -24,8 +24,9 @@ from attnstore.errors import AttnStoreError
 from attnstore.limits import MIB
 from attnstore.logs import get_logger
 from attnstore.peering import Peering
+from attnstore.server.pinned_views import PageView
 from attnstore.server.slices import finish_among_calls
-from attnstore.server.store import PageView, Store
+from attnstore.server.store import Store
 from attnstore.telemetry import NodeMetrics
 from attnstore.types import MatchResult, PageStatus, Space, WriteResult
 

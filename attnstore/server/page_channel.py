@@ -39,7 +39,8 @@ from attnstore.logs import get_logger
 from attnstore.server.attend import Attending
 from attnstore.server.attend_channel import AttendChannel
 from attnstore.server.connections import Connection, ConnectionThreads
-from attnstore.server.store import PageView, Store
+from attnstore.server.pinned_views import PageView
+from attnstore.server.store import Store
 from attnstore.telemetry import NodeMetrics
 from attnstore.types import PageStatus, Space
 from attnstore.wire.match import decode_prefixes, encode_hits

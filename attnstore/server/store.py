@@ -24,14 +24,13 @@ from attnstore.core.page_table import ArrivingPage, MatchOutcome, PageTable, Pin
 from attnstore.core.statistics import NamespaceStatistics, PageTableStatistics
 from attnstore.limits import MATCH_PAGES_MAX, WORK_PAGES_MAX
 from attnstore.logs import get_logger
+from attnstore.server.pinned_views import PageView, Reading, ReadingAll
 from attnstore.server.slices import TURN_S, Sliced, finish, in_slices
 from attnstore.types import PageEvent, PageStatus, Space
 
 _log = get_logger(__name__)
 
 T = TypeVar("T")
-_PINS_PER_LOCK = 64
-"""Metadata calls wait for the page table no longer than this many pins take."""
 _ROOM_TRIES_MAX = 4_096
 """Then others take what is made free: there is no room. An extent of two million pages is emptied in as many."""
 Publish = Callable[[Iterable[tuple[Space, PageEvent]]], None]
@@ -404,64 +403,3 @@ class Store:
         """`PageTable.statistics`."""
         with self._lock:
             return self._table.statistics()
-
-
-class PageView:
-    """A pinned page's bytes and the checksums they were sealed with."""
-
-    __slots__ = ("data", "page")
-
-    def __init__(self, data: memoryview, page: PinnedPage) -> None:
-        self.data = data
-        self.page = page
-
-    def slice(self, begin: int, end: int) -> tuple[memoryview, int]:
-        """Bytes `[begin, end)`, whole layers, and what a reader checks them with: see `PinnedPage.guard`."""
-        return self.data[begin:end], self.page.guard(begin, end)
-
-
-class Reading:
-    """The `with` block of `Store.reading`: a class, because a generator's costs a page more than the look-up itself."""
-
-    __slots__ = ("_asked", "_found", "_store")
-
-    def __init__(self, store: Store, space: Space, page_hash: bytes, lease_id: bytes | None) -> None:
-        self._store = store
-        self._asked = (space, page_hash, lease_id)
-        self._found: PageView | PageStatus = PageStatus.MISSING
-
-    def __enter__(self) -> PageView | PageStatus:
-        self._found = self._store.pin(*self._asked)
-        return self._found
-
-    def __exit__(self, *_: object) -> None:
-        if isinstance(self._found, PageView):
-            self._store.unpin(self._found)
-
-
-class ReadingAll:
-    """The `with` block of `Store.reading_all`."""
-
-    __slots__ = ("_asked", "_pinned", "_store")
-
-    def __init__(self, store: Store, space: Space, page_hashes: Sequence[bytes], lease_id: bytes | None) -> None:
-        self._store = store
-        self._asked = (space, page_hashes, lease_id)
-        self._pinned: list[PageView] = []
-
-    def __enter__(self) -> list[PageView | PageStatus]:
-        space, page_hashes, lease_id = self._asked
-        found: list[PageView | PageStatus] = []
-        try:
-            for at in range(0, len(page_hashes), _PINS_PER_LOCK):
-                pages = self._store.pin_all(space, page_hashes[at : at + _PINS_PER_LOCK], lease_id)
-                self._pinned += [page for page in pages if isinstance(page, PageView)]
-                found += pages
-        except BaseException:
-            self.__exit__()
-            raise
-        return found
-
-    def __exit__(self, *_: object) -> None:
-        for at in range(0, len(self._pinned), _PINS_PER_LOCK):
-            self._store.unpin(*self._pinned[at : at + _PINS_PER_LOCK])

@@ -14,8 +14,9 @@ from attnstore.core.layout import DType, PageLayout
 from attnstore.core.page_table import ArrivingPage, PageTable
 from attnstore.errors import InvalidArgument, Overloaded, Unavailable
 from attnstore.limits import REPORTED_HASHES_MAX
+from attnstore.server.pinned_views import PageView
 from attnstore.server.scrubber import Scrubber
-from attnstore.server.store import PageView, Store
+from attnstore.server.store import Store
 from attnstore.testing import ManualClock
 from attnstore.types import PageStatus, Space
 

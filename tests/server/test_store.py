@@ -14,7 +14,7 @@ from attnstore.core.layout import DType, PageLayout
 from attnstore.core.page_table import ArrivingPage, PageTable
 from attnstore.core.slots import Slot
 from attnstore.errors import Overloaded
-from attnstore.server import store as store_module
+from attnstore.server import pinned_views
 from attnstore.server.store import Store
 from attnstore.telemetry import NodeMetrics
 from attnstore.testing import ManualClock
@@ -115,7 +115,7 @@ def test_a_reader_that_is_refused_in_the_middle_lets_go_of_what_it_has(
     faulty: tuple[Store, FaultyArena, Space], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     store, arena, space = faulty
-    monkeypatch.setattr(store_module, "_PINS_PER_LOCK", 2)
+    monkeypatch.setattr(pinned_views, "_PINS_PER_LOCK", 2)
     for left in range(4):
         for read in (
             lambda: store.pin_all(space, [name(number) for number in range(4)], None),

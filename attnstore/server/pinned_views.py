@@ -1,0 +1,87 @@
+"""Pages in use: bytes of the arena that stay what they are while somebody looks at them.
+
+Owns: the view of a pinned page, and the `with` blocks that pin and unpin. Invariant: whatever a block pinned it unpins, however it
+is left, and also where it cannot be entered.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+from attnstore.core.page import PinnedPage
+from attnstore.types import PageStatus, Space
+
+_PINS_PER_LOCK = 64
+"""Metadata calls wait for the page table no longer than this many pins take."""
+
+
+class Pinning(Protocol):
+    """What pins and unpins: the `Store`."""
+
+    def pin(self, space: Space, page_hash: bytes, lease_id: bytes | None) -> PageView | PageStatus: ...
+
+    def pin_all(self, space: Space, page_hashes: Sequence[bytes], lease_id: bytes | None) -> list[PageView | PageStatus]: ...
+
+    def unpin(self, *views: PageView) -> None: ...
+
+
+class PageView:
+    """A pinned page's bytes and the checksums they were sealed with."""
+
+    __slots__ = ("data", "page")
+
+    def __init__(self, data: memoryview, page: PinnedPage) -> None:
+        self.data = data
+        self.page = page
+
+    def slice(self, begin: int, end: int) -> tuple[memoryview, int]:
+        """Bytes `[begin, end)`, whole layers, and what a reader checks them with: see `PinnedPage.guard`."""
+        return self.data[begin:end], self.page.guard(begin, end)
+
+
+class Reading:
+    """The `with` block of `Store.reading`: a class, because a generator's costs a page more than the look-up itself."""
+
+    __slots__ = ("_asked", "_found", "_store")
+
+    def __init__(self, store: Pinning, space: Space, page_hash: bytes, lease_id: bytes | None) -> None:
+        self._store = store
+        self._asked = (space, page_hash, lease_id)
+        self._found: PageView | PageStatus = PageStatus.MISSING
+
+    def __enter__(self) -> PageView | PageStatus:
+        self._found = self._store.pin(*self._asked)
+        return self._found
+
+    def __exit__(self, *_: object) -> None:
+        if isinstance(self._found, PageView):
+            self._store.unpin(self._found)
+
+
+class ReadingAll:
+    """The `with` block of `Store.reading_all`."""
+
+    __slots__ = ("_asked", "_pinned", "_store")
+
+    def __init__(self, store: Pinning, space: Space, page_hashes: Sequence[bytes], lease_id: bytes | None) -> None:
+        self._store = store
+        self._asked = (space, page_hashes, lease_id)
+        self._pinned: list[PageView] = []
+
+    def __enter__(self) -> list[PageView | PageStatus]:
+        space, page_hashes, lease_id = self._asked
+        found: list[PageView | PageStatus] = []
+        try:
+            for at in range(0, len(page_hashes), _PINS_PER_LOCK):
+                pages = self._store.pin_all(space, page_hashes[at : at + _PINS_PER_LOCK], lease_id)
+                self._pinned += [page for page in pages if isinstance(page, PageView)]
+                found += pages
+        except BaseException:
+            self.__exit__()
+            raise
+        return found
+
+    def __exit__(self, *_: object) -> None:
+        for at in range(0, len(self._pinned), _PINS_PER_LOCK):
+            self._store.unpin(*self._pinned[at : at + _PINS_PER_LOCK])
