@@ -150,11 +150,13 @@ def _tensor_at(base: int, span_bytes: int, unit_bytes: int, layout: PageLayout, 
 
 
 def rows_from(buffer: Buffer, q_heads: int, head_dim: int) -> Tensor:
-    """Query rows fp32 `[n, q_heads, head_dim]` that share the memory of `buffer`, whose size is a multiple of a row.
+    """Query rows fp32 `[n, q_heads, head_dim]` of `buffer`, whose size is a multiple of a row. They share its memory where it
+    can be written; they are a copy where it cannot, as in a message of gRPC, because torch knows no memory that is read-only.
 
     Raises `InvalidArgument` where one is not finite: its partial would be NaN, and so would every token after it.
     """
-    rows = torch.frombuffer(buffer, dtype=torch.float32).view(-1, q_heads, head_dim)
+    writable = bytearray(buffer) if memoryview(buffer).readonly else buffer
+    rows = torch.frombuffer(writable, dtype=torch.float32).view(-1, q_heads, head_dim)
     if not bool(torch.isfinite(rows).all()):
         raise InvalidArgument("a query row has an element that is not finite")
     return rows

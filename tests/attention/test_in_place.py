@@ -12,6 +12,7 @@ from torch import Tensor
 from attnstore.attention.in_place import InPlaceAttention, PagesInPlace, Rows, rows_from
 from attnstore.attention.merge import merge
 from attnstore.attention.reference import ReferenceAttention
+from attnstore.copying import address_of
 from attnstore.core.layout import DType, PageLayout
 from attnstore.errors import InvalidArgument
 
@@ -113,3 +114,12 @@ def test_opaque_pages_cannot_be_attended_to() -> None:
     layout = PageLayout(layers=1, kv_heads=1, head_dim=16, dtype=DType.OPAQUE)
     with pytest.raises(InvalidArgument, match="opaque"):
         PagesInPlace(layout, [memoryview(bytes(layout.page_bytes))])
+
+
+def test_rows_of_memory_that_is_read_only_are_a_copy_because_torch_knows_only_memory_that_can_be_written() -> None:
+    message = torch.arange(2 * Q_HEADS * 64, dtype=torch.float32).numpy().tobytes()
+    rows = rows_from(message, Q_HEADS, 64)
+    assert rows.numpy().tobytes() == message
+    assert rows.data_ptr() != address_of(memoryview(message))
+    received = memoryview(bytearray(message))
+    assert rows_from(received, Q_HEADS, 64).data_ptr() == address_of(received)
