@@ -173,6 +173,7 @@ class AttendSession:
             with ExitStack() as pins:
                 pins.enter_context(self._attending.counted(self._tenant, len(opening.hashes)))
                 views = []
+                self._attending.store.counts_held(len(opening.hashes))
                 found = pins.enter_context(self._attending.store.reading_all(space, opening.hashes, opening.lease_id))
                 for index, page in enumerate(found):
                     if isinstance(page, PageStatus):

@@ -46,6 +46,7 @@ class Store:
         self._table = table
         self._arena = arena
         self._clock = clock
+        self._held_pages = 0
         self._publish = publish
         self._heat = heat or SegmentHeat(0)
         self._lock = threading.Lock()
@@ -79,6 +80,16 @@ class Store:
         """`PageTable.stored_pages`."""
         with self._lock:
             return self._table.stored_pages
+
+    @property
+    def held_pages(self) -> int:
+        """How many pages were held for sets of queries since the start."""
+        return self._held_pages
+
+    def counts_held(self, pages: int) -> None:
+        """So many more are."""
+        with self._lock:
+            self._held_pages += pages
 
     @property
     def leased_pages(self) -> int:

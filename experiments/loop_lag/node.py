@@ -49,6 +49,7 @@ class WatchedNode:
         self._attend_threads = attend_threads
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="watched-node", daemon=True)
+        self._thresholds = gc.get_threshold()
         self.probe = LoopProbe()
         self.lock = TimedLock()
 
@@ -63,6 +64,7 @@ class WatchedNode:
         self._thread.join()
         self._loop.close()
         gc.unfreeze()
+        gc.set_threshold(*self._thresholds)
 
     def run(self, coroutine: Coroutine[Any, Any, R]) -> R:
         """Runs a coroutine on the node's event loop and waits for it."""

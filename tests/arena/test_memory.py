@@ -111,6 +111,6 @@ def test_no_tenant_ever_sees_a_byte_of_another(seed: int) -> None:
         table.complete(page, 0.0)
         tenancies.add(page.slot.tenancy)
         if chance.random() < 0.3:
-            table.delete(space, chance.randrange(step + 1).to_bytes(32, "big"), 0.0)
+            table.delete(space, [chance.randrange(step + 1).to_bytes(32, "big")], 0.0)
     assert max(tenancies) > 2, "the history moved no extent between tenants and tested nothing"
     arena.close()

@@ -285,7 +285,7 @@ def test_no_reader_ever_sees_a_byte_of_another_tenant_nor_a_valid_place_with_wro
             readers[key] = tenants[space], mapped(arena, *key)
         places.append((page.slot, arena.stamp(page.slot), content, readers[key][1]))
         if chance.random() < 0.3:
-            table.delete(space, chance.randrange(step + 1).to_bytes(32, "big"), 0.0)
+            table.delete(space, [chance.randrange(step + 1).to_bytes(32, "big")], 0.0)
     for number, reader in readers.values():
         assert not set(reader[:16384]) & (set(tenants.values()) - {number})
     valid = [place for place in places if stamp_seen(arena, place[3], place[0].offset_bytes) == place[1]]

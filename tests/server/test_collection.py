@@ -61,8 +61,10 @@ class Node:
 @pytest.fixture(autouse=True)
 def thawed() -> Iterator[None]:
     """The collector is this process's: what other tests left is seen again at the end."""
+    thresholds = gc.get_threshold()
     yield
     gc.unfreeze()
+    gc.set_threshold(*thresholds)
 
 
 def visible_objects() -> int:
@@ -94,6 +96,21 @@ def test_entries_of_leases_leave_the_view_as_pages_do() -> None:
     assert visible_entries() >= leases * 4096
     node.collection.look()
     assert visible_entries() < 4096
+
+
+def test_what_queries_hold_leaves_the_view_too_and_is_not_looked_through(monkeypatch: pytest.MonkeyPatch) -> None:
+    node = Node(64)
+    node.store.counts_held(VISIBLE_PAGES_MAX - 1)
+    held = [[each] for each in range(VISIBLE_PAGES_MAX)]
+    node.collection.look()
+    assert visible_objects() > len(held)
+    node.store.counts_held(1)
+    generations: list[int] = []
+    collect = gc.collect
+    monkeypatch.setattr(gc, "collect", lambda generation=2: generations.append(generation) or collect(generation))
+    node.collection.look()
+    assert visible_objects() < 1000
+    assert generations == [1]
 
 
 def visible_entries() -> int:
