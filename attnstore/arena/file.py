@@ -18,7 +18,7 @@ import os
 import secrets
 import stat
 import sys
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Final
 
@@ -69,9 +69,10 @@ class FileArena(StampedArena):
 
     def close(self) -> None:
         """See `Arena.close`. A regular file stays, with its bytes."""
-        for view in (*self._data, *self._words, self._bytes):
-            view.release()
-        self._close_file()
+        with ExitStack() as closing:
+            closing.callback(self._close_file)
+            for view in (self._bytes, *self._words, *self._data):
+                closing.callback(view.release)
 
     def _extent(self, extent: int) -> memoryview:
         return self._data[extent]

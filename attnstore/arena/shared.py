@@ -12,6 +12,7 @@ from __future__ import annotations
 import mmap
 import os
 import resource
+from contextlib import ExitStack
 
 from attnstore import memory_files
 from attnstore.arena.stamped import Span, StampedArena, void
@@ -50,8 +51,9 @@ class SharedArena(StampedArena):
 
     def close(self) -> None:
         """See `Arena.close`. Memory that a reader has mapped lives on, unchanged, until the reader lets it go."""
-        for file in self._files:
-            file.close()
+        with ExitStack() as closing:
+            for file in self._files:
+                closing.callback(file.close)
 
     def _extent(self, extent: int) -> memoryview:
         return self._files[extent].data
@@ -102,10 +104,10 @@ class _ExtentFile:
         if self._closed:
             return
         self._closed = True
-        self.data.release()
-        self.stamps.release()
-        self._bytes.release()
-        os.close(self.descriptor)
+        with ExitStack() as closing:
+            closing.callback(os.close, self.descriptor)
+            for view in (self._bytes, self.stamps, self.data):
+                closing.callback(view.release)
 
 
 def _require_memory(capacity_bytes: int) -> None:

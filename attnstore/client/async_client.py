@@ -93,10 +93,12 @@ class AsyncClient:
     async def close(self) -> None:
         """Ends the connection; calls that are running fail. Closing twice is harmless."""
         self._closed = True
-        self._transports.close()
         transport, self._transport = self._transport, None
-        if transport is not None:
-            await transport.close()
+        try:
+            self._transports.close()
+        finally:
+            if transport is not None:
+                await transport.close()
 
     @property
     def shm(self) -> ShmTransport | None:

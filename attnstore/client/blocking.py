@@ -12,7 +12,7 @@ import functools
 import os
 import threading
 from collections.abc import AsyncGenerator, Callable, Coroutine, Generator, Iterator, Sequence
-from contextlib import closing, contextmanager, suppress
+from contextlib import ExitStack, closing, contextmanager, suppress
 from types import TracebackType
 from typing import Any, ClassVar, Concatenate, Generic, ParamSpec, Protocol, Self, TypeVar
 
@@ -190,9 +190,11 @@ class BlockingFacade(Generic[A]):
     def close(self) -> None:
         """Ends the connection; calls that are running raise `ClientClosed`. Closing twice is harmless."""
         if self._closing.acquire(blocking=False):
-            with suppress(ClientClosed):  # in a forked child there is nothing to end
-                self._thread.run(self._client.close())
-                LoopThread.release()
+            with suppress(ClientClosed), self._thread.used():  # in a forked child there is nothing to end
+                try:
+                    self._thread.run(self._client.close())
+                finally:
+                    LoopThread.release()
 
 
 class Client(BlockingFacade[AsyncClient]):
@@ -331,8 +333,9 @@ class ClusterClient(BlockingFacade[AsyncClusterClient]):
             for url, epoch in sorted(members.keys() - self._nodes.keys()):
                 self._nodes[url, epoch] = Client(self._client.options_of(members[url, epoch]))
             nodes = tuple(self._nodes.values())
-        for client in gone:
-            client.close()
+        with ExitStack() as closing_all:
+            for client in gone:
+                closing_all.callback(client.close)
         return nodes
 
     def close(self) -> None:
@@ -340,9 +343,10 @@ class ClusterClient(BlockingFacade[AsyncClusterClient]):
         with self._nodes_lock:
             nodes = list(self._nodes.values())
             self._nodes.clear()
-        for client in nodes:
-            client.close()
-        super().close()
+        with ExitStack() as closing_all:
+            closing_all.callback(super().close)
+            for client in nodes:
+                closing_all.callback(client.close)
 
     members = _blocking(AsyncClusterClient.members)
     describe = _blocking(AsyncClusterClient.describe)

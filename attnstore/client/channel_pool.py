@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Generic, Protocol, TypeVar
 
 from attnstore.client.bulk import Transfer
@@ -55,9 +55,10 @@ class ChannelPool(Generic[C]):
         with self._lock:
             self._closed = True
             in_use = list(self._in_use)
-        for channel in in_use:
-            channel.shutdown()
-        self._drop_idle()
+        with ExitStack() as closing:
+            closing.callback(self._drop_idle)
+            for channel in in_use:
+                closing.callback(channel.shutdown)
 
     def exchange(self, deadline: Deadline, transfer: Transfer, run: Callable[[C], R]) -> R:
         """`run` on an idle connection, and once more on a fresh one where the idle one turns out to be dead."""
@@ -105,5 +106,6 @@ class ChannelPool(Generic[C]):
     def _drop_idle(self) -> None:
         with self._lock:
             idle, self._idle = self._idle, []
-        for channel in idle:
-            channel.close()
+        with ExitStack() as closing:
+            for channel in idle:
+                closing.callback(channel.close)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable
+from contextlib import AsyncExitStack
 
 from attnstore import tasks
 from attnstore.client.node_link import NodeLink
@@ -76,10 +77,17 @@ class ClusterMembership:
 
     async def close(self) -> None:
         """Ends the task, the links and the directory's connections."""
-        if self._watching is not None:
-            await tasks.end(self._watching)
+        async with AsyncExitStack() as closing:
+            closing.push_async_callback(self._directory.close)
+            closing.push_async_callback(self._close_links)
+            if self._watching is not None:
+                closing.push_async_callback(tasks.end, self._watching)
+
+    async def _close_links(self) -> None:
         links, self._links = self._links, {}
-        await asyncio.gather(*(link.close() for link in links.values()), self._directory.close())
+        async with AsyncExitStack() as closing:
+            for link in links.values():
+                closing.push_async_callback(link.close)
 
     async def _watch(self) -> None:
         while True:

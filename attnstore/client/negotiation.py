@@ -55,12 +55,13 @@ class BulkTransports:
 
     def close(self) -> None:
         """Closes what was opened. Closing twice is harmless."""
-        tcp, self.tcp = self.tcp, None
-        if tcp is not None:
-            tcp.close()
-        shm, self.shm = self.shm, None
-        if shm is not None:
-            shm.close()
+        tcp, shm, self.tcp, self.shm = self.tcp, self.shm, None, None
+        try:
+            if tcp is not None:
+                tcp.close()
+        finally:
+            if shm is not None:
+                shm.close()
 
     def _take(self, offered: dict[str, str]) -> None:
         options, opener = self._options, self._opener(asyncio.get_running_loop())

@@ -98,9 +98,11 @@ class NodeLink:
     async def close(self) -> None:
         """Ends the connection."""
         self._closed = True
-        if self._probing is not None:
-            await tasks.end(self._probing)
-        await self.client.close()
+        try:
+            if self._probing is not None:
+                await tasks.end(self._probing)
+        finally:
+            await self.client.close()
 
     def _failed(self) -> None:
         was_usable = self.is_usable

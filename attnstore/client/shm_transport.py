@@ -83,10 +83,12 @@ class ShmTransport:
 
     def close(self) -> None:
         """Breaks what runs and lets the memory go; views that are held stay readable."""
-        self._pool.close()
-        self._parts.close()
-        with self._lock:
-            self._extents.clear()
+        try:
+            self._pool.close()
+        finally:
+            self._parts.close()
+            with self._lock:
+                self._extents.clear()
 
     def read(self, plan: ReadPlan) -> None:
         """See `BulkReader.read`. `on_layer` is called when all layers are there."""

@@ -11,7 +11,7 @@ import functools
 import weakref
 from collections import deque
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from struct import unpack
 from typing import TypeVar
 
@@ -55,10 +55,11 @@ class TcpTransport:
 
     def close(self) -> None:
         """See `BulkReader.close`."""
-        self._pool.close()
-        self._parts.close()
-        for stream in list(self._attending):
-            stream.close()
+        with ExitStack() as closing:
+            for stream in list(self._attending):
+                closing.callback(stream.close)
+            closing.callback(self._parts.close)
+            closing.callback(self._pool.close)
 
     def read(self, plan: ReadPlan) -> None:
         """See `BulkReader.read`. `on_layer` makes the node send layer by layer, over one connection."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import secrets
 from collections.abc import Sequence
+from contextlib import AsyncExitStack
 from typing import Any
 
 from redis.asyncio import Redis, RedisCluster, Sentinel
@@ -113,8 +114,9 @@ class RedisDirectory:
         return self._records.deletions(answer), entries[-1][0].decode() if entries else after
 
     async def close(self) -> None:
-        for client in (self._client, *self._sentinels):
-            await client.aclose()
+        async with AsyncExitStack() as closing:
+            for client in (self._client, *self._sentinels):
+                closing.push_async_callback(client.aclose)
 
     def _connect(self, url: DirectoryUrl) -> Any:
         # A call that fails is made again by whoever has a period for it, never at once by the library.

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 from collections import Counter
 from collections.abc import Awaitable, Callable, Iterable
-from contextlib import suppress
+from contextlib import AsyncExitStack, suppress
 from dataclasses import replace
 
 from attnstore import tasks
@@ -77,11 +77,15 @@ class Registration:
 
     async def stop(self) -> None:
         """Leaves the cluster, if the directory answers, and ends."""
-        if self._task is not None:
-            await tasks.end(self._task)
-            with suppress(Unavailable):
-                await self._directory.withdraw(self._member.node_id)
-        await self._directory.close()
+        async with AsyncExitStack() as closing:
+            closing.push_async_callback(self._directory.close)
+            if self._task is not None:
+                closing.push_async_callback(self._withdraw)
+                closing.push_async_callback(tasks.end, self._task)
+
+    async def _withdraw(self) -> None:
+        with suppress(Unavailable):
+            await self._directory.withdraw(self._member.node_id)
 
     def drained(self, left: int) -> None:
         """Every page that others should have is there, but `left`, for which they have no room: the next heartbeat says so."""

@@ -44,9 +44,11 @@ class Scrubber:
     async def stop(self) -> None:
         """Ends, after the page that is being hashed."""
         self._stopping = True
-        if self._task is not None:
-            await tasks.end(self._task)
-        await tasks.on_thread("stop", self._worker.shutdown)
+        try:
+            if self._task is not None:
+                await tasks.end(self._task)
+        finally:
+            await tasks.on_thread("stop", self._worker.shutdown)
 
     async def verify(self, space: Space, page_hashes: Sequence[bytes]) -> list[PageStatus]:
         """Hashes pages that a reader reports: OK for one that is intact, MISSING for one that is not here, or that was not intact.

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 
 from attnstore.clock import Clock
@@ -269,10 +270,11 @@ class CacheManager:
 
     def close(self) -> None:
         """Ends writing; what is still queued is not written."""
-        self._writer.close()
-        if self._lender is not None:
-            self._lender.close()
-        self._reap()
+        with ExitStack() as closing:
+            closing.callback(self._reap)
+            if self._lender is not None:
+                closing.callback(self._lender.close)
+            closing.callback(self._writer.close)
 
     def statistics(self) -> CacheStatistics:
         """A snapshot."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Final, Protocol, runtime_checkable
 
@@ -226,10 +226,11 @@ class RemoteAttention:
 
     def end(self) -> None:
         """Closes every context and stream."""
-        for context in list(self._contexts):
-            self.close(context)
-        for node in self._nodes:
-            node.end()
+        with ExitStack() as closing:
+            for node in self._nodes:
+                closing.callback(node.end)
+            for context in list(self._contexts):
+                closing.callback(self.close, context)
 
     def _refresh(self) -> None:
         """Takes up nodes that have come and ends those that have left, whose contexts are lost."""
@@ -240,8 +241,9 @@ class RemoteAttention:
             return
         known = {id(node.store): node for node in self._nodes}
         self._nodes = [known.pop(id(store)) if id(store) in known else self._new(store) for store in stores]
-        for node in known.values():
-            node.end()
+        with ExitStack() as closing:
+            for node in known.values():
+                closing.callback(node.end)
 
     def _new(self, store: AttendStore) -> _Node:
         return _Node(store, self._namespace, self._layout, self._shape, self._deadline_ms, self._forget, self._opening)
@@ -353,13 +355,17 @@ class _Node:
         stream, self._stream = self._stream, None
         self._sets_open = 0
         if stream is not None:
-            stream.close()
-            self._on_reset(self)
+            try:
+                stream.close()
+            finally:
+                self._on_reset(self)
 
     def end(self) -> None:
         """Ends everything."""
-        self.reset()
-        self._leases.close()
+        try:
+            self.reset()
+        finally:
+            self._leases.close()
 
     def _match(self, hashes: Sequence[BlockHash]) -> tuple[set[int], Lease | None]:
         if not self._registered:

@@ -217,9 +217,11 @@ class Engine:
 
     def close(self) -> None:
         """Ends writing; flush first to keep what was computed."""
-        if self._attend is not None:
-            self._attend.remote.end()
-        self._cache.close()
+        try:
+            if self._attend is not None:
+                self._attend.remote.end()
+        finally:
+            self._cache.close()
 
     def __enter__(self) -> Self:
         return self

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -218,12 +219,13 @@ class AttnStoreConnector(KVConnectorBase_V1):
 
     def shutdown(self) -> None:
         """Writes what waits to be written, then ends."""
-        if self._transfers is not None:
-            self._transfers.flush()
-        if self.role is KVConnectorRole.SCHEDULER:
-            self._scheduling.close()
-            self._prober.shutdown(wait=False, cancel_futures=True)
-        self._store.close()
+        with ExitStack() as closing:
+            closing.callback(self._store.close)
+            if self.role is KVConnectorRole.SCHEDULER:
+                closing.callback(self._prober.shutdown, wait=False, cancel_futures=True)
+                closing.callback(self._scheduling.close)
+            if self._transfers is not None:
+                closing.callback(self._transfers.flush)
 
     def _plan(self) -> StepPlan:
         metadata = self._get_connector_metadata()

@@ -1,0 +1,241 @@
+"""What ends several things ends all of them: a step that fails keeps no other from its turn, and is reported."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import inspect
+import threading
+from collections.abc import Callable, Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+import attnstore
+from attnstore.arena import SharedArena
+from attnstore.client.async_client import AsyncClient
+from attnstore.client.blocking import LoopThread
+from attnstore.client.channel_pool import ChannelPool
+from attnstore.client.membership import ClusterMembership
+from attnstore.client.negotiation import BulkTransports
+from attnstore.client.node_link import NodeLink
+from attnstore.client.shm_transport import ShmTransport
+from attnstore.client.tcp_transport import TcpTransport
+from attnstore.directory.redis import RedisDirectory
+from attnstore.server.registration import Registration
+from attnstore.server.scrubber import Scrubber
+from worker.cache import CacheManager
+from worker.cache.remote_attention import RemoteAttention, _Node
+from worker.engine.engine import Engine
+
+
+class Fault(Exception):
+    """The first step's."""
+
+
+class Steps:
+    """What is to be ended: it can be asked to close in any way, and the first that is asked fails."""
+
+    def __init__(self) -> None:
+        self.taken: list[str] = []
+
+    def _take(self, name: str) -> None:
+        self.taken.append(name)
+        if len(self.taken) == 1:
+            raise Fault
+
+    def blocking(self, name: str) -> Any:
+        def take(*_: object) -> None:
+            self._take(name)
+
+        return SimpleNamespace(close=take, end=take, shutdown=take)
+
+    def awaited(self, name: str) -> Any:
+        async def take(*_: object) -> None:
+            self._take(name)
+
+        return SimpleNamespace(close=take, aclose=take, withdraw=take)
+
+    async def failing_task(self) -> asyncio.Task[None]:
+        async def fail() -> None:
+            self._take("task")
+
+        task = asyncio.create_task(fail())
+        await asyncio.wait([task])
+        return task
+
+
+Owner = Callable[..., Any]
+CASES: dict[str, tuple[Owner, Callable[[Steps], dict[str, Any]], set[str]]] = {
+    "a client": (
+        AsyncClient.close,
+        lambda steps: {"_transports": steps.blocking("bulk"), "_transport": steps.awaited("grpc")},
+        {"bulk", "grpc"},
+    ),
+    "bulk transports": (
+        BulkTransports.close,
+        lambda steps: {"tcp": steps.blocking("tcp"), "shm": steps.blocking("shm")},
+        {"tcp", "shm"},
+    ),
+    "the page channel": (
+        TcpTransport.close,
+        lambda steps: {
+            "_pool": steps.blocking("pool"),
+            "_parts": steps.blocking("parts"),
+            "_attending": [steps.blocking("1"), steps.blocking("2")],
+        },
+        {"pool", "parts", "1", "2"},
+    ),
+    "shared memory": (
+        ShmTransport.close,
+        lambda steps: {
+            "_pool": steps.blocking("pool"),
+            "_parts": steps.blocking("parts"),
+            "_lock": threading.Lock(),
+            "_extents": {},
+        },
+        {"pool", "parts"},
+    ),
+    "connections in use": (
+        ChannelPool.close,
+        lambda steps: {
+            "_lock": threading.Lock(),
+            "_in_use": [steps.blocking("1"), steps.blocking("2")],
+            "_drop_idle": steps.blocking("idle").close,
+        },
+        {"1", "2", "idle"},
+    ),
+    "idle connections": (
+        ChannelPool._drop_idle,
+        lambda steps: {"_lock": threading.Lock(), "_idle": [steps.blocking("1"), steps.blocking("2")]},
+        {"1", "2"},
+    ),
+    "a membership": (
+        ClusterMembership.close,
+        lambda steps: {
+            "_watching": None,
+            "_close_links": steps.awaited("links").close,
+            "_directory": steps.awaited("directory"),
+        },
+        {"links", "directory"},
+    ),
+    "links to nodes": (
+        ClusterMembership._close_links,
+        lambda steps: {"_links": {"1": steps.awaited("1"), "2": steps.awaited("2")}},
+        {"1", "2"},
+    ),
+    "a directory": (
+        RedisDirectory.close,
+        lambda steps: {"_client": steps.awaited("client"), "_sentinels": [steps.awaited("1"), steps.awaited("2")]},
+        {"client", "1", "2"},
+    ),
+    "an arena": (
+        SharedArena.close,
+        lambda steps: {"_files": [steps.blocking("1"), steps.blocking("2")]},
+        {"1", "2"},
+    ),
+    "a cache": (
+        CacheManager.close,
+        lambda steps: {
+            "_writer": steps.blocking("writer"),
+            "_lender": steps.blocking("lender"),
+            "_reap": steps.blocking("blocks").close,
+        },
+        {"writer", "lender", "blocks"},
+    ),
+    "remote attention": (
+        RemoteAttention.end,
+        lambda steps: {
+            "_contexts": ["1", "2"],
+            "close": steps.blocking("context").close,
+            "_nodes": [steps.blocking("1"), steps.blocking("2")],
+        },
+        {"context", "1", "2"},
+    ),
+    "a node that attends": (
+        _Node.end,
+        lambda steps: {"reset": steps.blocking("stream").close, "_leases": steps.blocking("leases")},
+        {"stream", "leases"},
+    ),
+    "an attend stream": (
+        _Node.reset,
+        lambda steps: {"_stream": steps.blocking("stream"), "_on_reset": steps.blocking("contexts").close},
+        {"stream", "contexts"},
+    ),
+    "an engine": (
+        Engine.close,
+        lambda steps: {"_attend": SimpleNamespace(remote=steps.blocking("attend")), "_cache": steps.blocking("cache")},
+        {"attend", "cache"},
+    ),
+}
+
+
+async def _ended(close: Owner, parts: dict[str, Any]) -> None:
+    ended = close(SimpleNamespace(**parts))
+    if inspect.isawaitable(ended):
+        await ended
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+async def test_the_steps_behind_one_that_fails_are_taken_and_the_failure_is_told(
+    case: tuple[Owner, Callable[[Steps], dict[str, Any]], set[str]],
+) -> None:
+    close, parts_of, expected = case
+    steps = Steps()
+    with pytest.raises(Fault):
+        await _ended(close, parts_of(steps))
+    assert set(steps.taken) == expected
+
+
+@pytest.mark.parametrize(
+    ("close", "task", "others"),
+    [
+        (ClusterMembership.close, "_watching", ("_directory",)),
+        (NodeLink.close, "_probing", ("client",)),
+        (Registration.stop, "_task", ("_directory",)),
+        (Scrubber.stop, "_task", ("_worker",)),
+    ],
+    ids=["membership", "link", "registration", "scrubber"],
+)
+async def test_a_task_that_failed_keeps_nothing_behind_it_from_its_end(close: Owner, task: str, others: tuple[str, ...]) -> None:
+    steps = Steps()
+    parts = {name: steps.blocking(name) if name == "_worker" else steps.awaited(name) for name in others}
+    parts |= {task: await steps.failing_task(), "_close_links": steps.awaited("links").close}
+    parts |= {"_withdraw": steps.awaited("record").close}
+    with pytest.raises(Fault):
+        await close(SimpleNamespace(**parts))
+    assert {"task", *others} <= set(steps.taken)
+
+
+@pytest.fixture
+def loop_users() -> Iterator[Callable[[], int]]:
+    before = LoopThread._users
+    yield lambda: LoopThread._users - before
+    LoopThread._users = before
+
+
+async def _fail(close: Callable[[], Any]) -> None:
+    await close()
+    raise Fault
+
+
+def test_a_blocking_client_whose_connection_ends_badly_gives_its_thread_back(loop_users: Callable[[], int]) -> None:
+    client = attnstore.connect("grpc://127.0.0.1:1")
+    close = client._client.close
+    client._client.close = lambda: _fail(close)  # type: ignore[method-assign]
+    with pytest.raises(Fault):
+        client.close()
+    client.close()
+    assert loop_users() == 0
+
+
+def test_a_blocking_cluster_client_closes_every_node_s_client(loop_users: Callable[[], int]) -> None:
+    cluster = attnstore.connect("grpc://127.0.0.1:1,127.0.0.1:2")
+    assert isinstance(cluster, attnstore.ClusterClient)
+    steps = Steps()
+    cluster._nodes = {("1", b""): steps.blocking("1"), ("2", b""): steps.blocking("2")}
+    with pytest.raises(Fault), contextlib.closing(cluster):
+        pass
+    assert steps.taken in (["1", "2"], ["2", "1"])
+    assert loop_users() == 0
