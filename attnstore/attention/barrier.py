@@ -12,8 +12,10 @@ from __future__ import annotations
 from typing import Final
 
 from llvmlite import ir
-from numba import njit, types
+from numba import types
 from numba.extending import intrinsic
+
+from attnstore.copying.compiled import compiled
 
 SPOILT: Final = 1 << 40
 """More than any counter counts to."""
@@ -48,7 +50,7 @@ def _arrived(typingctx, counter):
     return types.int64(counter), codegen
 
 
-@njit(nogil=True, error_model="numpy", cache=True)
+@compiled
 def meet(counter, threads):
     """Returns when all of `threads` threads have called it as often as this one. counter: int64 `[1]`, 0 before the first time.
 

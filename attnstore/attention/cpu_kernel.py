@@ -21,7 +21,6 @@ import math
 from typing import Any, Final, NamedTuple
 
 import numpy as np
-from numba import njit
 from torch import Tensor
 
 from attnstore.attention.simd import (
@@ -42,6 +41,7 @@ from attnstore.attention.simd import (
     sub,
     total,
 )
+from attnstore.copying.compiled import compiled, inlined
 
 QUAD: Final = 4
 """Keys scored together; block_tokens must be a multiple of it, and head_dim of LANES."""
@@ -59,9 +59,6 @@ _LN2: Final = np.float32(np.log(2.0))
 _LINE_BYTES: Final = 64
 _WIDENED_PER_LINE: Final = 8
 """Vectors widened per line requested ahead; measured."""
-
-_inlined = njit(nogil=True, error_model="numpy", forceinline=True, cache=True)
-_compiled = njit(nogil=True, error_model="numpy", cache=True)
 
 
 class _Shape(NamedTuple):
@@ -96,7 +93,7 @@ def scratch_elements(rows: int, q_heads: int, block_tokens: int, head_dim: int) 
     return block_tokens * head_dim + rows * q_heads * (width + 1)
 
 
-@_inlined
+@inlined
 def _widen(tile, flat, start, ahead, shape):
     """Copies a run of a page into the fp32 tile, from where each row's loop rereads it in L1; returns where `ahead` goes on."""
     for at in range(0, shape.run, LANES):
@@ -107,7 +104,7 @@ def _widen(tile, flat, start, ahead, shape):
     return ahead
 
 
-@_inlined
+@inlined
 def _request(flat, ahead, until, lines, shape):
     """Requests the next `lines` cache lines of a run that ends at `until`; returns where to go on."""
     stop = min(until, ahead + lines * shape.line)
@@ -117,7 +114,7 @@ def _request(flat, ahead, until, lines, shape):
     return ahead
 
 
-@_inlined
+@inlined
 def _score_one(scores, score, query, row, tile, flat, ahead, until, lines, shape):
     """`scores[score + t] = query[row] . key[t]` for the tile's keys."""
     dims = shape.head_dim
@@ -135,7 +132,7 @@ def _score_one(scores, score, query, row, tile, flat, ahead, until, lines, shape
     return ahead
 
 
-@_inlined
+@inlined
 def _score_two(scores, score1, score2, query, row1, row2, tile, flat, ahead, until, lines, shape):
     """`_score_one` for two rows, loading each key once."""
     dims = shape.head_dim
@@ -157,7 +154,7 @@ def _score_two(scores, score1, score2, query, row1, row2, tile, flat, ahead, unt
     return ahead
 
 
-@_inlined
+@inlined
 def advance(tops, sums, state, top, summed):
     """Adds weights relative to `top` to a row's sum, whose running maximum is not above it; returns the factor on what was summed
     before."""
@@ -169,7 +166,7 @@ def advance(tops, sums, state, top, summed):
     return keep
 
 
-@_inlined
+@inlined
 def _softmax(scores, score, tokens, tops, sums, state):
     """Turns one row's scores into weights relative to its running maximum; returns the factor on what was summed before."""
     highest = splat(tops[state])
@@ -184,7 +181,7 @@ def _softmax(scores, score, tokens, tops, sums, state):
     return advance(tops, sums, state, top, summed)
 
 
-@_inlined
+@inlined
 def _sum_one(outs, out, keep, scores, score, tile, first, last, flat, ahead, until, lines, shape):
     """`outs = outs * keep + sum over tokens [first, last) of weight * value`, four vectors of dimensions at a time."""
     kept = splat(keep)
@@ -214,7 +211,7 @@ def _sum_one(outs, out, keep, scores, score, tile, first, last, flat, ahead, unt
     return ahead
 
 
-@_inlined
+@inlined
 def _sum_two(outs, out1, out2, keep1, keep2, scores, score1, score2, tile, first, last, flat, ahead, until, lines, shape):
     """`_sum_one` for two rows, loading each value once."""
     kept1, kept2 = splat(keep1), splat(keep2)
@@ -250,7 +247,7 @@ def _sum_two(outs, out1, out2, keep1, keep2, scores, score1, score2, tile, first
     return ahead
 
 
-@_inlined
+@inlined
 def _score_block(scores, score, query, row0, offsets, steps, tile, flat, begin, lines, shape):
     """First phase for one block: every row's scores against its keys, the values being requested meanwhile."""
     values_at = shape.kv_heads * shape.run
@@ -268,7 +265,7 @@ def _score_block(scores, score, query, row0, offsets, steps, tile, flat, begin, 
             _score_one(scores, score + step * shape.width, query, row1, tile, flat, ahead, until, lines, shape)
 
 
-@_inlined
+@inlined
 def _softmax_chunk(scores, keeps, visible, row0, rows, state0, offsets, key0, tokens, tops, sums, shape):
     """Second phase: hides what a row does not see, then softmaxes; returns the chunk's tokens `[first, last)` that any row sees."""
     padded = (tokens + LANES - 1) // LANES * LANES
@@ -289,7 +286,7 @@ def _softmax_chunk(scores, keeps, visible, row0, rows, state0, offsets, key0, to
     return seen_first, seen_last
 
 
-@_inlined
+@inlined
 def _sum_block(outs, keeps, scores, score, state0, offsets, steps, tile, first, last, flat, begin, ahead0, lines, shape):
     """Third phase for one block: adds its weighted values to every row, the keys of the next chunk being requested meanwhile."""
     values_at = shape.kv_heads * shape.run
@@ -309,7 +306,7 @@ def _sum_block(outs, keeps, scores, score, state0, offsets, steps, tile, first, 
     keeps[:] = _ONE
 
 
-@_compiled
+@compiled
 def attend(
     pieces,
     tables,
@@ -375,7 +372,7 @@ def attend(
                 )
 
 
-@_compiled
+@compiled
 def finish(pieces, owners, q_heads, head_dim, outs, tops, sums, lses):
     """Folds the states of pieces that share a row into their owner's and normalises the owners, in place.
 
@@ -406,7 +403,7 @@ def finish(pieces, owners, q_heads, head_dim, outs, tops, sums, lses):
             lses[at] = _HIDDEN
 
 
-@_compiled
+@compiled
 def put(flat, blocks, offsets, block_stride, layer_at, kv_heads, block_tokens, head_dim, rows, row_stride):
     """Writes each row's own keys and values of one layer into the pool.
 
@@ -421,7 +418,7 @@ def put(flat, blocks, offsets, block_stride, layer_at, kv_heads, block_tokens, h
                 move(flat, target + dim, rows, source + dim)
 
 
-@_compiled
+@compiled
 def gather(flat, table, block0, block1, block_stride, layer_at, kv_heads, run, gathered):
     """Copies one layer of blocks `[block0, block1)` to `gathered`, `[2, kv_heads, blocks * run]` flat, element type unchanged."""
     blocks = block1 - block0

@@ -17,7 +17,6 @@ from __future__ import annotations
 from typing import Final
 
 import numpy as np
-from numba import njit
 
 from attnstore.attention.barrier import meet, take
 from attnstore.attention.cpu_kernel import NOTHING_SEEN, QUAD, advance
@@ -37,6 +36,7 @@ from attnstore.attention.simd import (
     transpose_pairs,
 )
 from attnstore.attention.tile import ROWS, tile_1, tile_4
+from attnstore.copying.compiled import compiled, inlined
 
 PANEL: Final = 128
 """Keys of a panel: enough that the sums of values are seldom rescaled, few enough for the first two caches."""
@@ -53,9 +53,6 @@ _ONE: Final = np.float32(1.0)
 _HIDDEN: Final = np.float32(-np.inf)
 _LN2: Final = np.float32(np.log(2.0))
 
-_compiled = njit(nogil=True, error_model="numpy", cache=True)
-_inlined = njit(nogil=True, error_model="numpy", forceinline=True, cache=True)
-
 
 def fits(head_dim: int, block_tokens: int) -> bool:
     """The kernel exists on this machine and takes heads and blocks of this size."""
@@ -68,12 +65,12 @@ def scratch_elements(group: int, head_dim: int) -> tuple[int, int]:
     return rows * head_dim + ROWS * PANEL, rows * (head_dim + 2) + ROWS * (PANEL + 1)
 
 
-@_inlined
+@inlined
 def _padded(rows):
     return (rows + ROWS - 1) // ROWS * ROWS
 
 
-@_compiled
+@compiled
 def _pack(panel, panels, flat, table, first, last, block_stride, layer_at, kv_heads, block_tokens, head_dim, keys, values):
     """Puts one panel of every head in order. Values outside of `[first, last)` become zeros: their weights are 0, but they might be
     NaN."""
@@ -95,7 +92,7 @@ def _pack(panel, panels, flat, table, first, last, block_stride, layer_at, kv_he
                     interleave(values, target, flat, value, value + head_dim, seen1, seen2)
 
 
-@_inlined
+@inlined
 def _softmax(scores, first, last, width, factor, weights, row, tops, sums, state):
     """One row's weights of a panel's first `width` keys, bf16; returns the factor on what was summed before."""
     at = row * PANEL
@@ -115,13 +112,13 @@ def _softmax(scores, first, last, width, factor, weights, row, tops, sums, state
     return advance(tops, sums, state, top, summed)
 
 
-@_inlined
+@inlined
 def _scores(queries, query, head_dim, keys, panel, width, scores):
     for part in range(0, width, _WIDE):
         tile_4(queries, query, head_dim, keys, panel + 2 * part, 2 * PANEL, head_dim // 2, scores, part, PANEL, None)
 
 
-@_inlined
+@inlined
 def _sum_values(weights, values, panel, width, head_dim, outs, out, keeps):
     wide = head_dim // _WIDE * _WIDE
     for dim in range(0, wide, _WIDE):
@@ -130,7 +127,7 @@ def _sum_values(weights, values, panel, width, head_dim, outs, out, keeps):
         tile_1(weights, 0, PANEL, values, panel + 2 * dim, 2 * head_dim, width // 2, outs, out + dim, head_dim, keeps)
 
 
-@_inlined
+@inlined
 def _seen_keys(visible, begin, end):
     """The keys `[first, last)` that at least one of these tokens sees."""
     first, last = 0, 0
@@ -141,7 +138,7 @@ def _seen_keys(visible, begin, end):
     return first, last
 
 
-@_compiled
+@compiled
 def _attend_tokens(
     token0,
     tokens,
@@ -199,7 +196,7 @@ def _attend_tokens(
             store(out, target * head_dim + dim, mul(load(outs, row * head_dim + dim), share))
 
 
-@_compiled
+@compiled
 def attend_many(
     threads,
     counters,

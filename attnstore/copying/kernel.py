@@ -16,10 +16,11 @@ from typing import Any, Final
 
 import numpy as np
 from llvmlite import ir
-from numba import njit, types
+from numba import types
 from numba.extending import intrinsic, models, register_model
 
 from attnstore.copying import BLOCK_BYTES
+from attnstore.copying.compiled import compiled_for
 
 _STRIPE_BYTES: Final = 64
 _STRIPES: Final = BLOCK_BYTES // _STRIPE_BYTES
@@ -195,12 +196,7 @@ def _merged(typingctx, sums, key, size_bytes):
     return types.uint64(sums, key, types.intp), codegen
 
 
-@njit(
-    types.uint64(types.intp, types.intp, types.intp, types.intp, types.intp, types.intp),
-    nogil=True,
-    error_model="numpy",
-    cache=True,
-)
+@compiled_for(types.uint64(types.intp, types.intp, types.intp, types.intp, types.intp, types.intp))
 def hash_layers(source, layers, layer_bytes, checksums, target, how):
     """XXH3-64 of `layers` times `layer_bytes` from address `source` on; that of each layer goes to address `checksums`, u64 each.
 

@@ -18,7 +18,8 @@ _STOP_S_MAX = 30.0
 
 
 class StoreProcess:
-    """`attnstore serve` with the given options, on a free loopback port unless they say otherwise; a context manager.
+    """`attnstore serve` with the given options, on a free loopback port unless they say otherwise; a context manager. It answers no
+    queries unless `--attend-threads` is among them, because a node that does loads torch first.
 
     `under` is a command that runs it, with its arguments. `url` is ready for `attnstore.connect`. Raises `RuntimeError` with the
     node's own words if it does not start.
@@ -31,7 +32,7 @@ class StoreProcess:
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
-            env={**os.environ, **(environment or {})},
+            env={"ATTNSTORE_ATTEND_THREADS": "0", **os.environ, **(environment or {})},
         )
         # The log is drained all the time, or a full pipe would stop the node.
         self._log: list[str] = []

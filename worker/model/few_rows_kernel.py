@@ -16,7 +16,6 @@ from __future__ import annotations
 from typing import Any, Final, NamedTuple
 
 import numpy as np
-from numba import njit
 
 from attnstore.attention import cpu_kernel
 from attnstore.attention.barrier import meet
@@ -36,6 +35,7 @@ from attnstore.attention.simd import (
     store_totals,
     sub,
 )
+from attnstore.copying.compiled import compiled, inlined
 from worker.model.rows import add_and_normalize, turned_by
 from worker.model.weights import LayerShape
 
@@ -46,9 +46,6 @@ _ZERO: Final = np.float32(0.0)
 _ONE: Final = np.float32(1.0)
 _LOG2_E: Final = np.float32(np.log2(np.e))
 _LOWEST: Final = np.float32(-126.0)
-
-_compiled = njit(nogil=True, error_model="numpy", cache=True)
-_inlined = njit(nogil=True, error_model="numpy", forceinline=True, cache=True)
 
 
 class Work(NamedTuple):
@@ -103,12 +100,12 @@ class Batch(NamedTuple):
     """fp32 `[T, n]`."""
 
 
-@_inlined
+@inlined
 def _share(units, thread, threads):
     return units * thread // threads, units * (thread + 1) // threads
 
 
-@_inlined
+@inlined
 def _one_row(weights, weight, width, inputs):
     sums = splat(_ZERO)
     for at in range(0, width, COLUMNS):
@@ -117,7 +114,7 @@ def _one_row(weights, weight, width, inputs):
     return sums
 
 
-@_compiled
+@compiled
 def product(weights, begin, width, first, last, inputs, padded, outputs, count):
     """`outputs[row, n] = inputs[row] . weights[n]` for `n` in `[first, last)`, a multiple of OUTPUTS.
 
@@ -136,7 +133,7 @@ def product(weights, begin, width, first, last, inputs, padded, outputs, count):
             dot_rows(weights, weight, inputs, row * width, width, outputs, row * count + output, count)
 
 
-@_compiled
+@compiled
 def _place(first, last, layer_at, shape, work, batch):
     """Heads `[first, last)` of each row: queries turned and scaled to `work.query`; keys turned, and values, to the pool."""
     half, dims = shape.head_dim // 2, shape.head_dim
@@ -164,7 +161,7 @@ def _place(first, last, layer_at, shape, work, batch):
                     store(batch.flat, target + half, high)
 
 
-@_compiled
+@compiled
 def _gate(first, last, width, rows, gates, ups, gated):
     """`gated = silu(gates) * ups` in columns `[first, last)`."""
     for row in range(0, rows * width, width):
@@ -174,7 +171,7 @@ def _gate(first, last, width, rows, gates, ups, gated):
             store(gated, at, mul(divide(gate, add(splat(_ONE), power)), load(ups, at)))
 
 
-@_compiled
+@compiled
 def _attend(thread, threads, layer_at, shape, work, batch):
     scratch = batch.scratch.shape[0] // threads
     for share in range(thread, batch.shares.shape[0] - 1, threads):
@@ -197,7 +194,7 @@ def _attend(thread, threads, layer_at, shape, work, batch):
         )
 
 
-@_compiled
+@compiled
 def run_layers(first, last, thread, threads, shape: LayerShape, weights, epsilon, work, batch):
     """Layers `[first, last)` on `work.hidden` and `work.delta`, whose sum is the input and the result.
 
@@ -249,7 +246,7 @@ def run_layers(first, last, thread, threads, shape: LayerShape, weights, epsilon
         meet(work.arrived, threads)
 
 
-@_compiled
+@compiled
 def run_head(thread, threads, norm, head, epsilon, rows, work, inputs, logits):
     """Logits of the rows, int64 `[n]`, after the last layer, fp32 `[padded n, vocabulary]`. norm: `[hidden]`; head: `[vocabulary,
     hidden]`.

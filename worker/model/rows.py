@@ -16,13 +16,11 @@ from typing import Any, Final
 
 import numpy as np
 import torch
-from numba import njit
 from torch import Tensor
 
 from attnstore.attention.simd import ELEMENTS, LANES, add, fma, load, mul, splat, store, sub, total
+from attnstore.copying.compiled import compiled, inlined
 
-_compiled = njit(nogil=True, error_model="numpy", cache=True)
-_inlined = njit(nogil=True, error_model="numpy", forceinline=True, cache=True)
 _ZERO: Final = np.float32(0.0)
 _ONE: Final = np.float32(1.0)
 
@@ -59,7 +57,7 @@ def _flat(rows: Tensor) -> Any:
     return rows.view(ELEMENTS[rows.dtype]).view(-1).numpy()
 
 
-@_compiled
+@compiled
 def _normalize(hidden, weight, epsilon, result):
     width = weight.shape[0]
     for row in range(0, hidden.shape[0], width):
@@ -70,7 +68,7 @@ def _normalize(hidden, weight, epsilon, result):
         _scale(hidden, row, weight, width, squares, epsilon, result)
 
 
-@_compiled
+@compiled
 def add_and_normalize(hidden, delta, weight, epsilon, result):
     """`added_and_normalized` on flat arrays, for other compiled code: as many rows as `hidden` has."""
     width = weight.shape[0]
@@ -83,20 +81,20 @@ def add_and_normalize(hidden, delta, weight, epsilon, result):
         _scale(hidden, row, weight, width, squares, epsilon, result)
 
 
-@_inlined
+@inlined
 def _scale(hidden, row, weight, width, squares, epsilon, result):
     factor = splat(_ONE / np.sqrt(total(squares) / np.float32(width) + epsilon))
     for dim in range(0, width, LANES):
         store(result, row + dim, mul(mul(load(hidden, row + dim), factor), load(weight, dim)))
 
 
-@_inlined
+@inlined
 def turned_by(cosine, sine, first, second):
     """The two halves of a head after their rotation."""
     return sub(mul(first, cosine), mul(second, sine)), fma(second, cosine, mul(first, sine))
 
 
-@_compiled
+@compiled
 def _rotate(heads, count, turned, head_dim, cosines, sines):
     half = head_dim // 2
     for row in range(heads.shape[0] // (count * head_dim)):

@@ -1,0 +1,51 @@
+"""How functions are compiled: by numba, to run without the interpreter lock, and kept on disk where there is a place for that.
+
+Owns: the options of compilation. Exists because numba raises where it finds no folder to keep a function in, as on a read-only
+root: a process that compiles anew at each start is better than one that does not start.
+"""
+
+# mypy: disable-error-code="no-untyped-call"
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import lru_cache
+from typing import Any, Final
+
+from numba import njit
+
+from attnstore.logs import get_logger
+
+_OPTIONS: Final = {"nogil": True, "error_model": "numpy"}
+
+_log = get_logger(__name__)
+
+
+def compiled(function: Callable[..., Any]) -> Any:
+    """Decorates a function that is compiled at its first call with arguments of new types."""
+    return _kept(function)
+
+
+def inlined(function: Callable[..., Any]) -> Any:
+    """Decorates a function that becomes a part of each that calls it."""
+    return _kept(function, forceinline=True)
+
+
+def compiled_for(signature: Any) -> Callable[[Callable[..., Any]], Any]:
+    """Decorates a function that is compiled at once, for arguments of these types alone."""
+    return lambda function: _kept(function, signature)
+
+
+def _kept(function: Callable[..., Any], *signature: Any, **options: bool) -> Any:
+    try:
+        return njit(*signature, cache=True, **_OPTIONS, **options)(function)
+    except RuntimeError as error:
+        if "no locator available" not in str(error):
+            raise
+        _warn()
+        return njit(*signature, **_OPTIONS, **options)(function)
+
+
+@lru_cache(maxsize=1)
+def _warn() -> None:
+    _log.warning("compiled code is kept nowhere, so each start compiles anew: set NUMBA_CACHE_DIR to a folder that can be written")
