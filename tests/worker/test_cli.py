@@ -171,7 +171,6 @@ def test_a_store_that_is_not_there_costs_a_warning_only(tiny_folder: Path, promp
         (("--model", "/nowhere/model"), "no model at /nowhere/model"),
         (("--pool", "1KiB"), "cannot hold one page"),
         (("--chunk-tokens", "7"), "chunk_tokens is 7"),
-        (("--max-tokens", "0"), "max_tokens is 0"),
         (("--store", "http://somewhere"), "http://somewhere"),
     ],
 )
