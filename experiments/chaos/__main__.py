@@ -2,8 +2,9 @@
 
 The cluster of docker-compose.yml, run by `experiments.compose_local`. Two workers answer prompts whose continuation is known, four
 raw clients read and write pages whose bytes are known. Nodes are killed, frozen and cut off, the directory is killed and cut off,
-workers are cut off. Exit status 0 when no byte and no token was wrong, no call hung or failed, and the hit rate came back in time
-after every heal.
+workers are cut off; callers misbehave: rogue records in the directory, a client in a hurry, one that trickles, a tenant at its
+limits. Exit status 0 when no byte and no token was wrong, no call hung or failed, the hit rate came back in time after every heal,
+and no caller was noticed by the others.
 """
 
 from __future__ import annotations
@@ -57,7 +58,7 @@ def told(verdict: Verdict) -> str:
         after = "NOT in time" if each.recovered_s is None else f"after {each.recovered_s:.1f} s"
         lines.append(
             f"  {each.service} {each.kind} at {each.began_s:.1f} s, healed at {each.healed_s:.1f} s: {after} "
-            f"(level {each.level:.1%}, lowest second {each.lowest:.1%})"
+            f"(level {each.level:.1%}, meanwhile {each.during:.1%}, lowest second {each.lowest:.1%})"
         )
     return "\n".join([*lines, "all as it must be" if verdict.is_good else "NOT as it must be"])
 

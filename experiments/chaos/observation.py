@@ -56,13 +56,18 @@ class Call:
 
 @dataclass(frozen=True, slots=True)
 class Recovery:
-    """One fault and its end. `recovered_s`: from the heal until the hit rate was back, None where it was not in time."""
+    """One fault and its end. `during`: the hit rate while it lasted; `lowest`: that of the worst second until it was over.
+
+    `recovered_s`: from the heal until the hit rate was back, None where it was not in time. A caller that misbehaves is recovered
+    from at once, or not at all: 0 where the hit rate kept its level meanwhile.
+    """
 
     kind: str
     service: str
     began_s: float
     healed_s: float
     level: float
+    during: float
     lowest: float
     recovered_s: float | None
 
@@ -124,26 +129,37 @@ def judge(seed: int, run_s: float, began_s: float, calls: Sequence[Call], healed
 
 
 def _recovery(healed: Healed, reads: Sequence[Call], began_s: float) -> Recovery:
+    kind = healed.fault.kind
     level = _hit_rate(_within(reads, healed.began_s - LEVEL_S, healed.began_s))
-    end_s = healed.healed_s + RECOVERY_S_MAX
-    windows = (healed.healed_s + step * _STEP_S for step in range(int((RECOVERY_S_MAX - _WINDOW_S) / _STEP_S) + 1))
-    recovered = (
-        start - healed.healed_s
-        for start in windows
-        if (seen := _within(reads, start, start + _WINDOW_S)) and _hit_rate(seen) >= _LEVEL_SHARE * level
-    )
-    first = next(recovered, None)
+    during = _hit_rate(_within(reads, healed.began_s, healed.healed_s))
+    if kind.is_caller:
+        end_s = healed.healed_s
+        recovered_s = 0.0 if during >= _LEVEL_SHARE * level else None
+    else:
+        end_s = healed.healed_s + RECOVERY_S_MAX
+        recovered_s = _recovered_s(healed.healed_s, reads, level)
     seconds = range(int(healed.began_s), int(end_s))
     rates = [_hit_rate(seen) for second in seconds if (seen := _within(reads, second, second + 1))]
     return Recovery(
-        kind=healed.fault.kind.value,
+        kind=kind.value,
         service=healed.fault.service,
         began_s=round(healed.began_s - began_s, 2),
         healed_s=round(healed.healed_s - began_s, 2),
         level=round(level, 4),
+        during=round(during, 4),
         lowest=round(min(rates, default=0.0), 4),
-        recovered_s=round(first, 2) if first is not None else None,
+        recovered_s=round(recovered_s, 2) if recovered_s is not None else None,
     )
+
+
+def _recovered_s(healed_s: float, reads: Sequence[Call], level: float) -> float | None:
+    """From the heal to the first second in which the hit rate is back."""
+    for step in range(int((RECOVERY_S_MAX - _WINDOW_S) / _STEP_S) + 1):
+        start_s = healed_s + step * _STEP_S
+        seen = _within(reads, start_s, start_s + _WINDOW_S)
+        if seen and _hit_rate(seen) >= _LEVEL_SHARE * level:
+            return start_s - healed_s
+    return None
 
 
 def _within(calls: Sequence[Call], begin_s: float, end_s: float) -> list[Call]:

@@ -7,6 +7,7 @@ What a page holds follows from its hash alone, so any number of clients can chec
 from __future__ import annotations
 
 import argparse
+import functools
 import hashlib
 import random
 import sys
@@ -65,6 +66,13 @@ class RawClient:
             pages = [self._content[page_hash] for page_hash in missing]
             self._call("write", lambda: self._client.write(self._namespace, missing, pages))
 
+    def hurry(self, draws: random.Random, deadline_ms: float) -> None:
+        """Asks for one chain with so little time that hardly anything can come of it."""
+        chain = draws.choice(self._chains)
+        self._call("hurry", lambda: self._client.match(self._namespace, [chain], deadline_ms=deadline_ms), deadline_ms)
+        read = functools.partial(self._client.read, self._namespace, chain, self._buffers, deadline_ms=deadline_ms)
+        self._call("hurry", read, deadline_ms)
+
     def _read(self, chain: list[attnstore.BlockHash], hits: int, lease: attnstore.Lease | None) -> int:
         """Reads the leading pages that hit; how many were good. The call counts against the whole chain."""
         began_s = time.monotonic()
@@ -81,7 +89,7 @@ class RawClient:
         self._report("read", began_s, error, asked=len(chain), hits=good, wrong=wrong)
         return good
 
-    def _call(self, verb: str, call: Callable[[], _T]) -> _T | None:
+    def _call(self, verb: str, call: Callable[[], _T], deadline_ms: float | None = None) -> _T | None:
         began_s = time.monotonic()
         error: AttnStoreError | None = None
         result: _T | None = None
@@ -89,11 +97,19 @@ class RawClient:
             result = call()
         except AttnStoreError as raised:
             error = raised
-        self._report(verb, began_s, error)
+        self._report(verb, began_s, error, deadline_ms=deadline_ms)
         return result
 
     def _report(
-        self, verb: str, began_s: float, error: AttnStoreError | None, *, asked: int = 0, hits: int = 0, wrong: int = 0
+        self,
+        verb: str,
+        began_s: float,
+        error: AttnStoreError | None,
+        *,
+        asked: int = 0,
+        hits: int = 0,
+        wrong: int = 0,
+        deadline_ms: float | None = None,
     ) -> None:
         self._say(
             Call(
@@ -101,7 +117,7 @@ class RawClient:
                 verb=verb,
                 began_s=began_s,
                 ended_s=time.monotonic(),
-                deadline_s=self._deadline_ms / 1000,
+                deadline_s=(deadline_ms or self._deadline_ms) / 1000,
                 asked=asked,
                 hits=hits,
                 wrong=wrong,
@@ -111,7 +127,8 @@ class RawClient:
         )
 
 
-def _print(call: Call) -> None:
+def print_call(call: Call) -> None:
+    """Says what came of a call, for `experiments.chaos.run` to read."""
     # In one piece: the log that a container's output goes to is shared by all of its threads and by standard error.
     sys.stdout.write(call.to_line() + "\n")
     sys.stdout.flush()
@@ -130,7 +147,7 @@ def main() -> int:
     end_s = time.monotonic() + options.seconds
     draws = random.Random(options.seed)
     with attnstore.connect(options.store, deadline_ms=options.deadline_ms) as store:
-        client = RawClient(store, options.name, options.deadline_ms, _print)
+        client = RawClient(store, options.name, options.deadline_ms, print_call)
         client.register()
         while (began_s := time.monotonic()) < end_s:
             client.turn(draws)

@@ -11,22 +11,26 @@ import random
 import secrets
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import urllib.error
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Final
 
 from experiments.chaos.faults import WARM_UP_S, Fault, FaultKind, plan_faults
 from experiments.chaos.observation import Call, Healed, Verdict, judge
 from experiments.compose_local import ComposeCluster
+from experiments.compose_local.compose_file import Mount, Service
 from experiments.compose_local.container import Container
 from experiments.compose_local.executables import PROJECT
 from experiments.endpoints import complete, model_name
 
 WORKERS: Final = ("worker1", "worker2")
+STORES: Final = ("store1", "store2", "store3")
 CLIENTS: Final = 4
 _TOKENS: Final = 12
 _ANSWER_S: Final = 30.0
@@ -36,6 +40,9 @@ _RESTART_S_MAX: Final = 60.0
 _END_S_MAX: Final = 30.0
 _POLL_S: Final = 0.2
 _LOG_CHARACTERS: Final = 2_000
+_GREEDY: Final = "greedy"
+_GREEDY_QUOTA_BYTES: Final = 96 << 20
+_TENANTS_FILE: Final = "/etc/attnstore/tenants.toml"
 
 Report = Callable[[str], None]
 
@@ -49,7 +56,7 @@ def cluster_environment(environment: Mapping[str, str]) -> dict[str, str]:
         **ports,
         "ATTNSTORE_TOKEN": token,
         "ATTNSTORE_WORKER_TOKEN": secrets.token_hex(16),
-        "GRAFANA_PASSWORD": token,
+        "GRAFANA_PASSWORD": secrets.token_hex(16),
         "ATTNSTORE_NODE_CAPACITY": "512MiB",
         "ATTNSTORE_WORKER_POOL": "64MiB",
         "ATTNSTORE_WORKER_THREADS": "1",
@@ -61,11 +68,17 @@ def run_chaos(seed: int, run_s: float, volumes: Path, environment: Mapping[str, 
     load_s = WARM_UP_S + run_s
     report("computing the reference texts, without a store")
     texts = _reference_texts()
-    variables = cluster_environment(environment)
-    cluster = ComposeCluster(PROJECT / "docker-compose.yml", volumes=volumes, environment=variables, report=report)
     calls: list[Call] = []
     healed: list[Healed] = []
-    with cluster, ExitStack() as stack:
+    with ExitStack() as stack:
+        variables = cluster_environment(environment)
+        tenants = Tenants(Path(stack.enter_context(tempfile.TemporaryDirectory())), variables["ATTNSTORE_TOKEN"])
+        cluster = stack.enter_context(
+            ComposeCluster(
+                PROJECT / "docker-compose.yml", volumes=volumes, environment=variables, change=tenants.admitted, report=report
+            )
+        )
+        tenants.limit(cluster)
         began_s = time.monotonic()
         clients = [_begin_client(stack, cluster, number, seed, load_s) for number in range(CLIENTS)]
         token = variables["ATTNSTORE_WORKER_TOKEN"]
@@ -74,7 +87,7 @@ def run_chaos(seed: int, run_s: float, volumes: Path, environment: Mapping[str, 
         for fault in plan_faults(seed, run_s):
             _sleep_until(began_s + fault.at_s)
             report(f"{time.monotonic() - began_s:5.1f} s: {fault.service} is {fault.kind} for {fault.for_s} s")
-            healed.append(_suffer(cluster, fault))
+            healed.append(_endure(cluster, fault, tenants, calls) if fault.kind.is_caller else _suffer(cluster, fault))
             if fault.kind is FaultKind.KILLED and not cluster.is_healthy(fault.service):
                 report(f"{fault.service} does not become healthy again:\n{cluster.log(fault.service)[-_LOG_CHARACTERS:]}")
             report(f"{time.monotonic() - began_s:5.1f} s: {fault.service} is back")
@@ -83,8 +96,39 @@ def run_chaos(seed: int, run_s: float, volumes: Path, environment: Mapping[str, 
             calls += load.finish()
         for client in clients:
             client.wait(_END_S_MAX)
-            calls += [Call.from_line(line) for line in client.log.splitlines() if line.startswith("{")]
+            calls += _calls_in(client)
     return judge(seed, run_s, began_s, calls, healed)
+
+
+class Tenants:
+    """The tenants of a run's nodes: `default`, whose workers and clients are watched, and one that takes all that it can get."""
+
+    def __init__(self, folder: Path, token: str) -> None:
+        self._file = folder / "tenants.toml"
+        self._greedy_token = secrets.token_hex(16)
+        self._file.write_text(f'default = "{token}"\n{_GREEDY} = "{self._greedy_token}"\n')
+        folder.chmod(0o755)  # nodes run as another user
+        self._file.chmod(0o644)
+
+    def admitted(self, service: Service) -> Service:
+        """A store's service with both tenants in place of the one token; others as they are."""
+        if service.name not in STORES:
+            return service
+        environment = {name: value for name, value in service.environment.items() if name != "ATTNSTORE_TOKEN"}
+        environment["ATTNSTORE_TOKENS_FILE"] = _TENANTS_FILE
+        mounts = (*service.mounts, Mount(str(self._file), _TENANTS_FILE, True))
+        return replace(service, environment=environment, mounts=mounts)
+
+    def limit(self, cluster: ComposeCluster) -> None:
+        """Gives the greedy tenant its quota, as an operator would. Raises `subprocess.TimeoutExpired`."""
+        command = ("attnstore", "quota", f"--directory={_directory(cluster)}", _GREEDY, str(_GREEDY_QUOTA_BYTES))
+        done = cluster.begin(STORES[0], command=command)
+        if done.wait(_END_S_MAX) != 0:
+            raise RuntimeError(f"the greedy tenant's quota was not taken:\n{done.log[-_LOG_CHARACTERS:]}")
+
+    def environment(self, kind: FaultKind) -> dict[str, str]:
+        """What a caller that misbehaves has in its environment beside the others' variables."""
+        return {"ATTNSTORE_TOKEN": self._greedy_token} if kind is FaultKind.GREEDY else {}
 
 
 class WorkerLoad:
@@ -137,6 +181,37 @@ def _begin_client(stack: ExitStack, cluster: ComposeCluster, number: int, seed: 
     client = cluster.begin("client", f"--name={name}", f"--seed={seed * CLIENTS + number}", f"--seconds={load_s}")
     stack.callback(client.kill)
     return client
+
+
+def _endure(cluster: ComposeCluster, fault: Fault, tenants: Tenants, calls: list[Call]) -> Healed:
+    """Lets a caller misbehave until its time is over; what it says of its calls counts as everybody's."""
+    began_s = time.monotonic()
+    caller = cluster.begin(
+        "client",
+        f"--seconds={fault.for_s}",
+        command=(
+            *("python", "-m", "experiments.chaos.caller", fault.kind.value, f"--directory={_directory(cluster)}"),
+            *(argument for argument in cluster.command("client") if argument.startswith("--store=")),
+            f"--nodes={','.join(f'{name}:7400' for name in STORES)}",
+        ),
+        environment=tenants.environment(fault.kind),
+    )
+    try:
+        status = caller.wait(fault.for_s + _END_S_MAX)
+    finally:
+        caller.kill()
+    calls += _calls_in(caller)
+    if status != 0:
+        raise RuntimeError(f"the {fault.kind.value} caller failed:\n{caller.log[-_LOG_CHARACTERS:]}")
+    return Healed(fault, began_s, time.monotonic())
+
+
+def _calls_in(client: Container) -> list[Call]:
+    return [Call.from_line(line) for line in client.log.splitlines() if line.startswith("{")]
+
+
+def _directory(cluster: ComposeCluster) -> str:
+    return cluster.services[STORES[0]].environment["ATTNSTORE_DIRECTORY"]
 
 
 def _suffer(cluster: ComposeCluster, fault: Fault) -> Healed:

@@ -33,8 +33,8 @@ class ServiceFailed(Exception):
 class ComposeCluster:
     """The services of `file` that have no profile or one of `profiles`, without those `missing` says this machine cannot run.
 
-    `volumes` is the folder of the named volumes. A context manager: entering starts everything and returns once all are healthy.
-    Raises `ComposeError` for a file that cannot be run here and `ServiceFailed`.
+    `volumes` is the folder of the named volumes; `change` plays the part of an override file. A context manager: entering starts
+    everything and returns once all are healthy. Raises `ComposeError` for a file that cannot be run here and `ServiceFailed`.
     """
 
     def __init__(
@@ -44,9 +44,10 @@ class ComposeCluster:
         volumes: Path,
         profiles: Collection[str] = (),
         environment: Mapping[str, str] = os.environ,
+        change: Callable[[Service], Service] = lambda service: service,
         report: Callable[[str], None] = lambda _: None,
     ) -> None:
-        self._all = load_compose_file(file, environment)
+        self._all = {name: change(service) for name, service in load_compose_file(file, environment).items()}
         active = {name: service for name, service in self._all.items() if not service.profiles or service.profiles & set(profiles)}
         self.missing = {name: program for name, service in active.items() if (program := missing_program(service))}
         self.services = {name: service for name, service in active.items() if name not in self.missing}
@@ -90,6 +91,10 @@ class ComposeCluster:
         """`host:port` on this machine that leads to a service's port."""
         return self._published[name, container_port]
 
+    def command(self, name: str) -> tuple[str, ...]:
+        """What a service runs, whether its profile is active or not."""
+        return self._all[name].command
+
     def log(self, name: str) -> str:
         """What a service has printed."""
         return self._containers[name].log
@@ -130,11 +135,20 @@ class ComposeCluster:
         health = container.service.health
         return health is None or container.execute(health.command, health.timeout_s) == 0
 
-    def begin(self, name: str, *arguments: str) -> Container:
-        """Starts one more container of a service, with more arguments; the caller waits for it, or ends it."""
+    def begin(
+        self, name: str, *arguments: str, command: tuple[str, ...] | None = None, environment: Mapping[str, str] | None = None
+    ) -> Container:
+        """Starts one more container of a service, with more arguments and variables, or another command; the caller waits for it,
+        or ends it.
+        """
         service = self._all[name]
         self._runs += 1
-        return self._container(replace(service, command=(*service.command, *arguments)), f"{name}-run-{self._runs}")
+        service = replace(
+            service,
+            command=(*(command or service.command), *arguments),
+            environment={**service.environment, **(environment or {})},
+        )
+        return self._container(service, f"{name}-run-{self._runs}")
 
     def run_once(self, name: str, timeout_s: float, *arguments: str) -> tuple[int, str]:
         """A service that ends by itself, with more arguments: its exit status and what it printed, as `docker compose run`.

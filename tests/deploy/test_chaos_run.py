@@ -1,4 +1,4 @@
-"""A minute of chaos: the cluster of docker-compose.yml, real workers, real clients, faults from a seed."""
+"""A minute and a half of chaos: the cluster of docker-compose.yml, real workers, real clients, faults from a seed."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ from experiments.chaos.run import run_chaos
 from tests.volumes import seed_models
 
 SEED = 2026
+RUN_S = 100.0
+"""Holds a killed node, a cut link, a killed directory, and each caller that misbehaves."""
 
 
 @pytest.mark.alone
@@ -23,7 +25,7 @@ SEED = 2026
 def test_no_byte_and_no_token_is_wrong_no_call_hangs_and_the_hit_rate_comes_back(tmp_path: Path) -> None:
     seed_models(tmp_path / "models")
     try:
-        verdict = run_chaos(SEED, 60.0, tmp_path, os.environ, print)
+        verdict = run_chaos(SEED, RUN_S, tmp_path, os.environ, print)
     finally:
         shutil.rmtree(tmp_path)
     assert verdict.is_good, told(verdict)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import random
 from dataclasses import replace
 
 import pytest
 
+from experiments.chaos.caller import rogue_records
 from experiments.chaos.faults import RECOVERY_S_MAX, WARM_UP_S, Fault, FaultKind, plan_faults
 from experiments.chaos.observation import Call, Healed, Verdict, judge
 
@@ -73,6 +75,28 @@ def test_a_run_without_a_fault_proves_nothing() -> None:
     assert not judge(7, RUN_S, BEGAN_S, reads(20.0), []).is_good
 
 
+CALLER = Healed(Fault(FaultKind.GREEDY, "client", 20.0, 4.0), BEGAN_S + 20.0, BEGAN_S + 24.0)
+
+
+def test_a_caller_that_nobody_notices_is_good() -> None:
+    seen = judge(7, RUN_S, BEGAN_S, reads(20.0), [CALLER])
+    assert seen.is_good
+    (recovery,) = seen.recoveries
+    assert (recovery.during, recovery.recovered_s) == (1.0, 0.0)
+
+
+def test_a_caller_that_costs_others_their_hits_is_not_good_however_soon_they_come_back() -> None:
+    seen = judge(7, RUN_S, BEGAN_S, reads(back_at_s=21.0), [CALLER])
+    assert seen.recoveries[0].during == pytest.approx(0.8)
+    assert not seen.is_good
+
+
+def test_callers_leave_records_that_no_node_would_write() -> None:
+    records = rogue_records(random.Random(1))
+    assert len(records) > 10
+    assert records == rogue_records(random.Random(1))
+
+
 def test_calls_travel_as_lines() -> None:
     call = read(1.0, 3)
     assert Call.from_line(call.to_line()) == call
@@ -83,10 +107,14 @@ def test_faults_leave_time_to_measure_and_to_recover(seed: int) -> None:
     faults = plan_faults(seed, 600.0)
     assert faults == plan_faults(seed, 600.0)
     assert faults[0].at_s > WARM_UP_S
-    ends = [fault.at_s + fault.for_s + RECOVERY_S_MAX for fault in faults]
+    ends = [fault.at_s + fault.for_s + (0.0 if fault.kind.is_caller else RECOVERY_S_MAX) for fault in faults]
     assert all(fault.at_s >= end for fault, end in zip(faults[1:], ends[:-1], strict=True))
     assert ends[-1] <= WARM_UP_S + 600.0
-    assert {(fault.kind, fault.service.rstrip("123")) for fault in faults[:6]} == {
+    assert {(fault.kind, fault.service.rstrip("123")) for fault in faults[:10]} == {
+        (FaultKind.ROGUE, "client"),
+        (FaultKind.HURRIED, "client"),
+        (FaultKind.TRICKLING, "client"),
+        (FaultKind.GREEDY, "client"),
         (FaultKind.KILLED, "store"),
         (FaultKind.CUT_OFF, "store"),
         (FaultKind.FROZEN, "store"),
@@ -98,5 +126,5 @@ def test_faults_leave_time_to_measure_and_to_recover(seed: int) -> None:
 
 @pytest.mark.parametrize("seed", range(20))
 def test_a_minute_holds_a_killed_node_a_cut_link_and_a_killed_directory(seed: int) -> None:
-    kinds = {(fault.kind, fault.service.rstrip("123")) for fault in plan_faults(seed, 60.0)}
+    kinds = {(fault.kind, fault.service.rstrip("123")) for fault in plan_faults(seed, 60.0) if not fault.kind.is_caller}
     assert kinds == {(FaultKind.KILLED, "store"), (FaultKind.CUT_OFF, "store"), (FaultKind.KILLED, "redis")}
