@@ -76,6 +76,9 @@ def _read(data: memoryview, layer_bytes: int) -> Checksums:
 
 
 def _run(compiled: _Compiled, source: int, size_bytes: int, layer_bytes: int, target: int, how: int) -> Checksums:
+    if layer_bytes == size_bytes:
+        whole = compiled(source, 1, layer_bytes, 0, target, how)
+        return whole, whole.to_bytes(LAYER_CHECKSUM_BYTES, "little")
     layers = size_bytes // layer_bytes
     of_layers = bytearray(LAYER_CHECKSUM_BYTES * layers)
     whole = compiled(source, layers, layer_bytes, _addressof(_from_buffer(of_layers)), target, how)

@@ -200,8 +200,8 @@ def _merged(typingctx, sums, key, size_bytes):
 def hash_layers(source, layers, layer_bytes, checksums, target, how):
     """XXH3-64 of `layers` times `layer_bytes` from address `source` on; that of each layer goes to address `checksums`, u64 each.
 
-    `layer_bytes` is a multiple of 1,024, `checksums` of 8. how: 0 copies nothing, 1 copies to address `target`, 2 does so past the
-    cache, which needs a `target` that is a multiple of 64.
+    `layer_bytes` is a multiple of 1,024, `checksums` of 8, or 0 where they are not wanted. how: 0 copies nothing, 1 copies to
+    address `target`, 2 does so past the cache, which needs a `target` that is a multiple of 64.
     """
     secret = _SECRET.ctypes.data
     scramble, last, merge = _load(secret + _SCRAMBLE_AT), _load(secret + _LAST_AT), _load(secret + _MERGE_AT)
@@ -226,7 +226,8 @@ def hash_layers(source, layers, layer_bytes, checksums, target, how):
             if block == blocks - 1:
                 # The last stripe of all that is hashed has a key of its own, and nothing is scrambled after it.
                 end = _accumulated(own, words, last)
-                _put(checksums + 8 * layer, _merged(_added(sums, end), merge, layer_bytes))
+                if checksums:
+                    _put(checksums + 8 * layer, _merged(_added(sums, end), merge, layer_bytes))
                 if layer == layers - 1:
                     checksum = _merged(_added(page, end), merge, layers * layer_bytes)
             own = _accumulated(own, words, _load(secret + (_STRIPES - 1) * _STEP_BYTES))
