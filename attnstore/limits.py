@@ -49,7 +49,7 @@ LEASES_MAX = 65_536
 WORK_PAGES_MAX = 512
 """Pages that a node evicts or deletes before others get their turn: a few milliseconds of work."""
 MATCH_PAGES_MAX = 4_096
-"""Pages that it finds, holds or lets go before that. Each takes a tenth as long, and few prompts have more."""
+"""Pages that it finds, holds or lets go before that. Each takes far less time than one removed, and few prompts have more."""
 
 LEASED_PAGES_MAX = 4_194_304
 """Pages held by all leases of one node together, a page counted once for each time that a lease holds it."""

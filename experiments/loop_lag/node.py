@@ -78,10 +78,6 @@ class WatchedNode:
     def store(self) -> Store:
         return self._node._store
 
-    @property
-    def metrics_port(self) -> int:
-        return self._metrics_port
-
     def settle(self) -> None:
         """Forgets what was measured so far."""
         self.probe.take()
