@@ -17,7 +17,13 @@ import attnstore
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 WORKER = "worker.__main__"
-NEEDS_EXTRA = ("attnstore.attention", "attnstore.cluster_key", "attnstore.copying.kernel", "attnstore.directory.redis")
+NEEDS_EXTRA = (
+    "attnstore.attention",
+    "attnstore.cluster_key",
+    "attnstore.copying.compiled",
+    "attnstore.copying.kernel",
+    "attnstore.directory.redis",
+)
 
 
 def packages(*requirements: str) -> set[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+import sys
 import urllib.request
 from collections.abc import Callable, Iterator
 
@@ -26,6 +27,17 @@ DESCRIPTORS = DESCRIPTORS_BESIDE_ARENA_MIN + ARENA_DESCRIPTORS
 
 Connect = Callable[[], socket.socket]
 
+_LIMITED = """
+import os, resource, sys
+resource.setrlimit(resource.RLIMIT_NOFILE, (256, int(sys.argv[1])))
+os.execvp(sys.argv[2], sys.argv[2:])
+"""
+
+
+def limited_to(descriptors: int) -> tuple[str, ...]:
+    """A command that runs another one with few descriptors to begin with, and so many that it may raise them to."""
+    return (sys.executable, "-c", _LIMITED, str(descriptors))
+
 
 class Node:
     """A node that may have no more descriptors than it must, and what clients and a reader of metrics see of it."""
@@ -33,7 +45,7 @@ class Node:
     def __init__(self) -> None:
         self.metrics_port = free_port()
         options = ("--capacity", "32MiB", "--metrics-port", str(self.metrics_port))
-        self.process = StoreProcess(*options, under=("prlimit", f"--nofile=256:{DESCRIPTORS}"))
+        self.process = StoreProcess(*options, under=limited_to(DESCRIPTORS))
 
     def serves(self, transport: str) -> bool:
         batch = make_batch(2, model=f"beside silence, over {transport}")
@@ -115,4 +127,4 @@ def test_services_that_ask_for_no_token_hold_few_streams_and_the_oldest_gives_wa
 
 def test_a_node_that_may_have_too_few_descriptors_says_how_many_it_needs() -> None:
     with pytest.raises(RuntimeError, match=f"needs {DESCRIPTORS} file descriptors, {ARENA_DESCRIPTORS} of them for its arena"):
-        StoreProcess("--capacity", "32MiB", under=("prlimit", f"--nofile=256:{DESCRIPTORS - 1}"))
+        StoreProcess("--capacity", "32MiB", under=limited_to(DESCRIPTORS - 1))
