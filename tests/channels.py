@@ -68,7 +68,7 @@ class ChannelNode:
         for page_hash, data in zip(batch.hashes, batch.pages, strict=True):
             page = self.store.prepare(batch.space, page_hash, page_checksum(data))
             assert not isinstance(page, PageStatus)
-            self.store.view(page)[:] = data
+            page.data[:] = data
             assert self.store.seal(page) is PageStatus.STORED
 
     def dial(self, receive_buffer_bytes: int = 0) -> FrameStream:

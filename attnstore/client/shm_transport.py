@@ -229,14 +229,11 @@ def _lend(plan: WritePlan, lent: LentMemory, index: int) -> Item:
 
 def _verified(plan: ViewPlan, located: Located) -> Located:
     """The page where it lies, if it is what the node sealed; else why not."""
-    plan.deadline.left_ms()
     if isinstance(located, PageStatus):
         return located
     place, extent = located
-    intact = extent.is_intact(place)
-    if not extent.holds(place):
-        return PageStatus.MISSING
-    return located if intact else PageStatus.CORRUPT
+    status = extent.status_of(place, plan.deadline)
+    return located if status is PageStatus.OK else status
 
 
 def _land(plan: ReadPlan, index: int, located: Located, begin: int) -> None:

@@ -12,9 +12,9 @@ Invariant: each byte is read from the source once, and what was read is what is 
 
 from __future__ import annotations
 
+import struct
 from typing import Any, Final
 
-import numpy as np
 from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic, models, register_model
@@ -27,9 +27,6 @@ _STRIPES: Final = BLOCK_BYTES // _STRIPE_BYTES
 """Of a block, after which the sums are scrambled."""
 _STEP_BYTES: Final = 8
 """By so much the secret moves on with each stripe."""
-_SCRAMBLE_AT: Final = 128
-_LAST_AT: Final = 121
-_MERGE_AT: Final = 11
 
 _SECRET_HEX: Final = (
     "b8fe6c3923a44bbe7c01812cf721ad1cded46de9839097db7240a4a4b7b3671f"
@@ -39,12 +36,17 @@ _SECRET_HEX: Final = (
     "eac5ac8334d3ebc3c581a0fffa1363eb170ddd51b7f0da49d316552629d4689e"
     "2b16be587d47a1fc8ff8b8d17ad031ce45cb3a8f95160428afd7fbcabb4b407e"
 )
-_SECRET: Final = np.frombuffer(bytes.fromhex(_SECRET_HEX), np.uint8)
+_SECRET: Final = bytes.fromhex(_SECRET_HEX)
 _P32_1, _P32_2, _P32_3 = 0x9E3779B1, 0x85EBCA77, 0xC2B2AE3D
 _P64_1, _P64_2, _P64_3 = 0x9E3779B185EBCA87, 0xC2B2AE3D27D4EB4F, 0x165667B19E3779F9
 _P64_4, _P64_5 = 0x85EBCA77C2B2AE63, 0x27D4EB2F165667C5
 _AVALANCHE: Final = 0x165667919E3779F9
 _SUMS: Final = (_P32_3, _P64_1, _P64_2, _P64_3, _P64_4, _P32_2, _P64_5, _P32_1)
+
+_SCRAMBLE, _LAST, _MERGE = range(_STRIPES, _STRIPES + 3)
+"""Which of the keys are not those of a stripe."""
+_KEYS_AT: Final = (*range(0, _STRIPES * _STEP_BYTES, _STEP_BYTES), 128, 121, 11)
+"""Where each key begins in the secret."""
 
 _U64 = ir.IntType(64)
 _LANES: Final = 8
@@ -59,6 +61,7 @@ class _Words(types.Type):
 
 
 _words = _Words()
+_TABLE: Final = "attnstore.xxh3.keys"
 
 
 @register_model(_Words)
@@ -75,6 +78,24 @@ def _splat(number: int) -> Any:
 def _first_sums(typingctx):
     """What the sums begin with."""
     return _words(), lambda context, builder, signature, args: ir.Constant(_VECTOR, list(_SUMS))
+
+
+@intrinsic
+def _key(typingctx, number):
+    """A key, from a table of whole cache lines: in the secret most of them lie across two, and loading them twice costs a tenth."""
+
+    def codegen(context, builder, signature, args):
+        table = builder.module.globals.get(_TABLE)
+        if table is None:
+            keys = [ir.Constant(_VECTOR, list(struct.unpack_from(f"<{_LANES}Q", _SECRET, at))) for at in _KEYS_AT]
+            rows = ir.Constant(ir.ArrayType(_VECTOR, len(keys)), keys)
+            table = ir.GlobalVariable(builder.module, rows.type, _TABLE)
+            table.initializer, table.global_constant, table.linkage, table.align = rows, True, "internal", _STRIPE_BYTES
+        value = builder.load(builder.gep(table, [ir.Constant(_U64, 0), args[0]]))
+        value.align = _STRIPE_BYTES
+        return value
+
+    return _words(types.intp), codegen
 
 
 @intrinsic
@@ -203,8 +224,7 @@ def hash_layers(source, layers, layer_bytes, checksums, target, how):
     `layer_bytes` is a multiple of 1,024, `checksums` of 8, or 0 where they are not wanted. how: 0 copies nothing, 1 copies to
     address `target`, 2 does so past the cache, which needs a `target` that is a multiple of 64.
     """
-    secret = _SECRET.ctypes.data
-    scramble, last, merge = _load(secret + _SCRAMBLE_AT), _load(secret + _LAST_AT), _load(secret + _MERGE_AT)
+    scramble, last, merge = _key(_SCRAMBLE), _key(_LAST), _key(_MERGE)
     blocks = layer_bytes // BLOCK_BYTES
     page = _first_sums()
     checksum = types.uint64(0)
@@ -221,7 +241,7 @@ def hash_layers(source, layers, layer_bytes, checksums, target, how):
                 elif how == 2:
                     _stream(target + at, words)
                 if stripe < _STRIPES - 1:
-                    own = _accumulated(own, words, _load(secret + stripe * _STEP_BYTES))
+                    own = _accumulated(own, words, _key(stripe))
                 at += _STRIPE_BYTES
             if block == blocks - 1:
                 # The last stripe of all that is hashed has a key of its own, and nothing is scrambled after it.
@@ -230,7 +250,7 @@ def hash_layers(source, layers, layer_bytes, checksums, target, how):
                     _put(checksums + 8 * layer, _merged(_added(sums, end), merge, layer_bytes))
                 if layer == layers - 1:
                     checksum = _merged(_added(page, end), merge, layers * layer_bytes)
-            own = _accumulated(own, words, _load(secret + (_STRIPES - 1) * _STEP_BYTES))
+            own = _accumulated(own, words, _key(_STRIPES - 1))
             page = _scrambled(_added(page, own), scramble)
             sums = _scrambled(_added(sums, own), scramble)
     if how == 2:

@@ -7,9 +7,10 @@ was prepared is always completed or aborted (`close` sees to the last one).
 
 from __future__ import annotations
 
-from attnstore.core.page_table import ArrivingPage, Room
+from attnstore.core.page_table import Room
 from attnstore.errors import InvalidArgument, ProtocolError
 from attnstore.limits import HASH_BYTES, HASHES_MAX
+from attnstore.server.pinned_views import Arrival
 from attnstore.server.store import Store
 from attnstore.types import PageStatus, Space
 
@@ -24,7 +25,7 @@ class Ingest:
         self._page_bytes = store.layout_of(space).page_bytes
         self._verdicts: list[PageStatus] = []
         self._open = False
-        self._arriving: ArrivingPage | None = None
+        self._arriving: Arrival | None = None
         self._verdict: PageStatus | None = None
         self._received_bytes = 0
 
@@ -66,7 +67,7 @@ class Ingest:
         if end > self._page_bytes:
             self._reject(PageStatus.WRONG_SIZE)
             return
-        self._store.view(self._arriving)[offset_bytes:end] = payload
+        self._arriving.data[offset_bytes:end] = payload
         if end == self._page_bytes:
             arriving, self._arriving = self._arriving, None
             self._verdict = self._store.seal(arriving)

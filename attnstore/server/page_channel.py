@@ -350,7 +350,7 @@ class _Connection(Connection):
             self._metrics.received("tcp", frame.size_bytes)
             return page
         try:
-            self._stream.receive_payload(self._store.view(page))
+            self._stream.receive_payload(page.data)
         except BaseException:
             self._store.abort(page)
             raise

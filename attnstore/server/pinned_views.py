@@ -1,7 +1,7 @@
-"""Pages in use: bytes of the arena that stay what they are while somebody looks at them.
+"""Pages in use: bytes of the arena that are one page's while somebody looks at them or fills them.
 
-Owns: the view of a pinned page, and the `with` blocks that pin and unpin. Invariant: whatever a block pinned it unpins, however it
-is left, and also where it cannot be entered.
+Owns: the views of a pinned page and of one that arrives, and the `with` blocks that pin and unpin. Invariant: whatever a block
+pinned it unpins, however it is left, and also where it cannot be entered.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Protocol
 
-from attnstore.core.page import PinnedPage
+from attnstore.core.page import ArrivingPage, PinnedPage
 from attnstore.types import PageStatus, Space
 
 _PINS_PER_LOCK = 64
@@ -38,6 +38,16 @@ class PageView:
     def slice(self, begin: int, end: int) -> tuple[memoryview, int]:
         """Bytes `[begin, end)`, whole layers, and what a reader checks them with: see `PinnedPage.guard`."""
         return self.data[begin:end], self.page.guard(begin, end)
+
+
+class Arrival:
+    """The bytes of a page that is arriving, writable: looked up once, because that takes as long as hashing a small page."""
+
+    __slots__ = ("data", "page")
+
+    def __init__(self, data: memoryview, page: ArrivingPage) -> None:
+        self.data = data
+        self.page = page
 
 
 class Reading:

@@ -24,7 +24,7 @@ from attnstore.core.page_table import ArrivingPage, MatchOutcome, PageTable, Pin
 from attnstore.core.statistics import NamespaceStatistics, PageTableStatistics
 from attnstore.limits import MATCH_PAGES_MAX, WORK_PAGES_MAX
 from attnstore.logs import get_logger
-from attnstore.server.pinned_views import PageView, Reading, ReadingAll
+from attnstore.server.pinned_views import Arrival, PageView, Reading, ReadingAll
 from attnstore.server.slices import TURN_S, Sliced, finish, in_slices
 from attnstore.types import PageEvent, PageStatus, Space
 
@@ -212,7 +212,7 @@ class Store:
             pages = self._table.use(space, page_hashes, lease_id, self._clock.now_ms())
             return [page if isinstance(page, PageStatus) else place(page) for page in pages]
 
-    def prepare(self, space: Space, page_hash: bytes, checksum: int, age_ms: int = 0) -> ArrivingPage | PageStatus:
+    def prepare(self, space: Space, page_hash: bytes, checksum: int, age_ms: int = 0) -> Arrival | PageStatus:
         """`PageTable.prepare` until there is room or none; hand the page to `seal` or `abort`."""
         for _ in range(_ROOM_TRIES_MAX):
             page = self.try_prepare(space, page_hash, checksum, age_ms)
@@ -223,52 +223,47 @@ class Store:
 
     def try_prepare(
         self, space: Space, page_hash: bytes, checksum: int, age_ms: int = 0
-    ) -> ArrivingPage | PageStatus | Literal[Room.MAKING]:
+    ) -> Arrival | PageStatus | Literal[Room.MAKING]:
         """`PageTable.prepare`."""
         with self._lock:
             page = self._table.prepare(space, page_hash, checksum, self._clock.now_ms(), age_ms)
             try:
-                if isinstance(page, ArrivingPage):
-                    # The first look at an extent of a new tenancy wipes it, so it must not happen beside another writer's.
-                    self._arena.view(page.slot)
+                # The first look at an extent of a new tenancy wipes it, so it must not happen beside another writer's.
+                outcome = Arrival(self._arena.view(page.slot), page) if isinstance(page, ArrivingPage) else page
                 self._tell()
             except BaseException:
                 if isinstance(page, ArrivingPage):
                     self._table.abort(page)
                 raise
-        return page
+        return outcome
 
-    def view(self, page: ArrivingPage) -> memoryview:
-        """The bytes of a page that is arriving, writable."""
-        return self._arena.view(page.slot)
-
-    def seal(self, page: ArrivingPage) -> PageStatus:
+    def seal(self, arrival: Arrival) -> PageStatus:
         """Ends the arrival of a page whose bytes are all there: STORED, or why its slot is free again: DELETED as of
         `PageTable.complete`, or CHECKSUM_MISMATCH.
         """
         try:
-            made = checksums(self._arena.view(page.slot), page.layer_bytes)
+            made = checksums(arrival.data, arrival.page.layer_bytes)
         except BaseException:
-            self.abort(page)
+            self.abort(arrival)
             raise
-        return self._end(page, made)
+        return self._end(arrival, made)
 
-    def fill(self, page: ArrivingPage, source: int) -> PageStatus:
+    def fill(self, arrival: Arrival, source: int) -> PageStatus:
         """Copies a whole page from address `source` on and ends its arrival, as `seal` does."""
         try:
-            made = copy(self._arena.view(page.slot), source, page.layer_bytes)
+            made = copy(arrival.data, source, arrival.page.layer_bytes)
         except BaseException:
-            self.abort(page)
+            self.abort(arrival)
             raise
-        return self._end(page, made)
+        return self._end(arrival, made)
 
-    def _end(self, page: ArrivingPage, made: Checksums) -> PageStatus:
+    def _end(self, arrival: Arrival, made: Checksums) -> PageStatus:
         whole, layers = made
-        if whole != page.checksum:
-            self.abort(page)
+        if whole != arrival.page.checksum:
+            self.abort(arrival)
             return PageStatus.CHECKSUM_MISMATCH
         with self._lock:
-            verdict = self._table.complete(page, self._clock.now_ms(), layers)
+            verdict = self._table.complete(arrival.page, self._clock.now_ms(), layers)
             self._tell()
         return verdict
 
@@ -278,10 +273,10 @@ class Store:
         if events:
             self._publish(events)
 
-    def abort(self, page: ArrivingPage) -> None:
+    def abort(self, arrival: Arrival) -> None:
         """`PageTable.abort`."""
         with self._lock:
-            self._table.abort(page)
+            self._table.abort(arrival.page)
 
     def peek(self, space: Space, page_hash: bytes) -> PageView | None:
         """`PageTable.peek`, for `is_intact`."""

@@ -24,6 +24,8 @@ _ONE_DESCRIPTOR_BYTES = socket.CMSG_LEN(array.array("i").itemsize)
 """Not `CMSG_SPACE`, whose padding has room for a second one."""
 _RECEIVE_FLAGS = int(socket.MSG_WAITALL | socket.MSG_CMSG_CLOEXEC)
 _LOOK_FLAGS = int(_RECEIVE_FLAGS | socket.MSG_DONTWAIT)
+_TRUNCATED = int(socket.MSG_CTRUNC)
+"""These are plain integers: `enum` takes microseconds for what is done with each message."""
 _LOOKS_S = 100e-6
 """How long to look for bytes before sleeping until they come: a core that has gone idle takes 50 us and more to wake up, on each
 side of each question, where most answers take less.
@@ -132,7 +134,7 @@ class SharedStream:
                 for level, kind, content in ancillary:
                     if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
                         descriptor = array.array("i", content)[0]
-                if flags & socket.MSG_CTRUNC:
+                if flags & _TRUNCATED:
                     # The kernel has closed what did not fit the ancillary buffer.
                     raise ProtocolError("shared memory: a descriptor came that is not due")
                 if not data:

@@ -91,7 +91,7 @@ class WatchedNode:
         for page_hash in hashes:
             arriving = self.store.prepare(space, page_hash, checksum)
             if not isinstance(arriving, PageStatus):
-                self.store.view(arriving)[:] = page
+                arriving.data[:] = page
                 self.store.seal(arriving)
 
     async def _start(self) -> None:

@@ -11,10 +11,10 @@ import pytest
 from attnstore.arena import MemoryArena
 from attnstore.core.hashing import page_checksum
 from attnstore.core.layout import DType, PageLayout
-from attnstore.core.page_table import ArrivingPage, PageTable
+from attnstore.core.page_table import PageTable
 from attnstore.errors import InvalidArgument, Overloaded, Unavailable
 from attnstore.limits import REPORTED_HASHES_MAX
-from attnstore.server.pinned_views import PageView
+from attnstore.server.pinned_views import Arrival, PageView
 from attnstore.server.scrubber import Scrubber
 from attnstore.server.store import Store
 from attnstore.testing import ManualClock
@@ -60,8 +60,8 @@ def filled(space: Space, store: Store | None = None) -> GatedStore:
     for number in range(PAGES):
         page = bytes([number + 1]) * SIZE
         arriving = store.prepare(space, name(number), page_checksum(page))
-        assert isinstance(arriving, ArrivingPage)
-        store.view(arriving)[:] = page
+        assert isinstance(arriving, Arrival)
+        arriving.data[:] = page
         assert store.seal(arriving) is PageStatus.STORED
     return store
 

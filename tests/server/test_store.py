@@ -5,16 +5,18 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from itertools import count
+from typing import NoReturn
 
 import pytest
 
 from attnstore.arena import MemoryArena
 from attnstore.core.hashing import page_checksum
 from attnstore.core.layout import DType, PageLayout
-from attnstore.core.page_table import ArrivingPage, PageTable
+from attnstore.core.page_table import PageTable
 from attnstore.core.slots import Slot
 from attnstore.errors import Overloaded
 from attnstore.server import pinned_views
+from attnstore.server.pinned_views import Arrival
 from attnstore.server.store import Store
 from attnstore.telemetry import NodeMetrics
 from attnstore.testing import ManualClock
@@ -48,9 +50,9 @@ def make_store(
 
 def fill(store: Store, space: Space, page_hash: bytes, page: bytes) -> PageStatus:
     arriving = store.prepare(space, page_hash, page_checksum(page))
-    if not isinstance(arriving, ArrivingPage):
+    if isinstance(arriving, PageStatus):
         return arriving
-    store.view(arriving)[:] = page
+    arriving.data[:] = page
     return store.seal(arriving)
 
 
@@ -102,13 +104,19 @@ def test_a_page_whose_events_cannot_be_told_does_not_arrive_for_ever() -> None:
 
 
 @pytest.mark.parametrize("end", ["seal", "fill"])
-def test_a_page_that_cannot_be_looked_at_when_it_ends_is_aborted(faulty: tuple[Store, FaultyArena, Space], end: str) -> None:
-    store, arena, space = faulty
+def test_a_page_that_cannot_be_hashed_when_it_ends_is_aborted(
+    faulty: tuple[Store, FaultyArena, Space], end: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store, _, space = faulty
     page = store.prepare(space, name(9), 0)
-    assert isinstance(page, ArrivingPage)
-    arena.left = 0
-    with pytest.raises(Overloaded):
+    assert isinstance(page, Arrival)
+    monkeypatch.setattr("attnstore.server.store.checksums" if end == "seal" else "attnstore.server.store.copy", out_of_memory)
+    with pytest.raises(MemoryError):
         store.seal(page) if end == "seal" else store.fill(page, 0)
+
+
+def out_of_memory(*_arguments: object) -> NoReturn:
+    raise MemoryError
 
 
 def test_a_reader_that_is_refused_in_the_middle_lets_go_of_what_it_has(
