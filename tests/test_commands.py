@@ -125,12 +125,21 @@ def test_a_directory_that_does_not_answer_is_an_error(run: Run) -> None:
         assert is_one_line(shown.stderr), shown.stderr
 
 
+def await_members(run: Run, url: str, *names: str) -> None:
+    """A node listens before it is a member."""
+    for _ in range(100):
+        if all(name in run("status", "--json", url).stdout for name in names):
+            return
+    raise AssertionError(f"{names} have not joined")
+
+
 @pytest.mark.redis
 @pytest.mark.parametrize("end", [signal.SIGTERM, signal.SIGKILL])
 def test_waiting_for_a_drain_fails_when_the_node_leaves_before_it_is_done(run: Run, end: signal.Signals) -> None:
     with RedisServer() as directory, ExitStack() as stack:
         member = ("--capacity", "1MiB", "--directory", directory.url, "--node-id")
         node, _ = (stack.enter_context(StoreProcess(*member, name)) for name in ("ada", "bob"))
+        await_members(run, directory.url, "ada", "bob")
         # With nobody to hand its pages to, a node never says that it is done.
         assert run("evict", "bob", "--directory", directory.url).returncode == 0
         command = [sys.executable, "-m", "attnstore.cli", "drain", "ada", "--wait", "30", "--directory", directory.url]
@@ -146,6 +155,7 @@ def test_waiting_for_a_drain_fails_when_the_node_leaves_before_it_is_done(run: R
 @pytest.mark.redis
 def test_a_drain_that_takes_longer_than_the_wait_says_so(run: Run) -> None:
     with RedisServer() as directory, StoreProcess("--capacity", "1MiB", "--directory", directory.url, "--node-id", "ada"):
+        await_members(run, directory.url, "ada")
         shown = run("drain", "ada", "--wait", "0.1", "--directory", directory.url)
     assert (shown.returncode, is_one_line(shown.stderr)) == (1, True)
     assert "within 0.1 s" in shown.stderr

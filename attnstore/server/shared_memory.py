@@ -241,22 +241,26 @@ class _Connection(Connection):
         if self._draining.is_set():
             raise Unavailable("the node is draining")
         space = Space(tenant, asked.namespace)
-        begin, end = self._store.layout_of(space).layer_slice(*asked.layers)
+        layout = self._store.layout_of(space)
+        begin, end = layout.layer_slice(*asked.layers)
+        is_whole = end - begin == layout.page_bytes
+        told, stamp = self._told, self._arena.stamp
+
+        def place(page: PinnedPage) -> Place:
+            slot = page.slot
+            told[slot.extent] = slot.tenancy
+            guard = page.checksum if is_whole else page.guard(begin, end)
+            return Place(slot.extent, slot.tenancy, slot.offset_bytes, slot.size_bytes, stamp(slot), guard)
+
         size = _HASHES_FIRST
         answered: list[Place | PageStatus] = []
         while len(answered) < len(asked.hashes):
             hashes = asked.hashes[len(answered) : len(answered) + size]
-            places = self._store.locate(space, hashes, asked.lease_id, lambda page: self._place(page, begin, end))
+            places = self._store.locate(space, hashes, asked.lease_id, place)
             self._stream.send(shared.encode_located(places))
             answered += places
             size = min(4 * size, _HASHES_PER_LOCK)
         self._count(answered)
-
-    def _place(self, page: PinnedPage, begin: int, end: int) -> Place:
-        slot = page.slot
-        self._told[slot.extent] = slot.tenancy
-        stamp, guard = self._arena.stamp(slot), page.guard(begin, end)
-        return Place(slot.extent, slot.tenancy, slot.offset_bytes, slot.size_bytes, stamp, guard)
 
     def _count(self, answered: list[Place | PageStatus]) -> None:
         placed = [place.size_bytes for place in answered if isinstance(place, Place)]

@@ -98,6 +98,11 @@ def running_field(plan: Plan) -> Iterator[Field]:
         yield Field({verb: lane for lane in lanes for verb in json.loads(lane.first_line())}, notes)
 
 
+def node_options(shape: Shape) -> tuple[str, ...]:
+    """Of a node with room for the pages that are read, one pass of writes, and the arena's rounding to extents."""
+    return ("--capacity", str(2 * shape.total_bytes + (256 << 20)), "--log-level", "error")
+
+
 def _memcpy(stack: ExitStack, plan: Plan) -> Child:
     return _lane(stack, "memcpy", _start(plan))
 
@@ -124,9 +129,7 @@ def _iperf3(stack: ExitStack, plan: Plan) -> Child:
 
 
 def _store(stack: ExitStack, plan: Plan) -> Child:
-    # Room for the pages that are read, one pass of writes, and the arena's rounding to extents.
-    capacity_bytes = 2 * plan.shape.total_bytes + (256 << 20)
-    node = stack.enter_context(StoreProcess("--capacity", str(capacity_bytes), "--log-level", "error"))
+    node = stack.enter_context(StoreProcess(*node_options(plan.shape)))
     return _lane(stack, "store", replace(_start(plan), address=node.url, server_pids=(node.process.pid,)))
 
 

@@ -7,11 +7,12 @@ from pathlib import Path
 
 import pytest
 
+from experiments.bandwidth.before import compare
 from experiments.bandwidth.field import Plan, run_rounds, running_field
 from experiments.bandwidth.lane import Start
 from experiments.bandwidth.match import over_the_wire
 from experiments.bandwidth.pages import Shape
-from experiments.bandwidth.processes import Child, ChildEnded
+from experiments.bandwidth.processes import ROOT, Child, ChildEnded
 from experiments.bandwidth.results import PAGE_BYTES_SMALL
 
 ALWAYS = {"memcpy", "raw_tcp", "grpc_bare", "grpc", "tcp", "redis_get", "redis_mget", "redis_set"}
@@ -51,6 +52,13 @@ def test_a_peer_that_cannot_run_is_named_and_left_out(tmp_path: Path) -> None:
 def test_look_ups_are_measured_while_another_process_reads() -> None:
     idle, busy = over_the_wire(seconds=0.05)
     assert idle.hashes == busy.hashes == 512
+
+
+@pytest.mark.slow
+def test_another_checkout_takes_turns_with_this_one() -> None:
+    found = compare(ROOT, Shape(PAGE_BYTES_SMALL, 8), (1, 8), rounds=2, seconds=0.001)
+    assert {verb for verb, _ in found} >= {"grpc read", "grpc write", "tcp read", "tcp write"}
+    assert all(len(pairs) == 2 for pairs in found.values())
 
 
 def test_a_lane_answers_until_its_pipe_closes() -> None:
