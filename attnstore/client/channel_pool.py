@@ -8,8 +8,8 @@ ends, so what is late on it can reach nobody.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
+from contextlib import ExitStack
 from typing import Generic, Protocol, TypeVar
 
 from attnstore.client.bulk import Transfer
@@ -66,27 +66,24 @@ class ChannelPool(Generic[C]):
             pooled = self._idle.pop() if self._idle else None
         if pooled is not None:
             try:
-                with self._using(pooled, transfer):
-                    return run(pooled)
+                return self._run(pooled, transfer, run)
             except Unavailable:
                 if pooled.answered or transfer.is_aborted:
                     raise
                 self._drop_idle()  # the node that they led to is gone
-        channel = self._connect(deadline)
-        with self._using(channel, transfer):
-            return run(channel)
+        return self._run(self._connect(deadline), transfer, run)
 
-    @contextmanager
-    def _using(self, channel: C, transfer: Transfer) -> Iterator[None]:
+    def _run(self, channel: C, transfer: Transfer, run: Callable[[C], R]) -> R:
         reusable = False
         try:
             with self._lock:
                 self._in_use.add(channel)
                 self._require_open()
             with transfer.breakable(channel.shutdown):
-                yield
+                result = run(channel)
             # An abort that came too late for this exchange has still broken its connection.
             reusable = not transfer.is_aborted
+            return result
         except Unavailable:
             self._require_open()
             raise
