@@ -2,7 +2,8 @@
 
 Owns: `AttentionBackend` and `row_positions`.
 Invariant: any subset of a sequence's keys gives a partial `(out, lse)`; partials over a partition of the keys merge to the
-result over all of them, exactly up to rounding (see `attnstore.attention.merge`).
+result over all of them, exactly up to rounding (see `attnstore.attention.merge`). An attention sink is a key without a value, so it
+belongs to one part of the partition.
 """
 
 from __future__ import annotations
@@ -32,6 +33,8 @@ class AttentionBackend(Protocol):
         sliding_window: int | None = None,
         query_positions: Tensor | None = None,
         out_dtype: torch.dtype | None = None,
+        soft_cap: float | None = None,
+        sinks: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Attend from every query row to the keys of its own sequence; causal, mixed batches welcome.
 
@@ -52,10 +55,15 @@ class AttentionBackend(Protocol):
                 is at `context_lens[s] - query_len[s] + i`. For a partial over the keys `[a, b)` of a sequence pass its rows'
                 absolute positions minus `a`: rows past the part see all of it (and the window still holds).
             out_dtype: type of `out`; None means the query's. Ask for fp32 where `out` is a partial that will be merged.
+            soft_cap: bounds every score: `s = soft_cap * tanh(scale * q . k / soft_cap)`, before anything is masked; None leaves
+                `s = scale * q . k`. Source: Gemma 2.
+            sinks: contiguous fp32 `[q_heads]`, one logit for each query head. Each row of head `h` sees one more key, whose score
+                is `sinks[h]` (neither scaled nor capped) and whose value is 0, whatever its position and window. Give the sinks
+                to exactly one of the partials that will be merged, and None to the others. Source: GPT-OSS.
 
         Returns:
-            `out` `[total_q, q_heads, head_dim]` and `lse` fp32 `[total_q, q_heads]`, the natural logarithm of the sum of
-            `exp(scale * q . k)` over the visible keys. A row that sees no key has `out = 0`, `lse = -inf`.
+            `out` `[total_q, q_heads, head_dim]` and `lse` fp32 `[total_q, q_heads]`, the natural logarithm of the sum of `exp(s)`
+            over the visible keys and the sink. A row that sees no key has `out = 0`; its `lse` is its sink, without sinks -inf.
 
         Raises:
             InvalidArgument: a shape, type or range breaks the above (from the checking wrapper that `create_attention` returns;

@@ -19,6 +19,15 @@ from attnstore.errors import InvalidArgument
 
 HEAD_DIM_MAX = 256
 
+SLIDING_WINDOW_MAX = (1 << 31) - 1
+"""Positions are int32, and a window's edge is computed in them."""
+
+SOFT_CAP_MIN, SOFT_CAP_MAX = 2.0**-10, 2.0**20
+"""Models have 20 to 50; far outside of it fp32 holds neither the capped score nor the one before."""
+
+SINK_MAX = 1e30
+"""Largest magnitude of a sink's logit: far above any score, and fp32 holds it in base 2."""
+
 
 class CheckedAttention:
     """An `AttentionBackend` that checks every argument and then delegates.
@@ -45,11 +54,15 @@ class CheckedAttention:
         sliding_window: int | None = None,
         query_positions: Tensor | None = None,
         out_dtype: torch.dtype | None = None,
+        soft_cap: float | None = None,
+        sinks: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """See `AttentionBackend.paged_attention`. Raises `InvalidArgument` for what the contract does not allow."""
         _check_data(query, pool)
-        _check_options(pool, layer, scale, sliding_window, out_dtype)
+        _check_options(pool, layer, scale, sliding_window, out_dtype, soft_cap)
         _check_index_shapes(query, block_tables, context_lens, query_starts, query_positions)
+        if sinks is not None:
+            _check_sinks(query, sinks)
         if block_tables.device.type == "cpu":
             self._check_values_once(query, pool, block_tables, context_lens, query_starts)
         return self._backend.paged_attention(
@@ -63,6 +76,8 @@ class CheckedAttention:
             sliding_window=sliding_window,
             query_positions=query_positions,
             out_dtype=out_dtype,
+            soft_cap=soft_cap,
+            sinks=sinks,
         )
 
     def plan(
@@ -127,15 +142,35 @@ def _check_data(query: Tensor, pool: Tensor) -> None:
         raise InvalidArgument(f"query is on {query.device} and pool on {pool.device}; they must be together")
 
 
-def _check_options(pool: Tensor, layer: int, scale: float, sliding_window: int | None, out_dtype: torch.dtype | None) -> None:
+def _check_options(
+    pool: Tensor,
+    layer: int,
+    scale: float,
+    sliding_window: int | None,
+    out_dtype: torch.dtype | None,
+    soft_cap: float | None,
+) -> None:
     if not 0 <= layer < pool.shape[1]:
         raise InvalidArgument(f"layer is {layer}; the pool has layers 0 to {pool.shape[1] - 1}")
     if not math.isfinite(scale):
         raise InvalidArgument(f"scale is {scale}; it must be finite")
-    if sliding_window is not None and sliding_window < 1:
-        raise InvalidArgument(f"sliding_window is {sliding_window}; it must be at least 1 or None")
+    if sliding_window is not None and not 1 <= sliding_window <= SLIDING_WINDOW_MAX:
+        raise InvalidArgument(f"sliding_window is {sliding_window}; it must be 1 to {SLIDING_WINDOW_MAX} or None")
     if out_dtype is not None and out_dtype not in FLOAT_DTYPES:
         raise InvalidArgument(f"out_dtype is {out_dtype}; it must be bfloat16, float16, float32 or None")
+    if soft_cap is not None and not SOFT_CAP_MIN <= soft_cap <= SOFT_CAP_MAX:
+        raise InvalidArgument(f"soft_cap is {soft_cap}; it must be {SOFT_CAP_MIN:g} to {SOFT_CAP_MAX:g} or None")
+
+
+def _check_sinks(query: Tensor, sinks: Tensor) -> None:
+    if sinks.dtype != torch.float32 or sinks.shape != query.shape[1:2] or not sinks.is_contiguous():
+        raise InvalidArgument(
+            f"sinks are {sinks.dtype} of shape {tuple(sinks.shape)}; they must be contiguous float32 of shape ({query.shape[1]},)"
+        )
+    if sinks.device != query.device:
+        raise InvalidArgument(f"sinks are on {sinks.device} and query on {query.device}; they must be together")
+    if sinks.device.type == "cpu" and not np.abs(sinks.detach().numpy()).max() <= SINK_MAX:  # false for NaN
+        raise InvalidArgument(f"sinks must be numbers of magnitude up to {SINK_MAX:g}")
 
 
 def _check_index_shapes(

@@ -20,6 +20,7 @@ from torch import Tensor
 from attnstore.attention import cpu_kernel, prefill_kernel, team
 from attnstore.attention.cpu_plan import Plan, Prefill, make_plan
 from attnstore.attention.simd import ELEMENTS, LANES
+from attnstore.errors import InvalidArgument
 
 DECODE_ROWS_MAX: Final = {torch.bfloat16: 48, torch.float16: 96, torch.float32: 96}
 """Rows per key head (query tokens times GQA group) up to which the decode kernel beats gathering, by the pool's type: the matrix
@@ -60,8 +61,12 @@ class CpuAttention:
         sliding_window: int | None = None,
         query_positions: Tensor | None = None,
         out_dtype: torch.dtype | None = None,
+        soft_cap: float | None = None,
+        sinks: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """See `AttentionBackend.paged_attention`."""
+        if soft_cap is not None or sinks is not None:
+            raise InvalidArgument("attention backend 'cpu' computes neither soft_cap nor sinks")
         plan = self.plan(query, pool, context_lens, query_starts, query_positions, sliding_window)
         if query.stride()[1:] != (query.shape[2], 1):
             query = query.contiguous()

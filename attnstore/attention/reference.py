@@ -27,11 +27,14 @@ class ReferenceAttention:
         sliding_window: int | None = None,
         query_positions: Tensor | None = None,
         out_dtype: torch.dtype | None = None,
+        soft_cap: float | None = None,
+        sinks: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """See `AttentionBackend.paged_attention`."""
         positions = row_positions(context_lens, query_starts, query_positions)
         out = torch.zeros_like(query, dtype=out_dtype or query.dtype)
-        lse = torch.full(query.shape[:2], -torch.inf, dtype=torch.float32, device=query.device)
+        sink = torch.full(query.shape[1:2], -torch.inf, device=query.device) if sinks is None else sinks
+        lse = sink.repeat(len(query), 1)
         for sequence, context_len in enumerate(context_lens.tolist()):
             rows = slice(int(query_starts[sequence]), int(query_starts[sequence + 1]))
             if rows.start == rows.stop or context_len == 0:
@@ -40,10 +43,12 @@ class ReferenceAttention:
             group = query.shape[1] // keys.shape[0]
             keys, values = keys.repeat_interleave(group, dim=0), values.repeat_interleave(group, dim=0)
             scores = torch.einsum("qhd,hkd->qhk", query[rows].float(), keys) * scale
+            if soft_cap is not None:
+                scores = soft_cap * torch.tanh(scores / soft_cap)
             visible = _visible(positions[rows], context_len, sliding_window).unsqueeze(1)
             scores = scores.masked_fill(~visible, -torch.inf)
-            lse[rows] = scores.logsumexp(dim=-1)
-            weights = scores.softmax(dim=-1).masked_fill(~visible, 0.0)  # a row that sees nothing has softmax NaN
+            lse[rows] = torch.logaddexp(scores.logsumexp(dim=-1), sink)
+            weights = (scores - lse[rows].unsqueeze(-1)).exp().masked_fill(~visible, 0.0)  # NaN for a row that sees nothing
             out[rows] = torch.einsum("qhk,hkd->qhd", weights, values).to(out.dtype)
         return out, lse
 

@@ -49,8 +49,12 @@ class TritonAttention:
         sliding_window: int | None = None,
         query_positions: Tensor | None = None,
         out_dtype: torch.dtype | None = None,
+        soft_cap: float | None = None,
+        sinks: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """See `AttentionBackend.paged_attention`."""
+        if soft_cap is not None or sinks is not None:
+            raise InvalidArgument("attention backend 'triton' computes neither soft_cap nor sinks")
         query = query.contiguous()
         total_q, q_heads, head_dim = query.shape
         _, _, _, kv_heads, block_tokens, _ = pool.shape

@@ -31,10 +31,27 @@ class Case:
 
     def on(self, device: str) -> Case:
         """The same call with its tensors on a device."""
-        positions = self.keywords.get("query_positions")
-        moved = None if positions is None else positions.to(device)
+        moved = {name: value.to(device) for name, value in self.keywords.items() if isinstance(value, Tensor)}
         query, pool, block_tables, context_lens, query_starts = (tensor.to(device) for tensor in self.tensors)
-        return Case((query, pool, block_tables, context_lens, query_starts), {**self.keywords, "query_positions": moved})
+        return Case((query, pool, block_tables, context_lens, query_starts), {**self.keywords, **moved})
+
+
+def paged(keys: Tensor, values: Tensor, rows: int, block_tokens: int = 16) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """One sequence's `[kv_heads, keys, head_dim]` as a pool, block table, context length and query starts of `rows` rows."""
+    kv_heads, tokens, head_dim = keys.shape
+    blocks = -(-tokens // block_tokens)
+    padded = torch.zeros(2, kv_heads, max(1, blocks) * block_tokens, head_dim, dtype=keys.dtype)
+    padded[:, :, :tokens] = torch.stack([keys, values])
+    pool = padded.unflatten(2, (-1, block_tokens)).permute(2, 0, 1, 3, 4).unsqueeze(1).contiguous()
+    order = torch.randperm(len(pool))
+    shuffled = torch.empty_like(pool)
+    shuffled[order] = pool
+    return (
+        shuffled,
+        order[:blocks].int().unsqueeze(0),
+        torch.tensor([tokens], dtype=torch.int32),
+        torch.tensor([0, rows], dtype=torch.int32),
+    )
 
 
 def random_case(seed: int, *, context_tokens_max: int = 150, rows_max: int = 70) -> Case:

@@ -11,7 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from attnstore.attention import create_attention, merge
+from attnstore.attention.factory import AttentionName
 from attnstore.errors import InvalidArgument
+from tests.attention.cases import paged
 
 
 @settings(deadline=None, max_examples=60, derandomize=True)
@@ -40,6 +42,32 @@ def test_any_split_merges_to_the_whole_within_1e_5(keys: int, cuts: list[int], s
     whole_out, whole_lse = part(0, keys)
     assert (out - whole_out).norm() <= 1e-5 * whole_out.norm()
     torch.testing.assert_close(lse, whole_lse, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("holder", [0, 1, 2])
+@pytest.mark.parametrize("rows", [1, 40])
+@pytest.mark.parametrize("backend", ["reference"])
+def test_parts_merge_to_the_whole_where_exactly_one_holds_the_sinks(backend: AttentionName, rows: int, holder: int) -> None:
+    torch.manual_seed(holder)
+    keys, values = torch.randn(2, 2, 80, 64)
+    query, sinks = 3 * torch.randn(rows, 6, 64), torch.randn(6)
+    positions = torch.arange(80 - rows, 80, dtype=torch.int32)
+    attention = create_attention(backend)
+
+    def part(begin: int, end: int, sinks: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+        return attention.paged_attention(
+            query,
+            *paged(keys[:, begin:end], values[:, begin:end], rows),
+            layer=0,
+            scale=0.125,
+            query_positions=positions - begin,
+            soft_cap=2.0,
+            sinks=sinks,
+        )
+
+    bounds = enumerate([(0, 48), (48, 48), (48, 80)])
+    parts = [part(begin, end, sinks if number == holder else None) for number, (begin, end) in bounds]
+    torch.testing.assert_close(merge(*zip(*parts, strict=True)), part(0, 80, sinks), rtol=1e-5, atol=1e-5)
 
 
 def test_an_empty_part_is_ignored_whatever_its_out_holds() -> None:

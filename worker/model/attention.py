@@ -43,15 +43,27 @@ class PagedStep:
     before_layer: Callable[[int], None]
     remote: RemoteStep | None = None
 
-    def attend(self, layer: int, query: Tensor, keys_values: Tensor, *, scale: float, sliding_window: int | None = None) -> Tensor:
+    def attend(
+        self,
+        layer: int,
+        query: Tensor,
+        keys_values: Tensor,
+        *,
+        scale: float,
+        sliding_window: int | None = None,
+        soft_cap: float | None = None,
+        sinks: Tensor | None = None,
+    ) -> Tensor:
         """One layer: query `[total_q, q_heads, head_dim]` and its own keys and values `[total_q, 2, kv_heads, head_dim]`, rotated.
 
-        Returns `[total_q, q_heads, head_dim]`. Causality follows from the positions.
+        sliding_window, soft_cap, sinks: as in `AttentionBackend.paged_attention`. Returns `[total_q, q_heads, head_dim]`. Causality
+        follows from the positions.
         """
         self.before_layer(layer)
         self._put(layer, keys_values)
         if self.remote is not None:
             assert sliding_window is None, "nodes answer over all of a set's keys"
+            assert soft_cap is None, "nodes answer with plain scores"
             self.remote.ask(layer, query)  # first, so that the nodes compute while we do
         out, lse = self.backend.paged_attention(
             query,
@@ -63,6 +75,8 @@ class PagedStep:
             scale=scale,
             sliding_window=sliding_window,
             out_dtype=None if self.remote is None else float32,
+            soft_cap=soft_cap,
+            sinks=sinks,  # of the local part alone, so that a sink is counted once
         )
         return out if self.remote is None else self.remote.merge(out, lse).to(query.dtype)
 
