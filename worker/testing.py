@@ -57,7 +57,7 @@ class MemoryStore:
         self.gate = threading.Event()
         self.gate.set()
 
-    def register_layout(self, namespace: bytes, layout: PageLayout, /) -> int:
+    def register_layout(self, namespace: bytes, layout: PageLayout, /, *, deadline_ms: float | None = None) -> int:  # noqa: ARG002
         """Makes the namespace known."""
         self._enter("register_layout")
         self.namespaces.add(namespace)

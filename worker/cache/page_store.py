@@ -22,7 +22,7 @@ STORE_TRANSPORTS: Final = TRANSPORT_NAMES
 class PageStore(Protocol):
     """A store of sealed pages. Every call ends within a deadline of its own; all may be called from any thread."""
 
-    def register_layout(self, namespace: bytes, layout: PageLayout, /) -> object:
+    def register_layout(self, namespace: bytes, layout: PageLayout, /, *, deadline_ms: float | None = None) -> object:
         """Makes the namespace known. Idempotent."""
         ...
 

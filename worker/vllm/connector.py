@@ -20,7 +20,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 )
 
 import attnstore
-from attnstore.clock import MonotonicClock
+from attnstore.clock import Deadline, MonotonicClock
 from attnstore.core.hashing import Namespace
 from attnstore.core.layout import PageLayout
 from attnstore.errors import InvalidArgument
@@ -97,7 +97,9 @@ class AttnStoreConnector(KVConnectorBase_V1):
     # Scheduler
 
     def _match(self, hashes: Any) -> int:
-        found = self._registered.ready().match(self._space, [hashes], lease_ms=0)
+        deadline = Deadline(self._clock, self._settings.load_ms_max)
+        self._registered.ready(deadline)
+        found = self._store.match(self._space, [hashes], lease_ms=0, deadline_ms=deadline.left_ms())
         if found.error is not None:
             raise found.error
         return found.hits[0]
@@ -149,7 +151,9 @@ class AttnStoreConnector(KVConnectorBase_V1):
 
     def _measure_link(self) -> None:
         """In the background; nobody waits for it."""
-        self._probe = self._prober.submit(probe_link, self._store, self._layout, self._clock, deadline_ms=_PROBE_MS_MAX)
+        self._probe = self._prober.submit(
+            probe_link, self._store, self._space, self._layout, self._clock, deadline_ms=_PROBE_MS_MAX
+        )
 
     def _take_probe(self) -> None:
         if self._probe is None or not self._probe.done():

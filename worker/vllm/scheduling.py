@@ -23,7 +23,8 @@ from worker.vllm.known import KnownPages
 from worker.vllm.plan import BlockPlan, Costs, LoadPlan, StepPlan
 
 _QUICK_ANSWER_S: Final = 0.002
-"""So long the first question waits: on a fast network the answer is there, and the request needs no second turn."""
+"""So long a first question waits: on a fast network the answer is there, and the request needs no second turn. After one that was
+not answered in time the next do not wait: many requests may come in one step."""
 _LOOKUPS_MAX: Final = 4
 
 _log = get_logger(__name__)
@@ -47,8 +48,9 @@ class _Request:
     block_ids: list[int] = field(default_factory=list)
     saved: int = 0
     lookup: _Lookup | None = None
-    claimed: bool = False
-    local_blocks: int = 0  # that vLLM had when a hit was claimed
+    found: int | None = None  # pages, once the look-up is over
+    claimed: bool = False  # vLLM has given it blocks: what is to be loaded is decided
+    local_blocks: int = 0  # that vLLM had when it asked last
     loads: tuple[BlockPlan, ...] = ()
 
 
@@ -65,6 +67,7 @@ class SchedulerSide:
         self._breaker = CircuitBreaker(clock)
         self._threads = ThreadPoolExecutor(_LOOKUPS_MAX, "attnstore-lookup")
         self._probe: Future[int] | None = None
+        self._quick = True
         self._refused = False
         self._late: list[_Lookup] = []
         self._known = KnownPages()
@@ -78,27 +81,19 @@ class SchedulerSide:
     def hit_tokens(self, request_id: str, block_hashes: Sequence[bytes], prompt_tokens: int, computed_tokens: int) -> int | None:
         """How many tokens after `computed_tokens` (whole blocks) to fetch; None while the store has not answered.
 
-        At most all but the last token: that one must be computed to have logits.
+        At most all but the last token: that one must be computed to have logits. Asking claims nothing: vLLM asks again when it had
+        no blocks for the request. After `allocated` the answer is 0, also if the load fails, until the request is preempted.
         """
         request = self._requests.setdefault(request_id, _Request(block_hashes))
         block_tokens = self._layout.block_tokens
         local, usable = computed_tokens // block_tokens, (prompt_tokens - 1) // block_tokens
         if request.claimed or usable <= local or not self._store_answers():
             return 0
-        if request.lookup is None:
-            hashes = self._names(request, usable)
-            request.lookup = _Lookup(self._clock.now_ms(), self._threads.submit(self._timed_match, hashes))
-            wait([request.lookup.found], _QUICK_ANSWER_S)
-        lookup = request.lookup
-        waited_ms = self._clock.now_ms() - lookup.began_ms
-        if not lookup.found.done() and waited_ms < self._lookup_ms_max:
-            return None
-        request.claimed = True
-        found = self._outcome(lookup)
-        names = self._names(request, usable)
-        self._known.add(names[:found])
-        self._known.discard(names[found:])
-        blocks = min(found, usable) - local
+        if request.found is None:
+            request.found = self._look_up(request, usable)
+            if request.found is None:
+                return None
+        blocks = min(request.found, usable) - local
         if blocks <= 0:
             return 0
         if not self._gate.fetch_pays(blocks * block_tokens, blocks * self._layout.page_bytes):
@@ -110,7 +105,10 @@ class SchedulerSide:
     def allocated(self, request_id: str, block_ids: Sequence[int], external_tokens: int) -> None:
         """vLLM gave a request blocks, those that it had first; the next `external_tokens` are to be loaded."""
         request = self._requests.get(request_id)
-        if request is None or external_tokens == 0:
+        if request is None:
+            return
+        request.claimed = True
+        if external_tokens == 0:
             return
         first = request.local_blocks
         last = first + external_tokens // self._layout.block_tokens
@@ -161,7 +159,7 @@ class SchedulerSide:
         """A request lost its blocks: when it comes back, the store may be asked again."""
         request = self._requests.get(request_id)
         if request is not None:
-            request.lookup, request.claimed = None, False
+            request.lookup, request.found, request.claimed, request.loads = None, None, False, ()
 
     def finished(self, request_id: str) -> None:
         """A request ended."""
@@ -182,6 +180,22 @@ class SchedulerSide:
         known = request.hashes
         known += page_hashes(known[-1] if known else self._root, request.block_hashes[len(known) : blocks])
         return known[:blocks]
+
+    def _look_up(self, request: _Request, blocks: int) -> int | None:
+        """How many of a request's first `blocks` pages the store has; None while it has not answered."""
+        if request.lookup is None:
+            request.lookup = _Lookup(self._clock.now_ms(), self._threads.submit(self._timed_match, self._names(request, blocks)))
+            if self._quick:
+                wait([request.lookup.found], _QUICK_ANSWER_S)
+                self._quick = request.lookup.found.done()
+        if not request.lookup.found.done() and self._clock.now_ms() - request.lookup.began_ms < self._lookup_ms_max:
+            return None
+        found = self._outcome(request.lookup)
+        request.lookup = None
+        names = self._names(request, blocks)
+        self._known.add(names[:found])
+        self._known.discard(names[found:])
+        return found
 
     def _timed_match(self, hashes: Sequence[BlockHash]) -> tuple[int, float]:
         began_ms = self._clock.now_ms()
@@ -205,6 +219,7 @@ class SchedulerSide:
             found, took_ms = lookup.found.result()
             self._breaker.succeeded()
             self._gate.answered(took_ms)
+            self._quick = took_ms < 1e3 * _QUICK_ANSWER_S
             return found
         if not isinstance(error, AttnStoreError):
             raise error
@@ -215,6 +230,9 @@ class SchedulerSide:
         self._breaker.failed()
         if self._breaker.state is CircuitState.OPEN:
             _log.warning("the store is left alone until it answers again", reason=reason)
+            for request in self._requests.values():
+                if request.lookup is not None and request.lookup.found.cancel():  # it waited behind others
+                    request.lookup = None
 
     def _store_answers(self) -> bool:
         """Whether the store is worth asking; while it is not, now and then a question that nobody waits for."""

@@ -9,6 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from attnstore.environment import variable
 from attnstore.errors import InvalidArgument
+from attnstore.limits import DEADLINE_MS_MAX
 
 
 class Settings(BaseModel):
@@ -27,8 +28,8 @@ class Settings(BaseModel):
     token: str | None = Field(default_factory=lambda: variable("token"), repr=False)
     tls_ca: str | None = None
     http_proxy: str | None = None
-    load_ms_max: float = Field(5_000, gt=0)
-    lookup_ms_max: float = Field(500, gt=0)
+    load_ms_max: float = Field(5_000, gt=0, le=DEADLINE_MS_MAX)
+    lookup_ms_max: float = Field(500, gt=0, le=DEADLINE_MS_MAX)
     save_bytes_max: int = Field(512 << 20, gt=0)
     model_id: str | None = None
     tenant_salt: str = Field(default_factory=lambda: variable("tenant_salt") or "", repr=False)

@@ -3,18 +3,20 @@
 Owns: the threads that load and save, and what they measured. Invariants: a block is written only by the load that vLLM asked for,
 and reported only after its last byte; a page that did not come whole and verified is reported as a failed block, and none of it is
 written; a block that is saved is copied before `save` returns, so that vLLM may reuse it; memory for copies is bounded, and what
-passes the bound is not saved.
+passes the bound is not saved. A load's deadline begins when it is asked for, before it has its turn: a page that is not there by
+then is a miss.
 """
 
 from __future__ import annotations
 
+import math
 import threading
 from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from typing import Final
 
-from attnstore.clock import Clock
+from attnstore.clock import Clock, Deadline
 from attnstore.core.hashing import Namespace
 from attnstore.core.layout import PageLayout
 from attnstore.errors import AttnStoreError, Retryable
@@ -34,7 +36,7 @@ _log = get_logger(__name__)
 
 
 class Transfers:
-    """`deadline_ms` bounds a whole load; `save_bytes_max` is the memory for pages that wait to be written."""
+    """`deadline_ms` bounds a load, a write and `flush`; `save_bytes_max` is the memory for pages that wait to be written."""
 
     def __init__(
         self,
@@ -60,14 +62,15 @@ class Transfers:
         self._failed_blocks: set[int] = set()
         self._saving = 0
         self._dropped = 0
+        self._end: Deadline | None = None  # once `flush` has been called
         self._load_costs: deque[tuple[int, float]] = deque(maxlen=_MEASUREMENTS_MAX)
         self._part_pages = max(1, _PART_BYTES // pages.page_bytes)
         self._readers = ThreadPoolExecutor(_LOADS_AT_ONCE, "attnstore-read")
         self._staging: deque[_Staging] = deque()  # of the loads that have ended
 
     def load(self, plan: LoadPlan) -> None:
-        """Starts a load; `take_loaded` names it when it is over."""
-        self._loaders.submit(self._load, plan)
+        """Starts a load; `take_loaded` names it when it is over, within the deadline."""
+        self._loaders.submit(self._load, plan, Deadline(self._clock, self._deadline_ms))
 
     def save(self, blocks: Sequence[BlockPlan]) -> None:
         """Copies blocks that are complete and hands them to the writer. Returns when they may be reused."""
@@ -106,18 +109,19 @@ class Transfers:
             return costs
 
     def flush(self) -> None:
-        """Waits until what was handed to the writer is written or refused, each within its deadline; then ends."""
+        """Waits until what was handed to the writer is written or refused, or the deadline is over; then ends."""
+        self._end = Deadline(self._clock, self._deadline_ms)
         self._loaders.shutdown(wait=True, cancel_futures=True)
         self._readers.shutdown(wait=True)
         self._saver.shutdown(wait=True)
 
-    def _load(self, plan: LoadPlan) -> None:
+    def _load(self, plan: LoadPlan, deadline: Deadline) -> None:
         began_ms = self._clock.now_ms()
         good = 0
         try:
             staging = self._staging.pop() if self._staging else _Staging(self._part_pages, self._pages.page_bytes)
             try:
-                good = self._load_leading(plan.blocks, staging, began_ms + self._deadline_ms)
+                good = self._load_leading(plan.blocks, staging, deadline)
             finally:
                 self._staging.append(staging)
         except Exception:
@@ -128,15 +132,15 @@ class Transfers:
             self._failed_blocks.update(block.block_id for block in plan.blocks[good:])
             self._loaded.add(plan.request_id)
 
-    def _load_leading(self, blocks: Sequence[BlockPlan], staging: _Staging, until_ms: float) -> int:
+    def _load_leading(self, blocks: Sequence[BlockPlan], staging: _Staging, deadline: Deadline) -> int:
         """Loads blocks up to the first that is not to be had; how many. No byte comes into `staging` after it has returned."""
         parts = [blocks[first : first + self._part_pages] for first in range(0, len(blocks), self._part_pages)]
         loaded = 0
-        reading = self._readers.submit(self._read, parts[0], staging.halves[0], until_ms)
+        reading = self._readers.submit(self._read, parts[0], staging.halves[0], deadline)
         for index, part in enumerate(parts):
             pages, hits = staging.halves[index % 2], reading.result()
             if hits == len(part) and index + 1 < len(parts):
-                reading = self._readers.submit(self._read, parts[index + 1], staging.halves[(index + 1) % 2], until_ms)
+                reading = self._readers.submit(self._read, parts[index + 1], staging.halves[(index + 1) % 2], deadline)
             try:
                 for block, page in zip(part[:hits], pages, strict=False):
                     self._pages.scatter(block.block_id, page)
@@ -148,14 +152,12 @@ class Transfers:
                 break
         return loaded
 
-    def _read(self, blocks: Sequence[BlockPlan], pages: Sequence[memoryview], until_ms: float) -> int:
+    def _read(self, blocks: Sequence[BlockPlan], pages: Sequence[memoryview], deadline: Deadline) -> int:
         """Reads pages up to the first that is not to be had; how many."""
-        left_ms = until_ms - self._clock.now_ms()
-        if left_ms < 1:
-            return 0
         hashes = [block.page_hash for block in blocks]
         try:
-            answer = self._store.ready().read(self._space, hashes, pages[: len(blocks)], lease=None, deadline_ms=left_ms)
+            store = self._store.ready(deadline)
+            answer = store.read(self._space, hashes, pages[: len(blocks)], lease=None, deadline_ms=deadline.left_ms())
         except AttnStoreError as error:
             _log.warning("pages were not read", pages=len(blocks), reason=str(error))
             return 0
@@ -164,7 +166,9 @@ class Transfers:
     def _save(self, hashes: Sequence[bytes], copies: Sequence[bytearray]) -> None:
         try:
             views = [memoryview(copy) for copy in copies]
-            verdicts = self._store.ready().write(self._space, hashes, views, deadline_ms=int(self._deadline_ms)).verdicts
+            deadline = self._end or Deadline(self._clock, self._deadline_ms)
+            store = self._store.ready(deadline)
+            verdicts = store.write(self._space, hashes, views, deadline_ms=math.ceil(deadline.left_ms())).verdicts
             refused = [verdict.name for verdict in verdicts if not verdict.is_kept and verdict is not PageStatus.ARRIVING]
             if refused:
                 _log.warning("the store refused pages", verdicts=sorted(set(refused)), pages=len(refused))
@@ -198,10 +202,10 @@ class RegisteredStore:
         self._layout = layout
         self._registered = False
 
-    def ready(self) -> PageStore:
+    def ready(self, deadline: Deadline) -> PageStore:
         """The store, which knows the namespace. Raises its errors. From any thread: registering twice is harmless."""
         if not self._registered:
-            self._store.register_layout(self._space, self._layout)
+            self._store.register_layout(self._space, self._layout, deadline_ms=deadline.left_ms())
             self._registered = True
         return self._store
 

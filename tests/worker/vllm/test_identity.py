@@ -59,6 +59,13 @@ def test_a_wrong_option_is_named() -> None:
         Settings.parse({"stroe": "grpc://a:1"})
 
 
+@pytest.mark.parametrize("option", ["load_ms_max", "lookup_ms_max"])
+@pytest.mark.parametrize("value", [0, -1, float("inf"), float("nan")])
+def test_no_wait_is_without_an_end(option: str, value: float) -> None:
+    with pytest.raises(InvalidArgument, match=option):
+        Settings.parse({"store": "grpc://a:1", option: value})
+
+
 def test_the_token_is_that_of_the_environment_unless_one_is_given(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("ATTNSTORE_TOKEN", raising=False)
     assert Settings.parse({"store": "grpc://node:7400"}).token is None

@@ -10,6 +10,7 @@ import pytest
 
 from attnstore.core.hashing import BlockHash
 from attnstore.errors import Unavailable
+from attnstore.limits import NODE_FAIR_MS
 from attnstore.testing import ManualClock
 from tests.samples import eventually
 from worker.vllm.gate import PROBE_MS
@@ -166,14 +167,94 @@ def test_loads_and_saves_name_each_block_once(side: SchedulerSide) -> None:
     assert [(block.block_id, block.page_hash) for block in saves] == [(28, names[8])]
 
 
-def test_a_preempted_request_may_ask_again(side: SchedulerSide, store: Answers) -> None:
+def loaded_names(side: SchedulerSide) -> list[tuple[str, list[tuple[int, bytes]]]]:
+    """What the next step loads: each request's blocks and their pages' names."""
+    return [(plan.request_id, [(block.block_id, block.page_hash) for block in plan.blocks]) for plan in side.step([], 0).loads]
+
+
+def test_a_hit_for_which_vllm_had_no_blocks_is_a_hit_when_it_has(side: SchedulerSide, store: Answers) -> None:
+    names = page_hashes(ROOT, FOREIGN)
     assert settled(side, "a") == 6 * TOKENS
-    assert settled(side, "a") == 0, "a claim is made once"
+    assert loaded_names(side) == [], "the pool was full: nothing was allocated"
+    assert [side.hit_tokens("a", FOREIGN, 160, 0) for _ in range(3)] == [6 * TOKENS] * 3
+    assert len(store.asked) == 1, "the store is asked once"
+    side.allocated("a", list(range(20, 30)), 6 * TOKENS)
+    assert loaded_names(side) == [("a", list(zip(range(20, 26), names[:6], strict=True)))]
+
+
+def test_what_vllm_has_itself_may_change_while_a_request_waits_for_blocks(side: SchedulerSide) -> None:
+    names = page_hashes(ROOT, FOREIGN)
+    assert settled(side, "a", computed=3 * TOKENS) == 3 * TOKENS
+    assert settled(side, "a", computed=7 * TOKENS) == 0
+    assert settled(side, "a", computed=TOKENS) == 5 * TOKENS, "vLLM has evicted two blocks of it"
+    side.allocated("a", list(range(20, 30)), 5 * TOKENS)
+    assert loaded_names(side) == [("a", list(zip(range(21, 26), names[1:6], strict=True)))]
+
+
+def test_a_miss_is_a_miss_however_often_it_is_asked_for(side: SchedulerSide, store: Answers, clock: ManualClock) -> None:
+    store.open.clear()
+    assert side.hit_tokens("a", FOREIGN, 160, 0) is None
+    clock.advance_ms(100)
+    assert [side.hit_tokens("a", FOREIGN, 160, 0) for _ in range(3)] == [0, 0, 0]
+    assert len(side._late) == 1, "its look-up counts once"
+    store.open.set()
+    assert settled(side, "b") == 6 * TOKENS, "one late answer is no reason to leave the store alone"
+    assert side.hit_tokens("a", FOREIGN, 160, 0) == 0
+
+
+def test_a_request_whose_load_failed_is_not_loaded_again(side: SchedulerSide) -> None:
+    assert settled(side, "a") == 6 * TOKENS
+    side.allocated("a", list(range(20, 30)), 6 * TOKENS)
+    side.failed({20, 21, 22, 23, 24, 25})
+    assert side.hit_tokens("a", FOREIGN, 160, 0) == 0, "vLLM took its blocks back and asks as for a new request"
+    side.allocated("a", list(range(20, 30)), 0)
+    assert [block.block_id for block in side.scheduled("a", range(20, 30), tokens_after=160, restarted=True)] == list(range(20, 30))
+
+
+def test_a_request_that_is_preempted_may_load_again(side: SchedulerSide, store: Answers) -> None:
+    assert settled(side, "a") == 6 * TOKENS
+    side.allocated("a", list(range(20, 30)), 6 * TOKENS)
+    assert len(loaded_names(side)) == 1
+    side.allocated("a", list(range(20, 30)), 0)  # vLLM tells of the blocks of the tokens that are to be computed
+    side.scheduled("a", list(range(20, 30)), tokens_after=8 * TOKENS, restarted=True)
+    assert side.hit_tokens("a", FOREIGN, 160, 0) == 0, "it has blocks"
     side.preempted("a")
+    side.failed({22})  # the block is another's now
     store.pages = 3
     assert settled(side, "a") == 3 * TOKENS
+    assert settled(side, "a") == 3 * TOKENS, "the pool is still full"
+    side.allocated("a", list(range(40, 50)), 3 * TOKENS)
+    assert [[block for block, _ in blocks] for _, blocks in loaded_names(side)] == [[40, 41, 42]]
+
+
+def test_a_request_that_ends_before_it_has_blocks_loads_nothing(side: SchedulerSide, store: Answers) -> None:
+    assert settled(side, "a") == 6 * TOKENS
     side.finished("a")
+    assert loaded_names(side) == []
     assert side.scheduled("a", [1], tokens_after=TOKENS, restarted=True) == []
+    store.pages = 2
+    assert settled(side, "a") == 2 * TOKENS, "another request of that name is asked about anew"
+
+
+def test_only_the_first_of_many_requests_waits_for_a_slow_store(
+    side: SchedulerSide, store: Answers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    waits: list[float] = []
+    monkeypatch.setattr("worker.vllm.scheduling.wait", lambda _futures, timeout_s: waits.append(timeout_s))
+    store.open.clear()
+    assert [side.hit_tokens(str(request), FOREIGN, 160, 0) for request in range(10)] == [None] * 10
+    assert len(waits) == 1
+
+
+def test_a_look_up_that_nobody_waits_for_is_not_begun(store: Answers, clock: ManualClock) -> None:
+    side = SchedulerSide(store, ROOT, LAYOUT, clock, lookup_ms_max=NODE_FAIR_MS)
+    store.open.clear()
+    assert [side.hit_tokens(str(request), FOREIGN, 160, 0) for request in range(10)] == [None] * 10
+    clock.advance_ms(NODE_FAIR_MS)
+    assert [side.hit_tokens(str(request), FOREIGN, 160, 0) for request in range(10)] == [0] * 10
+    store.open.set()
+    side._threads.shutdown(wait=True)
+    assert len(store.asked) < 10, "those that waited behind others were taken back"
 
 
 def test_a_link_that_was_bad_is_measured_again_and_used_again(side: SchedulerSide, clock: ManualClock) -> None:

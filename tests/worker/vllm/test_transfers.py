@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import time
+import threading
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any, cast
 
 import pytest
@@ -11,9 +12,11 @@ import torch
 
 import attnstore
 from attnstore.clock import MonotonicClock
-from attnstore.errors import InvalidArgument, Unavailable
-from attnstore.testing import StoreProcess
+from attnstore.core.layout import PageLayout
+from attnstore.errors import DeadlineExceeded, InvalidArgument, Unavailable
+from attnstore.testing import ManualClock, StoreProcess
 from attnstore.types import ReadResult
+from tests.samples import eventually
 from worker.cache.page_store import PageStore
 from worker.vllm.identity import page_hashes, page_layout, vllm_namespace
 from worker.vllm.kv_pages import KvPages
@@ -61,11 +64,14 @@ def plans(first: int, last: int, shift: int = 0) -> tuple[BlockPlan, ...]:
     return tuple(BlockPlan(index + shift, NAMES[index]) for index in range(first, last))
 
 
-def wait_loaded(transfers: Transfers, request: str) -> None:
-    until = time.monotonic() + 20
-    while request not in transfers.take_loaded():
-        assert time.monotonic() < until
-        time.sleep(0.005)
+def wait_loaded(transfers: Transfers, *requests: str) -> None:
+    left = set(requests)
+
+    def all_loaded() -> bool:
+        left.difference_update(transfers.take_loaded())
+        return not left
+
+    assert eventually(all_loaded, within_s=20)
 
 
 def test_blocks_come_back_bit_by_bit_in_another_process_place(transfers_of: Callable[..., Transfers]) -> None:
@@ -207,7 +213,117 @@ def test_a_cache_of_another_size_is_refused() -> None:
         KvPages(make_cache(8), LAYER_BYTES * 2)
 
 
+class Hung:
+    """A store that answers nothing before the test says so, and then that the deadline has passed. Registering takes 200 ms."""
+
+    def __init__(self, clock: ManualClock) -> None:
+        self._clock = clock
+        self.answers = threading.Event()
+        self.asked: list[tuple[str, float]] = []
+
+    def register_layout(self, _space: bytes, _layout: PageLayout, /, *, deadline_ms: float) -> None:
+        self.asked.append(("register", deadline_ms))
+        self._clock.advance_ms(200)
+
+    def read(self, *_: Any, deadline_ms: float, **__: Any) -> ReadResult:
+        return self._hang("read", deadline_ms)
+
+    def write(self, *_: Any, deadline_ms: float) -> Any:
+        return self._hang("write", deadline_ms)
+
+    def _hang(self, call: str, deadline_ms: float) -> Any:
+        self.asked.append((call, deadline_ms))
+        assert self.answers.wait(20)
+        raise DeadlineExceeded("no answer")
+
+
+@pytest.fixture
+def hung() -> Iterator[tuple[Hung, ManualClock, Transfers]]:
+    clock = ManualClock()
+    store = Hung(clock)
+    pages = KvPages(make_cache(12), LAYER_BYTES)
+    transfers = Transfers(cast("PageStore", store), SPACE, LAYOUT, pages, clock, deadline_ms=500, save_bytes_max=1 << 20)
+    yield store, clock, transfers
+    store.answers.set()
+    transfers.flush()
+
+
+def test_the_deadline_of_a_load_counts_while_it_waits_for_its_turn(hung: tuple[Hung, ManualClock, Transfers]) -> None:
+    store, clock, transfers = hung
+    for request in range(10):
+        transfers.load(LoadPlan(str(request), plans(request, request + 1)))
+    assert eventually(lambda: sum(call == "read" for call, _ in store.asked) == 2), "two are under way"
+    clock.advance_ms(500)
+    store.answers.set()
+    wait_loaded(transfers, *map(str, range(10)))
+    assert transfers.take_failed_blocks() == set(range(10)), "each is a miss, which vLLM computes"
+    assert sum(call == "read" for call, _ in store.asked) == 2, "the store was not asked when their time was over"
+
+
+def test_all_that_a_load_asks_the_store_shares_its_deadline(hung: tuple[Hung, ManualClock, Transfers]) -> None:
+    store, _, transfers = hung
+    transfers.load(LoadPlan("r", plans(0, 1)))
+    assert eventually(lambda: len(store.asked) == 2)
+    assert store.asked == [("register", 500), ("read", 300)]
+
+
+def test_what_a_hung_store_has_not_taken_when_vllm_ends_is_given_up(hung: tuple[Hung, ManualClock, Transfers]) -> None:
+    store, clock, transfers = hung
+    for block in range(8):
+        transfers.save(plans(block, block + 1))
+    assert eventually(lambda: len(store.asked) == 2)
+    ending = threading.Thread(target=transfers.flush)
+    ending.start()
+    assert eventually(lambda: transfers._end is not None)
+    clock.advance_ms(500)
+    store.answers.set()
+    ending.join(20)
+    assert not ending.is_alive()
+    assert [call for call, _ in store.asked] == ["register", "write"], "seven more would have had 500 ms each"
+
+
+def test_ten_loads_from_a_node_that_hangs_all_end() -> None:
+    with StoreProcess("--capacity", "64MiB") as node, attnstore.connect(node.url, deadline_ms=300) as client:
+        pages = KvPages(make_cache(13), LAYER_BYTES)
+        transfers = Transfers(client, SPACE, LAYOUT, pages, MonotonicClock(), deadline_ms=300, save_bytes_max=1 << 20)
+        transfers.save(plans(0, 10))
+        assert eventually(lambda: client.stats().pages_sealed == 10)
+        node.suspend()
+        for request in range(10):
+            transfers.load(LoadPlan(str(request), plans(request, request + 1)))
+        for request in range(10):
+            transfers.save(plans(request, request + 1))
+        wait_loaded(transfers, *map(str, range(10)))
+        assert transfers.take_failed_blocks() == set(range(10))
+        transfers.flush()
+        node.resume()
+
+
 def test_the_link_is_measured_before_the_first_request(node: StoreProcess) -> None:
     with attnstore.connect(node.url) as client:
-        costs = probe_link(client, LAYOUT, MonotonicClock(), deadline_ms=5_000)
+        costs = probe_link(client, SPACE, LAYOUT, MonotonicClock(), deadline_ms=5_000)
     assert [size for size, _ in costs.loads] == [LAYOUT.page_bytes] * 3
+
+
+def test_the_measurements_of_a_link_share_a_deadline() -> None:
+    clock = ManualClock()
+    store = Hung(clock)
+    store.answers.set()
+    with pytest.raises(DeadlineExceeded):
+        probe_link(cast("PageStore", store), SPACE, LAYOUT, clock, deadline_ms=500)
+    assert store.asked == [("register", 500), ("write", 300)]
+
+
+@pytest.mark.parametrize("told_apart_by", ["token", "salt"])
+def test_each_of_two_tenants_of_a_layout_measures_its_link(tmp_path: Path, told_apart_by: str) -> None:
+    tokens = tmp_path / "tokens.toml"
+    tokens.write_text('ada = "adas"\nbob = "bobs"\n')
+    with StoreProcess("--capacity", "64MiB", "--tokens-file", str(tokens)) as node:
+        for tenant in ("adas", "bobs"):
+            token, salt = (tenant, "") if told_apart_by == "token" else ("adas", tenant)
+            space = vllm_namespace(LAYOUT, {"model": "m"}, tenant_salt=salt)
+            with attnstore.connect(node.url, token=token) as client:
+                sealed = client.stats().pages_sealed
+                for _ in range(2):
+                    assert len(probe_link(client, space, LAYOUT, MonotonicClock(), deadline_ms=5_000).loads) == 3
+                assert client.stats().pages_sealed == sealed + 1, "of a page of its own"
