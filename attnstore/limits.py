@@ -178,6 +178,8 @@ assert CHANNEL_CONNECTIONS_MAX <= GRPC_CONNECTIONS_MIN, "whoever has a page chan
 
 HTTP_BODY_BYTES_MAX = 4 * MIB
 """A request of a worker's HTTP endpoint."""
+CACHE_SALT_CHARACTERS_MAX = 256
+"""A request's `cache_salt`, which is hashed with each of its blocks; 43 characters hold 256 random bits."""
 HTTP_IDLE_MS_MAX = 5_000
 """A connection to that endpoint on which no request has begun for so long is closed."""
 HTTP_HEAD_MS_MAX = 10_000

@@ -46,6 +46,7 @@ from worker.engine import Engine, EngineOptions, SamplingParams, Sequence, Token
 from worker.engine.attend_policy import AttendPolicy
 from worker.explain import decisions_of, show, try_out
 from worker.model import LoadedModel, export_model, load_model
+from worker.model.prompts import chat_tokens, text_tokens
 from worker.progress import Progress, create_progress
 from worker.report import GenerationReport, generation_report
 from worker.serve import Endpoint, serve
@@ -101,6 +102,13 @@ def _parser() -> argparse.ArgumentParser:
         help='TOML file of `name = "token"` lines, for several callers [env ATTNSTORE_WORKER_TOKENS_FILE]',
     )
     serving.add_argument("--insecure", action="store_true", help="serve everyone who can reach a public address, with no token")
+    serving.add_argument(
+        "--allow-priority",
+        action="append",
+        default=[],
+        metavar="CALLER",
+        help="this caller of --tokens-file may set a request's priority; 'default' is the one of --token, or everyone; repeatable",
+    )
     serving.add_argument("--sequences", type=whole(1), default=64, metavar="N", help="sequences that run at once (default 64)")
     serving.add_argument(
         "--prefetch", type=whole(0), default=2, metavar="N", help="waiting sequences whose pages are fetched ahead (default 2)"
@@ -234,6 +242,7 @@ def _serve(arguments: argparse.Namespace) -> None:
         token=arguments.token,
         tokens_file=arguments.tokens_file,
         insecure=arguments.insecure,
+        allow_priority=arguments.allow_priority,
     )
     with ExitStack() as stack:
         with create_progress(sys.stderr) as progress:
@@ -352,10 +361,9 @@ def _read_prompt(path: Path) -> str:
 
 def _prompt_ids(model: LoadedModel, prompt: str, arguments: argparse.Namespace) -> list[int]:
     if arguments.chat:
-        prompt = model.tokenizer.apply_chat_template(
-            [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True
-        )
-    token_ids: list[int] = model.tokenizer(prompt, verbose=False).input_ids
+        token_ids = chat_tokens(model.tokenizer, [{"role": "user", "content": prompt}])
+    else:
+        token_ids = text_tokens(model.tokenizer, prompt)
     return token_ids[: arguments.prompt_tokens]
 
 

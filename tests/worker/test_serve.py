@@ -26,6 +26,10 @@ from worker.serve import create_app
 
 WAIT_S = 30.0
 GREEDY: dict[str, Any] = {"temperature": 0.0}
+TEMPLATE = (
+    "{% for message in messages %}{{ message.role }} {{ message.name }} {{ message.tool_call_id }}: {{ message.content }}"
+    "{% for call in message.tool_calls %}{{ call.function.name }}{{ call.function.arguments | tojson }}{% endfor %}\n{% endfor %}"
+)
 
 
 @pytest.fixture
@@ -76,6 +80,14 @@ def expected_text(model: LoadedModel, token_ids: list[int], tokens: int) -> str:
     return text
 
 
+def template_tokens(model: LoadedModel, messages: list[dict[str, Any]]) -> list[int]:
+    """What transformers makes of a conversation."""
+    token_ids: list[int] = model.tokenizer.apply_chat_template(
+        messages, tokenize=True, add_generation_prompt=True, return_dict=False
+    )
+    return token_ids
+
+
 class TestOpenAIClient:
     """The package `openai`, unchanged."""
 
@@ -111,8 +123,7 @@ class TestOpenAIClient:
 
     async def test_a_conversation_is_wrapped_in_the_chat_template(self, client: openai.AsyncOpenAI, tiny: LoadedModel) -> None:
         messages: Any = [{"role": "system", "content": "Be short."}, {"role": "user", "content": "Hello"}]
-        prompt = tiny.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        expected = expected_text(tiny, tiny.tokenizer(prompt).input_ids, 8)
+        expected = expected_text(tiny, template_tokens(tiny, messages), 8)
         whole = await client.chat.completions.create(model=tiny.name, messages=messages, max_tokens=8, **GREEDY)
         assert whole.choices[0].message.role == "assistant"
         assert whole.choices[0].message.content == expected
@@ -198,7 +209,77 @@ async def test_a_body_that_is_no_request_is_refused(http: httpx2.AsyncClient, bo
 
 
 @pytest.mark.parametrize(
-    "messages", [[], [{"role": "user"}], [{"role": "king", "content": "x"}], [{"role": "user", "content": 5}], "x"]
+    "messages",
+    [
+        [
+            {
+                "role": "assistant",
+                "content": None,
+                "refusal": None,
+                "annotations": [],
+                "audio": None,
+                "tool_calls": None,
+                "name": "x",
+            }
+        ],
+        [{"role": "function", "name": "where", "content": "Rome"}, {"role": "tool", "tool_call_id": "1", "content": "Rome"}],
+        [{"role": "developer", "content": [{"type": "text", "text": "Be "}, {"type": "text", "text": "short."}]}],
+        [{"role": "assistant", "content": "", "tool_calls": [], "reasoning": "hm", "reasoning_content": "hm"}],
+    ],
+)
+async def test_a_conversation_reaches_the_template_as_it_was_sent(
+    http: httpx2.AsyncClient, tiny: LoadedModel, monkeypatch: pytest.MonkeyPatch, messages: list[dict[str, Any]]
+) -> None:
+    monkeypatch.setattr(tiny.tokenizer, "chat_template", TEMPLATE)
+    body = {"model": tiny.name, "messages": messages, "max_tokens": 4, "ignore_eos": True, **GREEDY}
+    answer = await http.post("/v1/chat/completions", json=body)
+    as_read = [{**each, "role": each["role"].replace("developer", "system")} for each in messages]
+    for each in as_read:
+        if isinstance(each["content"], list):
+            each["content"] = "Be short."
+    assert answer.json()["choices"][0]["message"]["content"] == expected_text(tiny, template_tokens(tiny, as_read), 4)
+
+
+async def test_a_call_of_a_tool_reaches_the_template_with_its_arguments_as_an_object(
+    http: httpx2.AsyncClient, tiny: LoadedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tiny.tokenizer, "chat_template", TEMPLATE)
+    call = {"id": "1", "type": "function", "function": {"name": "where", "arguments": '{"city": "Rome"}'}}
+    body = {"model": tiny.name, "max_tokens": 4, "ignore_eos": True, **GREEDY}
+    for content in ({"content": None}, {}):
+        messages = [{"role": "assistant", **content, "tool_calls": [call]}]
+        answer = await http.post("/v1/chat/completions", json={**body, "messages": messages})
+        as_object = {**call, "function": {"name": "where", "arguments": {"city": "Rome"}}}
+        expected = template_tokens(tiny, [{"role": "assistant", "tool_calls": [as_object]}])
+        assert answer.json()["choices"][0]["message"]["content"] == expected_text(tiny, expected, 4)
+    for arguments in ("{", "5", 5, None):
+        wrong = {**call, "function": {"name": "where", "arguments": arguments}}
+        answer = await http.post("/v1/chat/completions", json={**body, "messages": [{"role": "assistant", "tool_calls": [wrong]}]})
+        assert answer.status_code == 400
+        assert "arguments" in answer.json()["error"]["param"]
+
+
+async def test_a_template_that_refuses_a_conversation_is_told_in_its_words(
+    http: httpx2.AsyncClient, tiny: LoadedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for template, words in (("{{ raise_exception('roles must alternate') }}", "roles must alternate"), ("{{ 1 / 0 }}", "zero")):
+        monkeypatch.setattr(tiny.tokenizer, "chat_template", template)
+        answer = await http.post("/v1/chat/completions", json={"model": tiny.name, "messages": [{"role": "user", "content": "x"}]})
+        assert answer.status_code == 400
+        assert words in answer.json()["error"]["message"]
+        assert answer.json()["error"]["param"] == "messages"
+
+
+@pytest.mark.parametrize(
+    "messages",
+    [
+        [],
+        [{"role": "user"}],
+        [{"role": "king", "content": "x"}],
+        [{"role": "user", "content": 5}],
+        "x",
+        [{"role": "user", "contents": "x"}],
+    ],
 )
 async def test_a_malformed_conversation_is_refused(http: httpx2.AsyncClient, tiny: LoadedModel, messages: object) -> None:
     answer = await http.post("/v1/chat/completions", json={"model": tiny.name, "messages": messages})

@@ -8,7 +8,7 @@ import json
 import socket
 import subprocess
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Collection
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -31,10 +31,10 @@ WAIT_S = 30.0
 
 
 @asynccontextmanager
-async def served(model: LoadedModel, tokens: dict[str, str]) -> AsyncIterator[str]:
+async def served(model: LoadedModel, tokens: dict[str, str], priority_callers: Collection[str] = ()) -> AsyncIterator[str]:
     engine = Engine(model, EngineOptions(pool_bytes=60 * model.layout(16).page_bytes, chunk_tokens=64))
     with engine, AsyncEngine(engine) as front, socket.create_server(("127.0.0.1", 0)) as listener:
-        server = uvicorn.Server(server_config(create_app(front, model, tokens)))
+        server = uvicorn.Server(server_config(create_app(front, model, tokens, priority_callers)))
         serving = asyncio.ensure_future(server.serve(sockets=[listener]))
         while not server.started:
             await asyncio.sleep(0.01)
@@ -102,6 +102,42 @@ async def test_status_and_explain_present_the_token(url: str) -> None:
             assert "401" in str(status.error)
             with pytest.raises(InvalidArgument, match="401"):
                 await asyncio.to_thread(decisions_of, url, 5, None, token)
+
+
+@pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions"])
+async def test_a_priority_is_for_callers_that_are_allowed_to_set_one(tiny: LoadedModel, path: str) -> None:
+    body = {"model": tiny.name, "max_tokens": 1}
+    body |= {"prompt": [5]} if path == "/v1/completions" else {"messages": [{"role": "user", "content": "x"}]}
+
+    async def statuses(url: str, token: str | None) -> list[int]:
+        headers = {} if token is None else {"authorization": f"Bearer {token}"}
+        async with httpx2.AsyncClient(base_url=url, headers=headers) as http:
+            answers = [await http.post(path, json={**body, **field}) for field in ({}, {"priority": 0}, {"priority": 5})]
+        if answers[-1].status_code == 403:
+            error = answers[-1].json()["error"]
+            assert (error["param"], error["code"]) == ("priority", "permission_denied")
+            assert "--allow-priority" in error["message"]
+        return [answer.status_code for answer in answers]
+
+    async with served(tiny, TOKENS, {"ada"}) as url:
+        assert await statuses(url, "token-of-ada") == [200, 200, 200]
+        assert await statuses(url, "token-of-bob") == [200, 200, 403]
+    async with served(tiny, {}) as url:
+        assert await statuses(url, None) == [200, 200, 403]
+    async with served(tiny, {}, {"default"}) as url:
+        assert await statuses(url, None) == [200, 200, 200]
+
+
+def test_callers_that_may_set_priorities_are_named(tmp_path: Path) -> None:
+    tokens_file = tmp_path / "tokens.toml"
+    tokens_file.write_text('ada = "token-of-ada"\nbob = "token-of-bob"\n')
+    assert endpoint("127.0.0.1", tokens_file=tokens_file).priority_callers == frozenset()
+    assert endpoint("127.0.0.1", tokens_file=tokens_file, allow_priority=["ada"]).priority_callers == {"ada"}
+    assert endpoint("127.0.0.1", token="t", allow_priority=["default"]).priority_callers == {"default"}
+    assert endpoint("127.0.0.1", allow_priority=["default"]).priority_callers == {"default"}
+    for options in ({"tokens_file": tokens_file}, {"token": "t"}, {}):
+        with pytest.raises(InvalidArgument, match="--allow-priority carol: no caller has that name; there is"):
+            endpoint("127.0.0.1", allow_priority=["carol"], **options)
 
 
 def endpoint(host: str, **options: Any) -> Endpoint:
@@ -180,12 +216,13 @@ async def test_a_second_head_has_no_more_time_than_the_first(url: str, monkeypat
     assert (await ended(reader, writer, b"a")).startswith(b"HTTP/1.1 200")
 
 
-async def test_a_body_that_trickles_is_answered_408(open_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("length", [b"content-length: 1000000", b"transfer-encoding: chunked"])
+async def test_a_body_that_trickles_is_answered_408(open_url: str, length: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("worker.serve.app.HTTP_BODY_MS_MAX", 300)
     monkeypatch.setattr("worker.serve.connection.HTTP_HEAD_MS_MAX", 1_000)
     reader, writer = await raw(open_url)
-    writer.write(b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: 1000000\r\n\r\n")
-    answer = await ended(reader, writer, b" ")
+    writer.write(b"POST /v1/completions HTTP/1.1\r\nhost: x\r\n" + length + b"\r\n\r\n")
+    answer = await ended(reader, writer, b"1\r\n \r\n" if length.endswith(b"chunked") else b" ")
     assert answer.startswith(b"HTTP/1.1 408")
     assert json.loads(answer.partition(b"\r\n\r\n")[2])["error"]["message"]
 

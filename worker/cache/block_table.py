@@ -7,6 +7,7 @@ Owns: the mapping from a token's position to `(block_id, offset)`. Invariant: bl
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from attnstore.core.hashing import BlockHash
@@ -17,12 +18,14 @@ from worker.cache.shared_tier import SharedPages
 class BlockTable:
     """The blocks of one sequence. `hashes[j]` names block `j`; all of the prompt's complete blocks are named at admission.
 
-    The list of hashes is the sequence's own and outlives the table. `lent` holds the blocks that lie in a node's memory.
+    The list of hashes is the sequence's own and outlives the table; `extra_keys` are in all of them. `lent` holds the blocks that
+    lie in a node's memory.
     """
 
     block_tokens: int
     block_ids: list[int] = field(default_factory=list)
     hashes: list[BlockHash] = field(default_factory=list)
+    extra_keys: Sequence[bytes] = ()
     sealed: int = 0
     lent: SharedPages | None = None
     remote_blocks: int = 0

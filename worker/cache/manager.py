@@ -104,12 +104,13 @@ class CacheManager:
         if self._remote is not None:
             self._remote.connect()
 
-    def announce(self, token_ids: Sequence[int], hashes: list[BlockHash]) -> list[BlockHash]:
+    def announce(self, token_ids: Sequence[int], hashes: list[BlockHash], extra_keys: Sequence[bytes] = ()) -> list[BlockHash]:
         """Tells the eviction policy that a prompt waits behind all others; returns the blocks that `settle` takes back.
 
-        `hashes` are the names of the sequence's first blocks, as far as they are known; the missing ones are appended.
+        `hashes` are the names of the sequence's first blocks, as far as they are known; the missing ones are appended. `extra_keys`
+        are in the names of all its blocks: sequences of different ones share none.
         """
-        self._name_blocks(token_ids, hashes)
+        self._name_blocks(token_ids, hashes, extra_keys)
         announced = hashes[: self._usable_blocks(token_ids)]
         self._resident.announce(announced)
         return announced
@@ -118,16 +119,16 @@ class CacheManager:
         """An announced prompt waits no longer: it is about to be admitted, or was cancelled."""
         self._resident.settle(announced)
 
-    def admit(self, token_ids: Sequence[int], hashes: list[BlockHash]) -> Loading:
+    def admit(self, token_ids: Sequence[int], hashes: list[BlockHash], extra_keys: Sequence[bytes] = ()) -> Loading:
         """A table with blocks for all tokens, of which the longest prefix in HBM and HOST is there, and more may be on the way.
 
-        At most all tokens but the last are taken from a cache: that one must be computed to have logits. `hashes` as in `announce`.
-        Raises `Overloaded`, with nothing held, where transfers and others hold the blocks.
+        At most all tokens but the last are taken from a cache: that one must be computed to have logits. `hashes`,
+        `extra_keys` as in `announce`. Raises `Overloaded`, with nothing held, where transfers and others hold the blocks.
         """
-        self._name_blocks(token_ids, hashes)
+        self._name_blocks(token_ids, hashes, extra_keys)
         usable = self._usable_blocks(token_ids)
         found = self._resident.hold_prefix(hashes[:usable], self._allocate)
-        table = BlockTable(self.block_tokens, found.block_ids, hashes)
+        table = BlockTable(self.block_tokens, found.block_ids, hashes, extra_keys)
         table.sealed = resident = len(table.block_ids)
         try:
             self.grow(table, len(token_ids))
@@ -138,18 +139,20 @@ class CacheManager:
         swap_in = self._start_swap_in(table, prompt) if prompt is not None else None
         return Loading(table, resident, prompt, swap_in, host_blocks=found.from_host)
 
-    def prefetch(self, token_ids: Sequence[int], hashes: list[BlockHash], spare_blocks: int) -> Loading | None:
+    def prefetch(
+        self, token_ids: Sequence[int], hashes: list[BlockHash], spare_blocks: int, extra_keys: Sequence[bytes] = ()
+    ) -> Loading | None:
         """A load for a sequence that waits, where the planner wants one and it needs no more than `spare_blocks`, else None: also
         where pages are used in place, which need no fetching.
 
         `advance` takes its pages into the pool; `abandon` and `release` it when it is over or its blocks are needed.
         """
-        self._name_blocks(token_ids, hashes)
+        self._name_blocks(token_ids, hashes, extra_keys)
         usable = self._usable_blocks(token_ids)
         if self._remote is None or self._lender is not None or usable > min(spare_blocks, self._pool.available):
             return None
         found = self._resident.hold_prefix(hashes[:usable], self._allocate)
-        table = BlockTable(self.block_tokens, found.block_ids, hashes)
+        table = BlockTable(self.block_tokens, found.block_ids, hashes, extra_keys)
         table.sealed = resident = len(table.block_ids)
         prompt = self._prompt(table, len(token_ids), usable)
         if prompt is None or not self._planner.prefetches(prompt):
@@ -159,19 +162,26 @@ class CacheManager:
         swap_in = self._swap_in(self._remote, FetchAhead(self._remote.deadline_ms), prompt, table)
         return Loading(table, resident, None, swap_in)
 
-    def prompt(self, token_ids: Sequence[int], hashes: list[BlockHash], *, resident_blocks: int | None = None) -> Prompt:
+    def prompt(
+        self,
+        token_ids: Sequence[int],
+        hashes: list[BlockHash],
+        extra_keys: Sequence[bytes] = (),
+        *,
+        resident_blocks: int | None = None,
+    ) -> Prompt:
         """What there would be to decide about these tokens, with the blocks that are here now or `resident_blocks` of them, if all
-        others were in the store. `hashes` as in `announce`.
+        others were in the store. `hashes`, `extra_keys` as in `announce`.
         """
-        self._name_blocks(token_ids, hashes)
+        self._name_blocks(token_ids, hashes, extra_keys)
         usable = self._usable_blocks(token_ids)
         if resident_blocks is None:
             resident_blocks = self._resident.prefix_blocks(hashes[:usable])
         return self._new_prompt(len(token_ids), resident_blocks, usable)
 
-    def empty_table(self, hashes: list[BlockHash] | None = None) -> BlockTable:
+    def empty_table(self, hashes: list[BlockHash] | None = None, extra_keys: Sequence[bytes] = ()) -> BlockTable:
         """A table without blocks; without `hashes` that of a sequence whose content matters to nobody."""
-        return BlockTable(self.block_tokens, hashes=[] if hashes is None else hashes)
+        return BlockTable(self.block_tokens, hashes=[] if hashes is None else hashes, extra_keys=extra_keys)
 
     def advance(self, loading: Loading, computed_tokens: int) -> int:
         """Takes what has arrived, ends what is over or late, and returns how many tokens need no computing any more.
@@ -219,7 +229,7 @@ class CacheManager:
             if index == len(table.hashes):
                 parent = table.hashes[-1] if table.hashes else self._namespace
                 block = token_ids[index * self.block_tokens : (index + 1) * self.block_tokens]
-                table.hashes.append(block_hash(parent, block))
+                table.hashes.append(block_hash(parent, block, table.extra_keys))
             block_id = table.block_ids[index - table.remote_blocks]
             if self._pool.seal(block_id, table.hashes[index]):
                 self._writer.sealed(table.hashes[index], block_id)
@@ -294,9 +304,9 @@ class CacheManager:
     def _usable_blocks(self, token_ids: Sequence[int]) -> int:
         return (len(token_ids) - 1) // self.block_tokens
 
-    def _name_blocks(self, token_ids: Sequence[int], hashes: list[BlockHash]) -> None:
+    def _name_blocks(self, token_ids: Sequence[int], hashes: list[BlockHash], extra_keys: Sequence[bytes]) -> None:
         parent = hashes[-1] if hashes else self._namespace
-        hashes += block_hashes(parent, token_ids[len(hashes) * self.block_tokens :], self.block_tokens)
+        hashes += block_hashes(parent, token_ids[len(hashes) * self.block_tokens :], self.block_tokens, extra_keys)
 
     def _prompt(self, table: BlockTable, tokens: int, usable: int) -> Prompt | None:
         """What there is to decide about; None where no lower tier could help."""

@@ -35,6 +35,7 @@ class _Submit:
     token_ids: list[int]
     sampling: SamplingParams
     priority: int
+    cache_salt: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,10 +160,12 @@ class AsyncEngine:
         """The statistics after the last step."""
         return self._snapshot
 
-    async def submit(self, token_ids: list[int], sampling: SamplingParams, *, priority: int = 0) -> TokenStream:
+    async def submit(
+        self, token_ids: list[int], sampling: SamplingParams, *, priority: int = 0, cache_salt: str = ""
+    ) -> TokenStream:
         """Queues a prompt. Raises as `Engine.submit` does, and `Unavailable` once the engine is closed or has failed."""
         stream = TokenStream(self)
-        if not self._post_if_alive(_Submit(stream, token_ids, sampling, priority)):
+        if not self._post_if_alive(_Submit(stream, token_ids, sampling, priority, cache_salt)):
             raise _not_running()
         try:
             await stream.accepted()
@@ -213,7 +216,9 @@ class AsyncEngine:
 
     def _submit(self, command: _Submit) -> None:
         try:
-            sequence = self._engine.submit(command.token_ids, command.sampling, priority=command.priority)
+            sequence = self._engine.submit(
+                command.token_ids, command.sampling, priority=command.priority, cache_salt=command.cache_salt
+            )
         except AttnStoreError as error:
             command.stream.deliver(error)
             return

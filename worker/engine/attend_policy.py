@@ -78,7 +78,7 @@ class AttendChoice:
             return True
         if sequence.keeps_here or self._forecaster is None:
             return False
-        prompt = self._cache.prompt(sequence.token_ids, sequence.hashes)
+        prompt = self._cache.prompt(sequence.token_ids, sequence.hashes, sequence.extra_keys)
         return self._attends(sequence, prompt, prompt.usable_blocks) is not None
 
     def takes(self, sequence: Sequence, remote_blocks: int) -> bool:
@@ -87,7 +87,7 @@ class AttendChoice:
             return True
         if self._forecaster is None:
             return remote_blocks > 0
-        prompt = self._cache.prompt(sequence.token_ids, sequence.hashes)
+        prompt = self._cache.prompt(sequence.token_ids, sequence.hashes, sequence.extra_keys)
         forecast = self._attends(sequence, prompt, remote_blocks)
         if not remote_blocks or forecast is None:
             return False
@@ -132,7 +132,7 @@ class AttendChoice:
         """As if nothing of it were here."""
         if self._forecaster is None:
             return None
-        prompt = self._cache.prompt(sequence.token_ids, sequence.hashes, resident_blocks=0)
+        prompt = self._cache.prompt(sequence.token_ids, sequence.hashes, sequence.extra_keys, resident_blocks=0)
         return self._forecaster.attend_forecast(prompt, prompt.usable_blocks, self._row_bytes)
 
     def _expected_steps(self, sequence: Sequence) -> float:

@@ -53,7 +53,7 @@ class AttendedBlocks:
                 self.remote.close(context)
             return False
         self._choice.began(sequence)
-        table = self._cache.empty_table(sequence.hashes)
+        table = self._cache.empty_table(sequence.hashes, sequence.extra_keys)
         if context is not None:
             self._cache.let_stay(table, context.blocks)
         sequence.table, sequence.remote = table, context

@@ -49,6 +49,9 @@ from worker.engine.text import TextStream
 from worker.errors import ContextOverflow, PagesLost, PoolTooSmall
 from worker.model.loading import LoadedModel
 
+_SALT_KEY = b"cache_salt:"
+"""Tells a salt from other extra keys of a block's hash."""
+
 
 class Engine:
     """Generates with `model`; pages that `store` has are read instead of computed where `planner` (default: always) finds that
@@ -107,7 +110,7 @@ class Engine:
         """Pays for first uses (threads, kernels, weights still on disk, the store connection) before a request does."""
         self._cache.connect()
         tokens = min(self.options.chunk_tokens, self._cache.capacity_tokens, self.model.context_tokens_max) - 1
-        sequence = self._sequence([0] * max(tokens, 1), SamplingParams(max_tokens=1), 0)
+        sequence = self._sequence([0] * max(tokens, 1), SamplingParams(max_tokens=1))
         sequence.table = self._cache.empty_table()
         self._cache.grow(sequence.table, len(sequence.token_ids))
         self._runner.run([next_chunk(sequence, self.options.chunk_tokens)])
@@ -118,14 +121,19 @@ class Engine:
             sequence.token_ids.append(0)
         self._cache.release(sequence.table)
 
-    def submit(self, token_ids: list[int], sampling: SamplingParams | None = None, *, priority: int = 0) -> Sequence:
-        """Queues a prompt. Higher priorities run first, equal ones in the order of submission.
+    def submit(
+        self, token_ids: list[int], sampling: SamplingParams | None = None, *, priority: int = 0, cache_salt: str = ""
+    ) -> Sequence:
+        """Queues a prompt. Higher priorities run first, equal ones in the order of submission. Sequences of different salts share
+        no page, here or in the store.
 
         Raises `ContextOverflow` or `PoolTooSmall` for a prompt that does not fit, `InvalidArgument` for an empty prompt or for
         token ids outside the vocabulary, `Overloaded` when the queue is full.
         """
         self._check_prompt(token_ids)
-        sequence = self._sequence(token_ids, sampling or SamplingParams(stop_token_ids=self.model.stop_token_ids), priority)
+        sampling = sampling or SamplingParams(stop_token_ids=self.model.stop_token_ids)
+        extra_keys = (_SALT_KEY + cache_salt.encode(),) if cache_salt else ()
+        sequence = self._sequence(token_ids, sampling, priority, extra_keys)
         self._residency.enqueue(sequence)
         return sequence
 
@@ -246,11 +254,13 @@ class Engine:
         choice = AttendChoice(policy, self._cache, forecaster, row_bytes, lambda: self._speculation.tokens_per_step)
         return AttendedBlocks(remote, self._cache, choice, chunk_tokens=self.options.chunk_tokens, flush_ms=deadline_ms)
 
-    def _sequence(self, token_ids: list[int], sampling: SamplingParams, priority: int) -> Sequence:
+    def _sequence(
+        self, token_ids: list[int], sampling: SamplingParams, priority: int = 0, extra_keys: tuple[bytes, ...] = ()
+    ) -> Sequence:
         self._submitted += 1
         text_stream = TextStream(self._decode, sampling.stops)
         now_ms = self._clock.now_ms()
-        return Sequence(self._submitted, list(token_ids), len(token_ids), sampling, now_ms, priority, text_stream)
+        return Sequence(self._submitted, list(token_ids), len(token_ids), sampling, now_ms, priority, extra_keys, text_stream)
 
     def _run(self, chunks: Items[Chunk]) -> Tensor:
         started_ms = self._clock.now_ms()

@@ -39,7 +39,7 @@ class LookAheadPrefetch:
         for sequence in list(waiting)[: self._sequences_max]:
             if sequence not in self._tried:
                 self._tried.add(sequence)
-                begun = self._cache.prefetch(sequence.token_ids, sequence.hashes, spare_blocks)
+                begun = self._cache.prefetch(sequence.token_ids, sequence.hashes, spare_blocks, sequence.extra_keys)
                 if begun is not None:
                     self._running[sequence] = begun
                     spare_blocks -= len(begun.table.block_ids)

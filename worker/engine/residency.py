@@ -156,7 +156,7 @@ class Residency:
         return self._cache.available_blocks - len(self._scheduler.running)
 
     def _announce(self, sequence: Sequence) -> None:
-        sequence.announced = self._cache.announce(sequence.token_ids, sequence.hashes)
+        sequence.announced = self._cache.announce(sequence.token_ids, sequence.hashes, sequence.extra_keys)
 
     def _admissible(self) -> Sequence | None:
         """The next sequence to admit; prefetching gives way to it."""
@@ -175,7 +175,7 @@ class Residency:
             sequence.admission = sequence.admission or Admission(remote_tokens=sequence.computed_tokens)
             self._scheduler.start(sequence)
             return
-        sequence.loading = self._cache.admit(sequence.token_ids, sequence.hashes)
+        sequence.loading = self._cache.admit(sequence.token_ids, sequence.hashes, sequence.extra_keys)
         sequence.prompt = sequence.loading.prompt
         sequence.table = sequence.loading.table
         sequence.computed_tokens = sequence.table.sealed * self._cache.block_tokens

@@ -39,10 +39,11 @@ class FinishReason(enum.Enum):
 class Sequence:
     """`token_ids` are the prompt's `prompt_tokens` tokens and then the generated ones. Times are on the engine's clock.
 
-    `hashes` name its first complete blocks, `table` has the blocks held now, `admission` what was found of the prompt the first
-    time. `prompt` is what was to be decided when it was last admitted, at `admitted_ms`; None where all was resident. One that
-    `attends` may leave its first blocks in the store: `remote` is where, `attends_since` the number of tokens that were generated
-    when it began; one that `keeps_here` has left off for good, unless it must. `drafts` are guesses of the next tokens.
+    `hashes` name its first complete blocks, `extra_keys` are in all of these names, `table` has the blocks held now, `admission`
+    what was found of the prompt the first time. `prompt` is what was to be decided when it was last admitted, at `admitted_ms`;
+    None where all was resident. One that `attends` may leave its first blocks in the store: `remote` is where, `attends_since` the
+    number of tokens that were generated when it began; one that `keeps_here` has left off for good, unless it must. `drafts` are
+    guesses of the next tokens.
     """
 
     sequence_id: int
@@ -51,6 +52,7 @@ class Sequence:
     sampling: SamplingParams
     submitted_ms: float
     priority: int = 0
+    extra_keys: tuple[bytes, ...] = ()
     text_stream: TextStream | None = None
     sampler: Sampler = field(init=False)
     hashes: list[BlockHash] = field(default_factory=list)

@@ -10,12 +10,11 @@ from __future__ import annotations
 import asyncio
 import logging
 import secrets
-from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
+from collections.abc import AsyncIterator, Callable, Collection, Coroutine, Mapping
 from dataclasses import asdict
 from itertools import repeat
 from typing import Any, Final, TypeVar
 
-from jinja2 import TemplateError
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
@@ -30,9 +29,10 @@ from worker.cache import CostPlanner
 from worker.engine import AsyncEngine, SamplingParams
 from worker.engine.sampler import SEED_MAX
 from worker.model import LoadedModel
+from worker.model.prompts import chat_tokens, text_tokens
 from worker.serve.choices import Choices, Piece
 from worker.serve.formats import STREAM_END, ChatFormat, CompletionFormat, Format, Json, error_body, event
-from worker.serve.guard import TokenGuard
+from worker.serve.guard import TokenGuard, caller_of
 from worker.serve.metrics import ServeMetrics
 from worker.serve.schema import (
     CHOICES_MAX,
@@ -40,6 +40,7 @@ from worker.serve.schema import (
     CompletionRequest,
     GenerationRequest,
     InvalidRequest,
+    brief,
     parse_request,
 )
 
@@ -60,12 +61,21 @@ class ModelNotFound(InvalidArgument):
     code = "model_not_found"
 
 
-def create_app(engine: AsyncEngine, model: LoadedModel, tokens: Mapping[str, str] | None = None) -> Starlette:
+class PriorityDenied(InvalidRequest):
+    """The caller may not say who goes first."""
+
+    code = "permission_denied"
+
+
+def create_app(
+    engine: AsyncEngine, model: LoadedModel, tokens: Mapping[str, str] | None = None, priority_callers: Collection[str] = ()
+) -> Starlette:
     """The application; it serves `model` under its name. `tokens` (token -> whose it is): who may use it; none: everyone.
+    `priority_callers` are those who may give a request a priority.
 
     The caller keeps the engine running and closes it.
     """
-    api = _Api(engine, model)
+    api = _Api(engine, model, priority_callers)
     return Starlette(
         middleware=[Middleware(TokenGuard, tokens=tokens, refuse=api.refused)] if tokens else [],
         routes=[
@@ -89,24 +99,25 @@ def create_app(engine: AsyncEngine, model: LoadedModel, tokens: Mapping[str, str
 class _Api:
     """The routes."""
 
-    def __init__(self, engine: AsyncEngine, model: LoadedModel) -> None:
+    def __init__(self, engine: AsyncEngine, model: LoadedModel, priority_callers: Collection[str]) -> None:
         self._engine = engine
         self._model = model
+        self._priority_callers = priority_callers
         self._metrics = ServeMetrics(lambda: engine.snapshot, engine.planner)
 
     async def completions(self, request: Request) -> Response:
         """`POST /v1/completions`."""
         asked = parse_request(CompletionRequest, await _body(request))
-        self._check_model(asked.model)
-        token_ids = [prompt if isinstance(prompt, list) else await self._tokenize(prompt) for prompt in asked.prompts]
+        self._check(request, asked, len(asked.prompts))
+        token_ids = [prompt if isinstance(prompt, list) else await self._text_tokens(prompt) for prompt in asked.prompts]
         tokens_max = asked.max_tokens or _COMPLETION_TOKENS_DEFAULT
         return await self._answer(request, asked, token_ids, tokens_max, CompletionFormat(self._model.name))
 
     async def chat_completions(self, request: Request) -> Response:
         """`POST /v1/chat/completions`."""
         asked = parse_request(ChatRequest, await _body(request))
-        self._check_model(asked.model)
-        token_ids = await self._tokenize(self._chat_prompt(asked))
+        self._check(request, asked, 1)
+        token_ids = await self._chat_tokens(asked)
         tokens_max = asked.tokens_max or self._model.context_tokens_max
         return await self._answer(request, asked, [token_ids], tokens_max, ChatFormat(self._model.name))
 
@@ -167,14 +178,13 @@ class _Api:
         self, request: Request, asked: GenerationRequest, prompts: list[list[int]], tokens_max: int, form: Format
     ) -> Response:
         per_prompt = asked.n or 1
-        if len(prompts) * per_prompt > CHOICES_MAX:
-            raise InvalidRequest(f"{len(prompts)} prompts with n = {per_prompt}: at most {CHOICES_MAX} choices", "n")
         samplings = self._samplings(asked, per_prompt, tokens_max)
         choices = await Choices.submit(
             self._engine,
             [token_ids for token_ids in prompts for _ in range(per_prompt)],
             [sampling for _ in prompts for sampling in samplings],
             priority=asked.priority,
+            cache_salt=asked.cache_salt,
         )
         route = _route(request)
         if asked.stream:
@@ -216,19 +226,16 @@ class _Api:
                 first = False
             yield piece
 
-    async def _tokenize(self, text: str) -> list[int]:
+    async def _text_tokens(self, text: str) -> list[int]:
         """On another thread: a body may hold megabytes."""
-        tokenized = await asyncio.to_thread(self._model.tokenizer, text, verbose=False)
-        token_ids: list[int] = tokenized.input_ids
-        return token_ids
+        return await asyncio.to_thread(text_tokens, self._model.tokenizer, text)
 
-    def _chat_prompt(self, asked: ChatRequest) -> str:
+    async def _chat_tokens(self, asked: ChatRequest) -> list[int]:
         messages = [message.as_template_input() for message in asked.messages]
         try:
-            prompt: str = self._model.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        except (ValueError, TemplateError) as error:  # the model has no template, or its template refuses the order of roles
+            return await asyncio.to_thread(chat_tokens, self._model.tokenizer, messages)
+        except InvalidArgument as error:
             raise InvalidRequest(f"messages: {error}", "messages") from None
-        return prompt
 
     def _samplings(self, asked: GenerationRequest, count: int, tokens_max: int) -> list[SamplingParams]:
         if tokens_max > self._model.context_tokens_max:
@@ -249,9 +256,17 @@ class _Api:
             for index in range(count)
         ]
 
+    def _check(self, request: Request, asked: GenerationRequest, prompts: int) -> None:
+        """What can be refused before a prompt is looked at."""
+        self._check_model(asked.model)
+        if prompts * (asked.n or 1) > CHOICES_MAX:
+            raise InvalidRequest(f"{prompts} prompts with n = {asked.n or 1}: at most {CHOICES_MAX} choices", "n")
+        if asked.priority and caller_of(request) not in self._priority_callers:
+            raise PriorityDenied("priority: this caller may not set one; --allow-priority names those who may", "priority")
+
     def _check_model(self, name: str) -> None:
         if name != self._model.name:
-            raise ModelNotFound(f"the model {name!r} is not served here; {self._model.name!r} is")
+            raise ModelNotFound(f"the model {brief(name)!r} is not served here; {self._model.name!r} is")
 
     def _model_body(self) -> Json:
         context = self._model.context_tokens_max
@@ -316,6 +331,8 @@ def _status(error: AttnStoreError) -> tuple[int, str]:
     """HTTP status and OpenAI's kind of error."""
     if isinstance(error, Unauthenticated):
         return 401, "invalid_request_error"
+    if isinstance(error, PriorityDenied):
+        return 403, "invalid_request_error"
     if isinstance(error, ModelNotFound):
         return 404, "invalid_request_error"
     return (503, "server_error") if error.retryable else (400, "invalid_request_error")

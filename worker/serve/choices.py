@@ -59,13 +59,20 @@ class Choices:
 
     @classmethod
     async def submit(
-        cls, engine: AsyncEngine, prompts: Iterable[list[int]], samplings: Iterable[SamplingParams], *, priority: int
+        cls,
+        engine: AsyncEngine,
+        prompts: Iterable[list[int]],
+        samplings: Iterable[SamplingParams],
+        *,
+        priority: int,
+        cache_salt: str,
     ) -> Self:
         """Starts one sequence for each prompt and sampling. Raises as `AsyncEngine.submit` does, and then has started none."""
         choices = cls([])
         try:
             for token_ids, sampling in zip(prompts, samplings, strict=True):
-                choices._streams.append(await engine.submit(token_ids, sampling, priority=priority))
+                stream = await engine.submit(token_ids, sampling, priority=priority, cache_salt=cache_salt)
+                choices._streams.append(stream)
         except BaseException:
             choices.cancel()
             raise

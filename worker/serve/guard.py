@@ -16,13 +16,22 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from attnstore.errors import Unauthenticated
 from attnstore.tokens import BEARER, holder
 
+ANYONE: Final = "default"
+"""The name of the only caller there is: who presents the one token, or whoever comes where none is asked for."""
 _OPEN_PATHS: Final = frozenset({"/health", "/metrics"})
+_CALLER: Final = "attnstore.caller"
 
 
 class InvalidApiKey(Unauthenticated):
     """A missing or unknown token; the code is OpenAI's."""
 
     code = "invalid_api_key"
+
+
+def caller_of(request: Request) -> str:
+    """Whose token the request presents."""
+    name: str = request.scope.get(_CALLER, ANYONE)
+    return name
 
 
 class TokenGuard:
@@ -39,10 +48,12 @@ class TokenGuard:
         if scope["type"] == "http" and scope["path"] not in _OPEN_PATHS:
             request = Request(scope)
             given = request.headers.get("authorization", "")
-            if not given.startswith(BEARER) or holder(self._tokens, given.removeprefix(BEARER)) is None:
+            caller = holder(self._tokens, given.removeprefix(BEARER)) if given.startswith(BEARER) else None
+            if caller is None:
                 error = InvalidApiKey("this worker asks for one of its tokens: Authorization: Bearer TOKEN")
                 response = await self._refuse(request, error)
                 response.headers["www-authenticate"] = "Bearer"
                 await response(scope, receive, send)
                 return
+            scope[_CALLER] = caller
         await self._app(scope, receive, send)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import signal
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,6 +25,7 @@ from attnstore.tokens import is_token
 from worker.engine import AsyncEngine, Engine
 from worker.serve.app import create_app
 from worker.serve.connection import BoundedProtocol
+from worker.serve.guard import ANYONE
 
 _DRAIN_S: Final = 10
 """After a signal, answers under way have this long to finish."""
@@ -34,14 +35,24 @@ _DRAIN_S: Final = 10
 class Endpoint:
     """Where the endpoint listens (port 0 takes a free one), and the tokens (token -> whose it is) of those who may use it.
 
-    No tokens: everyone who reaches it.
+    No tokens: everyone who reaches it. `priority_callers` are those who may give a request a priority.
     """
 
     address: Address
     tokens: Mapping[str, str] = field(default_factory=dict, repr=False)
+    priority_callers: frozenset[str] = frozenset()
 
     @classmethod
-    def create(cls, host: str, port: int, *, token: str | None, tokens_file: Path | None, insecure: bool) -> Self:
+    def create(
+        cls,
+        host: str,
+        port: int,
+        *,
+        token: str | None,
+        tokens_file: Path | None,
+        insecure: bool,
+        allow_priority: Sequence[str] = (),
+    ) -> Self:
         """From the options of these names. Raises `InvalidArgument`, also for a public address without a token."""
         try:
             address = Address.of(host, port)
@@ -51,7 +62,7 @@ class Endpoint:
             raise InvalidArgument("--token and --tokens-file exclude each other")
         if token is not None and not is_token(token):
             raise InvalidArgument("--token must be printable ASCII without spaces")
-        tokens = {token: "default"} if token is not None else {}
+        tokens = {token: ANYONE} if token is not None else {}
         if tokens_file is not None:
             tokens = read_tokens_file(tokens_file)
         if not (tokens or insecure or address.is_loopback):
@@ -59,7 +70,11 @@ class Endpoint:
                 f"--host {host} is reachable from other machines: give --token or --tokens-file, "
                 "or say --insecure to serve everyone who can reach it"
             )
-        return cls(address, tokens)
+        callers = set(tokens.values()) or {ANYONE}
+        if strangers := sorted(set(allow_priority) - callers):
+            known = ", ".join(sorted(callers))
+            raise InvalidArgument(f"--allow-priority {strangers[0]}: no caller has that name; there is {known}")
+        return cls(address, tokens, frozenset(allow_priority))
 
 
 def server_config(app: Starlette) -> uvicorn.Config:
@@ -85,7 +100,7 @@ def serve(engine: Engine, endpoint: Endpoint) -> None:
         for listener in listeners:
             stack.enter_context(listener)
         front = stack.enter_context(AsyncEngine(engine))
-        config = server_config(create_app(front, engine.model, endpoint.tokens))
+        config = server_config(create_app(front, engine.model, endpoint.tokens, endpoint.priority_callers))
         url = f"http://{endpoint.address.at(listeners[0].getsockname()[1])}"
         print(f"attnstore-worker: serving {engine.model.name} on {url}", file=sys.stderr, flush=True)
         # uvicorn raises the signal once more when it is done: as an exception, so that the engine is closed in order.
