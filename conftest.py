@@ -20,6 +20,7 @@ from hypothesis import settings
 from attnstore.testing import StoreProcess, server_binaries
 from attnstore.testing.netns import ShapedLink, Switch
 from tests.programs import why_absent
+from worker.openmp import spin_briefly
 
 # The same examples in every run: a failure is found again by running the test again.
 settings.register_profile("repeatable", derandomize=True, deadline=None, print_blob=True)
@@ -27,6 +28,7 @@ settings.load_profile("repeatable")
 
 # A node that answers queries imports and compiles for seconds before it listens: tests that ask some say so.
 os.environ.setdefault("ATTNSTORE_ATTEND_THREADS", "0")
+spin_briefly()
 
 
 def _absent(*programs: str) -> str | None:

@@ -9,6 +9,8 @@ from __future__ import annotations
 import sys
 from types import TracebackType
 
+from worker.openmp import spin_briefly
+
 
 def _tell(kind: type[BaseException], error: BaseException, traceback: TracebackType | None) -> None:
     """Ends a command with exit status 2 where a package is missing, and as ever otherwise."""
@@ -20,3 +22,4 @@ def _tell(kind: type[BaseException], error: BaseException, traceback: TracebackT
 
 if sys.argv[0] == "-m":  # while Python looks for what `-m` names
     sys.excepthook = _tell
+    spin_briefly()

@@ -1,4 +1,4 @@
-"""The `attnstore-worker` command: checks that the worker's packages are installed before anything imports them."""
+"""The `attnstore-worker` command: sets what torch reads when it is loaded, and checks that the worker's packages are installed."""
 
 from __future__ import annotations
 
@@ -7,10 +7,12 @@ from collections.abc import Sequence
 
 from attnstore.errors import InvalidArgument
 from attnstore.extras import needs_extra
+from worker.openmp import spin_briefly
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """See `worker.cli.main`."""
+    spin_briefly()
     try:
         with needs_extra("worker", "a worker"):
             from worker.cli import main as run

@@ -1,0 +1,90 @@
+"""What importing our packages does to a process that is another's, such as vLLM's: nothing."""
+
+from __future__ import annotations
+
+import json
+import os
+import pkgutil
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+
+import attnstore
+import worker
+
+_SETTINGS = """
+import faulthandler, gc, importlib, json, locale, logging, multiprocessing, os, resource, signal, socket, sys, threading, warnings
+import torch
+
+def settings():
+    return {
+        **{f"environment {name}": value for name, value in os.environ.items()},
+        "directory": os.getcwd(),
+        "signals": {str(number): repr(signal.getsignal(number)) for number in signal.valid_signals()},
+        "faulthandler": faulthandler.is_enabled(),
+        "hooks": list(map(repr, (sys.excepthook, sys.unraisablehook, threading.excepthook, warnings.showwarning))),
+        "warnings": [str(entry) for entry in warnings.filters],
+        "logging": [list(map(repr, logging.root.handlers)), logging.root.level, logging.root.manager.disable,
+                    repr(logging.getLoggerClass()), repr(logging.getLogRecordFactory()), repr(logging.lastResort)],
+        "collector": [gc.isenabled(), gc.get_threshold(), gc.get_freeze_count(), gc.get_debug()],
+        "processes": multiprocessing.get_start_method(allow_none=True),
+        "threads": sorted(thread.name for thread in threading.enumerate()),
+        "switch interval": sys.getswitchinterval(),
+        "recursion": sys.getrecursionlimit(),
+        "limits": [resource.getrlimit(kind) for kind in (resource.RLIMIT_NOFILE, resource.RLIMIT_AS, resource.RLIMIT_CORE)],
+        "timeout": socket.getdefaulttimeout(),
+        "locale": locale.setlocale(locale.LC_ALL),
+        "path": sys.path,
+        "torch": [torch.get_num_threads(), torch.get_num_interop_threads(), str(torch.get_default_dtype()), torch.is_grad_enabled(),
+                  torch.are_deterministic_algorithms_enabled(), torch.get_float32_matmul_precision(), torch.initial_seed()],
+    }
+"""
+_TRY = """
+for name in {host}:
+    importlib.import_module(name)
+before = settings()
+for name in {ours}:
+    importlib.import_module(name)
+after = settings()
+keys = before.keys() | after.keys()
+print(json.dumps({{key: [before.get(key), after.get(key)] for key in keys if before.get(key) != after.get(key)}}))
+"""
+
+
+def changed_by(ours: list[str], host: list[str]) -> Any:
+    """The settings of a process that has imported `host` and then imports `ours`, before and after, where they differ."""
+    environment = {name: value for name, value in os.environ.items() if name != "GOMP_SPINCOUNT"}
+    script = _SETTINGS + _TRY.format(ours=ours, host=host)
+    return json.loads(subprocess.run([sys.executable, "-c", script], env=environment, check=True, capture_output=True).stdout)
+
+
+def modules_of(package: Any) -> list[str]:
+    """All modules that can be imported here: the connector itself needs vLLM."""
+    names = [module.name for module in pkgutil.walk_packages(package.__path__, f"{package.__name__}.")]
+    return [package.__name__, *(name for name in names if name != "worker.vllm.connector")]
+
+
+def test_importing_the_connector_changes_nothing_of_vllms_process() -> None:
+    ours = ["worker.vllm", *(name for name in modules_of(worker) if name.startswith("worker.vllm."))]
+    assert len(ours) > 5
+    assert changed_by(ours, host=[]) == {}
+
+
+@pytest.mark.parametrize("package", [attnstore, worker], ids=lambda package: package.__name__)
+def test_importing_any_module_changes_nothing_of_the_process(package: Any) -> None:
+    # torch's compiler names its cache in the environment, and transformers loads that compiler and filters warnings.
+    assert changed_by(modules_of(package), host=["torch._dynamo", "transformers.modeling_utils", "transformers.generation"]) == {}
+
+
+def test_our_own_worker_has_its_threads_spin_briefly() -> None:
+    script = "import os; from worker.__main__ import main; main(['no-such-command'])"
+    environment = {name: value for name, value in os.environ.items() if name != "GOMP_SPINCOUNT"}
+    ended = subprocess.run(
+        [sys.executable, "-c", f"import atexit, os\natexit.register(lambda: print(os.environ.get('GOMP_SPINCOUNT')))\n{script}"],
+        env=environment,
+        capture_output=True,
+        check=False,
+    )
+    assert (ended.returncode, ended.stdout.split()) == (2, [b"10000"])
