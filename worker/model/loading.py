@@ -5,12 +5,10 @@ Owns: `LoadedModel` and `load_model`. Invariant: everything that changes a KV by
 
 from __future__ import annotations
 
-import hashlib
-import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 import transformers
 
@@ -19,17 +17,11 @@ from attnstore.errors import InvalidArgument
 from worker.cache.remote_attention import QueryShape
 from worker.dtypes import TORCH_DTYPES
 from worker.errors import ModelUnavailable
+from worker.fingerprint import config_fields, fingerprint
 from worker.model.attention import ATTENTION_NAME, register_attention
 from worker.model.conversion import cache_dir, converted_model
 from worker.model.decoder import Decoder, create_decoder
 from worker.model.source import FolderSource, GgufSource, ModelSource, find_model, weights_digest
-
-_KV_FIELDS: Final = (
-    "model_type", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
-    "head_dim", "hidden_act", "rms_norm_eps", "attention_bias", "mlp_bias", "rope_parameters", "rope_scaling", "sliding_window",
-    "layer_types", "use_sliding_window", "no_rope_layers",
-)  # fmt: skip
-"""Fields of a Llama-type config that change KV bytes besides the weights."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,9 +114,9 @@ def _check_supported(source: ModelSource, module: Any) -> None:
 
 
 def _fingerprint(digest: bytes, config: Any, dtype: DType) -> bytes:
-    fields = {name: getattr(config, name, None) for name in _KV_FIELDS}
-    identity = json.dumps({"weights": digest.hex(), "dtype": dtype.value, **fields}, sort_keys=True)
-    return hashlib.blake2b(identity.encode(), digest_size=32, person=b"attnstore-finger").digest()
+    # Which of its implementations of experts transformers has chosen is no field; their results differ in rounding.
+    experts = getattr(config, "_experts_implementation", None)
+    return fingerprint(weights=digest.hex(), dtype=dtype.value, experts=experts, config=config_fields(config))
 
 
 def _stop_token_ids(module: Any, tokenizer: Any) -> frozenset[int]:

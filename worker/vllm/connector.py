@@ -21,11 +21,10 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 
 import attnstore
 from attnstore.clock import Deadline, MonotonicClock
-from attnstore.core.hashing import Namespace
 from attnstore.core.layout import PageLayout
 from attnstore.errors import InvalidArgument
 from attnstore.logs import get_logger
-from worker.vllm.identity import SHARED_HASH_ALGORITHMS, page_layout, vllm_namespace, weights_fingerprint
+from worker.vllm.identity import SHARED_HASH_ALGORITHMS, kv_settings, page_layout, vllm_namespace
 from worker.vllm.kv_pages import KvPages
 from worker.vllm.plan import BlockPlan, Costs, StepPlan
 from worker.vllm.probe import probe_link
@@ -73,7 +72,8 @@ class AttnStoreConnector(KVConnectorBase_V1):
         # The scheduler matches the pages of rank 0. Another rank that lacks one reports its block, and the block is computed again.
         rank = 0 if role is KVConnectorRole.SCHEDULER else _tensor_parallel_rank()
         self._layout = _layout(vllm_config, kv_cache_config, rank)
-        self._space = _namespace(vllm_config, self._layout, kv_cache_config, self._settings)
+        settings = kv_settings(vllm_config, kv_cache_config, model_id=self._settings.model_id)
+        self._space = vllm_namespace(self._layout, settings, tenant_salt=self._settings.tenant_salt)
         self._store = attnstore.connect(
             self._settings.store,
             deadline_ms=self._settings.load_ms_max,
@@ -270,20 +270,3 @@ def _layout(vllm_config: Any, kv_cache_config: Any, rank: int) -> PageLayout:
         tp_rank=rank,
         tp_size=int(vllm_config.parallel_config.tensor_parallel_size),
     )
-
-
-def _namespace(vllm_config: Any, layout: PageLayout, kv_cache_config: Any, settings: Settings) -> Namespace:
-    model = vllm_config.model_config
-    described = {
-        "model": settings.model_id or weights_fingerprint(model.model),
-        "revision": model.revision,
-        "config": model.hf_config.to_dict(),
-        "dtype": str(model.dtype),
-        "quantization": str(model.quantization),
-        "cache_dtype": str(vllm_config.cache_config.cache_dtype),
-        "cache_layout": str(kv_cache_config.kv_cache_layout),
-        "kv_spec": repr(kv_cache_config.kv_cache_groups[0].kv_cache_spec),
-        "hash_algorithm": vllm_config.cache_config.prefix_caching_hash_algo,
-        "hf_overrides": str(getattr(model, "hf_overrides", None)),
-    }
-    return vllm_namespace(layout, described, tenant_salt=settings.tenant_salt)
