@@ -20,7 +20,6 @@ from torch import Tensor
 from attnstore.attention import cpu_kernel, prefill_kernel, team
 from attnstore.attention.cpu_plan import Plan, Prefill, make_plan
 from attnstore.attention.simd import ELEMENTS, LANES
-from attnstore.errors import InvalidArgument
 
 DECODE_ROWS_MAX: Final = {torch.bfloat16: 48, torch.float16: 96, torch.float32: 96}
 """Rows per key head (query tokens times GQA group) up to which the decode kernel beats gathering, by the pool's type: the matrix
@@ -65,13 +64,12 @@ class CpuAttention:
         sinks: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """See `AttentionBackend.paged_attention`."""
-        if soft_cap is not None or sinks is not None:
-            raise InvalidArgument("attention backend 'cpu' computes neither soft_cap nor sinks")
         plan = self.plan(query, pool, context_lens, query_starts, query_positions, sliding_window)
         if query.stride()[1:] != (query.shape[2], 1):
             query = query.contiguous()
         pages = _Pages(pool, block_tables, layer)
-        decoded = self._decode(plan, pages, query, scale) if len(plan.decode_rows) else None
+        scores = _Scores(scale, soft_cap, sinks)
+        decoded = self._decode(plan, pages, query, scores) if len(plan.decode_rows) else None
         if decoded is not None and not plan.prefills:
             return decoded[0].to(out_dtype or query.dtype), decoded[1]
         out = torch.empty_like(query, dtype=out_dtype or query.dtype)
@@ -85,14 +83,14 @@ class CpuAttention:
                 and prefill_kernel.fits(pages.head_dim, pages.block_tokens)
                 and scale > 0
             ):
-                self._attend_many(plan, prefill, pages, query, scale, out, lse)
+                self._attend_many(plan, prefill, pages, query, scores, out, lse)
                 continue
             keys_values = self._gather(pages, prefill)
             first_key = prefill.block_begin * pages.block_tokens
             for begin in range(prefill.row_begin, prefill.row_end, TILE_ROWS):
                 rows = slice(begin, min(begin + TILE_ROWS, prefill.row_end))
                 visible = torch.from_numpy(plan.visible[rows])
-                out[rows], lse[rows] = _flash(query[rows], keys_values, first_key, visible, scale)
+                out[rows], lse[rows] = _attend_gathered(query[rows], keys_values, first_key, visible, scores)
         return out, lse
 
     def plan(
@@ -130,14 +128,14 @@ class CpuAttention:
         self._planned = (source, plan)
         return plan
 
-    def _decode(self, plan: Plan, pages: _Pages, query: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    def _decode(self, plan: Plan, pages: _Pages, query: Tensor, scores: _Scores) -> tuple[Tensor, Tensor]:
         """Result of the decode rows in the order of `plan.decode_rows`: fp32 `[rows, q_heads, head_dim]` and lse."""
         _, q_heads, head_dim = query.shape
         outs = torch.empty(plan.state_rows, q_heads, head_dim)
         tops, sums = torch.empty(2, plan.state_rows * q_heads).numpy()
         lses = torch.empty(len(plan.decode_rows), q_heads)
         rows = int(plan.decode_rows[-1]) + 1
-        scaled = (query[:rows].float() * (scale * math.log2(math.e))).view(-1).numpy()
+        scaled = (query[:rows].float() * scores.factor).view(-1).numpy()
         flat_outs = outs.view(-1).numpy()
         scratch = cpu_kernel.scratch_elements(plan.piece_rows_max, q_heads, pages.block_tokens, head_dim)
         scratches = [torch.empty(scratch).numpy() for _ in plan.shares]
@@ -159,14 +157,16 @@ class CpuAttention:
                 tops,
                 sums,
                 scratches[thread],
+                scores.cap,
             )
 
         self._run(len(plan.shares), attend)
-        cpu_kernel.finish(plan.pieces, plan.owners, q_heads, head_dim, flat_outs, tops, sums, lses.view(-1).numpy())
+        flat_lses = lses.view(-1).numpy()
+        cpu_kernel.finish(plan.pieces, plan.owners, q_heads, head_dim, flat_outs, tops, sums, flat_lses, scores.flat_sinks)
         return outs[: len(plan.decode_rows)], lses
 
     def _attend_many(
-        self, plan: Plan, prefill: Prefill, pages: _Pages, query: Tensor, scale: float, out: Tensor, lse: Tensor
+        self, plan: Plan, prefill: Prefill, pages: _Pages, query: Tensor, scores: _Scores, out: Tensor, lse: Tensor
     ) -> None:
         """Writes the prefill's rows of `out` and `lse`."""
         threads = torch.get_num_threads()
@@ -196,7 +196,9 @@ class CpuAttention:
                 group,
                 pages.block_tokens,
                 head_dim,
-                np.float32(scale * math.log2(math.e)),
+                np.float32(scores.factor),
+                scores.cap,
+                scores.flat_sinks,
                 keys,
                 values,
                 flat_out,
@@ -246,27 +248,70 @@ class _Pages:
         self.tables = block_tables.contiguous().numpy()
 
 
-def _flash(query: Tensor, keys_values: Tensor, first_key: int, visible: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+class _Scores:
+    """How one call's products become weights, as the kernels take it; theirs are in base 2."""
+
+    def __init__(self, scale: float, soft_cap: float | None, sinks: Tensor | None) -> None:
+        self.scale, self.soft_cap, self.sinks = scale, soft_cap, sinks
+        self.factor = scale * math.log2(math.e) if soft_cap is None else scale / soft_cap
+        self.cap = None if soft_cap is None else np.float32(soft_cap * math.log2(math.e))
+        self.flat_sinks = None if sinks is None else sinks.detach().numpy()
+
+
+def _attend_gathered(query: Tensor, keys_values: Tensor, first_key: int, visible: Tensor, scores: _Scores) -> tuple[Tensor, Tensor]:
     """Rows of one sequence against gathered keys from `first_key` on: `out` `[rows, q_heads, head_dim]`, lse `[rows, q_heads]`."""
     blind = visible[:, 1] == 0
     if bool(blind.all()):
-        return torch.zeros_like(query), torch.full(query.shape[:2], -torch.inf)
-    first, last = int(visible[~blind, 0].min()), int(visible[:, 1].max())
-    dtype = torch.promote_types(query.dtype, keys_values.dtype)
-    keys, values = keys_values[:, :, first - first_key : last - first_key].to(dtype).unsqueeze(1)
-    rows = query.to(dtype).transpose(0, 1).unsqueeze(0)
-    sees_all = bool((visible[:, 0] == first).all() and (visible[:, 1] == last).all())
-    mask = None if sees_all else _mask(visible, first, last, dtype)
+        out, lse = torch.zeros_like(query), torch.full(query.shape[:2], -torch.inf)
+    else:
+        first, last = int(visible[~blind, 0].min()), int(visible[:, 1].max())
+        keys, values = keys_values[:, :, first - first_key : last - first_key]
+        if scores.soft_cap is None:
+            dtype = torch.promote_types(query.dtype, keys.dtype)
+            mask = _mask(visible, first, last, dtype)
+            out, lse = _flash(query.to(dtype), keys.to(dtype), values.to(dtype), mask, scores.scale)
+        else:
+            mask = _mask(visible, first, last, torch.float32)
+            out, lse = _capped(query.float(), keys, values, mask, scores.factor, scores.soft_cap)
+        # A row that is masked as a whole has an arbitrary lse, and may have an out that is no number.
+        out, lse = out.masked_fill(blind[:, None, None], 0.0), lse.masked_fill(blind[:, None], -torch.inf)
+    if scores.sinks is None:
+        return out, lse
+    whole = torch.logaddexp(lse, scores.sinks)
+    return out.float() * (lse - whole).exp().unsqueeze(-1), whole
+
+
+def _flash(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
     out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-        rows, keys, values, 0.0, False, attn_mask=mask, scale=scale
+        query.transpose(0, 1).unsqueeze(0), keys.unsqueeze(0), values.unsqueeze(0), 0.0, False, attn_mask=mask, scale=scale
     )
-    # The kernel leaves an arbitrary lse where a whole row is masked.
-    out = out[0].transpose(0, 1).masked_fill(blind[:, None, None], 0.0)
-    return out, lse[0].transpose(0, 1).masked_fill(blind[:, None], -torch.inf)
+    return out[0].transpose(0, 1), lse[0].transpose(0, 1)
 
 
-def _mask(visible: Tensor, first: int, last: int, dtype: torch.dtype) -> Tensor:
-    """Additive mask `[rows, last - first]`, 0 where visible; only the keys that some row does not see are looked at one by one."""
+def _capped(
+    query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, factor: float, soft_cap: float
+) -> tuple[Tensor, Tensor]:
+    """`_flash` where scores are capped, for which torch has no kernel: in fp32, one key head at a time to bound the memory."""
+    grouped = query.reshape(len(query), len(keys), -1, query.shape[2])
+    outs, lses = [], []
+    for head in range(len(keys)):
+        rows = grouped[:, head].transpose(0, 1)
+        weights = (rows @ keys[head].float().T).mul_(factor).tanh_().mul_(soft_cap)
+        if mask is not None:
+            weights += mask
+        lse = weights.logsumexp(dim=-1, keepdim=True)
+        outs.append(weights.sub_(lse).exp_() @ values[head].float())
+        lses.append(lse[..., 0])
+    return torch.cat(outs).transpose(0, 1), torch.cat(lses).transpose(0, 1)
+
+
+def _mask(visible: Tensor, first: int, last: int, dtype: torch.dtype) -> Tensor | None:
+    """Additive mask `[rows, last - first]`, 0 where visible; None where every row sees all of `[first, last)`.
+
+    Only the keys that some row does not see are looked at one by one.
+    """
+    if bool((visible[:, 0] == first).all() and (visible[:, 1] == last).all()):
+        return None
     all_see_from, all_see_to = int(visible[:, 0].max()), int(visible[:, 1].min())
     edges = ((first, all_see_from), (all_see_to, last)) if all_see_from < all_see_to else ((first, last),)
     mask = torch.zeros(len(visible), last - first, dtype=dtype)

@@ -10,7 +10,8 @@ run of keys is worked on, the same head's run of values is requested a few lines
 on, the same head's keys one chunk ahead.
 
 Source: the online softmax of FlashAttention (Dao et al. 2022) over pages as in PagedAttention (Kwon et al. 2023). Scores are kept
-in base 2: the query arrives multiplied by `scale * log2(e)`, so that `exp2` alone does.
+in base 2: the query arrives multiplied by `scale * log2(e)`, so that `exp2` alone does. What only some models have (a soft cap,
+sinks) is None for the others, for whom numba leaves it out of what it compiles.
 """
 
 # mypy: disable-error-code="untyped-decorator,no-untyped-call,no-untyped-def"
@@ -39,6 +40,7 @@ from attnstore.attention.simd import (
     store,
     store_totals,
     sub,
+    tanh,
     total,
 )
 from attnstore.copying.compiled import compiled, inlined
@@ -56,6 +58,7 @@ _ZERO: Final = np.float32(0.0)
 _ONE: Final = np.float32(1.0)
 _HIDDEN: Final = np.float32(-np.inf)
 _LN2: Final = np.float32(np.log(2.0))
+_LOG2_E: Final = np.float32(np.log2(np.e))
 _LINE_BYTES: Final = 64
 _WIDENED_PER_LINE: Final = 8
 """Vectors widened per line requested ahead; measured."""
@@ -167,6 +170,23 @@ def advance(tops, sums, state, top, summed):
 
 
 @inlined
+def cap_scores(scores, begin, end, factor, cap):
+    """Turns products `[begin, end)`, a multiple of LANES, into scores `cap * tanh(factor * product)`."""
+    factors, caps = splat(factor), splat(cap)
+    for at in range(begin, end, LANES):
+        store(scores, at, mul(caps, tanh(mul(factors, load(scores, at)))))
+
+
+@inlined
+def with_sink(top, summed, sink):
+    """A row's maximum and sum of weights with its sink, in base e, among them; and the factor on what was summed before."""
+    sink *= _LOG2_E
+    higher = max(top, sink)
+    keep = np.float32(2.0 ** (top - higher))
+    return higher, summed * keep + np.float32(2.0 ** (sink - higher)), keep
+
+
+@inlined
 def _softmax(scores, score, tokens, tops, sums, state):
     """Turns one row's scores into weights relative to its running maximum; returns the factor on what was summed before."""
     highest = splat(tops[state])
@@ -266,8 +286,8 @@ def _score_block(scores, score, query, row0, offsets, steps, tile, flat, begin, 
 
 
 @inlined
-def _softmax_chunk(scores, keeps, visible, row0, rows, state0, offsets, key0, tokens, tops, sums, shape):
-    """Second phase: hides what a row does not see, then softmaxes; returns the chunk's tokens `[first, last)` that any row sees."""
+def _softmax_chunk(scores, keeps, visible, row0, rows, state0, offsets, key0, tokens, tops, sums, cap, shape):
+    """Second phase: caps, hides what a row does not see, softmaxes; returns the tokens `[first, last)` that any row sees."""
     padded = (tokens + LANES - 1) // LANES * LANES
     seen_first, seen_last = tokens, 0
     for row in range(rows):
@@ -278,6 +298,8 @@ def _softmax_chunk(scores, keeps, visible, row0, rows, state0, offsets, key0, to
         for head in range(shape.kv_heads):
             for step in range((head * rows + row) * shape.group, (head * rows + row + 1) * shape.group):
                 score = step * shape.width
+                if cap is not None:
+                    cap_scores(scores, score, score + padded, _ONE, cap)
                 for at in range(score, score + first):
                     scores[at] = _HIDDEN
                 for at in range(score + last, score + padded):
@@ -323,15 +345,17 @@ def attend(
     tops,
     sums,
     scratch,
+    cap,
 ):
     """Attend for each of `pieces`, a run of blocks of one sequence; leaves unnormalised results in `outs`, `tops`, `sums`.
 
     pieces: int64 `[n, 6]`: sequence, first row, rows, first block, end of blocks, first state row.
     tables: int32 `[seqs, max_blocks]`. visible: int32 `[rows, 2]`, the range of keys that each row sees.
-    query: fp32 `[rows * q_heads * head_dim]`, times `scale * log2(e)`. flat: the pool's elements, as `simd.load` takes them.
+    query: fp32 `[rows * q_heads * head_dim]`, times `scale * log2(e)`, or `scale / soft_cap` where there is a cap.
+    flat: the pool's elements, as `simd.load` takes them.
     block_stride, layer_at: elements from block to block, and from a block's start to the layer's.
     outs: fp32 `[state rows * q_heads * head_dim]`; tops, sums: fp32 `[state rows * q_heads]`: running maximum and sum of weights.
-    scratch: fp32 `[scratch_elements(...)]`, aligned to 64 bytes.
+    scratch: fp32 `[scratch_elements(...)]`, aligned to 64 bytes. cap: fp32, `soft_cap * log2(e)`, or None.
     """
     q_heads = kv_heads * group
     run = block_tokens * head_dim
@@ -361,7 +385,9 @@ def attend(
                 token0 = (block - chunk0) * block_tokens
                 _score_block(scores, token0, query, row0_at, offsets, steps, tile, flat, begin, lines, shape)
             key0, tokens = chunk0 * block_tokens, (chunk1 - chunk0) * block_tokens
-            first, last = _softmax_chunk(scores, keeps, visible, row0, rows, state0_at, offsets, key0, tokens, tops, sums, shape)
+            first, last = _softmax_chunk(
+                scores, keeps, visible, row0, rows, state0_at, offsets, key0, tokens, tops, sums, cap, shape
+            )
             for block in range(chunk0, chunk1):
                 begin = tables[sequence, block] * block_stride + layer_at
                 ahead = tables[sequence, min(block + chunk, block1 - 1)] * block_stride + layer_at
@@ -373,11 +399,12 @@ def attend(
 
 
 @compiled
-def finish(pieces, owners, q_heads, head_dim, outs, tops, sums, lses):
-    """Folds the states of pieces that share a row into their owner's and normalises the owners, in place.
+def finish(pieces, owners, q_heads, head_dim, outs, tops, sums, lses, sinks):
+    """Folds the states of pieces that share a row into their owner's, adds the sinks and normalises the owners, in place.
 
     owners: int64 `[n]`, for each piece the state row of its sequence's first piece (its own where it is the first).
     lses: fp32 `[owner rows * q_heads]`, natural logarithm, written here; `outs` of owner rows become the attention's result.
+    sinks: fp32 `[q_heads]`, or None.
     """
     for piece in range(pieces.shape[0]):
         rows, source0, target0 = pieces[piece, 2], pieces[piece, 5], owners[piece]
@@ -394,9 +421,12 @@ def finish(pieces, owners, q_heads, head_dim, outs, tops, sums, lses):
                     outs[target * head_dim + dim] * keep_factor + outs[source * head_dim + dim] * add_factor
                 )
     for at in range(lses.shape[0]):
-        if sums[at] > _ZERO:
-            lses[at] = tops[at] * _LN2 + np.log(sums[at])
-            factor = _ONE / sums[at]
+        top, summed, keep = tops[at], sums[at], _ONE
+        if sinks is not None:
+            top, summed, keep = with_sink(top, summed, sinks[at % q_heads])
+        if summed > _ZERO:
+            lses[at] = top * _LN2 + np.log(summed)
+            factor = keep / summed
             for dim in range(at * head_dim, (at + 1) * head_dim):
                 outs[dim] *= factor
         else:

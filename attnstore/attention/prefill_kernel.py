@@ -19,7 +19,7 @@ from typing import Final
 import numpy as np
 
 from attnstore.attention.barrier import meet, take
-from attnstore.attention.cpu_kernel import NOTHING_SEEN, QUAD, advance
+from attnstore.attention.cpu_kernel import NOTHING_SEEN, QUAD, advance, cap_scores, with_sink
 from attnstore.attention.simd import (
     HAS_BF16_PRODUCTS,
     LANES,
@@ -93,9 +93,12 @@ def _pack(panel, panels, flat, table, first, last, block_stride, layer_at, kv_he
 
 
 @inlined
-def _softmax(scores, first, last, width, factor, weights, row, tops, sums, state):
+def _softmax(scores, first, last, width, factor, cap, weights, row, tops, sums, state):
     """One row's weights of a panel's first `width` keys, bf16; returns the factor on what was summed before."""
     at = row * PANEL
+    if cap is not None:
+        cap_scores(scores, at, at + width, factor, cap)
+        factor = _ONE
     for key in range(first):
         scores[at + key] = _HIDDEN
     for key in range(last, width):
@@ -153,6 +156,8 @@ def _attend_tokens(
     values,
     panels,
     factor,
+    cap,
+    sinks,
     out,
     lses,
     narrow,
@@ -185,13 +190,16 @@ def _attend_tokens(
                 token = token0 + min(each, rows - 1) // group
                 begin = min(max(visible[token, 0] - panel * PANEL, 0), width)
                 until = min(max(visible[token, 1] - panel * PANEL, begin), width)
-                keeps[each - row] = _softmax(scores, begin, until, width, factor, weights, each - row, tops, sums, each)
+                keeps[each - row] = _softmax(scores, begin, until, width, factor, cap, weights, each - row, tops, sums, each)
             _sum_values(weights, values, panel_at, width, head_dim, outs, row * head_dim, keeps)
     for row in range(rows):
         target = ((token0 + row // group) * kv_heads + head) * group + row % group
-        seen = sums[row] > _ZERO
-        lses[target] = tops[row] * _LN2 + np.log(sums[row]) if seen else _HIDDEN
-        share = splat(_ONE / sums[row] if seen else _ZERO)
+        top, summed, keep = tops[row], sums[row], _ONE
+        if sinks is not None:
+            top, summed, keep = with_sink(top, summed, sinks[head * group + row % group])
+        seen = summed > _ZERO
+        lses[target] = top * _LN2 + np.log(summed) if seen else _HIDDEN
+        share = splat(keep / summed if seen else _ZERO)
         for dim in range(0, head_dim, LANES):
             store(out, target * head_dim + dim, mul(load(outs, row * head_dim + dim), share))
 
@@ -214,6 +222,8 @@ def attend_many(
     block_tokens,
     head_dim,
     factor,
+    cap,
+    sinks,
     keys,
     values,
     out,
@@ -225,9 +235,10 @@ def attend_many(
 
     counters: int64 `[COUNTERS]`, zeros before the first thread comes. table: int32 `[blocks]`. visible: int32 `[rows, 2]`, the
     range of keys that each token sees. query: rows of `q_heads * head_dim`, `query_stride` apart; flat, block_stride, layer_at: see
-    `cpu_kernel.attend`; all bf16. factor: fp32 above 0, `scale * log2(e)`. keys, values: bf16 `[kv_heads * panels * PANEL *
-    head_dim]`, memory for the packed ones, for as many panels as there are up to the last key. out: `[rows * q_heads * head_dim]`
-    and lses: fp32 `[rows * q_heads]`, written here. narrow, wide: this thread's scratch, bf16 and fp32, see `scratch_elements`.
+    `cpu_kernel.attend`; all bf16. factor: fp32 above 0, `scale * log2(e)`, or `scale / soft_cap` where there is a cap. cap: see
+    `cpu_kernel.attend`; sinks: see `cpu_kernel.finish`. keys, values: bf16 `[kv_heads * panels * PANEL * head_dim]`, memory for the
+    packed ones, for as many panels as there are up to the last key. out: `[rows * q_heads * head_dim]` and lses: fp32
+    `[rows * q_heads]`, written here. narrow, wide: this thread's scratch, bf16 and fp32, see `scratch_elements`.
     """
     first, last = _seen_keys(visible, row_begin, row_end)
     panels = keys.shape[0] // (kv_heads * PANEL * head_dim)
@@ -257,6 +268,8 @@ def attend_many(
             values,
             panels,
             factor,
+            cap,
+            sinks,
             out,
             lses,
             narrow,

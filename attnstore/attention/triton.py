@@ -53,8 +53,6 @@ class TritonAttention:
         sinks: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """See `AttentionBackend.paged_attention`."""
-        if soft_cap is not None or sinks is not None:
-            raise InvalidArgument("attention backend 'triton' computes neither soft_cap nor sinks")
         query = query.contiguous()
         total_q, q_heads, head_dim = query.shape
         _, _, _, kv_heads, block_tokens, _ = pool.shape
@@ -76,6 +74,7 @@ class TritonAttention:
             context_lens,
             query_starts,
             query_positions,
+            sinks,
             outs,
             lses,
             seqs,
@@ -84,13 +83,16 @@ class TritonAttention:
             max_blocks,
             pool.stride(0),
             layer * pool.stride(1),
-            scale * math.log2(math.e),
+            scale * math.log2(math.e) if soft_cap is None else scale / soft_cap,
+            (soft_cap or 0.0) * math.log2(math.e),
             sliding_window or 0,
             GROUP=group,
             HEAD_DIM=head_dim,
             BLOCK_TOKENS=block_tokens,
             HAS_POSITIONS=query_positions is not None,
             HAS_WINDOW=sliding_window is not None,
+            HAS_CAP=soft_cap is not None,
+            HAS_SINKS=sinks is not None,
             COMPUTE=_compute_type(query.dtype, pool.dtype),
             BLOCK_M=block_m,
             BLOCK_D=padded_head_dim(head_dim),

@@ -62,6 +62,15 @@ def _sequence_of_tile(query_starts, seqs, tile, TILE_TOKENS: tl.constexpr):
     return low - 1
 
 
+@triton.jit
+def _tanh(x):
+    """As `simd.tanh`: the series near 0, where the quotient loses digits."""
+    far = 1.0 - 2.0 / (tl.exp(2.0 * tl.minimum(x, 10.0)) + 1.0)
+    square = x * x
+    series = ((0.021869488536155203 * square - 0.053968253968253971) * square + 0.13333333333333333) * square - 0.33333333333333333
+    return tl.where(tl.abs(x) < 0.3, x + x * square * series, far)
+
+
 @_tuned
 @triton.jit
 def attend(
@@ -71,6 +80,7 @@ def attend(
     context_lens,
     query_starts,
     query_positions,
+    sinks,
     outs,
     lses,
     seqs,
@@ -79,13 +89,16 @@ def attend(
     max_blocks,
     block_stride,
     layer_at,
-    scale_log2e,
+    factor,
+    cap_log2e,
     sliding_window,
     GROUP: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     BLOCK_TOKENS: tl.constexpr,
     HAS_POSITIONS: tl.constexpr,
     HAS_WINDOW: tl.constexpr,
+    HAS_CAP: tl.constexpr,
+    HAS_SINKS: tl.constexpr,
     COMPUTE: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -94,6 +107,7 @@ def attend(
     """One program: a tile of query tokens with one key head's group of query heads, against one split of the visible keys.
 
     Grid `(tiles, kv_heads, splits)`. `outs` `[splits, total_q, q_heads, HEAD_DIM]`, `lses` fp32 `[splits, total_q, q_heads]`.
+    `factor` is `scale * log2(e)`, or `scale / soft_cap` where there is a cap. The first split holds the sinks.
     """
     tile, head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     splits, kv_heads = tl.num_programs(2), tl.num_programs(1)
@@ -131,6 +145,9 @@ def attend(
     q = tl.load(query + query_at, mask=own[:, None] & own_dim[None, :], other=0.0).to(COMPUTE)
     top = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
+    if HAS_SINKS:
+        top = tl.where(split == 0, tl.load(sinks + q_head) * 1.4426950408889634, top)
+        total = tl.where(split == 0, 1.0, total)
     out = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     key_at = layer_at + head * (BLOCK_TOKENS * HEAD_DIM)
     value_at = key_at + kv_heads * (BLOCK_TOKENS * HEAD_DIM)
@@ -140,7 +157,9 @@ def attend(
         block = tl.load(block_tables + sequence * max_blocks + key // BLOCK_TOKENS, mask=there, other=0).to(tl.int64)
         start = block * block_stride + (key % BLOCK_TOKENS) * HEAD_DIM
         k = tl.load(pool + key_at + start[None, :] + dim[:, None], mask=there[None, :] & own_dim[:, None], other=0.0)
-        scores = tl.dot(q, k.to(COMPUTE), input_precision="ieee") * scale_log2e
+        scores = tl.dot(q, k.to(COMPUTE), input_precision="ieee") * factor
+        if HAS_CAP:
+            scores = _tanh(scores) * cap_log2e
         visible = (key[None, :] >= first[:, None]) & (key[None, :] < last[:, None]) & there[None, :]
         scores = tl.where(visible, scores, float("-inf"))
         higher = tl.maximum(top, tl.max(scores, 1))

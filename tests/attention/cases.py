@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -55,7 +57,7 @@ def paged(keys: Tensor, values: Tensor, rows: int, block_tokens: int = 16) -> tu
 
 
 def random_case(seed: int, *, context_tokens_max: int = 150, rows_max: int = 70) -> Case:
-    """Geometry, type, window, positions, and a mixed batch with empty parts, one-token parts, decodes and prefill chunks."""
+    """Geometry, type, window, cap, sinks, positions, and a mixed batch: empty parts, one-token parts, decodes, prefill chunks."""
     rng = random.Random(seed)
     torch.manual_seed(seed)
     dtype = rng.choice([torch.float32, torch.bfloat16, torch.float16])
@@ -78,8 +80,54 @@ def random_case(seed: int, *, context_tokens_max: int = 150, rows_max: int = 70)
         {
             "layer": rng.randint(0, 1),
             "scale": head_dim**-0.5,
-            "sliding_window": rng.choice([None, None, 1, 40]),
+            "sliding_window": rng.choice([None, None, 1, 5, 40]),
             "query_positions": positions,
+            "soft_cap": rng.choice([None, None, 1.5, 50.0]),
+            "sinks": torch.randn(kv_heads * group) if rng.random() < 0.4 else None,
+        },
+    )
+
+
+@dataclass(frozen=True)
+class Scoring:
+    """What a model may do to its scores."""
+
+    sliding_window: int | None
+    soft_cap: float | None
+    has_sinks: bool
+    dtype: torch.dtype
+
+
+SCORINGS = [
+    Scoring(*each)
+    for each in itertools.product(
+        (None, 1, 5, 40, 100), (None, 1.5, 50.0), (False, True), (torch.float32, torch.bfloat16, torch.float16)
+    )
+]
+"""Every combination. Windows smaller and larger than a block, and than the context of some sequences; caps low and mild."""
+
+
+def scored_case(scoring: Scoring, phases: Sequence[tuple[int, int]], *, kv_heads: int, group: int, head_dim: int = 64) -> Case:
+    """Sequences of `(context tokens, query rows)` each, in blocks of 16; scores reach 8, so that caps count."""
+    torch.manual_seed(sum(map(sum, phases)))
+    block_tokens = 16
+    context_lens, query_lens = zip(*phases, strict=True)
+    max_blocks = -(-max(context_lens) // block_tokens)
+    blocks = len(phases) * max_blocks
+    return Case(
+        (
+            (4 * torch.randn(sum(query_lens), kv_heads * group, head_dim)).to(scoring.dtype),
+            (torch.randn(blocks, 1, 2, kv_heads, block_tokens, head_dim) / 2).to(scoring.dtype),
+            torch.randperm(blocks, dtype=torch.int32).view(len(phases), max_blocks),
+            torch.tensor(context_lens, dtype=torch.int32),
+            torch.tensor([0, *query_lens], dtype=torch.int32).cumsum(0).int(),
+        ),
+        {
+            "layer": 0,
+            "scale": head_dim**-0.5,
+            "sliding_window": scoring.sliding_window,
+            "soft_cap": scoring.soft_cap,
+            "sinks": torch.randn(kv_heads * group) if scoring.has_sinks else None,
         },
     )
 

@@ -5,6 +5,7 @@ A program of its own because the tests of the kernels' results run under the int
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 import subprocess
@@ -35,6 +36,7 @@ ATTEND = {
     "context_lens": "*i32",
     "query_starts": "*i32",
     "query_positions": "constexpr",
+    "sinks": "*fp32",
     "outs": "*fp32",
     "lses": "*fp32",
     "seqs": "i32",
@@ -43,7 +45,8 @@ ATTEND = {
     "max_blocks": "i32",
     "block_stride": "i64",
     "layer_at": "i32",
-    "scale_log2e": "fp32",
+    "factor": "fp32",
+    "cap_log2e": "fp32",
     "sliding_window": "i32",
 }
 MERGE = {"outs": "*fp32", "lses": "*fp32", "out": "*bf16", "lse": "*fp32", "states": "i32", "splits": "i32"}
@@ -93,8 +96,9 @@ def _cubin_registers(cubin: bytes) -> tuple[int, int]:
 
 
 def main(target: str) -> None:
-    """Prints one JSON object a line."""
-    for head_dim, block_m in ((64, 16), (64, 64), (128, 16), (128, 64), (256, 16)):
+    """Prints one JSON object a line. Attention as plain models have it, and with all that others do to their scores."""
+    tiles = ((64, 16), (64, 64), (128, 16), (128, 64), (256, 16))
+    for (head_dim, block_m), scored in itertools.product(tiles, (False, True)):
         for config in triton_kernels.configs_for(block_m, head_dim):
             constants = {
                 "query_positions": None,
@@ -102,7 +106,9 @@ def main(target: str) -> None:
                 "HEAD_DIM": head_dim,
                 "BLOCK_TOKENS": 16,
                 "HAS_POSITIONS": False,
-                "HAS_WINDOW": False,
+                "HAS_WINDOW": scored,
+                "HAS_CAP": scored,
+                "HAS_SINKS": scored,
                 "COMPUTE": tl.bfloat16,
                 "BLOCK_M": block_m,
                 "BLOCK_D": head_dim,

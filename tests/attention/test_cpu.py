@@ -8,7 +8,7 @@ from torch import Tensor
 
 from attnstore.attention import create_attention, merge, warm_up
 from attnstore.attention.cpu import CpuAttention
-from tests.attention.cases import Case, assert_close, random_case
+from tests.attention.cases import SCORINGS, Case, Scoring, assert_close, random_case, scored_case
 
 CPU = create_attention("cpu")
 REFERENCE = create_attention("reference")
@@ -20,10 +20,39 @@ def test_any_mixed_batch_agrees_with_the_reference(seed: int) -> None:
     assert_close(case.run(CPU), case.run(REFERENCE))
 
 
+@pytest.mark.parametrize("scoring", SCORINGS, ids=str)
+def test_windows_caps_and_sinks_agree_in_every_phase_of_a_batch(scoring: Scoring) -> None:
+    """Decode, verification, a whole prompt, a later chunk from inside a block, one shorter than any window; together."""
+    kv_heads, group = ((3, 1), (1, 4), (2, 3))[SCORINGS.index(scoring) % 7 % 3]
+    phases = ((1, 1), (97, 1), (83, 5), (60, 60), (207, 50), (37, 37))
+    case = scored_case(scoring, phases, kv_heads=kv_heads, group=group)
+    assert_close(case.run(CPU), case.run(REFERENCE))
+
+
+@pytest.mark.parametrize("scoring", SCORINGS[::7], ids=str)
+@pytest.mark.parametrize("rows", [1, 290])
+def test_windows_caps_and_sinks_agree_over_several_chunks_panels_tiles_and_threads(scoring: Scoring, rows: int) -> None:
+    case = scored_case(scoring, ((500, rows), (441, rows)), kv_heads=2, group=2, head_dim=128)
+    assert_close(case.run(CpuAttention(3)), case.run(REFERENCE))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("soft_cap", [None, 1.5])
+@pytest.mark.parametrize("sinks", [None, torch.tensor([1.0, -2.0])])
+def test_rows_of_one_tile_may_see_windows_far_apart(dtype: torch.dtype, soft_cap: float | None, sinks: Tensor | None) -> None:
+    """A row's window may begin long behind the first key that its tile looks at, and end long before the last."""
+    case = scored_case(Scoring(20, soft_cap, False, dtype), ((2000, 100),), kv_heads=1, group=2)
+    positions = torch.randint(-3, 2100, (100,), dtype=torch.int32)
+    far = Case(case.tensors, {**case.keywords, "sinks": sinks, "query_positions": positions})
+    assert_close(far.run(CPU), far.run(REFERENCE))
+
+
 @pytest.mark.parametrize(("head_dim", "block_tokens"), [(72, 16), (64, 2), (8, 1), (112, 20)])
 def test_geometries_that_the_kernel_cannot_read_in_place_agree_too(head_dim: int, block_tokens: int) -> None:
     case = decode_case(context_tokens=100, rows=2, head_dim=head_dim, block_tokens=block_tokens)
     assert_close(case.run(CPU), case.run(REFERENCE))
+    scored = Case(case.tensors, {**case.keywords, "sliding_window": 30, "soft_cap": 1.5, "sinks": torch.linspace(-2, 2, 9)})
+    assert_close(scored.run(CPU), scored.run(REFERENCE))
 
 
 @pytest.mark.parametrize("threads", [1, 2, 5])

@@ -46,7 +46,7 @@ def test_any_split_merges_to_the_whole_within_1e_5(keys: int, cuts: list[int], s
 
 @pytest.mark.parametrize("holder", [0, 1, 2])
 @pytest.mark.parametrize("rows", [1, 40])
-@pytest.mark.parametrize("backend", ["reference"])
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
 def test_parts_merge_to_the_whole_where_exactly_one_holds_the_sinks(backend: AttentionName, rows: int, holder: int) -> None:
     torch.manual_seed(holder)
     keys, values = torch.randn(2, 2, 80, 64)

@@ -12,7 +12,20 @@ import torch
 from numba import njit
 
 from attnstore.attention import simd
-from attnstore.attention.simd import ELEMENTS, LANES, divide, dot, interleave, load, move, splat, store, total, transpose_pairs
+from attnstore.attention.simd import (
+    ELEMENTS,
+    LANES,
+    divide,
+    dot,
+    interleave,
+    load,
+    move,
+    splat,
+    store,
+    tanh,
+    total,
+    transpose_pairs,
+)
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -72,6 +85,22 @@ def test_divide_is_division() -> None:
     target = np.empty(16, np.float32)
     divided(x, y, target)
     assert np.array_equal(target, x / y)
+
+
+def test_tanh_is_tanh_and_keeps_nan() -> None:
+    @njit
+    def computed(source, target):
+        for at in range(0, source.shape[0], LANES):
+            store(target, at, tanh(load(source, at)))
+
+    magnitudes = np.concatenate((np.geomspace(1e-30, 1e30, 4096), np.linspace(0.29, 0.31, 496), [0.0, np.inf] * 8))
+    source = np.concatenate((magnitudes, -magnitudes)).astype(np.float32)
+    target = np.empty_like(source)
+    computed(source, target)
+    np.testing.assert_allclose(target, np.tanh(source.astype(np.float64)), rtol=5e-7, atol=0)
+    source[3] = np.nan
+    computed(source, target)
+    assert np.flatnonzero(np.isnan(target)).tolist() == [3]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -9,7 +9,7 @@ import triton
 from attnstore.attention import CheckedAttention, create_attention
 from attnstore.attention.triton import TritonAttention, gather_pages, scatter_pages
 from attnstore.errors import InvalidArgument
-from tests.attention.cases import assert_close, random_case
+from tests.attention.cases import SCORINGS, Scoring, assert_close, random_case, scored_case
 
 DEVICE = "cpu" if triton.knobs.runtime.interpret else "cuda"
 REFERENCE = create_attention("reference")
@@ -19,6 +19,21 @@ REFERENCE = create_attention("reference")
 def test_any_mixed_batch_agrees_with_the_reference(seed: int) -> None:
     case = random_case(seed, context_tokens_max=90, rows_max=20).on(DEVICE)
     assert_close(case.run(CheckedAttention(TritonAttention(programs_wanted=1))), case.run(REFERENCE))
+
+
+@pytest.mark.parametrize("scoring", SCORINGS, ids=str)
+def test_windows_caps_and_sinks_agree_in_every_phase_of_a_batch(scoring: Scoring) -> None:
+    number = SCORINGS.index(scoring)
+    phases = [[(1, 1), (47, 1), (40, 9)], [(97, 1), (33, 1)]][number % 2]
+    kv_heads, group = ((3, 1), (1, 4), (2, 3))[number % 7 % 3]
+    case = scored_case(scoring, phases, kv_heads=kv_heads, group=group).on(DEVICE)
+    assert_close(case.run(CheckedAttention(TritonAttention(programs_wanted=1))), case.run(REFERENCE))
+
+
+@pytest.mark.parametrize("scoring", [each for each in SCORINGS if each.has_sinks][::6], ids=str)
+def test_a_sink_counts_once_however_many_programs_share_the_keys(scoring: Scoring) -> None:
+    case = scored_case(scoring, [(600, 1), (1, 1), (530, 2)], kv_heads=1, group=4).on(DEVICE)
+    assert_close(case.run(CheckedAttention(TritonAttention(programs_wanted=1000))), case.run(REFERENCE))
 
 
 @pytest.mark.parametrize("seed", range(100, 106))

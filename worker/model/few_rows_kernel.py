@@ -191,6 +191,7 @@ def _attend(thread, threads, layer_at, shape, work, batch):
             batch.tops,
             batch.sums,
             batch.scratch[thread * scratch : (thread + 1) * scratch],
+            None,
         )
 
 
@@ -226,7 +227,7 @@ def run_layers(first, last, thread, threads, shape: LayerShape, weights, epsilon
         meet(work.arrived, threads)
         if thread == 0:
             cpu_kernel.finish(
-                batch.pieces, batch.owners, shape.q_heads, shape.head_dim, batch.outs, batch.tops, batch.sums, batch.lses
+                batch.pieces, batch.owners, shape.q_heads, shape.head_dim, batch.outs, batch.tops, batch.sums, batch.lses, None
             )
         meet(work.arrived, threads)
         for value in range(0, batch.rows * attended, LANES):
