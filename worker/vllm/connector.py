@@ -22,14 +22,14 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 import attnstore
 from attnstore.clock import Deadline, MonotonicClock
 from attnstore.core.layout import PageLayout
-from attnstore.errors import InvalidArgument
 from attnstore.logs import get_logger
-from worker.vllm.identity import SHARED_HASH_ALGORITHMS, kv_settings, page_layout, vllm_namespace
+from worker.vllm.identity import kv_settings, page_layout, vllm_namespace
 from worker.vllm.kv_pages import KvPages
 from worker.vllm.plan import BlockPlan, Costs, StepPlan
 from worker.vllm.probe import probe_link
 from worker.vllm.scheduling import SchedulerSide
 from worker.vllm.settings import Settings
+from worker.vllm.supported import check_supported, is_served
 from worker.vllm.transfers import RegisteredStore, Transfers, costs_of
 
 if TYPE_CHECKING:
@@ -65,7 +65,7 @@ class AttnStoreConnector(KVConnectorBase_V1):
     def __init__(self, vllm_config: Any, role: KVConnectorRole, kv_cache_config: Any) -> None:
         super().__init__(vllm_config=vllm_config, role=role, kv_cache_config=kv_cache_config)
         self._settings = Settings.parse(self._kv_transfer_config.kv_connector_extra_config)
-        _check(vllm_config, self._kv_transfer_config, kv_cache_config)
+        check_supported(vllm_config, kv_cache_config, weights_are_named=self._settings.model_id is not None)
         self._clock = MonotonicClock()
         self._layer_names: list[str] = list(kv_cache_config.kv_cache_groups[0].layer_names)
         self._layer_block_bytes = int(kv_cache_config.kv_cache_groups[0].kv_cache_spec.page_size_bytes)
@@ -107,6 +107,8 @@ class AttnStoreConnector(KVConnectorBase_V1):
     def get_num_new_matched_tokens(self, request: Any, num_computed_tokens: int) -> tuple[int | None, bool]:
         """See the base class. Never waits for the store for longer than a few milliseconds."""
         self._take_probe()
+        if not is_served(request):  # it is unknown to the scheduling from here on, so that nothing of it is saved
+            return 0, False
         hit = self._scheduling.hit_tokens(request.request_id, request.block_hashes, request.num_tokens, num_computed_tokens)
         if self._probe is None and self._scheduling.wants_probe:
             self._measure_link()
@@ -148,6 +150,11 @@ class AttnStoreConnector(KVConnectorBase_V1):
         """Nothing is held back: what was saved has been copied."""
         self._scheduling.finished(request.request_id)
         return False, None
+
+    def reset_cache(self) -> bool:
+        """Pages of a store are not this engine's alone: none is dropped. Tells vLLM so, which would take None for success."""
+        _log.warning("the store's pages are not dropped: an engine whose weights were replaced needs a model_id of its own")
+        return False
 
     def _measure_link(self) -> None:
         """In the background; nobody waits for it."""
@@ -235,23 +242,6 @@ class AttnStoreConnector(KVConnectorBase_V1):
         metadata = self._get_connector_metadata()
         assert isinstance(metadata, StepMetadata)
         return metadata.plan
-
-
-def _check(vllm_config: Any, transfer_config: Any, kv_cache_config: Any) -> None:
-    """Raises `InvalidArgument` for what this connector would get wrong."""
-    algorithm = vllm_config.cache_config.prefix_caching_hash_algo
-    if algorithm not in SHARED_HASH_ALGORITHMS:
-        raise InvalidArgument(
-            f"--prefix-caching-hash-algo is {algorithm}; hashes that processes share need {' or '.join(SHARED_HASH_ALGORITHMS)}"
-        )
-    if transfer_config.kv_load_failure_policy != "recompute":
-        raise InvalidArgument('--kv-transfer-config must say "kv_load_failure_policy": "recompute": a page that is lost is a miss')
-    if len(kv_cache_config.kv_cache_groups) != 1:
-        raise InvalidArgument(
-            f"the model has {len(kv_cache_config.kv_cache_groups)} KV cache groups; only models with one are served"
-        )
-    if vllm_config.parallel_config.pipeline_parallel_size != 1:
-        raise InvalidArgument("pipeline parallelism is not served: a page holds all layers")
 
 
 def _tensor_parallel_rank() -> int:
