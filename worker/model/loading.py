@@ -54,12 +54,19 @@ class LoadedModel:
         )
 
     def query_shape(self) -> QueryShape:
-        """The queries that a store node can answer. Raises `InvalidArgument` for a model that does not attend to all keys."""
+        """The queries that a store node can answer.
+
+        Raises `InvalidArgument` for a model that does not attend to all keys, or not with plain scores.
+        """
         config = self.module.config
         if getattr(config, "sliding_window", None) is not None and getattr(config, "use_sliding_window", True):
             raise InvalidArgument(f"{self.name} attends to a sliding window; store nodes answer over all keys: use attend='never'")
-        scale = next(module.scaling for module in self.module.modules() if hasattr(module, "scaling"))
-        return QueryShape(config.num_attention_heads, float(scale))
+        if getattr(config, "attn_logit_softcapping", None) is not None:
+            raise InvalidArgument(f"{self.name} caps its scores; store nodes answer with plain ones: use attend='never'")
+        scales = {float(module.scaling) for module in self.module.modules() if hasattr(module, "scaling")}
+        if len(scales) != 1:
+            raise InvalidArgument(f"{self.name} has several scales of scores; store nodes know one: use attend='never'")
+        return QueryShape(config.num_attention_heads, scales.pop())
 
 
 def load_model(path: Path | None = None, dtype: DType = DType.FP32, cache: Path | None = None) -> LoadedModel:
