@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from attnstore.attention import cpu_kernel, prefill_kernel, team
+from attnstore.attention import cpu_kernel, cpu_pages, prefill_kernel, team
 from attnstore.attention.cpu_plan import Plan, Prefill, make_plan
 from attnstore.attention.simd import ELEMENTS, LANES
 
@@ -176,7 +176,7 @@ class CpuAttention:
         packed = self._keep(2 * pages.kv_heads * panels * prefill_kernel.PANEL * head_dim, pages.dtype)
         keys, values = (half.numpy() for half in packed.view(ELEMENTS[pages.dtype]).chunk(2))
         narrow, wide = prefill_kernel.scratch_elements(group, head_dim)
-        flat_query, flat_out = cpu_kernel.elements(query), cpu_kernel.elements(out)
+        flat_query, flat_out = cpu_pages.elements(query), cpu_pages.elements(out)
         flat_lse, counters = lse.view(-1).numpy(), np.zeros(prefill_kernel.COUNTERS, np.int64)
 
         def attend(_: int) -> None:
@@ -221,7 +221,7 @@ class CpuAttention:
         """Keys and values of a prefill's blocks, `[2, kv_heads, tokens, head_dim]`, until this thread's next call."""
         shape = (2, pages.kv_heads, (prefill.block_end - prefill.block_begin) * pages.block_tokens, pages.head_dim)
         gathered = self._keep(math.prod(shape), pages.dtype)
-        cpu_kernel.gather(
+        cpu_pages.gather(
             pages.flat,
             pages.tables[prefill.sequence],
             prefill.block_begin,
@@ -244,7 +244,7 @@ class _Pages:
         self.block_stride = pool.stride(0)
         self.run = self.block_tokens * self.head_dim
         self.layer_at = layer * 2 * self.kv_heads * self.run
-        self.flat = cpu_kernel.elements(pool)
+        self.flat = cpu_pages.elements(pool)
         self.tables = block_tables.contiguous().numpy()
 
 

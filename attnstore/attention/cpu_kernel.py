@@ -1,6 +1,6 @@
 """The CPU decode kernel: few query rows against keys that lie in scattered pages, read once and in place.
 
-Owns: `attend`, `finish` and `gather`, compiled by numba for the machine that they run on.
+Owns: `attend` and `finish`, compiled by numba for the machine that they run on.
 Invariant: a page is read once and nothing is gathered into new memory; every address lies in a block that a table names. Arrays are
 one-dimensional and contiguous unless said otherwise; `attend` states the layout of each.
 
@@ -18,29 +18,24 @@ sinks) is None for the others, for whom numba leaves it out of what it compiles.
 
 from __future__ import annotations
 
-import math
-from typing import Any, Final, NamedTuple
+from typing import Final, NamedTuple
 
 import numpy as np
-from torch import Tensor
 
+from attnstore.attention.functions import exp2, tanh
 from attnstore.attention.simd import (
-    ELEMENTS,
     LANES,
     add,
-    exp2,
     fma,
     largest,
     load,
     maximum,
-    move,
     mul,
     prefetch,
     splat,
     store,
     store_totals,
     sub,
-    tanh,
     total,
 )
 from attnstore.copying.compiled import compiled, inlined
@@ -76,13 +71,6 @@ class _Shape(NamedTuple):
     """Elements in a cache line."""
     width: int
     """Scores per row and chunk, padded to LANES."""
-
-
-def elements(rows: Tensor) -> Any:
-    """The elements of a pool, or of other rows of which each is contiguous, as the kernels take them: from the first to the last,
-    with what lies between."""
-    count = (rows.shape[0] - 1) * rows.stride(0) + math.prod(rows.shape[1:])
-    return rows.as_strided((count,), (1,)).view(ELEMENTS[rows.dtype]).numpy()
 
 
 def chunk_blocks(block_tokens: int) -> int:
@@ -431,29 +419,3 @@ def finish(pieces, owners, q_heads, head_dim, outs, tops, sums, lses, sinks):
                 outs[dim] *= factor
         else:
             lses[at] = _HIDDEN
-
-
-@compiled
-def put(flat, blocks, offsets, block_stride, layer_at, kv_heads, block_tokens, head_dim, rows, row_stride):
-    """Writes each row's own keys and values of one layer into the pool.
-
-    blocks, offsets: int64 `[rows]`, where; rows: `[rows, 2, kv_heads, head_dim]` of the pool's type, `row_stride` elements apart;
-    `head_dim` is a multiple of LANES.
-    """
-    for row in range(blocks.shape[0]):
-        begin = blocks[row] * block_stride + layer_at + offsets[row] * head_dim
-        for plane in range(2 * kv_heads):
-            source, target = row * row_stride + plane * head_dim, begin + plane * block_tokens * head_dim
-            for dim in range(0, head_dim, LANES):
-                move(flat, target + dim, rows, source + dim)
-
-
-@compiled
-def gather(flat, table, block0, block1, block_stride, layer_at, kv_heads, run, gathered):
-    """Copies one layer of blocks `[block0, block1)` to `gathered`, `[2, kv_heads, blocks * run]` flat, element type unchanged."""
-    blocks = block1 - block0
-    for block in range(blocks):
-        begin = table[block0 + block] * block_stride + layer_at
-        for plane in range(2 * kv_heads):
-            target = (plane * blocks + block) * run
-            gathered[target : target + run] = flat[begin + plane * run : begin + (plane + 1) * run]

@@ -18,6 +18,7 @@ from numba.extending import intrinsic
 from attnstore.attention.simd import (
     HAS_32_REGISTERS,
     LANES,
+    VECTOR,
     address,
     four_totals,
     load_pairs,
@@ -30,7 +31,6 @@ OUTPUTS: Final = 4
 COLUMNS: Final = 2 * LANES
 """Rows are multiples of it."""
 
-_VECTOR: Final = ir.VectorType(ir.FloatType(), LANES)
 _TOGETHER: Final = OUTPUTS if HAS_32_REGISTERS else 1
 """Outputs whose sums are in registers at a time."""
 
@@ -54,7 +54,7 @@ def _dot_rows(ahead_bytes: int) -> Any:
             def behind(begin: Any, count: int, distance: Any, offset: Any) -> Any:
                 return builder.add(builder.add(begin, builder.mul(distance, number(count))), offset)
 
-            zero = ir.Constant(_VECTOR, [0.0] * LANES)
+            zero = ir.Constant(VECTOR, [0.0] * LANES)
             sums = [[cgutils.alloca_once_value(builder, zero) for _ in range(OUTPUTS)] for _ in range(ROWS)]
             for first in range(0, OUTPUTS, _TOGETHER):
                 numbers = range(first, first + _TOGETHER)

@@ -20,11 +20,11 @@ import numpy as np
 
 from attnstore.attention.barrier import meet, take
 from attnstore.attention.cpu_kernel import NOTHING_SEEN, QUAD, advance, cap_scores, with_sink
+from attnstore.attention.functions import exp2
 from attnstore.attention.simd import (
     HAS_BF16_PRODUCTS,
     LANES,
     add,
-    exp2,
     fma,
     interleave,
     largest,

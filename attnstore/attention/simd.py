@@ -12,8 +12,6 @@ Arrays are one-dimensional and indexed by element, without bounds check. Element
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
 from typing import Any, Final
 
 import torch
@@ -27,8 +25,8 @@ ELEMENTS: Final = {torch.bfloat16: torch.uint16, torch.float16: torch.int16, tor
 """How the kernels are told an element type: numba knows neither bf16 nor fp16."""
 
 _F16, _F32, _I16, _I32 = ir.HalfType(), ir.FloatType(), ir.IntType(16), ir.IntType(32)
-_VECTOR = ir.VectorType(_F32, LANES)
-_INT_VECTOR = ir.VectorType(_I32, LANES)
+VECTOR = ir.VectorType(_F32, LANES)
+INT_VECTOR = ir.VectorType(_I32, LANES)
 _LOADED: Final = {types.uint16: _I16, types.int16: _F16, types.float32: _F32}
 
 
@@ -45,7 +43,7 @@ lanes = Lanes()
 @register_model(Lanes)
 class _LanesModel(models.PrimitiveModel):
     def __init__(self, dmm: Any, fe_type: Any) -> None:
-        super().__init__(dmm, fe_type, _VECTOR)
+        super().__init__(dmm, fe_type, VECTOR)
 
 
 def address(context: Any, builder: Any, array_type: Any, array: Any, index: Any, vector: ir.Type) -> Any:
@@ -54,13 +52,15 @@ def address(context: Any, builder: Any, array_type: Any, array: Any, index: Any,
     return builder.bitcast(builder.gep(data, [index]), vector.as_pointer())
 
 
-def _call(builder: Any, name: str, result: ir.Type, arguments: list[Any], **flags: Any) -> Any:
+def call(builder: Any, name: str, result: ir.Type, arguments: list[Any], **flags: Any) -> Any:
+    """What LLVM's intrinsic of that name returns."""
     signature = ir.FunctionType(result, [argument.type for argument in arguments])
     return builder.call(cgutils.get_or_insert_function(builder.module, signature, name), arguments, **flags)
 
 
-def _constant(value: float) -> Any:
-    return ir.Constant(_VECTOR, [value] * LANES)
+def constant(value: float) -> Any:
+    """Sixteen copies of a number that is known now."""
+    return ir.Constant(VECTOR, [value] * LANES)
 
 
 def _shuffle(builder: Any, first: Any, second: Any, picks: list[int]) -> Any:
@@ -84,9 +84,9 @@ def load(typingctx, array, index):
 def _widened(builder: Any, value: Any, element: ir.Type) -> Any:
     """Sixteen elements as fp32."""
     if element == _I16:  # bf16 is the upper half of an fp32
-        shift = ir.Constant(_INT_VECTOR, [16] * LANES)
-        return builder.bitcast(builder.shl(builder.zext(value, _INT_VECTOR), shift), _VECTOR)
-    return builder.fpext(value, _VECTOR) if element == _F16 else value
+        shift = ir.Constant(INT_VECTOR, [16] * LANES)
+        return builder.bitcast(builder.shl(builder.zext(value, INT_VECTOR), shift), VECTOR)
+    return builder.fpext(value, VECTOR) if element == _F16 else value
 
 
 @intrinsic
@@ -176,13 +176,13 @@ def _rounded_to_bf16(builder: Any, value: Any) -> Any:
     """To the nearest bf16, ties to even; a NaN stays one."""
     if HAS_BF16_PRODUCTS:
         numbers = ir.VectorType(_BFloat(), LANES)
-        return builder.bitcast(_call(builder, "llvm.x86.avx512bf16.cvtneps2bf16.512", numbers, [value]), ir.VectorType(_I16, LANES))
+        return builder.bitcast(call(builder, "llvm.x86.avx512bf16.cvtneps2bf16.512", numbers, [value]), ir.VectorType(_I16, LANES))
     # The upper half of each fp32 after half of what the lower one counts was added.
-    bits = builder.bitcast(value, _INT_VECTOR)
-    half, one, shift = (ir.Constant(_INT_VECTOR, [number] * LANES) for number in (0x7FFF, 1, 16))
+    bits = builder.bitcast(value, INT_VECTOR)
+    half, one, shift = (ir.Constant(INT_VECTOR, [number] * LANES) for number in (0x7FFF, 1, 16))
     odd = builder.and_(builder.lshr(bits, shift), one)
     rounded = builder.lshr(builder.add(bits, builder.add(half, odd)), shift)
-    nan = ir.Constant(_INT_VECTOR, [0x7FC0] * LANES)
+    nan = ir.Constant(INT_VECTOR, [0x7FC0] * LANES)
     rounded = builder.select(builder.fcmp_unordered("uno", value, value), nan, rounded)
     return builder.trunc(rounded, ir.VectorType(_I16, LANES))
 
@@ -203,7 +203,7 @@ def splatted(builder: Any, scalar: Any) -> Any:
 @intrinsic
 def fma(typingctx, x, y, z):
     """`x * y + z`, rounded once."""
-    return lanes(x, y, z), lambda context, builder, signature, args: _call(builder, f"llvm.fma.v{LANES}f32", _VECTOR, list(args))
+    return lanes(x, y, z), lambda context, builder, signature, args: call(builder, f"llvm.fma.v{LANES}f32", VECTOR, list(args))
 
 
 class _BFloat(ir.Type):
@@ -233,7 +233,7 @@ def bf16_products(builder: Any, sums: Any, x: Any, y: Any) -> Any:
     """`sums` and the products of two vectors of 32 bf16, two on each lane; needs `HAS_BF16_PRODUCTS`."""
     numbers = ir.VectorType(_BFloat(), 2 * LANES)
     operands = [sums, builder.bitcast(x, numbers), builder.bitcast(y, numbers)]
-    return _call(builder, "llvm.x86.avx512bf16.dpbf16ps.512", _VECTOR, operands)
+    return call(builder, "llvm.x86.avx512bf16.dpbf16ps.512", VECTOR, operands)
 
 
 @intrinsic
@@ -268,7 +268,7 @@ def products(builder: Any, sums: Any, x: Any, y: Any) -> Any:
     for begin in (0, LANES):
         half = list(range(begin, begin + LANES))
         factors = [_widened(builder, _shuffle(builder, part, part, half), element) for part in (x, y)]
-        sums = _call(builder, f"llvm.fma.v{LANES}f32", _VECTOR, [*factors, sums])
+        sums = call(builder, f"llvm.fma.v{LANES}f32", VECTOR, [*factors, sums])
     return sums
 
 
@@ -307,7 +307,7 @@ def largest(typingctx, x):
     """The largest lane, as a scalar; not defined for NaN."""
 
     def codegen(context, builder, signature, args):
-        return _call(builder, f"llvm.vector.reduce.fmax.v{LANES}f32", _F32, [args[0]], fastmath=("nnan",))
+        return call(builder, f"llvm.vector.reduce.fmax.v{LANES}f32", _F32, [args[0]], fastmath=("nnan",))
 
     return types.float32(x), codegen
 
@@ -318,7 +318,7 @@ def total(typingctx, x):
 
     def codegen(context, builder, signature, args):
         zero = ir.Constant(_F32, 0.0)
-        return _call(builder, f"llvm.vector.reduce.fadd.v{LANES}f32", _F32, [zero, args[0]], fastmath=("reassoc",))
+        return call(builder, f"llvm.vector.reduce.fadd.v{LANES}f32", _F32, [zero, args[0]], fastmath=("reassoc",))
 
     return types.float32(x), codegen
 
@@ -351,64 +351,6 @@ def four_totals(builder: Any, vectors: Any) -> Any:
     return _shuffle(builder, sums, sums, [0, 4, 8, 12])
 
 
-_EXP2_LOWEST: Final = -126.0
-_EXP2_TERMS: Final = tuple(math.log(2) ** power / math.factorial(power) for power in range(6, -1, -1))
-"""Taylor terms of `2 ** f` for `f` in [-0.5, 0.5], highest power first; the next term is below 1.2e-7."""
-
-
-@intrinsic
-def exp2(typingctx, x):
-    """`2 ** x` for `x <= 127` to 2e-7 relative; exactly 0 below -126."""
-
-    return lanes(x), lambda context, builder, signature, args: _exp2(builder, args[0])
-
-
-def _exp2(builder: Any, x: Any) -> Any:
-    lowest = _constant(_EXP2_LOWEST)
-    in_range = builder.fcmp_ordered(">", x, lowest)
-    clamped = builder.select(in_range, x, lowest)
-    whole = _call(builder, f"llvm.rint.v{LANES}f32", _VECTOR, [clamped])
-    power = _polynomial(builder, _EXP2_TERMS, builder.fsub(clamped, whole))
-    bias, mantissa_bits = ir.Constant(_INT_VECTOR, [127] * LANES), ir.Constant(_INT_VECTOR, [23] * LANES)
-    exponent = builder.shl(builder.add(builder.fptosi(whole, _INT_VECTOR), bias), mantissa_bits)
-    return builder.select(in_range, builder.fmul(power, builder.bitcast(exponent, _VECTOR)), _constant(0.0))
-
-
-def _polynomial(builder: Any, terms: Sequence[float], x: Any) -> Any:
-    """The sum of `terms` times powers of `x`, the highest power first."""
-    value = _constant(terms[0])
-    for term in terms[1:]:
-        value = _call(builder, f"llvm.fma.v{LANES}f32", _VECTOR, [value, x, _constant(term)])
-    return value
-
-
-_TANH_SERIES_TO: Final = 0.3
-"""Below this magnitude `1 - 2 / (exp(2 * x) + 1)` loses digits, and five terms of the series suffice: the next is below 6e-8."""
-
-_TANH_TERMS: Final = (62 / 2835, -17 / 315, 2 / 15, -1 / 3, 1.0)
-"""Taylor terms of `tanh(x) / x` in `x * x`, highest power first."""
-
-_TANH_ONE_FROM: Final = 10.0
-"""From here on `tanh` is 1 in fp32."""
-
-
-@intrinsic
-def tanh(typingctx, x):
-    """`tanh(x)` to 5e-7 relative; a NaN stays one."""
-
-    def codegen(context, builder, signature, args):
-        x, one, two = args[0], _constant(1.0), _constant(2.0)
-        highest = _constant(_TANH_ONE_FROM)
-        clamped = builder.select(builder.fcmp_ordered("<", x, highest), x, highest)
-        power = _exp2(builder, builder.fmul(clamped, _constant(2 * math.log2(math.e))))
-        far = builder.fsub(one, builder.fdiv(two, builder.fadd(power, one)))
-        near = builder.fmul(x, _polynomial(builder, _TANH_TERMS, builder.fmul(x, x)))
-        magnitude = _call(builder, f"llvm.fabs.v{LANES}f32", _VECTOR, [x])
-        return builder.select(builder.fcmp_unordered("<", magnitude, _constant(_TANH_SERIES_TO)), near, far)
-
-    return lanes(x), codegen
-
-
 @intrinsic
 def prefetch(typingctx, array, index):
     """Ask for the cache line of `array[index]` without waiting for it."""
@@ -423,4 +365,4 @@ def prefetch(typingctx, array, index):
 def request_line(builder: Any, pointer: Any) -> None:
     """`prefetch` of an address."""
     read, locality, data_cache = (ir.Constant(_I32, value) for value in (0, 2, 1))
-    _call(builder, "llvm.prefetch.p0", ir.VoidType(), [pointer, read, locality, data_cache])
+    call(builder, "llvm.prefetch.p0", ir.VoidType(), [pointer, read, locality, data_cache])

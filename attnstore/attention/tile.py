@@ -19,12 +19,11 @@ from llvmlite import ir
 from numba.core import cgutils, types
 from numba.extending import intrinsic
 
-from attnstore.attention.simd import LANES, address, bf16_products, splatted
+from attnstore.attention.simd import LANES, VECTOR, address, bf16_products, splatted
 
 ROWS: Final = 6
 """Rows of a tile: with four vectors each, 24 of the 32 registers hold sums."""
 
-_VECTOR: Final = ir.VectorType(ir.FloatType(), LANES)
 _PAIRS: Final = ir.VectorType(ir.IntType(16), 2 * LANES)
 
 
@@ -48,12 +47,12 @@ def _tile(vectors: int) -> Any:
 
             def sums_address(row: int, vector: int) -> Any:
                 return address(
-                    context, builder, sums_type, sums, at(sums_at, sums_stride, ir.Constant(index, row), LANES * vector), _VECTOR
+                    context, builder, sums_type, sums, at(sums_at, sums_stride, ir.Constant(index, row), LANES * vector), VECTOR
                 )
 
-            registers = {place: cgutils.alloca_once(builder, _VECTOR) for place in places}
+            registers = {place: cgutils.alloca_once(builder, VECTOR) for place in places}
             for row, vector in places:
-                before = ir.Constant(_VECTOR, [0.0] * LANES)
+                before = ir.Constant(VECTOR, [0.0] * LANES)
                 if keeps_type != types.none:
                     factor = address(context, builder, keeps_type, keeps, ir.Constant(index, row), ir.FloatType())
                     before = builder.load(sums_address(row, vector))

@@ -12,6 +12,7 @@ import torch
 from numba import njit
 
 from attnstore.attention import simd
+from attnstore.attention.functions import tanh
 from attnstore.attention.simd import (
     ELEMENTS,
     LANES,
@@ -22,7 +23,6 @@ from attnstore.attention.simd import (
     move,
     splat,
     store,
-    tanh,
     total,
     transpose_pairs,
 )

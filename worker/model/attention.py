@@ -14,7 +14,7 @@ from typing import Any, Final
 from torch import Tensor, float32, nn, stack
 from transformers import AttentionInterface, AttentionMaskInterface
 
-from attnstore.attention import AttentionBackend, cpu_kernel
+from attnstore.attention import AttentionBackend, cpu_pages
 from attnstore.attention.simd import LANES
 from worker.cache.remote_step import RemoteStep
 
@@ -86,8 +86,8 @@ class PagedStep:
             slots = self.pool[:, layer].permute(0, 3, 1, 2, 4)  # [blocks, block_tokens, 2, kv_heads, head_dim]
             slots.index_put_((self.slot_blocks, self.slot_offsets), keys_values)
             return
-        cpu_kernel.put(
-            cpu_kernel.elements(self.pool),
+        cpu_pages.put(
+            cpu_pages.elements(self.pool),
             self.slot_blocks.numpy(),
             self.slot_offsets.numpy(),
             self.pool.stride(0),
@@ -95,7 +95,7 @@ class PagedStep:
             kv_heads,
             block_tokens,
             head_dim,
-            cpu_kernel.elements(keys_values),
+            cpu_pages.elements(keys_values),
             keys_values.stride(0),
         )
 

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from attnstore.attention import CheckedAttention, cpu_kernel, team
+from attnstore.attention import CheckedAttention, cpu_kernel, cpu_pages, team
 from attnstore.attention.cpu_plan import Plan
 from attnstore.attention.dots import COLUMNS, OUTPUTS, ROWS
 from attnstore.attention.simd import ELEMENTS
@@ -135,7 +135,7 @@ class FewRows:
             cosines=rotation[0].view(-1).numpy(),
             sines=rotation[1].view(-1).numpy(),
             targets=(step.slot_blocks * pool.stride(0) + step.slot_offsets * shape.head_dim).numpy(),
-            flat=cpu_kernel.elements(pool),
+            flat=cpu_pages.elements(pool),
             block_stride=pool.stride(0),
             block_tokens=pool.shape[4],
             scale=self._scale,

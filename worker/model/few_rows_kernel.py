@@ -20,12 +20,12 @@ import numpy as np
 from attnstore.attention import cpu_kernel
 from attnstore.attention.barrier import meet
 from attnstore.attention.dots import COLUMNS, OUTPUTS, ROWS, dot_rows, dot_rows_ahead
+from attnstore.attention.functions import exp2
 from attnstore.attention.simd import (
     LANES,
     add,
     divide,
     dot,
-    exp2,
     load,
     maximum,
     mul,
