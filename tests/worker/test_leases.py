@@ -6,9 +6,13 @@ import threading
 
 import pytest
 
+import attnstore
+from attnstore.clock import MonotonicClock
 from attnstore.errors import AttnStoreError, LeaseExpired, Unavailable
+from attnstore.testing import StoreProcess
+from attnstore.testing.clock import ManualClock
 from attnstore.types import Lease
-from tests.samples import eventually
+from tests.samples import SMALL, eventually, make_batch
 from worker.cache.leases import LeaseKeeper
 
 FIRST, SECOND = Lease(b"1" * 16, 10_000), Lease(b"2" * 16, 20_000)
@@ -81,6 +85,52 @@ def test_a_store_that_hangs_keeps_nobody_waiting() -> None:
     assert node.released == []
     node.gate.set()
     assert eventually(lambda: set(node.released) == {FIRST, SECOND})
+
+
+def test_leases_that_are_let_go_all_the_time_delay_no_renewal() -> None:
+    """Renewals are due by the clock; here each release comes within a tenth of the period after the last one."""
+    node, clock = Node(), ManualClock()
+    keeper = LeaseKeeper(node, period_ms=1_000, clock=clock)
+    keeper.keep(FIRST)
+    for number in range(1, 51):
+        clock.advance_ms(100)
+        keeper.let_go(keeper.keep(SECOND))
+        assert eventually(lambda number=number: len(node.released) == number)  # type: ignore[misc]
+        assert node.renewed.count((FIRST, 10_000)) == number // 10
+    keeper.close()
+
+
+def test_a_renewal_that_fails_in_a_way_nobody_foresaw_costs_no_other_lease_its_own() -> None:
+    node = Node()
+    node.errors[FIRST] = ZeroDivisionError()
+    keeper = LeaseKeeper(node, period_ms=1)
+    keeper.keep(FIRST)
+    keeper.keep(SECOND)
+    assert eventually(lambda: min(map(node.renewed.count, [(FIRST, 10_000), (SECOND, 20_000)])) > 20)
+    keeper.close()
+
+
+def test_a_busy_workers_lease_outlives_its_first_length_at_a_real_node() -> None:
+    """As with pages that a long answer uses in place while short ones come and go."""
+    lease_ms, clock = 2_000, MonotonicClock()
+    batch = make_batch(4, model="kept")
+    with StoreProcess("--capacity", "64MiB") as node, attnstore.connect(node.url) as client:
+        client.register_layout(batch.namespace, SMALL)
+        client.write(batch.namespace, batch.hashes, batch.pages)
+
+        def lease() -> Lease:
+            found = client.match(batch.namespace, [batch.hashes], lease_ms=lease_ms)
+            assert found.lease is not None
+            return found.lease
+
+        keeper = LeaseKeeper(client, period_ms=lease_ms / 8)
+        long = keeper.keep(lease())
+        end_ms = clock.now_ms() + 1.5 * lease_ms
+        while clock.now_ms() < end_ms:
+            keeper.let_go(keeper.keep(lease()))
+        client.renew(long.lease, lease_ms)  # raises where it has expired
+        assert not long.lost
+        keeper.close()
 
 
 def test_a_release_that_fails_in_a_way_nobody_foresaw_loses_no_other_lease() -> None:

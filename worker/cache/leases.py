@@ -1,18 +1,18 @@
 """Leases that outlive one call: renewed and released on a thread of their own, so that the engine never waits for a store.
 
-Owns: `LeaseKeeper`. Invariant: a kept lease is renewed until it is let go, and every lease that was kept is released once; what
-a store answers, or that it does not, never reaches the caller as an error. A lease is a courtesy of the node: that bytes are
-still the page's is known by their stamps alone.
+Owns: `LeaseKeeper`. Invariant: a kept lease is renewed every period until it is let go, whatever else is released meanwhile, and
+every lease that was kept is released once; what a store answers, or that it does not, never reaches the caller as an error. A lease
+is a courtesy of the node: that bytes are still the page's is known by their stamps alone.
 """
 
 from __future__ import annotations
 
 import logging
 import threading
-from contextlib import suppress
 from typing import Protocol
 
 from attnstore import tasks
+from attnstore.clock import Clock, MonotonicClock
 from attnstore.errors import AttnStoreError, LeaseExpired
 from attnstore.types import Lease
 
@@ -42,9 +42,11 @@ class KeptLease:
 class LeaseKeeper:
     """Renews each lease every `period_ms` to its first length. `period_ms` is well below the shortest lease."""
 
-    def __init__(self, store: LeaseStore, *, period_ms: float) -> None:
+    def __init__(self, store: LeaseStore, *, period_ms: float, clock: Clock | None = None) -> None:
         self._store = store
-        self._period_s = period_ms / 1e3
+        self._period_ms = period_ms
+        self._clock = clock or MonotonicClock()
+        self._due_ms = self._clock.now_ms() + period_ms
         self._kept: set[KeptLease] = set()
         self._released: list[Lease] = []
         self._closing = False
@@ -77,22 +79,36 @@ class LeaseKeeper:
     def _run(self) -> None:
         while True:
             with self._changed:
-                woken = self._changed.wait_for(lambda: self._released or self._closing, self._period_s)
-                # One at a time, so that whatever a store raises costs the others nothing.
+                due_in_ms = max(self._due_ms - self._clock.now_ms(), 0.0)
+                self._changed.wait_for(lambda: self._released or self._closing, due_in_ms / 1e3)
+                # One at a time, so that a store that is slow to release delays a renewal by one call at most.
                 released, self._released = self._released[:1], self._released[1:]
-                kept = [] if woken else list(self._kept)
+            # By the clock alone: what woke this thread says nothing about how long ago the leases were renewed.
+            if (now_ms := self._clock.now_ms()) >= self._due_ms:
+                self._due_ms = now_ms + self._period_ms
+                for kept in self._now_kept():
+                    self._renew(kept)
             for lease in released:
-                with suppress(AttnStoreError):  # it runs out by itself
-                    self._store.release(lease)
-            for each in kept:
-                self._renew(each)
+                self._release(lease)
             if self._closing and not self._released:
                 return
+
+    def _now_kept(self) -> list[KeptLease]:
+        with self._changed:
+            return list(self._kept)
 
     def _renew(self, kept: KeptLease) -> None:
         try:
             self._store.renew(kept.lease, kept.lease.lease_ms)
         except LeaseExpired:
             kept.lost = True
-        except AttnStoreError as error:  # a node that does not answer recycles nothing either, or its stamps will tell
-            _LOG.warning("a lease could not be renewed: %s", error)
+        except Exception as error:  # a node that does not answer recycles nothing either, or its stamps will tell
+            _LOG.warning("a lease could not be renewed: %s: %s", type(error).__name__, error)
+
+    def _release(self, lease: Lease) -> None:
+        try:
+            self._store.release(lease)
+        except AttnStoreError:
+            pass  # it runs out by itself
+        except Exception as error:
+            _LOG.warning("a lease could not be released: %s: %s", type(error).__name__, error)
