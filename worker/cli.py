@@ -349,6 +349,8 @@ def _run(engine: Engine, sequence: Sequence, progress: Progress) -> list[Token]:
     while sequence.finish_reason is None:
         tokens += engine.step()
         progress.tokens(sequence)
+    if sequence.error is not None:
+        raise sequence.error
     return tokens
 
 

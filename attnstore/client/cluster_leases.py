@@ -74,7 +74,8 @@ class ClusterLeases:
         return entry.parts
 
     def renewed(self, lease: Lease, lease_ms: int) -> Lease:
-        """The lease, after all its parts were renewed."""
+        """The lease, after all its parts were renewed. Raises `LeaseExpired` where it ran out here, or was released, meanwhile."""
+        self.parts(lease)
         self._entries[lease.lease_id].until_ms = self._clock.now_ms() + lease_ms
         return Lease(lease.lease_id, lease_ms)
 

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import random
+import threading
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
+import torch
 
-from attnstore.errors import Overloaded, Unavailable
+from attnstore.errors import InvalidArgument, Overloaded, Unavailable
 from worker.engine import AsyncEngine, Engine, EngineOptions, FinishReason, SamplingParams, TokenStream
-from worker.errors import ContextOverflow
+from worker.errors import ContextOverflow, SequenceFailed, StepFailed
 from worker.model import LoadedModel
 
 LONG = SamplingParams(max_tokens=300)
@@ -99,6 +102,68 @@ async def test_closing_ends_every_stream_and_refuses_the_next(engine: Engine) ->
     with pytest.raises(Unavailable):
         await front.submit(prompt(1), LONG)
     front.close()
+
+
+async def test_a_step_that_raises_fails_its_streams_and_the_next_ones_are_computed(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    run = engine._runner.run
+    broken = iter([False, False, True])
+
+    def break_once(*args: Any, **kwargs: Any) -> object:
+        if next(broken, False):
+            raise torch.OutOfMemoryError("on purpose")
+        return run(*args, **kwargs)
+
+    monkeypatch.setattr(engine._runner, "run", break_once)
+    with AsyncEngine(engine) as front:
+        stream = await front.submit(prompt(1), LONG)
+        with pytest.raises(StepFailed):
+            await tokens_of(stream)
+        assert stream.finish_reason is FinishReason.FAILED
+        assert await tokens_of(stream) == [], "it has ended"
+        assert len(await tokens_of(await front.submit(prompt(2), SamplingParams(max_tokens=2)))) == 2
+        assert front.alive
+        assert front.snapshot.batching.failures == 1
+    assert "on purpose" in caplog.text
+
+
+async def test_an_engine_that_can_compute_nothing_any_more_fails_all_streams(
+    tiny: LoadedModel, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Those that ran in the step, one that waits, and one that comes later."""
+    engine = Engine(tiny, EngineOptions(pool_bytes=1 << 20, chunk_tokens=64, sequences_max=1))
+    lost = threading.Event()
+    run = engine._runner.run
+
+    def lose(*args: Any, **kwargs: Any) -> object:
+        if lost.is_set():
+            raise RuntimeError("the device is lost")
+        return run(*args, **kwargs)
+
+    monkeypatch.setattr(engine._runner, "run", lose)
+    with AsyncEngine(engine) as front:
+        streams = [await front.submit(prompt(seed), LONG) for seed in range(2)]
+        lost.set()
+        ends = await asyncio.gather(*map(tokens_of, streams), return_exceptions=True)
+        assert [type(end) for end in ends] == [StepFailed, Unavailable]
+        with pytest.raises(Unavailable):
+            await front.submit(prompt(3), LONG)
+        assert not front.alive
+    assert "the device is lost" in caplog.text
+    assert engine.idle
+    assert engine.statistics().pool.held == 0
+
+
+async def test_a_prompt_that_cannot_even_be_looked_at_is_its_callers_error_alone(engine: Engine) -> None:
+    how = SamplingParams(max_tokens=3)
+    with AsyncEngine(engine) as front:
+        for wrong in (["five"], [5.5], [None], [1 << 70]):
+            with pytest.raises(InvalidArgument):
+                await front.submit(wrong, how)  # type: ignore[arg-type]
+        with pytest.raises(SequenceFailed):
+            await front.submit(prompt(1), SamplingParams(max_tokens=3, seed=5.5))  # type: ignore[arg-type]
+        assert len(await tokens_of(await front.submit(prompt(1), how))) == 3
 
 
 async def test_an_engine_that_fails_fails_every_stream(

@@ -15,7 +15,8 @@ from attnstore.types import PageStatus
 from worker.cache import WRITE_POLICIES
 from worker.cache.load_plan import Found, LoadPlan, LoadProgress, Order, Prompt, SearchPlan
 from worker.engine import Engine, EngineOptions, FinishReason, SamplingParams, Sequence
-from worker.engine.sampler import Sampler, sample_rows
+from worker.engine.sampler import Sampler, peaks
+from worker.errors import StepFailed
 from worker.model import LoadedModel
 from worker.testing import MemoryStore
 
@@ -107,8 +108,9 @@ def test_rows_are_sampled_together_as_each_by_itself() -> None:
     logits = (torch.randn(12, 49_152, generator=generator) * 2).bfloat16().float()
     how = [SamplingParams(temperature=float(row % 3 == 2), seed=row) for row in range(12)]
     assert any((row == row.max()).sum() > 1 for row in logits)
-    expected = [Sampler(each).sample(row) for each, row in zip(how, logits, strict=True)]
-    assert sample_rows([Sampler(each) for each in how], logits) == expected
+    expected = [Sampler(each).sample(row, peaks(row[None])[0]) for each, row in zip(how, logits, strict=True)]
+    together = zip(how, logits, peaks(logits), strict=True)
+    assert [Sampler(each).sample(row, peak) for each, row, peak in together] == expected
     greedy = [token for token, each in zip(expected, how, strict=True) if each.temperature == 0.0]
     lowest = [int((row == row.max()).nonzero()[0]) for row, each in zip(logits, how, strict=True) if each.temperature == 0.0]
     assert greedy == lowest
@@ -236,10 +238,7 @@ def test_cancelling_gives_every_block_back_at_every_stage(tiny: LoadedModel) -> 
             assert engine.generate(token_ids, SamplingParams(max_tokens=2)).finish_reason is FinishReason.LENGTH
 
 
-@pytest.mark.parametrize("failing", ["_runner.run", "_cache.seal"])
-def test_a_step_that_raises_ends_its_sequences_and_the_others_go_on(
-    tiny: LoadedModel, monkeypatch: pytest.MonkeyPatch, failing: str
-) -> None:
+def test_a_step_that_raises_ends_its_sequences_and_the_others_go_on(tiny: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(*_: object) -> None:
         raise RuntimeError("on purpose")
 
@@ -249,11 +248,11 @@ def test_a_step_that_raises_ends_its_sequences_and_the_others_go_on(
         sequences = [engine.submit(each, how) for each in batch]
         engine.step()
         with monkeypatch.context() as patch:
-            owner, name = failing.split(".")
-            patch.setattr(getattr(engine, owner), name, broken)
+            patch.setattr(engine._runner, "run", broken)
             with pytest.raises(RuntimeError, match="on purpose"):
                 engine.step()
         assert [sequence.finish_reason for sequence in sequences] == [FinishReason.FAILED, FinishReason.FAILED, None]
+        assert [type(sequence.error) for sequence in sequences] == [StepFailed, StepFailed, type(None)]
         assert engine.statistics().pool.held == 0
         engine.check()
         finish(engine)
@@ -329,10 +328,11 @@ class TestSampling:
     """Of one row of logits."""
 
     LOGITS = torch.tensor([0.0, 3.0, 2.0, 1.0, -1.0])
+    PEAK = peaks(LOGITS[None])[0]
 
     def draws(self, params: SamplingParams) -> set[int]:
         sampler = Sampler(params)
-        return {sampler.sample(self.LOGITS) for _ in range(300)}
+        return {sampler.sample(self.LOGITS, self.PEAK) for _ in range(300)}
 
     def test_top_k_draws_from_the_k_likeliest(self) -> None:
         assert self.draws(SamplingParams(temperature=5.0, top_k=2)) == {1, 2}
@@ -351,7 +351,7 @@ class TestSampling:
     @pytest.mark.parametrize("top_p", [0.999, 1.0])
     def test_draws_follow_the_probabilities(self, top_p: float) -> None:
         sampler = Sampler(SamplingParams(temperature=1.0, top_p=top_p))
-        counts = Counter(sampler.sample(self.LOGITS) for _ in range(4000))
+        counts = Counter(sampler.sample(self.LOGITS, self.PEAK) for _ in range(4000))
         expected = torch.softmax(self.LOGITS, dim=-1)
         assert all(abs(counts[token] / 4000 - float(expected[token])) < 0.04 for token in range(5))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import json
 import signal
 import subprocess
@@ -16,13 +17,16 @@ from typing import Any
 import httpx2
 import openai
 import pytest
+import torch
 import uvicorn
 
 from attnstore.address import Address
 from attnstore.limits import HTTP_BODY_BYTES_MAX
 from worker.engine import AsyncEngine, Engine, EngineOptions, SamplingParams
+from worker.engine.sequence import Chunk
 from worker.model import LoadedModel
 from worker.serve import create_app
+from worker.serve.formats import Json
 
 WAIT_S = 30.0
 GREEDY: dict[str, Any] = {"temperature": 0.0}
@@ -297,6 +301,56 @@ async def test_what_is_not_there_and_what_is_too_large_have_error_bodies_as_well
         assert answer.json()["error"]["message"]
 
 
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+async def test_a_request_whose_logits_are_not_finite_ends_alone(
+    engine: Engine, http: httpx2.AsyncClient, tiny: LoadedModel, temperature: float
+) -> None:
+    """Whole, as a stream, and with several choices; what is asked beside it is answered, and so is what comes after it."""
+    spoil_rows_of(engine, first_token=9)
+
+    def body(first: int, **more: object) -> Json:
+        return {
+            "model": tiny.name,
+            "prompt": [first, 6, 7],
+            "max_tokens": 20,
+            "temperature": temperature,
+            "seed": 1,
+            "ignore_eos": True,
+            **more,
+        }
+
+    post = functools.partial(http.post, "/v1/completions")
+    before = (await post(json=body(5))).json()["choices"]
+    for _ in range(2):
+        spoiled, several, streamed, beside = await asyncio.gather(
+            post(json=body(9)), post(json=body(9, n=3)), post(json=body(9, stream=True)), post(json=body(5))
+        )
+        for answer in (spoiled, several):
+            assert answer.status_code == 500
+            assert answer.json()["error"]["code"] == "logits_not_finite"
+            assert answer.json()["error"]["type"] == "server_error"
+        events = streamed.text.strip().split("\n\n")
+        assert json.loads(events[-1].removeprefix("data: "))["error"]["code"] == "logits_not_finite"
+        assert beside.json()["choices"] == before
+    assert (await http.get("/health")).status_code == 200
+    assert engine.batching().failures >= 6, "one of each request; its others are cancelled"
+
+
+def spoil_rows_of(engine: Engine, first_token: int) -> None:
+    """The third token of every sequence that begins so is to be drawn from NaN."""
+    run = engine._runner.run
+
+    def spoiled(chunks: list[Chunk], *args: Any, **kwargs: Any) -> torch.Tensor:
+        logits = run(chunks, *args, **kwargs).clone()
+        giving = [chunk for chunk in chunks if chunk.gives_token]
+        for row, chunk in zip(logits, giving, strict=True):
+            if chunk.sequence.token_ids[0] == first_token and len(chunk.sequence.generated) == 2:
+                row[:] = torch.nan
+        return logits
+
+    engine._runner.run = spoiled  # type: ignore[assignment]
+
+
 @pytest.mark.parametrize("stream", [False, True])
 async def test_a_client_that_goes_away_leaves_nothing_running(url: str, engine: Engine, tiny: LoadedModel, stream: bool) -> None:
     body = json.dumps({"model": tiny.name, "prompt": [5, 6, 7], "max_tokens": 500, "stream": stream, "ignore_eos": True})
@@ -343,6 +397,46 @@ def test_the_command_serves_until_it_is_asked_to_end(tiny_folder: Path, ending: 
             assert client.completions.create(model=name, prompt="Hello", max_tokens=3).usage is not None
         process.send_signal(ending)
         assert process.wait(WAIT_S) == 0
+
+
+_LOST = """
+import sys, threading
+from pathlib import Path
+from attnstore.address import Address
+from attnstore.core.layout import DType
+from attnstore.errors import Unavailable
+from worker.engine import Engine, EngineOptions
+from worker.model import load_model
+from worker.serve.server import Endpoint, serve
+
+engine = Engine(load_model(Path(sys.argv[1]), DType.FP32), EngineOptions(pool_bytes=1 << 20))
+
+def lost(*_, **__):
+    raise RuntimeError("the device is lost")
+
+engine._runner.run = lost
+with engine:
+    try:
+        serve(engine, Endpoint(Address.of("127.0.0.1", 0)))
+    except Unavailable as error:
+        sys.exit(f"ended: {error}")
+"""
+
+
+def test_a_process_whose_engine_has_failed_answers_that_and_ends(tiny_folder: Path) -> None:
+    process = subprocess.Popen([sys.executable, "-c", _LOST, str(tiny_folder)], stderr=subprocess.PIPE, text=True)
+    try:
+        assert process.stderr is not None
+        url = next(line for line in process.stderr if "serving" in line).split(" on ")[1].strip()
+        name = httpx2.get(f"{url}/v1/models").json()["data"][0]["id"]
+        answer = httpx2.post(f"{url}/v1/completions", json={"model": name, "prompt": [5, 6, 7]}, timeout=WAIT_S)
+        assert answer.status_code == 503
+        assert answer.json()["error"]["code"] == "step_failed"
+        assert process.wait(WAIT_S) == 1
+        assert "ended: the engine failed" in process.stderr.read()
+    finally:
+        process.kill()
+        process.communicate()
 
 
 @pytest.mark.ipv6

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from worker.engine import Engine, EngineOptions, SamplingParams, Sequence
-from worker.engine.sampler import Sampler
+from worker.engine.sampler import Sampler, peaks
 from worker.engine.speculative import DRAFTS_MAX, DraftLength, accepted_tokens, draft
 from worker.model import LoadedModel
 
@@ -78,12 +78,13 @@ def test_what_is_drawn_has_the_distribution_of_the_model_whatever_was_guessed(gu
     """A chi-squared test of 20,000 draws with fixed seeds against the model's own probabilities."""
     logits = torch.tensor([[1.0, 0.2, -0.5, 0.7], [0.0, 0.0, 0.0, 0.0]])
     expected = torch.softmax(logits[0], dim=-1)
+    highest = peaks(logits)
     draws = 20_000
     first: Counter[int] = Counter()
     accepted = 0
     sampler = Sampler(SamplingParams(temperature=1.0, seed=guess))
     for _ in range(draws):
-        tokens = accepted_tokens(sampler, [guess], logits)
+        tokens = accepted_tokens(sampler, [guess], logits.unbind(), highest)
         first[tokens[0]] += 1
         accepted += len(tokens) == 2
     chi_squared = sum((first[token] - draws * float(p)) ** 2 / (draws * float(p)) for token, p in enumerate(expected))
@@ -96,10 +97,11 @@ def test_verification_ends_with_the_first_token_that_is_not_the_guess() -> None:
     for row, token in enumerate([3, 4, 5, 6]):
         logits[row, token] = 10.0
     greedy = Sampler(SamplingParams())
-    assert accepted_tokens(greedy, [3, 4, 5], logits) == [3, 4, 5, 6]
-    assert accepted_tokens(greedy, [3, 8, 5], logits) == [3, 4]
-    assert accepted_tokens(greedy, [8, 4, 5], logits) == [3]
-    assert accepted_tokens(greedy, [], logits[:1]) == [3]
+    rows, highest = logits.unbind(), peaks(logits)
+    assert accepted_tokens(greedy, [3, 4, 5], rows, highest) == [3, 4, 5, 6]
+    assert accepted_tokens(greedy, [3, 8, 5], rows, highest) == [3, 4]
+    assert accepted_tokens(greedy, [8, 4, 5], rows, highest) == [3]
+    assert accepted_tokens(greedy, [], rows[:1], highest[:1]) == [3]
 
 
 def test_the_longest_and_latest_repetition_is_followed() -> None:

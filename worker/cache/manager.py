@@ -7,9 +7,10 @@ verified are ever given to a sequence. One thread (the engine's) calls everythin
 
 from __future__ import annotations
 
+import logging
 import threading
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
 from attnstore.clock import Clock
@@ -28,6 +29,8 @@ from worker.cache.resident import ResidentTiers
 from worker.cache.swap_in import Lender, SwapIn
 from worker.cache.tier import Tier, TierCounter, TierStatistics
 from worker.cache.writers import create_writer
+
+_LOG = logging.getLogger(__name__)
 
 _GRACE_MS = 250.0
 """How much longer than a store's own deadline the engine waits for a block before it gives a transfer up."""
@@ -130,14 +133,11 @@ class CacheManager:
         found = self._resident.hold_prefix(hashes[:usable], self._allocate)
         table = BlockTable(self.block_tokens, found.block_ids, hashes, extra_keys)
         table.sealed = resident = len(table.block_ids)
-        try:
+        with self._unless_raised(table):
             self.grow(table, len(token_ids))
-        except Overloaded:
-            self.release(table)
-            raise
-        prompt = self._prompt(table, len(token_ids), usable)
-        swap_in = self._start_swap_in(table, prompt) if prompt is not None else None
-        return Loading(table, resident, prompt, swap_in, host_blocks=found.from_host)
+            prompt = self._prompt(table, len(token_ids), usable)
+            swap_in = self._start_swap_in(table, prompt) if prompt is not None else None
+            return Loading(table, resident, prompt, swap_in, host_blocks=found.from_host)
 
     def prefetch(
         self, token_ids: Sequence[int], hashes: list[BlockHash], spare_blocks: int, extra_keys: Sequence[bytes] = ()
@@ -154,13 +154,14 @@ class CacheManager:
         found = self._resident.hold_prefix(hashes[:usable], self._allocate)
         table = BlockTable(self.block_tokens, found.block_ids, hashes, extra_keys)
         table.sealed = resident = len(table.block_ids)
-        prompt = self._prompt(table, len(token_ids), usable)
-        if prompt is None or not self._planner.prefetches(prompt):
-            self.release(table)
-            return None
-        self.grow(table, usable * self.block_tokens)
-        swap_in = self._swap_in(self._remote, FetchAhead(self._remote.deadline_ms), prompt, table)
-        return Loading(table, resident, None, swap_in)
+        with self._unless_raised(table):
+            prompt = self._prompt(table, len(token_ids), usable)
+            if prompt is not None and self._planner.prefetches(prompt):
+                self.grow(table, usable * self.block_tokens)
+                swap_in = self._swap_in(self._remote, FetchAhead(self._remote.deadline_ms), prompt, table)
+                return Loading(table, resident, None, swap_in)
+        self.release(table)
+        return None
 
     def prompt(
         self,
@@ -301,6 +302,14 @@ class CacheManager:
         """Asserts the conservation of blocks."""
         self._resident.check()
 
+    @contextmanager
+    def _unless_raised(self, table: BlockTable) -> Iterator[None]:
+        try:
+            yield
+        except BaseException:
+            self.release(table)
+            raise
+
     def _usable_blocks(self, token_ids: Sequence[int]) -> int:
         return (len(token_ids) - 1) // self.block_tokens
 
@@ -320,7 +329,13 @@ class CacheManager:
         return Prompt(self._admissions, tokens, self.block_tokens, layout.page_bytes, layout.layers, resident, usable)
 
     def _start_swap_in(self, table: BlockTable, prompt: Prompt) -> SwapIn | None:
-        return None if self._remote is None else self._swap_in(self._remote, self._planner, prompt, table)
+        if self._remote is None:
+            return None
+        try:
+            return self._swap_in(self._remote, self._planner, prompt, table)
+        except Exception:  # a planner's mistake, or no thread is left: a miss, as in `SwapIn`
+            _LOG.exception("a swap-in could not be begun; the prompt is computed")
+            return None
 
     def _swap_in(self, remote: RemoteTier, planner: Planner, prompt: Prompt, table: BlockTable) -> SwapIn | None:
         search = planner.search(prompt)
@@ -364,17 +379,21 @@ class CacheManager:
     def _is_late(self, swap_in: SwapIn) -> bool:
         if self._clock.now_ms() > swap_in.due_ms + _LOAD_GRACE_MS:
             return True
-        return not swap_in.replan()
+        try:
+            return not swap_in.replan()
+        except Exception:
+            _LOG.exception("a load could not be planned again; what has not arrived is recomputed")
+            return True
 
     def _give_up(self, loading: Loading, swap_in: SwapIn, end: LoadEnd) -> range:
         """Lets nothing arrive any more. The blocks that may still be written go into quarantine and are returned."""
         in_flight = swap_in.cancel()
-        self._take_arrived(loading, swap_in)
-        if in_flight:
+        if in_flight:  # first of all, so that nothing that fails below gives them to others
             block_ids = [loading.table.block_ids[block] for block in in_flight]
             for block_id in block_ids:
                 self._pool.hold(block_id)
             self._quarantine.append(_Quarantined(swap_in, block_ids))
+        self._take_arrived(loading, swap_in)
         self._end(loading, swap_in, end)
         return in_flight
 

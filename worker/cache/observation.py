@@ -7,10 +7,15 @@ telling it changes nothing. Times are on the engine's clock.
 from __future__ import annotations
 
 import enum
+import logging
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 from worker.cache.load_plan import Found, LoadPlan, Prompt, SearchPlan
+
+_LOG = logging.getLogger(__name__)
+_T = TypeVar("_T")
 
 
 class TransferKind(enum.Enum):
@@ -100,7 +105,7 @@ class Answer:
 
 
 class Observer(Protocol):
-    """Is told of every observation, from the thread that made it. Must be quick and must not raise."""
+    """Is told of every observation, from the thread that made it. Must be quick; who may raise is `Shielded`."""
 
     def transferred(self, transfer: Transfer) -> None:
         """A call to a tier has ended."""
@@ -133,3 +138,31 @@ class Unobserved:
 
     def answered(self, answer: Answer) -> None:
         """Forgotten."""
+
+
+class Shielded:
+    """Tells `observer`, which may raise: the first failure of each kind is logged, and none reaches who was observed."""
+
+    def __init__(self, observer: Observer) -> None:
+        self._observer = observer
+        self._failed: set[str] = set()
+
+    def transferred(self, transfer: Transfer) -> None:
+        self._tell(self._observer.transferred, transfer)
+
+    def stepped(self, step: Step) -> None:
+        self._tell(self._observer.stepped, step)
+
+    def loaded(self, load: Load) -> None:
+        self._tell(self._observer.loaded, load)
+
+    def answered(self, answer: Answer) -> None:
+        self._tell(self._observer.answered, answer)
+
+    def _tell(self, told: Callable[[_T], None], observation: _T) -> None:
+        try:
+            told(observation)
+        except Exception as error:
+            if (kind := f"{type(observation).__name__}: {type(error).__name__}") not in self._failed:
+                self._failed.add(kind)
+                _LOG.exception("an observer failed; what it was told is lost to it")

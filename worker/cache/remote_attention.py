@@ -168,15 +168,21 @@ class RemoteAttention:
         held = _distribute([present for present, _ in found], len(hashes))
         blocks = sum(map(len, held))
         context = RemoteContext(blocks, [])
+        parts = iter(zip(self._nodes, held, found, strict=True))
         try:
-            for node, indices, (_, lease) in zip(self._nodes, held, found, strict=True):
+            for node, indices, (_, lease) in parts:
                 if lease is not None and indices:
                     context.sets += node.open([hashes[index] for index in indices], lease)
                 elif lease is not None:
                     node.release(lease)
-        except AttnStoreError as error:
+        except BaseException as error:
+            for node, _, (_, lease) in parts:
+                if lease is not None:
+                    node.release(lease)
             self._lose(context, error)
-            return None
+            if isinstance(error, AttnStoreError):
+                return None
+            raise
         if not blocks:
             return None
         self._contexts.add(context)
@@ -185,9 +191,10 @@ class RemoteAttention:
     def close(self, context: RemoteContext) -> None:
         """The sequence needs these blocks no more."""
         self._contexts.discard(context)
-        for part in context.sets:
-            part.node.close(part)
-        context.sets.clear()
+        parts, context.sets = context.sets, []
+        with ExitStack() as closing:
+            for part in parts:
+                closing.callback(part.node.close, part)
 
     def step(self, parts: Sequence[tuple[RemoteContext | None, int]]) -> RemoteStep | None:
         """What is asked at each layer of a step whose sequences have so many rows each; None where nothing is remote.
@@ -261,7 +268,7 @@ class RemoteAttention:
         for context in self._contexts:
             context.lost |= any(part.node is node for part in context.sets)
 
-    def _lose(self, context: RemoteContext, error: AttnStoreError) -> None:
+    def _lose(self, context: RemoteContext, error: BaseException) -> None:
         _LOG.warning("a store node does not attend: %s: %s", type(error).__name__, error)
         self._losses += 1
         self.close(context)
@@ -315,14 +322,15 @@ class _Node:
                 with self._opening(len(pages)):
                     opened.append(_Set(self, stream, stream.open(pages, lease), len(pages), kept))
                     self._sets_open += 1
-        except AttnStoreError:
-            self.reset()
+        except BaseException:
             self._leases.let_go(kept)
+            self.reset()
             raise
         return opened
 
     def close(self, part: _Set) -> None:
         """Lets a set and its lease go, and with the last set the stream: one that is not used takes a place from others."""
+        self._leases.let_go(part.lease)
         if part.stream is self._stream:  # not of one that has failed, whose numbers may name others' sets on this one
             self._sets_open -= 1
             try:
@@ -331,7 +339,6 @@ class _Node:
                 self._sets_open = 0
             if not self._sets_open:
                 self.reset()
-        self._leases.let_go(part.lease)
 
     def release(self, lease: Lease) -> None:
         """The lease is of no use."""

@@ -1,7 +1,9 @@
 """The engine on a thread of its own, as asyncio sees it.
 
 Owns: that thread, which alone touches the engine, and the two ways across: commands in, tokens out through each event loop.
-Invariant: every stream that was accepted ends exactly once, with a finish reason or an error, also when the engine fails or closes.
+Invariants: every stream that was accepted ends exactly once, with a finish reason or an error, also when the engine fails or
+closes; prompts are taken until the engine is closed or can compute nothing any more
+(docs/decisions/0063-a-fault-ends-what-it-concerns.md).
 Buffers are bounded: commands are taken up between two steps, where the engine's own queue refuses what is too much, and a stream
 holds no more tokens than its sequence can have.
 """
@@ -22,6 +24,7 @@ from worker.engine.engine import Engine
 from worker.engine.outputs import BatchingStatistics, Token
 from worker.engine.sampler import SamplingParams
 from worker.engine.sequence import FinishReason, Sequence
+from worker.errors import SequenceFailed
 
 _LOG = logging.getLogger(__name__)
 
@@ -62,7 +65,8 @@ class EngineSnapshot:
 class TokenStream:
     """The tokens of one sequence as they come: iterate over it once. Leaving it as a context manager cancels what is left.
 
-    `finish_reason` is set when the iteration has ended. Iterating raises `Unavailable` where the engine failed or was closed.
+    `finish_reason` is set when the iteration has ended. Iterating raises the error of a sequence that FAILED, and `Unavailable`
+    where the engine failed or was closed.
     """
 
     def __init__(self, engine: AsyncEngine) -> None:
@@ -125,6 +129,7 @@ class TokenStream:
     async def _next(self) -> _Event:
         event = await self._events.get()
         if isinstance(event, AttnStoreError):
+            self.finish_reason = FinishReason.FAILED
             raise event
         return event
 
@@ -219,7 +224,10 @@ class AsyncEngine:
             sequence = self._engine.submit(
                 command.token_ids, command.sampling, priority=command.priority, cache_salt=command.cache_salt
             )
-        except AttnStoreError as error:
+        except Exception as error:
+            if not isinstance(error, AttnStoreError):
+                _LOG.exception("a prompt could not be taken")
+                error = SequenceFailed("the prompt could not be taken; the worker's log says why")
             command.stream.deliver(error)
             return
         self._streams[sequence] = command.stream
@@ -233,12 +241,22 @@ class AsyncEngine:
             self._report_end(sequence)
 
     def _step(self) -> None:
-        tokens = self._engine.step()
+        tokens: list[Token] = []
+        failed = False
+        try:
+            tokens = self._engine.step()
+        except Exception:
+            failed = any(sequence.finish_reason is not None for sequence in self._streams)
+            if not failed:  # every other step would end like this one
+                raise
+            _LOG.exception("a step failed, and with it the sequences that it computed")
         self._publish()
         for token in tokens:
             self._deliver(token.sequence, token)
         for sequence in [sequence for sequence in self._streams if sequence.finish_reason is not None]:
             self._report_end(sequence)
+        if failed:
+            self._engine.probe()
 
     def _deliver(self, sequence: Sequence, event: _Event) -> None:
         stream = self._streams.get(sequence)
@@ -248,7 +266,7 @@ class AsyncEngine:
 
     def _report_end(self, sequence: Sequence) -> None:
         assert sequence.finish_reason is not None
-        self._streams.pop(sequence).deliver(sequence.finish_reason)
+        self._streams.pop(sequence).deliver(sequence.error or sequence.finish_reason)
 
     def _publish(self) -> None:
         self._snapshot = EngineSnapshot(self._engine.batching(), self._engine.statistics())
@@ -256,16 +274,15 @@ class AsyncEngine:
     def _end(self) -> None:
         with self._posting:
             self._ended = True
-        for sequence in self._streams:
+        for sequence, stream in self._streams.items():
             self._engine.cancel(sequence)
-        self._publish()
-        for stream in self._streams.values():
-            stream.deliver(_not_running())
+            stream.deliver(sequence.error or _not_running())
         self._streams.clear()
         while not self._commands.empty():
             command = self._commands.get()
             if isinstance(command, _Submit):
                 command.stream.deliver(_not_running())
+        self._publish()
 
 
 def _not_running() -> Unavailable:

@@ -47,16 +47,15 @@ class AttendedBlocks:
         False, with nothing done, where those are none or too few to be worth it, and the sequence fits into the pool.
         """
         usable = (len(sequence.token_ids) - 1) // self._cache.block_tokens
-        context = self.remote.open(sequence.hashes[:usable])
+        sequence.remote = context = self.remote.open(sequence.hashes[:usable])
         if not self._choice.takes(sequence, context.blocks if context is not None else 0):
-            if context is not None:
-                self.remote.close(context)
+            self.release(sequence)
             return False
         self._choice.began(sequence)
         table = self._cache.empty_table(sequence.hashes, sequence.extra_keys)
         if context is not None:
             self._cache.let_stay(table, context.blocks)
-        sequence.table, sequence.remote = table, context
+        sequence.table = table
         sequence.computed_tokens = table.remote_tokens
         return True
 
@@ -122,14 +121,16 @@ class AttendedBlocks:
 
     def ended(self, sequence: Sequence) -> None:
         """The sequence is over."""
-        self.release(sequence)
-        self._choice.ended(sequence)
+        try:
+            self.release(sequence)
+        finally:
+            self._choice.ended(sequence)
 
     def release(self, sequence: Sequence) -> None:
         """The sequence needs its remote blocks no more."""
-        if sequence.remote is not None:
-            self.remote.close(sequence.remote)
-            sequence.remote = None
+        context, sequence.remote = sequence.remote, None
+        if context is not None:
+            self.remote.close(context)
 
     def _open_all(self, sequence: Sequence, blocks: int) -> RemoteContext | None:
         """A context of exactly so many blocks; those that the store lacks are sent once more."""

@@ -1,13 +1,15 @@
 """The engine: prompts in, tokens out, one step at a time.
 
 Owns: the life of sequences from `submit` to the last token. `step` is admit, make room, run, postprocess (the shape of nano-vllm's
-engine); who takes part is the scheduler's decision, and where a sequence's blocks come from is residency's. Invariant: whatever the
-store does and whoever else runs, the tokens are those of a run alone, up to the rounding of near ties; a sequence that waits or is
-finished holds no block.
+engine); who takes part is the scheduler's decision, and where a sequence's blocks come from is residency's. Invariants: whatever
+the store does and whoever else runs or fails, the tokens are those of a run alone, up to the rounding of near ties; a sequence that
+waits or is finished holds no block.
 """
 
 from __future__ import annotations
 
+import logging
+from array import array
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from collections.abc import Sequence as Items
@@ -20,7 +22,7 @@ from torch import Tensor
 from attnstore.attention import AttentionBackend, create_attention
 from attnstore.clock import Clock, MonotonicClock
 from attnstore.core.hashing import Namespace, namespace
-from attnstore.errors import InvalidArgument
+from attnstore.errors import AttnStoreError, InvalidArgument, Overloaded
 from worker.cache import (
     CacheStatistics,
     FetchAll,
@@ -33,7 +35,7 @@ from worker.cache import (
     Unobserved,
     create_cache,
 )
-from worker.cache.observation import Answer
+from worker.cache.observation import Answer, Shielded
 from worker.cache.remote_attention import AttendStatistics, AttendStore, NodesNow, RemoteAttention, Traffic, nodes_of
 from worker.engine.attend_policy import AttendChoice, AttendForecaster, AttendPolicy
 from worker.engine.attended import AttendedBlocks
@@ -41,13 +43,15 @@ from worker.engine.options import EngineOptions
 from worker.engine.outputs import BatchingStatistics, Token
 from worker.engine.residency import Residency
 from worker.engine.runner import Runner
-from worker.engine.sampler import SamplingParams
+from worker.engine.sampler import Peak, SamplingParams, peaks
 from worker.engine.scheduler import Scheduler
 from worker.engine.sequence import Chunk, FinishReason, Sequence, chunk_at, next_chunk
 from worker.engine.speculative import DRAFTS_MAX, Speculation
 from worker.engine.text import TextStream
-from worker.errors import ContextOverflow, PagesLost, PoolTooSmall
+from worker.errors import ContextOverflow, PagesLost, PoolTooSmall, SequenceFailed, StepFailed
 from worker.model.loading import LoadedModel
+
+_LOG = logging.getLogger(__name__)
 
 _SALT_KEY = b"cache_salt:"
 """Tells a salt from other extra keys of a block's hash."""
@@ -79,7 +83,7 @@ class Engine:
         self.layout = model.layout(self.options.block_tokens)
         name = namespace(self.layout, model=model.fingerprint, tenant_salt=self.options.tenant_salt)
         self.planner = planner or FetchAll(self.options.store_deadline_ms)
-        self._observer = observer or Unobserved()
+        self._observer = Unobserved() if observer is None else Shielded(observer)
         self._cache = create_cache(
             self.layout,
             name,
@@ -100,6 +104,7 @@ class Engine:
             self._attend,
             self._clock,
             self._end,
+            self._fail,
             chunk_tokens=self.options.chunk_tokens,
             prefetch_sequences=self.options.prefetch_sequences,
         )
@@ -146,8 +151,8 @@ class Engine:
         """Runs one batch; returns the tokens that it gave.
 
         Where all that run wait for their pages it waits with them, for a short time or until `wake`, and returns without a token.
-        Nothing happens when there is no work. Where it raises, the sequences whose chunks it computed have ended as FAILED; the
-        others go on with the next step.
+        Nothing happens when there is no work. What fails for one sequence ends that one as FAILED, with its `error`. Where the step
+        itself raises, the sequences whose chunks it computed have ended so, with `StepFailed`; the others go on with the next step.
         """
         self._residency.admit()
         self._residency.advance()
@@ -165,17 +170,32 @@ class Engine:
         self._residency.wait()
         return []
 
+    def probe(self) -> None:
+        """Computes a token that nobody asked for, after a step that raised. Raises where every step would: the device is lost."""
+        sequence = self._sequence([0], SamplingParams(max_tokens=1))
+        sequence.table = table = self._cache.empty_table()
+        try:
+            self._cache.grow(table, 1)
+            peaks(self._runner.run([next_chunk(sequence, self.options.chunk_tokens)]))
+        except Overloaded:
+            pass  # no block is free for this, which says nothing about the model
+        finally:
+            self._cache.release(table)
+
     def wake(self) -> None:
         """Ends the waiting of a step that waits for pages. From any thread."""
         self._cache.wake()
 
     def generate(self, token_ids: list[int], sampling: SamplingParams | None = None) -> Sequence:
-        """Runs a prompt to its end, beside those that were submitted before it."""
-        return self.generate_all([token_ids], sampling)[0]
+        """Runs a prompt to its end, beside those that were submitted before it. Raises the error of a sequence that FAILED."""
+        (sequence,) = self.generate_all([token_ids], sampling)
+        if sequence.error is not None:
+            raise sequence.error
+        return sequence
 
     def generate_all(self, prompts: Iterable[list[int]], sampling: SamplingParams | None = None) -> list[Sequence]:
         """Runs many prompts to their ends, together; more than the queue holds wait outside of it. Raises as `submit` does, after
-        the prompts before the one that is refused.
+        the prompts before the one that is refused. A sequence that FAILED has its `error`.
         """
         sequences = []
         for token_ids in prompts:
@@ -212,7 +232,7 @@ class Engine:
             drafts_checked=self._speculation.checked,
             drafts_accepted=self._speculation.accepted,
             preemptions=self._residency.preemptions,
-            **{name: self._counts[name] for name in ("steps", "tokens_computed", "tokens_generated")},
+            **{name: self._counts[name] for name in ("steps", "tokens_computed", "tokens_generated", "failures")},
         )
 
     def attending(self) -> AttendStatistics | None:
@@ -285,7 +305,8 @@ class Engine:
         except BaseException:
             for chunk in chunks:
                 if chunk.sequence.finish_reason is None:
-                    self._end(chunk.sequence, FinishReason.FAILED)
+                    error = StepFailed("the step failed that computed this sequence; the worker's log says why")
+                    self._end(chunk.sequence, FinishReason.FAILED, error)
             raise
 
     def _step(self, chunks: Items[Chunk]) -> list[Token]:
@@ -331,49 +352,55 @@ class Engine:
 
         begin = gate.blocks.stop * self.layout.block_tokens
         chunk = chunk_at(sequence, begin, self.options.chunk_tokens)
-        try:
-            # Not observed as a step: how long it takes says more about the link than about the model.
-            logits = self._runner.run([chunk], lambda layer: gate.wait(layer, late))
-            gate.wait_complete(late)
-        except PagesLost:
-            return []
-        sequence.computed_tokens = self._cache.advance(loading, sequence.computed_tokens)
-        assert sequence.computed_tokens == begin
-        self._residency.end_loading(sequence, LoadEnd.COMPLETE)
-        return self._postprocess([chunk], logits, 0.0)
+        with self._failing([chunk]):
+            try:
+                # Not observed as a step: how long it takes says more about the link than about the model.
+                logits = self._runner.run([chunk], lambda layer: gate.wait(layer, late))
+                gate.wait_complete(late)
+            except PagesLost:
+                return []
+            sequence.computed_tokens = self._cache.advance(loading, sequence.computed_tokens)
+            assert sequence.computed_tokens == begin
+            self._residency.end_loading(sequence, LoadEnd.COMPLETE)
+            return self._postprocess([chunk], logits, None)
 
-    def _postprocess(self, chunks: Items[Chunk], logits: Tensor, took_ms: float) -> list[Token]:
+    def _postprocess(self, chunks: Items[Chunk], logits: Tensor, took_ms: float | None) -> list[Token]:
+        """What follows from a step: `logits` as from `Runner.run`, and how long it took, where that says something of the model."""
         self._count(chunks)
         # Only now that the step has read them is it known that the pages were the right ones all the time.
-        if recycled := self._residency.drop_recycled([chunk.sequence for chunk in chunks]):
-            kept = [chunk.sequence not in recycled for chunk in chunks if chunk.gives_token for _ in range(1 + len(chunk.drafts))]
-            logits = logits[kept]
-            chunks = [chunk for chunk in chunks if chunk.sequence not in recycled]
-        token_ids = self._speculation.next_tokens(chunks, logits, took_ms)
+        self._residency.drop_recycled([chunk.sequence for chunk in chunks])
+        rows, highest = logits.unbind(), peaks(logits)
+        alone_ms = took_ms if len(chunks) == 1 else None
         tokens: list[Token] = []
+        begin = 0
         for chunk in chunks:
-            sequence = chunk.sequence
-            assert sequence.table is not None
-            sequence.drafts = ()
-            sequence.computed_tokens = chunk.end
-            self._cache.seal(sequence.table, sequence.token_ids, chunk.end)
-            if (drawn := token_ids.get(sequence)) is not None:
-                tokens += self._extend_all(sequence, drawn)
+            own = slice(begin, begin + 1 + len(chunk.drafts) if chunk.gives_token else begin)
+            begin = own.stop
+            if chunk.sequence.table is None:  # its pages were recycled
+                continue
+            try:
+                self._follow(chunk, rows[own], highest[own], alone_ms, tokens)
+            except Exception as error:
+                self._fail(chunk.sequence, error)
         self._cache.end_step()
         return tokens
 
-    def _extend_all(self, sequence: Sequence, drawn: Items[tuple[int, Tensor]]) -> list[Token]:
-        """Appends tokens of which all but the last were computed, up to the end of the sequence."""
-        tokens: list[Token] = []
-        for number, (token_id, logits) in enumerate(drawn):
-            if number:
-                assert sequence.table is not None
+    def _follow(self, chunk: Chunk, rows: Items[Tensor], highest: Items[Peak], alone_ms: float | None, tokens: list[Token]) -> None:
+        """Takes up what a sequence's chunk computed, with these rows of logits, and appends the tokens that follow to `tokens`."""
+        sequence = chunk.sequence
+        assert sequence.table is not None
+        # Drawn before anything is sealed: what a chunk without numbers wrote is found by nobody.
+        drawn = self._speculation.next_tokens(chunk, rows, highest, alone_ms) if chunk.gives_token else []
+        sequence.drafts = ()
+        sequence.computed_tokens = chunk.end
+        self._cache.seal(sequence.table, sequence.token_ids, chunk.end)
+        for number, (token_id, row) in enumerate(zip(drawn, rows, strict=False)):
+            if number:  # it was a guess, and so is computed
                 sequence.computed_tokens += 1
                 self._cache.seal(sequence.table, sequence.token_ids, sequence.computed_tokens)
-            tokens.append(self._extend(sequence, token_id, logits))
+            tokens.append(self._extend(sequence, token_id, row))
             if sequence.finish_reason is not None:
                 break
-        return tokens
 
     def _extend(self, sequence: Sequence, token_id: int, logits: Tensor) -> Token:
         assert sequence.text_stream is not None
@@ -390,10 +417,23 @@ class Engine:
             self._end(sequence, reason)
         return Token(sequence, token_id, logits, text)
 
-    def _end(self, sequence: Sequence, reason: FinishReason) -> None:
-        sequence.finish_reason = reason
+    def _end(self, sequence: Sequence, reason: FinishReason, error: AttnStoreError | None = None) -> None:
+        """Ends a sequence, wherever it is. Never raises: an end that goes wrong concerns nobody else."""
+        sequence.finish_reason, sequence.error = reason, error
         sequence.finished_ms = self._clock.now_ms()
-        self._residency.release(sequence)
+        self._counts["failures"] += reason is FinishReason.FAILED
+        try:
+            self._residency.release(sequence)
+        except Exception:
+            _LOG.exception("sequence %d: not all that it held was given back in order", sequence.sequence_id)
+
+    def _fail(self, sequence: Sequence, cause: Exception) -> None:
+        """Ends a sequence for which alone something raised."""
+        unforeseen = None if isinstance(cause, SequenceFailed) else cause
+        _LOG.error("sequence %d failed: %s", sequence.sequence_id, cause, exc_info=unforeseen)
+        if sequence.finish_reason is None:
+            error = cause if isinstance(cause, SequenceFailed) else SequenceFailed("the sequence failed; the worker's log says why")
+            self._end(sequence, FinishReason.FAILED, error)
 
     def _decode(self, token_ids: Items[int]) -> str:
         text: str = self.model.tokenizer.decode(token_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
@@ -416,7 +456,11 @@ class Engine:
         vocabulary = self.model.module.config.vocab_size
         if not token_ids:
             raise InvalidArgument("the prompt is empty; it must have at least one token")
-        if not all(0 <= token < vocabulary for token in token_ids):
+        try:
+            ids = array("q", token_ids)
+        except (TypeError, OverflowError):
+            raise InvalidArgument("the prompt has token ids that are no integers of 64 bits") from None
+        if min(ids) < 0 or max(ids) >= vocabulary:
             raise InvalidArgument(f"the prompt has token ids outside the vocabulary [0, {vocabulary})")
         if len(token_ids) >= context:
             raise ContextOverflow(

@@ -22,7 +22,7 @@ class Token:
 @dataclass(frozen=True, slots=True)
 class BatchingStatistics:
     """A snapshot. `loading` of the `running` sequences wait for pages. `steps`, `tokens_computed`, `tokens_generated`,
-    `preemptions`, `drafts_checked` and `drafts_accepted` count since the start.
+    `preemptions`, `failures` (sequences that ended as FAILED), `drafts_checked` and `drafts_accepted` count since the start.
     """
 
     waiting: int
@@ -32,5 +32,6 @@ class BatchingStatistics:
     tokens_computed: int
     tokens_generated: int
     preemptions: int
+    failures: int
     drafts_checked: int
     drafts_accepted: int

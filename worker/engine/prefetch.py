@@ -3,6 +3,7 @@
 Owns: the swap-ins of sequences that do not run yet. Each has a table of its own that holds blocks for the pages on their way; what
 has arrived is sealed, and when the swap-in is over the table is released: the pages stay in the pool, as anything cached does.
 Invariant: prefetching takes only blocks that nobody who runs needs: it gives way before anyone is preempted or kept waiting.
+Where it fails, pages are fetched later.
 
 What is fetched this way was announced to the eviction policy, so a policy that looks ahead keeps it until it is used.
 CachedAttention (Gao et al., USENIX ATC 2024) calls it scheduler-aware fetching.
@@ -10,10 +11,13 @@ CachedAttention (Gao et al., USENIX ATC 2024) calls it scheduler-aware fetching.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable
 
 from worker.cache import CacheManager, Loading
 from worker.engine.sequence import Sequence
+
+_LOG = logging.getLogger(__name__)
 
 
 class LookAheadPrefetch:
@@ -33,22 +37,26 @@ class LookAheadPrefetch:
     def advance(self, waiting: Iterable[Sequence], spare_blocks: int) -> None:
         """Takes what has arrived, and begins with the next sequences as far as `spare_blocks` reach."""
         for sequence, loading in list(self._running.items()):
-            self._cache.advance(loading, loading.table.sealed * loading.table.block_tokens)
+            try:
+                self._cache.advance(loading, loading.table.sealed * loading.table.block_tokens)
+            except Exception:
+                _LOG.exception("sequence %d: what was fetched ahead is given up", sequence.sequence_id)
+                self.drop(sequence)
             if loading.running is None:
                 self.drop(sequence)
         for sequence in list(waiting)[: self._sequences_max]:
             if sequence not in self._tried:
                 self._tried.add(sequence)
-                begun = self._cache.prefetch(sequence.token_ids, sequence.hashes, spare_blocks, sequence.extra_keys)
-                if begun is not None:
-                    self._running[sequence] = begun
-                    spare_blocks -= len(begun.table.block_ids)
+                spare_blocks -= self._begin(sequence, spare_blocks)
 
     def drop(self, sequence: Sequence) -> None:
         """Ends what runs for a sequence; what has arrived stays in the pool."""
         loading = self._running.pop(sequence, None)
         if loading is not None:
-            self._cache.abandon(loading)
+            try:
+                self._cache.abandon(loading)
+            except Exception:
+                _LOG.exception("sequence %d: a prefetch did not end in order", sequence.sequence_id)
             self._cache.release(loading.table)
 
     def forget(self, sequence: Sequence) -> None:
@@ -62,3 +70,15 @@ class LookAheadPrefetch:
             return False
         self.drop(next(reversed(self._running)))
         return True
+
+    def _begin(self, sequence: Sequence, spare_blocks: int) -> int:
+        """Begins where there is something to fetch. How many blocks it takes."""
+        try:
+            begun = self._cache.prefetch(sequence.token_ids, sequence.hashes, spare_blocks, sequence.extra_keys)
+        except Exception:
+            _LOG.exception("sequence %d: nothing is fetched ahead", sequence.sequence_id)
+            return 0
+        if begun is None:
+            return 0
+        self._running[sequence] = begun
+        return len(begun.table.block_ids)

@@ -2,21 +2,25 @@
 
 Owns: every change of a sequence's table between steps; who comes next is the scheduler's decision, what lies where the cache
 manager's. Invariant: a sequence that waits or is over holds no block; one that runs has a table, and one that waits for pages, or
-attends to some in the store, gets what it computes on from here alone.
+attends to some in the store, gets what it computes on from here alone. What fails for one sequence ends that one.
 """
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Iterable
+from contextlib import ExitStack
 
 from attnstore.clock import Clock
 from attnstore.errors import Overloaded
-from worker.cache import Admission, CacheManager, LayerGate, LoadEnd
+from worker.cache import Admission, CacheManager, LayerGate, LoadEnd, Loading
 from worker.engine.attended import AttendedBlocks
 from worker.engine.prefetch import LookAheadPrefetch
 from worker.engine.scheduler import Scheduler
 from worker.engine.sequence import FinishReason, Sequence, next_chunk
+
+_LOG = logging.getLogger(__name__)
 
 _IDLE_MS = 50.0
 """A step that can only wait for pages looks around at least this often."""
@@ -24,7 +28,7 @@ _IDLE_MS = 50.0
 
 class Residency:
     """Blocks for the sequences of `scheduler`, at most `chunk_tokens` of each computed at a time. `attend` is None where no block
-    stays in the store. `end` ends a sequence that has no way to go on; it calls `release`.
+    stays in the store. `end` ends a sequence that has no way to go on, `fail` one for which something raised; both call `release`.
     """
 
     def __init__(
@@ -34,6 +38,7 @@ class Residency:
         attend: AttendedBlocks | None,
         clock: Clock,
         end: Callable[[Sequence, FinishReason], None],
+        fail: Callable[[Sequence, Exception], None],
         *,
         chunk_tokens: int,
         prefetch_sequences: int,
@@ -43,6 +48,7 @@ class Residency:
         self._attend = attend
         self._clock = clock
         self._end = end
+        self._fail = fail
         self._chunk_tokens = chunk_tokens
         self._prefetch = LookAheadPrefetch(cache, prefetch_sequences)
         self.preemptions = 0
@@ -50,28 +56,30 @@ class Residency:
     def enqueue(self, sequence: Sequence) -> None:
         """A new sequence waits. Raises `Overloaded` when the queue is full."""
         self._scheduler.enqueue(sequence)
-        self._announce(sequence)
+        try:
+            self._announce(sequence)
+        except BaseException:
+            self._scheduler.remove(sequence)
+            raise
 
     def release(self, sequence: Sequence) -> None:
         """A sequence is over, wherever it is; what it has computed stays in the cache."""
-        if sequence.table is None:
-            self._cache.settle(sequence.announced)
-        self._scheduler.remove(sequence)
-        self._prefetch.forget(sequence)
-        self.end_loading(sequence)
-        if self._attend is not None:
-            self._attend.ended(sequence)
-        if sequence.table is not None:
-            sequence.blocks_used = len(sequence.table.own_block_ids)
-            self._cache.release(sequence.table)
-            sequence.table = None
+        with ExitStack() as ending:  # from the last one up, each whatever becomes of the others
+            ending.callback(self._give_back, sequence)
+            if self._attend is not None:
+                ending.callback(self._attend.ended, sequence)
+            ending.callback(self.end_loading, sequence)
+            ending.callback(self._prefetch.forget, sequence)
+            ending.callback(self._scheduler.remove, sequence)
+            if sequence.table is None:
+                ending.callback(self._cache.settle, sequence.announced)
 
     def admit(self) -> None:
         """Lets waiting sequences run, as many as there is room for."""
         while (sequence := self._admissible()) is not None:
-            self._cache.settle(sequence.announced)
-            sequence.announced = []
             try:
+                self._cache.settle(sequence.announced)
+                sequence.announced = []
                 self._start(sequence)
             except Overloaded:
                 # The blocks of a transfer that hangs are lost for now. Where others run they will give theirs back.
@@ -81,19 +89,17 @@ class Residency:
                 self._announce(sequence)
                 if self._scheduler.running:
                     return
+            except Exception as error:
+                self._fail(sequence, error)
 
     def advance(self) -> None:
         """Lets each loading sequence have what has arrived, and claims what it computes next."""
         for sequence in self._scheduler.running:
-            loading = sequence.loading
-            if loading is None:
-                continue
-            sequence.computed_tokens = self._cache.advance(loading, sequence.computed_tokens)
-            sequence.computable_tokens = None
-            if loading.over:
-                self.end_loading(sequence)
-            else:
-                sequence.computable_tokens = loading.claim(next_chunk(sequence, self._chunk_tokens).end)
+            if sequence.loading is not None:
+                try:
+                    self._advance(sequence, sequence.loading)
+                except Exception as error:
+                    self._fail(sequence, error)
 
     def end_loading(self, sequence: Sequence, end: LoadEnd = LoadEnd.RELEASED) -> None:
         """The sequence waits for no page any more."""
@@ -121,7 +127,10 @@ class Residency:
         left over is used to fetch ahead.
         """
         for sequence in self._scheduler.running:
-            self._leave_behind(sequence)
+            try:
+                self._leave_behind(sequence)
+            except Exception as error:
+                self._fail(sequence, error)
         while (victim := self._scheduler.victim(self._cache.available_blocks)) is not None:
             if not self._prefetch.give_way() and not self._leave_for(victim):
                 self._preempt(victim)
@@ -134,21 +143,28 @@ class Residency:
                     self._preempt(sequence)
                 else:
                     self._end(sequence, FinishReason.OVERLOADED)
+            except Exception as error:
+                self._fail(sequence, error)
         self._prefetch.advance(self._scheduler.waiting, self._spare_blocks)
 
-    def drop_recycled(self, sequences: Iterable[Sequence]) -> set[Sequence]:
-        """Sends sequences back to waiting whose pages in a node's memory are not theirs any more. Returns them."""
-        recycled = {each for each in sequences if each.table is not None and not self._cache.is_intact(each.table)}
-        for sequence in recycled:
-            self._preempt(sequence)
-        return recycled
+    def drop_recycled(self, sequences: Iterable[Sequence]) -> None:
+        """Sends sequences back to waiting whose pages in a node's memory are not theirs any more."""
+        for sequence in sequences:
+            try:
+                if sequence.table is not None and not self._cache.is_intact(sequence.table):
+                    self._preempt(sequence)
+            except Exception as error:
+                self._fail(sequence, error)
 
     def recover(self) -> None:
         """Finds the blocks that running sequences lost at the store again, or has them waiting, to be fetched or computed."""
         assert self._attend is not None
         for sequence in self._scheduler.running:
-            if sequence.remote is not None and sequence.remote.lost and not self._attend.recover(sequence):
-                self._give_up_remote(self._attend, sequence)
+            try:
+                if sequence.remote is not None and sequence.remote.lost and not self._attend.recover(sequence):
+                    self._give_up_remote(self._attend, sequence)
+            except Exception as error:
+                self._fail(sequence, error)
 
     @property
     def _spare_blocks(self) -> int:
@@ -166,6 +182,14 @@ class Residency:
             if sequence is not None or self._scheduler.admissible(available + self._prefetch.blocks) is None:
                 return sequence
             self._prefetch.give_way()
+
+    def _advance(self, sequence: Sequence, loading: Loading) -> None:
+        sequence.computed_tokens = self._cache.advance(loading, sequence.computed_tokens)
+        sequence.computable_tokens = None
+        if loading.over:
+            self.end_loading(sequence)
+        else:
+            sequence.computable_tokens = loading.claim(next_chunk(sequence, self._chunk_tokens).end)
 
     def _start(self, sequence: Sequence) -> None:
         sequence.admitted_ms = self._clock.now_ms()
@@ -193,7 +217,19 @@ class Residency:
             self._give_up_remote(self._attend, sequence)
 
     def _leave_for(self, victim: Sequence) -> bool:
-        return self._attend is not None and self._attend.leave_for(victim, self._scheduler.running)
+        if self._attend is None:
+            return False
+        try:
+            return self._attend.leave_for(victim, self._scheduler.running)
+        except Exception:  # of any of those that run; to preempt one goes without
+            _LOG.exception("no running sequence could leave its blocks to the store")
+            return False
+
+    def _give_back(self, sequence: Sequence) -> None:
+        if sequence.table is not None:
+            sequence.blocks_used = len(sequence.table.own_block_ids)
+            self._cache.release(sequence.table)
+            sequence.table = None
 
     def _give_up_remote(self, attend: AttendedBlocks, sequence: Sequence) -> None:
         """Has a sequence that lost its blocks at the store begin anew, or ends it where it has no way to go on."""

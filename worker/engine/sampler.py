@@ -1,14 +1,14 @@
 """From logits to a token.
 
-Owns: `SamplingParams` and `Sampler`. Invariant: the tokens of a sequence depend on its own logits, parameters and seed alone,
-never on what else is in the batch.
+Owns: `SamplingParams` and `Sampler`. Invariants: the tokens of a sequence depend on its own logits, parameters and seed alone,
+never on what else is in the batch; no token is drawn from a row that has no largest finite logit.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from attnstore.errors import InvalidArgument
+from worker.errors import LogitsNotFinite
 
 Floats = npt.NDArray[np.float32]
 
@@ -57,6 +58,18 @@ class SamplingParams:
             raise InvalidArgument(f"stops are {len(self.stops)} strings; at most {STOPS_MAX} are allowed, and no empty one")
 
 
+class Peak(NamedTuple):
+    """The largest logit of a row, and the first token that has it. The logit is NaN where the row has one anywhere."""
+
+    token_id: int
+    logit: float
+
+    @property
+    def is_finite(self) -> bool:
+        """A token can be drawn from the row: it has no NaN, no positive infinity, and not negative infinities alone."""
+        return math.isfinite(self.logit)
+
+
 class Sampler:
     """Draws the tokens of one sequence."""
 
@@ -64,15 +77,20 @@ class Sampler:
         self._params = params
         self._generator = torch.Generator().manual_seed(params.seed)
 
-    def sample(self, logits: Tensor) -> int:
-        """The next token from fp32 logits `[vocabulary]`; of equal largest ones the lowest id when greedy."""
-        if self.greedy:
-            return int(largest(logits))
+    def sample(self, logits: Tensor, peak: Peak) -> int:
+        """The next token from fp32 logits `[vocabulary]`, whose `peak` is as `peaks` tells; greedy, it is the peak's.
+
+        Raises `LogitsNotFinite`, and then has drawn nothing.
+        """
+        if not peak.is_finite:
+            raise LogitsNotFinite(f"the largest logit is {peak.logit}: the model computed no token for this sequence")
         params = self._params
+        if params.temperature == 0.0:
+            return peak.token_id
         values = logits.cpu().numpy()
         with np.errstate(over="ignore"):
             # Less the largest one first, which then stays 0 however small the divisor: the others may overflow to -inf.
-            scaled = (values - values.max()) / np.float32(max(params.temperature, _TEMPERATURE_MIN))
+            scaled = (values - np.float32(peak.logit)) / np.float32(max(params.temperature, _TEMPERATURE_MIN))
         if params.top_k is None and params.top_p == 1.0:
             return self._draw(np.exp(scaled))
         likeliest = _descending(scaled, params.top_k)
@@ -81,11 +99,6 @@ class Sampler:
         weights[before >= params.top_p * weights.sum()] = 0.0
         return int(likeliest[self._draw(weights)])
 
-    @property
-    def greedy(self) -> bool:
-        """It takes the largest logit and draws nothing."""
-        return self._params.temperature == 0.0
-
     def _draw(self, weights: Floats) -> int:
         """An index, as likely as its weight among all; never one of weight 0."""
         borders = np.cumsum(weights, dtype=np.float64)
@@ -93,18 +106,19 @@ class Sampler:
         return int(np.searchsorted(borders, min(drawn, np.nextafter(borders[-1], 0.0)), side="right"))
 
 
-def sample_rows(samplers: Sequence[Sampler], logits: Tensor) -> list[int]:
-    """The next token of each row of fp32 logits `[n, vocabulary]` from its own sampler; all greedy rows are looked at together."""
-    return [
-        int(token_id) if sampler.greedy else sampler.sample(row)
-        for sampler, token_id, row in zip(samplers, largest(logits), logits, strict=True)
-    ]
+def peaks(logits: Tensor) -> list[Peak]:
+    """The peak of each row of fp32 logits `[n, vocabulary]`, found for all rows together.
 
-
-def largest(logits: Tensor) -> Any:
-    """The index of the largest of each row. Not by torch on a CPU: its threads would then spin for milliseconds on the cores that
-    compute the next step (docs/decisions/0018-few-rows.md)."""
-    return logits.numpy().argmax(axis=-1) if logits.device.type == "cpu" else logits.argmax(dim=-1).cpu().numpy()
+    Not by torch on a CPU: its threads would then spin for milliseconds on the cores that compute the next step
+    (docs/decisions/0018-few-rows.md).
+    """
+    if logits.device.type == "cpu":
+        rows = logits.numpy()
+        token_ids = rows.argmax(axis=-1)  # of a NaN, where there is one
+        return [Peak(token_id, row.item(token_id)) for token_id, row in zip(token_ids.tolist(), rows, strict=True)]
+    values, indices = logits.max(dim=-1)
+    both = torch.stack((indices.double(), values.double())).cpu()  # one transfer; doubles hold both exactly
+    return [Peak(int(token_id), value) for token_id, value in both.T.tolist()]
 
 
 def _descending(values: Floats, most: int | None) -> Any:

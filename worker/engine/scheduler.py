@@ -109,7 +109,7 @@ class Scheduler:
 
     def remove(self, sequence: Sequence) -> None:
         """A sequence ended, wherever it is."""
-        (self._running if sequence.table is not None else self._waiting).remove(sequence)
+        (self._running if sequence in self._running else self._waiting).remove(sequence)
 
     def chunks(self) -> list[Chunk]:
         """What the next step computes: decodes first, then prefill as far as the budget of the step reaches.

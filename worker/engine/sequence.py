@@ -12,6 +12,7 @@ import enum
 from dataclasses import dataclass, field, replace
 
 from attnstore.core.hashing import BlockHash
+from attnstore.errors import AttnStoreError
 from worker.cache import Admission, Loading
 from worker.cache.block_table import BlockTable
 from worker.cache.load_plan import Prompt
@@ -22,7 +23,7 @@ from worker.engine.text import TextStream
 
 class FinishReason(enum.Enum):
     """Why a sequence ended. OVERLOADED: transfers held the pool for longer than their deadline. REMOTE_LOST: its context does not
-    fit into the pool, and the store does not keep or answer for the rest of it. FAILED: its step raised.
+    fit into the pool, and the store does not keep or answer for the rest of it. FAILED: `Sequence.error` says by what.
     """
 
     STOP = "stop"
@@ -44,6 +45,7 @@ class Sequence:
     None where all was resident. One that `attends` may leave its first blocks in the store: `remote` is where, `attends_since` the
     number of tokens that were generated when it began; one that `keeps_here` has left off for good, unless it must. `drafts` are
     guesses of the next tokens.
+    One that FAILED has its `error`.
     """
 
     sequence_id: int
@@ -75,6 +77,7 @@ class Sequence:
     first_token_ms: float | None = None
     finished_ms: float | None = None
     finish_reason: FinishReason | None = None
+    error: AttnStoreError | None = None
 
     def __post_init__(self) -> None:
         self.sampler = Sampler(self.sampling)

@@ -21,10 +21,10 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Final
 
-from torch import Tensor, cat
+from torch import Tensor
 
 from attnstore.clock import Clock
-from worker.engine.sampler import Sampler, largest, sample_rows
+from worker.engine.sampler import Peak, Sampler, peaks
 from worker.engine.sequence import Chunk, next_chunk
 from worker.engine.sequence import Sequence as Prompted
 
@@ -58,14 +58,17 @@ def draft(token_ids: Sequence[int], drafts_max: int) -> tuple[int, ...]:
     return ()
 
 
-def accepted_tokens(sampler: Sampler, drafts: Sequence[int], logits: Tensor) -> list[int]:
-    """The next tokens from fp32 logits `[len(drafts) + 1, vocabulary]`, row `i` of which knows the first `i` drafts.
+def accepted_tokens(sampler: Sampler, drafts: Sequence[int], rows: Sequence[Tensor], highest: Sequence[Peak]) -> list[int]:
+    """The next tokens from `len(drafts) + 1` rows of fp32 logits and their peaks. Row `i` knows the first `i` drafts.
 
-    All drafts that are drawn, and the first token that is none of them: at least one, at most `len(drafts) + 1`.
+    All drafts that are drawn, and the first token that is none of them: at least one, at most `len(drafts) + 1`. A row that is not
+    finite ends them, as if it had not been computed; where it is the first it raises `LogitsNotFinite`.
     """
     tokens: list[int] = []
-    for row, guess in zip(logits, [*drafts, None], strict=True):
-        tokens.append(sampler.sample(row))
+    for row, peak, guess in zip(rows, highest, [*drafts, None], strict=True):
+        if tokens and not peak.is_finite:
+            break
+        tokens.append(sampler.sample(row, peak))
         if tokens[-1] != guess:
             break
     return tokens
@@ -182,34 +185,25 @@ class Speculation:
             drafting = [sequence for sequence, most in wanted.items() if count <= most]
             rows = run([next_chunk(sequence, chunk_tokens) for sequence in drafting])
             for sequence, guesses in zip(drafting, rows.split_with_sizes([count] * len(drafting)), strict=True):
-                sequence.drafts += (int(largest(guesses[-1])),)
+                sequence.drafts += (peaks(guesses[-1:])[0].token_id,)
         if most_drafts > 0:
             self._resident_length.made(most_drafts, self._clock.now_ms() - began_ms)
         return most_drafts > 0
 
-    def next_tokens(self, chunks: Sequence[Chunk], logits: Tensor, step_ms: float) -> dict[Prompted, list[tuple[int, Tensor]]]:
-        """For each sequence whose chunk gives tokens those tokens, with the logits `[vocabulary]` that each was drawn from.
+    def next_tokens(self, chunk: Chunk, rows: Sequence[Tensor], highest: Sequence[Peak], alone_ms: float | None) -> list[int]:
+        """The tokens that follow from a chunk that gives tokens: from its rows of `Runner.run`, with their peaks.
 
-        `logits` as from `Runner.run`; `step_ms` is how long the step took.
+        `alone_ms` is how long the step took where it computed nothing else. Raises `LogitsNotFinite`.
         """
-        giving = [chunk for chunk in chunks if chunk.gives_token]
-        rows = list(logits.split_with_sizes([1 + len(chunk.drafts) for chunk in giving]))
-        self._steps += len(giving)
-        alone = [index for index, chunk in enumerate(giving) if not chunk.drafts]
-        drawn: dict[int, list[int]] = {}
-        if alone:
-            several = logits if len(alone) == len(giving) else cat([rows[index] for index in alone])
-            token_ids = sample_rows([giving[index].sequence.sampler for index in alone], several)
-            drawn = {index: [token_id] for index, token_id in zip(alone, token_ids, strict=True)}
-        for index, chunk in enumerate(giving):
-            if chunk.drafts:
-                drawn[index] = accepted_tokens(chunk.sequence.sampler, chunk.drafts, rows[index])
-                self.checked += len(chunk.drafts)
-                self.accepted += len(drawn[index]) - 1
-        if len(chunks) == len(giving) == 1 and chunks[0].end - chunks[0].begin == 1:
-            length = self._resident_length if chunks[0].sequence in self._from_residents else self._length
-            length.observe(len(chunks[0].drafts), len(drawn[0]) - 1, step_ms)
-        return {chunk.sequence: list(zip(drawn[index], rows[index], strict=False)) for index, chunk in enumerate(giving)}
+        tokens = accepted_tokens(chunk.sequence.sampler, chunk.drafts, rows, highest)
+        accepted = len(tokens) - 1
+        self._steps += 1
+        self.checked += len(chunk.drafts)
+        self.accepted += accepted
+        if alone_ms is not None and chunk.end - chunk.begin == 1:
+            length = self._resident_length if chunk.sequence in self._from_residents else self._length
+            length.observe(len(chunk.drafts), accepted, alone_ms)
+        return tokens
 
 
 def _decoding(running: Sequence[Prompted]) -> bool:

@@ -28,6 +28,7 @@ from attnstore.limits import HTTP_BODY_BYTES_MAX, HTTP_BODY_MS_MAX
 from worker.cache import CostPlanner
 from worker.engine import AsyncEngine, SamplingParams
 from worker.engine.sampler import SEED_MAX
+from worker.errors import SequenceFailed
 from worker.model import LoadedModel
 from worker.model.prompts import chat_tokens, text_tokens
 from worker.serve.choices import Choices, Piece
@@ -335,6 +336,8 @@ def _status(error: AttnStoreError) -> tuple[int, str]:
         return 403, "invalid_request_error"
     if isinstance(error, ModelNotFound):
         return 404, "invalid_request_error"
+    if isinstance(error, SequenceFailed):
+        return 500, "server_error"
     return (503, "server_error") if error.retryable else (400, "invalid_request_error")
 
 

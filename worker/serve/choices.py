@@ -100,7 +100,9 @@ class Choices:
         )
 
     async def pieces(self) -> AsyncIterator[Piece]:
-        """The text of all choices as it comes. Raises `Overloaded` where the engine could not finish one."""
+        """The text of all choices as it comes. Raises the error of one that FAILED, and `Overloaded` where the engine could not
+        finish one.
+        """
         nexts = {asyncio.ensure_future(self._piece(index)): index for index in range(len(self._streams))}
         try:
             while nexts:
@@ -114,6 +116,7 @@ class Choices:
         finally:
             for task in nexts:
                 task.cancel()
+            await asyncio.gather(*nexts, return_exceptions=True)  # each is asked how it ended, or asyncio logs that nobody did
 
     async def _piece(self, index: int) -> Piece:
         stream = self._streams[index]

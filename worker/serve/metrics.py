@@ -69,6 +69,7 @@ class _EngineCollector(Collector):
         yield CounterMetricFamily("attnstore_worker_steps", "Steps of the engine.", batching.steps)
         yield CounterMetricFamily("attnstore_worker_tokens_computed", "Tokens run through the model.", batching.tokens_computed)
         yield CounterMetricFamily("attnstore_worker_tokens_generated", "Tokens sampled.", batching.tokens_generated)
+        yield CounterMetricFamily("attnstore_worker_failures", "Sequences that ended with an error.", batching.failures)
         yield CounterMetricFamily("attnstore_worker_preemptions", "Sequences that lost their blocks.", batching.preemptions)
         yield CounterMetricFamily("attnstore_worker_store_read_bytes", "Page bytes read from the store.", remote.bytes_read)
         yield CounterMetricFamily("attnstore_worker_store_written_bytes", "Page bytes kept by the store.", remote.bytes_written)

@@ -1,7 +1,7 @@
 """The endpoint as a process serves it: its sockets, the application on them, and an end in order.
 
 Owns: the listening sockets. Invariants: the address is printed only once connections are taken; nothing is served to other machines
-without a token, unless the operator said so.
+without a token, unless the operator said so; a process whose engine has failed ends, so that whoever runs it starts another.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from starlette.applications import Starlette
 
 from attnstore.address import Address
 from attnstore.config import read_tokens_file
-from attnstore.errors import InvalidArgument
+from attnstore.errors import InvalidArgument, Unavailable
 from attnstore.limits import HTTP_IDLE_MS_MAX
 from attnstore.tokens import is_token
 from worker.engine import AsyncEngine, Engine
@@ -91,7 +91,9 @@ def server_config(app: Starlette) -> uvicorn.Config:
 
 
 def serve(engine: Engine, endpoint: Endpoint) -> None:
-    """Serves until SIGINT or SIGTERM, on the main thread. Raises `InvalidArgument` for an address that cannot be had."""
+    """Serves until SIGINT or SIGTERM, on the main thread. Raises `InvalidArgument` for an address that cannot be had, `Unavailable`
+    where the engine fails.
+    """
     try:
         listeners = endpoint.address.listen()
     except OSError as error:
@@ -106,4 +108,18 @@ def serve(engine: Engine, endpoint: Endpoint) -> None:
         # uvicorn raises the signal once more when it is done: as an exception, so that the engine is closed in order.
         signal.signal(signal.SIGTERM, signal.default_int_handler)
         with suppress(KeyboardInterrupt):
-            uvicorn.Server(config).run(sockets=list(listeners))
+            _Server(config, front).run(sockets=list(listeners))
+        if not front.alive:
+            raise Unavailable("the engine failed: it can compute nothing any more")
+
+
+class _Server(uvicorn.Server):
+    """Ends in order once `front` takes no more prompts."""
+
+    def __init__(self, config: uvicorn.Config, front: AsyncEngine) -> None:
+        super().__init__(config)
+        self._front = front
+
+    async def on_tick(self, counter: int) -> bool:
+        """Called ten times a second. True where it is time to end."""
+        return await super().on_tick(counter) or not self._front.alive
