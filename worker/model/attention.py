@@ -17,6 +17,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from attnstore.attention import AttentionBackend, cpu_pages
 from attnstore.attention.simd import LANES
 from worker.cache.remote_step import RemoteStep
+from worker.errors import ModelUnavailable
 
 ATTENTION_NAME: Final = "attnstore_paged"
 
@@ -118,21 +119,48 @@ def paged_attention_forward(
     attention_mask: Tensor | None,
     *,
     scaling: float,
-    paged: PagedStep,
+    paged: PagedStep | None = None,
     sliding_window: int | None = None,
-    **_: Any,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    **others: Any,
 ) -> tuple[Tensor, None]:
     """One layer. query `[1, q_heads, total_q, head_dim]`, key and value `[1, kv_heads, total_q, head_dim]`, rotated.
 
-    Returns `[1, total_q, q_heads, head_dim]` and no weights. The mask is always None: causality follows from the positions.
+    Returns `[1, total_q, q_heads, head_dim]` and no weights. The mask is always None: causality follows from the positions. Raises
+    `ModelUnavailable` for what a model asks of its attention beyond that: `others` are judged at every call, because a model may
+    pass one from some length on.
     """
-    assert attention_mask is None
+    if paged is None:
+        raise ModelUnavailable(f"{type(module).__name__} is not given the arguments of its model's call")
+    if attention_mask is not None:
+        raise ModelUnavailable(f"{type(module).__name__} attends through a mask of its own")
+    for name, argument in others.items():
+        if not _is_neutral(name, argument):
+            raise ModelUnavailable(f"{type(module).__name__} attends with {name}, which is not implemented")
     assert query.shape[0] == 1
     layer = module.layer_idx
     assert isinstance(layer, int)
     keys_values = stack((key[0], value[0])).permute(2, 0, 1, 3)
-    out = paged.attend(layer, query[0].transpose(0, 1), keys_values, scale=scaling, sliding_window=sliding_window)
+    out = paged.attend(
+        layer,
+        query[0].transpose(0, 1),
+        keys_values,
+        scale=scaling,
+        sliding_window=sliding_window,
+        soft_cap=softcap,
+        sinks=None if s_aux is None else s_aux.detach().float().contiguous(),
+    )
     return out.unsqueeze(0), None
+
+
+def _is_neutral(name: str, argument: object) -> bool:
+    """The argument asks for nothing, or for what is done anyway."""
+    if name == "is_causal":
+        return argument is None or argument is True
+    if name == "position_ids":  # what came in; they are in the rotated queries and keys already
+        return True
+    return argument is None or (isinstance(argument, int | float) and not argument)
 
 
 def _no_mask(*_: Any, **__: Any) -> None:

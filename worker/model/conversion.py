@@ -23,6 +23,7 @@ from safetensors.torch import save_file
 
 from attnstore.environment import variable, variable_name
 from worker.errors import ModelUnavailable
+from worker.model.checkpoint import read_module
 from worker.model.source import FolderSource, GgufSource, find_model, weights_digest
 
 _GGUF_PACKAGES: Final = ("accelerate", "gguf")
@@ -112,14 +113,13 @@ def _convert(source: GgufSource, folder: Path) -> None:
 def _read_gguf(source: GgufSource) -> tuple[Any, Any]:
     for package in _GGUF_PACKAGES:
         importlib.import_module(package)
-    where: dict[str, Any] = {"pretrained_model_name_or_path": str(source.path.parent), "gguf_file": source.path.name}
     # Its progress bar obeys nothing but the stream it is written to.
     bar = nullcontext() if sys.stderr.isatty() else redirect_stderr(io.StringIO())
     try:
         with bar:
-            model = transformers.AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32)
-        tokenizer = transformers.AutoTokenizer.from_pretrained(**where)
-    except ImportError:
+            model = read_module(source.path.parent, gguf_file=source.path.name, dtype=torch.float32)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(str(source.path.parent), gguf_file=source.path.name)
+    except (ImportError, ModelUnavailable):
         raise
     except Exception as error:  # the reader of a damaged file fails in as many ways as there are fields
         raise ModelUnavailable(

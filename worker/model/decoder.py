@@ -35,14 +35,16 @@ class TransformersDecoder:
 
     def __init__(self, module: Any) -> None:
         pack_linears(module)
-        self._body = module.base_model
-        self._head = module.get_output_embeddings()
+        self._module = module
 
     def logits(self, token_ids: Tensor, positions: Tensor, rows: Tensor, step: PagedStep) -> Tensor:
         """See `Decoder.logits`."""
         with torch.inference_mode():
-            output = self._body(input_ids=token_ids[None], position_ids=positions[None], use_cache=False, paged=step)
-            logits: Tensor = self._head(output.last_hidden_state[0, rows])
+            # The whole module, not its body and its head: some scale or cap the logits between and behind them.
+            output = self._module(
+                input_ids=token_ids[None], position_ids=positions[None], use_cache=False, logits_to_keep=rows, paged=step
+            )
+            logits: Tensor = output.logits[0]
             return logits.float()
 
 

@@ -5,10 +5,11 @@ Owns: `LoadedModel` and `load_model`. Invariant: everything that changes a KV by
 
 from __future__ import annotations
 
+import logging
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import transformers
 
@@ -19,9 +20,16 @@ from worker.dtypes import TORCH_DTYPES
 from worker.errors import ModelUnavailable
 from worker.fingerprint import config_fields, fingerprint
 from worker.model.attention import ATTENTION_NAME, register_attention
+from worker.model.checkpoint import read_module
+from worker.model.context import context_tokens_max
 from worker.model.conversion import cache_dir, converted_model
 from worker.model.decoder import Decoder, create_decoder
+from worker.model.self_test import AttentionKind, SelfTest
 from worker.model.source import FolderSource, GgufSource, ModelSource, find_model, weights_digest
+
+_TEST_BLOCK_TOKENS: Final = 16
+
+_logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,7 +37,7 @@ class LoadedModel:
     """A causal language model whose attention is `worker.model.attention`.
 
     `module` is transformers' model in evaluation mode and `decoder` what runs it over pages; `fingerprint` is 32 bytes,
-    `context_tokens_max` its trained length.
+    `attention_kinds` what its layers ask of attention, `context_tokens_max` the longest prompt with its answer.
     """
 
     name: str
@@ -38,35 +46,25 @@ class LoadedModel:
     tokenizer: Any
     dtype: DType
     fingerprint: bytes
+    attention_kinds: frozenset[AttentionKind]
     context_tokens_max: int
     stop_token_ids: frozenset[int]
 
     def layout(self, block_tokens: int) -> PageLayout:
         """The page of `block_tokens` tokens of this model."""
-        config = self.module.config
-        head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        return PageLayout(
-            layers=config.num_hidden_layers,
-            kv_heads=config.num_key_value_heads,
-            head_dim=head_dim,
-            block_tokens=block_tokens,
-            dtype=self.dtype,
-        )
+        return _layout(self.module.config, self.dtype, block_tokens)
 
     def query_shape(self) -> QueryShape:
         """The queries that a store node can answer.
 
-        Raises `InvalidArgument` for a model that does not attend to all keys, or not with plain scores.
+        Raises `InvalidArgument` for a model that does not attend to all keys with plain scores of one scale.
         """
-        config = self.module.config
-        if getattr(config, "sliding_window", None) is not None and getattr(config, "use_sliding_window", True):
-            raise InvalidArgument(f"{self.name} attends to a sliding window; store nodes answer over all keys: use attend='never'")
-        if getattr(config, "attn_logit_softcapping", None) is not None:
-            raise InvalidArgument(f"{self.name} caps its scores; store nodes answer with plain ones: use attend='never'")
-        scales = {float(module.scaling) for module in self.module.modules() if hasattr(module, "scaling")}
-        if len(scales) != 1:
-            raise InvalidArgument(f"{self.name} has several scales of scores; store nodes know one: use attend='never'")
-        return QueryShape(config.num_attention_heads, scales.pop())
+        extras = sorted({extra for kind in self.attention_kinds for extra in kind.extras()})
+        if extras or len(self.attention_kinds) > 1:
+            wanted = ", ".join(extras) or "a scale for each layer"
+            raise InvalidArgument(f"{self.name} attends with {wanted}; store nodes answer without: use attend='never'")
+        [kind] = self.attention_kinds
+        return QueryShape(self.module.config.num_attention_heads, float(kind.scale))
 
 
 def load_model(path: Path | None = None, dtype: DType = DType.FP32, cache: Path | None = None) -> LoadedModel:
@@ -83,34 +81,40 @@ def load_model(path: Path | None = None, dtype: DType = DType.FP32, cache: Path 
     digest = weights_digest(source)
     folder = converted_model(source, digest, cache or cache_dir()) if isinstance(source, GgufSource) else source
     module, tokenizer = _read_folder(folder, dtype)
-    _check_supported(source, module)
+    layout = _supported_layout(source, module, dtype)
+    context_tokens = context_tokens_max(module.config)
+    if context_tokens < module.config.max_position_embeddings:
+        _logger.warning("%s: prompts are limited to %d tokens, where its long RoPE factors begin", source.path, context_tokens)
+    test = SelfTest(module, layout, context_tokens, f"{source.path}: {type(module).__name__}")
+    decoder = create_decoder(module)
+    attention_kinds = test.run(decoder)
     return LoadedModel(
         name=source.name,
         module=module,
-        decoder=create_decoder(module),
+        decoder=decoder,
         tokenizer=tokenizer,
         dtype=dtype,
         fingerprint=_fingerprint(digest, module.config, dtype),
-        context_tokens_max=module.config.max_position_embeddings,
+        attention_kinds=attention_kinds,
+        context_tokens_max=context_tokens,
         stop_token_ids=_stop_token_ids(module, tokenizer),
     )
 
 
 def _read_folder(folder: FolderSource, dtype: DType) -> tuple[Any, Any]:
     try:
-        module = transformers.AutoModelForCausalLM.from_pretrained(
-            str(folder.path), dtype=TORCH_DTYPES[dtype], attn_implementation=ATTENTION_NAME, local_files_only=True
-        )
-        tokenizer = transformers.AutoTokenizer.from_pretrained(str(folder.path), local_files_only=True)
-    except ImportError:
+        module = read_module(folder.path, dtype=TORCH_DTYPES[dtype], attn_implementation=ATTENTION_NAME)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(str(folder.path), local_files_only=True, trust_remote_code=False)
+    except (ImportError, ModelUnavailable):
         raise
     except Exception as error:  # damaged files surface as whatever their parser trips over
-        raise ModelUnavailable(f"the model in {folder.path} cannot be loaded ({type(error).__name__}: {error})") from error
+        told = " ".join(str(error).split())
+        raise ModelUnavailable(f"the model in {folder.path} cannot be loaded ({type(error).__name__}: {told})") from error
     return module.eval().requires_grad_(False), tokenizer
 
 
-def _check_supported(source: ModelSource, module: Any) -> None:
-    """A Llama-type model: every layer keeps plain keys and values of one shape, and attention goes through the interface."""
+def _supported_layout(source: ModelSource, module: Any, dtype: DType) -> PageLayout:
+    """The pages of the self-test, for a Llama-type model: all layers keep keys and values of one shape, and let us attend."""
     config = module.config
     needed = ("num_hidden_layers", "num_attention_heads", "num_key_value_heads", "hidden_size", "max_position_embeddings")
     missing = [name for name in needed if not isinstance(getattr(config, name, None), int)]
@@ -118,6 +122,21 @@ def _check_supported(source: ModelSource, module: Any) -> None:
         raise ModelUnavailable(f"{source.path} is not a Llama-type model: its config has no {', '.join(missing)}")
     if not getattr(module, "_supports_attention_backend", False):
         raise ModelUnavailable(f"{source.path}: {type(module).__name__} does not let its attention be replaced")
+    try:
+        return _layout(config, dtype, _TEST_BLOCK_TOKENS)
+    except Exception as error:  # configs that differ by layer raise what their class likes
+        raise ModelUnavailable(f"{source.path}: {type(module).__name__} has no one page layout ({error})") from error
+
+
+def _layout(config: Any, dtype: DType, block_tokens: int) -> PageLayout:
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return PageLayout(
+        layers=config.num_hidden_layers,
+        kv_heads=config.num_key_value_heads,
+        head_dim=head_dim,
+        block_tokens=block_tokens,
+        dtype=dtype,
+    )
 
 
 def _fingerprint(digest: bytes, config: Any, dtype: DType) -> bytes:
