@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 
 from attnstore.core.layout import DType
+from worker.cli import main
 from worker.errors import ModelUnavailable
 from worker.model import LoadedModel, export_model, find_model, load_model
 from worker.model.conversion import cache_dir, converted_model
@@ -73,6 +76,52 @@ def test_a_folder_with_damaged_weights_is_a_clear_error(tiny_folder: Path, tmp_p
     weights.unlink()
     with pytest.raises(ModelUnavailable, match="no weights"):
         load_model(folder)
+
+
+EXTRA = "model.layers.0.self_attn.sinks"
+
+
+@pytest.mark.parametrize(
+    ("fields", "extra", "told"),
+    [
+        ({"num_hidden_layers": 3}, False, r"model.layers.2.\S+, model.layers.2.\S+, model.layers.2.\S+ and 6 more are missing"),
+        ({"num_hidden_layers": 1}, False, r"model.layers.1.\S+, model.layers.1.\S+, model.layers.1.\S+ and 6 more are unexpected"),
+        ({}, True, f"{EXTRA} is unexpected"),
+        ({"intermediate_size": 192}, False, r"model.layers.0.mlp.\S+, .* and 3 more are of another shape"),
+        ({"attention_bias": True}, False, r"model.layers.0.self_attn.k_proj.bias, .* are missing"),
+    ],
+)
+def test_weights_that_do_not_fit_the_config_are_one_line_and_status_2(
+    tiny_folder: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], fields: dict[str, object], extra: bool, told: str
+) -> None:
+    folder = tmp_path / "misfit"
+    shutil.copytree(tiny_folder, folder)
+    config = transformers.AutoConfig.from_pretrained(str(folder))
+    config.update(fields)
+    config.save_pretrained(str(folder))
+    if extra:
+        weights = load_file(folder / "model.safetensors")
+        save_file({**weights, EXTRA: torch.zeros(4)}, folder / "model.safetensors", {"format": "pt"})
+    prompt = tmp_path / "prompt.txt"
+    prompt.write_text("one prompt")
+    capfd.readouterr()
+    assert main(["generate", "--prompt-file", str(prompt), "--model", str(folder)]) == 2
+    written = capfd.readouterr().err.strip()
+    assert re.fullmatch(rf"attnstore-worker: the weights in \S+/misfit do not fit its config: {told}", written), written
+
+
+def test_tied_weights_and_buffers_of_old_checkpoints_are_no_errors(tiny_folder: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "old"
+    shutil.copytree(tiny_folder, folder)
+    config = transformers.AutoConfig.from_pretrained(str(folder))
+    config.update({"tie_word_embeddings": True})
+    config.save_pretrained(str(folder))
+    weights = load_file(folder / "model.safetensors")
+    weights.pop("lm_head.weight", None)
+    old = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(16)}
+    save_file({**weights, **old}, folder / "model.safetensors", {"format": "pt"})
+    module = load_model(folder).module
+    assert module.lm_head.weight.data_ptr() == module.model.embed_tokens.weight.data_ptr()
 
 
 def test_the_model_is_exported_as_a_folder_that_loads_to_the_same_weights(model: LoadedModel, tmp_path: Path) -> None:

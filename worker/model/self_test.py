@@ -75,7 +75,7 @@ class AttentionKind(NamedTuple):
     scale: float
     sliding_window: int | None
     soft_cap: float | None
-    has_sinks: bool
+    sinks: bool
 
     def extras(self) -> list[str]:
         """The names of what is asked for beside a scale."""
