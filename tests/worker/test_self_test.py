@@ -95,6 +95,9 @@ def own_logits(model: LoadedModel, token_ids: list[int], tokens: int) -> Tensor:
         ("NanoChat", {"final_logit_softcapping": 5.0}),
         ("HyperCLOVAX", {"logits_scaling": 0.3}),
         ("Mistral", {"sliding_window": 24}),
+        ("Gemma2", {"sliding_window": 24, "attn_logit_softcapping": 3.0, "final_logit_softcapping": 6.0}),
+        ("GptOss", {"sliding_window": 24, "num_local_experts": 4, "num_experts_per_tok": 2}),
+        ("GraniteSWA", {"sliding_window": 24}),
         ("Gemma3", {"sliding_window": 24, "final_logit_softcapping": 6.0, "layer_types": ["sliding_attention", "full_attention"]}),
     ],
 )
