@@ -178,6 +178,8 @@ assert CHANNEL_CONNECTIONS_MAX <= GRPC_CONNECTIONS_MIN, "whoever has a page chan
 
 HTTP_BODY_BYTES_MAX = 4 * MIB
 """A request of a worker's HTTP endpoint."""
+HTTP_BODY_BRACKETS_MAX = 131_072
+"""Lists and objects in it, those in its texts included: what is wrong with a million of them takes seconds to find out."""
 CACHE_SALT_CHARACTERS_MAX = 256
 """A request's `cache_salt`, which is hashed with each of its blocks; 43 characters hold 256 random bits."""
 HTTP_IDLE_MS_MAX = 5_000
@@ -189,6 +191,7 @@ HTTP_BODY_MS_MAX = 30_000
 HTTP_STALL_MS_MAX = 30_000
 """A client that takes nothing of its answer for so long loses its connection."""
 
+assert HTTP_BODY_BRACKETS_MAX < HTTP_BODY_BYTES_MAX
 assert HTTP_IDLE_MS_MAX <= HTTP_HEAD_MS_MAX <= HTTP_BODY_MS_MAX
 assert HASHES_MAX * 4 <= HTTP_BODY_BYTES_MAX, "a prompt as long as one look-up fits, at four characters a token id"
 

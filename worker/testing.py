@@ -1,7 +1,7 @@
-"""A store in memory that fails on purpose, and a planner that says what it was told: what the worker's tests put behind its seams.
+"""What the worker's tests put behind its seams: a store that fails on purpose, a planner that says what it was told, a tiny model.
 
-Owns: `MemoryStore` and `FixedPlanner`. Invariant of the store: what it reports is what a real client would report; a page whose
-status is not OK leaves garbage in its buffer, as a broken transfer does.
+Owns: `MemoryStore`, `FixedPlanner` and `write_tiny_model`. Invariant of the store: what it reports is what a real client would
+report; a page whose status is not OK leaves garbage in its buffer, as a broken transfer does.
 """
 
 from __future__ import annotations
@@ -9,12 +9,18 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Collection, Iterable, Sequence
 from itertools import takewhile
+from pathlib import Path
+
+import torch
+import transformers
 
 from attnstore.core.layout import PageLayout
 from attnstore.errors import NamespaceUnknown
 from attnstore.types import Lease, MatchResult, PageStatus, ReadResult, WriteResult
 from worker.cache import OnLayer
 from worker.cache.load_plan import Found, LoadPlan, LoadProgress, Prompt, SearchPlan
+from worker.model.conversion import cache_dir, converted_model
+from worker.model.source import GgufSource, find_model, weights_digest
 
 _GARBAGE = 0xA5
 
@@ -175,3 +181,25 @@ class FixedPlanner:
         """Never."""
         del prompt
         return False
+
+
+def write_tiny_model(folder: Path, *, context_tokens_max: int = 512) -> None:
+    """A Hugging Face folder with a random two-layer model of the default model's kind, and with its tokenizer."""
+    source = find_model()
+    assert isinstance(source, GgufSource)
+    real = converted_model(source, weights_digest(source), cache_dir()).path
+    transformers.AutoTokenizer.from_pretrained(str(real)).save_pretrained(str(folder))
+    torch.manual_seed(7)
+    config = transformers.LlamaConfig(
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=32,
+        vocab_size=49152,
+        max_position_embeddings=context_tokens_max,
+        initializer_range=0.2,
+        eos_token_id=2,
+    )
+    transformers.LlamaForCausalLM(config).save_pretrained(str(folder))

@@ -7,13 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
-import transformers
 
 from attnstore.core.layout import DType
 from worker.model import LoadedModel, load_model
-from worker.model.conversion import cache_dir, converted_model
-from worker.model.source import GgufSource, find_model, weights_digest
-from worker.testing import MemoryStore
+from worker.testing import MemoryStore, write_tiny_model
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -35,24 +32,7 @@ def model() -> LoadedModel:
 def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A Hugging Face folder with a random two-layer model of the same kind, a context of 512 and the real tokenizer."""
     folder = tmp_path_factory.mktemp("tiny-model")
-    source = find_model()
-    assert isinstance(source, GgufSource)
-    real = converted_model(source, weights_digest(source), cache_dir()).path
-    transformers.AutoTokenizer.from_pretrained(str(real)).save_pretrained(str(folder))
-    torch.manual_seed(7)
-    config = transformers.LlamaConfig(
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=32,
-        vocab_size=49152,
-        max_position_embeddings=512,
-        initializer_range=0.2,
-        eos_token_id=2,
-    )
-    transformers.LlamaForCausalLM(config).save_pretrained(str(folder))
+    write_tiny_model(folder)
     return folder
 
 

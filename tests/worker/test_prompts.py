@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import httpx2
 import pytest
 import transformers
 from tokenizers.processors import TemplateProcessing
@@ -14,8 +15,10 @@ from tokenizers.processors import TemplateProcessing
 from attnstore.core.layout import DType
 from attnstore.errors import InvalidArgument
 from worker.cli import _prompt_ids
+from worker.engine import AsyncEngine, Engine, EngineOptions
 from worker.model import LoadedModel, load_model
 from worker.model.prompts import chat_tokens, text_tokens
+from worker.serve import create_app
 
 TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}"
@@ -70,6 +73,19 @@ def test_the_command_wraps_a_message_in_the_template_alone(bos_model: LoadedMode
     assert _prompt_ids(bos_model, "Hello", chat) == reference(bos_model, HELLO)
     text = argparse.Namespace(chat=False, prompt_tokens=None)
     assert _prompt_ids(bos_model, "Hello", text) == bos_model.tokenizer("Hello").input_ids
+
+
+async def test_the_endpoint_wraps_a_conversation_in_the_template_alone(bos_model: LoadedModel) -> None:
+    pool = EngineOptions(pool_bytes=8 * bos_model.layout(16).page_bytes, chunk_tokens=64)
+    with Engine(bos_model, pool) as engine, AsyncEngine(engine) as front:
+        transport = httpx2.ASGITransport(app=create_app(front, bos_model))
+        async with httpx2.AsyncClient(transport=transport, base_url="http://worker") as http:
+            for path, field, expected in (
+                ("/v1/chat/completions", {"messages": HELLO}, reference(bos_model, HELLO)),
+                ("/v1/completions", {"prompt": "Hello"}, bos_model.tokenizer("Hello").input_ids),
+            ):
+                answer = await http.post(path, json={"model": bos_model.name, "max_tokens": 1, **field})
+                assert answer.json()["usage"]["prompt_tokens"] == len(expected)
 
 
 def test_what_a_template_raises_is_told_in_one_line(bos_model: LoadedModel) -> None:

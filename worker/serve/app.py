@@ -184,8 +184,8 @@ class _Api:
             self._engine,
             [token_ids for token_ids in prompts for _ in range(per_prompt)],
             [sampling for _ in prompts for sampling in samplings],
-            priority=asked.priority,
-            cache_salt=asked.cache_salt,
+            priority=asked.priority or 0,
+            cache_salt=asked.cache_salt or "",
         )
         route = _route(request)
         if asked.stream:

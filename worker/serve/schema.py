@@ -7,13 +7,13 @@ change the answer is served or refused by its name. Null says that a field is no
 from __future__ import annotations
 
 import json
-from typing import Annotated, Any, ClassVar, Final, Literal, TypeVar
+from typing import Annotated, Any, ClassVar, Final, Literal, Self, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
-from pydantic_core import from_json
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic_core import PydanticCustomError, from_json
 
 from attnstore.errors import InvalidArgument
-from attnstore.limits import CACHE_SALT_CHARACTERS_MAX
+from attnstore.limits import CACHE_SALT_CHARACTERS_MAX, HTTP_BODY_BRACKETS_MAX
 from worker.engine.sampler import SEED_MAX, STOPS_MAX
 from worker.serve.fields import CHAT_UNSERVED, COMPLETION_UNSERVED, WITHOUT_EFFECT, Neutral, asks_for_nothing
 
@@ -25,16 +25,28 @@ _Request = TypeVar("_Request", bound="GenerationRequest")
 
 _TokenIds = Annotated[list[int], Field(min_length=1, fail_fast=True)]
 _Stop = Annotated[str, Field(min_length=1, max_length=256)]
+_CONFIG: Final = ConfigDict(strict=True, extra="allow", allow_inf_nan=False)
+"""Other fields are kept, to be refused. `extra="forbid"` has an error for each of them, and a body has room for 300,000."""
 
 
-class StreamOptions(BaseModel):
+class _Part(BaseModel):
+    """A part of a request, with no fields but its own. No list in it may fail more than once, for the same reason."""
+
+    model_config = _CONFIG
+
+    @model_validator(mode="after")
+    def _closed(self) -> Self:
+        for name in self.model_extra or ():
+            raise PydanticCustomError("unknown_field", "{name} is no field of it", {"name": repr(brief(name))})
+        return self
+
+
+class StreamOptions(_Part):
     """`include_usage`: a last chunk without choices counts the tokens."""
 
-    model_config = ConfigDict(strict=True, extra="forbid")
-
-    include_usage: bool = False
-    include_obfuscation: Literal[False] = False
-    continuous_usage_stats: Literal[False] = False
+    include_usage: bool | None = None
+    include_obfuscation: Literal[False] | None = None
+    continuous_usage_stats: Literal[False] | None = None
 
 
 class GenerationRequest(BaseModel):
@@ -42,7 +54,7 @@ class GenerationRequest(BaseModel):
     does. Requests with different salts share no page, those with equal ones do.
     """
 
-    model_config = ConfigDict(strict=True)
+    model_config = _CONFIG
     unserved: ClassVar[Neutral]
 
     model: str
@@ -52,12 +64,12 @@ class GenerationRequest(BaseModel):
     top_k: int | None = Field(None, ge=1)
     n: int | None = Field(None, ge=1, le=CHOICES_MAX)
     seed: int | None = Field(None, ge=0, le=SEED_MAX)
-    stop: _Stop | Annotated[list[_Stop], Field(max_length=STOPS_MAX)] | None = None
-    stream: bool = False
+    stop: _Stop | Annotated[list[_Stop], Field(max_length=STOPS_MAX, fail_fast=True)] | None = None
+    stream: bool | None = None
     stream_options: StreamOptions | None = None
-    ignore_eos: bool = False
-    priority: int = Field(0, ge=-_PRIORITY_MAX, le=_PRIORITY_MAX)
-    cache_salt: str = Field("", min_length=1, max_length=CACHE_SALT_CHARACTERS_MAX)
+    ignore_eos: bool | None = None
+    priority: int | None = Field(None, ge=-_PRIORITY_MAX, le=_PRIORITY_MAX)
+    cache_salt: str | None = Field(None, min_length=1, max_length=CACHE_SALT_CHARACTERS_MAX)
 
     @property
     def stops(self) -> tuple[str, ...]:
@@ -69,7 +81,7 @@ class GenerationRequest(BaseModel):
     @property
     def include_usage(self) -> bool:
         """A stream ends with its token counts."""
-        return self.stream_options is not None and self.stream_options.include_usage
+        return self.stream_options is not None and self.stream_options.include_usage is True
 
 
 class CompletionRequest(GenerationRequest):
@@ -94,19 +106,15 @@ class CompletionRequest(GenerationRequest):
         return [*texts, *token_lists] or [[part for part in self.prompt if isinstance(part, int)]]
 
 
-class TextPart(BaseModel):
+class TextPart(_Part):
     """A piece of a message."""
-
-    model_config = ConfigDict(strict=True, extra="forbid")
 
     type: Literal["text"]
     text: str
 
 
-class FunctionCall(BaseModel):
+class FunctionCall(_Part):
     """A call that the assistant made. OpenAI's API has its arguments as JSON text, chat templates read them as an object."""
-
-    model_config = ConfigDict(strict=True, extra="forbid")
 
     name: str
     arguments: dict[str, Any]
@@ -117,29 +125,25 @@ class FunctionCall(BaseModel):
         return from_json(arguments, allow_inf_nan=False) if isinstance(arguments, str) else arguments
 
 
-class ToolCall(BaseModel):
+class ToolCall(_Part):
     """A call of a tool. `index` is its place in a stream, which clients send back with it."""
 
-    model_config = ConfigDict(strict=True, extra="forbid")
-
     id: str | None = None
-    type: Literal["function"] = "function"
+    type: Literal["function"] | None = None
     function: FunctionCall
     index: int | None = Field(None, exclude=True)
 
 
-class Message(BaseModel):
+class Message(_Part):
     """One message of a conversation. Which roles and fields go together is for the model's chat template to say.
 
     `audio` and `annotations` are what an answer has that a client sends back.
     """
 
-    model_config = ConfigDict(strict=True, extra="forbid")
-
     role: Literal["system", "developer", "user", "assistant", "tool", "function"]
-    content: str | list[TextPart] | None = None
+    content: str | Annotated[list[TextPart], Field(fail_fast=True)] | None = None
     name: str | None = None
-    tool_calls: list[ToolCall] | None = None
+    tool_calls: Annotated[list[ToolCall], Field(fail_fast=True)] | None = None
     tool_call_id: str | None = None
     function_call: FunctionCall | None = None
     refusal: str | None = None
@@ -182,18 +186,17 @@ class InvalidRequest(InvalidArgument):
 
 def parse_request(kind: type[_Request], body: bytes) -> _Request:
     """The request in a JSON body. Raises `InvalidRequest` with the first thing that is wrong with it."""
+    if body.count(b"[") + body.count(b"{") > HTTP_BODY_BRACKETS_MAX:
+        raise InvalidRequest(f"the body has more than {HTTP_BODY_BRACKETS_MAX} lists and objects", None)
     try:
-        given = from_json(body, allow_inf_nan=False)
-    except ValueError as error:
-        raise InvalidRequest(f"the body is no JSON: {error}", None) from None
-    if not isinstance(given, dict):
-        raise InvalidRequest("the body is no JSON object", None)
-    try:
-        return kind.model_validate(_served(kind, given))
+        request = kind.model_validate_json(body)
     except ValidationError as error:
         first = error.errors(include_url=False, include_context=False)[0]
-        param = brief(".".join(map(str, first["loc"])))
-        raise InvalidRequest(f"{param}: {first['msg']}", param) from None
+        param = brief(".".join(map(str, first["loc"]))) or None
+        raise InvalidRequest(f"{param or 'the body'}: {first['msg']}", param) from None
+    for name, value in (request.model_extra or {}).items():
+        _check_unserved(kind.unserved, name, value)
+    return request
 
 
 def brief(text: str) -> str:
@@ -201,17 +204,12 @@ def brief(text: str) -> str:
     return " ".join(text[:_SHOWN_CHARACTERS_MAX].split())
 
 
-def _served(kind: type[GenerationRequest], given: dict[str, Any]) -> dict[str, Any]:
-    """The fields that are served. Raises `InvalidRequest` for one that would have to be ignored."""
-    served = {}
-    for name, value in given.items():
-        if value is None or name in WITHOUT_EFFECT:
-            continue
-        if name in kind.model_fields:
-            served[name] = value
-        elif name not in kind.unserved:
-            raise InvalidRequest(f"{brief(name)!r} is no field of this request", brief(name))
-        elif not asks_for_nothing(value, neutral := kind.unserved[name]):
-            spared = "".join(f" or send {json.dumps(each)}" for each in neutral)
-            raise InvalidRequest(f"{name} is not supported: leave it out{spared}", name)
-    return served
+def _check_unserved(unserved: Neutral, name: str, value: object) -> None:
+    """Refuses a field that would have to be ignored."""
+    if value is None or name in WITHOUT_EFFECT:
+        return
+    if name not in unserved:
+        raise InvalidRequest(f"{brief(name)!r} is no field of this request", brief(name))
+    if not asks_for_nothing(value, neutral := unserved[name]):
+        spared = "".join(f" or send {json.dumps(each)}" for each in neutral)
+        raise InvalidRequest(f"{name} is not supported: leave it out{spared}", name)

@@ -1,0 +1,28 @@
+"""Ten thousand wrong requests, unless told otherwise; the exit status is 1 where one was not answered as it should be."""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+from pathlib import Path
+
+from attnstore.command_line import whole
+from experiments.request_fuzz.run import fuzz, report
+from worker.testing import write_tiny_model
+
+
+def main() -> int:
+    """The command."""
+    parser = argparse.ArgumentParser("python -m experiments.request_fuzz", description="Wrong requests to a worker's endpoint.")
+    parser.add_argument("--requests", type=whole(1), default=10_000, metavar="N", help="how many (default 10000)")
+    parser.add_argument("--seed", type=whole(0), default=0, metavar="N", help="of the requests (default 0)")
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        write_tiny_model(Path(folder), context_tokens_max=128)
+        outcome = fuzz(Path(folder), seed=arguments.seed, count=arguments.requests)
+    print("\n".join(report(outcome)))
+    return 1 if outcome.faults else 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
