@@ -18,12 +18,15 @@ _WARM_UP = list(range(1000, 1200))
 
 @dataclass(frozen=True, slots=True)
 class Start:
-    """`model`: a Hugging Face folder, `dtype` as vLLM calls it. `connector`: vLLM's `kv_transfer_config`; None for vLLM alone."""
+    """`model`: a Hugging Face folder, `dtype` as vLLM calls it. `connector`: vLLM's `kv_transfer_config`; None for vLLM alone.
+    `blocks`: how many vLLM's cache has; None for as many as fit.
+    """
 
     model: str
     dtype: str
     tokens_max: int
     connector: dict[str, Any] | None = None
+    blocks: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +86,8 @@ class Session:
         from vllm import LLM  # only the Python that runs this module has it
 
         options: dict[str, Any] = {} if start.connector is None else {"kv_transfer_config": start.connector}
+        if start.blocks is not None:
+            options["num_gpu_blocks_override"] = start.blocks
         self._llm = LLM(model=start.model, dtype=start.dtype, max_model_len=start.tokens_max, disable_log_stats=True, **options)
         self._requests = 0
 

@@ -53,12 +53,12 @@ def prompts(model: Path) -> list[list[int]]:
 
 
 @contextmanager
-def vllm(model: Path, settings: dict[str, Any] | None) -> Iterator[Engine]:
+def vllm(model: Path, settings: dict[str, Any] | None, blocks: int | None = None) -> Iterator[Engine]:
     assert PYTHON is not None
     connector = None if settings is None else attnstore_connector(**settings)
     with tempfile.TemporaryFile("w+") as log:
         try:
-            with Engine(Path(PYTHON), Start(str(model), "float32", 4_096, connector), THREADS, log) as engine:
+            with Engine(Path(PYTHON), Start(str(model), "float32", 4_096, connector, blocks), THREADS, log) as engine:
                 yield engine
         finally:
             log.seek(0)
@@ -89,6 +89,17 @@ def test_a_second_process_gets_the_pages_and_the_tokens_are_those_of_vllm_alone(
     assert [one.tokens[0] for one in answers] == alone.tokens[:2] == together.tokens
     assert read >= 2 * BLOCKS * PAGE_BYTES, "every page of both prompts came from the store"
     print({"ttft_ms": {"alone": alone.ttft_ms[:2], "second": [one.ttft_ms[0] for one in answers]}})
+
+
+def test_every_hit_is_loaded_where_vllms_pool_is_full(model: Path, prompts: list[list[int]], alone: Answers) -> None:
+    asked, tokens = prompts[:4], alone.tokens[:4]
+    with StoreProcess("--capacity", "1GiB") as node, attnstore.connect(node.url) as client:
+        with vllm(model, {"store": node.url}) as first:
+            assert [first.ask(Batch([prompt], NEW_TOKENS)).tokens[0] for prompt in asked] == tokens
+        read_before = client.stats().read_bytes
+        with vllm(model, {"store": node.url}, blocks=34) as second:  # room for two prompts and their answers
+            assert second.ask(Batch(asked, NEW_TOKENS)).tokens == tokens
+        assert client.stats().read_bytes - read_before >= len(asked) * BLOCKS * PAGE_BYTES
 
 
 def test_salts_separate_tenants(model: Path, prompts: list[list[int]], alone: Answers) -> None:
