@@ -7,6 +7,7 @@ Owns: nothing but the translation. vLLM makes one of these for its scheduler and
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorBase_V1,
+    KVConnectorHandshakeMetadata,
     KVConnectorMetadata,
     KVConnectorRole,
     KVConnectorWorkerMetadata,
@@ -21,7 +23,9 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 
 import attnstore
 from attnstore.clock import Deadline, MonotonicClock
+from attnstore.core.hashing import Namespace
 from attnstore.core.layout import PageLayout
+from attnstore.errors import InvalidArgument
 from attnstore.logs import get_logger
 from worker.vllm.identity import kv_settings, page_layout, vllm_namespace
 from worker.vllm.kv_pages import KvPages
@@ -59,6 +63,13 @@ class WorkerMetadata(KVConnectorWorkerMetadata):
         return WorkerMetadata(self.costs.merged(other.costs))
 
 
+@dataclass(frozen=True)
+class WorkerStart(KVConnectorHandshakeMetadata):
+    """Worker to scheduler, once: how its attention backends lay out a block. Only a worker knows them."""
+
+    order: str
+
+
 class AttnStoreConnector(KVConnectorBase_V1):
     """See the package. Raises `InvalidArgument` for a configuration that it cannot serve."""
 
@@ -72,8 +83,6 @@ class AttnStoreConnector(KVConnectorBase_V1):
         # The scheduler matches the pages of rank 0. Another rank that lacks one reports its block, and the block is computed again.
         rank = 0 if role is KVConnectorRole.SCHEDULER else _tensor_parallel_rank()
         self._layout = _layout(vllm_config, kv_cache_config, rank)
-        settings = kv_settings(vllm_config, kv_cache_config, model_id=self._settings.model_id)
-        self._space = vllm_namespace(self._layout, settings, tenant_salt=self._settings.tenant_salt)
         self._store = attnstore.connect(
             self._settings.store,
             deadline_ms=self._settings.load_ms_max,
@@ -82,19 +91,37 @@ class AttnStoreConnector(KVConnectorBase_V1):
             tls_ca=self._settings.tls_ca,
             http_proxy=self._settings.http_proxy,
         )
-        self._registered = RegisteredStore(self._store, self._space, self._layout)
+        self._order = ""
+        self._scheduling: SchedulerSide | None = None
         self._transfers: Transfers | None = None
         self._steps: deque[tuple[int, float]] = deque(maxlen=64)
         self._step_began_ms = 0.0
         self._probe: Future[Costs] | None = None
         if role is KVConnectorRole.SCHEDULER:
-            self._scheduling = SchedulerSide(
-                self._match, self._space, self._layout, self._clock, lookup_ms_max=self._settings.lookup_ms_max
-            )
             self._prober = ThreadPoolExecutor(1, "attnstore-probe")
-            self._measure_link()
+
+    def _namespace(self, order: str) -> Namespace:
+        settings = kv_settings(self._vllm_config, self._kv_cache_config, model_id=self._settings.model_id)
+        return vllm_namespace(self._layout, {**settings, "order": order}, tenant_salt=self._settings.tenant_salt)
 
     # Scheduler
+
+    def set_xfer_handshake_metadata(self, metadata: Mapping[int, KVConnectorHandshakeMetadata]) -> None:
+        """What the workers said once their caches were there, by rank: now pages have names. Called before the first request."""
+        orders = {told.order for told in metadata.values() if isinstance(told, WorkerStart)}
+        if len(orders) != 1:  # MultiConnector passes on what its first connector says
+            raise InvalidArgument(f"the workers tell {len(orders)} ways in which blocks lie; in a MultiConnector this one is first")
+        self._space = self._namespace(orders.pop())
+        self._registered = RegisteredStore(self._store, self._space, self._layout)
+        self._scheduling = SchedulerSide(
+            self._match, self._space, self._layout, self._clock, lookup_ms_max=self._settings.lookup_ms_max
+        )
+        self._measure_link()
+
+    @property
+    def _side(self) -> SchedulerSide:
+        assert self._scheduling is not None, "vLLM tells what the workers said before the first request"
+        return self._scheduling
 
     def _match(self, hashes: Any) -> int:
         deadline = Deadline(self._clock, self._settings.load_ms_max)
@@ -109,14 +136,14 @@ class AttnStoreConnector(KVConnectorBase_V1):
         self._take_probe()
         if not is_served(request):  # it is unknown to the scheduling from here on, so that nothing of it is saved
             return 0, False
-        hit = self._scheduling.hit_tokens(request.request_id, request.block_hashes, request.num_tokens, num_computed_tokens)
-        if self._probe is None and self._scheduling.wants_probe:
+        hit = self._side.hit_tokens(request.request_id, request.block_hashes, request.num_tokens, num_computed_tokens)
+        if self._probe is None and self._side.wants_probe:
             self._measure_link()
         return hit, bool(hit)
 
     def update_state_after_alloc(self, request: Any, blocks: Any, num_external_tokens: int) -> None:
         """See the base class."""
-        self._scheduling.allocated(request.request_id, blocks.get_block_ids()[0], num_external_tokens)
+        self._side.allocated(request.request_id, blocks.get_block_ids()[0], num_external_tokens)
 
     def build_connector_meta(self, scheduler_output: Any) -> StepMetadata:
         """See the base class."""
@@ -124,31 +151,31 @@ class AttnStoreConnector(KVConnectorBase_V1):
         scheduled = scheduler_output.num_scheduled_tokens
         for new in scheduler_output.scheduled_new_reqs:
             after = new.num_computed_tokens + scheduled[new.req_id]
-            saves += self._scheduling.scheduled(new.req_id, new.block_ids[0], tokens_after=after, restarted=True)
+            saves += self._side.scheduled(new.req_id, new.block_ids[0], tokens_after=after, restarted=True)
         cached = scheduler_output.scheduled_cached_reqs
         for index, request_id in enumerate(cached.req_ids):
             blocks = cached.new_block_ids[index]
-            saves += self._scheduling.scheduled(
+            saves += self._side.scheduled(
                 request_id,
                 blocks[0] if blocks is not None else [],
                 tokens_after=cached.num_computed_tokens[index] + scheduled[request_id],
                 restarted=request_id in cached.resumed_req_ids,
             )
         for request_id in scheduler_output.preempted_req_ids or ():
-            self._scheduling.preempted(request_id)
-        return StepMetadata(self._scheduling.step(saves, scheduler_output.total_num_scheduled_tokens))
+            self._side.preempted(request_id)
+        return StepMetadata(self._side.step(saves, scheduler_output.total_num_scheduled_tokens))
 
     def update_connector_output(self, connector_output: Any) -> None:
         """See the base class."""
         if connector_output.invalid_block_ids:
-            self._scheduling.failed(connector_output.invalid_block_ids)
+            self._side.failed(connector_output.invalid_block_ids)
         told = connector_output.kv_connector_worker_meta
         if isinstance(told, WorkerMetadata):
-            self._scheduling.learn(told.costs)
+            self._side.learn(told.costs)
 
     def request_finished(self, request: Any, block_ids: list[int]) -> tuple[bool, dict[str, Any] | None]:  # noqa: ARG002
         """Nothing is held back: what was saved has been copied."""
-        self._scheduling.finished(request.request_id)
+        self._side.finished(request.request_id)
         return False, None
 
     def reset_cache(self) -> bool:
@@ -168,7 +195,7 @@ class AttnStoreConnector(KVConnectorBase_V1):
         probe, self._probe = self._probe, None
         error = probe.exception()
         if error is None:
-            self._scheduling.learn(probe.result())
+            self._side.learn(probe.result())
         else:
             _log.warning("the link to the store was not measured; it will be when the store answers", reason=str(error))
 
@@ -177,15 +204,20 @@ class AttnStoreConnector(KVConnectorBase_V1):
     def register_kv_caches(self, kv_caches: dict[str, Tensor]) -> None:
         """See the base class."""
         pages = KvPages([kv_caches[name] for name in self._layer_names], self._layer_block_bytes)
+        self._order = _memory_order(self._vllm_config, self._layer_names)
         self._transfers = Transfers(
             self._store,
-            self._space,
+            self._namespace(self._order),
             self._layout,
             pages,
             self._clock,
             deadline_ms=self._settings.load_ms_max,
             save_bytes_max=self._settings.save_bytes_max,
         )
+
+    def get_handshake_metadata(self) -> WorkerStart:
+        """What the scheduler needs of this worker."""
+        return WorkerStart(self._order)
 
     def bind_connector_metadata(self, connector_metadata: KVConnectorMetadata) -> None:
         """Called before each step: its clock starts."""
@@ -234,7 +266,8 @@ class AttnStoreConnector(KVConnectorBase_V1):
             closing.callback(self._store.close)
             if self.role is KVConnectorRole.SCHEDULER:
                 closing.callback(self._prober.shutdown, wait=False, cancel_futures=True)
-                closing.callback(self._scheduling.close)
+                if self._scheduling is not None:
+                    closing.callback(self._scheduling.close)
             if self._transfers is not None:
                 closing.callback(self._transfers.flush)
 
@@ -248,6 +281,22 @@ def _tensor_parallel_rank() -> int:
     from vllm.distributed import get_tensor_model_parallel_rank  # only a worker process has joined a group
 
     return int(get_tensor_model_parallel_rank())
+
+
+def _memory_order(vllm_config: Any, layer_names: Sequence[str]) -> str:
+    """How K and V lie in a block: that is their backend's own, and on a CPU it packs keys for the instructions that it has."""
+    from vllm import envs
+    from vllm.config import get_layers_from_vllm_config
+    from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
+
+    orders = {f"rocm_shuffle={envs.VLLM_ROCM_SHUFFLE_KV_CACHE_LAYOUT}"}
+    for name, layer in get_layers_from_vllm_config(vllm_config, AttentionLayerBase, layer_names).items():
+        backend = layer.get_attn_backend()
+        packing = getattr(layer, "isa", None)
+        if backend.get_name() == "CPU_ATTN" and packing is None:
+            raise InvalidArgument(f"vLLM's layer {name} does not say for which instructions its keys are packed")
+        orders.add(f"{backend.get_name()}/{packing}")
+    return " ".join(sorted(orders))
 
 
 def _layout(vllm_config: Any, kv_cache_config: Any, rank: int) -> PageLayout:

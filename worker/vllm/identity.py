@@ -1,8 +1,9 @@
 """What names a vLLM block's bytes in the store.
 
 Owns: the layout, the namespace and the hashes of vLLM's pages. Invariant: two vLLM processes share a page only where every
-setting that changes its bytes is equal. vLLM's own block hashes cover the tokens, LoRA, multimodal inputs and `cache_salt`; the
-model's weights and configuration, dtypes, cache layout, block size, tensor-parallel rank and hash algorithm are covered here.
+setting that changes its bytes is equal. vLLM's own block hashes cover the tokens and `cache_salt`. The namespace covers the model's
+weights and configuration, the longest sequence, dtypes, how a block lies in memory, its size, the tensor-parallel rank and the hash
+algorithm. What neither covers is refused by `supported`.
 """
 
 from __future__ import annotations
@@ -51,6 +52,8 @@ def kv_settings(vllm_config: Any, kv_cache_config: Any, *, model_id: str | None)
     return {
         "model": model_id or weights_name(model.model, model.revision),
         "config": config_fields(model.hf_config),
+        # Some models compute otherwise where longer sequences may come: vLLM's long-rope takes its long factors, Llama 4 scales.
+        "tokens_max": model.max_model_len,
         "dtype": str(model.dtype),
         "quantization": str(model.quantization),
         "cache_dtype": str(vllm_config.cache_config.cache_dtype),

@@ -46,12 +46,21 @@ def test_a_pages_name_depends_on_all_blocks_before_it() -> None:
     assert page_hashes(root, [second, second])[1] != page_hashes(root, [first, second])[1]
 
 
-def space_of(model: str, revision: str | None = None, *, model_id: str | None = None, **fields: Any) -> bytes:
+def space_of(
+    model: str, revision: str | None = None, *, model_id: str | None = None, tokens_max: int = 4_096, **fields: Any
+) -> bytes:
     """The namespace of a vLLM that was started with `--model` and `--revision`."""
     config = transformers.LlamaConfig(hidden_size=64, num_attention_heads=4, num_hidden_layers=30, **fields)
     config.name_or_path = model
     vllm_config = SimpleNamespace(
-        model_config=SimpleNamespace(model=model, revision=revision, hf_config=config, dtype="torch.bfloat16", quantization=None),
+        model_config=SimpleNamespace(
+            model=model,
+            revision=revision,
+            hf_config=config,
+            dtype="torch.bfloat16",
+            quantization=None,
+            max_model_len=tokens_max,
+        ),
         cache_config=SimpleNamespace(cache_dtype="auto", prefix_caching_hash_algo="sha256"),
     )
     kv_cache_config = SimpleNamespace(kv_cache_layout="LBHNC", kv_cache_groups=[SimpleNamespace(kv_cache_spec="spec")])
@@ -83,6 +92,10 @@ def test_weights_are_told_apart_by_their_bytes(weights: Path) -> None:
     assert space_of(str(weights)) == before
     (weights / "model.safetensors").write_bytes(b"1" * 99 + b"2")
     assert space_of(str(weights)) != before
+
+
+def test_engines_that_serve_other_lengths_share_nothing(weights: Path) -> None:
+    assert space_of(str(weights), tokens_max=8_192) != space_of(str(weights), tokens_max=4_096), "long-rope's factors depend on it"
 
 
 def test_a_moved_folder_and_an_upgrade_keep_their_pages(weights: Path, monkeypatch: pytest.MonkeyPatch) -> None:
