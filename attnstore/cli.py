@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import os
 import sys
 import time
 from collections.abc import Sequence
@@ -12,18 +13,32 @@ from importlib.metadata import version
 from pathlib import Path
 
 import uvloop
-from pydantic import ByteSize, TypeAdapter, ValidationError
 
 from attnstore import aio
 from attnstore.allocator import keep_freed_memory
+from attnstore.client.grpc_transport import Target
 from attnstore.client.health import check_serving
-from attnstore.command_line import CommandParser, seconds
+from attnstore.client.options import checked_target
+from attnstore.command_line import CommandParser, run_command, say, tell
 from attnstore.config import ServeOptions, add_serve_options, ignored_variables, load_serve_options
 from attnstore.directory import Intent, Member, load_cluster_key
-from attnstore.environment import variable
-from attnstore.errors import AttnStoreError, InvalidArgument
+from attnstore.environment import variable, variable_name
+from attnstore.errors import InvalidArgument
+from attnstore.limits import NODE_ID_CHARS_MAX, QUOTA_BYTES_MAX, TENANT_CHARS_MAX
 from attnstore.logs import configure_logs, get_logger
 from attnstore.operations import Access, ClusterStatus, cluster_status, set_intent, set_quota, status_text, wait_drained
+from attnstore.option_types import (
+    MILLISECONDS,
+    SECONDS,
+    Name,
+    Parsed,
+    Size,
+    bearer_token,
+    file_to_read,
+    file_to_write,
+    http_proxy,
+    http_url,
+)
 from attnstore.peering import Peering
 from attnstore.server.handoff import OpenPeer
 from attnstore.server.node import serve
@@ -31,6 +46,8 @@ from attnstore.whatif.command import add_plan_options, run_plan
 
 _CLEAR_SCREEN = "\x1b[2J\x1b[H"
 _TARGET_DEFAULT = f"grpc://{ServeOptions.model_fields['listen'].default}"
+_TARGET = Parsed(checked_target)
+_QUOTA = Size(0, QUOTA_BYTES_MAX)
 
 _log = get_logger(__name__)
 
@@ -39,14 +56,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command. Exit status: 0; 1 where a wait ran out or one of those that were asked did not answer; 2 where the command
     could not be done. A line on standard error says why it is not 0.
     """
-    arguments = _parser().parse_args(argv)
-    try:
-        return int(arguments.run(arguments) or 0)
-    except AttnStoreError as error:
-        print(f"attnstore: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        return 0
+
+    def run() -> int | None:
+        arguments = _parser().parse_args(argv)
+        status: int | None = arguments.run(arguments)
+        return status
+
+    return run_command("attnstore", run, interrupted=0)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -64,9 +80,11 @@ def _parser() -> argparse.ArgumentParser:
     add_plan_options(plan_parser)
     plan_parser.set_defaults(run=run_plan)
     health = commands.add_parser("health", help="ask a node whether it serves", description="Exit status 0 if a node serves.")
-    health.add_argument("target", metavar="URL", help="for example grpc://127.0.0.1:7400")
-    health.add_argument("--deadline-ms", type=float, default=2_000, metavar="MS", help="wait for its answer (default 2000)")
-    health.add_argument("--tls-ca", type=Path, metavar="FILE", help="PEM file of trusted authorities, for grpcs://")
+    health.add_argument("target", type=Parsed(_node), metavar="URL", help="for example grpc://127.0.0.1:7400")
+    health.add_argument(
+        "--deadline-ms", type=MILLISECONDS, default=2_000.0, metavar="MS", help="wait for its answer (default 2000)"
+    )
+    health.add_argument("--tls-ca", type=file_to_read, metavar="FILE", help="PEM file of trusted authorities, for grpcs://")
     _add_http_proxy(health)
     health.set_defaults(run=_health)
 
@@ -76,14 +94,24 @@ def _parser() -> argparse.ArgumentParser:
         description="Show how every node is. Exit status 0 if each of them, and each worker asked for, has answered.",
     )
     status.add_argument(
-        "target", nargs="?", metavar="URL", help=f"a node, nodes or a directory (default --directory, else {_TARGET_DEFAULT})"
+        "target",
+        type=_TARGET,
+        nargs="?",
+        metavar="URL",
+        help=f"a node, nodes or a directory (default --directory, else {_TARGET_DEFAULT})",
     )
-    status.add_argument("--watch", nargs="?", type=seconds, const=2.0, metavar="S", help="again every S seconds (default 2)")
+    status.add_argument("--watch", nargs="?", type=SECONDS, const=2.0, metavar="S", help="again every S seconds (default 2)")
     status.add_argument(
-        "--worker", action="append", default=[], metavar="URL", help="also the links and costs that this worker has measured"
+        "--worker",
+        action="append",
+        type=http_url,
+        default=[],
+        metavar="URL",
+        help="also the links and costs that this worker has measured",
     )
     status.add_argument(
         "--worker-token",
+        type=bearer_token,
         metavar="TOKEN",
         default=variable("worker_token"),
         help="token for the workers [env ATTNSTORE_WORKER_TOKEN]",
@@ -92,18 +120,18 @@ def _parser() -> argparse.ArgumentParser:
     status.set_defaults(run=_status)
 
     drain = commands.add_parser("drain", help="hand a node's pages over and take it out of placement")
-    drain.add_argument("--wait", type=seconds, metavar="S", help="wait until it is done, at most S seconds; exit status 1 if not")
+    drain.add_argument("--wait", type=SECONDS, metavar="S", help="wait until it is done, at most S seconds; exit status 1 if not")
     drain.set_defaults(run=lambda arguments: _ask(arguments, Intent.DRAIN))
     undrain = commands.add_parser("undrain", help="take a drained or evicted node back")
     undrain.set_defaults(run=lambda arguments: _ask(arguments, None))
     evict = commands.add_parser("evict", help="take a node out at once, without its pages: for one that misbehaves")
     evict.set_defaults(run=lambda arguments: _ask(arguments, Intent.EVICT))
     quota = commands.add_parser("quota", help="limit the bytes of a tenant's pages on all nodes together")
-    quota.add_argument("tenant", metavar="TENANT")
-    quota.add_argument("size", metavar="SIZE", help="for example 10GiB, copies counted; none lifts the limit")
+    quota.add_argument("tenant", type=Name(TENANT_CHARS_MAX), metavar="TENANT")
+    quota.add_argument("size", type=_quota_bytes, metavar="SIZE", help="for example 10GiB, copies counted; none lifts the limit")
     quota.set_defaults(run=_quota)
     for command in (drain, undrain, evict):
-        command.add_argument("node", metavar="NODE", help="its id, as attnstore status shows it")
+        command.add_argument("node", type=Name(NODE_ID_CHARS_MAX), metavar="NODE", help="its id, as attnstore status shows it")
     for command in (status, drain, undrain, evict, quota):
         _add_access(command)
     cluster_key = commands.add_parser(
@@ -111,39 +139,66 @@ def _parser() -> argparse.ArgumentParser:
         help="make the key that a cluster's nodes know each other by",
         description="Makes the file of a cluster's key, unless it is there, and prints the public key for clients' directory URLs.",
     )
-    cluster_key.add_argument("file", type=Path, metavar="FILE", help="for attnstore serve --cluster-key, readable by nobody else")
-    cluster_key.add_argument("--public", type=Path, metavar="FILE", help="write the public key to this file too")
+    cluster_key.add_argument(
+        "file", type=_key_file, metavar="FILE", help="for attnstore serve --cluster-key, readable by nobody else"
+    )
+    cluster_key.add_argument("--public", type=file_to_write, metavar="FILE", help="write the public key to this file too")
     cluster_key.set_defaults(run=_cluster_key)
     return parser
 
 
 def _add_access(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("--directory", metavar="URL", help="the cluster [env ATTNSTORE_DIRECTORY]")
+    add("--directory", type=_TARGET, metavar="URL", help="the cluster [env ATTNSTORE_DIRECTORY]")
     add(
         "--cluster-key",
-        type=Path,
+        type=file_to_read,
         metavar="FILE",
         default=variable("cluster_key"),
         help="the key of the cluster's nodes, to sign what is asked of them [env ATTNSTORE_CLUSTER_KEY]",
     )
-    add("--token", default=variable("token"), help="token for the nodes [env ATTNSTORE_TOKEN]")
-    add("--tls-ca", type=Path, metavar="FILE", help="PEM certificates of the nodes' authorities; default: the system's")
-    add("--deadline-ms", type=float, default=2_000, metavar="MS", help="longest wait for a node (default 2000)")
+    add("--token", type=bearer_token, default=variable("token"), help="token for the nodes [env ATTNSTORE_TOKEN]")
+    add("--tls-ca", type=file_to_read, metavar="FILE", help="PEM certificates of the nodes' authorities; default: the system's")
+    add("--deadline-ms", type=MILLISECONDS, default=2_000.0, metavar="MS", help="longest wait for a node (default 2000)")
     _add_http_proxy(parser)
 
 
 def _add_http_proxy(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--http-proxy", metavar="URL", help="go through this HTTP proxy (default: none, not the environment's either)"
+        "--http-proxy",
+        type=http_proxy,
+        metavar="URL",
+        help="go through this HTTP proxy (default: none, not the environment's either)",
     )
 
 
 def _access(arguments: argparse.Namespace, target: str | None = None, default: str | None = None) -> Access:
-    target = target or arguments.directory or variable("directory") or default
+    target = target or arguments.directory or _directory_variable() or default
     if target is None:
         raise InvalidArgument("--directory is missing: the URL of the cluster's directory, for example redis://HOST:6379/0")
     return Access(target, arguments.token, arguments.tls_ca, arguments.deadline_ms, arguments.http_proxy, arguments.cluster_key)
+
+
+def _directory_variable() -> str | None:
+    """The variable's value; no option's default, because a target that is given goes before it."""
+    value = variable("directory")
+    try:
+        return None if value is None else _TARGET(value)
+    except InvalidArgument as error:
+        raise InvalidArgument(f"{variable_name('directory')}: {error}") from None
+
+
+def _quota_bytes(text: str) -> int | None:
+    return None if text == "none" else _QUOTA(text)
+
+
+def _node(text: str) -> str:
+    Target.parse(text)
+    return text
+
+
+def _key_file(text: str) -> Path:
+    return file_to_read(text) if os.path.exists(text) else file_to_write(text)
 
 
 def _serve(arguments: argparse.Namespace) -> int:
@@ -174,7 +229,7 @@ def _cluster_key(arguments: argparse.Namespace) -> int:
             arguments.public.write_text(f"{public}\n")
         except OSError as error:
             raise InvalidArgument(f"--public {arguments.public} cannot be written: {error.strerror}") from None
-    print(public)
+    say(str(public))
     return 0
 
 
@@ -190,9 +245,9 @@ def _status(arguments: argparse.Namespace) -> int:
     while True:
         status = asyncio.run(cluster_status(access, arguments.worker, arguments.worker_token))
         if arguments.json:
-            print(json.dumps(status.to_json()), flush=True)
+            say(json.dumps(status.to_json()))
         else:
-            print(f"{_CLEAR_SCREEN if arguments.watch else ''}{status_text(status)}", flush=True)
+            say(f"{_CLEAR_SCREEN if arguments.watch else ''}{status_text(status)}")
         if arguments.watch is None:
             return _told_unanswered(status)
         time.sleep(arguments.watch)
@@ -201,18 +256,14 @@ def _status(arguments: argparse.Namespace) -> int:
 def _told_unanswered(status: ClusterStatus) -> int:
     """Says who did not answer, and gives the exit status."""
     for name, error in status.unanswered():
-        print(f"attnstore: {name} did not answer: {error}", file=sys.stderr)
+        tell("attnstore", f"{name} did not answer: {error}")
     if not status.nodes:
-        print(f"attnstore: {status.target} knows no node", file=sys.stderr)
+        tell("attnstore", f"{status.target} knows no node")
     return 0 if status.nodes and not status.unanswered() else 1
 
 
 def _quota(arguments: argparse.Namespace) -> int:
-    try:
-        quota_bytes = None if arguments.size == "none" else int(TypeAdapter(ByteSize).validate_python(arguments.size))
-    except ValidationError:
-        raise InvalidArgument(f"{arguments.size!r} is not a size, for example 10GiB, or none") from None
-    asyncio.run(set_quota(_access(arguments), arguments.tenant, quota_bytes))
+    asyncio.run(set_quota(_access(arguments), arguments.tenant, arguments.size))
     return 0
 
 
@@ -222,7 +273,7 @@ def _ask(arguments: argparse.Namespace, intent: Intent | None) -> int:
     if intent is Intent.DRAIN and arguments.wait is not None:
         reason = asyncio.run(wait_drained(access, arguments.node, arguments.wait))
         if reason is not None:
-            print(f"attnstore: {reason}", file=sys.stderr)
+            tell("attnstore", reason)
             return 1
     return 0
 

@@ -11,21 +11,21 @@ import os
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
     BaseModel,
+    BeforeValidator,
     ByteSize,
     ConfigDict,
     Field,
     SecretStr,
     ValidationError,
-    ValidationInfo,
-    field_validator,
     model_validator,
 )
 
 from attnstore.address import Address
+from attnstore.directory import DirectoryUrl
 from attnstore.environment import service_links, variable, variable_name
 from attnstore.errors import InvalidArgument
 from attnstore.limits import (
@@ -33,12 +33,28 @@ from attnstore.limits import (
     DRAIN_MS_DEFAULT,
     GIB,
     HOT_USES_DEFAULT,
+    HOT_USES_MAX,
     KIB,
     NODE_ID_CHARS_MAX,
     NODE_WEIGHT_MAX,
     REPLICAS_MAX,
     SCRUB_BYTES_PER_S_DEFAULT,
     SCRUB_BYTES_PER_S_MAX,
+    SETTINGS_CHARS_MAX,
+    THREADS_MAX,
+)
+from attnstore.option_types import (
+    PORT,
+    InvalidValue,
+    Name,
+    Number,
+    Parsed,
+    Size,
+    Whole,
+    bearer_token,
+    file_to_read,
+    file_to_write,
+    read_text,
 )
 from attnstore.secrecy import shown
 from attnstore.tokens import is_token
@@ -46,106 +62,98 @@ from attnstore.tokens import is_token
 BULK_TRANSPORTS = frozenset({"shm", "tcp"})
 
 
+def _transports(text: str) -> str:
+    unknown = set(text.split(",")) - BULK_TRANSPORTS if text != "none" else set()
+    if unknown:
+        raise InvalidArgument(f"{shown(text)}: transports are {', '.join(sorted(BULK_TRANSPORTS))}, or none")
+    return text
+
+
+def _listening(text: str) -> str:
+    Address.parse(text)
+    return text
+
+
+def _advertised(text: str) -> str:
+    Address.parse(text, 0)
+    return text
+
+
+def _directory(text: str) -> str:
+    DirectoryUrl.parse(text)
+    return text
+
+
+_File = Annotated[Path, BeforeValidator(file_to_read)]
+_Port = Annotated[int, BeforeValidator(PORT)]
+
+
 class ServeOptions(BaseModel):
     """Everything `attnstore serve` can be told. Field names are the long options with `-` for `_`."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    listen: str = Field("127.0.0.1:7400", description="host:port or [ipv6]:port of the gRPC service; port 0 takes a free one")
-    capacity: ByteSize = Field(ByteSize(2 << 30), description="bytes of pages that the node holds at most, for example 2GiB")
-    arena_path: Path | None = Field(
+    listen: Annotated[str, BeforeValidator(Parsed(_listening))] = Field(
+        "127.0.0.1:7400", description="host:port or [ipv6]:port of the gRPC service; port 0 takes a free one"
+    )
+    capacity: Annotated[ByteSize, BeforeValidator(Size(4 * KIB, CAPACITY_BYTES_MAX))] = Field(
+        ByteSize(2 << 30), description="bytes of pages that the node holds at most, for example 2GiB"
+    )
+    arena_path: Annotated[Path, BeforeValidator(file_to_write)] | None = Field(
         None, description="file or memory device that holds the pages, for example /dev/dax0.0; default: memory of the node's own"
     )
-    node_id: str = Field(
-        "",
-        max_length=NODE_ID_CHARS_MAX,
-        description="name of the node in logs, metrics and the directory; default: the address that it advertises",
+    node_id: Annotated[str, BeforeValidator(Name(NODE_ID_CHARS_MAX))] = Field(
+        "", description="name of the node in logs, metrics and the directory; default: the address that it advertises"
     )
-    directory: SecretStr | None = Field(
+    directory: Annotated[SecretStr, BeforeValidator(Parsed(_directory))] | None = Field(
         None, description="URL of the cluster's directory, for example redis://HOST:6379/0; none: the node is on its own"
     )
-    cluster_key: Path | None = Field(
+    cluster_key: _File | None = Field(
         None, description="file of the cluster's key, made by attnstore cluster-key; needed in a cluster whose nodes ask for tokens"
     )
-    advertise: str = Field("", description="host:port, or host, where others reach the node; default: the address it listens on")
-    weight: float | None = Field(
-        None,
-        gt=0,
-        le=NODE_WEIGHT_MAX,
-        description="the node's share of the cluster, relative to other nodes; default: its capacity in GiB",
+    advertise: Annotated[str, BeforeValidator(Parsed(_advertised))] = Field(
+        "", description="host:port, or host, where others reach the node; default: the address it listens on"
     )
-    replicas: int = Field(1, ge=1, le=REPLICAS_MAX, description="copies of each page in the cluster; the most of any node counts")
-    hot_uses: int = Field(
+    weight: Annotated[float, BeforeValidator(Number(0, NODE_WEIGHT_MAX, above=True))] | None = Field(
+        None, description="the node's share of the cluster, relative to other nodes; default: its capacity in GiB"
+    )
+    replicas: Annotated[int, BeforeValidator(Whole(1, REPLICAS_MAX))] = Field(
+        1, description="copies of each page in the cluster; the most of any node counts"
+    )
+    hot_uses: Annotated[int, BeforeValidator(Whole(0, HOT_USES_MAX))] = Field(
         HOT_USES_DEFAULT,
-        ge=0,
         description="leased look-ups within ten seconds that earn a segment of 64 blocks a second copy in the cluster; 0: none do",
     )
-    transports: str = Field("tcp,shm", description="bulk transports offered beside grpc, comma-separated: tcp, shm, or none")
-    attend_threads: int | None = Field(
-        None,
-        ge=0,
-        le=1024,
-        description="cores that answer queries (with attnstore[attention]); 0: no queries, and a quicker start; default: all",
+    transports: Annotated[str, BeforeValidator(Parsed(_transports))] = Field(
+        "tcp,shm", description="bulk transports offered beside grpc, comma-separated: tcp, shm, or none"
     )
-    page_channel_port: int = Field(0, ge=0, le=65535, description="port of the page channel (tcp); 0 takes a free one")
-    metrics_port: int | None = Field(None, ge=0, le=65535, description="port of the Prometheus metrics; none by default")
-    token: SecretStr | None = Field(None, description="token that callers must present; they are all the tenant 'default'")
-    tokens_file: Path | None = Field(None, description='TOML file of `tenant = "token"` lines, for several tenants')
-    tls_cert: Path | None = Field(None, description="PEM certificate chain; turns TLS on, together with --tls-key")
-    tls_key: Path | None = Field(None, description="PEM private key of --tls-cert")
-    peer_ca: Path | None = Field(
+    attend_threads: Annotated[int, BeforeValidator(Whole(0, THREADS_MAX))] | None = Field(
+        None, description="cores that answer queries (with attnstore[attention]); 0: no queries, and a quicker start; default: all"
+    )
+    page_channel_port: _Port = Field(0, description="port of the page channel (tcp); 0 takes a free one")
+    metrics_port: _Port | None = Field(None, description="port of the Prometheus metrics; none by default")
+    token: Annotated[SecretStr, BeforeValidator(bearer_token)] | None = Field(
+        None, description="token that callers must present; they are all the tenant 'default'"
+    )
+    tokens_file: _File | None = Field(None, description='TOML file of `tenant = "token"` lines, for several tenants')
+    tls_cert: _File | None = Field(None, description="PEM certificate chain; turns TLS on, together with --tls-key")
+    tls_key: _File | None = Field(None, description="PEM private key of --tls-cert")
+    peer_ca: _File | None = Field(
         None, description="PEM certificates of the authorities of other nodes, for handing pages over; default: the system's"
     )
     insecure: bool = Field(False, description="serve everyone who can reach a public address, with no token")
-    scrub_rate: ByteSize = Field(
+    scrub_rate: Annotated[ByteSize, BeforeValidator(Size(0, SCRUB_BYTES_PER_S_MAX))] = Field(
         ByteSize(SCRUB_BYTES_PER_S_DEFAULT),
-        le=SCRUB_BYTES_PER_S_MAX,
         description="bytes of idle pages that are hashed again in a second, to find memory that has changed; 0: none",
     )
-    drain_ms: int = Field(DRAIN_MS_DEFAULT, ge=0, le=600_000, description="on SIGTERM, time for running calls to finish")
-    stall_ms: int = Field(
-        30_000, ge=100, le=600_000, description="a peer that moves nothing, or less than 8 KiB/s, for this long loses its call"
+    drain_ms: Annotated[int, BeforeValidator(Whole(0, 600_000))] = Field(
+        DRAIN_MS_DEFAULT, description="on SIGTERM, time for running calls to finish"
+    )
+    stall_ms: Annotated[int, BeforeValidator(Whole(100, 600_000))] = Field(
+        30_000, description="a peer that moves nothing, or less than 8 KiB/s, for this long loses its call"
     )
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="least severe log lines shown")
     log_format: Literal["console", "json"] = Field("console", description="log lines for people or for machines")
-
-    @field_validator("listen", "advertise")
-    @classmethod
-    def _is_an_address(cls, value: str, field: ValidationInfo) -> str:
-        if field.field_name == "listen":
-            Address.parse(value)
-        elif value:
-            Address.parse(value, 0)
-        return value
-
-    @field_validator("node_id")
-    @classmethod
-    def _node_id_can_be_shown(cls, value: str) -> str:
-        if not value.isprintable():
-            raise ValueError("must be printable")
-        return value
-
-    @field_validator("transports")
-    @classmethod
-    def _transports_are_known(cls, value: str) -> str:
-        unknown = set(value.split(",")) - BULK_TRANSPORTS if value != "none" else set()
-        if unknown:
-            raise ValueError(f"{', '.join(sorted(unknown))} is not among {', '.join(sorted(BULK_TRANSPORTS))}, none")
-        return value
-
-    @field_validator("capacity")
-    @classmethod
-    def _capacity_holds_something(cls, value: ByteSize) -> ByteSize:
-        if not 4 * KIB <= value <= CAPACITY_BYTES_MAX:
-            raise ValueError(f"must be between 4KiB and {ByteSize(CAPACITY_BYTES_MAX).human_readable()}")
-        return value
-
-    @field_validator("token")
-    @classmethod
-    def _token_fits_a_header(cls, value: SecretStr | None) -> SecretStr | None:
-        if value is not None and not is_token(value.get_secret_value()):
-            raise ValueError("must be printable ASCII without spaces")
-        return value
 
     @model_validator(mode="after")
     def _is_safe_to_expose(self) -> Self:
@@ -223,7 +231,7 @@ def load_serve_options(arguments: argparse.Namespace, environment: Mapping[str, 
     config_file = arguments.config or variable("config", environment)
     layers: list[tuple[str, Mapping[str, Any]]] = []
     if config_file:
-        layers.append((f"file {config_file}", _read_toml(Path(config_file), "--config")))
+        layers.append((f"file {config_file}", _read_toml(config_file, "--config")))
     fields = ServeOptions.model_fields
     given = {name: variable(name, environment) for name in fields}
     layers.append(("environment", {name: value for name, value in given.items() if value is not None}))
@@ -256,9 +264,9 @@ def _explain(problem: Any, origin: Mapping[str, str]) -> str:
     name = str(problem["loc"][0])
     where = origin.get(name, "default")
     if problem["type"] == "extra_forbidden":
-        return f"{name} ({where}) is not an option of attnstore serve"
-    given = "" if name in ("token", "directory") else f" {shown(str(problem['input']))}"
-    return f"{_option(name)}{given} ({where}): {message}"
+        return f"{shown(name)} ({where}) is not an option of attnstore serve"
+    is_told = isinstance(problem.get("ctx", {}).get("error"), InvalidValue)
+    return f"{_option(name)}{'' if is_told else ' ' + shown(str(problem['input']))} ({where}): {message}"
 
 
 def read_tokens_file(path: Path) -> dict[str, str]:
@@ -272,12 +280,12 @@ def read_tokens_file(path: Path) -> dict[str, str]:
     return tenants
 
 
-def _read_toml(path: Path, option: str) -> dict[str, Any]:
+def _read_toml(path: str | Path, option: str) -> dict[str, Any]:
     try:
-        return tomllib.loads(path.read_text())
-    except OSError as error:
-        raise InvalidArgument(f"{option} {path} cannot be read: {error.strerror}") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        return tomllib.loads(read_text(file_to_read(path), SETTINGS_CHARS_MAX))
+    except InvalidValue as error:
+        raise InvalidArgument(f"{option}: {error}") from None
+    except (tomllib.TOMLDecodeError, RecursionError) as error:
         raise InvalidArgument(f"{option} {path} is not valid TOML: {error}") from None
 
 

@@ -176,6 +176,30 @@ DESCRIPTORS_BESIDE_ARENA_MIN = (
 assert 2 * STREAMS_MAX <= GRPC_CALLS_MAX, "one client may use up its tenant's streams over one connection"
 assert CHANNEL_CONNECTIONS_MAX <= GRPC_CONNECTIONS_MIN, "whoever has a page channel came over gRPC"
 
+SECRET_CHARS_MAX = 4 * KIB
+"""Of a token or a salt. A token travels in a header of each call, beside others, and gRPC refuses headers of 8 KiB."""
+TENANT_CHARS_MAX = 1_024
+SETTINGS_CHARS_MAX = 4 * MIB
+"""Of a file of options, tokens or a model's configuration. A file is named by a user, who may name a device without an end."""
+PROMPT_CHARS_MAX = 64 * MIB
+"""Of a prompt in a file, and of a file of decisions: some 16 million tokens."""
+THREADS_MAX = 1_024
+"""Threads of one computation."""
+SEQUENCES_MAX = 65_536
+"""Sequences that a worker may be told to run at once, or to fetch ahead for."""
+WAITING_MAX = 16 * SEQUENCES_MAX
+"""Sequences that a worker may be told to let wait."""
+CONTEXT_TOKENS_MAX = 100_000_000
+"""Tokens of one sequence, as far as options go; a model's own context is shorter."""
+HOT_USES_MAX = 1_000_000
+BLOCK_TOKENS_MAX = 1_024
+"""Tokens in a block, and GPUs of a model, that the calculator takes."""
+GPUS_MAX = 1_024
+DECISIONS_SHOWN_MAX = 1_000_000
+MEMORY_GB_PER_S_MAX = 1e6
+
+assert HASHES_MAX <= CONTEXT_TOKENS_MAX
+
 HTTP_BODY_BYTES_MAX = 4 * MIB
 """A request of a worker's HTTP endpoint."""
 HTTP_BODY_BRACKETS_MAX = 131_072

@@ -12,10 +12,12 @@ import re
 from dataclasses import dataclass
 
 from attnstore.errors import InvalidArgument
+from attnstore.secrecy import shown
 
 _UNITS = {"k": 1e3, "m": 1e6, "g": 1e9, "t": 1e12}
-_RATE = r"inf|\d+(?:\.\d+)?[kmgt]"
-_TIME = r"\d+(?:\.\d+)?"
+_NUMBER = r"[0-9]{1,12}(?:\.[0-9]{1,9})?"
+_RATE = rf"inf|{_NUMBER}[kmgt]"
+_TIME = _NUMBER
 _PATTERN = re.compile(rf"(?P<down>{_RATE})(?:/(?P<up>{_RATE}))?(?:@(?P<rtt>{_TIME})ms(?:~(?P<jitter>{_TIME})ms)?)?")
 
 
@@ -38,11 +40,11 @@ class LinkProfile:
     def __post_init__(self) -> None:
         # Written so that a NaN fails as well.
         if not (self.down_bits_per_s > 0 and self.up_bits_per_s > 0):
-            raise InvalidArgument(f"link {self.name!r}: rates must be positive")
+            raise InvalidArgument(f"link {shown(self.name)}: rates must be positive")
         if not (0 <= self.one_way_ms < math.inf):
-            raise InvalidArgument(f"link {self.name!r}: the delay must be finite and not negative")
+            raise InvalidArgument(f"link {shown(self.name)}: the delay must be finite and not negative")
         if not (0 <= self.jitter_ms <= self.one_way_ms):
-            raise InvalidArgument(f"link {self.name!r}: the jitter must lie between 0 and the delay, which it varies")
+            raise InvalidArgument(f"link {shown(self.name)}: the jitter must lie between 0 and the delay, which it varies")
 
     @property
     def rtt_ms(self) -> float:
@@ -111,7 +113,7 @@ def parse_link(text: str) -> LinkProfile:
     found = _PATTERN.fullmatch(text)
     if found is None:
         raise InvalidArgument(
-            f"{text!r} is no link: say one of {', '.join(PROFILES)}, or RATE[/UP][@RTTms[~JITTERms]] as in 1g@20ms"
+            f"{shown(text)} is no link: say one of {', '.join(PROFILES)}, or RATE[/UP][@RTTms[~JITTERms]] as in 1g@20ms"
         )
     down = _rate(found["down"])
     return LinkProfile(

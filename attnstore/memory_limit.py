@@ -1,4 +1,5 @@
-"""How much memory this process may use: the limit of its control group, which containers and service managers set.
+"""How much memory this process may use: what the machine has, or less where containers and service managers set its control group
+a limit.
 
 Owns: how the limit is found, for both versions of Linux's control groups. Exists because the kernel kills a process that passes its
 limit, without a word: what is taken at start is compared with the limit first.
@@ -6,6 +7,7 @@ limit, without a word: what is taken at start is compared with the limit first.
 
 from __future__ import annotations
 
+import os
 import resource
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
@@ -23,6 +25,13 @@ MEMBERSHIP: Final = Path("/proc/self/cgroup")
 _STATM: Final = Path("/proc/self/statm")
 
 
+def memory_bytes() -> int:
+    """The machine's memory, or the smaller limit of the process' control group."""
+    machine = os.sysconf("SC_PHYS_PAGES") * resource.getpagesize()
+    limit = memory_limit_bytes()
+    return machine if limit is None else min(machine, limit)
+
+
 def memory_limit_bytes() -> int | None:
     """The smallest limit of the process' control group and those around it; None where there is none, or none can be read."""
     limits = [limit for file in _limit_files() if (limit := _limit(file)) is not None]
@@ -34,16 +43,16 @@ def resident_bytes() -> int:
     return int(_STATM.read_text().split()[1]) * resource.getpagesize()
 
 
-def require_memory(what: str, needed_bytes: int, beside_bytes: int, limit_bytes: int | None) -> str | None:
-    """Compares what is about to be taken, `what` for people, with the limit.
+def require_memory(what: str, needed_bytes: int, beside_bytes: int, limit_bytes: int) -> str | None:
+    """Compares what is about to be taken, `what` for people, with what there is.
 
     Returns a warning where less than `beside_bytes` would be left for the rest of the process. Raises `InvalidArgument` where it
     does not fit at all.
     """
-    if limit_bytes is None or needed_bytes + beside_bytes <= limit_bytes:
+    if needed_bytes + beside_bytes <= limit_bytes:
         return None
     needed, limit = (ByteSize(count).human_readable() for count in (needed_bytes, limit_bytes))
-    told = f"{what} takes {needed}, and the memory limit of this process' control group is {limit}"
+    told = f"{what} takes {needed}, and the memory that this process may use is {limit}"
     if needed_bytes > limit_bytes:
         raise InvalidArgument(f"{told}: the kernel would kill it; lower the one or raise the other")
     return f"{told}: that may not leave enough for the rest of the process, which the kernel then kills"

@@ -11,10 +11,17 @@ from typing import Final
 _HIDDEN: Final = "(not shown: it may have a password in it)"
 _SCHEMES: Final = frozenset({"grpc", "grpcs", "http", "https"})
 """URLs with these have no login; with any other, whatever was meant, they may."""
+_CHARS_MAX: Final = 100
+
+
+def may_have_login(text: str) -> bool:
+    """Whether the text may not be shown."""
+    scheme, separator, _ = text.partition("://")
+    return "@" in text or (separator != "" and scheme not in _SCHEMES)
 
 
 def shown(text: str) -> str:
-    """The text in quotes, or what stands for it."""
-    scheme, separator, _ = text.partition("://")
-    may_have_login = "@" in text or (separator != "" and scheme not in _SCHEMES)
-    return _HIDDEN if may_have_login else repr(text)
+    """The text in quotes, its beginning where it is long, or what stands for it. One line, whatever is in the text."""
+    if may_have_login(text):
+        return _HIDDEN
+    return repr(text) if len(text) <= _CHARS_MAX else f"{text[:_CHARS_MAX]!r}..."

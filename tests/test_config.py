@@ -32,15 +32,23 @@ VALUES: dict[str, tuple[str, object]] = {
     "tls_key": ("key.pem", Path("key.pem")),
     "peer_ca": ("ca.pem", Path("ca.pem")),
     "insecure": ("true", True),
-    "arena_path": ("/dev/dax0.0", Path("/dev/dax0.0")),
+    "arena_path": ("pages", Path("pages")),
     "scrub_rate": ("5MiB", 5 << 20),
     "drain_ms": ("11", 11),
     "stall_ms": ("222", 222),
-    "cluster_key": ("/keys/cluster.key", Path("/keys/cluster.key")),
+    "cluster_key": ("cluster.key", Path("cluster.key")),
     "log_level": ("debug", "debug"),
     "log_format": ("json", "json"),
 }
 PARTNERS = {"tls_cert": "tls_key", "tls_key": "tls_cert"}
+
+
+@pytest.fixture(autouse=True)
+def _files(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path_factory.mktemp("files")
+    for name in ("tokens.toml", "cert.pem", "key.pem", "ca.pem", "cluster.key"):
+        (folder / name).touch()
+    monkeypatch.chdir(folder)
 
 
 def load(*arguments: str, environment: dict[str, str] | None = None) -> ServeOptions:
@@ -170,14 +178,14 @@ def test_the_command_line_wins_over_the_environment_over_the_file(tmp_path: Path
         ("advertise", "store 1", "a name of letters"),
         ("advertise", "store-1:x", "host:port"),
         ("node_id", "a\u200bb", "printable"),
-        ("capacity", "much", "byte"),
-        ("capacity", "1KiB", "4KiB"),
-        ("capacity", "-1", "byte"),
+        ("capacity", "much", "is not a size"),
+        ("capacity", "1KiB", "4.0KiB"),
+        ("capacity", "-1", "is not a size"),
         ("capacity", "1EiB", "TiB"),
-        ("transports", "tcp,pigeon", "pigeon is not among"),
+        ("transports", "tcp,pigeon", "transports are shm, tcp, or none"),
         ("page_channel_port", "-1", "0"),
         ("metrics_port", "65536", "65535"),
-        ("metrics_port", "nine", "integer"),
+        ("metrics_port", "nine", "whole number"),
         ("insecure", "perhaps", "boolean"),
         ("drain_ms", "-1", "0"),
         ("stall_ms", "1", "100"),
@@ -228,7 +236,7 @@ def test_a_file_that_says_something_else_is_refused(tmp_path: Path, content: str
 
 
 def test_a_file_that_is_not_there_is_named() -> None:
-    with pytest.raises(InvalidArgument, match=r"--config absent\.toml cannot be read"):
+    with pytest.raises(InvalidArgument, match=r"--config: 'absent\.toml' cannot be read"):
         load("--config", "absent.toml")
 
 
@@ -237,7 +245,7 @@ def test_a_file_that_is_not_there_is_named() -> None:
     [
         (("--tls-cert", "cert.pem"), "go together"),
         (("--tls-key", "key.pem"), "go together"),
-        (("--token", "x", "--tokens-file", "f"), "exclude each other"),
+        (("--token", "x", "--tokens-file", "tokens.toml"), "exclude each other"),
         (("--listen", "0.0.0.0:1"), "--insecure"),
         (("--listen", "store.example.org:1"), "--insecure"),
     ],
@@ -249,7 +257,7 @@ def test_options_that_do_not_go_together_are_refused(arguments: tuple[str, ...],
 
 def test_tls_offers_no_transport_in_the_clear() -> None:
     assert load().bulk_transports() == {"tcp", "shm"}
-    assert load("--tls-cert", "c", "--tls-key", "k").bulk_transports() == set()
+    assert load("--tls-cert", "cert.pem", "--tls-key", "key.pem").bulk_transports() == set()
     assert load("--transports", "none").bulk_transports() == set()
 
 

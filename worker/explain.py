@@ -9,16 +9,19 @@ from __future__ import annotations
 import http.client
 import json
 from collections.abc import Sequence
-from dataclasses import fields
 from pathlib import Path
 from typing import Any, Final
 
+from pydantic import TypeAdapter, ValidationError
 from rich import box
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from attnstore.errors import InvalidArgument
 from attnstore.http_client import open_url
+from attnstore.limits import PROMPT_CHARS_MAX
+from attnstore.option_types import read_text
 from worker.cache import CostPlanner
 from worker.cache.decisions import Decision
 from worker.cache.load_plan import Prompt
@@ -30,7 +33,8 @@ _COLUMNS: Final = (
     *("#", "tokens", "here", "found", "RTT ms", "Gb/s", "+-"),
     *("recompute", "fetch", "planned", "attend", "choice", "fetched", "took", "error"),
 )
-_FIELDS: Final = frozenset(field.name for field in fields(Decision))
+_ANSWER_BYTES_MAX: Final = 4 << 20
+_DECISIONS: Final = TypeAdapter(list[Decision])
 
 
 def decisions_of(source: str, last: int, http_proxy: str | None = None, token: str | None = None) -> list[dict[str, Any]]:
@@ -41,14 +45,15 @@ def decisions_of(source: str, last: int, http_proxy: str | None = None, token: s
     try:
         if source.startswith(("http://", "https://")):
             with open_url(f"{source.rstrip('/')}{_ROUTE}?last={last}", _TIMEOUT_S, http_proxy, token) as answer:
-                found = json.load(answer)["decisions"]
+                found = json.loads(answer.read(_ANSWER_BYTES_MAX))["decisions"]
         else:
-            found = [json.loads(line) for line in Path(source).read_text(encoding="utf-8").splitlines()]
-    except (OSError, http.client.HTTPException, ValueError, KeyError, TypeError) as error:
+            found = [json.loads(line) for line in read_text(Path(source), PROMPT_CHARS_MAX).splitlines()]
+        decisions = _DECISIONS.validate_python(found)
+    except ValidationError:
+        raise InvalidArgument(f"no decisions can be read from {source}: it holds something else") from None
+    except (OSError, http.client.HTTPException, ValueError, KeyError, TypeError, RecursionError) as error:
         raise InvalidArgument(f"no decisions can be read from {source}: {error}") from None
-    if not isinstance(found, list) or not all(isinstance(each, dict) and each.keys() >= _FIELDS for each in found):
-        raise InvalidArgument(f"no decisions can be read from {source}: it holds something else")
-    return found[-last:]
+    return [decision.as_json() for decision in decisions[-last:]]
 
 
 def try_out(engine: Engine, planner: CostPlanner, token_ids: list[int]) -> list[dict[str, Any]]:
@@ -79,7 +84,7 @@ def show(decisions: Sequence[dict[str, Any]], console: Console) -> None:
             _number(each["gbit_per_s"], ".3g"),
             _number(each["spread"], ".2f"),
             *(_number(forecasts.get(name), ".0f") for name in ("recompute", "fetch", "planned", "attend")),
-            each["choice"],
+            escape(each["choice"]),
             str(each["arrived_blocks"]),
             _number(each["happened_ttft_ms"], ".0f"),
             "" if error is None else f"{error:.0%}",

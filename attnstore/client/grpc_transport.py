@@ -74,7 +74,9 @@ class Target:
     def parse(cls, url: str) -> Target:
         """Raises `InvalidArgument` for anything else."""
         scheme, separator, address = url.partition("://")
-        if not separator or scheme not in ("grpc", "grpcs"):
+        if not separator:  # not even a URL: perhaps the value of a mistyped option
+            raise InvalidArgument("the target is not grpc://host:port or grpcs://host:port")
+        if scheme not in ("grpc", "grpcs"):
             raise InvalidArgument(f"target {shown(url)} is not grpc://host:port or grpcs://host:port")
         try:
             return cls(Address.parse(address), scheme == "grpcs")

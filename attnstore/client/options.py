@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Self
-from urllib.parse import urlsplit
 
 from attnstore.address import Address
 from attnstore.client.bulk import TransportName, checked_transport
@@ -22,6 +22,7 @@ from attnstore.directory import (
 from attnstore.directory.trust import MemberCheck
 from attnstore.environment import variable
 from attnstore.errors import InvalidArgument
+from attnstore.http_client import is_http_proxy
 from attnstore.limits import CHANNELS_MAX, DEADLINE_MS_MAX, NODES_MAX, REPLICAS_MAX
 from attnstore.secrecy import shown
 from attnstore.tokens import is_token
@@ -201,20 +202,22 @@ def options_of(
     )
 
 
-def is_http_proxy(url: str) -> bool:
-    """Whether a proxy can be at `url`: `http://host:port`, with `user:password@` before the host where it asks for them."""
-    try:
-        parts = urlsplit(url)
-        return parts.scheme == "http" and bool(parts.hostname) and parts.port is not None
-    except ValueError:
-        return False
+def checked_target(text: str) -> str:
+    """The text itself; raises `InvalidArgument` unless it is a target of `connect`. Nothing is sent or read."""
+    if is_directory_url(text):
+        DirectoryUrl.parse(text)
+    elif is_cluster(text):
+        _fixed_list(text)
+    else:
+        Target.parse(text)
+    return text
 
 
 def _fixed_list(target: str) -> tuple[tuple[str, ...], int]:
     scheme, _, rest = target.partition("://")
     addresses, _, query = rest.partition("?")
     name, _, value = query.partition("=")
-    if query and (name != "replicas" or not value.isdecimal() or not 1 <= int(value) <= REPLICAS_MAX):
+    if query and (name != "replicas" or not re.fullmatch("[0-9]{1,9}", value) or not 1 <= int(value) <= REPLICAS_MAX):
         raise InvalidArgument(f"target {shown(target)}: only ?replicas=N may follow the nodes, with N from 1 to {REPLICAS_MAX}")
     nodes = tuple(f"{scheme}://{address}" for address in addresses.split(","))
     for url in nodes:

@@ -42,7 +42,7 @@ from attnstore.limits import (
     STOP_MS_MAX,
 )
 from attnstore.logs import get_logger
-from attnstore.memory_limit import memory_limit_bytes, require_memory
+from attnstore.memory_limit import memory_bytes, require_memory
 from attnstore.server.attend import Attending, threads_default
 from attnstore.server.certificate import Certificate
 from attnstore.server.collection import Collection
@@ -307,8 +307,7 @@ def _certificate(options: ServeOptions) -> Certificate | None:
 
 def _require_memory(options: ServeOptions) -> None:
     if options.arena_path is None:  # else the memory is a device's, or the file system's
-        limit_bytes = memory_limit_bytes()
-        warning = require_memory("--capacity", options.capacity, NODE_OTHER_BYTES_MIN, limit_bytes)
+        warning = require_memory("--capacity", options.capacity, NODE_OTHER_BYTES_MIN, memory_bytes())
         if warning is not None:
             _log.warning(warning)
 

@@ -5,53 +5,87 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import re
 from dataclasses import asdict
 from typing import Any
 
+from attnstore.command_line import say
 from attnstore.errors import InvalidArgument
+from attnstore.limits import BLOCK_TOKENS_MAX, CONTEXT_TOKENS_MAX, GPUS_MAX, MEMORY_GB_PER_S_MAX
 from attnstore.links import PROFILES, parse_link
+from attnstore.option_types import InvalidValue, Number, Parsed, Whole
+from attnstore.secrecy import shown
 from attnstore.whatif.estimate import Plan, Question, answer
 from attnstore.whatif.hardware import GPUS, Gpu, find_gpu
 from attnstore.whatif.model import load_model, model_names
 
 _UNITS = {"k": 1 << 10, "m": 1 << 20}
+_TOKENS = Number(0, CONTEXT_TOKENS_MAX)
+_GPUS = Whole(1, GPUS_MAX)
 
 
 def add_plan_options(parser: argparse.ArgumentParser) -> None:
     """Adds the options of `attnstore plan`."""
-    parser.add_argument("--model", default="llama-3-8b", help="%(default)s, another name, or the path of a config.json; see --list")
-    parser.add_argument("--gpu", default="h100", metavar="[Nx]NAME", help="GPU, or N that share the work evenly, as in 8xh800")
-    parser.add_argument("--link", default="100g", help="profile, or RATE[/UP][@RTTms] as in 10g@1ms [default: %(default)s]")
-    parser.add_argument("--context", default="32k", metavar="TOKENS", help="tokens; k is 1,024 [default: %(default)s]")
-    parser.add_argument(
-        "--hit", type=float, default=0.9, metavar="SHARE", help="of the context in the store [default: %(default)s]"
+    add = parser.add_argument
+    add(
+        "--model",
+        type=Parsed(load_model),
+        default="llama-3-8b",
+        metavar="NAME",
+        help="%(default)s, another name, or the path of a config.json; see --list",
     )
-    parser.add_argument(
-        "--mfu", type=float, default=1.0, metavar="SHARE", help="of the peak that prefill reaches [default: %(default)s]"
+    add(
+        "--gpu",
+        type=Parsed(_gpus),
+        default="h100",
+        metavar="[Nx]NAME",
+        help="GPU, or N that share the work evenly, as in 8xh800 [default: %(default)s]",
     )
-    parser.add_argument(
+    add(
+        "--link",
+        type=Parsed(parse_link),
+        default="100g",
+        metavar="LINK",
+        help="profile, or RATE[/UP][@RTTms] as in 10g@1ms [default: %(default)s]",
+    )
+    add("--context", type=Parsed(_tokens), default="32k", metavar="TOKENS", help="tokens; k is 1,024 [default: %(default)s]")
+    add("--hit", type=Number(0, 1), default=0.9, metavar="SHARE", help="of the context in the store [default: %(default)s]")
+    add(
+        "--mfu",
+        type=Number(0, 1, above=True),
+        default=1.0,
+        metavar="SHARE",
+        help="of the peak that prefill reaches [default: %(default)s]",
+    )
+    add(
         "--node-gb-per-s",
-        type=float,
+        type=Number(0, MEMORY_GB_PER_S_MAX, above=True),
         default=300.0,
         metavar="GB/S",
         help="a node's memory bandwidth, for attend [default: %(default)s]",
     )
-    parser.add_argument("--block-tokens", type=int, default=16, metavar="N", help="tokens in a block [default: %(default)s]")
-    parser.add_argument("--json", action="store_true", help="print JSON")
-    parser.add_argument("--list", action="store_true", help="print the known models, GPUs and links, and end")
+    add(
+        "--block-tokens",
+        type=Whole(1, BLOCK_TOKENS_MAX),
+        default=16,
+        metavar="N",
+        help="tokens in a block [default: %(default)s]",
+    )
+    add("--json", action="store_true", help="print JSON")
+    add("--list", action="store_true", help="print the known models, GPUs and links, and end")
 
 
 def run_plan(arguments: argparse.Namespace) -> None:
-    """Prints the plan. Raises `InvalidArgument` for a bad option."""
+    """Prints the plan. Raises `InvalidArgument` for options that do not go together."""
     if arguments.list:
-        print(_lists())
+        say(_lists())
         return
-    gpus, gpu = _gpus(arguments.gpu)
+    gpus, gpu = arguments.gpu
     question = Question(
-        model=load_model(arguments.model),
+        model=arguments.model,
         gpu=gpu,
-        link=parse_link(arguments.link),
-        context_tokens=_tokens(arguments.context),
+        link=arguments.link,
+        context_tokens=arguments.context,
         hit=arguments.hit,
         gpus=gpus,
         mfu=arguments.mfu,
@@ -59,7 +93,7 @@ def run_plan(arguments: argparse.Namespace) -> None:
         block_tokens=arguments.block_tokens,
     )
     plan = answer(question)
-    print(json.dumps(as_json(question, plan), indent=1, allow_nan=False) if arguments.json else as_text(question, plan))
+    say(json.dumps(as_json(question, plan), indent=1, allow_nan=False) if arguments.json else as_text(question, plan))
 
 
 def as_json(question: Question, plan: Plan) -> dict[str, Any]:
@@ -130,15 +164,22 @@ def _lists() -> str:
 
 def _gpus(text: str) -> tuple[int, Gpu]:
     count, times, name = text.partition("x")
-    return (int(count), find_gpu(name)) if times and count.isdecimal() and count.isascii() else (1, find_gpu(text))
+    if times and re.fullmatch("[0-9]+", count):
+        return _GPUS(count), find_gpu(name)
+    return 1, find_gpu(text)
 
 
 def _tokens(text: str) -> int:
-    number, unit = (text[:-1], _UNITS[text[-1].lower()]) if text and text[-1].lower() in _UNITS else (text, 1)
+    number, unit = (text[:-1], _UNITS[text[-1].lower()]) if text[-1].lower() in _UNITS else (text, 1)
     try:
-        return round(float(number) * unit)
-    except (ValueError, OverflowError):
-        raise InvalidArgument(f"context {text!r} is no number of tokens; say for example 6000, 32k or 1m") from None
+        tokens = round(_TOKENS(number) * unit)
+    except InvalidValue:
+        tokens = 0
+    if not 1 <= tokens <= CONTEXT_TOKENS_MAX:
+        raise InvalidArgument(
+            f"{shown(text)} is not a number of tokens from 1 to {CONTEXT_TOKENS_MAX}, for example 6000, 32k or 1m"
+        )
+    return tokens
 
 
 def _size(size_bytes: float) -> str:

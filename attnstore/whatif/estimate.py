@@ -11,6 +11,7 @@ import math
 from dataclasses import dataclass
 
 from attnstore.errors import InvalidArgument
+from attnstore.limits import BLOCK_TOKENS_MAX, CONTEXT_TOKENS_MAX, GPUS_MAX, MEMORY_GB_PER_S_MAX
 from attnstore.links import LinkProfile
 from attnstore.whatif.hardware import Gpu
 from attnstore.whatif.model import Model
@@ -21,7 +22,6 @@ _PARTIAL_ITEM_BYTES = 4
 """A partial result travels in fp32."""
 _ROUND_TRIPS = 2
 """A fetch asks what is there (Match), then reads it."""
-CONTEXT_TOKENS_MAX = 100_000_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,12 +50,12 @@ class Question:
             raise InvalidArgument(f"hit is {self.hit}; it is a share between 0 and 1")
         if not 0 < self.mfu <= 1:
             raise InvalidArgument(f"mfu is {self.mfu}; it is a share above 0 and at most 1")
-        if not 1 <= self.gpus <= 1024:
-            raise InvalidArgument(f"gpus is {self.gpus}; it must be between 1 and 1024")
-        if not 0 < self.node_gb_per_s < math.inf:
-            raise InvalidArgument(f"node_gb_per_s is {self.node_gb_per_s}; it must be positive")
-        if not 1 <= self.block_tokens <= 1024:
-            raise InvalidArgument(f"block_tokens is {self.block_tokens}; it must be between 1 and 1024")
+        if not 1 <= self.gpus <= GPUS_MAX:
+            raise InvalidArgument(f"gpus is {self.gpus}; it must be between 1 and {GPUS_MAX}")
+        if not 0 < self.node_gb_per_s <= MEMORY_GB_PER_S_MAX:
+            raise InvalidArgument(f"node_gb_per_s is {self.node_gb_per_s}; it must be above 0 and at most {MEMORY_GB_PER_S_MAX:g}")
+        if not 1 <= self.block_tokens <= BLOCK_TOKENS_MAX:
+            raise InvalidArgument(f"block_tokens is {self.block_tokens}; it must be between 1 and {BLOCK_TOKENS_MAX}")
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from importlib.resources import files
 
 from attnstore.errors import InvalidArgument
+from attnstore.secrecy import shown
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,4 +38,4 @@ def find_gpu(name: str) -> Gpu:
     try:
         return GPUS[name.lower()]
     except KeyError:
-        raise InvalidArgument(f"gpu {name!r} is unknown; known are {', '.join(GPUS)}") from None
+        raise InvalidArgument(f"gpu {shown(name)} is unknown; known are {', '.join(GPUS)}") from None

@@ -11,12 +11,15 @@ import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.resources import files
-from pathlib import Path
 from typing import Any
 
 from attnstore.core.layout import DType, PageLayout
 from attnstore.errors import InvalidArgument
+from attnstore.limits import SETTINGS_CHARS_MAX
+from attnstore.option_types import file_to_read, read_text
+from attnstore.secrecy import shown
 
+_COUNT_MAX = (1 << 31) - 1
 _OTHER_KV = {
     "kv_lora_rank": "multi-head latent attention keeps one compressed vector for all heads",
     "linear_num_key_heads": "linear attention keeps a state of fixed size",
@@ -47,7 +50,8 @@ class Model:
     @classmethod
     def from_config(cls, name: str, config: Mapping[str, Any]) -> Model:
         """From the fields of a `config.json`. Raises `InvalidArgument` for one that is missing or of another kind of model."""
-        config = config.get("text_config", config)
+        text_config = config.get("text_config")
+        config = text_config if isinstance(text_config, dict) else config
         for field, reason in _OTHER_KV.items():
             if config.get(field):
                 raise InvalidArgument(f"model {name!r} has {field}: {reason}, which this calculator does not know")
@@ -117,14 +121,15 @@ def load_model(name_or_path: str) -> Model:
     shipped = _shipped()
     if name_or_path.lower() in shipped:
         return Model.from_config(name_or_path.lower(), shipped[name_or_path.lower()])
-    path = Path(name_or_path)
-    if path.suffix != ".json":
-        raise InvalidArgument(f"model {name_or_path!r} is unknown; give the path of a config.json or one of {', '.join(shipped)}")
+    if not name_or_path.endswith(".json"):
+        raise InvalidArgument(
+            f"model {shown(name_or_path)} is unknown; give the path of a config.json or one of {', '.join(shipped)}"
+        )
+    path = file_to_read(name_or_path)
+    text = read_text(path, SETTINGS_CHARS_MAX)
     try:
-        config = json.loads(path.read_text())
-    except OSError as error:
-        raise InvalidArgument(f"model {name_or_path} cannot be read: {error.strerror}") from None
-    except ValueError as error:
+        config = json.loads(text)
+    except (ValueError, RecursionError) as error:
         raise InvalidArgument(f"model {name_or_path} is not valid JSON: {error}") from None
     if not isinstance(config, dict):
         raise InvalidArgument(f"model {name_or_path} is no JSON object")
@@ -137,6 +142,6 @@ def _shipped() -> dict[str, dict[str, Any]]:
 
 def _count(name: str, config: Mapping[str, Any], field: str) -> int:
     value = config.get(field)
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise InvalidArgument(f"model {name!r}: {field} is {value!r} where a positive number is needed")
+    if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= _COUNT_MAX:
+        raise InvalidArgument(f"model {name!r}: {field} is {value!r:.100} where a number from 1 to {_COUNT_MAX} is needed")
     return value

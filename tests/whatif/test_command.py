@@ -61,13 +61,13 @@ def test_the_list_names_models_gpus_and_links(capsys: pytest.CaptureFixture[str]
     [
         (["--model", "gpt-9"], "gpt-9"),
         (["--gpu", "abacus"], "abacus"),
-        (["--gpu", "0xh100"], "gpus is 0"),
+        (["--gpu", "0xh100"], "--gpu: '0' is not a whole number"),
         (["--link", "string"], "is no link"),
-        (["--context", "much"], "no number of tokens"),
-        (["--context", "0"], "context is 0"),
-        (["--hit", "2"], "hit is 2"),
-        (["--hit", "nan"], "hit is nan"),
-        (["--context", "infk"], "no number of tokens"),
+        (["--context", "much"], "is not a number of tokens"),
+        (["--context", "0"], "--context: '0' is not a number of tokens"),
+        (["--hit", "2"], "--hit: '2' is not a number from 0 to 1"),
+        (["--hit", "nan"], "--hit: 'nan' is not a number from 0 to 1"),
+        (["--context", "infk"], "is not a number of tokens"),
     ],
 )
 def test_a_bad_option_ends_with_one_line(options: list[str], words: str, capsys: pytest.CaptureFixture[str]) -> None:

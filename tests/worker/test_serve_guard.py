@@ -167,7 +167,8 @@ def test_a_loopback_address_needs_none_and_bad_tokens_are_refused(tmp_path: Path
 
 
 def test_the_command_refuses_a_public_address_before_it_loads_a_model(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "worker.cli", "serve", "--host", "0.0.0.0", "--model", str(tmp_path / "absent")]
+    (tmp_path / "config.json").write_text("no model, as would be seen if it were read")
+    command = [sys.executable, "-m", "worker.cli", "serve", "--host", "0.0.0.0", "--model", str(tmp_path)]
     result = subprocess.run(command, capture_output=True, text=True, timeout=WAIT_S * 4)
     assert result.returncode == 2
     assert "--host 0.0.0.0 is reachable from other machines" in result.stderr

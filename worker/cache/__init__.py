@@ -9,7 +9,7 @@ from worker.cache.load_plan import FetchAll, Planner, RecomputeAll
 from worker.cache.loading import Admission, Loading
 from worker.cache.manager import CacheManager, CacheStatistics
 from worker.cache.observation import LoadEnd, Observer, Step, Unobserved
-from worker.cache.page_store import STORE_TRANSPORTS, OnLayer, PageStore, open_store
+from worker.cache.page_store import STORE_TRANSPORTS, OnLayer, PageStore, checked_target, open_store
 from worker.cache.pages import PagePool
 from worker.cache.remote import RemoteTier
 from worker.cache.tier import Tier, TierStatistics
@@ -39,6 +39,7 @@ __all__ = [
     "TierOptions",
     "TierStatistics",
     "Unobserved",
+    "checked_target",
     "create_cache",
     "open_store",
 ]

@@ -12,6 +12,7 @@ from typing import Final, Protocol
 import attnstore
 from attnstore.client.bulk import TRANSPORT_NAMES
 from attnstore.client.bulk import OnLayer as OnLayer
+from attnstore.client.options import checked_target as checked_target
 from attnstore.core.layout import PageLayout
 from attnstore.types import Lease, MatchResult, ReadResult, WriteResult
 

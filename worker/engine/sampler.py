@@ -23,6 +23,7 @@ Floats = npt.NDArray[np.float32]
 STOPS_MAX: Final = 16
 """Stop strings of one sequence; each is searched for after each token."""
 SEED_MAX: Final = (1 << 63) - 1
+TEMPERATURE_MAX: Final = 100.0
 _TEMPERATURE_MIN: Final = torch.finfo(torch.float32).tiny
 
 
@@ -46,8 +47,8 @@ class SamplingParams:
     def __post_init__(self) -> None:
         if self.max_tokens < 1:
             raise InvalidArgument(f"max_tokens is {self.max_tokens}; it must be at least 1")
-        if not 0.0 <= self.temperature <= 100.0:
-            raise InvalidArgument(f"temperature is {self.temperature}; it must be between 0 (greedy) and 100")
+        if not 0.0 <= self.temperature <= TEMPERATURE_MAX:
+            raise InvalidArgument(f"temperature is {self.temperature}; it must be between 0 (greedy) and {TEMPERATURE_MAX:g}")
         if self.top_k is not None and self.top_k < 1:
             raise InvalidArgument(f"top_k is {self.top_k}; it must be at least 1")
         if not 0.0 < self.top_p <= 1.0:
