@@ -17,8 +17,7 @@ from pathlib import Path
 
 import torch
 from rich.console import Console
-from safetensors import SafetensorError
-from safetensors.torch import save_file
+from safetensors.torch import save
 
 from attnstore import copying
 from attnstore.address import Address
@@ -453,13 +452,14 @@ def _written(option: str, path: Path) -> Iterator[None]:
     """A block that writes the option's file. Raises `InvalidArgument`."""
     try:
         yield
-    except (OSError, SafetensorError) as error:
-        raise InvalidArgument(f"{option} {path} cannot be written: {error}") from None
+    except OSError as error:
+        raise InvalidArgument(f"{option} {path} cannot be written: {error.strerror}") from None
 
 
 def _write_logits(tokens: Items[Token], path: Path) -> None:
     with _written("--logits", path):
-        save_file({"logits": torch.stack([token.logits for token in tokens])}, path)
+        # Written here: `save_file` puts a new file in the place of what is there, be it a device.
+        path.write_bytes(save({"logits": torch.stack([token.logits for token in tokens])}))
 
 
 def _open_store(arguments: argparse.Namespace) -> AbstractContextManager[PageStore]:

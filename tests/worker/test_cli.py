@@ -185,6 +185,38 @@ def test_a_bad_option_is_one_line_on_standard_error(
 
 
 @pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--attend", "always"), "--attend always needs a --store"),
+        (("--attend", "measured", "--store", "grpc://127.0.0.1:1"), "--attend measured needs --planner cost"),
+        (("--store", "grpc://127.0.0.1:1", "--store-ca", os.devnull), "does not use TLS"),
+        (("--store", "grpc://127.0.0.1:1", "--transport", "tcp", "--http-proxy", "http://h:1"), "goes past an HTTP proxy"),
+        (("--pool", "63TiB"), "--pool, with --host-pool, takes 63.0TiB"),
+    ],
+)
+def test_options_that_do_not_go_together_are_refused_before_the_model_is_loaded(
+    tmp_path: Path, prompt_file: Path, options: tuple[str, ...], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "config.json").write_text("no model, as would be seen if it were read")
+    assert main(["generate", "--model", str(tmp_path), "--prompt-file", str(prompt_file), *options]) == 2
+    told = capsys.readouterr().err
+    assert message in told
+    assert told.count("\n") == 1
+
+
+def test_a_full_disk_costs_the_file_and_not_a_traceback(
+    tiny_folder: Path, prompt_file: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    command = ["generate", "--model", str(tiny_folder), "--prompt-file", str(prompt_file), "--max-tokens", "1"]
+    assert main([*command, "--logits", "/dev/full"]) == 2
+    told = capsys.readouterr().err
+    assert "--logits /dev/full cannot be written" in told
+    assert told.count("\n") == 1
+    assert main([*command, "--planner", "cost", "--store", "grpc://127.0.0.1:1", "--decisions", "/dev/full"]) == 0
+    assert "--decisions /dev/full cannot be written: No space left on device" in caplog.text
+
+
+@pytest.mark.parametrize(
     ("arguments", "named"),
     [(("serve", "--store", ""), "--store"), (("serve", "--model="), "--model"), (("explain", "--from", ""), "--from")],
 )

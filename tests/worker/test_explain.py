@@ -73,6 +73,46 @@ def test_a_file_without_decisions_is_refused_by_name(tmp_path: Path, content: st
         decisions_of(str(path), 5)
 
 
+DECISION = {"number": 1, "at_ms": 0.5, "tokens": 9, "resident_blocks": 0, "usable_blocks": 0, "forecasts": {"fetch": 1.0}}
+FOREIGN = {
+    "number": "x",
+    "tokens": None,
+    "resident_blocks": [],
+    "hit_end": "a",
+    "rtt_ms": {},
+    "spread": "wide",
+    "forecasts": [1.0],
+    "choice": 7,
+    "arrived_blocks": 1.5,
+    "happened_ttft_ms": "soon",
+    "predicted_ttft_ms": [],
+}
+
+
+@pytest.mark.parametrize("field", FOREIGN)
+def test_values_of_another_kind_are_refused(tmp_path: Path, field: str) -> None:
+    path = tmp_path / "decisions.jsonl"
+    path.write_text(json.dumps({**DECISION, field: FOREIGN[field]}) + "\n")
+    with pytest.raises(InvalidArgument, match="it holds something else"):
+        decisions_of(str(path), 5)
+
+
+@pytest.mark.parametrize("content", [b"\xff\n", b"[" * 100_000, b'{"number": ' + b"9" * 5_000 + b"}"])
+def test_what_no_json_of_ours_looks_like_is_refused(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "decisions.jsonl"
+    path.write_bytes(content)
+    with pytest.raises(InvalidArgument, match="no decisions"):
+        decisions_of(str(path), 5)
+
+
+def test_what_a_file_says_is_shown_as_it_is(tmp_path: Path) -> None:
+    path = tmp_path / "decisions.jsonl"
+    path.write_text(json.dumps({**DECISION, "choice": "[/b]", "error": "ours is computed", "added": 1}) + "\n")
+    console = Console(record=True, width=160)
+    show(decisions_of(str(path), 5), console)
+    assert "[/b]" in console.export_text()
+
+
 @pytest.mark.parametrize("answer", [b"", b"SSH-2.0-OpenSSH_9.6\r\n", b"HTTP/1.1 200 OK\r\n\r\n[]", b"HTTP/1.1 404 No\r\n\r\n"])
 def test_an_endpoint_that_is_no_worker_is_refused_by_name(answer: bytes) -> None:
     with socket.create_server(("127.0.0.1", 0)) as listener:
