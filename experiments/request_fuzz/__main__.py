@@ -6,7 +6,7 @@ import argparse
 import tempfile
 from pathlib import Path
 
-from attnstore.command_line import whole
+from attnstore.option_types import Whole
 from experiments.request_fuzz.run import fuzz, report
 from worker.testing import write_tiny_model
 
@@ -14,8 +14,8 @@ from worker.testing import write_tiny_model
 def main() -> int:
     """The command."""
     parser = argparse.ArgumentParser("python -m experiments.request_fuzz", description="Wrong requests to a worker's endpoint.")
-    parser.add_argument("--requests", type=whole(1), default=10_000, metavar="N", help="how many (default 10000)")
-    parser.add_argument("--seed", type=whole(0), default=0, metavar="N", help="of the requests (default 0)")
+    parser.add_argument("--requests", type=Whole(1, 10_000_000), default=10_000, metavar="N", help="how many (default 10000)")
+    parser.add_argument("--seed", type=Whole(0, (1 << 63) - 1), default=0, metavar="N", help="of the requests (default 0)")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         write_tiny_model(Path(folder), context_tokens_max=128)
