@@ -67,6 +67,7 @@ def test_the_valid_call_is_accepted() -> None:
         ("soft_cap", float("nan")),
         ("soft_cap", float("inf")),
         ("soft_cap", 1e-30),
+        ("soft_cap", 1e6),
         ("sinks", torch.zeros(3)),
         ("sinks", torch.zeros(1, 6)),
         ("sinks", torch.zeros(6, dtype=torch.bfloat16)),

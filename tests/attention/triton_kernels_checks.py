@@ -21,8 +21,9 @@ def test_any_mixed_batch_agrees_with_the_reference(seed: int) -> None:
     assert_close(case.run(CheckedAttention(TritonAttention(programs_wanted=1))), case.run(REFERENCE))
 
 
-@pytest.mark.parametrize("scoring", SCORINGS, ids=str)
+@pytest.mark.parametrize("scoring", [SCORINGS[3 * number + number % 3] for number in range(len(SCORINGS) // 3)], ids=str)
 def test_windows_caps_and_sinks_agree_in_every_phase_of_a_batch(scoring: Scoring) -> None:
+    """Every window, cap and sinks together, the types in turns."""
     number = SCORINGS.index(scoring)
     phases = [[(1, 1), (47, 1), (40, 9)], [(97, 1), (33, 1)]][number % 2]
     kv_heads, group = ((3, 1), (1, 4), (2, 3))[number % 7 % 3]
