@@ -55,7 +55,7 @@ def kv_settings(vllm_config: Any, kv_cache_config: Any, *, model_id: str | None)
         # Some models compute otherwise where longer sequences may come: vLLM's long-rope takes its long factors, Llama 4 scales.
         "tokens_max": model.max_model_len,
         "dtype": str(model.dtype),
-        "quantization": str(model.quantization),
+        "quantization": [str(model.quantization), repr(model.quantization_config)],
         "cache_dtype": str(vllm_config.cache_config.cache_dtype),
         "cache_layout": str(kv_cache_config.kv_cache_layout),
         "kv_spec": repr(kv_cache_config.kv_cache_groups[0].kv_cache_spec),

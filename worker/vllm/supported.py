@@ -36,7 +36,6 @@ SERVED: Final[Mapping[str, tuple[str, tuple[Any, ...], str]]] = MappingProxyType
         ),
         "model_config.runner_type": ("--runner", ("generate",), "pages are those of models that generate"),
         "model_config.is_diffusion": ("a diffusion model", (False,), "the KV of a block changes while its tokens do"),
-        "model_config.quantization_config": ("--quantization-config", (None,), "it is not part of a page's name"),
         "model_config.code_revision": ("--code-revision", (None,), "other code computes other KV"),
         "model_config.model_class_overrides": ("--model-class-overrides", ({},), "other code computes other KV"),
         "speculative_config.method": (
@@ -49,6 +48,7 @@ SERVED: Final[Mapping[str, tuple[str, tuple[Any, ...], str]]] = MappingProxyType
             (False,),
             "tokens that are loaded have none",
         ),
+        "additional_config": ("--additional-config", ({},), "what a platform's plugin does with it is not known"),
         "weight_transfer_config": ("--weight-transfer-config", (None,), "pages of weights that were replaced would be hits"),
         "kv_transfer_config.kv_role": (
             '"kv_role" of --kv-transfer-config',

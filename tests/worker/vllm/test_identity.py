@@ -59,6 +59,7 @@ def space_of(
             hf_config=config,
             dtype="torch.bfloat16",
             quantization=None,
+            quantization_config=None,
             max_model_len=tokens_max,
         ),
         cache_config=SimpleNamespace(cache_dtype="auto", prefix_caching_hash_algo="sha256"),

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 import pydoc_data.topics
+import subprocess
 import tempfile
 import threading
 from collections.abc import Callable, Iterator
@@ -19,6 +21,7 @@ from attnstore.testing.link import Link
 from attnstore.testing.ports import free_port
 from experiments.vllm.runs import Engine
 from experiments.vllm.session import Answers, Batch, Start, attnstore_connector
+from tests.worker.vllm.judged import NAMED, NO_EFFECT, PASSED_BY, REFUSED
 from worker.model.conversion import export_model
 
 PYTHON = os.environ.get("ATTNSTORE_VLLM_PYTHON")
@@ -71,6 +74,25 @@ def alone(model: Path, prompts: list[list[int]]) -> Answers:
     with vllm(model, None) as engine:
         each = [engine.ask(Batch([prompt], NEW_TOKENS)) for prompt in prompts]
     return Answers([one.tokens[0] for one in each], [one.ttft_ms[0] for one in each], sum(one.wall_ms for one in each))
+
+
+_FIELDS = """
+import dataclasses, json, vllm.config
+from vllm.config.aux_output import AuxOutputConfig
+parts = [AuxOutputConfig, *(getattr(vllm.config, name) for name in {names})]
+print(json.dumps({{part.__name__: sorted(field.name for field in dataclasses.fields(part)) for part in parts}}))
+"""
+
+
+def test_every_field_of_vllms_configuration_was_judged() -> None:
+    assert PYTHON is not None
+    verdicts: dict[str, list[str]] = {}
+    for judged in (NAMED, REFUSED, PASSED_BY, NO_EFFECT):
+        for part, fields in judged.items():
+            verdicts.setdefault(part, []).extend(fields.split())
+    script = _FIELDS.format(names=[name for name in verdicts if name != "AuxOutputConfig"])
+    told = json.loads(subprocess.run([PYTHON, "-c", script], check=True, capture_output=True, text=True).stdout.splitlines()[-1])
+    assert {part: sorted(fields) for part, fields in verdicts.items()} == told
 
 
 def test_a_second_process_gets_the_pages_and_the_tokens_are_those_of_vllm_alone(
