@@ -22,7 +22,6 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
@@ -34,6 +33,9 @@ from rich.table import Table
 from torch import Tensor
 
 from attnstore.attention import AttentionBackend, create_attention
+from attnstore.command_line import CommandParser
+from attnstore.limits import THREADS_MAX
+from attnstore.option_types import Whole, file_to_write
 
 BLOCK_TOKENS: Final = 16
 LAYERS: Final = 8
@@ -117,10 +119,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m experiments.attention", description=__doc__.partition("\n")[0])
-    parser.add_argument("--json", type=Path, metavar="PATH", help="write the rows as a list of objects")
+    parser = CommandParser(prog="python -m experiments.attention", description=__doc__.partition("\n")[0])
+    parser.add_argument("--json", type=file_to_write, metavar="PATH", help="write the rows as a list of objects")
     parser.add_argument("--quick", action="store_true", help="one model and fewer points, within half a minute")
-    parser.add_argument("--threads", type=int, default=1, metavar="N", help="threads for attention and reads alike (default 1)")
+    parser.add_argument(
+        "--threads", type=Whole(1, THREADS_MAX), default=1, metavar="N", help="threads for attention and reads alike (default 1)"
+    )
     return parser
 
 

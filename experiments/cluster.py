@@ -19,16 +19,18 @@ import time
 from collections import Counter
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
-from pathlib import Path
 
 import attnstore
+from attnstore.command_line import CommandParser
 from attnstore.core.hashing import segment_key
 from attnstore.core.placement import Placement
 from attnstore.limits import SEGMENT_BLOCKS
+from attnstore.option_types import file_to_write
 from attnstore.testing import RedisServer, StoreProcess
 from attnstore.testing.netns import Host, Switch
 from experiments.bandwidth.processes import Child
 from experiments.bandwidth.report import aligned
+from experiments.options import COUNT, POSITIVE
 
 _LAYOUT = attnstore.PageLayout(layers=30, kv_heads=3, head_dim=64)
 _NAMESPACE = attnstore.namespace(_LAYOUT, model=b"experiments.cluster")
@@ -216,12 +218,12 @@ def run_client(url: str, nodes: int, seed: int, writes: bool) -> None:
 
 def main() -> int:
     """Measures, prints, writes; 0 whatever the figures are."""
-    parser = argparse.ArgumentParser("python -m experiments.cluster", description=__doc__.splitlines()[0])
-    parser.add_argument("--gbit", type=float, default=1.0, help="rate of each node's link in Gb/s")
-    parser.add_argument("--nodes", type=int, nargs="+", default=[1, 3])
-    parser.add_argument("--clients", type=int, default=4, help=f"client processes, of {_THREADS} threads each")
-    parser.add_argument("--seconds", type=float, default=8.0, help="for each cell")
-    parser.add_argument("--json", type=Path, metavar="PATH", help="write the figures")
+    parser = CommandParser("python -m experiments.cluster", description=__doc__.splitlines()[0])
+    parser.add_argument("--gbit", type=POSITIVE, default=1.0, help="rate of each node's link in Gb/s")
+    parser.add_argument("--nodes", type=COUNT, nargs="+", default=[1, 3])
+    parser.add_argument("--clients", type=COUNT, default=4, help=f"client processes, of {_THREADS} threads each")
+    parser.add_argument("--seconds", type=POSITIVE, default=8.0, help="for each cell")
+    parser.add_argument("--json", type=file_to_write, metavar="PATH", help="write the figures")
     parser.add_argument("--client", type=json.loads, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.client is not None:

@@ -23,7 +23,10 @@ from rich.console import Console
 from rich.table import Table
 from safetensors.torch import load_file
 
+from attnstore.command_line import CommandParser
+from attnstore.option_types import file_to_write
 from attnstore.testing import StoreProcess
+from experiments.options import COUNT
 
 _WORKER_S_MAX: Final = 900.0
 """One worker: a first conversion of the model, and the prompt on a slow machine."""
@@ -79,16 +82,16 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="experiments.demo", description="A second worker answers from a first worker's pages.")
+    parser = CommandParser(prog="experiments.demo", description="A second worker answers from a first worker's pages.")
     add = parser.add_argument
     add("--document", type=Path, metavar="FILE", help="text of the prompt (default: Python's own manual)")
-    add("--prompt-tokens", type=int, default=4096, metavar="N", help="use its first N tokens (default 4096)")
-    add("--max-tokens", type=int, default=64, metavar="N", help="tokens to generate (default 64)")
+    add("--prompt-tokens", type=COUNT, default=4096, metavar="N", help="use its first N tokens (default 4096)")
+    add("--max-tokens", type=COUNT, default=64, metavar="N", help="tokens to generate (default 64)")
     add("--model", type=Path, metavar="PATH", help="GGUF file or Hugging Face folder (default: SmolLM2-135M-Instruct)")
     add("--dtype", choices=("fp32", "bf16"), default="fp32", help="of weights and KV (default fp32)")
     add("--transport", default="grpc", metavar="NAME", help="how pages travel: grpc (default), tcp, shm or auto")
     add("--capacity", default="1GiB", metavar="SIZE", help="of the store node (default 1GiB)")
-    add("--json", type=Path, metavar="PATH", help="also write the figures to this file")
+    add("--json", type=file_to_write, metavar="PATH", help="also write the figures to this file")
     return parser
 
 

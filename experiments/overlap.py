@@ -12,21 +12,21 @@ the bytes need a processor too. Figures are medians; every repetition has a new 
 
 from __future__ import annotations
 
-import argparse
 import json
 import random
 import statistics
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import Final
 
 import torch
 from rich.console import Console
 from rich.table import Table
 
+from attnstore.command_line import CommandParser
 from attnstore.links import LinkProfile
+from attnstore.option_types import file_to_write
 from attnstore.testing import StoreProcess
 from attnstore.testing.link import Link
 from worker.cache import FetchAll, PageStore, open_store
@@ -187,8 +187,8 @@ def measure(model: LoadedModel, shape: Shape, ratios: Sequence[float]) -> list[R
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Prints the rows; 0 where every one is within its bound and has the right tokens."""
-    parser = argparse.ArgumentParser("python -m experiments.overlap", description="Swap-in overlapped with compute.")
-    parser.add_argument("--json", type=Path, metavar="PATH", help="write the rows there, one JSON object a line")
+    parser = CommandParser("python -m experiments.overlap", description="Swap-in overlapped with compute.")
+    parser.add_argument("--json", type=file_to_write, metavar="PATH", help="write the rows there, one JSON object a line")
     parser.add_argument("--quick", action="store_true", help="a shorter prompt and fewer repetitions, within 50 s")
     arguments = parser.parse_args(argv)
     shape = Shape(1024, 256, 3) if arguments.quick else Shape(1792, 256, 7)

@@ -9,7 +9,6 @@ relay. Medians over rounds.
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 import socket
@@ -19,14 +18,16 @@ import time
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from statistics import median
 from typing import Final
 
 from attnstore.address import Address
+from attnstore.command_line import CommandParser
+from attnstore.option_types import file_to_write
 from attnstore.testing.link import Link
 from experiments.bandwidth.processes import Child, say_and_wait, serve_connections
 from experiments.bandwidth.report import aligned
+from experiments.options import COUNT
 
 _DIRECT: Final = "direct"
 _PROFILES: Final = (_DIRECT, "loopback", "10g", "1g", "100m", "10m", "1g@2ms", "10g@10ms", "wan-20ms", "inf@20ms", "5g")
@@ -129,10 +130,10 @@ def table(rows: Sequence[Row]) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Measures, prints, writes; 0 whatever the figures are."""
-    parser = argparse.ArgumentParser(prog="python -m experiments.relay", description="What the relay passes and what it adds.")
+    parser = CommandParser(prog="python -m experiments.relay", description="What the relay passes and what it adds.")
     parser.add_argument("--profiles", nargs="+", default=_PROFILES, metavar="P", help=f"links, or {_DIRECT}")
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--json", type=Path, metavar="PATH", help="write the rows")
+    parser.add_argument("--rounds", type=COUNT, default=3)
+    parser.add_argument("--json", type=file_to_write, metavar="PATH", help="write the rows")
     parser.add_argument("--serve", action="store_true", help="be the other end (the experiment starts it itself)")
     options = parser.parse_args(argv)
     if options.serve:

@@ -7,20 +7,21 @@ that a client that starves shows; the bound is the shaped rate, headers included
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 import time
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
-from pathlib import Path
 
+from attnstore.command_line import CommandParser
+from attnstore.option_types import file_to_write
 from attnstore.testing import StoreProcess
 from attnstore.testing.netns import ShapedLink
 from experiments.bandwidth.lane import Start
 from experiments.bandwidth.lanes.store import KEEPS
 from experiments.bandwidth.processes import Child
 from experiments.bandwidth.report import aligned
+from experiments.options import COUNT, POSITIVE
 
 _PAGE_BYTES = 368_640
 _PAGES = 64
@@ -80,12 +81,12 @@ def _gb_per_s(lanes: list[Child], verb: str, seconds: float) -> float:
 
 def main() -> int:
     """Measures, prints, writes; 0 whatever the figures are."""
-    parser = argparse.ArgumentParser("python -m experiments.shaped", description="Share of a shaped link that the store fills.")
-    parser.add_argument("--gbit", type=float, nargs="+", default=[1.0, 10.0], help="rates of the cable in Gb/s")
-    parser.add_argument("--clients", type=int, nargs="+", default=[1, 4], help="client processes at once")
+    parser = CommandParser("python -m experiments.shaped", description="Share of a shaped link that the store fills.")
+    parser.add_argument("--gbit", type=POSITIVE, nargs="+", default=[1.0, 10.0], help="rates of the cable in Gb/s")
+    parser.add_argument("--clients", type=COUNT, nargs="+", default=[1, 4], help="client processes at once")
     parser.add_argument("--transports", nargs="+", default=["tcp", "grpc"])
-    parser.add_argument("--seconds", type=float, default=5.0, help="for each cell")
-    parser.add_argument("--json", type=Path, metavar="PATH", help="write the rows")
+    parser.add_argument("--seconds", type=POSITIVE, default=5.0, help="for each cell")
+    parser.add_argument("--json", type=file_to_write, metavar="PATH", help="write the rows")
     options = parser.parse_args()
     rows = [
         row

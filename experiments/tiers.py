@@ -15,7 +15,6 @@ and generated ones together; hits are counted by tier; tokens must equal those o
 
 from __future__ import annotations
 
-import argparse
 import json
 import random
 import statistics
@@ -23,13 +22,14 @@ import time
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any, Final
 
 from rich.console import Console
 from rich.table import Table
 
+from attnstore.command_line import CommandParser
 from attnstore.core.layout import DType
+from attnstore.option_types import file_to_write
 from attnstore.testing import StoreProcess
 from worker.cache import SharedUse, Tier, open_store
 from worker.engine import Engine, EngineOptions, SamplingParams
@@ -194,8 +194,8 @@ def decode_rows(model: LoadedModel, context_tokens: int, new_tokens: int, rounds
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Prints the rows; 0 where all tokens are equal and pages in place cost no more than they may."""
-    parser = argparse.ArgumentParser("python -m experiments.tiers", description="Throughput by tier, and pages used in place.")
-    parser.add_argument("--json", type=Path, metavar="PATH", help="write the rows there, one JSON object a line")
+    parser = CommandParser("python -m experiments.tiers", description="Throughput by tier, and pages used in place.")
+    parser.add_argument("--json", type=file_to_write, metavar="PATH", help="write the rows there, one JSON object a line")
     parser.add_argument("--quick", action="store_true", help="shorter prompts and contexts, within 50 s")
     arguments = parser.parse_args(argv)
     pressure = Pressure(load_model(), *((96, 8) if arguments.quick else (256, 16)))

@@ -16,8 +16,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Final
 
+from attnstore.command_line import CommandParser
 from attnstore.environment import variable
+from attnstore.option_types import file_to_write
 from experiments.endpoints import Completion, complete, metric, model_name, query
+from experiments.options import COUNT
 
 _ANSWER_S_MAX: Final = 300.0
 _SETTLE_S_MAX: Final = 60.0
@@ -104,14 +107,14 @@ def dashboard_queries(path: Path) -> list[str]:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser("python -m experiments.walkthrough", description="A tour of a running cluster.")
+    parser = CommandParser("python -m experiments.walkthrough", description="A tour of a running cluster.")
     add = parser.add_argument
     add("--workers", type=_urls, required=True, metavar="URL,URL", help="workers; the first computes, the others share")
     add("--nodes", type=_urls, required=True, metavar="URL,...", help="the nodes' metrics endpoints")
     add("--prometheus", required=True, metavar="URL")
     add("--dashboard", type=Path, required=True, metavar="FILE", help="Grafana dashboard whose queries must return data")
-    add("--prompts", type=int, default=8, metavar="N", help="prompts to share (default 8)")
-    add("--json", type=Path, metavar="PATH", help="write what was seen")
+    add("--prompts", type=COUNT, default=8, metavar="N", help="prompts to share (default 8)")
+    add("--json", type=file_to_write, metavar="PATH", help="write what was seen")
     return parser
 
 

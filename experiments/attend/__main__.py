@@ -7,12 +7,13 @@ import json
 import math
 from collections.abc import Sequence
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any, Final
 
 import torch
 from rich.console import Console
 
+from attnstore.command_line import CommandParser
+from attnstore.option_types import file_to_write
 from experiments.attend.real_model import Cell, documents, measure
 from experiments.attend.rows import MODES, Row, table
 from experiments.attend.synthetic import LLAMA_3_8B, SMOLLM2, measure_geometry
@@ -76,11 +77,11 @@ def _as_json(row: Row) -> dict[str, Any]:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="python -m experiments.attend",
         description="Decoding with the KV in the worker's memory, fetched for each step, or attended to at the store.",
     )
-    parser.add_argument("--json", type=Path, metavar="PATH", help="write the rows as a list")
+    parser.add_argument("--json", type=file_to_write, metavar="PATH", help="write the rows as a list")
     parser.add_argument("--quick", action="store_true", help="short contexts and few tokens")
     return parser
 

@@ -9,6 +9,8 @@ import time
 from dataclasses import asdict
 from pathlib import Path
 
+from attnstore.command_line import CommandParser
+from attnstore.option_types import file_to_write
 from experiments.bandwidth.claims import Claim, claims
 from experiments.bandwidth.field import Plan, run_rounds
 from experiments.bandwidth.match import MatchFigures, in_the_table, over_the_wire
@@ -48,11 +50,11 @@ def main() -> int:
 
 
 def _options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser("python -m experiments.bandwidth", description="How fast pages move over each transport.")
+    parser = CommandParser("python -m experiments.bandwidth", description="How fast pages move over each transport.")
     parser.add_argument("--quick", action="store_true", help="fewer rounds and cells: ends within 50 s")
-    parser.add_argument("--json", type=Path, metavar="PATH", help="write the rows")
-    parser.add_argument("--match-json", type=Path, metavar="PATH", help="write the figures of Match")
-    parser.add_argument("--plot", type=Path, metavar="PATH", help="write a PNG")
+    parser.add_argument("--json", type=file_to_write, metavar="PATH", help="write the rows")
+    parser.add_argument("--match-json", type=file_to_write, metavar="PATH", help="write the figures of Match")
+    parser.add_argument("--plot", type=file_to_write, metavar="PATH", help="write a PNG")
     parser.add_argument("--mooncake-python", type=Path, metavar="PATH", help="interpreter that has mooncake: adds its rows")
     return parser.parse_args()
 

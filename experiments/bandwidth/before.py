@@ -7,7 +7,6 @@ is the median of the rounds' ratios, after / before; between two copies of one c
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 from collections.abc import Iterator, Sequence
@@ -15,6 +14,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from statistics import geometric_mean, median
 
+from attnstore.command_line import CommandParser
 from attnstore.testing import StoreProcess
 from experiments.bandwidth.field import node_options
 from experiments.bandwidth.lane import Sample, Start
@@ -22,6 +22,7 @@ from experiments.bandwidth.pages import Shape
 from experiments.bandwidth.processes import ROOT, Child
 from experiments.bandwidth.report import aligned
 from experiments.bandwidth.results import PAGE_BYTES_LARGE, PAGE_BYTES_SMALL
+from experiments.options import COUNT
 
 _CELL_S = 0.04
 _SHAPES = ((Shape(PAGE_BYTES_SMALL, 256), (1, 8, 32, 256)), (Shape(PAGE_BYTES_LARGE, 32), (1, 32)))
@@ -71,9 +72,9 @@ def _ratios(pairs: list[Pair]) -> tuple[float, float]:
 
 def main() -> int:
     """Measures, and prints a line for each cell and one for each transport."""
-    parser = argparse.ArgumentParser("python -m experiments.bandwidth.before", description="This checkout beside another one.")
+    parser = CommandParser("python -m experiments.bandwidth.before", description="This checkout beside another one.")
     parser.add_argument("tree", type=Path, metavar="TREE", help="the checkout to compare with")
-    parser.add_argument("--rounds", type=int, default=20, metavar="N", help="of each cell (%(default)s)")
+    parser.add_argument("--rounds", type=COUNT, default=20, metavar="N", help="of each cell (%(default)s)")
     options = parser.parse_args()
     lines = [("page B", "transport", "batch", "before GB/s", "after GB/s", "after / before", "CPU after / before")]
     of_verb: dict[str, list[tuple[float, float]]] = {}

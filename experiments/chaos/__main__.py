@@ -9,7 +9,6 @@ and no caller was noticed by the others.
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import signal
@@ -18,17 +17,20 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
+from attnstore.command_line import CommandParser
+from attnstore.option_types import file_to_write
 from experiments.chaos.faults import RECOVERY_S_MAX
 from experiments.chaos.observation import HUNG_S, Verdict
 from experiments.chaos.run import run_chaos
+from experiments.options import POSITIVE, SEED
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs, prints, writes."""
-    parser = argparse.ArgumentParser("python -m experiments.chaos", description="Faults in a running cluster under load.")
-    parser.add_argument("--seed", type=int, default=0, help="of the faults and of the load (default 0)")
-    parser.add_argument("--minutes", type=float, default=1.0, help="of load (default 1)")
-    parser.add_argument("--json", type=Path, metavar="PATH", help="write the verdict")
+    parser = CommandParser("python -m experiments.chaos", description="Faults in a running cluster under load.")
+    parser.add_argument("--seed", type=SEED, default=0, help="of the faults and of the load (default 0)")
+    parser.add_argument("--minutes", type=POSITIVE, default=1.0, help="of load (default 1)")
+    parser.add_argument("--json", type=file_to_write, metavar="PATH", help="write the verdict")
     parser.add_argument("--volumes", type=Path, default=Path.home() / ".cache" / "attnstore" / "volumes", metavar="FOLDER")
     options = parser.parse_args(argv)
     signal.signal(signal.SIGTERM, signal.default_int_handler)

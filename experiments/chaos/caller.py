@@ -6,7 +6,6 @@ also reports calls, because its own calls with time enough must hit like anybody
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import random
@@ -22,6 +21,7 @@ import grpc
 import redis
 
 import attnstore
+from attnstore.command_line import CommandParser
 from attnstore.directory.scripts import KEYS
 from attnstore.errors import AttnStoreError
 from attnstore.limits import CHANNEL_CONNECTIONS_MAX, LEASE_MS_MAX, NAMESPACES_MAX, STREAMS_MAX
@@ -32,6 +32,7 @@ from attnstore.wire.page_channel import VERSION, Frame, Kind, Role, encode_frame
 from attnstore.wire.stream import FrameStream
 from experiments.chaos.faults import FaultKind
 from experiments.chaos.raw_client import RawClient, print_call
+from experiments.options import POSITIVE, SEED
 
 _LAYOUT: Final = attnstore.PageLayout(layers=8, kv_heads=2, head_dim=64, dtype=attnstore.DType.BF16)
 _DEADLINE_MS: Final = 2_000.0
@@ -249,13 +250,13 @@ def _host_and_port(node: str) -> tuple[str, int]:
 
 def main() -> int:
     """Runs until its time is over."""
-    parser = argparse.ArgumentParser("python -m experiments.chaos.caller")
+    parser = CommandParser("python -m experiments.chaos.caller")
     parser.add_argument("kind", choices=[kind.value for kind in FaultKind if kind.is_caller])
     parser.add_argument("--store", required=True, metavar="URL", help="the cluster, as any client names it")
     parser.add_argument("--directory", required=True, metavar="URL", help="its directory's server, without a key")
     parser.add_argument("--nodes", required=True, metavar="HOST:PORT,...", help="its nodes")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--seconds", type=float, default=3.0)
+    parser.add_argument("--seed", type=SEED, default=0)
+    parser.add_argument("--seconds", type=POSITIVE, default=3.0)
     options = parser.parse_args()
     nodes, token = options.nodes.split(","), os.environ["ATTNSTORE_TOKEN"]
     caller = Caller(options.store, options.directory, nodes, token, random.Random(options.seed), options.seconds)

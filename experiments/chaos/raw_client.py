@@ -6,7 +6,6 @@ What a page holds follows from its hash alone, so any number of clients can chec
 
 from __future__ import annotations
 
-import argparse
 import functools
 import hashlib
 import random
@@ -16,8 +15,11 @@ from collections.abc import Callable
 from typing import Final, TypeVar
 
 import attnstore
+from attnstore.command_line import CommandParser
 from attnstore.errors import AttnStoreError, Retryable
+from attnstore.option_types import MILLISECONDS
 from experiments.chaos.observation import Call
+from experiments.options import POSITIVE, SEED
 
 _LAYOUT: Final = attnstore.PageLayout(layers=8, kv_heads=2, head_dim=64, dtype=attnstore.DType.BF16)
 _CHAINS: Final = 60
@@ -136,13 +138,13 @@ def print_call(call: Call) -> None:
 
 def main() -> int:
     """Runs until its time is over."""
-    parser = argparse.ArgumentParser("python -m experiments.chaos.raw_client")
+    parser = CommandParser("python -m experiments.chaos.raw_client")
     parser.add_argument("--store", required=True, metavar="URL")
     parser.add_argument("--name", default="client")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--seconds", type=float, default=10.0)
-    parser.add_argument("--turns-per-s", type=float, default=10.0, help="chains read a second, at most")
-    parser.add_argument("--deadline-ms", type=float, default=2_000.0)
+    parser.add_argument("--seed", type=SEED, default=0)
+    parser.add_argument("--seconds", type=POSITIVE, default=10.0)
+    parser.add_argument("--turns-per-s", type=POSITIVE, default=10.0, help="chains read a second, at most")
+    parser.add_argument("--deadline-ms", type=MILLISECONDS, default=2_000.0)
     options = parser.parse_args()
     end_s = time.monotonic() + options.seconds
     draws = random.Random(options.seed)

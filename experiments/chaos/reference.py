@@ -5,7 +5,6 @@ Prompts where a token wins by less than `_MARGIN_MIN` are left out: batches of a
 
 from __future__ import annotations
 
-import argparse
 import json
 import pydoc_data.topics
 import sys
@@ -14,7 +13,11 @@ from typing import Final
 
 import torch
 
+from attnstore.command_line import CommandParser
 from attnstore.core.layout import DType
+from attnstore.limits import THREADS_MAX
+from attnstore.option_types import Whole
+from experiments.options import COUNT
 from worker.engine import Engine, EngineOptions, SamplingParams
 from worker.model import LoadedModel, load_model
 
@@ -24,10 +27,10 @@ _CHARACTERS: Final = 1_200
 
 def main() -> int:
     """Prints one JSON object: prompt -> text."""
-    parser = argparse.ArgumentParser("python -m experiments.chaos.reference")
-    parser.add_argument("--prompts", type=int, default=8)
-    parser.add_argument("--tokens", type=int, default=12)
-    parser.add_argument("--threads", type=int, default=1)
+    parser = CommandParser("python -m experiments.chaos.reference")
+    parser.add_argument("--prompts", type=COUNT, default=8)
+    parser.add_argument("--tokens", type=COUNT, default=12)
+    parser.add_argument("--threads", type=Whole(1, THREADS_MAX), default=1)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     model = load_model(None, DType.FP32)

@@ -13,6 +13,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from attnstore.command_line import CommandParser
 from experiments.compose_local import ComposeCluster, ComposeError, ServiceFailed
 from experiments.compose_local.compose_file import NOT_APPLIED
 from experiments.compose_local.executables import PROJECT
@@ -42,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     ignored = "; ".join(f"{key}: {why}" for key, why in NOT_APPLIED.items())
-    parser = argparse.ArgumentParser("python -m experiments.compose_local", description=__doc__, epilog=f"Not applied: {ignored}.")
+    parser = CommandParser("python -m experiments.compose_local", description=__doc__, epilog=f"Not applied: {ignored}.")
     parser.add_argument("--file", type=Path, default=PROJECT / "docker-compose.yml", help="default: the project's own")
     parser.add_argument("--profile", action="append", default=[], metavar="NAME", help="also start the services of this profile")
     parser.add_argument(

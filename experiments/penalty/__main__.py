@@ -10,16 +10,19 @@ from collections import Counter
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
-from pathlib import Path
 from statistics import median
 from typing import Any, Final
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from attnstore.command_line import CommandParser
+from attnstore.limits import THREADS_MAX
+from attnstore.option_types import Whole, file_to_write
 from attnstore.testing import StoreProcess
 from attnstore.testing.link import Link
 from experiments.bandwidth.processes import Child
+from experiments.options import SEED
 from experiments.penalty.claims import cells, claims
 from experiments.penalty.grid import FULL, QUICK, Cell, Grid, LinkCell
 from experiments.penalty.results import Results, machine
@@ -181,14 +184,20 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser("python -m experiments.penalty", description="What the network costs as an LLM's memory.")
+    parser = CommandParser("python -m experiments.penalty", description="What the network costs as an LLM's memory.")
     add = parser.add_argument
-    add("--json", type=Path, required=True, metavar="PATH", help="write the rows to this file, one JSON object a line")
+    add("--json", type=file_to_write, required=True, metavar="PATH", help="write the rows to this file, one JSON object a line")
     add("--quick", action="store_true", help="a 3 x 3 grid of links: ends within 5 minutes")
     add("--resume", action="store_true", help="keep the rows that PATH has and measure the rest")
     add("--transport", default="tcp", choices=("tcp", "grpc"), help="how pages travel (default tcp)")
-    add("--threads", type=int, default=1, metavar="N", help="compute threads (default 1: the other core moves pages)")
-    add("--seed", type=int, default=0, help="of prompts and jitter (default 0)")
+    add(
+        "--threads",
+        type=Whole(1, THREADS_MAX),
+        default=1,
+        metavar="N",
+        help="compute threads (default 1: the other core moves pages)",
+    )
+    add("--seed", type=SEED, default=0, help="of prompts and jitter (default 0)")
     return parser
 
 

