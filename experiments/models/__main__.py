@@ -8,7 +8,6 @@ computed wrongly.
 
 from __future__ import annotations
 
-import argparse
 import sys
 import tempfile
 from pathlib import Path
@@ -16,14 +15,16 @@ from pathlib import Path
 import torch
 import transformers
 
+from attnstore.command_line import CommandParser
+from attnstore.option_types import file_to_write
 from experiments.models.table import Row, as_markdown, make_row, replaced
 from experiments.models.tiny import names
 
 
 def main() -> None:
     """The command."""
-    parser = argparse.ArgumentParser(prog="experiments.models", description=__doc__)
-    parser.add_argument("--write", type=Path, metavar="FILE", help="the page whose table is replaced")
+    parser = CommandParser(prog="experiments.models", description=__doc__)
+    parser.add_argument("--write", type=file_to_write, metavar="FILE", help="the page whose table is replaced")
     parser.add_argument("names", nargs="*", metavar="NAME", help="architectures and variants (default: all)")
     options = parser.parse_args()
     transformers.utils.logging.set_verbosity_error()

@@ -24,5 +24,5 @@ def test_numbers_have_bounds_and_results_are_known_to_be_writable_before_they_ar
     for added in re.findall(r"add(?:_argument)?\((.*?)\)\n", path.read_text(), re.DOTALL):
         assert not re.search(r"type=float\b", added), added
         assert not re.search(r"type=int\b", added) or "choices=" in added, added
-        if re.search(r'"--(?:json|plot|match-json)"', added):
+        if re.search(r'"--(?:json|plot|match-json|write)"', added):
             assert "type=file_to_write" in added, added
