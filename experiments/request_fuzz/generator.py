@@ -67,16 +67,8 @@ _VALUES: Final[tuple[Any, ...]] = (
     *([], {}, [None], [[]], [[[]]], {"a": {"b": []}}, [0] * 500, ["x"] * 100, [1, "x"], {"type": "text"}, {"": None}),
 )
 _PATHS: Final = (
-    "/v1/models",
-    "/v1/models/x%00y",
-    "/health",
-    "/metrics",
-    "/planner?last=x",
-    "/planner?last=-5",
-    "/",
-    "//",
-    "/v1",
-    "/%ff",
+    *("/v1/models", "/v1/models/x%00y", "/health", "/metrics", "/", "//", "/v1", "/%ff"),
+    *("/planner", "/planner?last=x", "/planner?last=-5", "/planner?last=0", "/planner?last=" + "9" * 5_000),
 )
 _DEPTHS: Final = (50, 190, 250, 100_000)
 
@@ -219,7 +211,7 @@ def _re_encode(source: random.Random, request: FuzzedRequest) -> FuzzedRequest:
 def _head(source: random.Random, request: FuzzedRequest) -> FuzzedRequest:
     name = source.choice(("content-type", "content-encoding", "accept", "authorization", "expect", "cookie", "x y", "x", "host"))
     value = source.choice(
-        ("", "text/plain", "multipart/form-data", "gzip", "Bearer x", "100-continue", "\xff\xfe", "x" * 3_000, "*/*")
+        ("", "text/plain", "multipart/form-data", "gzip", "Bearer x", "100-continue", "\xff\xfe", "x" * 3_000, "x" * 100_000, "*/*")
     )
     return FuzzedRequest(request.path, request.body, headers=((name, value),))
 

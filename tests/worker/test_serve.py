@@ -351,6 +351,26 @@ def spoil_rows_of(engine: Engine, first_token: int) -> None:
     engine._runner.run = spoiled  # type: ignore[assignment]
 
 
+async def test_a_count_of_decisions_that_is_no_number_is_refused(http: httpx2.AsyncClient) -> None:
+    for last in ("x", "-5", "", "9" * 5_000, "1.5", "\u0663"):
+        answer = await http.get("/planner", params={"last": last})
+        assert answer.status_code == 400
+        assert answer.json()["error"]["param"] == "last"
+    assert (await http.get("/planner")).status_code == 200
+
+
+async def test_a_client_that_sends_too_much_reads_why_it_was_refused(url: str) -> None:
+    host, port = url.removeprefix("http://").split(":")
+    for _ in range(5):
+        reader, writer = await asyncio.open_connection(host, int(port))
+        size = 4 * HTTP_BODY_BYTES_MAX
+        writer.write(f"POST /v1/completions HTTP/1.1\r\nhost: x\r\nconnection: close\r\ncontent-length: {size}\r\n\r\n".encode())
+        writer.write(bytes(size))
+        await writer.drain()
+        assert (await reader.read()).startswith(b"HTTP/1.1 413")
+        writer.close()
+
+
 @pytest.mark.parametrize("stream", [False, True])
 async def test_a_client_that_goes_away_leaves_nothing_running(url: str, engine: Engine, tiny: LoadedModel, stream: bool) -> None:
     body = json.dumps({"model": tiny.name, "prompt": [5, 6, 7], "max_tokens": 500, "stream": stream, "ignore_eos": True})

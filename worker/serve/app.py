@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import re
 import secrets
 from collections.abc import AsyncIterator, Callable, Collection, Coroutine, Mapping
 from dataclasses import asdict
@@ -50,6 +51,7 @@ _T = TypeVar("_T")
 
 _COMPLETION_TOKENS_DEFAULT: Final = 16
 _DECISIONS_DEFAULT: Final = 20
+_COUNT: Final = re.compile("[0-9]{1,9}")
 _RATE_TOKENS: Final = 1_024
 _RATE_CHUNK_TOKENS: Final = 256
 _CLIENT_CLOSED_REQUEST: Final = 499
@@ -141,17 +143,18 @@ class _Api:
 
     async def planner(self, request: Request) -> Response:
         """`GET /planner?last=N`: measured costs, how good predictions were, and the last decisions."""
+        last = request.query_params.get("last", str(_DECISIONS_DEFAULT))
+        if not _COUNT.fullmatch(last):
+            raise InvalidRequest("last: must be a whole number of at most nine digits", "last")
         planner = self._engine.planner
         if not isinstance(planner, CostPlanner):
             return self._reply("planner", {"decisions": []})
-        last = request.query_params.get("last", str(_DECISIONS_DEFAULT))
-        count = int(last) if last.isdecimal() else _DECISIONS_DEFAULT
         report = planner.report()
         rate = report.prefill_tokens_per_s(_RATE_TOKENS, _RATE_CHUNK_TOKENS)
         body: dict[str, object] = {
             "costs": {**asdict(report), "prefill_tokens_per_s": rate},
             "predictions": asdict(planner.predictions()),
-            "decisions": [decision.as_json() for decision in planner.decisions(count)],
+            "decisions": [decision.as_json() for decision in planner.decisions(int(last))],
         }
         return self._reply("planner", body)
 
@@ -300,12 +303,13 @@ async def _body(request: Request) -> bytes:
     body = bytearray()
     try:
         async with asyncio.timeout(HTTP_BODY_MS_MAX / 1000):
-            async for part in request.stream():
-                body += part
-                if len(body) > HTTP_BODY_BYTES_MAX:
-                    raise HTTPException(413, f"the body has more than {HTTP_BODY_BYTES_MAX} bytes")
+            async for part in request.stream():  # to its end: a client that still sends when its connection closes loses the answer
+                if len(body) <= HTTP_BODY_BYTES_MAX:
+                    body += part
     except TimeoutError:
         raise HTTPException(408, f"the body did not arrive within {HTTP_BODY_MS_MAX} ms") from None
+    if len(body) > HTTP_BODY_BYTES_MAX:
+        raise HTTPException(413, f"the body has more than {HTTP_BODY_BYTES_MAX} bytes")
     return bytes(body)
 
 
