@@ -64,8 +64,8 @@ def as_markdown(rows: Iterable[Row]) -> str:
     lines += [f"| {row.name} | {row.detail} |" for row in rows if row.result == COMPUTED]
     lines += ["", "| refused | what the loader says |", "|---|---|"]
     lines += [f"| {row.name} | {row.detail} |" for row in rows if row.result == REFUSED]
-    lines += ["", "Not tried, because the sizes of the tiny models do not fit them: "]
-    lines[-1] += "; ".join(row.name for row in rows if row.result == NOT_TRIED) + "."
+    if not_tried := [row.name for row in rows if row.result == NOT_TRIED]:
+        lines += ["", f"Not tried, because the sizes of the tiny models do not fit them: {'; '.join(not_tried)}."]
     return "\n".join(lines) + "\n"
 
 

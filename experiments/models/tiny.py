@@ -80,6 +80,7 @@ _FIELDS: Final[dict[str, Any]] = {
 _PARTICULAR: Final[dict[str, dict[str, Any]]] = {
     "granitemoehybrid": {"mamba_n_heads": 4, "mamba_d_state": 16, "mamba_chunk_size": 16},
     "lfm2": {"layer_types": ["conv", "full_attention"]},
+    "smollm3": {"no_rope_layer_interval": 2},
 }
 """What single architectures need besides."""
 
@@ -98,6 +99,12 @@ VARIANTS: Final[dict[str, tuple[str, dict[str, Any]]]] = {
         "llama", "llama3", low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=64
     ),
     "llama, YaRN": _rope("llama", "yarn", original_max_position_embeddings=64),
+    "llama, one key head": ("llama", {"num_key_value_heads": 1}),
+    "gemma3_text, both directions": ("gemma3_text", {"use_bidirectional_attention": True}),
+    "ministral3, queries scaled by position": _rope(
+        "ministral3", "yarn", original_max_position_embeddings=32, llama_4_scaling_beta=0.5,
+        beta_fast=32.0, beta_slow=1.0, mscale=1.0, mscale_all_dim=1.0,
+    ),
     "llama, long RoPE": _rope("llama", "longrope", **_LONG),
     "phi3, long RoPE": (
         "phi3", {**_rope("phi3", "longrope", **_LONG)[1], "original_max_position_embeddings": 256},

@@ -144,3 +144,11 @@ def test_a_field_with_which_the_module_answers_otherwise_is_refused(name: str, t
     config = json.loads((folder / "config.json").read_text())
     with pytest.raises(ModelUnavailable):
         load_model(with_config(folder, tmp_path / "other", {**config, name: UNLOADABLE[name]}))
+
+
+def test_another_implementation_of_experts_has_another_fingerprint(tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    write_model("mixtral", folder)
+    config = json.loads((folder / "config.json").read_text())
+    eager = with_config(folder, tmp_path / "eager", {**config, "experts_implementation": "eager"})
+    assert load_model(eager).fingerprint != load_model(folder).fingerprint
