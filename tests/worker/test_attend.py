@@ -12,8 +12,10 @@ from attnstore import errors
 from attnstore.client.attend import AttendStream
 from attnstore.testing import StoreProcess
 from attnstore.types import Lease, MatchResult
+from tests.samples import eventually
 from worker.engine import Engine, EngineOptions, FinishReason, SamplingParams
 from worker.engine import Sequence as Prompted
+from worker.errors import SequenceFailed
 from worker.model import LoadedModel
 from worker.testing import MemoryStore
 
@@ -127,6 +129,25 @@ def test_where_nothing_repeats_the_model_guesses_by_the_blocks_that_are_here_and
             engine.check()
             assert sequence.generated == resident(tiny, token_ids, sampling)
         assert engine.batching().drafts_checked > 0
+
+
+def test_a_node_that_fails_in_a_way_nobody_foresaw_costs_one_sequence_and_no_lease(
+    tiny: LoadedModel, client: attnstore.Client, request: pytest.FixtureRequest
+) -> None:
+    node = Flaky(client)
+    node.attend = lambda *_, **__: 1 // 0  # type: ignore[method-assign]
+    long, short = prompt(3 * BLOCKS * 16), prompt(20, seed=1)
+    with Engine(tiny, options(tiny, request.node.name), store=client, attend_nodes=[node]) as engine:
+        before = client.stats().leases
+        sequences = [engine.submit(each, SamplingParams(max_tokens=NEW_TOKENS)) for each in (long, short)]
+        while not engine.idle:
+            engine.step()
+            engine.check()
+        assert isinstance(sequences[0].error, SequenceFailed)
+        assert sequences[1].generated == resident(tiny, short)
+        assert engine.flush(60_000)
+        assert engine.statistics().pool.held == 0
+        assert eventually(lambda: client.stats().leases == before)
 
 
 def test_without_attend_such_a_context_is_refused(
