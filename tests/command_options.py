@@ -27,12 +27,15 @@ from attnstore.command_line import run_command
 from attnstore.config import ServeOptions, load_serve_options
 from attnstore.option_types import Name, Number, Parsed, Size, Whole
 from attnstore.whatif import command as whatif
-from worker import cli as worker_cli
+from worker import arguments as worker_arguments
 
 Kind = Any
 """What an option's parser is: one of `attnstore.option_types`, a tuple of choices, or bool."""
 
-PROGRAMS: dict[str, Any] = {"attnstore": cli, "attnstore-worker": worker_cli}
+PROGRAMS: dict[str, Callable[[], argparse.ArgumentParser]] = {
+    "attnstore": cli._parser,
+    "attnstore-worker": worker_arguments.create_parser,
+}
 
 NONSENSE = (
     *("", " ", "\t", "\n", "-", "--", "=", "+", "/", ".", "..", "'", '"', "%s", "{}", "[red]", "a b", "a\nb", "a\0b", "\x1b[2J"),
@@ -107,8 +110,7 @@ def commands(program: str) -> dict[str, argparse.ArgumentParser]:
 
 @cache
 def _parser(program: str) -> argparse.ArgumentParser:
-    parser: argparse.ArgumentParser = PROGRAMS[program]._parser()
-    return parser
+    return PROGRAMS[program]()
 
 
 def outcome(program: str, arguments: list[str], environment: Mapping[str, str] = types.MappingProxyType({})) -> Outcome:
@@ -118,7 +120,7 @@ def outcome(program: str, arguments: list[str], environment: Mapping[str, str] =
 
 def outcome_of_variables(program: str, arguments: list[str], environment: Mapping[str, str]) -> Outcome:
     """The same, with the parser made anew: the caller has set the variables."""
-    return _outcome(program, PROGRAMS[program]._parser, arguments, environment)
+    return _outcome(program, PROGRAMS[program], arguments, environment)
 
 
 def _outcome(
@@ -215,7 +217,7 @@ class World:
             option_types.http_proxy: ["http://proxy:3128", "http://ada:pass@proxy.example.org:3128"],
             cli._quota_bytes: ["none", "0", "10GiB", "123"],
             cli._key_file: [file, new],
-            worker_cli._source: [file, "http://127.0.0.1:8000"],
+            worker_arguments._source: [file, "http://127.0.0.1:8000"],
         }
         return table[option.kind]
 
@@ -233,8 +235,8 @@ class World:
             whatif._gpus: ["h100", "8xH800", "1024xmi300x"],
             links.parse_link: ["100g", "loopback", "5g", "inf", "2.5g/100m@30ms~2ms"],
             whatif._tokens: ["1", "6000", "32k", "1.5K", "1m", "1e3", "100000000"],
-            worker_cli._host: ["127.0.0.1", "::1", "[::1]", "worker.example.org", "0.0.0.0"],
-            worker_cli._model: [str(self.model)],
+            worker_arguments._host: ["127.0.0.1", "::1", "[::1]", "worker.example.org", "0.0.0.0"],
+            worker_arguments._model: [str(self.model)],
         }
         return table[parse]
 
@@ -302,7 +304,7 @@ class World:
             ],
             cli._quota_bytes: [*digits, "None", "1 2"],
             cli._key_file: [*paths, str(self.folder)],
-            worker_cli._source: [*paths, str(self.folder), "absent", "ftp://h/x", "http://"],
+            worker_arguments._source: [*paths, str(self.folder), "absent", "ftp://h/x", "http://"],
         }
         return [*empty, *table[option.kind]]
 
@@ -342,8 +344,8 @@ class World:
                 "1g@" + "9" * 400 + "ms",
             ],
             whatif._tokens: ["0", "-1", "much", "nan", "infk", "1e400", "\u0663", "0.2", "100000001", "k", "1kk"],
-            worker_cli._host: ["a b", "h:1", "127.1", "[h]", "\ud800", "a\0b", "x" * 300],
-            worker_cli._model: ["/nowhere/model", str(self.empty), str(self.file), "a\0b", "\ud800", "/x" * 5_000],
+            worker_arguments._host: ["a b", "h:1", "127.1", "[h]", "\ud800", "a\0b", "x" * 300],
+            worker_arguments._model: ["/nowhere/model", str(self.empty), str(self.file), "a\0b", "\ud800", "/x" * 5_000],
         }
         return table[parse]
 
