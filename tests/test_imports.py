@@ -79,7 +79,7 @@ def test_importing_any_module_changes_nothing_of_the_process(package: Any) -> No
 
 
 def test_our_own_worker_has_its_threads_spin_briefly() -> None:
-    script = "import os; from worker.__main__ import main; main(['no-such-command'])"
+    script = "import sys; from worker.__main__ import main; sys.exit(main(['no-such-command']))"
     environment = {name: value for name, value in os.environ.items() if name != "GOMP_SPINCOUNT"}
     ended = subprocess.run(
         [sys.executable, "-c", f"import atexit, os\natexit.register(lambda: print(os.environ.get('GOMP_SPINCOUNT')))\n{script}"],
