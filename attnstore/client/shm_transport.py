@@ -107,7 +107,15 @@ class ShmTransport:
         def run(channel: _Channel) -> list[Located]:
             channel.begin(plan.deadline)
             question = _Question(plan.namespace, plan.lease_id, plan.hashes, ALL_LAYERS, plan.end, _VIEWED_HASHES)
-            return [_verified(plan, located) for located in self._located(channel, question)]
+            viewed: list[Located] = []
+            for located in self._located(channel, question):
+                if not isinstance(located, PageStatus):
+                    place, extent = located
+                    status = extent.status_of(place, plan.deadline)
+                    if status is not PageStatus.OK:
+                        located = status
+                viewed.append(located)
+            return viewed
 
         return PageViews(self._pool.exchange(plan.deadline, plan.transfer, run), plan.begin, plan.end)
 
@@ -155,22 +163,27 @@ class ShmTransport:
                 channel.locate(question, part)
             places = channel.places()
             left -= len(places)
+            epoch, end, extents = channel.welcome.epoch, question.end, self._extents
             for place in places:
-                yield place if isinstance(place, PageStatus) else self._mapped(channel, place, question.end)
+                if isinstance(place, PageStatus):
+                    yield place
+                    continue
+                if end > place.size_bytes:
+                    raise ProtocolError(f"the node holds {place.size_bytes} bytes of a page of which {end} were asked for")
+                known = extents.get(place.extent)
+                if known is not None and known.tenancy == place.tenancy and known.epoch == epoch:
+                    yield place, known.extent
+                else:
+                    yield self._mapped(channel, place)
 
-    def _mapped(self, channel: _Channel, place: Place, end: int) -> Located:
-        if end > place.size_bytes:
-            raise ProtocolError(f"the node holds {place.size_bytes} bytes of a page of which {end} were asked for")
-        known = self._extents.get(place.extent)
-        if known is None or known.tenancy != place.tenancy or known.epoch != channel.welcome.epoch:
-            extent = channel.map(place)
-            if extent is None or not extent.holds(place):
-                # Given up meanwhile. A mapping of it is not kept: to touch it would fill the emptied file with zeros again.
-                return PageStatus.MISSING
-            known = _Known(channel.welcome.epoch, place.tenancy, extent)
-            with self._lock:
-                self._extents[place.extent] = known
-        return place, known.extent
+    def _mapped(self, channel: _Channel, place: Place) -> Located:
+        extent = channel.map(place)
+        if extent is None or not extent.holds(place):
+            # Given up meanwhile. A mapping of it is not kept: to touch it would fill the emptied file with zeros again.
+            return PageStatus.MISSING
+        with self._lock:
+            self._extents[place.extent] = _Known(channel.welcome.epoch, place.tenancy, extent)
+        return place, extent
 
     def _connect(self, deadline: Deadline) -> _Channel:
         try:
@@ -225,15 +238,6 @@ def _lend(plan: WritePlan, lent: LentMemory, index: int) -> Item:
     """Puts one page where the node finds it."""
     checksum, offset_bytes = lent.put(plan.pages[index])
     return Item(plan.hashes[index], checksum if plan.sealed is None else plan.sealed[index], offset_bytes)
-
-
-def _verified(plan: ViewPlan, located: Located) -> Located:
-    """The page where it lies, if it is what the node sealed; else why not."""
-    if isinstance(located, PageStatus):
-        return located
-    place, extent = located
-    status = extent.status_of(place, plan.deadline)
-    return located if status is PageStatus.OK else status
 
 
 def _land(plan: ReadPlan, index: int, located: Located, begin: int) -> None:
