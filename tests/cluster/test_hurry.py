@@ -161,7 +161,7 @@ def test_a_lease_of_which_a_part_lies_on_a_hung_node_is_renewed_or_released_long
         first, second = (client.match(batch.namespace, [batch.hashes], lease_ms=60_000).lease for _ in range(2))
         assert first is not None
         assert second is not None
-        with suspended(nodes[0]):
+        with suspended(next(node for node in nodes if pages_on(node, batch))):
             began_s = time.monotonic()
             with pytest.raises(errors.LeaseExpired):
                 client.renew(first, 60_000, deadline_ms=patient_ms)

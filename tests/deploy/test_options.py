@@ -74,7 +74,7 @@ def help_of(program: str, command: str) -> str:
     return subprocess.run([path, command, "--help"], capture_output=True, text=True, timeout=60, check=True).stdout
 
 
-def test_a_node_of_the_manifests_would_start(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_node_of_the_manifests_would_start(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Its options pass every check but the last: an address that this machine does not have."""
     (environment,) = (environment for name, _, environment in starts_in_kubernetes() if name == "node")
     for name, value in {**environment, "ATTNSTORE_TOKEN": "a"}.items():
@@ -84,6 +84,10 @@ def test_a_node_of_the_manifests_would_start(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setenv("ATTNSTORE_ADVERTISE", "attnstore-node-0.attnstore-node:7400")
     monkeypatch.setenv("ATTNSTORE_CAPACITY", "64MiB")
     monkeypatch.setenv("ATTNSTORE_LISTEN", "192.0.2.1:7400")
+    assert environment["ATTNSTORE_CLUSTER_KEY"] == "/etc/attnstore/cluster.key"
+    key = tmp_path / "cluster.key"
+    subprocess.run([sys.executable, "-m", "attnstore.cli", "cluster-key", str(key)], check=True, timeout=60)
+    monkeypatch.setenv("ATTNSTORE_CLUSTER_KEY", str(key))
     node = subprocess.run([sys.executable, "-m", "attnstore.cli", "serve"], capture_output=True, text=True, timeout=60)
     assert node.returncode == 2
     assert "192.0.2.1:7400 cannot be bound" in node.stderr

@@ -339,6 +339,7 @@ OF_TIME: Final = "a time or a rate for each peer or task by itself"
 OF_SIZES: Final = "the size of something, or a number that an operator chooses"
 OF_OPERATORS: Final = "counts what operators and nodes write into the directory; no tenant can"
 OF_HINTS: Final = "the newest of what all tell the directory; what is forgotten early is at worst a hit of bytes that were right"
+OF_OPTIONS: Final = "bounds what a user or an operator may say in an option, of his own process"
 OF_CLIENTS: Final = "bounds what one client or worker does, in its own process"
 
 NOT_SHARED: Final[dict[str, tuple[str, ...]]] = {
@@ -367,6 +368,8 @@ NOT_SHARED: Final[dict[str, tuple[str, ...]]] = {
         *("ATTEND_HEADS_MAX", "ATTEND_TOGETHER_MAX", "MESSAGE_OVERHEAD_BYTES", "REPORTED_HASHES_MAX", "WATCH_EVENTS_MAX"),
         *(
             "HTTP_BODY_BYTES_MAX",
+            "HTTP_BODY_BRACKETS_MAX",
+            "CACHE_SALT_CHARACTERS_MAX",
             "RECORD_BYTES_MAX",
             "WORK_PAGES_MAX",
             "MATCH_PAGES_MAX",
@@ -391,6 +394,11 @@ NOT_SHARED: Final[dict[str, tuple[str, ...]]] = {
         *("RECORD_AGAIN_MS", "RECORD_SIGNED_MS_MAX", "CREDENTIAL_MS_MAX", "CLOCKS_APART_MS_MAX"),
         *("TOMBSTONE_MS_MAX", "TOMBSTONE_MARGIN_MS", "PAGE_AGE_MS_MAX"),
         *("ATTEND_VERIFIED_MS_MAX", "HTTP_IDLE_MS_MAX", "HTTP_HEAD_MS_MAX", "HTTP_BODY_MS_MAX", "HTTP_STALL_MS_MAX"),
+    ),
+    OF_OPTIONS: (
+        *("BLOCK_TOKENS_MAX", "CONTEXT_TOKENS_MAX", "DECISIONS_SHOWN_MAX", "GPUS_MAX", "HOT_USES_MAX", "MEMORY_GB_PER_S_MAX"),
+        *("PROMPT_CHARS_MAX", "SECRET_CHARS_MAX", "SEQUENCES_MAX", "SETTINGS_CHARS_MAX", "TENANT_CHARS_MAX", "THREADS_MAX"),
+        "WAITING_MAX",
     ),
     OF_HINTS: ("DELETIONS_MAX", "DELETIONS_IN_BEAT_MAX"),
     OF_OPERATORS: ("NODES_MAX", "TENANTS_MAX", "DIRECTORY_LAYOUTS_MAX", "EVENT_BATCHES_MAX"),
