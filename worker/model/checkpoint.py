@@ -50,13 +50,19 @@ def read_module(folder: Path, **options: Any) -> Any:
 
 @contextmanager
 def _without_report() -> Iterator[None]:
-    """Without transformers' table of what it filled in: here that is an error of one line."""
-    level = _REPORTER.level
-    _REPORTER.setLevel(logging.ERROR)
+    """Without transformers' table of what it filled in: here that is an error of one line.
+
+    Not by its logger's level: where that is high, transformers lists the layers that are not sharded.
+    """
+    _REPORTER.addFilter(_is_error)
     try:
         yield
     finally:
-        _REPORTER.setLevel(level)
+        _REPORTER.removeFilter(_is_error)
+
+
+def _is_error(record: logging.LogRecord) -> bool:
+    return record.levelno >= logging.ERROR
 
 
 def _some(names: Collection[str]) -> str:
