@@ -2,7 +2,7 @@
 
 TREE is the checkout to compare with, such as `git worktree add --detach ../before COMMIT` makes. Both run under this interpreter,
 each with a node and a client of its own, and take turns within each cell: whatever else the machine does hits both alike. A ratio
-is the median of the rounds' ratios, after / before; between two copies of one commit it is within 3% of 1 on a quiet machine.
+is the median of the rounds' ratios, after / before.
 """
 
 from __future__ import annotations
