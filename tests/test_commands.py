@@ -15,6 +15,7 @@ import pytest
 
 from attnstore.cli import main
 from attnstore.testing import RedisServer, StoreProcess
+from tests.samples import eventually
 
 NOBODY = "127.0.0.1:1"
 
@@ -127,10 +128,7 @@ def test_a_directory_that_does_not_answer_is_an_error(run: Run) -> None:
 
 def await_members(run: Run, url: str, *names: str) -> None:
     """A node listens before it is a member."""
-    for _ in range(100):
-        if all(name in run("status", "--json", url).stdout for name in names):
-            return
-    raise AssertionError(f"{names} have not joined")
+    assert eventually(lambda: all(name in run("status", "--json", url).stdout for name in names), within_s=60.0)
 
 
 @pytest.mark.redis

@@ -1,15 +1,20 @@
-"""What the worker's tests put behind its seams: a store that fails on purpose, a planner that says what it was told, a tiny model.
+"""What the worker's tests put behind its seams: a store that fails on purpose, a planner that says what it was told, a tiny model,
+a worker in a process of its own.
 
-Owns: `MemoryStore`, `FixedPlanner` and `write_tiny_model`. Invariant of the store: what it reports is what a real client would
-report; a page whose status is not OK leaves garbage in its buffer, as a broken transfer does.
+Owns: `MemoryStore`, `FixedPlanner`, `write_tiny_model` and `WorkerProcess`. Invariant of the store: what it reports is what a real
+client would report; a page whose status is not OK leaves garbage in its buffer, as a broken transfer does.
 """
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Collection, Iterable, Sequence
 from itertools import takewhile
 from pathlib import Path
+from types import TracebackType
+from typing import Self
 
 import torch
 import transformers
@@ -23,6 +28,7 @@ from worker.model.conversion import cache_dir, converted_model
 from worker.model.source import GgufSource, find_model, weights_digest
 
 _GARBAGE = 0xA5
+_END_S_MAX = 60.0
 
 
 def always_ok(_: int) -> PageStatus:
@@ -203,3 +209,56 @@ def write_tiny_model(folder: Path, *, context_tokens_max: int = 512) -> None:
         eos_token_id=2,
     )
     transformers.LlamaForCausalLM(config).save_pretrained(str(folder))
+
+
+class WorkerProcess:
+    """A command that serves an endpoint and says on standard error where; a context manager. `url` is the endpoint's.
+
+    Raises `RuntimeError` with the command's own words where it ends before that.
+    """
+
+    def __init__(self, *command: str) -> None:
+        self.process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+        assert self.process.stderr is not None
+        self._lines: list[str] = []
+        for line in self.process.stderr:
+            self._lines.append(line)
+            if " on http://" in line:
+                break
+        else:
+            self.process.wait()
+            self.process.stderr.close()
+            raise RuntimeError(f"the worker did not start:\n{self.log}")
+        self.url = line.split(" on ")[1].strip()
+        # What it says later is read all the time, or a full pipe would stop it.
+        self._drain = threading.Thread(target=self._lines.extend, args=(self.process.stderr,), daemon=True)
+        self._drain.start()
+
+    @classmethod
+    def serving(cls, model: Path, *options: str) -> Self:
+        """`attnstore-worker serve` with that model, one thread and a small pool, on a free port."""
+        command = ("-m", "worker.cli", "serve", "--port", "0", "--model", str(model), "--threads", "1", "--pool", "8MiB")
+        return cls(sys.executable, *command, *options)
+
+    @property
+    def log(self) -> str:
+        """What it has said so far on standard error."""
+        return "".join(self._lines)
+
+    def wait(self, within_s: float = _END_S_MAX) -> int:
+        """The exit status, once it has ended by itself; then `log` is whole. Raises `subprocess.TimeoutExpired`."""
+        status = self.process.wait(within_s)
+        self._drain.join(within_s)
+        return status
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
+        self.process.terminate()
+        try:
+            self.wait()
+        finally:
+            self.process.kill()
+            assert self.process.stderr is not None
+            self.process.stderr.close()

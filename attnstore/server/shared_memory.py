@@ -241,16 +241,13 @@ class _Connection(Connection):
         if self._draining.is_set():
             raise Unavailable("the node is draining")
         space = Space(tenant, asked.namespace)
-        layout = self._store.layout_of(space)
-        begin, end = layout.layer_slice(*asked.layers)
-        is_whole = end - begin == layout.page_bytes
+        begin, end = self._store.layout_of(space).layer_slice(*asked.layers)
         told, stamp = self._told, self._arena.stamp
 
         def place(page: PinnedPage) -> Place:
             slot = page.slot
             told[slot.extent] = slot.tenancy
-            guard = page.checksum if is_whole else page.guard(begin, end)
-            return Place(slot.extent, slot.tenancy, slot.offset_bytes, slot.size_bytes, stamp(slot), guard)
+            return Place(slot.extent, slot.tenancy, slot.offset_bytes, slot.size_bytes, stamp(slot), page.guard(begin, end))
 
         size = _HASHES_FIRST
         answered: list[Place | PageStatus] = []

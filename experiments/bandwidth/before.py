@@ -11,40 +11,43 @@ import json
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from itertools import product
+from operator import attrgetter
 from pathlib import Path
-from statistics import geometric_mean, median
+from statistics import geometric_mean
 
 from attnstore.command_line import CommandParser
 from attnstore.testing import StoreProcess
-from experiments.bandwidth.field import node_options
-from experiments.bandwidth.lane import Sample, Start
+from experiments.bandwidth.field import measured, node_options
+from experiments.bandwidth.lane import Start
 from experiments.bandwidth.pages import Shape
 from experiments.bandwidth.processes import ROOT, Child
 from experiments.bandwidth.report import aligned
-from experiments.bandwidth.results import PAGE_BYTES_LARGE, PAGE_BYTES_SMALL
+from experiments.bandwidth.results import PAGE_BYTES_LARGE, PAGE_BYTES_SMALL, Cell, Results
 from experiments.options import COUNT
 
 _CELL_S = 0.04
 _SHAPES = ((Shape(PAGE_BYTES_SMALL, 256), (1, 8, 32, 256)), (Shape(PAGE_BYTES_LARGE, 32), (1, 32)))
 
-Pair = tuple[Sample, Sample]
-"""Before and after, of one round."""
 
-
-def compare(before: Path, shape: Shape, batches: Sequence[int], rounds: int, seconds: float) -> dict[tuple[str, int], list[Pair]]:
-    """The rounds of each verb and batch."""
-    found: dict[tuple[str, int], list[Pair]] = {}
+def compare(before: Path, shape: Shape, batches: Sequence[int], rounds: int, seconds: float) -> Results:
+    """The rounds of this checkout, and in cells of their own (`_before`) those of the other."""
+    found = Results()
     with _lane(before, shape) as old, _lane(ROOT, shape) as new:
         known = json.loads(old.first_line())
         verbs = [verb for verb in json.loads(new.first_line()) if verb in known]
         for number in range(rounds):
-            for verb in verbs:
-                for batch in batches:
-                    question = json.dumps({"verb": verb, "batch": batch, "seconds": seconds})
-                    turns = (old, new) if number % 2 == 0 else (new, old)
-                    samples = {lane: Sample(**json.loads(lane.ask(question))) for lane in turns}
-                    found.setdefault((verb, batch), []).append((samples[old], samples[new]))
+            for verb, batch in product(verbs, batches):
+                cell = Cell(*verb.split(), shape.page_bytes, batch)
+                sides = ((old, _before(cell)), (new, cell))
+                for lane, of_lane in sides if number % 2 == 0 else reversed(sides):
+                    found.add(of_lane, measured(lane, verb, batch, seconds))
     return found
+
+
+def _before(cell: Cell) -> Cell:
+    return replace(cell, transport=f"before:{cell.transport}")
 
 
 @contextmanager
@@ -58,18 +61,6 @@ def _lane(tree: Path, shape: Shape) -> Iterator[Child]:
         yield stack.enter_context(Child(command))
 
 
-def _cpu_ns(sample: Sample) -> float:
-    return (sample.client_ns + sample.server_ns) / sample.bytes
-
-
-def _ratios(pairs: list[Pair]) -> tuple[float, float]:
-    """Of throughput and of processor time a byte."""
-    return (
-        median(new.gb_per_s / old.gb_per_s for old, new in pairs),
-        median(_cpu_ns(new) / _cpu_ns(old) for old, new in pairs),
-    )
-
-
 def main() -> int:
     """Measures, and prints a line for each cell and one for each transport."""
     parser = CommandParser("python -m experiments.bandwidth.before", description="This checkout beside another one.")
@@ -80,11 +71,11 @@ def main() -> int:
     of_verb: dict[str, list[tuple[float, float]]] = {}
     for shape, batches in _SHAPES:
         found = compare(options.tree.resolve(), shape, batches, options.rounds, _CELL_S)
-        for (verb, batch), pairs in sorted(found.items()):
-            ratios = _ratios(pairs)
-            of_verb.setdefault(verb, []).append(ratios)
-            speeds = [median(pair[side].gb_per_s for pair in pairs) for side in (0, 1)]
-            lines.append((f"{shape.page_bytes:,}", verb, str(batch), *(f"{figure:.2f}" for figure in (*speeds, *ratios))))
+        for cell in sorted(cell for cell in found.samples if _before(cell) in found.samples):
+            ratios = (found.ratio(cell, _before(cell)), found.ratio(cell, _before(cell), of=attrgetter("cpu_s_per_gb")))
+            of_verb.setdefault(cell.verb, []).append(ratios)
+            figures = (found.gb_per_s(_before(cell)), found.gb_per_s(cell), *ratios)
+            lines.append((f"{cell.page_bytes:,}", cell.verb, str(cell.batch), *(f"{figure:.2f}" for figure in figures)))
     means = [(verb, *(f"{geometric_mean(side):.3f}" for side in zip(*ratios, strict=True))) for verb, ratios in of_verb.items()]
     print(aligned(lines, left=("transport",)))
     print(aligned([("transport", "after / before", "CPU after / before"), *means], left=("transport",)))

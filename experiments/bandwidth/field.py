@@ -53,8 +53,12 @@ class Field:
 
     def measure(self, verb: str, batch: int, seconds: float) -> Sample:
         """One cell, now."""
-        answer = self.lane_of_verb[verb].ask(json.dumps({"verb": verb, "batch": batch, "seconds": seconds}))
-        return Sample(**json.loads(answer))
+        return measured(self.lane_of_verb[verb], verb, batch, seconds)
+
+
+def measured(lane: Child, verb: str, batch: int, seconds: float) -> Sample:
+    """One cell of one lane, now."""
+    return Sample(**json.loads(lane.ask(json.dumps({"verb": verb, "batch": batch, "seconds": seconds}))))
 
 
 def run_rounds(plan: Plan, say: Callable[[str], None]) -> tuple[Results, list[str]]:

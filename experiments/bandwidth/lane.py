@@ -81,6 +81,11 @@ class Sample:
         """10^9 bytes a second."""
         return self.bytes / sum(self.ns)
 
+    @property
+    def cpu_s_per_gb(self) -> float:
+        """Processor time of both sides for 10^9 bytes."""
+        return (self.client_ns + self.server_ns) / self.bytes
+
 
 def measure(lane: Lane, start: Start, verb: str, batch: int, seconds: float) -> Sample:
     """Repeats one verb on batch after batch of the pages for `seconds` of timed work, once at least."""

@@ -6,8 +6,9 @@ both sides of it, does not move it.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from operator import attrgetter
 from statistics import median
 from typing import TypedDict
 
@@ -73,10 +74,10 @@ class Results:
         """The fastest of them, None where there is none."""
         return max(cells, key=self.gb_per_s, default=None)
 
-    def ratio(self, cell: Cell, reference: Cell) -> float:
-        """How many times as fast as the reference: median of the rounds' ratios."""
+    def ratio(self, cell: Cell, reference: Cell, of: Callable[[Sample], float] = attrgetter("gb_per_s")) -> float:
+        """How many times as fast as the reference, or as much of something else: median of the rounds' ratios."""
         pairs = zip(self.samples[cell], self.samples[reference], strict=False)
-        return median(one.gb_per_s / other.gb_per_s for one, other in pairs)
+        return median(of(one) / of(other) for one, other in pairs)
 
     def rows(self) -> list[Row]:
         """One row for each cell, in the order of measurement."""

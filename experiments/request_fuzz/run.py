@@ -1,6 +1,6 @@
 """A worker in a process of its own, and what it answers to wrong requests beside right ones.
 
-Owns: the worker's process, the rules for an answer, and the count of what was answered.
+Owns: the rules for an answer, and the count of what was answered.
 """
 
 from __future__ import annotations
@@ -8,13 +8,9 @@ from __future__ import annotations
 import http.client
 import json
 import socket
-import subprocess
-import sys
-import tempfile
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -22,11 +18,11 @@ from typing import Final
 
 from experiments.endpoints import complete, model_name
 from experiments.request_fuzz.generator import FuzzedRequest, requests
+from worker.testing import WorkerProcess
 
 BATCH: Final = 50
 _CALLERS: Final = 4
 _ANSWER_S_MAX: Final = 60.0
-_START_S_MAX: Final = 120.0
 _SHOWN_BYTES: Final = 300
 
 
@@ -39,63 +35,27 @@ class Outcome:
     faults: list[str] = field(default_factory=list)
 
 
-@contextmanager
-def worker(model: Path, log: Path) -> Iterator[str]:
-    """`attnstore-worker serve` with one thread; its URL. What it prints goes to `log`."""
-    command = [
-        sys.executable,
-        "-m",
-        "worker.cli",
-        "serve",
-        "--port",
-        "0",
-        "--model",
-        str(model),
-        "--threads",
-        "1",
-        "--pool",
-        "8MiB",
-    ]
-    with log.open("w") as errors, subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
-        assert process.stderr is not None
-        try:
-            line = next((line for line in process.stderr if " on http://" in line), "")
-            if not line:
-                raise RuntimeError("the worker did not start")
-            with ThreadPoolExecutor(1) as drain:
-                drained = drain.submit(errors.writelines, process.stderr)
-                try:
-                    yield line.split(" on ")[1].strip()
-                finally:
-                    process.terminate()
-                    process.wait(_ANSWER_S_MAX)
-                    drained.result()
-        finally:
-            process.kill()
-
-
 def fuzz(model: Path, *, seed: int, count: int) -> Outcome:
     """Asks a worker on `model` `count` wrong requests, and a right one beside each batch of them."""
     outcome = Outcome()
-    with tempfile.TemporaryDirectory() as folder:
-        log = Path(folder) / "log"
-        with worker(model, log) as url, ThreadPoolExecutor(_CALLERS + 1) as callers:
-            name = model_name(url, None)
-            expected = _right(url, name)
-            wrong_ones = requests(seed, count, name)
-            while batch := list(islice(wrong_ones, BATCH)):
-                beside = callers.submit(_right, url, name)
-                for request, (status, body) in zip(batch, callers.map(lambda each: ask(url, each), batch), strict=True):
-                    outcome.statuses[status] += 1
-                    if (wrong := judge(request, status, body)) is not None:
-                        shown = request.wire()[:_SHOWN_BYTES]
-                        outcome.faults.append(f"{wrong}: {status} {body[:_SHOWN_BYTES]!r} for {shown!r}")
-                if beside.result() == expected:
-                    outcome.right_answers += 1
-                else:
-                    outcome.faults.append(f"a right request was answered {beside.result()!r}, not {expected!r}")
-        if "Traceback" in log.read_text():
-            outcome.faults.append(log.read_text())
+    with WorkerProcess.serving(model) as worker, ThreadPoolExecutor(_CALLERS + 1) as callers:
+        url = worker.url
+        name = model_name(url, None)
+        expected = _right(url, name)
+        wrong_ones = requests(seed, count, name)
+        while batch := list(islice(wrong_ones, BATCH)):
+            beside = callers.submit(_right, url, name)
+            for request, (status, body) in zip(batch, callers.map(lambda each: ask(url, each), batch), strict=True):
+                outcome.statuses[status] += 1
+                if (wrong := judge(request, status, body)) is not None:
+                    shown = request.wire()[:_SHOWN_BYTES]
+                    outcome.faults.append(f"{wrong}: {status} {body[:_SHOWN_BYTES]!r} for {shown!r}")
+            if beside.result() == expected:
+                outcome.right_answers += 1
+            else:
+                outcome.faults.append(f"a right request was answered {beside.result()!r}, not {expected!r}")
+    if "Traceback" in worker.log:
+        outcome.faults.append(worker.log)
     return outcome
 
 

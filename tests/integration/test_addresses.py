@@ -94,8 +94,8 @@ def test_a_cluster_lives_on_ipv6_alone(batch_of: BatchOf) -> None:
 @pytest.mark.parametrize(
     ("arguments", "named"),
     [
-        (("serve", "--listen", "::1:7400"), "--listen"),
-        (("serve", "--advertise", "::1:7400"), "--advertise"),
+        (("serve", "--listen", "::1:7400"), "--listen (command line): an IPv6 address needs brackets, as in [::1]:7400"),
+        (("serve", "--advertise", "::1:7400"), "--advertise (command line): an IPv6 address needs brackets, as in [::1]:7400"),
         (("health", "grpc://::1:7400"), "'grpc://::1:7400'"),
         (("status", "--directory", "grpc://::1:7400"), "::1:7400"),
         (("serve", "--directory", "redis://::1:7400/0"), "directory's URL"),

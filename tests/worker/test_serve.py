@@ -9,8 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +26,7 @@ from worker.engine.sequence import Chunk
 from worker.model import LoadedModel
 from worker.serve import create_app
 from worker.serve.formats import Json
+from worker.testing import WorkerProcess
 
 WAIT_S = 30.0
 GREEDY: dict[str, Any] = {"temperature": 0.0}
@@ -396,27 +396,14 @@ async def test_health_and_metrics_tell_how_it_goes(http: httpx2.AsyncClient, cli
     assert "attnstore_worker_ttft_seconds_count 1.0" in text
 
 
-@contextmanager
-def served(model: Path, *options: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
-    """The command in a process of its own, and its URL."""
-    command = [sys.executable, "-m", "worker.cli", "serve", "--port", "0", "--model", str(model)]
-    process = subprocess.Popen([*command, "--threads", "1", "--pool", "4MiB", *options], stderr=subprocess.PIPE, text=True)
-    try:
-        assert process.stderr is not None
-        yield process, next(line for line in process.stderr if "serving" in line).split(" on ")[1].strip()
-    finally:
-        process.kill()
-        process.communicate()
-
-
 @pytest.mark.parametrize("ending", [signal.SIGTERM, signal.SIGINT])
 def test_the_command_serves_until_it_is_asked_to_end(tiny_folder: Path, ending: signal.Signals) -> None:
-    with served(tiny_folder) as (process, url):
-        with openai.OpenAI(base_url=f"{url}/v1", api_key="none") as client:
+    with WorkerProcess.serving(tiny_folder) as worker:
+        with openai.OpenAI(base_url=f"{worker.url}/v1", api_key="none") as client:
             name = client.models.list().data[0].id
             assert client.completions.create(model=name, prompt="Hello", max_tokens=3).usage is not None
-        process.send_signal(ending)
-        assert process.wait(WAIT_S) == 0
+        worker.process.send_signal(ending)
+        assert worker.wait(WAIT_S) == 0
 
 
 _LOST = """
@@ -444,33 +431,27 @@ with engine:
 
 
 def test_a_process_whose_engine_has_failed_answers_that_and_ends(tiny_folder: Path) -> None:
-    process = subprocess.Popen([sys.executable, "-c", _LOST, str(tiny_folder)], stderr=subprocess.PIPE, text=True)
-    try:
-        assert process.stderr is not None
-        url = next(line for line in process.stderr if "serving" in line).split(" on ")[1].strip()
-        name = httpx2.get(f"{url}/v1/models").json()["data"][0]["id"]
-        answer = httpx2.post(f"{url}/v1/completions", json={"model": name, "prompt": [5, 6, 7]}, timeout=WAIT_S)
+    with WorkerProcess(sys.executable, "-c", _LOST, str(tiny_folder)) as worker:
+        name = httpx2.get(f"{worker.url}/v1/models").json()["data"][0]["id"]
+        answer = httpx2.post(f"{worker.url}/v1/completions", json={"model": name, "prompt": [5, 6, 7]}, timeout=WAIT_S)
         assert answer.status_code == 503
         assert answer.json()["error"]["code"] == "step_failed"
-        assert process.wait(WAIT_S) == 1
-        assert "ended: the engine failed" in process.stderr.read()
-    finally:
-        process.kill()
-        process.communicate()
+        assert worker.wait(WAIT_S) == 1
+        assert "ended: the engine failed" in worker.log
 
 
 @pytest.mark.ipv6
 @pytest.mark.parametrize(("host", "hosts"), [("::1", ["::1"]), ("[::1]", ["::1"]), ("localhost", ["127.0.0.1", "::1"])])
 def test_the_command_serves_on_either_family(tiny_folder: Path, host: str, hosts: list[str]) -> None:
-    with served(tiny_folder, "--host", host) as (_, url):
-        port = Address.parse(url.removeprefix("http://")).port
+    with WorkerProcess.serving(tiny_folder, "--host", host) as worker:
+        port = Address.parse(worker.url.removeprefix("http://")).port
         for each in hosts:
             assert httpx2.get(f"http://{Address.of(each, port)}/health").status_code == 200
 
 
 def test_a_host_that_is_no_address_is_refused(tiny_folder: Path) -> None:
     for host, words in (
-        ("::1:x", "argument --host: "),
+        ("::1:x", "argument --host: must be host:port"),
         ("127.1", "four decimal numbers"),
         ("203.0.113.7", "cannot listen on 203.0.113.7"),
     ):
