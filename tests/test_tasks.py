@@ -28,6 +28,7 @@ WAITED_FOR = {
     "worker/engine/async_engine.py": "an engine that failed takes no more prompts, and says so",
     "worker/serve/app.py": "one request's work, waited for",
     "worker/serve/choices.py": "one request's streams, waited for",
+    "worker/testing.py": "a started worker's output, joined when the worker is ended",
 }
 """Where tasks and threads are begun that are not supervised, and why not."""
 
