@@ -11,7 +11,7 @@ from contextlib import contextmanager
 
 from attnstore.errors import InvalidArgument
 
-_OURS = ("attnstore", "worker", "experiments")
+_OURS = ("attnstore", "attnstore_worker", "experiments")
 
 
 @contextmanager

@@ -50,7 +50,7 @@ class DemoFigures:
 
 @dataclass(frozen=True, slots=True)
 class WorkerRun:
-    """The report of one worker process (see `worker.report`), and the file with its logits."""
+    """The report of one worker process (see `attnstore_worker.report`), and the file with its logits."""
 
     report: dict[str, Any]
     logits: Path
@@ -105,7 +105,7 @@ def _document(path: Path | None) -> str:
 
 def _run_worker(name: str, prompt: Path, folder: Path, arguments: argparse.Namespace, store: str | None) -> WorkerRun:
     logits = folder / f"{name}.safetensors"
-    command = [sys.executable, "-m", "worker.cli", "generate", "--json", "--ignore-stop"]
+    command = [sys.executable, "-m", "attnstore_worker.cli", "generate", "--json", "--ignore-stop"]
     command += ["--prompt-file", str(prompt), "--prompt-tokens", str(arguments.prompt_tokens)]
     command += ["--max-tokens", str(arguments.max_tokens), "--dtype", arguments.dtype, "--logits", str(logits)]
     command += ["--model", str(arguments.model)] if arguments.model else []

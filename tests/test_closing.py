@@ -11,6 +11,9 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from attnstore_worker.cache import CacheManager
+from attnstore_worker.cache.remote_attention import RemoteAttention, _Node
+from attnstore_worker.engine.engine import Engine
 
 import attnstore
 from attnstore.arena import SharedArena
@@ -25,9 +28,6 @@ from attnstore.client.tcp_transport import TcpTransport
 from attnstore.directory.redis import RedisDirectory
 from attnstore.server.registration import Registration
 from attnstore.server.scrubber import Scrubber
-from worker.cache import CacheManager
-from worker.cache.remote_attention import RemoteAttention, _Node
-from worker.engine.engine import Engine
 
 
 class Fault(Exception):

@@ -144,7 +144,7 @@ def process(module: str, *arguments: str, stdin: bytes = b"", stdout: int = subp
     [
         ("attnstore.cli", ["drain", "ada", "--wait", "nan", "--directory", "redis://h/0"], b"--wait"),
         ("attnstore.cli", ["serve", "--replicas", "\udcff"], b"--replicas"),
-        ("worker", ["generate", "--prompt-file", "-", "--logits", "/nowhere/logits"], b"--logits"),
+        ("attnstore_worker", ["generate", "--prompt-file", "-", "--logits", "/nowhere/logits"], b"--logits"),
     ],
 )
 def test_a_process_refuses_in_one_line_with_status_2(module: str, arguments: list[str], named: bytes) -> None:
@@ -154,7 +154,7 @@ def test_a_process_refuses_in_one_line_with_status_2(module: str, arguments: lis
 
 
 def test_standard_input_that_is_no_text_is_refused_before_the_model_is_loaded() -> None:
-    done = process("worker", "generate", "--prompt-file", "-", stdin=b"abc\xff")
+    done = process("attnstore_worker", "generate", "--prompt-file", "-", stdin=b"abc\xff")
     assert (done.returncode, done.stderr.count(b"\n")) == (2, 1), done
     assert b"--prompt-file: standard input is not UTF-8" in done.stderr
 

@@ -16,7 +16,7 @@ import attnstore
 
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-WORKER = "worker.__main__"
+WORKER = "attnstore_worker.__main__"
 NEEDS_EXTRA = (
     "attnstore.attention",
     "attnstore.cluster_key",
@@ -45,7 +45,7 @@ def run(absent: set[str], *command: str, **environment: str) -> subprocess.Compl
     """A Python in which these packages seem not to be installed."""
     variables = {
         "ABSENT_PACKAGES": " ".join(sorted(absent - packages(*PROJECT["dependencies"]))),
-        "PYTHONPATH": os.pathsep.join((str(ROOT / "tests" / "absent"), str(ROOT))),
+        "PYTHONPATH": os.pathsep.join(map(str, (ROOT / "tests" / "absent", ROOT, ROOT / "worker"))),
         **environment,
     }
     return subprocess.run(

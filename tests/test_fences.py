@@ -9,6 +9,9 @@ from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 
 import pytest
+from attnstore_worker.cache import shared_tier
+from attnstore_worker.cache.leases import KeptLease
+from attnstore_worker.cache.shared_tier import SharedPages
 
 from attnstore import fences
 from attnstore.arena import stamped
@@ -21,9 +24,6 @@ from attnstore.types import Lease, PageStatus
 from attnstore.wire.shared import Place
 from tests.channels import read_plan
 from tests.samples import SMALL, make_batch
-from worker.cache import shared_tier
-from worker.cache.leases import KeptLease
-from worker.cache.shared_tier import SharedPages
 
 EXTENT_BYTES = 4 * SMALL.page_bytes
 OLD, NEW = (Slot(0, 0, SMALL.page_bytes, generation, 1) for generation in (3, 4))

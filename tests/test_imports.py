@@ -9,10 +9,10 @@ import subprocess
 import sys
 from typing import Any
 
+import attnstore_worker
 import pytest
 
 import attnstore
-import worker
 
 _SETTINGS = """
 import faulthandler, gc, importlib, json, locale, logging, multiprocessing, os, resource, signal, socket, sys, threading, warnings
@@ -63,23 +63,23 @@ def changed_by(ours: list[str], host: list[str]) -> Any:
 def modules_of(package: Any) -> list[str]:
     """All modules that can be imported here: the connector itself needs vLLM."""
     names = [module.name for module in pkgutil.walk_packages(package.__path__, f"{package.__name__}.")]
-    return [package.__name__, *(name for name in names if name != "worker.vllm.connector")]
+    return [package.__name__, *(name for name in names if name != "attnstore_worker.vllm.connector")]
 
 
 def test_importing_the_connector_changes_nothing_of_vllms_process() -> None:
-    ours = ["worker.vllm", *(name for name in modules_of(worker) if name.startswith("worker.vllm."))]
+    ours = ["attnstore_worker.vllm", *(name for name in modules_of(attnstore_worker) if name.startswith("attnstore_worker.vllm."))]
     assert len(ours) > 5
     assert changed_by(ours, host=[]) == {}
 
 
-@pytest.mark.parametrize("package", [attnstore, worker], ids=lambda package: package.__name__)
+@pytest.mark.parametrize("package", [attnstore, attnstore_worker], ids=lambda package: package.__name__)
 def test_importing_any_module_changes_nothing_of_the_process(package: Any) -> None:
     # torch's compiler names its cache in the environment, and transformers loads that compiler and filters warnings.
     assert changed_by(modules_of(package), host=["torch._dynamo", "transformers.modeling_utils", "transformers.generation"]) == {}
 
 
 def test_our_own_worker_has_its_threads_spin_briefly() -> None:
-    script = "import sys; from worker.__main__ import main; sys.exit(main(['no-such-command']))"
+    script = "import sys; from attnstore_worker.__main__ import main; sys.exit(main(['no-such-command']))"
     environment = {name: value for name, value in os.environ.items() if name != "GOMP_SPINCOUNT"}
     ended = subprocess.run(
         [sys.executable, "-c", f"import atexit, os\natexit.register(lambda: print(os.environ.get('GOMP_SPINCOUNT')))\n{script}"],

@@ -21,7 +21,7 @@ WITHOUT = ("apt", "apt-get", "cc", "chromium", "docker", "docker-compose", "gcc"
 @pytest.fixture
 def minimal() -> Iterator[dict[str, str]]:
     with minimal_machine.environment() as environment:
-        yield {**environment, "PYTHONPATH": str(ROOT)}
+        yield {**environment, "PYTHONPATH": f"{ROOT}:{ROOT / 'worker'}"}
 
 
 def run(environment: dict[str, str], *command: str | Path, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:

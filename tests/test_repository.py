@@ -67,7 +67,9 @@ def test_every_make_target_named_in_the_documentation_exists(page: Path) -> None
     assert named <= targets
 
 
-@pytest.mark.parametrize(("command", "module"), [("attnstore serve", "attnstore.cli"), ("attnstore-worker generate", "worker.cli")])
+@pytest.mark.parametrize(
+    ("command", "module"), [("attnstore serve", "attnstore.cli"), ("attnstore-worker generate", "attnstore_worker.cli")]
+)
 def test_every_option_named_in_the_readme_exists(command: str, module: str) -> None:
     uses = re.findall(rf"^(?:\$ )?{re.escape(command)} (.*)", (ROOT / "README.md").read_text(), flags=re.MULTILINE)
     assert uses, f"the README does not show {command}"

@@ -13,13 +13,13 @@ import traceback
 from collections.abc import Callable
 
 import pytest
+from attnstore_worker import cli as worker_cli
+from attnstore_worker.vllm.settings import Settings
 
 import attnstore
 from attnstore import aio, cli
 from attnstore.directory import DirectoryUrl, open_directory
 from attnstore.errors import AttnStoreError
-from worker import cli as worker_cli
-from worker.vllm.settings import Settings
 
 PART = ("sEcA", "sEcB", "sEcC")
 """What may not be seen of a password: it is these, with something that means something to a URL between them."""
@@ -162,13 +162,13 @@ def test_no_door_shows_a_part_of_a_password(door: str) -> None:
         ("attnstore.cli", "serve", "--listen", "127.0.0.1:0", "--capacity", "1MiB"),
         ("attnstore.cli", "status"),
         ("attnstore.cli", "drain", "ada"),
-        ("worker.cli", "generate", "--prompt-file", "/dev/null"),
+        ("attnstore_worker.cli", "generate", "--prompt-file", "/dev/null"),
     ],
 )
 @pytest.mark.parametrize("url", ["redis://:p@sEcA/sEcB#1@host", "redis://:[sEcA/sEcB]@host/0", "redis://u:sEcA℀sEcB@host/0?x=sEcC"])
 def test_no_process_shows_a_part_of_a_password_or_ends_in_a_traceback(command: tuple[str, ...], url: str) -> None:
-    option = () if command[0] == "worker.cli" else ("ATTNSTORE_DIRECTORY",)
-    arguments = ("--store", url) if command[0] == "worker.cli" else ()
+    option = () if command[0] == "attnstore_worker.cli" else ("ATTNSTORE_DIRECTORY",)
+    arguments = ("--store", url) if command[0] == "attnstore_worker.cli" else ()
     ended = subprocess.run(
         [sys.executable, "-m", *command, *arguments],
         env={**os.environ, **dict.fromkeys(option, url)},

@@ -24,11 +24,11 @@ WAITED_FOR = {
     "attnstore/client/flight.py": "callers that share an answer wait for it",
     "attnstore/copying/__init__.py": "compiles once, and says what went wrong",
     "attnstore/server/connections.py": "one connection, whose failure is logged",
-    "worker/cache/swap_in.py": "one load, whose failure is logged and recomputed",
-    "worker/engine/async_engine.py": "an engine that failed takes no more prompts, and says so",
-    "worker/serve/app.py": "one request's work, waited for",
-    "worker/serve/choices.py": "one request's streams, waited for",
-    "worker/testing.py": "a started worker's output, joined when the worker is ended",
+    "worker/attnstore_worker/cache/swap_in.py": "one load, whose failure is logged and recomputed",
+    "worker/attnstore_worker/engine/async_engine.py": "an engine that failed takes no more prompts, and says so",
+    "worker/attnstore_worker/serve/app.py": "one request's work, waited for",
+    "worker/attnstore_worker/serve/choices.py": "one request's streams, waited for",
+    "worker/attnstore_worker/testing.py": "a started worker's output, joined when the worker is ended",
 }
 """Where tasks and threads are begun that are not supervised, and why not."""
 

@@ -10,6 +10,7 @@ from dataclasses import asdict
 from typing import Any, Final
 
 import torch
+from attnstore_worker.model import LoadedModel, load_model
 from rich.console import Console
 
 from attnstore.command_line import CommandParser
@@ -17,7 +18,6 @@ from attnstore.option_types import file_to_write
 from experiments.attend.real_model import Cell, documents, measure
 from experiments.attend.rows import MODES, Row, table
 from experiments.attend.synthetic import LLAMA_3_8B, SMOLLM2, measure_geometry
-from worker.model import LoadedModel, load_model
 
 _THREADS: Final = 1
 _REMOTE: Final = ("fetch_each_step", "attend", "shared_in_place")

@@ -116,7 +116,8 @@ class Container:
         return int(children[0]) if children else None
 
     def _environment(self) -> dict[str, str]:
-        return {"PATH": PROGRAMS_PATH, "PYTHONPATH": str(PROJECT), "PYTHONUNBUFFERED": "1", "HOME": "/", **self.service.environment}
+        packages = f"{PROJECT}:{PROJECT / 'worker'}"
+        return {"PATH": PROGRAMS_PATH, "PYTHONPATH": packages, "PYTHONUNBUFFERED": "1", "HOME": "/", **self.service.environment}
 
     def _mounts(self, layers: Path, volumes: Path, hosts_file: Path) -> list[str]:
         """Shell commands that put the service's files together below the root folder."""

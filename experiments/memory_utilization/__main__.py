@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Final
 
 import torch
+from attnstore_worker.model import LoadedModel, load_model
 from rich.console import Console
 
 from attnstore.allocator import keep_freed_memory
@@ -23,7 +24,6 @@ from experiments.memory_utilization.measure import POLICIES, Figures, Window, me
 from experiments.memory_utilization.report import as_json, summary_table, sustained_rate, sweep_table
 from experiments.memory_utilization.workload import Shape, requests
 from experiments.options import COUNT, POSITIVE, SEED
-from worker.model import LoadedModel, load_model
 
 _EXIT_USAGE: Final = 2
 _LONGEST_FIT: Final = 4

@@ -13,12 +13,13 @@ from dataclasses import dataclass, field
 from statistics import fmean
 from typing import Final
 
+from attnstore_worker.engine import Engine, EngineOptions, SamplingParams, Sequence
+from attnstore_worker.model import LoadedModel
+
 from attnstore.clock import Clock
 from attnstore.core.layout import PageLayout
 from experiments.memory_utilization.reservation import ContiguousReservation, PagedReservation, Reservation
 from experiments.memory_utilization.workload import Request, Shape
-from worker.engine import Engine, EngineOptions, SamplingParams, Sequence
-from worker.model import LoadedModel
 
 POLICIES: Final = ("contiguous_max", "contiguous_known", "paged")
 _SEQUENCES_MAX: Final = 64

@@ -10,8 +10,9 @@ from bisect import insort
 from collections.abc import Callable, Iterable
 from typing import Protocol
 
+from attnstore_worker.engine import Sequence
+
 from experiments.memory_utilization.workload import Request
-from worker.engine import Sequence
 
 
 class Reservation(Protocol):

@@ -13,12 +13,12 @@ from typing import Final, NamedTuple
 
 import torch
 import transformers
+from attnstore_worker.engine import Engine, EngineOptions, SamplingParams
+from attnstore_worker.model import LoadedModel
+from attnstore_worker.testing import MemoryStore
 from torch import Tensor
 
 from experiments.models.tiny import VOCABULARY
-from worker.engine import Engine, EngineOptions, SamplingParams
-from worker.model import LoadedModel
-from worker.testing import MemoryStore
 
 DIFFERENCE_MAX: Final = 1e-4
 CHUNKS_TOKENS: Final = (16, 64, 256)

@@ -10,11 +10,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
+from attnstore_worker.errors import ModelUnavailable
+from attnstore_worker.model import LoadedModel, load_model
+
 from attnstore.core.layout import DType
 from experiments.models.agreement import DIFFERENCE_MAX, check_agreement
 from experiments.models.tiny import NotTiny, write_model
-from worker.errors import ModelUnavailable
-from worker.model import LoadedModel, load_model
 
 COMPUTED: Final = "computed"
 REFUSED: Final = "refused"

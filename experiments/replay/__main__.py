@@ -12,6 +12,9 @@ from pathlib import Path
 from typing import Final
 
 import torch
+from attnstore_worker.cache import open_store
+from attnstore_worker.engine import Engine, EngineOptions
+from attnstore_worker.model import load_model
 from rich.console import Console
 
 from attnstore.allocator import keep_freed_memory
@@ -30,9 +33,6 @@ from experiments.replay.plot import save_plot
 from experiments.replay.report import LOOK_AHEAD, summary, table
 from experiments.replay.trace import Trace, read_trace
 from experiments.replay.with_model import describe, replay_with_model
-from worker.cache import open_store
-from worker.engine import Engine, EngineOptions
-from worker.model import load_model
 
 _EXIT_USAGE: Final = 2
 _CAPACITIES: Final[tuple[Capacity, ...]] = (500_000, 1_000_000, 3_000_000, 10_000_000, 30_000_000, UNLIMITED)

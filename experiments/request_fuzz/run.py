@@ -16,9 +16,10 @@ from itertools import islice
 from pathlib import Path
 from typing import Final
 
+from attnstore_worker.testing import WorkerProcess
+
 from experiments.endpoints import complete, model_name
 from experiments.request_fuzz.generator import FuzzedRequest, requests
-from worker.testing import WorkerProcess
 
 BATCH: Final = 50
 _CALLERS: Final = 4

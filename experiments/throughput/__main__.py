@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Final
 
 import torch
+from attnstore_worker.model.conversion import model_folder
 from rich import box
 from rich.console import Console
 from rich.table import Table
@@ -24,7 +25,6 @@ from experiments.bandwidth.processes import ChildEnded
 from experiments.options import COUNT, SEED
 from experiments.throughput.compare import Comparison, compare
 from experiments.throughput.side import Case, Start
-from worker.model.conversion import model_folder
 
 _EXIT_USAGE: Final = 2
 _RECORDED: Final = Path(__file__).with_name("recorded.json")

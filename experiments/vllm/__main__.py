@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Final
 
 import torch
+from attnstore_worker.model.conversion import model_folder
 from rich import box
 from rich.console import Console
 from rich.table import Table
@@ -25,7 +26,6 @@ from experiments.bandwidth.processes import ChildEnded
 from experiments.vllm.runs import Row, Run, System
 from experiments.vllm.session import Start
 from experiments.vllm.workloads import MultiTurn, SharedDocuments, Workload
-from worker.model.conversion import model_folder
 
 _EXIT_USAGE: Final = 2
 _TOKENS_MAX: Final = 4_096

@@ -72,7 +72,7 @@ def attnstore_connector(**settings: Any) -> dict[str, Any]:
     """The `kv_transfer_config` of AttnStore's connector; `settings` are its own, `store` among them."""
     return {
         "kv_connector": "AttnStoreConnector",
-        "kv_connector_module_path": "worker.vllm",
+        "kv_connector_module_path": "attnstore_worker.vllm",
         "kv_role": "kv_both",
         "kv_load_failure_policy": "recompute",
         "kv_connector_extra_config": settings,

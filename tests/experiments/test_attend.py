@@ -6,12 +6,12 @@ import json
 from pathlib import Path
 
 import pytest
+from attnstore_worker.model import LoadedModel, load_model
 
 from experiments.attend.__main__ import _as_json
 from experiments.attend.real_model import Cell, documents, measure
 from experiments.attend.rows import MODES, Row, attend_ms, fetch_ms, table
 from experiments.attend.synthetic import Geometry, measure_geometry
-from worker.model import LoadedModel, load_model
 
 TINY = Geometry("tiny", layers=6, q_heads=4, kv_heads=2, head_dim=64, stored_layers=2)
 

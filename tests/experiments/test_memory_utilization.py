@@ -8,6 +8,7 @@ from pathlib import Path
 from statistics import fmean
 
 import pytest
+from attnstore_worker.model import LoadedModel
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -16,7 +17,6 @@ from experiments.memory_utilization.measure import POLICIES, Figures, Window, me
 from experiments.memory_utilization.report import sustained_rate
 from experiments.memory_utilization.reservation import ContiguousReservation
 from experiments.memory_utilization.workload import Request, Shape, requests
-from worker.model import LoadedModel
 
 SHAPE = Shape().shrunk(4)
 

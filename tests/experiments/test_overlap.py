@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from attnstore_worker.model import LoadedModel
+
 from experiments.overlap import Shape, measure
-from worker.model import LoadedModel
 
 
 def test_every_repetition_computes_its_chunk_and_all_ways_give_its_tokens(tiny: LoadedModel) -> None:

@@ -9,6 +9,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from attnstore_worker.engine import Engine, EngineOptions
+from attnstore_worker.model import LoadedModel
+from attnstore_worker.testing import MemoryStore
 
 from attnstore.clock import MonotonicClock
 from attnstore.core.eviction import EVICTION_POLICIES
@@ -19,9 +22,6 @@ from experiments.replay.bound import bound_hits
 from experiments.replay.hash_only import UNLIMITED, Capacity, replay
 from experiments.replay.trace import BLOCK_TOKENS, Trace, TraceRequest, read_trace
 from experiments.replay.with_model import prompt, replay_with_model
-from worker.engine import Engine, EngineOptions
-from worker.model import LoadedModel
-from worker.testing import MemoryStore
 
 ROOT = Path(__file__).parents[2]
 REAL_TRACE = ROOT.parent / "shared" / "data" / "traces" / "mooncake_conversation_trace.jsonl"

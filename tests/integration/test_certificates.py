@@ -141,7 +141,7 @@ def test_a_node_is_asked_once_whether_it_wants_tls(monkeypatch: pytest.MonkeyPat
 
 
 def test_a_worker_trusts_the_authority_that_it_is_told_of(tmp_path: Path, batch_of: BatchOf) -> None:
-    from worker.cache import open_store
+    from attnstore_worker.cache import open_store
 
     pair = make_pair(tmp_path, "node")
     with StoreProcess("--capacity", "1MiB", *pair.options) as node:

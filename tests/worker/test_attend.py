@@ -6,6 +6,11 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 
 import pytest
+from attnstore_worker.engine import Engine, EngineOptions, FinishReason, SamplingParams
+from attnstore_worker.engine import Sequence as Prompted
+from attnstore_worker.errors import SequenceFailed
+from attnstore_worker.model import LoadedModel
+from attnstore_worker.testing import MemoryStore
 
 import attnstore
 from attnstore import errors
@@ -13,11 +18,6 @@ from attnstore.client.attend import AttendStream
 from attnstore.testing import StoreProcess
 from attnstore.types import Lease, MatchResult
 from tests.samples import eventually
-from worker.engine import Engine, EngineOptions, FinishReason, SamplingParams
-from worker.engine import Sequence as Prompted
-from worker.errors import SequenceFailed
-from worker.model import LoadedModel
-from worker.testing import MemoryStore
 
 BLOCKS = 8
 """The pool of these tests: an eighth of the tiny model's context of 512 tokens in each two blocks of 16."""

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
+from attnstore_worker.engine import Engine, EngineOptions, FinishReason, SamplingParams
+from attnstore_worker.model import LoadedModel
 
 import attnstore
 from tests.cluster.conftest import Cluster, known_to
 from tests.samples import eventually
-from worker.engine import Engine, EngineOptions, FinishReason, SamplingParams
-from worker.model import LoadedModel
 
 pytestmark = pytest.mark.redis
 

@@ -5,6 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
+from attnstore_worker.cache import CostPlanner, FetchAll
+from attnstore_worker.cache.attend_planner import GAIN_MIN, AttendForecast
+from attnstore_worker.cache.load_plan import Prompt
+from attnstore_worker.cache.observation import Step, Transfer, TransferKind
+from attnstore_worker.engine import Engine, EngineOptions, SamplingParams
+from attnstore_worker.engine import Sequence as Prompted
+from attnstore_worker.model import LoadedModel
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -12,13 +19,6 @@ import attnstore
 from attnstore import errors
 from attnstore.clock import MonotonicClock
 from attnstore.testing import ManualClock, StoreProcess
-from worker.cache import CostPlanner, FetchAll
-from worker.cache.attend_planner import GAIN_MIN, AttendForecast
-from worker.cache.load_plan import Prompt
-from worker.cache.observation import Step, Transfer, TransferKind
-from worker.engine import Engine, EngineOptions, SamplingParams
-from worker.engine import Sequence as Prompted
-from worker.model import LoadedModel
 
 MS = st.floats(0.1, 1e5)
 LAYERS, PAGE_BYTES, ROW_BYTES = 30, 368_640, 139_320

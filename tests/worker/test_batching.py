@@ -8,17 +8,17 @@ from collections import Counter
 
 import pytest
 import torch
+from attnstore_worker.cache import WRITE_POLICIES
+from attnstore_worker.cache.load_plan import Found, LoadPlan, LoadProgress, Order, Prompt, SearchPlan
+from attnstore_worker.engine import Engine, EngineOptions, FinishReason, SamplingParams, Sequence
+from attnstore_worker.engine.sampler import Sampler, peaks
+from attnstore_worker.errors import StepFailed
+from attnstore_worker.model import LoadedModel
+from attnstore_worker.testing import MemoryStore
 
 from attnstore.core.eviction import EVICTION_POLICIES
 from attnstore.errors import InvalidArgument, Overloaded
 from attnstore.types import PageStatus
-from worker.cache import WRITE_POLICIES
-from worker.cache.load_plan import Found, LoadPlan, LoadProgress, Order, Prompt, SearchPlan
-from worker.engine import Engine, EngineOptions, FinishReason, SamplingParams, Sequence
-from worker.engine.sampler import Sampler, peaks
-from worker.errors import StepFailed
-from worker.model import LoadedModel
-from worker.testing import MemoryStore
 
 WAIT_MS = 30_000
 

@@ -11,17 +11,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from attnstore_worker.cli import main
+from attnstore_worker.engine import EngineOptions
 
 from attnstore import memory_limit
 from attnstore.testing import StoreProcess
-from worker.cli import main
-from worker.engine import EngineOptions
 
 PROMPT = "The store keeps pages. " * 40
 
 
 def worker(*options: str | Path) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "worker.cli", "generate", "--threads", "1", *map(str, options)]
+    command = [sys.executable, "-m", "attnstore_worker.cli", "generate", "--threads", "1", *map(str, options)]
     return subprocess.run(command, capture_output=True, text=True, timeout=240, check=False, env={**os.environ})
 
 

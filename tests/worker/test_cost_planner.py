@@ -6,17 +6,17 @@ import random
 from collections.abc import Callable, Iterator
 
 import pytest
+from attnstore_worker.cache import CostPlanner, open_store
+from attnstore_worker.cache.estimators import PrefillCost
+from attnstore_worker.cache.load_plan import Found, LoadPlan, LoadProgress, Order, Prompt, SearchPlan
+from attnstore_worker.cache.observation import Answer, Load, LoadEnd, Step, Transfer, TransferKind
+from attnstore_worker.cache.planner import IDLE_SHARE
+from attnstore_worker.engine import Engine, EngineOptions, SamplingParams
+from attnstore_worker.model import LoadedModel
 
 from attnstore.clock import MonotonicClock
 from attnstore.testing import ManualClock, StoreProcess
 from attnstore.testing.link import Link
-from worker.cache import CostPlanner, open_store
-from worker.cache.estimators import PrefillCost
-from worker.cache.load_plan import Found, LoadPlan, LoadProgress, Order, Prompt, SearchPlan
-from worker.cache.observation import Answer, Load, LoadEnd, Step, Transfer, TransferKind
-from worker.cache.planner import IDLE_SHARE
-from worker.engine import Engine, EngineOptions, SamplingParams
-from worker.model import LoadedModel
 
 PAGE_BYTES = 368_640
 COST = PrefillCost(chunk_ms=50.0, token_ms=0.4, pair_ms=3e-4)

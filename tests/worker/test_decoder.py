@@ -8,15 +8,15 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from attnstore_worker.engine import Engine, EngineOptions, SamplingParams
+from attnstore_worker.model import LoadedModel, load_model
+from attnstore_worker.model.decoder import TransformersDecoder
+from attnstore_worker.model.linear import PackedLinear, WidenedLinear, gated_product, has_bf16_kernels, merged_linear, pack_linears
+from attnstore_worker.model.llama import LlamaDecoder
 from torch import nn
 from torch.nn import functional
 
 from attnstore.core.layout import DType
-from worker.engine import Engine, EngineOptions, SamplingParams
-from worker.model import LoadedModel, load_model
-from worker.model.decoder import TransformersDecoder
-from worker.model.linear import PackedLinear, WidenedLinear, gated_product, has_bf16_kernels, merged_linear, pack_linears
-from worker.model.llama import LlamaDecoder
 
 BF16_TOLERANCE = 2**-6
 """bf16 has 8 bits: one rounding is 2**-8 of the value, and the layers in a row add theirs."""
@@ -78,7 +78,7 @@ def test_a_widened_layer_computes_what_the_layer_did(rows: int, bias: bool) -> N
 
 
 def test_bf16_layers_become_those_that_this_machine_has_kernels_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("worker.model.linear.has_bf16_kernels", lambda: False)
+    monkeypatch.setattr("attnstore_worker.model.linear.has_bf16_kernels", lambda: False)
     module = nn.Sequential(linear(32, 32, torch.bfloat16, bias=True))
     pack_linears(module)
     assert type(module[0]) is WidenedLinear

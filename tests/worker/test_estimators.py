@@ -6,11 +6,10 @@ import math
 import random
 
 import pytest
+from attnstore_worker.cache.cost_book import CostReport
+from attnstore_worker.cache.estimators import DurationEstimator, FactorEstimator, PrefillCost, PrefillEstimator
 from hypothesis import given
 from hypothesis import strategies as st
-
-from worker.cache.cost_book import CostReport
-from worker.cache.estimators import DurationEstimator, FactorEstimator, PrefillCost, PrefillEstimator
 
 TRUTH = PrefillCost(chunk_ms=24.0, token_ms=0.5, pair_ms=3.3e-4)
 

@@ -11,19 +11,19 @@ from typing import Any
 
 import pytest
 import torch
+from attnstore_worker.cache.load_plan import LoadPlan, Prompt
+from attnstore_worker.cache.observation import Answer, Load, Step, Transfer
+from attnstore_worker.engine import Engine, EngineOptions, FinishReason, SamplingParams
+from attnstore_worker.engine import Sequence as Prompted
+from attnstore_worker.engine.sampler import Sampler, peaks
+from attnstore_worker.engine.sequence import Chunk
+from attnstore_worker.engine.speculative import accepted_tokens
+from attnstore_worker.errors import LogitsNotFinite, SequenceFailed
+from attnstore_worker.model import LoadedModel
+from attnstore_worker.testing import FixedPlanner, MemoryStore
 
 from attnstore.core.eviction import EVICTION_POLICIES
 from tests.samples import eventually
-from worker.cache.load_plan import LoadPlan, Prompt
-from worker.cache.observation import Answer, Load, Step, Transfer
-from worker.engine import Engine, EngineOptions, FinishReason, SamplingParams
-from worker.engine import Sequence as Prompted
-from worker.engine.sampler import Sampler, peaks
-from worker.engine.sequence import Chunk
-from worker.engine.speculative import accepted_tokens
-from worker.errors import LogitsNotFinite, SequenceFailed
-from worker.model import LoadedModel
-from worker.testing import FixedPlanner, MemoryStore
 
 NAN, INF = torch.nan, torch.inf
 

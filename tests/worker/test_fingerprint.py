@@ -9,10 +9,9 @@ from typing import Any
 
 import pytest
 import transformers
+from attnstore_worker.fingerprint import BOOKKEEPING_FIELDS, config_fields, fingerprint
+from attnstore_worker.model import LoadedModel, load_model
 from transformers import LlamaConfig
-
-from worker.fingerprint import BOOKKEEPING_FIELDS, config_fields, fingerprint
-from worker.model import LoadedModel, load_model
 
 
 class LaterConfig(LlamaConfig):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 
 import pytest
+from attnstore_worker.cache.leases import LeaseKeeper
 
 import attnstore
 from attnstore.clock import MonotonicClock
@@ -13,7 +14,6 @@ from attnstore.testing import StoreProcess
 from attnstore.testing.clock import ManualClock
 from attnstore.types import Lease
 from tests.samples import SMALL, eventually, make_batch
-from worker.cache.leases import LeaseKeeper
 
 FIRST, SECOND = Lease(b"1" * 16, 10_000), Lease(b"2" * 16, 20_000)
 

@@ -8,17 +8,17 @@ import time
 from collections.abc import Callable
 
 import pytest
+from attnstore_worker.cache import CacheManager, Loading, PagePool, RemoteTier
+from attnstore_worker.cache.load_plan import LoadPlan, Order, Planner
+from attnstore_worker.cache.observation import Answer, Load, LoadEnd, Step, Transfer, TransferKind
+from attnstore_worker.engine import Engine, EngineOptions, FinishReason, SamplingParams, Sequence
+from attnstore_worker.model import LoadedModel
+from attnstore_worker.testing import FixedPlanner, MemoryStore
 
 from attnstore.clock import MonotonicClock
 from attnstore.core.hashing import Namespace
 from attnstore.core.layout import DType, PageLayout
 from attnstore.types import PageStatus
-from worker.cache import CacheManager, Loading, PagePool, RemoteTier
-from worker.cache.load_plan import LoadPlan, Order, Planner
-from worker.cache.observation import Answer, Load, LoadEnd, Step, Transfer, TransferKind
-from worker.engine import Engine, EngineOptions, FinishReason, SamplingParams, Sequence
-from worker.model import LoadedModel
-from worker.testing import FixedPlanner, MemoryStore
 
 LAYOUT = PageLayout(layers=2, kv_heads=1, head_dim=4, block_tokens=4, dtype=DType.FP32)
 NAMESPACE = Namespace(b"n" * 32)
@@ -285,7 +285,7 @@ def test_a_step_with_nothing_but_loads_waits_and_is_woken_by_their_end(
     tiny: LoadedModel, store: MemoryStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With the bound of the waiting out of the way, a step that spun or missed its wake-up would be seen."""
-    monkeypatch.setattr("worker.engine.residency._IDLE_MS", WAIT_MS)
+    monkeypatch.setattr("attnstore_worker.engine.residency._IDLE_MS", WAIT_MS)
     how = SamplingParams(max_tokens=2)
     expected = stored(tiny, store, prompt(1, 100), how)
     with Engine(tiny, options(tiny, 40), store=store) as engine:
@@ -304,7 +304,7 @@ def test_a_step_with_nothing_but_loads_waits_and_is_woken_by_their_end(
 
 
 def test_a_waiting_step_can_be_woken(tiny: LoadedModel, store: MemoryStore, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("worker.engine.residency._IDLE_MS", WAIT_MS)
+    monkeypatch.setattr("attnstore_worker.engine.residency._IDLE_MS", WAIT_MS)
     stored(tiny, store, prompt(1, 100), SamplingParams(max_tokens=2))
     with Engine(tiny, options(tiny, 40), store=store) as engine:
         store.gate.clear()

@@ -5,12 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
-
-from attnstore.client.link_estimator import LinkEstimate
-from worker.cache.estimators import PrefillCost
-from worker.cache.planner import (
+from attnstore_worker.cache.estimators import PrefillCost
+from attnstore_worker.cache.planner import (
     FETCH_MARGIN,
     IDLE_SHARE,
     Costs,
@@ -23,6 +19,10 @@ from worker.cache.planner import (
     search_head,
     split,
 )
+from hypothesis import given
+from hypothesis import strategies as st
+
+from attnstore.client.link_estimator import LinkEstimate
 
 PAGE_BYTES = 368_640
 MEASURED = PrefillCost(chunk_ms=24.0, token_ms=0.5, pair_ms=3.3e-4)

@@ -12,19 +12,19 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from attnstore_worker.engine import Engine, EngineOptions, SamplingParams
+from attnstore_worker.errors import ModelUnavailable
+from attnstore_worker.model import LoadedModel, load_model
+from attnstore_worker.model.attention import PagedStep, paged_attention_forward
+from attnstore_worker.model.few_rows import FewRows
+from attnstore_worker.model.llama import LlamaDecoder
+from attnstore_worker.model.self_test import AttentionKind
+from attnstore_worker.testing import MemoryStore
 from torch import Tensor, nn
 
 from attnstore.attention import CheckedAttention
 from attnstore.core.layout import DType
 from attnstore.errors import InvalidArgument
-from worker.engine import Engine, EngineOptions, SamplingParams
-from worker.errors import ModelUnavailable
-from worker.model import LoadedModel, load_model
-from worker.model.attention import PagedStep, paged_attention_forward
-from worker.model.few_rows import FewRows
-from worker.model.llama import LlamaDecoder
-from worker.model.self_test import AttentionKind
-from worker.testing import MemoryStore
 
 CONTEXT_TOKENS = 256
 SIZES: dict[str, Any] = {

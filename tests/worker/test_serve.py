@@ -18,15 +18,15 @@ import openai
 import pytest
 import torch
 import uvicorn
+from attnstore_worker.engine import AsyncEngine, Engine, EngineOptions, SamplingParams
+from attnstore_worker.engine.sequence import Chunk
+from attnstore_worker.model import LoadedModel
+from attnstore_worker.serve import create_app
+from attnstore_worker.serve.formats import Json
+from attnstore_worker.testing import WorkerProcess
 
 from attnstore.address import Address
 from attnstore.limits import HTTP_BODY_BYTES_MAX
-from worker.engine import AsyncEngine, Engine, EngineOptions, SamplingParams
-from worker.engine.sequence import Chunk
-from worker.model import LoadedModel
-from worker.serve import create_app
-from worker.serve.formats import Json
-from worker.testing import WorkerProcess
 
 WAIT_S = 30.0
 GREEDY: dict[str, Any] = {"temperature": 0.0}
@@ -412,9 +412,9 @@ from pathlib import Path
 from attnstore.address import Address
 from attnstore.core.layout import DType
 from attnstore.errors import Unavailable
-from worker.engine import Engine, EngineOptions
-from worker.model import load_model
-from worker.serve.server import Endpoint, serve
+from attnstore_worker.engine import Engine, EngineOptions
+from attnstore_worker.model import load_model
+from attnstore_worker.serve.server import Endpoint, serve
 
 engine = Engine(load_model(Path(sys.argv[1]), DType.FP32), EngineOptions(pool_bytes=1 << 20))
 
@@ -458,7 +458,7 @@ def test_a_host_that_is_no_address_is_refused(tiny_folder: Path) -> None:
         command = [
             sys.executable,
             "-m",
-            "worker.cli",
+            "attnstore_worker.cli",
             "serve",
             "--port",
             "0",

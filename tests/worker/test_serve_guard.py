@@ -17,14 +17,14 @@ import httpx2
 import openai
 import pytest
 import uvicorn
+from attnstore_worker.engine import AsyncEngine, Engine, EngineOptions
+from attnstore_worker.explain import decisions_of
+from attnstore_worker.model import LoadedModel
+from attnstore_worker.serve import Endpoint, create_app
+from attnstore_worker.serve.server import server_config
 
 from attnstore.errors import InvalidArgument
 from attnstore.worker_status import worker_statuses
-from worker.engine import AsyncEngine, Engine, EngineOptions
-from worker.explain import decisions_of
-from worker.model import LoadedModel
-from worker.serve import Endpoint, create_app
-from worker.serve.server import server_config
 
 TOKENS = {"token-of-ada": "ada", "token-of-bob": "bob"}
 WAIT_S = 30.0
@@ -168,7 +168,7 @@ def test_a_loopback_address_needs_none_and_bad_tokens_are_refused(tmp_path: Path
 
 def test_the_command_refuses_a_public_address_before_it_loads_a_model(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("no model, as would be seen if it were read")
-    command = [sys.executable, "-m", "worker.cli", "serve", "--host", "0.0.0.0", "--model", str(tmp_path)]
+    command = [sys.executable, "-m", "attnstore_worker.cli", "serve", "--host", "0.0.0.0", "--model", str(tmp_path)]
     result = subprocess.run(command, capture_output=True, text=True, timeout=WAIT_S * 4)
     assert result.returncode == 2
     assert "--host 0.0.0.0 is reachable from other machines" in result.stderr
@@ -204,14 +204,14 @@ async def ended(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, byte
 
 @pytest.mark.parametrize("head", [b"", b"GET /health HTTP/1.1\r\nhost: x\r\nx: "])
 async def test_a_head_that_does_not_come_ends_the_connection(url: str, head: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("worker.serve.connection.HTTP_HEAD_MS_MAX", 1_000)
+    monkeypatch.setattr("attnstore_worker.serve.connection.HTTP_HEAD_MS_MAX", 1_000)
     reader, writer = await raw(url)
     writer.write(head)
     assert await ended(reader, writer, b"a" if head else b"") == b""
 
 
 async def test_a_second_head_has_no_more_time_than_the_first(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("worker.serve.connection.HTTP_HEAD_MS_MAX", 1_000)
+    monkeypatch.setattr("attnstore_worker.serve.connection.HTTP_HEAD_MS_MAX", 1_000)
     reader, writer = await raw(url)
     writer.write(b"GET /health HTTP/1.1\r\nhost: x\r\n\r\nGET /health HTTP/1.1\r\nhost: x\r\nx: ")
     assert (await ended(reader, writer, b"a")).startswith(b"HTTP/1.1 200")
@@ -219,8 +219,8 @@ async def test_a_second_head_has_no_more_time_than_the_first(url: str, monkeypat
 
 @pytest.mark.parametrize("length", [b"content-length: 1000000", b"transfer-encoding: chunked"])
 async def test_a_body_that_trickles_is_answered_408(open_url: str, length: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("worker.serve.app.HTTP_BODY_MS_MAX", 300)
-    monkeypatch.setattr("worker.serve.connection.HTTP_HEAD_MS_MAX", 1_000)
+    monkeypatch.setattr("attnstore_worker.serve.app.HTTP_BODY_MS_MAX", 300)
+    monkeypatch.setattr("attnstore_worker.serve.connection.HTTP_HEAD_MS_MAX", 1_000)
     reader, writer = await raw(open_url)
     writer.write(b"POST /v1/completions HTTP/1.1\r\nhost: x\r\n" + length + b"\r\n\r\n")
     answer = await ended(reader, writer, b"1\r\n \r\n" if length.endswith(b"chunked") else b" ")
@@ -229,7 +229,7 @@ async def test_a_body_that_trickles_is_answered_408(open_url: str, length: bytes
 
 
 async def test_the_body_of_a_refused_request_holds_no_connection(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("worker.serve.connection.HTTP_HEAD_MS_MAX", 1_000)
+    monkeypatch.setattr("attnstore_worker.serve.connection.HTTP_HEAD_MS_MAX", 1_000)
     reader, writer = await raw(url)
     writer.write(b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: 1000000\r\n\r\n")
     assert (await ended(reader, writer, b" ")).startswith(b"HTTP/1.1 401")
@@ -238,7 +238,7 @@ async def test_the_body_of_a_refused_request_holds_no_connection(url: str, monke
 async def test_a_client_that_takes_nothing_of_its_answer_loses_its_connection(
     open_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("worker.serve.connection.HTTP_STALL_MS_MAX", 300)
+    monkeypatch.setattr("attnstore_worker.serve.connection.HTTP_STALL_MS_MAX", 300)
     with socket.socket() as client:
         client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         client.setblocking(False)
@@ -258,7 +258,7 @@ async def test_a_client_that_takes_nothing_of_its_answer_loses_its_connection(
 
 async def test_a_slow_answer_is_no_stall(open_url: str, tiny: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("HEAD", "STALL"):
-        monkeypatch.setattr(f"worker.serve.connection.HTTP_{name}_MS_MAX", 50)
+        monkeypatch.setattr(f"attnstore_worker.serve.connection.HTTP_{name}_MS_MAX", 50)
     async with openai.AsyncOpenAI(base_url=f"{open_url}/v1", api_key="none", max_retries=0) as client:
         answer = await client.completions.create(
             model=tiny.name, prompt=[5, 6, 7], max_tokens=200, extra_body={"ignore_eos": True}, temperature=0

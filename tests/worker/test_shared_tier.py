@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from attnstore_worker.cache.page_window import PageWindow
+from attnstore_worker.cache.shared_tier import SharedPages, SharedTier
 
 import attnstore
 from attnstore.attention import create_attention
@@ -20,8 +22,6 @@ from attnstore.testing import StoreProcess
 from attnstore.types import Lease, PageStatus
 from tests.memory_files import flip_bit
 from tests.samples import Batch, eventually, make_batch
-from worker.cache.page_window import PageWindow
-from worker.cache.shared_tier import SharedPages, SharedTier
 
 LAYOUT = PageLayout(layers=2, kv_heads=2, head_dim=64, block_tokens=16, dtype=DType.FP32)
 """32 KiB a page."""
@@ -249,7 +249,7 @@ def test_a_process_that_may_not_have_the_addresses_is_told_what_to_do() -> None:
 import resource
 from attnstore.core.layout import PageLayout
 from attnstore.errors import InvalidArgument
-from worker.cache.page_window import PageWindow
+from attnstore_worker.cache.page_window import PageWindow
 resource.setrlimit(resource.RLIMIT_AS, (1 << 38, 1 << 38))
 try:
     PageWindow(PageLayout(layers=1, kv_heads=1, head_dim=16))

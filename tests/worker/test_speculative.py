@@ -6,11 +6,10 @@ from collections import Counter
 
 import pytest
 import torch
-
-from worker.engine import Engine, EngineOptions, SamplingParams, Sequence
-from worker.engine.sampler import Sampler, peaks
-from worker.engine.speculative import DRAFTS_MAX, DraftLength, accepted_tokens, draft
-from worker.model import LoadedModel
+from attnstore_worker.engine import Engine, EngineOptions, SamplingParams, Sequence
+from attnstore_worker.engine.sampler import Sampler, peaks
+from attnstore_worker.engine.speculative import DRAFTS_MAX, DraftLength, accepted_tokens, draft
+from attnstore_worker.model import LoadedModel
 
 
 def generate(model: LoadedModel, token_ids: list[int], sampling: SamplingParams, *, speculate: bool) -> tuple[Sequence, int, int]:

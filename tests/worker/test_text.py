@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import pytest
+from attnstore_worker.engine.text import TextStream
+from attnstore_worker.model import LoadedModel
 from hypothesis import given
 from hypothesis import strategies as st
-
-from worker.engine.text import TextStream
-from worker.model import LoadedModel
 
 
 def decode_bytes(token_ids: Sequence[int]) -> str:

@@ -9,6 +9,12 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from attnstore_worker.cache import CacheManager, PagePool, PageStore, RemoteTier, SharedUse, Tier
+from attnstore_worker.cache.host_tier import HostTier
+from attnstore_worker.cache.loading import Admission, Loading
+from attnstore_worker.engine import Engine, EngineOptions, SamplingParams, Sequence
+from attnstore_worker.model import LoadedModel
+from attnstore_worker.testing import MemoryStore
 
 import attnstore
 from attnstore.clock import MonotonicClock
@@ -18,12 +24,6 @@ from attnstore.core.layout import DType, PageLayout
 from attnstore.errors import InvalidArgument, Overloaded
 from attnstore.testing import StoreProcess
 from tests.samples import eventually, make_batch
-from worker.cache import CacheManager, PagePool, PageStore, RemoteTier, SharedUse, Tier
-from worker.cache.host_tier import HostTier
-from worker.cache.loading import Admission, Loading
-from worker.engine import Engine, EngineOptions, SamplingParams, Sequence
-from worker.model import LoadedModel
-from worker.testing import MemoryStore
 
 WAIT_MS = 30_000
 LAYOUT = PageLayout(layers=2, kv_heads=1, head_dim=4, block_tokens=4, dtype=DType.FP32)

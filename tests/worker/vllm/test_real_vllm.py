@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from attnstore_worker.model.conversion import export_model
 
 import attnstore
 from attnstore.testing import StoreProcess
@@ -22,7 +23,6 @@ from attnstore.testing.ports import free_port
 from experiments.vllm.runs import Engine
 from experiments.vllm.session import Answers, Batch, Start, attnstore_connector
 from tests.worker.vllm.judged import NAMED, NO_EFFECT, PASSED_BY, REFUSED
-from worker.model.conversion import export_model
 
 PYTHON = os.environ.get("ATTNSTORE_VLLM_PYTHON")
 PROMPT_TOKENS = 1_776

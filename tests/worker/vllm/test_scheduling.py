@@ -7,17 +7,17 @@ import threading
 from collections.abc import Iterator, Sequence
 
 import pytest
+from attnstore_worker.vllm.gate import PROBE_MS
+from attnstore_worker.vllm.identity import page_hashes, page_layout, vllm_namespace
+from attnstore_worker.vllm.known import KnownPages
+from attnstore_worker.vllm.plan import Costs
+from attnstore_worker.vllm.scheduling import SchedulerSide
 
 from attnstore.core.hashing import BlockHash
 from attnstore.errors import Unavailable
 from attnstore.limits import NODE_FAIR_MS
 from attnstore.testing import ManualClock
 from tests.samples import eventually
-from worker.vllm.gate import PROBE_MS
-from worker.vllm.identity import page_hashes, page_layout, vllm_namespace
-from worker.vllm.known import KnownPages
-from worker.vllm.plan import Costs
-from worker.vllm.scheduling import SchedulerSide
 
 TOKENS = 16
 LAYOUT = page_layout(layers=2, layer_block_bytes=2 * 3 * TOKENS * 8, kv_heads=3, block_tokens=TOKENS, tp_rank=0, tp_size=1)
@@ -240,7 +240,7 @@ def test_only_the_first_of_many_requests_waits_for_a_slow_store(
     side: SchedulerSide, store: Answers, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     waits: list[float] = []
-    monkeypatch.setattr("worker.vllm.scheduling.wait", lambda _futures, timeout_s: waits.append(timeout_s))
+    monkeypatch.setattr("attnstore_worker.vllm.scheduling.wait", lambda _futures, timeout_s: waits.append(timeout_s))
     store.open.clear()
     assert [side.hit_tokens(str(request), FOREIGN, 160, 0) for request in range(10)] == [None] * 10
     assert len(waits) == 1

@@ -9,6 +9,12 @@ from typing import Any, cast
 
 import pytest
 import torch
+from attnstore_worker.cache.page_store import PageStore
+from attnstore_worker.vllm.identity import page_hashes, page_layout, vllm_namespace
+from attnstore_worker.vllm.kv_pages import KvPages
+from attnstore_worker.vllm.plan import BlockPlan, LoadPlan
+from attnstore_worker.vllm.probe import probe_link
+from attnstore_worker.vllm.transfers import Transfers
 
 import attnstore
 from attnstore.clock import MonotonicClock
@@ -17,12 +23,6 @@ from attnstore.errors import DeadlineExceeded, InvalidArgument, Unavailable
 from attnstore.testing import ManualClock, StoreProcess
 from attnstore.types import ReadResult
 from tests.samples import eventually
-from worker.cache.page_store import PageStore
-from worker.vllm.identity import page_hashes, page_layout, vllm_namespace
-from worker.vllm.kv_pages import KvPages
-from worker.vllm.plan import BlockPlan, LoadPlan
-from worker.vllm.probe import probe_link
-from worker.vllm.transfers import Transfers
 
 LAYERS, HEADS, TOKENS, WIDTH, BLOCKS = 3, 2, 16, 128, 12
 LAYER_BYTES = HEADS * TOKENS * WIDTH * 2
@@ -156,7 +156,7 @@ class BreaksAfter:
 
 @pytest.mark.parametrize("reads", [0, 1, 3])
 def test_what_came_before_the_store_broke_is_kept(node: StoreProcess, monkeypatch: pytest.MonkeyPatch, reads: int) -> None:
-    monkeypatch.setattr("worker.vllm.transfers._PART_BYTES", 2 * LAYOUT.page_bytes)
+    monkeypatch.setattr("attnstore_worker.vllm.transfers._PART_BYTES", 2 * LAYOUT.page_bytes)
     source, target = make_cache(8), make_cache(9)
     untouched = [layer.clone() for layer in target]
     space = vllm_namespace(LAYOUT, {"model": f"breaks after {reads}"}, tenant_salt="")
@@ -185,7 +185,7 @@ def test_a_load_for_which_there_is_no_memory_is_reported_as_failed(
         raise MemoryError
 
     reader = transfers_of(make_cache(10))
-    monkeypatch.setattr("worker.vllm.transfers.anonymous_memory", refuse)
+    monkeypatch.setattr("attnstore_worker.vllm.transfers.anonymous_memory", refuse)
     reader.load(LoadPlan("r", plans(0, 2)))
     wait_loaded(reader, "r")
     assert reader.take_failed_blocks() == {0, 1}

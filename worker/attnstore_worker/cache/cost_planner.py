@@ -1,0 +1,246 @@
+"""The planner that measures: costs from what the worker has seen, a split for each prompt, and a record of what came of it.
+
+Owns: `CostPlanner`, which is both the engine's `Planner` and its `Observer`. Invariant: without measurements it computes from the
+front and fetches a little beside it, which costs no time and teaches what the next decision needs; it never has the engine wait for
+a link that it does not know.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Final
+
+from attnstore.clock import Clock
+from attnstore_worker.cache.attend_planner import AttendForecast
+from attnstore_worker.cache.cost_book import CostBook, CostReport
+from attnstore_worker.cache.decisions import Decision, DecisionLog, PredictionStatistics
+from attnstore_worker.cache.load_plan import Found, LoadPlan, LoadProgress, Order, Prompt, SearchPlan
+from attnstore_worker.cache.observation import Answer, Load, Step, Transfer
+from attnstore_worker.cache.planner import Costs, Split, Work, fetch_everything, patience, recompute_ms, search_head, split
+
+PROBE_MS: Final = 10_000.0
+"""A link that is not used is measured again after this time, beside the next prompt that is computed."""
+_UNKNOWN_DEADLINE_MS: Final = 5_000.0
+_LATE_MS: Final = 5.0
+"""A read ends at the deadline of its load; for so long its last pages may be on their way to the engine."""
+
+
+class CostPlanner:
+    """For prompts computed `chunk_tokens` at a time. `sink` gets every decision when its prompt has its first token."""
+
+    def __init__(self, clock: Clock, chunk_tokens: int, sink: Callable[[Decision], None] | None = None) -> None:
+        self._clock = clock
+        self._chunk_tokens = chunk_tokens
+        self._book = CostBook(clock)
+        self._log = DecisionLog(sink)
+        self._lock = threading.Lock()
+        self._loading: set[int] = set()
+
+    def search(self, prompt: Prompt) -> SearchPlan | None:
+        """Asks unless that cannot pay; computes meanwhile as much as the answer takes."""
+        plan = self._search(prompt)
+        if plan is not None:
+            with self._lock:
+                self._loading.add(prompt.number)
+        return plan
+
+    def load(self, found: Found) -> LoadPlan | None:
+        """Where computing and fetching meet, by what is known now."""
+        costs, work = self._book.costs(), self._work(found.prompt, found.front, found.hit_end)
+        if work.front >= work.back:
+            return None
+        if costs is None:
+            self._decided(found.prompt, None, None, "probe", found)
+            return _probe(work, _UNKNOWN_DEADLINE_MS)
+        slack_ms = self._slack_ms(costs, found, found.front, found.search_ms)
+        work = replace(work, ahead_ms=max(0.0, -slack_ms))
+        planned = split(costs, work, self._patience_ms(costs, found.prompt) - max(0.0, slack_ms))
+        is_stale = costs.link.age_ms > PROBE_MS
+        self._decided(found.prompt, costs, planned, "probe" if is_stale and not planned.fetches else planned.choice, found)
+        if planned.fetches:
+            return _load_plan(planned, planned.deadline_ms)
+        return _probe(work, recompute_ms(costs.prefill, work)) if is_stale else None
+
+    def replan(self, progress: LoadProgress) -> LoadPlan | None:
+        """The meeting point moves with the link; a load that is later than patience allows is given up."""
+        if progress.elapsed_ms > progress.plan.deadline_ms + _LATE_MS:
+            return None
+        costs, found = self._book.costs(), progress.found
+        asked = progress.in_flight.start if progress.in_flight else progress.pending.stop
+        if costs is None and progress.in_flight and progress.front >= asked:
+            return None  # nobody waits for a link that is not known
+        is_last = progress.front >= asked and not progress.in_flight
+        if costs is None or is_last or progress.plan.order is Order.LAYERS:
+            return progress.plan
+        slack_ms = self._slack_ms(costs, found, progress.front, found.search_ms + progress.elapsed_ms)
+        work = replace(
+            self._work(found.prompt, progress.front, found.hit_end),
+            ahead_ms=max(0.0, -slack_ms),
+            asked=max(asked, progress.front),
+            back=progress.in_flight.stop if progress.in_flight else asked,
+            busy_ms=_busy_ms(costs, found.prompt.page_bytes, progress),
+            layers=1,  # a load that has begun page by page goes on so
+        )
+        planned = split(costs, work, self._patience_ms(costs, found.prompt) - max(0.0, slack_ms))
+        if planned.fetches:
+            return _load_plan(planned, progress.elapsed_ms + planned.deadline_ms)
+        if work.front < work.asked:  # computing goes on anyway: what is being read may still come in time
+            spent_ms = costs.slowdown * self._compute_ms(costs, work, work.front, work.asked)
+            return replace(progress.plan, begin=asked, compute_before=asked, deadline_ms=progress.elapsed_ms + spent_ms)
+        return None
+
+    def prefetches(self, prompt: Prompt) -> bool:
+        """Where fetching would be part of the best split."""
+        costs = self._book.costs()
+        work = self._work(prompt, prompt.resident_blocks, prompt.usable_blocks)
+        return costs is not None and split(costs, work, patience(costs.prefill, work)).fetches
+
+    def attend_forecast(self, prompt: Prompt, remote_blocks: int, row_bytes: int) -> AttendForecast | None:
+        """Of a prompt whose first `remote_blocks` blocks lie in the store, where a row of a query and its answer have `row_bytes`
+        over all layers; None as long as a cost is unknown.
+        """
+        costs, attend = self._book.costs(), self._book.attend_costs()
+        if costs is None or attend is None:
+            return None
+        work = self._work(prompt, prompt.resident_blocks, remote_blocks)
+        loaded = split(costs, work, patience(costs.prefill, work)) if work.front < work.back else None
+        begin = remote_blocks * prompt.block_tokens
+        tail_ms = costs.prefill.span(begin, prompt.tokens, self._chunk_tokens)
+        chunks = -(-prompt.tokens // self._chunk_tokens) - begin // self._chunk_tokens
+        return AttendForecast(
+            attend_ttft_ms=attend.step_ms(tail_ms, chunks * prompt.layers, (prompt.tokens - begin) * row_bytes),
+            attend_step_ms=attend.step_ms(attend.resident_step_ms, prompt.layers, row_bytes),
+            load_ttft_ms=loaded.ttft_ms if loaded is not None else recompute_ms(costs.prefill, work),
+            resident_step_ms=attend.resident_step_ms,
+        )
+
+    def attending(self, prompt: Prompt, remote_blocks: int, forecast: AttendForecast) -> None:
+        """Notes that a prompt's first blocks are left in the store."""
+        decision = self._decision(prompt, None, None, "attend", None)
+        forecasts = {"attend": forecast.attend_ttft_ms, "planned": forecast.load_ttft_ms}
+        self._log.opened(replace(decision, hit_end=remote_blocks, forecasts=forecasts, predicted_ttft_ms=forecast.attend_ttft_ms))
+
+    def transferred(self, transfer: Transfer) -> None:
+        """See `CostBook`."""
+        self._book.transferred(transfer)
+
+    def stepped(self, step: Step) -> None:
+        """See `CostBook`."""
+        with self._lock:
+            loads = len(self._loading)
+        self._book.stepped(step, loads=loads)
+
+    def loaded(self, load: Load) -> None:
+        """Notes how it ended."""
+        with self._lock:
+            self._loading.discard(load.prompt.number)
+        self._log.loaded(load)
+
+    def answered(self, answer: Answer) -> None:
+        """Compares the prediction with what happened."""
+        happened_ms = answer.ended_ms - answer.started_ms
+        decision = self._log.get(answer.prompt.number)
+        if decision is not None and decision.choice == "layers" and decision.predicted_ttft_ms is not None:
+            costs = self._book.costs()
+            self._book.computed_behind(happened_ms, decision.predicted_ttft_ms / (costs.behind if costs is not None else 1.0))
+        self._log.answered(answer.prompt.number, happened_ms)
+
+    def report(self) -> CostReport:
+        """What is known of costs."""
+        return self._book.report()
+
+    def decisions(self, count: int) -> list[Decision]:
+        """The last ones that are over, the newest last."""
+        return self._log.last(count)
+
+    def predictions(self) -> PredictionStatistics:
+        """How good they were."""
+        return self._log.statistics()
+
+    def explain(self, prompt: Prompt) -> Decision:
+        """What would be decided about a prompt whose usable blocks were all found at once. Decides nothing."""
+        costs = self._book.costs()
+        work = self._work(prompt, prompt.resident_blocks, prompt.usable_blocks)
+        planned = split(costs, work, patience(costs.prefill, work)) if costs is not None else None
+        return self._decision(prompt, costs, planned, planned.choice if planned is not None else "probe", None)
+
+    def _search(self, prompt: Prompt) -> SearchPlan | None:
+        costs, work = self._book.costs(), self._work(prompt, prompt.resident_blocks, prompt.usable_blocks)
+        self._decided(prompt, None, None, "recompute", None)  # until hits are found
+        if costs is None:
+            return SearchPlan(_UNKNOWN_DEADLINE_MS, work.back)
+        planned = split(costs, work, patience(costs.prefill, work))
+        everything_ms = recompute_ms(costs.prefill, work)
+        if not planned.fetches:
+            self._decided(prompt, costs, planned, "recompute", None)
+            return SearchPlan(everything_ms, work.back) if costs.link.age_ms > PROBE_MS else None
+        head = search_head(costs, work)
+        self._decided(prompt, costs, planned, planned.choice, None)
+        head_ms = self._compute_ms(costs, work, work.front, head) if head < work.back else everything_ms
+        return SearchPlan(head_ms + patience(costs.prefill, work), head)
+
+    def _work(self, prompt: Prompt, front: int, back: int) -> Work:
+        return Work(
+            prompt.tokens, prompt.block_tokens, self._chunk_tokens, prompt.page_bytes, front, back, back, back, prompt.layers
+        )
+
+    def _compute_ms(self, costs: Costs, work: Work, begin: int, end: int) -> float:
+        return costs.prefill.span(begin * work.block_tokens, end * work.block_tokens, work.chunk_tokens)
+
+    def _patience_ms(self, costs: Costs, prompt: Prompt) -> float:
+        return patience(costs.prefill, self._work(prompt, prompt.resident_blocks, prompt.usable_blocks))
+
+    def _slack_ms(self, costs: Costs, found: Found, front: int, elapsed_ms: float) -> float:
+        """Time since the search began that was not spent on computing; negative where the last chunk is still being computed."""
+        work = self._work(found.prompt, front, found.hit_end)
+        return elapsed_ms - costs.slowdown * self._compute_ms(costs, work, found.prompt.resident_blocks, front)
+
+    def _decided(self, prompt: Prompt, costs: Costs | None, planned: Split | None, choice: str, found: Found | None) -> None:
+        decision = self._decision(prompt, costs, planned, choice, found)
+        earlier = self._log.get(prompt.number)
+        self._log.opened(decision if earlier is None else replace(decision, at_ms=earlier.at_ms))
+
+    def _decision(self, prompt: Prompt, costs: Costs | None, planned: Split | None, choice: str, found: Found | None) -> Decision:
+        decision = Decision(
+            prompt.number, self._clock.now_ms(), prompt.tokens, prompt.resident_blocks, prompt.usable_blocks, choice
+        )
+        if found is not None:
+            decision = replace(decision, hit_end=found.hit_end)
+        if costs is None or planned is None:
+            return decision
+        spent_ms = found.search_ms if found is not None else costs.link.rtt_ms if planned.fetches else 0.0
+        forecasts = {
+            "recompute": spent_ms + planned.recompute_ms,
+            "fetch": spent_ms + fetch_everything(costs, planned.work).ttft_ms,
+            "planned": spent_ms + planned.ttft_ms,
+        }
+        return replace(
+            decision,
+            meet=planned.meet,
+            rtt_ms=costs.link.rtt_ms,
+            gbit_per_s=costs.link.gbit_per_s,
+            spread=costs.link.spread,
+            slowdown=costs.slowdown,
+            forecasts=forecasts,
+            predicted_ttft_ms=forecasts["planned"],
+        )
+
+
+def _busy_ms(costs: Costs, page_bytes: int, progress: LoadProgress) -> float:
+    """When the read that runs will be over: as expected, or, if it is late already, in as long as it is late (nobody knows)."""
+    if not progress.in_flight:
+        return 0.0
+    return abs(costs.link.transfer_ms(len(progress.in_flight) * page_bytes) - progress.in_flight_ms)
+
+
+def _load_plan(planned: Split, deadline_ms: float) -> LoadPlan:
+    meet, order = planned.meet, Order.LAYERS if planned.by_layers else Order.BACK_TO_FRONT
+    return LoadPlan(meet, planned.work.hit_end, planned.batch_blocks, deadline_ms, order, meet)
+
+
+def _probe(work: Work, deadline_ms: float) -> LoadPlan:
+    """One page from the end, while everything before it is computed."""
+    last = work.back - 1
+    return LoadPlan(last, work.back, 1, deadline_ms, Order.BACK_TO_FRONT, last)

@@ -1,0 +1,57 @@
+"""The bytes of a block pool: one allocation of an enforced size that plays HBM on a machine without it.
+
+Owns: the memory, as a tensor for attention and as one writable view per page for transfers.
+Invariant: a block is the bytes of its page in the order of every other tier, so a transfer is one copy without transformation.
+"""
+
+from __future__ import annotations
+
+import math
+import mmap
+from collections.abc import Callable
+from typing import Final
+
+import torch
+
+from attnstore.core.layout import PageLayout
+from attnstore_worker.dtypes import TORCH_DTYPES
+from attnstore_worker.errors import PoolTooSmall
+
+HUGE_PAGE_BYTES: Final = 2 << 20
+
+
+def anonymous_memory(size_bytes: int) -> mmap.mmap:
+    """Private memory, in huge pages where the system has them: attention reads slices that are a page stride apart."""
+    memory = mmap.mmap(-1, size_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    if hasattr(mmap, "MADV_HUGEPAGE") and size_bytes >= HUGE_PAGE_BYTES:
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    return memory
+
+
+class PagePool:
+    """`pool_bytes // layout.page_bytes` pages in memory; never a byte more than `pool_bytes` of pages.
+
+    `allocate` gives the memory for so many bytes, writable. Raises `PoolTooSmall` where not even one page fits.
+    """
+
+    def __init__(
+        self, layout: PageLayout, pool_bytes: int, *, allocate: Callable[[int], mmap.mmap | memoryview] = anonymous_memory
+    ) -> None:
+        self.layout = layout
+        self.capacity = pool_bytes // layout.page_bytes
+        if self.capacity < 1:
+            raise PoolTooSmall(f"a pool of {pool_bytes} bytes cannot hold one page of {layout.page_bytes} bytes; give it more")
+        self._memory = allocate(self.capacity * layout.page_bytes)
+        flat = torch.frombuffer(self._memory, dtype=TORCH_DTYPES[layout.dtype], count=self.capacity * math.prod(layout.shape))
+        self.tensor = flat.view(self.capacity, *layout.shape)
+        self.attended = self.tensor
+        """What attention reads: the pool, and other memory behind it where the pool lies in a window."""
+        # Touches every page now: a first touch during a swap-in would cost as much as the copy itself.
+        self.tensor.zero_()
+        self._bytes = memoryview(self._memory)
+
+    def page(self, block_id: int) -> memoryview:
+        """The block's page as `page_bytes` writable bytes. Valid as long as the pool."""
+        assert 0 <= block_id < self.capacity
+        begin = block_id * self.layout.page_bytes
+        return self._bytes[begin : begin + self.layout.page_bytes]

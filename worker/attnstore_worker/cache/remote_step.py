@@ -1,0 +1,124 @@
+"""One step's questions to the nodes, layer by layer: sent before the layer's own keys are attended to, merged afterwards.
+
+Owns: the memory of the rows that are sent and of the partials that come back, made once for all layers.
+Invariant: what `merge` returns has every part of every sequence in it, or `PagesLost` was raised and nothing of the step counts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from attnstore.attention import merge
+from attnstore.client.attend import AttendStream
+from attnstore.errors import AttnStoreError
+from attnstore_worker.errors import PagesLost
+
+
+class StepOwner(Protocol):
+    """Whom a step reports to."""
+
+    round_trips: int
+    rows: int
+    bytes_sent: int
+    bytes_received: int
+
+    def lose(self, stream: AttendStream, error: AttnStoreError) -> None:
+        """The stream failed."""
+        ...
+
+
+class NodeRows:
+    """Which rows one node is asked about: `sets` of `(set_id, first row, rows)`, in pieces of at most `rows_max` rows."""
+
+    def __init__(self, stream: AttendStream, sets: Sequence[tuple[int, int, int]], rows_max: int) -> None:
+        self.stream = stream
+        self.pieces: list[tuple[list[tuple[int, int]], Tensor]] = []
+        named: list[tuple[int, int]] = []
+        rows: list[int] = []
+        for set_id, first, count in sets:
+            for begin in range(first, first + count, rows_max):
+                part = min(rows_max, first + count - begin)
+                if len(rows) + part > rows_max:
+                    self.pieces.append((named, torch.tensor(rows)))
+                    named, rows = [], []
+                named.append((set_id, part))
+                rows += range(begin, begin + part)
+        self.pieces.append((named, torch.tensor(rows)))
+
+
+class RemoteStep:
+    """`ask` and then `merge`, for each layer."""
+
+    def __init__(self, nodes: Sequence[NodeRows], owner: StepOwner) -> None:
+        self._nodes = nodes
+        self._owner = owner
+        self._rounds = max(len(node.pieces) for node in nodes)
+        self._layer = 0
+        self._query = torch.empty(0)
+        self._partials: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def ask(self, layer: int, query: Tensor) -> None:
+        """Sends the rows of `query` `[total_q, q_heads, head_dim]`. Raises `PagesLost`."""
+        self._layer, self._query = layer, query.float()
+        self._send(0)
+
+    def merge(self, out: Tensor, lse: Tensor) -> Tensor:
+        """`out` fp32 and `lse` over the local keys become `out` over all keys, in place. Raises `PagesLost`."""
+        for piece in range(self._rounds):
+            if piece:
+                self._send(piece)
+            for node in self._nodes:
+                if piece < len(node.pieces):
+                    self._receive(node, piece, out, lse)
+            self._owner.round_trips += 1
+        return out
+
+    def _send(self, piece: int) -> None:
+        for node in self._nodes:
+            if piece < len(node.pieces):
+                sets, rows = node.pieces[piece]
+                asked = self._query if len(rows) == len(self._query) else self._query[rows]
+                data = _bytes(asked.contiguous())
+                try:
+                    node.stream.ask(self._layer, sets, data)
+                except AttnStoreError as error:
+                    self._lose(node, error)
+                self._owner.bytes_sent += len(data)
+                self._owner.rows += len(rows)
+
+    def _receive(self, node: NodeRows, piece: int, out: Tensor, lse: Tensor) -> None:
+        _, rows = node.pieces[piece]
+        part_out, part_lse = self._memory(len(rows), out)
+        views = _bytes(part_out), _bytes(part_lse)
+        try:
+            node.stream.receive(*views)
+        except AttnStoreError as error:
+            self._lose(node, error)
+        self._owner.bytes_received += sum(map(len, views))
+        if not bool(torch.isfinite(part_out).all() & torch.isfinite(part_lse).all()):
+            self._lose(node, PagesLost("a node's partial is not finite"))
+        merged = merge([out[rows], part_out], [lse[rows], part_lse])
+        out[rows], lse[rows] = merged
+
+    def _memory(self, rows: int, like: Tensor) -> tuple[Tensor, Tensor]:
+        if rows not in self._partials:
+            _, heads, head_dim = like.shape
+            self._partials[rows] = torch.empty(rows, heads, head_dim), torch.empty(rows, heads)
+        return self._partials[rows]
+
+    def _lose(self, node: NodeRows, error: AttnStoreError) -> None:
+        self._owner.lose(node.stream, error)
+        for other in self._nodes:
+            if other is not node:
+                # Its answer is on the way and nobody will take it.
+                self._owner.lose(other.stream, PagesLost("another node failed in the same step"))
+        raise PagesLost(f"attention at a store node failed: {error}") from None
+
+
+def _bytes(tensor: Tensor) -> memoryview:
+    array: Any = tensor.numpy()
+    return memoryview(array).cast("B")

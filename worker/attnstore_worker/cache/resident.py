@@ -1,0 +1,118 @@
+"""The tiers inside the worker: the HBM pool and, if there is one, HOST below it.
+
+Owns: the way of a block between the two. Invariant: a prompt's leading blocks are found wherever they lie, in any mixture, and
+those of HOST are held there until they are copied up, so that a block which HBM evicts to make room for them cannot push them out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import takewhile
+
+from attnstore.core.eviction import EvictionPolicy
+from attnstore.core.hashing import BlockHash
+from attnstore_worker.cache.block_pool import BlockPool
+from attnstore_worker.cache.host_tier import HostTier, OnEvict
+from attnstore_worker.cache.pages import PagePool
+from attnstore_worker.cache.tier import Tier, TierCounter
+
+
+@dataclass(frozen=True, slots=True)
+class Resident:
+    """The leading blocks that were found, each with one more holder; `from_host` of them were copied up."""
+
+    block_ids: list[int]
+    from_host: int
+
+
+class ResidentTiers:
+    """`pool` is the HBM pool, `policy` its own (default: least recently used); `leaving` is told of what leaves the worker."""
+
+    def __init__(
+        self,
+        pages: PagePool,
+        policy: EvictionPolicy[BlockHash] | None,
+        host: HostTier | None,
+        counter: TierCounter,
+        leaving: OnEvict,
+    ) -> None:
+        self._pages = pages
+        self._host = host
+        self._counter = counter
+        self._leaving = leaving
+        if host is not None:
+            host.on_evict = leaving
+        self.pool = BlockPool(pages.capacity, policy, on_evict=self._move_down)
+
+    def hold_prefix(self, hashes: Sequence[BlockHash], allocate: Callable[[int], list[int]]) -> Resident:
+        """The longest prefix of `hashes` that the tiers have. Raises `Overloaded`, with nothing held, where `allocate` does."""
+        if self._host is None:
+            found = Resident(self.pool.hold_prefix(hashes), 0)
+        else:
+            found = self._hold_in_both(self._host, hashes, allocate)
+            self._counter.queried(Tier.HOST, len(hashes) - len(found.block_ids) + found.from_host)
+            self._counter.copied(Tier.HOST, found.from_host)
+        self._counter.queried(Tier.HBM, len(hashes))
+        self._counter.used_in_place(Tier.HBM, len(found.block_ids) - found.from_host)
+        return found
+
+    def prefix_blocks(self, hashes: Sequence[BlockHash]) -> int:
+        """How many leading blocks of `hashes` the tiers have now. Holds nothing, and counts as no use."""
+
+        def is_here(block_hash: BlockHash) -> bool:
+            return block_hash in self.pool or (self._host is not None and block_hash in self._host)
+
+        return sum(1 for _ in takewhile(is_here, hashes))
+
+    def evicted_blocks(self) -> dict[Tier, int]:
+        """Blocks that left each tier since the start."""
+        evicted = {Tier.HBM: self.pool.statistics().evicted}
+        if self._host is not None:
+            evicted[Tier.HOST] = self._host.statistics().evicted
+        return evicted
+
+    def announce(self, hashes: Sequence[BlockHash]) -> None:
+        """As `BlockPool.announce`, of every tier."""
+        self.pool.announce(hashes)
+        if self._host is not None:
+            self._host.announce(hashes)
+
+    def settle(self, hashes: Sequence[BlockHash]) -> None:
+        """As `BlockPool.settle`, of every tier."""
+        self.pool.settle(hashes)
+        if self._host is not None:
+            self._host.settle(hashes)
+
+    def check(self) -> None:
+        """Asserts the conservation of blocks in every tier."""
+        self.pool.check()
+        if self._host is not None:
+            self._host.check()
+
+    def _hold_in_both(self, host: HostTier, hashes: Sequence[BlockHash], allocate: Callable[[int], list[int]]) -> Resident:
+        block_ids: dict[int, int] = {}
+        slots: dict[int, int] = {}
+        for index, block_hash in enumerate(hashes):
+            for found, pool in ((block_ids, self.pool), (slots, host)):
+                if held := pool.hold_prefix([block_hash]):
+                    found[index] = held[0]
+                    break
+            else:
+                break
+        try:
+            block_ids.update(zip(slots, allocate(len(slots)), strict=True))
+        except BaseException:
+            self.pool.release(reversed(block_ids.values()))
+            raise
+        else:
+            for index, slot in slots.items():
+                host.copy_up(slot, self._pages.tensor[block_ids[index]])
+                self.pool.seal(block_ids[index], hashes[index])
+        finally:
+            host.release(list(slots.values()))
+        return Resident([block_ids[index] for index in range(len(block_ids))], len(slots))
+
+    def _move_down(self, block_hash: BlockHash, block_id: int) -> None:
+        if self._host is None or not self._host.keep(block_hash, self._pages.tensor[block_id]):
+            self._leaving(block_hash, self._pages.page(block_id))

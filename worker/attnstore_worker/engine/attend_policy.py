@@ -1,0 +1,142 @@
+"""Which sequences attend to blocks that stay in the store, and when one changes its mind.
+
+Owns: `AttendPolicy`, what a user asks for, and `AttendChoice`, what follows for a sequence from it and from measured costs. It
+touches no block. Invariant: a sequence that does not fit into the pool attends whatever that costs, unless the policy is NEVER.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections import deque
+from collections.abc import Callable
+from statistics import median
+from typing import Final, Protocol, runtime_checkable
+
+from attnstore_worker.cache import CacheManager
+from attnstore_worker.cache.attend_planner import AttendForecast
+from attnstore_worker.cache.load_plan import Prompt
+from attnstore_worker.engine.sequence import Sequence
+
+_ANSWERS_KEPT: Final = 64
+
+
+class AttendPolicy(enum.Enum):
+    """Which sequences attend to blocks in the store: none, those that cannot fit into the pool, those for which measured costs say
+    so as well, all that find blocks there.
+    """
+
+    NEVER = "never"
+    BEYOND_POOL = "beyond_pool"
+    MEASURED = "measured"
+    ALWAYS = "always"
+
+
+@runtime_checkable
+class AttendForecaster(Protocol):
+    """A planner that has measured what attending costs."""
+
+    def attend_forecast(self, prompt: Prompt, remote_blocks: int, row_bytes: int, /) -> AttendForecast | None:
+        """Of a prompt whose first `remote_blocks` blocks lie in the store; None as long as a cost is unknown."""
+        ...
+
+    def attending(self, prompt: Prompt, remote_blocks: int, forecast: AttendForecast, /) -> None:
+        """It was decided that they stay there."""
+        ...
+
+
+class AttendChoice:
+    """`forecaster` is needed for MEASURED only. `row_bytes`: of one row's questions and answers over all layers. `tokens_per_step`
+    tells how many tokens steps give, guesses included.
+    """
+
+    def __init__(
+        self,
+        policy: AttendPolicy,
+        cache: CacheManager,
+        forecaster: AttendForecaster | None,
+        row_bytes: int,
+        tokens_per_step: Callable[[], float],
+    ) -> None:
+        self._policy = policy
+        self._cache = cache
+        self._forecaster = forecaster if policy is AttendPolicy.MEASURED else None
+        self._row_bytes = row_bytes
+        self._tokens_per_step = tokens_per_step
+        self._answers: deque[int] = deque(maxlen=_ANSWERS_KEPT)
+
+    def fits(self, sequence: Sequence) -> bool:
+        """The sequence, and a token more, fits into the pool."""
+        return len(sequence.token_ids) < self._cache.capacity_tokens
+
+    def must(self, sequence: Sequence) -> bool:
+        """The sequence attends whatever that costs."""
+        return self._policy is AttendPolicy.ALWAYS or not self.fits(sequence)
+
+    def wants(self, sequence: Sequence) -> bool:
+        """The sequence is to look for blocks to attend to."""
+        if self.must(sequence):
+            return True
+        if sequence.keeps_here or self._forecaster is None:
+            return False
+        prompt = self._cache.prompt(sequence.token_ids, sequence.hashes, sequence.extra_keys)
+        return self._attends(sequence, prompt, prompt.usable_blocks) is not None
+
+    def takes(self, sequence: Sequence, remote_blocks: int) -> bool:
+        """So many blocks were found in the store: the sequence is to attend to them."""
+        if not self.fits(sequence):
+            return True
+        if self._forecaster is None:
+            return remote_blocks > 0
+        prompt = self._cache.prompt(sequence.token_ids, sequence.hashes, sequence.extra_keys)
+        forecast = self._attends(sequence, prompt, remote_blocks)
+        if not remote_blocks or forecast is None:
+            return False
+        self._forecaster.attending(prompt, remote_blocks, forecast)
+        sequence.prompt = prompt
+        return True
+
+    def began(self, sequence: Sequence) -> None:
+        """The sequence attends from now on."""
+        sequence.attends_since = len(sequence.generated)
+
+    def moves(self, sequence: Sequence, spare_blocks: int) -> bool:
+        """A sequence that attends is to have its blocks here from now on, where `spare_blocks` can be had for it."""
+        spent = len(sequence.generated) - sequence.attends_since
+        if not self.fits(sequence) or len(sequence.token_ids) >= spare_blocks * self._cache.block_tokens:
+            return False
+        forecast = self._running_forecast(sequence)
+        if forecast is None:
+            return False
+        steps = self._tokens_per_step()
+        most = sequence.sampling.max_tokens - len(sequence.generated)
+        return forecast.moves(spent=spent / steps, expected=self._expected_steps(sequence), most=most / steps)
+
+    def leaves(self, sequence: Sequence, victim: Sequence) -> bool:
+        """A resident sequence is to attend, so that `victim` can keep its blocks."""
+        forecast, other = self._running_forecast(sequence), self._running_forecast(victim)
+        if forecast is None or other is None:
+            return False
+        return forecast.leaves(self._expected_steps(sequence), other.load_ttft_ms)
+
+    def ended(self, sequence: Sequence) -> None:
+        """Learns how long answers are."""
+        self._answers.append(len(sequence.generated))
+
+    def _attends(self, sequence: Sequence, prompt: Prompt, remote_blocks: int) -> AttendForecast | None:
+        """The forecast, where it says that the sequence should attend."""
+        assert self._forecaster is not None
+        forecast = self._forecaster.attend_forecast(prompt, remote_blocks, self._row_bytes)
+        return forecast if forecast is not None and forecast.attends(self._expected_steps(sequence)) else None
+
+    def _running_forecast(self, sequence: Sequence) -> AttendForecast | None:
+        """As if nothing of it were here."""
+        if self._forecaster is None:
+            return None
+        prompt = self._cache.prompt(sequence.token_ids, sequence.hashes, sequence.extra_keys, resident_blocks=0)
+        return self._forecaster.attend_forecast(prompt, prompt.usable_blocks, self._row_bytes)
+
+    def _expected_steps(self, sequence: Sequence) -> float:
+        """Steps until its end, by what answers took so far, and at most what was asked for."""
+        most = sequence.sampling.max_tokens
+        answer = min(most, median(self._answers)) if self._answers else most
+        return max(answer - len(sequence.generated), 0) / self._tokens_per_step()

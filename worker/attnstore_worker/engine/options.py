@@ -1,0 +1,74 @@
+"""What an engine can be told.
+
+Owns: `EngineOptions`. Invariant: options that exist fit together; what does not is refused before anything is allocated.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from attnstore.errors import InvalidArgument
+from attnstore.limits import MIB
+from attnstore_worker.cache import SharedUse, TierOptions
+from attnstore_worker.engine.attend_policy import AttendPolicy
+from attnstore_worker.engine.scheduler import SchedulerLimits
+
+
+@dataclass(frozen=True, slots=True)
+class EngineOptions:
+    """`pool_bytes` is a hard limit on KV memory, `host_pool_bytes` on the HOST tier below it (0: none); every store call has a
+    deadline; pages are shared with workers of the same `tenant_salt` alone; `eviction` is one of `EVICTION_POLICIES`,
+    `write_policy` one of `WRITE_POLICIES`; `shared` says how pages of a node on this host are used.
+
+    At most `chunk_tokens` of one prompt and `step_tokens` of all sequences run in one step (None: two chunks and all decodes);
+    `sequences_max` run at once and `waiting_max` wait for it; the first `prefetch_sequences` of these have pages fetched ahead.
+    `attend` is one of `AttendPolicy`: which sequences leave blocks in the store and attend to them there. With `speculate` next
+    tokens are guessed and checked several at a time; the tokens are the same.
+    Raises `InvalidArgument` for values that do not fit together (an unknown policy when the engine is made).
+    """
+
+    pool_bytes: int = 512 * MIB
+    block_tokens: int = 16
+    chunk_tokens: int = 512
+    step_tokens: int | None = None
+    sequences_max: int = 64
+    waiting_max: int = 1024
+    store_deadline_ms: int = 5_000
+    tenant_salt: bytes = field(default=b"", repr=False)
+    eviction: str = "lru"
+    write_policy: str = "write-behind"
+    prefetch_sequences: int = 2
+    host_pool_bytes: int = 0
+    shared: SharedUse = SharedUse.COPY
+    attend: str = "never"
+    speculate: bool = False
+
+    def __post_init__(self) -> None:
+        if self.chunk_tokens < 1 or self.chunk_tokens % self.block_tokens:
+            raise InvalidArgument(
+                f"chunk_tokens is {self.chunk_tokens}; it must be a positive multiple of block_tokens = {self.block_tokens}"
+            )
+        if self.prefetch_sequences < 0:
+            raise InvalidArgument(f"prefetch_sequences is {self.prefetch_sequences}; it must not be negative")
+        if self.store_deadline_ms < 1:
+            raise InvalidArgument(f"store_deadline_ms is {self.store_deadline_ms}; it must be at least 1")
+        if self.attend not in [policy.value for policy in AttendPolicy]:
+            raise InvalidArgument(
+                f"attend is {self.attend!r}; it must be one of {', '.join(policy.value for policy in AttendPolicy)}"
+            )
+        self.scheduler_limits()
+
+    def tier_options(self) -> TierOptions:
+        """What the KV memory is made of."""
+        return TierOptions(
+            self.pool_bytes, self.host_pool_bytes, self.eviction, self.shared, self.store_deadline_ms, self.write_policy
+        )
+
+    def attend_policy(self) -> AttendPolicy:
+        """Which sequences attend to blocks in the store."""
+        return AttendPolicy(self.attend)
+
+    def scheduler_limits(self) -> SchedulerLimits:
+        """What the scheduler keeps to."""
+        step_tokens = 2 * self.chunk_tokens + self.sequences_max if self.step_tokens is None else self.step_tokens
+        return SchedulerLimits(self.chunk_tokens, step_tokens, self.sequences_max, self.waiting_max)

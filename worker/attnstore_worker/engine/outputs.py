@@ -1,0 +1,37 @@
+"""What an engine gives out: tokens, and counts of what it did."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from attnstore_worker.engine.sequence import Sequence
+
+
+@dataclass(frozen=True, slots=True)
+class Token:
+    """One generated token, the fp32 logits `[vocabulary]` that it was drawn from, and the text that became certain with it."""
+
+    sequence: Sequence
+    token_id: int
+    logits: Tensor
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class BatchingStatistics:
+    """A snapshot. `loading` of the `running` sequences wait for pages. `steps`, `tokens_computed`, `tokens_generated`,
+    `preemptions`, `failures` (sequences that ended as FAILED), `drafts_checked` and `drafts_accepted` count since the start.
+    """
+
+    waiting: int
+    running: int
+    loading: int
+    steps: int
+    tokens_computed: int
+    tokens_generated: int
+    preemptions: int
+    failures: int
+    drafts_checked: int
+    drafts_accepted: int

@@ -1,0 +1,87 @@
+"""Runs one step of the model over packed chunks of sequences.
+
+Owns: the tensors of a step. Invariant: each sequence attends to its own blocks only; what it computes does not depend on its
+neighbours in the step, up to rounding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from collections.abc import Sequence as Items
+
+import torch
+from torch import Tensor
+
+from attnstore.attention import AttentionBackend
+from attnstore_worker.cache.block_table import BlockTable
+from attnstore_worker.cache.remote_attention import RemoteAttention
+from attnstore_worker.engine.sequence import Chunk
+from attnstore_worker.model.attention import PagedStep, at_once
+from attnstore_worker.model.loading import LoadedModel
+
+
+class Runner:
+    """A model on one block pool, `[blocks, layers, 2, kv_heads, block_tokens, head_dim]`."""
+
+    def __init__(
+        self, model: LoadedModel, pool: Tensor, attention: AttentionBackend, remote: RemoteAttention | None = None
+    ) -> None:
+        self._decoder = model.decoder
+        self._pool = pool
+        self._attention = attention
+        self._remote = remote
+
+    def run(self, chunks: Items[Chunk], before_layer: Callable[[int], None] = at_once, *, resident_only: bool = False) -> Tensor:
+        """Computes the chunks' KV into their sequences' blocks. `before_layer` as in `PagedStep`. With `resident_only` nobody is
+        asked about blocks in the store: the result is an approximation, and what it wrote must be computed again.
+
+        Returns fp32 logits `[n, vocabulary]` of the last known token and of each draft of every chunk that gives tokens, in the
+        order of the chunks. Raises `PagesLost` where a store node failed that attends: nothing was computed then.
+        """
+        tables = [_table(chunk) for chunk in chunks]
+        token_ids = [token for chunk in chunks for token in chunk.token_ids()]
+        positions = [position for chunk in chunks for position in range(chunk.begin, chunk.end + len(chunk.drafts))]
+        step = self._paged_step(chunks, tables, before_layer, None if resident_only else self._remote)
+        ends = [int(end) for end in step.query_starts[1:]]
+        rows = [
+            row
+            for chunk, end in zip(chunks, ends, strict=True)
+            if chunk.gives_token
+            for row in range(end - 1 - len(chunk.drafts), end)
+        ]
+        return self._decoder.logits(torch.tensor(token_ids), torch.tensor(positions), torch.tensor(rows, dtype=torch.int64), step)
+
+    def _paged_step(
+        self,
+        chunks: Items[Chunk],
+        tables: Items[BlockTable],
+        before_layer: Callable[[int], None],
+        attended: RemoteAttention | None,
+    ) -> PagedStep:
+        ends = [chunk.end + len(chunk.drafts) for chunk in chunks]
+        slots = [table.slot_mapping(chunk.begin, end) for chunk, end, table in zip(chunks, ends, tables, strict=True)]
+        query_lens = [end - chunk.begin for chunk, end in zip(chunks, ends, strict=True)]
+        remote = None
+        if attended is not None:
+            remote = attended.step([(chunk.sequence.remote, rows) for chunk, rows in zip(chunks, query_lens, strict=True)])
+        block_tables = torch.zeros(len(tables), max(len(table.block_ids) for table in tables), dtype=torch.int32)
+        for row, table in zip(block_tables, tables, strict=True):
+            row[: len(table.block_ids)] = torch.tensor(table.block_ids, dtype=torch.int32)
+        return PagedStep(
+            backend=self._attention,
+            pool=self._pool,
+            slot_blocks=torch.tensor([block_id for block_ids, _ in slots for block_id in block_ids]),
+            slot_offsets=torch.tensor([offset for _, offsets in slots for offset in offsets]),
+            block_tables=block_tables,
+            context_lens=torch.tensor(
+                [end - table.remote_tokens for end, table in zip(ends, tables, strict=True)], dtype=torch.int32
+            ),
+            query_starts=torch.tensor([0, *query_lens], dtype=torch.int32).cumsum(0, dtype=torch.int32),
+            before_layer=before_layer,
+            remote=remote,
+        )
+
+
+def _table(chunk: Chunk) -> BlockTable:
+    assert chunk.sequence.table is not None
+    return chunk.sequence.table

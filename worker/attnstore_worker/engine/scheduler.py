@@ -1,0 +1,138 @@
+"""Who runs, who waits, and which tokens the next step computes.
+
+Owns: the queue of waiting sequences and the set of running ones. It decides and touches no block: the engine acts, and tells it
+how many blocks the pool could give out.
+Invariant: a sequence is in at most one place, and both places are in order: the highest priority first, then the earliest arrival.
+
+    (new)    enqueue -> WAITING      Overloaded when the queue is full
+    WAITING  start   -> RUNNING
+    RUNNING  preempt -> WAITING      in its old place, which is before all that arrived later; never refused
+    WAITING, RUNNING  remove -> (gone)
+
+A running sequence whose pages are on the way (LOADING) has its blocks and its place, and takes part in a step only with what it may
+compute already.
+
+Continuous batching is Orca's (Yu et al., OSDI 2022), chunked prefill beside decodes Sarathi-Serve's (Agrawal et al., OSDI 2024).
+Nobody starves: a sequence that does not fit keeps those behind it waiting, and every step has room for a chunk of prefill.
+"""
+
+from __future__ import annotations
+
+from bisect import insort
+from dataclasses import dataclass
+
+from attnstore.errors import InvalidArgument, Overloaded
+from attnstore_worker.engine.sequence import Chunk, Sequence, next_chunk
+
+
+@dataclass(frozen=True, slots=True)
+class SchedulerLimits:
+    """`sequences_max` run at once and `waiting_max` wait; a step computes at most `step_tokens` tokens, at most `chunk_tokens` of
+    one sequence.
+
+    Raises `InvalidArgument` for values that could keep a prompt waiting for ever.
+    """
+
+    chunk_tokens: int
+    step_tokens: int
+    sequences_max: int
+    waiting_max: int
+
+    def __post_init__(self) -> None:
+        if self.sequences_max < 1 or self.waiting_max < 1:
+            raise InvalidArgument(
+                f"sequences_max is {self.sequences_max} and waiting_max {self.waiting_max}; both must be at least 1"
+            )
+        needed = self.chunk_tokens + self.sequences_max - 1
+        if self.step_tokens < needed:
+            raise InvalidArgument(
+                f"step_tokens is {self.step_tokens}; {needed} are needed for a chunk of {self.chunk_tokens} tokens "
+                f"beside {self.sequences_max - 1} decodes"
+            )
+
+
+class Scheduler:
+    """Decides for sequences whose blocks have `block_tokens` tokens."""
+
+    def __init__(self, limits: SchedulerLimits, block_tokens: int) -> None:
+        self._limits = limits
+        self._block_tokens = block_tokens
+        self._waiting: list[Sequence] = []
+        self._running: list[Sequence] = []
+
+    @property
+    def running(self) -> tuple[Sequence, ...]:
+        """In order."""
+        return tuple(self._running)
+
+    @property
+    def waiting(self) -> tuple[Sequence, ...]:
+        """In order."""
+        return tuple(self._waiting)
+
+    @property
+    def full(self) -> bool:
+        """The queue takes no new sequence."""
+        return len(self._waiting) >= self._limits.waiting_max
+
+    def enqueue(self, sequence: Sequence) -> None:
+        """Takes a new sequence. Raises `Overloaded` when the queue is full."""
+        if self.full:
+            raise Overloaded(f"{len(self._waiting)} sequences are waiting, which is the limit")
+        insort(self._waiting, sequence, key=_order)
+
+    def admissible(self, available_blocks: int) -> Sequence | None:
+        """The first waiting sequence, if all its tokens find room and each running one could still grow by a block.
+
+        Where nothing runs the first one is always admissible: what is not available then is held by transfers, which end.
+        """
+        if not self._waiting or len(self._running) >= self._limits.sequences_max:
+            return None
+        first = self._waiting[0]
+        fits = self._blocks(first.room_tokens(self._limits.chunk_tokens)) + len(self._running) <= available_blocks
+        return first if fits or not self._running else None
+
+    def start(self, sequence: Sequence) -> None:
+        """A waiting sequence was given its blocks."""
+        self._waiting.remove(sequence)
+        insort(self._running, sequence, key=_order)
+
+    def victim(self, available_blocks: int) -> Sequence | None:
+        """The running sequence to preempt, the last in order, where the blocks do not suffice for all; the first is never one."""
+        missing = sum(self._missing_blocks(sequence) for sequence in self._running)
+        return self._running[-1] if missing > available_blocks and len(self._running) > 1 else None
+
+    def preempt(self, sequence: Sequence) -> None:
+        """A running sequence lost its blocks."""
+        self._running.remove(sequence)
+        insort(self._waiting, sequence, key=_order)
+
+    def remove(self, sequence: Sequence) -> None:
+        """A sequence ended, wherever it is."""
+        (self._running if sequence in self._running else self._waiting).remove(sequence)
+
+    def chunks(self) -> list[Chunk]:
+        """What the next step computes: decodes first, then prefill as far as the budget of the step reaches.
+
+        A chunk that does not fit waits as a whole, because its boundaries decide how results are rounded. A loading sequence may
+        have nothing to compute.
+        """
+        chunks: list[Chunk] = []
+        budget = self._limits.step_tokens
+        candidates = [next_chunk(sequence, self._limits.chunk_tokens) for sequence in self._running]
+        for chunk in sorted(candidates, key=lambda chunk: chunk.end - chunk.begin > 1):
+            if 0 < chunk.tokens <= budget:
+                budget -= chunk.tokens
+                chunks.append(chunk)
+        return chunks
+
+    def _missing_blocks(self, sequence: Sequence) -> int:
+        assert sequence.table is not None
+        return max(0, self._blocks(sequence.room_tokens(self._limits.chunk_tokens)) - sequence.table.blocks)
+
+    def _blocks(self, tokens: int) -> int:
+        return -(-tokens // self._block_tokens)
+
+
+def _order(sequence: Sequence) -> tuple[int, int]:
+    return -sequence.priority, sequence.sequence_id

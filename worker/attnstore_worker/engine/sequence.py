@@ -1,0 +1,139 @@
+"""One prompt and its continuation on the way through the engine.
+
+Owns: the tokens of a sequence, how many of them have their KV in the pool, and when things happened to it.
+Invariant: `computed_tokens <= len(token_ids)`; a RUNNING sequence has a table and at least one token to compute, any other has no
+table and so no block. A running one is LOADING while some of its blocks may still come from a lower tier: then it computes only
+what it was given free, up to `computable_tokens`.
+"""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass, field, replace
+
+from attnstore.core.hashing import BlockHash
+from attnstore.errors import AttnStoreError
+from attnstore_worker.cache import Admission, Loading
+from attnstore_worker.cache.block_table import BlockTable
+from attnstore_worker.cache.load_plan import Prompt
+from attnstore_worker.cache.remote_attention import RemoteContext
+from attnstore_worker.engine.sampler import Sampler, SamplingParams
+from attnstore_worker.engine.text import TextStream
+
+
+class FinishReason(enum.Enum):
+    """Why a sequence ended. OVERLOADED: transfers held the pool for longer than their deadline. REMOTE_LOST: its context does not
+    fit into the pool, and the store does not keep or answer for the rest of it. FAILED: `Sequence.error` says by what.
+    """
+
+    STOP = "stop"
+    LENGTH = "length"
+    CONTEXT_FULL = "context_full"
+    POOL_FULL = "pool_full"
+    CANCELLED = "cancelled"
+    OVERLOADED = "overloaded"
+    FAILED = "failed"
+    REMOTE_LOST = "remote_lost"
+
+
+@dataclass(slots=True, eq=False)
+class Sequence:
+    """`token_ids` are the prompt's `prompt_tokens` tokens and then the generated ones. Times are on the engine's clock.
+
+    `hashes` name its first complete blocks, `extra_keys` are in all of these names, `table` has the blocks held now, `admission`
+    what was found of the prompt the first time. `prompt` is what was to be decided when it was last admitted, at `admitted_ms`;
+    None where all was resident. One that `attends` may leave its first blocks in the store: `remote` is where, `attends_since` the
+    number of tokens that were generated when it began; one that `keeps_here` has left off for good, unless it must. `drafts` are
+    guesses of the next tokens.
+    One that FAILED has its `error`.
+    """
+
+    sequence_id: int
+    token_ids: list[int]
+    prompt_tokens: int
+    sampling: SamplingParams
+    submitted_ms: float
+    priority: int = 0
+    extra_keys: tuple[bytes, ...] = ()
+    text_stream: TextStream | None = None
+    sampler: Sampler = field(init=False)
+    hashes: list[BlockHash] = field(default_factory=list)
+    announced: list[BlockHash] = field(default_factory=list)
+    admission: Admission | None = None
+    prompt: Prompt | None = None
+    admitted_ms: float = 0.0
+    table: BlockTable | None = None
+    loading: Loading | None = None
+    remote: RemoteContext | None = None
+    attends: bool = False
+    attends_since: int = 0
+    keeps_here: bool = False
+    remote_losses: int = 0
+    drafts: tuple[int, ...] = ()
+    computed_tokens: int = 0
+    computable_tokens: int | None = None
+    blocks_used: int = 0
+    preemptions: int = 0
+    first_token_ms: float | None = None
+    finished_ms: float | None = None
+    finish_reason: FinishReason | None = None
+    error: AttnStoreError | None = None
+
+    def __post_init__(self) -> None:
+        self.sampler = Sampler(self.sampling)
+
+    @property
+    def generated(self) -> list[int]:
+        """The tokens sampled so far."""
+        return self.token_ids[self.prompt_tokens :]
+
+    def room_tokens(self, chunk_tokens: int) -> int:
+        """For how many tokens there must be blocks in the next step: all known ones, or the next chunk's where it attends."""
+        known = next_chunk(self, chunk_tokens).end if self.attends else len(self.token_ids)
+        return known + len(self.drafts)
+
+    @property
+    def in_prefill(self) -> bool:
+        """Tokens of the prompt are still to be computed."""
+        return self.computed_tokens < self.prompt_tokens
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """Tokens `[begin, end)` of a sequence, to be computed in one step, and guesses of the tokens after them."""
+
+    sequence: Sequence
+    begin: int
+    end: int
+    drafts: tuple[int, ...] = ()
+
+    @property
+    def tokens(self) -> int:
+        """How many tokens the chunk computes."""
+        return self.end - self.begin + len(self.drafts)
+
+    def token_ids(self) -> list[int]:
+        """The tokens that the chunk computes."""
+        return [*self.sequence.token_ids[self.begin : self.end], *self.drafts]
+
+    @property
+    def gives_token(self) -> bool:
+        """The chunk ends with the last known token, so its logits give the next one."""
+        return self.end == len(self.sequence.token_ids)
+
+
+def next_chunk(sequence: Sequence, chunk_tokens: int) -> Chunk:
+    """The next tokens to compute, up to where pages are on the way; maybe none."""
+    chunk = chunk_at(sequence, sequence.computed_tokens, chunk_tokens)
+    if sequence.computable_tokens is None:
+        return replace(chunk, drafts=sequence.drafts) if chunk.gives_token else chunk
+    return Chunk(sequence, chunk.begin, max(chunk.begin, min(chunk.end, sequence.computable_tokens)))
+
+
+def chunk_at(sequence: Sequence, begin: int, chunk_tokens: int) -> Chunk:
+    """The tokens from `begin` up to the next absolute multiple of `chunk_tokens`.
+
+    Absolute boundaries make the steps after a hit the same as those of a run without it, except the first one.
+    """
+    boundary = (begin // chunk_tokens + 1) * chunk_tokens
+    return Chunk(sequence, begin, min(boundary, len(sequence.token_ids)))

@@ -1,0 +1,167 @@
+"""AttnStore's paged attention as transformers and `attnstore_worker.model.llama` see it.
+
+Owns: the registration under `ATTENTION_NAME`, and `PagedStep`, which carries one step's tables from the runner to every layer,
+where that is transformers' through its keyword arguments. Invariant: a layer stores its new keys and values into the pool before it
+attends, so that the pool alone decides what a query sees.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Final
+
+from torch import Tensor, float32, nn, stack
+from transformers import AttentionInterface, AttentionMaskInterface
+
+from attnstore.attention import AttentionBackend, cpu_pages
+from attnstore.attention.simd import LANES
+from attnstore_worker.cache.remote_step import RemoteStep
+from attnstore_worker.errors import ModelUnavailable
+
+ATTENTION_NAME: Final = "attnstore_paged"
+
+
+@dataclass(frozen=True, slots=True)
+class PagedStep:
+    """One step of packed sequences.
+
+    pool: `[blocks, layers, 2, kv_heads, block_tokens, head_dim]`; new keys and values are written into it.
+    slot_blocks, slot_offsets: int64 `[total_q]`, the block and the token position inside it of each query's own key.
+    block_tables, context_lens, query_starts: as in `AttentionBackend.paged_attention`.
+    remote: asks store nodes about the blocks that lie before those of `block_tables`; None where there are none. `context_lens`
+        then count the keys in the tables alone.
+    before_layer: called with each layer's number before its pages are read; returns when they are there, or raises `PagesLost`.
+    """
+
+    backend: AttentionBackend
+    pool: Tensor
+    slot_blocks: Tensor
+    slot_offsets: Tensor
+    block_tables: Tensor
+    context_lens: Tensor
+    query_starts: Tensor
+    before_layer: Callable[[int], None]
+    remote: RemoteStep | None = None
+
+    def attend(
+        self,
+        layer: int,
+        query: Tensor,
+        keys_values: Tensor,
+        *,
+        scale: float,
+        sliding_window: int | None = None,
+        soft_cap: float | None = None,
+        sinks: Tensor | None = None,
+    ) -> Tensor:
+        """One layer: query `[total_q, q_heads, head_dim]` and its own keys and values `[total_q, 2, kv_heads, head_dim]`, rotated.
+
+        sliding_window, soft_cap, sinks: as in `AttentionBackend.paged_attention`. Returns `[total_q, q_heads, head_dim]`. Causality
+        follows from the positions.
+        """
+        self.before_layer(layer)
+        self._put(layer, keys_values)
+        if self.remote is not None:
+            assert sliding_window is None, "nodes answer over all of a set's keys"
+            assert soft_cap is None, "nodes answer with plain scores"
+            self.remote.ask(layer, query)  # first, so that the nodes compute while we do
+        out, lse = self.backend.paged_attention(
+            query,
+            self.pool,
+            self.block_tables,
+            self.context_lens,
+            self.query_starts,
+            layer=layer,
+            scale=scale,
+            sliding_window=sliding_window,
+            out_dtype=None if self.remote is None else float32,
+            soft_cap=soft_cap,
+            sinks=sinks,  # of the local part alone, so that a sink is counted once
+        )
+        return out if self.remote is None else self.remote.merge(out, lse).to(query.dtype)
+
+    def _put(self, layer: int, keys_values: Tensor) -> None:
+        _, _, _, kv_heads, block_tokens, head_dim = self.pool.shape
+        if self.pool.device.type != "cpu" or head_dim % LANES or not keys_values[0].is_contiguous():
+            slots = self.pool[:, layer].permute(0, 3, 1, 2, 4)  # [blocks, block_tokens, 2, kv_heads, head_dim]
+            slots.index_put_((self.slot_blocks, self.slot_offsets), keys_values)
+            return
+        cpu_pages.put(
+            cpu_pages.elements(self.pool),
+            self.slot_blocks.numpy(),
+            self.slot_offsets.numpy(),
+            self.pool.stride(0),
+            layer * self.pool.stride(1),
+            kv_heads,
+            block_tokens,
+            head_dim,
+            cpu_pages.elements(keys_values),
+            keys_values.stride(0),
+        )
+
+
+def at_once(_: int) -> None:
+    """Every layer's pages are there."""
+
+
+def register_attention() -> None:
+    """Makes `attn_implementation=ATTENTION_NAME` known to transformers. Repeating it changes nothing."""
+    AttentionInterface.register(ATTENTION_NAME, paged_attention_forward)
+    AttentionMaskInterface.register(ATTENTION_NAME, _no_mask)
+
+
+def paged_attention_forward(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    scaling: float,
+    paged: PagedStep | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    **others: Any,
+) -> tuple[Tensor, None]:
+    """One layer. query `[1, q_heads, total_q, head_dim]`, key and value `[1, kv_heads, total_q, head_dim]`, rotated.
+
+    Returns `[1, total_q, q_heads, head_dim]` and no weights. The mask is always None: causality follows from the positions. Raises
+    `ModelUnavailable` for what a model asks of its attention beyond that: `others` are judged at every call, because a model may
+    pass one from some length on.
+    """
+    if paged is None:
+        raise ModelUnavailable(f"{type(module).__name__} is not given the arguments of its model's call")
+    if attention_mask is not None:
+        raise ModelUnavailable(f"{type(module).__name__} attends through a mask of its own")
+    for name, argument in others.items():
+        if not _is_neutral(name, argument):
+            raise ModelUnavailable(f"{type(module).__name__} attends with {name}, which is not implemented")
+    assert query.shape[0] == 1
+    layer = module.layer_idx
+    assert isinstance(layer, int)
+    keys_values = stack((key[0], value[0])).permute(2, 0, 1, 3)
+    out = paged.attend(
+        layer,
+        query[0].transpose(0, 1),
+        keys_values,
+        scale=scaling,
+        sliding_window=sliding_window,
+        soft_cap=softcap,
+        sinks=None if s_aux is None else s_aux.detach().float().contiguous(),
+    )
+    return out.unsqueeze(0), None
+
+
+def _is_neutral(name: str, argument: object) -> bool:
+    """The argument asks for nothing, or for what is done anyway."""
+    if name == "is_causal":
+        return argument is None or argument is True
+    if name == "position_ids":  # what came in; they are in the rotated queries and keys already
+        return True
+    return argument is None or (isinstance(argument, int | float) and not argument)
+
+
+def _no_mask(*_: Any, **__: Any) -> None:
+    return None

@@ -1,0 +1,151 @@
+"""A model ready to run: transformers' modules with AttnStore's attention, its tokenizer and its identity.
+
+Owns: `LoadedModel` and `load_model`. Invariant: everything that changes a KV byte is in `fingerprint` or in `layout`.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import transformers
+
+from attnstore.core.layout import DType, PageLayout
+from attnstore.errors import InvalidArgument
+from attnstore_worker.cache.remote_attention import QueryShape
+from attnstore_worker.dtypes import TORCH_DTYPES
+from attnstore_worker.errors import ModelUnavailable
+from attnstore_worker.fingerprint import config_fields, fingerprint
+from attnstore_worker.model.attention import ATTENTION_NAME, register_attention
+from attnstore_worker.model.checkpoint import read_module
+from attnstore_worker.model.context import context_tokens_max
+from attnstore_worker.model.conversion import cache_dir, converted_model
+from attnstore_worker.model.decoder import Decoder, create_decoder
+from attnstore_worker.model.self_test import AttentionKind, SelfTest
+from attnstore_worker.model.source import FolderSource, GgufSource, ModelSource, find_model, weights_digest
+
+_TEST_BLOCK_TOKENS: Final = 16
+
+_logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedModel:
+    """A causal language model whose attention is `attnstore_worker.model.attention`.
+
+    `module` is transformers' model in evaluation mode and `decoder` what runs it over pages; `fingerprint` is 32 bytes,
+    `attention_kinds` what its layers ask of attention, `context_tokens_max` the longest prompt with its answer.
+    """
+
+    name: str
+    module: Any
+    decoder: Decoder
+    tokenizer: Any
+    dtype: DType
+    fingerprint: bytes
+    attention_kinds: frozenset[AttentionKind]
+    context_tokens_max: int
+    stop_token_ids: frozenset[int]
+
+    def layout(self, block_tokens: int) -> PageLayout:
+        """The page of `block_tokens` tokens of this model."""
+        return _layout(self.module.config, self.dtype, block_tokens)
+
+    def query_shape(self) -> QueryShape:
+        """The queries that a store node can answer.
+
+        Raises `InvalidArgument` for a model that does not attend to all keys with plain scores of one scale.
+        """
+        extras = sorted({extra for kind in self.attention_kinds for extra in kind.extras()})
+        if extras or len(self.attention_kinds) > 1:
+            wanted = ", ".join(extras) or "a scale for each layer"
+            raise InvalidArgument(f"{self.name} attends with {wanted}; store nodes answer without: use attend='never'")
+        [kind] = self.attention_kinds
+        return QueryShape(self.module.config.num_attention_heads, float(kind.scale))
+
+
+def load_model(path: Path | None = None, dtype: DType = DType.FP32, cache: Path | None = None) -> LoadedModel:
+    """Loads the model at `path` (see `find_model`) with weights and KV in `dtype`; converted copies are kept in `cache`.
+
+    Raises `ModelUnavailable` for missing, damaged or unsupported files.
+    """
+    if dtype not in TORCH_DTYPES:
+        raise ModelUnavailable(f"a model cannot run in dtype {dtype.value}; choose {', '.join(d.value for d in TORCH_DTYPES)}")
+    if not sys.stderr.isatty():
+        transformers.utils.logging.disable_progress_bar()
+    register_attention()
+    source = find_model(path)
+    digest = weights_digest(source)
+    folder = converted_model(source, digest, cache or cache_dir()) if isinstance(source, GgufSource) else source
+    module, tokenizer = _read_folder(folder, dtype)
+    layout = _supported_layout(source, module, dtype)
+    context_tokens = context_tokens_max(module.config)
+    if context_tokens < module.config.max_position_embeddings:
+        _logger.warning("%s: prompts are limited to %d tokens, where its long RoPE factors begin", source.path, context_tokens)
+    test = SelfTest(module, layout, context_tokens, f"{source.path}: {type(module).__name__}")
+    decoder = create_decoder(module)
+    attention_kinds = test.run(decoder)
+    return LoadedModel(
+        name=source.name,
+        module=module,
+        decoder=decoder,
+        tokenizer=tokenizer,
+        dtype=dtype,
+        fingerprint=_fingerprint(digest, module.config, dtype),
+        attention_kinds=attention_kinds,
+        context_tokens_max=context_tokens,
+        stop_token_ids=_stop_token_ids(module, tokenizer),
+    )
+
+
+def _read_folder(folder: FolderSource, dtype: DType) -> tuple[Any, Any]:
+    try:
+        module = read_module(folder.path, dtype=TORCH_DTYPES[dtype], attn_implementation=ATTENTION_NAME)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(str(folder.path), local_files_only=True, trust_remote_code=False)
+    except (ImportError, ModelUnavailable):
+        raise
+    except Exception as error:  # damaged files surface as whatever their parser trips over
+        told = " ".join(str(error).split())
+        raise ModelUnavailable(f"the model in {folder.path} cannot be loaded ({type(error).__name__}: {told})") from error
+    return module.eval().requires_grad_(False), tokenizer
+
+
+def _supported_layout(source: ModelSource, module: Any, dtype: DType) -> PageLayout:
+    """The pages of the self-test, for a Llama-type model: all layers keep keys and values of one shape, and let us attend."""
+    config = module.config
+    needed = ("num_hidden_layers", "num_attention_heads", "num_key_value_heads", "hidden_size", "max_position_embeddings")
+    missing = [name for name in needed if not isinstance(getattr(config, name, None), int)]
+    if missing:
+        raise ModelUnavailable(f"{source.path} is not a Llama-type model: its config has no {', '.join(missing)}")
+    if not getattr(module, "_supports_attention_backend", False):
+        raise ModelUnavailable(f"{source.path}: {type(module).__name__} does not let its attention be replaced")
+    try:
+        return _layout(config, dtype, _TEST_BLOCK_TOKENS)
+    except Exception as error:  # configs that differ by layer raise what their class likes
+        raise ModelUnavailable(f"{source.path}: {type(module).__name__} has no one page layout ({error})") from error
+
+
+def _layout(config: Any, dtype: DType, block_tokens: int) -> PageLayout:
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return PageLayout(
+        layers=config.num_hidden_layers,
+        kv_heads=config.num_key_value_heads,
+        head_dim=head_dim,
+        block_tokens=block_tokens,
+        dtype=dtype,
+    )
+
+
+def _fingerprint(digest: bytes, config: Any, dtype: DType) -> bytes:
+    # Which of its implementations of experts transformers has chosen is no field; their results differ in rounding.
+    experts = getattr(config, "_experts_implementation", None)
+    return fingerprint(weights=digest.hex(), dtype=dtype.value, experts=experts, config=config_fields(config))
+
+
+def _stop_token_ids(module: Any, tokenizer: Any) -> frozenset[int]:
+    ends = module.generation_config.eos_token_id
+    ids = ends if isinstance(ends, list) else [ends, tokenizer.eos_token_id]
+    return frozenset(token for token in ids if token is not None)

@@ -1,0 +1,248 @@
+"""A model is compared with its own code at load, before a token of it is trusted.
+
+Owns: `SelfTest`. Invariant: a model that passes gives, through pages and in chunks, the logits of its own forward pass up to
+rounding. Why: a model's code may ask for what paged attention does not do, or keep state of its own, in more ways than a list of
+names could hold.
+
+The prompt is short. What acts only at a distance is judged by its rule instead: each layer's mask is asked about pairs of positions
+far apart, and `context_tokens_max` bounds what a RoPE does.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any, Final, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface
+
+from attnstore.attention import create_attention
+from attnstore.attention.cpu import DECODE_ROWS_MAX
+from attnstore.core.layout import PageLayout
+from attnstore_worker.dtypes import TORCH_DTYPES
+from attnstore_worker.errors import ModelUnavailable
+from attnstore_worker.model.attention import ATTENTION_NAME, PagedStep, at_once, paged_attention_forward
+from attnstore_worker.model.decoder import Decoder
+
+
+class Tolerance(NamedTuple):
+    """How far logits may be from the module's own: the distance of two rows as vectors, as a part of the row's length, at a
+    quantile of the rows."""
+
+    distance: float
+    quantile: float
+
+
+TOLERANCE: Final = {
+    torch.float32: Tolerance(1e-4, 1.0),
+    torch.float16: Tolerance(0.03, 0.5),
+    torch.bfloat16: Tolerance(0.15, 0.5),
+}
+"""Measured on random models of 15 architectures: in fp32 the worst rows are at 1e-5. In fp16 and bf16 the medians are at 0.008 and
+0.05 at most, but single rows of a mixture of experts at 0.3: where two experts are nearly as good, rounding decides. A step that
+leaves out what the module does is at 1.
+"""
+
+_PROMPTS: Final = 3
+"""A model is refused where it fails with all of them: in fp32 an expert may change by chance too, but not again and again."""
+
+_WATCHED_NAME: Final = "attnstore_paged_watched"
+_SECOND_CHUNK_TOKENS: Final = 11
+_DECODED_TOKENS: Final = 3
+_TOKEN_STRIDE: Final = 7919
+"""A prime, so that the prompt's tokens are spread over any vocabulary."""
+
+_STALE: Final = 100.0
+"""What is in memory before it is written: a key that is read too early shows."""
+
+_FAR: Final = 20
+"""Masks are asked about positions up to `2 ** _FAR`."""
+
+_COUNTING_FIELDS: Final = ("attn_temperature_tuning",)
+"""Fields of a config with which attention counts the tokens of a call instead of taking their positions: Llama 4's. It shows after
+thousands of tokens only.
+"""
+
+
+class AttentionKind(NamedTuple):
+    """What a layer asks of attention beside its tensors; see `AttentionBackend.paged_attention`."""
+
+    scale: float
+    sliding_window: int | None
+    soft_cap: float | None
+    sinks: bool
+
+    def extras(self) -> list[str]:
+        """The names of what is asked for beside a scale."""
+        return [name for name, asked in self._asdict().items() if name != "scale" and asked]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _WatchedStep(PagedStep):
+    """A step that notes what its layers ask for. kinds: by the layer's number."""
+
+    kinds: dict[int, AttentionKind]
+
+    def attend(
+        self,
+        layer: int,
+        query: Tensor,
+        keys_values: Tensor,
+        *,
+        scale: float,
+        sliding_window: int | None = None,
+        soft_cap: float | None = None,
+        sinks: Tensor | None = None,
+    ) -> Tensor:
+        """See `PagedStep.attend`."""
+        self.kinds[layer] = AttentionKind(scale, sliding_window, soft_cap, sinks is not None)
+        # By name: a dataclass with slots is another class than the one that `super` would look for.
+        return PagedStep.attend(
+            self, layer, query, keys_values, scale=scale, sliding_window=sliding_window, soft_cap=soft_cap, sinks=sinks
+        )
+
+
+class SelfTest:
+    """Made of a module that no decoder has taken over yet, for pages of `layout` and prompts of up to `context_tokens`.
+    `name` is the model's in messages.
+
+    Raises `ModelUnavailable` where the module cannot compute by itself.
+    """
+
+    def __init__(self, module: Any, layout: PageLayout, context_tokens: int, name: str) -> None:
+        self._module, self._layout, self._name = module, layout, name
+        if counting := [name for name in _COUNTING_FIELDS if getattr(module.config, name, None)]:
+            raise ModelUnavailable(f"{self._name} has {', '.join(counting)}, which is not implemented")
+        # More rows than the kernel for few takes, then few of them, then single ones.
+        group = module.config.num_attention_heads // layout.kv_heads
+        many = DECODE_ROWS_MAX[TORCH_DTYPES[layout.dtype]] // max(group, 1) + 1
+        prefilled = [min(end, context_tokens) for end in (0, many, many + _SECOND_CHUNK_TOKENS)]
+        tokens = min(prefilled[-1] + _DECODED_TOKENS, context_tokens)
+        self._chunks = [*pairwise(prefilled), *((token, token + 1) for token in range(prefilled[-1], tokens))]
+        self._parts = [slice(begin, end) for begin, end in pairwise((*prefilled, tokens)) if begin < end]
+        self._prompts = torch.arange(1, _PROMPTS * tokens + 1).view(_PROMPTS, tokens) * _TOKEN_STRIDE % module.config.vocab_size
+        self._expected = self._own_logits(self._prompts[0])
+
+    def run(self, decoder: Decoder) -> frozenset[AttentionKind]:
+        """Compares `decoder`, on pages and in chunks, with the module.
+
+        Returns what the layers ask of attention. Raises `ModelUnavailable` where pages cannot give that, or where logits differ.
+        """
+        _register_watched()
+        kinds: dict[int, AttentionKind] = {}
+        distances: list[float] = []
+        tolerance = TOLERANCE[TORCH_DTYPES[self._layout.dtype]]
+        for prompt in self._prompts:
+            expected = self._own_logits(prompt) if distances else self._expected
+            with self._refusing("cannot run on pages"), _attention(self._module, _WATCHED_NAME):
+                logits = self._paged_logits(decoder, prompt, kinds)
+            if kinds.keys() != set(range(self._layout.layers)):
+                raise ModelUnavailable(f"{self._name} has layers that keep no keys and values of their own")
+            distances.append(self._distance(logits, expected, tolerance.quantile))
+            if distances[-1] <= tolerance.distance:
+                return frozenset(kinds.values())
+        raise ModelUnavailable(f"{self._name} on pages has other logits than by itself, at a distance of {min(distances):.2g}")
+
+    def _own_logits(self, prompt: Tensor) -> Tensor:
+        with self._refusing("cannot run by itself"), _attention(self._module, "eager"), torch.inference_mode():
+            logits: Tensor = self._module(input_ids=prompt[None], use_cache=False).logits[0].float()
+        if logits.isnan().any() or not logits.isfinite().any(dim=-1).all():
+            raise ModelUnavailable(f"{self._name} has logits in {self._layout.dtype.value} that are no numbers")
+        return logits
+
+    def _paged_logits(self, decoder: Decoder, prompt: Tensor, kinds: dict[int, AttentionKind]) -> Tensor:
+        layout = self._layout
+        blocks = -(-len(prompt) // layout.block_tokens)
+        table = torch.arange(blocks).flip(0)
+        shape = (blocks, layout.layers, 2, layout.kv_heads, layout.block_tokens, layout.head_dim)
+        pool = torch.full(shape, _STALE, dtype=TORCH_DTYPES[layout.dtype])
+        attention = create_attention("cpu")
+        logits = []
+        for begin, end in self._chunks:
+            positions = torch.arange(begin, end)
+            step = _WatchedStep(
+                backend=attention,
+                pool=pool,
+                slot_blocks=table[positions // layout.block_tokens],
+                slot_offsets=positions % layout.block_tokens,
+                block_tables=table[None].int(),
+                context_lens=torch.tensor([end], dtype=torch.int32),
+                query_starts=torch.tensor([0, end - begin], dtype=torch.int32),
+                before_layer=at_once,
+                kinds=kinds,
+            )
+            logits.append(decoder.logits(prompt[begin:end], positions, torch.arange(end - begin), step))
+        return torch.cat(logits)
+
+    def _distance(self, logits: Tensor, expected: Tensor, quantile: float) -> float:
+        """Of the part of the prompt where it is largest; infinite where other logits are finite than should be."""
+        finite = expected.isfinite()
+        if logits.shape != finite.shape or not torch.equal(logits.isfinite(), finite):
+            return math.inf
+        expected = expected.where(finite, 0.0)
+        distances = (logits.where(finite, 0.0) - expected).norm(dim=-1) / expected.norm(dim=-1)
+        distances = distances.nan_to_num(nan=0.0, posinf=math.inf)  # NaN is 0 / 0
+        return max(float(distances[part].quantile(quantile)) for part in self._parts)
+
+    @contextmanager
+    def _refusing(self, why: str) -> Iterator[None]:
+        try:
+            yield
+        except ModelUnavailable as error:
+            raise ModelUnavailable(f"{self._name} {why}: {error}") from error
+        except Exception as error:  # a model's code fails in as many ways as there are models
+            raise ModelUnavailable(f"{self._name} {why} ({type(error).__name__}: {' '.join(str(error).split())})") from error
+
+
+@contextmanager
+def _attention(module: Any, name: str) -> Iterator[None]:
+    module.set_attn_implementation(name)
+    try:
+        yield
+    finally:
+        module.set_attn_implementation(ATTENTION_NAME)
+
+
+class _MaskRule(NamedTuple):
+    """Which keys a query sees. sees: of `batch, head, query, key` as index tensors, as transformers builds its masks."""
+
+    sees: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+
+    def is_window(self, sliding_window: int | None) -> bool:
+        """A query at `p` sees exactly the keys in `(p - sliding_window, p]`, those in `[0, p]` where it is None."""
+        powers = 2 ** torch.arange(_FAR + 1)
+        positions = torch.cat((powers - 1, powers))
+        window = positions.max() + 1 if sliding_window is None else sliding_window
+        positions = torch.cat((positions, positions - window, positions - window + 1)).clamp(min=0)
+        query, key = positions[:, None], positions[None, :]
+        zero = torch.zeros((), dtype=torch.int64)
+        seen = torch.as_tensor(self.sees(zero, zero, query, key)).expand(len(positions), len(positions))
+        return torch.equal(seen, (key <= query) & (key > query - window))
+
+
+def _register_watched() -> None:
+    AttentionInterface.register(_WATCHED_NAME, _watched_forward)
+    AttentionMaskInterface.register(_WATCHED_NAME, _mask_rule)
+
+
+def _mask_rule(*, mask_function: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor], **_: Any) -> _MaskRule:
+    return _MaskRule(mask_function)
+
+
+def _watched_forward(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | _MaskRule | None, **arguments: Any
+) -> tuple[Tensor, None]:
+    """`paged_attention_forward`, once the mask and the shapes of a layer are known to be those of pages."""
+    name, paged = type(module).__name__, arguments.get("paged")
+    if isinstance(attention_mask, _MaskRule):
+        if not attention_mask.is_window(arguments.get("sliding_window")):
+            raise ModelUnavailable(f"{name} attends through a mask that is not its sliding window")
+        attention_mask = None
+    if paged is not None and not key.shape[1::2] == value.shape[1::2] == (paged.pool.shape[3], paged.pool.shape[5]):
+        raise ModelUnavailable(f"{name} has keys {tuple(key.shape[1::2])} and values {tuple(value.shape[1::2])}: heads, head_dim")
+    return paged_attention_forward(module, query, key, value, attention_mask, **arguments)

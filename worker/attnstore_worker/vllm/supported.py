@@ -1,0 +1,141 @@
+"""Which configurations of vLLM, and which of its requests, the connector serves.
+
+Owns: the options that are refused, and why. Invariant: what changes the bytes of a block, or which process holds them, is part of a
+page's name (`identity`) or is refused by name at start. A vLLM that lacks one of the fields is refused: the list is that of 0.32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any, Final
+
+from attnstore.errors import InvalidArgument
+from attnstore_worker.vllm.identity import SHARED_HASH_ALGORITHMS
+
+_SPLIT: Final = "the tokens of a block lie on several ranks"
+SERVED: Final[Mapping[str, tuple[str, tuple[Any, ...], str]]] = MappingProxyType(
+    {
+        "parallel_config.pipeline_parallel_size": ("--pipeline-parallel-size", (1,), "a page holds all layers"),
+        "parallel_config.prefill_context_parallel_size": ("--prefill-context-parallel-size", (1,), _SPLIT),
+        "parallel_config.decode_context_parallel_size": ("--decode-context-parallel-size", (1,), _SPLIT),
+        "cache_config.prefix_caching_hash_algo": (
+            "--prefix-caching-hash-algo",
+            SHARED_HASH_ALGORITHMS,
+            "processes that share pages need equal hashes",
+        ),
+        "cache_config.cache_dtype": (
+            "--kv-cache-dtype",
+            ("auto", "float16", "bfloat16"),
+            "the scales of a quantized cache are not in its pages",
+        ),
+        "attention_config.use_non_causal": (
+            "use_non_causal of --attention-config",
+            (False,),
+            "the KV of a token depends on tokens after it",
+        ),
+        "model_config.runner_type": ("--runner", ("generate",), "pages are those of models that generate"),
+        "model_config.is_diffusion": ("a diffusion model", (False,), "the KV of a block changes while its tokens do"),
+        "model_config.code_revision": ("--code-revision", (None,), "other code computes other KV"),
+        "model_config.model_class_overrides": ("--model-class-overrides", ({},), "other code computes other KV"),
+        "speculative_config.method": (
+            "method of --speculative-config",
+            (None, "ngram", "ngram_gpu", "suffix"),
+            "a draft model's layers would be part of a page",
+        ),
+        "aux_output_config.enable_return_routed_experts": (
+            "--enable-return-routed-experts",
+            (False,),
+            "tokens that are loaded have none",
+        ),
+        "additional_config": ("--additional-config", ({},), "what a platform's plugin does with it is not known"),
+        "weight_transfer_config": ("--weight-transfer-config", (None,), "pages of weights that were replaced would be hits"),
+        "kv_transfer_config.kv_role": (
+            '"kv_role" of --kv-transfer-config',
+            ("kv_both",),
+            "an engine loads what it saved, and vLLM orders its writes before loads only then",
+        ),
+        "kv_transfer_config.kv_load_failure_policy": (
+            '"kv_load_failure_policy" of --kv-transfer-config',
+            ("recompute",),
+            "a page that is lost is a miss",
+        ),
+        "kv_transfer_config.enable_permute_local_kv": (
+            '"enable_permute_local_kv" of --kv-transfer-config',
+            (False,),
+            "blocks are kept as they lie",
+        ),
+    }
+)
+"""Of each field: the option's name, the values that are served, and why no others are. A field of a part that is None is None."""
+
+_WEIGHTS_OF_THE_MODEL: Final = frozenset(
+    {"auto", "hf", "safetensors", "pt", "npcache", "mistral", "gguf", "bitsandbytes", "fastsafetensors", "instanttensor"}
+)
+"""Load formats that read the files by which weights are named; `dummy`, for example, reads none."""
+
+_SPEC: Final[Mapping[str, Any]] = MappingProxyType(
+    {
+        "kv_quant_mode": 0,
+        "non_causal": False,
+        "tokens_per_state": 1,
+        "page_size_padded": None,
+        "state_content_bytes": None,
+    }
+)
+"""Fields of the specification of vLLM's cache, and the values under which a block is K and V of its tokens and nothing else."""
+
+
+def check_supported(vllm_config: Any, kv_cache_config: Any, *, weights_are_named: bool) -> None:
+    """Raises `InvalidArgument` that names every option with a value that is not served.
+
+    `weights_are_named`: the user gave a name of the weights, so that their files need none.
+    """
+    refused = [
+        f"{option} is {value}, and only {' or '.join(map(str, served))} is served: {reason}"
+        for path, (option, served, reason) in SERVED.items()
+        if (value := _field(vllm_config, path)) not in served
+    ]
+    load_format = str(_field(vllm_config, "load_config.load_format"))
+    if load_format not in _WEIGHTS_OF_THE_MODEL and not weights_are_named:
+        refused.append(f"--load-format {load_format} takes weights from elsewhere than the model's files: name them with model_id")
+    refused += _refused_cache(kv_cache_config)
+    if refused:
+        raise InvalidArgument("; ".join(refused))
+
+
+def is_served(request: Any) -> bool:
+    """Whether vLLM's hashes name the KV of a request in every process: not that of an adapter, of which they have the path but not
+    the content, nor that of images and other inputs, which may go by a name that the caller chose.
+    """
+    return not request.lora_request and not request.mm_features
+
+
+def _field(config: Any, path: str) -> Any:
+    try:
+        for name in path.split("."):
+            config = config if config is None else getattr(config, name)
+    except AttributeError:
+        raise InvalidArgument(f"this vLLM has no {path}: the connector is written against 0.32") from None
+    return config
+
+
+def _refused_cache(kv_cache_config: Any) -> list[str]:
+    groups = kv_cache_config.kv_cache_groups
+    if len(groups) != 1:
+        return [f"the model has {len(groups)} KV cache groups, and only models with one are served"]
+    group, spec = groups[0], groups[0].kv_cache_spec
+    kind = type(spec).__name__
+    if kind != "FullAttentionSpec":  # of others a block is not K and V, or not of every token
+        return [f"the model's KV cache is a {kind}, and only FullAttentionSpec is served"]
+    refused = [
+        f"{name} of the model's KV cache is {value}, and only {served} is served"
+        for name, served in _SPEC.items()
+        if (value := _field(spec, name)) != served
+    ]
+    if _field(group, "is_eagle_group"):
+        refused.append("layers of a draft model are in the KV cache, and would be part of a page")
+    hashed = _field(kv_cache_config, "hash_block_size")
+    if hashed not in (None, spec.block_size):
+        refused.append(f"vLLM hashes {hashed} tokens at once, and a block has {spec.block_size}")
+    return refused

@@ -1,9 +1,0 @@
-"""Models: transformers' modules and files, with AttnStore's attention inside."""
-
-from __future__ import annotations
-
-from worker.model.conversion import export_model
-from worker.model.loading import LoadedModel, load_model
-from worker.model.source import find_model
-
-__all__ = ["LoadedModel", "export_model", "find_model", "load_model"]
