@@ -22,8 +22,8 @@ from typing import Final
 
 import torch
 from attnstore_worker.cache import FetchAll, PageStore, open_store
-from attnstore_worker.cache.load_plan import Found, LoadPlan, Order
-from attnstore_worker.cache.observation import Transfer, TransferKind, Unobserved
+from attnstore_worker.cache.planning.load_plan import Found, LoadPlan, Order
+from attnstore_worker.cache.planning.observation import Transfer, TransferKind, Unobserved
 from attnstore_worker.engine import Engine, EngineOptions, SamplingParams
 from attnstore_worker.model import LoadedModel, load_model
 from rich.console import Console

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 from attnstore_worker.cache import CacheManager
-from attnstore_worker.cache.remote_attention import RemoteAttention, _Node
+from attnstore_worker.cache.attending.contexts import RemoteAttention, _Node
 from attnstore_worker.engine.engine import Engine
 
 import attnstore

@@ -10,8 +10,8 @@ from types import SimpleNamespace
 
 import pytest
 from attnstore_worker.cache import shared_tier
-from attnstore_worker.cache.leases import KeptLease
-from attnstore_worker.cache.shared_tier import SharedPages
+from attnstore_worker.cache.store.leases import KeptLease
+from attnstore_worker.cache.store.shared_tier import SharedPages
 
 from attnstore import fences
 from attnstore.arena import stamped

@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 from itertools import islice
 from typing import Any, Final, Literal
 
-from attnstore_worker.cache.block_pool import BlockPool
+from attnstore_worker.cache.pool.block_pool import BlockPool
 
 from attnstore.core.eviction import create_eviction_policy
 from attnstore.core.hashing import BlockHash

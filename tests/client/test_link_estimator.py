@@ -6,10 +6,10 @@ import math
 import random
 
 import pytest
+from attnstore_worker.cache.planning.link import LinkEstimate, LinkEstimator
 from hypothesis import given
 from hypothesis import strategies as st
 
-from attnstore.client.link_estimator import LinkEstimate, LinkEstimator
 from attnstore.testing import ManualClock
 
 PAGE_BYTES = 368_640

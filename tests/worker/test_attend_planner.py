@@ -6,9 +6,9 @@ from collections.abc import Iterator
 
 import pytest
 from attnstore_worker.cache import CostPlanner, FetchAll
-from attnstore_worker.cache.attend_planner import GAIN_MIN, AttendForecast
-from attnstore_worker.cache.load_plan import Prompt
-from attnstore_worker.cache.observation import Step, Transfer, TransferKind
+from attnstore_worker.cache.planning.attend_planner import GAIN_MIN, AttendForecast
+from attnstore_worker.cache.planning.load_plan import Prompt
+from attnstore_worker.cache.planning.observation import Step, Transfer, TransferKind
 from attnstore_worker.engine import Engine, EngineOptions, SamplingParams
 from attnstore_worker.engine import Sequence as Prompted
 from attnstore_worker.model import LoadedModel

@@ -9,7 +9,7 @@ from collections import Counter
 import pytest
 import torch
 from attnstore_worker.cache import WRITE_POLICIES
-from attnstore_worker.cache.load_plan import Found, LoadPlan, LoadProgress, Order, Prompt, SearchPlan
+from attnstore_worker.cache.planning.load_plan import Found, LoadPlan, LoadProgress, Order, Prompt, SearchPlan
 from attnstore_worker.engine import Engine, EngineOptions, FinishReason, SamplingParams, Sequence
 from attnstore_worker.engine.sampler import Sampler, peaks
 from attnstore_worker.errors import StepFailed

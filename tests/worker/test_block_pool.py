@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from attnstore_worker.cache.block_pool import BlockPool
+from attnstore_worker.cache.pool.block_pool import BlockPool
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 

@@ -7,10 +7,10 @@ from collections.abc import Callable, Iterator
 
 import pytest
 from attnstore_worker.cache import CostPlanner, open_store
-from attnstore_worker.cache.estimators import PrefillCost
-from attnstore_worker.cache.load_plan import Found, LoadPlan, LoadProgress, Order, Prompt, SearchPlan
-from attnstore_worker.cache.observation import Answer, Load, LoadEnd, Step, Transfer, TransferKind
-from attnstore_worker.cache.planner import IDLE_SHARE
+from attnstore_worker.cache.planning.estimators import PrefillCost
+from attnstore_worker.cache.planning.load_plan import Found, LoadPlan, LoadProgress, Order, Prompt, SearchPlan
+from attnstore_worker.cache.planning.observation import Answer, Load, LoadEnd, Step, Transfer, TransferKind
+from attnstore_worker.cache.planning.split import IDLE_SHARE
 from attnstore_worker.engine import Engine, EngineOptions, SamplingParams
 from attnstore_worker.model import LoadedModel
 

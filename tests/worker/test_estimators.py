@@ -6,8 +6,8 @@ import math
 import random
 
 import pytest
-from attnstore_worker.cache.cost_book import CostReport
-from attnstore_worker.cache.estimators import DurationEstimator, FactorEstimator, PrefillCost, PrefillEstimator
+from attnstore_worker.cache.planning.cost_book import CostReport
+from attnstore_worker.cache.planning.estimators import DurationEstimator, FactorEstimator, PrefillCost, PrefillEstimator
 from hypothesis import given
 from hypothesis import strategies as st
 

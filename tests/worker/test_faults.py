@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 import torch
-from attnstore_worker.cache.load_plan import LoadPlan, Prompt
-from attnstore_worker.cache.observation import Answer, Load, Step, Transfer
+from attnstore_worker.cache.planning.load_plan import LoadPlan, Prompt
+from attnstore_worker.cache.planning.observation import Answer, Load, Step, Transfer
 from attnstore_worker.engine import Engine, EngineOptions, FinishReason, SamplingParams
 from attnstore_worker.engine import Sequence as Prompted
 from attnstore_worker.engine.sampler import Sampler, peaks

@@ -6,7 +6,7 @@ import random
 
 import pytest
 import torch
-from attnstore_worker.cache.host_tier import HostTier, OnEvict
+from attnstore_worker.cache.pool.host_tier import HostTier, OnEvict
 from attnstore_worker.errors import PoolTooSmall
 
 from attnstore.core.eviction import EvictionPolicy, FirstInFirstOut, LookAhead

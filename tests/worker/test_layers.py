@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 from attnstore_worker.cache import STORE_TRANSPORTS, LayerGate, open_store
-from attnstore_worker.cache.load_plan import LoadPlan, Order
+from attnstore_worker.cache.planning.load_plan import LoadPlan, Order
 from attnstore_worker.engine import Engine, EngineOptions, SamplingParams
 from attnstore_worker.errors import PagesLost
 from attnstore_worker.model import LoadedModel

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 
 import pytest
-from attnstore_worker.cache.leases import LeaseKeeper
+from attnstore_worker.cache.store.leases import LeaseKeeper
 
 import attnstore
 from attnstore.clock import MonotonicClock

@@ -9,8 +9,8 @@ from collections.abc import Callable
 
 import pytest
 from attnstore_worker.cache import CacheManager, Loading, PagePool, RemoteTier
-from attnstore_worker.cache.load_plan import LoadPlan, Order, Planner
-from attnstore_worker.cache.observation import Answer, Load, LoadEnd, Step, Transfer, TransferKind
+from attnstore_worker.cache.planning.load_plan import LoadPlan, Order, Planner
+from attnstore_worker.cache.planning.observation import Answer, Load, LoadEnd, Step, Transfer, TransferKind
 from attnstore_worker.engine import Engine, EngineOptions, FinishReason, SamplingParams, Sequence
 from attnstore_worker.model import LoadedModel
 from attnstore_worker.testing import FixedPlanner, MemoryStore

@@ -8,8 +8,8 @@ from collections.abc import Callable
 
 import pytest
 from attnstore_worker.cache import Admission, CacheManager, Loading, PagePool, Planner, RemoteTier
-from attnstore_worker.cache.load_plan import LoadPlan
-from attnstore_worker.cache.remote import PAUSE_MS
+from attnstore_worker.cache.planning.load_plan import LoadPlan
+from attnstore_worker.cache.store.remote import PAUSE_MS
 from attnstore_worker.errors import PoolTooSmall
 from attnstore_worker.testing import FixedPlanner, MemoryStore
 

@@ -8,7 +8,7 @@ from typing import Any, cast
 import pytest
 import torch
 import transformers
-from attnstore_worker.cache.remote_step import RemoteStep
+from attnstore_worker.cache.attending.step import RemoteStep
 from attnstore_worker.model.attention import PagedStep, at_once
 from attnstore_worker.model.decoder import TransformersDecoder, create_decoder
 from torch import Tensor

@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
-from attnstore_worker.cache.estimators import PrefillCost
-from attnstore_worker.cache.planner import (
+from attnstore_worker.cache.planning.estimators import PrefillCost
+from attnstore_worker.cache.planning.link import LinkEstimate
+from attnstore_worker.cache.planning.split import (
     FETCH_MARGIN,
     IDLE_SHARE,
     Costs,
@@ -21,8 +22,6 @@ from attnstore_worker.cache.planner import (
 )
 from hypothesis import given
 from hypothesis import strategies as st
-
-from attnstore.client.link_estimator import LinkEstimate
 
 PAGE_BYTES = 368_640
 MEASURED = PrefillCost(chunk_ms=24.0, token_ms=0.5, pair_ms=3.3e-4)

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable
 
 import pytest
-from attnstore_worker.cache.load_plan import AHEAD_BLOCKS, RecomputeAll
+from attnstore_worker.cache.planning.load_plan import AHEAD_BLOCKS, RecomputeAll
 from attnstore_worker.engine import Engine, EngineOptions, SamplingParams, Sequence
 from attnstore_worker.model import LoadedModel
 from attnstore_worker.testing import MemoryStore

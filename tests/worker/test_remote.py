@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import pytest
-from attnstore_worker.cache.observation import Observer, Transfer
-from attnstore_worker.cache.remote import RemoteTier
+from attnstore_worker.cache.planning.observation import Observer, Transfer
+from attnstore_worker.cache.store.remote import RemoteTier
 from attnstore_worker.testing import MemoryStore
 
 from attnstore import DType, PageLayout, block_hashes, namespace

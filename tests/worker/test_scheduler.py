@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from attnstore_worker.cache.block_table import BlockTable
+from attnstore_worker.cache.pool.block_table import BlockTable
 from attnstore_worker.engine import SamplingParams, Sequence
 from attnstore_worker.engine.scheduler import Scheduler, SchedulerLimits
 

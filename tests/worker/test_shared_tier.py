@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from attnstore_worker.cache.page_window import PageWindow
-from attnstore_worker.cache.shared_tier import SharedPages, SharedTier
+from attnstore_worker.cache.pool.page_window import PageWindow
+from attnstore_worker.cache.store.shared_tier import SharedPages, SharedTier
 
 import attnstore
 from attnstore.attention import create_attention
@@ -249,7 +249,7 @@ def test_a_process_that_may_not_have_the_addresses_is_told_what_to_do() -> None:
 import resource
 from attnstore.core.layout import PageLayout
 from attnstore.errors import InvalidArgument
-from attnstore_worker.cache.page_window import PageWindow
+from attnstore_worker.cache.pool.page_window import PageWindow
 resource.setrlimit(resource.RLIMIT_AS, (1 << 38, 1 << 38))
 try:
     PageWindow(PageLayout(layers=1, kv_heads=1, head_dim=16))

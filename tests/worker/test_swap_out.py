@@ -6,7 +6,7 @@ import threading
 from collections.abc import Iterator, Sequence
 
 import pytest
-from attnstore_worker.cache.swap_out import BATCH_BLOCKS_MAX, SwapOut
+from attnstore_worker.cache.moving.swap_out import BATCH_BLOCKS_MAX, SwapOut
 
 from attnstore.core.hashing import BlockHash
 

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 from attnstore_worker.cache import CacheManager, PagePool, PageStore, RemoteTier, SharedUse, Tier
-from attnstore_worker.cache.host_tier import HostTier
-from attnstore_worker.cache.loading import Admission, Loading
+from attnstore_worker.cache.moving.loading import Admission, Loading
+from attnstore_worker.cache.pool.host_tier import HostTier
 from attnstore_worker.engine import Engine, EngineOptions, SamplingParams, Sequence
 from attnstore_worker.model import LoadedModel
 from attnstore_worker.testing import MemoryStore

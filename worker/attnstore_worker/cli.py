@@ -42,7 +42,7 @@ from attnstore_worker.cache import (
     SharedUse,
     open_store,
 )
-from attnstore_worker.cache.decisions import Decision
+from attnstore_worker.cache.planning.decisions import Decision
 from attnstore_worker.engine import Engine, EngineOptions, SamplingParams, Sequence, Token
 from attnstore_worker.engine.attend_policy import AttendPolicy
 from attnstore_worker.explain import decisions_of, show, try_out

@@ -23,7 +23,7 @@ from attnstore.core.layout import PageLayout
 from attnstore.errors import NamespaceUnknown
 from attnstore.types import Lease, MatchResult, PageStatus, ReadResult, WriteResult
 from attnstore_worker.cache import OnLayer
-from attnstore_worker.cache.load_plan import Found, LoadPlan, LoadProgress, Prompt, SearchPlan
+from attnstore_worker.cache.planning.load_plan import Found, LoadPlan, LoadProgress, Prompt, SearchPlan
 from attnstore_worker.model.conversion import cache_dir, converted_model
 from attnstore_worker.model.source import GgufSource, find_model, weights_digest
 

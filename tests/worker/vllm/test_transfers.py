@@ -9,7 +9,7 @@ from typing import Any, cast
 
 import pytest
 import torch
-from attnstore_worker.cache.page_store import PageStore
+from attnstore_worker.cache.store.base import PageStore
 from attnstore_worker.vllm.identity import page_hashes, page_layout, vllm_namespace
 from attnstore_worker.vllm.kv_pages import KvPages
 from attnstore_worker.vllm.plan import BlockPlan, LoadPlan

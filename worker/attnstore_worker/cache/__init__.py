@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from attnstore_worker.cache.assembly import SharedUse, TierOptions, create_cache
-from attnstore_worker.cache.cost_planner import CostPlanner
-from attnstore_worker.cache.layer_gate import LayerGate
-from attnstore_worker.cache.load_plan import FetchAll, Planner, RecomputeAll
-from attnstore_worker.cache.loading import Admission, Loading
 from attnstore_worker.cache.manager import CacheManager, CacheStatistics
-from attnstore_worker.cache.observation import LoadEnd, Observer, Step, Unobserved
-from attnstore_worker.cache.page_store import STORE_TRANSPORTS, OnLayer, PageStore, checked_target, open_store
-from attnstore_worker.cache.pages import PagePool
-from attnstore_worker.cache.remote import RemoteTier
-from attnstore_worker.cache.tier import Tier, TierStatistics
-from attnstore_worker.cache.writers import WRITE_POLICIES
+from attnstore_worker.cache.moving.layer_gate import LayerGate
+from attnstore_worker.cache.moving.loading import Admission, Loading
+from attnstore_worker.cache.moving.writers import WRITE_POLICIES
+from attnstore_worker.cache.planning.cost_planner import CostPlanner
+from attnstore_worker.cache.planning.load_plan import FetchAll, Planner, RecomputeAll
+from attnstore_worker.cache.planning.observation import LoadEnd, Observer, Step, Unobserved
+from attnstore_worker.cache.pool.pages import PagePool
+from attnstore_worker.cache.pool.tier import Tier, TierStatistics
+from attnstore_worker.cache.store.base import STORE_TRANSPORTS, OnLayer, PageStore, checked_target, open_store
+from attnstore_worker.cache.store.remote import RemoteTier
 
 __all__ = [
     "STORE_TRANSPORTS",

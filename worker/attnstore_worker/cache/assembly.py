@@ -13,15 +13,15 @@ from attnstore.core.eviction import create_eviction_policy
 from attnstore.core.hashing import Namespace
 from attnstore.core.layout import PageLayout
 from attnstore.errors import InvalidArgument
-from attnstore_worker.cache.host_tier import HostTier
-from attnstore_worker.cache.load_plan import Planner
 from attnstore_worker.cache.manager import CacheManager
-from attnstore_worker.cache.observation import Observer
-from attnstore_worker.cache.page_store import PageStore
-from attnstore_worker.cache.page_window import PageWindow
-from attnstore_worker.cache.pages import PagePool
-from attnstore_worker.cache.remote import RemoteTier
-from attnstore_worker.cache.shared_tier import SharedStore, SharedTier
+from attnstore_worker.cache.planning.load_plan import Planner
+from attnstore_worker.cache.planning.observation import Observer
+from attnstore_worker.cache.pool.host_tier import HostTier
+from attnstore_worker.cache.pool.page_window import PageWindow
+from attnstore_worker.cache.pool.pages import PagePool
+from attnstore_worker.cache.store.base import PageStore
+from attnstore_worker.cache.store.remote import RemoteTier
+from attnstore_worker.cache.store.shared_tier import SharedStore, SharedTier
 
 
 class SharedUse(enum.Enum):

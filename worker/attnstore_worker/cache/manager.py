@@ -17,18 +17,18 @@ from attnstore.clock import Clock
 from attnstore.core.eviction import EvictionPolicy
 from attnstore.core.hashing import BlockHash, Namespace, block_hash, block_hashes
 from attnstore.errors import Overloaded
-from attnstore_worker.cache.block_pool import BlockPoolStatistics
-from attnstore_worker.cache.block_table import BlockTable
-from attnstore_worker.cache.host_tier import HostTier
-from attnstore_worker.cache.load_plan import FetchAhead, FetchAll, Planner, Prompt
-from attnstore_worker.cache.loading import Loading
-from attnstore_worker.cache.observation import Load, LoadEnd, Observer, Unobserved
-from attnstore_worker.cache.pages import PagePool
-from attnstore_worker.cache.remote import RemoteStatistics, RemoteTier
-from attnstore_worker.cache.resident import ResidentTiers
-from attnstore_worker.cache.swap_in import Lender, SwapIn
-from attnstore_worker.cache.tier import Tier, TierCounter, TierStatistics
-from attnstore_worker.cache.writers import create_writer
+from attnstore_worker.cache.moving.loading import Loading
+from attnstore_worker.cache.moving.swap_in import Lender, SwapIn
+from attnstore_worker.cache.moving.writers import create_writer
+from attnstore_worker.cache.planning.load_plan import FetchAhead, FetchAll, Planner, Prompt
+from attnstore_worker.cache.planning.observation import Load, LoadEnd, Observer, Unobserved
+from attnstore_worker.cache.pool.block_pool import BlockPoolStatistics
+from attnstore_worker.cache.pool.block_table import BlockTable
+from attnstore_worker.cache.pool.host_tier import HostTier
+from attnstore_worker.cache.pool.pages import PagePool
+from attnstore_worker.cache.pool.resident import ResidentTiers
+from attnstore_worker.cache.pool.tier import Tier, TierCounter, TierStatistics
+from attnstore_worker.cache.store.remote import RemoteStatistics, RemoteTier
 
 _LOG = logging.getLogger(__name__)
 

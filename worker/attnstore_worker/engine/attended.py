@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from typing import Final
 
 from attnstore_worker.cache import CacheManager
-from attnstore_worker.cache.remote_attention import RemoteAttention, RemoteContext
+from attnstore_worker.cache.attending.contexts import RemoteAttention, RemoteContext
 from attnstore_worker.engine.attend_policy import AttendChoice
 from attnstore_worker.engine.sequence import Sequence
 

@@ -35,8 +35,8 @@ from attnstore_worker.cache import (
     Unobserved,
     create_cache,
 )
-from attnstore_worker.cache.observation import Answer, Shielded
-from attnstore_worker.cache.remote_attention import AttendStatistics, AttendStore, NodesNow, RemoteAttention, Traffic, nodes_of
+from attnstore_worker.cache.attending.contexts import AttendStatistics, AttendStore, NodesNow, RemoteAttention, Traffic, nodes_of
+from attnstore_worker.cache.planning.observation import Answer, Shielded
 from attnstore_worker.engine.attend_policy import AttendChoice, AttendForecaster, AttendPolicy
 from attnstore_worker.engine.attended import AttendedBlocks
 from attnstore_worker.engine.options import EngineOptions

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from attnstore.attention import AttentionBackend
-from attnstore_worker.cache.block_table import BlockTable
-from attnstore_worker.cache.remote_attention import RemoteAttention
+from attnstore_worker.cache.attending.contexts import RemoteAttention
+from attnstore_worker.cache.pool.block_table import BlockTable
 from attnstore_worker.engine.sequence import Chunk
 from attnstore_worker.model.attention import PagedStep, at_once
 from attnstore_worker.model.loading import LoadedModel

@@ -14,9 +14,9 @@ from dataclasses import dataclass, field, replace
 from attnstore.core.hashing import BlockHash
 from attnstore.errors import AttnStoreError
 from attnstore_worker.cache import Admission, Loading
-from attnstore_worker.cache.block_table import BlockTable
-from attnstore_worker.cache.load_plan import Prompt
-from attnstore_worker.cache.remote_attention import RemoteContext
+from attnstore_worker.cache.attending.contexts import RemoteContext
+from attnstore_worker.cache.planning.load_plan import Prompt
+from attnstore_worker.cache.pool.block_table import BlockTable
 from attnstore_worker.engine.sampler import Sampler, SamplingParams
 from attnstore_worker.engine.text import TextStream
 

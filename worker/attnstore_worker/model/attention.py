@@ -16,7 +16,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 
 from attnstore.attention import AttentionBackend, cpu_pages
 from attnstore.attention.simd import LANES
-from attnstore_worker.cache.remote_step import RemoteStep
+from attnstore_worker.cache.attending.step import RemoteStep
 from attnstore_worker.errors import ModelUnavailable
 
 ATTENTION_NAME: Final = "attnstore_paged"

@@ -15,7 +15,7 @@ import transformers
 
 from attnstore.core.layout import DType, PageLayout
 from attnstore.errors import InvalidArgument
-from attnstore_worker.cache.remote_attention import QueryShape
+from attnstore_worker.cache.attending.contexts import QueryShape
 from attnstore_worker.dtypes import TORCH_DTYPES
 from attnstore_worker.errors import ModelUnavailable
 from attnstore_worker.fingerprint import config_fields, fingerprint

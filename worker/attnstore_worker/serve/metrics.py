@@ -13,7 +13,7 @@ from prometheus_client.registry import Collector
 
 from attnstore.telemetry import TaskFailures
 from attnstore_worker.cache import CostPlanner, Planner
-from attnstore_worker.cache.decisions import ERROR_BOUNDS
+from attnstore_worker.cache.planning.decisions import ERROR_BOUNDS
 from attnstore_worker.engine import EngineSnapshot
 
 _TIER_METRICS = {

@@ -9,8 +9,8 @@ from collections import deque
 from statistics import median
 from typing import Final
 
-from attnstore.client.link_estimator import LinkEstimator
 from attnstore.clock import Clock
+from attnstore_worker.cache.planning.link import LinkEstimator
 from attnstore_worker.vllm.plan import Costs
 
 PREFILL_TOKENS_PER_S_UNMEASURED: Final = 20_000.0

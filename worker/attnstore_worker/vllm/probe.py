@@ -13,7 +13,7 @@ from typing import Final
 from attnstore.clock import Clock, Deadline
 from attnstore.core.hashing import Namespace, block_hash
 from attnstore.core.layout import PageLayout
-from attnstore_worker.cache.page_store import PageStore
+from attnstore_worker.cache.store.base import PageStore
 from attnstore_worker.vllm.plan import Costs
 
 _READS: Final = 3

@@ -22,8 +22,8 @@ from attnstore.core.layout import PageLayout
 from attnstore.errors import AttnStoreError, Retryable
 from attnstore.logs import get_logger
 from attnstore.types import PageStatus
-from attnstore_worker.cache.page_store import PageStore
-from attnstore_worker.cache.pages import anonymous_memory
+from attnstore_worker.cache.pool.pages import anonymous_memory
+from attnstore_worker.cache.store.base import PageStore
 from attnstore_worker.vllm.kv_pages import KvPages
 from attnstore_worker.vllm.plan import BlockPlan, Costs, LoadPlan
 

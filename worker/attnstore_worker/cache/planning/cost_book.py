@@ -9,11 +9,11 @@ from __future__ import annotations
 import threading
 from dataclasses import dataclass, field, replace
 
-from attnstore.client.link_estimator import LinkEstimate, LinkEstimator
 from attnstore.clock import Clock
-from attnstore_worker.cache.estimators import DurationEstimator, FactorEstimator, PrefillCost, PrefillEstimator
-from attnstore_worker.cache.observation import Step, Transfer, TransferKind
-from attnstore_worker.cache.planner import Costs
+from attnstore_worker.cache.planning.estimators import DurationEstimator, FactorEstimator, PrefillCost, PrefillEstimator
+from attnstore_worker.cache.planning.link import LinkEstimate, LinkEstimator
+from attnstore_worker.cache.planning.observation import Step, Transfer, TransferKind
+from attnstore_worker.cache.planning.split import Costs
 
 REMOTE = "remote"
 """The tier at the other end of the network."""

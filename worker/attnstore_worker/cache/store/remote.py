@@ -20,8 +20,8 @@ from attnstore.core.hashing import BlockHash, Namespace
 from attnstore.core.layout import PageLayout
 from attnstore.errors import DeadlineExceeded, NamespaceUnknown
 from attnstore.types import Lease, MatchResult, PageStatus, ReadResult, WriteResult
-from attnstore_worker.cache.observation import Observer, Transfer, TransferKind, Unobserved
-from attnstore_worker.cache.page_store import PageStore
+from attnstore_worker.cache.planning.observation import Observer, Transfer, TransferKind, Unobserved
+from attnstore_worker.cache.store.base import PageStore
 
 _LOG = logging.getLogger(__name__)
 _T = TypeVar("_T")

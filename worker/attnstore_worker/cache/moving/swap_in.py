@@ -23,9 +23,9 @@ from attnstore.clock import Clock
 from attnstore.core.hashing import BlockHash
 from attnstore.limits import CHANNEL_READ_HASHES_MAX
 from attnstore.types import Lease, MatchResult, ReadResult
-from attnstore_worker.cache.layer_gate import LayerGate
-from attnstore_worker.cache.load_plan import Found, LoadPlan, LoadProgress, Order, Planner, Prompt, SearchPlan
-from attnstore_worker.cache.shared_tier import SharedPages
+from attnstore_worker.cache.moving.layer_gate import LayerGate
+from attnstore_worker.cache.planning.load_plan import Found, LoadPlan, LoadProgress, Order, Planner, Prompt, SearchPlan
+from attnstore_worker.cache.store.shared_tier import SharedPages
 
 _LOG = logging.getLogger(__name__)
 

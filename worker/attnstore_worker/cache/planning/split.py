@@ -25,8 +25,8 @@ from bisect import bisect_left
 from dataclasses import dataclass, replace
 from typing import Final
 
-from attnstore.client.link_estimator import LinkEstimate
-from attnstore_worker.cache.estimators import PrefillCost
+from attnstore_worker.cache.planning.estimators import PrefillCost
+from attnstore_worker.cache.planning.link import LinkEstimate
 
 IDLE_SHARE: Final = 0.2
 """Waiting that a link may cost, as a share of the time that computing everything takes."""

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
-from attnstore_worker.cache.load_plan import Found, LoadPlan, Prompt, SearchPlan
+from attnstore_worker.cache.planning.load_plan import Found, LoadPlan, Prompt, SearchPlan
 
 _LOG = logging.getLogger(__name__)
 _T = TypeVar("_T")

@@ -20,10 +20,10 @@ from attnstore.core.layout import PageLayout
 from attnstore.errors import AttnStoreError, NamespaceUnknown
 from attnstore.limits import ATTEND_BYTES_MAX, ATTEND_HASHES_MAX, ATTEND_ROWS_MAX
 from attnstore.types import Lease, MatchResult
-from attnstore_worker.cache.leases import KeptLease, LeaseKeeper
-from attnstore_worker.cache.observation import Observer, Transfer, TransferKind
-from attnstore_worker.cache.remote_step import NodeRows, RemoteStep
-from attnstore_worker.cache.tier import Tier
+from attnstore_worker.cache.attending.step import NodeRows, RemoteStep
+from attnstore_worker.cache.planning.observation import Observer, Transfer, TransferKind
+from attnstore_worker.cache.pool.tier import Tier
+from attnstore_worker.cache.store.leases import KeptLease, LeaseKeeper
 from attnstore_worker.errors import PagesLost
 
 _LOG = logging.getLogger(__name__)

@@ -20,9 +20,9 @@ from attnstore.core.hashing import BlockHash, Namespace
 from attnstore.fences import read_fence
 from attnstore.types import Lease, PageStatus
 from attnstore.wire.shared import Place
-from attnstore_worker.cache.leases import KeptLease, LeaseKeeper, LeaseStore
-from attnstore_worker.cache.page_window import PageWindow
-from attnstore_worker.cache.remote import LEASE_MARGIN_MS
+from attnstore_worker.cache.pool.page_window import PageWindow
+from attnstore_worker.cache.store.leases import KeptLease, LeaseKeeper, LeaseStore
+from attnstore_worker.cache.store.remote import LEASE_MARGIN_MS
 
 _LOG = logging.getLogger(__name__)
 

@@ -13,12 +13,12 @@ from dataclasses import replace
 from typing import Final
 
 from attnstore.clock import Clock
-from attnstore_worker.cache.attend_planner import AttendForecast
-from attnstore_worker.cache.cost_book import CostBook, CostReport
-from attnstore_worker.cache.decisions import Decision, DecisionLog, PredictionStatistics
-from attnstore_worker.cache.load_plan import Found, LoadPlan, LoadProgress, Order, Prompt, SearchPlan
-from attnstore_worker.cache.observation import Answer, Load, Step, Transfer
-from attnstore_worker.cache.planner import Costs, Split, Work, fetch_everything, patience, recompute_ms, search_head, split
+from attnstore_worker.cache.planning.attend_planner import AttendForecast
+from attnstore_worker.cache.planning.cost_book import CostBook, CostReport
+from attnstore_worker.cache.planning.decisions import Decision, DecisionLog, PredictionStatistics
+from attnstore_worker.cache.planning.load_plan import Found, LoadPlan, LoadProgress, Order, Prompt, SearchPlan
+from attnstore_worker.cache.planning.observation import Answer, Load, Step, Transfer
+from attnstore_worker.cache.planning.split import Costs, Split, Work, fetch_everything, patience, recompute_ms, search_head, split
 
 PROBE_MS: Final = 10_000.0
 """A link that is not used is measured again after this time, beside the next prompt that is computed."""

@@ -16,8 +16,8 @@ from attnstore.core.eviction import EvictionPolicy
 from attnstore.core.hashing import BlockHash
 from attnstore.core.layout import PageLayout
 from attnstore.errors import Overloaded
-from attnstore_worker.cache.block_pool import BlockPool, BlockPoolStatistics
-from attnstore_worker.cache.pages import PagePool
+from attnstore_worker.cache.pool.block_pool import BlockPool, BlockPoolStatistics
+from attnstore_worker.cache.pool.pages import PagePool
 
 OnEvict = Callable[[BlockHash, memoryview], None]
 """Told of a page that leaves the tier, while its bytes are still there: until the call returns."""

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from attnstore.core.hashing import BlockHash
-from attnstore_worker.cache.shared_tier import SharedPages
+from attnstore_worker.cache.store.shared_tier import SharedPages
 
 
 @dataclass(slots=True)

@@ -10,12 +10,12 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 
-from attnstore_worker.cache.block_table import BlockTable
-from attnstore_worker.cache.layer_gate import LayerGate
-from attnstore_worker.cache.load_plan import Prompt
-from attnstore_worker.cache.observation import LoadEnd
-from attnstore_worker.cache.swap_in import SwapIn
-from attnstore_worker.cache.tier import Tier
+from attnstore_worker.cache.moving.layer_gate import LayerGate
+from attnstore_worker.cache.moving.swap_in import SwapIn
+from attnstore_worker.cache.planning.load_plan import Prompt
+from attnstore_worker.cache.planning.observation import LoadEnd
+from attnstore_worker.cache.pool.block_table import BlockTable
+from attnstore_worker.cache.pool.tier import Tier
 
 
 @dataclass(frozen=True, slots=True)

@@ -26,7 +26,7 @@ from attnstore.client.mapped import MappedExtent
 from attnstore.core.layout import PageLayout
 from attnstore.errors import InvalidArgument
 from attnstore.limits import GIB
-from attnstore_worker.cache.pages import HUGE_PAGE_BYTES, PagePool
+from attnstore_worker.cache.pool.pages import HUGE_PAGE_BYTES, PagePool
 from attnstore_worker.dtypes import TORCH_DTYPES
 
 WINDOW_BYTES_MAX: Final = 1024 * GIB

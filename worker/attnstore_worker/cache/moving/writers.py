@@ -18,10 +18,10 @@ from typing import Final, Protocol
 
 from attnstore.core.hashing import BlockHash
 from attnstore.errors import InvalidArgument
-from attnstore_worker.cache.block_pool import BlockPool
-from attnstore_worker.cache.pages import PagePool
-from attnstore_worker.cache.remote import RemoteTier
-from attnstore_worker.cache.swap_out import BATCH_BLOCKS_MAX, SwapOut
+from attnstore_worker.cache.moving.swap_out import BATCH_BLOCKS_MAX, SwapOut
+from attnstore_worker.cache.pool.block_pool import BlockPool
+from attnstore_worker.cache.pool.pages import PagePool
+from attnstore_worker.cache.store.remote import RemoteTier
 
 STAGED_PAGES: Final = 2 * BATCH_BLOCKS_MAX
 """Pages that on-evict copies aside at most: one batch that is written and one that waits. They come on top of the pool's memory."""

@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass, field, replace
 from statistics import median
 from typing import Any, Final
 
-from attnstore_worker.cache.observation import Load, LoadEnd
+from attnstore_worker.cache.planning.observation import Load, LoadEnd
 
 _KEPT: Final = 256
 ERROR_BOUNDS: Final = (0.02, 0.05, 0.1, 0.15, 0.25, 0.5, 1.0, 2.0)

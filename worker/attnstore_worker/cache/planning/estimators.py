@@ -2,7 +2,7 @@
 
 Owns: `PrefillEstimator` and `PrefillCost` (a chunk's time as a function of its length and its context), `FactorEstimator` (how much
 a running transfer slows computing down) and `DurationEstimator` (a decode step). Links, and the copies between tiers, are
-`attnstore.client.link_estimator`'s. Invariant: no sequence of samples makes an estimator raise, and none answers with a cost that
+`link`'s. Invariant: no sequence of samples makes an estimator raise, and none answers with a cost that
 is negative or not finite. Pure: time comes in as numbers.
 """
 
@@ -17,7 +17,7 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
-from attnstore.client.link_estimator import weighted_median
+from attnstore_worker.cache.planning.link import weighted_median
 
 _WINDOW: Final = 96
 _HALF_LIFE_SAMPLES: Final = 32.0

@@ -1,0 +1,1 @@
+"""Blocks that stay in the store and are attended to there."""
