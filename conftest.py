@@ -15,11 +15,11 @@ from collections.abc import Generator, Iterator
 from pathlib import Path
 
 import pytest
-from attnstore_worker.openmp import spin_briefly
 from hypothesis import settings
 
 from attnstore.testing import StoreProcess, server_binaries
 from attnstore.testing.netns import ShapedLink, Switch
+from attnstore_worker.openmp import spin_briefly
 from tests.programs import why_absent
 
 # The same examples in every run: a failure is found again by running the test again.

@@ -16,9 +16,9 @@ import uvloop
 
 from attnstore import aio
 from attnstore.allocator import keep_freed_memory
-from attnstore.client.grpc_transport import Target
 from attnstore.client.health import check_serving
 from attnstore.client.options import checked_target
+from attnstore.client.transports.grpc import Target
 from attnstore.command_line import CommandParser, run_command, say, tell
 from attnstore.config import ServeOptions, add_serve_options, ignored_variables, load_serve_options
 from attnstore.directory import Intent, Member, load_cluster_key

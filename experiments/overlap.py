@@ -21,11 +21,6 @@ from dataclasses import asdict, dataclass, replace
 from typing import Final
 
 import torch
-from attnstore_worker.cache import FetchAll, PageStore, open_store
-from attnstore_worker.cache.planning.load_plan import Found, LoadPlan, Order
-from attnstore_worker.cache.planning.observation import Transfer, TransferKind, Unobserved
-from attnstore_worker.engine import Engine, EngineOptions, SamplingParams
-from attnstore_worker.model import LoadedModel, load_model
 from rich.console import Console
 from rich.table import Table
 
@@ -34,6 +29,11 @@ from attnstore.links import LinkProfile
 from attnstore.option_types import file_to_write
 from attnstore.testing import StoreProcess
 from attnstore.testing.link import Link
+from attnstore_worker.cache import FetchAll, PageStore, open_store
+from attnstore_worker.cache.planning.load_plan import Found, LoadPlan, Order
+from attnstore_worker.cache.planning.observation import Transfer, TransferKind, Unobserved
+from attnstore_worker.engine import Engine, EngineOptions, SamplingParams
+from attnstore_worker.model import LoadedModel, load_model
 
 _DEADLINE_MS: Final = 60_000
 _MARGIN: Final = 1.15

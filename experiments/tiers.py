@@ -24,9 +24,6 @@ from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from typing import Any, Final
 
-from attnstore_worker.cache import SharedUse, Tier, open_store
-from attnstore_worker.engine import Engine, EngineOptions, SamplingParams
-from attnstore_worker.model import LoadedModel, load_model
 from rich.console import Console
 from rich.table import Table
 
@@ -34,6 +31,9 @@ from attnstore.command_line import CommandParser
 from attnstore.core.layout import DType
 from attnstore.option_types import file_to_write
 from attnstore.testing import StoreProcess
+from attnstore_worker.cache import SharedUse, Tier, open_store
+from attnstore_worker.engine import Engine, EngineOptions, SamplingParams
+from attnstore_worker.model import LoadedModel, load_model
 
 _WAIT_MS: Final = 120_000
 _PROMPTS: Final = 8

@@ -13,9 +13,9 @@ import grpc
 from attnstore import DType, PageLayout, PageStatus, namespace
 from attnstore.address import Address
 from attnstore.arena import MemoryArena
-from attnstore.client.bulk import OnLayer, ReadPlan, Transfer, WritePlan
+from attnstore.client.base import OnLayer, ReadPlan, Transfer, WritePlan
 from attnstore.client.landing import Landing
-from attnstore.client.tcp_transport import TcpTransport
+from attnstore.client.transports.tcp import TcpTransport
 from attnstore.clock import Clock, Deadline, MonotonicClock
 from attnstore.core.hashing import layer_checksums, page_checksum
 from attnstore.core.page_table import PageTable

@@ -19,7 +19,6 @@ from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from attnstore_worker import arguments as worker_arguments
 from pydantic import BeforeValidator
 
 from attnstore import cli, config, links, option_types
@@ -28,6 +27,7 @@ from attnstore.command_line import run_command
 from attnstore.config import ServeOptions, load_serve_options
 from attnstore.option_types import Name, Number, Parsed, Size, Whole
 from attnstore.whatif import command as whatif
+from attnstore_worker import arguments as worker_arguments
 
 Kind = Any
 """What an option's parser is: one of `attnstore.option_types`, a tuple of choices, or bool."""

@@ -11,23 +11,23 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from attnstore_worker.cache import CacheManager
-from attnstore_worker.cache.attending.contexts import RemoteAttention, _Node
-from attnstore_worker.engine.engine import Engine
 
 import attnstore
 from attnstore.arena import SharedArena
 from attnstore.client.async_client import AsyncClient
 from attnstore.client.blocking import LoopThread
-from attnstore.client.channel_pool import ChannelPool
-from attnstore.client.membership import ClusterMembership
+from attnstore.client.cluster.membership import ClusterMembership
+from attnstore.client.cluster.node_link import NodeLink
 from attnstore.client.negotiation import BulkTransports
-from attnstore.client.node_link import NodeLink
-from attnstore.client.shm_transport import ShmTransport
-from attnstore.client.tcp_transport import TcpTransport
+from attnstore.client.transports.channel_pool import ChannelPool
+from attnstore.client.transports.shm import ShmTransport
+from attnstore.client.transports.tcp import TcpTransport
 from attnstore.directory.redis import RedisDirectory
 from attnstore.server.registration import Registration
 from attnstore.server.scrubber import Scrubber
+from attnstore_worker.cache import CacheManager
+from attnstore_worker.cache.attending.contexts import RemoteAttention, _Node
+from attnstore_worker.engine.engine import Engine
 
 
 class Fault(Exception):

@@ -9,19 +9,19 @@ from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 
 import pytest
-from attnstore_worker.cache import shared_tier
-from attnstore_worker.cache.store.leases import KeptLease
-from attnstore_worker.cache.store.shared_tier import SharedPages
 
 from attnstore import fences
 from attnstore.arena import stamped
 from attnstore.arena.shared import SharedArena
-from attnstore.client import mapped, shm_transport
-from attnstore.client.mapped import MappedExtent, PageViews
+from attnstore.client.transports import mapped, shm
+from attnstore.client.transports.mapped import MappedExtent, PageViews
 from attnstore.core.hashing import layer_checksums, range_checksum
 from attnstore.core.slots import Slot
 from attnstore.types import Lease, PageStatus
 from attnstore.wire.shared import Place
+from attnstore_worker.cache.store import shared_tier
+from attnstore_worker.cache.store.leases import KeptLease
+from attnstore_worker.cache.store.shared_tier import SharedPages
 from tests.channels import read_plan
 from tests.samples import SMALL, make_batch
 
@@ -87,7 +87,7 @@ def copies(extent: MappedExtent, place: Place) -> bool:
     plan = read_plan(batch, [bytearray(SMALL.layer_bytes)], layers=(0, 1))
     layer = extent.view(place.offset_bytes, place.offset_bytes + SMALL.layer_bytes)
     sealed = range_checksum(layer_checksums(layer, SMALL.layer_bytes))
-    shm_transport._land(plan, 0, (place._replace(checksum=sealed), extent), 0)
+    shm._land(plan, 0, (place._replace(checksum=sealed), extent), 0)
     return plan.landing.result().leading_hits == 1
 
 
@@ -104,7 +104,7 @@ def test_a_reader_fences_before_it_looks_at_a_stamp_for_the_last_time(
     def recycled() -> None:
         arena.view(NEW)
 
-    for reader in (mapped, shm_transport, shared_tier):
+    for reader in (mapped, shm, shared_tier):
         monkeypatch.setattr(reader, "read_fence", recycled)
     assert not ask(extent, place)
 

@@ -9,10 +9,10 @@ import subprocess
 import sys
 from typing import Any
 
-import attnstore_worker
 import pytest
 
 import attnstore
+import attnstore_worker
 
 _SETTINGS = """
 import faulthandler, gc, importlib, json, locale, logging, multiprocessing, os, resource, signal, socket, sys, threading, warnings

@@ -13,13 +13,13 @@ import traceback
 from collections.abc import Callable
 
 import pytest
-from attnstore_worker import cli as worker_cli
-from attnstore_worker.vllm.settings import Settings
 
 import attnstore
 from attnstore import aio, cli
 from attnstore.directory import DirectoryUrl, open_directory
 from attnstore.errors import AttnStoreError
+from attnstore_worker import cli as worker_cli
+from attnstore_worker.vllm.settings import Settings
 
 PART = ("sEcA", "sEcB", "sEcC")
 """What may not be seen of a password: it is these, with something that means something to a URL between them."""

@@ -20,8 +20,8 @@ BEGINNERS = {"create_task", "ensure_future", "Thread"}
 WAITED_FOR = {
     "attnstore/tasks.py": "the helpers themselves",
     "attnstore/client/blocking.py": "the event loop's own thread; each call's task is settled by a callback",
-    "attnstore/client/cluster_read.py": "a read and its hedge, both ended before the read is",
-    "attnstore/client/flight.py": "callers that share an answer wait for it",
+    "attnstore/client/cluster/read.py": "a read and its hedge, both ended before the read is",
+    "attnstore/client/cluster/flight.py": "callers that share an answer wait for it",
     "attnstore/copying/__init__.py": "compiles once, and says what went wrong",
     "attnstore/server/connections.py": "one connection, whose failure is logged",
     "worker/attnstore_worker/cache/moving/swap_in.py": "one load, whose failure is logged and recomputed",

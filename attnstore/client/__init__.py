@@ -2,7 +2,7 @@
 
 from attnstore.client.async_client import AsyncClient
 from attnstore.client.blocking import Client, ClusterClient
-from attnstore.client.cluster import AsyncClusterClient
+from attnstore.client.cluster.client import AsyncClusterClient
 from attnstore.client.options import ClusterOptions, ConnectOptions, options_of
 
 __all__ = ["AsyncClient", "AsyncClusterClient", "Client", "ClusterClient", "ClusterOptions", "ConnectOptions", "options_of"]

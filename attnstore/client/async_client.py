@@ -14,8 +14,7 @@ from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
-from attnstore.client.attend import AttendCall, ChannelAttend
-from attnstore.client.bulk import (
+from attnstore.client.base import (
     BulkUnavailable,
     MatchPlan,
     OnLayer,
@@ -27,12 +26,13 @@ from attnstore.client.bulk import (
     matched,
     written,
 )
-from attnstore.client.grpc_transport import GrpcTransport
 from attnstore.client.landing import Landing, readable_view
-from attnstore.client.mapped import PageViews
 from attnstore.client.negotiation import BulkTransports
 from attnstore.client.options import ConnectOptions, checked_deadline_ms
-from attnstore.client.shm_transport import ShmTransport, ViewPlan
+from attnstore.client.transports.attend import AttendCall, ChannelAttend
+from attnstore.client.transports.grpc import GrpcTransport
+from attnstore.client.transports.mapped import PageViews
+from attnstore.client.transports.shm import ShmTransport, ViewPlan
 from attnstore.clock import Clock, Deadline, MonotonicClock
 from attnstore.core.layout import PageLayout
 from attnstore.errors import (

@@ -20,12 +20,12 @@ import uvloop
 
 from attnstore import tasks
 from attnstore.client.async_client import AsyncClient
-from attnstore.client.attend import AttendStream, BlockingAttend
-from attnstore.client.bulk import OnLayer, ReadPlan, wait_out, written
-from attnstore.client.cluster import AsyncClusterClient
-from attnstore.client.mapped import PageViews
+from attnstore.client.base import OnLayer, ReadPlan, wait_out, written
+from attnstore.client.cluster.client import AsyncClusterClient
 from attnstore.client.options import ClusterOptions, ConnectOptions
-from attnstore.client.shm_transport import ViewPlan
+from attnstore.client.transports.attend import AttendStream, BlockingAttend
+from attnstore.client.transports.mapped import PageViews
+from attnstore.client.transports.shm import ViewPlan
 from attnstore.clock import Clock
 from attnstore.errors import ClientClosed, NamespaceUnknown, Retryable
 from attnstore.types import Lease, MatchResult, PageEvent, PageStatus, ReadResult, WriteResult

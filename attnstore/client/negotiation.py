@@ -10,10 +10,10 @@ import concurrent.futures
 from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any
 
-from attnstore.client.bulk import BulkChoice, OpenChannel
+from attnstore.client.base import BulkChoice, OpenChannel
 from attnstore.client.options import ConnectOptions
-from attnstore.client.shm_transport import ShmTransport
-from attnstore.client.tcp_transport import TcpTransport
+from attnstore.client.transports.shm import ShmTransport
+from attnstore.client.transports.tcp import TcpTransport
 from attnstore.clock import Clock, Deadline
 from attnstore.errors import ClientClosed, DeadlineExceeded
 from attnstore.wire.shared import SHARED_FILE_OFFER

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Self
 
 from attnstore.address import Address
-from attnstore.client.bulk import TransportName, checked_transport
-from attnstore.client.grpc_transport import Target
+from attnstore.client.base import TransportName, checked_transport
+from attnstore.client.transports.grpc import Target
 from attnstore.directory import (
     Directory,
     DirectoryUrl,

@@ -10,11 +10,11 @@ from dataclasses import asdict
 from typing import Any, Final
 
 import torch
-from attnstore_worker.model import LoadedModel, load_model
 from rich.console import Console
 
 from attnstore.command_line import CommandParser
 from attnstore.option_types import file_to_write
+from attnstore_worker.model import LoadedModel, load_model
 from experiments.attend.real_model import Cell, documents, measure
 from experiments.attend.rows import MODES, Row, table
 from experiments.attend.synthetic import LLAMA_3_8B, SMOLLM2, measure_geometry

@@ -12,13 +12,13 @@ from collections.abc import Iterator
 from typing import Final
 
 import torch
-from attnstore_worker.engine import Engine, EngineOptions, SamplingParams
-from attnstore_worker.model import LoadedModel, load_model
 
 from attnstore.command_line import CommandParser
 from attnstore.core.layout import DType
 from attnstore.limits import THREADS_MAX
 from attnstore.option_types import Whole
+from attnstore_worker.engine import Engine, EngineOptions, SamplingParams
+from attnstore_worker.model import LoadedModel, load_model
 from experiments.options import COUNT
 
 _MARGIN_MIN: Final = 0.01

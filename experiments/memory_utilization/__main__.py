@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any, Final
 
 import torch
-from attnstore_worker.model import LoadedModel, load_model
 from rich.console import Console
 
 from attnstore.allocator import keep_freed_memory
@@ -20,6 +19,7 @@ from attnstore.core.layout import DType
 from attnstore.errors import AttnStoreError
 from attnstore.limits import THREADS_MAX
 from attnstore.option_types import Whole, file_to_write
+from attnstore_worker.model import LoadedModel, load_model
 from experiments.memory_utilization.measure import POLICIES, Figures, Window, measure
 from experiments.memory_utilization.report import as_json, summary_table, sustained_rate, sweep_table
 from experiments.memory_utilization.workload import Shape, requests

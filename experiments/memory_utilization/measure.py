@@ -13,11 +13,10 @@ from dataclasses import dataclass, field
 from statistics import fmean
 from typing import Final
 
-from attnstore_worker.engine import Engine, EngineOptions, SamplingParams, Sequence
-from attnstore_worker.model import LoadedModel
-
 from attnstore.clock import Clock
 from attnstore.core.layout import PageLayout
+from attnstore_worker.engine import Engine, EngineOptions, SamplingParams, Sequence
+from attnstore_worker.model import LoadedModel
 from experiments.memory_utilization.reservation import ContiguousReservation, PagedReservation, Reservation
 from experiments.memory_utilization.workload import Request, Shape
 

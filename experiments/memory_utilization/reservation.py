@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterable
 from typing import Protocol
 
 from attnstore_worker.engine import Sequence
-
 from experiments.memory_utilization.workload import Request
 
 

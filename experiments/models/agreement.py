@@ -13,11 +13,11 @@ from typing import Final, NamedTuple
 
 import torch
 import transformers
+from torch import Tensor
+
 from attnstore_worker.engine import Engine, EngineOptions, SamplingParams
 from attnstore_worker.model import LoadedModel
 from attnstore_worker.testing import MemoryStore
-from torch import Tensor
-
 from experiments.models.tiny import VOCABULARY
 
 DIFFERENCE_MAX: Final = 1e-4

@@ -10,10 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
+from attnstore.core.layout import DType
 from attnstore_worker.errors import ModelUnavailable
 from attnstore_worker.model import LoadedModel, load_model
-
-from attnstore.core.layout import DType
 from experiments.models.agreement import DIFFERENCE_MAX, check_agreement
 from experiments.models.tiny import NotTiny, write_model
 

@@ -22,14 +22,14 @@ from statistics import median
 from typing import Any, Final
 
 import torch
-from attnstore_worker.cache import CostPlanner, FetchAll, PageStore, Planner, RecomputeAll, open_store
-from attnstore_worker.engine import Engine, EngineOptions, SamplingParams
-from attnstore_worker.model import load_model
 
 from attnstore.clock import MonotonicClock
 from attnstore.core.hashing import block_hashes, namespace
 from attnstore.core.layout import DType
 from attnstore.types import PageStatus, WriteResult
+from attnstore_worker.cache import CostPlanner, FetchAll, PageStore, Planner, RecomputeAll, open_store
+from attnstore_worker.engine import Engine, EngineOptions, SamplingParams
+from attnstore_worker.model import load_model
 
 _DEADLINE_MS: Final = 300_000
 _FLUSH_MS: Final = 120_000

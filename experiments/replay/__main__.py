@@ -12,9 +12,6 @@ from pathlib import Path
 from typing import Final
 
 import torch
-from attnstore_worker.cache import open_store
-from attnstore_worker.engine import Engine, EngineOptions
-from attnstore_worker.model import load_model
 from rich.console import Console
 
 from attnstore.allocator import keep_freed_memory
@@ -26,6 +23,9 @@ from attnstore.errors import AttnStoreError
 from attnstore.limits import CAPACITY_BYTES_MAX, MIB, THREADS_MAX
 from attnstore.option_types import Size, Whole, file_to_write
 from attnstore.testing import StoreProcess
+from attnstore_worker.cache import open_store
+from attnstore_worker.engine import Engine, EngineOptions
+from attnstore_worker.model import load_model
 from experiments.options import COUNT, POSITIVE
 from experiments.replay.bound import bound_hits
 from experiments.replay.hash_only import UNLIMITED, Capacity, Replay, capacity_blocks, replay

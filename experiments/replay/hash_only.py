@@ -12,11 +12,10 @@ from dataclasses import asdict, dataclass
 from itertools import islice
 from typing import Any, Final, Literal
 
-from attnstore_worker.cache.pool.block_pool import BlockPool
-
 from attnstore.core.eviction import create_eviction_policy
 from attnstore.core.hashing import BlockHash
 from attnstore.errors import InvalidArgument
+from attnstore_worker.cache.pool.block_pool import BlockPool
 from experiments.replay.trace import BLOCK_TOKENS, Trace
 
 UNLIMITED: Final = "inf"

@@ -17,12 +17,11 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import Final
 
-from attnstore_worker.cache import Tier
-from attnstore_worker.engine import Engine, SamplingParams, Sequence
-
 from attnstore.clock import Clock
 from attnstore.core.hashing import BlockHash
 from attnstore.errors import InvalidArgument
+from attnstore_worker.cache import Tier
+from attnstore_worker.engine import Engine, SamplingParams, Sequence
 from experiments.replay.trace import BLOCK_TOKENS, Trace, TraceRequest
 
 _FIRST_TOKEN_ID: Final = 3

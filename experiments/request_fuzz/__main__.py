@@ -5,9 +5,8 @@ from __future__ import annotations
 import tempfile
 from pathlib import Path
 
-from attnstore_worker.testing import write_tiny_model
-
 from attnstore.command_line import CommandParser
+from attnstore_worker.testing import write_tiny_model
 from experiments.options import COUNT, SEED
 from experiments.request_fuzz.run import fuzz, report
 

@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Final
 
 from attnstore_worker.testing import WorkerProcess
-
 from experiments.endpoints import complete, model_name
 from experiments.request_fuzz.generator import FuzzedRequest, requests
 

@@ -6,13 +6,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from attnstore_worker.engine import Engine, EngineOptions, SamplingParams
-from attnstore_worker.engine import Sequence as EngineSequence
-from attnstore_worker.model import load_model
 
 from attnstore.allocator import keep_freed_memory
 from attnstore.core.layout import DType
 from attnstore.limits import MIB
+from attnstore_worker.engine import Engine, EngineOptions, SamplingParams
+from attnstore_worker.engine import Sequence as EngineSequence
+from attnstore_worker.model import load_model
 from experiments.throughput.side import Start, serve
 
 

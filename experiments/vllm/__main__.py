@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Final
 
 import torch
-from attnstore_worker.model.conversion import model_folder
 from rich import box
 from rich.console import Console
 from rich.table import Table
@@ -22,6 +21,7 @@ from attnstore.command_line import CommandParser
 from attnstore.errors import AttnStoreError
 from attnstore.limits import THREADS_MAX
 from attnstore.option_types import Whole, file_to_write
+from attnstore_worker.model.conversion import model_folder
 from experiments.bandwidth.processes import ChildEnded
 from experiments.vllm.runs import Row, Run, System
 from experiments.vllm.session import Start

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from attnstore.client.breaker import FAILURES_MAX, PROBE_MS_FIRST, PROBE_MS_MAX, CircuitBreaker, CircuitState, had_fair_time
+from attnstore.client.cluster.breaker import FAILURES_MAX, PROBE_MS_FIRST, PROBE_MS_MAX, CircuitBreaker, CircuitState, had_fair_time
 from attnstore.limits import MIB, NODE_FAIR_MS
 from attnstore.testing import ManualClock
 

@@ -9,7 +9,7 @@ from concurrent.futures import Future
 import pytest
 
 from attnstore import PageStatus, errors
-from attnstore.client.bulk import (
+from attnstore.client.base import (
     BulkChoice,
     BulkUnavailable,
     ReadPlan,
@@ -20,7 +20,7 @@ from attnstore.client.bulk import (
     checked_transport,
     wait_out,
 )
-from attnstore.client.parts import PartWorkers
+from attnstore.client.transports.parts import PartWorkers
 from attnstore.clock import Deadline
 from attnstore.errors import ClientClosed, DeadlineExceeded, InvalidArgument, ProtocolError
 from attnstore.testing.clock import ManualClock

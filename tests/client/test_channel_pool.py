@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from attnstore.client.bulk import Transfer
-from attnstore.client.channel_pool import ChannelPool
+from attnstore.client.base import Transfer
+from attnstore.client.transports.channel_pool import ChannelPool
 from attnstore.clock import Deadline, MonotonicClock
 from attnstore.errors import ClientClosed, InvalidArgument, ProtocolError, Unavailable
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from attnstore.client.cluster_leases import ClusterLeases, LeasePart
+from attnstore.client.cluster.leases import ClusterLeases, LeasePart
 from attnstore.errors import LeaseExpired
 from attnstore.testing.clock import ManualClock
 from attnstore.types import Lease

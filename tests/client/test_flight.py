@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from attnstore.client.flight import Flight, SingleFlight
+from attnstore.client.cluster.flight import Flight, SingleFlight
 
 
 class Source:

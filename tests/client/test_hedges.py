@@ -8,11 +8,11 @@ from contextlib import asynccontextmanager
 
 import pytest
 
-from attnstore.client.bulk import ReadPlan
-from attnstore.client.cluster_read import ClusterRead
-from attnstore.client.hedges import HedgeBudget
-from attnstore.client.membership import ClusterMembership
-from attnstore.client.node_link import NodeLink
+from attnstore.client.base import ReadPlan
+from attnstore.client.cluster.hedges import HedgeBudget
+from attnstore.client.cluster.membership import ClusterMembership
+from attnstore.client.cluster.node_link import NodeLink
+from attnstore.client.cluster.read import ClusterRead
 from attnstore.client.options import ClusterOptions
 from attnstore.clock import Deadline, MonotonicClock
 from attnstore.directory import Member

@@ -6,7 +6,7 @@ import itertools
 
 import pytest
 
-from attnstore.client.lent import LentMemory
+from attnstore.client.transports.lent import LentMemory
 from attnstore.limits import SHARED_LENT_BYTES_MAX, SHARED_TAKE_PAGES_MAX
 
 

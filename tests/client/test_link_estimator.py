@@ -6,11 +6,11 @@ import math
 import random
 
 import pytest
-from attnstore_worker.cache.planning.link import LinkEstimate, LinkEstimator
 from hypothesis import given
 from hypothesis import strategies as st
 
 from attnstore.testing import ManualClock
+from attnstore_worker.cache.planning.link import LinkEstimate, LinkEstimator
 
 PAGE_BYTES = 368_640
 SAMPLES = st.lists(

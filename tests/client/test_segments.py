@@ -7,8 +7,8 @@ import itertools
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from attnstore.client.layer_merge import LayerMerge
-from attnstore.client.segments import leading_hits, runs_of
+from attnstore.client.cluster.layer_merge import LayerMerge
+from attnstore.client.cluster.segments import leading_hits, runs_of
 from attnstore.core.hashing import block_hashes, segment_key
 from attnstore.limits import SEGMENT_BLOCKS
 

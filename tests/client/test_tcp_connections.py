@@ -10,8 +10,8 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from attnstore import PageStatus, errors
-from attnstore.client.bulk import BulkUnavailable
-from attnstore.client.tcp_transport import TcpTransport
+from attnstore.client.base import BulkUnavailable
+from attnstore.client.transports.tcp import TcpTransport
 from attnstore.errors import ClientClosed, InvalidArgument
 from attnstore.wire.page_channel import encode_refusal
 from tests.channels import ChannelNode, NodeEnd, ScriptedNode, clean_node, read, read_plan, scripted, write_plan

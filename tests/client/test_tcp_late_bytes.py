@@ -17,8 +17,8 @@ import pytest
 import attnstore
 import attnstore.aio
 from attnstore import PageStatus, errors
-from attnstore.client.bulk import Transfer
-from attnstore.client.tcp_transport import TcpTransport
+from attnstore.client.base import Transfer
+from attnstore.client.transports.tcp import TcpTransport
 from attnstore.core.hashing import layer_checksums, page_checksum
 from attnstore.limits import HASH_BYTES
 from attnstore.testing import StoreProcess

@@ -7,8 +7,8 @@ from collections.abc import Iterator, Sequence
 import pytest
 
 from attnstore import errors
-from attnstore.client.bulk import BulkChoice, BulkUnavailable, MatchPlan
-from attnstore.client.tcp_transport import TcpTransport
+from attnstore.client.base import BulkChoice, BulkUnavailable, MatchPlan
+from attnstore.client.transports.tcp import TcpTransport
 from attnstore.clock import Deadline, MonotonicClock
 from attnstore.errors import InvalidArgument, ProtocolError, Unavailable
 from attnstore.limits import CHANNEL_READ_HASHES_MAX, LEASE_MS_MAX

@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from attnstore import PageStatus, errors
-from attnstore.client.bulk import BulkUnavailable, MatchPlan
-from attnstore.client.tcp_transport import TcpTransport
+from attnstore.client.base import BulkUnavailable, MatchPlan
+from attnstore.client.transports.tcp import TcpTransport
 from attnstore.clock import Deadline, MonotonicClock
 from attnstore.core.hashing import page_checksum
 from attnstore.errors import DeadlineExceeded, ProtocolError, Unavailable

@@ -14,7 +14,7 @@ import pytest
 
 import attnstore
 from attnstore import PageStatus
-from attnstore.client.cluster import AsyncClusterClient
+from attnstore.client.cluster.client import AsyncClusterClient
 from attnstore.testing import RedisServer, StoreProcess
 from tests.samples import SMALL, Batch, eventually, make_batch
 

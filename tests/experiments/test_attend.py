@@ -6,8 +6,8 @@ import json
 from pathlib import Path
 
 import pytest
-from attnstore_worker.model import LoadedModel, load_model
 
+from attnstore_worker.model import LoadedModel, load_model
 from experiments.attend.__main__ import _as_json
 from experiments.attend.real_model import Cell, documents, measure
 from experiments.attend.rows import MODES, Row, attend_ms, fetch_ms, table

@@ -8,10 +8,10 @@ from pathlib import Path
 from statistics import fmean
 
 import pytest
-from attnstore_worker.model import LoadedModel
 from hypothesis import given
 from hypothesis import strategies as st
 
+from attnstore_worker.model import LoadedModel
 from experiments.memory_utilization.__main__ import main
 from experiments.memory_utilization.measure import POLICIES, Figures, Window, measure
 from experiments.memory_utilization.report import sustained_rate

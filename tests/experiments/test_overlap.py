@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from attnstore_worker.model import LoadedModel
-
 from experiments.overlap import Shape, measure
 
 

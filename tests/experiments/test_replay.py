@@ -9,14 +9,14 @@ import sys
 from pathlib import Path
 
 import pytest
-from attnstore_worker.engine import Engine, EngineOptions
-from attnstore_worker.model import LoadedModel
-from attnstore_worker.testing import MemoryStore
 
 from attnstore.clock import MonotonicClock
 from attnstore.core.eviction import EVICTION_POLICIES
 from attnstore.core.hashing import BlockHash
 from attnstore.errors import InvalidArgument
+from attnstore_worker.engine import Engine, EngineOptions
+from attnstore_worker.model import LoadedModel
+from attnstore_worker.testing import MemoryStore
 from experiments.replay.__main__ import main
 from experiments.replay.bound import bound_hits
 from experiments.replay.hash_only import UNLIMITED, Capacity, replay

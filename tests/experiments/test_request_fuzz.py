@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from attnstore_worker.testing import write_tiny_model
 
+from attnstore_worker.testing import write_tiny_model
 from experiments.request_fuzz.generator import FuzzedRequest, requests
 from experiments.request_fuzz.run import BATCH, fuzz, judge
 

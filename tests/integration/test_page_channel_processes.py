@@ -20,9 +20,9 @@ import attnstore
 import attnstore.aio
 from attnstore import PageStatus, errors
 from attnstore.client.async_client import ConnectOptions
+from attnstore.client.base import BulkUnavailable
 from attnstore.client.blocking import Client
-from attnstore.client.bulk import BulkUnavailable
-from attnstore.client.tcp_transport import TcpTransport
+from attnstore.client.transports.tcp import TcpTransport
 from attnstore.limits import CHANNEL_READ_HASHES_MAX
 from attnstore.testing import StoreProcess
 from attnstore.testing.clock import ManualClock

@@ -14,7 +14,7 @@ import pytest
 import attnstore
 import attnstore.aio
 from attnstore import DType, PageLayout, PageStatus, copying
-from attnstore.client.mapped import MappedExtent
+from attnstore.client.transports.mapped import MappedExtent
 from attnstore.copying import Checksums
 from attnstore.errors import DeadlineExceeded, InvalidArgument, Unavailable
 from attnstore.testing import StoreProcess

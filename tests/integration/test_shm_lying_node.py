@@ -9,9 +9,9 @@ import time
 import pytest
 
 from attnstore import PageStatus
-from attnstore.client.bulk import ReadPlan, WritePlan
+from attnstore.client.base import ReadPlan, WritePlan
 from attnstore.client.landing import Landing
-from attnstore.client.shm_transport import ShmTransport
+from attnstore.client.transports.shm import ShmTransport
 from attnstore.clock import Deadline, MonotonicClock
 from attnstore.errors import NamespaceUnknown, ProtocolError
 from attnstore.wire import shared

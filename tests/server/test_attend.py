@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from attnstore import PageLayout, errors
-from attnstore.client.attend import ChannelAttend
+from attnstore.client.transports.attend import ChannelAttend
 from attnstore.clock import MonotonicClock
 from attnstore.core.hashing import joint_checksum
 from attnstore.core.layout import DType

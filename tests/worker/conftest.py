@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from attnstore_worker.model import LoadedModel, load_model
-from attnstore_worker.testing import MemoryStore, write_tiny_model
 
 from attnstore.core.layout import DType
+from attnstore_worker.model import LoadedModel, load_model
+from attnstore_worker.testing import MemoryStore, write_tiny_model
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -10,11 +10,11 @@ from typing import Any
 
 import pytest
 import torch
+
+from attnstore.errors import InvalidArgument, Overloaded, Unavailable
 from attnstore_worker.engine import AsyncEngine, Engine, EngineOptions, FinishReason, SamplingParams, TokenStream
 from attnstore_worker.errors import ContextOverflow, SequenceFailed, StepFailed
 from attnstore_worker.model import LoadedModel
-
-from attnstore.errors import InvalidArgument, Overloaded, Unavailable
 
 LONG = SamplingParams(max_tokens=300)
 

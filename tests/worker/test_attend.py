@@ -6,17 +6,17 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 
 import pytest
+
+import attnstore
+from attnstore import errors
+from attnstore.client.transports.attend import AttendStream
+from attnstore.testing import StoreProcess
+from attnstore.types import Lease, MatchResult
 from attnstore_worker.engine import Engine, EngineOptions, FinishReason, SamplingParams
 from attnstore_worker.engine import Sequence as Prompted
 from attnstore_worker.errors import SequenceFailed
 from attnstore_worker.model import LoadedModel
 from attnstore_worker.testing import MemoryStore
-
-import attnstore
-from attnstore import errors
-from attnstore.client.attend import AttendStream
-from attnstore.testing import StoreProcess
-from attnstore.types import Lease, MatchResult
 from tests.samples import eventually
 
 BLOCKS = 8

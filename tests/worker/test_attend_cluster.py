@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
-from attnstore_worker.engine import Engine, EngineOptions, FinishReason, SamplingParams
-from attnstore_worker.model import LoadedModel
 
 import attnstore
+from attnstore_worker.engine import Engine, EngineOptions, FinishReason, SamplingParams
+from attnstore_worker.model import LoadedModel
 from tests.cluster.conftest import Cluster, known_to
 from tests.samples import eventually
 

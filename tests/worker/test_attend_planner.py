@@ -5,13 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
-from attnstore_worker.cache import CostPlanner, FetchAll
-from attnstore_worker.cache.planning.attend_planner import GAIN_MIN, AttendForecast
-from attnstore_worker.cache.planning.load_plan import Prompt
-from attnstore_worker.cache.planning.observation import Step, Transfer, TransferKind
-from attnstore_worker.engine import Engine, EngineOptions, SamplingParams
-from attnstore_worker.engine import Sequence as Prompted
-from attnstore_worker.model import LoadedModel
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -19,6 +12,13 @@ import attnstore
 from attnstore import errors
 from attnstore.clock import MonotonicClock
 from attnstore.testing import ManualClock, StoreProcess
+from attnstore_worker.cache import CostPlanner, FetchAll
+from attnstore_worker.cache.planning.attend_planner import GAIN_MIN, AttendForecast
+from attnstore_worker.cache.planning.load_plan import Prompt
+from attnstore_worker.cache.planning.observation import Step, Transfer, TransferKind
+from attnstore_worker.engine import Engine, EngineOptions, SamplingParams
+from attnstore_worker.engine import Sequence as Prompted
+from attnstore_worker.model import LoadedModel
 
 MS = st.floats(0.1, 1e5)
 LAYERS, PAGE_BYTES, ROW_BYTES = 30, 368_640, 139_320

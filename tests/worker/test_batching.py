@@ -8,6 +8,10 @@ from collections import Counter
 
 import pytest
 import torch
+
+from attnstore.core.eviction import EVICTION_POLICIES
+from attnstore.errors import InvalidArgument, Overloaded
+from attnstore.types import PageStatus
 from attnstore_worker.cache import WRITE_POLICIES
 from attnstore_worker.cache.planning.load_plan import Found, LoadPlan, LoadProgress, Order, Prompt, SearchPlan
 from attnstore_worker.engine import Engine, EngineOptions, FinishReason, SamplingParams, Sequence
@@ -15,10 +19,6 @@ from attnstore_worker.engine.sampler import Sampler, peaks
 from attnstore_worker.errors import StepFailed
 from attnstore_worker.model import LoadedModel
 from attnstore_worker.testing import MemoryStore
-
-from attnstore.core.eviction import EVICTION_POLICIES
-from attnstore.errors import InvalidArgument, Overloaded
-from attnstore.types import PageStatus
 
 WAIT_MS = 30_000
 

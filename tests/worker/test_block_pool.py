@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import pytest
-from attnstore_worker.cache.pool.block_pool import BlockPool
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from attnstore.core.eviction import EVICTION_POLICIES, LookAhead, create_eviction_policy
 from attnstore.core.hashing import BlockHash
 from attnstore.errors import Overloaded
+from attnstore_worker.cache.pool.block_pool import BlockPool
 
 CAPACITY = 6
 

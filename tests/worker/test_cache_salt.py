@@ -5,13 +5,13 @@ from __future__ import annotations
 import asyncio
 
 import pytest
-from attnstore_worker.engine import AsyncEngine, Engine, EngineOptions, SamplingParams, Sequence
-from attnstore_worker.model import LoadedModel
-from attnstore_worker.testing import MemoryStore
 
 import attnstore
 from attnstore.core.hashing import block_hashes, namespace
 from attnstore.testing import StoreProcess
+from attnstore_worker.engine import AsyncEngine, Engine, EngineOptions, SamplingParams, Sequence
+from attnstore_worker.model import LoadedModel
+from attnstore_worker.testing import MemoryStore
 
 WAIT_MS = 60_000
 HOW = SamplingParams(max_tokens=40)

@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from attnstore_worker.cli import main
-from attnstore_worker.engine import EngineOptions
 
 from attnstore import memory_limit
 from attnstore.testing import StoreProcess
+from attnstore_worker.cli import main
+from attnstore_worker.engine import EngineOptions
 
 PROMPT = "The store keeps pages. " * 40
 

@@ -6,6 +6,10 @@ import random
 from collections.abc import Callable, Iterator
 
 import pytest
+
+from attnstore.clock import MonotonicClock
+from attnstore.testing import ManualClock, StoreProcess
+from attnstore.testing.link import Link
 from attnstore_worker.cache import CostPlanner, open_store
 from attnstore_worker.cache.planning.estimators import PrefillCost
 from attnstore_worker.cache.planning.load_plan import Found, LoadPlan, LoadProgress, Order, Prompt, SearchPlan
@@ -13,10 +17,6 @@ from attnstore_worker.cache.planning.observation import Answer, Load, LoadEnd, S
 from attnstore_worker.cache.planning.split import IDLE_SHARE
 from attnstore_worker.engine import Engine, EngineOptions, SamplingParams
 from attnstore_worker.model import LoadedModel
-
-from attnstore.clock import MonotonicClock
-from attnstore.testing import ManualClock, StoreProcess
-from attnstore.testing.link import Link
 
 PAGE_BYTES = 368_640
 COST = PrefillCost(chunk_ms=50.0, token_ms=0.4, pair_ms=3e-4)

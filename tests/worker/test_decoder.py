@@ -8,15 +8,15 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from torch import nn
+from torch.nn import functional
+
+from attnstore.core.layout import DType
 from attnstore_worker.engine import Engine, EngineOptions, SamplingParams
 from attnstore_worker.model import LoadedModel, load_model
 from attnstore_worker.model.decoder import TransformersDecoder
 from attnstore_worker.model.linear import PackedLinear, WidenedLinear, gated_product, has_bf16_kernels, merged_linear, pack_linears
 from attnstore_worker.model.llama import LlamaDecoder
-from torch import nn
-from torch.nn import functional
-
-from attnstore.core.layout import DType
 
 BF16_TOLERANCE = 2**-6
 """bf16 has 8 bits: one rounding is 2**-8 of the value, and the layers in a row add theirs."""

@@ -7,17 +7,17 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from attnstore_worker.engine import Engine, EngineOptions, FinishReason, SamplingParams, Sequence
-from attnstore_worker.engine.sequence import next_chunk
-from attnstore_worker.errors import ContextOverflow, PoolTooSmall
-from attnstore_worker.model import LoadedModel, load_model
-from attnstore_worker.testing import MemoryStore
 
 from attnstore.attention import create_attention
 from attnstore.core.eviction import EVICTION_POLICIES
 from attnstore.core.layout import DType
 from attnstore.errors import InvalidArgument, Unavailable
 from attnstore.types import PageStatus
+from attnstore_worker.engine import Engine, EngineOptions, FinishReason, SamplingParams, Sequence
+from attnstore_worker.engine.sequence import next_chunk
+from attnstore_worker.errors import ContextOverflow, PoolTooSmall
+from attnstore_worker.model import LoadedModel, load_model
+from attnstore_worker.testing import MemoryStore
 
 WAIT_MS = 30_000
 TINY_OPTIONS = EngineOptions(pool_bytes=1 << 20, chunk_tokens=64)

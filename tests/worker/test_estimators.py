@@ -6,10 +6,11 @@ import math
 import random
 
 import pytest
-from attnstore_worker.cache.planning.cost_book import CostReport
-from attnstore_worker.cache.planning.estimators import DurationEstimator, FactorEstimator, PrefillCost, PrefillEstimator
 from hypothesis import given
 from hypothesis import strategies as st
+
+from attnstore_worker.cache.planning.cost_book import CostReport
+from attnstore_worker.cache.planning.estimators import DurationEstimator, FactorEstimator, PrefillCost, PrefillEstimator
 
 TRUTH = PrefillCost(chunk_ms=24.0, token_ms=0.5, pair_ms=3.3e-4)
 

@@ -12,17 +12,17 @@ from pathlib import Path
 import httpx2
 import pytest
 import uvicorn
+from rich.console import Console
+
+from attnstore.clock import MonotonicClock
+from attnstore.errors import InvalidArgument
+from attnstore.worker_status import worker_statuses
 from attnstore_worker.cache import CostPlanner
 from attnstore_worker.engine import AsyncEngine, Engine, EngineOptions, SamplingParams
 from attnstore_worker.explain import decisions_of, show, try_out
 from attnstore_worker.model import LoadedModel
 from attnstore_worker.serve import create_app
 from attnstore_worker.testing import MemoryStore
-from rich.console import Console
-
-from attnstore.clock import MonotonicClock
-from attnstore.errors import InvalidArgument
-from attnstore.worker_status import worker_statuses
 
 WAIT_S = 30.0
 PROMPT = list(range(5, 205))

@@ -11,6 +11,8 @@ from typing import Any
 
 import pytest
 import torch
+
+from attnstore.core.eviction import EVICTION_POLICIES
 from attnstore_worker.cache.planning.load_plan import LoadPlan, Prompt
 from attnstore_worker.cache.planning.observation import Answer, Load, Step, Transfer
 from attnstore_worker.engine import Engine, EngineOptions, FinishReason, SamplingParams
@@ -21,8 +23,6 @@ from attnstore_worker.engine.speculative import accepted_tokens
 from attnstore_worker.errors import LogitsNotFinite, SequenceFailed
 from attnstore_worker.model import LoadedModel
 from attnstore_worker.testing import FixedPlanner, MemoryStore
-
-from attnstore.core.eviction import EVICTION_POLICIES
 from tests.samples import eventually
 
 NAN, INF = torch.nan, torch.inf

@@ -12,16 +12,16 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from torch import Tensor
+
+from attnstore.attention import create_attention
+from attnstore.core.layout import DType
 from attnstore_worker.errors import PagesLost
 from attnstore_worker.model import LoadedModel, few_rows, load_model
 from attnstore_worker.model.attention import PagedStep, at_once
 from attnstore_worker.model.few_rows import ROWS_MAX, fits
 from attnstore_worker.model.llama import LlamaDecoder
 from attnstore_worker.model.weights import layer_shape
-from torch import Tensor
-
-from attnstore.attention import create_attention
-from attnstore.core.layout import DType
 
 BLOCK_TOKENS = 16
 TOLERANCE = {DType.FP32: 1e-4, DType.FP16: 0.05, DType.BF16: 0.4}

@@ -9,9 +9,10 @@ from typing import Any
 
 import pytest
 import transformers
+from transformers import LlamaConfig
+
 from attnstore_worker.fingerprint import BOOKKEEPING_FIELDS, config_fields, fingerprint
 from attnstore_worker.model import LoadedModel, load_model
-from transformers import LlamaConfig
 
 
 class LaterConfig(LlamaConfig):

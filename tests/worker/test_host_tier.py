@@ -6,12 +6,12 @@ import random
 
 import pytest
 import torch
-from attnstore_worker.cache.pool.host_tier import HostTier, OnEvict
-from attnstore_worker.errors import PoolTooSmall
 
 from attnstore.core.eviction import EvictionPolicy, FirstInFirstOut, LookAhead
 from attnstore.core.hashing import BlockHash
 from attnstore.core.layout import DType, PageLayout
+from attnstore_worker.cache.pool.host_tier import HostTier, OnEvict
+from attnstore_worker.errors import PoolTooSmall
 
 LAYOUT = PageLayout(layers=2, kv_heads=1, head_dim=4, block_tokens=4, dtype=DType.FP32)
 

@@ -7,17 +7,17 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+from torch import Tensor
+
+from attnstore.attention import AttentionBackend, create_attention
+from attnstore.testing import StoreProcess
+from attnstore.types import PageStatus
 from attnstore_worker.cache import STORE_TRANSPORTS, LayerGate, open_store
 from attnstore_worker.cache.planning.load_plan import LoadPlan, Order
 from attnstore_worker.engine import Engine, EngineOptions, SamplingParams
 from attnstore_worker.errors import PagesLost
 from attnstore_worker.model import LoadedModel
 from attnstore_worker.testing import FixedPlanner, MemoryStore
-from torch import Tensor
-
-from attnstore.attention import AttentionBackend, create_attention
-from attnstore.testing import StoreProcess
-from attnstore.types import PageStatus
 from experiments.overlap import Shape, measure
 
 WAIT_MS = 30_000

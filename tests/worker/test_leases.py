@@ -5,7 +5,6 @@ from __future__ import annotations
 import threading
 
 import pytest
-from attnstore_worker.cache.store.leases import LeaseKeeper
 
 import attnstore
 from attnstore.clock import MonotonicClock
@@ -13,6 +12,7 @@ from attnstore.errors import AttnStoreError, LeaseExpired, Unavailable
 from attnstore.testing import StoreProcess
 from attnstore.testing.clock import ManualClock
 from attnstore.types import Lease
+from attnstore_worker.cache.store.leases import LeaseKeeper
 from tests.samples import SMALL, eventually, make_batch
 
 FIRST, SECOND = Lease(b"1" * 16, 10_000), Lease(b"2" * 16, 20_000)

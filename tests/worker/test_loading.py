@@ -8,17 +8,17 @@ import time
 from collections.abc import Callable
 
 import pytest
+
+from attnstore.clock import MonotonicClock
+from attnstore.core.hashing import Namespace
+from attnstore.core.layout import DType, PageLayout
+from attnstore.types import PageStatus
 from attnstore_worker.cache import CacheManager, Loading, PagePool, RemoteTier
 from attnstore_worker.cache.planning.load_plan import LoadPlan, Order, Planner
 from attnstore_worker.cache.planning.observation import Answer, Load, LoadEnd, Step, Transfer, TransferKind
 from attnstore_worker.engine import Engine, EngineOptions, FinishReason, SamplingParams, Sequence
 from attnstore_worker.model import LoadedModel
 from attnstore_worker.testing import FixedPlanner, MemoryStore
-
-from attnstore.clock import MonotonicClock
-from attnstore.core.hashing import Namespace
-from attnstore.core.layout import DType, PageLayout
-from attnstore.types import PageStatus
 
 LAYOUT = PageLayout(layers=2, kv_heads=1, head_dim=4, block_tokens=4, dtype=DType.FP32)
 NAMESPACE = Namespace(b"n" * 32)

@@ -7,11 +7,6 @@ import time
 from collections.abc import Callable
 
 import pytest
-from attnstore_worker.cache import Admission, CacheManager, Loading, PagePool, Planner, RemoteTier
-from attnstore_worker.cache.planning.load_plan import LoadPlan
-from attnstore_worker.cache.store.remote import PAUSE_MS
-from attnstore_worker.errors import PoolTooSmall
-from attnstore_worker.testing import FixedPlanner, MemoryStore
 
 from attnstore.clock import MonotonicClock
 from attnstore.core.eviction import EvictionPolicy, LookAhead
@@ -20,6 +15,11 @@ from attnstore.core.layout import DType, PageLayout
 from attnstore.errors import Overloaded, Unavailable
 from attnstore.testing import ManualClock
 from attnstore.types import PageStatus
+from attnstore_worker.cache import Admission, CacheManager, Loading, PagePool, Planner, RemoteTier
+from attnstore_worker.cache.planning.load_plan import LoadPlan
+from attnstore_worker.cache.store.remote import PAUSE_MS
+from attnstore_worker.errors import PoolTooSmall
+from attnstore_worker.testing import FixedPlanner, MemoryStore
 
 LAYOUT = PageLayout(layers=2, kv_heads=1, head_dim=4, block_tokens=4, dtype=DType.FP32)
 NAMESPACE = Namespace(b"n" * 32)

@@ -9,14 +9,14 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
+
+from attnstore.core.layout import DType
 from attnstore_worker.cli import main
 from attnstore_worker.errors import ModelUnavailable
 from attnstore_worker.model import LoadedModel, export_model, find_model, load_model
 from attnstore_worker.model.conversion import cache_dir, converted_model
 from attnstore_worker.model.source import FolderSource, GgufSource, weights_digest
-from safetensors.torch import load_file, save_file
-
-from attnstore.core.layout import DType
 
 
 def test_the_default_model_is_the_one_in_the_package(model: LoadedModel) -> None:

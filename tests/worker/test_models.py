@@ -12,11 +12,11 @@ from typing import Any, Final, NamedTuple
 
 import pytest
 import transformers
+
+from attnstore.core.layout import DType
 from attnstore_worker.errors import ModelUnavailable
 from attnstore_worker.fingerprint import BOOKKEEPING_FIELDS, config_fields
 from attnstore_worker.model import LoadedModel, load_model
-
-from attnstore.core.layout import DType
 from experiments.models.agreement import pages_of
 from experiments.models.table import COMPUTED, NOT_TRIED, REFUSED, Row, computed_row, parsed, refused_row
 from experiments.models.tiny import NotTiny, names, write_model

@@ -8,12 +8,12 @@ from typing import Any, cast
 import pytest
 import torch
 import transformers
-from attnstore_worker.cache.attending.step import RemoteStep
-from attnstore_worker.model.attention import PagedStep, at_once
-from attnstore_worker.model.decoder import TransformersDecoder, create_decoder
 from torch import Tensor
 
 from attnstore.attention import create_attention, merge
+from attnstore_worker.cache.attending.step import RemoteStep
+from attnstore_worker.model.attention import PagedStep, at_once
+from attnstore_worker.model.decoder import TransformersDecoder, create_decoder
 from tests.attention.cases import paged
 
 HEADS, KV_HEADS, HEAD_DIM, TOKENS, REMOTE_TOKENS, SCALE = 4, 2, 64, 80, 48, 0.25

@@ -5,6 +5,9 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
 from attnstore_worker.cache.planning.estimators import PrefillCost
 from attnstore_worker.cache.planning.link import LinkEstimate
 from attnstore_worker.cache.planning.split import (
@@ -20,8 +23,6 @@ from attnstore_worker.cache.planning.split import (
     search_head,
     split,
 )
-from hypothesis import given
-from hypothesis import strategies as st
 
 PAGE_BYTES = 368_640
 MEASURED = PrefillCost(chunk_ms=24.0, token_ms=0.5, pair_ms=3.3e-4)

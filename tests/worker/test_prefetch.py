@@ -8,13 +8,13 @@ import time
 from collections.abc import Callable
 
 import pytest
+
+from attnstore.errors import InvalidArgument
+from attnstore.types import PageStatus
 from attnstore_worker.cache.planning.load_plan import AHEAD_BLOCKS, RecomputeAll
 from attnstore_worker.engine import Engine, EngineOptions, SamplingParams, Sequence
 from attnstore_worker.model import LoadedModel
 from attnstore_worker.testing import MemoryStore
-
-from attnstore.errors import InvalidArgument
-from attnstore.types import PageStatus
 
 WAIT_MS = 30_000
 HOW = SamplingParams(max_tokens=3)

@@ -10,15 +10,15 @@ from typing import Any
 import httpx2
 import pytest
 import transformers
+from tokenizers.processors import TemplateProcessing
+
+from attnstore.core.layout import DType
+from attnstore.errors import InvalidArgument
 from attnstore_worker.cli import _prompt_ids
 from attnstore_worker.engine import AsyncEngine, Engine, EngineOptions
 from attnstore_worker.model import LoadedModel, load_model
 from attnstore_worker.model.prompts import chat_tokens, text_tokens
 from attnstore_worker.serve import create_app
-from tokenizers.processors import TemplateProcessing
-
-from attnstore.core.layout import DType
-from attnstore.errors import InvalidArgument
 
 TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}"

@@ -5,15 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import pytest
-from attnstore_worker.cache.planning.observation import Observer, Transfer
-from attnstore_worker.cache.store.remote import RemoteTier
-from attnstore_worker.testing import MemoryStore
 
 from attnstore import DType, PageLayout, block_hashes, namespace
 from attnstore.errors import DeadlineExceeded, Unavailable
 from attnstore.limits import NODE_FAIR_MS
 from attnstore.testing import ManualClock
 from attnstore.types import MatchResult, PageStatus, ReadResult
+from attnstore_worker.cache.planning.observation import Observer, Transfer
+from attnstore_worker.cache.store.remote import RemoteTier
+from attnstore_worker.testing import MemoryStore
 
 LAYOUT = PageLayout(layers=2, kv_heads=1, head_dim=8, block_tokens=4, dtype=DType.FP32)
 NAMESPACE = namespace(LAYOUT, model=b"remote")

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from attnstore_worker.model.rows import added_and_normalized, fits, normalized, rotate
 from torch.nn.functional import rms_norm
+
+from attnstore_worker.model.rows import added_and_normalized, fits, normalized, rotate
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 EPSILON = 1e-5

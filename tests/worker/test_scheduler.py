@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import pytest
+
+from attnstore.errors import InvalidArgument, Overloaded
 from attnstore_worker.cache.pool.block_table import BlockTable
 from attnstore_worker.engine import SamplingParams, Sequence
 from attnstore_worker.engine.scheduler import Scheduler, SchedulerLimits
-
-from attnstore.errors import InvalidArgument, Overloaded
 
 BLOCK_TOKENS = 4
 PLENTY = 1_000

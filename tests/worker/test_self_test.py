@@ -12,6 +12,11 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from torch import Tensor, nn
+
+from attnstore.attention import CheckedAttention
+from attnstore.core.layout import DType
+from attnstore.errors import InvalidArgument
 from attnstore_worker.engine import Engine, EngineOptions, SamplingParams
 from attnstore_worker.errors import ModelUnavailable
 from attnstore_worker.model import LoadedModel, load_model
@@ -20,11 +25,6 @@ from attnstore_worker.model.few_rows import FewRows
 from attnstore_worker.model.llama import LlamaDecoder
 from attnstore_worker.model.self_test import AttentionKind
 from attnstore_worker.testing import MemoryStore
-from torch import Tensor, nn
-
-from attnstore.attention import CheckedAttention
-from attnstore.core.layout import DType
-from attnstore.errors import InvalidArgument
 
 CONTEXT_TOKENS = 256
 SIZES: dict[str, Any] = {

@@ -18,15 +18,15 @@ import openai
 import pytest
 import torch
 import uvicorn
+
+from attnstore.address import Address
+from attnstore.limits import HTTP_BODY_BYTES_MAX
 from attnstore_worker.engine import AsyncEngine, Engine, EngineOptions, SamplingParams
 from attnstore_worker.engine.sequence import Chunk
 from attnstore_worker.model import LoadedModel
 from attnstore_worker.serve import create_app
 from attnstore_worker.serve.formats import Json
 from attnstore_worker.testing import WorkerProcess
-
-from attnstore.address import Address
-from attnstore.limits import HTTP_BODY_BYTES_MAX
 
 WAIT_S = 30.0
 GREEDY: dict[str, Any] = {"temperature": 0.0}

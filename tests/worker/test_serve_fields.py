@@ -6,13 +6,13 @@ import json
 from typing import Any, get_type_hints
 
 import pytest
-from attnstore_worker.serve.fields import WITHOUT_EFFECT
-from attnstore_worker.serve.schema import ChatRequest, CompletionRequest, GenerationRequest, InvalidRequest, parse_request
 from openai.types import completion_create_params as of_completions
 from openai.types.chat import completion_create_params as of_chats
 from pydantic import ValidationError
 
 from attnstore.limits import HTTP_BODY_BRACKETS_MAX
+from attnstore_worker.serve.fields import WITHOUT_EFFECT
+from attnstore_worker.serve.schema import ChatRequest, CompletionRequest, GenerationRequest, InvalidRequest, parse_request
 
 BASES: dict[type[GenerationRequest], dict[str, Any]] = {
     CompletionRequest: {"model": "m", "prompt": "x"},

@@ -17,14 +17,14 @@ import httpx2
 import openai
 import pytest
 import uvicorn
+
+from attnstore.errors import InvalidArgument
+from attnstore.worker_status import worker_statuses
 from attnstore_worker.engine import AsyncEngine, Engine, EngineOptions
 from attnstore_worker.explain import decisions_of
 from attnstore_worker.model import LoadedModel
 from attnstore_worker.serve import Endpoint, create_app
 from attnstore_worker.serve.server import server_config
-
-from attnstore.errors import InvalidArgument
-from attnstore.worker_status import worker_statuses
 
 TOKENS = {"token-of-ada": "ada", "token-of-bob": "bob"}
 WAIT_S = 30.0

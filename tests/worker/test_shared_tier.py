@@ -12,14 +12,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from attnstore_worker.cache.pool.page_window import PageWindow
-from attnstore_worker.cache.store.shared_tier import SharedPages, SharedTier
 
 import attnstore
 from attnstore.attention import create_attention
 from attnstore.core.layout import DType, PageLayout
 from attnstore.testing import StoreProcess
 from attnstore.types import Lease, PageStatus
+from attnstore_worker.cache.pool.page_window import PageWindow
+from attnstore_worker.cache.store.shared_tier import SharedPages, SharedTier
 from tests.memory_files import flip_bit
 from tests.samples import Batch, eventually, make_batch
 

@@ -6,6 +6,7 @@ from collections import Counter
 
 import pytest
 import torch
+
 from attnstore_worker.engine import Engine, EngineOptions, SamplingParams, Sequence
 from attnstore_worker.engine.sampler import Sampler, peaks
 from attnstore_worker.engine.speculative import DRAFTS_MAX, DraftLength, accepted_tokens, draft

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 
 import pytest
+
+from attnstore.testing import StoreProcess
 from attnstore_worker.cache import STORE_TRANSPORTS, open_store
 from attnstore_worker.engine import Engine, EngineOptions, SamplingParams
 from attnstore_worker.model import LoadedModel
-
-from attnstore.testing import StoreProcess
 
 DEADLINE_MS = 500
 WAIT_MS = 30_000

@@ -6,9 +6,9 @@ import threading
 from collections.abc import Iterator, Sequence
 
 import pytest
-from attnstore_worker.cache.moving.swap_out import BATCH_BLOCKS_MAX, SwapOut
 
 from attnstore.core.hashing import BlockHash
+from attnstore_worker.cache.moving.swap_out import BATCH_BLOCKS_MAX, SwapOut
 
 WAIT_MS = 10_000
 

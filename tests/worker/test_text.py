@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import pytest
-from attnstore_worker.engine.text import TextStream
-from attnstore_worker.model import LoadedModel
 from hypothesis import given
 from hypothesis import strategies as st
+
+from attnstore_worker.engine.text import TextStream
+from attnstore_worker.model import LoadedModel
 
 
 def decode_bytes(token_ids: Sequence[int]) -> str:

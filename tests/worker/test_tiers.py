@@ -9,12 +9,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from attnstore_worker.cache import CacheManager, PagePool, PageStore, RemoteTier, SharedUse, Tier
-from attnstore_worker.cache.moving.loading import Admission, Loading
-from attnstore_worker.cache.pool.host_tier import HostTier
-from attnstore_worker.engine import Engine, EngineOptions, SamplingParams, Sequence
-from attnstore_worker.model import LoadedModel
-from attnstore_worker.testing import MemoryStore
 
 import attnstore
 from attnstore.clock import MonotonicClock
@@ -23,6 +17,12 @@ from attnstore.core.hashing import Namespace
 from attnstore.core.layout import DType, PageLayout
 from attnstore.errors import InvalidArgument, Overloaded
 from attnstore.testing import StoreProcess
+from attnstore_worker.cache import CacheManager, PagePool, PageStore, RemoteTier, SharedUse, Tier
+from attnstore_worker.cache.moving.loading import Admission, Loading
+from attnstore_worker.cache.pool.host_tier import HostTier
+from attnstore_worker.engine import Engine, EngineOptions, SamplingParams, Sequence
+from attnstore_worker.model import LoadedModel
+from attnstore_worker.testing import MemoryStore
 from tests.samples import eventually, make_batch
 
 WAIT_MS = 30_000

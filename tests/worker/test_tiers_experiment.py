@@ -6,8 +6,8 @@ import json
 from dataclasses import asdict
 
 import pytest
-from attnstore_worker.model import LoadedModel
 
+from attnstore_worker.model import LoadedModel
 from experiments.tiers import MODES, Pressure, decode_rows
 
 SERVED_BY = {"unconstrained": "hbm", "hbm_only": None, "host": "host", "remote_tcp": "remote", "shared_in_place": "shared"}

@@ -5,13 +5,13 @@ from __future__ import annotations
 import random
 
 import pytest
+
+from attnstore.errors import InvalidArgument
 from attnstore_worker.cache import WRITE_POLICIES
 from attnstore_worker.cache.moving.writers import STAGED_PAGES
 from attnstore_worker.engine import Engine, EngineOptions, SamplingParams
 from attnstore_worker.model import LoadedModel
 from attnstore_worker.testing import MemoryStore
-
-from attnstore.errors import InvalidArgument
 
 WAIT_MS = 30_000
 ONE = SamplingParams(max_tokens=1)

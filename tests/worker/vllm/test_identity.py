@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 import transformers
-from attnstore_worker.vllm.identity import kv_settings, page_hashes, page_layout, vllm_namespace
-from attnstore_worker.vllm.settings import Settings
 
 from attnstore.errors import InvalidArgument
+from attnstore_worker.vllm.identity import kv_settings, page_hashes, page_layout, vllm_namespace
+from attnstore_worker.vllm.settings import Settings
 
 LAYOUT = page_layout(layers=30, layer_block_bytes=98_304, kv_heads=3, block_tokens=128, tp_rank=0, tp_size=2)
 SETTINGS = {"model": "m", "dtype": "bfloat16", "config": {"rope_theta": 100_000}}

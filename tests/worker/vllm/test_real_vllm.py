@@ -14,12 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from attnstore_worker.model.conversion import export_model
 
 import attnstore
 from attnstore.testing import StoreProcess
 from attnstore.testing.link import Link
 from attnstore.testing.ports import free_port
+from attnstore_worker.model.conversion import export_model
 from experiments.vllm.runs import Engine
 from experiments.vllm.session import Answers, Batch, Start, attnstore_connector
 from tests.worker.vllm.judged import NAMED, NO_EFFECT, PASSED_BY, REFUSED

@@ -7,16 +7,16 @@ import threading
 from collections.abc import Iterator, Sequence
 
 import pytest
-from attnstore_worker.vllm.gate import PROBE_MS
-from attnstore_worker.vllm.identity import page_hashes, page_layout, vllm_namespace
-from attnstore_worker.vllm.known import KnownPages
-from attnstore_worker.vllm.plan import Costs
-from attnstore_worker.vllm.scheduling import SchedulerSide
 
 from attnstore.core.hashing import BlockHash
 from attnstore.errors import Unavailable
 from attnstore.limits import NODE_FAIR_MS
 from attnstore.testing import ManualClock
+from attnstore_worker.vllm.gate import PROBE_MS
+from attnstore_worker.vllm.identity import page_hashes, page_layout, vllm_namespace
+from attnstore_worker.vllm.known import KnownPages
+from attnstore_worker.vllm.plan import Costs
+from attnstore_worker.vllm.scheduling import SchedulerSide
 from tests.samples import eventually
 
 TOKENS = 16

@@ -6,9 +6,9 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from attnstore_worker.vllm.supported import SERVED, check_supported, is_served
 
 from attnstore.errors import InvalidArgument
+from attnstore_worker.vllm.supported import SERVED, check_supported, is_served
 
 
 class FullAttentionSpec(SimpleNamespace):

@@ -9,12 +9,6 @@ from typing import Any, cast
 
 import pytest
 import torch
-from attnstore_worker.cache.store.base import PageStore
-from attnstore_worker.vllm.identity import page_hashes, page_layout, vllm_namespace
-from attnstore_worker.vllm.kv_pages import KvPages
-from attnstore_worker.vllm.plan import BlockPlan, LoadPlan
-from attnstore_worker.vllm.probe import probe_link
-from attnstore_worker.vllm.transfers import Transfers
 
 import attnstore
 from attnstore.clock import MonotonicClock
@@ -22,6 +16,12 @@ from attnstore.core.layout import PageLayout
 from attnstore.errors import DeadlineExceeded, InvalidArgument, Unavailable
 from attnstore.testing import ManualClock, StoreProcess
 from attnstore.types import ReadResult
+from attnstore_worker.cache.store.base import PageStore
+from attnstore_worker.vllm.identity import page_hashes, page_layout, vllm_namespace
+from attnstore_worker.vllm.kv_pages import KvPages
+from attnstore_worker.vllm.plan import BlockPlan, LoadPlan
+from attnstore_worker.vllm.probe import probe_link
+from attnstore_worker.vllm.transfers import Transfers
 from tests.samples import eventually
 
 LAYERS, HEADS, TOKENS, WIDTH, BLOCKS = 3, 2, 16, 128, 12

@@ -11,7 +11,7 @@ from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from typing import Final
 
-from attnstore.client.breaker import CircuitBreaker, CircuitState, had_fair_time
+from attnstore.client.cluster.breaker import CircuitBreaker, CircuitState, had_fair_time
 from attnstore.clock import Clock
 from attnstore.core.hashing import BlockHash, Namespace
 from attnstore.core.layout import PageLayout

@@ -13,7 +13,7 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Final, Protocol, runtime_checkable
 
-from attnstore.client.attend import AttendStream
+from attnstore.client.transports.attend import AttendStream
 from attnstore.clock import Clock
 from attnstore.core.hashing import BlockHash, Namespace
 from attnstore.core.layout import PageLayout

@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Protocol
 
-from attnstore.client.bulk import OnLayer
+from attnstore.client.base import OnLayer
 from attnstore.clock import Clock
 from attnstore.core.hashing import BlockHash
 from attnstore.limits import CHANNEL_READ_HASHES_MAX

@@ -22,7 +22,7 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from attnstore.client.mapped import MappedExtent
+from attnstore.client.transports.mapped import MappedExtent
 from attnstore.core.layout import PageLayout
 from attnstore.errors import InvalidArgument
 from attnstore.limits import GIB

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Final, Protocol
 
 import attnstore
-from attnstore.client.bulk import TRANSPORT_NAMES
-from attnstore.client.bulk import OnLayer as OnLayer
+from attnstore.client.base import TRANSPORT_NAMES
+from attnstore.client.base import OnLayer as OnLayer
 from attnstore.client.options import checked_target as checked_target
 from attnstore.core.layout import PageLayout
 from attnstore.types import Lease, MatchResult, ReadResult, WriteResult

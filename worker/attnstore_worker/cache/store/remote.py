@@ -13,8 +13,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Final, TypeVar
 
-from attnstore.client.breaker import had_fair_time
-from attnstore.client.bulk import OnLayer
+from attnstore.client.base import OnLayer
+from attnstore.client.cluster.breaker import had_fair_time
 from attnstore.clock import Clock
 from attnstore.core.hashing import BlockHash, Namespace
 from attnstore.core.layout import PageLayout

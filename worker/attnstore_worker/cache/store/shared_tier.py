@@ -15,7 +15,7 @@ from typing import Any, Final, Protocol, runtime_checkable
 import numpy as np
 import numpy.typing as npt
 
-from attnstore.client.mapped import MappedExtent, PageViews
+from attnstore.client.transports.mapped import MappedExtent, PageViews
 from attnstore.core.hashing import BlockHash, Namespace
 from attnstore.fences import read_fence
 from attnstore.types import Lease, PageStatus

@@ -11,8 +11,8 @@ import asyncio
 from collections.abc import Sequence
 
 from attnstore.client.async_client import AsyncClient
-from attnstore.client.membership import ClusterMembership, no_node_to_ask
-from attnstore.client.node_link import NodeLink
+from attnstore.client.cluster.membership import ClusterMembership, no_node_to_ask
+from attnstore.client.cluster.node_link import NodeLink
 from attnstore.clock import Deadline
 from attnstore.core.layout import PageLayout
 from attnstore.errors import Retryable

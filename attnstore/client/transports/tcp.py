@@ -16,10 +16,10 @@ from struct import unpack
 from typing import TypeVar
 
 from attnstore.address import Address
-from attnstore.client.attend import ChannelAttend
-from attnstore.client.bulk import BulkUnavailable, MatchPlan, OpenChannel, ReadPlan, WritePlan, all_layers, matched
-from attnstore.client.channel_pool import ChannelPool
-from attnstore.client.parts import PartWorkers
+from attnstore.client.base import BulkUnavailable, MatchPlan, OpenChannel, ReadPlan, WritePlan, all_layers, matched
+from attnstore.client.transports.attend import ChannelAttend
+from attnstore.client.transports.channel_pool import ChannelPool
+from attnstore.client.transports.parts import PartWorkers
 from attnstore.clock import Clock, Deadline
 from attnstore.core.hashing import LAYER_CHECKSUM_BYTES, page_checksum
 from attnstore.errors import AttnStoreError, InvalidArgument, Overloaded, ProtocolError

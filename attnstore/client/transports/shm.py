@@ -22,11 +22,11 @@ from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
-from attnstore.client.bulk import BulkUnavailable, OpenChannel, ReadPlan, Transfer, WritePlan, all_layers
-from attnstore.client.channel_pool import ChannelPool
-from attnstore.client.lent import LentMemory
-from attnstore.client.mapped import Located, MappedExtent, PageViews
-from attnstore.client.parts import PartWorkers
+from attnstore.client.base import BulkUnavailable, OpenChannel, ReadPlan, Transfer, WritePlan, all_layers
+from attnstore.client.transports.channel_pool import ChannelPool
+from attnstore.client.transports.lent import LentMemory
+from attnstore.client.transports.mapped import Located, MappedExtent, PageViews
+from attnstore.client.transports.parts import PartWorkers
 from attnstore.clock import Deadline
 from attnstore.core.hashing import range_checksum
 from attnstore.errors import AttnStoreError, InvalidArgument, Overloaded, ProtocolError

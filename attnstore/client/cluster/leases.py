@@ -10,8 +10,8 @@ import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from attnstore.client.mapped import PageViews
-from attnstore.client.node_link import NodeLink
+from attnstore.client.cluster.node_link import NodeLink
+from attnstore.client.transports.mapped import PageViews
 from attnstore.clock import Clock
 from attnstore.errors import LeaseExpired
 from attnstore.limits import LEASE_ID_BYTES

@@ -18,9 +18,9 @@ from typing import Any, ClassVar
 import grpc
 
 from attnstore.address import Address
-from attnstore.client.bulk import WritePlan
+from attnstore.client.base import WritePlan
 from attnstore.client.landing import Landing
-from attnstore.client.tls_probe import explained
+from attnstore.client.transports.tls_probe import explained
 from attnstore.directory.trust import MemberCheck
 from attnstore.errors import ClientClosed, DeadlineExceeded, InvalidArgument, ProtocolError, Unavailable
 from attnstore.limits import (

@@ -11,9 +11,9 @@ from collections import defaultdict
 from collections.abc import Sequence
 
 from attnstore.client.async_client import AsyncClient
+from attnstore.client.cluster.membership import ClusterMembership, no_node_to_ask
+from attnstore.client.cluster.node_link import NodeLink
 from attnstore.client.landing import readable_view
-from attnstore.client.membership import ClusterMembership, no_node_to_ask
-from attnstore.client.node_link import NodeLink
 from attnstore.clock import Deadline
 from attnstore.core.hashing import segment_key
 from attnstore.core.layout import PageLayout

@@ -13,7 +13,7 @@ from typing import Final, TypeVar
 
 from attnstore import tasks
 from attnstore.client.async_client import AsyncClient
-from attnstore.client.breaker import CircuitBreaker, CircuitState, had_fair_time
+from attnstore.client.cluster.breaker import CircuitBreaker, CircuitState, had_fair_time
 from attnstore.client.options import ConnectOptions
 from attnstore.clock import Clock, Deadline
 from attnstore.core.layout import PageLayout

@@ -14,7 +14,7 @@ from contextlib import suppress
 from types import TracebackType
 from typing import Any, Final, Protocol, Self, TypeVar
 
-from attnstore.client.grpc_transport import AttendRpc
+from attnstore.client.transports.grpc import AttendRpc
 from attnstore.clock import Clock, Deadline
 from attnstore.core.hashing import joint_checksum
 from attnstore.errors import ClientClosed, ProtocolError, Unavailable

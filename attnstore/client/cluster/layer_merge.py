@@ -8,7 +8,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Sequence
 
-from attnstore.client.bulk import OnLayer
+from attnstore.client.base import OnLayer
 
 
 class LayerMerge:

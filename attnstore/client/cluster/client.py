@@ -18,19 +18,19 @@ from typing import Self, TypeVar
 
 from attnstore import tasks
 from attnstore.client.async_client import AsyncClient
-from attnstore.client.bulk import OnLayer
-from attnstore.client.cluster_delete import delete_everywhere
-from attnstore.client.cluster_leases import ClusterLeases, LeasePart
-from attnstore.client.cluster_read import ClusterRead
-from attnstore.client.cluster_write import ClusterWriter
-from attnstore.client.flight import Flight, SingleFlight
-from attnstore.client.hedges import HedgeBudget
-from attnstore.client.mapped import PageViews
-from attnstore.client.membership import ClusterMembership, no_node_to_ask
-from attnstore.client.node_link import NodeLink
+from attnstore.client.base import OnLayer
+from attnstore.client.cluster.delete import delete_everywhere
+from attnstore.client.cluster.flight import Flight, SingleFlight
+from attnstore.client.cluster.hedges import HedgeBudget
+from attnstore.client.cluster.leases import ClusterLeases, LeasePart
+from attnstore.client.cluster.membership import ClusterMembership, no_node_to_ask
+from attnstore.client.cluster.node_link import NodeLink
+from attnstore.client.cluster.read import ClusterRead
+from attnstore.client.cluster.segments import Run, leading_hits, runs_of
+from attnstore.client.cluster.totals import joint_description, joint_statistics
+from attnstore.client.cluster.write import ClusterWriter
 from attnstore.client.options import ClusterOptions, ConnectOptions, checked_deadline_ms
-from attnstore.client.segments import Run, leading_hits, runs_of
-from attnstore.client.totals import joint_description, joint_statistics
+from attnstore.client.transports.mapped import PageViews
 from attnstore.clock import Clock, Deadline, MonotonicClock
 from attnstore.core.layout import PageLayout
 from attnstore.directory import ClusterView, Member

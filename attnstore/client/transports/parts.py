@@ -10,7 +10,7 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import TypeVar
 
-from attnstore.client.bulk import BulkUnavailable, Transfer, wait_out
+from attnstore.client.base import BulkUnavailable, Transfer, wait_out
 from attnstore.errors import ClientClosed
 
 R = TypeVar("R")

@@ -16,13 +16,13 @@ from dataclasses import dataclass
 from typing import Final
 
 from attnstore.client.async_client import AsyncClient
-from attnstore.client.bulk import OnLayer, Transfer, in_thread
-from attnstore.client.cluster_leases import LeasePart
-from attnstore.client.hedges import HedgeBudget
+from attnstore.client.base import OnLayer, Transfer, in_thread
+from attnstore.client.cluster.hedges import HedgeBudget
+from attnstore.client.cluster.layer_merge import LayerMerge
+from attnstore.client.cluster.leases import LeasePart
+from attnstore.client.cluster.membership import ClusterMembership, no_node_to_ask
+from attnstore.client.cluster.node_link import NodeLink
 from attnstore.client.landing import Landing
-from attnstore.client.layer_merge import LayerMerge
-from attnstore.client.membership import ClusterMembership, no_node_to_ask
-from attnstore.client.node_link import NodeLink
 from attnstore.clock import Clock, Deadline
 from attnstore.core.hashing import segment_key
 from attnstore.core.layout import PageLayout

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from typing import Generic, Protocol, TypeVar
 
-from attnstore.client.bulk import Transfer
+from attnstore.client.base import Transfer
 from attnstore.clock import Deadline
 from attnstore.errors import ClientClosed, Unavailable
 

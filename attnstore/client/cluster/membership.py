@@ -11,7 +11,7 @@ from collections.abc import Awaitable, Callable
 from contextlib import AsyncExitStack
 
 from attnstore import tasks
-from attnstore.client.node_link import NodeLink
+from attnstore.client.cluster.node_link import NodeLink
 from attnstore.clock import Clock, Deadline
 from attnstore.directory import ClusterView, Directory, Member, ViewTracker
 from attnstore.errors import AttnStoreError, DeadlineExceeded, ProtocolError, Unavailable
