@@ -1,6 +1,6 @@
 """The table of docs/models.md: every architecture, whether the worker computes it, and how nearly.
 
-Owns: the rows and their text. Invariant: what is written is what a run finds; tests/worker/test_models.py compares them.
+Owns: the rows and their text. Invariant: what is written is what a run finds; tests/worker/model/test_models.py compares them.
 """
 
 from __future__ import annotations

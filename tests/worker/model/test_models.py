@@ -21,7 +21,7 @@ from experiments.models.agreement import pages_of
 from experiments.models.table import COMPUTED, NOT_TRIED, REFUSED, Row, computed_row, parsed, refused_row
 from experiments.models.tiny import NotTiny, names, write_model
 
-PAGE: Final = parsed((Path(__file__).parents[2] / "docs" / "models.md").read_text())
+PAGE: Final = parsed((Path(__file__).parents[3] / "docs" / "models.md").read_text())
 OTHER_BOOKKEEPING: Final[dict[str, Any]] = {
     "_name_or_path": "org/model",
     "_commit_hash": "1" * 40,
