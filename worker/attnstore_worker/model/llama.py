@@ -1,8 +1,8 @@
 """Llama's forward pass for packed rows over paged KV memory, from the weights of transformers' module.
 
 Owns: `LlamaDecoder`. Invariant: the logits are those of `TransformersDecoder` on the same module, up to rounding
-(tests/worker/model/test_decoder.py). Why: transformers' modules are made for batches, caches and training, and at one token a step they
-cost as much as reading the weights (docs/decisions/0017-lean-decoder.md).
+(tests/worker/model/test_decoder.py). Why: transformers' modules are made for batches, caches and training, and at one token a step
+they cost as much as reading the weights (docs/decisions/0017-lean-decoder.md).
 """
 
 from __future__ import annotations
