@@ -1,9 +1,9 @@
 """Counts the import floors of our packages, and fails over a bound: `python -m tests.import_floors`, a part of `make layers`.
 
-Owns: the definition, and the bounds. The floors of a package are the modules and packages that lie directly in it: the longest chain
-of imports from one to the next is its height. A package inside counts as one floor, and has floors of its own. Every import counts:
-in a function, and for type checking too, because a reader follows them all. The package's own `__init__` is its door, not a floor,
-but an import of it from inside belongs to a circle as any other.
+Owns: the definition, and the bounds. A package's number of floors is the length of the longest chain of imports between the modules
+and packages that lie directly in it. A package inside counts as one floor, and has floors of its own. Every import counts, those in
+functions and those for type checking too, because a reader follows them all. The package's own `__init__` is not a floor, but a
+module that imports it can close a circle.
 """
 
 from __future__ import annotations

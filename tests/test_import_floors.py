@@ -18,7 +18,7 @@ _NUMBERS = count()
 
 @pytest.fixture
 def graph(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Graph:
-    """Builds the graph of a package `house` with these files; `~` in a text is the package's name, which is another for each test."""
+    """Builds the graph of a new package with these files. `~` in a file's text stands for the package's name."""
 
     def build(files: dict[str, str]) -> grimp.ImportGraph:
         name = f"house{next(_NUMBERS)}"
