@@ -1,17 +1,17 @@
 """The CPU decode kernel: few query rows against keys that lie in scattered pages, read once and in place.
 
 Owns: `attend` and `finish`, compiled by numba for the machine that they run on.
-Invariant: a page is read once and nothing is gathered into new memory; every address lies in a block that a table names. Arrays are
-one-dimensional and contiguous unless said otherwise; `attend` states the layout of each.
+Invariant: a page is read once and is never gathered into other memory; every address lies in a block that a table names. Arrays are
+one-dimensional and contiguous unless stated otherwise; `attend` states the layout of each.
 
-A chunk of blocks is worked off in three phases: scores of all heads against its keys, one softmax over the chunk, sums over its
-values. A core has few line buffers, so waiting for memory overlaps with arithmetic only if requests are spread evenly: while a
-run of keys is worked on, the same head's run of values is requested a few lines at a time, and while a run of values is worked
-on, the same head's keys one chunk ahead.
+A chunk of blocks is processed in three phases: the scores of all heads against its keys, one softmax over the chunk, the weighted
+sum of its values. A core has few line fill buffers, so memory latency overlaps with arithmetic only if requests are spread evenly.
+While a run of keys is processed, the same head's run of values is prefetched a few lines at a time; while a run of values is
+processed, the same head's keys one chunk ahead are prefetched.
 
 Source: the online softmax of FlashAttention (Dao et al. 2022) over pages as in PagedAttention (Kwon et al. 2023). Scores are kept
-in base 2: the query arrives multiplied by `scale * log2(e)`, so that `exp2` alone does. What only some models have (a soft cap,
-sinks) is None for the others, for whom numba leaves it out of what it compiles.
+in base 2: the query arrives multiplied by `scale * log2(e)`, so that `exp2` suffices. Features that only some models have (soft
+cap, sinks) are None for the others, and numba then compiles the kernel without them.
 """
 
 # mypy: disable-error-code="untyped-decorator,no-untyped-call,no-untyped-def"
@@ -44,7 +44,7 @@ QUAD: Final = 4
 """Keys scored together; block_tokens must be a multiple of it, and head_dim of LANES."""
 
 CHUNK_TOKENS: Final = 64
-"""Keys per softmax: enough that its horizontal steps vanish, few enough that a chunk's scores stay in L1."""
+"""Keys per softmax: enough to amortise its horizontal steps, few enough that a chunk's scores stay in L1."""
 
 NOTHING_SEEN: Final = np.float32(-1e30)
 """Running maximum of a row before its first key. Finite, so that differences of maxima are never NaN."""
@@ -56,11 +56,11 @@ _LN2: Final = np.float32(np.log(2.0))
 _LOG2_E: Final = np.float32(np.log2(np.e))
 _LINE_BYTES: Final = 64
 _WIDENED_PER_LINE: Final = 8
-"""Vectors widened per line requested ahead; measured."""
+"""Vectors widened per cache line prefetched; measured."""
 
 
 class _Shape(NamedTuple):
-    """What does not change during one call; `run` elements are one head's keys (or values) of one block."""
+    """The constants of one call. `run` is the number of elements of one head's keys (or values) in one block."""
 
     kv_heads: int
     group: int
@@ -86,7 +86,7 @@ def scratch_elements(rows: int, q_heads: int, block_tokens: int, head_dim: int) 
 
 @inlined
 def _widen(tile, flat, start, ahead, shape):
-    """Copies a run of a page into the fp32 tile, from where each row's loop rereads it in L1; returns where `ahead` goes on."""
+    """Copies a run of a page into the fp32 tile, so that each row rereads it from L1. Returns the new `ahead`."""
     for at in range(0, shape.run, LANES):
         if at % (_WIDENED_PER_LINE * LANES) == 0:
             prefetch(flat, ahead)
@@ -97,7 +97,7 @@ def _widen(tile, flat, start, ahead, shape):
 
 @inlined
 def _request(flat, ahead, until, lines, shape):
-    """Requests the next `lines` cache lines of a run that ends at `until`; returns where to go on."""
+    """Prefetches the next `lines` cache lines of a run that ends at `until`. Returns the new `ahead`."""
     stop = min(until, ahead + lines * shape.line)
     while ahead < stop:
         prefetch(flat, ahead)
@@ -107,7 +107,7 @@ def _request(flat, ahead, until, lines, shape):
 
 @inlined
 def _score_one(scores, score, query, row, tile, flat, ahead, until, lines, shape):
-    """`scores[score + t] = query[row] . key[t]` for the tile's keys."""
+    """`scores[score + t] = query[row] . key[t]` for the keys of the tile."""
     dims = shape.head_dim
     for token in range(0, shape.block_tokens, QUAD):
         ahead = _request(flat, ahead, until, lines, shape)
@@ -147,8 +147,9 @@ def _score_two(scores, score1, score2, query, row1, row2, tile, flat, ahead, unt
 
 @inlined
 def advance(tops, sums, state, top, summed):
-    """Adds weights relative to `top` to a row's sum, whose running maximum is not above it; returns the factor on what was summed
-    before."""
+    """Adds weights relative to `top`, which is at least the row's running maximum, to its sum. Returns the factor for what was
+    summed before.
+    """
     keep = _ONE
     if top > tops[state]:
         keep = np.float32(2.0 ** (tops[state] - top))
@@ -159,7 +160,7 @@ def advance(tops, sums, state, top, summed):
 
 @inlined
 def cap_scores(scores, begin, end, factor, cap):
-    """Turns products `[begin, end)`, a multiple of LANES, into scores `cap * tanh(factor * product)`."""
+    """Turns the products `[begin, end)`, a multiple of LANES, into scores `cap * tanh(factor * product)`."""
     factors, caps = splat(factor), splat(cap)
     for at in range(begin, end, LANES):
         store(scores, at, mul(caps, tanh(mul(factors, load(scores, at)))))
@@ -167,7 +168,8 @@ def cap_scores(scores, begin, end, factor, cap):
 
 @inlined
 def with_sink(top, summed, sink):
-    """A row's maximum and sum of weights with its sink, in base e, among them; and the factor on what was summed before."""
+    """Returns a row's maximum and sum of weights including its sink (given in base e), and the factor for what was summed before.
+    """
     sink *= _LOG2_E
     higher = max(top, sink)
     keep = np.float32(2.0 ** (top - higher))
@@ -176,7 +178,7 @@ def with_sink(top, summed, sink):
 
 @inlined
 def _softmax(scores, score, tokens, tops, sums, state):
-    """Turns one row's scores into weights relative to its running maximum; returns the factor on what was summed before."""
+    """Turns one row's scores into weights relative to its running maximum. Returns the factor for what was summed before."""
     highest = splat(tops[state])
     for at in range(score, score + tokens, LANES):
         highest = maximum(highest, load(scores, at))
@@ -257,7 +259,7 @@ def _sum_two(outs, out1, out2, keep1, keep2, scores, score1, score2, tile, first
 
 @inlined
 def _score_block(scores, score, query, row0, offsets, steps, tile, flat, begin, lines, shape):
-    """First phase for one block: every row's scores against its keys, the values being requested meanwhile."""
+    """First phase for one block: computes the scores of every row against its keys while prefetching its values."""
     values_at = shape.kv_heads * shape.run
     for head in range(shape.kv_heads):
         start = begin + head * shape.run
@@ -275,7 +277,9 @@ def _score_block(scores, score, query, row0, offsets, steps, tile, flat, begin, 
 
 @inlined
 def _softmax_chunk(scores, keeps, visible, row0, rows, state0, offsets, key0, tokens, tops, sums, cap, shape):
-    """Second phase: caps, hides what a row does not see, softmaxes; returns the tokens `[first, last)` that any row sees."""
+    """Second phase: caps scores, hides the keys that a row does not see, applies softmax. Returns the tokens `[first, last)` that
+    at least one row sees.
+    """
     padded = (tokens + LANES - 1) // LANES * LANES
     seen_first, seen_last = tokens, 0
     for row in range(rows):
@@ -298,7 +302,7 @@ def _softmax_chunk(scores, keeps, visible, row0, rows, state0, offsets, key0, to
 
 @inlined
 def _sum_block(outs, keeps, scores, score, state0, offsets, steps, tile, first, last, flat, begin, ahead0, lines, shape):
-    """Third phase for one block: adds its weighted values to every row, the keys of the next chunk being requested meanwhile."""
+    """Third phase for one block: adds its weighted values to every row while prefetching the keys of the next chunk."""
     values_at = shape.kv_heads * shape.run
     for head in range(shape.kv_heads):
         ahead = ahead0 + head * shape.run
@@ -335,11 +339,12 @@ def attend(
     scratch,
     cap,
 ):
-    """Attend for each of `pieces`, a run of blocks of one sequence; leaves unnormalised results in `outs`, `tops`, `sums`.
+    """Computes attention for each of `pieces`, a run of blocks of one sequence. Leaves unnormalised results in `outs`, `tops`,
+    `sums`.
 
     pieces: int64 `[n, 6]`: sequence, first row, rows, first block, end of blocks, first state row.
     tables: int32 `[seqs, max_blocks]`. visible: int32 `[rows, 2]`, the range of keys that each row sees.
-    query: fp32 `[rows * q_heads * head_dim]`, times `scale * log2(e)`, or `scale / soft_cap` where there is a cap.
+    query: fp32 `[rows * q_heads * head_dim]`, times `scale * log2(e)`, or `scale / soft_cap` if there is a cap.
     flat: the pool's elements, as `simd.load` takes them.
     block_stride, layer_at: elements from block to block, and from a block's start to the layer's.
     outs: fp32 `[state rows * q_heads * head_dim]`; tops, sums: fp32 `[state rows * q_heads]`: running maximum and sum of weights.
@@ -355,7 +360,8 @@ def attend(
         steps = rows * group
         tile, scores = scratch[:run], scratch[run : run + q_heads * rows * width]
         keeps = scratch[run + q_heads * rows * width : run + q_heads * rows * (width + 1)]
-        # Row (i, h) of a query as its kernel meets it: by key head, then by query token, then by member of the group.
+        # Offsets of the query rows in the order in which the kernel visits them: by KV head, then query token, then member of the
+        # group.
         offsets = np.empty(q_heads * rows, np.int64)
         for head in range(kv_heads):
             for step in range(steps):
@@ -388,9 +394,9 @@ def attend(
 
 @compiled
 def finish(pieces, owners, q_heads, head_dim, outs, tops, sums, lses, sinks):
-    """Folds the states of pieces that share a row into their owner's, adds the sinks and normalises the owners, in place.
+    """Folds the states of pieces that share a row into their owner's state, adds the sinks and normalises the owners, in place.
 
-    owners: int64 `[n]`, for each piece the state row of its sequence's first piece (its own where it is the first).
+    owners: int64 `[n]`, for each piece the state row of its sequence's first piece (its own for the first piece).
     lses: fp32 `[owner rows * q_heads]`, natural logarithm, written here; `outs` of owner rows become the attention's result.
     sinks: fp32 `[q_heads]`, or None.
     """

@@ -1,16 +1,16 @@
-"""The page table of a store node: which pages are here, who holds them, and which go when there is no room.
+"""The page table of a store node: which pages it holds, who pins them, and which are evicted when space is needed.
 
-Owns: every page of the node, through its whole life (`attnstore.core.page` draws it as a table), and the composition of the
-parts: slots (where), residency (which extents are idle), leases and pins (who holds), room (what goes first), events (who is told),
-tombstones (what does not come back).
-Invariants, asserted by `check` with those of the parts: free + arriving + sealed + corrupt slots are all the slots; the capacity is
-never passed; a page is evictable exactly while it is sealed and unpinned.
+Owns: every page of the node for its whole life (`attnstore.core.page` has the state table), and the composition of the parts: slots
+(where a page lies), residency (which extents are idle), leases and pins (who holds a page), room (eviction), events
+(notifications), tombstones (deleted pages that must not return).
+Invariants, asserted by `check` together with those of the parts: free, arriving, sealed and corrupt slots add up to all slots; the
+capacity is never exceeded; a page is evictable exactly while it is sealed and unpinned.
 
-No command evicts more than `WORK_PAGES_MAX` pages, or lets more than `MATCH_PAGES_MAX` go: what takes more says that it is not
-done, and is asked again, so that whoever shares the table gets turns between.
+No command evicts more than `WORK_PAGES_MAX` pages or releases more than `MATCH_PAGES_MAX`. A command that needs more reports that
+it is not done and is called again, so that other callers get turns in between.
 
-Pure: no I/O, no clock, no framework. Time comes in as `now_ms`, identifiers through `new_lease_id`, effects go out as return
-values and events, so that a simulation from a seed repeats exactly. Not thread-safe: one owner calls it.
+Pure: no I/O, no clock, no framework. Time is passed as `now_ms`, lease ids come from `new_lease_id`, and effects are returned as
+values and events, so that a simulation repeats exactly from its seed. Not thread-safe: one owner calls it.
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ __all__ = ["ArrivingPage", "MatchOutcome", "PageTable", "PinnedPage", "Room"]
 
 @dataclass(frozen=True, slots=True)
 class MatchOutcome:
-    """`hits[i]`: leading sealed pages of prefix i. `lease_id` is None, and `lease_ms` 0, where no lease was asked for or
-    nothing hit.
+    """`hits[i]` is the number of leading sealed pages of prefix i. `lease_id` is None and `lease_ms` is 0 if no lease was requested
+    or nothing was found.
     """
 
     hits: tuple[int, ...]
@@ -51,11 +51,11 @@ class MatchOutcome:
 
 
 class PageTable:
-    """See the module. Methods that take a space raise `NamespaceUnknown` where it was not registered.
+    """See the module. Methods that take a space raise `NamespaceUnknown` if the space is not registered.
 
-    Raises `InvalidArgument` for a capacity or extent size that makes no extent. What its limits allow is shared among `tenants`
-    tenants. `new_lease_id` returns 16 bytes, never twice the same and not to be guessed, because whoever knows a lease id may renew
-    and release it.
+    The constructor raises `InvalidArgument` if capacity and extent size give no extent. The limits are shared among `tenants`
+    tenants. `new_lease_id` must return 16 bytes that are unique and unpredictable, because anyone who knows a lease id can renew
+    and release the lease.
     """
 
     def __init__(
@@ -87,10 +87,10 @@ class PageTable:
         self._corrupt = 0
 
     def register(self, space: Space, layout: PageLayout) -> int:
-        """Makes a tenant's namespace known, idempotently, and returns how many of its pages the whole arena could hold.
+        """Registers a tenant's namespace, idempotently, and returns the number of its pages that would fit the whole arena.
 
-        Raises `LayoutMismatch`, `InvalidArgument` (the page is larger than an extent) or `Overloaded` (the tenant has its share of
-        namespaces, and all have pages).
+        Raises `LayoutMismatch`, `InvalidArgument` if a page is larger than an extent, or `Overloaded` if the tenant has used its
+        share of namespaces and all of them have pages.
         """
         record = self._namespaces.known(space, layout)
         if record is None:
@@ -102,7 +102,7 @@ class PageTable:
         return self._slots.extents * record.slot_class.slots_per_extent
 
     def limit_tenants(self, quota_bytes: Mapping[str, int]) -> None:
-        """Bytes that tenants' pages may take here; who is not named may take all there is. See `Quotas.limit`."""
+        """Sets how many bytes the pages of each tenant may take. Tenants not named are unlimited. See `Quotas.limit`."""
         self._quotas.limit(quota_bytes)
 
     def layout_of(self, space: Space) -> PageLayout:
@@ -111,21 +111,21 @@ class PageTable:
 
     @property
     def extents(self) -> int:
-        """How many there are."""
+        """The number of extents of the arena."""
         return self._slots.extents
 
     @property
     def stored_pages(self) -> int:
-        """How many pages were sealed since the start."""
+        """The number of pages sealed since the start."""
         return self._stored
 
     @property
     def leased_pages(self) -> int:
-        """How many pages were leased since the start, one counted once for each lease."""
+        """The number of pages leased since the start; a page counts once per lease."""
         return self._leases.leased_pages
 
     def pages_in(self, extent: int) -> list[Page]:
-        """The records of all pages of an extent, arriving ones too, in the order in which they came."""
+        """Returns the records of all pages of an extent, including arriving ones, in order of arrival."""
         return list(self._residency.pages_of(extent))
 
     def match(
@@ -136,13 +136,14 @@ class PageTable:
         now_ms: float,
         lease_id: bytes | None = None,
     ) -> MatchOutcome:
-        """How many leading hashes of each prefix are sealed, and with `lease_ms > 0` one lease over all of those pages.
+        """Counts the leading sealed pages of each prefix and, with `lease_ms > 0`, takes one lease over all of them.
 
-        The pages go into the lease `lease_id` where one is named, which was granted for the beginning of the same prefixes.
+        If `lease_id` is given, the pages are added to that lease, which must have been granted for the beginning of the same
+        prefixes.
 
-        A lease longer than `LEASE_MS_MAX` is granted that. The pages count as used, the first of a prefix as the most recent,
-        so that a chain loses its tail before its head. O(1) for each hash, whatever the size of the table.
-        Raises `Overloaded` where a lease is asked for that would pass the tenant's share; nothing has changed then.
+        A lease is granted for at most `LEASE_MS_MAX`. The pages count as used, the first page of a prefix most recently, so that a
+        chain is evicted from its tail. O(1) per hash, independent of the size of the table.
+        Raises `Overloaded` if the lease would exceed the tenant's share; nothing has changed then.
         """
         record = self._namespaces.find(space)
         found: list[Page] = []
@@ -169,14 +170,14 @@ class PageTable:
         return MatchOutcome(tuple(hits), lease_id, granted_ms)
 
     def missed(self, pages: int) -> None:
-        """Counts pages of a `match` behind the first of their prefix that was not found."""
+        """Counts the hashes of a prefix that `match` was not asked for, because an earlier one was missing."""
         self._missed += pages
 
     def pin(self, space: Space, page_hash: bytes, lease_id: bytes | None, now_ms: float) -> PinnedPage | PageStatus:
-        """Keeps a sealed page in place for a running read, or says MISSING or, where a lease is named, LEASE_EXPIRED.
+        """Keeps a sealed page in place for a running read. Returns MISSING, or LEASE_EXPIRED if a lease is named, on failure.
 
-        A lease of another space counts as expired. The page need not be one that the lease covers. Raises `Overloaded` where the
-        tenant keeps its share of the memory in place already.
+        A lease of another space counts as expired. The lease need not cover the page. Raises `Overloaded` if the tenant already
+        keeps its share of the memory in place.
         """
         record = self._namespaces.find(space)
         page = record.sealed.get(page_hash)
@@ -196,7 +197,9 @@ class PageTable:
     def use(
         self, space: Space, page_hashes: Sequence[bytes], lease_id: bytes | None, now_ms: float
     ) -> list[PinnedPage | PageStatus]:
-        """`pin` and `unpin` of each, in order, for a caller that is done with the pages before the table is used again."""
+        """Returns what `pin` returns for each hash, in order, without keeping a pin: the caller must finish with the pages before
+        the next command.
+        """
         record = self._namespaces.find(space)
         if lease_id is not None:
             lease = self._leases.find(lease_id, now_ms)
@@ -208,7 +211,7 @@ class PageTable:
         return [PageStatus.MISSING if page is None else PinnedPage(page) for page in pages]
 
     def unpin(self, page: PinnedPage) -> None:
-        """Ends a `pin`. The page counts as used until now."""
+        """Ends a `pin`. The page counts as used at this moment."""
         record = page.record
         assert record.readers > 0, "the page is unpinned more often than it was pinned"
         record.readers -= 1
@@ -217,13 +220,14 @@ class PageTable:
     def prepare(
         self, space: Space, page_hash: bytes, checksum: int, now_ms: float, age_ms: int = 0
     ) -> ArrivingPage | PageStatus | Literal[Room.MAKING]:
-        """A slot for a page that a writer announces, or ALREADY_PRESENT, ARRIVING or NO_SPACE.
+        """Allocates a slot for a page that a writer announces, or returns ALREADY_PRESENT, ARRIVING or NO_SPACE.
 
-        May evict unpinned pages, at most `WORK_PAGES_MAX`: `Room.MAKING` says to ask again, because those were not enough. The page
-        stays invisible until `complete`.
+        May evict up to `WORK_PAGES_MAX` unpinned pages. `Room.MAKING` means that those were not enough and that the caller must ask
+        again. The page stays invisible until `complete`.
 
-        With `age_ms` another node hands the page over, so long after a client has written it. Then nothing is evicted: what clients
-        use here is worth as much. DELETED where the page was deleted here and is not known to have been written later.
+        `age_ms > 0` means that another node hands the page over, `age_ms` after a client wrote it. Nothing is evicted for such a
+        page, because the pages that clients use here are worth as much. Returns DELETED if the page was deleted here and is not
+        known to have been written later.
         """
         assert len(page_hash) == HASH_BYTES, f"a hash has {HASH_BYTES} bytes"
         record = self._namespaces.find(space)
@@ -255,12 +259,12 @@ class PageTable:
         return ArrivingPage(page)
 
     def complete(self, page: ArrivingPage, now_ms: float, layers: bytes = b"") -> PageStatus:
-        """Seals a page whose bytes are all there and have the announced checksum: from now on it is found. STORED.
+        """Seals a page whose bytes have all arrived and have the announced checksum: lookups find it from now on. Returns STORED.
 
-        `layers` are the `layer_checksums` of the bytes that had it, without which no layer of the page can be checked.
+        `layers` are the `layer_checksums` of those bytes; without them no single layer of the page can be checked.
 
-        A page that is handed over and was deleted on its way is aborted: DELETED. One that a client writes is new, though one of
-        that hash was deleted before.
+        A handed-over page that was deleted while it was in transit is aborted: DELETED. A page written by a client is new, even if
+        a page with that hash was deleted before.
         """
         record, arrived = page.record.namespace, page.record
         if not arrived.is_handed_over:
@@ -284,7 +288,7 @@ class PageTable:
         return PageStatus.STORED
 
     def abort(self, page: ArrivingPage) -> None:
-        """Takes the slot of a page back that will not be complete: its writer failed, vanished or was too slow."""
+        """Frees the slot of a page that will not complete, because its writer failed, disconnected or was too slow."""
         abandoned = page.record
         abandoned.advance(PageStep.ABORT)
         del abandoned.namespace.arriving[abandoned.hash]
@@ -294,26 +298,27 @@ class PageTable:
         self._free(abandoned)
 
     def holds(self, space: Space, lease_id: bytes, now_ms: float) -> bool:
-        """The lease is alive and of this space."""
+        """Returns whether the lease is alive and belongs to this space."""
         lease = self._leases.find(lease_id, now_ms)
         return lease is not None and lease.namespace is self._namespaces.find(space)
 
     def renew(self, tenant: str, lease_id: bytes, lease_ms: int, now_ms: float) -> int:
-        """Extends a tenant's lease to at least `lease_ms` (at most `LEASE_MS_MAX`) from now; returns the milliseconds it has now.
+        """Extends a tenant's lease to at least `lease_ms` (at most `LEASE_MS_MAX`) from now. Returns its new remaining time in ms.
 
         Raises `LeaseExpired`.
         """
         return self._leases.renew(tenant, lease_id, lease_ms, now_ms)
 
     def release(self, tenant: str, lease_id: bytes, now_ms: float) -> bool:
-        """Ends a tenant's lease; False where it had expired or never existed. Lets pages go, its own or as `expire` does."""
+        """Ends a tenant's lease. Returns False if it had expired or never existed. Releases its pages, or as many as `expire` does.
+        """
         return self._pins.release(tenant, lease_id, now_ms)
 
     def delete(self, space: Space, page_hashes: Sequence[bytes], now_ms: float) -> list[PageStatus]:
-        """Removes sealed pages: of each OK, MISSING, or PINNED where a lease or a reader holds it.
+        """Removes sealed pages. Returns for each page OK, MISSING, or PINNED if a lease or a reader holds it.
 
-        A lease that has ended holds its pages until `expire` has let them go. Those that are not PINNED cannot be handed over by
-        other nodes from now on (`prepare`), for `TOMBSTONE_MS_MAX`.
+        An expired lease holds its pages until `expire` has released them. For `TOMBSTONE_MS_MAX`, other nodes cannot hand over
+        (`prepare`) the pages that were not PINNED.
         """
         self._pins.settle(now_ms)
         record = self._namespaces.find(space)
@@ -330,7 +335,7 @@ class PageTable:
         return PageStatus.OK
 
     def deleted_elsewhere(self, space: Space, page_hash: bytes, died_ms: float, now_ms: float) -> None:
-        """Takes note that the page was deleted elsewhere at `died_ms`, and removes it unless it was written later or is pinned."""
+        """Records that the page was deleted on another node at `died_ms`. Removes it unless it was written later or is pinned."""
         page = self._namespaces.sealed_in(space).get(page_hash)
         if page is not None and page.written_ms >= died_ms:
             return
@@ -339,14 +344,15 @@ class PageTable:
             self._drop(page, PageStep.DELETE, PageEventKind.DELETED)
 
     def peek(self, space: Space, page_hash: bytes) -> PinnedPage | None:
-        """A sealed page, for `verified`: neither pinned, so that its slot may be another page's any time, nor used."""
+        """Returns a sealed page for `verified` without pinning or using it: its slot may be given to another page at any time."""
         page = self._namespaces.find(space).sealed.get(page_hash)
         return None if page is None else PinnedPage(page)
 
     def verified(self, page: PinnedPage, now_ms: float, *, intact: bool) -> bool:
-        """A page was hashed again, pinned or not. One that is not intact is gone from now on, and its slot with its last pin: True.
+        """Records the result of hashing a page again, pinned or not. Returns True if the page was condemned.
 
-        Nothing happens to a page that is gone already: its slot may have had another's bytes meanwhile.
+        A page that is not intact is no longer found, and its slot is freed with its last pin. Nothing happens to a page that is
+        already gone, because its slot may have held another page meanwhile.
         """
         record = page.record
         self._verified += 1
@@ -363,15 +369,15 @@ class PageTable:
         return True
 
     def has_due(self, now_ms: float) -> bool:
-        """Whether `expire` is worth a call: False where it would find nothing to let go."""
+        """Returns False if `expire` would find nothing to release."""
         return self._pins.has_due(now_ms)
 
     def expire(self, now_ms: float) -> float | None:
-        """Ends the leases that have expired and lets the pages of ended ones go: see `Pins.expire`."""
+        """Ends the leases that have expired and releases the pages of ended leases: see `Pins.expire`."""
         return self._pins.expire(now_ms)
 
     def trim(self) -> bool:
-        """Evicts pages of tenants that are over their quotas, at most `WORK_PAGES_MAX`. True: there is more to evict."""
+        """Evicts up to `WORK_PAGES_MAX` pages of tenants that exceed their quotas. Returns True if there is more to evict."""
         return self._room.trim()
 
     def forget_empty(self, now_ms: float) -> None:
@@ -380,11 +386,11 @@ class PageTable:
             self._forget(record)
 
     def take_events(self) -> list[tuple[Space, PageEvent]]:
-        """`(space, event)` for each page sealed, evicted or deleted since the last call, in order."""
+        """Returns `(space, event)` for each page sealed, evicted or deleted since the last call, in order."""
         return self._events.take()
 
     def statistics(self) -> PageTableStatistics:
-        """A snapshot. O(1)."""
+        """Returns a snapshot. O(1)."""
         return PageTableStatistics(
             capacity_bytes=self._slots.capacity_bytes,
             used_bytes=self._used_bytes,
@@ -402,11 +408,11 @@ class PageTable:
         )
 
     def spaces(self) -> list[Space]:
-        """All that are known."""
+        """Returns all registered spaces."""
         return [record.space for record in self._namespaces]
 
     def space_statistics(self, spaces: Sequence[Space]) -> list[NamespaceStatistics]:
-        """A snapshot of each that is known, in order."""
+        """Returns a snapshot of each registered space, in order; unknown spaces are left out."""
         records = [record for space in spaces if (record := self._namespaces.get(space)) is not None]
         return [NamespaceStatistics(record.space, record.layout, len(record.sealed), len(record.arriving)) for record in records]
 
@@ -444,13 +450,13 @@ class PageTable:
         self._drop(page, PageStep.EVICT, PageEventKind.EVICTED)
 
     def _drop(self, page: Page, step: PageStep, kind: PageEventKind) -> None:
-        """Ends the life of a sealed page that nobody pins."""
+        """Ends the life of a sealed, unpinned page."""
         assert not page.pins, "a pinned page is neither evicted nor deleted"
         self._vanish(page, step, kind)
         self._leave(page)
 
     def _vanish(self, page: Page, step: PageStep, kind: PageEventKind) -> None:
-        """A sealed page is found no more."""
+        """Makes a sealed page unfindable."""
         page.advance(step)
         record = page.namespace
         del record.sealed[page.hash]
@@ -458,13 +464,13 @@ class PageTable:
         self._events.append(record.space, kind, page.hash)
 
     def _bury(self, page: Page) -> None:
-        """Ends the life of a corrupt page that nobody pins any more."""
+        """Ends the life of a corrupt, unpinned page."""
         page.namespace.corrupt.remove(page)
         page.advance(PageStep.FREE)
         self._leave(page)
 
     def _leave(self, page: Page) -> None:
-        """Gives an idle page's slot back."""
+        """Frees the slot of an unpinned page."""
         page.namespace.policy.removed(page)
         self._residency.left(page)
         self._free(page)

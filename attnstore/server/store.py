@@ -1,8 +1,9 @@
-"""The pure core with its arena, its clock and one lock: what every transport of a node works on.
+"""The page table with its arena, its clock and one lock: the object that every transport of a node works on.
 
-Owns: `Store`. Invariants: the page table is touched under the lock only, and the lock is never held while a page's bytes move or
-a peer is waited for, so that metadata stays quick while pages flow on other threads; nor for more pages than `WORK_PAGES_MAX` and
-`MATCH_PAGES_MAX` say: what takes more is `Sliced`, for callers on the event loop, with a twin for those on threads.
+Owns: `Store`. Invariants: the page table is accessed only under the lock. The lock is never held while the bytes of a page move or
+while waiting for a peer, so that metadata stays fast while other threads move pages. Under one hold of the lock, at most
+`WORK_PAGES_MAX` pages are changed and `MATCH_PAGES_MAX` are matched: longer operations are `Sliced` for callers on the event loop,
+each with a blocking twin for callers on threads.
 """
 
 from __future__ import annotations
@@ -32,14 +33,16 @@ _log = get_logger(__name__)
 
 T = TypeVar("T")
 _ROOM_TRIES_MAX = 4_096
-"""Then others take what is made free: there is no room. An extent of two million pages is emptied in as many."""
+"""After so many tries other writers take the space as fast as it is freed, so the answer is NO_SPACE. Emptying an extent of two
+million pages takes no more tries than this.
+"""
 Publish = Callable[[Iterable[tuple[Space, PageEvent]]], None]
 
 
 class Store:
-    """Page table and arena together, safe from any thread. `publish` gets the page events, on the thread that caused them.
+    """Page table and arena together, usable from any thread. `publish` receives the page events on the thread that caused them.
 
-    `heat` counts how often segments are used; without one nothing is counted.
+    `heat` counts how often segments are used; without it nothing is counted.
     """
 
     def __init__(self, table: PageTable, arena: Arena, clock: Clock, publish: Publish, heat: SegmentHeat | None = None) -> None:
@@ -53,11 +56,11 @@ class Store:
 
     @property
     def page_bytes_max(self) -> int:
-        """The largest page that fits."""
+        """The size of the largest page that fits."""
         return self._arena.extent_bytes
 
     def now_ms(self) -> float:
-        """The clock that leases run by."""
+        """Returns the time of the clock that leases use."""
         return self._clock.now_ms()
 
     def register(self, space: Space, layout: PageLayout) -> int:
@@ -66,7 +69,7 @@ class Store:
             return self._table.register(space, layout)
 
     def layout_of(self, space: Space) -> PageLayout:
-        """`PageTable.layout_of`: also the check that the tenant has registered the namespace."""
+        """`PageTable.layout_of`. Also checks that the tenant has registered the namespace."""
         with self._lock:
             return self._table.layout_of(space)
 
@@ -83,11 +86,11 @@ class Store:
 
     @property
     def held_pages(self) -> int:
-        """How many pages were held for sets of queries since the start."""
+        """The number of pages held for attend since the start."""
         return self._held_pages
 
     def counts_held(self, pages: int) -> None:
-        """So many more are."""
+        """Adds `pages` to `held_pages`."""
         with self._lock:
             self._held_pages += pages
 
@@ -98,8 +101,9 @@ class Store:
             return self._table.leased_pages
 
     def sealed(self, after: int = 0) -> Iterator[list[tuple[Space, bytes]]]:
-        """The pages that can be read, some of one extent at a time, as far as they were sealed after the first `after` of all pages
-        that were stored here; those that come or go meanwhile may be among them or not.
+        """Yields the readable pages that were sealed after the first `after` pages stored here, a part of one extent at a time.
+
+        Pages that come or go during the iteration may be included or not.
         """
         for extent in range(self._table.extents):
             with self._lock:
@@ -108,17 +112,17 @@ class Store:
                 yield [(page.namespace.space, page.hash) for page in part if page.state is PageState.SEALED and page.number > after]
 
     def match(self, space: Space, prefixes: Sequence[Sequence[bytes]], lease_ms: int) -> MatchOutcome:
-        """`PageTable.match`. One that takes a lease is a use of the segments that it finds."""
+        """`PageTable.match`. A match that takes a lease counts as a use of the segments that it finds."""
         found = self._match_at_once(space, prefixes, lease_ms)
         return finish(self._match_in_slices(space, prefixes, lease_ms)) if found is None else found
 
     def matching(self, space: Space, prefixes: Sequence[Sequence[bytes]], lease_ms: int) -> Sliced[MatchOutcome]:
-        """`match` in slices. Where there are several, pages that no lease holds may go between them."""
+        """`match` in slices. Between two slices, pages that no lease holds may be evicted."""
         found = self._match_at_once(space, prefixes, lease_ms)
         return (yield from self._match_in_slices(space, prefixes, lease_ms)) if found is None else found
 
     def _match_at_once(self, space: Space, prefixes: Sequence[Sequence[bytes]], lease_ms: int) -> MatchOutcome | None:
-        """None where that takes too long: there are too many pages, or leases have ended whose pages are still to be let go."""
+        """Returns None if one slice is not enough: there are too many pages, or expired leases must release their pages first."""
         pages = len(prefixes[0]) if len(prefixes) == 1 else sum(map(len, prefixes))
         if pages > MATCH_PAGES_MAX or len(prefixes) > MATCH_PAGES_MAX:
             return None
@@ -152,7 +156,7 @@ class Store:
         return found
 
     def settling(self) -> Sliced[None]:
-        """`PageTable.expire` until every lease that has ended has let its pages go."""
+        """Calls `PageTable.expire` until every ended lease has released its pages."""
         while True:
             with self._lock:
                 now_ms = self._clock.now_ms()
@@ -167,20 +171,20 @@ class Store:
             return self._heat.hot(self._clock.now_ms())
 
     def reading(self, space: Space, page_hash: bytes, lease_id: bytes | None) -> Reading:
-        """A sealed page, kept in place for the `with` block; or the status that says why not."""
+        """Keeps a sealed page in place for the `with` block, or yields the status that says why it cannot."""
         return Reading(self, space, page_hash, lease_id)
 
     def reading_all(self, space: Space, page_hashes: Sequence[bytes], lease_id: bytes | None) -> ReadingAll:
-        """`reading` of each of the pages."""
+        """`reading` of several pages."""
         return ReadingAll(self, space, page_hashes, lease_id)
 
     def pin(self, space: Space, page_hash: bytes, lease_id: bytes | None) -> PageView | PageStatus:
-        """`PageTable.pin`; hand the page to `unpin`."""
+        """`PageTable.pin`. Pass the page to `unpin`."""
         [page] = self.pin_all(space, (page_hash,), lease_id)
         return page
 
     def pin_all(self, space: Space, page_hashes: Sequence[bytes], lease_id: bytes | None) -> list[PageView | PageStatus]:
-        """`PageTable.pin` of each; the table is locked meanwhile. Hand the pages to `unpin`."""
+        """`PageTable.pin` of each page under one hold of the lock. Pass the pages to `unpin`."""
         pages: list[PinnedPage | PageStatus] = []
         try:
             with self._lock:
@@ -196,7 +200,7 @@ class Store:
             raise
 
     def unpin(self, *views: PageView) -> None:
-        """`PageTable.unpin` of each."""
+        """`PageTable.unpin` of each page."""
         with self._lock:
             for view in views:
                 self._table.unpin(view.page)
@@ -204,7 +208,7 @@ class Store:
     def locate(
         self, space: Space, page_hashes: Sequence[bytes], lease_id: bytes | None, place: Callable[[PinnedPage], T]
     ) -> list[T | PageStatus]:
-        """`place` of each sealed page, called while the page cannot be recycled; or the status that says why not.
+        """Returns `place(page)` of each sealed page, called while the page cannot be evicted, or the status that says why not.
 
         The table is locked meanwhile: ask for few pages at once.
         """
@@ -213,7 +217,7 @@ class Store:
             return [page if isinstance(page, PageStatus) else place(page) for page in pages]
 
     def prepare(self, space: Space, page_hash: bytes, checksum: int, age_ms: int = 0) -> Arrival | PageStatus:
-        """`PageTable.prepare` until there is room or none; hand the page to `seal` or `abort`."""
+        """Repeats `PageTable.prepare` until it has a slot or fails. Pass the page to `seal` or `abort`."""
         for _ in range(_ROOM_TRIES_MAX):
             page = self.try_prepare(space, page_hash, checksum, age_ms)
             if page is not Room.MAKING:
@@ -228,7 +232,7 @@ class Store:
         with self._lock:
             page = self._table.prepare(space, page_hash, checksum, self._clock.now_ms(), age_ms)
             try:
-                # The first look at an extent of a new tenancy wipes it, so it must not happen beside another writer's.
+                # The first view of an extent of a new tenant wipes it, so no other writer may be in it.
                 outcome = Arrival(self._arena.view(page.slot), page) if isinstance(page, ArrivingPage) else page
                 self._tell()
             except BaseException:
@@ -238,8 +242,8 @@ class Store:
         return outcome
 
     def seal(self, arrival: Arrival) -> PageStatus:
-        """Ends the arrival of a page whose bytes are all there: STORED, or why its slot is free again: DELETED as of
-        `PageTable.complete`, or CHECKSUM_MISMATCH.
+        """Ends the arrival of a page whose bytes are complete. Returns STORED, or DELETED (see `PageTable.complete`) or
+        CHECKSUM_MISMATCH; the slot is free again then.
         """
         try:
             made = checksums(arrival.data, arrival.page.layer_bytes)
@@ -249,7 +253,7 @@ class Store:
         return self._end(arrival, made)
 
     def fill(self, arrival: Arrival, source: int) -> PageStatus:
-        """Copies a whole page from address `source` on and ends its arrival, as `seal` does."""
+        """Copies a whole page from the address `source` and ends its arrival as `seal` does."""
         try:
             made = copy(arrival.data, source, arrival.page.layer_bytes)
         except BaseException:
@@ -268,7 +272,7 @@ class Store:
         return verdict
 
     def _tell(self) -> None:
-        """Publishes what happened, under the lock, so that events keep their order."""
+        """Publishes the events under the lock, so that they keep their order."""
         events = self._table.take_events()
         if events:
             self._publish(events)
@@ -285,11 +289,11 @@ class Store:
             return None if page is None else PageView(self._arena.view(page.slot), page)
 
     def hashed_slice(self, view: PageView, begin: int, end: int) -> tuple[memoryview, int] | PageStatus:
-        """`PageView.slice` for a reader that knows no guards: with the `page_checksum` of the bytes. MISSING where they are not
-        what was sealed; the page is gone then.
+        """`PageView.slice` with the `page_checksum` of the bytes, for a reader that does not check guards. MISSING if the bytes
+        changed since they were sealed; the page is removed then.
 
-        For a part of a page it is made before its layers are compared with what they were sealed with: bytes that change in
-        between, or later, do not have it.
+        The checksum of a part is computed before the part's layers are compared with their sealed checksums, so that it never
+        matches bytes that change in between or later.
         """
         part, guard = view.slice(begin, end)
         if len(part) == len(view.data):
@@ -301,10 +305,11 @@ class Store:
         return part, checksum
 
     def is_intact(self, view: PageView, within_ms: float = 0.0) -> bool:
-        """Hashes a page where it lies, pinned or not, unless that was done within so many milliseconds: is it what was sealed?
+        """Hashes a page in place, pinned or not, and returns whether it is what was sealed. Skips pages hashed less than
+        `within_ms` ago.
 
-        One that is not is gone from now on, for all who find it or use it in place, so that it can be written anew. False also
-        for a page that was evicted meanwhile.
+        A page that differs is removed for all who look it up or use it in place, so that it can be written again. Also returns
+        False for a page that was evicted meanwhile.
         """
         page = view.page
         if self._clock.now_ms() - page.verified_ms < within_ms:
@@ -313,7 +318,9 @@ class Store:
         with self._lock:
             if self._table.verified(page, self._clock.now_ms(), intact=intact):
                 self._arena.withdraw(page.slot)
-                _log.error("page was not what was sealed any more, and is gone", extent=page.slot.extent, at=page.slot.offset_bytes)
+                _log.error(
+                    "page no longer matched its checksums and was removed", extent=page.slot.extent, at=page.slot.offset_bytes
+                )
             self._tell()
         return intact
 
@@ -328,27 +335,27 @@ class Store:
             return self._table.renew(tenant, lease_id, lease_ms, self._clock.now_ms())
 
     def release(self, tenant: str, lease_id: bytes) -> bool:
-        """`PageTable.release`, and lets the pages go."""
+        """`PageTable.release`, until all pages of the lease are released."""
         was_alive, is_done = self._release(tenant, lease_id)
         if not is_done:
             finish(self.settling())
         return was_alive
 
     def releasing(self, tenant: str, lease_id: bytes) -> Sliced[bool]:
-        """`release` in slices; the lease is void after the first."""
+        """`release` in slices. The lease is void after the first slice."""
         was_alive, is_done = self._release(tenant, lease_id)
         if not is_done:
             yield from self.settling()
         return was_alive
 
     def _release(self, tenant: str, lease_id: bytes) -> tuple[bool, bool]:
-        """Whether the lease was alive, and whether its pages are let go."""
+        """Returns whether the lease was alive, and whether its pages are released."""
         with self._lock:
             now_ms = self._clock.now_ms()
             return self._table.release(tenant, lease_id, now_ms), not self._table.has_due(now_ms)
 
     def delete(self, space: Space, page_hashes: Sequence[bytes]) -> list[PageStatus]:
-        """`PageTable.delete` of each."""
+        """`PageTable.delete` of all pages."""
         return finish(self.deleting(space, page_hashes))
 
     def deleting(self, space: Space, page_hashes: Sequence[bytes]) -> Sliced[list[PageStatus]]:
@@ -364,7 +371,7 @@ class Store:
         return statuses
 
     def deleted_elsewhere(self, space: Space, page_hashes: Sequence[bytes], age_ms: float) -> None:
-        """`PageTable.deleted_elsewhere` of each, which were deleted elsewhere so long ago."""
+        """`PageTable.deleted_elsewhere` of each page, all deleted `age_ms` ago."""
         died_ms = self._clock.now_ms() - age_ms
         for hashes in in_slices(page_hashes, WORK_PAGES_MAX):
             with self._lock:
@@ -373,8 +380,8 @@ class Store:
                 self._tell()
 
     def sweeping(self) -> Sliced[None]:
-        """Gives back what nobody holds or may hold any more: pages of leases that have ended, those beyond quotas, and namespaces
-        that have long been empty.
+        """Frees what nobody may hold any more: pages of ended leases, pages beyond quotas, and namespaces that have been empty for
+        long.
         """
         with self._lock:
             self._table.forget_empty(self._clock.now_ms())
@@ -388,11 +395,11 @@ class Store:
             yield
 
     def expire(self) -> None:
-        """`sweeping`, on a thread."""
+        """`sweeping`, for a caller on a thread."""
         finish(self.sweeping())
 
     def namespaces(self, tenant: str | None = None) -> Sliced[list[NamespaceStatistics]]:
-        """`PageTable.space_statistics` of the tenant's spaces, or of all."""
+        """`PageTable.space_statistics` of the tenant's spaces, or of all spaces."""
         with self._lock:
             spaces = self._table.spaces()
         if tenant is not None:

@@ -1,9 +1,9 @@
 """The page channel: frames that carry page bytes over one TCP connection, as a protocol without I/O.
 
-Owns: the frame format, who may send what when, and the limits of each frame. Sockets belong to whoever uses it: bytes received go
-to `FrameReceiver.window`, bytes to send come from `encode_frame`.
-Invariant: a payload is never held here. Its frame's header is announced first, the user says where the payload goes (`land`), and
-the socket writes there directly; whatever a peer sends, nothing is written anywhere else.
+Owns: the frame format, which side may send which frame in which state, and the limits of each frame. The caller owns the sockets:
+received bytes go to `FrameReceiver.windows`, bytes to send come from `encode_frame`.
+Invariant: a payload is never held here. The header of its frame is announced first, the caller says where the payload goes
+(`land`), and the socket writes there directly. Whatever a peer sends, nothing is written anywhere else.
 
 A frame is a header of 128 bytes, little-endian, and `size_bytes` of payload:
 
@@ -12,31 +12,31 @@ A frame is a header of 128 bytes, little-endian, and `size_bytes` of payload:
 
 | kind         | from   | means                                     | fields used                              | payload       |
 |--------------|--------|-------------------------------------------|------------------------------------------|---------------|
-| HELLO        | client | opens, with a token of `OpenChannel`      | page = version                           | token         |
-| READ         | client | send me these pages                       | request, order, layers, lease, namespace | hashes        |
-| WRITE        | client | here is one page (offset: its age in ms   | request, page, checksum, namespace,      | page bytes    |
-|              |        | where a node hands it over, else 0)       | hash, offset                             |               |
-| MATCH        | client | how much of these prefixes do you have    | request, page = prefixes, namespace,     | counts,       |
+| HELLO        | client | open, with a token of `OpenChannel`        | page = version                           | token         |
+| READ         | client | send these pages                          | request, order, layers, lease, namespace | hashes        |
+| WRITE        | client | store this page (offset: its age in ms    | request, page, checksum, namespace,      | page bytes    |
+|              |        | if a node hands it over, else 0)          | hash, offset                             |               |
+| MATCH        | client | count the leading pages of these prefixes | request, page = prefixes, namespace,     | counts,       |
 |              |        |                                           | offset = lease in ms                     | hashes        |
-| ATTEND_OPEN  | client | I will ask about this set of pages        | request, page = set, lease, namespace    | shape, hashes |
+| ATTEND_OPEN  | client | pin a set of pages for queries            | request, page = set, lease, namespace    | shape, hashes |
 | ATTEND       | client | attend to one layer of these sets         | request, page = sets, layer_begin,       | sets, rows    |
 |              |        |                                           | offset = budget in ms, checksum          |               |
-| ATTEND_CLOSE | client | I will not ask about this set again       | page = set                               | none          |
-| WELCOME      | node   | go on                                     | page = READ's hashes, request = credits  | none          |
+| ATTEND_CLOSE | client | unpin this set                            | page = set                               | none          |
+| WELCOME      | node   | the channel is open                       | page = READ's hashes, request = credits  | none          |
 | SLICE        | node   | (part of) a page and its checksum; a miss | request, page, status, offset, checksum  | see `Order`   |
-| VERDICT      | node   | what became of a written page             | request, page, status                    | none          |
-| MATCHED      | node   | so many leading pages of each, leased     | request, lease, offset = lease in ms     | hits          |
-| OPENED       | node   | the set's pages are here and stay         | request, page = set                      | none          |
-| PARTIAL      | node   | what the rows get from the sets           | request, checksum                        | out, lse      |
-| REFUSED      | node   | the request, or the HELLO, was wrong      | request                                  | code, message |
+| VERDICT      | node   | the result of one WRITE                   | request, page, status                    | none          |
+| MATCHED      | node   | leading pages per prefix, now leased      | request, lease, offset = lease in ms     | hits          |
+| OPENED       | node   | the pages of the set are pinned           | request, page = set                      | none          |
+| PARTIAL      | node   | the partial results of the rows           | request, checksum                        | out, lse      |
+| REFUSED      | node   | the request, or the HELLO, was refused    | request                                  | code, message |
 
-The checksum of a SLICE is the one that the whole page was sealed with, or `range_checksum` of those that its layers were sealed
-with: nothing is hashed when it is sent, so a byte that changed in the node's memory since is found by whoever receives it.
+The checksum of a SLICE was made when the page was sealed: that of the whole page, or `range_checksum` of the checksums of its
+layers. Nothing is hashed when it is sent, so the receiver detects a byte that changed in the node's memory since.
 
 The payloads of the three attend frames and of PARTIAL are those of `attnstore.wire.attend`, those of MATCH and MATCHED are those of
 `attnstore.wire.match`. ATTEND_CLOSE has no answer.
 
-What each side may receive, and what that makes of the connection; anything else ends it:
+The frames that each side may receive, and the state that follows; any other frame ends the connection:
 
 | side   | state | receives     | becomes |
 |--------|-------|--------------|---------|
@@ -56,10 +56,10 @@ What each side may receive, and what that makes of the connection; anything else
 | client | open  | PARTIAL      | open    |
 | client | open  | REFUSED      | open    |
 
-Credits: a client has at most `credits` pages on the way that no VERDICT has come for, and at most two READs that are not fully
-answered, the second of at most `CHANNEL_SECOND_READ_HASHES_MAX` hashes: what one side sends before it reads fits the kernel's
-buffers, so neither waits for a peer that waits for it. Of MATCH, ATTEND_OPEN and ATTEND together it has one that is not answered.
-The node serves a connection's frames one after the other; a client that wants more at once opens several connections.
+Credits: a client has at most `credits` pages in flight without a VERDICT. It has at most two READs that are not fully answered,
+the second with at most `CHANNEL_SECOND_READ_HASHES_MAX` hashes. The bytes that one side sends before it reads thus fit the kernel's
+buffers, so the two sides never wait for each other. At most one MATCH, ATTEND_OPEN or ATTEND is unanswered at a time. The node
+serves the frames of a connection one after the other; a client opens several connections for parallel requests.
 """
 
 from __future__ import annotations
@@ -86,7 +86,7 @@ from attnstore.wire.chunks import Buffer
 from attnstore.wire.match import COUNT_BYTES
 
 VERSION: Final = 2
-"""2: checksums of parts of pages are made when a page is sealed, no longer when they are sent."""
+"""Version 2: the checksums of parts of pages are made when a page is sealed, not when it is sent."""
 MAGIC: Final = b"ATPC"
 _HEADER: Final = struct.Struct("<4sBBBxIIQQQII16s32s32s")
 HEADER_BYTES: Final = _HEADER.size
@@ -94,7 +94,7 @@ assert HEADER_BYTES == 128
 
 
 class Kind(enum.IntEnum):
-    """What a frame is. Clients send the numbers below 16."""
+    """The kind of a frame. Clients send the numbers below 16, nodes the others."""
 
     HELLO = 1
     READ = 2
@@ -113,12 +113,12 @@ class Kind(enum.IntEnum):
 
 
 class Order(enum.IntEnum):
-    """In which order a READ is answered.
+    """The order in which a READ is answered.
 
-    PAGES: one SLICE for each page asked for, in order. LAYERS: first one SLICE without bytes for each page that is missing; then,
-    layer by layer, the layer's bytes of all other pages, in order. A SLICE carries the bytes of one or more consecutive of these
-    pages then (at most `CHANNEL_GATHER_PAGES`), `page` being the first, and before them the checksum of the layer of each of them,
-    u64 little-endian; the header has none.
+    PAGES: one SLICE for each requested page, in order. LAYERS: first one SLICE without bytes for each missing page; then, layer by
+    layer, the layer's bytes of all other pages, in order. Such a SLICE carries the bytes of up to `CHANNEL_GATHER_PAGES`
+    consecutive pages, and `page` is the first of them. The bytes are preceded by the checksum of the layer of each page, u64
+    little-endian; the header's checksum is 0.
     """
 
     PAGES = 0
@@ -126,14 +126,14 @@ class Order(enum.IntEnum):
 
 
 class Role(enum.StrEnum):
-    """Which side a receiver is on."""
+    """The side of the connection that a receiver is on."""
 
     NODE = "node"
     CLIENT = "client"
 
 
 class State(enum.StrEnum):
-    """Where a connection is, as seen by one receiving side."""
+    """The state of a connection, as seen by one receiving side."""
 
     NEW = "new"
     OPEN = "open"
@@ -157,7 +157,7 @@ TRANSITIONS: Final[dict[tuple[Role, State, Kind], State]] = {
     (Role.CLIENT, State.OPEN, Kind.PARTIAL): State.OPEN,
     (Role.CLIENT, State.OPEN, Kind.REFUSED): State.OPEN,
 }
-"""(role, state, kind received) -> state. A frame that is not in the table is a `ProtocolError`."""
+"""(role, state, kind received) -> state. A frame that is not in the table raises `ProtocolError`."""
 
 _PAYLOAD_BYTES_MAX: Final[dict[Kind, int]] = {
     Kind.HELLO: CHANNEL_TOKEN_BYTES,
@@ -190,7 +190,7 @@ _STATUSES: Final[dict[Kind, frozenset[PageStatus]]] = {
         }
     ),
 }
-"""The statuses that a frame of this kind must have one of; other kinds have none."""
+"""The statuses that frames of this kind may have, and must have one of; frames of other kinds have none."""
 
 _KIND_OF_CODE: Final = {kind.value: kind for kind in Kind}
 _ORDER_OF_CODE: Final = {order.value: order for order in Order}
@@ -202,12 +202,12 @@ _NO_HASH: Final = bytes(HASH_BYTES)
 
 
 def next_request(request: int) -> int:
-    """The number of the request after this one: a u32, which wraps."""
+    """Returns the number of the request after this one: a u32 that wraps around."""
     return (request + 1) % (1 << 32)
 
 
 class Frame(NamedTuple):
-    """A frame's header. `lease`, `namespace` and `hash` are all zeros, and `status` None, where the frame has none."""
+    """The header of a frame. `lease`, `namespace` and `hash` are all zeros, and `status` is None, if the frame has none."""
 
     kind: Kind
     request: int = 0
@@ -225,12 +225,12 @@ class Frame(NamedTuple):
 
     @property
     def lease_id(self) -> bytes | None:
-        """The lease named, None where there is none."""
+        """The lease that the frame names, or None."""
         return None if self.lease == NO_LEASE else self.lease
 
 
 def encode_frame(frame: Frame) -> bytes:
-    """The 128 bytes that go before the payload."""
+    """Returns the 128 bytes that precede the payload."""
     return _HEADER.pack(
         MAGIC,
         frame.kind,
@@ -250,33 +250,33 @@ def encode_frame(frame: Frame) -> bytes:
 
 
 def encode_slice(request: int, page: int, size_bytes: int, offset_bytes: int, checksum: int) -> bytes:
-    """The header of a SLICE with bytes, the frame that matters for speed: no `Frame` in between."""
+    """Returns the header of a SLICE with bytes. Builds no `Frame`, because this is the frame whose speed matters."""
     return _HEADER.pack(
         MAGIC, Kind.SLICE, PageStatus.OK, 0, request, page, size_bytes, offset_bytes, checksum, 0, 0, NO_LEASE, _NO_HASH, _NO_HASH
     )
 
 
 def encode_refusal(request: int, error: AttnStoreError) -> bytes:
-    """A whole REFUSED frame, payload included."""
+    """Returns a whole REFUSED frame, including its payload."""
     reason = f"{error.code}\n{error}".encode()[:CHANNEL_REASON_BYTES_MAX]
     return encode_frame(Frame(Kind.REFUSED, request=request, size_bytes=len(reason))) + reason
 
 
 def decode_refusal(reason: Buffer) -> AttnStoreError:
-    """The typed error that a REFUSED frame's payload carries; `Unavailable` for a code that this version does not know."""
+    """Returns the typed error that a REFUSED frame carries, or `Unavailable` for a code that this version does not know."""
     code, _, message = bytes(reason).decode("utf-8", "replace").partition("\n")
     return (error_of_code(code) or Unavailable)(message or code)
 
 
 def decode_frame(header: Buffer) -> Frame:
-    """The inverse of `encode_frame`. Raises `ProtocolError` for anything that no peer of this version sends."""
+    """The inverse of `encode_frame`. Raises `ProtocolError` for a header that no peer of this version sends."""
     (magic, kind, status, order, request, page, size, offset, checksum, layer_begin, layer_end, lease, namespace, page_hash) = (
         _HEADER.unpack(header)
     )
     if magic != MAGIC:
         raise ProtocolError("the peer does not speak the page channel's protocol")
     try:
-        # Look-ups, because a call of an enum's class costs as much as all the rest.
+        # Look-ups, because calling an enum class costs as much as all the rest.
         known = _KIND_OF_CODE[kind]
         frame = Frame(
             known,
@@ -308,11 +308,11 @@ def decode_frame(header: Buffer) -> Frame:
 
 
 class FrameReceiver:
-    """One direction of a connection: tells where the next bytes go and what has arrived.
+    """The receiving direction of a connection: says where the next bytes go and which frame has arrived.
 
-    The cycle: write bytes to `windows()`, in order, report them to `received(count)`, until that returns an arrival. Where a frame
-    announces a payload, say `land(*views)` or `discard(scratch)` before the cycle goes on; the same frame arrives once more when
-    its payload is whole.
+    The cycle: write bytes to `windows()`, in order, and report them to `received(count)`, until that returns a frame. If the frame
+    announces a payload, call `land(*views)` or `discard(scratch)` before continuing; `received` returns the same frame again when
+    its payload is complete.
     """
 
     def __init__(self, role: Role) -> None:
@@ -327,7 +327,7 @@ class FrameReceiver:
 
     @property
     def at_boundary(self) -> bool:
-        """No frame has begun: the peer may close here."""
+        """True between two frames: the peer may close the connection here."""
         return self._frame is None and bool(self._windows) and len(self._windows[0]) == HEADER_BYTES
 
     @property
@@ -336,15 +336,15 @@ class FrameReceiver:
         return self._left_bytes
 
     def windows(self) -> list[memoryview]:
-        """Where the next bytes must be written: views that are not empty, filled one after the other."""
+        """Returns where the next bytes must be written: non-empty views, to be filled one after the other."""
         assert self._windows, "land() or discard() comes before the payload"
         return self._windows
 
     def land(self, *views: memoryview, ahead: bool = False) -> None:
-        """The announced payload goes into `views`, which have exactly its size together.
+        """Directs the announced payload into `views`, whose total size is exactly that of the payload.
 
-        `ahead`: another frame is sure to follow, and the windows go on with its header. Once this frame has arrived, ask
-        `announced` for that one before the cycle goes on.
+        With `ahead`, another frame is sure to follow, and the windows continue with its header. After the payload has arrived, call
+        `announced` for that frame before continuing.
         """
         assert sum(map(len, views)) == self._left_bytes > 0
         self._windows = list(views)
@@ -353,19 +353,20 @@ class FrameReceiver:
             self._windows.append(memoryview(self._header))
 
     def announced(self) -> Frame | None:
-        """The frame whose header came whole with the payload before it; None where there is none. Raises as `received`."""
+        """Returns the frame whose header arrived together with the payload before it, or None. Raises as `received` does."""
         return self._announced() if self._frame is None and not self._windows else None
 
     def discard(self, scratch: memoryview) -> None:
-        """The announced payload is thrown away, through `scratch` of any size."""
+        """Discards the announced payload, reading it through `scratch`, which may have any size."""
         assert len(scratch) > 0 < self._left_bytes
         self._scratch = scratch
         self._windows = [scratch[: self._left_bytes]]
 
     def received(self, count: int) -> Frame | None:
-        """Takes note of `count` bytes written to the windows; the frame whose header, or whose payload, is complete now.
+        """Records that `count` bytes were written to the windows. Returns the frame whose header or payload is complete now, or
+        None.
 
-        Raises `ProtocolError` for a malformed frame or one out of turn; the state is CLOSED then.
+        Raises `ProtocolError` for a malformed frame or one that the state does not allow; the state is CLOSED then.
         """
         assert count > 0
         self._consume(count)

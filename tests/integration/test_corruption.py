@@ -219,6 +219,6 @@ def test_the_scrubber_finds_what_nobody_reads_and_counts_it() -> None:
             buffers = batch.buffers()
             assert client.read(batch.namespace, batch.hashes, buffers).leading_hits == 40
             assert buffers == batch.pages
-        assert node.process.log.count("page was not what was sealed") == 2
+        assert node.process.log.count("page no longer matched its checksums") == 2
     finally:
         node.close()
