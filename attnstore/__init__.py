@@ -25,11 +25,11 @@ from attnstore.core.hashing import BlockHash, Namespace, block_hash, block_hashe
 from attnstore.core.layout import DType, PageLayout
 from attnstore.errors import AttnStoreError
 from attnstore.limits import DEADLINE_MS_DEFAULT
+from attnstore.statistics import NodeStatistics
 from attnstore.types import (
     Lease,
     MatchResult,
     NodeDescription,
-    NodeStatistics,
     PageEvent,
     PageEventKind,
     PageStatus,

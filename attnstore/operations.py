@@ -28,7 +28,8 @@ from attnstore.directory import (
 )
 from attnstore.directory.trust import MemberCheck
 from attnstore.errors import AttnStoreError, InvalidArgument
-from attnstore.types import NodeDescription, NodeStatistics
+from attnstore.statistics import NodeStatistics
+from attnstore.types import NodeDescription
 from attnstore.worker_status import WorkerStatus, worker_rows, worker_statuses
 
 _POLL_S: Final = 0.5

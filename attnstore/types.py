@@ -7,7 +7,6 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import NamedTuple, Self
 
-from attnstore.core.layout import PageLayout
 from attnstore.errors import Retryable
 
 
@@ -161,49 +160,3 @@ class NodeDescription:
     page_bytes_max: int
     attend: AttendLimits | None = None
     tenant: str = ""
-
-
-@dataclass(frozen=True, slots=True)
-class NamespaceStatistics:
-    """Pages of one namespace on one node."""
-
-    namespace: bytes
-    layout: PageLayout
-    pages_sealed: int
-
-
-@dataclass(frozen=True, slots=True)
-class NodeStatistics:
-    """One consistent snapshot of a node's counters; counts are pages since the node's start unless the name says otherwise.
-
-    A page counts once, in `hit_pages` or `missed_pages`, for each Match that asks for it; behind a prefix's first miss, as missed.
-    Reading it counts in `read_pages` alone: pages of which bytes were handed to a reader. `verified_pages` were hashed again where
-    they lie; `corrupt_pages` of them were not what was sealed any more, and were dropped. Of a cluster these are the sums over its
-    nodes: where several nodes are asked for one page, each of them counts.
-    """
-
-    node_id: str
-    epoch: bytes
-    capacity_bytes: int
-    used_bytes: int
-    pages_sealed: int
-    pages_arriving: int
-    pages_pinned: int
-    leases: int
-    hit_pages: int
-    missed_pages: int
-    stored_pages: int
-    evicted_pages: int
-    read_pages: int
-    verified_pages: int
-    corrupt_pages: int
-    read_bytes: int
-    written_bytes: int
-    uptime_ms: int
-    namespaces: tuple[NamespaceStatistics, ...]
-
-    @property
-    def hit_rate(self) -> float | None:
-        """Share of look-ups that found their page; None before the first."""
-        asked = self.hit_pages + self.missed_pages
-        return self.hit_pages / asked if asked else None

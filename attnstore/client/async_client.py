@@ -47,12 +47,12 @@ from attnstore.errors import (
 )
 from attnstore.limits import CHANNEL_READ_HASHES_MAX, HASHES_MAX, LEASE_MS_MAX, REPORT_MS_MAX, REPORTED_HASHES_MAX
 from attnstore.logs import get_logger
+from attnstore.statistics import NodeStatistics
 from attnstore.types import (
     DeleteResult,
     Lease,
     MatchResult,
     NodeDescription,
-    NodeStatistics,
     PageEvent,
     PageStatus,
     ReadResult,

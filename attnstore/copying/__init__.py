@@ -17,14 +17,12 @@ import threading
 from collections.abc import Callable
 from typing import Final
 
-from attnstore.core.hashing import LAYER_CHECKSUM_BYTES, layer_checksums, page_checksum
-from attnstore.limits import KIB, MIB
+from attnstore.core.hashing import CHECKSUM_BLOCK_BYTES, LAYER_CHECKSUM_BYTES, layer_checksums, page_checksum
+from attnstore.limits import MIB
 from attnstore.logs import get_logger
 
 _MUCH_BYTES: Final = 64 * MIB
 """Copied or hashed by a process before it compiles anything."""
-BLOCK_BYTES: Final = KIB
-"""What XXH3 adds up at a time. Layers that are a multiple of it need one pass."""
 _LINE_BYTES: Final = 64
 _PYBUF_SIMPLE: Final = 0
 
@@ -49,7 +47,7 @@ def copy(destination: memoryview, source: int, layer_bytes: int, *, soon_used: b
     """
     target = _addressof(_from_buffer(destination))
     compiled = _compilation.result
-    if compiled is not None and layer_bytes % BLOCK_BYTES == 0:
+    if compiled is not None and layer_bytes % CHECKSUM_BLOCK_BYTES == 0:
         return _run(compiled, source, len(destination), layer_bytes, target, 1 if soon_used or target % _LINE_BYTES else 2)
     ctypes.memmove(target, source, len(destination))
     _compilation.count(len(destination))
@@ -60,7 +58,7 @@ def checksums(data: memoryview, layer_bytes: int) -> Checksums:
     """The checksums of contiguous bytes where they lie, a whole number of layers. Without the interpreter lock."""
     if layer_bytes < len(data):
         compiled = _compilation.result
-        if compiled is not None and layer_bytes % BLOCK_BYTES == 0:
+        if compiled is not None and layer_bytes % CHECKSUM_BLOCK_BYTES == 0:
             source = address_of(data) if data.readonly else _addressof(_from_buffer(data))
             return _run(compiled, source, len(data), layer_bytes, 0, 0)
         _compilation.count(len(data))

@@ -19,11 +19,11 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic, models, register_model
 
-from attnstore.copying import BLOCK_BYTES
 from attnstore.copying.compiled import compiled_for
+from attnstore.core.hashing import CHECKSUM_BLOCK_BYTES
 
 _STRIPE_BYTES: Final = 64
-_STRIPES: Final = BLOCK_BYTES // _STRIPE_BYTES
+_STRIPES: Final = CHECKSUM_BLOCK_BYTES // _STRIPE_BYTES
 """Of a block, after which the sums are scrambled."""
 _STEP_BYTES: Final = 8
 """By so much the secret moves on with each stripe."""
@@ -225,7 +225,7 @@ def hash_layers(source, layers, layer_bytes, checksums, target, how):
     address `target`, 2 does so past the cache, which needs a `target` that is a multiple of 64.
     """
     scramble, last, merge = _key(_SCRAMBLE), _key(_LAST), _key(_MERGE)
-    blocks = layer_bytes // BLOCK_BYTES
+    blocks = layer_bytes // CHECKSUM_BLOCK_BYTES
     page = _first_sums()
     checksum = types.uint64(0)
     at = 0

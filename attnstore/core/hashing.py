@@ -19,9 +19,11 @@ import xxhash
 
 from attnstore.core.layout import PageLayout
 from attnstore.errors import InvalidArgument
-from attnstore.limits import HASH_BYTES, SEGMENT_BLOCKS, SEGMENT_KEY_BYTES
+from attnstore.limits import HASH_BYTES, KIB, SEGMENT_BLOCKS, SEGMENT_KEY_BYTES
 
 LAYER_CHECKSUM_BYTES: Final = 8
+CHECKSUM_BLOCK_BYTES: Final = KIB
+"""XXH3 consumes long inputs in blocks of this size."""
 
 BlockHash = NewType("BlockHash", bytes)
 Namespace = NewType("Namespace", bytes)

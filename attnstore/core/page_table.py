@@ -31,7 +31,7 @@ from attnstore.core.quota import Quotas
 from attnstore.core.residency import Residency
 from attnstore.core.room import Room, RoomMaker
 from attnstore.core.slots import SlotPool
-from attnstore.core.statistics import NamespaceStatistics, PageTableStatistics
+from attnstore.core.statistics import PageTableStatistics, SpaceStatistics
 from attnstore.core.tombstones import Tombstones
 from attnstore.limits import HASH_BYTES, LEASE_MS_MAX, PAGE_AGE_MS_MAX, TOMBSTONE_MARGIN_MS
 from attnstore.types import PageEvent, PageEventKind, PageStatus, Space
@@ -411,10 +411,10 @@ class PageTable:
         """Returns all registered spaces."""
         return [record.space for record in self._namespaces]
 
-    def space_statistics(self, spaces: Sequence[Space]) -> list[NamespaceStatistics]:
+    def space_statistics(self, spaces: Sequence[Space]) -> list[SpaceStatistics]:
         """Returns a snapshot of each registered space, in order; unknown spaces are left out."""
         records = [record for space in spaces if (record := self._namespaces.get(space)) is not None]
-        return [NamespaceStatistics(record.space, record.layout, len(record.sealed), len(record.arriving)) for record in records]
+        return [SpaceStatistics(record.space, record.layout, len(record.sealed), len(record.arriving)) for record in records]
 
     def check(self) -> None:
         """Asserts the module's invariants. O(pages); for tests and simulations."""

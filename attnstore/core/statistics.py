@@ -12,7 +12,7 @@ from attnstore.types import Space
 
 
 @dataclass(frozen=True, slots=True)
-class NamespaceStatistics:
+class SpaceStatistics:
     """One space at one moment."""
 
     space: Space

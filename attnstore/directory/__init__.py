@@ -1,7 +1,10 @@
-"""The directory of a cluster: base contract, one in memory, one on Redis or Valkey, and the view that is made of what it says."""
+"""The directory of a cluster: its contract, an implementation in memory and one on Redis or Valkey, and the view that clients make
+of it.
+"""
 
-from attnstore.directory.base import (
-    Directory,
+from attnstore.directory.base import Directory
+from attnstore.directory.factory import checked_directory, load_cluster_key, open_directory
+from attnstore.directory.members import (
     EventBatch,
     Intent,
     LayoutRecord,
@@ -10,7 +13,6 @@ from attnstore.directory.base import (
     NodeState,
     Revision,
 )
-from attnstore.directory.factory import checked_directory, load_cluster_key, open_directory
 from attnstore.directory.memory import MemoryDirectory
 from attnstore.directory.url import DirectoryUrl, is_directory_url
 from attnstore.directory.view import ClusterView, ViewTracker

@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from typing import Self
 
 from attnstore.clock import Clock
-from attnstore.directory.base import reading_record, record_fields
+from attnstore.directory.members import reading_record, record_fields
 from attnstore.errors import ProtocolError
 from attnstore.limits import (
     DELETION_HASHES_MAX,

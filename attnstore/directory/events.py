@@ -16,7 +16,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator
 
 from attnstore.core.fair_share import FairShares
-from attnstore.directory.base import EventBatch, is_name
+from attnstore.directory.members import EventBatch, is_name
 from attnstore.errors import ProtocolError
 from attnstore.limits import EVENTS_IN_BATCH_MAX, HASH_BYTES, NODE_ID_CHARS_MAX
 from attnstore.types import PageEvent, PageEventKind, Space

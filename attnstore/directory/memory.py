@@ -12,8 +12,8 @@ from collections import deque
 from collections.abc import Sequence
 
 from attnstore.clock import Clock, MonotonicClock
-from attnstore.directory.base import EventBatch, Intent, LayoutRecord, Member, Membership, RecordKind, Revision
 from attnstore.directory.deletions import Deletion
+from attnstore.directory.members import EventBatch, Intent, LayoutRecord, Member, Membership, RecordKind, Revision
 from attnstore.limits import (
     DELETIONS_IN_BEAT_MAX,
     DELETIONS_MAX,

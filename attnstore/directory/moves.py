@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from attnstore.directory.base import NodeState
+from attnstore.directory.members import NodeState
 from attnstore.directory.view import ClusterView
 
 

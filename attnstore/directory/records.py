@@ -10,7 +10,9 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-from attnstore.directory.base import (
+from attnstore.directory.deletions import Deletion
+from attnstore.directory.events import check_events
+from attnstore.directory.members import (
     EventBatch,
     Intent,
     LayoutRecord,
@@ -21,8 +23,6 @@ from attnstore.directory.base import (
     is_name,
     reading_record,
 )
-from attnstore.directory.deletions import Deletion
-from attnstore.directory.events import check_events
 from attnstore.directory.trust import Trust
 from attnstore.errors import ProtocolError
 from attnstore.limits import QUOTA_BYTES_MAX

@@ -19,8 +19,8 @@ from redis.backoff import NoBackoff
 from redis.exceptions import RedisClusterException, RedisError
 
 from attnstore.directory import scripts
-from attnstore.directory.base import EventBatch, Intent, LayoutRecord, Member, Membership, RecordKind, Revision
 from attnstore.directory.deletions import Deletion
+from attnstore.directory.members import EventBatch, Intent, LayoutRecord, Member, Membership, RecordKind, Revision
 from attnstore.directory.records import RecordReader, Told
 from attnstore.directory.trust import MemberCheck, Trust
 from attnstore.directory.url import DirectoryUrl

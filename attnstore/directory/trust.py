@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
-from attnstore.directory.base import Member, RecordKind, reading_record
+from attnstore.directory.members import Member, RecordKind, reading_record
 from attnstore.errors import InvalidArgument, ProtocolError
 from attnstore.limits import CLOCKS_APART_MS_MAX, NODES_MAX, RECORD_AGAIN_MS, RECORD_BYTES_MAX, RECORD_SIGNED_MS_MAX
 

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 from attnstore.core.placement import Placement
-from attnstore.directory.base import Member, Membership, NodeState, Revision
+from attnstore.directory.members import Member, Membership, NodeState, Revision
 from attnstore.limits import HOT_REPLICAS, MEMBER_MS_MAX, PREVIOUS_OWNERS_MAX, PREVIOUS_OWNERS_MS_MAX
 
 

@@ -17,7 +17,7 @@ from typing import Final, Protocol
 from attnstore import tasks
 from attnstore.core.hashing import segment_key
 from attnstore.core.layout import PageLayout
-from attnstore.core.statistics import NamespaceStatistics
+from attnstore.core.statistics import SpaceStatistics
 from attnstore.directory import ClusterView, Member
 from attnstore.directory.moves import Moves, is_same_cluster
 from attnstore.errors import AttnStoreError
@@ -219,7 +219,7 @@ class Handoff:
         offered.update(dict.fromkeys(view.members.keys() - failed, stored_pages))
         return done
 
-    async def _send(self, done: _Pass, member: Member, held: NamespaceStatistics, hashes: Sequence[bytes]) -> bool:
+    async def _send(self, done: _Pass, member: Member, held: SpaceStatistics, hashes: Sequence[bytes]) -> bool:
         """Sends one node what it lacks of the pages. False, and no error, where that node failed."""
         try:
             peer = self._open_peer(self._peering, member, held.space.tenant)
@@ -237,7 +237,7 @@ class Handoff:
             return False
         return True
 
-    async def _send_missing(self, done: _Pass, peer: Peer, held: NamespaceStatistics, hashes: Sequence[bytes]) -> None:
+    async def _send_missing(self, done: _Pass, peer: Peer, held: SpaceStatistics, hashes: Sequence[bytes]) -> None:
         space = held.space
         await peer.register_layout(space.namespace, held.layout)
         for begin in range(0, len(hashes), ASK_HASHES):

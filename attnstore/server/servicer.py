@@ -26,8 +26,9 @@ from attnstore.server.scrubber import Scrubber
 from attnstore.server.slices import finish_among_calls, in_slices
 from attnstore.server.stall import Stall
 from attnstore.server.store import Store
+from attnstore.statistics import NamespaceStatistics, NodeStatistics
 from attnstore.telemetry import NodeMetrics
-from attnstore.types import NamespaceStatistics, NodeStatistics, PageStatus, Space
+from attnstore.types import PageStatus, Space
 from attnstore.wire import chunks, messages
 
 _STATUSES_AT_ONCE: Final = 32 * WORK_PAGES_MAX

@@ -22,7 +22,7 @@ from attnstore.core.layout import PageLayout
 from attnstore.core.matching import SlicedMatch
 from attnstore.core.page import PageState
 from attnstore.core.page_table import ArrivingPage, MatchOutcome, PageTable, PinnedPage, Room
-from attnstore.core.statistics import NamespaceStatistics, PageTableStatistics
+from attnstore.core.statistics import PageTableStatistics, SpaceStatistics
 from attnstore.limits import MATCH_PAGES_MAX, WORK_PAGES_MAX
 from attnstore.logs import get_logger
 from attnstore.server.pinned_views import Arrival, PageView, Reading, ReadingAll
@@ -398,13 +398,13 @@ class Store:
         """`sweeping`, for a caller on a thread."""
         finish(self.sweeping())
 
-    def namespaces(self, tenant: str | None = None) -> Sliced[list[NamespaceStatistics]]:
+    def namespaces(self, tenant: str | None = None) -> Sliced[list[SpaceStatistics]]:
         """`PageTable.space_statistics` of the tenant's spaces, or of all spaces."""
         with self._lock:
             spaces = self._table.spaces()
         if tenant is not None:
             spaces = [space for space in spaces if space.tenant == tenant]
-        statistics: list[NamespaceStatistics] = []
+        statistics: list[SpaceStatistics] = []
         for part in in_slices(spaces, WORK_PAGES_MAX):
             if statistics:
                 yield

@@ -17,12 +17,11 @@ from google.protobuf.message import DecodeError
 from attnstore.core.layout import DType, PageLayout
 from attnstore.errors import InvalidArgument, ProtocolError
 from attnstore.limits import HASH_BYTES, HASHES_MAX, LEASE_ID_BYTES, LEASE_MS_MAX
+from attnstore.statistics import NamespaceStatistics, NodeStatistics
 from attnstore.types import (
     AttendLimits,
     Lease,
-    NamespaceStatistics,
     NodeDescription,
-    NodeStatistics,
     PageEvent,
     PageEventKind,
     PageStatus,

@@ -11,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from attnstore.directory import EventBatch, Intent, LayoutRecord, Member, Membership
-from attnstore.directory.base import RecordKind
 from attnstore.directory.events import events_in
+from attnstore.directory.members import RecordKind
 from attnstore.directory.records import RecordReader, Told
 from attnstore.directory.trust import Trust
 from attnstore.directory.view import ViewTracker

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from attnstore.cluster_key import ClusterKey, PublicKey
 from attnstore.directory import Intent, Member, Membership
-from attnstore.directory.base import RecordKind
+from attnstore.directory.members import RecordKind
 from attnstore.directory.records import RecordReader, Told
 from attnstore.directory.trust import Trust
 from attnstore.errors import InvalidArgument, ProtocolError

@@ -7,7 +7,8 @@ import pytest
 from attnstore.core.layout import DType, PageLayout
 from attnstore.errors import InvalidArgument, ProtocolError
 from attnstore.limits import HASH_BYTES, HASHES_MAX
-from attnstore.types import NamespaceStatistics, NodeStatistics, PageEvent, PageEventKind, PageStatus
+from attnstore.statistics import NamespaceStatistics, NodeStatistics
+from attnstore.types import PageEvent, PageEventKind, PageStatus
 from attnstore.wire import messages
 from attnstore.wire.v1 import store_pb2 as pb
 

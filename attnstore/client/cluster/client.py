@@ -46,12 +46,12 @@ from attnstore.errors import (
     Unavailable,
 )
 from attnstore.limits import HASHES_MAX, HEARTBEAT_MS, HOT_REPLICAS, LEASE_MS_MAX, NODE_ANSWER_MS_MAX
+from attnstore.statistics import NodeStatistics
 from attnstore.types import (
     DeleteResult,
     Lease,
     MatchResult,
     NodeDescription,
-    NodeStatistics,
     PageEvent,
     PageStatus,
     ReadResult,

@@ -9,7 +9,8 @@ import hashlib
 from collections.abc import Sequence
 
 from attnstore.limits import EPOCH_BYTES
-from attnstore.types import NamespaceStatistics, NodeDescription, NodeStatistics
+from attnstore.statistics import NamespaceStatistics, NodeStatistics
+from attnstore.types import NodeDescription
 
 
 def joint_description(answers: Sequence[NodeDescription]) -> NodeDescription:
