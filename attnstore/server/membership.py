@@ -1,6 +1,6 @@
-"""A node's seat in its cluster: its registration in the directory and the hand-over of its pages, wired together.
+"""A node's membership of its cluster: its registration in the directory and the hand-over of its pages.
 
-Owns: the order in which both begin and end. Invariant: a node without `--directory` has no seat, and nothing of this runs.
+Owns: the order in which both begin and end. Invariant: a node without `--directory` is no member, and neither of them runs.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from attnstore.telemetry import NodeMetrics
 
 
 @dataclass(frozen=True, slots=True)
-class Seat:
-    """See the module. `start`, then `stop` once."""
+class NodeMembership:
+    """`start`, then `stop` once."""
 
     registration: Registration
     handoff: Handoff
@@ -43,7 +43,7 @@ class Seat:
 
 
 def own_record(options: ServeOptions, address: Address, epoch: bytes) -> Member:
-    """The record of the node that is bound to `address`. Raises `InvalidArgument` where others could make nothing of it."""
+    """The record of the node that is bound to `address`. Raises `InvalidArgument` if other nodes could not parse it."""
     advertised = options.advertised(address)
     scheme = "grpcs" if options.tls_cert is not None else "grpc"
     member = Member(
@@ -60,14 +60,14 @@ def own_record(options: ServeOptions, address: Address, epoch: bytes) -> Member:
 
 
 def peering_of(options: ServeOptions, member: Member) -> Peering | None:
-    """What a node knows the others of its cluster by; None without `--cluster-key`. Raises `InvalidArgument` for a bad one."""
+    """How a node authenticates the other members; None without `--cluster-key`. Raises `InvalidArgument` for a bad key."""
     if options.cluster_key is None or options.directory is None:
         return None
     cluster = DirectoryUrl.parse(options.directory.get_secret_value()).cluster
     return Peering(load_cluster_key(options.cluster_key), cluster, member, frozenset(options.tenants().values()))
 
 
-def take_seat(
+def node_membership(
     options: ServeOptions,
     *,
     member: Member,
@@ -78,8 +78,8 @@ def take_seat(
     feed: EventFeed,
     deletions: DeletionFeed,
     open_peer: OpenPeer,
-) -> Seat | None:
-    """The seat of the node that is `member`; None where it is on its own. Raises `InvalidArgument` for bad options."""
+) -> NodeMembership | None:
+    """The membership of the node that is `member`; None without a directory. Raises `InvalidArgument` for bad options."""
     if options.directory is None:
         return None
 
@@ -109,4 +109,4 @@ def take_seat(
         on_deletion=lambda told: store.deleted_elsewhere(told.space, told.hashes, told.age_ms),
         metrics=metrics,
     )
-    return Seat(registration, handoff)
+    return NodeMembership(registration, handoff)

@@ -49,12 +49,12 @@ from attnstore.server.collection import Collection
 from attnstore.server.descriptors import grpc_connections_max
 from attnstore.server.events import EventHub
 from attnstore.server.handoff import OpenPeer
+from attnstore.server.membership import node_membership, own_record, peering_of
 from attnstore.server.metrics_endpoint import MetricsEndpoint
 from attnstore.server.open_services import OpenServices
 from attnstore.server.page_channel import PageChannelServer, TokenBook
 from attnstore.server.rpc import Authenticator, RpcShell
 from attnstore.server.scrubber import Scrubber
-from attnstore.server.seat import own_record, peering_of, take_seat
 from attnstore.server.servicer import ChannelOffer, NodeIdentity, Servicer
 from attnstore.server.shared_memory import SharedMemoryServer
 from attnstore.server.slices import finish_among_calls
@@ -155,7 +155,7 @@ class StoreNode:
             else None
         )
         self._channels: dict[str, ChannelOffer] = {}
-        self._seat = take_seat(
+        self._membership = node_membership(
             options,
             member=member,
             peering=peering,
@@ -202,8 +202,8 @@ class StoreNode:
             "loop lag": tasks.supervised("loop lag", self._observe_loop_lag),
         }
         self._scrubber.start()
-        if self._seat is not None:
-            self._seat.start()
+        if self._membership is not None:
+            self._membership.start()
         _log.info("serving", address=str(self.address), capacity_bytes=int(self._options.capacity), pid=os.getpid())
 
     async def stop(self, drain_ms: int | None = None) -> None:
@@ -224,8 +224,8 @@ class StoreNode:
         if self._shared_memory is not None:
             stop_shared_memory = self._shared_memory.stop
             drains["shared memory"] = tasks.on_thread("stop", lambda: stop_shared_memory(drain_ms))
-        if self._seat is not None:
-            drains["membership"] = self._seat.stop()
+        if self._membership is not None:
+            drains["membership"] = self._membership.stop()
         await tasks.attempt_all(drains, (drain_ms + STOP_MS_MAX / 2) / 1000)
         ends = {name: tasks.end(task) for name, task in self._background.items()}
         if self._metrics_endpoint is not None:
