@@ -92,7 +92,7 @@ def copies(extent: MappedExtent, place: Place) -> bool:
 
 
 def uses_in_place(extent: MappedExtent, place: Place) -> bool:
-    return SharedPages((0,), [(place, extent)], KeptLease(Lease(bytes(16), 1))).intact()
+    return SharedPages((0,), [(place, extent)], KeptLease(Lease(bytes(16), 1)), lambda _: None).intact()
 
 
 @pytest.mark.parametrize("ask", [holds, views, copies, uses_in_place])

@@ -77,8 +77,10 @@ class MappedExtent:
         return copy(destination, self.address + begin, layer_bytes)
 
 
-Located = tuple[Place, MappedExtent] | PageStatus
-"""A page's place in an extent that is mapped here, or why it is not there."""
+MappedPage = tuple[Place, MappedExtent]
+"""A page's place, and the extent in which it lies, mapped here."""
+Located = MappedPage | PageStatus
+"""A page that is mapped here, or why it is not."""
 
 
 class PageViews:

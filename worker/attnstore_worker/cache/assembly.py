@@ -19,9 +19,9 @@ from attnstore_worker.cache.planning.observation import Observer
 from attnstore_worker.cache.pool.host_tier import HostTier
 from attnstore_worker.cache.pool.page_window import PageWindow
 from attnstore_worker.cache.pool.pages import PagePool
-from attnstore_worker.cache.store.base import PageStore
+from attnstore_worker.cache.store.base import PageStore, SharedStore
 from attnstore_worker.cache.store.remote import RemoteTier
-from attnstore_worker.cache.store.shared_tier import SharedStore, SharedTier
+from attnstore_worker.cache.store.shared_tier import SharedTier
 
 
 class SharedUse(enum.Enum):

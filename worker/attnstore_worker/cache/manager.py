@@ -18,7 +18,7 @@ from attnstore.core.eviction import EvictionPolicy
 from attnstore.core.hashing import BlockHash, Namespace, block_hash, block_hashes
 from attnstore.errors import Overloaded
 from attnstore_worker.cache.moving.loading import Loading
-from attnstore_worker.cache.moving.swap_in import Lender, SwapIn
+from attnstore_worker.cache.moving.swap_in import SwapIn
 from attnstore_worker.cache.moving.writers import create_writer
 from attnstore_worker.cache.planning.load_plan import FetchAhead, FetchAll, Planner, Prompt
 from attnstore_worker.cache.planning.observation import Load, LoadEnd, Observer, Unobserved
@@ -28,6 +28,7 @@ from attnstore_worker.cache.pool.host_tier import HostTier
 from attnstore_worker.cache.pool.pages import PagePool
 from attnstore_worker.cache.pool.resident import ResidentTiers
 from attnstore_worker.cache.pool.tier import Tier, TierCounter, TierStatistics
+from attnstore_worker.cache.store.base import Lender
 from attnstore_worker.cache.store.remote import RemoteStatistics, RemoteTier
 
 _LOG = logging.getLogger(__name__)
@@ -244,8 +245,8 @@ class CacheManager:
         """Ends a sequence's hold. Its tail is evicted before its head, because a prefix needs its head."""
         self._pool.release(reversed(table.own_block_ids))
         table.block_ids.clear()
-        if table.lent is not None and self._lender is not None:
-            self._lender.release(table.lent)
+        if table.lent is not None:
+            table.lent.release()
             table.lent = None
         table.remote_blocks = 0
         self._reap()

@@ -35,8 +35,9 @@ from attnstore_worker.cache import (
     Unobserved,
     create_cache,
 )
-from attnstore_worker.cache.attending.contexts import AttendStatistics, AttendStore, NodesNow, RemoteAttention, Traffic, nodes_of
+from attnstore_worker.cache.attending.contexts import AttendStatistics, NodesNow, RemoteAttention, Traffic, nodes_of
 from attnstore_worker.cache.planning.observation import Answer, Shielded
+from attnstore_worker.cache.store.base import AttendStore
 from attnstore_worker.engine.attend_policy import AttendChoice, AttendForecaster, AttendPolicy
 from attnstore_worker.engine.attended import AttendedBlocks
 from attnstore_worker.engine.options import EngineOptions

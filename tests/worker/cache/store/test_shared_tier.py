@@ -85,7 +85,7 @@ def test_borrowed_pages_are_the_nodes_bytes_beside_the_own_pool(client: attnstor
     assert [bytes_of(window, block_id) for block_id in pages.block_ids] == batch.pages
     assert min(pages.block_ids) >= own.capacity
     assert bool((window.tensor[:8] == 1.5).all())
-    tier.release(pages)
+    pages.release()
     assert eventually(lambda: client.stats().leases == 0)
     tier.close()
 
@@ -160,7 +160,7 @@ def test_a_node_that_dies_leaves_the_pages_readable(node: StoreProcess, client: 
     assert pages.intact()
     assert [bytes_of(window, block_id) for block_id in pages.block_ids] == batch.pages
     assert tier.borrow(batch.hashes, pages.lease.lease) is None
-    tier.release(pages)
+    pages.release()
     tier.close()
 
 

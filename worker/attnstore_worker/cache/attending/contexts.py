@@ -11,7 +11,7 @@ import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Final, Protocol, runtime_checkable
+from typing import Final
 
 from attnstore.client.transports.attend import AttendStream
 from attnstore.clock import Clock
@@ -19,10 +19,11 @@ from attnstore.core.hashing import BlockHash, Namespace
 from attnstore.core.layout import PageLayout
 from attnstore.errors import AttnStoreError, NamespaceUnknown
 from attnstore.limits import ATTEND_BYTES_MAX, ATTEND_HASHES_MAX, ATTEND_ROWS_MAX
-from attnstore.types import Lease, MatchResult
+from attnstore.types import Lease
 from attnstore_worker.cache.attending.step import NodeRows, RemoteStep
 from attnstore_worker.cache.planning.observation import Observer, Transfer, TransferKind
 from attnstore_worker.cache.pool.tier import Tier
+from attnstore_worker.cache.store.base import AttendCluster, AttendStore
 from attnstore_worker.cache.store.leases import KeptLease, LeaseKeeper
 from attnstore_worker.errors import PagesLost
 
@@ -31,40 +32,6 @@ _LOG = logging.getLogger(__name__)
 LEASE_MS: Final = 60_000
 _RENEW_MS: Final = LEASE_MS / 4
 _FLOAT_BYTES: Final = 4
-
-
-@runtime_checkable
-class AttendStore(Protocol):
-    """A node that answers queries; all calls end within a deadline."""
-
-    def register_layout(self, namespace: bytes, layout: PageLayout, /) -> object:
-        """Makes the namespace known. Idempotent."""
-        ...
-
-    def match(self, namespace: bytes, prefixes: Sequence[Sequence[bytes]], /, *, lease_ms: int) -> MatchResult:
-        """How many leading pages of each prefix are there, and a lease on them."""
-        ...
-
-    def renew(self, lease: Lease, lease_ms: int, /) -> object:
-        """Extends a lease to `lease_ms` from now. Raises `LeaseExpired`."""
-        ...
-
-    def release(self, lease: Lease, /) -> object:
-        """Ends a lease."""
-        ...
-
-    def attend(self, namespace: bytes, /, *, q_heads: int, scale: float, deadline_ms: float | None = None) -> AttendStream:
-        """A new attend stream."""
-        ...
-
-
-@runtime_checkable
-class AttendCluster(Protocol):
-    """A cluster whose nodes answer queries."""
-
-    def nodes(self) -> Sequence[AttendStore]:
-        """Those that are members now; the same objects as long as they are."""
-        ...
 
 
 NodesNow = Callable[[], Sequence[AttendStore]]

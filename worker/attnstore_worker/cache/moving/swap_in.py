@@ -16,58 +16,17 @@ import logging
 import threading
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Protocol
 
-from attnstore.client.base import OnLayer
 from attnstore.clock import Clock
 from attnstore.core.hashing import BlockHash
 from attnstore.limits import CHANNEL_READ_HASHES_MAX
-from attnstore.types import Lease, MatchResult, ReadResult
+from attnstore.types import Lease
 from attnstore_worker.cache.moving.layer_gate import LayerGate
 from attnstore_worker.cache.planning.load_plan import Found, LoadPlan, LoadProgress, Order, Planner, Prompt, SearchPlan
-from attnstore_worker.cache.store.shared_tier import SharedPages
+from attnstore_worker.cache.pool.block_table import LentBlocks
+from attnstore_worker.cache.store.base import Lender, OnLayer, PageSource
 
 _LOG = logging.getLogger(__name__)
-
-
-class PageSource(Protocol):
-    """Lower tiers, as a swap-in sees them. No method raises: what a source cannot give is a miss."""
-
-    def match(self, hashes: Sequence[BlockHash]) -> MatchResult:
-        """How many leading pages are there, with a lease on them."""
-        ...
-
-    def read(
-        self,
-        hashes: Sequence[BlockHash],
-        buffers: Sequence[memoryview],
-        lease: Lease | None,
-        *,
-        deadline_ms: float,
-        on_layer: OnLayer | None = None,
-    ) -> ReadResult:
-        """Fills one buffer per page. After it returned no buffer is written any more. `on_layer` as in `PageStore.read`."""
-        ...
-
-    def release(self, lease: Lease | None) -> None:
-        """Ends a lease, if there is one."""
-        ...
-
-
-class Lender(Protocol):
-    """Whoever lets pages be used where they lie. No method raises."""
-
-    def borrow(self, hashes: Sequence[BlockHash], lease: Lease) -> SharedPages | None:
-        """All the pages, and the lease with them; None, and the lease stays the caller's."""
-        ...
-
-    def release(self, pages: SharedPages) -> None:
-        """Ends a hold."""
-        ...
-
-    def close(self) -> None:
-        """Ends all holds, soon."""
-        ...
 
 
 class SwapIn:
@@ -98,7 +57,7 @@ class SwapIn:
         self.planned_ms = self.started_ms
         self.gate: LayerGate | None = None
         self.bytes_read = 0
-        self.lent: SharedPages | None = None
+        self.lent: LentBlocks | None = None
         self.shared: set[int] = set()
         """The blocks that came through memory shared with the store's node."""
         self._lender = lender
@@ -243,7 +202,7 @@ class SwapIn:
                 self._arrived += range(self._front, hit_end)
                 self._arrived_blocks += max(0, hit_end - self._front)
                 return True
-        self._lender.release(pages)
+        pages.release()
         return True
 
     def _begin(self, hits: int) -> bool:

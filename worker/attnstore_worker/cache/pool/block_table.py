@@ -9,9 +9,26 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
 from attnstore.core.hashing import BlockHash
-from attnstore_worker.cache.store.shared_tier import SharedPages
+
+
+class LentBlocks(Protocol):
+    """Blocks that lie in a store node's memory and are one sequence's to use. `block_ids` name them until `release`."""
+
+    @property
+    def block_ids(self) -> Sequence[int]:
+        """One for each page, in order."""
+        ...
+
+    def intact(self) -> bool:
+        """Whether every block still holds its page. Asked after use: what was computed from bytes that are not intact is void."""
+        ...
+
+    def release(self) -> None:
+        """Ends the hold."""
+        ...
 
 
 @dataclass(slots=True)
@@ -27,7 +44,7 @@ class BlockTable:
     hashes: list[BlockHash] = field(default_factory=list)
     extra_keys: Sequence[bytes] = ()
     sealed: int = 0
-    lent: SharedPages | None = None
+    lent: LentBlocks | None = None
     remote_blocks: int = 0
 
     @property

@@ -1,35 +1,54 @@
-"""What the worker needs of a store: the seam at which tests inject a store that fails on purpose.
+"""The contracts between the worker and a store: the seams at which tests inject a store that fails on purpose.
 
-Owns: `PageStore`, and `open_store`, the one place where the worker opens a client.
+Owns: every protocol of a store, from what a client must offer (`PageStore`, `LeaseStore`, `SharedStore`, `AttendStore`,
+`AttendCluster`) to what a load sees of the lower tiers (`PageSource`, `Lender`); and `open_store`, the one place where the worker
+opens a client. Invariant: no module of the worker describes a store a second time.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Final, Protocol
+from typing import Final, Protocol, runtime_checkable
 
 import attnstore
 from attnstore.client.base import TRANSPORT_NAMES
 from attnstore.client.base import OnLayer as OnLayer
 from attnstore.client.options import checked_target as checked_target
+from attnstore.client.transports.attend import AttendStream
+from attnstore.client.transports.mapped import PageViews
+from attnstore.core.hashing import BlockHash
 from attnstore.core.layout import PageLayout
 from attnstore.types import Lease, MatchResult, ReadResult, WriteResult
+from attnstore_worker.cache.pool.block_table import LentBlocks
 
 STORE_TRANSPORTS: Final = TRANSPORT_NAMES
 """How page bytes may travel; `auto` takes the best that the node offers."""
 
 
-class PageStore(Protocol):
-    """A store of sealed pages. Every call ends within a deadline of its own; all may be called from any thread."""
+class NamespaceStore(Protocol):
+    """A store that must know a namespace before it is used. Every call ends within a deadline of its own.
+
+    A namespace is registered once with a store. The client registers it again with a node that was restarted.
+    """
 
     def register_layout(self, namespace: bytes, layout: PageLayout, /, *, deadline_ms: float | None = None) -> object:
         """Makes the namespace known. Idempotent."""
         ...
 
-    def match(self, namespace: bytes, prefixes: Sequence[Sequence[bytes]], /, *, lease_ms: int) -> MatchResult:
+    def match(
+        self, namespace: bytes, prefixes: Sequence[Sequence[bytes]], /, *, lease_ms: int, deadline_ms: float | None = None
+    ) -> MatchResult:
         """How many leading pages of each prefix are there, and a lease on them."""
         ...
+
+    def release(self, lease: Lease, /) -> object:
+        """Ends a lease."""
+        ...
+
+
+class PageStore(NamespaceStore, Protocol):
+    """A store of sealed pages. All methods may be called from any thread."""
 
     def read(
         self,
@@ -48,12 +67,85 @@ class PageStore(Protocol):
         """
         ...
 
-    def write(self, namespace: bytes, hashes: Sequence[bytes], pages: Sequence[memoryview], /, *, deadline_ms: int) -> WriteResult:
+    def write(
+        self, namespace: bytes, hashes: Sequence[bytes], pages: Sequence[memoryview], /, *, deadline_ms: float
+    ) -> WriteResult:
         """Stores pages; one verdict each."""
+        ...
+
+
+class LeaseStore(Protocol):
+    """A store whose leases can be renewed."""
+
+    def renew(self, lease: Lease, lease_ms: int, /) -> object:
+        """Extends a lease to `lease_ms` from now. Raises `LeaseExpired`."""
         ...
 
     def release(self, lease: Lease, /) -> object:
         """Ends a lease."""
+        ...
+
+
+@runtime_checkable
+class SharedStore(LeaseStore, Protocol):
+    """A store that lets pages be used where they lie: `attnstore.Client` is one."""
+
+    def view(self, namespace: bytes, hashes: Sequence[bytes], /, *, lease: Lease, deadline_ms: float) -> PageViews:
+        """The pages where they lie. Raises where the node is not on this host or offers no shared memory."""
+        ...
+
+
+@runtime_checkable
+class AttendStore(NamespaceStore, LeaseStore, Protocol):
+    """A node that answers queries."""
+
+    def attend(self, namespace: bytes, /, *, q_heads: int, scale: float, deadline_ms: float | None = None) -> AttendStream:
+        """A new attend stream."""
+        ...
+
+
+@runtime_checkable
+class AttendCluster(Protocol):
+    """A cluster whose nodes answer queries."""
+
+    def nodes(self) -> Sequence[AttendStore]:
+        """The nodes that are members now; the same objects as long as they are."""
+        ...
+
+
+class PageSource(Protocol):
+    """The lower tiers as a load sees them. No method raises: what a source cannot give is a miss."""
+
+    def match(self, hashes: Sequence[BlockHash]) -> MatchResult:
+        """How many leading pages are there, with a lease on them."""
+        ...
+
+    def read(
+        self,
+        hashes: Sequence[BlockHash],
+        buffers: Sequence[memoryview],
+        lease: Lease | None,
+        *,
+        deadline_ms: float,
+        on_layer: OnLayer | None = None,
+    ) -> ReadResult:
+        """Fills one buffer per page. After it returned no buffer is written any more. `on_layer` as in `PageStore.read`."""
+        ...
+
+    def release(self, lease: Lease | None) -> None:
+        """Ends a lease, if there is one."""
+        ...
+
+
+class Lender(Protocol):
+    """A source that lets pages be used where they lie. No method raises."""
+
+    def borrow(self, hashes: Sequence[BlockHash], lease: Lease) -> LentBlocks | None:
+        """All the pages, which keep the lease until they are released; None, and the lease stays the caller's."""
+        ...
+
+    def close(self) -> None:
+        """Ends all holds, soon."""
         ...
 
 

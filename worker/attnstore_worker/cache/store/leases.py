@@ -9,26 +9,14 @@ from __future__ import annotations
 
 import logging
 import threading
-from typing import Protocol
 
 from attnstore import tasks
 from attnstore.clock import Clock, MonotonicClock
 from attnstore.errors import AttnStoreError, LeaseExpired
 from attnstore.types import Lease
+from attnstore_worker.cache.store.base import LeaseStore
 
 _LOG = logging.getLogger(__name__)
-
-
-class LeaseStore(Protocol):
-    """What a keeper needs of a store."""
-
-    def renew(self, lease: Lease, lease_ms: int, /) -> object:
-        """Extends a lease to `lease_ms` from now. Raises `LeaseExpired`."""
-        ...
-
-    def release(self, lease: Lease, /) -> object:
-        """Ends a lease."""
-        ...
 
 
 class KeptLease:

@@ -9,19 +9,19 @@ from __future__ import annotations
 
 import logging
 from collections import defaultdict
-from collections.abc import Sequence
-from typing import Any, Final, Protocol, runtime_checkable
+from collections.abc import Callable, Sequence
+from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
 
-from attnstore.client.transports.mapped import MappedExtent, PageViews
+from attnstore.client.transports.mapped import MappedExtent, MappedPage
 from attnstore.core.hashing import BlockHash, Namespace
 from attnstore.fences import read_fence
 from attnstore.types import Lease, PageStatus
-from attnstore.wire.shared import Place
 from attnstore_worker.cache.pool.page_window import PageWindow
-from attnstore_worker.cache.store.leases import KeptLease, LeaseKeeper, LeaseStore
+from attnstore_worker.cache.store.base import SharedStore
+from attnstore_worker.cache.store.leases import KeptLease, LeaseKeeper
 from attnstore_worker.cache.store.remote import LEASE_MARGIN_MS
 
 _LOG = logging.getLogger(__name__)
@@ -30,31 +30,29 @@ RENEW_PERIOD_MS: Final = LEASE_MARGIN_MS / 2
 """Every lease that the worker takes is longer than the margin."""
 
 
-@runtime_checkable
-class SharedStore(LeaseStore, Protocol):
-    """What the tier needs of a store, beside what REMOTE needs: `attnstore.Client` is one."""
-
-    def view(self, namespace: bytes, hashes: Sequence[bytes], /, *, lease: Lease, deadline_ms: float) -> PageViews:
-        """The pages where they lie. Raises where the node is not on this host or offers no shared memory."""
-        ...
-
-
 class SharedPages:
-    """The pages of one sequence that lie in a node's memory. `block_ids` name them in the window until `SharedTier.release`."""
+    """The pages of one sequence that lie in a node's memory: `LentBlocks` of the window. `let_go` ends the lease."""
 
-    def __init__(self, block_ids: tuple[int, ...], places: Sequence[tuple[Place, MappedExtent]], lease: KeptLease) -> None:
+    def __init__(
+        self, block_ids: tuple[int, ...], pages: Sequence[MappedPage], lease: KeptLease, let_go: Callable[[KeptLease], None]
+    ) -> None:
         self.block_ids = block_ids
         self.lease = lease
-        by_extent: defaultdict[MappedExtent, list[Place]] = defaultdict(list)
-        for place, extent in places:
-            by_extent[extent].append(place)
-        # The extents are what keeps the memory mapped.
+        self._let_go = let_go
+        by_extent: defaultdict[MappedExtent, list[MappedPage]] = defaultdict(list)
+        for page in pages:
+            by_extent[page[1]].append(page)
+        # The extents keep the memory mapped.
         self._stamps = [(extent, *_stamps(extent, stamped)) for extent, stamped in by_extent.items()]
 
     def intact(self) -> bool:
-        """Whether every page's bytes are still its own, and its lease not known to be lost. To be asked after use."""
+        """Whether every page's bytes are still its own, and its lease is not known to be lost. Asked after use."""
         read_fence()
         return not self.lease.lost and all(bool((words[at] == stamps).all()) for _, words, at, stamps in self._stamps)
+
+    def release(self) -> None:
+        """Ends the sequence's hold; the lease is released soon."""
+        self._let_go(self.lease)
 
 
 class SharedTier:
@@ -78,21 +76,18 @@ class SharedTier:
         except Exception as error:  # whatever a store does, the pages are copied or computed instead
             self._note(f"pages cannot be used in place: {error}")
             return None
-        places = [page for page in views.located if not isinstance(page, PageStatus)]
-        block_ids = [self._page_of(*page) for page in places]
-        if len(places) < len(hashes) or None in block_ids:
+        pages = [page for page in views.located if not isinstance(page, PageStatus)]
+        block_ids = [block_id for page in pages if (block_id := self._block_id_of(page)) is not None]
+        if len(block_ids) < len(hashes):
             return None
-        return SharedPages(tuple(page for page in block_ids if page is not None), places, self._leases.keep(lease))
-
-    def release(self, pages: SharedPages) -> None:
-        """Ends a sequence's hold; its lease is released soon."""
-        self._leases.let_go(pages.lease)
+        return SharedPages(tuple(block_ids), pages, self._leases.keep(lease), self._leases.let_go)
 
     def close(self) -> None:
         """Releases all leases, soon."""
         self._leases.close()
 
-    def _page_of(self, place: Place, extent: MappedExtent) -> int | None:
+    def _block_id_of(self, page: MappedPage) -> int | None:
+        place, extent = page
         return self._window.page_of(extent, place.offset_bytes) if place.size_bytes == self._page_bytes else None
 
     def _note(self, refusal: str) -> None:
@@ -105,8 +100,8 @@ class SharedTier:
 _Words = npt.NDArray[np.uint64]
 
 
-def _stamps(extent: MappedExtent, places: Sequence[Place]) -> tuple[_Words, npt.NDArray[Any], _Words]:
-    """The extent's stamp words, where among them those of the places are, and what these must still say."""
+def _stamps(extent: MappedExtent, pages: Sequence[MappedPage]) -> tuple[_Words, npt.NDArray[Any], _Words]:
+    """The extent's stamp words, the indices of the pages' stamps among them, and the values that these must keep."""
     words = np.frombuffer(extent.stamps, dtype=np.uint64)
-    at = np.array([extent.stamp_index(place) for place in places], dtype=np.int64)
-    return words, at, np.array([place.stamp for place in places], dtype=np.uint64)
+    at = np.array([extent.stamp_index(place) for place, _ in pages], dtype=np.int64)
+    return words, at, np.array([place.stamp for place, _ in pages], dtype=np.uint64)
