@@ -153,13 +153,13 @@ CHANNEL_IDLE_MS_MAX = 300_000
 CHANNEL_LAYER_PINS_MS_MAX = 10_000
 """A read by layers keeps all of its pages in place for this long; from then on only those of the frame that is being sent."""
 
-SHARED_LOCATE_HASHES_MAX = 256
+SHM_LOCATE_HASHES_MAX = 256
 """Pages in one question of the shared memory protocol. Two of them and their answers fit the kernel's buffers of a Unix socket."""
-SHARED_TAKE_PAGES_MAX = 64
+SHM_TAKE_PAGES_MAX = 64
 """Pages in one request of a writer; a few of them, and their answers, fit the same buffers."""
-SHARED_LENT_BYTES_MAX = 2 * PAGE_BYTES_MAX
+SHM_LENT_BYTES_MAX = 2 * PAGE_BYTES_MAX
 """Memory that a writer lends a node over one connection: room for one page to be copied by each side at a time."""
-SHARED_LENT_NODE_BYTES_MAX = 4 * SHARED_LENT_BYTES_MAX
+SHM_LENT_NODE_BYTES_MAX = 4 * SHM_LENT_BYTES_MAX
 """Memory lent to one node over all connections together; most lend 8 MiB. Holes in it are filled when the node maps it."""
 
 assert CHANNEL_SECOND_READ_HASHES_MAX <= CHANNEL_READ_HASHES_MAX <= HASHES_MAX

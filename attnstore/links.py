@@ -57,11 +57,6 @@ class LinkProfile:
         return self.down_bits_per_s / 8e9
 
     @property
-    def up_gb_per_s(self) -> float:
-        """What can be written, in 10^9 bytes per second."""
-        return self.up_bits_per_s / 8e9
-
-    @property
     def spec(self) -> str:
         """The figures as `parse_link` takes them.
 

@@ -26,14 +26,13 @@ from attnstore.limits import MIB
 HUGE_PAGE_BYTES: Final = 2 * MIB
 
 _SEALS: Final = fcntl.F_SEAL_GROW | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_SEAL
-_MADV_REMOVE: Final = 9
-_MADV_HUGEPAGE: Final = 14
-_MADV_POPULATE_READ: Final = 22
-_MADV_POPULATE_WRITE: Final = 23
-_MADV_COLLAPSE: Final = 25
-"""Linux 5.14 for the last but one, 6.1 for the last; the mmap module has no names for them and keeps the interpreter lock."""
-_MAP_FIXED: Final = 0x10
-_MAP_NORESERVE: Final = 0x4000
+MADV_POPULATE_READ: Final = 22
+MADV_POPULATE_WRITE: Final = 23
+MADV_COLLAPSE: Final = 25
+"""Linux 5.14, 5.14 and 6.1; the mmap module has no names for them."""
+MAP_FIXED: Final = 0x10
+MAP_NORESERVE: Final = 0x4000
+"""Flags of mmap(2) that the mmap module does not name either."""
 _SIZE_BYTES_MAX: Final = 1 << 46
 
 _system = ctypes.CDLL(None, use_errno=True)
@@ -72,10 +71,11 @@ def allocate_huge_pages(mapping: memoryview) -> None:
     No byte changes for anybody who maps the file.
     """
     with suppress(OSError):  # no more of them, or none for such a file
-        _advise(mapping, _MADV_HUGEPAGE)  # enough where `shmem_enabled` is `advise`, on kernels that cannot make them otherwise
+        # Enough where `shmem_enabled` is `advise`, on kernels that cannot make them otherwise.
+        _advise(mapping, mmap.MADV_HUGEPAGE)
         for begin in range(0, len(mapping) - HUGE_PAGE_BYTES + 1, HUGE_PAGE_BYTES):
-            _advise(mapping[begin : begin + mmap.PAGESIZE], _MADV_POPULATE_WRITE)
-            _advise(mapping[begin : begin + HUGE_PAGE_BYTES], _MADV_COLLAPSE)
+            _advise(mapping[begin : begin + mmap.PAGESIZE], MADV_POPULATE_WRITE)
+            _advise(mapping[begin : begin + HUGE_PAGE_BYTES], MADV_COLLAPSE)
 
 
 def map_read_only(file: int, offset_bytes: int, size_bytes: int, trusted: Path | None = None) -> memoryview:
@@ -94,13 +94,13 @@ def map_read_only(file: int, offset_bytes: int, size_bytes: int, trusted: Path |
     except OSError as error:
         raise ProtocolError(f"the file that the peer passed cannot be mapped: {error.strerror}") from None
     with suppress(OSError):  # an older kernel: the first reads pay for the page faults
-        _advise(mapping, _MADV_POPULATE_READ)
+        _advise(mapping, MADV_POPULATE_READ)
     return mapping
 
 
 def give_back(mapping: memoryview) -> None:
     """Gives the memory of a file back: whoever maps it reads zeros. `mapping` is all of it. Raises `OSError`."""
-    _advise(mapping, _MADV_REMOVE)
+    _advise(mapping, mmap.MADV_REMOVE)
 
 
 def _mapped(file: int, offset_bytes: int, size_bytes: int, protection: int) -> memoryview:
@@ -108,12 +108,12 @@ def _mapped(file: int, offset_bytes: int, size_bytes: int, protection: int) -> m
     if not 0 < size_bytes <= _SIZE_BYTES_MAX:
         raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
     # Python's own mapping reserves the addresses and gives them back with the last view; ours lies in the middle of it.
-    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | MAP_NORESERVE
     reserved = memoryview(mmap.mmap(-1, size_bytes + HUGE_PAGE_BYTES, flags=flags, prot=protection))
     begin = -address_of(reserved) % HUGE_PAGE_BYTES
     mapping = reserved[begin : begin + size_bytes]
     address = address_of(mapping)
-    mapped = _mmap(address, size_bytes, protection, mmap.MAP_SHARED | _MAP_FIXED, file, offset_bytes)
+    mapped = _mmap(address, size_bytes, protection, mmap.MAP_SHARED | MAP_FIXED, file, offset_bytes)
     if mapped != address:
         raise _error()
     return mapping
@@ -131,7 +131,7 @@ def _allocate(mapping: memoryview, file: int) -> None:
     """Allocates every page of the file now."""
     allocate_huge_pages(mapping)
     try:
-        _advise(mapping, _MADV_POPULATE_WRITE)
+        _advise(mapping, MADV_POPULATE_WRITE)
     except OSError as error:
         if error.errno != errno.EINVAL:
             raise
@@ -139,6 +139,7 @@ def _allocate(mapping: memoryview, file: int) -> None:
 
 
 def _advise(mapping: memoryview, advice: int) -> None:
+    # Not `mmap.madvise`, which keeps the interpreter lock.
     if _madvise(address_of(mapping), len(mapping), advice) != 0:
         raise _error()
 

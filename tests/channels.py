@@ -23,12 +23,12 @@ from attnstore.errors import AttnStoreError, Retryable, Unavailable
 from attnstore.limits import CHANNEL_CREDITS, CHANNEL_READ_HASHES_MAX, HASH_BYTES, LEASE_ID_BYTES
 from attnstore.server.page_channel import PageChannelServer, TokenBook
 from attnstore.server.store import Store
+from attnstore.streams.frames import FrameStream
 from attnstore.telemetry import NodeMetrics
 from attnstore.types import ReadResult, Space
 from attnstore.wire import messages
 from attnstore.wire.messages import METHODS
 from attnstore.wire.page_channel import VERSION, Frame, Kind, Role, decode_refusal, encode_frame, encode_slice
-from attnstore.wire.stream import FrameStream
 from tests.samples import Batch, eventually
 
 WIDE = PageLayout(layers=8, kv_heads=8, head_dim=128, block_tokens=16, dtype=DType.BF16)

@@ -9,9 +9,7 @@ import re
 from pathlib import Path
 
 from attnstore.copying import address_of
-from attnstore.memory_files import HUGE_PAGE_BYTES
-
-_MADV_COLLAPSE = 25
+from attnstore.memory_files import HUGE_PAGE_BYTES, MADV_COLLAPSE
 
 
 def sealed_file(size_bytes: int, *, seals: int = fcntl.F_SEAL_SHRINK, flags: int = 0) -> int:
@@ -48,7 +46,7 @@ def makes_huge_pages() -> bool:
     probe = mmap.mmap(-1, 2 * HUGE_PAGE_BYTES, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     probe[:] = bytes(len(probe))
     try:
-        probe.madvise(_MADV_COLLAPSE, -address_of(memoryview(probe)) % HUGE_PAGE_BYTES, HUGE_PAGE_BYTES)
+        probe.madvise(MADV_COLLAPSE, -address_of(memoryview(probe)) % HUGE_PAGE_BYTES, HUGE_PAGE_BYTES)
     except OSError as error:
         print(f"this system makes no huge pages: {error}")
         return False

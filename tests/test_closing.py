@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 import attnstore
-from attnstore.arena import SharedArena
+from attnstore.arena import ShmArena
 from attnstore.client.async_client import AsyncClient
 from attnstore.client.blocking import LoopThread
 from attnstore.client.cluster.membership import ClusterMembership
@@ -131,7 +131,7 @@ CASES: dict[str, tuple[Owner, Callable[[Steps], dict[str, Any]], set[str]]] = {
         {"client", "1", "2"},
     ),
     "an arena": (
-        SharedArena.close,
+        ShmArena.close,
         lambda steps: {"_files": [steps.blocking("1"), steps.blocking("2")]},
         {"1", "2"},
     ),

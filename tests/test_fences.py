@@ -12,13 +12,13 @@ import pytest
 
 from attnstore import fences
 from attnstore.arena import stamped
-from attnstore.arena.shared import SharedArena
+from attnstore.arena.shm import ShmArena
 from attnstore.client.transports import mapped, shm
 from attnstore.client.transports.mapped import MappedExtent, PageViews
 from attnstore.core.hashing import layer_checksums, range_checksum
 from attnstore.core.slots import Slot
 from attnstore.types import Lease, PageStatus
-from attnstore.wire.shared import Place
+from attnstore.wire.shm import Place
 from attnstore_worker.cache.store import shared_tier
 from attnstore_worker.cache.store.leases import KeptLease
 from attnstore_worker.cache.store.shared_tier import SharedPages
@@ -30,15 +30,15 @@ OLD, NEW = (Slot(0, 0, SMALL.page_bytes, generation, 1) for generation in (3, 4)
 
 
 @pytest.fixture
-def arena() -> Iterator[SharedArena]:
-    arena = SharedArena(2 * EXTENT_BYTES, EXTENT_BYTES)
+def arena() -> Iterator[ShmArena]:
+    arena = ShmArena(2 * EXTENT_BYTES, EXTENT_BYTES)
     arena.view(OLD)[:] = bytes([7]) * SMALL.page_bytes
     yield arena
     arena.close()
 
 
 @pytest.fixture
-def extent(arena: SharedArena) -> Iterator[MappedExtent]:
+def extent(arena: ShmArena) -> Iterator[MappedExtent]:
     """As a reader has it."""
     descriptor = arena.descriptor(0, 1)
     assert descriptor is not None
@@ -47,12 +47,12 @@ def extent(arena: SharedArena) -> Iterator[MappedExtent]:
 
 
 @pytest.fixture
-def place(arena: SharedArena) -> Place:
+def place(arena: ShmArena) -> Place:
     return Place(0, 1, 0, SMALL.page_bytes, arena.stamp(OLD), checksum=0)
 
 
 def test_the_node_fences_between_a_new_stamp_and_the_window_that_goes_with_it(
-    arena: SharedArena, extent: MappedExtent, place: Place, monkeypatch: pytest.MonkeyPatch
+    arena: ShmArena, extent: MappedExtent, place: Place, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[tuple[bool, int]] = []
     monkeypatch.setattr(stamped, "write_fence", lambda: seen.append((extent.holds(place), extent.view(0, 1)[0])))
@@ -63,7 +63,7 @@ def test_the_node_fences_between_a_new_stamp_and_the_window_that_goes_with_it(
 
 
 def test_the_node_fences_after_it_has_voided_an_extent(
-    arena: SharedArena, extent: MappedExtent, place: Place, monkeypatch: pytest.MonkeyPatch
+    arena: ShmArena, extent: MappedExtent, place: Place, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[tuple[bool, int]] = []
     monkeypatch.setattr(stamped, "write_fence", lambda: seen.append((extent.holds(place), extent.view(0, 1)[0])))
@@ -97,7 +97,7 @@ def uses_in_place(extent: MappedExtent, place: Place) -> bool:
 
 @pytest.mark.parametrize("ask", [holds, views, copies, uses_in_place])
 def test_a_reader_fences_before_it_looks_at_a_stamp_for_the_last_time(
-    arena: SharedArena, extent: MappedExtent, place: Place, ask: Ask, monkeypatch: pytest.MonkeyPatch
+    arena: ShmArena, extent: MappedExtent, place: Place, ask: Ask, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert ask(extent, place)
 

@@ -105,7 +105,7 @@ def test_a_system_without_huge_pages_allocates_small_ones(failing: int, monkeypa
     asked: list[int] = []
 
     def refuse_to_collapse(mapping: memoryview, advice: int) -> None:
-        if advice == memory_files._MADV_COLLAPSE:
+        if advice == memory_files.MADV_COLLAPSE:
             asked.append(len(mapping))
             raise OSError(failing, os.strerror(failing))
         advise(mapping, advice)

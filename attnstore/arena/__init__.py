@@ -3,8 +3,8 @@
 from attnstore.arena.base import Arena
 from attnstore.arena.file import FileArena
 from attnstore.arena.memory import MemoryArena
-from attnstore.arena.shared import SharedArena
+from attnstore.arena.shm import ShmArena
 from attnstore.arena.stamped import StampedArena
 from attnstore.core.slots import extent_bytes_for
 
-__all__ = ["Arena", "FileArena", "MemoryArena", "SharedArena", "StampedArena", "extent_bytes_for"]
+__all__ = ["Arena", "FileArena", "MemoryArena", "ShmArena", "StampedArena", "extent_bytes_for"]

@@ -6,7 +6,7 @@ life is void, wherever its geometry had it, before any other byte changes; then 
 never meet, because each life counts from a number of its own. What a reader kept mapped from an earlier life is thereby known to be
 gone.
 
-One file cannot be taken away from a reader as the memory files of `SharedArena` can: whoever maps it sees every extent. So a node
+One file cannot be taken away from a reader as the memory files of `ShmArena` can: whoever maps it sees every extent. So a node
 hands it out only where it serves one tenant.
 """
 

@@ -16,10 +16,9 @@ from attnstore.arena.base import Arena
 from attnstore.core.slots import Slot
 from attnstore.errors import InvalidArgument
 from attnstore.limits import MIB
+from attnstore.memory_files import MADV_POPULATE_WRITE
 
 _ZEROS: Final = bytes(MIB)
-_MADV_POPULATE_WRITE: Final = 23
-"""Linux 5.14; the mmap module has no name for it."""
 
 
 class MemoryArena(Arena):
@@ -69,7 +68,7 @@ def _populate(mapping: mmap.mmap) -> None:
     with suppress(AttributeError, OSError):  # no huge pages on this system
         mapping.madvise(mmap.MADV_HUGEPAGE)
     try:
-        mapping.madvise(_MADV_POPULATE_WRITE)
+        mapping.madvise(MADV_POPULATE_WRITE)
     except OSError as error:
         if error.errno != errno.EINVAL:
             raise

@@ -1,7 +1,7 @@
 """What every arena has that readers on this host map: stamps beside the bytes, and extents to hand out.
 
 Owns: the rule by which stamps change. Where the words lie is the subclass's: behind the data of each extent, as
-`attnstore.wire.shared.ExtentLayout` says.
+`attnstore.wire.shm.ExtentLayout` says.
 Invariants: a slot's stamp changes before the first byte of a new generation can be written, because nobody gets the slot's window
 without it; a slot that is withdrawn has a stamp that no page was ever located with. (A generation has two stamps, one for each.)
 
@@ -18,7 +18,7 @@ from typing import NamedTuple
 from attnstore.arena.base import Arena
 from attnstore.core.slots import Slot
 from attnstore.fences import write_fence
-from attnstore.wire.shared import ExtentLayout
+from attnstore.wire.shm import ExtentLayout
 
 
 class Span(NamedTuple):

@@ -16,7 +16,7 @@ from attnstore.client.transports.shm import ShmTransport
 from attnstore.client.transports.tcp import TcpTransport
 from attnstore.clock import Clock, Deadline
 from attnstore.errors import ClientClosed, DeadlineExceeded
-from attnstore.wire.shared import SHARED_FILE_OFFER
+from attnstore.wire.shm import SHM_FILE_OFFER
 
 Describe = Callable[[float], Awaitable[dict[str, str]]]
 """`describe(deadline_ms)`: the transports that the node offers, by name, with their addresses."""
@@ -67,7 +67,7 @@ class BulkTransports:
         options, opener = self._options, self._opener(asyncio.get_running_loop())
         if "tcp" in offered:
             self.tcp = TcpTransport(options.target.address.host, opener, options.channels)
-        offer = SHARED_FILE_OFFER if options.shared_path is not None and SHARED_FILE_OFFER in offered else "shm"
+        offer = SHM_FILE_OFFER if options.shared_path is not None and SHM_FILE_OFFER in offered else "shm"
         if offer in offered and (options.transport == "shm" or ShmTransport.is_reachable(offered[offer])):
             self.shm = ShmTransport(opener, options.channels, offer, options.shared_path)
         transports = [transport for transport in (self.shm, self.tcp) if transport is not None]

@@ -11,10 +11,10 @@ from collections.abc import Callable
 from attnstore.core.hashing import joint_checksum, page_checksum
 from attnstore.errors import DeadlineExceeded, ProtocolError, Unsupported
 from attnstore.server.attend import Attending, AttendSession
+from attnstore.streams.frames import FrameStream
 from attnstore.telemetry import NodeMetrics
 from attnstore.wire.attend import AttendClose, decode_open, decode_query
 from attnstore.wire.page_channel import Frame, Kind, encode_frame, encode_refusal
-from attnstore.wire.stream import FrameStream
 
 NOT_OFFERED = "this node answers no queries: install attnstore[attention] there and do not start it with --attend-threads 0"
 
@@ -86,5 +86,5 @@ class AttendChannel:
             self._kept = bytearray(frame.size_bytes)
         payload = memoryview(self._kept)[: frame.size_bytes]
         if payload:
-            self._stream.receive_payload(payload)
+            self._stream.receive(payload)
         return payload

@@ -19,7 +19,7 @@ import grpc
 
 from attnstore import tasks
 from attnstore.address import Address
-from attnstore.arena import Arena, FileArena, MemoryArena, SharedArena, StampedArena, extent_bytes_for
+from attnstore.arena import Arena, FileArena, MemoryArena, ShmArena, StampedArena, extent_bytes_for
 from attnstore.clock import Clock, MonotonicClock
 from attnstore.config import ServeOptions
 from attnstore.core.heat import SegmentHeat
@@ -56,12 +56,12 @@ from attnstore.server.page_channel import PageChannelServer, TokenBook
 from attnstore.server.rpc import Authenticator, RpcShell
 from attnstore.server.scrubber import Scrubber
 from attnstore.server.servicer import ChannelOffer, NodeIdentity, Servicer
-from attnstore.server.shared_memory import SharedMemoryServer
+from attnstore.server.shm import ShmServer
 from attnstore.server.slices import finish_among_calls
 from attnstore.server.store import Store
 from attnstore.telemetry import NodeMetrics
 from attnstore.wire.messages import METHODS, SERVICE
-from attnstore.wire.shared import SHARED_FILE_OFFER
+from attnstore.wire.shm import SHM_FILE_OFFER
 
 _EXPIRY_PERIOD_S = 1.0
 _LAG_PERIOD_S = 0.1
@@ -140,8 +140,8 @@ class StoreNode:
             attending=self._attending,
             tenants=authenticator.tenants,
         )
-        self._shared_memory = (
-            SharedMemoryServer(
+        self._shm = (
+            ShmServer(
                 self._store,
                 self._arena,
                 TokenBook(clock, authenticator.tenants),
@@ -189,10 +189,10 @@ class StoreNode:
         if "tcp" in self._options.bulk_transports():
             self._page_channel.start(self.address.at(self._options.page_channel_port))
             self._channels["tcp"] = ChannelOffer(f":{self._page_channel.port}", self._tokens.issue)
-        if self._shared_memory is not None:
-            self._shared_memory.start()
-            offer = "shm" if self._options.arena_path is None else SHARED_FILE_OFFER
-            self._channels[offer] = ChannelOffer(self._shared_memory.address, self._shared_memory.tokens.issue)
+        if self._shm is not None:
+            self._shm.start()
+            offer = "shm" if self._options.arena_path is None else SHM_FILE_OFFER
+            self._channels[offer] = ChannelOffer(self._shm.address, self._shm.tokens.issue)
         if self._options.metrics_port is not None:
             self._serve_metrics(self._options.metrics_port)
         await self._server.start()
@@ -221,9 +221,9 @@ class StoreNode:
             "page channels": tasks.on_thread("stop", lambda: self._page_channel.stop(drain_ms)),
             "scrubber": self._scrubber.stop(),
         }
-        if self._shared_memory is not None:
-            stop_shared_memory = self._shared_memory.stop
-            drains["shared memory"] = tasks.on_thread("stop", lambda: stop_shared_memory(drain_ms))
+        if self._shm is not None:
+            stop_shm = self._shm.stop
+            drains["shared memory"] = tasks.on_thread("stop", lambda: stop_shm(drain_ms))
         if self._membership is not None:
             drains["membership"] = self._membership.stop()
         await tasks.attempt_all(drains, (drain_ms + STOP_MS_MAX / 2) / 1000)
@@ -289,7 +289,7 @@ class StoreNode:
 def _arena_type(options: ServeOptions) -> type[Arena]:
     if options.arena_path is not None:
         return FileArena
-    return SharedArena if "shm" in options.bulk_transports() else MemoryArena
+    return ShmArena if "shm" in options.bulk_transports() else MemoryArena
 
 
 def _certificate(options: ServeOptions) -> Certificate | None:

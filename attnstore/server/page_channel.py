@@ -41,12 +41,12 @@ from attnstore.server.attend_channel import AttendChannel
 from attnstore.server.connections import Connection, ConnectionThreads
 from attnstore.server.pinned_views import PageView
 from attnstore.server.store import Store
+from attnstore.streams.frames import FrameStream
 from attnstore.telemetry import NodeMetrics
 from attnstore.types import PageStatus, Space
 from attnstore.wire.match import decode_prefixes, encode_hits
 from attnstore.wire.messages import split_hashes
 from attnstore.wire.page_channel import NO_LEASE, VERSION, Frame, Kind, Order, Role, encode_frame, encode_refusal, encode_slice
-from attnstore.wire.stream import FrameStream
 
 _PINNED_TOGETHER = 8
 """Pages of a READ that are looked up at a time. They are sent one by one: their reader copies one while we look at the next."""
@@ -350,7 +350,7 @@ class _Connection(Connection):
             self._metrics.received("tcp", frame.size_bytes)
             return page
         try:
-            self._stream.receive_payload(page.data)
+            self._stream.receive(page.data)
         except BaseException:
             self._store.abort(page)
             raise

@@ -330,11 +330,6 @@ class FrameReceiver:
         """True between two frames: the peer may close the connection here."""
         return self._frame is None and bool(self._windows) and len(self._windows[0]) == HEADER_BYTES
 
-    @property
-    def payload_left_bytes(self) -> int:
-        """Bytes of the announced payload that have not arrived."""
-        return self._left_bytes
-
     def windows(self) -> list[memoryview]:
         """Returns where the next bytes must be written: non-empty views, to be filled one after the other."""
         assert self._windows, "land() or discard() comes before the payload"

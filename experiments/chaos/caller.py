@@ -25,11 +25,11 @@ from attnstore.command_line import CommandParser
 from attnstore.directory.scripts import KEYS
 from attnstore.errors import AttnStoreError
 from attnstore.limits import CHANNEL_CONNECTIONS_MAX, LEASE_MS_MAX, NAMESPACES_MAX, STREAMS_MAX
+from attnstore.streams.frames import FrameStream
 from attnstore.wire import messages
 from attnstore.wire.chunks import encode_write_chunk
 from attnstore.wire.messages import METHODS
 from attnstore.wire.page_channel import VERSION, Frame, Kind, Role, encode_frame
-from attnstore.wire.stream import FrameStream
 from experiments.chaos.faults import FaultKind
 from experiments.chaos.raw_client import RawClient, print_call
 from experiments.options import POSITIVE, SEED

@@ -17,11 +17,11 @@ import grpc
 
 from attnstore.clock import Deadline, MonotonicClock
 from attnstore.errors import Unavailable
+from attnstore.streams.shm import Message, ShmStream
 from attnstore.testing import StoreProcess
 from attnstore.types import PageStatus
-from attnstore.wire import messages, shared
-from attnstore.wire.shared import ExtentLayout, Kind, Place, State
-from attnstore.wire.shared_stream import Message, SharedStream
+from attnstore.wire import messages, shm
+from attnstore.wire.shm import ExtentLayout, Kind, Place, State
 
 WAIT_MS = 10_000.0
 
@@ -43,11 +43,11 @@ class Peer:
     """A connected socket; `greeted` once the node has said WELCOME."""
 
     connection: socket.socket
-    stream: SharedStream = field(init=False)
+    stream: ShmStream = field(init=False)
     extent_bytes: int = 0
 
     def __post_init__(self) -> None:
-        self.stream = SharedStream(self.connection)
+        self.stream = ShmStream(self.connection)
         self.stream.bound(Deadline(MonotonicClock(), WAIT_MS).left_ms)
 
     @classmethod
@@ -61,8 +61,8 @@ class Peer:
     def greeted(cls, node: StoreProcess, token: str | None = None) -> Peer:
         address, channel_token = open_channel(node, token)
         peer = cls.connected(address)
-        answer = peer.ask(shared.encode_hello(channel_token), Kind.WELCOME)
-        peer.extent_bytes = shared.decode_welcome(answer.payload).extent_bytes
+        answer = peer.ask(shm.encode_hello(channel_token), Kind.WELCOME)
+        peer.extent_bytes = shm.decode_welcome(answer.payload).extent_bytes
         return peer
 
     def __enter__(self) -> Self:
@@ -77,7 +77,7 @@ class Peer:
 
     def refusal(self, request: bytes) -> Exception:
         """What the node refuses a request with."""
-        return shared.decode_refusal(self.ask(request, Kind.REFUSED).payload)
+        return shm.decode_refusal(self.ask(request, Kind.REFUSED).payload)
 
     def is_closed_by_the_node(self) -> bool:
         """Waits for the end of the stream."""
@@ -89,16 +89,16 @@ class Peer:
         return True
 
     def locate(self, namespace: bytes, *hashes: bytes) -> list[Place | PageStatus]:
-        self.stream.send(shared.encode_locate(namespace, None, hashes))
+        self.stream.send(shm.encode_locate(namespace, None, hashes))
         places: list[Place | PageStatus] = []
         while len(places) < len(hashes):
             answer = self.stream.receive(frozenset({Kind.LOCATED}))
-            places += shared.decode_located(answer.payload, ExtentLayout(self.extent_bytes))
+            places += shm.decode_located(answer.payload, ExtentLayout(self.extent_bytes))
         return places
 
     def map(self, place: Place) -> mmap.mmap | None:
         """The extent of a place as this process may see it; None where it is gone or not ours."""
-        answer = self.ask(shared.encode_map(place.extent, place.tenancy), Kind.MAPPED, Kind.GONE)
+        answer = self.ask(shm.encode_map(place.extent, place.tenancy), Kind.MAPPED, Kind.GONE)
         if answer.kind is Kind.GONE:
             return None
         assert answer.descriptor is not None
@@ -112,7 +112,7 @@ class Peer:
 class LyingNode:
     """A shared memory socket that answers what a test says, to one client."""
 
-    def __init__(self, answer: Callable[[SharedStream, Kind], None]) -> None:
+    def __init__(self, answer: Callable[[ShmStream, Kind], None]) -> None:
         self._directory = tempfile.TemporaryDirectory()
         self.address = f"{self._directory.name}/shm"
         self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
@@ -132,12 +132,12 @@ class LyingNode:
 
     def _serve(self) -> None:
         connection, _ = self._listener.accept()
-        stream = SharedStream(connection)
+        stream = ShmStream(connection)
         stream.bound(Deadline(MonotonicClock(), 10_000).left_ms)
         try:
             stream.receive({Kind.HELLO})
-            stream.send(shared.encode_welcome(shared.Welcome(b"e" * 16, 1 << 20)))
+            stream.send(shm.encode_welcome(shm.Welcome(b"e" * 16, 1 << 20)))
             while True:
-                self._answer(stream, stream.receive(shared.REQUESTS[State.OPEN]).kind)
+                self._answer(stream, stream.receive(shm.REQUESTS[State.OPEN]).kind)
         except Unavailable:
             stream.close()

@@ -30,17 +30,17 @@ from attnstore.limits import (
     LEASED_PAGES_MAX,
     LEASES_MAX,
     NAMESPACES_MAX,
-    SHARED_LENT_NODE_BYTES_MAX,
+    SHM_LENT_NODE_BYTES_MAX,
     STREAMS_MAX,
     WATCHED_EVENTS_MAX,
     WATCHERS_MAX,
 )
+from attnstore.streams.frames import FrameStream
 from attnstore.testing import StoreProcess
-from attnstore.wire import shared
+from attnstore.wire import shm
 from attnstore.wire.match import encode_prefixes
 from attnstore.wire.messages import ERROR_TRAILER, layout_to_wire
 from attnstore.wire.page_channel import Frame, Kind, encode_frame
-from attnstore.wire.stream import FrameStream
 from attnstore.wire.v1 import store_pb2 as pb
 from attnstore.wire.v1 import store_pb2_grpc
 from tests.channels import dial, say_hello
@@ -286,17 +286,17 @@ def tokens(greedy: Greedy) -> None:
 
 
 def lent_memory(greedy: Greedy) -> None:
-    size_bytes = SHARED_LENT_NODE_BYTES_MAX // 16
+    size_bytes = SHM_LENT_NODE_BYTES_MAX // 16
 
     def lend() -> bool:
         peer = greedy.held.enter_context(Peer.greeted(greedy.node, GREEDY))
         file = sealed_file(size_bytes)
-        peer.stream.send_with_descriptor(shared.encode_lend(size_bytes), file)
+        peer.stream.send_with_descriptor(shm.encode_lend(size_bytes), file)
         os.close(file)
-        answer = peer.stream.receive(frozenset({shared.Kind.LENT, shared.Kind.REFUSED}))
-        if answer.kind is shared.Kind.LENT:
+        answer = peer.stream.receive(frozenset({shm.Kind.LENT, shm.Kind.REFUSED}))
+        if answer.kind is shm.Kind.LENT:
             return True
-        return not isinstance(shared.decode_refusal(answer.payload), errors.Overloaded)
+        return not isinstance(shm.decode_refusal(answer.payload), errors.Overloaded)
 
     takes_until_refused(16, lend)
 
@@ -312,7 +312,7 @@ CASES: Final[dict[str, Callable[[Greedy], None]]] = {
     "NAMESPACES_MAX": namespaces,
     "CHANNEL_CONNECTIONS_MAX": both_kinds_of_connections,
     "CHANNEL_TOKENS_MAX": tokens,
-    "SHARED_LENT_NODE_BYTES_MAX": lent_memory,
+    "SHM_LENT_NODE_BYTES_MAX": lent_memory,
 }
 
 ELSEWHERE: Final = {
@@ -363,7 +363,7 @@ NOT_SHARED: Final[dict[str, tuple[str, ...]]] = {
     OF_ONE_REQUEST: (
         *("MESSAGE_BYTES_MAX", "FRAME_BYTES_MAX", "CHUNK_BYTES_MAX", "CHUNK_HEADER_BYTES_MAX", "HASHES_MAX", "GRPC_CALLS_MAX"),
         *("CHANNEL_READ_HASHES_MAX", "CHANNEL_SECOND_READ_HASHES_MAX", "CHANNEL_CREDITS", "CHANNEL_GATHER_PAGES"),
-        *("CHANNEL_REASON_BYTES_MAX", "SHARED_LOCATE_HASHES_MAX", "SHARED_TAKE_PAGES_MAX", "SHARED_LENT_BYTES_MAX"),
+        *("CHANNEL_REASON_BYTES_MAX", "SHM_LOCATE_HASHES_MAX", "SHM_TAKE_PAGES_MAX", "SHM_LENT_BYTES_MAX"),
         *("ATTEND_SETS_MAX", "ATTEND_HASHES_MAX", "ATTEND_ROWS_MAX", "ATTEND_BYTES_MAX", "ATTEND_FRAME_BYTES_MAX"),
         *("ATTEND_HEADS_MAX", "ATTEND_TOGETHER_MAX", "MESSAGE_OVERHEAD_BYTES", "REPORTED_HASHES_MAX", "WATCH_EVENTS_MAX"),
         *(

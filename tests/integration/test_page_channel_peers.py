@@ -17,8 +17,8 @@ from attnstore.limits import (
     CHANNEL_NEWCOMERS_MAX,
     CHANNEL_TOKEN_BYTES,
 )
+from attnstore.streams.frames import FrameStream
 from attnstore.wire.page_channel import VERSION, Frame, Kind, Order, encode_frame
-from attnstore.wire.stream import FrameStream
 from tests.channels import (
     WIDE,
     ChannelNode,

@@ -18,7 +18,7 @@ from attnstore.client.transports.mapped import MappedExtent
 from attnstore.copying import Checksums
 from attnstore.errors import DeadlineExceeded, InvalidArgument, Unavailable
 from attnstore.testing import StoreProcess
-from attnstore.wire.shared import Place
+from attnstore.wire.shm import Place
 from tests.integration.shm_peer import Peer, open_channel
 from tests.samples import LARGE, SMALL, Batch, make_batch
 

@@ -14,9 +14,9 @@ from attnstore.client.landing import Landing
 from attnstore.client.transports.shm import ShmTransport
 from attnstore.clock import Deadline, MonotonicClock
 from attnstore.errors import NamespaceUnknown, ProtocolError
-from attnstore.wire import shared
-from attnstore.wire.shared import Kind, Place
-from attnstore.wire.shared_stream import SharedStream
+from attnstore.streams.shm import ShmStream
+from attnstore.wire import shm
+from attnstore.wire.shm import Kind, Place
 from tests.integration.shm_peer import LyingNode
 from tests.memory_files import sealed_file
 from tests.samples import SMALL, make_batch
@@ -47,9 +47,9 @@ def read_from(lying: LyingNode) -> PageStatus:
     ids=["too many", "too few", "beyond the extent", "too short"],
 )
 def test_places_that_no_honest_node_gives_are_a_broken_protocol(places: list[Place | PageStatus], complaint: str) -> None:
-    def lie(stream: SharedStream, kind: Kind) -> None:
+    def lie(stream: ShmStream, kind: Kind) -> None:
         assert kind is Kind.LOCATE
-        stream.send(shared.encode_located(places))
+        stream.send(shm.encode_located(places))
 
     with LyingNode(lie) as node, pytest.raises(ProtocolError, match=complaint):
         read_from(node)
@@ -57,16 +57,16 @@ def test_places_that_no_honest_node_gives_are_a_broken_protocol(places: list[Pla
 
 @pytest.mark.parametrize("what", ["no descriptor", "two", "not a file", "unsealed", "too short", "shorter than the extent"])
 def test_a_descriptor_that_could_kill_its_reader_is_not_mapped(what: str) -> None:
-    file_bytes = shared.ExtentLayout(1 << 20).file_bytes
+    file_bytes = shm.ExtentLayout(1 << 20).file_bytes
 
-    def lie(stream: SharedStream, kind: Kind) -> None:
+    def lie(stream: ShmStream, kind: Kind) -> None:
         if kind is Kind.LOCATE:
-            stream.send(shared.encode_located([A_PLACE]))
+            stream.send(shm.encode_located([A_PLACE]))
         elif what == "no descriptor":
-            stream.send(shared.encode_mapped(0, file_bytes))
+            stream.send(shm.encode_mapped(0, file_bytes))
         elif what == "two":
             file = sealed_file(file_bytes)
-            socket.send_fds(stream._socket, [shared.encode_mapped(0, file_bytes)], [file, file])
+            socket.send_fds(stream._socket, [shm.encode_mapped(0, file_bytes)], [file, file])
             os.close(file)
         else:
             descriptor = {
@@ -75,7 +75,7 @@ def test_a_descriptor_that_could_kill_its_reader_is_not_mapped(what: str) -> Non
                 "too short": lambda: sealed_file(4096),
                 "shorter than the extent": lambda: sealed_file(file_bytes - 1),
             }[what]()
-            stream.send_with_descriptor(shared.encode_mapped(0, file_bytes), descriptor)
+            stream.send_with_descriptor(shm.encode_mapped(0, file_bytes), descriptor)
             os.close(descriptor)
 
     open_before = len(os.listdir("/proc/self/fd"))
@@ -85,8 +85,8 @@ def test_a_descriptor_that_could_kill_its_reader_is_not_mapped(what: str) -> Non
 
 
 def test_a_page_whose_extent_went_to_another_tenant_meanwhile_is_a_miss() -> None:
-    def answer(stream: SharedStream, kind: Kind) -> None:
-        stream.send(shared.encode_located([A_PLACE]) if kind is Kind.LOCATE else shared.encode_gone())
+    def answer(stream: ShmStream, kind: Kind) -> None:
+        stream.send(shm.encode_located([A_PLACE]) if kind is Kind.LOCATE else shm.encode_gone())
 
     with LyingNode(answer) as node:
         assert read_from(node) is MISSING
@@ -95,13 +95,13 @@ def test_a_page_whose_extent_went_to_another_tenant_meanwhile_is_a_miss() -> Non
 def test_zeros_of_an_extent_that_was_given_up_are_a_miss() -> None:
     """What a reader maps a moment too late: the old file, emptied."""
 
-    def answer(stream: SharedStream, kind: Kind) -> None:
+    def answer(stream: ShmStream, kind: Kind) -> None:
         if kind is Kind.LOCATE:
-            stream.send(shared.encode_located([A_PLACE]))
+            stream.send(shm.encode_located([A_PLACE]))
         else:
-            file_bytes = shared.ExtentLayout(1 << 20).file_bytes
+            file_bytes = shm.ExtentLayout(1 << 20).file_bytes
             descriptor = sealed_file(file_bytes)
-            stream.send_with_descriptor(shared.encode_mapped(0, file_bytes), descriptor)
+            stream.send_with_descriptor(shm.encode_mapped(0, file_bytes), descriptor)
             os.close(descriptor)
 
     with LyingNode(answer) as node:
@@ -121,16 +121,16 @@ def write_to(lying: LyingNode, pages: int = 1) -> tuple[PageStatus, ...]:
 @pytest.mark.parametrize(
     ("answer", "complaint"),
     [
-        (shared.encode_taken([STORED, STORED]), "2 verdicts on 1"),
-        (shared.encode_taken([]), "0 verdicts on 1"),
-        (shared.encode_taken([STORED])[:-1] + b"\xfa", "250"),
-        (shared.encode_lent(), "TAKEN was due"),
+        (shm.encode_taken([STORED, STORED]), "2 verdicts on 1"),
+        (shm.encode_taken([]), "0 verdicts on 1"),
+        (shm.encode_taken([STORED])[:-1] + b"\xfa", "250"),
+        (shm.encode_lent(), "TAKEN was due"),
     ],
     ids=["too many", "too few", "no verdict", "another message"],
 )
 def test_answers_that_no_honest_node_gives_are_a_broken_protocol(answer: bytes, complaint: str) -> None:
-    def lie(stream: shared.SharedStream, kind: Kind) -> None:
-        stream.send(shared.encode_lent() if kind is Kind.LEND else answer)
+    def lie(stream: shm.ShmStream, kind: Kind) -> None:
+        stream.send(shm.encode_lent() if kind is Kind.LEND else answer)
 
     with LyingNode(lie) as node, pytest.raises(ProtocolError, match=complaint):
         write_to(node)
@@ -140,14 +140,14 @@ def test_a_call_that_was_refused_ends_with_the_nodes_last_answer() -> None:
     """Its later pages are on the way: a node that is slow would store them once whoever calls again has made them welcome."""
     answered: list[Kind] = []
 
-    def refuse(stream: shared.SharedStream, kind: Kind) -> None:
+    def refuse(stream: shm.ShmStream, kind: Kind) -> None:
         if kind is Kind.LEND:
-            stream.send(shared.encode_lent())
+            stream.send(shm.encode_lent())
             return
         if answered:
             time.sleep(0.1)
         answered.append(kind)
-        stream.send(shared.encode_refusal(NamespaceUnknown("who?")))
+        stream.send(shm.encode_refusal(NamespaceUnknown("who?")))
 
     with LyingNode(refuse) as node:
         with pytest.raises(NamespaceUnknown):

@@ -19,8 +19,8 @@ from attnstore import DType, PageLayout, PageStatus
 from attnstore.errors import InvalidArgument, NamespaceUnknown, PermissionDenied, ProtocolError, Unauthenticated
 from attnstore.limits import CHANNEL_CONNECTIONS_MAX, CHANNEL_NEWCOMERS_MAX
 from attnstore.testing import StoreProcess
-from attnstore.wire import shared
-from attnstore.wire.shared import Kind, Place
+from attnstore.wire import shm
+from attnstore.wire.shm import Kind, Place
 from tests.integration.shm_peer import Peer, open_channel
 from tests.samples import SMALL, eventually, make_batch
 
@@ -66,20 +66,20 @@ def test_a_located_page_is_in_the_extent_handed_out(node: StoreProcess) -> None:
 def test_a_wrong_token_is_refused(node: StoreProcess) -> None:
     address, _ = open_channel(node)
     with Peer.connected(address) as peer:
-        assert isinstance(peer.refusal(shared.encode_hello(b"w" * 32)), Unauthenticated)
+        assert isinstance(peer.refusal(shm.encode_hello(b"w" * 32)), Unauthenticated)
         assert peer.is_closed_by_the_node()
 
 
 def test_a_token_opens_one_connection_and_no_second(node: StoreProcess) -> None:
     address, token = open_channel(node)
     with Peer.connected(address) as first, Peer.connected(address) as second:
-        first.ask(shared.encode_hello(token), Kind.WELCOME)
-        assert isinstance(second.refusal(shared.encode_hello(token)), Unauthenticated)
+        first.ask(shm.encode_hello(token), Kind.WELCOME)
+        assert isinstance(second.refusal(shm.encode_hello(token)), Unauthenticated)
 
 
 def test_another_version_is_refused_and_spends_no_token(node: StoreProcess) -> None:
     address, token = open_channel(node)
-    hello = shared.encode_hello(token)
+    hello = shm.encode_hello(token)
     with Peer.connected(address) as peer:
         error = peer.refusal(hello[:8] + (7).to_bytes(4, "little") + hello[12:])
         assert isinstance(error, InvalidArgument)
@@ -90,9 +90,9 @@ def test_another_version_is_refused_and_spends_no_token(node: StoreProcess) -> N
 @pytest.mark.parametrize(
     "first",
     [
-        shared.encode_locate(b"n" * 32, None, [b"h" * 32]),
-        shared.encode_map(0, 1),
-        shared.encode_mapped(0, 4096),
+        shm.encode_locate(b"n" * 32, None, [b"h" * 32]),
+        shm.encode_map(0, 1),
+        shm.encode_mapped(0, 4096),
         b"GET / HTTP/1.1\r\n\r\n",
         b"\0" * 64,
     ],
@@ -107,7 +107,7 @@ def test_whoever_does_not_say_hello_first_is_sent_away(node: StoreProcess, first
 
 def test_a_message_over_its_limit_ends_the_connection_before_its_payload(node: StoreProcess) -> None:
     with Peer.greeted(node) as peer:
-        header = shared.encode_locate(b"n" * 32, None, [])[:8] + (1 << 31).to_bytes(4, "little")
+        header = shm.encode_locate(b"n" * 32, None, [])[:8] + (1 << 31).to_bytes(4, "little")
         assert isinstance(peer.refusal(header), ProtocolError)
         assert peer.is_closed_by_the_node()
 
@@ -115,7 +115,7 @@ def test_a_message_over_its_limit_ends_the_connection_before_its_payload(node: S
 def test_a_wrong_namespace_is_refused_and_the_connection_goes_on(node: StoreProcess) -> None:
     namespace, page_hash, _ = a_stored_page(node, "goes on")
     with Peer.greeted(node) as peer:
-        assert isinstance(peer.refusal(shared.encode_locate(b"?" * 32, None, [page_hash])), NamespaceUnknown)
+        assert isinstance(peer.refusal(shm.encode_locate(b"?" * 32, None, [page_hash])), NamespaceUnknown)
         assert isinstance(peer.locate(namespace, page_hash)[0], Place)
 
 
@@ -131,10 +131,10 @@ def test_an_extent_that_was_not_located_is_not_handed_out(node: StoreProcess) ->
 
 
 SENT = 50
-MAP, LEND = shared.encode_map(0, 9), shared.encode_lend(SMALL.page_bytes)
+MAP, LEND = shm.encode_map(0, 9), shm.encode_lend(SMALL.page_bytes)
 NOT_DUE = {
     "one with a MAP": [(MAP, 1)],
-    "one with the payload of a MAP": [(MAP[: shared.HEADER_BYTES], 0), (MAP[shared.HEADER_BYTES :], 1)],
+    "one with the payload of a MAP": [(MAP[: shm.HEADER_BYTES], 0), (MAP[shm.HEADER_BYTES :], 1)],
     "two with a LEND": [(LEND, 2)],
     "three with a LEND": [(LEND, 3)],
     "one with each half of a LEND": [(LEND[:4], 1), (LEND[4:], 1)],
@@ -161,13 +161,13 @@ def test_descriptors_that_are_not_due_are_refused_and_none_stays_open(node: Stor
 def test_a_silent_peer_loses_its_connection(node: StoreProcess, sent: int) -> None:
     address, token = open_channel(node)
     with Peer.connected(address) as peer:
-        peer.connection.sendall(shared.encode_hello(token)[:sent])
+        peer.connection.sendall(shm.encode_hello(token)[:sent])
         assert peer.is_closed_by_the_node()
 
 
 def test_a_peer_that_reads_no_answer_loses_its_connection_and_nobody_else_waits(node: StoreProcess) -> None:
     namespace, page_hash, page = a_stored_page(node, "reads nothing")
-    request = shared.encode_locate(namespace, None, [page_hash] * 256)
+    request = shm.encode_locate(namespace, None, [page_hash] * 256)
     with Peer.greeted(node) as stalled, Peer.greeted(node) as other:
         with pytest.raises((TimeoutError, ConnectionError)):  # noqa: PT012 - whichever send finds the connection dead
             while True:
@@ -215,10 +215,10 @@ def test_another_user_of_the_host_is_refused(node: StoreProcess) -> None:
     script = """
 import os, sys
 from attnstore.errors import PermissionDenied
-from attnstore.wire import shared
+from attnstore.wire import shm
 from tests.integration.shm_peer import Peer
 os.setuid(65534)
-error = Peer.connected(sys.argv[1]).refusal(shared.encode_hello(bytes.fromhex(sys.argv[2])))
+error = Peer.connected(sys.argv[1]).refusal(shm.encode_hello(bytes.fromhex(sys.argv[2])))
 print(type(error).__name__)
 """
     try:
@@ -229,7 +229,7 @@ print(type(error).__name__)
         directory.chmod(0o700)
     assert done.stdout == f"{PermissionDenied.__name__}\n", done.stderr
     with Peer.connected(address) as peer:
-        peer.ask(shared.encode_hello(token), Kind.WELCOME)
+        peer.ask(shm.encode_hello(token), Kind.WELCOME)
 
 
 def test_a_draining_node_lets_idle_peers_go_and_removes_its_socket() -> None:
@@ -247,7 +247,7 @@ def test_another_tenants_namespace_is_unknown(two_tenants: StoreProcess) -> None
         alice.register_layout(batch.namespace, SMALL)
         alice.write(batch.namespace, batch.hashes, batch.pages)
     with Peer.greeted(two_tenants, "bobs-token") as bob, Peer.greeted(two_tenants, "alices-token") as alices:
-        assert isinstance(bob.refusal(shared.encode_locate(batch.namespace, None, batch.hashes)), NamespaceUnknown)
+        assert isinstance(bob.refusal(shm.encode_locate(batch.namespace, None, batch.hashes)), NamespaceUnknown)
         place = alices.locate(batch.namespace, batch.hashes[0])[0]
         assert isinstance(place, Place)
         assert bob.map(place) is None
@@ -272,7 +272,7 @@ def test_a_mapped_extent_never_shows_another_tenants_bytes_and_memory_stays_with
             client.register_layout(spaces[name], KIB_128)
             client.write(spaces[name], hashes, [bytes([fills[name]]) * KIB_128.page_bytes] * pages_each)
             found = [place for place in peer.locate(spaces[name], *hashes) if isinstance(place, Place)]
-            layout = shared.ExtentLayout(peer.extent_bytes)
+            layout = shm.ExtentLayout(peer.extent_bytes)
             for place in found:
                 if (place.extent, place.tenancy) not in mapped:
                     extent = peer.map(place)

@@ -17,10 +17,10 @@ from attnstore.errors import (
     NamespaceUnknown,
     ProtocolError,
 )
-from attnstore.limits import SHARED_LENT_BYTES_MAX, SHARED_TAKE_PAGES_MAX
+from attnstore.limits import SHM_LENT_BYTES_MAX, SHM_TAKE_PAGES_MAX
 from attnstore.testing import StoreProcess
-from attnstore.wire import shared
-from attnstore.wire.shared import Item, Kind
+from attnstore.wire import shm
+from attnstore.wire.shm import Item, Kind
 from tests.integration.shm_peer import Peer
 from tests.integration.shm_writing import assert_holds, registered, used_bytes
 from tests.memory_files import sealed_file
@@ -41,7 +41,7 @@ def lent(peer: Peer, pages: list[bytes]) -> int:
     data = b"".join(pages)
     file, mapping = memory_files.create("peer", -(-len(data) // 4096) * 4096)
     mapping[: len(data)] = data
-    peer.stream.send_with_descriptor(shared.encode_lend(len(mapping)), file)
+    peer.stream.send_with_descriptor(shm.encode_lend(len(mapping)), file)
     peer.stream.receive(frozenset({Kind.LENT}))
     return file
 
@@ -49,10 +49,10 @@ def lent(peer: Peer, pages: list[bytes]) -> int:
 def take(peer: Peer, batch: Batch, offsets: list[int], checksums: list[int] | None = None) -> list[PageStatus]:
     sums = checksums or [attnstore.page_checksum(page) for page in batch.pages]
     items = [Item(*item) for item in zip(batch.hashes, sums, offsets, strict=True)]
-    answer = peer.ask(shared.encode_take(batch.namespace, items), Kind.TAKEN, Kind.REFUSED)
+    answer = peer.ask(shm.encode_take(batch.namespace, items), Kind.TAKEN, Kind.REFUSED)
     if answer.kind is Kind.REFUSED:
-        raise shared.decode_refusal(answer.payload)
-    return shared.decode_taken(answer.payload)
+        raise shm.decode_refusal(answer.payload)
+    return shm.decode_taken(answer.payload)
 
 
 @pytest.fixture
@@ -153,7 +153,7 @@ def test_a_namespace_of_nobody_and_one_of_another_tenant_are_unknown(tmp_path: P
         (lambda: os.open("/dev/null", os.O_RDONLY), 4096),
         (lambda: sealed_file(4096), 8192),
         (lambda: sealed_file(4096), 0),
-        (lambda: sealed_file(4096), SHARED_LENT_BYTES_MAX + 1),
+        (lambda: sealed_file(4096), SHM_LENT_BYTES_MAX + 1),
     ],
     ids=["could shrink", "a device", "ends too soon", "nothing", "too much"],
 )
@@ -165,10 +165,10 @@ def test_a_file_that_could_kill_the_node_is_refused_and_the_node_lives(
         before = len(os.listdir(descriptors))
         for _ in range(20):
             file = make()
-            peer.stream.send_with_descriptor(shared.encode_lend(size_bytes), file)
+            peer.stream.send_with_descriptor(shm.encode_lend(size_bytes), file)
             os.close(file)
             answer = peer.stream.receive(frozenset({Kind.REFUSED}))
-            assert isinstance(shared.decode_refusal(answer.payload), ProtocolError)
+            assert isinstance(shm.decode_refusal(answer.payload), ProtocolError)
         assert len(os.listdir(descriptors)) < before + 10, "what is refused does not stay open"
         os.close(lent(peer, batch.pages))
         assert take(peer, batch, AT) == [STORED] * 3
@@ -176,12 +176,12 @@ def test_a_file_that_could_kill_the_node_is_refused_and_the_node_lives(
 
 def test_lending_without_a_file_ends_the_connection(node: StoreProcess) -> None:
     with Peer.greeted(node) as peer:
-        assert isinstance(peer.refusal(shared.encode_lend(4096)), ProtocolError)
+        assert isinstance(peer.refusal(shm.encode_lend(4096)), ProtocolError)
         assert peer.is_closed_by_the_node()
 
 
 def test_more_pages_than_fit_a_request_end_the_connection_at_its_header(node: StoreProcess) -> None:
     with Peer.greeted(node) as peer:
-        header = shared.encode_take(b"n" * 32, [])[:8] + (SHARED_TAKE_PAGES_MAX + 1).to_bytes(4, "little")
+        header = shm.encode_take(b"n" * 32, [])[:8] + (SHM_TAKE_PAGES_MAX + 1).to_bytes(4, "little")
         assert isinstance(peer.refusal(header), ProtocolError)
         assert peer.is_closed_by_the_node()

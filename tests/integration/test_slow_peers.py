@@ -16,11 +16,11 @@ from attnstore import PageStatus, errors
 from attnstore.core.hashing import LAYER_CHECKSUM_BYTES, page_checksum
 from attnstore.limits import CHANNEL_GATHER_PAGES, CHANNEL_LAYER_PINS_MS_MAX, KIB, MIB, PEER_BYTES_PER_S_MIN
 from attnstore.server.stall import Stall
+from attnstore.streams.frames import FrameStream
 from attnstore.testing import StoreProcess
 from attnstore.testing.clock import ManualClock
 from attnstore.wire.messages import ERROR_TRAILER
 from attnstore.wire.page_channel import Order, Role
-from attnstore.wire.stream import FrameStream
 from attnstore.wire.v1 import store_pb2 as pb
 from attnstore.wire.v1 import store_pb2_grpc
 from tests.channels import WIDE, ChannelNode, ask, page_header, payload, verdict

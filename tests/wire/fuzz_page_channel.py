@@ -43,6 +43,7 @@ def receive(role: Role, stream: bytes, step: int, *, ahead: bool) -> Outcome:
     frames: list[Frame] = []
     landed = bytearray()
     guarded = bytearray()
+    announced: Frame | None = None
     at = 0
     try:
         while True:
@@ -55,7 +56,8 @@ def receive(role: Role, stream: bytes, step: int, *, ahead: bool) -> Outcome:
                 frame = receiver.received(count)
             if frame is None:
                 continue
-            if receiver.payload_left_bytes == 0:
+            if frame is announced or frame.size_bytes == 0:
+                announced = None
                 landed += guarded[1:-1]
                 assert not guarded or guarded[0] == guarded[-1] == _GUARD
                 guarded = bytearray()
@@ -63,6 +65,7 @@ def receive(role: Role, stream: bytes, step: int, *, ahead: bool) -> Outcome:
             elif frame.size_bytes > _PAYLOAD_BYTES_MAX:
                 break
             else:
+                announced = frame
                 guarded = bytearray([_GUARD]) * (frame.size_bytes + 2)
                 receiver.land(memoryview(guarded)[1:-1], ahead=ahead)
     except ProtocolError:

@@ -128,7 +128,7 @@ def feed(receiver: FrameReceiver, data: bytes) -> list[Frame]:
         frame = receiver.received(count)
         if frame is not None:
             arrived.append(frame)
-            if receiver.payload_left_bytes:
+            if not receiver.at_boundary:
                 receiver.discard(memoryview(bytearray(7)))
     return arrived
 
@@ -311,7 +311,7 @@ def test_a_header_that_came_with_the_payload_before_it_is_announced_next() -> No
             (following,) = feed(receiver, stream[-short:])
         assert following.size_bytes == 50
         assert receiver.announced() is None
-        assert receiver.payload_left_bytes == 50
+        receiver.land(memoryview(bytearray(50)))  # exactly what is left of the payload
 
 
 def test_a_malformed_header_behind_a_payload_does_not_spoil_the_payload() -> None:

@@ -18,6 +18,7 @@ from attnstore.client.transports.grpc import AttendRpc
 from attnstore.clock import Clock, Deadline
 from attnstore.core.hashing import joint_checksum
 from attnstore.errors import ClientClosed, ProtocolError, Unavailable
+from attnstore.streams.frames import FrameStream
 from attnstore.types import Lease
 from attnstore.wire.attend import (
     AttendClose,
@@ -32,7 +33,6 @@ from attnstore.wire.attend import (
 )
 from attnstore.wire.chunks import Buffer
 from attnstore.wire.page_channel import Frame, Kind, decode_refusal, encode_frame, next_request
-from attnstore.wire.stream import FrameStream
 
 R = TypeVar("R")
 
@@ -138,7 +138,7 @@ class ChannelAttend(_Closing):
         frame = self._receive(Kind.PARTIAL)
         if frame.size_bytes != len(out) + len(lse):
             raise ProtocolError(f"the node's partial has {frame.size_bytes} bytes where {len(out) + len(lse)} are due")
-        self._stream.receive_payload(out, lse)
+        self._stream.receive(out, lse)
         if joint_checksum((out, lse)) != frame.checksum:
             raise Unavailable("the partial that came does not have its checksum")
 
@@ -159,7 +159,7 @@ class ChannelAttend(_Closing):
         if frame.kind is Kind.REFUSED:
             reason = bytearray(frame.size_bytes)
             if reason:
-                self._stream.receive_payload(memoryview(reason))
+                self._stream.receive(memoryview(reason))
             raise decode_refusal(reason)
         if frame.kind is not expected or frame.request != self._request:
             raise ProtocolError(

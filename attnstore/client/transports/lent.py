@@ -11,7 +11,7 @@ from collections.abc import Iterator
 
 from attnstore import memory_files
 from attnstore.copying import address_of, copy
-from attnstore.limits import MIB, SHARED_TAKE_PAGES_MAX
+from attnstore.limits import MIB, SHM_TAKE_PAGES_MAX
 
 _LENT_BYTES = 8 * MIB
 """Small enough to stay in the cache that both processes share: the node copies out of that, not out of memory."""
@@ -34,7 +34,7 @@ class LentMemory:
         """How many of so many pages to offer at a time: few at first, so that the node begins soon, then as many as leave room for
         others while the node takes them. Each message may have to wake its receiver, which takes as long as copying a page or two.
         """
-        largest = min(max(1, self._slots // 3), SHARED_TAKE_PAGES_MAX)
+        largest = min(max(1, self._slots // 3), SHM_TAKE_PAGES_MAX)
         group = 1
         while pages:
             group = min(group, pages)

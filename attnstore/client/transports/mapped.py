@@ -18,7 +18,7 @@ from attnstore.copying import Checksums, address_of, copy
 from attnstore.core.hashing import page_checksum
 from attnstore.fences import read_fence
 from attnstore.types import PageStatus
-from attnstore.wire.shared import ExtentLayout, Place
+from attnstore.wire.shm import ExtentLayout, Place
 
 
 class MappedExtent:

@@ -31,17 +31,17 @@ from attnstore.clock import Deadline
 from attnstore.core.hashing import range_checksum
 from attnstore.errors import AttnStoreError, InvalidArgument, Overloaded, ProtocolError
 from attnstore.fences import read_fence
-from attnstore.limits import SHARED_LOCATE_HASHES_MAX
+from attnstore.limits import SHM_LOCATE_HASHES_MAX
+from attnstore.streams.shm import Message, ShmStream
 from attnstore.types import PageStatus
-from attnstore.wire import shared
-from attnstore.wire.shared import ALL_LAYERS, ANSWERS, ExtentLayout, Item, Kind, Place, Welcome
-from attnstore.wire.shared_stream import Message, SharedStream
+from attnstore.wire import shm
+from attnstore.wire.shm import ALL_LAYERS, ANSWERS, ExtentLayout, Item, Kind, Place, Welcome
 
 _CONNECT_MS_MAX = 2_000
 _COPIED_HASHES = 64
 """Few enough that a page without a lease is copied soon after it was located, enough that asking costs nothing beside copying."""
 _QUESTIONS_IN_FLIGHT = 2
-_VIEWED_HASHES = SHARED_LOCATE_HASHES_MAX
+_VIEWED_HASHES = SHM_LOCATE_HASHES_MAX
 
 
 @dataclass(frozen=True, slots=True)
@@ -196,7 +196,7 @@ class ShmTransport:
         try:
             connection.settimeout(soon.left_ms() / 1000)
             connection.connect(address)
-            channel = _Channel.opened(SharedStream(connection), token, soon, self._shared_path)
+            channel = _Channel.opened(ShmStream(connection), token, soon, self._shared_path)
         except OSError as error:
             connection.close()
             raise BulkUnavailable(f"the node's shared memory cannot be reached from here: {error}") from None
@@ -263,7 +263,7 @@ def _land(plan: ReadPlan, index: int, located: Located, begin: int) -> None:
 class _Channel:
     """One open connection: a client's half of the protocol."""
 
-    def __init__(self, stream: SharedStream, welcome: Welcome, shared_path: Path | None) -> None:
+    def __init__(self, stream: ShmStream, welcome: Welcome, shared_path: Path | None) -> None:
         self.welcome = welcome
         self._shared_path = shared_path
         self.answered = False
@@ -275,13 +275,13 @@ class _Channel:
         self._offered: deque[int] = deque()  # pages of each TAKE on the way
 
     @classmethod
-    def opened(cls, stream: SharedStream, token: bytes, deadline: Deadline, shared_path: Path | None) -> _Channel:
+    def opened(cls, stream: ShmStream, token: bytes, deadline: Deadline, shared_path: Path | None) -> _Channel:
         """Says HELLO and waits for WELCOME. Raises `BulkUnavailable`."""
         stream.bound(deadline.left_ms)
         try:
-            stream.send(shared.encode_hello(token))
+            stream.send(shm.encode_hello(token))
             answer = _answer(stream, Kind.HELLO)
-            return cls(stream, shared.decode_welcome(answer.payload), shared_path)
+            return cls(stream, shm.decode_welcome(answer.payload), shared_path)
         except AttnStoreError as error:
             raise BulkUnavailable(f"shared memory was not opened: {error}") from None
 
@@ -297,8 +297,8 @@ class _Channel:
 
     def locate(self, question: _Question, hashes: Sequence[bytes]) -> None:
         """Asks for a part of the pages; `places` gives the answers in the order asked."""
-        assert len(hashes) <= SHARED_LOCATE_HASHES_MAX
-        self._stream.send(shared.encode_locate(question.namespace, question.lease_id, hashes, question.layers))
+        assert len(hashes) <= SHM_LOCATE_HASHES_MAX
+        self._stream.send(shm.encode_locate(question.namespace, question.lease_id, hashes, question.layers))
         self._asked.append(len(hashes))
 
     def places(self) -> list[Place | PageStatus]:
@@ -309,13 +309,13 @@ class _Channel:
         """The extent of a place; None where it has another tenant by now."""
         while self._asked:
             self._early.append(self._take_places())
-        self._stream.send(shared.encode_map(place.extent, place.tenancy))
+        self._stream.send(shm.encode_map(place.extent, place.tenancy))
         answer = _answer(self._stream, Kind.MAP)
         if answer.kind is Kind.GONE:
             return None
         assert answer.descriptor is not None
         try:
-            span = shared.decode_mapped(answer.payload, self._layout)
+            span = shm.decode_mapped(answer.payload, self._layout)
             return MappedExtent(answer.descriptor, self._layout, *span, self._shared_path)
         finally:
             os.close(answer.descriptor)
@@ -328,7 +328,7 @@ class _Channel:
             except OSError as error:
                 raise BulkUnavailable(f"no memory to write through: {error.strerror}") from None
             try:
-                self._stream.send_with_descriptor(shared.encode_lend(lent.size_bytes), lent.file)
+                self._stream.send_with_descriptor(shm.encode_lend(lent.size_bytes), lent.file)
             finally:
                 lent.close_file()
             try:
@@ -340,7 +340,7 @@ class _Channel:
 
     def offer(self, namespace: bytes, items: Sequence[Item]) -> None:
         """Offers pages that were put into what was lent; `verdicts` gives the answers in the order offered."""
-        self._stream.send(shared.encode_take(namespace, items))
+        self._stream.send(shm.encode_take(namespace, items))
         self._offered.append(len(items))
 
     def verdicts(self) -> list[PageStatus]:
@@ -358,7 +358,7 @@ class _Channel:
         if answer.count != offered:
             raise ProtocolError(f"the node gave {answer.count} verdicts on {offered} pages")
         self._lent.give_back(offered)
-        return shared.decode_taken(answer.payload)
+        return shm.decode_taken(answer.payload)
 
     def _await_refusals(self) -> None:
         """A call that was refused has ended at the node, too, when it ends here: whoever calls again must not meet its pages."""
@@ -379,12 +379,12 @@ class _Channel:
             raise ProtocolError(f"the node placed {answer.count} pages of {asked}")
         if answer.count < asked:
             self._asked.appendleft(asked - answer.count)
-        return shared.decode_located(answer.payload, self._layout)
+        return shm.decode_located(answer.payload, self._layout)
 
 
-def _answer(stream: SharedStream, request: Kind) -> Message:
+def _answer(stream: ShmStream, request: Kind) -> Message:
     """The answer to a request. Raises what the node refused it with."""
     answer = stream.receive(ANSWERS[request])
     if answer.kind is Kind.REFUSED:
-        raise shared.decode_refusal(answer.payload)
+        raise shm.decode_refusal(answer.payload)
     return answer

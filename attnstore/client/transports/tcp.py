@@ -29,11 +29,11 @@ from attnstore.limits import (
     CHANNEL_READ_HASHES_MAX,
     CHANNEL_SECOND_READ_HASHES_MAX,
 )
+from attnstore.streams.frames import FrameStream
 from attnstore.types import MatchResult, PageStatus
 from attnstore.wire.attend import AttendShape
 from attnstore.wire.match import decode_hits, encode_prefixes
 from attnstore.wire.page_channel import NO_LEASE, VERSION, Frame, Kind, Order, Role, decode_refusal, encode_frame, next_request
-from attnstore.wire.stream import FrameStream
 
 R = TypeVar("R")
 
@@ -255,7 +255,7 @@ class _Channel:
         page = plan.landing.whole(index)
         if frame.offset_bytes or frame.size_bytes != len(page):
             raise ProtocolError(f"page {index} came in part: {frame.size_bytes} bytes at {frame.offset_bytes} of {len(page)}")
-        self._stream.receive_payload(page, ahead=not read.is_last or read.answered + 1 < read.count)
+        self._stream.receive(page, ahead=not read.is_last or read.answered + 1 < read.count)
         plan.landing.settle(index, plan.is_intact(page, frame.checksum))
         read.answered += 1
 
@@ -273,7 +273,7 @@ class _Channel:
             for page in pages
         ]
         sealed = bytearray(LAYER_CHECKSUM_BYTES * count)
-        self._stream.receive_payload(memoryview(sealed), *views)
+        self._stream.receive(memoryview(sealed), *views)
         for page, view, checksum in zip(pages, views, unpack(f"<{count}Q", sealed), strict=True):
             intact = page_checksum(view) == checksum
             if plan.landing.landed(page, plan.layer_bytes) or not intact:

@@ -83,12 +83,12 @@ def test_a_frame_that_does_not_hold_its_prefixes_is_refused_and_the_next_one_ans
         stream.send(encode_frame(question), payload)
         answer = stream.receive()
         assert (answer.kind, answer.request) == (Kind.REFUSED, 7)
-        stream.receive_payload(memoryview(bytearray(answer.size_bytes)))
+        stream.receive(memoryview(bytearray(answer.size_bytes)))
     payload = (1).to_bytes(4, "little") + batch.hashes[0]
     stream.send(encode_frame(Frame(Kind.MATCH, page=1, size_bytes=len(payload), namespace=batch.namespace)), payload)
     answer = stream.receive()
     hits = bytearray(answer.size_bytes)
-    stream.receive_payload(memoryview(hits))
+    stream.receive(memoryview(hits))
     assert (answer.kind, hits) == (Kind.MATCHED, encode_hits([1]))
     stream.close()
 

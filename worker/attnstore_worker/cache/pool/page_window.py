@@ -26,20 +26,18 @@ from attnstore.client.transports.mapped import MappedExtent
 from attnstore.core.layout import PageLayout
 from attnstore.errors import InvalidArgument
 from attnstore.limits import GIB
-from attnstore_worker.cache.pool.pages import HUGE_PAGE_BYTES, PagePool
+from attnstore.memory_files import HUGE_PAGE_BYTES, MADV_POPULATE_READ, MAP_FIXED, MAP_NORESERVE
+from attnstore_worker.cache.pool.pages import PagePool
 from attnstore_worker.dtypes import TORCH_DTYPES
 
 WINDOW_BYTES_MAX: Final = 1024 * GIB
 """Addresses, not memory: what is reserved here costs nothing until something is mapped."""
 _BLOCK_IDS_MAX: Final = (1 << 31) - 1
 _UNIT_BYTES_MAX: Final = 1 * GIB
-_MAP_FIXED: Final = 0x10
-_MAP_NORESERVE: Final = 0x4000
 _MREMAP_MAYMOVE: Final = 1
 _MREMAP_FIXED: Final = 2
-_MADV_POPULATE_READ: Final = 22
 _PROT_NONE: Final = 0
-_RESERVED: Final = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE
+_RESERVED: Final = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | MAP_NORESERVE
 _MAP_FAILED: Final = ctypes.c_void_p(-1).value
 
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -102,7 +100,7 @@ class PageWindow:
 
     def _allocate(self, size_bytes: int) -> memoryview:
         assert self._free_at == 0, "a window has one pool"
-        _mapped(self._base, size_bytes, mmap.PROT_READ | mmap.PROT_WRITE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_FIXED)
+        _mapped(self._base, size_bytes, mmap.PROT_READ | mmap.PROT_WRITE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | MAP_FIXED)
         _libc.madvise(self._base, size_bytes, mmap.MADV_HUGEPAGE)
         self._free_at = -(-size_bytes // self._unit_bytes) * self._unit_bytes
         return memoryview(self._whole).cast("B")[:size_bytes]
@@ -121,7 +119,7 @@ class PageWindow:
         if _libc.mremap(extent.address, 0, extent.size_bytes, flags, self._base + at) != self._base + at:
             vacant.append(at)
             return None
-        _libc.madvise(self._base + at, extent.size_bytes, _MADV_POPULATE_READ)
+        _libc.madvise(self._base + at, extent.size_bytes, MADV_POPULATE_READ)
         weakref.finalize(extent, _vacate, self._whole, self._base + at, extent.size_bytes, vacant, at).atexit = False
         self._mapped[extent] = at
         return at
@@ -146,5 +144,5 @@ def _mapped(address: int | None, size_bytes: int, protection: int, flags: int) -
 def _vacate(whole: object, address: int, size_bytes: int, vacant: list[int], at: int) -> None:
     """Takes a mapping away and keeps its addresses reserved. `whole` is what keeps them the window's until then."""
     del whole
-    _mapped(address, size_bytes, _PROT_NONE, _RESERVED | _MAP_FIXED)
+    _mapped(address, size_bytes, _PROT_NONE, _RESERVED | MAP_FIXED)
     vacant.append(at)

@@ -9,15 +9,13 @@ from __future__ import annotations
 import math
 import mmap
 from collections.abc import Callable
-from typing import Final
 
 import torch
 
 from attnstore.core.layout import PageLayout
+from attnstore.memory_files import HUGE_PAGE_BYTES
 from attnstore_worker.dtypes import TORCH_DTYPES
 from attnstore_worker.errors import PoolTooSmall
-
-HUGE_PAGE_BYTES: Final = 2 << 20
 
 
 def anonymous_memory(size_bytes: int) -> mmap.mmap:

@@ -1,7 +1,7 @@
-"""The shared memory protocol over a blocking Unix socket: whole messages in, whole messages out, each wait bounded.
+"""The shm protocol over a blocking Unix socket: whole messages in, whole messages out, each wait bounded.
 
-Owns: the system calls, and the descriptors that come with a message until the caller takes them.
-Invariant: no system call waits longer than `bound` allows at its start; a descriptor that is not due is closed and its message
+Owns: the socket, and the descriptors that come with a message until the caller takes them.
+Invariant: no system call waits longer than `bound` allows when it begins; a descriptor that is not due is closed and its message
 refused.
 """
 
@@ -17,18 +17,18 @@ from collections.abc import Collection
 from dataclasses import dataclass
 
 from attnstore.errors import ProtocolError, Unavailable
-from attnstore.wire.shared import HEADER_BYTES, WITH_DESCRIPTOR, Kind, decode_header
-from attnstore.wire.stream import Waits, lost
+from attnstore.streams.waits import RECEIVING, SENDING, Waits, lost
+from attnstore.wire.shm import HEADER_BYTES, WITH_DESCRIPTOR, Kind, decode_header
 
 _ONE_DESCRIPTOR_BYTES = socket.CMSG_LEN(array.array("i").itemsize)
 """Not `CMSG_SPACE`, whose padding has room for a second one."""
 _RECEIVE_FLAGS = int(socket.MSG_WAITALL | socket.MSG_CMSG_CLOEXEC)
 _LOOK_FLAGS = int(_RECEIVE_FLAGS | socket.MSG_DONTWAIT)
 _TRUNCATED = int(socket.MSG_CTRUNC)
-"""These are plain integers: `enum` takes microseconds for what is done with each message."""
+"""Plain integers: operations on enums would cost microseconds for each message."""
 _LOOKS_S = 100e-6
-"""How long to look for bytes before sleeping until they come: a core that has gone idle takes 50 us and more to wake up, on each
-side of each question, where most answers take less.
+"""How long to poll for bytes before sleeping until they come. A core that has gone idle takes 50 us or more to wake up, on each
+side of each question; most answers take less.
 """
 
 
@@ -42,12 +42,12 @@ class Message:
     descriptor: int | None
 
     def close(self) -> None:
-        """For a message that nobody answers: its descriptor goes."""
+        """Closes the descriptor of a message that nobody answers."""
         if self.descriptor is not None:
             os.close(self.descriptor)
 
 
-class SharedStream:
+class ShmStream:
     """Messages over a connected Unix socket, which it owns from now on. One thread at a time; `shutdown` from any."""
 
     def __init__(self, connection: socket.socket) -> None:
@@ -55,7 +55,7 @@ class SharedStream:
         self._socket = connection
         self._waits = Waits(connection)
         self.bound = self._waits.bound
-        # A descriptor's number may be another connection's as soon as it is closed.
+        # A closed descriptor's number may be another connection's at once.
         self._ending = threading.Lock()
 
     def send(self, message: bytes) -> None:
@@ -65,7 +65,7 @@ class SharedStream:
     def send_with_descriptor(self, message: bytes, descriptor: int) -> None:
         """Sends a message with a descriptor attached to its first byte; the descriptor stays the caller's to close."""
         try:
-            sent = self._waits.sending(socket.send_fds, self._socket, [message], [descriptor])
+            sent = self._waits.run(SENDING, socket.send_fds, self._socket, [message], [descriptor])
         except OSError as error:
             raise lost(error) from None
         self._send(message, sent)
@@ -109,12 +109,12 @@ class SharedStream:
         view = memoryview(message)
         try:
             while sent < len(view):
-                sent += self._waits.sending(self._socket.send, view[sent:])
+                sent += self._waits.run(SENDING, self._socket.send, view[sent:])
         except OSError as error:
             raise lost(error) from None
 
     def _arrived(self, size_bytes: int, ancillary_bytes: int) -> tuple[bytes, list[tuple[int, int, bytes]], int]:
-        """What has arrived, at most `size_bytes`; none at the end of the stream. Looks for a while, and then sleeps."""
+        """What has arrived, at most `size_bytes`; none at the end of the stream. Polls for a while, then sleeps."""
         self._waits.left_ms()
         began_s = time.perf_counter()
         while time.perf_counter() - began_s < _LOOKS_S:
@@ -122,7 +122,7 @@ class SharedStream:
                 return self._socket.recvmsg(size_bytes, ancillary_bytes, _LOOK_FLAGS)[:3]
             except BlockingIOError:
                 continue
-        return self._waits.receiving(self._socket.recvmsg, size_bytes, ancillary_bytes, _RECEIVE_FLAGS)[:3]
+        return self._waits.run(RECEIVING, self._socket.recvmsg, size_bytes, ancillary_bytes, _RECEIVE_FLAGS)[:3]
 
     def _receive(self, size_bytes: int, ancillary_bytes: int) -> tuple[bytes, int | None]:
         """Exactly `size_bytes`, and the descriptor that came with the first of them."""

@@ -18,10 +18,10 @@ from attnstore import memory_files
 from attnstore.arena.stamped import Span, StampedArena, void
 from attnstore.errors import InvalidArgument, Overloaded
 from attnstore.limits import DESCRIPTORS_BESIDE_ARENA_MIN
-from attnstore.wire.shared import ExtentLayout
+from attnstore.wire.shm import ExtentLayout
 
 
-class SharedArena(StampedArena):
+class ShmArena(StampedArena):
     """An arena of memory files. Linux only.
 
     Raises `InvalidArgument` where the machine has less memory than the capacity, or where this process may not have two

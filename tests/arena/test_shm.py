@@ -13,7 +13,7 @@ from collections.abc import Iterator
 import pytest
 
 from attnstore import memory_files
-from attnstore.arena.shared import SharedArena
+from attnstore.arena.shm import ShmArena
 from attnstore.core.layout import DType, PageLayout
 from attnstore.core.page_table import ArrivingPage, PageTable
 from attnstore.core.slots import Slot
@@ -31,13 +31,13 @@ def slot(extent: int, offset_bytes: int, size_bytes: int, tenancy: int = 1, gene
 
 
 @pytest.fixture
-def arena() -> Iterator[SharedArena]:
-    arena = SharedArena(CAPACITY_BYTES, EXTENT_BYTES)
+def arena() -> Iterator[ShmArena]:
+    arena = ShmArena(CAPACITY_BYTES, EXTENT_BYTES)
     yield arena
     arena.close()
 
 
-def mapped(arena: SharedArena, extent: int, tenancy: int) -> mmap.mmap:
+def mapped(arena: ShmArena, extent: int, tenancy: int) -> mmap.mmap:
     """The extent as a reader in another process sees it."""
     descriptor = arena.descriptor(extent, tenancy)
     assert descriptor is not None
@@ -47,7 +47,7 @@ def mapped(arena: SharedArena, extent: int, tenancy: int) -> mmap.mmap:
         os.close(descriptor)
 
 
-def stamp_seen(arena: SharedArena, reader: mmap.mmap, offset_bytes: int) -> int:
+def stamp_seen(arena: ShmArena, reader: mmap.mmap, offset_bytes: int) -> int:
     at = arena.layout.stamps_offset_bytes + 8 * arena.layout.stamp_index(offset_bytes)
     return int.from_bytes(reader[at : at + 8], "little")
 
@@ -63,20 +63,20 @@ def allocated_bytes() -> int:
     return sum(blocks.values())
 
 
-def test_a_window_is_exactly_its_slot_and_writable(arena: SharedArena) -> None:
+def test_a_window_is_exactly_its_slot_and_writable(arena: ShmArena) -> None:
     window = arena.view(slot(1, 100, 50))
     assert (len(window), window.readonly, window.itemsize) == (50, False, 1)
     window[:] = b"x" * 50
     assert bytes(arena.view(slot(1, 99, 52))) == b"\0" + b"x" * 50 + b"\0"
 
 
-def test_the_last_byte_of_an_extent_is_reachable_and_the_next_is_not(arena: SharedArena) -> None:
+def test_the_last_byte_of_an_extent_is_reachable_and_the_next_is_not(arena: ShmArena) -> None:
     assert len(arena.view(slot(2, EXTENT_BYTES - 1, 1))) == 1
     with pytest.raises(AssertionError, match="passes the end"):
         arena.view(slot(2, EXTENT_BYTES - 1, 2))
 
 
-def test_a_reader_sees_what_the_node_writes(arena: SharedArena) -> None:
+def test_a_reader_sees_what_the_node_writes(arena: ShmArena) -> None:
     arena.view(slot(0, 4096, 4))[:] = b"page"
     reader = mapped(arena, 0, 1)
     assert reader[4096:4100] == b"page"
@@ -84,7 +84,7 @@ def test_a_reader_sees_what_the_node_writes(arena: SharedArena) -> None:
     assert reader[4096:4100] == b"PAGE"
 
 
-def test_a_reader_cannot_write(arena: SharedArena) -> None:
+def test_a_reader_cannot_write(arena: ShmArena) -> None:
     arena.view(slot(0, 0, 4))
     descriptor = arena.descriptor(0, 1)
     assert descriptor is not None
@@ -95,7 +95,7 @@ def test_a_reader_cannot_write(arena: SharedArena) -> None:
     os.close(descriptor)
 
 
-def test_an_extent_can_neither_grow_nor_shrink(arena: SharedArena) -> None:
+def test_an_extent_can_neither_grow_nor_shrink(arena: ShmArena) -> None:
     arena.view(slot(0, 0, 4))
     descriptor = arena.descriptor(0, 1)
     assert descriptor is not None
@@ -106,7 +106,7 @@ def test_an_extent_can_neither_grow_nor_shrink(arena: SharedArena) -> None:
     os.close(descriptor)
 
 
-def test_a_descriptor_is_given_for_the_current_tenancy_only(arena: SharedArena) -> None:
+def test_a_descriptor_is_given_for_the_current_tenancy_only(arena: ShmArena) -> None:
     assert arena.descriptor(0, 1) is None
     arena.view(slot(0, 0, 4, tenancy=2))
     assert arena.descriptor(0, 1) is None
@@ -116,7 +116,7 @@ def test_a_descriptor_is_given_for_the_current_tenancy_only(arena: SharedArena) 
     mapped(arena, 0, 2)
 
 
-def test_a_stamp_changes_before_the_window_of_a_new_generation_is_had(arena: SharedArena) -> None:
+def test_a_stamp_changes_before_the_window_of_a_new_generation_is_had(arena: ShmArena) -> None:
     arena.view(slot(0, 8192, 4096, generation=5))[:] = b"a" * 4096
     reader = mapped(arena, 0, 1)
     assert stamp_seen(arena, reader, 8192) == arena.stamp(slot(0, 8192, 4096)) == 10
@@ -127,14 +127,14 @@ def test_a_stamp_changes_before_the_window_of_a_new_generation_is_had(arena: Sha
     assert reader[8192:8196] == b"aaaa", "nothing was written yet, and the reader is warned already"
 
 
-def test_stamps_of_slots_of_a_page_or_more_are_their_own(arena: SharedArena) -> None:
+def test_stamps_of_slots_of_a_page_or_more_are_their_own(arena: ShmArena) -> None:
     places = [slot(0, at, 4096, generation=at // 4096 + 1) for at in range(0, EXTENT_BYTES - 4096, 4096)]
     for place in places:
         arena.view(place)
     assert [arena.stamp(place) for place in places] == [2 * place.generation for place in places]
 
 
-def test_a_slot_that_is_withdrawn_has_a_stamp_of_no_page_until_the_next_one_has_it(arena: SharedArena) -> None:
+def test_a_slot_that_is_withdrawn_has_a_stamp_of_no_page_until_the_next_one_has_it(arena: ShmArena) -> None:
     bad, next_to_it = slot(0, 8192, 4096, generation=5), slot(0, 12288, 4096, generation=6)
     arena.view(bad)[:] = b"a" * 4096
     arena.view(next_to_it)
@@ -149,7 +149,7 @@ def test_a_slot_that_is_withdrawn_has_a_stamp_of_no_page_until_the_next_one_has_
     assert stamp_seen(arena, reader, 8192) == 14
 
 
-def test_slots_of_another_size_void_every_older_stamp_of_their_extent(arena: SharedArena) -> None:
+def test_slots_of_another_size_void_every_older_stamp_of_their_extent(arena: ShmArena) -> None:
     """A large slot covers the beginnings of several small ones, whose stamp words it does not begin at."""
     for generation, offset_bytes in enumerate(range(0, 65536, 4096), 1):
         arena.view(slot(0, offset_bytes, 4096, generation=generation))
@@ -159,7 +159,7 @@ def test_slots_of_another_size_void_every_older_stamp_of_their_extent(arena: Sha
         assert stamp_seen(arena, reader, offset_bytes) != 2 * generation
 
 
-def test_small_slots_that_share_a_stamp_never_keep_it_when_recycled(arena: SharedArena) -> None:
+def test_small_slots_that_share_a_stamp_never_keep_it_when_recycled(arena: ShmArena) -> None:
     arena.view(slot(0, 0, 512, generation=1))
     arena.view(slot(0, 512, 512, generation=2))
     located = arena.stamp(slot(0, 0, 512, generation=1))
@@ -167,7 +167,7 @@ def test_small_slots_that_share_a_stamp_never_keep_it_when_recycled(arena: Share
     assert arena.stamp(slot(0, 0, 512, generation=3)) != located
 
 
-def test_a_new_tenant_gets_another_file_and_the_old_one_reads_as_zeros_without_stamps(arena: SharedArena) -> None:
+def test_a_new_tenant_gets_another_file_and_the_old_one_reads_as_zeros_without_stamps(arena: ShmArena) -> None:
     arena.view(slot(0, 0, EXTENT_BYTES, tenancy=1, generation=1))[:] = b"s" * EXTENT_BYTES
     window = arena.view(slot(0, 0, 8, tenancy=1, generation=1))
     reader = mapped(arena, 0, 1)
@@ -181,7 +181,7 @@ def test_a_new_tenant_gets_another_file_and_the_old_one_reads_as_zeros_without_s
         arena.view(slot(0, 0, 4, tenancy=1))
 
 
-def test_memory_never_passes_the_capacity_and_its_stamps_however_often_tenants_change(arena: SharedArena) -> None:
+def test_memory_never_passes_the_capacity_and_its_stamps_however_often_tenants_change(arena: ShmArena) -> None:
     limit_bytes = EXTENTS * arena.layout.file_bytes
     readers = []
     assert allocated_bytes() == limit_bytes, "all of it is allocated at the start"
@@ -193,7 +193,7 @@ def test_memory_never_passes_the_capacity_and_its_stamps_however_often_tenants_c
     assert arena.layout.file_bytes - EXTENT_BYTES < 3 * 4096 + EXTENT_BYTES // 512
 
 
-def test_an_extent_without_memory_for_its_new_tenant_is_tried_again(arena: SharedArena, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_extent_without_memory_for_its_new_tenant_is_tried_again(arena: ShmArena, monkeypatch: pytest.MonkeyPatch) -> None:
     arena.view(slot(0, 0, 8, tenancy=1))[:] = b"secretly"
     with monkeypatch.context() as patch:
 
@@ -206,7 +206,7 @@ def test_an_extent_without_memory_for_its_new_tenant_is_tried_again(arena: Share
     assert bytes(arena.view(slot(0, 0, 8, tenancy=2))) == bytes(8)
 
 
-def test_threads_that_bring_a_new_tenancy_at_once_lose_no_byte_of_it(arena: SharedArena) -> None:
+def test_threads_that_bring_a_new_tenancy_at_once_lose_no_byte_of_it(arena: ShmArena) -> None:
     for tenancy in range(1, 30):
         barrier = threading.Barrier(4)
 
@@ -223,7 +223,7 @@ def test_threads_that_bring_a_new_tenancy_at_once_lose_no_byte_of_it(arena: Shar
         assert reader[: 4 * 4096] == b"".join(bytes([number + 1]) * 4096 for number in range(4))
 
 
-def test_a_window_and_a_reader_outlive_the_close_of_the_arena(arena: SharedArena) -> None:
+def test_a_window_and_a_reader_outlive_the_close_of_the_arena(arena: ShmArena) -> None:
     window = arena.view(slot(0, 0, 4))
     window[:] = b"held"
     reader = mapped(arena, 0, 1)
@@ -238,33 +238,33 @@ def test_a_window_and_a_reader_outlive_the_close_of_the_arena(arena: SharedArena
 @pytest.mark.parametrize(("capacity_bytes", "extent_bytes"), [(0, 1), (100, 0), (100, 101)])
 def test_sizes_that_make_no_extent_are_refused(capacity_bytes: int, extent_bytes: int) -> None:
     with pytest.raises(InvalidArgument, match="extent_bytes"):
-        SharedArena(capacity_bytes, extent_bytes)
+        ShmArena(capacity_bytes, extent_bytes)
 
 
 def test_more_memory_than_the_machine_has_is_refused_at_start() -> None:
     with pytest.raises(InvalidArgument, match="lower the capacity"):
-        SharedArena(1 << 60, 1 << 56)
+        ShmArena(1 << 60, 1 << 56)
 
 
 def test_the_soft_limit_of_descriptors_is_raised_and_the_hard_one_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     limits = [(100, 10_000)]
     monkeypatch.setattr(resource, "getrlimit", lambda _: limits[-1])
     monkeypatch.setattr(resource, "setrlimit", lambda _, pair: limits.append(pair))
-    SharedArena(8192, 4096).close()
+    ShmArena(8192, 4096).close()
     assert limits[-1] == (4 + DESCRIPTORS_BESIDE_ARENA_MIN, 10_000)
     limits.append((100, resource.RLIM_INFINITY))
-    SharedArena(8192, 4096).close()
+    ShmArena(8192, 4096).close()
     assert limits[-1] == (4 + DESCRIPTORS_BESIDE_ARENA_MIN, resource.RLIM_INFINITY)
     limits.append((100, 200))
     with pytest.raises(InvalidArgument, match="ulimit"):
-        SharedArena(8192, 4096)
+        ShmArena(8192, 4096)
 
 
 @pytest.mark.parametrize("seed", range(3))
 def test_no_reader_ever_sees_a_byte_of_another_tenant_nor_a_valid_place_with_wrong_bytes(seed: int) -> None:
     """Table and arena together against readers that keep every mapping they ever made."""
     chance = random.Random(seed)
-    arena = SharedArena(8 * 16384, 16384)
+    arena = ShmArena(8 * 16384, 16384)
     table = PageTable(capacity_bytes=8 * 16384, extent_bytes=16384, new_lease_id=lambda: bytes(16))
     tenants = {Space(str(number), b"n" * 32): number for number in (1, 2, 3)}
     for space, number in tenants.items():

@@ -59,9 +59,9 @@ from attnstore.limits import (
     HASH_BYTES,
     KIB,
     LEASE_ID_BYTES,
-    SHARED_LENT_BYTES_MAX,
-    SHARED_LOCATE_HASHES_MAX,
-    SHARED_TAKE_PAGES_MAX,
+    SHM_LENT_BYTES_MAX,
+    SHM_LOCATE_HASHES_MAX,
+    SHM_TAKE_PAGES_MAX,
 )
 from attnstore.types import PageStatus
 from attnstore.wire.chunks import Buffer
@@ -69,7 +69,7 @@ from attnstore.wire.chunks import Buffer
 VERSION: Final = 4
 """4: a LOCATE says which layers, and gets their checksum."""
 MAGIC: Final = b"ATSM"
-SHARED_FILE_OFFER: Final = "shm-file"
+SHM_FILE_OFFER: Final = "shm-file"
 """How `Describe` names this transport where the extents are parts of a file that is not sealed: only clients that were told of the
 file, and trust it not to shrink, may map it.
 """
@@ -144,16 +144,16 @@ class _Shape(NamedTuple):
 _COUNT_MAX: Final = (1 << 32) - 1
 _SHAPES: Final[dict[Kind, _Shape]] = {
     Kind.HELLO: _Shape(CHANNEL_TOKEN_BYTES, 0, _COUNT_MAX),
-    Kind.LOCATE: _Shape(_LOCATE.size, HASH_BYTES, SHARED_LOCATE_HASHES_MAX),
+    Kind.LOCATE: _Shape(_LOCATE.size, HASH_BYTES, SHM_LOCATE_HASHES_MAX),
     Kind.MAP: _Shape(_EXTENT.size, 0, 0),
     Kind.LEND: _Shape(_SIZE.size, 0, 0),
-    Kind.TAKE: _Shape(HASH_BYTES, _ITEM.size, SHARED_TAKE_PAGES_MAX),
+    Kind.TAKE: _Shape(HASH_BYTES, _ITEM.size, SHM_TAKE_PAGES_MAX),
     Kind.WELCOME: _Shape(_WELCOME.size, 0, 0),
-    Kind.LOCATED: _Shape(0, _PLACE.size, SHARED_LOCATE_HASHES_MAX),
+    Kind.LOCATED: _Shape(0, _PLACE.size, SHM_LOCATE_HASHES_MAX),
     Kind.MAPPED: _Shape(_SPAN.size, 0, 0),
     Kind.GONE: _Shape(0, 0, 0),
     Kind.LENT: _Shape(0, 0, 0),
-    Kind.TAKEN: _Shape(0, 1, SHARED_TAKE_PAGES_MAX),
+    Kind.TAKEN: _Shape(0, 1, SHM_TAKE_PAGES_MAX),
     Kind.REFUSED: _Shape(0, 1, CHANNEL_REASON_BYTES_MAX),
 }
 
@@ -239,7 +239,7 @@ def encode_hello(token: bytes) -> bytes:
 
 
 def encode_locate(namespace: bytes, lease_id: bytes | None, hashes: Sequence[bytes], layers: tuple[int, int] = ALL_LAYERS) -> bytes:
-    """A whole LOCATE of at most `SHARED_LOCATE_HASHES_MAX` hashes."""
+    """A whole LOCATE of at most `SHM_LOCATE_HASHES_MAX` hashes."""
     fixed = _LOCATE.pack(namespace, *layers, lease_id or _NO_LEASE)
     return b"".join((_HEADER.pack(MAGIC, Kind.LOCATE, len(hashes)), fixed, *hashes))
 
@@ -255,7 +255,7 @@ def encode_lend(size_bytes: int) -> bytes:
 
 
 def encode_take(namespace: bytes, items: Sequence[Item]) -> bytes:
-    """A whole TAKE of at most `SHARED_TAKE_PAGES_MAX` pages."""
+    """A whole TAKE of at most `SHM_TAKE_PAGES_MAX` pages."""
     return b"".join((_HEADER.pack(MAGIC, Kind.TAKE, len(items)), namespace, *(_ITEM.pack(*item) for item in items)))
 
 
@@ -328,8 +328,8 @@ def decode_map(payload: bytes) -> tuple[int, int]:
 def decode_lend(payload: bytes) -> int:
     """The size of what is lent. Raises `ProtocolError` for more than any writer needs, or nothing."""
     (size_bytes,) = _SIZE.unpack(payload)
-    if not 0 < size_bytes <= SHARED_LENT_BYTES_MAX:
-        raise ProtocolError(f"shared memory: {size_bytes} bytes are lent; the maximum is {SHARED_LENT_BYTES_MAX}")
+    if not 0 < size_bytes <= SHM_LENT_BYTES_MAX:
+        raise ProtocolError(f"shared memory: {size_bytes} bytes are lent; the maximum is {SHM_LENT_BYTES_MAX}")
     return int(size_bytes)
 
 

@@ -25,16 +25,16 @@ from attnstore.copying import address_of
 from attnstore.core.fair_share import FairShares
 from attnstore.core.page_table import PinnedPage
 from attnstore.errors import AttnStoreError, InvalidArgument, Overloaded, PermissionDenied, Retryable, Unavailable
-from attnstore.limits import CHANNEL_BACKLOG_MAX, CHANNEL_HELLO_MS_MAX, CHANNEL_IDLE_MS_MAX, SHARED_LENT_NODE_BYTES_MAX
+from attnstore.limits import CHANNEL_BACKLOG_MAX, CHANNEL_HELLO_MS_MAX, CHANNEL_IDLE_MS_MAX, SHM_LENT_NODE_BYTES_MAX
 from attnstore.logs import get_logger
 from attnstore.server.connections import Connection, ConnectionThreads
 from attnstore.server.page_channel import TokenBook
 from attnstore.server.store import Store
+from attnstore.streams.shm import Message, ShmStream
 from attnstore.telemetry import NodeMetrics
 from attnstore.types import PageStatus, Space
-from attnstore.wire import shared
-from attnstore.wire.shared import Kind, Place, State
-from attnstore.wire.shared_stream import Message, SharedStream
+from attnstore.wire import shm
+from attnstore.wire.shm import Kind, Place, State
 
 _PREFIX = "attnstore-shm-"
 _SOCKET = "shm"
@@ -49,7 +49,7 @@ _COPIED = (PageStatus.STORED, PageStatus.CHECKSUM_MISMATCH)
 _log = get_logger(__name__)
 
 
-class SharedMemoryServer:
+class ShmServer:
     """Serves the shared memory of `arena` from `start` to `stop`, to `tenants` tenants. `epoch` is 16 bytes, new with each start of
     the node.
     """
@@ -72,7 +72,7 @@ class SharedMemoryServer:
         self._metrics = metrics
         self._clock = clock
         self._stall_ms = stall_ms
-        self._welcome = shared.Welcome(epoch, arena.extent_bytes)
+        self._welcome = shm.Welcome(epoch, arena.extent_bytes)
         self._draining = threading.Event()
         self._lent = _LentBytes(tenants)
         self._connections = ConnectionThreads("shared-memory", self._connect, clock, tenants)
@@ -104,7 +104,7 @@ class SharedMemoryServer:
 
     def _connect(self, peer: socket.socket) -> _Connection:
         return _Connection(
-            SharedStream(peer),
+            ShmStream(peer),
             self._store,
             self._arena,
             self.tokens,
@@ -129,9 +129,7 @@ class _LentBytes:
 
     def __init__(self, tenants: int) -> None:
         self._lock = threading.Lock()
-        self._shares = FairShares(
-            SHARED_LENT_NODE_BYTES_MAX, "bytes of lent memory", "lend less, or write over tcp", tenants=tenants
-        )
+        self._shares = FairShares(SHM_LENT_NODE_BYTES_MAX, "bytes of lent memory", "lend less, or write over tcp", tenants=tenants)
 
     def take(self, tenant: str, size_bytes: int) -> None:
         """Raises `Overloaded` where that is more than the tenant's share."""
@@ -149,14 +147,14 @@ class _Connection(Connection):
 
     def __init__(
         self,
-        stream: SharedStream,
+        stream: ShmStream,
         store: Store,
         arena: StampedArena,
         tokens: TokenBook,
         metrics: NodeMetrics,
         clock: Clock,
         *,
-        welcome: shared.Welcome,
+        welcome: shm.Welcome,
         stall_ms: int,
         draining: threading.Event,
         lent: _LentBytes,
@@ -194,7 +192,7 @@ class _Connection(Connection):
         while not self._draining.is_set():
             self.used_ms = self._clock.now_ms()
             self._stream.bound(Deadline(self._clock, CHANNEL_IDLE_MS_MAX).left_ms)
-            request = self._stream.receive(shared.REQUESTS[State.OPEN])
+            request = self._stream.receive(shm.REQUESTS[State.OPEN])
             self._stream.bound(Deadline(self._clock, self._stall_ms).left_ms)
             with self.busy:
                 if self.is_ending:
@@ -205,38 +203,38 @@ class _Connection(Connection):
     def _refuse(self, error: AttnStoreError) -> None:
         _log.warning("shared memory connection closed", reason=str(error), code=error.code)
         with suppress(Retryable):
-            self._stream.send(shared.encode_refusal(error))
+            self._stream.send(shm.encode_refusal(error))
 
     def _welcomed(self, admit: Callable[[str], None]) -> str:
-        hello = self._stream.receive(shared.REQUESTS[State.NEW])
+        hello = self._stream.receive(shm.REQUESTS[State.NEW])
         uid = self._stream.peer_uid()
         if uid != os.geteuid():
             raise PermissionDenied(f"shared memory is for processes of the node's user {os.geteuid()}; this one runs as {uid}")
-        if hello.count != shared.VERSION:
-            raise InvalidArgument(f"the shared memory protocol's version is {shared.VERSION}; the client speaks {hello.count}")
+        if hello.count != shm.VERSION:
+            raise InvalidArgument(f"the shared memory protocol's version is {shm.VERSION}; the client speaks {hello.count}")
         tenant = self._tokens.redeem(hello.payload)
         admit(tenant)
-        self._stream.send(shared.encode_welcome(self._welcome))
+        self._stream.send(shm.encode_welcome(self._welcome))
         return tenant
 
     def _answer(self, request: Message, tenant: str) -> None:
         if request.kind is Kind.MAP:
-            self._hand_out(*shared.decode_map(request.payload))
+            self._hand_out(*shm.decode_map(request.payload))
             return
         try:
             if request.kind is Kind.LOCATE:
-                self._locate(shared.decode_locate(request.payload), tenant)
+                self._locate(shm.decode_locate(request.payload), tenant)
                 return
             if request.kind is Kind.TAKE:
-                answer = shared.encode_taken(self._take(shared.decode_take(request.payload), tenant))
+                answer = shm.encode_taken(self._take(shm.decode_take(request.payload), tenant))
             else:
                 answer = self._borrow(request, tenant)
         except AttnStoreError as error:
             # The request is wrong, the connection is not.
-            answer = shared.encode_refusal(error)
+            answer = shm.encode_refusal(error)
         self._stream.send(answer)
 
-    def _locate(self, asked: shared.Located, tenant: str) -> None:
+    def _locate(self, asked: shm.Located, tenant: str) -> None:
         """Answers in parts that grow: the reader copies the first pages while we look for the next."""
         if self._draining.is_set():
             raise Unavailable("the node is draining")
@@ -254,7 +252,7 @@ class _Connection(Connection):
         while len(answered) < len(asked.hashes):
             hashes = asked.hashes[len(answered) : len(answered) + size]
             places = self._store.locate(space, hashes, asked.lease_id, place)
-            self._stream.send(shared.encode_located(places))
+            self._stream.send(shm.encode_located(places))
             answered += places
             size = min(4 * size, _HASHES_PER_LOCK)
         self._count(answered)
@@ -269,7 +267,7 @@ class _Connection(Connection):
     def _borrow(self, request: Message, tenant: str) -> bytes:
         assert request.descriptor is not None
         try:
-            size_bytes = shared.decode_lend(request.payload)
+            size_bytes = shm.decode_lend(request.payload)
             self._lent_bytes.take(tenant, size_bytes)
             try:
                 lent = memory_files.map_read_only(request.descriptor, 0, size_bytes)
@@ -280,14 +278,14 @@ class _Connection(Connection):
             os.close(request.descriptor)
         self._return_lent(tenant)
         self._lent = lent
-        return shared.encode_lent()
+        return shm.encode_lent()
 
     def _return_lent(self, tenant: str) -> None:
         lent, self._lent = self._lent, None
         if lent is not None:
             self._lent_bytes.give_back(tenant, lent.nbytes)
 
-    def _take(self, offered: shared.Taken, tenant: str) -> list[PageStatus]:
+    def _take(self, offered: shm.Taken, tenant: str) -> list[PageStatus]:
         if self._draining.is_set():
             raise Unavailable("the node is draining")
         space = Space(tenant, offered.namespace)
@@ -308,10 +306,10 @@ class _Connection(Connection):
     def _hand_out(self, extent: int, tenancy: int) -> None:
         descriptor = self._arena.descriptor(extent, tenancy) if self._told.get(extent) == tenancy else None
         if descriptor is None:
-            self._stream.send(shared.encode_gone())
+            self._stream.send(shm.encode_gone())
             return
         try:
-            self._stream.send_with_descriptor(shared.encode_mapped(*self._arena.span(extent)), descriptor)
+            self._stream.send_with_descriptor(shm.encode_mapped(*self._arena.span(extent)), descriptor)
         finally:
             os.close(descriptor)
 
