@@ -25,6 +25,9 @@ SOURCES = sorted(
 )
 
 
+_FOLDERS = ("attnstore/", "worker/", "experiments/", "tests/", "docs/", "deploy/", "proto/")
+
+
 def run_python(*arguments: str) -> str:
     done = subprocess.run([sys.executable, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 0, done.stderr
@@ -82,6 +85,37 @@ def test_every_relative_link_leads_somewhere(page: Path) -> None:
     links = re.findall(r"\]\(([^)#]+)", page.read_text())
     broken = [link for link in links if "://" not in link and not (page.parent / link).exists()]
     assert not broken
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_every_path_named_in_the_documentation_exists(page: Path) -> None:
+    """A span in backticks is a path if it begins with a folder of the repository or ends in `.py`. It may have wildcards, and a
+    `.py` file may be named by the end of its path.
+    """
+    code = set(re.findall(r"`([^`\s]+)`", re.sub(r"^```.*?^```", "", page.read_text(), flags=re.MULTILINE | re.DOTALL)))
+    paths = {name for name in code if name.startswith(_FOLDERS)}
+    files = {name for name in code - paths if re.fullmatch(r"[\w/*]+\.py", name)}
+    missing = {name for name in paths if not any(ROOT.glob(name.rstrip("/")))}
+    missing |= {name for name in files if not any(any((ROOT / folder).rglob(name)) for folder in _FOLDERS)}
+    assert not missing
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_every_module_named_in_the_documentation_exists(page: Path) -> None:
+    named = re.findall(r"(?:python -m |`)((?:attnstore(?!\.v1)|attnstore_worker|experiments|tests)(?:\.\w+)+)", page.read_text())
+    assert [name for name in named if not _is_importable(name)] == []
+
+
+def _is_importable(name: str) -> bool:
+    """Whether `name` is a module, or what a module or a class of it has. Looks at files: importing some of them needs torch."""
+    parts = name.split(".")
+    root = ROOT / "worker" if parts[0] == "attnstore_worker" else ROOT
+    for length in range(len(parts), 0, -1):
+        path = root.joinpath(*parts[:length])
+        for file in (path.with_suffix(".py"), path / "__init__.py"):
+            if file.exists():
+                return all(re.search(rf"\b{part}\b", file.read_text()) for part in parts[length:])
+    return False
 
 
 def test_every_module_opens_with_what_it_is_for() -> None:

@@ -2,7 +2,7 @@
 
 Owns: the two digests that name bytes (`Namespace`, `BlockHash`) and the one that guards them, of pages, layers and ranges of these.
 Invariant: a hash depends on its inputs alone, never on the process, the platform or a seed, so that any worker in any language
-that follows docs/architecture.md finds the same page. `tests/core/vectors.json` publishes test vectors.
+that follows docs/pages.md finds the same page. `tests/core/vectors.json` publishes test vectors.
 """
 
 from __future__ import annotations

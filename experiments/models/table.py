@@ -62,7 +62,7 @@ def as_markdown(rows: Iterable[Row]) -> str:
     rows = list(rows)
     lines = ["| computed | largest difference |", "|---|---:|"]
     lines += [f"| {row.name} | {row.detail} |" for row in rows if row.result == COMPUTED]
-    lines += ["", "| refused | what the loader says |", "|---|---|"]
+    lines += ["", "| refused | error of the loader |", "|---|---|"]
     lines += [f"| {row.name} | {row.detail} |" for row in rows if row.result == REFUSED]
     if not_tried := [row.name for row in rows if row.result == NOT_TRIED]:
         lines += ["", f"Not tried, because the sizes of the tiny models do not fit them: {'; '.join(not_tried)}."]

@@ -5,7 +5,7 @@ AttnStore, the network Attention store: service attnstore.v1.AttentionStore.
 
 Conventions
   * A page is one block of tokens in the byte order [layer][K|V][kv_head][token][dim]. Its bytes never change.
-  * A block hash is 32 bytes (BLAKE2b-256, see docs/architecture.md). Lists of hashes travel as one `bytes` field, the hashes
+  * A block hash is 32 bytes (BLAKE2b-256, see docs/pages.md). Lists of hashes travel as one `bytes` field, the hashes
     concatenated in order: a list of n hashes is exactly 32 * n bytes. Any other length is refused with `invalid_argument`.
   * A namespace is 32 bytes. Every call that touches pages names one; a page is reachable through its own namespace only, and by
     the tenant that wrote it only. Two tenants may use equal namespaces; to either, the other's does not exist.
