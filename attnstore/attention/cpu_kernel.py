@@ -168,7 +168,7 @@ def cap_scores(scores, begin, end, factor, cap):
 
 @inlined
 def with_sink(top, summed, sink):
-    """Returns a row's maximum and sum of weights including its sink (given in base e), and the factor for earlier sums."""
+    """Returns a row's maximum and sum of weights with its sink (in base e), and the factor for what was summed before."""
     sink *= _LOG2_E
     higher = max(top, sink)
     keep = np.float32(2.0 ** (top - higher))

@@ -1,8 +1,8 @@
-"""What happened to pages, in order, for those who watch.
+"""The events of pages, in order, for subscribers of `Watch`.
 
 Owns: the events that nobody has taken yet.
-Invariant: sequence numbers rise by one with every event of the node; at most `WATCH_EVENTS_MAX` events wait, and whoever lost
-an event is told so by a LAGGED event before the events that follow.
+Invariant: the sequence number rises by one with every event of the node. At most `WATCH_EVENTS_MAX` events are queued; a space that
+lost events gets a LAGGED event before the events that follow.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ class EventLog:
         self._sequence = 0
 
     def append(self, space: Space, kind: PageEventKind, page_hash: bytes) -> None:
-        """Files an event; the oldest one is dropped, and counted, where too many wait."""
+        """Appends an event. If the queue is full, the oldest event is dropped and counted as lost."""
         self._sequence += 1
         if len(self._waiting) == WATCH_EVENTS_MAX:
             loser, _ = self._waiting.popleft()
@@ -30,9 +30,9 @@ class EventLog:
         self._waiting.append((space, PageEvent(kind, page_hash, self._sequence)))
 
     def take(self) -> list[tuple[Space, PageEvent]]:
-        """The events since the last call, after one LAGGED event for each space that lost some.
+        """Returns the events since the last call, preceded by one LAGGED event for each space that lost some.
 
-        A LAGGED event bears the number of the last event that was lost.
+        A LAGGED event has the number of the last lost event.
         """
         if not self._waiting:
             return []

@@ -1,12 +1,12 @@
-"""One limit of a node, shared among its tenants: whoever takes leaves room for others.
+"""One limit of a node, shared fairly among its tenants.
 
-Owns: how much of a limit each tenant holds, and whether it may take more. Invariants: what is held is never more than the limit;
-each of the node's tenants can always hold `guaranteed` units, whatever the others do; of the rest no tenant takes a unit with which
-it would have more than `HELD_OF_FREE` times what is then free, unless that unit is all that it holds.
+Owns: how much of a limit each tenant holds, and whether it may take more. Invariants: the tenants together never hold more than the
+limit; each tenant can always hold `guaranteed` units, whatever the others do; beyond those, a tenant may hold at most
+`HELD_OF_FREE` times the units that are then free, except that a tenant without a unit may take one.
 
-Half of the limit is guaranteed, in equal parts. The rule for the other half is that of shared-memory switches (Choudhury and Hahne
-1998, "Dynamic Queue Length Thresholds for Shared-Memory Packet Switches"): it adapts to how many tenants ask, where a fixed part
-for each of a hundred tenants would be too small for the three that are busy. A node with one tenant keeps nothing back for others.
+Half of the limit is guaranteed, in equal parts. The other half follows the rule of shared-memory switches (Choudhury and Hahne
+1998, "Dynamic Queue Length Thresholds for Shared-Memory Packet Switches"). The rule adapts to the number of active tenants; a fixed
+part for each of a hundred tenants would be too small for the three that are busy. With one tenant, nothing is reserved for others.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ HELD_OF_FREE: Final = 4
 
 
 class FairShares:
-    """`limit` units of `what`, for a node that serves `tenants` tenants. `remedy` ends the message of a refusal.
+    """`limit` units of `what`, for a node that serves `tenants` tenants. A refusal's message ends with `remedy`.
 
     Not thread-safe: one owner calls it.
     """
@@ -31,22 +31,22 @@ class FairShares:
         self._remedy = remedy
         self._tenants = tenants
         self.guaranteed = limit // (2 * tenants)
-        self._held: dict[str, int] = {}  # no tenant holds 0
+        self._held: dict[str, int] = {}  # only tenants that hold more than 0
         self._used = 0
         self._used_guaranteed = 0
 
     @property
     def used(self) -> int:
-        """Units held by all tenants together."""
+        """The units held by all tenants together."""
         return self._used
 
     @property
     def held(self) -> Mapping[str, int]:
-        """Units by tenant, of those that hold any."""
+        """The units held by each tenant that holds any."""
         return self._held
 
     def fits(self, tenant: str, units: int = 1) -> bool:
-        """Whether the tenant may take so many units more."""
+        """Returns whether the tenant may take `units` more."""
         if self._used + units > self._limit:
             return False
         if self._tenants == 1:
@@ -69,13 +69,13 @@ class FairShares:
             )
 
     def take(self, tenant: str, units: int = 1) -> None:
-        """Counts the units as the tenant's. Raises `Overloaded` unless `fits`."""
+        """Takes units for the tenant. Raises `Overloaded` unless `fits`."""
         if not self.fits(tenant, units):
             self.require(tenant, units)
         self._count(tenant, units)
 
     def give_back(self, tenant: str, units: int = 1) -> None:
-        """Ends a `take`."""
+        """Undoes `take`."""
         assert units <= self._held.get(tenant, 0), "more is given back than was taken"
         self._count(tenant, -units)
 

@@ -1,8 +1,8 @@
 """Identity: namespaces, chained block hashes and page checksums.
 
-Owns: the two digests that name bytes (`Namespace`, `BlockHash`) and the one that guards them, of pages, layers and ranges of these.
-Invariant: a hash depends on its inputs alone, never on the process, the platform or a seed, so that any worker in any language
-that follows docs/pages.md finds the same page. `tests/core/vectors.json` publishes test vectors.
+Owns: the two digests that name bytes (`Namespace`, `BlockHash`), and the checksums of pages, layers and layer ranges.
+Invariant: a hash depends on its inputs alone, never on the process, the platform or a seed. A worker in any language that follows
+docs/pages.md therefore finds the same page. `tests/core/vectors.json` publishes test vectors.
 """
 
 from __future__ import annotations
@@ -33,16 +33,16 @@ _BLOCK_PERSON = b"attnstore-bk-v1"
 _U32 = struct.Struct("<I")
 
 _CHAIN_ROOT = 0xFF
-"""First byte of a namespace; a block's first byte is its index in its segment, which is smaller."""
+"""First byte of a namespace. The first byte of a block hash is the block's index in its segment, which is smaller."""
 _SEGMENT = slice(1, 1 + SEGMENT_KEY_BYTES)
 assert SEGMENT_BLOCKS <= _CHAIN_ROOT
 
 
 def namespace(layout: PageLayout, *, model: bytes, tenant_salt: bytes = b"") -> Namespace:
-    """The 32-byte digest that separates everything whose KV bytes could differ.
+    """Returns the 32-byte digest that separates all pages whose KV bytes could differ.
 
-    `model` identifies the weights and every setting that changes KV bytes (RoPE, attention config): any byte string that is
-    equal exactly when those are equal. `tenant_salt` separates tenants that must not share pages. BLAKE2b-256, personalised
+    `model` identifies the weights and every setting that changes KV bytes (RoPE, attention config): two byte strings are equal
+    exactly if those are equal. `tenant_salt` separates tenants that must not share pages. BLAKE2b-256, personalised
     `attnstore-ns-v1`, of `len(salt) u32 | salt | len(model) u32 | model | layout.canonical()`, its first byte replaced by 0xFF.
     """
     digest = hashlib.blake2b(digest_size=HASH_BYTES, person=_NAMESPACE_PERSON)
@@ -54,11 +54,11 @@ def namespace(layout: PageLayout, *, model: bytes, tenant_salt: bytes = b"") -> 
 
 
 def block_hash(parent: bytes, token_ids: Sequence[int], extra_keys: Iterable[bytes] = ()) -> BlockHash:
-    """The name of the block with `token_ids` that follows `parent` (a `BlockHash`, or the `Namespace` for the first block).
+    """Returns the hash of the block with `token_ids` that follows `parent` (a `BlockHash`, or the `Namespace` for the first block).
 
-    BLAKE2b-256, personalised `attnstore-bk-v1`, of `parent | count u32 | token ids u32... | for each extra key: len u32 |
-    key`, all little-endian. Extra keys are whatever else changes the KV bytes, for example a LoRA id. Of that digest the first
-    eight bytes give way to the block's place: its index in its segment (one byte), and seven bytes of the digest of the segment's
+    BLAKE2b-256, personalised `attnstore-bk-v1`, of `parent | count u32 | token ids u32... | for each extra key: len u32 | key`, all
+    little-endian. Extra keys are anything else that changes the KV bytes, for example a LoRA id. The first eight bytes of the
+    digest are replaced by the block's place: its index in its segment (one byte), and seven bytes of the digest of the segment's
     first block, the *segment key*. A segment is a run of `limits.SEGMENT_BLOCKS` blocks of a chain that stay together on one node.
     Raises `InvalidArgument` for a parent that is not 32 bytes or a token id outside u32.
     """
@@ -78,15 +78,15 @@ def block_hash(parent: bytes, token_ids: Sequence[int], extra_keys: Iterable[byt
 
 
 def segment_key(page_hash: bytes) -> bytes:
-    """What decides where a page lies in a cluster: the seven bytes that all blocks of its segment share.
+    """Returns the seven bytes shared by all blocks of a segment; they decide which node of a cluster holds a page.
 
-    Bytes that are no `BlockHash` have a key too, so that any 32 bytes can be placed, each on its own.
+    Any 32 bytes have a key, even if they are no `BlockHash`, so any page can be placed.
     """
     return page_hash[_SEGMENT]
 
 
 def block_hashes(root: bytes, token_ids: Sequence[int], block_tokens: int, extra_keys: Sequence[bytes] = ()) -> list[BlockHash]:
-    """Chained hashes of all *complete* blocks of a token sequence; the incomplete tail has no hash."""
+    """Returns the chained hashes of all *complete* blocks of a token sequence; the incomplete tail has no hash."""
     if block_tokens < 1:
         raise InvalidArgument(f"block_tokens is {block_tokens}; it must be at least 1")
     hashes: list[BlockHash] = []
@@ -99,12 +99,12 @@ def block_hashes(root: bytes, token_ids: Sequence[int], block_tokens: int, extra
 
 
 def page_checksum(data: bytes | bytearray | memoryview) -> int:
-    """XXH3-64 (seed 0) of a page or of a layer range of one: guards against corruption, not against an adversary."""
+    """Returns the XXH3-64 (seed 0) of a page or of a layer range of one. Guards against corruption, not against an adversary."""
     return xxhash.xxh3_64_intdigest(data)
 
 
 def joint_checksum(parts: Iterable[bytes | bytearray | memoryview]) -> int:
-    """`page_checksum` of the parts one after the other, without joining them."""
+    """Returns the `page_checksum` of the concatenated parts, without joining them."""
     digest = xxhash.xxh3_64()
     for part in parts:
         digest.update(part)
@@ -112,14 +112,14 @@ def joint_checksum(parts: Iterable[bytes | bytearray | memoryview]) -> int:
 
 
 def layer_checksums(data: bytes | bytearray | memoryview, layer_bytes: int) -> bytes:
-    """`page_checksum` of each layer, u64 little-endian, one after the other. `data` is a whole number of layers."""
+    """Returns the `page_checksum` of each layer, u64 little-endian, concatenated. `data` is a whole number of layers."""
     layers = memoryview(data)
     sums = [xxhash.xxh3_64_intdigest(layers[at : at + layer_bytes]) for at in range(0, len(layers), layer_bytes)]
     return struct.pack(f"<{len(sums)}Q", *sums)
 
 
 def range_checksum(layers: bytes | memoryview) -> int:
-    """What guards a range of layers whose `layer_checksums` are given: XXH3-64 of these. No byte of a page is needed for it."""
+    """Returns the checksum of a layer range whose `layer_checksums` are given: their XXH3-64. Needs no byte of the page."""
     return xxhash.xxh3_64_intdigest(layers)
 
 

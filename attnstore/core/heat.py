@@ -1,8 +1,8 @@
-"""Which segments are hot: used so often that a second copy of them is worth its memory.
+"""Hot segments: those used so often that a second copy is worth its memory.
 
-Owns: the counts of uses in the current window. Invariants: memory is bounded whatever is asked for, and shared among tenants; a
+Owns: the counts of uses in the current window. Invariants: memory is bounded, whatever is requested, and shared among tenants. A
 segment stays hot while it is used at least a quarter as often as it took to become hot, because with a second copy its node sees
-half of the uses.
+only half of the uses.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from attnstore.limits import HEAT_SEGMENTS_MAX, HEAT_WINDOW_MS, HOT_SEGMENTS_MAX
 
 _KEEP_SHARE = 4
 _Segment = tuple[str, bytes]
-"""A tenant and a segment key: two tenants' segments of one key hold different pages."""
+"""Tenant and segment key: segments of two tenants with one key hold different pages."""
 
 
 class SegmentHeat:
-    """`hot_uses` uses within `HEAT_WINDOW_MS` make a segment hot; with 0 none ever is. For a node of `tenants` tenants."""
+    """`hot_uses` uses within `HEAT_WINDOW_MS` make a segment hot; with 0 no segment becomes hot. Shared by `tenants` tenants."""
 
     def __init__(self, hot_uses: int, tenants: int = 1) -> None:
         self._hot_uses = hot_uses
@@ -30,7 +30,9 @@ class SegmentHeat:
         self._window_ends_ms = float("-inf")
 
     def used(self, tenant: str, prefixes: Sequence[Sequence[bytes]]) -> None:
-        """One caller found these pages, runs of consecutive blocks, and will use them: one use of each of their segments."""
+        """Counts one use of each segment of the given prefixes, which are runs of consecutive blocks that a caller found and will
+        use.
+        """
         if self._hot_uses:
             for segment in {(tenant, key) for prefix in prefixes for key in _keys(prefix)}:
                 if segment in self._uses:
@@ -40,7 +42,7 @@ class SegmentHeat:
                     self._uses[segment] = 1
 
     def hot(self, now_ms: float) -> frozenset[bytes]:
-        """The keys of the hot segments, at most `HOT_SEGMENTS_MAX`: of each tenant those that are used most."""
+        """Returns the keys of the hot segments, at most `HOT_SEGMENTS_MAX`: for each tenant those that are used most."""
         uses = self._uses
         often = self._kept.union(segment for segment, count in uses.items() if count >= self._hot_uses)
         places = self._shares(HOT_SEGMENTS_MAX)
@@ -61,7 +63,7 @@ class SegmentHeat:
 
 
 def _keys(prefix: Sequence[bytes]) -> list[bytes]:
-    """The segments of a run, found by stepping from one to the next: a block says at which place of its segment it is."""
+    """Returns the segment keys of a run. Steps from segment to segment by the index that each block hash contains."""
     keys = []
     at = 0
     while at < len(prefix):

@@ -1,4 +1,4 @@
-"""What a page looks like: the one byte layout that every tier shares.
+"""The byte layout of a page, shared by all tiers.
 
 Owns: `DType`, `PageLayout` and the sizes derived from it.
 Invariant: a page is `[layer][K|V][kv_head][token][dim]`, contiguous, so a layer range of a page is one contiguous slice.
@@ -18,7 +18,7 @@ _CANONICAL = struct.Struct("<7I")
 
 
 class DType(enum.Enum):
-    """Element type of a page. The value is the name used on the wire's documentation and in JSON."""
+    """Element type of a page. The value is the name used in the wire's documentation and in JSON."""
 
     BF16 = "bf16"
     FP16 = "fp16"
@@ -52,7 +52,7 @@ _CODES = {DType.BF16: 1, DType.FP16: 2, DType.FP32: 3, DType.OPAQUE: 4}
 class PageLayout:
     """Shape of one page (one block of tokens, all layers of one tensor-parallel rank).
 
-    Raises `InvalidArgument` where a field is out of range or the page would pass `limits.PAGE_BYTES_MAX`.
+    Raises `InvalidArgument` if a field is out of range or the page would be larger than `limits.PAGE_BYTES_MAX`.
 
     >>> PageLayout(layers=30, kv_heads=3, head_dim=64, dtype=DType.BF16).page_bytes
     368640
@@ -78,7 +78,7 @@ class PageLayout:
         if not 0 <= self.tp_rank < self.tp_size:
             raise InvalidArgument(f"layout.tp_rank is {self.tp_rank}; it must be at least 0 and less than tp_size = {self.tp_size}")
         layer_bytes = 2 * self.kv_heads * self.block_tokens * self.head_dim * self.dtype.item_bytes
-        # Computed once: they are asked for with every page.
+        # Computed once, because they are needed for every page.
         object.__setattr__(self, "layer_bytes", layer_bytes)
         object.__setattr__(self, "page_bytes", self.layers * layer_bytes)
         if self.page_bytes > PAGE_BYTES_MAX:
@@ -92,7 +92,7 @@ class PageLayout:
         return (self.layers, 2, self.kv_heads, self.block_tokens, self.head_dim)
 
     def layer_slice(self, layer_begin: int, layer_end: int) -> tuple[int, int]:
-        """Byte range `(begin, end)` of layers `[layer_begin, layer_end)` in a page; `layer_end == 0` means all layers.
+        """Returns the byte range `(begin, end)` of layers `[layer_begin, layer_end)` in a page; `layer_end == 0` means all layers.
 
         Raises `InvalidArgument` for an empty or out-of-range layer range.
         """
@@ -102,7 +102,7 @@ class PageLayout:
         return layer_begin * self.layer_bytes, end * self.layer_bytes
 
     def canonical(self) -> bytes:
-        """28 bytes, little-endian u32 each: layers, kv_heads, head_dim, block_tokens, dtype code, tp_rank, tp_size."""
+        """Returns 28 bytes, little-endian u32 each: layers, kv_heads, head_dim, block_tokens, dtype code, tp_rank, tp_size."""
         return _CANONICAL.pack(
             self.layers, self.kv_heads, self.head_dim, self.block_tokens, self.dtype.code, self.tp_rank, self.tp_size
         )

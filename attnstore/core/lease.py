@@ -1,11 +1,11 @@
-"""Leases: time-bounded pins that a client holds from afar.
+"""Leases: time-bounded pins that a remote client holds.
 
 Owns: which lease covers which pages and when it ends.
-Invariant: a lease that has expired is never found, whether or not anyone swept it: every look-up compares with the time
-given. There are at most `LEASES_MAX` leases over at most `LEASED_PAGES_MAX` pages, counted once for each lease.
+Invariant: an expired lease is never found, swept or not, because every look-up compares it with the given time. There are at most
+`LEASES_MAX` leases over at most `LEASED_PAGES_MAX` pages; a page counts once per lease.
 
-Expiry order is a heap with one entry for each lease. A renewal leaves its entry where it is; the sweep finds the lease still
-alive and files it anew, so renewing often costs no memory.
+Expiry order is a heap with one entry per lease. A renewal leaves the entry where it is; when the sweep reaches the entry and the
+lease is still alive, it pushes a new one. Frequent renewals therefore cost no memory.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _STALE_ENTRIES_MIN = 64
 
 @dataclass(slots=True)
 class LeaseRecord:
-    """One lease: pages of one space; a page that is there twice is pinned twice."""
+    """One lease on pages of one space; a page listed twice is pinned twice."""
 
     lease_id: bytes
     namespace: NamespaceRecord
@@ -34,7 +34,7 @@ class LeaseRecord:
 
 
 class LeaseTable:
-    """The leases of `tenants` tenants by id. Pins nothing itself: the page table does, and undoes it for each lease that ends.
+    """The leases of `tenants` tenants by id. Pins nothing: the page table pins, and unpins when a lease ends.
 
     `leased_pages` counts the pages of all leases since the start.
     """
@@ -55,7 +55,7 @@ class LeaseTable:
         return iter(self._leases.values())
 
     def grant(self, namespace: NamespaceRecord, pages: list[Page], lease_ms: int, now_ms: float) -> LeaseRecord:
-        """A new lease of `lease_ms`. Raises `Overloaded` where it would pass the tenant's share."""
+        """Returns a new lease of `lease_ms`. Raises `Overloaded` if it would exceed the tenant's share."""
         tenant = namespace.space.tenant
         self._shares.take(tenant)
         try:
@@ -74,28 +74,28 @@ class LeaseTable:
         return lease
 
     def extend(self, lease: LeaseRecord, pages: Sequence[Page], lease_ms: int, now_ms: float) -> None:
-        """Adds pages to a living lease, which has at least `lease_ms` from now. Raises `Overloaded` as `grant` does."""
+        """Adds pages to a living lease and extends it to at least `lease_ms` from now. Raises `Overloaded` as `grant` does."""
         self._page_shares.take(lease.namespace.space.tenant, len(pages))
         self.leased_pages += len(pages)
         lease.pages += pages
         lease.expires_ms = max(lease.expires_ms, now_ms + lease_ms)
 
     def find(self, lease_id: bytes, now_ms: float) -> LeaseRecord | None:
-        """The lease where it is alive at `now_ms`."""
+        """Returns the lease if it is alive at `now_ms`."""
         lease = self._leases.get(lease_id)
         return lease if lease is not None and now_ms < lease.expires_ms else None
 
     def find_of(self, tenant: str, lease_id: bytes, now_ms: float) -> LeaseRecord | None:
-        """`find`, where the lease is the tenant's."""
+        """`find`, for a lease of this tenant."""
         lease = self._leases.get(lease_id)
         if lease is None or now_ms >= lease.expires_ms or lease.namespace.space.tenant != tenant:
             return None
         return lease
 
     def renew(self, tenant: str, lease_id: bytes, lease_ms: int, now_ms: float) -> int:
-        """Extends a tenant's living lease to at least `lease_ms` from now and returns the whole milliseconds that it now has.
+        """Extends a tenant's living lease to at least `lease_ms` from now. Returns its remaining whole milliseconds.
 
-        A renewal never shortens a lease. Raises `LeaseExpired`, also for another tenant's.
+        A renewal never shortens a lease. Raises `LeaseExpired`, also for a lease of another tenant.
         """
         lease = self.find_of(tenant, lease_id, now_ms)
         if lease is None:
@@ -104,7 +104,7 @@ class LeaseTable:
         return int(lease.expires_ms - now_ms)
 
     def remove(self, lease_id: bytes) -> LeaseRecord | None:
-        """Takes a lease out, alive or expired; None where there is none."""
+        """Removes and returns a lease, alive or expired, or None if it does not exist."""
         lease = self._leases.pop(lease_id, None)
         if lease is not None:
             tenant = lease.namespace.space.tenant
@@ -115,16 +115,16 @@ class LeaseTable:
         return lease
 
     def pop_expired(self, now_ms: float) -> LeaseRecord | None:
-        """Takes out the lease that has been expired longest; None where none has."""
+        """Removes and returns the lease that expired first, or None if none has expired."""
         entry = self._earliest()
         return self.remove(entry[1]) if entry is not None and entry[0] <= now_ms else None
 
     def has_due(self, now_ms: float) -> bool:
-        """Whether `pop_expired` is worth a call: False where no lease has expired. It costs less than looking."""
+        """Returns False if no lease has expired, at less cost than `pop_expired`."""
         return bool(self._expiries) and self._expiries[0][0] <= now_ms
 
     def next_expiry_ms(self) -> float | None:
-        """When the next lease expires, None where there is none."""
+        """Returns the time at which the next lease expires, or None if there is no lease."""
         entry = self._earliest()
         return None if entry is None else entry[0]
 
@@ -141,7 +141,7 @@ class LeaseTable:
         assert len(self._expiries) <= 2 * len(self._leases) + _STALE_ENTRIES_MIN
 
     def _earliest(self) -> tuple[float, bytes] | None:
-        """The first entry of the heap, once entries of renewed leases are filed anew and those of removed ones are dropped."""
+        """Returns the first valid entry of the heap. Pushes new entries for renewed leases and drops those of removed ones."""
         heap = self._expiries
         while heap:
             expires_ms, lease_id = heap[0]
@@ -155,8 +155,8 @@ class LeaseTable:
         return None
 
     def _forget_stale_entries(self) -> None:
-        """Keeps the heap within twice the leases: clients that match and release quickly leave entries until their time is
-        up.
+        """Keeps the heap within twice the number of leases: a client that matches and releases quickly leaves entries until they
+        expire.
         """
         self._expiries = [(lease.expires_ms, lease.lease_id) for lease in self]
         heapq.heapify(self._expiries)

@@ -1,7 +1,7 @@
-"""One Match of many pages, asked of the page table a slice at a time.
+"""A match of many pages, executed on the page table in slices.
 
-Owns: how far the question is, and the lease that grows with it. Invariants: where a lease is asked for, a page that counts as a hit
-is held by it from the moment it is found; where none is, the pages count as used from the tail to the head, as in one command.
+Owns: the progress of the match, and the lease that grows with it. Invariants: if a lease is requested, a page that counts as a hit
+is leased from the moment it is found; if not, the pages count as used from tail to head, as with a single command.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ from attnstore.limits import MATCH_PAGES_MAX
 from attnstore.types import Space
 
 _Run = tuple[int, int, Sequence[bytes]]
-"""A run of a prefix: which one, how many of its hashes come before, and the hashes."""
+"""A run of hashes: index of its prefix, number of hashes of the prefix before it, and the hashes."""
 
 
 class SlicedMatch:
-    """Whoever owns the table calls `advance` until it says that it is done; then there is an `outcome`."""
+    """The owner of the table calls `advance` until it returns True; then `outcome` is available."""
 
     def __init__(self, table: PageTable, space: Space, prefixes: Sequence[Sequence[bytes]], lease_ms: int) -> None:
         self._table = table
@@ -31,7 +31,7 @@ class SlicedMatch:
         self.lease_id: bytes | None = None
 
     def advance(self, now_ms: float) -> bool:
-        """Works on at most `MATCH_PAGES_MAX` pages. True: that was the last of it. Raises as `PageTable.match` does."""
+        """Matches up to `MATCH_PAGES_MAX` pages. Returns True if that was the last slice. Raises as `PageTable.match` does."""
         batch = next(self._to_find, None)
         if batch is not None:
             self._find(batch, now_ms)
@@ -40,7 +40,7 @@ class SlicedMatch:
         return batch is None and not self._to_touch
 
     def outcome(self) -> MatchOutcome:
-        """What was found."""
+        """Returns the result."""
         return MatchOutcome(tuple(self._hits), self.lease_id, self._granted_ms)
 
     def _find(self, batch: list[_Run], now_ms: float) -> None:
@@ -58,7 +58,7 @@ class SlicedMatch:
 
 
 def _batches(prefixes: Sequence[Sequence[bytes]]) -> Iterator[list[_Run]]:
-    """The prefixes in runs, so many together that they have at most `MATCH_PAGES_MAX` hashes and are no more either."""
+    """Yields the prefixes in batches of at most `MATCH_PAGES_MAX` runs with at most `MATCH_PAGES_MAX` hashes together."""
     batch: list[_Run] = []
     room = MATCH_PAGES_MAX
     for index, prefix in enumerate(prefixes):

@@ -1,12 +1,12 @@
-"""Which namespaces the node knows, whose they are and what their pages look like.
+"""The registered namespaces of a node: their tenants, layouts and pages.
 
-Owns: the map from a space, a tenant's namespace, to its layout and pages. A page is reachable through its own space only, because
-each has its own maps of hashes; two tenants that serve one model have equal digests and nothing in common.
-Invariants: a space never changes its layout; there are at most `NAMESPACES_MAX`, shared among tenants; `_empty` has those without
-pages, the one that lost its last page, or was added, longest ago at the head.
+Owns: the map from a space (a tenant's namespace) to its layout and pages. A page is reachable through its own space only, because
+each space has its own map of hashes: two tenants that serve one model have equal digests and share nothing.
+Invariants: a space never changes its layout; there are at most `NAMESPACES_MAX`, shared among tenants; `_empty` has the spaces
+without pages, ordered by when they lost their last page or were added, oldest first.
 
-A space without pages is worth no more than its registration, which a client repeats by itself. So it is forgotten when another
-needs its place, or after `NAMESPACE_EMPTY_MS_MAX`; a node that lives for years does not fill up with models of the past.
+Forgetting an empty space costs one registration, which a client repeats automatically. It is therefore forgotten when another space
+needs its place, or after `NAMESPACE_EMPTY_MS_MAX`, so that a long-lived node does not fill up with old models.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class Namespaces:
 
     def __init__(self, tenants: int = 1) -> None:
         self._records: dict[Space, NamespaceRecord] = {}
-        self._empty: dict[Space, float | None] = {}  # since when, as far as a sweep has seen it
+        self._empty: dict[Space, float | None] = {}  # time at which a sweep first saw it empty
         self._of_class: Counter[SlotClass] = Counter()
         self._shares = FairShares(NAMESPACES_MAX, "namespaces with pages", "delete some, or use another node", tenants=tenants)
 
@@ -36,32 +36,32 @@ class Namespaces:
         return iter(self._records.values())
 
     def get(self, space: Space) -> NamespaceRecord | None:
-        """None where the space is not known."""
+        """Returns the record, or None if the space is not registered."""
         return self._records.get(space)
 
     def find(self, space: Space) -> NamespaceRecord:
-        """Raises `NamespaceUnknown`, also where the namespace is another tenant's alone."""
+        """Returns the record. Raises `NamespaceUnknown`, also if only another tenant registered the namespace."""
         record = self._records.get(space)
         if record is None:
             raise NamespaceUnknown(f"namespace {space.namespace.hex()} is not registered on this node; call RegisterLayout first")
         return record
 
     def sealed_in(self, space: Space) -> Mapping[bytes, Page]:
-        """The sealed pages of a space; none where it is not registered."""
+        """Returns the sealed pages of a space; empty if it is not registered."""
         record = self._records.get(space)
         return {} if record is None else record.sealed
 
     def known(self, space: Space, layout: PageLayout) -> NamespaceRecord | None:
-        """The record where it agrees, None where there is none. Raises `LayoutMismatch`."""
+        """Returns the record if it has this layout, or None if there is none. Raises `LayoutMismatch`."""
         record = self._records.get(space)
         if record is not None and record.layout != layout:
             raise LayoutMismatch(f"namespace {space.namespace.hex()} is registered with {record.layout}, not with {layout}")
         return record
 
     def spare(self, tenant: str) -> NamespaceRecord | None:
-        """What has to be forgotten before the tenant may add another space: an empty space, of its own if it has one.
+        """Returns the empty space that must be forgotten before the tenant may add another, preferring one of its own.
 
-        None where there is room. Raises `Overloaded` where neither is.
+        Returns None if there is room. Raises `Overloaded` if there is neither room nor an empty space.
         """
         if self._shares.fits(tenant):
             return None
@@ -73,7 +73,7 @@ class Namespaces:
         return self._records[oldest]
 
     def add(self, record: NamespaceRecord) -> None:
-        """Adds a space for which `known` and `spare` said None."""
+        """Adds a space for which `known` and `spare` returned None."""
         assert len(record.space.namespace) == HASH_BYTES, f"a namespace has {HASH_BYTES} bytes"
         assert record.space not in self._records
         self._shares.take(record.space.tenant)
@@ -82,16 +82,16 @@ class Namespaces:
         self._empty[record.space] = None
 
     def filled(self, record: NamespaceRecord) -> None:
-        """The space gets a page."""
+        """Records that an empty space got a page."""
         self._empty.pop(record.space, None)
 
     def lost_page(self, record: NamespaceRecord) -> None:
-        """The space has one page less."""
+        """Records that the space lost a page."""
         if not record.has_pages:
             self._empty[record.space] = None
 
     def long_empty(self, now_ms: float) -> list[NamespaceRecord]:
-        """Those without pages for `NAMESPACE_EMPTY_MS_MAX`, as far as earlier calls have seen them so. O(empty spaces)."""
+        """Returns the spaces without pages for `NAMESPACE_EMPTY_MS_MAX`, as seen by earlier calls. O(empty spaces)."""
         found = []
         for space, since_ms in self._empty.items():
             if since_ms is None:
@@ -101,7 +101,7 @@ class Namespaces:
         return found
 
     def forget(self, record: NamespaceRecord) -> bool:
-        """Takes an empty space out. Whether no other has its class."""
+        """Removes an empty space. Returns whether no other space uses its slot class."""
         del self._empty[record.space]
         del self._records[record.space]
         self._shares.give_back(record.space.tenant)

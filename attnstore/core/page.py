@@ -1,9 +1,7 @@
-"""One page: its life, its record in the table with the records it refers to, and the handles given to whoever fills or reads
-it.
+"""One page: the states of its life, its record in the page table, and the handles for writers and readers.
 
 Owns: the transition table of a page's life.
-Invariant: a page moves along `PAGE_LIFE` and in no other way; a step that is not in the table is a bug and raises
-`AssertionError`.
+Invariant: a page changes its state only along `PAGE_LIFE`; a step that is not in the table is a bug and raises `AssertionError`.
 
     state     | prepare   complete  abort   evict   delete  condemn  free
     ----------+------------------------------------------------------------
@@ -12,9 +10,9 @@ Invariant: a page moves along `PAGE_LIFE` and in no other way; a step that is no
     SEALED    |                             ABSENT  ABSENT  CORRUPT
     CORRUPT   |                                                      ABSENT
 
-Only SEALED pages are found by a lookup, and only SEALED pages that nobody pins are evicted or deleted. A page whose bytes are not
-what was sealed any more is CORRUPT until its last pin is gone: nobody finds it, and its hash may be written anew meanwhile. (A page
-on the SSD will be another state, SPILLED, between SEALED and ABSENT.)
+Only SEALED pages are found by a lookup, and only unpinned SEALED pages are evicted or deleted. A page whose bytes changed after it
+was sealed is CORRUPT until its last pin is gone: lookups do not find it, and its hash may be written again meanwhile. (A page on
+the SSD will have another state, SPILLED, between SEALED and ABSENT.)
 """
 
 from __future__ import annotations
@@ -32,7 +30,7 @@ from attnstore.types import Space
 
 
 class PageState(enum.StrEnum):
-    """Where a page is in its life."""
+    """The state of a page."""
 
     ABSENT = "absent"
     ARRIVING = "arriving"
@@ -41,7 +39,7 @@ class PageState(enum.StrEnum):
 
 
 class PageStep(enum.StrEnum):
-    """What moves a page on."""
+    """A step between two states."""
 
     PREPARE = "prepare"
     COMPLETE = "complete"
@@ -64,9 +62,11 @@ PAGE_LIFE: Final[dict[tuple[PageState, PageStep], PageState]] = {
 
 
 class Page:
-    """The table's record of one page. `pins` counts leases and readers together, `readers` those in this process alone. `layers`
-    are the `layer_checksums` of a sealed page, `verified_ms` is when it was last hashed again, `written_ms` when a client wrote it,
-    also where it was handed over since; `number` counts the table's sealed pages.
+    """The table's record of one page. `pins` counts leases and readers together, `readers` only those of this process.
+
+    `layers` are the `layer_checksums` of a sealed page. `verified_ms` is the time of the last successful check, `written_ms` the
+    time when a client wrote the page, even if another node handed it over since. `number` is the page's position among all pages
+    that the table sealed.
     """
 
     __slots__ = (
@@ -97,7 +97,7 @@ class Page:
         self.verified_ms = -math.inf
         self.pins = 0
         self.readers = 0
-        self.used = 0  # the tick at the last use
+        self.used = 0  # tick of the last use
         self.number = 0
         self.written_ms = 0.0
         self.is_handed_over = False
@@ -110,9 +110,7 @@ class Page:
 
 
 class ExtentPages:
-    """The pages of one extent. `busy` counts those that are arriving or pinned, `used` is the tick at the last use of any of
-    them.
-    """
+    """The pages of one extent. `busy` counts those that are arriving or pinned, `used` is the tick of their last use."""
 
     __slots__ = ("busy", "pages", "used")
 
@@ -123,8 +121,8 @@ class ExtentPages:
 
 
 class NamespaceRecord:
-    """One space and its pages by hash, with those that are corrupt and still held. Spaces of one class (tenant and page size) share
-    slots and eviction order.
+    """One space and its pages by hash, including the corrupt ones that are still pinned. Spaces of one class (tenant and page size)
+    share slots and eviction order.
     """
 
     __slots__ = ("arriving", "corrupt", "layout", "policy", "sealed", "slot_class", "space")
@@ -140,13 +138,13 @@ class NamespaceRecord:
 
     @property
     def has_pages(self) -> bool:
-        """Slots are taken, whatever for."""
+        """Whether the space has pages in any state."""
         return bool(self.sealed or self.arriving or self.corrupt)
 
 
 @dataclass(slots=True, eq=False)
 class ArrivingPage:
-    """A slot to fill: hand it back to `PageTable.complete` or `PageTable.abort`, exactly once."""
+    """A slot to fill. Pass it to `PageTable.complete` or `PageTable.abort`, exactly once."""
 
     record: Page
 
@@ -157,7 +155,7 @@ class ArrivingPage:
 
     @property
     def checksum(self) -> int:
-        """What the writer announced: the XXH3-64 that the bytes must have before `complete`."""
+        """The XXH3-64 that the writer announced; the bytes must have it before `complete`."""
         return self.record.checksum
 
     @property
@@ -168,7 +166,7 @@ class ArrivingPage:
 
 @dataclass(slots=True, eq=False)
 class PinnedPage:
-    """A sealed page that stays where it is until `PageTable.unpin`, which must be called exactly once."""
+    """A sealed page that keeps its slot until `PageTable.unpin`, which must be called exactly once."""
 
     record: Page
 
@@ -179,7 +177,7 @@ class PinnedPage:
 
     @property
     def written_ms(self) -> float:
-        """When a client wrote it, by the table's clock."""
+        """The time when a client wrote it, by the table's clock."""
         return self.record.written_ms
 
     @property
@@ -199,11 +197,13 @@ class PinnedPage:
 
     @property
     def verified_ms(self) -> float:
-        """When the page was last hashed again and found intact; minus infinity where it never was."""
+        """The time when the page was last verified as intact; minus infinity if it never was."""
         return self.record.verified_ms
 
     def guard(self, begin: int, end: int) -> int:
-        """What a reader of bytes `[begin, end)`, whole layers, checks: the page's checksum for all of it, else `range_checksum`."""
+        """Returns the checksum that a reader of bytes `[begin, end)`, whole layers, compares: the page's checksum for the whole
+        page, else `range_checksum`.
+        """
         if end - begin == self.record.slot.size_bytes:
             return self.record.checksum
         first, last = begin // self.layer_bytes, end // self.layer_bytes

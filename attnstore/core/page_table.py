@@ -310,7 +310,7 @@ class PageTable:
         return self._leases.renew(tenant, lease_id, lease_ms, now_ms)
 
     def release(self, tenant: str, lease_id: bytes, now_ms: float) -> bool:
-        """Ends a tenant's lease. Returns False if it had expired or never existed. Releases pages as `expire` does."""
+        """Ends a tenant's lease. Returns False if it had expired or never existed. Releases its pages, or some as `expire` does."""
         return self._pins.release(tenant, lease_id, now_ms)
 
     def delete(self, space: Space, page_hashes: Sequence[bytes], now_ms: float) -> list[PageStatus]:

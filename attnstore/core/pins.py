@@ -1,10 +1,11 @@
-"""Who keeps pages in place: leases and readers.
+"""Pins: leases and readers that keep pages in place.
 
-Owns: every page's count of pins, and the leases that have ended and whose pages are still to be let go. Invariants: a page's pins
-are its readers and the leases that have it, living or ended, each as often as it has it; a lease that has ended names nothing any
-more; a page's eviction policy and its extent learn of the first pin and of the last.
+Owns: the pin count of every page, and the ended leases whose pages are not yet released. Invariants: a page's pin count is its
+number of readers plus the number of times that leases list it, alive or ended; an ended lease is never found; the eviction policy
+and the extent of a page are told of its first and of its last pin.
 
-No command lets more than `MATCH_PAGES_MAX` pages go beyond those that it was given: what takes more says that it is not done.
+No command releases more than `MATCH_PAGES_MAX` pages beyond those that it was given. A command with more to release reports that it
+is not done.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from attnstore.limits import MATCH_PAGES_MAX, WORK_PAGES_MAX
 
 
 class Pins:
-    """The pins of one page table. `bury` ends the life of a corrupt page whose last pin is gone."""
+    """The pins of one page table. `bury` is called with a corrupt page whose last pin is gone."""
 
     def __init__(self, residency: Residency, leases: LeaseTable, bury: Callable[[Page], None]) -> None:
         self._residency = residency
@@ -28,10 +29,10 @@ class Pins:
         self._bury = bury
         self._ended: deque[LeaseRecord] = deque()
         self.pages = 0
-        """How many are pinned."""
+        """The number of pinned pages."""
 
     def lease(self, record: NamespaceRecord, pages: list[Page], lease_ms: int, now_ms: float, lease_id: bytes | None) -> bytes:
-        """A new lease over the pages, or `lease_id` with them; as it was where it has expired meanwhile."""
+        """Returns a new lease over the pages, or adds them to `lease_id`; does nothing if that lease has expired meanwhile."""
         self.settle(now_ms)
         lease = None if lease_id is None else self._leases.find(lease_id, now_ms)
         if lease_id is not None and lease is None:
@@ -45,7 +46,7 @@ class Pins:
         return lease.lease_id
 
     def release(self, tenant: str, lease_id: bytes, now_ms: float) -> bool:
-        """Ends a tenant's lease; False where it had expired or never existed. Lets pages go, its own or as `expire` does."""
+        """Ends a tenant's lease. Returns False if it had expired or never existed. Releases its pages, or some as `expire` does."""
         lease = self._leases.find_of(tenant, lease_id, now_ms)
         if lease is None:
             self.settle(now_ms)
@@ -60,15 +61,14 @@ class Pins:
         return True
 
     def has_due(self, now_ms: float) -> bool:
-        """Whether `expire` is worth a call: False where it would find nothing to let go."""
+        """Returns False if `expire` would find nothing to release."""
         return bool(self._ended) or self._leases.has_due(now_ms)
 
     def expire(self, now_ms: float) -> float | None:
-        """Ends the leases that have expired and lets the pages of ended ones go, the last of a prefix first: at most
-        `WORK_PAGES_MAX` leases and `MATCH_PAGES_MAX` pages.
+        """Ends the leases that have expired and releases the pages of ended leases, the last of a prefix first.
 
-        Returns when there is more to do: not later than now where this was not all, else when the next lease expires, None where no
-        lease is left.
+        Ends at most `WORK_PAGES_MAX` leases and releases at most `MATCH_PAGES_MAX` pages. Returns the time at which there is more
+        to do: `now_ms` if pages are left, else the expiry of the next lease, or None if there is no lease.
         """
         for _ in range(WORK_PAGES_MAX):
             expired = self._leases.pop_expired(now_ms)
@@ -89,21 +89,21 @@ class Pins:
         return now_ms if self._ended else self._leases.next_expiry_ms()
 
     def settle(self, now_ms: float) -> bool:
-        """`expire` where it has something to do. Whether pages that nothing holds any more are then still to be let go."""
+        """Calls `expire` if it has something to do. Returns whether pages of ended leases are still to be released."""
         if not self._ended and not self._leases.has_due(now_ms):
             return False
         next_ms = self.expire(now_ms)
         return next_ms is not None and next_ms <= now_ms
 
     def may_busy(self, tenant: str, now_ms: float) -> bool:
-        """`Residency.may_busy`, once what is not held any more was let go."""
+        """`Residency.may_busy`, after releasing pages of ended leases if that is needed."""
         if self._residency.may_busy(tenant):
             return True
         self.settle(now_ms)
         return self._residency.may_busy(tenant)
 
     def hold(self, record: NamespaceRecord, pages: Sequence[Page]) -> None:
-        """Pins each of the pages once more, one that is named twice twice."""
+        """Pins each page once more; a page listed twice is pinned twice."""
         unpinned = []
         for page in pages:
             pins = page.pins
@@ -115,7 +115,7 @@ class Pins:
         self.pages += len(unpinned)
 
     def let_go(self, record: NamespaceRecord, pages: Sequence[Page]) -> None:
-        """Undoes `hold`; where it was the last pin they are the most recently used pages now, in the order given."""
+        """Undoes `hold`. Pages whose last pin this was become the most recently used ones, in the given order."""
         unpinned = []
         for page in pages:
             pins = page.pins - 1
@@ -131,7 +131,7 @@ class Pins:
                     self._bury(page)
 
     def touch(self, record: NamespaceRecord, pages: Sequence[Page]) -> None:
-        """Sealed pages, pinned or not, were used."""
+        """Records that sealed pages, pinned or not, were used."""
         self._residency.touched(pages)
         record.policy.touched([page for page in pages if not page.pins])
 
@@ -144,4 +144,4 @@ class Pins:
         assert all(page.pins == page.readers + leased[page] for page in pages)
         assert self.pages == sum(page.pins > 0 for page in pages)
         assert all((page in page.namespace.policy) == (page.pins == 0) for page in sealed)
-        assert all(page.pins for page in corrupt), "a corrupt page that nobody holds keeps its slot"
+        assert all(page.pins for page in corrupt), "an unpinned corrupt page keeps its slot"

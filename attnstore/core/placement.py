@@ -1,12 +1,13 @@
-"""Placement: which nodes of a cluster hold a segment, computed alike by everyone who knows the nodes and their weights.
+"""Placement: which nodes of a cluster hold a segment.
 
-Owns: the order of nodes for a key. Invariants: it depends on the key and on the nodes' names and weights alone; each node is first
-for a share of the keys in proportion to its weight; and when a node joins or leaves, only keys move that it gains or loses, 1/N of
-all. Nothing is stored and nobody is asked, so there is no table of pages that could be wrong.
+Owns: the order of nodes for a key. Invariants: the order depends only on the key and on the nodes' names and weights; each node is
+first for a share of the keys proportional to its weight; when a node joins or leaves, only the keys that it gains or loses move,
+1/N of all. Every client and node computes the same order without stored state or requests, so there is no table of pages that could
+be outdated.
 
-Rendezvous hashing (Thaler and Ravishankar, 1998): every node draws a number for the key, and nodes rank by it. The draw is
-exponentially distributed with the weight as its rate, so that the least draw falls to a node in proportion to its weight
-(Schindelhauer and Schomaker, 2005).
+Rendezvous hashing (Thaler and Ravishankar, 1998): every node draws a number for the key, and nodes are ranked by it. The draw is
+exponentially distributed with the weight as its rate, so that each node has the smallest draw with a probability proportional to
+its weight (Schindelhauer and Schomaker, 2005).
 """
 
 from __future__ import annotations
@@ -33,14 +34,14 @@ class Placement:
     __hash__ = None  # type: ignore[assignment]
 
     def ranked(self, key: bytes) -> list[str]:
-        """All nodes, the first owner of `key` first: replicas go to as many of the leading ones as there are copies."""
+        """Returns all nodes, the first owner of `key` first: with R copies, the first R nodes hold them."""
         draws = [(_draw(key, seed) / weight, node_id) for node_id, seed, weight in self._nodes]
         draws.sort()
         return [node_id for _, node_id in draws]
 
 
 def _draw(key: bytes, seed: int) -> float:
-    """An exponentially distributed number that depends on nothing but its arguments."""
-    # 52 bits and a half: exact in a double, never 0 and never 1.
+    """Returns an exponentially distributed number that depends only on its arguments."""
+    # 52 bits plus one half: exact in a double, never 0 and never 1.
     uniform = ((xxhash.xxh3_64_intdigest(key, seed) >> 12) + 0.5) / (1 << 52)
     return -math.log(uniform)

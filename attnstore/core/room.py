@@ -1,10 +1,10 @@
-"""Where a page that arrives goes, and which pages go when there is no room for it.
+"""Slots for arriving pages, and the pages that are evicted to free them.
 
-Owns: the order of eviction of every class of slots, and the count of evictions. Invariants: only pages that nobody pins are
-evicted; memory of another class is taken an idle extent at a time, and only where that is colder than the class's own pages; a
-tenant at its quota gives up as much as it takes; one with its share of busy extents gets slots in those only.
+Owns: the eviction order of every slot class, and the count of evictions. Invariants: only unpinned pages are evicted; memory of
+another class is taken one idle extent at a time, and only if that extent was used less recently than the class's own pages; a
+tenant at its quota evicts as much as it takes; a tenant at its share of busy extents gets slots in those extents only.
 
-No command evicts more than `WORK_PAGES_MAX` pages: what takes more says `Room.MAKING`, and is asked again.
+No command evicts more than `WORK_PAGES_MAX` pages. A command that needs more returns `Room.MAKING` and is called again.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from attnstore.limits import WORK_PAGES_MAX
 
 
 class Room(enum.Enum):
-    """Whether there is room for one more page: yes, or soon, or not as long as so much is pinned."""
+    """Whether there is room for one more page: now, after more calls, or not while so many pages are pinned."""
 
     FREE = enum.auto()
     MAKING = enum.auto()
@@ -32,7 +32,7 @@ class Room(enum.Enum):
 
 
 class RoomMaker:
-    """Finds slots for one page table. `policy` makes the order of a class, `drop` ends the life of a page that nobody pins."""
+    """Finds slots for one page table. `policy` creates the eviction order of a class, `drop` ends the life of an unpinned page."""
 
     def __init__(
         self,
@@ -51,19 +51,19 @@ class RoomMaker:
         self._drop = drop
         self._policies: dict[SlotClass, EvictionPolicy[Page]] = {}
         self.evicted_pages = 0
-        """Since the start."""
+        """Pages evicted since the start."""
 
     def policy_of(self, slot_class: SlotClass) -> EvictionPolicy[Page]:
-        """The order of eviction of a class, made on first use."""
+        """Returns the eviction order of a class, created on first use."""
         return self._policies.setdefault(slot_class, self._new_policy())
 
     def forget(self, slot_class: SlotClass) -> None:
-        """The class has no namespace any more."""
+        """Forgets a class that has no namespace any more."""
         del self._policies[slot_class]
         self._slots.forget_class(slot_class)
 
     def free_slot(self, record: NamespaceRecord) -> Slot | Literal[Room.NONE]:
-        """A slot for which nothing has to go."""
+        """Returns a free slot without evicting anything."""
         if not self._quotas.leaves_room(record.space.tenant, record.layout.page_bytes):
             return Room.NONE
         slot = self._slots.take(record.slot_class)
@@ -75,7 +75,7 @@ class RoomMaker:
         return slot
 
     def slot_for(self, record: NamespaceRecord, now_ms: float) -> Slot | Literal[Room.MAKING, Room.NONE]:
-        """A free slot, or one that an eviction frees; for a tenant with its share of busy extents, in one of those or none."""
+        """Returns a free slot, evicting if needed. A tenant at its share of busy extents gets a slot in one of those or none."""
         if not self._quotas.leaves_room(record.space.tenant, record.layout.page_bytes):
             room = self._make_quota(record, now_ms)
             if room is not Room.FREE:
@@ -100,7 +100,7 @@ class RoomMaker:
         return slot
 
     def trim(self) -> bool:
-        """Evicts pages of tenants that are over their quotas, at most `WORK_PAGES_MAX`. True: there is more to evict."""
+        """Evicts up to `WORK_PAGES_MAX` pages of tenants that exceed their quotas. Returns True if there may be more to evict."""
         left = WORK_PAGES_MAX
         for tenant in self._quotas.over():
             policies = self._policies_of(tenant)
@@ -110,9 +110,10 @@ class RoomMaker:
         return left == 0
 
     def _make_quota(self, record: NamespaceRecord, now_ms: float) -> Room:
-        """Evicts the tenant's own pages, of this size first: as much as one more takes, for which its quota has no room.
+        """Evicts pages of a tenant that is at its quota, pages of this size first, until as many bytes are free as one more page
+        takes.
 
-        What a tenant takes beyond a quota that was lowered is for `trim`.
+        What the tenant holds beyond a quota that was lowered is left to `trim`.
         """
         tenant, size_bytes = record.space.tenant, record.layout.page_bytes
         later = self._later(now_ms)
@@ -129,15 +130,15 @@ class RoomMaker:
         return Room.MAKING
 
     def _make_room(self, record: NamespaceRecord, now_ms: float) -> Slot | Literal[Room.MAKING, Room.NONE]:
-        """Evicts until a slot is free: the policy's victim, or a whole idle extent of another class that is colder still.
+        """Evicts until a slot is free: the policy's victim, or a whole idle extent of another class that was used less recently.
 
-        Without the second choice a class would keep what it once took while another thrashes in one extent; with it, memory
-        flows to whoever uses it, an extent at a time.
+        Without the second choice a class would keep memory that it once took while another class thrashes in one extent. With it,
+        memory moves to the classes in use, one extent at a time.
         """
         later = self._later(now_ms)
         free = self._slots.take(record.slot_class)
         if free is not None:
-            return free  # of a corrupt page that a lease had kept
+            return free  # freed by a corrupt page whose lease has ended
         victim = record.policy.victim()
         coldest = self._residency.coldest_idle()
         victims = [] if victim is None else [victim]
@@ -154,7 +155,7 @@ class RoomMaker:
         return self._slots.take(record.slot_class) or Room.MAKING
 
     def _later(self, now_ms: float) -> Literal[Room.MAKING, Room.NONE]:
-        """What to say where nothing can be evicted: whether pages that nothing holds any more are still to be let go."""
+        """Returns the answer if nothing can be evicted: MAKING if pages of ended leases are still to be released, else NONE."""
         return Room.MAKING if self._pins.settle(now_ms) else Room.NONE
 
     def _policies_of(self, tenant: str) -> list[EvictionPolicy[Page]]:
@@ -165,7 +166,7 @@ class RoomMaker:
         self.evicted_pages += 1
 
     def check(self, idle: int) -> None:
-        """Asserts that the policies have so many pages. O(classes); for tests."""
+        """Asserts that the policies contain `idle` pages. O(classes); for tests."""
         assert sum(map(len, self._policies.values())) == idle
 
 

@@ -1,13 +1,13 @@
-"""Where pages may lie: the fixed capacity, cut into extents, cut into slots.
+"""Slots: the fixed capacity, divided into extents, divided into slots.
 
-Owns: which slot is taken, which extent belongs to which class, and the numbers (`generation`, `tenancy`) by which a holder of
-an old `Slot` can tell that it is no longer the one it knew.
-Invariants: `taken + free == slots_per_extent` in every extent that has an owner; every extent has an owner exactly while one
-of its slots is taken; two taken slots never overlap; nothing is allocated beyond the capacity given at start.
+Owns: which slot is taken, which extent belongs to which class, and the numbers (`generation`, `tenancy`) by which the holder of an
+old `Slot` detects that it was reused.
+Invariants: `taken + free == slots_per_extent` in every extent that has an owner; an extent has an owner exactly while one of its
+slots is taken; two taken slots never overlap; nothing is allocated beyond the capacity given at start.
 
-A class is (tenant, page size). An extent serves one class at a time, so that an extent that is handed out as shared memory
-shows one tenant's pages only, and pages of many sizes share one capacity without fragmenting it (the slab design of Bonwick,
-1994). An extent whose last slot is given back returns to the pool, from which any class may take it.
+A class is (tenant, page size). An extent serves one class at a time. An extent that is shared as memory therefore shows the pages
+of one tenant only, and pages of many sizes share one capacity without fragmenting it (the slab allocator of Bonwick, 1994). An
+extent whose last slot is given back returns to the pool, from which any class may take it.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ _ALIGNMENT_LOSS_DIVISOR = 64
 
 
 def extent_bytes_for(capacity_bytes: int) -> int:
-    """The extent size for an arena of `capacity_bytes` where the operator names none.
+    """Returns the default extent size for an arena of `capacity_bytes`.
 
-    At most `EXTENT_BYTES_MAX`; small enough for `EXTENTS_MIN` extents where that leaves `EXTENT_BYTES_MIN` in each, because
-    every class in use holds at least one extent; the whole capacity in one extent where it is smaller than two of those.
+    At most `EXTENT_BYTES_MAX`. Small enough for `EXTENTS_MIN` extents, because every class in use holds at least one, but not below
+    `EXTENT_BYTES_MIN`. A capacity smaller than two such extents is one extent.
     """
     extents = max(-(-capacity_bytes // EXTENT_BYTES_MAX), min(EXTENTS_MIN, capacity_bytes // EXTENT_BYTES_MIN), 1)
     exact = capacity_bytes // extents
@@ -35,10 +35,10 @@ def extent_bytes_for(capacity_bytes: int) -> int:
 
 
 class Slot(NamedTuple):
-    """A page's place: bytes `[offset_bytes, offset_bytes + size_bytes)` of an extent.
+    """The place of a page: bytes `[offset_bytes, offset_bytes + size_bytes)` of an extent.
 
-    `generation` is new every time a slot is taken and never repeats, so an equal generation means that the bytes are still
-    those of the same page. `tenancy` counts the tenants that the extent has had: an arena that sees it rise wipes the extent.
+    `generation` is unique for every time a slot is taken, so an equal generation means that the bytes are those of the same page.
+    `tenancy` counts the tenants that the extent has had: an arena wipes the extent when it sees the number rise.
     """
 
     extent: int
@@ -67,17 +67,17 @@ class _Extent:
     def __init__(self, index: int) -> None:
         self.index = index
         self.owner: SlotClass | None = None
-        self.tenant: str | None = None  # of the last owner; outlives the ownership
+        self.tenant: str | None = None  # tenant of the last owner; kept after the ownership ends
         self.tenancy = 0
         self.taken = 0
-        self.free_offsets: list[int] = []  # given back; offsets from `untouched_offset_bytes` on were never taken by this owner
+        self.free_offsets: list[int] = []  # given back; this owner never took offsets from `untouched_offset_bytes` on
         self.untouched_offset_bytes = 0
 
 
 class SlotPool:
     """Takes and gives back slots in O(1). Knows nothing of pages.
 
-    Raises `InvalidArgument` for a capacity or an extent size that makes no extent.
+    Raises `InvalidArgument` if capacity and extent size give no extent.
     """
 
     def __init__(self, capacity_bytes: int, extent_bytes: int) -> None:
@@ -95,7 +95,9 @@ class SlotPool:
         self._generations = count(1)
 
     def slot_class(self, tenant: str, page_bytes: int) -> SlotClass:
-        """The class of a tenant and page size, made on first use. Raises `InvalidArgument` for a page larger than an extent."""
+        """Returns the class of a tenant and page size, created on first use. Raises `InvalidArgument` for a page larger than an
+        extent.
+        """
         if page_bytes > self.extent_bytes:
             raise InvalidArgument(
                 f"a page of this layout has {page_bytes} bytes and must fit into one extent, but the arena of "
@@ -108,12 +110,12 @@ class SlotPool:
         return self._classes[key]
 
     def forget_class(self, slot_class: SlotClass) -> None:
-        """A class that nobody will take slots for: the next of its tenant and page size is another."""
-        assert not slot_class._open, "the class has slots that are taken"
+        """Forgets a class without slots; a later class of its tenant and page size is a new one."""
+        assert not slot_class._open, "a slot of the class is taken"
         del self._classes[slot_class.tenant, slot_class.page_bytes]
 
     def take(self, slot_class: SlotClass) -> Slot | None:
-        """A slot of an extent that the class has, else of an extent from the pool; None where there is neither."""
+        """Returns a slot of an extent of the class, else of an extent from the pool, or None if there is neither."""
         extent = next(iter(slot_class._open), None) or self._acquire(slot_class)
         if extent is None:
             return None
@@ -128,11 +130,11 @@ class SlotPool:
         return Slot(extent.index, offset_bytes, slot_class.page_bytes, next(self._generations), extent.tenancy)
 
     def give_back(self, slot: Slot) -> None:
-        """Ends the use of a taken slot; its extent returns to the pool with its last one."""
+        """Gives back a taken slot; with its last slot, the extent returns to the pool."""
         extent = self._all[slot.extent]
         slot_class = extent.owner
         assert slot_class is not None, "the slot is not taken"
-        assert extent.tenancy == slot.tenancy, "the slot is another tenant's by now"
+        assert extent.tenancy == slot.tenancy, "the slot belongs to another tenant"
         extent.taken -= 1
         extent.free_offsets.append(slot.offset_bytes)
         if extent.taken == 0:
@@ -141,7 +143,7 @@ class SlotPool:
             slot_class._open[extent] = None
 
     def check(self, taken: list[Slot]) -> None:
-        """Asserts the module's invariants, given every slot that the caller believes to be taken. O(slots); for tests."""
+        """Asserts the module's invariants, given all slots that the caller has taken. O(slots); for tests."""
         by_extent: dict[int, list[Slot]] = {}
         for slot in taken:
             by_extent.setdefault(slot.extent, []).append(slot)
@@ -168,7 +170,7 @@ class SlotPool:
         assert len(set(generations)) == len(generations), "two taken slots share a generation"
 
     def _acquire(self, slot_class: SlotClass) -> _Extent | None:
-        """Own leftovers first and another tenant's last, because an extent that changes tenants has to be wiped."""
+        """Prefers extents that held this tenant's bytes and takes those of another tenant last, because they have to be wiped."""
         if slot_class.tenant in self._given_back:
             extent = self._pop_given_back(slot_class.tenant)
         elif self._never_used:
@@ -192,7 +194,7 @@ class SlotPool:
         return extent
 
     def _surrender(self, extent: _Extent, slot_class: SlotClass) -> None:
-        slot_class._open.pop(extent, None)  # an extent of a single slot was full, hence not open
+        slot_class._open.pop(extent, None)  # an extent with a single slot was full, so it was not open
         extent.owner = None
         extent.free_offsets.clear()
         extent.untouched_offset_bytes = 0
@@ -200,7 +202,9 @@ class SlotPool:
 
 
 def _stride_bytes(page_bytes: int, extent_bytes: int) -> int:
-    """The page size rounded up to the largest alignment that costs less than 1/64 of the slots, so none of fewer than 64."""
+    """Returns the page size rounded up to the largest alignment that costs less than 1/64 of the slots: none if there are fewer
+    than 64.
+    """
     slots = extent_bytes // page_bytes
     for alignment_bytes in _ALIGNMENTS_BYTES:
         stride_bytes = -(-page_bytes // alignment_bytes) * alignment_bytes

@@ -1,6 +1,6 @@
-"""What a page table says of itself.
+"""Statistics of a page table.
 
-Owns: the shapes of its snapshots. Invariant: a snapshot is of one moment and never changes.
+Owns: the types of its snapshots. Invariant: a snapshot is taken at one moment and never changes.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ class SpaceStatistics:
 
 @dataclass(frozen=True, slots=True)
 class PageTableStatistics:
-    """The table at one moment; hits, misses, stored and evicted count since start.
+    """The table at one moment; hits, misses, stored and evicted pages count since the start.
 
-    A page hits or misses once for each `match` that asks for it, so that `hit_pages / (hit_pages + missed_pages)` is the hit rate:
-    the reads that follow a match count nothing. Every hash after the first miss of a prefix is a miss.
+    A page counts as a hit or a miss once per `match` that asks for it, so `hit_pages / (hit_pages + missed_pages)` is the hit rate;
+    reads that follow a match count nothing. Every hash after the first miss of a prefix is a miss.
     """
 
     capacity_bytes: int

@@ -1,8 +1,8 @@
-"""Which pages were deleted here a short time ago, so that no other node brings them back.
+"""Tombstones: pages deleted recently, so that no other node hands them over again.
 
-Owns: when pages were deleted, by tenant. Invariants: pure; a page is remembered for `TOMBSTONE_MS_MAX` at most; there are never
-more than `TOMBSTONES_MAX`, and where they do not suffice the tenant that has the most loses its oldest: one that deletes a lot
-makes the node forget its own deletions only.
+Owns: the times of deletions, by tenant. Invariants: pure; a tombstone is kept for `TOMBSTONE_MS_MAX` at most; there are never more
+than `TOMBSTONES_MAX`. If that does not suffice, the tenant with the most tombstones loses its oldest, so a tenant that deletes much
+makes the node forget only its own deletions.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ class Tombstones:
     """Times are those of the table's clock."""
 
     def __init__(self) -> None:
-        # Of each tenant, the oldest first, by namespace and hash in one: of bytes and numbers there is nothing to collect.
+        # Per tenant, oldest first, keyed by namespace and hash joined: bytes and numbers give the garbage collector nothing to
+        # scan.
         self._died_ms: dict[str, dict[bytes, float]] = {}
         self._count = 0
 
@@ -23,7 +24,7 @@ class Tombstones:
         return self._count
 
     def bury(self, space: Space, page_hash: bytes, died_ms: float, now_ms: float) -> None:
-        """The page was deleted at `died_ms`."""
+        """Records that the page was deleted at `died_ms`."""
         self.lift(space, page_hash)
         of_tenant = self._died_ms.setdefault(space.tenant, {})
         of_tenant[space.namespace + page_hash] = died_ms
@@ -34,7 +35,7 @@ class Tombstones:
             self._forget_oldest(max(self._died_ms, key=lambda tenant: len(self._died_ms[tenant])))
 
     def lift(self, space: Space, page_hash: bytes) -> None:
-        """The page was written anew."""
+        """Forgets the deletion: the page was written again."""
         of_tenant = self._died_ms.get(space.tenant)
         if of_tenant is not None and of_tenant.pop(space.namespace + page_hash, None) is not None:
             self._count -= 1
@@ -42,7 +43,7 @@ class Tombstones:
                 del self._died_ms[space.tenant]
 
     def died_ms(self, space: Space, page_hash: bytes, now_ms: float) -> float | None:
-        """When the page was deleted; None where that is not known, or long ago."""
+        """Returns the time of the page's deletion, or None if it is unknown or long ago."""
         died_ms = self._died_ms.get(space.tenant, {}).get(space.namespace + page_hash)
         return None if died_ms is None or died_ms <= now_ms - TOMBSTONE_MS_MAX else died_ms
 

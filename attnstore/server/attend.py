@@ -1,9 +1,9 @@
-"""Answering queries where the pages lie: the sets that a stream has open, and the computation over them.
+"""Attend on a store node: the sets of pages that a stream has open, and the computation over them.
 
-Owns: `Attending`, one for each node that can attend, and `AttendSession`, one for each stream; transports feed them.
-Invariants: the pages of an open set are pinned, so that what is computed from them is theirs; a set is used only while its lease
-holds, and closed soon after it ran out (`expire`), so that a stream keeps pages no longer than its client says that it is there;
-the node's cores are used by one computation at a time, in the order of `FairTurns`.
+Owns: `Attending`, one per node that can attend, and `AttendSession`, one per stream; transports call them.
+Invariants: the pages of an open set are pinned, so a result is computed from exactly those pages; a set is used only while its
+lease is alive, and closed soon after the lease expires (`expire`), so a stream pins pages no longer than its client renews the
+lease; one computation uses the node's cores at a time, in the order of `FairTurns`.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ class _Job(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class _Set:
-    """`pins` keep the memory of the pages mapped and their content in it."""
+    """`pins` keep the pages' memory mapped and their content in place."""
 
     pages: PagesInPlace
     lease_id: bytes
@@ -63,10 +63,10 @@ class _Set:
 
 
 class Attending:
-    """Attends over the pages of `store`, with `threads` cores, for `tenants` tenants.
+    """Attends over the pages of `store` with `threads` cores, for `tenants` tenants.
 
-    To make one imports torch, and `warm_up` compiles: for seconds, with the interpreter lock held for up to one of them at a time.
-    Neither is for a node that serves already.
+    The constructor imports torch, and `warm_up` compiles. Both take seconds and hold the interpreter lock for up to a second at a
+    time, so call them before the node serves.
     """
 
     def __init__(self, store: Store, clock: Clock, threads: int, tenants: int = 1) -> None:
@@ -79,39 +79,39 @@ class Attending:
             self._compute, _kind, clock, waiting_max=ATTEND_WAITING_MAX, together_max=ATTEND_TOGETHER_MAX, tenants=tenants
         )
         self._pages = FairShares(ATTEND_PAGES_MAX, "pages of attended sets", "close some sets, or fetch the pages", tenants=tenants)
-        # Its threads wait for turns, which those of the event loop's own executor have no time for.
+        # Its threads block while they wait for turns, which would exhaust the event loop's own executor.
         self.executor = ThreadPoolExecutor(ATTEND_CALLS_MAX, "attnstore-attend")
         self._lock = threading.Lock()
         self._sessions: set[AttendSession] = set()
 
     @staticmethod
     def is_possible() -> bool:
-        """The packages of the extra `attention` are installed."""
+        """Returns whether the packages of the extra `attention` are installed."""
         return all(importlib.util.find_spec(name) is not None for name in _NEEDED)
 
     def warm_up(self) -> None:
-        """Compiles what computes, so that no query waits for it: a minute the first time on a machine, seconds afterwards."""
+        """Compiles the kernels, so that no query waits for it. Takes a minute the first time on a machine, seconds afterwards."""
         self._attention.warm_up()
 
     @property
     def waiting(self) -> int:
-        """Queries that wait for the cores."""
+        """The number of queries that wait for the cores."""
         return self._turns.waiting
 
     def session(self, tenant: str) -> AttendSession:
-        """A stream's sets, none so far. Close it."""
+        """Returns a session without open sets for a new stream. The caller closes it."""
         session = AttendSession(self, tenant)
         with self._lock:
             self._sessions.add(session)
         return session
 
     def forget(self, session: AttendSession) -> None:
-        """The session is closed."""
+        """Removes a closed session."""
         with self._lock:
             self._sessions.discard(session)
 
     def expire(self) -> None:
-        """Closes the sets whose lease has run out, except those that are being asked about."""
+        """Closes the sets whose lease has expired, except those used by a running step."""
         with self._lock:
             sessions = list(self._sessions)
         for session in sessions:
@@ -119,7 +119,7 @@ class Attending:
 
     @contextmanager
     def counted(self, tenant: str, pages: int) -> Iterator[None]:
-        """So many pages are in an open set. Raises `Overloaded` where that is more than the tenant's share."""
+        """Counts `pages` as part of an open set for the duration of the block. Raises `Overloaded` beyond the tenant's share."""
         with self._lock:
             self._pages.take(tenant, pages)
         try:
@@ -129,8 +129,8 @@ class Attending:
                 self._pages.give_back(tenant, pages)
 
     def compute(self, job: _Job, tenant: str, deadline: Deadline) -> list[Partial]:
-        """A partial for each set of the job, when its turn has come. Errors as in `FairTurns.take`."""
-        # A few rows cost what reading the pages does, many rows what multiplying with them does.
+        """Returns a partial for each set of the job, computed when its turn comes. Errors as in `FairTurns.take`."""
+        # With few rows reading the pages dominates the cost, with many rows multiplication does.
         pages = sum(len(rows.pages) * (1 + len(rows.query) // _ROWS_PER_READ) for rows in job.asked)
         return self._turns.take(job, tenant=tenant, cost=pages * job.layout.layer_bytes, deadline=deadline)
 
@@ -141,7 +141,7 @@ class Attending:
 
 
 class AttendSession:
-    """The sets of one stream of `tenant`. One step at a time; `expire` from any thread."""
+    """The sets of one stream of `tenant`. One step at a time; `expire` may be called from any thread."""
 
     def __init__(self, attending: Attending, tenant: str) -> None:
         self._attending = attending
@@ -153,16 +153,16 @@ class AttendSession:
 
     @property
     def sets(self) -> int:
-        """How many are open. Safe from any thread."""
+        """The number of open sets. Safe from any thread."""
         return len(self._sets)
 
     def open(self, opening: AttendOpen) -> None:
-        """Pins the pages of a set. Blocks for some microseconds a page, and for as long as hashing those takes that were not hashed
-        lately: a query has no checksum that would tell that a page has changed where it lies.
+        """Pins the pages of a set. Blocks for microseconds per page, plus the time to hash pages that were not hashed lately: the
+        answer to a query has no checksum that would reveal a page that changed in memory.
 
-        Raises `LeaseExpired` where the lease does not hold or a page is not here, `InvalidArgument` for a set that is open already,
-        names a page twice or does not fit the stream's others, `Overloaded` where the tenant has its share of pages in sets, and
-        what `Store.layout_of` raises.
+        Raises `LeaseExpired` if the lease is not alive or a page is missing. Raises `InvalidArgument` for a set that is already
+        open, names a page twice or does not fit the stream's other sets. Raises `Overloaded` beyond the tenant's share of pages in
+        sets, and what `Store.layout_of` raises.
         """
         from attnstore.attention.in_place import PagesInPlace
 
@@ -179,15 +179,15 @@ class AttendSession:
                     if isinstance(page, PageStatus):
                         raise LeaseExpired(f"page {index} of the set's {len(found)} is {page.name}: match again")
                     if not self._attending.store.is_intact(page, ATTEND_VERIFIED_MS_MAX):
-                        raise LeaseExpired(f"page {index} of the set's {len(found)} was corrupt and is gone: match again")
+                        raise LeaseExpired(f"page {index} of the set's {len(found)}was corrupt and has been removed: match again")
                     views.append(page.data)
                 self._sets[opening.set_id] = _Set(PagesInPlace(layout, views), opening.lease_id, pins.pop_all())
             self._shape, self._layout = opening.shape, layout
 
     def answer(self, query: AttendQuery) -> tuple[list[memoryview], list[memoryview]]:
-        """The bytes of `out` and of `lse` of each set, in the order of the query's. Blocks until they are computed.
+        """Returns the bytes of `out` and of `lse` of each set, in the order of the query's sets. Blocks until they are computed.
 
-        Raises `InvalidArgument` for a malformed query, `LeaseExpired` for a set whose lease has run out, `Overloaded` and
+        Raises `InvalidArgument` for a malformed query, `LeaseExpired` for a set whose lease has expired, `Overloaded` and
         `DeadlineExceeded` as `FairTurns.take` does.
         """
         from attnstore.attention.in_place import Rows, rows_from
@@ -210,12 +210,12 @@ class AttendSession:
         return list(outs), list(lses)
 
     def close_set(self, closing: AttendClose) -> None:
-        """Lets a set go, if it is open."""
+        """Closes a set, if it is open."""
         with self._busy:
             self._drop(closing.set_id)
 
     def expire(self) -> None:
-        """Closes the sets whose lease has run out, unless a step is running."""
+        """Closes the sets whose lease has expired, unless a step is running."""
         if self._busy.acquire(blocking=False):
             try:
                 for set_id in [set_id for set_id, part in self._sets.items() if not self._holds(part)]:
@@ -224,7 +224,7 @@ class AttendSession:
                 self._busy.release()
 
     def close(self) -> None:
-        """Lets all sets go. Closing twice is harmless."""
+        """Closes all sets. Closing twice is harmless."""
         with self._busy:
             for set_id in list(self._sets):
                 self._drop(set_id)
@@ -241,16 +241,16 @@ class AttendSession:
             raise InvalidArgument("all sets of a stream have one namespace, one q_heads and one scale; open another stream")
         if opening.shape.q_heads % layout.kv_heads:
             raise InvalidArgument(
-                f"q_heads is {opening.shape.q_heads}, which is no multiple of the layout's {layout.kv_heads} kv_heads"
+                f"q_heads is {opening.shape.q_heads}, which is not a multiple of the layout's {layout.kv_heads} kv_heads"
             )
 
     def _alive(self, set_id: int) -> _Set:
         part = self._sets.get(set_id)
         if part is None:
-            raise LeaseExpired(f"set {set_id} is not open: it never was, or its lease ran out; match again")
+            raise LeaseExpired(f"set {set_id} is not open: it never was, or its lease expired; match again")
         if not self._holds(part):
             self._drop(set_id)
-            raise LeaseExpired(f"the lease of set {set_id} has run out; match again")
+            raise LeaseExpired(f"the lease of set {set_id} has expired; match again")
         return part
 
     def _holds(self, part: _Set) -> bool:
@@ -268,5 +268,5 @@ def _kind(job: _Job) -> tuple[object, ...]:
 
 
 def threads_default() -> int:
-    """Cores that this process may run on."""
+    """Returns the number of cores that this process may run on."""
     return len(os.sched_getaffinity(0))

@@ -1,7 +1,7 @@
-"""The attend frames of one page channel: received into memory that is kept, answered from where the result lies.
+"""The attend frames of one page channel: received into reused memory, answered from the memory of the result.
 
-Owns: the session of the connection, begun with its first set. Invariant: a query allocates nothing of its size here, and its
-payload is taken off the stream before anything can be refused, so the next frame finds a clean stream.
+Owns: the session of the connection, created with its first set. Invariants: handling a query allocates no memory of its size; the
+payload is read off the stream before the request can be refused, so the next frame starts at a frame boundary.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from attnstore.telemetry import NodeMetrics
 from attnstore.wire.attend import AttendClose, decode_open, decode_query
 from attnstore.wire.page_channel import Frame, Kind, encode_frame, encode_refusal
 
-NOT_OFFERED = "this node answers no queries: install attnstore[attention] there and do not start it with --attend-threads 0"
+NOT_OFFERED = "this node does not attend: install attnstore[attention] on it and do not start it with --attend-threads 0"
 
 
 class AttendChannel:
-    """`attending` None: everything is refused with `Unsupported`."""
+    """With `attending=None`, every frame is refused with `Unsupported`."""
 
     def __init__(self, stream: FrameStream, attending: Attending | None, metrics: NodeMetrics) -> None:
         self._stream = stream
@@ -36,11 +36,11 @@ class AttendChannel:
 
     @property
     def has_sets(self) -> bool:
-        """The peer has sets open, which it will ask about."""
+        """Whether the peer has open sets and therefore expects the connection to stay."""
         return self._session is not None and self._session.sets > 0
 
     def close(self) -> None:
-        """Lets all sets go."""
+        """Closes all sets."""
         if self._session is not None:
             self._session.close()
 
@@ -58,12 +58,12 @@ class AttendChannel:
         if self._attending is None:
             raise Unsupported(NOT_OFFERED)
         if page_checksum(payload) != frame.checksum:
-            raise ProtocolError("an ATTEND frame's payload does not have its checksum")
+            raise ProtocolError("an ATTEND frame's payload does not match its checksum")
         query = decode_query(frame.layer_begin, frame.offset_bytes, frame.page, payload)
         try:
             outs, lses = self._required_session().answer(query)
         except DeadlineExceeded as error:
-            # Of the query, not of the connection: the client learns it as any other refusal.
+            # The error belongs to the query, not to the connection: the client receives it like any other refusal.
             self._stream.send(encode_refusal(frame.request, error))
             return
         parts = [*outs, *lses]

@@ -1,4 +1,4 @@
-"""The Attend stream over gRPC: one step after the other, each computed on a thread while the event loop serves others.
+"""The Attend stream over gRPC: one step after the other, each computed on a thread while the event loop serves other calls.
 
 Invariant: the session is closed only when no thread uses it any more, however the call ends.
 """
@@ -22,8 +22,10 @@ _decode = METHODS["Attend"].decode_request
 
 
 async def attend(attending: Attending | None, metrics: NodeMetrics, context: Any, tenant: str, stall_s: float) -> None:
-    """Serves one call until the client has no more steps. Raises the typed error of the first step that is refused, and
-    `TimeoutError` for a client that asks nothing for `CHANNEL_IDLE_MS_MAX` or does not take an answer within `stall_s`.
+    """Serves one call until the client has no more steps.
+
+    Raises the typed error of the first refused step. Raises `TimeoutError` for a client that sends no step for
+    `CHANNEL_IDLE_MS_MAX` or does not take an answer within `stall_s`.
     """
     if attending is None:
         raise Unsupported(NOT_OFFERED)
@@ -37,7 +39,7 @@ async def attend(attending: Attending | None, metrics: NodeMetrics, context: Any
             if message is grpc.aio.EOF:
                 return
             step = step_from_wire(_decode(message))
-            # A future, not a coroutine: cancelling the call must not let go of a thread that uses the session.
+            # A future, not a coroutine: cancelling the call must not abandon a thread that uses the session.
             answering = asyncio.get_running_loop().run_in_executor(attending.executor, _answer, session, step)
             answer = await asyncio.shield(answering)
             if answer is not None:
@@ -46,7 +48,7 @@ async def attend(attending: Attending | None, metrics: NodeMetrics, context: Any
             if isinstance(step, AttendQuery):
                 metrics.attended("grpc", step.total_rows)
     finally:
-        # Large sets take long to let go: not on the event loop.
+        # Closing large sets takes long, so it does not run on the event loop.
         if answering is None or answering.done():
             attending.executor.submit(session.close)
         else:

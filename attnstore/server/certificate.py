@@ -1,9 +1,9 @@
-"""The certificate that a node shows: whether it is any use, and for how long.
+"""The validity of the certificate that a node presents.
 
-Owns: `Certificate`. Invariant: a node does not start with a certificate that every client would refuse for its dates.
+Owns: `Certificate`. Invariant: a node does not start with a certificate whose dates every client would refuse.
 
-The dates are read from a handshake in memory, which the standard library can do without parsing ASN.1; it proves the pair of files
-too. What the files hold beside the node's own certificate is not looked at.
+The dates are read from a TLS handshake in memory, because the standard library can do that without parsing ASN.1; the handshake
+also checks that certificate and key match. Other certificates in the files are not examined.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from typing import Final, Self
 from attnstore.errors import InvalidArgument
 
 _NO_CHECK_TIME: Final = 0x200000
-"""OpenSSL's X509_V_FLAG_NO_CHECK_TIME, which the module ssl has no name for: the dates are judged here, by the caller's clock."""
+"""OpenSSL's X509_V_FLAG_NO_CHECK_TIME, for which the module ssl has no name: the caller's clock decides about the dates here."""
 _SOON_S: Final = 14 * 86_400
 _ROUNDS_MAX: Final = 8
 
 
 @dataclass(frozen=True, slots=True)
 class Certificate:
-    """From when to when, in seconds since 1970, the certificate in `path` is valid."""
+    """The validity period, in seconds since 1970, of the certificate in `path`."""
 
     path: Path
     begins_s: float
@@ -32,16 +32,16 @@ class Certificate:
 
     @classmethod
     def load(cls, cert: Path, key: Path) -> Self:
-        """Raises `InvalidArgument` for files that are no usable pair."""
+        """Reads the files. Raises `InvalidArgument` if they are not a usable pair."""
         try:
             node, client = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER), ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-            # No password is asked for: a node starts unattended.
+            # No prompt for a password: a node starts unattended.
             node.load_cert_chain(cert, key, password="")
             client.load_verify_locations(cert)
             client.check_hostname = False
             client.verify_flags = ssl.VerifyFlags(int(ssl.VERIFY_X509_PARTIAL_CHAIN) | _NO_CHECK_TIME)
             shown = _shake_hands(node, client)
-        except OSError as error:  # SSLError is one
+        except OSError as error:  # includes SSLError
             raise InvalidArgument(f"--tls-cert {cert} and --tls-key {key} are no usable pair of PEM files: {error}") from None
         return cls(cert, ssl.cert_time_to_seconds(shown["notBefore"]), ssl.cert_time_to_seconds(shown["notAfter"]))
 
@@ -55,7 +55,7 @@ class Certificate:
             )
 
     def days_left(self, now_s: float) -> int | None:
-        """Whole days until it expires, if these are few enough to warn of."""
+        """Returns the whole days until it expires, or None if there are too many to warn."""
         left_s = self.ends_s - now_s
         return int(left_s // 86_400) if left_s < _SOON_S else None
 

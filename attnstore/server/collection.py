@@ -1,13 +1,14 @@
-"""How a node's process collects cyclic garbage: without looking at the pages that it keeps.
+"""Garbage collection in a node's process, without scanning the pages that it stores.
 
-Owns: the view of Python's collector, which is the process's. Only one node of a process runs this.
-Invariant: beside what calls in flight use, the collector sees at most `VISIBLE_PAGES_MAX` new pages, stored or held for queries, or
-`VISIBLE_LEASED_PAGES_MAX` new entries of leases, and what comes within one period. So no collection of its own takes time in
-proportion to the pages that the node has. Records of pages refer to what refers to them, but leave all of it when a page ends, so
-they never need a collector.
+Owns: which objects Python's garbage collector sees. The collector belongs to the process, so only one node of a process runs this.
+Invariant: apart from the objects of running calls, the collector sees at most `VISIBLE_PAGES_MAX` new pages (stored, or held for
+attend), `VISIBLE_LEASED_PAGES_MAX` new entries of leases, and what is added within one period. The time of an automatic collection
+is therefore not proportional to the number of stored pages. Records of pages are parts of reference cycles, but all cycles are
+broken when a page ends, so the records never need a collector.
 
-Garbage of a call that ran at a freeze, and that became cyclic later, stays. How much that is nobody sees; as much as the oldest
-generation had of it before the freeze is taken for it, and a full collection comes where that sums up to `UNSEEN_OBJECTS_MAX`.
+Objects of a call that runs during a freeze and that become cyclic garbage later stay in memory. Their number is unknown. It is
+estimated as the garbage found in the oldest generation before the freeze; when the estimates sum up to `UNSEEN_OBJECTS_MAX`, a full
+collection follows.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ _log = get_logger(__name__)
 
 
 class Collection:
-    """`freeze` once the process has loaded what it needs, then `run` as a background task."""
+    """Call `freeze` once the process has loaded what it needs, then `run` as a background task."""
 
     def __init__(self, store: Store) -> None:
         self._store = store
@@ -38,15 +39,15 @@ class Collection:
         self._unseen_objects = 0
 
     async def run(self) -> None:
-        """Looks ten times a second, until it is cancelled. A collector that counts what is allocated would not do: a full node
-        frees as many pages as it stores.
+        """Calls `look` ten times a second until it is cancelled. A collector triggered by the number of allocations would not do,
+        because a full node frees as many pages as it stores.
         """
         while True:
             await asyncio.sleep(_PERIOD_S)
             self.look()
 
     def look(self) -> None:
-        """`freeze` where so much is new, or where that was long ago."""
+        """Calls `freeze` if enough objects are new, or if the last freeze was long ago."""
         if (
             self._store.stored_pages - self._frozen_pages >= VISIBLE_PAGES_MAX
             or self._store.leased_pages - self._frozen_leased_pages >= VISIBLE_LEASED_PAGES_MAX
@@ -56,14 +57,14 @@ class Collection:
             self.freeze()
 
     def freeze(self) -> None:
-        """Collects what garbage the collector sees, and takes all else out of its view."""
+        """Collects the garbage that the collector sees, and hides all remaining objects from it."""
         held = self._store.held_pages - self._frozen_held_pages
         self._frozen_pages, self._frozen_leased_pages = self._store.stored_pages, self._store.leased_pages
         self._frozen_held_pages += held
         self._frozen_s = time.monotonic()
-        # From now on only this collects the oldest generation: it may hold what a query holds, hundreds of thousands of objects.
+        # From now on only this method collects the oldest generation: it may contain the objects of a query, hundreds of thousands.
         gc.set_threshold(*gc.get_threshold()[:2], _NEVER)
-        gc.collect(1)  # what has just become garbage tells nothing of what becomes it late
+        gc.collect(1)  # objects that have just become garbage say nothing about later garbage
         if held < VISIBLE_PAGES_MAX:
             self._unseen_objects += gc.collect()
         if self._unseen_objects > UNSEEN_OBJECTS_MAX:
@@ -75,4 +76,4 @@ class Collection:
         gc.unfreeze()
         found = gc.collect()
         self._unseen_objects = 0
-        _log.warning("looked through all pages for garbage", objects=found, ms=round(1e3 * (time.perf_counter() - began_s)))
+        _log.warning("full garbage collection over all pages", objects=found, ms=round(1e3 * (time.perf_counter() - began_s)))

@@ -1,13 +1,13 @@
-"""Listening sockets, one thread for each connection, and the end of both.
+"""Listening sockets, one thread per connection, and their shutdown.
 
-Owns: the accepting threads, the set of live connections, who has a place and how they drain. What a connection says is its own
-affair.
-Invariants: after `stop` no socket of these listeners is open and no thread of theirs waits for a peer; a peer that has not shown
-whose it is takes no place of one that has.
+Owns: the accepting threads, the set of live connections, which connections are admitted, and draining. The protocol of a connection
+is its own.
+Invariants: after `stop` no socket of these listeners is open and none of their threads waits for a peer; a peer that has not
+authenticated never takes the place of one that has.
 
-A peer is a newcomer until it is admitted. There are few places for newcomers, and the one that has waited longest makes room for
-the next. Admitted peers share the places by tenant; where a tenant's are all taken, an idle connection is closed, so that many
-workers that are mostly idle share fewer places. A client replaces an idle connection that it finds closed.
+A peer is a newcomer until it is admitted. The number of newcomers is small; the one that has waited longest is closed for the next.
+Admitted peers share the connections by tenant. If a tenant's share is used up, an idle connection is closed, so that many mostly
+idle workers share fewer connections. A client replaces an idle connection that it finds closed.
 """
 
 from __future__ import annotations
@@ -33,38 +33,38 @@ _log = get_logger(__name__)
 
 
 class Stream(Protocol):
-    """What a connection speaks over, as far as its end goes."""
+    """The transport of a connection, as far as shutdown needs it."""
 
     def shutdown(self) -> None:
-        """Breaks it: whoever waits for the peer returns soon. Safe from any thread."""
+        """Breaks it: a thread that waits for the peer returns soon. Safe from any thread."""
         ...
 
     def close(self) -> None:
-        """Gives the socket back."""
+        """Closes the socket."""
         ...
 
 
 class Connection(ABC):
-    """One peer, served by one thread. `serve` holds `busy` while it answers a request, and takes none once `is_ending`."""
+    """One peer, served by one thread. `serve` holds `busy` while it answers a request, and accepts none once `is_ending`."""
 
     def __init__(self, stream: Stream) -> None:
         self._ending = stream
         self.busy = threading.Lock()
         self.is_ending = False
         self.used_ms = 0.0
-        """When the last request was answered, which `serve` notes."""
+        """The time of the last answered request, set by `serve`."""
 
     @abstractmethod
     def serve(self, admit: Callable[[str], None]) -> None:
-        """Runs until the peer leaves, breaks the protocol, stalls, or the node drains.
+        """Serves until the peer leaves, breaks the protocol, stalls, or the node drains.
 
-        Calls `admit(tenant)` once the peer has shown whose it is; that raises `Overloaded` where the tenant has its share of
-        connections, and `Unavailable` where the peer took too long.
+        Calls `admit(tenant)` once the peer has authenticated. That raises `Overloaded` if the tenant's share of connections is used
+        up, and `Unavailable` if the peer took too long.
         """
 
     @property
     def keeps_state(self) -> bool:
-        """Its peer would lose more than the connection if it were closed between two requests."""
+        """True if closing it between two requests would cost the peer more than the connection."""
         return False
 
     def shutdown(self) -> None:
@@ -73,7 +73,9 @@ class Connection(ABC):
         self._ending.shutdown()
 
     def shutdown_when_idle(self) -> bool:
-        """Breaks it now if no request is running; otherwise `serve` may return after that one. Whether it was broken."""
+        """Breaks the connection now if no request is running, and returns whether it did. Otherwise `serve` may return after that
+        request.
+        """
         if not self.busy.acquire(blocking=False):
             return False
         self.shutdown()
@@ -81,14 +83,15 @@ class Connection(ABC):
         return True
 
     def close(self) -> None:
-        """Gives the socket back, after `serve`."""
+        """Closes the socket, after `serve` has returned."""
         self._ending.close()
 
 
 class ConnectionThreads:
-    """Serves what `connect` makes of each accepted socket, from `start` to `stop`. `name` is that of the threads and log lines.
+    """Serves each accepted socket with the connection that `connect` creates for it, from `start` to `stop`.
 
-    `tenants`: how many the node serves. See the module for who gets a place.
+    `name` is the name of the threads and in log lines. `tenants` is the number of tenants that the node serves. See the module for
+    who is admitted.
     """
 
     def __init__(self, name: str, connect: Callable[[socket.socket], Connection], clock: Clock, tenants: int = 1) -> None:
@@ -99,20 +102,20 @@ class ConnectionThreads:
         self._adopting = threading.Lock()
         self._threads: dict[Connection, threading.Thread] = {}
         self._newcomers: dict[Connection, None] = {}  # the oldest first
-        self._tenants: dict[Connection, str] = {}  # of those admitted
+        self._tenants: dict[Connection, str] = {}  # of the admitted connections
         self._places = FairShares(CHANNEL_CONNECTIONS_MAX, f"{name} connections", "close some, or go over gRPC", tenants=tenants)
         self._stopping = threading.Event()
         self._acceptors: dict[socket.socket, threading.Thread] = {}
 
     def start(self, *listeners: socket.socket) -> None:
-        """Serves listening sockets, which this object owns from now on."""
+        """Serves listening sockets, which this object then owns."""
         for listener in listeners:
             self._acceptors[listener] = tasks.supervised_thread(f"{self._name}-accept", functools.partial(self._accept, listener))
 
     def stop(self, drain_ms: float) -> None:
-        """Takes no new connection, gives running requests up to `drain_ms`, then breaks the connections and joins their threads.
+        """Accepts no new connection, gives running requests up to `drain_ms`, then breaks the connections and joins their threads.
 
-        A thread that computes goes on, and ends when it has done: it is waited for no longer than half of `STOP_MS_MAX`.
+        A thread that computes continues until it is done; it is waited for no longer than half of `STOP_MS_MAX`.
         """
         self._stopping.set()
         for listener, acceptor in self._acceptors.items():
@@ -139,13 +142,13 @@ class ConnectionThreads:
             try:
                 peer, _ = listener.accept()
             except OSError:
-                # Out of descriptors, a peer that left in the queue, or `stop`: none but the last may end the service.
+                # Out of descriptors, a peer that left the queue, or `stop`: only the last may end the service.
                 self._stopping.wait(_ACCEPT_RETRY_S)
                 continue
             self._adopt(peer)
 
     def _adopt(self, peer: socket.socket) -> None:
-        with self._adopting:  # or two acceptors would both take the last place
+        with self._adopting:  # otherwise two acceptors could both take the last place
             self._make_room_for_newcomer()
             self._begin(peer)
 
@@ -157,12 +160,12 @@ class ConnectionThreads:
                 thread.start()
                 self._threads[connection] = thread
                 self._newcomers[connection] = None
-        except (OSError, RuntimeError) as error:  # the peer has left, or the system gives no more threads
+        except (OSError, RuntimeError) as error:  # the peer has left, or the system has no more threads
             peer.close()
             _log.warning("connection refused", listener=self._name, reason=str(error))
 
     def _make_room_for_newcomer(self) -> None:
-        """The newcomer that has been silent longest gives way: an honest one says who it is at once."""
+        """Closes the newcomer that has been silent longest: an honest peer authenticates at once."""
         with self._lock:
             if len(self._newcomers) < CHANNEL_NEWCOMERS_MAX:
                 return
@@ -170,12 +173,12 @@ class ConnectionThreads:
             del self._newcomers[oldest]
             thread = self._threads[oldest]
         oldest.shutdown()
-        thread.join()  # no more threads than places, however fast peers come
+        thread.join()  # never more threads than places, however fast peers connect
 
     def _admit(self, connection: Connection, tenant: str) -> None:
         with self._lock:
             if connection not in self._newcomers:
-                raise Unavailable("the connection took too long to say whose it is")
+                raise Unavailable("the connection took too long to authenticate")
             if not self._places.fits(tenant):
                 self._reclaim(tenant)
             self._places.take(tenant)
@@ -183,7 +186,7 @@ class ConnectionThreads:
             self._tenants[connection] = tenant
 
     def _reclaim(self, newcomer: str) -> None:
-        """Closes an idle connection, if there is one: of the tenant that holds the most, the one that was unused longest."""
+        """Closes an idle connection, if there is one: the least recently used one of the tenant that holds the most."""
         held = self._places.held
         idle = [connection for connection in self._tenants if not connection.keeps_state]
         idle.sort(key=lambda connection: (-held[self._tenants[connection]], connection.used_ms))

@@ -1,4 +1,4 @@
-"""How many file descriptors the node may have, and what they are for.
+"""The file descriptors of a node and their uses.
 
 Owns: the process's soft limit of descriptors. Invariant: connections to the gRPC port never take the descriptors that the arena,
 the bulk transports, the metrics and the directory need.
@@ -13,9 +13,9 @@ from attnstore.limits import DESCRIPTORS_BESIDE_ARENA_MIN, GRPC_CONNECTIONS_MAX,
 
 
 def grpc_connections_max(arena_descriptors: int) -> int:
-    """Raises the soft limit as far as the node has use for it and says how many connections gRPC may hold.
+    """Raises the soft limit as far as the node needs it and returns how many connections gRPC may hold.
 
-    Raises `InvalidArgument` where the hard limit leaves too few descriptors for a node.
+    Raises `InvalidArgument` if the hard limit leaves too few descriptors for a node.
     """
     least = arena_descriptors + DESCRIPTORS_BESIDE_ARENA_MIN
     most = least + GRPC_CONNECTIONS_MAX - GRPC_CONNECTIONS_MIN

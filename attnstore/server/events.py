@@ -1,6 +1,7 @@
-"""Page events for watchers: every watcher has a bounded queue, and a slow one is told how much it missed.
+"""Page events for watchers: every watcher has a bounded queue, and a slow watcher is told how many events it missed.
 
-Invariant: publishing never waits and never grows without bound; a watcher sees events in order, or a LAGGED in place of a gap.
+Invariant: publishing never waits and never grows without bound; a watcher receives events in order, with a LAGGED event in place of
+a gap.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ Publish = Callable[[Iterable[tuple[Space, PageEvent]]], None]
 
 
 class Subscription:
-    """One watcher's queue. `shares`: the events that all watchers' queues may hold together."""
+    """One watcher's queue. `shares` limits the events in the queues of all watchers together."""
 
     def __init__(self, tenant: str, shares: FairShares) -> None:
         self._tenant = tenant
@@ -30,8 +31,8 @@ class Subscription:
         self._filled = asyncio.Event()
 
     def offer(self, event: PageEvent) -> None:
-        """Queues an event. Where the queue is full, or the tenant has its share of events queued, it is dropped and counted, as all
-        others are until the next `take`.
+        """Queues an event. If the queue is full or the tenant's share is used up, this event and all following ones are dropped and
+        counted until the next `take`.
         """
         if self._dropped or len(self._events) >= WATCH_EVENTS_MAX or not self._shares.fits(self._tenant):
             self._dropped += event.dropped or 1
@@ -41,12 +42,12 @@ class Subscription:
         self._filled.set()
 
     def close(self) -> None:
-        """Sends the watcher away."""
+        """Ends the subscription of the watcher."""
         self._closed = True
         self._filled.set()
 
     async def take(self) -> list[PageEvent]:
-        """Waits for events and takes all that are queued, a LAGGED last if some were dropped after them.
+        """Waits for events and takes all queued ones, followed by a LAGGED if some were dropped after them.
 
         Raises `Unavailable` when the node drains.
         """
@@ -61,7 +62,7 @@ class Subscription:
         return events
 
     def end(self) -> None:
-        """Nobody takes what is queued."""
+        """Discards the queued events."""
         self._emptied()
 
     def _emptied(self) -> list[PageEvent]:
@@ -73,7 +74,7 @@ class Subscription:
 
 
 class EventHub:
-    """Delivers the page table's events to the watchers of each space, on the event loop where it was made."""
+    """Delivers the page table's events to the watchers of each space, on the event loop that created it."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop, tenants: int = 1) -> None:
         self._loop = loop
@@ -81,7 +82,7 @@ class EventHub:
         self._subscriptions: dict[Space, set[Subscription]] = {}
 
     def publish(self, events: Iterable[tuple[Space, PageEvent]]) -> None:
-        """Offers each `(space, event)` to that space's watchers. Safe from any thread; keeps the order of calls."""
+        """Offers each `(space, event)` to the watchers of its space. Safe from any thread; keeps the order of calls."""
         if not self._subscriptions:
             return
         watched = [(space, event) for space, event in events if space in self._subscriptions]
@@ -89,7 +90,7 @@ class EventHub:
             self._loop.call_soon_threadsafe(self._deliver, watched)
 
     def publish_also_to(self, other: Callable[[Sequence[tuple[Space, PageEvent]]], None]) -> Publish:
-        """`publish`, which hands the same events to `other` too, of all spaces, watched or not."""
+        """Returns a `publish` that also passes the events of all spaces, watched or not, to `other`."""
 
         def publish(events: Iterable[tuple[Space, PageEvent]]) -> None:
             happened = list(events)
@@ -104,14 +105,14 @@ class EventHub:
                 subscription.offer(event)
 
     def close(self) -> None:
-        """Sends all watchers away."""
+        """Ends the subscriptions of all watchers."""
         for subscriptions in self._subscriptions.values():
             for subscription in subscriptions:
                 subscription.close()
 
     @contextmanager
     def subscribed(self, space: Space) -> Iterator[Subscription]:
-        """A subscription that ends with the `with` block."""
+        """Yields a subscription that ends with the `with` block."""
         subscription = Subscription(space.tenant, self._shares)
         self._subscriptions.setdefault(space, set()).add(subscription)
         try:

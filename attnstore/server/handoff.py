@@ -1,8 +1,8 @@
-"""Handing pages over: after a change of the cluster each node sends the pages that others own now to them.
+"""Handing over pages: after a change of the cluster each node sends its pages to their new owners.
 
-Owns: the background task and what it has settled. Invariants: a page is kept here until its new owner has it, and beyond: only
-eviction removes it; a call from a client never waits for a hand-over; one that failed is tried again with the next heartbeat. Each
-page is offered to a node once in a view: one that refuses it, or evicts it later, is not offered it again, so that it ends.
+Owns: the background task and its progress. Invariants: a page is kept until its new owner has it and beyond, because only eviction
+removes it; a client's call never waits for a hand-over; a failed hand-over is repeated with the next heartbeat. Within one view a
+page is offered to a node once: a page that the node refuses or evicts later is not offered again, so that the hand-over ends.
 """
 
 from __future__ import annotations
@@ -33,26 +33,28 @@ from attnstore.types import MatchResult, PageStatus, Space, WriteResult
 _log = get_logger(__name__)
 
 BATCH_BYTES: Final = 16 * MIB
-"""Pages that are pinned and sent at a time, at least one."""
+"""Bytes of pages that are pinned and sent at a time; at least one page is."""
 ASK_HASHES: Final = 1_024
-"""Pages that a peer is asked about at a time."""
+"""Hashes per match request to a peer."""
 DRAIN_BEATS_MIN: Final = 3
-"""A node is drained no sooner than this many heartbeats after it began: by then every client knows and writes elsewhere."""
+"""A drain ends no sooner than this many heartbeats after its start: by then every client knows of it and writes elsewhere."""
 SETTLE_BEATS_MIN: Final = 3
-"""For as many heartbeats after a change, also of what is hot, pages are looked for that clients wrote by the view before it."""
+"""For this many heartbeats after a change of the members or of the hot segments, the node looks for pages that clients wrote by the
+previous view.
+"""
 VIEWS_MAX: Final = 8
-"""Views of a cluster that changes faster than it settles; older ones are forgotten."""
+"""Old views that are kept while the cluster changes faster than it settles; older ones are forgotten."""
 
 
 class Peer(Protocol):
-    """Another node, as far as handing pages to it goes."""
+    """The interface of another node for handing over pages."""
 
     async def register_layout(self, namespace: bytes, layout: PageLayout) -> int:
-        """Makes a namespace known to it."""
+        """Registers a namespace."""
         ...
 
     async def match(self, namespace: bytes, prefixes: Sequence[Sequence[bytes]]) -> MatchResult:
-        """What it has."""
+        """Returns which pages it has."""
         ...
 
     async def hand_over(
@@ -64,24 +66,24 @@ class Peer(Protocol):
         sealed: Sequence[int],
         ages_ms: Sequence[int],
     ) -> WriteResult:
-        """Sends it pages, with the checksums that they must have, and how long ago clients wrote them."""
+        """Sends pages with the checksums that they must have and the time since clients wrote them."""
         ...
 
     async def close(self) -> None:
-        """Ends the connection."""
+        """Closes the connection."""
         ...
 
 
 OpenPeer = Callable[[Peering | None, Member, str], Peer]
-"""`open_peer(peering, member, tenant)`: a connection to a node, as a tenant.
+"""`open_peer(peering, member, tenant)` connects to a node as a tenant.
 
-With a peering the node has to show that it is a member before it is sent anything; calls raise `Unavailable` where it does not.
+With a peering, the node must prove that it is a member before anything is sent to it; calls raise `Unavailable` if it does not.
 """
 
 
 @dataclass(slots=True)
 class _Pass:
-    """What one look at all pages came to."""
+    """The result of one pass over all pages."""
 
     sent: int = 0
     refused: int = 0
@@ -89,12 +91,12 @@ class _Pass:
 
 
 Offered = dict[str, int]
-"""Node id -> of how many of the pages that were ever stored here, from the first on, the node was offered those it should have."""
+"""Node id -> the node was offered its share of the first so many pages that were ever stored here."""
 
 
 class Handoff:
-    """`peering` is what the node knows others by, None in a cluster without a key. `on_drained(left)` is told once everything was
-    handed over that could be: `left` pages found no room at one of their new owners.
+    """`peering` authenticates other nodes; it is None in a cluster without a key. `on_drained(left)` is called when the node has
+    handed over all pages that it can; `left` pages were refused for lack of space at one of their new owners.
 
     Belongs to the event loop on which it is started.
     """
@@ -129,7 +131,7 @@ class Handoff:
         self._task = tasks.supervised("handoff", self._run)
 
     async def stop(self) -> None:
-        """Ends, also in the middle of a hand-over."""
+        """Stops, even during a hand-over."""
         if self._task is not None:
             await tasks.end(self._task)
 
@@ -159,7 +161,7 @@ class Handoff:
             await self._copy_hot(view)
 
     async def _settle(self, view: ClusterView, moves: Moves) -> None:
-        """Hands over what is to be handed over now, and notes when nothing more is to be expected."""
+        """Hands over the pages that are due, and records when no more are to be expected."""
         done = await self._hand_over(view, moves.targets, self._offered)
         self._left += done.refused
         if done.sent or done.failed or done.refused:
@@ -174,7 +176,7 @@ class Handoff:
             self._unsettled = [view]
 
     async def _copy_hot(self, view: ClusterView) -> None:
-        """Sends the segments that became hot a moment ago, as far as this node is their first owner, to their other owners."""
+        """Sends segments that became hot recently, if this node is their first owner, to their other owners."""
         self._hot_beats = {key: self._hot_beats.get(key, 0) for key in view.hot}
         mine = {
             key for key, beats in self._hot_beats.items() if beats < SETTLE_BEATS_MIN and view.owners(key)[:1] == [self._node_id]
@@ -188,16 +190,16 @@ class Handoff:
             self._hot_beats.update({key: self._hot_beats[key] + 1 for key in mine})
 
     async def _hand_over(self, view: ClusterView, targets_of: Callable[[bytes], list[str]], offered: Offered) -> _Pass:
-        """Sends every page to the nodes that its segment has to go to, to all at once, one batch at a time to each.
+        """Sends every page to the target nodes of its segment, to all nodes in parallel, one batch at a time to each.
 
-        What they were offered before is left out, and what they are offered now is noted.
+        Skips pages that a node was offered before, and records what it is offered now.
         """
         done = _Pass()
-        # Taken before the pages are looked at: what is sealed meanwhile is offered again.
+        # Read before the pages are visited: a page sealed meanwhile is offered again.
         stored_pages = self._store.stored_pages
         sorted_out: dict[Space, dict[str, list[bytes]]] = defaultdict(lambda: defaultdict(list))
         targets: dict[bytes, list[str]] = {}
-        # Many pages, or segments, must not hold up the node's callers.
+        # Yields often, so that many pages or segments do not block the node's callers.
         for after in {offered.get(node_id, 0) for node_id in view.members}:
             for pages in self._store.sealed(after):
                 for space, page_hash in pages:
@@ -220,7 +222,7 @@ class Handoff:
         return done
 
     async def _send(self, done: _Pass, member: Member, held: SpaceStatistics, hashes: Sequence[bytes]) -> bool:
-        """Sends one node what it lacks of the pages. False, and no error, where that node failed."""
+        """Sends one node the pages that it lacks. Returns False, without raising, if that node failed."""
         try:
             peer = self._open_peer(self._peering, member, held.space.tenant)
             try:
@@ -229,11 +231,11 @@ class Handoff:
                 await peer.close()
         except AttnStoreError as error:
             done.failed += 1
-            _log.warning("handing pages over failed, tried again later", node=member.node_id, url=member.url, reason=str(error))
+            _log.warning("handing over pages failed, will retry", node=member.node_id, url=member.url, reason=str(error))
             return False
-        except Exception:  # must not end what is sent to other nodes
+        except Exception:  # a failure must not end the transfers to other nodes
             done.failed += 1
-            _log.exception("handing pages over failed, tried again later", node=member.node_id, url=member.url)
+            _log.exception("handing over pages failed, will retry", node=member.node_id, url=member.url)
             return False
         return True
 
@@ -262,7 +264,7 @@ class Handoff:
                 space.namespace,
                 list(pages),
                 [view.data for view in views],
-                # With the checksums that they were sealed with: a page that has changed since must not become a good one there.
+                # Sent with their sealed checksums, so that the peer refuses a page that has changed since.
                 sealed=[view.page.checksum for view in views],
                 ages_ms=[1 + int(now_ms - view.page.written_ms) for view in views],
             )
@@ -271,7 +273,7 @@ class Handoff:
                     await asyncio.to_thread(self._store.is_intact, view)
         for verdict in written.verdicts:
             self._metrics.handed_over.labels(verdict.name.lower()).inc()
-        # What is on its way there from elsewhere will arrive; what is corrupt here, or deleted there, is not wanted.
+        # ARRIVING pages come from another node; corrupt pages and pages deleted there are not wanted.
         done.sent += written.verdicts.count(PageStatus.STORED)
         done.refused += written.verdicts.count(PageStatus.NO_SPACE)
 

@@ -1,8 +1,8 @@
-"""The receiving half of a page write, whatever the transport: bytes go into the slot they will be read from.
+"""The receiving half of a page write, for every transport: bytes go into the slot from which they will be read.
 
 Owns: the verdict on each page of one write stream.
-Invariant: a page is sealed only when exactly its layout's bytes arrived and their checksum is the one announced; a slot that
-was prepared is always completed or aborted (`close` sees to the last one).
+Invariant: a page is sealed only if exactly its layout's bytes arrived and match the announced checksum; a prepared slot is always
+completed or aborted (`close` does it for the last one).
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from attnstore.types import PageStatus, Space
 
 
 class Ingest:
-    """Pages of one write stream, one after the other: `begin`, `receive` until the page is whole, then the next `begin`."""
+    """The pages of one write stream, one after the other: `begin`, `receive` until the page is complete, then the next `begin`."""
 
     def __init__(self, store: Store, space: Space) -> None:
         """Raises `NamespaceUnknown`."""
@@ -30,8 +30,8 @@ class Ingest:
         self._received_bytes = 0
 
     def begin(self, page_hash: bytes, checksum: int, age_ms: int = 0) -> bool:
-        """Starts the next page; an unfinished one before it gets WRONG_SIZE. False: room for it is being made, begin it again.
-        `age_ms` as in `PageTable.prepare`.
+        """Begins the next page. Returns False while space for it is being freed: call again. An unfinished previous page gets
+        WRONG_SIZE. `age_ms` as in `PageTable.prepare`.
 
         Raises `InvalidArgument` for a malformed hash.
         """
@@ -73,12 +73,12 @@ class Ingest:
             self._verdict = self._store.seal(arriving)
 
     def finish(self) -> tuple[PageStatus, ...]:
-        """Ends the stream: the verdicts in the order of the pages."""
+        """Ends the stream. Returns the verdicts in the order of the pages."""
         self._end_page()
         return tuple(self._verdicts)
 
     def close(self) -> None:
-        """Gives back the slot of a page that did not finish. Safe to call at any time, any number of times."""
+        """Frees the slot of an unfinished page. May be called at any time, any number of times."""
         if self._arriving is not None:
             self._reject(PageStatus.WRONG_SIZE)
 

@@ -1,7 +1,7 @@
-"""The Prometheus endpoint of a node: for as few threads and descriptors as anybody may take who asks for no token.
+"""The Prometheus endpoint of a node, with a bounded number of threads and descriptors, because it requires no token.
 
 Owns: its listening sockets and threads, until `stop`. Invariant: at most `CHANNEL_NEWCOMERS_MAX` requests are open, and the oldest
-gives way to the next. (The server of `prometheus_client` has a thread for every connection, for as long as its peer likes.)
+is closed for the next. (The server of `prometheus_client` keeps a thread for every connection, as long as the peer likes.)
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from attnstore.server.connections import Connection, ConnectionThreads
 
 
 class MetricsEndpoint:
-    """Serves the registry on `listeners`, which it owns from now on."""
+    """Serves the registry on `listeners`, which it then owns."""
 
     def __init__(self, registry: CollectorRegistry, listeners: Sequence[socket.socket], clock: Clock) -> None:
         handler = MetricsHandler.factory(registry)
@@ -26,12 +26,12 @@ class MetricsEndpoint:
         self._connections.start(*listeners)
 
     def stop(self) -> None:
-        """Takes no request any more, and breaks those that run."""
+        """Accepts no more requests and breaks running ones."""
         self._connections.stop(0)
 
 
 class _Peer:
-    """A socket as `Connection` ends it."""
+    """Adapts a socket to `Stream`."""
 
     def __init__(self, connection: socket.socket) -> None:
         connection.settimeout(CHANNEL_HELLO_MS_MAX / 1000)
@@ -46,7 +46,7 @@ class _Peer:
 
 
 class _Request(Connection):
-    """One request. Its peer never shows whose it is, so it stays a newcomer."""
+    """One request. Its peer never authenticates, so it stays a newcomer."""
 
     def __init__(self, peer: _Peer, handler: type) -> None:
         super().__init__(peer)
@@ -55,5 +55,5 @@ class _Request(Connection):
 
     def serve(self, admit: Callable[[str], None]) -> None:
         del admit
-        with suppress(OSError):  # the peer has left, or takes no bytes
+        with suppress(OSError):  # the peer has left, or does not read
             self._handler(self._peer.socket, self._peer.socket.getpeername(), None)

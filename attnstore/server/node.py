@@ -1,8 +1,8 @@
-"""One store node: assembled, started, drained, stopped.
+"""One store node: assembly, start, drain and stop.
 
-Owns: the life of the process. Everything a node needs is made here from `ServeOptions` and handed down; nothing is global.
-Invariant: on SIGTERM or SIGINT no new call is taken, running calls get `drain_ms` to finish, and only then is the arena let go;
-the process has ended `STOP_MS_MAX` later, whatever still runs.
+Owns: the life of the process. All parts of a node are created here from `ServeOptions` and passed down; nothing is global.
+Invariant: on SIGTERM or SIGINT no new call is accepted, running calls get `drain_ms` to finish, and only then is the arena
+released. The process ends within `STOP_MS_MAX` after that, whatever still runs.
 """
 
 from __future__ import annotations
@@ -71,15 +71,15 @@ _SERVER_OPTIONS = (
     ("grpc.http2.max_frame_size", FRAME_BYTES_MAX),
     ("grpc.so_reuseport", 0),
     ("grpc.max_concurrent_streams", GRPC_CALLS_MAX),
-    # Of a peer that connects and says nothing: it holds a descriptor no longer than this.
+    # Limits how long a peer that connects and sends nothing holds a descriptor.
     ("grpc.server_handshake_timeout_ms", CONNECT_MS_MAX),
     ("grpc.max_connection_idle_ms", GRPC_IDLE_MS_MAX),
-    # A caller whose machine vanished holds a stream, its pins and its slots no longer than this.
+    # Limits how long a caller whose machine vanished holds a stream, its pins and its slots.
     ("grpc.keepalive_time_ms", KEEPALIVE_MS),
     ("grpc.keepalive_timeout_ms", KEEPALIVE_TIMEOUT_MS),
     ("grpc.http2.max_pings_without_data", 0),
     ("grpc.http2.ping_timeout_ms", KEEPALIVE_TIMEOUT_MS),
-    # Clients ask as often; without this gRPC takes them for a flood and cuts them off.
+    # Clients ping as often; without this setting gRPC would treat them as a flood and disconnect them.
     ("grpc.http2.min_ping_interval_without_data_ms", KEEPALIVE_MS // 2),
 )
 
@@ -87,19 +87,19 @@ _log = get_logger(__name__)
 
 
 class StoreNode:
-    """A node on the running event loop, bound to its `address`. `start`, then `stop` once. `collection` is for whoever owns the
-    process, which has one garbage collector.
+    """A node on the running event loop, bound to its `address`. Call `start`, then `stop` once.
 
-    `open_peer` connects to other nodes of its cluster: nodes are clients of each other, and which client is not theirs to know.
+    `collection` is given by the owner of the process, which has one garbage collector. `open_peer` connects to other nodes of the
+    cluster; it is injected, because the server does not import the client.
 
-    Raises `InvalidArgument` naming the option when an address cannot be bound, a file not be read or memory not be had.
+    Raises `InvalidArgument` naming the option if an address cannot be bound, a file cannot be read or memory cannot be allocated.
     """
 
     def __init__(self, options: ServeOptions, open_peer: OpenPeer, clock: Clock | None = None) -> None:
         clock = clock or MonotonicClock()
         self._options = options
         self._loop = asyncio.get_running_loop()
-        # What can be wrong with the options shows before the arena's memory is claimed.
+        # Wrong options are found before the arena's memory is allocated.
         tenants = options.tenants()
         self._certificate = _certificate(options)
         _require_memory(options)
@@ -184,7 +184,7 @@ class StoreNode:
         self._background: dict[str, asyncio.Task[None]] = {}
 
     async def start(self) -> None:
-        """Serves. Raises `InvalidArgument` when the port of the metrics cannot be bound."""
+        """Starts to serve. Raises `InvalidArgument` if the metrics port cannot be bound."""
         self._server.add_generic_rpc_handlers((self._shell.generic_handler(self._servicer.handlers(), METHODS),))
         if "tcp" in self._options.bulk_transports():
             self._page_channel.start(self.address.at(self._options.page_channel_port))
@@ -207,9 +207,9 @@ class StoreNode:
         _log.info("serving", address=str(self.address), capacity_bytes=int(self._options.capacity), pid=os.getpid())
 
     async def stop(self, drain_ms: int | None = None) -> None:
-        """Takes no new call, waits up to `drain_ms` (default: the option) for running ones, then lets everything go.
+        """Accepts no new call, waits up to `drain_ms` (default: the option) for running calls, then releases everything.
 
-        Ends within `STOP_MS_MAX` after that: a step that fails or does not end is logged and keeps no other from its turn.
+        Ends within `STOP_MS_MAX` after that: a step that fails or does not end is logged and does not block the others.
         """
         drain_ms = self._options.drain_ms if drain_ms is None else drain_ms
         _log.info("draining", streams_in_flight=self._shell.streams_in_flight, drain_ms=drain_ms)
@@ -230,7 +230,7 @@ class StoreNode:
         ends = {name: tasks.end(task) for name, task in self._background.items()}
         if self._metrics_endpoint is not None:
             ends["metrics"] = tasks.on_thread("stop", self._metrics_endpoint.stop)
-        # Windows into the arena that a computation still uses keep its memory.
+        # Views of the arena that a computation still uses keep its memory mapped.
         ends["arena"] = tasks.on_thread("stop", self._arena.close)
         await tasks.attempt_all(ends, STOP_MS_MAX / 4 / 1000)
         _log.info("stopped")
@@ -272,7 +272,7 @@ class StoreNode:
         self._metrics_endpoint = MetricsEndpoint(self._metrics.registry, listeners, self._store)
 
     async def _expire_leases(self) -> None:
-        # Uses of a lease compare with the clock themselves; this only gives the pages of silent holders back in time.
+        # Every use of a lease compares it with the clock; this only frees the pages of silent clients in time.
         while True:
             await asyncio.sleep(_EXPIRY_PERIOD_S)
             await finish_among_calls(self._store.sweeping())
@@ -293,7 +293,7 @@ def _arena_type(options: ServeOptions) -> type[Arena]:
 
 
 def _certificate(options: ServeOptions) -> Certificate | None:
-    """gRPC would refuse a bad pair of files with a message about the port, and take one that no client accepts."""
+    """Checked here, because gRPC reports a bad pair of files as a problem of the port, and accepts an expired certificate."""
     if options.tls_cert is None or options.tls_key is None:
         return None
     certificate = Certificate.load(options.tls_cert, options.tls_key)
@@ -306,7 +306,7 @@ def _certificate(options: ServeOptions) -> Certificate | None:
 
 
 def _require_memory(options: ServeOptions) -> None:
-    if options.arena_path is None:  # else the memory is a device's, or the file system's
+    if options.arena_path is None:  # otherwise the memory belongs to a device or the file system
         warning = require_memory("--capacity", options.capacity, NODE_OTHER_BYTES_MIN, memory_bytes())
         if warning is not None:
             _log.warning(warning)
@@ -319,7 +319,7 @@ def _arena(options: ServeOptions, extent_bytes: int) -> Arena:
 
 
 def _may_be_mapped(options: ServeOptions) -> bool:
-    """Whether what one tenant maps holds no page of another one."""
+    """Returns whether memory that one tenant maps contains no page of another tenant."""
     return options.arena_path is None or len(options.tenants()) <= 1
 
 
@@ -337,7 +337,7 @@ async def serve(options: ServeOptions, open_peer: OpenPeer) -> None:
         print(f"listening on {node.address}", flush=True)
         await stop.wait()
     finally:
-        # Python waits for threads that run when a process ends, and they may compute or look up a name for long.
+        # Python waits for running threads when a process ends, and these may compute or resolve a name for long.
         last = threading.Timer((options.drain_ms + STOP_MS_MAX) / 1000, os._exit, (0,))
         last.daemon = True
         last.start()

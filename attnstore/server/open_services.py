@@ -1,7 +1,8 @@
-"""The services that ask for no token: health and reflection.
+"""The services that require no token: health and reflection.
 
-Owns: how many of their streams run. Invariants: at most `OPEN_STREAMS_MAX`, the oldest gives way to the next; a peer that takes no
-bytes delays nobody, for the library's health service writes while it holds what a change of the health waits for.
+Owns: the number of their running streams. Invariants: at most `OPEN_STREAMS_MAX` streams run, and the oldest is closed for the
+next; a peer that does not read delays nobody, although the library's health service holds a lock while it writes, which every
+change of the health status needs.
 """
 
 from __future__ import annotations
@@ -17,11 +18,11 @@ from grpc_reflection.v1alpha import reflection, reflection_pb2_grpc
 
 from attnstore.limits import OPEN_STREAMS_MAX, OPEN_WRITE_MS_MAX
 
-_LibraryReflection: Any = reflection.aio.ReflectionServicer  # whose stubs take its generator for a coroutine
+_LibraryReflection: Any = reflection.aio.ReflectionServicer  # its stubs take the generator for a coroutine
 
 
 class OpenServices:
-    """Adds both to a server."""
+    """Adds both services to a server."""
 
     def __init__(self, server: grpc.aio.Server, services: Sequence[str]) -> None:
         streams = _Streams()
@@ -34,12 +35,12 @@ class OpenServices:
         )
 
     async def serving(self) -> None:
-        """From now on the node is healthy."""
+        """Reports the node as healthy from now on."""
         for service in self._services:
             await self._health.set(service, health_pb2.HealthCheckResponse.SERVING)
 
     async def draining(self) -> None:
-        """From now on, and for good, it is not."""
+        """Reports the node as unhealthy from now on, for good."""
         await self._health.enter_graceful_shutdown()
 
 
@@ -49,7 +50,7 @@ class _Streams:
 
     @contextmanager
     def place(self) -> Iterator[None]:
-        """A place for the running call."""
+        """Gives the running call a place for the duration of the block."""
         if len(self._running) >= OPEN_STREAMS_MAX:
             oldest = next(iter(self._running))
             del self._running[oldest]
@@ -75,7 +76,7 @@ class _Health(health.aio.HealthServicer):
 
 
 class _Writer:
-    """A call's context whose writes end soon."""
+    """The context of a call whose writes are bounded in time."""
 
     def __init__(self, context: Any) -> None:
         self._context = context

@@ -1,10 +1,10 @@
-"""The node's end of the page channel: what one connection asks for, and the tokens that open it.
+"""The node's side of the page channel: the requests of a connection, and the tokens that open it.
 
 Owns: the answers, and the one-time tokens of all bulk transports. Each connection has a thread of its own (`ConnectionThreads`),
-because what it does is system calls that release the interpreter lock: pages flow on as many cores as there are connections while
-the event loop answers metadata.
-Invariants: only a token that the gRPC service gave out, once and lately, opens a connection; a thread holds at most the pages of
-one READ, and no longer than its peer takes `PEER_BYTES_PER_S_MIN`, averaged over `stall_ms`; a prepared slot is sealed or aborted
+because its work is system calls that release the interpreter lock: pages move on as many cores as there are connections while the
+event loop answers metadata calls.
+Invariants: a connection is opened only by an unused, recent token issued over gRPC; a thread pins at most the pages of one READ,
+and only while its peer reads at least `PEER_BYTES_PER_S_MIN`, averaged over `stall_ms`; a prepared slot is sealed or aborted
 however a connection ends.
 """
 
@@ -49,17 +49,17 @@ from attnstore.wire.messages import split_hashes
 from attnstore.wire.page_channel import NO_LEASE, VERSION, Frame, Kind, Order, Role, encode_frame, encode_refusal, encode_slice
 
 _PINNED_TOGETHER = 8
-"""Pages of a READ that are looked up at a time. They are sent one by one: their reader copies one while we look at the next."""
+"""Pages of a READ that are looked up at a time. Each is sent by itself: the reader copies one while the next is looked up."""
 _VERDICTS_MAX = CHANNEL_CREDITS // 4
-"""Verdicts that wait for each other while pages arrive without a pause."""
+"""Verdicts that are sent together while pages arrive without a pause."""
 
 _log = get_logger(__name__)
 
 
 class TokenBook:
-    """One-time tokens: each opens one connection for the tenant that it was given to, within a few seconds.
+    """One-time tokens: each opens one connection for the tenant to which it was issued, within a few seconds.
 
-    `tenants`: how many the node serves; they share the tokens that may be outstanding.
+    The `tenants` tenants of the node share the number of unused tokens.
     """
 
     def __init__(self, clock: Clock, tenants: int = 1) -> None:
@@ -71,7 +71,7 @@ class TokenBook:
         )
 
     def issue(self, tenant: str) -> bytes:
-        """A new token. Raises `Overloaded` when too many of the tenant's are outstanding."""
+        """Returns a new token. Raises `Overloaded` if the tenant has too many unused tokens."""
         with self._lock:
             now_ms = self._clock.now_ms()
             for token in [token for token, (_, expiry_ms) in self._tokens.items() if expiry_ms <= now_ms]:
@@ -82,9 +82,9 @@ class TokenBook:
             return token
 
     def redeem(self, token: bytes) -> str:
-        """The token's tenant; the token is void from now on. Raises `Unauthenticated`."""
+        """Returns the token's tenant and makes the token void. Raises `Unauthenticated`."""
         with self._lock:
-            # A dictionary look-up by a secret of 256 bits gives an observer nothing to time.
+            # A dictionary look-up by a secret of 256 bits leaks nothing through timing.
             tenant, expiry_ms = self._take_out(token) if token in self._tokens else ("", 0.0)
             if expiry_ms <= self._clock.now_ms():
                 raise Unauthenticated("the channel token is unknown, used or too old: ask for another with OpenChannel")
@@ -97,7 +97,7 @@ class TokenBook:
 
 
 class PageChannelServer:
-    """Serves the page channel on an address (port 0: a free one, see `port`) from `start` to `stop`, to `tenants` tenants."""
+    """Serves the page channel on an address (port 0: a free port, see `port`) from `start` to `stop`, to `tenants` tenants."""
 
     def __init__(
         self,
@@ -119,7 +119,7 @@ class PageChannelServer:
         self.port = 0
 
     def start(self, address: Address) -> None:
-        """Binds and serves. Raises `InvalidArgument` when the address cannot be bound."""
+        """Binds and serves. Raises `InvalidArgument` if the address cannot be bound."""
         try:
             listeners = address.listen(CHANNEL_BACKLOG_MAX)
         except OSError as error:
@@ -130,7 +130,7 @@ class PageChannelServer:
         self._connections.start(*listeners)
 
     def stop(self, drain_ms: float) -> None:
-        """See `ConnectionThreads.stop`; a connection takes no new request from now on."""
+        """See `ConnectionThreads.stop`; a connection accepts no new request from now on."""
         self._draining.set()
         self._connections.stop(drain_ms)
 
@@ -189,12 +189,12 @@ class _Connection(Connection):
                     self._answer(frame, tenant)
             self._send_verdicts()
         except DeadlineExceeded:
-            # Stalled: nothing that the kernel still holds for it is kept, and it learns so even if neither window is open.
+            # Stalled. A reset discards what the kernel still buffers, and reaches the peer even if neither TCP window is open.
             self._stream.abort()
         except Overloaded as error:
             self._refuse(error)
         except Retryable:
-            return  # gone, or the node drains; as above, its pins and slots were given back on the way here
+            return  # the peer has left, or the node drains; pins and slots were released by the exception, as above
         except AttnStoreError as error:
             self._refuse(error)
         finally:
@@ -239,14 +239,15 @@ class _Connection(Connection):
         except (Unavailable, DeadlineExceeded):
             raise
         except AttnStoreError as error:
-            # The request is wrong, the connection is not: its payload is read to the end and the next request finds a clean stream.
+            # The request is wrong, not the connection: its payload is read to the end, so the next request starts at a frame
+            # boundary.
             if frame.size_bytes and not self._stream.at_boundary:
                 self._stream.discard_payload(self._scratch)
             self._send_verdicts()
             self._stream.send(encode_refusal(frame.request, error))
 
     def _space_of(self, frame: Frame, tenant: str) -> Space:
-        """The last one, where it is the same: a writer names it with every page."""
+        """Returns the previous space if it is the same: a writer names it with every page."""
         space = self._space
         if space.namespace != frame.namespace:
             space = self._space = Space(tenant, frame.namespace)
@@ -320,11 +321,11 @@ class _Connection(Connection):
     def _send_layer_anew(
         self, frame: Frame, space: Space, hashes: list[bytes], indices: list[int], at: int, layer_bytes: int, offset_bytes: int
     ) -> None:
-        """For a reader too slow to keep all of its pages in place: those of one frame are, while it is sent."""
+        """For a reader that is too slow to keep all its pages pinned: only the pages of one frame are pinned while it is sent."""
         with self._store.reading_all(space, [hashes[index] for index in indices], frame.lease_id) as found:
             pages = [(index, page) for index, page in zip(indices, found, strict=True) if isinstance(page, PageView)]
             if len(pages) < len(indices):
-                raise DeadlineExceeded("a page has gone, or its lease has, before its slow reader had taken all of its layers")
+                raise DeadlineExceeded("a page was evicted, or its lease expired, before its slow reader had read all layers")
             self._send_layer(frame.request, pages, at, layer_bytes, offset_bytes)
 
     def _send_miss(self, request: int, index: int, status: PageStatus) -> None:

@@ -1,7 +1,7 @@
-"""Pages in use: bytes of the arena that are one page's while somebody looks at them or fills them.
+"""Views of pages in the arena that cannot be evicted while they are read or written.
 
-Owns: the views of a pinned page and of one that arrives, and the `with` blocks that pin and unpin. Invariant: whatever a block
-pinned it unpins, however it is left, and also where it cannot be entered.
+Owns: the views of a pinned page and of an arriving page, and the `with` blocks that pin and unpin. Invariant: a block unpins
+everything that it pinned, however it ends, even if entering it fails.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ from attnstore.core.page import ArrivingPage, PinnedPage
 from attnstore.types import PageStatus, Space
 
 _PINS_PER_LOCK = 64
-"""Metadata calls wait for the page table no longer than this many pins take."""
+"""Pins per hold of the store's lock, which bounds how long metadata calls wait."""
 
 
 class Pinning(Protocol):
-    """What pins and unpins: the `Store`."""
+    """The interface that pins and unpins: the `Store`."""
 
     def pin(self, space: Space, page_hash: bytes, lease_id: bytes | None) -> PageView | PageStatus: ...
 
@@ -27,7 +27,7 @@ class Pinning(Protocol):
 
 
 class PageView:
-    """A pinned page's bytes and the checksums they were sealed with."""
+    """The bytes of a pinned page and the checksums with which it was sealed."""
 
     __slots__ = ("data", "page")
 
@@ -36,12 +36,12 @@ class PageView:
         self.page = page
 
     def slice(self, begin: int, end: int) -> tuple[memoryview, int]:
-        """Bytes `[begin, end)`, whole layers, and what a reader checks them with: see `PinnedPage.guard`."""
+        """Returns bytes `[begin, end)`, whole layers, and the checksum that a reader compares: see `PinnedPage.guard`."""
         return self.data[begin:end], self.page.guard(begin, end)
 
 
 class Arrival:
-    """The bytes of a page that is arriving, writable: looked up once, because that takes as long as hashing a small page."""
+    """The writable bytes of an arriving page. Looked up once, because that takes as long as hashing a small page."""
 
     __slots__ = ("data", "page")
 
@@ -51,7 +51,7 @@ class Arrival:
 
 
 class Reading:
-    """The `with` block of `Store.reading`: a class, because a generator's costs a page more than the look-up itself."""
+    """The `with` block of `Store.reading`. A class, because the overhead of a generator exceeds that of the look-up."""
 
     __slots__ = ("_asked", "_found", "_store")
 

@@ -1,7 +1,7 @@
-"""A node's place in its cluster: heartbeats out, views in.
+"""A node's registration in the directory: it sends heartbeats and receives views of the cluster.
 
-Owns: the node's record in the directory and its view of the cluster. Invariants: nothing that a caller waits for waits for the
-directory; a directory that is slow or gone leaves the last view in force, and heartbeats go on until it is back.
+Owns: the node's record in the directory and its view of the cluster. Invariants: no caller's request waits for the directory; if
+the directory is slow or unreachable, the last view stays in force and heartbeats continue.
 """
 
 from __future__ import annotations
@@ -27,11 +27,12 @@ _LAYOUTS_AGAIN_MS = LAYOUT_MS_MAX // 4
 
 
 class Registration:
-    """Keeps `member` in `directory`. `on_view` gets every view, also an unchanged one, once for each answer of the directory.
+    """Keeps `member` registered in `directory`. `on_view` is called with every view, even an unchanged one, once per answer of the
+    directory.
 
-    `layouts` tells what the node holds pages of, `hot` which segments are used most, `feed` what happened to the pages, `deletions`
-    what others should know that was deleted here; `on_deletion` is told what was deleted elsewhere. Belongs to the event loop on
-    which it is started.
+    `layouts` returns the layouts of stored pages, `hot` the most used segments, `feed` the page events, `deletions` the deletions
+    made here that others should know; `on_deletion` is called with deletions made elsewhere. Belongs to the event loop on which it
+    is started.
     """
 
     def __init__(
@@ -68,7 +69,7 @@ class Registration:
 
     @property
     def member(self) -> Member:
-        """The node's record as it was last announced, or will be next."""
+        """The node's record as last announced, or to be announced next."""
         return self._member
 
     def start(self) -> None:
@@ -76,7 +77,7 @@ class Registration:
         self._task = tasks.supervised("heartbeats", self._run)
 
     async def stop(self) -> None:
-        """Leaves the cluster, if the directory answers, and ends."""
+        """Leaves the cluster, if the directory answers, and stops."""
         async with AsyncExitStack() as closing:
             closing.push_async_callback(self._directory.close)
             if self._task is not None:
@@ -88,11 +89,11 @@ class Registration:
             await self._directory.withdraw(self._member.node_id)
 
     def drained(self, left: int) -> None:
-        """Every page that others should have is there, but `left`, for which they have no room: the next heartbeat says so."""
+        """Records that the node is drained, except for `left` pages that did not fit elsewhere; the next heartbeat announces it."""
         self._member = replace(self._member, state=NodeState.DRAINED, left=left)
 
     async def beat(self) -> None:
-        """One heartbeat. Never raises because of the directory."""
+        """Sends one heartbeat. Never raises because of the directory."""
         known = self._tracker.known
         self._member = replace(self._member, hot=self._hot())
         self._metrics.hot_segments.set(len(self._member.hot))
@@ -100,7 +101,7 @@ class Registration:
             membership = await self._directory.announce(self._member, MEMBER_MS_MAX, known)
             forgotten = membership is not None and known is not None and membership.revision.incarnation != known.incarnation
             if forgotten and self._intent is not None:
-                # The directory lost its memory; what the operator asked of this node must not go with it.
+                # The directory lost its data; the operator's requests to this node must survive that.
                 await self._directory.set_intent(self._member.node_id, self._intent)
                 self._told = frozenset()
             elif membership is not None:
@@ -127,7 +128,7 @@ class Registration:
             self._metrics.members.labels(state.value).set(states[state])
 
     def _follow(self, membership: Membership) -> None:
-        """Takes up what operators want of this node."""
+        """Applies what operators requested of this node."""
         self._intent = membership.intents.get(self._member.node_id)
         if self._intent is Intent.DRAIN and self._member.state is NodeState.ACTIVE:
             self._member = replace(self._member, state=NodeState.DRAINING)

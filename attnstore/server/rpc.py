@@ -1,7 +1,6 @@
-"""The shell around every RPC: who calls, how long it took, how it ended.
+"""The shell around every RPC: authentication, limits, metrics, typed errors.
 
-Owns: turning plain handler coroutines into gRPC method handlers with authentication, typed errors, limits and metrics, so that
-the servicer holds nothing but the service.
+Owns: the conversion of plain handler coroutines into gRPC method handlers, so that the servicer contains only the service.
 """
 
 from __future__ import annotations
@@ -24,15 +23,15 @@ from attnstore.wire.messages import CHALLENGE, PROOF, SERVICE, Method
 from attnstore.wire.status import rpc_status
 
 Handler = Callable[[Any, Any, str], Awaitable[Any]]
-"""`handler(request, context, tenant)`; for a client stream the request is `None` and `context.read()` gives bytes."""
+"""`handler(request, context, tenant)`; for a client stream, the request is `None` and `context.read()` returns bytes."""
 
 _log = get_logger(__name__)
 _OF_NODES = frozenset({"Describe", "RegisterLayout", "Match", "Write", "OpenChannel"})
-"""What another node may call, as the tenant whose pages it hands over."""
+"""The methods that another node may call as the tenant whose pages it hands over."""
 
 
 class Authenticator:
-    """Maps a call's token to its tenant. With no tokens configured everyone is the tenant `default`."""
+    """Maps a call's token to its tenant. Without configured tokens every caller is the tenant `default`."""
 
     def __init__(self, tenant_of_token: Mapping[str, str], peering: Peering | None = None) -> None:
         self._tenant_of_token = dict(tenant_of_token)
@@ -40,11 +39,11 @@ class Authenticator:
 
     @property
     def tenants(self) -> int:
-        """How many tenants the node serves."""
+        """The number of tenants that the node serves."""
         return max(1, len(self._tenant_of_token))
 
     def tenant(self, context: Any, method: str) -> str:
-        """The caller's tenant, also where another node acts as it. Raises `Unauthenticated` for a missing or unknown token."""
+        """Returns the caller's tenant, also if another node acts as it. Raises `Unauthenticated` for a missing or unknown token."""
         if not self._tenant_of_token:
             return "default"
         metadata = dict(context.invocation_metadata() or ())
@@ -59,13 +58,13 @@ class Authenticator:
         return self.tenant_of_token(token)
 
     async def answer_challenge(self, context: Any) -> None:
-        """Shows who asks for it that this node is a member of its cluster; whoever asks need not have said who he is."""
+        """Proves to the caller, who need not be authenticated, that this node is a member of its cluster."""
         challenge = dict(context.invocation_metadata() or ()).get(CHALLENGE)
         if self._peering is not None and isinstance(challenge, bytes) and len(challenge) == CHALLENGE_BYTES:
             await context.send_initial_metadata(((PROOF, self._peering.proof(challenge)),))
 
     def tenant_of_token(self, given: str) -> str:
-        """The tenant of a token. Raises `Unauthenticated`."""
+        """Returns the tenant of a token. Raises `Unauthenticated`."""
         found = holder(self._tenant_of_token, given)
         if found is None:
             raise Unauthenticated("the token is not one of this node's")
@@ -73,13 +72,13 @@ class Authenticator:
 
 
 class RpcShell:
-    """Wraps handlers; one for each node."""
+    """Wraps the handlers of one node."""
 
     def __init__(self, authenticator: Authenticator, metrics: NodeMetrics) -> None:
         self._authenticator = authenticator
         self._metrics = metrics
         tenants = authenticator.tenants
-        # Calls that last as long as their caller likes have places of their own, so that they keep nobody from reading or writing.
+        # Calls that last as long as their caller likes are limited separately, so that they do not block reads and writes.
         self._lasting = {
             "Watch": FairShares(WATCHERS_MAX, "Watch calls", "end some", tenants=tenants),
             "Attend": FairShares(ATTEND_CALLS_MAX, "Attend calls", "end some, or attend over the page channel", tenants=tenants),
@@ -88,11 +87,11 @@ class RpcShell:
 
     @property
     def streams_in_flight(self) -> int:
-        """Streaming calls running now."""
+        """The number of running streaming calls."""
         return self._transfers.used + sum(shares.used for shares in self._lasting.values())
 
     def generic_handler(self, handlers: Mapping[str, Handler], methods: Mapping[str, Method]) -> grpc.GenericRpcHandler:
-        """The gRPC handler of the whole service."""
+        """Returns the gRPC handler of the whole service."""
         return grpc.method_handlers_generic_handler(
             SERVICE, {name: self._method_handler(methods[name], handler) for name, handler in handlers.items()}
         )
@@ -104,7 +103,7 @@ class RpcShell:
         async def client_stream(_requests: Any, context: Any) -> Any:
             return await self._run(method, handler, None, context)
 
-        # Requests are decoded in `_limited`: what gRPC's own hook raises would reach the caller without our code.
+        # Requests are decoded in `_limited`: errors raised in gRPC's own hook would reach the caller without our code.
         if method.streams_requests and method.streams_responses:
             return grpc.stream_stream_rpc_method_handler(client_stream, response_serializer=method.encode_response)
         if method.streams_requests:
@@ -129,7 +128,7 @@ class RpcShell:
             code = DeadlineExceeded.code
             await _refuse(context, *rpc_status(DeadlineExceeded("the peer moved too little, or nothing, for --stall-ms")))
         except grpc.aio.InternalError:
-            # The caller went away while we were sending to it.
+            # The caller left while we were sending to it.
             raise asyncio.CancelledError from None
         except Exception as error:
             code = "internal"
@@ -159,10 +158,10 @@ async def _refuse(context: Any, code: grpc.StatusCode, message: str, trailers: t
     try:
         await context.abort(code, message[:REFUSAL_CHARS_MAX], trailers)
     except grpc.aio.InternalError:
-        # Nobody is left to tell; as a cancelled call this is no news to gRPC's log.
+        # Nobody is left to tell; a cancelled call does not appear in gRPC's log.
         raise asyncio.CancelledError from None
     except grpc.aio.AbortError as abort:
-        # gRPC keeps it with the call, and its frames keep the call and the request: a circle, until a garbage collector looks.
+        # gRPC stores the exception in the call, and its frames refer to the call and the request: a cycle until garbage collection.
         asyncio.get_running_loop().call_soon(_forget_frames, abort)
         raise
 

@@ -1,8 +1,10 @@
-"""Hashes pages again where they lie: those that nobody reads, at a bounded pace, and those that a reader found to be wrong.
+"""Rehashes pages in place: idle pages at a bounded rate, and pages that a reader reported as wrong.
 
-Owns: the thread that hashes, and whose page is next. A page that is not what was sealed is gone then (`Store.is_intact`).
-Invariants: nothing is hashed on the event loop or under the store's lock, and no page is kept from being evicted; idle pages take
-`rate` bytes a second at most, reported ones `REPORTED_BYTES_PER_S_MAX` of all tenants together, one page of each tenant in turn.
+Owns: the thread that hashes, and the position of the walk. A page that no longer matches its checksums is removed
+(`Store.is_intact`).
+Invariants: nothing is hashed on the event loop or under the store's lock, and no page is protected from eviction; idle pages are
+hashed at `rate` bytes per second at most, reported pages at `REPORTED_BYTES_PER_S_MAX` for all tenants together, one page of each
+tenant in turn.
 """
 
 from __future__ import annotations
@@ -21,17 +23,19 @@ from attnstore.types import PageStatus, Space
 
 _BATCHES_PER_S: Final = 10
 _PAUSE_S: Final = 1.0
-"""Between two walks over all pages."""
+"""Pause between two walks over all pages."""
 
 
 class Scrubber:
-    """`rate`: bytes of idle pages that are hashed in a second, 0 for none. Belongs to the event loop on which it is started."""
+    """`rate` is the number of bytes of idle pages hashed per second; 0 hashes none. Belongs to the event loop on which it is
+    started.
+    """
 
     def __init__(self, store: Store, rate: int) -> None:
         self._store = store
         self._rate = rate
         self._worker = ThreadPoolExecutor(1, "attnstore-scrub")
-        self._turn = asyncio.Lock()  # serves in the order of asking, and a tenant asks once at a time
+        self._turn = asyncio.Lock()  # serves in order of arrival; a tenant has one report at a time
         self._reporting: set[str] = set()
         self._task: asyncio.Task[None] | None = None
         self._stopping = False
@@ -42,7 +46,7 @@ class Scrubber:
             self._task = tasks.supervised("scrub", self._walk)
 
     async def stop(self) -> None:
-        """Ends, after the page that is being hashed."""
+        """Stops after the page that is being hashed."""
         self._stopping = True
         try:
             if self._task is not None:
@@ -51,14 +55,14 @@ class Scrubber:
             await tasks.on_thread("stop", self._worker.shutdown)
 
     async def verify(self, space: Space, page_hashes: Sequence[bytes]) -> list[PageStatus]:
-        """Hashes pages that a reader reports: OK for one that is intact, MISSING for one that is not here, or that was not intact.
+        """Hashes pages that a reader reports. Returns OK for an intact page, MISSING for one that is not stored or was not intact.
 
-        Raises `InvalidArgument` for too many, `Overloaded` while another report of the tenant is looked into.
+        Raises `InvalidArgument` for too many, `Overloaded` while another report of the tenant is processed.
         """
         if len(page_hashes) > REPORTED_HASHES_MAX:
             raise InvalidArgument(f"{len(page_hashes)} pages are reported; at most {REPORTED_HASHES_MAX} fit one request")
         if space.tenant in self._reporting:
-            raise Overloaded("another report of this tenant is being looked into; read again before you report again")
+            raise Overloaded("another report of this tenant is being processed; read the page again before reporting it again")
         self._reporting.add(space.tenant)
         try:
             return [await self._verify_reported(space, page_hash) for page_hash in page_hashes]
@@ -83,13 +87,13 @@ class Scrubber:
             await asyncio.sleep(_PAUSE_S)
 
     async def _walk_over(self, pages: Sequence[tuple[Space, bytes]]) -> None:
-        """Hashes pages of one extent, which are all of one size."""
+        """Hashes pages of one extent, all of one size."""
         loop = asyncio.get_running_loop()
         at = 0
         while at < len(pages):
             try:
                 together = max(1, self._rate // _BATCHES_PER_S // self._store.layout_of(pages[at][0]).page_bytes)
-            except NamespaceUnknown:  # forgotten meanwhile
+            except NamespaceUnknown:  # the namespace was forgotten meanwhile
                 together = 1
             due_s = loop.time()
             due_s += await loop.run_in_executor(self._worker, self._hash, pages[at : at + together]) / self._rate
@@ -98,10 +102,10 @@ class Scrubber:
         await asyncio.sleep(0)
 
     def _hash(self, pages: Sequence[tuple[Space, bytes]]) -> int:
-        """Hashes pages as far as they are still here. How many bytes."""
+        """Hashes those of the pages that are still stored. Returns the number of bytes."""
         hashed_bytes = 0
         for space, page_hash in pages:
-            with suppress(NamespaceUnknown):  # forgotten meanwhile
+            with suppress(NamespaceUnknown):  # the namespace was forgotten meanwhile
                 view = self._store.peek(space, page_hash)
                 if view is not None:
                     self._store.is_intact(view)

@@ -1,6 +1,6 @@
-"""The service itself: each RPC as a short coroutine over the pure core.
+"""The service: each RPC as a short coroutine over the store.
 
-Owns: nothing but the translation between messages and the store. All state changes happen in `Store`.
+Owns: only the translation between messages and the store. All state changes happen in `Store`.
 Invariant: a page stays pinned while its bytes are copied out; a prepared slot is completed or aborted however a call ends.
 """
 
@@ -32,12 +32,12 @@ from attnstore.types import PageStatus, Space
 from attnstore.wire import chunks, messages
 
 _STATUSES_AT_ONCE: Final = 32 * WORK_PAGES_MAX
-"""Counting one costs far less than what is done for a page."""
+"""Counting a message costs far less than the work on a page."""
 
 
 @dataclass(frozen=True, slots=True)
 class NodeIdentity:
-    """Who the node is. `epoch` is 16 random bytes made at start."""
+    """The identity of the node. `epoch` is 16 random bytes, created at start."""
 
     node_id: str
     epoch: bytes
@@ -46,14 +46,14 @@ class NodeIdentity:
 
 @dataclass(frozen=True, slots=True)
 class ChannelOffer:
-    """A bulk transport of this node: where it is, and what issues its one-time tokens for a tenant."""
+    """A bulk transport of this node: its address, and the function that issues one-time tokens for a tenant."""
 
     address: str
     issue_token: Callable[[str], bytes]
 
 
 class Servicer:
-    """Handlers by RPC name, for `RpcShell`."""
+    """The handlers by RPC name, for `RpcShell`."""
 
     def __init__(
         self,
@@ -83,7 +83,7 @@ class Servicer:
         self._started_ms = store.now_ms()
 
     def handlers(self) -> dict[str, Handler]:
-        """One coroutine function for each RPC of the service."""
+        """Returns one coroutine function for each RPC of the service."""
         return {
             "Describe": self.describe,
             "RegisterLayout": self.register_layout,
@@ -101,7 +101,7 @@ class Servicer:
         }
 
     def drain(self) -> None:
-        """From now on `Describe` says draining and watchers are sent away; running reads and writes go on."""
+        """Lets `Describe` report draining and ends the subscriptions of watchers; running reads and writes continue."""
         self._draining = True
         self._hub.close()
 
@@ -180,7 +180,7 @@ class Servicer:
                     chunk = chunks.decode_write_chunk(message)
                     ingest = ingest or Ingest(self._store, _space(tenant, chunk.namespace))
                     await self._take(ingest, chunk)
-                    # The next message then takes this one's memory, which is still in the cache.
+                    # The next message then reuses this memory, which is still in the cache.
                     del message, chunk
             verdicts = ingest.finish() if ingest is not None else ()
         finally:
@@ -233,7 +233,7 @@ class Servicer:
         offer = self._channels.get(request.transport)
         if offer is None:
             offered = ", ".join(self._channels) or "none"
-            # The start of a name is enough, and to show four megabytes of one takes 40 ms.
+            # A prefix of the name is enough: formatting a name of four megabytes takes 40 ms.
             raise InvalidArgument(f"this node offers no bulk transport {request.transport[:16]!r}; it offers: {offered}")
         if self._draining:
             raise Unavailable("the node is draining")

@@ -1,9 +1,9 @@
-"""The node's end of shared memory: a Unix socket that says where pages are, hands extents out and takes pages from lent memory.
+"""The node's side of shared memory: a Unix socket that locates pages, hands out extents and takes pages from lent memory.
 
-Owns: the socket in a directory of its own that only the node's user can enter, and who may have which extent.
-Invariants: a peer runs as the node's own user (the kernel says so) and presents a one-time token, which decides the tenant; it
-gets a descriptor only of an extent in which this connection was told of a page of that tenant, and only while that tenant holds
-it.
+Owns: the socket, in a directory that only the node's user can enter, and which connection may have which extent.
+Invariants: a peer runs as the node's own user (as reported by the kernel) and presents a one-time token, which determines the
+tenant. A connection receives the descriptor of an extent only after it located a page of its tenant there, and only while that
+tenant owns the extent.
 """
 
 from __future__ import annotations
@@ -39,10 +39,10 @@ from attnstore.wire.shm import Kind, Place, State
 _PREFIX = "attnstore-shm-"
 _SOCKET = "shm"
 _LEFT_BEHIND_S = 60.0
-"""Younger directories may be those of nodes that are about to listen."""
+"""Younger directories may belong to nodes that are about to listen."""
 _HASHES_FIRST = 2
 _HASHES_PER_LOCK = 64
-"""Metadata calls wait for the page table no longer than this many look-ups take."""
+"""Look-ups per hold of the store's lock, which bounds how long metadata calls wait."""
 
 _COPIED = (PageStatus.STORED, PageStatus.CHECKSUM_MISMATCH)
 
@@ -79,9 +79,9 @@ class ShmServer:
         self.address = ""
 
     def start(self) -> None:
-        """Binds a socket in a new private directory under `$XDG_RUNTIME_DIR` or the system's temporary one, and serves.
+        """Binds a socket in a new private directory under `$XDG_RUNTIME_DIR` or the system's temporary directory, and serves.
 
-        A path works across network namespaces of one host as long as both sides see the directory. Raises `InvalidArgument`.
+        A path works across network namespaces of one host if both sides see the directory. Raises `InvalidArgument`.
         """
         listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
@@ -97,7 +97,7 @@ class ShmServer:
         self._connections.start(listener)
 
     def stop(self, drain_ms: float) -> None:
-        """See `ConnectionThreads.stop`; the socket is gone from the file system at once. Mapped extents stay readable."""
+        """See `ConnectionThreads.stop`. The socket is removed from the file system at once; mapped extents stay readable."""
         self._draining.set()
         self._remove()
         self._connections.stop(drain_ms)
@@ -119,25 +119,25 @@ class ShmServer:
     def _remove(self) -> None:
         if self.address:
             path = Path(self.address)
-            with suppress(OSError):  # somebody tidied up, or left something there
+            with suppress(OSError):  # someone else removed it, or put files there
                 path.unlink(missing_ok=True)
                 path.parent.rmdir()
 
 
 class _LentBytes:
-    """How much memory the peers of each tenant have lent. Safe from any thread."""
+    """The memory that the peers of each tenant have lent. Safe from any thread."""
 
     def __init__(self, tenants: int) -> None:
         self._lock = threading.Lock()
         self._shares = FairShares(SHM_LENT_NODE_BYTES_MAX, "bytes of lent memory", "lend less, or write over tcp", tenants=tenants)
 
     def take(self, tenant: str, size_bytes: int) -> None:
-        """Raises `Overloaded` where that is more than the tenant's share."""
+        """Counts lent bytes. Raises `Overloaded` beyond the tenant's share."""
         with self._lock:
             self._shares.take(tenant, size_bytes)
 
     def give_back(self, tenant: str, size_bytes: int) -> None:
-        """A mapping has gone."""
+        """Undoes `take` after an unmapping."""
         with self._lock:
             self._shares.give_back(tenant, size_bytes)
 
@@ -171,7 +171,7 @@ class _Connection(Connection):
         self._draining = draining
         self._lent_bytes = lent
         self._lent: memoryview | None = None
-        self._told: dict[int, int] = {}  # extent -> the tenancy in which a page of our tenant was last located there
+        self._told: dict[int, int] = {}  # extent -> its tenancy when a page of our tenant was last located there
 
     def serve(self, admit: Callable[[str], None]) -> None:
         try:
@@ -184,7 +184,7 @@ class _Connection(Connection):
         except Overloaded as error:
             self._refuse(error)
         except Retryable:
-            return  # gone, silent or stalled
+            return  # the peer has left, is silent or has stalled
         except AttnStoreError as error:
             self._refuse(error)
 
@@ -230,12 +230,12 @@ class _Connection(Connection):
             else:
                 answer = self._borrow(request, tenant)
         except AttnStoreError as error:
-            # The request is wrong, the connection is not.
+            # The request is wrong, not the connection.
             answer = shm.encode_refusal(error)
         self._stream.send(answer)
 
     def _locate(self, asked: shm.Located, tenant: str) -> None:
-        """Answers in parts that grow: the reader copies the first pages while we look for the next."""
+        """Answers in parts of growing size: the reader copies the first pages while the next are looked up."""
         if self._draining.is_set():
             raise Unavailable("the node is draining")
         space = Space(tenant, asked.namespace)
@@ -292,7 +292,7 @@ class _Connection(Connection):
         page_bytes = self._store.layout_of(space).page_bytes
         lent = self._lent
         if lent is None or any(item.offset_bytes + page_bytes > len(lent) for item in offered.items):
-            raise InvalidArgument("a page is offered where no memory is lent")
+            raise InvalidArgument("a page is offered but no memory is lent")
         first = address_of(lent)
         verdicts: list[PageStatus] = []
         for item in offered.items:
@@ -315,7 +315,7 @@ class _Connection(Connection):
 
 
 def _remove_left_behind(parent: Path) -> None:
-    """Removes the directories of nodes that were killed: nobody listens at the socket in them."""
+    """Removes the directories of killed nodes: those whose socket nobody listens on."""
     for directory in parent.glob(f"{_PREFIX}*"):
         path = directory / _SOCKET
         with suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:

@@ -1,7 +1,7 @@
-"""Work that would hold others up, cut into slices.
+"""Long operations divided into slices.
 
-Owns: `Sliced` and the two ways to do it, on a thread and on the event loop. Invariant: between two slices whoever waits for the
-lock or for the event loop gets a turn. Why generators: the same work is asked for by threads and by coroutines.
+Owns: `Sliced` and the two ways to run it, on a thread and on the event loop. Invariant: between two slices, others that wait for
+the lock or for the event loop get a turn. Slices are generators, because threads and coroutines run the same operations.
 """
 
 from __future__ import annotations
@@ -15,20 +15,20 @@ R = TypeVar("R")
 T = TypeVar("T")
 
 Sliced = Generator[None, None, R]
-"""Work that pauses between two slices, with no lock held, and returns its result. `close` ends it in order."""
+"""An operation that pauses between two slices, with no lock held, and returns its result. `close` ends it early and cleanly."""
 
 TURN_S: Final = 100e-6
-"""Who lets a lock go and takes it at once again leaves others no time to wake up."""
+"""A thread that releases a lock and takes it again at once leaves others no time to wake up."""
 
 
 def in_slices(items: Sequence[T], size: int) -> Iterator[Sequence[T]]:
-    """The items in order, so many at a time."""
+    """Yields the items in order, in parts of at most `size`."""
     for begin in range(0, len(items), size):
         yield items[begin : begin + size]
 
 
 def finish(work: Sliced[R]) -> R:
-    """Does all of the work, for a thread of its own."""
+    """Runs the whole operation, for a caller on a thread."""
     try:
         while True:
             next(work)
@@ -38,7 +38,7 @@ def finish(work: Sliced[R]) -> R:
 
 
 async def finish_among_calls(work: Sliced[R]) -> R:
-    """Does all of the work, on the event loop. Where the call is cancelled the work is closed."""
+    """Runs the whole operation on the event loop. If the call is cancelled, the operation is closed."""
     try:
         while True:
             next(work)

@@ -1,7 +1,7 @@
-"""How long a peer may move nothing, or too little.
+"""A bound on how long a peer may move nothing, or too little.
 
-Owns: `Stall`. Why not `asyncio.timeout`, moved on after every message: that sets a timer of the event loop anew each time, which
-costs more than the rest of what a message needs here; this notes the time, and a timer looks at it now and then.
+Owns: `Stall`. `asyncio.timeout` with a new deadline after every message would set a timer of the event loop each time, which costs
+more than the rest of the work on a message here. This class records the time instead, and a timer looks at it periodically.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from attnstore.limits import MESSAGE_OVERHEAD_BYTES, PEER_BYTES_PER_S_MIN
 
 
 class Stall:
-    """`async with Stall(seconds) as stall:` raises `TimeoutError` out of the block once nothing has `moved` for `seconds`, or less
-    than `PEER_BYTES_PER_S_MIN` on average over as long.
+    """`async with Stall(seconds) as stall:` raises `TimeoutError` out of the block if the peer `moved` nothing for `seconds`, or
+    less than `PEER_BYTES_PER_S_MIN` on average over that time.
     """
 
     def __init__(self, seconds: float) -> None:
@@ -41,7 +41,7 @@ class Stall:
         await self._timeout.__aexit__(kind, error, traceback)
 
     def moved(self, size_bytes: int) -> None:
-        """The peer took or sent a message of so many bytes."""
+        """Records that the peer took or sent a message of `size_bytes`."""
         self._moved_s = self._loop.time()
         self._window_bytes += size_bytes + MESSAGE_OVERHEAD_BYTES
 

@@ -1,13 +1,13 @@
-"""Whose turn it is to compute: a bounded queue for the node's cores, fair between tenants, that lets callers ride together.
+"""A bounded queue for the node's cores, fair between tenants, that batches callers.
 
-Owns: `FairTurns`. Invariants: one computation runs at a time; a caller waits no longer than its deadline for it to begin; the
-tenant that has used the least goes first, so that no tenant can keep another waiting for more than the computation that runs;
-whatever a caller leaves with, its place and its turn do not stay behind.
+Owns: `FairTurns`. Invariants: one computation runs at a time; it begins before the caller's deadline or the caller gives up; the
+tenant with the least use goes first, so a tenant delays another by at most the running computation; a caller that leaves with an
+error leaves neither its place nor its turn behind.
 
-Nobody hands work to another thread while there is no queue: the caller computes on its own thread, which spares the two wake-ups
-that would cost as much as a small computation. Where callers wait, the first of them computes for all that can be answered together
-(flat combining, Hendler et al. 2010). Fairness is start-time fair queueing (Goyal et al. 1996): a tenant's virtual time grows by
-the cost of what it was given, and one that was idle starts at the time of those who were not.
+Without a queue the caller computes on its own thread, which saves two thread wake-ups that would cost as much as a small
+computation. If callers wait, the first of them computes for all that can be answered together (flat combining, Hendler et al.
+2010). Fairness is start-time fair queueing (Goyal et al. 1996): a tenant's virtual time grows by the cost of its computations, and
+a tenant that was idle starts at the virtual time of the busy ones.
 """
 
 from __future__ import annotations
@@ -35,13 +35,13 @@ class _Caller(Generic[J, R]):
     tenant: str
     cost: float
     woken: threading.Event = field(default_factory=threading.Event)
-    leads: list[_Caller[J, R]] | None = None  # the batch that this caller is to compute, itself first
+    leads: list[_Caller[J, R]] | None = None  # the batch that this caller must compute, its own job first
     result: R | None = None
     error: BaseException | None = None
 
 
 class FairTurns(Generic[J, R]):
-    """`run(jobs)` gives one result for each; jobs with equal `kind(job)` may be run together, at most `together_max`."""
+    """`run(jobs)` returns one result per job; jobs with equal `kind(job)` may be run together, at most `together_max`."""
 
     def __init__(
         self,
@@ -67,14 +67,14 @@ class FairTurns(Generic[J, R]):
 
     @property
     def waiting(self) -> int:
-        """Callers that wait for their turn."""
+        """The number of callers that wait for their turn."""
         return self._places.used
 
     def take(self, job: J, *, tenant: str, cost: float, deadline: Deadline) -> R:
-        """The job's result; `cost` in any unit that grows with the time it takes. Blocks.
+        """Returns the job's result. Blocks. `cost` has any unit that is proportional to time.
 
-        Raises `Overloaded` at once where the queue is full or, by what computing has cost so far, could not be done by the
-        deadline; `DeadlineExceeded` where the turn did not come in time; and what `run` raises.
+        Raises `Overloaded` at once if the queue is full or if, by the measured cost rate, the deadline cannot be met. Raises
+        `DeadlineExceeded` if the turn did not come in time, and what `run` raises.
         """
         caller = _Caller[J, R](job, self._kind(job), tenant, cost)
         with self._lock:
@@ -111,7 +111,9 @@ class FairTurns(Generic[J, R]):
         self._waiting[caller.tenant].append(caller)
 
     def _cost_ahead(self, caller: _Caller[J, R]) -> float:
-        """What is computed until the caller's is done: its tenant's, and of each other tenant's no more than that."""
+        """Returns the cost computed before the caller's job is done: all of its own tenant's, and at most as much of each other
+        tenant's.
+        """
         waiting = {tenant: sum(other.cost for other in queue) for tenant, queue in self._waiting.items()}
         own = waiting.pop(caller.tenant, 0.0) + caller.cost
         return own + sum(min(own, cost) for cost in waiting.values())
@@ -128,10 +130,10 @@ class FairTurns(Generic[J, R]):
                 return
             if caller in self._waiting.get(caller.tenant, ()):
                 raise DeadlineExceeded("this node's cores were busy with others' queries until the deadline")
-        caller.woken.wait()  # it rides in a computation that runs, which ends
+        caller.woken.wait()  # its job is part of a running computation, which ends
 
     def _leave(self, caller: _Caller[J, R]) -> None:
-        """Takes a caller out that waits no longer. The turn, if it has it by now, goes to those who were to ride with it."""
+        """Removes a caller that no longer waits. If it has got the turn meanwhile, the callers of its batch get it."""
         with self._lock:
             if caller in self._waiting.get(caller.tenant, ()):
                 self._dequeue(caller)
@@ -157,10 +159,10 @@ class FairTurns(Generic[J, R]):
             caller.woken.set()
 
     def _pass_on(self) -> None:
-        """Gives the turn to the caller whose tenant has used the least, and to whoever can ride with it."""
+        """Gives the turn to the caller whose tenant has the least use, and to the callers that can be batched with it."""
         if not self._waiting:
             self._busy = False
-            # Where nobody waits everybody starts anew.
+            # With an empty queue all virtual times start anew.
             self._virtual.clear()
             self._now = 0.0
             return
@@ -174,7 +176,7 @@ class FairTurns(Generic[J, R]):
         self._give_turn(batch)
 
     def _give_turn(self, batch: list[_Caller[J, R]]) -> None:
-        """Has the first of these callers compute for all of them; the next ones in the queue where there are none."""
+        """Makes the first of these callers compute for all of them. If there are none, takes the next from the queue."""
         if not batch:
             self._pass_on()
             return

@@ -1,7 +1,7 @@
-"""What is asked and answered on an attend stream: sets of pages, query rows, partials; as frames' payloads and as messages.
+"""The messages of an attend stream: sets of pages, query rows and partials, as frame payloads and as protobuf messages.
 
 Owns: `AttendOpen`, `AttendQuery`, `AttendClose` and their two encodings, one for the page channel (below) and one for gRPC.
-Invariant: what comes from a peer is checked here against the limits, before anybody allocates or computes for it.
+Invariant: what a peer sends is checked here against the limits, before memory is allocated or anything is computed for it.
 
 Payloads on the page channel, little-endian:
 
@@ -42,7 +42,7 @@ SET_HEAD_BYTES: Final = _SET_HEAD.size
 
 @dataclass(frozen=True, slots=True)
 class AttendShape:
-    """What all sets of one stream have in common. `scale` is the factor on `q . k`."""
+    """The parameters shared by all sets of one stream. `scale` is the factor on `q . k`."""
 
     namespace: bytes
     q_heads: int
@@ -51,7 +51,7 @@ class AttendShape:
 
 @dataclass(frozen=True, slots=True)
 class AttendOpen:
-    """A set of pages that the client calls `set_id` from now on, kept by a lease."""
+    """Opens a set of pages under the client's number `set_id`; the lease keeps the pages in place."""
 
     set_id: int
     shape: AttendShape
@@ -63,9 +63,7 @@ class AttendOpen:
         if not 1 <= len(self.hashes) <= ATTEND_HASHES_MAX:
             raise InvalidArgument(f"a set has {len(self.hashes)} pages; it must have 1 to {ATTEND_HASHES_MAX}")
         if len(self.lease_id) != LEASE_ID_BYTES:
-            raise InvalidArgument(
-                f"a set needs a lease of {LEASE_ID_BYTES} bytes that keeps its pages, not of {len(self.lease_id)}"
-            )
+            raise InvalidArgument(f"a set needs a lease id of {LEASE_ID_BYTES} bytes, not of {len(self.lease_id)}")
         if not 1 <= self.shape.q_heads <= ATTEND_HEADS_MAX:
             raise InvalidArgument(f"q_heads is {self.shape.q_heads}; it must be between 1 and {ATTEND_HEADS_MAX}")
         if not math.isfinite(self.shape.scale):
@@ -74,9 +72,9 @@ class AttendOpen:
 
 @dataclass(frozen=True, slots=True)
 class AttendQuery:
-    """Rows against one layer. `sets`: `(set_id, rows)` in the order of `rows`, fp32 `[total rows, q_heads, head_dim]`.
+    """Query rows against one layer. `sets`: `(set_id, rows)` in the order of `rows`, fp32 `[total rows, q_heads, head_dim]`.
 
-    An answer that would come later than `budget_ms` from now is not worth computing; 0: no limit.
+    The node may drop a query that it cannot answer within `budget_ms` from now; 0 means no limit.
     """
 
     layer: int
@@ -100,13 +98,13 @@ class AttendQuery:
 
     @property
     def total_rows(self) -> int:
-        """Of all sets together."""
+        """The rows of all sets together."""
         return sum(rows for _, rows in self.sets)
 
 
 @dataclass(frozen=True, slots=True)
 class AttendClose:
-    """The set is not needed any more. A set that is not open is ignored: its lease may have run out."""
+    """Closes a set. A set that is not open is ignored, because its lease may have expired."""
 
     set_id: int
 
@@ -115,12 +113,12 @@ AttendStep = AttendOpen | AttendQuery | AttendClose
 
 
 def encode_open(opening: AttendOpen) -> bytes:
-    """The payload of an ATTEND_OPEN frame."""
+    """Returns the payload of an ATTEND_OPEN frame."""
     return _OPEN_HEAD.pack(opening.shape.q_heads, opening.shape.scale) + join_hashes(opening.hashes)
 
 
 def decode_open(set_id: int, namespace: bytes, lease_id: bytes, payload: Buffer) -> AttendOpen:
-    """The inverse of `encode_open`, with what the frame's header says. Raises `InvalidArgument`."""
+    """The inverse of `encode_open`, given the fields of the frame's header. Raises `InvalidArgument`."""
     if len(payload) < OPEN_HEAD_BYTES:
         raise InvalidArgument(f"an ATTEND_OPEN frame has {len(payload)} bytes; its head alone has {OPEN_HEAD_BYTES}")
     q_heads, scale = _OPEN_HEAD.unpack_from(payload)
@@ -128,12 +126,12 @@ def decode_open(set_id: int, namespace: bytes, lease_id: bytes, payload: Buffer)
 
 
 def encode_sets(sets: Sequence[tuple[int, int]]) -> bytes:
-    """The head of an ATTEND frame's payload; the rows come after it."""
+    """Returns the head of an ATTEND frame's payload; the rows follow it."""
     return b"".join(_SET_HEAD.pack(set_id, rows) for set_id, rows in sets)
 
 
 def decode_query(layer: int, budget_ms: int, sets: int, payload: memoryview) -> AttendQuery:
-    """A query of `sets` sets from an ATTEND frame's payload, which it shares the memory of. Raises `InvalidArgument`."""
+    """Returns the query of `sets` sets in an ATTEND frame's payload, sharing its memory. Raises `InvalidArgument`."""
     head_bytes = sets * SET_HEAD_BYTES
     if not 1 <= sets <= ATTEND_SETS_MAX or len(payload) < head_bytes:
         raise InvalidArgument(f"an ATTEND frame of {len(payload)} bytes names {sets} sets")
@@ -141,7 +139,7 @@ def decode_query(layer: int, budget_ms: int, sets: int, payload: memoryview) -> 
 
 
 def step_to_wire(step: AttendStep) -> pb.AttendRequest:
-    """A step as a message."""
+    """Returns a step as a message."""
     match step:
         case AttendOpen(set_id, shape, hashes, lease_id):
             return pb.AttendRequest(
@@ -163,7 +161,7 @@ def step_to_wire(step: AttendStep) -> pb.AttendRequest:
 
 
 def step_from_wire(message: Any) -> AttendStep:
-    """A peer's step, checked. Raises `InvalidArgument`, or `ProtocolError` for a step of a kind that this version does not know."""
+    """Returns a peer's step, checked. Raises `InvalidArgument`, or `ProtocolError` for an unknown kind of step."""
     kind = message.WhichOneof("step")
     if kind == "open":
         opening = message.open
@@ -172,7 +170,7 @@ def step_from_wire(message: Any) -> AttendStep:
     if kind == "query":
         query = message.query
         if query.HasField("checksum") and query.checksum != page_checksum(query.rows):
-            raise ProtocolError("the rows of an attend query do not have their checksum")
+            raise ProtocolError("the rows of an attend query do not match their checksum")
         return AttendQuery(query.layer, query.budget_ms, [(named.set, named.rows) for named in query.sets], query.rows)
     if kind == "close":
         return AttendClose(message.close.set)
@@ -180,18 +178,18 @@ def step_from_wire(message: Any) -> AttendStep:
 
 
 def opened_to_wire(set_id: int) -> pb.AttendResponse:
-    """The answer to an open."""
+    """Returns the answer to an open."""
     return pb.AttendResponse(opened=pb.AttendOpened(set=set_id))
 
 
 def partial_to_wire(out: Buffer, lse: Buffer) -> pb.AttendResponse:
-    """The answer to a query."""
+    """Returns the answer to a query."""
     return pb.AttendResponse(partial=pb.AttendPartial(out=bytes(out), lse=bytes(lse), checksum=joint_checksum((out, lse))))
 
 
 def partial_from_wire(message: Any) -> tuple[bytes, bytes]:
-    """`out` and `lse` of an answer. Raises `Unavailable` where they do not have their checksum."""
+    """Returns `out` and `lse` of an answer. Raises `Unavailable` if they do not match their checksum."""
     partial = message.partial
     if partial.HasField("checksum") and partial.checksum != joint_checksum((partial.out, partial.lse)):
-        raise Unavailable("the partial that came does not have its checksum")
+        raise Unavailable("the received partial does not match its checksum")
     return partial.out, partial.lse

@@ -1,9 +1,9 @@
-"""The hot half of the wire: `ReadChunk` and `WriteChunk` encoded and decoded without copying the payload twice.
+"""The codec for page chunks: `ReadChunk` and `WriteChunk`, encoded and decoded without copying the payload twice.
 
-Owns: a hand-written protobuf codec for the two messages that carry page bytes. The generated classes would copy each payload
-into a message object and out again; here it is copied once into the outgoing message and is a view of the incoming one.
-Invariant: the bytes are exactly protobuf's, so a peer with generated stubs understands them (tests/wire compares both ways).
-Decoding trusts nothing: malformed bytes raise `ProtocolError`.
+Owns: a hand-written protobuf codec for the two messages that carry page bytes. The generated classes would copy each payload into a
+message object and out again. This codec copies it once into the outgoing message and returns a view of the incoming one.
+Invariant: the bytes are exactly those of protobuf, so a peer with generated stubs understands them (tests/wire compares both ways).
+Malformed bytes from a peer raise `ProtocolError`.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class ReadChunk(NamedTuple):
 
 
 class WriteChunk(NamedTuple):
-    """One chunk of one page of a `Write` stream. `namespace` and `page_hash` are empty where the message has none."""
+    """One chunk of one page of a `Write` stream. `namespace` and `page_hash` are empty if the message has none."""
 
     namespace: bytes
     page_hash: bytes
@@ -47,7 +47,7 @@ class WriteChunk(NamedTuple):
 def encode_read_chunk(
     page_index: int, status: PageStatus, size_bytes: int = 0, offset_bytes: int = 0, checksum: int = 0, payload: Buffer = b""
 ) -> bytes:
-    """A serialized `ReadChunk`; copies `payload` once."""
+    """Returns a serialized `ReadChunk`; copies `payload` once."""
     head = b"\x08%b\x10%b\x18%b\x20%b\x29%b\x32%b" % (
         _varint(page_index),
         _varint(status),
@@ -62,7 +62,7 @@ def encode_read_chunk(
 def encode_write_chunk(
     namespace: bytes, page_hash: bytes, checksum: int, offset_bytes: int, payload: Buffer, age_ms: int = 0
 ) -> bytes:
-    """A serialized `WriteChunk`; copies `payload` once."""
+    """Returns a serialized `WriteChunk`; copies `payload` once."""
     head = b"\x0a%b%b\x12%b%b\x19%b\x20%b\x30%b\x2a%b" % (
         _varint(len(namespace)),
         namespace,
@@ -77,7 +77,7 @@ def encode_write_chunk(
 
 
 def decode_read_chunk(message: bytes) -> ReadChunk:
-    """The fields of a serialized `ReadChunk`; the payload is a view of `message`. Raises `ProtocolError`."""
+    """Returns the fields of a serialized `ReadChunk`; the payload is a view of `message`. Raises `ProtocolError`."""
     numbers, views = _fields(message)
     try:
         status = PageStatus(numbers.get(2, 0))
@@ -94,7 +94,7 @@ def decode_read_chunk(message: bytes) -> ReadChunk:
 
 
 def decode_write_chunk(message: bytes) -> WriteChunk:
-    """The fields of a serialized `WriteChunk`; the payload is a view of `message`. Raises `ProtocolError`."""
+    """Returns the fields of a serialized `WriteChunk`; the payload is a view of `message`. Raises `ProtocolError`."""
     numbers, views = _fields(message)
     return WriteChunk(
         namespace=bytes(views.get(1, _NOTHING)),
@@ -107,7 +107,7 @@ def decode_write_chunk(message: bytes) -> WriteChunk:
 
 
 def _fields(message: bytes) -> tuple[dict[int, int], dict[int, memoryview]]:
-    """Splits a protobuf message into its numeric and its length-delimited fields, last one of each number winning."""
+    """Splits a protobuf message into its numeric and its length-delimited fields; the last field of each number wins."""
     numbers: dict[int, int] = {}
     views: dict[int, memoryview] = {}
     view = memoryview(message)

@@ -1,9 +1,7 @@
-"""What a MATCH asks and what MATCHED answers, as the payloads of their frames on the page channel.
+"""The payloads of MATCH and MATCHED frames on the page channel, little-endian:
 
-Payloads, little-endian:
-
-    MATCH      hashes u32 for each prefix | all hashes, 32 bytes each
-    MATCHED    hits u32 for each prefix
+MATCH      hashes u32 for each prefix | all hashes, 32 bytes each
+MATCHED    hits u32 for each prefix
 """
 
 from __future__ import annotations
@@ -21,12 +19,12 @@ COUNT_BYTES: Final = 4
 
 
 def encode_prefixes(prefixes: Sequence[Sequence[bytes]]) -> bytes:
-    """A MATCH's payload. Raises `InvalidArgument` for hashes of a wrong length."""
+    """Returns the payload of a MATCH. Raises `InvalidArgument` for hashes of a wrong length."""
     return pack(f"<{len(prefixes)}I", *map(len, prefixes)) + join_hashes(chain.from_iterable(prefixes))
 
 
 def decode_prefixes(count: int, payload: Buffer) -> list[list[bytes]]:
-    """The `count` prefixes of a MATCH. Raises `InvalidArgument` where they do not fill the payload exactly."""
+    """Returns the `count` prefixes of a MATCH. Raises `InvalidArgument` if they do not fill the payload exactly."""
     payload = bytes(payload)
     if count * COUNT_BYTES > len(payload):
         raise InvalidArgument(f"a MATCH of {count} prefixes has {len(payload)} bytes")
@@ -42,12 +40,12 @@ def decode_prefixes(count: int, payload: Buffer) -> list[list[bytes]]:
 
 
 def encode_hits(hits: Sequence[int]) -> bytes:
-    """A MATCHED's payload."""
+    """Returns the payload of a MATCHED."""
     return pack(f"<{len(hits)}I", *hits)
 
 
 def decode_hits(payload: Buffer) -> tuple[int, ...]:
-    """The hits of a MATCHED. Raises `ProtocolError` for a size that is none of whole numbers."""
+    """Returns the hits of a MATCHED. Raises `ProtocolError` if the size is not a multiple of a count's."""
     if len(payload) % COUNT_BYTES:
         raise ProtocolError(f"a MATCHED frame has {len(payload)} bytes")
     return unpack_from(f"<{len(payload) // COUNT_BYTES}I", payload)

@@ -1,8 +1,8 @@
-"""The cold half of the wire: protobuf messages by name, the method table, and conversions to and from our own types.
+"""The protobuf messages by name, the method table, and conversions to and from our own types.
 
 Owns: every use of the generated stubs. Server and client import messages from here, so a new generator or a new package version
-touches this folder alone.
-Invariant: what comes from a peer is checked here and raises a typed error; what comes from us is asserted.
+changes this folder only.
+Invariant: what a peer sends is checked here and raises a typed error; our own values are asserted.
 """
 
 from __future__ import annotations
@@ -58,21 +58,23 @@ SERVICE: str = pb.DESCRIPTOR.services_by_name["AttentionStore"].full_name
 ERROR_TRAILER = "attnstore-error"
 """Trailing metadata key that carries the `code` of a typed error."""
 WATCHING = ("attnstore-watching", "1")
-"""Initial metadata by which `Watch` says that it was accepted and that no event is missed from here on."""
+"""Initial metadata of `Watch`: the node accepted the call, and no event is missed from here on."""
 
 ATTENDING = ("attnstore-attending", "1")
-"""Initial metadata by which `Attend` says that it was accepted. A refusal that crosses the first request would be lost."""
+"""Initial metadata of `Attend`: the node accepted the call. A refusal that arrives while the first request is sent
+would be lost.
+"""
 CHALLENGE = "attnstore-challenge-bin"
-"""Metadata of a Describe: bytes to be signed by a node that says that it is a member of its cluster."""
+"""Metadata of a `Describe`: bytes for the node to sign, to prove that it is a member of its cluster."""
 PROOF = "attnstore-proof"
-"""Initial metadata of the answer, with or without a token: the signature."""
+"""Initial metadata of the answer to `Describe`, with or without a token: the signature."""
 
 
 @dataclass(frozen=True, slots=True)
 class Method:
-    """One RPC: how its messages become bytes and back. Page chunks travel as bytes and are coded by `attnstore.wire.chunks`.
+    """One RPC: how its messages are encoded and decoded. Page chunks are passed as bytes and coded by `attnstore.wire.chunks`.
 
-    The decoders raise `ProtocolError`, which gRPC's own hooks would hide: whoever receives bytes calls them.
+    The decoders raise `ProtocolError`, which gRPC's own hooks would hide, so the receiver of the bytes calls them.
     """
 
     name: str
@@ -98,13 +100,15 @@ def _message(cls: Any) -> tuple[Callable[[Any], bytes], Callable[[bytes], Any]]:
         try:
             return cls.FromString(message)
         except DecodeError:
-            raise ProtocolError(f"{len(message)} bytes came that are no {cls.DESCRIPTOR.name}") from None
+            raise ProtocolError(f"{len(message)} received bytes are not a valid {cls.DESCRIPTOR.name}") from None
 
     return cls.SerializeToString, decode
 
 
 def _decode_match(message: bytes) -> Any:
-    """Two million prefixes of nothing fit one message and would take the event loop for 50 ms before they could be counted."""
+    """Two million empty prefixes fit one message; decoding them would block the event loop for 50 ms before they
+    could be counted.
+    """
     if message.count(_EMPTY_PREFIX) > HASHES_MAX:
         raise InvalidArgument(f"the request has more than {HASHES_MAX} prefixes; at most that many fit one request")
     return _message(pb.MatchRequest)[1](message)
@@ -135,7 +139,7 @@ _HASH = struct.Struct(f"{HASH_BYTES}s")
 
 
 def join_hashes(hashes: Iterable[bytes]) -> bytes:
-    """Hashes as they travel: concatenated. Raises `InvalidArgument` for a wrong length or more than `HASHES_MAX`."""
+    """Returns the concatenated hashes, as they are sent. Raises `InvalidArgument` for a wrong length or more than `HASHES_MAX`."""
     hashes = list(hashes)
     if len(hashes) > HASHES_MAX:
         raise InvalidArgument(f"the batch has {len(hashes)} hashes; at most {HASHES_MAX} fit one request")
@@ -154,21 +158,21 @@ def split_hashes(joined: bytes) -> list[bytes]:
 
 
 def check_namespace(namespace: bytes) -> bytes:
-    """`namespace` itself if it is 32 bytes; raises `InvalidArgument` otherwise."""
+    """Returns `namespace` if it has 32 bytes. Raises `InvalidArgument` otherwise."""
     if len(namespace) != HASH_BYTES:
         raise InvalidArgument(f"namespace has {len(namespace)} bytes; it must have {HASH_BYTES}")
     return namespace
 
 
 def lease_from_wire(lease_id: bytes, lease_ms: int) -> Lease:
-    """A lease that a node has granted. Raises `ProtocolError` for one that no node grants."""
+    """Returns the lease that a node granted. Raises `ProtocolError` for values that no node sends."""
     if len(lease_id) != LEASE_ID_BYTES or not 0 <= lease_ms <= LEASE_MS_MAX:
         raise ProtocolError(f"the node granted a lease of {lease_ms} ms with an id of {len(lease_id)} bytes")
     return Lease(lease_id, lease_ms)
 
 
 def layout_to_wire(layout: PageLayout) -> pb.PageLayout:
-    """Our layout as a message."""
+    """Returns our layout as a message."""
     return pb.PageLayout(
         layers=layout.layers,
         kv_heads=layout.kv_heads,
@@ -181,7 +185,7 @@ def layout_to_wire(layout: PageLayout) -> pb.PageLayout:
 
 
 def layout_from_wire(message: pb.PageLayout) -> PageLayout:
-    """A peer's layout, checked. Raises `InvalidArgument`."""
+    """Returns a peer's layout, checked. Raises `InvalidArgument`."""
     return PageLayout(
         layers=message.layers,
         kv_heads=message.kv_heads,
@@ -194,12 +198,12 @@ def layout_from_wire(message: pb.PageLayout) -> PageLayout:
 
 
 def event_to_wire(event: PageEvent) -> pb.PageEvent:
-    """Our page event as a message."""
+    """Returns our page event as a message."""
     return pb.PageEvent(kind=pb.PageEvent.Kind.Name(event.kind), hash=event.hash, sequence=event.sequence, dropped=event.dropped)
 
 
 def event_from_wire(message: pb.PageEvent) -> PageEvent:
-    """A peer's page event. Raises `ProtocolError` for a kind that this version does not know."""
+    """Returns a peer's page event. Raises `ProtocolError` for an unknown kind."""
     try:
         kind = PageEventKind(message.kind)
     except ValueError:
@@ -208,7 +212,7 @@ def event_from_wire(message: pb.PageEvent) -> PageEvent:
 
 
 def statuses_from_wire(numbers: Iterable[int], pages: int) -> tuple[PageStatus, ...]:
-    """A peer's verdicts on a batch of `pages`. Raises `ProtocolError` for another count or an unknown status."""
+    """Returns a peer's verdicts on a batch of `pages`. Raises `ProtocolError` for another count or an unknown status."""
     try:
         statuses = tuple(PageStatus(number) for number in numbers)
     except ValueError as error:
@@ -219,13 +223,13 @@ def statuses_from_wire(numbers: Iterable[int], pages: int) -> tuple[PageStatus, 
 
 
 def statuses_to_wire(statuses: Iterable[PageStatus]) -> list[pb.PageStatus]:
-    """Statuses as a message's enum values."""
-    # The numbers are the same; the generated type exists for type checkers alone.
+    """Returns statuses as the message's enum values."""
+    # The numbers are equal; the generated type is there only for type checkers.
     return cast("list[pb.PageStatus]", [int(status) for status in statuses])
 
 
 def description_from_wire(message: pb.DescribeResponse) -> NodeDescription:
-    """A node's answer to `Describe`."""
+    """Returns a node's answer to `Describe`."""
     return NodeDescription(
         node_id=message.node_id,
         epoch=message.epoch,
@@ -248,20 +252,20 @@ def _attend_limits(message: pb.AttendOffer) -> AttendLimits:
 
 
 def statistics_to_wire(statistics: NodeStatistics) -> pb.StatsResponse:
-    """A node's counters as a message."""
+    """Returns a node's counters as a message."""
     message = pb.StatsResponse(**{name: getattr(statistics, name) for name in _STATISTICS_FIELDS})
     add_namespaces(message, statistics.namespaces)
     return message
 
 
 def add_namespaces(message: pb.StatsResponse, namespaces: Iterable[NamespaceStatistics]) -> None:
-    """More of a tenant's namespaces for a node's counters."""
+    """Adds more of a tenant's namespaces to a node's counters."""
     for space in namespaces:
         message.namespaces.add(namespace=space.namespace, layout=layout_to_wire(space.layout), pages_sealed=space.pages_sealed)
 
 
 def statistics_from_wire(message: pb.StatsResponse) -> NodeStatistics:
-    """A node's answer to `Stats`."""
+    """Returns a node's answer to `Stats`."""
     return NodeStatistics(
         **{name: getattr(message, name) for name in _STATISTICS_FIELDS},
         namespaces=tuple(

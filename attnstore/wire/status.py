@@ -1,4 +1,4 @@
-"""How a typed error crosses gRPC: a status code for everyone, and our own code in a trailer for our clients.
+"""Typed errors over gRPC: a status code for every client, and our own code in a trailer for our clients.
 
 Invariant: `error_from_rpc(*rpc_status(error))` has the class of `error` for every class of the tree.
 """
@@ -28,7 +28,7 @@ _CODE_OF_ERROR: dict[type[errors.AttnStoreError], grpc.StatusCode] = {
     errors.ClientClosed: grpc.StatusCode.CANCELLED,
 }
 
-# What a status without our trailer means: it comes from gRPC itself or from a proxy. Retryable unless the call is wrong.
+# The error for a status without our trailer: it comes from gRPC itself or from a proxy. Retryable unless the call is wrong.
 _ERROR_OF_CODE: dict[grpc.StatusCode, type[errors.AttnStoreError]] = {
     grpc.StatusCode.DEADLINE_EXCEEDED: errors.DeadlineExceeded,
     grpc.StatusCode.UNAUTHENTICATED: errors.Unauthenticated,
@@ -41,7 +41,7 @@ _ERROR_OF_CODE: dict[grpc.StatusCode, type[errors.AttnStoreError]] = {
 
 _UNTRUSTED = "its TLS certificate is of no authority that is trusted here: name the right one as tls_ca"
 
-# What gRPC says of a TLS handshake that failed, and what it means.
+# gRPC's messages for a failed TLS handshake, and our explanation.
 _TLS_REASONS = (
     ("certificate has expired", "its TLS certificate has expired: renew it, or look at this machine's clock"),
     ("certificate is not yet valid", "its TLS certificate is not valid yet: look at the clocks of both machines"),
@@ -57,12 +57,12 @@ Trailers = Iterable[tuple[str, str | bytes]]
 
 
 def rpc_status(error: errors.AttnStoreError) -> tuple[grpc.StatusCode, str, tuple[tuple[str, str], ...]]:
-    """`(status code, message, trailing metadata)` that carry `error` to the caller."""
+    """Returns `(status code, message, trailing metadata)` that carry `error` to the caller."""
     return _CODE_OF_ERROR.get(type(error), grpc.StatusCode.INTERNAL), str(error), ((ERROR_TRAILER, error.code),)
 
 
 def error_from_rpc(code: grpc.StatusCode, message: str, trailers: Trailers) -> errors.AttnStoreError:
-    """The typed error that a failed call means. Without our trailer, unknown codes are `Unavailable` (retryable)."""
+    """Returns the typed error of a failed call. Unknown codes without our trailer are `Unavailable` (retryable)."""
     for key, value in trailers:
         if key == ERROR_TRAILER:
             cls = errors.error_of_code(value if isinstance(value, str) else value.decode("ascii", "replace"))

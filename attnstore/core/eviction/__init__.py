@@ -1,4 +1,4 @@
-"""Which page goes first: one contract (`base`), one module for each policy, and a factory by name."""
+"""Eviction policies: one contract (`base`), one module per policy, and a factory by name."""
 
 from __future__ import annotations
 

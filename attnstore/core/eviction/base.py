@@ -1,11 +1,12 @@
-"""Which page goes first: the eviction policy as an object.
+"""The contract of an eviction policy: which item is evicted next.
 
-Owns: the contract between whoever holds pages and the order in which they leave.
-Invariant: a policy holds exactly the items that are evictable now. Pinned items are withdrawn from the order instead of being
-skipped by a scan, so finding a victim costs the same however many pages are pinned.
+Owns: the interface between the holder of items and the order of their eviction.
+Invariant: a policy contains exactly the items that are evictable now. Pinned items are withdrawn from the order instead of being
+skipped by a scan, so the cost of finding a victim does not depend on how many items are pinned.
 
-An item's life in a policy:  admitted -> (touched | withdrawn -> returned)* -> removed, and removed only while it is evictable.
-Apart from that life, sequences that wait may announce what they will use: known items or not, and settle it later.
+The life of an item in a policy: admitted -> (touched | withdrawn -> returned)* -> removed. It is removed only while it is
+evictable. Independently of that, waiting sequences may announce the items that they will use, known or not, and settle the
+announcement later.
 """
 
 from __future__ import annotations
@@ -17,52 +18,54 @@ Item = TypeVar("Item", bound=Hashable)
 
 
 class EvictionPolicy(Protocol[Item]):
-    """Order of eviction over items of any kind. Sequences are given in order of use: the last one was used last. `touched` may name
-    an item several times, all others name each once.
+    """The eviction order of items of any kind. Items are given in order of use, the most recently used last. `touched` may name an
+    item several times; all other methods name each item once.
 
-    Items are equal where their content is: a policy may recognise one that comes back after it was removed.
+    Items compare equal if their content is equal, so a policy may recognise an item that returns after its removal.
     """
 
     def __len__(self) -> int:
-        """How many items are evictable."""
+        """Returns the number of evictable items."""
         ...
 
     def __contains__(self, item: object) -> bool:
-        """Whether the item is evictable."""
+        """Returns whether the item is evictable."""
         ...
 
     def admitted(self, item: Item) -> None:
-        """A new item became evictable."""
+        """Adds a new, evictable item."""
         ...
 
     def touched(self, items: Sequence[Item]) -> None:
-        """Evictable items were used."""
+        """Records that evictable items were used."""
         ...
 
     def withdrawn(self, items: Sequence[Item]) -> None:
-        """Evictable items were pinned: they must not be victims until they are returned. A policy may keep what it knows of
-        them.
+        """Withdraws evictable items that were pinned: they must not be victims until they are returned. A policy may keep its
+        knowledge of them.
         """
         ...
 
     def returned(self, items: Sequence[Item]) -> None:
-        """The last pin of withdrawn items is gone; they were in use until now."""
+        """Makes withdrawn items evictable again after their last pin; they count as used until now."""
         ...
 
     def removed(self, item: Item) -> None:
-        """An evictable item left: evicted or deleted."""
+        """Removes an evictable item that was evicted or deleted."""
         ...
 
     def victim(self) -> Item | None:
-        """The item to evict next, None where none is evictable. Removes nothing: asked again it gives the same answer, and
-        `removed` follows where the item is really evicted.
+        """Returns the item to evict next, or None if none is evictable. Changes nothing: the caller evicts the item and then calls
+        `removed`.
         """
         ...
 
     def announced(self, items: Sequence[Item]) -> None:  # noqa: ARG002 - a default for policies without foresight
-        """A sequence that waits behind all others will use the items, in this order. Ignored unless the policy looks ahead."""
+        """Announces that a sequence, queued behind all others, will use the items in this order. Ignored unless the policy looks
+        ahead.
+        """
         return
 
     def settled(self, items: Sequence[Item]) -> None:  # noqa: ARG002 - a default for policies without foresight
-        """The sequence that announced these items waits no longer: it runs or was cancelled."""
+        """Ends an announcement: its sequence now runs or was cancelled."""
         return

@@ -1,7 +1,7 @@
 """Eviction policies by name.
 
-Owns: the names. Invariant: whatever a name gives is a new policy with no items. Exists so that an option or an experiment can
-choose a policy without knowing the classes.
+Owns: the names. Invariant: every call returns a new, empty policy. Exists so that an option or an experiment can choose a policy
+without importing the classes.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ EVICTION_POLICIES: Final = tuple(_POLICIES)
 
 
 def create_eviction_policy(name: str) -> EvictionPolicy[Item]:
-    """A new policy: one of `EVICTION_POLICIES`. Raises `InvalidArgument` for any other name."""
+    """Returns a new policy, one of `EVICTION_POLICIES`. Raises `InvalidArgument` for any other name."""
     if name not in _POLICIES:
         raise InvalidArgument(f"eviction policy {name!r} is unknown; choose one of {', '.join(EVICTION_POLICIES)}")
     return _POLICIES[name]()

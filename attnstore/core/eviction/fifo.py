@@ -1,7 +1,7 @@
-"""First in, first out: the order of eviction is the order of arrival, whatever is used in between.
+"""First in, first out: items are evicted in order of arrival, however often they are used.
 
-Owns: `ArrivalOrder`, the queue that FIFO and S3-FIFO are made of, and the plain policy over one such queue.
-Invariant: the queue is empty or its first item is not pinned, so a victim is found without a search.
+Owns: `ArrivalOrder`, the queue that FIFO and S3-FIFO consist of, and the plain FIFO policy over one such queue.
+Invariant: the queue is empty or its first item is unpinned, so a victim is found without a search.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from attnstore.core.eviction.base import EvictionPolicy, Item
 
 
 class ArrivalOrder(Generic[Item]):
-    """A queue in which a pinned item keeps its place until it becomes the first; then it steps aside.
+    """A queue in which a pinned item keeps its place until it becomes the first; then it leaves the queue.
 
-    When it is unpinned it rejoins at the front, because its turn was there already. Each operation is O(1) amortised: an item
-    steps aside at most once each time it is pinned.
+    An item that left rejoins at the front when it is unpinned, because its turn had already come. Each operation is O(1) amortised:
+    an item leaves at most once per pin.
     """
 
     def __init__(self) -> None:
@@ -26,24 +26,24 @@ class ArrivalOrder(Generic[Item]):
         self._aside: set[Item] = set()  # pinned and out of the queue
 
     def __len__(self) -> int:
-        """How many items are not pinned."""
+        """Returns the number of unpinned items."""
         return len(self._queue) - len(self._pinned)
 
     def __contains__(self, item: object) -> bool:
-        """Whether the item is here and not pinned."""
+        """Returns whether the item belongs to this order and is unpinned."""
         return item in self._queue and item not in self._pinned
 
     @property
     def size(self) -> int:
-        """How many items belong here, pinned or not."""
+        """The number of items in this order, pinned or not."""
         return len(self._queue) + len(self._aside)
 
     def owns(self, item: Item) -> bool:
-        """Whether the item belongs here, pinned or not."""
+        """Returns whether the item belongs to this order, pinned or not."""
         return item in self._queue or item in self._aside
 
     def front(self) -> Item | None:
-        """The first item that is not pinned."""
+        """Returns the first unpinned item."""
         return next(iter(self._queue), None)
 
     def append(self, item: Item) -> None:
@@ -51,22 +51,22 @@ class ArrivalOrder(Generic[Item]):
         self._queue[item] = None
 
     def remove(self, item: Item) -> None:
-        """Takes out an item that is not pinned."""
+        """Removes an unpinned item."""
         del self._queue[item]
         self._settle()
 
     def requeue(self, item: Item) -> None:
-        """Sends an item that is not pinned to the end."""
+        """Moves an unpinned item to the end."""
         self._queue.move_to_end(item)
         self._settle()
 
     def pin(self, item: Item) -> None:
-        """Exempts an item from being the first."""
+        """Keeps an item from becoming the first."""
         self._pinned.add(item)
         self._settle()
 
     def unpin(self, item: Item) -> None:
-        """Gives a pinned item its place again."""
+        """Undoes `pin`."""
         if item in self._pinned:
             self._pinned.remove(item)
         else:
@@ -83,7 +83,7 @@ class ArrivalOrder(Generic[Item]):
 
 
 class FirstInFirstOut(EvictionPolicy[Item]):
-    """Evicts what arrived first. Every operation is O(1) amortised for each item.
+    """Evicts the item that arrived first. Every operation is O(1) amortised per item.
 
     >>> policy = FirstInFirstOut[str]()
     >>> for item in "abc":
@@ -106,14 +106,14 @@ class FirstInFirstOut(EvictionPolicy[Item]):
         self._order.append(item)
 
     def touched(self, items: Sequence[Item]) -> None:
-        """Use changes nothing."""
+        """No-op: use does not change the order."""
 
     def withdrawn(self, items: Sequence[Item]) -> None:
         for item in items:
             self._order.pin(item)
 
     def returned(self, items: Sequence[Item]) -> None:
-        # Backwards, so that those that rejoin at the front stand there in the order given.
+        # In reverse, so that items that rejoin at the front end up in the given order.
         for item in reversed(items):
             self._order.unpin(item)
 

@@ -1,13 +1,12 @@
-"""Look-ahead eviction: what waiting sequences will use is spared.
+"""Look-ahead eviction: items that waiting sequences will use are evicted last.
 
-Owns: the announced uses of items, and the order among items that have one. Everything else is left to another policy, in which
-an awaited item is withdrawn like a pinned one.
-Invariant: an evictable item is either in the other policy (nobody waits for it) or spared (somebody does), never both.
+Owns: the announced uses of items, and the order among items that have one. All other items are in another policy, from which an
+awaited item is withdrawn like a pinned one.
+Invariant: an evictable item is either in the other policy (no sequence waits for it) or awaited (at least one does), never both.
 
-Why: a queue in front of the engine is knowledge of the future that no history has. Where it reaches, this is the optimal rule
-(Belady, "A study of replacement algorithms for a virtual-storage computer", 1966): never evict what is used soon while something
-else can go, and among awaited items evict the one whose next use is farthest. CachedAttention (Gao et al., USENIX ATC 2024) calls
-it scheduler-aware eviction.
+The engine's queue tells about the future what no history can. For announced items this is the optimal rule (Belady, "A study of
+replacement algorithms for a virtual-storage computer", 1966): evict items without a known use first, then the item whose next use
+is farthest. CachedAttention (Gao et al., USENIX ATC 2024) calls it scheduler-aware eviction.
 """
 
 from __future__ import annotations
@@ -22,9 +21,9 @@ from attnstore.core.eviction.lru import LeastRecentlyUsed
 
 
 class LookAhead(EvictionPolicy[Item]):
-    """Evicts by `others` (default: least recently used) what nobody waits for, then what is awaited last.
+    """Evicts items that no sequence waits for, by `others` (default: least recently used), then the awaited item that is used last.
 
-    O(1) for each item that nobody waits for, O(log n) for each of the n awaited ones; amortised.
+    O(1) per item that no sequence waits for, O(log n) per item of the n awaited ones; amortised.
 
     >>> policy = LookAhead[str]()
     >>> for item in "abc":
@@ -41,8 +40,8 @@ class LookAhead(EvictionPolicy[Item]):
         self._others = LeastRecentlyUsed[Item]() if others is None else others
         self._spared: set[Item] = set()
         self._clock = count()
-        self._uses: dict[Item, deque[int]] = {}  # when each awaited item will be used: the order of announcement, soonest first
-        self._farthest: list[tuple[int, Item]] = []  # heap of (-next use, item); entries that are no longer true are skipped
+        self._uses: dict[Item, deque[int]] = {}  # next uses of each awaited item, in order of announcement
+        self._farthest: list[tuple[int, Item]] = []  # heap of (-next use, item); outdated entries are skipped
 
     def __len__(self) -> int:
         return len(self._others) + len(self._spared)
@@ -91,7 +90,7 @@ class LookAhead(EvictionPolicy[Item]):
                 self._spare(item)
 
     def settled(self, items: Sequence[Item]) -> None:
-        # Backwards, so that of items nobody waits for any more the last of the sequence is evicted first.
+        # In reverse, so that of the items no longer awaited the last of the sequence is evicted first.
         for item in reversed(items):
             uses = self._uses[item]
             uses.popleft()

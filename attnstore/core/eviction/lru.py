@@ -1,6 +1,6 @@
-"""Least recently used: the order of eviction is the order of last use.
+"""Least recently used: items are evicted in order of last use.
 
-Owns: that order. Invariant: the order holds the evictable items and no other, the one used longest ago first.
+Owns: that order. Invariant: the order contains the evictable items only, the least recently used first.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from attnstore.core.eviction.base import EvictionPolicy, Item
 
 
 class LeastRecentlyUsed(EvictionPolicy[Item]):
-    """Evicts what was used longest ago. Every operation is O(1) for each item.
+    """Evicts the least recently used item. Every operation is O(1) per item.
 
     >>> policy = LeastRecentlyUsed[str]()
     >>> for item in "abc":

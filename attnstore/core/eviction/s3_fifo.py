@@ -1,11 +1,12 @@
-"""S3-FIFO: three queues that evict what was used once before what was used again.
+"""S3-FIFO: three queues that evict items used once before items used again.
 
-Owns: a small queue where new items prove themselves, a main queue for those that did, and a ghost queue that remembers those
-that left the small one. Source: Yang, Zhang, Qiu, Yue, Rashmi, "FIFO queues are all you need for cache eviction", SOSP 2023.
+Owns: a small queue for new items, a main queue for items that were used again, and a ghost queue of items evicted from the small
+queue. Source: Yang, Zhang, Qiu, Yue, Rashmi, "FIFO queues are all you need for cache eviction", SOSP 2023.
 Invariant: an item is in the small or the main queue, never in both, and in the ghost queue only while it is in neither.
 
-It suits a store of prompts, most of which never come back: they pass through a tenth of the memory. What differs from the paper:
-sizes are shares of the items present instead of a capacity, which a class of pages need not have; and pinned items step aside.
+It suits a store of prompts, because most prompts never return: they pass through a tenth of the memory. Two differences from the
+paper: queue sizes are shares of the items present, because a class of pages need not have a fixed capacity; and pinned items leave
+the queue (see `ArrivalOrder`).
 """
 
 from __future__ import annotations
@@ -18,19 +19,19 @@ from attnstore.core.eviction.base import EvictionPolicy, Item
 from attnstore.core.eviction.fifo import ArrivalOrder
 
 USES_MAX: Final = 3
-"""Where counting stops: two bits, as in the paper."""
+"""The maximum of a use count: two bits, as in the paper."""
 USES_TO_STAY: Final = 2
-"""Uses after the first that take an item from the small queue to the main one."""
+"""The number of uses after the first that moves an item from the small queue to the main queue."""
 SMALL_SHARE: Final = 10
-"""The small queue gives up items while it has at least one in this many of all."""
+"""The small queue evicts while it has at least one in this many of all items."""
 
 assert 1 <= USES_TO_STAY <= USES_MAX
 
 
 class S3Fifo(EvictionPolicy[Item]):
-    """Evicts new items that were hardly used again, before old ones that were. O(1) amortised for each item and use.
+    """Evicts new items with little reuse before old items with reuse. O(1) amortised per item and use.
 
-    The ghost queue keeps as many removed items as the main queue is meant to hold.
+    The ghost queue keeps as many removed items as the main queue should hold.
 
     >>> policy = S3Fifo[str]()
     >>> for item in "abc":
@@ -71,7 +72,7 @@ class S3Fifo(EvictionPolicy[Item]):
             self._home(item).pin(item)
 
     def returned(self, items: Sequence[Item]) -> None:
-        # Backwards, so that those that rejoin at the front stand there in the order given.
+        # In reverse, so that items that rejoin at the front end up in the given order.
         for item in reversed(items):
             self._home(item).unpin(item)
 
@@ -86,7 +87,7 @@ class S3Fifo(EvictionPolicy[Item]):
             self._ghosts.popitem(last=False)
 
     def victim(self) -> Item | None:
-        # Each turn of the loop spends a use or a promotion, which is what makes its cost amortised O(1).
+        # Each iteration consumes a use or a promotion, so the loop is O(1) amortised.
         while self._small or self._main:
             if self._small_gives():
                 item = self._small.front()
