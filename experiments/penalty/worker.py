@@ -27,7 +27,7 @@ from attnstore.clock import MonotonicClock
 from attnstore.core.hashing import block_hashes, namespace
 from attnstore.core.layout import DType
 from attnstore.types import PageStatus, WriteResult
-from attnstore_worker.cache import CostPlanner, FetchAll, PageStore, Planner, RecomputeAll, open_store
+from attnstore_worker.cache import CostPlanner, FetchAll, PageStore, Planner, RecomputeAll, Tier, open_store
 from attnstore_worker.engine import Engine, EngineOptions, SamplingParams
 from attnstore_worker.model import load_model
 
@@ -61,7 +61,9 @@ class ReadOnly:
         self.read = store.read
         self.release = store.release
 
-    def write(self, namespace: bytes, hashes: Sequence[bytes], pages: Sequence[memoryview], /, *, deadline_ms: int) -> WriteResult:
+    def write(
+        self, namespace: bytes, hashes: Sequence[bytes], pages: Sequence[memoryview], /, *, deadline_ms: float
+    ) -> WriteResult:
         """Says that all is there already."""
         del namespace, pages, deadline_ms
         return WriteResult((PageStatus.ALREADY_PRESENT,) * len(hashes), 0)
@@ -112,7 +114,7 @@ class Bench:
                 fetching.drop_cached()
                 if time.monotonic() - began_s > _CALIBRATION_S_MAX:
                     break
-        link = self._planner.report().links.get("remote")
+        link = self._planner.report().links.get(Tier.REMOTE)
         self._planning = self._engine(self._planner, self._planner)
         return {"rtt_ms": link.rtt_ms, "gbit_per_s": link.gbit_per_s, "spread": link.spread} if link is not None else {}
 

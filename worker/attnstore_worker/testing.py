@@ -52,6 +52,7 @@ class MemoryStore:
     write_verdict: the verdict on every new page; the page is kept only with STORED.
     failing, error: calls named in `failing` ("register_layout", "match", "read", "write", "release") raise `error`.
     gate: reads and writes wait for it, for as long as it takes.
+    lease_ms: what each match asked for.
     """
 
     def __init__(self) -> None:
@@ -59,6 +60,7 @@ class MemoryStore:
         self.namespaces: set[bytes] = set()
         self.layouts: dict[bytes, PageLayout] = {}
         self.leases: set[bytes] = set()
+        self.lease_ms: list[int] = []
         self.calls: list[str] = []
         self.read_status: Callable[[int], PageStatus] = always_ok
         self.on_page: Callable[[bytes], None] = ignore
@@ -76,11 +78,15 @@ class MemoryStore:
         self.layouts[namespace] = layout
         return layout.page_bytes
 
-    def match(self, namespace: bytes, prefixes: Sequence[Sequence[bytes]], /, *, lease_ms: int) -> MatchResult:
+    def match(
+        self, namespace: bytes, prefixes: Sequence[Sequence[bytes]], /, *, lease_ms: int, deadline_ms: float | None = None
+    ) -> MatchResult:
         """Leading hits of each prefix."""
+        del deadline_ms
         self._enter("match", namespace)
+        self.lease_ms.append(lease_ms)
         hits = tuple(next((i for i, page in enumerate(prefix) if page not in self.pages), len(prefix)) for prefix in prefixes)
-        if not any(hits):
+        if not any(hits) or not lease_ms:
             return MatchResult(hits, None)
         lease = Lease(len(self.calls).to_bytes(16, "big"), lease_ms)
         self.leases.add(lease.lease_id)
@@ -107,7 +113,9 @@ class MemoryStore:
             statuses = [self._read_page(i, page, buffer) for i, (page, buffer) in enumerate(zip(hashes, buffers, strict=True))]
         return ReadResult(tuple(statuses), sum(b.nbytes for b, status in zip(buffers, statuses, strict=True) if status.is_hit))
 
-    def write(self, namespace: bytes, hashes: Sequence[bytes], pages: Sequence[memoryview], /, *, deadline_ms: int) -> WriteResult:
+    def write(
+        self, namespace: bytes, hashes: Sequence[bytes], pages: Sequence[memoryview], /, *, deadline_ms: float
+    ) -> WriteResult:
         """Copies pages in."""
         del deadline_ms
         self._enter("write", namespace)

@@ -175,16 +175,6 @@ def test_after_a_failure_the_store_is_left_alone_for_a_while(store: MemoryStore)
     assert store.calls == ["match"]
 
 
-def test_a_restarted_store_is_told_the_layout_again(store: MemoryStore) -> None:
-    manager = manager_on(store, 8)
-    run(manager, list(range(9)))
-    store.namespaces.clear()
-    run(manager, list(range(50, 59)))
-    assert manager.flush(WAIT_MS)
-    assert manager.statistics().remote.failures == 0
-    assert NAMESPACE in store.namespaces
-
-
 def test_a_full_store_is_counted_and_harmless(store: MemoryStore) -> None:
     store.write_verdict = PageStatus.NO_SPACE
     manager = manager_on(store, 8)

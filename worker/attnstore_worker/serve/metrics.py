@@ -86,9 +86,9 @@ class _PlannerCollector(Collector):
         rate = GaugeMetricFamily("attnstore_worker_link_bytes_per_second", "Bandwidth of reads from a tier.", labels=["tier"])
         spread = GaugeMetricFamily("attnstore_worker_link_spread", "Factor within which a read is expected.", labels=["tier"])
         for tier, link in report.links.items():
-            rtt.add_metric([tier], link.rtt_ms / 1e3)
-            rate.add_metric([tier], link.bytes_per_ms * 1e3)
-            spread.add_metric([tier], link.spread)
+            rtt.add_metric([tier.value], link.rtt_ms / 1e3)
+            rate.add_metric([tier.value], link.bytes_per_ms * 1e3)
+            spread.add_metric([tier.value], link.spread)
         yield from (rtt, rate, spread)
         if report.prefill is not None:
             for name in ("chunk_ms", "token_ms", "pair_ms"):

@@ -16,6 +16,7 @@ from attnstore_worker.cache import CostPlanner, FetchAll
 from attnstore_worker.cache.planning.attend_planner import GAIN_MIN, AttendForecast
 from attnstore_worker.cache.planning.load_plan import Prompt
 from attnstore_worker.cache.planning.observation import Step, Transfer, TransferKind
+from attnstore_worker.cache.pool.tier import Tier
 from attnstore_worker.engine import Engine, EngineOptions, SamplingParams
 from attnstore_worker.engine import Sequence as Prompted
 from attnstore_worker.model import LoadedModel
@@ -75,11 +76,11 @@ def taught(*, attended_ms: float | None = None, opens_in_ms: float = 0.2) -> Cos
     for begin in range(0, 1024, 256):
         planner.stepped(Step(0.0, 256.0, ((begin, begin + 256),)))
     planner.stepped(Step(0.0, 30.0, ((1024, 1025),)))
-    planner.transferred(Transfer("remote", TransferKind.MATCH, 0.0, 0.5, 10, 10, 0, failed=False))
+    planner.transferred(Transfer(Tier.REMOTE, TransferKind.MATCH, 0.0, 0.5, 10, 10, 0, failed=False))
     for pages in (1, 8):
         size = pages * PAGE_BYTES
-        planner.transferred(Transfer("remote", TransferKind.READ, 0.0, 0.5 + size / 125_000, pages, pages, size, failed=False))
-    planner.transferred(Transfer("remote", TransferKind.ATTEND, 0.0, opens_in_ms, 10, 10, 0, failed=False))
+        planner.transferred(Transfer(Tier.REMOTE, TransferKind.READ, 0.0, 0.5 + size / 125_000, pages, pages, size, failed=False))
+    planner.transferred(Transfer(Tier.REMOTE, TransferKind.ATTEND, 0.0, opens_in_ms, 10, 10, 0, failed=False))
     if attended_ms is not None:
         for _ in range(20):
             planner.stepped(Step(0.0, attended_ms, ((2048, 2049),), LAYERS, ROW_BYTES))
@@ -93,7 +94,7 @@ def asked(tokens: int = 2_048, resident: int = 0) -> Prompt:
 def test_nothing_is_forecast_before_everything_was_measured() -> None:
     planner = CostPlanner(ManualClock(), 256)
     assert planner.attend_forecast(asked(), 127, ROW_BYTES) is None
-    planner.transferred(Transfer("remote", TransferKind.ATTEND, 0.0, 0.2, 10, 10, 0, failed=False))
+    planner.transferred(Transfer(Tier.REMOTE, TransferKind.ATTEND, 0.0, 0.2, 10, 10, 0, failed=False))
     assert planner.attend_forecast(asked(), 127, ROW_BYTES) is None
 
 

@@ -15,6 +15,7 @@ from attnstore_worker.cache.planning.estimators import PrefillCost
 from attnstore_worker.cache.planning.load_plan import Found, LoadPlan, LoadProgress, Order, Prompt, SearchPlan
 from attnstore_worker.cache.planning.observation import Answer, Load, LoadEnd, Step, Transfer, TransferKind
 from attnstore_worker.cache.planning.split import IDLE_SHARE
+from attnstore_worker.cache.pool.tier import Tier
 from attnstore_worker.engine import Engine, EngineOptions, SamplingParams
 from attnstore_worker.model import LoadedModel
 
@@ -163,7 +164,7 @@ class _Run:
 
     def _tell(self, kind: TransferKind, started_ms: float, size_bytes: int, *, failed: bool = False) -> None:
         pages = size_bytes // PAGE_BYTES
-        self.planner.transferred(Transfer("remote", kind, started_ms, self.clock.now_ms(), pages, pages, size_bytes, failed))
+        self.planner.transferred(Transfer(Tier.REMOTE, kind, started_ms, self.clock.now_ms(), pages, pages, size_bytes, failed))
 
 
 def steady(gbit_per_s: float) -> Bandwidth:

@@ -227,9 +227,7 @@ class RemoteAttention:
         started_ms = self._clock.now_ms()
         yield
         ended_ms = self._clock.now_ms()
-        self._observer.transferred(
-            Transfer(Tier.REMOTE.value, TransferKind.ATTEND, started_ms, ended_ms, pages, pages, 0, failed=False)
-        )
+        self._observer.transferred(Transfer(Tier.REMOTE, TransferKind.ATTEND, started_ms, ended_ms, pages, pages, 0, failed=False))
 
     def _forget(self, node: _Node) -> None:
         for context in self._contexts:

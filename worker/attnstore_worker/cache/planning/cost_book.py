@@ -14,9 +14,8 @@ from attnstore_worker.cache.planning.estimators import DurationEstimator, Factor
 from attnstore_worker.cache.planning.link import LinkEstimate, LinkEstimator
 from attnstore_worker.cache.planning.observation import Step, Transfer, TransferKind
 from attnstore_worker.cache.planning.split import Costs
+from attnstore_worker.cache.pool.tier import Tier
 
-REMOTE = "remote"
-"""The tier at the other end of the network."""
 _SLOWDOWN_PRIOR = 1.1
 _BEHIND_PRIOR = 1.1
 _ATTENDING_PRIOR = 1.0
@@ -42,9 +41,9 @@ class AttendCosts:
 
 @dataclass(frozen=True, slots=True)
 class CostReport:
-    """What is known now; None where nothing is. `links` has the tiers that were read from, by name."""
+    """What is known now; None where nothing is. `links` has the tiers that were read from."""
 
-    links: dict[str, LinkEstimate] = field(default_factory=dict)
+    links: dict[Tier, LinkEstimate] = field(default_factory=dict)
     prefill: PrefillCost | None = None
     decode_ms: float | None = None
     slowdown: float = _SLOWDOWN_PRIOR
@@ -63,7 +62,7 @@ class CostBook:
     def __init__(self, clock: Clock) -> None:
         self._clock = clock
         self._lock = threading.Lock()
-        self._links: dict[str, LinkEstimator] = {}
+        self._links: dict[Tier, LinkEstimator] = {}
         self._prefill = PrefillEstimator()
         self._decode = DurationEstimator()
         self._slowdown = FactorEstimator(_SLOWDOWN_PRIOR)
@@ -128,7 +127,7 @@ class CostBook:
             return self._attend_costs()
 
     def _remote_link(self) -> LinkEstimate | None:
-        return self._links[REMOTE].estimate() if REMOTE in self._links else None
+        return self._links[Tier.REMOTE].estimate() if Tier.REMOTE in self._links else None
 
     def _attend_costs(self) -> AttendCosts | None:
         link = self._remote_link()

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
 from attnstore_worker.cache.planning.load_plan import Found, LoadPlan, Prompt, SearchPlan
+from attnstore_worker.cache.pool.tier import Tier
 
 _LOG = logging.getLogger(__name__)
 _T = TypeVar("_T")
@@ -37,7 +38,7 @@ class Transfer:
     (error, deadline, or not made because the tier had failed just before) may have moved some pages nevertheless.
     """
 
-    tier: str
+    tier: Tier
     kind: TransferKind
     started_ms: float
     ended_ms: float

@@ -1,26 +1,27 @@
 """The REMOTE tier: a store whose every failure is a miss.
 
-Owns: registration of the namespace, and the pause after a failure that keeps a dead store from taxing each request.
-Invariant: no method raises because of the store; what went wrong is counted, logged once per pause and kept in `last_error`.
+Owns: the registration of the namespace before its first use, and the pause after a failure, during which no call is made: a dead
+store must not cost every request a deadline. A restarted node is the client's concern, which registers the namespace again.
+Invariant: no method raises because of the store. A failure is counted, logged once per pause and kept in `last_error`.
 """
 
 from __future__ import annotations
 
 import logging
 import threading
-from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final, TypeVar
 
 from attnstore.client.base import OnLayer
 from attnstore.client.cluster.breaker import had_fair_time
-from attnstore.clock import Clock
+from attnstore.clock import Clock, Deadline
 from attnstore.core.hashing import BlockHash, Namespace
 from attnstore.core.layout import PageLayout
-from attnstore.errors import DeadlineExceeded, NamespaceUnknown
+from attnstore.errors import DeadlineExceeded
 from attnstore.types import Lease, MatchResult, PageStatus, ReadResult, WriteResult
 from attnstore_worker.cache.planning.observation import Observer, Transfer, TransferKind, Unobserved
+from attnstore_worker.cache.pool.tier import Tier
 from attnstore_worker.cache.store.base import PageStore
 
 _LOG = logging.getLogger(__name__)
@@ -29,7 +30,7 @@ _T = TypeVar("_T")
 LEASE_MARGIN_MS: Final = 5_000
 """A lease outlives the read it protects by this much, for the time between match and read."""
 PAUSE_MS: Final = 1_000
-"""After a failure the store is left alone for this long."""
+"""No call is made for so long after a failure."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +49,10 @@ class RemoteStatistics:
 
 
 class RemoteTier:
-    """Pages of one namespace in a store: a `PageSource`. Thread-safe. `observer` is told of every match, read and write."""
+    """Pages of one namespace in a store: a `PageSource`. Thread-safe. `observer` is told of every match, read and write.
+
+    `deadline_ms` bounds each call that is given no other deadline; the registration of the namespace is within it.
+    """
 
     def __init__(
         self,
@@ -56,7 +60,7 @@ class RemoteTier:
         namespace: Namespace,
         layout: PageLayout,
         *,
-        deadline_ms: int,
+        deadline_ms: float,
         clock: Clock,
         observer: Observer | None = None,
     ) -> None:
@@ -68,25 +72,31 @@ class RemoteTier:
         self._observer = observer or Unobserved()
         self._lock = threading.Lock()
         self._registered = False
+        self._failing = False
         self._paused_until_ms = float("-inf")
-        self._counts: Counter[str] = Counter()
-        self._last_error: str | None = None
+        self._statistics = RemoteStatistics()
+
+    @property
+    def is_failing(self) -> bool:
+        """A call has failed, and none has succeeded since."""
+        return self._failing
+
+    @property
+    def is_paused(self) -> bool:
+        """No call is made now, because one has just failed."""
+        return self._clock.now_ms() < self._paused_until_ms
 
     def connect(self) -> bool:
         """Registers the namespace ahead of the first request, so that no request pays for it. False where that failed."""
-        return self._attempt("register", lambda: True) is not None
+        return self._attempt("register", self.deadline_ms, 0, lambda _: True) is not None
 
     def match(self, hashes: Sequence[BlockHash]) -> MatchResult:
         """How many leading pages are there, with a lease that covers reads until `deadline_ms` from now."""
-        lease_ms = self.deadline_ms + LEASE_MARGIN_MS
-        started_ms = self._clock.now_ms()
-        result = self._attempt("match", lambda: self._store.match(self._namespace, [hashes], lease_ms=lease_ms))
-        if result is not None and result.error is not None:
-            self._fail("match", result.error)
-        found = result or MatchResult(hits=(0,), lease=None)
-        failed = result is None or result.error is not None
-        self._observe(TransferKind.MATCH, started_ms, len(hashes), found.hits[0], 0, failed=failed)
-        return found
+        return self._match(hashes, int(self.deadline_ms) + LEASE_MARGIN_MS)
+
+    def count(self, hashes: Sequence[BlockHash]) -> int:
+        """How many leading pages are there, without a lease: each may be evicted at any time."""
+        return self._match(hashes, 0).hits[0]
 
     def read(
         self,
@@ -109,12 +119,14 @@ class RemoteTier:
 
         result = self._attempt(
             "read",
-            lambda: self._store.read(
+            deadline_ms,
+            len(hashes) * self._layout.page_bytes,
+            lambda left_ms: self._store.read(
                 self._namespace,
                 hashes,
                 buffers,
                 lease=lease,
-                deadline_ms=deadline_ms,
+                deadline_ms=left_ms,
                 on_layer=None if on_layer is None else tell,
             ),
         )
@@ -122,9 +134,14 @@ class RemoteTier:
         if result is None:
             result = ReadResult(statuses=(PageStatus.INCOMPLETE,) * len(hashes), bytes_read=0)
         hits = sum(status.is_hit for status in result.statuses)
-        self._count(pages_read=hits, pages_missed=len(hashes) - hits, bytes_read=result.bytes_read)
-        if result.error is not None and not self._was_hurried(result.error, deadline_ms, len(hashes)):
-            self._fail("read", result.error)
+        with self._lock:
+            counted = self._statistics
+            self._statistics = replace(
+                counted,
+                pages_read=counted.pages_read + hits,
+                pages_missed=counted.pages_missed + len(hashes) - hits,
+                bytes_read=counted.bytes_read + result.bytes_read,
+            )
         first_byte_ms = first_ms[0] if first_ms else None
         self._observe(
             TransferKind.READ, started_ms, len(hashes), hits, result.bytes_read, failed=failed, first_byte_ms=first_byte_ms
@@ -134,56 +151,83 @@ class RemoteTier:
     def release(self, lease: Lease | None) -> None:
         """Ends a lease, if there is one."""
         if lease is not None:
-            self._attempt("release", lambda: self._store.release(lease))
+            self._attempt("release", self.deadline_ms, 0, lambda _: self._store.release(lease))
 
-    def write(self, hashes: Sequence[BlockHash], pages: Sequence[memoryview]) -> None:
-        """Stores pages. A page that the store refuses is only counted."""
+    def write(self, hashes: Sequence[BlockHash], pages: Sequence[memoryview], *, deadline_ms: float | None = None) -> WriteResult:
+        """Stores pages; one verdict each, INCOMPLETE for all where the call failed."""
         started_ms = self._clock.now_ms()
-        result = self._attempt("write", lambda: self._store.write(self._namespace, hashes, pages, deadline_ms=self.deadline_ms))
+        given_ms = self.deadline_ms if deadline_ms is None else deadline_ms
+        result = self._attempt(
+            "write",
+            given_ms,
+            len(hashes) * self._layout.page_bytes,
+            lambda left_ms: self._store.write(self._namespace, hashes, pages, deadline_ms=left_ms),
+        )
         failed = result is None
         if result is None:
             result = WriteResult(verdicts=(PageStatus.INCOMPLETE,) * len(hashes), bytes_written=0)
         kept = sum(verdict.is_kept for verdict in result.verdicts)
-        self._count(pages_written=kept, pages_refused=len(hashes) - kept, bytes_written=result.bytes_written)
+        with self._lock:
+            counted = self._statistics
+            self._statistics = replace(
+                counted,
+                pages_written=counted.pages_written + kept,
+                pages_refused=counted.pages_refused + len(hashes) - kept,
+                bytes_written=counted.bytes_written + result.bytes_written,
+            )
         self._observe(TransferKind.WRITE, started_ms, len(hashes), kept, result.bytes_written, failed=failed)
+        return result
 
     def statistics(self) -> RemoteStatistics:
         """A snapshot."""
-        with self._lock:
-            return RemoteStatistics(**self._counts, last_error=self._last_error)
+        return self._statistics
 
-    def _attempt(self, verb: str, call: Callable[[], _T]) -> _T | None:
-        """The call's result, or None where it failed or was not made."""
-        if self._clock.now_ms() < self._paused_until_ms:
-            self._count(skipped=1)
+    def _match(self, hashes: Sequence[BlockHash], lease_ms: int) -> MatchResult:
+        started_ms = self._clock.now_ms()
+        result = self._attempt(
+            "match",
+            self.deadline_ms,
+            0,
+            lambda left_ms: self._store.match(self._namespace, [hashes], lease_ms=lease_ms, deadline_ms=left_ms),
+        )
+        found = result or MatchResult(hits=(0,), lease=None)
+        failed = result is None or result.error is not None
+        self._observe(TransferKind.MATCH, started_ms, len(hashes), found.hits[0], 0, failed=failed)
+        return found
+
+    def _attempt(self, verb: str, deadline_ms: float, size_bytes: int, call: Callable[[float], _T]) -> _T | None:
+        """The result of `call(left_ms)`, or None where it failed or was not made. It moves `size_bytes`."""
+        if self.is_paused:
+            with self._lock:
+                self._statistics = replace(self._statistics, skipped=self._statistics.skipped + 1)
             return None
+        deadline = Deadline(self._clock, deadline_ms)
         try:
-            return self._registered_call(call)
-        except Exception as error:  # whatever a store does, the worker recomputes
-            self._fail(verb, error)
+            if not self._registered:  # two threads may do it at once, which is harmless
+                self._store.register_layout(self._namespace, self._layout, deadline_ms=deadline.left_ms())
+                self._registered = True
+            result = call(deadline.left_ms())
+        except Exception as raised:  # whatever a store does, the worker recomputes
+            self._fail(verb, raised, deadline_ms, size_bytes)
             return None
+        error = result.error if isinstance(result, MatchResult | ReadResult) else None
+        if error is None:
+            self._failing = False
+        else:
+            self._fail(verb, error, deadline_ms, size_bytes)
+        return result
 
-    def _registered_call(self, call: Callable[[], _T]) -> _T:
-        if not self._registered:
-            self._store.register_layout(self._namespace, self._layout)
-            self._registered = True
-        try:
-            return call()
-        except NamespaceUnknown:  # the node was restarted and is empty
-            self._store.register_layout(self._namespace, self._layout)
-            return call()
-
-    def _fail(self, verb: str, error: Exception) -> None:
-        self._count(failures=1)
+    def _fail(self, verb: str, error: Exception, deadline_ms: float, size_bytes: int) -> None:
+        """Counts a failure, unless the call merely ran out of a time that a planner had cut short: no sign of a dead store."""
+        fair = had_fair_time(deadline_ms, size_bytes) or deadline_ms >= self.deadline_ms / 2
+        if isinstance(error, DeadlineExceeded) and not fair:
+            return
+        last_error = f"{verb}: {type(error).__name__}: {error}"
         with self._lock:
-            self._last_error = f"{verb}: {type(error).__name__}: {error}"
+            self._statistics = replace(self._statistics, failures=self._statistics.failures + 1, last_error=last_error)
+            self._failing = True
             self._paused_until_ms = self._clock.now_ms() + PAUSE_MS
-        _LOG.warning("the store failed and is left alone for %d ms: %s", PAUSE_MS, self._last_error)
-
-    def _was_hurried(self, error: Exception, deadline_ms: float, pages: int) -> bool:
-        """The read ran out of a time that was short by a planner's choice, not the operator's: no sign of a dead store."""
-        fair = had_fair_time(deadline_ms, pages * self._layout.page_bytes) or deadline_ms >= self.deadline_ms / 2
-        return isinstance(error, DeadlineExceeded) and not fair
+        _LOG.warning("the store failed and is left alone for %d ms: %s", PAUSE_MS, last_error)
 
     def _observe(
         self,
@@ -197,8 +241,6 @@ class RemoteTier:
         first_byte_ms: float | None = None,
     ) -> None:
         ended_ms = self._clock.now_ms()
-        self._observer.transferred(Transfer("remote", kind, started_ms, ended_ms, asked, pages, size_bytes, failed, first_byte_ms))
-
-    def _count(self, **increments: int) -> None:
-        with self._lock:
-            self._counts.update(increments)
+        self._observer.transferred(
+            Transfer(Tier.REMOTE, kind, started_ms, ended_ms, asked, pages, size_bytes, failed, first_byte_ms)
+        )
