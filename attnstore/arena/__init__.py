@@ -1,4 +1,4 @@
-"""The bytes of the page slots: preallocated memory of a fixed capacity, one contract and one file for each kind of memory."""
+"""The bytes of the page slots: preallocated memory of a fixed capacity, with one contract and one module per kind of memory."""
 
 from attnstore.arena.base import Arena
 from attnstore.arena.file import FileArena

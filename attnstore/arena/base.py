@@ -1,10 +1,10 @@
-"""The contract of an arena: the preallocated bytes that the slots of `attnstore.core.slots` point into.
+"""The contract of an arena: the preallocated bytes that the slots of `attnstore.core.slots` refer to.
 
-Owns: the tenant boundary in memory. Which slot is whose is decided elsewhere; an arena only sees slots.
-Invariants: capacity is fixed at construction; a window is exactly its slot; bytes of one tenant are never seen through a slot
-of another one. The last is enforced here and cannot be forgotten by a caller: a slot carries the tenancy of its extent, and
-the first slot of a new tenancy makes the arena replace the extent's bytes by zeros before the window is handed out. From then
-on slots of an earlier tenancy are refused.
+Owns: the isolation of tenants in memory. The page table decides which slot belongs to whom; an arena only sees slots.
+Invariants: capacity is fixed at construction; a view is exactly its slot; bytes of one tenant are never visible through a slot of
+another. The arena enforces the last by itself, so no caller can forget it: a slot carries the tenancy of its extent, and the first
+slot of a new tenancy makes the arena replace the extent's bytes by zeros before it returns the view. Slots of an earlier tenancy
+are refused from then on.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from attnstore.errors import InvalidArgument
 class Arena(ABC):
     """`capacity_bytes // extent_bytes` extents of zeros.
 
-    Raises `InvalidArgument` where the sizes make no extent or the memory cannot be had. `view` may be called from any thread:
-    of two threads that bring the same new tenancy, one replaces the bytes and the other waits for it.
+    Raises `InvalidArgument` if the sizes give no extent or the memory cannot be allocated. `view` may be called from any thread: if
+    two threads present the same new tenancy, one replaces the bytes and the other waits.
     """
 
     descriptors_per_extent: ClassVar[int] = 0
@@ -38,10 +38,10 @@ class Arena(ABC):
         self._changing = threading.Lock()
 
     def view(self, slot: Slot) -> memoryview:
-        """The writable window of a taken slot, exactly `slot.size_bytes` long.
+        """Returns the writable view of a taken slot, exactly `slot.size_bytes` long.
 
-        The window stays mapped for as long as anybody holds it; whether its content is still the page is known by the slot
-        being taken (`PageTable.pin`). A slot of an earlier tenancy raises `AssertionError`: its page is gone.
+        The view stays mapped while anyone holds it. Its content is the page's only while the slot is taken (`PageTable.pin`). A
+        slot of an earlier tenancy raises `AssertionError`, because its page no longer exists.
         """
         end_bytes = slot.offset_bytes + slot.size_bytes
         assert end_bytes <= self.extent_bytes, f"slot {slot} passes the end of its extent of {self.extent_bytes} bytes"
@@ -52,21 +52,19 @@ class Arena(ABC):
 
     @abstractmethod
     def withdraw(self, slot: Slot) -> None:
-        """Whoever uses the bytes of a taken slot in place learns that they are not to be used any more."""
+        """Tells readers that use the bytes of a taken slot in place that they must not use them any more."""
 
     @abstractmethod
     def close(self) -> None:
-        """Gives the memory back, as soon as no window into it is held. Closing twice is allowed; `view` then raises
-        `ValueError`.
-        """
+        """Frees the memory as soon as no view of it is held. Closing twice is allowed; `view` then raises `ValueError`."""
 
     @abstractmethod
     def _extent(self, extent: int) -> memoryview:
-        """All bytes of an extent."""
+        """Returns all bytes of an extent."""
 
     @abstractmethod
     def _replace(self, extent: int) -> None:
-        """Makes an extent all zeros, so that whoever saw its old bytes cannot see what comes next."""
+        """Makes an extent all zeros, so that a reader of its old bytes cannot see the new ones."""
 
     def _hand_over(self, slot: Slot) -> None:
         known = self._tenancies[slot.extent]

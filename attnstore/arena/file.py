@@ -1,13 +1,13 @@
 """The arena in one mapped file or device: a path on /dev/shm, on a disk, or a CXL memory device (`/dev/dax0.0`).
 
-Owns: the mapping of the whole path, its superblock, and an exclusive lock on it for as long as the node lives.
-Invariants: only a file of ours, known by its superblock, or one of zeros is ever written to. At start every stamp of the earlier
-life is void, wherever its geometry had it, before any other byte changes; then every byte is zero. Stamps of two lives of a node
-never meet, because each life counts from a number of its own. What a reader kept mapped from an earlier life is thereby known to be
-gone.
+Owns: the mapping of the whole path, its superblock, and an exclusive lock on it while the node lives.
+Invariants: only a file with our superblock or a file of zeros is ever written to. At start, every stamp of the previous life is
+voided, by the geometry recorded in its superblock, before any other byte changes; then every byte is zero. Stamps of two lives of a
+node never collide, because each life counts from its own number. A reader that kept a mapping from a previous life therefore sees
+that its pages are gone.
 
-One file cannot be taken away from a reader as the memory files of `ShmArena` can: whoever maps it sees every extent. So a node
-hands it out only where it serves one tenant.
+The file cannot be withdrawn from a reader, unlike the memory files of `ShmArena`: a reader that maps it sees every extent. A node
+therefore hands it out only if it serves a single tenant.
 """
 
 from __future__ import annotations
@@ -35,10 +35,10 @@ _ZEROS: Final = bytes(MIB)
 
 
 class FileArena(StampedArena):
-    """An arena in the file or device at `path`. A regular file is made, or made larger, as far as needed, and never smaller.
+    """An arena in the file or device at `path`. A regular file is created, or enlarged as needed, and never shrunk.
 
-    Raises `InvalidArgument` naming the path where it cannot be opened or mapped, is too small, serves another node, or holds
-    anything but an arena or zeros; nothing in it has changed then.
+    Raises `InvalidArgument` naming the path if it cannot be opened or mapped, is too small, is used by another node, or contains
+    anything but an arena or zeros; it is unchanged then.
     """
 
     def __init__(self, capacity_bytes: int, extent_bytes: int, path: Path) -> None:
@@ -82,7 +82,7 @@ class FileArena(StampedArena):
 
     def _open(self, extent: int) -> int:
         del extent
-        # Opened anew, because a duplicate would be as writable as the original.
+        # Opened again, because a duplicated descriptor would be as writable as the original.
         return os.open(f"/proc/self/fd/{self._file}", os.O_RDONLY | os.O_CLOEXEC)
 
     def _replace(self, extent: int) -> None:
@@ -107,10 +107,10 @@ class FileArena(StampedArena):
 
 
 def _opened(path: Path) -> int:
-    """The path, open for this process alone. Raises `OSError`."""
+    """Opens the path for this process alone. Raises `OSError`."""
     flags = 0
     try:
-        _require_memory(path.stat())  # before it is opened: to open some devices is to use them
+        _require_memory(path.stat())  # checked before opening, because opening some devices has side effects
     except FileNotFoundError:
         flags = os.O_CREAT | os.O_EXCL
     file = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOCTTY | os.O_NONBLOCK | flags, 0o600)
@@ -124,7 +124,7 @@ def _opened(path: Path) -> int:
 
 
 def _taken_over(file: int, block: Superblock, path: Path) -> memoryview:
-    """The file, mapped, without a stamp of an earlier life and with the new superblock. Raises `OSError`, `InvalidArgument`."""
+    """Maps the file, with the stamps of a previous life voided and a new superblock. Raises `OSError`, `InvalidArgument`."""
     status = os.fstat(file)
     is_file = stat.S_ISREG(status.st_mode)
     found_bytes = status.st_size if is_file else block.file_bytes
@@ -140,13 +140,13 @@ def _taken_over(file: int, block: Superblock, path: Path) -> memoryview:
             mapping[begin:end] = bytes(end - begin)
         write_fence()
     mapping[:SUPERBLOCK_BYTES] = block.encode()
-    with suppress(OSError):  # a device, which keeps what it is told
+    with suppress(OSError):  # a device keeps its old bytes
         os.fsync(file)
     return mapping[: block.file_bytes]
 
 
 def _superblock(mapping: memoryview, file: int, path: Path) -> Superblock | None:
-    """What an earlier life left; None where there was none. Raises `InvalidArgument` where the file is somebody else's."""
+    """Returns the superblock of a previous life, or None. Raises `InvalidArgument` if the file contains other data."""
     earlier = Superblock.decode(mapping)
     if earlier is None and not _is_blank(mapping, file):
         raise InvalidArgument(
@@ -161,7 +161,7 @@ def _superblock(mapping: memoryview, file: int, path: Path) -> Superblock | None
 
 
 def _is_blank(mapping: memoryview, file: int) -> bool:
-    """All of it is zeros. Holes are not looked at: that would fill them."""
+    """Returns whether all bytes are zeros. Skips holes, because reading would fill them."""
     at = 0
     while (at := max(at, _data_from(file, at))) < len(mapping):
         part = bytes(mapping[at : at + len(_ZEROS)])
@@ -172,7 +172,7 @@ def _is_blank(mapping: memoryview, file: int) -> bool:
 
 
 def _data_from(file: int, at: int) -> int:
-    """Where the file has its next byte that is not in a hole, as far as the system can tell."""
+    """Returns the offset of the next byte that is not in a hole, as far as the system reports holes."""
     try:
         return os.lseek(file, at, os.SEEK_DATA)
     except OSError as error:
@@ -189,11 +189,11 @@ def _writable(file: int, size_bytes: int, path: Path) -> memoryview:
 
 
 def _allocate(file: int, found_bytes: int, size_bytes: int) -> None:
-    """Gives a regular file room for so many bytes, or leaves it as it was. Raises `OSError`."""
+    """Allocates space for a regular file, or leaves it as it was. Raises `OSError`."""
     os.ftruncate(file, max(found_bytes, size_bytes))
     try:
         memory_files.allocate_huge_pages(memory_files.map_writable(file, size_bytes))
-        # Allocated now: a page of a mapped file that finds no room later is a fatal signal.
+        # Allocated now, because a mapped page without disk space causes a fatal signal later.
         os.posix_fallocate(file, 0, size_bytes)
     except OSError:
         os.ftruncate(file, found_bytes)

@@ -1,8 +1,7 @@
-"""The arena of anonymous memory: private to the process, gone with it.
+"""The arena of anonymous memory, private to the process.
 
-Owns: one anonymous mapping, faulted in at start, so that a node that started will not fail for memory under load and no first
-write pays for page faults. Huge pages are asked for where the system has them: a layer slice of many pages touches fewer TLB
-entries.
+Owns: one anonymous mapping. It is faulted in at start, so that a running node cannot fail for lack of memory and no first write
+pays for page faults. Huge pages are used if available, because a layer slice of many pages then touches fewer TLB entries.
 """
 
 from __future__ import annotations
@@ -22,8 +21,7 @@ _ZEROS: Final = bytes(MIB)
 
 
 class MemoryArena(Arena):
-    """An arena in this process's memory. No other process can see it, so an extent that changes tenants is overwritten in
-    place.
+    """An arena in this process's memory. No other process can see it, so an extent that changes tenants is overwritten in place.
 
     >>> from attnstore.core.slots import Slot
     >>> arena = MemoryArena(capacity_bytes=8192, extent_bytes=4096)
@@ -45,12 +43,12 @@ class MemoryArena(Arena):
         self._windows = [self._bytes[begin : begin + extent_bytes] for begin in range(0, self.extents * extent_bytes, extent_bytes)]
 
     def withdraw(self, slot: Slot) -> None:
-        """See `Arena.withdraw`. Nobody outside this process uses them."""
+        """No-op: no other process uses the bytes in place."""
 
     def close(self) -> None:
         for window in (*self._windows, self._bytes):
             window.release()
-        with suppress(BufferError):  # windows are held: the mapping goes with the last of them
+        with suppress(BufferError):  # views are still held; the mapping ends with the last of them
             self._mapping.close()
 
     def _extent(self, extent: int) -> memoryview:
@@ -64,7 +62,7 @@ class MemoryArena(Arena):
 
 
 def _populate(mapping: mmap.mmap) -> None:
-    """Faults every page of the mapping in, as huge pages where that is possible."""
+    """Faults in every page of the mapping, as huge pages if possible."""
     with suppress(AttributeError, OSError):  # no huge pages on this system
         mapping.madvise(mmap.MADV_HUGEPAGE)
     try:

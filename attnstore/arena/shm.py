@@ -1,10 +1,11 @@
 """The arena of shared memory: extents that other processes of this host may map and read in place.
 
-Owns: one sealed memory file (`memfd`) for each extent, and the read-only descriptor that is handed out.
-Invariants: whoever mapped an extent for one tenant never sees a byte of the next one, because the next one gets another file; the
-old file is emptied before the new one is filled, so the memory of all files together never passes the capacity and its stamps.
+Owns: one sealed memory file (`memfd`) per extent, and the read-only descriptor that is handed out.
+Invariants: a reader that mapped an extent for one tenant never sees a byte of the next tenant, because the next tenant gets another
+file; the old file is emptied before the new one is filled, so all files together never use more memory than the capacity plus
+stamps.
 
-Why a new file and not a wipe: a mapping in another process cannot be taken back, so what comes next must not be in that file.
+A new file instead of a wipe, because a mapping in another process cannot be revoked: later bytes must not be in that file.
 """
 
 from __future__ import annotations
@@ -24,8 +25,8 @@ from attnstore.wire.shm import ExtentLayout
 class ShmArena(StampedArena):
     """An arena of memory files. Linux only.
 
-    Raises `InvalidArgument` where the machine has less memory than the capacity, or where this process may not have two
-    descriptors for each extent; it raises its own soft limit of descriptors as far as it must.
+    Raises `InvalidArgument` if the machine has less memory than the capacity, or if this process may not open two descriptors per
+    extent; it raises its own soft limit of descriptors as needed.
     """
 
     descriptors_per_extent = 2
@@ -45,12 +46,12 @@ class ShmArena(StampedArena):
             ) from error
 
     def span(self, extent: int) -> Span:
-        """Each extent is a file of its own."""
+        """Returns the whole file: each extent has its own."""
         del extent
         return Span(0, self.layout.file_bytes)
 
     def close(self) -> None:
-        """See `Arena.close`. Memory that a reader has mapped lives on, unchanged, until the reader lets it go."""
+        """See `Arena.close`. Memory that a reader has mapped stays, unchanged, until the reader unmaps it."""
         with ExitStack() as closing:
             for file in self._files:
                 closing.callback(file.close)
@@ -63,7 +64,7 @@ class ShmArena(StampedArena):
         try:
             fresh = _ExtentFile(self.layout)
         except OSError as error:
-            # The tenancy is not recorded yet: the next slot of it tries again.
+            # The tenancy is not recorded yet: its next slot tries again.
             raise Overloaded(f"no memory for the extent of a new tenant: {error.strerror}") from error
         self._files[extent].close()
         self._files[extent] = fresh
@@ -77,13 +78,13 @@ class ShmArena(StampedArena):
 
 
 class _ExtentFile:
-    """One extent's memory file, mapped writable here and nowhere else. Raises `OSError` where there is no memory for it."""
+    """One extent's memory file, mapped writable only here. Raises `OSError` if there is no memory for it."""
 
     def __init__(self, layout: ExtentLayout) -> None:
         file, self._bytes = memory_files.create("attnstore-extent", layout.file_bytes)
         try:
-            # Opened anew, because a duplicate would be as writable as the original. (F_SEAL_FUTURE_WRITE would bind even a reader
-            # who opens the file himself, but with it the kernel gives no memory back as long as any reader maps the file.)
+            # Opened again, because a duplicated descriptor would be as writable as the original. (F_SEAL_FUTURE_WRITE would also
+            # stop a reader who opens the file itself, but with it the kernel frees no memory while any reader maps the file.)
             self.descriptor = os.open(f"/proc/self/fd/{file}", os.O_RDONLY | os.O_CLOEXEC)
         finally:
             os.close(file)
@@ -92,12 +93,12 @@ class _ExtentFile:
         self._closed = False
 
     def empty(self) -> None:
-        """Voids every stamp, then gives the memory back: whoever still maps the file reads zeros, and can tell."""
+        """Voids every stamp, then frees the memory: a reader that still maps the file reads zeros, and detects it by the stamps."""
         void(self.stamps)
         memory_files.give_back(self._bytes)
 
     def close(self) -> None:
-        """Lets the file go; the kernel frees it with the last window of ours and the last mapping of others.
+        """Closes the file; the kernel frees it with the last view here and the last mapping elsewhere.
 
         Closing twice is allowed.
         """
@@ -111,7 +112,7 @@ class _ExtentFile:
 
 
 def _require_memory(capacity_bytes: int) -> None:
-    # The kernel does not refuse a memory file that is too large; it looks for a process to kill when it fills up.
+    # The kernel does not refuse a memory file that is too large; it kills a process when memory runs out.
     machine_bytes = os.sysconf("SC_PHYS_PAGES") * mmap.PAGESIZE
     if capacity_bytes > machine_bytes:
         raise InvalidArgument(

@@ -1,12 +1,12 @@
-"""What every arena has that readers on this host map: stamps beside the bytes, and extents to hand out.
+"""The common part of arenas that readers on this host map: stamps next to the bytes, and extents to hand out.
 
-Owns: the rule by which stamps change. Where the words lie is the subclass's: behind the data of each extent, as
-`attnstore.wire.shm.ExtentLayout` says.
-Invariants: a slot's stamp changes before the first byte of a new generation can be written, because nobody gets the slot's window
-without it; a slot that is withdrawn has a stamp that no page was ever located with. (A generation has two stamps, one for each.)
+Owns: when stamps change. The subclass decides where the stamp words are: behind the data of each extent, as in
+`attnstore.wire.shm.ExtentLayout`.
+Invariants: a slot's stamp changes before the first byte of a new generation can be written, because only `view` returns the slot's
+bytes; a withdrawn slot has a stamp with which no page was ever located. (Each generation has one stamp for either state.)
 
-Why stamps in the file: a reader needs no call to learn that a page it uses in place is still the page. Both sides fence
-(`attnstore.fences`), because no lock lies between two processes.
+Stamps are in the file so that a reader can check without a call that a page used in place is still the page. Both sides use memory
+fences (`attnstore.fences`), because two processes share no lock.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ from attnstore.wire.shm import ExtentLayout
 
 
 class Span(NamedTuple):
-    """Which bytes of its file an extent is. Both are multiples of what the file can be mapped at."""
+    """The bytes of its file that an extent occupies. Both fields are multiples of the mapping granularity."""
 
     offset_bytes: int
     size_bytes: int
 
 
 class StampedArena(Arena):
-    """An arena whose extents other processes may map. `first_stamp` is what the stamps of this node's life begin at: memory that
-    outlives the node must not show a stamp twice.
+    """An arena whose extents other processes may map. `first_stamp` is the first stamp of this node's life, because memory that
+    outlives the node must never show a stamp twice.
     """
 
     def __init__(self, capacity_bytes: int, extent_bytes: int, *, first_stamp: int = 0) -> None:
@@ -40,7 +40,7 @@ class StampedArena(Arena):
         self._slot_bytes = [0] * self.extents
 
     def view(self, slot: Slot) -> memoryview:
-        """See `Arena.view`. The first view of a slot also makes every place that named older bytes of it worthless."""
+        """See `Arena.view`. The first view of a slot also invalidates every place that refers to older bytes of it."""
         window = super().view(slot)
         index = self.layout.stamp_index(slot.offset_bytes)
         if self._stamps(slot.extent)[index] < self._stamp_of(slot):
@@ -49,18 +49,18 @@ class StampedArena(Arena):
         return window
 
     def withdraw(self, slot: Slot) -> None:
-        """See `Arena.withdraw`: readers that have the extent mapped learn it by the stamp."""
+        """See `Arena.withdraw`: readers that have mapped the extent see it by the stamp."""
         stamps, index, stamp = self._stamps(slot.extent), self.layout.stamp_index(slot.offset_bytes), self._stamp_of(slot)
         with self._changing:
             if stamps[index] == stamp:
                 stamps[index] = stamp + 1
 
     def stamp(self, slot: Slot) -> int:
-        """What the stamp word of a slot says now. Meaningful for a page that is pinned."""
+        """Returns the slot's stamp word. Meaningful for a pinned page."""
         return self._stamps(slot.extent)[self.layout.stamp_index(slot.offset_bytes)]
 
     def descriptor(self, extent: int, tenancy: int) -> int | None:
-        """A new read-only descriptor of the extent's file, for the caller to close; None where the tenancy is no longer."""
+        """Returns a new read-only descriptor of the extent's file, for the caller to close, or None if the tenancy has ended."""
         with self._changing:
             if not 0 <= extent < self.extents or self._tenancies[extent] != tenancy:
                 return None
@@ -68,20 +68,20 @@ class StampedArena(Arena):
 
     @abstractmethod
     def span(self, extent: int) -> Span:
-        """Where in that file the extent is."""
+        """Returns the place of the extent in that file."""
 
     @abstractmethod
     def _open(self, extent: int) -> int:
-        """A new read-only descriptor."""
+        """Returns a new read-only descriptor."""
 
     @abstractmethod
     def _stamps(self, extent: int) -> memoryview:
-        """The extent's stamp words, writable, format `Q`."""
+        """Returns the extent's stamp words, writable, format `Q`."""
 
     def _stamp(self, slot: Slot, index: int) -> None:
         stamps, stamp = self._stamps(slot.extent), self._stamp_of(slot)
         if self._slot_bytes[slot.extent] != slot.size_bytes:
-            # Slots of another size lie across the old ones, whose stamp words need not be where the new ones begin.
+            # Slots of another size overlap several old ones, whose stamp words need not be those of the new slots.
             stamps[:] = memoryview(array("Q", (stamp,)) * len(stamps))
             self._slot_bytes[slot.extent] = slot.size_bytes
         elif stamps[index] < stamp:
@@ -93,6 +93,6 @@ class StampedArena(Arena):
 
 
 def void(stamps: memoryview) -> None:
-    """Makes every place in an extent worthless, before anything that is written to it from now on."""
+    """Invalidates every place in an extent, before any later write to it."""
     stamps[:] = memoryview(array("Q", bytes(stamps.nbytes)))
     write_fence()

@@ -1,13 +1,13 @@
-"""The first bytes of an arena that outlives its node: how a node tells its own file from any other, and where old stamps are.
+"""The first bytes of an arena that outlives its node: they identify our file and locate the old stamps.
 
 Owns: the format. A superblock is 64 bytes, little-endian, at the beginning of the file; extents begin at `EXTENTS_AT_BYTES`:
 
     magic 8s | version u32 | 0 u32 | extents u64 | span_bytes u64 | stamps_offset_bytes u64 | stamps u64 | 0 u64 | checksum u64
 
-Extent `i` is the `span_bytes` from `EXTENTS_AT_BYTES + i * span_bytes` on; its `stamps` words begin at `stamps_offset_bytes` in it.
-The checksum is the XXH3-64 of the bytes before it.
+Extent `i` is `span_bytes` long and begins at `EXTENTS_AT_BYTES + i * span_bytes`; its `stamps` words begin at `stamps_offset_bytes`
+in it. The checksum is the XXH3-64 of the bytes before it.
 
-Invariant: whoever can read a superblock can void every stamp of the file, so a version that changes anything else keeps this.
+Invariant: a node that can read a superblock can void every stamp of the file, so later versions must keep this format.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from attnstore.wire.chunks import Buffer
 
 VERSION: Final = 1
 EXTENTS_AT_BYTES: Final = HUGE_PAGE_BYTES
-"""A device of CXL memory can be mapped at multiples of this."""
+"""A CXL memory device can be mapped at multiples of this."""
 _MAGIC: Final = b"ATTNAREN"
 _FIELDS: Final = struct.Struct("<8sI4xQQQQ8x")
 _CHECKSUM: Final = struct.Struct("<Q")
@@ -34,7 +34,7 @@ _STAMP_BYTES: Final = 8
 
 @dataclass(frozen=True, slots=True)
 class Superblock:
-    """Where the extents of an arena and their stamps are in its file."""
+    """The places of the extents and of their stamps in the file of an arena."""
 
     version: int
     extents: int
@@ -44,7 +44,7 @@ class Superblock:
 
     @classmethod
     def decode(cls, data: Buffer) -> Self | None:
-        """The superblock that the bytes begin with; None where they begin with something else, or it is damaged."""
+        """Returns the superblock at the beginning of the bytes, or None if there is none or it is damaged."""
         head = bytes(data[:SUPERBLOCK_BYTES])
         if len(head) < SUPERBLOCK_BYTES or not head.startswith(_MAGIC):
             return None
@@ -60,11 +60,11 @@ class Superblock:
 
     @property
     def file_bytes(self) -> int:
-        """Of the whole arena."""
+        """The size of the whole arena."""
         return EXTENTS_AT_BYTES + self.extents * self.span_bytes
 
     def stamps_in(self, file_bytes: int) -> Iterator[tuple[int, int]]:
-        """`[begin, end)` of the stamp words of each extent, as far as a file of that size has them."""
+        """Returns `[begin, end)` of the stamp words of each extent, as far as a file of that size contains them."""
         for extent in range(self.extents):
             begin = EXTENTS_AT_BYTES + extent * self.span_bytes + self.stamps_offset_bytes
             if begin >= file_bytes:

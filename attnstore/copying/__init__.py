@@ -1,12 +1,12 @@
-"""Copies bytes between memories, and says the checksums of what it copied; or hashes what lies there.
+"""Copies bytes between memories and returns the checksums of what it copied, or hashes bytes in place.
 
-Owns: `copy`, `checksums`, `address_of`, and which of two ways a copy goes.
-Invariants: the checksums are those of the bytes which the destination has now, whatever happens to the source meanwhile, so a page
-whose checksum is right *is* the page. Those of the layers are made of the same bytes, or of what lay there just before: memory that
-changed in between gives a page's checksum that is wrong.
+Owns: `copy`, `checksums`, `address_of`, and the choice between two implementations.
+Invariants: the page's checksum is computed from the bytes that the destination has now, whatever happens to the source meanwhile,
+so a page with the right checksum *is* the page. The checksums of the layers are computed from the same bytes or from those read
+just before: if memory changed in between, the page's checksum is wrong.
 
-Where numba is installed, a process that copies or hashes much compiles one loop for all of it (`attnstore.copying.kernel`), which
-hides the checksums behind the memory; others copy first and read what they copied twice more.
+If numba is installed, a process that copies or hashes much compiles one loop for everything (`attnstore.copying.kernel`), which
+hides the hashing behind the memory accesses. Other processes copy first and then read the copy twice more.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from attnstore.limits import MIB
 from attnstore.logs import get_logger
 
 _MUCH_BYTES: Final = 64 * MIB
-"""Copied or hashed by a process before it compiles anything."""
+"""Bytes copied or hashed by a process before it compiles anything."""
 _LINE_BYTES: Final = 64
 _PYBUF_SIMPLE: Final = 0
 
@@ -33,17 +33,17 @@ _Compiled = Callable[[int, int, int, int, int, int], int]
 
 
 Checksums = tuple[int, bytes]
-"""The `page_checksum` of a page or of a range of its layers, and the `layer_checksums` of these. A plain tuple, because a named one
-takes as long to make as a small page to hash.
+"""The `page_checksum` of a page or of a range of its layers, and their `layer_checksums`. A plain tuple, because creating a named
+tuple takes as long as hashing a small page.
 """
 
 
 def copy(destination: memoryview, source: int, layer_bytes: int, *, soon_used: bool = False) -> Checksums:
-    """Fills `destination`, writable and contiguous, from address `source` on; the checksums of what it holds then.
+    """Fills `destination`, writable and contiguous, from address `source`. Returns the checksums of what it then contains.
 
-    Without the interpreter lock, so that several threads copy at once. `soon_used` leaves the bytes in the processor's cache;
-    otherwise they go past it where that is faster. The source must not overlap, and must stay mapped. `destination` is a whole
-    number of layers.
+    Releases the interpreter lock, so that several threads copy at once. `soon_used` leaves the bytes in the processor's cache;
+    otherwise they bypass it if that is faster. The source must not overlap, and must stay mapped. `destination` is a whole number
+    of layers.
     """
     target = _addressof(_from_buffer(destination))
     compiled = _compilation.result
@@ -55,7 +55,7 @@ def copy(destination: memoryview, source: int, layer_bytes: int, *, soon_used: b
 
 
 def checksums(data: memoryview, layer_bytes: int) -> Checksums:
-    """The checksums of contiguous bytes where they lie, a whole number of layers. Without the interpreter lock."""
+    """Returns the checksums of contiguous bytes in place, a whole number of layers. Releases the interpreter lock."""
     if layer_bytes < len(data):
         compiled = _compilation.result
         if compiled is not None and layer_bytes % CHECKSUM_BLOCK_BYTES == 0:
@@ -69,7 +69,7 @@ def _read(data: memoryview, layer_bytes: int) -> Checksums:
     if layer_bytes == len(data):
         whole = page_checksum(data)
         return whole, whole.to_bytes(LAYER_CHECKSUM_BYTES, "little")
-    of_layers = layer_checksums(data, layer_bytes)  # first: see the module
+    of_layers = layer_checksums(data, layer_bytes)  # the layers first: see the module
     return page_checksum(data), of_layers
 
 
@@ -84,13 +84,13 @@ def _run(compiled: _Compiled, source: int, size_bytes: int, layer_bytes: int, ta
 
 
 def prepare() -> None:
-    """Compiles the loop now, for a process that knows that it will copy much. Nothing happens where numba is not installed."""
+    """Compiles the loop now, for a process that will copy much. No-op without numba."""
     if _can_compile():
         _compilation.compile()
 
 
 class _Buffer(ctypes.Structure):
-    """CPython's `Py_buffer`, which is part of the stable ABI since 3.11."""
+    """CPython's `Py_buffer`, part of the stable ABI since 3.11."""
 
     _fields_ = (
         ("buf", ctypes.c_void_p),
@@ -108,7 +108,7 @@ class _Buffer(ctypes.Structure):
 
 
 def address_of(view: memoryview) -> int:
-    """Where a contiguous view's bytes are; good for as long as the view is alive. (ctypes itself refuses read-only memory.)"""
+    """Returns the address of a contiguous view's bytes, valid while the view is alive. (ctypes itself refuses read-only memory.)"""
     buffer = _Buffer()
     ctypes.pythonapi.PyObject_GetBuffer(ctypes.py_object(view), ctypes.byref(buffer), _PYBUF_SIMPLE)
     address = buffer.buf
@@ -118,30 +118,30 @@ def address_of(view: memoryview) -> int:
 
 
 class _Compilation:
-    """Compiles on a thread of its own, once the process has copied or hashed enough for it to pay; nobody waits for it."""
+    """Compiles on a thread of its own once the process has copied or hashed enough for it to pay; no caller waits for it."""
 
     def __init__(self, much_bytes: int) -> None:
         self.result: _Compiled | None = None
-        """The loop, as soon as there is one."""
+        """The loop, once it is compiled."""
         self._left_bytes = much_bytes
         self._lock = threading.Lock()
 
     def count(self, size_bytes: int) -> None:
-        """So many bytes were copied or hashed without it."""
+        """Counts bytes that were copied or hashed without the loop."""
         if self._left_bytes <= 0:
             return
         with self._lock:
             begins = 0 < self._left_bytes <= size_bytes
             self._left_bytes -= size_bytes
         if begins and _can_compile():
-            # Not a daemon: a process that ended amid LLVM's work would crash.
+            # Not a daemon: a process that exits while LLVM is running would crash.
             threading.Thread(target=self.compile, name="attnstore-compile").start()
 
     def compile(self) -> None:
-        """Takes half a second, and a whole one where nothing is cached."""
+        """Takes half a second, or a whole one if nothing is cached."""
         try:
             from attnstore.copying.kernel import hash_layers
-        except Exception as error:  # whatever a library of compilers finds wrong with this machine: copies need none of it
+        except Exception as error:  # Whatever fails in the compiler on this machine: copying does not need it.
             _log.warning("pages are copied without the compiled loop", reason=f"{type(error).__name__}: {error}")
         else:
             self.result = hash_layers

@@ -1,7 +1,7 @@
-"""How functions are compiled: by numba, to run without the interpreter lock, and kept on disk where there is a place for that.
+"""Compilation by numba: functions run without the interpreter lock and are cached on disk if there is a writable folder.
 
-Owns: the options of compilation. Exists because numba raises where it finds no folder to keep a function in, as on a read-only
-root: a process that compiles anew at each start is better than one that does not start.
+Owns: the options of compilation. Exists because numba raises if it finds no folder for its cache, as on a read-only root file
+system: a process that compiles at each start is better than one that does not start.
 """
 
 # mypy: disable-error-code="no-untyped-call"
@@ -27,12 +27,12 @@ def compiled(function: Callable[..., Any]) -> Any:
 
 
 def inlined(function: Callable[..., Any]) -> Any:
-    """Decorates a function that becomes a part of each that calls it."""
+    """Decorates a function that is inlined into its callers."""
     return _kept(function, forceinline=True)
 
 
 def compiled_for(signature: Any) -> Callable[[Callable[..., Any]], Any]:
-    """Decorates a function that is compiled at once, for arguments of these types alone."""
+    """Decorates a function that is compiled at once, for arguments of these types only."""
     return lambda function: _kept(function, signature)
 
 
@@ -48,4 +48,4 @@ def _kept(function: Callable[..., Any], *signature: Any, **options: bool) -> Any
 
 @lru_cache(maxsize=1)
 def _warn() -> None:
-    _log.warning("compiled code is kept nowhere, so each start compiles anew: set NUMBA_CACHE_DIR to a folder that can be written")
+    _log.warning("compiled code is not cached, so each start compiles again: set NUMBA_CACHE_DIR to a writable folder")

@@ -1,11 +1,12 @@
-"""One loop that hashes a page and each of its layers, and copies it if asked to, compiled by numba.
+"""One loop, compiled by numba, that hashes a page and each of its layers and optionally copies it.
 
 Owns: `hash_layers`. Source of the algorithm: Yann Collet, XXH3, https://github.com/Cyan4973/xxHash, doc/xxhash_spec.md; the case of
-more than 240 bytes with seed 0 and the default secret. XXH3 adds up blocks of 1,024 bytes, and what a block adds depends on nothing
-before it: so where layers are whole blocks one pass gives the page's checksum and those of its layers, for the price of the former.
-A copy waits for memory, so the arithmetic costs nothing; and stores that go past the cache spare reading what they overwrite, as
-the C library's `memcpy` does only from some megabytes on.
-Invariant: each byte is read from the source once, and what was read is what is stored and what is hashed, for page and layer alike.
+more than 240 bytes with seed 0 and the default secret. XXH3 accumulates blocks of 1,024 bytes, and the contribution of a block does
+not depend on earlier blocks. If layers are whole blocks, one pass therefore computes the checksums of the page and of its layers at
+the price of the page's.
+A copy waits for memory, so the arithmetic costs nothing. Non-temporal stores save reading the lines that they overwrite; the C
+library's `memcpy` uses them only for copies of several megabytes.
+Invariant: each byte is read from the source once; the same value is stored and hashed, for page and layer alike.
 """
 
 # mypy: disable-error-code="untyped-decorator,no-untyped-call,no-untyped-def,no-any-unimported,misc,no-any-return"
@@ -24,9 +25,9 @@ from attnstore.core.hashing import CHECKSUM_BLOCK_BYTES
 
 _STRIPE_BYTES: Final = 64
 _STRIPES: Final = CHECKSUM_BLOCK_BYTES // _STRIPE_BYTES
-"""Of a block, after which the sums are scrambled."""
+"""Of a block; the accumulators are scrambled after them."""
 _STEP_BYTES: Final = 8
-"""By so much the secret moves on with each stripe."""
+"""The offset of the secret per stripe."""
 
 _SECRET_HEX: Final = (
     "b8fe6c3923a44bbe7c01812cf721ad1cded46de9839097db7240a4a4b7b3671f"
@@ -44,9 +45,9 @@ _AVALANCHE: Final = 0x165667919E3779F9
 _SUMS: Final = (_P32_3, _P64_1, _P64_2, _P64_3, _P64_4, _P32_2, _P64_5, _P32_1)
 
 _SCRAMBLE, _LAST, _MERGE = range(_STRIPES, _STRIPES + 3)
-"""Which of the keys are not those of a stripe."""
+"""The indexes of the keys that do not belong to a stripe."""
 _KEYS_AT: Final = (*range(0, _STRIPES * _STEP_BYTES, _STEP_BYTES), 128, 121, 11)
-"""Where each key begins in the secret."""
+"""The offset of each key in the secret."""
 
 _U64 = ir.IntType(64)
 _LANES: Final = 8
@@ -76,13 +77,15 @@ def _splat(number: int) -> Any:
 
 @intrinsic
 def _first_sums(typingctx):
-    """What the sums begin with."""
+    """The initial accumulators."""
     return _words(), lambda context, builder, signature, args: ir.Constant(_VECTOR, list(_SUMS))
 
 
 @intrinsic
 def _key(typingctx, number):
-    """A key, from a table of whole cache lines: in the secret most of them lie across two, and loading them twice costs a tenth."""
+    """Returns a key from a table aligned to cache lines: in the secret most keys cross two lines, and loading them costs 10% more
+    time.
+    """
 
     def codegen(context, builder, signature, args):
         table = builder.module.globals.get(_TABLE)
@@ -100,7 +103,7 @@ def _key(typingctx, number):
 
 @intrinsic
 def _load(typingctx, address):
-    """The 64 bytes at an address."""
+    """Loads the 64 bytes at an address."""
 
     def codegen(context, builder, signature, args):
         value = builder.load(builder.inttoptr(args[0], _VECTOR.as_pointer()))
@@ -123,7 +126,7 @@ def _store(typingctx, address, words):
 
 @intrinsic
 def _stream(typingctx, address, words):
-    """Stores 64 bytes at an address that is a multiple of 64, past the cache."""
+    """Stores 64 bytes at an address that is a multiple of 64, bypassing the cache."""
 
     def codegen(context, builder, signature, args):
         store = builder.store(args[1], builder.inttoptr(args[0], _VECTOR.as_pointer()))
@@ -137,7 +140,7 @@ def _stream(typingctx, address, words):
 
 @intrinsic
 def _fence(typingctx):
-    """What was stored past the cache comes before every later store."""
+    """Orders non-temporal stores before every later store."""
 
     def codegen(context, builder, signature, args):
         builder.fence("seq_cst")
@@ -159,19 +162,19 @@ def _put(typingctx, address, number):
 
 @intrinsic
 def _no_sums(typingctx):
-    """What a block's own sums begin with."""
+    """The initial accumulators of a block of its own."""
     return _words(), lambda context, builder, signature, args: ir.Constant(_VECTOR, [0] * _LANES)
 
 
 @intrinsic
 def _added(typingctx, sums, more):
-    """Both sums together."""
+    """Adds two sets of accumulators."""
     return _words(sums, more), lambda context, builder, signature, args: builder.add(*args)
 
 
 @intrinsic
 def _accumulated(typingctx, sums, data, key):
-    """The sums after one stripe."""
+    """Returns the accumulators after one stripe."""
 
     def codegen(context, builder, signature, args):
         sums, data, key = args
@@ -186,7 +189,7 @@ def _accumulated(typingctx, sums, data, key):
 
 @intrinsic
 def _scrambled(typingctx, sums, key):
-    """The sums after one block."""
+    """Returns the accumulators after one block."""
 
     def codegen(context, builder, signature, args):
         sums, key = args
@@ -198,7 +201,7 @@ def _scrambled(typingctx, sums, key):
 
 @intrinsic
 def _merged(typingctx, sums, key, size_bytes):
-    """The checksum that the sums come to."""
+    """Returns the checksum for the accumulators."""
 
     def codegen(context, builder, signature, args):
         sums, key, size_bytes = args
@@ -219,10 +222,11 @@ def _merged(typingctx, sums, key, size_bytes):
 
 @compiled_for(types.uint64(types.intp, types.intp, types.intp, types.intp, types.intp, types.intp))
 def hash_layers(source, layers, layer_bytes, checksums, target, how):
-    """XXH3-64 of `layers` times `layer_bytes` from address `source` on; that of each layer goes to address `checksums`, u64 each.
+    """Computes the XXH3-64 of `layers` times `layer_bytes` from address `source`; that of each layer is stored at `checksums`, u64
+    each.
 
-    `layer_bytes` is a multiple of 1,024, `checksums` of 8, or 0 where they are not wanted. how: 0 copies nothing, 1 copies to
-    address `target`, 2 does so past the cache, which needs a `target` that is a multiple of 64.
+    `layer_bytes` is a multiple of 1,024; `checksums` is a multiple of 8, or 0 for none. how: 0 copies nothing, 1 copies to address
+    `target`, 2 does so bypassing the cache, which requires a `target` that is a multiple of 64.
     """
     scramble, last, merge = _key(_SCRAMBLE), _key(_LAST), _key(_MERGE)
     blocks = layer_bytes // CHECKSUM_BLOCK_BYTES
@@ -244,7 +248,7 @@ def hash_layers(source, layers, layer_bytes, checksums, target, how):
                     own = _accumulated(own, words, _key(stripe))
                 at += _STRIPE_BYTES
             if block == blocks - 1:
-                # The last stripe of all that is hashed has a key of its own, and nothing is scrambled after it.
+                # The last stripe of the whole input has its own key, and nothing is scrambled after it.
                 end = _accumulated(own, words, last)
                 if checksums:
                     _put(checksums + 8 * layer, _merged(_added(sums, end), merge, layer_bytes))

@@ -1,6 +1,4 @@
-"""The directory of a cluster: its contract, an implementation in memory and one on Redis or Valkey, and the view that clients make
-of it.
-"""
+"""The directory of a cluster: its contract, implementations in memory and on Redis or Valkey, and the view computed from it."""
 
 from attnstore.directory.base import Directory
 from attnstore.directory.factory import checked_directory, load_cluster_key, open_directory

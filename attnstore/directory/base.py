@@ -1,4 +1,4 @@
-"""The contract of a directory, which knows the members of a cluster and what they share.
+"""The contract of a directory, which stores the members of a cluster and the state that they share.
 
 Owns: `Directory`. Invariant: a directory is a hint. A wrong or missing answer costs at most a miss, and no page waits for a call.
 """
@@ -14,54 +14,54 @@ from attnstore.directory.trust import MemberCheck
 
 
 class Directory(Protocol):
-    """All calls raise `Unavailable` where the directory does not answer within its own short time limit.
+    """All calls raise `Unavailable` if the directory does not answer within its own short time limit.
 
-    Records that nobody of this cluster can have written are skipped, as if they were not there.
+    Records that no member of this cluster can have written are skipped, as if they did not exist.
     """
 
     @property
     def name(self) -> str:
-        """Where the directory is, without secrets; for messages."""
+        """The address of the directory, without secrets; for messages."""
         ...
 
     @property
     def skipped(self) -> Mapping[RecordKind, int]:
-        """How many records of each kind were skipped in the last answer that had some of the kind."""
+        """The number of records of each kind that were skipped in the last answer that contained the kind."""
         ...
 
     def check_of(self, member: Member) -> MemberCheck | None:
-        """How a member is told from whoever else answers at its URL before anything is sent there; None for not at all."""
+        """Returns the check that identifies a member before anything is sent to its URL, or None if nothing is checked."""
         ...
 
     async def announce(self, member: Member, ttl_ms: int, known: Revision | None) -> Membership | None:
-        """A heartbeat: `member` is here for `ttl_ms` more. The membership, or None where it is still the known one."""
+        """Sends a heartbeat: `member` is present for `ttl_ms` more. Returns the membership, or None if `known` is still current."""
         ...
 
     async def membership(self, known: Revision | None) -> Membership | None:
-        """The membership, or None where it is still the known one."""
+        """Returns the membership, or None if `known` is still current."""
         ...
 
     async def withdraw(self, node_id: str) -> None:
-        """The node has left, and what operators wanted of it with it. Of an unknown node: nothing."""
+        """Removes a node that leaves, with its intent. No-op for an unknown node."""
         ...
 
     async def set_intent(self, node_id: str, intent: Intent | None) -> bool:
-        """What operators want of a node from now on, until it leaves or for `INTENT_MS_MAX` after it was last heard of.
+        """Sets what operators want of a node, until it leaves or for `INTENT_MS_MAX` after its last heartbeat.
 
-        False where there is no such member, nor one that was lately and of which something is wanted.
+        Returns False if there is no such member and no intent for it.
         """
         ...
 
     async def put_layouts(self, layouts: Sequence[LayoutRecord]) -> None:
-        """Makes layouts known for a day."""
+        """Publishes layouts for a day."""
         ...
 
     async def layouts(self) -> list[LayoutRecord]:
-        """The layouts that nodes made known during the last day."""
+        """Returns the layouts published during the last day."""
         ...
 
     async def set_quota(self, tenant: str, quota_bytes: int | None) -> None:
-        """How many bytes a tenant's pages may take on all nodes together; None lifts the quota."""
+        """Sets how many bytes a tenant's pages may take on all nodes together; None removes the quota."""
         ...
 
     async def publish(self, batch: EventBatch) -> None:
@@ -69,17 +69,21 @@ class Directory(Protocol):
         ...
 
     async def events(self, after: str | None, wait_ms: int) -> tuple[list[EventBatch], str]:
-        """The batches after a position, waiting for the first one, and the next position. `after=None`: from now on."""
+        """Returns the batches after a position, waiting for the first one, and the next position. `after=None` means
+        from now on.
+        """
         ...
 
     async def publish_deletions(self, node_id: str, deletions: Sequence[Deletion]) -> None:
-        """Keeps deletions for nodes that are away, a bounded number of them."""
+        """Stores deletions for nodes that are away, in bounded number."""
         ...
 
     async def deletions(self, after: str | None) -> tuple[list[Deletion], str | None]:
-        """Deletions after a position, with their age now, a part of them if there are many, and the next position. None: all."""
+        """Returns deletions after a position with their current age, possibly only some of them, and the next position. None means
+        all.
+        """
         ...
 
     async def close(self) -> None:
-        """Lets connections go."""
+        """Closes the connections."""
         ...

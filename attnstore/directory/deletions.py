@@ -1,8 +1,8 @@
-"""Deletions on their way through the directory, for the nodes that nobody could tell: they hung, or were cut off, or not there yet.
+"""Deletions published through the directory, for nodes that could not be reached: hung, cut off, or not yet started.
 
-Owns: the form of a deletion's record and what of them a node has not published yet. Invariants: ages are durations, so that no
-clocks of two machines are compared; the queue is bounded, and where it is full the tenant with the most loses its oldest, which is
-logged; tenants take turns, so that one that deletes a lot holds up nobody else's.
+Owns: the format of a deletion's record, and a node's queue of deletions to publish. Invariants: ages are durations, so that the
+clocks of two machines are never compared; the queue is bounded, and if it is full the tenant with the most entries loses its
+oldest, which is logged; tenants take turns, so that one that deletes much does not delay the others.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from attnstore.types import Space
 _log = get_logger(__name__)
 
 _Dated = tuple[float, "Deletion"]
-"""With the clock's time of when the age was right."""
+"""With the clock's time at which the age was right."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,12 +43,12 @@ class Deletion:
     age_ms: int
 
     def to_json(self) -> str:
-        """One line."""
+        """Returns one line."""
         return json.dumps([self.space.tenant, self.space.namespace.hex(), b"".join(self.hashes).hex(), self.age_ms])
 
     @classmethod
     def from_json(cls, text: str | bytes) -> Self:
-        """The inverse. Raises `ProtocolError` for anything that is no deletion's line."""
+        """The inverse of `to_json`. Raises `ProtocolError` for any other text."""
         with reading_record("deletion"):
             tenant, namespace, joined, age_ms = record_fields(text)
             hashes = bytes.fromhex(joined)
@@ -60,21 +60,21 @@ class Deletion:
         return deletion
 
     def aged(self, more_ms: float) -> Self:
-        """The same, so much later."""
+        """Returns the same deletion, `ms` later."""
         return replace(self, age_ms=self.age_ms + max(0, int(more_ms)))
 
 
 class DeletionFeed:
-    """Deletions that one node is to publish. Safe from any thread."""
+    """The deletions that one node has to publish. Safe from any thread."""
 
     def __init__(self, clock: Clock) -> None:
         self._clock = clock
-        self._queues: dict[str, deque[_Dated]] = {}  # by tenant, the one whose turn it is first; none is empty
+        self._queues: dict[str, deque[_Dated]] = {}  # by tenant, the next one to take from first; none is empty
         self._count = 0
         self._lock = threading.Lock()
 
     def offer(self, space: Space, hashes: Sequence[bytes]) -> None:
-        """Queues pages that were deleted now."""
+        """Queues pages that are deleted now."""
         now_ms = self._clock.now_ms()
         parts = (hashes[begin : begin + DELETION_HASHES_MAX] for begin in range(0, len(hashes), DELETION_HASHES_MAX))
         with self._lock:
@@ -88,7 +88,7 @@ class DeletionFeed:
             _log.warning("deletions are not told to nodes that are away: there are too many", deletions=lost)
 
     def take(self) -> list[Deletion]:
-        """What is to be published with this heartbeat, a deletion of each tenant in turn, its oldest first, with their age now."""
+        """Returns what this heartbeat publishes, with current ages: from each tenant in turn its oldest deletion."""
         now_ms = self._clock.now_ms()
         taken: list[_Dated] = []
         with self._lock:
@@ -100,7 +100,7 @@ class DeletionFeed:
         return [deletion.aged(now_ms - at_ms) for at_ms, deletion in taken if now_ms - at_ms < TOMBSTONE_MS_MAX]
 
     def lost(self, deletions: Sequence[Deletion]) -> None:
-        """They could not be published: they come again."""
+        """Queues deletions again that could not be published."""
         now_ms = self._clock.now_ms()
         with self._lock:
             for deletion in reversed(deletions):

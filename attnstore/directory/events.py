@@ -1,10 +1,10 @@
-"""Page events on their way through the directory: packed by the node, unpacked by whoever watches.
+"""Page events published through the directory: packed by the node, unpacked by the watcher.
 
 Owns: `EventFeed`, a node's queue of events to publish, and their encoding. Invariants: the feed never waits and holds a bounded
-number of events; what did not fit is counted and told as LAGGED; a watcher is shown its own tenant's events only.
+number of events; events that did not fit are counted and reported as LAGGED; a watcher sees its own tenant's events only.
 
-A packed event has 73 bytes: kind `u8`, sequence `u64`, name of the space, hash; little-endian. The name is that of the tenant and
-its namespace together, so that equal namespaces of two tenants differ (see `space_name`).
+A packed event has 73 bytes: kind `u8`, sequence `u64`, name of the space, hash; little-endian. The name is derived from tenant and
+namespace together, so that equal namespaces of two tenants differ (see `space_name`).
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _KINDS = frozenset(PageEventKind)
 
 
 class EventFeed:
-    """Events of one node, of `tenants` tenants, that were not published yet. Safe from any thread."""
+    """Events of one node with `tenants` tenants that are not published yet. Safe from any thread."""
 
     def __init__(self, node_id: str, tenants: int = 1) -> None:
         self._node_id = node_id
@@ -49,7 +49,7 @@ class EventFeed:
                     self._dropped += 1
 
     def take(self) -> EventBatch | None:
-        """Everything that is queued, to be published now; None where that is nothing."""
+        """Returns everything that is queued, to be published now, or None if there is nothing."""
         with self._lock:
             queue, self._queue = self._queue, deque()
             self._shares = self._new_shares()
@@ -64,25 +64,27 @@ class EventFeed:
         return FairShares(EVENTS_IN_BATCH_MAX, "events of a batch", "look at the pages", tenants=self._tenants)
 
     def lost(self, batch: EventBatch) -> None:
-        """A batch could not be published: its events count as dropped."""
+        """Counts the events of a batch that could not be published as dropped."""
         with self._lock:
             self._dropped += batch.dropped + len(batch.packed) // _EVENT.size
 
 
 def check_events(batch: EventBatch) -> None:
-    """Raises `ProtocolError` for a batch that no node has packed."""
+    """Raises `ProtocolError` for a batch that no node can have packed."""
     good_size = len(batch.packed) % _EVENT.size == 0 and len(batch.packed) <= EVENTS_IN_BATCH_MAX * _EVENT.size
     if not (is_name(batch.node_id) and good_size and batch.dropped >= 0 and _KINDS.issuperset(batch.packed[:: _EVENT.size])):
         raise ProtocolError(f"the directory's events of node {batch.node_id[:NODE_ID_CHARS_MAX]!r} cannot be read")
 
 
 def space_name(space: Space) -> bytes:
-    """32 bytes that name a tenant's namespace: BLAKE2b-256, personalised `attnstore-sp-v1`, of the namespace and the tenant."""
+    """Returns 32 bytes that name a tenant's namespace: BLAKE2b-256, personalised `attnstore-sp-v1`, of the namespace and the
+    tenant.
+    """
     return hashlib.blake2b(space.namespace + space.tenant.encode(), digest_size=HASH_BYTES, person=_SPACE_PERSON).digest()
 
 
 def events_in(batch: EventBatch, space: Space) -> Iterator[PageEvent]:
-    """The events of one space in a checked batch, then LAGGED if any were dropped after them."""
+    """Returns the events of one space in a checked batch, followed by a LAGGED if any were dropped after them."""
     name = space_name(space)
     sequence = 0
     for kind, sequence, of_space, page_hash in _EVENT.iter_unpack(batch.packed):

@@ -1,4 +1,4 @@
-"""Opens a directory by its URL, importing the client of Redis only where one is asked for: it is an optional dependency."""
+"""Opens a directory by its URL. Imports the Redis client only if needed, because it is an optional dependency."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ if TYPE_CHECKING:
 
 
 def open_directory(url: str, *, key: ClusterKey | None = None, tls_only: bool = False) -> Directory:
-    """The directory at `url` (see `attnstore.directory.url`), for the running event loop; nothing is sent yet.
+    """Returns the directory at `url` (see `attnstore.directory.url`), for the running event loop; nothing is sent yet.
 
-    With the cluster's key records are signed, and only signed ones believed; with `key=` in the URL the latter alone.
-    With `tls_only` nodes without TLS are not followed.
+    With the cluster's `key`, records are signed and only signed records are believed. With `key=` in the URL, only signed records
+    are believed. With `tls_only`, nodes without TLS are ignored.
 
-    Raises `InvalidArgument` for a malformed URL, keys that are not a pair, or where the extra `redis` is not installed.
+    Raises `InvalidArgument` for a malformed URL, for keys that are not a pair, or if the extra `redis` is not installed.
     """
     return checked_directory(url, key=key, tls_only=tls_only)()
 
 
 def checked_directory(url: str, *, key: ClusterKey | None = None, tls_only: bool = False) -> Callable[[], Directory]:
-    """Opens the directory at `url` when it is called. Raises as `open_directory`, now."""
+    """Returns a function that opens the directory at `url`. Raises as `open_directory` does, now."""
     parsed = DirectoryUrl.parse(url)
     with needs_extra("redis", "a directory on Redis or Valkey"):
         from attnstore.cluster_key import PublicKey
@@ -38,7 +38,9 @@ def checked_directory(url: str, *, key: ClusterKey | None = None, tls_only: bool
 
 
 def load_cluster_key(path: Path, *, create: bool = False) -> ClusterKey:
-    """The cluster's key in a file, which `create` makes where there is none. Raises `InvalidArgument`, also for a missing extra."""
+    """Reads the cluster's key from a file, which `create` creates if it is missing. Raises `InvalidArgument`, also for a missing
+    extra.
+    """
     with needs_extra("redis", "a cluster's key"):
         from attnstore.cluster_key import ClusterKey
     return ClusterKey.create(path) if create and not path.exists() else ClusterKey.load(path)

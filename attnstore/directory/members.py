@@ -1,7 +1,7 @@
-"""The records that a directory keeps: members, memberships, layouts and batches of events.
+"""The records that a directory stores: members, memberships, layouts and batches of events.
 
-Owns: their fields, their form as JSON and their bounds. Invariant: text that is not a record of its kind, or that is out of bounds,
-raises `ProtocolError` and nothing else, because others may write to the directory.
+Owns: their fields, their JSON form and their bounds. Invariant: text that is not a record of its kind, or is out of bounds, raises
+`ProtocolError` and nothing else, because others may write to the directory.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _REASON_CHARS = 200
 
 
 class RecordKind(enum.StrEnum):
-    """What a directory keeps records of."""
+    """The kinds of records in a directory."""
 
     NODE = "node"
     INTENT = "intent"
@@ -43,18 +43,18 @@ class RecordKind(enum.StrEnum):
 
 
 class NodeState(enum.StrEnum):
-    """What a node does in its cluster."""
+    """The state of a node in its cluster."""
 
     ACTIVE = "active"
     """Owns its share of the segments."""
     DRAINING = "draining"
-    """Owns nothing any more, hands its pages over and still answers."""
+    """Owns no segment any more, hands over its pages and still answers."""
     DRAINED = "drained"
-    """Has handed everything over: it can be stopped without losing a hit."""
+    """Has handed over everything: stopping it costs no hit."""
 
 
 class Intent(enum.StrEnum):
-    """What an operator wants of a node. None is the default: serve."""
+    """What an operator wants of a node. Without one, the node serves."""
 
     DRAIN = "drain"
     EVICT = "evict"
@@ -64,10 +64,10 @@ class Intent(enum.StrEnum):
 class Member:
     """One node as its cluster knows it.
 
-    `url` is where clients reach it; a new `epoch` means that it was restarted with an empty arena; `weight` is its share of the
-    segments relative to other nodes; `replicas` is how many copies it was told to keep (the cluster keeps the most that any says);
-    `hot` are the keys of the segments that are used so often at this node that they should have a second copy; `left` counts the
-    pages of a drained node that found no room elsewhere.
+    `url` is where clients reach it. A new `epoch` means that it was restarted with an empty arena. `weight` is its share of the
+    segments relative to other nodes. `replicas` is the number of copies that it is configured to keep (the cluster keeps the
+    maximum over its members). `hot` are the keys of the segments used so often at this node that they should have a second copy.
+    `left` counts the pages of a drained node that did not fit elsewhere.
     """
 
     node_id: str
@@ -80,7 +80,7 @@ class Member:
     left: int = 0
 
     def to_json(self) -> str:
-        """One line; equal members have equal lines."""
+        """Returns one line; equal members have equal lines."""
         return json.dumps(
             {
                 "node_id": self.node_id,
@@ -97,7 +97,7 @@ class Member:
 
     @classmethod
     def from_json(cls, text: str | bytes) -> Self:
-        """The inverse. Raises `ProtocolError` for anything that is no member's line: the directory may be shared with others."""
+        """The inverse of `to_json`. Raises `ProtocolError` for any other text, because others may write to the directory."""
         with reading_record("node"):
             fields = record_fields(text)
             member = cls(
@@ -120,7 +120,7 @@ class Member:
 
 @dataclass(frozen=True, slots=True)
 class Revision:
-    """Which state of the directory a membership is. A new `incarnation` means that the directory has lost its memory."""
+    """The state of the directory to which a membership belongs. A new `incarnation` means that the directory has lost its data."""
 
     incarnation: str
     number: int
@@ -128,7 +128,7 @@ class Revision:
 
 @dataclass(frozen=True, slots=True)
 class Membership:
-    """Everyone whose heartbeat is fresh, what operators want of them, and the tenants' quotas in bytes over all nodes."""
+    """The members with a fresh heartbeat, the intents of operators, and the tenants' quotas in bytes over all nodes."""
 
     revision: Revision
     members: tuple[Member, ...]
@@ -136,7 +136,9 @@ class Membership:
     quota_bytes: Mapping[str, int] = field(default_factory=dict)
 
     def present(self) -> dict[str, Member]:
-        """Node id -> member as it is to be treated: without the evicted, and draining from the moment that it was asked to."""
+        """Returns node id -> member with its intent applied: without evicted nodes, and draining from the moment that it is
+        requested.
+        """
         present = {}
         for member in self.members:
             intent = self.intents.get(member.node_id)
@@ -150,19 +152,19 @@ class Membership:
 
 @dataclass(frozen=True, slots=True)
 class LayoutRecord:
-    """A namespace that some node of the cluster holds pages of."""
+    """A namespace of which some node of the cluster stores pages."""
 
     namespace: bytes
     tenant: str
     page_bytes: int
 
     def to_json(self) -> str:
-        """One line; equal records have equal lines."""
+        """Returns one line; equal records have equal lines."""
         return json.dumps([self.namespace.hex(), self.tenant, self.page_bytes])
 
     @classmethod
     def from_json(cls, text: str | bytes) -> Self:
-        """The inverse. Raises `ProtocolError` for anything that is no layout's line."""
+        """The inverse of `to_json`. Raises `ProtocolError` for any other text."""
         with reading_record("layout"):
             name, tenant, page_bytes = record_fields(text)
             record = cls(bytes.fromhex(name), str(tenant), int(page_bytes))
@@ -182,7 +184,7 @@ class EventBatch:
 
 @contextmanager
 def reading_record(kind: str) -> Iterator[None]:
-    """Turns whatever goes wrong while a record is taken apart into `ProtocolError`."""
+    """Turns every error of parsing a record into `ProtocolError`."""
     try:
         yield
     except (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError) as error:
@@ -190,14 +192,14 @@ def reading_record(kind: str) -> Iterator[None]:
 
 
 def record_fields(text: str | bytes) -> Any:
-    """What a record of JSON says. Raises `ValueError` for one that is none, or too long, and `RecursionError`."""
+    """Returns the fields of a JSON record. Raises `ValueError` if it is malformed or too long, or `RecursionError`."""
     if len(text) > RECORD_BYTES_MAX:
         raise ValueError(f"it has more than {RECORD_BYTES_MAX} bytes")
     return json.loads(text)
 
 
 def is_name(text: str) -> bool:
-    """Whether a node may have this name: it is shown in logs and tables, and hashed."""
+    """Returns whether a node may have this name: names are shown in logs and tables, and hashed."""
     return 0 < len(text) <= NODE_ID_CHARS_MAX and text.isprintable()
 
 

@@ -1,6 +1,6 @@
 """A directory in this process: for embedded clusters, static lists of nodes, and tests.
 
-Invariant: it answers as the one on Redis does, with time from the injected clock.
+Invariant: it answers as the Redis directory does, with time from the injected clock.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class MemoryDirectory:
     """See `Directory`. Belongs to one event loop."""
 
     def __init__(self, clock: Clock | None = None, members: Sequence[Member] = ()) -> None:
-        """`members` are there for ever, without a heartbeat."""
+        """`members` are present forever, without heartbeats."""
         self._clock = clock or MonotonicClock()
         self._incarnation = secrets.token_hex(8)
         self._number = 0
@@ -153,4 +153,4 @@ class MemoryDirectory:
         return told, str(fresh[-1][0]) if fresh else after
 
     async def close(self) -> None:
-        """Nothing to let go."""
+        """No-op."""

@@ -1,7 +1,7 @@
-"""Which pages a node has to hand to whom after its cluster has changed, purely.
+"""Which pages a node hands over, and to which nodes, after its cluster has changed. Pure.
 
-Owns: who sends what. Invariants: of the nodes that held a segment before a change and are still there, one hands it over; nobody is
-sent a segment that it owned before, unless it was restarted with an empty arena since.
+Owns: the choice of sender and targets. Invariants: of the nodes that held a segment before a change and are still present, exactly
+one hands it over; a segment is not sent to a node that owned it before, unless that node was restarted with an empty arena since.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from attnstore.directory.view import ClusterView
 
 
 def is_same_cluster(left: ClusterView, right: ClusterView) -> bool:
-    """Every segment has the same owners in both, in the same incarnations."""
+    """Returns whether every segment has the same owners in both views, in the same incarnations."""
     return (
         left.placement == right.placement
         and left.replicas == right.replicas
@@ -23,7 +23,7 @@ def is_same_cluster(left: ClusterView, right: ClusterView) -> bool:
 
 
 class Moves:
-    """What node `node_id` does in view `now`, where pages may have been written in any of the views `before`."""
+    """The moves of node `node_id` in view `now`, if pages may have been written in any of the views `before`."""
 
     def __init__(self, node_id: str, before: Sequence[ClusterView], now: ClusterView) -> None:
         self._node_id = node_id
@@ -32,12 +32,12 @@ class Moves:
 
     @property
     def leaves(self) -> bool:
-        """The node itself owns nothing any more: everything that it has goes to the owners."""
+        """True if the node owns nothing any more, so that all its pages go to the owners."""
         own = self._now.members.get(self._node_id)
         return own is not None and own.state is not NodeState.ACTIVE
 
     def targets(self, key: bytes) -> list[str]:
-        """The nodes that are to be sent the segment by this one."""
+        """Returns the nodes to which this node must send the segment."""
         owners = self._now.owners(key)
         if self.leaves:
             return [node_id for node_id in owners if node_id != self._node_id]

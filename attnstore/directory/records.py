@@ -1,7 +1,7 @@
-"""What a directory's keys say, read with suspicion: it may be shared with others, or written to by whoever should not.
+"""Parses the answers of a directory without trusting them: it may be shared, or written to by others.
 
-Owns: how the answers of the scripts become records. Invariant: a record that cannot be read is skipped and counted, and the log
-says so once, not with every heartbeat; nothing that anybody writes into the directory raises anything but `ProtocolError`.
+Owns: how the answers of the scripts become records. Invariant: an unreadable record is skipped and counted, and logged once, not
+with every heartbeat; whatever is written into the directory causes no error but `ProtocolError`.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ _NAME_CHARS = 64
 
 @dataclass(frozen=True, slots=True)
 class Told:
-    """The records of a revision as the directory told them, to which it is told what has changed. None is known at first."""
+    """The records of a revision as the directory reported them, updated with later changes. Initially empty."""
 
     revision: Revision | None = None
     nodes: Mapping[bytes, bytes] = field(default_factory=dict)
@@ -46,7 +46,7 @@ class Told:
 
 
 class RecordReader:
-    """Reads the answers of one directory, whose name in messages is `directory`."""
+    """Parses the answers of one directory; `directory` is its name in messages."""
 
     def __init__(self, directory: str, trust: Trust) -> None:
         self._directory = directory
@@ -61,13 +61,14 @@ class RecordReader:
 
     @property
     def known(self) -> Told:
-        """What the last answer came to, for `membership` of the next one."""
+        """The result of the last answer, for `membership` of the next one."""
         return self._told
 
     def membership(self, answer: Any, before: Told) -> Membership | None:
-        """Of the scripts MEMBERSHIP and ANNOUNCE, asked for what has changed since `before`. None where nothing has.
+        """Parses the answer of the script MEMBERSHIP or ANNOUNCE to a request for changes since `before`. Returns None if there are
+        none.
 
-        Raises `ProtocolError` where not even the revision can be read.
+        Raises `ProtocolError` if not even the revision can be read.
         """
         if not answer:
             return None
@@ -91,16 +92,16 @@ class RecordReader:
         )
 
     def layouts(self, records: Iterable[bytes]) -> list[LayoutRecord]:
-        """Of the script LAYOUTS."""
+        """Parses the answer of the script LAYOUTS."""
         return self._read(RecordKind.LAYOUT, records, LayoutRecord.from_json)
 
     def deletions(self, answer: Any) -> list[Deletion]:
-        """Of the script DELETIONS, with their age now."""
+        """Parses the answer of the script DELETIONS, with current ages."""
         now_ms, entries = answer
         return self._read(RecordKind.DELETION, entries, lambda entry: self._deletion(entry, now_ms))
 
     def events(self, entries: Iterable[Any]) -> list[EventBatch]:
-        """Of the stream of events."""
+        """Parses the stream of events."""
         return self._read(RecordKind.EVENTS, entries, _batch)
 
     def _member(self, entry: tuple[bytes, bytes]) -> Member:
@@ -163,7 +164,7 @@ class RecordReader:
 
 
 def pairs(flat: Any) -> Any:
-    """The fields of a hash, which come as a map or as names and values in turn."""
+    """Returns the fields of a hash, which arrives as a map or as alternating names and values."""
     return flat.items() if isinstance(flat, dict) else zip(flat[::2], flat[1::2], strict=True)
 
 

@@ -1,7 +1,7 @@
 """The directory on Redis or Valkey: standalone, behind Sentinel, or a Redis Cluster.
 
-Owns: the connections. Invariants: every call ends within `limits.DIRECTORY_MS_MAX` and fails as `Unavailable`, whatever went wrong;
-one call is one command. What the commands do is in `attnstore.directory.scripts`.
+Owns: the connections. Invariants: every call ends within `limits.DIRECTORY_MS_MAX` and fails as `Unavailable`, whatever the cause;
+one call is one command. The commands are in `attnstore.directory.scripts`.
 """
 
 from __future__ import annotations
@@ -94,7 +94,7 @@ class RedisDirectory:
 
     async def events(self, after: str | None, wait_ms: int) -> tuple[list[EventBatch], str]:
         position = after or await self._last_event()
-        # Waiting ends before the connection's own time limit, which it would pass otherwise.
+        # The server stops waiting before the connection's time limit, which the call would exceed otherwise.
         block_ms = max(1, min(wait_ms, DIRECTORY_MS_MAX // 2))
         answer = await self._ask(self._client.xread({self._key["events"]: position}, block=block_ms), DIRECTORY_MS_MAX)
         # RESP2 answers with a list of pairs, RESP3 with a map.
@@ -119,7 +119,7 @@ class RedisDirectory:
                 closing.push_async_callback(client.aclose)
 
     def _connect(self, url: DirectoryUrl) -> Any:
-        # A call that fails is made again by whoever has a period for it, never at once by the library.
+        # The periodic caller repeats a failed call; the library must not retry it at once.
         patience: dict[str, Any] = {
             "socket_timeout": DIRECTORY_MS_MAX / 1000,
             "socket_connect_timeout": DIRECTORY_MS_MAX / 1000,
@@ -131,7 +131,7 @@ class RedisDirectory:
             nodes = [ClusterNode(host, port) for host, port in url.hosts]
             return RedisCluster(startup_nodes=nodes, **patience, **login, **encryption)
         if url.kind == "sentinel":
-            new_manager: Any = Sentinel  # it has no types
+            new_manager: Any = Sentinel  # the package has no type hints
             # Sentinels have users of their own, or none: the login is for the server that they name.
             own_login = {"username": url.sentinel_username, "password": url.sentinel_password}
             manager = new_manager(url.hosts, sentinel_kwargs={**patience, **own_login, **encryption})
@@ -141,7 +141,7 @@ class RedisDirectory:
         return Redis(host=host, port=port, db=url.database, **patience, **login, **encryption)
 
     def _told(self, known: Revision | None) -> Told:
-        """What to ask for the changes since: what the caller knows, if that is still here, or nothing."""
+        """Returns the state since which changes are requested: what the caller knows, if it is still here, or nothing."""
         told = self._records.known
         return told if told.revision == known else Told()
 
@@ -153,7 +153,7 @@ class RedisDirectory:
         return await self._ask(self._client.eval(script, len(keys), *keys, *arguments), DIRECTORY_MS_MAX)
 
     async def _look(self, script: str, keys: Sequence[str], *arguments: object) -> Any:
-        """Runs a script that changes nothing, which a user who may only read is allowed to."""
+        """Runs a read-only script, so that a user with read access may run it."""
         return await self._ask(self._client.eval_ro(script, len(keys), *keys, *arguments), DIRECTORY_MS_MAX)
 
     async def _ask(self, command: Any, limit_ms: float) -> Any:
@@ -172,5 +172,5 @@ def _revision(told: Told) -> tuple[str, str]:
 
 
 def _flat_entries(stream: Any) -> Any:
-    """The entries of one stream; RESP3 wraps them once more."""
+    """Returns the entries of one stream; RESP3 nests them one level deeper."""
     return stream[0] if stream and isinstance(stream[0], list) else stream

@@ -1,11 +1,11 @@
-"""The Lua that runs inside Redis or Valkey, and the keys it works on.
+"""The Lua scripts that run inside Redis or Valkey, and their keys.
 
-Owns: every key of the directory. Invariant: nothing accumulates. Everything expires, by the server's own clock, so that no clock of
-a node or worker matters; every collection is bounded; and every script runs in time proportional to the number of nodes.
+Owns: every key of the directory. Invariant: nothing accumulates. All data expires by the server's own clock, so the clocks of nodes
+and workers do not matter; every collection is bounded; every script runs in time proportional to the number of nodes.
 
 In a cluster with a key, records of `nodes`, `intents` and `quotas` are signed (see `attnstore.directory.trust`).
 
-All keys of a cluster NAME carry the hash tag `{attnstore:NAME}`, so that they lie in one slot of a Redis Cluster.
+All keys of a cluster NAME contain the hash tag `{attnstore:NAME}`, so that they are in one slot of a Redis Cluster.
 
 | key        | type       | content                                                 | lives                                      |
 |------------|------------|---------------------------------------------------------|--------------------------------------------|
@@ -20,20 +20,21 @@ All keys of a cluster NAME carry the hash tag `{attnstore:NAME}`, so that they l
 | `events`   | stream     | page events, a batch of one node in each entry          | at most EVENT_BATCHES_MAX entries          |
 | `deletions`| stream     | pages that were deleted, JSON, for nodes that are away  | TOMBSTONE_MS_MAX; at most DELETIONS_MAX    |
 
-All but the last three and `quotas` go an hour after the last heartbeat of any node, `events` an hour after the last batch.
+The last three keys and `quotas` have lifetimes of their own; all other keys expire an hour after the last heartbeat of any node.
+`events` expires an hour after the last batch.
 
-Whoever knows a revision is told what has changed since, not everything: with a thousand nodes, each of which may announce other hot
-segments every second, everything would be megabytes a second for each client. The other fields of `revision` serve that: `counted`
-is the last `number` that these scripts made (where it is another one, somebody else has changed something, and everything is told),
-`since` the last number before which `changes` does not tell all, `intents` and `quotas` the numbers of the last changes of those.
+A reader that knows a revision receives only the changes since: with a thousand nodes, each of which may announce other hot segments
+every second, the full state would be megabytes per second for each client. Other fields of `revision` serve this: `counted` is the
+last `number` that these scripts set (if `number` differs, someone else has changed the data, and the full state is returned),
+`since` is the number up to which `changes` is incomplete, and `intents` and `quotas` are the numbers of their last changes.
 
-A directory that lost its memory (a restart without persistence, a fail-over to an empty replica) has a new incarnation: readers
-then wait until every node had time for a heartbeat before they take a missing one for gone. One that was only away (paused, cut
-off) finds no heartbeat of anybody for DIRECTORY_GAP_MS (`beat_ms` in `revision` is when the last one came): until one comes nobody
-is overdue, and then everyone has the time again that was left before.
+A directory that lost its data (a restart without persistence, a fail-over to an empty replica) has a new incarnation. Readers then
+wait until every node had time for a heartbeat before they consider a missing node as removed. A directory that was only away
+(paused, cut off) has received no heartbeat for DIRECTORY_GAP_MS (`beat_ms` in `revision` is the time of the last one). Until the
+first new heartbeat no node is overdue; from then on every node has the time that it had left before.
 
-The scripts are sent with EVAL: at one call a second for each node and worker a kilobyte of text costs less than keeping track of
-which server has which script after a fail-over.
+The scripts are sent with EVAL: at one call per second for each node and worker, a kilobyte of text costs less than tracking which
+server has which script after a fail-over.
 """
 
 from __future__ import annotations
@@ -46,9 +47,9 @@ MEMBERSHIP_KEYS: Final = ("nodes", "alive", "intents", "quotas", "revision", "ch
 KEYS: Final = (*MEMBERSHIP_KEYS, "layouts", "events", "deletions")
 
 KEEP_MS: Final = 3_600_000
-"""What is left of a cluster without heartbeats is forgotten after this long."""
+"""The data of a cluster without heartbeats is deleted after this long."""
 CHANGES_MAX: Final = 2 * NODES_MAX
-"""Nodes whose last change is known, also of nodes that are gone."""
+"""Nodes whose last change is known, including removed nodes."""
 
 assert INTENT_MS_MAX <= KEEP_MS
 
@@ -138,12 +139,12 @@ return {{incarnation, number, is_all and 1 or 0, records, gone, told(KEYS[3], 'i
 """
 
 MEMBERSHIP: Final = _NOW + _JUDGED + _ANSWER
-"""The membership, without those whose heartbeat is overdue; changes nothing, so that a user who may only read can run it.
+"""Returns the membership, without nodes whose heartbeat is overdue. Changes nothing, so that a read-only user can run it.
 
-KEYS: MEMBERSHIP_KEYS. ARGV: incarnation and number of the revision that the caller knows. Answers with nothing where that is still
-the one and nobody is overdue; else with incarnation, number, 1 if all is told or 0 for what has changed, names and records, names
-of nodes that are gone, intents, quotas (nothing where they are the known ones). A directory that was never written to has the
-incarnation ''.
+KEYS: MEMBERSHIP_KEYS. ARGV: incarnation and number of the revision that the caller knows. The answer is empty if that revision is
+current and no heartbeat is overdue. Otherwise it is: incarnation, number, 1 for the full state or 0 for the changes, names and
+records, names of removed nodes, intents, quotas (nothing if unchanged). A directory that was never written to has the incarnation
+''.
 """
 
 ANNOUNCE: Final = (
@@ -165,10 +166,10 @@ for _, index in ipairs({{1, 2, 3, 5, 6, 7}}) do redis.call('PEXPIRE', KEYS[index
 """
     + _ANSWER
 )
-"""A heartbeat. KEYS and ARGV[1..2] as in MEMBERSHIP.
+"""Sends a heartbeat. KEYS and ARGV[1..2] as in MEMBERSHIP.
 
 ARGV[3] an incarnation for a directory that has none, [4] node id, [5] its record, [6] milliseconds until the next heartbeat is
-overdue, [7] how long to keep all.
+overdue, [7] milliseconds to keep all keys.
 """
 
 WITHDRAW: Final = (
@@ -181,7 +182,7 @@ if redis.call('HDEL', KEYS[3], ARGV[1]) == 1 then redis.call('HSET', KEYS[5], 'i
 return 1
 """
 )
-"""A node has left. KEYS as in MEMBERSHIP. ARGV[1] node id."""
+"""Removes a node that leaves. KEYS as in MEMBERSHIP. ARGV[1] node id."""
 
 SET_INTENT: Final = (
     _NOW
@@ -200,7 +201,9 @@ redis.call('HSET', KEYS[5], 'intents', counted())
 return 1
 """
 )
-"""What an operator wants of a node. KEYS as in MEMBERSHIP. ARGV[1] node id, [2] the intent, or nothing, [3] how long to keep it."""
+"""Sets an operator's intent for a node. KEYS as in MEMBERSHIP. ARGV[1] node id, [2] the intent or empty, [3] milliseconds to keep
+it.
+"""
 
 SET_QUOTA: Final = (
     _CHANGED
@@ -216,7 +219,7 @@ if redis.call('EXISTS', KEYS[5]) == 1 then redis.call('HSET', KEYS[5], 'quotas',
 return 1
 """
 )
-"""A tenant's quota. KEYS as in MEMBERSHIP. ARGV[1] tenant, [2] bytes, or nothing for none, [3] the most tenants."""
+"""Sets a tenant's quota. KEYS as in MEMBERSHIP. ARGV[1] tenant, [2] bytes or empty for none, [3] the maximum number of tenants."""
 
 PUT_LAYOUTS: Final = (
     _NOW
@@ -228,7 +231,7 @@ redis.call('PEXPIRE', KEYS[1], ARGV[1])
 return 1
 """
 )
-"""Layouts that are in use. KEYS[1] layouts. ARGV[1] milliseconds until they are old, [2] the most of them, [3...] records."""
+"""Publishes layouts in use. KEYS[1] layouts. ARGV[1] milliseconds until they expire, [2] their maximum number, [3...] records."""
 
 LAYOUTS: Final = (
     _NOW
@@ -236,14 +239,16 @@ LAYOUTS: Final = (
 return redis.call('ZRANGEBYSCORE', KEYS[1], now_ms, '+inf')
 """
 )
-"""The layouts that are not old. KEYS[1] layouts."""
+"""Returns the layouts that have not expired. KEYS[1] layouts."""
 
 PUBLISH: Final = """
 redis.call('XADD', KEYS[1], 'MAXLEN', ARGV[1], '*', 'node', ARGV[3], 'packed', ARGV[4], 'dropped', ARGV[5])
 redis.call('PEXPIRE', KEYS[1], ARGV[2])
 return 1
 """
-"""A batch of page events. KEYS[1] events. ARGV[1] the most batches, [2] how long to keep, [3] node id, [4] events, [5] dropped."""
+"""Appends a batch of events. KEYS[1] events. ARGV[1] maximum of batches, [2] milliseconds to keep, [3] node id, [4] events, [5]
+dropped.
+"""
 
 PUBLISH_DELETIONS: Final = (
     _NOW
@@ -256,7 +261,7 @@ redis.call('PEXPIRE', KEYS[1], ARGV[2])
 return 1
 """
 )
-"""Deletions. KEYS[1] deletions. ARGV[1] the most, [2] how long to keep them, [3] node id, [4...] records."""
+"""Appends deletions. KEYS[1] deletions. ARGV[1] their maximum number, [2] milliseconds to keep, [3] node id, [4...] records."""
 
 DELETIONS: Final = (
     _NOW
@@ -264,4 +269,4 @@ DELETIONS: Final = (
 return {now_ms, redis.call('XRANGE', KEYS[1], ARGV[1], '+', 'COUNT', ARGV[2])}
 """
 )
-"""The deletions from a position on, and the time. KEYS[1] deletions. ARGV[1] position, [2] the most."""
+"""Returns the deletions from a position on, and the time. KEYS[1] deletions. ARGV[1] position, [2] maximum number."""

@@ -1,8 +1,9 @@
-"""Which records of a directory are believed, and how they are signed.
+"""Trust in the records of a directory: which are believed, and how they are signed.
 
-Owns: the form of a signed record: its text, when it was signed in milliseconds since 1970, and the signature, a line each.
-Invariants: who has the cluster's key believes nothing unsigned; an old record is not believed by a reader that saw a newer one of
-that name, and a node's by nobody for longer than `RECORD_SIGNED_MS_MAX`; who uses TLS follows no node that does not.
+Owns: the format of a signed record: its text, the time of signing in milliseconds since 1970, and the signature, one line each.
+Invariants: a reader with the cluster's key believes no unsigned record; a reader that saw a newer record of a name does not believe
+an older one, and no reader believes a node's record for longer than `RECORD_SIGNED_MS_MAX`; a reader that uses TLS ignores nodes
+without TLS.
 """
 
 from __future__ import annotations
@@ -22,30 +23,30 @@ if TYPE_CHECKING:  # its package is an optional dependency
 
 
 def wall_clock_ms() -> int:
-    """Milliseconds since 1970."""
+    """Returns milliseconds since 1970."""
     return time.time_ns() // 1_000_000
 
 
 @dataclass(frozen=True, slots=True)
 class MemberCheck:
-    """What tells a member from whoever stands where it was: only with the cluster's key can a challenge be answered."""
+    """Identifies a member by a challenge that only a holder of the cluster's key can answer."""
 
     member: Member
     cluster: str
     public: PublicKey
 
     def is_passed(self, challenge: bytes, proof: str) -> bool:
-        """Whether the answer to the challenge is the member's, in this incarnation, at this URL."""
+        """Returns whether the answer to the challenge comes from this member, in this incarnation, at this URL."""
         return self.public.has_signed(proof, "proof", *identity_fields(self.cluster, self.member), challenge.hex())
 
 
 def identity_fields(cluster: str, member: Member) -> tuple[str, str, str, str]:
-    """What is signed of who a node is."""
+    """Returns the fields of a node's identity that are signed."""
     return (cluster, member.node_id, member.epoch.hex(), member.url)
 
 
 class Trust:
-    """What one reader or writer of a cluster's records believes. `key` signs, `public` checks; without them nothing is checked."""
+    """The trust of one reader or writer of a cluster's records. `key` signs, `public` verifies; without them nothing is checked."""
 
     def __init__(
         self,
@@ -69,7 +70,7 @@ class Trust:
         self._is_signed = lru_cache(maxsize=2 * NODES_MAX)(self._check)
 
     def sealed(self, kind: RecordKind, name: str, text: str) -> str:
-        """The record to write. The same for the same text for a while, so that a heartbeat changes nothing."""
+        """Returns the record to write. Equal texts give equal records for a while, so that a heartbeat changes nothing."""
         if self._key is None:
             return text
         now_ms, last = self._now_ms(), self._signed.get((kind, name))
@@ -80,7 +81,7 @@ class Trust:
         return f"{text}\n{last[1]}\n{signature}"
 
     def opened(self, kind: RecordKind, name: str, record: bytes) -> str:
-        """The text of a record. Raises `ProtocolError` for one that is not to be believed."""
+        """Returns the text of a record. Raises `ProtocolError` for a record that is not believed."""
         with reading_record(kind.value):
             if len(record) > RECORD_BYTES_MAX:
                 raise ValueError(f"it has more than {RECORD_BYTES_MAX} bytes")
@@ -99,12 +100,12 @@ class Trust:
         return text
 
     def check_member(self, member: Member) -> None:
-        """Raises `ProtocolError` for a node that is reached without TLS by who uses it."""
+        """Raises `ProtocolError` for a node without TLS if the reader uses TLS."""
         if self._tls_only and not member.url.startswith("grpcs://"):
             raise ProtocolError(f"node {member.node_id!r} is not reached over TLS, as this cluster's nodes are")
 
     def check_of(self, member: Member) -> MemberCheck | None:
-        """How the member is told from others before anything is sent to it; None where nothing is checked."""
+        """Returns the check that identifies the member before anything is sent to it, or None if nothing is checked."""
         return None if self._public is None else MemberCheck(member, self._cluster, self._public)
 
     def _check(self, kind: RecordKind, name: str, text: str, signed_ms: int, signature: str) -> bool:

@@ -1,21 +1,20 @@
-"""The URL of a directory: which Redis or Valkey, how it is reached, and which of its clusters is meant.
+"""The URL of a directory: the Redis or Valkey server, how to reach it, and the name of the cluster.
 
     redis://HOST:PORT/DB                    one server; rediss:// with TLS
     redis+sentinel://HOST:PORT,HOST:PORT/SERVICE/DB     the primary that the Sentinels name; rediss+sentinel:// with TLS
     redis+cluster://HOST:PORT,HOST:PORT     a Redis Cluster, found through any of its nodes; rediss+cluster:// with TLS
 
-Before the hosts goes `USER:PASSWORD@` for an ACL user. After everything may follow `?NAME=VALUE`, several with `&` between them:
+`USER:PASSWORD@` before the hosts names an ACL user. `?NAME=VALUE` may follow, several separated by `&`:
 
     cluster             one of several clusters in one directory; default `default`
     ca                  file of a private certificate authority
-    key                 public key of the cluster, or `/FILE` with it: records that are not signed with it are not believed
+    key                 public key of the cluster, or `/FILE` that contains it: records not signed with it are not believed
     sentinel_username   of the Sentinels, which have users of their own, or none
     sentinel_password
 
-What is special in a URL is percent-encoded in names and passwords: `%40` for `@`, `%2F` for `/`, `%23` for `#`.
+Special characters in names and passwords are percent-encoded: `%40` for `@`, `%2F` for `/`, `%23` for `#`.
 
-Invariant: what is `shown` is made of parts that were understood, without logins; a message about a URL that was not understood
-shows no part of it but the scheme.
+Invariant: `shown` consists of parsed parts without logins; an error about a URL that cannot be parsed shows only its scheme.
 """
 
 from __future__ import annotations
@@ -37,7 +36,7 @@ _REDIS_PORT = 6379
 
 
 def is_directory_url(target: str) -> bool:
-    """Whether `target` names a directory, and so a cluster."""
+    """Returns whether `target` is the URL of a directory, and therefore means a cluster."""
     return target.partition("://")[0] in SCHEMES
 
 
@@ -61,7 +60,7 @@ class DirectoryUrl:
 
     @classmethod
     def parse(cls, url: str) -> Self:
-        """Raises `InvalidArgument`, without any part of the URL but its scheme, for anything else."""
+        """Parses a URL. Raises `InvalidArgument`, whose message shows only the scheme, for any other text."""
         scheme = url.partition("://")[0]
         parts = _URL.fullmatch(url)
         if scheme not in SCHEMES or parts is None:
@@ -96,7 +95,7 @@ class DirectoryUrl:
         )
 
     def without_secrets(self, text: str) -> str:
-        """A text of somebody else's, such as a server's error, without the passwords in it."""
+        """Removes the passwords from a text of unknown origin, such as a server's error."""
         for secret in (self.password, self.sentinel_password):
             if secret:
                 text = text.replace(secret, "(password)")
@@ -130,7 +129,7 @@ def _options(scheme: str, kind: str, tls: bool, query: str | None) -> dict[str, 
 
 
 def _path(scheme: str, kind: str, path: str) -> tuple[str, int]:
-    """The service that Sentinels know, and the number of the database."""
+    """Returns the service that the Sentinels know, and the number of the database."""
     parts = [unquote(part) for part in path.split("/") if part]
     service = parts.pop(0) if kind == "sentinel" and parts else ""
     if kind == "sentinel" and not _NAME.fullmatch(service):

@@ -1,8 +1,8 @@
-"""What a node or worker makes of the directory's answers: who owns a segment now, and who may still have it.
+"""The view of a cluster that a node or worker computes from the directory's answers: current and previous owners of segments.
 
-Owns: the view of a cluster over time, purely: memberships and the time come in, views go out. Invariants: without a new membership
-the view stays as it is, for ever; a directory that lost its memory removes nobody until every node had time for a heartbeat; a
-segment's earlier owners are known for `PREVIOUS_OWNERS_MS_MAX` after a change, as long as they are members.
+Owns: the view over time, purely: memberships and the time are passed in, views are returned. Invariants: without a new membership
+the view stays as it is, forever; after a directory has lost its data, no node is removed until every node had time for a heartbeat;
+a segment's previous owners are known for `PREVIOUS_OWNERS_MS_MAX` after a change, while they are members.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from attnstore.limits import HOT_REPLICAS, MEMBER_MS_MAX, PREVIOUS_OWNERS_MAX, P
 
 @dataclass(frozen=True, slots=True)
 class ClusterView:
-    """A cluster at one moment: members by node id, where segments belong now, and where they belonged before, newest first.
+    """A cluster at one moment: members by node id, the current placement of segments, and previous ones, newest first.
 
-    `hot`: keys of the segments that some member finds used so often that they have `HOT_REPLICAS` copies at least.
+    `hot` are the keys of the segments that some member reports as hot; they have at least `HOT_REPLICAS` copies.
     """
 
     members: Mapping[str, Member]
@@ -30,19 +30,21 @@ class ClusterView:
 
     @property
     def replicas(self) -> int:
-        """Copies of each segment: the most that any member was told to keep."""
+        """Copies of each segment: the maximum that any member is configured to keep."""
         return max((member.replicas for member in self.members.values()), default=1)
 
     def quota_bytes_of(self, node_id: str) -> dict[str, int]:
-        """Tenant -> bytes that its pages may take on one node: its part of the quota, by weight, as of the segments."""
+        """Returns tenant -> bytes that its pages may take on one node: the node's part of the quota, by weight like
+        the segments.
+        """
         total = sum(self.placement.weights.values())
         part = self.placement.weights.get(node_id, 0.0) / total if total else 0.0
         return {tenant: int(quota_bytes * part) for tenant, quota_bytes in self.quota_bytes.items()}
 
     def owners(self, key: bytes, usable: Iterable[str] | None = None) -> list[str]:
-        """The nodes to write a segment to, the first one first: `replicas` of them, or as many as there are.
+        """Returns the nodes to which a segment is written, the first owner first: `replicas` of them, or as many as there are.
 
-        With `usable` the nodes that are not among them are passed over, as if they had left.
+        With `usable`, other nodes are skipped as if they had left.
         """
         ranked = self.placement.ranked(key)
         if usable is not None:
@@ -51,13 +53,13 @@ class ClusterView:
         return ranked[: self.copies(key)]
 
     def copies(self, key: bytes) -> int:
-        """How many nodes own a segment."""
+        """Returns the number of nodes that own a segment."""
         return max(self.replicas, HOT_REPLICAS) if key in self.hot else self.replicas
 
     def holders(self, key: bytes, usable: Iterable[str] | None = None, *, turn: int = 0) -> list[str]:
-        """The nodes to look for a segment at, the likeliest first: its owners, then its owners before the last changes.
+        """Returns the nodes that may hold a segment, the likeliest first: its owners, then its owners before the last changes.
 
-        Callers that count `turn` up share the owners of a hot segment between them.
+        Callers that increment `turn` spread over the owners of a hot segment.
         """
         holders = self.owners(key, usable)
         if turn and holders and key in self.hot:
@@ -83,11 +85,11 @@ class ViewTracker:
 
     @property
     def known(self) -> Revision | None:
-        """The revision to name when asking the directory; None asks for everything."""
+        """The revision to name in the next request to the directory; None requests everything."""
         return self._revision
 
     def observe(self, membership: Membership | None, now_ms: float) -> ClusterView:
-        """The view after an answer of the directory; None says that nothing has changed there."""
+        """Returns the view after an answer of the directory; None means that nothing has changed."""
         if membership is not None:
             if self._revision is not None and membership.revision.incarnation != self._revision.incarnation:
                 self._trusted_from_ms = now_ms + MEMBER_MS_MAX
@@ -109,7 +111,7 @@ class ViewTracker:
         previous = [earlier for _, earlier in self._history if earlier.weights]
         everyone = Placement({name: member.weight for name, member in members.items()})
         if everyone != placement:
-            # Whoever sees this cluster for the first time knows no earlier placement; nodes that drain tell of one.
+            # A reader that sees this cluster for the first time knows no previous placement; draining nodes imply one.
             previous.insert(0, everyone)
         hot = frozenset(key for member in members.values() for key in member.hot)
         view = ClusterView(members, placement, tuple(previous), quota_bytes, hot)
