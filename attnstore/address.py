@@ -18,6 +18,8 @@ from typing import Any, Final, Self
 
 from attnstore.errors import InvalidArgument
 
+NODE_ADDRESS_DEFAULT: Final = "127.0.0.1:7400"
+"""Where a node listens, and a client looks for one, unless told otherwise."""
 _LABEL: Final = r"[A-Za-z0-9_](?:[A-Za-z0-9_-]{0,61}[A-Za-z0-9_])?"
 _NAME: Final = re.compile(rf"(?=.{{1,253}}\.?\Z){_LABEL}(?:\.{_LABEL})*\.?")
 _ZONE: Final = re.compile(r"[A-Za-z0-9_.-]{1,32}")

@@ -1,4 +1,7 @@
-"""The `attnstore` command."""
+"""The `attnstore` command.
+
+Owns: the commands and their options. Every command but `serve` needs the packages of a client only.
+"""
 
 from __future__ import annotations
 
@@ -12,20 +15,16 @@ from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 
-import uvloop
-
-from attnstore import aio
-from attnstore.allocator import keep_freed_memory
+from attnstore.address import NODE_ADDRESS_DEFAULT
 from attnstore.client.health import check_serving
 from attnstore.client.options import checked_target
 from attnstore.client.transports.grpc import Target
 from attnstore.command_line import CommandParser, run_command, say, tell
-from attnstore.config import ServeOptions, add_serve_options, ignored_variables, load_serve_options
-from attnstore.directory import Intent, Member, load_cluster_key
+from attnstore.directory import Intent, load_cluster_key
 from attnstore.environment import variable, variable_name
 from attnstore.errors import InvalidArgument
+from attnstore.extras import needs_extra
 from attnstore.limits import NODE_ID_CHARS_MAX, QUOTA_BYTES_MAX, TENANT_CHARS_MAX
-from attnstore.logs import configure_logs, get_logger
 from attnstore.operations import Access, ClusterStatus, cluster_status, set_intent, set_quota, status_text, wait_drained
 from attnstore.option_types import (
     MILLISECONDS,
@@ -39,17 +38,12 @@ from attnstore.option_types import (
     http_proxy,
     http_url,
 )
-from attnstore.peering import Peering
-from attnstore.server.handoff import OpenPeer
-from attnstore.server.node import serve
 from attnstore.whatif.command import add_plan_options, run_plan
 
 _CLEAR_SCREEN = "\x1b[2J\x1b[H"
-_TARGET_DEFAULT = f"grpc://{ServeOptions.model_fields['listen'].default}"
+_TARGET_DEFAULT = f"grpc://{NODE_ADDRESS_DEFAULT}"
 _TARGET = Parsed(checked_target)
 _QUOTA = Size(0, QUOTA_BYTES_MAX)
-
-_log = get_logger(__name__)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -71,8 +65,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True)
 
     serve_parser = commands.add_parser("serve", help="run a store node", description="Run a store node until SIGTERM.")
-    add_serve_options(serve_parser)
-    serve_parser.set_defaults(run=_serve)
+    serve_parser.add_late = _add_serve
 
     plan_parser = commands.add_parser(
         "plan", help="what moving KV would cost on other hardware", description="Estimates when a network may hold a model's KV."
@@ -147,6 +140,14 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _add_serve(parser: CommandParser) -> None:
+    with needs_extra("node", "attnstore serve"):
+        from attnstore.config import add_serve_options
+        from attnstore.serve_command import run_serve
+    add_serve_options(parser)
+    parser.set_defaults(run=run_serve)
+
+
 def _add_access(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--directory", type=_TARGET, metavar="URL", help="the cluster [env ATTNSTORE_DIRECTORY]")
@@ -199,27 +200,6 @@ def _node(text: str) -> str:
 
 def _key_file(text: str) -> Path:
     return file_to_read(text) if os.path.exists(text) else file_to_write(text)
-
-
-def _serve(arguments: argparse.Namespace) -> int:
-    options = load_serve_options(arguments)
-    configure_logs(options.log_level, options.log_format)
-    for name, value in ignored_variables().items():
-        _log.warning("variable ignored: Kubernetes set it for a Service (enableServiceLinks: false)", variable=name, value=value)
-    keep_freed_memory()
-    uvloop.run(serve(options, _peer_opener(options)))
-    return 0
-
-
-def _peer_opener(options: ServeOptions) -> OpenPeer:
-    def open_peer(peering: Peering | None, member: Member, tenant: str) -> aio.AsyncClient:
-        if peering is None:
-            return aio.connect_member(member, None, token=None, tls_ca=options.peer_ca)
-        return aio.connect_member(
-            member, peering.check_of(member), token=peering.credential(member, tenant), tls_ca=options.peer_ca
-        )
-
-    return open_peer
 
 
 def _cluster_key(arguments: argparse.Namespace) -> int:

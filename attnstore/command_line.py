@@ -36,7 +36,17 @@ class CommandParser(argparse.ArgumentParser):
     Its subcommands' parsers are of this class too.
     """
 
+    add_late: Callable[[CommandParser], None] | None = None
+    """Adds the options of a command whose packages may not be installed, when that command is parsed."""
+
+    def complete(self) -> None:
+        """Adds the options that `add_late` has to add, once."""
+        if self.add_late is not None:
+            add, self.add_late = self.add_late, None
+            add(self)
+
     def parse_known_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:  # type: ignore[override]
+        self.complete()
         given = sys.argv[1:] if args is None else list(args)
         for before, argument in zip(["", *given], given, strict=False):
             option, equals, value = argument.partition("=")

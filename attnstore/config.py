@@ -16,15 +16,15 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import (
     BaseModel,
     BeforeValidator,
-    ByteSize,
     ConfigDict,
     Field,
     SecretStr,
     ValidationError,
     model_validator,
 )
+from pydantic.fields import FieldInfo
 
-from attnstore.address import Address
+from attnstore.address import NODE_ADDRESS_DEFAULT, Address
 from attnstore.directory import DirectoryUrl
 from attnstore.environment import service_links, variable, variable_name
 from attnstore.errors import InvalidArgument
@@ -57,6 +57,7 @@ from attnstore.option_types import (
     read_text,
 )
 from attnstore.secrecy import shown
+from attnstore.sizes import size_text
 from attnstore.tokens import is_token
 
 BULK_TRANSPORTS = frozenset({"shm", "tcp"})
@@ -94,10 +95,10 @@ class ServeOptions(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     listen: Annotated[str, BeforeValidator(Parsed(_listening))] = Field(
-        "127.0.0.1:7400", description="host:port or [ipv6]:port of the gRPC service; port 0 takes a free one"
+        NODE_ADDRESS_DEFAULT, description="host:port or [ipv6]:port of the gRPC service; port 0 takes a free one"
     )
-    capacity: Annotated[ByteSize, BeforeValidator(Size(4 * KIB, CAPACITY_BYTES_MAX))] = Field(
-        ByteSize(2 << 30), description="bytes of pages that the node holds at most, for example 2GiB"
+    capacity: Annotated[int, BeforeValidator(Size(4 * KIB, CAPACITY_BYTES_MAX))] = Field(
+        2 * GIB, description="bytes of pages that the node holds at most, for example 2GiB"
     )
     arena_path: Annotated[Path, BeforeValidator(file_to_write)] | None = Field(
         None, description="file or memory device that holds the pages, for example /dev/dax0.0; default: memory of the node's own"
@@ -142,8 +143,8 @@ class ServeOptions(BaseModel):
         None, description="PEM certificates of the authorities of other nodes, for handing pages over; default: the system's"
     )
     insecure: bool = Field(False, description="serve everyone who can reach a public address, with no token")
-    scrub_rate: Annotated[ByteSize, BeforeValidator(Size(0, SCRUB_BYTES_PER_S_MAX))] = Field(
-        ByteSize(SCRUB_BYTES_PER_S_DEFAULT),
+    scrub_rate: Annotated[int, BeforeValidator(Size(0, SCRUB_BYTES_PER_S_MAX))] = Field(
+        SCRUB_BYTES_PER_S_DEFAULT,
         description="bytes of idle pages that are hashed again in a second, to find memory that has changed; 0: none",
     )
     drain_ms: Annotated[int, BeforeValidator(Whole(0, 600_000))] = Field(
@@ -216,7 +217,7 @@ def add_serve_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--config", metavar="FILE", help="TOML file of options, one `name = value` a line")
     for name, field in ServeOptions.model_fields.items():
         option = _option(name)
-        help_text = f"{field.description} [env {variable_name(name)}; default: {_shown(field.default)}]"
+        help_text = f"{field.description} [env {variable_name(name)}; default: {_shown(field)}]"
         if field.annotation is bool:
             parser.add_argument(option, action="store_true", default=None, help=help_text)
         else:
@@ -293,7 +294,7 @@ def _option(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-def _shown(default: Any) -> str:
-    if isinstance(default, ByteSize):
-        return default.human_readable()
-    return "none" if default in (None, "") else str(default)
+def _shown(field: FieldInfo) -> str:
+    if any(isinstance(each, BeforeValidator) and isinstance(each.func, Size) for each in field.metadata):
+        return size_text(field.default)
+    return "none" if field.default in (None, "") else str(field.default)

@@ -1,61 +1,47 @@
-"""Log lines, by way of the standard library's `logging`.
+"""Log lines with fields, through the standard library's `logging`.
 
-Owns: how a line is made and, in a process of ours, how it is shown. Invariant: nothing is said on standard output, which belongs to
-the program that uses us: without a configuration of logging the lines from `warning` up go to standard error.
+Owns: how a line is made; `attnstore.server.log_output` owns how a node shows it. Invariant: nothing goes to standard output, which
+belongs to the program that uses the library. Without a configuration of `logging`, lines from `warning` up go to standard error.
 """
 
 from __future__ import annotations
 
 import logging
-import sys
-from typing import Any
+from typing import Any, Final
 
-import structlog
-from structlog.typing import EventDict, Processor
-
-_FIELDS = "fields"
+FIELDS: Final = "fields"
+"""The attribute of a record that holds the event and its fields."""
 
 
-def get_logger(name: str) -> structlog.stdlib.BoundLogger:
-    """The structured logger of the module `name`; whoever handles the logger `name` of `logging` gets its lines."""
-    logger: structlog.stdlib.BoundLogger = structlog.wrap_logger(
-        logging.getLogger(name),
-        wrapper_class=structlog.stdlib.BoundLogger,
-        processors=[structlog.stdlib.filter_by_level, _to_record],
-    )
-    return logger
+class Logger:
+    """Logs an event, which is one fixed text, with its fields: `log.warning("page refused", node="ada", pages=3)`."""
+
+    def __init__(self, name: str) -> None:
+        self._logger = logging.getLogger(name)
+
+    def info(self, event: str, **fields: Any) -> None:
+        """Logs what an operator may want to know."""
+        self._write(logging.INFO, event, fields)
+
+    def warning(self, event: str, **fields: Any) -> None:
+        """Logs what works, but not as it should."""
+        self._write(logging.WARNING, event, fields)
+
+    def error(self, event: str, *, exc_info: BaseException | bool = False, **fields: Any) -> None:
+        """Logs what failed, with the traceback of `exc_info`, an exception or the current one (True)."""
+        self._write(logging.ERROR, event, fields, exc_info)
+
+    def exception(self, event: str, **fields: Any) -> None:
+        """Logs what failed, with the traceback of the current exception."""
+        self._write(logging.ERROR, event, fields, True)
+
+    def _write(self, level: int, event: str, fields: dict[str, Any], exc_info: BaseException | bool = False) -> None:
+        if self._logger.isEnabledFor(level):
+            text = " ".join([event, *(f"{key}={value!r}" for key, value in fields.items())])
+            # The text goes in as an argument: a `%` in it is not a format.
+            self._logger.log(level, "%s", text, exc_info=exc_info, stacklevel=3, extra={FIELDS: {"event": event, **fields}})
 
 
-def configure_logs(level: str, log_format: str) -> None:
-    """Sends every log line of this process to standard error, as text for people (`console`) or one JSON object a line (`json`)."""
-    renderers: list[Processor] = (
-        [structlog.processors.format_exc_info, structlog.processors.JSONRenderer()]
-        if log_format == "json"
-        else [structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty(), exception_formatter=structlog.dev.plain_traceback)]
-    )
-    handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(_Formatter([structlog.processors.TimeStamper(fmt="iso", utc=True), *renderers]))
-    logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
-
-
-def _to_record(_logger: Any, _method: str, event: EventDict) -> tuple[tuple[str], dict[str, Any]]:
-    """What a method of `logging.Logger` takes: a line that any handler can show, and beside it the fields for ours."""
-    exc_info = event.pop("exc_info", None)
-    text = " ".join([str(event["event"]), *(f"{key}={value!r}" for key, value in event.items() if key != "event")])
-    return (text,), {"exc_info": exc_info, "extra": {_FIELDS: event}}
-
-
-class _Formatter(logging.Formatter):
-    """Renders the fields of a record; one of another library has its text only."""
-
-    def __init__(self, processors: list[Processor]) -> None:
-        super().__init__()
-        self._processors = processors
-
-    def format(self, record: logging.LogRecord) -> str:
-        event: Any = {"level": record.levelname.lower(), **getattr(record, _FIELDS, {"event": record.getMessage()})}
-        if record.exc_info:
-            event["exc_info"] = record.exc_info
-        for processor in self._processors:
-            event = processor(None, record.levelname.lower(), event)
-        return str(event)
+def get_logger(name: str) -> Logger:
+    """The logger of the module `name`. Its lines go to the handlers of the logger `name` of `logging`."""
+    return Logger(name)

@@ -13,9 +13,8 @@ from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import Final
 
-from pydantic import ByteSize
-
 from attnstore.errors import InvalidArgument
+from attnstore.sizes import size_text
 
 _UNLIMITED_BYTES_MIN: Final = 1 << 60
 """Version 1 writes "no limit" as the largest number of pages that fits a signed integer."""
@@ -51,8 +50,7 @@ def require_memory(what: str, needed_bytes: int, beside_bytes: int, limit_bytes:
     """
     if needed_bytes + beside_bytes <= limit_bytes:
         return None
-    needed, limit = (ByteSize(count).human_readable() for count in (needed_bytes, limit_bytes))
-    told = f"{what} takes {needed}, and the memory that this process may use is {limit}"
+    told = f"{what} takes {size_text(needed_bytes)}, and the memory that this process may use is {size_text(limit_bytes)}"
     if needed_bytes > limit_bytes:
         raise InvalidArgument(f"{told}: the kernel would kill it; lower the one or raise the other")
     return f"{told}: that may not leave enough for the rest of the process, which the kernel then kills"

@@ -21,19 +21,16 @@ from pathlib import Path
 from typing import Final, Generic, TextIO, TypeVar
 from urllib.parse import urlsplit
 
-from pydantic import ByteSize, TypeAdapter
-
 from attnstore.errors import InvalidArgument
 from attnstore.http_client import is_http_proxy
 from attnstore.limits import DEADLINE_MS_MAX, SECRET_CHARS_MAX
 from attnstore.secrecy import shown
+from attnstore.sizes import parse_size, size_text
 from attnstore.tokens import is_token
 
 _WHOLE: Final = re.compile(r"[+-]?[0-9]{1,20}")
 _DECIMAL: Final = re.compile(r"[+-]?(?:[0-9]{1,20}(?:\.[0-9]{0,20})?|\.[0-9]{1,20})(?:[eE][+-]?[0-9]{1,2})?")
-_SIZE: Final = re.compile(r"[0-9]{1,20}(?:\.[0-9]{1,9})? ?[A-Za-z]{0,5}")
 _STANDARD_INPUT: Final = Path("-")
-_BYTES: Final = TypeAdapter(ByteSize)
 
 T = TypeVar("T")
 
@@ -84,15 +81,12 @@ class Size:
     least: int
     most: int
 
-    def __call__(self, given: object) -> ByteSize:
+    def __call__(self, given: object) -> int:
         text = _number_text(given)
-        try:
-            size = _BYTES.validate_python(text) if _SIZE.fullmatch(text) else None
-        except ValueError:
-            size = None
+        size = parse_size(text)
         if size is None or not self.least <= size <= self.most:
-            least, most = (ByteSize(bound).human_readable() for bound in (self.least, self.most))
-            raise InvalidValue(f"{shown(text)} is not a size from {least} to {most}, for example 512MiB")
+            bounds = f"from {size_text(self.least)} to {size_text(self.most)}"
+            raise InvalidValue(f"{shown(text)} is not a size {bounds}, for example 512MiB")
         return size
 
 

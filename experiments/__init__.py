@@ -1,7 +1,7 @@
-"""Measurements: users of the public API only; run from a checkout, never shipped.
+"""Measurements of AttnStore, run from a checkout. They are not in the wheel.
 
-`python -m experiments.X` without the packages of `attnstore[dev]` says so in one line. Standard library only: peers of some
-measurements run in an environment without AttnStore.
+`python -m experiments.X` without the packages of `attnstore[experiments]` says so in one line. This module needs only the standard
+library, because peers of some measurements run in environments of their own.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ from attnstore_worker.openmp import spin_briefly
 
 
 def _tell(kind: type[BaseException], error: BaseException, traceback: TracebackType | None) -> None:
-    """Ends a command with exit status 2 where a package is missing, and as ever otherwise."""
+    """Ends the command with exit status 2 if a package is missing. Shows any other exception with its traceback."""
     if isinstance(error, ModuleNotFoundError) and error.name is not None:
-        print(f"{error.name} is not installed: make setup, or pip install -e '.[dev]'", file=sys.stderr)
+        print(f"{error.name} is not installed: make setup, or pip install -e '.[experiments]'", file=sys.stderr)
         raise SystemExit(2)
     sys.__excepthook__(kind, error, traceback)
 

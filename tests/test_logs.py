@@ -10,7 +10,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from attnstore.logs import configure_logs, get_logger
+from attnstore.logs import get_logger
+from attnstore.server.log_output import configure_logs
 
 _log = get_logger("attnstore.example")
 

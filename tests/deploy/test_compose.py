@@ -136,5 +136,5 @@ def test_images_say_who_runs_and_how_health_is_seen(dockerfile: Path) -> None:
 
 def test_the_image_of_a_store_node_installs_no_torch() -> None:
     installs = [argument for name, argument in instructions(ROOT / "deploy/docker/Dockerfile.store") if name == "RUN"]
-    assert any("'.[redis]'" in argument for argument in installs)
+    assert any("'.[node,redis]'" in argument for argument in installs)
     assert not any("worker]" in argument or "attention" in argument or "torch" in argument for argument in installs)

@@ -1,0 +1,37 @@
+"""Sizes in bytes as people write and read them.
+
+Owns: `parse_size` and `size_text`. Units: `kB`, `MB` and so on are powers of 1000, `KiB`, `MiB` and so on powers of 1024, in either
+case; `k` and `M` stand for `kB` and `MB`, and `kbit` or `Mibit` for an eighth of them.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Final
+
+_SIZE: Final = re.compile(r"([0-9]{1,20}(?:\.[0-9]{1,9})?) ?([A-Za-z]{0,5})")
+_UNITS: Final = {"": 1.0, "b": 1.0, "bit": 1 / 8} | {
+    f"{prefix}{unit}": base**power / divisor
+    for power, prefix in enumerate("kmgtpe", 1)
+    for unit, base, divisor in (("", 1000, 1), ("b", 1000, 1), ("ib", 1024, 1), ("bit", 1000, 8), ("ibit", 1024, 8))
+}
+
+
+def parse_size(text: str) -> int | None:
+    """The bytes of a text such as `512MiB`, `1.5 GB` or `4096`, rounded down. None for any other text."""
+    match = _SIZE.fullmatch(text)
+    unit = _UNITS.get(match[2].lower()) if match else None
+    if match is None or unit is None:
+        return None
+    return int(match[1]) if match[1].isdecimal() and unit == 1 else int(float(match[1]) * unit)
+
+
+def size_text(size_bytes: float) -> str:
+    """The size with one decimal in the largest binary unit that it reaches, for example `1.5GiB`."""
+    if size_bytes < 1024:
+        return f"{size_bytes:.0f}B"
+    for prefix in "KMGTP":
+        size_bytes /= 1024
+        if size_bytes < 1024:
+            return f"{size_bytes:.1f}{prefix}iB"
+    return f"{size_bytes / 1024:.1f}EiB"
