@@ -16,6 +16,7 @@ import attnstore
 from attnstore.arena import ShmArena
 from attnstore.client.async_client import AsyncClient
 from attnstore.client.blocking import LoopThread
+from attnstore.client.cluster.attend import StoreAttention
 from attnstore.client.cluster.membership import ClusterMembership
 from attnstore.client.cluster.node_link import NodeLink
 from attnstore.client.negotiation import BulkTransports
@@ -26,7 +27,6 @@ from attnstore.directory.redis import RedisDirectory
 from attnstore.server.registration import Registration
 from attnstore.server.scrubber import Scrubber
 from attnstore_worker.cache import CacheManager
-from attnstore_worker.cache.attending.contexts import RemoteAttention, _Node
 from attnstore_worker.engine.engine import Engine
 
 
@@ -144,24 +144,14 @@ CASES: dict[str, tuple[Owner, Callable[[Steps], dict[str, Any]], set[str]]] = {
         },
         {"writer", "lender", "blocks"},
     ),
-    "remote attention": (
-        RemoteAttention.end,
+    "attention over a store's pages": (
+        StoreAttention.close,
         lambda steps: {
-            "_contexts": ["1", "2"],
-            "close": steps.blocking("context").close,
-            "_nodes": [steps.blocking("1"), steps.blocking("2")],
+            "_prefixes": ["1", "2"],
+            "close_prefix": steps.blocking("prefix").close,
+            "_streams": {"1": steps.blocking("1"), "2": steps.blocking("2")},
         },
-        {"context", "1", "2"},
-    ),
-    "a node that attends": (
-        _Node.end,
-        lambda steps: {"reset": steps.blocking("stream").close, "_leases": steps.blocking("leases")},
-        {"stream", "leases"},
-    ),
-    "an attend stream": (
-        _Node.reset,
-        lambda steps: {"_stream": steps.blocking("stream"), "_on_reset": steps.blocking("contexts").close},
-        {"stream", "contexts"},
+        {"prefix", "1", "2"},
     ),
     "an engine": (
         Engine.close,
@@ -230,12 +220,14 @@ def test_a_blocking_client_whose_connection_ends_badly_gives_its_thread_back(loo
     assert loop_users() == 0
 
 
-def test_a_blocking_cluster_client_closes_every_node_s_client(loop_users: Callable[[], int]) -> None:
-    cluster = attnstore.connect("grpc://127.0.0.1:1,127.0.0.1:2")
-    assert isinstance(cluster, attnstore.ClusterClient)
+def test_a_blocking_client_closes_every_attention_and_its_connections(loop_users: Callable[[], int]) -> None:
+    client = attnstore.connect("grpc://127.0.0.1:1,127.0.0.1:2")
+    assert isinstance(client, attnstore.ClusterClient)
     steps = Steps()
-    cluster._nodes = {("1", b""): steps.blocking("1"), ("2", b""): steps.blocking("2")}
-    with pytest.raises(Fault), contextlib.closing(cluster):
+    attentions = [steps.blocking("1"), steps.blocking("2")]
+    client._attentions = attentions  # type: ignore[assignment]
+    client._client.close = steps.awaited("connections").close
+    with pytest.raises(Fault), contextlib.closing(client):
         pass
-    assert steps.taken in (["1", "2"], ["2", "1"])
+    assert set(steps.taken) == {"1", "2", "connections"}
     assert loop_users() == 0

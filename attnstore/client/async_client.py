@@ -15,6 +15,7 @@ from types import TracebackType
 from typing import Any, Self, TypeVar
 
 from attnstore.client.base import (
+    AttendPlan,
     BulkUnavailable,
     MatchPlan,
     OnLayer,
@@ -398,24 +399,22 @@ class AsyncClient:
         `q_heads` is a multiple of the layout's kv_heads, `scale` the factor on `q . k`; each exchange ends within `deadline_ms`.
         (The blocking client attends over the page channel where the node offers it, with less delay.)
         """
-        shape = self.attend_shape(namespace, q_heads, scale)
-        milliseconds = self._deadline_ms(deadline_ms)
-        return AttendCall(await self._connected().attend(milliseconds), shape, milliseconds)
+        plan = self.plan_attend(namespace, q_heads, scale, deadline_ms)
+        return AttendCall(await self._connected().attend(plan.deadline_ms), plan.shape, plan.deadline_ms)
 
-    def attend_shape(self, namespace: bytes, q_heads: int, scale: float) -> AttendShape:
+    def plan_attend(self, namespace: bytes, q_heads: int, scale: float, deadline_ms: float | None) -> AttendPlan:
         """Checks the arguments of `attend`; nothing is sent."""
-        self._layout(namespace)
-        return AttendShape(namespace, q_heads, scale)
+        layout = self._layout(namespace)
+        return AttendPlan(AttendShape(namespace, q_heads, scale), layout, self._deadline_ms(deadline_ms), self._clock)
 
-    async def attend_over_channel(self, shape: AttendShape, deadline_ms: float | None) -> ChannelAttend | None:
+    async def attend_over_channel(self, plan: AttendPlan) -> ChannelAttend | None:
         """An attend stream over the page channel; None where there is none to be had and gRPC is left."""
-        deadline = self._deadline(deadline_ms)
-        await self._transports.negotiate(deadline)
+        await self._transports.negotiate(Deadline(self._clock, plan.deadline_ms))
         tcp = self._transports.tcp
         if tcp is None or self._options.transport == "grpc":
             return None
         try:
-            return await in_thread(lambda: tcp.attend(shape, self._clock, self._deadline_ms(deadline_ms)), Transfer())
+            return await in_thread(lambda: tcp.attend(plan.shape, self._clock, plan.deadline_ms), Transfer())
         except BulkUnavailable:
             return None
 

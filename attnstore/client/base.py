@@ -20,10 +20,12 @@ from attnstore.client.landing import Landing
 from attnstore.clock import Clock, Deadline
 from attnstore.copying import checksums
 from attnstore.core.hashing import page_checksum, range_checksum
+from attnstore.core.layout import PageLayout
 from attnstore.errors import AttnStoreError, InvalidArgument, ProtocolError, Unavailable
 from attnstore.limits import CHANNEL_READ_HASHES_MAX
 from attnstore.logs import get_logger
 from attnstore.types import MatchResult, PageStatus, WriteResult
+from attnstore.wire.attend import AttendShape
 from attnstore.wire.messages import lease_from_wire
 
 T = TypeVar("T")
@@ -140,6 +142,16 @@ class MatchPlan:
     def hashes(self) -> int:
         """Of all prefixes together."""
         return sum(map(len, self.prefixes))
+
+
+@dataclass(frozen=True, slots=True)
+class AttendPlan:
+    """A checked attend: what streams of the namespace have in common. Each exchange on one ends within `deadline_ms`."""
+
+    shape: AttendShape
+    layout: PageLayout
+    deadline_ms: float
+    clock: Clock
 
 
 def all_layers(plan: ReadPlan, on_layer: OnLayer) -> None:

@@ -11,6 +11,7 @@ import concurrent.futures
 import functools
 import os
 import threading
+import weakref
 from collections.abc import AsyncGenerator, Callable, Coroutine, Generator, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager, suppress
 from types import TracebackType
@@ -20,13 +21,14 @@ import uvloop
 
 from attnstore import tasks
 from attnstore.client.async_client import AsyncClient
-from attnstore.client.base import OnLayer, ReadPlan, wait_out, written
+from attnstore.client.base import AttendPlan, OnLayer, ReadPlan, wait_out, written
+from attnstore.client.cluster.attend import AttendNode, Holders, OnlyNode, StoreAttention, attend_stream
 from attnstore.client.cluster.client import AsyncClusterClient
 from attnstore.client.options import ClusterOptions, ConnectOptions
-from attnstore.client.transports.attend import AttendStream, BlockingAttend
+from attnstore.client.transports.attend import AttendStream
 from attnstore.client.transports.mapped import PageViews
 from attnstore.client.transports.shm import ViewPlan
-from attnstore.clock import Clock
+from attnstore.clock import Clock, Deadline
 from attnstore.errors import ClientClosed, NamespaceUnknown, Retryable
 from attnstore.types import Lease, MatchResult, PageEvent, PageStatus, ReadResult, WriteResult
 from attnstore.wire.chunks import Buffer
@@ -180,6 +182,7 @@ class BlockingFacade(Generic[A]):
         self._client = client
         self._thread = LoopThread.acquire()
         self._closing = threading.Lock()
+        self._attentions: weakref.WeakSet[StoreAttention] = weakref.WeakSet()
 
     def __enter__(self) -> Self:
         return self
@@ -190,11 +193,17 @@ class BlockingFacade(Generic[A]):
     def close(self) -> None:
         """Ends the connection; calls that are running raise `ClientClosed`. Closing twice is harmless."""
         if self._closing.acquire(blocking=False):
-            with suppress(ClientClosed), self._thread.used():  # in a forked child there is nothing to end
-                try:
-                    self._thread.run(self._client.close())
-                finally:
-                    LoopThread.release()
+            # In a forked child there is nothing to end. The steps run from the last one up, each even if another fails.
+            with suppress(ClientClosed), self._thread.used(), ExitStack() as ending:
+                ending.callback(LoopThread.release)
+                ending.callback(lambda: self._thread.run(self._client.close()))
+                for attention in list(self._attentions):
+                    ending.callback(attention.close)
+
+    def _attention(self, plan: AttendPlan, holders: Holders) -> StoreAttention:
+        attention = StoreAttention(plan, holders, self._thread)
+        self._attentions.add(attention)
+        return attention
 
 
 class Client(BlockingFacade[AsyncClient]):
@@ -299,12 +308,18 @@ class Client(BlockingFacade[AsyncClient]):
         """An attend stream, over the page channel where the node offers it, else over gRPC; see `AttendStream` and
         `AsyncClient.attend`. The stream ends with the client.
         """
-        shape = self._client.attend_shape(namespace, q_heads, scale)
-        channel = self._thread.run(self._client.attend_over_channel(shape, deadline_ms))
-        if channel is not None:
-            return channel
-        call = self._thread.run(self._client.attend(namespace, q_heads=q_heads, scale=scale, deadline_ms=deadline_ms))
-        return BlockingAttend(call, self._thread.run)
+        plan = self._client.plan_attend(namespace, q_heads, scale, deadline_ms)
+        return self._thread.run(attend_stream(self._client, plan, self._thread.run))
+
+    def attention(self, namespace: bytes, *, q_heads: int, scale: float, deadline_ms: float | None = None) -> StoreAttention:
+        """Attention over pages that stay at the node; see `StoreAttention`. Arguments as in `attend`."""
+        plan = self._client.plan_attend(namespace, q_heads, scale, deadline_ms)
+        node = OnlyNode(self._client)
+
+        async def holders(hashes: Sequence[bytes], _: Deadline) -> dict[AttendNode, Sequence[int]]:
+            return {node: range(len(hashes))}
+
+        return self._attention(plan, holders)
 
     def watch(self, namespace: bytes, *, deadline_ms: float | None = None) -> Generator[PageEvent, None, None]:
         """Page events of `namespace` from the return of this call on; see `AsyncClient.watch`."""
@@ -319,34 +334,6 @@ class ClusterClient(BlockingFacade[AsyncClusterClient]):
 
     def __init__(self, options: ClusterOptions, clock: Clock | None = None) -> None:
         super().__init__(AsyncClusterClient(options, clock))
-        self._nodes_lock = threading.Lock()
-        self._nodes: dict[tuple[str, bytes], Client] = {}
-
-    def nodes(self, *, deadline_ms: float | None = None) -> tuple[Client, ...]:
-        """A client of each node that is a member now, for what a cluster has no call for, such as `attend`.
-
-        The same objects as long as a node is a member and is not restarted; they are closed then, and with this client.
-        """
-        members = {(member.url, member.epoch): member for member in self.members(deadline_ms=deadline_ms)}
-        with self._nodes_lock:
-            gone = [self._nodes.pop(key) for key in self._nodes.keys() - members.keys()]
-            for url, epoch in sorted(members.keys() - self._nodes.keys()):
-                self._nodes[url, epoch] = Client(self._client.options_of(members[url, epoch]))
-            nodes = tuple(self._nodes.values())
-        with ExitStack() as closing_all:
-            for client in gone:
-                closing_all.callback(client.close)
-        return nodes
-
-    def close(self) -> None:
-        """Ends all connections; calls that are running fail. Closing twice is harmless."""
-        with self._nodes_lock:
-            nodes = list(self._nodes.values())
-            self._nodes.clear()
-        with ExitStack() as closing_all:
-            closing_all.callback(super().close)
-            for client in nodes:
-                closing_all.callback(client.close)
 
     members = _blocking(AsyncClusterClient.members)
     describe = _blocking(AsyncClusterClient.describe)
@@ -360,6 +347,11 @@ class ClusterClient(BlockingFacade[AsyncClusterClient]):
     write = _blocking(AsyncClusterClient.write)
     delete = _blocking(AsyncClusterClient.delete)
     stats = _blocking(AsyncClusterClient.stats)
+
+    def attention(self, namespace: bytes, *, q_heads: int, scale: float, deadline_ms: float | None = None) -> StoreAttention:
+        """Attention over pages that stay at the nodes of the cluster; see `StoreAttention`. Arguments as in `Client.attend`."""
+        plan = self._client.plan_attend(namespace, q_heads, scale, deadline_ms)
+        return self._attention(plan, self._client.attend_holders)
 
     def watch(self, namespace: bytes, *, deadline_ms: float | None = None) -> Generator[PageEvent, None, None]:
         """Page events of `namespace` from the return of this call on; see `AsyncClusterClient.watch`."""

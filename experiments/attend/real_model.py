@@ -174,9 +174,9 @@ def _shared(model: LoadedModel, prompt: list[int], tokens: int, url: str) -> _Ru
 def _attended(model: LoadedModel, prompt: list[int], tokens: int, url: str, *, speculate: bool) -> _Run:
     options = _options(model, 4 * _CHUNK_TOKENS + tokens, attend="always", speculate=speculate)
     with _store(url, "tcp") as store:
-        with Engine(model, options, store=store, attend_nodes=[store]) as warming:  # the node's kernels, and what rows it knows
+        with Engine(model, options, store=store, attend_store=store) as warming:  # the node's kernels, and what rows it knows
             _generate(warming, prompt, 12 if speculate else 2)
-        with Engine(model, options, store=store, attend_nodes=[store]) as engine:
+        with Engine(model, options, store=store, attend_store=store) as engine:
             run = _generate(engine, prompt, tokens)
             asked = engine.attending()
             assert asked is not None
@@ -206,7 +206,7 @@ def _left_behind(model: LoadedModel, prompt: list[int], cell: Cell, url: str, *,
         speculate=speculate,
         tenant_salt=f"{cell} {speculate}".encode(),
     )
-    with _store(url, "tcp") as store, Engine(model, options, store=store, attend_nodes=[store]) as engine:
+    with _store(url, "tcp") as store, Engine(model, options, store=store, attend_store=store) as engine:
         sequence, ttft_ms = _first_token(engine, prompt, cell.tokens)
         before = engine.attending()
         step_ms, step_tokens = _step_to_end(engine, sequence)

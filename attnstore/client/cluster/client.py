@@ -18,7 +18,8 @@ from typing import Self, TypeVar
 
 from attnstore import tasks
 from attnstore.client.async_client import AsyncClient
-from attnstore.client.base import OnLayer
+from attnstore.client.base import AttendPlan, OnLayer
+from attnstore.client.cluster.attend import AttendNode, cluster_holders
 from attnstore.client.cluster.delete import delete_everywhere
 from attnstore.client.cluster.flight import Flight, SingleFlight
 from attnstore.client.cluster.hedges import HedgeBudget
@@ -29,7 +30,7 @@ from attnstore.client.cluster.read import ClusterRead
 from attnstore.client.cluster.segments import Run, leading_hits, runs_of
 from attnstore.client.cluster.totals import joint_description, joint_statistics
 from attnstore.client.cluster.write import ClusterWriter
-from attnstore.client.options import ClusterOptions, ConnectOptions, checked_deadline_ms
+from attnstore.client.options import ClusterOptions, checked_deadline_ms
 from attnstore.client.transports.mapped import PageViews
 from attnstore.clock import Clock, Deadline, MonotonicClock
 from attnstore.core.layout import PageLayout
@@ -59,6 +60,7 @@ from attnstore.types import (
     WriteResult,
 )
 from attnstore.wire import messages
+from attnstore.wire.attend import AttendShape
 from attnstore.wire.chunks import Buffer
 
 T = TypeVar("T")
@@ -98,10 +100,6 @@ class AsyncClusterClient:
         membership, self._membership = self._membership, None
         if membership is not None:
             await membership.close()
-
-    def options_of(self, member: Member) -> ConnectOptions:
-        """How a member is reached. Raises `InvalidArgument` for one whose URL is none."""
-        return self._options.node.at(member, self._followed().directory.check_of(member))
 
     async def members(self, *, deadline_ms: float | None = None) -> tuple[Member, ...]:
         """The nodes of the cluster, as this client sees it."""
@@ -311,6 +309,16 @@ class AsyncClusterClient:
         deadline = self._deadline(deadline_ms)
         return await self._writer.write(self._followed(), namespace, self._layout(namespace), hashes, pages, deadline)
 
+    def plan_attend(self, namespace: bytes, q_heads: int, scale: float, deadline_ms: float | None) -> AttendPlan:
+        """Checks the arguments of `attention`; nothing is sent."""
+        layout = self._layout(namespace)
+        milliseconds = self._options.node.deadline_ms if deadline_ms is None else checked_deadline_ms(deadline_ms)
+        return AttendPlan(AttendShape(namespace, q_heads, scale), layout, milliseconds, self._clock)
+
+    async def attend_holders(self, hashes: Sequence[bytes], deadline: Deadline) -> dict[AttendNode, list[int]]:
+        """The nodes to ask for each page that is to be attended to; see `attend.Holders`."""
+        return await cluster_holders(self._followed(), hashes, deadline)
+
     async def delete(self, namespace: bytes, hashes: Sequence[bytes], *, deadline_ms: float | None = None) -> DeleteResult:
         """Removes pages from all nodes: PINNED if any node cannot, else OK if any had the page, else MISSING.
 
@@ -377,7 +385,8 @@ class AsyncClusterClient:
         return self._membership
 
     def _open_link(self, member: Member) -> NodeLink:
-        return NodeLink(member, self.options_of(member), self._clock)
+        options = self._options.node.at(member, self._followed().directory.check_of(member))
+        return NodeLink(member, options, self._clock)
 
     def _layout(self, namespace: bytes) -> PageLayout:
         try:

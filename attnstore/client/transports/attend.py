@@ -1,8 +1,8 @@
-"""The client's half of an attend stream: open sets of pages at a node, ask it about a layer, receive what the rows get from them.
+"""The client's half of an attend stream: open sets of pages at a node, ask it about a layer, receive the partial results.
 
 Owns: `AttendStream` over a page channel of its own, and `AttendCall` over gRPC, which `BlockingAttend` makes an `AttendStream` too.
-Invariant: partials land in the caller's memory only within `receive`, verified; after any error the stream is closed for good, and
-whoever wants to go on opens another.
+Invariant: partials land in the caller's memory only within `receive`, verified. A stream that raised is closed by its caller, who
+opens another to go on.
 """
 
 from __future__ import annotations
@@ -40,18 +40,31 @@ _SET_IDS_MAX: Final = 1 << 32
 
 
 class AttendStream(Protocol):
-    """One stream, one thread at a time; every exchange ends within the stream's deadline.
+    """One stream to one node, one thread at a time; every exchange ends within the stream's deadline.
 
     Errors of all methods but `close`: `LeaseExpired` (match again), `Overloaded`, `DeadlineExceeded`, `Unavailable`, `Unsupported`,
     `InvalidArgument` for what breaks a limit of `attnstore.limits.ATTEND_*`, `ProtocolError`. Whatever is raised, close the stream.
     """
 
+    @property
+    def closed(self) -> bool:
+        """`close` was called, by the caller or by the client that the stream belongs to: no set is open any more."""
+        ...
+
     def open(self, hashes: Sequence[bytes], lease: Lease) -> int:
-        """Has the node keep these pages in place, for as long as the lease holds; the name of the set from now on."""
+        """Has the node keep these pages in place as long as the lease holds. Returns the number of the new set."""
+        ...
+
+    def send_open(self, hashes: Sequence[bytes], lease: Lease) -> int:
+        """The first half of `open`: sends the request and returns the number of the set. `receive_opened` next."""
+        ...
+
+    def receive_opened(self, set_id: int) -> None:
+        """The second half of `open`: waits until the node has opened the set."""
         ...
 
     def ask(self, layer: int, sets: Sequence[tuple[int, int]], rows: Buffer) -> None:
-        """Sends rows, fp32 `[total rows, q_heads, head_dim]`, of which each `(set, count)` has the next `count`. `receive` next."""
+        """Sends rows, fp32 `[total rows, q_heads, head_dim]`: the next `count` rows for each `(set, count)`. `receive` next."""
         ...
 
     def receive(self, out: memoryview, lse: memoryview) -> None:
@@ -71,10 +84,29 @@ class AttendStream(Protocol):
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None: ...
 
 
-class _Closing(ABC):
+class _Stream(ABC):
+    """What both kinds of stream share."""
+
+    def __init__(self) -> None:
+        self.closed = False
+
     @abstractmethod
     def close(self) -> None:
         """See `AttendStream.close`."""
+
+    @abstractmethod
+    def send_open(self, hashes: Sequence[bytes], lease: Lease) -> int:
+        """See `AttendStream.send_open`."""
+
+    @abstractmethod
+    def receive_opened(self, set_id: int) -> None:
+        """See `AttendStream.receive_opened`."""
+
+    def open(self, hashes: Sequence[bytes], lease: Lease) -> int:
+        """See `AttendStream.open`."""
+        set_id = self.send_open(hashes, lease)
+        self.receive_opened(set_id)
+        return set_id
 
     def __enter__(self) -> Self:
         return self
@@ -83,10 +115,11 @@ class _Closing(ABC):
         self.close()
 
 
-class ChannelAttend(_Closing):
+class ChannelAttend(_Stream):
     """An `AttendStream` over a page channel that is this stream's alone, welcomed by the node."""
 
     def __init__(self, stream: FrameStream, shape: AttendShape, clock: Clock, deadline_ms: float) -> None:
+        super().__init__()
         self._stream = stream
         self._shape = shape
         self._clock = clock
@@ -97,10 +130,12 @@ class ChannelAttend(_Closing):
         stream.bound(self._left_ms)
 
     def close(self) -> None:
+        """See `AttendStream.close`."""
+        self.closed = True
         self._stream.abort()
 
-    def open(self, hashes: Sequence[bytes], lease: Lease) -> int:
-        """See `AttendStream.open`."""
+    def send_open(self, hashes: Sequence[bytes], lease: Lease) -> int:
+        """See `AttendStream.send_open`."""
         set_id = next(self._set_ids) % _SET_IDS_MAX
         payload = encode_open(AttendOpen(set_id, self._shape, hashes, lease.lease_id))
         self._begin()
@@ -113,9 +148,12 @@ class ChannelAttend(_Closing):
             lease=lease.lease_id,
         )
         self._stream.send(encode_frame(frame), payload)
+        return set_id
+
+    def receive_opened(self, set_id: int) -> None:
+        """See `AttendStream.receive_opened`."""
         if self._receive(Kind.OPENED).page != set_id:
             raise ProtocolError("the node opened another set than it was asked for")
-        return set_id
 
     def ask(self, layer: int, sets: Sequence[tuple[int, int]], rows: Buffer) -> None:
         """See `AttendStream.ask`."""
@@ -179,12 +217,21 @@ class AttendCall:
 
     async def open(self, hashes: Sequence[bytes], lease: Lease) -> int:
         """See `AttendStream.open`."""
+        set_id = await self.send_open(hashes, lease)
+        await self.receive_opened(set_id)
+        return set_id
+
+    async def send_open(self, hashes: Sequence[bytes], lease: Lease) -> int:
+        """See `AttendStream.send_open`."""
         set_id = next(self._set_ids) % _SET_IDS_MAX
         await self._send(AttendOpen(set_id, self._shape, hashes, lease.lease_id))
+        return set_id
+
+    async def receive_opened(self, set_id: int) -> None:
+        """See `AttendStream.receive_opened`."""
         answer = await self._call.read()
         if answer.WhichOneof("step") != "opened" or answer.opened.set != set_id:
-            raise ProtocolError("the node answered an open with something else")
-        return set_id
+            raise ProtocolError("the node did not answer an open with the set that was asked for")
 
     async def ask(self, layer: int, sets: Sequence[tuple[int, int]], rows: Buffer) -> None:
         """See `AttendStream.ask`."""
@@ -218,20 +265,27 @@ class AttendCall:
         await self._call.write(step_to_wire(step))
 
 
-class BlockingAttend(_Closing):
+class BlockingAttend(_Stream):
     """An `AttendCall` as an `AttendStream`: `run` runs a coroutine on the call's event loop and waits for it."""
 
     def __init__(self, call: AttendCall, run: Callable[[Coroutine[Any, Any, R]], R]) -> None:
+        super().__init__()
         self._call = call
         self._run: Callable[[Coroutine[Any, Any, Any]], Any] = run
 
     def close(self) -> None:
+        """See `AttendStream.close`."""
+        self.closed = True
         with suppress(ClientClosed):
             self._run(self._call.close())
 
-    def open(self, hashes: Sequence[bytes], lease: Lease) -> int:
-        """See `AttendStream.open`."""
-        return int(self._run(self._call.open(hashes, lease)))
+    def send_open(self, hashes: Sequence[bytes], lease: Lease) -> int:
+        """See `AttendStream.send_open`."""
+        return int(self._run(self._call.send_open(hashes, lease)))
+
+    def receive_opened(self, set_id: int) -> None:
+        """See `AttendStream.receive_opened`."""
+        self._run(self._call.receive_opened(set_id))
 
     def ask(self, layer: int, sets: Sequence[tuple[int, int]], rows: Buffer) -> None:
         """See `AttendStream.ask`."""

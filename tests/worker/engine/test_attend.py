@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
+from weakref import WeakSet
 
 import pytest
 
 import attnstore
 from attnstore import errors
+from attnstore.client.async_client import AsyncClient
+from attnstore.client.cluster.attend import AttendedPrefix, StoreAttention
 from attnstore.client.transports.attend import AttendStream
 from attnstore.testing import StoreProcess
-from attnstore.types import Lease, MatchResult
 from attnstore_worker.engine import Engine, EngineOptions, FinishReason, SamplingParams
 from attnstore_worker.engine import Sequence as Prompted
 from attnstore_worker.errors import SequenceFailed
@@ -59,12 +61,13 @@ def resident(model: LoadedModel, token_ids: list[int], sampling: SamplingParams 
 def run(engine: Engine, token_ids: list[int]) -> Prompted:
     sequence = engine.generate(token_ids, SamplingParams(max_tokens=NEW_TOKENS))
     engine.check()
-    assert engine.statistics().pool.held == engine.statistics().swap_out_pending
+    engine.flush(60_000)
+    assert engine.statistics().pool.held == 0
     return sequence
 
 
 class Flaky:
-    """A node whose attend streams do what the test says: `fault` is called before each answer and may raise."""
+    """A store whose attend streams do what the test says: `fault` is called before each answer and may raise."""
 
     def __init__(self, client: attnstore.Client) -> None:
         self._client = client
@@ -74,33 +77,36 @@ class Flaky:
     def register_layout(self, namespace: bytes, layout: attnstore.PageLayout, /) -> object:
         return self._client.register_layout(namespace, layout)
 
-    def match(self, namespace: bytes, prefixes: Sequence[Sequence[bytes]], /, *, lease_ms: int) -> MatchResult:
-        return self._client.match(namespace, prefixes, lease_ms=lease_ms)
+    def attention(self, namespace: bytes, /, *, q_heads: int, scale: float, deadline_ms: float | None = None) -> StoreAttention:
+        attention = self._client.attention(namespace, q_heads=q_heads, scale=scale, deadline_ms=deadline_ms)
+        open_prefix = attention.open
 
-    def renew(self, lease: Lease, lease_ms: int, /) -> object:
-        return self._client.renew(lease, lease_ms)
+        def open_faulty(hashes: Sequence[bytes]) -> AttendedPrefix | None:
+            prefix = open_prefix(hashes)
+            for each in prefix.sets if prefix is not None else ():
+                if each.stream not in faulty:
+                    faulty.add(each.stream)
+                    each.stream.receive = self._faulty(each.stream.receive)  # type: ignore[method-assign]
+            return prefix
 
-    def release(self, lease: Lease, /) -> object:
-        return self._client.release(lease)
+        faulty: WeakSet[AttendStream] = WeakSet()
+        attention.open = open_faulty  # type: ignore[method-assign]
+        return attention
 
-    def attend(self, namespace: bytes, /, *, q_heads: int, scale: float, deadline_ms: float | None = None) -> AttendStream:
-        stream = self._client.attend(namespace, q_heads=q_heads, scale=scale, deadline_ms=deadline_ms)
-        receive = stream.receive
-
+    def _faulty(self, receive: Callable[[memoryview, memoryview], None]) -> Callable[[memoryview, memoryview], None]:
         def faulty(out: memoryview, lse: memoryview) -> None:
             self.answers += 1
             self.fault()
             receive(out, lse)
 
-        stream.receive = faulty  # type: ignore[method-assign]
-        return stream
+        return faulty
 
 
 def test_a_context_four_times_the_pool_runs_to_its_end_with_the_resident_tokens(
     tiny: LoadedModel, client: attnstore.Client, request: pytest.FixtureRequest
 ) -> None:
     token_ids = prompt(4 * BLOCKS * 16 - NEW_TOKENS - 8)
-    with Engine(tiny, options(tiny, request.node.name), store=client, attend_nodes=[client]) as engine:
+    with Engine(tiny, options(tiny, request.node.name), store=client, attend_store=client) as engine:
         held = []
         sequence = engine.submit(token_ids, SamplingParams(max_tokens=NEW_TOKENS))
         while sequence.finish_reason is None:
@@ -123,7 +129,7 @@ def test_where_nothing_repeats_the_model_guesses_by_the_blocks_that_are_here_and
     node = Flaky(client)
     node.fault = lambda: time.sleep(0.02)  # a far one: guessing pays
     token_ids = prompt(20 * 16 + 3)
-    with Engine(tiny, options(tiny, request.node.name, speculate=True), store=client, attend_nodes=[node]) as engine:
+    with Engine(tiny, options(tiny, request.node.name, speculate=True), store=client, attend_store=node) as engine:
         for sampling in (SamplingParams(max_tokens=NEW_TOKENS), SamplingParams(max_tokens=NEW_TOKENS, temperature=0.7, seed=3)):
             sequence = engine.generate(token_ids, sampling)
             engine.check()
@@ -132,12 +138,11 @@ def test_where_nothing_repeats_the_model_guesses_by_the_blocks_that_are_here_and
 
 
 def test_a_node_that_fails_in_a_way_nobody_foresaw_costs_one_sequence_and_no_lease(
-    tiny: LoadedModel, client: attnstore.Client, request: pytest.FixtureRequest
+    tiny: LoadedModel, client: attnstore.Client, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    node = Flaky(client)
-    node.attend = lambda *_, **__: 1 // 0  # type: ignore[method-assign]
+    monkeypatch.setattr(AsyncClient, "attend_over_channel", lambda *_: 1 // 0)
     long, short = prompt(3 * BLOCKS * 16), prompt(20, seed=1)
-    with Engine(tiny, options(tiny, request.node.name), store=client, attend_nodes=[node]) as engine:
+    with Engine(tiny, options(tiny, request.node.name), store=client) as engine:
         before = client.stats().leases
         sequences = [engine.submit(each, SamplingParams(max_tokens=NEW_TOKENS)) for each in (long, short)]
         while not engine.idle:
@@ -154,7 +159,7 @@ def test_without_attend_such_a_context_is_refused(
     tiny: LoadedModel, client: attnstore.Client, request: pytest.FixtureRequest
 ) -> None:
     with (
-        Engine(tiny, options(tiny, request.node.name, "never"), store=client, attend_nodes=[client]) as engine,
+        Engine(tiny, options(tiny, request.node.name, "never"), store=client, attend_store=client) as engine,
         pytest.raises(errors.InvalidArgument, match="pool"),
     ):
         engine.submit(prompt(300))
@@ -164,7 +169,7 @@ def test_a_sequence_that_outgrows_the_pool_while_it_generates_goes_on(
     tiny: LoadedModel, client: attnstore.Client, request: pytest.FixtureRequest
 ) -> None:
     token_ids = prompt(BLOCKS * 16 - 4)
-    with Engine(tiny, options(tiny, request.node.name), store=client, attend_nodes=[client]) as engine:
+    with Engine(tiny, options(tiny, request.node.name), store=client, attend_store=client) as engine:
         sequence = run(engine, token_ids)
         assert sequence.finish_reason is FinishReason.LENGTH
         assert sequence.generated == resident(tiny, token_ids)
@@ -175,11 +180,11 @@ def test_a_warm_prefix_is_attended_to_and_not_fetched(
 ) -> None:
     token_ids = prompt(6 * 16 + 5)
     wanted = options(tiny, request.node.name, "always")
-    with Engine(tiny, wanted, store=client, attend_nodes=[client]) as cold:
+    with Engine(tiny, wanted, store=client, attend_store=client) as cold:
         expected = run(cold, token_ids).generated
         assert cold.flush(30_000)
     assert expected == resident(tiny, token_ids)
-    with Engine(tiny, wanted, store=client, attend_nodes=[client]) as warm:
+    with Engine(tiny, wanted, store=client, attend_store=client) as warm:
         sequence = run(warm, token_ids)
         assert sequence.generated == expected
         assert sequence.admission is not None
@@ -198,7 +203,7 @@ def test_bytes_of_a_token_do_not_depend_on_the_length_of_its_context(
     for blocks in (2, 6):
         token_ids = prompt(blocks * 16 + 1)
         for _ in range(2):
-            with Engine(tiny, wanted, store=client, attend_nodes=[client]) as engine:
+            with Engine(tiny, wanted, store=client, attend_store=client) as engine:
                 run(engine, token_ids)
                 assert engine.flush(30_000)
                 attending = engine.attending()
@@ -212,11 +217,11 @@ def test_several_sequences_attend_in_one_exchange_a_layer(
 ) -> None:
     prompts = [prompt(2 * 16 + 1, seed) for seed in range(3)]
     wanted = options(tiny, request.node.name, "always")
-    with Engine(tiny, wanted, store=client, attend_nodes=[client]) as engine:
+    with Engine(tiny, wanted, store=client, attend_store=client) as engine:
         for token_ids in prompts:
             engine.generate(token_ids, SamplingParams(max_tokens=1))
         assert engine.flush(30_000)
-    with Engine(tiny, wanted, store=client, attend_nodes=[client]) as engine:
+    with Engine(tiny, wanted, store=client, attend_store=client) as engine:
         sequences = engine.generate_all(prompts, SamplingParams(max_tokens=8))
         attending = engine.attending()
         assert attending is not None
@@ -246,7 +251,11 @@ def test_two_nodes_that_hold_parts_of_a_context_answer_together(
         other.register_layout(name, writer.layout)
         other.write(name, moved, buffers)
         assert set(client.delete(name, moved)) == {attnstore.PageStatus.OK}
-        with Engine(tiny, wanted, store=client, attend_nodes=[client, other]) as engine:
+        addresses = ",".join(node.address for node in nodes)
+        with (
+            attnstore.connect(f"grpc://{addresses}?replicas=2", transport="tcp", deadline_ms=60_000) as both,
+            Engine(tiny, wanted, store=client, attend_store=both) as engine,
+        ):
             sequence = run(engine, token_ids)
             assert sequence.admission is not None
             assert sequence.admission.remote_tokens == 6 * 16
@@ -279,7 +288,7 @@ def test_one_fault_mid_stream_costs_time_and_no_token(
 
     node.fault = once
     token_ids = prompt(length)
-    with Engine(tiny, options(tiny, request.node.name, "always"), store=client, attend_nodes=[node]) as engine:
+    with Engine(tiny, options(tiny, request.node.name, "always"), store=client, attend_store=node) as engine:
         sequence = run(engine, token_ids)
         assert node.answers > 9
         attending = engine.attending()
@@ -301,7 +310,7 @@ def test_a_fault_that_stays_ends_in_fetching_or_computing_where_the_context_fits
 
     node.fault = always
     token_ids = prompt(5 * 16)
-    with Engine(tiny, options(tiny, request.node.name, "always"), store=client, attend_nodes=[node]) as engine:
+    with Engine(tiny, options(tiny, request.node.name, "always"), store=client, attend_store=node) as engine:
         sequence = run(engine, token_ids)
         assert sequence.finish_reason is FinishReason.LENGTH
         assert sequence.generated == resident(tiny, token_ids)
@@ -317,7 +326,7 @@ def test_a_fault_that_stays_ends_a_context_that_does_not_fit_with_a_reason(
             raise errors.Unavailable("gone")
 
     node.fault = always
-    with Engine(tiny, options(tiny, request.node.name), store=client, attend_nodes=[node]) as engine:
+    with Engine(tiny, options(tiny, request.node.name), store=client, attend_store=node) as engine:
         sequence = run(engine, prompt(20 * 16))
         assert sequence.finish_reason is FinishReason.REMOTE_LOST
         assert engine.idle
@@ -328,7 +337,7 @@ def test_a_store_that_keeps_nothing_ends_a_context_that_does_not_fit_with_a_reas
     tiny: LoadedModel, client: attnstore.Client, request: pytest.FixtureRequest, store: MemoryStore
 ) -> None:
     store.failing = ("write",)
-    with Engine(tiny, options(tiny, request.node.name, store_deadline_ms=200), store=store, attend_nodes=[client]) as engine:
+    with Engine(tiny, options(tiny, request.node.name, store_deadline_ms=200), store=store, attend_store=client) as engine:
         assert run(engine, prompt(20 * 16)).finish_reason is FinishReason.REMOTE_LOST
 
 
@@ -337,7 +346,7 @@ def test_a_killed_node_mid_generation_costs_no_token(tiny: LoadedModel, request:
     with (
         StoreProcess("--capacity", "64MiB", "--attend-threads", "1") as node,
         attnstore.connect(node.url, transport="tcp", deadline_ms=60_000) as client,
-        Engine(tiny, options(tiny, request.node.name, "always"), store=client, attend_nodes=[client]) as engine,
+        Engine(tiny, options(tiny, request.node.name, "always"), store=client, attend_store=client) as engine,
     ):
         engine.generate(token_ids, SamplingParams(max_tokens=1))
         assert engine.flush(30_000)
@@ -355,7 +364,7 @@ def test_a_killed_node_mid_generation_costs_no_token(tiny: LoadedModel, request:
 def test_cancelling_lets_the_pages_at_the_node_go(
     tiny: LoadedModel, client: attnstore.Client, request: pytest.FixtureRequest
 ) -> None:
-    with Engine(tiny, options(tiny, request.node.name), store=client, attend_nodes=[client]) as engine:
+    with Engine(tiny, options(tiny, request.node.name), store=client, attend_store=client) as engine:
         sequence = engine.submit(prompt(20 * 16), SamplingParams(max_tokens=NEW_TOKENS))
         while sequence.remote is None:
             engine.step()
@@ -389,7 +398,7 @@ def test_a_stream_that_breaks_between_two_steps_costs_no_token(
             engine.step()
         assert sequences[0].remote is not None
         assert sequences[1].remote is not None
-        sequences[0].remote.sets[0].node.reset()
+        sequences[0].remote.sets[0].stream.close()
         engine.cancel(sequences[0])
         while sequences[1].finish_reason is None:
             engine.step()

@@ -9,8 +9,7 @@ import pytest
 import attnstore
 from attnstore_worker.engine import Engine, EngineOptions, FinishReason, SamplingParams
 from attnstore_worker.model import LoadedModel
-from tests.cluster.conftest import Cluster, known_to
-from tests.samples import eventually
+from tests.cluster.conftest import Cluster
 
 pytestmark = pytest.mark.redis
 
@@ -58,19 +57,3 @@ def test_the_nodes_of_a_cluster_answer_together_and_one_that_is_killed_costs_no_
         assert after is not None
         assert after.losses > 0
         assert (sequence.finish_reason, sequence.generated) == (FinishReason.LENGTH, expected)
-
-
-def test_a_cluster_names_its_nodes_as_long_as_they_are_members(cluster: Cluster) -> None:
-    with attnstore.connect(cluster.url) as store:
-        nodes = store.nodes()
-        assert {node.describe().node_id for node in nodes} == {"ada", "bob", "cleo"}
-        assert set(map(id, store.nodes())) == set(map(id, nodes))
-        (gone,) = (node for node in nodes if node.describe().node_id == "bob")
-        cluster.kill("bob")
-        assert eventually(lambda: known_to(store) == {"ada", "cleo"}, 20)
-        left = store.nodes()
-        assert {node.describe().node_id for node in left} == {"ada", "cleo"}
-        with pytest.raises(attnstore.errors.ClientClosed):
-            gone.describe()
-    with pytest.raises(attnstore.errors.ClientClosed):
-        left[0].describe()

@@ -243,7 +243,7 @@ def test_store_nodes_are_never_asked_for_what_they_do_not_compute(
     model = replace(tiny, attention_kinds=frozenset(kinds))
     options = EngineOptions(pool_bytes=8 * model.layout(16).page_bytes, attend=attend)
     with pytest.raises(InvalidArgument, match=f"attends with {why}; store nodes"):
-        Engine(model, options, store=store, attend_nodes=[store])  # type: ignore[list-item]
+        Engine(model, options, store=store, attend_store=store)  # type: ignore[arg-type]
 
 
 def test_what_layers_ask_of_attention_is_known_after_loading(saved: Saved, tiny: LoadedModel) -> None:

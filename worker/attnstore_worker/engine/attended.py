@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from typing import Final
 
 from attnstore_worker.cache import CacheManager
-from attnstore_worker.cache.attending.contexts import RemoteAttention, RemoteContext
+from attnstore_worker.cache.attending.contexts import AttendedPrefix, RemoteAttention
 from attnstore_worker.engine.attend_policy import AttendChoice
 from attnstore_worker.engine.sequence import Sequence
 
@@ -132,7 +132,7 @@ class AttendedBlocks:
         if context is not None:
             self.remote.close(context)
 
-    def _open_all(self, sequence: Sequence, blocks: int) -> RemoteContext | None:
+    def _open_all(self, sequence: Sequence, blocks: int) -> AttendedPrefix | None:
         """A context of exactly so many blocks; those that the store lacks are sent once more."""
         table = sequence.table
         assert table is not None

@@ -35,7 +35,7 @@ from attnstore_worker.cache import (
     Unobserved,
     create_cache,
 )
-from attnstore_worker.cache.attending.contexts import AttendStatistics, NodesNow, RemoteAttention, Traffic, nodes_of
+from attnstore_worker.cache.attending.contexts import AttendStatistics, RemoteAttention, Traffic
 from attnstore_worker.cache.planning.observation import Answer, Shielded
 from attnstore_worker.cache.store.base import AttendStore
 from attnstore_worker.engine.attend_policy import AttendChoice, AttendForecaster, AttendPolicy
@@ -60,8 +60,8 @@ _SALT_KEY = b"cache_salt:"
 
 class Engine:
     """Generates with `model`; pages that `store` has are read instead of computed where `planner` (default: always) finds that
-    better, new ones are written to it. `observer` is told of transfers, loads and steps. `attend_nodes` are the nodes that
-    answer queries over pages that stay there, where `EngineOptions.attend` says so (default: `store`, or the nodes of its cluster).
+    better, new ones are written to it. `observer` is told of transfers, loads and steps. `attend_store` attends to pages that stay
+    in it, where `EngineOptions.attend` says so (default: `store`).
 
     Not thread-safe, except for `wake`. Leaving it as a context manager closes it.
     """
@@ -76,7 +76,7 @@ class Engine:
         clock: Clock | None = None,
         planner: Planner | None = None,
         observer: Observer | None = None,
-        attend_nodes: Items[AttendStore] = (),
+        attend_store: AttendStore | None = None,
     ) -> None:
         self.model = model
         self.options = options or EngineOptions()
@@ -95,7 +95,7 @@ class Engine:
             observer=self._observer,
         )
         self._speculation = Speculation(self._clock)
-        self._attend = self._attended_blocks((lambda: attend_nodes) if attend_nodes else nodes_of(store), name)
+        self._attend = self._attended_blocks(attend_store or store, name)
         attended = self._attend.remote if self._attend is not None else None
         self._runner = Runner(model, self._cache.pages.attended, attention or create_attention("cpu"), attended)
         self._scheduler = Scheduler(self.options.scheduler_limits(), self.options.block_tokens)
@@ -258,18 +258,19 @@ class Engine:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.close()
 
-    def _attended_blocks(self, nodes: NodesNow | None, name: Namespace) -> AttendedBlocks | None:
+    def _attended_blocks(self, store: object, name: Namespace) -> AttendedBlocks | None:
         policy = self.options.attend_policy()
         if policy is AttendPolicy.NEVER:
             return None
-        if nodes is None:
-            raise InvalidArgument(f"attend is {policy.value!r}, which needs a store node that answers queries")
+        shape = self.model.query_shape()
+        if not isinstance(store, AttendStore):
+            raise InvalidArgument(f"attend is {policy.value!r}, which needs a store that answers queries")
         forecaster = self.planner if isinstance(self.planner, AttendForecaster) else None
         if policy is AttendPolicy.MEASURED and forecaster is None:
             raise InvalidArgument("attend is 'measured', which needs the planner that measures costs")
-        deadline_ms, shape = self.options.store_deadline_ms, self.model.query_shape()
+        deadline_ms = self.options.store_deadline_ms
         remote = RemoteAttention(
-            nodes, name, self.layout, shape, deadline_ms=deadline_ms, clock=self._clock, observer=self._observer
+            store, name, self.layout, shape, deadline_ms=deadline_ms, clock=self._clock, observer=self._observer
         )
         row_bytes = shape.row_bytes(self.layout)
         choice = AttendChoice(policy, self._cache, forecaster, row_bytes, lambda: self._speculation.tokens_per_step)

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 from attnstore.core.hashing import BlockHash
 from attnstore.errors import AttnStoreError
 from attnstore_worker.cache import Admission, Loading
-from attnstore_worker.cache.attending.contexts import RemoteContext
+from attnstore_worker.cache.attending.contexts import AttendedPrefix
 from attnstore_worker.cache.planning.load_plan import Prompt
 from attnstore_worker.cache.pool.block_table import BlockTable
 from attnstore_worker.engine.sampler import Sampler, SamplingParams
@@ -64,7 +64,7 @@ class Sequence:
     admitted_ms: float = 0.0
     table: BlockTable | None = None
     loading: Loading | None = None
-    remote: RemoteContext | None = None
+    remote: AttendedPrefix | None = None
     attends: bool = False
     attends_since: int = 0
     keeps_here: bool = False

@@ -1,7 +1,7 @@
 """The contracts between the worker and a store: the seams at which tests inject a store that fails on purpose.
 
-Owns: every protocol of a store, from what a client must offer (`PageStore`, `LeaseStore`, `SharedStore`, `AttendStore`,
-`AttendCluster`) to what a load sees of the lower tiers (`PageSource`, `Lender`); and `open_store`, the one place where the worker
+Owns: every protocol of a store, from what a client must offer (`PageStore`, `LeaseStore`, `SharedStore`, `AttendStore`)
+to what a load sees of the lower tiers (`PageSource`, `Lender`); and `open_store`, the one place where the worker
 opens a client. Invariant: no module of the worker describes a store a second time.
 """
 
@@ -14,8 +14,8 @@ from typing import Final, Protocol, runtime_checkable
 import attnstore
 from attnstore.client.base import TRANSPORT_NAMES
 from attnstore.client.base import OnLayer as OnLayer
+from attnstore.client.cluster.attend import StoreAttention
 from attnstore.client.options import checked_target as checked_target
-from attnstore.client.transports.attend import AttendStream
 from attnstore.client.transports.mapped import PageViews
 from attnstore.core.hashing import BlockHash
 from attnstore.core.layout import PageLayout
@@ -96,20 +96,15 @@ class SharedStore(LeaseStore, Protocol):
 
 
 @runtime_checkable
-class AttendStore(NamespaceStore, LeaseStore, Protocol):
-    """A node that answers queries."""
+class AttendStore(Protocol):
+    """A store whose nodes attend to the pages that they hold: a client of a node or of a cluster."""
 
-    def attend(self, namespace: bytes, /, *, q_heads: int, scale: float, deadline_ms: float | None = None) -> AttendStream:
-        """A new attend stream."""
+    def register_layout(self, namespace: bytes, layout: PageLayout, /) -> object:
+        """Makes the namespace known. Idempotent."""
         ...
 
-
-@runtime_checkable
-class AttendCluster(Protocol):
-    """A cluster whose nodes answer queries."""
-
-    def nodes(self) -> Sequence[AttendStore]:
-        """The nodes that are members now; the same objects as long as they are."""
+    def attention(self, namespace: bytes, /, *, q_heads: int, scale: float, deadline_ms: float | None = None) -> StoreAttention:
+        """Attention over pages that stay in the store; `namespace` is registered."""
         ...
 
 

@@ -1,0 +1,346 @@
+"""Attention by the nodes that hold the pages: who is asked about which page, and what the loss of a node costs.
+
+Owns: `StoreAttention`: one attend stream for each node that is asked, the sets open on it, and the leases that keep their pages.
+Invariants: each page of an `AttendedPrefix` is in exactly one set of one node; only nodes that may hold a page are asked for it; a
+stream that ends loses every prefix with a set on it, and no other. Placement belongs to the client, so this does too: a cluster's
+client asks the holders of each segment, a node's client asks its node, and both offer the same verb.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import defaultdict
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping, Sequence
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any, Final, Protocol, Self, TypeVar
+
+from attnstore import tasks
+from attnstore.client.async_client import AsyncClient
+from attnstore.client.base import AttendPlan
+from attnstore.client.cluster.membership import ClusterMembership
+from attnstore.client.transports.attend import AttendStream, BlockingAttend
+from attnstore.clock import Deadline
+from attnstore.core.hashing import segment_key
+from attnstore.core.layout import PageLayout
+from attnstore.errors import AttnStoreError, ClientClosed, LeaseExpired
+from attnstore.limits import ATTEND_HASHES_MAX, LEASE_MS_MAX, NODE_ANSWER_MS_MAX
+from attnstore.logs import get_logger
+from attnstore.types import Lease, MatchResult
+
+R = TypeVar("R")
+T = TypeVar("T")
+
+LEASE_MS: Final = 60_000
+_RENEW_MS: Final = LEASE_MS / 4
+
+assert LEASE_MS <= LEASE_MS_MAX, "a node grants the leases of attended pages"
+
+_log = get_logger(__name__)
+
+
+class AttendNode(Protocol):
+    """A node that may hold pages. Belongs to the event loop. Keys of a mapping: one object per node."""
+
+    async def call(self, call: Callable[[AsyncClient], Awaitable[T]], /) -> T:
+        """Makes a call to the node."""
+        ...
+
+    async def register(self, namespace: bytes, layout: PageLayout, deadline: Deadline, /) -> None:
+        """Makes the namespace known to the node, unless it is."""
+        ...
+
+
+class OnlyNode:
+    """The node of a client that has no other."""
+
+    def __init__(self, client: AsyncClient) -> None:
+        self._client = client
+
+    async def call(self, call: Callable[[AsyncClient], Awaitable[T]], /) -> T:
+        """See `AttendNode.call`."""
+        return await call(self._client)
+
+    async def register(self, namespace: bytes, layout: PageLayout, deadline: Deadline, /) -> None:
+        """No-op: the client has registered the namespace, and does so again after a restart of the node."""
+
+
+Holders = Callable[[Sequence[bytes], Deadline], Awaitable[Mapping[AttendNode, Sequence[int]]]]
+"""`holders(hashes, deadline)`: the nodes that may hold any of the pages, and for each the indices of those pages."""
+
+
+class Loop(Protocol):
+    """The event loop that a client's connections belong to, as seen from other threads."""
+
+    def run(self, coroutine: Coroutine[Any, Any, R], /) -> R:
+        """Runs a coroutine to its end."""
+        ...
+
+    def submit(self, coroutine: Coroutine[Any, Any, object], /) -> None:
+        """Has a coroutine run, without waiting for it."""
+        ...
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _KeptLease:
+    node: AttendNode
+    lease: Lease
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class AttendedSet:
+    """`pages` pages of a prefix that are one set at one node: ask `stream` about `set_id`."""
+
+    stream: AttendStream
+    set_id: int
+    pages: int
+    kept: _KeptLease
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class AttendedPrefix:
+    """The first `blocks` pages of a sequence, in one set for each node that has a share of them.
+
+    `opened_ms` is how long it took to open the sets: one exchange, with all nodes at once.
+    """
+
+    blocks: int
+    sets: tuple[AttendedSet, ...]
+    opened_ms: float
+
+    @property
+    def lost(self) -> bool:
+        """A node with a set cannot or will not answer any more."""
+        return any(each.stream.closed for each in self.sets)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Share:
+    """What one node is to hold of a prefix."""
+
+    stream: AttendStream
+    hashes: Sequence[bytes]
+    kept: _KeptLease
+
+
+class StoreAttention:
+    """Attention over pages that stay where they are. Made by the `attention` of a client; ends with the client.
+
+    `open` prefixes, ask the streams of their sets (`AttendStream.ask` to all of them, then `receive`), and merge the partials:
+    `attnstore.attention.merge`. After an error of a stream, close that stream: the prefixes with a set on it are `lost`. One thread
+    at a time.
+    """
+
+    def __init__(self, plan: AttendPlan, holders: Holders, loop: Loop) -> None:
+        self._plan = plan
+        self._holders = holders
+        self._loop = loop
+        self._streams: dict[AttendNode, AttendStream] = {}
+        self._prefixes: set[AttendedPrefix] = set()
+        self._kept: set[_KeptLease] = set()  # the event loop's
+        self._renewal: asyncio.TimerHandle | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
+        self.close()
+
+    def open(self, hashes: Sequence[bytes]) -> AttendedPrefix | None:
+        """The longest prefix whose pages the nodes hold together, at most `ATTEND_HASHES_MAX` pages; None if that is none.
+
+        A node that does not answer holds nothing. Raises as `AttendStream.open` where a node does not open its set; the other
+        prefixes on that node are lost then.
+        """
+        shares = self._loop.run(self._place(hashes[:ATTEND_HASHES_MAX]))
+        if not shares:
+            return None
+        began_ms = self._plan.clock.now_ms()
+        sets, error = self._open_sets(shares)
+        prefix = AttendedPrefix(sum(each.pages for each in sets), tuple(sets), self._plan.clock.now_ms() - began_ms)
+        self._prefixes.add(prefix)
+        if error is not None:
+            opened = {each.kept for each in sets}
+            self._let_go(share.kept for share in shares if share.kept not in opened)
+            self.close_prefix(prefix)
+            raise error
+        return prefix
+
+    def close_prefix(self, prefix: AttendedPrefix) -> None:
+        """Closes the sets of a prefix and releases their leases. A stream without sets is closed: it takes a place at its node."""
+        self._prefixes.discard(prefix)
+        self._let_go(each.kept for each in prefix.sets)
+        in_use = {each.stream for other in self._prefixes for each in other.sets}
+        with ExitStack() as closing:
+            for each in prefix.sets:
+                if each.stream not in in_use:
+                    closing.callback(each.stream.close)
+                elif not each.stream.closed:
+                    closing.callback(_close_set, each)
+
+    def close(self) -> None:
+        """Closes every prefix and stream."""
+        with ExitStack() as closing:
+            for stream in self._streams.values():
+                closing.callback(stream.close)
+            for prefix in list(self._prefixes):
+                closing.callback(self.close_prefix, prefix)
+
+    def _open_sets(self, shares: Sequence[_Share]) -> tuple[list[AttendedSet], AttnStoreError | None]:
+        """Opens one set at each node, all at once; the sets that were opened, and the first error."""
+        sets: list[AttendedSet] = []
+        error: AttnStoreError | None = None
+        sent: list[tuple[_Share, int]] = []
+        try:
+            for share in shares:
+                try:
+                    sent.append((share, share.stream.send_open(share.hashes, share.kept.lease)))
+                except AttnStoreError as refusal:
+                    share.stream.close()
+                    error = error or refusal
+            for share, set_id in sent:
+                try:
+                    share.stream.receive_opened(set_id)
+                    sets.append(AttendedSet(share.stream, set_id, len(share.hashes), share.kept))
+                except AttnStoreError as refusal:
+                    share.stream.close()
+                    error = error or refusal
+        except BaseException:  # an interrupt: nobody takes the answers that are on their way
+            self._let_go(share.kept for share in shares)
+            for share in shares:
+                share.stream.close()
+            raise
+        return sets, error
+
+    async def _place(self, hashes: Sequence[bytes]) -> list[_Share]:
+        """Leases the longest prefix that the holders of the pages have, each page at one of them."""
+        deadline = Deadline(self._plan.clock, self._plan.deadline_ms)
+        asked = await self._holders(hashes, deadline)
+        leased: dict[AttendNode, _KeptLease] = {}
+        try:
+            matches = [self._match(node, hashes, indices, deadline, leased, len(asked) > 1) for node, indices in asked.items()]
+            held = distribute(await asyncio.gather(*matches), len(hashes))
+            used = {node: indices for node, indices in zip(asked, held, strict=True) if indices}
+            streams = await asyncio.gather(*map(self._stream, used))
+        except BaseException:
+            self._let_go(leased.values())
+            raise
+        self._let_go(kept for node, kept in leased.items() if node not in used)
+        self._keep(leased[node] for node in used)
+        return [
+            _Share(stream, [hashes[index] for index in indices], leased[node])
+            for stream, (node, indices) in zip(streams, used.items(), strict=True)
+        ]
+
+    async def _match(
+        self,
+        node: AttendNode,
+        hashes: Sequence[bytes],
+        indices: Sequence[int],
+        deadline: Deadline,
+        leased: dict[AttendNode, _KeptLease],
+        one_of_many: bool,
+    ) -> set[int]:
+        """Which of these pages the node has, leased; none where it does not answer."""
+        namespace = self._plan.shape.namespace
+        attempt = deadline.sooner(NODE_ANSWER_MS_MAX, last=True) if one_of_many else deadline
+
+        async def match(client: AsyncClient) -> MatchResult:
+            await node.register(namespace, self._plan.layout, attempt)
+            prefixes = [[hashes[index]] for index in indices]
+            return await client.match(namespace, prefixes, lease_ms=LEASE_MS, deadline_ms=attempt.left_ms())
+
+        try:
+            found = await node.call(match)
+        except AttnStoreError as error:
+            _log.warning("a node does not say which pages it holds", reason=str(error))
+            return set()
+        if found.lease is None:
+            return set()
+        leased[node] = _KeptLease(node, found.lease)
+        return {index for index, hits in zip(indices, found.hits, strict=True) if hits}
+
+    async def _stream(self, node: AttendNode) -> AttendStream:
+        stream = self._streams.get(node)
+        if stream is None or stream.closed:
+            stream = await node.call(lambda client: attend_stream(client, self._plan, self._loop.run))
+            self._streams = {other: each for other, each in self._streams.items() if not each.closed}
+            self._streams[node] = stream
+        return stream
+
+    def _let_go(self, leases: Iterable[_KeptLease]) -> None:
+        """Releases leases, without waiting for the nodes."""
+        for kept in leases:
+            self._loop.submit(self._release(kept))
+
+    async def _release(self, kept: _KeptLease) -> None:
+        self._kept.discard(kept)
+        with suppress(AttnStoreError):  # the lease expires by itself
+            await kept.node.call(lambda client: client.release(kept.lease, deadline_ms=self._plan.deadline_ms))
+
+    def _keep(self, leases: Iterable[_KeptLease]) -> None:
+        """Renews leases from now on, until they are let go."""
+        self._kept.update(leases)
+        if self._renewal is None and self._kept:
+            self._renewal = asyncio.get_running_loop().call_later(_RENEW_MS / 1e3, self._renew_all)
+
+    def _renew_all(self) -> None:
+        self._renewal = None
+        for kept in self._kept:
+            tasks.detached("renewal of an attended lease", self._renew(kept))
+        self._keep(())
+
+    async def _renew(self, kept: _KeptLease) -> None:
+        try:
+            await kept.node.call(lambda client: client.renew(kept.lease, LEASE_MS, deadline_ms=self._plan.deadline_ms))
+        except (LeaseExpired, ClientClosed):
+            self._kept.discard(kept)  # the next query to the node says so
+        except AttnStoreError as error:
+            _log.warning("the lease of attended pages could not be renewed", reason=str(error))
+
+
+async def attend_stream(client: AsyncClient, plan: AttendPlan, run: Callable[[Coroutine[Any, Any, Any]], Any]) -> AttendStream:
+    """A stream to the client's node, over the page channel where the node offers it, else over gRPC."""
+    channel = await client.attend_over_channel(plan)
+    if channel is not None:
+        return channel
+    shape = plan.shape
+    call = await client.attend(shape.namespace, q_heads=shape.q_heads, scale=shape.scale, deadline_ms=plan.deadline_ms)
+    return BlockingAttend(call, run)
+
+
+async def cluster_holders(
+    membership: ClusterMembership, hashes: Sequence[bytes], deadline: Deadline
+) -> dict[AttendNode, list[int]]:
+    """See `Holders`: the owners of each page's segment, its replicas, and its owners before the last changes of membership."""
+    view = await membership.ready(deadline)
+    usable = membership.usable()
+    links = membership.links
+    nodes: dict[bytes, list[AttendNode]] = {}
+    held: dict[AttendNode, list[int]] = defaultdict(list)
+    for index, page_hash in enumerate(hashes):
+        key = segment_key(page_hash)
+        if key not in nodes:
+            nodes[key] = [links[node_id] for node_id in view.holders(key, usable)]
+        for link in nodes[key]:
+            held[link].append(index)
+    return held
+
+
+def distribute(present: Sequence[set[int]], pages: int) -> list[list[int]]:
+    """Leading pages by node: each goes to the node that has it and was given the fewest; ends at the first that none has."""
+    held: list[list[int]] = [[] for _ in present]
+    for index in range(pages):
+        holders = [indices for indices, there in zip(held, present, strict=True) if index in there]
+        if not holders:
+            break
+        min(holders, key=len).append(index)
+    return held
+
+
+def _close_set(part: AttendedSet) -> None:
+    try:
+        part.stream.close_set(part.set_id)
+    except AttnStoreError:
+        part.stream.close()
