@@ -1,7 +1,7 @@
 """Paged attention: one contract, three implementations, and the exact merge of partial results.
 
-Owns: the choice of a backend by name. Importing this package loads torch, but neither triton nor numba: a backend's
-libraries are imported when it is created, so a store node without them still starts.
+Owns: the choice of a backend by name. Importing this package loads torch, but neither triton nor numba: the libraries of a backend
+are imported when it is created, so a store node without them still starts.
 """
 
 from __future__ import annotations

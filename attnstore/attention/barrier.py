@@ -1,8 +1,7 @@
-"""Where compiled threads wait for each other, and how they divide work.
+"""A barrier and a work counter for compiled threads.
 
-Owns: `meet` and `take`. Invariant: what a thread wrote before it, every thread reads after it. The threads that meet are started
-for one call and run nothing between that can fail; one that is late is waited for without burning its core: the waiting thread
-gives it away.
+Owns: `meet` and `take`. Invariant: what a thread wrote before a meeting, every thread reads after it. The threads are started for
+one call and run nothing in between that can fail. A thread that waits for a late one yields its core instead of spinning.
 """
 
 # mypy: disable-error-code="untyped-decorator,no-untyped-call,no-untyped-def"
@@ -18,10 +17,12 @@ from numba.extending import intrinsic
 from attnstore.copying.compiled import compiled
 
 SPOILT: Final = 1 << 40
-"""More than any counter counts to."""
+"""Greater than any value of a counter."""
 
 _SPINS: Final = 2000
-"""Looks before the core is given away, some microseconds: phases of one layer end closer together than the system can switch."""
+"""Polls before the core is yielded, some microseconds: the phases of one layer end closer together than the system can switch
+threads.
+"""
 
 _give_core_away = types.ExternalFunction("sched_yield", types.int32())
 
@@ -32,7 +33,7 @@ def _counter(context, builder, signature, args):
 
 @intrinsic
 def take(typingctx, counter):
-    """Adds 1 to `counter[0]`, int64; returns what it was: each number to one thread."""
+    """Adds 1 to `counter[0]`, int64, and returns its previous value: each number goes to one thread."""
 
     def codegen(context, builder, signature, args):
         return builder.atomic_rmw("add", _counter(context, builder, signature, args), ir.Constant(ir.IntType(64), 1), "acq_rel")
@@ -42,7 +43,7 @@ def take(typingctx, counter):
 
 @intrinsic
 def _arrived(typingctx, counter):
-    """`counter[0]` as the other threads see it."""
+    """Returns `counter[0]` as the other threads see it."""
 
     def codegen(context, builder, signature, args):
         return builder.load_atomic(_counter(context, builder, signature, args), "acquire", 8)
@@ -52,9 +53,9 @@ def _arrived(typingctx, counter):
 
 @compiled
 def meet(counter, threads):
-    """Returns when all of `threads` threads have called it as often as this one. counter: int64 `[1]`, 0 before the first time.
+    """Returns when all of `threads` threads have called it as often as this one. counter: int64 `[1]`, 0 before the first call.
 
-    From SPOILT on nobody waits at it.
+    From SPOILT on, no thread waits.
     """
     awaited = min((take(counter) // threads + 1) * threads, SPOILT)
     looks = 0

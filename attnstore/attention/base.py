@@ -1,9 +1,9 @@
-"""The contract of paged attention, and the few facts of a call that every backend derives from it.
+"""The contract of paged attention, and the facts that every backend derives from the arguments of a call.
 
 Owns: `AttentionBackend` and `row_positions`.
-Invariant: any subset of a sequence's keys gives a partial `(out, lse)`; partials over a partition of the keys merge to the
-result over all of them, exactly up to rounding (see `attnstore.attention.merge`). An attention sink is a key without a value, so it
-belongs to one part of the partition.
+Invariant: any subset of a sequence's keys gives a partial `(out, lse)`; partials over a partition of the keys merge to the result
+over all keys, exactly up to rounding (see `attnstore.attention.merge`). An attention sink is a key without a value, so it belongs
+to one part of the partition.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 FLOAT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-"""Element types of queries, pools and results. A query's type need not be its pool's."""
+"""Element types of queries, pools and results. The types of query and pool may differ."""
 
 
 class AttentionBackend(Protocol):
@@ -36,7 +36,7 @@ class AttentionBackend(Protocol):
         soft_cap: float | None = None,
         sinks: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Attend from every query row to the keys of its own sequence; causal, mixed batches welcome.
+        """Attends from every query row to the keys of its own sequence. Causal; prefill and decode rows may be mixed.
 
         Arguments:
             query: `[total_q, q_heads, head_dim]`, the rows of all sequences packed one after another. `q_heads` is a multiple of
@@ -73,7 +73,9 @@ class AttentionBackend(Protocol):
 
 
 def row_positions(context_lens: Tensor, query_starts: Tensor, query_positions: Tensor | None) -> Tensor:
-    """Position of every query row, int32 `[total_q]`: `query_positions` if given, else the last tokens of each context."""
+    """Returns the position of every query row, int32 `[total_q]`: `query_positions` if given, else the last tokens of
+    each context.
+    """
     if query_positions is not None:
         return query_positions
     query_lens = query_starts.diff()

@@ -1,7 +1,7 @@
-"""The checking wrapper around a backend: turns a malformed call into `InvalidArgument` before a kernel reads out of bounds.
+"""The checking wrapper of a backend: raises `InvalidArgument` for a malformed call before a kernel reads out of bounds.
 
 Owns: the rules of the contract in `attnstore.attention.base`, as code.
-Invariant: what passes here never makes a backend touch memory outside of its arguments.
+Invariant: a call that passes the checks never makes a backend touch memory outside its arguments.
 """
 
 from __future__ import annotations
@@ -20,21 +20,21 @@ from attnstore.errors import InvalidArgument
 HEAD_DIM_MAX = 256
 
 SLIDING_WINDOW_MAX = (1 << 31) - 1
-"""Positions are int32, and a window's edge is computed in them."""
+"""Positions are int32, and the edge of a window is computed as int32."""
 
 SOFT_CAP_MIN, SOFT_CAP_MAX = 2.0**-10, 2.0**10
-"""Models have 20 to 50. An error of 1e-7 in the tangent is one of 1e-4 in a score at most."""
+"""Models have 20 to 50. An error of 1e-7 in tanh is at most 1e-4 in a score."""
 
 SINK_MAX = 1e30
-"""Largest magnitude of a sink's logit: far above any score, and fp32 holds it in base 2."""
+"""Largest magnitude of a sink's logit: far above any score, and fp32 can represent it in base 2."""
 
 
 class CheckedAttention:
     """An `AttentionBackend` that checks every argument and then delegates.
 
-    Values (block ids, lengths) are checked where the tensors are on the CPU; on an accelerator reading them back would stall the
-    device at each layer, so there only shapes and types are. The value checks of one set of tensors run once, not once per
-    layer: a step calls every layer with the same tables.
+    Values (block ids, lengths) are checked only for tensors on the CPU, because reading them back from an accelerator would stall
+    it at each layer. Shapes and types are always checked. The values of one set of tensors are checked once, not once per layer,
+    because a step calls every layer with the same tables.
     """
 
     def __init__(self, backend: AttentionBackend) -> None:
@@ -57,7 +57,7 @@ class CheckedAttention:
         soft_cap: float | None = None,
         sinks: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """See `AttentionBackend.paged_attention`. Raises `InvalidArgument` for what the contract does not allow."""
+        """See `AttentionBackend.paged_attention`. Raises `InvalidArgument` for arguments that violate the contract."""
         _check_data(query, pool)
         _check_options(pool, layer, scale, sliding_window, out_dtype, soft_cap)
         _check_index_shapes(query, block_tables, context_lens, query_starts, query_positions)
@@ -90,10 +90,10 @@ class CheckedAttention:
         *,
         share_bytes_min: int,
     ) -> Plan | None:
-        """How the CPU's kernel is to be run over these arguments by a caller who does that; None where the backend is another one.
+        """Returns how the CPU kernel runs over these arguments, for a caller that runs it itself, or None for another backend.
 
-        Of `query` and `pool` only shapes and types matter; threads get at least `share_bytes_min` of keys and values each.
-        Raises `InvalidArgument` as `paged_attention` does.
+        Of `query` and `pool` only shapes and types matter; each thread gets at least `share_bytes_min` of keys and values. Raises
+        `InvalidArgument` as `paged_attention` does.
         """
         plan: Callable[..., Plan] | None = getattr(self._backend, "plan", None)
         if plan is None:
@@ -106,7 +106,7 @@ class CheckedAttention:
     def _check_values_once(
         self, query: Tensor, pool: Tensor, block_tables: Tensor, context_lens: Tensor, query_starts: Tensor
     ) -> None:
-        # By content: a caller may write the next step's tables into the same tensors.
+        # Compared by content, because a caller may write the next step's tables into the same tensors.
         contents = tuple(tensor.numpy().tobytes() for tensor in (block_tables, context_lens, query_starts))
         seen = (query.shape[0], pool.shape[0], pool.shape[4], block_tables.shape, *contents)
         if seen != self._seen:
@@ -114,7 +114,7 @@ class CheckedAttention:
             self._seen = seen
 
 
-# The checks run at every layer of every step, so a message is built only once its rule is broken.
+# The checks run at every layer of every step, so messages are built only on failure.
 
 
 def _check_data(query: Tensor, pool: Tensor) -> None:
@@ -133,7 +133,7 @@ def _check_data(query: Tensor, pool: Tensor) -> None:
             f"query has head_dim {query.shape[2]} and the pool {head_dim}; they must be equal and at most {HEAD_DIM_MAX}"
         )
     if q_heads == 0 or q_heads % kv_heads:
-        raise InvalidArgument(f"query has {q_heads} heads, which is no positive multiple of the pool's {kv_heads} kv_heads")
+        raise InvalidArgument(f"query has {q_heads} heads, which is not a positive multiple of the pool's {kv_heads} kv_heads")
     if not pool[0].is_contiguous() or (pool.shape[0] > 1 and pool.stride(0) < pool[0].numel()):
         raise InvalidArgument(
             f"pool has strides {pool.stride()}; each block must be contiguous and only the distance between blocks is free"
@@ -196,7 +196,8 @@ def _check_index_shapes(
 
 
 def _check_values(query: Tensor, pool: Tensor, block_tables: Tensor, context_lens: Tensor, query_starts: Tensor) -> None:
-    # By numpy: torch may wake its threads for these few numbers, and they then spin for milliseconds where the kernels are to run.
+    # With numpy, because torch may wake its threads for these few numbers, and they then spin for milliseconds on cores that the
+    # kernels need.
     tables, lengths, starts = block_tables.numpy(), context_lens.numpy(), query_starts.numpy()
     block_tokens = pool.shape[4]
     keys_max = tables.shape[1] * block_tokens

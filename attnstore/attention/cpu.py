@@ -1,10 +1,10 @@
 """Paged attention on the CPU, at the speed of its memory.
 
-Owns: `CpuAttention`. Two ways, chosen per sequence by its number of query rows, because one is bound by memory and the other by
-arithmetic (measured in docs/decisions/0010-cpu-attention.md):
+Owns: `CpuAttention`. The number of query rows of a sequence decides between two ways, because one is bound by memory and the other
+by arithmetic (measured in docs/decisions/0010-cpu-attention.md):
 few rows (decode, speculative verification, pushed-down queries): the kernel in `cpu_kernel` reads scattered pages in place;
-many rows (prefill): the visible blocks are gathered once and torch's flash attention, which uses the matrix units, does the rest.
-Invariant: results do not depend on how the work was cut, up to rounding.
+many rows (prefill): the visible blocks are gathered once, and torch's flash attention, which uses the matrix units, does the rest.
+Invariant: the results do not depend on how the work is divided, up to rounding.
 """
 
 from __future__ import annotations
@@ -22,28 +22,30 @@ from attnstore.attention.cpu_plan import Plan, Prefill, make_plan
 from attnstore.attention.simd import ELEMENTS, LANES
 
 DECODE_ROWS_MAX: Final = {torch.bfloat16: 48, torch.float16: 96, torch.float32: 96}
-"""Rows per key head (query tokens times GQA group) up to which the decode kernel beats gathering, by the pool's type: the matrix
-units take bf16 alone. See the decision record."""
+"""Rows per KV head (query tokens times GQA group) up to which the decode kernel is faster than gathering, by the pool's type: the
+matrix units take only bf16. See the decision record.
+"""
 
 TILE_ROWS: Final = 256
-"""Query tokens of one flash call: bounds its mask to this many rows, and what the causal triangle wastes to half of it squared."""
+"""Query tokens per flash call: bounds the rows of its mask, and the work wasted above the causal diagonal to half of its square."""
 
 SHARE_BYTES_MIN: Final = 512 * 1024
-"""KV bytes for which waking another thread pays: about 80 us of reading."""
+"""Bytes of keys and values that justify waking another thread: about 80 us of reading."""
 
 
 class CpuAttention:
     """See `AttentionBackend`. Safe to call from several threads at once.
 
-    `threads`: how many cores one call may use for its decode rows; None follows `torch.get_num_threads()`, as prefill always does.
+    `threads` is the number of cores that one call may use for its decode rows; None means `torch.get_num_threads()`, which prefill
+    always uses.
     """
 
     def __init__(self, threads: int | None = None) -> None:
         self._threads = threads
-        # A store node, which names its cores, has better uses for them than spinning between two calls.
+        # A store node, which passes `threads`, needs its cores between two calls, so they must not spin.
         self._run = team.run if threads is None else team.run_apart
-        # One step calls every layer with the same lengths: the last plan is kept, with what it was made from. That is compared by
-        # content, because a caller may write the next step's lengths into the same tensors.
+        # One step calls every layer with the same lengths, so the last plan is kept with its inputs. They are compared by content,
+        # because a caller may write the next step's lengths into the same tensors.
         self._planned: tuple[tuple[Any, ...], Plan] | None = None
         self._kept = threading.local()
 
@@ -103,7 +105,7 @@ class CpuAttention:
         sliding_window: int | None = None,
         share_bytes_min: int = SHARE_BYTES_MIN,
     ) -> Plan:
-        """How a call with these arguments is cut; of `query` and `pool` only shapes and types matter."""
+        """Returns how a call with these arguments is divided; of `query` and `pool` only shapes and types matter."""
         _, _, _, kv_heads, block_tokens, head_dim = pool.shape
         group = query.shape[1] // kv_heads
         threads = self._threads or torch.get_num_threads()
@@ -129,7 +131,7 @@ class CpuAttention:
         return plan
 
     def _decode(self, plan: Plan, pages: _Pages, query: Tensor, scores: _Scores) -> tuple[Tensor, Tensor]:
-        """Result of the decode rows in the order of `plan.decode_rows`: fp32 `[rows, q_heads, head_dim]` and lse."""
+        """Returns the result of the decode rows in the order of `plan.decode_rows`: fp32 `[rows, q_heads, head_dim]` and lse."""
         _, q_heads, head_dim = query.shape
         outs = torch.empty(plan.state_rows, q_heads, head_dim)
         tops, sums = torch.empty(2, plan.state_rows * q_heads).numpy()
@@ -168,7 +170,7 @@ class CpuAttention:
     def _attend_many(
         self, plan: Plan, prefill: Prefill, pages: _Pages, query: Tensor, scores: _Scores, out: Tensor, lse: Tensor
     ) -> None:
-        """Writes the prefill's rows of `out` and `lse`."""
+        """Writes the rows of `out` and `lse` that belong to the prefills."""
         threads = torch.get_num_threads()
         q_heads, head_dim = query.shape[1:]
         group = q_heads // pages.kv_heads
@@ -210,15 +212,16 @@ class CpuAttention:
         team.run(threads, attend, counters)
 
     def _keep(self, elements: int, dtype: torch.dtype) -> Tensor:
-        """Memory until this thread's next call. It is kept: fresh memory of this size is mapped anew each time, which costs more
-        than filling it."""
+        """Returns memory that is valid until this thread's next call. It is reused, because mapping fresh memory of this size each
+        time costs more than filling it.
+        """
         kept: Tensor | None = getattr(self._kept, "gathered", None)
         if kept is None or kept.dtype != dtype or kept.numel() < elements:
             kept = self._kept.gathered = torch.empty(elements, dtype=dtype)
         return kept[:elements]
 
     def _gather(self, pages: _Pages, prefill: Prefill) -> Tensor:
-        """Keys and values of a prefill's blocks, `[2, kv_heads, tokens, head_dim]`, until this thread's next call."""
+        """Returns keys and values of a prefill's blocks, `[2, kv_heads, tokens, head_dim]`, valid until this thread's next call."""
         shape = (2, pages.kv_heads, (prefill.block_end - prefill.block_begin) * pages.block_tokens, pages.head_dim)
         gathered = self._keep(math.prod(shape), pages.dtype)
         cpu_pages.gather(
@@ -236,7 +239,7 @@ class CpuAttention:
 
 
 class _Pages:
-    """One layer of a pool as the kernels take it."""
+    """One layer of a pool in the form that the kernels take."""
 
     def __init__(self, pool: Tensor, block_tables: Tensor, layer: int) -> None:
         _, _, _, self.kv_heads, self.block_tokens, self.head_dim = pool.shape
@@ -249,7 +252,7 @@ class _Pages:
 
 
 class _Scores:
-    """How one call's products become weights, as the kernels take it; theirs are in base 2."""
+    """How products become weights in one call, in the form that the kernels take: in base 2."""
 
     def __init__(self, scale: float, soft_cap: float | None, sinks: Tensor | None) -> None:
         self.scale, self.soft_cap, self.sinks = scale, soft_cap, sinks
@@ -259,7 +262,9 @@ class _Scores:
 
 
 def _attend_gathered(query: Tensor, keys_values: Tensor, first_key: int, visible: Tensor, scores: _Scores) -> tuple[Tensor, Tensor]:
-    """Rows of one sequence against gathered keys from `first_key` on: `out` `[rows, q_heads, head_dim]`, lse `[rows, q_heads]`."""
+    """Attends from the rows of one sequence to gathered keys from `first_key` on: returns `out` `[rows, q_heads, head_dim]`, lse
+    `[rows, q_heads]`.
+    """
     blind = visible[:, 1] == 0
     if bool(blind.all()):
         out, lse = torch.zeros_like(query), torch.full(query.shape[:2], -torch.inf)
@@ -273,7 +278,7 @@ def _attend_gathered(query: Tensor, keys_values: Tensor, first_key: int, visible
         else:
             mask = _mask(visible, first, last, torch.float32)
             out, lse = _capped(query.float(), keys, values, mask, scores.factor, scores.soft_cap)
-        # A row that is masked as a whole has an arbitrary lse, and may have an out that is no number.
+        # A row with no visible key has an arbitrary lse, and its out may be NaN.
         out, lse = out.masked_fill(blind[:, None, None], 0.0), lse.masked_fill(blind[:, None], -torch.inf)
     if scores.sinks is None:
         return out, lse
@@ -291,7 +296,7 @@ def _flash(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, sca
 def _capped(
     query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, factor: float, soft_cap: float
 ) -> tuple[Tensor, Tensor]:
-    """`_flash` where scores are capped, for which torch has no kernel: in fp32, one key head at a time to bound the memory."""
+    """`_flash` with capped scores, for which torch has no kernel: in fp32, one KV head at a time to bound the memory."""
     grouped = query.reshape(len(query), len(keys), -1, query.shape[2])
     outs, lses = [], []
     for head in range(len(keys)):
@@ -306,9 +311,9 @@ def _capped(
 
 
 def _mask(visible: Tensor, first: int, last: int, dtype: torch.dtype) -> Tensor | None:
-    """Additive mask `[rows, last - first]`, 0 where visible; None where every row sees all of `[first, last)`.
+    """Returns the additive mask `[rows, last - first]`, 0 where visible, or None if every row sees all of `[first, last)`.
 
-    Only the keys that some row does not see are looked at one by one.
+    Visits only those keys that at least one row does not see.
     """
     if bool((visible[:, 0] == first).all() and (visible[:, 1] == last).all()):
         return None

@@ -1,7 +1,7 @@
-"""How compiled code reaches the elements of a pool of pages on the CPU.
+"""Access of compiled code to the elements of a pool of pages on the CPU.
 
 Owns: `elements`, and the copies between a layer of scattered pages and packed rows: `put` and `gather`, compiled by numba.
-Invariant: every address lies in a block that the caller names; arrays are one-dimensional and contiguous unless said otherwise.
+Invariant: every address lies in a block that the caller names; arrays are one-dimensional and contiguous unless stated otherwise.
 """
 
 # mypy: disable-error-code="untyped-decorator,no-untyped-call,no-untyped-def"
@@ -18,8 +18,9 @@ from attnstore.copying.compiled import compiled
 
 
 def elements(rows: Tensor) -> Any:
-    """The elements of a pool, or of other rows of which each is contiguous, as the kernels take them: from the first to the last,
-    with what lies between."""
+    """Returns the elements of a pool, or of other contiguous rows, as the kernels take them: one flat range from the first to the
+    last, including the gaps.
+    """
     count = (rows.shape[0] - 1) * rows.stride(0) + math.prod(rows.shape[1:])
     return rows.as_strided((count,), (1,)).view(ELEMENTS[rows.dtype]).numpy()
 
@@ -28,8 +29,8 @@ def elements(rows: Tensor) -> Any:
 def put(flat, blocks, offsets, block_stride, layer_at, kv_heads, block_tokens, head_dim, rows, row_stride):
     """Writes each row's own keys and values of one layer into the pool.
 
-    blocks, offsets: int64 `[rows]`, where; rows: `[rows, 2, kv_heads, head_dim]` of the pool's type, `row_stride` elements apart;
-    `head_dim` is a multiple of LANES.
+    blocks, offsets: int64 `[rows]`, the destination; rows: `[rows, 2, kv_heads, head_dim]` of the pool's type, `row_stride`
+    elements apart; `head_dim` is a multiple of LANES.
     """
     for row in range(blocks.shape[0]):
         begin = blocks[row] * block_stride + layer_at + offsets[row] * head_dim

@@ -1,8 +1,8 @@
-"""How one step's batch is cut into work for the CPU: pure index arithmetic, done once per step and reused by every layer.
+"""Division of one step's batch into work for the CPU: pure index arithmetic, done once per step and reused by every layer.
 
 Owns: `Plan` and `make_plan`.
 Invariant: every query row belongs to exactly one prefill or one decode sequence; the pieces of a decode sequence partition the
-blocks that any of its rows sees; shares partition the pieces.
+blocks that its rows see; shares partition the pieces.
 """
 
 from __future__ import annotations
@@ -31,25 +31,27 @@ class Prefill:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """The work of one batch. Rows are those of the packed query; state rows number the decode rows, then the rows of cut pieces."""
+    """The work of one batch. Row numbers refer to the packed query. State rows are numbered separately: first those of the decode
+    rows, then those of pieces that continue a sequence.
+    """
 
     visible: npt.NDArray[np.int32]
     """`[total_q, 2]`: the keys `[first, last)` that each row sees; `[0, 0)` for a row that sees none."""
 
     prefills: tuple[Prefill, ...]
-    """Sequences with many rows: gathered, then flash attention."""
+    """Sequences with many rows, which are gathered and passed to flash attention."""
 
     shares: tuple[Indices, ...]
     """One array of pieces per thread, as `cpu_kernel.attend` takes them."""
 
     pieces: Indices
-    """All shares together."""
+    """The pieces of all shares together."""
 
     owners: Indices
-    """For each piece the state row of its sequence's first piece."""
+    """For each piece, the state row of its sequence's first piece."""
 
     decode_rows: Tensor
-    """int64: the query row of each owning state row."""
+    """int64: the query row of each state row that belongs to a first piece."""
 
     state_rows: int
     piece_rows_max: int
@@ -67,10 +69,10 @@ def make_plan(
     share_bytes_min: int,
     threads: int,
 ) -> Plan:
-    """Cut a batch: sequences with up to `decode_rows_max` query rows for the decode kernel, the others as prefills.
+    """Plans a batch: sequences with up to `decode_rows_max` query rows use the decode kernel, the others are prefills.
 
-    The decode work is divided by blocks into at most `threads` shares of at least `share_bytes_min`, where one layer of a block
-    counts `block_bytes`; a sequence may be cut between two shares.
+    The decode work is divided by blocks into at most `threads` shares of at least `share_bytes_min`, counting `block_bytes` per
+    block of one layer; a sequence may be divided between two shares.
     """
     visible = _visible_keys(context_lens, query_starts, query_positions, sliding_window)
     starts = query_starts.numpy()
@@ -115,7 +117,7 @@ def _visible_keys(
 
 
 def _seen_blocks(visible: npt.NDArray[Any], block_tokens: int) -> tuple[int, int]:
-    """Blocks `[first, end)` that at least one of these rows sees; `(0, 0)` where none sees a key."""
+    """Returns the blocks `[first, end)` that at least one of these rows sees, or `(0, 0)` if no row sees a key."""
     seen = visible[visible[:, 0] < visible[:, 1]]
     if len(seen) == 0:
         return 0, 0
@@ -125,7 +127,7 @@ def _seen_blocks(visible: npt.NDArray[Any], block_tokens: int) -> tuple[int, int
 def _cut(
     sequences: list[tuple[int, int, int, int, int]], blocks: int, shares_wanted: int
 ) -> tuple[tuple[Indices, ...], Indices, int]:
-    """Pieces per share, the owner of each piece, and the number of state rows."""
+    """Returns the pieces of each share, the owner of each piece, and the number of state rows."""
     share_blocks = max(1, -(-blocks // shares_wanted))
     shares: list[list[tuple[int, ...]]] = [[]]
     owners: list[int] = []

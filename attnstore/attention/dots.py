@@ -1,8 +1,8 @@
 """Products of a few rows with the rows of a matrix, each in one pass over both.
 
-Owns: `dot_rows` and `dot_rows_ahead`. They exist because from some eight rows on a step is bound by the machine's loads, not by
-memory: a load of one factor must serve several products, so sums of ROWS x OUTPUTS are kept in registers, where there are that
-many. Invariant: sums are fp32; both factors have one type, bf16, fp16 or fp32.
+Owns: `dot_rows` and `dot_rows_ahead`. With about eight rows or more, a step is bound by the machine's loads, not by memory: one
+load must serve several products, so ROWS x OUTPUTS sums are kept in registers if there are enough. Invariant: sums are fp32; both
+factors have one type, bf16, fp16 or fp32.
 """
 
 # mypy: disable-error-code="untyped-decorator,no-untyped-call,no-untyped-def,no-any-unimported,misc,no-any-return"
@@ -29,18 +29,18 @@ from attnstore.attention.simd import (
 ROWS: Final = 4
 OUTPUTS: Final = 4
 COLUMNS: Final = 2 * LANES
-"""Rows are multiples of it."""
+"""Row lengths are multiples of it."""
 
 _TOGETHER: Final = OUTPUTS if HAS_32_REGISTERS else 1
-"""Outputs whose sums are in registers at a time."""
+"""Outputs whose sums are in registers at the same time."""
 
 
 def _dot_rows(ahead_bytes: int) -> Any:
     @intrinsic
     def dots(typingctx, weights, weight, inputs, row, width, outputs, output, stride):
-        """`outputs[output + r * stride + n] = inputs[row + r * width :] . weights[weight + n * width :]` for ROWS and OUTPUTS.
+        """Sets `outputs[output + r * stride + n] = inputs[row + r * width :] . weights[weight + n * width :]` for ROWS and OUTPUTS.
 
-        Products of `width` elements, a multiple of COLUMNS. outputs: fp32.
+        Products have `width` elements, a multiple of COLUMNS. outputs: fp32.
         """
 
         def codegen(context, builder, signature, args):
@@ -84,7 +84,7 @@ def _dot_rows(ahead_bytes: int) -> Any:
 
 
 dot_rows: Final = _dot_rows(0)
-"""Where the weights are in the cache."""
+"""For weights that are in the cache."""
 
 dot_rows_ahead: Final = _dot_rows(4608)
-"""The weights that follow are asked for meanwhile; the distance is measured."""
+"""Prefetches the following weights; the distance is measured."""

@@ -1,4 +1,4 @@
-"""Creates attention backends by name, each with its checking wrapper; the one place that knows which exist."""
+"""Creates attention backends by name, each with its checking wrapper. The only module that lists them."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ _BACKENDS: Final[dict[str, tuple[str, str]]] = {
 
 
 def create_attention(name: AttentionName) -> AttentionBackend:
-    """The backend of that name behind its checks. Imports the backend's libraries (triton, numba) only now.
+    """Returns the backend of that name with its checks. Imports the backend's libraries (triton, numba) only now.
 
-    Raises `InvalidArgument` for an unknown name or where the backend's libraries are not installed.
+    Raises `InvalidArgument` for an unknown name or if the backend's libraries are not installed.
     """
     if name not in _BACKENDS:
         raise InvalidArgument(f"attention backend {name!r} is unknown; known are {', '.join(sorted(_BACKENDS))}")

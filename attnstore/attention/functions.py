@@ -1,4 +1,4 @@
-"""`exp2` and `tanh` of sixteen fp32 lanes, which no library gives to compiled loops.
+"""`exp2` and `tanh` of sixteen fp32 lanes, which no library offers to compiled loops.
 
 Owns: both, and the error of each. Source: `exp2` from the exponent's bits and a Taylor series of the fraction.
 """
@@ -40,7 +40,7 @@ def _exp2(builder: Any, x: Any) -> Any:
 
 
 def _polynomial(builder: Any, terms: Sequence[float], x: Any) -> Any:
-    """The sum of `terms` times powers of `x`, the highest power first."""
+    """Returns the sum of `terms` times powers of `x`, the highest power first."""
     value = constant(terms[0])
     for term in terms[1:]:
         value = call(builder, f"llvm.fma.v{LANES}f32", VECTOR, [value, x, constant(term)])
@@ -54,7 +54,7 @@ _TANH_TERMS: Final = (62 / 2835, -17 / 315, 2 / 15, -1 / 3, 1.0)
 """Taylor terms of `tanh(x) / x` in `x * x`, highest power first."""
 
 _TANH_ONE_FROM: Final = 10.0
-"""From here on `tanh` is 1 in fp32."""
+"""From this magnitude on, `tanh` is 1 in fp32."""
 
 
 @intrinsic

@@ -1,9 +1,8 @@
-"""Attention over pages that lie anywhere in this process's memory: the arena of a store node, or memory mapped from one.
+"""Attention over pages anywhere in this process's memory: the arena of a store node, or memory mapped from one.
 
-Owns: the arithmetic that turns the addresses of pages into the `pool` and `block_tables` of an attention backend, so that not a
-byte of a page is copied. Invariant: only the bytes of the pages given are read, although the pool's tensor spans everything between
-the lowest and the highest of them; they stay where they are for as long as their `PagesInPlace` is in use (whoever made it pins
-them).
+Owns: the conversion of page addresses into the `pool` and `block_tables` of an attention backend, so that no byte of a page is
+copied. Invariant: only the bytes of the given pages are read, although the pool's tensor spans everything between the lowest and
+the highest of them. The caller that creates a `PagesInPlace` keeps its pages pinned while it is in use.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ from attnstore.errors import InvalidArgument
 _TORCH_DTYPES: Final = {DType.BF16: torch.bfloat16, DType.FP16: torch.float16, DType.FP32: torch.float32}
 _BLOCK_IDS_MAX: Final = (1 << 31) - 1
 _BEHIND_ALL_KEYS: Final = 1 << 30
-"""The position of a query row: behind every key, so that it sees all of them."""
+"""The position of a query row: after every key, so that it sees all of them."""
 
 Buffer = bytes | bytearray | memoryview
 
@@ -34,7 +33,7 @@ Buffer = bytes | bytearray | memoryview
 class PagesInPlace:
     """Whole pages of one layout, in the order of their tokens (`views[i]` is page i, exactly `layout.page_bytes` long).
 
-    Raises `InvalidArgument` for a layout whose elements have no meaning here, or a page that is not aligned to its elements.
+    Raises `InvalidArgument` for a layout of opaque elements, or for a page that is not aligned to its elements.
     """
 
     def __init__(self, layout: PageLayout, views: Sequence[memoryview]) -> None:
@@ -52,13 +51,13 @@ class PagesInPlace:
 
     @property
     def keys(self) -> int:
-        """Tokens of all pages together."""
+        """The tokens of all pages together."""
         return len(self) * self.layout.block_tokens
 
 
 @dataclass(frozen=True, slots=True)
 class Rows:
-    """Query rows against one set of pages: fp32 `[n, q_heads, head_dim]`, rotated, each of them behind every key."""
+    """Query rows against one set of pages: fp32 `[n, q_heads, head_dim]`, rotated, each positioned after every key."""
 
     pages: PagesInPlace
     query: Tensor
@@ -72,13 +71,14 @@ class Partial:
     lse: Tensor
 
     def views(self) -> tuple[memoryview, memoryview]:
-        """The bytes of both, in the machine's order."""
+        """Returns the bytes of both, in native byte order."""
         return memoryview(_array(self.out)).cast("B"), memoryview(_array(self.lse)).cast("B")
 
 
 class InPlaceAttention:
-    """Attends from several sequences' rows at once; one call at a time. `threads`: cores of a call, and of torch in this process,
-    which many rows are given to.
+    """Attends from the rows of several sequences at once; one call at a time.
+
+    `threads` is the number of cores of a call. It also sets torch's threads in this process, which calls with many rows use.
     """
 
     def __init__(self, threads: int) -> None:
@@ -87,12 +87,12 @@ class InPlaceAttention:
         self._kept: tuple[tuple[PagesInPlace, ...], _Pool] | None = None
 
     def warm_up(self) -> None:
-        """Has the kernels compiled for every type of page: seconds the first time on a machine, little afterwards."""
+        """Compiles the kernels for every type of page: seconds the first time on a machine, little afterwards."""
         for dtype in _TORCH_DTYPES.values():
             warm_up(self._backend, torch.zeros(1, 1, 2, 1, 16, 64, dtype=dtype), q_heads=1)
 
     def attend(self, asked: Sequence[Rows], layer: int, scale: float) -> list[Partial]:
-        """One partial for each of `asked`, whose pages have one layout and whose rows one number of heads."""
+        """Returns one partial for each of `asked`. All pages have one layout, and all rows one number of heads."""
         pool = self._pool(tuple(rows.pages for rows in asked))
         counts = [len(rows.query) for rows in asked]
         query = asked[0].query if len(asked) == 1 else torch.cat([rows.query for rows in asked])
@@ -110,18 +110,18 @@ class InPlaceAttention:
         return [Partial(*both) for both in zip(out.split_with_sizes(counts), lse.split_with_sizes(counts), strict=True)]
 
     def _pool(self, sets: tuple[PagesInPlace, ...]) -> _Pool:
-        # Every layer of a step asks about the same sets.
+        # Every layer of a step uses the same sets.
         if self._kept is None or self._kept[0] != sets:
             self._kept = sets, _Pool(sets)
         return self._kept[1]
 
     def forget(self) -> None:
-        """Lets go of the pages of the last call."""
+        """Drops the references to the pages of the last call."""
         self._kept = None
 
 
 class _Pool:
-    """Sets of pages as a backend takes them: block `i` begins `i` units behind the lowest page, whatever lies between."""
+    """Sets of pages as a pool for a backend: block `i` begins `i` units after the lowest page, whatever lies in between."""
 
     def __init__(self, sets: Sequence[PagesInPlace]) -> None:
         layout, dtype = sets[0].layout, sets[0].dtype
@@ -140,7 +140,9 @@ class _Pool:
 
 
 def _tensor_at(base: int, span_bytes: int, unit_bytes: int, layout: PageLayout, dtype: torch.dtype) -> Tensor:
-    """`[blocks, *layout.shape]` from `base` on; blocks are `unit_bytes` apart and may overlap, because they are only read."""
+    """Returns `[blocks, *layout.shape]` from `base` on; blocks are `unit_bytes` apart and may overlap, because they
+    are only read.
+    """
     if not span_bytes:
         return torch.zeros(1, *layout.shape, dtype=dtype)
     flat = torch.frombuffer((ctypes.c_uint8 * span_bytes).from_address(base), dtype=dtype)
@@ -150,10 +152,12 @@ def _tensor_at(base: int, span_bytes: int, unit_bytes: int, layout: PageLayout, 
 
 
 def rows_from(buffer: Buffer, q_heads: int, head_dim: int) -> Tensor:
-    """Query rows fp32 `[n, q_heads, head_dim]` of `buffer`, whose size is a multiple of a row. They share its memory where it
-    can be written; they are a copy where it cannot, as in a message of gRPC, because torch knows no memory that is read-only.
+    """Returns the query rows in `buffer`, fp32 `[n, q_heads, head_dim]`. The size of `buffer` must be a multiple of a row.
 
-    Raises `InvalidArgument` where one is not finite: its partial would be NaN, and so would every token after it.
+    They share the memory of a writable buffer, and are a copy of a read-only one, such as a message of gRPC, because torch does not
+    support read-only memory.
+
+    Raises `InvalidArgument` if an element is not finite: the partial would be NaN, and so would every later token.
     """
     writable = bytearray(buffer) if memoryview(buffer).readonly else buffer
     rows = torch.frombuffer(writable, dtype=torch.float32).view(-1, q_heads, head_dim)

@@ -1,6 +1,6 @@
-"""The merge of partial attention results: the identity that lets a tier answer a query instead of handing over its pages.
+"""The merge of partial attention results, which allows a tier to answer a query instead of handing over its pages.
 
-Owns: `merge`. Invariant: merging partials over any partition of the keys gives the result over all of them, up to rounding.
+Owns: `merge`. Invariant: merging partials over any partition of the keys gives the result over all keys, up to rounding.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from attnstore.errors import InvalidArgument
 
 
 def merge(outs: Sequence[Tensor], lses: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    """Combine partials over disjoint sets of keys: `lse = log sum exp(lse_i)`, `out = sum exp(lse_i - lse) out_i`.
+    """Combines partials over disjoint sets of keys: `lse = log sum exp(lse_i)`, `out = sum exp(lse_i - lse) out_i`.
 
     `outs[i]` is `[rows, heads, head_dim]` (any float type), `lses[i]` fp32 `[rows, heads]`, natural logarithm. An empty part has
-    `lse = -inf`, and its `out` is not looked at. Computed in fp32; `out` has the type of `outs[0]`. Raises `InvalidArgument`
-    where the parts' shapes differ or there is none. Source: the split-softmax of FlashDecoding and of LSE-merging in
-    FlashInfer's cascade attention.
+    `lse = -inf`, and its `out` is ignored. Computed in fp32; `out` has the type of `outs[0]`. Raises `InvalidArgument` if the
+    shapes of the parts differ or there is no part. Source: the split softmax of FlashDecoding and the LSE merge of FlashInfer's
+    cascade attention.
     """
     if not outs or len(outs) != len(lses):
         raise InvalidArgument(f"merge got {len(outs)} outs and {len(lses)} lses; it needs the same number of both, at least one")
@@ -31,7 +31,7 @@ def merge(outs: Sequence[Tensor], lses: Sequence[Tensor]) -> tuple[Tensor, Tenso
             )
     parts_lse = torch.stack(tuple(lses))
     highest = parts_lse.amax(dim=0)
-    # Where every part is empty the highest is -inf, and -inf - -inf would be NaN.
+    # If every part is empty the maximum is -inf, and -inf - -inf would be NaN.
     anchor = highest.masked_fill(highest == -torch.inf, 0.0)
     weights = (parts_lse - anchor).exp_()
     total = weights.sum(dim=0)

@@ -1,11 +1,11 @@
-"""The CPU prefill kernel: many query rows of one sequence against its pages, with the bf16 products of the machine.
+"""The CPU prefill kernel: many query rows of one sequence against its pages, with the machine's bf16 dot products.
 
-Owns: `attend_many`, compiled by numba, and the order of keys and values that it reads. Invariant: a row's result depends on the
-keys that it sees alone; what lies in a page behind them is never multiplied. Needs `HAS_BF16_PRODUCTS`.
+Owns: `attend_many`, compiled by numba, and the packed order of keys and values that it reads. Invariant: the result of a row
+depends only on the keys that it sees; bytes of a page after them are never multiplied. Requires `HAS_BF16_PRODUCTS`.
 
-Keys and values of a sequence are first put in the order of the tiles, once for all its rows, by panels of PANEL keys: keys as
-`[head_dim / 2, PANEL, 2]`, values as `[PANEL / 2, head_dim, 2]`. Then ROWS query rows at a time take a panel's scores, their
-softmax and the sum of its values before they go on to the next, so that scores never leave the first cache.
+Keys and values of a sequence are first packed into the order of the tiles, once for all rows, in panels of PANEL keys: keys as
+`[head_dim / 2, PANEL, 2]`, values as `[PANEL / 2, head_dim, 2]`. Then ROWS query rows at a time compute a panel's scores, their
+softmax and the weighted sum of its values before the next panel, so that scores never leave the L1 cache.
 
 Source: the online softmax of FlashAttention (Dao et al. 2022); weights are rounded to bf16 before the second product, as there.
 """
@@ -39,13 +39,13 @@ from attnstore.attention.tile import ROWS, tile_1, tile_4
 from attnstore.copying.compiled import compiled, inlined
 
 PANEL: Final = 128
-"""Keys of a panel: enough that the sums of values are seldom rescaled, few enough for the first two caches."""
+"""Keys of a panel: enough that sums of values are seldom rescaled, few enough for the L1 and L2 caches."""
 
 TOKENS: Final = 32
-"""Query tokens that a thread takes at a time."""
+"""Query tokens that a thread processes at a time."""
 
 COUNTERS: Final = 3 * 8
-"""int64, three of them a cache line apart."""
+"""The number of int64 counters: three of them, one cache line apart."""
 
 _WIDE: Final = 4 * LANES
 _ZERO: Final = np.float32(0.0)
@@ -55,12 +55,12 @@ _LN2: Final = np.float32(np.log(2.0))
 
 
 def fits(head_dim: int, block_tokens: int) -> bool:
-    """The kernel exists on this machine and takes heads and blocks of this size."""
+    """Returns whether the kernel is available on this machine and supports this size of heads and blocks."""
     return HAS_BF16_PRODUCTS and head_dim % (2 * LANES) == 0 and block_tokens % QUAD == 0
 
 
 def scratch_elements(group: int, head_dim: int) -> tuple[int, int]:
-    """bf16 and fp32 elements of scratch that one thread of `attend_many` needs."""
+    """Returns the bf16 and fp32 elements of scratch that one thread of `attend_many` needs."""
     rows = _padded(TOKENS * group)
     return rows * head_dim + ROWS * PANEL, rows * (head_dim + 2) + ROWS * (PANEL + 1)
 
@@ -72,14 +72,13 @@ def _padded(rows):
 
 @compiled
 def _pack(panel, panels, flat, table, first, last, block_stride, layer_at, kv_heads, block_tokens, head_dim, keys, values):
-    """Puts one panel of every head in order. Values outside of `[first, last)` become zeros: their weights are 0, but they might be
-    NaN."""
+    """Packs one panel of every head. Values outside `[first, last)` become zeros: their weights are 0, but they might be NaN."""
     run = block_tokens * head_dim
     for head in range(kv_heads):
         at = (head * panels + panel) * PANEL * head_dim
         for token in range(0, PANEL, QUAD):  # of one block
             position = panel * PANEL + token
-            source = 0  # where there is no block any more; nothing of it is seen
+            source = 0  # after the last key; what is read there is never visible
             if position < last:
                 source = table[position // block_tokens] * block_stride + layer_at + head * run + position % block_tokens * head_dim
             for dim in range(0, head_dim, 2 * LANES):
@@ -94,7 +93,7 @@ def _pack(panel, panels, flat, table, first, last, block_stride, layer_at, kv_he
 
 @inlined
 def _softmax(scores, first, last, width, factor, cap, weights, row, tops, sums, state):
-    """One row's weights of a panel's first `width` keys, bf16; returns the factor on what was summed before."""
+    """Computes one row's weights of a panel's first `width` keys, bf16. Returns the factor for what was summed before."""
     at = row * PANEL
     if cap is not None:
         cap_scores(scores, at, at + width, factor, cap)
@@ -132,7 +131,7 @@ def _sum_values(weights, values, panel, width, head_dim, outs, out, keeps):
 
 @inlined
 def _seen_keys(visible, begin, end):
-    """The keys `[first, last)` that at least one of these tokens sees."""
+    """Returns the keys `[first, last)` that at least one of these tokens sees."""
     first, last = 0, 0
     for token in range(begin, end):
         if visible[token, 0] < visible[token, 1]:
@@ -163,7 +162,7 @@ def _attend_tokens(
     narrow,
     wide,
 ):
-    """Query tokens `[token0, token0 + tokens)` against one key head."""
+    """Attends from the query tokens `[token0, token0 + tokens)` to one KV head."""
     rows = tokens * group
     padded = _padded(rows)
     queries, weights = narrow[: padded * head_dim], narrow[padded * head_dim :]
@@ -186,7 +185,7 @@ def _attend_tokens(
             width = min((seen1 - panel * PANEL + LANES - 1) // LANES * LANES, PANEL)
             _scores(queries, row * head_dim, head_dim, keys, panel_at, width, scores)
             for each in range(row, row + ROWS):
-                # A row of padding sees what the last one does; nobody asks for it.
+                # A row of padding sees what the last row sees; its result is not used.
                 token = token0 + min(each, rows - 1) // group
                 begin = min(max(visible[token, 0] - panel * PANEL, 0), width)
                 until = min(max(visible[token, 1] - panel * PANEL, begin), width)
@@ -231,14 +230,14 @@ def attend_many(
     narrow,
     wide,
 ):
-    """Attend for the query tokens `[row_begin, row_end)`, all of one sequence. Called by `threads` threads at once.
+    """Attends from the query tokens `[row_begin, row_end)`, all of one sequence. Called by `threads` threads at once.
 
-    counters: int64 `[COUNTERS]`, zeros before the first thread comes. table: int32 `[blocks]`. visible: int32 `[rows, 2]`, the
+    counters: int64 `[COUNTERS]`, zeros before the first thread starts. table: int32 `[blocks]`. visible: int32 `[rows, 2]`, the
     range of keys that each token sees. query: rows of `q_heads * head_dim`, `query_stride` apart; flat, block_stride, layer_at: see
-    `cpu_kernel.attend`; all bf16. factor: fp32 above 0, `scale * log2(e)`, or `scale / soft_cap` where there is a cap. cap: see
+    `cpu_kernel.attend`; all bf16. factor: positive fp32, `scale * log2(e)`, or `scale / soft_cap` if there is a cap. cap: see
     `cpu_kernel.attend`; sinks: see `cpu_kernel.finish`. keys, values: bf16 `[kv_heads * panels * PANEL * head_dim]`, memory for the
-    packed ones, for as many panels as there are up to the last key. out: `[rows * q_heads * head_dim]` and lses: fp32
-    `[rows * q_heads]`, written here. narrow, wide: this thread's scratch, bf16 and fp32, see `scratch_elements`.
+    packed panels up to the last key. out: `[rows * q_heads * head_dim]` and lses: fp32 `[rows * q_heads]`, written here. narrow,
+    wide: this thread's scratch, bf16 and fp32, see `scratch_elements`.
     """
     first, last = _seen_keys(visible, row_begin, row_end)
     panels = keys.shape[0] // (kv_heads * PANEL * head_dim)
@@ -248,7 +247,7 @@ def attend_many(
         _pack(panel, panels, flat, table, first, last, block_stride, layer_at, kv_heads, block_tokens, head_dim, keys, values)
         panel = first // PANEL + take(packed)
     meet(ready, threads)
-    # The last tokens first: they see the most keys, and small pieces should be left for the end.
+    # The last tokens first: they see the most keys, and the smallest pieces should come last.
     units = (row_end - row_begin + TOKENS - 1) // TOKENS * kv_heads
     unit = units - 1 - take(attended)
     while unit >= 0:

@@ -1,4 +1,4 @@
-"""Paged attention as the formula says it, in fp32: what every other backend is tested against.
+"""Paged attention by the formula, in fp32: every other backend is tested against it.
 
 Owns: `ReferenceAttention`. Invariant: short enough to be obviously right; nothing here is fast.
 """
@@ -12,7 +12,7 @@ from attnstore.attention.base import row_positions
 
 
 class ReferenceAttention:
-    """Gathers each sequence's keys, then masks, softmaxes and sums in fp32."""
+    """Gathers each sequence's keys, then masks, applies softmax and sums in fp32."""
 
     def paged_attention(
         self,
@@ -48,13 +48,13 @@ class ReferenceAttention:
             visible = _visible(positions[rows], context_len, sliding_window).unsqueeze(1)
             scores = scores.masked_fill(~visible, -torch.inf)
             lse[rows] = torch.logaddexp(scores.logsumexp(dim=-1), sink)
-            weights = (scores - lse[rows].unsqueeze(-1)).exp().masked_fill(~visible, 0.0)  # NaN for a row that sees nothing
+            weights = (scores - lse[rows].unsqueeze(-1)).exp().masked_fill(~visible, 0.0)  # NaN for a row that sees no key
             out[rows] = torch.einsum("qhk,hkd->qhd", weights, values).to(out.dtype)
         return out, lse
 
 
 def _gather(pool: Tensor, block_table: Tensor, context_len: int, layer: int) -> tuple[Tensor, Tensor]:
-    """Keys and values of one sequence, fp32 `[kv_heads, context_len, head_dim]` each."""
+    """Returns keys and values of one sequence, fp32 `[kv_heads, context_len, head_dim]` each."""
     blocks = -(-context_len // pool.shape[4])
     pages = pool[block_table[:blocks].long(), layer].float()
     keys, values = pages.permute(1, 2, 0, 3, 4).flatten(2, 3)[:, :, :context_len]
@@ -62,7 +62,7 @@ def _gather(pool: Tensor, block_table: Tensor, context_len: int, layer: int) -> 
 
 
 def _visible(positions: Tensor, context_len: int, sliding_window: int | None) -> Tensor:
-    """Boolean `[rows, context_len]`: which keys a row at each position sees."""
+    """Returns which keys a row at each position sees, boolean `[rows, context_len]`."""
     keys = torch.arange(context_len, device=positions.device)
     visible = keys <= positions.unsqueeze(1)
     if sliding_window is not None:

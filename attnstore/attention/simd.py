@@ -1,9 +1,9 @@
-"""Sixteen fp32 lanes as a numba value, for loops that LLVM's own vectoriser does not turn into good code.
+"""Sixteen fp32 lanes as a numba value, for loops that LLVM does not vectorise well by itself.
 
-Owns: `Lanes` and the operations on it. It exists because the attention kernel is bound by a handful of instructions per key:
-numba has no bf16, proves no absence of aliasing, and so vectorises neither a dot product over short rows nor `exp2` after it.
-Invariant: every operation is a few LLVM instructions or intrinsics on `<16 x float>`; LLVM splits them for narrower machines
-(two AVX2 registers, four NEON ones). `dot` alone names an instruction set, and only where this machine has it.
+Owns: `Lanes` and its operations. The attention kernel is bound by a few instructions per key. numba has no bf16 and cannot rule out
+aliasing, so it vectorises neither a dot product over short rows nor the `exp2` that follows.
+Invariant: every operation is a few LLVM instructions or intrinsics on `<16 x float>`; LLVM splits them for narrower machines (two
+AVX2 registers, four NEON registers). Only `dot` names an instruction set, and uses it only if this machine has it.
 
 Arrays are one-dimensional and indexed by element, without bounds check. Element types: float32; bf16 as uint16; fp16 as int16.
 """
@@ -22,7 +22,7 @@ from numba.extending import intrinsic, models, register_model
 LANES: Final = 16
 
 ELEMENTS: Final = {torch.bfloat16: torch.uint16, torch.float16: torch.int16, torch.float32: torch.float32}
-"""How the kernels are told an element type: numba knows neither bf16 nor fp16."""
+"""The array type that stands for an element type in the kernels, because numba has neither bf16 nor fp16."""
 
 _F16, _F32, _I16, _I32 = ir.HalfType(), ir.FloatType(), ir.IntType(16), ir.IntType(32)
 VECTOR = ir.VectorType(_F32, LANES)
@@ -47,19 +47,19 @@ class _LanesModel(models.PrimitiveModel):
 
 
 def address(context: Any, builder: Any, array_type: Any, array: Any, index: Any, vector: ir.Type) -> Any:
-    """Where `array[index]` lies, as a pointer to `vector`."""
+    """Returns the address of `array[index]`, as a pointer to `vector`."""
     data = context.make_array(array_type)(context, builder, array).data
     return builder.bitcast(builder.gep(data, [index]), vector.as_pointer())
 
 
 def call(builder: Any, name: str, result: ir.Type, arguments: list[Any], **flags: Any) -> Any:
-    """What LLVM's intrinsic of that name returns."""
+    """Calls LLVM's intrinsic of that name."""
     signature = ir.FunctionType(result, [argument.type for argument in arguments])
     return builder.call(cgutils.get_or_insert_function(builder.module, signature, name), arguments, **flags)
 
 
 def constant(value: float) -> Any:
-    """Sixteen copies of a number that is known now."""
+    """Returns sixteen copies of a compile-time constant."""
     return ir.Constant(VECTOR, [value] * LANES)
 
 
@@ -69,7 +69,7 @@ def _shuffle(builder: Any, first: Any, second: Any, picks: list[int]) -> Any:
 
 @intrinsic
 def load(typingctx, array, index):
-    """`array[index : index + 16]`, widened to fp32."""
+    """Loads `array[index : index + 16]`, widened to fp32."""
 
     def codegen(context, builder, signature, args):
         element = signature.args[0].dtype
@@ -82,7 +82,7 @@ def load(typingctx, array, index):
 
 
 def _widened(builder: Any, value: Any, element: ir.Type) -> Any:
-    """Sixteen elements as fp32."""
+    """Returns sixteen elements as fp32."""
     if element == _I16:  # bf16 is the upper half of an fp32
         shift = ir.Constant(INT_VECTOR, [16] * LANES)
         return builder.bitcast(builder.shl(builder.zext(value, INT_VECTOR), shift), VECTOR)
@@ -91,7 +91,7 @@ def _widened(builder: Any, value: Any, element: ir.Type) -> Any:
 
 @intrinsic
 def store(typingctx, array, index, value):
-    """`array[index : index + 16] = value`, rounded to the nearest value of the array's type, ties to even."""
+    """Stores `array[index : index + 16] = value`, rounded to the nearest value of the array's type, ties to even."""
 
     def codegen(context, builder, signature, args):
         element = signature.args[0].dtype
@@ -109,7 +109,9 @@ def store(typingctx, array, index, value):
 
 @intrinsic
 def move(typingctx, target, i, source, j):
-    """`target[i : i + 16] = source[j : j + 16]`, two arrays of one type. numba's own loop wraps every negative index first."""
+    """Copies `target[i : i + 16] = source[j : j + 16]` between arrays of one type. numba's own loop checks every index for being
+    negative.
+    """
 
     def codegen(context, builder, signature, args):
         element = signature.args[0].dtype
@@ -124,7 +126,7 @@ def move(typingctx, target, i, source, j):
 
 @intrinsic
 def interleave(typingctx, target, i, source, j, k, keeps_first, keeps_second):
-    """`target[i : i + 32]` becomes elements of `source` from `j` on and from `k` on in turns, zeros for those that are not kept.
+    """Sets `target[i : i + 32]` to alternating elements of `source` from `j` on and from `k` on, with zeros for masked ones.
 
     All bf16 or fp16.
     """
@@ -145,8 +147,7 @@ def interleave(typingctx, target, i, source, j, k, keeps_first, keeps_second):
 
 @intrinsic
 def transpose_pairs(typingctx, target, i, stride, source, j, step):
-    """Puts sixteen pairs of elements of four rows side by side: `target[i + p * stride + 2 * r + e] = source[j + r * step + 2 * p +
-    e]`.
+    """Transposes sixteen pairs of elements of four rows: `target[i + p * stride + 2 * r + e] = source[j + r * step + 2 * p + e]`.
 
     All bf16 or fp16.
     """
@@ -173,11 +174,11 @@ def transpose_pairs(typingctx, target, i, stride, source, j, step):
 
 
 def _rounded_to_bf16(builder: Any, value: Any) -> Any:
-    """To the nearest bf16, ties to even; a NaN stays one."""
+    """Rounds to the nearest bf16, ties to even; a NaN stays NaN."""
     if HAS_BF16_PRODUCTS:
         numbers = ir.VectorType(_BFloat(), LANES)
         return builder.bitcast(call(builder, "llvm.x86.avx512bf16.cvtneps2bf16.512", numbers, [value]), ir.VectorType(_I16, LANES))
-    # The upper half of each fp32 after half of what the lower one counts was added.
+    # Adds half a unit of the upper half, then keeps the upper half of each fp32.
     bits = builder.bitcast(value, INT_VECTOR)
     half, one, shift = (ir.Constant(INT_VECTOR, [number] * LANES) for number in (0x7FFF, 1, 16))
     odd = builder.and_(builder.lshr(bits, shift), one)
@@ -189,13 +190,13 @@ def _rounded_to_bf16(builder: Any, value: Any) -> Any:
 
 @intrinsic
 def splat(typingctx, scalar):
-    """Sixteen copies of an fp32 scalar."""
+    """Returns sixteen copies of an fp32 scalar."""
 
     return lanes(types.float32), lambda context, builder, signature, args: splatted(builder, args[0])
 
 
 def splatted(builder: Any, scalar: Any) -> Any:
-    """Sixteen copies of a scalar of 32 bits."""
+    """Returns sixteen copies of a 32-bit scalar."""
     undefined = ir.Constant(ir.VectorType(scalar.type, LANES), ir.Undefined)
     return _shuffle(builder, builder.insert_element(undefined, scalar, ir.Constant(_I32, 0)), undefined, [0] * LANES)
 
@@ -223,14 +224,14 @@ class _BFloat(ir.Type):
 
 _FEATURES: Final = binding.get_host_cpu_features()
 HAS_32_REGISTERS: Final = bool(_FEATURES.get("avx512f", False))
-"""This machine holds 32 vectors of sixteen lanes in registers (AVX-512)."""
+"""This machine has 32 registers of sixteen fp32 lanes (AVX-512)."""
 
 HAS_BF16_PRODUCTS: Final = bool(_FEATURES.get("avx512bf16", False))
 """This machine multiplies pairs of bf16 and adds them to fp32 in one instruction (AVX512-BF16)."""
 
 
 def bf16_products(builder: Any, sums: Any, x: Any, y: Any) -> Any:
-    """`sums` and the products of two vectors of 32 bf16, two on each lane; needs `HAS_BF16_PRODUCTS`."""
+    """Returns `sums` plus the products of two vectors of 32 bf16, two per lane; requires `HAS_BF16_PRODUCTS`."""
     numbers = ir.VectorType(_BFloat(), 2 * LANES)
     operands = [sums, builder.bitcast(x, numbers), builder.bitcast(y, numbers)]
     return call(builder, "llvm.x86.avx512bf16.dpbf16ps.512", VECTOR, operands)
@@ -238,9 +239,9 @@ def bf16_products(builder: Any, sums: Any, x: Any, y: Any) -> Any:
 
 @intrinsic
 def dot(typingctx, x, i, y, j, sums):
-    """`sums` and 32 products, `x[i : i + 32] * y[j : j + 32]`, two on each lane. Both arrays are of one type.
+    """Returns `sums` plus 32 products, `x[i : i + 32] * y[j : j + 32]`, two per lane. Both arrays have one type.
 
-    bf16 in one instruction where the machine has it (AVX512-BF16).
+    bf16 uses one instruction if the machine has it (AVX512-BF16).
     """
 
     def codegen(context, builder, signature, args):
@@ -253,7 +254,7 @@ def dot(typingctx, x, i, y, j, sums):
 
 
 def load_pairs(context: Any, builder: Any, array_type: Any, array: Any, index: Any) -> Any:
-    """`array[index : index + 32]` as it is."""
+    """Loads `array[index : index + 32]` without conversion."""
     pairs = ir.VectorType(_LOADED[array_type.dtype], 2 * LANES)
     value = builder.load(address(context, builder, array_type, array, index, pairs))
     value.align = array_type.dtype.bitwidth // 8
@@ -261,7 +262,7 @@ def load_pairs(context: Any, builder: Any, array_type: Any, array: Any, index: A
 
 
 def products(builder: Any, sums: Any, x: Any, y: Any) -> Any:
-    """`sums` and the products of two vectors of 32 elements, two on each lane."""
+    """Returns `sums` plus the products of two vectors of 32 elements, two per lane."""
     element = x.type.element
     if element == _I16 and HAS_BF16_PRODUCTS:
         return bf16_products(builder, sums, x, y)
@@ -298,13 +299,13 @@ def divide(typingctx, x, y):
 
 @intrinsic
 def maximum(typingctx, x, y):
-    """The larger of each pair; not defined for NaN."""
+    """The larger of each pair; undefined for NaN."""
     return lanes(x, y), lambda context, builder, signature, args: builder.select(builder.fcmp_ordered(">", *args), *args)
 
 
 @intrinsic
 def largest(typingctx, x):
-    """The largest lane, as a scalar; not defined for NaN."""
+    """The largest lane, as a scalar; undefined for NaN."""
 
     def codegen(context, builder, signature, args):
         return call(builder, f"llvm.vector.reduce.fmax.v{LANES}f32", _F32, [args[0]], fastmath=("nnan",))
@@ -325,7 +326,7 @@ def total(typingctx, x):
 
 @intrinsic
 def store_totals(typingctx, array, index, w, x, y, z):
-    """`array[index : index + 4] = total(w), total(x), total(y), total(z)`, with a third of the shuffles of four `total`s."""
+    """Stores `array[index : index + 4] = total(w), total(x), total(y), total(z)`, with a third of the shuffles of four `total`s."""
 
     def codegen(context, builder, signature, args):
         four = four_totals(builder, args[2:])
@@ -336,10 +337,10 @@ def store_totals(typingctx, array, index, w, x, y, z):
 
 
 def four_totals(builder: Any, vectors: Any) -> Any:
-    """The sums of the lanes of four vectors, as one vector."""
+    """Returns the sums of the lanes of four vectors, as one vector."""
 
     def halved(first: Any, second: Any, width: int) -> Any:
-        """Adds neighbouring groups of `width` lanes: the sums of `first`, then those of `second`."""
+        """Adds neighbouring groups of `width` lanes: returns the sums of `first`, then those of `second`."""
         lower = [group + lane for group in range(0, 2 * LANES, 2 * width) for lane in range(width)]
         upper = [lane + width for lane in lower]
         return builder.fadd(_shuffle(builder, first, second, lower), _shuffle(builder, first, second, upper))
@@ -353,7 +354,7 @@ def four_totals(builder: Any, vectors: Any) -> Any:
 
 @intrinsic
 def prefetch(typingctx, array, index):
-    """Ask for the cache line of `array[index]` without waiting for it."""
+    """Prefetches the cache line of `array[index]` without waiting for it."""
 
     def codegen(context, builder, signature, args):
         request_line(builder, address(context, builder, signature.args[0], args[0], args[1], ir.IntType(8)))
@@ -363,6 +364,6 @@ def prefetch(typingctx, array, index):
 
 
 def request_line(builder: Any, pointer: Any) -> None:
-    """`prefetch` of an address."""
+    """Prefetches the cache line at an address."""
     read, locality, data_cache = (ir.Constant(_I32, value) for value in (0, 2, 1))
     call(builder, "llvm.prefetch.p0", ir.VoidType(), [pointer, read, locality, data_cache])

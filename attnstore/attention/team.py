@@ -1,8 +1,8 @@
 """Runs compiled work on the threads that torch computes with.
 
-Owns: `run` and `run_apart`. Why: torch's threads (OpenMP's) spin for milliseconds after each operation, waiting for the next. Other
-threads on the same cores would compute beside them at half the speed, and waking those takes longer than telling threads that wait
-already. Invariant: all parts run at once, each on a thread of its own, so they may wait for each other (`barrier`).
+Owns: `run` and `run_apart`. torch's threads (OpenMP's) spin for milliseconds after each operation, waiting for the next. Other
+threads on the same cores would compute beside them at half the speed, and waking other threads takes longer than using those that
+spin. Invariant: all parts run at once, each on a thread of its own, so they may wait for each other (`barrier`).
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import torch
 from attnstore.attention.barrier import SPOILT
 
 _LIBRARIES: Final = ("libgomp", "libiomp5", "libomp")
-"""OpenMP's libraries by the beginning of their names; all have GNU's entry points."""
+"""Prefixes of the names of OpenMP's libraries; all have GNU's entry points."""
 
 _Part = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
 
@@ -29,10 +29,10 @@ _Part = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
 def run(threads: int, work: Callable[[int], None], counters: npt.NDArray[np.int64] | None = None) -> None:
     """Calls `work(0)` to `work(threads - 1)` at once and returns after the last; raises what one of them raised.
 
-    counters: int64, those of `barrier` at which the parts meet. They are spoilt where a part raises, so that nobody waits for it
-    (an interrupt from the keyboard may come at any time); what the others then compute is of no use.
+    counters: int64, those of `barrier` at which the parts meet. They are spoilt if a part raises, so that no part waits for it (a
+    KeyboardInterrupt may come at any time); the results of the other parts are then useless.
 
-    `work` should do little before it gives up the interpreter's lock, for which the others wait, and nothing with torch: its first
+    `work` should release the interpreter lock soon, because the other parts wait for it, and should not call torch: torch's first
     operation on a thread that Python does not know costs 100 us, every time.
     """
     parts = _Parts(work, counters)
@@ -43,19 +43,19 @@ def run(threads: int, work: Callable[[int], None], counters: npt.NDArray[np.int6
 
 
 def run_apart(threads: int, work: Callable[[int], None]) -> None:
-    """`run` on threads of our own, which sleep when they have nothing to do: for a process in which torch computes little."""
+    """`run` on threads of our own, which sleep when idle: for a process in which torch computes little."""
     _run_on_own_threads(threads, _Parts(work, None))
 
 
 class _Parts:
-    """The parts of one call, and what they raised."""
+    """The parts of one call, and the errors that they raised."""
 
     def __init__(self, work: Callable[[int], None], counters: npt.NDArray[np.int64] | None) -> None:
         self._work, self._counters = work, counters
         self._errors: list[BaseException] = []
 
     def run(self, number: int) -> None:
-        """One part; raises nothing."""
+        """Runs one part; raises nothing."""
         try:
             self._work(number)
         except BaseException as error:
@@ -64,13 +64,15 @@ class _Parts:
                 self._counters += SPOILT
 
     def end(self) -> None:
-        """After all have ended."""
+        """Raises an error of a part, after all have ended."""
         if self._errors:
             raise self._errors[0]
 
 
 def _run_on_torchs_threads(library: Any, threads: int, parts: _Parts) -> bool:
-    """False, and nothing was called, where there are not so many: inside an operation of torch, or under a limit."""
+    """Runs the parts on torch's threads. Returns False without calling anything if there are too few: inside an operation of torch,
+    or under a limit.
+    """
     enough: list[bool] = []
 
     def part(_: int) -> None:
@@ -92,13 +94,13 @@ def _run_on_own_threads(threads: int, parts: _Parts) -> None:
 
 @functools.cache
 def _own_threads() -> ThreadPoolExecutor:
-    # Never fewer than are asked for at once: parts that waited in a queue would be waited for.
+    # Never fewer than the parts of a call: the others would wait forever for a part in the queue.
     return ThreadPoolExecutor(max_workers=1 << 16, thread_name_prefix="team")
 
 
 @functools.cache
 def _openmp() -> Any:
-    """The library whose threads torch computes with; None where it is not known."""
+    """Returns the library whose threads torch computes with, or None if it is not found."""
     if not torch.backends.openmp.is_available():  # type: ignore[no-untyped-call]
         return None
     try:
@@ -107,5 +109,5 @@ def _openmp() -> Any:
         return None
     found = [path for path in mapped if path.name.startswith(_LIBRARIES)]
     inside = Path(torch.__file__).parent.parent
-    found.sort(key=lambda path: (inside not in path.parents, path))  # others may have brought one of their own
+    found.sort(key=lambda path: (inside not in path.parents, path))  # other packages may have loaded a copy of their own
     return ctypes.CDLL(str(found[0])) if found else None

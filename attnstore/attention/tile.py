@@ -1,12 +1,11 @@
-"""Small matrix products in registers: the inside of attention over many query rows.
+"""Small matrix products in registers: the inner part of attention over many query rows.
 
-Owns: `tile_4` and `tile_1`. It exists because what keeps the bf16 unit busy is a block of sums held in registers while rows of one
-factor are broadcast against vectors of the other, and no compiler finds that in plain loops. Invariant: sums are fp32 and both
-factors bf16, two products a lane and instruction (AVX512-BF16); without that instruction (`HAS_BF16_PRODUCTS`) there is no such
-kernel.
+Owns: `tile_4` and `tile_1`. To keep the bf16 unit busy, a block of sums stays in registers while rows of one factor are broadcast
+against vectors of the other; compilers do not find this in plain loops. Invariant: sums are fp32 and both factors bf16, two
+products per lane and instruction (AVX512-BF16); without that instruction (`HAS_BF16_PRODUCTS`) the kernel does not exist.
 
-The first factor lies in rows; of the second, two neighbouring rows lie interleaved, element by element ("pairs"), so that one lane
-multiplies both at once.
+The first factor is stored by rows. In the second, two neighbouring rows are interleaved element by element ("pairs"), so that one
+lane multiplies both at once.
 """
 
 # mypy: disable-error-code="untyped-decorator,no-untyped-call,no-untyped-def,no-any-unimported,misc,no-any-return"
@@ -30,10 +29,10 @@ _PAIRS: Final = ir.VectorType(ir.IntType(16), 2 * LANES)
 def _tile(vectors: int) -> Any:
     @intrinsic
     def tile(typingctx, x, x_at, x_stride, y, y_at, y_stride, pairs, sums, sums_at, sums_stride, keeps):
-        """`sums[r, :] = sums[r, :] * keeps[r] + sum over p < 2 * pairs of x[r, p] * y[p, :]` for ROWS rows.
+        """Sets `sums[r, :] = sums[r, :] * keeps[r] + sum over p < 2 * pairs of x[r, p] * y[p, :]` for ROWS rows.
 
-        x: bf16, row `r` from `x_at + r * x_stride` on. y: bf16, its pair `p` from `y_at + p * y_stride` on. sums: fp32, row `r`
-        from `sums_at + r * sums_stride` on; keeps: fp32 `[ROWS]`, or None, which forgets what `sums` were.
+        x: bf16, row `r` begins at `x_at + r * x_stride`. y: bf16, pair `p` begins at `y_at + p * y_stride`. sums: fp32, row `r`
+        begins at `sums_at + r * sums_stride`; keeps: fp32 `[ROWS]`, or None, which overwrites `sums`.
         """
 
         def codegen(context, builder, signature, args):

@@ -19,7 +19,7 @@ from attnstore.attention import triton_kernels
 from attnstore.errors import InvalidArgument
 
 PREFILL_ROWS: Final = 64
-"""Rows (query tokens times GQA group) of a program's tile where sequences have many; tensor cores need at least DECODE_ROWS."""
+"""Rows (query tokens times GQA group) of a program's tile for sequences with many rows; tensor cores need at least DECODE_ROWS."""
 
 DECODE_ROWS: Final = 16
 SPLITS_MAX: Final = 32
@@ -31,7 +31,9 @@ _COMPUTE: Final = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch
 
 
 class TritonAttention:
-    """See `AttentionBackend`. `programs_wanted`: programs that fill the device; None asks it (two per multiprocessor)."""
+    """See `AttentionBackend`. `programs_wanted` is the number of programs that fill the device; None queries it (two per
+    multiprocessor).
+    """
 
     def __init__(self, programs_wanted: int | None = None) -> None:
         self._programs_wanted = programs_wanted
@@ -110,24 +112,25 @@ class TritonAttention:
 
 
 def _compute_type(query: torch.dtype, pool: torch.dtype) -> tl.dtype:
-    """What the products are taken in. The interpreter multiplies bf16 as integers, so there they are widened."""
+    """Returns the type of the products. The interpreter multiplies bf16 as integers, so they are widened there."""
     common = torch.promote_types(query, pool)
     return tl.float32 if triton.knobs.runtime.interpret and common == torch.bfloat16 else _COMPUTE[common]
 
 
 def padded_head_dim(head_dim: int) -> int:
-    """The power of two, at least 16, in which a head's dimensions are computed."""
+    """Returns the padded size of a head for the kernel: a power of two, at least 16."""
     return max(16, int(triton.next_power_of_2(head_dim)))
 
 
 def _tile_rows(total_q: int, seqs: int, group: int) -> int:
-    """Rows of a tile: those of a decode step if the sequences have few rows on average, else a prefill's."""
+    """Returns the rows of a tile: those of a decode step if the sequences have few rows on average, else a prefill's."""
     wanted = PREFILL_ROWS if total_q > seqs * max(1, DECODE_ROWS // group) else DECODE_ROWS
     return max(wanted, int(triton.next_power_of_2(group)))
 
 
 def gather_pages(pool: Tensor, block_ids: Tensor) -> Tensor:
-    """Pages `block_ids` (int32 `[n]`) of a pool, packed `[n, layers, 2, kv_heads, block_tokens, head_dim]` for one transfer.
+    """Returns the pages `block_ids` (int32 `[n]`) of a pool, packed `[n, layers, 2, kv_heads, block_tokens, head_dim]` for one
+    transfer.
 
     Raises `InvalidArgument` for a pool whose blocks are not contiguous or ids that are not int32.
     """
@@ -137,7 +140,7 @@ def gather_pages(pool: Tensor, block_ids: Tensor) -> Tensor:
 
 
 def scatter_pages(pages: Tensor, block_ids: Tensor, pool: Tensor) -> None:
-    """The inverse of `gather_pages`: writes packed pages to the blocks `block_ids` of a pool, in place. The same errors."""
+    """The inverse of `gather_pages`: writes packed pages to the blocks `block_ids` of a pool, in place. Raises the same errors."""
     if pages.shape != (len(block_ids), *pool.shape[1:]) or pages.dtype != pool.dtype:
         raise InvalidArgument(
             f"pages are {pages.dtype} {tuple(pages.shape)}; {len(block_ids)} blocks of this pool are {tuple(pool.shape[1:])} each"

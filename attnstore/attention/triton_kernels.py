@@ -3,8 +3,8 @@
 Owns: `attend`, `merge_splits`, `copy_pages` and their configurations. The launching code is in `attnstore.attention.triton`.
 Invariant: one source runs under the interpreter and compiles for sm_80, sm_90, sm_100 and gfx942 within their limits.
 
-Source: FlashDecoding's split of the keys over programs (Dao et al. 2023) with a grid over packed query rows in which each program
-finds its sequence by bisection, as in vLLM's unified attention kernel, so that no length has to be read back from the device.
+Source: FlashDecoding's split of the keys over programs (Dao et al. 2023). Its grid covers packed query rows, and each program finds
+its sequence by bisection, as in vLLM's unified attention kernel, so that no length is read back from the device.
 """
 
 # mypy: disable-error-code="untyped-decorator,no-untyped-call,no-untyped-def,no-any-return"
@@ -24,11 +24,13 @@ _CONFIGS: Final = (
 )
 _KEY_TILE_MAX: Final = 8192
 _SCORE_TILE_MAX: Final = 4096
-"""Elements of a program's tile of keys and of scores: above these gfx942 lacks shared memory or spills registers."""
+"""Elements of a program's tile of keys and of scores: above them, gfx942 lacks shared memory or spills registers."""
 
 
 def configs_for(block_m: int, block_d: int) -> list[Any]:
-    """The configurations worth timing for a tile of `block_m` rows and `block_d` dimensions: those that fit every target."""
+    """Returns the configurations worth timing for a tile of `block_m` rows and `block_d` dimensions: those that fit
+    every target.
+    """
     return [
         config
         for config in _CONFIGS
@@ -42,7 +44,7 @@ def _fitting(_configs: Any, arguments: dict[str, Any], **constants: Any) -> list
 
 
 def _tuned(kernel: Any) -> Any:
-    """Autotunes per geometry on a device; the interpreter, which has no device to time, takes the first configuration."""
+    """Autotunes per geometry on a device. The interpreter, which has no device to time, uses the first configuration."""
     configs = list(_CONFIGS[:1] if triton.knobs.runtime.interpret else _CONFIGS)
     pruning = {"early_config_prune": _fitting} if len(configs) > 1 else None
     return triton.autotune(configs, key=["HEAD_DIM", "BLOCK_TOKENS", "GROUP", "BLOCK_M"], prune_configs_by=pruning)(kernel)
@@ -50,7 +52,7 @@ def _tuned(kernel: Any) -> Any:
 
 @triton.jit
 def _sequence_of_tile(query_starts, seqs, tile, TILE_TOKENS: tl.constexpr):
-    """The sequence that query tile `tile` belongs to; sequence `s` owns tiles from `query_starts[s] // TILE_TOKENS + s` on."""
+    """Returns the sequence of query tile `tile`; sequence `s` owns tiles from `query_starts[s] // TILE_TOKENS + s` on."""
     low = 0
     high = seqs
     while low < high:
@@ -64,7 +66,7 @@ def _sequence_of_tile(query_starts, seqs, tile, TILE_TOKENS: tl.constexpr):
 
 @triton.jit
 def _tanh(x):
-    """To 1e-7 absolute. Below that lies a cap's own rounding; the series that is exact near 0 takes registers that gfx942 lacks."""
+    """To 1e-7 absolute, which is below the rounding of a cap; the series that is exact near 0 needs registers that gfx942 lacks."""
     return 1.0 - 2.0 / (tl.exp(2.0 * tl.minimum(x, 10.0)) + 1.0)
 
 
@@ -101,10 +103,10 @@ def attend(
     BLOCK_D: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """One program: a tile of query tokens with one key head's group of query heads, against one split of the visible keys.
+    """One program attends from a tile of query tokens, with one KV head's group of query heads, to one split of the visible keys.
 
     Grid `(tiles, kv_heads, splits)`. `outs` `[splits, total_q, q_heads, HEAD_DIM]`, `lses` fp32 `[splits, total_q, q_heads]`.
-    `factor` is `scale * log2(e)`, or `scale / soft_cap` where there is a cap. The first split holds the sinks.
+    `factor` is `scale * log2(e)`, or `scale / soft_cap` if there is a cap. The first split includes the sinks.
     """
     tile, head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     splits, kv_heads = tl.num_programs(2), tl.num_programs(1)

@@ -1,4 +1,4 @@
-"""Compiling ahead of the first request, so that no request and no estimate of this machine's speed pays for it."""
+"""Compilation before the first request, so that neither a request nor an estimate of this machine's speed includes it."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from torch import Tensor
 from attnstore.attention.base import AttentionBackend
 
 _ROWS_OF_PHASES = (1, 256)
-"""Query rows of a decode step and of a prefill chunk, as every backend tells them apart."""
+"""Query rows of a decode step and of a prefill chunk, as every backend distinguishes them."""
 
 
 def warm_up(backend: AttentionBackend, pool: Tensor, q_heads: int) -> None:
-    """Makes a backend compile (and tune) what calls over this pool will need, by a decode and a prefill call on its first block.
+    """Makes a backend compile (and tune) the kernels for this pool, by a decode and a prefill call on its first block.
 
     `pool` as in `AttentionBackend.paged_attention`; its contents are read and not changed. Takes seconds the first time on a
     machine and little afterwards, because compiled kernels are cached on disk.

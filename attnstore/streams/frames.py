@@ -29,7 +29,7 @@ _KEEPALIVE = (
 
 
 class FrameStream:
-    """Frames over a connected TCP socket, which it owns from now on. One thread at a time; `shutdown` from any."""
+    """Frames over a connected TCP socket, which the stream then owns. Used by one thread at a time; `shutdown` from any thread."""
 
     def __init__(self, connection: socket.socket, role: Role) -> None:
         connection.setblocking(True)
@@ -40,12 +40,12 @@ class FrameStream:
         self._waits = Waits(connection)
         self.bound = self._waits.bound
         self.demand = self._waits.demand
-        # A closed descriptor's number may be another connection's at once.
+        # The number of a closed descriptor may be reused by another connection at once.
         self._ending = threading.Lock()
 
     @property
     def at_boundary(self) -> bool:
-        """Nothing of the next frame has arrived."""
+        """True if no byte of the next frame has arrived."""
         return self._receiver.at_boundary
 
     def send(self, *parts: Buffer) -> None:
@@ -64,10 +64,11 @@ class FrameStream:
             raise lost(error) from None
 
     def receive(self, *payload: memoryview, ahead: bool = False) -> Frame:
-        """The next frame, whose payload is yet to come; with `payload` the frame announced before, once its bytes fill these views.
+        """Returns the next frame, whose payload is still to come. With `payload`, returns the previously announced frame once its
+        bytes fill these views.
 
-        At most hundreds of views. `ahead` spares a system call where another frame is sure to follow: its header is received with
-        the payload. Raises `Unavailable`, `DeadlineExceeded` or `ProtocolError`; the connection is useless then.
+        At most some hundred views. `ahead` saves a system call if another frame is sure to follow: its header is received with the
+        payload. Raises `Unavailable`, `DeadlineExceeded` or `ProtocolError`; the connection is unusable then.
         """
         receiver = self._receiver
         if payload:
@@ -89,7 +90,7 @@ class FrameStream:
             raise lost(error) from None
 
     def look(self) -> Frame | None:
-        """`receive` of a frame that has begun to arrive; None at once where there is none."""
+        """`receive` of a frame that has begun to arrive; returns None at once if there is none."""
         try:
             frame = self._received(self._socket.recvmsg_into(self._receiver.windows(), 0, socket.MSG_DONTWAIT)[0])
         except BlockingIOError:
@@ -99,7 +100,7 @@ class FrameStream:
         return frame or self.receive()
 
     def whole_payload(self, frame: Frame) -> bytearray:
-        """The payload that `frame` announces, in memory of its own; empty where it has none."""
+        """Returns the payload that `frame` announces, in new memory; empty if it has none."""
         payload = bytearray(frame.size_bytes)
         if payload:
             self.receive(memoryview(payload))
@@ -111,17 +112,17 @@ class FrameStream:
         self.receive()
 
     def shutdown(self) -> None:
-        """Ends both directions at once: whoever waits in `send` or `receive` gets `Unavailable`. Safe from any thread."""
+        """Ends both directions at once: a thread in `send` or `receive` gets `Unavailable`. Safe from any thread."""
         with self._ending, contextlib.suppress(OSError):
             self._socket.shutdown(socket.SHUT_RDWR)
 
     def close(self) -> None:
-        """Gives the socket back."""
+        """Closes the socket."""
         with self._ending:
             self._socket.close()
 
     def abort(self) -> None:
-        """Gives the socket back and resets the connection: a peer that still sends learns it now, even if our window is full."""
+        """Closes the socket and resets the connection: a peer that still sends learns it now, even if our window is full."""
         with self._ending, contextlib.suppress(OSError):
             self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _NO_LINGER)
         self.close()

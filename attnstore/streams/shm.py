@@ -1,7 +1,7 @@
 """The shm protocol over a blocking Unix socket: whole messages in, whole messages out, each wait bounded.
 
 Owns: the socket, and the descriptors that come with a message until the caller takes them.
-Invariant: no system call waits longer than `bound` allows when it begins; a descriptor that is not due is closed and its message
+Invariant: no system call waits longer than `bound` allows when it begins; an unexpected descriptor is closed and its message
 refused.
 """
 
@@ -21,7 +21,7 @@ from attnstore.streams.waits import RECEIVING, SENDING, Waits, lost
 from attnstore.wire.shm import HEADER_BYTES, WITH_DESCRIPTOR, Kind, decode_header
 
 _ONE_DESCRIPTOR_BYTES = socket.CMSG_LEN(array.array("i").itemsize)
-"""Not `CMSG_SPACE`, whose padding has room for a second one."""
+"""Not `CMSG_SPACE`, whose padding has room for a second descriptor."""
 _RECEIVE_FLAGS = int(socket.MSG_WAITALL | socket.MSG_CMSG_CLOEXEC)
 _LOOK_FLAGS = int(_RECEIVE_FLAGS | socket.MSG_DONTWAIT)
 _TRUNCATED = int(socket.MSG_CTRUNC)
@@ -42,20 +42,22 @@ class Message:
     descriptor: int | None
 
     def close(self) -> None:
-        """Closes the descriptor of a message that nobody answers."""
+        """Closes the descriptor of a message that is not handled."""
         if self.descriptor is not None:
             os.close(self.descriptor)
 
 
 class ShmStream:
-    """Messages over a connected Unix socket, which it owns from now on. One thread at a time; `shutdown` from any."""
+    """Messages over a connected Unix socket, which the stream then owns. Used by one thread at a time; `shutdown`
+    from any thread.
+    """
 
     def __init__(self, connection: socket.socket) -> None:
         connection.setblocking(True)
         self._socket = connection
         self._waits = Waits(connection)
         self.bound = self._waits.bound
-        # A closed descriptor's number may be another connection's at once.
+        # The number of a closed descriptor may be reused by another connection at once.
         self._ending = threading.Lock()
 
     def send(self, message: bytes) -> None:
@@ -63,7 +65,7 @@ class ShmStream:
         self._send(message, 0)
 
     def send_with_descriptor(self, message: bytes, descriptor: int) -> None:
-        """Sends a message with a descriptor attached to its first byte; the descriptor stays the caller's to close."""
+        """Sends a message with a descriptor attached to its first byte. The caller still closes the descriptor."""
         try:
             sent = self._waits.run(SENDING, socket.send_fds, self._socket, [message], [descriptor])
         except OSError as error:
@@ -71,9 +73,9 @@ class ShmStream:
         self._send(message, sent)
 
     def receive(self, expected: Collection[Kind]) -> Message:
-        """The next message, which must be one of `expected`.
+        """Returns the next message, which must be one of `expected`.
 
-        Raises `Unavailable`, `DeadlineExceeded` or `ProtocolError`; the connection is useless then.
+        Raises `Unavailable`, `DeadlineExceeded` or `ProtocolError`; the connection is unusable then.
         """
         ancillary_bytes = 0 if WITH_DESCRIPTOR.isdisjoint(expected) else _ONE_DESCRIPTOR_BYTES
         header, descriptor = self._receive(HEADER_BYTES, ancillary_bytes)
@@ -90,18 +92,18 @@ class ShmStream:
         return Message(kind, count, payload, descriptor)
 
     def peer_uid(self) -> int:
-        """The user that the peer ran as when it connected, as the kernel knows it."""
+        """The user id of the peer when it connected, as reported by the kernel."""
         credentials = array.array("i", bytes(12))
         data = self._socket.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, len(credentials) * credentials.itemsize)
         return array.array("i", data)[1]
 
     def shutdown(self) -> None:
-        """Ends both directions at once: whoever waits in `send` or `receive` gets `Unavailable`. Safe from any thread."""
+        """Ends both directions at once: a thread in `send` or `receive` gets `Unavailable`. Safe from any thread."""
         with self._ending, contextlib.suppress(OSError):
             self._socket.shutdown(socket.SHUT_RDWR)
 
     def close(self) -> None:
-        """Gives the socket back."""
+        """Closes the socket."""
         with self._ending:
             self._socket.close()
 
@@ -114,18 +116,18 @@ class ShmStream:
             raise lost(error) from None
 
     def _arrived(self, size_bytes: int, ancillary_bytes: int) -> tuple[bytes, list[tuple[int, int, bytes]], int]:
-        """What has arrived, at most `size_bytes`; none at the end of the stream. Polls for a while, then sleeps."""
+        """Returns what has arrived, at most `size_bytes`; nothing at the end of the stream. Polls for a while, then sleeps."""
         self._waits.left_ms()
         began_s = time.perf_counter()
         while time.perf_counter() - began_s < _LOOKS_S:
-            try:  # cheaper than `suppress`, again and again
+            try:  # cheaper than `suppress` in this loop
                 return self._socket.recvmsg(size_bytes, ancillary_bytes, _LOOK_FLAGS)[:3]
             except BlockingIOError:
                 continue
         return self._waits.run(RECEIVING, self._socket.recvmsg, size_bytes, ancillary_bytes, _RECEIVE_FLAGS)[:3]
 
     def _receive(self, size_bytes: int, ancillary_bytes: int) -> tuple[bytes, int | None]:
-        """Exactly `size_bytes`, and the descriptor that came with the first of them."""
+        """Returns exactly `size_bytes`, and the descriptor that came with the first of them."""
         received = b""
         descriptor: int | None = None
         try:
@@ -135,8 +137,8 @@ class ShmStream:
                     if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
                         descriptor = array.array("i", content)[0]
                 if flags & _TRUNCATED:
-                    # The kernel has closed what did not fit the ancillary buffer.
-                    raise ProtocolError("shared memory: a descriptor came that is not due")
+                    # The kernel has closed descriptors that did not fit the ancillary buffer.
+                    raise ProtocolError("shared memory: an unexpected descriptor came")
                 if not data:
                     raise Unavailable("the peer closed the shared memory connection")
                 received += data

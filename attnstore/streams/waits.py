@@ -1,7 +1,7 @@
-"""Bounded waits of a blocking socket: what a stream asks before each system call that may wait for the peer.
+"""Bounded waits of a blocking socket: checked before each system call that may wait for the peer.
 
-Owns: the kernel's time-outs of one socket. Invariant: no wait overruns its bound by more than the previous, shorter bound. The
-kernel keeps the time, so that no call is split to watch a clock.
+Owns: the kernel's time-outs of one socket. Invariant: a wait overruns its bound by at most the previous, shorter bound. The kernel
+measures the time, so that no call is split to look at a clock.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ T = TypeVar("T")
 
 SENDING: Final = socket.SO_SNDTIMEO
 RECEIVING: Final = socket.SO_RCVTIMEO
-"""What a system call waits for: that the peer takes bytes, or that it sends some."""
+"""What a system call waits for: the peer takes bytes, or sends some."""
 
 _TIMEVAL = struct.Struct("@ll")
 _WAIT_MS_MAX = 86_400_000.0
@@ -36,7 +36,7 @@ class Window(NamedTuple):
 
 
 class Waits:
-    """The waits of one blocking socket, which one thread at a time uses."""
+    """The waits of one blocking socket, used by one thread at a time."""
 
     def __init__(self, connection: socket.socket) -> None:
         self._socket = connection
@@ -49,7 +49,7 @@ class Waits:
         self._left_ms = left_ms
 
     def demand(self, window_ms: float) -> None:
-        """From now on a transfer fails when the peer moves less than `PEER_BYTES_PER_S_MIN` for about `window_ms`."""
+        """Makes a transfer fail when the peer moves less than `PEER_BYTES_PER_S_MIN` for about `window_ms`."""
         self._window_s = window_ms / 1000
 
     def judged(self, window: Window | None, moved_bytes: int) -> Window:
@@ -70,7 +70,7 @@ class Waits:
         return Window(now_s, 0)
 
     def left_ms(self) -> float:
-        """How long the next wait may be. Raises where the exchange must end."""
+        """Returns how long the next wait may be. Raises if the exchange must end."""
         assert self._left_ms is not None, "bound() comes before the first wait"
         return self._left_ms()
 
@@ -96,7 +96,7 @@ class Waits:
 
 
 def lost(error: OSError) -> Retryable:
-    """The typed error of a failed system call on a socket whose waits are bounded."""
+    """Returns the typed error of a failed system call on a socket whose waits are bounded."""
     if isinstance(error, BlockingIOError):
         return DeadlineExceeded("the peer moved no byte of the bulk connection within the time-out")
     return Unavailable(f"the bulk connection broke: {error.strerror or error}")

@@ -1,4 +1,6 @@
-"""What if: what a model's KV costs to keep, move and recompute on hardware that is not here. See docs/plan.md."""
+"""The calculator behind `attnstore plan`: the cost of storing, moving and recomputing a model's KV on other hardware. See
+docs/plan.md.
+"""
 
 from attnstore.whatif.estimate import Decode, FirstToken, Plan, Question, answer
 from attnstore.whatif.hardware import GPUS, Gpu

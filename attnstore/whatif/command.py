@@ -1,4 +1,4 @@
-"""`attnstore plan`: the calculator's command, its text and its JSON."""
+"""The command `attnstore plan`: its options, its text and its JSON."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ def run_plan(arguments: argparse.Namespace) -> None:
 
 
 def as_json(question: Question, plan: Plan) -> dict[str, Any]:
-    """Question and answer; what is infinite is null."""
+    """Returns question and answer; infinite values are null."""
     fields = asdict(plan)
     fields["first_token"]["best"] = plan.first_token.best
     asked = {
@@ -117,7 +117,7 @@ def as_json(question: Question, plan: Plan) -> dict[str, Any]:
 
 
 def as_text(question: Question, plan: Plan) -> str:
-    """The plan for people."""
+    """Returns the plan as text."""
     link, first, decode = question.link, plan.first_token, plan.decode
     marks = {way: "   <- fastest" if way == first.best else "" for way in ("recompute", "fetch", "both")}
     return "\n".join(

@@ -1,8 +1,8 @@
-"""The arithmetic of moving or recomputing KV. Pure; every formula is in docs/plan.md with its source.
+"""The arithmetic of moving or recomputing KV. Pure; docs/plan.md lists every formula with its source.
 
-Owns: `Question`, `Plan` and `answer`. Invariant: an estimate leaves out what would make the network look worse or better by a guess
-(congestion, queues, kernels that miss the roofline): utilisation is one stated number, `mfu`, and everything else is what the data
-sheets say.
+Owns: `Question`, `Plan` and `answer`. Invariant: an estimate contains no guess that would make the network look worse or better
+(congestion, queues, kernels that miss the roofline): utilisation is one stated number, `mfu`, and everything else comes from the
+data sheets.
 """
 
 from __future__ import annotations
@@ -19,18 +19,18 @@ from attnstore.whatif.model import Model
 _ITEM_BYTES = 2
 """KV and weights in 16 bits."""
 _PARTIAL_ITEM_BYTES = 4
-"""A partial result travels in fp32."""
+"""A partial result is sent in fp32."""
 _ROUND_TRIPS = 2
-"""A fetch asks what is there (Match), then reads it."""
+"""A fetch needs two round trips: Match, then Read."""
 
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """What to estimate. `hit` is the share of `context_tokens` whose KV the store has; whole blocks of it count.
+    """The input. `hit` is the share of `context_tokens` whose KV the store has; only whole blocks count.
 
-    `mfu` is the share of the GPUs' peak that prefill reaches (at 1 computing is as fast as it can be, which is the network's worst
-    case); `node_gb_per_s` the speed at which a node reads its memory to answer
-    a query itself. Raises `InvalidArgument` for values out of range.
+    `mfu` is the share of the GPUs' peak that prefill reaches; at 1 computing is as fast as possible, which is the network's worst
+    case. `node_gb_per_s` is the memory bandwidth with which a node answers a query. Raises `InvalidArgument` for values out of
+    range.
     """
 
     model: Model
@@ -60,10 +60,10 @@ class Question:
 
 @dataclass(frozen=True, slots=True)
 class FirstToken:
-    """Time to the first token, in milliseconds, for each way to get the prefix.
+    """Time to the first token, in milliseconds, for each way to obtain the prefix.
 
     `both_ms`: the front is computed while the back is fetched, and both stop where they meet, after `both_computed_tokens` (the
-    whole context where nothing is worth fetching).
+    whole context if fetching does not pay).
     """
 
     recompute_ms: float
@@ -73,16 +73,16 @@ class FirstToken:
 
     @property
     def best(self) -> str:
-        """The way that is fastest; the simplest of equals."""
+        """Returns the fastest way; of equal ones the simplest."""
         ways = {"recompute": self.recompute_ms, "fetch": self.fetch_ms, "both": self.both_ms}
         return min(ways, key=lambda way: ways[way])
 
 
 @dataclass(frozen=True, slots=True)
 class Decode:
-    """One decoded token at the full context, batch 1, in milliseconds: weights and KV, by where the KV is.
+    """One decoded token at the full context, batch 1, in milliseconds: weights and KV, for each place of the KV.
 
-    `attend_bytes`: what travels for one token, in both directions, when the node answers the queries.
+    `attend_bytes` are the bytes sent for one token, in both directions, if the node answers the queries.
     """
 
     weights_ms: float
@@ -94,7 +94,9 @@ class Decode:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """The answer. Bytes are of all GPUs together; `break_even_gb_per_s` is inf where the round trips alone take longer."""
+    """The result. Bytes are of all GPUs together; `break_even_gb_per_s` is inf if the round trips alone take longer
+    than computing.
+    """
 
     kv_token_bytes: int
     page_bytes: int
@@ -110,11 +112,11 @@ class Plan:
 
 
 def answer(question: Question) -> Plan:
-    """Estimates everything at once."""
+    """Computes the whole plan."""
     model, link, block = question.model, question.link, question.block_tokens
     page_bytes = model.layout(block).page_bytes
     token_bytes = page_bytes // block
-    # The last token is computed in any case: its logits are what is asked for.
+    # The last token is always computed, because its logits are needed.
     hit_blocks = min(int(question.context_tokens * question.hit) // block, (question.context_tokens - 1) // block)
     hit_tokens = hit_blocks * block
     recompute_s = _prefill_s(question, 0, hit_tokens)
@@ -137,7 +139,7 @@ def answer(question: Question) -> Plan:
 
 
 def _prefill_s(question: Question, begin: int, end: int) -> float:
-    """Roofline: operations at `mfu` of the peak, or the weights read once, whichever takes longer."""
+    """Roofline: operations at `mfu` of the peak, or reading the weights once, whichever takes longer."""
     if end <= begin:
         return 0.0
     peak_flop_per_s = question.gpus * question.gpu.bf16_tflop_per_s * 1e12 * question.mfu
@@ -164,7 +166,7 @@ def _first_token(question: Question, hit_blocks: int, page_bytes: int) -> FirstT
     def fetched_s(blocks: int) -> float:
         return _fetch_s(question, (hit_blocks - blocks) * page_bytes)
 
-    # Computing takes longer and fetching shorter with every block from the front: they cross once.
+    # With every block from the front, computing takes longer and fetching shorter: they cross once.
     low, high = 0, hit_blocks
     while low < high:
         middle = (low + high) // 2

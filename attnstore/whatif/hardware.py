@@ -1,4 +1,4 @@
-"""GPUs by name: what of them decides between computing and fetching.
+"""GPUs by name, with the figures that decide between computing and fetching.
 
 Owns: `Gpu` and the table `GPUS`, read from `gpus.toml`, where each figure has its source.
 """
@@ -34,7 +34,7 @@ GPUS: dict[str, Gpu] = {
 
 
 def find_gpu(name: str) -> Gpu:
-    """Raises `InvalidArgument` naming the known ones."""
+    """Returns the GPU of that name. Raises `InvalidArgument` naming the known ones."""
     try:
         return GPUS[name.lower()]
     except KeyError:

@@ -1,7 +1,7 @@
-"""A model's geometry: how many bytes of KV a token takes, and how many operations it costs to compute.
+"""A model's geometry: the bytes of KV per token, and the operations to compute a token.
 
-Owns: `Model`, made of the fields of a Hugging Face `config.json`: those that ship in `models.toml`, or anyone's file.
-Invariant: a configuration whose KV is not one K and one V vector for each of its heads is refused, never guessed at.
+Owns: `Model`, read from the fields of a Hugging Face `config.json`: those shipped in `models.toml`, or a user's file.
+Invariant: a configuration whose KV is not one K and one V vector per head is refused, never guessed.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class Model:
 
     @classmethod
     def from_config(cls, name: str, config: Mapping[str, Any]) -> Model:
-        """From the fields of a `config.json`. Raises `InvalidArgument` for one that is missing or of another kind of model."""
+        """Reads the fields of a `config.json`. Raises `InvalidArgument` if one is missing or the model is of another kind."""
         text_config = config.get("text_config")
         config = text_config if isinstance(text_config, dict) else config
         for field, reason in _OTHER_KV.items():
@@ -76,25 +76,25 @@ class Model:
         )
 
     def layout(self, block_tokens: int = 16) -> PageLayout:
-        """The page of this model in 16-bit elements."""
+        """Returns the page of this model with 16-bit elements."""
         return PageLayout(self.layers, self.kv_heads, self.head_dim, block_tokens, DType.BF16)
 
     @property
     def parameters(self) -> int:
-        """Weights in matrices; norms and biases, some parts in ten thousand, are left out."""
+        """The weights in matrices; norms and biases, a few parts in ten thousand, are left out."""
         embeddings = self.vocabulary * self.hidden * (1 if self.tied_embeddings else 2)
         return embeddings + self.layers * self._layer_weights(self.experts)
 
     @property
     def active_weights(self) -> int:
-        """Weights that one token meets: its layers with its experts, and the output head."""
+        """The weights used for one token: its layers with its experts, and the output head."""
         return self.layers * self._layer_weights(self.experts_active) + self.vocabulary * self.hidden
 
     def prefill_flop(self, begin: int, end: int) -> float:
-        """Operations to compute tokens `[begin, end)` when those before are there.
+        """Returns the operations to compute tokens `[begin, end)` after those before them.
 
-        Two for each weight and token (multiply, add), the output head once; for attention four for each dimension of each head and
-        each pair of a token and one that it sees (scores, and their use). Kaplan et al., "Scaling Laws for Neural Language Models",
+        Two per weight and token (multiply, add), the output head once. For attention, four per dimension of each head and per pair
+        of a token and a token that it sees (scores, and weighted sums). Kaplan et al., "Scaling Laws for Neural Language Models",
         2020, table 1, with causal attention counted exactly.
         """
         tokens = end - begin
@@ -112,12 +112,12 @@ class Model:
 
 
 def model_names() -> list[str]:
-    """The models that ship."""
+    """Returns the names of the shipped models."""
     return list(_shipped())
 
 
 def load_model(name_or_path: str) -> Model:
-    """The shipped model of that name, or the one whose `config.json` is at that path. Raises `InvalidArgument`."""
+    """Returns the shipped model of that name, or the one whose `config.json` is at that path. Raises `InvalidArgument`."""
     shipped = _shipped()
     if name_or_path.lower() in shipped:
         return Model.from_config(name_or_path.lower(), shipped[name_or_path.lower()])
