@@ -105,21 +105,21 @@ class AttentionStoreServicer:
     """Missing associated documentation comment in .proto file."""
 
     def Describe(self, request, context):
-        """What the node is, what it allows and how loaded it is. Needs no namespace.
+        """Returns the node's identity, limits, transports and load. Needs no namespace.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def RegisterLayout(self, request, context):
-        """Makes a namespace known. Idempotent; the same namespace with another layout is refused with `layout_mismatch`.
+        """Registers a namespace. Idempotent; the same namespace with another layout is refused with `layout_mismatch`.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def Match(self, request, context):
-        """How many leading hashes of each prefix are sealed here, and optionally a lease that keeps them.
+        """Returns how many leading hashes of each prefix are sealed here, and optionally a lease that keeps them.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -133,7 +133,7 @@ class AttentionStoreServicer:
         raise NotImplementedError('Method not implemented!')
 
     def Write(self, request_iterator, context):
-        """Streams pages in. A page becomes visible only when complete and its checksum matched. One verdict for each page.
+        """Stores pages. A page becomes visible only when it is complete and its checksum matched. Returns one verdict for each page.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -147,51 +147,53 @@ class AttentionStoreServicer:
         raise NotImplementedError('Method not implemented!')
 
     def ReleaseLease(self, request, context):
-        """Ends a lease. Releasing an unknown or expired lease, or another tenant's, is a no-op that says so.
+        """Ends a lease. Releasing an unknown or expired lease, or one of another tenant, is a no-op and returns `released = false`.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def Delete(self, request, context):
-        """Removes sealed, unpinned pages. What is not PINNED cannot be handed over to this node for ten minutes; a client may write it again.
+        """Removes sealed, unpinned pages. After OK or MISSING, other nodes cannot hand over the page to this node for ten minutes; clients
+        may write it.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def Verify(self, request, context):
-        """Reports pages that came with a wrong checksum: the node hashes them where they lie and drops those that are wrong there, so that
-        they can be written anew. One report of a tenant at a time; another is refused with `overloaded`.
+        """Reports pages that arrived with a wrong checksum. The node hashes them in place and removes those that are corrupt, so that they
+        can be written again. One report per tenant at a time; another one is refused with `overloaded`.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def Stats(self, request, context):
-        """Counters and occupancy. One consistent snapshot.
+        """Returns counters and occupancy: one consistent snapshot.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def OpenChannel(self, request, context):
-        """A one-time token for a bulk transport that `Describe` offers. Good for a few seconds and one connection.
+        """Returns a one-time token for a bulk transport that `Describe` offers, valid for a few seconds and one connection.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def Watch(self, request, context):
-        """Page events of one namespace, until the caller ends the call: all from the moment when the initial metadata `attnstore-watching` comes.
+        """Streams the page events of one namespace until the caller ends the call: all events after the initial metadata
+        `attnstore-watching`.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def Attend(self, request_iterator, context):
-        """Answers queries over pages where they lie, instead of sending the pages. Requests are answered in order; CLOSE has no answer.
-        The stream ends with an error at the first request that is refused. A node whose `Describe` has no `attend` answers UNIMPLEMENTED.
+        """Answers queries over pages in place, instead of sending the pages. Requests are answered in order; AttendClose has no answer.
+        The stream ends with an error at the first refused request. A node whose `Describe` has no `attend` answers UNIMPLEMENTED.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -5,16 +5,17 @@ AttnStore, the network Attention store: service attnstore.v1.AttentionStore.
 
 Conventions
   * A page is one block of tokens in the byte order [layer][K|V][kv_head][token][dim]. Its bytes never change.
-  * A block hash is 32 bytes (BLAKE2b-256, see docs/pages.md). Lists of hashes travel as one `bytes` field, the hashes
-    concatenated in order: a list of n hashes is exactly 32 * n bytes. Any other length is refused with `invalid_argument`.
-  * A namespace is 32 bytes. Every call that touches pages names one; a page is reachable through its own namespace only, and by
-    the tenant that wrote it only. Two tenants may use equal namespaces; to either, the other's does not exist.
+  * A block hash is 32 bytes (BLAKE2b-256, see docs/pages.md). A list of hashes is one `bytes` field, the hashes
+    concatenated in order: n hashes are exactly 32 * n bytes. Any other length is refused with `invalid_argument`.
+  * A namespace is 32 bytes. Every call on pages names one; a page is reachable only through its own namespace and only by the
+    tenant that wrote it. Two tenants may use equal namespaces; neither sees the pages of the other.
   * Batches are never all-or-nothing: each page of a batch has a PageStatus of its own.
-  * A refused call ends with a gRPC status and the trailer `attnstore-error: <code>`, the code of one class of the tree in
+  * A refused call ends with a gRPC status and the trailer `attnstore-error: <code>`. The code is that of one class in
     attnstore/errors.py (for example `namespace_unknown`). The status message names the cause and the fix.
-  * A node with tokens configured expects the request metadata `authorization: Bearer <token>`; the token decides the tenant.
+  * A node with tokens configured expects the request metadata `authorization: Bearer <token>`; the token determines the tenant.
   * A node of a cluster with a key answers the metadata `attnstore-challenge-bin` (32 bytes) of a Describe with the initial metadata
-    `attnstore-proof`, whether or not the caller has a token; another node's credential takes a token's place (attnstore/peering.py).
+    `attnstore-proof`, whether or not the caller has a token. Another node sends its credential instead of a token
+    (attnstore/peering.py).
   * Times are durations in milliseconds: no clock is shared between machines.
 
 Versioning: fields are only added, numbers are never reused. A change that an old peer would misread makes a package attnstore.v2.
@@ -49,68 +50,76 @@ class AttentionStoreStub:
     @_typing.overload
     def __new__(cls, channel: _aio.Channel) -> AttentionStoreAsyncStub: ...
     Describe: _grpc.UnaryUnaryMultiCallable[_store_pb2.DescribeRequest, _store_pb2.DescribeResponse]
-    """What the node is, what it allows and how loaded it is. Needs no namespace."""
+    """Returns the node's identity, limits, transports and load. Needs no namespace."""
     RegisterLayout: _grpc.UnaryUnaryMultiCallable[_store_pb2.RegisterLayoutRequest, _store_pb2.RegisterLayoutResponse]
-    """Makes a namespace known. Idempotent; the same namespace with another layout is refused with `layout_mismatch`."""
+    """Registers a namespace. Idempotent; the same namespace with another layout is refused with `layout_mismatch`."""
     Match: _grpc.UnaryUnaryMultiCallable[_store_pb2.MatchRequest, _store_pb2.MatchResponse]
-    """How many leading hashes of each prefix are sealed here, and optionally a lease that keeps them."""
+    """Returns how many leading hashes of each prefix are sealed here, and optionally a lease that keeps them."""
     Read: _grpc.UnaryStreamMultiCallable[_store_pb2.ReadRequest, _store_pb2.ReadChunk]
     """Streams pages, whole or a layer range. Every requested page is answered, in any order between pages, in order within a page."""
     Write: _grpc.StreamUnaryMultiCallable[_store_pb2.WriteChunk, _store_pb2.WriteResponse]
-    """Streams pages in. A page becomes visible only when complete and its checksum matched. One verdict for each page."""
+    """Stores pages. A page becomes visible only when it is complete and its checksum matched. Returns one verdict for each page."""
     RenewLease: _grpc.UnaryUnaryMultiCallable[_store_pb2.RenewLeaseRequest, _store_pb2.RenewLeaseResponse]
     """Extends a lease that has not expired. An expired or unknown lease is refused with `lease_expired`."""
     ReleaseLease: _grpc.UnaryUnaryMultiCallable[_store_pb2.ReleaseLeaseRequest, _store_pb2.ReleaseLeaseResponse]
-    """Ends a lease. Releasing an unknown or expired lease, or another tenant's, is a no-op that says so."""
+    """Ends a lease. Releasing an unknown or expired lease, or one of another tenant, is a no-op and returns `released = false`."""
     Delete: _grpc.UnaryUnaryMultiCallable[_store_pb2.DeleteRequest, _store_pb2.DeleteResponse]
-    """Removes sealed, unpinned pages. What is not PINNED cannot be handed over to this node for ten minutes; a client may write it again."""
+    """Removes sealed, unpinned pages. After OK or MISSING, other nodes cannot hand over the page to this node for ten minutes; clients
+    may write it.
+    """
     Verify: _grpc.UnaryUnaryMultiCallable[_store_pb2.VerifyRequest, _store_pb2.VerifyResponse]
-    """Reports pages that came with a wrong checksum: the node hashes them where they lie and drops those that are wrong there, so that
-    they can be written anew. One report of a tenant at a time; another is refused with `overloaded`.
+    """Reports pages that arrived with a wrong checksum. The node hashes them in place and removes those that are corrupt, so that they
+    can be written again. One report per tenant at a time; another one is refused with `overloaded`.
     """
     Stats: _grpc.UnaryUnaryMultiCallable[_store_pb2.StatsRequest, _store_pb2.StatsResponse]
-    """Counters and occupancy. One consistent snapshot."""
+    """Returns counters and occupancy: one consistent snapshot."""
     OpenChannel: _grpc.UnaryUnaryMultiCallable[_store_pb2.OpenChannelRequest, _store_pb2.OpenChannelResponse]
-    """A one-time token for a bulk transport that `Describe` offers. Good for a few seconds and one connection."""
+    """Returns a one-time token for a bulk transport that `Describe` offers, valid for a few seconds and one connection."""
     Watch: _grpc.UnaryStreamMultiCallable[_store_pb2.WatchRequest, _store_pb2.PageEvent]
-    """Page events of one namespace, until the caller ends the call: all from the moment when the initial metadata `attnstore-watching` comes."""
+    """Streams the page events of one namespace until the caller ends the call: all events after the initial metadata
+    `attnstore-watching`.
+    """
     Attend: _grpc.StreamStreamMultiCallable[_store_pb2.AttendRequest, _store_pb2.AttendResponse]
-    """Answers queries over pages where they lie, instead of sending the pages. Requests are answered in order; CLOSE has no answer.
-    The stream ends with an error at the first request that is refused. A node whose `Describe` has no `attend` answers UNIMPLEMENTED.
+    """Answers queries over pages in place, instead of sending the pages. Requests are answered in order; AttendClose has no answer.
+    The stream ends with an error at the first refused request. A node whose `Describe` has no `attend` answers UNIMPLEMENTED.
     """
 
 @_typing.type_check_only
 class AttentionStoreAsyncStub(AttentionStoreStub):
     def __init__(self, channel: _aio.Channel) -> None: ...
     Describe: _aio.UnaryUnaryMultiCallable[_store_pb2.DescribeRequest, _store_pb2.DescribeResponse]  # type: ignore[assignment]
-    """What the node is, what it allows and how loaded it is. Needs no namespace."""
+    """Returns the node's identity, limits, transports and load. Needs no namespace."""
     RegisterLayout: _aio.UnaryUnaryMultiCallable[_store_pb2.RegisterLayoutRequest, _store_pb2.RegisterLayoutResponse]  # type: ignore[assignment]
-    """Makes a namespace known. Idempotent; the same namespace with another layout is refused with `layout_mismatch`."""
+    """Registers a namespace. Idempotent; the same namespace with another layout is refused with `layout_mismatch`."""
     Match: _aio.UnaryUnaryMultiCallable[_store_pb2.MatchRequest, _store_pb2.MatchResponse]  # type: ignore[assignment]
-    """How many leading hashes of each prefix are sealed here, and optionally a lease that keeps them."""
+    """Returns how many leading hashes of each prefix are sealed here, and optionally a lease that keeps them."""
     Read: _aio.UnaryStreamMultiCallable[_store_pb2.ReadRequest, _store_pb2.ReadChunk]  # type: ignore[assignment]
     """Streams pages, whole or a layer range. Every requested page is answered, in any order between pages, in order within a page."""
     Write: _aio.StreamUnaryMultiCallable[_store_pb2.WriteChunk, _store_pb2.WriteResponse]  # type: ignore[assignment]
-    """Streams pages in. A page becomes visible only when complete and its checksum matched. One verdict for each page."""
+    """Stores pages. A page becomes visible only when it is complete and its checksum matched. Returns one verdict for each page."""
     RenewLease: _aio.UnaryUnaryMultiCallable[_store_pb2.RenewLeaseRequest, _store_pb2.RenewLeaseResponse]  # type: ignore[assignment]
     """Extends a lease that has not expired. An expired or unknown lease is refused with `lease_expired`."""
     ReleaseLease: _aio.UnaryUnaryMultiCallable[_store_pb2.ReleaseLeaseRequest, _store_pb2.ReleaseLeaseResponse]  # type: ignore[assignment]
-    """Ends a lease. Releasing an unknown or expired lease, or another tenant's, is a no-op that says so."""
+    """Ends a lease. Releasing an unknown or expired lease, or one of another tenant, is a no-op and returns `released = false`."""
     Delete: _aio.UnaryUnaryMultiCallable[_store_pb2.DeleteRequest, _store_pb2.DeleteResponse]  # type: ignore[assignment]
-    """Removes sealed, unpinned pages. What is not PINNED cannot be handed over to this node for ten minutes; a client may write it again."""
+    """Removes sealed, unpinned pages. After OK or MISSING, other nodes cannot hand over the page to this node for ten minutes; clients
+    may write it.
+    """
     Verify: _aio.UnaryUnaryMultiCallable[_store_pb2.VerifyRequest, _store_pb2.VerifyResponse]  # type: ignore[assignment]
-    """Reports pages that came with a wrong checksum: the node hashes them where they lie and drops those that are wrong there, so that
-    they can be written anew. One report of a tenant at a time; another is refused with `overloaded`.
+    """Reports pages that arrived with a wrong checksum. The node hashes them in place and removes those that are corrupt, so that they
+    can be written again. One report per tenant at a time; another one is refused with `overloaded`.
     """
     Stats: _aio.UnaryUnaryMultiCallable[_store_pb2.StatsRequest, _store_pb2.StatsResponse]  # type: ignore[assignment]
-    """Counters and occupancy. One consistent snapshot."""
+    """Returns counters and occupancy: one consistent snapshot."""
     OpenChannel: _aio.UnaryUnaryMultiCallable[_store_pb2.OpenChannelRequest, _store_pb2.OpenChannelResponse]  # type: ignore[assignment]
-    """A one-time token for a bulk transport that `Describe` offers. Good for a few seconds and one connection."""
+    """Returns a one-time token for a bulk transport that `Describe` offers, valid for a few seconds and one connection."""
     Watch: _aio.UnaryStreamMultiCallable[_store_pb2.WatchRequest, _store_pb2.PageEvent]  # type: ignore[assignment]
-    """Page events of one namespace, until the caller ends the call: all from the moment when the initial metadata `attnstore-watching` comes."""
+    """Streams the page events of one namespace until the caller ends the call: all events after the initial metadata
+    `attnstore-watching`.
+    """
     Attend: _aio.StreamStreamMultiCallable[_store_pb2.AttendRequest, _store_pb2.AttendResponse]  # type: ignore[assignment]
-    """Answers queries over pages where they lie, instead of sending the pages. Requests are answered in order; CLOSE has no answer.
-    The stream ends with an error at the first request that is refused. A node whose `Describe` has no `attend` answers UNIMPLEMENTED.
+    """Answers queries over pages in place, instead of sending the pages. Requests are answered in order; AttendClose has no answer.
+    The stream ends with an error at the first refused request. A node whose `Describe` has no `attend` answers UNIMPLEMENTED.
     """
 
 class AttentionStoreServicer(metaclass=_abc_1.ABCMeta):
@@ -120,7 +129,7 @@ class AttentionStoreServicer(metaclass=_abc_1.ABCMeta):
         request: _store_pb2.DescribeRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_store_pb2.DescribeResponse, _abc.Awaitable[_store_pb2.DescribeResponse]]:
-        """What the node is, what it allows and how loaded it is. Needs no namespace."""
+        """Returns the node's identity, limits, transports and load. Needs no namespace."""
 
     @_abc_1.abstractmethod
     def RegisterLayout(
@@ -128,7 +137,7 @@ class AttentionStoreServicer(metaclass=_abc_1.ABCMeta):
         request: _store_pb2.RegisterLayoutRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_store_pb2.RegisterLayoutResponse, _abc.Awaitable[_store_pb2.RegisterLayoutResponse]]:
-        """Makes a namespace known. Idempotent; the same namespace with another layout is refused with `layout_mismatch`."""
+        """Registers a namespace. Idempotent; the same namespace with another layout is refused with `layout_mismatch`."""
 
     @_abc_1.abstractmethod
     def Match(
@@ -136,7 +145,7 @@ class AttentionStoreServicer(metaclass=_abc_1.ABCMeta):
         request: _store_pb2.MatchRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_store_pb2.MatchResponse, _abc.Awaitable[_store_pb2.MatchResponse]]:
-        """How many leading hashes of each prefix are sealed here, and optionally a lease that keeps them."""
+        """Returns how many leading hashes of each prefix are sealed here, and optionally a lease that keeps them."""
 
     @_abc_1.abstractmethod
     def Read(
@@ -152,7 +161,7 @@ class AttentionStoreServicer(metaclass=_abc_1.ABCMeta):
         request_iterator: _MaybeAsyncIterator[_store_pb2.WriteChunk],
         context: _ServicerContext,
     ) -> _typing.Union[_store_pb2.WriteResponse, _abc.Awaitable[_store_pb2.WriteResponse]]:
-        """Streams pages in. A page becomes visible only when complete and its checksum matched. One verdict for each page."""
+        """Stores pages. A page becomes visible only when it is complete and its checksum matched. Returns one verdict for each page."""
 
     @_abc_1.abstractmethod
     def RenewLease(
@@ -168,7 +177,7 @@ class AttentionStoreServicer(metaclass=_abc_1.ABCMeta):
         request: _store_pb2.ReleaseLeaseRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_store_pb2.ReleaseLeaseResponse, _abc.Awaitable[_store_pb2.ReleaseLeaseResponse]]:
-        """Ends a lease. Releasing an unknown or expired lease, or another tenant's, is a no-op that says so."""
+        """Ends a lease. Releasing an unknown or expired lease, or one of another tenant, is a no-op and returns `released = false`."""
 
     @_abc_1.abstractmethod
     def Delete(
@@ -176,7 +185,9 @@ class AttentionStoreServicer(metaclass=_abc_1.ABCMeta):
         request: _store_pb2.DeleteRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_store_pb2.DeleteResponse, _abc.Awaitable[_store_pb2.DeleteResponse]]:
-        """Removes sealed, unpinned pages. What is not PINNED cannot be handed over to this node for ten minutes; a client may write it again."""
+        """Removes sealed, unpinned pages. After OK or MISSING, other nodes cannot hand over the page to this node for ten minutes; clients
+        may write it.
+        """
 
     @_abc_1.abstractmethod
     def Verify(
@@ -184,8 +195,8 @@ class AttentionStoreServicer(metaclass=_abc_1.ABCMeta):
         request: _store_pb2.VerifyRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_store_pb2.VerifyResponse, _abc.Awaitable[_store_pb2.VerifyResponse]]:
-        """Reports pages that came with a wrong checksum: the node hashes them where they lie and drops those that are wrong there, so that
-        they can be written anew. One report of a tenant at a time; another is refused with `overloaded`.
+        """Reports pages that arrived with a wrong checksum. The node hashes them in place and removes those that are corrupt, so that they
+        can be written again. One report per tenant at a time; another one is refused with `overloaded`.
         """
 
     @_abc_1.abstractmethod
@@ -194,7 +205,7 @@ class AttentionStoreServicer(metaclass=_abc_1.ABCMeta):
         request: _store_pb2.StatsRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_store_pb2.StatsResponse, _abc.Awaitable[_store_pb2.StatsResponse]]:
-        """Counters and occupancy. One consistent snapshot."""
+        """Returns counters and occupancy: one consistent snapshot."""
 
     @_abc_1.abstractmethod
     def OpenChannel(
@@ -202,7 +213,7 @@ class AttentionStoreServicer(metaclass=_abc_1.ABCMeta):
         request: _store_pb2.OpenChannelRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_store_pb2.OpenChannelResponse, _abc.Awaitable[_store_pb2.OpenChannelResponse]]:
-        """A one-time token for a bulk transport that `Describe` offers. Good for a few seconds and one connection."""
+        """Returns a one-time token for a bulk transport that `Describe` offers, valid for a few seconds and one connection."""
 
     @_abc_1.abstractmethod
     def Watch(
@@ -210,7 +221,9 @@ class AttentionStoreServicer(metaclass=_abc_1.ABCMeta):
         request: _store_pb2.WatchRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_store_pb2.PageEvent], _abc.AsyncIterator[_store_pb2.PageEvent]]:
-        """Page events of one namespace, until the caller ends the call: all from the moment when the initial metadata `attnstore-watching` comes."""
+        """Streams the page events of one namespace until the caller ends the call: all events after the initial metadata
+        `attnstore-watching`.
+        """
 
     @_abc_1.abstractmethod
     def Attend(
@@ -218,8 +231,8 @@ class AttentionStoreServicer(metaclass=_abc_1.ABCMeta):
         request_iterator: _MaybeAsyncIterator[_store_pb2.AttendRequest],
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_store_pb2.AttendResponse], _abc.AsyncIterator[_store_pb2.AttendResponse]]:
-        """Answers queries over pages where they lie, instead of sending the pages. Requests are answered in order; CLOSE has no answer.
-        The stream ends with an error at the first request that is refused. A node whose `Describe` has no `attend` answers UNIMPLEMENTED.
+        """Answers queries over pages in place, instead of sending the pages. Requests are answered in order; AttendClose has no answer.
+        The stream ends with an error at the first refused request. A node whose `Describe` has no `attend` answers UNIMPLEMENTED.
         """
 
 def add_AttentionStoreServicer_to_server(servicer: AttentionStoreServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...
