@@ -1,6 +1,7 @@
 # Everything runs inside .venv; `make setup` makes it and makes it again when the dependencies change.
 PYTHON ?= python3
 PYTEST_ARGS ?=
+EXTRAS ?=
 TEST_PROCESSES ?= 2
 BENCH_ARGS ?=
 
@@ -16,7 +17,7 @@ STUBS := attnstore/wire/v1
 protoc = $(BIN)/python -m grpc_tools.protoc -I$(STUBS)=$(dir $(PROTO)) --plugin=$(BIN)/protoc-gen-mypy_grpc \
 	--python_out=$(1) --pyi_out=$(1) --grpc_python_out=$(1) --mypy_grpc_out=quiet:$(1) $(PROTO)
 
-.PHONY: help setup tools demo test lint types layers proto proto-check bench clean
+.PHONY: help setup tools demo test lint types layers wheels proto proto-check bench clean
 .DEFAULT_GOAL := help
 
 help:
@@ -48,7 +49,7 @@ demo: setup
 	$(BIN)/python -m experiments.demo $(if $(JSON),--json '$(JSON)') $(if $(DOCUMENT),--document '$(DOCUMENT)')
 
 ## make test      every check and every test (PYTEST_ARGS="-m 'not slow'" passes options on; TEST_PROCESSES=1 one after the other)
-test: $(TOOLS_STAMP) lint types layers proto-check
+test: $(TOOLS_STAMP) lint types layers wheels proto-check
 	$(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist worksteal $(PYTEST_ARGS)
 
 ## make test-vllm the connector inside real vLLM on this CPU (about 3 GB of packages in .venv-vllm)
@@ -62,6 +63,10 @@ $(VLLM_STAMP): pyproject.toml
 	.venv-vllm/bin/python -m pip uninstall --quiet -y torchvision torchaudio torchcodec triton
 	.venv-vllm/bin/python -m pip install --quiet --disable-pip-version-check -e .
 	@touch $@
+
+## make wheels    build the wheel, install it with each extra into an empty environment and import it (EXTRAS="redis copying")
+wheels: setup
+	$(BIN)/python -m tests.wheels $(EXTRAS)
 
 ## make lint      ruff: style and format
 lint: setup
