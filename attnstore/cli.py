@@ -68,14 +68,16 @@ def _parser() -> argparse.ArgumentParser:
     serve_parser.add_late = _add_serve
 
     plan_parser = commands.add_parser(
-        "plan", help="what moving KV would cost on other hardware", description="Estimates when a network may hold a model's KV."
+        "plan",
+        help="estimate the cost of moving KV on other hardware",
+        description="Estimate whether a network can hold a model's KV.",
     )
     add_plan_options(plan_parser)
     plan_parser.set_defaults(run=run_plan)
-    health = commands.add_parser("health", help="ask a node whether it serves", description="Exit status 0 if a node serves.")
+    health = commands.add_parser("health", help="check that a node serves", description="Exit with status 0 if the node serves.")
     health.add_argument("target", type=Parsed(_node), metavar="URL", help="for example grpc://127.0.0.1:7400")
     health.add_argument(
-        "--deadline-ms", type=MILLISECONDS, default=2_000.0, metavar="MS", help="wait for its answer (default 2000)"
+        "--deadline-ms", type=MILLISECONDS, default=2_000.0, metavar="MS", help="longest wait for the answer (default 2000)"
     )
     health.add_argument("--tls-ca", type=file_to_read, metavar="FILE", help="PEM file of trusted authorities, for grpcs://")
     _add_http_proxy(health)
@@ -84,7 +86,7 @@ def _parser() -> argparse.ArgumentParser:
     status = commands.add_parser(
         "status",
         help="show a node, or the nodes of a cluster",
-        description="Show how every node is. Exit status 0 if each of them, and each worker asked for, has answered.",
+        description="Show the state of every node. The exit status is 0 if every node and every named worker answered.",
     )
     status.add_argument(
         "target",
@@ -93,14 +95,14 @@ def _parser() -> argparse.ArgumentParser:
         metavar="URL",
         help=f"a node, nodes or a directory (default --directory, else {_TARGET_DEFAULT})",
     )
-    status.add_argument("--watch", nargs="?", type=SECONDS, const=2.0, metavar="S", help="again every S seconds (default 2)")
+    status.add_argument("--watch", nargs="?", type=SECONDS, const=2.0, metavar="S", help="repeat every S seconds (default 2)")
     status.add_argument(
         "--worker",
         action="append",
         type=http_url,
         default=[],
         metavar="URL",
-        help="also the links and costs that this worker has measured",
+        help="also show the links and costs that this worker measured; repeatable",
     )
     status.add_argument(
         "--worker-token",
@@ -109,19 +111,21 @@ def _parser() -> argparse.ArgumentParser:
         default=variable("worker_token"),
         help="token for the workers [env ATTNSTORE_WORKER_TOKEN]",
     )
-    status.add_argument("--json", action="store_true", help="one JSON object, with --watch one a line")
+    status.add_argument("--json", action="store_true", help="print one JSON object, or one per line with --watch")
     status.set_defaults(run=_status)
 
     drain = commands.add_parser("drain", help="hand a node's pages over and take it out of placement")
-    drain.add_argument("--wait", type=SECONDS, metavar="S", help="wait until it is done, at most S seconds; exit status 1 if not")
+    drain.add_argument(
+        "--wait", type=SECONDS, metavar="S", help="wait at most S seconds until the drain is done; exit status 1 if it is not"
+    )
     drain.set_defaults(run=lambda arguments: _ask(arguments, Intent.DRAIN))
-    undrain = commands.add_parser("undrain", help="take a drained or evicted node back")
+    undrain = commands.add_parser("undrain", help="make a drained or evicted node an ordinary member again")
     undrain.set_defaults(run=lambda arguments: _ask(arguments, None))
-    evict = commands.add_parser("evict", help="take a node out at once, without its pages: for one that misbehaves")
+    evict = commands.add_parser("evict", help="remove a faulty node at once, without handing its pages over")
     evict.set_defaults(run=lambda arguments: _ask(arguments, Intent.EVICT))
     quota = commands.add_parser("quota", help="limit the bytes of a tenant's pages on all nodes together")
     quota.add_argument("tenant", type=Name(TENANT_CHARS_MAX), metavar="TENANT")
-    quota.add_argument("size", type=_quota_bytes, metavar="SIZE", help="for example 10GiB, copies counted; none lifts the limit")
+    quota.add_argument("size", type=_quota_bytes, metavar="SIZE", help="for example 10GiB, copies counted; none removes the limit")
     quota.set_defaults(run=_quota)
     for command in (drain, undrain, evict):
         command.add_argument("node", type=Name(NODE_ID_CHARS_MAX), metavar="NODE", help="its id, as attnstore status shows it")
@@ -129,13 +133,13 @@ def _parser() -> argparse.ArgumentParser:
         _add_access(command)
     cluster_key = commands.add_parser(
         "cluster-key",
-        help="make the key that a cluster's nodes know each other by",
-        description="Makes the file of a cluster's key, unless it is there, and prints the public key for clients' directory URLs.",
+        help="make the key of a cluster",
+        description="Make the file of a cluster's key unless it exists, and print the public key for clients' directory URLs.",
     )
     cluster_key.add_argument(
-        "file", type=_key_file, metavar="FILE", help="for attnstore serve --cluster-key, readable by nobody else"
+        "file", type=_key_file, metavar="FILE", help="file for attnstore serve --cluster-key, readable by its owner only"
     )
-    cluster_key.add_argument("--public", type=file_to_write, metavar="FILE", help="write the public key to this file too")
+    cluster_key.add_argument("--public", type=file_to_write, metavar="FILE", help="also write the public key to this file")
     cluster_key.set_defaults(run=_cluster_key)
     return parser
 
@@ -150,13 +154,13 @@ def _add_serve(parser: CommandParser) -> None:
 
 def _add_access(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("--directory", type=_TARGET, metavar="URL", help="the cluster [env ATTNSTORE_DIRECTORY]")
+    add("--directory", type=_TARGET, metavar="URL", help="the cluster's directory [env ATTNSTORE_DIRECTORY]")
     add(
         "--cluster-key",
         type=file_to_read,
         metavar="FILE",
         default=variable("cluster_key"),
-        help="the key of the cluster's nodes, to sign what is asked of them [env ATTNSTORE_CLUSTER_KEY]",
+        help="the cluster's key, which signs the request [env ATTNSTORE_CLUSTER_KEY]",
     )
     add("--token", type=bearer_token, default=variable("token"), help="token for the nodes [env ATTNSTORE_TOKEN]")
     add("--tls-ca", type=file_to_read, metavar="FILE", help="PEM certificates of the nodes' authorities; default: the system's")
@@ -169,7 +173,7 @@ def _add_http_proxy(parser: argparse.ArgumentParser) -> None:
         "--http-proxy",
         type=http_proxy,
         metavar="URL",
-        help="go through this HTTP proxy (default: none, not the environment's either)",
+        help="use this HTTP proxy (default: none; proxies of the environment are ignored)",
     )
 
 

@@ -101,16 +101,17 @@ class ServeOptions(BaseModel):
         2 * GIB, description="bytes of pages that the node holds at most, for example 2GiB"
     )
     arena_path: Annotated[Path, BeforeValidator(file_to_write)] | None = Field(
-        None, description="file or memory device that holds the pages, for example /dev/dax0.0; default: memory of the node's own"
+        None, description="file or memory device for the pages, for example /dev/dax0.0; default: the node's own memory"
     )
     node_id: Annotated[str, BeforeValidator(Name(NODE_ID_CHARS_MAX))] = Field(
         "", description="name of the node in logs, metrics and the directory; default: the address that it advertises"
     )
     directory: Annotated[SecretStr, BeforeValidator(Parsed(_directory))] | None = Field(
-        None, description="URL of the cluster's directory, for example redis://HOST:6379/0; none: the node is on its own"
+        None, description="URL of the cluster's directory, for example redis://HOST:6379/0; none: a standalone node"
     )
     cluster_key: _File | None = Field(
-        None, description="file of the cluster's key, made by attnstore cluster-key; needed in a cluster whose nodes ask for tokens"
+        None,
+        description="file of the cluster's key, made by attnstore cluster-key; required if the nodes of a cluster ask for tokens",
     )
     advertise: Annotated[str, BeforeValidator(Parsed(_advertised))] = Field(
         "", description="host:port, or host, where others reach the node; default: the address it listens on"
@@ -119,41 +120,42 @@ class ServeOptions(BaseModel):
         None, description="the node's share of the cluster, relative to other nodes; default: its capacity in GiB"
     )
     replicas: Annotated[int, BeforeValidator(Whole(1, REPLICAS_MAX))] = Field(
-        1, description="copies of each page in the cluster; the most of any node counts"
+        1, description="copies of each page in the cluster; the largest value of any node counts"
     )
     hot_uses: Annotated[int, BeforeValidator(Whole(0, HOT_USES_MAX))] = Field(
         HOT_USES_DEFAULT,
-        description="leased look-ups within ten seconds that earn a segment of 64 blocks a second copy in the cluster; 0: none do",
+        description="leased look-ups of a segment (64 blocks) within ten seconds after which the cluster replicates it; 0: never",
     )
     transports: Annotated[str, BeforeValidator(Parsed(_transports))] = Field(
         "tcp,shm", description="bulk transports offered beside grpc, comma-separated: tcp, shm, or none"
     )
     attend_threads: Annotated[int, BeforeValidator(Whole(0, THREADS_MAX))] | None = Field(
-        None, description="cores that answer queries (with attnstore[attention]); 0: no queries, and a quicker start; default: all"
+        None, description="cores for attend queries (with attnstore[attention]); 0: no queries, and a faster start; default: all"
     )
     page_channel_port: _Port = Field(0, description="port of the page channel (tcp); 0 takes a free one")
     metrics_port: _Port | None = Field(None, description="port of the Prometheus metrics; none by default")
     token: Annotated[SecretStr, BeforeValidator(bearer_token)] | None = Field(
-        None, description="token that callers must present; they are all the tenant 'default'"
+        None, description="token that callers must present; all callers are the tenant 'default'"
     )
     tokens_file: _File | None = Field(None, description='TOML file of `tenant = "token"` lines, for several tenants')
-    tls_cert: _File | None = Field(None, description="PEM certificate chain; turns TLS on, together with --tls-key")
+    tls_cert: _File | None = Field(None, description="PEM certificate chain; enables TLS together with --tls-key")
     tls_key: _File | None = Field(None, description="PEM private key of --tls-cert")
     peer_ca: _File | None = Field(
-        None, description="PEM certificates of the authorities of other nodes, for handing pages over; default: the system's"
+        None,
+        description="PEM certificates of the authorities of other nodes, used when pages are handed over; default: the system's",
     )
-    insecure: bool = Field(False, description="serve everyone who can reach a public address, with no token")
+    insecure: bool = Field(False, description="accept callers without a token on a public address")
     scrub_rate: Annotated[int, BeforeValidator(Size(0, SCRUB_BYTES_PER_S_MAX))] = Field(
         SCRUB_BYTES_PER_S_DEFAULT,
-        description="bytes of idle pages that are hashed again in a second, to find memory that has changed; 0: none",
+        description="bytes of idle pages per second that the scrubber checks for corruption; 0: none",
     )
     drain_ms: Annotated[int, BeforeValidator(Whole(0, 600_000))] = Field(
-        DRAIN_MS_DEFAULT, description="on SIGTERM, time for running calls to finish"
+        DRAIN_MS_DEFAULT, description="time that running calls have to finish after SIGTERM"
     )
     stall_ms: Annotated[int, BeforeValidator(Whole(100, 600_000))] = Field(
-        30_000, description="a peer that moves nothing, or less than 8 KiB/s, for this long loses its call"
+        30_000, description="a call ends if its peer moves less than 8 KiB/s for this time"
     )
-    log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="least severe log lines shown")
+    log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="lowest level of log lines shown")
     log_format: Literal["console", "json"] = Field("console", description="log lines for people or for machines")
 
     @model_validator(mode="after")

@@ -39,7 +39,7 @@ def add_plan_options(parser: argparse.ArgumentParser) -> None:
         type=Parsed(_gpus),
         default="h100",
         metavar="[Nx]NAME",
-        help="GPU, or N that share the work evenly, as in 8xh800 [default: %(default)s]",
+        help="GPU, or N GPUs that share the work evenly, as in 8xh800 [default: %(default)s]",
     )
     add(
         "--link",
@@ -49,13 +49,13 @@ def add_plan_options(parser: argparse.ArgumentParser) -> None:
         help="profile, or RATE[/UP][@RTTms] as in 10g@1ms [default: %(default)s]",
     )
     add("--context", type=Parsed(_tokens), default="32k", metavar="TOKENS", help="tokens; k is 1,024 [default: %(default)s]")
-    add("--hit", type=Number(0, 1), default=0.9, metavar="SHARE", help="of the context in the store [default: %(default)s]")
+    add("--hit", type=Number(0, 1), default=0.9, metavar="SHARE", help="share of the context in the store [default: %(default)s]")
     add(
         "--mfu",
         type=Number(0, 1, above=True),
         default=1.0,
         metavar="SHARE",
-        help="of the peak that prefill reaches [default: %(default)s]",
+        help="share of the peak that prefill reaches [default: %(default)s]",
     )
     add(
         "--node-gb-per-s",
@@ -72,7 +72,7 @@ def add_plan_options(parser: argparse.ArgumentParser) -> None:
         help="tokens in a block [default: %(default)s]",
     )
     add("--json", action="store_true", help="print JSON")
-    add("--list", action="store_true", help="print the known models, GPUs and links, and end")
+    add("--list", action="store_true", help="print the known models, GPUs and links, and exit")
 
 
 def run_plan(arguments: argparse.Namespace) -> None:

@@ -63,7 +63,7 @@ _BLOCK_TOKENS = EngineOptions().block_tokens
 
 def create_parser() -> CommandParser:
     """The command's parser; `command` is the name of the subcommand that was given."""
-    parser = CommandParser(prog="attnstore-worker", description="An inference worker on an AttnStore node.")
+    parser = CommandParser(prog="attnstore-worker", description="An inference worker that keeps its KV pages in AttnStore.")
     commands = parser.add_subparsers(dest="command", required=True)
     _add_generate(commands)
     _add_serve(commands)
@@ -73,15 +73,15 @@ def create_parser() -> CommandParser:
 
 
 def _add_generate(commands: _Commands) -> None:
-    generate = commands.add_parser("generate", help="continue one prompt", description="Continue one prompt.")
+    generate = commands.add_parser("generate", help="generate from one prompt", description="Generate from one prompt.")
     add = generate.add_argument
-    add("--prompt-file", type=text_to_read, required=True, metavar="FILE", help="text to continue; - is standard input")
+    add("--prompt-file", type=text_to_read, required=True, metavar="FILE", help="file with the prompt; - is standard input")
     add("--prompt-tokens", type=_TOKENS, metavar="N", help="use only the first N tokens of the prompt")
-    add("--chat", action="store_true", help="the prompt is a user's message: wrap it in the model's chat template")
+    add("--chat", action="store_true", help="treat the prompt as a user message and apply the model's chat template")
     add("--max-tokens", type=_TOKENS, default=64, metavar="N", help="tokens to generate at most (default 64)")
     add("--temperature", type=Number(0, TEMPERATURE_MAX), default=0.0, metavar="T", help="0 is greedy (default)")
-    add("--seed", type=Whole(0, SEED_MAX), default=0, metavar="N", help="of the draws when the temperature is not 0")
-    add("--ignore-stop", action="store_true", help="generate --max-tokens tokens whatever they are")
+    add("--seed", type=Whole(0, SEED_MAX), default=0, metavar="N", help="seed for sampling if the temperature is not 0")
+    add("--ignore-stop", action="store_true", help="do not stop at end-of-sequence tokens")
     add("--json", action="store_true", help="print one JSON object instead of the text")
     add("--logits", type=file_to_write, metavar="FILE", help="also write each token's fp32 logits to this safetensors file")
     # One prompt cannot learn a link: what it knew of it would come too late.
@@ -89,10 +89,10 @@ def _add_generate(commands: _Commands) -> None:
 
 
 def _add_serve(commands: _Commands) -> None:
-    serving = commands.add_parser("serve", help="answer HTTP requests", description="An OpenAI-compatible HTTP endpoint.")
+    serving = commands.add_parser("serve", help="serve HTTP requests", description="Serve an OpenAI-compatible HTTP endpoint.")
     serving.add_argument("--host", type=Parsed(_host), default="127.0.0.1", help="address to listen on (default 127.0.0.1)")
     serving.add_argument("--port", type=PORT, default=8000, help="0 takes a free one (default 8000)")
-    _add_token(serving, "callers must present this token, as OpenAI's API key")
+    _add_token(serving, "token that callers must present as OpenAI's API key")
     serving.add_argument(
         "--tokens-file",
         type=file_to_read,
@@ -100,38 +100,44 @@ def _add_serve(commands: _Commands) -> None:
         metavar="FILE",
         help='TOML file of `name = "token"` lines, for several callers [env ATTNSTORE_WORKER_TOKENS_FILE]',
     )
-    serving.add_argument("--insecure", action="store_true", help="serve everyone who can reach a public address, with no token")
+    serving.add_argument("--insecure", action="store_true", help="accept callers without a token on a public address")
     serving.add_argument(
         "--allow-priority",
         action="append",
         type=Name(TENANT_CHARS_MAX),
         default=[],
         metavar="CALLER",
-        help="this caller of --tokens-file may set a request's priority; 'default' is the one of --token, or everyone; repeatable",
+        help="caller of --tokens-file that may set a request's priority; 'default' is the caller of --token, or any; repeatable",
     )
     serving.add_argument(
-        "--sequences", type=Whole(1, SEQUENCES_MAX), default=64, metavar="N", help="sequences that run at once (default 64)"
+        "--sequences",
+        type=Whole(1, SEQUENCES_MAX),
+        default=64,
+        metavar="N",
+        help="sequences that run at the same time (default 64)",
     )
     serving.add_argument(
         "--prefetch",
         type=Whole(0, SEQUENCES_MAX),
         default=2,
         metavar="N",
-        help="waiting sequences whose pages are fetched ahead (default 2)",
+        help="waiting sequences whose pages are prefetched (default 2)",
     )
     serving.add_argument(
-        "--waiting", type=Whole(1, WAITING_MAX), default=1024, metavar="N", help="sequences that may wait (default 1024)"
+        "--waiting", type=Whole(1, WAITING_MAX), default=1024, metavar="N", help="longest queue of waiting sequences (default 1024)"
     )
     _add_engine_options(serving, planner="cost")
 
 
 def _add_explain(commands: _Commands) -> None:
     explain = commands.add_parser(
-        "explain", help="what the planner decides and why", description="Predicted costs of each choice, and what happened."
+        "explain",
+        help="show the planner's decisions",
+        description="Show the predicted time of each choice, the decision and the actual time.",
     )
     source = explain.add_mutually_exclusive_group(required=True)
     source.add_argument(
-        "--from", dest="source", type=_source, metavar="SOURCE", help="URL of a worker, or a file that --decisions wrote"
+        "--from", dest="source", type=_source, metavar="SOURCE", help="URL of a worker, or a file written by --decisions"
     )
     source.add_argument(
         "--prompt-file", type=text_to_read, metavar="FILE", help="try this prompt out with --store; - is standard input"
@@ -147,8 +153,12 @@ def _add_explain(commands: _Commands) -> None:
 
 
 def _add_convert(commands: _Commands) -> None:
-    convert = commands.add_parser("convert", help="write a model for other programs", description="GGUF to a Hugging Face folder.")
-    convert.add_argument("folder", type=folder_to_make, metavar="FOLDER", help="to make; fp32 safetensors, config and tokenizer")
+    convert = commands.add_parser(
+        "convert", help="convert a model for other programs", description="Convert a GGUF model to a Hugging Face folder."
+    )
+    convert.add_argument(
+        "folder", type=folder_to_make, metavar="FOLDER", help="folder to make, with fp32 safetensors, config and tokenizer"
+    )
     _add_model_option(convert)
 
 
@@ -158,26 +168,26 @@ def _add_engine_options(parser: argparse.ArgumentParser, *, planner: str) -> Non
         "--planner",
         choices=("cost", "fetch", "recompute"),
         default=planner,
-        help=f"what is fetched of a prompt that the store has: what measured costs say, everything, nothing (default {planner})",
+        help=f"fetch a prompt's pages if measured costs favour it, always, or never (default {planner})",
     )
     add(
         "--decisions",
         type=file_to_write,
         metavar="FILE",
-        help="append each decision of --planner cost to this file, as a line of JSON",
+        help="append each decision of --planner cost to this file as a JSON line",
     )
     add(
         "--store",
         type=Parsed(checked_target),
         metavar="URL",
-        help="store node, for example grpc://127.0.0.1:7400; none: compute everything here",
+        help="store node or cluster, for example grpc://127.0.0.1:7400; none: do not use a store",
     )
     add(
         "--tenant-salt",
         type=secret,
         metavar="SECRET",
         default=variable("tenant_salt"),
-        help="shares pages with workers of the same salt alone; better not on the command line [env ATTNSTORE_TENANT_SALT]",
+        help="share pages only with workers that have the same salt; prefer the variable [env ATTNSTORE_TENANT_SALT]",
     )
     add(
         "--store-ca",
@@ -191,31 +201,33 @@ def _add_engine_options(parser: argparse.ArgumentParser, *, planner: str) -> Non
         type=Whole(1, DEADLINE_MS_MAX),
         default=5_000,
         metavar="MS",
-        help="longest a call to the store may take (default 5000)",
+        help="deadline of a call to the store (default 5000)",
     )
     add(
         "--flush-ms",
         type=Whole(0, DEADLINE_MS_MAX),
         default=60_000,
         metavar="MS",
-        help="longest wait for the last pages to reach the store",
+        help="longest wait at the end for pages that are being written (default 60000)",
     )
-    add("--transport", choices=STORE_TRANSPORTS, default="auto", help="how pages travel (default auto: the best on offer)")
+    add(
+        "--transport", choices=STORE_TRANSPORTS, default="auto", help="transport to the store (default auto: the fastest available)"
+    )
     add(
         "--http-proxy",
         type=http_proxy,
         metavar="URL",
-        help="HTTP proxy to the store, or to --from (default: none, not the environment's either)",
+        help="HTTP proxy to the store, or to --from (default: none; proxies of the environment are ignored)",
     )
-    add("--shared-path", type=file_to_read, metavar="FILE", help="--arena-path of a store node on this host, to map it")
+    add("--shared-path", type=file_to_read, metavar="FILE", help="map this --arena-path of a store node on this host")
     add(
         "--shared",
         choices=[use.value for use in SharedUse],
         default=SharedUse.COPY.value,
-        help="pages of a store node on this host: copied into the pool, or used in place (default copy)",
+        help="copy pages of a store node on this host into the pool, or use them in place (default copy)",
     )
     _add_model_option(parser)
-    add("--dtype", choices=("fp32", "bf16", "fp16"), default="fp32", help="of weights and KV (default fp32)")
+    add("--dtype", choices=("fp32", "bf16", "fp16"), default="fp32", help="data type of weights and KV (default fp32)")
     add(
         "--pool",
         type=Size(1, CAPACITY_BYTES_MAX),
@@ -230,15 +242,19 @@ def _add_engine_options(parser: argparse.ArgumentParser, *, planner: str) -> Non
         metavar="SIZE",
         help="memory for blocks that the pool evicts (default none)",
     )
-    add("--eviction", choices=EVICTION_POLICIES, default="lru", help="which cached blocks of a pool go first (default lru)")
+    add("--eviction", choices=EVICTION_POLICIES, default="lru", help="eviction policy of the pools (default lru)")
     add("--write-policy", choices=WRITE_POLICIES, default="write-behind", help="when pages go to the store (default write-behind)")
     add(
         "--attend",
         choices=[policy.value for policy in AttendPolicy],
         default=AttendPolicy.NEVER.value,
-        help="which sequences leave blocks in the store and attend to them there; measured: where costs say so (default never)",
+        help="which sequences leave blocks in the store and attend to them there; measured: if that is faster (default never)",
     )
-    add("--speculate", action="store_true", help="guess next tokens from the text so far and check several in one step")
+    add(
+        "--speculate",
+        action="store_true",
+        help="speculative decoding: draft next tokens and verify several in one step",
+    )
     add(
         "--chunk-tokens",
         type=Whole(_BLOCK_TOKENS, CONTEXT_TOKENS_MAX, multiple_of=_BLOCK_TOKENS),
