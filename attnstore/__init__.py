@@ -73,21 +73,22 @@ def connect(
     shared_path: str | Path | None = None,
     http_proxy: str | None = None,
 ) -> Client | ClusterClient:
-    """A blocking client of a store node or of a cluster. `target` is one of
+    """Returns a blocking client of a store node or of a cluster. `target` is one of
 
     - `grpc://host:port`, or `grpcs://host:port` for TLS: one node;
-    - `grpc://a:7400,b:7400`: a cluster of these nodes, `?replicas=2` after them for two copies of each page;
-    - `redis://host:port/0`, or one of the other forms in `attnstore.directory.url`: the cluster that this directory knows.
+    - `grpc://a:7400,b:7400`: a cluster of these nodes, followed by `?replicas=2` for two copies of each page;
+    - `redis://host:port/0`, or one of the other forms in `attnstore.directory.url`: the cluster of this directory.
 
-    `deadline_ms` bounds every call that names no deadline of its own. `token` defaults to the environment's `ATTNSTORE_TOKEN`;
-    `tls_ca` is a PEM file of trusted authorities (default: the system's).
+    `deadline_ms` is the deadline of every call that names none. `token` defaults to the environment's `ATTNSTORE_TOKEN`; `tls_ca`
+    is a PEM file of trusted authorities (default: the system's).
 
-    `transport` says how page bytes move: `auto` takes the best that the node offers and falls back to gRPC with a warning; `grpc`,
-    `tcp` and `shm` are forced. `channels` is how many page channels one large transfer may use at once. `shared_path` is the
-    `--arena-path` of a node on this host: such a file is mapped only if you name it, because cutting it would kill its readers.
+    `transport` selects how page bytes are moved: `auto` uses the best transport that the node offers and falls back to gRPC with a
+    warning; `grpc`, `tcp` and `shm` are forced. `channels` is the maximum number of page channels for one large transfer.
+    `shared_path` is the `--arena-path` of a node on this host: such a file is mapped only if you name it, because truncating it
+    would kill its readers.
 
-    `http_proxy` is the URL of an HTTP proxy to go through, with gRPC alone; the proxies that the environment names are not used.
-    Nothing is sent before the first call. Raises `errors.InvalidArgument` for a malformed argument.
+    `http_proxy` is the URL of an HTTP proxy, for gRPC only; proxies named in the environment are not used. Nothing is sent before
+    the first call. Raises `errors.InvalidArgument` for a malformed argument.
     """
     options = options_of(
         target,

@@ -1,8 +1,8 @@
-"""Where a peer is reached or a service listens: `host:port`, `[ipv6]:port`.
+"""Addresses of peers and listeners: `host:port`, `[ipv6]:port`.
 
-Owns: how such a text is read and written, and how it becomes sockets. Exists so that options, transports and the directory agree.
-Invariants: `Address.parse(str(address)) == address`; a socket's family is what the resolver says of the host, never what the text
-looks like; no message repeats the text, because it may be part of a URL that holds a secret.
+Owns: parsing and formatting of addresses, and the sockets for them. Exists so that options, transports and the directory agree.
+Invariants: `Address.parse(str(address)) == address`; the resolver determines the family of a socket, never the form of the text; no
+message repeats the text, because it may be part of a URL that contains a secret.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _ZONE: Final = re.compile(r"[A-Za-z0-9_.-]{1,32}")
 _NUMBER: Final = re.compile(r"[0-9]+|0[xX][0-9A-Fa-f]*")
 _LOOPBACK: Final = ("127.0.0.1", "::1")
 _NOT_HERE: Final = frozenset({errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT})
-"""Of a bind: this machine has no such address, or not this family."""
+"""Errors of `bind`: this machine does not have the address, or not its family."""
 _FREE_PORT_TRIES: Final = 16
 
 _Place = tuple[socket.AddressFamily, tuple[Any, ...]]
@@ -41,9 +41,9 @@ class Address:
 
     @classmethod
     def parse(cls, text: str, default_port: int | None = None) -> Self:
-        """Reads `host:port` or `[ipv6]:port`. With a default port, the port may be missing, and with it the brackets.
+        """Parses `host:port` or `[ipv6]:port`. With a default port, the port may be missing, and then also the brackets.
 
-        Raises `InvalidArgument` for anything else, above all for an IPv6 address whose last group could be meant as a port.
+        Raises `InvalidArgument` for any other text, especially for an IPv6 address whose last group might be meant as a port.
         """
         if text.startswith("["):
             host, bracket, rest = text.removeprefix("[").partition("]")
@@ -65,7 +65,7 @@ class Address:
 
     @classmethod
     def of(cls, host: str, port: int) -> Self:
-        """An address of a host that is given alone, an IPv6 one with or without brackets. Raises `InvalidArgument`."""
+        """Returns the address of a host given without a port, an IPv6 host with or without brackets. Raises `InvalidArgument`."""
         bare = host[1:-1] if host.startswith("[") and host.endswith("]") else host
         if bare != host and not _is_ipv6(bare):
             raise InvalidArgument("what stands in brackets must be an IPv6 address")
@@ -77,37 +77,38 @@ class Address:
         return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
 
     def at(self, port: int) -> Self:
-        """Another port of the same host."""
+        """Returns another port of the same host."""
         return replace(self, port=port)
 
     @property
     def is_loopback(self) -> bool:
-        """Whether only this machine can reach the host. A name is taken at its word: only `localhost` is (RFC 6761)."""
+        """True if only this machine can reach the host. Of all names, only `localhost` is a loopback name (RFC 6761)."""
         number = self._number
         return self._is_localhost if number is None else number.is_loopback
 
     @property
     def is_wildcard(self) -> bool:
-        """Whether the host stands for all addresses of a machine."""
+        """True if the host means all addresses of a machine."""
         number = self._number
         return number is not None and number.is_unspecified
 
     def listen(self, backlog: int = socket.SOMAXCONN) -> tuple[socket.socket, ...]:
-        """Listening sockets, all on one port, for every address of this machine that the host stands for; port 0 takes a free one.
+        """Returns listening sockets, all on one port, for every address of this machine that the host means; port 0 takes a free
+        one.
 
-        A wildcard of either family stands for all addresses of both, as it does for gRPC. Raises `OSError`.
+        A wildcard of either family means all addresses of both, as in gRPC. Raises `OSError`.
         """
         for left in reversed(range(_FREE_PORT_TRIES)):
             try:
                 return self._listen(backlog)
             except OSError as error:
-                # The port that was free for the first address was taken for another one.
+                # The port that was free for the first address was in use for another one.
                 if self.port or not left or error.errno != errno.EADDRINUSE:
                     raise
         raise AssertionError("unreachable")
 
     def connect(self, timeout_s: float, *, receive_buffer_bytes: int | None = None) -> socket.socket:
-        """A connected socket: every address of the host is tried in turn, all within `timeout_s`. Raises `OSError`."""
+        """Returns a connected socket. Tries every address of the host in turn, all within `timeout_s`. Raises `OSError`."""
         until_s = time.monotonic() + timeout_s
         failure: OSError | None = None
         for family, place in self._places():
@@ -130,7 +131,7 @@ class Address:
         return self.host.lower().removesuffix(".") == "localhost"
 
     def _places(self) -> list[_Place]:
-        # `localhost` is both loopback addresses, whether or not the machine's list of hosts names both (RFC 6761).
+        # `localhost` means both loopback addresses, whether or not the machine's hosts file names both (RFC 6761).
         hosts = _LOOPBACK if self._is_localhost else (self.host,)
         found = [entry for host in hosts for entry in socket.getaddrinfo(host, self.port, type=socket.SOCK_STREAM)]
         return list(dict.fromkeys((family, place) for family, _, _, _, place in found))
@@ -165,7 +166,7 @@ def _connection(
 ) -> socket.socket:
     connection = socket.socket(family, socket.SOCK_STREAM)
     try:
-        if receive_buffer_bytes is not None:  # before connecting: the window is agreed in the handshake
+        if receive_buffer_bytes is not None:  # before connecting, because the handshake negotiates the window
             connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer_bytes)
         connection.settimeout(timeout_s)
         connection.connect(place)
@@ -195,7 +196,7 @@ def _checked_host(host: str) -> str:
         return host
     if not _NAME.fullmatch(host):
         raise InvalidArgument("must be host:port, where host is an IP address or a name of letters, digits, '-', '_' and '.'")
-    # What ends in a number is an IPv4 address or nothing: resolvers read `0` and `127.1` as addresses too.
+    # A host that ends in a number is an IPv4 address or invalid, because resolvers also read `0` and `127.1` as addresses.
     if _NUMBER.fullmatch(host.removesuffix(".").rpartition(".")[2]):
         try:
             ipaddress.IPv4Address(host)

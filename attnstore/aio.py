@@ -1,4 +1,6 @@
-"""The asynchronous client: `async with attnstore.aio.connect(target) as client: ...`; same calls, same errors, one core."""
+"""The asynchronous client: `async with attnstore.aio.connect(target) as client: ...`; the same calls and errors as the blocking
+one.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,7 @@ def connect(
     shared_path: str | Path | None = None,
     http_proxy: str | None = None,
 ) -> AsyncClient | AsyncClusterClient:
-    """An `AsyncClient` or `AsyncClusterClient` for the running event loop. Arguments as in `attnstore.connect`."""
+    """Returns an `AsyncClient` or `AsyncClusterClient` for the running event loop. Arguments as in `attnstore.connect`."""
     options = options_of(
         target,
         deadline_ms=deadline_ms,
@@ -48,9 +50,9 @@ def connect_member(
     transport: str = "auto",
     http_proxy: str | None = None,
 ) -> AsyncClient:
-    """A client of one node of a cluster, which has to pass the check before it is sent the token or anything else.
+    """Returns a client of one node of a cluster. The node must pass the check before it receives the token or anything else.
 
-    `tls_ca` is for a node that is reached over TLS. Calls raise `Unavailable` where the check is not passed.
+    `tls_ca` is for a node with TLS. Calls raise `Unavailable` if the check fails.
     """
     options = ConnectOptions.create(
         member.url,

@@ -1,8 +1,8 @@
-"""The C library's allocator, told to keep what it frees.
+"""Makes the C library's allocator keep freed memory.
 
-Owns: one setting of a process that moves pages over gRPC. gRPC allocates and frees memory for every message; by default glibc gives
-blocks of that size back to the kernel and gets them again page by page, zeroed, which costs about as much as the copy of a message.
-For programs of our own (node, worker): a library must not decide this for its host.
+Owns: one setting of a process that moves pages over gRPC. gRPC allocates and frees memory for every message. By default glibc
+returns blocks of that size to the kernel and gets them back page by page, zeroed, which costs about as much as copying a message.
+Only for our own programs (node, worker): a library must not decide this for its host.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ _MMAP_THRESHOLD_BYTES = 32 * MIB  # glibc's own maximum
 
 
 def keep_freed_memory() -> bool:
-    """Keeps up to 64 MiB of freed memory for reuse. False, and nothing changes, where the C library is not glibc."""
+    """Keeps up to 64 MiB of freed memory for reuse. Returns False, without effect, if the C library is not glibc."""
     try:
         mallopt = ctypes.CDLL(None).mallopt
     except (AttributeError, OSError):

@@ -47,8 +47,8 @@ _QUOTA = Size(0, QUOTA_BYTES_MAX)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command. Exit status: 0; 1 where a wait ran out or one of those that were asked did not answer; 2 where the command
-    could not be done. A line on standard error says why it is not 0.
+    """Runs the command. Returns the exit status: 0; 1 if a wait timed out or a node or worker did not answer; 2 if the command
+    could not be executed. A line on standard error explains any other status than 0.
     """
 
     def run() -> int | None:
@@ -185,7 +185,7 @@ def _access(arguments: argparse.Namespace, target: str | None = None, default: s
 
 
 def _directory_variable() -> str | None:
-    """The variable's value; no option's default, because a target that is given goes before it."""
+    """Returns the variable's value. It is not the option's default, because an explicit target takes precedence over it."""
     value = variable("directory")
     try:
         return None if value is None else _TARGET(value)
@@ -238,7 +238,7 @@ def _status(arguments: argparse.Namespace) -> int:
 
 
 def _told_unanswered(status: ClusterStatus) -> int:
-    """Says who did not answer, and gives the exit status."""
+    """Reports which nodes and workers did not answer, and returns the exit status."""
     for name, error in status.unanswered():
         tell("attnstore", f"{name} did not answer: {error}")
     if not status.nodes:

@@ -1,4 +1,4 @@
-"""Time as a seam: everything that measures or waits takes a `Clock`, and tests inject one that they move by hand."""
+"""Clocks and deadlines. Everything that measures time or waits takes a `Clock`, so that tests can inject one that they advance."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ class Clock(Protocol):
     """A monotonic clock in milliseconds."""
 
     def now_ms(self) -> float:
-        """Milliseconds since an arbitrary start; never goes back."""
+        """Returns milliseconds since an arbitrary start; never decreases."""
         ...
 
 
@@ -25,14 +25,14 @@ class MonotonicClock:
 
 
 class Deadline:
-    """A point in time that a call must not pass."""
+    """A point in time that a call must not exceed."""
 
     def __init__(self, clock: Clock, deadline_ms: float) -> None:
         self._clock = clock
         self._end_ms = clock.now_ms() + deadline_ms
 
     def left_ms(self) -> float:
-        """Time left. Raises `DeadlineExceeded` when there is none."""
+        """Returns the time left. Raises `DeadlineExceeded` if there is none."""
         left = self._end_ms - self._clock.now_ms()
         if left <= 0:
             raise DeadlineExceeded("the deadline passed during a bulk transfer")
@@ -40,12 +40,12 @@ class Deadline:
 
     @property
     def is_over(self) -> bool:
-        """There is no time left."""
+        """True if no time is left."""
         return self._clock.now_ms() >= self._end_ms
 
     def sooner(self, limit_ms: float = math.inf, *, last: bool = False) -> Deadline:
-        """A deadline for one attempt: half of the time left, so that the next one has time too, or all of it for the `last` one;
-        at most `limit_ms`. Raises `DeadlineExceeded` when there is no time left.
+        """Returns the deadline of one attempt: half of the time left, so that the next attempt has time too, or all of it for the
+        `last` one; at most `limit_ms`. Raises `DeadlineExceeded` if no time is left.
         """
         left_ms = self.left_ms()
         return Deadline(self._clock, min(left_ms if last else left_ms / 2, limit_ms))

@@ -1,7 +1,7 @@
-"""The key of a cluster: what its nodes sign with, and everybody else checks.
+"""The key of a cluster: nodes sign with it, and all others verify.
 
-Owns: the key's files, and how something is signed: Ed25519 (RFC 8032) of the JSON text of `[context, kind, *fields]`. Invariant:
-what is signed says what it is (`kind`), so that a signature of one thing is never good for another.
+Owns: the key's files, and the signatures: Ed25519 (RFC 8032) of the JSON text of `[context, kind, *fields]`. Invariant: the signed
+text includes its `kind`, so a signature of one kind of record is never valid for another.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _OTHERS: Final = stat.S_IWGRP | stat.S_IRWXO
 
 
 class PublicKey:
-    """Checks signatures. `str(key)` is its text, 43 characters of base64url."""
+    """Verifies signatures. `str(key)` is its text, 43 characters of base64url."""
 
     def __init__(self, key: Ed25519PublicKey) -> None:
         self._key = key
@@ -41,7 +41,7 @@ class PublicKey:
 
     @classmethod
     def read(cls, text: str) -> Self:
-        """Of its text, or of the file with its text where that begins with `/`. Raises `InvalidArgument`."""
+        """Reads a key from its text, or from a file if the text begins with `/`. Raises `InvalidArgument`."""
         if not text.startswith("/"):
             return cls.parse(text)
         try:
@@ -59,7 +59,7 @@ class PublicKey:
         return hash(str(self))
 
     def has_signed(self, signature: str, kind: str, *fields: Field) -> bool:
-        """Whether the signature is the cluster's, of exactly this."""
+        """Returns whether the signature is the cluster's, of exactly these fields."""
         try:
             self._key.verify(_decoded(signature), _message(kind, fields))
         except (InvalidSignature, ValueError):
@@ -68,7 +68,7 @@ class PublicKey:
 
 
 class ClusterKey:
-    """Signs. Never shown: `repr` has no secret in it."""
+    """Signs. `repr` never contains the secret."""
 
     def __init__(self, key: Ed25519PrivateKey) -> None:
         self._key = key
@@ -76,7 +76,7 @@ class ClusterKey:
 
     @classmethod
     def load(cls, path: Path) -> Self:
-        """Raises `InvalidArgument` for a file that is no key, or that others may read."""
+        """Reads a key file. Raises `InvalidArgument` if it is not a key, or if others may read it."""
         try:
             mode, text = path.stat().st_mode, path.read_bytes()
         except OSError as error:
@@ -93,7 +93,9 @@ class ClusterKey:
 
     @classmethod
     def create(cls, path: Path) -> Self:
-        """Makes a key and its file, which only its owner may read. Raises `InvalidArgument` where that cannot be, or is there."""
+        """Creates a key and its file, which only its owner may read. Raises `InvalidArgument` if the file exists or cannot be
+        written.
+        """
         key = Ed25519PrivateKey.generate()
         try:
             with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
@@ -103,7 +105,7 @@ class ClusterKey:
         return cls(key)
 
     def sign(self, kind: str, *fields: Field) -> str:
-        """The signature, 86 characters; the same for the same."""
+        """Returns the signature, 86 characters; deterministic."""
         return _encoded(self._key.sign(_message(kind, fields)))
 
 

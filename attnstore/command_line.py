@@ -1,8 +1,8 @@
-"""What the commands have in common: how they read their options, and how they end.
+"""The common part of the commands: parsing of options, messages and exit status.
 
-Owns: `CommandParser`, `run_command` and standard output. Invariants: a command that cannot be done says so in one line
-on standard error and ends with status 2, whatever was typed; an empty value is refused by its option's name, because it comes of a
-variable that was not set in the caller's shell, and would mean the current folder, no token or no store.
+Owns: `CommandParser`, `run_command` and standard output. Invariants: a command that cannot be executed prints one line on standard
+error and exits with status 2, whatever the user typed. An empty value is refused by the option's name, because it usually comes
+from an unset shell variable and would mean the current folder, no token or no store.
 """
 
 from __future__ import annotations
@@ -21,19 +21,18 @@ from attnstore.secrecy import may_have_login
 
 _USAGE: Final = 2
 _BROKEN_PIPE: Final = 128 + signal.SIGPIPE
-"""What a shell sees of a command that SIGPIPE has ended, as it ends `cat` when `head` has read enough."""
+"""The status that a shell reports for a command ended by SIGPIPE, such as `cat` when `head` has read enough."""
 _MESSAGE_CHARS_MAX: Final = 2_000
 _OPTION = re.compile(r"--[a-z-]+")
 _WORD = re.compile(r"[a-z-]+")
-"""An option or the name of a command: no place for a password."""
+"""An option or the name of a command, which cannot contain a password."""
 _AMBIGUOUS = re.compile(r"(ambiguous option: [a-z-]+)=.*(?= could match)", re.DOTALL)
 
 
 class CommandParser(argparse.ArgumentParser):
-    """An `ArgumentParser` that takes no empty values, and whose messages are one line and show nothing that may be a password or
-    have one in it.
+    """An `ArgumentParser` that refuses empty values, and whose messages are one line without any text that may contain a password.
 
-    Its subcommands' parsers are of this class too.
+    The parsers of its subcommands are of this class too.
     """
 
     add_late: Callable[[CommandParser], None] | None = None
@@ -77,12 +76,12 @@ class CommandParser(argparse.ArgumentParser):
 
 
 def run_command(program: str, command: Callable[[], int | None], *, interrupted: int) -> int:
-    """Runs `command` and returns the exit status: its own (None: 0), 2 after a line on standard error that says what is wrong, or
-    `interrupted` after SIGINT.
+    """Runs `command` and returns the exit status: its own (None: 0), 2 after an error message on standard error, or `interrupted`
+    after SIGINT.
     """
     try:
         return command() or 0
-    except SystemExit as ended:  # of the parser, or of `say`
+    except SystemExit as ended:  # from the parser, or from `say`
         return ended.code if isinstance(ended.code, int) else 0
     except AttnStoreError as error:
         tell(program, str(error))
@@ -92,20 +91,20 @@ def run_command(program: str, command: Callable[[], int | None], *, interrupted:
 
 
 def tell(program: str, message: str) -> None:
-    """Says what is wrong, in one line: what would break it, or command a terminal, is escaped."""
+    """Prints an error in one line; line breaks and control characters are escaped."""
     line = "".join(each if each.isprintable() else repr(each)[1:-1] for each in message[:_MESSAGE_CHARS_MAX])
     print(f"{program}: {line}{'...' if len(message) > _MESSAGE_CHARS_MAX else ''}", file=sys.stderr)
 
 
 def say(text: str, end: str = "\n") -> None:
-    """Writes to standard output, at once; what its encoding lacks is escaped. Ends the command, without a word, where nobody reads
-    it any more. Raises `InvalidArgument` where it cannot be written.
+    """Writes to standard output and flushes; characters that its encoding lacks are escaped. Ends the command silently if nobody
+    reads the output any more. Raises `InvalidArgument` if it cannot be written.
     """
     encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
     try:
         print(text.encode(encoding, "backslashreplace").decode(encoding), end=end, flush=True)
     except OSError as error:
-        # The interpreter writes what is left once more when it ends: to nowhere.
+        # The interpreter flushes the rest again at exit; this discards it.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         if isinstance(error, BrokenPipeError):
             raise SystemExit(_BROKEN_PIPE) from None

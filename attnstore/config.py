@@ -1,7 +1,7 @@
-"""The options of a store node: one model, four places to set them.
+"""The options of a store node, which can be set in four places.
 
 Owns: `ServeOptions` and the order command line > environment (`ATTNSTORE_*`) > TOML file (`--config`) > default.
-Invariant: a bad value stops the start with one line that names the option, where it was set and the rule it breaks.
+Invariant: a bad value stops the start with one line that names the option, where it was set and the rule that it breaks.
 """
 
 from __future__ import annotations
@@ -90,7 +90,7 @@ _Port = Annotated[int, BeforeValidator(PORT)]
 
 
 class ServeOptions(BaseModel):
-    """Everything `attnstore serve` can be told. Field names are the long options with `-` for `_`."""
+    """All options of `attnstore serve`. Field names are the long options with `-` replaced by `_`."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -164,7 +164,7 @@ class ServeOptions(BaseModel):
             raise ValueError("--tls-cert and --tls-key go together; one of them is missing")
         if self.token is not None and self.tokens_file is not None:
             raise ValueError("--token and --tokens-file exclude each other")
-        asks_for_token = self.token is not None or self.tokens_file is not None  # TLS alone keeps nobody out
+        asks_for_token = self.token is not None or self.tokens_file is not None  # TLS alone does not restrict who may call
         if self.directory is not None and self.cluster_key is None and asks_for_token:
             raise ValueError(
                 "--directory with tokens needs --cluster-key: without it nodes would believe any record in the directory, and hand "
@@ -179,18 +179,18 @@ class ServeOptions(BaseModel):
 
     @property
     def address(self) -> Address:
-        """Where the node listens; port 0 stands for a free one."""
+        """The address on which the node listens; port 0 means a free one."""
         return Address.parse(self.listen)
 
     @property
     def share(self) -> float:
-        """The node's weight in its cluster: as given, or by what it can hold."""
+        """The node's weight in its cluster: the option, or by default its capacity."""
         return self.capacity / GIB if self.weight is None else self.weight
 
     def advertised(self, bound: Address) -> Address:
-        """Where others reach a node that is bound to `bound`.
+        """Returns the address at which others reach a node that is bound to `bound`.
 
-        Raises `InvalidArgument` where `advertise` is missing and the node of a cluster listens on all addresses.
+        Raises `InvalidArgument` if the node of a cluster listens on all addresses and `advertise` is missing.
         """
         if self.advertise:
             advertised = Address.parse(self.advertise, bound.port)
@@ -200,13 +200,13 @@ class ServeOptions(BaseModel):
         return bound
 
     def bulk_transports(self) -> frozenset[str]:
-        """Names of the bulk transports to offer. None of them is encrypted, so there are none with TLS."""
+        """The names of the bulk transports to offer. None of them is encrypted, so there are none with TLS."""
         if self.transports == "none" or self.tls_cert is not None:
             return frozenset()
         return frozenset(self.transports.split(","))
 
     def tenants(self) -> dict[str, str]:
-        """Token -> tenant. Empty when no token is asked for. Raises `InvalidArgument` for an unreadable or malformed file."""
+        """Returns token -> tenant; empty if no token is required. Raises `InvalidArgument` for an unreadable or malformed file."""
         if self.token is not None:
             return {self.token.get_secret_value(): "default"}
         if self.tokens_file is None:
@@ -229,7 +229,7 @@ def add_serve_options(parser: argparse.ArgumentParser) -> None:
 def load_serve_options(arguments: argparse.Namespace, environment: Mapping[str, str] = os.environ) -> ServeOptions:
     """Merges command line, environment and TOML file. Raises `InvalidArgument` naming the option and where it was set.
 
-    A variable that is empty sets nothing; an option that is given empty anywhere else is refused.
+    An empty variable is ignored; an empty value in any other place is refused.
     """
     config_file = arguments.config or variable("config", environment)
     layers: list[tuple[str, Mapping[str, Any]]] = []
@@ -256,7 +256,7 @@ def load_serve_options(arguments: argparse.Namespace, environment: Mapping[str, 
 
 
 def ignored_variables(environment: Mapping[str, str] = os.environ) -> dict[str, str]:
-    """The variables named like options that Kubernetes has set for a Service: nobody meant the node by them."""
+    """Returns the variables named like options that Kubernetes has set for a Service, which are not meant as options."""
     return service_links(ServeOptions.model_fields, environment)
 
 
@@ -273,7 +273,9 @@ def _explain(problem: Any, origin: Mapping[str, str]) -> str:
 
 
 def read_tokens_file(path: Path) -> dict[str, str]:
-    """Token -> tenant of a file of `tenant = "token"` lines. Raises `InvalidArgument` for an unreadable or malformed one."""
+    """Reads token -> tenant from a file of `tenant = "token"` lines. Raises `InvalidArgument` for an unreadable or
+    malformed file.
+    """
     entries = _read_toml(path, "--tokens-file")
     if not entries or not all(isinstance(token, str) and is_token(token) for token in entries.values()):
         raise InvalidArgument(f'--tokens-file {path}: every line must be tenant = "token", printable ASCII without spaces')

@@ -2,23 +2,23 @@
 
     AttnStoreError
     ├── Retryable                     the same call may succeed later or elsewhere
-    │   ├── DeadlineExceeded          nothing came within the deadline
+    │   ├── DeadlineExceeded          no answer arrived within the deadline
     │   ├── Unavailable               no node there, connection lost, or the node is draining
-    │   ├── Overloaded                the node's limit of concurrent streams or leases is reached
+    │   ├── Overloaded                a limit of the node on concurrent work is reached
     │   └── LeaseExpired              match again, then read
     └── NotRetryable                  the call itself is wrong
         ├── InvalidArgument           malformed hash, empty or too large batch, bad range, bad option
-        ├── BufferMismatch            a caller-supplied buffer does not fit the pages asked for
+        ├── BufferMismatch            a caller-supplied buffer does not fit the requested pages
         ├── NamespaceUnknown          register the layout first
         ├── LayoutMismatch            the namespace is registered with another layout
         ├── Unauthenticated           missing or wrong token
         ├── PermissionDenied          shared memory is for processes of the node's user
-        ├── ProtocolError             the peer broke the protocol; a bug or a foreign server
-        ├── Unsupported               this node does not offer that
+        ├── ProtocolError             the peer broke the protocol: a bug or a foreign server
+        ├── Unsupported               this node does not offer the requested feature
         └── ClientClosed              the client was closed before or during the call
 
-A page that is missing, late or corrupt is *not* an exception in a batch: it is that page's status (`PageStatus`), and a miss.
-`code` is the word that travels in the trailer `attnstore-error` and in logs and metrics.
+A page of a batch that is missing, late or corrupt does *not* raise: its status (`PageStatus`) says so, and it is a miss. `code` is
+the name of the error in the trailer `attnstore-error`, in logs and in metrics.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from typing import ClassVar
 
 
 class AttnStoreError(Exception):
-    """Base of all errors raised by AttnStore on purpose."""
+    """Base of all errors that AttnStore raises on purpose."""
 
     code: ClassVar[str] = "error"
     retryable: ClassVar[bool] = False
@@ -41,13 +41,13 @@ class Retryable(AttnStoreError):
 
 
 class NotRetryable(AttnStoreError):
-    """Repeating the same call cannot help."""
+    """Repeating the same call does not help."""
 
     code = "not_retryable"
 
 
 class DeadlineExceeded(Retryable):
-    """Nothing came within the deadline."""
+    """No answer arrived within the deadline."""
 
     code = "deadline_exceeded"
 
@@ -65,7 +65,7 @@ class Overloaded(Retryable):
 
 
 class LeaseExpired(Retryable):
-    """The lease is unknown or ran out."""
+    """The lease is unknown or has expired."""
 
     code = "lease_expired"
 
@@ -77,7 +77,7 @@ class InvalidArgument(NotRetryable, ValueError):
 
 
 class BufferMismatch(NotRetryable, ValueError):
-    """A caller-supplied buffer does not fit the pages asked for."""
+    """A caller-supplied buffer does not fit the requested pages."""
 
     code = "buffer_mismatch"
 
@@ -101,7 +101,7 @@ class Unauthenticated(NotRetryable):
 
 
 class PermissionDenied(NotRetryable):
-    """The caller may not have this: shared memory is for processes of the node's user."""
+    """The caller has no access: shared memory is for processes of the node's user."""
 
     code = "permission_denied"
 
@@ -113,7 +113,7 @@ class ProtocolError(NotRetryable):
 
 
 class Unsupported(NotRetryable):
-    """This node does not offer what was asked for; `Describe` says what it offers."""
+    """This node does not offer the requested feature; `Describe` lists what it offers."""
 
     code = "unsupported"
 
@@ -125,7 +125,7 @@ class ClientClosed(NotRetryable):
 
 
 def error_of_code(code: str) -> type[AttnStoreError] | None:
-    """The concrete class that announces itself as `code`, or None for a code this version does not know."""
+    """Returns the concrete class with this `code`, or None for a code that this version does not know."""
     return _BY_CODE.get(code)
 
 

@@ -1,8 +1,8 @@
-"""What a link between a worker and a store node is like: one table of profiles, by name.
+"""Profiles of the link between a worker and a store node, by name.
 
-Owns: `LinkProfile` and the table `PROFILES`. Everything that shapes, assumes or reports a link takes it from here: the relay
+Owns: `LinkProfile` and the table `PROFILES`. All code that shapes, assumes or reports a link uses them: the relay
 (`attnstore.testing.link`), network namespaces (`attnstore.testing.netns`), the calculator (`attnstore plan`) and the experiments.
-Invariant: a profile that exists makes sense: rates are positive, times are not negative, and all are numbers.
+Invariant: every profile is valid: rates are positive, times are not negative, and all are numbers.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ _PATTERN = re.compile(rf"(?P<down>{_RATE})(?:/(?P<up>{_RATE}))?(?:@(?P<rtt>{_TIM
 class LinkProfile:
     """A link as the worker sees it: `down` is from the node to the worker (reads), `up` the other way (writes, queries).
 
-    Rates are in bits per second, `math.inf` where nothing limits them. `one_way_ms` is the delay in each direction, and each piece
-    of a transfer gets that plus or minus up to `jitter_ms`, without overtaking. `source` says where the figures are from.
-    Raises `InvalidArgument` for figures that no link can have.
+    Rates are in bits per second, `math.inf` for no limit. `one_way_ms` is the delay in each direction; each piece of a transfer is
+    delayed by that plus or minus up to `jitter_ms`, without overtaking. `source` says where the figures are from. Raises
+    `InvalidArgument` for impossible figures.
     """
 
     name: str
@@ -48,17 +48,17 @@ class LinkProfile:
 
     @property
     def rtt_ms(self) -> float:
-        """Round trip without load."""
+        """The round trip time without load."""
         return 2 * self.one_way_ms
 
     @property
     def down_gb_per_s(self) -> float:
-        """What can be read, in 10^9 bytes per second."""
+        """The read bandwidth, in 10^9 bytes per second."""
         return self.down_bits_per_s / 8e9
 
     @property
     def spec(self) -> str:
-        """The figures as `parse_link` takes them.
+        """The figures in the form that `parse_link` takes.
 
         >>> parse_link("5g").spec
         '100m/50m@8ms'
@@ -93,10 +93,10 @@ PROFILES: dict[str, LinkProfile] = {
 
 
 def parse_link(text: str) -> LinkProfile:
-    """The profile of that name, or the one that `text` spells out: `RATE[/UP][@RTTms[~JITTERms]]`.
+    """Returns the profile of that name, or the one that `text` describes: `RATE[/UP][@RTTms[~JITTERms]]`.
 
     RATE (down, and UP) is a number with k, m, g or t for powers of 1,000 bits per second, or `inf`.
-    Raises `InvalidArgument` for anything else.
+    Raises `InvalidArgument` for any other text.
 
     >>> parse_link("10g").down_gb_per_s
     1.25
@@ -132,5 +132,5 @@ def _rate_text(bits_per_s: float) -> str:
 
 
 def _number_text(number: float) -> str:
-    # Never an exponent, which the pattern does not know.
+    # Never with an exponent, which the pattern does not accept.
     return f"{number:.6f}".rstrip("0").rstrip(".")

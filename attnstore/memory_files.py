@@ -1,10 +1,10 @@
-"""Sealed memory files: memory that one process makes and another maps.
+"""Sealed memory files: memory that one process creates and another maps.
 
-Owns: how they are made and mapped, and what is looked at before one that a peer passed is. Invariant: reading a file mapped here
-cannot kill this process: it can neither shrink, nor does it consist of huge pages that the system may lack when touched.
+Owns: their creation and mapping, and the checks of a file received from a peer. Invariant: reading a file mapped here cannot kill
+this process: the file cannot shrink, and it does not consist of huge pages that the system may lack when they are touched.
 
-Every mapping begins at an address at which the system can map huge pages as such, and `allocate_huge_pages` asks for them. Most
-systems never give them to shared memory by themselves (`shmem_enabled` is `never`); each 4 KiB then need an entry of the TLB.
+Every mapping begins at an address at which the system can map huge pages, and `allocate_huge_pages` requests them. Most systems
+never use them for shared memory by default (`shmem_enabled` is `never`); every 4 KiB then need a TLB entry.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ MADV_COLLAPSE: Final = 25
 """Linux 5.14, 5.14 and 6.1; the mmap module has no names for them."""
 MAP_FIXED: Final = 0x10
 MAP_NORESERVE: Final = 0x4000
-"""Flags of mmap(2) that the mmap module does not name either."""
+"""Flags of mmap(2) for which the mmap module has no names either."""
 _SIZE_BYTES_MAX: Final = 1 << 46
 
 _system = ctypes.CDLL(None, use_errno=True)
@@ -43,7 +43,7 @@ _madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
 
 
 def create(name: str, size_bytes: int) -> tuple[int, memoryview]:
-    """A sealed file of zeros, allocated, and its writable mapping, which lives as long as a view of it.
+    """Returns a sealed, allocated file of zeros and its writable mapping, which lives as long as a view of it.
 
     `size_bytes` is a multiple of the page size. The caller closes the descriptor. Raises `OSError`.
     """
@@ -60,18 +60,18 @@ def create(name: str, size_bytes: int) -> tuple[int, memoryview]:
 
 
 def map_writable(file: int, size_bytes: int) -> memoryview:
-    """Maps that much of a file of our own, from its beginning; the mapping lives as long as a view of it. Raises `OSError`."""
+    """Maps `size_bytes` of our own file from its beginning; the mapping lives as long as a view of it. Raises `OSError`."""
     return _mapped(file, 0, size_bytes, mmap.PROT_READ | mmap.PROT_WRITE)
 
 
 def allocate_huge_pages(mapping: memoryview) -> None:
-    """Allocates the huge pages that a writable mapping has room for, where the system makes them for such a file; else little.
+    """Allocates huge pages for a writable mapping, if the system supports them for such a file; otherwise has little effect.
 
-    Out of one small page and holes the system makes a huge page without copying, ten times as fast as it allocates the small ones.
-    No byte changes for anybody who maps the file.
+    The system makes a huge page from one small page and holes without copying, ten times as fast as it allocates small pages. The
+    bytes stay the same for every process that maps the file.
     """
-    with suppress(OSError):  # no more of them, or none for such a file
-        # Enough where `shmem_enabled` is `advise`, on kernels that cannot make them otherwise.
+    with suppress(OSError):  # no more huge pages, or none for such a file
+        # Sufficient where `shmem_enabled` is `advise`, on kernels that cannot make them otherwise.
         _advise(mapping, mmap.MADV_HUGEPAGE)
         for begin in range(0, len(mapping) - HUGE_PAGE_BYTES + 1, HUGE_PAGE_BYTES):
             _advise(mapping[begin : begin + mmap.PAGESIZE], MADV_POPULATE_WRITE)
@@ -79,10 +79,10 @@ def allocate_huge_pages(mapping: memoryview) -> None:
 
 
 def map_read_only(file: int, offset_bytes: int, size_bytes: int, trusted: Path | None = None) -> memoryview:
-    """Maps bytes of a file that a peer passed, faulted in; the descriptor stays the caller's to close.
+    """Maps bytes of a file received from a peer, faulted in; the caller still closes the descriptor.
 
-    Raises `ProtocolError` for one that is too short, that cannot be mapped, or that is no sealed memory file, unless it is the
-    one at `trusted`, for which the user vouches.
+    Raises `ProtocolError` if the file is too short, cannot be mapped, or is not a sealed memory file, unless it is the file at
+    `trusted`, which the user has named.
     """
     try:
         status = os.fstat(file)
@@ -99,7 +99,7 @@ def map_read_only(file: int, offset_bytes: int, size_bytes: int, trusted: Path |
 
 
 def give_back(mapping: memoryview) -> None:
-    """Gives the memory of a file back: whoever maps it reads zeros. `mapping` is all of it. Raises `OSError`."""
+    """Frees the memory of a file: every process that maps it reads zeros. `mapping` is all of it. Raises `OSError`."""
     _advise(mapping, mmap.MADV_REMOVE)
 
 
@@ -107,7 +107,7 @@ def _mapped(file: int, offset_bytes: int, size_bytes: int, protection: int) -> m
     """Raises `OSError`."""
     if not 0 < size_bytes <= _SIZE_BYTES_MAX:
         raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
-    # Python's own mapping reserves the addresses and gives them back with the last view; ours lies in the middle of it.
+    # Python's own mapping reserves the addresses and frees them with the last view; ours lies in the middle of it.
     flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | MAP_NORESERVE
     reserved = memoryview(mmap.mmap(-1, size_bytes + HUGE_PAGE_BYTES, flags=flags, prot=protection))
     begin = -address_of(reserved) % HUGE_PAGE_BYTES
@@ -122,7 +122,7 @@ def _mapped(file: int, offset_bytes: int, size_bytes: int, protection: int) -> m
 def _is_harmless(file: int) -> bool:
     try:
         sealed = fcntl.fcntl(file, fcntl.F_GET_SEALS) & fcntl.F_SEAL_SHRINK == fcntl.F_SEAL_SHRINK
-    except OSError:  # a kind of file that has no seals
+    except OSError:  # a file without seals
         return False
     return sealed and os.fstatvfs(file).f_bsize == mmap.PAGESIZE
 
@@ -139,7 +139,7 @@ def _allocate(mapping: memoryview, file: int) -> None:
 
 
 def _advise(mapping: memoryview, advice: int) -> None:
-    # Not `mmap.madvise`, which keeps the interpreter lock.
+    # Not `mmap.madvise`, which holds the interpreter lock.
     if _madvise(address_of(mapping), len(mapping), advice) != 0:
         raise _error()
 

@@ -1,8 +1,8 @@
-"""How much memory this process may use: what the machine has, or less where containers and service managers set its control group
-a limit.
+"""The memory that this process may use: that of the machine, or the lower limit that a container or service manager sets for its
+control group.
 
-Owns: how the limit is found, for both versions of Linux's control groups. Exists because the kernel kills a process that passes its
-limit, without a word: what is taken at start is compared with the limit first.
+Owns: finding the limit, for both versions of Linux's control groups. Exists because the kernel kills a process that exceeds its
+limit without a message: memory allocated at start is compared with the limit first.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from attnstore.errors import InvalidArgument
 from attnstore.sizes import size_text
 
 _UNLIMITED_BYTES_MIN: Final = 1 << 60
-"""Version 1 writes "no limit" as the largest number of pages that fits a signed integer."""
+"""Version 1 represents "no limit" as the largest number of pages that fits a signed integer."""
 
 CGROUPS: Final = Path("/sys/fs/cgroup")
 MEMBERSHIP: Final = Path("/proc/self/cgroup")
@@ -25,28 +25,28 @@ _STATM: Final = Path("/proc/self/statm")
 
 
 def memory_bytes() -> int:
-    """The machine's memory, or the smaller limit of the process' control group."""
+    """Returns the machine's memory, or the lower limit of the process' control group."""
     machine = os.sysconf("SC_PHYS_PAGES") * resource.getpagesize()
     limit = memory_limit_bytes()
     return machine if limit is None else min(machine, limit)
 
 
 def memory_limit_bytes() -> int | None:
-    """The smallest limit of the process' control group and those around it; None where there is none, or none can be read."""
+    """Returns the lowest limit of the process' control group and its parents, or None if there is none or none can be read."""
     limits = [limit for file in _limit_files() if (limit := _limit(file)) is not None]
     return min(limits, default=None)
 
 
 def resident_bytes() -> int:
-    """Memory that this process has now."""
+    """Returns the memory that this process uses now."""
     return int(_STATM.read_text().split()[1]) * resource.getpagesize()
 
 
 def require_memory(what: str, needed_bytes: int, beside_bytes: int, limit_bytes: int) -> str | None:
-    """Compares what is about to be taken, `what` for people, with what there is.
+    """Compares memory that is about to be allocated with the limit; `what` names it in messages.
 
-    Returns a warning where less than `beside_bytes` would be left for the rest of the process. Raises `InvalidArgument` where it
-    does not fit at all.
+    Returns a warning if less than `beside_bytes` would be left for the rest of the process. Raises `InvalidArgument` if it does not
+    fit.
     """
     if needed_bytes + beside_bytes <= limit_bytes:
         return None
@@ -65,7 +65,7 @@ def _limit_files() -> Iterator[Path]:
         else:
             continue
         for place in places:
-            # In a container the group's path may be the host's, while the container's own group is mounted as the root.
+            # In a container the group's path may be that of the host, while the container's own group is mounted as the root.
             for path in (group, *group.parents):
                 yield place.parent / path.relative_to("/") / place.name
 

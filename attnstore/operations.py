@@ -1,7 +1,7 @@
-"""What `attnstore status`, `drain`, `undrain`, `evict` and `quota` do: a cluster as an operator sees it and what he asks of it.
+"""The operations behind `attnstore status`, `drain`, `undrain`, `evict` and `quota`.
 
-Owns: `ClusterStatus` and its text. Invariants: nothing is changed but what operators want of a node or allow a tenant; a node that
-does not answer is shown as such, within the deadline.
+Owns: `ClusterStatus` and its text. Invariants: nothing is changed but the intent for a node and the quota of a tenant; a node that
+does not answer within the deadline is shown as such.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ _HOT_LAYOUTS: Final = 8
 
 @dataclass(frozen=True, slots=True)
 class Access:
-    """How nodes and directory are reached; `target` as in `attnstore.connect`."""
+    """How to reach nodes and the directory; `target` as in `attnstore.connect`."""
 
     target: str = field(repr=False)
     token: str | None = field(repr=False)
@@ -48,14 +48,14 @@ class Access:
     cluster_key: Path | None = None
 
     def node(self, url: str) -> aio.AsyncClient | aio.AsyncClusterClient:
-        """A client of one node, or of the nodes of a list."""
+        """Returns a client of one node, or of the nodes of a list."""
         tls_ca = self.tls_ca if url.startswith("grpcs") else None
         return aio.connect(
             url, deadline_ms=self.deadline_ms, token=self.token, tls_ca=tls_ca, transport="grpc", http_proxy=self.http_proxy
         )
 
     def member(self, member: Member, check: MemberCheck | None) -> aio.AsyncClient:
-        """A client of a node that passes the check before it is told the token."""
+        """Returns a client of a node, which must pass the check before it receives the token."""
         return aio.connect_member(
             member,
             check,
@@ -68,11 +68,11 @@ class Access:
 
     @property
     def is_cluster(self) -> bool:
-        """The target is a directory, and not nodes."""
+        """True if the target is a directory, not nodes."""
         return is_directory_url(self.target)
 
     def directory(self) -> Directory:
-        """The cluster's directory. Raises `InvalidArgument` where the target is none."""
+        """Returns the cluster's directory. Raises `InvalidArgument` if the target is not one."""
         if not self.is_cluster:
             raise InvalidArgument("--directory must be a directory's URL, for example redis://HOST:6379/0")
         key = None if self.cluster_key is None else load_cluster_key(Path(self.cluster_key))
@@ -83,7 +83,7 @@ class Access:
         return open_directory(self.target, key=key, tls_only=self.tls_ca is not None)
 
     def signing_directory(self) -> Directory:
-        """The directory, to ask something of the cluster there. Raises `InvalidArgument` where nobody would believe it."""
+        """Returns the directory for changes. Raises `InvalidArgument` if the cluster would not believe them."""
         if self.is_cluster and self.cluster_key is None and DirectoryUrl.parse(self.target).key is not None:
             raise InvalidArgument("this cluster believes only what its key has signed: give --cluster-key")
         return self.directory()
@@ -91,9 +91,9 @@ class Access:
 
 @dataclass(frozen=True, slots=True)
 class NodeStatus:
-    """One node: what the directory says, and what it says of itself, `error` where it does not answer.
+    """One node: its record in the directory, and its own answer, or `error` if it does not answer.
 
-    `hit_rate` is that of `NodeStatistics`, since the node's start; `round_trip_ms` is that of one call now.
+    `hit_rate` is that of `NodeStatistics`, since the node's start; `round_trip_ms` is measured with one call now.
     """
 
     node_id: str
@@ -119,7 +119,7 @@ class NodeStatus:
 
 @dataclass(frozen=True, slots=True)
 class LayoutStatus:
-    """A namespace and how many pages of it the nodes have that answer; only the asking tenant's own."""
+    """A namespace and the number of its pages on the nodes that answer; only those of the asking tenant."""
 
     namespace: str
     page_bytes: int
@@ -128,7 +128,7 @@ class LayoutStatus:
 
 @dataclass(frozen=True, slots=True)
 class ClusterStatus:
-    """All nodes, the largest layouts, and the workers that were asked for. `unix_s`: when."""
+    """All nodes, the largest layouts, and the requested workers. `unix_s` is the time."""
 
     target: str
     unix_s: float
@@ -137,18 +137,18 @@ class ClusterStatus:
     workers: tuple[WorkerStatus, ...] = ()
 
     def unanswered(self) -> list[tuple[str, str]]:
-        """Which nodes and workers did not answer, by what they were asked at, and why."""
+        """Returns the nodes and workers that did not answer, by their address, with the reason."""
         told = [(node.url, node.error) for node in self.nodes] + [(worker.url, worker.error) for worker in self.workers]
         return [(url, error) for url, error in told if error is not None]
 
     def to_json(self) -> dict[str, Any]:
-        """For `json.dumps`."""
+        """Returns the value for `json.dumps`."""
         return asdict(self)
 
 
 async def cluster_status(access: Access, worker_urls: Sequence[str] = (), worker_token: str | None = None) -> ClusterStatus:
-    """Asks the directory who there is, and every node and these workers how they are. Raises `Unavailable` where the directory does
-    not answer, `InvalidArgument` for a target that names neither a directory nor nodes.
+    """Reads the members from the directory and asks every node and the given workers. Raises `Unavailable` if the directory does
+    not answer, `InvalidArgument` for a target that is neither a directory nor nodes.
     """
     members = await _members(access)
     nodes = asyncio.gather(*(_node_status(access, member, check) for member, check in members))
@@ -174,7 +174,7 @@ async def _members(access: Access) -> list[tuple[Member, MemberCheck | None]]:
         evicted = [member for member in membership.members if member.node_id not in present] if membership is not None else []
         members = sorted([*present.values(), *evicted], key=lambda member: member.node_id)
         return [(member, directory.check_of(member)) for member in members]
-    async with access.node(access.target):  # refuses what is no target; nothing is sent
+    async with access.node(access.target):  # refuses an invalid target; sends nothing
         scheme, _, addresses = access.target.partition("://")
         return [(Member(address, f"{scheme}://{address}"), None) for address in addresses.partition("?")[0].split(",")]
 
@@ -183,7 +183,7 @@ async def _node_status(access: Access, member: Member, check: MemberCheck | None
     known = (member.node_id, member.url, member.state.value, member.weight, member.replicas, len(member.hot))
     try:
         async with access.member(member, check) as client:
-            await client.describe()  # connects
+            await client.describe()  # opens connections
             began = time.perf_counter()
             description = await client.describe()
             round_trip_ms = (time.perf_counter() - began) * 1e3
@@ -214,7 +214,7 @@ def _answered(
 
 
 def status_text(status: ClusterStatus) -> str:
-    """A table for people."""
+    """Returns a table as text."""
     rows = [("NODE", "STATE", "WEIGHT", "USED", "OF", "PAGES", "HIT RATE", "HOT", "EVICTED", "LEASES", "RTT", "UP", "URL")]
     for node in status.nodes:
         if node.error is not None:
@@ -248,7 +248,7 @@ def status_text(status: ClusterStatus) -> str:
 
 
 async def set_intent(access: Access, node_id: str, intent: Intent | None) -> None:
-    """Asks something of a node. Raises `InvalidArgument` where it is no member."""
+    """Sets the intent for a node. Raises `InvalidArgument` if it is not a member."""
     directory = access.signing_directory()
     try:
         known = await directory.set_intent(node_id, intent)
@@ -259,7 +259,7 @@ async def set_intent(access: Access, node_id: str, intent: Intent | None) -> Non
 
 
 async def set_quota(access: Access, tenant: str, quota_bytes: int | None) -> None:
-    """Limits a tenant, or lifts its limit."""
+    """Sets or removes a tenant's quota."""
     directory = access.signing_directory()
     try:
         await directory.set_quota(tenant, quota_bytes)
@@ -268,7 +268,7 @@ async def set_quota(access: Access, tenant: str, quota_bytes: int | None) -> Non
 
 
 async def wait_drained(access: Access, node_id: str, timeout_s: float) -> str | None:
-    """Waits until the node has said that its pages are handed over; then None, otherwise what came between."""
+    """Waits until the node reports that its pages are handed over. Returns None then, or else what prevented it."""
     deadline = Deadline(MonotonicClock(), timeout_s * 1e3)
     directory = access.directory()
     try:

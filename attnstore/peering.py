@@ -1,8 +1,9 @@
-"""How nodes of a cluster know each other: a challenge that only a member can answer, and what a node says of itself to one.
+"""Authentication between the nodes of a cluster: a challenge that only a member can answer, and a node's credential.
 
-Owns: the proof of membership and the credential of a node, both made with the cluster's key. Invariants: a proof is good for one
-challenge, one incarnation of one node and the URL where it is; a credential is good for one incarnation of one node, one tenant and
-`CREDENTIAL_MS_MAX`. So a server that stands at an address where a member was gets neither a page nor what would open another node.
+Owns: the proof of membership and the credential of a node, both made with the cluster's key. Invariants: a proof is valid for one
+challenge, one incarnation of one node and its URL; a credential is valid for one incarnation of the receiving node, one tenant and
+`CREDENTIAL_MS_MAX`. A server that takes over the address of a member therefore receives neither a page nor a credential that
+another node accepts.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ CREDENTIAL_PREFIX: Final = "attnstore-node."
 
 @dataclass(frozen=True, slots=True)
 class Peering:
-    """A node's side: `member` is its own record, `tenants` those that it knows."""
+    """A node's side: `member` is its own record, `tenants` are those that it knows."""
 
     key: ClusterKey
     cluster: str
@@ -34,22 +35,22 @@ class Peering:
     now_ms: Callable[[], int] = wall_clock_ms
 
     def proof(self, challenge: bytes) -> str:
-        """What shows that this node is who its record says."""
+        """Returns the proof that this node is the one in its record."""
         return self.key.sign("proof", *identity_fields(self.cluster, self.member), challenge.hex())
 
     def credential(self, of: Member, tenant: str) -> str:
-        """What lets this node act as a tenant at another one: a bearer token for one that has shown its proof."""
+        """Returns a bearer token with which this node acts as a tenant at another node that has shown its proof."""
         until_ms = self.now_ms() + CREDENTIAL_MS_MAX
         signature = self.key.sign("credential", *identity_fields(self.cluster, of), self.member.node_id, tenant, until_ms)
         claims = json.dumps([self.member.node_id, tenant, until_ms]).encode().hex()
         return f"{CREDENTIAL_PREFIX}{claims}.{signature}"
 
     def check_of(self, member: Member) -> MemberCheck:
-        """What another node has to pass before this one sends it anything."""
+        """Returns the check that another node must pass before anything is sent to it."""
         return MemberCheck(member, self.cluster, self.key.public)
 
     def tenant_of(self, credential: str) -> str:
-        """As whom the node that presents a credential acts. Raises `Unauthenticated`."""
+        """Returns the tenant as which the holder of a credential acts. Raises `Unauthenticated`."""
         claims, _, signature = credential.removeprefix(CREDENTIAL_PREFIX).partition(".")
         try:
             if len(claims) > 2 * CREDENTIAL_BYTES_MAX:

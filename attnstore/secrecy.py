@@ -1,7 +1,7 @@
-"""What a message may show of text that a user gave and that could not be understood.
+"""The display of user text that could not be parsed and may contain a password.
 
-Owns: that question. Invariant: text that may have a login in it is not shown at all. Which part of it is the password cannot be
-known: where a URL cannot be parsed, that is often because its password has a `/`, `#` or `@` that should have been percent-encoded.
+Owns: that decision. Invariant: text that may contain a login is not shown at all, because its password cannot be located: a URL
+often fails to parse because its password contains a `/`, `#` or `@` that should have been percent-encoded.
 """
 
 from __future__ import annotations
@@ -10,18 +10,18 @@ from typing import Final
 
 _HIDDEN: Final = "(not shown: it may have a password in it)"
 _SCHEMES: Final = frozenset({"grpc", "grpcs", "http", "https"})
-"""URLs with these have no login; with any other, whatever was meant, they may."""
+"""URLs with these schemes have no login; any other text may have one."""
 _CHARS_MAX: Final = 100
 
 
 def may_have_login(text: str) -> bool:
-    """Whether the text may not be shown."""
+    """Returns whether the text must not be shown."""
     scheme, separator, _ = text.partition("://")
     return "@" in text or (separator != "" and scheme not in _SCHEMES)
 
 
 def shown(text: str) -> str:
-    """The text in quotes, its beginning where it is long, or what stands for it. One line, whatever is in the text."""
+    """Returns the text in quotes, truncated if it is long, or a placeholder. Always one line."""
     if may_have_login(text):
         return _HIDDEN
     return repr(text) if len(text) <= _CHARS_MAX else f"{text[:_CHARS_MAX]!r}..."

@@ -1,7 +1,7 @@
-"""`attnstore serve`: a store node from its options, run until SIGTERM.
+"""The command `attnstore serve`: a store node from its options, run until SIGTERM.
 
-Owns: how a node is assembled, with the client that it opens to other nodes. `attnstore.cli` imports this module when the command is
-parsed, because nothing else of the command line needs the packages of `attnstore[node]`.
+Owns: the assembly of a node with the client that it uses for other nodes. `attnstore.cli` imports this module when the command is
+parsed, because the rest of the command line does not need the packages of `attnstore[node]`.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _log = get_logger(__name__)
 
 
 def run_serve(arguments: argparse.Namespace) -> int:
-    """Serves until SIGTERM or SIGINT; the exit status. Raises `InvalidArgument` for an option that does not fit."""
+    """Serves until SIGTERM or SIGINT. Returns the exit status. Raises `InvalidArgument` for an invalid option."""
     options = load_serve_options(arguments)
     configure_logs(options.log_level, options.log_format)
     for name, value in ignored_variables().items():

@@ -1,7 +1,7 @@
-"""Sizes in bytes as people write and read them.
+"""Sizes in bytes as text.
 
 Owns: `parse_size` and `size_text`. Units: `kB`, `MB` and so on are powers of 1000, `KiB`, `MiB` and so on powers of 1024, in either
-case; `k` and `M` stand for `kB` and `MB`, and `kbit` or `Mibit` for an eighth of them.
+case; `k` and `M` mean `kB` and `MB`, and `kbit` or `Mibit` an eighth of them.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ _UNITS: Final = {"": 1.0, "b": 1.0, "bit": 1 / 8} | {
 
 
 def parse_size(text: str) -> int | None:
-    """The bytes of a text such as `512MiB`, `1.5 GB` or `4096`, rounded down. None for any other text."""
+    """Returns the bytes of a text such as `512MiB`, `1.5 GB` or `4096`, rounded down, or None for any other text."""
     match = _SIZE.fullmatch(text)
     unit = _UNITS.get(match[2].lower()) if match else None
     if match is None or unit is None:
@@ -27,7 +27,7 @@ def parse_size(text: str) -> int | None:
 
 
 def size_text(size_bytes: float) -> str:
-    """The size with one decimal in the largest binary unit that it reaches, for example `1.5GiB`."""
+    """Returns the size with one decimal in the largest binary unit that it reaches, for example `1.5GiB`."""
     if size_bytes < 1024:
         return f"{size_bytes:.0f}B"
     for prefix in "KMGTP":

@@ -24,9 +24,9 @@ class NamespaceStatistics:
 class NodeStatistics:
     """One consistent snapshot of a node's counters. Counters count pages since the node's start unless the name says otherwise.
 
-    Each `Match` counts each page that it asks for once, in `hit_pages` or in `missed_pages`; every page after a prefix's first miss
-    is missed. A read counts in `read_pages` alone. `verified_pages` counts the pages that were hashed again in place, and
-    `corrupt_pages` those of them that had changed since they were sealed and were dropped. A cluster's statistics are the sums over
+    Each `Match` counts each requested page once, in `hit_pages` or in `missed_pages`; every page after a prefix's first miss is
+    missed. A read counts only in `read_pages`. `verified_pages` counts the pages that were hashed again in place, and
+    `corrupt_pages` those of them that had changed since they were sealed and were removed. A cluster's statistics are the sums over
     its nodes: a page that several nodes are asked for counts once for each.
     """
 
@@ -52,6 +52,6 @@ class NodeStatistics:
 
     @property
     def hit_rate(self) -> float | None:
-        """Hit pages / asked pages. None before the first `Match`."""
+        """Hit pages / requested pages. None before the first `Match`."""
         asked = self.hit_pages + self.missed_pages
         return self.hit_pages / asked if asked else None

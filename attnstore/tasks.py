@@ -1,12 +1,12 @@
-"""Background work: begun so that it cannot end unnoticed, and ended so that it ends.
+"""Background work: it cannot fail unnoticed, and it can be ended reliably.
 
-Owns: `supervised` and `supervised_thread` for what runs as long as its owner does, `detached` for what is done once and waited for
-by nobody, `on_thread` for what blocks, `end` and `attempt_all` for the end, and the count of failures. Invariants: a failure is
-logged and counted, and what is supervised is tried again; a task that runs is not collected as garbage (the event loop holds tasks
-by weak references only).
+Owns: `supervised` and `supervised_thread` for work that runs as long as its owner, `detached` for work that is done once without a
+waiter, `on_thread` for blocking calls, `end` and `attempt_all` for shutdown, and the count of failures. Invariants: a failure is
+logged and counted, and supervised work is restarted; a running task is not garbage-collected (the event loop holds tasks by weak
+references only).
 
-Why `end` and not `cancel()` and `await` with the cancellation suppressed: that suppresses a cancellation of the caller as well, who
-then goes on for ever; and a library inside the task may swallow the one that was meant for it.
+`end` is used instead of `cancel()` and an `await` that suppresses the cancellation, because that would also suppress a cancellation
+of the caller, and because a library inside the task may swallow the cancellation.
 """
 
 from __future__ import annotations
@@ -33,13 +33,13 @@ _failures_lock = threading.Lock()
 
 
 def failures() -> dict[str, int]:
-    """How often background work of this process has failed, by its name. Safe from any thread."""
+    """Returns how often background work of this process has failed, by its name. Safe from any thread."""
     with _failures_lock:
         return dict(_failures)
 
 
 def supervised(name: str, run: Callable[[], Coroutine[Any, Any, None]]) -> asyncio.Task[None]:
-    """Runs `run()` until it returns or the task is cancelled; where it raises, again after a pause that grows."""
+    """Runs `run()` until it returns or the task is cancelled. If it raises, runs it again after a growing pause."""
 
     async def keep_running() -> None:
         attempts = _Attempts(name)
@@ -56,7 +56,7 @@ def supervised(name: str, run: Callable[[], Coroutine[Any, Any, None]]) -> async
 
 
 def supervised_thread(name: str, run: Callable[[], None]) -> threading.Thread:
-    """As `supervised`, on a daemon thread that is already running."""
+    """`supervised`, on a daemon thread that it starts."""
 
     def keep_running() -> None:
         attempts = _Attempts(name)
@@ -75,15 +75,15 @@ def supervised_thread(name: str, run: Callable[[], None]) -> threading.Thread:
 
 
 def detached(name: str, coroutine: Coroutine[Any, Any, Any]) -> None:
-    """Runs a coroutine on the running event loop once, for nobody who waits: where it raises, that is logged and counted."""
+    """Runs a coroutine once on the running event loop, without a waiter: a failure is logged and counted."""
     task = asyncio.create_task(_watched(name, coroutine), name=f"attnstore-{name}")
     _detached.add(task)
     task.add_done_callback(_detached.discard)
 
 
 async def on_thread(name: str, call: Callable[[], R]) -> R:
-    """`call()` on a daemon thread of its own. Why not `asyncio.to_thread`: its few threads may all be taken by what never ends, and
-    the process waits for them.
+    """Runs `call()` on a daemon thread of its own. `asyncio.to_thread` would not do: calls that never end could take all its
+    threads, and the process waits for them.
     """
     loop = asyncio.get_running_loop()
     outcome: asyncio.Future[R] = loop.create_future()
@@ -93,7 +93,7 @@ async def on_thread(name: str, call: Callable[[], R]) -> R:
             if not outcome.done():
                 set_outcome(value)
 
-        with suppress(RuntimeError):  # the loop has ended, and with it whoever waited
+        with suppress(RuntimeError):  # the loop has ended, so nobody waits any more
             loop.call_soon_threadsafe(tell)
 
     def run() -> None:
@@ -109,8 +109,8 @@ async def on_thread(name: str, call: Callable[[], R]) -> R:
 
 
 async def attempt_all(steps: Mapping[str, Coroutine[Any, Any, Any]], within_s: float) -> None:
-    """Runs all steps at the same time, for as long as that takes but no longer than `within_s`. What fails or goes on is logged,
-    and keeps no other step from its end.
+    """Runs all steps at the same time for at most `within_s`. A step that fails or does not end is logged and does not affect the
+    others.
     """
     running = {asyncio.create_task(step, name=f"attnstore-{name}"): name for name, step in steps.items()}
     if not running:
@@ -125,7 +125,7 @@ async def attempt_all(steps: Mapping[str, Coroutine[Any, Any, Any]], within_s: f
 
 
 async def end(task: asyncio.Task[Any]) -> None:
-    """Cancels a task, again as often as that takes, and waits for its end. Raises what it met other than that."""
+    """Cancels a task, repeatedly if needed, and waits for its end. Raises any other error that the task ended with."""
     while not task.done():
         task.cancel()
         await asyncio.wait([task], timeout=_AGAIN_S)
@@ -141,7 +141,7 @@ async def _watched(name: str, coroutine: Coroutine[Any, Any, Any]) -> None:
 
 
 class _Attempts:
-    """How often one piece of work was tried, and how long to wait before it is tried again."""
+    """The attempts of one piece of work, and the pause before the next."""
 
     def __init__(self, name: str) -> None:
         self._name = name
@@ -150,11 +150,11 @@ class _Attempts:
         self._began_s = time.monotonic()
 
     def begin(self) -> None:
-        """It is tried now."""
+        """Records the start of an attempt."""
         self._began_s = time.monotonic()
 
     def failed(self, error: Exception) -> float:
-        """Counts a failure, and logs it unless it is the last one once more. Seconds until the next attempt."""
+        """Counts a failure, and logs it unless it equals the last one. Returns the seconds until the next attempt."""
         with _failures_lock:
             _failures[self._name] += 1
         if time.monotonic() - self._began_s > TASK_AGAIN_MS_MAX / 1e3:

@@ -81,22 +81,22 @@ class NodeMetrics:
 
     @property
     def read_bytes(self) -> int:
-        """Page bytes sent since start, by all transports together."""
+        """Page bytes sent since start, over all transports."""
         return self._read_bytes
 
     @property
     def read_pages(self) -> int:
-        """Pages handed to readers since start, whole or in part, by all transports together."""
+        """Pages sent or shared since start, whole or in part, over all transports."""
         return self._read_pages
 
     def ended(self, rpc: str, code: str, seconds: float) -> None:
-        """Counts a call that has ended, with how long it took. Safe from any thread."""
+        """Counts a call that has ended, and its duration. Safe from any thread."""
         self.calls.labels(rpc, code).inc()
         self.seconds.labels(rpc).observe(seconds)
 
     @contextmanager
     def call(self, rpc: str) -> Iterator[None]:
-        """Counts what the `with` block does as one call, wherever it came from. Safe from any thread."""
+        """Counts the `with` block as one call, whatever its transport. Safe from any thread."""
         began, code = time.perf_counter(), "ok"
         with self.in_flight.labels(rpc).track_inprogress():
             try:
@@ -117,7 +117,7 @@ class NodeMetrics:
         self._pages[rpc, status.name.lower()].inc(count)
 
     def sent(self, transport: str, pages: int, size_bytes: int) -> None:
-        """Counts pages that a Read answered, and the bytes handed over. Safe from any thread."""
+        """Counts pages answered by a Read, and the bytes sent. Safe from any thread."""
         self.pages("Read", PageStatus.OK, pages)
         self._sent[(transport,)].inc(size_bytes)
         with self._lock:
@@ -125,7 +125,7 @@ class NodeMetrics:
             self._read_bytes += size_bytes
 
     def received(self, transport: str, size_bytes: int) -> None:
-        """Counts page bytes taken from a writer, kept or not. Safe from any thread."""
+        """Counts page bytes received from a writer, stored or not. Safe from any thread."""
         self._received[(transport,)].inc(size_bytes)
 
     def attended(self, transport: str, rows: int) -> None:
@@ -134,8 +134,8 @@ class NodeMetrics:
 
 
 class _ByLabels(dict[tuple[str, ...], Counter]):
-    """The children of a counter by their label values. `Counter.labels` takes a lock and builds the key anew at every call, which a
-    page would pay for three times.
+    """The children of a counter by their label values. `Counter.labels` takes a lock and builds the key at every call, which every
+    page would pay three times.
     """
 
     def __init__(self, counter: Counter) -> None:
@@ -148,7 +148,7 @@ class _ByLabels(dict[tuple[str, ...], Counter]):
 
 
 class TaskFailures(Collector):
-    """How often background work of this process has failed: its tasks are its own, whatever lives in it."""
+    """The failures of background work in this process, whose tasks are shared by everything that runs in it."""
 
     def describe(self) -> Iterator[Metric]:
         yield from ()

@@ -1,6 +1,6 @@
-"""Bearer tokens: what they may be made of, and whose one is.
+"""Bearer tokens: their format and their holders.
 
-Exists apart from the options so that clients need not load what reads options.
+Separate from the options, so that clients need not load the options' dependencies.
 """
 
 from __future__ import annotations
@@ -10,16 +10,18 @@ from collections.abc import Mapping
 from typing import Final
 
 BEARER: Final = "Bearer "
-"""What stands before the token in a header `authorization`."""
+"""The prefix of the token in the header `authorization`."""
 
 
 def is_token(text: str) -> bool:
-    """Whether a token can travel in a header: printable ASCII without spaces, and not empty."""
+    """Returns whether a token can be sent in a header: printable ASCII without spaces, and not empty."""
     return text != "" and all("!" <= character <= "~" for character in text)
 
 
 def holder(holders: Mapping[str, str], given: str) -> str | None:
-    """Who holds the token `given`, of token -> holder; None for an unknown one. Each token is compared, in constant time."""
+    """Returns the holder of the token `given`, from token -> holder, or None for an unknown one. Compares every token, in constant
+    time.
+    """
     found = None
     for token, name in holders.items():
         if hmac.compare_digest(token.encode(), given.encode(errors="surrogateescape")):

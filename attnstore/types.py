@@ -1,4 +1,4 @@
-"""The small value types that the store, the client and the wire share."""
+"""The value types shared by the store, the client and the wire."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from attnstore.errors import Retryable
 
 
 class Space(NamedTuple):
-    """A namespace of one tenant, by which a node keeps pages: equal digests of two tenants are two spaces."""
+    """A namespace of one tenant. Nodes store pages by space: equal digests of two tenants are two spaces."""
 
     tenant: str
     namespace: bytes
 
 
 class PageStatus(enum.IntEnum):
-    """What became of one page of a batch. The numbers are those of the wire's `PageStatus`."""
+    """The result for one page of a batch. The numbers are those of the wire's `PageStatus`."""
 
     OK = 1
     MISSING = 2
@@ -32,23 +32,23 @@ class PageStatus(enum.IntEnum):
     PINNED = 10
     DELETED = 11
 
-    # Known to the client alone, never sent: what a read found wrong on this side of the network.
+    # Known only to the client, never sent: errors that a read found on this side of the network.
     CORRUPT = 100
     INCOMPLETE = 101
 
     @property
     def is_hit(self) -> bool:
-        """The bytes are there and verified."""
+        """True if the bytes were read and verified."""
         return self is PageStatus.OK
 
     @property
     def is_kept(self) -> bool:
-        """After a write: the store holds the page."""
+        """True if the store holds the page after a write."""
         return self in (PageStatus.STORED, PageStatus.ALREADY_PRESENT)
 
 
 class PageEventKind(enum.IntEnum):
-    """What happened to a page; the numbers are those of the wire's `PageEvent.Kind`."""
+    """The kind of a page event; the numbers are those of the wire's `PageEvent.Kind`."""
 
     SEALED = 1
     EVICTED = 2
@@ -57,7 +57,7 @@ class PageEventKind(enum.IntEnum):
 
 
 class PageEvent(NamedTuple):
-    """One event of `watch`. `hash` is empty and `dropped` counts the lost events when `kind` is LAGGED."""
+    """One event of `watch`. For LAGGED, `hash` is empty and `dropped` counts the lost events."""
 
     kind: PageEventKind
     hash: bytes
@@ -67,7 +67,7 @@ class PageEvent(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Lease:
-    """A time-bounded pin of the pages that one `match` hit."""
+    """A time-bounded pin of the pages found by one `match`."""
 
     lease_id: bytes
     lease_ms: int
@@ -75,10 +75,11 @@ class Lease:
 
 @dataclass(frozen=True, slots=True)
 class MatchResult:
-    """`hits[i]`: how many leading pages of prefix i are on the node. `lease` is None where none was asked for or nothing hit.
+    """`hits[i]` is the number of leading pages of prefix i that are stored. `lease` is None if none was requested or nothing was
+    found.
 
-    `error` says why a cluster's nodes were not asked, or that none of them answered: nothing is known of the pages then. One node
-    that does not answer raises instead.
+    `error` says why no node of a cluster was asked or answered; the result then says nothing about the pages. If a single node does
+    not answer, the call raises instead.
     """
 
     hits: tuple[int, ...]
@@ -88,12 +89,11 @@ class MatchResult:
 
 @dataclass(frozen=True, slots=True)
 class ReadResult:
-    """Status of each page in the order asked for. The buffer of a page that is not a hit has unspecified content.
+    """The status of each page in the requested order. The content of the buffer of a page that is not a hit is unspecified.
 
-    `error` is None where the read ran to its end; otherwise it says what broke it off (deadline, lost connection, no node that
-    could be asked), and the pages that were not complete by then are INCOMPLETE. Once a result is returned, nothing is written into
-    the buffers any more.
-    `transport` is the one that carried the pages; a cluster's nodes may use several, which are joined by commas.
+    `error` is None if the read was completed. Otherwise it says what interrupted the read (deadline, lost connection, no node that
+    could be asked), and pages that were not complete then are INCOMPLETE. After a result is returned, nothing is written into the
+    buffers any more. `transport` is the transport of the pages; if the nodes of a cluster use several, they are joined by commas.
     """
 
     statuses: tuple[PageStatus, ...]
@@ -103,7 +103,7 @@ class ReadResult:
 
     @property
     def leading_hits(self) -> int:
-        """How many pages from the first on were read and verified."""
+        """The number of leading pages that were read and verified."""
         for index, status in enumerate(self.statuses):
             if not status.is_hit:
                 return index
@@ -112,15 +112,15 @@ class ReadResult:
 
 @dataclass(frozen=True, slots=True)
 class WriteResult:
-    """Verdict on each page in the order given."""
+    """The verdict on each page, in the given order."""
 
     verdicts: tuple[PageStatus, ...]
     bytes_written: int
 
 
 class DeleteResult(tuple[PageStatus, ...]):
-    """OK, MISSING or PINNED for each page in the order given. `unreached` are the nodes of a cluster that did not answer: what they
-    had they have still, until their cluster's directory tells them, within a heartbeat of being back.
+    """OK, MISSING or PINNED for each page in the given order. `unreached` are the nodes of a cluster that did not answer. They keep
+    the pages until their cluster's directory tells them, within a heartbeat after they are back.
     """
 
     unreached: tuple[str, ...]
@@ -133,7 +133,7 @@ class DeleteResult(tuple[PageStatus, ...]):
 
 @dataclass(frozen=True, slots=True)
 class AttendLimits:
-    """What a node that answers queries allows: rows and their bytes in one query, pages in one set, sets on one stream."""
+    """The limits of a node that attends: rows per query and their bytes, pages per set, sets per stream."""
 
     rows_max: int
     bytes_max: int
@@ -143,8 +143,8 @@ class AttendLimits:
 
 @dataclass(frozen=True, slots=True)
 class NodeDescription:
-    """What a node says of itself. A new `epoch` means that it was restarted with an empty arena. `attend` is None where the node
-    answers no queries. `tenant` is who asked, as the node takes it from the token.
+    """A node's description of itself. A new `epoch` means that it was restarted with an empty arena. `attend` is None if the node
+    does not attend. `tenant` is the caller's tenant, by its token.
     """
 
     node_id: str

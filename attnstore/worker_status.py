@@ -1,7 +1,7 @@
-"""What workers say of themselves, for `attnstore status --worker URL`: measured links and costs, and how well they were predicted.
+"""Measured links and costs of workers, for `attnstore status --worker URL`.
 
-Owns: `WorkerStatus`, read from a worker's `GET /planner`. Invariant: a worker that does not answer, or answers with anything else,
-is shown as such, within the deadline.
+Owns: `WorkerStatus`, read from a worker's `GET /planner`. Invariant: a worker that gives no valid answer within the deadline is
+shown as such.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _ANSWER_BYTES_MAX: Final = 4 << 20
 
 @dataclass(frozen=True, slots=True)
 class WorkerLink:
-    """A tier as the worker has measured it; `spread`: the factor within which a read is expected."""
+    """A tier as measured by the worker; `spread` is the factor within which the time of a read is expected."""
 
     tier: str
     rtt_ms: float
@@ -30,10 +30,10 @@ class WorkerLink:
 
 @dataclass(frozen=True, slots=True)
 class WorkerStatus:
-    """One worker, `error` where it does not answer; None for what it has not measured.
+    """One worker. `error` is set if it does not answer; values that it has not measured are None.
 
-    `prefill_tokens_per_s` is for a prompt of 1,024 tokens in chunks of 256, `attend_round_trip_ms` one exchange with a node that
-    attends, `choices` counts prompts by what was planned, `median_error` is the relative error of predicted times to first tokens.
+    `prefill_tokens_per_s` is for a prompt of 1,024 tokens in chunks of 256, `attend_round_trip_ms` is one exchange with a node that
+    attends, `choices` counts prompts by planned choice, `median_error` is the relative error of predicted times to first tokens.
     """
 
     url: str
@@ -49,13 +49,13 @@ class WorkerStatus:
 async def worker_statuses(
     urls: Sequence[str], deadline_ms: float, http_proxy: str | None = None, token: str | None = None
 ) -> tuple[WorkerStatus, ...]:
-    """Asks all of them at once, with the same token."""
+    """Asks all workers at once, with the same token."""
     asked = (asyncio.to_thread(_ask, url.rstrip("/"), deadline_ms, http_proxy, token) for url in urls)
     return tuple(await asyncio.gather(*asked))
 
 
 def worker_rows(workers: Sequence[WorkerStatus]) -> list[tuple[str, ...]]:
-    """A table's rows, the head first: one for each link of each worker."""
+    """Returns the rows of a table, the head first: one row per link of each worker."""
     rows: list[tuple[str, ...]] = [("WORKER", "TIER", "RTT", "GB/S", "+-", "PREFILL", "DECODE", "ATTEND", "ERROR", "CHOICES")]
     for worker in workers:
         if worker.error is not None:
@@ -85,7 +85,7 @@ def _ask(url: str, deadline_ms: float, http_proxy: str | None, token: str | None
 
 def _parse(url: str, body: dict[str, Any]) -> WorkerStatus:
     costs, predictions = body.get("costs"), body.get("predictions")
-    if costs is None or predictions is None:  # a worker that measures nothing
+    if costs is None or predictions is None:  # a worker without measurements
         return WorkerStatus(url)
     links = [
         WorkerLink(str(tier), float(link["rtt_ms"]), float(link["bytes_per_ms"]) * 8 / 1e6, float(link["spread"]))

@@ -1,4 +1,4 @@
-"""Test doubles and helpers that ship with the product: the fakes behind its own seams, and real nodes to test against."""
+"""Test doubles and helpers that ship with the product: fakes for its own interfaces, and real nodes for tests."""
 
 from attnstore.testing.clock import ManualClock
 from attnstore.testing.node import StoreProcess

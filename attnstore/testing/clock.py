@@ -1,4 +1,4 @@
-"""A clock that only tests move."""
+"""A clock that only tests advance."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class ManualClock:
         return self._now_ms
 
     def advance_ms(self, step_ms: float) -> None:
-        """Moves time forward; a negative step raises `ValueError` because a monotonic clock never goes back."""
+        """Advances the time; a negative step raises `ValueError`, because a monotonic clock never goes back."""
         if step_ms < 0:
             raise ValueError(f"step_ms is {step_ms}; a monotonic clock never goes back")
         self._now_ms += step_ms

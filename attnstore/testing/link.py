@@ -44,15 +44,16 @@ _READY = "relaying "
 _TIMER_SLACK_NS = 1_000
 _PR_SET_TIMERSLACK = 29
 _TARGETS_PORT = -1
-"""No port: that of the target."""
+"""None means the target's port."""
 
 
 class Link:
     """A relay process to `targets` (`host:port` each); `addresses[i]` leads to `targets[i]`. A context manager.
 
-    `profile` is a `LinkProfile`, or text for `parse_link`. `listen_host` is where it listens, on the targets' ports; by default the
-    first loopback address from 127.0.0.2 on that has them all free. The same `seed` draws the same jitter for the same connections
-    in the same order. Raises `RuntimeError` with the relay's own words when it does not start, `InvalidArgument` for a bad profile.
+    `profile` is a `LinkProfile`, or text for `parse_link`. `listen_host` is where the relay listens, on the targets' ports; by
+    default the first loopback address from 127.0.0.2 on where all these ports are free. The same `seed` gives the same jitter for
+    the same connections in the same order. Raises `RuntimeError` with the relay's output if it does not start, `InvalidArgument`
+    for a bad profile.
     """
 
     def __init__(
@@ -75,9 +76,9 @@ class Link:
 
     @classmethod
     def to_node(cls, url: str, profile: LinkProfile | str = "loopback", *, token: str | None = None, seed: int = 0) -> Link:
-        """A link to the store node at `url` (`grpc://host:port`): its service and, where it offers one, its page channel.
+        """Returns a link to the store node at `url` (`grpc://host:port`): to its service and to its page channel, if it offers one.
 
-        Connect to `link.url`. Errors also as those of `attnstore.connect` and `describe`.
+        Connect to `link.url`. Also raises the errors of `attnstore.connect` and `describe`.
         """
         with attnstore.connect(url, transport="grpc", token=token) as client:
             offered = client.describe().transports
@@ -89,7 +90,7 @@ class Link:
 
     @property
     def url(self) -> str:
-        """The first target, seen through the link, for `attnstore.connect`."""
+        """The URL of the first target through the link, for `attnstore.connect`."""
         return f"grpc://{self.addresses[0]}"
 
     def __enter__(self) -> Self:
@@ -99,28 +100,28 @@ class Link:
         self.close()
 
     def change(self, profile: LinkProfile | str) -> None:
-        """Another profile from now on; bytes that are on their way arrive as they would have."""
+        """Switches to another profile; bytes in flight arrive as before."""
         self.profile = _profile(profile)
         self._command(f"profile {self.profile.spec}")
 
     def stall(self) -> None:
-        """Nothing moves and no connection breaks, until `restore`."""
+        """Stops all traffic without breaking connections, until `restore`."""
         self._command("stall")
 
     def flap(self, period_ms: float) -> None:
-        """Stalled for one period, fine for the next, and so on, until `restore`."""
+        """Alternates between stalled and open, one period each, until `restore`."""
         self._command(f"flap {period_ms}")
 
     def cut(self) -> None:
-        """Every connection breaks, and every new one, until `restore`."""
+        """Breaks every connection, and every new one, until `restore`."""
         self._command("cut")
 
     def restore(self) -> None:
-        """Whole again."""
+        """Ends a stall, flapping or a cut."""
         self._command("restore")
 
     def traffic(self) -> Traffic:
-        """What has passed since the start."""
+        """Returns the traffic since the start."""
         return Traffic(**json.loads(self._command("traffic")))
 
     def close(self) -> None:
@@ -163,7 +164,7 @@ class Link:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Relays until it is interrupted; 2 after one line that says what is wrong with the options."""
+    """Relays until it is interrupted. Returns 2 after a one-line message if the options are wrong."""
     options = _parser().parse_args(argv)
     _wake_on_time()
     try:
@@ -211,7 +212,7 @@ def _parser() -> argparse.ArgumentParser:
 
 @dataclass(frozen=True, slots=True)
 class _Place:
-    """Where connections to one target are taken, and the sockets that take them."""
+    """A listening place for connections to one target, and its sockets."""
 
     address: Address
     listeners: tuple[socket.socket, ...]
@@ -283,7 +284,7 @@ def _profile(profile: LinkProfile | str) -> LinkProfile:
 
 
 def _wake_on_time() -> None:
-    """The kernel may be 50 us late with a sleep, so that wake-ups share an interrupt; that is half of our budget."""
+    """The kernel may delay wake-ups by 50 us to merge interrupts, which is half of our budget."""
     ctypes.CDLL(None).prctl(_PR_SET_TIMERSLACK, _TIMER_SLACK_NS, 0, 0, 0)
 
 

@@ -1,15 +1,15 @@
-"""A TCP relay that makes a loopback connection as slow, as far or as broken as a profile says.
+"""A TCP relay that gives loopback connections the rate, delay and faults of a profile.
 
-Owns: `Relay`, its listeners, its connections and their threads, two or more for each. Runs in a process of its own; use it through
-`attnstore.testing.link`.
+Owns: `Relay`, its listeners, its connections and their threads, two or more per connection. Runs in a process of its own; use it
+through `attnstore.testing.link`.
 
-What it imitates: serialization at the link's rate, shared by all connections in order of arrival; propagation delay and jitter in
-each direction; the round trip that a TCP handshake takes; a link that stalls, flaps or is cut. What it does not: TCP's slow start
-and losses over a long path (both ends of the relay are loopback connections with all the window they want), and headers. Bytes are
-moved by the kernel (`splice`), through a pipe, and enter Python only where a delay keeps them.
+It imitates: serialization at the link's rate, shared by all connections in order of arrival; propagation delay and jitter in each
+direction; the round trip of a TCP handshake; a link that stalls, flaps or is cut. It does not imitate TCP's slow start and losses
+over a long path (both ends of the relay are loopback connections with large windows), nor headers. The kernel moves the bytes
+(`splice`), through a pipe; they enter Python only while they are delayed.
 
-Invariant: bytes of a connection leave in the order in which they came, unchanged, and none leaves earlier than the profile allows,
-except for the first `_BURST_S` of a silent link: a token bucket, as `tc tbf` is one.
+Invariant: bytes of a connection leave in the order in which they arrived, unchanged, and none leaves earlier than the profile
+allows, except for the first `_BURST_S` after a silence: a token bucket, like `tc tbf`.
 """
 
 from __future__ import annotations
@@ -34,13 +34,13 @@ from attnstore.links import LinkProfile
 _BURST_S = 0.001
 _PIPE_BYTES = 1 * MIB
 _RECEIVE_BUFFER_BYTES = 512 * KIB
-"""Enough for any rate on loopback; deeper ones would hold a slow link's bytes twice, here and on their way."""
+"""Enough for any rate on loopback; a deeper buffer would hold a slow link's bytes twice, here and in flight."""
 _PIECE_BYTES_MIN = 1460
 _PIECE_BYTES_DELAYED_MAX = 256 * KIB
 _DELAYED_BYTES_MAX = 64 * MIB
-"""On their way in one direction of one connection: 50 ms at 10 Gb/s."""
+"""Bytes in flight in one direction of one connection: 50 ms at 10 Gb/s."""
 _DELAY_S_MIN = 50e-6
-"""Handing bytes to another thread takes longer than that, and the relay itself adds about as much."""
+"""Shorter delays are not imitated: handing bytes to another thread takes longer, and the relay itself adds about as much."""
 _CONNECTIONS_MAX = 256
 _CONNECT_S_MAX = 5.0
 _RESET = struct.pack("ii", 1, 0)  # SO_LINGER of zero seconds: closing sends RST
@@ -48,7 +48,7 @@ _RESET = struct.pack("ii", 1, 0)  # SO_LINGER of zero seconds: closing sends RST
 
 @dataclass(frozen=True, slots=True)
 class Traffic:
-    """What has passed since the start. Payload bytes; `up` is from client to target."""
+    """The traffic since the start. Payload bytes; `up` is from client to target."""
 
     connections: int
     up_bytes: int
@@ -56,7 +56,7 @@ class Traffic:
 
 
 class Gate:
-    """Whether the link moves anything at all. Open at first."""
+    """Whether the link moves any bytes. Initially open."""
 
     def __init__(self) -> None:
         self._changed = threading.Condition()
@@ -65,15 +65,15 @@ class Gate:
         self._flaps_since_s = 0.0
 
     def open(self) -> None:
-        """Everything that waited goes on."""
+        """Lets all waiting traffic continue."""
         self._set(closed_until_s=0.0, flap_s=0.0)
 
     def close(self) -> None:
-        """Nothing passes until `open`."""
+        """Stops all traffic until `open`."""
         self._set(closed_until_s=math.inf, flap_s=0.0)
 
     def flap(self, period_s: float) -> None:
-        """Closed for one period, open for the next, and so on until `open`."""
+        """Alternates between closed and open, one period each, until `open`."""
         self._set(closed_until_s=0.0, flap_s=period_s)
 
     def wait(self) -> None:
@@ -97,7 +97,7 @@ class Gate:
 
 
 class Wire:
-    """One direction of the cable, which all connections share."""
+    """One direction of the cable, shared by all connections."""
 
     def __init__(self, bits_per_s: float, delay_s: float, jitter_s: float, now_s: Callable[[], float] = time.monotonic) -> None:
         self._now_s = now_s
@@ -107,17 +107,17 @@ class Wire:
         self.change(bits_per_s, delay_s, jitter_s)
 
     def change(self, bits_per_s: float, delay_s: float, jitter_s: float) -> None:
-        """For bytes that come from now on; what is on its way arrives as it would have."""
+        """Changes the profile for bytes that arrive from now on; bytes in flight arrive as before."""
         with self._lock:
             self._s_per_byte = 8 / bits_per_s
             self.delay_s, self.jitter_s = delay_s, jitter_s
             self._free_s = min(self._free_s, self._now_s())
-            # Pieces of about a millisecond: connections share the wire by turns, and a change is felt soon.
+            # Pieces of about a millisecond, so that connections alternate on the wire and a change takes effect soon.
             whole = _PIECE_BYTES_DELAYED_MAX if delay_s >= _DELAY_S_MIN else _PIPE_BYTES
             self.piece_bytes = int(min(max(bits_per_s / 8 * 0.001, _PIECE_BYTES_MIN), whole))
 
     def admit(self, size_bytes: int) -> float:
-        """Takes the wire for so many bytes; the monotonic time, in seconds, at which the last of them has left."""
+        """Reserves the wire for `size_bytes` bytes. Returns the monotonic time, in seconds, at which the last of them has left."""
         now_s = self._now_s()
         with self._lock:
             self.moved_bytes += size_bytes
@@ -140,11 +140,13 @@ class _DelayLine:
 
     @property
     def is_empty(self) -> bool:
-        """All that was put has been delivered."""
+        """True if everything that was put has been delivered."""
         return self._held_bytes == 0
 
     def put(self, due_s: float, piece: bytes) -> None:
-        """Delivers at `due_s`, not before what was put earlier. Waits while the line is full. `OSError` if the sink broke."""
+        """Delivers at `due_s`, but not before earlier bytes. Waits while the line is full. Raises `OSError` if the
+        sink is broken.
+        """
         if self._thread.ident is None:
             self._thread.start()
         with self._changed:
@@ -157,12 +159,12 @@ class _DelayLine:
             self._changed.notify_all()
 
     def drain(self) -> None:
-        """Returns when everything has been delivered, or the sink broke."""
+        """Returns when everything has been delivered, or the sink is broken."""
         with self._changed:
             self._changed.wait_for(lambda: self.is_empty or self._broken)
 
     def close(self) -> None:
-        """Nothing more comes; what has not been delivered is dropped."""
+        """Accepts no more bytes; undelivered ones are dropped."""
         with self._changed:
             self._broken = True
             self._changed.notify_all()
@@ -186,7 +188,7 @@ class _DelayLine:
 
 
 class _Pump:
-    """One direction of one connection: bytes from `source` to `sink` as the wire and the gate allow."""
+    """One direction of one connection: moves bytes from `source` to `sink` as the wire and the gate allow."""
 
     def __init__(self, source: socket.socket, sink: socket.socket, wire: Wire, gate: Gate, draw: random.Random) -> None:
         self._source = source
@@ -196,7 +198,7 @@ class _Pump:
         self._draw = draw
 
     def run(self) -> None:
-        """Until the source ends, which the sink is told. Raises `OSError` when either breaks."""
+        """Runs until the source ends, and then ends the sink. Raises `OSError` when either breaks."""
         line = _DelayLine(self._sink, self._gate)
         inlet, outlet = _pipe()
         try:
@@ -233,7 +235,7 @@ class _Connection:
         self._running = 2
 
     def run(self, pump: _Pump) -> None:
-        """One direction, on a thread of its own."""
+        """Runs one direction, on a thread of its own."""
         try:
             pump.run()
         except OSError:
@@ -245,7 +247,7 @@ class _Connection:
                     end.close()
 
     def abort(self) -> None:
-        """Both ends see the connection break."""
+        """Breaks the connection at both ends."""
         for end in self._sockets:
             with contextlib.suppress(OSError):
                 end.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET)
@@ -257,7 +259,9 @@ class _Connection:
 
 
 class Relay:
-    """Relays connections over one link, those at the first socket of a route to its address. `seed` decides all jitter."""
+    """Relays connections over one link: a connection to the first socket of a route goes to the route's address. `seed` determines
+    all jitter.
+    """
 
     def __init__(self, routes: Sequence[tuple[socket.socket, Address]], profile: LinkProfile, seed: int) -> None:
         self._gate = Gate()
@@ -269,25 +273,25 @@ class Relay:
         self._accepted = 0
         self._is_cut = False
         for listener, target in routes:
-            # A connection's buffer is its listener's, and its window is agreed in the handshake.
+            # A connection inherits the buffer of its listener, and the handshake negotiates its window.
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, _RECEIVE_BUFFER_BYTES)
             threading.Thread(target=self._accept, args=(listener, target), daemon=True).start()
 
     def change(self, profile: LinkProfile) -> None:
-        """Takes another profile, in the middle of whatever runs."""
+        """Switches to another profile at any time."""
         self._up.change(profile.up_bits_per_s, profile.one_way_ms / 1000, profile.jitter_ms / 1000)
         self._down.change(profile.down_bits_per_s, profile.one_way_ms / 1000, profile.jitter_ms / 1000)
 
     def stall(self) -> None:
-        """Connections stay and nothing moves, until `restore`."""
+        """Stops all traffic without breaking connections, until `restore`."""
         self._gate.close()
 
     def flap(self, period_s: float) -> None:
-        """Nothing moves for one period, then the link is fine for one, and so on, until `restore`."""
+        """Alternates between stalled and open, one period each, until `restore`."""
         self._gate.flap(period_s)
 
     def cut(self) -> None:
-        """All connections break, and new ones too, until `restore`."""
+        """Breaks all connections, and new ones too, until `restore`."""
         with self._lock:
             self._is_cut = True
             connections, self._connections = self._connections, []
@@ -296,13 +300,13 @@ class Relay:
         self._gate.open()
 
     def restore(self) -> None:
-        """The link is whole again: neither stalled nor flapping nor cut."""
+        """Ends a stall, flapping or a cut."""
         with self._lock:
             self._is_cut = False
         self._gate.open()
 
     def traffic(self) -> Traffic:
-        """What has passed so far."""
+        """Returns the traffic so far."""
         return Traffic(self._accepted, self._up.moved_bytes, self._down.moved_bytes)
 
     def _accept(self, listener: socket.socket, target: Address) -> None:
@@ -332,7 +336,7 @@ class Relay:
             self._connections.append(connection)
         if is_cut:
             connection.abort()
-        # The handshake over the real path: the client believes that it is connected and its first bytes wait.
+        # The handshake over the real path: the client believes that it is connected, and its first bytes wait.
         _sleep_until(time.monotonic() + 2 * self._up.delay_s)
         draws = [random.Random(f"{self._seed} {number} {direction}") for direction in ("up", "down")]
         up = _Pump(client, server, self._up, self._gate, draws[0])
@@ -347,9 +351,9 @@ def _refuse(client: socket.socket) -> None:
 
 
 def _pipe() -> tuple[int, int]:
-    """Write end, read end."""
+    """Returns write end and read end."""
     outlet, inlet = os.pipe()
-    with contextlib.suppress(OSError):  # beyond what the system grants a user: a smaller pipe works too
+    with contextlib.suppress(OSError):  # above the limit of an unprivileged user: a smaller pipe works too
         fcntl.fcntl(inlet, fcntl.F_SETPIPE_SZ, _PIPE_BYTES)
     return inlet, outlet
 

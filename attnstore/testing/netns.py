@@ -1,8 +1,8 @@
-"""Networks of several machines in one: network namespaces joined by a cable as a link profile describes it, or by a switch.
+"""Networks of several hosts on one machine: network namespaces joined by a cable with a link profile, or by a switch.
 
-Owns: the namespaces, their virtual Ethernet pairs and queueing disciplines. Invariant: all of it is gone when the `with` block
-ends, however it ends. Linux only; needs root and iproute2 (`ip`, `tc`). A rate needs the kernel's `tbf`; a delay needs `netem`,
-which not every kernel has: there, `attnstore.testing.link` delays in userspace.
+Owns: the namespaces, their virtual Ethernet pairs and queueing disciplines. Invariant: all of them are removed when the `with`
+block ends, however it ends. Linux only; needs root and iproute2 (`ip`, `tc`). A rate needs the kernel's `tbf`; a delay needs
+`netem`, which not every kernel has: without it, `attnstore.testing.link` delays in userspace.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ _NAMES = itertools.count()
 _DEVICE = "eth0"
 _BRIDGE = "bridge"
 _MTU_BYTES = 9_000
-"""Jumbo frames, as storage networks have: headers cost 0.7% of the rate instead of 4.4%."""
+"""Jumbo frames, as in storage networks: headers cost 0.7% of the rate instead of 4.4%."""
 _BURST_BYTES_MIN = 256 << 10
 _BURST_S = 0.001
 _QUEUE_MS = 20
 _QUEUE_PACKETS_MIN = 1_000
 _OWN_DELAY_MS = 0.1
-"""What two namespaces take to wake each other, about: a cable that is no longer than that needs no `netem`."""
+"""About the time of a wake-up between two namespaces: a cable with no longer delay needs no `netem`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +43,7 @@ class Host:
 
     @contextmanager
     def entered(self) -> Iterator[None]:
-        """This thread, and every process that it starts, is on this host. Threads that exist already are not."""
+        """Moves this thread, and every process that it starts, to this host for the block. Existing threads stay."""
         own = os.open("/proc/thread-self/ns/net", os.O_RDONLY)
         try:
             there = os.open(Path("/run/netns") / self.namespace, os.O_RDONLY)
@@ -60,10 +60,10 @@ class Host:
 
 
 class ShapedLink:
-    """Two hosts and the cable of a profile (or of its text, see `parse_link`) between them; a context manager.
+    """Two hosts and a cable with a profile (or its text, see `parse_link`) between them; a context manager.
 
-    `node` and `client` are its ends; `down` is from the node. Raises `RuntimeError` with the words of `ip` or `tc` where the system
-    refuses, as it refuses a delay where the kernel has no `netem`.
+    `node` and `client` are its ends; `down` is from the node. Raises `RuntimeError` with the message of `ip` or `tc` if the system
+    refuses, for example a delay without `netem`.
     """
 
     def __init__(self, profile: LinkProfile | str) -> None:
@@ -92,7 +92,7 @@ class ShapedLink:
 class Switch:
     """Hosts on one switch, each on a cable of its own; a context manager.
 
-    `join` adds a host while the switch runs. Raises `RuntimeError` with the words of `ip` or `tc` where the system refuses.
+    `join` adds a host while the switch runs. Raises `RuntimeError` with the message of `ip` or `tc` if the system refuses.
     """
 
     def __init__(self) -> None:
@@ -112,7 +112,7 @@ class Switch:
         self._undo.close()
 
     def join(self, name: str) -> Host:
-        """A host of this name, with an address of the switch's network."""
+        """Adds a host of this name, with an address in the switch's network."""
         number = len(self._ports) + 1
         host = Host(f"{self._name}-{name}", f"10.98.77.{number}")
         port = self._ports[host.namespace] = f"port{number}"
@@ -124,7 +124,7 @@ class Switch:
         return host
 
     def cut(self, host: Host) -> None:
-        """From now on nothing passes between `host` and the others, and neither end is told: packets vanish."""
+        """Drops all packets between `host` and the others, without a sign to either end."""
         _run("ip", "-netns", self._name, "link", "set", self._ports[host.namespace], "nomaster")
 
     def mend(self, host: Host) -> None:
@@ -132,21 +132,22 @@ class Switch:
         _run("ip", "-netns", self._name, "link", "set", self._ports[host.namespace], "master", _BRIDGE)
 
     def shape(self, host: Host, profile: LinkProfile | str) -> None:
-        """Makes the host's cable that of a profile; `up` is from the host."""
+        """Gives the host's cable a profile; `up` is from the host."""
         profile = parse_link(profile) if isinstance(profile, str) else profile
         _shape(host.namespace, _DEVICE, profile.up_bits_per_s, profile)
         _shape(self._name, self._ports[host.namespace], profile.down_bits_per_s, profile)
 
 
 def queueing_discipline(bits_per_s: float, delay_ms: float, jitter_ms: float) -> tuple[str, ...]:
-    """What `tc` is told to put at one end of a cable: a token bucket for a rate, `netem` where there is a delay too, or nothing.
+    """Returns the arguments of `tc` for one end of a cable: a token bucket for a rate, `netem` if there is also a delay, or
+    nothing.
 
     >>> queueing_discipline(1e9, 0.0, 0.0)
     ('tbf', 'rate', '1000000000bit', 'burst', '262144', 'latency', '20ms')
     """
     rate = () if bits_per_s == math.inf else ("rate", f"{bits_per_s:.0f}bit")
     if delay_ms > _OWN_DELAY_MS:
-        # Room for what is on its way and for the queue before it; a cable without a limit is no faster than memory.
+        # Room for bytes in flight and for the queue before them; a cable without a limit is as fast as memory.
         packets = math.ceil(min(bits_per_s, 100e9) / 8 * (delay_ms + _QUEUE_MS) / 1000 / _MTU_BYTES)
         return ("netem", "delay", f"{delay_ms}ms", f"{jitter_ms}ms", *rate, "limit", str(max(_QUEUE_PACKETS_MIN, packets)))
     if not rate:

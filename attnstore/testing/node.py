@@ -13,16 +13,16 @@ from typing import Self
 
 _READY = "listening on "
 _START_S_MAX = 120.0
-"""A node that attends compiles its kernels first, where nobody has before it: half a minute on a busy machine."""
+"""A node that attends compiles its kernels first unless they are cached: half a minute on a busy machine."""
 _STOP_S_MAX = 30.0
 
 
 class StoreProcess:
-    """`attnstore serve` with the given options, on a free loopback port unless they say otherwise; a context manager. It answers no
-    queries unless `--attend-threads` is among them, because a node that does loads torch first.
+    """`attnstore serve` with the given options, on a free loopback port unless they name one; a context manager. It does not attend
+    unless `--attend-threads` is given, because a node that attends loads torch first.
 
-    `under` is a command that runs it, with its arguments. `url` is ready for `attnstore.connect`. Raises `RuntimeError` with the
-    node's own words if it does not start.
+    `under` is a command that runs it, with its arguments. `url` is for `attnstore.connect`. Raises `RuntimeError` with the node's
+    log if it does not start.
     """
 
     def __init__(self, *options: str, environment: dict[str, str] | None = None, under: Sequence[str] = ()) -> None:
@@ -34,7 +34,7 @@ class StoreProcess:
             text=True,
             env={"ATTNSTORE_ATTEND_THREADS": "0", **os.environ, **(environment or {})},
         )
-        # The log is drained all the time, or a full pipe would stop the node.
+        # Drains the log all the time, because a full pipe would block the node.
         self._log: list[str] = []
         self._drain = threading.Thread(target=self._read_log, daemon=True)
         self._drain.start()
@@ -49,24 +49,26 @@ class StoreProcess:
 
     @property
     def log(self) -> str:
-        """Everything that the node has logged so far."""
+        """The log of the node so far."""
         return "".join(self._log)
 
     def stop(self) -> int:
-        """SIGTERM, then waits for the drain; the exit status. Kills the node if it does not end in time."""
+        """Sends SIGTERM and waits for the drain. Returns the exit status. Kills the node if it does not end in time."""
         return self._end(signal.SIGTERM)
 
     def kill(self) -> int:
-        """SIGKILL: the node gets no chance to say goodbye."""
+        """Sends SIGKILL: the node ends without cleanup."""
         return self._end(signal.SIGKILL)
 
     def suspend(self) -> None:
-        """SIGSTOP, and waits until every thread of the node has stopped: until then one may still answer. `resume` ends it."""
+        """Sends SIGSTOP and waits until every thread of the node has stopped, because until then one may still answer. `resume`
+        ends it.
+        """
         self.process.send_signal(signal.SIGSTOP)
         os.waitid(os.P_PID, self.process.pid, os.WSTOPPED)
 
     def resume(self) -> None:
-        """SIGCONT."""
+        """Sends SIGCONT."""
         self.process.send_signal(signal.SIGCONT)
 
     def _end(self, number: signal.Signals) -> int:

