@@ -1,4 +1,6 @@
-"""The `attnstore-worker` command: sets what torch reads when it is loaded, and checks that the worker's packages are installed."""
+"""The `attnstore-worker` command: sets the environment that torch reads when it is loaded, and checks that the worker's packages
+are installed.
+"""
 
 from __future__ import annotations
 

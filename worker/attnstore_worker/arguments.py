@@ -1,7 +1,7 @@
 """The options of the `attnstore-worker` command.
 
-Owns: the parser. Invariant: a value that leaves it can be used, and what it names is there. What options mean together is looked at
-by `attnstore_worker.cli`, before the model is loaded.
+Owns: the parser. Invariant: every value that leaves it is valid by itself, and files that it names exist. `attnstore_worker.cli`
+checks combinations of options before the model is loaded.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ _BLOCK_TOKENS = EngineOptions().block_tokens
 
 
 def create_parser() -> CommandParser:
-    """The command's parser; `command` is the name of the subcommand that was given."""
+    """Returns the command's parser; `command` is the name of the given subcommand."""
     parser = CommandParser(prog="attnstore-worker", description="An inference worker that keeps its KV pages in AttnStore.")
     commands = parser.add_subparsers(dest="command", required=True)
     _add_generate(commands)
@@ -84,7 +84,7 @@ def _add_generate(commands: _Commands) -> None:
     add("--ignore-stop", action="store_true", help="do not stop at end-of-sequence tokens")
     add("--json", action="store_true", help="print one JSON object instead of the text")
     add("--logits", type=file_to_write, metavar="FILE", help="also write each token's fp32 logits to this safetensors file")
-    # One prompt cannot learn a link: what it knew of it would come too late.
+    # The costs of a link cannot be learned from one prompt.
     _add_engine_options(generate, planner="fetch")
 
 

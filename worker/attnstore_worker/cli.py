@@ -1,6 +1,6 @@
 """The `attnstore-worker` command.
 
-Owns: what each of its commands does, and what is shown while it runs.
+Owns: the action of each subcommand, and its output while it runs.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ _EXIT_INTERRUPTED = 130
 
 
 def main(argv: Items[str] | None = None) -> int:
-    """Runs the command; the exit status is 0, or 2 after one line on standard error that says what is wrong."""
+    """Runs the command. Returns the exit status: 0, or 2 after an error message of one line on standard error."""
 
     def run() -> None:
         arguments = create_parser().parse_args(argv)
@@ -158,12 +158,12 @@ def _engine_options(arguments: argparse.Namespace) -> EngineOptions:
 
 @contextmanager
 def _open_engine(arguments: argparse.Namespace, options: EngineOptions, progress: Progress) -> Iterator[Engine]:
-    """An engine that has paid for its first uses, on its model and, if there is one, its store."""
+    """Yields an engine after its first, slow calls, with its model and its store, if there is one."""
     if arguments.threads is not None:
         torch.set_num_threads(arguments.threads)
     _require_memory(options, beside_bytes=0)
     with ExitStack() as stack:
-        # Before the model is loaded: it is looked at what else was said of the store, and nothing is sent yet.
+        # Before the model is loaded: this checks the other options of the store, and sends nothing yet.
         store = stack.enter_context(_open_store(arguments)) if arguments.store else None
         progress.phase("loading the model")
         model = load_model(arguments.model, DType(arguments.dtype))
@@ -200,7 +200,7 @@ def _planner(arguments: argparse.Namespace, options: EngineOptions, clock: Monot
             def write(decision: Decision) -> None:
                 try:
                     file.write(json.dumps(decision.as_json()).encode() + b"\n")
-                except OSError as error:  # a full disk ends no generation
+                except OSError as error:  # a full disk does not end a generation
                     _log.warning("--decisions %s cannot be written: %s", arguments.decisions, error.strerror)
 
             yield CostPlanner(clock, options.chunk_tokens, write)
@@ -208,7 +208,7 @@ def _planner(arguments: argparse.Namespace, options: EngineOptions, clock: Monot
 
 @contextmanager
 def _written(option: str, path: Path) -> Iterator[None]:
-    """A block that writes the option's file. Raises `InvalidArgument`."""
+    """Runs a block that writes the option's file. Raises `InvalidArgument`."""
     try:
         yield
     except OSError as error:
@@ -217,7 +217,7 @@ def _written(option: str, path: Path) -> Iterator[None]:
 
 def _write_logits(tokens: Items[Token], path: Path) -> None:
     with _written("--logits", path):
-        # Written here: `save_file` puts a new file in the place of what is there, be it a device.
+        # Written here, because `save_file` would replace the file, which may be a device.
         path.write_bytes(save({"logits": torch.stack([token.logits for token in tokens])}))
 
 

@@ -1,18 +1,18 @@
-"""What the worker refuses, as leaves of AttnStore's one exception tree.
+"""The errors of the worker, as leaves of AttnStore's one exception tree.
 
     Retryable
-    ├── PagesLost                     pages that a running step waits for did not come; the engine computes them instead
-    └── StepFailed                    the step failed that computed this sequence and others
+    ├── PagesLost                     pages that a running step needs did not arrive; the engine computes them instead
+    └── StepFailed                    the step that computed this sequence and others failed
     NotRetryable
-    ├── SequenceFailed                something of this sequence alone failed: sampling, its text, its blocks
-    │   └── LogitsNotFinite           the model gave the sequence no numbers to draw a token from
+    ├── SequenceFailed                only this sequence failed: sampling, its text, its blocks
+    │   └── LogitsNotFinite           the model returned logits that are not finite
     └── InvalidArgument
-        ├── ModelUnavailable          the model's files are missing, damaged or of a kind the worker cannot run
+        ├── ModelUnavailable          the model's files are missing, damaged or of a kind that the worker cannot run
         ├── ContextOverflow           the prompt leaves no room in the model's context
         └── PoolTooSmall              the sequence, or even one page, does not fit into the block pool
 
-Nothing a store does reaches a caller: a store that fails costs hits, never an error. `PagesLost` stays inside the engine. What ends
-one sequence ends no other (docs/decisions/0063-a-fault-ends-what-it-concerns.md).
+Errors of a store do not reach a caller: a store that fails costs hits, never an error. `PagesLost` stays inside the engine. An
+error of one sequence ends no other sequence (docs/decisions/0063-a-fault-ends-what-it-concerns.md).
 """
 
 from __future__ import annotations
@@ -21,31 +21,31 @@ from attnstore.errors import InvalidArgument, NotRetryable, Retryable
 
 
 class PagesLost(Retryable):
-    """Pages that a running step waits for did not come; the engine computes them instead."""
+    """Pages that a running step needs did not arrive; the engine computes them instead."""
 
     code = "pages_lost"
 
 
 class StepFailed(Retryable):
-    """The step failed that computed this sequence and others: the model raised, or memory ran out."""
+    """The step that computed this sequence and others failed: the model raised, or memory ran out."""
 
     code = "step_failed"
 
 
 class SequenceFailed(NotRetryable):
-    """Something of this sequence alone failed. Others are not concerned."""
+    """Only this sequence failed; others are not affected."""
 
     code = "sequence_failed"
 
 
 class LogitsNotFinite(SequenceFailed):
-    """The model gave the sequence no numbers to draw a token from."""
+    """The model returned logits that are not finite."""
 
     code = "logits_not_finite"
 
 
 class ModelUnavailable(InvalidArgument):
-    """The model's files are missing, damaged or of a kind the worker cannot run."""
+    """The model's files are missing, damaged or of a kind that the worker cannot run."""
 
     code = "model_unavailable"
 

@@ -1,7 +1,7 @@
-"""What the planner decided and why, for people: `attnstore-worker explain`.
+"""The planner's decisions with their reasons, as text: `attnstore-worker explain`.
 
-Owns: where decisions come from (a running worker, a file of them, or a prompt tried out) and how they are shown. Every figure shown
-is one of a `Decision` or a `CostReport`.
+Owns: the sources of decisions (a running worker, a file, or a trial prompt) and their display. Every figure shown is one of a
+`Decision` or a `CostReport`.
 """
 
 from __future__ import annotations
@@ -38,9 +38,9 @@ _DECISIONS: Final = TypeAdapter(list[Decision])
 
 
 def decisions_of(source: str, last: int, http_proxy: str | None = None, token: str | None = None) -> list[dict[str, Any]]:
-    """The last decisions of the worker at an http URL, or of a file that `--decisions` wrote; the newest last.
+    """Returns the last decisions of the worker at an http URL, or of a file that `--decisions` wrote; the newest last.
 
-    Raises `InvalidArgument` where there are none to be had.
+    Raises `InvalidArgument` if they cannot be read.
     """
     try:
         if source.startswith(("http://", "https://")):
@@ -57,8 +57,8 @@ def decisions_of(source: str, last: int, http_proxy: str | None = None, token: s
 
 
 def try_out(engine: Engine, planner: CostPlanner, token_ids: list[int]) -> list[dict[str, Any]]:
-    """Runs a prompt to its first token, which teaches the planner the link, and then says what it would decide about the prompt if
-    the store had all of it and the pool nothing: both decisions.
+    """Runs a prompt to its first token, from which the planner learns the link, and then plans the prompt again as if the store had
+    all of it and the pool nothing. Returns both decisions.
     """
     engine.generate(token_ids, SamplingParams(max_tokens=1))
     layout = engine.layout
@@ -68,7 +68,7 @@ def try_out(engine: Engine, planner: CostPlanner, token_ids: list[int]) -> list[
 
 
 def show(decisions: Sequence[dict[str, Any]], console: Console) -> None:
-    """One line for each decision: what each choice was predicted to take, what was chosen, what happened."""
+    """Returns one line per decision: the predicted time of each choice, the decision, the actual time."""
     table = Table(box=box.SIMPLE_HEAD, title="Time to the first token, ms")
     for column in _COLUMNS:
         table.add_column(column, justify="right")

@@ -1,8 +1,8 @@
-"""What identifies a model's KV bytes, for the worker and for the vLLM connector.
+"""The identity of a model's KV bytes, for the worker and for the vLLM connector.
 
 Owns: the fingerprint, and which fields of a configuration it leaves out. Invariant: configurations that give different KV bytes
-have different fingerprints, so every field that is not known to be bookkeeping counts, nested ones and unknown ones too
-(docs/decisions/0061). Standard library only: vLLM's processes import it.
+have different fingerprints, so every field that is not known to be bookkeeping counts, including nested and unknown ones
+(docs/decisions/0061). Standard library only, because vLLM's processes import it.
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ BOOKKEEPING_FIELDS: Final[Mapping[str, str]] = {
 
 
 def config_fields(config: Any) -> dict[str, Any]:
-    """The fields of a transformers config that may change KV bytes, nested configs among them, as JSON values.
+    """Returns the fields of a transformers config that may change KV bytes, including nested configs, as JSON values.
 
-    Left out are `BOOKKEEPING_FIELDS`, and what is None or False both here and by default in the config's class: a version of
-    transformers that adds an optional field, which leaves models as they were, changes no fingerprint.
+    It leaves out `BOOKKEEPING_FIELDS`, and fields that are None or False both here and by default in the config's class: a new
+    version of transformers with a new optional field therefore does not change the fingerprints of existing models.
     """
     fields: dict[str, Any] = {}
     for name, value in config.to_dict().items():
@@ -47,7 +47,9 @@ def config_fields(config: Any) -> dict[str, Any]:
 
 
 def fingerprint(**identity: Any) -> bytes:
-    """32 bytes that name everything in `identity`, JSON values. The order of fields is no difference, nor is 1.0 for 1."""
+    """Returns 32 bytes that identify everything in `identity`, JSON values. The order of fields makes no difference, nor does 1.0
+    for 1.
+    """
     described = json.dumps(_canonical(identity), sort_keys=True, separators=(",", ":"), default=str)
     return hashlib.blake2b(described.encode(), digest_size=32, person=b"attnstore-finger").digest()
 

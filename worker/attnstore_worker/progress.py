@@ -1,4 +1,4 @@
-"""What a person at a terminal sees while the worker runs; nothing at all elsewhere.
+"""The progress display on a terminal; silent elsewhere.
 
 Owns: `Progress` and its two implementations.
 """
@@ -17,19 +17,19 @@ from attnstore_worker.engine import Sequence
 
 
 class Progress(AbstractContextManager["Progress"], Protocol):
-    """Told what happens; shows it as long as it is entered."""
+    """Receives events and shows them while it is entered."""
 
     def phase(self, name: str) -> None:
-        """Something of unknown length has begun."""
+        """Starts a phase of unknown length."""
         ...
 
     def tokens(self, sequence: Sequence) -> None:
-        """The sequence has advanced."""
+        """Reports that the sequence has advanced."""
         ...
 
 
 def create_progress(stream: TextIO) -> Progress:
-    """A display when `stream` is a terminal, else silence."""
+    """Returns a display if `stream` is a terminal, else a silent one."""
     return _TerminalProgress(stream) if stream.isatty() else _Silence()
 
 
@@ -41,14 +41,14 @@ class _Silence:
         return None
 
     def phase(self, name: str) -> None:
-        """Says nothing."""
+        """No-op."""
 
     def tokens(self, sequence: Sequence) -> None:
-        """Says nothing."""
+        """No-op."""
 
 
 class _TerminalProgress:
-    """One line, replaced as the work goes on and gone at the end."""
+    """One line that is replaced during the work and removed at the end."""
 
     def __init__(self, stream: TextIO) -> None:
         columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())

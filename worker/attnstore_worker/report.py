@@ -1,4 +1,4 @@
-"""What one generation cost, as numbers.
+"""The costs of one generation.
 
 Owns: `GenerationReport`, the JSON of `attnstore-worker generate --json`. Units are in the names.
 """
@@ -14,9 +14,9 @@ from attnstore_worker.engine import Engine, Sequence
 class GenerationReport:
     """One finished sequence.
 
-    `ttft_ms` runs from submission, with the model loaded, to the first token, and includes `match_ms` and `read_ms`.
-    `tpot_ms` is the mean time of each further token. `kv_bytes_used` is what the sequence held of the pool at its end;
-    `kv_bytes_contiguous` what one reservation of the model's longest context would have held.
+    `ttft_ms` is the time from submission, with the model loaded, to the first token, including `match_ms` and `read_ms`. `tpot_ms`
+    is the mean time of each further token. `kv_bytes_used` is the memory of the pool that the sequence held at its end;
+    `kv_bytes_contiguous` is what a reservation of the model's longest context would have taken.
     """
 
     model: str
@@ -43,7 +43,7 @@ class GenerationReport:
     text: str
 
     def summary(self) -> str:
-        """One line for people."""
+        """Returns one line of text."""
         return (
             f"{self.prompt_tokens} prompt tokens, {self.hit_tokens} from cache ({self.hit_tokens_remote} over the network); "
             f"TTFT {self.ttft_ms:.0f} ms, {self.tpot_ms:.1f} ms per token; "
@@ -52,7 +52,7 @@ class GenerationReport:
 
 
 def generation_report(engine: Engine, sequence: Sequence, *, load_ms: float, flush_ms: float) -> GenerationReport:
-    """The report on a finished sequence, after write-behind was flushed."""
+    """Returns the report on a finished sequence, after write-behind was flushed."""
     admission = sequence.admission
     assert admission is not None
     assert sequence.first_token_ms is not None

@@ -1,8 +1,8 @@
-"""What the worker's tests put behind its seams: a store that fails on purpose, a planner that says what it was told, a tiny model,
-a worker in a process of its own.
+"""Test doubles for the worker's interfaces: a store that fails on purpose, a planner with a fixed plan, a tiny model, a worker in a
+process of its own.
 
-Owns: `MemoryStore`, `FixedPlanner`, `write_tiny_model` and `WorkerProcess`. Invariant of the store: what it reports is what a real
-client would report; a page whose status is not OK leaves garbage in its buffer, as a broken transfer does.
+Owns: `MemoryStore`, `FixedPlanner`, `write_tiny_model` and `WorkerProcess`. Invariant of the store: it reports what a real client
+would report; a page whose status is not OK leaves garbage in its buffer, as a broken transfer does.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def always_ok(_: int) -> PageStatus:
 
 
 def ignore(_: object) -> None:
-    """Nobody is told."""
+    """No-op."""
 
 
 def _leading(true: Iterable[bool]) -> int:
@@ -47,12 +47,12 @@ def _leading(true: Iterable[bool]) -> int:
 class MemoryStore:
     """Keeps pages in a dictionary. Faults are set as attributes, at any time.
 
-    read_status: the status of the page at each position of a read, where the page is there at all.
-    on_page, before_layer: told the hash of each page, or the number of each layer, that is about to be read.
-    write_verdict: the verdict on every new page; the page is kept only with STORED.
+    read_status: returns the status of the page at each position of a read, if the page is stored.
+    on_page, before_layer: called with the hash of each page, or the number of each layer, that is about to be read.
+    write_verdict: the verdict on every new page; the page is stored only with STORED.
     failing, error: calls named in `failing` ("register_layout", "match", "read", "write", "release") raise `error`.
     gate: reads and writes wait for it, for as long as it takes.
-    lease_ms: what each match asked for.
+    lease_ms: the lease requested by each match.
     """
 
     def __init__(self) -> None:
@@ -72,7 +72,7 @@ class MemoryStore:
         self.gate.set()
 
     def register_layout(self, namespace: bytes, layout: PageLayout, /, *, deadline_ms: float | None = None) -> int:  # noqa: ARG002
-        """Makes the namespace known."""
+        """Registers the namespace."""
         self._enter("register_layout")
         self.namespaces.add(namespace)
         self.layouts[namespace] = layout
@@ -81,7 +81,7 @@ class MemoryStore:
     def match(
         self, namespace: bytes, prefixes: Sequence[Sequence[bytes]], /, *, lease_ms: int, deadline_ms: float | None = None
     ) -> MatchResult:
-        """Leading hits of each prefix."""
+        """Returns the leading hits of each prefix."""
         del deadline_ms
         self._enter("match", namespace)
         self.lease_ms.append(lease_ms)
@@ -103,7 +103,7 @@ class MemoryStore:
         deadline_ms: float,
         on_layer: OnLayer | None = None,
     ) -> ReadResult:
-        """Copies pages out; those that `read_status` fails become garbage. By layers it fails them in the last one."""
+        """Copies pages out; pages that fail by `read_status` become garbage. A read by layers fails them in the last layer."""
         del lease, deadline_ms
         self._enter("read", namespace)
         self.gate.wait()
@@ -169,7 +169,9 @@ class MemoryStore:
 
 
 class FixedPlanner:
-    """Has the tiers asked for a minute, computing the blocks before `searching`, then returns `plan`; `gives_up` ends any load."""
+    """Searches the tiers for up to a minute, computing the blocks before `searching`, then returns `plan`; `gives_up` ends any
+    load.
+    """
 
     def __init__(self, plan: LoadPlan | None, *, searching: int = 0, gives_up: bool = False) -> None:
         self.plan = plan
@@ -178,27 +180,27 @@ class FixedPlanner:
         self.found: list[Found] = []
 
     def search(self, prompt: Prompt) -> SearchPlan:
-        """Always."""
+        """Always searches."""
         del prompt
         return self._search
 
     def load(self, found: Found) -> LoadPlan | None:
-        """The plan."""
+        """Returns the plan."""
         self.found.append(found)
         return self.plan
 
     def replan(self, progress: LoadProgress) -> LoadPlan | None:
-        """The same plan, unless told to give up."""
+        """Returns the same plan, unless `gives_up`."""
         return None if self.gives_up else progress.plan
 
     def prefetches(self, prompt: Prompt) -> bool:
-        """Never."""
+        """Never prefetches."""
         del prompt
         return False
 
 
 def write_tiny_model(folder: Path, *, context_tokens_max: int = 512) -> None:
-    """A Hugging Face folder with a random two-layer model of the default model's kind, and with its tokenizer."""
+    """Writes a Hugging Face folder with a random two-layer model of the default model's kind, and with its tokenizer."""
     source = find_model()
     assert isinstance(source, GgufSource)
     real = converted_model(source, weights_digest(source), cache_dir()).path
@@ -220,9 +222,9 @@ def write_tiny_model(folder: Path, *, context_tokens_max: int = 512) -> None:
 
 
 class WorkerProcess:
-    """A command that serves an endpoint and says on standard error where; a context manager. `url` is the endpoint's.
+    """A command that serves an endpoint and prints its URL on standard error; a context manager. `url` is the endpoint's.
 
-    Raises `RuntimeError` with the command's own words where it ends before that.
+    Raises `RuntimeError` with the command's output if it ends before that.
     """
 
     def __init__(self, *command: str) -> None:
@@ -238,23 +240,23 @@ class WorkerProcess:
             self.process.stderr.close()
             raise RuntimeError(f"the worker did not start:\n{self.log}")
         self.url = line.split(" on ")[1].strip()
-        # What it says later is read all the time, or a full pipe would stop it.
+        # Its later output is read all the time, because a full pipe would block it.
         self._drain = threading.Thread(target=self._lines.extend, args=(self.process.stderr,), daemon=True)
         self._drain.start()
 
     @classmethod
     def serving(cls, model: Path, *options: str) -> Self:
-        """`attnstore-worker serve` with that model, one thread and a small pool, on a free port."""
+        """Returns `attnstore-worker serve` with that model, one thread and a small pool, on a free port."""
         command = ("-m", "attnstore_worker.cli", "serve", "--port", "0", "--model", str(model), "--threads", "1", "--pool", "8MiB")
         return cls(sys.executable, *command, *options)
 
     @property
     def log(self) -> str:
-        """What it has said so far on standard error."""
+        """The output so far on standard error."""
         return "".join(self._lines)
 
     def wait(self, within_s: float = _END_S_MAX) -> int:
-        """The exit status, once it has ended by itself; then `log` is whole. Raises `subprocess.TimeoutExpired`."""
+        """Returns the exit status, once it has ended by itself; then `log` is complete. Raises `subprocess.TimeoutExpired`."""
         status = self.process.wait(within_s)
         self._drain.join(within_s)
         return status

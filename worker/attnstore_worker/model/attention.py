@@ -1,8 +1,8 @@
-"""AttnStore's paged attention as transformers and `attnstore_worker.model.llama` see it.
+"""AttnStore's paged attention for transformers and for `attnstore_worker.model.llama`.
 
-Owns: the registration under `ATTENTION_NAME`, and `PagedStep`, which carries one step's tables from the runner to every layer,
-where that is transformers' through its keyword arguments. Invariant: a layer stores its new keys and values into the pool before it
-attends, so that the pool alone decides what a query sees.
+Owns: the registration under `ATTENTION_NAME`, and `PagedStep`, which passes one step's tables from the runner to every layer;
+transformers passes it on in its keyword arguments. Invariant: a layer stores its new keys and values into the pool before it
+attends, so the pool alone determines what a query sees.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ class PagedStep:
     pool: `[blocks, layers, 2, kv_heads, block_tokens, head_dim]`; new keys and values are written into it.
     slot_blocks, slot_offsets: int64 `[total_q]`, the block and the token position inside it of each query's own key.
     block_tables, context_lens, query_starts: as in `AttentionBackend.paged_attention`.
-    remote: asks store nodes about the blocks that lie before those of `block_tables`; None where there are none. `context_lens`
-        then count the keys in the tables alone.
-    before_layer: called with each layer's number before its pages are read; returns when they are there, or raises `PagesLost`.
+    remote: queries store nodes about the blocks that come before those of `block_tables`; None if there are none. `context_lens`
+    then count only the keys in the tables.
+    before_layer: called with each layer's number before its pages are read; returns when they have arrived, or raises `PagesLost`.
     """
 
     backend: AttentionBackend
@@ -55,17 +55,18 @@ class PagedStep:
         soft_cap: float | None = None,
         sinks: Tensor | None = None,
     ) -> Tensor:
-        """One layer: query `[total_q, q_heads, head_dim]` and its own keys and values `[total_q, 2, kv_heads, head_dim]`, rotated.
+        """Runs one layer: query `[total_q, q_heads, head_dim]` and its own keys and values `[total_q, 2, kv_heads, head_dim]`,
+        rotated.
 
-        sliding_window, soft_cap, sinks: as in `AttentionBackend.paged_attention`. Returns `[total_q, q_heads, head_dim]`. Causality
-        follows from the positions.
+        sliding_window, soft_cap, sinks: as in `AttentionBackend.paged_attention`. Returns `[total_q, q_heads, head_dim]`. The
+        positions imply causality.
         """
         self.before_layer(layer)
         self._put(layer, keys_values)
         if self.remote is not None:
-            assert sliding_window is None, "nodes answer over all of a set's keys"
+            assert sliding_window is None, "nodes answer over all keys of a set"
             assert soft_cap is None, "nodes answer with plain scores"
-            self.remote.ask(layer, query)  # first, so that the nodes compute while we do
+            self.remote.ask(layer, query)  # first, so that the nodes compute in parallel
         out, lse = self.backend.paged_attention(
             query,
             self.pool,
@@ -77,7 +78,7 @@ class PagedStep:
             sliding_window=sliding_window,
             out_dtype=None if self.remote is None else float32,
             soft_cap=soft_cap,
-            sinks=sinks,  # of the local part alone, so that a sink is counted once
+            sinks=sinks,  # only in the local part, so that a sink is counted once
         )
         return out if self.remote is None else self.remote.merge(out, lse).to(query.dtype)
 
@@ -102,11 +103,11 @@ class PagedStep:
 
 
 def at_once(_: int) -> None:
-    """Every layer's pages are there."""
+    """No-op: the pages of every layer have arrived."""
 
 
 def register_attention() -> None:
-    """Makes `attn_implementation=ATTENTION_NAME` known to transformers. Repeating it changes nothing."""
+    """Registers `ATTENTION_NAME` as an `attn_implementation` of transformers. Idempotent."""
     AttentionInterface.register(ATTENTION_NAME, paged_attention_forward)
     AttentionMaskInterface.register(ATTENTION_NAME, _no_mask)
 
@@ -125,11 +126,11 @@ def paged_attention_forward(
     s_aux: Tensor | None = None,
     **others: Any,
 ) -> tuple[Tensor, None]:
-    """One layer. query `[1, q_heads, total_q, head_dim]`, key and value `[1, kv_heads, total_q, head_dim]`, rotated.
+    """Runs one layer. query `[1, q_heads, total_q, head_dim]`, key and value `[1, kv_heads, total_q, head_dim]`, rotated.
 
-    Returns `[1, total_q, q_heads, head_dim]` and no weights. The mask is always None: causality follows from the positions. Raises
-    `ModelUnavailable` for what a model asks of its attention beyond that: `others` are judged at every call, because a model may
-    pass one from some length on.
+    Returns `[1, total_q, q_heads, head_dim]` and no weights. The mask is always None, because the positions imply causality. Raises
+    `ModelUnavailable` for any other request of a model to its attention: `others` are checked at every call, because a model may
+    pass one only from some length on.
     """
     if paged is None:
         raise ModelUnavailable(f"{type(module).__name__} is not given the arguments of its model's call")
@@ -155,10 +156,10 @@ def paged_attention_forward(
 
 
 def _is_neutral(name: str, argument: object) -> bool:
-    """The argument asks for nothing, or for what is done anyway."""
+    """Returns whether the argument requests nothing, or something that is done anyway."""
     if name == "is_causal":
         return argument is None or argument is True
-    if name == "position_ids":  # what came in; they are in the rotated queries and keys already
+    if name == "position_ids":  # inputs of the layer; the rotated queries and keys already contain them
         return True
     return argument is None or (isinstance(argument, int | float) and not argument)
 

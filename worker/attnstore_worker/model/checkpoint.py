@@ -1,7 +1,7 @@
-"""Weights from files: every tensor that the model has, and none beside.
+"""Weights from files: exactly the tensors that the model has.
 
-Owns: `read_module`. Invariant: no weight of a module that it returns was left as it was initialised, at random. Why: transformers
-fills in what a checkpoint lacks and only reports it, so two loads of one checkpoint would give two models.
+Owns: `read_module`. Invariant: no weight of a returned module has its random initial value. transformers fills in tensors that a
+checkpoint lacks and only reports it, so two loads of one checkpoint would give two different models.
 """
 
 from __future__ import annotations
@@ -17,16 +17,16 @@ import transformers
 from attnstore_worker.errors import ModelUnavailable
 
 _NAMED_MAX: Final = 3
-"""Tensors that a message names."""
+"""The maximum number of tensors named in a message."""
 
 _REPORTER: Final = logging.getLogger("transformers.modeling_utils")
 
 
 def read_module(folder: Path, **options: Any) -> Any:
-    """transformers' causal language model of a folder; `options` as in its `from_pretrained`.
+    """Returns transformers' causal language model of a folder; `options` as in its `from_pretrained`.
 
-    Raises `ModelUnavailable` for tensors that are missing, unexpected or of another shape than the config says (transformers knows
-    which are tied to others, and which old checkpoints have for nothing), and whatever transformers raises for damaged files.
+    Raises `ModelUnavailable` for tensors that are missing, unexpected or of another shape than in the config (transformers knows
+    which are tied to others, and which superfluous ones old checkpoints have), and whatever transformers raises for damaged files.
     """
     with _without_report():
         module, found = transformers.AutoModelForCausalLM.from_pretrained(
@@ -50,9 +50,9 @@ def read_module(folder: Path, **options: Any) -> Any:
 
 @contextmanager
 def _without_report() -> Iterator[None]:
-    """Without transformers' table of what it filled in: here that is an error of one line.
+    """Suppresses transformers' report of filled-in tensors, because here they are an error of one line.
 
-    Not by its logger's level: where that is high, transformers lists the layers that are not sharded.
+    Not by the level of its logger: at a high level, transformers lists the layers that are not sharded.
     """
     _REPORTER.addFilter(_is_error)
     try:

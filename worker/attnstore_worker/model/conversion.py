@@ -1,7 +1,7 @@
-"""GGUF files converted once into a Hugging Face folder, because reading one takes 18 s and reading the folder 0.4 s.
+"""GGUF files converted once into a Hugging Face folder, because reading a GGUF file takes 18 s and reading the folder 0.4 s.
 
 Owns: the cache of converted models below `ATTNSTORE_CACHE_DIR` (default `~/.cache/attnstore`).
-Invariant: a folder under its final name is complete; it is written under another name and renamed, so processes may race.
+Invariant: a folder under its final name is complete: it is written under another name and renamed, so processes may race.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ from attnstore_worker.model.checkpoint import read_module
 from attnstore_worker.model.source import FolderSource, GgufSource, find_model, weights_digest
 
 _GGUF_PACKAGES: Final = ("accelerate", "gguf")
-"""Imported by transformers, whose errors for a missing one look like those for a damaged file."""
+"""Imported by transformers, whose error for a missing package looks like that for a damaged file."""
 
 
 def cache_dir(environment: Mapping[str, str] = os.environ) -> Path:
-    """Where converted models are kept."""
+    """Returns the folder of converted models."""
     configured = variable("cache_dir", environment)
     if configured is not None:
         return Path(configured)
@@ -39,18 +39,18 @@ def cache_dir(environment: Mapping[str, str] = os.environ) -> Path:
 
 
 def converted_model(source: GgufSource, digest: bytes, cache: Path) -> FolderSource:
-    """The model of a GGUF file as a folder of fp32 safetensors, from the cache or converted now (20 s, 5 times the size).
+    """Returns the model of a GGUF file as a folder of fp32 safetensors, from the cache or converted now (20 s, 5 times the size).
 
-    `digest` is `weights_digest(source)`. Raises `ModelUnavailable` for a damaged file, or where the cache cannot be written.
+    `digest` is `weights_digest(source)`. Raises `ModelUnavailable` for a damaged file, or if the cache cannot be written.
     """
-    # The conversion is code of transformers, so another version of it may give other bytes.
+    # transformers converts, so another version of it may give other bytes.
     folder = cache / "models" / f"{source.name}-{digest.hex()[:16]}-transformers-{transformers.__version__}"
     if (folder / "config.json").is_file():
         return FolderSource(folder)
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".converting-") as scratch:
-            # Renamed away from within the scratch folder, which itself stays and is removed.
+            # Renamed from within the scratch folder, which itself stays and is removed.
             unfinished = Path(scratch) / "model"
             unfinished.mkdir()
             _convert(source, unfinished)
@@ -64,7 +64,7 @@ def converted_model(source: GgufSource, digest: bytes, cache: Path) -> FolderSou
 
 
 def model_folder(path: Path | None, cache: Path | None = None) -> FolderSource:
-    """The model at `path` (see `find_model`) as a Hugging Face folder: the one that it is, or the converted one in `cache`.
+    """Returns the model at `path` (see `find_model`) as a Hugging Face folder: itself, or the converted one in `cache`.
 
     Raises `ModelUnavailable`.
     """
@@ -75,7 +75,7 @@ def model_folder(path: Path | None, cache: Path | None = None) -> FolderSource:
 def export_model(path: Path | None, folder: Path, cache: Path | None = None) -> None:
     """Writes the model at `path` (see `find_model`) as a Hugging Face folder of fp32 safetensors that other programs load.
 
-    Raises `ModelUnavailable` for a damaged model, one that is such a folder already, or where `folder` cannot be made.
+    Raises `ModelUnavailable` for a damaged model, for one that is already such a folder, or if `folder` cannot be created.
     """
     source = find_model(path)
     if not isinstance(source, GgufSource):
@@ -102,7 +102,7 @@ def _convert(source: GgufSource, folder: Path) -> None:
     if model.config.tie_word_embeddings:
         weights.pop("lm_head.weight", None)
     save_file({name: tensor.contiguous() for name, tensor in weights.items()}, folder / "model.safetensors", {"format": "pt"})
-    # What is saved is dequantised; a config that says otherwise would be refused on load.
+    # The saved weights are dequantised; transformers would refuse to load a config that says otherwise.
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
     tokenizer.save_pretrained(folder)
@@ -113,7 +113,7 @@ def _convert(source: GgufSource, folder: Path) -> None:
 def _read_gguf(source: GgufSource) -> tuple[Any, Any]:
     for package in _GGUF_PACKAGES:
         importlib.import_module(package)
-    # Its progress bar obeys nothing but the stream it is written to.
+    # Its progress bar can be silenced only through its output stream.
     bar = nullcontext() if sys.stderr.isatty() else redirect_stderr(io.StringIO())
     try:
         with bar:

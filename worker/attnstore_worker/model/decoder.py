@@ -1,7 +1,8 @@
-"""How a step of packed tokens goes through a model, whatever its modules are.
+"""The interface that runs a step of packed tokens through a model, whatever its modules are.
 
-Owns: the contract `Decoder`; `TransformersDecoder`, which runs any Llama-type model through transformers' modules; the choice.
-Invariant: each sequence attends to its own pages only, and its logits do not depend on its neighbours, up to rounding.
+Owns: the contract `Decoder`; `TransformersDecoder`, which runs any Llama-type model through transformers' modules; the choice
+between implementations. Invariant: each sequence attends to its own pages only, and its logits do not depend on its neighbours, up
+to rounding.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ class Decoder(Protocol):
     """A causal language model over paged KV memory."""
 
     def logits(self, token_ids: Tensor, positions: Tensor, rows: Tensor, step: PagedStep) -> Tensor:
-        """Computes packed tokens, int64 `[total_q]` at int64 `positions`; their keys and values go into the step's pool.
+        """Computes packed tokens, int64 `[total_q]` at int64 `positions`; stores their keys and values into the step's pool.
 
         Returns fp32 logits `[len(rows), vocabulary]` of the tokens at `rows`, int64 indices into `token_ids`.
         """
@@ -28,9 +29,9 @@ class Decoder(Protocol):
 
 
 class TransformersDecoder:
-    """A model whose attention implementation is `ATTENTION_NAME`, as transformers runs it.
+    """Runs a model whose attention implementation is `ATTENTION_NAME` through transformers.
 
-    Takes over the module, whose linear layers are packed where that is possible; it still runs by itself.
+    Takes over the module and packs its linear layers if possible; the module still runs by itself.
     """
 
     def __init__(self, module: Any) -> None:
@@ -40,7 +41,7 @@ class TransformersDecoder:
     def logits(self, token_ids: Tensor, positions: Tensor, rows: Tensor, step: PagedStep) -> Tensor:
         """See `Decoder.logits`."""
         with torch.inference_mode():
-            # The whole module, not its body and its head: some scale or cap the logits between and behind them.
+            # The whole module, not its body and its head, because some models scale or cap the logits between and after them.
             output = self._module(
                 input_ids=token_ids[None], position_ids=positions[None], use_cache=False, logits_to_keep=rows, paged=step
             )
@@ -49,5 +50,5 @@ class TransformersDecoder:
 
 
 def create_decoder(module: Any) -> Decoder:
-    """The leanest decoder that computes what transformers' `module` does; it takes the module over."""
+    """Returns the fastest decoder that computes the same as transformers' `module`, which it takes over."""
     return LlamaDecoder(module) if is_plain_llama(module) else TransformersDecoder(module)

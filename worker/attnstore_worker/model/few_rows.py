@@ -1,8 +1,8 @@
-"""A step of few rows through a Llama: decoding, and checking what was guessed.
+"""A step of few rows through a Llama: decoding, and verification of drafts.
 
-Owns: `FewRows`: which steps it takes, the memory of a step and the threads. Invariant: logits are those of the other way through
-the model up to rounding, and a step's own keys and values are in the pool afterwards. See `few_rows_kernel` for what is computed
-and why.
+Owns: `FewRows`: which steps it takes, the memory of a step and the threads. Invariant: its logits equal those of the general path
+up to rounding, and the step's own keys and values are in the pool afterwards. `few_rows_kernel` describes the computation and the
+reason for it.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ from attnstore_worker.model.few_rows_kernel import Batch, Work, run_head, run_la
 from attnstore_worker.model.weights import LayerShape, LayerWeights
 
 ROWS_MAX: Final = 96
-"""Rows up to which this costs less than a library's product for each weight; measured, docs/decisions/0018-few-rows.md."""
+"""Rows up to which this path costs less than library calls for each product; measured, docs/decisions/0018-few-rows.md."""
 
 _SHARE_BYTES_MIN: Final = 64 * 1024
-"""Of keys and values for a thread: all threads run anyway, so this need only be worth the merging."""
+"""Bytes of keys and values per thread: all threads run anyway, so a share only has to be worth its merge."""
 
 
 def fits(shape: LayerShape, vocabulary: int) -> bool:
-    """The kernel takes weights of these sizes."""
+    """Returns whether the kernel supports weights of these sizes."""
     widths = (shape.hidden, shape.intermediate, shape.head_dim)
     return all(width % COLUMNS == 0 for width in widths) and vocabulary % OUTPUTS == 0
 
@@ -39,7 +39,7 @@ def fits(shape: LayerShape, vocabulary: int) -> bool:
 class FewRows:
     """All layers of a model in one compiled call. Steps of several threads take turns.
 
-    weights; the last `norm`, `[hidden]`, and `head`, `[vocabulary, hidden]`, are read in place, by as many threads as torch uses.
+    weights, the last `norm`, `[hidden]`, and `head`, `[vocabulary, hidden]`, are read in place, by as many threads as torch uses.
     """
 
     def __init__(self, weights: LayerWeights, norm: Tensor, head: Tensor, *, epsilon: float, scale: float) -> None:
@@ -50,7 +50,7 @@ class FewRows:
         self._lock = threading.Lock()
 
     def plan(self, total_q: int, step: PagedStep) -> Plan | None:
-        """How the attention of a step of `total_q` rows is cut; None for a step that is not for this way."""
+        """Returns how the attention of a step of `total_q` rows is divided, or None for a step that needs the general path."""
         if total_q > ROWS_MAX or step.remote is not None or not isinstance(step.backend, CheckedAttention):
             return None
         query = torch.empty(total_q, self._shape.q_heads, self._shape.head_dim, dtype=self._dtype)
@@ -99,7 +99,7 @@ class FewRows:
         return logits[: len(rows)]
 
     def _memory(self, rows: int, threads: int) -> Work:
-        """Kept until a step of another size comes."""
+        """Returns memory that is kept until a step of another size comes."""
         padded = _padded(rows)
         if self._kept is not None and self._kept[0] == (padded, threads):
             return self._kept[1]

@@ -1,12 +1,12 @@
-"""All layers of a Llama for a step of few rows, compiled: what a decode step needs between the embedding and the logits.
+"""All layers of a Llama for a step of few rows, compiled: the computation of a decode step between the embedding and the logits.
 
-Owns: `run_layers` and `run_head`, compiled by numba for the machine that they run on. Invariant: every weight is read once a step,
-in the order of memory, by one thread. Why: a step of one row is bound by reading the weights, and does so little with each that a
-call of a library per product, and Python between them, cost as much again (docs/decisions/0018-few-rows.md).
+Owns: `run_layers` and `run_head`, compiled by numba for the machine that they run on. Invariant: every weight is read once per
+step, in the order of memory, by one thread. A step of one row is bound by reading the weights and does so little with each weight
+that library calls per product, and Python between them, doubled its time (docs/decisions/0018-few-rows.md).
 
-All threads run the same code on their share of each product's outputs and meet between them (`attnstore.attention.barrier`). What
-is cheap and needed by all (sums, norms) each does for itself, which spares a meeting. Values between products are fp32; rounded to
-the weights' type is what goes into a product. Rows are padded to a multiple of four, or one.
+All threads run the same code on their share of each product's outputs and synchronise in between (`attnstore.attention.barrier`).
+Cheap results that all threads need (sums, norms) are computed by each thread itself, which saves a barrier. Values between products
+are fp32; inputs of a product are rounded to the weights' type. Rows are padded to a multiple of four, or one.
 """
 
 # mypy: disable-error-code="untyped-decorator,no-untyped-call,no-untyped-def"
@@ -40,7 +40,7 @@ from attnstore_worker.model.rows import add_and_normalize, turned_by
 from attnstore_worker.model.weights import LayerShape
 
 _AHEAD_BYTES: Final = 4608
-"""How far ahead of a single row's product its weights are asked for; measured."""
+"""The prefetch distance of the weights in a product of a single row; measured."""
 
 _ZERO: Final = np.float32(0.0)
 _ONE: Final = np.float32(1.0)
@@ -49,7 +49,9 @@ _LOWEST: Final = np.float32(-126.0)
 
 
 class Work(NamedTuple):
-    """Memory of a step, one-dimensional. `P` are the padded rows; `T` the threads, each with a part of its own where it says so."""
+    """Memory of a step, one-dimensional. `P` is the number of padded rows, `T` the number of threads; arrays with `T` have one part
+    per thread.
+    """
 
     hidden: Any
     """fp32 `[T, P, hidden]`: the residual stream."""
@@ -60,7 +62,7 @@ class Work(NamedTuple):
     query: Any
     """fp32 `[P, q_heads, head_dim]`."""
     delta: Any
-    """fp32 `[P, hidden]`: what is to be added to the residual stream."""
+    """fp32 `[P, hidden]`: the term to be added to the residual stream."""
     gates: Any
     """fp32 `[P, intermediate]`."""
     ups: Any
@@ -79,7 +81,7 @@ class Batch(NamedTuple):
     """fp32 `[rows, head_dim / 2]`; `sines` likewise."""
     sines: Any
     targets: Any
-    """int64 `[rows]`: where in the pool the first layer's first head of each row's own key lies."""
+    """int64 `[rows]`: the place in the pool of the first layer's first head of each row's own key."""
     flat: Any
     block_stride: Any
     block_tokens: Any
@@ -90,7 +92,7 @@ class Batch(NamedTuple):
     pieces: Any
     owners: Any
     shares: Any
-    """int64 `[n + 1]`: where each share of the pieces begins."""
+    """int64 `[n + 1]`: the beginning of each share of the pieces."""
     outs: Any
     """fp32 `[state rows, q_heads, head_dim]`; `tops`, `sums` `[state rows, q_heads]`; `lses` `[rows, q_heads]`."""
     tops: Any
@@ -116,10 +118,10 @@ def _one_row(weights, weight, width, inputs):
 
 @compiled
 def product(weights, begin, width, first, last, inputs, padded, outputs, count):
-    """`outputs[row, n] = inputs[row] . weights[n]` for `n` in `[first, last)`, a multiple of OUTPUTS.
+    """Computes `outputs[row, n] = inputs[row] . weights[n]` for `n` in `[first, last)`, a multiple of OUTPUTS.
 
-    weights: `[count, width]` from `begin` on; inputs: `[padded, width]`, one row or a multiple of ROWS; outputs: fp32 `[padded,
-    count]`. `width` is a multiple of COLUMNS.
+    weights: `[count, width]` from `begin` on; inputs: `[padded, width]`, one row or a multiple of ROWS; outputs: fp32
+    `[padded, count]`. `width` is a multiple of COLUMNS.
     """
     for output in range(first, last, OUTPUTS):
         weight = begin + output * width
@@ -135,7 +137,9 @@ def product(weights, begin, width, first, last, inputs, padded, outputs, count):
 
 @compiled
 def _place(first, last, layer_at, shape, work, batch):
-    """Heads `[first, last)` of each row: queries turned and scaled to `work.query`; keys turned, and values, to the pool."""
+    """Places the heads `[first, last)` of each row: rotated and scaled queries in `work.query`; rotated keys, and values, in the
+    pool.
+    """
     half, dims = shape.head_dim // 2, shape.head_dim
     count = shape.q_heads + 2 * shape.kv_heads
     run = batch.block_tokens * dims
@@ -163,7 +167,7 @@ def _place(first, last, layer_at, shape, work, batch):
 
 @compiled
 def _gate(first, last, width, rows, gates, ups, gated):
-    """`gated = silu(gates) * ups` in columns `[first, last)`."""
+    """Computes `gated = silu(gates) * ups` in columns `[first, last)`."""
     for row in range(0, rows * width, width):
         for at in range(row + first, row + last, LANES):
             gate = load(gates, at)
@@ -197,7 +201,7 @@ def _attend(thread, threads, layer_at, shape, work, batch):
 
 @compiled
 def run_layers(first, last, thread, threads, shape: LayerShape, weights, epsilon, work, batch):
-    """Layers `[first, last)` on `work.hidden` and `work.delta`, whose sum is the input and the result.
+    """Runs layers `[first, last)` on `work.hidden` and `work.delta`, whose sum is the input and the result.
 
     Called by `threads` threads at once, each with its number. weights: see `LayerWeights`.
     """
@@ -249,10 +253,10 @@ def run_layers(first, last, thread, threads, shape: LayerShape, weights, epsilon
 
 @compiled
 def run_head(thread, threads, norm, head, epsilon, rows, work, inputs, logits):
-    """Logits of the rows, int64 `[n]`, after the last layer, fp32 `[padded n, vocabulary]`. norm: `[hidden]`; head: `[vocabulary,
-    hidden]`.
+    """Computes the logits of the rows, int64 `[n]`, after the last layer, fp32 `[padded n, vocabulary]`. norm: `[hidden]`; head:
+    `[vocabulary, hidden]`.
 
-    inputs: the weights' type, `[T, padded n, hidden]`. Called as `run_layers` is.
+    inputs: the weights' type, `[T, padded n, hidden]`. Called like `run_layers`.
     """
     hidden = norm.shape[0]
     room = inputs.shape[0] // threads

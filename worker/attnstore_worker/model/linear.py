@@ -1,9 +1,9 @@
-"""Linear layers whose weights are kept the way this machine's matrix kernels read them fastest.
+"""Linear layers whose weights are stored as this machine's matrix kernels read them fastest.
 
-Owns: `PackedLinear`, `WidenedLinear`, `pack_linears`, `merged_linear`, `gated_product`. Invariant: results are `nn.Linear`'s up to
-rounding. Why (docs/decisions/0017-lean-decoder.md): torch keeps a bf16 weight row by row and oneDNN reorders it at every call, a
-third of a layer's time, at one row as at 256; and on a CPU without bf16 kernels torch's own loop takes eight times as long as fp32.
-In fp32 nothing is gained, so nothing is packed.
+Owns: `PackedLinear`, `WidenedLinear`, `pack_linears`, `merged_linear`, `gated_product`. Invariant: results equal those of
+`nn.Linear` up to rounding. torch stores a bf16 weight row by row and oneDNN reorders it at every call, which takes a third of a
+layer's time, at one row as at 256; on a CPU without bf16 kernels torch's own loop takes eight times as long as fp32
+(docs/decisions/0017-lean-decoder.md). fp32 gains nothing, so fp32 weights are not packed.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from torch.nn import functional
 
 
 class PackedLinear(nn.Module):
-    """`nn.Linear` on a CPU with a packed bf16 weight. The weight given is copied, not kept."""
+    """`nn.Linear` on a CPU with a packed bf16 weight. The given weight is copied, not kept."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
         super().__init__()
-        # Plain attributes: a packed weight has no layout that a state dictionary could hold.
+        # Plain attributes, because a packed weight has no layout that a state dictionary could store.
         self._packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), None)
         self._bias = None if bias is None else bias.detach()
 
@@ -41,7 +41,7 @@ class PackedLinear(nn.Module):
 
 
 class WidenedLinear(nn.Module):
-    """`nn.Linear` on a CPU that has no bf16 kernels: bf16 in and out, an fp32 copy of the weight between. Twice the memory."""
+    """`nn.Linear` on a CPU without bf16 kernels: bf16 in and out, with an fp32 copy of the weight. Twice the memory."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
         super().__init__()
@@ -54,7 +54,7 @@ class WidenedLinear(nn.Module):
 
 
 def has_bf16_kernels() -> bool:
-    """oneDNN has bf16 matrix kernels for this CPU (AVX-512 or AMX)."""
+    """Returns whether oneDNN has bf16 matrix kernels for this CPU (AVX-512 or AMX)."""
     return bool(
         torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
         and torch.ops.mkldnn._is_mkldnn_bf16_supported()
@@ -62,14 +62,14 @@ def has_bf16_kernels() -> bool:
 
 
 def _packed(weight: Tensor, bias: Tensor | None) -> nn.Module | None:
-    """The layer that this machine runs faster than `nn.Linear`; None where there is none."""
+    """Returns the layer that this machine runs faster than `nn.Linear`, or None."""
     if weight.dtype is not torch.bfloat16 or weight.device.type != "cpu":
         return None
     return PackedLinear(weight, bias) if has_bf16_kernels() else WidenedLinear(weight, bias)
 
 
 def pack_linears(module: nn.Module) -> None:
-    """Replaces every `nn.Linear` below `module` whose weight can be packed. The rows' own copy is freed, unless it is tied."""
+    """Replaces every `nn.Linear` below `module` whose weight can be packed. Its unpacked weight is freed, unless it is tied."""
     for parent in list(module.modules()):
         for name, child in list(parent.named_children()):
             if type(child) is nn.Linear and (packed := _packed(child.weight, child.bias)) is not None:
@@ -77,7 +77,9 @@ def pack_linears(module: nn.Module) -> None:
 
 
 def merged_linear(weight: Tensor, linears: Sequence[nn.Linear]) -> nn.Module:
-    """One layer that gives the outputs of several side by side, whose weights are the parts of `weight`. Packed where possible."""
+    """Returns one layer that computes the outputs of several side by side; their weights are the parts of `weight`. Packed if
+    possible.
+    """
     biases = [linear.bias.detach() for linear in linears if linear.bias is not None]
     assert len(biases) in (0, len(linears))
     bias = torch.cat(biases) if biases else None
@@ -91,7 +93,7 @@ def merged_linear(weight: Tensor, linears: Sequence[nn.Linear]) -> nn.Module:
 
 
 def gated_product(gate: nn.Module, up: nn.Module, rows: Tensor) -> Tensor:
-    """`silu(gate(rows)) * up(rows)`, the inside of a gated MLP (Shazeer 2020, SwiGLU)."""
+    """Returns `silu(gate(rows)) * up(rows)`, the inner part of a gated MLP (Shazeer 2020, SwiGLU)."""
     if isinstance(gate, PackedLinear) and isinstance(up, PackedLinear):
         return up.times(rows, gate.silu(rows))
     product: Tensor = functional.silu(gate(rows)) * up(rows)

@@ -1,8 +1,8 @@
-"""Llama's forward pass for packed rows over paged KV memory, from the weights of transformers' module.
+"""Llama's forward pass for packed rows over paged KV memory, with the weights of transformers' module.
 
 Owns: `LlamaDecoder`. Invariant: the logits are those of `TransformersDecoder` on the same module, up to rounding
-(tests/worker/model/test_decoder.py). Why: transformers' modules are made for batches, caches and training, and at one token a step
-they cost as much as reading the weights (docs/decisions/0017-lean-decoder.md).
+(tests/worker/model/test_decoder.py). transformers' modules are made for batches, caches and training; with one token per step their
+overhead equals the time of reading the weights (docs/decisions/0017-lean-decoder.md).
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from attnstore_worker.model.weights import LayerWeights, gather_weights
 
 @dataclass(frozen=True, slots=True)
 class _Layer:
-    """What one decoder layer computes with."""
+    """The modules and weights of one decoder layer."""
 
     attention_norm: Tensor
     query_key_value: nn.Module
@@ -37,7 +37,7 @@ class _Layer:
 
 
 class LlamaDecoder:
-    """See `Decoder`. Takes over the module, whose linear layers are packed where that is possible; it still runs by itself."""
+    """See `Decoder`. Takes over the module and packs its linear layers if possible; the module still runs by itself."""
 
     def __init__(self, module: Any) -> None:
         config = module.config
@@ -62,10 +62,10 @@ class LlamaDecoder:
         """See `Decoder.logits`."""
         with torch.inference_mode():
             hidden = functional.embedding(token_ids, self._embedding)
-            rotation = _rotation(*self._rotary(hidden[:0].float(), positions[None]))  # for the type alone: fp32
+            rotation = _rotation(*self._rotary(hidden[:0].float(), positions[None]))  # only for its type: fp32
             if self._few_rows is not None and (plan := self._few_rows.plan(len(hidden), step)) is not None:
                 return self._few_rows.logits(hidden, rotation, rows, step, plan)
-            # Each layer begins with the norm behind the sum that the one before it ends with.
+            # Each layer begins with the norm after the sum with which the previous layer ends.
             normed = normalized(hidden, self._layers[0].attention_norm, self._epsilon)
             for index, layer in enumerate(self._layers[:-1]):
                 delta = self._run_layer(index, layer, hidden, normed, rotation, step)
@@ -78,7 +78,7 @@ class LlamaDecoder:
     def _run_layer(
         self, index: int, layer: _Layer, hidden: Tensor, normed: Tensor, rotation: tuple[Tensor, Tensor], step: PagedStep
     ) -> Tensor:
-        """Adds what attention gives to `hidden`, in place; returns what the MLP gives, which is still to be added."""
+        """Adds the output of attention to `hidden`, in place. Returns the output of the MLP, which is still to be added."""
         q_heads, kv_heads = self._heads
         heads: Tensor = layer.query_key_value(normed).view(len(hidden), q_heads + 2 * kv_heads, -1)
         rotate(heads, q_heads + kv_heads, *rotation)
@@ -92,7 +92,9 @@ class LlamaDecoder:
 
 
 def is_plain_llama(module: Any) -> bool:
-    """`LlamaDecoder` computes what this module does: exactly Llama's, with its usual activation and rows that the kernels take."""
+    """Returns whether `LlamaDecoder` computes the same as this module: exactly Llama, with its usual activation and row sizes that
+    the kernels support.
+    """
     if type(module) is not LlamaForCausalLM or module.device.type != "cpu":
         return False
     config = module.config
@@ -117,7 +119,7 @@ def _layer(layer: Any, query_key_value: nn.Module) -> _Layer:
 
 
 def _rotation(cosines: Tensor, sines: Tensor) -> tuple[Tensor, Tensor]:
-    """fp32 cosines and sines `[total_q, head_dim / 2]`.
+    """Returns fp32 cosines and sines `[total_q, head_dim / 2]`.
 
     From transformers' `[1, total_q, head_dim]`, in which both halves of a head have the same angles (RoPE, Su et al. 2021, in the
     order of GPT-NeoX).

@@ -36,8 +36,8 @@ _logger = logging.getLogger(__name__)
 class LoadedModel:
     """A causal language model whose attention is `attnstore_worker.model.attention`.
 
-    `module` is transformers' model in evaluation mode and `decoder` what runs it over pages; `fingerprint` is 32 bytes,
-    `attention_kinds` what its layers ask of attention, `context_tokens_max` the longest prompt with its answer.
+    `module` is transformers' model in evaluation mode, and `decoder` runs it over pages. `fingerprint` is 32 bytes,
+    `attention_kinds` lists what its layers request of attention, `context_tokens_max` is the longest prompt with its answer.
     """
 
     name: str
@@ -55,7 +55,7 @@ class LoadedModel:
         return _layout(self.module.config, self.dtype, block_tokens)
 
     def query_shape(self) -> QueryShape:
-        """The queries that a store node can answer.
+        """Returns the shape of queries to store nodes.
 
         Raises `InvalidArgument` for a model that does not attend to all keys with plain scores of one scale.
         """
@@ -68,7 +68,7 @@ class LoadedModel:
 
 
 def load_model(path: Path | None = None, dtype: DType = DType.FP32, cache: Path | None = None) -> LoadedModel:
-    """Loads the model at `path` (see `find_model`) with weights and KV in `dtype`; converted copies are kept in `cache`.
+    """Loads the model at `path` (see `find_model`) with weights and KV in `dtype`; converted copies are stored in `cache`.
 
     Raises `ModelUnavailable` for missing, damaged or unsupported files.
     """
@@ -107,14 +107,16 @@ def _read_folder(folder: FolderSource, dtype: DType) -> tuple[Any, Any]:
         tokenizer = transformers.AutoTokenizer.from_pretrained(str(folder.path), local_files_only=True, trust_remote_code=False)
     except (ImportError, ModelUnavailable):
         raise
-    except Exception as error:  # damaged files surface as whatever their parser trips over
+    except Exception as error:  # damaged files raise whatever their parser runs into
         told = " ".join(str(error).split())
         raise ModelUnavailable(f"the model in {folder.path} cannot be loaded ({type(error).__name__}: {told})") from error
     return module.eval().requires_grad_(False), tokenizer
 
 
 def _supported_layout(source: ModelSource, module: Any, dtype: DType) -> PageLayout:
-    """The pages of the self-test, for a Llama-type model: all layers keep keys and values of one shape, and let us attend."""
+    """Returns the page layout of the self-test, for a Llama-type model: all layers have keys and values of one shape, and
+    replaceable attention.
+    """
     config = module.config
     needed = ("num_hidden_layers", "num_attention_heads", "num_key_value_heads", "hidden_size", "max_position_embeddings")
     missing = [name for name in needed if not isinstance(getattr(config, name, None), int)]
@@ -124,7 +126,7 @@ def _supported_layout(source: ModelSource, module: Any, dtype: DType) -> PageLay
         raise ModelUnavailable(f"{source.path}: {type(module).__name__} does not let its attention be replaced")
     try:
         return _layout(config, dtype, _TEST_BLOCK_TOKENS)
-    except Exception as error:  # configs that differ by layer raise what their class likes
+    except Exception as error:  # configs that differ by layer raise errors of any kind
         raise ModelUnavailable(f"{source.path}: {type(module).__name__} has no one page layout ({error})") from error
 
 
@@ -140,7 +142,7 @@ def _layout(config: Any, dtype: DType, block_tokens: int) -> PageLayout:
 
 
 def _fingerprint(digest: bytes, config: Any, dtype: DType) -> bytes:
-    # Which of its implementations of experts transformers has chosen is no field; their results differ in rounding.
+    # No field of the config says which implementation of experts transformers has chosen; their results differ in rounding.
     experts = getattr(config, "_experts_implementation", None)
     return fingerprint(weights=digest.hex(), dtype=dtype.value, experts=experts, config=config_fields(config))
 

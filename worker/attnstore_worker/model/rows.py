@@ -1,11 +1,11 @@
-"""What a decoder layer does with its rows between two matrix products, in one pass over them each.
+"""The operations of a decoder layer on its rows between two matrix products, in one pass each.
 
-Owns: `normalized`, `added_and_normalized` and `rotate`, with what other kernels call of them, compiled by numba for the machine
-that they run on. Invariant: results are those of torch's operations up to rounding, each value rounded once where torch rounds
-after each of them. Why: torch's norm alone takes several operations, and of a decode step of 25 ms its calls took 2.5
+Owns: `normalized`, `added_and_normalized` and `rotate`, and their parts that other kernels call, compiled by numba for the machine
+that they run on. Invariant: results equal those of torch's operations up to rounding, and each value is rounded once where torch
+rounds after each operation. torch's norm alone takes several operations; its calls took 2.5 ms of a decode step of 25 ms
 (docs/decisions/0017-lean-decoder.md).
 
-Rows lie one after the other. Elements are bf16, fp16 or fp32, sixteen at a time (`attnstore.attention.simd`).
+Rows are consecutive in memory. Elements are bf16, fp16 or fp32, sixteen at a time (`attnstore.attention.simd`).
 """
 
 # mypy: disable-error-code="untyped-decorator,no-untyped-call,no-untyped-def"
@@ -26,7 +26,7 @@ _ONE: Final = np.float32(1.0)
 
 
 def fits(hidden_size: int, head_dim: int) -> bool:
-    """Rows of these sizes can be worked on sixteen elements at a time."""
+    """Returns whether rows of these sizes can be processed sixteen elements at a time."""
     return hidden_size % LANES == 0 and head_dim % (2 * LANES) == 0
 
 
@@ -38,14 +38,14 @@ def normalized(hidden: Tensor, weight: Tensor, epsilon: float) -> Tensor:
 
 
 def added_and_normalized(hidden: Tensor, delta: Tensor, weight: Tensor, epsilon: float) -> Tensor:
-    """`hidden += delta` in place, and then `normalized`."""
+    """Adds `hidden += delta` in place, then returns `normalized`."""
     result = torch.empty_like(hidden)
     add_and_normalize(_flat(hidden), _flat(delta), _flat(weight), np.float32(epsilon), _flat(result))
     return result
 
 
 def rotate(heads: Tensor, turned: int, cosines: Tensor, sines: Tensor) -> None:
-    """Turns the first `turned` heads of `heads`, `[rows, heads, head_dim]`, in place: RoPE in the order of GPT-NeoX.
+    """Rotates the first `turned` heads of `heads`, `[rows, heads, head_dim]`, in place: RoPE in the order of GPT-NeoX.
 
     cosines, sines: fp32 `[rows, head_dim / 2]`, of the angle between element `i` and element `i + head_dim / 2`.
     """
@@ -70,7 +70,7 @@ def _normalize(hidden, weight, epsilon, result):
 
 @compiled
 def add_and_normalize(hidden, delta, weight, epsilon, result):
-    """`added_and_normalized` on flat arrays, for other compiled code: as many rows as `hidden` has."""
+    """`added_and_normalized` on flat arrays, for other compiled code: for all rows of `hidden`."""
     width = weight.shape[0]
     for row in range(0, hidden.shape[0], width):
         squares = splat(_ZERO)
@@ -90,7 +90,7 @@ def _scale(hidden, row, weight, width, squares, epsilon, result):
 
 @inlined
 def turned_by(cosine, sine, first, second):
-    """The two halves of a head after their rotation."""
+    """Returns the two halves of a head after their rotation."""
     return sub(mul(first, cosine), mul(second, sine)), fma(second, cosine, mul(first, sine))
 
 

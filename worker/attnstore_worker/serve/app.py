@@ -1,8 +1,8 @@
 """The OpenAI-compatible endpoint as an ASGI application.
 
-Owns: the routes, and what becomes of a request that is wrong, refused or abandoned.
-Invariant: every failure before the first byte has OpenAI's error body with a fitting status, one after it ends the stream with an
-error event; a client that goes away costs at most one more step.
+Owns: the routes, and the answers to wrong, refused or abandoned requests.
+Invariant: a failure before the first byte is answered by OpenAI's error body with a fitting status; a later failure ends the stream
+with an error event; a client that disconnects costs at most one more step.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ _COUNT: Final = re.compile("[0-9]{1,9}")
 _RATE_TOKENS: Final = 1_024
 _RATE_CHUNK_TOKENS: Final = 256
 _CLIENT_CLOSED_REQUEST: Final = 499
-"""nginx's status for a client that went away; nobody reads it but the metrics."""
+"""nginx's status for a client that disconnected; only the metrics show it."""
 
 
 class ModelNotFound(InvalidArgument):
@@ -65,7 +65,7 @@ class ModelNotFound(InvalidArgument):
 
 
 class PriorityDenied(InvalidRequest):
-    """The caller may not say who goes first."""
+    """The caller may not set a priority."""
 
     code = "permission_denied"
 
@@ -73,8 +73,8 @@ class PriorityDenied(InvalidRequest):
 def create_app(
     engine: AsyncEngine, model: LoadedModel, tokens: Mapping[str, str] | None = None, priority_callers: Collection[str] = ()
 ) -> Starlette:
-    """The application; it serves `model` under its name. `tokens` (token -> whose it is): who may use it; none: everyone.
-    `priority_callers` are those who may give a request a priority.
+    """Returns the application, which serves `model` under its name. `tokens` (token -> caller) are the allowed tokens; without
+    tokens everyone is allowed. `priority_callers` may give a request a priority.
 
     The caller keeps the engine running and closes it.
     """
@@ -134,7 +134,7 @@ class _Api:
         return self._reply("models", self._model_body())
 
     async def health(self, _: Request) -> Response:
-        """`GET /health`: 200 as long as prompts are taken."""
+        """`GET /health`: 200 while prompts are accepted."""
         return Response(status_code=200 if self._engine.alive else 503)
 
     async def metrics(self, _: Request) -> Response:
@@ -142,7 +142,7 @@ class _Api:
         return Response(self._metrics.text(), media_type="text/plain; version=0.0.4")
 
     async def planner(self, request: Request) -> Response:
-        """`GET /planner?last=N`: measured costs, how good predictions were, and the last decisions."""
+        """`GET /planner?last=N`: measured costs, the errors of predictions, and the last decisions."""
         last = request.query_params.get("last", str(_DECISIONS_DEFAULT))
         if not _COUNT.fullmatch(last):
             raise InvalidRequest("last: must be a whole number of at most nine digits", "last")
@@ -159,23 +159,23 @@ class _Api:
         return self._reply("planner", body)
 
     async def refused(self, request: Request, error: Exception) -> Response:
-        """An error of the tree: the client's fault, or worth another try."""
+        """Answers an error of the tree: the client's fault, or retryable."""
         assert isinstance(error, AttnStoreError)
         status, kind = _status(error)
         param = error.param if isinstance(error, InvalidRequest) else None
         return self._failure(request, status, error_body(str(error), kind, param=param, code=error.code))
 
     async def not_routed(self, request: Request, error: Exception) -> Response:
-        """A wrong path or method, or a body beyond the limit."""
+        """Answers a wrong path or method, or a body beyond the limit."""
         assert isinstance(error, HTTPException)
         return self._failure(request, error.status_code, error_body(error.detail, "invalid_request_error", param=None, code=None))
 
     async def abandoned(self, request: Request, _: Exception) -> Response:
-        """The client went away; nothing of this is read."""
+        """Answers a client that disconnected; nothing of it is read."""
         return self._failure(request, _CLIENT_CLOSED_REQUEST, {})
 
     async def broken(self, request: Request, _: Exception) -> Response:
-        """A bug; the server's log has it."""
+        """Answers a bug; the server's log has the traceback."""
         return self._failure(request, 500, error_body("internal error", "server_error", param=None, code=None))
 
     async def _answer(
@@ -231,7 +231,7 @@ class _Api:
             yield piece
 
     async def _text_tokens(self, text: str) -> list[int]:
-        """On another thread: a body may hold megabytes."""
+        """On another thread, because a body may have megabytes."""
         return await asyncio.to_thread(text_tokens, self._model.tokenizer, text)
 
     async def _chat_tokens(self, asked: ChatRequest) -> list[int]:
@@ -261,7 +261,7 @@ class _Api:
         ]
 
     def _check(self, request: Request, asked: GenerationRequest, prompts: int) -> None:
-        """What can be refused before a prompt is looked at."""
+        """Refuses a request for reasons that do not need its prompt."""
         self._check_model(asked.model)
         if prompts * (asked.n or 1) > CHOICES_MAX:
             raise InvalidRequest(f"{prompts} prompts with n = {asked.n or 1}: at most {CHOICES_MAX} choices", "n")
@@ -286,7 +286,7 @@ class _Api:
 
 
 class _EventStream(StreamingResponse):
-    """Server-sent events; `cancel` is called when they are over, whoever ended them."""
+    """Server-sent events; `cancel` is called when the stream ends, whoever ended it."""
 
     def __init__(self, events: AsyncIterator[str], cancel: Callable[[], None]) -> None:
         super().__init__(events, media_type="text/event-stream", headers={"cache-control": "no-cache"})
@@ -303,7 +303,8 @@ async def _body(request: Request) -> bytes:
     body = bytearray()
     try:
         async with asyncio.timeout(HTTP_BODY_MS_MAX / 1000):
-            async for part in request.stream():  # to its end: a client that still sends when its connection closes loses the answer
+            # To its end: a client that still sends when its connection closes would lose the answer.
+            async for part in request.stream():
                 if len(body) <= HTTP_BODY_BYTES_MAX:
                     body += part
     except TimeoutError:
@@ -314,7 +315,7 @@ async def _body(request: Request) -> bytes:
 
 
 async def _unless_gone(request: Request, work: Coroutine[Any, Any, _T]) -> _T:
-    """The result of `work`, which is cancelled with `ClientDisconnect` when the client disconnects."""
+    """Returns the result of `work`, which is cancelled with `ClientDisconnect` when the client disconnects."""
     working = asyncio.ensure_future(work)
     watching = asyncio.ensure_future(_disconnect(request.receive))
     try:
@@ -333,7 +334,7 @@ async def _disconnect(receive: Receive) -> None:
 
 
 def _status(error: AttnStoreError) -> tuple[int, str]:
-    """HTTP status and OpenAI's kind of error."""
+    """Returns the HTTP status and OpenAI's type of an error."""
     if isinstance(error, Unauthenticated):
         return 401, "invalid_request_error"
     if isinstance(error, PriorityDenied):
@@ -346,7 +347,7 @@ def _status(error: AttnStoreError) -> tuple[int, str]:
 
 
 def _route(request: Request) -> str:
-    """A label from a closed set."""
+    """Returns a label from a closed set."""
     path = request.url.path
     known = {"/v1/completions": "completions", "/v1/chat/completions": "chat_completions", "/v1/models": "models"}
     return known.get(path, "other")

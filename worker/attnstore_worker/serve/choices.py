@@ -1,6 +1,6 @@
-"""One request's sequences: started together, read together, cancelled together.
+"""The sequences of one request: started, read and cancelled together.
 
-Owns: `Choices`. Invariant: whatever way a request ends, each of its sequences is finished or cancelled.
+Owns: `Choices`. Invariant: however a request ends, each of its sequences is finished or cancelled.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ _REASONS = {
     FinishReason.CONTEXT_FULL: "length",
     FinishReason.POOL_FULL: "length",
 }
-"""As OpenAI names them. The others are failures of the server."""
+"""By OpenAI's names. All other reasons are failures of the server."""
 
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """Some text of the choice at `index`; with a `finish_reason` its last."""
+    """Some text of the choice at `index`; the last piece has a `finish_reason`."""
 
     index: int
     text: str
@@ -41,7 +41,7 @@ class Usage:
     cached_tokens: int
 
     def as_json(self) -> dict[str, object]:
-        """OpenAI's `usage` object."""
+        """Returns OpenAI's `usage` object."""
         return {
             "prompt_tokens": self.prompt_tokens,
             "completion_tokens": self.completion_tokens,
@@ -51,7 +51,7 @@ class Usage:
 
 
 class Choices:
-    """The sequences of one request. Leaving it as a context manager cancels what is not finished."""
+    """The sequences of one request. Leaving the context manager cancels unfinished ones."""
 
     def __init__(self, streams: list[TokenStream]) -> None:
         self._streams = streams
@@ -67,7 +67,7 @@ class Choices:
         priority: int,
         cache_salt: str,
     ) -> Self:
-        """Starts one sequence for each prompt and sampling. Raises as `AsyncEngine.submit` does, and then has started none."""
+        """Starts one sequence for each prompt and sampling. Raises as `AsyncEngine.submit` does; then none is started."""
         choices = cls([])
         try:
             for token_ids, sampling in zip(prompts, samplings, strict=True):
@@ -79,7 +79,7 @@ class Choices:
         return choices
 
     def cancel(self) -> None:
-        """Cancels what is not finished."""
+        """Cancels unfinished sequences."""
         for stream in self._streams:
             if stream.finish_reason is None:
                 stream.cancel()
@@ -91,7 +91,7 @@ class Choices:
         self.cancel()
 
     def usage(self, choices_per_prompt: int) -> Usage:
-        """What was used so far. A prompt counts once, however many choices continue it."""
+        """Returns the usage so far. A prompt counts once, however many choices continue it."""
         firsts = self._streams[::choices_per_prompt]
         return Usage(
             prompt_tokens=sum(stream.prompt_tokens for stream in firsts),
@@ -100,8 +100,8 @@ class Choices:
         )
 
     async def pieces(self) -> AsyncIterator[Piece]:
-        """The text of all choices as it comes. Raises the error of one that FAILED, and `Overloaded` where the engine could not
-        finish one.
+        """Yields the text of all choices as it arrives. Raises the error of a sequence that FAILED, and `Overloaded` if the engine
+        could not finish one.
         """
         nexts = {asyncio.ensure_future(self._piece(index)): index for index in range(len(self._streams))}
         try:
@@ -116,7 +116,7 @@ class Choices:
         finally:
             for task in nexts:
                 task.cancel()
-            await asyncio.gather(*nexts, return_exceptions=True)  # each is asked how it ended, or asyncio logs that nobody did
+            await asyncio.gather(*nexts, return_exceptions=True)  # every result is retrieved, otherwise asyncio logs it
 
     async def _piece(self, index: int) -> Piece:
         stream = self._streams[index]

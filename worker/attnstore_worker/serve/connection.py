@@ -1,7 +1,7 @@
-"""An HTTP connection with bounds on how long its peer may take, which uvicorn has only for a connection that is idle.
+"""An HTTP connection that bounds how long its peer may take; uvicorn bounds only idle connections.
 
-Owns: two timers of each connection. Invariants: a connection without a request under way is gone within `limits.HTTP_HEAD_MS_MAX`,
-whatever its peer trickles; one whose peer takes nothing of the answer is gone within `limits.HTTP_STALL_MS_MAX`.
+Owns: two timers per connection. Invariants: a connection without a running request is closed within `limits.HTTP_HEAD_MS_MAX`,
+however slowly its peer sends; a connection whose peer does not read the answer is closed within `limits.HTTP_STALL_MS_MAX`.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ class BoundedProtocol(H11Protocol):
 
 
 class _Timer:
-    """Acts once, so long after the first `start` since the last `stop`."""
+    """Acts once, the given time after the first `start` since the last `stop`."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop, after_ms: float, act: Callable[[], None]) -> None:
         self._loop = loop

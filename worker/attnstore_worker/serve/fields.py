@@ -1,9 +1,9 @@
-"""The fields of a request that are not served: which of them may be there all the same.
+"""The fields of a request that are not served, and their values that are accepted nevertheless.
 
-Owns: the names that OpenAI's and vLLM's requests have and this endpoint does not implement. Invariant: nothing that could change
-the answer is ignored. A field of `UNSERVED` is refused by its name unless its value asks for nothing; one of `WITHOUT_EFFECT`
-cannot change the answer, whatever it says; a name that is nowhere is refused, because a misspelt field would be a wrong answer
-(docs/decisions/0062-fields-that-are-refused.md).
+Owns: the names that OpenAI's and vLLM's requests have and this endpoint does not implement. Invariant: no field that could change
+the answer is ignored. A field of `UNSERVED` is refused by name unless its value requests nothing; a field of `WITHOUT_EFFECT`
+cannot change the answer, whatever its value; an unknown field is refused, because ignoring a misspelt field would give a wrong
+answer (docs/decisions/0062-fields-that-are-refused.md).
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from typing import Final
 
 Neutral = Mapping[str, tuple[object, ...]]
-"""Fields with the values that ask for nothing; null always is one of them."""
+"""Fields with the values that request nothing; null is always one of them."""
 
 WITHOUT_EFFECT: Final = frozenset(
     {
@@ -22,7 +22,7 @@ WITHOUT_EFFECT: Final = frozenset(
 )
 
 UNSERVED: Final[Neutral] = {
-    # how a token is drawn
+    # sampling
     "frequency_penalty": (0,),
     "presence_penalty": (0,),
     "repetition_penalty": (1,),
@@ -34,13 +34,13 @@ UNSERVED: Final[Neutral] = {
     "bad_words": ([],),
     "use_beam_search": (False,),
     "best_of": (1,),
-    # where the answer ends
+    # end of the answer
     "min_tokens": (0,),
     "stop_token_ids": ([],),
     "include_stop_str_in_output": (False,),
     "repetition_detection": (),
     "thinking_token_budget": (),
-    # what form it has
+    # form of the answer
     "response_format": ({"type": "text"},),
     "structured_outputs": (),
     "structural_tag": (),
@@ -60,7 +60,7 @@ UNSERVED: Final[Neutral] = {
     "include_reasoning": (True,),
     "moderation": (),
     "web_search_options": (),
-    # what else is asked for
+    # additional output
     "echo": (False,),
     "top_logprobs": (0,),
     "prompt_logprobs": (),
@@ -78,7 +78,7 @@ UNSERVED: Final[Neutral] = {
     "parallel_tool_calls": (True, False),
     "functions": ([],),
     "function_call": ("none", "auto"),
-    # what the prompt is made of
+    # input of the prompt
     "truncate_prompt_tokens": (),
     "truncation_side": (),
     "prompt_embeds": (),
@@ -90,7 +90,7 @@ UNSERVED: Final[Neutral] = {
     "ec_transfer_params": ({},),
     "vllm_xargs": ({},),
 }
-"""Of both kinds of request."""
+"""In both kinds of request."""
 
 COMPLETION_UNSERVED: Final[Neutral] = {
     **UNSERVED,
@@ -111,5 +111,5 @@ CHAT_UNSERVED: Final[Neutral] = {
 
 
 def asks_for_nothing(value: object, neutral: tuple[object, ...]) -> bool:
-    """Whether a field's value is one of those. A number is no truth value: 0 is not False."""
+    """Returns whether a field's value is one of those. Numbers and booleans differ: 0 is not False."""
     return value is None or any(value == each and isinstance(value, bool) == isinstance(each, bool) for each in neutral)

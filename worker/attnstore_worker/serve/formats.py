@@ -1,6 +1,6 @@
-"""What a client gets back: OpenAI's response bodies.
+"""The bodies of OpenAI's responses.
 
-Owns: their shapes, for a whole answer and for the chunks of a stream. Both kinds of request differ in nothing else.
+Owns: their shapes, for a whole answer and for the chunks of a stream. The two kinds of request differ only in these.
 """
 
 from __future__ import annotations
@@ -20,22 +20,22 @@ STREAM_END = "data: [DONE]\n\n"
 
 
 class Format(Protocol):
-    """One answer's bodies."""
+    """The bodies of one answer."""
 
     def answer(self, texts: Sequence[str], reasons: Sequence[str | None], usage: Usage) -> Json:
-        """The whole answer: a text and a finish reason for each choice."""
+        """Returns the whole answer: a text and a finish reason for each choice."""
         ...
 
     def opening(self, choices: int) -> Iterable[Json]:
-        """The chunks before the first text."""
+        """Returns the chunks before the first text."""
         ...
 
     def chunk(self, piece: Piece) -> Json:
-        """A chunk of a stream."""
+        """Returns a chunk of a stream."""
         ...
 
     def closing(self, usage: Usage) -> Json:
-        """The chunk without choices that counts the tokens."""
+        """Returns the chunk without choices that contains the token counts."""
         ...
 
 
@@ -48,21 +48,21 @@ class CompletionFormat:
     created_s: int = field(default_factory=lambda: int(time.time()))
 
     def answer(self, texts: Sequence[str], reasons: Sequence[str | None], usage: Usage) -> Json:
-        """The whole answer."""
+        """Returns the whole answer."""
         pairs = enumerate(zip(texts, reasons, strict=True))
         return self._body([_completion_choice(index, text, reason) for index, (text, reason) in pairs], usage=usage.as_json())
 
     def opening(self, choices: int) -> Iterable[Json]:
-        """Nothing: text comes at once."""
+        """Returns nothing: the text begins at once."""
         del choices
         return ()
 
     def chunk(self, piece: Piece) -> Json:
-        """A chunk of a stream."""
+        """Returns a chunk of a stream."""
         return self._body([_completion_choice(piece.index, piece.text, piece.finish_reason)])
 
     def closing(self, usage: Usage) -> Json:
-        """The chunk that counts the tokens."""
+        """Returns the chunk with the token counts."""
         return self._body([], usage=usage.as_json())
 
     def _body(self, choices: list[Json], **others: object) -> Json:
@@ -79,7 +79,7 @@ class ChatFormat:
     created_s: int = field(default_factory=lambda: int(time.time()))
 
     def answer(self, texts: Sequence[str], reasons: Sequence[str | None], usage: Usage) -> Json:
-        """The whole answer."""
+        """Returns the whole answer."""
         choices = [
             _chat_choice(index, "message", {"role": "assistant", "content": text}, reason)
             for index, (text, reason) in enumerate(zip(texts, reasons, strict=True))
@@ -87,15 +87,15 @@ class ChatFormat:
         return self._body("chat.completion", choices, usage=usage.as_json())
 
     def opening(self, choices: int) -> Iterable[Json]:
-        """The role comes before the text."""
+        """Returns the role, which precedes the text."""
         return (self._chunk(index, {"role": "assistant", "content": ""}, None) for index in range(choices))
 
     def chunk(self, piece: Piece) -> Json:
-        """A chunk of a stream."""
+        """Returns a chunk of a stream."""
         return self._chunk(piece.index, {"content": piece.text} if piece.text else {}, piece.finish_reason)
 
     def closing(self, usage: Usage) -> Json:
-        """The chunk that counts the tokens."""
+        """Returns the chunk with the token counts."""
         return self._body("chat.completion.chunk", [], usage=usage.as_json())
 
     def _chunk(self, index: int, delta: Json, reason: str | None) -> Json:
@@ -107,12 +107,12 @@ class ChatFormat:
 
 
 def error_body(message: str, kind: str, *, param: str | None, code: str | None) -> Json:
-    """OpenAI's error object."""
+    """Returns OpenAI's error object."""
     return {"error": {"message": message, "type": kind, "param": param, "code": code}}
 
 
 def event(body: Json) -> str:
-    """A server-sent event."""
+    """Returns a server-sent event."""
     return f"data: {json.dumps(body, ensure_ascii=False)}\n\n"
 
 

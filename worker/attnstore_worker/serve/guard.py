@@ -1,7 +1,7 @@
-"""Who may use the endpoint: those who present a token, where it has any.
+"""Authentication of the endpoint's callers by token, if it has tokens.
 
 Owns: the middleware in front of all routes. Invariant: with tokens, only `/health` and `/metrics` answer a caller without one;
-orchestrators and Prometheus ask them, and neither shows a prompt.
+orchestrators and Prometheus use them, and neither shows a prompt.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from attnstore.errors import Unauthenticated
 from attnstore.tokens import BEARER, holder
 
 ANYONE: Final = "default"
-"""The name of the only caller there is: who presents the one token, or whoever comes where none is asked for."""
+"""The name of the only caller: the holder of the single token, or everyone if there is none."""
 _OPEN_PATHS: Final = frozenset({"/health", "/metrics"})
 _CALLER: Final = "attnstore.caller"
 
@@ -29,13 +29,13 @@ class InvalidApiKey(Unauthenticated):
 
 
 def caller_of(request: Request) -> str:
-    """Whose token the request presents."""
+    """Returns the caller whose token the request has."""
     name: str = request.scope.get(_CALLER, ANYONE)
     return name
 
 
 class TokenGuard:
-    """ASGI middleware; `refuse` makes the answer to a caller without a token."""
+    """ASGI middleware; `refuse` creates the answer to a caller without a token."""
 
     def __init__(
         self, app: ASGIApp, tokens: Mapping[str, str], refuse: Callable[[Request, Exception], Awaitable[Response]]

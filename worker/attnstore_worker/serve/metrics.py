@@ -22,7 +22,7 @@ _TIER_METRICS = {
     "bytes_read": "Page bytes copied up from a tier.",
     "evicted_blocks": "Blocks that a tier evicted.",
 }
-"""Names are those of `TierStatistics`."""
+"""The names are those of `TierStatistics`."""
 _TTFT_BUCKETS_S = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
 
 
@@ -46,7 +46,7 @@ class ServeMetrics:
             self._registry.register(_PlannerCollector(planner))
 
     def text(self) -> bytes:
-        """All metrics in Prometheus' text format."""
+        """Returns all metrics in Prometheus' text format."""
         return generate_latest(self._registry)
 
 

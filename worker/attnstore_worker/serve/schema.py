@@ -1,7 +1,7 @@
-"""What a client may ask for: OpenAI's request bodies as types.
+"""OpenAI's request bodies as types.
 
-Owns: the fields that are served, with their limits; those that are not are in `fields`. Invariant: a field that could change the
-answer is served or refused by its name. Null says that a field is not given, as in OpenAI's API.
+Owns: the served fields, with their limits; `fields` has the others. Invariant: a field that could change the answer is served or
+refused by name. A field that is null counts as absent, as in OpenAI's API.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from attnstore_worker.engine.sampler import SEED_MAX, STOPS_MAX
 from attnstore_worker.serve.fields import CHAT_UNSERVED, COMPLETION_UNSERVED, WITHOUT_EFFECT, Neutral, asks_for_nothing
 
 CHOICES_MAX: Final = 64
-"""Sequences that one request may start: prompts times `n`."""
+"""Sequences of one request: prompts times `n`."""
 _PRIORITY_MAX: Final = 1_000
 _SHOWN_CHARACTERS_MAX: Final = 100
 _Request = TypeVar("_Request", bound="GenerationRequest")
@@ -26,11 +26,13 @@ _Request = TypeVar("_Request", bound="GenerationRequest")
 _TokenIds = Annotated[list[int], Field(min_length=1, fail_fast=True)]
 _Stop = Annotated[str, Field(min_length=1, max_length=256)]
 _CONFIG: Final = ConfigDict(strict=True, extra="allow", allow_inf_nan=False)
-"""Other fields are kept, to be refused. `extra="forbid"` has an error for each of them, and a body has room for 300,000."""
+"""Other fields are kept, to be refused. `extra="forbid"` would report an error for each of them, and a body has room
+for 300,000.
+"""
 
 
 class _Part(BaseModel):
-    """A part of a request, with no fields but its own. No list in it may fail more than once, for the same reason."""
+    """A part of a request, which allows only its own fields. No list in it may report more than one error, for the same reason."""
 
     model_config = _CONFIG
 
@@ -50,8 +52,8 @@ class StreamOptions(_Part):
 
 
 class GenerationRequest(BaseModel):
-    """What both kinds of request have in common. `top_k`, `ignore_eos`, `priority` and `cache_salt` are extensions, named as vLLM
-    does. Requests with different salts share no page, those with equal ones do.
+    """The fields shared by both kinds of request. `top_k`, `ignore_eos`, `priority` and `cache_salt` are extensions with vLLM's
+    names. Requests with different salts share no page; those with equal salts do.
     """
 
     model_config = _CONFIG
@@ -80,7 +82,7 @@ class GenerationRequest(BaseModel):
 
     @property
     def include_usage(self) -> bool:
-        """A stream ends with its token counts."""
+        """Whether a stream ends with its token counts."""
         return self.stream_options is not None and self.stream_options.include_usage is True
 
 
@@ -114,7 +116,7 @@ class TextPart(_Part):
 
 
 class FunctionCall(_Part):
-    """A call that the assistant made. OpenAI's API has its arguments as JSON text, chat templates read them as an object."""
+    """A call made by the assistant. OpenAI's API has its arguments as JSON text; chat templates read them as an object."""
 
     name: str
     arguments: dict[str, Any]
@@ -126,7 +128,7 @@ class FunctionCall(_Part):
 
 
 class ToolCall(_Part):
-    """A call of a tool. `index` is its place in a stream, which clients send back with it."""
+    """A call of a tool. `index` is its position in a stream, which clients send back with it."""
 
     id: str | None = None
     type: Literal["function"] | None = None
@@ -135,9 +137,9 @@ class ToolCall(_Part):
 
 
 class Message(_Part):
-    """One message of a conversation. Which roles and fields go together is for the model's chat template to say.
+    """One message of a conversation. The model's chat template decides which roles and fields go together.
 
-    `audio` and `annotations` are what an answer has that a client sends back.
+    `audio` and `annotations` are fields of answers that clients send back.
     """
 
     role: Literal["system", "developer", "user", "assistant", "tool", "function"]
@@ -153,7 +155,7 @@ class Message(_Part):
     annotations: list[Any] | None = Field(None, exclude=True)
 
     def as_template_input(self) -> dict[str, Any]:
-        """What a chat template reads. `developer` is the newer name of `system`, which templates know."""
+        """Returns the message for a chat template. `developer` is the newer name of `system`, which templates know."""
         fields = self.model_dump(exclude_none=True)
         if not self.tool_calls:
             fields.pop("tool_calls", None)
@@ -172,12 +174,12 @@ class ChatRequest(GenerationRequest):
 
     @property
     def tokens_max(self) -> int | None:
-        """The limit under its new or its old name."""
+        """The limit, under its new or its old name."""
         return self.max_completion_tokens or self.max_tokens
 
 
 class InvalidRequest(InvalidArgument):
-    """A body that is no valid request; `param` names the field."""
+    """A body that is not a valid request; `param` names the field."""
 
     def __init__(self, message: str, param: str | None) -> None:
         super().__init__(message)
@@ -185,7 +187,7 @@ class InvalidRequest(InvalidArgument):
 
 
 def parse_request(kind: type[_Request], body: bytes) -> _Request:
-    """The request in a JSON body. Raises `InvalidRequest` with the first thing that is wrong with it."""
+    """Parses the request in a JSON body. Raises `InvalidRequest` with its first error."""
     if body.count(b"[") + body.count(b"{") > HTTP_BODY_BRACKETS_MAX:
         raise InvalidRequest(f"the body has more than {HTTP_BODY_BRACKETS_MAX} lists and objects", None)
     try:
@@ -200,7 +202,7 @@ def parse_request(kind: type[_Request], body: bytes) -> _Request:
 
 
 def brief(text: str) -> str:
-    """As much of a text of the caller's as a message in one line has room for."""
+    """Shortens a text of the caller's for a message of one line."""
     return " ".join(text[:_SHOWN_CHARACTERS_MAX].split())
 
 

@@ -1,7 +1,7 @@
-"""The endpoint as a process serves it: its sockets, the application on them, and an end in order.
+"""The endpoint's process: its sockets, the application on them, and an orderly shutdown.
 
-Owns: the listening sockets. Invariants: the address is printed only once connections are taken; nothing is served to other machines
-without a token, unless the operator said so; a process whose engine has failed ends, so that whoever runs it starts another.
+Owns: the listening sockets. Invariants: the address is printed only once connections are accepted; other machines are not served
+without a token, unless the operator allows it; a process whose engine has failed exits, so that its supervisor starts another.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ from attnstore_worker.serve.connection import BoundedProtocol
 from attnstore_worker.serve.guard import ANYONE
 
 _DRAIN_S: Final = 10
-"""After a signal, answers under way have this long to finish."""
+"""The time for running answers to finish after a signal."""
 
 
 @dataclass(frozen=True, slots=True)
 class Endpoint:
-    """Where the endpoint listens (port 0 takes a free one), and the tokens (token -> whose it is) of those who may use it.
+    """Where the endpoint listens (port 0 takes a free one), and the tokens (token -> caller) of its callers.
 
-    No tokens: everyone who reaches it. `priority_callers` are those who may give a request a priority.
+    Without tokens everyone who reaches it is a caller. `priority_callers` may give a request a priority.
     """
 
     address: Address
@@ -53,7 +53,9 @@ class Endpoint:
         insecure: bool,
         allow_priority: Sequence[str] = (),
     ) -> Self:
-        """From the options of these names. Raises `InvalidArgument`, also for a public address without a token."""
+        """Creates an endpoint from the options of these names. Raises `InvalidArgument`, also for a public address
+        without a token.
+        """
         try:
             address = Address.of(host, port)
         except InvalidArgument as error:
@@ -78,7 +80,7 @@ class Endpoint:
 
 
 def server_config(app: Starlette) -> uvicorn.Config:
-    """How the application is served."""
+    """Returns uvicorn's configuration."""
     return uvicorn.Config(
         app,
         http=BoundedProtocol,
@@ -91,8 +93,8 @@ def server_config(app: Starlette) -> uvicorn.Config:
 
 
 def serve(engine: Engine, endpoint: Endpoint) -> None:
-    """Serves until SIGINT or SIGTERM, on the main thread. Raises `InvalidArgument` for an address that cannot be had, `Unavailable`
-    where the engine fails.
+    """Serves until SIGINT or SIGTERM, on the main thread. Raises `InvalidArgument` for an address that cannot be bound,
+    `Unavailable` if the engine fails.
     """
     try:
         listeners = endpoint.address.listen()
@@ -105,21 +107,21 @@ def serve(engine: Engine, endpoint: Endpoint) -> None:
         config = server_config(create_app(front, engine.model, endpoint.tokens, endpoint.priority_callers))
         url = f"http://{endpoint.address.at(listeners[0].getsockname()[1])}"
         print(f"attnstore-worker: serving {engine.model.name} on {url}", file=sys.stderr, flush=True)
-        # uvicorn raises the signal once more when it is done: as an exception, so that the engine is closed in order.
+        # uvicorn raises the signal again when it is done: as an exception, so that the engine is closed properly.
         signal.signal(signal.SIGTERM, signal.default_int_handler)
         with suppress(KeyboardInterrupt):
             _Server(config, front).run(sockets=list(listeners))
         if not front.alive:
-            raise Unavailable("the engine failed: it can compute nothing any more")
+            raise Unavailable("the engine failed and cannot compute any more")
 
 
 class _Server(uvicorn.Server):
-    """Ends in order once `front` takes no more prompts."""
+    """Shuts down once `front` accepts no more prompts."""
 
     def __init__(self, config: uvicorn.Config, front: AsyncEngine) -> None:
         super().__init__(config)
         self._front = front
 
     async def on_tick(self, counter: int) -> bool:
-        """Called ten times a second. True where it is time to end."""
+        """Called ten times a second. Returns True when it is time to end."""
         return await super().on_tick(counter) or not self._front.alive
