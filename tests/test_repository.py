@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 import tomllib
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -25,7 +26,20 @@ SOURCES = sorted(
 )
 
 
+DECISIONS = ROOT / "docs" / "decisions"
+PAGE_LINES = 90
+HALF_A_PAGE_LINES = 32
+LINE_CHARS = 132
 _FOLDERS = ("attnstore/", "worker/", "experiments/", "tests/", "docs/", "deploy/", "proto/")
+
+
+@cache
+def _modules() -> list[Path]:
+    return [path for folder in _FOLDERS for path in (ROOT / folder).rglob("*.py")]
+
+
+def _records() -> list[Path]:
+    return sorted(DECISIONS.glob("[0-9]*.md"))
 
 
 def run_python(*arguments: str) -> str:
@@ -96,7 +110,7 @@ def test_every_path_named_in_the_documentation_exists(page: Path) -> None:
     paths = {name for name in code if name.startswith(_FOLDERS)}
     files = {name for name in code - paths if re.fullmatch(r"[\w/*]+\.py", name)}
     missing = {name for name in paths if not any(ROOT.glob(name.rstrip("/")))}
-    missing |= {name for name in files if not any(any((ROOT / folder).rglob(name)) for folder in _FOLDERS)}
+    missing |= {name for name in files if not any(path.match(name) for path in _modules())}
     assert not missing
 
 
@@ -116,6 +130,36 @@ def _is_importable(name: str) -> bool:
             if file.exists():
                 return all(re.search(rf"\b{part}\b", file.read_text()) for part in parts[length:])
     return False
+
+
+def test_every_limit_named_in_the_documentation_exists() -> None:
+    limits = r"[A-Z][A-Z0-9_]*_(?:MAX|MIN|DEFAULT)\b"
+    defined = {name for path in SOURCES for name in re.findall(rf"^{limits}", path.read_text(), flags=re.MULTILINE)}
+    named = {name: page.name for page in PAGES for name in re.findall(rf"`({limits})`", page.read_text())}
+    assert {name: page for name, page in named.items() if name not in defined} == {}
+
+
+def test_every_decision_is_in_the_index_and_has_a_status() -> None:
+    rows = re.findall(r"^\| \[(\d{4})\]\(([^)]+)\) \| .+ \| (.+) \|$", (DECISIONS / "README.md").read_text(), flags=re.MULTILINE)
+    assert [name for _, name, _ in rows] == [path.name for path in _records()]
+    assert all(name.startswith(number) for number, name, _ in rows)
+    numbers = [number for number, _, _ in rows]
+    for number, _, status in rows:
+        assert re.fullmatch(r"accepted|(?:partly )?superseded by \[\d{4}\]\([^)]+\)(?:, \[\d{4}\]\([^)]+\))*", status), number
+        assert all(later > number and later in numbers for later in re.findall(r"\[(\d{4})\]", status)), number
+
+
+@pytest.mark.parametrize("record", _records(), ids=lambda record: record.stem)
+def test_a_decision_is_half_a_page(record: Path) -> None:
+    text = record.read_text()
+    assert text.startswith(f"# {record.name[:4]}")
+    assert len(text.splitlines()) <= HALF_A_PAGE_LINES
+
+
+def test_the_architecture_is_one_page() -> None:
+    lines = (ROOT / "docs" / "architecture.md").read_text().splitlines()
+    assert len(lines) <= PAGE_LINES
+    assert all(len(line) <= LINE_CHARS for line in lines if not line.startswith("|"))
 
 
 def test_every_module_opens_with_what_it_is_for() -> None:
