@@ -35,7 +35,7 @@ class Deadline:
         """Returns the time left. Raises `DeadlineExceeded` if there is none."""
         left = self._end_ms - self._clock.now_ms()
         if left <= 0:
-            raise DeadlineExceeded("the deadline passed during a bulk transfer")
+            raise DeadlineExceeded("the deadline of the call passed")
         return left
 
     @property

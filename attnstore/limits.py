@@ -27,9 +27,9 @@ PAGE_BYTES_MAX = 256 * MIB
 """The size of one page. Llama-3-70B with 128-token blocks in bf16 has 40 MiB."""
 
 MESSAGE_BYTES_MAX = 4 * MIB
+"""A gRPC message. This is gRPC's own default, so that proxies need no special setting."""
 FRAME_BYTES_MAX = MIB
-"""HTTP/2 frames that a peer may send: with gRPC's 16 KiB a page comes as 23 of them, each parsed on its own."""
-"""gRPC's own default maximum of a received message: we stay under it so that proxies need no special setting."""
+"""An HTTP/2 frame that a peer may send. With gRPC's default of 16 KiB a page of SmolLM2 arrives as 23 frames, each parsed alone."""
 
 CHUNK_BYTES_MAX = 1 * MIB
 """Payload of one ReadChunk or WriteChunk."""

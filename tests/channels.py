@@ -27,8 +27,9 @@ from attnstore.streams.frames import FrameStream
 from attnstore.telemetry import NodeMetrics
 from attnstore.types import ReadResult, Space
 from attnstore.wire import messages
+from attnstore.wire.frame_receiver import Role
 from attnstore.wire.messages import METHODS
-from attnstore.wire.page_channel import VERSION, Frame, Kind, Role, decode_refusal, encode_frame, encode_slice
+from attnstore.wire.page_channel import VERSION, Frame, Kind, decode_refusal, encode_frame, encode_slice
 from tests.samples import Batch, eventually
 
 WIDE = PageLayout(layers=8, kv_heads=8, head_dim=128, block_tokens=16, dtype=DType.BF16)

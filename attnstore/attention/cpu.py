@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from attnstore.attention import cpu_kernel, cpu_pages, prefill_kernel, team
+from attnstore.attention import cpu_kernel, cpu_pages, online_softmax, prefill_kernel, team
 from attnstore.attention.cpu_plan import Plan, Prefill, make_plan
 from attnstore.attention.simd import ELEMENTS, LANES
 
@@ -164,7 +164,7 @@ class CpuAttention:
 
         self._run(len(plan.shares), attend)
         flat_lses = lses.view(-1).numpy()
-        cpu_kernel.finish(plan.pieces, plan.owners, q_heads, head_dim, flat_outs, tops, sums, flat_lses, scores.flat_sinks)
+        online_softmax.finish(plan.pieces, plan.owners, q_heads, head_dim, flat_outs, tops, sums, flat_lses, scores.flat_sinks)
         return outs[: len(plan.decode_rows)], lses
 
     def _attend_many(

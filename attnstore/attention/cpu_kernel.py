@@ -1,6 +1,6 @@
 """The CPU decode kernel: few query rows against keys that lie in scattered pages, read once and in place.
 
-Owns: `attend` and `finish`, compiled by numba for the machine that they run on.
+Owns: `attend`, compiled by numba for the machine that it runs on.
 Invariant: a page is read once and is never gathered into other memory; every address lies in a block that a table names. Arrays are
 one-dimensional and contiguous unless stated otherwise; `attend` states the layout of each.
 
@@ -22,7 +22,8 @@ from typing import Final, NamedTuple
 
 import numpy as np
 
-from attnstore.attention.functions import exp2, tanh
+from attnstore.attention.functions import exp2
+from attnstore.attention.online_softmax import NOTHING_SEEN, advance, cap_scores
 from attnstore.attention.simd import (
     LANES,
     add,
@@ -36,7 +37,6 @@ from attnstore.attention.simd import (
     store,
     store_totals,
     sub,
-    total,
 )
 from attnstore.copying.compiled import compiled, inlined
 
@@ -46,14 +46,9 @@ QUAD: Final = 4
 CHUNK_TOKENS: Final = 64
 """Keys per softmax: enough to amortise its horizontal steps, few enough that a chunk's scores stay in L1."""
 
-NOTHING_SEEN: Final = np.float32(-1e30)
-"""Running maximum of a row before its first key. Finite, so that differences of maxima are never NaN."""
-
 _ZERO: Final = np.float32(0.0)
 _ONE: Final = np.float32(1.0)
 _HIDDEN: Final = np.float32(-np.inf)
-_LN2: Final = np.float32(np.log(2.0))
-_LOG2_E: Final = np.float32(np.log2(np.e))
 _LINE_BYTES: Final = 64
 _WIDENED_PER_LINE: Final = 8
 """Vectors widened per cache line prefetched; measured."""
@@ -143,36 +138,6 @@ def _score_two(scores, score1, score2, query, row1, row2, tile, flat, ahead, unt
         store_totals(scores, score1 + token, w1, x1, y1, z1)
         store_totals(scores, score2 + token, w2, x2, y2, z2)
     return ahead
-
-
-@inlined
-def advance(tops, sums, state, top, summed):
-    """Adds weights relative to `top`, which is at least the row's running maximum, to its sum. Returns the factor for what was
-    summed before.
-    """
-    keep = _ONE
-    if top > tops[state]:
-        keep = np.float32(2.0 ** (tops[state] - top))
-        tops[state] = top
-    sums[state] = sums[state] * keep + total(summed)
-    return keep
-
-
-@inlined
-def cap_scores(scores, begin, end, factor, cap):
-    """Turns the products `[begin, end)`, a multiple of LANES, into scores `cap * tanh(factor * product)`."""
-    factors, caps = splat(factor), splat(cap)
-    for at in range(begin, end, LANES):
-        store(scores, at, mul(caps, tanh(mul(factors, load(scores, at)))))
-
-
-@inlined
-def with_sink(top, summed, sink):
-    """Returns a row's maximum and sum of weights with its sink (in base e), and the factor for what was summed before."""
-    sink *= _LOG2_E
-    higher = max(top, sink)
-    keep = np.float32(2.0 ** (top - higher))
-    return higher, summed * keep + np.float32(2.0 ** (sink - higher)), keep
 
 
 @inlined
@@ -389,38 +354,3 @@ def attend(
                 _sum_block(
                     outs, keeps, scores, token0, state0_at, offsets, steps, tile, seen0, seen1, flat, begin, ahead, lines, shape
                 )
-
-
-@compiled
-def finish(pieces, owners, q_heads, head_dim, outs, tops, sums, lses, sinks):
-    """Folds the states of pieces that share a row into their owner's state, adds the sinks and normalises the owners, in place.
-
-    owners: int64 `[n]`, for each piece the state row of its sequence's first piece (its own for the first piece).
-    lses: fp32 `[owner rows * q_heads]`, natural logarithm, written here; `outs` of owner rows become the attention's result.
-    sinks: fp32 `[q_heads]`, or None.
-    """
-    for piece in range(pieces.shape[0]):
-        rows, source0, target0 = pieces[piece, 2], pieces[piece, 5], owners[piece]
-        if source0 == target0:
-            continue
-        for at in range(rows * q_heads):
-            source, target = source0 * q_heads + at, target0 * q_heads + at
-            top = max(tops[source], tops[target])
-            add_factor, keep_factor = np.float32(2.0 ** (tops[source] - top)), np.float32(2.0 ** (tops[target] - top))
-            tops[target] = top
-            sums[target] = sums[target] * keep_factor + sums[source] * add_factor
-            for dim in range(head_dim):
-                outs[target * head_dim + dim] = (
-                    outs[target * head_dim + dim] * keep_factor + outs[source * head_dim + dim] * add_factor
-                )
-    for at in range(lses.shape[0]):
-        top, summed, keep = tops[at], sums[at], _ONE
-        if sinks is not None:
-            top, summed, keep = with_sink(top, summed, sinks[at % q_heads])
-        if summed > _ZERO:
-            lses[at] = top * _LN2 + np.log(summed)
-            factor = keep / summed
-            for dim in range(at * head_dim, (at + 1) * head_dim):
-                outs[dim] *= factor
-        else:
-            lses[at] = _HIDDEN

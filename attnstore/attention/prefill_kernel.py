@@ -19,8 +19,9 @@ from typing import Final
 import numpy as np
 
 from attnstore.attention.barrier import meet, take
-from attnstore.attention.cpu_kernel import NOTHING_SEEN, QUAD, advance, cap_scores, with_sink
+from attnstore.attention.cpu_kernel import QUAD
 from attnstore.attention.functions import exp2
+from attnstore.attention.online_softmax import NOTHING_SEEN, advance, cap_scores, with_sink
 from attnstore.attention.simd import (
     HAS_BF16_PRODUCTS,
     LANES,
@@ -235,7 +236,7 @@ def attend_many(
     counters: int64 `[COUNTERS]`, zeros before the first thread starts. table: int32 `[blocks]`. visible: int32 `[rows, 2]`, the
     range of keys that each token sees. query: rows of `q_heads * head_dim`, `query_stride` apart; flat, block_stride, layer_at: see
     `cpu_kernel.attend`; all bf16. factor: positive fp32, `scale * log2(e)`, or `scale / soft_cap` if there is a cap. cap: see
-    `cpu_kernel.attend`; sinks: see `cpu_kernel.finish`. keys, values: bf16 `[kv_heads * panels * PANEL * head_dim]`, memory for the
+    `cpu_kernel.attend`; sinks: see `finish`. keys, values: bf16 `[kv_heads * panels * PANEL * head_dim]`, memory for the
     packed panels up to the last key. out: `[rows * q_heads * head_dim]` and lses: fp32 `[rows * q_heads]`, written here. narrow,
     wide: this thread's scratch, bf16 and fp32, see `scratch_elements`.
     """

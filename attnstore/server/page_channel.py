@@ -44,9 +44,10 @@ from attnstore.server.store import Store
 from attnstore.streams.frames import FrameStream
 from attnstore.telemetry import NodeMetrics
 from attnstore.types import PageStatus, Space
+from attnstore.wire.frame_receiver import Role
 from attnstore.wire.match import decode_prefixes, encode_hits
 from attnstore.wire.messages import split_hashes
-from attnstore.wire.page_channel import NO_LEASE, VERSION, Frame, Kind, Order, Role, encode_frame, encode_refusal, encode_slice
+from attnstore.wire.page_channel import NO_LEASE, VERSION, Frame, Kind, Order, encode_frame, encode_refusal, encode_slice
 
 _PINNED_TOGETHER = 8
 """Pages of a READ that are looked up at a time. Each is sent by itself: the reader copies one while the next is looked up."""

@@ -234,7 +234,7 @@ class _Connection(Connection):
             answer = shm.encode_refusal(error)
         self._stream.send(answer)
 
-    def _locate(self, asked: shm.Located, tenant: str) -> None:
+    def _locate(self, asked: shm.LocateRequest, tenant: str) -> None:
         """Answers in parts of growing size: the reader copies the first pages while the next are looked up."""
         if self._draining.is_set():
             raise Unavailable("the node is draining")

@@ -16,7 +16,8 @@ import threading
 from attnstore.errors import Unavailable
 from attnstore.streams.waits import RECEIVING, SENDING, Waits, lost
 from attnstore.wire.chunks import Buffer
-from attnstore.wire.page_channel import Frame, FrameReceiver, Role
+from attnstore.wire.frame_receiver import FrameReceiver, Role
+from attnstore.wire.page_channel import Frame
 
 _NO_LINGER = struct.pack("@ii", 1, 0)
 _KEEPALIVE = (

@@ -1,9 +1,7 @@
 """The page channel: frames that carry page bytes over one TCP connection, as a protocol without I/O.
 
-Owns: the frame format, which side may send which frame in which state, and the limits of each frame. The caller owns the sockets:
-received bytes go to `FrameReceiver.windows`, bytes to send come from `encode_frame`.
-Invariant: a payload is never held here. The header of its frame is announced first, the caller says where the payload goes
-(`land`), and the socket writes there directly. Whatever a peer sends, nothing is written anywhere else.
+Owns: the frame format and the limits of each frame. `attnstore.wire.frame_receiver` owns which frame may arrive in which state.
+Invariant: a payload is never held here. Bytes to send are a header from `encode_frame` and the payload, which the caller has.
 
 A frame is a header of 128 bytes, little-endian, and `size_bytes` of payload:
 
@@ -35,26 +33,6 @@ layers. Nothing is hashed when it is sent, so the receiver detects a byte that c
 
 The payloads of the three attend frames and of PARTIAL are those of `attnstore.wire.attend`, those of MATCH and MATCHED are those of
 `attnstore.wire.match`. ATTEND_CLOSE has no answer.
-
-The frames that each side may receive, and the state that follows; any other frame ends the connection:
-
-| side   | state | receives     | becomes |
-|--------|-------|--------------|---------|
-| node   | new   | HELLO        | open    |
-| node   | open  | READ         | open    |
-| node   | open  | WRITE        | open    |
-| node   | open  | MATCH        | open    |
-| node   | open  | ATTEND_OPEN  | open    |
-| node   | open  | ATTEND       | open    |
-| node   | open  | ATTEND_CLOSE | open    |
-| client | new   | WELCOME      | open    |
-| client | new   | REFUSED      | closed  |
-| client | open  | SLICE        | open    |
-| client | open  | VERDICT      | open    |
-| client | open  | MATCHED      | open    |
-| client | open  | OPENED       | open    |
-| client | open  | PARTIAL      | open    |
-| client | open  | REFUSED      | open    |
 
 Credits: a client has at most `credits` pages in flight without a VERDICT. It has at most two READs that are not fully answered,
 the second with at most `CHANNEL_SECOND_READ_HASHES_MAX` hashes. The bytes that one side sends before it reads thus fit the kernel's
@@ -124,40 +102,6 @@ class Order(enum.IntEnum):
     PAGES = 0
     LAYERS = 1
 
-
-class Role(enum.StrEnum):
-    """The side of the connection that a receiver is on."""
-
-    NODE = "node"
-    CLIENT = "client"
-
-
-class State(enum.StrEnum):
-    """The state of a connection, as seen by one receiving side."""
-
-    NEW = "new"
-    OPEN = "open"
-    CLOSED = "closed"
-
-
-TRANSITIONS: Final[dict[tuple[Role, State, Kind], State]] = {
-    (Role.NODE, State.NEW, Kind.HELLO): State.OPEN,
-    (Role.NODE, State.OPEN, Kind.READ): State.OPEN,
-    (Role.NODE, State.OPEN, Kind.WRITE): State.OPEN,
-    (Role.NODE, State.OPEN, Kind.MATCH): State.OPEN,
-    (Role.NODE, State.OPEN, Kind.ATTEND_OPEN): State.OPEN,
-    (Role.NODE, State.OPEN, Kind.ATTEND): State.OPEN,
-    (Role.NODE, State.OPEN, Kind.ATTEND_CLOSE): State.OPEN,
-    (Role.CLIENT, State.NEW, Kind.WELCOME): State.OPEN,
-    (Role.CLIENT, State.NEW, Kind.REFUSED): State.CLOSED,
-    (Role.CLIENT, State.OPEN, Kind.SLICE): State.OPEN,
-    (Role.CLIENT, State.OPEN, Kind.VERDICT): State.OPEN,
-    (Role.CLIENT, State.OPEN, Kind.MATCHED): State.OPEN,
-    (Role.CLIENT, State.OPEN, Kind.OPENED): State.OPEN,
-    (Role.CLIENT, State.OPEN, Kind.PARTIAL): State.OPEN,
-    (Role.CLIENT, State.OPEN, Kind.REFUSED): State.OPEN,
-}
-"""(role, state, kind received) -> state. A frame that is not in the table raises `ProtocolError`."""
 
 _PAYLOAD_BYTES_MAX: Final[dict[Kind, int]] = {
     Kind.HELLO: CHANNEL_TOKEN_BYTES,
@@ -305,99 +249,3 @@ def decode_frame(header: Buffer) -> Frame:
     if known is Kind.SLICE and (size > 0) != (frame.status is PageStatus.OK):
         raise ProtocolError(f"a SLICE of status {status} has {size} bytes")
     return frame
-
-
-class FrameReceiver:
-    """The receiving direction of a connection: says where the next bytes go and which frame has arrived.
-
-    The cycle: write bytes to `windows()`, in order, and report them to `received(count)`, until that returns a frame. If the frame
-    announces a payload, call `land(*views)` or `discard(scratch)` before continuing; `received` returns the same frame again when
-    its payload is complete.
-    """
-
-    def __init__(self, role: Role) -> None:
-        self._role = role
-        self._header = bytearray(HEADER_BYTES)
-        self._windows = [memoryview(self._header)]
-        self._scratch = memoryview(b"")
-        self._frame: Frame | None = None
-        self._left_bytes = 0
-        self._ahead = False
-        self.state = State.NEW
-
-    @property
-    def at_boundary(self) -> bool:
-        """True between two frames: the peer may close the connection here."""
-        return self._frame is None and bool(self._windows) and len(self._windows[0]) == HEADER_BYTES
-
-    def windows(self) -> list[memoryview]:
-        """Returns where the next bytes must be written: non-empty views, to be filled one after the other."""
-        assert self._windows, "land() or discard() comes before the payload"
-        return self._windows
-
-    def land(self, *views: memoryview, ahead: bool = False) -> None:
-        """Directs the announced payload into `views`, whose total size is exactly that of the payload.
-
-        With `ahead`, another frame is sure to follow, and the windows continue with its header. After the payload has arrived, call
-        `announced` for that frame before continuing.
-        """
-        assert sum(map(len, views)) == self._left_bytes > 0
-        self._windows = list(views)
-        self._ahead = ahead
-        if ahead:
-            self._windows.append(memoryview(self._header))
-
-    def announced(self) -> Frame | None:
-        """Returns the frame whose header arrived together with the payload before it, or None. Raises as `received` does."""
-        return self._announced() if self._frame is None and not self._windows else None
-
-    def discard(self, scratch: memoryview) -> None:
-        """Discards the announced payload, reading it through `scratch`, which may have any size."""
-        assert len(scratch) > 0 < self._left_bytes
-        self._scratch = scratch
-        self._windows = [scratch[: self._left_bytes]]
-
-    def received(self, count: int) -> Frame | None:
-        """Records that `count` bytes were written to the windows. Returns the frame whose header or payload is complete now, or
-        None.
-
-        Raises `ProtocolError` for a malformed frame or one that the state does not allow; the state is CLOSED then.
-        """
-        assert count > 0
-        self._consume(count)
-        if self._frame is None:
-            return None if self._windows else self._announced()
-        self._left_bytes -= min(count, self._left_bytes)
-        if self._left_bytes > 0:
-            if not self._windows:
-                self._windows = [self._scratch[: self._left_bytes]]
-            return None
-        frame, self._frame = self._frame, None
-        if not self._ahead:
-            self._windows = [memoryview(self._header)]
-        self._ahead = False
-        return frame
-
-    def _consume(self, count: int) -> None:
-        windows = self._windows
-        filled = 0
-        while filled < len(windows) and count >= len(windows[filled]):
-            count -= len(windows[filled])
-            filled += 1
-        del windows[:filled]
-        if count:
-            windows[0] = windows[0][count:]
-
-    def _announced(self) -> Frame:
-        state, self.state = self.state, State.CLOSED
-        frame = decode_frame(self._header)
-        following = TRANSITIONS.get((self._role, state, frame.kind))
-        if following is None:
-            raise ProtocolError(f"a {self._role.value} whose channel is {state.value} expects no {frame.kind.name} frame")
-        self.state = following
-        if frame.size_bytes > 0:
-            self._frame = frame
-            self._left_bytes = frame.size_bytes
-        else:
-            self._windows = [memoryview(self._header)]
-        return frame

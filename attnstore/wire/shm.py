@@ -203,7 +203,7 @@ class Place(NamedTuple):
     checksum: int
 
 
-class Located(NamedTuple):
+class LocateRequest(NamedTuple):
     """The arguments of a LOCATE; `layers` as in `PageLayout.layer_slice`."""
 
     namespace: bytes
@@ -317,11 +317,11 @@ def decode_header(header: Buffer, expected: Collection[Kind]) -> tuple[Kind, int
     return kind, count, shape.fixed_bytes + shape.item_bytes * count
 
 
-def decode_locate(payload: bytes) -> Located:
+def decode_locate(payload: bytes) -> LocateRequest:
     """Returns the arguments of a LOCATE whose header was accepted."""
     namespace, layer_begin, layer_end, lease = _LOCATE.unpack_from(payload)
     hashes = [payload[at : at + HASH_BYTES] for at in range(_LOCATE.size, len(payload), HASH_BYTES)]
-    return Located(namespace, None if lease == _NO_LEASE else lease, hashes, (layer_begin, layer_end))
+    return LocateRequest(namespace, None if lease == _NO_LEASE else lease, hashes, (layer_begin, layer_end))
 
 
 def decode_map(payload: bytes) -> tuple[int, int]:

@@ -28,8 +28,9 @@ from attnstore.limits import CHANNEL_CONNECTIONS_MAX, LEASE_MS_MAX, NAMESPACES_M
 from attnstore.streams.frames import FrameStream
 from attnstore.wire import messages
 from attnstore.wire.chunks import encode_write_chunk
+from attnstore.wire.frame_receiver import Role
 from attnstore.wire.messages import METHODS
-from attnstore.wire.page_channel import VERSION, Frame, Kind, Role, encode_frame
+from attnstore.wire.page_channel import VERSION, Frame, Kind, encode_frame
 from experiments.chaos.faults import FaultKind
 from experiments.chaos.raw_client import RawClient, print_call
 from experiments.options import POSITIVE, SEED

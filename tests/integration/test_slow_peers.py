@@ -19,8 +19,9 @@ from attnstore.server.stall import Stall
 from attnstore.streams.frames import FrameStream
 from attnstore.testing import StoreProcess
 from attnstore.testing.clock import ManualClock
+from attnstore.wire.frame_receiver import Role
 from attnstore.wire.messages import ERROR_TRAILER
-from attnstore.wire.page_channel import Order, Role
+from attnstore.wire.page_channel import Order
 from attnstore.wire.v1 import store_pb2 as pb
 from attnstore.wire.v1 import store_pb2_grpc
 from tests.channels import WIDE, ChannelNode, ask, page_header, payload, verdict

@@ -11,7 +11,8 @@ from __future__ import annotations
 import sys
 
 from attnstore.errors import ProtocolError
-from attnstore.wire.page_channel import Frame, FrameReceiver, Kind, Role, State, decode_frame, encode_frame
+from attnstore.wire.frame_receiver import FrameReceiver, Role, State
+from attnstore.wire.page_channel import Frame, Kind, decode_frame, encode_frame
 
 _GUARD = 0xA5
 _PAYLOAD_BYTES_MAX = 4096

@@ -30,16 +30,13 @@ from attnstore.limits import (
     PAGE_BYTES_MAX,
 )
 from attnstore.types import PageStatus
-from attnstore.wire import page_channel
+from attnstore.wire import frame_receiver, page_channel
+from attnstore.wire.frame_receiver import TRANSITIONS, FrameReceiver, Role, State
 from attnstore.wire.page_channel import (
     HEADER_BYTES,
-    TRANSITIONS,
     Frame,
-    FrameReceiver,
     Kind,
     Order,
-    Role,
-    State,
     decode_frame,
     decode_refusal,
     encode_frame,
@@ -217,7 +214,7 @@ def test_nothing_is_taken_once_the_channel_is_closed() -> None:
 
 
 def test_the_documented_table_is_the_one_in_force() -> None:
-    rows = re.findall(r"^\| (node|client) +\| (\w+) +\| ([A-Z_]+) +\| (\w+) +\|$", page_channel.__doc__ or "", re.MULTILINE)
+    rows = re.findall(r"^\| (node|client) +\| (\w+) +\| ([A-Z_]+) +\| (\w+) +\|$", frame_receiver.__doc__ or "", re.MULTILINE)
     documented = {(Role(side), State(state), Kind[kind]): State(following) for side, state, kind, following in rows}
     assert documented == TRANSITIONS
     assert len(rows) == len(TRANSITIONS)

@@ -32,8 +32,9 @@ from attnstore.limits import (
 from attnstore.streams.frames import FrameStream
 from attnstore.types import MatchResult, PageStatus
 from attnstore.wire.attend import AttendShape
+from attnstore.wire.frame_receiver import Role
 from attnstore.wire.match import decode_hits, encode_prefixes
-from attnstore.wire.page_channel import NO_LEASE, VERSION, Frame, Kind, Order, Role, decode_refusal, encode_frame, next_request
+from attnstore.wire.page_channel import NO_LEASE, VERSION, Frame, Kind, Order, decode_refusal, encode_frame, next_request
 
 R = TypeVar("R")
 

@@ -17,7 +17,7 @@ from typing import Any, Final, NamedTuple
 
 import numpy as np
 
-from attnstore.attention import cpu_kernel
+from attnstore.attention import cpu_kernel, online_softmax
 from attnstore.attention.barrier import meet
 from attnstore.attention.dots import COLUMNS, OUTPUTS, ROWS, dot_rows, dot_rows_ahead
 from attnstore.attention.functions import exp2
@@ -230,7 +230,7 @@ def run_layers(first, last, thread, threads, shape: LayerShape, weights, epsilon
         _attend(thread, threads, layer_at, shape, work, batch)
         meet(work.arrived, threads)
         if thread == 0:
-            cpu_kernel.finish(
+            online_softmax.finish(
                 batch.pieces, batch.owners, shape.q_heads, shape.head_dim, batch.outs, batch.tops, batch.sums, batch.lses, None
             )
         meet(work.arrived, threads)

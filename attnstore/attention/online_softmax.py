@@ -1,0 +1,92 @@
+"""The running softmax of a query row, as both CPU kernels keep it: maximum, sum of weights and weighted sum of values so far.
+
+Owns: how such a state takes new scores, a soft cap and a sink, and how the states of one row's pieces become its result (`finish`).
+Scores and maxima are in base 2.
+Source: the online softmax of FlashAttention (Dao et al. 2022).
+"""
+
+# mypy: disable-error-code="untyped-decorator,no-untyped-call,no-untyped-def"
+
+from __future__ import annotations
+
+from typing import Final
+
+import numpy as np
+
+from attnstore.attention.functions import tanh
+from attnstore.attention.simd import LANES, load, mul, splat, store, total
+from attnstore.copying.compiled import compiled, inlined
+
+NOTHING_SEEN: Final = np.float32(-1e30)
+"""Running maximum of a row before its first key. Finite, so that differences of maxima are never NaN."""
+
+_ZERO: Final = np.float32(0.0)
+_ONE: Final = np.float32(1.0)
+_HIDDEN: Final = np.float32(-np.inf)
+_LN2: Final = np.float32(np.log(2.0))
+_LOG2_E: Final = np.float32(np.log2(np.e))
+
+
+@inlined
+def advance(tops, sums, state, top, summed):
+    """Adds weights relative to `top`, which is at least the row's running maximum, to its sum. Returns the factor for what was
+    summed before.
+    """
+    keep = _ONE
+    if top > tops[state]:
+        keep = np.float32(2.0 ** (tops[state] - top))
+        tops[state] = top
+    sums[state] = sums[state] * keep + total(summed)
+    return keep
+
+
+@inlined
+def cap_scores(scores, begin, end, factor, cap):
+    """Turns the products `[begin, end)`, a multiple of LANES, into scores `cap * tanh(factor * product)`."""
+    factors, caps = splat(factor), splat(cap)
+    for at in range(begin, end, LANES):
+        store(scores, at, mul(caps, tanh(mul(factors, load(scores, at)))))
+
+
+@inlined
+def with_sink(top, summed, sink):
+    """Returns a row's maximum and sum of weights with its sink (in base e), and the factor for what was summed before."""
+    sink *= _LOG2_E
+    higher = max(top, sink)
+    keep = np.float32(2.0 ** (top - higher))
+    return higher, summed * keep + np.float32(2.0 ** (sink - higher)), keep
+
+
+@compiled
+def finish(pieces, owners, q_heads, head_dim, outs, tops, sums, lses, sinks):
+    """Folds the states of pieces that share a row into their owner's state, adds the sinks and normalises the owners, in place.
+
+    owners: int64 `[n]`, for each piece the state row of its sequence's first piece (its own for the first piece).
+    lses: fp32 `[owner rows * q_heads]`, natural logarithm, written here; `outs` of owner rows become the attention's result.
+    sinks: fp32 `[q_heads]`, or None.
+    """
+    for piece in range(pieces.shape[0]):
+        rows, source0, target0 = pieces[piece, 2], pieces[piece, 5], owners[piece]
+        if source0 == target0:
+            continue
+        for at in range(rows * q_heads):
+            source, target = source0 * q_heads + at, target0 * q_heads + at
+            top = max(tops[source], tops[target])
+            add_factor, keep_factor = np.float32(2.0 ** (tops[source] - top)), np.float32(2.0 ** (tops[target] - top))
+            tops[target] = top
+            sums[target] = sums[target] * keep_factor + sums[source] * add_factor
+            for dim in range(head_dim):
+                outs[target * head_dim + dim] = (
+                    outs[target * head_dim + dim] * keep_factor + outs[source * head_dim + dim] * add_factor
+                )
+    for at in range(lses.shape[0]):
+        top, summed, keep = tops[at], sums[at], _ONE
+        if sinks is not None:
+            top, summed, keep = with_sink(top, summed, sinks[at % q_heads])
+        if summed > _ZERO:
+            lses[at] = top * _LN2 + np.log(summed)
+            factor = keep / summed
+            for dim in range(at * head_dim, (at + 1) * head_dim):
+                outs[dim] *= factor
+        else:
+            lses[at] = _HIDDEN
