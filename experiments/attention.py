@@ -1,16 +1,16 @@
-"""How near CPU attention comes to the speed at which its keys can merely be read.
+"""CPU attention compared with the speed at which its keys can be read.
 
     python -m experiments.attention [--json PATH] [--quick] [--threads N]
 
-Every row times three things, which take turns so that other load on the machine meets all of them: attention over scattered
-blocks, a plain read of the slices that it needs (the limit), and a read of as many contiguous bytes. All take the same number of
-threads (one by default) and rotate through layers and block tables so that no call finds its slices in a private cache. A time is
-the lower quartile of its calls: other work on the machine lengthens a call and never shortens it. Decode is one query row per
-sequence, verify five (a speculative step), prefill the last 512 tokens of the context. `gather_sdpa` is what a worker without
-a paged kernel does: index the pool, then torch's scaled_dot_product_attention.
+Every row times three actions in turns, so that other load on the machine affects all of them: attention over scattered blocks, a
+plain read of the slices that it needs (the limit), and a read of as many contiguous bytes. All use the same number of threads (one
+by default) and rotate through layers and block tables so that no call finds its slices in a private cache. A time is the lower
+quartile of its calls, because other work on the machine lengthens a call and never shortens it. Decode is one query row per
+sequence, verify five (a speculative step), prefill the last 512 tokens of the context. `gather_sdpa` is the way of a worker without
+a paged kernel: index the pool, then torch's scaled_dot_product_attention.
 
-Geometry: SmolLM2-135M (9 query heads on 3 key heads of 64) and Llama-3-8B (32 on 8 of 128), bf16, 16 tokens a block, the pool's
-order being that of pages. GB/s counts the bytes of keys and values once per call, 1e9 bytes a second.
+Geometry: SmolLM2-135M (9 query heads on 3 KV heads of 64) and Llama-3-8B (32 on 8 of 128), bf16, 16 tokens per block; the pool has
+the order of pages. GB/s counts the bytes of keys and values once per call, 1e9 bytes per second.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ class Geometry:
 
     @property
     def layer_bytes(self) -> int:
-        """Keys and values of one layer of one block, bf16."""
+        """Bytes of keys and values of one layer of one block, bf16."""
         return 2 * self.kv_heads * BLOCK_TOKENS * self.head_dim * 2
 
 
@@ -69,7 +69,7 @@ LLAMA3: Final = Geometry("Llama-3-8B", 32, 8, 128)
 
 @dataclass(frozen=True, slots=True)
 class Point:
-    """What one row measures."""
+    """The parameters of one row."""
 
     geometry: Geometry
     backend: str
@@ -140,7 +140,7 @@ def _points(geometry: Geometry, quick: bool) -> Iterator[Point]:
 
 
 def _pool(geometry: Geometry) -> Tensor:
-    """A pool of about `POOL_BYTES`, every block with the same random content (what is in it does not change the time)."""
+    """Returns a pool of about `POOL_BYTES`, every block with the same random content (which does not affect the time)."""
     blocks = POOL_BYTES // (LAYERS * geometry.layer_bytes)
     pool = torch.empty(blocks, LAYERS, 2, geometry.kv_heads, BLOCK_TOKENS, geometry.head_dim, dtype=torch.bfloat16)
     return pool.copy_(torch.randn(pool.shape[1:]))
@@ -155,7 +155,7 @@ class _Call:
 
 
 def _calls(point: Point, pool: Tensor) -> Iterator[_Call]:
-    """Rotates through layers, then through tables of scattered blocks; a table comes round only after the whole pool."""
+    """Rotates through layers, then through tables of scattered blocks; a table is used again only after the whole pool."""
     shuffled = torch.randperm(len(pool), generator=torch.Generator().manual_seed(0), dtype=torch.int32)
     whole = len(shuffled) // point.blocks * point.blocks
     sets = shuffled[:whole].view(-1, point.batch, point.blocks // point.batch).unbind()
@@ -205,7 +205,7 @@ def _measure(point: Point, pool: Tensor, threads: int, seconds: float) -> Row:
 
 
 def _interleaved(actions: Sequence[Callable[[_Call], None]], calls: Iterator[_Call], seconds: float) -> list[float]:
-    """Seconds of each action (lower quartile), which take turns on different slices until the time is over."""
+    """Returns the seconds of each action (lower quartile). The actions take turns on different slices until the time is over."""
     samples: list[list[float]] = [[] for _ in actions]
     end = time.perf_counter() + seconds
     while len(samples[0]) < _WARM_UP_CALLS + _CALLS_MIN or time.perf_counter() < end:

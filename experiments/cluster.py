@@ -1,10 +1,10 @@
-"""`python -m experiments.cluster`: do three nodes deliver three times what one does, and what does the directory cost?
+"""`python -m experiments.cluster`: do three nodes deliver three times the bandwidth of one, and what does the directory cost?
 
-Owns: the measurement over network namespaces (root, `ip` and `tc` needed). Every node has a host and a link of a given rate of its
-own; the directory and all client processes are on hosts whose links are not shaped. Clients read pages of segments chosen at random
-as fast as they can; the figure is the payload of all of them over the time from the first request to the last answer. The few
-segments that fit into memory here are chosen so that every node owns as many, as it does within 5% of the many of a real store
-(tests/core/test_placement.py).
+Owns: the measurement over network namespaces (root, `ip` and `tc` needed). Every node has its own host and a link of a given rate;
+the directory and all client processes are on hosts with unshaped links. Clients read pages of randomly chosen segments as fast as
+they can; the figure is the payload of all clients divided by the time from the first request to the last answer. Only a few
+segments fit into memory here, so they are chosen such that every node owns as many; with the many segments of a real store the
+shares are equal within 5% (tests/core/test_placement.py).
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ _NAMESPACE = attnstore.namespace(_LAYOUT, model=b"experiments.cluster")
 _SEGMENTS = 24
 _THREADS = 8
 _PAGES = 16
-"""In one read. Many reads of few pages keep all links busy; with few long ones a link waits now and then for somebody to ask."""
+"""Pages per read. Many reads of few pages keep all links busy; with few long reads a link is idle at times."""
 _CAPACITY = "1GiB"
 _SCALING_MIN = 2.7
 _DEADLINE_MS = 60_000
@@ -45,7 +45,7 @@ _DEADLINE_MS = 60_000
 
 @dataclass(frozen=True, slots=True)
 class Bandwidth:
-    """One cluster: `gb_per_s` is 10^9 bytes of payload a second, `share` that over the rate of all nodes' links."""
+    """One cluster: `gb_per_s` is 10^9 bytes of payload per second, `share` that divided by the rate of all nodes' links."""
 
     nodes: int
     clients: int
@@ -56,9 +56,9 @@ class Bandwidth:
 
 @dataclass(frozen=True, slots=True)
 class DirectoryCost:
-    """What the directory was asked while nothing but heartbeats and looks went on; a second, for each node and each client.
+    """The load of the directory by heartbeats and look-ups alone, per second, for each node and each client.
 
-    `bytes_per_node`: what the directory's keys take in its memory, over the nodes.
+    `bytes_per_node` is the memory of the directory's keys divided by the nodes.
     """
 
     nodes: int
@@ -101,7 +101,7 @@ class Cluster:
             self._stack.enter_context(StoreProcess("--listen", f"{host.address}:0", *member))
 
     def clients(self, count: int, nodes: int, writers: int) -> list[Child]:
-        """So many client processes, each of which knows all nodes; the first `writers` of them have stored the pages."""
+        """Starts client processes, each of which knows all nodes; the first `writers` of them have stored the pages."""
         with self._clients.entered():
             started = []
             for number in range(count):
@@ -112,7 +112,7 @@ class Cluster:
         return started
 
     def asked(self) -> tuple[int, int, int]:
-        """Commands, bytes moved and bytes kept by the directory so far."""
+        """Returns the directory's commands, bytes moved and bytes stored so far."""
         with self._home.entered():
             client = self.directory.client()
             commands = client.info("commandstats")["cmdstat_eval"]["calls"]
@@ -123,7 +123,7 @@ class Cluster:
 
 
 def measure_bandwidth(nodes: int, clients: int, gbit_per_s: float, seconds: float) -> Bandwidth:
-    """Reads from a cluster of so many nodes with so many client processes."""
+    """Measures reads from a cluster of that many nodes with that many client processes."""
     with Cluster(nodes, gbit_per_s) as cluster:
         children = cluster.clients(clients, nodes, writers=1)
         began = time.perf_counter()
@@ -135,7 +135,7 @@ def measure_bandwidth(nodes: int, clients: int, gbit_per_s: float, seconds: floa
 
 
 def measure_directory(nodes: int, clients: int, seconds: float) -> DirectoryCost:
-    """Counts what the directory is asked, without and with clients."""
+    """Counts the requests to the directory, without and with clients."""
     with Cluster(nodes, 10.0) as cluster:
         by_nodes, _, _ = _over(cluster, seconds)
         cluster.clients(clients, nodes, writers=0)
@@ -158,7 +158,7 @@ def _over(cluster: Cluster, seconds: float) -> tuple[float, float, int]:
 
 
 def balanced(nodes: list[str]) -> list[list[attnstore.BlockHash]]:
-    """Segments, as many for each of the nodes."""
+    """Returns segments, as many for each of the nodes."""
     placement = Placement(dict.fromkeys(nodes, 1.0))
     left = Counter({node_id: _SEGMENTS // len(nodes) for node_id in nodes})
     chosen = []
@@ -174,14 +174,14 @@ def balanced(nodes: list[str]) -> list[list[attnstore.BlockHash]]:
 
 
 def _chain(number: int) -> list[attnstore.BlockHash]:
-    """One segment: the first 64 blocks of a sequence."""
+    """Returns one segment: the first 64 blocks of a sequence."""
     tokens = [number, *range(1, SEGMENT_BLOCKS * _LAYOUT.block_tokens)]
     return attnstore.block_hashes(_NAMESPACE, tokens, _LAYOUT.block_tokens)
 
 
 def run_client(url: str, nodes: int, seed: int, writes: bool) -> None:
-    """A client process: stores the pages if it is the one that does, then reads for as long as it is told to."""
-    # All hosts of the switch share one file system, and so shared memory: only tcp and grpc go over the links.
+    """Runs a client process: stores the pages if it is a writer, then reads for the requested time."""
+    # All hosts of the switch share one file system, and therefore shared memory: only tcp and grpc use the links.
     with attnstore.connect(url, deadline_ms=_DEADLINE_MS, transport="tcp") as client:
         while len(members := client.members()) < nodes:
             time.sleep(0.05)
@@ -217,7 +217,7 @@ def run_client(url: str, nodes: int, seed: int, writes: bool) -> None:
 
 
 def main() -> int:
-    """Measures, prints, writes; 0 whatever the figures are."""
+    """Measures, prints, writes. Always returns 0."""
     parser = CommandParser("python -m experiments.cluster", description=__doc__.splitlines()[0])
     parser.add_argument("--gbit", type=POSITIVE, default=1.0, help="rate of each node's link in Gb/s")
     parser.add_argument("--nodes", type=COUNT, nargs="+", default=[1, 3])
@@ -239,7 +239,7 @@ def main() -> int:
 
 
 def table(cells: list[Bandwidth], cost: DirectoryCost) -> str:
-    """One line for each cluster, then the directory's cost."""
+    """Returns one line per cluster, then the directory's cost."""
     one = cells[0].gb_per_s
     lines = [("nodes", "clients", "Gb/s each", "GB/s", "share", "against one", f">= {_SCALING_MIN}x for 3")]
     for cell in cells:

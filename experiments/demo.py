@@ -29,12 +29,12 @@ from attnstore.testing import StoreProcess
 from experiments.options import COUNT
 
 _WORKER_S_MAX: Final = 900.0
-"""One worker: a first conversion of the model, and the prompt on a slow machine."""
+"""Time limit of one worker: a first conversion of the model, and the prompt on a slow machine."""
 
 
 @dataclass(frozen=True, slots=True)
 class DemoFigures:
-    """What `--json` writes. TTFT is measured inside the worker, with the model loaded; `speedup` is cold over warm."""
+    """The content of `--json`. TTFT is measured inside the worker, with the model loaded; `speedup` is cold over warm."""
 
     prompt_tokens: int
     hit_tokens: int
@@ -57,7 +57,7 @@ class WorkerRun:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the demonstration; 0 when the tokens of all runs are equal, as they must be in fp32."""
+    """Runs the demonstration. Returns 0 if the tokens of all runs are equal, as they must be in fp32."""
     arguments = _parser().parse_args(argv)
     console = Console()
     with tempfile.TemporaryDirectory(prefix="attnstore-demo-") as scratch:
@@ -96,7 +96,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _document(path: Path | None) -> str:
-    """The text of the prompt: real English that every Python brings, unless a file is named."""
+    """Returns the text of the prompt: the named file, or English text that comes with every Python."""
     if path is not None:
         return path.read_text(encoding="utf-8")
     topics = pydoc_data.topics.topics
@@ -110,7 +110,7 @@ def _run_worker(name: str, prompt: Path, folder: Path, arguments: argparse.Names
     command += ["--max-tokens", str(arguments.max_tokens), "--dtype", arguments.dtype, "--logits", str(logits)]
     command += ["--model", str(arguments.model)] if arguments.model else []
     command += ["--store", store, "--transport", arguments.transport] if store else []
-    # Its standard error is ours: progress on a terminal, and the reason when it fails.
+    # It inherits our standard error: progress on a terminal, and the reason of a failure.
     finished = subprocess.run(command, stdout=subprocess.PIPE, text=True, timeout=_WORKER_S_MAX, check=False)
     if finished.returncode != 0:
         raise SystemExit(f"the {name} worker failed with status {finished.returncode}")
@@ -133,7 +133,7 @@ def _figures(cold: dict[str, Any], warm: dict[str, Any], control: dict[str, Any]
 
 
 def _logit_difference(cold: WorkerRun, warm: WorkerRun) -> tuple[float, int]:
-    """The largest difference between the runs' logits, over the tokens that were drawn after equal texts, and their number."""
+    """Returns the largest difference between the runs' logits, over the tokens drawn after equal texts, and their number."""
     pairs = zip(cold.report["tokens"], warm.report["tokens"], strict=True)
     equal = next((index for index, (left, right) in enumerate(pairs) if left != right), len(cold.report["tokens"]))
     compared = min(equal + 1, len(cold.report["tokens"]))

@@ -1,4 +1,4 @@
-"""What experiments ask of running services over HTTP: completions of a worker, metrics, queries of Prometheus."""
+"""Requests of experiments to running services over HTTP: completions of a worker, metrics, queries of Prometheus."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from attnstore.http_client import open_url
 
 @dataclass(frozen=True, slots=True)
 class Completion:
-    """A worker's answer. `cached_tokens` of the prompt's needed no computing."""
+    """A worker's answer. `cached_tokens` of the prompt's tokens needed no computation."""
 
     text: str
     prompt_tokens: int
@@ -25,12 +25,12 @@ class Completion:
 
 
 def model_name(worker: str, token: str | None, timeout_s: float = 10.0) -> str:
-    """The model that a worker serves; `token` where it asks for one."""
+    """Returns the model that a worker serves; `token` if it requires one."""
     return str(_json(f"{worker}/v1/models", timeout_s, token)["data"][0]["id"])
 
 
 def complete(worker: str, token: str | None, model: str, prompt: str, *, tokens: int, timeout_s: float) -> Completion:
-    """Continues a prompt by exactly `tokens` tokens, greedily. Raises `OSError` where that fails or takes longer."""
+    """Continues a prompt by exactly `tokens` tokens, greedily. Raises `OSError` if that fails or takes longer."""
     body = {"model": model, "prompt": prompt, "max_tokens": tokens, "temperature": 0, "ignore_eos": True}
     request = urllib.request.Request(
         f"{worker}/v1/completions", json.dumps(body).encode(), headers={"content-type": "application/json"}
@@ -46,14 +46,14 @@ def complete(worker: str, token: str | None, model: str, prompt: str, *, tokens:
 
 
 def metric(endpoint: str, name: str, timeout_s: float = 10.0) -> float:
-    """The sum of a metric's samples over its labels, as `endpoint`/metrics gives it; 0 where there is none."""
+    """Returns the sum of a metric's samples over its labels, from `endpoint`/metrics; 0 if there are none."""
     with open_url(f"{endpoint}/metrics", timeout_s) as answer:
         families = text_string_to_metric_families(answer.read().decode())
     return sum(sample.value for family in families for sample in family.samples if sample.name == name)
 
 
 def query(prometheus: str, expression: str, timeout_s: float = 10.0) -> list[dict[str, Any]]:
-    """The series of an instant query. Raises `ValueError` with Prometheus' own words where it refuses the expression."""
+    """Returns the series of an instant query. Raises `ValueError` with Prometheus' message if it refuses the expression."""
     try:
         answer = _json(f"{prometheus}/api/v1/query?{urllib.parse.urlencode({'query': expression})}", timeout_s)
     except urllib.error.HTTPError as error:

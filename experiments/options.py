@@ -1,4 +1,4 @@
-"""Kinds of options that experiments share. The parsers, and what they refuse, are those of the commands."""
+"""Types of options that experiments share. The parsers, and their checks, are those of the commands."""
 
 from __future__ import annotations
 

@@ -2,12 +2,12 @@
 
     python -m experiments.overlap [--json PATH] [--quick]
 
-A prompt whose first tokens are pages in a store node, behind a link of a chosen rate (`attnstore.testing.link`), and whose last
-chunk has to be computed. Three times to the first token of each: with the pages in the pool already (the compute time), with the
-chunk computed after the last page has come (`sequential`), and with it computed layer by layer as the pages come (`overlapped`).
-The rates are chosen so that the transfer takes a half, one and two times as long as computing. The bound is
-1.15 x max(transfer, compute) + one layer of the longer of both. Real model, real node, tcp; torch computes with one thread, because
-the bytes need a processor too. Figures are medians; every repetition has a new engine, and a new last chunk.
+The first tokens of a prompt are pages in a store node, behind a link of a chosen rate (`attnstore.testing.link`); its last chunk
+has to be computed. Three times to the first token are measured: with the pages in the pool already (the compute time), with the
+chunk computed after the last page has arrived (`sequential`), and with the chunk computed layer by layer as the pages arrive
+(`overlapped`). The rates are chosen so that the transfer takes a half, one and two times as long as computing. The bound is 1.15 x
+max(transfer, compute) + one layer of the longer of both. Real model, real node, tcp; torch computes with one thread, because the
+transfer needs a core too. Figures are medians; every repetition has a new engine, and a new last chunk.
 """
 
 from __future__ import annotations
@@ -44,18 +44,18 @@ class ByLayers(FetchAll):
     """All hits in one read, layer by layer."""
 
     def load(self, found: Found) -> LoadPlan:
-        """The plan of `FetchAll` in another order."""
+        """Returns the plan of `FetchAll` in another order."""
         return replace(super().load(found), order=Order.LAYERS)
 
 
 class _Reads(Unobserved):
-    """How long the reads took."""
+    """The durations of the reads."""
 
     def __init__(self) -> None:
         self.durations_ms: list[float] = []
 
     def transferred(self, transfer: Transfer) -> None:
-        """Keeps the duration of a read."""
+        """Records the duration of a read."""
         if transfer.kind is TransferKind.READ:
             self.durations_ms.append(transfer.ended_ms - transfer.started_ms)
 
@@ -79,9 +79,9 @@ class Row:
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """`hit_tokens` lie in the store; `chunk_tokens` behind them are computed, `repetitions` times for each figure.
+    """`hit_tokens` are in the store; the `chunk_tokens` after them are computed, `repetitions` times for each figure.
 
-    Chunks end at multiples of their size, so `hit_tokens` must be one for the tokens behind them to be one chunk.
+    Chunks end at multiples of their size, so `hit_tokens` must be one for the tokens after them to be one chunk.
     """
 
     hit_tokens: int
@@ -106,12 +106,12 @@ class Overlap:
             chunk_tokens=shape.chunk_tokens,
             store_deadline_ms=_DEADLINE_MS,
         )
-        # What a prompt ends with must not be found in the store by the next one that has it.
+        # The store must not have the end of a prompt when a later prompt has the same end.
         self._reading_only = replace(self._options, write_policy="on-evict")
         self._layout = layout
 
     def resident(self, store: PageStore) -> tuple[float, list[int]]:
-        """Computes the prefix, writes it to the store, and times the chunks behind it: milliseconds, and the tokens."""
+        """Computes the prefix, writes it to the store, and times the chunks after it. Returns milliseconds and the tokens."""
         times, tokens = [], []
         with Engine(self._model, self._options, store=store) as engine:
             engine.warm_up()
@@ -126,7 +126,7 @@ class Overlap:
         return statistics.median(times), tokens
 
     def row(self, url: str, ratio: float, compute_ms: float, expected: list[int]) -> Row:
-        """One rate: the transfer takes `ratio` times as long as computing."""
+        """Measures one rate: the transfer takes `ratio` times as long as computing."""
         bits = 8 * self._layout.page_bytes * self._shape.hit_tokens / self._layout.block_tokens
         rate = bits / (ratio * compute_ms / 1e3)
         with Link.to_node(url, LinkProfile("chosen", rate, rate, 0.1)) as link:
@@ -149,7 +149,7 @@ class Overlap:
         )
 
     def _fetched(self, link: Link, planner: Callable[[float], FetchAll]) -> tuple[float, float, list[int]]:
-        """Medians of the transfer and of the time to the first token, and the tokens."""
+        """Returns medians of the transfer and of the time to the first token, and the tokens."""
         reads, times, tokens = _Reads(), [], []
         with open_store(link.url, deadline_ms=_DEADLINE_MS, transport="tcp") as store:
             for prompt in self._prompts:
@@ -171,7 +171,7 @@ def _first_token(engine: Engine, prompt: list[int], hit_tokens: int) -> tuple[fl
 
 
 def measure(model: LoadedModel, shape: Shape, ratios: Sequence[float]) -> list[Row]:
-    """A row for each ratio of transfer to compute time."""
+    """Returns a row for each ratio of transfer to compute time."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -186,7 +186,7 @@ def measure(model: LoadedModel, shape: Shape, ratios: Sequence[float]) -> list[R
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Prints the rows; 0 where every one is within its bound and has the right tokens."""
+    """Prints the rows. Returns 0 if every one is within its bound and has the right tokens."""
     parser = CommandParser("python -m experiments.overlap", description="Swap-in overlapped with compute.")
     parser.add_argument("--json", type=file_to_write, metavar="PATH", help="write the rows there, one JSON object a line")
     parser.add_argument("--quick", action="store_true", help="a shorter prompt and fewer repetitions, within 50 s")

@@ -1,9 +1,9 @@
-"""How true the relay is: what `attnstore.testing.link` passes and adds, profile by profile.
+"""The accuracy of the relay: the rate that `attnstore.testing.link` reaches and the delay that it adds, for each profile.
 
     python -m experiments.relay [--profiles P ...] [--json PATH]
 
-A server, the relay and a client, each a process, on loopback. For each profile as many bytes as its link carries in two seconds (at
-most 4 GB), from the server to the client over one connection, and the round trip of 64 bytes; `direct` is the same without the
+A server, the relay and a client, each a process, on loopback. For each profile: as many bytes as its link carries in two seconds
+(at most 4 GB), from the server to the client over one connection, and the round trip of 64 bytes; `direct` is the same without the
 relay. Medians over rounds.
 """
 
@@ -42,7 +42,7 @@ _ORDER: Final = struct.Struct("<Q")
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One profile, with what it asks for; `asked_gbit_per_s` is None where it sets no limit."""
+    """One profile and its nominal figures; `asked_gbit_per_s` is None if it has no limit."""
 
     profile: str
     gbit_per_s: float
@@ -52,7 +52,7 @@ class Row:
 
 
 def measure(profile: str, server: str, rounds: int) -> Row:
-    """Moves and pings, `rounds` times."""
+    """Measures transfers and round trips, `rounds` times."""
     with ExitStack() as stack:
         if profile == _DIRECT:
             address, bits_per_s, asked_rtt_ms = server, math.inf, 0.0
@@ -73,7 +73,7 @@ def _connected(address: str) -> socket.socket:
 
 
 def _pull_s(address: str, size_bytes: int) -> float:
-    """From the first byte to the last: connecting and asking are the round trip's account."""
+    """Returns the time from the first byte to the last; connecting and requesting belong to the round trip."""
     buffer = memoryview(bytearray(_BLOCK))
     with _connected(address) as connection:
         connection.sendall(_ORDER.pack(size_bytes + 1))
@@ -88,7 +88,7 @@ def _round_trip_s(address: str) -> float:
     times: list[float] = []
     with _connected(address) as connection:
         connection.sendall(_ORDER.pack(0))
-        connection.sendall(bytes(64))  # the first waits for the connection to be made
+        connection.sendall(bytes(64))  # the first one includes connecting
         connection.recv(64, socket.MSG_WAITALL)
         until = time.perf_counter() + _PING_S
         while len(times) < _PINGS and time.perf_counter() < until:
@@ -100,7 +100,7 @@ def _round_trip_s(address: str) -> float:
 
 
 def answer(connection: socket.socket) -> None:
-    """The other end: sends as many bytes as it is asked for, or sends back what it gets."""
+    """The server: sends the requested number of bytes, or echoes what it receives."""
     block = memoryview(bytes(_BLOCK))
     with connection:
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -113,7 +113,7 @@ def answer(connection: socket.socket) -> None:
 
 
 def table(rows: Sequence[Row]) -> str:
-    """One line for each profile."""
+    """Returns one line per profile."""
     lines = [("profile", "Gb/s", "asked", "round trip ms", "asked ms")]
     lines += [
         (
@@ -129,7 +129,7 @@ def table(rows: Sequence[Row]) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Measures, prints, writes; 0 whatever the figures are."""
+    """Measures, prints, writes. Always returns 0."""
     parser = CommandParser(prog="python -m experiments.relay", description="What the relay passes and what it adds.")
     parser.add_argument("--profiles", nargs="+", default=_PROFILES, metavar="P", help=f"links, or {_DIRECT}")
     parser.add_argument("--rounds", type=COUNT, default=3)

@@ -1,8 +1,8 @@
 """`python -m experiments.shaped`: does the store fill a cable of 1 or 10 Gb/s, in both directions, with one client and with four?
 
-Owns: the measurement over network namespaces (root, `ip` and `tc` needed). A node on one host, client processes on the other, all
-clients moving pages at once, 32 a call. The figure is payload delivered over the time from the first request to the last answer, so
-that a client that starves shows; the bound is the shaped rate, headers included.
+Owns: the measurement over network namespaces (root, `ip` and `tc` needed). A node runs on one host and client processes on the
+other; all clients move pages at once, 32 per call. The figure is the payload delivered divided by the time from the first request
+to the last answer, so that a client that starves lowers it; the bound is the shaped rate, headers included.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class Row:
 
 
 def measure(gbit_per_s: float, clients: int, transports: list[str], seconds: float) -> list[Row]:
-    """Raw TCP and every transport, in both directions, over one cable."""
+    """Measures raw TCP and every transport, in both directions, over one cable."""
     rows = []
     with ShapedLink(f"{gbit_per_s:f}g") as link, ExitStack() as stack:
         with link.node.entered():
@@ -66,12 +66,12 @@ def measure(gbit_per_s: float, clients: int, transports: list[str], seconds: flo
 
 
 def _lanes(stack: ExitStack, name: str, start: Start, count: int) -> list[Child]:
-    """So many processes of one kind, on the host that this thread is on."""
+    """Starts processes of one kind, on the host of this thread."""
     return [stack.enter_context(Child.of_module(f"experiments.bandwidth.lanes.{name}", start.to_argument())) for _ in range(count)]
 
 
 def _gb_per_s(lanes: list[Child], verb: str, seconds: float) -> float:
-    """All lanes at once."""
+    """Runs all lanes at once."""
     began = time.perf_counter()
     for lane in lanes:
         lane.tell(json.dumps({"verb": verb, "batch": _BATCH, "seconds": seconds}))
@@ -80,7 +80,7 @@ def _gb_per_s(lanes: list[Child], verb: str, seconds: float) -> float:
 
 
 def main() -> int:
-    """Measures, prints, writes; 0 whatever the figures are."""
+    """Measures, prints, writes. Always returns 0."""
     parser = CommandParser("python -m experiments.shaped", description="Share of a shaped link that the store fills.")
     parser.add_argument("--gbit", type=POSITIVE, nargs="+", default=[1.0, 10.0], help="rates of the cable in Gb/s")
     parser.add_argument("--clients", type=COUNT, nargs="+", default=[1, 4], help="client processes at once")
@@ -101,7 +101,7 @@ def main() -> int:
 
 
 def table(rows: list[Row]) -> str:
-    """One line for each cell."""
+    """Returns one line per cell."""
     lines = [("transport", "op", "Gb/s", "clients", "GB/s", "share", f">= {_SHARE_MIN:.0%}")]
     lines += [
         (

@@ -1,16 +1,16 @@
-"""What a tier below HBM is worth: a pool that holds a quarter of what runs on it, and pages used where they lie.
+"""The benefit of tiers below HBM: a pool with a quarter of the memory that its sequences need, and pages used in place.
 
     python -m experiments.tiers [--json PATH] [--quick]
 
 Two measurements with the real model and a real node on this host.
 
 `pressure`: eight prompts run at once, and then once more, in an HBM pool of a quarter of what they need together: without another
-tier (what is evicted is computed again), with HOST, and with a store whose pages travel over tcp, are copied from its mapped
-memory, or are used in place. Beside them the run with room for everything. Throughput is that of the second round, prompt tokens
-and generated ones together; hits are counted by tier; tokens must equal those of the run with room.
+tier (evicted pages are computed again), with HOST, and with a store whose pages are sent over tcp, copied from its mapped memory,
+or used in place. They are compared with the run with room for everything. Throughput is that of the second round, prompt tokens and
+generated ones together; hits are counted by tier; tokens must equal those of the run with room.
 
-`decode`: time for each further token of one sequence whose prompt lies in the own pool (`resident`) or in the node's memory
-(`shared_in_place`), in rounds that take turns. The median of the rounds' ratios is to stay within 1.2.
+`decode`: time for each further token of one sequence whose prompt is in its own pool (`resident`) or in the node's memory
+(`shared_in_place`), in rounds that alternate. The median of the rounds' ratios must be at most 1.2.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ _RATIO_MAX: Final = 1.2
 
 @dataclass(frozen=True, slots=True)
 class Mode:
-    """Which tiers there are. `transport` is None where there is no store; a share of 1 is room for all."""
+    """The tiers of a run. `transport` is None if there is no store; a share of 1 is room for all."""
 
     name: str
     pool_share: float
@@ -80,7 +80,7 @@ class PressureRow:
 
 @dataclass(frozen=True, slots=True)
 class DecodeRow:
-    """One way to hold a context. `ratio`: of its time to `resident`'s, the median over the rounds."""
+    """One place of the context. `ratio`: its time over `resident`'s, the median over the rounds."""
 
     mode: str
     dtype: str
@@ -93,7 +93,7 @@ class DecodeRow:
 
 
 def prompts_of(model: LoadedModel, count: int, tokens: int) -> list[list[int]]:
-    """Prompts that share no block."""
+    """Returns prompts that share no block."""
     digits = random.Random(11)
     vocabulary = model.module.config.vocab_size
     return [[digits.randrange(vocabulary) for _ in range(tokens)] for _ in range(count)]
@@ -111,7 +111,7 @@ class Pressure:
         self._expected: list[list[int]] = []
 
     def row(self, mode: Mode) -> PressureRow:
-        """Runs a mode; the first one must have room for all, because its tokens are what the others' are compared with."""
+        """Runs a mode. The first one must have room for all, because the tokens of the others are compared with its tokens."""
         blocks = int(self._needed * mode.pool_share) + (_PROMPTS if mode.pool_share == 1 else 0)
         options = EngineOptions(
             pool_bytes=blocks * self._page_bytes,
@@ -151,7 +151,7 @@ class Pressure:
 
 
 def decode_rows(model: LoadedModel, context_tokens: int, new_tokens: int, rounds: int) -> list[DecodeRow]:
-    """The second measurement. The context is computed once, by the engine that then finds it in its own pool."""
+    """The second measurement. The engine computes the context once and then finds it in its own pool."""
     prompt = prompts_of(model, 1, context_tokens)[0]
     how = SamplingParams(max_tokens=new_tokens)
     pool_bytes = (-(-(context_tokens + new_tokens) // 16) + 8) * model.layout(16).page_bytes
@@ -193,7 +193,7 @@ def decode_rows(model: LoadedModel, context_tokens: int, new_tokens: int, rounds
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Prints the rows; 0 where all tokens are equal and pages in place cost no more than they may."""
+    """Prints the rows. Returns 0 if all tokens are equal and pages in place are within the bound."""
     parser = CommandParser("python -m experiments.tiers", description="Throughput by tier, and pages used in place.")
     parser.add_argument("--json", type=file_to_write, metavar="PATH", help="write the rows there, one JSON object a line")
     parser.add_argument("--quick", action="store_true", help="shorter prompts and contexts, within 50 s")

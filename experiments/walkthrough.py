@@ -1,7 +1,7 @@
-"""`python -m experiments.walkthrough`: a tour of a running cluster, which says whether it does what it is for.
+"""`python -m experiments.walkthrough`: a tour of a running cluster that checks whether it works.
 
-Each prompt is computed by one worker and then asked of the other, which must find its pages in the store and give the same text;
-every node must hold pages, and every query of the dashboard must return data. Exit status 0 when all of that holds.
+Each prompt is computed by one worker and then sent to the other, which must find its pages in the store and return the same text;
+every node must hold pages, and every query of the dashboard must return data. Exit status 0 if all of that holds.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ _POLL_S: Final = 0.5
 _PROMPT_CHARACTERS: Final = 2_400
 _RATE_INTERVAL: Final = "1m"
 _HIT_SHARE_MIN: Final = 0.5
-"""Not all: the planner computes what it expects to compute sooner than to fetch."""
+"""Not all, because the planner computes what it expects to compute sooner than to fetch."""
 
 
 @dataclass(frozen=True, slots=True)
 class Tour:
-    """What was seen. `pages` are those that each node holds; `silent` queries of the dashboard returned no data."""
+    """The observations. `pages` are those that each node holds; `silent` queries of the dashboard returned no data."""
 
     prompts: int
     prompt_tokens: int
@@ -50,7 +50,7 @@ class Tour:
 
     @property
     def is_good(self) -> bool:
-        """Whether the cluster does what it is for."""
+        """True if the cluster works."""
         return (
             self.texts_equal == self.prompts
             and self.hit_tokens >= _HIT_SHARE_MIN * self.hit_tokens_possible
@@ -60,7 +60,7 @@ class Tour:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Takes the tour; 0 when everything was as it must be."""
+    """Takes the tour. Returns 0 if everything was as expected."""
     options = _parser().parse_args(argv)
     tour = take_tour(options.workers, options.nodes, options.prometheus, dashboard_queries(options.dashboard), options.prompts)
     print(_told(tour))
@@ -70,7 +70,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def take_tour(workers: Sequence[str], nodes: Sequence[str], prometheus: str, queries: Sequence[str], prompts: int) -> Tour:
-    """Asks the first worker, then the others in turn, and looks at what that left in nodes and metrics."""
+    """Sends prompts to the first worker, then to the others in turn, and inspects nodes and metrics."""
     model = model_name(workers[0], variable("worker_token"))
     texts = _prompts(prompts)
     cold, computed_s = _timed(lambda: [_ask(workers[0], model, text) for text in texts])
@@ -100,7 +100,7 @@ def take_tour(workers: Sequence[str], nodes: Sequence[str], prometheus: str, que
 
 
 def dashboard_queries(path: Path) -> list[str]:
-    """The expressions of a Grafana dashboard's panels, with its interval variable filled in."""
+    """Returns the expressions of a Grafana dashboard's panels, with its interval variable filled in."""
     panels = json.loads(path.read_text())["panels"]
     expressions = (target["expr"] for panel in panels for target in panel.get("targets", ()))
     return [expression.replace("$__rate_interval", _RATE_INTERVAL) for expression in expressions]
@@ -123,7 +123,7 @@ def _urls(text: str) -> list[str]:
 
 
 def _prompts(count: int) -> list[str]:
-    """Texts that begin differently, so that no two share a page: chapters of Python's own manual."""
+    """Returns texts with different beginnings, so that no two share a page: chapters of Python's own manual."""
     topics = pydoc_data.topics.topics
     chapters: Iterable[str] = (topics[name] for name in sorted(topics) if len(topics[name]) >= _PROMPT_CHARACTERS)
     return [chapter[:_PROMPT_CHARACTERS] for _, chapter in zip(range(count), chapters, strict=False)]

@@ -1,4 +1,5 @@
-"""Does it pay to move the query and not the cache? Decoding with the KV here, fetched for each step, or attended to at the store.
+"""Does moving the query instead of the cache pay? Decoding with KV in the worker, fetched for each step, or attended to at the
+store.
 
 python -m experiments.attend --json PATH [--quick]
 """

@@ -26,7 +26,7 @@ _LINKS: Final = ((0.1, 0.1), (0.1, 1.0), (0.1, 10.0), (2.0, 1.0), (10.0, 1.0))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Measures and prints; 0 when every mode gave the resident run's tokens."""
+    """Measures and prints. Returns 0 if every mode gave the tokens of the resident run."""
     arguments = _parser().parse_args(argv)
     torch.set_num_threads(_THREADS)
     console = Console()
@@ -72,7 +72,7 @@ def _full(model: LoadedModel, add: Any) -> None:
 
 
 def _as_json(row: Row) -> dict[str, Any]:
-    """JSON has no infinity: a link that nothing limits has none of either figure."""
+    """JSON has no infinity: an unlimited link has None for its rate."""
     return {name: None if isinstance(value, float) and math.isinf(value) else value for name, value in asdict(row).items()}
 
 

@@ -1,4 +1,4 @@
-"""The modes with the real model: an engine for each, over a link to a node that has the prompt's pages.
+"""The modes with the real model: one engine per mode, over a link to a node that has the prompt's pages.
 
 Owns: `measure`. Invariant: all modes of a context continue the same prompt greedily in fp32, and their tokens are compared with
 those of the resident run.
@@ -31,8 +31,8 @@ _LIST: Final = "Item {0}: the value of field {0} is unknown; see item {0}.\n"
 
 @dataclass(frozen=True, slots=True)
 class Cell:
-    """One link, and how many tokens to generate in the modes that are fast and in the one that is slow. With a `resident_share` the
-    modes that attend compute the context in a pool of that share of it, and leave the rest behind.
+    """One link, and the tokens to generate in the fast modes and in the slow one. With a `resident_share`, the modes that attend
+    compute the context in a pool of that share of it and leave the rest in the store.
     """
 
     rtt_ms: float
@@ -44,13 +44,13 @@ class Cell:
 
     @property
     def profile(self) -> str:
-        """As `attnstore.links.parse_link` takes it."""
+        """The link in the form that `attnstore.links.parse_link` takes."""
         return f"{self.gbit_per_s:g}g@{self.rtt_ms:g}ms"
 
 
 @dataclass(frozen=True, slots=True)
 class _Run:
-    """One mode's tokens and times; `step_ms` of each step after the first token, and the tokens that it gave."""
+    """One mode's tokens and times; `step_ms` of each step after the first token, and the number of its tokens."""
 
     generated: list[int]
     ttft_ms: float
@@ -64,18 +64,18 @@ class _Run:
         """Time per token of the median step."""
         if not self.step_ms:
             return self.ttft_ms
-        if len(set(self.step_tokens)) > 1:  # steps that guess and steps that do not have no median in common
+        if len(set(self.step_tokens)) > 1:  # steps with drafts and steps without have no common median
             return sum(self.step_ms) / sum(self.step_tokens)
         return statistics.median(self.step_ms) / self.step_tokens[0]
 
     @property
     def accepted_per_step(self) -> float:
-        """Guesses that were right, in each step."""
+        """The accepted draft tokens per step."""
         return statistics.fmean(self.step_tokens) - 1 if self.step_tokens else 0.0
 
 
 def documents(model: LoadedModel, tokens: int, count: int, *, repeating: bool) -> list[list[int]]:
-    """Prompts of `tokens` tokens: Python's own documentation, or a list that goes on as it began."""
+    """Returns prompts of `tokens` tokens: Python's own documentation, or a list that continues as it began."""
     topics = [pydoc_data.topics.topics[name] for name in sorted(pydoc_data.topics.topics)]
     prompts = []
     for number in range(count):
@@ -87,7 +87,7 @@ def documents(model: LoadedModel, tokens: int, count: int, *, repeating: bool) -
 
 
 def measure(model: LoadedModel, prompt: list[int], cells: Sequence[Cell], *, capacity: str, threads: int) -> list[Row]:
-    """Rows of one prompt over several links; the node computes with `threads` cores, as we do."""
+    """Returns rows of one prompt over several links; the node computes with `threads` cores, like the worker."""
     layout = model.layout(_BLOCK_TOKENS)
     context_bytes = len(prompt) // _BLOCK_TOKENS * layout.page_bytes
     tokens_max = max(cell.tokens for cell in cells)
@@ -134,7 +134,7 @@ def _row(
         round_trips_per_token=run.round_trips,
         tokens_equal=run.generated == resident.generated[: len(run.generated)],
         accepted_per_step=run.accepted_per_step if mode == "attend_speculative" else None,
-        predicted_ms=None if cell.resident_share else predicted_ms,  # the formula knows no guesses that cost something
+        predicted_ms=None if cell.resident_share else predicted_ms,  # the formula does not cover drafts, which have a cost
         resident_share=cell.resident_share if mode.startswith("attend") else 0.0,
     )
 
@@ -174,7 +174,7 @@ def _shared(model: LoadedModel, prompt: list[int], tokens: int, url: str) -> _Ru
 def _attended(model: LoadedModel, prompt: list[int], tokens: int, url: str, *, speculate: bool) -> _Run:
     options = _options(model, 4 * _CHUNK_TOKENS + tokens, attend="always", speculate=speculate)
     with _store(url, "tcp") as store:
-        with Engine(model, options, store=store, attend_store=store) as warming:  # the node's kernels, and what rows it knows
+        with Engine(model, options, store=store, attend_store=store) as warming:  # the node's kernels, and the known batch shapes
             _generate(warming, prompt, 12 if speculate else 2)
         with Engine(model, options, store=store, attend_store=store) as engine:
             run = _generate(engine, prompt, tokens)
@@ -183,7 +183,7 @@ def _attended(model: LoadedModel, prompt: list[int], tokens: int, url: str, *, s
             given = len(run.generated)
             moved = asked.bytes_sent + asked.bytes_received
             steps = engine.batching().steps
-            # The first step has the rows of the prompt's rest in it; a token's share is that of the rows that gave tokens.
+            # The first step includes the rows of the prompt's rest; a token's share is that of the rows that gave tokens.
             rows = len(prompt) % _BLOCK_TOKENS or _BLOCK_TOKENS
             layers = model.layout(_BLOCK_TOKENS).layers
             moved_later = moved * (asked.rows - rows * layers) / asked.rows
@@ -198,7 +198,7 @@ def _attended(model: LoadedModel, prompt: list[int], tokens: int, url: str, *, s
 
 
 def _left_behind(model: LoadedModel, prompt: list[int], cell: Cell, url: str, *, speculate: bool) -> _Run:
-    """The context is computed here, as of a tenant of its own, and its older blocks stay in the store for want of room."""
+    """Computes the context here, as a tenant of its own; its older blocks stay in the store for lack of room."""
     options = _options(
         model,
         int(len(prompt) * cell.resident_share),
@@ -220,7 +220,7 @@ def _left_behind(model: LoadedModel, prompt: list[int], cell: Cell, url: str, *,
 
 
 def _fetched(model: LoadedModel, prompt: list[int], tokens: int, url: str) -> _Run:
-    """Each token by an engine that has nothing yet: the whole context crosses the link for it."""
+    """Each token by a new engine without KV, so the whole context crosses the link for it."""
     generated: list[int] = []
     times: list[float] = []
     moved = 0
@@ -241,7 +241,7 @@ def _generate(engine: Engine, prompt: list[int], tokens: int) -> _Run:
 
 
 def _step_to_end(engine: Engine, sequence: Prompted) -> tuple[list[float], list[int]]:
-    """The milliseconds of each step, and the tokens that it gave."""
+    """Returns the milliseconds of each step, and the number of its tokens."""
     step_ms, step_tokens = [], []
     while sequence.finish_reason is None:
         known, began = len(sequence.generated), perf_counter()
@@ -252,7 +252,7 @@ def _step_to_end(engine: Engine, sequence: Prompted) -> tuple[list[float], list[
 
 
 def _first_token(engine: Engine, prompt: list[int], tokens: int) -> tuple[Prompted, float]:
-    """A prompt that has its first token, and how many milliseconds that took."""
+    """Runs a prompt to its first token. Returns it and the milliseconds that took."""
     sequence = engine.submit(prompt, SamplingParams(max_tokens=tokens))
     began = perf_counter()
     while not sequence.generated and sequence.finish_reason is None:

@@ -1,4 +1,4 @@
-"""What the experiment writes: one row for each context, link and mode, and what the formula says of it."""
+"""The rows that the experiment writes: one per context, link and mode, with the prediction of the formula."""
 
 from __future__ import annotations
 
@@ -15,9 +15,10 @@ MODES: Final = ("resident", "fetch_each_step", "attend", "attend_speculative", "
 class Row:
     """`model` is the real model's name, or the geometry of synthetic pages, for which only attention and transfers are timed.
 
-    `tpot_ms` is the median time of a decoding step over the tokens that it gave; `ttft_ms` is None where no prompt was run, and
-    `tokens_equal` where there are no tokens. `nodes`: store nodes that held the pages. `predicted_ms` is the formula's `tpot_ms`
-    (docs/attend.md), None where a figure that it needs was not measured. `resident_share` of the context was in the worker's pool.
+    `tpot_ms` is the median time of a decoding step divided by its tokens. `ttft_ms` is None if no prompt was run, and
+    `tokens_equal` if there are no tokens. `nodes` is the number of store nodes that held the pages. `predicted_ms` is the formula's
+    `tpot_ms` (docs/attend.md), None if a figure that it needs was not measured. `resident_share` is the share of the context in the
+    worker's pool.
     """
 
     model: str
@@ -37,17 +38,17 @@ class Row:
 
 
 def attend_ms(resident_ms: float, layers: int, rtt_ms: float, bytes_per_token: float, gbit_per_s: float) -> float:
-    """The formula: what a resident step takes, and for each layer a round trip and the way of a query and its answer."""
+    """The formula: the time of a resident step, plus per layer a round trip and the transfer of a query and its answer."""
     return resident_ms + layers * rtt_ms + bytes_per_token * 8 / (gbit_per_s * 1e6)
 
 
 def fetch_ms(resident_ms: float, context_bytes: float, rtt_ms: float, gbit_per_s: float) -> float:
-    """The formula: what a resident step takes, and the way of the whole context."""
+    """The formula: the time of a resident step, plus the transfer of the whole context."""
     return resident_ms + rtt_ms + context_bytes * 8 / (gbit_per_s * 1e6)
 
 
 def table(rows: Sequence[Row]) -> Table:
-    """The rows for people."""
+    """Returns the rows as a table."""
     shown = Table(title="Decoding with the KV here, fetched, or attended to")
     for name in ("model", "context", "RTT ms", "Gb/s", "mode", "nodes", "ms/token", "predicted"):
         shown.add_column(name, justify="left" if name in ("model", "mode") else "right")

@@ -1,7 +1,7 @@
-"""Long contexts of real geometries, without a model: pages of random numbers, and the attention of one query row a layer.
+"""Long contexts of real geometries, without a model: pages of random numbers, and the attention of one query row per layer.
 
-Owns: `measure_geometry`. A few layers are stored and timed, because every layer costs the same; times and bytes are those of all
-layers.
+Owns: `measure_geometry`. Only a few layers are stored and timed, because every layer costs the same; times and bytes are scaled to
+all layers.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class Geometry:
 
     @property
     def layout(self) -> attnstore.PageLayout:
-        """Of the pages that are stored."""
+        """The layout of the stored pages."""
         return attnstore.PageLayout(
             layers=self.stored_layers,
             kv_heads=self.kv_heads,
@@ -53,7 +53,7 @@ class Geometry:
 
     @property
     def share(self) -> float:
-        """All layers over the stored ones."""
+        """All layers divided by the stored ones."""
         return self.layers / self.stored_layers
 
 
@@ -63,7 +63,7 @@ LLAMA_3_8B: Final = Geometry("Llama-3-8B (synthetic)", 32, 32, 8, 128, 1)
 
 @dataclass(frozen=True, slots=True)
 class _Half:
-    """An attend stream, the set that it has open, and memory for its answers."""
+    """An attend stream, its open set, and memory for its answers."""
 
     stream: AttendStream
     set_id: int
@@ -73,9 +73,10 @@ class _Half:
 def measure_geometry(
     geometry: Geometry, context_tokens: int, profiles: Sequence[tuple[float, float]], nodes: int, *, threads: int, repeats: int
 ) -> list[Row]:
-    """Rows of `resident` (for one node) and `attend` for each `(rtt_ms, gbit_per_s)`; the pages are spread evenly over `nodes`.
+    """Returns rows of `resident` (for one node) and `attend` for each `(rtt_ms, gbit_per_s)`; the pages are spread evenly over
+    `nodes`.
 
-    Each node computes with `threads` cores, and so do we in `resident`.
+    Each node computes with `threads` cores, and so does `resident`.
     """
     torch.manual_seed(context_tokens)
     torch.set_num_threads(threads)
@@ -157,7 +158,7 @@ def _row(
 def _resident(
     pool: torch.Tensor, query: torch.Tensor, scale: float, geometry: Geometry, repeats: int
 ) -> tuple[float, torch.Tensor]:
-    """Milliseconds of all layers, and what the last stored layer gives."""
+    """Returns the milliseconds of all layers, and the result of the last stored layer."""
     attention = create_attention("cpu")
     blocks = len(pool)
     tables = torch.arange(blocks, dtype=torch.int32).unsqueeze(0)
@@ -195,7 +196,7 @@ def _median_ms(step: Callable[[], None], repeats: int) -> float:
         began = perf_counter()
         step()
         times.append((perf_counter() - began) * 1e3)
-    return statistics.median(times[1:])  # the first compiles
+    return statistics.median(times[1:])  # the first call compiles
 
 
 def _fill(url: str, name: bytes, layout: attnstore.PageLayout, hashes: Sequence[bytes], pages: torch.Tensor) -> None:

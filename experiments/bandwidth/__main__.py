@@ -24,7 +24,7 @@ _MATCH_P50_US_MAX = 1000.0
 
 
 def main() -> int:
-    """Runs everything and prints it; 0 whatever the figures are, because a busy machine is not an error."""
+    """Runs everything and prints it. Always returns 0, because slow figures on a busy machine are not an error."""
     options = _options()
     began = time.monotonic()
     results, notes = Results(), set[str]()
@@ -90,7 +90,7 @@ def _match_claims(match: list[MatchFigures]) -> list[Claim]:
 
 
 def _say(line: str) -> None:
-    """Progress, on the terminal only."""
+    """Shows progress, on a terminal only."""
     if sys.stderr.isatty():
         print(f"\r\x1b[K{line}", end="", file=sys.stderr, flush=True)
 

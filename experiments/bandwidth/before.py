@@ -1,7 +1,7 @@
-"""`python -m experiments.bandwidth.before TREE`: the transports of this checkout beside those of another one, in one run.
+"""`python -m experiments.bandwidth.before TREE`: the transports of this checkout compared with those of another one, in one run.
 
-TREE is the checkout to compare with, such as `git worktree add --detach ../before COMMIT` makes. Both run under this interpreter,
-each with a node and a client of its own, and take turns within each cell: whatever else the machine does hits both alike. A ratio
+TREE is the other checkout, for example made by `git worktree add --detach ../before COMMIT`. Both run under this interpreter, each
+with a node and a client of its own, and take turns within each cell, so that other load on the machine affects both alike. A ratio
 is the median of the rounds' ratios, after / before.
 """
 
@@ -32,7 +32,7 @@ _SHAPES = ((Shape(PAGE_BYTES_SMALL, 256), (1, 8, 32, 256)), (Shape(PAGE_BYTES_LA
 
 
 def compare(before: Path, shape: Shape, batches: Sequence[int], rounds: int, seconds: float) -> Results:
-    """The rounds of this checkout, and in cells of their own (`_before`) those of the other."""
+    """Returns the rounds of this checkout, and in cells of their own (`_before`) those of the other."""
     found = Results()
     with _lane(before, shape) as old, _lane(ROOT, shape) as new:
         known = json.loads(old.first_line())
@@ -52,7 +52,7 @@ def _before(cell: Cell) -> Cell:
 
 @contextmanager
 def _lane(tree: Path, shape: Shape) -> Iterator[Child]:
-    """The client of a node, both as they are in that checkout: Python looks for modules where it is started."""
+    """Starts a node's client from that checkout: Python imports modules from the folder in which it is started."""
     there = ("env", "-C", str(tree))
     with ExitStack() as stack:
         node = stack.enter_context(StoreProcess(*node_options(shape), under=there))
@@ -62,7 +62,7 @@ def _lane(tree: Path, shape: Shape) -> Iterator[Child]:
 
 
 def main() -> int:
-    """Measures, and prints a line for each cell and one for each transport."""
+    """Measures, and prints one line per cell and one per transport."""
     parser = CommandParser("python -m experiments.bandwidth.before", description="This checkout beside another one.")
     parser.add_argument("tree", type=Path, metavar="TREE", help="the checkout to compare with")
     parser.add_argument("--rounds", type=COUNT, default=20, metavar="N", help="of each cell (%(default)s)")

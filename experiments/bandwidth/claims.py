@@ -1,4 +1,4 @@
-"""What the project says it reaches, each line measured in this run as a ratio and judged.
+"""The project's performance claims, each measured in this run as a ratio and judged.
 
 Owns: the list of claims. Invariant: a claim whose contenders did not all run is reported as not measured, never as met.
 """
@@ -15,7 +15,7 @@ _LARGE_BATCH_MIN = 32
 
 @dataclass(frozen=True, slots=True)
 class Claim:
-    """`measured` is None where a contender is missing; otherwise it must be at least (or, `at_most`, at most) `bound`."""
+    """`measured` is None if a contender is missing; otherwise it must be at least (or, with `at_most`, at most) `bound`."""
 
     text: str
     measured: float | None
@@ -25,14 +25,14 @@ class Claim:
 
     @property
     def verdict(self) -> str:
-        """One word."""
+        """Returns one word."""
         if self.measured is None:
             return "not measured"
         return "met" if (self.measured <= self.bound if self.at_most else self.measured >= self.bound) else "MISSED"
 
 
 def claims(results: Results) -> list[Claim]:
-    """Every claim on throughput and latency of pages, for each page size that was measured."""
+    """Returns every claim on throughput and latency of pages, for each measured page size."""
     sizes = sorted({cell.page_bytes for cell in results.samples})
     found = [claim for page_bytes in sizes for claim in _of_page_size(results, page_bytes)]
     return [*found, _in_place(results)]
@@ -75,21 +75,21 @@ def _in_place(results: Results) -> Claim:
 
 
 def _worst(results: Results, page_bytes: int, ours: str, reference: str) -> float | None:
-    """The lowest ratio among the large batches."""
+    """Returns the lowest ratio among the large batches."""
     pairs = zip(_cells(results, page_bytes, ours), _cells(results, page_bytes, reference), strict=False)
     ratios = [results.ratio(cell, limit) for cell, limit in pairs if cell.batch >= _LARGE_BATCH_MIN]
     return min(ratios, default=None)
 
 
 def _best_ratio(results: Results, page_bytes: int, ours: str, theirs: tuple[str, ...]) -> float | None:
-    """Our best batch over their best batch."""
+    """Returns the ratio of our best batch to their best batch."""
     our_best = results.best(_cells(results, page_bytes, ours))
     their_best = results.best([cell for name in theirs for cell in _cells(results, page_bytes, name)])
     return results.ratio(our_best, their_best) if our_best and their_best else None
 
 
 def _cells(results: Results, page_bytes: int, verb: str) -> list[Cell]:
-    """Cells of one verb, by batch."""
+    """Returns the cells of one verb, by batch."""
     return sorted(cell for cell in results.samples if (cell.verb, cell.page_bytes) == (verb, page_bytes))
 
 

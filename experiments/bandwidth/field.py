@@ -1,6 +1,6 @@
-"""The field of one run: servers and lanes that are started together, and the rounds that time them.
+"""The contenders of one run: servers and lanes that are started together, and the rounds that time them.
 
-Owns: every process of a run, through one exit stack. Invariant: a contender that cannot be had here is left out and named in
+Owns: every process of a run, through one exit stack. Invariant: a contender that is not available here is left out and named in
 `notes`; it never fails the run.
 """
 
@@ -29,12 +29,12 @@ _PORT_OPEN_S_MAX = 20.0
 
 
 class NotHere(Exception):
-    """A contender cannot be had on this machine; the message says why."""
+    """A contender is not available on this machine; the message says why."""
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What to measure: `rounds` times each verb with each batch, `seconds` a cell, and no new round after `budget_s`."""
+    """The parameters of a run: `rounds` times each verb with each batch, `seconds` per cell, and no new round after `budget_s`."""
 
     shape: Shape
     batches: Sequence[int]
@@ -46,23 +46,23 @@ class Plan:
 
 @dataclass(frozen=True, slots=True)
 class Field:
-    """Lanes that are ready, by their verbs, and what is missing."""
+    """The running lanes by their verbs, and the missing contenders."""
 
     lane_of_verb: dict[str, Child]
     notes: list[str]
 
     def measure(self, verb: str, batch: int, seconds: float) -> Sample:
-        """One cell, now."""
+        """Measures one cell."""
         return measured(self.lane_of_verb[verb], verb, batch, seconds)
 
 
 def measured(lane: Child, verb: str, batch: int, seconds: float) -> Sample:
-    """One cell of one lane, now."""
+    """Measures one cell of one lane."""
     return Sample(**json.loads(lane.ask(json.dumps({"verb": verb, "batch": batch, "seconds": seconds}))))
 
 
 def run_rounds(plan: Plan, say: Callable[[str], None]) -> tuple[Results, list[str]]:
-    """Starts the field, runs the rounds, ends it; the results and what was missing."""
+    """Starts the field, runs the rounds and ends it. Returns the results and the missing contenders."""
     until = time.monotonic() + plan.budget_s
     results = Results()
     shuffle = random.Random(_SHUFFLE_SEED)
@@ -77,20 +77,20 @@ def run_rounds(plan: Plan, say: Callable[[str], None]) -> tuple[Results, list[st
                 for verb in verbs:
                     transport, op = verb.split()
                     if transport == "iperf3" and batch != max(plan.batches):
-                        continue  # a stream has no batches: it is timed as the longest of them
+                        continue  # a stream has no batches: it is timed as the largest of them
                     cell = Cell(transport, op, plan.shape.page_bytes, batch)
                     results.add(cell, field.measure(verb, batch, plan.seconds))
     return results, field.notes
 
 
 def _round_s(plan: Plan, until: float, rounds_done: int) -> float:
-    """How long one more round is likely to take: the mean of those done, with the start counted in."""
+    """Estimates the time of one more round: the mean of the past ones, including the start."""
     return (plan.budget_s - (until - time.monotonic())) / rounds_done
 
 
 @contextmanager
 def running_field(plan: Plan) -> Iterator[Field]:
-    """Everything that can run here for one page size, ready to be measured."""
+    """Starts everything that can run here for one page size."""
     lanes: list[Child] = []
     notes: list[str] = []
     with ExitStack() as stack:
@@ -103,7 +103,9 @@ def running_field(plan: Plan) -> Iterator[Field]:
 
 
 def node_options(shape: Shape) -> tuple[str, ...]:
-    """Of a node with room for the pages that are read, one pass of writes, and the arena's rounding to extents."""
+    """Returns the options of a node with room for the pages that are read, one pass of writes, and the rounding of the arena to
+    extents.
+    """
     return ("--capacity", str(2 * shape.total_bytes + (256 << 20)), "--log-level", "error")
 
 
@@ -165,13 +167,13 @@ def _start(plan: Plan) -> Start:
 
 
 def _lane(stack: ExitStack, name: str, start: Start, python: Path | None = None) -> Child:
-    """A module of `lanes`; a peer under an interpreter of its own (Mooncake logs every step) is not heard on the terminal."""
+    """Starts a module of `lanes`. The output of a peer with its own interpreter is discarded (Mooncake logs every step)."""
     command = [str(python or sys.executable), "-m", f"experiments.bandwidth.lanes.{name}", start.to_argument()]
     return stack.enter_context(Child(command, stderr=subprocess.DEVNULL if python else None))
 
 
 def _daemon(stack: ExitStack, command: Sequence[str], port: int) -> subprocess.Popen[bytes]:
-    """A server of somebody else's, quiet, from when its port is open to the end of the run."""
+    """Starts another project's server, without output. It is ready when its port is open, and ends with the run."""
     absence = NotHere(f"{command[0]} does not run here: its rows are missing")
     try:
         process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)

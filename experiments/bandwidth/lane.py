@@ -1,11 +1,11 @@
 """A lane: one contender's client, and the loop that times it.
 
-Owns: the contract `Lane`, the timing of one cell (`measure`), and the pipe over which the parent asks for it (`serve_lane`).
-Invariant: only the operation itself is inside the clock; making room again between passes of writes is not. Standard library
-only, because a peer's client runs in an environment without AttnStore.
+Owns: the contract `Lane`, the timing of one cell (`measure`), and the pipe over which the parent requests it (`serve_lane`).
+Invariant: only the operation itself is timed; freeing space between passes of writes is not. Standard library only, because a
+peer's client runs in an environment without AttnStore.
 
-The parent writes one JSON object a line, `{"verb", "batch", "seconds"}`; the lane answers a `Sample` as JSON. Its first line is
-the list of its verbs.
+The parent writes one JSON object per line, `{"verb", "batch", "seconds"}`; the lane answers with a `Sample` as JSON. Its first line
+is the list of its verbs.
 """
 
 from __future__ import annotations
@@ -24,26 +24,26 @@ Move = Callable[[int, int], None]
 
 
 class Lane(Protocol):
-    """One client. A verb is `TRANSPORT read` or `TRANSPORT write`, as it will stand in the rows."""
+    """One client. A verb is `TRANSPORT read` or `TRANSPORT write`, as it appears in the rows."""
 
     @property
     def verbs(self) -> Mapping[str, Move]:
-        """What the lane can do."""
+        """The verbs of the lane."""
         ...
 
     @property
     def landing(self) -> Mapping[str, PageBuffers]:
-        """Where the pages of a verb land; none for writes, and where the peer hands out objects of its own."""
+        """Where the pages of a verb arrive; None for writes, and if the peer returns objects of its own."""
         ...
 
     def begin_pass(self) -> None:
-        """Not timed, before each pass over the pages: makes what was written before new to the server again."""
+        """Called untimed before each pass over the pages: makes written pages new to the server again."""
         ...
 
 
 @dataclass(frozen=True, slots=True)
 class Start:
-    """What a lane is started with: the pages, where its server is, the server's processes, and what else the lane must know."""
+    """The start parameters of a lane: the pages, its server's address and processes, and other parameters."""
 
     page_bytes: int
     pages: int
@@ -58,7 +58,7 @@ class Start:
 
     @classmethod
     def from_arguments(cls) -> Start:
-        """From this process's first argument."""
+        """Reads this process's first argument."""
         fields = json.loads(sys.argv[1])
         return cls(**{**fields, "server_pids": tuple(fields["server_pids"])})
 
@@ -78,17 +78,17 @@ class Sample:
 
     @property
     def gb_per_s(self) -> float:
-        """10^9 bytes a second."""
+        """10^9 bytes per second."""
         return self.bytes / sum(self.ns)
 
     @property
     def cpu_s_per_gb(self) -> float:
-        """Processor time of both sides for 10^9 bytes."""
+        """CPU time of both sides per 10^9 bytes."""
         return (self.client_ns + self.server_ns) / self.bytes
 
 
 def measure(lane: Lane, start: Start, verb: str, batch: int, seconds: float) -> Sample:
-    """Repeats one verb on batch after batch of the pages for `seconds` of timed work, once at least."""
+    """Repeats one verb on batch after batch of the pages for `seconds` of timed work, at least once."""
     move = lane.verbs[verb]
     durations_ns: list[int] = []
     left_ns = int(seconds * 1e9)
@@ -112,7 +112,7 @@ def measure(lane: Lane, start: Start, verb: str, batch: int, seconds: float) -> 
 
 
 def serve_lane(lane: Lane, start: Start) -> None:
-    """Checks that reads bring the right bytes, then answers the parent until it closes the pipe."""
+    """Checks that reads return the right bytes, then answers the parent until it closes the pipe."""
     for verb, destination in lane.landing.items():
         lane.verbs[verb](0, start.pages)
         for index, view in enumerate(destination.views):
@@ -125,5 +125,5 @@ def serve_lane(lane: Lane, start: Start) -> None:
 
 
 def _cpu_ns(pids: tuple[int, ...]) -> int:
-    """CPU time of other processes, all their threads: Linux's clock of a process, see `clock_getcpuclockid(3)`."""
+    """Returns the CPU time of other processes, all their threads: Linux's clock of a process, see `clock_getcpuclockid(3)`."""
     return sum(time.clock_gettime_ns((~pid << 3) | 2) for pid in pids)

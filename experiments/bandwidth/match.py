@@ -1,7 +1,7 @@
-"""How long `Match` takes: over the wire, idle and while pages flow, and in the page table itself as both of them grow.
+"""The time of a `Match`: over the wire, idle and during bulk reads, and in the page table itself for growing sizes.
 
-Owns: `MatchFigures` and its two measurements. Invariant: every hash asked for is found, so that the full cost is paid; the pages of
-the table have no payload (the core keeps none), which is what lets it hold a million of them here.
+Owns: `MatchFigures` and its two measurements. Invariant: every requested hash is found, so that the full cost is measured. The
+pages of the table have no payload (the core stores none), so a million of them fit here.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ _BULK_BATCH = 32
 
 @dataclass(frozen=True, slots=True)
 class MatchFigures:
-    """One line: latencies of one call with `hashes` hashes, all of which are in a table of `table_pages` pages."""
+    """One line: latencies of one call with `hashes` hashes, all of them in a table of `table_pages` pages."""
 
     where: str
     table_pages: int
@@ -45,12 +45,12 @@ class MatchFigures:
 
     @property
     def ns_per_hash(self) -> float:
-        """Median call, divided by its hashes."""
+        """The median time of a call, divided by its hashes."""
         return self.p50_us * 1000 / self.hashes
 
 
 def over_the_wire(seconds: float) -> list[MatchFigures]:
-    """`Match` of 512 hashes on loopback: on an idle node, and while another process reads pages from it in bulk."""
+    """Measures `Match` of 512 hashes on loopback: on an idle node, and while another process reads pages from it in bulk."""
     pages = max(_WIRE_HASHES, _BULK_PAGES)
     capacity_bytes = (pages + 2 * _BULK_PAGES) * _BULK_PAGE_BYTES
     start = Start(_BULK_PAGE_BYTES, _BULK_PAGES)
@@ -74,7 +74,7 @@ def over_the_wire(seconds: float) -> list[MatchFigures]:
 
 
 def in_the_table(table_pages: Sequence[int], hashes: Sequence[int], seconds: float) -> list[MatchFigures]:
-    """`PageTable.match` without a network, for each size of the table and each number of hashes."""
+    """Measures `PageTable.match` without a network, for each size of the table and each number of hashes."""
     return [figure for pages in table_pages for figure in _of_table(pages, hashes, seconds)]
 
 
@@ -94,7 +94,7 @@ def _of_table(pages: int, hashes: Sequence[int], seconds: float) -> Iterator[Mat
         table.take_events()
     starts = random.Random(pages)
     for count in hashes:
-        # A prompt's blocks were stored one after the other; a table smaller than the prompt is gone round several times.
+        # The blocks of a prompt were stored one after the other; a table smaller than the prompt is repeated.
         at = starts.randrange(pages)
         prefix = list(islice(cycle(known[at:] + known[:at]), count))
         durations = _timed(partial(table.match, space, [prefix], 0, 0.0), seconds)
@@ -103,7 +103,7 @@ def _of_table(pages: int, hashes: Sequence[int], seconds: float) -> Iterator[Mat
 
 @contextmanager
 def _bulk_reads(start: Start) -> Iterator[None]:
-    """A lane that reads from the node all the time."""
+    """Runs a lane that reads from the node all the time."""
     with Child.of_module("experiments.bandwidth.lanes.store", start.to_argument()) as lane:
         lane.first_line()
         lane.tell(json.dumps({"verb": "tcp read", "batch": _BULK_BATCH, "seconds": 3600}))
@@ -114,7 +114,7 @@ def _bulk_reads(start: Start) -> Iterator[None]:
 
 
 def _timed(call: Callable[[], object], seconds: float) -> list[int]:
-    """Nanoseconds of each call, for so long, after one to warm up."""
+    """Returns the nanoseconds of each call during the given time, after one warm-up call."""
     call()
     durations: list[int] = []
     until = time.perf_counter_ns() + int(seconds * 1e9)

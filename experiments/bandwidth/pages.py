@@ -1,8 +1,8 @@
-"""The pages that every lane moves: how many, how large, and the memory that they lie in.
+"""The pages that every lane moves: their number, size and memory.
 
-Owns: `Shape` and `PageBuffers`. Standard library only, because a peer's client runs in an environment without AttnStore.
-Invariant: all lanes of a run get the same kind of memory (anonymous, huge pages where the system allows, faulted in), so that
-none is timed with page faults that another was spared.
+Owns: `Shape` and `PageBuffers`. Standard library only, because a peer's client runs in an environment without AttnStore. Invariant:
+all lanes of a run get the same kind of memory (anonymous, huge pages if available, faulted in), so that all are timed under the
+same conditions.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class Shape:
 
 
 class PageBuffers:
-    """One mapping cut into pages: `views[i]` is page i, writable; `whole` is all of them."""
+    """One mapping divided into pages: `views[i]` is page i, writable; `whole` is all of them."""
 
     def __init__(self, shape: Shape) -> None:
         mapping = mmap.mmap(-1, shape.total_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
@@ -41,7 +41,7 @@ class PageBuffers:
 
     @classmethod
     def filled(cls, shape: Shape) -> PageBuffers:
-        """Buffers whose every page holds what `expected` says."""
+        """Returns buffers with the content of `expected`."""
         buffers = cls(shape)
         for index, view in enumerate(buffers.views):
             view[:] = expected(index, shape.page_bytes)
@@ -49,6 +49,6 @@ class PageBuffers:
 
 
 def expected(index: int, page_bytes: int) -> bytes:
-    """What page `index` holds: a pattern of 256 bytes that is different for each page."""
+    """Returns the content of page `index`: a pattern of 256 bytes that differs for each page."""
     pattern = (index * 2_654_435_761 & 0xFFFF_FFFF).to_bytes(4, "little") + bytes(range(4, _PATTERN_BYTES))
     return pattern * (page_bytes // _PATTERN_BYTES)

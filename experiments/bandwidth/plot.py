@@ -1,4 +1,4 @@
-"""The picture of a run: throughput over batch size, our transports and the peers as curves, the machine's limits as lines."""
+"""The plot of a run: throughput over batch size, our transports and the peers as curves, the machine's limits as lines."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from experiments.bandwidth.report import LIMITS, TRANSPORTS
 from experiments.bandwidth.results import Row
 
 _NOT_GREY = (0, 1, 2, 3, 4, 5, 6, 8, 9)
-"""Of matplotlib's ten colours: grey is for the limits."""
+"""Of matplotlib's ten colours; grey is for the limits."""
 _COLOR = {name: f"C{index}" for index, name in zip(_NOT_GREY, (name for name in TRANSPORTS if name not in LIMITS), strict=True)}
 _LIMIT_STYLE = {"memcpy": "-", "raw_tcp": "--", "iperf3": "-.", "grpc_bare": ":"}
 
@@ -30,7 +30,7 @@ def save_plot(rows: Sequence[Row], path: Path) -> None:
 
 
 def draw(rows: Sequence[Row]) -> Figure:
-    """One panel for each operation and page size."""
+    """Draws one panel for each operation and page size."""
     sizes = sorted({row["page_bytes"] for row in rows})
     figure, panels = pyplot.subplots(len(sizes), 2, figsize=(13, 5.2 * len(sizes)), squeeze=False, layout="constrained")
     for line, page_bytes in zip(panels, sizes, strict=True):
@@ -48,7 +48,7 @@ def draw(rows: Sequence[Row]) -> Figure:
 def _draw(panel: Axes, rows: Sequence[Row]) -> None:
     for name in TRANSPORTS:
         own = sorted((row for row in rows if row["transport"] == name), key=lambda row: row["batch"])
-        if not own or name == "shm_in_place":  # moves nothing: no bandwidth to draw
+        if not own or name == "shm_in_place":  # moves nothing, so there is no bandwidth to draw
             continue
         batches, speeds = [row["batch"] for row in own], [row["gb_per_s"] for row in own]
         if name in LIMITS:

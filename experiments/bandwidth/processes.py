@@ -1,7 +1,7 @@
-"""Child processes of a run: started together, told by a pipe, always ended.
+"""Child processes of a run: started together, controlled over a pipe, always ended.
 
-Owns: every process of a run. Invariant: a child ends when its standard input is closed, so none outlives the run even if the run
-is killed. Standard library only.
+Owns: every process of a run. Invariant: a child ends when its standard input is closed, so none outlives the run even if the run is
+killed. Standard library only.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ _LISTENS_POLL_S = 0.05
 
 
 class ChildEnded(Exception):
-    """A child ended when an answer was due; its own words are on the terminal."""
+    """A child ended when an answer was due; its output is on the terminal."""
 
 
 class Child:
-    """A command with pipes that says one line when it is ready and ends when its input does."""
+    """A command with pipes that prints one line when it is ready and ends when its input does."""
 
     def __init__(
         self, command: Sequence[str], stderr: int | IO[str] | None = None, environment: Mapping[str, str] | None = None
@@ -62,11 +62,11 @@ class Child:
         return self.process.pid
 
     def first_line(self, limit_s: float = _START_S_MAX) -> str:
-        """What the child says when it is ready. Raises `ChildEnded` when it ends or takes too long instead."""
+        """Returns the line that the child prints when it is ready. Raises `ChildEnded` if it ends or takes too long."""
         return self._within(limit_s, self.answer)
 
     def ask_within(self, limit_s: float, line: str) -> str:
-        """Sends one line and returns the answer. Raises `ChildEnded` when the child ends or takes too long instead."""
+        """Sends one line and returns the answer. Raises `ChildEnded` if the child ends or takes too long."""
         return self._within(limit_s, lambda: self.ask(line))
 
     def ask(self, line: str) -> str:
@@ -81,7 +81,7 @@ class Child:
         self.process.stdin.flush()
 
     def answer(self) -> str:
-        """The next line that the child says. Raises `ChildEnded`."""
+        """Returns the next line of the child's output. Raises `ChildEnded`."""
         assert self.process.stdout is not None
         line = self.process.stdout.readline()
         if not line:
@@ -110,7 +110,7 @@ class Child:
 
 
 def listens(process: subprocess.Popen[bytes], port: int, limit_s: float) -> bool:
-    """Waits until `port` of this host is open; whether it is, before the process ended and within the limit."""
+    """Waits until `port` of this host is open. Returns whether it is, before the process ends and within the limit."""
     until = time.monotonic() + limit_s
     while process.poll() is None and time.monotonic() < until:
         with socket.socket() as probe:
@@ -121,7 +121,7 @@ def listens(process: subprocess.Popen[bytes], port: int, limit_s: float) -> bool
 
 
 def serve_connections(host: str, answer: Callable[[socket.socket], None]) -> str:
-    """Listens on a free port of `host` and runs `answer` on a thread for each connection; the address."""
+    """Listens on a free port of `host` and runs `answer` on a thread for each connection. Returns the address."""
     listeners = Address.of(host, 0).listen()
 
     def accept(listener: socket.socket) -> None:
@@ -135,6 +135,6 @@ def serve_connections(host: str, answer: Callable[[socket.socket], None]) -> str
 
 
 def say_and_wait(line: str) -> None:
-    """The first line of a child, then its wait until the parent ends it."""
+    """Prints a child's first line and waits until the parent ends it."""
     print(line, flush=True)
     sys.stdin.read()

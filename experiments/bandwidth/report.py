@@ -1,4 +1,4 @@
-"""What a person sees at the end of a run: the table and the claims.
+"""The text output of a run: the table and the claims.
 
 Owns: the order of transports, limits first. Plain text, so that it can be pasted into docs/performance.md.
 """
@@ -18,7 +18,7 @@ TRANSPORTS = (*LIMITS, *OURS, *PEERS)
 
 
 def table(rows: Iterable[Row]) -> str:
-    """One line for each row, grouped by page size, operation and batch."""
+    """Returns one line per row, grouped by page size, operation and batch."""
     ordered = sorted(rows, key=lambda row: (row["page_bytes"], row["op"], row["batch"], TRANSPORTS.index(row["transport"])))
     lines = [("page B", "op", "batch", "transport", "GB/s", "p50 us", "p99 us", "CPU s/GB")]
     lines += [
@@ -38,7 +38,7 @@ def table(rows: Iterable[Row]) -> str:
 
 
 def pivot(rows: Iterable[Row]) -> str:
-    """Throughput alone, one line for each transport and one column for each batch: what a page can show."""
+    """Returns only throughput, one line per transport and one column per batch, which fits a page."""
     cells = {(row["page_bytes"], row["op"], row["transport"], row["batch"]): f"{row['gb_per_s']:.2f}" for row in rows}
     batches = sorted({batch for *_, batch in cells})
     lines = [("page B", "op", "transport", *(f"GB/s x{batch}" for batch in batches))]
@@ -49,7 +49,7 @@ def pivot(rows: Iterable[Row]) -> str:
 
 
 def claims_table(claims: Iterable[Claim]) -> str:
-    """Each claim with what was measured and what was asked."""
+    """Returns each claim with its measured value and its bound."""
     lines = [("claim", "measured", "bound", "verdict")]
     for claim in claims:
         measured = "-" if claim.measured is None else f"{claim.measured:.2f}{claim.unit}"
@@ -59,7 +59,7 @@ def claims_table(claims: Iterable[Claim]) -> str:
 
 
 def match_table(figures: Iterable[MatchFigures]) -> str:
-    """Look-ups: where, how many hashes, how long."""
+    """Returns the look-ups: where, how many hashes, how long."""
     lines = [("match", "pages in table", "hashes", "p50 us", "p99 us", "ns a hash")]
     lines += [
         (
@@ -76,7 +76,7 @@ def match_table(figures: Iterable[MatchFigures]) -> str:
 
 
 def aligned(lines: Sequence[Sequence[str]], left: Sequence[str]) -> str:
-    """A Markdown table whose columns line up; the first line is the head, columns named in `left` are text."""
+    """Returns a Markdown table with aligned columns; the first line is the head, columns named in `left` are text."""
     head = lines[0]
     widths = [max(len(line[column]) for line in lines) for column in range(len(head))]
 

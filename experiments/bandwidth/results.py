@@ -1,7 +1,7 @@
-"""What a run found: the samples of every cell, and the rows, medians and ratios made of them.
+"""The results of a run: the samples of every cell, and the rows, medians and ratios computed from them.
 
-Owns: `Cell`, `Results`. Invariant: a ratio is the median of ratios within a round, so that a slow minute of the machine, which hits
-both sides of it, does not move it.
+Owns: `Cell`, `Results`. Invariant: a ratio is the median of ratios within a round, so that a slow minute of the machine, which
+affects both sides, does not change it.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import TypedDict
 from experiments.bandwidth.lane import Sample
 
 PAGE_BYTES_SMALL = 368_640
-"""SmolLM2-135M, 16 tokens, bf16: the page that this project's anchors were measured with."""
+"""SmolLM2-135M, 16 tokens, bf16: the page of this project's reference figures."""
 PAGE_BYTES_LARGE = 2 << 20
 """Llama-3-8B, 16 tokens, bf16."""
 
@@ -35,7 +35,7 @@ class Row(TypedDict):
 
 @dataclass(frozen=True, slots=True, order=True)
 class Cell:
-    """One thing that is measured."""
+    """One combination of what is measured."""
 
     transport: str
     op: str
@@ -44,43 +44,43 @@ class Cell:
 
     @property
     def verb(self) -> str:
-        """As a lane announces it."""
+        """The verb as a lane names it."""
         return f"{self.transport} {self.op}"
 
 
 @dataclass
 class Results:
-    """`samples[cell]` has one sample for each round."""
+    """`samples[cell]` has one sample per round."""
 
     samples: dict[Cell, list[Sample]] = field(default_factory=dict)
 
     def add(self, cell: Cell, sample: Sample) -> None:
-        """Takes the sample of the next round."""
+        """Adds the sample of the next round."""
         self.samples.setdefault(cell, []).append(sample)
 
     def merge(self, other: Results) -> None:
-        """Takes the cells of another run."""
+        """Adds the cells of another run."""
         self.samples.update(other.samples)
 
     def gb_per_s(self, cell: Cell) -> float:
-        """Median over rounds."""
+        """The median over rounds."""
         return median(sample.gb_per_s for sample in self.samples[cell])
 
     def latency_us(self, cell: Cell, quantile: float) -> float:
-        """Quantile over all operations of all rounds."""
+        """The quantile over all operations of all rounds."""
         return quantile_us((ns for sample in self.samples[cell] for ns in sample.ns), quantile)
 
     def best(self, cells: Iterable[Cell]) -> Cell | None:
-        """The fastest of them, None where there is none."""
+        """Returns the fastest of the cells, or None if there are none."""
         return max(cells, key=self.gb_per_s, default=None)
 
     def ratio(self, cell: Cell, reference: Cell, of: Callable[[Sample], float] = attrgetter("gb_per_s")) -> float:
-        """How many times as fast as the reference, or as much of something else: median of the rounds' ratios."""
+        """Returns how many times as fast (or as large) as the reference the cell is: the median of the rounds' ratios."""
         pairs = zip(self.samples[cell], self.samples[reference], strict=False)
         return median(of(one) / of(other) for one, other in pairs)
 
     def rows(self) -> list[Row]:
-        """One row for each cell, in the order of measurement."""
+        """Returns one row per cell, in the order of measurement."""
         return [self._row(cell) for cell in self.samples]
 
     def _row(self, cell: Cell) -> Row:
@@ -99,6 +99,6 @@ class Results:
 
 
 def quantile_us(durations_ns: Iterable[int], quantile: float) -> float:
-    """The smallest duration that at least `quantile` of them do not pass, in microseconds."""
+    """Returns the smallest duration that at least a share of `quantile` of them does not exceed, in microseconds."""
     ordered = sorted(durations_ns)
     return ordered[max(0, -int(-quantile * len(ordered) // 1) - 1)] / 1000

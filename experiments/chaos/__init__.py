@@ -1,1 +1,1 @@
-"""Faults in a running cluster under load: what must stay true, and how soon the hit rate is back."""
+"""Faults in a running cluster under load: which invariants hold, and how soon the hit rate recovers."""

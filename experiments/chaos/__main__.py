@@ -2,9 +2,9 @@
 
 The cluster of docker-compose.yml, run by `experiments.compose_local`. Two workers answer prompts whose continuation is known, four
 raw clients read and write pages whose bytes are known. Nodes are killed, frozen and cut off, the directory is killed and cut off,
-workers are cut off; callers misbehave: rogue records in the directory, a client in a hurry, one that trickles, a tenant at its
-limits. Exit status 0 when no byte and no token was wrong, no call hung or failed, the hit rate came back in time after every heal,
-and no caller was noticed by the others.
+workers are cut off. Some callers misbehave: they write rogue records into the directory, set too short deadlines, send bytes
+slowly, or use up their tenant's limits. Exit status 0 if no byte and no token was wrong, no call hung or failed, the hit rate
+recovered in time after every fault, and no misbehaving caller affected the others.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def told(verdict: Verdict) -> str:
-    """The verdict for people."""
+    """Returns the verdict as text."""
     calls = ", ".join(f"{count:,} {verb}" for verb, count in sorted(verdict.calls.items()))
     slowest = ", ".join(f"{verb} {seconds:.2f} s" for verb, seconds in verdict.slowest_s.items())
     errors = ", ".join(f"{count} {name}" for name, count in sorted(verdict.errors.items())) or "none"

@@ -1,7 +1,7 @@
-"""`python -m experiments.chaos.caller KIND --store URL`: a caller that misbehaves, which nobody else may notice.
+"""`python -m experiments.chaos.caller KIND --store URL`: a misbehaving caller, which must not affect any other caller.
 
-Owns: what each kind does until its time is over. It takes whatever it is given and expects to be refused; only a hurried client
-also reports calls, because its own calls with time enough must hit like anybody's. Every loop ends with the caller's time.
+Owns: the behaviour of each kind. It takes whatever it gets and expects refusals. Only a hurried client also reports calls, because
+its calls with enough time must hit like those of others. Every loop ends with the caller's time.
 """
 
 from __future__ import annotations
@@ -39,10 +39,10 @@ _LAYOUT: Final = attnstore.PageLayout(layers=8, kv_heads=2, head_dim=64, dtype=a
 _DEADLINE_MS: Final = 2_000.0
 _HURRY_MS: Final = 2.0
 _HURRIES: Final = 4
-"""Hurried calls before each turn: more in a row than open a circuit."""
+"""Hurried calls in a row: more than open a circuit breaker."""
 _TURNS_PER_S: Final = 5.0
 _TRICKLES: Final = 8
-"""Pages that are begun at each door of each node."""
+"""Pages begun on each transport of each node."""
 _TRICKLE_S: Final = 0.3
 _ROGUE_S: Final = 0.2
 _GREED_S: Final = 0.05
@@ -51,7 +51,7 @@ _PAGES_AT_ONCE: Final = 64
 
 class Caller:
     """One caller: `run` misbehaves for `seconds`. `nodes` are the addresses of all nodes, `host:port`; `directory` is the server
-    that `store` names, with the right to write there.
+    that `store` names, with write access.
     """
 
     def __init__(self, store: str, directory: str, nodes: Sequence[str], token: str, draws: random.Random, seconds: float) -> None:
@@ -63,7 +63,7 @@ class Caller:
         self._end_s = time.monotonic() + seconds
 
     def run(self, kind: FaultKind) -> None:
-        """Does what this kind does until the time is over."""
+        """Behaves as its kind until the time is over."""
         {
             FaultKind.ROGUE: self._rogue,
             FaultKind.HURRIED: self._hurried,
@@ -84,7 +84,7 @@ class Caller:
         return attnstore.connect(target, token=self._token, deadline_ms=_DEADLINE_MS)
 
     def _rogue(self) -> None:
-        """Writes into the directory what neither a node nor an operator would, and cleans up behind itself."""
+        """Writes records into the directory that neither a node nor an operator would write, and removes them at the end."""
         key = {name: f"{{attnstore:default}}:{name}" for name in KEYS}
         with closing(redis.Redis.from_url(self._directory)) as directory:
             now_ms = time.time() * 1000
@@ -104,7 +104,7 @@ class Caller:
             directory.hincrby(key["revision"], "number", 1)
 
     def _hurried(self) -> None:
-        """Asks with deadlines that nobody can meet; whatever comes of that, its next call has time enough and must hit."""
+        """Calls with deadlines that cannot be met; the next call has enough time and must hit, whatever happened before."""
         with self._connect(self._store) as store:
             client = RawClient(store, "hurried", _DEADLINE_MS, print_call)
             client.register()
@@ -114,7 +114,7 @@ class Caller:
                 client.turn(self._draws)
 
     def _trickling(self) -> None:
-        """Begins pages at every door, sends a byte now and then, and leaves connections open that say nothing."""
+        """Begins pages on every transport, sends a byte now and then, and leaves silent connections open."""
         namespace = attnstore.namespace(_LAYOUT, model=b"trickle")
         with ExitStack() as stack:
             trickles: list[Callable[[], None]] = []
@@ -158,7 +158,9 @@ class Caller:
             call.cancel()
 
     def _greedy(self) -> None:
-        """Takes of every limit what it can get, and holds it: namespaces, watches, channels, leases, and its quota of pages."""
+        """Takes as much of every limit as it can get, and holds it: namespaces, watches, channels, leases, and its
+        quota of pages.
+        """
         with ExitStack() as stack:
             greeds = [stack.enter_context(self._greed(node)) for node in self._nodes]
             for _ in self._beats(_GREED_S):
@@ -168,7 +170,7 @@ class Caller:
 
     @contextmanager
     def _greed(self, node: str) -> Iterator[Callable[[], None]]:
-        """What takes a little more of one node each time that it is called."""
+        """Takes a little more of one node with each call."""
         held: list[FrameStream] = []
         watches: list[grpc.Future] = []
         namespaces = [attnstore.namespace(_LAYOUT, model=b"greed%d" % number) for number in range(NAMESPACES_MAX)]
@@ -199,7 +201,7 @@ class Caller:
                 watch.cancel()
 
     def _page_channel(self, node: str) -> FrameStream:
-        """A page channel that was welcomed. Raises `AttnStoreError`, `OSError` or `grpc.RpcError`."""
+        """Returns a page channel after its WELCOME. Raises `AttnStoreError`, `OSError` or `grpc.RpcError`."""
         method = METHODS["OpenChannel"]
         with grpc.insecure_channel(node) as channel:
             call = channel.unary_unary(
@@ -223,7 +225,7 @@ class Caller:
 
 
 def rogue_records(draws: random.Random) -> dict[str, str | bytes]:
-    """Node id -> a record that no node would write; in an order of its own each time."""
+    """Returns node id -> a record that no node would write, in a new order each time."""
     good = {"url": "grpc://127.0.0.1:1", "epoch": "", "weight": 1.0, "replicas": 1, "state": "active", "hot": []}
     wrong: list[dict[str, object]] = [
         {"url": "http://127.0.0.1:1"},

@@ -1,7 +1,7 @@
-"""The faults of a run: which, when and for how long, all of it from a seed. Pure.
+"""The faults of a run: their kinds, times and durations, all derived from a seed. Pure.
 
-Invariant: one fault at a time, with time before it to measure the level and after it to recover; every kind occurs before any
-occurs twice. A caller that misbehaves needs no time to recover: nobody else may notice it at all.
+Invariant: one fault at a time, with time before it to measure the hit rate's level and after it to recover; every kind occurs
+before any occurs twice. A misbehaving caller needs no time to recover, because it must not affect others at all.
 """
 
 from __future__ import annotations
@@ -16,35 +16,35 @@ WARM_UP_S: Final = 8.0
 LEVEL_S: Final = 3.0
 """Time before each fault over which the hit rate's level is taken."""
 RESTART_S: Final = 3.0
-"""Left for a killed service to become healthy again."""
+"""Time for a killed service to become healthy again."""
 CALLER_START_S: Final = 3.0
-"""Left for a caller's process to start and to end."""
+"""Time for a caller's process to start and to end."""
 RECOVERY_S_MAX: Final = 10.0
-"""The stated time: after a heal the hit rate is back at 90% of its level within it."""
+"""Within this time after the end of a fault, the hit rate is back at 90% of its level."""
 _FAULT_S: Final = (2.5, 4.0)
 
 
 class FaultKind(enum.StrEnum):
-    """What is done to a service, and undone."""
+    """A fault of a service, and its end."""
 
     KILLED = "killed"
     """SIGKILL; started again, empty."""
     CUT_OFF = "cut off"
-    """Packets from and to it vanish; the link is mended."""
+    """Packets from and to it are dropped until the link is mended."""
     FROZEN = "frozen"
-    """It stops without closing anything; it goes on where it was."""
+    """It is stopped without closing anything, and continued later."""
     ROGUE = "rogue"
-    """The directory gets records, intents and quotas that are no node's and no operator's."""
+    """The directory receives records, intents and quotas that no node or operator wrote."""
     HURRIED = "hurried"
-    """A client makes calls whose deadlines no node could meet, between calls with time enough."""
+    """A client makes calls with deadlines that no node can meet, between calls with enough time."""
     TRICKLING = "trickling"
-    """A client begins pages at every door and sends them a byte at a time."""
+    """A client begins pages on every transport and sends them one byte at a time."""
     GREEDY = "greedy"
-    """Another tenant takes all that it is given of every limit."""
+    """Another tenant takes as much of every limit as it gets."""
 
     @property
     def is_caller(self) -> bool:
-        """A caller that misbehaves (`experiments.chaos.caller`), rather than a service that fails."""
+        """True for a misbehaving caller (`experiments.chaos.caller`), false for a failing service."""
         return self in _CALLERS
 
 
@@ -55,7 +55,7 @@ _SUBJECTS: Final = (
     tuple((kind, ("client",)) for kind in _CALLERS),
     ((FaultKind.FROZEN, _STORES), (FaultKind.CUT_OFF, ("redis",)), (FaultKind.CUT_OFF, ("worker1", "worker2"))),
 )
-"""In this order, shuffled within each group: the first group is the least that a run of a minute has."""
+"""In this order, shuffled within each group: the first group is the minimum for a run of a minute."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +69,7 @@ class Fault:
 
 
 def plan_faults(seed: int, run_s: float) -> list[Fault]:
-    """As many faults as `run_s` seconds of load after the warm-up hold, the same for the same seed."""
+    """Returns as many faults as fit `run_s` seconds of load after the warm-up; equal seeds give equal faults."""
     draws = random.Random(seed)
     faults: list[Fault] = []
     at_s = WARM_UP_S + LEVEL_S
@@ -87,5 +87,5 @@ def plan_faults(seed: int, run_s: float) -> list[Fault]:
 
 
 def _shuffled(draws: random.Random) -> list[tuple[FaultKind, tuple[str, ...]]]:
-    """A deck to take from the end."""
+    """Returns a shuffled list to pop from."""
     return [subject for group in reversed(_SUBJECTS) for subject in draws.sample(group, len(group))]

@@ -1,4 +1,4 @@
-"""What is seen during a run, one line of JSON for each call, and what follows from it. Pure.
+"""The observations of a run, one line of JSON per call, and the verdict derived from them. Pure.
 
 Times are seconds of the machine's monotonic clock, which all processes share.
 """
@@ -14,7 +14,7 @@ from typing import Final
 from experiments.chaos.faults import LEVEL_S, RECOVERY_S_MAX, WARM_UP_S, Fault
 
 HUNG_S: Final = 1.0
-"""A call that ends later than this after its deadline hung."""
+"""A call hung if it ends later than this after its deadline."""
 _LEVEL_SHARE: Final = 0.9
 _WINDOW_S: Final = 1.0
 _STEP_S: Final = 0.1
@@ -24,8 +24,8 @@ _STEP_S: Final = 0.1
 class Call:
     """One call of a client or one request to a worker.
 
-    `asked` and `hits` count pages of a client's read or a prompt's tokens; `wrong` counts pages or texts that were not what they
-    must be. `error` names what was raised, None where nothing was; `is_miss` says that the error is one of those that mean a miss.
+    `asked` and `hits` count pages of a client's read or a prompt's tokens; `wrong` counts pages or texts with wrong content.
+    `error` names the raised error, or is None; `is_miss` means that the error counts as a miss.
     """
 
     who: str
@@ -40,26 +40,27 @@ class Call:
     is_miss: bool = False
 
     def to_line(self) -> str:
-        """One line of JSON."""
+        """Returns one line of JSON."""
         return json.dumps(asdict(self))
 
     @classmethod
     def from_line(cls, line: str) -> Call:
-        """Raises `ValueError` or `TypeError` for anything else."""
+        """The inverse of `to_line`. Raises `ValueError` or `TypeError` for other text."""
         return cls(**json.loads(line))
 
     @property
     def hung(self) -> bool:
-        """Whether it outlived its deadline by more than a moment."""
+        """True if it ended later than `HUNG_S` after its deadline."""
         return self.ended_s - self.began_s > self.deadline_s + HUNG_S
 
 
 @dataclass(frozen=True, slots=True)
 class Recovery:
-    """One fault and its end. `during`: the hit rate while it lasted; `lowest`: that of the worst second until it was over.
+    """One fault and the recovery from it. `during` is the hit rate while it lasted, `lowest` that of the worst second until the
+    recovery.
 
-    `recovered_s`: from the heal until the hit rate was back, None where it was not in time. A caller that misbehaves is recovered
-    from at once, or not at all: 0 where the hit rate kept its level meanwhile.
+    `recovered_s` is the time from the end of the fault until the hit rate was back, or None if it was not in time. For a
+    misbehaving caller it is 0 if the hit rate kept its level, else None.
     """
 
     kind: str
@@ -74,7 +75,7 @@ class Recovery:
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """The whole run. `failed` counts calls that raised what no caller should have to expect."""
+    """The result of the whole run. `failed` counts calls with an error that no caller should have to expect."""
 
     seed: int
     run_s: float
@@ -92,14 +93,14 @@ class Verdict:
 
     @property
     def is_good(self) -> bool:
-        """No wrong byte, no wrong token, no hung or failed call, and every fault was recovered from in time."""
+        """True if there was no wrong byte or token, no hung or failed call, and every recovery was in time."""
         faultless = self.wrong_pages == self.wrong_texts == self.hung == self.failed == 0
         return faultless and bool(self.recoveries) and all(each.recovered_s is not None for each in self.recoveries)
 
 
 @dataclass(frozen=True, slots=True)
 class Healed:
-    """When a fault was made and undone, on the monotonic clock. A killed service is healed when its health check passes again."""
+    """When a fault began and ended, on the monotonic clock. A killed service has recovered when its health check passes again."""
 
     fault: Fault
     began_s: float
@@ -107,7 +108,7 @@ class Healed:
 
 
 def judge(seed: int, run_s: float, began_s: float, calls: Sequence[Call], healed: Iterable[Healed]) -> Verdict:
-    """What a run showed. `began_s`: when the load began."""
+    """Judges a run. `began_s` is the start of the load."""
     reads = [call for call in calls if call.verb == "read"]
     texts = [call for call in calls if call.verb == "complete"]
     warm = [call for call in reads if call.began_s >= began_s + WARM_UP_S]
@@ -153,7 +154,7 @@ def _recovery(healed: Healed, reads: Sequence[Call], began_s: float) -> Recovery
 
 
 def _recovered_s(healed_s: float, reads: Sequence[Call], level: float) -> float | None:
-    """From the heal to the first second in which the hit rate is back."""
+    """Returns the time from the end of the fault to the first second in which the hit rate is back."""
     for step in range(int((RECOVERY_S_MAX - _WINDOW_S) / _STEP_S) + 1):
         start_s = healed_s + step * _STEP_S
         seen = _within(reads, start_s, start_s + _WINDOW_S)

@@ -1,7 +1,7 @@
-"""`python -m experiments.chaos.raw_client`: a client of the store that knows what every byte must be, and says what it got.
+"""`python -m experiments.chaos.raw_client`: a client of the store that verifies every byte and reports its calls.
 
-Reads chains of pages in a random order, writes what it misses, and prints one line of JSON for each call (`observation.Call`).
-What a page holds follows from its hash alone, so any number of clients can check each other's pages.
+Reads chains of pages in a random order, writes missing pages, and prints one line of JSON per call (`observation.Call`). The
+content of a page follows from its hash, so any number of clients can check each other's pages.
 """
 
 from __future__ import annotations
@@ -48,15 +48,15 @@ class RawClient:
         self._buffers = [bytearray(_LAYOUT.page_bytes) for _ in range(_BLOCKS)]
 
     def register(self) -> None:
-        """Makes the namespace known; asked again until some node answers."""
+        """Registers the namespace, repeatedly until a node answers."""
         while self._call("register", lambda: self._client.register_layout(self._namespace, _LAYOUT)) is None:
             time.sleep(0.2)
 
     def turn(self, draws: random.Random) -> None:
-        """Reads one chain, and writes what was missing of it."""
+        """Reads one chain, and writes its missing pages."""
         chain = draws.choice(self._chains)
         for buffer in self._buffers:
-            buffer[:64] = bytes(64)  # what was read before must not pass for what is read now
+            buffer[:64] = bytes(64)  # clears the buffers, so that earlier bytes cannot pass for new ones
         found = self._call("match", lambda: self._client.match(self._namespace, [chain], lease_ms=_LEASE_MS))
         hits = found.hits[0] if found is not None else 0
         good = self._read(chain, hits, found.lease if found is not None else None)
@@ -69,14 +69,14 @@ class RawClient:
             self._call("write", lambda: self._client.write(self._namespace, missing, pages))
 
     def hurry(self, draws: random.Random, deadline_ms: float) -> None:
-        """Asks for one chain with so little time that hardly anything can come of it."""
+        """Requests one chain with too little time."""
         chain = draws.choice(self._chains)
         self._call("hurry", lambda: self._client.match(self._namespace, [chain], deadline_ms=deadline_ms), deadline_ms)
         read = functools.partial(self._client.read, self._namespace, chain, self._buffers, deadline_ms=deadline_ms)
         self._call("hurry", read, deadline_ms)
 
     def _read(self, chain: list[attnstore.BlockHash], hits: int, lease: attnstore.Lease | None) -> int:
-        """Reads the leading pages that hit; how many were good. The call counts against the whole chain."""
+        """Reads the leading pages that hit. Returns how many were good. The call counts the whole chain as requested."""
         began_s = time.monotonic()
         good = wrong = 0
         error: AttnStoreError | None = None
@@ -130,8 +130,8 @@ class RawClient:
 
 
 def print_call(call: Call) -> None:
-    """Says what came of a call, for `experiments.chaos.run` to read."""
-    # In one piece: the log that a container's output goes to is shared by all of its threads and by standard error.
+    """Prints the result of a call, for `experiments.chaos.run` to read."""
+    # In one write, because all threads and standard error share the container's log.
     sys.stdout.write(call.to_line() + "\n")
     sys.stdout.flush()
 

@@ -1,6 +1,8 @@
-"""`python -m experiments.chaos.reference`: prompts and the texts that follow, from an engine without a store and without company.
+"""`python -m experiments.chaos.reference`: prompts and their continuations, from an engine without a store and without concurrent
+requests.
 
-Prompts where a token wins by less than `_MARGIN_MIN` are left out: batches of another shape may round it the other way (fp32).
+Prompts where a token wins by less than `_MARGIN_MIN` are left out, because batches of another shape may round it the other way
+(fp32).
 """
 
 from __future__ import annotations
@@ -52,7 +54,7 @@ def _prompts() -> Iterator[str]:
 
 
 def _continued(engine: Engine, model: LoadedModel, prompt: str, count: int) -> tuple[str, float]:
-    """The text that follows, and the least lead of a token over the next best."""
+    """Returns the continuation, and the smallest lead of a token over the next best."""
     sequence = engine.submit(model.tokenizer(prompt, verbose=False).input_ids, SamplingParams(max_tokens=count))
     tokens = []
     while sequence.finish_reason is None:

@@ -1,7 +1,7 @@
-"""One run: the cluster of docker-compose.yml under load, faults made and undone, everything that was seen.
+"""One run: the cluster of docker-compose.yml under load, with faults, and all observations.
 
 Owns: the order of events. Invariant: the load begins after the cluster is healthy and ends before the cluster does, and every fault
-is undone before the next.
+ends before the next begins.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ STORES: Final = ("store1", "store2", "store3")
 CLIENTS: Final = 4
 _TOKENS: Final = 12
 _ANSWER_S: Final = 30.0
-"""A worker's answer has this long: a prompt computed in full on a busy machine takes a few seconds."""
+"""The time limit of a worker's answer: computing a whole prompt on a busy machine takes a few seconds."""
 _REFERENCE_S_MAX: Final = 300.0
 _RESTART_S_MAX: Final = 60.0
 _END_S_MAX: Final = 30.0
@@ -48,7 +48,7 @@ Report = Callable[[str], None]
 
 
 def cluster_environment(environment: Mapping[str, str]) -> dict[str, str]:
-    """Variables of docker-compose.yml for a run: small pools, so that workers live on the store, and ports out of the way."""
+    """Returns variables of docker-compose.yml for a run: small pools, so that workers depend on the store, and unusual ports."""
     ports = dict.fromkeys(("WORKER1_PORT", "WORKER2_PORT", "PROMETHEUS_PORT", "GRAFANA_PORT"), "0")
     token = secrets.token_hex(16)
     return {
@@ -101,7 +101,7 @@ def run_chaos(seed: int, run_s: float, volumes: Path, environment: Mapping[str, 
 
 
 class Tenants:
-    """The tenants of a run's nodes: `default`, whose workers and clients are watched, and one that takes all that it can get."""
+    """The tenants of the nodes: `default`, whose workers and clients are observed, and a greedy one."""
 
     def __init__(self, folder: Path, token: str) -> None:
         self._file = folder / "tenants.toml"
@@ -111,7 +111,7 @@ class Tenants:
         self._file.chmod(0o644)
 
     def admitted(self, service: Service) -> Service:
-        """A store's service with both tenants in place of the one token; others as they are."""
+        """Returns a store's service with both tenants in place of the single token; other services unchanged."""
         if service.name not in STORES:
             return service
         environment = {name: value for name, value in service.environment.items() if name != "ATTNSTORE_TOKEN"}
@@ -120,19 +120,19 @@ class Tenants:
         return replace(service, environment=environment, mounts=mounts)
 
     def limit(self, cluster: ComposeCluster) -> None:
-        """Gives the greedy tenant its quota, as an operator would. Raises `subprocess.TimeoutExpired`."""
+        """Sets the greedy tenant's quota, as an operator would. Raises `subprocess.TimeoutExpired`."""
         command = ("attnstore", "quota", f"--directory={_directory(cluster)}", _GREEDY, str(_GREEDY_QUOTA_BYTES))
         done = cluster.begin(STORES[0], command=command)
         if done.wait(_END_S_MAX) != 0:
             raise RuntimeError(f"the greedy tenant's quota was not taken:\n{done.log[-_LOG_CHARACTERS:]}")
 
     def environment(self, kind: FaultKind) -> dict[str, str]:
-        """What a caller that misbehaves has in its environment beside the others' variables."""
+        """The additional environment variables of a misbehaving caller."""
         return {"ATTNSTORE_TOKEN": self._greedy_token} if kind is FaultKind.GREEDY else {}
 
 
 class WorkerLoad:
-    """Asks one worker, without a pause, for texts that are known, until `end_s` on the monotonic clock."""
+    """Requests known texts from one worker, without a pause, until `end_s` on the monotonic clock."""
 
     def __init__(self, name: str, url: str, token: str, texts: Mapping[str, str], end_s: float, seed: int) -> None:
         self._name = name
@@ -147,7 +147,7 @@ class WorkerLoad:
         self._thread.start()
 
     def finish(self) -> list[Call]:
-        """Waits for the last answer; all calls."""
+        """Waits for the last answer. Returns all calls."""
         self._thread.join(_ANSWER_S + _END_S_MAX)
         return self._calls
 
@@ -184,7 +184,7 @@ def _begin_client(stack: ExitStack, cluster: ComposeCluster, number: int, seed: 
 
 
 def _endure(cluster: ComposeCluster, fault: Fault, tenants: Tenants, calls: list[Call]) -> Healed:
-    """Lets a caller misbehave until its time is over; what it says of its calls counts as everybody's."""
+    """Runs a misbehaving caller until its time is over; calls that it reports count like those of others."""
     began_s = time.monotonic()
     caller = cluster.begin(
         "client",
@@ -215,7 +215,7 @@ def _directory(cluster: ComposeCluster) -> str:
 
 
 def _suffer(cluster: ComposeCluster, fault: Fault) -> Healed:
-    """Makes a fault, waits, undoes it."""
+    """Causes a fault, waits, and ends it."""
     began_s = time.monotonic()
     match fault.kind:
         case FaultKind.KILLED:

@@ -1,7 +1,7 @@
 """`docker-compose.yml` on a machine without a container engine.
 
 Each service runs its own command, with its own environment, user, mounts and health check, as a process in namespaces of its own,
-under its own host name. What takes the place of an image are executables of this machine (`executables.py`).
+under its own host name. Executables of this machine replace the images (`executables.py`).
 """
 
 from experiments.compose_local.cluster import ComposeCluster, ServiceFailed

@@ -22,7 +22,7 @@ _RUN_S_MAX = 600.0
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command; 2 after one line on standard error that says what is wrong."""
+    """Runs the command. Returns 2 after an error message of one line on standard error."""
     arguments = _parser().parse_args(argv)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     began_s = time.monotonic()

@@ -1,6 +1,6 @@
-"""The services of a compose file, started in order, watched, cut off and ended.
+"""The services of a compose file: started in order, watched, cut off and ended.
 
-Owns: the network, the containers and their scratch folder. Invariant: nothing of it outlives the `with` block except the volumes.
+Owns: the network, the containers and their scratch folder. Invariant: only the volumes outlive the `with` block.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ class ServiceFailed(Exception):
 
 
 class ComposeCluster:
-    """The services of `file` that have no profile or one of `profiles`, without those `missing` says this machine cannot run.
+    """The services of `file` without a profile or with one of `profiles`. `missing` names those that this machine cannot run.
 
-    `volumes` is the folder of the named volumes; `change` plays the part of an override file. A context manager: entering starts
-    everything and returns once all are healthy. Raises `ComposeError` for a file that cannot be run here and `ServiceFailed`.
+    `volumes` is the folder of the named volumes; `change` replaces an override file. A context manager: entering starts everything
+    and returns once all are healthy. Raises `ComposeError` for a file that cannot be run here and `ServiceFailed`.
     """
 
     def __init__(
@@ -84,35 +84,35 @@ class ComposeCluster:
         self._stack.close()
 
     def host(self, name: str) -> Host:
-        """Where a service runs."""
+        """Returns where a service runs."""
         return self._hosts[self._all[name].network_of or name]
 
     def published(self, name: str, container_port: int) -> str:
-        """`host:port` on this machine that leads to a service's port."""
+        """Returns the `host:port` on this machine that leads to a service's port."""
         return self._published[name, container_port]
 
     def command(self, name: str) -> tuple[str, ...]:
-        """What a service runs, whether its profile is active or not."""
+        """Returns the command of a service, whether its profile is active or not."""
         return self._all[name].command
 
     def log(self, name: str) -> str:
-        """What a service has printed."""
+        """Returns the output of a service."""
         return self._containers[name].log
 
     def start(self, name: str) -> None:
-        """Starts a service, again if it ended; does not wait for its health."""
+        """Starts a service, again if it has ended; does not wait for its health."""
         self._containers[name] = self._container(self.services[name], name)
 
     def stop(self, name: str) -> None:
-        """SIGTERM, the service's grace period, SIGKILL."""
+        """Sends SIGTERM and, after the service's grace period, SIGKILL."""
         self._containers[name].stop()
 
     def kill(self, name: str) -> None:
-        """SIGKILL."""
+        """Sends SIGKILL."""
         self._containers[name].kill()
 
     def freeze(self, name: str) -> None:
-        """The service holds what it holds, and answers nothing."""
+        """Stops a service without closing anything: it keeps its connections and does not answer."""
         self._containers[name].freeze()
 
     def thaw(self, name: str) -> None:
@@ -120,7 +120,7 @@ class ComposeCluster:
         self._containers[name].thaw()
 
     def cut(self, name: str) -> None:
-        """From now on packets from and to the service vanish."""
+        """Drops all packets from and to the service."""
         self.switch.cut(self.host(name))
 
     def mend(self, name: str) -> None:
@@ -128,7 +128,7 @@ class ComposeCluster:
         self.switch.mend(self.host(name))
 
     def is_healthy(self, name: str) -> bool:
-        """The service's own health check, now; one that has none is healthy while it runs."""
+        """Runs the service's own health check; a service without one is healthy while it runs."""
         container = self._containers[name]
         if container.exit_status is not None:
             return False
@@ -138,8 +138,8 @@ class ComposeCluster:
     def begin(
         self, name: str, *arguments: str, command: tuple[str, ...] | None = None, environment: Mapping[str, str] | None = None
     ) -> Container:
-        """Starts one more container of a service, with more arguments and variables, or another command; the caller waits for it,
-        or ends it.
+        """Begins one more container of a service, with more arguments and variables, or another command; the caller waits for it or
+        ends it.
         """
         service = self._all[name]
         self._runs += 1
@@ -151,7 +151,8 @@ class ComposeCluster:
         return self._container(service, f"{name}-run-{self._runs}")
 
     def run_once(self, name: str, timeout_s: float, *arguments: str) -> tuple[int, str]:
-        """A service that ends by itself, with more arguments: its exit status and what it printed, as `docker compose run`.
+        """Runs a service that ends by itself, with more arguments. Returns its exit status and output, as `docker compose run`
+        does.
 
         Raises `subprocess.TimeoutExpired`, with the service ended.
         """
@@ -203,7 +204,7 @@ class ComposeCluster:
                 self._published[service.name, port.container_port] = str(address)
 
     def _end_all(self) -> None:
-        """The last one started is the first to end, and every one of them does."""
+        """Ends all services, the last one started first, even if one fails to end."""
         with ExitStack() as stack:
             for container in self._containers.values():
                 if container.exit_status is None:

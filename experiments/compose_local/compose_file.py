@@ -1,8 +1,7 @@
-"""`docker-compose.yml`, read and understood, or refused.
+"""The parser of `docker-compose.yml`, which refuses what it does not support.
 
-Owns: variables, durations, and the subset of the Compose specification that our file uses. Invariant: a key that is not known here
-is an error, so that what runs locally never differs silently from what the file says; `NOT_APPLIED` names the keys that are read
-and have no effect.
+Owns: variables, durations, and the subset of the Compose specification that our file uses. Invariant: an unknown key is an error,
+so that a local run never differs silently from the file; `NOT_APPLIED` names the keys that are read and have no effect.
 """
 
 from __future__ import annotations
@@ -51,12 +50,12 @@ _UNIT_S: Final = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0}
 
 
 class ComposeError(Exception):
-    """The file, or a variable that it asks for, is not as it must be."""
+    """The file, or a variable that it requires, is invalid."""
 
 
 @dataclass(frozen=True, slots=True)
 class HealthCheck:
-    """`command` exits with 0 while the service is well. Failures within `start_s` of the start do not count."""
+    """`command` exits with 0 while the service is healthy. Failures within `start_s` of the start do not count."""
 
     command: tuple[str, ...]
     interval_s: float
@@ -67,7 +66,7 @@ class HealthCheck:
 
 @dataclass(frozen=True, slots=True)
 class Mount:
-    """A file or folder (`source` has a slash) or a named volume, seen at `target`."""
+    """A file or folder (`source` contains a slash) or a named volume, mounted at `target`."""
 
     source: str
     target: str
@@ -81,7 +80,7 @@ class Mount:
 
 @dataclass(frozen=True, slots=True)
 class PublishedPort:
-    """`container_port` reachable from outside under `address`; port 0 takes a free one."""
+    """`container_port` published under `address`; port 0 takes a free one."""
 
     address: Address
     container_port: int
@@ -89,7 +88,9 @@ class PublishedPort:
 
 @dataclass(frozen=True, slots=True)
 class Service:
-    """One service. `depends_on`: service -> condition. `network_of`: the service whose network it shares, if not its own."""
+    """One service. `depends_on`: service -> condition. `network_of`: the service whose network it shares, if it has none of its
+    own.
+    """
 
     name: str
     image: str
@@ -110,9 +111,9 @@ class Service:
 
 
 def load_compose_file(path: Path, environment: Mapping[str, str] = os.environ) -> dict[str, Service]:
-    """The services by name. Variables come from `environment`, then from `.env` beside the file.
+    """Returns the services by name. Variables come from `environment`, then from `.env` beside the file.
 
-    Raises `ComposeError` for a file that is malformed or says what is not understood, and for a variable that it requires.
+    Raises `ComposeError` for a file that is malformed or has unsupported content, and for a missing required variable.
     """
     variables = {**_dotenv(path.parent / ".env"), **environment}
     try:
@@ -124,7 +125,7 @@ def load_compose_file(path: Path, environment: Mapping[str, str] = os.environ) -
 
 
 def seconds(duration: str) -> float:
-    """A duration such as `1m30s` or `500ms`. Raises `ComposeError`."""
+    """Parses a duration such as `1m30s` or `500ms`. Raises `ComposeError`."""
     parts = _DURATION.findall(duration)
     if not parts or "".join(number + unit for number, unit in parts) != duration:
         raise ComposeError(f"{duration!r} is not a duration such as 1m30s")

@@ -1,8 +1,8 @@
-"""One service as a process in namespaces of its own: files, processes, host name and network are its alone.
+"""One service as a process in namespaces of its own: files, processes, host name and network.
 
-Owns: the process and what it sees. Its files are this machine's, copy-on-write, with the service's mounts on top; nothing that it
-writes outside of a volume outlives it. Invariant: the process ends when `stop` or `kill` returns, and when this process ends.
-Linux only; needs root, util-linux (`unshare`, `nsenter`, `setpriv`) and overlayfs.
+Owns: the process and its environment. Its files are this machine's, copy-on-write, with the service's mounts on top; files outside
+a volume do not outlive it. Invariant: the process ends when `stop` or `kill` returns, and when this process ends. Linux only; needs
+root, util-linux (`unshare`, `nsenter`, `setpriv`) and overlayfs.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _END_S_MAX: Final = 10.0
 
 
 class Container:
-    """A running service. `folder` is its own: its log lies there, and what it writes while it runs."""
+    """A running service. `folder` is its own: it contains its log, and the files that it writes while it runs."""
 
     def __init__(self, service: Service, host: Host, folder: Path, volumes: Path, hosts_file: Path) -> None:
         self.service = service
@@ -44,16 +44,16 @@ class Container:
 
     @property
     def exit_status(self) -> int | None:
-        """None while it runs."""
+        """The exit status; None while it runs."""
         return self._process.poll()
 
     @property
     def log(self) -> str:
-        """What it has printed, in all its lives."""
+        """Returns its output, over all starts."""
         return self._log.read_text(errors="replace")
 
     def execute(self, command: tuple[str, ...], timeout_s: float) -> int:
-        """Runs a command inside, as the service's user; its exit status, or 124 when it took longer than `timeout_s`."""
+        """Runs a command inside, as the service's user. Returns its exit status, or 124 if it took longer than `timeout_s`."""
         pid = self._inner_pid()
         if pid is None:
             return 1
@@ -72,11 +72,11 @@ class Container:
         return done.returncode
 
     def wait(self, timeout_s: float) -> int:
-        """Its exit status. Raises `subprocess.TimeoutExpired`."""
+        """Waits and returns the exit status. Raises `subprocess.TimeoutExpired`."""
         return self._process.wait(timeout_s)
 
     def stop(self) -> None:
-        """SIGTERM, and SIGKILL once the service's grace period is over."""
+        """Sends SIGTERM, and SIGKILL after the service's grace period."""
         self._signal(signal.SIGTERM)
         self._signal(signal.SIGCONT)
         try:
@@ -85,21 +85,21 @@ class Container:
             self.kill()
 
     def kill(self) -> None:
-        """SIGKILL: the service gets no chance to say goodbye."""
+        """Sends SIGKILL: the service ends without cleanup."""
         self._signal(signal.SIGKILL)
         try:
-            # `unshare` ends when the service has, and with it everything that the service held, its ports among it.
+            # `unshare` ends when the service has ended and released everything, including its ports.
             self._process.wait(_END_S_MAX)
         except subprocess.TimeoutExpired:
-            self._process.kill()  # it had not got as far as starting the service
+            self._process.kill()  # the service was not started yet
             self._process.wait(_END_S_MAX)
 
     def freeze(self) -> None:
-        """SIGSTOP: it holds what it holds, and answers nothing."""
+        """Sends SIGSTOP: it keeps its connections and does not answer."""
         self._signal(signal.SIGSTOP)
 
     def thaw(self) -> None:
-        """SIGCONT: it goes on where it was."""
+        """Sends SIGCONT."""
         self._signal(signal.SIGCONT)
 
     def _signal(self, number: signal.Signals) -> None:
@@ -108,7 +108,7 @@ class Container:
             os.kill(pid, number)
 
     def _inner_pid(self) -> int | None:
-        """The service's own process, the child of `unshare`."""
+        """Returns the pid of the service's own process, the child of `unshare`."""
         try:
             children = Path(f"/proc/{self._process.pid}/task/{self._process.pid}/children").read_text().split()
         except OSError:
@@ -120,7 +120,7 @@ class Container:
         return {"PATH": PROGRAMS_PATH, "PYTHONPATH": packages, "PYTHONUNBUFFERED": "1", "HOME": "/", **self.service.environment}
 
     def _mounts(self, layers: Path, volumes: Path, hosts_file: Path) -> list[str]:
-        """Shell commands that put the service's files together below the root folder."""
+        """Returns shell commands that mount the service's files below the root folder."""
         root = self._root
         lines = [
             f"mount -t tmpfs tmpfs {layers}",
@@ -136,7 +136,7 @@ class Container:
             lines += _bound(mount, volumes, root, self.service.user)
         for path in CODE:
             lines += _bound(Mount(path, path, True), volumes, root, self.service.user)
-            # The interpreter may lie in a home folder that only its owner enters.
+            # The interpreter may be in a home folder that only its owner may enter.
             lines += [f"chmod o+x {root}{parent}" for parent in Path(path).parents if str(parent) != "/"]
         for name, script in provided_programs().items():
             program = f"{root}/usr/local/sbin/{name}"
@@ -159,7 +159,7 @@ class Container:
 
 
 def _bound(mount: Mount, volumes: Path, root: Path, user: str) -> list[str]:
-    """Shell commands that show a file, a folder or a named volume below `root`."""
+    """Returns shell commands that mount a file, a folder or a named volume below `root`."""
     target = f"{root}{mount.target}"
     lines = []
     if mount.is_volume:

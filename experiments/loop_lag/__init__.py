@@ -1,1 +1,1 @@
-"""What each RPC at its largest size adds to the lag of a node's event loop: `python -m experiments.loop_lag`."""
+"""The lag that each RPC at its largest size adds to a node's event loop: `python -m experiments.loop_lag`."""

@@ -1,6 +1,6 @@
-"""Every RPC of the service at its largest size, and what a node does by itself, as things to do to a `WatchedNode`.
+"""Every RPC of the service at its largest size, and a node's background work, as actions on a `WatchedNode`.
 
-Owns: `CALLS`. Requests are made before the clock runs, and answers are not decoded: the node shares the process.
+Owns: `CALLS`. Requests are created before the timing, and answers are not decoded, because the node shares the process.
 """
 
 from __future__ import annotations
@@ -40,12 +40,12 @@ _WATCHERS: Final = 64
 _BIG: Final = PageLayout(layers=32, kv_heads=1, head_dim=MIB, block_tokens=1, dtype=DType.OPAQUE)
 
 Prepare = Callable[[WatchedNode, Any], Callable[[], object]]
-"""Gets the node and a gRPC channel to it."""
+"""Receives the node and a gRPC channel to it."""
 
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """`prepare` makes what is not measured and returns what is."""
+    """`prepare` does the work that is not measured and returns the action that is."""
 
     rpc: str
     size: str
@@ -60,7 +60,7 @@ def _unary(rpc: str, request: bytes) -> Prepare:
 
 
 def _call(channel: Any, rpc: str, request: bytes) -> bytes:
-    """The answer, empty for a refusal."""
+    """Returns the answer, empty for a refusal."""
     with suppress(grpc.RpcError):
         return bytes(channel.unary_unary(METHODS[rpc].path)(request, timeout=_TIMEOUT_S))
     return b""
@@ -75,7 +75,7 @@ def _match(prefixes: list[bytes], lease_ms: int) -> bytes:
 
 
 def _kept(request: Callable[[], bytes], rpc: str) -> Prepare:
-    """With all pages there."""
+    """With all pages present."""
 
     def prepare(node: WatchedNode, channel: Any) -> Callable[[], object]:
         node.keep(HASHES)
@@ -251,5 +251,5 @@ CALLS: Final = (
     Call("(leases expire)", f"{LEASES_MAX} at once", _expire),
     Call("(quota is lowered)", f"to 64 MiB, with {HASHES_MAX} pages", _trim),
 )
-"""In an order in which each finds the node as it needs it."""
+"""In an order in which each action finds the node in the state that it needs."""
 assert {call.rpc for call in CALLS if not call.rpc.startswith("(")} == set(METHODS), "an RPC is not measured"

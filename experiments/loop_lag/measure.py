@@ -1,4 +1,4 @@
-"""Measuring: each call a few times beside bulk traffic, the best of each taken, because a busy machine only ever adds."""
+"""The measurement: each call several times beside bulk traffic, taking the minimum, because a busy machine only adds time."""
 
 from __future__ import annotations
 
@@ -13,7 +13,9 @@ from experiments.loop_lag.node import WatchedNode, bulk_traffic
 
 @dataclass(frozen=True, slots=True)
 class Lag:
-    """Milliseconds. `lag`: how late the event loop was; `busy`: how long it computed without looking up; `lock`: of the store."""
+    """Milliseconds. `lag`: how late the event loop was; `busy`: its longest computation without a pause; `lock`: the
+    store's lock.
+    """
 
     rpc: str
     size: str
@@ -23,7 +25,7 @@ class Lag:
 
 
 def measure(*, attend_threads: int, tries: int, calls: tuple[Call, ...] = CALLS) -> Iterator[Lag]:
-    """A row for each call, as soon as it is known."""
+    """Yields a row for each call, as soon as it is known."""
     with (
         WatchedNode(attend_threads=attend_threads) as node,
         grpc.insecure_channel(node.address, options=[("grpc.max_receive_message_length", -1)]) as channel,
@@ -34,7 +36,7 @@ def measure(*, attend_threads: int, tries: int, calls: tuple[Call, ...] = CALLS)
 
 
 def best(tries: list[Lag]) -> Lag:
-    """The least of each column."""
+    """Returns the minimum of each column."""
     first = tries[0]
     columns = zip(*((each.lag_ms, each.busy_ms, each.lock_ms) for each in tries), strict=True)
     return Lag(first.rpc, first.size, *map(min, columns))

@@ -1,4 +1,4 @@
-"""A node whose event loop and lock are watched, on a thread of this process, and a process beside it that moves pages over tcp."""
+"""A node whose event loop and lock are observed, on a thread of this process, and a process that moves pages over tcp beside it."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from experiments.loop_lag.probe import LoopProbe, TimedLock
 R = TypeVar("R")
 
 LAYOUT = PageLayout(layers=1, kv_heads=1, head_dim=512, block_tokens=1, dtype=DType.OPAQUE)
-"""A kilobyte a page: many of them fit little memory."""
+"""1 KiB per page, so that many pages fit little memory."""
 SPACE = Space("default", namespace(LAYOUT, model=b"loop lag"))
 _BULK = """
 import sys, attnstore
@@ -43,7 +43,7 @@ with attnstore.connect(sys.argv[1], transport="tcp") as client:
 
 
 class WatchedNode:
-    """`probe` watches the loop, `lock` is the store's. Garbage is collected as in a node's process."""
+    """`probe` observes the loop, `lock` is the store's. Garbage is collected as in a node's process."""
 
     def __init__(self, *, attend_threads: int) -> None:
         self._attend_threads = attend_threads
@@ -79,7 +79,7 @@ class WatchedNode:
         return self._node._store
 
     def settle(self) -> None:
-        """Forgets what was measured so far."""
+        """Discards the measurements so far."""
         self.probe.take()
         self.lock.take()
 
@@ -110,7 +110,7 @@ class WatchedNode:
 
 @contextmanager
 def bulk_traffic(address: str) -> Iterator[None]:
-    """A process that writes and reads 32 MiB of pages over tcp again and again."""
+    """Starts a process that writes and reads 32 MiB of pages over tcp repeatedly."""
     process = subprocess.Popen([sys.executable, "-c", _BULK, f"grpc://{address}"], stdout=subprocess.PIPE)
     try:
         assert process.stdout is not None

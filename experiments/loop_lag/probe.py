@@ -1,7 +1,7 @@
-"""What holds up an event loop, and how long a lock is held: the longest of each since it was last asked.
+"""Probes for the lag of an event loop and the time that a lock is held: the maximum of each since the last query.
 
-Owns: `LoopProbe` and `TimedLock`. Both tell the time that passed and the processor time that their own thread used in it: where
-others take the cores, the first grows and the second does not, so that a busy machine is not taken for a slow node.
+Owns: `LoopProbe` and `TimedLock`. Both report the elapsed time and the CPU time that their own thread used in it. If other
+processes use the cores, only the first grows, so that a busy machine is not taken for a slow node.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ _PERIOD_S: Final = 0.001
 
 
 class LoopProbe:
-    """`run` on the event loop to be watched; `take` from any thread."""
+    """`run` runs on the observed event loop; `take` may be called from any thread."""
 
     def __init__(self) -> None:
         self._lag_s = self._busy_s = 0.0
 
     async def run(self) -> None:
-        """Looks every millisecond how late it is, until it is cancelled."""
+        """Measures every millisecond how late it is, until it is cancelled."""
         while True:
             due_s, busy_s = time.perf_counter() + _PERIOD_S, time.thread_time()
             await asyncio.sleep(_PERIOD_S)
@@ -30,13 +30,13 @@ class LoopProbe:
             self._busy_s = max(self._busy_s, time.thread_time() - busy_s)
 
     def take(self) -> tuple[float, float]:
-        """The longest lag and the most processor time between two looks, in milliseconds, since the last call."""
+        """Returns the longest lag and the maximum CPU time between two measurements, in milliseconds, since the last call."""
         lag_s, busy_s, self._lag_s, self._busy_s = self._lag_s, self._busy_s, 0.0, 0.0
         return 1e3 * lag_s, 1e3 * busy_s
 
 
 class TimedLock:
-    """In place of a `threading.Lock` that is used in `with` blocks."""
+    """Replaces a `threading.Lock` that is used in `with` blocks."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -51,7 +51,7 @@ class TimedLock:
         self._lock.release()
 
     def take(self) -> float:
-        """The most processor time used while it was held, in milliseconds, since the last call."""
+        """Returns the maximum CPU time used while it was held, in milliseconds, since the last call."""
         with self._lock:
             held_s, self._held_s = self._held_s, 0.0
         return 1e3 * held_s

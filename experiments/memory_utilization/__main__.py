@@ -27,9 +27,9 @@ from experiments.options import COUNT, POSITIVE, SEED
 
 _EXIT_USAGE: Final = 2
 _LONGEST_FIT: Final = 4
-"""Of the longest sequences, that the memory holds: 189 MB of SmolLM2's KV in bf16."""
+"""The number of longest sequences that fit the memory: 189 MB of SmolLM2's KV in bf16."""
 _OVERLOAD_PER_S: Final = 6.0
-"""Requests a second of unshrunk length, which is more than any policy serves on two cores."""
+"""Requests per second of unshrunk length, more than any policy serves on two cores."""
 _SWEEP_PER_S: Final = (0.6, 0.75, 0.9, 1.05, 1.2, 1.35)
 _WINDOW: Final = Window(warm_up_s=20.0, measured_s=60.0, drain_s=0.0)
 _QUICK_WINDOW: Final = Window(warm_up_s=2.0, measured_s=6.0, drain_s=0.0)
@@ -37,7 +37,7 @@ _SHRINK: Final = 4
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs, prints and writes; 0, or 2 after one line on standard error that says what is wrong."""
+    """Runs, prints and writes. Returns 0, or 2 after an error message of one line on standard error."""
     parser = _parser()
     arguments = parser.parse_args(argv)
     if arguments.longest_fit < 1:

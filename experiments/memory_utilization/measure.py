@@ -27,7 +27,7 @@ _IDLE_S: Final = 0.002
 
 @dataclass(frozen=True, slots=True)
 class Window:
-    """Figures are taken for `measured_s` after `warm_up_s`. What arrived until then may finish for `drain_s` more."""
+    """Figures are taken for `measured_s` after `warm_up_s`. Requests that arrived by then may finish for `drain_s` more."""
 
     warm_up_s: float
     measured_s: float
@@ -41,11 +41,11 @@ class Window:
 
 @dataclass(frozen=True, slots=True)
 class Figures:
-    """What one policy got.
+    """The figures of one policy.
 
-    utilization: token slots that hold a token / slots reserved. memory_utilization: the same / all slots there are.
-    normalized_latency_ms: mean of (end - arrival) / output tokens over the requests that arrived in the window; those that are not
-    finished count with their age, so where there are any (`unfinished`) it is a lower bound.
+    utilization: token slots that hold a token / slots reserved. memory_utilization: the same / all slots.
+    normalized_latency_ms: mean of (end - arrival) / output tokens over the requests that arrived in the window. Unfinished requests
+    count with their age, so it is a lower bound if there are any (`unfinished`).
     """
 
     policy: str
@@ -73,7 +73,7 @@ class _Sums:
 
 @dataclass(slots=True)
 class _Stream:
-    """The requests on their way through."""
+    """The requests and their progress."""
 
     arriving: deque[Request]
     queue: deque[Request] = field(default_factory=deque)
@@ -82,7 +82,7 @@ class _Stream:
 
     @property
     def idle(self) -> bool:
-        """Nothing is on its way, and nothing will arrive."""
+        """True if no request is running and none will arrive."""
         return not (self.arriving or self.queue or self.live)
 
 
@@ -144,7 +144,7 @@ def _reservation(policy: str, shape: Shape, slots: int) -> Reservation:
 def _engine_options(layout: PageLayout, policy: str, slots: int, waiting_max: int) -> EngineOptions:
     blocks = slots // layout.block_tokens
     if policy != "paged":
-        # A contiguous range needs no whole blocks; the engine's blocks do, and must not be what limits it.
+        # A contiguous range need not consist of whole blocks; the engine's blocks do, and must not be the limit.
         blocks += _SEQUENCES_MAX
     return EngineOptions(
         pool_bytes=blocks * layout.page_bytes,
@@ -155,7 +155,7 @@ def _engine_options(layout: PageLayout, policy: str, slots: int, waiting_max: in
 
 
 def _advance(engine: Engine, reservation: Reservation, stream: _Stream, now_s: float) -> None:
-    """Lets in what has arrived and finds memory, first come, first served."""
+    """Starts requests that have arrived and get memory, first come, first served."""
     while stream.arriving and stream.arriving[0].arrival_s <= now_s:
         stream.queue.append(stream.arriving.popleft())
     while stream.queue and len(stream.live) < _SEQUENCES_MAX and reservation.reserve(stream.queue[0]):

@@ -1,6 +1,6 @@
-"""What a run says: figures as JSON and as tables.
+"""The results of a run as JSON and as tables.
 
-Owns: `as_json`, `summary_table`, `sweep_table` and `sustained_rate`. Invariant: nothing is shown that was not measured in this run.
+Owns: `as_json`, `summary_table`, `sweep_table` and `sustained_rate`. Invariant: every figure shown was measured in this run.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from experiments.memory_utilization.measure import POLICIES, Figures
 
 
 def as_json(overload: Iterable[Figures], sweep: Sequence[Figures], setting: dict[str, Any]) -> dict[str, Any]:
-    """An object for each policy, what was run, and the sweep."""
+    """Returns an object for each policy, the parameters, and the sweep."""
     figures = {each.policy: asdict(each) for each in overload}
     return {**figures, "setting": setting, "sweep": [asdict(each) for each in sweep]}
 
 
 def summary_table(overload: Sequence[Figures]) -> Table:
-    """Every policy with more requests than it can serve."""
+    """Returns the figures of every policy with more requests than it can serve."""
     rendered = Table(box=box.SIMPLE_HEAD, title="Requests always waiting; slots that hold tokens, of those reserved and of all")
     for heading in ("", "of reserved", "of memory", "batch", "tokens/s", "against max"):
         rendered.add_column(heading, justify="right" if heading else "left")
@@ -40,7 +40,7 @@ def summary_table(overload: Sequence[Figures]) -> Table:
 
 
 def sweep_table(sweep: Sequence[Figures]) -> Table:
-    """Normalized latency over the rate of requests; `>` marks a lower bound."""
+    """Returns normalized latency over the rate of requests; `>` marks a lower bound."""
     rendered = Table(box=box.SIMPLE_HEAD, title="Normalized latency, ms per output token")
     rendered.add_column("requests/s")
     for policy in POLICIES:
@@ -52,7 +52,9 @@ def sweep_table(sweep: Sequence[Figures]) -> Table:
 
 
 def sustained_rate(sweep: Iterable[Figures], policy: str, latency_ms: float) -> float | None:
-    """The highest rate at which all finished and the normalized latency stayed within the limit, as did all lower rates."""
+    """Returns the highest rate at which, as at all lower rates, every request finished and the normalized latency stayed within the
+    limit.
+    """
     sustained = None
     for each in sorted((each for each in sweep if each.policy == policy), key=lambda each: each.rate_per_s):
         if each.unfinished or each.normalized_latency_ms > latency_ms:

@@ -1,7 +1,7 @@
-"""What a sequence must be given before it may start: the one difference between the systems that are compared.
+"""The memory that a sequence needs before it may start: the only difference between the compared systems.
 
 Owns: the contract `Reservation`, `ContiguousReservation` with its allocator, and `PagedReservation`.
-Invariant: ranges that are reserved at one time are disjoint and inside the memory.
+Invariant: ranges that are reserved at the same time are disjoint and inside the memory.
 """
 
 from __future__ import annotations
@@ -15,31 +15,31 @@ from experiments.memory_utilization.workload import Request
 
 
 class Reservation(Protocol):
-    """Memory of `capacity` token slots, as a policy gives it away."""
+    """Memory of `capacity` token slots, allocated by a policy."""
 
     def reserve(self, request: Request) -> bool:
-        """Takes what the request needs to start. False: not now."""
+        """Takes what the request needs to start. Returns False if that is not possible now."""
         ...
 
     def release(self, request: Request) -> None:
-        """The request is over."""
+        """Frees the memory of a finished request."""
         ...
 
     def reserved_slots(self, running: Iterable[Sequence]) -> int:
-        """Token slots that nobody else can have now."""
+        """Token slots that no other request can have now."""
         ...
 
 
 class PagedReservation:
-    """Blocks on demand: the engine's own admission, which nothing precedes."""
+    """Blocks on demand: the engine's own admission, without a reservation."""
 
     def reserve(self, request: Request) -> bool:
-        """Always: the engine makes it wait where blocks are short."""
+        """Always returns True, because the engine makes a request wait while blocks are short."""
         del request
         return True
 
     def release(self, request: Request) -> None:
-        """The engine has done that."""
+        """No-op: the engine has freed its blocks."""
 
     def reserved_slots(self, running: Iterable[Sequence]) -> int:
         """Whole blocks."""
@@ -47,9 +47,9 @@ class PagedReservation:
 
 
 class ContiguousReservation:
-    """One range of slots for a request's whole life, where the first gap is large enough.
+    """One range of slots for a request's whole life, in the first gap that is large enough.
 
-    Kinder to the baseline than the paper, whose buddy allocator rounds each range up to a power of two.
+    Better for the baseline than the paper, whose buddy allocator rounds each range up to a power of two.
     """
 
     def __init__(self, capacity: int, slots_of: Callable[[Request], int]) -> None:
@@ -68,7 +68,7 @@ class ContiguousReservation:
         return False
 
     def release(self, request: Request) -> None:
-        """Gives the range back and joins it with the gaps beside it."""
+        """Frees the range and joins it with neighbouring gaps."""
         insort(self._gaps, self._ranges.pop(request))
         joined: list[tuple[int, int]] = []
         for begin, end in self._gaps:
@@ -79,6 +79,6 @@ class ContiguousReservation:
         self._gaps = joined
 
     def reserved_slots(self, running: Iterable[Sequence]) -> int:
-        """All ranges."""
+        """The slots of all ranges."""
         del running
         return sum(end - begin for begin, end in self._ranges.values())

@@ -1,9 +1,9 @@
-"""Every architecture of transformers, tiny: computed as its own module does, or refused by name?
+"""Every architecture of transformers in a tiny size: computed as its own module does, or refused by name?
 
     python -m experiments.models [--write docs/models.md] [NAME ...]
 
-Prints the table of docs/models.md, or of the models named; `--write` replaces it in that file. Exit status 1 where a model is
-computed wrongly.
+Prints the table of docs/models.md, or of the named models; `--write` replaces it in that file. Exit status 1 if a model is computed
+wrongly.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from experiments.models.tiny import names
 
 
 def main() -> None:
-    """The command."""
+    """Runs the command."""
     parser = CommandParser(prog="experiments.models", description=__doc__)
     parser.add_argument("--write", type=file_to_write, metavar="FILE", help="the page whose table is replaced")
     parser.add_argument("names", nargs="*", metavar="NAME", help="architectures and variants (default: all)")

@@ -1,8 +1,8 @@
-"""Whether the worker computes what a model's own module does.
+"""The comparison of the worker with a model's own module.
 
-Owns: the runs of one model - cold, behind hits of every length, in chunks of three sizes, with guesses - and what they are compared
-with: the module's own forward over all tokens at once, without a cache. Invariant: a run that did not do what it is there for is an
-error, not an agreement.
+Owns: the runs of one model (cold, after hits of every length, in chunks of three sizes, with drafts), and the reference: the
+module's own forward over all tokens at once, without a cache. Invariant: a run that did not exercise what it is for is an error,
+not an agreement.
 """
 
 from __future__ import annotations
@@ -30,16 +30,17 @@ _FLUSH_MS_MAX: Final = 10_000.0
 
 
 class Agreement(NamedTuple):
-    """The largest difference of a logit in all runs, over the largest logit where that is above 1, and the run that had it."""
+    """The largest difference of a logit in all runs, divided by the largest logit if that is above 1, and the run that had it."""
 
     difference: float
     run: str
 
 
 def prompt() -> list[int]:
-    """Tokens below `VOCABULARY`, a prime, in which each follows each: whatever the model answers, there is a guess how it goes on.
+    """Returns tokens below `VOCABULARY`, a prime, in which every token follows every other: a draft exists for any token of the
+    model.
 
-    A walk around the vocabulary in steps of one size meets all pairs at that distance.
+    A walk around the vocabulary in steps of one size contains all pairs at that distance.
     """
     pairs = [token for token in range(VOCABULARY) for _ in range(2)]
     for distance in range(2, VOCABULARY):
@@ -48,14 +49,14 @@ def prompt() -> list[int]:
 
 
 def check_agreement(model: LoadedModel, folder: Path) -> Agreement:
-    """How far `model`, loaded from `folder` in fp32, is from the module there."""
+    """Compares `model`, loaded from `folder` in fp32, with the module there."""
     own = _OwnForward(folder)
     difference, run = max((own.difference(*given), run) for run, given in _runs(model))
     return Agreement(difference, run)
 
 
 def pages_of(model: LoadedModel) -> list[bytes]:
-    """The pages of the prompt."""
+    """Returns the pages of the prompt."""
     store = MemoryStore()
     _run(model, CHUNKS_TOKENS[-1], store)
     return list(store.pages.values())
@@ -76,7 +77,7 @@ def _runs(model: LoadedModel) -> Iterator[tuple[str, tuple[list[int], Tensor]]]:
 def _run(
     model: LoadedModel, chunk_tokens: int, store: MemoryStore | None, *, hits: int = 0, speculate: bool = False
 ) -> tuple[list[int], Tensor]:
-    """The tokens of prompt and answer, and the logits of the answer."""
+    """Returns the tokens of prompt and answer, and the logits of the answer."""
     options = EngineOptions(16 * model.layout(_BLOCK_TOKENS).page_bytes, _BLOCK_TOKENS, chunk_tokens, speculate=speculate)
     with Engine(model, options, store=store) as engine:
         sequence = engine.submit(prompt(), SamplingParams(max_tokens=_ANSWER_TOKENS))
@@ -91,7 +92,7 @@ def _run(
 
 
 class _OwnForward:
-    """The logits that the module has by itself."""
+    """The logits of the module by itself."""
 
     def __init__(self, folder: Path) -> None:
         given = {"dtype": torch.float32, "attn_implementation": "eager", "local_files_only": True}
@@ -99,7 +100,7 @@ class _OwnForward:
         self._known: dict[tuple[int, ...], Tensor] = {}
 
     def difference(self, token_ids: list[int], logits: Tensor) -> float:
-        """Of `logits`, those of the last of `token_ids`."""
+        """Returns the difference of `logits` from the module's logits of the last of `token_ids`."""
         expected = self._logits(tuple(token_ids[:-1]))[-len(logits) :]
         return float((logits - expected).abs().max() / expected.abs().max().clamp(min=1.0))
 

@@ -1,6 +1,6 @@
-"""The table of docs/models.md: every architecture, whether the worker computes it, and how nearly.
+"""The table of docs/models.md: every architecture, whether the worker computes it, and how precisely.
 
-Owns: the rows and their text. Invariant: what is written is what a run finds; tests/worker/model/test_models.py compares them.
+Owns: the rows and their text. Invariant: the table contains the result of a run; tests/worker/model/test_models.py compares them.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _MARK: Final = "<!-- python -m experiments.models --write docs/models.md -->\n"
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """What came of one model: `result` is one of the three above, `detail` the largest difference, the refusal, or nothing."""
+    """The result of one model: `result` is one of the three above, `detail` is the largest difference, the refusal, or empty."""
 
     name: str
     result: str
@@ -33,7 +33,7 @@ class Row:
 
 
 def make_row(name: str, folder: Path) -> Row:
-    """Makes the model called `name` in `folder` and runs it. Raises `AssertionError` where the worker computes it wrongly."""
+    """Creates the model `name` in `folder` and runs it. Raises `AssertionError` if the worker computes it wrongly."""
     try:
         write_model(name, folder)
     except NotTiny:
@@ -45,20 +45,20 @@ def make_row(name: str, folder: Path) -> Row:
 
 
 def computed_row(name: str, model: LoadedModel, folder: Path) -> Row:
-    """The row of a model that loads. Raises `AssertionError` where it is computed wrongly."""
+    """Returns the row of a model that loads. Raises `AssertionError` if it is computed wrongly."""
     difference, run = check_agreement(model, folder)
     assert difference <= DIFFERENCE_MAX, f"{name} is computed wrongly: {difference:.1e} off ({run})"
     return Row(name, COMPUTED, f"{difference:.0e}")
 
 
 def refused_row(name: str, error: ModelUnavailable, folder: Path) -> Row:
-    """The row of a model that does not load."""
+    """Returns the row of a model that does not load."""
     told = str(error).replace(f"the model in {folder}", "the model").replace(f"{folder}: ", "").replace(str(folder), "the model")
     return Row(name, REFUSED, told.replace("|", r"\|"))
 
 
 def as_markdown(rows: Iterable[Row]) -> str:
-    """The part of docs/models.md that is generated."""
+    """Returns the generated part of docs/models.md."""
     rows = list(rows)
     lines = ["| computed | largest difference |", "|---|---:|"]
     lines += [f"| {row.name} | {row.detail} |" for row in rows if row.result == COMPUTED]
@@ -70,12 +70,12 @@ def as_markdown(rows: Iterable[Row]) -> str:
 
 
 def replaced(page: str, rows: Iterable[Row]) -> str:
-    """`page` with the table of `rows`."""
+    """Returns `page` with the table of `rows`."""
     return page.partition(_MARK)[0] + _MARK + "\n" + as_markdown(rows)
 
 
 def parsed(page: str) -> dict[str, Row]:
-    """The rows of the table on `page`, by name."""
+    """Returns the rows of the table on `page`, by name."""
     table = page.partition(_MARK)[2]
     computed, _, rest = table.partition("| refused |")
     refused, _, not_tried = rest.partition("\nNot tried")

@@ -1,7 +1,7 @@
 """Tiny models of every architecture that transformers registers, with random weights from a seed.
 
-Owns: which architectures there are, and their sizes here. Invariant: a model is the same whenever and wherever it is made; every
-field that scales, caps or windows something has a value that changes the result, so that ignoring it shows.
+Owns: the list of architectures, and their sizes here. Invariant: a model is the same on every machine and at every time; every
+field that scales, caps or windows has a value that changes the result, so that ignoring it is detected.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 VOCABULARY: Final = 11
 """A prime; see `agreement.prompt`."""
 PARAMETERS_MAX: Final = 1_000_000
-"""What is larger has sizes that have no field here."""
+"""A larger model has sizes that no field here controls."""
 _WEIGHT_SPREAD: Final = 0.2
 _VECTOR_SPREAD: Final = 0.1
 
 
 class NotTiny(Exception):
-    """There is no such model here."""
+    """The model does not exist in a tiny size."""
 
 
 _FIELDS: Final[dict[str, Any]] = {
@@ -82,7 +82,7 @@ _PARTICULAR: Final[dict[str, dict[str, Any]]] = {
     "lfm2": {"layer_types": ["conv", "full_attention"]},
     "smollm3": {"no_rope_layer_interval": 2},
 }
-"""What single architectures need besides."""
+"""Additional fields for single architectures."""
 
 
 def _rope(architecture: str, kind: str, **parameters: Any) -> tuple[str, dict[str, Any]]:
@@ -115,16 +115,16 @@ VARIANTS: Final[dict[str, tuple[str, dict[str, Any]]]] = {
     "qwen2, windows": ("qwen2", {"use_sliding_window": True, "max_window_layers": 1}),
     "qwen3, windows": ("qwen3", {"use_sliding_window": True, "max_window_layers": 1}),
 }  # fmt: skip
-"""Configurations of an architecture that compute otherwise than its default: by name, the architecture and fields."""
+"""Configurations of an architecture that compute differently from its default: by name, the architecture and fields."""
 
 
 def names() -> list[str]:
-    """The `model_type` of every causal language model that transformers registers, and the variants."""
+    """Returns the `model_type` of every causal language model that transformers registers, and the variants."""
     return sorted([*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, *VARIANTS])
 
 
 def tiny_config(name: str) -> Any:
-    """The config of an architecture or variant. Raises whatever transformers does where the sizes do not fit."""
+    """Returns the config of an architecture or variant. Raises whatever transformers does if the sizes do not fit."""
     architecture, fields = VARIANTS.get(name, (name, {}))
     kind = CONFIG_MAPPING[architecture]
     known = {field.name for field in dataclasses.fields(kind)} | set(kind.attribute_map)
@@ -134,16 +134,16 @@ def tiny_config(name: str) -> Any:
         chosen.pop("head_dim", None)
     chosen |= {**_PARTICULAR.get(architecture, {}), **fields}
     config = kind(**chosen)
-    # Where every so many layers attend to all keys, so few layers have none that does.
+    # If only every n-th layer attends to all keys, a few layers contain none that does.
     if set(getattr(config, "layer_types", None) or ()) == {"sliding_attention"}:
         config = kind(**chosen, layer_types=["sliding_attention", "full_attention"])
     return config
 
 
 def write_model(name: str, folder: Path) -> None:
-    """Writes the model called `name` and a tokenizer to `folder`; the name is the seed of its weights.
+    """Writes the model `name` and a tokenizer to `folder`; the name is the seed of its weights.
 
-    Raises `NotTiny` where the sizes do not fit the architecture, or make no tiny model of it.
+    Raises `NotTiny` if the sizes do not fit the architecture, or do not make it tiny.
     """
     try:
         config = tiny_config(name)
@@ -166,7 +166,7 @@ def write_model(name: str, folder: Path) -> None:
 
 
 def _write_tokenizer(folder: Path) -> None:
-    """A tokenizer of as many words as the models know."""
+    """Writes a tokenizer with as many words as the models know."""
     tokenizer = Tokenizer(models.WordLevel({f"w{index}": index for index in range(VOCABULARY)}, unk_token="w3"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     tokenizer.save(str(folder / "tokenizer.json"))

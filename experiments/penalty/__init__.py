@@ -1,6 +1,6 @@
-"""What the network costs as an LLM's memory: first tokens and decode steps over links of many kinds.
+"""The cost of the network as an LLM's memory: first tokens and decode steps over links of many kinds.
 
     python -m experiments.penalty --json PATH [--quick] [--resume]
 
-A store node, a relay that plays the link and a worker with a real model are processes of their own. See docs/planner.md.
+A store node, a relay that imitates the link and a worker with a real model are processes of their own. See docs/planner.md.
 """

@@ -32,13 +32,13 @@ _CAPACITY: Final = "1GiB"
 _FAULT_SHARE: Final = 0.3
 """A link fails after this share of the time that fetching everything would take."""
 _SETTLE_S: Final = 1.5
-"""After a failure the worker leaves the store alone for a second."""
+"""After a failure the worker does not use the store for a second."""
 _RETRIES: Final = 3
 _FAULTS: Final = ("rate/100", "stall")
 
 
 class Sweep:
-    """One run over a grid, in the order that lets what is compared be measured one right after the other."""
+    """One run over a grid, in an order in which compared cells are measured one right after the other."""
 
     def __init__(self, grid: Grid, results: Results, link: Link, worker: Child, progress: Progress) -> None:
         self._grid = grid
@@ -51,7 +51,7 @@ class Sweep:
         self._task = progress.add_task("filling the store", total=lines)
 
     def run(self) -> None:
-        """Everything that the results do not have yet."""
+        """Runs all cells that the results do not have yet."""
         contexts = {*self._grid.contexts_tokens, *(context for _, context in (*self._grid.faults, *self._grid.decodes))}
         self._page_bytes = self._ask("fill", contexts=sorted(contexts))["page_bytes"]
         for link in self._grid.links():
@@ -75,7 +75,7 @@ class Sweep:
             self._progress.advance(self._task)
 
     def _row(self, cell: Cell) -> dict[str, Any]:
-        """A cell's medians. Rounds take turns, so that a slow moment of the machine hits all ways alike."""
+        """Returns a cell's medians. Rounds take turns, so that a slow moment of the machine affects all ways alike."""
         samples: dict[str, list[float]] = {"recompute": [], "fetch": [], "planner": []}
         decisions = []
         for _ in range(self._grid.rounds):
@@ -89,7 +89,7 @@ class Sweep:
         for _ in range(_RETRIES):
             if any(decision["predicted_ttft_ms"] for decision in decisions):
                 break
-            # The link had failed and was unknown.
+            # After its failure, the link's estimates are unknown.
             self._enter(cell.link)
             answer = self._ask("measure", way="planner", context=cell.context_tokens, hit_rate=cell.hit_rate)
             samples["planner"].append(answer["ttft_ms"])
@@ -162,7 +162,7 @@ def _names(cell: Cell) -> dict[str, Any]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Measures, writes and prints; 0 whatever the figures are, because a busy machine is not an error."""
+    """Measures, writes and prints. Always returns 0, because slow figures on a busy machine are not an error."""
     options = _parser().parse_args(argv)
     grid = QUICK if options.quick else FULL
     console = Console()

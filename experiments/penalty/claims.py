@@ -1,4 +1,4 @@
-"""What the sweep must show, judged by its rows."""
+"""The claims about the sweep, judged by its rows."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _ERROR_MAX: Final = 0.15
 
 
 def claims(rows: Sequence[dict[str, Any]]) -> Table:
-    """One line for each claim that the rows can judge."""
+    """Returns one line per claim that the rows can judge."""
     table = Table(box=box.SIMPLE_HEAD, title="What the sweep must show")
     for column in ("claim", "measured", "bound", "verdict"):
         table.add_column(column)
@@ -26,7 +26,7 @@ def claims(rows: Sequence[dict[str, Any]]) -> Table:
 
 
 def cells(rows: Sequence[dict[str, Any]]) -> Table:
-    """The sweep, one line for each cell."""
+    """Returns the sweep, one line per cell."""
     table = Table(box=box.SIMPLE_HEAD, title="Time to the first token, ms (medians)")
     for column in ("RTT ms", "Gb/s", "tokens", "hits", "recompute", "fetch", "planner", "predicted", "choice", "/ better"):
         table.add_column(column, justify="right")

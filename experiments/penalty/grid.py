@@ -1,6 +1,7 @@
-"""What is measured: links, contexts and hit rates, and how often each.
+"""The grid of a sweep: links, contexts and hit rates, and the number of rounds.
 
-Owns: `Grid` and its two instances. Invariant: a cell is named by the fields of its row, so that a resumed run knows what it has.
+Owns: `Grid` and its two instances. Invariant: a cell is named by the fields of its row, so that a resumed run knows which cells are
+done.
 """
 
 from __future__ import annotations
@@ -19,11 +20,11 @@ class LinkCell:
 
     @property
     def spec(self) -> str:
-        """As `attnstore.links.parse_link` takes it."""
+        """The link in the form that `attnstore.links.parse_link` takes."""
         return f"{self.gbit_per_s * 1000:g}m@{self.rtt_ms:g}ms"
 
     def transfer_s(self, size_bytes: float) -> float:
-        """How long so many bytes take at best."""
+        """Returns the shortest time for that many bytes."""
         return self.rtt_ms / 1e3 + size_bytes * 8 / (self.gbit_per_s * 1e9)
 
 
@@ -38,9 +39,10 @@ class Cell:
 
 @dataclass(frozen=True, slots=True)
 class Grid:
-    """Everything that a run measures. Each time is the median of `rounds` runs; what takes longer than `once_s` runs once.
+    """Everything that a run measures. Each time is the median of `rounds` runs; a measurement that takes longer than `once_s` runs
+    once.
 
-    On links below `halves_gbit_per_s` only a hit rate of 1 is measured: there nothing is fetched anyway.
+    On links below `halves_gbit_per_s` only a hit rate of 1 is measured, because nothing is fetched there anyway.
     """
 
     rtts_ms: tuple[float, ...]
@@ -54,11 +56,11 @@ class Grid:
     decodes: tuple[tuple[LinkCell, int], ...]
 
     def links(self) -> Iterator[LinkCell]:
-        """All links, the slow ones first: they take longest."""
+        """Returns all links, the slow ones first, because they take longest."""
         return (LinkCell(rtt_ms, gbit_per_s) for gbit_per_s in self.gbits_per_s for rtt_ms in self.rtts_ms)
 
     def cells(self, link: LinkCell) -> list[Cell]:
-        """The cells of one link."""
+        """Returns the cells of one link."""
         rates = self.hit_rates if link.gbit_per_s >= self.halves_gbit_per_s else self.hit_rates[:1]
         return [Cell(link, context, hit_rate) for context in self.contexts_tokens for hit_rate in rates]
 

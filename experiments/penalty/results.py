@@ -1,6 +1,6 @@
-"""The rows of a run, kept as JSON lines while it goes on.
+"""The rows of a run, stored as JSON lines while it runs.
 
-Owns: the file. Invariant: a row is on disk, whole, before the next cell is begun, so a run that is cut off loses one cell.
+Owns: the file. Invariant: a row is completely on disk before the next cell begins, so an interrupted run loses one cell.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ _NAMES: Final = ("rtt_ms", "gbit_per_s", "context_tokens", "hit_rate", "fault", 
 
 
 class Results:
-    """Rows in `path`; with `resume` those that are there already count, else the file is begun anew."""
+    """Rows in `path`; with `resume` existing rows are kept, otherwise the file is truncated."""
 
     def __init__(self, path: Path, common: dict[str, Any], *, resume: bool) -> None:
         self._path = path
@@ -26,7 +26,7 @@ class Results:
         self.rows: list[dict[str, Any]] = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
     def has(self, **names: Any) -> bool:
-        """A row of this name is there; `names` are some of the fields that name a row."""
+        """Returns whether there is a row with these names; `names` are some of the fields that name a row."""
         return any(all(row.get(name) == names.get(name) for name in _NAMES) for row in self.rows)
 
     def add(self, **row: Any) -> None:
@@ -40,7 +40,7 @@ class Results:
 
 
 def machine() -> str:
-    """This machine in a few words."""
+    """Describes this machine in a few words."""
     names = _values("model name", Path("/proc/cpuinfo"))
     return f"{os.cpu_count()} x {next(iter(names), platform.machine())}, {platform.system()} {platform.release()}"
 

@@ -1,9 +1,9 @@
-"""The worker process of the measurement: a real model behind the public API, told by a pipe what to run.
+"""The worker process of the measurement: a real model behind the public API, controlled over a pipe.
 
-Owns: the prompts, the engines and what is asked of them. Invariant: no block is cached before a measurement, and nothing that a
-measurement computes reaches the store: what is found there was put there by `fill`.
+Owns: the prompts and the engines. Invariant: no block is cached before a measurement, and no measurement writes to the store: only
+`fill` does.
 
-Each request is one line of JSON, a `verb` and its arguments; each answer one line.
+Each request is one line of JSON, a `verb` and its arguments; each answer is one line.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ _DECODE_STEPS: Final = 5
 
 @dataclass(frozen=True, slots=True)
 class Start:
-    """How the process is started: the node itself, the node behind the link, and how pages travel."""
+    """The start parameters of the process: the node itself, the node behind the link, and the transport."""
 
     node_url: str
     link_url: str
@@ -53,7 +53,7 @@ class Start:
 
 
 class ReadOnly:
-    """A store that takes no pages, so that a measurement finds what it should and nothing that another one left."""
+    """A store that accepts no pages, so that a measurement finds only what it should."""
 
     def __init__(self, store: PageStore) -> None:
         self.register_layout = store.register_layout
@@ -64,13 +64,13 @@ class ReadOnly:
     def write(
         self, namespace: bytes, hashes: Sequence[bytes], pages: Sequence[memoryview], /, *, deadline_ms: float
     ) -> WriteResult:
-        """Says that all is there already."""
+        """Answers that every page is already present."""
         del namespace, pages, deadline_ms
         return WriteResult((PageStatus.ALREADY_PRESENT,) * len(hashes), 0)
 
 
 class Bench:
-    """A model and engines on it, one for each way to a first token."""
+    """A model and its engines, one for each way to a first token."""
 
     def __init__(self, start: Start, stack: ExitStack) -> None:
         self._start = start
@@ -89,7 +89,7 @@ class Bench:
         stack.callback(self._forget)
 
     def fill(self, contexts: list[int]) -> dict[str, Any]:
-        """Computes the documents and writes their pages to the node, past the link."""
+        """Computes the documents and writes their pages to the node, bypassing the link."""
         self._calibration_tokens = min(_CALIBRATION_TOKENS_MAX, max(contexts))
         with (
             open_store(self._start.node_url, deadline_ms=_DEADLINE_MS, transport=self._start.transport) as store,
@@ -102,7 +102,7 @@ class Bench:
         return {"page_bytes": engine.layout.page_bytes, "model": self._model.name, "dtype": self._model.dtype.value}
 
     def calibrate(self) -> dict[str, Any]:
-        """Makes a planner that has been on this link for a while: a prompt was computed, and a few small ones were fetched."""
+        """Gives a planner experience with this link: computes a prompt and fetches a few small ones."""
         self._forget()
         self._planner = CostPlanner(self._clock, _OPTIONS.chunk_tokens)
         with self._engine(RecomputeAll(), self._planner) as computing:
@@ -119,7 +119,7 @@ class Bench:
         return {"rtt_ms": link.rtt_ms, "gbit_per_s": link.gbit_per_s, "spread": link.spread} if link is not None else {}
 
     def measure(self, way: str, context: int, hit_rate: float) -> dict[str, Any]:
-        """One first token, from submission on."""
+        """Measures one first token, from submission on."""
         engine = {"recompute": self._recompute, "fetch": self._fetch, "planner": self._planning}[way]
         assert engine is not None, "calibrate comes first"
         engine.drop_cached()
@@ -132,7 +132,9 @@ class Bench:
         return answer
 
     def decode(self, context: int) -> dict[str, Any]:
-        """Times between tokens with the KV in the pool, and brought over the link for each step: before it, or beside the last."""
+        """Measures times between tokens with the KV in the pool, and fetched over the link for each step: before it, or during the
+        previous one.
+        """
         engine, steps = self._fetch, _DECODE_STEPS
         engine.drop_cached()
         document = self._document(context)
@@ -176,18 +178,18 @@ class Bench:
         return engine
 
     def _forget(self) -> None:
-        """Ends the engine of the last link, which holds a pool."""
+        """Ends the engine of the previous link, which holds a pool."""
         if self._planning is not None:
             self._planning.close()
             self._planning = None
         gc.collect()
 
     def _document(self, context: int) -> list[int]:
-        """The text from a place of its own for each context, so that no document is another one's prefix."""
+        """Returns the text from its own offset for each context, so that no document is a prefix of another."""
         return self._text[context : 2 * context]
 
     def _prompt(self, context: int, hit_rate: float) -> list[int]:
-        """A document's first tokens, then, where the hit rate is not 1, others that no store has seen."""
+        """Returns a document's first tokens, followed, for hit rates below 1, by tokens that no store has seen."""
         known = int(context * hit_rate)
         begin = self._draw.randrange(len(self._text) - context)
         return self._document(context)[:known] + self._text[begin : begin + context - known]

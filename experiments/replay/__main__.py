@@ -41,7 +41,7 @@ _QUEUE_DEPTH: Final = 32
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Replays and prints; 0, or 2 after one line on standard error that says what is wrong with the input."""
+    """Replays and prints. Returns 0, or 2 after a one-line message if the input is wrong."""
     arguments = _parser().parse_args(argv)
     try:
         trace = read_trace(arguments.trace)

@@ -1,10 +1,10 @@
-"""The ceiling: the most hits that any policy could have had, computed with the whole future known.
+"""The upper bound: the most hits that any policy could have, computed with the whole future known.
 
 Owns: an offline bound, not a cache; nothing here could run in a worker. Invariant: no replay exceeds it.
 
-It is Belady's rule (1966): when something must go, it is what is used farthest in the future, the new block itself included.
-Counted over single blocks that rule is optimal; a cache that must also hold a running prompt whole, and that can only use the
-consecutive prefix, gets less.
+It is Belady's rule (1966): evict the block that is used farthest in the future, including the new block itself. Counted over single
+blocks that rule is optimal. A cache that must also hold a running prompt as a whole, and can only use the consecutive prefix, gets
+fewer hits.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from experiments.replay.trace import Trace
 
 
 def bound_hits(trace: Trace, capacity_blocks: int) -> int:
-    """The optimal number of block hits with `capacity_blocks` blocks. O(n log n) in the blocks of the trace."""
+    """Returns the optimal number of block hits with `capacity_blocks` blocks. O(n log n) in the blocks of the trace."""
     uses = list(chain.from_iterable(request.hashes for request in trace.requests))
     next_use = _next_uses(uses)
     kept: dict[BlockHash, int] = {}
@@ -35,7 +35,7 @@ def bound_hits(trace: Trace, capacity_blocks: int) -> int:
 
 
 def _next_uses(uses: list[BlockHash]) -> list[int]:
-    """For each use the index of the same block's next one; `len(uses)` where there is none."""
+    """Returns for each use the index of the same block's next use; `len(uses)` if there is none."""
     following: dict[BlockHash, int] = {}
     result = [0] * len(uses)
     for index in reversed(range(len(uses))):

@@ -1,7 +1,7 @@
 """The replay: every request's blocks through the worker's block pool.
 
-Owns: the order of calls that a request makes to the pool, and the count of what it found.
-Invariant: after each request no block is held, so the pool alone decides what the next one finds.
+Owns: the order of a request's calls to the pool, and the count of its hits.
+Invariant: after each request no block is held, so only the pool determines what the next request finds.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ Capacity = int | Literal["inf"]
 
 @dataclass(frozen=True, slots=True)
 class Replay:
-    """What one policy at one capacity found. A hit is a block of the consecutive prefix that was in the pool; rates are shares of
-    all blocks of all prompts. `queue_depth` requests wait behind the running one and are announced to the policy.
+    """The result of one policy at one capacity. A hit is a block of the consecutive prefix that was in the pool; rates are shares
+    of all blocks of all prompts. `queue_depth` requests wait behind the running one and are announced to the policy.
     """
 
     policy: str
@@ -47,7 +47,7 @@ class Replay:
 
     @property
     def bound_hit_rate_blocks(self) -> float:
-        """What no policy could exceed at this capacity (see `bound`)."""
+        """The maximum for any policy at this capacity (see `bound`)."""
         return self.bound_hit_blocks / self.blocks
 
     def as_json(self) -> dict[str, Any]:
@@ -59,7 +59,7 @@ class Replay:
 
 
 def capacity_blocks(trace: Trace, capacity: Capacity) -> int:
-    """The blocks of a pool of that capacity. Raises `InvalidArgument` where the trace's longest prompt does not fit."""
+    """Returns the blocks of a pool of that capacity. Raises `InvalidArgument` if the trace's longest prompt does not fit."""
     if capacity == UNLIMITED:
         return trace.blocks
     blocks = capacity // BLOCK_TOKENS
@@ -71,10 +71,10 @@ def capacity_blocks(trace: Trace, capacity: Capacity) -> int:
 
 
 def replay(trace: Trace, policy: str, capacity: Capacity, queue_depth: int, bound_hit_blocks: int) -> Replay:
-    """Runs the requests one after another through a new pool; each finds what it can and leaves its whole prompt there.
+    """Runs the requests one after another through a new pool; each uses the blocks that it finds and leaves its whole prompt there.
 
-    Before a request runs, those up to `queue_depth` behind it have been announced. Outputs are not cached: the trace does not
-    name their blocks. Raises `InvalidArgument` for an unknown policy or a capacity below the longest prompt.
+    Before a request runs, up to `queue_depth` requests behind it have been announced. Outputs are not cached, because the trace
+    does not name their blocks. Raises `InvalidArgument` for an unknown policy or a capacity below the longest prompt.
     """
     blocks = capacity_blocks(trace, capacity)
     pool = BlockPool(blocks, create_eviction_policy(policy))
@@ -105,7 +105,7 @@ def replay(trace: Trace, policy: str, capacity: Capacity, queue_depth: int, boun
 
 
 def _run(pool: BlockPool, hashes: Sequence[BlockHash]) -> int:
-    """One request, as the manager does it: hold the prefix, compute and seal the rest, release the tail first."""
+    """Runs one request as the manager does: hold the prefix, compute and seal the rest, release the tail first."""
     block_ids = pool.hold_prefix(hashes)
     hits = len(block_ids)
     for block_hash in hashes[hits:]:

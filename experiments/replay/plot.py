@@ -1,6 +1,6 @@
-"""The picture of a run: hit rate over capacity, a curve for each policy under the ceiling.
+"""The plot of a run: hit rate over capacity, a curve for each policy, and the upper bound.
 
-Owns: the drawing. Invariant: it shows the figures of the table and no others.
+Owns: the drawing. Invariant: it shows only the figures of the table.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def save_plot(replays: Sequence[Replay], path: Path) -> None:
 
 
 def draw(replays: Sequence[Replay]) -> Figure:
-    """Hit rate over capacity. An unlimited capacity has no place on the axis; it is the line at the top."""
+    """Draws hit rate over capacity. An unlimited capacity has no place on the axis; it is the line at the top."""
     figure, axes = pyplot.subplots(figsize=(8, 5), layout="constrained")
     finite = [replay for replay in replays if replay.capacity_tokens != UNLIMITED]
     for name in dict.fromkeys(map(label, finite)):

@@ -1,6 +1,6 @@
-"""The replays as a table: policies down, capacities across, the ceiling below.
+"""The replays as a table: a row per policy, a column per capacity, the upper bound below.
 
-Owns: how figures are shown. Invariant: every figure shown is one of a `Replay`.
+Owns: the display of figures. Invariant: every figure shown is one of a `Replay`.
 """
 
 from __future__ import annotations
@@ -17,24 +17,24 @@ LOOK_AHEAD = "look-ahead"
 
 
 def label(replay: Replay) -> str:
-    """The policy, with its queue where that changes what it does."""
+    """Returns the policy, with its queue if that matters."""
     return f"{replay.policy}, {replay.queue_depth} waiting" if replay.policy == LOOK_AHEAD else replay.policy
 
 
 def capacity_label(capacity: Capacity) -> str:
-    """`3M` for three million tokens."""
+    """Returns `3M` for three million tokens."""
     if capacity == UNLIMITED:
         return "unlimited"
     return f"{capacity / 1e6:g}M" if capacity >= 100_000 else f"{capacity:,}"
 
 
 def summary(trace: Trace) -> str:
-    """One line on what was replayed."""
+    """Returns one line on what was replayed."""
     return f"{len(trace.requests):,} requests, {trace.blocks:,} prompt blocks, {trace.requests_per_s:.2f} requests/s"
 
 
 def table(replays: Sequence[Replay]) -> Table:
-    """Block hits in percent, of all prompt blocks; the last row is the bound."""
+    """Returns block hits in percent of all prompt blocks; the last row is the bound."""
     capacities = list(dict.fromkeys(replay.capacity_tokens for replay in replays))
     rendered = Table(box=box.SIMPLE_HEAD, title="Block hits, % (capacity in tokens)")
     rendered.add_column("policy")

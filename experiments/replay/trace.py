@@ -1,6 +1,6 @@
-"""Traces in Mooncake's format: one JSON object a line.
+"""Traces in Mooncake's format: one JSON object per line.
 
-Owns: the reading and checking of such a file. Invariant: what comes out is well-formed, whatever the file was.
+Owns: reading and checking such a file. Invariant: the result is well-formed, whatever the file contains.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ BLOCK_TOKENS: Final = 512
 
 @dataclass(frozen=True, slots=True)
 class TraceRequest:
-    """One prompt: when it arrived, the names of its blocks, and how many tokens followed it. The last block may be incomplete; the
-    format names it too.
+    """One prompt: its arrival, the names of its blocks, and the number of tokens that followed it. The last block may be
+    incomplete; the format names it too.
     """
 
     arrival_ms: float
@@ -48,15 +48,15 @@ class Trace:
 
     @property
     def requests_per_s(self) -> float:
-        """Mean rate of arrival; infinite where all arrive at once."""
+        """Mean rate of arrival; infinite if all arrive at once."""
         duration_ms = self.requests[-1].arrival_ms - self.requests[0].arrival_ms
         return len(self.requests) / duration_ms * 1000 if duration_ms else float("inf")
 
 
 def read_trace(path: Path) -> Trace:
-    """Reads a trace: `{"timestamp": ms, "input_length": tokens, "output_length": tokens, "hash_ids": [...]}` a line.
+    """Reads a trace: `{"timestamp": ms, "input_length": tokens, "output_length": tokens, "hash_ids": [...]}` per line.
 
-    Raises `InvalidArgument`, with the line, for a file that cannot be read, holds something else, or is empty.
+    Raises `InvalidArgument`, with the line, for a file that cannot be read, has other content, or is empty.
     """
     try:
         with path.open(encoding="utf-8") as lines:

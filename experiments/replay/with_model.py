@@ -1,9 +1,9 @@
-"""A slice of a trace through the engine and the real model: what its users would have waited, and which tier served them.
+"""A slice of a trace through the engine and the real model: the waiting times of its users, and the tiers that served them.
 
 Owns: `replay_with_model` and `ModelReplay`. Invariant: prompts share tokens exactly where the trace says that they share blocks.
 
-A block of the trace becomes one block of the engine, so lengths are divided by 512 / block_tokens (32), outputs too; its tokens
-are drawn from its id. One token of its own ends each prompt, so that where all blocks are found there is something to compute.
+A block of the trace becomes one block of the engine, so lengths, outputs included, are divided by 512 / block_tokens (32); its
+tokens are drawn from its id. A unique token ends each prompt, so that there is something to compute if all blocks are found.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _FLUSH_MS: Final = 10_000.0
 
 @dataclass(frozen=True, slots=True)
 class ModelReplay:
-    """TTFT runs from arrival. `hit_rate` of each tier: prompt tokens found there / all prompt tokens, as each was admitted."""
+    """TTFT counts from arrival. `hit_rate` of each tier: prompt tokens found there / all prompt tokens, at admission."""
 
     requests: int
     prompt_tokens: int
@@ -48,9 +48,9 @@ class ModelReplay:
 
 
 def replay_with_model(engine: Engine, trace: Trace, requests: int, slowdown: float, clock: Clock) -> ModelReplay:
-    """Runs the first requests at the times of the trace, `slowdown` times as far apart.
+    """Runs the first requests at the times of the trace, stretched by `slowdown`.
 
-    Raises `InvalidArgument` where a prompt does not fit the model or the pool, or the slowdown is not positive.
+    Raises `InvalidArgument` if a prompt does not fit the model or the pool, or if the slowdown is not positive.
     """
     if not slowdown > 0:
         raise InvalidArgument(f"slowdown is {slowdown}; it must be positive")
@@ -74,14 +74,14 @@ def replay_with_model(engine: Engine, trace: Trace, requests: int, slowdown: flo
 
 
 def prompt(request: TraceRequest, block_tokens: int, vocabulary: int) -> list[int]:
-    """Token ids: each block's own, and one that no other prompt is expected to have."""
+    """Returns token ids: those of each block, and one that is unique to the prompt."""
     token_ids = [token for block in request.hashes for token in _block(block, block_tokens, vocabulary)]
     last = random.Random(f"{request.arrival_ms} {request.hashes[-1].hex()}").randrange(_FIRST_TOKEN_ID, vocabulary)
     return [*token_ids, last]
 
 
 def describe(result: ModelReplay) -> str:
-    """What was found, in lines."""
+    """Returns the results as lines."""
     rates = ", ".join(f"{tier} {rate:.1%}" for tier, rate in result.hit_rate.items())
     moved = ", ".join(f"{bytes_up / 1e6:.1f} MB up from {tier}" for tier, bytes_up in result.bytes_up.items())
     return (
@@ -134,5 +134,5 @@ def _first_token_ms(sequence: Sequence) -> float:
 
 
 def _percentile(ordered: Items[float], share: float) -> float:
-    """The smallest value that at least this share of the values does not exceed."""
+    """Returns the smallest value that at least this share of the values does not exceed."""
     return ordered[math.ceil(share * len(ordered)) - 1]

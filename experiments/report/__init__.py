@@ -1,4 +1,4 @@
-"""`python -m experiments.report RESULTS... --out DIR`: results of experiments as one page that needs nothing else, and as PNGs.
+"""`python -m experiments.report RESULTS... --out DIR`: results of experiments as one self-contained page, and as PNGs.
 
-See docs/report.md for what it shows and for the rows that it takes.
+See docs/report.md for its content and for the rows that it takes.
 """

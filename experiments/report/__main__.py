@@ -32,7 +32,7 @@ _PAGE: Final = "report.html"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Reads, draws, writes; 0, or 2 after one line on standard error that says what is wrong with the input."""
+    """Reads, draws, writes. Returns 0, or 2 after a one-line message if the input is wrong."""
     arguments = _parser().parse_args(argv)
     try:
         results = read_results(arguments.results)

@@ -1,4 +1,4 @@
-"""Decoding with the KV here, fetched for each token, or attended to in the store: the picture of it, and its bounds."""
+"""Decoding with the KV in the worker, fetched for each token, or attended to in the store: its plot, and its bounds."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _GBIT: Final = 1.0
 
 
 def attend_costs(rows: Sequence[Row]) -> Picture:
-    """Time between tokens over the context, a panel for each model and link that rows with both ends of a line were measured on."""
+    """Draws the time between tokens over the context, a panel for each model and link with rows for both ends of a line."""
     rows = _left_whole(rows)
     panels = _panels(rows)
     figure, axes = pyplot.subplots(
@@ -50,7 +50,8 @@ def attend_costs(rows: Sequence[Row]) -> Picture:
 
 
 def crossover_tokens(fetched: Row, attended: Row) -> float:
-    """The context from which on attending beats fetching for each token, by the formula and the rows' own bytes and round trips.
+    """Returns the context from which on attending is faster than fetching for each token, by the formula and the measured bytes and
+    round trips.
 
     Both rows are of one model and one link. Fetching moves the context, attending a query and its answer for each round trip.
     """
@@ -61,7 +62,7 @@ def crossover_tokens(fetched: Row, attended: Row) -> float:
 
 
 def attend_findings(rows: Sequence[Row]) -> list[Claim]:
-    """The bounds on attention at the store, by the real model's rows."""
+    """Returns the bounds on attention at the store, by the real model's rows."""
     equal = _unequal([row for row in rows if row.tokens_equal is not None])
     rows = _left_whole(rows)
     real = [row for row in rows if row.tokens_equal is not None]
@@ -87,12 +88,12 @@ def attend_findings(rows: Sequence[Row]) -> list[Claim]:
 
 
 def _left_whole(rows: Sequence[Row]) -> list[Row]:
-    """Those whose modes differ in nothing but where the context is: here or there, all of it."""
+    """Returns rows whose modes differ only in where the whole context is."""
     return [row for row in rows if not row.resident_share]
 
 
 def _panels(rows: Sequence[Row]) -> list[tuple[str, float, float]]:
-    """For each model the link on which the most modes and contexts were measured."""
+    """Returns for each model the link with the most measured modes and contexts."""
     measured = {(row.model, row.rtt_ms, row.gbit_per_s, row.mode, row.context_tokens) for row in rows}
     counts = Counter((model, rtt_ms, gbit) for model, rtt_ms, gbit, _, _ in measured if math.isfinite(gbit))
 
@@ -130,12 +131,12 @@ def _draw(panel: Axes, rows: Sequence[Row]) -> None:
 
 
 def _is_on(row: Row, rtt_ms: float, gbit_per_s: float) -> bool:
-    """Measured on that link, or on none: what is resident or shared crosses no link."""
+    """True for rows measured on that link, or on none, because a resident or shared context crosses no link."""
     return not math.isfinite(row.gbit_per_s) or (row.rtt_ms, row.gbit_per_s) == (rtt_ms, gbit_per_s)
 
 
 def _ratio(rows: Sequence[Row], slow: str, fast: str, worst: Callable[[list[float]], float] = min) -> float | None:
-    """The worst ratio of the two modes' times among contexts that have both; None where there is none."""
+    """Returns the worst ratio of the two modes' times among contexts that have both, or None."""
     times: dict[str, dict[int, float]] = {slow: {}, fast: {}}
     for row in rows:
         if row.mode in times:

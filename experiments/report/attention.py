@@ -1,4 +1,4 @@
-"""Attention over scattered pages: how near to the memory's own speed it reads KV (experiments.attention)."""
+"""Attention over scattered pages: how close it comes to the memory's speed when reading KV (experiments.attention)."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _COLORS = {"decode": BLUE, "verify": GREEN, "prefill": VERMILLION}
 
 
 def attention_rates(rows: Sequence[Row]) -> Picture:
-    """KV read per second over context, batch 1, a panel for each model."""
+    """Draws KV read per second over context, batch 1, a panel for each model."""
     models = list(dict.fromkeys(row.model for row in rows))
     figure, panels = pyplot.subplots(1, len(models), figsize=(4.6 * len(models) + 0.6, 4.2), squeeze=False, layout="constrained")
     for panel, model in zip(panels.flat, models, strict=True):

@@ -1,4 +1,4 @@
-"""Curves of the sweep: times over bandwidth, the crossover, predictions against what happened, and the cost of decoding."""
+"""Curves of the sweep: times over bandwidth, the crossover, predictions against measurements, and the cost of decoding."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ _BAND = 0.15
 
 
 def _grid(lines: int, columns: int, *, panel_width: float) -> tuple[Any, Any]:
-    """A figure and its panels `[line, column]`, whose axes are the same for all."""
+    """Returns a figure and its panels `[line, column]`, all with the same axes."""
     return pyplot.subplots(
         lines,
         columns,
@@ -53,7 +53,7 @@ def _grid(lines: int, columns: int, *, panel_width: float) -> tuple[Any, Any]:
 
 
 def first_token_curves(cells: Sequence[FirstToken]) -> Picture:
-    """TTFT over bandwidth, a panel for each context and round trip."""
+    """Draws TTFT over bandwidth, a panel for each context and round trip."""
     hit = max(cell.hit_rate for cell in cells)
     cells = [cell for cell in cells if cell.hit_rate == hit]
     contexts = spread([cell.context_tokens for cell in cells], _PANELS_MAX)
@@ -82,7 +82,7 @@ def first_token_curves(cells: Sequence[FirstToken]) -> Picture:
 
 
 def crossover_lines(cells: Sequence[FirstToken]) -> Picture | None:
-    """Break-even bandwidth over context, a line for each round trip; None where nothing crosses."""
+    """Draws break-even bandwidth over context, a line for each round trip. Returns None if nothing crosses."""
     hit = max(cell.hit_rate for cell in cells)
     cells = [cell for cell in cells if cell.hit_rate == hit]
     figure, axes = pyplot.subplots(figsize=(7.2, 4.2), layout="constrained")
@@ -119,7 +119,7 @@ def crossover_lines(cells: Sequence[FirstToken]) -> Picture | None:
 
 
 def break_even_gbit_per_s(cells: Sequence[FirstToken]) -> float | None:
-    """Where fetch over recompute passes 1 among cells of one context and round trip, interpolated on logarithmic scales."""
+    """Returns where fetch over recompute passes 1 among cells of one context and round trip, interpolated on logarithmic scales."""
     ordered = sorted(cells, key=lambda cell: cell.gbit_per_s)
     for slow, fast in itertools.pairwise(ordered):
         if slow.penalty >= 1 > fast.penalty:
@@ -129,7 +129,7 @@ def break_even_gbit_per_s(cells: Sequence[FirstToken]) -> float | None:
 
 
 def predictions(cells: Sequence[FirstToken]) -> Picture:
-    """Predicted against measured, each choice with its mark."""
+    """Draws predicted against measured times, with a marker per choice."""
     figure, axes = pyplot.subplots(figsize=(6.2, 5.2), layout="constrained")
     times = [time for cell in cells for time in (cell.predicted_ttft_ms, cell.planner_ttft_ms)]
     ends = (min(times) * 0.8, max(times) * 1.25)
@@ -161,7 +161,7 @@ def predictions(cells: Sequence[FirstToken]) -> Picture:
 
 
 def decode_costs(rows: Sequence[Decode]) -> Picture:
-    """Inter-token time over bandwidth, a line for each place where the KV may be."""
+    """Draws the time between tokens over bandwidth, a line for each place of the KV."""
     rates = sorted({row.gbit_per_s for row in rows})
     contexts = spread([row.context_tokens for row in rows], _PANELS_MAX)
     round_trips = spread([row.rtt_ms for row in rows], _PANELS_MAX)

@@ -1,6 +1,6 @@
-"""What the sweep must show, each line judged by the rows.
+"""The bounds on the sweep, each judged by the rows.
 
-Owns: the bounds. Invariant: a bound whose rows are missing is reported as not measured, never as met.
+Owns: the bounds. Invariant: a bound without rows is reported as not measured, never as met.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ _FAULT_MAX = 1.25
 
 
 def findings(results: Results) -> list[Claim]:
-    """The bounds on planner, predictions and faults."""
+    """Returns the bounds on planner, predictions and faults."""
     cells = results.first_tokens
     collapses = [fault.over_recompute for fault in results.faults]
     return [
@@ -45,7 +45,7 @@ def findings(results: Results) -> list[Claim]:
 
 
 def summary(results: Results) -> list[str]:
-    """Sentences on what was measured."""
+    """Returns sentences on what was measured."""
     cells = results.first_tokens
     if not cells:
         return []

@@ -1,4 +1,4 @@
-"""HBM against the network: for real GPUs and links from their data sheets, and for the machine that was measured."""
+"""HBM compared with the network: real GPUs and links by their data sheets, and the measured machine."""
 
 from __future__ import annotations
 
@@ -23,21 +23,21 @@ _HIT: Final = 0.9
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """What the bandwidth experiment found here, in GB/s."""
+    """The results of the bandwidth experiment, in GB/s."""
 
     memory_gb_per_s: float
     store_gb_per_s: float
 
 
 def measured(rows: Sequence[dict[str, Any]]) -> Measured | None:
-    """The best memcpy and the best read over tcp among bandwidth rows; None where either is missing."""
+    """Returns the best memcpy and the best read over tcp among bandwidth rows, or None if either is missing."""
     memory = max((row["gb_per_s"] for row in rows if row["transport"] == "memcpy"), default=None)
     store = max((row["gb_per_s"] for row in rows if (row["transport"], row["op"]) == ("tcp", "read")), default=None)
     return Measured(memory, store) if memory is not None and store is not None else None
 
 
 def hierarchy(here: Measured | None) -> Picture:
-    """Bandwidths of memories and links on one logarithmic axis."""
+    """Draws bandwidths of memories and links on one logarithmic axis."""
     bars = [(f"{gpu.name.upper()} HBM" if gpu.name != "l40s" else "L40S GDDR6", gpu.hbm_gb_per_s, BLUE) for gpu in GPUS.values()]
     bars = [bar for bar in bars if not bar[0].startswith(("A800", "H800"))]
     bars += [(f"link {name}", PROFILES[name].down_gb_per_s, ORANGE) for name in _LINKS]
@@ -47,7 +47,7 @@ def hierarchy(here: Measured | None) -> Picture:
     bars.sort(key=lambda bar: bar[1])
     figure, axes = pyplot.subplots(figsize=(8.2, 0.29 * len(bars) + 0.9), layout="constrained")
     names, speeds, colors = zip(*bars, strict=True)
-    # Points, not bars: a logarithmic axis has no zero for a bar to begin at.
+    # Points, not bars, because a logarithmic axis has no zero.
     axes.hlines(range(len(bars)), min(speeds) / 3, speeds, color="#cccccc", linewidth=1)
     axes.scatter(speeds, names, color=colors, s=42, zorder=3)
     axes.set_xscale("log")
@@ -68,7 +68,7 @@ def hierarchy(here: Measured | None) -> Picture:
 
 
 def ratios(here: Measured | None) -> Table:
-    """How many times as fast as each link a GPU reads its memory."""
+    """Returns how many times faster than each link a GPU reads its memory."""
     lines = [
         (
             f"{gpu.name.upper()}, {gpu.hbm_gb_per_s:,.0f} GB/s",
@@ -90,7 +90,7 @@ def ratios(here: Measured | None) -> Table:
 
 
 def real_machines() -> Table:
-    """Fetching against recomputing for real models, GPUs and links, from `attnstore plan`."""
+    """Compares fetching with recomputing for real models, GPUs and links, from `attnstore plan`."""
     lines = []
     for model, gpu, gpus in _MODELS:
         plans = [

@@ -1,4 +1,4 @@
-"""The page: pictures and tables in one HTML file that asks the network for nothing and runs no script.
+"""The page: plots and tables in one HTML file that loads nothing from the network and runs no script.
 
 Owns: the HTML and its style. Invariant: everything shown is in the file; text from results is escaped.
 """
@@ -38,7 +38,7 @@ footer { color: #666; font-size: .85rem; margin-top: 3rem; border-top: 1px solid
 def page(
     runs: Sequence[Run], sentences: Sequence[str], claims: Sequence[Claim], pictures: Sequence[Picture], tables: Sequence[Table]
 ) -> str:
-    """The whole file."""
+    """Returns the whole file."""
     parts = [
         '<!doctype html><html lang="en"><head><meta charset="utf-8">',
         '<meta name="viewport" content="width=device-width, initial-scale=1"><link rel="icon" href="data:,">',

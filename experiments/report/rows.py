@@ -1,7 +1,7 @@
-"""The rows that experiments write and the report reads: one type for each kind, told apart by the fields they have.
+"""The rows that experiments write and the report reads: one type per kind, recognised by its fields.
 
-Owns: the fields of penalty rows (docs/report.md), `Results` and `read_results`. Invariant: a row that is not understood, or holds
-what no measurement can give, stops the report with its file and number; nothing is left out in silence.
+Owns: the fields of penalty rows (docs/report.md), `Results` and `read_results`. Invariant: a row that is not understood, or has
+impossible values, stops the report with its file and number; no row is left out silently.
 """
 
 from __future__ import annotations
@@ -23,13 +23,14 @@ from experiments.replay.hash_only import Replay
 
 BANDWIDTH_FIELDS: Final = {"transport", "op", "page_bytes", "batch", "gb_per_s", "p50_us", "p99_us", "cpu_s_per_gb"}
 RESIDENCES: Final = ("resident", "prefetched", "attended", "fetched")
-"""Where the KV of a decoding sequence is: in the worker's memory; brought there ahead of each step; in the node, which answers the
-queries; in the node, read anew for each step."""
+"""The place of the KV of a decoding sequence: in the worker's memory; fetched before each step; in the node, which answers the
+queries; in the node, read again for each step.
+"""
 
 
 @dataclass(frozen=True, slots=True)
 class FirstToken:
-    """One cell of the sweep, medians of its rounds. `choice` and `predicted_ttft_ms` are what the planner said beforehand."""
+    """One cell of the sweep, medians of its rounds. `choice` and `predicted_ttft_ms` are the planner's prediction."""
 
     rtt_ms: float
     gbit_per_s: float
@@ -48,23 +49,23 @@ class FirstToken:
 
     @property
     def better_ms(self) -> float:
-        """The better of the two simple ways."""
+        """The faster of the two simple ways."""
         return min(self.recompute_ttft_ms, self.fetch_ttft_ms)
 
     @property
     def over_better(self) -> float:
-        """The planner over the better simple way; below 1 it beats both."""
+        """The planner over the faster simple way; below 1 it is faster than both."""
         return self.planner_ttft_ms / self.better_ms
 
     @property
     def error(self) -> float:
-        """How far off the prediction was, as a share of what happened."""
+        """The error of the prediction, relative to the measured time."""
         return abs(self.predicted_ttft_ms - self.planner_ttft_ms) / self.planner_ttft_ms
 
 
 @dataclass(frozen=True, slots=True)
 class Decode:
-    """Time between two tokens of one sequence, by where its KV is (`RESIDENCES`)."""
+    """Time between two tokens of one sequence, by the place of its KV (`RESIDENCES`)."""
 
     rtt_ms: float
     gbit_per_s: float
@@ -75,7 +76,7 @@ class Decode:
 
 @dataclass(frozen=True, slots=True)
 class Fault:
-    """A link that failed in the middle of a fetch, the planner's first token all the same, and what recomputing takes."""
+    """A link that failed during a fetch: the planner's time to the first token, and the time of recomputing."""
 
     fault: str
     rtt_ms: float
@@ -92,7 +93,7 @@ class Fault:
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """Where a file's rows were measured."""
+    """Where the rows of a file were measured."""
 
     machine: str
     seed: int
@@ -113,13 +114,13 @@ class Results:
 
     @property
     def is_empty(self) -> bool:
-        """There is nothing to draw."""
+        """True if there is nothing to draw."""
         drawn = (self.first_tokens, self.decodes, self.faults, self.bandwidth, self.attention, self.replays, self.attends)
         return not any(drawn)
 
 
 def read_results(paths: Iterable[Path]) -> Results:
-    """All files as one. Each holds JSON lines, or one JSON list. Raises `InvalidArgument` naming file and row, or `OSError`."""
+    """Merges all files. Each contains JSON lines, or one JSON list. Raises `InvalidArgument` naming file and row, or `OSError`."""
     results = Results()
     for path in paths:
         for number, row in enumerate(_rows(path), 1):
@@ -173,7 +174,7 @@ T = TypeVar("T")
 
 
 def _made(kind: type[T], row: dict[str, Any]) -> T:
-    """The row as that type, its numbers checked: every one finite and positive, except for what may be nothing."""
+    """Returns the row as that type, with its numbers checked: every one finite and positive, except those that may be None."""
     values = {}
     for each in fields(kind):  # type: ignore[arg-type]
         if each.name not in row:
@@ -188,7 +189,7 @@ def _made(kind: type[T], row: dict[str, Any]) -> T:
 
 
 def _attend_row(row: dict[str, Any]) -> AttendRow:
-    """A row of `experiments.attend`, where a link that nothing limits has no figure and several others may be missing too."""
+    """Returns a row of `experiments.attend`, where an unlimited link has no rate and several other figures may be missing."""
     values = {each.name: row.get(each.name) for each in fields(AttendRow)}
     if values["mode"] not in MODES:
         raise ValueError(f"mode is {values['mode']!r}; known are {', '.join(MODES)}")
@@ -203,7 +204,7 @@ def _attend_row(row: dict[str, Any]) -> AttendRow:
 
 
 def _medians(rows: Sequence[T], key: tuple[str, ...]) -> list[T]:
-    """One row for each cell: the median of each of its times, in order of the cells; the commonest of what is not a number."""
+    """Returns one row per cell: the median of each time, in order of the cells, and the most frequent of other values."""
     groups: dict[tuple[Any, ...], list[T]] = defaultdict(list)
     for row in rows:
         groups[tuple(getattr(row, name) for name in key)].append(row)

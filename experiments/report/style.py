@@ -1,7 +1,7 @@
-"""How every figure looks: colours that colour-blind readers tell apart, axes that say their units.
+"""The style of every figure: colours that colour-blind readers can distinguish, axes with units.
 
-Owns: the palette (Okabe and Ito, 2008), the fonts, and the way a figure becomes a file. Invariant: nothing is told by colour alone;
-marks differ or are labelled where they are.
+Owns: the palette (Okabe and Ito, 2008), the fonts, and the conversion of a figure to a file. Invariant: colour alone never carries
+information; markers differ, or lines are labelled.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ pyplot.rcParams.update(
         "lines.markersize": 5,
         "legend.frameon": False,
         "svg.fonttype": "path",
-        # The same figure is the same file, so that a committed report changes only where its figures do.
+        # Equal figures give equal files, so that a committed report changes only where its figures do.
         "svg.hashsalt": "attnstore",
     }
 )
@@ -45,7 +45,7 @@ pyplot.rcParams.update(
 
 @dataclass(frozen=True, slots=True)
 class Picture:
-    """One figure of the report. `name` is its file's stem; `caption` says what to see."""
+    """One figure of the report. `name` is the stem of its file; `caption` says what it shows."""
 
     name: str
     title: str
@@ -54,17 +54,17 @@ class Picture:
 
 
 def rate(gbit_per_s: float) -> str:
-    """`10 Gb/s`, `250 Mb/s`."""
+    """Returns `10 Gb/s`, `250 Mb/s`."""
     return f"{gbit_per_s:g} Gb/s" if gbit_per_s >= 1 else f"{gbit_per_s * 1000:g} Mb/s"
 
 
 def duration(milliseconds: float) -> str:
-    """Three digits at most: `1.2 s`, `340 ms`."""
+    """Returns at most three digits: `1.2 s`, `340 ms`."""
     return f"{milliseconds / 1000:.3g} s" if milliseconds >= 1000 else f"{milliseconds:.3g} ms"
 
 
 def log_rates(axes: Axes, gbit_per_s: list[float]) -> None:
-    """A logarithmic axis of bandwidths with a tick at each that was measured."""
+    """Makes a logarithmic axis of bandwidths with a tick at each measured one."""
     axes.set_xscale("log")
     axes.set_xticks(gbit_per_s, [rate(each) for each in gbit_per_s])
     axes.xaxis.set_minor_locator(NullLocator())
@@ -72,25 +72,25 @@ def log_rates(axes: Axes, gbit_per_s: list[float]) -> None:
 
 
 def log_times(axes: Axes, label: str) -> None:
-    """A logarithmic axis of times in milliseconds."""
+    """Makes a logarithmic axis of times in milliseconds."""
     axes.set_yscale("log")
     spell(axes.yaxis, duration)
     axes.set_ylabel(label)
 
 
 def spell(axis: Axis, words: Callable[[float], str]) -> None:
-    """Labels of a logarithmic axis in words; between powers of ten only where there are few powers."""
+    """Labels a logarithmic axis in words; between powers of ten only if there are few powers."""
     axis.set_major_formatter(_Spelled(words, labelOnlyBase=False, minor_thresholds=(1.5, 0.5)))
     axis.set_minor_formatter(_Spelled(words, labelOnlyBase=False, minor_thresholds=(1.5, 0.5)))
 
 
 class _Spelled(LogFormatter):
-    """Says what `LogFormatter` says, where it says anything, in other words."""
+    """Replaces the labels of `LogFormatter`, where it has any, by words."""
 
     def __init__(self, words: Callable[[float], str], **options: Any) -> None:
         super().__init__(**options)
         self._words = words
 
     def __call__(self, x: float, pos: int | None = None) -> str:
-        # Ticks are computed as powers of ten and are off by a rounding.
+        # Ticks are computed as powers of ten and have rounding errors.
         return self._words(float(f"{x:.3g}")) if super().__call__(x, pos) else ""

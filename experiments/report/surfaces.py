@@ -1,4 +1,4 @@
-"""Penalty surfaces: over bandwidth and round trip, what fetching costs against recomputing, and what the planner makes of it."""
+"""Penalty surfaces over bandwidth and round trip: fetching against recomputing, and the result of the planner."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from experiments.report.style import Picture, rate
 
 _PANELS_MAX = 4
 _RATIO_SHOWN_MAX = 16.0
-"""Colours end there; the numbers in the cells go on."""
+"""The colour scale ends there; the numbers in the cells do not."""
 _DARK = 0.55
 
 
 def penalty_surface(cells: Sequence[FirstToken]) -> Picture:
-    """Fetch over recompute, at the highest hit rate that was measured."""
+    """Draws fetch over recompute, at the highest measured hit rate."""
     hit = max(cell.hit_rate for cell in cells)
     figure = _figure(
         [cell for cell in cells if cell.hit_rate == hit], lambda cell: cell.penalty, "fetch TTFT / recompute TTFT", border=True
@@ -35,7 +35,7 @@ def penalty_surface(cells: Sequence[FirstToken]) -> Picture:
 
 
 def planner_surface(cells: Sequence[FirstToken]) -> Picture:
-    """Planner over the better of the two simple ways."""
+    """Draws the planner over the faster of the two simple ways."""
     hit = max(cell.hit_rate for cell in cells)
     chosen = [cell for cell in cells if cell.hit_rate == hit]
     figure = _figure(chosen, lambda cell: cell.over_better, "planner TTFT / better of the two", border=False)
@@ -49,7 +49,7 @@ def planner_surface(cells: Sequence[FirstToken]) -> Picture:
 
 
 def spread(values: Sequence[float], count: int) -> list[float]:
-    """At most `count` of the sorted distinct values, evenly spread, both ends among them."""
+    """Returns at most `count` of the sorted distinct values, evenly spread, including both ends."""
     distinct = sorted(set(values))
     if len(distinct) <= count:
         return distinct
@@ -105,7 +105,7 @@ def _draw(panel: Axes, grid: np.ndarray, norm: LogNorm) -> AxesImage:
 
 
 def _crossover(panel: Axes, grid: np.ndarray) -> None:
-    """A line between neighbours of which one fetches faster and the other does not."""
+    """Draws a line between neighbours of which one fetches faster and the other does not."""
     faster = grid < 1
     known = ~np.isnan(grid)
     for line, column in np.ndindex(grid.shape):

@@ -20,7 +20,7 @@ class Table:
 
 
 def faults(rows: Sequence[Fault]) -> Table:
-    """What a link that fails in the middle of a fetch costs."""
+    """Returns the cost of a link that fails during a fetch."""
     return Table(
         "A link that fails in the middle of a fetch",
         "The planner notices, gives the fetch up and computes; the last column is that time over computing everything at once.",

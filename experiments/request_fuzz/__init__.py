@@ -1,8 +1,8 @@
-"""Requests that get everything wrong, for a worker's HTTP endpoint.
+"""Invalid requests of all kinds for a worker's HTTP endpoint.
 
     python -m experiments.request_fuzz [--requests N] [--seed N]
 
 Owns: `generator` (the requests, from a seed) and `run` (a worker on a tiny random model that answers them). Every answer must say
-what is wrong in one line, no answer may be a 5xx, the worker may print no traceback, and a right request beside each batch must be
-answered as it was before.
+in one line what is wrong, no answer may be a 5xx, the worker may print no traceback, and a valid request beside each batch must be
+answered as before.
 """

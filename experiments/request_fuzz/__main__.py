@@ -1,4 +1,4 @@
-"""Ten thousand wrong requests, unless told otherwise; the exit status is 1 where one was not answered as it should be."""
+"""Ten thousand invalid requests by default; the exit status is 1 if one was not answered correctly."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from experiments.request_fuzz.run import fuzz, report
 
 
 def main() -> int:
-    """The command."""
+    """Runs the command."""
     parser = CommandParser("python -m experiments.request_fuzz", description="Wrong requests to a worker's endpoint.")
     parser.add_argument("--requests", type=COUNT, default=10_000, metavar="N", help="how many (default 10000)")
     parser.add_argument("--seed", type=SEED, default=0, metavar="N", help="of the requests (default 0)")

@@ -1,7 +1,7 @@
-"""Requests made wrong in many ways, from a seed.
+"""Requests made invalid in many ways, from a seed.
 
-Owns: `requests`. Invariant: the same seed gives the same requests. A request whose body the server will wait for in vain says so,
-because it alone may go without an answer.
+Owns: `requests`. Invariant: the same seed gives the same requests. A request with an incomplete body is marked as such, because
+only it may remain unanswered.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ _DEPTHS: Final = (50, 190, 250, 100_000)
 
 @dataclass(frozen=True, slots=True)
 class FuzzedRequest:
-    """One request as it goes over the wire. `complete`: the server has all that the head announces."""
+    """One request as it is sent. `complete`: the server gets everything that the head announces."""
 
     path: str
     body: bytes
@@ -86,7 +86,7 @@ class FuzzedRequest:
     complete: bool = True
 
     def wire(self) -> bytes:
-        """The bytes of it."""
+        """Its bytes."""
         length = ("transfer-encoding", "chunked") if self.chunked else ("content-length", self.length or str(len(self.body)))
         lines = [f"{self.method} {self.path} HTTP/1.1", "host: x", "connection: close"]
         lines += [f"{name}: {value}" for name, value in (*self.headers, length)]
@@ -94,7 +94,7 @@ class FuzzedRequest:
 
 
 def requests(seed: int, count: int, model: str) -> Iterator[FuzzedRequest]:
-    """`count` requests for a worker that serves `model`; about one of ten is right."""
+    """Yields `count` requests for a worker that serves `model`; about one of ten is valid."""
     source = random.Random(seed)
     for _ in range(count):
         request = FuzzedRequest(source.choice((CHAT, COMPLETIONS)), b"")
@@ -118,7 +118,7 @@ def _right_body(source: random.Random, path: str, model: str) -> dict[str, Any]:
 
 
 def _places(value: Any) -> Iterator[tuple[Any, Any]]:
-    """Each container in it with each of its keys or indices."""
+    """Yields each container in it with each of its keys or indices."""
     if isinstance(value, dict | list):
         for key, each in list(value.items() if isinstance(value, dict) else enumerate(value)):
             yield value, key
@@ -171,7 +171,7 @@ def _json(source: random.Random, body: dict[str, Any]) -> bytes:
 
 
 def _damage(source: random.Random, request: FuzzedRequest) -> FuzzedRequest:
-    """Bytes changed, lost or put in."""
+    """Changes, removes or inserts bytes."""
     body = bytearray(request.body)
     for _ in range(source.randint(1, 4)):
         at = source.randrange(len(body) + 1)
@@ -186,7 +186,7 @@ def _nest(source: random.Random, request: FuzzedRequest) -> FuzzedRequest:
 
 
 def _swell(source: random.Random, request: FuzzedRequest) -> FuzzedRequest:
-    """Megabytes of one kind, right but for the last one."""
+    """Returns megabytes of one kind, valid except for the last element."""
     tail = source.choice((b"1", b'"x"', b"null", b"[1]", b'{"role":"user","content":"x"}', b"1e5"))
     part, count = source.choice(
         ((b"1,", 500_000), (b'"x",', 200_000), (b"[1],", 200_000), (b'{"role":"user","content":"x"},', 30_000))

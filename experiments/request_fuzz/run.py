@@ -1,6 +1,6 @@
-"""A worker in a process of its own, and what it answers to wrong requests beside right ones.
+"""A worker in a process of its own, and its answers to invalid requests beside valid ones.
 
-Owns: the rules for an answer, and the count of what was answered.
+Owns: the rules for an answer, and the counts of answers.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _SHOWN_BYTES: Final = 300
 
 @dataclass(slots=True)
 class Outcome:
-    """What was answered: how often each status (0: the connection ended without one), and what should not have been."""
+    """The results: how often each status was returned (0: the connection ended without an answer), and the faults."""
 
     statuses: Counter[int] = field(default_factory=Counter)
     right_answers: int = 0
@@ -36,7 +36,7 @@ class Outcome:
 
 
 def fuzz(model: Path, *, seed: int, count: int) -> Outcome:
-    """Asks a worker on `model` `count` wrong requests, and a right one beside each batch of them."""
+    """Sends a worker on `model` `count` invalid requests, and a valid one beside each batch of them."""
     outcome = Outcome()
     with WorkerProcess.serving(model) as worker, ThreadPoolExecutor(_CALLERS + 1) as callers:
         url = worker.url
@@ -60,7 +60,7 @@ def fuzz(model: Path, *, seed: int, count: int) -> Outcome:
 
 
 def ask(url: str, request: FuzzedRequest) -> tuple[int, bytes]:
-    """Status and body of the answer; status 0 where the connection ended without one."""
+    """Returns status and body of the answer; status 0 if the connection ended without one."""
     host, port = url.removeprefix("http://").split(":")
     with socket.create_connection((host, int(port)), _ANSWER_S_MAX) as connection:
         try:
@@ -75,7 +75,7 @@ def ask(url: str, request: FuzzedRequest) -> tuple[int, bytes]:
 
 
 def judge(request: FuzzedRequest, status: int, body: bytes) -> str | None:
-    """What is wrong with an answer."""
+    """Returns the faults of an answer."""
     if status == 0:
         return "no answer" if request.complete else None
     if status == 200:
@@ -94,7 +94,7 @@ def _right(url: str, model: str) -> str:
 
 
 def report(outcome: Outcome) -> Sequence[str]:
-    """The outcome in lines."""
+    """Returns the outcome in lines."""
     statuses = ", ".join(f"{count} x {status or 'no answer'}" for status, count in sorted(outcome.statuses.items()))
     total = sum(outcome.statuses.values())
     return [

@@ -33,7 +33,7 @@ _SPARE_TOKENS: Final = 16
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs, prints and writes; 0, or 2 after one line on standard error that says what is wrong."""
+    """Runs, prints and writes. Returns 0, or 2 after an error message of one line on standard error."""
     arguments = _parser().parse_args(argv)
     with tempfile.NamedTemporaryFile("w+", prefix="attnstore-throughput-", suffix=".log") as log:
         try:

@@ -1,4 +1,4 @@
-"""Both sides in turns: which processes run, and what their answers mean together.
+"""Both sides in turns: their processes, and the comparison of their answers.
 
 Owns: the children of a run and `Comparison`. Invariant: at most one side works at a time, and both work on the same cases.
 """
@@ -24,12 +24,12 @@ _START_S_MAX: Final = 300.0
 """vLLM compiles its graphs when it starts."""
 _CASE_S_MAX: Final = 300.0
 _PAUSE_S: Final = 0.5
-"""Before each turn: the threads of the side that has just worked spin on for up to 0.2 s, on the cores of the other."""
+"""Pause before each turn, because the threads of the side that has just worked spin for up to 0.2 s on the cores of the other."""
 
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """Medians over the repetitions of a case. `theirs` is None where only this worker ran."""
+    """Medians over the repetitions of a case. `theirs` is None if only this worker ran."""
 
     batch: int
     prompt_tokens: int
@@ -50,9 +50,9 @@ class Comparison:
 
 
 def compare(start: Start, cases: Sequence[Case], repeats: int, vllm_python: Path | None, log: IO[str]) -> list[Comparison]:
-    """Runs each case `repeats` times on each side, in turns, after one unmeasured time. What the engines print goes to `log`.
+    """Runs each case `repeats` times on each side, in turns, after one unmeasured time. The engines' output goes to `log`.
 
-    Raises `ChildEnded` where a side cannot start or breaks; the log says why.
+    Raises `ChildEnded` if a side does not start or breaks; the log says why.
     """
     argument = json.dumps(asdict(start))
     with ExitStack() as stack:
@@ -68,14 +68,14 @@ def compare(start: Start, cases: Sequence[Case], repeats: int, vllm_python: Path
 
 
 def vllm_environment(environment: Mapping[str, str], threads: int) -> dict[str, str]:
-    """What vLLM on a CPU needs, with its engine in the process that steps it."""
+    """The environment of vLLM on a CPU, with its engine in the process that steps it."""
     return {**session.environment(environment, threads), "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
 
 
 def _compared(children: Sequence[Child], case: Case, repeats: int) -> Comparison:
     speeds: list[list[Speed]] = [[] for _ in children]
     for repeat in range(repeats + 1):
-        # Other prompts each time, so that no side finds them again.
+        # New prompts each time, so that no side has them cached.
         line = json.dumps(asdict(Case(case.batch, case.prompt_tokens, case.new_tokens, case.seed + repeat)))
         for child, side in zip(children, speeds, strict=True):
             time.sleep(_PAUSE_S)

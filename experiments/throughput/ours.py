@@ -17,7 +17,7 @@ from experiments.throughput.side import Start, serve
 
 
 class OurGenerator:
-    """The engine as it is, with its default options."""
+    """The engine with its default options."""
 
     def __init__(self, start: Start) -> None:
         torch.set_num_threads(start.threads)

@@ -1,6 +1,6 @@
-"""One side of the comparison: a process that is told cases on standard input and answers with figures.
+"""One side of the comparison: a process that receives cases on standard input and answers with figures.
 
-Owns: `Start`, `Case`, `Speed`, the way both sides are timed, and the loop of such a process. Standard library only, because it also
+Owns: `Start`, `Case`, `Speed`, the timing of both sides, and the loop of such a process. Standard library only, because it also
 runs under the interpreter that has vLLM.
 """
 
@@ -17,12 +17,12 @@ from typing import Protocol
 
 _FIRST_TOKEN_ID = 3
 _VOCABULARY = 49_000
-"""Random prompts draw from these ids, which SmolLM2 and most others have."""
+"""Random prompts draw from these ids, which SmolLM2 and most other models have."""
 
 
 @dataclass(frozen=True, slots=True)
 class Start:
-    """What a side is started with: a Hugging Face folder, `fp32` or `bf16`, threads, and the longest sequence to come."""
+    """The start parameters of a side: a Hugging Face folder, `fp32` or `bf16`, threads, and the longest sequence to come."""
 
     model: str
     dtype: str
@@ -40,28 +40,28 @@ class Case:
     seed: int
 
     def prompts(self) -> list[list[int]]:
-        """The same on both sides; no two cases of different seeds share a block."""
+        """Returns the same prompts on both sides; no two cases of different seeds share a block."""
         generator = random.Random(f"{self.seed} {self.batch} {self.prompt_tokens}")
         return [[generator.randrange(_FIRST_TOKEN_ID, _VOCABULARY) for _ in range(self.prompt_tokens)] for _ in range(self.batch)]
 
 
 @dataclass(frozen=True, slots=True)
 class Speed:
-    """Prefill: prompt tokens / time until every sequence has its first token. Decode: tokens after that / the time they took."""
+    """Prefill: prompt tokens / time until every sequence has its first token. Decode: later tokens / the time they took."""
 
     prefill_tokens_per_s: float
     decode_tokens_per_s: float
 
 
 class Generator(Protocol):
-    """An engine that is stepped."""
+    """The interface of an engine that runs in steps."""
 
     def submit(self, prompts: Sequence[list[int]], new_tokens: int) -> None:
         """Queues prompts, each to be continued greedily by exactly `new_tokens`."""
         ...
 
     def step(self) -> Sequence[int]:
-        """Runs one step; how many tokens each prompt has been continued by, in the order of submission."""
+        """Runs one step. Returns by how many tokens each prompt has been continued, in the order of submission."""
         ...
 
 
@@ -84,7 +84,7 @@ def timed(generator: Generator, case: Case) -> Speed:
 
 
 def serve(create: Callable[[Start], Generator]) -> None:
-    """Says `ready` and answers cases until standard input ends. What the engine prints goes to standard error."""
+    """Prints `ready` and answers cases until standard input ends. The engine's output goes to standard error."""
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)
     generator = create(Start(**json.loads(sys.argv[1])))

@@ -13,7 +13,9 @@ _DTYPES = {"bf16": "bfloat16", "fp32": "float32"}
 
 
 class VllmGenerator:
-    """vLLM's offline engine with its defaults, stepped in this process. No prompt here could use its prefix cache: it is off."""
+    """vLLM's offline engine with its defaults, stepped in this process. Its prefix cache is off, because no prompt here could use
+    it.
+    """
 
     def __init__(self, start: Start) -> None:
         llm = LLM(start.model, dtype=_DTYPES[start.dtype], max_model_len=start.tokens_max, enable_prefix_caching=False)

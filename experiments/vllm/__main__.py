@@ -42,7 +42,7 @@ _QUICK: Final = (System("tcp"), System("tcp", "100m@50ms"))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Measures, prints and writes; 0 when all tokens are those of vLLM alone, 2 after a line that says what is wrong."""
+    """Measures, prints and writes. Returns 0 if all tokens equal those of vLLM alone, 2 after a line that says what is wrong."""
     arguments = _parser().parse_args(argv)
     console = Console(stderr=True)
     rows: list[Row] = []

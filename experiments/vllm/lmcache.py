@@ -1,7 +1,7 @@
-"""LMCache beside vLLM: its server as it runs on a CPU, and what tells vLLM to use it.
+"""LMCache beside vLLM: its server on a CPU, and vLLM's configuration for it.
 
-Owns: the server's process. Written against LMCache 0.5.6, whose connector inside vLLM's own process has no path for CPUs; its
-server serves them where it is told to let the engine do the transfers.
+Owns: the server's process. Written against LMCache 0.5.6: its connector inside vLLM's own process does not support CPUs, but its
+server does if it lets the engine do the transfers.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ _START_S_MAX: Final = 120.0
 
 @contextmanager
 def lmcache_server(python: Path, log: IO[str]) -> Iterator[dict[str, Any]]:
-    """A server of LMCache in the environment of `python`, while the block runs; gives vLLM's `kv_transfer_config` for it.
+    """Runs a server of LMCache in the environment of `python` for the block. Yields vLLM's `kv_transfer_config` for it.
 
-    Raises `ChildEnded` where it does not start.
+    Raises `ChildEnded` if it does not start.
     """
     port, http_port = free_port(), free_port()
     options = {
@@ -39,7 +39,7 @@ def lmcache_server(python: Path, log: IO[str]) -> Iterator[dict[str, Any]]:
     command += [str(word) for option in options.items() for word in option]
     process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
     try:
-        # It answers HTTP last.
+        # HTTP is the last service that it starts.
         if not listens(process, http_port, _START_S_MAX):
             raise ChildEnded(" ".join(command))
         yield {

@@ -1,4 +1,4 @@
-"""One run: a node that has the documents, and each engine in its turn, alone or on the node over some transport and link.
+"""One run: a node that has the documents, and each engine in turn, alone or on the node over a transport and link.
 
 Owns: the node, the links and the sessions of a run, and `Row`. Invariants: at most one engine works at a time; every engine's
 tokens are compared with those of vLLM alone.
@@ -32,13 +32,13 @@ _BATCH_S_MAX: Final = 300.0
 _SETTLED_S: Final = 0.3
 _SETTLE_S_MAX: Final = 60.0
 _LMCACHE_SETTLE_S: Final = 1.0
-"""It does not say when all is written."""
+"""vLLM does not report when everything is written."""
 _CAPACITY: Final = "4GiB"
 
 
 @dataclass(frozen=True, slots=True)
 class System:
-    """vLLM on a node behind `link` (text for `parse_link`), or, where `transport` is None, alone or on a `peer`."""
+    """vLLM on a node behind `link` (text for `parse_link`), or, if `transport` is None, alone or on a `peer`."""
 
     transport: str | None = None
     link: str = "loopback"
@@ -46,7 +46,7 @@ class System:
 
     @property
     def name(self) -> str:
-        """For people and salts."""
+        """Its name in output and salts."""
         return f"attnstore {self.transport} {self.link}" if self.transport else self.peer or "vllm"
 
     @property
@@ -57,9 +57,10 @@ class System:
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One system and workload. `ttft_ms`: median, `over_alone`: over that of vLLM alone; `tokens_per_s`: new tokens, all time.
+    """One system and workload. `ttft_ms`: median; `over_alone`: relative to vLLM alone; `tokens_per_s`: new tokens over the whole
+    time.
 
-    `bytes_read` is None where only the peer knows.
+    `bytes_read` is None if only the peer knows it.
     """
 
     system: str
@@ -79,7 +80,7 @@ class Row:
 
 
 class Engine:
-    """A session's process, asked from here. Raises `ChildEnded` where it breaks or takes too long."""
+    """A session's process. Raises `ChildEnded` if it breaks or takes too long."""
 
     def __init__(self, python: Path, start: Start, threads: int, log: IO[str]) -> None:
         command = [str(python), "-m", "experiments.vllm.session", json.dumps(asdict(start))]
@@ -102,7 +103,7 @@ class Engine:
 
 
 class Run:
-    """Measures systems one after the other on one node. `report` is told what begins; what vLLM prints goes to `log`."""
+    """Measures systems one after the other on one node. `report` is called with each start; vLLM's output goes to `log`."""
 
     def __init__(self, python: Path, start: Start, threads: int, log: IO[str], report: Callable[[str], None]) -> None:
         self._python = python
@@ -112,7 +113,9 @@ class Run:
         self._report = report
 
     def measure(self, systems: Sequence[System], workloads: Sequence[Workload], lmcache_python: Path | None) -> Iterator[Row]:
-        """Rows, first those of vLLM alone. LMCache's follow where there is an interpreter that has it. Raises `ChildEnded`."""
+        """Yields rows, first those of vLLM alone, last those of LMCache if there is an interpreter that has it. Raises
+        `ChildEnded`.
+        """
         with StoreProcess("--capacity", _CAPACITY) as node, attnstore.connect(node.url, transport="grpc") as client:
             self._report("vllm alone")
             with self._engine(None) as engine:
@@ -144,7 +147,7 @@ class Run:
         ):
 
             def ask(batch: Batch) -> Answers:
-                _settle(client)  # what the last turn wrote is there: users take longer than that to think
+                _settle(client)  # waits until the last turn is written: users take longer than that to think
                 return engine.ask(batch)
 
             def ask_alone(batch: Batch) -> Answers:

@@ -1,6 +1,7 @@
-"""One vLLM engine in a process of its own, under the Python that has vLLM: requests in, tokens and times out, a JSON line each.
+"""One vLLM engine in a process of its own, under the Python that has vLLM: requests in, tokens and times out, one JSON line each.
 
-Owns: `Start`, `Batch` and `Answers`, what goes over the pipe, and the loop that answers. Standard library only, apart from vLLM.
+Owns: `Start`, `Batch` and `Answers`, which are sent over the pipe, and the loop that answers. Standard library only, apart from
+vLLM.
 """
 
 from __future__ import annotations
@@ -18,8 +19,8 @@ _WARM_UP = list(range(1000, 1200))
 
 @dataclass(frozen=True, slots=True)
 class Start:
-    """`model`: a Hugging Face folder, `dtype` as vLLM calls it. `connector`: vLLM's `kv_transfer_config`; None for vLLM alone.
-    `blocks`: how many vLLM's cache has; None for as many as fit.
+    """`model` is a Hugging Face folder, `dtype` vLLM's name of a type. `connector` is vLLM's `kv_transfer_config`; None for vLLM
+    alone. `blocks` is the size of vLLM's cache; None for as many as fit.
     """
 
     model: str
@@ -31,9 +32,10 @@ class Start:
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """Prompts of token ids that are asked at once, each continued greedily by exactly `new_tokens`. `salts` as vLLM's `cache_salt`.
+    """Prompts of token ids that are submitted at once, each continued greedily by exactly `new_tokens`. `salts` as vLLM's
+    `cache_salt`.
 
-    With `forget` vLLM's own prefix cache is emptied before: as if other users' prompts had gone through it.
+    With `forget`, vLLM's own prefix cache is emptied first, as if prompts of other users had replaced it.
     """
 
     prompts: list[list[int]]
@@ -44,7 +46,9 @@ class Batch:
 
 @dataclass(frozen=True, slots=True)
 class Answers:
-    """In the order of the prompts: the new tokens, and the times until the first of them; `wall_ms` until the last of all."""
+    """In the order of the prompts: the new tokens, and the times to the first of them; `wall_ms` is the time to the last token of
+    all.
+    """
 
     tokens: list[list[int]]
     ttft_ms: list[float]
@@ -52,10 +56,10 @@ class Answers:
 
 
 def environment(base: Mapping[str, str], threads: int) -> dict[str, str]:
-    """What vLLM on a CPU needs in a process: as many threads, no network, KV memory of 1 GiB.
+    """Returns the environment of vLLM on a CPU: as many threads, no network, KV memory of 1 GiB.
 
-    The cores are named, because by itself vLLM leaves one of them unused without a connector and two with one, or, where that would
-    be all, none: on two cores vLLM with any connector would be twice as fast as vLLM alone.
+    The cores are named, because by default vLLM leaves one of them unused without a connector and two with one, or none if that
+    would be all: on two cores vLLM with any connector would be twice as fast as vLLM alone.
     """
     cores = sorted(os.sched_getaffinity(0))[:threads]
     return {
@@ -69,7 +73,7 @@ def environment(base: Mapping[str, str], threads: int) -> dict[str, str]:
 
 
 def attnstore_connector(**settings: Any) -> dict[str, Any]:
-    """The `kv_transfer_config` of AttnStore's connector; `settings` are its own, `store` among them."""
+    """Returns the `kv_transfer_config` of AttnStore's connector; `settings` are its own, including `store`."""
     return {
         "kv_connector": "AttnStoreConnector",
         "kv_connector_module_path": "attnstore_worker.vllm",
@@ -120,12 +124,12 @@ class Session:
         return Answers(tokens, ttft_ms, (time.perf_counter() - began) * 1e3)
 
     def close(self) -> None:
-        """Ends the engine, which writes what waits to be written first."""
+        """Ends the engine, which writes its pending pages first."""
         self._llm.llm_engine.engine_core.shutdown()
 
 
 def main() -> None:
-    """Says `ready` and answers batches until standard input ends. What vLLM prints goes to standard error."""
+    """Prints `ready` and answers batches until standard input ends. vLLM's output goes to standard error."""
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)
     session = Session(Start(**json.loads(sys.argv[1])))

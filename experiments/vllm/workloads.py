@@ -1,7 +1,7 @@
-"""What vLLM is asked: documents that several users ask questions about, and conversations of several turns.
+"""The workloads of vLLM: documents about which several users ask questions, and conversations of several turns.
 
-Owns: the prompts, from Python's own documentation, and how a workload is played on an engine. Invariant: every engine is asked the
-same; a later turn has the answer in it that vLLM alone gave, so that all compute the same tokens.
+Owns: the prompts, from Python's own documentation, and the execution of a workload on an engine. Invariant: every engine gets the
+same requests; a later turn contains the answer of vLLM alone, so that all compute the same tokens.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ Ask = Callable[[Batch], Answers]
 
 @dataclass(slots=True)
 class Played:
-    """What a workload measured, and the tokens of every answer in order."""
+    """The measurements of a workload, and the tokens of every answer in order."""
 
     ttft_ms: list[float] = field(default_factory=list)
     wall_ms: float = 0.0
     tokens: list[list[int]] = field(default_factory=list)
 
     def add(self, answers: Answers) -> None:
-        """One batch more."""
+        """Adds a batch."""
         self.ttft_ms += answers.ttft_ms
         self.wall_ms += answers.wall_ms
         self.tokens += answers.tokens
@@ -48,31 +48,31 @@ class Workload(Protocol):
 
     name: str
     shares: bool
-    """Engines are to find pages of each other."""
+    """Whether engines find pages of each other."""
 
     def fill(self, ask: Ask) -> None:
-        """Computes what other processes have computed before."""
+        """Computes what other processes are assumed to have computed before."""
         ...
 
     def play(self, ask: Ask, known: Sequence[list[int]] | None) -> Played:
-        """Asks everything; `known` are the answers of vLLM alone, None where this is vLLM alone."""
+        """Runs all requests; `known` are the answers of vLLM alone, or None if this is vLLM alone."""
         ...
 
 
 class SharedDocuments:
-    """Each question about each document by a user of his own, one after the other."""
+    """Each question about each document comes from another user, one after the other."""
 
     name = "shared_document"
     shares = True
 
     def __init__(self, tokenize: Tokenize, documents: int, questions: int) -> None:
         text = tokenize("\n\n".join(pydoc_data.topics.topics.values())[:200_000])
-        # Every document begins at another place, so that none has a block of another.
+        # Every document begins at another offset, so that no two share a block.
         self._documents = [text[begin : begin + DOCUMENT_TOKENS] for begin in range(0, documents * 2_000, 2_000)]
         self._questions = [tokenize(question) for question in _QUESTIONS[:questions]]
 
     def fill(self, ask: Ask) -> None:
-        """One user asked about each document before."""
+        """One earlier user asked about each document."""
         for document in self._documents:
             ask(Batch([document], 1))
 
@@ -87,7 +87,7 @@ class SharedDocuments:
 
 
 class MultiTurn:
-    """Conversations that go on together, turn by turn; between turns others use the engine, so that it has forgotten them."""
+    """Conversations that progress together, turn by turn; between turns other users replace them in the engine's cache."""
 
     name = "multi_turn"
     shares = False
@@ -99,7 +99,7 @@ class MultiTurn:
         self._said = [parts[user::conversations] for user in range(conversations)]
 
     def fill(self, ask: Ask) -> None:
-        """Nothing: each turn writes what the next one reads."""
+        """No-op: each turn writes what the next one reads."""
 
     def play(self, ask: Ask, known: Sequence[list[int]] | None) -> Played:
         """See `Workload`."""

@@ -1,7 +1,7 @@
-"""The limit of grpcio: a stream of ready-made messages of the size that the store's chunks have, and nothing else.
+"""The limit of grpcio: a stream of ready-made messages with the size of the store's chunks, and nothing else.
 
 grpc.aio on uvloop on both sides, as in the store; the serializers are the identity, so no byte of a message is touched. The
-messages are those of the same pages as in every other lane, so that they come from memory as the store's do, and not from a cache.
+messages are made from the same pages as in every other lane, so that they come from memory like the store's, not from a cache.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _OPTIONS = (
 
 
 class GrpcBareLane:
-    """The client. Nothing lands in buffers: the messages that arrive are dropped."""
+    """The client. Received messages are dropped; nothing is copied into buffers."""
 
     def __init__(self, start: Start) -> None:
         self._pages = _messages_of_pages(start.shape)
@@ -46,7 +46,7 @@ class GrpcBareLane:
         await self._channel.channel_ready()
 
     def begin_pass(self) -> None:
-        """Nothing to do: nothing is kept."""
+        """No-op: nothing is kept."""
 
     def _read(self, begin: int, end: int) -> None:
         async def read() -> None:
@@ -96,7 +96,7 @@ async def serve(start: Start) -> None:
 
 
 def _messages_of_pages(shape: Shape) -> list[list[bytes]]:
-    """The messages that carry each page: full chunks and the rest."""
+    """Returns the messages that carry each page: full chunks and the rest."""
     contents = (expected(index, shape.page_bytes) for index in range(shape.pages))
     return [[page[offset : offset + CHUNK_BYTES_MAX] for offset in range(0, len(page), CHUNK_BYTES_MAX)] for page in contents]
 

@@ -1,4 +1,4 @@
-"""iperf3 where it is installed: one TCP stream of the bytes of a whole pass, in writes of a page (at most its maximum of 1 MiB).
+"""iperf3, if it is installed: one TCP stream with the bytes of a whole pass, in writes of a page (at most its maximum of 1 MiB).
 
 A stream has no requests and no slots; its one operation is the transfer, timed by iperf3 itself.
 """
@@ -17,7 +17,7 @@ _WRITE_BYTES_MAX = 1 << 20
 
 
 def stream(start: Start, verb: str, batch: int) -> Sample:
-    """One transfer of `batch` pages: a read is the server sending."""
+    """Transfers `batch` pages once; in a read the server sends."""
     address = Address.parse(start.address)
     write_bytes = min(start.page_bytes, _WRITE_BYTES_MAX)
     command = ["iperf3", "--client", address.host, "--port", str(address.port), "--json", "--length", str(write_bytes)]

@@ -16,7 +16,7 @@ class MemcpyLane:
         self.landing = {"memcpy read": self._destination}
 
     def begin_pass(self) -> None:
-        """Nothing to do."""
+        """No-op."""
 
     def _copy(self, begin: int, end: int) -> None:
         for index in range(begin, end):

