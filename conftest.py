@@ -1,6 +1,7 @@
-"""What every test shares: repeatable property tests, markers that look for what they need, a store node for the doctests.
+"""Fixtures and hooks for all tests: repeatable property tests, markers that check what the machine has, a store node for the
+doctests.
 
-Tests run in several processes at once (`make test`); one that is marked `alone` has the machine to itself.
+Tests run in several processes at once (`make test`); a test marked `alone` has the machine to itself.
 """
 
 from __future__ import annotations
@@ -22,11 +23,11 @@ from attnstore.testing.netns import ShapedLink, Switch
 from attnstore_worker.openmp import spin_briefly
 from tests.programs import why_absent
 
-# The same examples in every run: a failure is found again by running the test again.
+# The same examples in every run, so that running a failed test again repeats the failure.
 settings.register_profile("repeatable", derandomize=True, deadline=None, print_blob=True)
 settings.load_profile("repeatable")
 
-# A node that answers queries imports and compiles for seconds before it listens: tests that ask some say so.
+# A node that attends imports and compiles for seconds before it listens: tests that attend request it.
 os.environ.setdefault("ATTNSTORE_ATTEND_THREADS", "0")
 spin_briefly()
 
@@ -71,10 +72,10 @@ def _missing_ipv6() -> str | None:
 
 
 def pytest_configure() -> None:
-    """Makes the tests' environment the same everywhere.
+    """Makes the environment of the tests the same everywhere.
 
-    A run in the background of a shell begins with interrupts ignored, which some tests test. A proxy in the environment
-    is for the internet: what tests ask on loopback would go there.
+    A run in the background of a shell begins with interrupts ignored, which some tests use. A proxy in the environment would
+    intercept requests on loopback.
     """
     for name in [name for name in os.environ if name.lower().endswith("_proxy")]:
         del os.environ[name]
@@ -92,7 +93,7 @@ _MISSING = {
 
 
 def _missing(item: pytest.Item) -> str | None:
-    """What a marked test needs and the machine lacks."""
+    """Returns what a marked test needs and the machine lacks."""
     for marker, missing in _MISSING.items():
         if item.get_closest_marker(marker) is not None and (reason := missing()) is not None:
             return reason
@@ -100,8 +101,8 @@ def _missing(item: pytest.Item) -> str | None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skips tests whose machine is another, saying why. Tests that need the machine to themselves come last, when the other process
-    runs out of tests too.
+    """Skips tests that this machine cannot run, with the reason. Tests that need the machine to themselves come last, when the
+    other process also runs out of tests.
     """
     for item in items:
         if (reason := _missing(item)) is not None:
@@ -111,7 +112,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)
 def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object]:
-    """Holds a lock on this file, shared but for tests marked `alone`; outermost, so that waiting counts against no test."""
+    """Holds a lock on this file, shared unless the test is marked `alone`; outermost, so that waiting does not count as the test's
+    time.
+    """
     alone = item.get_closest_marker("alone") is not None and item.get_closest_marker("skip") is None
     with open(__file__) as lock:
         fcntl.flock(lock, fcntl.LOCK_EX if alone else fcntl.LOCK_SH)
@@ -120,7 +123,7 @@ def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object
 
 @pytest.fixture(scope="session")
 def store_url() -> Iterator[str]:
-    """A real store node of its own process, shared by the tests that only need one to be there."""
+    """A real store node in its own process, shared by the tests that need any node."""
     with StoreProcess("--capacity", "64MiB") as node:
         yield node.url
 
@@ -145,7 +148,7 @@ def certificates(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(autouse=True)
 def _store_in_doctests(request: pytest.FixtureRequest) -> None:
-    """Doctests that mention `store_url` find a running node under that name."""
+    """Runs a node under the name `store_url` for doctests that use it."""
     if isinstance(request.node, pytest.DoctestItem):
         test = request.node.dtest
         if any("store_url" in example.source for example in test.examples):

@@ -1,4 +1,4 @@
-"""Certificates of every kind of wrong, made with `cryptography`."""
+"""Invalid certificates of every kind, made with `cryptography`."""
 
 from __future__ import annotations
 
@@ -22,12 +22,14 @@ class Pair:
 
     @property
     def options(self) -> tuple[str, ...]:
-        """For `attnstore serve`."""
+        """The options for `attnstore serve`."""
         return ("--tls-cert", str(self.cert), "--tls-key", str(self.key))
 
 
 def make_pair(folder: Path, name: str, *, begins_days: float = -1, ends_days: float = 90, host: str = "localhost") -> Pair:
-    """Valid from and until so many days from now, for this name, and for 127.0.0.1 where that is `localhost`."""
+    """Makes a pair that is valid from and until that many days from now, for this name, and also for 127.0.0.1 if it is
+    `localhost`.
+    """
     key, now = ec.generate_private_key(ec.SECP256R1()), datetime.now(UTC)
     names: list[x509.GeneralName] = [x509.DNSName(host)]
     if host == "localhost":

@@ -1,4 +1,4 @@
-"""Both ends of a page channel without gRPC: the node's server in this process, and a node that says whatever a test wants."""
+"""Both ends of a page channel without gRPC: the node's server in this process, and a scripted node."""
 
 from __future__ import annotations
 
@@ -33,10 +33,10 @@ from attnstore.wire.page_channel import VERSION, Frame, Kind, decode_refusal, en
 from tests.samples import Batch, eventually
 
 WIDE = PageLayout(layers=8, kv_heads=8, head_dim=128, block_tokens=16, dtype=DType.BF16)
-"""512 KiB a page: more than a small socket buffer holds."""
+"""512 KiB per page: more than a small socket buffer holds."""
 
 PATIENCE_MS = 20_000.0
-"""How long a test waits for what must happen."""
+"""How long a test waits for an event that must happen."""
 
 
 class ChannelNode:
@@ -64,7 +64,7 @@ class ChannelNode:
         self.store.register(Space(tenant, batch.namespace), batch.layout)
 
     def keep(self, batch: Batch) -> None:
-        """Registers the batch and stores its pages, on a path of its own."""
+        """Registers the batch and stores its pages directly."""
         self.register(batch)
         for page_hash, data in zip(batch.hashes, batch.pages, strict=True):
             page = self.store.prepare(batch.space, page_hash, page_checksum(data))
@@ -73,13 +73,13 @@ class ChannelNode:
             assert self.store.seal(page) is PageStatus.STORED
 
     def dial(self, receive_buffer_bytes: int = 0) -> FrameStream:
-        """A connection that has said nothing yet; `close` ends it where its test has failed before it could."""
+        """Returns a connection that has sent nothing; `close` ends it if the test fails first."""
         stream = dial(self.server.port, receive_buffer_bytes)
         self._dialled.append(stream)
         return stream
 
     def connect(self, tenant: str = "default", *, receive_buffer_bytes: int = 0) -> FrameStream:
-        """A connection that was welcomed."""
+        """Returns a connection that has received WELCOME."""
         stream = self.dial(receive_buffer_bytes)
         say_hello(stream, self.tokens.issue(tenant))
         assert stream.receive().kind is Kind.WELCOME
@@ -89,7 +89,7 @@ class ChannelNode:
         return TcpTransport("127.0.0.1", lambda _name, _deadline: (f":{self.server.port}", self.tokens.issue(tenant)), channels)
 
     def is_clean(self) -> bool:
-        """No slot is arriving and no page pinned."""
+        """True if no slot is arriving and no page is pinned."""
         now = self.store.statistics()
         return now.pages_arriving == now.pages_pinned == 0
 
@@ -98,7 +98,7 @@ class ChannelNode:
         return self.metrics.registry.get_sample_value(name, labels) or 0.0
 
     def stop(self) -> None:
-        """Ends the service; what was stored can still be looked at."""
+        """Ends the service; the stored pages can still be inspected."""
         if not self._stopped:
             self._stopped = True
             self.server.stop(0)
@@ -112,7 +112,7 @@ class ChannelNode:
 
 @contextmanager
 def clean_node() -> Iterator[ChannelNode]:
-    """A node that must be left without a slot that is arriving or a page that is pinned."""
+    """A node that a test must leave without arriving slots and pinned pages."""
     node = ChannelNode()
     try:
         yield node
@@ -136,7 +136,7 @@ def dial(port: int, receive_buffer_bytes: int = 0) -> FrameStream:
 
 
 def open_channel(node_address: str) -> tuple[int, bytes]:
-    """Port and token of a real node's page channel."""
+    """Returns port and token of a real node's page channel."""
     method = METHODS["OpenChannel"]
     with grpc.insecure_channel(node_address) as channel:
         call = channel.unary_unary(
@@ -158,7 +158,7 @@ def ask(stream: FrameStream, batch: Batch, hashes: Sequence[bytes] | None = None
 
 
 def page_header(batch: Batch, index: int, *, size_bytes: int | None = None, checksum: int | None = None) -> bytes:
-    """The header of a WRITE of one page of the batch."""
+    """Returns the header of a WRITE of one page of the batch."""
     page = batch.pages[index]
     return encode_frame(
         Frame(
@@ -174,14 +174,14 @@ def page_header(batch: Batch, index: int, *, size_bytes: int | None = None, chec
 
 
 class NodeEnd:
-    """What a scripted node holds of one connection, after HELLO and WELCOME."""
+    """One connection of a scripted node, after HELLO and WELCOME."""
 
     def __init__(self, stream: FrameStream, number: int) -> None:
         self.stream = stream
         self.number = number
 
     def next_request(self) -> tuple[Frame, bytes]:
-        """The next frame with its payload."""
+        """Returns the next frame with its payload."""
         frame = self.stream.receive()
         return frame, bytes(self.stream.whole_payload(frame))
 
@@ -191,7 +191,7 @@ class NodeEnd:
         self.stream.send(encode_slice(request, index, len(data), offset_bytes, checksum), data)
 
     def layer(self, request: int, index: int, data: bytes, layer_bytes: int, layer: int, *, wrong: int = 0) -> None:
-        """Sends one layer of as many pages as there are bytes for; `wrong` changes the checksums."""
+        """Sends one layer of as many pages as there are bytes for; `wrong` corrupts the checksums."""
         sealed = bytes(byte ^ wrong for byte in layer_checksums(data, layer_bytes))
         self.stream.send(encode_slice(request, index, len(sealed) + len(data), layer * layer_bytes, 0), sealed, data)
 
@@ -200,7 +200,7 @@ class NodeEnd:
         self.stream.send(encode_frame(Frame(kind, **fields)))  # type: ignore[arg-type]
 
     def send_until_broken(self) -> None:
-        """Sends bytes until the client's end is gone: only then could none of them reach anybody."""
+        """Sends bytes until the client's end is closed, which proves that none of them can be received any more."""
         with suppress(AttnStoreError):
             while True:
                 self.stream.send(b"\xee" * 65536)
@@ -210,7 +210,7 @@ Script = Callable[[NodeEnd], None]
 
 
 class ScriptedNode:
-    """A listening socket whose connections each run `script` on a thread of their own, then close."""
+    """A listening socket; a thread per connection runs `script` and then closes the connection."""
 
     def __init__(self, script: Script, *, credits: int = CHANNEL_CREDITS, hashes_max: int = CHANNEL_READ_HASHES_MAX) -> None:
         self._script = script
@@ -227,7 +227,7 @@ class ScriptedNode:
         return TcpTransport("127.0.0.1", lambda _name, _deadline: (f"127.0.0.1:{self.port}", bytes(32)), channels)
 
     def close(self) -> None:
-        """Breaks every connection and waits for every script. Fails if a script did."""
+        """Breaks every connection and waits for every script. Fails if a script failed."""
         self._listener.shutdown(socket.SHUT_RDWR)
         self._acceptor.join()
         self._listener.close()
@@ -240,7 +240,7 @@ class ScriptedNode:
             raise self.failures[0]
 
     def join(self) -> None:
-        """Waits for every script that runs."""
+        """Waits for every running script."""
         for thread in self._threads:
             thread.join(PATIENCE_MS / 1000)
             assert not thread.is_alive(), "a script of the test does not end"
@@ -266,7 +266,7 @@ class ScriptedNode:
             end.stream.send(self._welcome)
             self._script(end)
         except AttnStoreError:
-            pass  # the client left
+            pass  # the client disconnected
         except BaseException as error:
             self.failures.append(error)
         finally:
@@ -275,7 +275,7 @@ class ScriptedNode:
 
 @contextmanager
 def scripted(script: Script, *, channels: int = 1, **welcome: int) -> Iterator[TcpTransport]:
-    """A transport of a node that follows `script`."""
+    """Returns a transport to a node that follows `script`."""
     node = ScriptedNode(script, **welcome)
     transport = node.transport(channels)
     try:
@@ -317,12 +317,12 @@ def write_plan(batch: Batch, *, deadline_ms: float = PATIENCE_MS) -> WritePlan:
 
 
 def other_namespace(batch: Batch) -> bytes:
-    """A namespace that nobody registered."""
+    """A namespace that is not registered."""
     return namespace(batch.layout, model=b"nobody's")
 
 
 def pages_of(batch: Batch) -> Script:
-    """A node that has the batch, and sends what it is asked for."""
+    """Returns a node that stores the batch and sends requested pages."""
     page_of = dict(zip(batch.hashes, batch.pages, strict=True))
 
     def serve(end: NodeEnd) -> None:
@@ -347,20 +347,20 @@ def read(transport: TcpTransport, batch: Batch, **options: object) -> tuple[Read
 
 
 def refusal(stream: FrameStream) -> AttnStoreError:
-    """The error that the node refuses with."""
+    """Returns the error with which the node refuses."""
     frame = stream.receive()
     assert frame.kind is Kind.REFUSED
     return decode_refusal(stream.whole_payload(frame))
 
 
 def payload(stream: FrameStream) -> tuple[Frame, bytes]:
-    """The next frame and its bytes."""
+    """Returns the next frame and its bytes."""
     frame = stream.receive()
     return frame, bytes(stream.whole_payload(frame))
 
 
 def is_closed(stream: FrameStream) -> bool:
-    """The node has ended the connection."""
+    """True if the node has closed the connection."""
     try:
         stream.receive()
     except Unavailable:

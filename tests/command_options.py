@@ -1,7 +1,7 @@
-"""Every option of both commands, found in their parsers, and values for each kind of option: good ones, bad ones, and nonsense.
+"""Every option of both commands, read from their parsers, with valid, invalid and nonsense values for each kind of option.
 
-Owns: `options`, `World` and `outcome`. An option that is added is found by itself; one of a new kind fails here until it has
-values. Nothing is run: a command is read, and what it would do is left out.
+Owns: `options`, `World` and `outcome`. A new option is found automatically; an option of a new kind fails here until it has values.
+Commands are only parsed, not executed.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from attnstore.whatif import command as whatif
 from attnstore_worker import arguments as worker_arguments
 
 Kind = Any
-"""What an option's parser is: one of `attnstore.option_types`, a tuple of choices, or bool."""
+"""The kind of an option's parser: one of `attnstore.option_types`, a tuple of choices, or bool."""
 
 PROGRAMS: dict[str, Callable[[], argparse.ArgumentParser]] = {
     "attnstore": cli._parser,
@@ -61,12 +61,12 @@ NONSENSE = (
     *("grpc://h:1,i:2?replicas=" + "9" * 5_000, "http://", "http://[", "http://h:x", "http://h:1\n", "redis://h:x/0", "redis://[/"),
     *("redis://:pass@word@h:1/0", "0xh100", "9" * 5_000 + "xh100", "1g@", "inf@infms", "1g@1ms~9ms", "k", "1kk"),
 )
-"""Refused or taken, but in good order."""
+"""Accepted or refused, but never with a traceback."""
 
 
 @dataclass(frozen=True)
 class Option:
-    """`flag` is as it is typed, or the metavar of a positional one; `variable` is what sets it in the environment."""
+    """`flag` is the text on the command line, or the metavar of a positional argument; `variable` sets it in the environment."""
 
     program: str
     command: str
@@ -91,7 +91,7 @@ class Outcome:
 
 
 def options() -> list[Option]:
-    """All of both commands, positional ones and flags too; what only helps is left out."""
+    """Returns all options of both commands, including positional ones and flags, except those that only print help."""
     return [
         option
         for program in PROGRAMS
@@ -117,12 +117,12 @@ def _parser(program: str) -> argparse.ArgumentParser:
 
 
 def outcome(program: str, arguments: list[str], environment: Mapping[str, str] = types.MappingProxyType({})) -> Outcome:
-    """What reading a command line comes to. Anything but an exit status is a bug, and leaves as the exception that it is."""
+    """Returns the outcome of parsing a command line. Anything but an exit status is a bug, and propagates as its exception."""
     return _outcome(program, lambda: _parser(program), arguments, environment)
 
 
 def outcome_of_variables(program: str, arguments: list[str], environment: Mapping[str, str]) -> Outcome:
-    """The same, with the parser made anew: the caller has set the variables."""
+    """The same with a new parser: the caller has set the variables."""
     return _outcome(program, PROGRAMS[program], arguments, environment)
 
 
@@ -171,7 +171,7 @@ def _kind_of_field(field: Any) -> Kind:
 
 
 class World:
-    """A folder with what options can name, and the values that are good and bad there."""
+    """A folder with files that options can name, and the values that are valid and invalid there."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -193,7 +193,7 @@ class World:
         self.deep.write_text("[" * 100_000)
 
     def good(self, option: Option) -> list[str]:
-        """Values that may not be refused."""
+        """Returns values that must not be refused."""
         new, file = str(self.folder / "new"), str(self.file)
         match option.kind:
             case Whole(least, most, multiple_of):
@@ -244,7 +244,7 @@ class World:
         return table[parse]
 
     def bad(self, option: Option) -> list[str]:
-        """Values that must be refused."""
+        """Returns values that must be refused."""
         empty = ["", " ", "\t\n"]
         digits = [
             "-1",
@@ -353,7 +353,7 @@ class World:
         return table[parse]
 
     def rest(self, option: Option | None, command: tuple[str, str]) -> tuple[list[str], list[str]]:
-        """Options and positional arguments that the command needs beside this one."""
+        """Returns options and positional arguments that the command needs besides this one."""
         flags, places = [], []
         for other in _of(command):
             if other == option or not (other.required or other.positional):
@@ -367,7 +367,7 @@ class World:
         return flags, places
 
     def line(self, option: Option, value: str | None) -> list[str]:
-        """A command with this option at this value, and nothing else that it does not need."""
+        """Returns a command with this option at this value, and nothing else that it does not need."""
         command = (option.program, option.command)
         flags, _ = self.rest(option, command)
         if not option.positional:

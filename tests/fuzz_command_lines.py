@@ -1,9 +1,9 @@
-"""Command lines that nobody would type, from a seed.
+"""Random command lines, from a seed.
 
     python -m tests.fuzz_command_lines 10000 18
 
-Owns: `fuzz`. Each line is read, not run: it is taken or refused in one line, nothing is left behind, and a healthy command beside
-each batch is read as before. A failure prints its line, which is found again with the seed.
+Owns: `fuzz`. Each line is parsed, not executed: it is accepted, or refused in one line; it leaves no state behind, and a valid
+command beside each batch is parsed as before. A failure prints its line, which the same seed reproduces.
 """
 
 from __future__ import annotations
@@ -38,7 +38,9 @@ _JUNK = (
 
 
 def command_line(world: World, draw: random.Random) -> tuple[str, list[str]]:
-    """A program and its arguments: mostly its own options, some with good values; sometimes twice, without a value, or junk."""
+    """Returns a program and its arguments: mostly its own options, some with valid values; sometimes twice, without a value, or
+    junk.
+    """
     program = draw.choice(list(PROGRAMS))
     command = draw.choice(list(commands(program)))
     own = [option for option in options_of(program) if option.command == command]
@@ -73,7 +75,7 @@ _OPTIONS = {program: [option for option in options() if option.program == progra
 
 
 def fuzz(world: World, draw: random.Random, count: int) -> Counter[int]:
-    """How many of `count` lines ended with each status. Raises `AssertionError` for one that did not end in order."""
+    """Returns how many of `count` lines ended with each status. Raises `AssertionError` for one that ended in another way."""
     left = sorted(world.folder.rglob("*"))
     healthy = {
         (program, command): [command, *flags, *places]

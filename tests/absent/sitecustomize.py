@@ -1,4 +1,6 @@
-"""Put on PYTHONPATH, hides packages from a Python that starts, as if they were not installed: those that ABSENT_PACKAGES lists."""
+"""With this folder on PYTHONPATH, a starting Python does not find the packages that ABSENT_PACKAGES lists, as if they were not
+installed.
+"""
 
 from __future__ import annotations
 

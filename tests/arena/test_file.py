@@ -1,4 +1,4 @@
-"""The arena in a file: room, stamps that no two lives of a node share, and paths that cannot serve."""
+"""The arena in a file: capacity, stamps that two lives of a node never share, and unusable paths."""
 
 from __future__ import annotations
 
@@ -132,7 +132,7 @@ def test_a_file_in_memory_consists_of_huge_pages_where_the_system_makes_them() -
     path = Path("/dev/shm") / f"attnstore-test-{os.getpid()}"
     try:
         arena = FileArena(CAPACITY_BYTES, EXTENT_BYTES, path)
-        expected = EXTENTS + 1 if makes_huge_pages() else 0  # the superblock lies in one of its own
+        expected = EXTENTS + 1 if makes_huge_pages() else 0  # the superblock is in a page of its own
         assert huge_pages_in(arena.view(slot(0, 0, 4))) == expected
         assert bytes(arena.view(slot(0, 0, EXTENT_BYTES))) == bytes(EXTENT_BYTES)
         arena.close()
@@ -166,7 +166,7 @@ def test_a_window_outlives_the_close_of_the_arena(path: Path) -> None:
 
 
 GEOMETRIES = ((3 * (1 << 16), 1 << 16), (6 * (1 << 16), 1 << 16), (2 * (5 << 16), 5 << 16), (1 << 20, 1 << 20), (8 << 20, 4 << 20))
-"""(capacity, extent size) of nodes that have one file one after the other."""
+"""(capacity, extent size) of nodes that use one file, one after the other."""
 
 
 @pytest.mark.parametrize("after", GEOMETRIES)
@@ -192,7 +192,7 @@ def test_a_reader_of_one_geometry_is_never_shown_bytes_of_another_under_its_stam
 
 
 def test_old_stamps_are_void_before_anything_else_is_written(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A node that dies at that moment leaves a file that the next one still knows, and that shows nobody a wrong byte."""
+    """A node that dies at that moment leaves a file that the next node recognises, and in which no reader finds a wrong byte."""
     first = FileArena(CAPACITY_BYTES, EXTENT_BYTES, path)
     first.view(slot(2, 0, 4096))[:] = b"a" * 4096
     reader = mapped(first, 2, 1)

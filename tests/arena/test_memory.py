@@ -1,4 +1,4 @@
-"""The memory arena: windows, the tenant boundary, and what happens at the end."""
+"""The memory arena: views, the isolation of tenants, and closing."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ def test_memory_that_cannot_be_had_is_refused_at_start() -> None:
 
 @pytest.mark.parametrize("seed", range(5))
 def test_no_tenant_ever_sees_a_byte_of_another(seed: int) -> None:
-    """Table and arena together: a new slot's whole extent holds zeros and bytes of its own tenant only."""
+    """Table and arena together: the whole extent of a new slot contains only zeros and bytes of its own tenant."""
     chance = random.Random(seed)
     arena = MemoryArena(4096, 1024)
     table = PageTable(capacity_bytes=4096, extent_bytes=1024, new_lease_id=lambda: bytes(16))

@@ -1,4 +1,4 @@
-"""The shared arena: windows, stamps, what is handed out, and what becomes of memory that another process has mapped."""
+"""The shared memory arena: views, stamps, descriptors, and memory that another process has mapped."""
 
 from __future__ import annotations
 
@@ -150,7 +150,7 @@ def test_a_slot_that_is_withdrawn_has_a_stamp_of_no_page_until_the_next_one_has_
 
 
 def test_slots_of_another_size_void_every_older_stamp_of_their_extent(arena: ShmArena) -> None:
-    """A large slot covers the beginnings of several small ones, whose stamp words it does not begin at."""
+    """A large slot covers the beginnings of several small ones, whose stamp words are not its own."""
     for generation, offset_bytes in enumerate(range(0, 65536, 4096), 1):
         arena.view(slot(0, offset_bytes, 4096, generation=generation))
     reader = mapped(arena, 0, 1)
@@ -276,7 +276,7 @@ def test_no_reader_ever_sees_a_byte_of_another_tenant_nor_a_valid_place_with_wro
         space = chance.choice(list(tenants))
         page = table.prepare(space, step.to_bytes(32, "big"), 0, 0.0)
         assert isinstance(page, ArrivingPage)
-        serial = bytes((0x80 | step >> 7, 0x80 | step & 0x7F))  # no byte of it is a tenant's number
+        serial = bytes((0x80 | step >> 7, 0x80 | step & 0x7F))  # a byte that no tenant writes
         content = serial + bytes([tenants[space]]) * (page.slot.size_bytes - 2)
         arena.view(page.slot)[:] = content
         table.complete(page, 0.0)

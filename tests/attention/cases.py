@@ -1,4 +1,4 @@
-"""Random calls of the attention contract: the inputs on which backends are compared with the reference."""
+"""Random calls of the attention contract, on which backends are compared with the reference."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch import Tensor
 from attnstore.attention import AttentionBackend
 
 TOLERANCE = {torch.float32: 2e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
-"""Largest absolute difference of `out` by the type that it is returned in: two of its own roundings at magnitude 1 to 2."""
+"""Largest absolute difference of `out`, by its type: two of its own roundings at magnitude 1 to 2."""
 
 
 LSE_TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-4, torch.bfloat16: 2e-4}
@@ -57,7 +57,9 @@ def paged(keys: Tensor, values: Tensor, rows: int, block_tokens: int = 16) -> tu
 
 
 def random_case(seed: int, *, context_tokens_max: int = 150, rows_max: int = 70) -> Case:
-    """Geometry, type, window, cap, sinks, positions, and a mixed batch: empty parts, one-token parts, decodes, prefill chunks."""
+    """Varies geometry, type, window, cap, sinks, positions, and mixes empty parts, one-token parts, decodes and prefill chunks in a
+    batch.
+    """
     rng = random.Random(seed)
     torch.manual_seed(seed)
     dtype = rng.choice([torch.float32, torch.bfloat16, torch.float16])
@@ -90,7 +92,7 @@ def random_case(seed: int, *, context_tokens_max: int = 150, rows_max: int = 70)
 
 @dataclass(frozen=True)
 class Scoring:
-    """What a model may do to its scores."""
+    """The features that a model may apply to its scores."""
 
     sliding_window: int | None
     soft_cap: float | None

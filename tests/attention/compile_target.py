@@ -1,6 +1,6 @@
-"""Compiles every Triton kernel for one GPU target, with no GPU, and prints what each needs: `python compile_target.py sm_90`.
+"""Compiles every Triton kernel for one GPU target, with no GPU, and prints the resources of each: `python compile_target.py sm_90`.
 
-A program of its own because the tests of the kernels' results run under the interpreter, which replaces the compiler.
+A program of its own, because the tests of the kernels' results run under the interpreter, which replaces the compiler.
 """
 
 from __future__ import annotations
@@ -86,7 +86,7 @@ def compiled(target: str, kernel: Any, types: dict[str, str], constants: dict[st
 
 
 def _cubin_registers(cubin: bytes) -> tuple[int, int]:
-    """Registers per thread, and bytes of stack (spills), as the toolkit that Triton ships reads them from the binary."""
+    """Returns registers per thread, and bytes of stack (spills), as reported by the tools that Triton ships."""
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
@@ -96,7 +96,7 @@ def _cubin_registers(cubin: bytes) -> tuple[int, int]:
 
 
 def main(target: str) -> None:
-    """Prints one JSON object a line. Attention as plain models have it, and with all that others do to their scores."""
+    """Prints one JSON object per line: attention without and with all modifications of scores."""
     tiles = ((64, 16), (64, 64), (128, 16), (128, 64), (256, 16))
     for (head_dim, block_m), scored in itertools.product(tiles, (False, True)):
         for config in triton_kernels.configs_for(block_m, head_dim):

@@ -1,4 +1,4 @@
-"""The checking wrapper and the factory: what is refused, and that refusing needs no backend."""
+"""The checking wrapper and the factory: which calls are refused, without needing a backend."""
 
 from __future__ import annotations
 

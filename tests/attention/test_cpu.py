@@ -22,7 +22,9 @@ def test_any_mixed_batch_agrees_with_the_reference(seed: int) -> None:
 
 @pytest.mark.parametrize("scoring", SCORINGS, ids=str)
 def test_windows_caps_and_sinks_agree_in_every_phase_of_a_batch(scoring: Scoring) -> None:
-    """Decode, verification, a whole prompt, a later chunk from inside a block, one shorter than any window; together."""
+    """A batch with decode, verification, a whole prompt, a later chunk that begins inside a block, and one shorter
+    than any window.
+    """
     kv_heads, group = ((3, 1), (1, 4), (2, 3))[SCORINGS.index(scoring) % 7 % 3]
     phases = ((1, 1), (97, 1), (83, 5), (60, 60), (207, 50), (37, 37))
     case = scored_case(scoring, phases, kv_heads=kv_heads, group=group)
@@ -40,7 +42,7 @@ def test_windows_caps_and_sinks_agree_over_several_chunks_panels_tiles_and_threa
 @pytest.mark.parametrize("soft_cap", [None, 1.5])
 @pytest.mark.parametrize("sinks", [None, torch.tensor([1.0, -2.0])])
 def test_rows_of_one_tile_may_see_windows_far_apart(dtype: torch.dtype, soft_cap: float | None, sinks: Tensor | None) -> None:
-    """A row's window may begin long behind the first key that its tile looks at, and end long before the last."""
+    """The window of a row may begin long after the first key of its tile, and end long before the last."""
     case = scored_case(Scoring(20, soft_cap, False, dtype), ((2000, 100),), kv_heads=1, group=2)
     positions = torch.randint(-3, 2100, (100,), dtype=torch.int32)
     far = Case(case.tensors, {**case.keywords, "sinks": sinks, "query_positions": positions})
@@ -156,7 +158,7 @@ def decode_case(
     seqs: int = 1,
     dtype: torch.dtype = torch.float32,
 ) -> Case:
-    """Sequences of equal length in scattered blocks, the last `rows` tokens of each as the query."""
+    """Sequences of equal length in scattered blocks; the last `rows` tokens of each are the query."""
     torch.manual_seed(context_tokens + rows)
     blocks = -(-context_tokens // block_tokens)
     return Case(

@@ -27,7 +27,7 @@ def machine(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
 @pytest.mark.parametrize("width", [COLUMNS, 5 * COLUMNS])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_rows_are_multiplied_from_anywhere_to_anywhere(dtype: torch.dtype, width: int, ahead_bytes: int) -> None:
-    compiled = dots._dot_rows(ahead_bytes)  # anew, for the machine that the modules believe to be on
+    compiled = dots._dot_rows(ahead_bytes)  # compiled again, for the simulated machine
 
     @njit
     def run(weights, inputs, outputs):

@@ -1,4 +1,4 @@
-"""Attention over pages scattered through memory gives what the reference gives, and partials over any split merge to the whole."""
+"""Attention over pages scattered through memory equals the reference, and partials over any split merge to the whole."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def attention() -> InPlaceAttention:
 
 
 def scattered(pages: Tensor, seed: int) -> list[memoryview]:
-    """Copies of pages, in memory of their own and at odd places in it."""
+    """Copies pages to unaligned places in separate memory."""
     rng = random.Random(seed)
     views = []
     for page in pages:
@@ -40,7 +40,7 @@ def scattered(pages: Tensor, seed: int) -> list[memoryview]:
 
 
 def reference(query: Tensor, pages: Tensor, layer: int) -> tuple[Tensor, Tensor]:
-    """Every row over every key of the pages, in fp32."""
+    """Attends from every row to every key of the pages, in fp32."""
     rows, blocks = len(query), len(pages)
     return ReferenceAttention().paged_attention(
         query,
@@ -94,7 +94,7 @@ def test_partials_over_random_splits_merge_to_within_1e_5_of_the_reference(atten
     query = torch.randn(rng.choice([1, 2, 5]), Q_HEADS, LAYOUT.head_dim)
     cuts = sorted(rng.sample(range(1, 24), rng.randrange(1, 6)))
     ends = [0, *cuts, 24]
-    splits = [views[begin:end] for begin, end in itertools.pairwise(ends)] + [[]]  # an empty part belongs to it
+    splits = [views[begin:end] for begin, end in itertools.pairwise(ends)] + [[]]  # including an empty part
     rng.shuffle(splits)
     partials = [attention.attend([Rows(PagesInPlace(LAYOUT, part), query)], 0, SCALE)[0] for part in splits]
     out, lse = merge([partial.out for partial in partials], [partial.lse for partial in partials])

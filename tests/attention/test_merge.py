@@ -19,7 +19,7 @@ from tests.attention.cases import paged
 @settings(deadline=None, max_examples=60, derandomize=True)
 @given(keys=st.integers(1, 80), cuts=st.lists(st.integers(0, 80), max_size=6), seed=st.integers(0, 2**16))
 def test_any_split_merges_to_the_whole_within_1e_5(keys: int, cuts: list[int], seed: int) -> None:
-    """Cuts may coincide, so parts with no key and with one key are among them."""
+    """Cuts may coincide, so some parts have no key or one key."""
     torch.manual_seed(seed)
     query, pool = torch.randn(2, 6, 64), torch.randn(keys, 1, 2, 2, 1, 64)
     reference = create_attention("reference")

@@ -1,4 +1,4 @@
-"""The reference against the formulas that the models' authors give, over keys that lie in one piece."""
+"""The reference against the formulas of the models' authors, with contiguous keys."""
 
 from __future__ import annotations
 

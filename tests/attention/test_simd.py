@@ -35,7 +35,7 @@ def flat(rows: torch.Tensor) -> Any:
 
 
 def product(x: torch.Tensor, y: torch.Tensor) -> float:
-    """Compiled anew, for the machine that `simd` believes to be on."""
+    """Compiled again, for the machine that `simd` is made to assume."""
 
     @njit
     def compiled(x, y):
@@ -69,7 +69,7 @@ def test_rounding_to_bf16_is_torchs(monkeypatch: pytest.MonkeyPatch, with_instru
         for at in range(0, source.shape[0], LANES):
             store(target, at, load(source, at))
 
-    ties = 1.0 + torch.arange(64) * 2.0**-9  # every fourth lies half way between two bf16
+    ties = 1.0 + torch.arange(64) * 2.0**-9  # every fourth is half-way between two bf16
     values = torch.cat((ties, -ties, torch.tensor([torch.inf, -torch.inf, 3.4e38, 0.0, -0.0] + [1e-30] * 11)))
     got = torch.empty(len(values), dtype=torch.bfloat16)
     rounded(values.numpy(), flat(got))

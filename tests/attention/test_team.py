@@ -1,4 +1,4 @@
-"""Work on several threads at once: on torch's, on our own, and where they meet."""
+"""Work on several threads at once: on torch's, on our own, and at barriers."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Run = Callable[[int, Callable[[int], None]], None]
 
 
 def no_work(_: int) -> None:
-    """Only runs."""
+    """Does nothing."""
 
 
 @pytest.fixture(params=["torch's threads", "threads of our own", "no OpenMP"])

@@ -1,6 +1,6 @@
-"""The Triton backend: its results under the interpreter (and on a GPU where there is one), and that it compiles for real GPUs.
+"""The Triton backend: its results under the interpreter (and on a GPU if there is one), and compilation for real GPUs.
 
-Each in a process of its own: Triton decides when it is imported whether kernels are interpreted or compiled.
+Each in a process of its own, because Triton decides at import whether kernels are interpreted or compiled.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def test_compiled_kernels_agree_with_the_reference() -> None:
 
 @pytest.fixture(scope="module")
 def compiled(tmp_path_factory: pytest.TempPathFactory) -> dict[str, subprocess.CompletedProcess[str]]:
-    """What compiling for each target said; a compiler uses one core, so as many run at once."""
+    """Returns what the compilation for each target reported. A compiler uses one core, so as many run at once."""
 
     def compile_for(target: str) -> subprocess.CompletedProcess[str]:
         cache = str(tmp_path_factory.mktemp(target))

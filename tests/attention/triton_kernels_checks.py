@@ -1,4 +1,4 @@
-"""What `test_triton` runs in a process of its own: the Triton kernels against the reference, interpreted or on a GPU."""
+"""Checks that `test_triton` runs in a process of its own: the Triton kernels against the reference, interpreted or on a GPU."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def test_any_mixed_batch_agrees_with_the_reference(seed: int) -> None:
 
 @pytest.mark.parametrize("scoring", [SCORINGS[3 * number + number % 3] for number in range(len(SCORINGS) // 3)], ids=str)
 def test_windows_caps_and_sinks_agree_in_every_phase_of_a_batch(scoring: Scoring) -> None:
-    """Every window, cap and sinks together, the types in turns."""
+    """Combines every window, cap and sinks, and alternates the types."""
     number = SCORINGS.index(scoring)
     phases = [[(1, 1), (47, 1), (40, 9)], [(97, 1), (33, 1)]][number % 2]
     kv_heads, group = ((3, 1), (1, 4), (2, 3))[number % 7 % 3]

@@ -1,4 +1,4 @@
-"""Which transport a call uses, how a transfer is stopped, and how one that does not open is replaced."""
+"""The choice of a transport for each call, stopping a transfer, and the fall-back if a transport does not open."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ RETRY_MS = 30_000
 
 
 class FakeTransport:
-    """Counts its calls; `failure` is raised by each."""
+    """Counts its calls; each raises `failure`."""
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -55,7 +55,7 @@ class FakeTransport:
 
 
 class Offered:
-    """A choice between two transports, and the plans to use them with."""
+    """A choice between two transports, and plans for them."""
 
     def __init__(self, wanted: TransportName = "auto") -> None:
         self.clock = ManualClock()
@@ -108,7 +108,7 @@ def test_when_none_opens_grpc_is_left_and_they_come_back() -> None:
 
 
 def test_parts_that_landed_before_a_fall_back_are_read_again() -> None:
-    """Two channels: one part came whole, the other got no connection, and the next transport reads everything."""
+    """Of two channels, one received its part and the other could not connect, and the next transport reads everything."""
     batch = make_batch(2, model="fall back")
 
     class Half(FakeTransport):

@@ -1,4 +1,4 @@
-"""Pages land in the buffers given, are verified there, and a broken peer moves no byte outside of them."""
+"""Pages land in the given buffers and are verified there; a broken peer changes no byte outside of them."""
 
 from __future__ import annotations
 

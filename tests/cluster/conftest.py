@@ -43,7 +43,7 @@ class Cluster:
         return self.directory.url
 
     def start(self, name: str, *options: str) -> StoreProcess:
-        """A node; one that was there before comes back at its address, empty."""
+        """Starts a node; one that existed before returns at its address, empty."""
         listen = ("--listen", self._addresses[name]) if name in self._addresses else ()
         member = ("--directory", self.url, "--node-id", name, "--capacity", "64MiB", "--drain-ms", "1000")
         node = self._stack.enter_context(StoreProcess(*listen, *member, *self._options, *options))
@@ -55,7 +55,7 @@ class Cluster:
         self.nodes.pop(name).kill()
 
     def wait_for(self, *names: str) -> None:
-        """Until the directory knows exactly these nodes."""
+        """Waits until the directory knows exactly these nodes."""
         with attnstore.connect(self.url) as client:
             assert eventually(lambda: known_to(client) == set(names), PATIENCE_S), f"{known_to(client)} are there, not {names}"
 
@@ -64,7 +64,7 @@ class Cluster:
 
 
 def known_to(client: attnstore.ClusterClient) -> set[str]:
-    """The nodes that a client knows."""
+    """Returns the nodes that a client knows."""
     try:
         return {member.node_id for member in client.members()}
     except attnstore.AttnStoreError:
@@ -72,7 +72,9 @@ def known_to(client: attnstore.ClusterClient) -> set[str]:
 
 
 def stored(client: attnstore.ClusterClient, batch: Batch) -> Batch:
-    """The batch, after the cluster has it. Some pages may be ARRIVING at first: nodes that joined a moment ago hand them over."""
+    """Returns the batch, after the cluster has stored it. Some pages may be ARRIVING at first, because nodes that joined a moment
+    ago hand them over.
+    """
     client.register_layout(batch.namespace, batch.layout)
 
     def refused() -> set[PageStatus]:
@@ -86,7 +88,7 @@ def stored(client: attnstore.ClusterClient, batch: Batch) -> Batch:
 
 
 def hits_and_no_wrong_byte(client: attnstore.ClusterClient, batch: Batch, deadline_ms: float = 5_000) -> int:
-    """How many pages of the batch are hits. Fails for a page that is a hit and not the one that was written, or a late answer."""
+    """Returns how many pages of the batch are hits. Fails for a hit with wrong bytes, or for a late answer."""
     buffers = batch.buffers()
     began_s = time.monotonic()
     result = client.read(batch.namespace, batch.hashes, buffers, deadline_ms=deadline_ms)
@@ -98,13 +100,13 @@ def hits_and_no_wrong_byte(client: attnstore.ClusterClient, batch: Batch, deadli
 
 
 def run_command(*arguments: str) -> subprocess.CompletedProcess[str]:
-    """`attnstore` with these arguments."""
+    """Runs `attnstore` with these arguments."""
     command = [sys.executable, "-m", "attnstore.cli", *arguments]
     return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
 
 
 def status_of(cluster: Cluster) -> dict[str, dict[str, Any]]:
-    """What `attnstore status` says of each node, by name."""
+    """Returns the output of `attnstore status` for each node, by name."""
     shown = run_command("status", "--json", "--directory", cluster.url)
     assert shown.returncode == 0, shown.stderr
     return {node["node_id"]: node for node in json.loads(shown.stdout)["nodes"]}
@@ -112,7 +114,7 @@ def status_of(cluster: Cluster) -> dict[str, dict[str, Any]]:
 
 @pytest.fixture(scope="module")
 def shared_cluster() -> Iterator[Cluster]:
-    """Three nodes for tests that change nothing but their own namespace."""
+    """Three nodes for tests that change only their own namespace."""
     cluster = Cluster("ada", "bob", "cleo")
     yield cluster
     cluster.close()
@@ -120,7 +122,7 @@ def shared_cluster() -> Iterator[Cluster]:
 
 @pytest.fixture
 def cluster() -> Iterator[Cluster]:
-    """Three nodes of the test's own."""
+    """Three nodes for one test."""
     cluster = Cluster("ada", "bob", "cleo")
     yield cluster
     cluster.close()
@@ -136,7 +138,7 @@ def replicated() -> Iterator[Cluster]:
 
 @pytest.fixture
 def batch_of(request: pytest.FixtureRequest) -> Callable[..., Batch]:
-    """`batch_of(pages)`: pages that no other test has, over several segments."""
+    """`batch_of(pages)` returns pages that no other test uses, over several segments."""
 
     def make(pages: int, suffix: str = "") -> Batch:
         return make_batch(pages, model=request.node.nodeid + suffix, layout=SMALL)
@@ -145,5 +147,5 @@ def batch_of(request: pytest.FixtureRequest) -> Callable[..., Batch]:
 
 
 def inner(client: attnstore.ClusterClient) -> AsyncClusterClient:
-    """The asynchronous client inside a blocking one."""
+    """Returns the asynchronous client inside a blocking one."""
     return client._client

@@ -1,4 +1,4 @@
-"""A server that answers whatever is asked of a node and remembers what it was told: tokens, pages, questions."""
+"""A server that answers any request to a node and records what it receives: tokens, pages, requests."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from attnstore.wire.messages import METHODS, SERVICE
 
 
 class RogueNode:
-    """Listens on loopback; with `certificates` over TLS, with the key that the nodes themselves have."""
+    """Listens on loopback; with `certificates` over TLS, with the same key as the nodes."""
 
     def __init__(self, certificates: Path | None = None) -> None:
         self._lock = threading.Lock()

@@ -1,4 +1,4 @@
-"""Many nodes behind the calls of one: placement, leases, layers, joining, draining and losing nodes."""
+"""The cluster client over many nodes: placement, leases, layers, joining, draining and losing nodes."""
 
 from __future__ import annotations
 
@@ -124,7 +124,7 @@ def test_callers_that_look_for_the_same_pages_at_once_ask_the_nodes_once(shared_
             return client.match(batch.namespace, [batch.hashes]).hits
 
         assert set(pool.map(look, range(callers))) == {(0,)}
-        # Threads that come too late for the first flight share the next one; all on their own would be `callers` times as many.
+        # Threads that are too late for the first flight share the next one; without sharing there would be `callers` times as many.
         assert client.stats().missed_pages - before <= PAGES * callers // 2
 
 
@@ -246,7 +246,7 @@ def test_with_two_copies_killing_any_one_node_loses_no_page(replicated: Cluster,
         replicated.kill(victim)
         assert hits_and_no_wrong_byte(client, batch) == PAGES
         assert client.match(batch.namespace, [batch.hashes]).hits == (PAGES,)
-        # The survivors make second copies, so that the next loss is not the last.
+        # The remaining nodes make second copies, so that another loss costs nothing.
         survivors = list(replicated.nodes)
         assert eventually(lambda: [sealed_on(replicated, name) for name in survivors] == [PAGES, PAGES], 20)
         replicated.kill(survivors[0])
@@ -296,7 +296,7 @@ def test_nodes_that_ask_for_tokens_hand_pages_over_as_their_tenant(batch_of: Bat
         url = cluster.url + query
         with attnstore.connect(url, token="r3d") as red, attnstore.connect(url, token="blu3") as blue:
             reds = stored(red, batch_of(PAGES))
-            # The same model and prompt: what the other tenant stores must never be what this one reads.
+            # The same model and prompt: a tenant must never read what the other one stores.
             blues = stored(blue, replace(reds, pages=[bytes(reversed(page)) for page in reds.pages]))
             access = ("--directory", cluster.url, "--token", "r3d", "--cluster-key", str(key))
             drained = run_command("drain", "bob", "--wait", "30", *access)
@@ -398,7 +398,7 @@ def test_a_segment_that_many_use_gets_a_second_copy_and_survives_its_node(batch_
 
 
 def pages_on(cluster: Cluster, name: str, batch: Batch) -> list[bytes]:
-    """The pages of the batch that a node has."""
+    """Returns the pages of the batch that a node has."""
     with attnstore.connect(cluster.nodes[name].url) as client:
         client.register_layout(batch.namespace, batch.layout)
         hits = client.match(batch.namespace, [[page_hash] for page_hash in batch.hashes]).hits
@@ -406,7 +406,7 @@ def pages_on(cluster: Cluster, name: str, batch: Batch) -> list[bytes]:
 
 
 def has(cluster: Cluster, name: str, batch: Batch) -> bool:
-    """The node has all pages of the batch."""
+    """Returns whether the node has all pages of the batch."""
     with attnstore.connect(cluster.nodes[name].url) as client:
         client.register_layout(batch.namespace, batch.layout)
         return client.match(batch.namespace, [batch.hashes]).hits == (len(batch.hashes),)

@@ -1,4 +1,4 @@
-"""The local runner: a service gets what the file says (user, files, network, health), and nothing of it is left behind."""
+"""The local runner: a service gets what the file specifies (user, files, network, health), and nothing of it remains afterwards."""
 
 from __future__ import annotations
 

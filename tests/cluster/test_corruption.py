@@ -1,4 +1,4 @@
-"""A page that changed in a node's memory does not become a good one elsewhere, and a cluster's client gets over it."""
+"""A page that changed in a node's memory is never handed over as valid, and a cluster's client recovers from it."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def arena() -> Iterator[Path]:
 
 @pytest.fixture
 def cluster(arena: Path) -> Iterator[Cluster]:
-    """One node, whose arena is a file, and which looks for nothing by itself."""
+    """One node, whose arena is a file and which does not scrub."""
     cluster = Cluster(options=("--scrub-rate", "0"))
     cluster.start("ada", "--arena-path", str(arena))
     cluster.wait_for("ada")

@@ -1,4 +1,4 @@
-"""A page that was deleted does not come back: not from a stand-in, a replica that hung, or a node that was away."""
+"""A deleted page does not return: not from a stand-in, a replica that hung, or a node that was away."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ PAGES = 12 * SEGMENT_BLOCKS
 
 
 def left_on(cluster: Cluster, name: str, batch: Batch) -> int:
-    """How many pages of the batch a node has."""
+    """Returns how many pages of the batch a node has."""
     with attnstore.connect(cluster.nodes[name].url) as client:
         client.register_layout(batch.namespace, batch.layout)
         return sum(client.match(batch.namespace, [[page_hash] for page_hash in batch.hashes]).hits)
@@ -37,7 +37,7 @@ def is_gone(cluster: Cluster, client: attnstore.ClusterClient, batch: Batch) -> 
 def test_a_copy_on_a_node_that_is_no_owner_is_deleted_too(cluster: Cluster, batch_of: BatchOf) -> None:
     with attnstore.connect(cluster.url) as client:
         batch = batch_of(PAGES)
-        for node in cluster.nodes.values():  # as stand-ins have them, of any rank
+        for node in cluster.nodes.values():  # as on stand-ins, of any rank
             with attnstore.connect(node.url) as direct:
                 direct.register_layout(batch.namespace, batch.layout)
                 direct.write(batch.namespace, batch.hashes, batch.pages)
@@ -80,5 +80,5 @@ def test_a_node_that_was_no_member_any_more_is_told_before_it_hands_anything_ove
             replicated.nodes["cleo"].resume()
         assert eventually(lambda: not left_on(replicated, "cleo", batch), 20)
         assert eventually(lambda: known_to(client) == {"ada", "bob", "cleo"}, 20)
-        time.sleep(MEMBER_MS_MAX / 1000)  # as long as a hand-over after the change lasts
+        time.sleep(MEMBER_MS_MAX / 1000)  # as long as a hand-over after the change takes
         assert is_gone(replicated, client, batch)

@@ -1,4 +1,4 @@
-"""Callers in a hurry, and nodes that hang: whose fault a passed deadline is, who gets the rest of the time, what is said."""
+"""Short deadlines and hung nodes: which failures count against a node, how the remaining time is used, and what is logged."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ BatchOf = Callable[..., Batch]
 PAGES = 12 * SEGMENT_BLOCKS
 HURRIED_MS = NODE_FAIR_MS / 10
 SHORT_MS = 800
-"""More than a node's fair time, and less than what one node may take for a match."""
+"""More than a node's fair time, and less than the time limit of one node for a match."""
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +45,7 @@ def target(nodes: tuple[StoreProcess, ...], replicas: int = 1) -> str:
 
 
 def usable(client: attnstore.ClusterClient) -> int:
-    """To how many nodes the client makes calls."""
+    """Returns to how many nodes the client makes calls."""
     return len(inner(client)._followed().usable())
 
 
@@ -111,7 +111,7 @@ def test_a_call_that_no_node_answered_says_so_and_is_not_a_store_without_the_pag
             found = client.match(batch.namespace, [batch.hashes], deadline_ms=SHORT_MS)
             assert (found.hits, type(found.error)) == ((0,), errors.DeadlineExceeded)
             assert eventually(lambda: _match(client, batch) and not usable(client), 20)
-            # From here on nobody is asked.
+            # From here on no node is asked.
             found = client.match(batch.namespace, [batch.hashes], deadline_ms=SHORT_MS)
             assert (found.hits, type(found.error)) == ((0,), errors.Unavailable)
             read = client.read(batch.namespace, batch.hashes, batch.buffers(), deadline_ms=SHORT_MS)

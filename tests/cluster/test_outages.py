@@ -1,4 +1,4 @@
-"""What may fail does, with real processes: never a wrong page, never a call that outlives its deadline, and the hits come back."""
+"""Outages with real processes: never a wrong page, never a call that exceeds its deadline, and the hits recover."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ ALL = {"ada", "bob", "cleo"}
 
 @contextmanager
 def frozen(node: StoreProcess) -> Iterator[None]:
-    """The node does nothing, and its connections stay open."""
+    """Freezes the node: it does nothing, and its connections stay open."""
     node.process.send_signal(signal.SIGSTOP)
     try:
         yield
@@ -58,7 +58,7 @@ def test_while_the_directory_is_away_everything_goes_on_and_afterwards_news_come
         assert all(eventually(lambda log=node: "directory does not answer" in log.log) for node in cluster.nodes.values())
         assert hits_and_no_wrong_byte(client, second, DEADLINE_MS) == PAGES
         if outage == "killed":
-            cluster.directory.start()  # with nothing in it
+            cluster.directory.start()  # empty
         else:
             cluster.directory.resume()
         assert known_to(client) == ALL
@@ -132,7 +132,7 @@ def test_a_node_that_dies_costs_its_own_pages_only_and_comes_back_empty(cluster:
         lost = share_of(cluster, "bob")
         cluster.kill("bob")
         assert hits_and_no_wrong_byte(client, batch, DEADLINE_MS) == PAGES - lost
-        # What it owned is written to others meanwhile, and found there.
+        # Its segments are written to other nodes meanwhile, and found there.
         again = client.write(batch.namespace, batch.hashes, batch.pages)
         assert all(verdict.is_kept for verdict in again.verdicts)
         assert hits_and_no_wrong_byte(client, batch, DEADLINE_MS) == PAGES
@@ -148,7 +148,7 @@ def test_a_node_that_hangs_holds_nobody_up_for_longer_than_a_deadline(cluster: C
         batch = stored(client, batch_of(PAGES))
         others = PAGES - share_of(cluster, "cleo")
         with frozen(cluster.nodes["cleo"]):
-            # The first calls find out; then it is left alone, and nothing waits for it.
+            # The first calls detect it; then the node is skipped, and no call waits for it.
             for _ in range(3):
                 assert hits_and_no_wrong_byte(client, batch, DEADLINE_MS) == others
                 client.match(batch.namespace, [batch.hashes], deadline_ms=DEADLINE_MS)
@@ -169,12 +169,12 @@ def test_a_read_whose_node_has_become_slow_is_answered_by_the_other_copy_long_be
     patient_ms = 40_000
     with attnstore.connect(replicated.url) as client:
         batch = stored(client, batch_of(PAGES))
-        assert hits_and_no_wrong_byte(client, batch) == PAGES  # from now on it is known how long a read takes
+        assert hits_and_no_wrong_byte(client, batch) == PAGES  # the usual duration of a read is known from now on
         with frozen(replicated.nodes["bob"]):
             buffers = batch.buffers()
             began_s = time.monotonic()
             result = client.read(batch.namespace, batch.hashes, buffers, deadline_ms=patient_ms)
-            # Without a hedge the node would have been given half of the time before the other copy is asked for.
+            # Without a hedge the node would get half of the time before the other copy is requested.
             assert (time.monotonic() - began_s) * 1e3 < patient_ms / 2
         assert result.leading_hits == PAGES
         assert buffers == batch.pages
@@ -219,7 +219,7 @@ def test_a_node_whose_clock_is_a_day_ahead_is_a_member_like_any_other(cluster: C
         ahead.communicate()
 
 
-# Reads the same pages again and again and says how many were hits and how long that took; ends with its input.
+# Reads the same pages repeatedly and prints how many were hits and how long that took; ends with its input.
 _READER = """
 import json, sys, time
 import attnstore

@@ -1,4 +1,4 @@
-"""Somebody who may write what he likes into a cluster's directory gets no token and no page, and is read by nobody."""
+"""An attacker who can write anything into a cluster's directory gets no token and no page, and no record of his is believed."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ TOKENS = {"red": "t0ken-of-red", "blue": "t0ken-of-blue"}
 
 
 class KeyedCluster:
-    """Two tenants, tokens and a key; over TLS where there are certificates."""
+    """Two tenants, tokens and a key; with TLS if there are certificates."""
 
     def __init__(self, folder: Path, certificates: Path | None) -> None:
         self.key = folder / "cluster.key"
@@ -85,7 +85,7 @@ def test_a_rogue_that_owns_everything_in_the_directory_gets_no_token_no_page_and
                 assert known_to(reader) == {"ada", "bob"}
                 assert hits_and_no_wrong_byte(reader, batch) == len(batch.hashes)
             stored(newcomer, batch_of(40, "later"))
-        keyed.cluster.start("cleo")  # pages move now
+        keyed.cluster.start("cleo")  # pages are handed over now
         assert eventually(lambda: known_to(client) == {"ada", "bob", "cleo"}, PATIENCE_S)
         time.sleep(MEMBER_MS_MAX / 1000)
         for node in (encrypted, plain):
@@ -95,7 +95,7 @@ def test_a_rogue_that_owns_everything_in_the_directory_gets_no_token_no_page_and
 def test_a_rogue_where_a_member_was_is_challenged_and_gets_nothing(
     keyed: KeyedCluster, batch_of: Callable[..., Batch], certificates: Path
 ) -> None:
-    """As one that has taken over a pod's address while the record of the pod is still good: the key signed it."""
+    """Like a server that has taken over a pod's address while the signed record of the pod is still valid."""
     key = ClusterKey.load(keyed.key)
     with RogueNode(certificates if keyed.tls_ca else None) as node, Rogue(keyed.cluster) as rogue, keyed.connect("red") as client:
         batch = stored(client, batch_of(40))

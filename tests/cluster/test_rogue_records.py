@@ -1,4 +1,4 @@
-"""Records that no node wrote, in the directory of a running cluster: they are skipped and counted, and everybody goes on."""
+"""Records in the directory of a running cluster that no node wrote: they are skipped and counted, and everything else continues."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ BAD_EVENTS: list[dict[str | bytes, str | bytes]] = [
 
 
 class Rogue:
-    """Writes what it likes into a cluster's directory, and takes it away at the end."""
+    """Writes arbitrary records into a cluster's directory, and removes them at the end."""
 
     def __init__(self, cluster: Cluster) -> None:
         self._client = cluster.directory.client()
@@ -54,17 +54,17 @@ class Rogue:
         self._everybody_looks()
 
     def register(self, node_id: str, record: str | bytes) -> None:
-        """A member that never goes."""
+        """Registers a member that never expires."""
         self._client.zadd(self._key("alive"), {node_id: 1e15})
         self.write("nodes", node_id, record)
 
     def write(self, name: str, field: str | bytes, value: str | bytes) -> None:
-        """A field of a hash."""
+        """Writes a field of a hash."""
         self._client.hset(self._key(name), field, value)
         self._everybody_looks()
 
     def publish(self, entry: dict[str | bytes, str | bytes]) -> None:
-        """An entry of the stream of events."""
+        """Publishes an entry of the stream of events."""
         self._client.xadd(self._key("events"), entry)
 
     def _everybody_looks(self) -> None:
@@ -82,7 +82,7 @@ def test_a_bad_record_of_a_node_is_skipped_and_the_cluster_goes_on(
         batch = stored(before, batch_of(20))
         said = [_lines(node) for node in shared_cluster.nodes.values()]
         rogue.register("rogue", RECORDS[kind])
-        time.sleep(2 * MEMBER_MS_MAX / 1000)  # who is not heard of for half of it is gone
+        time.sleep(2 * MEMBER_MS_MAX / 1000)  # a node without a heartbeat for half of it is removed
         with attnstore.connect(shared_cluster.url) as after:
             after.register_layout(batch.namespace, batch.layout)
             for client in (before, after):
@@ -132,5 +132,5 @@ def _states(client: attnstore.ClusterClient) -> dict[str, NodeState]:
 
 
 def _lines(node: StoreProcess) -> int:
-    """How often the node has said in its log that it skips records."""
+    """Counts the node's log lines about skipped records."""
     return node.log.count("records of the directory are skipped")

@@ -1,4 +1,4 @@
-"""A node and its clients on different hosts, joined by a slow cable: real addresses, real queues, no loopback."""
+"""A node and its clients on different hosts, joined by a slow cable: real addresses and queues, no loopback."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ pytestmark = pytest.mark.netns
 
 _CLIENT_S_MAX = 120
 
-# Each client stores pages of its own, all of them meet at a barrier made of pages, then each reads everybody's.
+# Each client stores its own pages, waits at a barrier made of pages, then reads the pages of all clients.
 _CLIENT = """
 import sys, time
 import attnstore
@@ -79,7 +79,7 @@ def test_a_host_is_reached_from_the_other_end_only(link: ShapedLink) -> None:
     with node:
         with link.client.entered():
             inside = _describe(node.url, deadline_ms=30_000)
-        # This process is on neither host: the node's address leads nowhere from here.
+        # This process is on neither host, so it cannot reach the node's address.
         outside = _describe(node.url, deadline_ms=500)
     assert inside.returncode == 0, inside.stderr
     assert outside.returncode != 0

@@ -1,4 +1,4 @@
-"""Hosts on a switch: whom they reach, what a cut does, and what a shaped cable lets through."""
+"""Hosts on a switch: which hosts reach each other, the effect of a cut, and the rate of a shaped cable."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A cluster in which nothing travels in the clear: nodes, clients and hand-over over TLS."""
+"""A cluster in which everything is encrypted: nodes, clients and hand-over use TLS."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Compiled code is kept on disk where that is possible, and works where it is not."""
+"""Compiled code is cached on disk if possible, and works without a cache."""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""Copies with the checksums of page and layers: both ways against the library's XXH3, and a source that changes meanwhile."""
+"""Copies with the checksums of page and layers: both implementations against the library's XXH3, and a source that changes
+meanwhile.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +29,7 @@ def expected(data: bytes | bytearray | memoryview, layer_bytes: int) -> Checksum
 
 
 class Target:
-    """Memory at a chosen distance from the beginning of a cache line, between guards."""
+    """Memory at a chosen offset from a cache line, between guards."""
 
     def __init__(self, size_bytes: int, misalignment: int) -> None:
         self.memory = bytearray(b"\xee") * (size_bytes + 4 * LINE_BYTES)
@@ -103,7 +105,7 @@ def test_the_compiled_loop_is_xxh3_for_a_thousand_shapes() -> None:
 def test_a_source_that_changes_meanwhile_gives_the_checksums_of_what_arrived(
     compiled: bool, layers: int, layer_bytes: int, soon_used: bool
 ) -> None:
-    """Otherwise a writer could have the node take bytes that are not those of the announced checksum."""
+    """Otherwise a writer could make the node store bytes that do not match the announced checksum."""
     del compiled
     size_bytes = layers * layer_bytes
     source = bytearray(size_bytes)

@@ -1,4 +1,4 @@
-"""A page table of a few pages, and names for what goes into it."""
+"""A page table of a few pages, and names for its contents."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from hypothesis import settings
 from attnstore.core.layout import DType, PageLayout
 from attnstore.core.page_table import PageTable
 
-# The same examples in every run, and never a verdict on how fast the machine is.
+# The same examples in every run, and no failure because the machine is slow.
 settings.register_profile("attnstore", deadline=None, derandomize=True)
 settings.load_profile("attnstore")
 

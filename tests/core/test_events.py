@@ -1,4 +1,4 @@
-"""Events keep their order and their numbers, and a loss is told."""
+"""Events keep their order and numbers, and a loss is reported."""
 
 from __future__ import annotations
 

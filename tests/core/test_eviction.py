@@ -1,4 +1,4 @@
-"""Every eviction policy against a simple model of its order, and against what all of them owe."""
+"""Every eviction policy against a simple model of its order, and against the contract of all policies."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ STEPS = st.lists(st.tuples(st.sampled_from(["use", "pin", "unpin", "remove", "ev
 
 
 class Model:
-    """A list kept in order of eviction, the next victim first; subclasses say what keeps that order."""
+    """A list in order of eviction, the next victim first; subclasses maintain the order."""
 
     def __init__(self) -> None:
         self.order: list[int] = []
@@ -58,7 +58,7 @@ class Model:
 
 
 class ArrivalModel(Model):
-    """Pinned items stay in the list, except that they never lead it."""
+    """Pinned items stay in the list, but are never its first."""
 
     def evictable(self) -> list[int]:
         return [item for item in self.order if item not in self.pinned]
@@ -91,7 +91,7 @@ class S3Model(Model):
         super().__init__()
         self.small, self.main = ArrivalModel(), ArrivalModel()
         self.ghosts: list[int] = []
-        self.uses: dict[int, int] = {}  # of all items, pinned ones too
+        self.uses: dict[int, int] = {}  # of all items, including pinned ones
         self.home: dict[int, ArrivalModel] = {}
 
     def evictable(self) -> list[int]:
@@ -143,7 +143,7 @@ class S3Model(Model):
 
 
 class LookAheadModel(Model):
-    """In order of use; what stands in the waiting sequences goes last, the one whose turn is farthest first."""
+    """In order of use; items of waiting sequences are evicted last, the item with the farthest use first."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -158,7 +158,7 @@ class LookAheadModel(Model):
         self.waiting.append(items)
 
     def run(self) -> None:
-        """The first sequence runs: what nobody waits for any more counts as used, its first item last."""
+        """Runs the first sequence: items that are no longer awaited count as used, the first item last."""
         for item in reversed(self.waiting.pop(0)):
             if item in self.order and not any(item in items for items in self.waiting):
                 self.use(item)
@@ -179,7 +179,7 @@ def policy_of(items: Sequence[int], policy: Policy) -> Policy:
 
 
 def step_both(policy: EvictionPolicy[int], model: Model, step: str, item: int) -> None:
-    """Does the same to both, where the model says that it is possible; afterwards they agree on victim and size."""
+    """Applies the step to both, if the model allows it; afterwards they agree on victim and size."""
     if step == "use" and item in model.evictable():
         policy.touched([item])
         model.use(item)
@@ -203,7 +203,7 @@ def step_both(policy: EvictionPolicy[int], model: Model, step: str, item: int) -
 
 
 def compare(policy: EvictionPolicy[int], model: Model, steps: Steps) -> None:
-    """Follows the steps and then evicts everything."""
+    """Applies the steps and then evicts everything."""
     for step, item in steps + [("evict", 0)] * 8:
         step_both(policy, model, step, item)
 
@@ -405,7 +405,7 @@ class TestLookAhead:
 
 
 def optimal_misses(uses: list[int], capacity: int) -> int:
-    """The fewest misses that any decisions can give, by trying all of them. An item need not be kept."""
+    """Returns the fewest possible misses, by trying all decisions. An item need not be kept."""
     costs: dict[frozenset[int], int] = {frozenset(): 0}
     for item in uses:
         best: dict[frozenset[int], int] = {}

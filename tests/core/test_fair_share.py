@@ -1,4 +1,4 @@
-"""Shares of one limit: no tenant takes all of it, and each can always have its guaranteed part."""
+"""Shares of one limit: no tenant takes all of it, and each can always hold its guaranteed part."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def shares(limit: int = LIMIT, tenants: int = 5) -> FairShares:
 
 
 def fill(shared: FairShares, tenant: str) -> int:
-    """Takes all that the tenant may have; how much it holds then."""
+    """Takes all that the tenant may have, and returns how much it then holds."""
     while shared.fits(tenant):
         shared.take(tenant)
     return shared.held.get(tenant, 0)

@@ -1,7 +1,7 @@
-"""Identity against the published vectors, and the vectors against an independent reading of the definition.
+"""Identity against the published vectors, and the vectors against an independent implementation of the definition.
 
-The functions named `plain_*` follow the prose of the docstrings with nothing but `hashlib` and `struct`, so that an error in
-our code cannot hide in the vectors.
+The functions named `plain_*` implement the docstrings' text with only `hashlib` and `struct`, so that an error in our code cannot
+hide in the vectors.
 """
 
 from __future__ import annotations

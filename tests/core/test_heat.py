@@ -1,4 +1,4 @@
-"""Which segments are hot, and for how long."""
+"""Hot segments: which segments become hot, and for how long."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ KEYS = [segment_key(CHAIN[index]) for index in range(0, len(CHAIN), SEGMENT_BLOC
 
 
 def other(number: int) -> list[bytes]:
-    """A chain of one block, and a segment of its own."""
+    """A chain of one block, in its own segment."""
     return block_hashes(ROOT, [1_000 + number], 1)
 
 
@@ -29,7 +29,7 @@ def test_one_use_of_a_run_counts_once_for_each_segment_that_it_touches(begin: in
     counts.used("t", [run, run])
     assert counts.hot(0.0) == frozenset()
     counts.used("t", [[page_hash] for page_hash in run])
-    assert counts.hot(1.0) == frozenset()  # the first look began a window
+    assert counts.hot(1.0) == frozenset()  # the first call began a window
     counts.used("t", [run])
     assert counts.hot(2.0) == set(map(segment_key, run))
 

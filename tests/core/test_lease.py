@@ -1,4 +1,4 @@
-"""Leases: what they hold, when they end, and that an expired one is never honoured."""
+"""Leases: which pages they hold, when they end, and that an expired lease is never honoured."""
 
 from __future__ import annotations
 

@@ -46,7 +46,7 @@ def pin(table: PageTable, number: int, space: Space = SPACE) -> PinnedPage:
 
 
 def present(table: PageTable, numbers: range, space: Space = SPACE) -> list[int]:
-    """Which pages are sealed, seen without touching any of them through the events or the order of eviction."""
+    """Returns the sealed pages, without touching any of them through the events or the order of eviction."""
     events = table.take_events()
     alive: dict[int, None] = {}
     for owner, event in events:
@@ -348,7 +348,7 @@ def test_an_extent_with_a_busy_page_is_not_taken(shared_table: PageTable) -> Non
 
 
 class MostRecentlyUsed(LeastRecentlyUsed[Item]):
-    """Evicts what was used last, to show that the table follows its policy."""
+    """Evicts the most recently used page, to show that the table follows its policy."""
 
     def victim(self) -> Item | None:
         return next(reversed(self._order), None)

@@ -1,8 +1,8 @@
-"""The page table against a model that is too simple to be wrong, through random histories.
+"""The page table against a simple model, through random histories.
 
-The model knows which pages arrive and are sealed, who holds them until when, and where they lie. Which page is evicted is the
-table's choice: the model learns it from the events and checks that the choice was allowed. Conservation is checked after
-every step.
+The model knows which pages arrive and are sealed, which leases and readers hold them and until when, and where they lie. The table
+chooses which page is evicted; the model learns it from the events and checks that the choice was allowed. Conservation is checked
+after every step.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ class PageTableMachine(RuleBasedStateMachine):
         self.now_ms = 0.0
         self.arriving: dict[Key, ModelPage] = {}
         self.sealed: dict[Key, ModelPage] = {}
-        self.corrupt: list[tuple[Key, ModelPage]] = []  # some may be free by now, if only leases held them that have expired
+        self.corrupt: list[tuple[Key, ModelPage]] = []  # some may be free already, if only expired leases held them
         self.lease_ends_ms: dict[bytes, float] = {}
         self.generations: set[int] = set()
         self.sequence = 0
@@ -173,7 +173,7 @@ class PageTableMachine(RuleBasedStateMachine):
             self.expects_page((space, page_hash), lease, answer)
 
     def expects_page(self, key: Key, lease: tuple[Space, bytes] | None, answer: object) -> bool:
-        """Whether a read finds the page; asserts that the answer says so, or why not."""
+        """Returns whether the read must find the page; asserts that the answer agrees, or gives the right reason."""
         if lease and not (lease[0] == key[0] and self.is_live(lease[1])):
             assert answer is PageStatus.LEASE_EXPIRED
             return False
@@ -206,7 +206,7 @@ class PageTableMachine(RuleBasedStateMachine):
 
     @rule(page=pinned_pages)
     def verify_pinned(self, page: tuple[ModelPage, Key, PinnedPage]) -> None:
-        """Somebody who holds a page finds it corrupt; somebody else may have done so before."""
+        """A reader that holds a page finds it corrupt; another reader may have found it before."""
         model, key, pinned = page
         is_first = self.sealed.get(key) is model
         assert self.table.verified(pinned, self.now_ms, intact=False) is is_first
@@ -277,7 +277,7 @@ class PageTableMachine(RuleBasedStateMachine):
         assert ends_bytes <= CAPACITY_BYTES
 
     def teardown(self) -> None:
-        """Whatever the history was, the arena is all free once everybody lets go."""
+        """Whatever the history was, the arena is completely free once all holders release their pages."""
         self.now_ms += 1e6
         for key, page in list(self.sealed.items()):
             if not page.readers:
@@ -287,7 +287,7 @@ class PageTableMachine(RuleBasedStateMachine):
         assert self.table.statistics().pages_sealed == sum(page.readers > 0 for page in self.sealed.values())
 
     def pages(self) -> list[tuple[Key, ModelPage]]:
-        """Those that surely have a slot."""
+        """The pages that certainly have a slot."""
         held = [(key, page) for key, page in self.corrupt if self.is_pinned(page)]
         return [*self.arriving.items(), *self.sealed.items(), *held]
 
@@ -301,7 +301,7 @@ class PageTableMachine(RuleBasedStateMachine):
         return page.readers > 0 or any(map(self.is_live, page.leases))
 
     def has_room(self, space: Space) -> bool:
-        """Whether a page can be had: a free slot or extent, a page of the own class to evict, or an idle extent."""
+        """Returns whether a page can get a slot: a free slot or extent, an evictable page of its class, or an idle extent."""
         by_extent: dict[int, list[Key]] = {}
         for key, page in self.pages():
             by_extent.setdefault(page.slot.extent, []).append(key)

@@ -1,4 +1,4 @@
-"""What one tenant may keep of a page table, whatever it does: another always finds its part."""
+"""The share of a page table that one tenant may hold, whatever it does: another tenant always gets its part."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from attnstore.types import PageStatus, Space
 EXTENTS, EXTENT_BYTES, PAGE_BYTES = 8, 400, 100
 GREEDY, MODEST = Space("greedy", b"n" * 32), Space("modest", b"n" * 32)
 SIZES = [PAGE_BYTES, 200, 300, 400, 40, 60, 80, 102]
-"""Pages of each size lie in extents of their own."""
+"""Pages of each size lie in their own extents."""
 SPACES = [Space("greedy", bytes([size % 256]) * 32) for size in SIZES]
 
 
@@ -80,7 +80,7 @@ def test_one_leased_page_in_each_extent_takes_no_more_than_a_share() -> None:
             leased += 1
         except Overloaded:
             break
-    assert leased == 5  # two are guaranteed to each, and of the other four a tenant leaves one
+    assert leased == 5  # two are guaranteed to each tenant, and of the other four a tenant leaves one
     assert store(table, MODEST, 0)
     table.check()
 
@@ -142,7 +142,7 @@ STEPS = st.tuples(st.sampled_from(["arrive", "store", "lease", "pin", "abort", "
 
 
 class Greedy:
-    """A tenant that takes what it can get."""
+    """A tenant that takes as much as it can get."""
 
     def __init__(self, table: PageTable) -> None:
         self.table = table
@@ -173,7 +173,7 @@ class Greedy:
 def test_whatever_one_tenant_does_another_has_its_guaranteed_memory(steps: list[tuple[str, int]], holds: list[str]) -> None:
     table = shared_table()
     greedy = Greedy(table)
-    # Then it stores a page of each size, in an extent of its own, and keeps it in place in one way or another.
+    # Then it stores a page of each size, in its own extent, and keeps it in place by one of several means.
     keeps = [(what, which) for which, hold in enumerate(holds) for what in ("store", hold)]
     for what, which in [*steps, *keeps]:
         with suppress(Overloaded):

@@ -1,4 +1,4 @@
-"""Placement: balanced, stable, weighted, and the same for everyone."""
+"""Placement: balanced, stable, weighted, and the same for every caller."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def test_a_hundred_thousand_keys_are_balanced_within_five_percent(nodes: int) ->
     spread = math.sqrt(sum((count - fair) ** 2 for count in owned.values()) / nodes) / fair
     assert len(owned) == nodes
     assert spread <= 0.05
-    # Keys are random, so no placement that does not count them is better than fair draws are: four deviations of those.
+    # Keys are random, so no placement that does not count them is better than fair draws: four standard deviations of those.
     worst = max(abs(count - fair) for count in owned.values()) / fair
     assert worst <= max(0.05, 4 / math.sqrt(fair))
 

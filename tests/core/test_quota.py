@@ -1,4 +1,4 @@
-"""Quotas: a tenant that has used up its own makes room among its own pages, and takes nobody else's."""
+"""Quotas: a tenant at its quota evicts its own pages, never another tenant's."""
 
 from __future__ import annotations
 

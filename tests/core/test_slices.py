@@ -1,4 +1,4 @@
-"""What takes many pages is done a slice at a time, of at most so many of them, and all of it is done in the end."""
+"""Operations on many pages are done in bounded slices, and completely in the end."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def pinned(table: PageTable) -> int:
 
 
 def drained(table: PageTable, now_ms: float) -> list[int]:
-    """How many pages are pinned after each slice, until nothing is left to do."""
+    """Returns how many pages are pinned after each slice, until nothing is left to do."""
     counts = []
     while True:
         next_ms = table.expire(now_ms)

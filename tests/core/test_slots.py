@@ -1,4 +1,4 @@
-"""Geometry of extents and slots, and the numbers that tell an old slot from a new one."""
+"""Geometry of extents and slots, and the numbers that distinguish an old slot from a new one."""
 
 from __future__ import annotations
 

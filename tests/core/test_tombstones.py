@@ -1,4 +1,4 @@
-"""Deleted pages and pages that are handed over: what does not come back, what may, and what never costs a page that is here."""
+"""Deleted pages and hand-overs: which pages do not return, which may, and that no existing page is lost."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def arrive(table: PageTable, number: int, now_ms: float = NOW_MS, age_ms: float 
 
 
 def delete(table: PageTable, now_ms: float) -> PageStatus:
-    """Of page 1."""
+    """Deletes page 1."""
     [status] = table.delete(SPACE, [name(1)], now_ms)
     return status
 
@@ -72,7 +72,7 @@ def test_a_client_may_write_a_page_again_at_once_and_it_may_be_handed_over_then(
     delete(table, NOW_MS)
     assert arrive(table, 1, NOW_MS) is PageStatus.STORED
     assert hits(table, 1)
-    table.deleted_elsewhere(SPACE, name(1), NOW_MS - 1, NOW_MS)  # news of the deletion before
+    table.deleted_elsewhere(SPACE, name(1), NOW_MS - 1, NOW_MS)  # news of the earlier deletion
     assert hits(table, 1)
 
 

@@ -1,4 +1,4 @@
-"""A minute and a half of chaos: the cluster of docker-compose.yml, real workers, real clients, faults from a seed."""
+"""Ninety seconds of chaos: the cluster of docker-compose.yml, real workers, real clients, faults from a seed."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tests.volumes import seed_models
 
 SEED = 2026
 RUN_S = 100.0
-"""Holds a killed node, a cut link, a killed directory, and each caller that misbehaves."""
+"""Contains a killed node, a cut link, a killed directory, and each misbehaving caller."""
 
 
 @pytest.mark.alone

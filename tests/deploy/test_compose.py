@@ -1,4 +1,4 @@
-"""docker-compose.yml and what it builds: valid, understood alike by docker-compose and by the local runner, safe by default."""
+"""docker-compose.yml and its images: valid, interpreted alike by docker-compose and by the local runner, safe by default."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ PROFILES = ("experiments", "link", "vllm")
 
 
 def config(*files: str) -> dict[str, Any]:
-    """What docker-compose makes of our files."""
+    """docker-compose's interpretation of our files."""
     command = [
         "docker-compose",
         *(f"--file={ROOT / file}" for file in files),
@@ -37,7 +37,7 @@ def config(*files: str) -> dict[str, Any]:
 
 
 def instructions(dockerfile: Path) -> list[tuple[str, str]]:
-    """Instruction and argument of each line, continuation lines joined."""
+    """Returns instruction and argument of each line, continuation lines joined."""
     text = re.sub(r"\\\n\s*", " ", dockerfile.read_text())
     pairs = (line.partition(" ") for line in text.splitlines() if line and not line.startswith("#"))
     return [(name, argument) for name, _, argument in pairs]
@@ -50,7 +50,7 @@ def test_docker_compose_and_the_local_runner_read_the_same_services() -> None:
     for name, service in ours.items():
         them = theirs[name]
         assert service.command == (*them.get("entrypoint", ()), *map(str, them.get("command", ()))), name
-        # docker-compose prints a file that it could read again, so it doubles what could be a variable.
+        # docker-compose prints a file that it can read again, so it doubles what could be a variable.
         assert {key: value.replace("$", "$$") for key, value in service.environment.items()} == them.get("environment", {}), name
         assert service.health is None or ["CMD", *service.health.command] == them["healthcheck"]["test"], name
         assert dict(service.depends_on) == {other: how["condition"] for other, how in them.get("depends_on", {}).items()}, name

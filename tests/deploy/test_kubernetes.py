@@ -1,4 +1,4 @@
-"""The Kubernetes manifests, as kustomize renders them: valid, joined up, and in step with the programs that they start."""
+"""The Kubernetes manifests, as kustomize renders them: valid, consistent, and matching the programs that they start."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def containers(kustomization: str) -> Iterator[Manifest]:
 
 
 def selected(kustomization: str, labels: dict[str, str]) -> list[Manifest]:
-    """The pods that a label selector finds."""
+    """Returns the pods that a label selector matches."""
     pods = map(pod, workloads(kustomization).values())
     return [found for found in pods if labels.items() <= found["metadata"]["labels"].items()]
 

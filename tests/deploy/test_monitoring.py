@@ -1,4 +1,6 @@
-"""Prometheus and Grafana: valid and tested. That the metrics they ask for exist is seen on a running cluster (test_walkthrough)."""
+"""The configurations of Prometheus and Grafana are valid and tested. `test_walkthrough` checks on a running cluster that their
+metrics exist.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Compose file and manifests give our programs options that these have: a misspelt one would be passed over, or stop the start."""
+"""Compose file and manifests use only options that our programs have: a misspelt option would be ignored, or stop the start."""
 
 from __future__ import annotations
 

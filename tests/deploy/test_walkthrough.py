@@ -1,4 +1,4 @@
-"""The cluster of docker-compose.yml, run as that file says, and the tour of it that the documentation takes."""
+"""The cluster of docker-compose.yml, run by that file, and the tour that the documentation describes."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def test_two_workers_share_pages_through_three_nodes_and_every_panel_has_data(cl
 def test_alerts_and_dashboard_ask_for_metrics_that_exist(cluster: ComposeCluster) -> None:
     alerts = yaml.safe_load((DEPLOY / "prometheus" / "alerts.yml").read_text())["groups"][0]["rules"]
     asked = [*dashboard_queries(DEPLOY / "grafana" / "dashboards" / "attnstore.json"), *(rule["expr"] for rule in alerts)]
-    # A histogram has several series under the name that it is offered by.
+    # A histogram has several series under its name.
     series = {name for expression in asked for name in re.findall(r"\battnstore_\w+", expression)}
     names = {re.sub("_(bucket|count|sum)$", "", name) for name in series}
     assert len(names) > 15
@@ -71,7 +71,7 @@ def help_names(text: str) -> set[str]:
 
 
 def node_metrics(cluster: ComposeCluster) -> set[str]:
-    """Nodes publish no port: their metrics are read from inside."""
+    """Nodes publish no port, so their metrics are read from inside."""
     with cluster.host("prometheus").entered():
         connection = urllib.request.urlopen(f"http://{cluster.host('store1').address}:9400/metrics", timeout=10)
     with connection as answer:

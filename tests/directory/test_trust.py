@@ -1,4 +1,4 @@
-"""Signed records: what is believed of a directory that somebody else writes to."""
+"""Signed records: which records are believed if someone else can write to the directory."""
 
 from __future__ import annotations
 

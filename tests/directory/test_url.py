@@ -1,4 +1,4 @@
-"""URLs of directories: what is accepted, what is refused, and that no password is ever shown."""
+"""URLs of directories: which are accepted, which are refused, and that no password is ever shown."""
 
 from __future__ import annotations
 

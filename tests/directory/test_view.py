@@ -1,4 +1,4 @@
-"""Views: who owns a segment and who may still have it, whatever the directory says or fails to say."""
+"""Views: current and previous owners of a segment, whatever the directory answers or fails to answer."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The attend experiment: what its formula says, and that a small run of it measures what it claims."""
+"""The attend experiment: its formula, and a small run of it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The arithmetic of the measurement: what a figure, a ratio and a verdict are made of."""
+"""The arithmetic of the measurement: figures, ratios and verdicts."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def results(**series: list[float]) -> Results:
 
 
 class CountingLane:
-    """A lane that only keeps a record."""
+    """A lane that only records its calls."""
 
     landing: dict[str, PageBuffers] = {}  # noqa: RUF012 - the contract asks for a mapping, and this one has none
 
@@ -56,7 +56,7 @@ def test_a_figure_is_the_median_over_rounds_and_a_ratio_the_median_of_the_rounds
     found = results(tcp_read=[2.0, 0.2, 3.0], raw_tcp_read=[4.0, 0.4, 4.0])
     tcp, raw = Cell("tcp", "read", PAGE_BYTES, 32), Cell("raw_tcp", "read", PAGE_BYTES, 32)
     assert found.gb_per_s(tcp) == pytest.approx(2.0, rel=1e-4)
-    # The slow second round hit both alike; a ratio of medians would be the same here only by accident.
+    # The slow second round affected both alike; a ratio of medians would be the same only by accident.
     assert found.ratio(tcp, raw) == pytest.approx(0.5, rel=1e-4)
 
 

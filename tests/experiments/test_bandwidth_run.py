@@ -1,4 +1,4 @@
-"""The measurement itself, small: real processes, every contender that this machine has, and right bytes from each of them."""
+"""A small run of the measurement: real processes, every contender of this machine, and the right bytes from each of them."""
 
 from __future__ import annotations
 

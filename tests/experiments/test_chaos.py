@@ -1,4 +1,4 @@
-"""What a chaos run would say of faults and calls made up here: every way in which a run can be bad makes it bad."""
+"""The verdict of a chaos run on invented faults and calls: every kind of failure makes the run bad."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def read(at_s: float, hits: int) -> Call:
 
 
 def reads(back_at_s: float, level: int = 10) -> list[Call]:
-    """Ten reads a second, which miss from the fault until `back_at_s`."""
+    """Ten reads per second, which miss from the fault until `back_at_s`."""
     times = [tenth / 10 for tenth in range(int(RUN_S * 10))]
     return [read(at_s, 2 if 20.0 <= at_s < back_at_s else level) for at_s in times]
 

@@ -1,4 +1,4 @@
-"""The cluster experiment runs over real links and reports what it says it does."""
+"""The cluster experiment runs over real links and reports what it should."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def test_a_small_run_measures_both_clusters_and_the_directory(tmp_path: Path) ->
     assert done.returncode == 0, done.stderr
     measured = json.loads(figures.read_text())
     assert [cell["nodes"] for cell in measured["bandwidth"]] == [1, 2]
-    # No link carries more than its rate, whatever burst its token bucket lets through at first.
+    # No link carries more than its rate, except for the initial burst of its token bucket.
     assert all(0 < cell["share"] < 1.05 for cell in measured["bandwidth"])
-    # The cost does not depend on how fast the machine is: a slow one asks less often.
+    # The cost does not depend on the speed of the machine: a slow machine sends fewer requests.
     assert 0 < measured["directory"]["operations_per_s_node"] < 1.6

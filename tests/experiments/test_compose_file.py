@@ -1,4 +1,4 @@
-"""What the local runner understands of a compose file: variables, durations, and nothing that it would silently leave out."""
+"""The local runner's parser of compose files: variables, durations, and no key that it ignores silently."""
 
 from __future__ import annotations
 

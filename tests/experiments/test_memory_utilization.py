@@ -1,4 +1,4 @@
-"""The memory experiment: its requests, its baselines' allocator, and a run of each policy on a clock that ticks by itself."""
+"""The memory experiment: its requests, the allocator of its baselines, and a run of each policy on a simulated clock."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ SHAPE = Shape().shrunk(4)
 
 
 class TickingClock:
-    """Every look at it takes 20 ms, so that a run does the same steps on every machine."""
+    """Every reading advances it by 20 ms, so that a run has the same steps on every machine."""
 
     def __init__(self) -> None:
         self._now_ms = 0.0

@@ -1,4 +1,4 @@
-"""The experiments' options are checked as the commands' are."""
+"""The experiments check their options as the commands do."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 EXPERIMENTS = Path(__file__).parents[2] / "experiments"
 COMMANDS = [path for path in EXPERIMENTS.rglob("*.py") if "CommandParser(" in path.read_text()]
 OTHERS = {"valkey_cli.py"}
-"""Speaks as another program does."""
+"""An option that another program interprets."""
 
 
 def test_every_experiment_reads_its_options_as_the_commands_do() -> None:

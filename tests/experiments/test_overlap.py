@@ -1,4 +1,4 @@
-"""The overlap experiment: only what it says is in the store is found there, and what was computed behind it is right."""
+"""The overlap experiment finds only the intended pages in the store, and computes the rest correctly."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The measurement of penalties: rows that can be gone on with, bounds judged by them, and one small real run."""
+"""The measurement of penalties: resumable rows, bounds judged by them, and one small real run."""
 
 from __future__ import annotations
 

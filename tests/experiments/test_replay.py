@@ -1,4 +1,4 @@
-"""The replay: right counts on a trace small enough to do by hand, the published ones on the real trace where it is there."""
+"""The replay: right counts on a trace small enough to do by hand, and the published counts on the real trace if it is present."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def test_only_the_consecutive_prefix_counts() -> None:
 
 @pytest.mark.parametrize(("policy", "expected"), [("lru", 4), ("fifo", 4), ("s3-fifo", 4), ("look-ahead", 5)])
 def test_knowing_who_waits_saves_the_block_that_history_gives_up(policy: str, expected: int) -> None:
-    """Room for one prompt of new blocks must come from block 3 or 4, and only the queue tells that 3 comes back."""
+    """A new prompt needs the space of block 3 or 4, and only the queue shows that 3 is used again."""
     assert hits(trace_of(PROMPTS), policy, SIX_BLOCKS) == expected
 
 
@@ -198,7 +198,7 @@ def test_prompts_share_tokens_exactly_where_they_share_blocks() -> None:
 
 
 def test_a_slice_finds_in_the_engine_what_the_trace_repeats(tiny: LoadedModel) -> None:
-    """The second prompt shares two blocks with the first, the fourth has all three: 5 of 12 blocks; each has a token more."""
+    """The second prompt shares two blocks with the first, the fourth has all three: 5 of 12 blocks; each has one more token."""
     page_bytes = tiny.layout(16).page_bytes
     with Engine(tiny, EngineOptions(pool_bytes=64 * page_bytes)) as engine:
         result = replay_with_model(engine, trace_of(PROMPTS), 4, 300.0, MonotonicClock())
@@ -211,7 +211,7 @@ def test_a_slice_finds_in_the_engine_what_the_trace_repeats(tiny: LoadedModel) -
 
 
 def test_what_the_pool_cannot_keep_comes_back_from_host_and_store(tiny: LoadedModel, store: MemoryStore) -> None:
-    """Pool and HOST hold four blocks each; five prompts of three blocks pass, and the first comes again."""
+    """Pool and HOST hold four blocks each; five prompts of three blocks run, and then the first again."""
     page_bytes = tiny.layout(16).page_bytes
     options = EngineOptions(pool_bytes=4 * page_bytes, host_pool_bytes=4 * page_bytes)
     trace = trace_of([[1, 2, 3], [4, 5, 6], [7, 8, 9], [10, 11, 12], [1, 2, 3]])

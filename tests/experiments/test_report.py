@@ -1,4 +1,4 @@
-"""The report shows what the rows say, needs nothing but itself, and takes nothing that it does not understand."""
+"""The report shows the rows, is self-contained, and refuses rows that it does not understand."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 class _References(HTMLParser):
-    """Whatever a page would load or run."""
+    """Collects everything that a page would load or run."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -147,7 +147,7 @@ def test_words_from_results_cannot_become_markup(out: Path) -> None:
 @pytest.mark.needs("chromium")
 @pytest.mark.slow
 def test_the_page_opens_in_a_browser_without_an_error_and_with_every_picture(out: Path, tmp_path: Path) -> None:
-    # The page has no script of its own; this one reports pictures that did not load, and proves that errors are seen at all.
+    # The page has no script; this one reports images that did not load, and proves that errors are detected.
     broken = "for (const each of document.images) if (!each.naturalWidth) console.error('broken', each.alt)"
     judge = f"<script>console.error('judged'); {broken}</script>"
     judged = tmp_path / "judged.html"
@@ -157,7 +157,7 @@ def test_the_page_opens_in_a_browser_without_an_error_and_with_every_picture(out
 
 
 def _console(page: Path, folder: Path) -> list[str]:
-    """Lines that the page's console got."""
+    """Returns the lines of the page's console."""
     command = ["chromium", "--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--enable-logging=stderr"]
     options = [f"--user-data-dir={folder / 'profile'}", f"--screenshot={folder / 'page.png'}", "--window-size=1100,4000"]
     done = subprocess.run([*command, *options, page.as_uri()], capture_output=True, text=True, timeout=_BROWSER_S_MAX, check=True)

@@ -1,4 +1,4 @@
-"""Wrong requests to a real worker: a few hundred of them, and what counts as a wrong answer."""
+"""Invalid requests to a real worker: a few hundred of them, and the definition of a wrong answer."""
 
 from __future__ import annotations
 

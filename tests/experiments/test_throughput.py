@@ -1,4 +1,4 @@
-"""The comparison with vLLM: how sides are timed, and the side that can be run here."""
+"""The comparison with vLLM: the timing of the sides, and the side that can run here."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ SHORT = ["--prompt-tokens", "40", "--new-tokens", "4", "--repeats", "1", "--thre
 
 
 class Uneven:
-    """Gives the prompts their first tokens in different steps, as an engine does that prefills one after another."""
+    """Gives the prompts their first tokens in different steps, like an engine that prefills one after another."""
 
     def __init__(self) -> None:
         self.continued: list[int] = []

@@ -1,4 +1,4 @@
-"""The experiment on tiers, on a tiny model: its rows say which tier served, and that the tokens were right."""
+"""The experiment on tiers, with a tiny model: its rows show the tier that served, and that the tokens were right."""
 
 from __future__ import annotations
 

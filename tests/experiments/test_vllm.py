@@ -1,4 +1,6 @@
-"""The vLLM experiment: every engine is asked the same, and one that does not start is told of. Real vLLM: `make test-vllm`."""
+"""The vLLM experiment: every engine gets the same requests, and one that does not start is reported. Real vLLM:
+`make test-vllm`.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The circuit breaker: who is left alone, and when it is asked whether it is back."""
+"""The circuit breaker: which nodes are skipped, and when they are tried again."""
 
 from __future__ import annotations
 

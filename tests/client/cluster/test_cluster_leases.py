@@ -15,7 +15,7 @@ def part(lease_ms: int) -> LeasePart:
 
 
 def test_a_lease_that_ran_out_while_its_nodes_were_asked_is_expired_and_not_a_surprise() -> None:
-    """Their answer came late, and another lease was granted meanwhile."""
+    """The nodes' answer came late, and another lease was granted meanwhile."""
     clock = ManualClock()
     leases = ClusterLeases(clock)
     late = leases.grant([part(1_000)], holders=1)

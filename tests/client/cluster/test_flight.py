@@ -1,4 +1,4 @@
-"""Single flight: the same question at the same time is asked once."""
+"""Single flight: equal concurrent requests are sent once."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from attnstore.client.cluster.flight import Flight, SingleFlight
 
 
 class Source:
-    """Answers when it is told to; counts how often it was asked."""
+    """Answers on command, and counts its requests."""
 
     def __init__(self) -> None:
         self.asked = 0
@@ -73,7 +73,7 @@ async def test_a_call_that_is_cancelled_before_it_began_leaves_nothing_behind() 
     flights, source = SingleFlight[int](), Source()
 
     def begin(flight: Flight[int]) -> Coroutine[Any, Any, int]:
-        # As whoever cancels all tasks of a loop does.
+        # Like a caller that cancels all tasks of a loop.
         asyncio.get_running_loop().call_soon(lambda: flight.task is not None and flight.task.cancel())
         return source.answer(flight)
 

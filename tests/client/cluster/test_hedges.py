@@ -1,4 +1,4 @@
-"""Hedged reads: the second node is asked for what has not come, and not for every read."""
+"""Hedged reads: the second node gets the pages that are late, and only for a bounded share of reads."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ class Node:
 
 @asynccontextmanager
 async def cluster(batch: Batch) -> AsyncIterator[tuple[ClusterMembership, list[Node]]]:
-    """A client's membership of two nodes that both own everything, the first owner of the batch first."""
+    """A client's membership of two nodes that both own all segments, the first owner of the batch first."""
     options = ClusterOptions.create(
         "grpc://127.0.0.1:1,127.0.0.1:2?replicas=2", deadline_ms=5_000, token=None, tls_ca=None, transport="grpc", channels=1
     )

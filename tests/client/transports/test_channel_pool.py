@@ -1,4 +1,4 @@
-"""The pool of bulk connections: what an exchange ends with decides whether its connection is used again, and none stays behind."""
+"""The pool of bulk connections: the end of an exchange decides whether its connection is reused, and none is leaked."""
 
 from __future__ import annotations
 

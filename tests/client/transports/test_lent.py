@@ -1,4 +1,4 @@
-"""Lent memory by itself: which places are given away."""
+"""The allocation of places in lent memory."""
 
 from __future__ import annotations
 

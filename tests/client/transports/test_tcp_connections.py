@@ -1,4 +1,4 @@
-"""Connections of the tcp transport: opened, used again, replaced when they die, ended."""
+"""Connections of the tcp transport: opened, reused, replaced when they break, closed."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""A late byte never lands: when a call has returned, however it ended, its buffers are the caller's again.
+"""Late bytes are never written: when a call has returned, however it ended, its buffers belong to the caller again.
 
-Each test has a node that sends half of a page and holds the rest back until the caller has its buffer again and has written
-something of its own there. Then the node sends until its connection is broken: only a closed connection takes no more bytes.
+In each test a node sends half of a page and holds the rest back until the caller has its buffer again and has written its own data
+there. Then the node sends until its connection breaks, because only a closed connection takes no more bytes.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ DEADLINE_MS = 300
 
 
 class LateNode:
-    """A script: half of the first page asked for on each connection, and after `caller_is_back` bytes without end."""
+    """A script: sends half of the first requested page on each connection, and bytes without end after `caller_is_back`."""
 
     def __init__(self, batch: Batch) -> None:
         self.batch = batch
@@ -51,7 +51,7 @@ class LateNode:
 
 
 def reuse(node: LateNode, buffers: list[bytearray], connections: int = 1) -> None:
-    """The caller uses its buffers for something else, and the rest comes late."""
+    """Reuses the buffers for other data, then lets the rest arrive late."""
     for buffer in buffers:
         buffer[:] = SENTINEL * len(buffer)
     node.caller_is_back.set()
@@ -62,7 +62,7 @@ def reuse(node: LateNode, buffers: list[bytearray], connections: int = 1) -> Non
 
 @pytest.fixture
 def store() -> Iterator[StoreProcess]:
-    """A real node for the calls that go over gRPC; its bulk transport is replaced."""
+    """A real node for the calls over gRPC; its bulk transport is replaced."""
     with StoreProcess("--capacity", "16MiB", "--transports", "none") as node:
         yield node
 
@@ -114,7 +114,7 @@ def test_after_one_part_failed_while_another_was_still_receiving() -> None:
         end.stream.send(encode_slice(frame.request, 0, len(page), 0, page_checksum(page)), page[:HALF])
         node.half_sent.release()
         assert failed.wait(20)
-        # Whoever returned at the first failure would have its buffer written to now.
+        # If the call returned at the first failure, its buffer would be written to now.
         node.caller_is_back.wait(0.2)
         end.stream.send(page[HALF:])
         end.send_until_broken()
@@ -128,7 +128,7 @@ def test_after_one_part_failed_while_another_was_still_receiving() -> None:
         for buffer in buffers:
             buffer[:] = SENTINEL * len(buffer)
         node.caller_is_back.set()
-        transport.close()  # the part that went well left its connection to the pool
+        transport.close()  # the successful part returned its connection to the pool
         assert node.sent_until_broken.acquire(timeout=20)
         assert all(buffer == SENTINEL * len(buffer) for buffer in buffers)
 
@@ -227,7 +227,7 @@ async def cancel_again_and_again(read: asyncio.Task[attnstore.ReadResult]) -> No
 
 
 async def cancel_everything(read: asyncio.Task[attnstore.ReadResult]) -> None:
-    """As the end of `asyncio.run` does."""
+    """Cancels all tasks, like the end of `asyncio.run`."""
     for task in asyncio.all_tasks() - {asyncio.current_task()}:
         task.cancel()
     await asyncio.wait([read])

@@ -1,4 +1,4 @@
-"""Layers over the tcp transport: told of in order, once, when they are there, whatever the node sends."""
+"""Layers over the tcp transport are reported in order, once, and only when they have arrived, whatever the node sends."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def test_what_on_layer_raises_reaches_the_caller_and_costs_the_connection(node: 
 
 
 def layers_of(*slices: tuple[int, int, bytes]) -> Script:
-    """A node that answers a read by layers with `(page, layer, bytes)` each, with right checksums."""
+    """Returns a node that answers a read by layers with `(page, layer, bytes)` each, with right checksums."""
 
     def serve(end: NodeEnd) -> None:
         frame, _ = end.next_request()

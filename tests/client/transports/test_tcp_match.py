@@ -1,4 +1,4 @@
-"""Match over the page channel: what gRPC would answer, and gRPC where a frame cannot carry the question."""
+"""Match over the page channel gives the same answers as gRPC, and falls back to gRPC if a frame cannot carry the request."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def plan_of(batch: Batch, prefixes: Sequence[Sequence[bytes]], lease_ms: int = 0
 
 
 def matches(node: ChannelNode) -> tuple[float, float, float]:
-    """Calls, pages that hit and pages that missed, as the node counts them."""
+    """Returns calls, hit pages and missed pages, as counted by the node."""
     hit, missed = (node.sample("attnstore_pages_total", rpc="Match", status=status) for status in ("ok", "missing"))
     return node.sample("attnstore_rpc_total", rpc="Match", code="ok"), hit, missed
 

@@ -1,4 +1,4 @@
-"""The tcp transport against a node that does exactly, or anything but, what it should."""
+"""The tcp transport with correct and with misbehaving nodes."""
 
 from __future__ import annotations
 
@@ -130,7 +130,7 @@ def test_a_refusal_arrives_as_the_error_that_it_is(node: ChannelNode) -> None:
 
 
 def test_a_write_that_was_refused_ends_with_the_nodes_last_answer() -> None:
-    """Its later pages are on the way: a node that is slow would store them once whoever calls again has made them welcome."""
+    """Its later pages are in flight: a slow node would store them after the caller has registered the namespace again."""
     batch = make_batch(4, model="refused")
     answered: list[int] = []
 
