@@ -61,7 +61,7 @@ class ChannelNode:
         self._dialled: list[FrameStream] = []
 
     def register(self, batch: Batch, tenant: str = "default") -> None:
-        self.store.register(Space(tenant, batch.namespace), batch.layout)
+        self.store.spaces.register(Space(tenant, batch.namespace), batch.layout)
 
     def keep(self, batch: Batch) -> None:
         """Registers the batch and stores its pages directly."""

@@ -173,7 +173,7 @@ class AttendSession:
             with ExitStack() as pins:
                 pins.enter_context(self._attending.counted(self._tenant, len(opening.hashes)))
                 views = []
-                self._attending.store.counts_held(len(opening.hashes))
+                self._attending.store.leases.counts_held(len(opening.hashes))
                 found = pins.enter_context(self._attending.store.reading_all(space, opening.hashes, opening.lease_id))
                 for index, page in enumerate(found):
                     if isinstance(page, PageStatus):
@@ -255,7 +255,7 @@ class AttendSession:
 
     def _holds(self, part: _Set) -> bool:
         assert self._shape is not None
-        return self._attending.store.holds(Space(self._tenant, self._shape.namespace), part.lease_id)
+        return self._attending.store.leases.holds(Space(self._tenant, self._shape.namespace), part.lease_id)
 
     def _drop(self, set_id: int) -> None:
         part = self._sets.pop(set_id, None)

@@ -50,16 +50,16 @@ class Collection:
         """Calls `freeze` if enough objects are new, or if the last freeze was long ago."""
         if (
             self._store.stored_pages - self._frozen_pages >= VISIBLE_PAGES_MAX
-            or self._store.leased_pages - self._frozen_leased_pages >= VISIBLE_LEASED_PAGES_MAX
-            or self._store.held_pages - self._frozen_held_pages >= VISIBLE_PAGES_MAX
+            or self._store.leases.leased_pages - self._frozen_leased_pages >= VISIBLE_LEASED_PAGES_MAX
+            or self._store.leases.held_pages - self._frozen_held_pages >= VISIBLE_PAGES_MAX
             or time.monotonic() - self._frozen_s >= _LONG_S
         ):
             self.freeze()
 
     def freeze(self) -> None:
         """Collects the garbage that the collector sees, and hides all remaining objects from it."""
-        held = self._store.held_pages - self._frozen_held_pages
-        self._frozen_pages, self._frozen_leased_pages = self._store.stored_pages, self._store.leased_pages
+        held = self._store.leases.held_pages - self._frozen_held_pages
+        self._frozen_pages, self._frozen_leased_pages = self._store.stored_pages, self._store.leases.leased_pages
         self._frozen_held_pages += held
         self._frozen_s = time.monotonic()
         # From now on only this method collects the oldest generation: it may contain the objects of a query, hundreds of thousands.

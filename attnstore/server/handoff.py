@@ -201,7 +201,7 @@ class Handoff:
         targets: dict[bytes, list[str]] = {}
         # Yields often, so that many pages or segments do not block the node's callers.
         for after in {offered.get(node_id, 0) for node_id in view.members}:
-            for pages in self._store.sealed(after):
+            for pages in self._store.spaces.sealed(after):
                 for space, page_hash in pages:
                     key = segment_key(page_hash)
                     if key not in targets:
@@ -212,7 +212,7 @@ class Handoff:
                             sorted_out[space][node_id].append(page_hash)
                 await asyncio.sleep(0)
         failed: set[str] = set()
-        for held in await finish_among_calls(self._store.namespaces()):
+        for held in await finish_among_calls(self._store.spaces.namespaces()):
             by_target = sorted_out.get(held.space, {})
             calls = [self._send(done, view.members[node_id], held, hashes) for node_id, hashes in by_target.items()]
             for node_id, is_done in zip(by_target, await asyncio.gather(*calls), strict=True):
@@ -253,8 +253,9 @@ class Handoff:
         with ExitStack() as pinned:
             pages: dict[bytes, PageView] = {}
             for page_hash in hashes:
-                page = pinned.enter_context(self._store.reading(space, page_hash, None))
+                page = self._store.pin(space, page_hash, None)
                 if not isinstance(page, PageStatus):  # it may have been evicted meanwhile
+                    pinned.callback(self._store.unpin, page)
                     pages[page_hash] = page
             if not pages:
                 return

@@ -84,13 +84,13 @@ def node_membership(
         return None
 
     async def layouts() -> list[LayoutRecord]:
-        held = await finish_among_calls(store.namespaces())
+        held = await finish_among_calls(store.spaces.namespaces())
         return [LayoutRecord(each.space.namespace, each.space.tenant, each.layout.page_bytes) for each in held]
 
     def follow(view: ClusterView) -> None:
         handoff.follow(view)
         if member.node_id in view.placement.weights:  # a node that owns nothing keeps what it has until it is handed over
-            store.limit_tenants(view.quota_bytes_of(member.node_id))
+            store.spaces.limit_tenants(view.quota_bytes_of(member.node_id))
 
     handoff = Handoff(member.node_id, store, open_peer, peering, metrics, lambda left: registration.drained(left))
     registration = Registration(
@@ -102,11 +102,11 @@ def node_membership(
         member,
         clock,
         layouts=layouts,
-        hot=store.hot_segments,
+        hot=store.leases.hot_segments,
         on_view=follow,
         feed=feed,
         deletions=deletions,
-        on_deletion=lambda told: store.deleted_elsewhere(told.space, told.hashes, told.age_ms),
+        on_deletion=lambda told: store.spaces.deleted_elsewhere(told.space, told.hashes, told.age_ms),
         metrics=metrics,
     )
     return NodeMembership(registration, handoff)

@@ -275,7 +275,7 @@ class StoreNode:
         # Every use of a lease compares it with the clock; this only frees the pages of silent clients in time.
         while True:
             await asyncio.sleep(_EXPIRY_PERIOD_S)
-            await finish_among_calls(self._store.sweeping())
+            await finish_among_calls(self._store.spaces.sweeping())
             if self._attending is not None:
                 await self._loop.run_in_executor(self._attending.executor, self._attending.expire)
 

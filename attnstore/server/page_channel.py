@@ -258,7 +258,7 @@ class _Connection(Connection):
         payload = self._stream.whole_payload(frame)
         with self._metrics.call("Match"):
             prefixes = decode_prefixes(frame.page, payload)
-            found = self._store.match(self._space_of(frame, tenant), prefixes, frame.offset_bytes)
+            found = self._store.leases.match(self._space_of(frame, tenant), prefixes, frame.offset_bytes)
             self._metrics.matched(found.hits, prefixes)
         hits = encode_hits(found.hits)
         lease = found.lease_id or NO_LEASE

@@ -19,8 +19,6 @@ _PINS_PER_LOCK = 64
 class Pinning(Protocol):
     """The interface that pins and unpins: the `Store`."""
 
-    def pin(self, space: Space, page_hash: bytes, lease_id: bytes | None) -> PageView | PageStatus: ...
-
     def pin_all(self, space: Space, page_hashes: Sequence[bytes], lease_id: bytes | None) -> list[PageView | PageStatus]: ...
 
     def unpin(self, *views: PageView) -> None: ...
@@ -50,27 +48,8 @@ class Arrival:
         self.page = page
 
 
-class Reading:
-    """The `with` block of `Store.reading`. A class, because the overhead of a generator exceeds that of the look-up."""
-
-    __slots__ = ("_asked", "_found", "_store")
-
-    def __init__(self, store: Pinning, space: Space, page_hash: bytes, lease_id: bytes | None) -> None:
-        self._store = store
-        self._asked = (space, page_hash, lease_id)
-        self._found: PageView | PageStatus = PageStatus.MISSING
-
-    def __enter__(self) -> PageView | PageStatus:
-        self._found = self._store.pin(*self._asked)
-        return self._found
-
-    def __exit__(self, *_: object) -> None:
-        if isinstance(self._found, PageView):
-            self._store.unpin(self._found)
-
-
 class ReadingAll:
-    """The `with` block of `Store.reading_all`."""
+    """The `with` block of `Store.reading_all`. A class, because the overhead of a generator exceeds that of the look-up."""
 
     __slots__ = ("_asked", "_pinned", "_store")
 

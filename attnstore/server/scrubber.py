@@ -82,7 +82,7 @@ class Scrubber:
 
     async def _walk(self) -> None:
         while True:
-            for pages in self._store.sealed():
+            for pages in self._store.spaces.sealed():
                 await self._walk_over(pages)
             await asyncio.sleep(_PAUSE_S)
 

@@ -131,7 +131,7 @@ class Servicer:
 
     async def register_layout(self, request: Any, _context: Any, tenant: str) -> messages.RegisterLayoutResponse:
         layout = messages.layout_from_wire(request.layout)
-        pages_max = self._store.register(_space(tenant, request.namespace), layout)
+        pages_max = self._store.spaces.register(_space(tenant, request.namespace), layout)
         return messages.RegisterLayoutResponse(page_bytes=layout.page_bytes, pages_max=pages_max, epoch=self._identity.epoch)
 
     async def match(self, request: Any, _context: Any, tenant: str) -> messages.MatchResponse:
@@ -145,7 +145,7 @@ class Servicer:
                 await asyncio.sleep(0)
         if sum(map(len, prefixes)) > HASHES_MAX:
             raise InvalidArgument(f"the request has {sum(map(len, prefixes))} hashes; at most {HASHES_MAX} fit one request")
-        found = await finish_among_calls(self._store.matching(space, prefixes, request.lease_ms))
+        found = await finish_among_calls(self._store.leases.matching(space, prefixes, request.lease_ms))
         self._metrics.matched(found.hits, prefixes)
         return messages.MatchResponse(hits=found.hits, lease_id=found.lease_id or b"", lease_ms=found.lease_ms)
 
@@ -156,7 +156,8 @@ class Servicer:
         lease_id = request.lease_id or None
         async with Stall(self._stall_s) as stall:
             for index, page_hash in enumerate(messages.split_hashes(request.hashes)):
-                with self._store.reading(space, page_hash, lease_id) as page:
+                page = self._store.pin(space, page_hash, lease_id)
+                try:
                     found = page if isinstance(page, PageStatus) else self._store.hashed_slice(page, begin, end)
                     if isinstance(found, PageStatus):
                         self._metrics.pages("Read", found)
@@ -169,6 +170,9 @@ class Servicer:
                         payload = data[offset : offset + CHUNK_BYTES_MAX]
                         await context.write(chunks.encode_read_chunk(index, PageStatus.OK, len(data), offset, checksum, payload))
                         stall.moved(len(payload))
+                finally:
+                    if not isinstance(page, PageStatus):
+                        self._store.unpin(page)
                 self._metrics.sent("grpc", 1, len(data))
 
     async def write(self, _request: None, context: Any, tenant: str) -> messages.WriteResponse:
@@ -207,10 +211,10 @@ class Servicer:
         self._metrics.received("grpc", len(chunk.payload))
 
     async def renew_lease(self, request: Any, _context: Any, tenant: str) -> messages.RenewLeaseResponse:
-        return messages.RenewLeaseResponse(lease_ms=self._store.renew(tenant, request.lease_id, request.lease_ms))
+        return messages.RenewLeaseResponse(lease_ms=self._store.leases.renew(tenant, request.lease_id, request.lease_ms))
 
     async def release_lease(self, request: Any, _context: Any, tenant: str) -> messages.ReleaseLeaseResponse:
-        released = await finish_among_calls(self._store.releasing(tenant, request.lease_id))
+        released = await finish_among_calls(self._store.leases.releasing(tenant, request.lease_id))
         return messages.ReleaseLeaseResponse(released=released)
 
     async def delete(self, request: Any, _context: Any, tenant: str) -> messages.DeleteResponse:
@@ -218,7 +222,7 @@ class Servicer:
         self._store.layout_of(space)
         hashes = messages.split_hashes(request.hashes)
         await asyncio.sleep(0)
-        statuses = await finish_among_calls(self._store.deleting(space, hashes))
+        statuses = await finish_among_calls(self._store.spaces.deleting(space, hashes))
         await self._count("Delete", statuses)
         if request.tell and self._deletions is not None:
             gone = zip(hashes, statuses, strict=True)
@@ -264,7 +268,7 @@ class Servicer:
                 namespaces=(),
             )
         )
-        for part in in_slices(await finish_among_calls(self._store.namespaces(tenant)), WORK_PAGES_MAX):
+        for part in in_slices(await finish_among_calls(self._store.spaces.namespaces(tenant)), WORK_PAGES_MAX):
             messages.add_namespaces(
                 message, [NamespaceStatistics(held.space.namespace, held.layout, held.pages_sealed) for held in part]
             )

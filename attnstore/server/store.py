@@ -1,16 +1,16 @@
 """The page table with its arena, its clock and one lock: the object that every transport of a node works on.
 
-Owns: `Store`. Invariants: the page table is accessed only under the lock. The lock is never held while the bytes of a page move or
-while waiting for a peer, so that metadata stays fast while other threads move pages. Under one hold of the lock, at most
-`WORK_PAGES_MAX` pages are changed and `MATCH_PAGES_MAX` are matched: longer operations are `Sliced` for callers on the event loop,
-each with a blocking twin for callers on threads.
+Owns: `Store`: reading, writing and verifying pages here, look-ups and leases in `Store.leases`, namespaces and the removal of pages
+in `Store.spaces`. Invariants: the page table is accessed only under the lock. The lock is never held while the bytes of a page move
+or while waiting for a peer, so that metadata stays fast while other threads move pages. Under one hold of the lock, at most
+`WORK_PAGES_MAX` pages are changed and `MATCH_PAGES_MAX` are matched.
 """
 
 from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Literal, TypeVar
 
 from attnstore.arena import Arena
@@ -19,14 +19,13 @@ from attnstore.copying import Checksums, checksums, copy
 from attnstore.core.hashing import page_checksum, range_checksum
 from attnstore.core.heat import SegmentHeat
 from attnstore.core.layout import PageLayout
-from attnstore.core.matching import SlicedMatch
-from attnstore.core.page import PageState
-from attnstore.core.page_table import ArrivingPage, MatchOutcome, PageTable, PinnedPage, Room
-from attnstore.core.statistics import PageTableStatistics, SpaceStatistics
-from attnstore.limits import MATCH_PAGES_MAX, WORK_PAGES_MAX
+from attnstore.core.page_table import ArrivingPage, PageTable, PinnedPage, Room
+from attnstore.core.statistics import PageTableStatistics
 from attnstore.logs import get_logger
-from attnstore.server.pinned_views import Arrival, PageView, Reading, ReadingAll
-from attnstore.server.slices import TURN_S, Sliced, finish, in_slices
+from attnstore.server.pinned_views import Arrival, PageView, ReadingAll
+from attnstore.server.slices import TURN_S
+from attnstore.server.store_leases import StoreLeases
+from attnstore.server.store_spaces import StoreSpaces
 from attnstore.types import PageEvent, PageStatus, Space
 
 _log = get_logger(__name__)
@@ -49,10 +48,10 @@ class Store:
         self._table = table
         self._arena = arena
         self._clock = clock
-        self._held_pages = 0
         self._publish = publish
-        self._heat = heat or SegmentHeat(0)
         self._lock = threading.Lock()
+        self.leases = StoreLeases(table, clock, self._lock, heat or SegmentHeat(0))
+        self.spaces = StoreSpaces(table, clock, self._lock, self.leases, self._tell)
 
     @property
     def page_bytes_max(self) -> int:
@@ -63,20 +62,10 @@ class Store:
         """Returns the time of the clock that leases use."""
         return self._clock.now_ms()
 
-    def register(self, space: Space, layout: PageLayout) -> int:
-        """`PageTable.register`."""
-        with self._lock:
-            return self._table.register(space, layout)
-
     def layout_of(self, space: Space) -> PageLayout:
         """`PageTable.layout_of`. Also checks that the tenant has registered the namespace."""
         with self._lock:
             return self._table.layout_of(space)
-
-    def limit_tenants(self, quota_bytes: Mapping[str, int]) -> None:
-        """`PageTable.limit_tenants`."""
-        with self._lock:
-            self._table.limit_tenants(quota_bytes)
 
     @property
     def stored_pages(self) -> int:
@@ -84,98 +73,8 @@ class Store:
         with self._lock:
             return self._table.stored_pages
 
-    @property
-    def held_pages(self) -> int:
-        """The number of pages held for attend since the start."""
-        return self._held_pages
-
-    def counts_held(self, pages: int) -> None:
-        """Adds `pages` to `held_pages`."""
-        with self._lock:
-            self._held_pages += pages
-
-    @property
-    def leased_pages(self) -> int:
-        """`PageTable.leased_pages`."""
-        with self._lock:
-            return self._table.leased_pages
-
-    def sealed(self, after: int = 0) -> Iterator[list[tuple[Space, bytes]]]:
-        """Yields the readable pages that were sealed after the first `after` pages stored here, a part of one extent at a time.
-
-        Pages that come or go during the iteration may be included or not.
-        """
-        for extent in range(self._table.extents):
-            with self._lock:
-                pages = self._table.pages_in(extent)
-            for part in in_slices(pages, WORK_PAGES_MAX):
-                yield [(page.namespace.space, page.hash) for page in part if page.state is PageState.SEALED and page.number > after]
-
-    def match(self, space: Space, prefixes: Sequence[Sequence[bytes]], lease_ms: int) -> MatchOutcome:
-        """`PageTable.match`. A match that takes a lease counts as a use of the segments that it finds."""
-        found = self._match_at_once(space, prefixes, lease_ms)
-        return finish(self._match_in_slices(space, prefixes, lease_ms)) if found is None else found
-
-    def matching(self, space: Space, prefixes: Sequence[Sequence[bytes]], lease_ms: int) -> Sliced[MatchOutcome]:
-        """`match` in slices. Between two slices, pages that no lease holds may be evicted."""
-        found = self._match_at_once(space, prefixes, lease_ms)
-        return (yield from self._match_in_slices(space, prefixes, lease_ms)) if found is None else found
-
-    def _match_at_once(self, space: Space, prefixes: Sequence[Sequence[bytes]], lease_ms: int) -> MatchOutcome | None:
-        """Returns None if one slice is not enough: there are too many pages, or expired leases must release their pages first."""
-        pages = len(prefixes[0]) if len(prefixes) == 1 else sum(map(len, prefixes))
-        if pages > MATCH_PAGES_MAX or len(prefixes) > MATCH_PAGES_MAX:
-            return None
-        with self._lock:
-            now_ms = self._clock.now_ms()
-            if lease_ms > 0 and self._table.has_due(now_ms):
-                return None
-            return self._used(space, prefixes, self._table.match(space, prefixes, lease_ms, now_ms))
-
-    def _match_in_slices(self, space: Space, prefixes: Sequence[Sequence[bytes]], lease_ms: int) -> Sliced[MatchOutcome]:
-        if lease_ms > 0:
-            yield from self.settling()
-        match = SlicedMatch(self._table, space, prefixes, lease_ms)
-        try:
-            while not self._advanced(match):
-                yield
-        except BaseException:
-            if match.lease_id is not None:
-                self.release(space.tenant, match.lease_id)
-            raise
-        with self._lock:
-            return self._used(space, prefixes, match.outcome())
-
-    def _advanced(self, match: SlicedMatch) -> bool:
-        with self._lock:
-            return match.advance(self._clock.now_ms())
-
-    def _used(self, space: Space, prefixes: Sequence[Sequence[bytes]], found: MatchOutcome) -> MatchOutcome:
-        if found.lease_id is not None:
-            self._heat.used(space.tenant, [prefix[:hits] for prefix, hits in zip(prefixes, found.hits, strict=True)])
-        return found
-
-    def settling(self) -> Sliced[None]:
-        """Calls `PageTable.expire` until every ended lease has released its pages."""
-        while True:
-            with self._lock:
-                now_ms = self._clock.now_ms()
-                next_ms = self._table.expire(now_ms) if self._table.has_due(now_ms) else None
-            if next_ms is None or next_ms > now_ms:
-                return
-            yield
-
-    def hot_segments(self) -> frozenset[bytes]:
-        """`SegmentHeat.hot`."""
-        with self._lock:
-            return self._heat.hot(self._clock.now_ms())
-
-    def reading(self, space: Space, page_hash: bytes, lease_id: bytes | None) -> Reading:
-        """Keeps a sealed page in place for the `with` block, or yields the status that says why it cannot."""
-        return Reading(self, space, page_hash, lease_id)
-
     def reading_all(self, space: Space, page_hashes: Sequence[bytes], lease_id: bytes | None) -> ReadingAll:
-        """`reading` of several pages."""
+        """Keeps sealed pages in place for the `with` block. Yields for each page its view, or the status that says why not."""
         return ReadingAll(self, space, page_hashes, lease_id)
 
     def pin(self, space: Space, page_hash: bytes, lease_id: bytes | None) -> PageView | PageStatus:
@@ -323,94 +222,6 @@ class Store:
                 )
             self._tell()
         return intact
-
-    def holds(self, space: Space, lease_id: bytes) -> bool:
-        """`PageTable.holds`."""
-        with self._lock:
-            return self._table.holds(space, lease_id, self._clock.now_ms())
-
-    def renew(self, tenant: str, lease_id: bytes, lease_ms: int) -> int:
-        """`PageTable.renew`."""
-        with self._lock:
-            return self._table.renew(tenant, lease_id, lease_ms, self._clock.now_ms())
-
-    def release(self, tenant: str, lease_id: bytes) -> bool:
-        """`PageTable.release`, until all pages of the lease are released."""
-        was_alive, is_done = self._release(tenant, lease_id)
-        if not is_done:
-            finish(self.settling())
-        return was_alive
-
-    def releasing(self, tenant: str, lease_id: bytes) -> Sliced[bool]:
-        """`release` in slices. The lease is void after the first slice."""
-        was_alive, is_done = self._release(tenant, lease_id)
-        if not is_done:
-            yield from self.settling()
-        return was_alive
-
-    def _release(self, tenant: str, lease_id: bytes) -> tuple[bool, bool]:
-        """Returns whether the lease was alive, and whether its pages are released."""
-        with self._lock:
-            now_ms = self._clock.now_ms()
-            return self._table.release(tenant, lease_id, now_ms), not self._table.has_due(now_ms)
-
-    def delete(self, space: Space, page_hashes: Sequence[bytes]) -> list[PageStatus]:
-        """`PageTable.delete` of all pages."""
-        return finish(self.deleting(space, page_hashes))
-
-    def deleting(self, space: Space, page_hashes: Sequence[bytes]) -> Sliced[list[PageStatus]]:
-        """`delete` in slices."""
-        yield from self.settling()
-        statuses: list[PageStatus] = []
-        for hashes in in_slices(page_hashes, WORK_PAGES_MAX):
-            if statuses:
-                yield
-            with self._lock:
-                statuses += self._table.delete(space, hashes, self._clock.now_ms())
-                self._tell()
-        return statuses
-
-    def deleted_elsewhere(self, space: Space, page_hashes: Sequence[bytes], age_ms: float) -> None:
-        """`PageTable.deleted_elsewhere` of each page, all deleted `age_ms` ago."""
-        died_ms = self._clock.now_ms() - age_ms
-        for hashes in in_slices(page_hashes, WORK_PAGES_MAX):
-            with self._lock:
-                for page_hash in hashes:
-                    self._table.deleted_elsewhere(space, page_hash, died_ms, self._clock.now_ms())
-                self._tell()
-
-    def sweeping(self) -> Sliced[None]:
-        """Frees what nobody may hold any more: pages of ended leases, pages beyond quotas, and namespaces that have been empty for
-        long.
-        """
-        with self._lock:
-            self._table.forget_empty(self._clock.now_ms())
-        yield from self.settling()
-        while True:
-            with self._lock:
-                has_more = self._table.trim()
-                self._tell()
-            if not has_more:
-                return
-            yield
-
-    def expire(self) -> None:
-        """`sweeping`, for a caller on a thread."""
-        finish(self.sweeping())
-
-    def namespaces(self, tenant: str | None = None) -> Sliced[list[SpaceStatistics]]:
-        """`PageTable.space_statistics` of the tenant's spaces, or of all spaces."""
-        with self._lock:
-            spaces = self._table.spaces()
-        if tenant is not None:
-            spaces = [space for space in spaces if space.tenant == tenant]
-        statistics: list[SpaceStatistics] = []
-        for part in in_slices(spaces, WORK_PAGES_MAX):
-            if statistics:
-                yield
-            with self._lock:
-                statistics += self._table.space_statistics(part)
-        return statistics
 
     def statistics(self) -> PageTableStatistics:
         """`PageTable.statistics`."""

@@ -89,7 +89,7 @@ def _many_namespaces(rpc: str, request: bytes) -> Prepare:
     def prepare(node: WatchedNode, channel: Any) -> Callable[[], object]:
         with suppress(AttnStoreError):
             for number in range(NAMESPACES_MAX):
-                node.store.register(Space("default", namespace(LAYOUT, model=number.to_bytes(4, "little"))), LAYOUT)
+                node.store.spaces.register(Space("default", namespace(LAYOUT, model=number.to_bytes(4, "little"))), LAYOUT)
         return lambda: _call(channel, rpc, request)
 
     return prepare
@@ -97,7 +97,7 @@ def _many_namespaces(rpc: str, request: bytes) -> Prepare:
 
 def _lease(node: WatchedNode) -> bytes:
     node.keep(HASHES)
-    lease_id = node.store.match(SPACE, [HASHES], LEASE_MS_MAX).lease_id
+    lease_id = node.store.leases.match(SPACE, [HASHES], LEASE_MS_MAX).lease_id
     assert lease_id is not None
     return lease_id
 
@@ -134,8 +134,8 @@ def _write_many(node: WatchedNode, channel: Any) -> Callable[[], object]:
 
 def _write_large(node: WatchedNode, channel: Any) -> Callable[[], object]:
     space = Space("default", namespace(_BIG, model=b"one large page"))
-    node.store.register(space, _BIG)
-    node.store.delete(space, HASHES[:1])
+    node.store.spaces.register(space, _BIG)
+    node.store.spaces.delete(space, HASHES[:1])
     page = memoryview(bytes(_BIG.page_bytes))
     checksum = page_checksum(page)
 
@@ -168,7 +168,7 @@ def _attend(node: WatchedNode, channel: Any) -> Callable[[], object]:
     space = Space("default", namespace(layout, model=b"attended"))
     hashes = HASHES[:ATTEND_HASHES_MAX]
     node.keep(hashes, space, layout)
-    lease_id = node.store.match(space, [hashes], LEASE_MS_MAX).lease_id
+    lease_id = node.store.leases.match(space, [hashes], LEASE_MS_MAX).lease_id
     assert lease_id is not None
     shape = AttendShape(space.namespace, 1, 1.0)
     encode = METHODS["Attend"].encode_request
@@ -188,7 +188,7 @@ def _expire(node: WatchedNode, _channel: Any) -> Callable[[], object]:
     with suppress(AttnStoreError):
         for number in range(LEASES_MAX):
             at = number % HASHES_MAX
-            node.store.match(SPACE, [HASHES[at : at + 8]], 1)
+            node.store.leases.match(SPACE, [HASHES[at : at + 8]], 1)
     return lambda: node.run(asyncio.sleep(3))
 
 
@@ -198,10 +198,10 @@ def _trim(node: WatchedNode, channel: Any) -> Callable[[], object]:
     message = chunks.encode_write_chunk(SPACE.namespace, b"n" * 32, page_checksum(page), 0, memoryview(page))
 
     def lower() -> None:
-        node.store.limit_tenants({"default": 64 * MIB})
+        node.store.spaces.limit_tenants({"default": 64 * MIB})
         channel.stream_unary(METHODS["Write"].path)(iter([message]), timeout=_TIMEOUT_S)
         node.run(asyncio.sleep(3))
-        node.store.limit_tenants({})
+        node.store.spaces.limit_tenants({})
 
     return lower
 

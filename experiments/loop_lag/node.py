@@ -85,7 +85,7 @@ class WatchedNode:
 
     def keep(self, hashes: list[bytes], space: Space = SPACE, layout: PageLayout = LAYOUT) -> None:
         """Stores a page under each hash, on this thread."""
-        self.store.register(space, layout)
+        self.store.spaces.register(space, layout)
         page = bytes(layout.page_bytes)
         checksum = page_checksum(page)
         for page_hash in hashes:

@@ -121,7 +121,7 @@ def stall(node: ChannelNode, how: Act, batch: Batch) -> FrameStream:
 def kept_but_the_first(node: ChannelNode, model: str) -> Batch:
     batch = make_batch(3, model=model, layout=WIDE)
     node.keep(batch)
-    assert node.store.delete(batch.space, [batch.hashes[0]]) == [PageStatus.OK]
+    assert node.store.spaces.delete(batch.space, [batch.hashes[0]]) == [PageStatus.OK]
     return batch
 
 

@@ -172,10 +172,10 @@ def clocked_node(clock: ManualClock) -> Iterator[ChannelNode]:
 
 def test_a_slow_reader_by_layers_holds_no_more_than_the_frame_it_is_sent(clock: ManualClock, clocked_node: ChannelNode) -> None:
     batch, stream = slow_layer_reader(clock, clocked_node)
-    assert clocked_node.store.delete(batch.space, batch.hashes) == [PageStatus.PINNED, PageStatus.PINNED]
+    assert clocked_node.store.spaces.delete(batch.space, batch.hashes) == [PageStatus.PINNED, PageStatus.PINNED]
     payload(stream)
-    assert eventually(lambda: clocked_node.store.delete(batch.space, batch.hashes[:1]) == [PageStatus.OK])
-    assert clocked_node.store.delete(batch.space, batch.hashes) == [PageStatus.MISSING, PageStatus.PINNED]
+    assert eventually(lambda: clocked_node.store.spaces.delete(batch.space, batch.hashes[:1]) == [PageStatus.OK])
+    assert clocked_node.store.spaces.delete(batch.space, batch.hashes) == [PageStatus.MISSING, PageStatus.PINNED]
     # The next layer of the page that has gone cannot come: the read ends.
     with pytest.raises(errors.Unavailable):  # noqa: PT012 - whichever frame finds the connection reset
         while True:

@@ -42,7 +42,7 @@ class Node:
         self.channel.keep(self.batch)
 
     def lease(self, pages: int = 6) -> Lease:
-        found = self.channel.store.match(self.batch.space, [self.batch.hashes[:pages]], LEASE_MS)
+        found = self.channel.store.leases.match(self.batch.space, [self.batch.hashes[:pages]], LEASE_MS)
         assert found.lease_id is not None
         return Lease(found.lease_id, found.lease_ms)
 
@@ -61,7 +61,7 @@ def node() -> Iterator[Node]:
         yield node
         node.channel.stop()
         node.clock.advance_ms(10 * LEASE_MS)
-        node.channel.store.expire()
+        node.channel.store.spaces.expire()
         assert node.channel.is_clean()
     finally:
         node.channel.close()
@@ -81,7 +81,7 @@ def test_an_open_set_keeps_its_pages_and_a_closed_one_lets_them_go(node: Node) -
     with node.stream() as stream:
         first, second = stream.open(node.batch.hashes, lease), stream.open(node.batch.hashes[:2], lease)
         ask(stream, first)
-        node.channel.store.release("default", lease.lease_id)
+        node.channel.store.leases.release("default", lease.lease_id)
         assert node.pinned() == 6, "the stream's own hold"
         stream.close_set(first)
         assert eventually(lambda: node.pinned() == 2)
@@ -93,7 +93,7 @@ def test_the_end_of_the_connection_lets_all_pages_go(node: Node) -> None:
     lease = node.lease()
     with node.stream() as stream:
         stream.open(node.batch.hashes, lease)
-        node.channel.store.release("default", lease.lease_id)
+        node.channel.store.leases.release("default", lease.lease_id)
     assert eventually(lambda: node.pinned() == 0)
 
 
@@ -111,7 +111,7 @@ def test_a_renewed_lease_keeps_its_set(node: Node) -> None:
         lease = node.lease()
         set_id = stream.open(node.batch.hashes, lease)
         node.clock.advance_ms(LEASE_MS - 1)
-        node.channel.store.renew("default", lease.lease_id, LEASE_MS)
+        node.channel.store.leases.renew("default", lease.lease_id, LEASE_MS)
         node.clock.advance_ms(LEASE_MS - 1)
         ask(stream, set_id)
 
@@ -120,7 +120,7 @@ def test_the_pages_of_a_silent_client_come_back_when_its_lease_has_run_out(node:
     with node.stream() as stream:
         stream.open(node.batch.hashes, node.lease())
         node.clock.advance_ms(LEASE_MS + 1)
-        node.channel.store.expire()
+        node.channel.store.spaces.expire()
         assert node.pinned() == 6
         assert node.attending is not None
         node.attending.expire()
@@ -133,7 +133,7 @@ def test_a_page_that_is_not_there_refuses_the_set_and_holds_nothing(node: Node) 
     with node.stream() as stream:
         with pytest.raises(errors.LeaseExpired, match="page 2 of the set's 3"):
             stream.open([*node.batch.hashes[:2], absent], lease)
-        node.channel.store.release("default", lease.lease_id)
+        node.channel.store.leases.release("default", lease.lease_id)
         assert node.pinned() == 0
         stream.open(node.batch.hashes, node.lease())  # the stream goes on
 

@@ -89,7 +89,7 @@ def test_entries_of_leases_leave_the_view_as_pages_do() -> None:
     node = Node(4096)
     hashes = node.keep(4096)
     leases = 0
-    while node.store.leased_pages < VISIBLE_LEASED_PAGES_MAX:
+    while node.store.leases.leased_pages < VISIBLE_LEASED_PAGES_MAX:
         node.collection.look()
         node.table.match(SPACE, [hashes], 1000, 0.0)
         leases += 1
@@ -100,11 +100,11 @@ def test_entries_of_leases_leave_the_view_as_pages_do() -> None:
 
 def test_what_queries_hold_leaves_the_view_too_and_is_not_looked_through(monkeypatch: pytest.MonkeyPatch) -> None:
     node = Node(64)
-    node.store.counts_held(VISIBLE_PAGES_MAX - 1)
+    node.store.leases.counts_held(VISIBLE_PAGES_MAX - 1)
     held = [[each] for each in range(VISIBLE_PAGES_MAX)]
     node.collection.look()
     assert visible_objects() > len(held)
-    node.store.counts_held(1)
+    node.store.leases.counts_held(1)
     generations: list[int] = []
     collect = gc.collect
     monkeypatch.setattr(gc, "collect", lambda generation=2: generations.append(generation) or collect(generation))

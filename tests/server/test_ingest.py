@@ -33,7 +33,7 @@ def make_store() -> Store:
     ids = count()
     table = PageTable(capacity_bytes=SLOTS * SIZE, extent_bytes=SLOTS * SIZE, new_lease_id=lambda: next(ids).to_bytes(16, "big"))
     store = Store(table, MemoryArena(SLOTS * SIZE, SLOTS * SIZE), ManualClock(), lambda events: None)  # noqa: ARG005
-    store.register(SPACE, LAYOUT)
+    store.spaces.register(SPACE, LAYOUT)
     return store
 
 
@@ -47,10 +47,10 @@ def test_a_page_in_pieces_is_sealed_with_its_last_byte() -> None:
     page = bytes(range(SIZE))
     ingest.begin(name(1), page_checksum(page))
     ingest.receive(0, memoryview(page)[:5])
-    with store.reading(SPACE, name(1), None) as found:
+    with store.reading_all(SPACE, [name(1)], None) as [found]:
         assert found is PageStatus.MISSING, "nothing half-written is visible"
     ingest.receive(5, memoryview(page)[5:])
-    with store.reading(SPACE, name(1), None) as found:
+    with store.reading_all(SPACE, [name(1)], None) as [found]:
         assert not isinstance(found, PageStatus)
         assert found.slice(0, SIZE) == (page, page_checksum(page))
         assert found.slice(8, 16) == (page[8:], range_checksum(layer_checksums(page[8:], LAYOUT.layer_bytes)))
@@ -145,5 +145,5 @@ def test_slots_are_conserved_whatever_writers_send(streams: list[list[tuple[str,
         now = store.statistics()
         assert (now.pages_arriving, now.used_bytes) == (0, now.pages_sealed * SIZE)
         for number in range(7):
-            with store.reading(SPACE, name(number), None) as found:
+            with store.reading_all(SPACE, [name(number)], None) as [found]:
                 assert found is PageStatus.MISSING or found.slice(0, SIZE)[0] == page  # type: ignore[union-attr]

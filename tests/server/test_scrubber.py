@@ -56,7 +56,7 @@ class GatedStore(Store):
 def filled(space: Space, store: Store | None = None) -> GatedStore:
     store = store or GatedStore()
     assert isinstance(store, GatedStore)
-    store.register(space, LAYOUT)
+    store.spaces.register(space, LAYOUT)
     for number in range(PAGES):
         page = bytes([number + 1]) * SIZE
         arriving = store.prepare(space, name(number), page_checksum(page))

@@ -63,7 +63,7 @@ def faulty() -> Iterator[tuple[Store, FaultyArena, Space]]:
     arena = store._arena
     assert isinstance(arena, FaultyArena)
     space = Space("default", b"n" * 32)
-    store.register(space, LAYOUT)
+    store.spaces.register(space, LAYOUT)
     for number in range(4):
         assert fill(store, space, name(number), bytes(SIZE)) is PageStatus.STORED
     yield store, arena, space
@@ -82,7 +82,7 @@ def test_a_page_for_which_there_is_no_memory_does_not_arrive_for_ever(faulty: tu
     with pytest.raises(Overloaded):
         store.prepare(space, name(9), 0)
     assert fill(store, space, name(9), bytes(SIZE)) is PageStatus.STORED
-    store.delete(space, [name(9)])
+    store.spaces.delete(space, [name(9)])
 
 
 def test_a_page_whose_events_cannot_be_told_does_not_arrive_for_ever() -> None:
@@ -94,7 +94,7 @@ def test_a_page_whose_events_cannot_be_told_does_not_arrive_for_ever() -> None:
 
     store = make_store(publish)
     space = Space("default", b"n" * 32)
-    store.register(space, LAYOUT)
+    store.spaces.register(space, LAYOUT)
     for number in range(SLOTS):
         fill(store, space, name(number), bytes(SIZE))
     is_closed = True
@@ -139,7 +139,7 @@ def test_threads_that_share_a_new_extent_do_not_wipe_each_others_pages() -> None
     store = make_store()
     tenants = [Space(str(number), b"n" * 32) for number in range(2)]
     for space in tenants:
-        store.register(space, LAYOUT)
+        store.spaces.register(space, LAYOUT)
     with ThreadPoolExecutor(4) as pool:
         for turn in range(40):
             # The extent goes from one tenant to the other and is wiped each time.
@@ -149,17 +149,17 @@ def test_threads_that_share_a_new_extent_do_not_wipe_each_others_pages() -> None
             verdicts = list(pool.map(fill, [store] * SLOTS, [space] * SLOTS, hashes, pages))
             assert verdicts == [PageStatus.STORED] * SLOTS
             for page_hash, page in zip(hashes, pages, strict=True):
-                with store.reading(space, page_hash, None) as found:
+                with store.reading_all(space, [page_hash], None) as [found]:
                     assert not isinstance(found, PageStatus)
                     assert found.data == page
-            store.delete(space, hashes)
+            store.spaces.delete(space, hashes)
 
 
 def test_events_are_published_in_the_order_in_which_they_happened() -> None:
     seen: list[PageEvent] = []
     store = make_store(lambda events: seen.extend(event for _, event in events))
     space = Space("default", b"n" * 32)
-    store.register(space, LAYOUT)
+    store.spaces.register(space, LAYOUT)
     with ThreadPoolExecutor(4) as pool:
         list(pool.map(lambda number: fill(store, space, bytes([number]) * 32, bytes(SIZE)), range(3 * SLOTS)))
     assert [event.sequence for event in seen] == list(range(1, len(seen) + 1))

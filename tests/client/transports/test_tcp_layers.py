@@ -50,7 +50,7 @@ def test_layers_are_told_of_in_order_once_each_and_only_when_they_are_there(node
 def test_on_layer_counts_the_leading_pages_before_the_first_miss(node: ChannelNode, missing: set[int]) -> None:
     batch = make_batch(4, model="on layer with misses")
     node.keep(batch)
-    node.store.delete(batch.space, [batch.hashes[index] for index in missing])
+    node.store.spaces.delete(batch.space, [batch.hashes[index] for index in missing])
     seen: list[tuple[int, int]] = []
     transport = node.transport()
     result, buffers = read(transport, batch, on_layer=lambda *told: seen.append(told))

@@ -37,7 +37,7 @@ def matches(node: ChannelNode) -> tuple[float, float, float]:
 def test_each_prefix_gets_its_leading_hits_and_the_node_counts_them(node: ChannelNode) -> None:
     batch = make_batch(5, model="match")
     node.keep(batch)
-    node.store.delete(batch.space, [batch.hashes[3]])
+    node.store.spaces.delete(batch.space, [batch.hashes[3]])
     transport = node.transport()
     prefixes: list[list[bytes]] = [batch.hashes, batch.hashes[:2], [], batch.hashes[3:], [batch.hashes[4]]]
     found = transport.match(plan_of(batch, prefixes))
@@ -55,7 +55,7 @@ def test_a_lease_keeps_what_it_found(node: ChannelNode) -> None:
     assert found.lease is not None
     assert found.lease.lease_ms == LEASE_MS_MAX
     assert node.store.statistics().pages_pinned == 3
-    assert node.store.release("default", found.lease.lease_id)
+    assert node.store.leases.release("default", found.lease.lease_id)
     assert node.is_clean()
     assert transport.match(plan_of(batch, [[bytes(32)]], lease_ms=1_000)).lease is None
     transport.close()

@@ -57,7 +57,7 @@ def test_each_channel_gets_its_own_part_and_the_parts_are_the_whole(node: Channe
     node.register(batch)
     transport = node.transport(channels=4)
     transport.write(write_plan(batch))
-    node.store.delete(batch.space, [batch.hashes[2], batch.hashes[6]])
+    node.store.spaces.delete(batch.space, [batch.hashes[2], batch.hashes[6]])
     result, buffers = read(transport, batch)
     assert result.statuses == (OK, OK, MISSING, OK, OK, OK, MISSING)
     assert [buffers[index] for index in (0, 1, 3, 4, 5)] == [batch.pages[index] for index in (0, 1, 3, 4, 5)]
