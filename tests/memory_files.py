@@ -13,7 +13,7 @@ from attnstore.memory_files import HUGE_PAGE_BYTES, MADV_COLLAPSE
 
 
 def sealed_file(size_bytes: int, *, seals: int = fcntl.F_SEAL_SHRINK, flags: int = 0) -> int:
-    """The descriptor of a file that nobody allocated; `flags` are more of `memfd_create`'s."""
+    """Returns the descriptor of an unallocated file; `flags` are added to those of `memfd_create`."""
     file = os.memfd_create("peer", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING | flags)
     os.ftruncate(file, size_bytes)
     fcntl.fcntl(file, fcntl.F_ADD_SEALS, seals)
@@ -21,7 +21,7 @@ def sealed_file(size_bytes: int, *, seals: int = fcntl.F_SEAL_SHRINK, flags: int
 
 
 def flip_bit(file: Path, page: bytes, at: int) -> None:
-    """Changes one bit of byte `at` of the one place where a file has these bytes, as failing memory does."""
+    """Changes one bit of byte `at` of the only place in a file with these bytes, as failing memory does."""
     with file.open("r+b") as opened, mmap.mmap(opened.fileno(), 0) as memory:
         begin = memory.find(page)
         assert begin >= 0
@@ -30,7 +30,7 @@ def flip_bit(file: Path, page: bytes, at: int) -> None:
 
 
 def huge_pages_in(view: memoryview) -> int:
-    """How many huge pages this process has in the mapping that the view is part of."""
+    """Returns how many huge pages this process has in the mapping of the view."""
     address, huge_pages, here = address_of(view), [], False
     for line in Path("/proc/self/smaps").read_text().splitlines():
         if bounds := re.match("([0-9a-f]+)-([0-9a-f]+) ", line):
@@ -42,7 +42,7 @@ def huge_pages_in(view: memoryview) -> int:
 
 
 def makes_huge_pages() -> bool:
-    """Whether this system does, asked without the code that is tested."""
+    """Returns whether this system makes huge pages, without using the tested code."""
     probe = mmap.mmap(-1, 2 * HUGE_PAGE_BYTES, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     probe[:] = bytes(len(probe))
     try:

@@ -1,9 +1,9 @@
-"""A machine that has what the README asks for and nothing else, made of this one: Python, a shell, coreutils, make, git.
+"""A machine with only what the README requires, made from this one: Python, a shell, coreutils, make, git.
 
     python3 -m tests.minimal_machine COMMAND...          for example: make test
 
-runs COMMAND with a PATH on which there is no apt-get, Docker, Prometheus, Chromium, iproute2 or openssl, in an environment of a few
-variables. Standard library only: it is used before anything is installed.
+runs COMMAND with a PATH without apt-get, Docker, Prometheus, Chromium, iproute2 or openssl, in an environment of a few variables.
+Standard library only, because it is used before anything is installed.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ _KEPT: Final = ("HOME", "LANG", "LC_ALL", "TMPDIR", "PYTHONPATH", "PIP_INDEX_URL
 
 @contextmanager
 def environment() -> Iterator[dict[str, str]]:
-    """The environment of a process on such a machine; good inside the block."""
+    """Yields the environment of a process on such a machine; valid inside the block."""
     with tempfile.TemporaryDirectory(prefix="minimal-machine-") as folder:
         for program in PROGRAMS:
             path = shutil.which(program)
             if path is not None:
-                # No link: what Python says of its own place would lead here, and a virtual environment would keep it.
+                # Not a link, because Python resolves its own location through links, and a virtual environment would keep it.
                 script = Path(folder, program)
                 script.write_text(f'#!/bin/sh\nexec {shlex.quote(path)} "$@"\n')
                 script.chmod(0o755)
@@ -44,7 +44,7 @@ def environment() -> Iterator[dict[str, str]]:
 
 
 def main() -> int:
-    """Runs the command; its exit status."""
+    """Runs the command. Returns its exit status."""
     with environment() as variables:
         program = shutil.which(sys.argv[1], path=variables["PATH"]) or sys.argv[1]
         return subprocess.run([program, *sys.argv[2:]], env=variables, check=False).returncode

@@ -1,7 +1,7 @@
-"""The programs of the machine that some tests use, and an attempt to have them: `python -m tests.programs`, or `make tools`.
+"""The programs of the machine that some tests use, and their installation: `python -m tests.programs`, or `make tools`.
 
-Owns: which programs those are and Debian's packages for them. Invariant: the attempt never fails; a test whose program is not there
-is skipped, and says so.
+Owns: the list of programs and their Debian packages. Invariant: the installation never fails; a test without its program is skipped
+with the reason.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ PACKAGES: Final = {
     "tc": "iproute2",
     "unshare": "util-linux",
 }
-"""Program -> Debian's package that brings it, or nothing where none brings one that is new enough."""
+"""Program -> its Debian package, or nothing if no package is new enough."""
 
 _NOT_FOR_A_TEST: Final = frozenset({"chromium"})
 """Packages of half a gigabyte."""
@@ -34,12 +34,12 @@ _APT: Final = ("apt-get", "-qq", "-o=Acquire::Retries=1", "-o=Acquire::http::Tim
 
 
 def absent() -> list[str]:
-    """The programs that this machine does not have."""
+    """Returns the programs that this machine does not have."""
     return [program for program in PACKAGES if shutil.which(program) is None]
 
 
 def why_absent(program: str) -> str | None:
-    """What is to be said of a program that this machine lacks; None where it has it."""
+    """Returns the message for a program that this machine lacks, or None if it has it."""
     if shutil.which(program) is not None:
         return None
     package = PACKAGES[program]
@@ -47,7 +47,7 @@ def why_absent(program: str) -> str | None:
 
 
 def main() -> int:
-    """Installs what Debian has, where this is Debian and we are root, and says what is then still absent."""
+    """Installs Debian's packages, if this is Debian and we are root, and prints what is still absent."""
     packages = {PACKAGES[program] for program in absent()} - _NOT_FOR_A_TEST - {""}
     if packages and os.geteuid() == 0 and shutil.which("apt-get"):
         _apt("update")
@@ -71,7 +71,7 @@ def _apt(*arguments: str) -> None:
             check=False,
         )
     except (OSError, subprocess.TimeoutExpired):
-        return  # what is absent is said at the end
+        return  # absent programs are listed at the end
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Pages to store: small, all different, and the same in every run."""
+"""Sample pages: small, all different, and the same in every run."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from attnstore import BlockHash, DType, Namespace, PageLayout, block_hashes, nam
 from attnstore.types import Space
 
 SMALL = PageLayout(layers=2, kv_heads=2, head_dim=8, dtype=DType.FP32)
-"""4 KiB a page: one chunk."""
+"""4 KiB per page: one chunk."""
 
 LARGE = PageLayout(layers=5, kv_heads=8, head_dim=128, block_tokens=128, dtype=DType.BF16)
-"""2.5 MiB a page: several chunks, the last one shorter."""
+"""2.5 MiB per page: several chunks, the last one shorter."""
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class Batch:
 
     @property
     def space(self) -> Space:
-        """The batch's namespace, where everyone is the tenant `default`."""
+        """The batch's namespace of the tenant `default`."""
         return Space("default", self.namespace)
 
     def buffers(self) -> list[bytearray]:
@@ -37,7 +37,7 @@ class Batch:
 
 
 def make_batch(pages: int, *, model: str, layout: PageLayout = SMALL) -> Batch:
-    """`pages` pages of random bytes, in a namespace of their own for each `model`."""
+    """Returns `pages` pages of random bytes, in a namespace of their own for each `model`."""
     digits = random.Random(model)
     space = namespace(layout, model=model.encode())
     tokens = range(pages * layout.block_tokens)
@@ -50,7 +50,7 @@ def make_batch(pages: int, *, model: str, layout: PageLayout = SMALL) -> Batch:
 
 
 def eventually(claim: Callable[[], bool], within_s: float = 10.0) -> bool:
-    """Whether the claim comes true in time; asked again and again."""
+    """Polls until the claim is true. Returns False if it does not become true in time."""
     end_s = time.monotonic() + within_s
     while not claim():
         if time.monotonic() > end_s:

@@ -1,4 +1,4 @@
-"""Addresses: what is read, what is refused, and which sockets come of it."""
+"""Addresses: which texts are parsed, which are refused, and the sockets for them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from attnstore.errors import InvalidArgument
 
 @contextmanager
 def listening(host: str) -> Iterator[int]:
-    """The one port on which all sockets of the host listen."""
+    """Returns the one port on which all sockets of the host listen."""
     with ExitStack() as stack:
         listeners = [stack.enter_context(listener) for listener in Address.of(host, 0).listen()]
         (port,) = {listener.getsockname()[1] for listener in listeners}

@@ -1,4 +1,4 @@
-"""What ends several things ends all of them: a step that fails keeps no other from its turn, and is reported."""
+"""Shutdown of several parts: a step that fails does not prevent the others, and is reported."""
 
 from __future__ import annotations
 
@@ -31,11 +31,11 @@ from attnstore_worker.engine.engine import Engine
 
 
 class Fault(Exception):
-    """The first step's."""
+    """The error of the first step."""
 
 
 class Steps:
-    """What is to be ended: it can be asked to close in any way, and the first that is asked fails."""
+    """Parts to be ended, which may be closed in any way; the first to be closed fails."""
 
     def __init__(self) -> None:
         self.taken: list[str] = []

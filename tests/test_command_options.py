@@ -1,4 +1,4 @@
-"""No value of any option of either command ends in a traceback: it is taken, or refused in one line that names the option."""
+"""No value of any option of either command ends in a traceback: it is accepted, or refused in one line that names the option."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> World:
 
 
 def is_in_order(done: Outcome) -> bool:
-    """Taken in silence, or refused in one line that a terminal shows as it is."""
+    """Returns whether a line was accepted silently, or refused in one printable line."""
     if done.status == 0:
         return done.told == ""
     return (

@@ -1,4 +1,4 @@
-"""The commands as an operator's scripts meet them: what is asked by default, and what an exit status says."""
+"""The commands in an operator's scripts: their defaults, and their exit statuses."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Run(Protocol):
 
 @pytest.fixture
 def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
-    """The command in this process, in an environment that says nothing but what the test does."""
+    """Runs the command in this process, in an environment with only the test's variables."""
 
     def run_here(*arguments: str, **environment: str) -> Done:
         with monkeypatch.context() as patched:
@@ -138,7 +138,7 @@ def test_waiting_for_a_drain_fails_when_the_node_leaves_before_it_is_done(run: R
         member = ("--capacity", "1MiB", "--directory", directory.url, "--node-id")
         node, _ = (stack.enter_context(StoreProcess(*member, name)) for name in ("ada", "bob"))
         await_members(run, directory.url, "ada", "bob")
-        # With nobody to hand its pages to, a node never says that it is done.
+        # A node without another node to hand its pages to never becomes drained.
         assert run("evict", "bob", "--directory", directory.url).returncode == 0
         command = [sys.executable, "-m", "attnstore.cli", "drain", "ada", "--wait", "30", "--directory", directory.url]
         with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as waiting:

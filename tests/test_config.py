@@ -1,4 +1,4 @@
-"""Every option can be set in three places, in a fixed order, and a bad one stops the start with its name."""
+"""Every option can be set in three places, with a fixed precedence, and a bad one stops the start with its name."""
 
 from __future__ import annotations
 
@@ -114,7 +114,7 @@ SERVICE_LINKS = {
     "ATTNSTORE_{}_PORT_9400_TCP_PORT": "9400",
     "ATTNSTORE_{}_PORT_9400_TCP_PROTO": "tcp",
 }
-"""What Kubernetes gives the pods of a namespace in which there is a Service `attnstore-X`."""
+"""The variables that Kubernetes sets for the pods of a namespace with a Service `attnstore-X`."""
 
 
 @pytest.mark.parametrize("service", ["METRICS", "PAGE_CHANNEL", "NODE", "LISTEN", "TLS"])

@@ -1,4 +1,4 @@
-"""The tree of exceptions is the one that is drawn, and each leaf has a code of its own."""
+"""The tree of exceptions equals the drawing in the docstring, and each leaf has a code of its own."""
 
 from __future__ import annotations
 

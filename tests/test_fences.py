@@ -1,4 +1,4 @@
-"""Stamps and the bytes beside them: whoever writes or checks a stamp fences, and at the right moment."""
+"""Stamps and the bytes next to them: every writer or reader of a stamp fences, at the right moment."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def arena() -> Iterator[ShmArena]:
 
 @pytest.fixture
 def extent(arena: ShmArena) -> Iterator[MappedExtent]:
-    """As a reader has it."""
+    """The extent as a reader sees it."""
     descriptor = arena.descriptor(0, 1)
     assert descriptor is not None
     yield MappedExtent(descriptor, arena.layout, 0, arena.layout.file_bytes, None)

@@ -1,4 +1,4 @@
-"""What importing our packages does to a process that is another's, such as vLLM's: nothing."""
+"""Importing our packages changes nothing in another program's process, such as vLLM's."""
 
 from __future__ import annotations
 
@@ -54,14 +54,14 @@ print(json.dumps({{key: [before.get(key), after.get(key)] for key in keys if bef
 
 
 def changed_by(ours: list[str], host: list[str]) -> Any:
-    """The settings of a process that has imported `host` and then imports `ours`, before and after, where they differ."""
+    """Returns the settings of a process before and after importing `ours`, where they differ; it has imported `host` first."""
     environment = {name: value for name, value in os.environ.items() if name != "GOMP_SPINCOUNT"}
     script = _SETTINGS + _TRY.format(ours=ours, host=host)
     return json.loads(subprocess.run([sys.executable, "-c", script], env=environment, check=True, capture_output=True).stdout)
 
 
 def modules_of(package: Any) -> list[str]:
-    """All modules that can be imported here: the connector itself needs vLLM."""
+    """Returns all modules that can be imported here: the connector itself needs vLLM."""
     names = [module.name for module in pkgutil.walk_packages(package.__path__, f"{package.__name__}.")]
     return [package.__name__, *(name for name in names if name != "attnstore_worker.vllm.connector")]
 
@@ -74,7 +74,7 @@ def test_importing_the_connector_changes_nothing_of_vllms_process() -> None:
 
 @pytest.mark.parametrize("package", [attnstore, attnstore_worker], ids=lambda package: package.__name__)
 def test_importing_any_module_changes_nothing_of_the_process(package: Any) -> None:
-    # torch's compiler names its cache in the environment, and transformers loads that compiler and filters warnings.
+    # torch's compiler sets the path of its cache in the environment; transformers loads that compiler and filters warnings.
     assert changed_by(modules_of(package), host=["torch._dynamo", "transformers.modeling_utils", "transformers.generation"]) == {}
 
 

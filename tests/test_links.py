@@ -1,4 +1,4 @@
-"""Profiles of links: one table, one way to spell a link, and no link that makes no sense."""
+"""Profiles of links: one table, one notation, and no invalid link."""
 
 from __future__ import annotations
 

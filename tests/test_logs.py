@@ -1,4 +1,4 @@
-"""Logs say what went wrong and never what it was about, and never where a program that uses the library expects its own output."""
+"""Logs report errors without any content of users, and never write to the standard output of a program that uses the library."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _log = get_logger("attnstore.example")
 def _logging_as_it_was() -> Iterator[None]:
     root = logging.getLogger()
     handlers, level = root.handlers[:], root.level
-    root.handlers.clear()  # pytest's own would be closed by a new configuration
+    root.handlers.clear()  # a new configuration would close pytest's own handlers
     yield
     root.handlers[:] = handlers
     root.setLevel(level)

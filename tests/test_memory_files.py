@@ -1,4 +1,4 @@
-"""Sealed memory files: what is made, and what is refused of what a peer passes."""
+"""Sealed memory files: their creation, and the checks of a file received from a peer."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The memory limit of a control group, in both versions' files, and what is refused because of it."""
+"""The memory limit of a control group, in the files of both versions, and the refusals that follow from it."""
 
 from __future__ import annotations
 
@@ -86,5 +86,5 @@ async def test_a_node_does_not_start_with_a_capacity_that_the_kernel_would_kill_
         node("1GiB")
     await node("4MiB").stop(0)
     assert "may not leave enough" in caplog.text
-    # The memory of a file is not the process'.
+    # Memory of a file does not count as the process' own.
     await node("1GiB", arena_path=tmp_path / "arena").stop(0)

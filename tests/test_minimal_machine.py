@@ -1,4 +1,4 @@
-"""`make test` on a machine that has what the README asks for and nothing else: what cannot run says so, and nothing fails."""
+"""`make test` on a machine with only what the README requires: tests that cannot run say so, and none fails."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The repository keeps its own promises: what is generated is current, what is written is true."""
+"""Checks of the repository: generated files are current, and the documentation is true."""
 
 from __future__ import annotations
 
@@ -121,7 +121,9 @@ def test_every_module_named_in_the_documentation_exists(page: Path) -> None:
 
 
 def _is_importable(name: str) -> bool:
-    """Whether `name` is a module, or what a module or a class of it has. Looks at files: importing some of them needs torch."""
+    """Returns whether `name` is a module, or a member of a module or class. Looks at files, because importing some of them needs
+    torch.
+    """
     parts = name.split(".")
     root = ROOT / "worker" if parts[0] == "attnstore_worker" else ROOT
     for length in range(len(parts), 0, -1):

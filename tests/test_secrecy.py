@@ -1,4 +1,4 @@
-"""No door shows any part of a password that stands raw in a directory's URL, whatever else the URL then seems to say."""
+"""No output shows any part of a password written unescaped in a directory's URL, whatever else the URL then seems to mean."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from attnstore_worker import cli as worker_cli
 from attnstore_worker.vllm.settings import Settings
 
 PART = ("sEcA", "sEcB", "sEcC")
-"""What may not be seen of a password: it is these, with something that means something to a URL between them."""
+"""Parts of a password that must not be shown: these, separated by characters with a meaning in a URL."""
 BETWEEN = [
     "@",
     "/",
@@ -71,7 +71,7 @@ def seen(text: str) -> list[str]:
 
 
 def told(door: Callable[[], object]) -> str:
-    """Everything that comes out of a door: output, log lines, and the exception as it would be printed."""
+    """Returns everything that an entry point outputs: standard output, log lines, and the exception as printed."""
     out, lines = io.StringIO(), logging.StreamHandler(io.StringIO())
     logging.getLogger().addHandler(lines)
     try:

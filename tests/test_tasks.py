@@ -1,4 +1,4 @@
-"""Background work goes on after a failure, which is told; it ends when it is told to, and whoever tells it can be ended, too."""
+"""Background work continues after a failure, which is reported; it can be ended, and so can the caller that ends it."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ WAITED_FOR = {
     "worker/attnstore_worker/serve/choices.py": "one request's streams, waited for",
     "worker/attnstore_worker/testing.py": "a started worker's output, joined when the worker is ended",
 }
-"""Where tasks and threads are begun that are not supervised, and why not."""
+"""Where unsupervised tasks and threads are started, with the reason."""
 
 
 def test_every_task_and_thread_is_supervised_or_waited_for() -> None:
@@ -48,13 +48,13 @@ def _begun() -> Iterator[tuple[str, int]]:
 
 
 def _is_annotation(path: Path, node: ast.Attribute) -> bool:
-    """Whether the line names the type only."""
+    """Returns whether the line is only a type annotation."""
     line = path.read_text().splitlines()[node.lineno - 1][node.end_col_offset :]
     return not line.startswith("(")
 
 
 class Flaky:
-    """Work that raises so many times before it goes on."""
+    """Work that raises a number of times before it continues."""
 
     def __init__(self, failures: int) -> None:
         self.attempts = 0
@@ -136,7 +136,7 @@ async def test_detached_work_survives_a_garbage_collection_and_its_failure_is_to
 
 
 async def stubborn(swallowed: list[int], times: int) -> None:
-    """Swallows so many cancellations, as a library may."""
+    """Swallows a number of cancellations, as a library may."""
     while True:
         try:
             await asyncio.sleep(3600)

@@ -1,4 +1,4 @@
-"""What a token may be made of."""
+"""The valid characters of a token."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Workers in `attnstore status`: whatever is behind a URL is shown, and never keeps the nodes from being shown."""
+"""Workers in `attnstore status`: whatever answers at a URL is shown, and never prevents the nodes from being shown."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ MEASURED = {
 
 @contextmanager
 def worker(body: bytes, after_s: float = 0.0) -> Iterator[str]:
-    """Answers everything with `body`."""
+    """Answers every request with `body`."""
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:

@@ -1,4 +1,4 @@
-"""Named volumes of the compose file as an earlier start would have left them."""
+"""Named volumes of the compose file, as an earlier start would have left them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _USER = 10001
 
 
 def seed_models(volume: Path) -> None:
-    """Puts the converted model where the workers look for it: converting takes 20 s on two cores."""
+    """Puts the converted model into the workers' volume: converting takes 20 s on two cores."""
     load_model()
     shutil.copytree(cache_dir() / "models", volume / "models")
     for path in (volume, *volume.rglob("*")):

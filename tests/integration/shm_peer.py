@@ -1,4 +1,4 @@
-"""Peers of the shared memory socket, on either side, that keep to the protocol only as far as a test wants them to."""
+"""Peers of the shared memory socket, on either side, that follow the protocol only as far as a test requires."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ WAIT_MS = 10_000.0
 
 
 def open_channel(node: StoreProcess, token: str | None = None) -> tuple[str, bytes]:
-    """Socket path and one-time token, as the node gives them."""
+    """Returns socket path and one-time token from the node."""
     method = messages.METHODS["OpenChannel"]
     with grpc.insecure_channel(node.address) as channel:
         call = channel.unary_unary(
@@ -40,7 +40,7 @@ def open_channel(node: StoreProcess, token: str | None = None) -> tuple[str, byt
 
 @dataclass
 class Peer:
-    """A connected socket; `greeted` once the node has said WELCOME."""
+    """A connected socket; `greeted` once the node has sent WELCOME."""
 
     connection: socket.socket
     stream: ShmStream = field(init=False)
@@ -76,7 +76,7 @@ class Peer:
         return self.stream.receive(frozenset(expected))
 
     def refusal(self, request: bytes) -> Exception:
-        """What the node refuses a request with."""
+        """Returns the error with which the node refuses a request."""
         return shm.decode_refusal(self.ask(request, Kind.REFUSED).payload)
 
     def is_closed_by_the_node(self) -> bool:
@@ -97,7 +97,7 @@ class Peer:
         return places
 
     def map(self, place: Place) -> mmap.mmap | None:
-        """The extent of a place as this process may see it; None where it is gone or not ours."""
+        """Returns the extent of a place as mapped by this process; None if it is gone or belongs to another tenant."""
         answer = self.ask(shm.encode_map(place.extent, place.tenancy), Kind.MAPPED, Kind.GONE)
         if answer.kind is Kind.GONE:
             return None
@@ -110,7 +110,7 @@ class Peer:
 
 
 class LyingNode:
-    """A shared memory socket that answers what a test says, to one client."""
+    """A shared memory socket that gives scripted answers to one client."""
 
     def __init__(self, answer: Callable[[ShmStream, Kind], None]) -> None:
         self._directory = tempfile.TemporaryDirectory()

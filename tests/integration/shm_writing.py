@@ -1,4 +1,4 @@
-"""What the tests of writes through lent memory share: pages to write, and what the node has then."""
+"""Helpers of the tests of writes through lent memory: pages to write, and checks of what the node stores."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def registered(client: attnstore.Client, pages: int, model: str, layout: PageLay
 
 
 def assert_holds(node: StoreProcess, batch: Batch) -> None:
-    """As another client reads it, over another transport."""
+    """Reads as another client, over another transport."""
     with attnstore.connect(node.url, transport="tcp") as client:
         client.register_layout(batch.namespace, batch.layout)
         buffers = batch.buffers()

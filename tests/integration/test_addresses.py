@@ -1,4 +1,4 @@
-"""Nodes on every kind of address: each service of one is reached wherever the address says, over either family."""
+"""Nodes on every kind of address: each service is reachable wherever the address says, over either family."""
 
 from __future__ import annotations
 
@@ -24,7 +24,9 @@ BOTH = ("127.0.0.1", "::1", "localhost")
 
 
 def sent_bytes(metrics: Address, transport: str) -> float:
-    """What the node says that it has sent over a transport: a client that cannot reach the page channel would use another one."""
+    """Returns the bytes that the node reports as sent over a transport, because a client that cannot reach the page channel would
+    use another one.
+    """
     with urllib.request.urlopen(f"http://{metrics}/metrics", timeout=10) as answer:
         lines = answer.read().decode().splitlines()
     series = f'attnstore_sent_bytes_total{{transport="{transport}"}} '
@@ -46,7 +48,7 @@ def test_every_service_of_a_node_is_reached_wherever_it_listens(listen: str, hos
         port = Address.parse(node.address).port
         for host in hosts:
             url = f"grpc://{Address.of(host, port)}"
-            # urllib takes localhost for what this machine's list of hosts says, which may be one family.
+            # urllib uses this machine's hosts file for localhost, which may name only one family.
             metrics = Address.of(hosts[0] if host == "localhost" else host, metrics_port)
             for transport in ("grpc", "tcp", "shm"):
                 batch = batch_of(1, suffix=f"{host} {transport}")
@@ -58,8 +60,8 @@ def test_every_service_of_a_node_is_reached_wherever_it_listens(listen: str, hos
                     buffers = batch.buffers()
                     assert client.read(batch.namespace, batch.hashes, buffers).leading_hits == 1
                     assert buffers == batch.pages
-                if transport != "shm":  # what a reader copies itself is not sent
-                    # The node counts what it has sent, which the reader may have a moment before.
+                if transport != "shm":  # bytes that a reader copies itself are not sent
+                    # The node counts bytes after sending them, when the reader may already have them.
                     expected = before + SMALL.page_bytes
                     assert eventually(lambda: sent_bytes(metrics, transport) == expected)  # noqa: B023 - called at once
             assert run("health", url).returncode == 0

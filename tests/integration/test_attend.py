@@ -1,4 +1,4 @@
-"""Attention at real nodes in processes of their own: over both transports, from two nodes at once, and when they fail."""
+"""Attend at real nodes in processes of their own: over both transports, from two nodes at once, and with failing nodes."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def receive(stream: AttendStream, rows: int) -> tuple[torch.Tensor, torch.Tensor
 
 
 def ask(stream: AttendStream, set_id: int, query: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rows against layer 0."""
+    """Attends from rows to layer 0."""
     stream.ask(0, [(set_id, len(query))], bytes_of(query))
     return receive(stream, len(query))
 

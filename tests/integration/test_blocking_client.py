@@ -1,4 +1,4 @@
-"""The blocking client among threads, interrupts, forks and closes: when a call has returned, nothing of it runs on."""
+"""The blocking client with threads, interrupts, forks and closes: when a call has returned, none of its work continues."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from tests.samples import LARGE, SMALL, Batch, eventually
 BatchOf = Callable[..., Batch]
 transports = pytest.mark.parametrize("transport", ["grpc", "tcp", "shm"])
 LONG = 20_000
-"""Pages of a read that would take minutes, if it were let."""
+"""Pages of a read that would take minutes if it were not interrupted."""
 
 
 @transports
@@ -157,7 +157,7 @@ async def test_a_cancelled_read_writes_nothing_afterwards(shared_node: StoreProc
             buffer[:] = bytes(len(buffer))
             await asyncio.sleep(0.02)
             assert not any(buffer)
-        # The client is as good as new.
+        # The client still works.
         buffers = batch.buffers()
         assert (await client.read(batch.namespace, batch.hashes, buffers)).leading_hits == 1
         assert buffers == batch.pages

@@ -1,4 +1,4 @@
-"""Certificates that are no use: a node does not start with them, and whoever meets one is told that TLS is the reason."""
+"""Invalid certificates: a node does not start with one, and a client that meets one learns that TLS is the reason."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def test_the_dates_of_a_certificate_are_judged_to_the_second(tmp_path: Path) -> 
 
 @contextmanager
 def foreign_server(pair: Pair) -> Iterator[str]:
-    """A server that shows any certificate, as a node whose own expired while it ran would."""
+    """A server with any certificate, like a node whose certificate expired while it was running."""
     server = grpc.server(futures.ThreadPoolExecutor(1))
     credentials = grpc.ssl_server_credentials([(pair.key.read_bytes(), pair.cert.read_bytes())])
     port = server.add_secure_port("127.0.0.1:0", credentials)
@@ -84,7 +84,7 @@ def foreign_server(pair: Pair) -> Iterator[str]:
 
 
 def told(target: str, tls_ca: Path | None) -> list[str]:
-    """What a client, the health check and the command `status` say of a target."""
+    """Returns what a client, the health check and the command `status` report about a target."""
     messages = []
     with attnstore.connect(target, tls_ca=tls_ca, deadline_ms=5_000) as client:
         with pytest.raises(errors.Unavailable) as caught:

@@ -1,4 +1,4 @@
-"""Memory that changes under a real node: no door hands a flipped bit out as good, and the page can be written anew."""
+"""Memory that changes under a real node: no transport delivers a flipped bit as valid, and the page can be written again."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from tests.samples import Batch, eventually, make_batch
 
 PAGE = PageLayout(layers=6, kv_heads=2, head_dim=64, block_tokens=16, dtype=DType.FP32)
 ODD = PageLayout(layers=3, kv_heads=1, head_dim=25, block_tokens=5, dtype=DType.FP32)
-"""Its layers are no multiple of the checksum's blocks."""
+"""Its layers are not a multiple of the checksum's blocks."""
 PAGES, BAD = 6, 3
 LAYERS = (2, 5)
 LEASE_MS = 600_000
 
 
 class Node:
-    """A real node whose arena is a file, so that a test can change its memory behind its back."""
+    """A real node whose arena is a file, so that a test can change its memory from outside."""
 
     def __init__(self, *options: str) -> None:
         self._folder = tempfile.TemporaryDirectory(dir="/dev/shm")
@@ -48,14 +48,14 @@ class Node:
 
 @pytest.fixture(scope="module")
 def node() -> Iterator[Node]:
-    """One node for all doors, that looks for nothing by itself."""
+    """One node for all transports, which does not scrub."""
     node = Node("--scrub-rate", "0")
     yield node
     node.close()
 
 
 Door = Callable[[attnstore.Client, Batch, attnstore.Lease | None], Sequence[PageStatus]]
-"""Reads the batch, and checks the bytes of every page that it says is there."""
+"""Reads the batch, and checks the bytes of every hit."""
 
 
 def read_pages(client: attnstore.Client, batch: Batch, lease: attnstore.Lease | None) -> Sequence[PageStatus]:

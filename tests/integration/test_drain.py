@@ -1,4 +1,4 @@
-"""SIGTERM: what runs may finish, nothing new begins, watchers are sent away, and the exit status is 0."""
+"""SIGTERM: running calls may finish, no new call begins, watchers are ended, and the exit status is 0."""
 
 from __future__ import annotations
 
@@ -131,6 +131,6 @@ def test_queries_that_compute_for_long_do_not_hold_up_the_end(batch_of: BatchOf)
         for _ in range(12):
             stream = streams.enter_context(client.attend(batch.namespace, q_heads=1, scale=1.0))
             stream.ask(0, [(stream.open(batch.hashes, lease), ATTEND_ROWS_MAX)], rows)
-        # The process would be killed, and the status say so, if it were not gone half a minute after the signal.
+        # The process would be killed, and the status would say so, if it were not gone half a minute after the signal.
         assert node.stop() == 0
         assert "stopped" in node.log

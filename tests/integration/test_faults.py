@@ -1,4 +1,4 @@
-"""Nodes and callers that die, stop or stall: every call ends in time, what was verified is right, and no slot is lost."""
+"""Nodes and callers that die, stop or stall: every call ends in time, verified bytes are right, and no slot is lost."""
 
 from __future__ import annotations
 
@@ -84,8 +84,8 @@ def test_a_restarted_node_is_empty_and_clients_go_on(batch_of: BatchOf, transpor
             assert eventually(lambda: client.read(small.namespace, small.hashes, small.buffers()).error is None)
             assert client.describe().epoch != epoch
             assert client.match(small.namespace, [small.hashes]).hits == (0,)
-            # The refusal of the forgotten namespace crosses pages on their way, and is understood all the same. A page that was
-            # behind the refused one may find its namespace there and be stored by the first attempt.
+            # The refusal of the forgotten namespace arrives while pages are still being sent, and is understood nevertheless. A
+            # page after the refused one may find its namespace there and be stored by the first attempt.
             assert eventually(lambda: _keeps(client, large))
             buffers = large.buffers()
             assert client.read(large.namespace, large.hashes, buffers).leading_hits == 2
@@ -130,7 +130,7 @@ def test_a_node_that_stops_during_a_read_leaves_verified_pages_and_an_error(
     with attnstore.connect(node.url, transport=transport) as client:
         client.register_layout(batch.namespace, LARGE)
         client.write(batch.namespace, batch.hashes, batch.pages)
-        # Far more than can come before the node stops: it stops when the last of the first eight pages is there.
+        # Far more than can arrive before the node stops: it stops when the last of the first eight pages has arrived.
         scratch = bytearray(LARGE.page_bytes)
         buffers = batch.buffers()
         hashes = batch.hashes + batch.hashes[:1] * 20_000
@@ -182,7 +182,7 @@ async def test_a_short_deadline_holds_beside_a_call_with_a_long_one(node: StoreP
     async with attnstore.aio.connect(node.url, deadline_ms=20_000) as client:
         await client.register_layout(batch.namespace, SMALL)
         node.suspend()
-        # The first call asks the stopped node which transports it offers; the second needs to know as well.
+        # The first call asks the stopped node for its transports; the second needs to know them too.
         patient = asyncio.create_task(client.write(batch.namespace, batch.hashes, batch.pages))
         await asyncio.sleep(0.05)
         began_s = time.monotonic()

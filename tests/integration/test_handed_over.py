@@ -1,4 +1,4 @@
-"""Pages that one node hands over to another: on every transport they take free memory only, and what was deleted stays deleted."""
+"""Hand-over between nodes: on every transport handed-over pages take free memory only, and deleted pages stay deleted."""
 
 from __future__ import annotations
 

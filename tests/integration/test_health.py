@@ -1,4 +1,4 @@
-"""`attnstore health`, as a container's health check runs it: what a node says of itself decides the exit status."""
+"""`attnstore health` as a container's health check: the node's answer determines the exit status."""
 
 from __future__ import annotations
 

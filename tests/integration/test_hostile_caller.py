@@ -1,4 +1,4 @@
-"""A caller that is foreign, broken or hostile: it is served or refused with a typed trailer, and leaks nothing."""
+"""A foreign, broken or hostile caller is served or refused with a typed trailer, and leaks nothing."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def channel(shared_node: StoreProcess) -> Iterator[grpc.Channel]:
 
 @pytest.fixture(scope="module")
 def stub(channel: grpc.Channel) -> Stub:
-    """The client that protoc generates: what any other language would use."""
+    """The client that protoc generates, as in any other language."""
     return store_pb2_grpc.AttentionStoreStub(channel)
 
 
@@ -54,7 +54,7 @@ def register(stub: Stub, batch: Batch) -> None:
 
 
 def whole(batch: Batch, index: int) -> pb.WriteChunk:
-    """One page as one chunk, as a foreign client would build it."""
+    """Returns one page as one chunk, as a foreign client would build it."""
     page = batch.pages[index]
     return pb.WriteChunk(
         namespace=batch.namespace, hash=batch.hashes[index], checksum=page_checksum(page), offset_bytes=0, payload=page
@@ -62,7 +62,7 @@ def whole(batch: Batch, index: int) -> pb.WriteChunk:
 
 
 def refusal(error: grpc.RpcError) -> str:
-    """The typed code of a refused call."""
+    """Returns the typed code of a refused call."""
     return dict(error.trailing_metadata() or ()).get(ERROR_TRAILER, "none")
 
 
@@ -184,7 +184,7 @@ def test_a_malformed_write_is_refused_with_its_code_and_leaks_nothing(
 @pytest.mark.parametrize("rpc", sorted(METHODS))
 def test_bytes_that_are_no_message_are_refused_with_a_code(channel: grpc.Channel, shared_node: StoreProcess, rpc: str) -> None:
     method = METHODS[rpc]
-    # One message and one answer at most: to gRPC that is the same bytes as the method's own kind of call.
+    # One message and one answer at most: gRPC sends the same bytes as for the method's own kind of call.
     answers = channel.stream_stream(method.path)(iter([b"\xff\xff\xff\xff"]), timeout=5)
     with pytest.raises(grpc.RpcError) as caught:
         next(answers)
@@ -296,7 +296,7 @@ def test_writes_beyond_the_limit_are_refused_as_overload(node: StoreProcess, bat
 
 
 class Gate:
-    """A request stream that stops half-way until it is told to go on."""
+    """A request stream that stops half-way until it is released."""
 
     def __init__(self) -> None:
         self._open = threading.Event()

@@ -1,4 +1,4 @@
-"""A broken or hostile node: its client raises a typed error or marks the page, and writes nowhere but into the page's buffer."""
+"""A broken or hostile node: its client raises a typed error or marks the page, and writes only into the page's buffer."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def chunk(
 
 @asynccontextmanager
 async def fake_node(answers: dict[str, list[bytes]]) -> AsyncIterator[str]:
-    """A node that answers each RPC with the bytes given, whatever it is asked. It knows how to register a layout."""
+    """A node that answers each RPC with the given bytes, whatever the request. It supports registering a layout."""
     registered = pb.RegisterLayoutResponse(page_bytes=SIZE, pages_max=1).SerializeToString()
 
     def handler(name: str) -> Any:
@@ -43,7 +43,7 @@ async def fake_node(answers: dict[str, list[bytes]]) -> AsyncIterator[str]:
             return replies[0]
 
         async def one_at_the_end(requests: AsyncIterator[bytes], _context: Any) -> bytes:
-            async for _ in requests:  # an answer that crosses requests is one that gRPC may lose
+            async for _ in requests:  # gRPC may lose an answer that crosses requests
                 pass
             return replies[0]
 
@@ -126,7 +126,7 @@ async def client_of(answers: dict[str, list[bytes]]) -> AsyncIterator[attnstore.
     ],
 )
 async def test_a_read_that_breaks_the_protocol_raises_and_writes_nowhere_else(replies: list[bytes]) -> None:
-    # The two buffers lie in one block with guards between them: a write outside its own page would show.
+    # The two buffers are in one block with guards between them, which would reveal a write outside a page.
     guard = b"\xa5" * 64
     block = bytearray(guard + bytes(SIZE) + guard + bytes(SIZE) + guard)
     first, second = 64, 64 + SIZE + 64

@@ -1,7 +1,7 @@
-"""Every limit that callers share: one tenant takes all that it can get of it, and another works as if it were alone.
+"""Every shared limit: one tenant takes as much of it as it can get, and another works as if it were alone.
 
 `CASES` says how the first tenant exhausts a limit of a real node, over real sockets, at the limit's true size. A constant of
-`attnstore.limits` that is in none of the tables here fails the first test, so that a new limit cannot be forgotten.
+`attnstore.limits` that is missing in the tables here fails the first test, so that a new limit cannot be forgotten.
 """
 
 from __future__ import annotations
@@ -50,14 +50,14 @@ from tests.samples import SMALL, Batch, eventually, make_batch
 
 CAPACITY_MIB = 64
 TINY = PageLayout(layers=1, kv_heads=1, head_dim=2, block_tokens=8, dtype=DType.FP16)
-"""64 bytes a page."""
+"""64 bytes per page."""
 GREEDY, MODEST = "greedys-token", "modests-token"
 _CALL_S: Final = 60.0
 _PIPELINED: Final = 256
 
 
 class Greedy:
-    """The tenant that takes what it can get: raw calls to a node, and what they hold until `close`."""
+    """The tenant that takes as much as it can get: raw calls to a node, and what they hold until `close`."""
 
     def __init__(self, node: StoreProcess) -> None:
         self.node = node
@@ -80,7 +80,7 @@ class Greedy:
             assert set(client.write(batch.namespace, batch.hashes, batch.pages).verdicts) == {PageStatus.STORED}
 
     def channel(self) -> FrameStream:
-        """A page channel that has said HELLO; whether it is welcome is the next frame."""
+        """Returns a page channel that has sent HELLO; the next frame tells whether it is admitted."""
         answer = self.stub.OpenChannel(pb.OpenChannelRequest(transport="tcp"), timeout=_CALL_S, metadata=self.metadata)
         stream = dial(int(answer.address.rpartition(":")[2]))
         self.held.callback(stream.close)
@@ -88,7 +88,7 @@ class Greedy:
         return stream
 
     def gets(self, call: Callable[..., object], request: object, *codes: str) -> bool:
-        """The call is answered; False where it is refused as too much, or with one of the codes."""
+        """Returns True if the call is answered, False if it is refused as too much, or with one of the codes."""
         try:
             call(request, timeout=_CALL_S, metadata=self.metadata)
         except grpc.RpcError as error:
@@ -98,7 +98,7 @@ class Greedy:
         return True
 
     def begins(self, call: grpc.Call) -> bool:
-        """A call that lasts has begun; False where it was refused as too much."""
+        """Returns True if a lasting call has begun, False if it was refused as too much."""
         self.held.callback(call.cancel)
         if call.initial_metadata():
             return True
@@ -111,7 +111,7 @@ def refused(call: grpc.Call) -> str:
 
 
 def takes_until_refused(limit: int, take: Callable[[], bool]) -> None:
-    """Takes more and more, far more than a part of the limit, but not all of it."""
+    """Takes more and more: far more than a share of the limit, but not all of it."""
     taken = 0
     while take():
         taken += 1
@@ -159,7 +159,7 @@ def attend_calls(greedy: Greedy) -> None:
 
 
 def events_of_slow_watchers(greedy: Greedy) -> None:
-    """Watchers that take nothing, and more events than may be queued for all of them."""
+    """Watchers that read nothing, and more events than may be queued for all of them."""
     pages = 2 * WATCHED_EVENTS_MAX // WATCHERS_MAX
     batch = make_batch(pages, model="watched", layout=TINY)
     greedy.register(batch)
@@ -222,7 +222,7 @@ def namespaces(greedy: Greedy) -> None:
         if not greedy.gets(greedy.stub.RegisterLayout, pb.RegisterLayoutRequest(namespace=space, layout=layout)):
             return False
         chunk = pb.WriteChunk(namespace=space, hash=bytes(32), checksum=checksum, payload=page)
-        # Without a page it may have made room for another's by now.
+        # Without a page it may have been evicted for another namespace.
         return greedy.gets(greedy.stub.Write, iter([chunk]), "namespace_unknown")
 
     with ThreadPoolExecutor(8) as callers:
@@ -332,7 +332,7 @@ ELSEWHERE: Final = {
     "TOMBSTONES_MAX": "tests.core.test_tombstones:test_a_tenant_that_deletes_a_lot_makes_the_node_forget_its_own_deletions",
     "REPORTED_BYTES_PER_S_MAX": "tests.server.test_scrubber:test_reports_of_two_tenants_take_turns_and_neither_hashes_on_the_loop",
 }
-"""Shared limits that are tried with a small number, or where more than tenants of one node share them."""
+"""Shared limits that are tried with a small number, or that are shared by more than the tenants of one node."""
 
 OF_ONE_REQUEST: Final = "what one message, request, page, stream or connection may be: each has its own"
 OF_TIME: Final = "a time or a rate for each peer or task by itself"
@@ -410,7 +410,7 @@ NOT_SHARED: Final[dict[str, tuple[str, ...]]] = {
 
 
 def works(node: StoreProcess, transport: str) -> None:
-    """Everything that a tenant does on a node, over one transport."""
+    """Uses everything that a tenant uses on a node, over one transport."""
     batch = make_batch(2, model=f"modest, over {transport}")
     with attnstore.connect(node.url, token=MODEST, transport=transport) as client:
         client.register_layout(batch.namespace, batch.layout)

@@ -1,4 +1,4 @@
-"""Links to measure on: whatever a link does to the time that bytes take, it does nothing to the bytes."""
+"""Simulated links: whatever a link does to the time of bytes, it does not change the bytes."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _PAGES = [random.Random(index).randbytes(_LAYOUT.page_bytes) for index in range(
 
 @pytest.fixture(scope="module")
 def echo() -> Iterator[str]:
-    """A server that sends back what it receives until the client has said all, then ends."""
+    """A server that echoes what it receives until the client has sent everything, then ends."""
     listener = socket.create_server(("127.0.0.1", 0))
 
     def serve(connection: socket.socket) -> None:
@@ -59,7 +59,7 @@ def _connect(link: Link) -> socket.socket:
 
 
 def _echoed(connection: socket.socket, data: bytes) -> bytes:
-    """Sends all, says so, and returns all that comes back."""
+    """Sends everything, ends the sending side, and returns the echo."""
 
     def send() -> None:
         connection.sendall(data)
@@ -239,7 +239,7 @@ def test_a_target_that_is_not_there_breaks_the_connection_only() -> None:
 
 
 def _is_refused(link: Link) -> bool:
-    """A new connection ends before it moves anything: at once, or when it is first used."""
+    """Returns whether a new connection ends before it moves anything: at once, or at its first use."""
     try:
         with _connect(link) as connection:
             return _is_broken(connection)

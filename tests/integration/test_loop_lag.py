@@ -1,4 +1,4 @@
-"""No request, however large, keeps a node's event loop from its other callers for longer than 50 ms, nor the store's lock."""
+"""No request, however large, blocks a node's event loop or the store's lock for longer than 50 ms."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ TRIES = 3
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_no_rpc_at_its_largest_size_holds_up_the_event_loop_or_the_lock() -> None:
-    # Processor time, because others may have the cores; the best of several tries of those that seem too slow.
+    # CPU time, because other processes may use the cores; the minimum of several tries for those that seem too slow.
     slow = list(CALLS)
     rows: dict[tuple[str, str], Lag] = {}
     for _ in range(TRIES):

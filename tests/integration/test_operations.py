@@ -1,4 +1,4 @@
-"""What an operator sees: health, reflection, metrics, logs and the command itself."""
+"""The operator's view: health, reflection, metrics, logs and the command itself."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def test_metrics_tell_exactly_what_happened(
     with pytest.raises(errors.LayoutMismatch):
         client.register_layout(batch.namespace, SMALL)
     size = LARGE.page_bytes
-    # What was sent is counted once it is sent, and the reader may know a moment earlier.
+    # Bytes are counted after they are sent, and the reader may have them a moment earlier.
     assert eventually(lambda: value("attnstore_sent_bytes_total", transport=transport) == 2 * size)
     assert eventually(lambda: value("attnstore_pages_total", rpc="Read", status="missing") == 1)
     for name, expected in (

@@ -1,4 +1,4 @@
-"""The node's end of the page channel over real sockets: who may speak, and what is answered to frames in and out of place."""
+"""The node's side of the page channel over real sockets: who is admitted, and the answers to frames in and out of place."""
 
 from __future__ import annotations
 
@@ -252,7 +252,7 @@ def test_a_page_whose_bytes_are_not_those_of_its_checksum_is_not_kept(node: Chan
 
 
 def test_verdicts_come_in_order_and_before_whatever_was_asked_after_their_pages(node: ChannelNode) -> None:
-    """They may wait for each other, but not for more than is on the way already."""
+    """Verdicts may be sent together, but do not wait for pages that are not in flight yet."""
     batch = make_batch(40, model="verdicts together")
     node.register(batch)
     stream = node.connect()
@@ -264,7 +264,7 @@ def test_verdicts_come_in_order_and_before_whatever_was_asked_after_their_pages(
         (Kind.VERDICT, index, PageStatus.STORED) for index in range(40)
     ]
     assert [payload(stream)[1] for _ in batch.pages] == batch.pages
-    # A page that comes alone has its verdict at once, and an error does not overtake one.
+    # A page that arrives alone gets its verdict at once, and an error does not overtake a verdict.
     other = make_batch(2, model="verdict at once")
     node.register(other)
     stream.send(page_header(other, 0), other.pages[0])

@@ -1,4 +1,6 @@
-"""Peers of the page channel that stop, come in numbers or are there at the end: what they held comes back, others are served."""
+"""Peers of the page channel that stop, come in large numbers or are connected at shutdown: what they hold is released, others are
+served.
+"""
 
 from __future__ import annotations
 
@@ -41,7 +43,7 @@ Act = Callable[[FrameStream, Batch], None]
 
 STALL_MS = 150
 NARROW = 16 << 10
-"""A receive buffer that a page of `WIDE` does not fit into."""
+"""A receive buffer that is smaller than a page of `WIDE`."""
 
 
 @pytest.fixture
@@ -52,7 +54,7 @@ def node() -> Iterator[ChannelNode]:
 
 @pytest.fixture
 def impatient_node() -> Iterator[ChannelNode]:
-    """A node that gives up on a peer that moves nothing for `STALL_MS`."""
+    """A node that disconnects a peer that moves nothing for `STALL_MS`."""
     node = ChannelNode(stall_ms=STALL_MS)
     try:
         yield node
@@ -90,7 +92,7 @@ def test_a_stranger_that_trickles_its_hello_gains_no_time(impatient_node: Channe
             return True
         return False
 
-    # A byte every 20 ms: whoever allowed STALL_MS between two of them would hear it all.
+    # A byte every 20 ms: a time limit of STALL_MS between two bytes would never be exceeded.
     assert any(is_dropped(byte) or time.sleep(0.02) for byte in hello)
     stream.close()
 
@@ -111,7 +113,7 @@ STALLS = [half_a_page, read_nothing, read_no_layer]
 
 
 def stall(node: ChannelNode, how: Act, batch: Batch) -> FrameStream:
-    """A peer that does half of something and holds a slot or pins for it."""
+    """A peer that does half of something and holds a slot or pins."""
     stream = node.connect(receive_buffer_bytes=NARROW)
     how(stream, batch)
     assert eventually(lambda: not node.is_clean())
@@ -129,7 +131,7 @@ def kept_but_the_first(node: ChannelNode, model: str) -> Batch:
 def test_a_peer_that_vanishes_without_a_word_gives_back_what_it_held(impatient_node: ChannelNode, how: Act) -> None:
     batch = kept_but_the_first(impatient_node, "half-open")
     stream = stall(impatient_node, how, batch)
-    # The other end stays open and is never read from or written to again, as if its machine were gone.
+    # The other end stays open and is never used again, as if its machine were gone.
     assert eventually(impatient_node.is_clean)
     stream.close()
 
@@ -152,7 +154,7 @@ def test_a_stalled_reader_delays_no_other_and_takes_no_memory(node: ChannelNode)
         transport.read(plan)
         assert plan.landing.result().statuses == (PageStatus.MISSING, PageStatus.OK, PageStatus.OK)
         assert buffers[1:] == batch.pages[1:]
-    # What the stalled ones asked for is 128 MiB; it waits in the arena, not in copies.
+    # The stalled peers requested 128 MiB; it is held in the arena, not in copies.
     assert resident_bytes() - resident < 32 << 20
     assert not node.is_clean()
     transport.close()
@@ -173,7 +175,7 @@ def send_forever(stream: FrameStream, data: bytes) -> None:
 def test_a_writer_that_takes_no_verdicts_is_dropped(impatient_node: ChannelNode) -> None:
     batch = make_batch(1, model="no verdicts")
     impatient_node.register(batch)
-    # Not smaller: a kernel that drops what has no room drops the acknowledgements in it too, and then neither side moves.
+    # Not smaller: a kernel that drops what has no room also drops the acknowledgements in it, and then neither side moves.
     stream = impatient_node.connect(receive_buffer_bytes=64 << 10)
     page = page_header(batch, 0) + batch.pages[0]
     with pytest.raises(errors.Unavailable):
@@ -337,7 +339,7 @@ def open_sockets() -> int:
 def test_peers_that_leave_in_the_queue_do_not_end_the_service(node: ChannelNode) -> None:
     for _ in range(50):
         connection = socket.create_connection(("127.0.0.1", node.server.port))
-        # Reset, not closed: the kernel may hand the node a connection that is already dead.
+        # Reset, not closed: the kernel may give the node a connection that is already dead.
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\x01\x00\x00\x00\x00\x00\x00\x00")
         connection.close()
     node.connect().close()

@@ -53,7 +53,7 @@ time.sleep(60)
 
 
 def free_address() -> str:
-    """An address that nobody listens on."""
+    """Returns an address on which nobody listens."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return f"127.0.0.1:{probe.getsockname()[1]}"
@@ -61,7 +61,7 @@ def free_address() -> str:
 
 @contextmanager
 def half_way(node: StoreProcess, direction: str, batch: Batch, model: str) -> Iterator[subprocess.Popen[str]]:
-    """A client in a process of its own that stops in the middle of a transfer. Killed at the end, if it still lives."""
+    """A client in a process of its own that stops in the middle of a transfer. Killed at the end, if it still runs."""
     port, token = open_channel(node.address)
     client = subprocess.Popen(
         [sys.executable, "-c", HALF, direction, str(port), token.hex(), model, str(len(batch.pages))],
@@ -87,7 +87,7 @@ def stored(client: attnstore.Client, pages: int, model: str, layout: attnstore.P
 
 
 def read(client: attnstore.Client, batch: Batch) -> attnstore.ReadResult:
-    """Reads a batch; what it says it read is what was written."""
+    """Reads a batch and checks that the bytes of every hit are those written."""
     buffers = batch.buffers()
     result = client.read(batch.namespace, batch.hashes, buffers)
     assert all(buffer == page for buffer, page, status in zip(buffers, batch.pages, result.statuses, strict=True) if status is OK)
@@ -166,7 +166,7 @@ def test_a_node_killed_during_a_write_is_unavailable(node: StoreProcess, channel
         stored(client, 3, "before the end")
         batch = make_batch(60, model="node killed in a write", layout=WIDE)
         client.register_layout(batch.namespace, WIDE)
-        node.suspend()  # pages pile up on their way
+        node.suspend()  # pages accumulate in flight
         with ThreadPoolExecutor(1) as thread:
             writing = thread.submit(client.write, batch.namespace, batch.hashes, batch.pages)
             node.kill()
@@ -227,7 +227,7 @@ def test_a_drain_lets_a_running_read_end_whole(node: StoreProcess, last_client: 
 
 
 class Door:
-    """A tcp transport whose port is open or blocked as the test says; counts who came."""
+    """A tcp transport whose port is open or blocked as the test says; counts connections."""
 
     def __init__(self, node: StoreProcess, channels: int = 1) -> None:
         self._node = node
@@ -356,7 +356,7 @@ def test_a_page_channel_belongs_to_the_tenant_that_asked_for_it(tmp_path: Path) 
 
 def test_wrong_buffers_and_too_many_pages_are_refused_here(node: StoreProcess, last_client: attnstore.Client) -> None:
     batch = stored(last_client, 2, "refused here")
-    node.kill()  # whatever is sent now fails with another error
+    node.kill()  # every later send fails with another error
     short = bytearray(SMALL.page_bytes - 1)
     for buffers in ([bytearray(SMALL.page_bytes), short], [bytearray(SMALL.page_bytes)], [b"read-only", b"bytes"]):
         with pytest.raises(errors.BufferMismatch):

@@ -1,4 +1,4 @@
-"""Pages go to a node and come back; a call that is wrong is refused with a typed error, a page that cannot be had is a status."""
+"""Writing and reading pages: a wrong call is refused with a typed error, an unavailable page is a status."""
 
 from __future__ import annotations
 
@@ -240,7 +240,7 @@ def test_a_full_store_evicts_the_oldest_and_never_what_is_leased(tiny_node: Stor
         client.write(batch.namespace, batch.hashes[:4], batch.pages[:4])
         found = client.match(batch.namespace, [batch.hashes[1:4]], lease_ms=60_000)
         assert found.hits == (3,)
-        # One page is free to go: it does, for the first newcomer, whose own page goes for the next.
+        # One page is evictable: it goes for the first new page, which itself goes for the next.
         assert client.write(batch.namespace, batch.hashes[4:6], batch.pages[4:6]).verdicts == (STORED, STORED)
         last = client.match(batch.namespace, [batch.hashes[5:6]], lease_ms=60_000)
         assert last.lease is not None
@@ -275,9 +275,9 @@ def test_statistics_count_look_ups_once_and_reads_apart(node: StoreProcess, batc
         assert (stats.pages_sealed, stats.pages_arriving, stats.pages_pinned, stats.leases) == (3, 0, 3, 1)
         assert (stats.hit_pages, stats.missed_pages, stats.stored_pages, stats.evicted_pages) == (3, 1, 3, 0)
         assert stats.hit_rate == 3 / 4, "what is read after it was looked up is no second look-up"
-        # What was sent counts once it is, which the reader of the last page may be told a moment earlier.
+        # Bytes are counted after they are sent, and the reader of the last page may have them a moment earlier.
         assert eventually(lambda: client.stats().read_pages == 3 + 1)
-        # Of a page in shared memory the reader takes what it wants: the whole page was handed over.
+        # A reader of shared memory copies what it needs, so the whole page counts as handed over.
         part = SMALL.page_bytes if transport == "shm" else SMALL.layer_bytes
         assert client.stats().read_bytes == 3 * SMALL.page_bytes + part
         assert stats.written_bytes == stats.used_bytes == 3 * SMALL.page_bytes

@@ -1,4 +1,4 @@
-"""A store is behind no proxy that only the environment names, whichever door is used; one that is asked for is used."""
+"""Proxies: no transport uses a proxy that only the environment names, and every transport uses a proxy that is given explicitly."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ BatchOf = Callable[..., Batch]
 
 
 class Proxy:
-    """An HTTP proxy on loopback that notes who asked for what: CONNECT opens a tunnel, anything else is answered with `body`."""
+    """An HTTP proxy on loopback that records its requests: CONNECT opens a tunnel, any other request is answered with `body`."""
 
     def __init__(self, body: bytes = b"{}") -> None:
         self._body = body
@@ -33,7 +33,7 @@ class Proxy:
         threading.Thread(target=self._accept, daemon=True).start()
 
     def variables(self) -> dict[str, str]:
-        """Every way to name the proxy in an environment, and no exception from it."""
+        """Returns every way to name the proxy in an environment, without exceptions from it."""
         names = ("http_proxy", "https_proxy", "grpc_proxy", "all_proxy")
         named = {name: self.url for name in (*names, *map(str.upper, names))}
         return {**named, "no_proxy": "", "NO_PROXY": "", "no_grpc_proxy": ""}
@@ -84,7 +84,7 @@ def proxy() -> Iterator[Proxy]:
 
 @pytest.fixture
 def behind_proxy(proxy: Proxy, monkeypatch: pytest.MonkeyPatch) -> Proxy:
-    """This process, and those that it starts, have the proxy in their environment."""
+    """Names the proxy in the environment of this process and of those that it starts."""
     for name, value in proxy.variables().items():
         monkeypatch.setenv(name, value)
     return proxy
@@ -181,7 +181,7 @@ def attnstore_command(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 def command(*arguments: str) -> tuple[int, str]:
-    """Exit status and what was said on standard error."""
+    """Returns exit status and standard error."""
     done = attnstore_command(*arguments)
     return done.returncode, done.stderr
 

@@ -1,4 +1,4 @@
-"""The chaos run's client notices a wrong byte: otherwise its silence would mean nothing."""
+"""The chaos run's client detects a wrong byte; otherwise its silence would prove nothing."""
 
 from __future__ import annotations
 

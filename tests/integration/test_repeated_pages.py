@@ -1,4 +1,4 @@
-"""What a peer sends is a list, not a set: pages named twice, on every door, leave the page table whole."""
+"""A peer sends a list, not a set: pages named twice, on every transport, leave the page table intact."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ LEASE_MS = 60_000
 
 
 class Door:
-    """A node in this process, whose table can be looked at, and a client that comes in by one transport."""
+    """A node in this process, whose table can be inspected, and a client over one transport."""
 
     def __init__(self, node: StoreNode, client: attnstore.Client, batch: Batch) -> None:
         self._node = node
@@ -27,7 +27,7 @@ class Door:
         self.space = batch.namespace
 
     def store(self) -> None:
-        """Stores the batch, each page twice in one call."""
+        """Stores the batch, with each page twice in one call."""
         hashes, pages = self.batch.hashes * 2, self.batch.pages * 2
         verdicts = self.client.write(self.space, hashes, pages).verdicts
         assert verdicts[:3] == (PageStatus.STORED,) * 3
@@ -129,7 +129,7 @@ def attends(door: Door) -> None:
     door.release(lease)
 
 
-@pytest.mark.filterwarnings("ignore:The given buffer is not writable")  # torch, of bytes that gRPC received
+@pytest.mark.filterwarnings("ignore:The given buffer is not writable")  # torch, about bytes that gRPC received
 @pytest.mark.parametrize("ask", [leases, reads, deletes, attends])
 async def test_pages_that_are_named_twice_leave_the_table_whole_and_nothing_pinned(door: Door, ask: Callable[[Door], None]) -> None:
     def run() -> None:

@@ -1,4 +1,4 @@
-"""Who may talk to a node, and what one tenant can learn of another: nothing."""
+"""Who may talk to a node, and that a tenant learns nothing about another."""
 
 from __future__ import annotations
 
@@ -116,7 +116,7 @@ def test_nothing_of_one_tenant_is_reachable_by_another(tenants_file: Path, batch
         assert round_trip(ada, batch)
         assert round_trip(bob, other)
         buffers = batch.buffers()
-        # A hash names a page within its namespace alone.
+        # A hash identifies a page only within its namespace.
         assert bob.match(other.namespace, [batch.hashes]).hits == (0,)
         assert bob.read(other.namespace, batch.hashes, buffers).statuses == (PageStatus.MISSING,) * 2
         assert buffers == [bytes(SMALL.page_bytes)] * 2

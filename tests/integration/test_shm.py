@@ -1,4 +1,4 @@
-"""The shm transport against real nodes: bytes, places that go stale under a reader, and nodes that go away."""
+"""The shm transport with real nodes: bytes, places that become invalid under a reader, and nodes that disappear."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from tests.samples import LARGE, SMALL, Batch, make_batch
 
 OK, MISSING, CORRUPT, INCOMPLETE = PageStatus.OK, PageStatus.MISSING, PageStatus.CORRUPT, PageStatus.INCOMPLETE
 PAGE = PageLayout(layers=4, kv_heads=1, head_dim=1024, block_tokens=16, dtype=DType.OPAQUE)
-"""128 KiB a page."""
+"""128 KiB per page."""
 
 
 @pytest.fixture(scope="module")
@@ -48,12 +48,12 @@ def stored(client: attnstore.Client, pages: int, model: str, layout: PageLayout 
 
 
 def flood(client: attnstore.Client, pages: int = 64) -> None:
-    """Recycles every slot of the small node that nobody leases."""
+    """Recycles every unleased slot of the small node."""
     stored(client, pages, model=f"flood {os.urandom(8).hex()}")
 
 
 def mapped_files() -> set[str]:
-    """Extents that this process has mapped, of whatever node, by inode."""
+    """Returns the extents that this process has mapped, of any node, by inode."""
     return {line.split()[4] for line in Path("/proc/self/maps").read_text().splitlines() if "attnstore-extent" in line}
 
 
@@ -184,7 +184,7 @@ def test_a_leased_page_survives_a_flood_and_a_page_whose_lease_ended_is_known_to
 def test_a_slot_recycled_around_the_copy_is_a_miss(
     small_node: StoreProcess, monkeypatch: pytest.MonkeyPatch, moment: str, layers: tuple[int, int] | None
 ) -> None:
-    """The page is found, and recycled after it was located: just before its bytes are copied, or just after."""
+    """The slot is recycled after the page was located: just before its bytes are copied, or just after."""
     copy = MappedExtent.copy
 
     with attnstore.connect(small_node.url, transport="shm") as client, attnstore.connect(small_node.url) as other:
@@ -224,7 +224,7 @@ def test_a_byte_that_flips_in_the_nodes_memory_is_corrupt(
 
 
 def flip_byte_of(node: StoreProcess, extent: mmap.mmap, at: int) -> None:
-    """In the node's own file of a mapped extent, which its user may open anew."""
+    """Changes the node's own file of a mapped extent, which its user may open again."""
     before = extent[at]
     for number in os.listdir(f"/proc/{node.process.pid}/fd"):
         path = f"/proc/{node.process.pid}/fd/{number}"

@@ -1,4 +1,4 @@
-"""A node whose arena is a file that the clients of its host map: who may map it, and who reads another way."""
+"""A node whose arena is a file that clients on its host map: which clients may map it, and which use another transport."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ PAGE = PageLayout(layers=4, kv_heads=1, head_dim=1024, block_tokens=16, dtype=DT
 
 @pytest.fixture
 def path() -> Iterator[Path]:
-    """Where memory is mapped by a path, as a device of CXL memory is."""
+    """A path of mapped memory, like a device of CXL memory."""
     with tempfile.TemporaryDirectory(dir="/dev/shm") as folder:
         yield Path(folder) / "arena"
 

@@ -1,4 +1,4 @@
-"""Nodes that lie to readers and writers over shared memory: nothing they say kills a client or passes as a page."""
+"""Nodes that send false data to readers and writers over shared memory: none of it crashes a client or passes as a page."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ def test_a_page_whose_extent_went_to_another_tenant_meanwhile_is_a_miss() -> Non
 
 
 def test_zeros_of_an_extent_that_was_given_up_are_a_miss() -> None:
-    """What a reader maps a moment too late: the old file, emptied."""
+    """A reader that maps too late finds the old file, emptied."""
 
     def answer(stream: ShmStream, kind: Kind) -> None:
         if kind is Kind.LOCATE:
@@ -137,7 +137,7 @@ def test_answers_that_no_honest_node_gives_are_a_broken_protocol(answer: bytes, 
 
 
 def test_a_call_that_was_refused_ends_with_the_nodes_last_answer() -> None:
-    """Its later pages are on the way: a node that is slow would store them once whoever calls again has made them welcome."""
+    """Its later pages are in flight: a slow node would store them after the caller has registered the namespace again."""
     answered: list[Kind] = []
 
     def refuse(stream: shm.ShmStream, kind: Kind) -> None:

@@ -25,7 +25,7 @@ from tests.integration.shm_peer import Peer, open_channel
 from tests.samples import SMALL, eventually, make_batch
 
 KIB_128 = PageLayout(layers=1, kv_heads=1, head_dim=1 << 16, block_tokens=1, dtype=DType.OPAQUE)
-"""128 KiB a page."""
+"""128 KiB per page."""
 
 
 @pytest.fixture(scope="module")
@@ -139,7 +139,7 @@ NOT_DUE = {
     "three with a LEND": [(LEND, 3)],
     "one with each half of a LEND": [(LEND[:4], 1), (LEND[4:], 1)],
 }
-"""What a peer sends: bytes, and how many descriptors with them."""
+"""The bytes that a peer sends, and the number of descriptors with them."""
 
 
 @pytest.mark.parametrize("parts", NOT_DUE.values(), ids=NOT_DUE.keys())
@@ -153,7 +153,7 @@ def test_descriptors_that_are_not_due_are_refused_and_none_stays_open(node: Stor
             with pytest.raises(ProtocolError, match="descriptor"):
                 raise peer.refusal(b"")
             assert peer.is_closed_by_the_node()
-    # Connections of other tests may end or begin meanwhile; what was sent is far more than those.
+    # Connections of other tests may begin or end meanwhile; far more connections than those were made here.
     assert eventually(lambda: len(os.listdir(descriptors)) < before + SENT // 2)
 
 
@@ -256,7 +256,7 @@ def test_another_tenants_namespace_is_unknown(two_tenants: StoreProcess) -> None
 def test_a_mapped_extent_never_shows_another_tenants_bytes_and_memory_stays_within_the_capacity(
     two_tenants: StoreProcess,
 ) -> None:
-    """Alice maps everything she is ever shown and keeps it, while the arena goes to bob and back several times."""
+    """Alice maps every extent that she is shown and keeps it, while the arena alternates between alice and bob."""
     pages_each = 100  # one and a half times the capacity
     fills = {"alice": 0xAA, "bob": 0xBB}
     spaces = {name: attnstore.namespace(KIB_128, model=name.encode()) for name in fills}
@@ -294,10 +294,10 @@ def test_a_mapped_extent_never_shows_another_tenants_bytes_and_memory_stays_with
 
 
 def _shared_bytes(node: StoreProcess) -> int:
-    """Memory in all extents that the node holds open, each counted once."""
+    """Returns the memory of all extents that the node holds open, each counted once."""
     blocks: dict[int, int] = {}
     for link in Path(f"/proc/{node.process.pid}/fd").iterdir():
-        with suppress(FileNotFoundError):  # the node closes descriptors of its own while we look
+        with suppress(FileNotFoundError):  # the node closes its own descriptors meanwhile
             if "attnstore-extent" in os.readlink(link):
                 status = link.stat()
                 blocks[status.st_ino] = status.st_blocks * 512

@@ -1,4 +1,4 @@
-"""Peers that write through lent memory and lie: about bytes, places, files and namespaces."""
+"""Peers that write through lent memory with false data: bytes, places, files and namespaces."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def node() -> Iterator[StoreProcess]:
 
 
 def lent(peer: Peer, pages: list[bytes]) -> int:
-    """Lends the node a file of the pages, one after the other, and returns the writable descriptor."""
+    """Lends the node a file with the pages, one after the other, and returns the writable descriptor."""
     data = b"".join(pages)
     file, mapping = memory_files.create("peer", -(-len(data) // 4096) * 4096)
     mapping[: len(data)] = data
@@ -57,7 +57,7 @@ def take(peer: Peer, batch: Batch, offsets: list[int], checksums: list[int] | No
 
 @pytest.fixture
 def batch(node: StoreProcess, request: pytest.FixtureRequest) -> Batch:
-    """Three pages that the node does not have, in a namespace that it knows."""
+    """Three pages that the node does not have, in a registered namespace."""
     with attnstore.connect(node.url, transport="grpc") as client:
         return registered(client, 3, request.node.name)
 

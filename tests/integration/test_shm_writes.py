@@ -1,4 +1,4 @@
-"""Pages written through memory lent to a real node: bytes and verdicts, and whoever goes away meanwhile."""
+"""Pages written through memory lent to a real node: bytes and verdicts, and peers that disappear meanwhile."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from tests.samples import LARGE, SMALL, eventually, make_batch
 
 STORED, PRESENT, NO_SPACE = PageStatus.STORED, PageStatus.ALREADY_PRESENT, PageStatus.NO_SPACE
 ODD = PageLayout(layers=3, kv_heads=1, head_dim=333, block_tokens=1, dtype=DType.OPAQUE)
-"""1,998 bytes a page: no multiple of a cache line."""
+"""1,998 bytes per page: not a multiple of a cache line."""
 
 
 @pytest.fixture(scope="module")
@@ -138,7 +138,7 @@ def test_a_writer_that_is_killed_leaves_whole_pages_and_no_slot_taken() -> None:
 
 
 def kill_a_writer(node: StoreProcess, milliseconds: int) -> None:
-    """Amid its writes."""
+    """Kills it during its writes."""
     script = (
         "import attnstore, sys\n"
         "from tests.samples import LARGE, make_batch\n"
@@ -186,7 +186,7 @@ def test_a_stopped_node_ends_a_write_at_its_deadline_and_takes_later_ones(node: 
             assert time.monotonic() - began_s < 2.5
         finally:
             node.resume()
-        # What the node still finds of the broken call it may finish or drop; either way each page is whole.
+        # The node may finish or drop the rest of the broken call; either way each page is whole.
         assert eventually(lambda: all(v.is_kept for v in client.write(batch.namespace, batch.hashes, batch.pages).verdicts))
         assert_holds(node, batch)
 

@@ -1,4 +1,4 @@
-"""Peers that connect and say nothing, to every port of a node that may have few file descriptors: it goes on for others."""
+"""Peers that connect and send nothing, to every port of a node with few file descriptors: it continues to serve others."""
 
 from __future__ import annotations
 
@@ -35,12 +35,12 @@ os.execvp(sys.argv[2], sys.argv[2:])
 
 
 def limited_to(descriptors: int) -> tuple[str, ...]:
-    """A command that runs another one with few descriptors to begin with, and so many that it may raise them to."""
+    """Returns a command that runs another one with a low soft limit of descriptors and the given hard limit."""
     return (sys.executable, "-c", _LIMITED, str(descriptors))
 
 
 class Node:
-    """A node that may have no more descriptors than it must, and what clients and a reader of metrics see of it."""
+    """A node with the minimum number of descriptors, its clients and a reader of its metrics."""
 
     def __init__(self) -> None:
         self.metrics_port = free_port()
@@ -66,7 +66,7 @@ class Node:
         return len(os.listdir(f"/proc/{self.process.process.pid}/task"))
 
     def connects(self, where: str) -> Connect:
-        """What connects to a port of the node."""
+        """Returns a function that connects to a port of the node."""
         if where == "shm":
             path, _ = open_shm(self.process)
             return lambda: unix(path)
@@ -82,7 +82,7 @@ def unix(path: str) -> socket.socket:
         try:
             connection.connect(path)
             return connection
-        except BlockingIOError:  # the kernel holds no more for the node to accept
+        except BlockingIOError:  # the kernel queues no more connections for the node
             continue
 
 
@@ -103,7 +103,7 @@ def test_silent_connections_stop_nothing(small_node: Node, where: str) -> None:
             silent.append(connect())
         assert small_node.threads() < threads + 100
         for transport in ("grpc", "tcp", "shm"):
-            # What was silent for CONNECT_MS_MAX is closed; until then a full port refuses.
+            # Connections silent for CONNECT_MS_MAX are closed; until then a full port refuses.
             assert eventually(lambda transport=transport: small_node.serves(transport), 4 * CONNECT_MS_MAX / 1000)
         assert small_node.shows_metrics()
     finally:

@@ -1,4 +1,4 @@
-"""Peers that move a little all the time: they hold a slot, a pin or a place no longer than those that move nothing."""
+"""Peers that move a few bytes all the time hold a slot, a pin or a place no longer than those that move nothing."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def hasty_node() -> Iterator[ChannelNode]:
 
 
 def trickle(stream: FrameStream, data: bytes) -> bool:
-    """Sends a byte every now and then; whether the node ends that."""
+    """Sends a byte every now and then. Returns whether the node ends that."""
     for byte in data:
         try:
             stream.send(bytes([byte]))
@@ -62,7 +62,7 @@ def test_a_writer_that_trickles_a_page_over_tcp_loses_its_slot(hasty_node: Chann
 
 def test_a_reader_that_trickles_over_tcp_is_given_up() -> None:
     with socket.create_server(("127.0.0.1", 0)) as listener, socket.socket() as reader:
-        # Buffers so small that the kernel tells the sender of every few kilobytes that are taken.
+        # Buffers so small that the kernel acknowledges every few kilobytes.
         reader.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1)
         reader.connect(listener.getsockname())
         sender, _ = listener.accept()
@@ -144,11 +144,11 @@ async def test_a_call_is_judged_by_what_it_moves_and_not_by_how_often(message_by
 
 
 def slow_layer_reader(clock: ManualClock, node: ChannelNode) -> tuple[Batch, FrameStream]:
-    """A reader by layers that has taken nothing of the first frame when the time for keeping all pages is over."""
+    """A reader by layers that has read nothing of the first frame when the time for keeping all pages pinned ends."""
     batch = make_batch(2, model="slow by layers", layout=WIDE)
     node.keep(batch)
     stream = node.connect(receive_buffer_bytes=16 * KIB)
-    # A frame has the first page alone, the next one the second.
+    # The first frame has only the first page, the next one the second.
     hashes = [batch.hashes[0]] * CHANNEL_GATHER_PAGES + [batch.hashes[1]] * CHANNEL_GATHER_PAGES
     ask(stream, batch, hashes, order=Order.LAYERS)
     assert eventually(lambda: node.store.statistics().pages_pinned == 2)
@@ -176,7 +176,7 @@ def test_a_slow_reader_by_layers_holds_no_more_than_the_frame_it_is_sent(clock: 
     payload(stream)
     assert eventually(lambda: clocked_node.store.spaces.delete(batch.space, batch.hashes[:1]) == [PageStatus.OK])
     assert clocked_node.store.spaces.delete(batch.space, batch.hashes) == [PageStatus.MISSING, PageStatus.PINNED]
-    # The next layer of the page that has gone cannot come: the read ends.
+    # The next layer of the evicted page cannot be sent: the read ends.
     with pytest.raises(errors.Unavailable):  # noqa: PT012 - whichever frame finds the connection reset
         while True:
             payload(stream)

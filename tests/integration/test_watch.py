@@ -1,4 +1,4 @@
-"""Watching a namespace: every event once and in order, or word of how many were lost."""
+"""Watching a namespace: every event once and in order, or the number of lost events."""
 
 from __future__ import annotations
 
@@ -101,7 +101,7 @@ async def test_a_slow_watcher_is_told_how_much_it_missed(monkeypatch: pytest.Mon
             await client.register_layout(batch.namespace, SMALL)
             await client.write(batch.namespace, batch.hashes, batch.pages)
             watch = await client.watch(batch.namespace, deadline_ms=20_000)
-            # Twelve events at once, and the watcher's queue holds four.
+            # Twelve events at once, while the watcher's queue holds four.
             await client.delete(batch.namespace, batch.hashes)
             seen = [await anext(watch) for _ in range(5)]
             assert [event.hash for event in seen[:4]] == batch.hashes[:4]

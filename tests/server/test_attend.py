@@ -28,7 +28,7 @@ LEASE_MS = 60_000
 
 
 class Node:
-    """A page channel that attends, with finite pages in it."""
+    """A page channel that attends, with pages of finite numbers."""
 
     def __init__(self, *, attends: bool = True) -> None:
         self.clock = ManualClock()
@@ -135,7 +135,7 @@ def test_a_page_that_is_not_there_refuses_the_set_and_holds_nothing(node: Node) 
             stream.open([*node.batch.hashes[:2], absent], lease)
         node.channel.store.leases.release("default", lease.lease_id)
         assert node.pinned() == 0
-        stream.open(node.batch.hashes, node.lease())  # the stream goes on
+        stream.open(node.batch.hashes, node.lease())  # the stream continues
 
 
 def test_wrong_queries_are_refused_and_the_stream_goes_on(node: Node) -> None:

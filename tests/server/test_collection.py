@@ -1,4 +1,4 @@
-"""What Python's collector looks at in a node: a bounded part of its pages, and all of it where garbage may have gathered."""
+"""Python's collector in a node sees a bounded part of the pages, and all of them when garbage may have accumulated."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ OBJECTS_OF_PAGE = 2
 
 
 class Node:
-    """A page table without bytes: `PageTable.complete` asks for none."""
+    """A page table without bytes, which `PageTable.complete` does not need."""
 
     def __init__(self, capacity_pages: int) -> None:
         ids = count()
@@ -60,7 +60,7 @@ class Node:
 
 @pytest.fixture(autouse=True)
 def thawed() -> Iterator[None]:
-    """The collector is this process's: what other tests left is seen again at the end."""
+    """The collector belongs to this process: objects of other tests are visible again at the end."""
     thresholds = gc.get_threshold()
     yield
     gc.unfreeze()
@@ -68,7 +68,7 @@ def thawed() -> Iterator[None]:
 
 
 def visible_objects() -> int:
-    """What a full collection visits."""
+    """Returns the objects that a full collection visits."""
     return len(gc.get_objects())
 
 
@@ -151,7 +151,7 @@ def test_garbage_out_of_view_is_found_once_much_may_have_gathered(monkeypatch: p
     assert gone() is not None, "it is out of view: only garbage that lives long is a reason to look for it"
     for _ in range(100):
         old = [Cycle() for _ in range(10)]
-        gc.collect()  # now they are of the oldest generation
+        gc.collect()  # they belong to the oldest generation now
         del old
         node.collection.freeze()
         if gone() is None:
@@ -160,7 +160,7 @@ def test_garbage_out_of_view_is_found_once_much_may_have_gathered(monkeypatch: p
 
 
 def kept_frames() -> list[FrameType]:
-    frames = [each for each in gc.get_objects() if type(each) is FrameType]  # isinstance asks objects of torch, which warn
+    frames = [each for each in gc.get_objects() if type(each) is FrameType]  # isinstance accesses objects of torch, which warn
     return [frame for frame in frames if frame.f_code.co_filename == rpc_module.__file__]
 
 
@@ -175,7 +175,7 @@ async def test_a_refused_call_goes_with_its_request_without_a_collector() -> Non
                 with pytest.raises(NamespaceUnknown):
                     await client.match(SPACE.namespace, [[b"h" * 32]])
         async with asyncio.timeout(10):
-            while kept_frames():  # the last answer is here before the call has ended there
+            while kept_frames():  # the last answer arrives before the call has ended on the node
                 await asyncio.sleep(0.01)
     finally:
         gc.enable()

@@ -1,4 +1,6 @@
-"""Watchers get their own tenant's and namespace's events in order, and a bounded queue with an honest count of what was lost."""
+"""Watchers receive the events of their own tenant and namespace in order; the queue is bounded and the count of lost events is
+right.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Whatever a writer sends, a page is sealed only when it is what was announced, and every slot is accounted for."""
+"""Whatever a writer sends, a page is sealed only if it is the announced one, and every slot is accounted for."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What nodes show each other: proofs and credentials are good for one thing, one node and a short time."""
+"""Authentication between nodes: proofs and credentials are valid for one purpose, one node and a short time."""
 
 from __future__ import annotations
 

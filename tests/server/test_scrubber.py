@@ -1,4 +1,4 @@
-"""Pages hashed again: whose turn it is, what a report may cost, and what the event loop sees of it."""
+"""Rehashing pages: the order of tenants, the cost of a report, and the effect on the event loop."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def name(number: int) -> bytes:
 
 
 class GatedStore(Store):
-    """Says whose page is hashed, and hashes it when the test says so."""
+    """Reports which page is hashed, and hashes it when the test allows it."""
 
     def __init__(self) -> None:
         ids = count()

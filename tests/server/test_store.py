@@ -1,4 +1,4 @@
-"""The store among threads: extents change tenants safely, and its counters are exact."""
+"""The store with several threads: extents change tenants safely, and its counters are exact."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ SLOTS = 16
 
 
 class FaultyArena(MemoryArena):
-    """Gives no window once `left` of them were given, until `left` is set again."""
+    """Fails once it has returned `left` views, until `left` is set again."""
 
     left = -1
 
@@ -58,7 +58,7 @@ def fill(store: Store, space: Space, page_hash: bytes, page: bytes) -> PageStatu
 
 @pytest.fixture
 def faulty() -> Iterator[tuple[Store, FaultyArena, Space]]:
-    """A store whose arena can fail, with four pages in it; at the end nothing arrives and nothing is pinned."""
+    """A store whose arena can fail, with four pages in it; at the end no page is arriving or pinned."""
     store = make_store(arena=FaultyArena)
     arena = store._arena
     assert isinstance(arena, FaultyArena)
@@ -99,7 +99,7 @@ def test_a_page_whose_events_cannot_be_told_does_not_arrive_for_ever() -> None:
         fill(store, space, name(number), bytes(SIZE))
     is_closed = True
     with pytest.raises(RuntimeError):
-        store.prepare(space, name(SLOTS), 0)  # evicts a page, which is to be told
+        store.prepare(space, name(SLOTS), 0)  # evicts a page, which must be reported
     assert store.statistics().pages_arriving == 0
 
 
@@ -142,7 +142,7 @@ def test_threads_that_share_a_new_extent_do_not_wipe_each_others_pages() -> None
         store.spaces.register(space, LAYOUT)
     with ThreadPoolExecutor(4) as pool:
         for turn in range(40):
-            # The extent goes from one tenant to the other and is wiped each time.
+            # The extent alternates between the tenants and is wiped each time.
             space = tenants[turn % 2]
             hashes = [bytes([turn, number]) * 16 for number in range(SLOTS)]
             pages = [bytes([number + 1]) * SIZE for number in range(SLOTS)]

@@ -1,4 +1,4 @@
-"""Turns on a node's cores: fair between tenants, together where possible, refused where the deadline cannot be met."""
+"""Turns on a node's cores: fair between tenants, batched if possible, refused if the deadline cannot be met."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ PATIENCE_MS = 20_000.0
 
 
 class Cores:
-    """Runs batches one at a time when told to, and remembers them. A job is `(kind, name)`; its result is its name."""
+    """Runs batches one at a time on command, and records them. A job is `(kind, name)`; its result is its name."""
 
     def __init__(self, *, waiting_max: int = 64, together_max: int = 8, clock: ManualClock | None = None, tenants: int = 1) -> None:
         self.clock = clock or MonotonicClock()
@@ -36,7 +36,7 @@ class Cores:
         self.callers = ThreadPoolExecutor(max_workers=64)
 
     def ask(self, kind: str, name: str, tenant: str, cost: float = 1.0, deadline_ms: float = PATIENCE_MS) -> Future[str]:
-        """Asks on a thread of its own; returns once the caller runs or waits."""
+        """Calls on a thread of its own; returns once the caller runs or waits."""
         before = len(self.batches) + self.turns.waiting
         deadline = Deadline(self.clock, deadline_ms)
         asked = self.callers.submit(self.turns.take, (kind, name), tenant=tenant, cost=cost, deadline=deadline)
@@ -84,7 +84,7 @@ def test_a_batch_has_a_maximum() -> None:
 
 
 class Interrupted:
-    """A deadline whose caller is interrupted while it waits: at once, or when it has been given the turn."""
+    """A deadline whose caller is interrupted while it waits: at once, or when it has got the turn."""
 
     def __init__(self, cores: Cores, *, with_the_turn: bool) -> None:
         self._cores = cores

@@ -1,4 +1,4 @@
-"""The wire's schedule, on a clock that the test moves."""
+"""The wire's schedule, on a clock that the test advances."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`attnstore plan` from the outside."""
+"""The command `attnstore plan`."""
 
 from __future__ import annotations
 

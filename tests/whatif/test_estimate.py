@@ -1,4 +1,4 @@
-"""The calculator reproduces what others published, and its formulas hold at their edges."""
+"""The calculator reproduces published figures, and its formulas hold at their limits."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def test_computing_and_fetching_meet_where_no_other_block_is_better() -> None:
     tail_ms = plan.first_token.fetch_ms - plan.prefix_fetch_ms
 
     def elapsed_ms(computed: int) -> float:
-        # Both halves as plans of their own: computed from the front alone, fetched from the back alone.
+        # Both halves as plans of their own: only the front computed, only the back fetched.
         part = replace(question, context_tokens=max(1, computed), hit=0.0)
         computing = answer(part).first_token.recompute_ms if computed else 0.0
         left = (plan.hit_tokens - computed) * plan.kv_token_bytes

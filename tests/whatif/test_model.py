@@ -1,4 +1,4 @@
-"""A model's geometry comes from its configuration, and the shipped ones agree with what their authors publish."""
+"""A model's geometry comes from its configuration, and the shipped models agree with their authors' publications."""
 
 from __future__ import annotations
 

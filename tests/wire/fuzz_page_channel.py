@@ -2,8 +2,8 @@
 
     python -m tests.wire.fuzz_page_channel -max_total_time=60
 
-Owns: `play`, which takes any bytes as a role, a way to cut the stream, and the stream. It must end in frames or a `ProtocolError`,
-must never write outside the windows it was given, and must not depend on where the stream was cut.
+Owns: `play`, which interprets any bytes as a role, a way to split the stream, and the stream. It must end in frames or a
+`ProtocolError`, must never write outside the given windows, and must not depend on where the stream was split.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from attnstore.wire.page_channel import Frame, Kind, decode_frame, encode_frame
 
 _GUARD = 0xA5
 _PAYLOAD_BYTES_MAX = 4096
-"""Larger payloads are announced and then left: the fuzzer's time is better spent on headers."""
+"""Larger payloads are announced and not sent, because fuzzing headers is more useful."""
 
 _WITHOUT_PAYLOAD = {Kind.WELCOME, Kind.VERDICT, Kind.OPENED, Kind.ATTEND_CLOSE}
 _WITH_PAYLOAD = set(Kind) - _WITHOUT_PAYLOAD
@@ -25,7 +25,7 @@ Outcome = tuple[list[Frame], bytes, State, bool]
 
 
 def play(data: bytes) -> None:
-    """One input: the outcome is the same however the stream is cut, and every frame taken is one that encodes to itself."""
+    """Plays one input: the outcome is the same however the stream is split, and every accepted frame encodes to itself."""
     role = Role.NODE if data[:1] < b"\x80" else Role.CLIENT
     step, stream = 1 + int.from_bytes(data[1:2], "little"), _mend(data[2:])
     whole = receive(role, stream, len(stream) + 1, ahead=False)
@@ -37,8 +37,8 @@ def play(data: bytes) -> None:
 
 
 def receive(role: Role, stream: bytes, step: int, *, ahead: bool) -> Outcome:
-    """Frames taken, payload bytes landed, last state, and whether the peer broke the protocol; at most `step` bytes at a time, over
-    as many windows as they fill. `ahead`: the header behind a payload is received with it.
+    """Returns accepted frames, payload bytes landed, last state, and whether the peer broke the protocol. Receives at most `step`
+    bytes at a time, over as many windows as they fill. `ahead`: the header after a payload is received with it.
     """
     receiver = FrameReceiver(role)
     frames: list[Frame] = []
@@ -76,7 +76,7 @@ def receive(role: Role, stream: bytes, step: int, *, ahead: bool) -> Outcome:
 
 
 def _fill(windows: list[memoryview], data: bytes) -> int:
-    """Writes data into the windows, one after the other; how many bytes."""
+    """Writes data into the windows, one after the other. Returns the number of bytes."""
     count = 0
     for window in windows:
         part = data[count : count + len(window)]
@@ -86,7 +86,7 @@ def _fill(windows: list[memoryview], data: bytes) -> int:
 
 
 def _mend(stream: bytes) -> bytes:
-    """Gives most headers the magic number and a small size, which no mutation would find by chance."""
+    """Gives most headers the magic number and a small size, which mutations would rarely find."""
     mended = bytearray(stream)
     at = 0
     while at + 128 <= len(mended):
@@ -99,7 +99,7 @@ def _mend(stream: bytes) -> bytes:
 
 
 def main() -> None:
-    """Hands `play` to atheris."""
+    """Passes `play` to atheris."""
     import atheris
 
     atheris.instrument_func(FrameReceiver.received)

@@ -1,4 +1,4 @@
-"""The attend stream's payloads: what is encoded is decoded, on both transports, and nothing malformed or too large gets through."""
+"""The attend stream's payloads: encoding and decoding on both transports, and the refusal of malformed or too large ones."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Prefixes and hits as they travel in a MATCH and its answer."""
+"""Prefixes and hits as they are sent in a MATCH and its answer."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Conversions between messages and our own types: lossless for us, suspicious of a peer."""
+"""Conversions between messages and our own types: lossless for ours, strict for a peer's."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The page channel's protocol: one format, one table of what may come when, and nothing written where nobody asked."""
+"""The page channel's protocol: one format, one table of allowed frames, and no write outside the given windows."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ def frames(draw: st.DrawFn, size_max: int = PAGE_BYTES_MAX) -> Frame:
 
 
 def valid(kind: Kind, size_bytes: int | None = None) -> Frame:
-    """The plainest frame of a kind."""
+    """The simplest frame of a kind."""
     status = {Kind.SLICE: PageStatus.OK, Kind.VERDICT: PageStatus.STORED}.get(kind)
     size = min(1, PAYLOAD_BYTES_MAX[kind]) if size_bytes is None else size_bytes
     return Frame(kind, size_bytes=size, status=status)
@@ -236,7 +236,7 @@ CONVERSATION = b"".join(
     ]
 )
 ARRIVALS = [Kind.HELLO, Kind.HELLO, Kind.READ, Kind.READ, Kind.READ, Kind.WRITE, Kind.WRITE]
-"""A frame with a payload arrives twice: announced and whole."""
+"""A frame with a payload arrives twice: announced and complete."""
 
 
 def test_a_stream_may_be_cut_at_every_byte() -> None:
@@ -308,7 +308,7 @@ def test_a_header_that_came_with_the_payload_before_it_is_announced_next() -> No
             (following,) = feed(receiver, stream[-short:])
         assert following.size_bytes == 50
         assert receiver.announced() is None
-        receiver.land(memoryview(bytearray(50)))  # exactly what is left of the payload
+        receiver.land(memoryview(bytearray(50)))  # exactly the rest of the payload
 
 
 def test_a_malformed_header_behind_a_payload_does_not_spoil_the_payload() -> None:
@@ -335,7 +335,7 @@ def test_a_window_of_another_size_than_the_payload_is_our_own_mistake() -> None:
 
 
 class HostilePeer(RuleBasedStateMachine):
-    """A peer that sends whole frames, foreign ones, garbage, and everything in pieces, against the plainest model there is."""
+    """A peer that sends whole frames, foreign ones, garbage, and everything in pieces, against a simple model."""
 
     @initialize(role=st.sampled_from(Role))
     def open(self, role: Role) -> None:
@@ -439,7 +439,7 @@ def test_the_outcome_does_not_depend_on_where_the_stream_is_cut(data: bytes) -> 
 
 @pytest.mark.skipif(find_spec("atheris") is None, reason="needs atheris: pip install -e '.[dev]'")
 def test_a_bounded_run_of_the_coverage_guided_fuzzer_finds_nothing(tmp_path: Path) -> None:
-    # No limit on the peak of memory: a process inherits its parent's, and that of a whole test run is beyond any useful limit.
+    # Peak memory is not checked: a process inherits its parent's peak, and that of a test run exceeds any useful limit.
     bounds = ("-atheris_runs=20000", "-seed=7", "-max_len=1024", "-rss_limit_mb=0", f"-artifact_prefix={tmp_path}/")
     run = subprocess.run(
         [sys.executable, "-m", "tests.wire.fuzz_page_channel", *bounds],

@@ -1,4 +1,4 @@
-"""The shared memory protocol: what it encodes, what it refuses, and the layout of an extent's file."""
+"""The shared memory protocol: its encodings, its refusals, and the layout of an extent's file."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ U32, U64 = st.integers(0, (1 << 32) - 1), st.integers(0, (1 << 64) - 1)
 
 
 def split(message: bytes, *expected: Kind) -> tuple[Kind, int, bytes]:
-    """Kind, count and payload of a whole message."""
+    """Returns kind, count and payload of a whole message."""
     kind, count, payload_bytes = shm.decode_header(message[:HEADER_BYTES], expected)
     assert len(message) == HEADER_BYTES + payload_bytes, "the header announces exactly what follows"
     return kind, count, message[HEADER_BYTES:]

@@ -1,4 +1,4 @@
-"""Typed errors cross gRPC unchanged; what comes from gRPC itself or a proxy is mapped with care."""
+"""Typed errors cross gRPC unchanged; errors of gRPC itself or of a proxy are mapped conservatively."""
 
 from __future__ import annotations
 

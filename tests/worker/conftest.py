@@ -1,4 +1,4 @@
-"""The worker's tests: the real model loaded once, and a tiny one of the same kind where its size does not matter."""
+"""Fixtures of the worker's tests: the real model, loaded once, and a tiny model of the same kind where the size does not matter."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from attnstore_worker.testing import MemoryStore, write_tiny_model
 
 @pytest.fixture(scope="session", autouse=True)
 def _one_compute_thread() -> Iterator[None]:
-    """Threads that meet at barriers get nowhere on a busy machine; one thread only gets slower."""
+    """On a busy machine, threads that meet at barriers make almost no progress; a single thread is only slower."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -44,7 +44,7 @@ def tiny(tiny_folder: Path) -> LoadedModel:
 
 @pytest.fixture
 def store() -> Iterator[MemoryStore]:
-    """A store that works until the test says otherwise; nothing waits at its gate afterwards."""
+    """A store that works until the test changes it; nothing waits at its gate afterwards."""
     memory = MemoryStore()
     yield memory
     memory.gate.set()

@@ -114,7 +114,7 @@ Run = Callable[..., dict[str, Any]]
 
 @pytest.fixture
 def run(tiny_folder: Path, prompt_file: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
-    """`run(node, *options, TOKEN=..., TENANT_SALT=...)`: the report of a worker in this process that has nothing cached."""
+    """`run(node, *options, TOKEN=..., TENANT_SALT=...)` returns the report of a worker in this process without cached pages."""
 
     def run(node: StoreProcess, *options: str, **environment: str) -> dict[str, Any]:
         with monkeypatch.context() as patched:

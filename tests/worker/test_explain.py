@@ -1,4 +1,4 @@
-"""What the planner decided, as people and machines are told it."""
+"""The planner's decisions, as text and as JSON."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which configurations name the same KV bytes."""
+"""Which configurations have the same fingerprint."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from attnstore_worker.model import LoadedModel, load_model
 
 
 class LaterConfig(LlamaConfig):
-    """Llama's config as a later version of transformers may have it: with a new field that nobody has to set."""
+    """Llama's config as in a later version of transformers: with a new optional field."""
 
     novel: bool | None = False
 
 
 class OtherwiseConfig(LlamaConfig):
-    """The same field, with a default that changes what is computed."""
+    """The same field, with a default that changes the computation."""
 
     novel: bool | None = True
 
@@ -32,7 +32,7 @@ def name(config: Any) -> bytes:
 
 
 def with_config(folder: Path, target: Path, **fields: Any) -> Path:
-    """A copy of a model's folder, some fields of its config.json replaced."""
+    """Returns a copy of a model's folder with some fields of its config.json replaced."""
     shutil.copytree(folder, target)
     file = target / "config.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), **fields}))

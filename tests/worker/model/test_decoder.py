@@ -1,4 +1,4 @@
-"""Decoders: whatever runs the model, the logits are those of transformers' own modules."""
+"""Decoders: the logits of every decoder are those of transformers' own modules."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from attnstore_worker.model.linear import PackedLinear, WidenedLinear, gated_pro
 from attnstore_worker.model.llama import LlamaDecoder
 
 BF16_TOLERANCE = 2**-6
-"""bf16 has 8 bits: one rounding is 2**-8 of the value, and the layers in a row add theirs."""
+"""bf16 has 8 bits: one rounding is 2**-8 of the value, and consecutive layers add theirs."""
 
 
 def linear(inputs: int, outputs: int, dtype: torch.dtype, *, bias: bool, seed: int = 0) -> nn.Linear:
@@ -42,7 +42,7 @@ def engine_logits(model: LoadedModel, token_ids: list[int], tokens: int) -> torc
 
 
 def expected_logits(model: LoadedModel, sequence: list[int], tokens: int) -> torch.Tensor:
-    """The same from transformers' modules and their own attention, in one pass."""
+    """Returns the same from transformers' modules and their own attention, in one pass."""
     model.module.set_attn_implementation("sdpa")
     try:
         with torch.inference_mode():
@@ -148,7 +148,7 @@ def test_another_llama_type_model_runs_on_transformers_modules(tiny_folder: Path
 
 
 def test_bf16_logits_stay_near_those_of_fp32(tiny_folder: Path, tiny: LoadedModel) -> None:
-    """As near as transformers' own bf16 does, on the same tokens."""
+    """As near as transformers' own bf16, on the same tokens."""
     model = load_model(tiny_folder, DType.BF16)
     token_ids = [random.Random(6).randrange(3, 49_000) for _ in range(100)]
     exact = expected_logits(tiny, token_ids, 1)

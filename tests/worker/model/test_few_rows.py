@@ -1,4 +1,4 @@
-"""Steps of few rows in one compiled call: the logits and pages of the other way through the model."""
+"""Steps of few rows in one compiled call: the logits and pages equal those of the general path."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from attnstore_worker.model.weights import layer_shape
 
 BLOCK_TOKENS = 16
 TOLERANCE = {DType.FP32: 1e-4, DType.FP16: 0.05, DType.BF16: 0.4}
-"""Of logits of magnitude 8 or so: the other way rounds after every product, this one only what goes into the next."""
+"""For logits of about 8: the general path rounds after every product, this one only the inputs of the next."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Asked:
     step: PagedStep
 
     def logits(self, decoder: LlamaDecoder) -> tuple[Tensor, Tensor]:
-        """And the pool afterwards; `step`'s own stays as it is."""
+        """Returns the logits and the pool afterwards; the pool of `step` is unchanged."""
         step = replace(self.step, pool=self.step.pool.clone())
         return decoder.logits(self.token_ids, self.positions, self.rows, step), step.pool
 
@@ -137,7 +137,7 @@ def test_only_the_rows_that_are_asked_for_have_logits(tiny: LoadedModel) -> None
 
 
 def test_a_step_repeated_after_others_gives_the_same(tiny: LoadedModel) -> None:
-    """Whatever is kept between steps does not show."""
+    """Memory kept between steps does not affect the results."""
     question = asked(tiny, [50, 20], [2, 1])
     assert isinstance(tiny.decoder, LlamaDecoder)
     first, _ = question.logits(tiny.decoder)
@@ -148,7 +148,7 @@ def test_a_step_repeated_after_others_gives_the_same(tiny: LoadedModel) -> None:
 
 
 def test_each_layers_pages_are_waited_for_before_the_layer_runs(tiny: LoadedModel) -> None:
-    """A layer's pages come with its turn here, and nothing of it was read before."""
+    """A layer's pages arrive only with its turn here, so none of them was read before."""
     question = asked(tiny, [70], [2])
     assert isinstance(tiny.decoder, LlamaDecoder)
     expected, _ = question.logits(tiny.decoder)
@@ -222,7 +222,7 @@ def test_models_with_biases_or_of_odd_sizes_go_the_other_way(tiny_folder: Path, 
 
 
 def test_the_modules_weights_are_views_of_those_that_are_read(tiny: LoadedModel) -> None:
-    """Held once: a change through the module is a change of the kernel's weights."""
+    """The weights exist once: a change through the module changes the kernel's weights."""
     question = asked(tiny, [30], [1])
     decoder = tiny.decoder
     assert isinstance(decoder, LlamaDecoder)

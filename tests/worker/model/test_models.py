@@ -1,4 +1,4 @@
-"""Every causal language model that transformers registers, tiny: computed as its own module does or refused by name.
+"""Every causal language model that transformers registers, in a tiny size: computed as its own module does or refused by name.
 
 The same runs as `python -m experiments.models`, whose table is docs/models.md.
 """
@@ -36,13 +36,13 @@ OTHER_BOOKKEEPING: Final[dict[str, Any]] = {
     "label2id": {"a": 0, "b": 1, "c": 2},
     "problem_type": "regression",
 }
-"""A value that each field does not have by itself. """
+"""A value for each field that differs from its default."""
 UNLOADABLE: Final = {"output_attentions": True, "return_dict": False}
-"""With these the worker refuses a model, so no page gets a name."""
+"""The worker refuses a model with these, so no page gets a name."""
 
 
 class Tiny(NamedTuple):
-    """One model: its folder and what the loader made of it; None where it is not tiny."""
+    """One model: its folder and the loader's result; None if it is not tiny."""
 
     name: str
     folder: Path
@@ -51,7 +51,7 @@ class Tiny(NamedTuple):
 
 @pytest.fixture(scope="module", params=names())
 def tried(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Tiny:
-    """Each of them."""
+    """Every model in turn."""
     folder = tmp_path_factory.mktemp("model")
     try:
         write_model(request.param, folder)
@@ -76,7 +76,7 @@ def row_of(tried: Tiny) -> Row:
 def test_a_model_is_computed_rightly_or_refused_as_the_page_says(tried: Tiny) -> None:
     found, written = row_of(tried), PAGE[tried.name]
     assert found.result == written.result, f"python -m experiments.models --write docs/models.md: {found}"
-    if found.result == REFUSED:  # what a library says in parentheses may differ between versions of it
+    if found.result == REFUSED:  # a library's text in parentheses may differ between its versions
         assert found.detail.partition(" (")[0] == written.detail.partition(" (")[0]
 
 
@@ -103,7 +103,7 @@ def changed(value: Any) -> Any:
 
 
 def fields_of(config: dict[str, Any]) -> dict[str, Any] | None:
-    """What of a configuration is in the fingerprint; None where transformers refuses it."""
+    """Returns the fields of a configuration that are in the fingerprint; None if transformers refuses it."""
     try:
         return config_fields(transformers.AutoConfig.for_model(**config))
     except Exception:

@@ -1,4 +1,4 @@
-"""What a layer asks of its attention reaches the backend, and nothing reaches a store node that it does not compute."""
+"""A layer's requests to its attention reach the backend, and a store node gets only requests that it supports."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ HEADS, KV_HEADS, HEAD_DIM, TOKENS, REMOTE_TOKENS, SCALE = 4, 2, 64, 80, 48, 0.25
 
 @dataclass
 class Remote:
-    """Answers as the nodes that have a sequence's first blocks would."""
+    """Answers like the nodes that have a sequence's first blocks."""
 
     answer: tuple[Tensor, Tensor]
 
@@ -34,7 +34,7 @@ class Remote:
 
 @dataclass(frozen=True)
 class Layer:
-    """One layer's query, of the last token, and everybody's keys and values, `[kv_heads, TOKENS, HEAD_DIM]`."""
+    """One layer's query, of the last token, and the keys and values of all tokens, `[kv_heads, TOKENS, HEAD_DIM]`."""
 
     query: Tensor
     keys: Tensor
@@ -46,7 +46,7 @@ class Layer:
         return out
 
     def step(self, first: int, remote: Remote | None = None) -> PagedStep:
-        """The last token's step over the keys from `first` on; its own key is not there yet."""
+        """Returns the last token's step over the keys from `first` on; its own key is not stored yet."""
         pool, table, lens, starts = paged(self.keys[:, first:], self.values[:, first:], 1)
         last = int(lens[0]) - 1
         block = table[0, last // 16].long().view(1)
@@ -88,7 +88,7 @@ def test_store_nodes_are_not_asked_for_capped_scores_or_windows(layer: Layer, as
 
 
 def module_of(kind: str) -> Any:
-    """A model of that kind, as small as one can be."""
+    """Returns the smallest possible model of that kind."""
     config = getattr(transformers, f"{kind}Config")(
         vocab_size=64, hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1,
         head_dim=32, max_position_embeddings=128, num_local_experts=2, num_experts_per_tok=1,

@@ -1,4 +1,4 @@
-"""Prompts of a model whose tokenizer adds a BOS and whose chat template writes one, as most models have."""
+"""Prompts of a model whose tokenizer adds a BOS and whose chat template writes one, as with most models."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def bos_model(bos_folder: Path) -> LoadedModel:
 
 
 def reference(model: LoadedModel, messages: list[dict[str, Any]]) -> list[int]:
-    """What transformers itself makes of a conversation."""
+    """Returns the tokens that transformers itself makes of a conversation."""
     token_ids: list[int] = model.tokenizer.apply_chat_template(
         messages, tokenize=True, add_generation_prompt=True, return_dict=False
     )

@@ -1,4 +1,4 @@
-"""Row kernels: what torch's operations give, for every element type, and bit by bit where nothing but a sum is rounded."""
+"""Row kernels equal torch's operations for every element type, bit by bit where only a sum is rounded."""
 
 from __future__ import annotations
 

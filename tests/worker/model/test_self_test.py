@@ -1,4 +1,4 @@
-"""Models are computed as their own code does, or refused by name at load."""
+"""Models are computed as by their own code, or refused by name at load."""
 
 from __future__ import annotations
 

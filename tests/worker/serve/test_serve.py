@@ -1,4 +1,4 @@
-"""The endpoint as OpenAI's own client sees it, and as clients see it that get everything wrong."""
+"""The endpoint with OpenAI's own client, and with clients that send invalid requests."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ async def http(url: str) -> AsyncIterator[httpx2.AsyncClient]:
 
 
 async def eventually(condition: Callable[[], bool]) -> None:
-    """The server makes the condition true; how soon is not the test's business."""
+    """Polls, because the server makes the condition true; the time that takes is not tested."""
     give_up_s = time.monotonic() + WAIT_S
     while not condition():
         assert time.monotonic() < give_up_s
@@ -85,7 +85,7 @@ def expected_text(model: LoadedModel, token_ids: list[int], tokens: int) -> str:
 
 
 def template_tokens(model: LoadedModel, messages: list[dict[str, Any]]) -> list[int]:
-    """What transformers makes of a conversation."""
+    """Returns the tokens that transformers makes of a conversation."""
     token_ids: list[int] = model.tokenizer.apply_chat_template(
         messages, tokenize=True, add_generation_prompt=True, return_dict=False
     )
@@ -305,7 +305,7 @@ async def test_what_is_not_there_and_what_is_too_large_have_error_bodies_as_well
 async def test_a_request_whose_logits_are_not_finite_ends_alone(
     engine: Engine, http: httpx2.AsyncClient, tiny: LoadedModel, temperature: float
 ) -> None:
-    """Whole, as a stream, and with several choices; what is asked beside it is answered, and so is what comes after it."""
+    """Whole, as a stream, and with several choices; concurrent and later requests are answered."""
     spoil_rows_of(engine, first_token=9)
 
     def body(first: int, **more: object) -> Json:
@@ -337,7 +337,7 @@ async def test_a_request_whose_logits_are_not_finite_ends_alone(
 
 
 def spoil_rows_of(engine: Engine, first_token: int) -> None:
-    """The third token of every sequence that begins so is to be drawn from NaN."""
+    """Makes the third token of every sequence with this beginning be drawn from NaN."""
     run = engine._runner.run
 
     def spoiled(chunks: list[Chunk], *args: Any, **kwargs: Any) -> torch.Tensor:

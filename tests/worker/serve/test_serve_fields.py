@@ -30,7 +30,7 @@ ASKED = {
     "functions": [{}], "function_call": {"name": "x"}, "truncate_prompt_tokens": 5, "kv_transfer_params": {"x": 1},
     "vllm_xargs": {"x": 1}, "mm_processor_kwargs": {"x": 1}, "documents": [{}], "prompt_embeds": "x",
 }  # fmt: skip
-"""A value for each that asks for something."""
+"""For each field a value that requests something."""
 ASKED_OF_COMPLETIONS = {"suffix": "x", "add_special_tokens": False, "logprobs": 0, "max_completion_tokens": 5}
 ASKED_OF_CHATS = {
     "add_special_tokens": True, "logprobs": True, "add_generation_prompt": False, "continue_final_message": True,
@@ -43,7 +43,7 @@ def parsed(kind: type[GenerationRequest], **fields: object) -> GenerationRequest
 
 
 def served(request: GenerationRequest) -> dict[str, object]:
-    """What is made of a request."""
+    """Returns the parsed request."""
     return {name: getattr(request, name) for name in type(request).model_fields}
 
 

@@ -1,4 +1,4 @@
-"""Who may use the endpoint, and how long a client may take."""
+"""Authentication of the endpoint's callers, and time limits of clients."""
 
 from __future__ import annotations
 
@@ -45,14 +45,14 @@ async def served(model: LoadedModel, tokens: dict[str, str], priority_callers: C
 
 @pytest.fixture
 async def url(tiny: LoadedModel) -> AsyncIterator[str]:
-    """An endpoint that asks for a token."""
+    """An endpoint that requires a token."""
     async with served(tiny, TOKENS) as url:
         yield url
 
 
 @pytest.fixture
 async def open_url(tiny: LoadedModel) -> AsyncIterator[str]:
-    """An endpoint that asks for none."""
+    """An endpoint without tokens."""
     async with served(tiny, {}) as url:
         yield url
 
@@ -180,7 +180,7 @@ async def raw(url: str) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
 
 
 async def trickle(writer: asyncio.StreamWriter, byte: bytes) -> None:
-    """A byte now and then, until the other end has enough."""
+    """Sends a byte now and then, until the other end closes the connection."""
     with contextlib.suppress(OSError):
         while True:
             writer.write(byte)
@@ -189,7 +189,7 @@ async def trickle(writer: asyncio.StreamWriter, byte: bytes) -> None:
 
 
 async def ended(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, byte: bytes) -> bytes:
-    """What a client that trickles gets until its connection ends."""
+    """Returns what a slowly sending client receives until its connection ends."""
     trickling, answer = asyncio.ensure_future(trickle(writer, byte)), b""
     try:
         async with asyncio.timeout(WAIT_S):
@@ -245,7 +245,7 @@ async def test_a_client_that_takes_nothing_of_its_answer_loses_its_connection(
         loop = asyncio.get_running_loop()
         host, port = open_url.removeprefix("http://").split(":")
         await loop.sock_connect(client, (host, int(port)))
-        # Pipelined requests whose answers nobody takes: more than all buffers hold.
+        # Pipelined requests whose answers the client does not read: more than all buffers hold.
         request = b"GET /metrics HTTP/1.1\r\nhost: x\r\n\r\n"
 
         async def ask_for_ever() -> None:

@@ -1,4 +1,4 @@
-"""The block pool: conservation under every sequence of operations, and what is evicted when."""
+"""The block pool: conservation under every sequence of operations, and the choice of evicted blocks."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def name(number: int) -> BlockHash:
 
 
 class PoolMachine(RuleBasedStateMachine):
-    """Drives a pool, whatever its policy, beside a model that only counts who holds what."""
+    """Drives a pool with any policy beside a model that only counts the holders."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""The HOST tier on pages without a model: whole pages go down, come up and leave, and none is lost on the way."""
+"""The HOST tier on pages without a model: whole pages are stored, copied up and evicted, and none is lost."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def tier_of(pages: int, policy: EvictionPolicy[BlockHash] | None = None, on_evic
 
 
 def found(tier: HostTier, number: int) -> bool:
-    """Whether the page is there, with its own bytes."""
+    """Returns whether the page is there, with its own bytes."""
     slots = tier.hold_prefix([name(number)])
     for slot in slots:
         copy = torch.empty(LAYOUT.shape)
