@@ -6,12 +6,15 @@ killed. Standard library only.
 
 from __future__ import annotations
 
+import os
+import signal
 import socket
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Self
@@ -43,6 +46,7 @@ class Child:
             cwd=ROOT,
             stderr=stderr,
             env=environment,
+            process_group=0,
         )
 
     @classmethod
@@ -89,7 +93,7 @@ class Child:
         return line.rstrip("\n")
 
     def _within(self, limit_s: float, wait: Callable[[], str]) -> str:
-        killer = threading.Timer(limit_s, self.process.kill)
+        killer = threading.Timer(limit_s, self._kill)
         killer.start()
         try:
             return wait()
@@ -104,9 +108,14 @@ class Child:
         try:
             self.process.wait(_END_S_MAX)
         except subprocess.TimeoutExpired:
-            self.process.kill()
+            self._kill()
             self.process.wait()
         self.process.stdout.close()
+
+    def _kill(self) -> None:
+        """Kills the child and the processes that it has started: vLLM's engine outlives its parent."""
+        with suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
 
 
 def listens(process: subprocess.Popen[bytes], port: int, limit_s: float) -> bool:

@@ -26,8 +26,8 @@ from experiments.vllm.lmcache import lmcache_server
 from experiments.vllm.session import Answers, Batch, Start, attnstore_connector, environment
 from experiments.vllm.workloads import Played, Workload
 
-_START_S_MAX: Final = 300.0
-"""vLLM compiles when it starts."""
+_START_S_MAX: Final = 600.0
+"""vLLM compiles when it starts, which takes minutes on a busy machine."""
 _BATCH_S_MAX: Final = 300.0
 _SETTLED_S: Final = 0.3
 _SETTLE_S_MAX: Final = 60.0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from experiments.bandwidth.match import over_the_wire
 from experiments.bandwidth.pages import Shape
 from experiments.bandwidth.processes import ROOT, Child, ChildEnded
 from experiments.bandwidth.results import PAGE_BYTES_SMALL
+from tests.samples import eventually
 
 ALWAYS = {"memcpy", "raw_tcp", "grpc_bare", "grpc", "tcp", "redis_get", "redis_mget", "redis_set"}
 
@@ -74,3 +76,18 @@ def test_a_lane_that_ends_early_is_an_error_that_names_it() -> None:
     child = Child.of_module("experiments.bandwidth.lanes.memcpy", "not json")
     with child, pytest.raises(ChildEnded, match="memcpy"):
         child.first_line()
+
+
+_PARENT = """
+import subprocess, sys, time
+print(subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"]).pid, flush=True)
+time.sleep(600)
+"""
+
+
+def test_a_child_that_takes_too_long_is_killed_with_the_processes_that_it_has_started() -> None:
+    with Child([sys.executable, "-c", _PARENT]) as child:
+        grandchild = Path("/proc") / child.first_line() / "stat"
+        with pytest.raises(ChildEnded):
+            child.ask_within(0.1, "no answer comes")
+        assert eventually(lambda: not grandchild.exists() or ") Z " in grandchild.read_text())
