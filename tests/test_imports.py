@@ -7,6 +7,7 @@ import os
 import pkgutil
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -66,8 +67,16 @@ def modules_of(package: Any) -> list[str]:
     return [package.__name__, *(name for name in names if name != "attnstore_worker.vllm.connector")]
 
 
+def modules_of_the_connector() -> list[str]:
+    return [name for name in modules_of(attnstore_worker) if f"{name}.".startswith("attnstore_worker.vllm.")]
+
+
+def test_importing_the_connectors_package_changes_nothing_of_vllms_process() -> None:
+    assert changed_by(["attnstore_worker.vllm"], host=[]) == {}
+
+
 def test_importing_the_connector_changes_nothing_of_vllms_process() -> None:
-    ours = ["attnstore_worker.vllm", *(name for name in modules_of(attnstore_worker) if name.startswith("attnstore_worker.vllm."))]
+    ours = modules_of_the_connector()
     assert len(ours) > 5
     assert changed_by(ours, host=[]) == {}
 
@@ -76,6 +85,27 @@ def test_importing_the_connector_changes_nothing_of_vllms_process() -> None:
 def test_importing_any_module_changes_nothing_of_the_process(package: Any) -> None:
     # torch's compiler sets the path of its cache in the environment; transformers loads that compiler and filters warnings.
     assert changed_by(modules_of(package), host=["torch._dynamo", "transformers.modeling_utils", "transformers.generation"]) == {}
+
+
+@pytest.fixture(params=["worker.py", "worker/__init__.py"])
+def beside_a_users_worker(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+    """A folder in which a user starts vLLM, with a module `worker` of his own that must be imported by nobody else."""
+    module = tmp_path / request.param
+    module.parent.mkdir(exist_ok=True)
+    module.write_text("raise RuntimeError('the module of a user was imported')\n")
+    return tmp_path
+
+
+def test_the_connector_is_imported_beside_a_users_module_named_worker(beside_a_users_worker: Path) -> None:
+    script = "import importlib, sys; list(map(importlib.import_module, sys.argv[1:])); assert 'worker' not in sys.modules"
+    subprocess.run([sys.executable, "-c", script, *modules_of_the_connector()], cwd=beside_a_users_worker, check=True)
+    found = subprocess.run([sys.executable, "-c", "import worker"], cwd=beside_a_users_worker, check=False, capture_output=True)
+    assert b"the module of a user" in found.stderr, "the current directory is first on the path"
+
+
+def test_the_command_runs_beside_a_users_module_named_worker(beside_a_users_worker: Path) -> None:
+    command = [sys.executable, "-m", "attnstore_worker", "--help"]
+    assert subprocess.run(command, cwd=beside_a_users_worker, check=True, capture_output=True).stdout.startswith(b"usage")
 
 
 def test_our_own_worker_has_its_threads_spin_briefly() -> None:
