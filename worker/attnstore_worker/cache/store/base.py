@@ -1,8 +1,8 @@
 """The contracts between the worker and a store: the seams at which tests inject a store that fails on purpose.
 
-Owns: every protocol of a store, from what a client must offer (`PageStore`, `LeaseStore`, `SharedStore`, `AttendStore`)
-to what a load sees of the lower tiers (`PageSource`, `Lender`); and `open_store`, the one place where the worker
-opens a client. Invariant: no module of the worker describes a store a second time.
+Owns: every protocol of a store, from what a client must offer (`PageStore`, `LeaseStore`, `SharedStore`, `AttendStore`) to what a
+load sees of the lower tiers (`PageSource`, `Lender`); and `open_store`, the one place where the worker opens a client. Invariant:
+no other module of the worker describes a store.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ STORE_TRANSPORTS: Final = TRANSPORT_NAMES
 """How page bytes may travel; `auto` takes the best that the node offers."""
 
 
-class NamespaceStore(Protocol):
-    """A store that must know a namespace before it is used. Every call ends within a deadline of its own.
+class PageStore(Protocol):
+    """A store of sealed pages. Every call ends within a deadline of its own; all may be called from any thread.
 
-    A namespace is registered once with a store. The client registers it again with a node that was restarted.
+    A namespace is registered once, before its first use. The client registers it again with a node that was restarted.
     """
 
     def register_layout(self, namespace: bytes, layout: PageLayout, /, *, deadline_ms: float | None = None) -> object:
@@ -41,14 +41,6 @@ class NamespaceStore(Protocol):
     ) -> MatchResult:
         """How many leading pages of each prefix are there, and a lease on them."""
         ...
-
-    def release(self, lease: Lease, /) -> object:
-        """Ends a lease."""
-        ...
-
-
-class PageStore(NamespaceStore, Protocol):
-    """A store of sealed pages. All methods may be called from any thread."""
 
     def read(
         self,
@@ -71,6 +63,10 @@ class PageStore(NamespaceStore, Protocol):
         self, namespace: bytes, hashes: Sequence[bytes], pages: Sequence[memoryview], /, *, deadline_ms: float
     ) -> WriteResult:
         """Stores pages; one verdict each."""
+        ...
+
+    def release(self, lease: Lease, /) -> object:
+        """Ends a lease."""
         ...
 
 

@@ -1,8 +1,7 @@
-"""Leases that outlive one call: renewed and released on a thread of their own, so that the engine never waits for a store.
+"""Leases that outlive one call. A thread renews and releases them, so that the engine never waits for a store.
 
-Owns: `LeaseKeeper`. Invariant: a kept lease is renewed every period until it is let go, whatever else is released meanwhile, and
-every lease that was kept is released once; what a store answers, or that it does not, never reaches the caller as an error. A lease
-is a courtesy of the node: that bytes are still the page's is known by their stamps alone.
+Owns: `LeaseKeeper`. Invariants: a kept lease is renewed every period until it is let go, and is then released once; no failure of
+the store reaches the caller as an error. A lease only delays eviction. Stamps decide whether bytes are still those of a page.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ _LOG = logging.getLogger(__name__)
 
 
 class KeptLease:
-    """A lease that a keeper renews. `lost` once the store said that it has expired."""
+    """A lease that a keeper renews. `lost`: the store has answered that it expired."""
 
     def __init__(self, lease: Lease) -> None:
         self.lease = lease
@@ -42,14 +41,14 @@ class LeaseKeeper:
         tasks.supervised_thread("leases", self._run)
 
     def keep(self, lease: Lease) -> KeptLease:
-        """Renews a lease from now on, until `let_go`."""
+        """Renews a lease until `let_go`."""
         kept = KeptLease(lease)
         with self._changed:
             self._kept.add(kept)
         return kept
 
     def let_go(self, kept: KeptLease) -> None:
-        """Has a lease released soon, unless it was already."""
+        """Ends renewals; the thread releases the lease soon. No-op for a lease that was let go before."""
         with self._changed:
             if kept in self._kept:
                 self._kept.remove(kept)
@@ -57,7 +56,7 @@ class LeaseKeeper:
                 self._changed.notify_all()
 
     def close(self) -> None:
-        """Lets the thread end once everything is released, without waiting for it."""
+        """Lets all leases go; the thread ends once they are released. Does not wait."""
         with self._changed:
             self._released += [kept.lease for kept in self._kept]
             self._kept.clear()
@@ -71,7 +70,7 @@ class LeaseKeeper:
                 self._changed.wait_for(lambda: self._released or self._closing, due_in_ms / 1e3)
                 # One at a time, so that a store that is slow to release delays a renewal by one call at most.
                 released, self._released = self._released[:1], self._released[1:]
-            # By the clock alone: what woke this thread says nothing about how long ago the leases were renewed.
+            # Decided by the clock: a release may have woken this thread.
             if (now_ms := self._clock.now_ms()) >= self._due_ms:
                 self._due_ms = now_ms + self._period_ms
                 for kept in self._now_kept():
@@ -90,13 +89,13 @@ class LeaseKeeper:
             self._store.renew(kept.lease, kept.lease.lease_ms)
         except LeaseExpired:
             kept.lost = True
-        except Exception as error:  # a node that does not answer recycles nothing either, or its stamps will tell
+        except Exception as error:  # the stamps show whether the node recycled a page
             _LOG.warning("a lease could not be renewed: %s: %s", type(error).__name__, error)
 
     def _release(self, lease: Lease) -> None:
         try:
             self._store.release(lease)
         except AttnStoreError:
-            pass  # it runs out by itself
+            pass  # it expires
         except Exception as error:
             _LOG.warning("a lease could not be released: %s: %s", type(error).__name__, error)

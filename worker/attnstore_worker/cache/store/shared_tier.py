@@ -1,8 +1,8 @@
 """The SHARED tier: pages in the memory of a store node on this host, used where they lie.
 
 Owns: `SharedTier`, which turns pages of a store into blocks of the worker's `PageWindow`, and `SharedPages`, one sequence's hold on
-such blocks. Invariant: a block id stands for its page as long as `SharedPages.intact` says so *after* the bytes were used; a
-page that was recycled, a lease that was lost and a node that is gone make it False or leave it True with the right bytes in place.
+such blocks. Invariant: bytes that were used are those of their pages if `SharedPages.intact` is true *after* the use, also where a
+page was recycled, a lease was lost or the node ended meanwhile.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from attnstore_worker.cache.store.remote import LEASE_MARGIN_MS
 _LOG = logging.getLogger(__name__)
 
 RENEW_PERIOD_MS: Final = LEASE_MARGIN_MS / 2
-"""Every lease that the worker takes is longer than the margin."""
+"""Shorter than any lease of the worker, which is longer than the margin."""
 
 
 class SharedPages:
@@ -56,7 +56,7 @@ class SharedPages:
 
 
 class SharedTier:
-    """Pages of one namespace in the memory of `store`'s node. To be called from any thread."""
+    """Pages of one namespace in the memory of `store`'s node. Thread-safe."""
 
     def __init__(self, store: SharedStore, namespace: Namespace, window: PageWindow, page_bytes: int, *, deadline_ms: int) -> None:
         self._store = store
@@ -68,8 +68,8 @@ class SharedTier:
         self._refusals: set[str] = set()
 
     def borrow(self, hashes: Sequence[BlockHash], lease: Lease) -> SharedPages | None:
-        """The pages in place, all of them, and the lease's further life; None, and the lease is still the caller's, where that
-        cannot be: the node is elsewhere or does not answer, a page is gone or lies off the window's grid.
+        """All the pages in place; the lease is kept until they are released. None, and the lease stays the caller's, where the node
+        is on another host or does not answer, or a page is gone or not aligned to the window's blocks.
         """
         try:
             views = self._store.view(self._namespace, hashes, lease=lease, deadline_ms=self._deadline_ms)
@@ -91,7 +91,7 @@ class SharedTier:
         return self._window.page_of(extent, place.offset_bytes) if place.size_bytes == self._page_bytes else None
 
     def _note(self, refusal: str) -> None:
-        """Logs a reason once: it is usually where the node is, which does not change."""
+        """Logs each reason once. The usual one, a node on another host, does not change."""
         if refusal not in self._refusals:
             self._refusals.add(refusal)
             _LOG.warning("%s", refusal)
