@@ -353,7 +353,7 @@ def test_a_killed_node_mid_generation_costs_no_token(tiny: LoadedModel, request:
         sequence = engine.submit(token_ids, SamplingParams(max_tokens=NEW_TOKENS))
         while len(sequence.generated) < 5 and sequence.finish_reason is None:
             engine.step()
-        assert sequence.remote is not None
+        assert sequence.attend.prefix is not None
         node.kill()
         while sequence.finish_reason is None:
             engine.step()
@@ -366,7 +366,7 @@ def test_cancelling_lets_the_pages_at_the_node_go(
 ) -> None:
     with Engine(tiny, options(tiny, request.node.name), store=client, attend_store=client) as engine:
         sequence = engine.submit(prompt(20 * 16), SamplingParams(max_tokens=NEW_TOKENS))
-        while sequence.remote is None:
+        while sequence.attend.prefix is None:
             engine.step()
         engine.cancel(sequence)
         attending = engine.attending()
@@ -396,9 +396,9 @@ def test_a_stream_that_breaks_between_two_steps_costs_no_token(
         sequences = [engine.submit(token_ids, SamplingParams(max_tokens=NEW_TOKENS)) for token_ids in prompts]
         while len(sequences[0].generated) < 3:
             engine.step()
-        assert sequences[0].remote is not None
-        assert sequences[1].remote is not None
-        sequences[0].remote.sets[0].stream.close()
+        assert sequences[0].attend.prefix is not None
+        assert sequences[1].attend.prefix is not None
+        sequences[0].attend.prefix.sets[0].stream.close()
         engine.cancel(sequences[0])
         while sequences[1].finish_reason is None:
             engine.step()

@@ -9,10 +9,12 @@ from __future__ import annotations
 import enum
 from collections import deque
 from collections.abc import Callable
+from dataclasses import dataclass
 from statistics import median
 from typing import Final, Protocol, runtime_checkable
 
 from attnstore_worker.cache import CacheManager
+from attnstore_worker.cache.attending.contexts import AttendedPrefix
 from attnstore_worker.cache.planning.attend_planner import AttendForecast
 from attnstore_worker.cache.planning.load_plan import Prompt
 from attnstore_worker.engine.sequence import Sequence
@@ -42,6 +44,22 @@ class AttendForecaster(Protocol):
     def attending(self, prompt: Prompt, remote_blocks: int, forecast: AttendForecast, /) -> None:
         """It was decided that they stay there."""
         ...
+
+
+@dataclass(frozen=True, slots=True)
+class Judged:
+    """The prompt whose forecast says that it should attend to its first `remote_blocks` blocks."""
+
+    prompt: Prompt
+    remote_blocks: int
+    forecast: AttendForecast
+
+
+@dataclass(frozen=True, slots=True)
+class Taken:
+    """A sequence is to attend: by measured costs if `judged`, else by the policy."""
+
+    judged: Judged | None = None
 
 
 class AttendChoice:
@@ -76,32 +94,33 @@ class AttendChoice:
         """The sequence is to look for blocks to attend to."""
         if self.must(sequence):
             return True
-        if sequence.keeps_here or self._forecaster is None:
+        if sequence.attend.has_moved or self._forecaster is None:
             return False
         prompt = self._cache.prompt(sequence.token_ids, sequence.hashes, sequence.extra_keys)
         return self._attends(sequence, prompt, prompt.usable_blocks) is not None
 
-    def takes(self, sequence: Sequence, remote_blocks: int) -> bool:
-        """So many blocks were found in the store: the sequence is to attend to them."""
+    def takes(self, sequence: Sequence, found: AttendedPrefix | None) -> Taken | None:
+        """Whether the sequence is to attend to the blocks that were found in the store; None if not."""
         if not self.fits(sequence):
-            return True
+            return Taken()
+        if found is None:
+            return None
         if self._forecaster is None:
-            return remote_blocks > 0
+            return Taken()
         prompt = self._cache.prompt(sequence.token_ids, sequence.hashes, sequence.extra_keys)
-        forecast = self._attends(sequence, prompt, remote_blocks)
-        if not remote_blocks or forecast is None:
-            return False
-        self._forecaster.attending(prompt, remote_blocks, forecast)
-        sequence.prompt = prompt
-        return True
+        forecast = self._attends(sequence, prompt, found.blocks)
+        return Taken(Judged(prompt, found.blocks, forecast)) if forecast is not None else None
 
-    def began(self, sequence: Sequence) -> None:
-        """The sequence attends from now on."""
-        sequence.attends_since = len(sequence.generated)
+    def began(self, sequence: Sequence, taken: Taken) -> None:
+        """The sequence attends from its admission on."""
+        if taken.judged is not None:
+            assert self._forecaster is not None
+            self._forecaster.attending(taken.judged.prompt, taken.judged.remote_blocks, taken.judged.forecast)
+            sequence.prompt = taken.judged.prompt
 
     def moves(self, sequence: Sequence, spare_blocks: int) -> bool:
         """A sequence that attends is to have its blocks here from now on, where `spare_blocks` can be had for it."""
-        spent = len(sequence.generated) - sequence.attends_since
+        spent = len(sequence.generated) - sequence.attend.began_tokens
         if not self.fits(sequence) or len(sequence.token_ids) >= spare_blocks * self._cache.block_tokens:
             return False
         forecast = self._running_forecast(sequence)

@@ -1,22 +1,19 @@
-"""Sequences some of whose blocks stay in the store: which, how many of their blocks are here, and what becomes of a loss.
+"""Sequences that leave their first blocks in the store: how many blocks are here, and what follows from a loss.
 
-Owns: the remote contexts of sequences; whether one attends is `AttendChoice`'s decision. The engine calls it between steps.
-Invariant: a sequence that attends has at most `resident_blocks_max` blocks here when a step begins, and the blocks before them, all
-of them, in one context that is not lost; so contexts of any length run in a pool of any size that holds a few chunks.
+Owns: the open prefixes of sequences, and every change of an `AttendState` but `load`; `AttendChoice` decides. Called between steps.
+Invariant: a sequence that attends has at most `resident_blocks_max` blocks here when a step begins, and all blocks before them in
+one prefix that is not lost. So contexts of any length run in any pool that holds a few chunks.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Final
 
 from attnstore_worker.cache import CacheManager
 from attnstore_worker.cache.attending.contexts import AttendedPrefix, RemoteAttention
+from attnstore_worker.cache.pool.block_table import BlockTable
 from attnstore_worker.engine.attend_policy import AttendChoice
 from attnstore_worker.engine.sequence import Sequence
-
-LOSSES_MAX: Final = 3
-"""After so many losses a sequence attends no more."""
 
 
 class AttendedBlocks:
@@ -34,88 +31,90 @@ class AttendedBlocks:
         self.resident_blocks_max = max(pool_blocks // 2, min(pool_blocks, chunk_tokens // cache.block_tokens + 2))
 
     def wants(self, sequence: Sequence) -> bool:
-        """A waiting sequence is to attend from its admission on."""
-        return sequence.remote_losses <= LOSSES_MAX and self._choice.wants(sequence)
-
-    def must(self, sequence: Sequence) -> bool:
-        """A running one is to attend from now on, having grown too long to go on without for example."""
-        return sequence.remote_losses <= LOSSES_MAX and self._choice.must(sequence)
+        """A waiting sequence is to look for blocks to attend to."""
+        return sequence.attend.may_begin and self._choice.wants(sequence)
 
     def admit(self, sequence: Sequence) -> bool:
-        """Gives a waiting sequence a table that begins with all the blocks that the store has of it.
+        """Gives a waiting sequence a table that begins with all the blocks that the store has of it, and has it attend.
 
-        False, with nothing done, where those are none or too few to be worth it, and the sequence fits into the pool.
+        False, with nothing done, if the store has none or too few to be worth it and the sequence fits into the pool.
         """
         usable = (len(sequence.token_ids) - 1) // self._cache.block_tokens
-        sequence.remote = context = self.remote.open(sequence.hashes[:usable])
-        if not self._choice.takes(sequence, context.blocks if context is not None else 0):
-            self.release(sequence)
+        prefix = self.remote.open(sequence.hashes[:usable])
+        try:
+            taken = self._choice.takes(sequence, prefix)
+        except BaseException:
+            self._close(prefix)
+            raise
+        if taken is None:
+            self._close(prefix)
             return False
-        self._choice.began(sequence)
-        table = self._cache.empty_table(sequence.hashes, sequence.extra_keys)
-        if context is not None:
-            self._cache.let_stay(table, context.blocks)
-        sequence.table = table
+        sequence.table = table = self._cache.empty_table(sequence.hashes, sequence.extra_keys)
+        self._begin(sequence, table, prefix)
+        self._choice.began(sequence, taken)
         sequence.computed_tokens = table.remote_tokens
         return True
 
     def make_room(self, sequence: Sequence) -> bool:
-        """Leaves the oldest blocks to the store where the next step would need more blocks here than allowed.
-
-        False where the store does not have them: the sequence cannot go on like this.
+        """Leaves the oldest blocks to the store where a sequence attends, or must from now on, and the next step would need more
+        blocks here than allowed. False if the store does not have them: the sequence cannot go on like this.
         """
+        if not sequence.attend.attends and sequence.attend.may_begin and self._choice.must(sequence):
+            sequence.attend.begin(len(sequence.generated))
+        if not sequence.attend.attends:
+            return True
         table = sequence.table
         assert table is not None
         needed = -(-sequence.room_tokens(self._chunk_tokens) // self._cache.block_tokens)
         if needed - table.remote_blocks <= self.resident_blocks_max:
             return True
         leaving = min(table.sealed, needed - self.resident_blocks_max // 2)
-        context = self._open_all(sequence, leaving)
-        if context is None:
-            sequence.remote_losses = LOSSES_MAX + 1
-            return False
+        prefix = self._open_all(sequence, leaving)
         self.release(sequence)
-        sequence.remote = context
-        self._cache.let_stay(table, context.blocks)
+        if prefix is None:
+            sequence.attend.give_up()
+            return False
+        sequence.attend.prefix = prefix
+        self._cache.let_stay(table, prefix.blocks)
         return needed - table.remote_blocks <= self._cache.pages.capacity
 
     def recover(self, sequence: Sequence) -> bool:
-        """After a loss: the same blocks once more, from whoever has them now. False where they are not to be had."""
+        """Finds the blocks of a lost prefix again, at any node that has them. False if that fails."""
         table = sequence.table
         assert table is not None
-        sequence.remote_losses += 1
         self.release(sequence)
-        if sequence.remote_losses > LOSSES_MAX:
+        sequence.attend.lose()
+        if not sequence.attend.attends:
             return False
-        sequence.remote = self.remote.open(table.hashes[: table.remote_blocks])
-        return sequence.remote is not None and sequence.remote.blocks == table.remote_blocks
+        sequence.attend.prefix = prefix = self.remote.open(table.hashes[: table.remote_blocks])
+        return prefix is not None and prefix.blocks == table.remote_blocks
 
     def may_go_on(self, sequence: Sequence) -> bool:
-        """A sequence that was lost too often goes on without the store, where it fits into the pool."""
-        return sequence.remote_losses <= LOSSES_MAX or self._choice.fits(sequence)
+        """The sequence can be admitted anew: it attends, or fits into the pool."""
+        return sequence.attend.may_begin or self._choice.fits(sequence)
 
     def moves(self, sequence: Sequence, spare_blocks: int) -> bool:
-        """A sequence that attends is better off with its blocks here from now on: to be admitted anew, for which room is left."""
-        if not sequence.attends or not self._choice.moves(sequence, spare_blocks):
-            return False
-        sequence.keeps_here, sequence.attends = True, False
-        return True
+        """A sequence that attends is better off with its blocks here, for which `spare_blocks` are left: `move` it."""
+        return sequence.attend.attends and self._choice.moves(sequence, spare_blocks)
+
+    def move(self, sequence: Sequence) -> None:
+        """The sequence attends no more: it is to be admitted anew, with its blocks here."""
+        self.release(sequence)
+        sequence.attend.move()
 
     def leave_for(self, victim: Sequence, running: Iterable[Sequence]) -> bool:
         """Has a running sequence, the one with the most blocks here, attend from now on, where that costs less than to preempt
         `victim`. False where there is none.
         """
         for sequence in sorted(running, key=lambda each: each.table.sealed if each.table is not None else 0, reverse=True):
-            table = sequence.table
-            if table is None or table.lent is not None or sequence.attends or sequence.loading is not None or not table.sealed:
+            table, state = sequence.table, sequence.attend
+            if table is None or table.lent is not None or state.attends or sequence.loading is not None or not table.sealed:
                 continue
-            if sequence.remote_losses > LOSSES_MAX or not self._choice.leaves(sequence, victim):
+            if not state.may_begin or not self._choice.leaves(sequence, victim):
                 continue
-            context = self.remote.open(table.hashes[: table.sealed])
-            if context is not None:
-                sequence.attends, sequence.remote = True, context
-                self._choice.began(sequence)
-                self._cache.let_stay(table, context.blocks)
+            prefix = self.remote.open(table.hashes[: table.sealed])
+            if prefix is not None:
+                self._begin(sequence, table, prefix)
                 return True
         return False
 
@@ -127,27 +126,36 @@ class AttendedBlocks:
             self._choice.ended(sequence)
 
     def release(self, sequence: Sequence) -> None:
-        """The sequence needs its remote blocks no more."""
-        context, sequence.remote = sequence.remote, None
-        if context is not None:
-            self.remote.close(context)
+        """Closes the prefix of a sequence, if it has one."""
+        prefix, sequence.attend.prefix = sequence.attend.prefix, None
+        self._close(prefix)
+
+    def _close(self, prefix: AttendedPrefix | None) -> None:
+        if prefix is not None:
+            self.remote.close(prefix)
+
+    def _begin(self, sequence: Sequence, table: BlockTable, prefix: AttendedPrefix | None) -> None:
+        sequence.attend.begin(len(sequence.generated))
+        sequence.attend.prefix = prefix
+        if prefix is not None:
+            self._cache.let_stay(table, prefix.blocks)
 
     def _open_all(self, sequence: Sequence, blocks: int) -> AttendedPrefix | None:
-        """A context of exactly so many blocks; those that the store lacks are sent once more."""
+        """A prefix of exactly so many blocks; blocks that the store lacks are sent once more."""
         table = sequence.table
         assert table is not None
-        context = self.remote.open(table.hashes[:blocks])
-        if context is not None and context.blocks == blocks:
-            return context
+        prefix = self.remote.open(table.hashes[:blocks])
+        if prefix is not None and prefix.blocks == blocks:
+            return prefix
         there = table.remote_blocks
-        if context is not None:
-            there = max(there, context.blocks)
-            self.remote.close(context)
+        if prefix is not None:
+            there = max(there, prefix.blocks)
+            self.remote.close(prefix)
         if self._cache.flush(self._flush_ms):
             self._cache.offer_again(table, range(there, blocks))
             self._cache.flush(self._flush_ms)
-        context = self.remote.open(table.hashes[:blocks])
-        if context is None or context.blocks == blocks:
-            return context
-        self.remote.close(context)
+        prefix = self.remote.open(table.hashes[:blocks])
+        if prefix is None or prefix.blocks == blocks:
+            return prefix
+        self.remote.close(prefix)
         return None

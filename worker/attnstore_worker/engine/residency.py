@@ -161,7 +161,8 @@ class Residency:
         assert self._attend is not None
         for sequence in self._scheduler.running:
             try:
-                if sequence.remote is not None and sequence.remote.lost and not self._attend.recover(sequence):
+                prefix = sequence.attend.prefix
+                if prefix is not None and prefix.lost and not self._attend.recover(sequence):
                     self._give_up_remote(self._attend, sequence)
             except Exception as error:
                 self._fail(sequence, error)
@@ -194,11 +195,11 @@ class Residency:
     def _start(self, sequence: Sequence) -> None:
         sequence.admitted_ms = self._clock.now_ms()
         self._prefetch.forget(sequence)
-        sequence.attends = self._attend is not None and self._attend.wants(sequence) and self._attend.admit(sequence)
-        if sequence.attends:
+        if self._attend is not None and self._attend.wants(sequence) and self._attend.admit(sequence):
             sequence.admission = sequence.admission or Admission(remote_tokens=sequence.computed_tokens)
             self._scheduler.start(sequence)
             return
+        sequence.attend.load()
         sequence.loading = self._cache.admit(sequence.token_ids, sequence.hashes, sequence.extra_keys)
         sequence.prompt = sequence.loading.prompt
         sequence.table = sequence.loading.table
@@ -210,10 +211,9 @@ class Residency:
         if self._attend is None or sequence.loading is not None:
             return
         if self._attend.moves(sequence, 0 if self._scheduler.waiting else self._spare_blocks):
+            self._attend.move(sequence)
             self._send_back(sequence)
-            return
-        sequence.attends = sequence.attends or self._attend.must(sequence)
-        if sequence.attends and not self._attend.make_room(sequence):
+        elif not self._attend.make_room(sequence):
             self._give_up_remote(self._attend, sequence)
 
     def _leave_for(self, victim: Sequence) -> bool:

@@ -14,9 +14,9 @@ from dataclasses import dataclass, field, replace
 from attnstore.core.hashing import BlockHash
 from attnstore.errors import AttnStoreError
 from attnstore_worker.cache import Admission, Loading
-from attnstore_worker.cache.attending.contexts import AttendedPrefix
 from attnstore_worker.cache.planning.load_plan import Prompt
 from attnstore_worker.cache.pool.block_table import BlockTable
+from attnstore_worker.engine.attend_state import AttendState
 from attnstore_worker.engine.sampler import Sampler, SamplingParams
 from attnstore_worker.engine.text import TextStream
 
@@ -42,10 +42,8 @@ class Sequence:
 
     `hashes` name its first complete blocks, `extra_keys` are in all of these names, `table` has the blocks held now, `admission`
     what was found of the prompt the first time. `prompt` is what was to be decided when it was last admitted, at `admitted_ms`;
-    None where all was resident. One that `attends` may leave its first blocks in the store: `remote` is where, `attends_since` the
-    number of tokens that were generated when it began; one that `keeps_here` has left off for good, unless it must. `drafts` are
-    guesses of the next tokens.
-    One that FAILED has its `error`.
+    None where all was resident. `attend` says whether its first blocks may stay in the store. `drafts` are guesses of the next
+    tokens. One that FAILED has its `error`.
     """
 
     sequence_id: int
@@ -64,11 +62,7 @@ class Sequence:
     admitted_ms: float = 0.0
     table: BlockTable | None = None
     loading: Loading | None = None
-    remote: AttendedPrefix | None = None
-    attends: bool = False
-    attends_since: int = 0
-    keeps_here: bool = False
-    remote_losses: int = 0
+    attend: AttendState = field(default_factory=AttendState)
     drafts: tuple[int, ...] = ()
     computed_tokens: int = 0
     computable_tokens: int | None = None
@@ -89,7 +83,7 @@ class Sequence:
 
     def room_tokens(self, chunk_tokens: int) -> int:
         """For how many tokens there must be blocks in the next step: all known ones, or the next chunk's where it attends."""
-        known = next_chunk(self, chunk_tokens).end if self.attends else len(self.token_ids)
+        known = next_chunk(self, chunk_tokens).end if self.attend.attends else len(self.token_ids)
         return known + len(self.drafts)
 
     @property

@@ -160,7 +160,7 @@ class Speculation:
         """
         drafts_max = self._length.best() if _decoding(running) else 0
         for sequence in running:
-            left = min(drafts_max, _room(sequence, tokens_max if sequence.attends else min(tokens_max, pool_tokens)))
+            left = min(drafts_max, _room(sequence, tokens_max if sequence.attend.attends else min(tokens_max, pool_tokens)))
             sequence.drafts = draft(sequence.token_ids, left) if left > 0 else ()
 
     def draft_from_residents(
@@ -177,7 +177,7 @@ class Speculation:
         wanted = {
             sequence: min(drafts_max, _room(sequence, tokens_max), sequence.table.capacity_tokens - len(sequence.token_ids))
             for sequence in running
-            if sequence.remote is not None and sequence.table is not None and not sequence.drafts
+            if sequence.attend.prefix is not None and sequence.table is not None and not sequence.drafts
         }
         self._from_residents.update(wanted)
         most_drafts = max(wanted.values(), default=0)
