@@ -1,42 +1,34 @@
 """The engine: prompts in, tokens out, one step at a time.
 
-Owns: the life of sequences from `submit` to the last token. `step` is admit, make room, run, postprocess (the shape of nano-vllm's
-engine); who takes part is the scheduler's decision, and where a sequence's blocks come from is residency's. Invariants: whatever
-the store does and whoever else runs or fails, the tokens are those of a run alone, up to the rounding of near ties; a sequence that
-waits or is finished holds no block.
+Owns: the parts of an engine and the order in which a step calls them: admit, draft, make room, compute (the shape of nano-vllm's
+engine). The scheduler decides who takes part, `Residency` where blocks come from and when a sequence ends, `Stepper` computes.
+Invariants: whatever the store does and whoever else runs or fails, the tokens are those of a run alone, up to the rounding of near
+ties; a sequence that waits or is finished holds no block.
 """
 
 from __future__ import annotations
 
-import logging
 from array import array
-from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from collections.abc import Sequence as Items
-from contextlib import contextmanager
 from types import TracebackType
 from typing import Self
-
-from torch import Tensor
 
 from attnstore.attention import AttentionBackend, create_attention
 from attnstore.clock import Clock, MonotonicClock
 from attnstore.core.hashing import Namespace, namespace
-from attnstore.errors import AttnStoreError, InvalidArgument, Overloaded
+from attnstore.errors import InvalidArgument, Overloaded
 from attnstore_worker.cache import (
     CacheStatistics,
     FetchAll,
-    LayerGate,
-    LoadEnd,
     Observer,
     PageStore,
     Planner,
-    Step,
     Unobserved,
     create_cache,
 )
-from attnstore_worker.cache.attending.contexts import AttendStatistics, RemoteAttention, Traffic
-from attnstore_worker.cache.planning.observation import Answer, Shielded
+from attnstore_worker.cache.attending.contexts import AttendStatistics, RemoteAttention
+from attnstore_worker.cache.planning.observation import Shielded
 from attnstore_worker.cache.store.base import AttendStore
 from attnstore_worker.engine.attend_policy import AttendChoice, AttendForecaster, AttendPolicy
 from attnstore_worker.engine.attended import AttendedBlocks
@@ -44,15 +36,14 @@ from attnstore_worker.engine.options import EngineOptions
 from attnstore_worker.engine.outputs import BatchingStatistics, Token
 from attnstore_worker.engine.residency import Residency
 from attnstore_worker.engine.runner import Runner
-from attnstore_worker.engine.sampler import Peak, SamplingParams, peaks
+from attnstore_worker.engine.sampler import SamplingParams, peaks
 from attnstore_worker.engine.scheduler import Scheduler
-from attnstore_worker.engine.sequence import Chunk, FinishReason, Sequence, chunk_at, next_chunk
-from attnstore_worker.engine.speculative import DRAFTS_MAX, Speculation
+from attnstore_worker.engine.sequence import FinishReason, Sequence, next_chunk
+from attnstore_worker.engine.speculative import Speculation
+from attnstore_worker.engine.stepper import Stepper
 from attnstore_worker.engine.text import TextStream
-from attnstore_worker.errors import ContextOverflow, PagesLost, PoolTooSmall, SequenceFailed, StepFailed
+from attnstore_worker.errors import ContextOverflow, PoolTooSmall
 from attnstore_worker.model.loading import LoadedModel
-
-_LOG = logging.getLogger(__name__)
 
 _SALT_KEY = b"cache_salt:"
 """Tells a salt from other extra keys of a block's hash."""
@@ -104,13 +95,23 @@ class Engine:
             self._scheduler,
             self._attend,
             self._clock,
-            self._end,
-            self._fail,
             chunk_tokens=self.options.chunk_tokens,
             prefetch_sequences=self.options.prefetch_sequences,
         )
+        self._stepper = Stepper(
+            self._runner,
+            self._cache,
+            self._scheduler,
+            self._residency,
+            attended,
+            self._speculation,
+            self._clock,
+            self._observer,
+            context_tokens_max=model.context_tokens_max,
+            chunk_tokens=self.options.chunk_tokens,
+            speculates=self.options.speculate,
+        )
         self._submitted = 0
-        self._counts: Counter[str] = Counter()
 
     def warm_up(self) -> None:
         """Pays for first uses (threads, kernels, weights still on disk, the store connection) before a request does."""
@@ -122,7 +123,7 @@ class Engine:
         self._runner.run([next_chunk(sequence, self.options.chunk_tokens)])
         for _ in range(2):  # a prefill and a decode step, which now take as long as they will
             self._cache.grow(sequence.table, len(sequence.token_ids))
-            self._run([next_chunk(sequence, self.options.chunk_tokens)])
+            self._stepper.run([next_chunk(sequence, self.options.chunk_tokens)])
             sequence.computed_tokens = len(sequence.token_ids)
             sequence.token_ids.append(0)
         self._cache.release(sequence.table)
@@ -146,7 +147,7 @@ class Engine:
     def cancel(self, sequence: Sequence) -> None:
         """Ends a sequence wherever it is; what it has computed stays in the cache. A finished one stays as it is."""
         if sequence.finish_reason is None:
-            self._end(sequence, FinishReason.CANCELLED)
+            self._residency.end(sequence, FinishReason.CANCELLED)
 
     def step(self) -> list[Token]:
         """Runs one batch; returns the tokens that it gave.
@@ -158,16 +159,15 @@ class Engine:
         self._residency.admit()
         self._residency.advance()
         self._residency.drop_recycled(self._scheduler.running)
-        self._draft()
+        self._stepper.draft()
         self._residency.make_room()
         chunks = self._scheduler.chunks()
         if chunks:
-            with self._failing(chunks):
-                return self._step(chunks)
+            return self._stepper.step(chunks)
         if not self._scheduler.running:
             return []
         if (gated := self._residency.gated()) is not None:
-            return self._step_behind(*gated)
+            return self._stepper.step_behind(*gated)
         self._residency.wait()
         return []
 
@@ -233,7 +233,10 @@ class Engine:
             drafts_checked=self._speculation.checked,
             drafts_accepted=self._speculation.accepted,
             preemptions=self._residency.preemptions,
-            **{name: self._counts[name] for name in ("steps", "tokens_computed", "tokens_generated", "failures")},
+            steps=self._stepper.steps,
+            tokens_computed=self._stepper.tokens_computed,
+            tokens_generated=self._stepper.tokens_generated,
+            failures=self._residency.failures,
         )
 
     def attending(self) -> AttendStatistics | None:
@@ -284,174 +287,9 @@ class Engine:
         now_ms = self._clock.now_ms()
         return Sequence(self._submitted, list(token_ids), len(token_ids), sampling, now_ms, priority, extra_keys, text_stream)
 
-    def _run(self, chunks: Items[Chunk]) -> Tensor:
-        started_ms = self._clock.now_ms()
-        asked = self._attend.remote.traffic() if self._attend is not None else Traffic()
-        logits = self._runner.run(chunks)
-        now = self._attend.remote.traffic() if self._attend is not None else Traffic()
-        ranges = tuple((chunk.begin, chunk.end) for chunk in chunks)
-        self._observer.stepped(
-            Step(started_ms, self._clock.now_ms(), ranges, now.round_trips - asked.round_trips, now.bytes - asked.bytes)
-        )
-        return logits
-
-    def _count(self, chunks: Items[Chunk]) -> None:
-        self._counts["steps"] += 1
-        self._counts["tokens_computed"] += sum(chunk.tokens for chunk in chunks)
-
-    @contextmanager
-    def _failing(self, chunks: Items[Chunk]) -> Iterator[None]:
-        """Ends the sequences of a step that raises: nobody knows which of its tokens were counted."""
-        try:
-            yield
-        except BaseException:
-            for chunk in chunks:
-                if chunk.sequence.finish_reason is None:
-                    error = StepFailed("the step failed that computed this sequence; the worker's log says why")
-                    self._end(chunk.sequence, FinishReason.FAILED, error)
-            raise
-
-    def _step(self, chunks: Items[Chunk]) -> list[Token]:
-        started_ms = self._clock.now_ms()
-        if self._draft_from_residents():
-            chunks = self._scheduler.chunks()
-        try:
-            logits = self._run(chunks)
-        except PagesLost:  # of a store node that attends; nothing was computed
-            for chunk in chunks:
-                chunk.sequence.drafts = ()
-            self._residency.recover()
-            return []
-        return self._postprocess(chunks, logits, self._clock.now_ms() - started_ms)
-
-    def _draft(self) -> None:
-        """Guesses next tokens, within the room there is: nobody is preempted for a guess."""
-        running = self._scheduler.running
-        if self.options.speculate and self._cache.available_blocks >= len(running) * (1 + DRAFTS_MAX // self.layout.block_tokens):
-            pool_tokens = self._cache.capacity_tokens
-            self._speculation.draft(running, tokens_max=self.model.context_tokens_max, pool_tokens=pool_tokens)
-
-    def _draft_from_residents(self) -> bool:
-        """False where nobody was given guesses."""
-        if not self.options.speculate or self._attend is None:
-            return False
-
-        def run(chunks: Items[Chunk]) -> Tensor:
-            return self._runner.run(chunks, resident_only=True)
-
-        tokens_max, chunk_tokens = self.model.context_tokens_max, self.options.chunk_tokens
-        return self._speculation.draft_from_residents(
-            self._scheduler.running, run, tokens_max=tokens_max, chunk_tokens=chunk_tokens
-        )
-
-    def _step_behind(self, sequence: Sequence, gate: LayerGate) -> list[Token]:
-        """Computes the chunk behind pages that are still arriving, layer by layer. Where they do not all come, it did nothing."""
-        loading = sequence.loading
-        assert loading is not None
-
-        def late() -> bool:
-            return self._cache.is_late(loading)
-
-        begin = gate.blocks.stop * self.layout.block_tokens
-        chunk = chunk_at(sequence, begin, self.options.chunk_tokens)
-        with self._failing([chunk]):
-            try:
-                # Not observed as a step: how long it takes says more about the link than about the model.
-                logits = self._runner.run([chunk], lambda layer: gate.wait(layer, late))
-                gate.wait_complete(late)
-            except PagesLost:
-                return []
-            sequence.computed_tokens = self._cache.advance(loading, sequence.computed_tokens)
-            assert sequence.computed_tokens == begin
-            self._residency.end_loading(sequence, LoadEnd.COMPLETE)
-            return self._postprocess([chunk], logits, None)
-
-    def _postprocess(self, chunks: Items[Chunk], logits: Tensor, took_ms: float | None) -> list[Token]:
-        """What follows from a step: `logits` as from `Runner.run`, and how long it took, where that says something of the model."""
-        self._count(chunks)
-        # Only now that the step has read them is it known that the pages were the right ones all the time.
-        self._residency.drop_recycled([chunk.sequence for chunk in chunks])
-        rows, highest = logits.unbind(), peaks(logits)
-        alone_ms = took_ms if len(chunks) == 1 else None
-        tokens: list[Token] = []
-        begin = 0
-        for chunk in chunks:
-            own = slice(begin, begin + 1 + len(chunk.drafts) if chunk.gives_token else begin)
-            begin = own.stop
-            if chunk.sequence.table is None:  # its pages were recycled
-                continue
-            try:
-                self._follow(chunk, rows[own], highest[own], alone_ms, tokens)
-            except Exception as error:
-                self._fail(chunk.sequence, error)
-        self._cache.end_step()
-        return tokens
-
-    def _follow(self, chunk: Chunk, rows: Items[Tensor], highest: Items[Peak], alone_ms: float | None, tokens: list[Token]) -> None:
-        """Takes up what a sequence's chunk computed, with these rows of logits, and appends the tokens that follow to `tokens`."""
-        sequence = chunk.sequence
-        assert sequence.table is not None
-        # Drawn before anything is sealed: what a chunk without numbers wrote is found by nobody.
-        drawn = self._speculation.next_tokens(chunk, rows, highest, alone_ms) if chunk.gives_token else []
-        sequence.drafts = ()
-        sequence.computed_tokens = chunk.end
-        self._cache.seal(sequence.table, sequence.token_ids, chunk.end)
-        for number, (token_id, row) in enumerate(zip(drawn, rows, strict=False)):
-            if number:  # it was a guess, and so is computed
-                sequence.computed_tokens += 1
-                self._cache.seal(sequence.table, sequence.token_ids, sequence.computed_tokens)
-            tokens.append(self._extend(sequence, token_id, row))
-            if sequence.finish_reason is not None:
-                break
-
-    def _extend(self, sequence: Sequence, token_id: int, logits: Tensor) -> Token:
-        assert sequence.text_stream is not None
-        sequence.token_ids.append(token_id)
-        self._counts["tokens_generated"] += 1
-        if sequence.first_token_ms is None:
-            sequence.first_token_ms = self._clock.now_ms()
-            if sequence.prompt is not None:
-                self._observer.answered(Answer(sequence.prompt, sequence.admitted_ms, sequence.first_token_ms))
-        text = sequence.text_stream.push(token_id)
-        reason = self._finish_reason(sequence, token_id)
-        if reason is not None:
-            text += sequence.text_stream.finish()
-            self._end(sequence, reason)
-        return Token(sequence, token_id, logits, text)
-
-    def _end(self, sequence: Sequence, reason: FinishReason, error: AttnStoreError | None = None) -> None:
-        """Ends a sequence, wherever it is. Never raises: an end that goes wrong concerns nobody else."""
-        sequence.finish_reason, sequence.error = reason, error
-        sequence.finished_ms = self._clock.now_ms()
-        self._counts["failures"] += reason is FinishReason.FAILED
-        try:
-            self._residency.release(sequence)
-        except Exception:
-            _LOG.exception("sequence %d: not all that it held was given back in order", sequence.sequence_id)
-
-    def _fail(self, sequence: Sequence, cause: Exception) -> None:
-        """Ends a sequence for which alone something raised."""
-        unforeseen = None if isinstance(cause, SequenceFailed) else cause
-        _LOG.error("sequence %d failed: %s", sequence.sequence_id, cause, exc_info=unforeseen)
-        if sequence.finish_reason is None:
-            error = cause if isinstance(cause, SequenceFailed) else SequenceFailed("the sequence failed; the worker's log says why")
-            self._end(sequence, FinishReason.FAILED, error)
-
     def _decode(self, token_ids: Items[int]) -> str:
         text: str = self.model.tokenizer.decode(token_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
         return text
-
-    def _finish_reason(self, sequence: Sequence, token_id: int) -> FinishReason | None:
-        assert sequence.text_stream is not None
-        if token_id in sequence.sampling.stop_token_ids or sequence.text_stream.stopped:
-            return FinishReason.STOP
-        if len(sequence.generated) >= sequence.sampling.max_tokens:
-            return FinishReason.LENGTH
-        if len(sequence.token_ids) >= self.model.context_tokens_max:
-            return FinishReason.CONTEXT_FULL
-        if len(sequence.token_ids) > self._cache.capacity_tokens and self._attend is None:
-            return FinishReason.POOL_FULL
-        return None
 
     def _check_prompt(self, token_ids: list[int]) -> None:
         context, pool = self.model.context_tokens_max, self._cache.capacity_tokens

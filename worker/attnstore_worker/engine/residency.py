@@ -1,24 +1,26 @@
-"""Which sequences have blocks, and which of their blocks are here: admission, loading, growing, preemption.
+"""Which sequences have blocks, and which of their blocks are here: admission, loading, growing, preemption, the end.
 
-Owns: every change of a sequence's table between steps; who comes next is the scheduler's decision, what lies where the cache
-manager's. Invariant: a sequence that waits or is over holds no block; one that runs has a table, and one that waits for pages, or
-attends to some in the store, gets what it computes on from here alone. What fails for one sequence ends that one.
+Owns: every change of a sequence's table between steps, and the one place where a sequence ends (`end`). The scheduler decides who
+comes next, the cache manager where pages lie. Invariant: a sequence that waits or is over holds no block, and one that runs has a
+table. A failure that concerns one sequence ends that sequence.
 """
 
 from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterable
-from contextlib import ExitStack
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 
 from attnstore.clock import Clock
-from attnstore.errors import Overloaded
+from attnstore.core.hashing import BlockHash
+from attnstore.errors import AttnStoreError, Overloaded
 from attnstore_worker.cache import Admission, CacheManager, LayerGate, LoadEnd, Loading
 from attnstore_worker.engine.attended import AttendedBlocks
 from attnstore_worker.engine.prefetch import LookAheadPrefetch
 from attnstore_worker.engine.scheduler import Scheduler
-from attnstore_worker.engine.sequence import FinishReason, Sequence, next_chunk
+from attnstore_worker.engine.sequence import Chunk, FinishReason, Sequence, next_chunk
+from attnstore_worker.errors import SequenceFailed, StepFailed
 
 _LOG = logging.getLogger(__name__)
 
@@ -28,7 +30,7 @@ _IDLE_MS = 50.0
 
 class Residency:
     """Blocks for the sequences of `scheduler`, at most `chunk_tokens` of each computed at a time. `attend` is None where no block
-    stays in the store. `end` ends a sequence that has no way to go on, `fail` one for which something raised; both call `release`.
+    stays in the store. `preemptions` and `failures` (sequences that ended as FAILED) count since the start.
     """
 
     def __init__(
@@ -37,8 +39,6 @@ class Residency:
         scheduler: Scheduler,
         attend: AttendedBlocks | None,
         clock: Clock,
-        end: Callable[[Sequence, FinishReason], None],
-        fail: Callable[[Sequence, Exception], None],
         *,
         chunk_tokens: int,
         prefetch_sequences: int,
@@ -47,11 +47,11 @@ class Residency:
         self._scheduler = scheduler
         self._attend = attend
         self._clock = clock
-        self._end = end
-        self._fail = fail
         self._chunk_tokens = chunk_tokens
         self._prefetch = LookAheadPrefetch(cache, prefetch_sequences)
+        self._announced: dict[Sequence, list[BlockHash]] = {}
         self.preemptions = 0
+        self.failures = 0
 
     def enqueue(self, sequence: Sequence) -> None:
         """A new sequence waits. Raises `Overloaded` when the queue is full."""
@@ -62,35 +62,63 @@ class Residency:
             self._scheduler.remove(sequence)
             raise
 
-    def release(self, sequence: Sequence) -> None:
-        """A sequence is over, wherever it is; what it has computed stays in the cache."""
-        with ExitStack() as ending:  # from the last one up, each whatever becomes of the others
-            ending.callback(self._give_back, sequence)
-            if self._attend is not None:
-                ending.callback(self._attend.ended, sequence)
-            ending.callback(self.end_loading, sequence)
-            ending.callback(self._prefetch.forget, sequence)
-            ending.callback(self._scheduler.remove, sequence)
-            if sequence.table is None:
-                ending.callback(self._cache.settle, sequence.announced)
+    def end(self, sequence: Sequence, reason: FinishReason, error: AttnStoreError | None = None) -> None:
+        """Ends a sequence, wherever it is; what it has computed stays in the cache.
+
+        Never raises: an end that goes wrong concerns no other sequence.
+        """
+        sequence.finish_reason, sequence.error = reason, error
+        sequence.finished_ms = self._clock.now_ms()
+        self.failures += reason is FinishReason.FAILED
+        try:
+            with ExitStack() as ending:  # from the last one up, each even if another fails
+                ending.callback(self._announced.pop, sequence, None)
+                ending.callback(self._release_table, sequence)
+                if self._attend is not None:
+                    ending.callback(self._attend.ended, sequence)
+                ending.callback(self.end_loading, sequence)
+                ending.callback(self._prefetch.forget, sequence)
+                ending.callback(self._scheduler.remove, sequence)
+                ending.callback(self._settle, sequence)
+        except Exception:
+            _LOG.exception("sequence %d: the end did not release everything that it held", sequence.sequence_id)
+
+    def fail(self, sequence: Sequence, cause: Exception) -> None:
+        """Ends a sequence for which alone something raised."""
+        unforeseen = None if isinstance(cause, SequenceFailed) else cause
+        _LOG.error("sequence %d failed: %s", sequence.sequence_id, cause, exc_info=unforeseen)
+        if sequence.finish_reason is None:
+            error = cause if isinstance(cause, SequenceFailed) else SequenceFailed("the sequence failed; the worker's log says why")
+            self.end(sequence, FinishReason.FAILED, error)
+
+    @contextmanager
+    def failing(self, chunks: Iterable[Chunk]) -> Iterator[None]:
+        """Ends the sequences of a step that raises, because nobody knows how far the step came with each of them."""
+        try:
+            yield
+        except BaseException:
+            for chunk in chunks:
+                if chunk.sequence.finish_reason is None:
+                    error = StepFailed("the step failed that computed this sequence; the worker's log says why")
+                    self.end(chunk.sequence, FinishReason.FAILED, error)
+            raise
 
     def admit(self) -> None:
         """Lets waiting sequences run, as many as there is room for."""
         while (sequence := self._admissible()) is not None:
             try:
-                self._cache.settle(sequence.announced)
-                sequence.announced = []
+                self._settle(sequence)
                 self._start(sequence)
             except Overloaded:
                 # The blocks of a transfer that hangs are lost for now. Where others run they will give theirs back.
                 if not self._scheduler.running and not self._prefetch.give_way():
-                    self._end(sequence, FinishReason.OVERLOADED)
+                    self.end(sequence, FinishReason.OVERLOADED)
                     continue
                 self._announce(sequence)
                 if self._scheduler.running:
                     return
             except Exception as error:
-                self._fail(sequence, error)
+                self.fail(sequence, error)
 
     def advance(self) -> None:
         """Lets each loading sequence have what has arrived, and claims what it computes next."""
@@ -99,7 +127,7 @@ class Residency:
                 try:
                     self._advance(sequence, sequence.loading)
                 except Exception as error:
-                    self._fail(sequence, error)
+                    self.fail(sequence, error)
 
     def end_loading(self, sequence: Sequence, end: LoadEnd = LoadEnd.RELEASED) -> None:
         """The sequence waits for no page any more."""
@@ -130,7 +158,7 @@ class Residency:
             try:
                 self._leave_behind(sequence)
             except Exception as error:
-                self._fail(sequence, error)
+                self.fail(sequence, error)
         while (victim := self._scheduler.victim(self._cache.available_blocks)) is not None:
             if not self._prefetch.give_way() and not self._leave_for(victim):
                 self._preempt(victim)
@@ -142,9 +170,9 @@ class Residency:
                 if len(self._scheduler.running) > 1:
                     self._preempt(sequence)
                 else:
-                    self._end(sequence, FinishReason.OVERLOADED)
+                    self.end(sequence, FinishReason.OVERLOADED)
             except Exception as error:
-                self._fail(sequence, error)
+                self.fail(sequence, error)
         self._prefetch.advance(self._scheduler.waiting, self._spare_blocks)
 
     def drop_recycled(self, sequences: Iterable[Sequence]) -> None:
@@ -154,7 +182,7 @@ class Residency:
                 if sequence.table is not None and not self._cache.is_intact(sequence.table):
                     self._preempt(sequence)
             except Exception as error:
-                self._fail(sequence, error)
+                self.fail(sequence, error)
 
     def recover(self) -> None:
         """Finds the blocks that running sequences lost at the store again, or has them waiting, to be fetched or computed."""
@@ -165,7 +193,7 @@ class Residency:
                 if prefix is not None and prefix.lost and not self._attend.recover(sequence):
                     self._give_up_remote(self._attend, sequence)
             except Exception as error:
-                self._fail(sequence, error)
+                self.fail(sequence, error)
 
     @property
     def _spare_blocks(self) -> int:
@@ -173,7 +201,11 @@ class Residency:
         return self._cache.available_blocks - len(self._scheduler.running)
 
     def _announce(self, sequence: Sequence) -> None:
-        sequence.announced = self._cache.announce(sequence.token_ids, sequence.hashes, sequence.extra_keys)
+        self._announced[sequence] = self._cache.announce(sequence.token_ids, sequence.hashes, sequence.extra_keys)
+
+    def _settle(self, sequence: Sequence) -> None:
+        self._cache.settle(self._announced.get(sequence, []))
+        self._announced.pop(sequence, None)
 
     def _admissible(self) -> Sequence | None:
         """The next sequence to admit; prefetching gives way to it."""
@@ -225,18 +257,12 @@ class Residency:
             _LOG.exception("no running sequence could leave its blocks to the store")
             return False
 
-    def _give_back(self, sequence: Sequence) -> None:
-        if sequence.table is not None:
-            sequence.blocks_used = len(sequence.table.own_block_ids)
-            self._cache.release(sequence.table)
-            sequence.table = None
-
     def _give_up_remote(self, attend: AttendedBlocks, sequence: Sequence) -> None:
         """Has a sequence that lost its blocks at the store begin anew, or ends it where it has no way to go on."""
         if attend.may_go_on(sequence):
             self._preempt(sequence)
         else:
-            self._end(sequence, FinishReason.REMOTE_LOST)
+            self.end(sequence, FinishReason.REMOTE_LOST)
 
     def _preempt(self, sequence: Sequence) -> None:
         """Takes a sequence's blocks for others."""
@@ -246,13 +272,17 @@ class Residency:
 
     def _send_back(self, sequence: Sequence) -> None:
         """To waiting, without a block. Sealed ones stay findable here and in the store, so only its tail is computed again."""
-        assert sequence.table is not None
         self._scheduler.preempt(sequence)
         self.end_loading(sequence)
         if self._attend is not None:
             self._attend.release(sequence)
-        self._cache.release(sequence.table)
-        sequence.table = None
+        self._release_table(sequence)
         sequence.drafts = ()
         sequence.computed_tokens = 0
         self._announce(sequence)
+
+    def _release_table(self, sequence: Sequence) -> None:
+        if sequence.table is not None:
+            sequence.blocks_used = len(sequence.table.own_block_ids)
+            self._cache.release(sequence.table)
+            sequence.table = None

@@ -56,7 +56,6 @@ class Sequence:
     text_stream: TextStream | None = None
     sampler: Sampler = field(init=False)
     hashes: list[BlockHash] = field(default_factory=list)
-    announced: list[BlockHash] = field(default_factory=list)
     admission: Admission | None = None
     prompt: Prompt | None = None
     admitted_ms: float = 0.0
