@@ -18,7 +18,7 @@ import attnstore
 from attnstore.testing import StoreProcess
 from attnstore.testing.link import Link
 from attnstore_worker.cache import SharedUse
-from attnstore_worker.engine import Engine, EngineOptions, SamplingParams
+from attnstore_worker.engine import AttendPolicy, Engine, EngineOptions, SamplingParams
 from attnstore_worker.engine import Sequence as Prompted
 from attnstore_worker.model import LoadedModel
 from experiments.attend.rows import Row, attend_ms, fetch_ms
@@ -172,7 +172,7 @@ def _shared(model: LoadedModel, prompt: list[int], tokens: int, url: str) -> _Ru
 
 
 def _attended(model: LoadedModel, prompt: list[int], tokens: int, url: str, *, speculate: bool) -> _Run:
-    options = _options(model, 4 * _CHUNK_TOKENS + tokens, attend="always", speculate=speculate)
+    options = _options(model, 4 * _CHUNK_TOKENS + tokens, attend=AttendPolicy.ALWAYS, speculate=speculate)
     with _store(url, "tcp") as store:
         with Engine(model, options, store=store, attend_store=store) as warming:  # the node's kernels, and the known batch shapes
             _generate(warming, prompt, 12 if speculate else 2)
@@ -202,7 +202,7 @@ def _left_behind(model: LoadedModel, prompt: list[int], cell: Cell, url: str, *,
     options = _options(
         model,
         int(len(prompt) * cell.resident_share),
-        attend="beyond_pool",
+        attend=AttendPolicy.BEYOND_POOL,
         speculate=speculate,
         tenant_salt=f"{cell} {speculate}".encode(),
     )

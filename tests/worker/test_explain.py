@@ -105,12 +105,19 @@ def test_what_no_json_of_ours_looks_like_is_refused(tmp_path: Path, content: byt
         decisions_of(str(path), 5)
 
 
-def test_what_a_file_says_is_shown_as_it_is(tmp_path: Path) -> None:
+def test_fields_that_a_decision_does_not_have_are_ignored(tmp_path: Path) -> None:
     path = tmp_path / "decisions.jsonl"
-    path.write_text(json.dumps({**DECISION, "choice": "[/b]", "error": "ours is computed", "added": 1}) + "\n")
+    path.write_text(json.dumps({**DECISION, "choice": "meet", "error": "ours is computed", "added": 1}) + "\n")
     console = Console(record=True, width=160)
     show(decisions_of(str(path), 5), console)
-    assert "[/b]" in console.export_text()
+    assert "meet" in console.export_text()
+
+
+def test_a_choice_that_is_none_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "decisions.jsonl"
+    path.write_text(json.dumps({**DECISION, "choice": "[/b]"}) + "\n")
+    with pytest.raises(InvalidArgument, match="it holds something else"):
+        decisions_of(str(path), 5)
 
 
 @pytest.mark.parametrize("answer", [b"", b"SSH-2.0-OpenSSH_9.6\r\n", b"HTTP/1.1 200 OK\r\n\r\n[]", b"HTTP/1.1 404 No\r\n\r\n"])

@@ -138,10 +138,11 @@ _COMMANDS = {"generate": _generate, "serve": _serve, "explain": _explain, "conve
 
 
 def _engine_options(arguments: argparse.Namespace) -> EngineOptions:
-    if arguments.attend != AttendPolicy.NEVER.value and not arguments.store:
-        raise InvalidArgument(f"--attend {arguments.attend} needs a --store")
-    if arguments.attend == AttendPolicy.MEASURED.value and arguments.planner != "cost":
-        raise InvalidArgument(f"--attend {arguments.attend} needs --planner cost")
+    attend = AttendPolicy(arguments.attend)
+    if attend is not AttendPolicy.NEVER and not arguments.store:
+        raise InvalidArgument(f"--attend {attend} needs a --store")
+    if attend is AttendPolicy.MEASURED and arguments.planner != "cost":
+        raise InvalidArgument(f"--attend {attend} needs --planner cost")
     return EngineOptions(
         pool_bytes=arguments.pool,
         chunk_tokens=arguments.chunk_tokens,
@@ -151,7 +152,7 @@ def _engine_options(arguments: argparse.Namespace) -> EngineOptions:
         write_policy=arguments.write_policy,
         host_pool_bytes=arguments.host_pool,
         shared=SharedUse(arguments.shared),
-        attend=arguments.attend,
+        attend=attend,
         speculate=arguments.speculate,
     )
 

@@ -14,7 +14,7 @@ from attnstore.client.async_client import AsyncClient
 from attnstore.client.cluster.attend import AttendedPrefix, StoreAttention
 from attnstore.client.transports.attend import AttendStream
 from attnstore.testing import StoreProcess
-from attnstore_worker.engine import Engine, EngineOptions, FinishReason, SamplingParams
+from attnstore_worker.engine import AttendPolicy, Engine, EngineOptions, FinishReason, SamplingParams
 from attnstore_worker.engine import Sequence as Prompted
 from attnstore_worker.errors import SequenceFailed
 from attnstore_worker.model import LoadedModel
@@ -39,7 +39,7 @@ def client(nodes: list[StoreProcess]) -> Iterator[attnstore.Client]:
         yield client
 
 
-def options(model: LoadedModel, request: str, attend: str = "beyond_pool", **more: object) -> EngineOptions:
+def options(model: LoadedModel, request: str, attend: AttendPolicy = AttendPolicy.BEYOND_POOL, **more: object) -> EngineOptions:
     """Every test has pages of its own in the shared nodes."""
     pool_bytes = BLOCKS * model.layout(16).page_bytes
     # A node compiles its kernels at the first query, which takes long on a busy machine.
@@ -159,7 +159,7 @@ def test_without_attend_such_a_context_is_refused(
     tiny: LoadedModel, client: attnstore.Client, request: pytest.FixtureRequest
 ) -> None:
     with (
-        Engine(tiny, options(tiny, request.node.name, "never"), store=client, attend_store=client) as engine,
+        Engine(tiny, options(tiny, request.node.name, AttendPolicy.NEVER), store=client, attend_store=client) as engine,
         pytest.raises(errors.InvalidArgument, match="pool"),
     ):
         engine.submit(prompt(300))
@@ -179,7 +179,7 @@ def test_a_warm_prefix_is_attended_to_and_not_fetched(
     tiny: LoadedModel, client: attnstore.Client, request: pytest.FixtureRequest
 ) -> None:
     token_ids = prompt(6 * 16 + 5)
-    wanted = options(tiny, request.node.name, "always")
+    wanted = options(tiny, request.node.name, AttendPolicy.ALWAYS)
     with Engine(tiny, wanted, store=client, attend_store=client) as cold:
         expected = run(cold, token_ids).generated
         assert cold.flush(30_000)
@@ -198,7 +198,7 @@ def test_a_warm_prefix_is_attended_to_and_not_fetched(
 def test_bytes_of_a_token_do_not_depend_on_the_length_of_its_context(
     tiny: LoadedModel, client: attnstore.Client, request: pytest.FixtureRequest
 ) -> None:
-    wanted = options(tiny, request.node.name, "always")
+    wanted = options(tiny, request.node.name, AttendPolicy.ALWAYS)
     sent = []
     for blocks in (2, 6):
         token_ids = prompt(blocks * 16 + 1)
@@ -216,7 +216,7 @@ def test_several_sequences_attend_in_one_exchange_a_layer(
     tiny: LoadedModel, client: attnstore.Client, request: pytest.FixtureRequest
 ) -> None:
     prompts = [prompt(2 * 16 + 1, seed) for seed in range(3)]
-    wanted = options(tiny, request.node.name, "always")
+    wanted = options(tiny, request.node.name, AttendPolicy.ALWAYS)
     with Engine(tiny, wanted, store=client, attend_store=client) as engine:
         for token_ids in prompts:
             engine.generate(token_ids, SamplingParams(max_tokens=1))
@@ -236,7 +236,7 @@ def test_two_nodes_that_hold_parts_of_a_context_answer_together(
     tiny: LoadedModel, nodes: list[StoreProcess], client: attnstore.Client, request: pytest.FixtureRequest
 ) -> None:
     token_ids = prompt(6 * 16 + 1)
-    wanted = options(tiny, request.node.name, "always")
+    wanted = options(tiny, request.node.name, AttendPolicy.ALWAYS)
     with (
         attnstore.connect(nodes[1].url, transport="tcp", deadline_ms=60_000) as other,
         Engine(tiny, wanted, store=client) as writer,
@@ -288,7 +288,7 @@ def test_one_fault_mid_stream_costs_time_and_no_token(
 
     node.fault = once
     token_ids = prompt(length)
-    with Engine(tiny, options(tiny, request.node.name, "always"), store=client, attend_store=node) as engine:
+    with Engine(tiny, options(tiny, request.node.name, AttendPolicy.ALWAYS), store=client, attend_store=node) as engine:
         sequence = run(engine, token_ids)
         assert node.answers > 9
         attending = engine.attending()
@@ -310,7 +310,7 @@ def test_a_fault_that_stays_ends_in_fetching_or_computing_where_the_context_fits
 
     node.fault = always
     token_ids = prompt(5 * 16)
-    with Engine(tiny, options(tiny, request.node.name, "always"), store=client, attend_store=node) as engine:
+    with Engine(tiny, options(tiny, request.node.name, AttendPolicy.ALWAYS), store=client, attend_store=node) as engine:
         sequence = run(engine, token_ids)
         assert sequence.finish_reason is FinishReason.LENGTH
         assert sequence.generated == resident(tiny, token_ids)
@@ -346,7 +346,7 @@ def test_a_killed_node_mid_generation_costs_no_token(tiny: LoadedModel, request:
     with (
         StoreProcess("--capacity", "64MiB", "--attend-threads", "1") as node,
         attnstore.connect(node.url, transport="tcp", deadline_ms=60_000) as client,
-        Engine(tiny, options(tiny, request.node.name, "always"), store=client, attend_store=client) as engine,
+        Engine(tiny, options(tiny, request.node.name, AttendPolicy.ALWAYS), store=client, attend_store=client) as engine,
     ):
         engine.generate(token_ids, SamplingParams(max_tokens=1))
         assert engine.flush(30_000)
@@ -376,19 +376,19 @@ def test_cancelling_lets_the_pages_at_the_node_go(
 
 def test_an_unknown_policy_is_refused() -> None:
     with pytest.raises(errors.InvalidArgument, match="beyond_pool"):
-        EngineOptions(attend="sometimes")
+        EngineOptions(attend="sometimes")  # type: ignore[arg-type]
 
 
 def test_attending_needs_a_node_that_answers(tiny: LoadedModel, store: MemoryStore) -> None:
     with pytest.raises(errors.InvalidArgument, match="answers queries"):
-        Engine(tiny, EngineOptions(attend="always"), store=store)
+        Engine(tiny, EngineOptions(attend=AttendPolicy.ALWAYS), store=store)
 
 
 def test_a_stream_that_breaks_between_two_steps_costs_no_token(
     tiny: LoadedModel, client: attnstore.Client, request: pytest.FixtureRequest
 ) -> None:
     prompts = [prompt(3 * 16 + 1, seed) for seed in range(2)]
-    wanted = options(tiny, request.node.name, "always")
+    wanted = options(tiny, request.node.name, AttendPolicy.ALWAYS)
     with Engine(tiny, wanted, store=client) as engine:
         for token_ids in prompts:
             engine.generate(token_ids, SamplingParams(max_tokens=1))

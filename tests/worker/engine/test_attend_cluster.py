@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 
 import attnstore
-from attnstore_worker.engine import Engine, EngineOptions, FinishReason, SamplingParams
+from attnstore_worker.engine import AttendPolicy, Engine, EngineOptions, FinishReason, SamplingParams
 from attnstore_worker.model import LoadedModel
 from tests.cluster.conftest import Cluster
 
@@ -26,13 +26,13 @@ def cluster() -> Iterator[Cluster]:
     cluster.close()
 
 
-def options(model: LoadedModel, pool_blocks: int, attend: str) -> EngineOptions:
+def options(model: LoadedModel, pool_blocks: int, attend: AttendPolicy) -> EngineOptions:
     pool_bytes = pool_blocks * model.layout(BLOCK_TOKENS).page_bytes
     return EngineOptions(pool_bytes=pool_bytes, block_tokens=BLOCK_TOKENS, chunk_tokens=32, attend=attend, store_deadline_ms=20_000)
 
 
 def resident(model: LoadedModel) -> list[int]:
-    with Engine(model, options(model, 256, "never")) as engine:
+    with Engine(model, options(model, 256, AttendPolicy.NEVER)) as engine:
         return engine.generate(PROMPT, SamplingParams(max_tokens=NEW_TOKENS)).generated
 
 
@@ -40,7 +40,7 @@ def test_the_nodes_of_a_cluster_answer_together_and_one_that_is_killed_costs_no_
     expected = resident(tiny)
     with (
         attnstore.connect(cluster.url, deadline_ms=20_000, transport="tcp") as store,
-        Engine(tiny, options(tiny, 64, "beyond_pool"), store=store) as engine,
+        Engine(tiny, options(tiny, 64, AttendPolicy.BEYOND_POOL), store=store) as engine,
     ):
         sequence = engine.submit(PROMPT, SamplingParams(max_tokens=NEW_TOKENS))
         while len(sequence.generated) < NEW_TOKENS // 2:

@@ -9,7 +9,7 @@ import pytest
 import attnstore
 from attnstore.core.hashing import block_hashes, namespace
 from attnstore.testing import StoreProcess
-from attnstore_worker.engine import AsyncEngine, Engine, EngineOptions, SamplingParams, Sequence
+from attnstore_worker.engine import AsyncEngine, AttendPolicy, Engine, EngineOptions, SamplingParams, Sequence
 from attnstore_worker.model import LoadedModel
 from attnstore_worker.testing import MemoryStore
 
@@ -92,7 +92,7 @@ def test_a_node_attends_to_pages_of_the_same_salt_alone(tiny: LoadedModel) -> No
     with (
         StoreProcess("--capacity", "64MiB", "--attend-threads", "1") as node,
         attnstore.connect(node.url, transport="tcp", deadline_ms=WAIT_MS) as client,
-        Engine(tiny, options(tiny, attend="always"), store=client, attend_store=client) as engine,
+        Engine(tiny, options(tiny, attend=AttendPolicy.ALWAYS), store=client, attend_store=client) as engine,
     ):
         for salt in SALTS:
             generated = []

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from attnstore.attention import CheckedAttention
 from attnstore.core.layout import DType
 from attnstore.errors import InvalidArgument
-from attnstore_worker.engine import Engine, EngineOptions, SamplingParams
+from attnstore_worker.engine import AttendPolicy, Engine, EngineOptions, SamplingParams
 from attnstore_worker.errors import ModelUnavailable
 from attnstore_worker.model import LoadedModel, load_model
 from attnstore_worker.model.attention import PagedStep, paged_attention_forward
@@ -236,9 +236,9 @@ def test_the_pages_of_a_prefix_are_the_same_under_any_length(
         ({AttentionKind(0.5, None, None, False), AttentionKind(0.25, None, None, False)}, "a scale for each layer"),
     ],
 )
-@pytest.mark.parametrize("attend", ["always", "beyond_pool"])
+@pytest.mark.parametrize("attend", [AttendPolicy.ALWAYS, AttendPolicy.BEYOND_POOL])
 def test_store_nodes_are_never_asked_for_what_they_do_not_compute(
-    tiny: LoadedModel, store: MemoryStore, kinds: set[AttentionKind], why: str, attend: str
+    tiny: LoadedModel, store: MemoryStore, kinds: set[AttentionKind], why: str, attend: AttendPolicy
 ) -> None:
     model = replace(tiny, attention_kinds=frozenset(kinds))
     options = EngineOptions(pool_bytes=8 * model.layout(16).page_bytes, attend=attend)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from attnstore_worker.engine.async_engine import AsyncEngine, EngineSnapshot, TokenStream
+from attnstore_worker.engine.attend_policy import AttendPolicy
 from attnstore_worker.engine.engine import Engine
 from attnstore_worker.engine.options import EngineOptions
 from attnstore_worker.engine.outputs import BatchingStatistics, Token
@@ -11,6 +12,7 @@ from attnstore_worker.engine.sequence import FinishReason, Sequence
 
 __all__ = [
     "AsyncEngine",
+    "AttendPolicy",
     "BatchingStatistics",
     "Engine",
     "EngineOptions",

@@ -22,7 +22,7 @@ from attnstore_worker.engine.sequence import Sequence
 _ANSWERS_KEPT: Final = 64
 
 
-class AttendPolicy(enum.Enum):
+class AttendPolicy(enum.StrEnum):
     """Which sequences attend to blocks in the store: none, those that cannot fit into the pool, those for which measured costs say
     so as well, all that find blocks there.
     """

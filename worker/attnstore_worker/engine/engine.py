@@ -262,7 +262,7 @@ class Engine:
         self.close()
 
     def _attended_blocks(self, store: object, name: Namespace) -> AttendedBlocks | None:
-        policy = self.options.attend_policy()
+        policy = self.options.attend
         if policy is AttendPolicy.NEVER:
             return None
         shape = self.model.query_shape()

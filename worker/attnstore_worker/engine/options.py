@@ -22,7 +22,7 @@ class EngineOptions:
 
     At most `chunk_tokens` of one prompt and `step_tokens` of all sequences run in one step (None: two chunks and all decodes);
     `sequences_max` run at once and `waiting_max` wait for it; the first `prefetch_sequences` of these have pages fetched ahead.
-    `attend` is one of `AttendPolicy`: which sequences leave blocks in the store and attend to them there. With `speculate` next
+    `attend` says which sequences leave blocks in the store and attend to them there. With `speculate` next
     tokens are guessed and checked several at a time; the tokens are the same.
     Raises `InvalidArgument` for values that do not fit together (an unknown policy when the engine is made).
     """
@@ -40,7 +40,7 @@ class EngineOptions:
     prefetch_sequences: int = 2
     host_pool_bytes: int = 0
     shared: SharedUse = SharedUse.COPY
-    attend: str = "never"
+    attend: AttendPolicy = AttendPolicy.NEVER
     speculate: bool = False
 
     def __post_init__(self) -> None:
@@ -52,10 +52,8 @@ class EngineOptions:
             raise InvalidArgument(f"prefetch_sequences is {self.prefetch_sequences}; it must not be negative")
         if self.store_deadline_ms < 1:
             raise InvalidArgument(f"store_deadline_ms is {self.store_deadline_ms}; it must be at least 1")
-        if self.attend not in [policy.value for policy in AttendPolicy]:
-            raise InvalidArgument(
-                f"attend is {self.attend!r}; it must be one of {', '.join(policy.value for policy in AttendPolicy)}"
-            )
+        if not isinstance(self.attend, AttendPolicy):
+            raise InvalidArgument(f"attend is {self.attend!r}; it must be an AttendPolicy, one of {', '.join(AttendPolicy)}")
         self.scheduler_limits()
 
     def tier_options(self) -> TierOptions:
@@ -63,10 +61,6 @@ class EngineOptions:
         return TierOptions(
             self.pool_bytes, self.host_pool_bytes, self.eviction, self.shared, self.store_deadline_ms, self.write_policy
         )
-
-    def attend_policy(self) -> AttendPolicy:
-        """Which sequences attend to blocks in the store."""
-        return AttendPolicy(self.attend)
 
     def scheduler_limits(self) -> SchedulerLimits:
         """What the scheduler keeps to."""

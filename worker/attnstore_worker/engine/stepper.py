@@ -1,8 +1,8 @@
 """One step of the engine: guesses, the model's run, and the tokens that follow from it.
 
-Owns: the order of a step, and the counts of steps and tokens. The scheduler decides which chunks are computed; residency owns blocks
-and the end of a sequence. Invariant: a chunk is sealed only after its pages and its logits are known to be right; a step that
-loses pages seals nothing and gives no token.
+Owns: the order of a step, and the counts of steps and tokens. The scheduler decides which chunks are computed; residency owns
+blocks and the end of a sequence. Invariant: a chunk is sealed only after its pages and its logits are known to be right; a step
+that loses pages seals nothing and gives no token.
 """
 
 from __future__ import annotations

@@ -17,7 +17,7 @@ from attnstore_worker.cache.planning.attend_planner import GAIN_MIN, AttendForec
 from attnstore_worker.cache.planning.load_plan import Prompt
 from attnstore_worker.cache.planning.observation import Step, Transfer, TransferKind
 from attnstore_worker.cache.pool.tier import Tier
-from attnstore_worker.engine import Engine, EngineOptions, SamplingParams
+from attnstore_worker.engine import AttendPolicy, Engine, EngineOptions, SamplingParams
 from attnstore_worker.engine import Sequence as Prompted
 from attnstore_worker.model import LoadedModel
 
@@ -167,7 +167,7 @@ def client(node: StoreProcess) -> Iterator[attnstore.Client]:
         yield client
 
 
-def options(model: LoadedModel, salt: str, blocks: int = BLOCKS, attend: str = "measured") -> EngineOptions:
+def options(model: LoadedModel, salt: str, blocks: int = BLOCKS, attend: AttendPolicy = AttendPolicy.MEASURED) -> EngineOptions:
     """A pool of `blocks` blocks, and pages of the test's own."""
     pool_bytes = blocks * model.layout(16).page_bytes
     return EngineOptions(pool_bytes=pool_bytes, chunk_tokens=32, attend=attend, store_deadline_ms=60_000, tenant_salt=salt.encode())
@@ -275,7 +275,12 @@ def test_with_costs_that_are_really_measured_the_tokens_stay_right_and_decisions
     prompts = [prompt_of(7 * 16 + 3, seed) for seed in range(6)]
     # This small a model may be computed so fast that the planner never tries the link: a worker that always reads shows it.
     with Engine(
-        tiny, options(tiny, "real", attend="never"), store=client, clock=clock, planner=FetchAll(60_000), observer=planner
+        tiny,
+        options(tiny, "real", attend=AttendPolicy.NEVER),
+        store=client,
+        clock=clock,
+        planner=FetchAll(60_000),
+        observer=planner,
     ) as engine:
         warmed(engine, prompt_of(7 * 16 + 3, seed=6))
         engine.generate(prompt_of(7 * 16 + 3, seed=6), SamplingParams(max_tokens=1))

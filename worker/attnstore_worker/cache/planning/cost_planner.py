@@ -18,7 +18,17 @@ from attnstore_worker.cache.planning.cost_book import CostBook, CostReport
 from attnstore_worker.cache.planning.decisions import Decision, DecisionLog, PredictionStatistics
 from attnstore_worker.cache.planning.load_plan import Found, LoadPlan, LoadProgress, Order, Prompt, SearchPlan
 from attnstore_worker.cache.planning.observation import Answer, Load, Step, Transfer
-from attnstore_worker.cache.planning.split import Costs, Split, Work, fetch_everything, patience, recompute_ms, search_head, split
+from attnstore_worker.cache.planning.split import (
+    Choice,
+    Costs,
+    Split,
+    Work,
+    fetch_everything,
+    patience,
+    recompute_ms,
+    search_head,
+    split,
+)
 
 PROBE_MS: Final = 10_000.0
 """A link that is not used is measured again after this time, beside the next prompt that is computed."""
@@ -52,13 +62,13 @@ class CostPlanner:
         if work.front >= work.back:
             return None
         if costs is None:
-            self._decided(found.prompt, None, None, "probe", found)
+            self._decided(found.prompt, None, None, Choice.PROBE, found)
             return _probe(work, _UNKNOWN_DEADLINE_MS)
         slack_ms = self._slack_ms(costs, found, found.front, found.search_ms)
         work = replace(work, ahead_ms=max(0.0, -slack_ms))
         planned = split(costs, work, self._patience_ms(costs, found.prompt) - max(0.0, slack_ms))
         is_stale = costs.link.age_ms > PROBE_MS
-        self._decided(found.prompt, costs, planned, "probe" if is_stale and not planned.fetches else planned.choice, found)
+        self._decided(found.prompt, costs, planned, Choice.PROBE if is_stale and not planned.fetches else planned.choice, found)
         if planned.fetches:
             return _load_plan(planned, planned.deadline_ms)
         return _probe(work, recompute_ms(costs.prefill, work)) if is_stale else None
@@ -118,7 +128,7 @@ class CostPlanner:
 
     def attending(self, prompt: Prompt, remote_blocks: int, forecast: AttendForecast) -> None:
         """Notes that a prompt's first blocks are left in the store."""
-        decision = self._decision(prompt, None, None, "attend", None)
+        decision = self._decision(prompt, None, None, Choice.ATTEND, None)
         forecasts = {"attend": forecast.attend_ttft_ms, "planned": forecast.load_ttft_ms}
         self._log.opened(replace(decision, hit_end=remote_blocks, forecasts=forecasts, predicted_ttft_ms=forecast.attend_ttft_ms))
 
@@ -142,7 +152,7 @@ class CostPlanner:
         """Compares the prediction with what happened."""
         happened_ms = answer.ended_ms - answer.started_ms
         decision = self._log.get(answer.prompt.number)
-        if decision is not None and decision.choice == "layers" and decision.predicted_ttft_ms is not None:
+        if decision is not None and decision.choice is Choice.LAYERS and decision.predicted_ttft_ms is not None:
             costs = self._book.costs()
             self._book.computed_behind(happened_ms, decision.predicted_ttft_ms / (costs.behind if costs is not None else 1.0))
         self._log.answered(answer.prompt.number, happened_ms)
@@ -164,17 +174,17 @@ class CostPlanner:
         costs = self._book.costs()
         work = self._work(prompt, prompt.resident_blocks, prompt.usable_blocks)
         planned = split(costs, work, patience(costs.prefill, work)) if costs is not None else None
-        return self._decision(prompt, costs, planned, planned.choice if planned is not None else "probe", None)
+        return self._decision(prompt, costs, planned, planned.choice if planned is not None else Choice.PROBE, None)
 
     def _search(self, prompt: Prompt) -> SearchPlan | None:
         costs, work = self._book.costs(), self._work(prompt, prompt.resident_blocks, prompt.usable_blocks)
-        self._decided(prompt, None, None, "recompute", None)  # until hits are found
+        self._decided(prompt, None, None, Choice.RECOMPUTE, None)  # until hits are found
         if costs is None:
             return SearchPlan(_UNKNOWN_DEADLINE_MS, work.back)
         planned = split(costs, work, patience(costs.prefill, work))
         everything_ms = recompute_ms(costs.prefill, work)
         if not planned.fetches:
-            self._decided(prompt, costs, planned, "recompute", None)
+            self._decided(prompt, costs, planned, Choice.RECOMPUTE, None)
             return SearchPlan(everything_ms, work.back) if costs.link.age_ms > PROBE_MS else None
         head = search_head(costs, work)
         self._decided(prompt, costs, planned, planned.choice, None)
@@ -197,12 +207,14 @@ class CostPlanner:
         work = self._work(found.prompt, front, found.hit_end)
         return elapsed_ms - costs.slowdown * self._compute_ms(costs, work, found.prompt.resident_blocks, front)
 
-    def _decided(self, prompt: Prompt, costs: Costs | None, planned: Split | None, choice: str, found: Found | None) -> None:
+    def _decided(self, prompt: Prompt, costs: Costs | None, planned: Split | None, choice: Choice, found: Found | None) -> None:
         decision = self._decision(prompt, costs, planned, choice, found)
         earlier = self._log.get(prompt.number)
         self._log.opened(decision if earlier is None else replace(decision, at_ms=earlier.at_ms))
 
-    def _decision(self, prompt: Prompt, costs: Costs | None, planned: Split | None, choice: str, found: Found | None) -> Decision:
+    def _decision(
+        self, prompt: Prompt, costs: Costs | None, planned: Split | None, choice: Choice, found: Found | None
+    ) -> Decision:
         decision = Decision(
             prompt.number, self._clock.now_ms(), prompt.tokens, prompt.resident_blocks, prompt.usable_blocks, choice
         )

@@ -1,7 +1,7 @@
-"""Every decision of the planner: what each choice was predicted to cost, what was chosen, and what happened.
+"""Every decision of the planner: the predicted cost of each choice, the choice, and the outcome.
 
-Owns: `Decision` and `DecisionLog`, the last of them and the errors of their predictions. Invariant: a prediction is what was said
-when the load was planned, before anything of it had happened; later plans of the same load do not touch it.
+Owns: `Decision`, and `DecisionLog` with the last decisions and the errors of their predictions. Invariant: a prediction is made
+when a load is planned, before it begins; later plans of the same load do not change it.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from statistics import median
 from typing import Any, Final
 
 from attnstore_worker.cache.planning.observation import Load, LoadEnd
+from attnstore_worker.cache.planning.split import Choice
 
 _KEPT: Final = 256
 ERROR_BOUNDS: Final = (0.02, 0.05, 0.1, 0.15, 0.25, 0.5, 1.0, 2.0)
@@ -26,10 +27,8 @@ ERROR_BOUNDS: Final = (0.02, 0.05, 0.1, 0.15, 0.25, 0.5, 1.0, 2.0)
 class Decision:
     """One prompt. Times in ms from its admission to its first token; None where nothing was known or has happened yet.
 
-    `choice` is recompute, fetch, layers (fetch, and compute behind it), meet (compute and fetch at once), probe (compute, and
-    fetch a little to learn) or attend (leave it there); `forecasts` has the predicted time of each choice. Blocks
-    `[resident_blocks, hit_end)` were found below, of which those from `meet` on were to be fetched and `arrived_blocks` were. `end`
-    is why the load ended.
+    `forecasts` has the predicted time of some choices, and of the plan. Blocks `[resident_blocks, hit_end)` were found below HBM:
+    those from `meet` on were to be fetched, and `arrived_blocks` of them arrived. `end` is why the load ended.
     """
 
     number: int
@@ -37,7 +36,7 @@ class Decision:
     tokens: int
     resident_blocks: int
     usable_blocks: int
-    choice: str = "recompute"
+    choice: Choice = Choice.RECOMPUTE
     hit_end: int | None = None
     meet: int | None = None
     rtt_ms: float | None = None
@@ -104,7 +103,7 @@ class DecisionLog:
             if decision is None:
                 return
             if load.end is LoadEnd.NOT_FOUND:  # what was predicted supposed hits
-                decision = replace(decision, choice="recompute", meet=None, predicted_ttft_ms=None)
+                decision = replace(decision, choice=Choice.RECOMPUTE, meet=None, predicted_ttft_ms=None)
             self._open[decision.number] = replace(decision, arrived_blocks=load.arrived_blocks, end=load.end.value)
 
     def answered(self, number: int, ttft_ms: float) -> None:

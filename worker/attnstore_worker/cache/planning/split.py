@@ -21,6 +21,7 @@ longer than computing it takes (the rule for renting skis: Karlin et al., 1988).
 
 from __future__ import annotations
 
+import enum
 from bisect import bisect_left
 from dataclasses import dataclass, replace
 from typing import Final
@@ -42,6 +43,20 @@ BATCH_RTTS: Final = 8.0
 """A read is so large that its pages take this many round trips, which then cost 1/9 of the bandwidth."""
 BATCH_MS_MIN: Final = 10.0
 """A read is at least so long: calls and wake-ups cost some tenths of a millisecond."""
+
+
+class Choice(enum.StrEnum):
+    """What is done about a prompt. LAYERS: fetch, and compute the chunk behind the hits as layers come. MEET: compute from the
+    front and fetch from the back at once. PROBE: compute, and fetch a little to measure the link. ATTEND: leave the blocks in the
+    store.
+    """
+
+    RECOMPUTE = "recompute"
+    FETCH = "fetch"
+    LAYERS = "layers"
+    MEET = "meet"
+    PROBE = "probe"
+    ATTEND = "attend"
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,13 +135,13 @@ class Split:
         return self.compute_ms + self.patience_ms
 
     @property
-    def choice(self) -> str:
-        """In one word: recompute, fetch, layers (fetch, computing behind it), or meet (compute and fetch at once)."""
+    def choice(self) -> Choice:
+        """RECOMPUTE, FETCH, LAYERS or MEET."""
         if not self.fetches:
-            return "recompute"
+            return Choice.RECOMPUTE
         if self.by_layers:
-            return "layers"
-        return "fetch" if self.meet == self.work.front else "meet"
+            return Choice.LAYERS
+        return Choice.FETCH if self.meet == self.work.front else Choice.MEET
 
 
 def recompute_ms(prefill: PrefillCost, work: Work) -> float:
