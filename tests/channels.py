@@ -21,6 +21,7 @@ from attnstore.core.hashing import layer_checksums, page_checksum
 from attnstore.core.page_table import PageTable
 from attnstore.errors import AttnStoreError, Retryable, Unavailable
 from attnstore.limits import CHANNEL_CREDITS, CHANNEL_READ_HASHES_MAX, HASH_BYTES, LEASE_ID_BYTES
+from attnstore.server.attend import Attending
 from attnstore.server.page_channel import PageChannelServer, TokenBook
 from attnstore.server.store import Store
 from attnstore.streams.frames import FrameStream
@@ -40,10 +41,18 @@ PATIENCE_MS = 20_000.0
 
 
 class ChannelNode:
-    """A page channel with a store behind it, all in this process. Tokens are those of the tenant `default`."""
+    """A page channel with a store behind it, all in this process. Tokens are those of the tenant `default`. It attends on so many
+    threads.
+    """
 
     def __init__(
-        self, *, stall_ms: int = 20_000, clock: Clock | None = None, capacity_bytes: int = 32 << 20, tenants: int = 1
+        self,
+        *,
+        stall_ms: int = 20_000,
+        clock: Clock | None = None,
+        capacity_bytes: int = 32 << 20,
+        tenants: int = 1,
+        attend_threads: int = 0,
     ) -> None:
         clock = clock or MonotonicClock()
         self._arena = MemoryArena(capacity_bytes, capacity_bytes // 8)
@@ -55,7 +64,10 @@ class ChannelNode:
         self.store = Store(table, self._arena, clock, lambda _events: None)
         self.metrics = NodeMetrics(self.store.statistics)
         self.tokens = TokenBook(clock, tenants)
-        self.server = PageChannelServer(self.store, self.tokens, self.metrics, stall_ms=stall_ms, tenants=tenants)
+        self.attending = Attending(self.store, clock, attend_threads) if attend_threads else None
+        self.server = PageChannelServer(
+            self.store, self.tokens, self.metrics, stall_ms=stall_ms, attending=self.attending, tenants=tenants
+        )
         self.server.start(Address("127.0.0.1", 0))
         self._stopped = False
         self._dialled: list[FrameStream] = []

@@ -179,7 +179,7 @@ class AttendSession:
                     if isinstance(page, PageStatus):
                         raise LeaseExpired(f"page {index} of the set's {len(found)} is {page.name}: match again")
                     if not self._attending.store.is_intact(page, ATTEND_VERIFIED_MS_MAX):
-                        raise LeaseExpired(f"page {index} of the set's {len(found)}was corrupt and has been removed: match again")
+                        raise LeaseExpired(f"page {index} of the set's {len(found)} was corrupt and has been removed: match again")
                     views.append(page.data)
                 self._sets[opening.set_id] = _Set(PagesInPlace(layout, views), opening.lease_id, pins.pop_all())
             self._shape, self._layout = opening.shape, layout

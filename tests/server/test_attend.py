@@ -14,7 +14,7 @@ from attnstore.core.hashing import joint_checksum
 from attnstore.core.layout import DType
 from attnstore.limits import ATTEND_SETS_MAX
 from attnstore.server import attend as attend_module
-from attnstore.server.attend import Attending
+from attnstore.streams.frames import FrameStream
 from attnstore.testing.clock import ManualClock
 from attnstore.types import Lease
 from attnstore.wire.attend import AttendShape, encode_sets
@@ -32,9 +32,8 @@ class Node:
 
     def __init__(self, *, attends: bool = True) -> None:
         self.clock = ManualClock()
-        self.channel = ChannelNode(clock=self.clock)
-        self.attending = Attending(self.channel.store, self.clock, 1) if attends else None
-        self.channel.server._attending = self.attending
+        self.channel = ChannelNode(clock=self.clock, attend_threads=int(attends))
+        self.attending = self.channel.attending
         torch.manual_seed(3)
         pages = torch.randn(6, *LAYOUT.shape)
         made = make_batch(6, model="attend", layout=LAYOUT)
@@ -47,8 +46,10 @@ class Node:
         return Lease(found.lease_id, found.lease_ms)
 
     def stream(self, *, q_heads: int = Q_HEADS, tenant: str = "default") -> ChannelAttend:
-        shape = AttendShape(self.batch.namespace, q_heads, 0.125)
-        return ChannelAttend(self.channel.connect(tenant), shape, MonotonicClock(), PATIENCE_MS)
+        return self.attend(self.channel.connect(tenant), q_heads=q_heads)
+
+    def attend(self, channel: FrameStream, *, q_heads: int = Q_HEADS, scale: float = 0.125) -> ChannelAttend:
+        return ChannelAttend(channel, AttendShape(self.batch.namespace, q_heads, scale), MonotonicClock(), PATIENCE_MS)
 
     def pinned(self) -> int:
         return self.channel.store.statistics().pages_pinned
@@ -177,11 +178,14 @@ def test_a_node_refuses_more_rows_than_it_allows(node: Node) -> None:
 def test_heads_that_do_not_divide_and_a_second_shape_are_refused(node: Node) -> None:
     with node.stream(q_heads=3) as stream, pytest.raises(errors.InvalidArgument, match="multiple"):
         stream.open(node.batch.hashes, node.lease())
-    with node.stream() as stream:
+    channel = node.channel.connect()
+    with node.attend(channel) as stream:
         stream.open(node.batch.hashes, node.lease())
-        stream._shape = AttendShape(node.batch.namespace, Q_HEADS, 0.5)
+        other = node.attend(channel, scale=0.5)
+        with pytest.raises(errors.InvalidArgument, match="set 0 is open"):
+            other.open(node.batch.hashes, node.lease())
         with pytest.raises(errors.InvalidArgument, match="another stream"):
-            stream.open(node.batch.hashes, node.lease())
+            other.open(node.batch.hashes, node.lease())
 
 
 def test_a_stream_has_a_maximum_of_sets(node: Node) -> None:
@@ -198,6 +202,14 @@ def test_a_set_that_names_a_page_twice_is_refused(node: Node) -> None:
         stream.open(node.batch.hashes[:1] * 2, node.lease())
 
 
+def opens(stream: ChannelAttend, node: Node) -> bool:
+    try:
+        stream.open(node.batch.hashes, node.lease())
+    except errors.Overloaded:
+        return False
+    return True
+
+
 def test_the_pages_of_all_sets_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(attend_module, "ATTEND_PAGES_MAX", 12)
     node = Node()
@@ -207,9 +219,8 @@ def test_the_pages_of_all_sets_are_bounded(monkeypatch: pytest.MonkeyPatch) -> N
             with pytest.raises(errors.Overloaded, match=r"12 pages of attended sets .* holds 11 .* 2 more"):
                 second.open(node.batch.hashes[:2], node.lease())
             first.close_set(sets[0])
-            assert eventually(lambda: node.attending is not None and node.attending._pages.used == 5)
+            assert eventually(lambda: opens(second, node))
             assert torch.isfinite(ask(second, sets[1])).all()
-            second.open(node.batch.hashes, node.lease())
     finally:
         node.channel.close()
 
@@ -224,7 +235,8 @@ def test_another_tenant_reaches_nothing(node: Node) -> None:
 
 
 def test_a_budget_of_ages_is_refused_and_costs_nobody_an_answer(node: Node) -> None:
-    with node.stream() as greedy, node.stream() as other:
+    channel = node.channel.connect()
+    with node.attend(channel) as greedy, node.stream() as other:
         set_id = greedy.open(node.batch.hashes, node.lease())
         rows = torch.ones(1, Q_HEADS, LAYOUT.head_dim).numpy().tobytes()
         parts = (encode_sets([(set_id, 1)]), rows)
@@ -236,8 +248,8 @@ def test_a_budget_of_ages_is_refused_and_costs_nobody_an_answer(node: Node) -> N
             offset_bytes=1 << 63,
             checksum=joint_checksum(parts),
         )
-        greedy._stream.send(encode_frame(frame), *parts)
-        assert isinstance(refusal(greedy._stream), errors.InvalidArgument)
+        channel.send(encode_frame(frame), *parts)
+        assert isinstance(refusal(channel), errors.InvalidArgument)
         ask(greedy, set_id)
         ask(other, other.open(node.batch.hashes, node.lease()))
 
