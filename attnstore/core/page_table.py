@@ -74,7 +74,7 @@ class PageTable:
         self._events = EventLog()
         self._quotas = Quotas()
         self._tombstones = Tombstones()
-        self._pins = Pins(self._residency, self._leases, self._bury)
+        self._pins = Pins(self._residency, self._leases, self._free_corrupt)
         self._room = RoomMaker(self._slots, self._residency, self._quotas, self._pins, policy, self._evict)
         self._used_bytes = 0
         self._sealed = 0
@@ -268,7 +268,7 @@ class PageTable:
         """
         record, arrived = page.record.namespace, page.record
         if not arrived.is_handed_over:
-            self._tombstones.lift(record.space, arrived.hash)
+            self._tombstones.remove(record.space, arrived.hash)
             arrived.written_ms = now_ms
         elif self._is_deleted(record.space, arrived.hash, arrived.written_ms, now_ms):
             self.abort(page)
@@ -327,18 +327,18 @@ class PageTable:
         page = record.sealed.get(page_hash)
         if page is not None and page.pins:
             return PageStatus.PINNED
-        self._tombstones.bury(record.space, page_hash, now_ms, now_ms)
+        self._tombstones.add(record.space, page_hash, now_ms, now_ms)
         if page is None:
             return PageStatus.MISSING
         self._drop(page, PageStep.DELETE, PageEventKind.DELETED)
         return PageStatus.OK
 
-    def deleted_elsewhere(self, space: Space, page_hash: bytes, died_ms: float, now_ms: float) -> None:
-        """Records that the page was deleted on another node at `died_ms`. Removes it unless it was written later or is pinned."""
+    def deleted_elsewhere(self, space: Space, page_hash: bytes, deleted_ms: float, now_ms: float) -> None:
+        """Records that the page was deleted on another node at `deleted_ms`. Removes it unless it was written later or is pinned."""
         page = self._namespaces.sealed_in(space).get(page_hash)
-        if page is not None and page.written_ms >= died_ms:
+        if page is not None and page.written_ms >= deleted_ms:
             return
-        self._tombstones.bury(space, page_hash, died_ms, now_ms)
+        self._tombstones.add(space, page_hash, deleted_ms, now_ms)
         if page is not None and not page.pins:
             self._drop(page, PageStep.DELETE, PageEventKind.DELETED)
 
@@ -364,7 +364,7 @@ class PageTable:
         self._vanish(record, PageStep.CONDEMN, PageEventKind.EVICTED)
         record.namespace.corrupt.add(record)
         if not record.pins:
-            self._bury(record)
+            self._free_corrupt(record)
         return True
 
     def has_due(self, now_ms: float) -> bool:
@@ -438,8 +438,8 @@ class PageTable:
         self._room.check(len(sealed) + len(corrupt) - self._pins.pages)
 
     def _is_deleted(self, space: Space, page_hash: bytes, written_ms: float, now_ms: float) -> bool:
-        died_ms = self._tombstones.died_ms(space, page_hash, now_ms)
-        return died_ms is not None and written_ms < died_ms + TOMBSTONE_MARGIN_MS
+        deleted_ms = self._tombstones.deleted_ms(space, page_hash, now_ms)
+        return deleted_ms is not None and written_ms < deleted_ms + TOMBSTONE_MARGIN_MS
 
     def _forget(self, record: NamespaceRecord) -> None:
         if self._namespaces.forget(record):
@@ -462,7 +462,7 @@ class PageTable:
         self._sealed -= 1
         self._events.append(record.space, kind, page.hash)
 
-    def _bury(self, page: Page) -> None:
+    def _free_corrupt(self, page: Page) -> None:
         """Ends the life of a corrupt, unpinned page."""
         page.namespace.corrupt.remove(page)
         page.advance(PageStep.FREE)

@@ -21,12 +21,12 @@ from attnstore.limits import MATCH_PAGES_MAX, WORK_PAGES_MAX
 
 
 class Pins:
-    """The pins of one page table. `bury` is called with a corrupt page whose last pin is gone."""
+    """The pins of one page table. `free_corrupt` is called with a corrupt page whose last pin is gone."""
 
-    def __init__(self, residency: Residency, leases: LeaseTable, bury: Callable[[Page], None]) -> None:
+    def __init__(self, residency: Residency, leases: LeaseTable, free_corrupt: Callable[[Page], None]) -> None:
         self._residency = residency
         self._leases = leases
-        self._bury = bury
+        self._free_corrupt = free_corrupt
         self._ended: deque[LeaseRecord] = deque()
         self.pages = 0
         """The number of pinned pages."""
@@ -128,7 +128,7 @@ class Pins:
         if record.corrupt:
             for page in unpinned:
                 if page in record.corrupt:
-                    self._bury(page)
+                    self._free_corrupt(page)
 
     def touch(self, record: NamespaceRecord, pages: Sequence[Page]) -> None:
         """Records that sealed pages, pinned or not, were used."""

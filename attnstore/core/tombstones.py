@@ -17,44 +17,44 @@ class Tombstones:
     def __init__(self) -> None:
         # Per tenant, oldest first, keyed by namespace and hash joined: bytes and numbers give the garbage collector nothing to
         # scan.
-        self._died_ms: dict[str, dict[bytes, float]] = {}
+        self._deleted_ms: dict[str, dict[bytes, float]] = {}
         self._count = 0
 
     def __len__(self) -> int:
         return self._count
 
-    def bury(self, space: Space, page_hash: bytes, died_ms: float, now_ms: float) -> None:
-        """Records that the page was deleted at `died_ms`."""
-        self.lift(space, page_hash)
-        of_tenant = self._died_ms.setdefault(space.tenant, {})
-        of_tenant[space.namespace + page_hash] = died_ms
+    def add(self, space: Space, page_hash: bytes, deleted_ms: float, now_ms: float) -> None:
+        """Records that the page was deleted at `deleted_ms`."""
+        self.remove(space, page_hash)
+        of_tenant = self._deleted_ms.setdefault(space.tenant, {})
+        of_tenant[space.namespace + page_hash] = deleted_ms
         self._count += 1
         while of_tenant and next(iter(of_tenant.values())) <= now_ms - TOMBSTONE_MS_MAX:
             self._forget_oldest(space.tenant)
         if self._count > TOMBSTONES_MAX:
-            self._forget_oldest(max(self._died_ms, key=lambda tenant: len(self._died_ms[tenant])))
+            self._forget_oldest(max(self._deleted_ms, key=lambda tenant: len(self._deleted_ms[tenant])))
 
-    def lift(self, space: Space, page_hash: bytes) -> None:
+    def remove(self, space: Space, page_hash: bytes) -> None:
         """Forgets the deletion: the page was written again."""
-        of_tenant = self._died_ms.get(space.tenant)
+        of_tenant = self._deleted_ms.get(space.tenant)
         if of_tenant is not None and of_tenant.pop(space.namespace + page_hash, None) is not None:
             self._count -= 1
             if not of_tenant:
-                del self._died_ms[space.tenant]
+                del self._deleted_ms[space.tenant]
 
-    def died_ms(self, space: Space, page_hash: bytes, now_ms: float) -> float | None:
+    def deleted_ms(self, space: Space, page_hash: bytes, now_ms: float) -> float | None:
         """Returns the time of the page's deletion, or None if it is unknown or long ago."""
-        died_ms = self._died_ms.get(space.tenant, {}).get(space.namespace + page_hash)
-        return None if died_ms is None or died_ms <= now_ms - TOMBSTONE_MS_MAX else died_ms
+        deleted_ms = self._deleted_ms.get(space.tenant, {}).get(space.namespace + page_hash)
+        return None if deleted_ms is None or deleted_ms <= now_ms - TOMBSTONE_MS_MAX else deleted_ms
 
     def check(self) -> None:
         """Asserts the module's invariants. O(tombstones); for tests and simulations."""
-        assert all(self._died_ms.values())
-        assert self._count == sum(map(len, self._died_ms.values())) <= TOMBSTONES_MAX
+        assert all(self._deleted_ms.values())
+        assert self._count == sum(map(len, self._deleted_ms.values())) <= TOMBSTONES_MAX
 
     def _forget_oldest(self, tenant: str) -> None:
-        of_tenant = self._died_ms[tenant]
+        of_tenant = self._deleted_ms[tenant]
         del of_tenant[next(iter(of_tenant))]
         self._count -= 1
         if not of_tenant:
-            del self._died_ms[tenant]
+            del self._deleted_ms[tenant]

@@ -69,11 +69,11 @@ class StoreSpaces:
 
     def deleted_elsewhere(self, space: Space, page_hashes: Sequence[bytes], age_ms: float) -> None:
         """`PageTable.deleted_elsewhere` of each page, all deleted `age_ms` ago."""
-        died_ms = self._clock.now_ms() - age_ms
+        deleted_ms = self._clock.now_ms() - age_ms
         for hashes in in_slices(page_hashes, WORK_PAGES_MAX):
             with self._lock:
                 for page_hash in hashes:
-                    self._table.deleted_elsewhere(space, page_hash, died_ms, self._clock.now_ms())
+                    self._table.deleted_elsewhere(space, page_hash, deleted_ms, self._clock.now_ms())
                 self._tell()
 
     def sweeping(self) -> Sliced[None]:

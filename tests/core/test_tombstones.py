@@ -136,14 +136,14 @@ def test_pages_sealed_after_a_number_of_pages_are_listed_alone(table: PageTable)
 
 def test_a_tenant_that_deletes_a_lot_makes_the_node_forget_its_own_deletions(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tombstones, "TOMBSTONES_MAX", 10)
-    graves = Tombstones()
-    graves.bury(STRANGERS, name(0), NOW_MS, NOW_MS)
+    remembered = Tombstones()
+    remembered.add(STRANGERS, name(0), NOW_MS, NOW_MS)
     for number in range(100):
-        graves.bury(SPACE, name(number), NOW_MS, NOW_MS)
-        graves.check()
-    assert len(graves) == 10
-    assert graves.died_ms(STRANGERS, name(0), NOW_MS) == NOW_MS
-    assert graves.died_ms(SPACE, name(0), NOW_MS) is None
-    assert graves.died_ms(SPACE, name(99), NOW_MS) == NOW_MS
-    graves.bury(SPACE, name(1), NOW_MS + TOMBSTONE_MS_MAX, NOW_MS + TOMBSTONE_MS_MAX)
-    assert len(graves) == 2, "those that are too old go with the next"
+        remembered.add(SPACE, name(number), NOW_MS, NOW_MS)
+        remembered.check()
+    assert len(remembered) == 10
+    assert remembered.deleted_ms(STRANGERS, name(0), NOW_MS) == NOW_MS
+    assert remembered.deleted_ms(SPACE, name(0), NOW_MS) is None
+    assert remembered.deleted_ms(SPACE, name(99), NOW_MS) == NOW_MS
+    remembered.add(SPACE, name(1), NOW_MS + TOMBSTONE_MS_MAX, NOW_MS + TOMBSTONE_MS_MAX)
+    assert len(remembered) == 2, "those that are too old go with the next"
