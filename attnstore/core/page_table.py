@@ -334,7 +334,7 @@ class PageTable:
         return PageStatus.OK
 
     def deleted_elsewhere(self, space: Space, page_hash: bytes, deleted_ms: float, now_ms: float) -> None:
-        """Records that the page was deleted on another node at `deleted_ms`. Removes it unless it was written later or is pinned."""
+        """Records that another node deleted the page at `deleted_ms`. Removes it unless it was written later or is pinned."""
         page = self._namespaces.sealed_in(space).get(page_hash)
         if page is not None and page.written_ms >= deleted_ms:
             return
