@@ -91,7 +91,7 @@ def _add_generate(commands: _Commands) -> None:
 def _add_serve(commands: _Commands) -> None:
     serving = commands.add_parser("serve", help="serve HTTP requests", description="Serve an OpenAI-compatible HTTP endpoint.")
     serving.add_argument("--host", type=Parsed(_host), default="127.0.0.1", help="address to listen on (default 127.0.0.1)")
-    serving.add_argument("--port", type=PORT, default=8000, help="0 takes a free one (default 8000)")
+    serving.add_argument("--port", type=PORT, default=8000, help="port to listen on; 0 takes a free one (default 8000)")
     _add_token(serving, "token that callers must present as OpenAI's API key")
     serving.add_argument(
         "--tokens-file",
