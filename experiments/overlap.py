@@ -30,8 +30,9 @@ from attnstore.option_types import file_to_write
 from attnstore.testing import StoreProcess
 from attnstore.testing.link import Link
 from attnstore_worker.cache import FetchAll, PageStore, open_store
-from attnstore_worker.cache.planning.load_plan import Found, LoadPlan, Order
-from attnstore_worker.cache.planning.observation import Transfer, TransferKind, Unobserved
+from attnstore_worker.cache.moving.load import FetchOrder, Load, LoadPlan
+from attnstore_worker.cache.planning.observation import Unobserved
+from attnstore_worker.cache.store.transfer import Transfer, TransferKind
 from attnstore_worker.engine import Engine, EngineOptions, SamplingParams
 from attnstore_worker.model import LoadedModel, load_model
 
@@ -43,9 +44,9 @@ _ONE_TOKEN: Final = SamplingParams(max_tokens=1)
 class ByLayers(FetchAll):
     """All hits in one read, layer by layer."""
 
-    def load(self, found: Found) -> LoadPlan:
+    def plan(self, load: Load) -> LoadPlan:
         """Returns the plan of `FetchAll` in another order."""
-        return replace(super().load(found), order=Order.LAYERS)
+        return replace(super().plan(load), order=FetchOrder.LAYERS)
 
 
 class _Reads(Unobserved):

@@ -24,7 +24,7 @@ WAITED_FOR = {
     "attnstore/client/cluster/flight.py": "callers that share an answer wait for it",
     "attnstore/copying/__init__.py": "compiles once, and says what went wrong",
     "attnstore/server/connections.py": "one connection, whose failure is logged",
-    "worker/attnstore_worker/cache/moving/swap_in.py": "one load, whose failure is logged and recomputed",
+    "worker/attnstore_worker/cache/moving/mover.py": "a load logs its failure; results of calls are waited for",
     "worker/attnstore_worker/engine/async_engine.py": "an engine that failed takes no more prompts, and says so",
     "worker/attnstore_worker/serve/app.py": "one request's work, waited for",
     "worker/attnstore_worker/serve/choices.py": "one request's streams, waited for",

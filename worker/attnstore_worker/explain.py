@@ -23,8 +23,8 @@ from attnstore.http_client import open_url
 from attnstore.limits import PROMPT_CHARS_MAX
 from attnstore.option_types import read_text
 from attnstore_worker.cache import CostPlanner
+from attnstore_worker.cache.moving.load import Prompt
 from attnstore_worker.cache.planning.decisions import Decision
-from attnstore_worker.cache.planning.load_plan import Prompt
 from attnstore_worker.engine import Engine, SamplingParams
 
 _TIMEOUT_S: Final = 10.0

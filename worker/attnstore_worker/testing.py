@@ -23,7 +23,7 @@ from attnstore.core.layout import PageLayout
 from attnstore.errors import NamespaceUnknown
 from attnstore.types import Lease, MatchResult, PageStatus, ReadResult, WriteResult
 from attnstore_worker.cache import OnLayer
-from attnstore_worker.cache.planning.load_plan import Found, LoadPlan, LoadProgress, Prompt, SearchPlan
+from attnstore_worker.cache.moving.load import Load, LoadPlan, Prompt, SearchPlan
 from attnstore_worker.model.conversion import cache_dir, converted_model
 from attnstore_worker.model.source import GgufSource, find_model, weights_digest
 
@@ -174,24 +174,24 @@ class FixedPlanner:
     """
 
     def __init__(self, plan: LoadPlan | None, *, searching: int = 0, gives_up: bool = False) -> None:
-        self.plan = plan
+        self._plan = plan
         self.gives_up = gives_up
         self._search = SearchPlan(60_000.0, searching)
-        self.found: list[Found] = []
 
     def search(self, prompt: Prompt) -> SearchPlan:
         """Always searches."""
         del prompt
         return self._search
 
-    def load(self, found: Found) -> LoadPlan | None:
+    def plan(self, load: Load) -> LoadPlan | None:
         """Returns the plan."""
-        self.found.append(found)
-        return self.plan
+        del load
+        return self._plan
 
-    def replan(self, progress: LoadProgress) -> LoadPlan | None:
+    def replan(self, load: Load, now_ms: float) -> LoadPlan | None:
         """Returns the same plan, unless `gives_up`."""
-        return None if self.gives_up else progress.plan
+        del now_ms
+        return None if self.gives_up else load.plan
 
     def prefetches(self, prompt: Prompt) -> bool:
         """Never prefetches."""

@@ -15,8 +15,9 @@ from attnstore.core.layout import DType, PageLayout
 from attnstore.errors import Overloaded, Unavailable
 from attnstore.testing import ManualClock
 from attnstore.types import PageStatus
-from attnstore_worker.cache import Admission, CacheManager, Loading, PagePool, Planner, RemoteTier
-from attnstore_worker.cache.planning.load_plan import LoadPlan
+from attnstore_worker.cache import Admission, CacheManager, Load, PagePool, Planner, RemoteTier, admission_of
+from attnstore_worker.cache.moving.load import LoadPlan
+from attnstore_worker.cache.pool.block_table import BlockTable
 from attnstore_worker.cache.store.remote import PAUSE_MS
 from attnstore_worker.errors import PoolTooSmall
 from attnstore_worker.testing import FixedPlanner, MemoryStore
@@ -39,26 +40,26 @@ def manager_on(
     return CacheManager(pages, NAMESPACE, remote=remote, clock=clock, policy=policy, planner=planner)
 
 
-def admit(manager: CacheManager, tokens: list[int]) -> Loading:
+def admit(manager: CacheManager, tokens: list[int]) -> tuple[BlockTable, Load]:
     """A sequence that waits until its load is over; what is ready behind a gap stays ahead of it."""
-    loading = manager.admit(tokens, [])
-    while loading.running is not None:
-        manager.advance(loading, loading.table.sealed * LAYOUT.block_tokens)
-        if loading.running is not None:
-            manager.wait(5)
-    return loading
+    table, load = manager.admit(tokens, [])
+    while load.running:
+        manager.loads.advance(table, load, table.sealed * LAYOUT.block_tokens)
+        if load.running:
+            manager.loads.wait(5)
+    return table, load
 
 
-def fill(manager: CacheManager, loading: Loading, tokens: list[int]) -> None:
+def fill(manager: CacheManager, table: BlockTable, load: Load, tokens: list[int]) -> None:
     """Computes what is missing: the page of a block is a function of all tokens up to its end."""
-    manager.grow(loading.table, len(tokens))
-    computed = loading.table.sealed * LAYOUT.block_tokens
+    manager.grow(table, len(tokens))
+    computed = table.sealed * LAYOUT.block_tokens
     while computed < len(tokens):
-        computed = manager.advance(loading, computed)
-        end = loading.claim(len(tokens))
+        computed = manager.loads.advance(table, load, computed)
+        end = manager.loads.claim(load, len(tokens))
         for index in range(computed // LAYOUT.block_tokens, end // LAYOUT.block_tokens):
-            manager.pages.page(loading.table.block_ids[index])[:] = content(tokens, index)
-        manager.seal(loading.table, tokens, end)
+            manager.pages.page(table.block_ids[index])[:] = content(tokens, index)
+        manager.seal(table, tokens, end)
         computed = end
 
 
@@ -67,20 +68,20 @@ def content(tokens: list[int], index: int) -> bytes:
     return random.Random(repr(prefix)).randbytes(LAYOUT.page_bytes)
 
 
-def assert_right(manager: CacheManager, loading: Loading, tokens: list[int]) -> None:
-    for index in range(loading.table.sealed):
-        assert manager.pages.page(loading.table.block_ids[index]) == content(tokens, index)
+def assert_right(manager: CacheManager, table: BlockTable, tokens: list[int]) -> None:
+    for index in range(table.sealed):
+        assert manager.pages.page(table.block_ids[index]) == content(tokens, index)
     manager.check()
 
 
 def run(manager: CacheManager, tokens: list[int]) -> Admission:
-    loading = admit(manager, tokens)
-    assert_right(manager, loading, tokens)
-    fill(manager, loading, tokens)
-    assert_right(manager, loading, tokens)
-    manager.release(loading.table)
+    table, load = admit(manager, tokens)
+    assert_right(manager, table, tokens)
+    fill(manager, table, load, tokens)
+    assert_right(manager, table, tokens)
+    manager.release(table)
     manager.check()
-    return loading.admission()
+    return admission_of(load)
 
 
 def stored_by_another_worker(store: MemoryStore, tokens: list[int]) -> None:
@@ -189,14 +190,14 @@ def test_blocks_of_a_read_that_timed_out_are_not_reused_before_it_is_over(store:
     stored_by_another_worker(store, tokens)
     store.gate.clear()
     manager = manager_on(store, 16, planner=FixedPlanner(LoadPlan(0, 4, 4, deadline_ms=1)))
-    loading = admit(manager, tokens)
-    assert loading.admission().hit_tokens == 0
+    table, load = admit(manager, tokens)
+    assert admission_of(load).hit_tokens == 0
     assert manager.statistics().quarantined == 4
     assert manager.statistics().pool.held == 4 + 5
-    fill(manager, loading, tokens)
+    fill(manager, table, load, tokens)
     store.gate.set()  # the late bytes land now, in blocks that are nobody's
-    assert_right(manager, loading, tokens)
-    manager.release(loading.table)
+    assert_right(manager, table, tokens)
+    manager.release(table)
     assert_eventually_idle(manager)
     assert run(manager, tokens).local_tokens == 16
 
@@ -206,10 +207,10 @@ def test_a_pool_that_a_hanging_read_holds_refuses_in_bounded_time_and_recovers(s
     stored_by_another_worker(store, tokens)
     store.gate.clear()
     manager = manager_on(store, 5, deadline_ms=1, planner=FixedPlanner(LoadPlan(0, 4, 4, deadline_ms=1)))
-    loading = admit(manager, tokens)
+    table, _ = admit(manager, tokens)
     with pytest.raises(Overloaded):
-        manager.grow(loading.table, len(tokens))
-    manager.release(loading.table)
+        manager.grow(table, len(tokens))
+    manager.release(table)
     manager.check()
     store.gate.set()
     assert_eventually_idle(manager)
@@ -244,32 +245,32 @@ def test_blocks_are_conserved_and_pages_are_right_under_random_faults(store: Mem
     """Several live sequences with shared prefixes, a small pool and a store that fails in every way."""
     rng = random.Random(seed)
     manager = manager_on(store, 24)
-    live: list[tuple[Loading, list[int]]] = []
+    live: list[tuple[BlockTable, list[int]]] = []
     statuses = [PageStatus.OK] * 6 + [PageStatus.CORRUPT, PageStatus.INCOMPLETE, PageStatus.MISSING]
     store.read_status = lambda _: rng.choice(statuses)
     for _ in range(150):
         store.failing = rng.sample(["match", "read", "write", "release"], k=rng.choice([0, 0, 0, 1]))
         store.write_verdict = rng.choice([PageStatus.STORED, PageStatus.STORED, PageStatus.NO_SPACE])
         if live and rng.random() < 0.5:
-            loading, tokens = live.pop(rng.randrange(len(live)))
-            assert_right(manager, loading, tokens)
-            manager.release(loading.table)
+            table, tokens = live.pop(rng.randrange(len(live)))
+            assert_right(manager, table, tokens)
+            manager.release(table)
         else:
             family = rng.randrange(3)
             tokens = [family, *range(rng.randrange(1, 24))]
             try:
-                loading = admit(manager, tokens)
+                table, load = admit(manager, tokens)
             except Overloaded:
                 continue
             try:
-                fill(manager, loading, tokens)
-                live.append((loading, tokens))
+                fill(manager, table, load, tokens)
+                live.append((table, tokens))
             except Overloaded:
-                manager.release(loading.table)
-        for loading, tokens in live:
-            assert_right(manager, loading, tokens)
-    for loading, _ in live:
-        manager.release(loading.table)
+                manager.release(table)
+        for table, tokens in live:
+            assert_right(manager, table, tokens)
+    for table, _ in live:
+        manager.release(table)
     assert manager.flush(WAIT_MS)
     assert_eventually_idle(manager)
 

@@ -17,8 +17,8 @@ from attnstore.core.hashing import Namespace
 from attnstore.core.layout import DType, PageLayout
 from attnstore.errors import InvalidArgument, Overloaded
 from attnstore.testing import StoreProcess
-from attnstore_worker.cache import CacheManager, PagePool, PageStore, RemoteTier, SharedUse, Tier
-from attnstore_worker.cache.moving.loading import Admission, Loading
+from attnstore_worker.cache import Admission, CacheManager, Load, PagePool, PageStore, RemoteTier, SharedUse, Tier, admission_of
+from attnstore_worker.cache.pool.block_table import BlockTable
 from attnstore_worker.cache.pool.host_tier import HostTier
 from attnstore_worker.engine import Engine, EngineOptions, SamplingParams, Sequence
 from attnstore_worker.model import LoadedModel
@@ -42,27 +42,27 @@ def manager_of(blocks: int, host_blocks: int, store: MemoryStore | None = None, 
     return CacheManager(PagePool(LAYOUT, blocks * LAYOUT.page_bytes), NAMESPACE, remote=remote, clock=clock, host=host)
 
 
-def loaded(manager: CacheManager, tokens: list[int]) -> Loading:
+def loaded(manager: CacheManager, tokens: list[int]) -> tuple[BlockTable, Load]:
     """Admits a prompt, takes what the tiers have, checks it, and computes the rest."""
-    loading = manager.admit(tokens, [])
-    done = manager.advance(loading, loading.table.sealed * LAYOUT.block_tokens)
-    while not loading.over:
-        manager.wait(1)
-        done = manager.advance(loading, done)
-    for index in range(loading.table.sealed):
-        assert manager.pages.page(loading.table.block_ids[index]) == content(tokens, index)
-    for index in range(loading.table.sealed, len(tokens) // LAYOUT.block_tokens):
-        manager.pages.page(loading.table.block_ids[index])[:] = content(tokens, index)
-    manager.seal(loading.table, tokens, len(tokens))
+    table, load = manager.admit(tokens, [])
+    done = manager.loads.advance(table, load, table.sealed * LAYOUT.block_tokens)
+    while not load.over:
+        manager.loads.wait(1)
+        done = manager.loads.advance(table, load, done)
+    for index in range(table.sealed):
+        assert manager.pages.page(table.block_ids[index]) == content(tokens, index)
+    for index in range(table.sealed, len(tokens) // LAYOUT.block_tokens):
+        manager.pages.page(table.block_ids[index])[:] = content(tokens, index)
+    manager.seal(table, tokens, len(tokens))
     manager.check()
-    return loading
+    return table, load
 
 
 def run(manager: CacheManager, tokens: list[int]) -> Admission:
-    loading = loaded(manager, tokens)
-    manager.release(loading.table)
+    table, load = loaded(manager, tokens)
+    manager.release(table)
     manager.check()
-    return loading.admission()
+    return admission_of(load)
 
 
 def prompt_of(family: int, blocks: int = 4) -> list[int]:
@@ -116,9 +116,9 @@ def test_blocks_of_hbm_host_and_store_make_one_prefix() -> None:
     tokens = prompt_of(1, blocks=8)
     manager = manager_of(blocks=10, host_blocks=3, store=store)
     for each in (tokens, prompt_of(2, blocks=6)):
-        loading = loaded(manager, each)
+        table, _ = loaded(manager, each)
         assert manager.flush(WAIT_MS)  # or the order in which they were written would be that of their use
-        manager.release(loading.table)
+        manager.release(table)
     again = run(manager, tokens)
     by_tier = again.hit_tokens_by_tier()
     assert again.hit_tokens == 32
@@ -138,11 +138,11 @@ def test_a_prefix_whose_head_is_in_host_and_whose_tail_is_in_hbm_is_found_whole(
 def test_host_hits_that_find_no_room_hold_nothing() -> None:
     manager = manager_of(blocks=6, host_blocks=16)
     run(manager, prompt_of(1))
-    holder = loaded(manager, prompt_of(2))
+    holder, _ = loaded(manager, prompt_of(2))
     with pytest.raises(Overloaded):
         manager.admit(prompt_of(1), [])
     manager.check()
-    manager.release(holder.table)
+    manager.release(holder)
     assert run(manager, prompt_of(1)).hit_tokens == 16
 
 
@@ -165,20 +165,20 @@ def test_pages_are_right_and_conserved_in_every_tier_after_any_history(seed: int
     rng = random.Random(seed)
     store = MemoryStore()
     manager = manager_of(blocks=14, host_blocks=6, store=store)
-    live: list[Loading] = []
+    live: list[BlockTable] = []
     for _ in range(120):
         if live and rng.random() < 0.5:
-            manager.release(live.pop(rng.randrange(len(live))).table)
+            manager.release(live.pop(rng.randrange(len(live))))
         else:
             try:
-                live.append(loaded(manager, prompt_of(rng.randrange(5), blocks=rng.randrange(1, 6))))
+                live.append(loaded(manager, prompt_of(rng.randrange(5), blocks=rng.randrange(1, 6)))[0])
             except Overloaded:
-                manager.release(live.pop().table)
+                manager.release(live.pop())
         manager.check()
         if rng.random() < 0.2:
             store.pages = {name: page for name, page in store.pages.items() if rng.random() < 0.7}
-    for loading in live:
-        manager.release(loading.table)
+    for table in live:
+        manager.release(table)
     assert manager.flush(WAIT_MS)
     assert eventually(lambda: manager.flush(1) and manager.statistics().pool.held == 0)
     manager.check()

@@ -13,7 +13,7 @@ from attnstore.core.eviction import EVICTION_POLICIES
 from attnstore.errors import InvalidArgument, Overloaded
 from attnstore.types import PageStatus
 from attnstore_worker.cache import WRITE_POLICIES
-from attnstore_worker.cache.planning.load_plan import Found, LoadPlan, LoadProgress, Order, Prompt, SearchPlan
+from attnstore_worker.cache.moving.load import FetchOrder, Load, LoadPlan, Prompt, SearchPlan
 from attnstore_worker.engine import Engine, EngineOptions, FinishReason, SamplingParams, Sequence
 from attnstore_worker.engine.sampler import Sampler, peaks
 from attnstore_worker.errors import StepFailed
@@ -177,19 +177,21 @@ class _AnyPlan:
         del prompt
         return self._random.choice([None, SearchPlan(20.0, self._compute_before()), SearchPlan(WAIT_MS, self._compute_before())])
 
-    def load(self, found: Found) -> LoadPlan | None:
-        begin, end = sorted(self._random.randrange(-1, found.hit_end + 3) for _ in range(2))
+    def plan(self, load: Load) -> LoadPlan | None:
+        begin, end = sorted(self._random.randrange(-1, load.hit_end + 3) for _ in range(2))
         deadline_ms = self._random.choice([1.0, 20.0, 200.0])
-        order = self._random.choice(list(Order))
+        order = self._random.choice(list(FetchOrder))
         plan = LoadPlan(begin, end, self._random.randrange(0, 6), deadline_ms, order, self._compute_before())
         return self._random.choice([None, plan, plan, plan])
 
-    def replan(self, progress: LoadProgress) -> LoadPlan | None:
+    def replan(self, load: Load, now_ms: float) -> LoadPlan | None:
+        del now_ms
+        assert load.plan is not None
         if self._random.random() < 0.1:
             return None
-        begin, end = sorted(self._random.randrange(-1, progress.found.hit_end + 3) for _ in range(2))
+        begin, end = sorted(self._random.randrange(-1, load.hit_end + 3) for _ in range(2))
         batch_blocks = self._random.randrange(0, 6)
-        return LoadPlan(begin, end, batch_blocks, progress.plan.deadline_ms, progress.plan.order, self._compute_before())
+        return LoadPlan(begin, end, batch_blocks, load.plan.deadline_ms, load.plan.order, self._compute_before())
 
     def _compute_before(self) -> int:
         return self._random.choice([0, self._random.randrange(20), 99])

@@ -7,14 +7,17 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from operator import attrgetter
+from typing import Any, ClassVar
 
 import pytest
 import torch
 
 from attnstore.core.eviction import EVICTION_POLICIES
-from attnstore_worker.cache.planning.load_plan import LoadPlan, Prompt
-from attnstore_worker.cache.planning.observation import Answer, Load, Step, Transfer
+from attnstore_worker.cache.moving.load import Load, LoadPlan, Prompt
+from attnstore_worker.cache.planning.observation import Answer, Step
+from attnstore_worker.cache.pool.block_table import BlockTable
+from attnstore_worker.cache.store.transfer import Transfer
 from attnstore_worker.engine import Engine, EngineOptions, FinishReason, SamplingParams
 from attnstore_worker.engine import Sequence as Prompted
 from attnstore_worker.engine.sampler import Sampler, peaks
@@ -80,7 +83,7 @@ def assert_nothing_is_held(engine: Engine, store: MemoryStore | None = None) -> 
     engine.check()
     assert not engine._residency._prefetch._running
     assert not engine._residency._prefetch._tried
-    assert not engine._cache._quarantine
+    assert engine.statistics().quarantined == 0
     if store is not None:
         assert eventually(lambda: not store.leases)
 
@@ -288,16 +291,21 @@ def _raise(*_: object) -> Any:
 class Saboteur:
     """Makes what an engine does for some sequences fail at random: their rows, samplers, texts, blocks, and each one's end."""
 
-    FAULTY = ("admit", "prefetch", "advance", "grow", "seal", "is_intact", "abandon")
-    """Of the cache manager."""
+    FAULTY: ClassVar = {
+        "_cache": ("admit", "prefetch", "grow", "seal"),
+        "_cache.loads": ("advance", "claim", "abandon"),
+    }
 
     def __init__(self, engine: Engine, generator: random.Random, patch: pytest.MonkeyPatch) -> None:
         self._engine = engine
         self._random = generator
         self.doomed: set[int] = set()
         """By their second token, which nobody else has."""
-        for name in self.FAULTY:
-            patch.setattr(engine._cache, name, self._faulty(getattr(engine._cache, name), after=name == "abandon"))
+        for owner, names in self.FAULTY.items():
+            for name in names:
+                subject = attrgetter(owner)(engine)
+                patch.setattr(subject, name, self._faulty(getattr(subject, name), after=name == "abandon"))
+        patch.setattr(BlockTable, "is_intact", self._faulty(BlockTable.is_intact, after=False))
         patch.setattr(engine._residency._prefetch, "forget", self._faulty(engine._residency._prefetch.forget, after=True))
 
     def doom(self, sequence: Prompted) -> None:
@@ -341,7 +349,7 @@ class Saboteur:
             return subject[1] in self.doomed
         scheduler = self._engine._scheduler
         for sequence in [*scheduler.running, *scheduler.waiting]:
-            if subject is not None and subject in (sequence, sequence.table, sequence.loading):
+            if subject is not None and subject in (sequence, sequence.table, sequence.load):
                 return sequence.token_ids[1] in self.doomed
         return False
 

@@ -11,7 +11,7 @@ import pytest
 
 from attnstore.errors import InvalidArgument
 from attnstore.types import PageStatus
-from attnstore_worker.cache.planning.load_plan import AHEAD_BLOCKS, RecomputeAll
+from attnstore_worker.cache.planning.fixed_planners import AHEAD_BLOCKS, RecomputeAll
 from attnstore_worker.engine import Engine, EngineOptions, SamplingParams, Sequence
 from attnstore_worker.model import LoadedModel
 from attnstore_worker.testing import MemoryStore

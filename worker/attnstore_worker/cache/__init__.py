@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from attnstore_worker.cache.assembly import SharedUse, TierOptions, create_cache
+from attnstore_worker.cache.loads import admission_of
 from attnstore_worker.cache.manager import CacheManager, CacheStatistics
-from attnstore_worker.cache.moving.layer_gate import LayerGate
-from attnstore_worker.cache.moving.loading import Admission, Loading
+from attnstore_worker.cache.moving.load import Load, LoadEnd, Planner
 from attnstore_worker.cache.moving.writers import WRITE_POLICIES
 from attnstore_worker.cache.planning.cost_planner import CostPlanner
-from attnstore_worker.cache.planning.load_plan import FetchAll, Planner, RecomputeAll
-from attnstore_worker.cache.planning.observation import LoadEnd, Observer, Step, Unobserved
+from attnstore_worker.cache.planning.fixed_planners import FetchAll, RecomputeAll
+from attnstore_worker.cache.planning.observation import Observer, Step, Unobserved
 from attnstore_worker.cache.pool.pages import PagePool
-from attnstore_worker.cache.pool.tier import Tier, TierStatistics
+from attnstore_worker.cache.pool.tier import Admission, Tier, TierStatistics
 from attnstore_worker.cache.store.base import STORE_TRANSPORTS, OnLayer, PageStore, checked_target, open_store
 from attnstore_worker.cache.store.remote import RemoteTier
 
@@ -23,9 +23,8 @@ __all__ = [
     "CacheStatistics",
     "CostPlanner",
     "FetchAll",
-    "LayerGate",
+    "Load",
     "LoadEnd",
-    "Loading",
     "Observer",
     "OnLayer",
     "PagePool",
@@ -39,6 +38,7 @@ __all__ = [
     "TierOptions",
     "TierStatistics",
     "Unobserved",
+    "admission_of",
     "checked_target",
     "create_cache",
     "open_store",

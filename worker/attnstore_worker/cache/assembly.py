@@ -14,7 +14,7 @@ from attnstore.core.hashing import Namespace
 from attnstore.core.layout import PageLayout
 from attnstore.errors import InvalidArgument
 from attnstore_worker.cache.manager import CacheManager
-from attnstore_worker.cache.planning.load_plan import Planner
+from attnstore_worker.cache.moving.load import Planner
 from attnstore_worker.cache.planning.observation import Observer
 from attnstore_worker.cache.pool.host_tier import HostTier
 from attnstore_worker.cache.pool.page_window import PageWindow

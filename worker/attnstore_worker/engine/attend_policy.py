@@ -15,8 +15,8 @@ from typing import Final, Protocol, runtime_checkable
 
 from attnstore_worker.cache import CacheManager
 from attnstore_worker.cache.attending.contexts import AttendedPrefix
+from attnstore_worker.cache.moving.load import Prompt
 from attnstore_worker.cache.planning.attend_planner import AttendForecast
-from attnstore_worker.cache.planning.load_plan import Prompt
 from attnstore_worker.engine.sequence import Sequence
 
 _ANSWERS_KEPT: Final = 64

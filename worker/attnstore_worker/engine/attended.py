@@ -49,7 +49,9 @@ class AttendedBlocks:
         if taken is None:
             self._close(prefix)
             return False
-        sequence.table = table = self._cache.empty_table(sequence.hashes, sequence.extra_keys)
+        sequence.table = table = BlockTable(
+            self._cache.block_tokens, hashes=sequence.hashes, extra_keys=sequence.extra_keys
+        )
         self._begin(sequence, table, prefix)
         self._choice.began(sequence, taken)
         sequence.computed_tokens = table.remote_tokens
@@ -108,7 +110,7 @@ class AttendedBlocks:
         """
         for sequence in sorted(running, key=lambda each: each.table.sealed if each.table is not None else 0, reverse=True):
             table, state = sequence.table, sequence.attend
-            if table is None or table.lent is not None or state.attends or sequence.loading is not None or not table.sealed:
+            if table is None or table.lent is not None or state.attends or sequence.load is not None or not table.sealed:
                 continue
             if not state.may_begin or not self._choice.leaves(sequence, victim):
                 continue

@@ -118,7 +118,7 @@ class Engine:
         self._cache.connect()
         tokens = min(self.options.chunk_tokens, self._cache.capacity_tokens, self.model.context_tokens_max) - 1
         sequence = self._sequence([0] * max(tokens, 1), SamplingParams(max_tokens=1))
-        sequence.table = self._cache.empty_table()
+        sequence.table = BlockTable(self._cache.block_tokens)
         self._cache.grow(sequence.table, len(sequence.token_ids))
         self._runner.run([next_chunk(sequence, self.options.chunk_tokens)])
         for _ in range(2):  # a prefill and a decode step, which now take as long as they will
@@ -166,15 +166,15 @@ class Engine:
             return self._stepper.step(chunks)
         if not self._scheduler.running:
             return []
-        if (gated := self._residency.gated()) is not None:
-            return self._stepper.step_behind(*gated)
+        if (behind := self._residency.behind_layers()) is not None:
+            return self._stepper.step_behind(*behind)
         self._residency.wait()
         return []
 
     def probe(self) -> None:
         """Computes a token that nobody asked for, after a step that raised. Raises where every step would: the device is lost."""
         sequence = self._sequence([0], SamplingParams(max_tokens=1))
-        sequence.table = table = self._cache.empty_table()
+        sequence.table = table = BlockTable(self._cache.block_tokens)
         try:
             self._cache.grow(table, 1)
             peaks(self._runner.run([next_chunk(sequence, self.options.chunk_tokens)]))
@@ -185,7 +185,7 @@ class Engine:
 
     def wake(self) -> None:
         """Ends the waiting of a step that waits for pages. From any thread."""
-        self._cache.wake()
+        self._cache.loads.wake()
 
     def generate(self, token_ids: list[int], sampling: SamplingParams | None = None) -> Sequence:
         """Runs a prompt to its end, beside those that were submitted before it. Raises the error of a sequence that FAILED."""
@@ -229,7 +229,7 @@ class Engine:
         return BatchingStatistics(
             waiting=len(self._scheduler.waiting),
             running=len(self._scheduler.running),
-            loading=sum(sequence.loading is not None for sequence in self._scheduler.running),
+            loading=sum(sequence.load is not None for sequence in self._scheduler.running),
             drafts_checked=self._speculation.checked,
             drafts_accepted=self._speculation.accepted,
             preemptions=self._residency.preemptions,

@@ -1,11 +1,11 @@
-"""Look-ahead prefetch: the first waiting sequences' pages are fetched before their turn comes.
+"""Look-ahead prefetch: the pages of the first waiting sequences are fetched before their turn comes.
 
-Owns: the swap-ins of sequences that do not run yet. Each has a table of its own that holds blocks for the pages on their way; what
-has arrived is sealed, and when the swap-in is over the table is released: the pages stay in the pool, as anything cached does.
-Invariant: prefetching takes only blocks that nobody who runs needs: it gives way before anyone is preempted or kept waiting.
-Where it fails, pages are fetched later.
+Owns: the loads of sequences that do not run yet. Each has a table of its own, which holds blocks for the pages on their way. Pages
+that arrive are sealed; when the load is over the table is released, and the pages stay in the pool like any cached page.
+Invariant: prefetching takes only blocks that no running sequence needs. It gives way before a sequence is preempted or kept
+waiting. Where it fails, pages are fetched later.
 
-What is fetched this way was announced to the eviction policy, so a policy that looks ahead keeps it until it is used.
+The blocks fetched this way were announced to the eviction policy, so a policy that looks ahead keeps them until they are used.
 CachedAttention (Gao et al., USENIX ATC 2024) calls it scheduler-aware fetching.
 """
 
@@ -14,7 +14,8 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable
 
-from attnstore_worker.cache import CacheManager, Loading
+from attnstore_worker.cache import CacheManager, Load
+from attnstore_worker.cache.pool.block_table import BlockTable
 from attnstore_worker.engine.sequence import Sequence
 
 _LOG = logging.getLogger(__name__)
@@ -26,23 +27,23 @@ class LookAheadPrefetch:
     def __init__(self, cache: CacheManager, sequences_max: int) -> None:
         self._cache = cache
         self._sequences_max = sequences_max
-        self._running: dict[Sequence, Loading] = {}
+        self._running: dict[Sequence, tuple[BlockTable, Load]] = {}
         self._tried: set[Sequence] = set()
 
     @property
     def blocks(self) -> int:
         """Blocks that are held for pages on their way, and for those before them."""
-        return sum(len(loading.table.block_ids) for loading in self._running.values())
+        return sum(len(table.block_ids) for table, _ in self._running.values())
 
     def advance(self, waiting: Iterable[Sequence], spare_blocks: int) -> None:
-        """Takes what has arrived, and begins with the next sequences as far as `spare_blocks` reach."""
-        for sequence, loading in list(self._running.items()):
+        """Takes the pages that arrived, and begins loads for the next sequences as far as `spare_blocks` reach."""
+        for sequence, (table, load) in list(self._running.items()):
             try:
-                self._cache.advance(loading, loading.table.sealed * loading.table.block_tokens)
+                self._cache.loads.advance(table, load, table.sealed * table.block_tokens)
             except Exception:
                 _LOG.exception("sequence %d: what was fetched ahead is given up", sequence.sequence_id)
                 self.drop(sequence)
-            if loading.running is None:
+            if not load.running:
                 self.drop(sequence)
         for sequence in list(waiting)[: self._sequences_max]:
             if sequence not in self._tried:
@@ -50,14 +51,14 @@ class LookAheadPrefetch:
                 spare_blocks -= self._begin(sequence, spare_blocks)
 
     def drop(self, sequence: Sequence) -> None:
-        """Ends what runs for a sequence; what has arrived stays in the pool."""
-        loading = self._running.pop(sequence, None)
-        if loading is not None:
+        """Ends the load for a sequence; the pages that arrived stay in the pool."""
+        if sequence in self._running:
+            table, load = self._running.pop(sequence)
             try:
-                self._cache.abandon(loading)
+                self._cache.loads.abandon(table, load)
             except Exception:
                 _LOG.exception("sequence %d: a prefetch did not end in order", sequence.sequence_id)
-            self._cache.release(loading.table)
+            self._cache.release(table)
 
     def forget(self, sequence: Sequence) -> None:
         """The sequence's turn has come, or it has ended."""
@@ -81,4 +82,4 @@ class LookAheadPrefetch:
         if begun is None:
             return 0
         self._running[sequence] = begun
-        return len(begun.table.block_ids)
+        return len(begun[0].block_ids)

@@ -15,7 +15,7 @@ from contextlib import ExitStack, contextmanager
 from attnstore.clock import Clock
 from attnstore.core.hashing import BlockHash
 from attnstore.errors import AttnStoreError, Overloaded
-from attnstore_worker.cache import Admission, CacheManager, LayerGate, LoadEnd, Loading
+from attnstore_worker.cache import Admission, CacheManager, Load, LoadEnd, admission_of
 from attnstore_worker.engine.attended import AttendedBlocks
 from attnstore_worker.engine.prefetch import LookAheadPrefetch
 from attnstore_worker.engine.scheduler import Scheduler
@@ -76,7 +76,7 @@ class Residency:
                 ending.callback(self._release_table, sequence)
                 if self._attend is not None:
                     ending.callback(self._attend.ended, sequence)
-                ending.callback(self.end_loading, sequence)
+                ending.callback(self.end_load, sequence)
                 ending.callback(self._prefetch.forget, sequence)
                 ending.callback(self._scheduler.remove, sequence)
                 ending.callback(self._settle, sequence)
@@ -123,32 +123,33 @@ class Residency:
     def advance(self) -> None:
         """Lets each loading sequence have what has arrived, and claims what it computes next."""
         for sequence in self._scheduler.running:
-            if sequence.loading is not None:
+            if sequence.load is not None:
                 try:
-                    self._advance(sequence, sequence.loading)
+                    self._advance(sequence, sequence.load)
                 except Exception as error:
                     self.fail(sequence, error)
 
-    def end_loading(self, sequence: Sequence, end: LoadEnd = LoadEnd.RELEASED) -> None:
+    def end_load(self, sequence: Sequence, end: LoadEnd = LoadEnd.RELEASED) -> None:
         """The sequence waits for no page any more."""
-        if sequence.loading is not None:
-            self._cache.abandon(sequence.loading, end)
-            sequence.admission = sequence.admission or sequence.loading.admission()
-            sequence.loading = None
+        if sequence.load is not None:
+            assert sequence.table is not None
+            self._cache.loads.abandon(sequence.table, sequence.load, end)
+            sequence.admission = sequence.admission or admission_of(sequence.load)
+            sequence.load = None
             sequence.computable_tokens = None
 
-    def gated(self) -> tuple[Sequence, LayerGate] | None:
-        """A running sequence that can compute behind pages which still arrive layer by layer, and their gate."""
+    def behind_layers(self) -> tuple[Sequence, Load] | None:
+        """A running sequence that can compute behind pages which still arrive layer by layer, and their load."""
         for sequence in self._scheduler.running:
-            gate = sequence.loading.gate(sequence.computed_tokens) if sequence.loading is not None else None
-            if gate is not None:
-                return sequence, gate
+            load = sequence.load
+            if load is not None and load.may_compute_behind(sequence.computed_tokens):
+                return sequence, load
         return None
 
     def wait(self) -> None:
         """For pages, until the first load is due at most."""
-        due_ms = min((s.loading.due_ms for s in self._scheduler.running if s.loading is not None), default=math.inf)
-        self._cache.wait(min(_IDLE_MS, max(1.0, due_ms - self._clock.now_ms())))
+        due_ms = min((s.load.due_ms for s in self._scheduler.running if s.load is not None), default=math.inf)
+        self._cache.loads.wait(min(_IDLE_MS, max(1.0, due_ms - self._clock.now_ms())))
 
     def make_room(self) -> None:
         """Gives each running sequence the blocks for all its tokens; for lack of blocks the last ones go back to waiting. What is
@@ -179,7 +180,7 @@ class Residency:
         """Sends sequences back to waiting whose pages in a node's memory are not theirs any more."""
         for sequence in sequences:
             try:
-                if sequence.table is not None and not self._cache.is_intact(sequence.table):
+                if sequence.table is not None and not sequence.table.is_intact():
                     self._preempt(sequence)
             except Exception as error:
                 self.fail(sequence, error)
@@ -216,13 +217,14 @@ class Residency:
                 return sequence
             self._prefetch.give_way()
 
-    def _advance(self, sequence: Sequence, loading: Loading) -> None:
-        sequence.computed_tokens = self._cache.advance(loading, sequence.computed_tokens)
+    def _advance(self, sequence: Sequence, load: Load) -> None:
+        assert sequence.table is not None
+        sequence.computed_tokens = self._cache.loads.advance(sequence.table, load, sequence.computed_tokens)
         sequence.computable_tokens = None
-        if loading.over:
-            self.end_loading(sequence)
+        if load.over:
+            self.end_load(sequence)
         else:
-            sequence.computable_tokens = loading.claim(next_chunk(sequence, self._chunk_tokens).end)
+            sequence.computable_tokens = self._cache.loads.claim(load, next_chunk(sequence, self._chunk_tokens).end)
 
     def _start(self, sequence: Sequence) -> None:
         sequence.admitted_ms = self._clock.now_ms()
@@ -232,15 +234,14 @@ class Residency:
             self._scheduler.start(sequence)
             return
         sequence.attend.load()
-        sequence.loading = self._cache.admit(sequence.token_ids, sequence.hashes, sequence.extra_keys)
-        sequence.prompt = sequence.loading.prompt
-        sequence.table = sequence.loading.table
+        sequence.table, sequence.load = self._cache.admit(sequence.token_ids, sequence.hashes, sequence.extra_keys)
+        sequence.prompt = sequence.load.prompt if sequence.load.observed else None
         sequence.computed_tokens = sequence.table.sealed * self._cache.block_tokens
         self._scheduler.start(sequence)
 
     def _leave_behind(self, sequence: Sequence) -> None:
         """Leaves blocks to the store where a sequence attends, or has grown too long to go on without."""
-        if self._attend is None or sequence.loading is not None:
+        if self._attend is None or sequence.load is not None:
             return
         if self._attend.moves(sequence, 0 if self._scheduler.waiting else self._spare_blocks):
             self._attend.move(sequence)
@@ -273,7 +274,7 @@ class Residency:
     def _send_back(self, sequence: Sequence) -> None:
         """To waiting, without a block. Sealed ones stay findable here and in the store, so only its tail is computed again."""
         self._scheduler.preempt(sequence)
-        self.end_loading(sequence)
+        self.end_load(sequence)
         if self._attend is not None:
             self._attend.release(sequence)
         self._release_table(sequence)

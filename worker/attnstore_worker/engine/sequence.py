@@ -13,8 +13,8 @@ from dataclasses import dataclass, field, replace
 
 from attnstore.core.hashing import BlockHash
 from attnstore.errors import AttnStoreError
-from attnstore_worker.cache import Admission, Loading
-from attnstore_worker.cache.planning.load_plan import Prompt
+from attnstore_worker.cache import Admission, Load
+from attnstore_worker.cache.moving.load import Prompt
 from attnstore_worker.cache.pool.block_table import BlockTable
 from attnstore_worker.engine.attend_state import AttendState
 from attnstore_worker.engine.sampler import Sampler, SamplingParams
@@ -60,7 +60,7 @@ class Sequence:
     prompt: Prompt | None = None
     admitted_ms: float = 0.0
     table: BlockTable | None = None
-    loading: Loading | None = None
+    load: Load | None = None
     attend: AttendState = field(default_factory=AttendState)
     drafts: tuple[int, ...] = ()
     computed_tokens: int = 0

@@ -8,11 +8,12 @@ that loses pages seals nothing and gives no token.
 from __future__ import annotations
 
 from collections.abc import Sequence as Items
+from functools import partial
 
 from torch import Tensor
 
 from attnstore.clock import Clock
-from attnstore_worker.cache import CacheManager, LayerGate, LoadEnd, Observer, Step
+from attnstore_worker.cache import CacheManager, Load, LoadEnd, Observer, Step
 from attnstore_worker.cache.attending.contexts import RemoteAttention, Traffic
 from attnstore_worker.cache.planning.observation import Answer
 from attnstore_worker.engine.outputs import Token
@@ -94,26 +95,23 @@ class Stepper:
                 return []
             return self._postprocess(chunks, logits, self._clock.now_ms() - started_ms)
 
-    def step_behind(self, sequence: Sequence, gate: LayerGate) -> list[Token]:
-        """Computes the chunk behind pages that are still arriving, layer by layer. Computes nothing if they do not all come."""
-        loading = sequence.loading
-        assert loading is not None
-
-        def late() -> bool:
-            return self._cache.is_late(loading)
-
-        begin = gate.blocks.stop * self._cache.block_tokens
+    def step_behind(self, sequence: Sequence, load: Load) -> list[Token]:
+        """Computes the chunk behind pages that still arrive, layer by layer. Does nothing if they do not all come."""
+        assert sequence.table is not None
+        assert load.layered is not None
+        loads = self._cache.loads
+        begin = load.layered.stop * self._cache.block_tokens
         chunk = chunk_at(sequence, begin, self._chunk_tokens)
         with self._residency.failing([chunk]):
             try:
                 # Not observed as a step: how long it takes says more about the link than about the model.
-                logits = self._runner.run([chunk], lambda layer: gate.wait(layer, late))
-                gate.wait_complete(late)
+                logits = self._runner.run([chunk], partial(loads.wait_layer, load))
+                loads.wait_layer(load, None)
             except PagesLost:
                 return []
-            sequence.computed_tokens = self._cache.advance(loading, sequence.computed_tokens)
+            sequence.computed_tokens = loads.advance(sequence.table, load, sequence.computed_tokens)
             assert sequence.computed_tokens == begin
-            self._residency.end_loading(sequence, LoadEnd.COMPLETE)
+            self._residency.end_load(sequence, LoadEnd.COMPLETE)
             return self._postprocess([chunk], logits, None)
 
     def _traffic(self) -> Traffic:

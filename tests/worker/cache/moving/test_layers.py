@@ -10,10 +10,11 @@ import pytest
 from torch import Tensor
 
 from attnstore.attention import AttentionBackend, create_attention
-from attnstore.testing import StoreProcess
+from attnstore.testing import ManualClock, StoreProcess
 from attnstore.types import PageStatus
-from attnstore_worker.cache import STORE_TRANSPORTS, LayerGate, open_store
-from attnstore_worker.cache.planning.load_plan import LoadPlan, Order
+from attnstore_worker.cache import STORE_TRANSPORTS, open_store
+from attnstore_worker.cache.moving.load import FetchOrder, Load, LoadEnd, LoadPlan, Prompt, SearchPlan
+from attnstore_worker.cache.moving.mover import Mover
 from attnstore_worker.engine import Engine, EngineOptions, SamplingParams
 from attnstore_worker.errors import PagesLost
 from attnstore_worker.model import LoadedModel
@@ -21,7 +22,7 @@ from attnstore_worker.testing import FixedPlanner, MemoryStore
 from experiments.overlap import Shape, measure
 
 WAIT_MS = 30_000
-LAYERS = LoadPlan(0, 99, 99, float(WAIT_MS), Order.LAYERS)
+LAYERS = LoadPlan(0, 99, 99, float(WAIT_MS), FetchOrder.LAYERS)
 HOW = SamplingParams(max_tokens=8)
 PROMPT = [3 + 7 * index % 1000 for index in range(120)]
 """Seven blocks that can be hit, and eight tokens behind them."""
@@ -152,34 +153,49 @@ def test_the_experiment_gets_the_same_tokens_from_all_three_ways(tiny: LoadedMod
     assert min(row.transfer_ms, row.compute_ms, row.sequential_ttft_ms, row.overlapped_ttft_ms) > 0
 
 
-class TestGate:
-    """By itself."""
+class TestWaitingForLayers:
+    """By itself: a load of three blocks by layers."""
 
-    def never(self) -> bool:
-        return False
+    def load(self) -> Load:
+        load = Load(Prompt(1, 13, 4, 64, 9, 0, 3), SearchPlan(1e9), 0.0)
+        load.found(3, 0.0)
+        load.begin(LAYERS, 0.0)
+        assert load.next_batch(0.0, 99) == range(3)
+        return load
+
+    def wait(self, load: Load, layer: int | None, *, give_up: bool = False) -> None:
+        Mover(ManualClock()).wait_layer(load, layer, lambda: give_up)
 
     def test_opens_with_the_first_layer_and_lets_through_those_that_came(self) -> None:
-        gate = LayerGate(range(2, 5))
-        assert not gate.open
-        gate.tell(0, 3)
-        assert gate.open
-        gate.wait(0, self.never)
+        load = self.load()
+        assert not load.may_compute_behind(0)
+        load.layer_arrived(0, 3)
+        assert load.may_compute_behind(0)
+        self.wait(load, 0)
         with pytest.raises(PagesLost, match="in time"):
-            gate.wait(1, lambda: True)
+            self.wait(load, 1, give_up=True)
 
     def test_closes_for_ever_when_a_page_is_lost(self) -> None:
-        gate = LayerGate(range(3))
-        gate.tell(0, 3)
-        gate.tell(1, 2)
-        assert not gate.open
+        load = self.load()
+        load.layer_arrived(0, 3)
+        load.layer_arrived(1, 2)
+        assert not load.may_compute_behind(0)
         with pytest.raises(PagesLost, match="not all"):
-            gate.wait(0, self.never)
-        gate.close(complete=True)
+            self.wait(load, 0)
+        load.arrived(range(3), 0)
         with pytest.raises(PagesLost):
-            gate.wait_complete(self.never)
+            self.wait(load, None)
 
     def test_a_complete_read_lets_everything_through(self) -> None:
-        gate = LayerGate(range(3))
-        gate.close(complete=True)
-        gate.wait(7, self.never)
-        gate.wait_complete(self.never)
+        load = self.load()
+        load.arrived(range(3), 0)
+        self.wait(load, 7)
+        self.wait(load, None)
+
+    def test_a_load_that_is_cancelled_or_fails_lets_nothing_through(self) -> None:
+        for end in (Load.finish, lambda load: load.cancel(LoadEnd.RELEASED, 0.0)):
+            load = self.load()
+            load.layer_arrived(0, 3)
+            end(load)
+            with pytest.raises(PagesLost, match="not all"):
+                self.wait(load, 0)

@@ -13,9 +13,11 @@ from attnstore.clock import MonotonicClock
 from attnstore.core.hashing import Namespace
 from attnstore.core.layout import DType, PageLayout
 from attnstore.types import PageStatus
-from attnstore_worker.cache import CacheManager, Loading, PagePool, RemoteTier
-from attnstore_worker.cache.planning.load_plan import LoadPlan, Order, Planner
-from attnstore_worker.cache.planning.observation import Answer, Load, LoadEnd, Step, Transfer, TransferKind
+from attnstore_worker.cache import CacheManager, PagePool, RemoteTier, admission_of
+from attnstore_worker.cache.moving.load import FetchOrder, Load, LoadEnd, LoadPlan, LoadState, Planner
+from attnstore_worker.cache.planning.observation import Answer, Step
+from attnstore_worker.cache.pool.block_table import BlockTable
+from attnstore_worker.cache.store.transfer import Transfer, TransferKind
 from attnstore_worker.engine import Engine, EngineOptions, FinishReason, SamplingParams, Sequence
 from attnstore_worker.model import LoadedModel
 from attnstore_worker.testing import FixedPlanner, MemoryStore
@@ -24,7 +26,7 @@ LAYOUT = PageLayout(layers=2, kv_heads=1, head_dim=4, block_tokens=4, dtype=DTyp
 NAMESPACE = Namespace(b"n" * 32)
 WAIT_MS = 30_000
 HOUR_MS = 3_600_000.0
-MEET = LoadPlan(0, 99, 4, HOUR_MS, Order.BACK_TO_FRONT, compute_before=99)
+MEET = LoadPlan(0, 99, 4, HOUR_MS, FetchOrder.BACK_TO_FRONT, compute_before=99)
 
 
 class Recorder:
@@ -76,16 +78,16 @@ def content(tokens: list[int], block: int) -> bytes:
     return random.Random(repr(tokens[: (block + 1) * 4])).randbytes(LAYOUT.page_bytes)
 
 
-def compute(manager: CacheManager, loading: Loading, tokens: list[int], begin: int, end: int) -> None:
+def compute(manager: CacheManager, table: BlockTable, tokens: list[int], begin: int, end: int) -> None:
     """Blocks `[begin, end)`."""
     for block in range(begin, end):
-        manager.pages.page(loading.table.block_ids[block])[:] = content(tokens, block)
-    manager.seal(loading.table, tokens, end * 4)
+        manager.pages.page(table.block_ids[block])[:] = content(tokens, block)
+    manager.seal(table, tokens, end * 4)
 
 
-def assert_right(manager: CacheManager, loading: Loading, tokens: list[int], blocks: int) -> None:
+def assert_right(manager: CacheManager, table: BlockTable, tokens: list[int], blocks: int) -> None:
     for block in range(blocks):
-        assert manager.pages.page(loading.table.block_ids[block]) == content(tokens, block)
+        assert manager.pages.page(table.block_ids[block]) == content(tokens, block)
     manager.check()
 
 
@@ -102,11 +104,11 @@ def tokens(store: MemoryStore) -> list[int]:
     """A prompt of 16 blocks and one token, whose pages the store has."""
     prompt = list(range(65))
     manager = manager_on(store, 20, FixedPlanner(None))
-    loading = manager.admit(prompt, [])
-    while not loading.over:
-        manager.wait(5)
-        manager.advance(loading, 0)
-    compute(manager, loading, prompt, 0, 16)
+    table, load = manager.admit(prompt, [])
+    while not load.over:
+        manager.loads.wait(5)
+        manager.loads.advance(table, load, 0)
+    compute(manager, table, prompt, 0, 16)
     assert manager.flush(WAIT_MS)
     manager.close()
     assert len(store.pages) == 16
@@ -117,25 +119,25 @@ def test_the_computed_front_meets_the_pages_that_arrive_from_the_back(store: Mem
     turnstile, recorder = Turnstile(store), Recorder()
     store.calls.clear()
     manager = manager_on(store, 20, FixedPlanner(MEET), recorder)
-    loading = manager.admit(tokens, [])
+    table, load = manager.admit(tokens, [])
     eventually(lambda: "read" in store.calls)
-    assert manager.advance(loading, 0) == 0
-    assert loading.claim(24) == 24
-    compute(manager, loading, tokens, 0, 6)
+    assert manager.loads.advance(table, load, 0) == 0
+    assert manager.loads.claim(load, 24) == 24
+    compute(manager, table, tokens, 0, 6)
     turnstile.allow(4)  # blocks 12 to 15
     eventually(lambda: store.calls.count("read") == 2)
-    assert manager.advance(loading, 24) == 24
-    assert loading.claim(64) == 32, "blocks 8 to 11 are in flight"
-    compute(manager, loading, tokens, 6, 8)
+    assert manager.loads.advance(table, load, 24) == 24
+    assert manager.loads.claim(load, 64) == 32, "blocks 8 to 11 are in flight"
+    compute(manager, table, tokens, 6, 8)
     turnstile.allow(99)
-    eventually(lambda: loading.swap_in is not None and loading.swap_in.over)
-    assert manager.advance(loading, 32) == 64
-    assert loading.over
-    assert_right(manager, loading, tokens, 16)
-    assert (loading.admission().remote_tokens, loading.admission().bytes_read) == (32, 8 * LAYOUT.page_bytes)
+    eventually(lambda: load.state is LoadState.FINISHED)
+    assert manager.loads.advance(table, load, 32) == 64
+    assert load.over
+    assert_right(manager, table, tokens, 16)
+    assert (admission_of(load).remote_tokens, admission_of(load).bytes_read) == (32, 8 * LAYOUT.page_bytes)
     assert [load.end for load in recorder.loads] == [LoadEnd.MET]
     assert store.calls.count("read") == 2, "what was computed was not fetched"
-    manager.release(loading.table)
+    manager.release(table)
     assert manager.flush(WAIT_MS)
     assert manager.statistics().pool.held == 0
 
@@ -143,43 +145,43 @@ def test_the_computed_front_meets_the_pages_that_arrive_from_the_back(store: Mem
 def test_what_is_claimed_is_never_fetched_and_what_is_in_flight_never_claimed(store: MemoryStore, tokens: list[int]) -> None:
     turnstile = Turnstile(store)
     manager = manager_on(store, 20, FixedPlanner(MEET, searching=99))
-    loading = manager.admit(tokens, [])
+    table, load = manager.admit(tokens, [])
     eventually(lambda: store.calls.count("read") == 1)
-    assert loading.claim(64) == 48
+    assert manager.loads.claim(load, 64) == 48
     turnstile.allow(4)
-    eventually(lambda: loading.swap_in is not None and loading.swap_in.done)
-    assert loading.claim(64) == 48, "they have arrived, but were not taken yet"
-    assert manager.advance(loading, 0) == 0
-    assert loading.claim(64) == 48, "they are ready"
-    compute(manager, loading, tokens, 0, 12)
-    assert manager.advance(loading, 48) == 64
-    assert_right(manager, loading, tokens, 16)
+    eventually(lambda: load.state is LoadState.FINISHED)
+    assert manager.loads.claim(load, 64) == 48, "they have arrived, but were not taken yet"
+    assert manager.loads.advance(table, load, 0) == 0
+    assert manager.loads.claim(load, 64) == 48, "they are ready"
+    compute(manager, table, tokens, 0, 12)
+    assert manager.loads.advance(table, load, 48) == 64
+    assert_right(manager, table, tokens, 16)
 
 
-@pytest.mark.parametrize("order", Order)
+@pytest.mark.parametrize("order", FetchOrder)
 @pytest.mark.parametrize("compute_before", [0, 99])
 @pytest.mark.parametrize("lost", [set(), {0}, {5}, {15}, {3, 9}, set(range(16))])
 def test_gaps_are_computed_whatever_the_plan(
-    store: MemoryStore, tokens: list[int], order: Order, compute_before: int, lost: set[int]
+    store: MemoryStore, tokens: list[int], order: FetchOrder, compute_before: int, lost: set[int]
 ) -> None:
     names = list(store.pages)
     pages_read: list[bytes] = []
     store.on_page = pages_read.append
     store.read_status = lambda _: PageStatus.CORRUPT if names.index(pages_read[-1]) in lost else PageStatus.OK
     manager = manager_on(store, 20, FixedPlanner(LoadPlan(0, 16, 3, HOUR_MS, order, compute_before)))
-    loading = manager.admit(tokens, [])
+    table, load = manager.admit(tokens, [])
     computed = 0
     while computed < 64:
-        computed = manager.advance(loading, computed)
-        end = loading.claim(min(64, (computed // 16 + 1) * 16))
+        computed = manager.loads.advance(table, load, computed)
+        end = manager.loads.claim(load, min(64, (computed // 16 + 1) * 16))
         if end <= computed:
-            manager.wait(5)
+            manager.loads.wait(5)
             continue
-        compute(manager, loading, tokens, computed // 4, end // 4)
+        compute(manager, table, tokens, computed // 4, end // 4)
         computed = end
-    assert_right(manager, loading, tokens, 16)
-    manager.abandon(loading)
-    manager.release(loading.table)
+    assert_right(manager, table, tokens, 16)
+    manager.loads.abandon(table, load)
+    manager.release(table)
     eventually(lambda: manager.flush(1) and manager.statistics().pool.held == 0)
     manager.check()
 
@@ -190,19 +192,19 @@ def test_a_load_that_is_given_up_leaves_its_blocks_in_quarantine_and_the_sequenc
     turnstile, recorder = Turnstile(store), Recorder()
     planner = FixedPlanner(MEET)
     manager = manager_on(store, 24, planner, recorder)
-    loading = manager.admit(tokens, [])
+    table, load = manager.admit(tokens, [])
     eventually(lambda: "read" in store.calls)
-    before = list(loading.table.block_ids)
+    before = list(table.block_ids)
     planner.gives_up = True
-    assert manager.advance(loading, 0) == 0
-    assert loading.over
+    assert manager.loads.advance(table, load, 0) == 0
+    assert load.over
     assert recorder.loads[0].end is LoadEnd.LATE
     assert manager.statistics().quarantined == 4
-    assert not set(before[12:16]) & set(loading.table.block_ids)
-    compute(manager, loading, tokens, 0, 16)
+    assert not set(before[12:16]) & set(table.block_ids)
+    compute(manager, table, tokens, 0, 16)
     turnstile.allow(4)
     eventually(lambda: manager.flush(1) and manager.statistics().quarantined == 0)
-    assert_right(manager, loading, tokens, 16)
+    assert_right(manager, table, tokens, 16)
 
 
 def test_a_table_without_blocks_to_replace_quarantined_ones_is_cut_and_can_grow_later(
@@ -211,25 +213,25 @@ def test_a_table_without_blocks_to_replace_quarantined_ones_is_cut_and_can_grow_
     turnstile = Turnstile(store)
     planner = FixedPlanner(MEET)
     manager = manager_on(store, 18, planner)
-    loading = manager.admit(tokens, [])
+    table, load = manager.admit(tokens, [])
     eventually(lambda: "read" in store.calls)
     planner.gives_up = True
-    manager.advance(loading, 0)
-    assert len(loading.table.block_ids) == 13, "12 before the quarantined ones, and the one that was free"
+    manager.loads.advance(table, load, 0)
+    assert len(table.block_ids) == 13, "12 before the quarantined ones, and the one that was free"
     manager.check()
     turnstile.allow(4)
-    manager.grow(loading.table, len(tokens))
-    compute(manager, loading, tokens, 0, 16)
-    assert_right(manager, loading, tokens, 16)
+    manager.grow(table, len(tokens))
+    compute(manager, table, tokens, 0, 16)
+    assert_right(manager, table, tokens, 16)
 
 
 def test_what_was_measured_is_told(store: MemoryStore, tokens: list[int]) -> None:
     recorder = Recorder()
     manager = manager_on(store, 20, FixedPlanner(LoadPlan(0, 16, 8, HOUR_MS)), recorder)
-    loading = manager.admit(tokens, [])
-    while not loading.over:
-        manager.wait(5)
-        manager.advance(loading, 0)
+    table, load = manager.admit(tokens, [])
+    while not load.over:
+        manager.loads.wait(5)
+        manager.loads.advance(table, load, 0)
     told = [(transfer.kind, transfer.pages, transfer.bytes, transfer.failed) for transfer in recorder.transfers]
     assert told == [
         (TransferKind.MATCH, 16, 0, False),
@@ -319,10 +321,10 @@ def test_a_waiting_step_can_be_woken(tiny: LoadedModel, store: MemoryStore, monk
         engine.check()
 
 
-@pytest.mark.parametrize("order", Order)
+@pytest.mark.parametrize("order", FetchOrder)
 @pytest.mark.parametrize("batch_blocks", [1, 3, 99])
 def test_tokens_are_right_wherever_computing_and_fetching_meet(
-    tiny: LoadedModel, store: MemoryStore, order: Order, batch_blocks: int
+    tiny: LoadedModel, store: MemoryStore, order: FetchOrder, batch_blocks: int
 ) -> None:
     how = SamplingParams(max_tokens=8)
     token_ids = prompt(3, 330)

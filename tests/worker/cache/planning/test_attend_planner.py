@@ -13,10 +13,11 @@ from attnstore import errors
 from attnstore.clock import MonotonicClock
 from attnstore.testing import ManualClock, StoreProcess
 from attnstore_worker.cache import CostPlanner, FetchAll
+from attnstore_worker.cache.moving.load import Prompt
 from attnstore_worker.cache.planning.attend_planner import GAIN_MIN, AttendForecast
-from attnstore_worker.cache.planning.load_plan import Prompt
-from attnstore_worker.cache.planning.observation import Step, Transfer, TransferKind
+from attnstore_worker.cache.planning.observation import Step
 from attnstore_worker.cache.pool.tier import Tier
+from attnstore_worker.cache.store.transfer import Transfer, TransferKind
 from attnstore_worker.engine import AttendPolicy, Engine, EngineOptions, SamplingParams
 from attnstore_worker.engine import Sequence as Prompted
 from attnstore_worker.model import LoadedModel

@@ -8,14 +8,16 @@ from collections.abc import Callable, Iterator
 import pytest
 
 from attnstore.clock import MonotonicClock
+from attnstore.limits import CHANNEL_READ_HASHES_MAX
 from attnstore.testing import ManualClock, StoreProcess
 from attnstore.testing.link import Link
 from attnstore_worker.cache import CostPlanner, open_store
+from attnstore_worker.cache.moving.load import Load, LoadEnd, LoadState, Prompt, SearchPlan
 from attnstore_worker.cache.planning.estimators import PrefillCost
-from attnstore_worker.cache.planning.load_plan import Found, LoadPlan, LoadProgress, Order, Prompt, SearchPlan
-from attnstore_worker.cache.planning.observation import Answer, Load, LoadEnd, Step, Transfer, TransferKind
+from attnstore_worker.cache.planning.observation import Answer, Step
 from attnstore_worker.cache.planning.split import IDLE_SHARE
 from attnstore_worker.cache.pool.tier import Tier
+from attnstore_worker.cache.store.transfer import Transfer, TransferKind
 from attnstore_worker.engine import Engine, EngineOptions, SamplingParams
 from attnstore_worker.model import LoadedModel
 
@@ -29,7 +31,7 @@ Bandwidth = Callable[[float], float]
 
 
 class Simulation:
-    """One worker on one link: plays a swap-in's thread and the engine's, a tick at a time, by the rules of `SwapIn`."""
+    """One worker on one link: plays the mover's thread and the engine's, a tick at a time."""
 
     def __init__(self, bandwidth: Bandwidth, rtt_ms: float) -> None:
         self.clock = ManualClock()
@@ -58,109 +60,86 @@ class Simulation:
 
 
 class _Run:
+    """A prompt on its way, whose `Load` is commanded as the mover and the engine do."""
+
     def __init__(self, simulation: Simulation, prompt: Prompt, search: SearchPlan | None) -> None:
-        self.simulation, self.prompt, self.search = simulation, prompt, search
-        self.clock, self.planner = simulation.clock, simulation.planner
-        self.began_ms = self.clock.now_ms()
-        self.found: Found | None = None
-        self.plan: LoadPlan | None = None
-        self.planned_ms = 0.0
-        self.loading = search is not None
-        self.front, self.computed, self.chunk_ends_ms = 0, 0, 0.0
-        self.pending, self.in_flight, self.missing_bytes = range(0), range(0), 0.0
-        self.asked_ms = 0.0
-        self.arrived: set[int] = set()
+        self.simulation, self.clock, self.planner = simulation, simulation.clock, simulation.planner
+        self.prompt, self.load = prompt, Load(prompt, search, self.clock.now_ms())
+        self.computed, self.computing, self.chunk_ends_ms = 0, 0, 0.0
+        self.missing_bytes = 0.0
         self.is_over = False
 
     def tick(self) -> None:
-        if self.loading:
+        if self.load.state in {LoadState.SEARCHING, LoadState.READING}:
             self._transfer()
         if self.clock.now_ms() >= self.chunk_ends_ms:
             self._compute()
 
     def _transfer(self) -> None:
-        now_ms = self.clock.now_ms()
-        assert self.search is not None
-        if self.found is None:
-            if now_ms - self.began_ms >= self.simulation.rtt_ms:
-                self._tell(TransferKind.MATCH, self.began_ms, 0)
-                self.found = Found(self.prompt, self.prompt.usable_blocks, self.front, now_ms - self.began_ms)
-                self.plan, self.planned_ms = self.planner.load(self.found), now_ms
-                if self.plan is None:
-                    self._end(LoadEnd.DECLINED)
-                    return
-                self.pending = range(self.plan.begin, self.plan.end)
+        load, now_ms = self.load, self.clock.now_ms()
+        if load.state is LoadState.SEARCHING:
+            if now_ms - load.started_ms >= self.simulation.rtt_ms:
+                self._tell(TransferKind.MATCH, load.started_ms, 0)
+                load.found(self.prompt.usable_blocks, now_ms)
+                load.begin(self.planner.plan(load), now_ms)
                 self._ask()
-            elif now_ms - self.began_ms > self.search.deadline_ms:
-                self._end(LoadEnd.LATE)
+            elif now_ms > load.due_ms:
+                self._cancel(LoadEnd.LATE)
             return
-        assert self.plan is not None
-        if now_ms - self.planned_ms > self.plan.deadline_ms:
-            self._tell(TransferKind.READ, self.asked_ms, 0, failed=True)
-            self._end(LoadEnd.LATE)
+        if now_ms > load.due_ms:
+            self._tell(TransferKind.READ, load.asked_ms, 0, failed=True)
+            self._cancel(LoadEnd.LATE)
             return
-        if now_ms - self.asked_ms > self.simulation.rtt_ms:
+        if now_ms - load.asked_ms > self.simulation.rtt_ms:
             self.missing_bytes -= self.simulation.bandwidth(now_ms) * TICK_MS
         if self.missing_bytes <= 0:
-            self._tell(TransferKind.READ, self.asked_ms, len(self.in_flight) * PAGE_BYTES)
-            self.arrived |= set(self.in_flight)
-            self.in_flight = range(0)
+            size_bytes = len(load.in_flight) * PAGE_BYTES
+            self._tell(TransferKind.READ, load.asked_ms, size_bytes)
+            load.arrived(load.in_flight, size_bytes)
             if self._replan():
                 self._ask()
 
     def _ask(self) -> None:
-        assert self.plan is not None
-        pending = range(max(self.pending.start, self.front), self.pending.stop)
-        size = len(pending) if self.plan.order is Order.LAYERS else self.plan.batch_blocks
-        self.in_flight, self.pending = pending[-size:], pending[:-size]
-        assert not self.arrived & set(self.in_flight), "no block is fetched twice"
-        self.missing_bytes, self.asked_ms = len(self.in_flight) * PAGE_BYTES, self.clock.now_ms()
-        if not self.in_flight:
-            self._end(LoadEnd.COMPLETE)
+        batch = self.load.next_batch(self.clock.now_ms(), CHANNEL_READ_HASHES_MAX)
+        assert not self.load.ready & set(batch), "no block is fetched twice"
+        self.missing_bytes = len(batch) * PAGE_BYTES
 
     def _replan(self) -> bool:
-        assert self.found is not None
-        assert self.plan is not None
-        now_ms = self.clock.now_ms()
-        in_flight_ms = now_ms - self.asked_ms if self.in_flight else 0.0
-        pending = range(max(self.pending.start, self.front), self.pending.stop)
-        progress = LoadProgress(
-            self.found, self.plan, len(self.arrived), self.front, pending, self.in_flight, in_flight_ms, now_ms - self.planned_ms
-        )
-        plan = self.planner.replan(progress)
-        if plan is None:
-            self._end(LoadEnd.LATE)
+        if self.load.state is not LoadState.READING:
+            return True
+        plan = self.planner.replan(self.load, self.clock.now_ms())
+        assert plan is None or (self.load.plan and plan.order is self.load.plan.order), "what has begun page by page goes on so"
+        if not self.load.replan(plan):
+            self._cancel(LoadEnd.LATE)
             return False
-        assert plan.order is self.plan.order, "what has begun page by page goes on so"
-        self.plan, self.pending = plan, range(plan.begin, self.pending.stop)
         return True
 
     def _compute(self) -> None:
-        self.computed = self.front
-        while self.computed in self.arrived:
-            self.computed += 1
-        self.front = max(self.front, self.computed)
-        if self.loading and self.found is not None and not self._replan():
-            return
-        boundary = (self.front // CHUNK_BLOCKS + 1) * CHUNK_BLOCKS
-        end = min([boundary, *(block for block in self.arrived if block >= self.front)])
-        if self.loading and self.search is not None:
-            end = min(end, (self.plan or self.search).compute_before)
-            end = min(end, self.in_flight.start) if self.in_flight else end
-        begin_token, end_token = self.front * 16, min(end * 16, self.prompt.tokens)
-        if begin_token >= self.prompt.tokens:
+        load = self.load
+        self.computed = self.computing
+        if load.running:
+            load.take(self.clock.now_ms())
+            if not load.running:
+                self.planner.loaded(load)
+            elif self.computed >= self.prompt.usable_blocks:
+                self._cancel(LoadEnd.MET)
+            elif not self._replan():
+                return
+        self.computed = load.pass_ready(self.computed)
+        boundary = (self.computed // CHUNK_BLOCKS + 1) * CHUNK_BLOCKS
+        begin, end = self.computed * 16, min(load.claim(boundary) * 16, self.prompt.tokens)
+        if begin >= self.prompt.tokens:
             self.is_over = True
-        elif end_token > begin_token:
-            self.front = end
-            self.chunk_ends_ms = self.clock.now_ms() + COST.chunk(begin_token, end_token)
+        elif end > begin:
+            self.computing = -(-end // 16)
+            self.chunk_ends_ms = self.clock.now_ms() + COST.chunk(begin, end)
+        else:
+            self.computing = self.computed
 
-    def _end(self, end: LoadEnd) -> None:
-        assert self.search is not None
-        self.loading, self.in_flight = False, range(0)
-        now_ms = self.clock.now_ms()
-        self.planner.loaded(
-            Load(self.prompt, self.search, self.found, self.plan, end, self.began_ms, now_ms, len(self.arrived), len(self.arrived))
-        )
+    def _cancel(self, end: LoadEnd) -> None:
+        self.load.cancel(end, self.clock.now_ms())
+        self.load.take(self.clock.now_ms())
+        self.planner.loaded(self.load)
 
     def _tell(self, kind: TransferKind, started_ms: float, size_bytes: int, *, failed: bool = False) -> None:
         pages = size_bytes // PAGE_BYTES

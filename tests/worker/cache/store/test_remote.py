@@ -12,9 +12,10 @@ from attnstore.errors import DeadlineExceeded, Unavailable
 from attnstore.limits import NODE_FAIR_MS
 from attnstore.testing import ManualClock, StoreProcess
 from attnstore.types import MatchResult, PageStatus, ReadResult
-from attnstore_worker.cache.planning.observation import Observer, Transfer
+from attnstore_worker.cache.planning.observation import Observer
 from attnstore_worker.cache.store.base import STORE_TRANSPORTS, open_store
 from attnstore_worker.cache.store.remote import PAUSE_MS, RemoteTier
+from attnstore_worker.cache.store.transfer import Transfer
 from attnstore_worker.testing import MemoryStore
 from tests.samples import eventually
 

@@ -21,9 +21,10 @@ from attnstore.core.layout import PageLayout
 from attnstore.errors import AttnStoreError
 from attnstore.limits import ATTEND_BYTES_MAX, ATTEND_ROWS_MAX
 from attnstore_worker.cache.attending.step import NodeRows, RemoteStep
-from attnstore_worker.cache.planning.observation import Observer, Transfer, TransferKind
+from attnstore_worker.cache.planning.observation import Observer
 from attnstore_worker.cache.pool.tier import Tier
 from attnstore_worker.cache.store.base import AttendStore
+from attnstore_worker.cache.store.transfer import Transfer, TransferKind
 from attnstore_worker.errors import PagesLost
 
 _LOG = logging.getLogger(__name__)

@@ -1,12 +1,12 @@
 """How sealed blocks get from the pool to the store: one writer for each write policy.
 
-Owns: `WRITE_POLICIES` and the writers; their thread and queue are a `SwapOut`'s.
-Invariant: the bytes of a page that is to be written do not change until it is: its block is held, or it was copied to a staging
-pool. A page that finds no room on the way is only counted: the store misses one page.
+Owns: `WRITE_POLICIES` and the writers; the thread and the queue are those of `WriteQueue`.
+Invariant: the bytes of a queued page do not change until it is written: its block is held, or the page was copied to staging.
+A page that finds no room is only counted: the store misses one page.
 
     write-behind    a block is queued when it is sealed; the engine computes on (default)
-    write-through   the same, and the step in which it was sealed ends when its write has: who sees the token can rely on the pages
-    on-evict        a page is copied aside and queued when the pool evicts it: the store gets what does not fit here, and no more
+    write-through   the same, and a step ends only after its blocks are written: whoever sees a token can rely on the pages
+    on-evict        a page is copied and queued when the pool evicts it: the store gets only the pages that do not fit here
 
 The names are those of processor caches (Jouppi, "Cache write policies and performance", ISCA 1993), where on-evict is write-back.
 """
@@ -18,17 +18,17 @@ from typing import Final, Protocol
 
 from attnstore.core.hashing import BlockHash
 from attnstore.errors import InvalidArgument
-from attnstore_worker.cache.moving.swap_out import BATCH_BLOCKS_MAX, SwapOut
+from attnstore_worker.cache.moving.write_queue import WRITE_BATCH_PAGES_MAX, WriteQueue
 from attnstore_worker.cache.pool.block_pool import BlockPool
 from attnstore_worker.cache.pool.pages import PagePool
 from attnstore_worker.cache.store.remote import RemoteTier
 
-STAGED_PAGES: Final = 2 * BATCH_BLOCKS_MAX
-"""Pages that on-evict copies aside at most: one batch that is written and one that waits. They come on top of the pool's memory."""
+STAGED_PAGES: Final = 2 * WRITE_BATCH_PAGES_MAX
+"""Pages that on-evict copies at most: one batch that is being written and one that waits. This memory comes on top of the pool."""
 
 
 class Writer(Protocol):
-    """The way to the store. The engine's thread calls everything here."""
+    """The way to the store. Only the engine's thread calls it."""
 
     @property
     def pending(self) -> int:
@@ -37,16 +37,16 @@ class Writer(Protocol):
 
     @property
     def dropped(self) -> int:
-        """Pages that were not written for lack of room, or because their blocks were needed."""
+        """Pages that were not written: there was no room, or their blocks were needed."""
         ...
 
     @property
     def reclaimable(self) -> int:
-        """Blocks that nobody but the queue holds: `reclaim` would give them back."""
+        """Blocks that only the queue holds: `reclaim` would give them back."""
         ...
 
     def sealed(self, block_hash: BlockHash, block_id: int) -> None:
-        """A block was computed and can be found now."""
+        """A block was computed and is findable now."""
         ...
 
     def arrived(self, block_hash: BlockHash) -> None:
@@ -54,11 +54,11 @@ class Writer(Protocol):
         ...
 
     def evicted(self, block_hash: BlockHash, page: memoryview) -> None:
-        """A page leaves the worker; its bytes are there until this returns."""
+        """A page leaves the worker. Its bytes stay valid until the call returns."""
         ...
 
     def end_step(self) -> None:
-        """All that one step sealed was told of."""
+        """All blocks that one step sealed were passed to `sealed`."""
         ...
 
     @property
@@ -67,15 +67,15 @@ class Writer(Protocol):
         ...
 
     def reclaim(self) -> bool:
-        """Gives up the newest block that only the queue holds. False where there is none."""
+        """Drops the newest block that only the queue holds. False where there is none."""
         ...
 
     def wait_finished(self, timeout_ms: float) -> None:
-        """Waits for a write to end that `reap` has not seen yet."""
+        """Waits until a write has ended that `reap` has not seen yet."""
         ...
 
     def reap(self) -> None:
-        """Lets go of what was written."""
+        """Releases the blocks that were written."""
         ...
 
     def flush(self, timeout_ms: float) -> bool:
@@ -88,34 +88,34 @@ class Writer(Protocol):
 
 
 class _Queued:
-    """What the policies with a store share: their `SwapOut`."""
+    """The queue that all policies with a store share."""
 
-    def __init__(self, pages: PagePool, remote: RemoteTier, queue_blocks_max: int) -> None:
+    def __init__(self, pages: PagePool, remote: RemoteTier, pages_max: int) -> None:
         def write(hashes: Sequence[BlockHash], slots: Sequence[int]) -> None:
             remote.write(hashes, [pages.page(slot) for slot in slots])
 
-        self._swap_out = SwapOut(write, queue_blocks_max=queue_blocks_max)
+        self._queue = WriteQueue(write, pages_max=pages_max)
         self._dropped = 0
 
     @property
     def pending(self) -> int:
-        return self._swap_out.pending
+        return self._queue.pending
 
     @property
     def dropped(self) -> int:
         return self._dropped
 
     def end_step(self) -> None:
-        """The writes go on behind the next step."""
+        """Does not wait."""
 
     def wait_finished(self, timeout_ms: float) -> None:
-        self._swap_out.wait_finished(timeout_ms)
+        self._queue.wait_finished(timeout_ms)
 
     def flush(self, timeout_ms: float) -> bool:
-        return self._swap_out.flush(timeout_ms)
+        return self._queue.flush(timeout_ms)
 
     def close(self) -> None:
-        self._swap_out.close()
+        self._queue.close()
 
 
 class WriteBehind(_Queued):
@@ -127,26 +127,26 @@ class WriteBehind(_Queued):
 
     @property
     def held(self) -> int:
-        return self._swap_out.pending
+        return self._queue.pending
 
     @property
     def reclaimable(self) -> int:
-        return self._swap_out.queued(self._is_held_once)
+        return self._queue.queued(self._is_held_once)
 
     def sealed(self, block_hash: BlockHash, block_id: int) -> None:
         self._pool.hold(block_id)
-        if not self._swap_out.offer(block_hash, block_id):
+        if not self._queue.offer(block_hash, block_id):
             self._dropped += 1
             self._pool.release([block_id])
 
     def arrived(self, block_hash: BlockHash) -> None:
-        """It is in the store already."""
+        """No-op: the store has it already."""
 
     def evicted(self, block_hash: BlockHash, page: memoryview) -> None:
-        """It was queued when it was sealed."""
+        """No-op: it was queued when it was sealed."""
 
     def reclaim(self) -> bool:
-        cancelled = self._swap_out.cancel_newest(self._is_held_once)
+        cancelled = self._queue.cancel_newest(self._is_held_once)
         if cancelled is None:
             return False
         self._dropped += 1
@@ -154,26 +154,26 @@ class WriteBehind(_Queued):
         return True
 
     def reap(self) -> None:
-        self._pool.release(self._swap_out.take_finished())
+        self._pool.release(self._queue.take_finished())
 
     def _is_held_once(self, block_id: int) -> bool:
         return self._pool.holders(block_id) == 1
 
 
 class WriteThrough(WriteBehind):
-    """Ends a step when what it sealed is written, or after the tier's deadline."""
+    """Ends a step when its blocks are written, or after the store's deadline."""
 
     def __init__(self, pool: BlockPool, pages: PagePool, remote: RemoteTier) -> None:
         super().__init__(pool, pages, remote)
         self._deadline_ms = remote.deadline_ms
 
     def end_step(self) -> None:
-        """Waits."""
+        """Waits for the writes."""
         self.flush(self._deadline_ms)
 
 
 class WriteOnEvict(_Queued):
-    """Copies each evicted page that the store does not have to a staging pool, and writes it from there."""
+    """Copies evicted pages to a staging pool and writes them from there, except those that came from the store."""
 
     held = 0
     reclaimable = 0
@@ -185,7 +185,7 @@ class WriteOnEvict(_Queued):
         self._in_store: set[BlockHash] = set()
 
     def sealed(self, block_hash: BlockHash, block_id: int) -> None:
-        """It is written when it goes."""
+        """No-op: it is written when the pool evicts it."""
 
     def arrived(self, block_hash: BlockHash) -> None:
         self._in_store.add(block_hash)
@@ -200,14 +200,14 @@ class WriteOnEvict(_Queued):
             return
         slot = self._free.pop()
         self._staging.page(slot)[:] = page
-        self._swap_out.offer(block_hash, slot)  # its queue has room for every slot
+        self._queue.offer(block_hash, slot)  # the queue has room for every slot
 
     def reclaim(self) -> bool:
-        """No block is held."""
+        """No-op: no block is held."""
         return False
 
     def reap(self) -> None:
-        self._free += self._swap_out.take_finished()
+        self._free += self._queue.take_finished()
 
 
 class WriteNothing:
@@ -219,34 +219,34 @@ class WriteNothing:
     reclaimable = 0
 
     def sealed(self, block_hash: BlockHash, block_id: int) -> None:
-        """Stays here."""
+        """No-op."""
 
     def arrived(self, block_hash: BlockHash) -> None:
-        """From nowhere."""
+        """No-op."""
 
     def evicted(self, block_hash: BlockHash, page: memoryview) -> None:
-        """Is gone."""
+        """No-op."""
 
     def end_step(self) -> None:
-        """Nothing was begun."""
+        """No-op."""
 
     def reclaim(self) -> bool:
-        """No block is held."""
+        """No-op: no block is held."""
         return False
 
     def wait_finished(self, timeout_ms: float) -> None:
-        """Nothing is on its way."""
+        """No-op."""
 
     def reap(self) -> None:
-        """Nothing is on its way."""
+        """No-op."""
 
     def flush(self, timeout_ms: float) -> bool:
-        """Nothing is on its way."""
+        """No-op."""
         del timeout_ms
         return True
 
     def close(self) -> None:
-        """Nothing to end."""
+        """No-op."""
 
 
 _WRITERS: Final[dict[str, Callable[[BlockPool, PagePool, RemoteTier], Writer]]] = {
@@ -258,7 +258,7 @@ WRITE_POLICIES: Final = tuple(_WRITERS)
 
 
 def create_writer(policy: str, pool: BlockPool, pages: PagePool, remote: RemoteTier | None) -> Writer:
-    """The writer for one of `WRITE_POLICIES`, from `pool` and its `pages` to `remote`.
+    """The writer for one of `WRITE_POLICIES`, from `pool` and its `pages` to `remote`; without one, a writer that does nothing.
 
     Raises `InvalidArgument` for an unknown policy.
     """

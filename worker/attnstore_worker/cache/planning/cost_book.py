@@ -12,9 +12,10 @@ from dataclasses import dataclass, field, replace
 from attnstore.clock import Clock
 from attnstore_worker.cache.planning.estimators import DurationEstimator, FactorEstimator, PrefillCost, PrefillEstimator
 from attnstore_worker.cache.planning.link import LinkEstimate, LinkEstimator
-from attnstore_worker.cache.planning.observation import Step, Transfer, TransferKind
+from attnstore_worker.cache.planning.observation import Step
 from attnstore_worker.cache.planning.split import Costs
 from attnstore_worker.cache.pool.tier import Tier
+from attnstore_worker.cache.store.transfer import Transfer, TransferKind
 
 _SLOWDOWN_PRIOR = 1.1
 _BEHIND_PRIOR = 1.1

@@ -13,11 +13,11 @@ from dataclasses import replace
 from typing import Final
 
 from attnstore.clock import Clock
+from attnstore_worker.cache.moving.load import FetchOrder, Load, LoadPlan, Prompt, SearchPlan
 from attnstore_worker.cache.planning.attend_planner import AttendForecast
 from attnstore_worker.cache.planning.cost_book import CostBook, CostReport
 from attnstore_worker.cache.planning.decisions import Decision, DecisionLog, PredictionStatistics
-from attnstore_worker.cache.planning.load_plan import Found, LoadPlan, LoadProgress, Order, Prompt, SearchPlan
-from attnstore_worker.cache.planning.observation import Answer, Load, Step, Transfer
+from attnstore_worker.cache.planning.observation import Answer, Step
 from attnstore_worker.cache.planning.split import (
     Choice,
     Costs,
@@ -29,6 +29,7 @@ from attnstore_worker.cache.planning.split import (
     search_head,
     split,
 )
+from attnstore_worker.cache.store.transfer import Transfer
 
 PROBE_MS: Final = 10_000.0
 """A link that is not used is measured again after this time, beside the next prompt that is computed."""
@@ -56,49 +57,51 @@ class CostPlanner:
                 self._loading.add(prompt.number)
         return plan
 
-    def load(self, found: Found) -> LoadPlan | None:
-        """Where computing and fetching meet, by what is known now."""
-        costs, work = self._book.costs(), self._work(found.prompt, found.front, found.hit_end)
+    def plan(self, load: Load) -> LoadPlan | None:
+        """Where computing and fetching meet, by the costs known now."""
+        costs, work = self._book.costs(), self._work(load.prompt, load.front, load.hit_end)
         if work.front >= work.back:
             return None
         if costs is None:
-            self._decided(found.prompt, None, None, Choice.PROBE, found)
+            self._decided(load.prompt, None, None, Choice.PROBE, load)
             return _probe(work, _UNKNOWN_DEADLINE_MS)
-        slack_ms = self._slack_ms(costs, found, found.front, found.search_ms)
+        slack_ms = self._slack_ms(costs, load, load.search_ms)
         work = replace(work, ahead_ms=max(0.0, -slack_ms))
-        planned = split(costs, work, self._patience_ms(costs, found.prompt) - max(0.0, slack_ms))
+        planned = split(costs, work, self._patience_ms(costs, load.prompt) - max(0.0, slack_ms))
         is_stale = costs.link.age_ms > PROBE_MS
-        self._decided(found.prompt, costs, planned, Choice.PROBE if is_stale and not planned.fetches else planned.choice, found)
+        self._decided(load.prompt, costs, planned, Choice.PROBE if is_stale and not planned.fetches else planned.choice, load)
         if planned.fetches:
             return _load_plan(planned, planned.deadline_ms)
         return _probe(work, recompute_ms(costs.prefill, work)) if is_stale else None
 
-    def replan(self, progress: LoadProgress) -> LoadPlan | None:
+    def replan(self, load: Load, now_ms: float) -> LoadPlan | None:
         """The meeting point moves with the link; a load that is later than patience allows is given up."""
-        if progress.elapsed_ms > progress.plan.deadline_ms + _LATE_MS:
+        assert load.plan is not None
+        elapsed_ms = now_ms - load.planned_ms
+        if elapsed_ms > load.plan.deadline_ms + _LATE_MS:
             return None
-        costs, found = self._book.costs(), progress.found
-        asked = progress.in_flight.start if progress.in_flight else progress.pending.stop
-        if costs is None and progress.in_flight and progress.front >= asked:
-            return None  # nobody waits for a link that is not known
-        is_last = progress.front >= asked and not progress.in_flight
-        if costs is None or is_last or progress.plan.order is Order.LAYERS:
-            return progress.plan
-        slack_ms = self._slack_ms(costs, found, progress.front, found.search_ms + progress.elapsed_ms)
+        costs = self._book.costs()
+        asked = load.in_flight.start if load.in_flight else load.pending.stop
+        if costs is None and load.in_flight and load.front >= asked:
+            return None  # the engine does not wait for a link that is not known
+        is_last = load.front >= asked and not load.in_flight
+        if costs is None or is_last or load.plan.order is FetchOrder.LAYERS:
+            return load.plan
+        slack_ms = self._slack_ms(costs, load, load.search_ms + elapsed_ms)
         work = replace(
-            self._work(found.prompt, progress.front, found.hit_end),
+            self._work(load.prompt, load.front, load.hit_end),
             ahead_ms=max(0.0, -slack_ms),
-            asked=max(asked, progress.front),
-            back=progress.in_flight.stop if progress.in_flight else asked,
-            busy_ms=_busy_ms(costs, found.prompt.page_bytes, progress),
+            asked=max(asked, load.front),
+            back=load.in_flight.stop if load.in_flight else asked,
+            busy_ms=_busy_ms(costs, load, now_ms),
             layers=1,  # a load that has begun page by page goes on so
         )
-        planned = split(costs, work, self._patience_ms(costs, found.prompt) - max(0.0, slack_ms))
+        planned = split(costs, work, self._patience_ms(costs, load.prompt) - max(0.0, slack_ms))
         if planned.fetches:
-            return _load_plan(planned, progress.elapsed_ms + planned.deadline_ms)
-        if work.front < work.asked:  # computing goes on anyway: what is being read may still come in time
+            return _load_plan(planned, elapsed_ms + planned.deadline_ms)
+        if work.front < work.asked:  # computing goes on anyway: the blocks in flight may still come in time
             spent_ms = costs.slowdown * self._compute_ms(costs, work, work.front, work.asked)
-            return replace(progress.plan, begin=asked, compute_before=asked, deadline_ms=progress.elapsed_ms + spent_ms)
+            return replace(load.plan, begin=asked, compute_before=asked, deadline_ms=elapsed_ms + spent_ms)
         return None
 
     def prefetches(self, prompt: Prompt) -> bool:
@@ -202,27 +205,27 @@ class CostPlanner:
     def _patience_ms(self, costs: Costs, prompt: Prompt) -> float:
         return patience(costs.prefill, self._work(prompt, prompt.resident_blocks, prompt.usable_blocks))
 
-    def _slack_ms(self, costs: Costs, found: Found, front: int, elapsed_ms: float) -> float:
+    def _slack_ms(self, costs: Costs, load: Load, elapsed_ms: float) -> float:
         """Time since the search began that was not spent on computing; negative where the last chunk is still being computed."""
-        work = self._work(found.prompt, front, found.hit_end)
-        return elapsed_ms - costs.slowdown * self._compute_ms(costs, work, found.prompt.resident_blocks, front)
+        work = self._work(load.prompt, load.front, load.hit_end)
+        return elapsed_ms - costs.slowdown * self._compute_ms(costs, work, load.prompt.resident_blocks, load.front)
 
-    def _decided(self, prompt: Prompt, costs: Costs | None, planned: Split | None, choice: Choice, found: Found | None) -> None:
-        decision = self._decision(prompt, costs, planned, choice, found)
+    def _decided(self, prompt: Prompt, costs: Costs | None, planned: Split | None, choice: Choice, load: Load | None) -> None:
+        decision = self._decision(prompt, costs, planned, choice, load)
         earlier = self._log.get(prompt.number)
         self._log.opened(decision if earlier is None else replace(decision, at_ms=earlier.at_ms))
 
     def _decision(
-        self, prompt: Prompt, costs: Costs | None, planned: Split | None, choice: Choice, found: Found | None
+        self, prompt: Prompt, costs: Costs | None, planned: Split | None, choice: Choice, load: Load | None
     ) -> Decision:
         decision = Decision(
             prompt.number, self._clock.now_ms(), prompt.tokens, prompt.resident_blocks, prompt.usable_blocks, choice
         )
-        if found is not None:
-            decision = replace(decision, hit_end=found.hit_end)
+        if load is not None:
+            decision = replace(decision, hit_end=load.hit_end)
         if costs is None or planned is None:
             return decision
-        spent_ms = found.search_ms if found is not None else costs.link.rtt_ms if planned.fetches else 0.0
+        spent_ms = load.search_ms if load is not None else costs.link.rtt_ms if planned.fetches else 0.0
         forecasts = {
             "recompute": spent_ms + planned.recompute_ms,
             "fetch": spent_ms + fetch_everything(costs, planned.work).ttft_ms,
@@ -240,19 +243,19 @@ class CostPlanner:
         )
 
 
-def _busy_ms(costs: Costs, page_bytes: int, progress: LoadProgress) -> float:
-    """When the read that runs will be over: as expected, or, if it is late already, in as long as it is late (nobody knows)."""
-    if not progress.in_flight:
+def _busy_ms(costs: Costs, load: Load, now_ms: float) -> float:
+    """When the read that runs will be over: as expected, or, where it is late already, in as long as it is late."""
+    if not load.in_flight:
         return 0.0
-    return abs(costs.link.transfer_ms(len(progress.in_flight) * page_bytes) - progress.in_flight_ms)
+    return abs(costs.link.transfer_ms(len(load.in_flight) * load.prompt.page_bytes) - (now_ms - load.asked_ms))
 
 
 def _load_plan(planned: Split, deadline_ms: float) -> LoadPlan:
-    meet, order = planned.meet, Order.LAYERS if planned.by_layers else Order.BACK_TO_FRONT
+    meet, order = planned.meet, FetchOrder.LAYERS if planned.by_layers else FetchOrder.BACK_TO_FRONT
     return LoadPlan(meet, planned.work.hit_end, planned.batch_blocks, deadline_ms, order, meet)
 
 
 def _probe(work: Work, deadline_ms: float) -> LoadPlan:
     """One page from the end, while everything before it is computed."""
     last = work.back - 1
-    return LoadPlan(last, work.back, 1, deadline_ms, Order.BACK_TO_FRONT, last)
+    return LoadPlan(last, work.back, 1, deadline_ms, FetchOrder.BACK_TO_FRONT, last)

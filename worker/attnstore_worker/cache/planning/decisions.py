@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass, field, replace
 from statistics import median
 from typing import Any, Final
 
-from attnstore_worker.cache.planning.observation import Load, LoadEnd
+from attnstore_worker.cache.moving.load import Load, LoadEnd
 from attnstore_worker.cache.planning.split import Choice
 
 _KEPT: Final = 256
@@ -104,6 +104,7 @@ class DecisionLog:
                 return
             if load.end is LoadEnd.NOT_FOUND:  # what was predicted supposed hits
                 decision = replace(decision, choice=Choice.RECOMPUTE, meet=None, predicted_ttft_ms=None)
+            assert load.end is not None
             self._open[decision.number] = replace(decision, arrived_blocks=load.arrived_blocks, end=load.end.value)
 
     def answered(self, number: int, ttft_ms: float) -> None:

@@ -1,52 +1,21 @@
 """What the worker measures of itself while it works, for estimators, metrics and explanations.
 
-Owns: the observations, and `Observer`, who is told of them. Invariant: an observation is a fact about something that is over;
-telling it changes nothing. Times are on the engine's clock.
+Owns: `Step` and `Answer`, and `Observer`, who is told of these, of every `Transfer` and of every `Load`. Invariant: an observation
+is a fact about something that is over, and telling it changes nothing. Times are on the engine's clock.
 """
 
 from __future__ import annotations
 
-import enum
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
-from attnstore_worker.cache.planning.load_plan import Found, LoadPlan, Prompt, SearchPlan
-from attnstore_worker.cache.pool.tier import Tier
+from attnstore_worker.cache.moving.load import Load, Prompt
+from attnstore_worker.cache.store.transfer import Transfer, TransferObserver
 
 _LOG = logging.getLogger(__name__)
 _T = TypeVar("_T")
-
-
-class TransferKind(enum.Enum):
-    """What a tier was asked to do. A MATCH moves no page: its duration is a round trip. So is that of an ATTEND, which tells a node
-    on an attend stream what pages will be asked about.
-    """
-
-    MATCH = "match"
-    READ = "read"
-    WRITE = "write"
-    ATTEND = "attend"
-
-
-@dataclass(frozen=True, slots=True)
-class Transfer:
-    """One call to a tier that has ended. `pages` of `pages_asked` were found, verified or kept, `bytes` of them moved.
-
-    `first_byte_ms` is when the first bytes were known to be there, where the transport tells. A call that `failed` as a whole
-    (error, deadline, or not made because the tier had failed just before) may have moved some pages nevertheless.
-    """
-
-    tier: Tier
-    kind: TransferKind
-    started_ms: float
-    ended_ms: float
-    pages_asked: int
-    pages: int
-    bytes: int
-    failed: bool
-    first_byte_ms: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,62 +31,24 @@ class Step:
     attend_bytes: int = 0
 
 
-class LoadEnd(enum.Enum):
-    """Why a load is over.
-
-    LENT: the pages are used where they lie. COMPLETE: everything planned was fetched or failed. MET: the computed front reached
-    what had arrived. NOT_FOUND: no lower tier had a block. DECLINED: the planner wanted none. LATE: its deadline passed, or the
-    planner gave it up. RELEASED: the sequence was cancelled or preempted.
-    """
-
-    LENT = "lent"
-    COMPLETE = "complete"
-    MET = "met"
-    NOT_FOUND = "not_found"
-    DECLINED = "declined"
-    LATE = "late"
-    RELEASED = "released"
-
-
-@dataclass(frozen=True, slots=True)
-class Load:
-    """What became of one search and its load: what was planned, and what happened. `found` and `plan` are None where it never came
-    so far. Blocks `arrived_blocks` came from below and were used or could be.
-    """
-
-    prompt: Prompt
-    search: SearchPlan
-    found: Found | None
-    plan: LoadPlan | None
-    end: LoadEnd
-    started_ms: float
-    ended_ms: float
-    arrived_blocks: int
-    bytes_read: int
-
-
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """A prompt that lower tiers may have helped with has its first token; `started_ms` is when it was admitted."""
+    """A prompt that the lower tiers may have helped with has its first token. It was admitted at `started_ms`."""
 
     prompt: Prompt
     started_ms: float
     ended_ms: float
 
 
-class Observer(Protocol):
-    """Is told of every observation, from the thread that made it. Must be quick; who may raise is `Shielded`."""
-
-    def transferred(self, transfer: Transfer) -> None:
-        """A call to a tier has ended."""
-        ...
+class Observer(TransferObserver, Protocol):
+    """Is told of every observation, from the thread that made it. Must be quick; one that may raise is wrapped in `Shielded`."""
 
     def stepped(self, step: Step) -> None:
         """The model has run."""
         ...
 
     def loaded(self, load: Load) -> None:
-        """A sequence waits for no page any more. Told once for each search."""
+        """An observed load has ended, for good. Told once for each."""
         ...
 
     def answered(self, answer: Answer) -> None:
@@ -126,23 +57,23 @@ class Observer(Protocol):
 
 
 class Unobserved:
-    """Nobody looks."""
+    """An observer that does nothing."""
 
     def transferred(self, transfer: Transfer) -> None:
-        """Forgotten."""
+        """No-op."""
 
     def stepped(self, step: Step) -> None:
-        """Forgotten."""
+        """No-op."""
 
     def loaded(self, load: Load) -> None:
-        """Forgotten."""
+        """No-op."""
 
     def answered(self, answer: Answer) -> None:
-        """Forgotten."""
+        """No-op."""
 
 
 class Shielded:
-    """Tells `observer`, which may raise: the first failure of each kind is logged, and none reaches who was observed."""
+    """Passes observations on to `observer`, which may raise. The first failure of each kind is logged, none reaches the caller."""
 
     def __init__(self, observer: Observer) -> None:
         self._observer = observer

@@ -63,6 +63,10 @@ class BlockTable:
         """Tokens before the first one that lies here."""
         return self.remote_blocks * self.block_tokens
 
+    def is_intact(self) -> bool:
+        """Whether the blocks that lie in a node's memory still hold their pages. To be asked after a step that used them."""
+        return self.lent is None or self.lent.intact()
+
     @property
     def capacity_tokens(self) -> int:
         """Tokens that the blocks held now have room for."""

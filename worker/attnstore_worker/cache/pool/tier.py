@@ -1,7 +1,7 @@
-"""The tiers by name, and what is counted of each.
+"""The tiers by name, and what is counted of each: for one prompt, and since the start.
 
-Owns: `Tier`, `TierStatistics` and `TierCounter`. Invariant: a block of a prompt is asked of a tier only if no tier above had it, so
-a block hits in one tier at most, and `queried_tokens` of a tier is what those above it missed, as far as it was asked.
+Owns: `Tier`, `Admission`, `TierStatistics` and `TierCounter`. Invariant: a tier is asked only for the blocks that no tier above it
+has, so a block hits in one tier at most.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 
 class Tier(enum.Enum):
-    """From the fastest down. SHARED and REMOTE are the same store, reached through mapped memory or through a network."""
+    """The fastest first. SHARED and REMOTE are the same store, reached through mapped memory or through a network."""
 
     HBM = "hbm"
     HOST = "host"
@@ -22,11 +22,42 @@ class Tier(enum.Enum):
 
 
 @dataclass(frozen=True, slots=True)
-class TierStatistics:
-    """Counts since the start. `bytes_read`: pages copied up from the tier; those that are used in place are not copied.
+class Admission:
+    """What the tiers had of a prompt. Tokens count whole blocks; `bytes_read` came from the store.
 
-    A prompt that is fetched ahead, or preempted, is asked for again. SHARED and REMOTE are asked together: their queried tokens are
-    those of the store. `evicted_blocks`: 0 for a store, which says it itself.
+    `host_tokens` of the local tokens came up from HOST, the others were in HBM. `shared_tokens` of the remote tokens came through
+    memory shared with the store's node, or are used there.
+    """
+
+    local_tokens: int = 0
+    remote_tokens: int = 0
+    bytes_read: int = 0
+    match_ms: float = 0.0
+    read_ms: float = 0.0
+    host_tokens: int = 0
+    shared_tokens: int = 0
+
+    @property
+    def hit_tokens(self) -> int:
+        """Tokens that need no prefill."""
+        return self.local_tokens + self.remote_tokens
+
+    def hit_tokens_by_tier(self) -> dict[Tier, int]:
+        """The hit tokens of each tier."""
+        return {
+            Tier.HBM: self.local_tokens - self.host_tokens,
+            Tier.HOST: self.host_tokens,
+            Tier.SHARED: self.shared_tokens,
+            Tier.REMOTE: self.remote_tokens - self.shared_tokens,
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class TierStatistics:
+    """Counts since the start. `bytes_read`: pages copied up from the tier; pages that are used in place are not copied.
+
+    A prompt that is fetched ahead or preempted is asked for again. SHARED and REMOTE are asked together: each counts all tokens
+    that the store was asked for. `evicted_blocks` is 0 for a store, which counts them itself.
     """
 
     queried_tokens: int = 0
@@ -50,12 +81,12 @@ class TierCounter:
         self._queried[tier] += blocks
 
     def copied(self, tier: Tier, blocks: int) -> None:
-        """So many of them were there and were copied up."""
+        """So many of these blocks hit and were copied up."""
         self._hits[tier] += blocks
         self._copied[tier] += blocks
 
     def used_in_place(self, tier: Tier, blocks: int) -> None:
-        """So many of them were there and are used where they lie."""
+        """So many of these blocks hit and are used where they lie."""
         self._hits[tier] += blocks
 
     def statistics(self, evicted_blocks: Mapping[Tier, int]) -> dict[Tier, TierStatistics]:

@@ -20,9 +20,9 @@ from attnstore.core.hashing import BlockHash, Namespace
 from attnstore.core.layout import PageLayout
 from attnstore.errors import DeadlineExceeded
 from attnstore.types import Lease, MatchResult, PageStatus, ReadResult, WriteResult
-from attnstore_worker.cache.planning.observation import Observer, Transfer, TransferKind, Unobserved
 from attnstore_worker.cache.pool.tier import Tier
 from attnstore_worker.cache.store.base import PageStore
+from attnstore_worker.cache.store.transfer import Transfer, TransferKind, TransferObserver
 
 _LOG = logging.getLogger(__name__)
 _T = TypeVar("_T")
@@ -62,14 +62,14 @@ class RemoteTier:
         *,
         deadline_ms: float,
         clock: Clock,
-        observer: Observer | None = None,
+        observer: TransferObserver | None = None,
     ) -> None:
         self._store = store
         self._namespace = namespace
         self._layout = layout
         self.deadline_ms = deadline_ms
         self._clock = clock
-        self._observer = observer or Unobserved()
+        self._observer = observer
         self._lock = threading.Lock()
         self._registered = False
         self._failing = False
@@ -241,6 +241,6 @@ class RemoteTier:
         first_byte_ms: float | None = None,
     ) -> None:
         ended_ms = self._clock.now_ms()
-        self._observer.transferred(
-            Transfer(Tier.REMOTE, kind, started_ms, ended_ms, asked, pages, size_bytes, failed, first_byte_ms)
-        )
+        if self._observer is not None:
+            transfer = Transfer(Tier.REMOTE, kind, started_ms, ended_ms, asked, pages, size_bytes, failed, first_byte_ms)
+            self._observer.transferred(transfer)

@@ -1,7 +1,7 @@
 """The tiers inside the worker: the HBM pool and, if there is one, HOST below it.
 
-Owns: the way of a block between the two. Invariant: a prompt's leading blocks are found wherever they lie, in any mixture, and
-those of HOST are held there until they are copied up, so that a block which HBM evicts to make room for them cannot push them out.
+Owns: the copies of blocks between the two. Invariant: a prompt's leading blocks are found in both tiers, in any mixture. The blocks
+found in HOST are held there until they are copied up, so that blocks which HBM evicts to make room for them cannot push them out.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from attnstore_worker.cache.pool.tier import Tier, TierCounter
 
 
 @dataclass(frozen=True, slots=True)
-class Resident:
+class LocalPrefix:
     """The leading blocks that were found, each with one more holder; `from_host` of them were copied up."""
 
     block_ids: list[int]
     from_host: int
 
 
-class ResidentTiers:
+class LocalTiers:
     """`pool` is the HBM pool, `policy` its own (default: least recently used); `leaving` is told of what leaves the worker."""
 
     def __init__(
@@ -45,10 +45,10 @@ class ResidentTiers:
             host.on_evict = leaving
         self.pool = BlockPool(pages.capacity, policy, on_evict=self._move_down)
 
-    def hold_prefix(self, hashes: Sequence[BlockHash], allocate: Callable[[int], list[int]]) -> Resident:
+    def hold_prefix(self, hashes: Sequence[BlockHash], allocate: Callable[[int], list[int]]) -> LocalPrefix:
         """The longest prefix of `hashes` that the tiers have. Raises `Overloaded`, with nothing held, where `allocate` does."""
         if self._host is None:
-            found = Resident(self.pool.hold_prefix(hashes), 0)
+            found = LocalPrefix(self.pool.hold_prefix(hashes), 0)
         else:
             found = self._hold_in_both(self._host, hashes, allocate)
             self._counter.queried(Tier.HOST, len(hashes) - len(found.block_ids) + found.from_host)
@@ -90,7 +90,7 @@ class ResidentTiers:
         if self._host is not None:
             self._host.check()
 
-    def _hold_in_both(self, host: HostTier, hashes: Sequence[BlockHash], allocate: Callable[[int], list[int]]) -> Resident:
+    def _hold_in_both(self, host: HostTier, hashes: Sequence[BlockHash], allocate: Callable[[int], list[int]]) -> LocalPrefix:
         block_ids: dict[int, int] = {}
         slots: dict[int, int] = {}
         for index, block_hash in enumerate(hashes):
@@ -111,7 +111,7 @@ class ResidentTiers:
                 self.pool.seal(block_ids[index], hashes[index])
         finally:
             host.release(list(slots.values()))
-        return Resident([block_ids[index] for index in range(len(block_ids))], len(slots))
+        return LocalPrefix([block_ids[index] for index in range(len(block_ids))], len(slots))
 
     def _move_down(self, block_hash: BlockHash, block_id: int) -> None:
         if self._host is None or not self._host.keep(block_hash, self._pages.tensor[block_id]):

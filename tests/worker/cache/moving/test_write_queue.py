@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 import pytest
 
 from attnstore.core.hashing import BlockHash
-from attnstore_worker.cache.moving.swap_out import BATCH_BLOCKS_MAX, SwapOut
+from attnstore_worker.cache.moving.write_queue import WRITE_BATCH_PAGES_MAX, WriteQueue
 
 WAIT_MS = 10_000
 
@@ -40,55 +40,57 @@ def recorder() -> Iterator[Recorder]:
 
 
 def test_blocks_are_written_in_order_and_reported_once(recorder: Recorder) -> None:
-    swap_out = SwapOut(recorder, queue_blocks_max=100)
+    queue = WriteQueue(recorder, pages_max=100)
     recorder.gate.set()
-    assert all(swap_out.offer(name(block_id), block_id) for block_id in range(80))
-    assert swap_out.flush(WAIT_MS)
+    assert all(queue.offer(name(block_id), block_id) for block_id in range(80))
+    assert queue.flush(WAIT_MS)
     assert recorder.written == list(range(80))
-    assert sorted(swap_out.take_finished()) == list(range(80))
-    assert swap_out.take_finished() == []
-    swap_out.close()
+    assert sorted(queue.take_finished()) == list(range(80))
+    assert queue.take_finished() == []
+    queue.close()
 
 
 def test_a_full_queue_refuses_and_a_cancelled_block_is_not_written(recorder: Recorder) -> None:
-    swap_out = SwapOut(recorder, queue_blocks_max=3)
-    assert swap_out.offer(name(0), 0)
+    queue = WriteQueue(recorder, pages_max=3)
+    assert queue.offer(name(0), 0)
     assert recorder.entered.wait(WAIT_MS / 1e3)
-    assert [swap_out.offer(name(block_id), block_id) for block_id in range(1, 5)] == [True, True, True, False]
-    assert swap_out.cancel_newest(lambda _: True) == 3
-    assert swap_out.cancel_newest(lambda block_id: block_id == 1) == 1
-    assert swap_out.pending == 2
+    assert [queue.offer(name(block_id), block_id) for block_id in range(1, 5)] == [True, True, False, False]
+    assert queue.queued(lambda block_id: block_id == 1) == 1
+    assert queue.cancel_newest(lambda block_id: block_id == 1) == 1
+    assert queue.offer(name(3), 3)
+    assert queue.cancel_newest(lambda _: True) == 3
+    assert queue.pending == 2
     recorder.gate.set()
-    assert swap_out.flush(WAIT_MS)
+    assert queue.flush(WAIT_MS)
     assert recorder.written == [0, 2]
-    assert swap_out.cancel_newest(lambda _: True) is None
-    swap_out.close()
+    assert queue.cancel_newest(lambda _: True) is None
+    queue.close()
 
 
 def test_a_block_being_written_cannot_be_cancelled_and_flush_gives_up_in_time(recorder: Recorder) -> None:
-    swap_out = SwapOut(recorder, queue_blocks_max=3)
-    swap_out.offer(name(0), 0)
+    queue = WriteQueue(recorder, pages_max=3)
+    queue.offer(name(0), 0)
     assert recorder.entered.wait(WAIT_MS / 1e3)
-    assert swap_out.cancel_newest(lambda _: True) is None
-    assert not swap_out.flush(1)
-    assert swap_out.take_finished() == []
+    assert queue.cancel_newest(lambda _: True) is None
+    assert not queue.flush(1)
+    assert queue.take_finished() == []
     recorder.gate.set()
-    assert swap_out.wait_finished(WAIT_MS)
-    assert swap_out.take_finished() == [0]
-    swap_out.close()
+    assert queue.wait_finished(WAIT_MS)
+    assert queue.take_finished() == [0]
+    queue.close()
 
 
 def test_closing_gives_queued_blocks_back_and_keeps_the_one_being_written(recorder: Recorder) -> None:
-    swap_out = SwapOut(recorder, queue_blocks_max=BATCH_BLOCKS_MAX * 3)
-    swap_out.offer(name(0), 0)
+    queue = WriteQueue(recorder, pages_max=WRITE_BATCH_PAGES_MAX * 3)
+    queue.offer(name(0), 0)
     assert recorder.entered.wait(WAIT_MS / 1e3)
     for block_id in range(1, 4):
-        swap_out.offer(name(block_id), block_id)
-    swap_out.close()
-    assert swap_out.take_finished() == [1, 2, 3]
+        queue.offer(name(block_id), block_id)
+    queue.close()
+    assert queue.take_finished() == [1, 2, 3]
     recorder.gate.set()
-    assert swap_out.wait_finished(WAIT_MS)
-    assert swap_out.take_finished() == [0]
+    assert queue.wait_finished(WAIT_MS)
+    assert queue.take_finished() == [0]
     assert recorder.written == [0]
 
 
@@ -100,10 +102,10 @@ def test_a_write_that_raises_is_reported_too_and_the_next_blocks_are_written() -
             raise OverflowError("a store's mistake")
         written.extend(block_ids)
 
-    swap_out = SwapOut(write, queue_blocks_max=100)
-    swap_out.offer(name(0), 0)
-    assert swap_out.flush(WAIT_MS)
-    swap_out.offer(name(1), 1)
-    assert swap_out.flush(WAIT_MS)
-    assert (sorted(swap_out.take_finished()), written) == ([0, 1], [1])
-    swap_out.close()
+    queue = WriteQueue(write, pages_max=100)
+    queue.offer(name(0), 0)
+    assert queue.flush(WAIT_MS)
+    queue.offer(name(1), 1)
+    assert queue.flush(WAIT_MS)
+    assert (sorted(queue.take_finished()), written) == ([0, 1], [1])
+    queue.close()
