@@ -49,9 +49,7 @@ class AttendedBlocks:
         if taken is None:
             self._close(prefix)
             return False
-        sequence.table = table = BlockTable(
-            self._cache.block_tokens, hashes=sequence.hashes, extra_keys=sequence.extra_keys
-        )
+        sequence.table = table = BlockTable(self._cache.block_tokens, hashes=sequence.hashes, extra_keys=sequence.extra_keys)
         self._begin(sequence, table, prefix)
         self._choice.began(sequence, taken)
         sequence.computed_tokens = table.remote_tokens

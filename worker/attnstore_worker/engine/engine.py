@@ -29,6 +29,7 @@ from attnstore_worker.cache import (
 )
 from attnstore_worker.cache.attending.contexts import AttendStatistics, RemoteAttention
 from attnstore_worker.cache.planning.observation import Shielded
+from attnstore_worker.cache.pool.block_table import BlockTable
 from attnstore_worker.cache.store.base import AttendStore
 from attnstore_worker.engine.attend_policy import AttendChoice, AttendForecaster, AttendPolicy
 from attnstore_worker.engine.attended import AttendedBlocks

@@ -215,9 +215,7 @@ class CostPlanner:
         earlier = self._log.get(prompt.number)
         self._log.opened(decision if earlier is None else replace(decision, at_ms=earlier.at_ms))
 
-    def _decision(
-        self, prompt: Prompt, costs: Costs | None, planned: Split | None, choice: Choice, load: Load | None
-    ) -> Decision:
+    def _decision(self, prompt: Prompt, costs: Costs | None, planned: Split | None, choice: Choice, load: Load | None) -> Decision:
         decision = Decision(
             prompt.number, self._clock.now_ms(), prompt.tokens, prompt.resident_blocks, prompt.usable_blocks, choice
         )
