@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
-import itertools
 import threading
 from collections.abc import Iterator, Sequence
+from typing import Any, cast
 
 import pytest
 
-from attnstore.core.hashing import BlockHash
 from attnstore.errors import Unavailable
 from attnstore.limits import NODE_FAIR_MS
 from attnstore.testing import ManualClock
-from attnstore_worker.vllm.gate import PROBE_MS
+from attnstore.types import MatchResult
+from attnstore_worker.cache.planning.observation import Step
+from attnstore_worker.cache.pool.tier import Tier
+from attnstore_worker.cache.store.base import PageStore
+from attnstore_worker.cache.store.remote import RemoteTier
+from attnstore_worker.cache.store.transfer import Transfer, TransferKind
+from attnstore_worker.vllm.gate import PROBE_MS, Gate
 from attnstore_worker.vllm.identity import page_hashes, page_layout, vllm_namespace
 from attnstore_worker.vllm.known import KnownPages
-from attnstore_worker.vllm.plan import Costs
 from attnstore_worker.vllm.scheduling import SchedulerSide
 from tests.samples import eventually
 
@@ -23,28 +27,42 @@ TOKENS = 16
 LAYOUT = page_layout(layers=2, layer_block_bytes=2 * 3 * TOKENS * 8, kv_heads=3, block_tokens=TOKENS, tp_rank=0, tp_size=1)
 ROOT = vllm_namespace(LAYOUT, {"model": "m"}, tenant_salt="")
 FOREIGN = [bytes((index,)) * 32 for index in range(10)]
-FAST = Costs(loads=((1 << 20, 1.0),) * 8, steps=((1000, 10_000.0),))
-"""A link of 1 GB/s, and a prefill of 100 tokens a second."""
-SLOW = Costs(loads=((1 << 20, 10_000_000.0),) * 8, steps=((1000, 10_000.0),))
+CHUNK_TOKENS = 2048
+
+
+def load(size_bytes: int, elapsed_ms: float) -> Transfer:
+    return Transfer(Tier.REMOTE, TransferKind.READ, 0.0, elapsed_ms, 1, 1, size_bytes, failed=False)
+
+
+STEP = Step(0.0, 10_000.0, ((0, 1000),))
+"""A prefill of 100 tokens a second."""
+FAST = (*[load(1 << 20, 1.0)] * 8, STEP)
+"""A link of 1 GB/s."""
+SLOW = (*[load(1 << 20, 10_000_000.0)] * 8, STEP)
 """A link of 100 B/s."""
 
 
 class Answers:
-    """`match` of a store: `pages` of any prompt are there; while `closed`, nothing is answered."""
+    """A store that has the first `pages` of any prompt and answers nothing while it is not `open`. `asked`: what it answered."""
 
     def __init__(self) -> None:
         self.pages = 6
-        self.asked: list[Sequence[BlockHash]] = []
+        self.asked: list[Sequence[bytes]] = []
         self.error: Exception | None = None
         self.open = threading.Event()
         self.open.set()
 
-    def __call__(self, hashes: Sequence[BlockHash]) -> int:
+    def register_layout(self, *_: Any, **__: Any) -> None:
+        """Knows every namespace."""
+
+    def match(self, _space: bytes, prefixes: Sequence[Sequence[bytes]], /, *, lease_ms: int, deadline_ms: float) -> MatchResult:
+        del deadline_ms
+        assert not lease_ms, "nobody would release it"
         assert self.open.wait(10)
         if self.error is not None:
             raise self.error
-        self.asked.append(hashes)
-        return min(self.pages, len(hashes))
+        self.asked.append(prefixes[0])
+        return MatchResult((min(self.pages, len(prefixes[0])),), None)
 
 
 @pytest.fixture
@@ -58,12 +76,27 @@ def clock() -> ManualClock:
 
 
 @pytest.fixture
-def side(store: Answers, clock: ManualClock) -> Iterator[SchedulerSide]:
-    side = SchedulerSide(store, ROOT, LAYOUT, clock, lookup_ms_max=100)
-    side.learn(FAST)
+def gate(clock: ManualClock) -> Gate:
+    return Gate(clock)
+
+
+@pytest.fixture
+def tier(store: Answers, clock: ManualClock, gate: Gate) -> RemoteTier:
+    return RemoteTier(cast("PageStore", store), ROOT, LAYOUT, deadline_ms=NODE_FAIR_MS, clock=clock, observer=gate)
+
+
+@pytest.fixture
+def unmeasured(store: Answers, tier: RemoteTier, gate: Gate, clock: ManualClock) -> Iterator[SchedulerSide]:
+    side = SchedulerSide(tier, gate, ROOT, LAYOUT, clock, lookup_ms_max=100, chunk_tokens=CHUNK_TOKENS)
     yield side
     store.open.set()
     side.close()
+
+
+@pytest.fixture
+def side(unmeasured: SchedulerSide) -> SchedulerSide:
+    unmeasured.learn(FAST)
+    return unmeasured
 
 
 def settled(side: SchedulerSide, request: str, prompt_tokens: int = 160, computed: int = 0) -> int:
@@ -123,7 +156,7 @@ def test_requests_that_do_not_wait_long_do_not_make_the_store_a_dead_one(
 
 
 def test_a_store_whose_late_answers_turn_out_to_be_errors_is_left_alone(
-    side: SchedulerSide, store: Answers, clock: ManualClock
+    side: SchedulerSide, tier: RemoteTier, store: Answers, clock: ManualClock
 ) -> None:
     store.open.clear()
     store.error = Unavailable("gone")
@@ -132,8 +165,7 @@ def test_a_store_whose_late_answers_turn_out_to_be_errors_is_left_alone(
         clock.advance_ms(100)
         assert side.hit_tokens(request, FOREIGN, 160, 0) == 0
     store.open.set()
-    names = map(str, itertools.count())
-    assert eventually(lambda: side.hit_tokens(next(names), FOREIGN, 160, 0) == 0 and not side._late)
+    assert eventually(lambda: tier.is_failing)
     store.error = None
     assert settled(side, "d") == 0
     assert store.asked == [], "nothing was asked for a request"
@@ -144,23 +176,19 @@ def test_a_fetch_that_would_be_slower_than_computing_is_not_claimed(side: Schedu
     assert settled(side, "a") == 0
 
 
-def test_without_a_measurement_of_the_link_nothing_is_claimed(store: Answers, clock: ManualClock) -> None:
-    side = SchedulerSide(store, ROOT, LAYOUT, clock, lookup_ms_max=100)
-    try:
-        assert settled(side, "a") == 0
-    finally:
-        side.close()
+def test_without_a_measurement_of_the_link_nothing_is_claimed(unmeasured: SchedulerSide) -> None:
+    assert settled(unmeasured, "a") == 0
 
 
 def test_loads_and_saves_name_each_block_once(side: SchedulerSide) -> None:
     names = page_hashes(ROOT, FOREIGN)
     assert settled(side, "a", computed=TOKENS) == 5 * TOKENS
     side.allocated("a", list(range(20, 30)), 5 * TOKENS)
-    plan = side.step([], 0)
+    plan = side.step([], ())
     assert [(block.block_id, block.page_hash) for block in plan.loads[0].blocks] == list(
         zip(range(21, 26), names[1:6], strict=True)
     )
-    assert side.step([], 0).loads == []
+    assert side.step([], ()).loads == []
     saves = side.scheduled("a", list(range(20, 30)), tokens_after=8 * TOKENS + 3, restarted=True)
     assert [(block.block_id, block.page_hash) for block in saves] == [(26, names[6]), (27, names[7])]
     saves = side.scheduled("a", [], tokens_after=9 * TOKENS, restarted=False)
@@ -169,7 +197,7 @@ def test_loads_and_saves_name_each_block_once(side: SchedulerSide) -> None:
 
 def loaded_names(side: SchedulerSide) -> list[tuple[str, list[tuple[int, bytes]]]]:
     """What the next step loads: each request's blocks and their pages' names."""
-    return [(plan.request_id, [(block.block_id, block.page_hash) for block in plan.blocks]) for plan in side.step([], 0).loads]
+    return [(plan.request_id, [(block.block_id, block.page_hash) for block in plan.blocks]) for plan in side.step([], ()).loads]
 
 
 def test_a_hit_for_which_vllm_had_no_blocks_is_a_hit_when_it_has(side: SchedulerSide, store: Answers) -> None:
@@ -196,9 +224,9 @@ def test_a_miss_is_a_miss_however_often_it_is_asked_for(side: SchedulerSide, sto
     assert side.hit_tokens("a", FOREIGN, 160, 0) is None
     clock.advance_ms(100)
     assert [side.hit_tokens("a", FOREIGN, 160, 0) for _ in range(3)] == [0, 0, 0]
-    assert len(side._late) == 1, "its look-up counts once"
     store.open.set()
     assert settled(side, "b") == 6 * TOKENS, "one late answer is no reason to leave the store alone"
+    assert len(store.asked) == 2, "it was looked up once"
     assert side.hit_tokens("a", FOREIGN, 160, 0) == 0
 
 
@@ -246,34 +274,31 @@ def test_only_the_first_of_many_requests_waits_for_a_slow_store(
     assert len(waits) == 1
 
 
-def test_a_look_up_that_nobody_waits_for_is_not_begun(store: Answers, clock: ManualClock) -> None:
-    side = SchedulerSide(store, ROOT, LAYOUT, clock, lookup_ms_max=NODE_FAIR_MS)
+def test_a_look_up_that_nobody_waits_for_is_not_begun(side: SchedulerSide, store: Answers, clock: ManualClock) -> None:
     store.open.clear()
     assert [side.hit_tokens(str(request), FOREIGN, 160, 0) for request in range(10)] == [None] * 10
-    clock.advance_ms(NODE_FAIR_MS)
+    clock.advance_ms(100)
     assert [side.hit_tokens(str(request), FOREIGN, 160, 0) for request in range(10)] == [0] * 10
     store.open.set()
-    side._threads.shutdown(wait=True)
+    assert settled(side, "last") == 6 * TOKENS
     assert len(store.asked) < 10, "those that waited behind others were taken back"
 
 
 def test_a_link_that_was_bad_is_measured_again_and_used_again(side: SchedulerSide, clock: ManualClock) -> None:
     side.learn(SLOW)
-    assert side.hit_tokens("first", FOREIGN, 100, 0) == 0
+    assert settled(side, "first", prompt_tokens=100) == 0
     assert not side.wants_probe, "it was measured just now"
     clock.advance_ms(PROBE_MS + 1)
     assert side.wants_probe
     side.learn(FAST)
     assert not side.wants_probe
-    assert side.hit_tokens("second", FOREIGN, 100, 0) == 96
+    assert settled(side, "second", prompt_tokens=100) == 96
 
 
-def test_a_link_that_was_never_measured_is_measured_when_a_hit_was_not_claimed(store: Answers, clock: ManualClock) -> None:
-    side = SchedulerSide(store, ROOT, LAYOUT, clock, lookup_ms_max=100)
-    assert not side.wants_probe
-    assert side.hit_tokens("first", FOREIGN, 100, 0) == 0
-    assert side.wants_probe
-    side.close()
+def test_a_link_that_was_never_measured_is_measured_when_a_hit_was_not_claimed(unmeasured: SchedulerSide) -> None:
+    assert not unmeasured.wants_probe
+    assert settled(unmeasured, "first", prompt_tokens=100) == 0
+    assert unmeasured.wants_probe
 
 
 def saved_names(side: SchedulerSide, request: str, blocks: int) -> list[bytes]:

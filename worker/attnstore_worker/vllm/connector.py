@@ -22,24 +22,31 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 )
 
 import attnstore
-from attnstore.clock import Deadline, MonotonicClock
+from attnstore.clock import MonotonicClock
 from attnstore.core.hashing import Namespace
 from attnstore.core.layout import PageLayout
 from attnstore.errors import InvalidArgument
+from attnstore.limits import NODE_FAIR_MS
 from attnstore.logs import get_logger
+from attnstore_worker.cache.planning.observation import Step
+from attnstore_worker.cache.store.remote import RemoteTier
+from attnstore_worker.cache.store.transfer import Transfer
+from attnstore_worker.vllm.gate import Gate
 from attnstore_worker.vllm.identity import kv_settings, page_layout, vllm_namespace
 from attnstore_worker.vllm.kv_pages import KvPages
-from attnstore_worker.vllm.plan import BlockPlan, Costs, StepPlan
+from attnstore_worker.vllm.plan import BlockPlan, StepPlan
 from attnstore_worker.vllm.probe import probe_link
 from attnstore_worker.vllm.scheduling import SchedulerSide
 from attnstore_worker.vllm.settings import Settings
 from attnstore_worker.vllm.supported import check_supported, is_served
-from attnstore_worker.vllm.transfers import RegisteredStore, Transfers, costs_of
+from attnstore_worker.vllm.transfers import Transfers
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 _PROBE_MS_MAX = 10_000.0
+_STEPS_MAX = 64
+"""Measured steps that wait to be told."""
 
 _log = get_logger(__name__)
 
@@ -53,19 +60,19 @@ class StepMetadata(KVConnectorMetadata):
 
 @dataclass
 class WorkerMetadata(KVConnectorWorkerMetadata):
-    """Worker to scheduler: what was measured."""
+    """Worker to scheduler: what was measured since it was last told."""
 
-    costs: Costs
+    observations: tuple[Transfer | Step, ...]
 
     def aggregate(self, other: KVConnectorWorkerMetadata) -> WorkerMetadata:
         """Those of two workers."""
         assert isinstance(other, WorkerMetadata)
-        return WorkerMetadata(self.costs.merged(other.costs))
+        return WorkerMetadata(self.observations + other.observations)
 
 
 @dataclass(frozen=True)
 class WorkerStart(KVConnectorHandshakeMetadata):
-    """Worker to scheduler, once: how its attention backends lay out a block. Only a worker knows them."""
+    """Worker to scheduler, once: the memory order of a block, which the worker's attention backends decide."""
 
     order: str
 
@@ -80,7 +87,7 @@ class AttnStoreConnector(KVConnectorBase_V1):
         self._clock = MonotonicClock()
         self._layer_names: list[str] = list(kv_cache_config.kv_cache_groups[0].layer_names)
         self._layer_block_bytes = int(kv_cache_config.kv_cache_groups[0].kv_cache_spec.page_size_bytes)
-        # The scheduler matches the pages of rank 0. Another rank that lacks one reports its block, and the block is computed again.
+        # The scheduler matches the pages of rank 0. Another rank that lacks a page reports its block, and vLLM computes the block.
         rank = 0 if role is KVConnectorRole.SCHEDULER else _tensor_parallel_rank()
         self._layout = _layout(vllm_config, kv_cache_config, rank)
         self._store = attnstore.connect(
@@ -94,9 +101,9 @@ class AttnStoreConnector(KVConnectorBase_V1):
         self._order = ""
         self._scheduling: SchedulerSide | None = None
         self._transfers: Transfers | None = None
-        self._steps: deque[tuple[int, float]] = deque(maxlen=64)
+        self._steps: deque[Step] = deque(maxlen=_STEPS_MAX)
         self._step_began_ms = 0.0
-        self._probe: Future[Costs] | None = None
+        self._probe: Future[tuple[Transfer, ...]] | None = None
         if role is KVConnectorRole.SCHEDULER:
             self._prober = ThreadPoolExecutor(1, "attnstore-probe")
 
@@ -107,34 +114,42 @@ class AttnStoreConnector(KVConnectorBase_V1):
     # Scheduler
 
     def set_xfer_handshake_metadata(self, metadata: Mapping[int, KVConnectorHandshakeMetadata]) -> None:
-        """What the workers said once their caches were there, by rank: now pages have names. Called before the first request."""
+        """The workers' handshakes by rank, after their caches were allocated. Pages have names from now on. Called before the first
+        request.
+        """
         orders = {told.order for told in metadata.values() if isinstance(told, WorkerStart)}
-        if len(orders) != 1:  # MultiConnector passes on what its first connector says
-            raise InvalidArgument(f"the workers tell {len(orders)} ways in which blocks lie; in a MultiConnector this one is first")
+        if len(orders) != 1:  # MultiConnector passes on the handshake of its first connector
+            raise InvalidArgument(f"the workers report {len(orders)} memory orders; in a MultiConnector put this connector first")
         self._space = self._namespace(orders.pop())
-        self._registered = RegisteredStore(self._store, self._space, self._layout)
+        gate, lookup_ms_max = Gate(self._clock), self._settings.lookup_ms_max
+        tier = RemoteTier(
+            self._store,
+            self._space,
+            self._layout,
+            deadline_ms=max(lookup_ms_max, NODE_FAIR_MS),  # a request may be in a hurry; the store is judged by a fair time
+            clock=self._clock,
+            observer=gate,
+        )
         self._scheduling = SchedulerSide(
-            self._match, self._space, self._layout, self._clock, lookup_ms_max=self._settings.lookup_ms_max
+            tier,
+            gate,
+            self._space,
+            self._layout,
+            self._clock,
+            lookup_ms_max=lookup_ms_max,
+            chunk_tokens=int(self._vllm_config.scheduler_config.max_num_batched_tokens),
         )
         self._measure_link()
 
     @property
     def _side(self) -> SchedulerSide:
-        assert self._scheduling is not None, "vLLM tells what the workers said before the first request"
+        assert self._scheduling is not None, "vLLM passes on the workers' handshakes before the first request"
         return self._scheduling
 
-    def _match(self, hashes: Any) -> int:
-        deadline = Deadline(self._clock, self._settings.load_ms_max)
-        self._registered.ready(deadline)
-        found = self._store.match(self._space, [hashes], lease_ms=0, deadline_ms=deadline.left_ms())
-        if found.error is not None:
-            raise found.error
-        return found.hits[0]
-
     def get_num_new_matched_tokens(self, request: Any, num_computed_tokens: int) -> tuple[int | None, bool]:
-        """See the base class. Never waits for the store for longer than a few milliseconds."""
+        """See the base class. Waits for the store for a few milliseconds at most."""
         self._take_probe()
-        if not is_served(request):  # it is unknown to the scheduling from here on, so that nothing of it is saved
+        if not is_served(request):  # the scheduling does not know the request, so nothing of it is saved
             return 0, False
         hit = self._side.hit_tokens(request.request_id, request.block_hashes, request.num_tokens, num_computed_tokens)
         if self._probe is None and self._side.wants_probe:
@@ -148,22 +163,26 @@ class AttnStoreConnector(KVConnectorBase_V1):
     def build_connector_meta(self, scheduler_output: Any) -> StepMetadata:
         """See the base class."""
         saves: list[BlockPlan] = []
+        chunks: list[tuple[int, int]] = []
         scheduled = scheduler_output.num_scheduled_tokens
         for new in scheduler_output.scheduled_new_reqs:
-            after = new.num_computed_tokens + scheduled[new.req_id]
-            saves += self._side.scheduled(new.req_id, new.block_ids[0], tokens_after=after, restarted=True)
+            begin, end = new.num_computed_tokens, new.num_computed_tokens + scheduled[new.req_id]
+            chunks.append((begin, end))
+            saves += self._side.scheduled(new.req_id, new.block_ids[0], tokens_after=end, restarted=True)
         cached = scheduler_output.scheduled_cached_reqs
         for index, request_id in enumerate(cached.req_ids):
-            blocks = cached.new_block_ids[index]
+            blocks, begin = cached.new_block_ids[index], cached.num_computed_tokens[index]
+            end = begin + scheduled[request_id]
+            chunks.append((begin, end))
             saves += self._side.scheduled(
                 request_id,
                 blocks[0] if blocks is not None else [],
-                tokens_after=cached.num_computed_tokens[index] + scheduled[request_id],
+                tokens_after=end,
                 restarted=request_id in cached.resumed_req_ids,
             )
         for request_id in scheduler_output.preempted_req_ids or ():
             self._side.preempted(request_id)
-        return StepMetadata(self._side.step(saves, scheduler_output.total_num_scheduled_tokens))
+        return StepMetadata(self._side.step(saves, tuple(chunks)))
 
     def update_connector_output(self, connector_output: Any) -> None:
         """See the base class."""
@@ -171,15 +190,15 @@ class AttnStoreConnector(KVConnectorBase_V1):
             self._side.failed(connector_output.invalid_block_ids)
         told = connector_output.kv_connector_worker_meta
         if isinstance(told, WorkerMetadata):
-            self._side.learn(told.costs)
+            self._side.learn(told.observations)
 
     def request_finished(self, request: Any, block_ids: list[int]) -> tuple[bool, dict[str, Any] | None]:  # noqa: ARG002
-        """Nothing is held back: what was saved has been copied."""
+        """No block is held back: a block that is saved has been copied."""
         self._side.finished(request.request_id)
         return False, None
 
     def reset_cache(self) -> bool:
-        """Pages of a store are not this engine's alone: none is dropped. Tells vLLM so, which would take None for success."""
+        """Drops no page, because other engines use them too. False tells vLLM so; None would mean success."""
         _log.warning("the store's pages are not dropped: an engine whose weights were replaced needs a model_id of its own")
         return False
 
@@ -193,11 +212,10 @@ class AttnStoreConnector(KVConnectorBase_V1):
         if self._probe is None or not self._probe.done():
             return
         probe, self._probe = self._probe, None
-        error = probe.exception()
-        if error is None:
-            self._side.learn(probe.result())
-        else:
-            _log.warning("the link to the store was not measured; it will be when the store answers", reason=str(error))
+        transfers = probe.result()
+        self._side.learn(transfers)
+        if not transfers:
+            _log.warning("the link to the store was not measured; it will be when the store answers")
 
     # Worker
 
@@ -205,42 +223,36 @@ class AttnStoreConnector(KVConnectorBase_V1):
         """See the base class."""
         pages = KvPages([kv_caches[name] for name in self._layer_names], self._layer_block_bytes)
         self._order = _memory_order(self._vllm_config, self._layer_names)
-        self._transfers = Transfers(
-            self._store,
-            self._namespace(self._order),
-            self._layout,
-            pages,
-            self._clock,
-            deadline_ms=self._settings.load_ms_max,
-            save_bytes_max=self._settings.save_bytes_max,
-        )
+        deadline_ms, clock = self._settings.load_ms_max, self._clock
+        tier = RemoteTier(self._store, self._namespace(self._order), self._layout, deadline_ms=deadline_ms, clock=clock)
+        self._transfers = Transfers(tier, pages, clock, save_bytes_max=self._settings.save_bytes_max)
 
     def get_handshake_metadata(self) -> WorkerStart:
-        """What the scheduler needs of this worker."""
+        """The part of a page's name that the scheduler cannot know."""
         return WorkerStart(self._order)
 
     def bind_connector_metadata(self, connector_metadata: KVConnectorMetadata) -> None:
-        """Called before each step: its clock starts."""
+        """Called before each step: the measurement of the step starts."""
         super().bind_connector_metadata(connector_metadata)
         self._step_began_ms = self._clock.now_ms()
 
     def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:  # noqa: ARG002
-        """Starts the loads of the requests that wait for them; no step waits for one."""
+        """Starts the loads of waiting requests; no step waits for a load."""
         if self._transfers is not None:
             for load in self._plan().loads:
                 self._transfers.load(load)
 
     def wait_for_layer_load(self, layer_name: str) -> None:
-        """Nothing: a request takes part in a step only after its load is over."""
+        """No-op: a request takes part in a step only after its load is over."""
 
     def save_kv_layer(self, layer_name: str, kv_layer: Tensor, attn_metadata: Any, **kwargs: Any) -> None:
-        """Nothing: blocks are saved whole, after the step."""
+        """No-op: blocks are saved whole, after the step."""
 
     def wait_for_save(self) -> None:
         """Copies the blocks that this step completed; they are written behind."""
         plan = self._plan()
-        if plan.tokens:
-            self._steps.append((plan.tokens, self._clock.now_ms() - self._step_began_ms))
+        if plan.chunks:
+            self._steps.append(Step(self._step_began_ms, self._clock.now_ms(), plan.chunks))
         if plan.saves and self._transfers is not None:
             self._transfers.save(plan.saves)
 
@@ -256,9 +268,9 @@ class AttnStoreConnector(KVConnectorBase_V1):
         """What was measured since the last step, if anything."""
         if self._transfers is None:
             return None
-        costs = costs_of(self._transfers, tuple(self._steps))
+        observations: tuple[Transfer | Step, ...] = (*self._transfers.take_loads(), *self._steps)
         self._steps.clear()
-        return WorkerMetadata(costs) if costs != Costs() else None
+        return WorkerMetadata(observations) if observations else None
 
     def shutdown(self) -> None:
         """Writes what waits to be written, then ends."""
@@ -278,13 +290,13 @@ class AttnStoreConnector(KVConnectorBase_V1):
 
 
 def _tensor_parallel_rank() -> int:
-    from vllm.distributed import get_tensor_model_parallel_rank  # only a worker process has joined a group
+    from vllm.distributed import get_tensor_model_parallel_rank  # only worker processes have one
 
     return int(get_tensor_model_parallel_rank())
 
 
 def _memory_order(vllm_config: Any, layer_names: Sequence[str]) -> str:
-    """How K and V lie in a block: that is their backend's own, and on a CPU it packs keys for the instructions that it has."""
+    """The order of K and V in a block, which the attention backend chooses; on a CPU it packs keys for the CPU's instructions."""
     from vllm import envs
     from vllm.config import get_layers_from_vllm_config
     from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
@@ -294,7 +306,7 @@ def _memory_order(vllm_config: Any, layer_names: Sequence[str]) -> str:
         backend = layer.get_attn_backend()
         packing = getattr(layer, "isa", None)
         if backend.get_name() == "CPU_ATTN" and packing is None:
-            raise InvalidArgument(f"vLLM's layer {name} does not say for which instructions its keys are packed")
+            raise InvalidArgument(f"vLLM's layer {name} does not report the instructions for which its keys are packed")
         orders.add(f"{backend.get_name()}/{packing}")
     return " ".join(sorted(orders))
 

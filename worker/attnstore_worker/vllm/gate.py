@@ -1,58 +1,64 @@
-"""The never-slower gate: a hit is claimed only where fetching its pages is expected to beat recomputing their tokens.
+"""The never-slower gate: a hit is claimed only where its pages are expected sooner than its tokens would be computed.
 
-Owns: what is known of the link and of this engine's prefill. Invariant: in doubt a hit is not claimed. Not thread-safe.
+Owns: what the scheduler's process knows of the link and of this engine's prefill. The formula is `split.fetch_is_faster`.
+Invariant: a hit is not claimed while the link is unknown. Thread-safe.
 """
 
 from __future__ import annotations
 
-from collections import deque
-from statistics import median
+import threading
+from dataclasses import replace
 from typing import Final
 
 from attnstore.clock import Clock
+from attnstore_worker.cache.planning.estimators import PrefillCost, PrefillEstimator
 from attnstore_worker.cache.planning.link import LinkEstimator
-from attnstore_worker.vllm.plan import Costs
+from attnstore_worker.cache.planning.observation import Step, Unobserved
+from attnstore_worker.cache.planning.split import Costs, Work, fetch_is_faster
+from attnstore_worker.cache.store.transfer import Transfer, TransferKind
 
-PREFILL_TOKENS_PER_S_UNMEASURED: Final = 20_000.0
-"""Until prefill has been measured it is taken to be fast, so that only a fetch that beats even a fast GPU is made."""
+PREFILL_UNMEASURED: Final = PrefillCost(chunk_ms=0.0, token_ms=1 / 20, pair_ms=0.0)
+"""20,000 tokens/s. Prefill counts as fast until it is measured, so that only a fetch that beats even a fast GPU is made."""
 PROBE_MS: Final = 10_000.0
-"""After so long without a load the link may have changed."""
-_STEP_TOKENS_MIN: Final = 64
-"""Smaller steps are decoding."""
-_STEPS: Final = 32
+"""The link may have changed after so long without a load."""
+_CHUNK_TOKENS_MIN: Final = 64
+"""A step whose longest chunk is shorter is decoding."""
 
 
-class Gate:
-    """Learns from what workers measured, and decides."""
+class Gate(Unobserved):
+    """Learns from observations, and decides."""
 
     def __init__(self, clock: Clock) -> None:
+        self._lock = threading.Lock()
         self._link = LinkEstimator(clock)
-        self._ms_per_token: deque[float] = deque(maxlen=_STEPS)
+        self._prefill = PrefillEstimator()
+        self._context_tokens_max = 0  # the longest context of a step that was learned from
 
-    def learn(self, costs: Costs) -> None:
-        """Takes measurements in."""
-        for size_bytes, elapsed_ms in costs.loads:
-            self._link.observe(size_bytes, elapsed_ms)
-        for tokens, elapsed_ms in costs.steps:
-            if tokens >= _STEP_TOKENS_MIN and elapsed_ms > 0:
-                self._ms_per_token.append(elapsed_ms / tokens)
+    def transferred(self, transfer: Transfer) -> None:
+        """Learns from loads and look-ups. Writes teach nothing: links need not be alike in both directions."""
+        if transfer.failed or transfer.kind is TransferKind.WRITE:
+            return
+        with self._lock:
+            self._link.observe(transfer.bytes, transfer.ended_ms - transfer.started_ms)
 
-    def answered(self, elapsed_ms: float) -> None:
-        """A look-up, which moves no page, took so long."""
-        self._link.observe(0, elapsed_ms)
+    def stepped(self, step: Step) -> None:
+        """Learns from a step that computes prompts."""
+        if max((end - begin for begin, end in step.chunks), default=0) >= _CHUNK_TOKENS_MIN:
+            with self._lock:
+                self._prefill.observe_step(step.chunks, step.ended_ms - step.started_ms)
+                self._context_tokens_max = max(self._context_tokens_max, *(end for _, end in step.chunks))
 
-    def fetch_pays(self, tokens: int, size_bytes: int) -> bool:
-        """Whether `size_bytes` are expected sooner than their `tokens` would be computed, even if the link is at its slowest."""
-        estimate = self._link.estimate()
-        return estimate is not None and estimate.transfer_ms_high(size_bytes) < self.prefill_ms(tokens)
+    def fetch_pays(self, work: Work) -> bool:
+        """Whether to fetch all hits of a prompt instead of computing them."""
+        with self._lock:
+            link, prefill = self._link.estimate(), self._prefill.estimate() or PREFILL_UNMEASURED
+            if work.hit_end * work.block_tokens > self._context_tokens_max:
+                prefill = replace(prefill, pair_ms=0.0)  # it grows with the square of a context: in doubt it costs nothing
+        return link is not None and fetch_is_faster(Costs(link, prefill, slowdown=1.0), work)
 
     @property
     def is_stale(self) -> bool:
         """The link was never measured, or long ago."""
-        estimate = self._link.estimate()
+        with self._lock:
+            estimate = self._link.estimate()
         return estimate is None or estimate.age_ms > PROBE_MS
-
-    def prefill_ms(self, tokens: int) -> float:
-        """How long this engine computes so many tokens."""
-        ms_per_token = median(self._ms_per_token) if self._ms_per_token else 1000 / PREFILL_TOKENS_PER_S_UNMEASURED
-        return tokens * ms_per_token

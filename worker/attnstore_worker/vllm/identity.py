@@ -1,9 +1,9 @@
-"""What names a vLLM block's bytes in the store.
+"""The names of vLLM's blocks in the store.
 
-Owns: the layout, the namespace and the hashes of vLLM's pages. Invariant: two vLLM processes share a page only where every
-setting that changes its bytes is equal. vLLM's own block hashes cover the tokens and `cache_salt`. The namespace covers the model's
-weights and configuration, the longest sequence, dtypes, how a block lies in memory, its size, the tensor-parallel rank and the hash
-algorithm. What neither covers is refused by `supported`.
+Owns: the layout, the namespace and the hashes of vLLM's pages. Invariant: two vLLM processes share a page only where every setting
+that changes its bytes is equal. vLLM's own block hashes cover the tokens and `cache_salt`. The namespace covers the model's weights
+and configuration, the longest sequence, dtypes, the memory order and size of a block, the tensor-parallel rank and the hash
+algorithm. `supported` refuses other settings that change the bytes.
 """
 
 from __future__ import annotations
@@ -44,15 +44,14 @@ def vllm_namespace(layout: PageLayout, settings: Mapping[str, Any], *, tenant_sa
 
 
 def kv_settings(vllm_config: Any, kv_cache_config: Any, *, model_id: str | None) -> dict[str, Any]:
-    """What changes the bytes of a block in vLLM, besides what is in the page's layout. `model_id` replaces the name of the weights.
-
-    Overrides of the model's configuration are in that configuration. Raises `InvalidArgument` as `weights_name` does.
+    """The settings of vLLM that change the bytes of a block and are not in the page's layout. `model_id` replaces the name of the
+    weights. Overrides of the model's configuration are part of that configuration. Raises `InvalidArgument` as `weights_name` does.
     """
     model = vllm_config.model_config
     return {
         "model": model_id or weights_name(model.model, model.revision),
         "config": config_fields(model.hf_config),
-        # Some models compute otherwise where longer sequences may come: vLLM's long-rope takes its long factors, Llama 4 scales.
+        # Some models compute differently if longer sequences are allowed: long-rope takes its long factors, Llama 4 scales.
         "tokens_max": model.max_model_len,
         "dtype": str(model.dtype),
         "quantization": [str(model.quantization), repr(model.quantization_config)],
@@ -64,11 +63,11 @@ def kv_settings(vllm_config: Any, kv_cache_config: Any, *, model_id: str | None)
 
 
 def weights_name(model: str, revision: str | None) -> str:
-    """What tells one set of weights from another: `org/name@commit` of what comes from a hub, by its name or as the snapshot's
-    folder; of any other folder or file a digest of each weight file's name, size and both ends.
+    """The name of the weights: `org/name@commit` for a model of a hub, given by name or as the folder of a snapshot; for any other
+    folder or file a digest of each weight file's name, size and both ends.
 
-    Weights that differ only in the middle of files of equal size and equal ends are told apart by `model_id` of the connector's
-    configuration alone. Raises `InvalidArgument` for a name whose commit is not in the hub's cache.
+    Files of equal size that differ only in the middle have equal names: set `model_id` of the connector's configuration for those.
+    Raises `InvalidArgument` for a name whose commit is not in the hub's cache.
     """
     path = Path(model)
     if not path.exists():
@@ -89,9 +88,7 @@ def _commit(model: str, revision: str | None) -> str:
             break
         if isinstance(found, str):
             return Path(found).parent.name
-    raise InvalidArgument(
-        f"which commit of {model} this is cannot be told, so its pages have no name: set model_id to one of your own"
-    )
+    raise InvalidArgument(f"the commit of {model} is not known, so its pages have no name: set model_id to a name of your own")
 
 
 def _digest_weights(path: Path) -> str:

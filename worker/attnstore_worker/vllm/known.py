@@ -1,7 +1,7 @@
-"""Which pages the store is believed to have, so that none is copied and sent again each time that vLLM itself still has its block.
+"""Which pages the store probably has. vLLM often still has a block itself, and its page need not be copied and sent each time.
 
-Owns: names of pages that were saved or found, the latest of them. A belief may be wrong (the store evicts, refuses, restarts); the
-next look-up says so, and the page is saved again when it is computed again.
+Owns: the latest names of pages that were saved or found. A name may be wrong, because the store evicts, refuses and restarts. The
+next look-up corrects it, and the page is saved when it is computed again.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from typing import Final
 
 _NAMES_MAX: Final = 1 << 18
-"""Some 30 MB; 33 million tokens in vLLM's blocks of 128."""
+"""About 30 MB of names; 33 million tokens in vLLM's blocks of 128."""
 
 
 class KnownPages:
@@ -25,7 +25,7 @@ class KnownPages:
         return name in self._names
 
     def add(self, names: Iterable[bytes]) -> None:
-        """The store has these, or will soon."""
+        """The store has these pages, or will have them soon."""
         for name in names:
             self._names[name] = None
             self._names.move_to_end(name)
@@ -33,6 +33,6 @@ class KnownPages:
             self._names.popitem(last=False)
 
     def discard(self, names: Iterable[bytes]) -> None:
-        """The store has these no more."""
+        """The store does not have these pages."""
         for name in names:
             self._names.pop(name, None)

@@ -1,6 +1,6 @@
 """vLLM's KV cache as pages: the bytes of one block of all layers, out of vLLM's tensors and into them.
 
-Owns: the order of the bytes. Invariant: `scatter` of what `gather` gave restores the block bit by bit.
+Owns: the order of the bytes. Invariant: `scatter` of a page from `gather` restores the block bit by bit.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from attnstore.errors import InvalidArgument
 class KvPages:
     """`layers`: each layer's cache `[block, ...]`, in the order of the page. Every block of a layer has `layer_block_bytes` bytes.
 
-    Raises `InvalidArgument` where the tensors are not that.
+    Raises `InvalidArgument` where a tensor has blocks of another size.
     """
 
     def __init__(self, layers: Sequence[Tensor], layer_block_bytes: int) -> None:

@@ -1,4 +1,4 @@
-"""What the scheduler's half tells the worker's half, and what it hears back. Plain values: vLLM pickles them between processes."""
+"""What the scheduler's half tells the worker's half of a step. Plain values: vLLM pickles them between processes."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ class BlockPlan:
 
 
 @dataclass(frozen=True, slots=True)
-class LoadPlan:
-    """The blocks that a waiting request is to get from the store, a run in the order of its tokens."""
+class RequestLoad:
+    """The blocks that a waiting request is to get from the store, in the order of its tokens and without a gap."""
 
     request_id: str
     blocks: tuple[BlockPlan, ...]
@@ -23,20 +23,10 @@ class LoadPlan:
 
 @dataclass(slots=True)
 class StepPlan:
-    """One step: the loads that begin with it, the blocks that are complete after it, and the tokens that it computes."""
+    """One step: the loads that begin with it, the blocks that are complete after it, and the token ranges `(begin, end)` that it
+    computes, one for each request in it.
+    """
 
-    loads: list[LoadPlan] = field(default_factory=list)
+    loads: list[RequestLoad] = field(default_factory=list)
     saves: list[BlockPlan] = field(default_factory=list)
-    tokens: int = 0
-
-
-@dataclass(frozen=True, slots=True)
-class Costs:
-    """What a worker measured since it last told: `(bytes, ms)` of loads and `(tokens, ms)` of steps."""
-
-    loads: tuple[tuple[int, float], ...] = ()
-    steps: tuple[tuple[int, float], ...] = ()
-
-    def merged(self, other: Costs) -> Costs:
-        """Those of several workers together."""
-        return Costs(self.loads + other.loads, self.steps + other.steps)
+    chunks: tuple[tuple[int, int], ...] = ()

@@ -1,35 +1,46 @@
 """A first measurement of the link, so that the gate knows it before the first request does.
 
-Owns: one page of zeros in the namespace of this engine's own pages, under a name that no block has. So no tenant depends on what
-another may do. The page is written once and read a few times. The first read opens the connection and, over shm, maps an extent,
-which no later one has to: it says nothing about the link and would make it look uncertain.
+Owns: one page of zeros in the namespace of this engine's own pages, under a name that no block has, so that no tenant depends on
+what another tenant may do. The page is written once and read a few times. The first read opens the connection and, over shm, maps
+an extent. No later read has to, so the first one says nothing about the link and is left out.
 """
 
 from __future__ import annotations
 
-import math
 from typing import Final
 
 from attnstore.clock import Clock, Deadline
-from attnstore.core.hashing import Namespace, block_hash
+from attnstore.core.hashing import BlockHash, Namespace, block_hash
 from attnstore.core.layout import PageLayout
+from attnstore_worker.cache.planning.observation import Unobserved
 from attnstore_worker.cache.store.base import PageStore
-from attnstore_worker.vllm.plan import Costs
+from attnstore_worker.cache.store.remote import RemoteTier
+from attnstore_worker.cache.store.transfer import Transfer, TransferKind
 
 _READS: Final = 3
 _NAME: Final = b"attnstore-link-probe"
 
 
-def probe_link(store: PageStore, space: Namespace, layout: PageLayout, clock: Clock, *, deadline_ms: float) -> Costs:
-    """`(bytes, ms)` of a few reads of a page, the first of all left out. `deadline_ms` bounds all calls. Raises their errors."""
-    deadline = Deadline(clock, deadline_ms)
-    name = block_hash(space, (), (_NAME,))
-    page = memoryview(bytearray(layout.page_bytes))
-    store.register_layout(space, layout, deadline_ms=deadline.left_ms())
-    store.write(space, [name], [page], deadline_ms=math.ceil(deadline.left_ms()))
-    loads = []
+class _Reads(Unobserved):
+    """Keeps the reads that found their page."""
+
+    def __init__(self) -> None:
+        self.found: list[Transfer] = []
+
+    def transferred(self, transfer: Transfer) -> None:
+        """Keeps it, if it is one."""
+        if transfer.kind is TransferKind.READ and transfer.pages:
+            self.found.append(transfer)
+
+
+def probe_link(store: PageStore, space: Namespace, layout: PageLayout, clock: Clock, *, deadline_ms: float) -> tuple[Transfer, ...]:
+    """A few reads of a page, without the first of all; none where the store fails. `deadline_ms` bounds all calls together."""
+    deadline, reads = Deadline(clock, deadline_ms), _Reads()
+    tier = RemoteTier(store, space, layout, deadline_ms=deadline_ms, clock=clock, observer=reads)
+    names = [BlockHash(block_hash(space, (), (_NAME,)))]
+    pages = [memoryview(bytearray(layout.page_bytes))]
+    tier.write(names, pages)
     for _ in range(1 + _READS):
-        began_ms = clock.now_ms()
-        if store.read(space, [name], [page], lease=None, deadline_ms=deadline.left_ms()).leading_hits:
-            loads.append((layout.page_bytes, clock.now_ms() - began_ms))
-    return Costs(tuple(loads[1:]))
+        if not deadline.is_over:
+            tier.read(names, pages, None, deadline_ms=deadline.left_ms())
+    return tuple(reads.found[1:])

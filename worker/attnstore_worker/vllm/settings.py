@@ -15,10 +15,9 @@ from attnstore.limits import DEADLINE_MS_MAX
 class Settings(BaseModel):
     """`store`: what `attnstore.connect` takes. `load_ms_max` bounds a load, `lookup_ms_max` the wait for what the store has.
 
-    `token` and `tenant_salt` are by default those of the environment, `ATTNSTORE_TOKEN` and `ATTNSTORE_TENANT_SALT`: there no list
-    of processes shows them.
-    `http_proxy` is the URL of a proxy to go through; those of the environment are not used.
-    `model_id` replaces the fingerprint of the weights; `tenant_salt` separates tenants of one store that must not share pages.
+    `token` and `tenant_salt` default to `ATTNSTORE_TOKEN` and `ATTNSTORE_TENANT_SALT` of the environment, where no list of
+    processes shows them. `http_proxy` is the URL of a proxy; the environment's proxies are not used. `model_id` replaces the
+    fingerprint of the weights. `tenant_salt` separates tenants of one store that must not share pages.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)

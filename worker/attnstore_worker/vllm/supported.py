@@ -1,7 +1,8 @@
-"""Which configurations of vLLM, and which of its requests, the connector serves.
+"""The configurations of vLLM, and the requests, that the connector serves.
 
-Owns: the options that are refused, and why. Invariant: what changes the bytes of a block, or which process holds them, is part of a
-page's name (`identity`) or is refused by name at start. A vLLM that lacks one of the fields is refused: the list is that of 0.32.
+Owns: the options that are refused, and why. Invariant: a setting that changes the bytes of a block, or the process that holds them,
+is part of a page's name (`identity`) or is refused at start. A vLLM that lacks one of the fields is refused: the list is that of
+0.32.
 """
 
 from __future__ import annotations
@@ -67,12 +68,12 @@ SERVED: Final[Mapping[str, tuple[str, tuple[Any, ...], str]]] = MappingProxyType
         ),
     }
 )
-"""Of each field: the option's name, the values that are served, and why no others are. A field of a part that is None is None."""
+"""For each field: the option's name, the served values, and why others are refused. A field of a part that is None is None."""
 
 _WEIGHTS_OF_THE_MODEL: Final = frozenset(
     {"auto", "hf", "safetensors", "pt", "npcache", "mistral", "gguf", "bitsandbytes", "fastsafetensors", "instanttensor"}
 )
-"""Load formats that read the files by which weights are named; `dummy`, for example, reads none."""
+"""Load formats that read the files from which the weights' name is derived. `dummy`, for example, reads none."""
 
 _SPEC: Final[Mapping[str, Any]] = MappingProxyType(
     {
@@ -83,13 +84,13 @@ _SPEC: Final[Mapping[str, Any]] = MappingProxyType(
         "state_content_bytes": None,
     }
 )
-"""Fields of the specification of vLLM's cache, and the values under which a block is K and V of its tokens and nothing else."""
+"""Fields of the specification of vLLM's cache, and the values with which a block is K and V of its tokens and nothing else."""
 
 
 def check_supported(vllm_config: Any, kv_cache_config: Any, *, weights_are_named: bool) -> None:
     """Raises `InvalidArgument` that names every option with a value that is not served.
 
-    `weights_are_named`: the user gave a name of the weights, so that their files need none.
+    `weights_are_named`: the user has set a name of the weights, so none is derived from their files.
     """
     refused = [
         f"{option} is {value}, and only {' or '.join(map(str, served))} is served: {reason}"
@@ -105,8 +106,8 @@ def check_supported(vllm_config: Any, kv_cache_config: Any, *, weights_are_named
 
 
 def is_served(request: Any) -> bool:
-    """Whether vLLM's hashes name the KV of a request in every process: not that of an adapter, of which they have the path but not
-    the content, nor that of images and other inputs, which may go by a name that the caller chose.
+    """Whether vLLM's hashes name the KV of a request in every process. They do not for an adapter, because they contain its path
+    and not its content, nor for images and other inputs, which the caller may name.
     """
     return not request.lora_request and not request.mm_features
 

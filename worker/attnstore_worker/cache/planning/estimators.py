@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from typing import Final
@@ -58,33 +59,39 @@ class PrefillCost:
 
 
 class PrefillEstimator:
-    """Fits `PrefillCost` to recent chunks: least squares of relative errors with Huber's weights (1964), no coefficient below 0."""
+    """Fits `PrefillCost` to recent steps: least squares of relative errors with Huber's weights (1964), no coefficient below 0."""
 
     def __init__(self) -> None:
-        self._chunks: deque[tuple[int, int, float]] = deque(maxlen=_WINDOW)
+        self._steps: deque[tuple[float, float, float]] = deque(maxlen=_WINDOW)  # tokens, pairs, ms
         self._fitted: PrefillCost | None = None
 
     def observe(self, begin: int, end: int, elapsed_ms: float) -> None:
         """A step computed tokens `[begin, end)` of one sequence and nothing else, with no transfer beside it."""
-        if 0 <= begin < end <= _TOKENS_MAX and _ELAPSED_MS_MIN <= elapsed_ms <= _ELAPSED_MS_MAX:
-            self._chunks.append((begin, end, elapsed_ms))
+        self.observe_step(((begin, end),), elapsed_ms)
+
+    def observe_step(self, chunks: Sequence[tuple[int, int]], elapsed_ms: float) -> None:
+        """A step computed these token ranges `(begin, end)` of several sequences. They share the cost of one chunk."""
+        are_sane = bool(chunks) and all(0 <= begin < end <= _TOKENS_MAX for begin, end in chunks)
+        if are_sane and _ELAPSED_MS_MIN <= elapsed_ms <= _ELAPSED_MS_MAX:
+            tokens = sum(end - begin for begin, end in chunks)
+            pairs = sum((end - begin) * (begin + end) / 2 for begin, end in chunks)
+            self._steps.append((tokens, pairs, elapsed_ms))
             self._fitted = None
 
     def estimate(self) -> PrefillCost | None:
         """What chunks cost now; None before the first sample."""
-        if self._fitted is None and self._chunks:
-            self._fitted = _fit(list(self._chunks))
+        if self._fitted is None and self._steps:
+            self._fitted = _fit(list(self._steps))
         return self._fitted
 
 
-def _fit(chunks: list[tuple[int, int, float]]) -> PrefillCost:
-    begin, end, elapsed_ms = np.array(chunks, dtype=np.float64).T
-    tokens = end - begin
+def _fit(steps: list[tuple[float, float, float]]) -> PrefillCost:
+    tokens, pairs, elapsed_ms = np.array(steps, dtype=np.float64).T
     # Each row is divided by its time, so that errors are relative: rows of ones are to be explained.
-    features = np.stack([np.ones_like(tokens), tokens, tokens * (begin + end) / 2], axis=1) / elapsed_ms[:, None]
+    features = np.stack([np.ones_like(tokens), tokens, pairs], axis=1) / elapsed_ms[:, None]
     scale = np.maximum(np.linalg.norm(features, axis=0), 1e-300) / _PRIOR_SHARES
     features = features / scale
-    age = np.arange(len(chunks))[::-1]
+    age = np.arange(len(steps))[::-1]
     recent = 0.5 ** (age / _HALF_LIFE_SAMPLES)
     weights = recent
     solution = np.zeros(3)

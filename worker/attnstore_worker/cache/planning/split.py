@@ -205,6 +205,14 @@ def _with_bias(candidate: Split) -> float:
     return candidate.ttft_ms * (1 if candidate.meet > candidate.work.front else 1 - OVERLAP_GAIN_MIN)
 
 
+def fetch_is_faster(costs: Costs, work: Work) -> bool:
+    """Whether all hits are fetched sooner than they are computed, even if the link is as slow as it may well be: for an engine that
+    either fetches a prompt's hits or computes them.
+    """
+    fetched = fetch_everything(costs, work)
+    return fetched.fetch_ms * costs.link.spread + fetched.tail_ms < fetched.recompute_ms
+
+
 def fetch_everything(costs: Costs, work: Work) -> Split:
     """All hits fetched and nothing computed meanwhile, whatever that costs."""
     return _at(costs, work, work.front, 0.0)
