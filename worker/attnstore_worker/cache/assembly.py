@@ -1,6 +1,6 @@
-"""The worker's KV memory put together: which tiers there are, and what connects them.
+"""Assembly of the worker's KV memory: its tiers and their connections.
 
-Owns: `create_cache`. Invariant: whoever asks for pages in place gets a pool that lies in a window beside them, or an error.
+Owns: `create_cache`. Invariant: with pages in place, the pool lies in a window next to them; otherwise creation fails.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from attnstore_worker.cache.store.shared_tier import SharedTier
 
 
 class SharedUse(enum.Enum):
-    """What is done with pages in a store node on this host: copied from its memory, or used in place."""
+    """How pages in a store node on this host are used: copied from its memory, or in place."""
 
     COPY = "copy"
     IN_PLACE = "in-place"
@@ -33,8 +33,8 @@ class SharedUse(enum.Enum):
 
 @dataclass(frozen=True, slots=True)
 class TierOptions:
-    """Sizes are hard limits; no HOST tier where `host_pool_bytes` is 0. `eviction` is one of `EVICTION_POLICIES`, for each tier;
-    `write_policy` is one of `WRITE_POLICIES`.
+    """Sizes are hard limits; there is no HOST tier if `host_pool_bytes` is 0. `eviction` is one of `EVICTION_POLICIES`, for each
+    tier; `write_policy` is one of `WRITE_POLICIES`.
     """
 
     pool_bytes: int
@@ -55,7 +55,7 @@ def create_cache(
     planner: Planner | None,
     observer: Observer,
 ) -> CacheManager:
-    """A manager over these tiers. Raises `InvalidArgument` or `PoolTooSmall` for options that make none."""
+    """Returns a manager over these tiers. Raises `InvalidArgument` or `PoolTooSmall` for invalid options."""
     remote, lender, window = None, None, None
     if store is not None:
         deadline_ms = options.store_deadline_ms

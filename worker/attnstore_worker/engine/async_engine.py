@@ -1,11 +1,10 @@
-"""The engine on a thread of its own, as asyncio sees it.
+"""The engine on a thread of its own, for asyncio.
 
-Owns: that thread, which alone touches the engine, and the two ways across: commands in, tokens out through each event loop.
-Invariants: every stream that was accepted ends exactly once, with a finish reason or an error, also when the engine fails or
-closes; prompts are taken until the engine is closed or can compute nothing any more
-(docs/decisions/0063-a-fault-ends-what-it-concerns.md).
-Buffers are bounded: commands are taken up between two steps, where the engine's own queue refuses what is too much, and a stream
-holds no more tokens than its sequence can have.
+Owns: that thread, the only one that uses the engine, and the two queues: commands in, and tokens out to each event loop.
+Invariants: every accepted stream ends exactly once, with a finish reason or an error, also when the engine fails or closes; prompts
+are accepted until the engine is closed or cannot compute any more (docs/decisions/0063-a-fault-ends-what-it-concerns.md). Buffers
+are bounded: commands are executed between two steps, when the engine's own queue refuses what is too much, and a stream holds no
+more tokens than its sequence can have.
 """
 
 from __future__ import annotations
@@ -63,10 +62,11 @@ class EngineSnapshot:
 
 
 class TokenStream:
-    """The tokens of one sequence as they come: iterate over it once. Leaving it as a context manager cancels what is left.
+    """The tokens of one sequence as they are generated: iterate over it once. Leaving the context manager cancels an unfinished
+    sequence.
 
-    `finish_reason` is set when the iteration has ended. Iterating raises the error of a sequence that FAILED, and `Unavailable`
-    where the engine failed or was closed.
+    `finish_reason` is set when the iteration has ended. Iterating raises the error of a sequence that FAILED, and `Unavailable` if
+    the engine failed or was closed.
     """
 
     def __init__(self, engine: AsyncEngine) -> None:
@@ -84,22 +84,22 @@ class TokenStream:
 
     @property
     def hit_tokens(self) -> int:
-        """Tokens of the prompt that came from a cache; 0 as long as the sequence waits."""
+        """Tokens of the prompt that came from a cache; 0 while the sequence waits."""
         assert self._sequence is not None
         return self._sequence.admission.hit_tokens if self._sequence.admission is not None else 0
 
     def cancel(self) -> None:
-        """Asks for the end of the sequence; the stream then ends with CANCELLED, unless it was finished before."""
+        """Requests the end of the sequence; the stream then ends with CANCELLED, unless it was finished before."""
         self._engine._post_if_alive(_Cancel(self))
 
     async def accepted(self) -> None:
-        """Waits until the engine has queued the sequence; raises what the engine refuses it with."""
+        """Waits until the engine has queued the sequence. Raises the error with which the engine refuses it."""
         event = await self._next()
         assert isinstance(event, Sequence)
         self._sequence = event
 
     def deliver(self, event: _Event) -> bool:
-        """Called on the engine's thread. False where nobody can listen any more."""
+        """Called on the engine's thread. Returns False if nobody can receive it any more."""
         try:
             self._loop.call_soon_threadsafe(self._events.put_nowait, event)
         except RuntimeError:  # the event loop is closed
@@ -135,7 +135,7 @@ class TokenStream:
 
 
 class AsyncEngine:
-    """Runs `engine` until it is closed. From then on only this class may touch it; closing the engine stays the caller's task.
+    """Runs `engine` until it is closed. Only this class may then use the engine; the caller still closes it.
 
     `submit` may be called from any event loop.
     """
@@ -152,12 +152,12 @@ class AsyncEngine:
 
     @property
     def alive(self) -> bool:
-        """Prompts are taken."""
+        """True while prompts are accepted."""
         return not self._ended
 
     @property
     def planner(self) -> Planner:
-        """The engine's."""
+        """The engine's planner."""
         return self._engine.planner
 
     @property
@@ -180,7 +180,7 @@ class AsyncEngine:
         return stream
 
     def close(self) -> None:
-        """Cancels what runs and ends the thread. Blocks for as long as one step takes."""
+        """Cancels running sequences and ends the thread. Blocks for as long as one step takes."""
         self._post_if_alive(_Close())
         self._thread.join()
 
@@ -191,7 +191,7 @@ class AsyncEngine:
         self.close()
 
     def _post_if_alive(self, command: _Command) -> bool:
-        # With the lock held, so that no command is posted behind the last one that the thread looks at.
+        # With the lock held, so that no command is queued after the last one that the thread executes.
         with self._posting:
             if not self._ended:
                 self._commands.put(command)
@@ -208,7 +208,7 @@ class AsyncEngine:
             self._end()
 
     def _obey(self) -> bool:
-        """Carries out all commands; waits for one where there is no work. False after the command to close."""
+        """Executes all commands; waits for one if there is no work. Returns False after the command to close."""
         while self._engine.idle or not self._commands.empty():
             command = self._commands.get()
             if isinstance(command, _Close):
@@ -247,7 +247,7 @@ class AsyncEngine:
             tokens = self._engine.step()
         except Exception:
             failed = any(sequence.finish_reason is not None for sequence in self._streams)
-            if not failed:  # every other step would end like this one
+            if not failed:  # every other step would fail like this one
                 raise
             _LOG.exception("a step failed, and with it the sequences that it computed")
         self._publish()

@@ -1,6 +1,6 @@
-"""What an engine can be told.
+"""The options of an engine.
 
-Owns: `EngineOptions`. Invariant: options that exist fit together; what does not is refused before anything is allocated.
+Owns: `EngineOptions`. Invariant: options that exist are consistent; inconsistent values are refused before anything is allocated.
 """
 
 from __future__ import annotations
@@ -57,12 +57,12 @@ class EngineOptions:
         self.scheduler_limits()
 
     def tier_options(self) -> TierOptions:
-        """What the KV memory is made of."""
+        """The options of the KV memory."""
         return TierOptions(
             self.pool_bytes, self.host_pool_bytes, self.eviction, self.shared, self.store_deadline_ms, self.write_policy
         )
 
     def scheduler_limits(self) -> SchedulerLimits:
-        """What the scheduler keeps to."""
+        """The limits of the scheduler."""
         step_tokens = 2 * self.chunk_tokens + self.sequences_max if self.step_tokens is None else self.step_tokens
         return SchedulerLimits(self.chunk_tokens, step_tokens, self.sequences_max, self.waiting_max)

@@ -1,4 +1,4 @@
-"""What an engine gives out: tokens, and counts of what it did."""
+"""The outputs of an engine: tokens, and counts of its work."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from attnstore_worker.engine.sequence import Sequence
 
 @dataclass(frozen=True, slots=True)
 class Token:
-    """One generated token, the fp32 logits `[vocabulary]` that it was drawn from, and the text that became certain with it."""
+    """One generated token, the fp32 logits `[vocabulary]` from which it was drawn, and the text that became final with it."""
 
     sequence: Sequence
     token_id: int

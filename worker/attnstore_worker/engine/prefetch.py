@@ -22,7 +22,7 @@ _LOG = logging.getLogger(__name__)
 
 
 class LookAheadPrefetch:
-    """For the first `sequences_max` sequences in the queue, each once for every time that it waits."""
+    """For the first `sequences_max` sequences in the queue, each once per time that it waits."""
 
     def __init__(self, cache: CacheManager, sequences_max: int) -> None:
         self._cache = cache
@@ -32,7 +32,7 @@ class LookAheadPrefetch:
 
     @property
     def blocks(self) -> int:
-        """Blocks that are held for pages on their way, and for those before them."""
+        """The blocks held for pages in flight, and for those before them."""
         return sum(len(table.block_ids) for table, _ in self._running.values())
 
     def advance(self, waiting: Iterable[Sequence], spare_blocks: int) -> None:
@@ -61,19 +61,19 @@ class LookAheadPrefetch:
             self._cache.release(table)
 
     def forget(self, sequence: Sequence) -> None:
-        """The sequence's turn has come, or it has ended."""
+        """Forgets a sequence that is admitted or has ended."""
         self.drop(sequence)
         self._tried.discard(sequence)
 
     def give_way(self) -> bool:
-        """Ends the newest prefetch. False where there is none."""
+        """Ends the newest prefetch. Returns False if there is none."""
         if not self._running:
             return False
         self.drop(next(reversed(self._running)))
         return True
 
     def _begin(self, sequence: Sequence, spare_blocks: int) -> int:
-        """Begins where there is something to fetch. How many blocks it takes."""
+        """Begins a prefetch if there is something to fetch. Returns how many blocks it takes."""
         try:
             begun = self._cache.prefetch(sequence.token_ids, sequence.hashes, spare_blocks, sequence.extra_keys)
         except Exception:

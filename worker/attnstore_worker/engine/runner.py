@@ -1,7 +1,7 @@
 """Runs one step of the model over packed chunks of sequences.
 
-Owns: the tensors of a step. Invariant: each sequence attends to its own blocks only; what it computes does not depend on its
-neighbours in the step, up to rounding.
+Owns: the tensors of a step. Invariant: each sequence attends to its own blocks only; its results do not depend on its neighbours in
+the step, up to rounding.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""From logits to a token.
+"""Sampling: from logits to a token.
 
-Owns: `SamplingParams` and `Sampler`. Invariants: the tokens of a sequence depend on its own logits, parameters and seed alone,
-never on what else is in the batch; no token is drawn from a row that has no largest finite logit.
+Owns: `SamplingParams` and `Sampler`. Invariants: the tokens of a sequence depend only on its own logits, parameters and seed, not
+on the rest of the batch; no token is drawn from a row without a largest finite logit.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ _TEMPERATURE_MIN: Final = torch.finfo(torch.float32).tiny
 
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
-    """How to continue a prompt. Generation ends after a token of `stop_token_ids`, or as soon as the text has one of `stops`.
+    """How to continue a prompt. Generation ends after a token of `stop_token_ids`, or as soon as the text contains one of `stops`.
 
-    `temperature` 0 is greedy. Otherwise a token is drawn from the `top_k` likeliest (None: all), of these from the smallest set
-    of the likeliest whose probabilities sum up to `top_p` (nucleus sampling, Holtzman et al. 2020).
+    `temperature` 0 is greedy. Otherwise a token is drawn from the `top_k` likeliest (None: all), and of these from the smallest set
+    of the likeliest whose probabilities sum to at least `top_p` (nucleus sampling, Holtzman et al. 2020).
     Raises `InvalidArgument` for a value out of range.
     """
 
@@ -60,14 +60,14 @@ class SamplingParams:
 
 
 class Peak(NamedTuple):
-    """The largest logit of a row, and the first token that has it. The logit is NaN where the row has one anywhere."""
+    """The largest logit of a row, and the first token that has it. The logit is NaN if the row contains a NaN."""
 
     token_id: int
     logit: float
 
     @property
     def is_finite(self) -> bool:
-        """A token can be drawn from the row: it has no NaN, no positive infinity, and not negative infinities alone."""
+        """True if a token can be drawn from the row: it has no NaN, no positive infinity, and not only negative infinities."""
         return math.isfinite(self.logit)
 
 
@@ -79,9 +79,9 @@ class Sampler:
         self._generator = torch.Generator().manual_seed(params.seed)
 
     def sample(self, logits: Tensor, peak: Peak) -> int:
-        """The next token from fp32 logits `[vocabulary]`, whose `peak` is as `peaks` tells; greedy, it is the peak's.
+        """Returns the next token from fp32 logits `[vocabulary]` with their `peak` (see `peaks`); greedy, it is the peak's.
 
-        Raises `LogitsNotFinite`, and then has drawn nothing.
+        Raises `LogitsNotFinite` without drawing.
         """
         if not peak.is_finite:
             raise LogitsNotFinite(f"the largest logit is {peak.logit}: the model computed no token for this sequence")
@@ -90,7 +90,7 @@ class Sampler:
             return peak.token_id
         values = logits.cpu().numpy()
         with np.errstate(over="ignore"):
-            # Less the largest one first, which then stays 0 however small the divisor: the others may overflow to -inf.
+            # Subtracts the largest first, which then stays 0 however small the divisor: the others may overflow to -inf.
             scaled = (values - np.float32(peak.logit)) / np.float32(max(params.temperature, _TEMPERATURE_MIN))
         if params.top_k is None and params.top_p == 1.0:
             return self._draw(np.exp(scaled))
@@ -101,29 +101,29 @@ class Sampler:
         return int(likeliest[self._draw(weights)])
 
     def _draw(self, weights: Floats) -> int:
-        """An index, as likely as its weight among all; never one of weight 0."""
+        """Returns an index with a probability proportional to its weight; never one of weight 0."""
         borders = np.cumsum(weights, dtype=np.float64)
         drawn = torch.rand((), dtype=torch.float64, generator=self._generator).item() * borders[-1]
         return int(np.searchsorted(borders, min(drawn, np.nextafter(borders[-1], 0.0)), side="right"))
 
 
 def peaks(logits: Tensor) -> list[Peak]:
-    """The peak of each row of fp32 logits `[n, vocabulary]`, found for all rows together.
+    """Returns the peak of each row of fp32 logits `[n, vocabulary]`, found for all rows together.
 
-    Not by torch on a CPU: its threads would then spin for milliseconds on the cores that compute the next step
+    Not with torch on a CPU, whose threads would then spin for milliseconds on the cores that compute the next step
     (docs/decisions/0018-few-rows.md).
     """
     if logits.device.type == "cpu":
         rows = logits.numpy()
-        token_ids = rows.argmax(axis=-1)  # of a NaN, where there is one
+        token_ids = rows.argmax(axis=-1)  # of a NaN, if there is one
         return [Peak(token_id, row.item(token_id)) for token_id, row in zip(token_ids.tolist(), rows, strict=True)]
     values, indices = logits.max(dim=-1)
-    both = torch.stack((indices.double(), values.double())).cpu()  # one transfer; doubles hold both exactly
+    both = torch.stack((indices.double(), values.double())).cpu()  # one transfer; doubles represent both exactly
     return [Peak(int(token_id), value) for token_id, value in both.T.tolist()]
 
 
 def _descending(values: Floats, most: int | None) -> Any:
-    """The indices of the `most` largest values, all where that is None, largest first."""
+    """Returns the indices of the `most` largest values (None: all), largest first."""
     if most is None or most >= len(values):
         return np.argsort(-values, kind="stable")
     largest = np.argpartition(-values, most)[:most]

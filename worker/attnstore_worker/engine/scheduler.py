@@ -1,19 +1,18 @@
-"""Who runs, who waits, and which tokens the next step computes.
+"""The scheduler: which sequences run, which wait, and which tokens the next step computes.
 
-Owns: the queue of waiting sequences and the set of running ones. It decides and touches no block: the engine acts, and tells it
-how many blocks the pool could give out.
-Invariant: a sequence is in at most one place, and both places are in order: the highest priority first, then the earliest arrival.
+Owns: the queue of waiting sequences and the set of running ones. It decides and touches no block: the engine acts, and tells it how
+many blocks are available.
+Invariant: a sequence is in at most one of them, and both are in order: the highest priority first, then the earliest arrival.
 
-    (new)    enqueue -> WAITING      Overloaded when the queue is full
+    (new)    enqueue -> WAITING      Overloaded if the queue is full
     WAITING  start   -> RUNNING
-    RUNNING  preempt -> WAITING      in its old place, which is before all that arrived later; never refused
+    RUNNING  preempt -> WAITING      in its old place, before all that arrived later; never refused
     WAITING, RUNNING  remove -> (gone)
 
-A running sequence whose pages are on the way (LOADING) has its blocks and its place, and takes part in a step only with what it may
-compute already.
+A running sequence with pages in flight (LOADING) has its blocks and its place; in a step it computes only what it already may.
 
-Continuous batching is Orca's (Yu et al., OSDI 2022), chunked prefill beside decodes Sarathi-Serve's (Agrawal et al., OSDI 2024).
-Nobody starves: a sequence that does not fit keeps those behind it waiting, and every step has room for a chunk of prefill.
+Continuous batching is Orca's (Yu et al., OSDI 2022), chunked prefill beside decodes is Sarathi-Serve's (Agrawal et al., OSDI 2024).
+No sequence starves: one that does not fit keeps those behind it waiting, and every step has room for a chunk of prefill.
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ class SchedulerLimits:
     """`sequences_max` run at once and `waiting_max` wait; a step computes at most `step_tokens` tokens, at most `chunk_tokens` of
     one sequence.
 
-    Raises `InvalidArgument` for values that could keep a prompt waiting for ever.
+    Raises `InvalidArgument` for values that could keep a prompt waiting forever.
     """
 
     chunk_tokens: int
@@ -62,29 +61,31 @@ class Scheduler:
 
     @property
     def running(self) -> tuple[Sequence, ...]:
-        """In order."""
+        """The running sequences, in order."""
         return tuple(self._running)
 
     @property
     def waiting(self) -> tuple[Sequence, ...]:
-        """In order."""
+        """The waiting sequences, in order."""
         return tuple(self._waiting)
 
     @property
     def full(self) -> bool:
-        """The queue takes no new sequence."""
+        """True if the queue accepts no new sequence."""
         return len(self._waiting) >= self._limits.waiting_max
 
     def enqueue(self, sequence: Sequence) -> None:
-        """Takes a new sequence. Raises `Overloaded` when the queue is full."""
+        """Queues a new sequence. Raises `Overloaded` if the queue is full."""
         if self.full:
             raise Overloaded(f"{len(self._waiting)} sequences are waiting, which is the limit")
         insort(self._waiting, sequence, key=_order)
 
     def admissible(self, available_blocks: int) -> Sequence | None:
-        """The first waiting sequence, if all its tokens find room and each running one could still grow by a block.
+        """Returns the first waiting sequence, if there are blocks for all its tokens and each running sequence could still grow by
+        a block.
 
-        Where nothing runs the first one is always admissible: what is not available then is held by transfers, which end.
+        If no sequence runs, the first one is always admissible: blocks that are not available then are held by transfers, which
+        end.
         """
         if not self._waiting or len(self._running) >= self._limits.sequences_max:
             return None
@@ -93,28 +94,28 @@ class Scheduler:
         return first if fits or not self._running else None
 
     def start(self, sequence: Sequence) -> None:
-        """A waiting sequence was given its blocks."""
+        """Records that a waiting sequence got its blocks."""
         self._waiting.remove(sequence)
         insort(self._running, sequence, key=_order)
 
     def victim(self, available_blocks: int) -> Sequence | None:
-        """The running sequence to preempt, the last in order, where the blocks do not suffice for all; the first is never one."""
+        """Returns the running sequence to preempt, the last in order, if there are too few blocks for all; never the first one."""
         missing = sum(self._missing_blocks(sequence) for sequence in self._running)
         return self._running[-1] if missing > available_blocks and len(self._running) > 1 else None
 
     def preempt(self, sequence: Sequence) -> None:
-        """A running sequence lost its blocks."""
+        """Records that a running sequence lost its blocks."""
         self._running.remove(sequence)
         insort(self._waiting, sequence, key=_order)
 
     def remove(self, sequence: Sequence) -> None:
-        """A sequence ended, wherever it is."""
+        """Removes a sequence that ended, in any state."""
         (self._running if sequence in self._running else self._waiting).remove(sequence)
 
     def chunks(self) -> list[Chunk]:
-        """What the next step computes: decodes first, then prefill as far as the budget of the step reaches.
+        """Returns what the next step computes: decodes first, then prefill up to the budget of the step.
 
-        A chunk that does not fit waits as a whole, because its boundaries decide how results are rounded. A loading sequence may
+        A chunk that does not fit waits as a whole, because its boundaries affect the rounding of results. A loading sequence may
         have nothing to compute.
         """
         chunks: list[Chunk] = []

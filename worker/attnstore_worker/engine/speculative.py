@@ -1,19 +1,18 @@
-"""Speculative decoding: guesses of the next tokens, checked by the model in one pass, so that one round trip serves several tokens.
+"""Speculative decoding: drafts of the next tokens, verified by the model in one pass, so that one round trip serves several tokens.
 
-Owns: `draft` (prompt lookup), `accepted_tokens` (verification), `DraftLength` (how many guesses pay) and `Speculation`, which does
-all of it for an engine. Invariant: the tokens are those that each sequence's sampler would have drawn one by one, whatever was
-guessed.
+Owns: `draft` (prompt lookup), `accepted_tokens` (verification), `DraftLength` (how many drafts pay) and `Speculation`, which
+combines them for an engine. Invariant: the tokens are those that each sequence's sampler would have drawn one by one, whatever the
+drafts.
 
-Guesses are the tokens that followed the last occurrence of the sequence's own last n-gram (prompt lookup decoding, Saxena 2023;
-LLMA, Yang et al. 2023): free, and good on text that repeats itself. Verification draws from the model's distribution at each row
-and goes on while the draw is the guess. For a guess that is certain (its own distribution is a point) that is rejection sampling
-(Leviathan et al. 2023): the guess `d` is accepted with probability `p(d)`, and what is drawn otherwise has the distribution `p`
-without `d`. And it draws from the generator once for each token, in order, so a seed gives the same tokens with and without
-speculation.
+Drafts are the tokens that followed the last occurrence of the sequence's own last n-gram (prompt lookup decoding, Saxena 2023;
+LLMA, Yang et al. 2023): free, and good on repetitive text. Verification draws from the model's distribution at each row and
+continues while the draw equals the draft. For a deterministic draft (a point distribution) this is rejection sampling (Leviathan et
+al. 2023): the draft `d` is accepted with probability `p(d)`, and otherwise the drawn token has the distribution `p` without `d`. It
+draws from the generator once per token, in order, so a seed gives the same tokens with and without speculation.
 
-Where nothing repeats, and round trips are what a step is made of, the model itself guesses: it attends to the blocks that are here
-and asks no node. A recent window says much of the next token (as a draft: TriForce, Sun et al. 2024). What that writes into the
-pool is wrong in its keys and values; the step that checks the guesses computes all of it again.
+If nothing repeats, and round trips dominate a step, the model itself drafts: it attends only to the blocks that are here and asks
+no node. A recent window predicts much of the next token (as a draft: TriForce, Sun et al. 2024). The keys and values that this
+writes into the pool are wrong; the step that verifies the drafts computes all of them again.
 """
 
 from __future__ import annotations
@@ -29,20 +28,20 @@ from attnstore_worker.engine.sequence import Chunk, next_chunk
 from attnstore_worker.engine.sequence import Sequence as Prompted
 
 DRAFTS_MAX: Final = 15
-"""Guesses of one step: with the known token, rows that the attention kernels still treat as decoding."""
+"""Drafts of one step: with the known token, rows that the attention kernels still treat as decoding."""
 NGRAM_MAX: Final = 4
 NGRAM_MIN: Final = 2
 _LOOK_BACK_TOKENS: Final = 8192
 _DECAY: Final = 0.95
 _PRIOR: Final = (1.0, 2.0)
-"""Right and checked guesses that are taken for granted."""
+"""The prior: accepted and verified drafts that are assumed."""
 _ACCEPTANCE_MIN: Final = 0.02
 _EACH_SHARE: Final = 0.05
 _VARIANCE_MIN: Final = 0.5
 
 
 def draft(token_ids: Sequence[int], drafts_max: int) -> tuple[int, ...]:
-    """The tokens after the latest earlier occurrence of the longest last n-gram that has one; none where nothing repeats.
+    """Returns the tokens after the latest earlier occurrence of the longest last n-gram that has one; none if nothing repeats.
 
     >>> draft([7, 1, 2, 3, 4, 5, 9, 1, 2], 3)
     (3, 4, 5)
@@ -59,10 +58,10 @@ def draft(token_ids: Sequence[int], drafts_max: int) -> tuple[int, ...]:
 
 
 def accepted_tokens(sampler: Sampler, drafts: Sequence[int], rows: Sequence[Tensor], highest: Sequence[Peak]) -> list[int]:
-    """The next tokens from `len(drafts) + 1` rows of fp32 logits and their peaks. Row `i` knows the first `i` drafts.
+    """Returns the next tokens from `len(drafts) + 1` rows of fp32 logits and their peaks. Row `i` knows the first `i` drafts.
 
-    All drafts that are drawn, and the first token that is none of them: at least one, at most `len(drafts) + 1`. A row that is not
-    finite ends them, as if it had not been computed; where it is the first it raises `LogitsNotFinite`.
+    These are all accepted drafts and the first token that is not a draft: at least one, at most `len(drafts) + 1`. A row that is
+    not finite ends them, as if it had not been computed; if it is the first row, raises `LogitsNotFinite`.
     """
     tokens: list[int] = []
     for row, peak, guess in zip(rows, highest, [*drafts, None], strict=True):
@@ -75,10 +74,11 @@ def accepted_tokens(sampler: Sampler, drafts: Sequence[int], rows: Sequence[Tens
 
 
 class DraftLength:
-    """How many guesses a step should check, from what checking them has cost and how often they were right.
+    """Chooses how many drafts a step verifies, from the cost of verification and the rate of acceptance.
 
-    With an acceptance `a` of each guess a step of `k` gives `(1 - a ** (k + 1)) / (1 - a)` tokens (Leviathan et al. 2023) and takes
-    `base + k * each` milliseconds. `base` has the round trips and the weights in it, so the slower the network the more is guessed.
+    With an acceptance `a` of each draft, a step of `k` drafts gives `(1 - a ** (k + 1)) / (1 - a)` tokens (Leviathan et al. 2023)
+    and takes `base + k * each` milliseconds. `base` includes the round trips and the weights, so more is drafted on slower
+    networks.
     """
 
     def __init__(self) -> None:
@@ -92,27 +92,27 @@ class DraftLength:
 
     @property
     def acceptance(self) -> float:
-        """Estimated probability that a guess is right, given that those before it were."""
+        """Estimated probability that a draft is accepted, given that those before it were."""
         return self._right / self._tried
 
     def made(self, drafts: int, elapsed_ms: float) -> None:
-        """Making so many guesses took so long, which is part of what the step takes. Never told where guesses are free."""
+        """Records the time of making drafts, which is part of the step's time. Not called if drafts are free."""
         each_ms = elapsed_ms / drafts
         self._made_ms = each_ms if self._made_ms is None else _DECAY * self._made_ms + (1 - _DECAY) * each_ms
 
     def observe(self, drafts: int, accepted: int, step_ms: float) -> None:
-        """A step that checked `drafts` guesses of one sequence, of which the first `accepted` were right."""
+        """Records a step that verified `drafts` drafts of one sequence and accepted the first `accepted`."""
         self._samples = _DECAY * self._samples + 1
         self._sum_k = _DECAY * self._sum_k + drafts
         self._sum_ms = _DECAY * self._sum_ms + step_ms
         self._sum_kk = _DECAY * self._sum_kk + drafts * drafts
         self._sum_k_ms = _DECAY * self._sum_k_ms + drafts * step_ms
-        # The share of the prior brings guessing back where it was given up long ago.
+        # The prior makes drafting resume some time after it was given up.
         self._right = _DECAY * self._right + accepted + (1 - _DECAY) * _PRIOR[0]
         self._tried = _DECAY * self._tried + min(drafts, accepted + 1) + (1 - _DECAY) * _PRIOR[1]
 
     def best(self) -> int:
-        """The number of guesses with the most tokens per millisecond."""
+        """Returns the number of drafts with the most tokens per millisecond."""
         base_ms, each_ms = self._costs()
         rate = min(max(self.acceptance, _ACCEPTANCE_MIN), 0.999)
 
@@ -122,8 +122,8 @@ class DraftLength:
         return max(range(DRAFTS_MAX + 1), key=tokens_per_ms)
 
     def _costs(self) -> tuple[float, float]:
-        """`base` and `each` by least squares over the recent steps; without enough of them a guess costs a twentieth of a step, and
-        what it took to make it.
+        """Returns `base` and `each` by least squares over the recent steps; without enough of them a draft costs a twentieth of a
+        step, plus the time of making it.
         """
         if self._samples == 0:
             return 1.0, _EACH_SHARE
@@ -137,7 +137,7 @@ class DraftLength:
 
 
 class Speculation:
-    """Guesses for the sequences of one engine, and the tokens that follow from checking them. Counts are since the start."""
+    """Drafts for the sequences of one engine, and the tokens after verification. Counts are since the start."""
 
     def __init__(self, clock: Clock) -> None:
         self._clock = clock
@@ -150,13 +150,13 @@ class Speculation:
 
     @property
     def tokens_per_step(self) -> float:
-        """What a step gave a sequence on average; 1 where nothing was guessed right."""
+        """Returns how many tokens a step gave a sequence on average; 1 if no draft was accepted."""
         return 1 + self.accepted / max(self._steps, 1)
 
     def draft(self, running: Sequence[Prompted], *, tokens_max: int, pool_tokens: int) -> None:
-        """Gives each running sequence guesses, where all decode: prefill needs the room of a step, and gains nothing.
+        """Gives each running sequence drafts, if all decode: prefill needs the room of a step, and gains nothing.
 
-        No sequence grows past `tokens_max` by them, nor past `pool_tokens` where it does not attend to blocks in the store.
+        No sequence grows past `tokens_max` by them, nor past `pool_tokens` unless it attends to blocks in the store.
         """
         drafts_max = self._length.best() if _decoding(running) else 0
         for sequence in running:
@@ -191,9 +191,9 @@ class Speculation:
         return most_drafts > 0
 
     def next_tokens(self, chunk: Chunk, rows: Sequence[Tensor], highest: Sequence[Peak], alone_ms: float | None) -> list[int]:
-        """The tokens that follow from a chunk that gives tokens: from its rows of `Runner.run`, with their peaks.
+        """Returns the tokens after a chunk that gives tokens, from its rows of `Runner.run`, with their peaks.
 
-        `alone_ms` is how long the step took where it computed nothing else. Raises `LogitsNotFinite`.
+        `alone_ms` is the duration of the step if it computed nothing else. Raises `LogitsNotFinite`.
         """
         tokens = accepted_tokens(chunk.sequence.sampler, chunk.drafts, rows, highest)
         accepted = len(tokens) - 1
@@ -211,6 +211,6 @@ def _decoding(running: Sequence[Prompted]) -> bool:
 
 
 def _room(sequence: Prompted, tokens_max: int) -> int:
-    """How many guesses could be of use: no more than the tokens asked for, nor than the sequence may grow to."""
+    """Returns how many drafts can be useful: at most the requested tokens, and at most what the sequence may grow to."""
     unasked = sequence.sampling.max_tokens - len(sequence.generated) - 1
     return min(unasked, tokens_max - len(sequence.token_ids) - 1)

@@ -1,7 +1,7 @@
-"""From tokens to text as they come, and where a stop string ends it.
+"""Incremental detokenization, with stop strings.
 
-Owns: `TextStream`. Invariant: the pieces given out, joined, are a prefix of the text of all tokens; nothing given out is ever
-taken back, so a piece is held for as long as it may still turn out to be half a character or the begin of a stop string.
+Owns: `TextStream`. Invariant: the returned pieces, joined, are a prefix of the text of all tokens; no returned text is ever
+revoked, so a piece is held back while it may still be part of a character or the beginning of a stop string.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import Final
 
 _REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 _HELD_TOKENS_MAX: Final = 8
-"""A character has at most four bytes, so what is no character after so many tokens will never be one."""
+"""A character has at most four bytes, so invalid bytes after that many tokens never become one."""
 
 Decode = Callable[[Sequence[int]], str]
 
@@ -19,8 +19,8 @@ Decode = Callable[[Sequence[int]], str]
 class TextStream:
     """The text of one sequence; it ends before the first of `stops`.
 
-    A token's text may depend on the one before it and may be part of a character. So tokens are decoded in a window that starts
-    at the last whole character: its text is what the window's text has grown by.
+    A token's text may depend on the previous token and may be part of a character. Tokens are therefore decoded in a window that
+    starts at the last whole character; the text of a token is what it adds to the window's text.
 
     >>> stream = TextStream(lambda token_ids: "".join(map(chr, token_ids)), stops=("END",))
     >>> [stream.push(ord(letter)) for letter in "axENxEND"]
@@ -32,13 +32,13 @@ class TextStream:
     def __init__(self, decode: Decode, stops: Sequence[str] = ()) -> None:
         self._decode = decode
         self._stops = tuple(stops)
-        self._context: list[int] = []  # given out already, decoded again only for what it does to its successors
+        self._context: list[int] = []  # already returned; decoded again only for its effect on its successors
         self._fresh: list[int] = []
         self._held = ""
         self.stopped = False
 
     def push(self, token_id: int) -> str:
-        """The text that is certain now that `token_id` followed."""
+        """Returns the text that became final with `token_id`."""
         self._fresh.append(token_id)
         piece = self._grown()
         if piece.endswith(_REPLACEMENT) and len(self._fresh) < _HELD_TOKENS_MAX:
@@ -47,7 +47,7 @@ class TextStream:
         return self._give_out(piece)
 
     def finish(self) -> str:
-        """What is still held, half a character included. Nothing once a stop string was found."""
+        """Returns the text still held back, including partial characters. Empty once a stop string was found."""
         rest = "" if self.stopped else self._held + self._grown()
         self._held, self._fresh = "", []
         return rest
@@ -69,5 +69,5 @@ class TextStream:
 
 
 def _overlap(text: str, stop: str) -> int:
-    """The length of the longest end of `text` that `stop` begins with."""
+    """Returns the length of the longest suffix of `text` that is a prefix of `stop`."""
     return next((length for length in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:length])), 0)

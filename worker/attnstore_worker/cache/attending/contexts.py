@@ -1,8 +1,8 @@
 """Blocks that stay in the store: the leading pages of sequences, attended to by the nodes that hold them.
 
-Owns: the worker's `StoreAttention` and the prefixes that sequences have open on it, with their statistics. Where pages lie, leases
-and the loss of nodes are the client's. Invariant: an error of the store loses prefixes and never anything else. Only the engine's
-thread comes here.
+Owns: the worker's `StoreAttention` and the prefixes that sequences have open on it, with their statistics. The client owns the
+places of pages, leases and the loss of nodes. Invariant: an error of the store loses prefixes and never anything else. Only the
+engine's thread uses it.
 """
 
 from __future__ import annotations
@@ -40,13 +40,13 @@ class QueryShape:
     scale: float
 
     def row_bytes(self, layout: PageLayout) -> int:
-        """Of one row's questions and answers over all layers: `q`, and `(out, lse)`, in fp32."""
+        """Bytes of one row's queries and answers over all layers: `q`, and `(out, lse)`, in fp32."""
         return _FLOAT_BYTES * layout.layers * self.q_heads * (2 * layout.head_dim + 1)
 
 
 @dataclass(frozen=True, slots=True)
 class Traffic:
-    """Since the start: `round_trips` as in `AttendStatistics`, and the payload of both directions."""
+    """Counts since the start: `round_trips` as in `AttendStatistics`, and the payload of both directions."""
 
     round_trips: int = 0
     bytes: int = 0
@@ -54,8 +54,8 @@ class Traffic:
 
 @dataclass(frozen=True, slots=True)
 class AttendStatistics:
-    """Counts since the start. `round_trips`: exchanges that a step waited for, nodes asked at once counting as one; bytes are
-    payload, `pages_open` those of the prefixes that are open now.
+    """Counts since the start. `round_trips`: exchanges for which a step waited; nodes asked at once count as one. Bytes are
+    payload, `pages_open` are the pages of the open prefixes.
     """
 
     round_trips: int
@@ -67,7 +67,7 @@ class AttendStatistics:
 
 
 class RemoteAttention:
-    """`store` may hold pages of `namespace`; a query has to be answered within `deadline_ms`. `observer` is told of sets opened."""
+    """`store` may hold pages of `namespace`; a query must be answered within `deadline_ms`. `observer` is told of opened sets."""
 
     def __init__(
         self,
@@ -98,7 +98,7 @@ class RemoteAttention:
         self._losses = 0
 
     def open(self, hashes: Sequence[BlockHash]) -> AttendedPrefix | None:
-        """The longest prefix that the store holds, ready to be asked about; None if that is nothing, or the store fails."""
+        """Opens the longest prefix that the store holds; returns None if there is none, or if the store fails."""
         try:
             prefix = self._begun().open(hashes)
         except AttnStoreError as error:
@@ -122,13 +122,13 @@ class RemoteAttention:
         return prefix
 
     def close(self, prefix: AttendedPrefix) -> None:
-        """The sequence needs these blocks no more."""
+        """Closes the prefix of a sequence that does not need these blocks any more."""
         self._open.discard(prefix)
         self._begun().close_prefix(prefix)
 
     def step(self, parts: Sequence[tuple[AttendedPrefix | None, int]]) -> RemoteStep | None:
-        """What is asked at each layer of a step: for each sequence its prefix and the number of its rows. None if no sequence has
-        a prefix. Raises `PagesLost` if a prefix is lost already.
+        """Returns the queries of a step: for each sequence its prefix and the number of its rows. None if no sequence has a prefix.
+        Raises `PagesLost` if a prefix is already lost.
         """
         if any(prefix is not None and prefix.lost for prefix, _ in parts):
             raise PagesLost("blocks in the store were lost before this step")
@@ -143,13 +143,13 @@ class RemoteAttention:
         return RemoteStep([NodeRows(stream, sets, self._rows_max) for stream, sets in asked.items()], self)
 
     def lose(self, stream: AttendStream, error: AttnStoreError) -> None:
-        """A stream failed in a step: every prefix with a set on it is lost."""
+        """Loses every prefix with a set on a stream that failed in a step."""
         _LOG.warning("attention at a store node failed: %s: %s", type(error).__name__, error)
         self._losses += 1
         stream.close()
 
     def traffic(self) -> Traffic:
-        """What was asked and answered so far."""
+        """Returns what was sent and received so far."""
         return Traffic(self.round_trips, self.bytes_sent + self.bytes_received)
 
     def statistics(self) -> AttendStatistics:
@@ -164,7 +164,7 @@ class RemoteAttention:
             self._attention.close()
 
     def _begun(self) -> StoreAttention:
-        """The store's attention, after the store knows the namespace."""
+        """Returns the store's attention, after the namespace is registered."""
         if self._attention is None:
             self._store.register_layout(self._namespace, self._layout)
             self._attention = self._store.attention(

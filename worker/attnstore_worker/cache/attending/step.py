@@ -1,7 +1,7 @@
-"""One step's questions to the nodes, layer by layer: sent before the layer's own keys are attended to, merged afterwards.
+"""The queries of one step to the nodes, layer by layer: sent before attending to the layer's own keys, merged afterwards.
 
-Owns: the memory of the rows that are sent and of the partials that come back, made once for all layers.
-Invariant: what `merge` returns has every part of every sequence in it, or `PagesLost` was raised and nothing of the step counts.
+Owns: the memory of the sent rows and of the received partials, allocated once for all layers.
+Invariant: the result of `merge` contains every part of every sequence, or `PagesLost` was raised and nothing of the step counts.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from attnstore_worker.errors import PagesLost
 
 
 class StepOwner(Protocol):
-    """Whom a step reports to."""
+    """The object to which a step reports."""
 
     round_trips: int
     rows: int
@@ -27,12 +27,12 @@ class StepOwner(Protocol):
     bytes_received: int
 
     def lose(self, stream: AttendStream, error: AttnStoreError) -> None:
-        """The stream failed."""
+        """Reports a failed stream."""
         ...
 
 
 class NodeRows:
-    """Which rows one node is asked about: `sets` of `(set_id, first row, rows)`, in pieces of at most `rows_max` rows."""
+    """The rows about which one node is asked: `sets` of `(set_id, first row, rows)`, in pieces of at most `rows_max` rows."""
 
     def __init__(self, stream: AttendStream, sets: Sequence[tuple[int, int, int]], rows_max: int) -> None:
         self.stream = stream
@@ -67,7 +67,7 @@ class RemoteStep:
         self._send(0)
 
     def merge(self, out: Tensor, lse: Tensor) -> Tensor:
-        """`out` fp32 and `lse` over the local keys become `out` over all keys, in place. Raises `PagesLost`."""
+        """Merges `out` fp32 and `lse` over the local keys into `out` over all keys, in place. Raises `PagesLost`."""
         for piece in range(self._rounds):
             if piece:
                 self._send(piece)
@@ -114,7 +114,7 @@ class RemoteStep:
         self._owner.lose(node.stream, error)
         for other in self._nodes:
             if other is not node:
-                # Its answer is on the way and nobody will take it.
+                # Its answer is in flight and will not be received.
                 self._owner.lose(other.stream, PagesLost("another node failed in the same step"))
         raise PagesLost(f"attention at a store node failed: {error}") from None
 

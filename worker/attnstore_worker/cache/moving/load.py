@@ -127,7 +127,7 @@ class Planner(Protocol):
     """
 
     def search(self, prompt: Prompt) -> SearchPlan | None:
-        """Before the lower tiers are asked. None: compute everything that is not resident."""
+        """Called before the lower tiers are asked. None means: compute everything that is not resident."""
         ...
 
     def plan(self, load: Load) -> LoadPlan | None:

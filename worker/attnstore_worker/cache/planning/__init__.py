@@ -1,1 +1,1 @@
-"""What a load or an attended step will cost, what was decided, and what it did cost."""
+"""Predicted costs of loads and attended steps, the decisions from them, and their actual costs."""

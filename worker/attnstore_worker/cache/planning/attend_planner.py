@@ -1,16 +1,16 @@
-"""The fourth choice: leave a prefix in the store and attend to it there, or have it here. Arithmetic on forecasts, nothing else.
+"""The choice between leaving a prefix in the store and attending to it there, or having it here. Arithmetic on forecasts.
 
-Owns: `AttendForecast`, what both ways cost, and the rules that follow from it. Pure: no clock, no state, no I/O.
+Owns: `AttendForecast`, the costs of both ways, and the rules that follow from it. Pure: no clock, no state, no I/O.
 
-Having the blocks here costs `load_ttft_ms` once, and then a resident step for each token; leaving them there begins at once, and
-each step is longer by its round trips. With n tokens to come,
+Having the blocks here costs `load_ttft_ms` once, and then a resident step per token. Leaving them there begins at once, but each
+step takes longer by its round trips. With n tokens to come,
 
     attend(n) = attend_ttft + (n - 1) * attend_step
     load(n)   = load_ttft   + (n - 1) * resident_step
 
-so short answers attend and long ones load. How many tokens come is not known. A sequence therefore also moves when what it has paid
-for attending reaches the price of moving: it never pays more than twice what the better choice would have cost (the rule for
-renting skis: Karlin et al., 1988).
+so short answers attend and long ones load. The number of tokens is not known in advance. A sequence therefore also loads its blocks
+when the extra cost of attending reaches the price of loading: it never pays more than twice the cost of the better choice (the ski
+rental rule: Karlin et al., 1988).
 """
 
 from __future__ import annotations
@@ -19,12 +19,14 @@ from dataclasses import dataclass
 from typing import Final
 
 GAIN_MIN: Final = 0.1
-"""A change must be predicted to save this share of what it costs: forecasts are not exact, and moving to and fro is for nothing."""
+"""A change must be predicted to save this share of its cost, because forecasts are inexact and changing back and
+forth is useless.
+"""
 
 
 @dataclass(frozen=True, slots=True)
 class AttendForecast:
-    """One sequence whose prefix lies in the store. `attend_ttft_ms`, `load_ttft_ms`: until its next token, with the prefix left
+    """One sequence whose prefix is in the store. `attend_ttft_ms`, `load_ttft_ms`: time to its next token, with the prefix left
     there, and with it fetched or computed; `attend_step_ms`, `resident_step_ms`: each step after that.
     """
 
@@ -34,31 +36,33 @@ class AttendForecast:
     resident_step_ms: float
 
     def attend_ms(self, steps: float) -> float:
-        """Until the last of so many steps, at least one."""
+        """Returns the time to the end of `steps` steps, at least one."""
         return self.attend_ttft_ms + max(steps - 1, 0) * self.attend_step_ms
 
     def load_ms(self, steps: float) -> float:
-        """The same with the prefix here."""
+        """Returns the same with the prefix here."""
         return self.load_ttft_ms + max(steps - 1, 0) * self.resident_step_ms
 
     @property
     def rent_ms(self) -> float:
-        """How much longer a step takes for the prefix being there."""
+        """How much longer a step takes because the prefix is there."""
         return self.attend_step_ms - self.resident_step_ms
 
     def attends(self, steps: float) -> bool:
-        """Of a sequence that has nothing here: leaving its prefix in the store is better where so many steps are expected."""
+        """Returns, for a sequence without blocks here, whether leaving its prefix in the store is better for the expected number of
+        steps.
+        """
         return self.attend_ms(steps) * (1 + GAIN_MIN) < self.load_ms(steps)
 
     def moves(self, *, spent: float, expected: float, most: float) -> bool:
-        """Of a sequence that has attended for `spent` steps, with `expected` to come and never more than `most`: its prefix should
-        be here from now on.
+        """Returns whether a sequence that has attended for `spent` steps, with `expected` to come and never more than `most`,
+        should have its prefix here from now on.
         """
         price_ms = self.load_ttft_ms * (1 + GAIN_MIN)
         return self.rent_ms * most > price_ms and self.rent_ms * max(expected, spent) > price_ms
 
     def leaves(self, expected: float, other_load_ms: float) -> bool:
-        """Of a resident sequence with so many steps to come: it should attend, so that another keeps blocks which take
-        `other_load_ms` to be had again.
+        """Returns whether a resident sequence with that many steps to come should attend, so that another one keeps blocks whose
+        reload takes `other_load_ms`.
         """
         return self.rent_ms * expected * (1 + GAIN_MIN) < other_load_ms

@@ -1,7 +1,7 @@
-"""What this worker knows of its costs, gathered from everything that it does.
+"""The measured costs of this worker, collected from all of its work.
 
-Owns: `CostBook`, one estimator for each cost behind one lock, and `CostReport`, a snapshot for people and metrics. Invariant: only
-what ran undisturbed teaches the cost of computing; a step beside a load teaches how much loads disturb.
+Owns: `CostBook`, one estimator per cost behind one lock, and `CostReport`, a snapshot for people and metrics. Invariant: the cost
+of computing is learned only from undisturbed steps; a step beside a load shows how much loads disturb.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ _ATTENDING_MOST = 64.0
 
 @dataclass(frozen=True, slots=True)
 class AttendCosts:
-    """What a step costs whose keys lie partly at store nodes. `factor`: how many times as long as `step_ms` says it takes; nodes
-    that are slow or busy are in it. `resident_step_ms` is that of a step which asks nobody.
+    """The cost of a step whose keys are partly at store nodes. `factor`: how many times longer than `step_ms` it takes, which
+    includes slow or busy nodes. `resident_step_ms` is the time of a step without remote keys.
     """
 
     resident_step_ms: float
@@ -36,13 +36,13 @@ class AttendCosts:
     factor: float
 
     def step_ms(self, compute_ms: float, round_trips: int, size_bytes: int) -> float:
-        """A step that computes for `compute_ms` and moves so many bytes in so many exchanges, one after the other."""
+        """Returns the time of a step that computes for `compute_ms` and moves that many bytes in that many sequential exchanges."""
         return self.factor * (compute_ms + round_trips * self.round_trip_ms + size_bytes / self.bytes_per_ms)
 
 
 @dataclass(frozen=True, slots=True)
 class CostReport:
-    """What is known now; None where nothing is. `links` has the tiers that were read from."""
+    """The known costs; None for unknown ones. `links` has the tiers that were read from."""
 
     links: dict[Tier, LinkEstimate] = field(default_factory=dict)
     prefill: PrefillCost | None = None
@@ -52,7 +52,7 @@ class CostReport:
     attend: AttendCosts | None = None
 
     def prefill_tokens_per_s(self, tokens: int, chunk_tokens: int) -> float | None:
-        """The rate at which a prompt of so many tokens is computed."""
+        """Returns the rate at which a prompt of that many tokens is computed."""
         span_ms = self.prefill.span(0, tokens, chunk_tokens) if self.prefill is not None else 0.0
         return tokens * 1e3 / span_ms if span_ms > 0 else None
 
@@ -72,7 +72,7 @@ class CostBook:
         self._attending = FactorEstimator(_ATTENDING_PRIOR, least=_ATTENDING_LEAST, most=_ATTENDING_MOST)
 
     def transferred(self, transfer: Transfer) -> None:
-        """Learns from a call to a tier. Writes teach nothing: links need not be alike in both directions."""
+        """Learns from a call to a tier. Writes are ignored, because the two directions of a link may differ."""
         if transfer.kind is TransferKind.WRITE:
             return
         with self._lock:
@@ -86,7 +86,7 @@ class CostBook:
                 link.forget()
 
     def stepped(self, step: Step, *, loads: int) -> None:
-        """Learns from a step of one sequence, beside so many loads."""
+        """Learns from a step of one sequence, beside that many loads."""
         if len(step.chunks) != 1:
             return
         (begin, end), elapsed_ms = step.chunks[0], step.ended_ms - step.started_ms
@@ -102,12 +102,12 @@ class CostBook:
                 self._prefill.observe(begin, end, elapsed_ms)
 
     def computed_behind(self, measured_ms: float, expected_ms: float) -> None:
-        """A prompt whose chunk ran behind arriving pages took so long; `expected_ms` is what the formula says."""
+        """Learns from a prompt whose chunk was computed after arriving pages; `expected_ms` is the prediction of the formula."""
         with self._lock:
             self._behind.observe(measured_ms, expected_ms)
 
     def costs(self) -> Costs | None:
-        """What a planner reckons with; None as long as the link or computing is unknown."""
+        """Returns the costs for a planner; None while the link or computing is unknown."""
         with self._lock:
             link = self._remote_link()
             prefill = self._prefill.estimate()
@@ -123,7 +123,7 @@ class CostBook:
             return CostReport(links, self._prefill.estimate(), self._decode.estimate(), *factors, self._attend_costs())
 
     def attend_costs(self) -> AttendCosts | None:
-        """What attending at nodes costs; None as long as a link, a round trip or a step of this worker's own is unknown."""
+        """Returns the costs of attending at nodes; None while a link, a round trip or a step of this worker's own is unknown."""
         with self._lock:
             return self._attend_costs()
 

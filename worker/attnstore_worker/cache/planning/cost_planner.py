@@ -1,8 +1,8 @@
-"""The planner that measures: costs from what the worker has seen, a split for each prompt, and a record of what came of it.
+"""The planner that measures: costs from past work, a split for each prompt, and a record of the results.
 
 Owns: `CostPlanner`, which is both the engine's `Planner` and its `Observer`. Invariant: without measurements it computes from the
-front and fetches a little beside it, which costs no time and teaches what the next decision needs; it never has the engine wait for
-a link that it does not know.
+front and fetches a little at the same time, which costs no time and provides the measurements for the next decision; the engine
+never waits for an unknown link.
 """
 
 from __future__ import annotations
@@ -32,14 +32,14 @@ from attnstore_worker.cache.planning.split import (
 from attnstore_worker.cache.store.transfer import Transfer
 
 PROBE_MS: Final = 10_000.0
-"""A link that is not used is measured again after this time, beside the next prompt that is computed."""
+"""An unused link is measured again after this time, beside the next prompt that is computed."""
 _UNKNOWN_DEADLINE_MS: Final = 5_000.0
 _LATE_MS: Final = 5.0
-"""A read ends at the deadline of its load; for so long its last pages may be on their way to the engine."""
+"""A read ends at the deadline of its load; its last pages may reach the engine this much later."""
 
 
 class CostPlanner:
-    """For prompts computed `chunk_tokens` at a time. `sink` gets every decision when its prompt has its first token."""
+    """Plans for prompts computed `chunk_tokens` at a time. `sink` gets every decision when its prompt has its first token."""
 
     def __init__(self, clock: Clock, chunk_tokens: int, sink: Callable[[Decision], None] | None = None) -> None:
         self._clock = clock
@@ -50,7 +50,7 @@ class CostPlanner:
         self._loading: set[int] = set()
 
     def search(self, prompt: Prompt) -> SearchPlan | None:
-        """Asks unless that cannot pay; computes meanwhile as much as the answer takes."""
+        """Searches unless that cannot pay; computes meanwhile as much as fits into the time of the answer."""
         plan = self._search(prompt)
         if plan is not None:
             with self._lock:
@@ -75,7 +75,7 @@ class CostPlanner:
         return _probe(work, recompute_ms(costs.prefill, work)) if is_stale else None
 
     def replan(self, load: Load, now_ms: float) -> LoadPlan | None:
-        """The meeting point moves with the link; a load that is later than patience allows is given up."""
+        """Moves the meeting point as the link changes; gives up a load that is later than its patience."""
         assert load.plan is not None
         elapsed_ms = now_ms - load.planned_ms
         if elapsed_ms > load.plan.deadline_ms + _LATE_MS:
@@ -94,7 +94,7 @@ class CostPlanner:
             asked=max(asked, load.front),
             back=load.in_flight.stop if load.in_flight else asked,
             busy_ms=_busy_ms(costs, load, now_ms),
-            layers=1,  # a load that has begun page by page goes on so
+            layers=1,  # a load that has begun page by page continues so
         )
         planned = split(costs, work, self._patience_ms(costs, load.prompt) - max(0.0, slack_ms))
         if planned.fetches:
@@ -105,14 +105,14 @@ class CostPlanner:
         return None
 
     def prefetches(self, prompt: Prompt) -> bool:
-        """Where fetching would be part of the best split."""
+        """Prefetches if fetching would be part of the best split."""
         costs = self._book.costs()
         work = self._work(prompt, prompt.resident_blocks, prompt.usable_blocks)
         return costs is not None and split(costs, work, patience(costs.prefill, work)).fetches
 
     def attend_forecast(self, prompt: Prompt, remote_blocks: int, row_bytes: int) -> AttendForecast | None:
-        """Of a prompt whose first `remote_blocks` blocks lie in the store, where a row of a query and its answer have `row_bytes`
-        over all layers; None as long as a cost is unknown.
+        """Returns the forecast for a prompt whose first `remote_blocks` blocks are in the store, if a row of a query and its answer
+        have `row_bytes` over all layers; None while a cost is unknown.
         """
         costs, attend = self._book.costs(), self._book.attend_costs()
         if costs is None or attend is None:
@@ -130,7 +130,7 @@ class CostPlanner:
         )
 
     def attending(self, prompt: Prompt, remote_blocks: int, forecast: AttendForecast) -> None:
-        """Notes that a prompt's first blocks are left in the store."""
+        """Records that a prompt's first blocks are left in the store."""
         decision = self._decision(prompt, None, None, Choice.ATTEND, None)
         forecasts = {"attend": forecast.attend_ttft_ms, "planned": forecast.load_ttft_ms}
         self._log.opened(replace(decision, hit_end=remote_blocks, forecasts=forecasts, predicted_ttft_ms=forecast.attend_ttft_ms))
@@ -146,13 +146,13 @@ class CostPlanner:
         self._book.stepped(step, loads=loads)
 
     def loaded(self, load: Load) -> None:
-        """Notes how it ended."""
+        """Records how a load ended."""
         with self._lock:
             self._loading.discard(load.prompt.number)
         self._log.loaded(load)
 
     def answered(self, answer: Answer) -> None:
-        """Compares the prediction with what happened."""
+        """Compares the prediction with the actual time."""
         happened_ms = answer.ended_ms - answer.started_ms
         decision = self._log.get(answer.prompt.number)
         if decision is not None and decision.choice is Choice.LAYERS and decision.predicted_ttft_ms is not None:
@@ -161,19 +161,19 @@ class CostPlanner:
         self._log.answered(answer.prompt.number, happened_ms)
 
     def report(self) -> CostReport:
-        """What is known of costs."""
+        """Returns the known costs."""
         return self._book.report()
 
     def decisions(self, count: int) -> list[Decision]:
-        """The last ones that are over, the newest last."""
+        """Returns the last finished decisions, the newest last."""
         return self._log.last(count)
 
     def predictions(self) -> PredictionStatistics:
-        """How good they were."""
+        """Returns the statistics of the predictions."""
         return self._log.statistics()
 
     def explain(self, prompt: Prompt) -> Decision:
-        """What would be decided about a prompt whose usable blocks were all found at once. Decides nothing."""
+        """Returns the decision about a prompt whose usable blocks were all found at once. Has no effect."""
         costs = self._book.costs()
         work = self._work(prompt, prompt.resident_blocks, prompt.usable_blocks)
         planned = split(costs, work, patience(costs.prefill, work)) if costs is not None else None
@@ -206,7 +206,9 @@ class CostPlanner:
         return patience(costs.prefill, self._work(prompt, prompt.resident_blocks, prompt.usable_blocks))
 
     def _slack_ms(self, costs: Costs, load: Load, elapsed_ms: float) -> float:
-        """Time since the search began that was not spent on computing; negative where the last chunk is still being computed."""
+        """Returns the time since the search began that was not spent on computing; negative while the last chunk is
+        being computed.
+        """
         work = self._work(load.prompt, load.front, load.hit_end)
         return elapsed_ms - costs.slowdown * self._compute_ms(costs, work, load.prompt.resident_blocks, load.front)
 
@@ -254,6 +256,6 @@ def _load_plan(planned: Split, deadline_ms: float) -> LoadPlan:
 
 
 def _probe(work: Work, deadline_ms: float) -> LoadPlan:
-    """One page from the end, while everything before it is computed."""
+    """Plans one page from the end, while everything before it is computed."""
     last = work.back - 1
     return LoadPlan(last, work.back, 1, deadline_ms, FetchOrder.BACK_TO_FRONT, last)

@@ -25,7 +25,7 @@ ERROR_BOUNDS: Final = (0.02, 0.05, 0.1, 0.15, 0.25, 0.5, 1.0, 2.0)
 
 @dataclass(frozen=True, slots=True)
 class Decision:
-    """One prompt. Times in ms from its admission to its first token; None where nothing was known or has happened yet.
+    """One prompt. Times in ms from its admission to its first token; None if unknown or not yet reached.
 
     `forecasts` has the predicted time of some choices, and of the plan. Blocks `[resident_blocks, hit_end)` were found below HBM:
     those from `meet` on were to be fetched, and `arrived_blocks` of them arrived. `end` is why the load ended.
@@ -51,20 +51,21 @@ class Decision:
 
     @property
     def error(self) -> float | None:
-        """|predicted - happened| / happened."""
+        """|predicted - actual| / actual."""
         if self.predicted_ttft_ms is None or not self.happened_ttft_ms:
             return None
         return abs(self.predicted_ttft_ms - self.happened_ttft_ms) / self.happened_ttft_ms
 
     def as_json(self) -> dict[str, Any]:
-        """All fields, and `error`."""
+        """Returns all fields, and `error`."""
         return {**asdict(self), "error": self.error}
 
 
 @dataclass(frozen=True, slots=True)
 class PredictionStatistics:
     """A snapshot. `choices` and `errors_at_most[i]` (errors up to `ERROR_BOUNDS[i]`, the last: any) count since the start;
-    `median_error` is over the last decisions, None before the first."""
+    `median_error` is over the last decisions, None before the first.
+    """
 
     choices: dict[str, int] = field(default_factory=dict)
     errors_at_most: tuple[int, ...] = (0,) * (len(ERROR_BOUNDS) + 1)
@@ -73,7 +74,7 @@ class PredictionStatistics:
 
 
 class DecisionLog:
-    """Keeps the last decisions that are over; `sink` gets each of them once. Thread-safe."""
+    """Keeps the last finished decisions; `sink` gets each of them once. Thread-safe."""
 
     def __init__(self, sink: Callable[[Decision], None] | None = None) -> None:
         self._sink = sink
@@ -85,30 +86,30 @@ class DecisionLog:
         self._error_sum = 0.0
 
     def opened(self, decision: Decision) -> None:
-        """A decision was made about a prompt that was admitted, or made anew when its hits were known."""
+        """Records a decision about an admitted prompt, or a new one after its hits were known."""
         with self._lock:
             while len(self._open) >= _KEPT:  # cancelled before their first token
                 del self._open[next(iter(self._open))]
             self._open[decision.number] = decision
 
     def get(self, number: int) -> Decision | None:
-        """The open decision about a prompt."""
+        """Returns the open decision about a prompt."""
         with self._lock:
             return self._open.get(number)
 
     def loaded(self, load: Load) -> None:
-        """Its load is over."""
+        """Records the end of its load."""
         with self._lock:
             decision = self._open.get(load.prompt.number)
             if decision is None:
                 return
-            if load.end is LoadEnd.NOT_FOUND:  # what was predicted supposed hits
+            if load.end is LoadEnd.NOT_FOUND:  # the prediction assumed hits
                 decision = replace(decision, choice=Choice.RECOMPUTE, meet=None, predicted_ttft_ms=None)
             assert load.end is not None
             self._open[decision.number] = replace(decision, arrived_blocks=load.arrived_blocks, end=load.end.value)
 
     def answered(self, number: int, ttft_ms: float) -> None:
-        """Its first token is there."""
+        """Records its first token."""
         with self._lock:
             decision = self._open.pop(number, None)
             if decision is None:
@@ -123,7 +124,7 @@ class DecisionLog:
             self._sink(decision)
 
     def last(self, count: int) -> list[Decision]:
-        """The newest ones that are over, the newest last."""
+        """Returns the newest finished decisions, the newest last."""
         with self._lock:
             return list(self._closed)[-count:] if count > 0 else []
 

@@ -1,9 +1,9 @@
-"""What computing costs here, learned from the steps that the engine runs anyway.
+"""Estimators of computing costs, which learn from the steps that the engine runs anyway.
 
 Owns: `PrefillEstimator` and `PrefillCost` (a chunk's time as a function of its length and its context), `FactorEstimator` (how much
-a running transfer slows computing down) and `DurationEstimator` (a decode step). Links, and the copies between tiers, are
-`link`'s. Invariant: no sequence of samples makes an estimator raise, and none answers with a cost that
-is negative or not finite. Pure: time comes in as numbers.
+a running transfer slows computing down) and `DurationEstimator` (a decode step). `link` has the costs of links and of copies
+between tiers. Invariant: no sequence of samples makes an estimator raise, or return a cost that is negative or not finite. Pure:
+time is passed as numbers.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _HUBER: Final = 0.1
 """Relative errors beyond this count in proportion, not squared."""
 _RIDGE: Final = 1e-3
 _PRIOR_SHARES: Final = np.array([0.4, 1.0, 0.3])
-"""Where chunks do not tell the three terms apart, each is given its part of the time in proportion to its square here."""
+"""If the chunks do not determine the three terms separately, each gets its part of the time in proportion to its square here."""
 _ELAPSED_MS_MIN: Final = 1e-4
 _ELAPSED_MS_MAX: Final = 86_400_000.0
 _TOKENS_MAX: Final = 1 << 30
@@ -39,7 +39,7 @@ class PrefillCost:
 
         chunk_ms + token_ms * n + pair_ms * n * (begin + end) / 2
 
-    the step itself, the matrices that each token passes, and the attention of each token to those before it.
+    for the step itself, the matrices that each token passes, and the attention of each token to those before it.
     """
 
     chunk_ms: float
@@ -47,11 +47,11 @@ class PrefillCost:
     pair_ms: float
 
     def chunk(self, begin: int, end: int) -> float:
-        """One chunk."""
+        """Returns the time of one chunk."""
         return self.chunk_ms + (end - begin) * (self.token_ms + self.pair_ms * (begin + end) / 2) if end > begin else 0.0
 
     def span(self, begin: int, end: int, chunk_tokens: int) -> float:
-        """Tokens `[begin, end)` in chunks that end at the multiples of `chunk_tokens`."""
+        """Returns the time of tokens `[begin, end)` in chunks that end at the multiples of `chunk_tokens`."""
         if end <= begin:
             return 0.0
         chunks = -(-end // chunk_tokens) - begin // chunk_tokens
@@ -66,7 +66,7 @@ class PrefillEstimator:
         self._fitted: PrefillCost | None = None
 
     def observe(self, begin: int, end: int, elapsed_ms: float) -> None:
-        """A step computed tokens `[begin, end)` of one sequence and nothing else, with no transfer beside it."""
+        """Records a step that computed only tokens `[begin, end)` of one sequence, with no transfer at the same time."""
         self.observe_step(((begin, end),), elapsed_ms)
 
     def observe_step(self, chunks: Sequence[tuple[int, int]], elapsed_ms: float) -> None:
@@ -79,7 +79,7 @@ class PrefillEstimator:
             self._fitted = None
 
     def estimate(self) -> PrefillCost | None:
-        """What chunks cost now; None before the first sample."""
+        """Returns the current costs of chunks; None before the first sample."""
         if self._fitted is None and self._steps:
             self._fitted = _fit(list(self._steps))
         return self._fitted
@@ -87,7 +87,7 @@ class PrefillEstimator:
 
 def _fit(steps: list[tuple[float, float, float]]) -> PrefillCost:
     tokens, pairs, elapsed_ms = np.array(steps, dtype=np.float64).T
-    # Each row is divided by its time, so that errors are relative: rows of ones are to be explained.
+    # Each row is divided by its time, so that errors are relative and the target is a vector of ones.
     features = np.stack([np.ones_like(tokens), tokens, pairs], axis=1) / elapsed_ms[:, None]
     scale = np.maximum(np.linalg.norm(features, axis=0), 1e-300) / _PRIOR_SHARES
     features = features / scale
@@ -104,7 +104,7 @@ def _fit(steps: list[tuple[float, float, float]]) -> PrefillCost:
 
 
 def _non_negative_least_squares(features: NDArray[np.float64], weights: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Three unknowns: every set of those that are not 0 is tried. A slight ridge decides between explanations of equal chunks."""
+    """Tries every set of the three unknowns that are not 0. A slight ridge decides between solutions for equal chunks."""
     best, best_error = np.zeros(3), math.inf
     root = np.sqrt(weights)
     for used in (list(columns) for count in (3, 2, 1) for columns in combinations(range(3), count)):
@@ -126,17 +126,17 @@ class DurationEstimator:
         self._durations: deque[float] = deque(maxlen=_WINDOW)
 
     def observe(self, elapsed_ms: float) -> None:
-        """It took so long this time."""
+        """Records a duration."""
         if _ELAPSED_MS_MIN <= elapsed_ms <= _ELAPSED_MS_MAX:
             self._durations.append(elapsed_ms)
 
     def estimate(self) -> float | None:
-        """What it takes now; None before the first sample."""
+        """Returns the current estimate; None before the first sample."""
         return weighted_median([(value, 1.0) for value in self._durations])
 
 
 class FactorEstimator:
-    """The median of recent ratios of measured to expected, between `least` and `most`; `prior` before there are any."""
+    """The median of recent ratios of measured to expected time, between `least` and `most`; `prior` before the first sample."""
 
     def __init__(self, prior: float, *, least: float = 1.0, most: float = 4.0) -> None:
         self._prior = prior
@@ -145,10 +145,10 @@ class FactorEstimator:
         self._ratios: deque[float] = deque([prior], maxlen=_WINDOW // 4)
 
     def observe(self, measured_ms: float, expected_ms: float) -> None:
-        """What was expected to take `expected_ms` took `measured_ms`."""
+        """Records that work expected to take `expected_ms` took `measured_ms`."""
         if measured_ms > 0 and expected_ms > 0 and math.isfinite(measured_ms / expected_ms):
             self._ratios.append(measured_ms / expected_ms)
 
     def estimate(self) -> float:
-        """The factor now."""
+        """Returns the current factor."""
         return min(max(weighted_median([(ratio, 1.0) for ratio in self._ratios]) or self._prior, self._least), self._most)

@@ -31,7 +31,7 @@ class FetchAll:
         return LoadPlan(begin, load.hit_end, load.hit_end - begin, self._deadline_ms)
 
     def replan(self, load: Load, now_ms: float) -> LoadPlan | None:
-        """The same until the deadline."""
+        """Keeps the plan until the deadline."""
         del now_ms
         return load.plan
 
@@ -45,7 +45,7 @@ class FetchAhead(FetchAll):
     """Fetches every hit in small reads from the front: for a sequence that waits and whose turn may come at any time."""
 
     def plan(self, load: Load) -> LoadPlan:
-        """All hits, `AHEAD_BLOCKS` at a time."""
+        """Fetches all hits, `AHEAD_BLOCKS` at a time."""
         return replace(super().plan(load), batch_blocks=AHEAD_BLOCKS)
 
 

@@ -1,13 +1,13 @@
-"""What a link costs, learned from the transfers that use it anyway: time = round trip + bytes / bandwidth.
+"""The cost of a link, learned from the transfers that use it anyway: time = round trip + bytes / bandwidth.
 
-Owns: `LinkEstimator`, a window of recent transfers, and `LinkEstimate`, what they say. Invariant: no sequence of samples, however
-absurd, makes it raise or answer with a number that is not finite and positive; without enough evidence it answers None.
+Owns: `LinkEstimator`, a window of recent transfers, and `LinkEstimate`, the result. Invariant: no sequence of samples, however
+absurd, makes it raise or return a number that is not finite and positive; without enough samples it returns None.
 
-Estimates are weighted medians, which half of the samples must be wrong to fool; weights halve with every few newer samples and with
-age. Three samples in a row that are all far slower, or all far faster, than expected mean that the link itself has changed: what
-came before them is forgotten. How far slow transfers are from the median, few samples and age make an estimate less certain, and a
-planner that must be safe reckons with `spread`. Robust fits by medians are Theil's and Sen's (1950, 1968); forgetting after a run
-of like residuals is the idea of a CUSUM chart (Page, 1954).
+Estimates are weighted medians, which are wrong only if half of the samples are; weights halve with every few newer samples and with
+age. Three samples in a row that are all far slower, or all far faster, than expected mean that the link itself has changed: earlier
+samples are dropped. The distance of slow transfers from the median, few samples and age make an estimate less certain; `spread`
+expresses it, for a planner that must be safe. Robust fits by medians are Theil's and Sen's (1950, 1968); dropping samples after a
+run of similar residuals is the idea of a CUSUM chart (Page, 1954).
 """
 
 from __future__ import annotations
@@ -24,16 +24,16 @@ _WINDOW: Final = 64
 _HALF_LIFE_SAMPLES: Final = 8.0
 _HALF_LIFE_MS: Final = 120_000.0
 _STALE_MS: Final = 600_000.0
-"""Older samples say nothing."""
+"""Older samples are ignored."""
 _ELAPSED_MS_RANGE: Final = (1e-4, 86_400_000.0)
 _SIZE_BYTES_MAX: Final = 1 << 48
-"""Outside of these a sample is a broken clock or a bug: no transfer ends in 100 ns or takes a day."""
+"""Samples outside this range come from a broken clock or a bug: no transfer ends in 100 ns or takes a day."""
 _BULK_BYTES: Final = 4 << 10
 """Smaller messages measure the round trip, larger ones the bandwidth."""
 _CHANGE_RUN: Final = 3
 _CHANGE_LOG: Final = math.log(2.0)
 _UNLIKE: Final = 2.0
-"""Two transfers tell the time of a request apart from that of the bytes where one is so many times as large as the other."""
+"""Two transfers separate the time of a request from that of the bytes if one is this many times larger than the other."""
 _PAIRED: Final = 16
 _SLOPES_MIN: Final = 6
 _SLOW_QUANTILE: Final = 0.9
@@ -42,10 +42,10 @@ _LOG_SPREAD_MAX: Final = math.log(100.0)
 
 @dataclass(frozen=True, slots=True)
 class LinkEstimate:
-    """A link at one moment. `spread` >= 1 is a factor: a transfer is expected to take no longer than `transfer_ms` times `spread`.
+    """A link at one moment. `spread` >= 1 is a factor: a transfer is expected to take at most `transfer_ms` times `spread`.
 
-    `rtt_ms` is what a question takes, `request_ms` what a bulk transfer takes besides its bytes. `samples` counts bulk transfers,
-    decayed by number and age; `age_ms` is that of the newest.
+    `rtt_ms` is the time of a small exchange, `request_ms` the time of a bulk transfer besides its bytes. `samples` counts bulk
+    transfers, decayed by number and age; `age_ms` is that of the newest.
     """
 
     rtt_ms: float
@@ -61,11 +61,11 @@ class LinkEstimate:
         return self.bytes_per_ms * 8 / 1e6
 
     def transfer_ms(self, size_bytes: float) -> float:
-        """The time that a read of so many bytes is expected to take, the request included."""
+        """Returns the expected time of a read of that many bytes, including the request."""
         return self.request_ms + size_bytes / self.bytes_per_ms
 
     def transfer_ms_high(self, size_bytes: float) -> float:
-        """The time that it takes if the link is as slow as it may well be."""
+        """Returns the time if the link is as slow as `spread` allows."""
         return self.transfer_ms(size_bytes) * self.spread
 
 
@@ -77,7 +77,7 @@ class _Sample:
 
 
 class _Recent:
-    """The newest samples of one kind, without those of before the last change."""
+    """The newest samples of one kind, since the last change of the link."""
 
     def __init__(self) -> None:
         self._samples: deque[_Sample] = deque(maxlen=_WINDOW)
@@ -97,7 +97,7 @@ class _Recent:
         self._drift.clear()
 
     def weighted(self, now_ms: float) -> list[tuple[_Sample, float]]:
-        """The samples that are not stale, the newest first, with their weights."""
+        """Returns the samples that are not stale, the newest first, with their weights."""
         found = []
         for newer, sample in enumerate(reversed(self._samples)):
             age_ms = max(0.0, now_ms - sample.at_ms)  # a clock that went back makes a sample new, not wrong
@@ -107,7 +107,7 @@ class _Recent:
 
 
 class LinkEstimator:
-    """Learns one link from transfers that follow one another. Not thread-safe."""
+    """Learns one link from consecutive transfers. Not thread-safe."""
 
     def __init__(self, clock: Clock) -> None:
         self._clock = clock
@@ -116,7 +116,7 @@ class LinkEstimator:
         self.rejected = 0
 
     def observe(self, size_bytes: int, elapsed_ms: float) -> None:
-        """A request for `size_bytes` (0: a mere question) took `elapsed_ms`. Values that no transfer can have are only counted."""
+        """Records that a request for `size_bytes` (0: a small exchange) took `elapsed_ms`. Impossible values are only counted."""
         shortest_ms, longest_ms = _ELAPSED_MS_RANGE
         if not (0 <= size_bytes <= _SIZE_BYTES_MAX and shortest_ms <= elapsed_ms <= longest_ms):
             self.rejected += 1
@@ -129,12 +129,12 @@ class LinkEstimator:
             self._bulk.add(sample, expected.transfer_ms(size_bytes) if expected is not None else None)
 
     def forget(self) -> None:
-        """The link failed: what was known of it is void."""
+        """Drops all samples, because the link failed."""
         self._questions.clear()
         self._bulk.clear()
 
     def estimate(self) -> LinkEstimate | None:
-        """What the link costs now; None without a bulk transfer of the last ten minutes."""
+        """Returns the current cost of the link; None without a bulk transfer in the last ten minutes."""
         now_ms = self._clock.now_ms()
         bulk = self._bulk.weighted(now_ms)
         if not bulk:
@@ -143,11 +143,11 @@ class LinkEstimator:
         request_ms, bytes_per_ms = _line(bulk, rtt_ms or 0.0)
         samples = sum(weight for _, weight in bulk)
         age_ms = max(0.0, now_ms - bulk[0][0].at_ms)
-        # A transfer that was faster than expected is no sign that the next one may be slower.
+        # A transfer faster than expected does not mean that the next one may be slower.
         errors = [(max(0.0, math.log(s.elapsed_ms / (request_ms + s.size_bytes / bytes_per_ms))), w) for s, w in bulk]
         seen = weighted_quantile(errors, _SLOW_QUANTILE)
         assert seen is not None
-        # One sample, or one as old as a half-life, could be wrong by a factor of two.
+        # A single sample, or one as old as a half-life, could be wrong by a factor of two.
         unseen = math.log(2.0) * (1 / max(samples, 1e-3) + age_ms / _HALF_LIFE_MS)
         spread = math.exp(min(seen + unseen, _LOG_SPREAD_MAX))
         return LinkEstimate(request_ms if rtt_ms is None else rtt_ms, request_ms, bytes_per_ms, spread, samples, age_ms)
@@ -157,9 +157,9 @@ class LinkEstimator:
 
 
 def _line(bulk: list[tuple[_Sample, float]], rtt_ms: float) -> tuple[float, float]:
-    """What a transfer takes besides its bytes, and its bytes per ms.
+    """Returns the time of a transfer besides its bytes, and its bytes per ms.
 
-    From the slopes between transfers of unlike sizes, where there are enough of them; else from each transfer without a round trip.
+    From the slopes between transfers of different sizes if there are enough; else from each transfer without a round trip.
     """
     pairs = list(combinations(bulk[:_PAIRED], 2))
     slopes = [
@@ -175,7 +175,7 @@ def _line(bulk: list[tuple[_Sample, float]], rtt_ms: float) -> tuple[float, floa
     else:
         request_ms = rtt_ms
     request_ms = min(request_ms, max(rtt_ms, fastest_ms / 2), fastest_ms * 0.99)
-    # What a transfer says of the bandwidth is the part of its time that its bytes took.
+    # The bandwidth of a transfer is computed from the part of its time that its bytes took.
     rates = [(s.size_bytes / (s.elapsed_ms - request_ms), w * (1 - request_ms / s.elapsed_ms)) for s, w in bulk]
     bytes_per_ms = weighted_median(rates)
     assert bytes_per_ms is not None
@@ -183,12 +183,12 @@ def _line(bulk: list[tuple[_Sample, float]], rtt_ms: float) -> tuple[float, floa
 
 
 def weighted_median(values: list[tuple[float, float]]) -> float | None:
-    """The median of `(value, weight)`; None where there is nothing to weigh."""
+    """Returns the median of `(value, weight)`; None if there is no weight."""
     return weighted_quantile(values, 0.5)
 
 
 def weighted_quantile(values: list[tuple[float, float]], quantile: float) -> float | None:
-    """The smallest value that at least `quantile` of the weight does not pass; None where there is nothing to weigh."""
+    """Returns the smallest value that at least `quantile` of the weight does not exceed; None if there is no weight."""
     total = sum(weight for _, weight in values)
     if total <= 0:
         return None

@@ -20,8 +20,8 @@ _T = TypeVar("_T")
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """One step of the model. `chunks` are the token ranges `(begin, end)` that it computed, one for each sequence in it. Of what it
-    asked store nodes meanwhile: the exchanges that it waited for, one after the other, and their payload.
+    """One step of the model. `chunks` are the computed token ranges `(begin, end)`, one per sequence. The other fields describe its
+    queries to store nodes: the sequential exchanges for which it waited, and their payload.
     """
 
     started_ms: float

@@ -1,22 +1,22 @@
-"""How much of a prefix to fetch and how much to compute: arithmetic on measured costs, nothing else.
+"""How much of a prefix to fetch and how much to compute: arithmetic on measured costs.
 
-Owns: `split`, which finds where computing from the front and fetching from the back should meet, `search_head`, which says what to
-compute while the tiers are still being asked, and the forecasts of the simple choices. Pure: no clock, no state, no I/O.
+Owns: `split`, which finds where computing from the front and fetching from the back should meet, `search_head`, which decides what
+to compute while the tiers are still being asked, and the forecasts of the simple choices. Pure: no clock, no state, no I/O.
 
 With k blocks computed and the other m - k of the hits fetched meanwhile, the first token comes after
 
     ttft(k) = max(slowdown * compute(k), fetch(m - k)) + tail          0 <= k < m
-    ttft(m) = compute everything, with no transfer beside it
+    ttft(m) = compute everything, with no transfer at the same time
 
-    layers  = behind * max(fetch(m) + chunk / L, fetch(m) / L + chunk) + tail behind the first chunk
+    layers  = behind * max(fetch(m) + chunk / L, fetch(m) / L + chunk) + tail after the first chunk
 
-where fetch(j) = ceil(j / batch) * rtt + j * page_bytes / bandwidth. compute grows with k and fetch falls, so the best k is where
-they cross: both ends are then busy until they meet (Cake: Jin et al., "Compute or Load KV Cache? Why Not Both?", ICML 2025).
-`layers` fetches all hits in one read, layer by layer, L of them, and computes the chunk behind them as they come.
+where fetch(j) = ceil(j / batch) * rtt + j * page_bytes / bandwidth. compute grows with k and fetch shrinks, so the best k is where
+they cross: both are then busy until they meet (Cake: Jin et al., "Compute or Load KV Cache? Why Not Both?", ICML 2025). `layers`
+fetches all hits in one read, layer by layer, L of them, and computes the chunk after them as they arrive.
 
 Invariants: (1) a plan that fetches is never predicted slower than computing everything. (2) Idle time is bounded: however the link
-behaves, the engine waits with nothing to compute for at most `IDLE_SHARE` of what computing everything takes, and for no block
-longer than computing it takes (the rule for renting skis: Karlin et al., 1988). A prompt whose link fails is late by no more.
+behaves, the engine waits with nothing to compute for at most `IDLE_SHARE` of the time of computing everything, and for no block
+longer than computing it takes (the ski rental rule: Karlin et al., 1988). A prompt whose link fails is delayed by no more.
 """
 
 from __future__ import annotations
@@ -30,25 +30,25 @@ from attnstore_worker.cache.planning.estimators import PrefillCost
 from attnstore_worker.cache.planning.link import LinkEstimate
 
 IDLE_SHARE: Final = 0.2
-"""Waiting that a link may cost, as a share of the time that computing everything takes."""
+"""Maximum idle waiting for a link, as a share of the time of computing everything."""
 FETCH_MARGIN: Final = 1.25
-"""A fetch must be expected so much before its deadline: some transfers are slower than the median."""
+"""A fetch must be expected this much before its deadline, because some transfers are slower than the median."""
 GAIN_MIN: Final = 0.02
-"""A plan must be predicted faster than computing by this share; below it the risk is for nothing."""
+"""A plan must be predicted faster than computing by this share to be worth the risk."""
 OVERLAP_GAIN_MIN: Final = 0.1
-"""Computing beside a fetch must be worth this share, or the fetch has the machine to itself."""
+"""Computing during a fetch must gain this share, otherwise the fetch has the machine to itself."""
 HEAD_GAIN_MIN: Final = 0.01
-"""The same while the tiers are asked, when there is nothing yet that computing could disturb."""
+"""The same while the tiers are asked, when computing cannot disturb a fetch yet."""
 BATCH_RTTS: Final = 8.0
-"""A read is so large that its pages take this many round trips, which then cost 1/9 of the bandwidth."""
+"""The pages of a read take at least this many round trips, so that a round trip costs at most 1/9 of the bandwidth."""
 BATCH_MS_MIN: Final = 10.0
-"""A read is at least so long: calls and wake-ups cost some tenths of a millisecond."""
+"""The minimum duration of a read, because calls and wake-ups cost some tenths of a millisecond."""
 
 
 class Choice(enum.StrEnum):
-    """What is done about a prompt. LAYERS: fetch, and compute the chunk behind the hits as layers come. MEET: compute from the
-    front and fetch from the back at once. PROBE: compute, and fetch a little to measure the link. ATTEND: leave the blocks in the
-    store.
+    """The decision about a prompt. LAYERS: fetch, and compute the chunk after the hits as layers arrive. MEET: compute from the
+    front and fetch from the back at the same time. PROBE: compute, and fetch a little to measure the link. ATTEND: leave the blocks
+    in the store.
     """
 
     RECOMPUTE = "recompute"
@@ -61,8 +61,8 @@ class Choice(enum.StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Costs:
-    """What everything costs at one moment. `slowdown` >= 1: how much a running transfer slows computing down; `behind` >= 1: how
-    many times as long as its formula says a chunk takes that is computed behind pages which still arrive.
+    """All costs at one moment. `slowdown` >= 1: how much a running transfer slows computing down; `behind` >= 1: how many times
+    longer than its formula a chunk takes that is computed after pages still arriving.
     """
 
     link: LinkEstimate
@@ -73,10 +73,11 @@ class Costs:
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """What is left of one prompt of `tokens`. Blocks before `front` are computed; those in `[front, asked)` can be fetched or
-    computed; those in `[asked, back)` are being read and come in `busy_ms`; the hits behind `back` are there; the rest is computed.
+    """The remaining work of one prompt of `tokens`. Blocks before `front` are computed; those in `[front, asked)` can be fetched or
+    computed; those in `[asked, back)` are being read and arrive in `busy_ms`; the hits after `back` have arrived; the rest is
+    computed.
 
-    At first nothing is being read: `asked == back` and `busy_ms == 0`. `hit_end` is where the hits end. A chunk before `front` may
+    At first nothing is being read: `asked == back` and `busy_ms == 0`. `hit_end` is the end of the hits. A chunk before `front` may
     still be computed, for `ahead_ms`.
     """
 
@@ -95,10 +96,10 @@ class Work:
 
 @dataclass(frozen=True, slots=True)
 class Split:
-    """Compute blocks `[front, meet)`, fetch `[meet, back)` from its end, `batch_blocks` in one read, then compute the tail.
+    """Compute blocks `[front, meet)`, fetch `[meet, back)` from its end, `batch_blocks` per read, then compute the tail.
 
-    `tail_ms` begins with `chunk_ms`, the chunk behind the hits, which may run `by_layers` beside the fetch. `patience_ms`: how long
-    to wait idle where the fetch is late. `recompute_ms`: everything computed, for comparison.
+    `tail_ms` begins with `chunk_ms`, the chunk after the hits, which may run `by_layers` during the fetch. `patience_ms`: how long
+    to wait idle if the fetch is late. `recompute_ms`: everything computed, for comparison.
     """
 
     work: Work
@@ -115,12 +116,12 @@ class Split:
 
     @property
     def fetches(self) -> bool:
-        """There is something to fetch."""
+        """True if there is something to fetch."""
         return self.meet < self.work.back
 
     @property
     def ttft_ms(self) -> float:
-        """The predicted time until the first token."""
+        """The predicted time to the first token."""
         if not self.fetches:
             return self.recompute_ms
         if self.by_layers:
@@ -131,7 +132,7 @@ class Split:
 
     @property
     def deadline_ms(self) -> float:
-        """When to give up what has not arrived."""
+        """When to give up pages that have not arrived."""
         return self.compute_ms + self.patience_ms
 
     @property
@@ -145,7 +146,7 @@ class Split:
 
 
 def recompute_ms(prefill: PrefillCost, work: Work) -> float:
-    """Time to compute everything that is not there."""
+    """Returns the time to compute everything that is not there."""
     front, back, tail = (block * work.block_tokens for block in (work.front, work.back, work.hit_end))
     if back == tail:
         return work.ahead_ms + prefill.span(front, work.tokens, work.chunk_tokens)
@@ -154,23 +155,23 @@ def recompute_ms(prefill: PrefillCost, work: Work) -> float:
 
 
 def batch_blocks(link: LinkEstimate, page_bytes: int) -> int:
-    """Pages in one read, so that round trips cost little and progress is seen often."""
+    """Returns the pages per read: enough that round trips cost little, few enough that progress is visible."""
     longest_ms = max(BATCH_RTTS * link.request_ms, BATCH_MS_MIN)
     return max(1, int(longest_ms * link.bytes_per_ms / page_bytes))
 
 
 def fetch_ms(link: LinkEstimate, page_bytes: int, blocks: int, batch: int) -> float:
-    """Time to read so many pages in batches, one after the other."""
+    """Returns the time to read that many pages in batches, one after the other."""
     return -(-blocks // batch) * link.request_ms + blocks * page_bytes / link.bytes_per_ms if blocks else 0.0
 
 
 def patience(prefill: PrefillCost, work: Work) -> float:
-    """How long a prompt may wait idle in all, by what is to be done at its admission, in ms."""
+    """Returns how long, in ms, a prompt may wait idle in total, by its work at admission."""
     return IDLE_SHARE * recompute_ms(prefill, work)
 
 
 def split(costs: Costs, work: Work, patience_ms: float) -> Split:
-    """The best way to get `work` done with so much patience left."""
+    """Returns the best split of `work` with that much patience left."""
 
     def at(meet: int) -> Split:
         return _at(costs, work, meet, patience_ms)
@@ -180,15 +181,15 @@ def split(costs: Costs, work: Work, patience_ms: float) -> Split:
         return candidate.compute_ms >= candidate.fetch_ms
 
     def is_safe(meet: int) -> bool:
-        """What is expected comes before patience ends, and so does the first read of a link as slow as this one may well be: after
-        it the link is known better, and the split is made anew.
+        """Returns whether the fetch is expected before patience ends, and also the first read on a link as slow as this one may be:
+        after that read the link is known better, and the split is computed again.
         """
         candidate = at(meet)
         first_ms = costs.link.transfer_ms(candidate.batch_blocks * work.page_bytes)
         first_ms = min(candidate.fetch_ms, max(work.busy_ms, first_ms)) * costs.link.spread
         return max(candidate.fetch_ms * min(costs.link.spread, FETCH_MARGIN), first_ms) <= candidate.deadline_ms
 
-    last = work.asked if work.asked < work.back else work.asked - 1  # what is being read has no other price than waiting for it
+    last = work.asked if work.asked < work.back else work.asked - 1  # pages being read cost only the waiting for them
     places = range(work.front, last + 1)
     safe, crossing = (bisect_left(places, True, key=test) + work.front for test in (is_safe, is_computed_last))
     candidates = [at(meet) for meet in {work.front, safe, crossing - 1, crossing, last} if meet in places and is_safe(meet)]
@@ -214,7 +215,7 @@ def fetch_is_faster(costs: Costs, work: Work) -> bool:
 
 
 def fetch_everything(costs: Costs, work: Work) -> Split:
-    """All hits fetched and nothing computed meanwhile, whatever that costs."""
+    """Returns the split that fetches all hits and computes nothing meanwhile, whatever it costs."""
     return _at(costs, work, work.front, 0.0)
 
 
@@ -239,8 +240,8 @@ def _at(costs: Costs, work: Work, meet: int, patience_ms: float) -> Split:
 
 
 def search_head(costs: Costs, work: Work) -> int:
-    """Up to which block to compute while the tiers are asked, supposing that they have everything: `work.front` to compute nothing,
-    `work.back` to compute on without regard to the answer.
+    """Returns the block up to which to compute while the tiers are asked, assuming that they have everything: `work.front` to
+    compute nothing, `work.back` to compute regardless of the answer.
     """
     rtt_ms = costs.link.rtt_ms
     patience_ms = patience(costs.prefill, work)
@@ -252,7 +253,7 @@ def search_head(costs: Costs, work: Work) -> int:
 
 
 def _after_search_ms(costs: Costs, work: Work, head: int, patience_ms: float) -> float:
-    """The first token where the search is over after one round trip and the engine then looks up from its chunk."""
+    """Returns the time to the first token if the search takes one round trip and the engine then finishes its chunk."""
     chunk_end = (work.front * work.block_tokens // work.chunk_tokens + 1) * work.chunk_tokens // work.block_tokens
     front = min(head, chunk_end, work.back)
     slack_ms = costs.link.rtt_ms - _head_ms(costs, work, front)

@@ -1,1 +1,1 @@
-"""The blocks of the worker's own memory: pools, tables and the tiers inside the worker."""
+"""The worker's own memory: pools of blocks, block tables and the tiers inside the worker."""

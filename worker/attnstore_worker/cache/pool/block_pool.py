@@ -1,4 +1,4 @@
-"""Who holds which block of a pool, and which blocks can be found again by their hash.
+"""The block pool: the holders of each block, and the blocks that can be found by their hash.
 
 Owns: reference counts and the prefix cache (`BlockHash` -> `block_id`). It knows block ids, not bytes; an eviction policy, which
 knows hashes, has the order of eviction.
@@ -6,10 +6,10 @@ Invariant: every block is in exactly one state, so `free + held + evictable == c
 
     FREE       no content worth keeping              allocate -> HELD
     HELD       one or more holders                   release of the last -> EVICTABLE if sealed, else FREE
-    EVICTABLE  sealed, nobody holds it, findable     hold -> HELD;  taken by allocate when the policy names it -> HELD
+    EVICTABLE  sealed, no holder, findable           hold -> HELD;  taken by allocate when the policy names it -> HELD
 
-A transfer holds the blocks it reads or writes like any other holder, so none of them is recycled under it. Not thread-safe: one
-thread owns a pool. The design is vLLM's block pool without its copy-on-write, which sealed (immutable) blocks never need.
+A transfer holds the blocks that it reads or writes like any other holder, so none of them is recycled meanwhile. Not thread-safe:
+one thread owns a pool. The design is vLLM's block pool without its copy-on-write, which sealed (immutable) blocks never need.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class BlockPoolStatistics:
 class BlockPool:
     """The states of `capacity` blocks with ids `0 .. capacity - 1`. `policy` is the pool's own; default: least recently used.
 
-    `on_evict` is told of each evicted block while its bytes are still there; it must not raise or call this pool.
+    `on_evict` is called with each evicted block while its bytes are still valid; it must not raise or call this pool.
     """
 
     def __init__(
@@ -60,19 +60,19 @@ class BlockPool:
 
     @property
     def available(self) -> int:
-        """How many blocks `allocate` could give out now."""
+        """How many blocks `allocate` could return now."""
         return len(self._free) + len(self._policy)
 
     def __contains__(self, block_hash: BlockHash) -> bool:
-        """A sealed block with that hash is here."""
+        """Returns whether a sealed block with that hash is here."""
         return block_hash in self._block_of
 
     def holders(self, block_id: int) -> int:
-        """How many hold the block; 0 when it is free or evictable."""
+        """Returns how many hold the block; 0 if it is free or evictable."""
         return self._holders.get(block_id, 0)
 
     def allocate(self) -> int:
-        """A block with one holder, taken from the free ones or by eviction. Raises `Overloaded` when all are held."""
+        """Returns a block with one holder, a free one or by eviction. Raises `Overloaded` if all are held."""
         if self._free:
             block_id = self._free.pop()
         elif (victim := self._policy.victim()) is not None:
@@ -91,7 +91,7 @@ class BlockPool:
             self._holders[block_id] = 1
 
     def release(self, block_ids: Iterable[int]) -> None:
-        """Takes one holder from each block. Those that become evictable were used in the order given."""
+        """Removes one holder from each block. Those that become evictable count as used in the given order."""
         evictable: list[BlockHash] = []
         for block_id in block_ids:
             self._holders[block_id] -= 1
@@ -109,7 +109,7 @@ class BlockPool:
                 self._admit(hashes)
 
     def hold_prefix(self, hashes: Sequence[BlockHash]) -> list[int]:
-        """The blocks of the longest cached prefix of `hashes`, each with one more holder."""
+        """Returns the blocks of the longest cached prefix of `hashes`, each with one more holder."""
         block_ids: list[int] = []
         for block_hash in hashes:
             block_id = self._block_of.get(block_hash)
@@ -120,7 +120,7 @@ class BlockPool:
         return block_ids
 
     def seal(self, block_id: int, block_hash: BlockHash) -> bool:
-        """Makes a held, complete block findable. False where another block has that hash already: this one stays private."""
+        """Makes a held, complete block findable. Returns False if another block already has that hash: this one stays private."""
         assert block_id in self._holders
         assert block_id not in self._hash_of
         if block_hash in self._block_of:
@@ -130,15 +130,15 @@ class BlockPool:
         return True
 
     def announce(self, hashes: Sequence[BlockHash]) -> None:
-        """A sequence that waits behind all others will use these blocks; a policy that looks ahead spares them."""
+        """Announces that a sequence behind all others will use these blocks; a look-ahead policy evicts them last."""
         self._policy.announced(hashes)
 
     def settle(self, hashes: Sequence[BlockHash]) -> None:
-        """The sequence that announced exactly these blocks waits no longer: it has its blocks or was cancelled."""
+        """Ends an announcement of exactly these blocks: the sequence has its blocks or was cancelled."""
         self._policy.settled(hashes)
 
     def drop_evictable(self) -> None:
-        """Evicts every block that nobody holds."""
+        """Evicts every block without a holder."""
         while (victim := self._policy.victim()) is not None:
             self._free.append(self._evict(victim))
 

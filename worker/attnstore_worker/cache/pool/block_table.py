@@ -1,8 +1,8 @@
-"""Where one sequence's tokens lie: its blocks in order, and the slot of each token.
+"""The block table of one sequence: its blocks in order, and the slot of each token.
 
 Owns: the mapping from a token's position to `(block_id, offset)`. Invariant: block `j` holds positions
-`[j * block_tokens, (j + 1) * block_tokens)`; the first `sealed` blocks are complete and will never be written again; the first
-`remote_blocks` of them are attended to where they lie in the store, and `block_ids` has those after them.
+`[j * block_tokens, (j + 1) * block_tokens)`; the first `sealed` blocks are complete and never written again; the first
+`remote_blocks` of them are attended to in the store, and `block_ids` has those after them.
 """
 
 from __future__ import annotations
@@ -15,28 +15,28 @@ from attnstore.core.hashing import BlockHash
 
 
 class LentBlocks(Protocol):
-    """Blocks that lie in a store node's memory and are one sequence's to use. `block_ids` name them until `release`."""
+    """Blocks in a store node's memory that one sequence may use. `block_ids` name them until `release`."""
 
     @property
     def block_ids(self) -> Sequence[int]:
-        """One for each page, in order."""
+        """One per page, in order."""
         ...
 
     def intact(self) -> bool:
-        """Whether every block still holds its page. Asked after use: what was computed from bytes that are not intact is void."""
+        """Returns whether every block still holds its page. Called after use: results from bytes that are not intact are void."""
         ...
 
     def release(self) -> None:
-        """Ends the hold."""
+        """Ends the use of the blocks."""
         ...
 
 
 @dataclass(slots=True)
 class BlockTable:
-    """The blocks of one sequence. `hashes[j]` names block `j`; all of the prompt's complete blocks are named at admission.
+    """The blocks of one sequence. `hashes[j]` names block `j`; all complete blocks of the prompt are named at admission.
 
-    The list of hashes is the sequence's own and outlives the table; `extra_keys` are in all of them. `lent` holds the blocks that
-    lie in a node's memory.
+    The list of hashes belongs to the sequence and outlives the table; `extra_keys` are part of all of them. `lent` holds the blocks
+    in a node's memory.
     """
 
     block_tokens: int
@@ -55,12 +55,12 @@ class BlockTable:
 
     @property
     def blocks(self) -> int:
-        """Blocks that have a place, here or in the store."""
+        """The number of blocks that have a place, here or in the store."""
         return self.remote_blocks + len(self.block_ids)
 
     @property
     def remote_tokens(self) -> int:
-        """Tokens before the first one that lies here."""
+        """The number of tokens before the first one stored here."""
         return self.remote_blocks * self.block_tokens
 
     def is_intact(self) -> bool:
@@ -69,11 +69,11 @@ class BlockTable:
 
     @property
     def capacity_tokens(self) -> int:
-        """Tokens that the blocks held now have room for."""
+        """The number of tokens for which the held blocks have room."""
         return self.blocks * self.block_tokens
 
     def slot_mapping(self, begin: int, end: int) -> tuple[list[int], list[int]]:
-        """`(block_ids, offsets)` of positions `[begin, end)`, one entry per token."""
+        """Returns `(block_ids, offsets)` of positions `[begin, end)`, one entry per token."""
         assert self.remote_tokens <= begin <= end <= self.capacity_tokens
         positions = range(begin - self.remote_tokens, end - self.remote_tokens)
         return [self.block_ids[p // self.block_tokens] for p in positions], [p % self.block_tokens for p in positions]

@@ -1,9 +1,9 @@
-"""The HOST tier: where sealed blocks go when the HBM pool evicts them, and from where they come back without the network.
+"""The HOST tier: host memory for sealed blocks that the HBM pool evicts, from which they return without the network.
 
-Owns: a second pool of an enforced size, with a prefix cache and an eviction policy of its own; it is a `BlockPool` over a
-`PagePool` like the one above it, so the same conservation holds and the same check proves it.
-Invariant: a page here is the whole sealed page of its hash; one that is being copied up is held and cannot be evicted meanwhile.
-A page that came up again stays: to evict it once more from HBM then costs no copy. One thread (the engine's) calls everything here.
+Owns: a second pool of an enforced size, with a prefix cache and an eviction policy of its own. It is a `BlockPool` over a
+`PagePool` like HBM, so the same conservation holds and the same check verifies it.
+Invariant: a page here is the whole sealed page of its hash; a page that is being copied up is held and cannot be evicted meanwhile.
+A page that was copied up stays, so evicting it from HBM again costs no copy. Only the engine's thread calls it.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from attnstore_worker.cache.pool.block_pool import BlockPool, BlockPoolStatistic
 from attnstore_worker.cache.pool.pages import PagePool
 
 OnEvict = Callable[[BlockHash, memoryview], None]
-"""Told of a page that leaves the tier, while its bytes are still there: until the call returns."""
+"""Called with a page that leaves the tier; its bytes are valid until the call returns."""
 
 
 class HostTier:
     """`pool_bytes // layout.page_bytes` pages in host memory.
 
-    `policy` is the tier's own (default: least recently used). Raises `PoolTooSmall` where not even one page fits.
+    `policy` is the tier's own (default: least recently used). Raises `PoolTooSmall` if not even one page fits.
     """
 
     def __init__(self, layout: PageLayout, pool_bytes: int, policy: EvictionPolicy[BlockHash] | None = None) -> None:
@@ -35,20 +35,20 @@ class HostTier:
         self.on_evict: OnEvict = _forget
 
     def __contains__(self, block_hash: BlockHash) -> bool:
-        """The page is here."""
+        """Returns whether the page is here."""
         return block_hash in self._pool
 
     def keep(self, block_hash: BlockHash, page: Tensor) -> bool:
-        """Copies a page that HBM evicts; one that is here already only counts as used. `page` has the shape of the layout.
+        """Copies a page that HBM evicts; a page that is already here only counts as used. `page` has the shape of the layout.
 
-        False where there was no room, because every slot is being copied up.
+        Returns False if there is no room, because every slot is being copied up.
         """
         slots = self._pool.hold_prefix([block_hash]) or self._copied_down(block_hash, page)
         self._pool.release(slots)
         return bool(slots)
 
     def hold_prefix(self, hashes: Sequence[BlockHash]) -> list[int]:
-        """The slots of the longest prefix of `hashes` that is here, kept in place until `release`."""
+        """Returns the slots of the longest prefix of `hashes` that is here, kept in place until `release`."""
         return self._pool.hold_prefix(hashes)
 
     def copy_up(self, slot: int, page: Tensor) -> None:

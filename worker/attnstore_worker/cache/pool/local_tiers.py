@@ -27,7 +27,9 @@ class LocalPrefix:
 
 
 class LocalTiers:
-    """`pool` is the HBM pool, `policy` its own (default: least recently used); `leaving` is told of what leaves the worker."""
+    """`pool` is the HBM pool, `policy` its own (default: least recently used); `leaving` is called with pages that leave the
+    worker.
+    """
 
     def __init__(
         self,
@@ -46,7 +48,7 @@ class LocalTiers:
         self.pool = BlockPool(pages.capacity, policy, on_evict=self._move_down)
 
     def hold_prefix(self, hashes: Sequence[BlockHash], allocate: Callable[[int], list[int]]) -> LocalPrefix:
-        """The longest prefix of `hashes` that the tiers have. Raises `Overloaded`, with nothing held, where `allocate` does."""
+        """Holds the longest prefix of `hashes` that the tiers have. Raises `Overloaded`, with nothing held, if `allocate` does."""
         if self._host is None:
             found = LocalPrefix(self.pool.hold_prefix(hashes), 0)
         else:
@@ -58,7 +60,7 @@ class LocalTiers:
         return found
 
     def prefix_blocks(self, hashes: Sequence[BlockHash]) -> int:
-        """How many leading blocks of `hashes` the tiers have now. Holds nothing, and counts as no use."""
+        """Returns how many leading blocks of `hashes` the tiers have now. Holds nothing, and does not count as use."""
 
         def is_here(block_hash: BlockHash) -> bool:
             return block_hash in self.pool or (self._host is not None and block_hash in self._host)
@@ -66,7 +68,7 @@ class LocalTiers:
         return sum(1 for _ in takewhile(is_here, hashes))
 
     def evicted_blocks(self) -> dict[Tier, int]:
-        """Blocks that left each tier since the start."""
+        """Returns how many blocks left each tier since the start."""
         evicted = {Tier.HBM: self.pool.statistics().evicted}
         if self._host is not None:
             evicted[Tier.HOST] = self._host.statistics().evicted

@@ -1,12 +1,12 @@
-"""One stretch of addresses in which the worker's own pool and the mapped memory of store nodes lie side by side.
+"""One range of addresses that contains the worker's own pool and, next to it, the mapped memory of store nodes.
 
-Owns: the reservation, the pool's memory at its beginning, and the places behind it where extents of nodes are mapped a second time.
-Invariant: page `i` of the window is the `page_bytes` bytes at `i * page_bytes`, whoever's memory that is; so one tensor and plain
-block ids name own and foreign pages alike, and attention reads both with the same kernel in the same call. An extent stays mapped
-here for exactly as long as its `MappedExtent` lives. Pages that nobody mapped must not be touched: reading them is a fault.
+Owns: the reservation, the pool's memory at its beginning, and the places after it where extents of nodes are mapped a second time.
+Invariant: page `i` of the window is the `page_bytes` bytes at `i * page_bytes`, whoever owns that memory. One tensor and plain
+block ids therefore name own and foreign pages alike, and one kernel reads both in the same call. An extent stays mapped here
+exactly as long as its `MappedExtent` lives. Unmapped pages must not be touched: reading them is a fault.
 
-Why: the alternatives are one partial per region and a merge, which costs every layer a call for each extent, or tables of
-addresses, which every attention backend would have to learn (docs/decisions/0015-pages-attended-in-place.md). Linux only.
+The alternatives are one partial per region and a merge, which costs every layer a call for each extent, or tables of addresses,
+which every attention backend would have to support (docs/decisions/0015-pages-attended-in-place.md). Linux only.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from attnstore_worker.cache.pool.pages import PagePool
 from attnstore_worker.dtypes import TORCH_DTYPES
 
 WINDOW_BYTES_MAX: Final = 1024 * GIB
-"""Addresses, not memory: what is reserved here costs nothing until something is mapped."""
+"""Addresses, not memory: a reservation costs nothing until something is mapped."""
 _BLOCK_IDS_MAX: Final = (1 << 31) - 1
 _UNIT_BYTES_MAX: Final = 1 * GIB
 _MREMAP_MAYMOVE: Final = 1
@@ -50,7 +50,7 @@ _libc.madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
 
 
 class PageWindow:
-    """A window for pages of one layout. Raises `InvalidArgument` where the addresses are not to be had.
+    """A window for pages of one layout. Raises `InvalidArgument` if the addresses cannot be reserved.
 
     >>> window = PageWindow(PageLayout(layers=1, kv_heads=1, head_dim=16, block_tokens=16))
     >>> pool = window.pool(4 * 1024)
@@ -68,7 +68,7 @@ class PageWindow:
         start = _mapped(None, reserved_bytes, _PROT_NONE, _RESERVED)
         self._base = -(-start // HUGE_PAGE_BYTES) * HUGE_PAGE_BYTES
         self._whole = (ctypes.c_char * self._size_bytes).from_address(self._base)
-        # Whoever holds a tensor or a view of the window holds this object, and with it the addresses.
+        # A tensor or view of the window refers to this object, which keeps the addresses reserved.
         weakref.finalize(self._whole, _libc.munmap, start, reserved_bytes).atexit = False
         self._unit_bytes = _unit_bytes(layout.page_bytes)
         self._free_at = 0
@@ -77,18 +77,18 @@ class PageWindow:
         self._mapped: weakref.WeakKeyDictionary[MappedExtent, int] = weakref.WeakKeyDictionary()
         flat = torch.frombuffer(self._whole, dtype=TORCH_DTYPES[layout.dtype], count=pages * math.prod(layout.shape))
         self.tensor: Tensor = flat.view(pages, *layout.shape)
-        """`[pages, layers, 2, kv_heads, block_tokens, head_dim]`; only pages that are mapped may be touched."""
+        """`[pages, layers, 2, kv_heads, block_tokens, head_dim]`; only mapped pages may be touched."""
 
     def pool(self, pool_bytes: int) -> PagePool:
-        """The worker's own pages: pages 0 and on of the window. Once. Raises `PoolTooSmall`."""
+        """Returns the worker's own pages: the first pages of the window. May be called once. Raises `PoolTooSmall`."""
         pages = PagePool(self._layout, pool_bytes, allocate=self._allocate)
         pages.attended = self.tensor
         return pages
 
     def page_of(self, extent: MappedExtent, offset_bytes: int) -> int | None:
-        """The window's page at `offset_bytes` of the extent, which is mapped here for it if it was not yet. From any thread.
+        """Returns the window's page for `offset_bytes` of the extent, mapping the extent here if needed. From any thread.
 
-        None where the page does not lie on the window's grid, or where no addresses are left.
+        Returns None if the page is not aligned to the window's pages, or if no addresses are left.
         """
         if offset_bytes % self._page_bytes:
             return None
@@ -115,7 +115,7 @@ class PageWindow:
         else:
             return None
         flags = _MREMAP_MAYMOVE | _MREMAP_FIXED
-        # An old size of 0 asks for a second mapping of the same shared pages (mremap(2)).
+        # An old size of 0 requests a second mapping of the same shared pages (mremap(2)).
         if _libc.mremap(extent.address, 0, extent.size_bytes, flags, self._base + at) != self._base + at:
             vacant.append(at)
             return None
@@ -126,7 +126,7 @@ class PageWindow:
 
 
 def _unit_bytes(page_bytes: int) -> int:
-    """What an extent's place is a multiple of: whole pages of the window that begin where the system's (huge) pages do."""
+    """Returns the alignment of an extent's place: whole pages of the window that begin where the system's (huge) pages do."""
     aligned = math.lcm(page_bytes, HUGE_PAGE_BYTES)
     return aligned if aligned <= _UNIT_BYTES_MAX else math.lcm(page_bytes, mmap.PAGESIZE)
 
@@ -142,7 +142,7 @@ def _mapped(address: int | None, size_bytes: int, protection: int, flags: int) -
 
 
 def _vacate(whole: object, address: int, size_bytes: int, vacant: list[int], at: int) -> None:
-    """Takes a mapping away and keeps its addresses reserved. `whole` is what keeps them the window's until then."""
+    """Removes a mapping and keeps its addresses reserved. `whole` keeps them reserved until then."""
     del whole
     _mapped(address, size_bytes, _PROT_NONE, _RESERVED | MAP_FIXED)
     vacant.append(at)

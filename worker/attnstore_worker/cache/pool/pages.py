@@ -1,4 +1,4 @@
-"""The bytes of a block pool: one allocation of an enforced size that plays HBM on a machine without it.
+"""The bytes of a block pool: one allocation of an enforced size, which takes the place of HBM on a machine without it.
 
 Owns: the memory, as a tensor for attention and as one writable view per page for transfers.
 Invariant: a block is the bytes of its page in the order of every other tier, so a transfer is one copy without transformation.
@@ -19,7 +19,7 @@ from attnstore_worker.errors import PoolTooSmall
 
 
 def anonymous_memory(size_bytes: int) -> mmap.mmap:
-    """Private memory, in huge pages where the system has them: attention reads slices that are a page stride apart."""
+    """Returns private memory, in huge pages if available: attention reads slices that are a page stride apart."""
     memory = mmap.mmap(-1, size_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     if hasattr(mmap, "MADV_HUGEPAGE") and size_bytes >= HUGE_PAGE_BYTES:
         memory.madvise(mmap.MADV_HUGEPAGE)
@@ -27,9 +27,9 @@ def anonymous_memory(size_bytes: int) -> mmap.mmap:
 
 
 class PagePool:
-    """`pool_bytes // layout.page_bytes` pages in memory; never a byte more than `pool_bytes` of pages.
+    """`pool_bytes // layout.page_bytes` pages in memory; never more than `pool_bytes` of pages.
 
-    `allocate` gives the memory for so many bytes, writable. Raises `PoolTooSmall` where not even one page fits.
+    `allocate` returns writable memory of the given size. Raises `PoolTooSmall` if not even one page fits.
     """
 
     def __init__(
@@ -43,13 +43,13 @@ class PagePool:
         flat = torch.frombuffer(self._memory, dtype=TORCH_DTYPES[layout.dtype], count=self.capacity * math.prod(layout.shape))
         self.tensor = flat.view(self.capacity, *layout.shape)
         self.attended = self.tensor
-        """What attention reads: the pool, and other memory behind it where the pool lies in a window."""
-        # Touches every page now: a first touch during a swap-in would cost as much as the copy itself.
+        """The tensor that attention reads: the pool, followed by other memory if the pool lies in a window."""
+        # Touches every page now, because a first touch during a load would cost as much as the copy itself.
         self.tensor.zero_()
         self._bytes = memoryview(self._memory)
 
     def page(self, block_id: int) -> memoryview:
-        """The block's page as `page_bytes` writable bytes. Valid as long as the pool."""
+        """Returns the block's page as `page_bytes` writable bytes. Valid as long as the pool."""
         assert 0 <= block_id < self.capacity
         begin = block_id * self.layout.page_bytes
         return self._bytes[begin : begin + self.layout.page_bytes]

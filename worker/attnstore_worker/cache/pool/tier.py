@@ -77,7 +77,7 @@ class TierCounter:
         self._copied: Counter[Tier] = Counter()
 
     def queried(self, tier: Tier, blocks: int) -> None:
-        """A tier was asked for so many blocks."""
+        """Counts blocks for which a tier was asked."""
         self._queried[tier] += blocks
 
     def copied(self, tier: Tier, blocks: int) -> None:
@@ -90,7 +90,7 @@ class TierCounter:
         self._hits[tier] += blocks
 
     def statistics(self, evicted_blocks: Mapping[Tier, int]) -> dict[Tier, TierStatistics]:
-        """A snapshot of every tier."""
+        """Returns a snapshot of every tier."""
         return {
             tier: TierStatistics(
                 self._queried[tier] * self._block_tokens,
