@@ -1,6 +1,6 @@
-"""The worker's block tables: which blocks a sequence has, which tier they come from, and where they go when they are sealed.
+"""The worker's block tables: which blocks a sequence has, from which tier they come, and where they go when they are sealed.
 
-Owns: the block pool with its pages, the tiers beside it, and the way of a table from `admit` to `release`.
+Owns: the block pool with its pages, the tiers beside it, and the life of a table from `admit` to `release`.
 Invariant: a block that a transfer reads or writes is held until the transfer is over. Only the engine's thread calls it.
 """
 
@@ -95,7 +95,7 @@ class CacheManager:
 
     @property
     def available_blocks(self) -> int:
-        """Blocks that could be given out without waiting, among them those that are held only by the queue to the store."""
+        """Blocks available without waiting, including those held only by the queue to the store."""
         self._reap()
         return self._pool.available + self._writer.reclaimable
 
@@ -105,10 +105,10 @@ class CacheManager:
             self._remote.connect()
 
     def announce(self, token_ids: Sequence[int], hashes: list[BlockHash], extra_keys: Sequence[bytes] = ()) -> list[BlockHash]:
-        """Tells the eviction policy that a prompt waits behind all others; returns the blocks that `settle` takes back.
+        """Announces to the eviction policy a prompt that waits behind all others. Returns the blocks to pass to `settle`.
 
-        `hashes` are the names of the sequence's first blocks, as far as they are known; the missing ones are appended. `extra_keys`
-        are in the names of all its blocks: sequences of different ones share none.
+        `hashes` are the known names of the sequence's first blocks; missing ones are appended. `extra_keys` are part of the names
+        of all its blocks: sequences with different keys share none.
         """
         self._name_blocks(token_ids, hashes, extra_keys)
         announced = hashes[: self._usable_blocks(token_ids)]
@@ -116,14 +116,15 @@ class CacheManager:
         return announced
 
     def settle(self, announced: Sequence[BlockHash]) -> None:
-        """An announced prompt waits no longer: it is about to be admitted, or was cancelled."""
+        """Ends an announcement: the prompt is about to be admitted, or was cancelled."""
         self._local.settle(announced)
 
     def admit(self, token_ids: Sequence[int], hashes: list[BlockHash], extra_keys: Sequence[bytes] = ()) -> tuple[BlockTable, Load]:
-        """A table with blocks for all tokens, filled with the longest prefix in HBM and HOST; and a load for more, which may run.
+        """Returns a table with blocks for all tokens, filled with the longest prefix in HBM and HOST, and a load for more, which
+        may be running.
 
         At most all tokens but the last are taken from a cache: the last one is computed for its logits. `hashes`, `extra_keys` as
-        in `announce`. Raises `Overloaded`, with nothing held, where transfers and other sequences hold the blocks.
+        in `announce`. Raises `Overloaded`, with nothing held, if transfers and other sequences hold the blocks.
         """
         table, usable, host_blocks = self._resident_table(token_ids, hashes, extra_keys)
         with self._unless_raised(table):
@@ -137,10 +138,10 @@ class CacheManager:
     def prefetch(
         self, token_ids: Sequence[int], hashes: list[BlockHash], spare_blocks: int, extra_keys: Sequence[bytes] = ()
     ) -> tuple[BlockTable, Load] | None:
-        """A table and a load for a sequence that waits. None where the planner wants none, where more than `spare_blocks` are
-        needed, and where pages are used in place, which need no fetching.
+        """Returns a table and a load for a waiting sequence. Returns None if the planner wants none, if more than `spare_blocks`
+        are needed, or if pages are used in place and need no fetching.
 
-        `Loads.advance` takes its pages into the pool; `Loads.abandon` and `release` it when it is over or its blocks are needed.
+        `Loads.advance` takes its pages into the pool; call `Loads.abandon` and `release` when it is over or its blocks are needed.
         """
         usable = self._usable_blocks(token_ids)
         if self._remote is None or self._lender is not None or usable > min(spare_blocks, self._pool.available):
@@ -165,8 +166,8 @@ class CacheManager:
         *,
         resident_blocks: int | None = None,
     ) -> Prompt:
-        """What there would be to decide about these tokens, with the blocks that are here now or `resident_blocks` of them, if all
-        others were in the store. `hashes`, `extra_keys` as in `announce`.
+        """Returns the facts for a decision about these tokens, with the blocks that are here now or `resident_blocks` of them, as
+        if the store had all others. `hashes`, `extra_keys` as in `announce`.
         """
         self._name_blocks(token_ids, hashes, extra_keys)
         usable = self._usable_blocks(token_ids)
@@ -175,12 +176,12 @@ class CacheManager:
         return self._new_prompt(len(token_ids), resident_blocks, usable)
 
     def grow(self, table: BlockTable, tokens: int) -> None:
-        """Gives the table blocks for `tokens` tokens. Raises `Overloaded` where others hold all blocks."""
+        """Gives the table blocks for `tokens` tokens. Raises `Overloaded` if others hold all blocks."""
         missing = -(-tokens // self.block_tokens) - table.blocks
         table.block_ids += self._allocate(missing)
 
     def seal(self, table: BlockTable, token_ids: Sequence[int], computed_tokens: int) -> None:
-        """Seals the blocks that `computed_tokens` completed, makes them findable and starts their way to the store."""
+        """Seals the blocks that `computed_tokens` completed, makes them findable and starts writing them to the store."""
         for index in range(table.sealed, computed_tokens // self.block_tokens):
             if index == len(table.hashes):
                 parent = table.hashes[-1] if table.hashes else self._namespace
@@ -192,11 +193,11 @@ class CacheManager:
             table.sealed = index + 1
 
     def end_step(self) -> None:
-        """All blocks that a step completed are sealed: waits for their writes, where the write policy says so."""
+        """Called when all blocks that a step completed are sealed: waits for their writes, if the write policy says so."""
         self._writer.end_step()
 
     def release(self, table: BlockTable) -> None:
-        """Ends a sequence's hold. Its tail is evicted before its head, because a prefix needs its head."""
+        """Releases a sequence's blocks. Its tail is evicted before its head, because a prefix needs its head."""
         self._pool.release(reversed(table.own_block_ids))
         table.block_ids.clear()
         if table.lent is not None:
@@ -206,7 +207,7 @@ class CacheManager:
         self._reap()
 
     def let_stay(self, table: BlockTable, remote_blocks: int) -> None:
-        """The first `remote_blocks` blocks are attended to in the store from now on: those that are here are given up."""
+        """Leaves the first `remote_blocks` blocks to be attended to in the store: releases those that are here."""
         own = set(table.own_block_ids)
         given_up = table.block_ids[: remote_blocks - table.remote_blocks]
         del table.block_ids[: len(given_up)]
@@ -215,23 +216,23 @@ class CacheManager:
         self._pool.release(block_id for block_id in reversed(given_up) if block_id in own)
 
     def offer_again(self, table: BlockTable, blocks: range) -> None:
-        """Starts sealed blocks on their way to the store once more: it refused or lost them."""
+        """Writes sealed blocks to the store again, which refused or lost them."""
         for block in blocks:
             self._writer.sealed(table.hashes[block], table.block_ids[block - table.remote_blocks])
 
     def drop_cached(self) -> None:
-        """Evicts every block that no sequence and no transfer holds; a tier below the pool gets them as it does any other."""
+        """Evicts every block that no sequence and no transfer holds; a tier below the pool receives them as usual."""
         self._reap()
         self._pool.drop_evictable()
 
     def flush(self, timeout_ms: float) -> bool:
-        """Waits until every page that is on its way to the store is written or refused. False when time ran out."""
+        """Waits until every page on its way to the store is written or refused. Returns False if time ran out."""
         flushed = self._writer.flush(timeout_ms)
         self._reap()
         return flushed
 
     def close(self) -> None:
-        """Ends writing; what is still queued is not written."""
+        """Stops writing; queued pages are not written."""
         with ExitStack() as closing:
             closing.callback(self._reap)
             if self._lender is not None:
@@ -264,7 +265,9 @@ class CacheManager:
     def _resident_table(
         self, token_ids: Sequence[int], hashes: list[BlockHash], extra_keys: Sequence[bytes]
     ) -> tuple[BlockTable, int, int]:
-        """A table with the longest prefix in HBM and HOST; how many blocks may come from a cache; how many came up from HOST."""
+        """Returns a table with the longest prefix in HBM and HOST, how many blocks may come from a cache, and how many came from
+        HOST.
+        """
         self._name_blocks(token_ids, hashes, extra_keys)
         usable = self._usable_blocks(token_ids)
         found = self._local.hold_prefix(hashes[:usable], self._allocate)
@@ -301,14 +304,14 @@ class CacheManager:
         return block_ids
 
     def _reclaim(self) -> None:
-        """Gets a block back from transfers: first one that is only queued for the store, else whatever ends in time."""
+        """Gets a block back from transfers: one that is only queued for the store, else the first that ends in time."""
         if self._remote is None or self._writer.reclaim():
             return
         give_up_ms = self._clock.now_ms() + self._remote.deadline_ms + _GRACE_MS
         while not self._pool.available and (self.loads.quarantined or self._writer.held) and self._clock.now_ms() < give_up_ms:
             self._writer.wait_finished(_POLL_MS)
             self._reap()
-        self._reap()  # what ended between the last look and the end of the loop
+        self._reap()  # ended between the last check and the end of the loop
 
     def _reap(self) -> None:
         """Releases the blocks of transfers that are over."""

@@ -1,6 +1,6 @@
 """The connector that vLLM loads: vLLM's interface on one side, `SchedulerSide` and `Transfers` on the other.
 
-Owns: nothing but the translation. vLLM makes one of these for its scheduler and one in each worker process. Written against
+Owns: only the translation. vLLM creates one connector for its scheduler and one in each worker process. Written against
 `KVConnectorBase_V1` of vLLM 0.32.
 """
 
@@ -46,7 +46,7 @@ if TYPE_CHECKING:
 
 _PROBE_MS_MAX = 10_000.0
 _STEPS_MAX = 64
-"""Measured steps that wait to be told."""
+"""Measured steps that are not reported yet."""
 
 _log = get_logger(__name__)
 
@@ -60,12 +60,12 @@ class StepMetadata(KVConnectorMetadata):
 
 @dataclass
 class WorkerMetadata(KVConnectorWorkerMetadata):
-    """Worker to scheduler: what was measured since it was last told."""
+    """Worker to scheduler: the measurements since the last report."""
 
     observations: tuple[Transfer | Step, ...]
 
     def aggregate(self, other: KVConnectorWorkerMetadata) -> WorkerMetadata:
-        """Those of two workers."""
+        """Merges those of two workers."""
         assert isinstance(other, WorkerMetadata)
         return WorkerMetadata(self.observations + other.observations)
 
@@ -126,7 +126,7 @@ class AttnStoreConnector(KVConnectorBase_V1):
             self._store,
             self._space,
             self._layout,
-            deadline_ms=max(lookup_ms_max, NODE_FAIR_MS),  # a request may be in a hurry; the store is judged by a fair time
+            deadline_ms=max(lookup_ms_max, NODE_FAIR_MS),  # a request's deadline may be short; the store is judged with enough time
             clock=self._clock,
             observer=gate,
         )
@@ -203,7 +203,7 @@ class AttnStoreConnector(KVConnectorBase_V1):
         return False
 
     def _measure_link(self) -> None:
-        """In the background; nobody waits for it."""
+        """Runs in the background; nobody waits for it."""
         self._probe = self._prober.submit(
             probe_link, self._store, self._space, self._layout, self._clock, deadline_ms=_PROBE_MS_MAX
         )
@@ -265,7 +265,7 @@ class AttnStoreConnector(KVConnectorBase_V1):
         return self._transfers.take_failed_blocks() if self._transfers is not None else set()
 
     def build_connector_worker_meta(self) -> WorkerMetadata | None:
-        """What was measured since the last step, if anything."""
+        """Returns the measurements since the last step, if any."""
         if self._transfers is None:
             return None
         observations: tuple[Transfer | Step, ...] = (*self._transfers.take_loads(), *self._steps)
@@ -273,7 +273,7 @@ class AttnStoreConnector(KVConnectorBase_V1):
         return WorkerMetadata(observations) if observations else None
 
     def shutdown(self) -> None:
-        """Writes what waits to be written, then ends."""
+        """Writes pending pages, then ends."""
         with ExitStack() as closing:
             closing.callback(self._store.close)
             if self.role is KVConnectorRole.SCHEDULER:

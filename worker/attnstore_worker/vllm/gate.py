@@ -1,4 +1,4 @@
-"""The never-slower gate: a hit is claimed only where its pages are expected sooner than its tokens would be computed.
+"""The never-slower gate: a hit is claimed only if its pages are expected sooner than its tokens would be computed.
 
 Owns: what the scheduler's process knows of the link and of this engine's prefill. The formula is `split.fetch_is_faster`.
 Invariant: a hit is not claimed while the link is unknown. Thread-safe.
@@ -35,7 +35,7 @@ class Gate(Unobserved):
         self._context_tokens_max = 0  # the longest context of a step that was learned from
 
     def transferred(self, transfer: Transfer) -> None:
-        """Learns from loads and look-ups. Writes teach nothing: links need not be alike in both directions."""
+        """Learns from loads and look-ups. Writes are ignored, because the two directions of a link may differ."""
         if transfer.failed or transfer.kind is TransferKind.WRITE:
             return
         with self._lock:
@@ -49,7 +49,7 @@ class Gate(Unobserved):
                 self._context_tokens_max = max(self._context_tokens_max, *(end for _, end in step.chunks))
 
     def fetch_pays(self, work: Work) -> bool:
-        """Whether to fetch all hits of a prompt instead of computing them."""
+        """Returns whether to fetch all hits of a prompt instead of computing them."""
         with self._lock:
             link, prefill = self._link.estimate(), self._prefill.estimate() or PREFILL_UNMEASURED
             if work.hit_end * work.block_tokens > self._context_tokens_max:
@@ -58,7 +58,7 @@ class Gate(Unobserved):
 
     @property
     def is_stale(self) -> bool:
-        """The link was never measured, or long ago."""
+        """Returns whether the link was not measured for long, or never."""
         with self._lock:
             estimate = self._link.estimate()
         return estimate is None or estimate.age_ms > PROBE_MS

@@ -1,4 +1,4 @@
-"""Which pages the store probably has. vLLM often still has a block itself, and its page need not be copied and sent each time.
+"""The pages that the store probably has. vLLM often still has a block itself, and its page need not be copied and sent each time.
 
 Owns: the latest names of pages that were saved or found. A name may be wrong, because the store evicts, refuses and restarts. The
 next look-up corrects it, and the page is saved when it is computed again.

@@ -1,4 +1,6 @@
-"""What the scheduler's half tells the worker's half of a step. Plain values: vLLM pickles them between processes."""
+"""The plan that the scheduler's half sends to the worker's half for a step. Plain values, because vLLM pickles them between
+processes.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,7 @@ class BlockPlan:
 
 @dataclass(frozen=True, slots=True)
 class RequestLoad:
-    """The blocks that a waiting request is to get from the store, in the order of its tokens and without a gap."""
+    """The blocks that a waiting request gets from the store, in the order of its tokens and without a gap."""
 
     request_id: str
     blocks: tuple[BlockPlan, ...]

@@ -22,19 +22,19 @@ _NAME: Final = b"attnstore-link-probe"
 
 
 class _Reads(Unobserved):
-    """Keeps the reads that found their page."""
+    """Records the reads that found their page."""
 
     def __init__(self) -> None:
         self.found: list[Transfer] = []
 
     def transferred(self, transfer: Transfer) -> None:
-        """Keeps it, if it is one."""
+        """Records the transfer if it is one."""
         if transfer.kind is TransferKind.READ and transfer.pages:
             self.found.append(transfer)
 
 
 def probe_link(store: PageStore, space: Namespace, layout: PageLayout, clock: Clock, *, deadline_ms: float) -> tuple[Transfer, ...]:
-    """A few reads of a page, without the first of all; none where the store fails. `deadline_ms` bounds all calls together."""
+    """Returns a few reads of a page, without the first one; none if the store fails. `deadline_ms` bounds all calls together."""
     deadline, reads = Deadline(clock, deadline_ms), _Reads()
     tier = RemoteTier(store, space, layout, deadline_ms=deadline_ms, clock=clock, observer=reads)
     names = [BlockHash(block_hash(space, (), (_NAME,)))]

@@ -1,8 +1,8 @@
 """The scheduler's half: which blocks of a request the store has, and what each step loads and saves.
 
-Owns: the look-ups under way and each request's blocks. Invariant: the engine's loop never waits for the store: a look-up runs on a
-thread of its own, the scheduler asks again, and one that is late, failed or not worth it is a miss. A store that fails is asked on
-behalf of no request until it answers again. Called by one thread.
+Owns: the running look-ups and each request's blocks. Invariant: the engine's loop never waits for the store: a look-up runs on a
+thread of its own, the scheduler asks again, and a late or failed look-up is a miss. While the store fails, it is asked on behalf of
+no request. Called by one thread.
 """
 
 from __future__ import annotations
@@ -25,8 +25,9 @@ from attnstore_worker.vllm.known import KnownPages
 from attnstore_worker.vllm.plan import BlockPlan, RequestLoad, StepPlan
 
 _QUICK_ANSWER_S: Final = 0.002
-"""The first question waits for so long: on a fast network the answer is there, and the request needs no second turn. After a
-question that was not answered in time later ones do not wait, because many requests may come in one step."""
+"""The first look-up waits this long: on a fast network the answer arrives, and the request needs no second turn. After a late
+answer, later look-ups do not wait, because many requests may come in one step.
+"""
 _LOOKUPS_MAX: Final = 4
 
 
@@ -52,8 +53,8 @@ class _Request:
 
 
 class SchedulerSide:
-    """Asks `tier`, and claims what `gate` lets pass. vLLM computes at most `chunk_tokens` in a step; a request waits at most
-    `lookup_ms_max` for the store's answer.
+    """Looks up pages in `tier`, and claims hits that `gate` allows. vLLM computes at most `chunk_tokens` in a step; a request waits
+    at most `lookup_ms_max` for the store's answer.
     """
 
     def __init__(
@@ -87,10 +88,10 @@ class SchedulerSide:
         self._threads.shutdown(wait=False, cancel_futures=True)
 
     def hit_tokens(self, request_id: str, block_hashes: Sequence[bytes], prompt_tokens: int, computed_tokens: int) -> int | None:
-        """How many tokens after `computed_tokens` (whole blocks) to fetch; None while the store has not answered.
+        """Returns how many tokens after `computed_tokens` (whole blocks) to fetch; None while the store has not answered.
 
-        The last token is never fetched, because it must be computed to have logits. Asking claims nothing: vLLM asks again if it
-        had no blocks for the request. After `allocated` the answer is 0, also if the load fails, until the request is preempted.
+        The last token is never fetched, because it must be computed to have logits. A look-up claims nothing: vLLM asks again if it
+        had no blocks for the request. After `allocated` the answer is 0, even if the load fails, until the request is preempted.
         """
         request = self._requests.setdefault(request_id, _Request(block_hashes))
         block_tokens = self._layout.block_tokens
@@ -111,7 +112,9 @@ class SchedulerSide:
         return blocks * block_tokens
 
     def allocated(self, request_id: str, block_ids: Sequence[int], external_tokens: int) -> None:
-        """vLLM gave a request blocks: those it had come first, then those of the `external_tokens` to be loaded."""
+        """Records the blocks that vLLM gave a request: those it had come first, then those of the `external_tokens`
+        to be loaded.
+        """
         request = self._requests.get(request_id)
         if request is None:
             return
@@ -126,7 +129,7 @@ class SchedulerSide:
         request.saved = last
 
     def failed(self, block_ids: Collection[int]) -> None:
-        """These blocks were not loaded: vLLM computes them, and they are saved then."""
+        """Records blocks that were not loaded: vLLM computes them, and they are saved then."""
         for request in self._requests.values():
             good = next((index for index, load in enumerate(request.loads) if load.block_id in block_ids), None)
             if good is not None:
@@ -135,9 +138,9 @@ class SchedulerSide:
                 request.loads = ()
 
     def scheduled(self, request_id: str, new_block_ids: Sequence[int], *, tokens_after: int, restarted: bool) -> list[BlockPlan]:
-        """The blocks of a request that are complete after this step and that the store is not known to have.
+        """Returns the blocks of a request that are complete after this step and that the store is not known to have.
 
-        `new_block_ids` are added to those of earlier steps, or replace them where the request was `restarted`.
+        `new_block_ids` are added to those of earlier steps, or replace them if the request was `restarted`.
         """
         request = self._requests.get(request_id)
         if request is None:
@@ -159,7 +162,7 @@ class SchedulerSide:
         return plans
 
     def step(self, saves: list[BlockPlan], chunks: tuple[tuple[int, int], ...]) -> StepPlan:
-        """The plan of the step that vLLM is about to run: it computes these token ranges, one for each request in it."""
+        """Returns the plan of the step that vLLM is about to run: it computes these token ranges, one per request."""
         loads, self._loads = self._loads, []
         return StepPlan(loads, saves, chunks)
 
@@ -174,7 +177,7 @@ class SchedulerSide:
         self._requests.pop(request_id, None)
 
     def learn(self, observations: Iterable[Transfer | Step]) -> None:
-        """What the workers measured."""
+        """Takes the workers' measurements."""
         for observed in observations:
             if isinstance(observed, Step):
                 self._gate.stepped(observed)
@@ -184,11 +187,13 @@ class SchedulerSide:
 
     @property
     def wants_probe(self) -> bool:
-        """A hit was not claimed, and the link was not measured for long: without a measurement it would never be used again."""
+        """Returns whether a hit was not claimed and the link was not measured for long: without a measurement it would never be
+        used again.
+        """
         return self._refused and self._gate.is_stale
 
     def _names(self, request: _Request, blocks: int) -> list[BlockHash]:
-        """The names of the first blocks. Each is computed once, although a growing request is asked about again and again."""
+        """Returns the names of the first blocks. Each is computed once, although a growing request is asked about repeatedly."""
         known = request.hashes
         known += page_hashes(known[-1] if known else self._root, request.block_hashes[len(known) : blocks])
         return known[:blocks]
@@ -200,7 +205,7 @@ class SchedulerSide:
         )
 
     def _look_up(self, request: _Request, blocks: int) -> int | None:
-        """How many of a request's first `blocks` pages the store has; None while it has not answered."""
+        """Returns how many of a request's first `blocks` pages the store has; None while it has not answered."""
         if request.lookup is None:
             request.lookup = _Lookup(self._clock.now_ms(), self._threads.submit(self._timed_count, self._names(request, blocks)))
             if self._quick:
@@ -213,7 +218,7 @@ class SchedulerSide:
         elif self._clock.now_ms() - lookup.began_ms < self._lookup_ms_max:
             return None
         else:
-            lookup.found.cancel()  # if it has not begun; else its end tells the tier whether the store answers
+            lookup.found.cancel()  # if it has not begun; otherwise its end tells the tier whether the store answers
         request.lookup = None
         names = self._names(request, blocks)
         self._known.add(names[:found])
@@ -226,7 +231,7 @@ class SchedulerSide:
         return found, self._clock.now_ms() - began_ms
 
     def _store_answers(self) -> bool:
-        """Whether to ask the store. While it fails, a question that no request waits for finds out when it answers again."""
+        """Returns whether to ask the store. While it fails, a look-up for no request finds out when it answers again."""
         if not self._tier.is_failing:
             return True
         if not self._tier.is_paused and (self._probe is None or self._probe.done()):

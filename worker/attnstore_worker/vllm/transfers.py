@@ -1,11 +1,11 @@
 """The worker's half: pages into vLLM's blocks and out of them, beside the engine.
 
-Owns: the loads that wait or run, the pages that wait to be written, and what was measured. Threads, reads in parts and the write
+Owns: the loads that wait or run, the pages that wait to be written, and the measurements. Threads, reads in parts and the write
 queue are those of `cache.moving`; the store is a `RemoteTier`, whose methods never raise. Invariants: a block is written only by
-the load that vLLM asked for, and reported only after its last byte; a page that did not come whole and verified is reported as a
-failed block, and none of it is written; a block that is saved is copied before `save` returns, so that vLLM may reuse it; memory
-for copies is bounded, and a page beyond the bound is not saved. A load's deadline begins when it is asked for, before it has its
-turn: a page that is not there by then is a miss.
+the load that vLLM requested, and reported only after its last byte; a page that is not complete and verified is reported as a
+failed block, and none of it is written; a saved block is copied before `save` returns, so that vLLM may reuse it; memory for copies
+is bounded, and a page beyond the bound is not saved. A load's deadline begins with its request, before its turn: a page that has
+not arrived by then is a miss.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from attnstore_worker.vllm.plan import BlockPlan, RequestLoad
 
 _LOADS_AT_ONCE: Final = 2
 _PART_BYTES: Final = 16 << 20
-"""A load goes in parts of so many bytes: while one is put into vLLM's blocks, the next is read."""
+"""A load is read in parts of this many bytes: while one is copied into vLLM's blocks, the next is read."""
 _MEASURED_LOADS_MAX: Final = 256
 
 _log = get_logger(__name__)
@@ -80,26 +80,26 @@ class Transfers:
             _log.warning("the store takes pages more slowly than they are computed", dropped_pages=len(blocks[room:]))
 
     def take_loaded(self) -> set[str]:
-        """Requests whose loads have ended since the last call. Ask for failed blocks after this, never before."""
+        """Returns the requests whose loads have ended since the last call. Call `take_failed_blocks` after this, never before."""
         with self._lock:
             loaded, self._loaded = self._loaded, set()
             return loaded
 
     def take_failed_blocks(self) -> set[int]:
-        """Blocks that hold nothing of use, since the last call."""
+        """Returns the blocks with useless content since the last call."""
         with self._lock:
             failed, self._failed_blocks = self._failed_blocks, set()
             return failed
 
     def take_loads(self) -> tuple[Transfer, ...]:
-        """The loads that found pages since the last call, each as one read from its turn to its last block."""
+        """Returns the loads that found pages since the last call, each as one read from its turn to its last block."""
         with self._lock:
             loads = tuple(self._loads)
             self._loads.clear()
             return loads
 
     def flush(self) -> None:
-        """Waits until every page that was handed to the writer is written or refused, or the deadline is over; then ends."""
+        """Waits until every page passed to the writer is written or refused, or the deadline is over; then ends."""
         self._end = Deadline(self._clock, self._tier.deadline_ms)
         self._writes.flush(self._tier.deadline_ms)
         self._writes.close()
@@ -124,7 +124,7 @@ class Transfers:
             self._loaded.add(load.request_id)
 
     def _load_leading(self, blocks: Sequence[BlockPlan], deadline: Deadline) -> int:
-        """Loads blocks up to the first whose page does not come; returns how many."""
+        """Loads blocks up to the first whose page does not arrive. Returns how many."""
 
         def read(part: range, buffers: Sequence[memoryview]) -> int:
             hashes = [BlockHash(blocks[index].page_hash) for index in part]
@@ -157,7 +157,7 @@ class Transfers:
 
 
 def _halves(part_pages: int, page_bytes: int) -> _Halves:
-    """Memory in which one part of a load arrives while the other is put into blocks."""
+    """Returns memory in which one part of a load arrives while the other is copied into blocks."""
     memory = memoryview(anonymous_memory(2 * part_pages * page_bytes))
     pages = [memory[index * page_bytes : (index + 1) * page_bytes] for index in range(2 * part_pages)]
     return pages[:part_pages], pages[part_pages:]

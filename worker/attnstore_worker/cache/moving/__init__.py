@@ -1,1 +1,1 @@
-"""Pages on their way between tiers."""
+"""Movement of pages between tiers."""

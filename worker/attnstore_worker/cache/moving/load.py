@@ -56,7 +56,7 @@ class FetchOrder(enum.Enum):
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """What is known before the lower tiers are asked. `number` tells admissions apart. `usable_blocks` is how many blocks may come
+    """The facts before the lower tiers are asked. `number` distinguishes admissions. `usable_blocks` is how many blocks may come
     from a cache: the last token is always computed.
     """
 
@@ -131,18 +131,18 @@ class Planner(Protocol):
         ...
 
     def plan(self, load: Load) -> LoadPlan | None:
-        """When the lower tiers have at least one block. None: compute instead."""
+        """Called when the lower tiers have at least one block. None means: compute instead."""
         ...
 
     def replan(self, load: Load, now_ms: float) -> LoadPlan | None:
-        """Asked again and again during a load, at least after each read. None gives up what has not arrived.
+        """Called repeatedly during a load, at least after each read. None gives up pages that have not arrived.
 
-        A new plan keeps the order. It cannot take back what was asked for, nor what was computed.
+        A new plan keeps the order. It cannot revoke requested pages or computed blocks.
         """
         ...
 
     def prefetches(self, prompt: Prompt) -> bool:
-        """Whether the pages of a waiting prompt are fetched before its turn, which costs the link's time only."""
+        """Returns whether the pages of a waiting prompt are fetched before its turn, which uses only the link."""
         ...
 
 
@@ -197,12 +197,12 @@ class Load:
 
     @property
     def running(self) -> bool:
-        """Blocks may still arrive or have to be taken."""
+        """True if blocks may still arrive or have to be taken."""
         return self.state is not LoadState.ENDED
 
     @property
     def over(self) -> bool:
-        """All blocks that are not computed yet have to be computed."""
+        """True if all blocks that are not computed yet have to be computed."""
         return self.state is LoadState.ENDED and not self.ready
 
     @property
@@ -212,7 +212,7 @@ class Load:
 
     @property
     def due_ms(self) -> float:
-        """When the stage that runs must be over; infinite where none runs."""
+        """When the running stage must be over; infinite if none runs."""
         if self.search is None or not self.running:
             return math.inf
         if self.plan is None:
@@ -231,9 +231,9 @@ class Load:
         self.hit_end, self.search_ms = self.prompt.resident_blocks + hits, now_ms - self.started_ms
 
     def lent(self, hits: int, now_ms: float) -> bool:
-        """The first `hits` blocks that are not resident can be used where they lie: they arrive at once, without a read.
+        """Records that the first `hits` blocks that are not resident can be used in place: they arrive at once, without a read.
 
-        False where the load needs them no more.
+        Returns False if the load does not need them any more.
         """
         if self.state is not LoadState.SEARCHING:
             return False
@@ -246,7 +246,7 @@ class Load:
         return True
 
     def begin(self, plan: LoadPlan | None, now_ms: float) -> None:
-        """The planner's answer to what was found."""
+        """Takes the planner's answer to the found blocks."""
         if self.state is not LoadState.FOUND:
             return
         if plan is None:
@@ -256,7 +256,7 @@ class Load:
         self._pending = range(max(plan.begin, self.prompt.resident_blocks), min(plan.end, self.hit_end))
 
     def next_batch(self, now_ms: float, blocks_max: int) -> range:
-        """Takes the next blocks to read, at most `blocks_max`; none where the load is finished or was cancelled."""
+        """Takes the next blocks to read, at most `blocks_max`; none if the load is finished or was cancelled."""
         if self.state is not LoadState.READING or self.plan is None:
             return range(0)
         assert not self.in_flight, "one read at a time"
@@ -270,17 +270,19 @@ class Load:
         self.asked_ms = now_ms
         if not self.in_flight:
             self.state = LoadState.FINISHED
-        elif by_layers and not self._pending:  # the last read of a load by layers, which nearly always is its only one
+        elif by_layers and not self._pending:  # the last read of a load by layers, which is nearly always its only one
             self.layered = self.in_flight
         return self.in_flight
 
     def layer_arrived(self, layer: int, pages: int) -> None:
-        """Of the first `pages` blocks of `layered`, this layer and those before it are there."""
+        """Records that of the first `pages` blocks of `layered`, this layer and those before it have arrived."""
         self.layers = layer + 1
         self.layers_lost |= self.layered is None or pages < len(self.layered)
 
     def arrived(self, hits: Collection[int], bytes_read: int, *, shared: bool = False) -> None:
-        """The read of the blocks in flight is over: those in `hits` came whole and verified, through shared memory or not."""
+        """Ends the read of the blocks in flight: those in `hits` are complete and verified; says whether they came through shared
+        memory.
+        """
         if not self.in_flight:
             return
         batch, self.in_flight = self.in_flight, range(0)
@@ -294,11 +296,11 @@ class Load:
             self.shared.update(hits)
         self._untaken += hits
         self.arrived_blocks += len(hits)
-        if not hits:  # the tier has failed or lost the pages: to read on would be to wait on
+        if not hits:  # the tier has failed or lost the pages: further reads would only wait
             self._failed, self._pending = True, range(0)
 
     def replan(self, plan: LoadPlan | None) -> bool:
-        """The planner's new answer. False where it gives up what has not arrived."""
+        """Takes the planner's new answer. Returns False if it gives up pages that have not arrived."""
         if self.state is not LoadState.READING or self.plan is None:
             return True
         if plan is None or self._failed:
@@ -324,14 +326,14 @@ class Load:
         return self.front
 
     def finish(self) -> None:
-        """Nothing is read any more, for whatever reason."""
+        """Ends reading, for whatever reason."""
         if self.state in {LoadState.SEARCHING, LoadState.FOUND, LoadState.READING}:
             self.state = LoadState.FINISHED
         self.in_flight = self._pending = range(0)
         self.layers_lost |= self.layered is not None and not self.layers_complete
 
     def take(self, now_ms: float) -> list[int]:
-        """The blocks that arrived since the last call; they are `ready` now. Ends a load that is finished."""
+        """Returns the blocks that arrived since the last call; they are `ready` now. Ends a finished load."""
         taken, self._untaken = self._untaken, []
         self.ready.update(taken)
         if self.state is LoadState.FINISHED:
@@ -339,7 +341,7 @@ class Load:
         return taken
 
     def cancel(self, end: LoadEnd, now_ms: float) -> range:
-        """Lets nothing arrive from now on. Returns the blocks in flight, which may be written until `arrived`."""
+        """Ends the load: nothing arrives from now on. Returns the blocks in flight, which may be written until `arrived`."""
         if self.state is LoadState.ENDED:
             return range(0)
         self._pending = range(0)
@@ -348,7 +350,7 @@ class Load:
         return self.in_flight
 
     def pass_ready(self, block: int) -> int:
-        """Moves the computed front, which is at `block`, over the ready blocks; returns the first block that is not ready."""
+        """Moves the computed front, which is at `block`, over the ready blocks. Returns the first block that is not ready."""
         while block in self.ready:
             self.ready.remove(block)
             self.used_blocks += 1
@@ -357,17 +359,21 @@ class Load:
         return block
 
     def cut(self, block: int) -> None:
-        """Forgets the ready blocks from `block` on: the table has no room for them."""
+        """Drops the ready blocks from `block` on, for which the table has no room."""
         self.ready = {ready for ready in self.ready if ready < block}
 
     def may_compute_behind(self, computed_tokens: int) -> bool:
-        """The computed front stands before the blocks that arrive by layers, and their first layer is there."""
+        """Returns whether the computed front is directly before the blocks that arrive by layers, and their first layer has
+        arrived.
+        """
         if self.layered is None or self.layers_lost or not self.running:
             return False
         return computed_tokens == self.layered.start * self.prompt.block_tokens and (self.layers > 0 or self.layers_complete)
 
     def has_layer(self, layer: int | None) -> bool:
-        """Whether a layer of all blocks of `layered` is there; with None, whether all of them came whole and verified."""
+        """Returns whether a layer of all blocks of `layered` has arrived; with None, whether all of them are complete
+        and verified.
+        """
         return self.layers_complete or (layer is not None and self.layers > layer)
 
     def _close(self, end: LoadEnd, now_ms: float) -> None:

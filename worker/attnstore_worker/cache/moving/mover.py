@@ -1,19 +1,19 @@
-"""The threads that bring pages from the lower tiers, and the lock and the quarantine that go with them.
+"""The threads that read pages from the lower tiers, with their lock and the quarantine of blocks.
 
-Owns: `Mover`, the loads that run (each is a `Load`, changed under one lock) and the quarantine of blocks that a cancelled load may
+Owns: `Mover`, the running loads (each is a `Load`, changed under one lock) and the quarantine of blocks that a cancelled load may
 still write; `Threads`, calls on a bounded number of daemon threads; `read_in_parts`, a read through two halves of staging memory.
 Invariants: no byte lands in a buffer after its read is reported as over: only then is a quarantined block released, and only then
 does `read_in_parts` return. No lock is held while a source or a planner is called.
 
-How a page of a prompt travels:
+The path of a page of a prompt:
 
-    CacheManager.admit   cache/manager.py         holds what is resident, has `Loads` prepare the load (the engine's thread)
-    Mover.start          cache/moving/mover.py    begins a thread
+    CacheManager.admit   cache/manager.py         holds resident blocks, lets `Loads` prepare the load (the engine's thread)
+    Mover.start          cache/moving/mover.py    starts a thread
     Mover._run           cache/moving/mover.py    asks, plans, and reads one batch after the other, as `Load` says
-    RemoteTier.read      cache/store/remote.py    makes a miss of every failure
+    RemoteTier.read      cache/store/remote.py    turns every failure into a miss
     PageStore.read       attnstore/client         the client, its transport and the socket
 
-vLLM's transfers use `Threads`, `read_in_parts` and the `WriteQueue` beside this module.
+vLLM's transfers use `Threads`, `read_in_parts` and the `WriteQueue` of this package.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class Threads:
         self._changed = threading.Condition()
 
     def submit(self, call: Callable[[], _Result]) -> Future[_Result]:
-        """The call's result or error, once it has run. Raises `RuntimeError` where no thread can be started for it."""
+        """Runs a call. The result is the call's result or error. Raises `RuntimeError` if no thread can be started."""
         future: Future[_Result] = Future()
         run = partial(_settle, future, call)
         with self._changed:
@@ -75,7 +75,7 @@ class Threads:
         return future
 
     def wait_idle(self, timeout_ms: float) -> bool:
-        """Waits until all calls have ended. False when time ran out."""
+        """Waits until all calls have ended. Returns False if time ran out."""
         with self._changed:
             return self._changed.wait_for(lambda: not self._running, timeout_ms / 1e3)
 
@@ -100,16 +100,16 @@ def _settle(future: Future[_Result], call: Callable[[], _Result]) -> None:
 
 
 PartReader = Callable[[range, Sequence[memoryview]], int]
-"""Reads the pages numbered so into the buffers; returns how many of the first came whole and verified."""
+"""Reads the pages with these numbers into the buffers. Returns how many leading ones are complete and verified."""
 PartTaker = Callable[[range, Sequence[memoryview]], None]
-"""Takes the pages numbered so out of the buffers, which are written again after it has returned."""
+"""Takes the pages with these numbers out of the buffers, which are overwritten after it has returned."""
 
 
 def read_in_parts(
     readers: Threads, pages: int, halves: tuple[Sequence[memoryview], Sequence[memoryview]], read: PartReader, take: PartTaker
 ) -> int:
-    """Reads pages `[0, pages)` part by part, as many as one of the `halves` has buffers, and returns how many were taken: those
-    before the first that `read` did not get. While `take` empties one half, the next part is read into the other, on `readers`.
+    """Reads pages `[0, pages)` in parts of the size of one of the `halves`. Returns how many were taken: those before the first
+    that `read` did not get. While `take` empties one half, the next part is read into the other, on `readers`.
 
     Raises what `read` or `take` raises. No byte lands in a buffer after the call has ended.
     """
@@ -147,7 +147,7 @@ class LoadJob:
 
 
 class Mover:
-    """Loads that run, each on a thread of its own. All methods may be called from any thread."""
+    """The running loads, each on a thread of its own. All methods may be called from any thread."""
 
     def __init__(self, clock: Clock) -> None:
         self._clock = clock
@@ -159,12 +159,12 @@ class Mover:
         self._quarantine: list[tuple[Load, list[int]]] = []
 
     def start(self, job: LoadJob) -> None:
-        """Begins a load. Pages that the job's lender lends are not read: `take` returns them and their blocks at once."""
+        """Starts a load. Pages that the job's lender lends are not read: `take` returns them and their blocks at once."""
         with self._lock:
             self._jobs[job.load] = job
         try:
             threading.Thread(target=self._run, args=(job,), name="attnstore-load", daemon=True).start()
-        except RuntimeError:  # no thread is left
+        except RuntimeError:  # no thread is available
             _LOG.exception("a load could not be begun; its blocks are computed")
             self._finish(job.load)
 
@@ -174,12 +174,14 @@ class Mover:
             return load.claim(end)
 
     def take(self, load: Load) -> tuple[list[int], LentBlocks | None]:
-        """As `Load.take`; with the blocks come the lent pages, where they arrived as such. The caller releases these."""
+        """As `Load.take`. Lent pages are returned with their blocks, and the caller releases them."""
         with self._lock:
             return load.take(self._clock.now_ms()), self._lent.pop(load, None)
 
     def replan(self, load: Load) -> bool:
-        """Has the planner look at a load again. False where it gives up what has not arrived. Raises what the planner raises."""
+        """Asks the planner about a load again. Returns False if it gives up pages that have not arrived. Raises what the planner
+        raises.
+        """
         now_ms = self._clock.now_ms()
         with self._lock:
             job = self._jobs.get(load)
@@ -208,7 +210,7 @@ class Mover:
         return sum(len(block_ids) for _, block_ids in self._quarantine)
 
     def take_released(self) -> list[int]:
-        """The quarantined blocks that nothing writes any more."""
+        """Returns the quarantined blocks that nothing writes any more."""
         if not self._quarantine:
             return []
         with self._lock:
@@ -217,9 +219,10 @@ class Mover:
             return released
 
     def wait_layer(self, load: Load, layer: int | None, give_up: Callable[[], bool]) -> None:
-        """Waits for a layer of the blocks that arrive by layers; with None for the end of their read, all whole and verified.
+        """Waits for a layer of the blocks that arrive by layers; with None, for the end of their read with all of them complete and
+        verified.
 
-        Raises `PagesLost` where that cannot be any more, or `give_up()` is true.
+        Raises `PagesLost` if that is impossible, or if `give_up()` is true.
         """
         while True:
             with self._layer_moved:
@@ -232,16 +235,16 @@ class Mover:
                 raise PagesLost("the pages of the step did not come in time")
 
     def wait(self, timeout_ms: float) -> None:
-        """Waits until a load has moved on, `wake` was called, or the time is up."""
+        """Waits until a load has progressed, `wake` was called, or the time is up."""
         self._changed.wait(timeout_ms / 1e3)
         self._changed.clear()
 
     def wake(self) -> None:
-        """Ends a `wait` that runs, or the next one."""
+        """Ends a running `wait`, or the next one."""
         self._changed.set()
 
     def _run(self, job: LoadJob) -> None:
-        """The whole of a load, on its thread."""
+        """Runs a whole load, on its thread."""
         load, source, first, lease = job.load, job.source, job.load.prompt.resident_blocks, None
         try:
             match = source.match(job.hashes)
@@ -257,7 +260,7 @@ class Mover:
                 result = source.read(job.hashes[part], job.buffers[part], lease, deadline_ms=deadline_ms, on_layer=on_layer)
                 self._arrived(load, batch, result)
                 self.replan(load)
-        except Exception:  # a planner's or a source's mistake must not end a sequence
+        except Exception:  # an error of a planner or a source must not end a sequence
             _LOG.exception("a load failed; the blocks that have not arrived are computed")
         finally:
             self._finish(load)
@@ -271,7 +274,7 @@ class Mover:
         self._changed.set()
 
     def _borrow(self, job: LoadJob, hits: int, lease: Lease) -> bool:
-        """Borrows the pages instead of reading them. True where the lease went with them."""
+        """Borrows the pages instead of reading them. Returns True if the lease was passed on with them."""
         pages = job.lender.borrow(job.hashes[:hits], lease) if job.lender is not None else None
         if pages is None:
             return False

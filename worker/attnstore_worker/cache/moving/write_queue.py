@@ -1,8 +1,8 @@
-"""Write-behind: pages go to the next tier on a thread of their own while the caller computes on.
+"""Write-behind: pages are written to the next tier on a thread of their own while the caller computes.
 
 Owns: the queue of pages to write and the thread that writes them.
-Invariant: an item that was accepted is reported exactly once, by `take_finished` or by `cancel_newest`; until then the thread may
-read its bytes, and the caller must not change them.
+Invariant: an accepted item is reported exactly once, by `take_finished` or by `cancel_newest`; until then the thread may read its
+bytes, and the caller must not change them.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class WriteQueue(Generic[_Item]):
             return len(self._queue) + self._writing
 
     def offer(self, block_hash: BlockHash, item: _Item) -> bool:
-        """Queues a page. False, with nothing accepted, where `pages_max` are pending: the store misses the page."""
+        """Queues a page. Returns False, without effect, if `pages_max` are pending: the store misses the page."""
         with self._changed:
             if len(self._queue) + self._writing >= self._pages_max:
                 return False
@@ -53,18 +53,18 @@ class WriteQueue(Generic[_Item]):
             return True
 
     def take_finished(self) -> list[_Item]:
-        """The items whose write ended since the last call."""
+        """Returns the items whose write ended since the last call."""
         with self._changed:
             finished, self._finished = self._finished, []
             return finished
 
     def queued(self, may_cancel: Callable[[_Item], bool]) -> int:
-        """How many items `cancel_newest` could give back."""
+        """The number of items that `cancel_newest` could return."""
         with self._changed:
             return sum(may_cancel(item) for _, item in self._queue)
 
     def cancel_newest(self, may_cancel: Callable[[_Item], bool]) -> _Item | None:
-        """Drops the newest queued item that `may_cancel`: the newest, because a prefix without its tail is still of use."""
+        """Drops the newest queued item that `may_cancel`: the newest, because a prefix without its tail is still useful."""
         with self._changed:
             for index in range(len(self._queue) - 1, -1, -1):
                 item = self._queue[index][1]
@@ -74,17 +74,17 @@ class WriteQueue(Generic[_Item]):
             return None
 
     def wait_finished(self, timeout_ms: float) -> bool:
-        """Waits until a write has ended that was not yet taken. False when time ran out."""
+        """Waits until a write has ended that was not taken yet. Returns False if time ran out."""
         with self._changed:
             return self._changed.wait_for(lambda: bool(self._finished), timeout_ms / 1e3)
 
     def flush(self, timeout_ms: float) -> bool:
-        """Waits until nothing is pending. False when time ran out."""
+        """Waits until nothing is pending. Returns False if time ran out."""
         with self._changed:
             return self._changed.wait_for(lambda: not self._queue and not self._writing, timeout_ms / 1e3)
 
     def close(self) -> None:
-        """Drops what is queued and lets the thread end after the batch that it is writing, without waiting for it."""
+        """Drops queued items and lets the thread end after its current batch, without waiting for it."""
         with self._changed:
             self._closing = True
             self._finished += [item for _, item in self._queue]
@@ -95,7 +95,7 @@ class WriteQueue(Generic[_Item]):
         while batch := self._next_batch():
             try:
                 self._write([block_hash for block_hash, _ in batch], [item for _, item in batch])
-            finally:  # a batch that failed is reported all the same: nobody reads its pages any more
+            finally:  # a failed batch is reported too, because nobody reads its pages any more
                 with self._changed:
                     self._finished += [item for _, item in batch]
                     self._writing = 0

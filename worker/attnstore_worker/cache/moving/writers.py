@@ -1,11 +1,11 @@
-"""How sealed blocks get from the pool to the store: one writer for each write policy.
+"""Writers of sealed blocks from the pool to the store: one per write policy.
 
 Owns: `WRITE_POLICIES` and the writers; the thread and the queue are those of `WriteQueue`.
-Invariant: the bytes of a queued page do not change until it is written: its block is held, or the page was copied to staging.
-A page that finds no room is only counted: the store misses one page.
+Invariant: the bytes of a queued page do not change until it is written: its block is held, or the page was copied to staging. A
+page that finds no room is only counted: the store misses one page.
 
-    write-behind    a block is queued when it is sealed; the engine computes on (default)
-    write-through   the same, and a step ends only after its blocks are written: whoever sees a token can rely on the pages
+    write-behind    a block is queued when it is sealed while the engine computes (default)
+    write-through   the same, but a step ends only after its blocks are written: once a token is visible, its pages are stored
     on-evict        a page is copied and queued when the pool evicts it: the store gets only the pages that do not fit here
 
 The names are those of processor caches (Jouppi, "Cache write policies and performance", ISCA 1993), where on-evict is write-back.
@@ -32,7 +32,7 @@ class Writer(Protocol):
 
     @property
     def pending(self) -> int:
-        """Pages on their way."""
+        """Pages in flight."""
         ...
 
     @property
@@ -63,11 +63,11 @@ class Writer(Protocol):
 
     @property
     def held(self) -> int:
-        """Blocks that are held until they are written."""
+        """Returns the blocks that are held until they are written."""
         ...
 
     def reclaim(self) -> bool:
-        """Drops the newest block that only the queue holds. False where there is none."""
+        """Drops the newest block that only the queue holds. Returns False if there is none."""
         ...
 
     def wait_finished(self, timeout_ms: float) -> None:
@@ -79,7 +79,7 @@ class Writer(Protocol):
         ...
 
     def flush(self, timeout_ms: float) -> bool:
-        """Waits until nothing is pending. False when time ran out."""
+        """Waits until nothing is pending. Returns False if time ran out."""
         ...
 
     def close(self) -> None:
@@ -258,7 +258,8 @@ WRITE_POLICIES: Final = tuple(_WRITERS)
 
 
 def create_writer(policy: str, pool: BlockPool, pages: PagePool, remote: RemoteTier | None) -> Writer:
-    """The writer for one of `WRITE_POLICIES`, from `pool` and its `pages` to `remote`; without one, a writer that does nothing.
+    """Returns the writer for one of `WRITE_POLICIES`, from `pool` and its `pages` to `remote`; without one, a writer that does
+    nothing.
 
     Raises `InvalidArgument` for an unknown policy.
     """

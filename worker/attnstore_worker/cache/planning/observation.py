@@ -1,7 +1,7 @@
-"""What the worker measures of itself while it works, for estimators, metrics and explanations.
+"""The worker's measurements of itself, for estimators, metrics and explanations.
 
-Owns: `Step` and `Answer`, and `Observer`, who is told of these, of every `Transfer` and of every `Load`. Invariant: an observation
-is a fact about something that is over, and telling it changes nothing. Times are on the engine's clock.
+Owns: `Step` and `Answer`, and `Observer`, which receives them, every `Transfer` and every `Load`. Invariant: an observation is a
+fact about finished work, and reporting it changes nothing. Times are on the engine's clock.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class Step:
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """A prompt that the lower tiers may have helped with has its first token. It was admitted at `started_ms`."""
+    """A prompt that the lower tiers may have served has its first token. It was admitted at `started_ms`."""
 
     prompt: Prompt
     started_ms: float
@@ -41,14 +41,14 @@ class Answer:
 
 
 class Observer(TransferObserver, Protocol):
-    """Is told of every observation, from the thread that made it. Must be quick; one that may raise is wrapped in `Shielded`."""
+    """Receives every observation on the thread that made it. Must be fast; an observer that may raise is wrapped in `Shielded`."""
 
     def stepped(self, step: Step) -> None:
         """The model has run."""
         ...
 
     def loaded(self, load: Load) -> None:
-        """An observed load has ended, for good. Told once for each."""
+        """An observed load has ended. Called once per load."""
         ...
 
     def answered(self, answer: Answer) -> None:

@@ -1,7 +1,7 @@
-"""The tiers by name, and what is counted of each: for one prompt, and since the start.
+"""The tiers by name, and their counts: for one prompt, and since the start.
 
-Owns: `Tier`, `Admission`, `TierStatistics` and `TierCounter`. Invariant: a tier is asked only for the blocks that no tier above it
-has, so a block hits in one tier at most.
+Owns: `Tier`, `Admission`, `TierStatistics` and `TierCounter`. Invariant: a tier is asked only for blocks that no tier above it has,
+so a block hits in at most one tier.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class Tier(enum.Enum):
 class Admission:
     """What the tiers had of a prompt. Tokens count whole blocks; `bytes_read` came from the store.
 
-    `host_tokens` of the local tokens came up from HOST, the others were in HBM. `shared_tokens` of the remote tokens came through
+    `host_tokens` of the local tokens came from HOST, the others were in HBM. `shared_tokens` of the remote tokens came through
     memory shared with the store's node, or are used there.
     """
 
@@ -81,12 +81,12 @@ class TierCounter:
         self._queried[tier] += blocks
 
     def copied(self, tier: Tier, blocks: int) -> None:
-        """So many of these blocks hit and were copied up."""
+        """Counts blocks that hit and were copied up."""
         self._hits[tier] += blocks
         self._copied[tier] += blocks
 
     def used_in_place(self, tier: Tier, blocks: int) -> None:
-        """So many of these blocks hit and are used where they lie."""
+        """Counts blocks that hit and are used in place."""
         self._hits[tier] += blocks
 
     def statistics(self, evicted_blocks: Mapping[Tier, int]) -> dict[Tier, TierStatistics]:

@@ -1,1 +1,1 @@
-"""Stores of pages outside the worker's own memory, and the contracts that they meet."""
+"""Stores of pages outside the worker's own memory, and their contracts."""

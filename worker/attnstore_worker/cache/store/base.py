@@ -1,8 +1,8 @@
-"""The contracts between the worker and a store: the seams at which tests inject a store that fails on purpose.
+"""The contracts between the worker and a store, at which tests inject a store that fails on purpose.
 
-Owns: every protocol of a store, from what a client must offer (`PageStore`, `LeaseStore`, `SharedStore`, `AttendStore`) to what a
-load sees of the lower tiers (`PageSource`, `Lender`); and `open_store`, the one place where the worker opens a client. Invariant:
-no other module of the worker describes a store.
+Owns: every protocol of a store: what a client must offer (`PageStore`, `LeaseStore`, `SharedStore`, `AttendStore`) and what a load
+sees of the lower tiers (`PageSource`, `Lender`); and `open_store`, the one place where the worker opens a client. Invariant: no
+other module of the worker describes a store.
 """
 
 from __future__ import annotations
@@ -23,23 +23,23 @@ from attnstore.types import Lease, MatchResult, ReadResult, WriteResult
 from attnstore_worker.cache.pool.block_table import LentBlocks
 
 STORE_TRANSPORTS: Final = TRANSPORT_NAMES
-"""How page bytes may travel; `auto` takes the best that the node offers."""
+"""The transports of page bytes; `auto` uses the best that the node offers."""
 
 
 class PageStore(Protocol):
-    """A store of sealed pages. Every call ends within a deadline of its own; all may be called from any thread.
+    """A store of sealed pages. Every call ends within its own deadline; all may be called from any thread.
 
-    A namespace is registered once, before its first use. The client registers it again with a node that was restarted.
+    A namespace is registered once, before its first use. The client registers it again with a restarted node.
     """
 
     def register_layout(self, namespace: bytes, layout: PageLayout, /, *, deadline_ms: float | None = None) -> object:
-        """Makes the namespace known. Idempotent."""
+        """Registers the namespace. Idempotent."""
         ...
 
     def match(
         self, namespace: bytes, prefixes: Sequence[Sequence[bytes]], /, *, lease_ms: int, deadline_ms: float | None = None
     ) -> MatchResult:
-        """How many leading pages of each prefix are there, and a lease on them."""
+        """Returns how many leading pages of each prefix are stored, and a lease on them."""
         ...
 
     def read(
@@ -53,16 +53,17 @@ class PageStore(Protocol):
         deadline_ms: float,
         on_layer: OnLayer | None = None,
     ) -> ReadResult:
-        """Fills one buffer per page. After it returned no buffer is written any more; pages that are not OK are misses.
+        """Fills one buffer per page. After it has returned no buffer is written any more; pages that are not OK are misses.
 
-        With `on_layer` the pages come layer by layer where the transport can, else it is called for all layers at the end.
+        With `on_layer` the pages arrive layer by layer if the transport supports it; otherwise it is called for all layers at the
+        end.
         """
         ...
 
     def write(
         self, namespace: bytes, hashes: Sequence[bytes], pages: Sequence[memoryview], /, *, deadline_ms: float
     ) -> WriteResult:
-        """Stores pages; one verdict each."""
+        """Stores pages. Returns one verdict per page."""
         ...
 
     def release(self, lease: Lease, /) -> object:
@@ -84,31 +85,31 @@ class LeaseStore(Protocol):
 
 @runtime_checkable
 class SharedStore(LeaseStore, Protocol):
-    """A store that lets pages be used where they lie: `attnstore.Client` is one."""
+    """A store whose pages can be used in place: `attnstore.Client` is one."""
 
     def view(self, namespace: bytes, hashes: Sequence[bytes], /, *, lease: Lease, deadline_ms: float) -> PageViews:
-        """The pages where they lie. Raises where the node is not on this host or offers no shared memory."""
+        """Returns the pages in place. Raises if the node is not on this host or offers no shared memory."""
         ...
 
 
 @runtime_checkable
 class AttendStore(Protocol):
-    """A store whose nodes attend to the pages that they hold: a client of a node or of a cluster."""
+    """A store whose nodes attend to their pages: a client of a node or of a cluster."""
 
     def register_layout(self, namespace: bytes, layout: PageLayout, /) -> object:
-        """Makes the namespace known. Idempotent."""
+        """Registers the namespace. Idempotent."""
         ...
 
     def attention(self, namespace: bytes, /, *, q_heads: int, scale: float, deadline_ms: float | None = None) -> StoreAttention:
-        """Attention over pages that stay in the store; `namespace` is registered."""
+        """Returns attention over pages that stay in the store; `namespace` is registered."""
         ...
 
 
 class PageSource(Protocol):
-    """The lower tiers as a load sees them. No method raises: what a source cannot give is a miss."""
+    """The lower tiers as a load sees them. No method raises: pages that a source cannot return are misses."""
 
     def match(self, hashes: Sequence[BlockHash]) -> MatchResult:
-        """How many leading pages are there, with a lease on them."""
+        """Returns how many leading pages are stored, with a lease on them."""
         ...
 
     def read(
@@ -120,7 +121,7 @@ class PageSource(Protocol):
         deadline_ms: float,
         on_layer: OnLayer | None = None,
     ) -> ReadResult:
-        """Fills one buffer per page. After it returned no buffer is written any more. `on_layer` as in `PageStore.read`."""
+        """Fills one buffer per page. After it has returned no buffer is written any more. `on_layer` as in `PageStore.read`."""
         ...
 
     def release(self, lease: Lease | None) -> None:
@@ -129,14 +130,14 @@ class PageSource(Protocol):
 
 
 class Lender(Protocol):
-    """A source that lets pages be used where they lie. No method raises."""
+    """A source whose pages can be used in place. No method raises."""
 
     def borrow(self, hashes: Sequence[BlockHash], lease: Lease) -> LentBlocks | None:
-        """All the pages, which keep the lease until they are released; None, and the lease stays the caller's."""
+        """Returns all the pages, which keep the lease until they are released; or None, and the caller keeps the lease."""
         ...
 
     def close(self) -> None:
-        """Ends all holds, soon."""
+        """Ends all uses, soon."""
         ...
 
 
@@ -149,11 +150,11 @@ def open_store(
     http_proxy: str | None = None,
     tls_ca: Path | None = None,
 ) -> attnstore.Client | attnstore.ClusterClient:
-    """A client of the store node or cluster at `target` (see `attnstore.connect`): a `PageStore` and a context manager.
+    """Returns a client of the store node or cluster at `target` (see `attnstore.connect`): a `PageStore` and a context manager.
 
     Nothing is sent before its first call. `transport` is one of `STORE_TRANSPORTS`, `shared_path` the file of a node's arena on
-    this host, `http_proxy` the URL of a proxy to go through, `tls_ca` a file of certificates of the nodes' authorities. Raises
-    `InvalidArgument` for a malformed target or a file that cannot be read.
+    this host, `http_proxy` the URL of a proxy, `tls_ca` a file of certificates of the nodes' authorities. Raises `InvalidArgument`
+    for a malformed target or a file that cannot be read.
     """
     return attnstore.connect(
         target, deadline_ms=deadline_ms, transport=transport, shared_path=shared_path, http_proxy=http_proxy, tls_ca=tls_ca

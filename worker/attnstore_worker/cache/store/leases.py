@@ -1,7 +1,7 @@
 """Leases that outlive one call. A thread renews and releases them, so that the engine never waits for a store.
 
-Owns: `LeaseKeeper`. Invariants: a kept lease is renewed every period until it is let go, and is then released once; no failure of
-the store reaches the caller as an error. A lease only delays eviction. Stamps decide whether bytes are still those of a page.
+Owns: `LeaseKeeper`. Invariants: a kept lease is renewed every period until `let_go`, and is then released once; no failure of the
+store reaches the caller as an error. A lease only delays eviction; stamps decide whether bytes still belong to a page.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _LOG = logging.getLogger(__name__)
 
 
 class KeptLease:
-    """A lease that a keeper renews. `lost`: the store has answered that it expired."""
+    """A lease that a keeper renews. `lost`: the store has answered that it has expired."""
 
     def __init__(self, lease: Lease) -> None:
         self.lease = lease
@@ -48,7 +48,7 @@ class LeaseKeeper:
         return kept
 
     def let_go(self, kept: KeptLease) -> None:
-        """Ends renewals; the thread releases the lease soon. No-op for a lease that was let go before."""
+        """Ends renewals; the thread releases the lease soon. No-op if it was called before."""
         with self._changed:
             if kept in self._kept:
                 self._kept.remove(kept)
@@ -56,7 +56,7 @@ class LeaseKeeper:
                 self._changed.notify_all()
 
     def close(self) -> None:
-        """Lets all leases go; the thread ends once they are released. Does not wait."""
+        """Releases all leases; the thread ends once they are released. Does not wait."""
         with self._changed:
             self._released += [kept.lease for kept in self._kept]
             self._kept.clear()
@@ -68,9 +68,9 @@ class LeaseKeeper:
             with self._changed:
                 due_in_ms = max(self._due_ms - self._clock.now_ms(), 0.0)
                 self._changed.wait_for(lambda: self._released or self._closing, due_in_ms / 1e3)
-                # One at a time, so that a store that is slow to release delays a renewal by one call at most.
+                # One at a time, so that a store that is slow to release delays a renewal by at most one call.
                 released, self._released = self._released[:1], self._released[1:]
-            # Decided by the clock: a release may have woken this thread.
+            # The clock decides, because a release may have woken this thread.
             if (now_ms := self._clock.now_ms()) >= self._due_ms:
                 self._due_ms = now_ms + self._period_ms
                 for kept in self._now_kept():

@@ -1,7 +1,7 @@
 """The REMOTE tier: a store whose every failure is a miss.
 
-Owns: the registration of the namespace before its first use, and the pause after a failure, during which no call is made: a dead
-store must not cost every request a deadline. A restarted node is the client's concern, which registers the namespace again.
+Owns: the registration of the namespace before its first use, and the pause after a failure, during which no call is made, so that a
+dead store does not cost every request a deadline. The client registers the namespace again with a restarted node.
 Invariant: no method raises because of the store. A failure is counted, logged once per pause and kept in `last_error`.
 """
 
@@ -28,9 +28,9 @@ _LOG = logging.getLogger(__name__)
 _T = TypeVar("_T")
 
 LEASE_MARGIN_MS: Final = 5_000
-"""A lease outlives the read it protects by this much, for the time between match and read."""
+"""A lease outlives the read that it protects by this much, for the time between match and read."""
 PAUSE_MS: Final = 1_000
-"""No call is made for so long after a failure."""
+"""No call is made for this long after a failure."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +51,7 @@ class RemoteStatistics:
 class RemoteTier:
     """Pages of one namespace in a store: a `PageSource`. Thread-safe. `observer` is told of every match, read and write.
 
-    `deadline_ms` bounds each call that is given no other deadline; the registration of the namespace is within it.
+    `deadline_ms` bounds each call without another deadline, including the registration of the namespace.
     """
 
     def __init__(
@@ -78,24 +78,24 @@ class RemoteTier:
 
     @property
     def is_failing(self) -> bool:
-        """A call has failed, and none has succeeded since."""
+        """True if a call has failed, and none has succeeded since."""
         return self._failing
 
     @property
     def is_paused(self) -> bool:
-        """No call is made now, because one has just failed."""
+        """True if no call is made now, because one has just failed."""
         return self._clock.now_ms() < self._paused_until_ms
 
     def connect(self) -> bool:
-        """Registers the namespace ahead of the first request, so that no request pays for it. False where that failed."""
+        """Registers the namespace before the first request, so that no request pays for it. Returns False if that failed."""
         return self._attempt("register", self.deadline_ms, 0, lambda _: True) is not None
 
     def match(self, hashes: Sequence[BlockHash]) -> MatchResult:
-        """How many leading pages are there, with a lease that covers reads until `deadline_ms` from now."""
+        """Returns how many leading pages are stored, with a lease that covers reads until `deadline_ms` from now."""
         return self._match(hashes, int(self.deadline_ms) + LEASE_MARGIN_MS)
 
     def count(self, hashes: Sequence[BlockHash]) -> int:
-        """How many leading pages are there, without a lease: each may be evicted at any time."""
+        """Returns how many leading pages are stored, without a lease: each may be evicted at any time."""
         return self._match(hashes, 0).hits[0]
 
     def read(
@@ -107,7 +107,7 @@ class RemoteTier:
         deadline_ms: float,
         on_layer: OnLayer | None = None,
     ) -> ReadResult:
-        """Fills one buffer per page. Pages that did not come whole and verified are misses. `on_layer` as in `PageStore.read`."""
+        """Fills one buffer per page. Pages that are not complete and verified are misses. `on_layer` as in `PageStore.read`."""
         started_ms = self._clock.now_ms()
         first_ms: list[float] = []
 
@@ -154,7 +154,7 @@ class RemoteTier:
             self._attempt("release", self.deadline_ms, 0, lambda _: self._store.release(lease))
 
     def write(self, hashes: Sequence[BlockHash], pages: Sequence[memoryview], *, deadline_ms: float | None = None) -> WriteResult:
-        """Stores pages; one verdict each, INCOMPLETE for all where the call failed."""
+        """Stores pages. Returns one verdict per page, INCOMPLETE for all if the call failed."""
         started_ms = self._clock.now_ms()
         given_ms = self.deadline_ms if deadline_ms is None else deadline_ms
         result = self._attempt(
@@ -196,7 +196,7 @@ class RemoteTier:
         return found
 
     def _attempt(self, verb: str, deadline_ms: float, size_bytes: int, call: Callable[[float], _T]) -> _T | None:
-        """The result of `call(left_ms)`, or None where it failed or was not made. It moves `size_bytes`."""
+        """Returns the result of `call(left_ms)`, or None if it failed or was not made. It moves `size_bytes`."""
         if self.is_paused:
             with self._lock:
                 self._statistics = replace(self._statistics, skipped=self._statistics.skipped + 1)
@@ -218,7 +218,9 @@ class RemoteTier:
         return result
 
     def _fail(self, verb: str, error: Exception, deadline_ms: float, size_bytes: int) -> None:
-        """Counts a failure, unless the call merely ran out of a time that a planner had cut short: no sign of a dead store."""
+        """Counts a failure, unless the call only exceeded a deadline that a planner had shortened, which is no sign of a dead
+        store.
+        """
         fair = had_fair_time(deadline_ms, size_bytes) or deadline_ms >= self.deadline_ms / 2
         if isinstance(error, DeadlineExceeded) and not fair:
             return

@@ -1,8 +1,8 @@
-"""The SHARED tier: pages in the memory of a store node on this host, used where they lie.
+"""The SHARED tier: pages in the memory of a store node on this host, used in place.
 
-Owns: `SharedTier`, which turns pages of a store into blocks of the worker's `PageWindow`, and `SharedPages`, one sequence's hold on
-such blocks. Invariant: bytes that were used are those of their pages if `SharedPages.intact` is true *after* the use, also where a
-page was recycled, a lease was lost or the node ended meanwhile.
+Owns: `SharedTier`, which turns pages of a store into blocks of the worker's `PageWindow`, and `SharedPages`, one sequence's use of
+such blocks. Invariant: the used bytes are those of their pages if `SharedPages.intact` is true *after* the use, even if a page was
+recycled, a lease was lost or the node ended meanwhile.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ from attnstore_worker.cache.store.remote import LEASE_MARGIN_MS
 _LOG = logging.getLogger(__name__)
 
 RENEW_PERIOD_MS: Final = LEASE_MARGIN_MS / 2
-"""Shorter than any lease of the worker, which is longer than the margin."""
+"""Shorter than any lease of the worker, because a lease is longer than the margin."""
 
 
 class SharedPages:
-    """The pages of one sequence that lie in a node's memory: `LentBlocks` of the window. `let_go` ends the lease."""
+    """The pages of one sequence in a node's memory: `LentBlocks` of the window. `let_go` ends the lease."""
 
     def __init__(
         self, block_ids: tuple[int, ...], pages: Sequence[MappedPage], lease: KeptLease, let_go: Callable[[KeptLease], None]
@@ -46,12 +46,12 @@ class SharedPages:
         self._stamps = [(extent, *_stamps(extent, stamped)) for extent, stamped in by_extent.items()]
 
     def intact(self) -> bool:
-        """Whether every page's bytes are still its own, and its lease is not known to be lost. Asked after use."""
+        """Returns whether every page's bytes are still its own, and its lease is not known to be lost. Called after use."""
         read_fence()
         return not self.lease.lost and all(bool((words[at] == stamps).all()) for _, words, at, stamps in self._stamps)
 
     def release(self) -> None:
-        """Ends the sequence's hold; the lease is released soon."""
+        """Ends the sequence's use; the lease is released soon."""
         self._let_go(self.lease)
 
 
@@ -68,8 +68,8 @@ class SharedTier:
         self._refusals: set[str] = set()
 
     def borrow(self, hashes: Sequence[BlockHash], lease: Lease) -> SharedPages | None:
-        """All the pages in place; the lease is kept until they are released. None, and the lease stays the caller's, where the node
-        is on another host or does not answer, or a page is gone or not aligned to the window's blocks.
+        """Returns all the pages in place; the lease is kept until they are released. Returns None, and the caller keeps the lease,
+        if the node is on another host or does not answer, or a page is gone or not aligned to the window's blocks.
         """
         try:
             views = self._store.view(self._namespace, hashes, lease=lease, deadline_ms=self._deadline_ms)
@@ -101,7 +101,7 @@ _Words = npt.NDArray[np.uint64]
 
 
 def _stamps(extent: MappedExtent, pages: Sequence[MappedPage]) -> tuple[_Words, npt.NDArray[Any], _Words]:
-    """The extent's stamp words, the indices of the pages' stamps among them, and the values that these must keep."""
+    """Returns the extent's stamp words, the indices of the pages' stamps in them, and the expected values."""
     words = np.frombuffer(extent.stamps, dtype=np.uint64)
     at = np.array([extent.stamp_index(place) for place, _ in pages], dtype=np.int64)
     return words, at, np.array([place.stamp for place, _ in pages], dtype=np.uint64)

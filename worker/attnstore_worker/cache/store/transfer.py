@@ -1,6 +1,6 @@
-"""What one call to a tier moved and how long it took.
+"""The size and duration of one call to a tier.
 
-Owns: `Transfer`, and `TransferObserver`, who is told of every one. Invariant: a transfer is over when it is told.
+Owns: `Transfer`, and `TransferObserver`, which receives every one. Invariant: a transfer is over when it is reported.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from attnstore_worker.cache.pool.tier import Tier
 
 
 class TransferKind(enum.Enum):
-    """What a tier was asked to do. The duration of a MATCH is a round trip, because it moves no page; so is that of an ATTEND,
-    which names to a node the pages that later queries on an attend stream are about.
+    """The kind of a call to a tier. The duration of a MATCH is a round trip, because it moves no page. So is that of an ATTEND,
+    which opens the pages for later queries on an attend stream.
     """
 
     MATCH = "match"
@@ -25,10 +25,10 @@ class TransferKind(enum.Enum):
 
 @dataclass(frozen=True, slots=True)
 class Transfer:
-    """One call to a tier that has ended. `pages` of `pages_asked` were found, verified or kept, `bytes` of them moved.
+    """One finished call to a tier. `pages` of `pages_asked` were found, verified or stored, `bytes` of them moved.
 
-    `first_byte_ms` is when the first bytes were known to be there, where the transport tells. A call has `failed` where it met an
-    error or its deadline, or was not made because the tier had failed just before; it may have moved some pages nevertheless.
+    `first_byte_ms` is when the first bytes had arrived, if the transport reports it. A call has `failed` if it met an error or its
+    deadline, or was skipped because the tier had failed just before; it may have moved some pages nevertheless.
     """
 
     tier: Tier
@@ -43,7 +43,7 @@ class Transfer:
 
 
 class TransferObserver(Protocol):
-    """Is told of every transfer, from the thread that made it. Must be quick."""
+    """Receives every transfer on the thread that made it. Must be fast."""
 
     def transferred(self, transfer: Transfer) -> None:
         """A call to a tier has ended."""
