@@ -10,6 +10,7 @@ from rich.table import Table
 from attnstore.command_line import CommandParser
 from attnstore.limits import THREADS_MAX
 from attnstore.option_types import Whole
+from experiments.loop_lag.calls import calls
 from experiments.loop_lag.measure import measure
 from experiments.options import COUNT
 
@@ -23,7 +24,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     arguments = parser.parse_args(argv)
     table = Table("RPC", "size", "loop lag ms", "loop busy ms", "lock held ms")
-    for row in measure(attend_threads=arguments.attend_threads, tries=arguments.tries):
+    for row in measure(attend_threads=arguments.attend_threads, tries=arguments.tries, calls=calls()):
         table.add_row(row.rpc, row.size, *(f"{value:.1f}" for value in (row.lag_ms, row.busy_ms, row.lock_ms)))
     Console().print(table)
     return 0

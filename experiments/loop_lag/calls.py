@@ -1,12 +1,13 @@
 """Every RPC of the service at its largest size, and a node's background work, as actions on a `WatchedNode`.
 
-Owns: `CALLS`. Requests are created before the timing, and answers are not decoded, because the node shares the process.
+Owns: `calls`. Requests are created before the timing, and answers are not decoded, because the node shares the process.
 """
 
 from __future__ import annotations
 
 import asyncio
 import hashlib
+import itertools
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
@@ -112,24 +113,34 @@ def _release(node: WatchedNode, channel: Any) -> Callable[[], object]:
     return lambda: _call(channel, "ReleaseLease", request)
 
 
-def _read(hashes: bytes) -> Prepare:
+def _read(hashes: bytes, streamed_pages: int) -> Prepare:
     def prepare(node: WatchedNode, channel: Any) -> Callable[[], object]:
         node.keep(HASHES)
         request = _encoded(messages.ReadRequest(namespace=SPACE.namespace, hashes=hashes))
-        return lambda: sum(1 for _ in channel.unary_stream(METHODS["Read"].path)(request, timeout=_TIMEOUT_S))
+
+        def take() -> None:
+            answers = channel.unary_stream(METHODS["Read"].path)(request, timeout=_TIMEOUT_S)
+            for _ in itertools.islice(answers, streamed_pages):
+                pass
+            answers.cancel()
+
+        return take
 
     return prepare
 
 
-def _write_many(node: WatchedNode, channel: Any) -> Callable[[], object]:
-    node.keep(HASHES)
+def _write_many(streamed_pages: int) -> Prepare:
+    def prepare(node: WatchedNode, channel: Any) -> Callable[[], object]:
+        node.keep(HASHES)
 
-    def pages() -> Iterator[bytes]:
-        page = bytes(LAYOUT.page_bytes)
-        for page_hash in HASHES:
-            yield chunks.encode_write_chunk(SPACE.namespace, page_hash, page_checksum(page), 0, memoryview(page))
+        def pages() -> Iterator[bytes]:
+            page = bytes(LAYOUT.page_bytes)
+            for page_hash in HASHES[:streamed_pages]:
+                yield chunks.encode_write_chunk(SPACE.namespace, page_hash, page_checksum(page), 0, memoryview(page))
 
-    return lambda: channel.stream_unary(METHODS["Write"].path)(pages(), timeout=_TIMEOUT_S)
+        return lambda: channel.stream_unary(METHODS["Write"].path)(pages(), timeout=_TIMEOUT_S)
+
+    return prepare
 
 
 def _write_large(node: WatchedNode, channel: Any) -> Callable[[], object]:
@@ -206,50 +217,57 @@ def _trim(node: WatchedNode, channel: Any) -> Callable[[], object]:
     return lower
 
 
-CALLS: Final = (
-    Call("Describe", f"{NAMESPACES_MAX} namespaces", _many_namespaces("Describe", b"")),
-    Call("Stats", f"{NAMESPACES_MAX} namespaces", _many_namespaces("Stats", b"")),
-    Call(
-        "RegisterLayout",
-        f"{NAMESPACES_MAX} namespaces",
-        _many_namespaces(
+def calls(streamed_pages: int = HASHES_MAX) -> tuple[Call, ...]:
+    """Every call, in an order in which each finds the node in the state that it needs.
+
+    A Read asks for `HASHES_MAX` pages and ends after the answers for the first `streamed_pages`; a Write sends as many. Each page
+    of a stream is a message of its own and costs the same wherever it stands, so a part of a stream has the longest pause as well.
+    """
+    return (
+        Call("Describe", f"{NAMESPACES_MAX} namespaces", _many_namespaces("Describe", b"")),
+        Call("Stats", f"{NAMESPACES_MAX} namespaces", _many_namespaces("Stats", b"")),
+        Call(
             "RegisterLayout",
-            _encoded(messages.RegisterLayoutRequest(namespace=SPACE.namespace, layout=messages.layout_to_wire(LAYOUT))),
+            f"{NAMESPACES_MAX} namespaces",
+            _many_namespaces(
+                "RegisterLayout",
+                _encoded(messages.RegisterLayoutRequest(namespace=SPACE.namespace, layout=messages.layout_to_wire(LAYOUT))),
+            ),
         ),
-    ),
-    Call("Match", f"{HASHES_MAX} hashes of one prefix, leased", _kept(lambda: _match([_JOINED], LEASE_MS_MAX), "Match")),
-    Call("Match", f"{HASHES_MAX} hashes of one prefix", _kept(lambda: _match([_JOINED], 0), "Match")),
-    Call("Match", f"{HASHES_MAX} prefixes of one hash", _kept(lambda: _match(HASHES, 0), "Match")),
-    Call(
-        "Match",
-        f"{MESSAGE_BYTES_MAX // 2} prefixes of none, refused",
-        _unary("Match", _match([b""] * (MESSAGE_BYTES_MAX // 2 - 64), 0)),
-    ),
-    Call("Read", f"{HASHES_MAX} pages", _read(_JOINED)),
-    Call("Read", f"{HASHES_MAX} hashes, all missing", _read(b"".join(page_hash[::-1] for page_hash in HASHES))),
-    Call("Write", f"{HASHES_MAX} pages", _write_many),
-    Call("Write", f"one page of {_BIG.page_bytes // MIB} MiB", _write_large),
-    Call("RenewLease", f"{HASHES_MAX} pages", _renew),
-    Call("ReleaseLease", f"{HASHES_MAX} pages", _release),
-    Call(
-        "Delete",
-        f"{HASHES_MAX} pages",
-        _kept(lambda: _encoded(messages.DeleteRequest(namespace=SPACE.namespace, hashes=_JOINED)), "Delete"),
-    ),
-    Call(
-        "Verify",
-        f"{HASHES_MAX} hashes, refused",
-        _unary("Verify", _encoded(messages.VerifyRequest(namespace=SPACE.namespace, hashes=_JOINED))),
-    ),
-    Call(
-        "OpenChannel",
-        "a name of 4 MiB, refused",
-        _unary("OpenChannel", _encoded(messages.OpenChannelRequest(transport="\x01" * (MESSAGE_BYTES_MAX - 64)))),
-    ),
-    Call("Watch", f"{_WATCHERS} watchers of {HASHES_MAX} deletions", _watch),
-    Call("Attend", f"8 sets of {ATTEND_HASHES_MAX} pages, opened and closed", _attend),
-    Call("(leases expire)", f"{LEASES_MAX} at once", _expire),
-    Call("(quota is lowered)", f"to 64 MiB, with {HASHES_MAX} pages", _trim),
-)
-"""In an order in which each action finds the node in the state that it needs."""
-assert {call.rpc for call in CALLS if not call.rpc.startswith("(")} == set(METHODS), "an RPC is not measured"
+        Call("Match", f"{HASHES_MAX} hashes of one prefix, leased", _kept(lambda: _match([_JOINED], LEASE_MS_MAX), "Match")),
+        Call("Match", f"{HASHES_MAX} hashes of one prefix", _kept(lambda: _match([_JOINED], 0), "Match")),
+        Call("Match", f"{HASHES_MAX} prefixes of one hash", _kept(lambda: _match(HASHES, 0), "Match")),
+        Call(
+            "Match",
+            f"{MESSAGE_BYTES_MAX // 2} prefixes of none, refused",
+            _unary("Match", _match([b""] * (MESSAGE_BYTES_MAX // 2 - 64), 0)),
+        ),
+        Call("Read", f"{HASHES_MAX} pages", _read(_JOINED, streamed_pages)),
+        Call("Read", f"{HASHES_MAX} hashes, all missing", _read(b"".join(page_hash[::-1] for page_hash in HASHES), streamed_pages)),
+        Call("Write", f"{HASHES_MAX} pages", _write_many(streamed_pages)),
+        Call("Write", f"one page of {_BIG.page_bytes // MIB} MiB", _write_large),
+        Call("RenewLease", f"{HASHES_MAX} pages", _renew),
+        Call("ReleaseLease", f"{HASHES_MAX} pages", _release),
+        Call(
+            "Delete",
+            f"{HASHES_MAX} pages",
+            _kept(lambda: _encoded(messages.DeleteRequest(namespace=SPACE.namespace, hashes=_JOINED)), "Delete"),
+        ),
+        Call(
+            "Verify",
+            f"{HASHES_MAX} hashes, refused",
+            _unary("Verify", _encoded(messages.VerifyRequest(namespace=SPACE.namespace, hashes=_JOINED))),
+        ),
+        Call(
+            "OpenChannel",
+            "a name of 4 MiB, refused",
+            _unary("OpenChannel", _encoded(messages.OpenChannelRequest(transport="\x01" * (MESSAGE_BYTES_MAX - 64)))),
+        ),
+        Call("Watch", f"{_WATCHERS} watchers of {HASHES_MAX} deletions", _watch),
+        Call("Attend", f"8 sets of {ATTEND_HASHES_MAX} pages, opened and closed", _attend),
+        Call("(leases expire)", f"{LEASES_MAX} at once", _expire),
+        Call("(quota is lowered)", f"to 64 MiB, with {HASHES_MAX} pages", _trim),
+    )
+
+
+assert {call.rpc for call in calls() if not call.rpc.startswith("(")} == set(METHODS), "an RPC is not measured"

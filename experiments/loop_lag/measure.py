@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import grpc
 
-from experiments.loop_lag.calls import CALLS, Call
+from experiments.loop_lag.calls import Call
 from experiments.loop_lag.node import WatchedNode, bulk_traffic
 
 
@@ -24,7 +24,7 @@ class Lag:
     lock_ms: float
 
 
-def measure(*, attend_threads: int, tries: int, calls: tuple[Call, ...] = CALLS) -> Iterator[Lag]:
+def measure(*, attend_threads: int, tries: int, calls: Sequence[Call]) -> Iterator[Lag]:
     """Yields a row for each call, as soon as it is known."""
     with (
         WatchedNode(attend_threads=attend_threads) as node,

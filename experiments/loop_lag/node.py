@@ -84,8 +84,10 @@ class WatchedNode:
         self.lock.take()
 
     def keep(self, hashes: list[bytes], space: Space = SPACE, layout: PageLayout = LAYOUT) -> None:
-        """Stores a page under each hash, on this thread."""
+        """Stores a page under each hash that has none, on this thread."""
         self.store.spaces.register(space, layout)
+        if self.store.match(space, [hashes], lease_ms=0).hits == (len(hashes),):
+            return
         page = bytes(layout.page_bytes)
         checksum = page_checksum(page)
         for page_hash in hashes:
