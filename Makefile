@@ -97,5 +97,5 @@ bench: setup
 
 ## make clean     remove .venv and every cache
 clean:
-	rm -rf .venv .venv-vllm build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	rm -rf .venv .venv-vllm build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache .numba_cache
 	find attnstore worker experiments tests -name __pycache__ -type d -prune -exec rm -rf {} +

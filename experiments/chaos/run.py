@@ -66,11 +66,11 @@ def cluster_environment(environment: Mapping[str, str]) -> dict[str, str]:
 def run_chaos(seed: int, run_s: float, volumes: Path, environment: Mapping[str, str], report: Report) -> Verdict:
     """Runs the warm-up and `run_s` seconds of load with the faults of `seed`."""
     load_s = WARM_UP_S + run_s
-    report("computing the reference texts, without a store")
-    texts = _reference_texts()
     calls: list[Call] = []
     healed: list[Healed] = []
     with ExitStack() as stack:
+        report("computing the reference texts, without a store, while the cluster starts")
+        reference = _begin_reference(stack)
         variables = cluster_environment(environment)
         tenants = Tenants(Path(stack.enter_context(tempfile.TemporaryDirectory())), variables["ATTNSTORE_TOKEN"])
         cluster = stack.enter_context(
@@ -79,6 +79,7 @@ def run_chaos(seed: int, run_s: float, volumes: Path, environment: Mapping[str, 
             )
         )
         tenants.limit(cluster)
+        texts = _texts_of(reference)
         began_s = time.monotonic()
         clients = [_begin_client(stack, cluster, number, seed, load_s) for number in range(CLIENTS)]
         token = variables["ATTNSTORE_WORKER_TOKEN"]
@@ -169,10 +170,18 @@ class WorkerLoad:
         return Call(self._name, "complete", began_s, time.monotonic(), _ANSWER_S, asked, hits, wrong, error)
 
 
-def _reference_texts() -> dict[str, str]:
+def _begin_reference(stack: ExitStack) -> subprocess.Popen[str]:
     command = [sys.executable, "-m", "experiments.chaos.reference", f"--tokens={_TOKENS}"]
-    done = subprocess.run(command, cwd=PROJECT, stdout=subprocess.PIPE, text=True, timeout=_REFERENCE_S_MAX, check=True)
-    texts: dict[str, str] = json.loads(done.stdout)
+    process = stack.enter_context(subprocess.Popen(command, cwd=PROJECT, stdout=subprocess.PIPE, text=True))
+    stack.callback(process.kill)
+    return process
+
+
+def _texts_of(reference: subprocess.Popen[str]) -> dict[str, str]:
+    printed, _ = reference.communicate(timeout=_REFERENCE_S_MAX)
+    if reference.returncode != 0:
+        raise RuntimeError(f"the reference texts were not computed: exit status {reference.returncode}")
+    texts: dict[str, str] = json.loads(printed)
     return texts
 
 

@@ -21,7 +21,8 @@ from experiments.compose_local.container import Container
 from experiments.compose_local.executables import missing_program
 from experiments.compose_local.published import PortRelay
 
-_POLL_S: Final = 0.25
+_POLL_S: Final = 1.0
+"""A look at a service's health starts a process in its container; services that start need the cores themselves."""
 HEALTHY_S_MAX: Final = 180.0
 """A first start converts the model."""
 

@@ -13,7 +13,7 @@ from experiments.chaos.run import run_chaos
 from tests.volumes import seed_models
 
 SEED = 2026
-RUN_S = 100.0
+RUN_S = 95.0
 """Contains a killed node, a cut link, a killed directory, and each misbehaving caller."""
 
 
