@@ -1,7 +1,7 @@
-"""The experiments run with the models and the store of the worker's tests."""
+"""The experiments run with one compute thread and the store of the worker's tests."""
 
 from __future__ import annotations
 
-from tests.worker.conftest import _one_compute_thread, model, store, tiny, tiny_folder
+from tests.worker.conftest import _one_compute_thread, store
 
-__all__ = ["_one_compute_thread", "model", "store", "tiny", "tiny_folder"]
+__all__ = ["_one_compute_thread", "store"]

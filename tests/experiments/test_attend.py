@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from attnstore_worker.model import LoadedModel, load_model
+from attnstore_worker.model import LoadedModel
 from experiments.attend.__main__ import _as_json
 from experiments.attend.real_model import Cell, documents, measure
 from experiments.attend.rows import MODES, Row, attend_ms, fetch_ms, table
@@ -36,8 +36,7 @@ def test_synthetic_pages_give_rows_whose_bytes_do_not_depend_on_the_context() ->
 
 
 @pytest.mark.slow
-def test_every_mode_gives_the_resident_tokens() -> None:
-    model: LoadedModel = load_model()
+def test_every_mode_gives_the_resident_tokens(model: LoadedModel) -> None:
     [listing] = documents(model, 96, 1, repeating=True)
     rows = measure(model, listing, [Cell(0.0, 10.0, MODES[1:], 8, 3)], capacity="128MiB", threads=1)
     assert [row.mode for row in rows] == list(MODES)
@@ -49,8 +48,7 @@ def test_every_mode_gives_the_resident_tokens() -> None:
 
 
 @pytest.mark.slow
-def test_a_context_of_which_half_is_here_gives_the_resident_tokens_too() -> None:
-    model: LoadedModel = load_model()
+def test_a_context_of_which_half_is_here_gives_the_resident_tokens_too(model: LoadedModel) -> None:
     [prose] = documents(model, 640, 1, repeating=False)
     cell = Cell(2.0, 1.0, ("attend_speculative",), 8, 2, resident_share=0.5)
     resident, half = measure(model, prose, [cell], capacity="256MiB", threads=1)
