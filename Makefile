@@ -2,7 +2,8 @@
 PYTHON ?= python3
 PYTEST_ARGS ?=
 EXTRAS ?=
-TEST_PROCESSES ?= 2
+# One more than the cores: many tests wait, for example for a node to start.
+TEST_PROCESSES ?= $(shell expr $$(nproc) + 1)
 BENCH_ARGS ?=
 
 BIN := .venv/bin
@@ -17,7 +18,7 @@ STUBS := attnstore/wire/v1
 protoc = $(BIN)/python -m grpc_tools.protoc -I$(STUBS)=$(dir $(PROTO)) --plugin=$(BIN)/protoc-gen-mypy_grpc \
 	--python_out=$(1) --pyi_out=$(1) --grpc_python_out=$(1) --mypy_grpc_out=quiet:$(1) $(PROTO)
 
-.PHONY: help setup tools demo test lint types layers wheels proto proto-check bench clean
+.PHONY: help setup tools demo test checks lint types layers wheels proto proto-check bench clean
 .DEFAULT_GOAL := help
 
 help:
@@ -67,6 +68,10 @@ $(VLLM_STAMP): pyproject.toml
 ## make wheels    build the wheel, install it with each extra into an empty environment and import it (EXTRAS="redis copying")
 wheels: setup
 	$(BIN)/python -m tests.wheels $(EXTRAS)
+
+## make checks    every check, several at once, and what each prints in one piece
+checks: setup
+	@$(MAKE) --no-print-directory --jobs=2 --output-sync=target types lint layers proto-check
 
 ## make lint      ruff: style and format
 lint: setup

@@ -29,7 +29,6 @@ def test_scaling_is_judged_against_one_node(gb_per_s: float, verdict: str) -> No
     assert verdict in shown.splitlines()[3]
 
 
-@pytest.mark.alone
 @pytest.mark.slow
 @pytest.mark.netns
 @pytest.mark.redis

@@ -72,7 +72,6 @@ def test_bounds_are_judged_by_the_rows(rows: list[dict[str, Any]], verdicts: lis
     assert list(claims(rows).columns[3].cells) == verdicts
 
 
-@pytest.mark.alone
 @pytest.mark.slow
 def test_a_small_real_run_gives_rows_that_the_report_reads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("experiments.penalty.__main__.QUICK", SMALL)
