@@ -12,21 +12,25 @@ needs its place, or after `NAMESPACE_EMPTY_MS_MAX`, so that a long-lived node do
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 from attnstore.core.fair_share import FairShares
 from attnstore.core.layout import PageLayout
 from attnstore.core.page import NamespaceRecord, Page
-from attnstore.core.slots import SlotClass
+from attnstore.core.room import RoomMaker
+from attnstore.core.slots import SlotClass, SlotPool
+from attnstore.core.statistics import SpaceStatistics
 from attnstore.errors import LayoutMismatch, NamespaceUnknown
 from attnstore.limits import HASH_BYTES, NAMESPACE_EMPTY_MS_MAX, NAMESPACES_MAX
 from attnstore.types import Space
 
 
 class Namespaces:
-    """The registry of namespaces of `tenants` tenants."""
+    """The registry of namespaces of `tenants` tenants, whose pages lie in `slots` and make room by `room`."""
 
-    def __init__(self, tenants: int = 1) -> None:
+    def __init__(self, slots: SlotPool, room: RoomMaker, tenants: int = 1) -> None:
+        self._slots = slots
+        self._room = room
         self._records: dict[Space, NamespaceRecord] = {}
         self._empty: dict[Space, float | None] = {}  # time at which a sweep first saw it empty
         self._of_class: Counter[SlotClass] = Counter()
@@ -34,10 +38,6 @@ class Namespaces:
 
     def __iter__(self) -> Iterator[NamespaceRecord]:
         return iter(self._records.values())
-
-    def get(self, space: Space) -> NamespaceRecord | None:
-        """Returns the record, or None if the space is not registered."""
-        return self._records.get(space)
 
     def find(self, space: Space) -> NamespaceRecord:
         """Returns the record. Raises `NamespaceUnknown`, also if only another tenant registered the namespace."""
@@ -51,14 +51,29 @@ class Namespaces:
         record = self._records.get(space)
         return {} if record is None else record.sealed
 
-    def known(self, space: Space, layout: PageLayout) -> NamespaceRecord | None:
+    def register(self, space: Space, layout: PageLayout) -> int:
+        """Registers a tenant's namespace, idempotently, and returns the number of its pages that would fit the whole arena.
+
+        Raises `LayoutMismatch`, `InvalidArgument` if a page is larger than an extent, or `Overloaded` if the tenant has used its
+        share of namespaces and all of them have pages.
+        """
+        record = self._known(space, layout)
+        if record is None:
+            while (spare := self._spare(space.tenant)) is not None:
+                self._forget(spare)
+            slot_class = self._slots.slot_class(space.tenant, layout.page_bytes)
+            record = NamespaceRecord(space, layout, slot_class, self._room.policy_of(slot_class))
+            self._add(record)
+        return self._slots.extents * record.slot_class.slots_per_extent
+
+    def _known(self, space: Space, layout: PageLayout) -> NamespaceRecord | None:
         """Returns the record if it has this layout, or None if there is none. Raises `LayoutMismatch`."""
         record = self._records.get(space)
         if record is not None and record.layout != layout:
             raise LayoutMismatch(f"namespace {space.namespace.hex()} is registered with {record.layout}, not with {layout}")
         return record
 
-    def spare(self, tenant: str) -> NamespaceRecord | None:
+    def _spare(self, tenant: str) -> NamespaceRecord | None:
         """Returns the empty space that must be forgotten before the tenant may add another, preferring one of its own.
 
         Returns None if there is room. Raises `Overloaded` if there is neither room nor an empty space.
@@ -72,8 +87,8 @@ class Namespaces:
             return None
         return self._records[oldest]
 
-    def add(self, record: NamespaceRecord) -> None:
-        """Adds a space for which `known` and `spare` returned None."""
+    def _add(self, record: NamespaceRecord) -> None:
+        """Adds a space for which `_known` and `_spare` returned None."""
         assert len(record.space.namespace) == HASH_BYTES, f"a namespace has {HASH_BYTES} bytes"
         assert record.space not in self._records
         self._shares.take(record.space.tenant)
@@ -90,26 +105,31 @@ class Namespaces:
         if not record.has_pages:
             self._empty[record.space] = None
 
-    def long_empty(self, now_ms: float) -> list[NamespaceRecord]:
-        """Returns the spaces without pages for `NAMESPACE_EMPTY_MS_MAX`, as seen by earlier calls. O(empty spaces)."""
-        found = []
+    def forget_empty(self, now_ms: float) -> None:
+        """Forgets the spaces that earlier calls saw without pages `NAMESPACE_EMPTY_MS_MAX` ago. O(empty spaces)."""
+        long_empty = []
         for space, since_ms in self._empty.items():
             if since_ms is None:
                 self._empty[space] = now_ms
             elif now_ms - since_ms >= NAMESPACE_EMPTY_MS_MAX:
-                found.append(self._records[space])
-        return found
+                long_empty.append(self._records[space])
+        for record in long_empty:
+            self._forget(record)
 
-    def forget(self, record: NamespaceRecord) -> bool:
-        """Removes an empty space. Returns whether no other space uses its slot class."""
+    def _forget(self, record: NamespaceRecord) -> None:
+        """Removes an empty space, and its slot class if no other space uses it."""
         del self._empty[record.space]
         del self._records[record.space]
         self._shares.give_back(record.space.tenant)
         self._of_class[record.slot_class] -= 1
-        if self._of_class[record.slot_class]:
-            return False
-        del self._of_class[record.slot_class]
-        return True
+        if not self._of_class[record.slot_class]:
+            del self._of_class[record.slot_class]
+            self._room.forget(record.slot_class)
+
+    def statistics(self, spaces: Sequence[Space]) -> list[SpaceStatistics]:
+        """Returns a snapshot of each registered space, in order; unknown spaces are left out."""
+        records = [record for space in spaces if (record := self._records.get(space)) is not None]
+        return [SpaceStatistics(record.space, record.layout, len(record.sealed), len(record.arriving)) for record in records]
 
     def check(self) -> None:
         """Asserts the module's invariants. O(spaces); for tests."""

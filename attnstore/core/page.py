@@ -1,4 +1,4 @@
-"""One page: the states of its life, its record in the page table, and the handles for writers and readers.
+"""One page: the states of its life, its record in the page table, the handles for writers and readers, and what a match finds.
 
 Owns: the transition table of a page's life.
 Invariant: a page changes its state only along `PAGE_LIFE`; a step that is not in the table is a bug and raises `AssertionError`.
@@ -208,3 +208,14 @@ class PinnedPage:
             return self.record.checksum
         first, last = begin // self.layer_bytes, end // self.layer_bytes
         return range_checksum(self.record.layers[LAYER_CHECKSUM_BYTES * first : LAYER_CHECKSUM_BYTES * last])
+
+
+@dataclass(frozen=True, slots=True)
+class MatchOutcome:
+    """`hits[i]` is the number of leading sealed pages of prefix i. `lease_id` is None and `lease_ms` is 0 if no lease was requested
+    or nothing was found.
+    """
+
+    hits: tuple[int, ...]
+    lease_id: bytes | None
+    lease_ms: int

@@ -16,42 +16,31 @@ values and events, so that a simulation repeats exactly from its seed. Not threa
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 from attnstore.core.events import EventLog
 from attnstore.core.eviction import EvictionPolicy, LeastRecentlyUsed
-from attnstore.core.layout import PageLayout
 from attnstore.core.lease import LeaseTable
 from attnstore.core.namespaces import Namespaces
-from attnstore.core.page import ArrivingPage, NamespaceRecord, Page, PageState, PageStep, PinnedPage
+from attnstore.core.page import ArrivingPage, MatchOutcome, NamespaceRecord, Page, PageState, PageStep, PinnedPage
 from attnstore.core.pins import Pins
 from attnstore.core.quota import Quotas
 from attnstore.core.residency import Residency
 from attnstore.core.room import Room, RoomMaker
 from attnstore.core.slots import SlotPool
-from attnstore.core.statistics import PageTableStatistics, SpaceStatistics
+from attnstore.core.statistics import PageTableStatistics
 from attnstore.core.tombstones import Tombstones
-from attnstore.limits import HASH_BYTES, LEASE_MS_MAX, PAGE_AGE_MS_MAX, TOMBSTONE_MARGIN_MS
+from attnstore.limits import HASH_BYTES, LEASE_MS_MAX, PAGE_AGE_MS_MAX
 from attnstore.types import PageEvent, PageEventKind, PageStatus, Space
 
 __all__ = ["ArrivingPage", "MatchOutcome", "PageTable", "PinnedPage", "Room"]
 
 
-@dataclass(frozen=True, slots=True)
-class MatchOutcome:
-    """`hits[i]` is the number of leading sealed pages of prefix i. `lease_id` is None and `lease_ms` is 0 if no lease was requested
-    or nothing was found.
-    """
-
-    hits: tuple[int, ...]
-    lease_id: bytes | None
-    lease_ms: int
-
-
 class PageTable:
     """See the module. Methods that take a space raise `NamespaceUnknown` if the space is not registered.
+
+    `namespaces` registers spaces, `pins` renews and ends leases, and `quotas` limits tenants.
 
     The constructor raises `InvalidArgument` if capacity and extent size give no extent. The limits are shared among `tenants`
     tenants. `new_lease_id` must return 16 bytes that are unique and unpredictable, because anyone who knows a lease id can renew
@@ -69,13 +58,13 @@ class PageTable:
     ) -> None:
         self._slots = SlotPool(capacity_bytes, extent_bytes)
         self._residency = Residency(self._slots.extents, tenants)
-        self._namespaces = Namespaces(tenants)
         self._leases = LeaseTable(new_lease_id, tenants)
         self._events = EventLog()
-        self._quotas = Quotas()
+        self.quotas = Quotas()
         self._tombstones = Tombstones()
-        self._pins = Pins(self._residency, self._leases, self._free_corrupt)
-        self._room = RoomMaker(self._slots, self._residency, self._quotas, self._pins, policy, self._evict)
+        self.pins = Pins(self._residency, self._leases, self._free_corrupt)
+        self._room = RoomMaker(self._slots, self._residency, self.quotas, self.pins, policy, self._evict)
+        self.namespaces = Namespaces(self._slots, self._room, tenants)
         self._used_bytes = 0
         self._sealed = 0
         self._arriving = 0
@@ -86,43 +75,10 @@ class PageTable:
         self._verified = 0
         self._corrupt = 0
 
-    def register(self, space: Space, layout: PageLayout) -> int:
-        """Registers a tenant's namespace, idempotently, and returns the number of its pages that would fit the whole arena.
-
-        Raises `LayoutMismatch`, `InvalidArgument` if a page is larger than an extent, or `Overloaded` if the tenant has used its
-        share of namespaces and all of them have pages.
-        """
-        record = self._namespaces.known(space, layout)
-        if record is None:
-            while (spare := self._namespaces.spare(space.tenant)) is not None:
-                self._forget(spare)
-            slot_class = self._slots.slot_class(space.tenant, layout.page_bytes)
-            record = NamespaceRecord(space, layout, slot_class, self._room.policy_of(slot_class))
-            self._namespaces.add(record)
-        return self._slots.extents * record.slot_class.slots_per_extent
-
-    def limit_tenants(self, quota_bytes: Mapping[str, int]) -> None:
-        """Sets how many bytes the pages of each tenant may take. Tenants not named are unlimited. See `Quotas.limit`."""
-        self._quotas.limit(quota_bytes)
-
-    def layout_of(self, space: Space) -> PageLayout:
-        """The layout of a space."""
-        return self._namespaces.find(space).layout
-
     @property
     def extents(self) -> int:
         """The number of extents of the arena."""
         return self._slots.extents
-
-    @property
-    def stored_pages(self) -> int:
-        """The number of pages sealed since the start."""
-        return self._stored
-
-    @property
-    def leased_pages(self) -> int:
-        """The number of pages leased since the start; a page counts once per lease."""
-        return self._leases.leased_pages
 
     def pages_in(self, extent: int) -> list[Page]:
         """Returns the records of all pages of an extent, including arriving ones, in order of arrival."""
@@ -145,7 +101,7 @@ class PageTable:
         chain is evicted from its tail. O(1) per hash, independent of the size of the table.
         Raises `Overloaded` if the lease would exceed the tenant's share; nothing has changed then.
         """
-        record = self._namespaces.find(space)
+        record = self.namespaces.find(space)
         found: list[Page] = []
         hits = []
         asked = 0
@@ -162,9 +118,9 @@ class PageTable:
         granted_ms = 0
         if found and lease_ms > 0:
             granted_ms = min(lease_ms, LEASE_MS_MAX)
-            lease_id = self._pins.lease(record, found, granted_ms, now_ms, lease_id)
+            lease_id = self.pins.lease(record, found, granted_ms, now_ms, lease_id)
         else:
-            self._pins.touch(record, found[::-1])
+            self.pins.touch(record, found[::-1])
         self._hit += len(found)
         self._missed += asked - len(found)
         return MatchOutcome(tuple(hits), lease_id, granted_ms)
@@ -179,7 +135,7 @@ class PageTable:
         A lease of another space counts as expired. The lease need not cover the page. Raises `Overloaded` if the tenant already
         keeps its share of the memory in place.
         """
-        record = self._namespaces.find(space)
+        record = self.namespaces.find(space)
         page = record.sealed.get(page_hash)
         status = PageStatus.OK if page is not None else PageStatus.MISSING
         if lease_id is not None:
@@ -188,10 +144,10 @@ class PageTable:
                 status = PageStatus.LEASE_EXPIRED
         if page is None or status is not PageStatus.OK:
             return status
-        if not page.extent.busy and not self._pins.may_busy(space.tenant, now_ms):
+        if not page.extent.busy and not self.pins.may_busy(space.tenant, now_ms):
             self._residency.require_room(space.tenant, (page,))
         page.readers += 1
-        self._pins.hold(record, (page,))
+        self.pins.hold(record, (page,))
         return PinnedPage(page)
 
     def use(
@@ -200,14 +156,14 @@ class PageTable:
         """Returns what `pin` returns for each hash, in order, without keeping a pin: the caller must finish with the pages before
         the next command.
         """
-        record = self._namespaces.find(space)
+        record = self.namespaces.find(space)
         if lease_id is not None:
             lease = self._leases.find(lease_id, now_ms)
             if lease is None or lease.namespace is not record:
                 return [PageStatus.LEASE_EXPIRED] * len(page_hashes)
         pages = [record.sealed.get(page_hash) for page_hash in page_hashes]
         found = [page for page in pages if page is not None]
-        self._pins.touch(record, found)
+        self.pins.touch(record, found)
         return [PageStatus.MISSING if page is None else PinnedPage(page) for page in pages]
 
     def unpin(self, page: PinnedPage) -> None:
@@ -215,7 +171,7 @@ class PageTable:
         record = page.record
         assert record.readers > 0, "the page is unpinned more often than it was pinned"
         record.readers -= 1
-        self._pins.let_go(record.namespace, (record,))
+        self.pins.let_go(record.namespace, (record,))
 
     def prepare(
         self, space: Space, page_hash: bytes, checksum: int, now_ms: float, age_ms: int = 0
@@ -230,14 +186,14 @@ class PageTable:
         known to have been written later.
         """
         assert len(page_hash) == HASH_BYTES, f"a hash has {HASH_BYTES} bytes"
-        record = self._namespaces.find(space)
+        record = self.namespaces.find(space)
         present = record.sealed.get(page_hash)
         if present is not None:
-            self._pins.touch(record, (present,))
+            self.pins.touch(record, (present,))
             return PageStatus.ALREADY_PRESENT
         if page_hash in record.arriving:
             return PageStatus.ARRIVING
-        if age_ms and self._is_deleted(space, page_hash, now_ms - age_ms, now_ms):
+        if age_ms and self._tombstones.cover(space, page_hash, now_ms - age_ms, now_ms):
             return PageStatus.DELETED
         slot = self._room.free_slot(record) if age_ms else self._room.slot_for(record, now_ms)
         if slot is Room.MAKING:
@@ -250,12 +206,12 @@ class PageTable:
             page.is_handed_over = True
         page.advance(PageStep.PREPARE)
         if not (record.sealed or record.arriving):
-            self._namespaces.filled(record)
+            self.namespaces.filled(record)
         record.arriving[page_hash] = page
         self._residency.arrived(page)
         self._arriving += 1
         self._used_bytes += slot.size_bytes
-        self._quotas.took(record.space.tenant, slot.size_bytes)
+        self.quotas.took(record.space.tenant, slot.size_bytes)
         return ArrivingPage(page)
 
     def complete(self, page: ArrivingPage, now_ms: float, layers: bytes = b"") -> PageStatus:
@@ -270,7 +226,7 @@ class PageTable:
         if not arrived.is_handed_over:
             self._tombstones.remove(record.space, arrived.hash)
             arrived.written_ms = now_ms
-        elif self._is_deleted(record.space, arrived.hash, arrived.written_ms, now_ms):
+        elif self._tombstones.cover(record.space, arrived.hash, arrived.written_ms, now_ms):
             self.abort(page)
             return PageStatus.DELETED
         arrived.advance(PageStep.COMPLETE)
@@ -294,24 +250,13 @@ class PageTable:
         del abandoned.namespace.arriving[abandoned.hash]
         self._arriving -= 1
         self._residency.abandoned(abandoned)
-        self._namespaces.lost_page(abandoned.namespace)
+        self.namespaces.lost_page(abandoned.namespace)
         self._free(abandoned)
 
     def holds(self, space: Space, lease_id: bytes, now_ms: float) -> bool:
         """Returns whether the lease is alive and belongs to this space."""
         lease = self._leases.find(lease_id, now_ms)
-        return lease is not None and lease.namespace is self._namespaces.find(space)
-
-    def renew(self, tenant: str, lease_id: bytes, lease_ms: int, now_ms: float) -> int:
-        """Extends a tenant's lease to at least `lease_ms` (at most `LEASE_MS_MAX`) from now. Returns its new remaining time in ms.
-
-        Raises `LeaseExpired`.
-        """
-        return self._leases.renew(tenant, lease_id, lease_ms, now_ms)
-
-    def release(self, tenant: str, lease_id: bytes, now_ms: float) -> bool:
-        """Ends a tenant's lease. Returns False if it had expired or never existed. Releases its pages, or some as `expire` does."""
-        return self._pins.release(tenant, lease_id, now_ms)
+        return lease is not None and lease.namespace is self.namespaces.find(space)
 
     def delete(self, space: Space, page_hashes: Sequence[bytes], now_ms: float) -> list[PageStatus]:
         """Removes sealed pages. Returns for each page OK, MISSING, or PINNED if a lease or a reader holds it.
@@ -319,8 +264,8 @@ class PageTable:
         An expired lease holds its pages until `expire` has released them. For `TOMBSTONE_MS_MAX`, other nodes cannot hand over
         (`prepare`) the pages that were not PINNED.
         """
-        self._pins.settle(now_ms)
-        record = self._namespaces.find(space)
+        self.pins.settle(now_ms)
+        record = self.namespaces.find(space)
         return [self._delete(record, page_hash, now_ms) for page_hash in page_hashes]
 
     def _delete(self, record: NamespaceRecord, page_hash: bytes, now_ms: float) -> PageStatus:
@@ -335,7 +280,7 @@ class PageTable:
 
     def deleted_elsewhere(self, space: Space, page_hash: bytes, deleted_ms: float, now_ms: float) -> None:
         """Records that another node deleted the page at `deleted_ms`. Removes it unless it was written later or is pinned."""
-        page = self._namespaces.sealed_in(space).get(page_hash)
+        page = self.namespaces.sealed_in(space).get(page_hash)
         if page is not None and page.written_ms >= deleted_ms:
             return
         self._tombstones.add(space, page_hash, deleted_ms, now_ms)
@@ -344,7 +289,7 @@ class PageTable:
 
     def peek(self, space: Space, page_hash: bytes) -> PinnedPage | None:
         """Returns a sealed page for `verified` without pinning or using it: its slot may be given to another page at any time."""
-        page = self._namespaces.find(space).sealed.get(page_hash)
+        page = self.namespaces.find(space).sealed.get(page_hash)
         return None if page is None else PinnedPage(page)
 
     def verified(self, page: PinnedPage, now_ms: float, *, intact: bool) -> bool:
@@ -367,22 +312,9 @@ class PageTable:
             self._free_corrupt(record)
         return True
 
-    def has_due(self, now_ms: float) -> bool:
-        """Returns False if `expire` would find nothing to release."""
-        return self._pins.has_due(now_ms)
-
-    def expire(self, now_ms: float) -> float | None:
-        """Ends the leases that have expired and releases the pages of ended leases: see `Pins.expire`."""
-        return self._pins.expire(now_ms)
-
     def trim(self) -> bool:
         """Evicts up to `WORK_PAGES_MAX` pages of tenants that exceed their quotas. Returns True if there is more to evict."""
         return self._room.trim()
-
-    def forget_empty(self, now_ms: float) -> None:
-        """Forgets namespaces that have had no page for `NAMESPACE_EMPTY_MS_MAX`. O(namespaces without pages)."""
-        for record in self._namespaces.long_empty(now_ms):
-            self._forget(record)
 
     def take_events(self) -> list[tuple[Space, PageEvent]]:
         """Returns `(space, event)` for each page sealed, evicted or deleted since the last call, in order."""
@@ -395,7 +327,7 @@ class PageTable:
             used_bytes=self._used_bytes,
             pages_sealed=self._sealed,
             pages_arriving=self._arriving,
-            pages_pinned=self._pins.pages,
+            pages_pinned=self.pins.pages,
             leases=len(self._leases),
             hit_pages=self._hit,
             missed_pages=self._missed,
@@ -406,24 +338,15 @@ class PageTable:
             stored_bytes=self._stored_bytes,
         )
 
-    def spaces(self) -> list[Space]:
-        """Returns all registered spaces."""
-        return [record.space for record in self._namespaces]
-
-    def space_statistics(self, spaces: Sequence[Space]) -> list[SpaceStatistics]:
-        """Returns a snapshot of each registered space, in order; unknown spaces are left out."""
-        records = [record for space in spaces if (record := self._namespaces.get(space)) is not None]
-        return [SpaceStatistics(record.space, record.layout, len(record.sealed), len(record.arriving)) for record in records]
-
     def check(self) -> None:
         """Asserts the module's invariants. O(pages); for tests and simulations."""
-        arriving = [page for record in self._namespaces for page in record.arriving.values()]
-        sealed = [page for record in self._namespaces for page in record.sealed.values()]
-        corrupt = [page for record in self._namespaces for page in record.corrupt]
+        arriving = [page for record in self.namespaces for page in record.arriving.values()]
+        sealed = [page for record in self.namespaces for page in record.sealed.values()]
+        corrupt = [page for record in self.namespaces for page in record.corrupt]
         pages = arriving + sealed + corrupt
         self._slots.check([page.slot for page in pages])
         self._residency.check()
-        self._namespaces.check()
+        self.namespaces.check()
         self._tombstones.check()
         assert {page.state for page in arriving} <= {PageState.ARRIVING}
         assert {page.state for page in sealed} <= {PageState.SEALED}
@@ -433,17 +356,9 @@ class PageTable:
         of_tenant: Counter[str] = Counter()
         for page in pages:
             of_tenant[page.namespace.space.tenant] += page.slot.size_bytes
-        self._quotas.check(of_tenant)
-        self._pins.check(sealed, corrupt)
-        self._room.check(len(sealed) + len(corrupt) - self._pins.pages)
-
-    def _is_deleted(self, space: Space, page_hash: bytes, written_ms: float, now_ms: float) -> bool:
-        deleted_ms = self._tombstones.deleted_ms(space, page_hash, now_ms)
-        return deleted_ms is not None and written_ms < deleted_ms + TOMBSTONE_MARGIN_MS
-
-    def _forget(self, record: NamespaceRecord) -> None:
-        if self._namespaces.forget(record):
-            self._room.forget(record.slot_class)
+        self.quotas.check(of_tenant)
+        self.pins.check(sealed, corrupt)
+        self._room.check(len(sealed) + len(corrupt) - self.pins.pages)
 
     def _evict(self, page: Page) -> None:
         self._drop(page, PageStep.EVICT, PageEventKind.EVICTED)
@@ -473,9 +388,9 @@ class PageTable:
         page.namespace.policy.removed(page)
         self._residency.left(page)
         self._free(page)
-        self._namespaces.lost_page(page.namespace)
+        self.namespaces.lost_page(page.namespace)
 
     def _free(self, page: Page) -> None:
         self._used_bytes -= page.slot.size_bytes
-        self._quotas.gave_back(page.namespace.space.tenant, page.slot.size_bytes)
+        self.quotas.gave_back(page.namespace.space.tenant, page.slot.size_bytes)
         self._slots.give_back(page.slot)

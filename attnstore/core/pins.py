@@ -60,6 +60,15 @@ class Pins:
             self.let_go(lease.namespace, lease.pages)
         return True
 
+    def renew(self, tenant: str, lease_id: bytes, lease_ms: int, now_ms: float) -> int:
+        """`LeaseTable.renew`."""
+        return self._leases.renew(tenant, lease_id, lease_ms, now_ms)
+
+    @property
+    def leased_pages(self) -> int:
+        """The number of pages leased since the start; a page counts once per lease."""
+        return self._leases.leased_pages
+
     def has_due(self, now_ms: float) -> bool:
         """Returns False if `expire` would find nothing to release."""
         return bool(self._ended) or self._leases.has_due(now_ms)

@@ -7,7 +7,7 @@ makes the node forget only its own deletions.
 
 from __future__ import annotations
 
-from attnstore.limits import TOMBSTONE_MS_MAX, TOMBSTONES_MAX
+from attnstore.limits import TOMBSTONE_MARGIN_MS, TOMBSTONE_MS_MAX, TOMBSTONES_MAX
 from attnstore.types import Space
 
 
@@ -42,10 +42,12 @@ class Tombstones:
             if not of_tenant:
                 del self._deleted_ms[space.tenant]
 
-    def deleted_ms(self, space: Space, page_hash: bytes, now_ms: float) -> float | None:
-        """Returns the time of the page's deletion, or None if it is unknown or long ago."""
+    def cover(self, space: Space, page_hash: bytes, written_ms: float, now_ms: float) -> bool:
+        """Returns whether a page written at `written_ms` may be the one that was deleted: the deletion came later, or less than
+        `TOMBSTONE_MARGIN_MS` earlier. False if the deletion is unknown or long ago.
+        """
         deleted_ms = self._deleted_ms.get(space.tenant, {}).get(space.namespace + page_hash)
-        return None if deleted_ms is None or deleted_ms <= now_ms - TOMBSTONE_MS_MAX else deleted_ms
+        return deleted_ms is not None and deleted_ms > now_ms - TOMBSTONE_MS_MAX and written_ms < deleted_ms + TOMBSTONE_MARGIN_MS
 
     def check(self) -> None:
         """Asserts the module's invariants. O(tombstones); for tests and simulations."""

@@ -63,15 +63,15 @@ class Store:
         return self._clock.now_ms()
 
     def layout_of(self, space: Space) -> PageLayout:
-        """`PageTable.layout_of`. Also checks that the tenant has registered the namespace."""
+        """`Namespaces.find`. Also checks that the tenant has registered the namespace."""
         with self._lock:
-            return self._table.layout_of(space)
+            return self._table.namespaces.find(space).layout
 
     @property
     def stored_pages(self) -> int:
-        """`PageTable.stored_pages`."""
+        """The number of pages sealed since the start."""
         with self._lock:
-            return self._table.stored_pages
+            return self._table.statistics().stored_pages
 
     def reading_all(self, space: Space, page_hashes: Sequence[bytes], lease_id: bytes | None) -> ReadingAll:
         """Keeps sealed pages in place for the `with` block. Yields for each page its view, or the status that says why not."""

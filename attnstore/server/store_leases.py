@@ -40,9 +40,9 @@ class StoreLeases:
 
     @property
     def leased_pages(self) -> int:
-        """`PageTable.leased_pages`."""
+        """`Pins.leased_pages`."""
         with self._lock:
-            return self._table.leased_pages
+            return self._table.pins.leased_pages
 
     def match(self, space: Space, prefixes: Sequence[Sequence[bytes]], lease_ms: int) -> MatchOutcome:
         """`PageTable.match`. A match that takes a lease counts as a use of the segments that it finds."""
@@ -61,7 +61,7 @@ class StoreLeases:
             return None
         with self._lock:
             now_ms = self._clock.now_ms()
-            if lease_ms > 0 and self._table.has_due(now_ms):
+            if lease_ms > 0 and self._table.pins.has_due(now_ms):
                 return None
             return self._used(space, prefixes, self._table.match(space, prefixes, lease_ms, now_ms))
 
@@ -89,11 +89,11 @@ class StoreLeases:
         return found
 
     def settling(self) -> Sliced[None]:
-        """Calls `PageTable.expire` until every ended lease has released its pages."""
+        """Calls `Pins.expire` until every ended lease has released its pages."""
         while True:
             with self._lock:
                 now_ms = self._clock.now_ms()
-                next_ms = self._table.expire(now_ms) if self._table.has_due(now_ms) else None
+                next_ms = self._table.pins.expire(now_ms) if self._table.pins.has_due(now_ms) else None
             if next_ms is None or next_ms > now_ms:
                 return
             yield
@@ -109,12 +109,12 @@ class StoreLeases:
             return self._table.holds(space, lease_id, self._clock.now_ms())
 
     def renew(self, tenant: str, lease_id: bytes, lease_ms: int) -> int:
-        """`PageTable.renew`."""
+        """`Pins.renew`."""
         with self._lock:
-            return self._table.renew(tenant, lease_id, lease_ms, self._clock.now_ms())
+            return self._table.pins.renew(tenant, lease_id, lease_ms, self._clock.now_ms())
 
     def release(self, tenant: str, lease_id: bytes) -> bool:
-        """`PageTable.release`, until all pages of the lease are released."""
+        """`Pins.release`, until all pages of the lease are released."""
         was_alive, is_done = self._release(tenant, lease_id)
         if not is_done:
             finish(self.settling())
@@ -131,4 +131,4 @@ class StoreLeases:
         """Returns whether the lease was alive, and whether its pages are released."""
         with self._lock:
             now_ms = self._clock.now_ms()
-            return self._table.release(tenant, lease_id, now_ms), not self._table.has_due(now_ms)
+            return self._table.pins.release(tenant, lease_id, now_ms), not self._table.pins.has_due(now_ms)

@@ -31,14 +31,14 @@ class StoreSpaces:
         self._tell = tell
 
     def register(self, space: Space, layout: PageLayout) -> int:
-        """`PageTable.register`."""
+        """`Namespaces.register`."""
         with self._lock:
-            return self._table.register(space, layout)
+            return self._table.namespaces.register(space, layout)
 
     def limit_tenants(self, quota_bytes: Mapping[str, int]) -> None:
-        """`PageTable.limit_tenants`."""
+        """`Quotas.limit`."""
         with self._lock:
-            self._table.limit_tenants(quota_bytes)
+            self._table.quotas.limit(quota_bytes)
 
     def sealed(self, after: int = 0) -> Iterator[list[tuple[Space, bytes]]]:
         """Yields the readable pages that were sealed after the first `after` pages stored here, a part of one extent at a time.
@@ -81,7 +81,7 @@ class StoreSpaces:
         long.
         """
         with self._lock:
-            self._table.forget_empty(self._clock.now_ms())
+            self._table.namespaces.forget_empty(self._clock.now_ms())
         yield from self._leases.settling()
         while True:
             with self._lock:
@@ -96,9 +96,9 @@ class StoreSpaces:
         finish(self.sweeping())
 
     def namespaces(self, tenant: str | None = None) -> Sliced[list[SpaceStatistics]]:
-        """`PageTable.space_statistics` of the tenant's spaces, or of all spaces."""
+        """`Namespaces.statistics` of the tenant's spaces, or of all spaces."""
         with self._lock:
-            spaces = self._table.spaces()
+            spaces = [record.space for record in self._table.namespaces]
         if tenant is not None:
             spaces = [space for space in spaces if space.tenant == tenant]
         statistics: list[SpaceStatistics] = []
@@ -106,5 +106,5 @@ class StoreSpaces:
             if statistics:
                 yield
             with self._lock:
-                statistics += self._table.space_statistics(part)
+                statistics += self._table.namespaces.statistics(part)
         return statistics

@@ -85,7 +85,7 @@ def _of_table(pages: int, hashes: Sequence[int], seconds: float) -> Iterator[Mat
         new_lease_id=lambda: os.urandom(LEASE_ID_BYTES),
     )
     space = Space("default", attnstore.namespace(_LAYOUT, model=b"match"))
-    table.register(space, _LAYOUT)
+    table.namespaces.register(space, _LAYOUT)
     known = _hashes(pages)
     for page_hash in known:
         arriving = table.prepare(space, page_hash, 0, 0.0)

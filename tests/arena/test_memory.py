@@ -99,7 +99,7 @@ def test_no_tenant_ever_sees_a_byte_of_another(seed: int) -> None:
     tenants = {Space(str(number), b"n" * 32): bytes([number]) for number in (1, 2, 3)}
     for space, fill in tenants.items():
         layout = PageLayout(layers=1, kv_heads=1, head_dim=32 * fill[0], block_tokens=1, dtype=DType.OPAQUE)
-        table.register(space, layout)
+        table.namespaces.register(space, layout)
     tenancies = set()
     for step in range(400):
         space = chance.choice(list(tenants))

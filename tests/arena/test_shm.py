@@ -269,7 +269,7 @@ def test_no_reader_ever_sees_a_byte_of_another_tenant_nor_a_valid_place_with_wro
     tenants = {Space(str(number), b"n" * 32): number for number in (1, 2, 3)}
     for space, number in tenants.items():
         layout = PageLayout(layers=1, kv_heads=1, head_dim=(1024, 2048, 3000)[number - 1], block_tokens=1, dtype=DType.OPAQUE)
-        table.register(space, layout)
+        table.namespaces.register(space, layout)
     readers: dict[tuple[int, int], tuple[int, mmap.mmap]] = {}
     places: list[tuple[Slot, int, bytes, mmap.mmap]] = []
     for step in range(600):

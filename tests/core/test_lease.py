@@ -25,7 +25,7 @@ def table(make_table: Callable[..., PageTable], layout_of_bytes: Callable[[int],
 
 def filled(table: PageTable, layout: PageLayout) -> PageTable:
     for space in (SPACE, OTHER):
-        table.register(space, layout)
+        table.namespaces.register(space, layout)
     for page_hash in HASHES:
         page = table.prepare(SPACE, page_hash, 0, 0.0)
         assert isinstance(page, ArrivingPage)
@@ -50,7 +50,7 @@ def test_a_match_without_a_lease_or_without_a_hit_grants_none(table: PageTable) 
 def test_a_lease_longer_than_the_maximum_is_granted_the_maximum(table: PageTable) -> None:
     outcome = table.match(SPACE, [HASHES], LEASE_MS_MAX + 1, 0.0)
     assert outcome.lease_ms == LEASE_MS_MAX
-    assert table.expire(0.0) == LEASE_MS_MAX
+    assert table.pins.expire(0.0) == LEASE_MS_MAX
 
 
 @pytest.mark.parametrize("prefixes", [[(0, 0)], [(0, 1, 0, 2, 0)], [(0, 1), (0, 1)], [(0,)] * 3])
@@ -61,7 +61,7 @@ def test_a_lease_over_pages_that_are_named_several_times_gives_all_of_them_back(
     table.check()
     assert outcome.lease_id is not None
     assert table.statistics().pages_pinned == len({number for numbers in prefixes for number in numbers})
-    assert table.release("a", outcome.lease_id, 1.0)
+    assert table.pins.release("a", outcome.lease_id, 1.0)
     table.check()
     assert table.statistics().pages_pinned == 0
 
@@ -71,7 +71,7 @@ def test_a_lease_over_prefixes_that_share_pages_holds_each_page_once(table: Page
     table.check()
     assert table.statistics().pages_pinned == 3
     assert outcome.lease_id is not None
-    assert table.release("a", outcome.lease_id, 1.0)
+    assert table.pins.release("a", outcome.lease_id, 1.0)
     assert table.statistics().pages_pinned == 0
 
 
@@ -79,7 +79,11 @@ def test_a_page_stays_pinned_until_the_last_of_its_leases_and_readers_is_gone(ta
     first, second = lease(table, 0), lease(table, 0, 1)
     reader = table.pin(SPACE, HASHES[0], first, 0.0)
     assert isinstance(reader, PinnedPage)
-    for end in (lambda: table.release("a", first, 1.0), lambda: table.release("a", second, 1.0), lambda: table.unpin(reader)):
+    for end in (
+        lambda: table.pins.release("a", first, 1.0),
+        lambda: table.pins.release("a", second, 1.0),
+        lambda: table.unpin(reader),
+    ):
         assert table.delete(SPACE, [HASHES[0]], 1.0) == [PageStatus.PINNED]
         end()
         table.check()
@@ -97,8 +101,8 @@ def test_an_expired_lease_is_not_honoured_although_nobody_swept(table: PageTable
     assert table.statistics().leases == 1
     assert table.pin(SPACE, HASHES[0], lease_id, 100.0) is PageStatus.LEASE_EXPIRED
     with pytest.raises(LeaseExpired, match="match again"):
-        table.renew("a", lease_id, 100, 100.0)
-    assert not table.release("a", lease_id, 100.0)
+        table.pins.renew("a", lease_id, 100, 100.0)
+    assert not table.pins.release("a", lease_id, 100.0)
 
 
 def test_an_expired_lease_protects_no_page_although_nobody_swept(table: PageTable) -> None:
@@ -119,22 +123,22 @@ def test_an_unknown_lease_and_one_of_another_namespace_count_as_expired(table: P
     table.complete(page, 0.0)
     assert table.pin(OTHER, HASHES[0], lease(table, 1), 1.0) is PageStatus.LEASE_EXPIRED
     assert table.pin(OTHER, HASHES[0], b"?" * 16, 1.0) is PageStatus.LEASE_EXPIRED
-    assert not table.release("a", b"?" * 16, 1.0)
+    assert not table.pins.release("a", b"?" * 16, 1.0)
 
 
 def test_a_lease_is_neither_renewed_nor_released_by_another_tenant(table: PageTable) -> None:
     lease_id = lease(table, 0)
     with pytest.raises(LeaseExpired):
-        table.renew("b", lease_id, LEASE_MS_MAX, 1.0)
-    assert not table.release("b", lease_id, 1.0)
+        table.pins.renew("b", lease_id, LEASE_MS_MAX, 1.0)
+    assert not table.pins.release("b", lease_id, 1.0)
     assert table.statistics().leases == 1
-    assert table.expire(1.0) == 100.0
+    assert table.pins.expire(1.0) == 100.0
 
 
 def test_a_reader_keeps_the_page_when_its_lease_expires_under_it(table: PageTable) -> None:
     reader = table.pin(SPACE, HASHES[0], lease(table, 0), 0.0)
     assert isinstance(reader, PinnedPage)
-    table.expire(100.0)
+    table.pins.expire(100.0)
     assert table.delete(SPACE, [HASHES[0]], 100.0) == [PageStatus.PINNED]
     table.unpin(reader)
     table.check()
@@ -142,10 +146,10 @@ def test_a_reader_keeps_the_page_when_its_lease_expires_under_it(table: PageTabl
 
 def test_renewing_extends_and_never_shortens(table: PageTable) -> None:
     lease_id = lease(table, 0)
-    assert table.renew("a", lease_id, 10, 40.0) == 60
-    assert table.renew("a", lease_id, 200, 50.0) == 200
-    assert table.expire(249.9) == 250.0
-    assert table.renew("a", lease_id, LEASE_MS_MAX + 5, 249.9) == LEASE_MS_MAX
+    assert table.pins.renew("a", lease_id, 10, 40.0) == 60
+    assert table.pins.renew("a", lease_id, 200, 50.0) == 200
+    assert table.pins.expire(249.9) == 250.0
+    assert table.pins.renew("a", lease_id, LEASE_MS_MAX + 5, 249.9) == LEASE_MS_MAX
 
 
 def test_a_lookup_renews_nothing(table: PageTable) -> None:
@@ -155,24 +159,24 @@ def test_a_lookup_renews_nothing(table: PageTable) -> None:
 
 
 def test_the_sweep_names_the_next_expiry(table: PageTable) -> None:
-    assert table.expire(0.0) is None
+    assert table.pins.expire(0.0) is None
     long, short = lease(table, 0, lease_ms=300), lease(table, 1, lease_ms=100)
-    assert table.expire(0.0) == 100.0
-    table.renew("a", short, 500, 50.0)
-    assert table.expire(50.0) == 300.0
-    table.release("a", long, 60.0)
-    assert table.expire(60.0) == 550.0
-    assert table.expire(550.0) is None
+    assert table.pins.expire(0.0) == 100.0
+    table.pins.renew("a", short, 500, 50.0)
+    assert table.pins.expire(50.0) == 300.0
+    table.pins.release("a", long, 60.0)
+    assert table.pins.expire(60.0) == 550.0
+    assert table.pins.expire(550.0) is None
     table.check()
 
 
 def test_many_short_leases_leave_no_memory_behind(table: PageTable) -> None:
     keeper = lease(table, 0, lease_ms=LEASE_MS_MAX)
     for _ in range(1000):
-        table.renew("a", keeper, LEASE_MS_MAX, 1.0)
+        table.pins.renew("a", keeper, LEASE_MS_MAX, 1.0)
         outcome = table.match(SPACE, [HASHES], LEASE_MS_MAX, 1.0)
         assert outcome.lease_id is not None
-        table.release("a", outcome.lease_id, 1.0)
+        table.pins.release("a", outcome.lease_id, 1.0)
     table.check()  # bounds the heap of expiries by the number of leases
 
 
@@ -197,5 +201,5 @@ def test_the_pages_under_lease_are_bounded(
         table.match(SPACE, [HASHES[:3]], 100, 0.0)
     table.check()
     lease(table, 0, 1)
-    table.release("a", first, 1.0)
+    table.pins.release("a", first, 1.0)
     lease(table, 0, 1, 2, now_ms=1.0)

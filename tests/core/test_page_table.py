@@ -11,6 +11,7 @@ from attnstore.core.eviction import Item, LeastRecentlyUsed
 from attnstore.core.layout import PageLayout
 from attnstore.core.page_table import ArrivingPage, PageTable, PinnedPage
 from attnstore.core.slots import Slot
+from attnstore.core.statistics import SpaceStatistics
 from attnstore.errors import InvalidArgument, LayoutMismatch, NamespaceUnknown, Overloaded
 from attnstore.limits import NAMESPACE_EMPTY_MS_MAX, NAMESPACES_MAX
 from attnstore.types import PageEventKind, PageStatus, Space
@@ -20,6 +21,10 @@ MakeLayout = Callable[[int], PageLayout]
 
 SPACE, OTHER, STRANGERS = Space("a", b"n" * 32), Space("a", b"o" * 32), Space("b", b"n" * 32)
 PAGE_BYTES = 100
+
+
+def all_spaces(table: PageTable) -> list[SpaceStatistics]:
+    return table.namespaces.statistics([record.space for record in table.namespaces])
 
 
 def page_hash(number: int) -> bytes:
@@ -62,7 +67,7 @@ def present(table: PageTable, numbers: range, space: Space = SPACE) -> list[int]
 def table(make_table: MakeTable, layout_of_bytes: MakeLayout) -> PageTable:
     """Four pages of one namespace in one extent."""
     table = make_table(4 * PAGE_BYTES)
-    assert table.register(SPACE, layout_of_bytes(PAGE_BYTES)) == 4
+    assert table.namespaces.register(SPACE, layout_of_bytes(PAGE_BYTES)) == 4
     return table
 
 
@@ -70,8 +75,8 @@ def table(make_table: MakeTable, layout_of_bytes: MakeLayout) -> PageTable:
 def shared_table(make_table: MakeTable, layout_of_bytes: MakeLayout) -> PageTable:
     """Two tenants with a namespace each, and two extents of two pages."""
     table = make_table(4 * PAGE_BYTES, 2 * PAGE_BYTES)
-    table.register(SPACE, layout_of_bytes(PAGE_BYTES))
-    table.register(STRANGERS, layout_of_bytes(PAGE_BYTES))
+    table.namespaces.register(SPACE, layout_of_bytes(PAGE_BYTES))
+    table.namespaces.register(STRANGERS, layout_of_bytes(PAGE_BYTES))
     return table
 
 
@@ -141,7 +146,7 @@ def test_only_a_match_counts_as_a_look_up(table: PageTable) -> None:
 def test_a_hash_stored_under_another_namespace_is_a_miss(make_table: MakeTable, layout_of_bytes: MakeLayout) -> None:
     table = make_table(4 * PAGE_BYTES)
     for namespace in (SPACE, OTHER):
-        table.register(namespace, layout_of_bytes(PAGE_BYTES))
+        table.namespaces.register(namespace, layout_of_bytes(PAGE_BYTES))
     store(table, 1)
     assert table.match(OTHER, [[page_hash(1)]], 100, 0.0).hits == (0,)
     assert table.pin(OTHER, page_hash(1), None, 0.0) is PageStatus.MISSING
@@ -175,7 +180,7 @@ def test_a_chain_whose_lease_ended_loses_its_tail_before_its_head(table: PageTab
     for number in range(4):
         store(table, number)
     table.match(SPACE, [[page_hash(number) for number in range(4)]], 10, 0.0)
-    table.expire(10.0)
+    table.pins.expire(10.0)
     store(table, 4)
     assert present(table, range(5)) == [0, 1, 2, 4]
 
@@ -208,7 +213,7 @@ def test_a_store_with_everything_leased_has_no_space_until_the_leases_expire(tab
 
 def test_a_recycled_slot_has_a_new_generation(make_table: MakeTable, layout_of_bytes: MakeLayout) -> None:
     table = make_table(PAGE_BYTES)
-    table.register(SPACE, layout_of_bytes(PAGE_BYTES))
+    table.namespaces.register(SPACE, layout_of_bytes(PAGE_BYTES))
     slots = [store(table, number) for number in range(3)]
     assert len({(slot.extent, slot.offset_bytes) for slot in slots}) == 1
     assert len({slot.generation for slot in slots}) == 3
@@ -269,7 +274,7 @@ def test_a_corrupt_page_keeps_its_slot_for_those_who_hold_it_while_its_hash_is_w
     table.unpin(reader)
     table.check()
     assert table.statistics().used_bytes == 2 * PAGE_BYTES
-    assert table.release("a", lease_id, 0.0)
+    assert table.pins.release("a", lease_id, 0.0)
     table.check()
     assert table.statistics().used_bytes == PAGE_BYTES
     assert table.statistics().pages_pinned == 0
@@ -280,7 +285,7 @@ def test_a_slot_that_only_an_expired_lease_keeps_for_a_corrupt_page_is_room(
     make_table: MakeTable, layout_of_bytes: MakeLayout
 ) -> None:
     table = make_table(PAGE_BYTES)
-    table.register(SPACE, layout_of_bytes(PAGE_BYTES))
+    table.namespaces.register(SPACE, layout_of_bytes(PAGE_BYTES))
     store(table, 1)
     table.match(SPACE, [[page_hash(1)]], 100, 0.0)
     page = table.peek(SPACE, page_hash(1))
@@ -292,7 +297,7 @@ def test_a_slot_that_only_an_expired_lease_keeps_for_a_corrupt_page_is_room(
 
 def test_looking_at_a_page_to_verify_it_is_no_use_of_it(make_table: MakeTable, layout_of_bytes: MakeLayout) -> None:
     table = make_table(2 * PAGE_BYTES)
-    table.register(SPACE, layout_of_bytes(PAGE_BYTES))
+    table.namespaces.register(SPACE, layout_of_bytes(PAGE_BYTES))
     store(table, 1)
     store(table, 2)
     page = table.peek(SPACE, page_hash(1))
@@ -308,7 +313,7 @@ def test_looking_at_a_page_to_verify_it_is_no_use_of_it(make_table: MakeTable, l
 
 def test_events_tell_what_was_sealed_evicted_and_deleted(make_table: MakeTable, layout_of_bytes: MakeLayout) -> None:
     table = make_table(PAGE_BYTES)
-    table.register(SPACE, layout_of_bytes(PAGE_BYTES))
+    table.namespaces.register(SPACE, layout_of_bytes(PAGE_BYTES))
     store(table, 1)
     store(table, 2)
     table.delete(SPACE, [page_hash(2)], 0.0)
@@ -358,7 +363,7 @@ def test_the_policy_decides_within_a_class_even_where_an_older_extent_is_idle(la
     table = PageTable(
         capacity_bytes=4 * PAGE_BYTES, extent_bytes=2 * PAGE_BYTES, policy=MostRecentlyUsed, new_lease_id=lambda: bytes(16)
     )
-    table.register(SPACE, layout_of_bytes(PAGE_BYTES))
+    table.namespaces.register(SPACE, layout_of_bytes(PAGE_BYTES))
     for number in range(6):
         store(table, number)
     assert present(table, range(6)) == [0, 1, 2, 5]
@@ -369,9 +374,7 @@ def test_memory_flows_from_a_tenant_that_rests_to_one_that_works(shared_table: P
         store(shared_table, number)
     for number in range(10, 16):
         store(shared_table, number, STRANGERS)
-    sealed = {
-        statistics.space.tenant: statistics.pages_sealed for statistics in shared_table.space_statistics(shared_table.spaces())
-    }
+    sealed = {statistics.space.tenant: statistics.pages_sealed for statistics in all_spaces(shared_table)}
     assert sealed == {"a": 0, "b": 4}
 
 
@@ -381,16 +384,14 @@ def test_a_tenant_in_use_is_not_robbed_by_one_that_only_writes(shared_table: Pag
     for number in range(10, 20):
         store(shared_table, number, STRANGERS)
         shared_table.match(SPACE, [[page_hash(0), page_hash(1)]], 0, 0.0)
-    sealed = {
-        statistics.space.tenant: statistics.pages_sealed for statistics in shared_table.space_statistics(shared_table.spaces())
-    }
+    sealed = {statistics.space.tenant: statistics.pages_sealed for statistics in all_spaces(shared_table)}
     assert sealed == {"a": 2, "b": 2}
 
 
 def test_pages_of_two_sizes_share_the_capacity(make_table: MakeTable, layout_of_bytes: MakeLayout) -> None:
     table = make_table(800, 400)
-    assert table.register(SPACE, layout_of_bytes(100)) == 8
-    assert table.register(OTHER, layout_of_bytes(400)) == 2
+    assert table.namespaces.register(SPACE, layout_of_bytes(100)) == 8
+    assert table.namespaces.register(OTHER, layout_of_bytes(400)) == 2
     small = [store(table, number) for number in range(4)]
     large = store(table, 9, OTHER)
     assert large.extent not in {slot.extent for slot in small}
@@ -407,18 +408,18 @@ def test_statistics_agree_with_what_was_done(table: PageTable) -> None:
     assert statistics.capacity_bytes == 400
     assert statistics.used_bytes == 300
     assert (statistics.pages_sealed, statistics.pages_arriving, statistics.pages_pinned, statistics.leases) == (2, 1, 1, 1)
-    [space] = table.space_statistics([SPACE])
+    [space] = table.namespaces.statistics([SPACE])
     assert (space.pages_sealed, space.pages_arriving) == (2, 1)
 
 
 def test_registering_is_idempotent(table: PageTable, layout_of_bytes: MakeLayout) -> None:
-    assert table.register(SPACE, layout_of_bytes(PAGE_BYTES)) == 4
-    assert table.layout_of(SPACE) == layout_of_bytes(PAGE_BYTES)
+    assert table.namespaces.register(SPACE, layout_of_bytes(PAGE_BYTES)) == 4
+    assert table.namespaces.find(SPACE).layout == layout_of_bytes(PAGE_BYTES)
 
 
 def test_a_namespace_is_refused_with_another_layout(table: PageTable, layout_of_bytes: MakeLayout) -> None:
     with pytest.raises(LayoutMismatch, match="registered with"):
-        table.register(SPACE, layout_of_bytes(PAGE_BYTES - 2))
+        table.namespaces.register(SPACE, layout_of_bytes(PAGE_BYTES - 2))
 
 
 def test_one_namespace_of_two_tenants_is_two_spaces_which_share_nothing(shared_table: PageTable) -> None:
@@ -436,20 +437,23 @@ def test_one_namespace_of_two_tenants_is_two_spaces_which_share_nothing(shared_t
 
 
 def test_a_layout_of_its_own_may_go_with_another_tenants_namespace(table: PageTable, layout_of_bytes: MakeLayout) -> None:
-    table.register(STRANGERS, layout_of_bytes(PAGE_BYTES - 2))
-    assert (table.layout_of(SPACE), table.layout_of(STRANGERS)) == (layout_of_bytes(PAGE_BYTES), layout_of_bytes(PAGE_BYTES - 2))
+    table.namespaces.register(STRANGERS, layout_of_bytes(PAGE_BYTES - 2))
+    assert (table.namespaces.find(SPACE).layout, table.namespaces.find(STRANGERS).layout) == (
+        layout_of_bytes(PAGE_BYTES),
+        layout_of_bytes(PAGE_BYTES - 2),
+    )
 
 
 def test_a_page_that_fits_no_extent_is_refused(table: PageTable, layout_of_bytes: MakeLayout) -> None:
     with pytest.raises(InvalidArgument, match="raise the capacity"):
-        table.register(OTHER, layout_of_bytes(402))
+        table.namespaces.register(OTHER, layout_of_bytes(402))
     with pytest.raises(NamespaceUnknown):
-        table.layout_of(OTHER)
+        table.namespaces.find(OTHER)
 
 
 def test_an_unknown_namespace_is_refused_everywhere(table: PageTable) -> None:
     calls: list[Callable[[], object]] = [
-        lambda: table.layout_of(OTHER),
+        lambda: table.namespaces.find(OTHER).layout,
         lambda: table.match(OTHER, [], 0, 0.0),
         lambda: table.pin(OTHER, page_hash(1), None, 0.0),
         lambda: table.prepare(OTHER, page_hash(1), 1, 0.0),
@@ -464,13 +468,13 @@ def test_a_namespace_without_pages_makes_room_for_another(table: PageTable, layo
     layout = layout_of_bytes(PAGE_BYTES)
     store(table, 1)
     for number in range(NAMESPACES_MAX + 5):
-        table.register(Space("b", page_hash(number)), layout)
-    known = table.spaces()
+        table.namespaces.register(Space("b", page_hash(number)), layout)
+    known = [record.space for record in table.namespaces]
     assert len(known) == NAMESPACES_MAX
     assert SPACE in known
     assert Space("b", page_hash(NAMESPACES_MAX + 4)) in known
     with pytest.raises(NamespaceUnknown):
-        table.layout_of(Space("b", page_hash(0)))
+        table.namespaces.find(Space("b", page_hash(0)))
     table.check()
 
 
@@ -480,29 +484,29 @@ def test_a_namespace_with_pages_is_never_forgotten_for_another(
     monkeypatch.setattr(namespaces_module, "NAMESPACES_MAX", 2)
     table = make_table(400)
     for number, space in enumerate((SPACE, OTHER)):
-        table.register(space, layout_of_bytes(PAGE_BYTES))
+        table.namespaces.register(space, layout_of_bytes(PAGE_BYTES))
         prepare(table, number, space)
     with pytest.raises(Overloaded, match="2 namespaces with pages"):
-        table.register(STRANGERS, layout_of_bytes(PAGE_BYTES))
+        table.namespaces.register(STRANGERS, layout_of_bytes(PAGE_BYTES))
     table.check()
 
 
 def test_a_namespace_without_pages_is_forgotten_by_age_with_its_class(make_table: MakeTable, layout_of_bytes: MakeLayout) -> None:
     table = make_table(400)
-    table.register(SPACE, layout_of_bytes(PAGE_BYTES))
-    table.register(OTHER, layout_of_bytes(50))
+    table.namespaces.register(SPACE, layout_of_bytes(PAGE_BYTES))
+    table.namespaces.register(OTHER, layout_of_bytes(50))
     page = prepare(table, 1, OTHER)
-    table.forget_empty(0.0)
-    table.forget_empty(NAMESPACE_EMPTY_MS_MAX)
-    assert table.spaces() == [OTHER]
+    table.namespaces.forget_empty(0.0)
+    table.namespaces.forget_empty(NAMESPACE_EMPTY_MS_MAX)
+    assert [record.space for record in table.namespaces] == [OTHER]
     table.abort(page)
-    table.forget_empty(NAMESPACE_EMPTY_MS_MAX)
-    table.forget_empty(2 * NAMESPACE_EMPTY_MS_MAX - 1)
-    assert table.layout_of(OTHER) == layout_of_bytes(50)
-    table.forget_empty(2 * NAMESPACE_EMPTY_MS_MAX)
-    assert table.spaces() == []
+    table.namespaces.forget_empty(NAMESPACE_EMPTY_MS_MAX)
+    table.namespaces.forget_empty(2 * NAMESPACE_EMPTY_MS_MAX - 1)
+    assert table.namespaces.find(OTHER).layout == layout_of_bytes(50)
+    table.namespaces.forget_empty(2 * NAMESPACE_EMPTY_MS_MAX)
+    assert [record.space for record in table.namespaces] == []
     table.check()
-    table.register(OTHER, layout_of_bytes(PAGE_BYTES))
+    table.namespaces.register(OTHER, layout_of_bytes(PAGE_BYTES))
     table.complete(prepare(table, 1, OTHER), 0.0)
     table.check()
 
@@ -513,8 +517,8 @@ def test_a_tenants_own_empty_namespace_goes_before_anothers(
     monkeypatch.setattr(namespaces_module, "NAMESPACES_MAX", 3)
     table = make_table(400)
     for space in (STRANGERS, SPACE, OTHER, Space("a", b"p" * 32)):
-        table.register(space, layout_of_bytes(PAGE_BYTES))
-    assert table.spaces() == [STRANGERS, OTHER, Space("a", b"p" * 32)]
+        table.namespaces.register(space, layout_of_bytes(PAGE_BYTES))
+    assert [record.space for record in table.namespaces] == [STRANGERS, OTHER, Space("a", b"p" * 32)]
 
 
 @pytest.mark.parametrize("length", [0, 31, 33])

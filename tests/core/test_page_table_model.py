@@ -73,7 +73,7 @@ class PageTableMachine(RuleBasedStateMachine):
         )
         for space, page_bytes in PAGE_BYTES.items():
             layout = PageLayout(layers=1, kv_heads=1, head_dim=page_bytes // 2, block_tokens=1, dtype=DType.OPAQUE)
-            self.table.register(space, layout)
+            self.table.namespaces.register(space, layout)
         self.now_ms = 0.0
         self.arriving: dict[Key, ModelPage] = {}
         self.sealed: dict[Key, ModelPage] = {}
@@ -223,23 +223,23 @@ class PageTableMachine(RuleBasedStateMachine):
     def renew(self, lease: tuple[Space, bytes], tenant: str, lease_ms: int) -> None:
         if self.is_live(lease[1]) and tenant == lease[0].tenant:
             end_ms = max(self.lease_ends_ms[lease[1]], self.now_ms + lease_ms)
-            assert self.table.renew(tenant, lease[1], lease_ms, self.now_ms) == end_ms - self.now_ms
+            assert self.table.pins.renew(tenant, lease[1], lease_ms, self.now_ms) == end_ms - self.now_ms
             self.lease_ends_ms[lease[1]] = end_ms
         else:
             with pytest.raises(LeaseExpired):
-                self.table.renew(tenant, lease[1], lease_ms, self.now_ms)
+                self.table.pins.renew(tenant, lease[1], lease_ms, self.now_ms)
 
     @rule(lease=lease_ids, tenant=st.sampled_from(TENANTS))
     def release(self, lease: tuple[Space, bytes], tenant: str) -> None:
         released = self.is_live(lease[1]) and tenant == lease[0].tenant
-        assert self.table.release(tenant, lease[1], self.now_ms) == released
+        assert self.table.pins.release(tenant, lease[1], self.now_ms) == released
         if released:
             del self.lease_ends_ms[lease[1]]
 
     @rule()
     def expire(self) -> None:
         live_ms = [end_ms for lease_id, end_ms in self.lease_ends_ms.items() if self.is_live(lease_id)]
-        assert self.table.expire(self.now_ms) == min(live_ms, default=None)
+        assert self.table.pins.expire(self.now_ms) == min(live_ms, default=None)
         assert self.table.statistics().leases == len(live_ms)
         self.corrupt = [(key, page) for key, page in self.corrupt if self.is_pinned(page)]
         assert self.table.statistics().pages_pinned == len(self.corrupt) + sum(map(self.is_pinned, self.sealed.values()))
@@ -345,7 +345,7 @@ def test_the_table_agrees_with_the_model_through_random_histories(extent_bytes: 
 def test_one_class_keeps_exactly_the_most_recently_used_pages(pages_max: int, steps: list[tuple[str, int]]) -> None:
     space = Space("a", b"n" * 32)
     table = PageTable(capacity_bytes=pages_max * 64, extent_bytes=64, new_lease_id=lambda: bytes(16))
-    table.register(space, PageLayout(layers=1, kv_heads=1, head_dim=32, block_tokens=1, dtype=DType.OPAQUE))
+    table.namespaces.register(space, PageLayout(layers=1, kv_heads=1, head_dim=32, block_tokens=1, dtype=DType.OPAQUE))
     recent: list[int] = []
     for verb, number in steps:
         page_hash = bytes([number]) * 32

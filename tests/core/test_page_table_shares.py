@@ -36,8 +36,8 @@ def shared_table() -> PageTable:
         tenants=2,
     )
     for size, space in zip(SIZES, SPACES, strict=True):
-        table.register(space, layout(size))
-    table.register(MODEST, layout(PAGE_BYTES))
+        table.namespaces.register(space, layout(size))
+    table.namespaces.register(MODEST, layout(PAGE_BYTES))
     return table
 
 
@@ -61,7 +61,7 @@ def test_leases_renewed_for_ever_leave_memory_to_others() -> None:
         except Overloaded:
             continue
         if found.lease_id is not None:
-            table.renew("greedy", found.lease_id, LEASE_MS_MAX, 0.0)
+            table.pins.renew("greedy", found.lease_id, LEASE_MS_MAX, 0.0)
     table.check()
     pages = EXTENTS // 4 * (EXTENT_BYTES // PAGE_BYTES)
     assert all(store(table, MODEST, number) for number in range(pages))

@@ -19,9 +19,9 @@ MINE, YOURS, LARGE = Space("me", b"m" * 32), Space("you", b"y" * 32), Space("me"
 def table(make_table: Callable[..., PageTable], layout_of_bytes: Callable[[int], PageLayout]) -> PageTable:
     """Sixteen extents of four pages; two tenants, the first with pages of two sizes."""
     table = make_table(64 * PAGE_BYTES, 4 * PAGE_BYTES)
-    table.register(MINE, layout_of_bytes(PAGE_BYTES))
-    table.register(LARGE, layout_of_bytes(2 * PAGE_BYTES))
-    table.register(YOURS, layout_of_bytes(PAGE_BYTES))
+    table.namespaces.register(MINE, layout_of_bytes(PAGE_BYTES))
+    table.namespaces.register(LARGE, layout_of_bytes(2 * PAGE_BYTES))
+    table.namespaces.register(YOURS, layout_of_bytes(PAGE_BYTES))
     return table
 
 
@@ -44,7 +44,7 @@ def held(table: PageTable, space: Space) -> list[int]:
 
 
 def test_a_tenant_over_its_quota_loses_its_own_oldest_pages_and_nobody_elses(table: PageTable) -> None:
-    table.limit_tenants({"me": 3 * PAGE_BYTES})
+    table.quotas.limit({"me": 3 * PAGE_BYTES})
     for number in range(5):
         assert store(table, YOURS, number) is PageStatus.STORED
     for number in range(5):
@@ -54,7 +54,7 @@ def test_a_tenant_over_its_quota_loses_its_own_oldest_pages_and_nobody_elses(tab
 
 
 def test_pages_of_all_sizes_of_a_tenant_count_together(table: PageTable) -> None:
-    table.limit_tenants({"me": 3 * PAGE_BYTES})
+    table.quotas.limit({"me": 3 * PAGE_BYTES})
     assert store(table, LARGE, 0) is PageStatus.STORED
     assert store(table, MINE, 1) is PageStatus.STORED
     assert store(table, MINE, 2) is PageStatus.STORED
@@ -64,7 +64,7 @@ def test_pages_of_all_sizes_of_a_tenant_count_together(table: PageTable) -> None
 
 
 def test_a_tenant_whose_pages_are_all_pinned_is_refused_one_more_and_keeps_what_it_has(table: PageTable) -> None:
-    table.limit_tenants({"me": 2 * PAGE_BYTES})
+    table.quotas.limit({"me": 2 * PAGE_BYTES})
     store(table, MINE, 0)
     store(table, MINE, 1)
     assert table.match(MINE, [[name(0), name(1)]], 1_000, 0.0).lease_id is not None
@@ -73,20 +73,20 @@ def test_a_tenant_whose_pages_are_all_pinned_is_refused_one_more_and_keeps_what_
 
 
 def test_a_quota_smaller_than_a_page_stores_nothing(table: PageTable) -> None:
-    table.limit_tenants({"me": PAGE_BYTES - 1})
+    table.quotas.limit({"me": PAGE_BYTES - 1})
     assert store(table, MINE, 0) is PageStatus.NO_SPACE
 
 
 def test_a_quota_that_is_lifted_bounds_nobody(table: PageTable) -> None:
-    table.limit_tenants({"me": PAGE_BYTES})
-    table.limit_tenants({})
+    table.quotas.limit({"me": PAGE_BYTES})
+    table.quotas.limit({})
     for number in range(8):
         store(table, MINE, number)
     assert len(held(table, MINE)) == 8
 
 
 def test_pages_that_are_aborted_count_no_more(table: PageTable) -> None:
-    table.limit_tenants({"me": PAGE_BYTES})
+    table.quotas.limit({"me": PAGE_BYTES})
     for number in range(3):
         page = table.prepare(MINE, name(number), 0, 0.0)
         assert isinstance(page, ArrivingPage)

@@ -34,8 +34,8 @@ def _small_slices(monkeypatch: pytest.MonkeyPatch) -> None:
 def table(make_table: MakeTable, layout_of_bytes: MakeLayout) -> PageTable:
     """One extent, full of the pages `HASHES`."""
     table = make_table(PAGES * PAGE_BYTES)
-    table.register(MINE, layout_of_bytes(PAGE_BYTES))
-    table.register(OTHERS, layout_of_bytes(PAGE_BYTES))
+    table.namespaces.register(MINE, layout_of_bytes(PAGE_BYTES))
+    table.namespaces.register(OTHERS, layout_of_bytes(PAGE_BYTES))
     for page_hash in HASHES:
         store(table, MINE, page_hash)
     return table
@@ -55,7 +55,7 @@ def drained(table: PageTable, now_ms: float) -> list[int]:
     """Returns how many pages are pinned after each slice, until nothing is left to do."""
     counts = []
     while True:
-        next_ms = table.expire(now_ms)
+        next_ms = table.pins.expire(now_ms)
         table.check()
         counts.append(pinned(table))
         if next_ms is None or next_ms > now_ms:
@@ -65,7 +65,7 @@ def drained(table: PageTable, now_ms: float) -> list[int]:
 def test_a_released_lease_is_void_at_once_and_its_pages_go_in_slices(table: PageTable) -> None:
     lease_id = table.match(MINE, [HASHES], 100, 0.0).lease_id
     assert lease_id is not None
-    assert table.release("me", lease_id, 1.0)
+    assert table.pins.release("me", lease_id, 1.0)
     assert not table.holds(MINE, lease_id, 1.0)
     assert table.pin(MINE, HASHES[0], lease_id, 1.0) is PageStatus.LEASE_EXPIRED
     assert pinned(table) == PAGES - SLICE
@@ -90,14 +90,14 @@ def events_of_a_write(table: PageTable, number: int) -> list[tuple[Space, object
 def test_many_short_leases_are_ended_in_slices(table: PageTable) -> None:
     for _ in range(3 * SLICE):
         table.match(MINE, [HASHES[:1]], 100, 0.0)
-    assert [table.expire(100.0), table.expire(100.0)] == [100.0, 100.0]
+    assert [table.pins.expire(100.0), table.pins.expire(100.0)] == [100.0, 100.0]
     assert table.statistics().leases == SLICE
     drained(table, 100.0)
     assert (table.statistics().leases, pinned(table)) == (0, 0)
 
 
 def test_after_a_lowered_quota_a_write_evicts_what_it_needs_and_the_rest_is_trimmed_in_slices(table: PageTable) -> None:
-    table.limit_tenants({"me": 3 * PAGE_BYTES})
+    table.quotas.limit({"me": 3 * PAGE_BYTES})
     store(table, MINE, b"n" * 32)
     assert table.statistics().evicted_pages == 1
     left = []

@@ -44,7 +44,7 @@ def hits(table: PageTable, number: int) -> int:
 def table(make_table: Callable[..., PageTable], layout_of_bytes: Callable[[int], PageLayout]) -> PageTable:
     """Four pages of one namespace."""
     table = make_table(4 * PAGE_BYTES)
-    table.register(SPACE, layout_of_bytes(PAGE_BYTES))
+    table.namespaces.register(SPACE, layout_of_bytes(PAGE_BYTES))
     return table
 
 
@@ -118,7 +118,7 @@ def test_what_is_handed_over_takes_free_memory_only_and_no_clients_page(table: P
 
 
 def test_what_is_handed_over_does_not_pass_or_empty_a_quota(table: PageTable) -> None:
-    table.limit_tenants({"a": 2 * PAGE_BYTES})
+    table.quotas.limit({"a": 2 * PAGE_BYTES})
     arrive(table, 1)
     assert arrive(table, 2, age_ms=1) is PageStatus.STORED
     assert arrive(table, 3, age_ms=1) is PageStatus.NO_SPACE
@@ -127,7 +127,7 @@ def test_what_is_handed_over_does_not_pass_or_empty_a_quota(table: PageTable) ->
 
 def test_pages_sealed_after_a_number_of_pages_are_listed_alone(table: PageTable) -> None:
     arrive(table, 1)
-    before = table.stored_pages
+    before = table.statistics().stored_pages
     arrive(table, 2)
     arrive(table, 3, age_ms=1)
     for after, listed in ((0, [1, 2, 3]), (before, [2, 3]), (before + 2, [])):
@@ -142,8 +142,8 @@ def test_a_tenant_that_deletes_a_lot_makes_the_node_forget_its_own_deletions(mon
         remembered.add(SPACE, name(number), NOW_MS, NOW_MS)
         remembered.check()
     assert len(remembered) == 10
-    assert remembered.deleted_ms(STRANGERS, name(0), NOW_MS) == NOW_MS
-    assert remembered.deleted_ms(SPACE, name(0), NOW_MS) is None
-    assert remembered.deleted_ms(SPACE, name(99), NOW_MS) == NOW_MS
+    assert remembered.cover(STRANGERS, name(0), NOW_MS, NOW_MS)
+    assert not remembered.cover(SPACE, name(0), NOW_MS, NOW_MS)
+    assert remembered.cover(SPACE, name(99), NOW_MS, NOW_MS)
     remembered.add(SPACE, name(1), NOW_MS + TOMBSTONE_MS_MAX, NOW_MS + TOMBSTONE_MS_MAX)
     assert len(remembered) == 2, "those that are too old go with the next"

@@ -42,7 +42,7 @@ class Node:
         self.table = PageTable(
             capacity_bytes=capacity_bytes, extent_bytes=capacity_bytes // 8, new_lease_id=lambda: next(ids).to_bytes(16, "big")
         )
-        self.table.register(SPACE, LAYOUT)
+        self.table.namespaces.register(SPACE, LAYOUT)
         self.store = Store(self.table, MemoryArena(64, 64), ManualClock(), lambda _: None)
         self.collection = Collection(self.store)
         self.collection.freeze()
@@ -126,7 +126,7 @@ def test_pages_and_their_leases_go_without_a_collector() -> None:
         assert visible_objects() >= before + OBJECTS_OF_PAGE * 1024
         lease = node.table.match(SPACE, [hashes[:512]], 1000, 0.0).lease_id
         assert lease is not None
-        node.table.release("default", lease, 0.0)
+        node.table.pins.release("default", lease, 0.0)
         node.table.delete(SPACE, hashes, 0.0)
         node.table.take_events()
         assert node.table.statistics().pages_sealed == 0
