@@ -1,6 +1,6 @@
 #!/bin/sh
-# Gives eth0 a rate (LINK_RATE, say 1gbit) and a delay (LINK_DELAY, say 1ms), and waits to be ended.
-# A kernel without netem gets the rate alone, from a token bucket; the log says so.
+# Gives eth0 a rate (LINK_RATE, for example 1gbit) and a delay (LINK_DELAY, for example 1ms), and runs until it is stopped.
+# On a kernel without netem only the rate is set, by a token bucket; the log says so.
 set -eu
 if tc qdisc replace dev eth0 root netem rate "$LINK_RATE" delay "$LINK_DELAY" 2>/dev/null; then
     echo "eth0: rate $LINK_RATE, delay $LINK_DELAY"
