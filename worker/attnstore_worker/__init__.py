@@ -1,4 +1,4 @@
 """The reference worker: an inference engine whose KV pages may be stored in an AttnStore node.
 
-Imports go one way: `cli -> engine -> (model, cache) -> attnstore`. Only `cache`, `vllm` and the commands open a store client.
+Imports go one way: `cli -> serve -> engine -> model -> cache -> attnstore`. Only `cache` and `vllm` import a store client.
 """
