@@ -1,7 +1,7 @@
-"""Single flight: callers that want the same thing at the same time ask for it once.
+"""Single flight: concurrent callers with equal requests share one call.
 
-Owns: the calls that are running, by what they ask for. Invariants: a call goes on as long as anybody waits for it and is cancelled
-when nobody does; what it answers or raises reaches everyone who waits.
+Owns: the running calls, by their keys. Invariants: a call continues while any caller waits for it and is cancelled when none does;
+its answer or error reaches every waiting caller.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ T = TypeVar("T")
 
 @dataclass(slots=True)
 class Flight(Generic[T]):
-    """A running call; `passengers` wait for it."""
+    """A running call; `passengers` is the number of callers that wait for it."""
 
     passengers: int = 0
     task: asyncio.Task[T] | None = None
@@ -29,14 +29,14 @@ class SingleFlight(Generic[T]):
         self._flights: dict[Hashable, Flight[T]] = {}
 
     async def run(self, key: Hashable, start: Callable[[Flight[T]], Coroutine[Any, Any, T]]) -> T:
-        """The answer of the call that is running for `key`, or of one that is started now with its flight."""
+        """Returns the answer of the running call for `key`, or of a call that is started now with its flight."""
         flight = self._flights.get(key)
         task = flight.task if flight is not None else None
-        if flight is None or task is None or task.done():  # of one that has landed the next who asks is to see what is there then
+        if flight is None or task is None or task.done():  # after a flight has ended, the next caller needs a new answer
             flight = Flight()
             task = flight.task = asyncio.create_task(start(flight))
             self._flights[key] = flight
-            # Not in the task itself: one that is cancelled before its first step runs none of its code.
+            # Not in the task itself: a task that is cancelled before its first step runs none of its code.
             task.add_done_callback(lambda _: self._land(key, flight))
         flight.passengers += 1
         try:

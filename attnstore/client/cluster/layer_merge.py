@@ -1,6 +1,7 @@
-"""Layers of a read that come from several nodes at once, told to the caller as those of one read.
+"""Merges the layers of a read that arrive from several nodes at once into those of one read.
 
-Owns: how far each node is. Invariant: `on_layer` is called for each layer once, in order, and only when every node has sent it.
+Owns: the progress of each node. Invariant: `on_layer` is called for each layer once, in order, and only when every node has sent
+it.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from attnstore.client.base import OnLayer
 
 
 class LayerMerge:
-    """`groups`: for each node the indices of its pages in a read of so many `pages`, ascending. Safe from any thread."""
+    """`groups`: for each node the ascending indices of its pages in a read of `pages` pages. Safe from any thread."""
 
     def __init__(self, on_layer: OnLayer, layers: tuple[int, int], groups: Sequence[Sequence[int]], pages: int) -> None:
         self._on_layer = on_layer
@@ -20,13 +21,13 @@ class LayerMerge:
         self._groups = {indices[0]: indices for indices in groups}
         self._through = {first: self._next for first in self._groups}
         asked = {index for indices in groups for index in indices}
-        # A page that no node was asked for will not come.
+        # A page that no node is asked for will not arrive.
         self._pages = next((index for index in range(pages) if index not in asked), pages)
         self._leading = dict.fromkeys(self._groups, self._pages)
         self._lock = threading.Lock()
 
     def of_group(self, first: int) -> OnLayer:
-        """What the node gets whose pages begin with index `first`."""
+        """Returns the `on_layer` for the node whose pages begin with index `first`."""
 
         def on_layer(layer: int, pages: int) -> None:
             with self._lock:
@@ -38,7 +39,7 @@ class LayerMerge:
         return on_layer
 
     def finish(self, leading: int) -> None:
-        """The read has ended with so many leading pages: tells of the layers that were not told of."""
+        """Ends the read with that many leading pages: reports the layers that were not reported."""
         with self._lock:
             self._advance(self._end, leading)
 

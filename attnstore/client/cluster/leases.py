@@ -1,7 +1,7 @@
-"""Leases over several nodes: one lease for the caller, one on each node that hit.
+"""Leases over several nodes: one lease for the caller, one on each node with found pages.
 
-Owns: what each lease of this client consists of. Invariant: entries go when they are released or run out; there is no other way
-that a lease could be kept here longer than on the nodes.
+Owns: the parts of each lease of this client. Invariant: an entry is removed when it is released or expires, so no lease is kept
+here longer than on the nodes.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from attnstore.types import Lease
 
 @dataclass(frozen=True, slots=True)
 class LeasePart:
-    """What one node has leased."""
+    """The lease on one node."""
 
     link: NodeLink
     lease: Lease
@@ -58,7 +58,7 @@ class ClusterLeases:
         self._entries: dict[bytes, _Entry] = {}
 
     def grant(self, parts: Sequence[LeasePart], holders: int) -> Lease:
-        """One lease for all the parts, as long as the shortest; it ends when each of so many holders has released it."""
+        """Returns one lease for all the parts, as long as the shortest; it ends when each of `holders` callers has released it."""
         now_ms = self._clock.now_ms()
         for lease_id in [lease_id for lease_id, entry in self._entries.items() if entry.until_ms <= now_ms]:
             del self._entries[lease_id]
@@ -67,20 +67,22 @@ class ClusterLeases:
         return lease
 
     def parts(self, lease: Lease) -> tuple[LeasePart, ...]:
-        """What the lease consists of. Raises `LeaseExpired`."""
+        """Returns the parts of a lease. Raises `LeaseExpired`."""
         entry = self._entries.get(lease.lease_id)
         if entry is None or entry.until_ms <= self._clock.now_ms():
             raise LeaseExpired("the lease is unknown or ran out: match again")
         return entry.parts
 
     def renewed(self, lease: Lease, lease_ms: int) -> Lease:
-        """The lease, after all its parts were renewed. Raises `LeaseExpired` where it ran out here, or was released, meanwhile."""
+        """Returns the lease after all its parts were renewed. Raises `LeaseExpired` if it expired here, or was
+        released, meanwhile.
+        """
         self.parts(lease)
         self._entries[lease.lease_id].until_ms = self._clock.now_ms() + lease_ms
         return Lease(lease.lease_id, lease_ms)
 
     def release(self, lease: Lease) -> tuple[LeasePart, ...]:
-        """The parts that are to be released on their nodes now: none as long as the lease has other holders."""
+        """Returns the parts to be released on their nodes now: none while the lease has other holders."""
         entry = self._entries.get(lease.lease_id)
         if entry is None:
             return ()

@@ -1,6 +1,6 @@
-"""The runs of a prefix that lie together, and what is known of them while a cluster is asked.
+"""The runs of a prefix that are placed together, and their state while a cluster is asked.
 
-Owns: how answers of several nodes become the answer of one store, purely. Invariant: a page counts as a hit only if it and all
+Owns: merging the answers of several nodes into the answer of one store. Pure. Invariant: a page counts as a hit only if it and all
 pages before it in its prefix were found.
 """
 
@@ -14,9 +14,9 @@ from attnstore.core.hashing import segment_key
 
 @dataclass(slots=True)
 class Run:
-    """Consecutive blocks of one prefix that share a segment, and how many of them were found, from the first on.
+    """Consecutive blocks of one prefix in one segment, and how many leading ones were found.
 
-    `asked`: the nodes that were asked for what is missing.
+    `asked`: the nodes that were asked for the missing ones.
     """
 
     prefix: int
@@ -27,17 +27,17 @@ class Run:
 
     @property
     def is_complete(self) -> bool:
-        """Every page was found."""
+        """True if every page was found."""
         return self.hits == len(self.hashes)
 
     @property
     def rest(self) -> Sequence[bytes]:
-        """From the first page on that was not found."""
+        """The hashes from the first missing page on."""
         return self.hashes[self.hits :]
 
 
 def runs_of(prefixes: Sequence[Sequence[bytes]]) -> list[Run]:
-    """The prefixes cut where the segment changes, in order."""
+    """Splits the prefixes at segment boundaries, in order."""
     return [
         Run(number, segment_key(prefix[begin]), prefix[begin:end])
         for number, prefix in enumerate(prefixes)
@@ -46,7 +46,7 @@ def runs_of(prefixes: Sequence[Sequence[bytes]]) -> list[Run]:
 
 
 def leading_hits(prefixes: int, runs: Sequence[Run]) -> tuple[int, ...]:
-    """For each prefix, the hits of its runs up to the first run that is not complete."""
+    """Returns for each prefix the hits of its runs up to the first incomplete run."""
     hits = [0] * prefixes
     ended = [False] * prefixes
     for run in runs:

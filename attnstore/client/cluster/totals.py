@@ -1,6 +1,6 @@
-"""Many nodes as one: what a cluster says of itself, made of what its nodes say.
+"""The description and statistics of a cluster, computed from those of its nodes.
 
-Invariant: sums are over the nodes given, and no more; an epoch of a cluster changes whenever a node is restarted, joins or leaves.
+Invariant: sums are over the given nodes only; the epoch of a cluster changes whenever a node is restarted, joins or leaves.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from attnstore.types import NodeDescription
 
 
 def joint_description(answers: Sequence[NodeDescription]) -> NodeDescription:
-    """Capacities are sums, limits are the lowest of any, transports those of all."""
+    """Merges descriptions: capacities are sums, limits are the lowest of any, transports are those that all offer."""
     return NodeDescription(
         node_id=_cluster_id(answers),
         epoch=_joint_epoch([answer.epoch for answer in answers]),
@@ -32,7 +32,7 @@ def joint_description(answers: Sequence[NodeDescription]) -> NodeDescription:
 
 
 def joint_statistics(answers: Sequence[NodeStatistics]) -> NodeStatistics:
-    """Sums over nodes; a namespace is listed once."""
+    """Sums statistics over nodes; a namespace is listed once."""
     spaces: dict[bytes, NamespaceStatistics] = {}
     for answer in answers:
         for space in answer.namespaces:

@@ -1,7 +1,6 @@
-"""Memory that a writer lends a node: where pages lie until the node has taken them.
+"""Memory that a writer lends a node: the place of pages until the node has stored them.
 
-Owns: the memory file and which part of it comes next. Invariant: no page is put where another lies on which the node's verdict has
-not come.
+Owns: the memory file and the allocation of its places. Invariant: no page overwrites another one whose verdict has not arrived.
 """
 
 from __future__ import annotations
@@ -14,12 +13,12 @@ from attnstore.copying import address_of, copy
 from attnstore.limits import MIB, SHM_TAKE_PAGES_MAX
 
 _LENT_BYTES = 8 * MIB
-"""Small enough to stay in the cache that both processes share: the node copies out of that, not out of memory."""
+"""Small enough to stay in the cache that both processes share, so that the node copies from the cache, not from memory."""
 _ALIGNMENT_BYTES = 4096
 
 
 class LentMemory:
-    """Room for at least two pages of `page_bytes`, used round and round. Raises `OSError` where there is no memory."""
+    """Room for at least two pages of `page_bytes`, used as a ring. Raises `OSError` if there is no memory."""
 
     def __init__(self, page_bytes: int) -> None:
         self._stride_bytes = -(-page_bytes // _ALIGNMENT_BYTES) * _ALIGNMENT_BYTES
@@ -31,8 +30,9 @@ class LentMemory:
         self._used = 0
 
     def groups(self, pages: int) -> Iterator[int]:
-        """How many of so many pages to offer at a time: few at first, so that the node begins soon, then as many as leave room for
-        others while the node takes them. Each message may have to wake its receiver, which takes as long as copying a page or two.
+        """Returns the sizes of the groups in which pages are offered: small at first, so that the node begins soon, then as large
+        as leaves room for others while the node copies. Each message may have to wake its receiver, which takes as long as copying
+        a page or two.
         """
         largest = min(max(1, self._slots // 3), SHM_TAKE_PAGES_MAX)
         group = 1
@@ -44,11 +44,11 @@ class LentMemory:
 
     @property
     def free(self) -> int:
-        """How many pages there is room for."""
+        """The number of pages for which there is room."""
         return self._slots - self._used
 
     def put(self, page: memoryview) -> tuple[int, int]:
-        """Copies a page to where there is room; the checksum of what is there, and the offset in bytes."""
+        """Copies a page to a free place. Returns the checksum of the copy and its offset in bytes."""
         assert len(page) == self.page_bytes
         assert self._used < self._slots
         begin = self._next * self._stride_bytes
@@ -57,10 +57,10 @@ class LentMemory:
         return copy(self._bytes[begin : begin + len(page)], address_of(page), len(page), soon_used=True)[0], begin
 
     def give_back(self, pages: int) -> None:
-        """The node is done with the `pages` that have been here longest."""
+        """Frees the places of the oldest `pages` pages, which the node has answered."""
         assert 0 <= pages <= self._used
         self._used -= pages
 
     def close_file(self) -> None:
-        """Once the node has it: the mapping is enough for us."""
+        """Closes the descriptor once the node has it: the mapping is enough for us."""
         os.close(self.file)

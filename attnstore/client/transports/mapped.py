@@ -1,8 +1,8 @@
-"""An extent of the node's shared memory, mapped into this process, and pages used where they lie.
+"""An extent of the node's shared memory, mapped into this process, and pages used in place.
 
-Owns: the mapping, which lives as long as anybody holds a view of it.
-Invariant: nothing here can write to the node's memory; bytes count only if the stamp of their page is still the one it was located
-with *after* they were used.
+Owns: the mapping, which lives as long as anyone holds a view of it.
+Invariant: nothing here can write to the node's memory; bytes count only if the stamp of their page is unchanged *after* they were
+used.
 """
 
 from __future__ import annotations
@@ -30,33 +30,33 @@ class MappedExtent:
     def __init__(self, descriptor: int, layout: ExtentLayout, offset_bytes: int, size_bytes: int, shared_path: Path | None) -> None:
         self._stamp_index = layout.stamp_index
         self._bytes = memory_files.map_read_only(descriptor, offset_bytes, size_bytes, shared_path)
-        self._intact: dict[int, int] = {}  # stamp index -> the stamp under which the page there was found intact
+        self._intact: dict[int, int] = {}  # stamp index -> the stamp under which the page was found intact
         self.stamps = self._bytes[layout.stamps_offset_bytes : layout.file_bytes].cast("Q")
         self.address = address_of(self._bytes)
-        """Where the mapping begins in this process; good for as long as this object lives."""
+        """The address of the mapping in this process; valid as long as this object lives."""
 
     @property
     def size_bytes(self) -> int:
-        """Of the whole mapping, stamps included."""
+        """The size of the whole mapping, stamps included."""
         return len(self._bytes)
 
     def stamp_index(self, place: Place) -> int:
-        """Which of `stamps` is that of the place."""
+        """Returns the index in `stamps` for the place."""
         return self._stamp_index(place.offset_bytes)
 
     def holds(self, place: Place) -> bool:
-        """Whether the bytes there, and what was read of them before, are still those of the page that was located there."""
+        """Returns whether the bytes there, and what was read of them before, still belong to the page that was located there."""
         read_fence()
         return self.stamps[self._stamp_index(place.offset_bytes)] == place.stamp
 
     def view(self, begin: int, end: int) -> memoryview:
-        """Bytes `[begin, end)` of the extent, read-only."""
+        """Returns bytes `[begin, end)` of the extent, read-only."""
         return self._bytes[begin:end]
 
     def status_of(self, place: Place, deadline: Deadline) -> PageStatus:
-        """OK for a whole page that has its checksum, else CORRUPT; MISSING where it was recycled. A page is hashed once.
+        """Returns OK for a whole page that has its checksum, else CORRUPT; MISSING if it was recycled. A page is hashed once.
 
-        Raises `DeadlineExceeded` before it hashes one after the deadline.
+        Raises `DeadlineExceeded` instead of hashing a page after the deadline.
         """
         index = self._stamp_index(place.offset_bytes)
         intact = self._intact.get(index) == place.stamp
@@ -72,31 +72,31 @@ class MappedExtent:
         return PageStatus.OK if intact else PageStatus.CORRUPT
 
     def copy(self, begin: int, destination: memoryview, layer_bytes: int) -> Checksums:
-        """Fills `destination` with the bytes from `begin` on; their checksums. See `attnstore.copying.copy`."""
+        """Fills `destination` with the bytes from `begin` on. Returns their checksums. See `attnstore.copying.copy`."""
         assert 0 <= begin <= begin + len(destination) <= len(self._bytes)
         return copy(destination, self.address + begin, layer_bytes)
 
 
 MappedPage = tuple[Place, MappedExtent]
-"""A page's place, and the extent in which it lies, mapped here."""
+"""A page's place, and the mapped extent that contains it."""
 Located = MappedPage | PageStatus
-"""A page that is mapped here, or why it is not."""
+"""A mapped page, or the status that says why it is not mapped."""
 
 
 class PageViews:
-    """Pages used where they lie, with no copy: `with transport.view(plan) as pages: ...`.
+    """Pages used in place, without a copy: `with transport.view(plan) as pages: ...`.
 
-    `pages[i]` is a read-only memoryview of bytes `[begin, end)` of page i, or None where `statuses[i]` is not OK. A page is hashed
-    the first time that this process uses it in place, and costs nothing that depends on its size from then on. A page that is
-    recycled meanwhile, or found to be corrupt by others, changes under the reader's eyes. So take the lease that covers the pages,
-    use them within it, and ask `verify` (or `valid`) *after* use: what was computed from a page that is not valid then must be
-    thrown away. At the end of the `with` block the views are released; whoever still holds an array made of one keeps the
-    memory mapped, but no promise.
+    `pages[i]` is a read-only memoryview of bytes `[begin, end)` of page i, or None if `statuses[i]` is not OK. A page is hashed the
+    first time that this process uses it in place; later uses cost nothing that depends on its size. The bytes of a page change
+    while they are read if the page is recycled, or found to be corrupt by others. So take the lease that covers the pages, use them
+    within it, and call `verify` (or `valid`) *after* use: results computed from a page that is not valid then must be discarded. At
+    the end of the `with` block the views are released; an array made from one keeps the memory mapped, but its content is
+    undefined.
     """
 
     def __init__(self, located: Sequence[Located], begin: int, end: int) -> None:
         self.located = tuple(located)
-        """Place and mapping of each page, for whoever reads them by address or checks many stamps at once."""
+        """Place and mapping of each page, for callers that read pages by address or check many stamps at once."""
         self.statuses = tuple(page if isinstance(page, PageStatus) else PageStatus.OK for page in located)
         self.pages = tuple(
             None if isinstance(page, PageStatus) else page[1].view(page[0].offset_bytes + begin, page[0].offset_bytes + end)
@@ -111,16 +111,16 @@ class PageViews:
             if page is not None:
                 try:  # cheaper than `suppress`, for each page
                     page.release()
-                except BufferError:  # an array made of it is alive
+                except BufferError:  # an array made from it still exists
                     continue
 
     def valid(self, index: int) -> bool:
-        """Whether page `index` was there and has not been recycled so far."""
+        """Returns whether page `index` was found and has not been recycled so far."""
         page = self.located[index]
         return not isinstance(page, PageStatus) and page[1].holds(page[0])
 
     def verify(self) -> tuple[PageStatus, ...]:
-        """The statuses as of now: a page that was recycled since is MISSING."""
+        """Returns the current statuses: a page that was recycled since is MISSING."""
         return tuple(
             PageStatus.MISSING if status is PageStatus.OK and not self.valid(index) else status
             for index, status in enumerate(self.statuses)

@@ -1,6 +1,6 @@
-"""Whether a node that closed a connection in the clear wants TLS: gRPC says no more than "Socket closed".
+"""Detects whether a node that closed an unencrypted connection requires TLS: gRPC only reports "Socket closed".
 
-Owns: one handshake, without a look at the certificate and without sending anything of the caller's.
+Owns: one handshake, which ignores the certificate and sends nothing of the caller's.
 """
 
 from __future__ import annotations
@@ -14,7 +14,9 @@ _PROBE_S_MAX = 1.0
 
 
 def explained(error: Unavailable, address: Address, left_s: float) -> Unavailable:
-    """The error of a call in the clear, which says so where the node speaks TLS. Blocks for a second, or what is left, at most."""
+    """Returns the error of an unencrypted call, with a hint if the node speaks TLS. Blocks for a second, or the time
+    left, at most.
+    """
     if left_s > 0 and _speaks_tls(address, min(_PROBE_S_MAX, left_s) / 2):
         return Unavailable(f"it speaks TLS: say grpcs://: {error}")
     return error
