@@ -72,7 +72,7 @@ class Access:
         return is_directory_url(self.target)
 
     def directory(self) -> Directory:
-        """Returns the cluster's directory. Raises `InvalidArgument` if the target is not one."""
+        """Returns the cluster's directory. Raises `InvalidArgument` if the target is not a directory."""
         if not self.is_cluster:
             raise InvalidArgument("--directory must be a directory's URL, for example redis://HOST:6379/0")
         key = None if self.cluster_key is None else load_cluster_key(Path(self.cluster_key))
@@ -268,7 +268,7 @@ async def set_quota(access: Access, tenant: str, quota_bytes: int | None) -> Non
 
 
 async def wait_drained(access: Access, node_id: str, timeout_s: float) -> str | None:
-    """Waits until the node reports that its pages are handed over. Returns None then, or else what prevented it."""
+    """Waits until the node reports that its pages are handed over. Returns None when it does, otherwise the reason why not."""
     deadline = Deadline(MonotonicClock(), timeout_s * 1e3)
     directory = access.directory()
     try:

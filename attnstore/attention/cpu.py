@@ -22,8 +22,8 @@ from attnstore.attention.cpu_plan import Plan, Prefill, make_plan
 from attnstore.attention.simd import ELEMENTS, LANES
 
 DECODE_ROWS_MAX: Final = {torch.bfloat16: 48, torch.float16: 96, torch.float32: 96}
-"""Rows per KV head (query tokens times GQA group) up to which the decode kernel is faster than gathering, by the pool's type: the
-matrix units take only bf16. See the decision record.
+"""Up to this many rows per KV head (query tokens times GQA group), the decode kernel is faster than gathering. The number depends
+on the pool's type, because the matrix units take only bf16. See the decision record.
 """
 
 TILE_ROWS: Final = 256

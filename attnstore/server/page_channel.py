@@ -195,7 +195,7 @@ class _Connection(Connection):
         except Overloaded as error:
             self._refuse(error)
         except Retryable:
-            return  # the peer has left, or the node drains; pins and slots were released by the exception, as above
+            return  # the peer has left, or the node drains; its pins and slots are already released, as above
         except AttnStoreError as error:
             self._refuse(error)
         finally:
@@ -322,7 +322,7 @@ class _Connection(Connection):
     def _send_layer_anew(
         self, frame: Frame, space: Space, hashes: list[bytes], indices: list[int], at: int, layer_bytes: int, offset_bytes: int
     ) -> None:
-        """For a reader that is too slow to keep all its pages pinned: only the pages of one frame are pinned while it is sent."""
+        """Pins only the pages of one frame while it is sent, because the reader was too slow for keeping all its pages pinned."""
         with self._store.reading_all(space, [hashes[index] for index in indices], frame.lease_id) as found:
             pages = [(index, page) for index, page in zip(indices, found, strict=True) if isinstance(page, PageView)]
             if len(pages) < len(indices):

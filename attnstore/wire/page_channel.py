@@ -220,7 +220,7 @@ def decode_frame(header: Buffer) -> Frame:
     if magic != MAGIC:
         raise ProtocolError("the peer does not speak the page channel's protocol")
     try:
-        # Look-ups, because calling an enum class costs as much as all the rest.
+        # Dictionary look-ups, because calling an enum class would double the cost of this function.
         known = _KIND_OF_CODE[kind]
         frame = Frame(
             known,

@@ -31,8 +31,8 @@ _LIST: Final = "Item {0}: the value of field {0} is unknown; see item {0}.\n"
 
 @dataclass(frozen=True, slots=True)
 class Cell:
-    """One link, and the tokens to generate in the fast modes and in the slow one. With a `resident_share`, the modes that attend
-    compute the context in a pool of that share of it and leave the rest in the store.
+    """One link, and the numbers of tokens to generate in the fast modes and in the slow one. With a `resident_share`, modes that
+    attend have a pool for that share of the context and leave the rest in the store.
     """
 
     rtt_ms: float
@@ -220,7 +220,7 @@ def _left_behind(model: LoadedModel, prompt: list[int], cell: Cell, url: str, *,
 
 
 def _fetched(model: LoadedModel, prompt: list[int], tokens: int, url: str) -> _Run:
-    """Each token by a new engine without KV, so the whole context crosses the link for it."""
+    """Generates each token with a new engine without KV, so the whole context crosses the link for it."""
     generated: list[int] = []
     times: list[float] = []
     moved = 0
@@ -252,7 +252,7 @@ def _step_to_end(engine: Engine, sequence: Prompted) -> tuple[list[float], list[
 
 
 def _first_token(engine: Engine, prompt: list[int], tokens: int) -> tuple[Prompted, float]:
-    """Runs a prompt to its first token. Returns it and the milliseconds that took."""
+    """Runs a prompt to its first token. Returns the sequence and the time in milliseconds."""
     sequence = engine.submit(prompt, SamplingParams(max_tokens=tokens))
     began = perf_counter()
     while not sequence.generated and sequence.finish_reason is None:

@@ -79,13 +79,13 @@ def log_times(axes: Axes, label: str) -> None:
 
 
 def spell(axis: Axis, words: Callable[[float], str]) -> None:
-    """Labels a logarithmic axis in words; between powers of ten only if there are few powers."""
+    """Labels a logarithmic axis in words. Labels values between powers of ten only if there are few powers."""
     axis.set_major_formatter(_Spelled(words, labelOnlyBase=False, minor_thresholds=(1.5, 0.5)))
     axis.set_minor_formatter(_Spelled(words, labelOnlyBase=False, minor_thresholds=(1.5, 0.5)))
 
 
 class _Spelled(LogFormatter):
-    """Replaces the labels of `LogFormatter`, where it has any, by words."""
+    """Replaces the non-empty labels of `LogFormatter` by words."""
 
     def __init__(self, words: Callable[[float], str], **options: Any) -> None:
         super().__init__(**options)

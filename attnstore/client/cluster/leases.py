@@ -51,7 +51,7 @@ class _Entry:
 
 
 class ClusterLeases:
-    """Leases by the id that callers know. Belongs to one event loop."""
+    """Leases by their ids. Belongs to one event loop."""
 
     def __init__(self, clock: Clock) -> None:
         self._clock = clock

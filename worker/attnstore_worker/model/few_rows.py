@@ -24,7 +24,7 @@ from attnstore_worker.model.few_rows_kernel import Batch, Work, run_head, run_la
 from attnstore_worker.model.weights import LayerShape, LayerWeights
 
 ROWS_MAX: Final = 96
-"""Rows up to which this path costs less than library calls for each product; measured, docs/decisions/0018-few-rows.md."""
+"""Up to this many rows, this path costs less than library calls for each product; measured, docs/decisions/0018-few-rows.md."""
 
 _SHARE_BYTES_MIN: Final = 64 * 1024
 """Bytes of keys and values per thread: all threads run anyway, so a share only has to be worth its merge."""
@@ -99,7 +99,7 @@ class FewRows:
         return logits[: len(rows)]
 
     def _memory(self, rows: int, threads: int) -> Work:
-        """Returns memory that is kept until a step of another size comes."""
+        """Returns memory, which is reused until a step has another size."""
         padded = _padded(rows)
         if self._kept is not None and self._kept[0] == (padded, threads):
             return self._kept[1]
