@@ -1,8 +1,8 @@
-"""What the value of an option may be: one parser for each kind, the same on the command line, in a variable and in a TOML file.
+"""The types of options: one parser per kind, for the command line, variables and TOML files.
 
-Owns: the kinds. Each takes the text that was given (or a file's number, which is taken as its text) and returns the value.
-Invariants: a value that is returned can be used: what it means was looked at here, before any work begins; what is refused raises
-`InvalidValue`, one line with the rule, which shows the text only where it cannot be a secret.
+Owns: the kinds. Each takes the given text (a number in a file is converted to text) and returns the value. Invariants: a returned
+value is usable, because its meaning was checked here before any work begins; a refused value raises `InvalidValue`, one line with
+the rule, which shows the text only if it cannot be a secret.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ T = TypeVar("T")
 
 
 class InvalidValue(InvalidArgument, argparse.ArgumentTypeError):
-    """A value that its option cannot have. Being both of its bases, it is understood by argparse, by pydantic and by callers."""
+    """A value that its option cannot have. It has two bases, so that argparse, pydantic and callers all handle it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +58,7 @@ class Whole:
 
 @dataclass(frozen=True, slots=True)
 class Number:
-    """A number from `least`, or `above` it, to `most`; `unit` for people."""
+    """A number from `least`, or `above` it, to `most`; `unit` is shown in messages."""
 
     least: float
     most: float
@@ -105,7 +105,9 @@ class Name:
 
 @dataclass(frozen=True, slots=True)
 class Parsed(Generic[T]):
-    """What `parse` makes of a text; it raises `InvalidArgument`, with no secret in its message, for one that it does not take."""
+    """The result of `parse` for a text. `parse` raises `InvalidArgument`, without a secret in its message, for a text that it does
+    not accept.
+    """
 
     parse: Callable[[str], T]
 
@@ -142,7 +144,7 @@ def secret(given: object) -> str:
 
 
 def file_or_folder(given: object) -> Path:
-    """Either of them, that is there."""
+    """The path of an existing file or folder."""
     path, name, kind = _looked_at(given)
     if kind is None:
         raise InvalidValue(f"{name} is not there")
@@ -150,7 +152,7 @@ def file_or_folder(given: object) -> Path:
 
 
 def file_to_read(given: object) -> Path:
-    """A file, pipe or device that can be read. A pipe is not opened here: it can be read once."""
+    """A file, pipe or device that can be read. A pipe is not opened here, because it can be read only once."""
     path, name, kind = _looked_at(given)
     if kind is None:
         raise InvalidValue(f"{name} cannot be read: it is not there")
@@ -166,7 +168,9 @@ def text_to_read(given: object) -> Path:
 
 
 def read_text(path: Path, chars_max: int) -> str:
-    """The text of a file, or of standard input where the path is `-`. Raises `InvalidValue` unless it is UTF-8, and so much."""
+    """Returns the text of a file, or of standard input if the path is `-`. Raises `InvalidValue` unless it is UTF-8 and not too
+    long.
+    """
     where = "standard input" if path == _STANDARD_INPUT else shown(str(path))
     try:
         if path == _STANDARD_INPUT:
@@ -184,7 +188,7 @@ def read_text(path: Path, chars_max: int) -> str:
 
 
 def file_to_write(given: object) -> Path:
-    """A file that can be written, or be made. What is there stays as it is, and nothing is left where there was nothing."""
+    """A file that can be written, or created. Checking changes no existing file and leaves no new one."""
     path, name, kind = _looked_at(given)
     if kind is None:
         try:
@@ -200,7 +204,7 @@ def file_to_write(given: object) -> Path:
 
 
 def folder_to_make(given: object) -> Path:
-    """A folder that is not there yet and can be made, with those above it that are missing."""
+    """A folder that does not exist yet and can be created, with its missing parents."""
     path, name, kind = _looked_at(given)
     if kind is not None:
         raise InvalidValue(f"{name} is there already")
@@ -211,7 +215,7 @@ def folder_to_make(given: object) -> Path:
 
 
 def http_url(given: object) -> str:
-    """The URL of a worker, or of what is in front of it."""
+    """The URL of a worker, or of a proxy in front of it."""
     text = _text(given)
     try:
         parts = urlsplit(text)
@@ -224,7 +228,7 @@ def http_url(given: object) -> str:
 
 
 def http_proxy(given: object) -> str:
-    """The URL of an HTTP proxy, which may have a login in it. Never shown."""
+    """The URL of an HTTP proxy, which may contain a login. Never shown."""
     text = _text(given)
     if not is_http_proxy(text):
         raise InvalidValue("must be http://host:port")
@@ -234,13 +238,13 @@ def http_proxy(given: object) -> str:
 def _standard_input() -> TextIO:
     if sys.stdin is None:
         raise OSError(errno.EBADF, "it is closed")
-    if isinstance(sys.stdin, io.TextIOWrapper):  # whatever the locale says, and without a place for bytes that are no text
+    if isinstance(sys.stdin, io.TextIOWrapper):  # independent of the locale, and without an escape for invalid bytes
         sys.stdin.reconfigure(encoding="utf-8", errors="strict")
     return sys.stdin
 
 
 def _number_text(given: object) -> str:
-    """Of a number as well, which only a file can give."""
+    """Returns the text of a value, which may be a number in a file."""
     return str(given) if isinstance(given, (int, float)) and not isinstance(given, bool) else _text(given)
 
 
@@ -255,21 +259,23 @@ def _text(given: object) -> str:
 
 
 def _looked_at(given: object) -> tuple[Path, str, int | None]:
-    """A path, how it is shown, and the mode of what is there, None where nothing is."""
+    """Returns a path, its text for messages, and its mode, or None if it does not exist."""
     text = _text(given)
-    path, name = Path(text), shown(text)  # a path shows less well what was given: it has no `//`
+    path, name = Path(text), shown(text)  # a path object does not show the given text exactly: it has no `//`
     try:
         return path, name, path.stat().st_mode
     except FileNotFoundError:
         return path, name, None
     except OSError as error:
         raise InvalidValue(f"{name} cannot be used: {error.strerror}") from None
-    except ValueError:  # a character that no path has
+    except ValueError:  # a character that no path may contain
         raise InvalidValue(f"{name} is not a path") from None
 
 
 def _require_access(path: Path, name: str, kind: int, flags: int, access: int, verb: str) -> None:
-    """A regular file is opened, which root's permissions do not answer; a pipe or device is not: to open it may be to use it."""
+    """Opens a regular file, because root's permissions would not tell. Does not open a pipe or device, because opening it may have
+    effects.
+    """
     try:
         if stat.S_ISREG(kind):
             os.close(os.open(path, flags | os.O_CLOEXEC))

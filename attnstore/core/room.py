@@ -24,7 +24,7 @@ from attnstore.limits import WORK_PAGES_MAX
 
 
 class Room(enum.Enum):
-    """Whether there is room for one more page: now, after more calls, or not while so many pages are pinned."""
+    """Whether there is room for one more page: FREE now, MAKING after more calls, or NONE while too many pages are pinned."""
 
     FREE = enum.auto()
     MAKING = enum.auto()

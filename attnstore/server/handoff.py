@@ -91,7 +91,7 @@ class _Pass:
 
 
 Offered = dict[str, int]
-"""Node id -> the node was offered its share of the first so many pages that were ever stored here."""
+"""Node id -> count: of the first `count` pages ever stored here, the node was offered those that it should have."""
 
 
 class Handoff:
