@@ -1,11 +1,11 @@
 """The environment's variables `ATTNSTORE_*`.
 
-Owns: how a variable is read. Invariants: an empty variable is not set, because templates and compose files set variables that were
-not filled in; a variable that Kubernetes sets for a Service is not one of ours.
+Owns: how a variable is read. Invariants: an empty variable counts as unset, because templates and compose files set variables that
+were not filled in; a variable that Kubernetes sets for a Service is ignored.
 
 For each Service `x` of a namespace, Kubernetes gives every pod there `X_PORT=tcp://10.0.0.1:9400`, `X_SERVICE_HOST`,
-`X_SERVICE_PORT`, `X_PORT_9400_TCP` and more, unless the pod says `enableServiceLinks: false`. So a Service `attnstore-metrics` sets
-`ATTNSTORE_METRICS_PORT`, the name of an option. Of these names only `X_PORT` can be an option's.
+`X_SERVICE_PORT`, `X_PORT_9400_TCP` and more, unless the pod sets `enableServiceLinks: false`. A Service `attnstore-metrics`
+therefore sets `ATTNSTORE_METRICS_PORT`, the name of an option. Of these names only `X_PORT` can be an option's.
 """
 
 from __future__ import annotations
@@ -20,19 +20,19 @@ _LINK: Final = re.compile(r"(tcp|udp|sctp)://\S+", re.IGNORECASE)
 
 
 def variable(option: str, environment: Mapping[str, str] = os.environ) -> str | None:
-    """The value that the environment gives an option; None where it gives none, an empty one, or a service link."""
+    """Returns the value that the environment gives an option, or None if the variable is unset, empty, or a service link."""
     name = variable_name(option)
     value = environment.get(name) or None
     return None if value is not None and _is_service_link(name, value) else value
 
 
 def variable_name(option: str) -> str:
-    """`ATTNSTORE_TLS_CA` for `tls_ca`."""
+    """Returns the name of an option's variable: `ATTNSTORE_TLS_CA` for `tls_ca`."""
     return PREFIX + option.upper()
 
 
 def service_links(options: Iterable[str], environment: Mapping[str, str] = os.environ) -> dict[str, str]:
-    """The variables, with their values, that have the names of these options and are service links."""
+    """Returns the variables, with their values, that have the names of these options and are service links."""
     names = map(variable_name, options)
     return {name: environment[name] for name in names if name in environment and _is_service_link(name, environment[name])}
 

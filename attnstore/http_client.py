@@ -1,8 +1,8 @@
 """HTTP to our own processes: a worker's endpoint, metrics.
 
-Owns: `open_url`, and what a proxy's URL is. Invariant: no request goes through a proxy that only the environment names
-(`http_proxy`, `all_proxy`): those are meant for the internet, would see what workers are asked, and know no address of a private
-network.
+Owns: `open_url`, and the syntax of a proxy's URL. Invariant: no request goes through a proxy that only the environment names
+(`http_proxy`, `all_proxy`): such proxies are meant for the internet, would see the requests to workers, and cannot reach addresses
+of a private network.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from attnstore.tokens import BEARER
 def open_url(
     request: str | urllib.request.Request, timeout_s: float, http_proxy: str | None = None, token: str | None = None
 ) -> http.client.HTTPResponse:
-    """The answer, to be used in a `with`; `http_proxy` is the URL of a proxy to go through. Raises what `urllib` raises.
+    """Returns the answer as a context manager; `http_proxy` is the URL of a proxy. Raises what `urllib` raises.
 
-    `token` is shown to the host of the request alone, and to no other one that it redirects to.
+    `token` is sent only to the host of the request, not to a host to which it redirects.
     """
     if token is not None:
         request = urllib.request.Request(request) if isinstance(request, str) else request
@@ -32,7 +32,9 @@ def open_url(
 
 
 def is_http_proxy(url: str) -> bool:
-    """Whether a proxy can be at `url`: `http://host:port`, with `user:password@` before the host where it asks for them."""
+    """Returns whether `url` is a proxy's: `http://host:port`, with `user:password@` before the host if the proxy
+    requires a login.
+    """
     if not re.fullmatch("[!-~]+", url):
         return False
     try:
