@@ -1,4 +1,4 @@
-"""The KV manager on pages without a model: what a sequence gets is what was sealed, whatever the store does."""
+"""The KV manager on pages without a model: a sequence gets exactly the pages that were sealed, whatever the store does."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def manager_on(
 
 
 def admit(manager: CacheManager, tokens: list[int]) -> tuple[BlockTable, Load]:
-    """A sequence that waits until its load is over; what is ready behind a gap stays ahead of it."""
+    """Admits a sequence that waits until its load is over; ready blocks after a gap stay ahead of it."""
     table, load = manager.admit(tokens, [])
     while load.running:
         manager.loads.advance(table, load, table.sealed * LAYOUT.block_tokens)
@@ -195,7 +195,7 @@ def test_blocks_of_a_read_that_timed_out_are_not_reused_before_it_is_over(store:
     assert manager.statistics().quarantined == 4
     assert manager.statistics().pool.held == 4 + 5
     fill(manager, table, load, tokens)
-    store.gate.set()  # the late bytes land now, in blocks that are nobody's
+    store.gate.set()  # the late bytes arrive now, in blocks that no sequence holds
     assert_right(manager, table, tokens)
     manager.release(table)
     assert_eventually_idle(manager)
@@ -221,7 +221,7 @@ def test_queued_writes_give_way_when_the_pool_is_needed(store: MemoryStore) -> N
     manager = manager_on(store, 4)
     manager.connect()
     store.gate.clear()
-    run(manager, list(range(5)))  # one block is on its way and waits at the gate
+    run(manager, list(range(5)))  # one block is in flight and waits at the gate
     assert_eventually(lambda: "write" in store.calls)
     run(manager, list(range(100, 112)))  # three are queued behind it
     run(manager, list(range(200, 212)))  # these need the queued ones' blocks
@@ -276,14 +276,14 @@ def test_blocks_are_conserved_and_pages_are_right_under_random_faults(store: Mem
 
 
 def assert_eventually_idle(manager: CacheManager) -> None:
-    """All transfers end, and then no block is held."""
+    """Waits for the end of all transfers; then no block is held."""
     assert_eventually(lambda: manager.flush(1) and manager.statistics().pool.held == 0)
     assert manager.statistics().quarantined == 0
     manager.check()
 
 
 def assert_eventually(condition: Callable[[], bool]) -> None:
-    """Another thread makes the condition true; how soon is not the test's business."""
+    """Polls, because another thread makes the condition true; the time that takes is not tested."""
     give_up_s = time.monotonic() + WAIT_MS / 1e3
     while not condition():
         assert time.monotonic() < give_up_s

@@ -1,4 +1,4 @@
-"""Sequences over all tiers: wherever pages come from, HOST, a node's memory or a network, the tokens are those of a run alone."""
+"""Sequences over all tiers: the tokens are those of a run alone, whether pages come from HOST, a node's memory or a network."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def manager_of(blocks: int, host_blocks: int, store: MemoryStore | None = None, 
 
 
 def loaded(manager: CacheManager, tokens: list[int]) -> tuple[BlockTable, Load]:
-    """Admits a prompt, takes what the tiers have, checks it, and computes the rest."""
+    """Admits a prompt, takes and checks the pages that the tiers have, and computes the rest."""
     table, load = manager.admit(tokens, [])
     done = manager.loads.advance(table, load, table.sealed * LAYOUT.block_tokens)
     while not load.over:
@@ -111,13 +111,15 @@ def test_what_host_evicts_comes_back_from_the_store() -> None:
 
 
 def test_blocks_of_hbm_host_and_store_make_one_prefix() -> None:
-    """The tail of a prefix leaves HBM first, then HOST: its head is in HBM, its middle in HOST, its end in the store."""
+    """The tail of a prefix is evicted first, from HBM and from HOST: its head is in HBM, its middle in HOST, its end
+    in the store.
+    """
     store = MemoryStore()
     tokens = prompt_of(1, blocks=8)
     manager = manager_of(blocks=10, host_blocks=3, store=store)
     for each in (tokens, prompt_of(2, blocks=6)):
         table, _ = loaded(manager, each)
-        assert manager.flush(WAIT_MS)  # or the order in which they were written would be that of their use
+        assert manager.flush(WAIT_MS)  # otherwise the order in which they were written would be that of their use
         manager.release(table)
     again = run(manager, tokens)
     by_tier = again.hit_tokens_by_tier()
@@ -198,7 +200,7 @@ def options(model: LoadedModel, blocks: int, host_blocks: int = 0, shared: Share
 
 
 def alone(model: LoadedModel, prompts: list[list[int]], how: SamplingParams = HOW) -> list[list[int]]:
-    """The tokens of each prompt in an engine of its own, with room for everything."""
+    """Returns the tokens of each prompt in an engine of its own, with room for everything."""
     return [_generated(model, options(model, 40), None, [each], how)[0] for each in prompts]
 
 
@@ -238,7 +240,7 @@ def node() -> Iterator[StoreProcess]:
 
 
 def warmed(model: LoadedModel, node: StoreProcess, each: list[list[int]]) -> list[list[int]]:
-    """Has the node hold the pages of the prompts; returns the tokens of each."""
+    """Puts the pages of the prompts into the node; returns the tokens of each."""
     with attnstore.connect(node.url, deadline_ms=WAIT_MS) as store:
         return _generated(model, options(model, 40), store, each)
 
@@ -297,7 +299,7 @@ def test_many_sequences_over_pages_in_place_and_their_own(tiny: LoadedModel, nod
 
 
 def flood(store: attnstore.Client, model: LoadedModel) -> None:
-    """Recycles every slot of the node that nobody leases."""
+    """Recycles every unleased slot of the node."""
     batch = make_batch(1024, model=f"flood {os.urandom(8).hex()}", layout=model.layout(16))
     store.register_layout(batch.namespace, batch.layout)
     store.write(batch.namespace, batch.hashes, batch.pages)
@@ -306,7 +308,7 @@ def flood(store: attnstore.Client, model: LoadedModel) -> None:
 def test_a_sequence_whose_pages_are_recycled_under_it_computes_again_and_gives_the_same_tokens(
     tiny: LoadedModel, node: StoreProcess
 ) -> None:
-    """The lease is ended by another client, as no honest one would, and the node's memory is filled by others."""
+    """Another client ends the lease, which no correct client would do, and others fill the node's memory."""
     each = prompts(2, 100)
     expected = warmed(tiny, node, each)
     with (

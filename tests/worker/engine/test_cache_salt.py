@@ -1,4 +1,4 @@
-"""Requests with different salts share no page, here or in the store; those with equal ones do, and the tokens are the same."""
+"""Requests with different salts share no page, here or in the store; those with equal salts do, and the tokens are the same."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def test_equal_salts_share_pages_and_different_ones_do_not(tiny: LoadedModel, st
             first = run(engine, token_ids, salt)
             assert hit_tokens(first) == 0
             assert len(store.pages) == (number + 1) * (139 // 16)
-            if drops:  # then the second one's pages come from the store
+            if drops:  # then the second engine's pages come from the store
                 engine.drop_cached()
             second = run(engine, token_ids, salt)
             assert hit_tokens(second) == 96
@@ -73,7 +73,7 @@ def test_what_waits_and_what_is_preempted_keeps_its_salt(tiny: LoadedModel, stor
     store.on_page = read.add
     with Engine(tiny, options(tiny), store=store) as engine:
         run(engine, prompt(100), "ada")
-    # Two run in a pool that has room for both of them only as they begin; the others' pages are fetched ahead.
+    # The pool has room for two of them only at their beginning; the pages of the others are prefetched.
     with Engine(tiny, options(tiny, blocks=16, sequences_max=2), store=store) as engine:
         sequences = [
             engine.submit(prompt(100), SamplingParams(max_tokens=100), cache_salt=salt) for salt in ("bob", "carol", "ada", "bob")

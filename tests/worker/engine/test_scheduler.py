@@ -1,4 +1,4 @@
-"""The scheduler by itself: order, budget, admission and who is preempted."""
+"""The scheduler by itself: order, budget, admission and the choice of a victim."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def sequence(sequence_id: int, tokens: int, priority: int = 0) -> Sequence:
 
 
 def start(plan: Scheduler, sequence: Sequence, *, computed_tokens: int = 0) -> Sequence:
-    """Runs a sequence with blocks for what it has computed."""
+    """Runs a sequence with blocks for its computed tokens."""
     plan.enqueue(sequence)
     sequence.table = BlockTable(BLOCK_TOKENS, list(range(-(-computed_tokens // BLOCK_TOKENS))))
     sequence.computed_tokens = computed_tokens

@@ -1,4 +1,4 @@
-"""Speculative decoding: the same tokens in fewer steps, greedy or drawn; as many guesses as pay."""
+"""Speculative decoding: the same tokens in fewer steps, greedy or drawn; as many drafts as pay."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from attnstore_worker.model import LoadedModel
 
 
 def generate(model: LoadedModel, token_ids: list[int], sampling: SamplingParams, *, speculate: bool) -> tuple[Sequence, int, int]:
-    """The sequence, the steps and the accepted guesses of a run in a pool that is large enough."""
+    """Returns the sequence, the steps and the accepted drafts of a run in a pool that is large enough."""
     options = EngineOptions(pool_bytes=64 * model.layout(16).page_bytes, chunk_tokens=32, speculate=speculate)
     with Engine(model, options) as engine:
         sequence = engine.generate(token_ids, sampling)

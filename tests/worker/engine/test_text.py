@@ -1,4 +1,4 @@
-"""Text as it streams: pieces join to the whole, characters and stop strings are never cut."""
+"""Incremental text: the pieces join to the whole text; characters and stop strings are never cut."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def stream(data: bytes, *stops: str) -> list[str]:
 @given(st.text(), st.lists(st.text(min_size=1, max_size=4), max_size=3))
 def test_the_pieces_join_to_the_text_before_the_first_stop_string(whole: str, stops: list[str]) -> None:
     cuts = [index for stop in stops if (index := whole.find(stop)) >= 0]
-    # A stop string that ends earlier is found earlier, even where a longer one began before it.
+    # A stop string that ends earlier is found first, even if a longer one began before it.
     ends = [whole.find(stop) + len(stop) for stop in stops if stop in whole]
     seen = whole[: min(ends)] if ends else whole
     expected = whole[: min(seen.find(stop) for stop in stops if stop in seen)] if cuts else whole

@@ -1,8 +1,8 @@
-"""How each field of vLLM 0.32's configuration was judged: `test_real_vllm.py` fails where vLLM has another set of fields.
+"""The classification of each field of vLLM 0.32's configuration: `test_real_vllm.py` fails if vLLM has another set of fields.
 
-NAMED: part of a page's name. REFUSED: other values than the served ones are refused, by `supported.SERVED` or by what they make of
-the specification of the cache. PASSED_BY: requests that use it are computed without the store. NO_EFFECT: neither on the bytes of a
-block, apart from the rounding that vLLM's own prefix cache accepts, nor on which process holds them.
+NAMED: part of a page's name. REFUSED: other values than the served ones are refused, by `supported.SERVED` or by their effect on
+the specification of the cache. PASSED_BY: requests that use it are computed without the store. NO_EFFECT: no effect on the bytes of
+a block, apart from the rounding that vLLM's own prefix cache accepts, or on which process holds them.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What vLLM processes may share, and what not."""
+"""Which pages vLLM processes may share."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def test_a_pages_name_depends_on_all_blocks_before_it() -> None:
 def space_of(
     model: str, revision: str | None = None, *, model_id: str | None = None, tokens_max: int = 4_096, **fields: Any
 ) -> bytes:
-    """The namespace of a vLLM that was started with `--model` and `--revision`."""
+    """Returns the namespace of a vLLM that was started with `--model` and `--revision`."""
     config = transformers.LlamaConfig(hidden_size=64, num_attention_heads=4, num_hidden_layers=30, **fields)
     config.name_or_path = model
     vllm_config = SimpleNamespace(
@@ -78,7 +78,7 @@ def weights(tmp_path: Path) -> Path:
 
 
 def snapshot(hub: Path, commit: str, *, branch: str = "main") -> Path:
-    """What a hub's client leaves in its cache after it has loaded a commit of `org/model`."""
+    """Creates what a hub's client leaves in its cache after loading a commit of `org/model`."""
     repository = hub / "models--org--model"
     folder = repository / "snapshots" / commit
     folder.mkdir(parents=True)

@@ -1,4 +1,4 @@
-"""The connector inside the real program. `make test-vllm` makes the environment; elsewhere ATTNSTORE_VLLM_PYTHON names one."""
+"""The connector inside the real vLLM. `make test-vllm` creates the environment; otherwise ATTNSTORE_VLLM_PYTHON names one."""
 
 from __future__ import annotations
 
@@ -149,7 +149,7 @@ def test_faults_during_a_load_cost_time_and_no_token_and_no_engine(
             assert engine.ask(Batch([prompt], NEW_TOKENS)).tokens == [tokens]
 
         def asked(number: int, during: Callable[[], object] | None = None, after_s: float = 0.2) -> tuple[Answers, int]:
-            """A prompt whose pages the store has, and the bytes that were read of it; a load takes some 0.6 s."""
+            """Returns a prompt whose pages the store has, and the bytes that were read of it; a load takes about 0.6 s."""
             read = client.stats().read_bytes
             timer = threading.Timer(after_s, during or (lambda: None))
             timer.start()

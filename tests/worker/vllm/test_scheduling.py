@@ -1,4 +1,4 @@
-"""The scheduler's half against a store that answers when the test says so."""
+"""The scheduler's half with a store that answers when the test says so."""
 
 from __future__ import annotations
 
@@ -196,7 +196,7 @@ def test_loads_and_saves_name_each_block_once(side: SchedulerSide) -> None:
 
 
 def loaded_names(side: SchedulerSide) -> list[tuple[str, list[tuple[int, bytes]]]]:
-    """What the next step loads: each request's blocks and their pages' names."""
+    """Returns what the next step loads: each request's blocks and their pages' names."""
     return [(plan.request_id, [(block.block_id, block.page_hash) for block in plan.blocks]) for plan in side.step([], ()).loads]
 
 
@@ -243,11 +243,11 @@ def test_a_request_that_is_preempted_may_load_again(side: SchedulerSide, store: 
     assert settled(side, "a") == 6 * TOKENS
     side.allocated("a", list(range(20, 30)), 6 * TOKENS)
     assert len(loaded_names(side)) == 1
-    side.allocated("a", list(range(20, 30)), 0)  # vLLM tells of the blocks of the tokens that are to be computed
+    side.allocated("a", list(range(20, 30)), 0)  # vLLM passes the blocks of the tokens to be computed
     side.scheduled("a", list(range(20, 30)), tokens_after=8 * TOKENS, restarted=True)
     assert side.hit_tokens("a", FOREIGN, 160, 0) == 0, "it has blocks"
     side.preempted("a")
-    side.failed({22})  # the block is another's now
+    side.failed({22})  # the block belongs to another request now
     store.pages = 3
     assert settled(side, "a") == 3 * TOKENS
     assert settled(side, "a") == 3 * TOKENS, "the pool is still full"
@@ -302,7 +302,9 @@ def test_a_link_that_was_never_measured_is_measured_when_a_hit_was_not_claimed(u
 
 
 def saved_names(side: SchedulerSide, request: str, blocks: int) -> list[bytes]:
-    """What a step that completes so many blocks of a request, all in vLLM's own cache or computed, would save."""
+    """Returns the names that a step would save if it completes that many blocks of a request, all of them computed or in vLLM's own
+    cache.
+    """
     return [plan.page_hash for plan in side.scheduled(request, range(blocks), tokens_after=blocks * TOKENS, restarted=True)]
 
 

@@ -1,4 +1,4 @@
-"""What of vLLM is refused, by the names of its options. The configurations are made like those of vLLM 0.32."""
+"""Refusals of vLLM configurations, by the names of their options. The configurations are made like those of vLLM 0.32."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from attnstore_worker.vllm.supported import SERVED, check_supported, is_served
 
 
 class FullAttentionSpec(SimpleNamespace):
-    """vLLM's, as far as it is looked at."""
+    """vLLM's class, with the fields that the connector reads."""
 
 
 class MLAAttentionSpec(FullAttentionSpec):
@@ -36,7 +36,7 @@ def cache_of(*specs: FullAttentionSpec, hash_block_size: int | None = 16, draft:
 
 
 def config_of(**values: Any) -> Any:
-    """A configuration that is served, and in which the fields at the dotted paths `values` are others."""
+    """Returns a served configuration, with other values for the fields at the dotted paths in `values`."""
     config: dict[str, Any] = {"load_config": SimpleNamespace(load_format="auto")}
     for path, (_, served, _) in SERVED.items():
         part, _, field = path.partition(".")

@@ -1,4 +1,4 @@
-"""Blocks of a cache that looks like vLLM's, to a real node and back."""
+"""Blocks of a cache with vLLM's structure, to a real node and back."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ NAMES = page_hashes(SPACE, [bytes((index,)) * 32 for index in range(BLOCKS)])
 
 
 def make_cache(seed: int) -> list[torch.Tensor]:
-    """A layer is a view of `[block, head, token, K||V]` whose memory is ordered otherwise, as vLLM's may be."""
+    """A layer is a view of `[block, head, token, K||V]` whose memory has another order, as vLLM's may have."""
     generator = torch.Generator().manual_seed(seed)
     return [
         torch.randn(BLOCKS, TOKENS, HEADS, WIDTH, generator=generator).to(torch.bfloat16).transpose(1, 2) for _ in range(LAYERS)
@@ -149,7 +149,7 @@ def test_a_store_that_is_gone_fails_every_block_within_the_deadline() -> None:
 
 
 class BreaksAfter:
-    """A store that is gone after some reads."""
+    """A store that disappears after some reads."""
 
     def __init__(self, client: attnstore.Client, reads: int) -> None:
         self._client = client

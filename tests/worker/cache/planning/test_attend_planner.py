@@ -1,4 +1,4 @@
-"""The fourth choice: the arithmetic, what it learns from, and an engine that follows it to and fro with the right tokens."""
+"""The fourth choice: its arithmetic, what it learns from, and an engine that follows it with the right tokens."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def test_the_blocks_of_a_victim_are_worth_what_having_them_again_costs() -> None
 
 
 def taught(*, attended_ms: float | None = None, opens_in_ms: float = 0.2) -> CostPlanner:
-    """Prefill at 1 ms a token, steps of 30 ms, a link of 0.5 ms and 1 Gb/s."""
+    """Prefill takes 1 ms per token, steps take 30 ms, the link has 0.5 ms and 1 Gb/s."""
     planner = CostPlanner(ManualClock(), 256)
     for begin in range(0, 1024, 256):
         planner.stepped(Step(0.0, 256.0, ((begin, begin + 256),)))
@@ -140,7 +140,7 @@ BLOCKS = 12
 
 
 class Scripted(FetchAll):
-    """A planner that forecasts what the test says."""
+    """A planner whose forecasts the test sets."""
 
     def __init__(self) -> None:
         super().__init__(60_000)
@@ -169,7 +169,7 @@ def client(node: StoreProcess) -> Iterator[attnstore.Client]:
 
 
 def options(model: LoadedModel, salt: str, blocks: int = BLOCKS, attend: AttendPolicy = AttendPolicy.MEASURED) -> EngineOptions:
-    """A pool of `blocks` blocks, and pages of the test's own."""
+    """A pool of `blocks` blocks, and pages that only this test uses."""
     pool_bytes = blocks * model.layout(16).page_bytes
     return EngineOptions(pool_bytes=pool_bytes, chunk_tokens=32, attend=attend, store_deadline_ms=60_000, tenant_salt=salt.encode())
 
@@ -184,7 +184,7 @@ def resident(model: LoadedModel, token_ids: list[int], tokens: int) -> list[int]
 
 
 def warmed(engine: Engine, token_ids: list[int]) -> None:
-    """The store has the prompt's pages, and the pool has not."""
+    """Puts the prompt's pages into the store, not into the pool."""
     engine.generate(token_ids, SamplingParams(max_tokens=1))
     assert engine.flush(60_000)
     engine.drop_cached()
@@ -222,7 +222,7 @@ def test_hits_are_attended_to_where_that_is_forecast_to_be_better(
 def test_a_sequence_that_goes_on_and_on_has_its_blocks_fetched_in_the_end(tiny: LoadedModel, client: attnstore.Client) -> None:
     planner, token_ids = Scripted(), prompt_of(6 * 16 + 5, seed=1)
     with Engine(tiny, options(tiny, "moves"), store=client, planner=planner) as engine:
-        for _ in range(3):  # answers are short, as far as anyone knows
+        for _ in range(3):  # answers are expected to be short
             engine.generate(prompt_of(20, seed=2), SamplingParams(max_tokens=2))
         warmed(engine, token_ids)
         fetched = engine.statistics().remote.bytes_read
@@ -237,7 +237,7 @@ def test_a_sequence_that_goes_on_and_on_has_its_blocks_fetched_in_the_end(tiny: 
             if moved_after is None and sequence.generated and not attending.pages_open:
                 moved_after = len(sequence.generated)
         assert moved_after is not None
-        assert 10 <= moved_after <= 14  # when it had paid as much as fetching costs, and a tenth
+        assert 10 <= moved_after <= 14  # when it had paid as much as fetching costs, plus a tenth
         assert engine.statistics().remote.bytes_read > fetched
         assert sequence.preemptions == 0
         assert sequence.generated == resident(tiny, token_ids, 40)
@@ -249,7 +249,8 @@ def test_for_lack_of_room_one_attends_so_that_another_keeps_its_blocks(tiny: Loa
     with Engine(tiny, options(tiny, "room"), store=client, planner=planner) as engine:
         for token_ids in prompts:
             warmed(engine, token_ids)
-        planner.says = forecast(attend=1e6, load=1e6, rent=1.0)  # nobody attends by choice, and no block is had again for less
+        # No sequence attends by choice, and having the blocks here again costs as much as anything else.
+        planner.says = forecast(attend=1e6, load=1e6, rent=1.0)
         sequences = [engine.submit(token_ids, SamplingParams(max_tokens=40)) for token_ids in prompts]
         run(engine, *sequences)
         attending = engine.attending()
@@ -274,7 +275,7 @@ def test_with_costs_that_are_really_measured_the_tokens_stay_right_and_decisions
     clock = MonotonicClock()
     planner = CostPlanner(clock, 32)
     prompts = [prompt_of(7 * 16 + 3, seed) for seed in range(6)]
-    # This small a model may be computed so fast that the planner never tries the link: a worker that always reads shows it.
+    # A model this small may compute so fast that the planner never uses the link; a worker that always reads shows it.
     with Engine(
         tiny,
         options(tiny, "real", attend=AttendPolicy.NEVER),
@@ -288,7 +289,7 @@ def test_with_costs_that_are_really_measured_the_tokens_stay_right_and_decisions
     with Engine(tiny, options(tiny, "real"), store=client, clock=clock, planner=planner, observer=planner) as engine:
         for token_ids in prompts:
             warmed(engine, token_ids)
-            # Longer than the pool: it has to attend, which is how costs are learned.
+            # Longer than the pool, so it has to attend, which teaches the costs.
             engine.generate(prompt_of(BLOCKS * 16 + 40, seed=token_ids[0]), SamplingParams(max_tokens=3))
         for token_ids in prompts:
             engine.drop_cached()

@@ -1,4 +1,4 @@
-"""The planner that measures, at work: in simulated time on links that flap and collapse, and on a real link through a relay."""
+"""The measuring planner at work: in simulated time on links that flap and collapse, and on a real link through a relay."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class Simulation:
             self.planner.stepped(Step(0.0, COST.chunk(begin, end), ((begin, end),)))
 
     def first_token(self, tokens: int) -> float:
-        """How long a prompt takes whose usable blocks are all in the store."""
+        """Returns the time to the first token of a prompt whose usable blocks are all in the store."""
         self._prompts += 1
         usable = (tokens - 1) // 16
         prompt = Prompt(self._prompts, tokens, 16, PAGE_BYTES, 30, 0, usable)
@@ -151,7 +151,7 @@ def steady(gbit_per_s: float) -> Bandwidth:
 
 
 def flapping(gbit_per_s: float, period_ms: float) -> Bandwidth:
-    """Nothing moves every other period."""
+    """Nothing moves in every other period."""
     return lambda now_ms: gbit_per_s * 1e6 / 8 if now_ms // period_ms % 2 else 1e-9
 
 
@@ -160,7 +160,7 @@ def collapsing(gbit_per_s: float, at_ms: float, factor: float) -> Bandwidth:
 
 
 def unsteady(gbit_per_s: float, seed: int) -> Bandwidth:
-    """Another bandwidth, up to a hundred times more or less, every quarter of a second."""
+    """The bandwidth changes every quarter of a second, by a factor of up to a hundred."""
     return lambda now_ms: gbit_per_s * 1e6 / 8 * 10 ** random.Random(f"{seed} {now_ms // 250}").uniform(-2, 2)
 
 
@@ -180,7 +180,7 @@ def test_no_prompt_takes_much_longer_than_computing_it_whatever_the_link_does(na
     simulation.learn_computing()
     recompute_ms = COST.span(0, tokens, CHUNK_TOKENS)
     for _ in range(6):
-        # Splitting at another place than a chunk's boundary costs a chunk more, at each end.
+        # Splitting elsewhere than at a chunk's boundary costs one more chunk at each end.
         assert simulation.first_token(tokens) <= (1 + IDLE_SHARE) * recompute_ms + 3 * COST.chunk_ms
         simulation.clock.advance_ms(37.0)
 

@@ -1,4 +1,4 @@
-"""The estimators of compute: they learn a worker's costs from its steps, whatever else they are told."""
+"""The estimators of computing: they learn a worker's costs from its steps, whatever other samples they get."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The link estimator: it learns a link, notices that it changed, and no sample can mislead or break it."""
+"""The link estimator: it learns a link, detects changes, and no sample can mislead or break it."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ SAMPLES = st.lists(
 
 
 class Link:
-    """A link of known cost whose transfers an estimator watches."""
+    """A link of known cost whose transfers an estimator observes."""
 
     def __init__(self, rtt_ms: float, bytes_per_ms: float) -> None:
         self.clock = ManualClock()
@@ -138,7 +138,7 @@ def test_a_link_that_flaps_has_a_wide_spread() -> None:
 
 
 class JumpingClock:
-    """A clock that a test sets to any time, also back."""
+    """A clock that a test sets to any time, including earlier ones."""
 
     time_ms = 0.0
 

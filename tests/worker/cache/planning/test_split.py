@@ -54,12 +54,12 @@ def link(gbit_per_s: float, rtt_ms: float, spread: float = 1.1) -> LinkEstimate:
 
 
 def best(costs: Costs, work: Work) -> Split:
-    """The split of a prompt that has not waited yet."""
+    """Returns the split of a prompt that has not waited yet."""
     return split(costs, work, patience(costs.prefill, work))
 
 
 def brute_force_ms(costs: Costs, work: Work) -> float:
-    """The best first token of all places to meet, with every chunk and every read added up one by one."""
+    """Returns the earliest first token over all meeting points, with every chunk and every read added up one by one."""
     tokens, prefill = work.block_tokens, costs.prefill
 
     def chunks(begin: int, end: int) -> float:

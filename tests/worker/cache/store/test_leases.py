@@ -1,4 +1,4 @@
-"""Kept leases: renewed until they are let go, released once, and never a reason to wait."""
+"""Kept leases: renewed until `let_go`, released once, and never waited for."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ FIRST, SECOND = Lease(b"1" * 16, 10_000), Lease(b"2" * 16, 20_000)
 
 
 class Node:
-    """Counts what it is asked; `errors` says how a renewal of each lease fails."""
+    """Counts its calls; `errors` says how a renewal of each lease fails."""
 
     def __init__(self) -> None:
         self.renewed: list[tuple[Lease, int]] = []
@@ -111,7 +111,7 @@ def test_a_renewal_that_fails_in_a_way_nobody_foresaw_costs_no_other_lease_its_o
 
 
 def test_a_busy_workers_lease_outlives_its_first_length_at_a_real_node() -> None:
-    """As with pages that a long answer uses in place while short ones come and go."""
+    """Like pages that a long answer uses in place while short ones come and go."""
     lease_ms, clock = 2_000, MonotonicClock()
     batch = make_batch(4, model="kept")
     with StoreProcess("--capacity", "64MiB") as node, attnstore.connect(node.url) as client:
@@ -128,7 +128,7 @@ def test_a_busy_workers_lease_outlives_its_first_length_at_a_real_node() -> None
         end_ms = clock.now_ms() + 1.5 * lease_ms
         while clock.now_ms() < end_ms:
             keeper.let_go(keeper.keep(lease()))
-        client.renew(long.lease, lease_ms)  # raises where it has expired
+        client.renew(long.lease, lease_ms)  # raises if it has expired
         assert not long.lost
         keeper.close()
 

@@ -1,4 +1,4 @@
-"""The REMOTE tier: what counts as a failure of the store, and what does not."""
+"""The REMOTE tier: which errors count as a failure of the store, and which do not."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ DEADLINE_MS = 10_000
 
 
 class NobodyAnswers(MemoryStore):
-    """A cluster of which no node answers: its calls say so and raise nothing."""
+    """A cluster without an answering node: its calls return an error in the result and do not raise."""
 
     def match(
         self, namespace: bytes, prefixes: Sequence[Sequence[bytes]], /, *, lease_ms: int, deadline_ms: float | None = None
@@ -71,7 +71,7 @@ def test_a_read_that_a_planner_hurried_says_nothing_of_the_store(deadline_ms: fl
 
 
 class Registered(MemoryStore):
-    """A store on which to register takes `took_ms`. `given_ms` has the deadline of each call."""
+    """A store whose registration takes `took_ms`. `given_ms` records the deadline of each call."""
 
     def __init__(self, clock: ManualClock, took_ms: float) -> None:
         super().__init__()
@@ -131,7 +131,7 @@ def test_a_restarted_node_is_told_the_layout_again(transport: str) -> None:
         with StoreProcess("--listen", node.address, "--capacity", "16MiB"):
 
             def counted() -> bool:
-                clock.advance_ms(PAUSE_MS)  # a call may meet the connection that broke
+                clock.advance_ms(PAUSE_MS)  # a call may meet the broken connection
                 return remote.count(HASHES) == 0 and not remote.is_failing
 
             assert eventually(counted, within_s=30)

@@ -1,4 +1,4 @@
-"""Pages used in place from a real node's memory: the window's pages are the node's bytes, and what is recycled is known to be."""
+"""Pages used in place from a real node's memory: the window's pages are the node's bytes, and recycled pages are detected."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from tests.memory_files import flip_bit
 from tests.samples import Batch, eventually, make_batch
 
 LAYOUT = PageLayout(layers=2, kv_heads=2, head_dim=64, block_tokens=16, dtype=DType.FP32)
-"""32 KiB a page."""
+"""32 KiB per page."""
 DEADLINE_MS = 10_000
 LEASE_MS = 60_000
 
@@ -64,7 +64,7 @@ def bytes_of(window: PageWindow, block_id: int) -> bytes:
 
 
 def flood(client: attnstore.Client) -> None:
-    """Recycles every slot that nobody leases."""
+    """Recycles every unleased slot."""
     stored(client, 256, f"flood {os.urandom(8).hex()}")
 
 
@@ -209,7 +209,7 @@ def test_a_node_without_shared_memory_lends_nothing_and_says_so_once(caplog: pyt
 
 
 def test_pages_off_the_windows_grid_are_not_borrowed(client: attnstore.Client) -> None:
-    """The node rounds slots of 4,104 bytes up to 4,160, so only the first one begins where a page of the window does."""
+    """The node rounds slots of 4,104 bytes up to 4,160, so only the first one is aligned to a page of the window."""
     layout = PageLayout(layers=1, kv_heads=1, head_dim=19, block_tokens=27, dtype=DType.FP32)
     assert layout.page_bytes == 4104
     batch = stored(client, 3, "off the grid", layout)
@@ -219,7 +219,7 @@ def test_pages_off_the_windows_grid_are_not_borrowed(client: attnstore.Client) -
 
 
 def mappings() -> int:
-    """How often this process maps an extent of a node."""
+    """Returns how often this process maps an extent of a node."""
     return sum("attnstore-extent" in line for line in Path("/proc/self/maps").read_text().splitlines())
 
 

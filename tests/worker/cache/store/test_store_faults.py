@@ -1,4 +1,4 @@
-"""A real node that dies or stops answering while a worker uses it: right tokens within the deadline, no block lost."""
+"""A real node that dies or stops answering while a worker uses it: right tokens within the deadline, and no block lost."""
 
 from __future__ import annotations
 
