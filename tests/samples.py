@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from attnstore import BlockHash, DType, Namespace, PageLayout, block_hashes, namespace
+from attnstore import BlockHash, Client, DType, Namespace, PageLayout, PageStatus, ReadResult, block_hashes, namespace
 from attnstore.types import Space
 
 SMALL = PageLayout(layers=2, kv_heads=2, head_dim=8, dtype=DType.FP32)
@@ -57,3 +57,20 @@ def eventually(claim: Callable[[], bool], within_s: float = 10.0) -> bool:
             return False
         time.sleep(0.01)
     return True
+
+
+def stored(client: Client, pages: int, model: str, layout: PageLayout = SMALL) -> Batch:
+    """A batch that the client has stored, all pages for the first time."""
+    batch = make_batch(pages, model=model, layout=layout)
+    client.register_layout(batch.namespace, layout)
+    assert set(client.write(batch.namespace, batch.hashes, batch.pages).verdicts) == {PageStatus.STORED}
+    return batch
+
+
+def read_back(client: Client, batch: Batch) -> ReadResult:
+    """Reads a batch and checks that the bytes of every hit are those written."""
+    buffers = batch.buffers()
+    result = client.read(batch.namespace, batch.hashes, buffers)
+    hits = [status is PageStatus.OK for status in result.statuses]
+    assert all(buffer == page for buffer, page, hit in zip(buffers, batch.pages, hits, strict=True) if hit)
+    return result

@@ -10,12 +10,17 @@ from hypothesis import settings
 
 from attnstore.core.layout import DType, PageLayout
 from attnstore.core.page_table import PageTable
+from tests.core.pages import (
+    PAGE_BYTES,
+    SPACE,
+    STRANGERS,
+    MakeLayout,
+    MakeTable,
+)
 
 # The same examples in every run, and no failure because the machine is slow.
 settings.register_profile("attnstore", deadline=None, derandomize=True)
 settings.load_profile("attnstore")
-
-MakeTable = Callable[..., PageTable]
 
 
 @pytest.fixture
@@ -41,3 +46,20 @@ def layout_of_bytes() -> Callable[[int], PageLayout]:
         return PageLayout(layers=1, kv_heads=1, head_dim=page_bytes // 2, block_tokens=1, dtype=DType.OPAQUE)
 
     return make
+
+
+@pytest.fixture
+def table(make_table: MakeTable, layout_of_bytes: MakeLayout) -> PageTable:
+    """Four pages of one namespace in one extent."""
+    table = make_table(4 * PAGE_BYTES)
+    assert table.namespaces.register(SPACE, layout_of_bytes(PAGE_BYTES)) == 4
+    return table
+
+
+@pytest.fixture
+def shared_table(make_table: MakeTable, layout_of_bytes: MakeLayout) -> PageTable:
+    """Two tenants with a namespace each, and two extents of two pages."""
+    table = make_table(4 * PAGE_BYTES, 2 * PAGE_BYTES)
+    table.namespaces.register(SPACE, layout_of_bytes(PAGE_BYTES))
+    table.namespaces.register(STRANGERS, layout_of_bytes(PAGE_BYTES))
+    return table

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -21,6 +20,7 @@ from attnstore import PageStatus, errors
 from attnstore.core.hashing import page_checksum
 from attnstore.limits import CHUNK_BYTES_MAX
 from attnstore.testing import StoreProcess
+from attnstore.testing.ports import free_port
 from attnstore.wire.messages import ERROR_TRAILER
 from attnstore.wire.v1 import store_pb2 as pb
 from attnstore.wire.v1 import store_pb2_grpc
@@ -33,12 +33,6 @@ GRACE_S = 2.0
 transports = pytest.mark.parametrize("transport", ["grpc", "tcp", "shm"])
 
 
-def free_address() -> str:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return f"127.0.0.1:{probe.getsockname()[1]}"
-
-
 @pytest.fixture
 def pool() -> Iterator[ThreadPoolExecutor]:
     with ThreadPoolExecutor(4) as pool:
@@ -47,7 +41,7 @@ def pool() -> Iterator[ThreadPoolExecutor]:
 
 @transports
 def test_a_node_that_is_not_there_is_unavailable_and_found_when_it_comes(batch_of: BatchOf, transport: str) -> None:
-    address, batch = free_address(), batch_of(1)
+    address, batch = f"127.0.0.1:{free_port()}", batch_of(1)
     with attnstore.connect(f"grpc://{address}", deadline_ms=5_000, transport=transport) as client:
         began_s = time.monotonic()
         with pytest.raises(errors.Unavailable):

@@ -19,8 +19,8 @@ from prometheus_client.parser import text_string_to_metric_families
 import attnstore
 from attnstore import errors
 from attnstore.testing import StoreProcess
+from attnstore.testing.ports import free_port
 from attnstore.wire.messages import METHODS, SERVICE
-from tests.integration.test_faults import free_address
 from tests.samples import LARGE, SMALL, Batch, eventually
 
 BatchOf = Callable[..., Batch]
@@ -48,7 +48,7 @@ def test_reflection_tells_the_whole_protocol(shared_node: StoreProcess) -> None:
 @pytest.fixture(params=["grpc", "tcp"])
 def measured(request: pytest.FixtureRequest) -> Iterator[tuple[attnstore.Client, Callable[..., float | None]]]:
     """A client, and `value(metric, **labels)` of its node's metrics endpoint."""
-    port = free_address().rpartition(":")[2]
+    port = str(free_port())
     with StoreProcess("--capacity", "64MiB", "--metrics-port", port) as node:
 
         def value(name: str, **labels: str) -> float | None:

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 import threading
-import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -19,18 +17,13 @@ import pytest
 import attnstore
 import attnstore.aio
 from attnstore import PageStatus, errors
-from attnstore.client.async_client import ConnectOptions
-from attnstore.client.base import BulkUnavailable
-from attnstore.client.blocking import Client
-from attnstore.client.transports.tcp import TcpTransport
 from attnstore.limits import CHANNEL_READ_HASHES_MAX
 from attnstore.testing import StoreProcess
-from attnstore.testing.clock import ManualClock
+from attnstore.testing.ports import free_port
 from tests.channels import WIDE, dial, open_channel, say_hello
-from tests.samples import SMALL, Batch, eventually, make_batch
+from tests.samples import SMALL, Batch, eventually, make_batch, read_back, stored
 
 OK, MISSING, INCOMPLETE, STORED = PageStatus.OK, PageStatus.MISSING, PageStatus.INCOMPLETE, PageStatus.STORED
-RETRY_MS = 30_000
 
 HALF = """
 import sys, time
@@ -52,13 +45,6 @@ time.sleep(60)
 """
 
 
-def free_address() -> str:
-    """Returns an address on which nobody listens."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return f"127.0.0.1:{probe.getsockname()[1]}"
-
-
 @contextmanager
 def half_way(node: StoreProcess, direction: str, batch: Batch, model: str) -> Iterator[subprocess.Popen[str]]:
     """A client in a process of its own that stops in the middle of a transfer. Killed at the end, if it still runs."""
@@ -77,21 +63,6 @@ def half_way(node: StoreProcess, direction: str, batch: Batch, model: str) -> It
         client.kill()
         client.wait()
         client.stdout.close()
-
-
-def stored(client: attnstore.Client, pages: int, model: str, layout: attnstore.PageLayout = SMALL) -> Batch:
-    batch = make_batch(pages, model=model, layout=layout)
-    client.register_layout(batch.namespace, layout)
-    assert set(client.write(batch.namespace, batch.hashes, batch.pages).verdicts) == {STORED}
-    return batch
-
-
-def read(client: attnstore.Client, batch: Batch) -> attnstore.ReadResult:
-    """Reads a batch and checks that the bytes of every hit are those written."""
-    buffers = batch.buffers()
-    result = client.read(batch.namespace, batch.hashes, buffers)
-    assert all(buffer == page for buffer, page, status in zip(buffers, batch.pages, result.statuses, strict=True) if status is OK)
-    return result
 
 
 @pytest.fixture
@@ -127,7 +98,7 @@ def test_a_killed_client_leaves_nothing_behind(shared_node: StoreProcess, client
         half.send_signal(signal.SIGKILL)
         assert eventually(lambda: held() == 0)
     client.write(batch.namespace, batch.hashes, batch.pages)
-    assert read(client, batch).leading_hits == 24
+    assert read_back(client, batch).leading_hits == 24
 
 
 def test_a_stopped_client_delays_nobody(shared_node: StoreProcess, client: attnstore.Client) -> None:
@@ -135,7 +106,7 @@ def test_a_stopped_client_delays_nobody(shared_node: StoreProcess, client: attns
     batch = stored(client, 24, model, WIDE)
     with half_way(shared_node, "read", batch, model) as half:
         half.send_signal(signal.SIGSTOP)
-        assert read(client, batch).leading_hits == 24
+        assert read_back(client, batch).leading_hits == 24
         assert client.match(batch.namespace, [batch.hashes]).hits == (24,)
         assert client.stats().pages_pinned > 0
 
@@ -175,25 +146,25 @@ def test_a_node_killed_during_a_write_is_unavailable(node: StoreProcess, channel
 
 @pytest.mark.parametrize("channels", [1, 2])
 def test_a_restarted_node_is_found_again_with_what_it_forgot(channels: int) -> None:
-    address = free_address()
+    address = f"127.0.0.1:{free_port()}"
     first = StoreProcess("--listen", address, "--capacity", "16MiB")
     try:
         with attnstore.connect(first.url, transport="tcp", channels=channels, deadline_ms=20_000) as client:
             batch = stored(client, 4, "restarted")
-            assert read(client, batch).leading_hits == 4
+            assert read_back(client, batch).leading_hits == 4
             epoch = client.describe().epoch
             first.kill()
             with StoreProcess("--listen", address, "--capacity", "16MiB"):
-                assert read(client, batch).statuses == (MISSING,) * 4
+                assert read_back(client, batch).statuses == (MISSING,) * 4
                 assert client.describe().epoch != epoch
                 assert set(client.write(batch.namespace, batch.hashes, batch.pages).verdicts) == {STORED}
-                assert read(client, batch).leading_hits == 4
+                assert read_back(client, batch).leading_hits == 4
     finally:
         first.kill()
 
 
 def test_a_write_is_the_first_to_find_a_restarted_node() -> None:
-    address = free_address()
+    address = f"127.0.0.1:{free_port()}"
     first = StoreProcess("--listen", address, "--capacity", "16MiB")
     try:
         with attnstore.connect(first.url, transport="tcp", deadline_ms=20_000) as client:
@@ -219,136 +190,8 @@ def test_a_drain_lets_a_running_read_end_whole(node: StoreProcess, last_client: 
 
     result = last_client.read(batch.namespace, batch.hashes, buffers, on_layer=on_layer)
     assert (result.leading_hits, buffers) == (40, batch.pages)
-    assert isinstance(read(last_client, batch).error, errors.Unavailable)
+    assert isinstance(read_back(last_client, batch).error, errors.Unavailable)
     assert node.process.wait(20) == 0
-
-
-# The transport is chosen
-
-
-class Door:
-    """A tcp transport whose port is open or blocked as the test says; counts connections."""
-
-    def __init__(self, node: StoreProcess, channels: int = 1) -> None:
-        self._node = node
-        self.blocked = True
-        self.knocks = 0
-        self._nobody = free_address()
-        self.transport = TcpTransport("127.0.0.1", self._open, channels)
-
-    def _open(self, _name: str, _deadline: object) -> tuple[str, bytes]:
-        self.knocks += 1
-        port, token = open_channel(self._node.address)
-        return (self._nobody, token) if self.blocked else (f":{port}", token)
-
-
-def options(node: StoreProcess, transport: str) -> ConnectOptions:
-    return ConnectOptions.create(node.url, deadline_ms=20_000, token=None, tls_ca=None, transport=transport, channels=1)
-
-
-def test_a_blocked_port_falls_back_to_grpc_with_a_warning_and_comes_back(
-    shared_node: StoreProcess, caplog: pytest.LogCaptureFixture
-) -> None:
-    clock, door = ManualClock(), Door(shared_node)
-    client = Client(options(shared_node, "auto"), clock)
-    client._client.bulk.offer((door.transport,), (door.transport,))
-    batch = stored(client, 3, "blocked")
-    assert "using the next one" in caplog.text
-    assert read(client, batch).leading_hits == 3
-    assert door.knocks == 1, "a blocked port is left alone for a while"
-    door.blocked = False
-    assert read(client, batch).leading_hits == 3
-    assert door.knocks == 1
-    clock.advance_ms(RETRY_MS)
-    assert read(client, batch).leading_hits == 3
-    assert set(client.write(batch.namespace, batch.hashes, batch.pages).verdicts) == {PageStatus.ALREADY_PRESENT}
-    assert door.knocks == 2
-    client.close()
-    door.transport.close()
-
-
-async def test_a_blocked_port_falls_back_for_an_asynchronous_client_too(shared_node: StoreProcess) -> None:
-    door = Door(shared_node)
-    batch = make_batch(2, model="blocked asynchronous")
-    async with attnstore.aio.connect(shared_node.url, deadline_ms=20_000) as client:
-        client.bulk.offer((door.transport,), (door.transport,))
-        await client.register_layout(batch.namespace, SMALL)
-        assert set((await client.write(batch.namespace, batch.hashes, batch.pages)).verdicts) == {STORED}
-        buffers = batch.buffers()
-        assert (await client.read(batch.namespace, batch.hashes, buffers)).leading_hits == 2
-        assert buffers == batch.pages
-    assert door.knocks == 1
-    door.transport.close()
-
-
-def test_a_forced_transport_is_not_replaced(shared_node: StoreProcess) -> None:
-    door = Door(shared_node)
-    batch = make_batch(2, model="forced")
-    with Client(options(shared_node, "tcp")) as client:
-        client._client.bulk.offer((door.transport,), (door.transport,))
-        client.register_layout(batch.namespace, SMALL)
-        with pytest.raises(BulkUnavailable):
-            client.write(batch.namespace, batch.hashes, batch.pages)
-        result = client.read(batch.namespace, batch.hashes, batch.buffers())
-        assert isinstance(result.error, BulkUnavailable)
-        assert set(result.statuses) == {INCOMPLETE}
-    door.transport.close()
-
-
-def test_a_forced_transport_that_the_node_does_not_offer_is_an_error_of_the_call() -> None:
-    batch = make_batch(1, model="not offered")
-    with StoreProcess("--capacity", "16MiB", "--transports", "none") as node:
-        with attnstore.connect(node.url, transport="tcp") as client:
-            client.register_layout(batch.namespace, SMALL)
-            for call in (
-                lambda: client.read(batch.namespace, batch.hashes, batch.buffers()),
-                lambda: client.write(batch.namespace, batch.hashes, batch.pages),
-            ):
-                with pytest.raises(errors.InvalidArgument):
-                    call()
-        with attnstore.connect(node.url) as client:
-            assert read(client, stored(client, 1, "over grpc")).leading_hits == 1
-
-
-def test_each_transport_counts_its_own_bytes() -> None:
-    metrics = free_address()
-    with StoreProcess("--capacity", "16MiB", "--metrics-port", metrics.rpartition(":")[2]) as node:
-        for transport, pages in (("grpc", 3), ("tcp", 5)):
-            with attnstore.connect(node.url, transport=transport) as client:
-                batch = stored(client, pages, f"counted over {transport}")
-                assert read(client, batch).leading_hits == pages
-                assert read(client, batch).leading_hits == pages
-
-        def exposed() -> set[str]:
-            with urllib.request.urlopen(f"http://{metrics}/metrics", timeout=20) as answer:
-                return set(answer.read().decode().splitlines())
-
-        expected = {
-            f'attnstore_{way}_bytes_total{{transport="{transport}"}} {times * pages * SMALL.page_bytes:.1f}'
-            for transport, pages in (("grpc", 3), ("tcp", 5))
-            for way, times in (("sent", 2), ("received", 1))
-        }
-        # A client has its last byte before the node has counted it.
-        assert eventually(lambda: expected <= exposed()), expected - exposed()
-        with attnstore.connect(node.url) as client:
-            now = client.stats()
-    assert (now.read_bytes, now.written_bytes) == (16 * SMALL.page_bytes, 8 * SMALL.page_bytes)
-
-
-def test_a_page_channel_belongs_to_the_tenant_that_asked_for_it(tmp_path: Path) -> None:
-    tokens = tmp_path / "tokens.toml"
-    tokens.write_text('owner = "owners"\nstranger = "strangers"\n')
-    with StoreProcess("--capacity", "16MiB", "--tokens-file", str(tokens)) as node:
-        with attnstore.connect(node.url, transport="tcp", token="owners") as owner:
-            batch = stored(owner, 2, "owned")
-            with attnstore.connect(node.url, transport="tcp", token="strangers") as stranger:
-                stranger.register_layout(batch.namespace, SMALL)
-                assert read(stranger, batch).leading_hits == 0
-                own = stored(stranger, 1, "the stranger's own")
-                assert read(stranger, own).leading_hits == 1
-            assert read(owner, batch).leading_hits == 2
-        with attnstore.connect(node.url, transport="tcp") as nobody, pytest.raises(errors.Unauthenticated):
-            nobody.describe()
 
 
 # Calls
@@ -390,7 +233,7 @@ def test_metadata_is_answered_while_pages_flow(shared_node: StoreProcess) -> Non
         def flow(_: int) -> int:
             rounds = 0
             while not enough.is_set():
-                assert read(client, batch).leading_hits == 64
+                assert read_back(client, batch).leading_hits == 64
                 rounds += 1
             return rounds
 
@@ -407,7 +250,7 @@ def test_many_callers_share_one_client(shared_node: StoreProcess) -> None:
 
         def work(index: int) -> int:
             batch = stored(client, 10, f"caller {index}")
-            return sum(read(client, batch).leading_hits for _ in range(5))
+            return sum(read_back(client, batch).leading_hits for _ in range(5))
 
         with ThreadPoolExecutor(16) as threads:
             assert list(threads.map(work, range(16))) == [50] * 16
@@ -434,7 +277,7 @@ def test_a_closed_client_leaves_no_thread_and_no_socket(shared_node: StoreProces
             batch = make_batch(8, model="left behind")
             client.register_layout(batch.namespace, SMALL)
             client.write(batch.namespace, batch.hashes, batch.pages)
-            assert read(client, batch).leading_hits == 8
+            assert read_back(client, batch).leading_hits == 8
     assert eventually(lambda: set(threading.enumerate()) <= threads)
     assert eventually(lambda: sockets() <= before)
 
@@ -452,7 +295,7 @@ async def test_an_asynchronous_client_leaves_no_socket(shared_node: StoreProcess
 def test_a_client_closed_by_another_thread_ends_its_calls(node: StoreProcess) -> None:
     client = attnstore.connect(node.url, transport="tcp", deadline_ms=20_000)
     batch = stored(client, 4, "closed meanwhile", WIDE)
-    read(client, batch)
+    read_back(client, batch)
     node.suspend()
     with ThreadPoolExecutor(2) as threads:
         reading = threads.submit(client.read, batch.namespace, batch.hashes, batch.buffers())
@@ -461,7 +304,7 @@ def test_a_client_closed_by_another_thread_ends_its_calls(node: StoreProcess) ->
         for call in (reading, writing):
             assert isinstance(call.exception(10), errors.ClientClosed)
     with pytest.raises(errors.ClientClosed):
-        read(client, batch)
+        read_back(client, batch)
 
 
 def test_a_stranger_at_the_bulk_port_costs_the_node_nothing(shared_node: StoreProcess, client: attnstore.Client) -> None:
@@ -470,6 +313,6 @@ def test_a_stranger_at_the_bulk_port_costs_the_node_nothing(shared_node: StorePr
     say_hello(strangers[0], os.urandom(32))
     strangers[1].send(os.urandom(4096))
     strangers[2].send(b"GET / HTTP/1.1\r\n\r\n")
-    assert read(client, stored(client, 3, "strangers")).leading_hits == 3
+    assert read_back(client, stored(client, 3, "strangers")).leading_hits == 3
     for stranger in strangers:
         stranger.close()
