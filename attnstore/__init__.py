@@ -20,7 +20,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from attnstore.client import Client, ClusterClient, ClusterOptions, options_of
+from attnstore.client import Client, ClusterClient, ClusterOptions, NodeConnection, options_of
 from attnstore.core.hashing import BlockHash, Namespace, block_hash, block_hashes, namespace, page_checksum
 from attnstore.core.layout import DType, PageLayout
 from attnstore.errors import AttnStoreError
@@ -100,4 +100,4 @@ def connect(
         shared_path=shared_path,
         http_proxy=http_proxy,
     )
-    return ClusterClient(options) if isinstance(options, ClusterOptions) else Client(options)
+    return ClusterClient(options) if isinstance(options, ClusterOptions) else Client(NodeConnection(options))

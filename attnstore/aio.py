@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from attnstore.client import AsyncClient, AsyncClusterClient, ClusterOptions, options_of
+from attnstore.client import AsyncClient, AsyncClusterClient, ClusterOptions, NodeConnection, options_of
 from attnstore.client.options import ConnectOptions
 from attnstore.directory import Member
 from attnstore.directory.trust import MemberCheck
@@ -37,7 +37,7 @@ def connect(
         shared_path=shared_path,
         http_proxy=http_proxy,
     )
-    return AsyncClusterClient(options) if isinstance(options, ClusterOptions) else AsyncClient(options)
+    return AsyncClusterClient(options) if isinstance(options, ClusterOptions) else AsyncClient(NodeConnection(options))
 
 
 def connect_member(
@@ -63,4 +63,4 @@ def connect_member(
         channels=1,
         http_proxy=http_proxy,
     )
-    return AsyncClient(options.at(member, check))
+    return AsyncClient(NodeConnection(options.at(member, check)))

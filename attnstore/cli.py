@@ -17,8 +17,7 @@ from pathlib import Path
 
 from attnstore.address import NODE_ADDRESS_DEFAULT
 from attnstore.client.health import check_serving
-from attnstore.client.options import checked_target
-from attnstore.client.transports.grpc import Target
+from attnstore.client.options import Target, checked_target
 from attnstore.command_line import CommandParser, run_command, say, tell
 from attnstore.directory import Intent, load_cluster_key
 from attnstore.environment import variable, variable_name

@@ -13,7 +13,8 @@ import grpc
 from attnstore import DType, PageLayout, PageStatus, namespace
 from attnstore.address import Address
 from attnstore.arena import MemoryArena
-from attnstore.client.base import OnLayer, ReadPlan, Transfer, WritePlan
+from attnstore.client.base import OnLayer, ReadPlan, WritePlan
+from attnstore.client.calls import Transfer
 from attnstore.client.landing import Landing
 from attnstore.client.transports.tcp import TcpTransport
 from attnstore.clock import Clock, Deadline, MonotonicClock
@@ -352,7 +353,7 @@ def read(transport: TcpTransport, batch: Batch, **options: object) -> tuple[Read
     buffers = batch.buffers()
     plan = read_plan(batch, buffers, **options)  # type: ignore[arg-type]
     try:
-        transport.read(plan)
+        transport.read(plan).wait()
     except Retryable as error:
         return plan.landing.result(error), buffers
     return plan.landing.result(), buffers

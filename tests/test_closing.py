@@ -14,13 +14,12 @@ import pytest
 
 import attnstore
 from attnstore.arena import ShmArena
-from attnstore.client.async_client import AsyncClient
-from attnstore.client.blocking import LoopThread
 from attnstore.client.cluster.attend import StoreAttention
 from attnstore.client.cluster.membership import ClusterMembership
 from attnstore.client.cluster.node_link import NodeLink
-from attnstore.client.negotiation import BulkTransports
+from attnstore.client.facade import LoopThread
 from attnstore.client.transports.channel_pool import ChannelPool
+from attnstore.client.transports.connection import NodeConnection
 from attnstore.client.transports.shm import ShmTransport
 from attnstore.client.transports.tcp import TcpTransport
 from attnstore.directory.redis import RedisDirectory
@@ -68,15 +67,14 @@ class Steps:
 
 Owner = Callable[..., Any]
 CASES: dict[str, tuple[Owner, Callable[[Steps], dict[str, Any]], set[str]]] = {
-    "a client": (
-        AsyncClient.close,
-        lambda steps: {"_transports": steps.blocking("bulk"), "_transport": steps.awaited("grpc")},
-        {"bulk", "grpc"},
-    ),
-    "bulk transports": (
-        BulkTransports.close,
-        lambda steps: {"tcp": steps.blocking("tcp"), "shm": steps.blocking("shm")},
-        {"tcp", "shm"},
+    "a connection": (
+        NodeConnection.close,
+        lambda steps: {
+            "_grpc": SimpleNamespace(channel=steps.awaited("grpc")),
+            "_tcp": steps.blocking("tcp"),
+            "shm": steps.blocking("shm"),
+        },
+        {"grpc", "tcp", "shm"},
     ),
     "the page channel": (
         TcpTransport.close,
@@ -225,7 +223,7 @@ def test_a_blocking_client_closes_every_attention_and_its_connections(loop_users
     assert isinstance(client, attnstore.ClusterClient)
     steps = Steps()
     attentions = [steps.blocking("1"), steps.blocking("2")]
-    client._attentions = attentions  # type: ignore[assignment]
+    client._open = attentions  # type: ignore[assignment]
     client._client.close = steps.awaited("connections").close
     with pytest.raises(Fault), contextlib.closing(client):
         pass

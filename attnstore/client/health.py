@@ -12,8 +12,8 @@ from typing import Any
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from attnstore.client.options import checked_deadline_ms
-from attnstore.client.transports.grpc import Target, proxy_options
+from attnstore.client.options import Target, checked_deadline_ms
+from attnstore.client.transports.rpc import proxy_options
 from attnstore.client.transports.tls_probe import explained
 from attnstore.errors import InvalidArgument, Unavailable
 from attnstore.wire.status import error_from_rpc

@@ -18,7 +18,7 @@ _MISSES = (PageStatus.MISSING, PageStatus.LEASE_EXPIRED)
 
 
 class Landing:
-    """Buffers and statuses of one read.
+    """Buffers and statuses of one read. `views` are the buffers as flat memoryviews.
 
     `buffers`: one writable bytes-like object for each page, of `slice_bytes` each. Raises `BufferMismatch` otherwise.
     """
@@ -26,12 +26,12 @@ class Landing:
     def __init__(self, pages: int, buffers: Sequence[bytearray | memoryview], slice_bytes: int) -> None:
         if len(buffers) != pages:
             raise BufferMismatch(f"{pages} pages are asked for and {len(buffers)} buffers are given; give one for each page")
-        self._views = [_writable_view(index, buffer, slice_bytes) for index, buffer in enumerate(buffers)]
-        self._slice_bytes = slice_bytes
+        self.views = [_writable_view(index, buffer, slice_bytes) for index, buffer in enumerate(buffers)]
+        self.slice_bytes = slice_bytes
         self._received_bytes = [0] * pages
         self._statuses: list[PageStatus | None] = [None] * pages
         self.transport = "grpc"
-        """The transport that fills the buffers now."""
+        """The transport that fills the buffers."""
 
     @property
     def leading_open(self) -> int:
@@ -46,10 +46,11 @@ class Landing:
         """The pages that are not there, or not whole and verified, so far."""
         return [index for index, status in enumerate(self._statuses) if status is not PageStatus.OK]
 
-    def restart(self) -> None:
-        """Forgets what has landed: the same read is begun again, over another transport or connection."""
-        self._received_bytes = [0] * len(self._views)
-        self._statuses = [None] * len(self._views)
+    def begin(self, transport: str) -> None:
+        """Begins the read over this transport, and forgets what has landed over another one or before a restart of the node."""
+        self.transport = transport
+        self._received_bytes = [0] * len(self.views)
+        self._statuses = [None] * len(self.views)
 
     def miss(self, index: int, status: PageStatus) -> None:
         """Page `index` cannot be had. Raises `ProtocolError` for one unknown or answered already, or a status of no miss."""
@@ -63,31 +64,31 @@ class Landing:
 
         Raises `ProtocolError` for bytes that no correct node sends.
         """
-        worthless = 0 <= index < len(self._views) and self._statuses[index] is PageStatus.CORRUPT
+        worthless = 0 <= index < len(self.views) and self._statuses[index] is PageStatus.CORRUPT
         if not worthless:
             self._require_open(index)
         begin = self._received_bytes[index]
         end = begin + size_bytes
-        if offset_bytes != begin or size_bytes <= 0 or end > self._slice_bytes:
+        if offset_bytes != begin or size_bytes <= 0 or end > self.slice_bytes:
             raise ProtocolError(
-                f"page {index}: {size_bytes} bytes at {offset_bytes} came where {begin} of {self._slice_bytes} was next"
+                f"page {index}: {size_bytes} bytes at {offset_bytes} came where {begin} of {self.slice_bytes} was next"
             )
-        return None if worthless else self._views[index][begin:end]
+        return None if worthless else self.views[index][begin:end]
 
     def whole(self, index: int) -> memoryview:
         """Where all of page `index` goes, for a transport that brings it at once: then `settle`. Raises as `window` does."""
         self._require_open(index)
-        return self._views[index]
+        return self.views[index]
 
     def settle(self, index: int, intact: bool) -> None:
         """All of page `index` came."""
-        self._received_bytes[index] = self._slice_bytes
+        self._received_bytes[index] = self.slice_bytes
         self._statuses[index] = PageStatus.OK if intact else PageStatus.CORRUPT
 
     def landed(self, index: int, size_bytes: int) -> bool:
         """Counts bytes that came, worthless ones too; whether the slice of the page is complete now, and due for `judge`."""
         self._received_bytes[index] += size_bytes
-        return self._received_bytes[index] == self._slice_bytes
+        return self._received_bytes[index] == self.slice_bytes
 
     def judge(self, index: int, intact: bool) -> None:
         """Sets the status of a complete page, or of one whose bytes so far are known to be wrong; corrupt stays corrupt."""
@@ -100,13 +101,13 @@ class Landing:
         if chunk.status is not PageStatus.OK:
             self.miss(index, chunk.status)
             return
-        if chunk.size_bytes != self._slice_bytes:
-            raise ProtocolError(f"the node sends slices of {chunk.size_bytes} bytes where {self._slice_bytes} were asked for")
+        if chunk.size_bytes != self.slice_bytes:
+            raise ProtocolError(f"the node sends slices of {chunk.size_bytes} bytes where {self.slice_bytes} were asked for")
         window = self.window(index, chunk.offset_bytes, len(chunk.payload))
         if window is not None:
             window[:] = chunk.payload
             if self.landed(index, len(window)):
-                self.judge(index, page_checksum(self._views[index]) == chunk.checksum)
+                self.judge(index, page_checksum(self.views[index]) == chunk.checksum)
 
     def require_complete(self) -> None:
         """Raises `ProtocolError` if a page has no status though the node has ended the read."""
@@ -117,11 +118,11 @@ class Landing:
     def result(self, error: Retryable | None = None) -> ReadResult:
         """The outcome so far; pages that are not complete are INCOMPLETE."""
         statuses = tuple(PageStatus.INCOMPLETE if status is None else status for status in self._statuses)
-        return ReadResult(statuses, statuses.count(PageStatus.OK) * self._slice_bytes, error, self.transport)
+        return ReadResult(statuses, statuses.count(PageStatus.OK) * self.slice_bytes, error, self.transport)
 
     def _require_open(self, index: int) -> None:
-        if not 0 <= index < len(self._views) or self._statuses[index] is not None:
-            raise ProtocolError(f"the node answered page {index} of {len(self._views)}, which is unknown or already answered")
+        if not 0 <= index < len(self.views) or self._statuses[index] is not None:
+            raise ProtocolError(f"the node answered page {index} of {len(self.views)}, which is unknown or already answered")
 
 
 def readable_view(index: int, page: Buffer, page_bytes: int) -> memoryview:

@@ -5,11 +5,9 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Self
+from typing import Final, Literal, Self
 
 from attnstore.address import Address
-from attnstore.client.base import TransportName, checked_transport
-from attnstore.client.transports.grpc import Target
 from attnstore.directory import (
     Directory,
     DirectoryUrl,
@@ -26,6 +24,30 @@ from attnstore.http_client import is_http_proxy
 from attnstore.limits import CHANNELS_MAX, DEADLINE_MS_MAX, NODES_MAX, REPLICAS_MAX
 from attnstore.secrecy import shown
 from attnstore.tokens import is_token
+
+TransportName = Literal["auto", "grpc", "tcp", "shm"]
+TRANSPORT_NAMES: Final[tuple[TransportName, ...]] = ("auto", "grpc", "tcp", "shm")
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """A parsed target URL: `grpc://host:port`, or `grpcs://host:port` for TLS."""
+
+    address: Address
+    tls: bool
+
+    @classmethod
+    def parse(cls, url: str) -> Target:
+        """Raises `InvalidArgument` for anything else."""
+        scheme, separator, address = url.partition("://")
+        if not separator:  # not even a URL: perhaps the value of a mistyped option
+            raise InvalidArgument("the target is not grpc://host:port or grpcs://host:port")
+        if scheme not in ("grpc", "grpcs"):
+            raise InvalidArgument(f"target {shown(url)} is not grpc://host:port or grpcs://host:port")
+        try:
+            return cls(Address.parse(address), scheme == "grpcs")
+        except InvalidArgument as error:
+            raise InvalidArgument(f"target {shown(url)}: {error}") from None
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,7 +134,7 @@ class ConnectOptions:
             checked_deadline_ms(deadline_ms),
             token,
             authorities,
-            checked_transport(transport),
+            _checked_transport(transport),
             _checked_channels(channels),
         )
 
@@ -225,6 +247,13 @@ def _fixed_list(target: str) -> tuple[tuple[str, ...], int]:
     if len(set(nodes)) != len(nodes) or len(nodes) > NODES_MAX:
         raise InvalidArgument(f"target {shown(target)} names a node twice, or more than {NODES_MAX} nodes")
     return nodes, int(value) if query else 1
+
+
+def _checked_transport(transport: str) -> TransportName:
+    for name in TRANSPORT_NAMES:
+        if transport == name:
+            return name
+    raise InvalidArgument(f"transport is {transport!r}; it must be one of {', '.join(TRANSPORT_NAMES)}")
 
 
 def _checked_channels(channels: int) -> int:

@@ -79,14 +79,19 @@ class FrameStream:
             if frame is not None:
                 return frame
         window = None
-        receive = self._socket.recvmsg_into
+        waits, receive = self._waits, self._socket.recvmsg_into
         try:
             while True:
-                count = self._waits.run(RECEIVING, receive, receiver.windows(), 0, socket.MSG_WAITALL)[0]
+                waits.begin(RECEIVING)  # and not `waits.run`, which costs another call for each page
+                try:
+                    count = receive(receiver.windows(), 0, socket.MSG_WAITALL)[0]
+                except BlockingIOError:
+                    waits.resume(RECEIVING)
+                    count = receive(receiver.windows(), 0, socket.MSG_WAITALL)[0]
                 frame = self._received(count)
                 if frame is not None:
                     return frame
-                window = self._waits.judged(window, count)
+                window = waits.judged(window, count)
         except OSError as error:
             raise lost(error) from None
 

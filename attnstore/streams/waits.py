@@ -27,6 +27,8 @@ _WAIT_MS_MAX = 86_400_000.0
 _SLACK_MS = 20.0
 """The kernel's time-out is set again only when it is off by more than this; a wait ends at most this long after its bound."""
 
+_SILENT = "the peer moved no byte of the bulk connection within the time-out"
+
 
 class Window(NamedTuple):
     """How many bytes a peer has moved since a moment of `time.monotonic`."""
@@ -74,19 +76,29 @@ class Waits:
         assert self._left_ms is not None, "bound() comes before the first wait"
         return self._left_ms()
 
-    def run(self, purpose: int, call: Callable[..., T], *arguments: object) -> T:
-        """Makes a system call that may wait, for `SENDING` or `RECEIVING`. Raises what the call or `left_ms` raises."""
+    def begin(self, purpose: int) -> None:
+        """Before a system call that may wait, for `SENDING` or `RECEIVING`. Raises as `left_ms`."""
         left_ms = self.left_ms()
         if self._timeouts_ms[purpose] > left_ms + _SLACK_MS:
             self._set(purpose, left_ms)
+
+    def resume(self, purpose: int) -> None:
+        """After a system call whose wait timed out, before the same one again. Raises as `left_ms`, and where the time is up.
+
+        The time-out may be a shorter one of an earlier wait: raising it only here spares most waits a system call.
+        """
+        left_ms = self.left_ms()
+        if left_ms <= self._timeouts_ms[purpose] + _SLACK_MS:
+            raise DeadlineExceeded(_SILENT)
+        self._set(purpose, left_ms)
+
+    def run(self, purpose: int, call: Callable[..., T], *arguments: object) -> T:
+        """Makes a system call that may wait. Raises what the call, `begin` and `resume` raise."""
+        self.begin(purpose)
         try:
             return call(*arguments)
         except BlockingIOError:
-            # The time-out may be a shorter one of an earlier wait: raising it only here spares most calls a system call.
-            left_ms = self.left_ms()
-            if left_ms <= self._timeouts_ms[purpose] + _SLACK_MS:
-                raise
-            self._set(purpose, left_ms)
+            self.resume(purpose)
         return call(*arguments)
 
     def _set(self, purpose: int, timeout_ms: float) -> None:
@@ -98,5 +110,5 @@ class Waits:
 def lost(error: OSError) -> Retryable:
     """Returns the typed error of a failed system call on a socket whose waits are bounded."""
     if isinstance(error, BlockingIOError):
-        return DeadlineExceeded("the peer moved no byte of the bulk connection within the time-out")
+        return DeadlineExceeded(_SILENT)
     return Unavailable(f"the bulk connection broke: {error.strerror or error}")

@@ -18,7 +18,7 @@ import torch
 import attnstore
 from attnstore.attention import create_attention, merge
 from attnstore.attention.in_place import Partial
-from attnstore.client.transports.attend import AttendStream
+from attnstore.client.base import AttendStream
 from attnstore.testing import StoreProcess
 from attnstore.testing.link import Link
 from experiments.attend.rows import Row, attend_ms

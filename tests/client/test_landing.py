@@ -46,7 +46,7 @@ def test_what_is_not_complete_is_incomplete_and_said_to_be_unanswered() -> None:
 def test_a_restart_forgets_what_had_landed() -> None:
     landing = Landing(1, [bytearray(SIZE)], SIZE)
     landing.take(chunk(0, bytes(SIZE), 0, SIZE))
-    landing.restart()
+    landing.begin("tcp")
     assert landing.result().statuses == (PageStatus.INCOMPLETE,)
     landing.take(chunk(0, bytes(SIZE), 0, SIZE))
     assert landing.result().statuses == (PageStatus.OK,)

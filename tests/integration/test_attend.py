@@ -11,7 +11,7 @@ import attnstore
 from attnstore import errors
 from attnstore.attention.merge import merge
 from attnstore.attention.reference import ReferenceAttention
-from attnstore.client.transports.attend import AttendStream
+from attnstore.client.base import AttendStream
 from attnstore.testing import StoreProcess
 
 LAYOUT = attnstore.PageLayout(layers=2, kv_heads=3, head_dim=64, dtype=attnstore.DType.FP32)

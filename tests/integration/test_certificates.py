@@ -131,7 +131,7 @@ def test_a_node_is_asked_once_whether_it_wants_tls(monkeypatch: pytest.MonkeyPat
         asked.release()
         return error
 
-    monkeypatch.setattr("attnstore.client.transports.grpc.explained", count)
+    monkeypatch.setattr("attnstore.client.transports.rpc.explained", count)
     with attnstore.connect(f"grpc://127.0.0.1:{free_port()}", deadline_ms=5_000) as client:
         for _ in range(3):
             with pytest.raises(errors.Unavailable):

@@ -10,7 +10,7 @@ import pytest
 import attnstore
 import attnstore.aio
 from attnstore import PageStatus, errors
-from attnstore.client.async_client import ConnectOptions
+from attnstore.client.async_client import AsyncClient
 from attnstore.client.base import BulkUnavailable
 from attnstore.client.blocking import Client
 from attnstore.client.transports.tcp import TcpTransport
@@ -19,6 +19,7 @@ from attnstore.testing.clock import ManualClock
 from attnstore.testing.ports import free_port
 from tests.channels import open_channel
 from tests.samples import SMALL, eventually, make_batch, read_back, stored
+from tests.transports import connection_to, offer
 
 INCOMPLETE, STORED = PageStatus.INCOMPLETE, PageStatus.STORED
 RETRY_MS = 30_000
@@ -40,16 +41,13 @@ class Door:
         return (self._nobody, token) if self.blocked else (f":{port}", token)
 
 
-def options(node: StoreProcess, transport: str) -> ConnectOptions:
-    return ConnectOptions.create(node.url, deadline_ms=20_000, token=None, tls_ca=None, transport=transport, channels=1)
-
-
 def test_a_blocked_port_falls_back_to_grpc_with_a_warning_and_comes_back(
     shared_node: StoreProcess, caplog: pytest.LogCaptureFixture
 ) -> None:
     clock, door = ManualClock(), Door(shared_node)
-    client = Client(options(shared_node, "auto"), clock)
-    client._client.bulk.offer((door.transport,), (door.transport,))
+    connection = connection_to(shared_node, clock=clock)
+    client = Client(connection)
+    offer(connection, door.transport)
     batch = stored(client, 3, "blocked")
     assert "using the next one" in caplog.text
     assert read_back(client, batch).leading_hits == 3
@@ -68,8 +66,9 @@ def test_a_blocked_port_falls_back_to_grpc_with_a_warning_and_comes_back(
 async def test_a_blocked_port_falls_back_for_an_asynchronous_client_too(shared_node: StoreProcess) -> None:
     door = Door(shared_node)
     batch = make_batch(2, model="blocked asynchronous")
-    async with attnstore.aio.connect(shared_node.url, deadline_ms=20_000) as client:
-        client.bulk.offer((door.transport,), (door.transport,))
+    connection = connection_to(shared_node)
+    connection.choice.offer([door.transport, connection.grpc])
+    async with AsyncClient(connection) as client:
         await client.register_layout(batch.namespace, SMALL)
         assert set((await client.write(batch.namespace, batch.hashes, batch.pages)).verdicts) == {STORED}
         buffers = batch.buffers()
@@ -82,8 +81,9 @@ async def test_a_blocked_port_falls_back_for_an_asynchronous_client_too(shared_n
 def test_a_forced_transport_is_not_replaced(shared_node: StoreProcess) -> None:
     door = Door(shared_node)
     batch = make_batch(2, model="forced")
-    with Client(options(shared_node, "tcp")) as client:
-        client._client.bulk.offer((door.transport,), (door.transport,))
+    connection = connection_to(shared_node, "tcp")
+    with Client(connection) as client:
+        offer(connection, door.transport)
         client.register_layout(batch.namespace, SMALL)
         with pytest.raises(BulkUnavailable):
             client.write(batch.namespace, batch.hashes, batch.pages)

@@ -151,7 +151,7 @@ def test_a_stalled_reader_delays_no_other_and_takes_no_memory(node: ChannelNode)
     for _ in range(20):
         buffers = batch.buffers()
         plan = read_plan(batch, buffers)
-        transport.read(plan)
+        transport.read(plan).wait()
         assert plan.landing.result().statuses == (PageStatus.MISSING, PageStatus.OK, PageStatus.OK)
         assert buffers[1:] == batch.pages[1:]
     # The stalled peers requested 128 MiB; it is held in the arena, not in copies.
@@ -252,10 +252,10 @@ def test_bytes_are_counted_exactly_whatever_runs_at_once(node: ChannelNode) -> N
 
     def write_and_read(batch: Batch) -> None:
         node.register(batch)
-        assert set(transport.write(write_plan(batch))) == {PageStatus.STORED}
+        assert set(transport.write(write_plan(batch)).wait().verdicts) == {PageStatus.STORED}
         for on_layer in (None, lambda _layer, _pages: None):
             plan = read_plan(batch, batch.buffers(), on_layer=on_layer)
-            transport.read(plan)
+            transport.read(plan).wait()
             assert plan.landing.result().leading_hits == len(batch.pages)
 
     with ThreadPoolExecutor(len(batches)) as threads:
@@ -316,7 +316,7 @@ def test_nothing_is_left_after_the_end() -> None:
     node = ChannelNode()
     batch = kept_but_the_first(node, "the end")
     transport = node.transport(channels=4)
-    transport.read(read_plan(batch, batch.buffers()))
+    transport.read(read_plan(batch, batch.buffers())).wait()
     streams = [stall(node, how, batch) for how in STALLS] + [node.dial(), node.connect()]
     node.close()
     transport.close()

@@ -30,7 +30,7 @@ def read_from(lying: LyingNode) -> PageStatus:
     landing = Landing(1, [bytearray(SMALL.page_bytes)], SMALL.page_bytes)
     plan = ReadPlan(b"n" * 32, [b"h" * 32], 0, 2, SMALL.layer_bytes, True, None, landing, Deadline(MonotonicClock(), 10_000))
     try:
-        transport.read(plan)
+        transport.read(plan).wait()
     finally:
         transport.close()
     return landing.result().statuses[0]
@@ -113,7 +113,7 @@ def write_to(lying: LyingNode, pages: int = 1) -> tuple[PageStatus, ...]:
     transport = ShmTransport(lambda _name, _deadline: (lying.address, b"t" * 32), channels=1)
     plan = WritePlan(batch.namespace, batch.hashes, list(map(memoryview, batch.pages)), Deadline(MonotonicClock(), 10_000))
     try:
-        return transport.write(plan)
+        return transport.write(plan).wait().verdicts
     finally:
         transport.close()
 

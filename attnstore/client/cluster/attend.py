@@ -18,9 +18,10 @@ from typing import Any, Final, Protocol, Self, TypeVar
 
 from attnstore import tasks
 from attnstore.client.async_client import AsyncClient
-from attnstore.client.base import AttendPlan
+from attnstore.client.base import AttendPlan, AttendStream
+from attnstore.client.calls import Runner
 from attnstore.client.cluster.membership import ClusterMembership
-from attnstore.client.transports.attend import AttendStream, BlockingAttend
+from attnstore.client.transports.connection import NodeConnection
 from attnstore.clock import Deadline
 from attnstore.core.hashing import segment_key
 from attnstore.core.layout import PageLayout
@@ -51,12 +52,17 @@ class AttendNode(Protocol):
         """Makes the namespace known to the node, unless it is."""
         ...
 
+    async def attend(self, plan: AttendPlan, run: Runner, /) -> AttendStream:
+        """A stream to the node, over the best transport that it offers. `run` as in `Transport.attend`."""
+        ...
+
 
 class OnlyNode:
     """The node of a client that has no other."""
 
-    def __init__(self, client: AsyncClient) -> None:
+    def __init__(self, client: AsyncClient, connection: NodeConnection) -> None:
         self._client = client
+        self.attend = connection.attend
 
     async def call(self, call: Callable[[AsyncClient], Awaitable[T]], /) -> T:
         """See `AttendNode.call`."""
@@ -264,7 +270,7 @@ class StoreAttention:
     async def _stream(self, node: AttendNode) -> AttendStream:
         stream = self._streams.get(node)
         if stream is None or stream.closed:
-            stream = await node.call(lambda client: attend_stream(client, self._plan, self._loop.run))
+            stream = await node.attend(self._plan, self._loop.run)
             self._streams = {other: each for other, each in self._streams.items() if not each.closed}
             self._streams[node] = stream
         return stream
@@ -298,16 +304,6 @@ class StoreAttention:
             self._kept.discard(kept)  # the next query to the node says so
         except AttnStoreError as error:
             _log.warning("the lease of attended pages could not be renewed", reason=str(error))
-
-
-async def attend_stream(client: AsyncClient, plan: AttendPlan, run: Callable[[Coroutine[Any, Any, Any]], Any]) -> AttendStream:
-    """A stream to the client's node, over the page channel where the node offers it, else over gRPC."""
-    channel = await client.attend_over_channel(plan)
-    if channel is not None:
-        return channel
-    shape = plan.shape
-    call = await client.attend(shape.namespace, q_heads=shape.q_heads, scale=shape.scale, deadline_ms=plan.deadline_ms)
-    return BlockingAttend(call, run)
 
 
 async def cluster_holders(

@@ -30,7 +30,9 @@ from attnstore.client.cluster.read import ClusterRead
 from attnstore.client.cluster.segments import Run, leading_hits, runs_of
 from attnstore.client.cluster.totals import joint_description, joint_statistics
 from attnstore.client.cluster.write import ClusterWriter
-from attnstore.client.options import ClusterOptions, checked_deadline_ms
+from attnstore.client.layouts import Layouts
+from attnstore.client.options import ClusterOptions
+from attnstore.client.planning import Planning
 from attnstore.client.transports.mapped import PageViews
 from attnstore.clock import Clock, Deadline, MonotonicClock
 from attnstore.core.layout import PageLayout
@@ -42,11 +44,10 @@ from attnstore.errors import (
     DeadlineExceeded,
     InvalidArgument,
     LeaseExpired,
-    NamespaceUnknown,
     Retryable,
     Unavailable,
 )
-from attnstore.limits import HASHES_MAX, HEARTBEAT_MS, HOT_REPLICAS, LEASE_MS_MAX, NODE_ANSWER_MS_MAX
+from attnstore.limits import HASHES_MAX, HEARTBEAT_MS, HOT_REPLICAS, NODE_ANSWER_MS_MAX
 from attnstore.statistics import NodeStatistics
 from attnstore.types import (
     DeleteResult,
@@ -60,7 +61,6 @@ from attnstore.types import (
     WriteResult,
 )
 from attnstore.wire import messages
-from attnstore.wire.attend import AttendShape
 from attnstore.wire.chunks import Buffer
 
 T = TypeVar("T")
@@ -77,7 +77,8 @@ class AsyncClusterClient:
     def __init__(self, options: ClusterOptions, clock: Clock | None = None) -> None:
         self._options = options
         self._clock = clock or MonotonicClock()
-        self._layouts: dict[bytes, PageLayout] = {}
+        self._layouts = Layouts(options.node.deadline_ms, self._clock)
+        self._planning = Planning(self._layouts, layered_pages_max=HASHES_MAX)
         self._leases = ClusterLeases(self._clock)
         self._matches: SingleFlight[MatchResult] = SingleFlight()
         self._writer = ClusterWriter()
@@ -103,7 +104,7 @@ class AsyncClusterClient:
 
     async def members(self, *, deadline_ms: float | None = None) -> tuple[Member, ...]:
         """The nodes of the cluster, as this client sees it."""
-        view = await self._followed().ready(self._deadline(deadline_ms))
+        view = await self._followed().ready(self._layouts.deadline(deadline_ms))
         return tuple(view.members.values())
 
     async def describe(self, *, deadline_ms: float | None = None) -> NodeDescription:
@@ -119,26 +120,21 @@ class AsyncClusterClient:
     async def register_layout(self, namespace: bytes, layout: PageLayout, *, deadline_ms: float | None = None) -> int:
         """Makes `namespace` known to every node; how many of its pages the nodes that answer could hold together."""
         messages.check_namespace(namespace)
-        deadline = self._deadline(deadline_ms)
+        deadline = self._layouts.deadline(deadline_ms)
         answers = await self._everywhere(
             lambda client, left_ms: client.register_layout(namespace, layout, deadline_ms=left_ms), deadline.left_ms()
         )
-        self._layouts[namespace] = layout
+        self._layouts.registered(namespace, layout)
         return sum(answers)
 
     async def match(
         self, namespace: bytes, prefixes: Sequence[Sequence[bytes]], *, lease_ms: int = 0, deadline_ms: float | None = None
     ) -> MatchResult:
         """See `AsyncClient.match`. Callers that ask for the same at the same time share one answer, and one lease."""
-        asked = sum(map(len, prefixes))
-        if asked > HASHES_MAX:
-            raise InvalidArgument(f"the prefixes have {asked} hashes; at most {HASHES_MAX} fit one request")
-        if not 0 <= lease_ms <= LEASE_MS_MAX:
-            raise InvalidArgument(f"lease_ms is {lease_ms}; it must be between 0 and {LEASE_MS_MAX}")
         frozen = tuple(map(tuple, prefixes))
+        deadline = self._planning.match(namespace, frozen, lease_ms, deadline_ms).deadline
         messages.join_hashes(page_hash for prefix in frozen for page_hash in prefix)
-        self._layout(namespace)
-        deadline = self._deadline(deadline_ms)
+        self._layouts.layout(namespace)
         try:
             async with asyncio.timeout(deadline.left_ms() / 1000):
                 # Whoever has much more time than another does not share the answer that was had in the other's time.
@@ -215,7 +211,7 @@ class AsyncClusterClient:
         attempt = deadline.sooner(NODE_ANSWER_MS_MAX, last=last)
 
         async def match(client: AsyncClient) -> MatchResult:
-            await link.register(namespace, self._layout(namespace), attempt)
+            await link.register(namespace, self._layouts.layout(namespace), attempt)
             return await client.match(namespace, rests, lease_ms=lease_ms, deadline_ms=attempt.left_ms())
 
         found = await link.call(match)
@@ -240,7 +236,7 @@ class AsyncClusterClient:
     async def renew(self, lease: Lease, lease_ms: int, *, deadline_ms: float | None = None) -> Lease:
         """Extends a lease on all its nodes. Raises `LeaseExpired` if it ran out on any: match again."""
         parts = self._leases.parts(lease)
-        soon = self._deadline(deadline_ms).sooner(NODE_ANSWER_MS_MAX, last=True)
+        soon = self._layouts.deadline(deadline_ms).sooner(NODE_ANSWER_MS_MAX, last=True)
         calls = (part.renew(lease_ms, soon.left_ms()) for part in parts)
         outcomes = await asyncio.gather(*calls, return_exceptions=True)
         _raise_wrong_calls(outcomes)
@@ -252,7 +248,7 @@ class AsyncClusterClient:
     async def release(self, lease: Lease, *, deadline_ms: float | None = None) -> bool:
         """Ends a lease. False if it had already run out, on any of its nodes, or others who share it still hold it."""
         parts = self._leases.release(lease)
-        soon = self._deadline(deadline_ms).sooner(NODE_ANSWER_MS_MAX, last=True)
+        soon = self._layouts.deadline(deadline_ms).sooner(NODE_ANSWER_MS_MAX, last=True)
         calls = (part.release(soon.left_ms()) for part in parts)
         outcomes = await asyncio.gather(*calls, return_exceptions=True)
         _raise_wrong_calls(outcomes)
@@ -270,7 +266,6 @@ class AsyncClusterClient:
         deadline_ms: float | None = None,
     ) -> ReadResult:
         """See `AsyncClient.read`. Pages that one node does not have, or does not send, are asked of the next that may have them."""
-        deadline = self._deadline(deadline_ms)
         membership = self._followed()
         parts: tuple[LeasePart, ...] = ()
         if lease is not None:
@@ -278,11 +273,8 @@ class AsyncClusterClient:
                 parts = self._leases.parts(lease)
             except LeaseExpired:
                 return ReadResult((PageStatus.LEASE_EXPIRED,) * len(hashes), 0)
-        layout = self._layout(namespace)
-        read = ClusterRead(
-            membership, namespace, layout, hashes, buffers, layers, parts, on_layer, deadline, self._clock, self._hedges
-        )
-        return await read.run()
+        plan = self._planning.read(namespace, hashes, buffers, layers, None, on_layer, deadline_ms)
+        return await ClusterRead(membership, plan, self._layouts.layout(namespace), parts, self._clock, self._hedges).run()
 
     async def view(
         self,
@@ -296,7 +288,7 @@ class AsyncClusterClient:
         """See `AsyncClient.view`; for pages that lie on one node. Raises `InvalidArgument` where they do not."""
         for part in self._leases.parts(lease):
             if part.hashes.issuperset(hashes):
-                left_ms = self._deadline(deadline_ms).left_ms()
+                left_ms = self._layouts.deadline(deadline_ms).left_ms()
                 return await part.view(namespace, hashes, layers, left_ms)
         raise InvalidArgument("pages can be viewed in place only where one node holds them all under the lease")
 
@@ -306,14 +298,12 @@ class AsyncClusterClient:
         """See `AsyncClient.write`. STORED: all owners that can be reached have it; ARRIVING: this client is writing it already, or
         another node is handing it to an owner.
         """
-        deadline = self._deadline(deadline_ms)
-        return await self._writer.write(self._followed(), namespace, self._layout(namespace), hashes, pages, deadline)
+        plan = self._planning.write(namespace, hashes, pages, deadline_ms)
+        return await self._writer.write(self._followed(), plan, self._layouts.layout(namespace))
 
     def plan_attend(self, namespace: bytes, q_heads: int, scale: float, deadline_ms: float | None) -> AttendPlan:
         """Checks the arguments of `attention`; nothing is sent."""
-        layout = self._layout(namespace)
-        milliseconds = self._options.node.deadline_ms if deadline_ms is None else checked_deadline_ms(deadline_ms)
-        return AttendPlan(AttendShape(namespace, q_heads, scale), layout, milliseconds, self._clock)
+        return self._planning.attend(namespace, q_heads, scale, deadline_ms)
 
     async def attend_holders(self, hashes: Sequence[bytes], deadline: Deadline) -> dict[AttendNode, list[int]]:
         """The nodes to ask for each page that is to be attended to; see `attend.Holders`."""
@@ -325,8 +315,8 @@ class AsyncClusterClient:
         `DeleteResult.unreached` names the nodes that did not answer. Raises only where none did.
         """
         messages.join_hashes(hashes)
-        layout = self._layout(namespace)
-        return await delete_everywhere(self._followed(), namespace, layout, hashes, self._deadline(deadline_ms))
+        layout = self._layouts.layout(namespace)
+        return await delete_everywhere(self._followed(), namespace, layout, hashes, self._layouts.deadline(deadline_ms))
 
     async def watch(self, namespace: bytes, *, deadline_ms: float | None = None) -> AsyncGenerator[PageEvent, None]:
         """Page events of all nodes, through the directory: in order for each node, about a heartbeat late.
@@ -337,8 +327,8 @@ class AsyncClusterClient:
         """
         if self._options.nodes:
             raise InvalidArgument("a fixed list of nodes has no directory to watch: watch each node")
-        self._layout(namespace)
-        deadline = None if deadline_ms is None else self._deadline(deadline_ms)
+        self._layouts.layout(namespace)
+        deadline = None if deadline_ms is None else self._layouts.deadline(deadline_ms)
         directory = self._followed().directory
         described = await self.describe(deadline_ms=None if deadline is None else deadline.left_ms())
         space = Space(described.tenant, namespace)
@@ -356,7 +346,7 @@ class AsyncClusterClient:
 
     async def _everywhere(self, call: Callable[[AsyncClient, float], Awaitable[T]], deadline_ms: float | None) -> list[T]:
         """The answers of all nodes that answer. Raises what one of them raised where none does."""
-        deadline = self._deadline(deadline_ms)
+        deadline = self._layouts.deadline(deadline_ms)
         membership = self._followed()
         await membership.ready(deadline)
         calls = (link.call(lambda client: call(client, deadline.left_ms())) for link in membership.links.values() if link.is_usable)
@@ -387,15 +377,6 @@ class AsyncClusterClient:
     def _open_link(self, member: Member) -> NodeLink:
         options = self._options.node.at(member, self._followed().directory.check_of(member))
         return NodeLink(member, options, self._clock)
-
-    def _layout(self, namespace: bytes) -> PageLayout:
-        try:
-            return self._layouts[namespace]
-        except KeyError:
-            raise NamespaceUnknown("this client did not register the namespace: call register_layout first") from None
-
-    def _deadline(self, deadline_ms: float | None) -> Deadline:
-        return Deadline(self._clock, self._options.node.deadline_ms if deadline_ms is None else checked_deadline_ms(deadline_ms))
 
 
 def _raise_wrong_calls(outcomes: Sequence[object]) -> None:

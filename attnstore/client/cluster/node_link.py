@@ -13,8 +13,12 @@ from typing import Final, TypeVar
 
 from attnstore import tasks
 from attnstore.client.async_client import AsyncClient
+from attnstore.client.base import AttendPlan, AttendStream
+from attnstore.client.calls import Runner
 from attnstore.client.cluster.breaker import CircuitBreaker, CircuitState, had_fair_time
 from attnstore.client.options import ConnectOptions
+from attnstore.client.planning import Planning
+from attnstore.client.transports.connection import NodeConnection
 from attnstore.clock import Clock, Deadline
 from attnstore.core.layout import PageLayout
 from attnstore.directory import Member
@@ -36,7 +40,9 @@ class NodeLink:
 
     def __init__(self, member: Member, options: ConnectOptions, clock: Clock) -> None:
         self.member = member
-        self.client = AsyncClient(options, clock)
+        self.connection = NodeConnection(options, clock)
+        self.client = AsyncClient(self.connection)
+        self.planning = Planning(self.connection.layouts)
         self._clock = clock
         self._breaker = CircuitBreaker(clock)
         self._registered: set[bytes] = set()
@@ -94,6 +100,10 @@ class NodeLink:
         if namespace not in self._registered:
             await self.client.register_layout(namespace, layout, deadline_ms=deadline.left_ms())
             self._registered.add(namespace)
+
+    async def attend(self, plan: AttendPlan, run: Runner) -> AttendStream:
+        """A stream to the node; see `AttendNode.attend`. Counted as `call`."""
+        return await self.call(lambda _: self.connection.attend(plan, run))
 
     async def close(self) -> None:
         """Ends the connection."""

@@ -16,19 +16,19 @@ from dataclasses import dataclass
 from typing import Final
 
 from attnstore.client.async_client import AsyncClient
-from attnstore.client.base import OnLayer, Transfer, in_thread
+from attnstore.client.base import ReadPlan
+from attnstore.client.calls import Transfer, in_thread
 from attnstore.client.cluster.hedges import HedgeBudget
 from attnstore.client.cluster.layer_merge import LayerMerge
 from attnstore.client.cluster.leases import LeasePart
 from attnstore.client.cluster.membership import ClusterMembership, no_node_to_ask
 from attnstore.client.cluster.node_link import NodeLink
 from attnstore.client.landing import Landing
-from attnstore.clock import Clock, Deadline
+from attnstore.clock import Clock
 from attnstore.core.hashing import segment_key
 from attnstore.core.layout import PageLayout
 from attnstore.errors import Retryable
 from attnstore.types import Lease, PageStatus, ReadResult
-from attnstore.wire import messages
 
 HEDGE_MS_MIN: Final = 30.0
 HEDGE_FACTOR: Final = 4.0
@@ -69,29 +69,21 @@ class ClusterRead:
     def __init__(
         self,
         membership: ClusterMembership,
-        namespace: bytes,
+        plan: ReadPlan,
         layout: PageLayout,
-        hashes: Sequence[bytes],
-        buffers: Sequence[bytearray | memoryview],
-        layers: tuple[int, int] | None,
         parts: Sequence[LeasePart],
-        on_layer: OnLayer | None,
-        deadline: Deadline,
         clock: Clock,
         hedges: HedgeBudget,
     ) -> None:
-        messages.join_hashes(hashes)
-        self._layers = layers if layers is not None else (0, layout.layers)
-        begin, end = layout.layer_slice(*self._layers)
-        self._slice_bytes = end - begin
-        Landing(len(hashes), buffers, self._slice_bytes)  # raises what is wrong with the buffers before anything is sent
+        hashes = plan.hashes
         self._membership = membership
-        self._namespace = namespace
+        self._plan = plan
         self._layout = layout
         self._hashes = hashes
-        self._buffers = buffers
-        self._on_layer = on_layer
-        self._deadline = deadline
+        self._layers = (plan.layer_begin, plan.layer_end)
+        self._buffers = plan.landing.views
+        self._slice_bytes = plan.landing.slice_bytes
+        self._deadline = plan.deadline
         self._clock = clock
         self._hedges = hedges
         self._lease_of = {page_hash: (part.link.member.node_id, part.lease) for part in parts for page_hash in part.hashes}
@@ -117,8 +109,8 @@ class ClusterRead:
         pending = list(range(len(self._hashes)))
         groups = self._groups(pending)
         merge = None
-        if self._on_layer is not None:
-            merge = LayerMerge(self._on_layer, self._layers, list(groups.values()), len(self._hashes))
+        if self._plan.on_layer is not None:
+            merge = LayerMerge(self._plan.on_layer, self._layers, list(groups.values()), len(self._hashes))
         first = True
         while groups:
             calls = [self._read_group(group, indices, merge if first else None) for group, indices in groups.items()]
@@ -201,14 +193,14 @@ class ClusterRead:
         began_ms = self._clock.now_ms()
         hashes = [self._hashes[index] for index in attempt.indices]
 
-        async def read(client: AsyncClient) -> None:
-            deadline = self._deadline.sooner(last=attempt.last)
-            await attempt.link.register(self._namespace, self._layout, deadline)
+        async def read(_client: AsyncClient) -> None:
+            deadline, namespace = self._deadline.sooner(last=attempt.last), self._plan.namespace
+            await attempt.link.register(namespace, self._layout, deadline)
             lease = self._lease_for(attempt.link, hashes)
             on_layer = merge.of_group(attempt.indices[0]) if merge is not None else None
-            plan = client.plan_read(self._namespace, hashes, attempt.buffers, self._layers, lease, on_layer, deadline.left_ms())
+            plan = attempt.link.planning.read(namespace, hashes, attempt.buffers, self._layers, lease, on_layer, deadline.left_ms())
             attempt.landing = plan.landing
-            result = await client.run_read(plan)
+            result = await attempt.link.connection.read(plan)
             if result.error is not None:
                 raise result.error  # counts against the node
 
@@ -233,7 +225,7 @@ class ClusterRead:
         result = hedge.result()
         for index, status, page in zip(hedge.indices, result.statuses, hedge.buffers, strict=True):
             if status.is_hit and not self._statuses[index].is_hit:
-                memoryview(self._buffers[index]).cast("B")[:] = page
+                self._buffers[index][:] = page
                 self._statuses[index] = status
                 self._transports.add(result.transport)
 

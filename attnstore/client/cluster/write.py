@@ -11,17 +11,14 @@ from collections import defaultdict
 from collections.abc import Sequence
 
 from attnstore.client.async_client import AsyncClient
+from attnstore.client.base import WritePlan
 from attnstore.client.cluster.membership import ClusterMembership, no_node_to_ask
 from attnstore.client.cluster.node_link import NodeLink
-from attnstore.client.landing import readable_view
-from attnstore.clock import Deadline
 from attnstore.core.hashing import segment_key
 from attnstore.core.layout import PageLayout
 from attnstore.directory import ClusterView
-from attnstore.errors import InvalidArgument, Retryable
+from attnstore.errors import Retryable
 from attnstore.types import PageStatus, WriteResult
-from attnstore.wire import messages
-from attnstore.wire.chunks import Buffer
 
 
 class ClusterWriter:
@@ -30,26 +27,14 @@ class ClusterWriter:
     def __init__(self) -> None:
         self._arriving: set[tuple[bytes, bytes]] = set()
 
-    async def write(
-        self,
-        membership: ClusterMembership,
-        namespace: bytes,
-        layout: PageLayout,
-        hashes: Sequence[bytes],
-        pages: Sequence[Buffer],
-        deadline: Deadline,
-    ) -> WriteResult:
+    async def write(self, membership: ClusterMembership, plan: WritePlan, layout: PageLayout) -> WriteResult:
         """See `AsyncClusterClient.write`."""
-        if len(hashes) != len(pages):
-            raise InvalidArgument(f"{len(hashes)} hashes and {len(pages)} pages are given; give one page for each hash")
-        messages.join_hashes(hashes)
-        views = [readable_view(index, page, layout.page_bytes) for index, page in enumerate(pages)]
-        view = await membership.ready(deadline)
-        mine = {index for index, page_hash in enumerate(hashes) if (namespace, page_hash) not in self._arriving}
-        keys = [(namespace, hashes[index]) for index in mine]
+        view = await membership.ready(plan.deadline)
+        mine = {index for index, page_hash in enumerate(plan.hashes) if (plan.namespace, page_hash) not in self._arriving}
+        keys = [(plan.namespace, plan.hashes[index]) for index in mine]
         self._arriving.update(keys)
         try:
-            write = _Write(membership, view, namespace, layout, hashes, views, deadline)
+            write = _Write(membership, view, plan, layout)
             await write.run(mine)
         finally:
             self._arriving.difference_update(keys)
@@ -57,24 +42,15 @@ class ClusterWriter:
 
 
 class _Write:
-    def __init__(
-        self,
-        membership: ClusterMembership,
-        view: ClusterView,
-        namespace: bytes,
-        layout: PageLayout,
-        hashes: Sequence[bytes],
-        pages: Sequence[memoryview],
-        deadline: Deadline,
-    ) -> None:
+    def __init__(self, membership: ClusterMembership, view: ClusterView, plan: WritePlan, layout: PageLayout) -> None:
         self._membership = membership
         self._view = view
-        self._namespace = namespace
+        self._namespace = plan.namespace
         self._layout = layout
-        self._hashes = hashes
-        self._pages = pages
-        self._deadline = deadline
-        self._verdicts: list[dict[str, PageStatus]] = [{} for _ in hashes]
+        self._hashes = plan.hashes
+        self._pages = plan.pages
+        self._deadline = plan.deadline
+        self._verdicts: list[dict[str, PageStatus]] = [{} for _ in plan.hashes]
         self._failed: set[str] = set()
         self._failure: Retryable = no_node_to_ask()
 

@@ -12,9 +12,9 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Coroutine, Sequence
 from contextlib import suppress
 from types import TracebackType
-from typing import Any, Final, Protocol, Self, TypeVar
+from typing import Any, Final, Self, TypeVar
 
-from attnstore.client.transports.grpc import AttendRpc
+from attnstore.client.transports.rpc import AttendRpc
 from attnstore.clock import Clock, Deadline
 from attnstore.core.hashing import joint_checksum
 from attnstore.errors import ClientClosed, ProtocolError, Unavailable
@@ -37,51 +37,6 @@ from attnstore.wire.page_channel import Frame, Kind, decode_refusal, encode_fram
 R = TypeVar("R")
 
 _SET_IDS_MAX: Final = 1 << 32
-
-
-class AttendStream(Protocol):
-    """One stream to one node, one thread at a time; every exchange ends within the stream's deadline.
-
-    Errors of all methods but `close`: `LeaseExpired` (match again), `Overloaded`, `DeadlineExceeded`, `Unavailable`, `Unsupported`,
-    `InvalidArgument` for what breaks a limit of `attnstore.limits.ATTEND_*`, `ProtocolError`. Whatever is raised, close the stream.
-    """
-
-    @property
-    def closed(self) -> bool:
-        """`close` was called, by the caller or by the client that the stream belongs to: no set is open any more."""
-        ...
-
-    def open(self, hashes: Sequence[bytes], lease: Lease) -> int:
-        """Has the node keep these pages in place as long as the lease holds. Returns the number of the new set."""
-        ...
-
-    def send_open(self, hashes: Sequence[bytes], lease: Lease) -> int:
-        """The first half of `open`: sends the request and returns the number of the set. `receive_opened` next."""
-        ...
-
-    def receive_opened(self, set_id: int) -> None:
-        """The second half of `open`: waits until the node has opened the set."""
-        ...
-
-    def ask(self, layer: int, sets: Sequence[tuple[int, int]], rows: Buffer) -> None:
-        """Sends rows, fp32 `[total rows, q_heads, head_dim]`: the next `count` rows for each `(set, count)`. `receive` next."""
-        ...
-
-    def receive(self, out: memoryview, lse: memoryview) -> None:
-        """Waits for the answer: fp32 `[total rows, q_heads, head_dim]` and `[total rows, q_heads]` as bytes, writable."""
-        ...
-
-    def close_set(self, set_id: int) -> None:
-        """The set is not needed any more."""
-        ...
-
-    def close(self) -> None:
-        """Ends the stream. Safe from any thread, any number of times."""
-        ...
-
-    def __enter__(self) -> Self: ...
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None: ...
 
 
 class _Stream(ABC):

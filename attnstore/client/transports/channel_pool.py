@@ -2,17 +2,17 @@
 
 Owns: which connections are idle and which are in use.
 Invariant: a connection goes back to the pool only after a complete exchange; in every other case it is closed before `exchange`
-ends, so what is late on it can reach nobody.
+ends, so that nothing that arrives late on it reaches anybody.
 """
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Generic, Protocol, TypeVar
 
-from attnstore.client.base import Transfer
+from attnstore.client.calls import Transfer
 from attnstore.clock import Deadline
 from attnstore.errors import ClientClosed, Unavailable
 
@@ -24,7 +24,11 @@ class Channel(Protocol):
 
     @property
     def answered(self) -> bool:
-        """The exchange that runs has had effects here, so that it must not be begun again."""
+        """The running exchange has had effects here, so that it must not be repeated."""
+        ...
+
+    def begin(self, deadline: Deadline) -> None:
+        """Is called before each exchange, which must not last longer."""
         ...
 
     def shutdown(self) -> None:
@@ -66,24 +70,28 @@ class ChannelPool(Generic[C]):
             pooled = self._idle.pop() if self._idle else None
         if pooled is not None:
             try:
-                return self._run(pooled, transfer, run)
+                with self._using(pooled, deadline, transfer):
+                    return run(pooled)
             except Unavailable:
                 if pooled.answered or transfer.is_aborted:
                     raise
-                self._drop_idle()  # the node that they led to is gone
-        return self._run(self._connect(deadline), transfer, run)
+                self._drop_idle()  # they led to a node that has gone
+        fresh = self._connect(deadline)
+        with self._using(fresh, deadline, transfer):
+            return run(fresh)
 
-    def _run(self, channel: C, transfer: Transfer, run: Callable[[C], R]) -> R:
+    @contextmanager
+    def _using(self, channel: C, deadline: Deadline, transfer: Transfer) -> Iterator[None]:
         reusable = False
         try:
             with self._lock:
                 self._in_use.add(channel)
                 self._require_open()
             with transfer.breakable(channel.shutdown):
-                result = run(channel)
+                channel.begin(deadline)
+                yield
             # An abort that came too late for this exchange has still broken its connection.
             reusable = not transfer.is_aborted
-            return result
         except Unavailable:
             self._require_open()
             raise

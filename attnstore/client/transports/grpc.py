@@ -1,299 +1,98 @@
-"""The grpc transport: one HTTP/2 channel to one node, control calls and page streams.
+"""The grpc transport: pages as chunks of gRPC streams, the one that carries every call.
 
-Owns: the channel. Invariant: every call ends within its deadline, and every failure leaves as one of our typed errors.
+Owns: how plans become requests of the service. Its calls run on the event loop of the channel: a thread that waits for one pays for
+one hop to that loop.
 """
 
 from __future__ import annotations
 
-import asyncio
-import os
-import secrets
-import time
-import weakref
-from collections.abc import AsyncGenerator, Iterator
-from contextlib import asynccontextmanager, contextmanager, suppress
-from dataclasses import dataclass
-from typing import Any, ClassVar
+import functools
+from collections.abc import Iterator
 
-import grpc
-
-from attnstore.address import Address
-from attnstore.client.base import WritePlan
-from attnstore.client.landing import Landing
-from attnstore.client.transports.tls_probe import explained
-from attnstore.directory.trust import MemberCheck
-from attnstore.errors import ClientClosed, DeadlineExceeded, InvalidArgument, ProtocolError, Unavailable
-from attnstore.limits import (
-    CHALLENGE_BYTES,
-    CHUNK_BYTES_MAX,
-    CONNECT_MS_MAX,
-    DEADLINE_MS_DEFAULT,
-    FRAME_BYTES_MAX,
-    KEEPALIVE_MS,
-    KEEPALIVE_TIMEOUT_MS,
-    MESSAGE_BYTES_MAX,
-)
-from attnstore.secrecy import shown
-from attnstore.types import PageStatus
-from attnstore.wire import chunks, messages
-from attnstore.wire.messages import CHALLENGE, METHODS, PROOF
-from attnstore.wire.status import error_from_rpc
-
-_CHANNEL_OPTIONS = (
-    ("grpc.max_receive_message_length", MESSAGE_BYTES_MAX),
-    ("grpc.max_send_message_length", MESSAGE_BYTES_MAX),
-    ("grpc.http2.max_frame_size", FRAME_BYTES_MAX),
-    # A node that comes back is found again at once; gRPC's own back-off would grow to two minutes.
-    ("grpc.initial_reconnect_backoff_ms", 100),
-    ("grpc.max_reconnect_backoff_ms", 1_000),
-    # Despite its name the time that one attempt to connect may take.
-    ("grpc.min_reconnect_backoff_ms", CONNECT_MS_MAX),
-    ("grpc.keepalive_time_ms", KEEPALIVE_MS),
-    ("grpc.keepalive_timeout_ms", KEEPALIVE_TIMEOUT_MS),
-    # Without these a silent watch asks twice, then once a minute, and waits a minute for the answer.
-    ("grpc.http2.max_pings_without_data", 0),
-    ("grpc.http2.ping_timeout_ms", KEEPALIVE_TIMEOUT_MS),
-    # Retrying is the caller's decision: the error tree says what may be tried again.
-    ("grpc.enable_retries", 0),
-)
-
-
-def proxy_options(http_proxy: str | None) -> tuple[tuple[str, Any], ...]:
-    """A channel's options for going through an HTTP proxy, or through none, whatever the environment says."""
-    return (("grpc.enable_http_proxy", 0),) if http_proxy is None else (("grpc.http_proxy", http_proxy),)
-
-
-@dataclass(frozen=True, slots=True)
-class Target:
-    """A parsed target URL: `grpc://host:port`, or `grpcs://host:port` for TLS."""
-
-    address: Address
-    tls: bool
-
-    @classmethod
-    def parse(cls, url: str) -> Target:
-        """Raises `InvalidArgument` for anything else."""
-        scheme, separator, address = url.partition("://")
-        if not separator:  # not even a URL: perhaps the value of a mistyped option
-            raise InvalidArgument("the target is not grpc://host:port or grpcs://host:port")
-        if scheme not in ("grpc", "grpcs"):
-            raise InvalidArgument(f"target {shown(url)} is not grpc://host:port or grpcs://host:port")
-        try:
-            return cls(Address.parse(address), scheme == "grpcs")
-        except InvalidArgument as error:
-            raise InvalidArgument(f"target {shown(url)}: {error}") from None
+from attnstore.client.base import AttendPlan, AttendStream, MatchPlan, ReadPlan, WritePlan
+from attnstore.client.calls import Call, LoopCall, Runner, in_thread
+from attnstore.client.transports.attend import AttendCall, BlockingAttend
+from attnstore.client.transports.rpc import RpcChannel
+from attnstore.errors import Unavailable
+from attnstore.limits import CHUNK_BYTES_MAX
+from attnstore.types import MatchResult, WriteResult
+from attnstore.wire import messages
+from attnstore.wire.attend import AttendShape
+from attnstore.wire.chunks import decode_read_chunk, encode_write_chunk
 
 
 class GrpcTransport:
-    """Calls to one node over one channel; belongs to the event loop that is running when it is made.
+    """A `Transport` over the channel of the client's control calls, which its owner closes."""
 
-    Raises `ClientClosed` in a process that was forked while its parent had a channel open.
-    """
+    name = "grpc"
 
-    _open: ClassVar[weakref.WeakSet[GrpcTransport]] = weakref.WeakSet()
-    _is_stranded: ClassVar[bool] = False
+    def __init__(self, channel: RpcChannel) -> None:
+        self.channel = channel
+        self._loop = channel.loop
 
-    @classmethod
-    def strand(cls) -> None:
-        """In a forked child: gRPC's threads stayed behind, so that a call would wait for ever."""
-        cls._is_stranded = len(cls._open) > 0
+    def read(self, plan: ReadPlan) -> Call[None]:
+        """See `Transport.read`. `on_layer` is called when all layers have come."""
+        return LoopCall(self._loop, functools.partial(self._read, plan))
 
-    def __init__(
-        self, target: Target, token: str | None, tls_ca: bytes | None, http_proxy: str | None, check: MemberCheck | None
-    ) -> None:
-        if GrpcTransport._is_stranded:
-            raise ClientClosed(
-                "this process was forked from one with an open client, which gRPC does not survive: start it with the spawn method"
-            )
-        options = (*_CHANNEL_OPTIONS, *proxy_options(http_proxy))
-        if target.tls:
-            credentials = grpc.ssl_channel_credentials(tls_ca)
-            self._channel = grpc.aio.secure_channel(str(target.address), credentials, options=options)
-        else:
-            self._channel = grpc.aio.insecure_channel(str(target.address), options=options)
-        self._check = check
-        self._metadata = (("authorization", f"Bearer {token}"),) if token else ()
-        self._stubs = {name: self._stub(method) for name, method in METHODS.items()}
-        # Until the node has answered in the clear, it may want TLS: asked once.
-        self._may_want_tls = target.address if not target.tls and http_proxy is None else None
-        GrpcTransport._open.add(self)
+    def write(self, plan: WritePlan) -> Call[WriteResult]:
+        """See `Transport.write`."""
+        return LoopCall(self._loop, functools.partial(self._write, plan))
 
-    async def close(self) -> None:
-        """Ends the channel and every call on it."""
-        GrpcTransport._open.discard(self)
-        await self._channel.close()
+    def match(self, plan: MatchPlan) -> Call[MatchResult]:
+        """See `Transport.match`."""
+        return LoopCall(self._loop, functools.partial(self._match, plan))
 
-    async def call(self, name: str, request: Any, deadline_ms: float) -> Any:
-        """One unary call. Raises the typed error of its failure."""
-        until_s = time.monotonic() + deadline_ms / 1000
-        try:
-            with _typed_errors():
-                timeout_s = await self._admitted(deadline_ms)
-                answer = await self._stubs[name](request, timeout=timeout_s, metadata=self._metadata)
-        except Unavailable as error:
-            address, self._may_want_tls = self._may_want_tls, None
-            if address is None:
-                raise
-            raise await asyncio.to_thread(explained, error, address, until_s - time.monotonic()) from None
-        self._may_want_tls = None
-        return METHODS[name].decode_response(answer)
+    def attend(self, plan: AttendPlan, run: Runner) -> Call[AttendStream]:
+        """See `Transport.attend`."""
+        return LoopCall(self._loop, functools.partial(self._attend, plan, run))
 
-    async def read(self, request: Any, landing: Landing, deadline_ms: float) -> None:
-        """Streams pages into `landing` until all are answered."""
-        timeout_s = await self._admitted(deadline_ms)
-        call = self._stubs["Read"](request, timeout=timeout_s, metadata=self._metadata)
-        try:
-            with _typed_errors():
-                while (message := await call.read()) is not grpc.aio.EOF:
-                    landing.take(chunks.decode_read_chunk(message))
-                    del message  # the next one then takes its memory, which is still in the cache
-        finally:
-            call.cancel()
+    async def attend_call(self, shape: AttendShape, deadline_ms: float) -> AttendCall:
+        """An attend stream for tasks of the event loop."""
+        return AttendCall(await self.channel.attend(deadline_ms), shape, deadline_ms)
+
+    async def _read(self, plan: ReadPlan) -> None:
+        landing = plan.landing
+        landing.begin(self.name)
+        request = messages.ReadRequest(
+            namespace=plan.namespace,
+            hashes=messages.join_hashes(plan.hashes),
+            layer_begin=plan.layer_begin,
+            layer_end=plan.layer_end,
+            lease_id=plan.lease_id or b"",
+        )
+        await self.channel.read(request, lambda chunk: landing.take(decode_read_chunk(chunk)), plan.deadline.left_ms())
         landing.require_complete()
+        if plan.on_layer is not None:
+            # Not on the event loop: a callback may block, or call this client.
+            await in_thread(plan.tell_all_layers, plan.transfer)
 
-    async def write(self, plan: WritePlan, deadline_ms: float) -> tuple[PageStatus, ...]:
-        """Streams pages to the node; the verdict on each."""
-        timeout_s = await self._admitted(deadline_ms)
-        call = self._stubs["Write"](timeout=timeout_s, metadata=self._metadata)
+    async def _write(self, plan: WritePlan) -> WriteResult:
         try:
-            with _typed_errors():
-                with suppress(asyncio.InvalidStateError):  # the node ended the call while we were still sending
-                    await _send_pages(call, plan)
-                answer = await call
-        finally:
-            call.cancel()
-        response = METHODS["Write"].decode_response(answer)
-        return messages.statuses_from_wire(response.verdicts, len(plan.hashes))
+            response = await self.channel.write(_chunks_of(plan), plan.deadline.left_ms())
+        except Unavailable:
+            # gRPC loses a refusal that crosses pages on their way; an empty question in the same namespace meets it again.
+            await self.channel.call("Match", messages.MatchRequest(namespace=plan.namespace), plan.deadline.left_ms())
+            raise
+        return plan.result(messages.statuses_from_wire(response.verdicts, len(plan.hashes)))
 
-    async def watch(self, request: Any, deadline_ms: float | None) -> AsyncGenerator[Any, None]:
-        """Events as messages, the first item None once the node has begun to watch."""
-        admitted_s = await self._admitted(DEADLINE_MS_DEFAULT if deadline_ms is None else deadline_ms)
-        call = self._stubs["Watch"](request, timeout=None if deadline_ms is None else admitted_s, metadata=self._metadata)
-        try:
-            with _typed_errors():
-                if messages.WATCHING not in tuple(await call.initial_metadata()):
-                    await call.read()  # raises the refusal
-                    raise ProtocolError("the node sends events without having said from when on")
-                yield None
-                while (message := await call.read()) is not grpc.aio.EOF:
-                    yield METHODS["Watch"].decode_response(message)
-        finally:
-            call.cancel()
-        raise ProtocolError("the node ended a watch that only the caller or an error may end")
+    async def _match(self, plan: MatchPlan) -> MatchResult:
+        request = messages.MatchRequest(
+            namespace=plan.namespace,
+            prefixes=[messages.join_hashes(prefix) for prefix in plan.prefixes],
+            lease_ms=plan.lease_ms,
+        )
+        answer = await self.channel.call("Match", request, plan.deadline.left_ms())
+        return plan.result(answer.hits, answer.lease_id, answer.lease_ms)
 
-    async def attend(self, deadline_ms: float) -> AttendRpc:
-        """A new attend stream, accepted by the node, each of whose exchanges may take `deadline_ms`."""
-        await self._admitted(deadline_ms)
-        stream = AttendRpc(self._stubs["Attend"](metadata=self._metadata), deadline_ms)
-        await stream.accepted()
-        return stream
-
-    async def _admitted(self, deadline_ms: float) -> float:
-        """How many seconds are left for a call to a node that has passed the check; the first call has it checked.
-
-        Raises `Unavailable` where whoever answers does not pass, and nothing was told to it.
-        """
-        check = self._check
-        if check is None:
-            return deadline_ms / 1000
-        began_s, challenge = time.monotonic(), secrets.token_bytes(CHALLENGE_BYTES)
-        with _typed_errors():
-            metadata = ((CHALLENGE, challenge),)
-            call = self._stubs["Describe"](messages.DescribeRequest(), timeout=deadline_ms / 1000, metadata=metadata)
-            proof = dict(tuple(await call.initial_metadata())).get(PROOF, "")
-            if not check.is_passed(challenge, str(proof)):
-                call.cancel()
-                raise Unavailable(f"what answers at {check.member.url} has not shown that it is node {check.member.node_id!r}")
-            with suppress(grpc.RpcError):  # it may ask for a token, which is now told
-                await call
-        self._check = None
-        left_s = deadline_ms / 1000 - (time.monotonic() - began_s)
-        if left_s <= 0:
-            raise DeadlineExceeded("the node has shown who it is, and no time was left for the call")
-        return left_s
-
-    def _stub(self, method: messages.Method) -> Any:
-        kind = {
-            (False, False): self._channel.unary_unary,
-            (False, True): self._channel.unary_stream,
-            (True, False): self._channel.stream_unary,
-            (True, True): self._channel.stream_stream,
-        }[method.streams_requests, method.streams_responses]
-        # Answers are decoded here, not by gRPC's hook: it would turn bytes that are no message into None.
-        return kind(method.path, request_serializer=method.encode_request)
+    async def _attend(self, plan: AttendPlan, run: Runner) -> AttendStream:
+        return BlockingAttend(await self.attend_call(plan.shape, plan.deadline_ms), run)
 
 
-class AttendRpc:
-    """The bidirectional call of one attend stream."""
-
-    def __init__(self, call: Any, deadline_ms: float) -> None:
-        self._call = call
-        self._deadline_s = deadline_ms / 1000
-
-    async def accepted(self) -> None:
-        """Waits until the node has accepted the call. Raises the typed error of its refusal, or `DeadlineExceeded`."""
-        with _typed_errors():
-            async with self._in_time():
-                if messages.ATTENDING not in tuple(await self._call.initial_metadata()):
-                    await self._call.read()  # raises the refusal
-                    raise ProtocolError("the node accepted an attend stream without saying so")
-
-    async def write(self, message: Any) -> None:
-        """Sends a request. Raises the typed error of the call's failure, or `DeadlineExceeded`."""
-        with _typed_errors():
-            async with self._in_time():
-                try:
-                    await self._call.write(message)
-                except asyncio.InvalidStateError:  # the node has ended the call
-                    await self._call.read()
-                    raise ProtocolError("the node ended an attend stream without a reason") from None
-
-    async def read(self) -> Any:
-        """The next response. Errors as those of `write`."""
-        with _typed_errors():
-            async with self._in_time():
-                message = await self._call.read()
-        if message is grpc.aio.EOF:
-            raise ProtocolError("the node ended an attend stream without a reason")
-        return METHODS["Attend"].decode_response(message)
-
-    def cancel(self) -> None:
-        """Ends the call."""
-        self._call.cancel()
-
-    @asynccontextmanager
-    async def _in_time(self) -> AsyncGenerator[None, None]:
-        try:
-            async with asyncio.timeout(self._deadline_s):
-                yield
-        except TimeoutError:
-            self._call.cancel()
-            raise DeadlineExceeded("the node did not answer on the attend stream within the deadline") from None
-
-
-async def _send_pages(call: Any, plan: WritePlan) -> None:
+def _chunks_of(plan: WritePlan) -> Iterator[bytes]:
     namespace = plan.namespace
     for index, (page_hash, page) in enumerate(zip(plan.hashes, plan.pages, strict=True)):
         checksum, age_ms = plan.checksum(index), plan.age_ms(index)
         for offset in range(0, len(page), CHUNK_BYTES_MAX):
             payload = page[offset : offset + CHUNK_BYTES_MAX]
-            await call.write(chunks.encode_write_chunk(namespace, page_hash, checksum, offset, payload, age_ms))
+            yield encode_write_chunk(namespace, page_hash, checksum, offset, payload, age_ms)
             namespace = page_hash = b""
-    await call.done_writing()
-
-
-os.register_at_fork(after_in_child=GrpcTransport.strand)
-
-
-@contextmanager
-def _typed_errors() -> Iterator[None]:
-    try:
-        yield
-    except grpc.aio.AioRpcError as error:
-        raise error_from_rpc(error.code(), error.details() or "", error.trailing_metadata() or ()) from None
-    except asyncio.CancelledError:
-        task = asyncio.current_task()
-        if task is None or task.cancelling():
-            raise
-        # Nobody cancelled us, so the channel did: it was closed under the call.
-        raise ClientClosed("the client was closed during the call") from None

@@ -1,7 +1,7 @@
-"""The parts of one large transfer, carried out at once.
+"""The parts of one large transfer, carried out at the same time.
 
 Owns: the threads of one transport.
-Invariant: when `run` ends, however it ends, every part has ended: until then bytes may land.
+Invariant: when a call ends, however it ends, every part has ended: until then bytes may land.
 """
 
 from __future__ import annotations
@@ -10,12 +10,23 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import TypeVar
 
-from attnstore.client.base import BulkUnavailable, Transfer, wait_out
+from attnstore.client.base import BulkUnavailable
+from attnstore.client.calls import ThreadCall, Transfer, wait_out
 from attnstore.errors import ClientClosed
+from attnstore.types import PageStatus
 
 R = TypeVar("R")
-Part = tuple[int, int]
-"""Pages `[begin, end)` of a plan, which one connection transfers."""
+Part = Callable[[int, int], Callable[[], R]]
+"""`part(begin, end)`: what transfers pages `[begin, end)` of a plan over one connection."""
+
+
+def nothing(_parts: list[None]) -> None:
+    """Joins the parts of a read, whose pages have landed."""
+
+
+def joined(parts: list[tuple[PageStatus, ...]]) -> tuple[PageStatus, ...]:
+    """Joins the verdicts of the parts of a write."""
+    return tuple(verdict for part in parts for verdict in part)
 
 
 class PartWorkers:
@@ -30,26 +41,32 @@ class PartWorkers:
         if self._workers is not None:
             self._workers.shutdown(wait=False)
 
-    def run(self, pages: int, transfer: Transfer, run: Callable[[int, int], R]) -> list[R]:
-        """`run(begin, end)` of each part of `pages` pages, in order. Raises what the first part that failed raised."""
+    def call(self, pages: int, transfer: Transfer, part: Part[R], join: Callable[[list[R]], R]) -> ThreadCall[R]:
+        """A call that carries out every part of `pages` pages; `join` makes the result of what the parts return, in order.
+
+        A transfer of one part runs on the calling thread. Raises what the first part that failed raised.
+        """
         count = max(1, min(self._channels, pages))
-        parts = [(pages * part // count, pages * (part + 1) // count) for part in range(count)]
         if count == 1:
-            return [run(0, pages)]
-        futures = self._run_all(parts, transfer, run)
+            return ThreadCall(part(0, pages), transfer)
+        parts = [part(pages * number // count, pages * (number + 1) // count) for number in range(count)]
+        return ThreadCall(lambda: join(self._run(parts, transfer)), transfer)
+
+    def _run(self, parts: list[Callable[[], R]], transfer: Transfer) -> list[R]:
+        futures = self._run_all(parts, transfer)
         if all(future.exception() for future in futures):
             return [future.result() for future in futures]
         # Parts that got no connection of their own go over one that another part has done with, one after the other.
         return [
-            run(*part) if isinstance(future.exception(), BulkUnavailable) else future.result()
-            for part, future in zip(parts, futures, strict=True)
+            run() if isinstance(future.exception(), BulkUnavailable) else future.result()
+            for run, future in zip(parts, futures, strict=True)
         ]
 
-    def _run_all(self, parts: list[Part], transfer: Transfer, run: Callable[[int, int], R]) -> list[Future[R]]:
+    def _run_all(self, parts: list[Callable[[], R]], transfer: Transfer) -> list[Future[R]]:
         futures: list[Future[R]] = []
         try:
-            for begin, end in parts:
-                futures.append(self._submit(run, begin, end))
+            for run in parts:
+                futures.append(self._submit(run))
             wait(futures)
         except BaseException:
             transfer.abort()
@@ -58,9 +75,9 @@ class PartWorkers:
             wait_out(futures)
         return futures
 
-    def _submit(self, run: Callable[[int, int], R], begin: int, end: int) -> Future[R]:
+    def _submit(self, run: Callable[[], R]) -> Future[R]:
         assert self._workers is not None
         try:
-            return self._workers.submit(run, begin, end)
+            return self._workers.submit(run)
         except RuntimeError:
             raise ClientClosed("the client is closed") from None

@@ -15,25 +15,25 @@ import os
 import socket
 import threading
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
-from attnstore.client.base import BulkUnavailable, OpenChannel, ReadPlan, Transfer, WritePlan, all_layers
+from attnstore.client.base import AttendPlan, BulkUnavailable, MatchPlan, OpenChannel, ReadPlan, ViewPlan, WritePlan
+from attnstore.client.calls import Call, Runner, ThreadCall
 from attnstore.client.transports.channel_pool import ChannelPool
 from attnstore.client.transports.lent import LentMemory
 from attnstore.client.transports.mapped import Located, MappedExtent, PageViews
-from attnstore.client.transports.parts import PartWorkers
+from attnstore.client.transports.parts import PartWorkers, joined, nothing
 from attnstore.clock import Deadline
 from attnstore.core.hashing import range_checksum
 from attnstore.errors import AttnStoreError, InvalidArgument, Overloaded, ProtocolError
 from attnstore.fences import read_fence
 from attnstore.limits import SHM_LOCATE_HASHES_MAX
 from attnstore.streams.shm import Message, ShmStream
-from attnstore.types import PageStatus
+from attnstore.types import PageStatus, WriteResult
 from attnstore.wire import shm
 from attnstore.wire.shm import ALL_LAYERS, ANSWERS, ExtentLayout, Item, Kind, Place, Welcome
 
@@ -44,21 +44,8 @@ _QUESTIONS_IN_FLIGHT = 2
 _VIEWED_HASHES = SHM_LOCATE_HASHES_MAX
 
 
-@dataclass(frozen=True, slots=True)
-class ViewPlan:
-    """A checked request to use bytes `[begin, end)` of pages in place. `lease_id` is what keeps the pages there."""
-
-    namespace: bytes
-    hashes: tuple[bytes, ...]
-    begin: int
-    end: int
-    lease_id: bytes
-    deadline: Deadline
-    transfer: Transfer = field(default_factory=Transfer)
-
-
 class ShmTransport:
-    """A `BulkReader` and `BulkWriter`, and the only transport with `view`. For nodes on this host that run as the same user.
+    """A `Transport` to a node on this host that runs as the same user; the only one with `view`.
 
     `channels` is how many threads may copy the pages of one large read; `offer` is the name under which the node offers its memory,
     `shared_path` its arena where that is no sealed memory.
@@ -90,55 +77,65 @@ class ShmTransport:
             with self._lock:
                 self._extents.clear()
 
-    def read(self, plan: ReadPlan) -> None:
-        """See `BulkReader.read`. `on_layer` is called when all layers are there."""
-        self._parts.run(len(plan.hashes), plan.transfer, functools.partial(self._read, plan))
-        if plan.on_layer is not None:
-            all_layers(plan, plan.on_layer)
+    def read(self, plan: ReadPlan) -> Call[None]:
+        """See `Transport.read`. `on_layer` is called when all layers have come."""
+        plan.landing.begin(self.name)
+        pages = self._parts.call(len(plan.hashes), plan.transfer, functools.partial(self._reading, plan), nothing)
 
-    def write(self, plan: WritePlan) -> tuple[PageStatus, ...]:
-        """See `BulkWriter.write`."""
-        verdicts = self._parts.run(len(plan.hashes), plan.transfer, functools.partial(self._write, plan))
-        return tuple(verdict for part in verdicts for verdict in part)
+        def told() -> None:
+            pages.wait()
+            plan.tell_all_layers()
 
-    def view(self, plan: ViewPlan) -> PageViews:
-        """The pages where they lie; see `PageViews`. Errors as in `BulkReader.read`."""
+        return pages if plan.on_layer is None else ThreadCall(told, plan.transfer)
 
-        def run(channel: _Channel) -> list[Located]:
-            channel.begin(plan.deadline)
+    def write(self, plan: WritePlan) -> Call[WriteResult] | None:
+        """See `Transport.write`. None for pages that a node hands over: the protocol has no place for their age."""
+        if plan.ages_ms:
+            return None
+        verdicts = self._parts.call(len(plan.hashes), plan.transfer, functools.partial(self._writing, plan), joined)
+        return ThreadCall(lambda: plan.result(verdicts.wait()), plan.transfer)
+
+    def match(self, _plan: MatchPlan) -> None:
+        """Not over shm: which pages the node has is asked over another transport."""
+
+    def attend(self, _plan: AttendPlan, _run: Runner) -> None:
+        """Not over shm: whoever maps the pages attends to them in place."""
+
+    def view(self, plan: ViewPlan) -> Call[PageViews]:
+        """The pages where they lie; see `PageViews`. Errors as in `Transport`."""
+
+        def viewed() -> PageViews:
+            return PageViews(self._pool.exchange(plan.deadline, plan.transfer, view), plan.begin, plan.end)
+
+        def view(channel: _Channel) -> list[Located]:
             question = _Question(plan.namespace, plan.lease_id, plan.hashes, ALL_LAYERS, plan.end, _VIEWED_HASHES)
-            viewed: list[Located] = []
+            pages: list[Located] = []
             for located in self._located(channel, question):
                 if not isinstance(located, PageStatus):
                     place, extent = located
                     status = extent.status_of(place, plan.deadline)
                     if status is not PageStatus.OK:
                         located = status
-                viewed.append(located)
-            return viewed
+                pages.append(located)
+            return pages
 
-        return PageViews(self._pool.exchange(plan.deadline, plan.transfer, run), plan.begin, plan.end)
+        return ThreadCall(viewed, plan.transfer)
 
-    def _read(self, plan: ReadPlan, first: int, last: int) -> None:
+    def _reading(self, plan: ReadPlan, first: int, last: int) -> Callable[[], None]:
         begin, end = plan.layer_begin * plan.layer_bytes, plan.layer_end * plan.layer_bytes
         layers = ALL_LAYERS if plan.is_whole else (plan.layer_begin, plan.layer_end)
 
-        def run(channel: _Channel) -> None:
-            channel.begin(plan.deadline)
+        def read(channel: _Channel) -> None:
             question = _Question(plan.namespace, plan.lease_id, plan.hashes[first:last], layers, end, _COPIED_HASHES)
             for index, located in enumerate(self._located(channel, question), first):
                 plan.deadline.left_ms()
                 channel.answered = True
                 _land(plan, index, located, begin)
 
-        self._pool.exchange(plan.deadline, plan.transfer, run)
+        return functools.partial(self._pool.exchange, plan.deadline, plan.transfer, read)
 
-    def _write(self, plan: WritePlan, begin: int, end: int) -> list[PageStatus]:
-        if begin == end:
-            return []
-
-        def run(channel: _Channel) -> list[PageStatus]:
-            channel.begin(plan.deadline)
+    def _writing(self, plan: WritePlan, begin: int, end: int) -> Callable[[], tuple[PageStatus, ...]]:
+        def write(channel: _Channel) -> tuple[PageStatus, ...]:
             lent = channel.lend(len(plan.pages[begin]))
             verdicts: list[PageStatus] = []
             indices = iter(range(begin, end))
@@ -148,9 +145,9 @@ class ShmTransport:
                 channel.offer(plan.namespace, [_lend(plan, lent, index) for index in islice(indices, count)])
             while len(verdicts) < end - begin:
                 verdicts += channel.verdicts()
-            return verdicts
+            return tuple(verdicts)
 
-        return self._pool.exchange(plan.deadline, plan.transfer, run)
+        return functools.partial(self._pool.exchange, plan.deadline, plan.transfer, write)
 
     def _located(self, channel: _Channel, question: _Question) -> Iterator[Located]:
         """The pages in the order asked for. While the caller looks at some, the node looks for the next: two questions are on the

@@ -13,14 +13,15 @@ from collections import deque
 from collections.abc import Callable
 from contextlib import ExitStack, suppress
 from struct import unpack
-from typing import TypeVar
 
 from attnstore.address import Address
-from attnstore.client.base import BulkUnavailable, MatchPlan, OpenChannel, ReadPlan, WritePlan, all_layers, matched
+from attnstore.client.base import AttendPlan, AttendStream, BulkUnavailable, MatchPlan, OpenChannel, ReadPlan, WritePlan
+from attnstore.client.calls import Call, Runner, ThreadCall
+from attnstore.client.landing import Landing
 from attnstore.client.transports.attend import ChannelAttend
 from attnstore.client.transports.channel_pool import ChannelPool
-from attnstore.client.transports.parts import PartWorkers
-from attnstore.clock import Clock, Deadline
+from attnstore.client.transports.parts import PartWorkers, joined, nothing
+from attnstore.clock import Deadline
 from attnstore.core.hashing import LAYER_CHECKSUM_BYTES, page_checksum
 from attnstore.errors import AttnStoreError, InvalidArgument, Overloaded, ProtocolError
 from attnstore.limits import (
@@ -30,13 +31,10 @@ from attnstore.limits import (
     CHANNEL_SECOND_READ_HASHES_MAX,
 )
 from attnstore.streams.frames import FrameStream
-from attnstore.types import MatchResult, PageStatus
-from attnstore.wire.attend import AttendShape
+from attnstore.types import MatchResult, PageStatus, WriteResult
 from attnstore.wire.frame_receiver import Role
 from attnstore.wire.match import decode_hits, encode_prefixes
 from attnstore.wire.page_channel import NO_LEASE, VERSION, Frame, Kind, Order, decode_refusal, encode_frame, next_request
-
-R = TypeVar("R")
 
 _CONNECT_MS_MAX = 2_000
 _READS_IN_FLIGHT_MAX = 2
@@ -55,50 +53,51 @@ class TcpTransport:
         self._parts = PartWorkers(channels, "attnstore-tcp")
 
     def close(self) -> None:
-        """See `BulkReader.close`."""
+        """Breaks what runs and lets everything go, without waiting: calls that run end soon, with `ClientClosed`."""
         with ExitStack() as closing:
             for stream in list(self._attending):
                 closing.callback(stream.close)
             closing.callback(self._parts.close)
             closing.callback(self._pool.close)
 
-    def read(self, plan: ReadPlan) -> None:
-        """See `BulkReader.read`. `on_layer` makes the node send layer by layer, over one connection."""
-        run = functools.partial(self._read, plan)
-        if plan.on_layer is None:
-            self._parts.run(len(plan.hashes), plan.transfer, run)
-        else:
-            run(0, len(plan.hashes))
+    def read(self, plan: ReadPlan) -> Call[None]:
+        """See `Transport.read`. `on_layer` makes the node send layer by layer, over one connection."""
+        plan.landing.begin(self.name)
+        part = functools.partial(self._reading, plan)
+        if plan.on_layer is not None:
+            return ThreadCall(part(0, len(plan.hashes)), plan.transfer)
+        return self._parts.call(len(plan.hashes), plan.transfer, part, nothing)
 
-    def write(self, plan: WritePlan) -> tuple[PageStatus, ...]:
-        """See `BulkWriter.write`."""
-        verdicts = self._parts.run(
-            len(plan.hashes),
-            plan.transfer,
-            lambda begin, end: self._exchange(plan, lambda channel: channel.write(plan, begin, end)),
-        )
-        return tuple(verdict for part in verdicts for verdict in part)
+    def write(self, plan: WritePlan) -> Call[WriteResult]:
+        """See `Transport.write`."""
+        verdicts = self._parts.call(len(plan.hashes), plan.transfer, functools.partial(self._writing, plan), joined)
+        return ThreadCall(lambda: plan.result(verdicts.wait()), plan.transfer)
 
-    def match(self, plan: MatchPlan) -> MatchResult:
-        """See `BulkMatcher.match`."""
-        payload = encode_prefixes(plan.prefixes)
-        return self._exchange(plan, lambda channel: channel.match(plan, payload))
+    def match(self, plan: MatchPlan) -> Call[MatchResult] | None:
+        """See `Transport.match`. None for more than one frame carries."""
+        if max(plan.hashes, len(plan.prefixes)) > CHANNEL_READ_HASHES_MAX:
+            return None
+        run = functools.partial(_Channel.match, plan=plan, payload=encode_prefixes(plan.prefixes))
+        return ThreadCall(functools.partial(self._pool.exchange, plan.deadline, plan.transfer, run), plan.transfer)
 
-    def attend(self, shape: AttendShape, clock: Clock, deadline_ms: float) -> ChannelAttend:
-        """An attend stream over a connection of its own. Raises `BulkUnavailable` where none can be opened. Blocks."""
-        stream = ChannelAttend(self._connect(Deadline(clock, deadline_ms)).stream, shape, clock, deadline_ms)
+    def attend(self, plan: AttendPlan, _run: Runner) -> Call[AttendStream]:
+        """See `Transport.attend`. The stream has a connection of its own."""
+        return ThreadCall(functools.partial(self._attend, plan), plan.transfer)
+
+    def _reading(self, plan: ReadPlan, begin: int, end: int) -> Callable[[], None]:
+        # No function of this class runs between the pool and the channel: each would be one more call for each read.
+        run = functools.partial(_Channel.read, plan=plan, begin=begin, end=end)
+        return functools.partial(self._pool.exchange, plan.deadline, plan.transfer, run)
+
+    def _writing(self, plan: WritePlan, begin: int, end: int) -> Callable[[], tuple[PageStatus, ...]]:
+        run = functools.partial(_Channel.write, plan=plan, begin=begin, end=end)
+        return functools.partial(self._pool.exchange, plan.deadline, plan.transfer, run)
+
+    def _attend(self, plan: AttendPlan) -> ChannelAttend:
+        channel = self._connect(Deadline(plan.clock, plan.deadline_ms))
+        stream = ChannelAttend(channel.stream, plan.shape, plan.clock, plan.deadline_ms)
         self._attending.add(stream)
         return stream
-
-    def _read(self, plan: ReadPlan, begin: int, end: int) -> None:
-        self._exchange(plan, lambda channel: channel.read(plan, begin, end))
-
-    def _exchange(self, plan: ReadPlan | WritePlan | MatchPlan, run: Callable[[_Channel], R]) -> R:
-        def begun(channel: _Channel) -> R:
-            channel.begin(plan.deadline)
-            return run(channel)
-
-        return self._pool.exchange(plan.deadline, plan.transfer, begun)
 
     def _connect(self, deadline: Deadline) -> _Channel:
         try:
@@ -126,7 +125,7 @@ class _Channel:
     """One open connection: a client's half of the protocol."""
 
     def __init__(self, stream: FrameStream, read_hashes_max: int, credits_max: int) -> None:
-        self.stream = self._stream = stream
+        self.stream = stream
         self.answered = False
         self._read_hashes_max = read_hashes_max
         self._credits_max = credits_max
@@ -148,18 +147,18 @@ class _Channel:
     def begin(self, deadline: Deadline) -> None:
         """Before each exchange: how long it may last."""
         self.answered = False
-        self._stream.bound(deadline.left_ms)
+        self.stream.bound(deadline.left_ms)
 
     def shutdown(self) -> None:
-        self._stream.shutdown()
+        self.stream.shutdown()
 
     def close(self) -> None:
         # Not politely: a node that still sends would wait for our window until it calls us stalled, with the pages pinned.
-        self._stream.abort()
+        self.stream.abort()
 
     def read(self, plan: ReadPlan, begin: int, end: int) -> None:
-        """Pages `[begin, end)` of the plan, as READs of bounded size of which two are on the way."""
-        take = self._take_page if plan.on_layer is None else self._take_layer
+        """Pages `[begin, end)` of the plan, as READs of bounded size, two of them on the way at a time."""
+        stream, landing, by_page = self.stream, plan.landing, plan.on_layer is None
         hashes_max = self._hashes_max(plan, end - begin)
         pending: deque[_PendingRead] = deque()
         at = begin
@@ -169,12 +168,17 @@ class _Channel:
                 pending.append(self._ask(plan, at, count))
                 at += count
             read = pending[0]
-            frame = self._receive(Kind.SLICE, read.request)
-            if frame.status is PageStatus.OK:
-                read.is_last = len(pending) == 1
-                take(plan, read, frame)
-            else:
+            frame = self._checked(stream.receive(), Kind.SLICE, read.request)
+            if frame.status is not PageStatus.OK:
                 self._take_miss(plan, read, frame)
+            elif by_page:
+                index = read.index_of(frame)
+                page = _place(landing, index, frame)
+                read.answered += 1
+                stream.receive(page, ahead=len(pending) > 1 or not read.is_complete)
+                landing.settle(index, plan.is_intact(page, frame.checksum))
+            else:
+                self._take_layer(plan, read, frame)
             if read.is_complete:
                 pending.popleft()
 
@@ -196,7 +200,7 @@ class _Channel:
                 namespace=plan.namespace,
                 hash=plan.hashes[index],
             )
-            self._stream.send(encode_frame(frame), page)
+            self.stream.send(encode_frame(frame), page)
         while len(verdicts) < end - begin:
             verdicts.append(self._take_verdict(begin + len(verdicts), end))
         return tuple(verdicts)
@@ -212,9 +216,9 @@ class _Channel:
             offset_bytes=plan.lease_ms,
             namespace=plan.namespace,
         )
-        self._stream.send(encode_frame(question), payload)
+        self.stream.send(encode_frame(question), payload)
         answer = self._receive(Kind.MATCHED, self._request)
-        return matched(plan, decode_hits(self._stream.whole_payload(answer)), answer.lease_id, answer.offset_bytes)
+        return plan.result(decode_hits(self.stream.whole_payload(answer)), answer.lease_id, answer.offset_bytes)
 
     def _hashes_max(self, plan: ReadPlan, pages: int) -> int:
         """How many pages one READ asks for."""
@@ -237,7 +241,7 @@ class _Channel:
             namespace=plan.namespace,
             lease=plan.lease_id or NO_LEASE,
         )
-        self._stream.send(encode_frame(frame), joined)
+        self.stream.send(encode_frame(frame), joined)
         return _PendingRead(self._request, begin, count)
 
     def _take_miss(self, plan: ReadPlan, read: _PendingRead, frame: Frame) -> None:
@@ -248,17 +252,8 @@ class _Channel:
         plan.landing.miss(index, frame.status)
         read.answered += 1
         read.missing.add(index)
-        if plan.on_layer is not None and read.is_complete:
-            all_layers(plan, plan.on_layer)
-
-    def _take_page(self, plan: ReadPlan, read: _PendingRead, frame: Frame) -> None:
-        index = read.index_of(frame)
-        page = plan.landing.whole(index)
-        if frame.offset_bytes or frame.size_bytes != len(page):
-            raise ProtocolError(f"page {index} came in part: {frame.size_bytes} bytes at {frame.offset_bytes} of {len(page)}")
-        self._stream.receive(page, ahead=not read.is_last or read.answered + 1 < read.count)
-        plan.landing.settle(index, plan.is_intact(page, frame.checksum))
-        read.answered += 1
+        if read.is_complete:
+            plan.tell_all_layers()
 
     def _take_layer(self, plan: ReadPlan, read: _PendingRead, frame: Frame) -> None:
         """One layer of some pages, those after the ones that came last."""
@@ -274,7 +269,7 @@ class _Channel:
             for page in pages
         ]
         sealed = bytearray(LAYER_CHECKSUM_BYTES * count)
-        self._stream.receive(memoryview(sealed), *views)
+        self.stream.receive(memoryview(sealed), *views)
         for page, view, checksum in zip(pages, views, unpack(f"<{count}Q", sealed), strict=True):
             intact = page_checksum(view) == checksum
             if plan.landing.landed(page, plan.layer_bytes) or not intact:
@@ -306,10 +301,13 @@ class _Channel:
         """A call that was refused has ended at the node, too, when it ends here: whoever calls again must not meet its pages."""
         with suppress(AttnStoreError):
             for _ in range(pages):
-                self._stream.whole_payload(self._stream.receive())
+                self.stream.whole_payload(self.stream.receive())
 
     def _receive(self, expected: Kind, request: int) -> Frame:
-        frame = self._stream.receive()
+        return self._checked(self.stream.receive(), expected, request)
+
+    def _checked(self, frame: Frame, expected: Kind, request: int) -> Frame:
+        """The frame itself, if it is the one that is due. Raises the refusal that came instead, or `ProtocolError`."""
         self.answered = True
         if frame.kind is Kind.REFUSED:
             raise self._refusal(frame)
@@ -320,20 +318,27 @@ class _Channel:
         return frame
 
     def _refusal(self, frame: Frame) -> AttnStoreError:
-        return decode_refusal(self._stream.whole_payload(frame))
+        return decode_refusal(self.stream.whole_payload(frame))
+
+
+def _place(landing: Landing, index: int, frame: Frame) -> memoryview:
+    """Where the page of a frame goes. Raises `ProtocolError` for one that does not come whole."""
+    page = landing.whole(index)
+    if frame.offset_bytes or frame.size_bytes != len(page):
+        raise ProtocolError(f"page {index} came in part: {frame.size_bytes} bytes at {frame.offset_bytes} of {len(page)}")
+    return page
 
 
 class _PendingRead:
     """One READ on the way: pages `[begin, begin + count)` of the plan."""
 
-    __slots__ = ("_found", "answered", "begin", "count", "is_last", "missing", "position", "request")
+    __slots__ = ("_found", "answered", "begin", "count", "missing", "position", "request")
 
     def __init__(self, request: int, begin: int, count: int) -> None:
         self.request = request
         self.begin = begin
         self.count = count
         self.answered = 0
-        self.is_last = True  # no other is on the way behind it
         self.missing: set[int] = set()
         self.position = 0  # in a read by layers: how many of the pages found have their slice of the current layer
         self._found: list[int] = []

@@ -11,8 +11,9 @@ import pytest
 from attnstore import BlockHash, Lease, MatchResult, PageLayout, errors
 from attnstore.client.async_client import AsyncClient
 from attnstore.client.base import AttendPlan
-from attnstore.client.blocking import LoopThread
+from attnstore.client.calls import Runner
 from attnstore.client.cluster.attend import AttendNode, StoreAttention, distribute
+from attnstore.client.facade import LoopThread
 from attnstore.clock import Deadline, MonotonicClock
 from attnstore.wire.attend import AttendShape
 from tests.samples import SMALL, eventually
@@ -84,7 +85,7 @@ class Node:
         self.leases -= 1
         return True
 
-    async def attend_over_channel(self, _: AttendPlan) -> Stream:
+    async def attend(self, _plan: AttendPlan, _run: Runner, /) -> Stream:
         self.streams.append(Stream(self))
         return self.streams[-1]
 
@@ -182,7 +183,7 @@ def test_a_node_that_opens_no_set_loses_its_prefixes_and_no_other_and_every_leas
 
 def test_a_failure_that_nobody_foresaw_keeps_no_lease(loop: LoopThread) -> None:
     ada, bob = Node("ada", {0, 1}, []), Node("bob", {2, 3}, [])
-    bob.attend_over_channel = lambda _: 1 // 0  # type: ignore[method-assign]
+    bob.attend = lambda *_: 1 // 0  # type: ignore[method-assign]
     with attention(loop, ada, bob) as over:
         with pytest.raises(ZeroDivisionError):
             over.open(HASHES)

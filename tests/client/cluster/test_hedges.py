@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 import pytest
 
 from attnstore.client.base import ReadPlan
+from attnstore.client.calls import Call, LoopCall
 from attnstore.client.cluster.hedges import HedgeBudget
 from attnstore.client.cluster.membership import ClusterMembership
 from attnstore.client.cluster.node_link import NodeLink
@@ -18,7 +20,8 @@ from attnstore.clock import Deadline, MonotonicClock
 from attnstore.directory import Member
 from attnstore.errors import DeadlineExceeded
 from attnstore.limits import HEDGES_BURST_MAX, HEDGES_PERCENT_MAX, SEGMENT_BLOCKS
-from attnstore.types import PageStatus, ReadResult
+from attnstore.types import PageStatus
+from tests.channels import read_plan
 from tests.samples import Batch, make_batch
 
 CLOCK = MonotonicClock()
@@ -27,7 +30,9 @@ LANDED = 40
 
 
 class Node:
-    """Sends the first `lands` pages that it is asked for, and hangs before the others."""
+    """A transport to a node that sends the first `lands` pages it is asked for, and hangs before the others."""
+
+    name = "grpc"
 
     def __init__(self, link: NodeLink, batch: Batch) -> None:
         self.asked: list[list[bytes]] = []
@@ -36,27 +41,29 @@ class Node:
         self.beside: Node | None = None
         self.was_hedge = False
         self._pages = dict(zip(batch.hashes, batch.pages, strict=True))
-        link.client._layouts[batch.namespace] = batch.layout
+        link.connection.layouts.registered(batch.namespace, batch.layout)
         link._registered.add(batch.namespace)
-        link.client.run_read = self._read  # type: ignore[method-assign]
+        link.connection.choice.offer([self])
 
-    async def _read(self, plan: ReadPlan) -> ReadResult:
+    def read(self, plan: ReadPlan) -> Call[None]:
+        return LoopCall(asyncio.get_running_loop(), functools.partial(self._read, plan))
+
+    async def _read(self, plan: ReadPlan) -> None:
         self.asked.append(list(plan.hashes))
         self.was_hedge = self.beside is not None and self.beside.runs
         self.runs = True
         try:
-            return await self._send(plan)
+            await self._send(plan)
         finally:
             self.runs = False
 
-    async def _send(self, plan: ReadPlan) -> ReadResult:
+    async def _send(self, plan: ReadPlan) -> None:
         for position, page_hash in enumerate(plan.hashes[: self.lands]):
             plan.landing.whole(position)[:] = self._pages[page_hash]
             plan.landing.settle(position, True)
-        if len(plan.hashes) <= self.lands:
-            return plan.landing.result()
-        await asyncio.sleep(plan.deadline.left_ms() / 1000)
-        return plan.landing.result(DeadlineExceeded("hung"))
+        if len(plan.hashes) > self.lands:
+            await asyncio.sleep(plan.deadline.left_ms() / 1000)
+            raise DeadlineExceeded("hung")
 
 
 @asynccontextmanager
@@ -80,9 +87,8 @@ async def cluster(batch: Batch) -> AsyncIterator[tuple[ClusterMembership, list[N
 
 async def read(membership: ClusterMembership, batch: Batch, hedges: HedgeBudget, deadline_ms: float) -> list[bytearray]:
     buffers = batch.buffers()
-    deadline = Deadline(CLOCK, deadline_ms)
-    call = ClusterRead(membership, batch.namespace, batch.layout, batch.hashes, buffers, None, (), None, deadline, CLOCK, hedges)
-    result = await call.run()
+    plan = read_plan(batch, buffers, deadline_ms=deadline_ms)
+    result = await ClusterRead(membership, plan, batch.layout, (), CLOCK, hedges).run()
     assert set(result.statuses) == {PageStatus.OK}
     assert result.error is None
     return buffers

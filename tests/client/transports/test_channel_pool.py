@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from attnstore.client.base import Transfer
+from attnstore.client.calls import Transfer
 from attnstore.client.transports.channel_pool import ChannelPool
 from attnstore.clock import Deadline, MonotonicClock
 from attnstore.errors import ClientClosed, InvalidArgument, ProtocolError, Unavailable
@@ -14,6 +14,8 @@ class Channel:
     def __init__(self) -> None:
         self.answered = True
         self.closed = 0
+
+    def begin(self, _deadline: Deadline) -> None: ...
 
     def shutdown(self) -> None: ...
 

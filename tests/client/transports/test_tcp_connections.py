@@ -40,7 +40,7 @@ def test_a_pooled_connection_that_died_meanwhile_is_replaced_without_a_word(node
         other.keep(batch)
         transport._open_channel = lambda _name, _deadline: (f":{other.server.port}", other.tokens.issue("default"))
         assert read(transport, batch)[0].leading_hits == 2
-        assert set(transport.write(write_plan(batch))) == {PageStatus.ALREADY_PRESENT}
+        assert set(transport.write(write_plan(batch)).wait().verdicts) == {PageStatus.ALREADY_PRESENT}
     finally:
         transport.close()
         other.close()
@@ -73,7 +73,7 @@ def test_a_closed_port_a_silent_port_and_a_bad_address_are_said_to_be_unavailabl
     for address in (f"127.0.0.1:{silent.port}", "nonsense", "127.0.0.1:99999", ":"):
         transport = TcpTransport("127.0.0.1", lambda _name, _deadline, address=address: (address, bytes(32)), 1)  # type: ignore[misc]
         with pytest.raises(BulkUnavailable):
-            transport.read(read_plan(batch, batch.buffers()))
+            transport.read(read_plan(batch, batch.buffers())).wait()
         transport.close()
 
 
@@ -86,7 +86,7 @@ def test_a_node_that_opens_no_channel_is_a_transport_that_is_unavailable(error: 
 
     transport = TcpTransport("127.0.0.1", open_channel, 1)
     with pytest.raises(BulkUnavailable):
-        transport.write(write_plan(batch))
+        transport.write(write_plan(batch)).wait()
     transport.close()
 
 
@@ -102,7 +102,7 @@ def test_an_opening_that_hangs_leaves_half_of_the_time_to_the_next_transport() -
     transport = node.transport()
     plan = read_plan(batch, batch.buffers(), deadline_ms=2_000)
     with pytest.raises(BulkUnavailable):
-        transport.read(plan)
+        transport.read(plan).wait()
     assert plan.deadline.left_ms() > 0
     ended.set()
     transport.close()
@@ -120,7 +120,7 @@ def test_a_refused_hello_says_why() -> None:
     node = Refusing(lambda _end: None)
     transport = node.transport()
     with pytest.raises(BulkUnavailable, match="too old"):
-        transport.read(read_plan(batch, batch.buffers()))
+        transport.read(read_plan(batch, batch.buffers())).wait()
     transport.close()
     node.close()
 
@@ -139,7 +139,7 @@ def test_a_part_without_a_connection_of_its_own_goes_over_anothers(node: Channel
         return f":{node.server.port}", node.tokens.issue("default")
 
     transport = TcpTransport("127.0.0.1", open_channel, 3)
-    assert transport.write(write_plan(batch)) == (PageStatus.STORED,) * 9
+    assert transport.write(write_plan(batch)).wait().verdicts == (PageStatus.STORED,) * 9
     result, buffers = read(transport, batch)
     assert (result.leading_hits, buffers) == (9, batch.pages)
     transport.close()
@@ -153,7 +153,7 @@ def test_if_no_part_finds_a_connection_the_transport_is_unavailable() -> None:
 
     transport = TcpTransport("127.0.0.1", open_channel, 3)
     with pytest.raises(BulkUnavailable):
-        transport.read(read_plan(batch, batch.buffers()))
+        transport.read(read_plan(batch, batch.buffers())).wait()
     transport.close()
 
 
@@ -172,7 +172,7 @@ def test_closing_ends_what_runs_and_what_comes_after_with_the_reason(channels: i
 
     def outcome(transport: TcpTransport) -> type[BaseException] | None:
         try:
-            transport.read(read_plan(batch, batch.buffers()))
+            transport.read(read_plan(batch, batch.buffers())).wait()
         except errors.AttnStoreError as error:
             return type(error)
         return None

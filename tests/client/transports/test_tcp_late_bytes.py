@@ -15,9 +15,10 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 import attnstore
-import attnstore.aio
 from attnstore import PageStatus, errors
-from attnstore.client.base import Transfer
+from attnstore.client.async_client import AsyncClient
+from attnstore.client.blocking import Client
+from attnstore.client.calls import Transfer
 from attnstore.client.transports.tcp import TcpTransport
 from attnstore.core.hashing import layer_checksums, page_checksum
 from attnstore.limits import HASH_BYTES
@@ -25,6 +26,7 @@ from attnstore.testing import StoreProcess
 from attnstore.wire.page_channel import encode_slice
 from tests.channels import NodeEnd, ScriptedNode, read_plan, scripted
 from tests.samples import LARGE, Batch, make_batch
+from tests.transports import connection_to, offer
 
 SENTINEL = b"\x5a"
 HALF = LARGE.page_bytes // 2
@@ -73,7 +75,7 @@ def test_after_a_deadline(channels: int) -> None:
     buffers = node.batch.buffers()
     with scripted(node, channels=channels) as transport:
         with pytest.raises(errors.DeadlineExceeded):
-            transport.read(read_plan(node.batch, buffers, deadline_ms=DEADLINE_MS))
+            transport.read(read_plan(node.batch, buffers, deadline_ms=DEADLINE_MS)).wait()
         reuse(node, buffers, connections=channels)
 
 
@@ -93,7 +95,7 @@ def test_after_a_deadline_of_a_read_by_layers() -> None:
     buffers = batch.buffers()
     with scripted(serve) as transport:
         with pytest.raises(errors.DeadlineExceeded):
-            transport.read(read_plan(batch, buffers, deadline_ms=DEADLINE_MS, on_layer=lambda _layer, _pages: None))
+            transport.read(read_plan(batch, buffers, deadline_ms=DEADLINE_MS, on_layer=lambda _layer, _pages: None)).wait()
         reuse(node, buffers)
 
 
@@ -123,7 +125,7 @@ def test_after_one_part_failed_while_another_was_still_receiving() -> None:
     buffers = batch.buffers()
     with scripted(serve, channels=2) as transport:
         with pytest.raises(errors.ProtocolError):
-            transport.read(read_plan(batch, buffers))
+            transport.read(read_plan(batch, buffers)).wait()
         assert not node.caller_is_back.is_set()
         for buffer in buffers:
             buffer[:] = SENTINEL * len(buffer)
@@ -148,7 +150,7 @@ def test_after_an_interrupt(channels: int) -> None:
     with scripted(node, channels=channels) as transport, ThreadPoolExecutor(1) as thread:
         interrupting = thread.submit(interrupt)
         with pytest.raises(KeyboardInterrupt):
-            transport.read(read_plan(node.batch, buffers))
+            transport.read(read_plan(node.batch, buffers)).wait()
         interrupting.result()
         reuse(node, buffers, connections=channels)
 
@@ -167,7 +169,7 @@ def test_after_an_abort_from_another_thread(channels: int) -> None:
     with scripted(node, channels=channels) as transport, ThreadPoolExecutor(1) as thread:
         aborting = thread.submit(abort)
         with pytest.raises(errors.Unavailable):
-            transport.read(read_plan(node.batch, buffers, transfer=transfer))
+            transport.read(read_plan(node.batch, buffers, transfer=transfer)).wait()
         aborting.result()
         reuse(node, buffers, connections=channels)
 
@@ -183,7 +185,7 @@ def test_after_the_client_was_closed() -> None:
     with scripted(node) as transport, ThreadPoolExecutor(1) as thread:
         closing = thread.submit(close, transport)
         with pytest.raises(errors.ClientClosed):
-            transport.read(read_plan(node.batch, buffers))
+            transport.read(read_plan(node.batch, buffers)).wait()
         closing.result()
         reuse(node, buffers)
 
@@ -198,9 +200,10 @@ def test_after_the_deadline_of_a_blocking_client(store: StoreProcess, channels: 
     node = LateNode(make_batch(2, model="late blocking", layout=LARGE))
     buffers = node.batch.buffers()
     late, transport = replaced(node, channels)
-    with attnstore.connect(store.url) as client:
+    connection = connection_to(store)
+    with Client(connection) as client:
+        offer(connection, transport)
         client.register_layout(node.batch.namespace, LARGE)
-        client._client.bulk.offer((transport,), (transport,))
         result = client.read(node.batch.namespace, node.batch.hashes, buffers, deadline_ms=DEADLINE_MS)
         assert isinstance(result.error, errors.DeadlineExceeded)
         assert set(result.statuses) == {PageStatus.INCOMPLETE}
@@ -241,9 +244,10 @@ async def test_after_the_end_of_an_asynchronous_read(store: StoreProcess, channe
     buffers = node.batch.buffers()
     late, transport = replaced(node, channels)
     deadline_ms = DEADLINE_MS if end is deadline_of else 20_000
-    async with attnstore.aio.connect(store.url) as client:
+    connection = connection_to(store)
+    connection.choice.offer([transport, connection.grpc])
+    async with AsyncClient(connection) as client:
         await client.register_layout(node.batch.namespace, LARGE)
-        client.bulk.offer((transport,), (transport,))
         read = asyncio.create_task(client.read(node.batch.namespace, node.batch.hashes, buffers, deadline_ms=deadline_ms))
         for _ in range(channels):
             assert await asyncio.to_thread(node.half_sent.acquire, timeout=20)
@@ -274,9 +278,9 @@ def test_a_transfer_that_is_over_cannot_break_the_connection_of_the_next() -> No
         aborted.set()
 
     with scripted(serve) as transport, ThreadPoolExecutor(1) as thread:
-        transport.read(read_plan(batch, batch.buffers(), transfer=first))
+        transport.read(read_plan(batch, batch.buffers(), transfer=first)).wait()
         aborting = thread.submit(abort_the_first)
         plan = read_plan(batch, batch.buffers(), transfer=second)
-        transport.read(plan)
+        transport.read(plan).wait()
         aborting.result()
     assert plan.landing.result().leading_hits == 1

@@ -40,7 +40,7 @@ def test_layers_are_told_of_in_order_once_each_and_only_when_they_are_there(node
 
     transport = node.transport(channels=4)
     plan = read_plan(batch, buffers, on_layer=on_layer)
-    transport.read(plan)
+    transport.read(plan).wait()
     assert seen == [(layer, pages) for layer in range(SMALL.layers)]
     assert plan.landing.result().leading_hits == pages
     transport.close()
@@ -69,7 +69,7 @@ def test_what_on_layer_raises_reaches_the_caller_and_costs_the_connection(node: 
         raise ZeroDivisionError
 
     with pytest.raises(ZeroDivisionError):
-        transport.read(read_plan(batch, batch.buffers(), on_layer=on_layer))
+        transport.read(read_plan(batch, batch.buffers(), on_layer=on_layer)).wait()
     assert read(transport, batch)[0].leading_hits == 2
     transport.close()
 
@@ -109,7 +109,7 @@ def test_layers_that_do_not_come_in_turn_break_the_protocol_before_anybody_is_to
     batch = make_batch(2, model="layers out of turn")
     told: list[tuple[int, int]] = []
     with scripted(layers_of(*slices)) as transport, pytest.raises(ProtocolError):
-        transport.read(read_plan(batch, batch.buffers(), on_layer=lambda *layer: told.append(layer)))
+        transport.read(read_plan(batch, batch.buffers(), on_layer=lambda *layer: told.append(layer))).wait()
     assert all(layer == (0, 2) for layer in told)
     assert len(told) <= 1
 
@@ -118,7 +118,7 @@ def test_a_node_cannot_gather_more_pages_than_agreed() -> None:
     pages = CHANNEL_GATHER_PAGES + 1
     batch = make_batch(pages, model="gather")
     with scripted(layers_of((0, 0, FULL * pages))) as transport, pytest.raises(ProtocolError):
-        transport.read(read_plan(batch, batch.buffers(), on_layer=lambda _layer, _pages: None))
+        transport.read(read_plan(batch, batch.buffers(), on_layer=lambda _layer, _pages: None)).wait()
 
 
 def test_a_corrupt_layer_stops_the_count_there_and_marks_its_pages() -> None:
@@ -172,7 +172,7 @@ def test_a_node_cannot_name_a_layer_through_a_page_that_is_corrupt_already() -> 
         end.next_request()
 
     with scripted(serve) as transport, pytest.raises(ProtocolError):
-        transport.read(read_plan(batch, batch.buffers(), on_layer=lambda *layer: told.append(layer)))
+        transport.read(read_plan(batch, batch.buffers(), on_layer=lambda *layer: told.append(layer))).wait()
     assert told == [(0, 0)]
 
 
@@ -180,5 +180,5 @@ def test_a_node_that_takes_fewer_pages_by_layer_is_not_asked_for_more() -> None:
     batch = make_batch(3, model="fewer")
     with scripted(pages_of(batch), hashes_max=2) as transport:
         with pytest.raises(InvalidArgument):
-            transport.read(read_plan(batch, batch.buffers(), on_layer=lambda _layer, _pages: None))
+            transport.read(read_plan(batch, batch.buffers(), on_layer=lambda _layer, _pages: None)).wait()
         assert read(transport, batch)[0].leading_hits == 3

@@ -7,7 +7,8 @@ from collections.abc import Iterator, Sequence
 import pytest
 
 from attnstore import errors
-from attnstore.client.base import BulkChoice, BulkUnavailable, MatchPlan
+from attnstore.client.base import BulkUnavailable, MatchPlan
+from attnstore.client.transports.choice import TransportChoice
 from attnstore.client.transports.tcp import TcpTransport
 from attnstore.clock import Deadline, MonotonicClock
 from attnstore.errors import InvalidArgument, ProtocolError, Unavailable
@@ -16,6 +17,7 @@ from attnstore.wire.match import encode_hits
 from attnstore.wire.page_channel import Frame, Kind, encode_frame
 from tests.channels import PATIENCE_MS, ChannelNode, NodeEnd, clean_node, scripted
 from tests.samples import Batch, make_batch
+from tests.transports import FakeTransport
 
 
 @pytest.fixture
@@ -40,9 +42,9 @@ def test_each_prefix_gets_its_leading_hits_and_the_node_counts_them(node: Channe
     node.store.spaces.delete(batch.space, [batch.hashes[3]])
     transport = node.transport()
     prefixes: list[list[bytes]] = [batch.hashes, batch.hashes[:2], [], batch.hashes[3:], [batch.hashes[4]]]
-    found = transport.match(plan_of(batch, prefixes))
+    found = transport.match(plan_of(batch, prefixes)).wait()
     assert (found.hits, found.lease) == ((3, 2, 0, 0, 1), None)
-    assert transport.match(plan_of(batch, [])).hits == ()
+    assert transport.match(plan_of(batch, [])).wait().hits == ()
     assert matches(node) == (2, 6, 4)
     transport.close()
 
@@ -51,13 +53,13 @@ def test_a_lease_keeps_what_it_found(node: ChannelNode) -> None:
     batch = make_batch(3, model="lease")
     node.keep(batch)
     transport = node.transport()
-    found = transport.match(plan_of(batch, [batch.hashes], lease_ms=LEASE_MS_MAX))
+    found = transport.match(plan_of(batch, [batch.hashes], lease_ms=LEASE_MS_MAX)).wait()
     assert found.lease is not None
     assert found.lease.lease_ms == LEASE_MS_MAX
     assert node.store.statistics().pages_pinned == 3
     assert node.store.leases.release("default", found.lease.lease_id)
     assert node.is_clean()
-    assert transport.match(plan_of(batch, [[bytes(32)]], lease_ms=1_000)).lease is None
+    assert transport.match(plan_of(batch, [[bytes(32)]], lease_ms=1_000)).wait().lease is None
     transport.close()
 
 
@@ -65,12 +67,12 @@ def test_a_refusal_arrives_as_the_error_that_it_is_and_the_connection_serves_on(
     batch = make_batch(2, model="refused")
     transport = node.transport()
     with pytest.raises(errors.NamespaceUnknown):
-        transport.match(plan_of(batch, [batch.hashes]))
+        transport.match(plan_of(batch, [batch.hashes])).wait()
     node.register(batch, tenant="another")
     with pytest.raises(errors.NamespaceUnknown):
-        transport.match(plan_of(batch, [batch.hashes]))
+        transport.match(plan_of(batch, [batch.hashes])).wait()
     with pytest.raises(InvalidArgument, match="32"):
-        transport.match(plan_of(batch, [[b"short"]]))
+        transport.match(plan_of(batch, [[b"short"]])).wait()
     transport.close()
 
 
@@ -104,7 +106,7 @@ def test_an_answer_to_another_question_breaks_the_protocol(hits: list[int], off:
         end.next_request()
 
     with scripted(serve) as transport, pytest.raises(ProtocolError):
-        transport.match(plan_of(batch, [batch.hashes]))
+        transport.match(plan_of(batch, [batch.hashes])).wait()
 
 
 def test_a_node_that_does_not_answer_costs_the_deadline_and_one_that_leaves_is_unavailable() -> None:
@@ -115,34 +117,30 @@ def test_a_node_that_does_not_answer_costs_the_deadline_and_one_that_leaves_is_u
         end.next_request()
 
     with scripted(silent) as transport, pytest.raises(errors.DeadlineExceeded):
-        transport.match(plan_of(batch, [batch.hashes], deadline_ms=100))
+        transport.match(plan_of(batch, [batch.hashes], deadline_ms=100)).wait()
     with scripted(lambda _end: None) as transport, pytest.raises(Unavailable):
-        transport.match(plan_of(batch, [batch.hashes]))
+        transport.match(plan_of(batch, [batch.hashes])).wait()
 
 
 def test_what_a_frame_cannot_carry_and_a_port_that_is_blocked_are_left_to_grpc(node: ChannelNode) -> None:
     batch = make_batch(1, model="choice")
     node.keep(batch)
-    choice = BulkChoice("auto", MonotonicClock())
-    assert choice.match(plan_of(batch, [batch.hashes])) is None, "nothing is offered yet"
     transport = node.transport()
-    choice.offer([], [], [transport])
-    found = choice.match(plan_of(batch, [batch.hashes]))
-    assert found is not None
-    assert found.hits == (1,)
-    assert choice.match(plan_of(batch, [batch.hashes * (CHANNEL_READ_HASHES_MAX + 1)])) is None
-    assert choice.match(plan_of(batch, [[]] * (CHANNEL_READ_HASHES_MAX + 1))) is None
-    most = choice.match(plan_of(batch, [batch.hashes] * CHANNEL_READ_HASHES_MAX))
-    assert most is not None
+    assert transport.match(plan_of(batch, [batch.hashes * (CHANNEL_READ_HASHES_MAX + 1)])) is None
+    assert transport.match(plan_of(batch, [[]] * (CHANNEL_READ_HASHES_MAX + 1))) is None
+    most = transport.match(plan_of(batch, [batch.hashes] * CHANNEL_READ_HASHES_MAX)).wait()
     assert sum(most.hits) == CHANNEL_READ_HASHES_MAX
     transport.close()
 
     def blocked(_name: str, _deadline: Deadline) -> tuple[str, bytes]:
         raise BulkUnavailable("blocked")
 
-    choice = BulkChoice("auto", MonotonicClock())
-    choice.offer([], [], [TcpTransport("127.0.0.1", blocked, 1)])
-    assert choice.match(plan_of(batch, [batch.hashes])) is None
+    blocked_one, grpc = TcpTransport("127.0.0.1", blocked, 1), FakeTransport("grpc")
+    choice = TransportChoice("auto", MonotonicClock())
+    choice.offer([blocked_one, grpc])
+    assert choice.wait(lambda transport: transport.match(plan_of(batch, [batch.hashes]))).hits == (0,)
+    assert grpc.calls == 1
+    blocked_one.close()
 
 
 @pytest.mark.parametrize("lease_ms", [LEASE_MS_MAX + 1, 1 << 63])
@@ -156,4 +154,4 @@ def test_a_lease_that_no_node_grants_breaks_the_protocol(lease_ms: int) -> None:
         end.stream.send(encode_frame(answer), hits)
 
     with scripted(serve) as transport, pytest.raises(errors.ProtocolError, match="lease"):
-        transport.match(plan_of(batch, [batch.hashes], lease_ms=1_000))
+        transport.match(plan_of(batch, [batch.hashes], lease_ms=1_000)).wait()

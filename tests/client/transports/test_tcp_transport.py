@@ -45,8 +45,8 @@ def test_pages_go_and_come_back_whatever_number_of_channels_carries_them(node: C
     batch = make_batch(pages, model="round trip")
     node.register(batch)
     transport = node.transport(channels)
-    assert transport.write(write_plan(batch)) == (PageStatus.STORED,) * pages
-    assert transport.write(write_plan(batch)) == (PageStatus.ALREADY_PRESENT,) * pages
+    assert transport.write(write_plan(batch)).wait().verdicts == (PageStatus.STORED,) * pages
+    assert transport.write(write_plan(batch)).wait().verdicts == (PageStatus.ALREADY_PRESENT,) * pages
     result, buffers = read(transport, batch)
     assert (result.leading_hits, buffers) == (pages, batch.pages)
     transport.close()
@@ -56,7 +56,7 @@ def test_each_channel_gets_its_own_part_and_the_parts_are_the_whole(node: Channe
     batch = make_batch(7, model="parts", layout=LARGE)
     node.register(batch)
     transport = node.transport(channels=4)
-    transport.write(write_plan(batch))
+    transport.write(write_plan(batch)).wait()
     node.store.spaces.delete(batch.space, [batch.hashes[2], batch.hashes[6]])
     result, buffers = read(transport, batch)
     assert result.statuses == (OK, OK, MISSING, OK, OK, OK, MISSING)
@@ -75,7 +75,7 @@ def test_a_range_of_layers_is_that_slice_of_each_page(node: ChannelNode, layers:
     told: list[tuple[int, int]] = []
     plan = read_plan(batch, buffers, layers=layers, on_layer=(lambda *layer: told.append(layer)) if by_layer else None)
     transport = node.transport()
-    transport.read(plan)
+    transport.read(plan).wait()
     assert plan.landing.result().leading_hits == 2
     assert buffers == [page[begin * LARGE.layer_bytes : end * LARGE.layer_bytes] for page in batch.pages]
     assert told == ([(layer, 2) for layer in range(begin, end)] if by_layer else [])
@@ -94,7 +94,7 @@ def test_a_connection_is_used_again_after_a_whole_exchange(node: ChannelNode) ->
     transport = TcpTransport("127.0.0.1", open_channel, 1)
     for _ in range(3):
         assert read(transport, batch)[0].leading_hits == 2
-        assert set(transport.write(write_plan(batch))) == {PageStatus.ALREADY_PRESENT}
+        assert set(transport.write(write_plan(batch)).wait().verdicts) == {PageStatus.ALREADY_PRESENT}
     assert len(tokens) == 1
     transport.close()
 
@@ -108,9 +108,9 @@ def test_requests_are_numbered_on_past_the_largest_number(node: ChannelNode) -> 
     for started in range((1 << 32) - 3, 1 << 32):
         channel._request = started
         assert read(transport, batch)[0].leading_hits == 3
-        assert set(transport.write(write_plan(batch))) == {PageStatus.ALREADY_PRESENT}
+        assert set(transport.write(write_plan(batch)).wait().verdicts) == {PageStatus.ALREADY_PRESENT}
         plan = MatchPlan(batch.namespace, [batch.hashes], 0, Deadline(MonotonicClock(), PATIENCE_MS))
-        assert transport.match(plan).hits == (3,)
+        assert transport.match(plan).wait().hits == (3,)
         assert transport._pool._idle == [channel], "the connection was never replaced"
         assert channel._request < 3
     transport.close()
@@ -119,11 +119,17 @@ def test_requests_are_numbered_on_past_the_largest_number(node: ChannelNode) -> 
 def test_a_refusal_arrives_as_the_error_that_it_is(node: ChannelNode) -> None:
     batch = make_batch(1, model="refusal")
     transport = node.transport()
-    for call in (lambda: transport.read(read_plan(batch, batch.buffers())), lambda: transport.write(write_plan(batch))):
+    for call in (
+        lambda: transport.read(read_plan(batch, batch.buffers())).wait(),
+        lambda: transport.write(write_plan(batch)).wait(),
+    ):
         with pytest.raises(errors.NamespaceUnknown):
             call()
     node.register(batch, tenant="another")
-    for call in (lambda: transport.read(read_plan(batch, batch.buffers())), lambda: transport.write(write_plan(batch))):
+    for call in (
+        lambda: transport.read(read_plan(batch, batch.buffers())).wait(),
+        lambda: transport.write(write_plan(batch)).wait(),
+    ):
         with pytest.raises(errors.NamespaceUnknown):
             call()
     transport.close()
@@ -143,7 +149,7 @@ def test_a_write_that_was_refused_ends_with_the_nodes_last_answer() -> None:
 
     with scripted(serve) as transport:
         with pytest.raises(errors.NamespaceUnknown):
-            transport.write(write_plan(batch))
+            transport.write(write_plan(batch)).wait()
         assert answered == [0, 1, 2, 3]
 
 
@@ -170,7 +176,7 @@ def test_at_most_the_credits_are_on_the_way_without_a_verdict() -> None:
         allowed.wait(20)
 
     with scripted(serve, credits=5) as transport:
-        assert transport.write(write_plan(batch)) == (PageStatus.STORED,) * 20
+        assert transport.write(write_plan(batch)).wait().verdicts == (PageStatus.STORED,) * 20
         allowed.set()
     assert waiting == [5]
 
@@ -185,7 +191,7 @@ def test_a_node_cannot_make_a_client_send_without_end() -> None:
             counted.extend(end.next_request()[0].page for _ in itertools.count())
 
     with scripted(serve, credits=2**32 - 1) as transport, pytest.raises(errors.Retryable):
-        transport.write(write_plan(batch))
+        transport.write(write_plan(batch)).wait()
     assert counted == list(range(CHANNEL_CREDITS))
 
 
@@ -271,7 +277,7 @@ def test_a_wrong_answer_is_a_protocol_error_and_writes_nothing_outside_its_page(
     guarded = [bytearray(b"\xaa" * (SMALL.page_bytes + 2)) for _ in batch.pages]
     views = [memoryview(buffer)[1:-1] for buffer in guarded]
     with scripted(serve) as transport, pytest.raises(ProtocolError):
-        transport.read(read_plan(batch, views))  # type: ignore[arg-type]
+        transport.read(read_plan(batch, views)).wait()  # type: ignore[arg-type]
     assert all(buffer[0] == buffer[-1] == 0xAA for buffer in guarded)
     assert guarded[1] == b"\xaa" * (SMALL.page_bytes + 2)
 
@@ -296,7 +302,7 @@ def test_a_wrong_verdict_is_a_protocol_error(frame: Frame) -> None:
         end.next_request()
 
     with scripted(serve) as transport, pytest.raises(ProtocolError):
-        transport.write(write_plan(batch))
+        transport.write(write_plan(batch)).wait()
 
 
 @settings(derandomize=True, deadline=None, max_examples=60)
@@ -314,7 +320,7 @@ def test_whatever_a_node_says_the_read_ends_typed_and_within_its_buffers(noise: 
     views = [memoryview(buffer)[1:-1] for buffer in guarded]
     plan = read_plan(batch, views, on_layer=(lambda _layer, _pages: None) if by_layer else None)  # type: ignore[arg-type]
     with scripted(serve) as transport, pytest.raises((ProtocolError, Unavailable)):
-        transport.read(plan)
+        transport.read(plan).wait()
     assert all(buffer[0] == buffer[-1] == 0xAA for buffer in guarded)
     assert OK not in plan.landing.result().statuses
 
@@ -323,7 +329,7 @@ def test_whatever_a_node_says_the_read_ends_typed_and_within_its_buffers(noise: 
 def test_a_welcome_that_allows_nothing_opens_nothing(welcome: dict[str, int]) -> None:
     batch = make_batch(1, model="no welcome")
     with scripted(pages_of(batch), **welcome) as transport, pytest.raises(BulkUnavailable):
-        transport.read(read_plan(batch, batch.buffers()))
+        transport.read(read_plan(batch, batch.buffers())).wait()
 
 
 # A node that stops
@@ -371,5 +377,5 @@ def test_a_write_ends_with_its_deadline_when_nobody_reads() -> None:
     ended = threading.Event()
     with scripted(lambda _end: bool(ended.wait(20)) and None) as transport:
         with pytest.raises(DeadlineExceeded):
-            transport.write(write_plan(batch, deadline_ms=150))
+            transport.write(write_plan(batch, deadline_ms=150)).wait()
         ended.set()

@@ -10,9 +10,9 @@ import pytest
 
 import attnstore
 from attnstore import errors
-from attnstore.client.async_client import AsyncClient
+from attnstore.client.base import AttendStream
 from attnstore.client.cluster.attend import AttendedPrefix, StoreAttention
-from attnstore.client.transports.attend import AttendStream
+from attnstore.client.transports.connection import NodeConnection
 from attnstore.testing import StoreProcess
 from attnstore_worker.engine import AttendPolicy, Engine, EngineOptions, FinishReason, SamplingParams
 from attnstore_worker.engine import Sequence as Prompted
@@ -140,7 +140,7 @@ def test_where_nothing_repeats_the_model_guesses_by_the_blocks_that_are_here_and
 def test_a_node_that_fails_in_a_way_nobody_foresaw_costs_one_sequence_and_no_lease(
     tiny: LoadedModel, client: attnstore.Client, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(AsyncClient, "attend_over_channel", lambda *_: 1 // 0)
+    monkeypatch.setattr(NodeConnection, "attend", lambda *_: 1 // 0)
     long, short = prompt(3 * BLOCKS * 16), prompt(20, seed=1)
     with Engine(tiny, options(tiny, request.node.name), store=client) as engine:
         before = client.stats().leases

@@ -12,9 +12,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
 
+from attnstore.client.base import AttendStream
 from attnstore.client.cluster.attend import AttendedPrefix as AttendedPrefix
 from attnstore.client.cluster.attend import StoreAttention
-from attnstore.client.transports.attend import AttendStream
 from attnstore.clock import Clock
 from attnstore.core.hashing import BlockHash, Namespace
 from attnstore.core.layout import PageLayout

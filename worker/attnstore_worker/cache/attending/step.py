@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from attnstore.attention import merge
-from attnstore.client.transports.attend import AttendStream
+from attnstore.client.base import AttendStream
 from attnstore.errors import AttnStoreError
 from attnstore_worker.errors import PagesLost
 

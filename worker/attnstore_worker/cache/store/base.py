@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Final, Protocol, runtime_checkable
 
 import attnstore
-from attnstore.client.base import TRANSPORT_NAMES
 from attnstore.client.base import OnLayer as OnLayer
 from attnstore.client.cluster.attend import StoreAttention
+from attnstore.client.options import TRANSPORT_NAMES
 from attnstore.client.options import checked_target as checked_target
 from attnstore.client.transports.mapped import PageViews
 from attnstore.core.hashing import BlockHash

@@ -1,110 +1,94 @@
-"""The choice of a transport for each call, stopping a transfer, and the fall-back if a transport does not open."""
+"""Which transport carries a call, how a transfer is stopped, and how a transport that does not open is replaced."""
 
 from __future__ import annotations
 
+import asyncio
 import concurrent.futures
+import itertools
 import threading
 from concurrent.futures import Future
 
 import pytest
 
 from attnstore import PageStatus, errors
-from attnstore.client.base import (
-    BulkChoice,
-    BulkUnavailable,
-    ReadPlan,
-    Transfer,
-    TransportName,
-    WritePlan,
-    all_layers,
-    checked_transport,
-    wait_out,
-)
-from attnstore.client.transports.parts import PartWorkers
+from attnstore.client.base import BulkUnavailable, ReadPlan
+from attnstore.client.calls import LoopCall, Transfer, wait_out
+from attnstore.client.facade import LoopThread
+from attnstore.client.options import ConnectOptions, TransportName
+from attnstore.client.transports.choice import TransportChoice
+from attnstore.client.transports.parts import PartWorkers, nothing
 from attnstore.clock import Deadline
 from attnstore.errors import ClientClosed, DeadlineExceeded, InvalidArgument, ProtocolError
 from attnstore.testing.clock import ManualClock
 from tests.channels import read_plan, write_plan
 from tests.samples import make_batch
+from tests.transports import FakeTransport
 
 BATCH = make_batch(1, model="choice")
 RETRY_MS = 30_000
 
 
-class FakeTransport:
-    """Counts its calls; each raises `failure`."""
-
-    def __init__(self, name: str) -> None:
-        self.name = name
-        self.calls = 0
-        self.failure: errors.AttnStoreError | None = None
-
-    def read(self, _plan: ReadPlan) -> None:
-        self._called()
-
-    def write(self, plan: WritePlan) -> tuple[PageStatus, ...]:
-        self._called()
-        return (PageStatus.STORED,) * len(plan.hashes)
-
-    def close(self) -> None: ...
-
-    def _called(self) -> None:
-        self.calls += 1
-        if self.failure is not None:
-            raise self.failure
-
-
 class Offered:
-    """A choice between two transports, and plans for them."""
+    """A choice among three transports, of which shm carries only reads, and the plans to use them with."""
 
     def __init__(self, wanted: TransportName = "auto") -> None:
         self.clock = ManualClock()
-        self.shm, self.tcp = FakeTransport("shm"), FakeTransport("tcp")
-        self.choice = BulkChoice(wanted, self.clock)
-        self.choice.offer((self.shm, self.tcp), (self.tcp,))
+        self.shm, self.tcp, self.grpc = FakeTransport("shm", "read"), FakeTransport("tcp"), FakeTransport("grpc")
+        self.choice = TransportChoice(wanted, self.clock)
+        self.choice.offer([self.shm, self.tcp, self.grpc])
 
-    def read(self) -> bool:
-        return self.choice.read(read_plan(BATCH, BATCH.buffers()))
+    def read(self) -> None:
+        plan = read_plan(BATCH, BATCH.buffers())
+        self.choice.wait(lambda transport: transport.read(plan))
 
-    def write(self) -> tuple[PageStatus, ...] | None:
-        return self.choice.write(write_plan(BATCH))
+    def write(self) -> tuple[PageStatus, ...]:
+        plan = write_plan(BATCH)
+        return self.choice.wait(lambda transport: transport.write(plan)).verdicts
 
-    def calls(self) -> tuple[int, int]:
-        return self.shm.calls, self.tcp.calls
+    def calls(self) -> tuple[int, int, int]:
+        return self.shm.calls, self.tcp.calls, self.grpc.calls
 
 
-def test_the_first_transport_offered_is_used() -> None:
+def test_the_first_transport_that_can_carry_a_call_is_used() -> None:
     offered = Offered()
-    assert offered.read()
+    offered.read()
     assert offered.write() == (PageStatus.STORED,)
-    assert offered.calls() == (1, 1), "shm has no writer"
+    assert offered.calls() == (1, 1, 0), "shm carries no write"
+
+
+async def test_a_task_gets_the_same_choice_as_a_thread() -> None:
+    offered = Offered()
+    offered.shm.failure = BulkUnavailable("blocked")
+    plan = read_plan(BATCH, BATCH.buffers())
+    await offered.choice.run(lambda transport: transport.read(plan))
+    assert offered.calls() == (1, 1, 0)
 
 
 def test_one_that_does_not_open_is_replaced_with_a_warning_and_left_alone_for_a_while(caplog: pytest.LogCaptureFixture) -> None:
     offered = Offered()
     offered.shm.failure = BulkUnavailable("blocked")
-    assert offered.read()
-    assert offered.calls() == (1, 1)
+    offered.read()
+    assert offered.calls() == (1, 1, 0)
     assert "blocked" in caplog.text
-    assert offered.read()
-    assert offered.calls() == (1, 2)
+    offered.read()
+    assert offered.calls() == (1, 2, 0)
     offered.clock.advance_ms(RETRY_MS)
     offered.shm.failure = None
-    assert offered.read()
-    assert offered.calls() == (2, 2)
+    offered.read()
+    assert offered.calls() == (2, 2, 0)
 
 
 def test_when_none_opens_grpc_is_left_and_they_come_back() -> None:
     offered = Offered()
     offered.shm.failure = offered.tcp.failure = BulkUnavailable("blocked")
-    assert not offered.read()
-    assert not offered.choice.has_readers
-    assert not offered.choice.has_writers
-    assert offered.write() is None
-    assert offered.calls() == (1, 1)
+    offered.read()
+    assert offered.write() == (PageStatus.STORED,)
+    assert offered.calls() == (1, 1, 2)
     offered.clock.advance_ms(RETRY_MS)
-    assert offered.choice.has_readers
-    assert offered.choice.has_writers
+    offered.shm.failure = offered.tcp.failure = None
+    offered.read()
+    offered.write()
+    assert offered.calls() == (2, 2, 2)
 
 
 def test_parts_that_landed_before_a_fall_back_are_read_again() -> None:
@@ -112,23 +96,26 @@ def test_parts_that_landed_before_a_fall_back_are_read_again() -> None:
     batch = make_batch(2, model="fall back")
 
     class Half(FakeTransport):
-        def read(self, plan: ReadPlan) -> None:
+        def land(self, plan: ReadPlan) -> None:
+            plan.landing.begin(self.name)
             plan.landing.whole(0)[:] = bytes(batch.layout.page_bytes)
             plan.landing.settle(0, True)
             raise BulkUnavailable("no more connections")
 
     class Whole(FakeTransport):
-        def read(self, plan: ReadPlan) -> None:
+        def land(self, plan: ReadPlan) -> None:
+            plan.landing.begin(self.name)
             for index, page in enumerate(batch.pages):
                 plan.landing.whole(index)[:] = page
                 plan.landing.settle(index, True)
 
-    choice = BulkChoice("auto", ManualClock())
-    choice.offer((Half("shm"), Whole("tcp")), ())
+    choice = TransportChoice("auto", ManualClock())
+    choice.offer([Half("shm"), Whole("tcp"), FakeTransport("grpc")])
     buffers = batch.buffers()
     plan = read_plan(batch, buffers)
-    assert choice.read(plan)
+    choice.wait(lambda transport: transport.read(plan))
     assert plan.landing.result().leading_hits == 2
+    assert plan.landing.result().transport == "tcp"
     assert buffers == batch.pages
 
 
@@ -138,7 +125,7 @@ def test_one_that_broke_off_is_not_replaced_for_bytes_may_have_landed(failure: e
     offered.shm.failure = failure
     with pytest.raises(type(failure)):
         offered.read()
-    assert offered.calls() == (1, 0)
+    assert offered.calls() == (1, 0, 0)
 
 
 @pytest.mark.parametrize("name", ["shm", "tcp"])
@@ -150,33 +137,70 @@ def test_a_forced_transport_is_never_replaced(name: TransportName) -> None:
         with pytest.raises(BulkUnavailable):
             offered.read()
     assert forced.calls == 2
-    assert offered.calls() == ((2, 0) if name == "shm" else (0, 2))
+    assert offered.calls() == ((2, 0, 0) if name == "shm" else (0, 2, 0))
+
+
+def test_what_a_forced_transport_cannot_carry_goes_over_another() -> None:
+    offered = Offered("shm")
+    assert offered.write() == (PageStatus.STORED,)
+    assert offered.calls() == (0, 1, 0)
 
 
 def test_a_forced_transport_that_is_not_offered_is_said_so() -> None:
     with pytest.raises(InvalidArgument, match="tcp"):
-        BulkChoice("tcp", ManualClock()).offer((), ())
+        TransportChoice("tcp", ManualClock()).offer([FakeTransport("grpc")])
 
 
-def test_with_grpc_nothing_is_negotiated() -> None:
-    choice = BulkChoice("grpc", ManualClock())
-    assert choice.is_negotiated()
-    assert not choice.has_readers
-    assert not BulkChoice("auto", ManualClock()).is_negotiated()
+def test_the_choice_is_known_once_something_was_offered() -> None:
+    choice = TransportChoice("grpc", ManualClock())
+    assert not choice.is_known
+    choice.offer([FakeTransport("grpc")])
+    assert choice.is_known
 
 
 def test_an_unknown_transport_is_refused_with_the_known_ones() -> None:
-    assert checked_transport("tcp") == "tcp"
+    def options(transport: str) -> ConnectOptions:
+        return ConnectOptions.create(
+            "grpc://127.0.0.1:1", deadline_ms=1_000, token=None, tls_ca=None, transport=transport, channels=1
+        )
+
+    assert options("tcp").transport == "tcp"
     with pytest.raises(InvalidArgument, match="auto, grpc, tcp, shm"):
-        checked_transport("rdma")
+        options("rdma")
 
 
 def test_layers_are_told_of_even_where_there_is_no_page() -> None:
     told: list[tuple[int, int]] = []
-    plan = read_plan(BATCH, BATCH.buffers())
+    plan = read_plan(BATCH, BATCH.buffers(), on_layer=lambda *layer: told.append(layer))
     plan.landing.miss(0, PageStatus.MISSING)
-    all_layers(plan, lambda *layer: told.append(layer))
+    plan.tell_all_layers()
     assert told == [(layer, 0) for layer in range(BATCH.layout.layers)]
+
+
+# Calls
+
+
+def test_a_call_of_the_event_loop_runs_there_for_a_thread_that_waits() -> None:
+    thread = LoopThread.acquire()
+
+    async def where() -> str:
+        await asyncio.sleep(0)
+        return threading.current_thread().name
+
+    async def loop() -> asyncio.AbstractEventLoop:
+        return asyncio.get_running_loop()
+
+    try:
+        assert LoopCall(thread.run(loop()), where).wait() == thread.run(where()) != threading.current_thread().name
+    finally:
+        LoopThread.release()
+
+
+async def test_a_call_of_the_event_loop_runs_in_the_task_that_awaits_it() -> None:
+    async def task() -> asyncio.Task[object] | None:
+        return asyncio.current_task()
+
+    assert await LoopCall(asyncio.get_running_loop(), task) is asyncio.current_task()
 
 
 # Deadlines
@@ -219,7 +243,9 @@ def test_an_abort_breaks_what_is_in_use_and_nothing_that_was() -> None:
 
 
 def parts_of(workers: PartWorkers, pages: int) -> list[tuple[int, int]]:
-    return workers.run(pages, Transfer(), lambda begin, end: (begin, end))
+    return workers.call(
+        pages, Transfer(), lambda begin, end: lambda: [(begin, end)], lambda parts: list(itertools.chain(*parts))
+    ).wait()
 
 
 @pytest.mark.parametrize("channels", [1, 2, 3, 16])
@@ -247,7 +273,7 @@ def test_a_failed_part_is_raised_only_after_all_have_ended() -> None:
         ended.append(begin)
 
     with pytest.raises(ProtocolError):
-        workers.run(2, Transfer(), run)
+        workers.call(2, Transfer(), lambda *part: lambda: run(*part), nothing).wait()
     assert ended == [1]
     workers.close()
 
@@ -262,7 +288,7 @@ def test_the_first_failure_in_order_of_the_pages_is_the_one_raised() -> None:
             raise failure
 
     with pytest.raises(DeadlineExceeded):
-        workers.run(3, Transfer(), run)
+        workers.call(3, Transfer(), lambda *part: lambda: run(*part), nothing).wait()
     workers.close()
 
 
