@@ -19,7 +19,8 @@ ROOT = Path(__file__).parent.parent
 BEGINNERS = {"create_task", "ensure_future", "Thread"}
 WAITED_FOR = {
     "attnstore/tasks.py": "the helpers themselves",
-    "attnstore/client/blocking.py": "the event loop's own thread; each call's task is settled by a callback",
+    "attnstore/client/calls.py": "a coroutine that a thread waits for, settled by a callback",
+    "attnstore/client/facade.py": "the event loop's own thread, joined when its last user has gone",
     "attnstore/client/cluster/read.py": "a read and its hedge, both ended before the read is",
     "attnstore/client/cluster/flight.py": "callers that share an answer wait for it",
     "attnstore/copying/__init__.py": "compiles once, and says what went wrong",

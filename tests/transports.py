@@ -12,7 +12,6 @@ from attnstore.client.options import ConnectOptions
 from attnstore.client.transports.connection import NodeConnection
 from attnstore.clock import Clock
 from attnstore.errors import AttnStoreError
-from attnstore.testing import StoreProcess
 from attnstore.types import MatchResult, PageStatus, WriteResult
 
 T = TypeVar("T")
@@ -51,9 +50,9 @@ class FakeTransport:
         return ThreadCall(called, transfer) if verb in self._carries else None
 
 
-def connection_to(node: StoreProcess, transport: str = "auto", clock: Clock | None = None) -> NodeConnection:
+def connection_to(url: str, transport: str = "auto", clock: Clock | None = None) -> NodeConnection:
     """What a client of the node is made of."""
-    options = ConnectOptions.create(node.url, deadline_ms=20_000, token=None, tls_ca=None, transport=transport, channels=1)
+    options = ConnectOptions.create(url, deadline_ms=20_000, token=None, tls_ca=None, transport=transport, channels=1)
     return NodeConnection(options, clock)
 
 

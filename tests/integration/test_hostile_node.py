@@ -12,12 +12,14 @@ import pytest
 import attnstore
 import attnstore.aio
 from attnstore import PageStatus, errors
+from attnstore.client.async_client import AsyncClient
 from attnstore.core.hashing import page_checksum
 from attnstore.limits import MESSAGE_BYTES_MAX
 from attnstore.wire import chunks
 from attnstore.wire.messages import METHODS
 from attnstore.wire.v1 import store_pb2 as pb
 from tests.samples import SMALL, make_batch
+from tests.transports import connection_to
 
 SIZE = SMALL.page_bytes
 BATCH = make_batch(2, model="hostile")
@@ -179,7 +181,9 @@ Call = Callable[[attnstore.aio.AsyncClient], Any]
 )
 async def test_answers_that_no_node_gives_are_protocol_errors(rpc: str, reply: Any, call: Call) -> None:
     encoded = reply if isinstance(reply, bytes) else reply.SerializeToString()
-    async with fake_node({rpc: [encoded]}) as url, attnstore.aio.connect(url, deadline_ms=5_000, transport="grpc") as client:
-        client._layouts[BATCH.namespace] = SMALL
-        with pytest.raises(errors.ProtocolError):
-            await call(client)
+    async with fake_node({rpc: [encoded]}) as url:
+        connection = connection_to(url, "grpc")
+        connection.layouts.registered(BATCH.namespace, SMALL)
+        async with AsyncClient(connection) as client:
+            with pytest.raises(errors.ProtocolError):
+                await call(client)

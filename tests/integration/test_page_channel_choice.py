@@ -45,7 +45,7 @@ def test_a_blocked_port_falls_back_to_grpc_with_a_warning_and_comes_back(
     shared_node: StoreProcess, caplog: pytest.LogCaptureFixture
 ) -> None:
     clock, door = ManualClock(), Door(shared_node)
-    connection = connection_to(shared_node, clock=clock)
+    connection = connection_to(shared_node.url, clock=clock)
     client = Client(connection)
     offer(connection, door.transport)
     batch = stored(client, 3, "blocked")
@@ -66,7 +66,7 @@ def test_a_blocked_port_falls_back_to_grpc_with_a_warning_and_comes_back(
 async def test_a_blocked_port_falls_back_for_an_asynchronous_client_too(shared_node: StoreProcess) -> None:
     door = Door(shared_node)
     batch = make_batch(2, model="blocked asynchronous")
-    connection = connection_to(shared_node)
+    connection = connection_to(shared_node.url)
     connection.choice.offer([door.transport, connection.grpc])
     async with AsyncClient(connection) as client:
         await client.register_layout(batch.namespace, SMALL)
@@ -81,7 +81,7 @@ async def test_a_blocked_port_falls_back_for_an_asynchronous_client_too(shared_n
 def test_a_forced_transport_is_not_replaced(shared_node: StoreProcess) -> None:
     door = Door(shared_node)
     batch = make_batch(2, model="forced")
-    connection = connection_to(shared_node, "tcp")
+    connection = connection_to(shared_node.url, "tcp")
     with Client(connection) as client:
         offer(connection, door.transport)
         client.register_layout(batch.namespace, SMALL)

@@ -7,27 +7,20 @@ fails costs misses, never a wrong page and never the answers of other nodes; onl
 from __future__ import annotations
 
 import asyncio
-import itertools
-import math
-import secrets
-from collections import defaultdict
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
-from contextlib import suppress
 from types import TracebackType
 from typing import Self, TypeVar
 
-from attnstore import tasks
 from attnstore.client.async_client import AsyncClient
 from attnstore.client.base import AttendPlan, OnLayer
 from attnstore.client.cluster.attend import AttendNode, cluster_holders
 from attnstore.client.cluster.delete import delete_everywhere
-from attnstore.client.cluster.flight import Flight, SingleFlight
 from attnstore.client.cluster.hedges import HedgeBudget
 from attnstore.client.cluster.leases import ClusterLeases, LeasePart
-from attnstore.client.cluster.membership import ClusterMembership, no_node_to_ask
+from attnstore.client.cluster.match import ClusterMatcher
+from attnstore.client.cluster.membership import ClusterMembership, raise_wrong_calls
 from attnstore.client.cluster.node_link import NodeLink
 from attnstore.client.cluster.read import ClusterRead
-from attnstore.client.cluster.segments import Run, leading_hits, runs_of
 from attnstore.client.cluster.totals import joint_description, joint_statistics
 from attnstore.client.cluster.write import ClusterWriter
 from attnstore.client.layouts import Layouts
@@ -36,18 +29,15 @@ from attnstore.client.planning import Planning
 from attnstore.client.transports.mapped import PageViews
 from attnstore.clock import Clock, Deadline, MonotonicClock
 from attnstore.core.layout import PageLayout
-from attnstore.directory import ClusterView, Member
+from attnstore.directory import Member
 from attnstore.directory.events import events_in
 from attnstore.errors import (
-    AttnStoreError,
     ClientClosed,
-    DeadlineExceeded,
     InvalidArgument,
     LeaseExpired,
-    Retryable,
     Unavailable,
 )
-from attnstore.limits import HASHES_MAX, HEARTBEAT_MS, HOT_REPLICAS, NODE_ANSWER_MS_MAX
+from attnstore.limits import HASHES_MAX, HEARTBEAT_MS, NODE_ANSWER_MS_MAX
 from attnstore.statistics import NodeStatistics
 from attnstore.types import (
     DeleteResult,
@@ -80,10 +70,9 @@ class AsyncClusterClient:
         self._layouts = Layouts(options.node.deadline_ms, self._clock)
         self._planning = Planning(self._layouts, layered_pages_max=HASHES_MAX)
         self._leases = ClusterLeases(self._clock)
-        self._matches: SingleFlight[MatchResult] = SingleFlight()
+        self._matcher = ClusterMatcher(self._leases, options.node.deadline_ms)
         self._writer = ClusterWriter()
         self._hedges = HedgeBudget()
-        self._turns = itertools.count(secrets.randbelow(HOT_REPLICAS))
         self._membership: ClusterMembership | None = None
         self._closed = False
 
@@ -131,95 +120,9 @@ class AsyncClusterClient:
         self, namespace: bytes, prefixes: Sequence[Sequence[bytes]], *, lease_ms: int = 0, deadline_ms: float | None = None
     ) -> MatchResult:
         """See `AsyncClient.match`. Callers that ask for the same at the same time share one answer, and one lease."""
-        frozen = tuple(map(tuple, prefixes))
-        deadline = self._planning.match(namespace, frozen, lease_ms, deadline_ms).deadline
-        messages.join_hashes(page_hash for prefix in frozen for page_hash in prefix)
-        self._layouts.layout(namespace)
-        try:
-            async with asyncio.timeout(deadline.left_ms() / 1000):
-                # Whoever has much more time than another does not share the answer that was had in the other's time.
-                _, patience = math.frexp(deadline.left_ms())
-                return await self._matches.run(
-                    (namespace, frozen, lease_ms, patience),
-                    lambda flight: self._match(flight, namespace, frozen, lease_ms, deadline),
-                )
-        except TimeoutError:
-            return MatchResult((0,) * len(prefixes), None, DeadlineExceeded("no node answered within the deadline"))
-
-    async def _match(
-        self,
-        flight: Flight[MatchResult],
-        namespace: bytes,
-        prefixes: Sequence[Sequence[bytes]],
-        lease_ms: int,
-        deadline: Deadline,
-    ) -> MatchResult:
-        membership = self._followed()
-        view = await membership.ready(deadline)
-        runs = runs_of(prefixes)
-        turn = next(self._turns)
-        parts: list[LeasePart] = []
-        answered = not runs
-        failure: Retryable = no_node_to_ask()
-        try:
-            while asked := self._next_round(view, runs, turn):
-                rounds = (self._ask(link, namespace, group, lease_ms, parts, deadline, last) for link, group, last in asked)
-                outcomes = await asyncio.gather(*rounds, return_exceptions=True)
-                _raise_wrong_calls(outcomes)
-                answered |= None in outcomes
-                failure = next((outcome for outcome in outcomes if isinstance(outcome, Retryable)), failure)
-        except BaseException:
-            self._let_go(parts)
-            raise
-        hits = leading_hits(len(prefixes), runs)
-        if not any(hits):
-            self._let_go(parts)
-            return MatchResult(hits, None, None if answered else failure)
-        return MatchResult(hits, self._leases.grant(parts, flight.passengers) if parts else None)
-
-    def _next_round(self, view: ClusterView, runs: Sequence[Run], turn: int) -> list[tuple[NodeLink, list[Run], bool]]:
-        """For each node the runs that it is the next one to be asked for, because their pages are not all found yet, and whether
-        it is the last one for all of them.
-        """
-        links = self._followed().links
-        groups: dict[str, list[Run]] = defaultdict(list)
-        others: set[str] = set()
-        usable = self._followed().usable()
-        for run in runs:
-            if not run.is_complete:
-                holders = [node_id for node_id in view.holders(run.key, usable, turn=turn) if node_id not in run.asked]
-                if holders:
-                    groups[holders[0]].append(run)
-                if len(holders) > 1:
-                    others.add(holders[0])
-        return [(links[node_id], group, node_id not in others) for node_id, group in groups.items()]
-
-    async def _ask(
-        self,
-        link: NodeLink,
-        namespace: bytes,
-        runs: Sequence[Run],
-        lease_ms: int,
-        parts: list[LeasePart],
-        deadline: Deadline,
-        last: bool,
-    ) -> None:
-        """Asks one node for what is missing of the runs, in its part of the time. Raises where the node does not answer."""
-        for run in runs:
-            run.asked.add(link.member.node_id)
-        rests = [run.rest for run in runs]
-        attempt = deadline.sooner(NODE_ANSWER_MS_MAX, last=last)
-
-        async def match(client: AsyncClient) -> MatchResult:
-            await link.register(namespace, self._layouts.layout(namespace), attempt)
-            return await client.match(namespace, rests, lease_ms=lease_ms, deadline_ms=attempt.left_ms())
-
-        found = await link.call(match)
-        if found.lease is not None:
-            hit = [page_hash for rest, hits in zip(rests, found.hits, strict=True) for page_hash in rest[:hits]]
-            parts.append(LeasePart(link, found.lease, frozenset(hit)))
-        for run, hits in zip(runs, found.hits, strict=True):
-            run.hits += hits
+        plan = self._planning.match(namespace, tuple(map(tuple, prefixes)), lease_ms, deadline_ms)
+        messages.join_hashes(page_hash for prefix in plan.prefixes for page_hash in prefix)
+        return await self._matcher.match(self._followed(), plan, self._layouts.layout(namespace))
 
     async def lease(
         self, namespace: bytes, hashes: Sequence[bytes], lease_ms: int, *, deadline_ms: float | None = None
@@ -239,7 +142,7 @@ class AsyncClusterClient:
         soon = self._layouts.deadline(deadline_ms).sooner(NODE_ANSWER_MS_MAX, last=True)
         calls = (part.renew(lease_ms, soon.left_ms()) for part in parts)
         outcomes = await asyncio.gather(*calls, return_exceptions=True)
-        _raise_wrong_calls(outcomes)
+        raise_wrong_calls(outcomes)
         renewed = [outcome.lease_ms for outcome in outcomes if isinstance(outcome, Lease)]
         if len(renewed) < len(parts):
             raise LeaseExpired("a node that holds pages of the lease does not answer, or let it expire: match again")
@@ -251,7 +154,7 @@ class AsyncClusterClient:
         soon = self._layouts.deadline(deadline_ms).sooner(NODE_ANSWER_MS_MAX, last=True)
         calls = (part.release(soon.left_ms()) for part in parts)
         outcomes = await asyncio.gather(*calls, return_exceptions=True)
-        _raise_wrong_calls(outcomes)
+        raise_wrong_calls(outcomes)
         return bool(parts) and all(outcome is True for outcome in outcomes)
 
     async def read(
@@ -351,21 +254,12 @@ class AsyncClusterClient:
         await membership.ready(deadline)
         calls = (link.call(lambda client: call(client, deadline.left_ms())) for link in membership.links.values() if link.is_usable)
         outcomes = await asyncio.gather(*calls, return_exceptions=True)
-        _raise_wrong_calls(outcomes)
+        raise_wrong_calls(outcomes)
         answers = [outcome for outcome in outcomes if not isinstance(outcome, BaseException)]
         if not answers:
             _raise_any(outcomes)
             raise Unavailable("no node of the cluster answers")
         return answers
-
-    def _let_go(self, parts: Sequence[LeasePart]) -> None:
-        """Releases what was leased for nothing, in the background: it would run out by itself."""
-        for part in parts:
-            tasks.detached("release", self._release_quietly(part))
-
-    async def _release_quietly(self, part: LeasePart) -> None:
-        with suppress(AttnStoreError):
-            await part.release(self._options.node.deadline_ms)
 
     def _followed(self) -> ClusterMembership:
         if self._closed:
@@ -377,13 +271,6 @@ class AsyncClusterClient:
     def _open_link(self, member: Member) -> NodeLink:
         options = self._options.node.at(member, self._followed().directory.check_of(member))
         return NodeLink(member, options, self._clock)
-
-
-def _raise_wrong_calls(outcomes: Sequence[object]) -> None:
-    """Raises the first error that no other node would have answered differently; others are misses."""
-    for outcome in outcomes:
-        if isinstance(outcome, BaseException) and not isinstance(outcome, Retryable):
-            raise outcome
 
 
 def _raise_any(outcomes: Sequence[object]) -> None:

@@ -11,7 +11,7 @@ import asyncio
 from collections.abc import Sequence
 
 from attnstore.client.async_client import AsyncClient
-from attnstore.client.cluster.membership import ClusterMembership, no_node_to_ask
+from attnstore.client.cluster.membership import ClusterMembership, no_node_to_ask, raise_wrong_calls
 from attnstore.client.cluster.node_link import NodeLink
 from attnstore.clock import Deadline
 from attnstore.core.layout import PageLayout
@@ -37,9 +37,7 @@ async def delete_everywhere(
     teller = usable[0] if usable else None
     calls = [delete_on(link, node_id == teller) for node_id, link in links.items()]
     outcomes = dict(zip(links, await asyncio.gather(*calls, return_exceptions=True), strict=True))
-    for outcome in outcomes.values():
-        if isinstance(outcome, BaseException) and not isinstance(outcome, Retryable):
-            raise outcome
+    raise_wrong_calls(outcomes.values())
     answers = {node_id: outcome for node_id, outcome in outcomes.items() if isinstance(outcome, DeleteResult)}
     if not answers:
         failures = [outcome for outcome in outcomes.values() if isinstance(outcome, Retryable)]

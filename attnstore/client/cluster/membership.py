@@ -7,14 +7,14 @@ directory but the first one, which has nothing to go by; a directory that fails 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterable
 from contextlib import AsyncExitStack
 
 from attnstore import tasks
 from attnstore.client.cluster.node_link import NodeLink
 from attnstore.clock import Clock, Deadline
 from attnstore.directory import ClusterView, Directory, Member, ViewTracker
-from attnstore.errors import AttnStoreError, DeadlineExceeded, ProtocolError, Unavailable
+from attnstore.errors import AttnStoreError, DeadlineExceeded, ProtocolError, Retryable, Unavailable
 from attnstore.limits import HEARTBEAT_MS
 from attnstore.logs import get_logger
 
@@ -22,8 +22,15 @@ _log = get_logger(__name__)
 
 
 def no_node_to_ask() -> Unavailable:
-    """What a call says for which no node is left that it could be made to."""
+    """The error of a call for which no usable node is left."""
     return Unavailable("the nodes that this call is for have failed and are left alone until a probe of them succeeds")
+
+
+def raise_wrong_calls(outcomes: Iterable[object]) -> None:
+    """Raises the first error that every node would give, such as `InvalidArgument`. `Retryable` errors of a node are misses."""
+    for outcome in outcomes:
+        if isinstance(outcome, BaseException) and not isinstance(outcome, Retryable):
+            raise outcome
 
 
 class ClusterMembership:

@@ -200,7 +200,7 @@ def test_after_the_deadline_of_a_blocking_client(store: StoreProcess, channels: 
     node = LateNode(make_batch(2, model="late blocking", layout=LARGE))
     buffers = node.batch.buffers()
     late, transport = replaced(node, channels)
-    connection = connection_to(store)
+    connection = connection_to(store.url)
     with Client(connection) as client:
         offer(connection, transport)
         client.register_layout(node.batch.namespace, LARGE)
@@ -244,7 +244,7 @@ async def test_after_the_end_of_an_asynchronous_read(store: StoreProcess, channe
     buffers = node.batch.buffers()
     late, transport = replaced(node, channels)
     deadline_ms = DEADLINE_MS if end is deadline_of else 20_000
-    connection = connection_to(store)
+    connection = connection_to(store.url)
     connection.choice.offer([transport, connection.grpc])
     async with AsyncClient(connection) as client:
         await client.register_layout(node.batch.namespace, LARGE)
