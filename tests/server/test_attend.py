@@ -34,6 +34,8 @@ class Node:
         self.clock = ManualClock()
         self.channel = ChannelNode(clock=self.clock, attend_threads=int(attends))
         self.attending = self.channel.attending
+        if self.attending is not None:
+            self.attending.warm_up()  # compiling may take longer than a query's deadline
         torch.manual_seed(3)
         pages = torch.randn(6, *LAYOUT.shape)
         made = make_batch(6, model="attend", layout=LAYOUT)

@@ -1,7 +1,7 @@
-"""Which sequences attend to blocks that stay in the store, and when one changes its mind.
+"""Which sequences attend to blocks that stay in the store, and when a sequence changes to the other way.
 
-Owns: `AttendPolicy`, what a user asks for, and `AttendChoice`, what follows for a sequence from it and from measured costs. It
-touches no block. Invariant: a sequence that does not fit into the pool attends whatever that costs, unless the policy is NEVER.
+Owns: `AttendPolicy`, the user's choice, and `AttendChoice`, which decides for a sequence by the policy and by measured costs. It
+changes no block. Invariant: a sequence that does not fit into the pool attends at any cost, unless the policy is NEVER.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ _ANSWERS_KEPT: Final = 64
 
 
 class AttendPolicy(enum.StrEnum):
-    """Which sequences attend to blocks in the store: none, those that cannot fit into the pool, those for which measured costs say
-    so as well, all that find blocks there.
+    """Which sequences attend to blocks in the store. BEYOND_POOL: those that do not fit into the pool. MEASURED: also those for
+    which measured costs say so. ALWAYS: all that find blocks there.
     """
 
     NEVER = "never"
@@ -38,11 +38,11 @@ class AttendForecaster(Protocol):
     """A planner that has measured what attending costs."""
 
     def attend_forecast(self, prompt: Prompt, remote_blocks: int, row_bytes: int, /) -> AttendForecast | None:
-        """Of a prompt whose first `remote_blocks` blocks lie in the store; None as long as a cost is unknown."""
+        """The forecast of a prompt whose first `remote_blocks` blocks lie in the store; None while a cost is unknown."""
         ...
 
     def attending(self, prompt: Prompt, remote_blocks: int, forecast: AttendForecast, /) -> None:
-        """It was decided that they stay there."""
+        """The prompt attends to these blocks."""
         ...
 
 
@@ -87,7 +87,7 @@ class AttendChoice:
         return len(sequence.token_ids) < self._cache.capacity_tokens
 
     def must(self, sequence: Sequence) -> bool:
-        """The sequence attends whatever that costs."""
+        """The sequence attends at any cost."""
         return self._policy is AttendPolicy.ALWAYS or not self.fits(sequence)
 
     def wants(self, sequence: Sequence) -> bool:
@@ -148,14 +148,14 @@ class AttendChoice:
         return forecast if forecast is not None and forecast.attends(self._expected_steps(sequence)) else None
 
     def _running_forecast(self, sequence: Sequence) -> AttendForecast | None:
-        """As if nothing of it were here."""
+        """The forecast as if no block of the sequence were here."""
         if self._forecaster is None:
             return None
         prompt = self._cache.prompt(sequence.token_ids, sequence.hashes, sequence.extra_keys, resident_blocks=0)
         return self._forecaster.attend_forecast(prompt, prompt.usable_blocks, self._row_bytes)
 
     def _expected_steps(self, sequence: Sequence) -> float:
-        """Steps until its end, by what answers took so far, and at most what was asked for."""
+        """Steps to the end of the sequence: the median of recent answers, at most the tokens asked for."""
         most = sequence.sampling.max_tokens
         answer = min(most, median(self._answers)) if self._answers else most
         return max(answer - len(sequence.generated), 0) / self._tokens_per_step()

@@ -31,17 +31,23 @@ class Runner:
         self._attention = attention
         self._remote = remote
 
-    def run(self, chunks: Items[Chunk], before_layer: Callable[[int], None] = at_once, *, resident_only: bool = False) -> Tensor:
-        """Computes the chunks' KV into their sequences' blocks. `before_layer` as in `PagedStep`. With `resident_only` nobody is
-        asked about blocks in the store: the result is an approximation, and what it wrote must be computed again.
+    def run(self, chunks: Items[Chunk], before_layer: Callable[[int], None] = at_once) -> Tensor:
+        """Computes the chunks' KV into their sequences' blocks. `before_layer` as in `PagedStep`.
 
         Returns fp32 logits `[n, vocabulary]` of the last known token and of each draft of every chunk that gives tokens, in the
         order of the chunks. Raises `PagesLost` where a store node failed that attends: nothing was computed then.
         """
+        return self._run(chunks, before_layer, self._remote)
+
+    def run_resident(self, chunks: Items[Chunk]) -> Tensor:
+        """As `run`, but without the blocks in the store: an approximation, whose KV must be computed again."""
+        return self._run(chunks, at_once, None)
+
+    def _run(self, chunks: Items[Chunk], before_layer: Callable[[int], None], remote: RemoteAttention | None) -> Tensor:
         tables = [_table(chunk) for chunk in chunks]
         token_ids = [token for chunk in chunks for token in chunk.token_ids()]
         positions = [position for chunk in chunks for position in range(chunk.begin, chunk.end + len(chunk.drafts))]
-        step = self._paged_step(chunks, tables, before_layer, None if resident_only else self._remote)
+        step = self._paged_step(chunks, tables, before_layer, remote)
         ends = [int(end) for end in step.query_starts[1:]]
         rows = [
             row

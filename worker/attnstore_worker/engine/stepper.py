@@ -121,12 +121,8 @@ class Stepper:
         """Has the model guess by the blocks that are here. False if no sequence got a guess."""
         if not self._speculates or self._attention is None:
             return False
-
-        def run(chunks: Items[Chunk]) -> Tensor:
-            return self._runner.run(chunks, resident_only=True)
-
         return self._speculation.draft_from_residents(
-            self._scheduler.running, run, tokens_max=self._context_tokens_max, chunk_tokens=self._chunk_tokens
+            self._scheduler.running, self._runner.run_resident, tokens_max=self._context_tokens_max, chunk_tokens=self._chunk_tokens
         )
 
     def _postprocess(self, chunks: Items[Chunk], logits: Tensor, took_ms: float | None) -> list[Token]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Final
 
 from attnstore.client.base import AttendStream
@@ -20,7 +20,7 @@ from attnstore.core.hashing import BlockHash, Namespace
 from attnstore.core.layout import PageLayout
 from attnstore.errors import AttnStoreError
 from attnstore.limits import ATTEND_BYTES_MAX, ATTEND_ROWS_MAX
-from attnstore_worker.cache.attending.step import NodeRows, RemoteStep
+from attnstore_worker.cache.attending.step import AttendCounts, NodeRows, RemoteStep
 from attnstore_worker.cache.planning.observation import Observer
 from attnstore_worker.cache.pool.tier import Tier
 from attnstore_worker.cache.store.base import AttendStore
@@ -40,13 +40,13 @@ class QueryShape:
     scale: float
 
     def row_bytes(self, layout: PageLayout) -> int:
-        """Bytes of one row's queries and answers over all layers: `q`, and `(out, lse)`, in fp32."""
+        """The bytes of one row over all layers: `q` and its answer `(out, lse)`, in fp32."""
         return _FLOAT_BYTES * layout.layers * self.q_heads * (2 * layout.head_dim + 1)
 
 
 @dataclass(frozen=True, slots=True)
 class Traffic:
-    """Counts since the start: `round_trips` as in `AttendStatistics`, and the payload of both directions."""
+    """Since the start: `round_trips` as in `AttendStatistics`, and the payload of both directions."""
 
     round_trips: int = 0
     bytes: int = 0
@@ -54,9 +54,7 @@ class Traffic:
 
 @dataclass(frozen=True, slots=True)
 class AttendStatistics:
-    """Counts since the start. `round_trips`: exchanges for which a step waited; nodes asked at once count as one. Bytes are
-    payload, `pages_open` are the pages of the open prefixes.
-    """
+    """A snapshot of `AttendCounts`, and the pages of the prefixes that are open now."""
 
     round_trips: int
     rows: int
@@ -67,7 +65,7 @@ class AttendStatistics:
 
 
 class RemoteAttention:
-    """`store` may hold pages of `namespace`; a query must be answered within `deadline_ms`. `observer` is told of opened sets."""
+    """Attention over pages of `namespace` in `store`. A query ends within `deadline_ms`; `observer` is told of prefixes opened."""
 
     def __init__(
         self,
@@ -91,19 +89,15 @@ class RemoteAttention:
         self._open: set[AttendedPrefix] = set()
         row_bytes = shape.q_heads * layout.head_dim * _FLOAT_BYTES
         self._rows_max = min(ATTEND_ROWS_MAX, ATTEND_BYTES_MAX // row_bytes)
-        self.round_trips = 0
-        self.rows = 0
-        self.bytes_sent = 0
-        self.bytes_received = 0
-        self._losses = 0
+        self._counts = AttendCounts()
 
     def open(self, hashes: Sequence[BlockHash]) -> AttendedPrefix | None:
-        """Opens the longest prefix that the store holds; returns None if there is none, or if the store fails."""
+        """The longest prefix that the store holds, ready to be asked about; None if that is nothing, or the store fails."""
         try:
             prefix = self._begun().open(hashes)
         except AttnStoreError as error:
             _LOG.warning("the store does not attend: %s: %s", type(error).__name__, error)
-            self._losses += 1
+            self._counts.losses += 1
             return None
         if prefix is not None:
             self._open.add(prefix)
@@ -122,13 +116,13 @@ class RemoteAttention:
         return prefix
 
     def close(self, prefix: AttendedPrefix) -> None:
-        """Closes the prefix of a sequence that does not need these blocks any more."""
+        """Closes a prefix that a sequence needs no more."""
         self._open.discard(prefix)
         self._begun().close_prefix(prefix)
 
     def step(self, parts: Sequence[tuple[AttendedPrefix | None, int]]) -> RemoteStep | None:
-        """Returns the queries of a step: for each sequence its prefix and the number of its rows. None if no sequence has a prefix.
-        Raises `PagesLost` if a prefix is already lost.
+        """The queries of a step, from the prefix and the number of rows of each sequence. None if no sequence has a prefix. Raises
+        `PagesLost` if a prefix is lost already.
         """
         if any(prefix is not None and prefix.lost for prefix, _ in parts):
             raise PagesLost("blocks in the store were lost before this step")
@@ -140,22 +134,15 @@ class RemoteAttention:
             begin += rows
         if not asked:
             return None
-        return RemoteStep([NodeRows(stream, sets, self._rows_max) for stream, sets in asked.items()], self)
-
-    def lose(self, stream: AttendStream, error: AttnStoreError) -> None:
-        """Loses every prefix with a set on a stream that failed in a step."""
-        _LOG.warning("attention at a store node failed: %s: %s", type(error).__name__, error)
-        self._losses += 1
-        stream.close()
+        return RemoteStep([NodeRows(stream, sets, self._rows_max) for stream, sets in asked.items()], self._counts, self._lose)
 
     def traffic(self) -> Traffic:
-        """Returns what was sent and received so far."""
-        return Traffic(self.round_trips, self.bytes_sent + self.bytes_received)
+        """The traffic so far."""
+        return Traffic(self._counts.round_trips, self._counts.bytes_sent + self._counts.bytes_received)
 
     def statistics(self) -> AttendStatistics:
         """A snapshot."""
-        pages = sum(prefix.blocks for prefix in self._open)
-        return AttendStatistics(self.round_trips, self.rows, self.bytes_sent, self.bytes_received, self._losses, pages)
+        return AttendStatistics(**asdict(self._counts), pages_open=sum(prefix.blocks for prefix in self._open))
 
     def end(self) -> None:
         """Closes every prefix."""
@@ -163,8 +150,14 @@ class RemoteAttention:
         if self._attention is not None:
             self._attention.close()
 
+    def _lose(self, stream: AttendStream, error: AttnStoreError) -> None:
+        """A stream failed in a step: every prefix with a set on it is lost."""
+        _LOG.warning("attention at a store node failed: %s: %s", type(error).__name__, error)
+        self._counts.losses += 1
+        stream.close()
+
     def _begun(self) -> StoreAttention:
-        """Returns the store's attention, after the namespace is registered."""
+        """The store's attention; the first call registers the namespace."""
         if self._attention is None:
             self._store.register_layout(self._namespace, self._layout)
             self._attention = self._store.attention(

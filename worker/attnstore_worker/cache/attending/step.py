@@ -1,13 +1,14 @@
-"""The queries of one step to the nodes, layer by layer: sent before attending to the layer's own keys, merged afterwards.
+"""One step's queries to the nodes: sent before a layer's local attention is computed, and merged with it afterwards.
 
-Owns: the memory of the sent rows and of the received partials, allocated once for all layers.
-Invariant: the result of `merge` contains every part of every sequence, or `PagesLost` was raised and nothing of the step counts.
+Owns: the memory of the partials, which all layers share. Invariant: `merge` returns attention over all keys of every sequence, or
+raises `PagesLost`; the step is void then.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, Protocol
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,21 +19,21 @@ from attnstore.errors import AttnStoreError
 from attnstore_worker.errors import PagesLost
 
 
-class StepOwner(Protocol):
-    """The object to which a step reports."""
+@dataclass(slots=True)
+class AttendCounts:
+    """Counts since the start. `round_trips`: exchanges that a step waited for, nodes asked at once counting as one. Bytes are
+    payload, `losses` are streams that failed.
+    """
 
-    round_trips: int
-    rows: int
-    bytes_sent: int
-    bytes_received: int
-
-    def lose(self, stream: AttendStream, error: AttnStoreError) -> None:
-        """Reports a failed stream."""
-        ...
+    round_trips: int = 0
+    rows: int = 0
+    bytes_sent: int = 0
+    bytes_received: int = 0
+    losses: int = 0
 
 
 class NodeRows:
-    """The rows about which one node is asked: `sets` of `(set_id, first row, rows)`, in pieces of at most `rows_max` rows."""
+    """The rows that one node is asked about: `sets` of `(set_id, first row, rows)`, in pieces of at most `rows_max` rows."""
 
     def __init__(self, stream: AttendStream, sets: Sequence[tuple[int, int, int]], rows_max: int) -> None:
         self.stream = stream
@@ -51,11 +52,16 @@ class NodeRows:
 
 
 class RemoteStep:
-    """`ask` and then `merge`, for each layer."""
+    """`ask` and then `merge`, for each layer. After a failure `lose` is called for each stream of the step: answers may be on their
+    way that nobody takes.
+    """
 
-    def __init__(self, nodes: Sequence[NodeRows], owner: StepOwner) -> None:
+    def __init__(
+        self, nodes: Sequence[NodeRows], counts: AttendCounts, lose: Callable[[AttendStream, AttnStoreError], None]
+    ) -> None:
         self._nodes = nodes
-        self._owner = owner
+        self._counts = counts
+        self._lose_stream = lose
         self._rounds = max(len(node.pieces) for node in nodes)
         self._layer = 0
         self._query = torch.empty(0)
@@ -67,14 +73,14 @@ class RemoteStep:
         self._send(0)
 
     def merge(self, out: Tensor, lse: Tensor) -> Tensor:
-        """Merges `out` fp32 and `lse` over the local keys into `out` over all keys, in place. Raises `PagesLost`."""
+        """Turns `out` fp32 and `lse` over the local keys into `out` over all keys, in place. Raises `PagesLost`."""
         for piece in range(self._rounds):
             if piece:
                 self._send(piece)
             for node in self._nodes:
                 if piece < len(node.pieces):
                     self._receive(node, piece, out, lse)
-            self._owner.round_trips += 1
+            self._counts.round_trips += 1
         return out
 
     def _send(self, piece: int) -> None:
@@ -87,8 +93,8 @@ class RemoteStep:
                     node.stream.ask(self._layer, sets, data)
                 except AttnStoreError as error:
                     self._lose(node, error)
-                self._owner.bytes_sent += len(data)
-                self._owner.rows += len(rows)
+                self._counts.bytes_sent += len(data)
+                self._counts.rows += len(rows)
 
     def _receive(self, node: NodeRows, piece: int, out: Tensor, lse: Tensor) -> None:
         _, rows = node.pieces[piece]
@@ -98,7 +104,7 @@ class RemoteStep:
             node.stream.receive(*views)
         except AttnStoreError as error:
             self._lose(node, error)
-        self._owner.bytes_received += sum(map(len, views))
+        self._counts.bytes_received += sum(map(len, views))
         if not bool(torch.isfinite(part_out).all() & torch.isfinite(part_lse).all()):
             self._lose(node, PagesLost("a node's partial is not finite"))
         merged = merge([out[rows], part_out], [lse[rows], part_lse])
@@ -111,11 +117,10 @@ class RemoteStep:
         return self._partials[rows]
 
     def _lose(self, node: NodeRows, error: AttnStoreError) -> None:
-        self._owner.lose(node.stream, error)
+        self._lose_stream(node.stream, error)
         for other in self._nodes:
             if other is not node:
-                # Its answer is in flight and will not be received.
-                self._owner.lose(other.stream, PagesLost("another node failed in the same step"))
+                self._lose_stream(other.stream, PagesLost("another node failed in the same step"))
         raise PagesLost(f"attention at a store node failed: {error}") from None
 
 

@@ -44,7 +44,7 @@ class AttendForecast:
         return self.load_ttft_ms + max(steps - 1, 0) * self.resident_step_ms
 
     @property
-    def rent_ms(self) -> float:
+    def extra_ms(self) -> float:
         """How much longer a step takes because the prefix is there."""
         return self.attend_step_ms - self.resident_step_ms
 
@@ -59,10 +59,10 @@ class AttendForecast:
         should have its prefix here from now on.
         """
         price_ms = self.load_ttft_ms * (1 + GAIN_MIN)
-        return self.rent_ms * most > price_ms and self.rent_ms * max(expected, spent) > price_ms
+        return self.extra_ms * most > price_ms and self.extra_ms * max(expected, spent) > price_ms
 
     def leaves(self, expected: float, other_load_ms: float) -> bool:
         """Returns whether a resident sequence with that many steps to come should attend, so that another one keeps blocks whose
         reload takes `other_load_ms`.
         """
-        return self.rent_ms * expected * (1 + GAIN_MIN) < other_load_ms
+        return self.extra_ms * expected * (1 + GAIN_MIN) < other_load_ms
