@@ -1,4 +1,4 @@
-"""The client of a store node or of a cluster: one asynchronous core for each, blocking facades, and the transports under them."""
+"""The client of a store node or of a cluster: one asynchronous client for each, blocking facades, and the transports below them."""
 
 from attnstore.client.async_client import AsyncClient
 from attnstore.client.blocking import Client, ClusterClient

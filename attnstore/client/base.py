@@ -1,7 +1,7 @@
-"""The contract of a transport: what moves pages between a client and one node.
+"""The contract of a transport, which moves pages between a client and one node.
 
-Owns: `Transport`, which gRPC, the page channel and shm implement, and the checked requests that it carries out (the plans).
-Invariant: a verb sends nothing; the call that it returns does, and has ended for good when it returns or raises.
+Owns: `Transport`, which gRPC, the page channel and shm implement, and the checked requests that it executes (the plans). Invariant:
+a verb sends nothing; the call that it returns does, and has ended for good when it returns or raises.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ from attnstore.wire.chunks import Buffer
 from attnstore.wire.messages import lease_from_wire
 
 OnLayer = Callable[[int, int], None]
-"""`on_layer(layer, pages)`: this layer of the first `pages` pages has come and is verified. Each layer once, in order, also where
-`pages` is 0; fewer layers where the read breaks off. Runs on the transferring thread, which waits for it.
+"""`on_layer(layer, pages)`: this layer of the first `pages` pages has arrived and is verified. Called for each layer once, in
+order, even if `pages` is 0; for fewer layers if the read breaks off. Runs on the transferring thread, which waits for it.
 """
 
 OpenChannel = Callable[[str, Deadline], tuple[str, bytes]]
-"""`open_channel(transport, deadline)`: the address and a one-time token of a bulk connection, asked of the node over gRPC.
+"""`open_channel(transport, deadline)` requests the address and a one-time token of a bulk connection from the node over gRPC.
 
-Blocks; call it from any thread but the event loop's. Errors as those of any call.
+Blocks; call it from any thread but the event loop's. Raises the errors of any call.
 """
 
 
@@ -41,7 +41,7 @@ class BulkUnavailable(Unavailable):
 
 @dataclass(frozen=True, slots=True)
 class ReadPlan:
-    """A checked read: what to ask for and where it lands. `is_whole`: the layers are all that a page has."""
+    """A checked read: the requested pages and their buffers. `is_whole` means all layers of the page."""
 
     namespace: bytes
     hashes: Sequence[bytes]
@@ -56,13 +56,13 @@ class ReadPlan:
     transfer: Transfer = field(default_factory=Transfer)
 
     def is_intact(self, landed: memoryview, sealed: int) -> bool:
-        """Whether what landed has the checksum `sealed`: of the whole page, or of the layers that are read."""
+        """Returns whether the received bytes have the checksum `sealed`: of the whole page, or of the layers that are read."""
         if self.is_whole:
             return page_checksum(landed) == sealed
         return range_checksum(checksums(landed, self.layer_bytes)[1]) == sealed
 
     def tell_all_layers(self) -> None:
-        """Calls `on_layer` for every layer, where the layers did not come one by one."""
+        """Calls `on_layer` for every layer, if the layers did not arrive one by one."""
         if self.on_layer is not None:
             for layer in range(self.layer_begin, self.layer_end):
                 self.on_layer(layer, self.landing.leading_open)
@@ -70,10 +70,8 @@ class ReadPlan:
 
 @dataclass(frozen=True, slots=True)
 class WritePlan:
-    """A checked write: `pages[i]` are the bytes of `hashes[i]`.
-
-    Where a node hands pages over, `sealed[i]` is the checksum that the page was sealed with there, and `ages_ms[i]` how long ago a
-    client wrote it.
+    """A checked write: `pages[i]` are the bytes of `hashes[i]`. For a hand-over, `sealed[i]` is the checksum with which the page
+    was sealed, and `ages_ms[i]` the time since a client wrote it.
     """
 
     namespace: bytes
@@ -85,15 +83,15 @@ class WritePlan:
     transfer: Transfer = field(default_factory=Transfer)
 
     def age_ms(self, index: int) -> int:
-        """The age of page `index`; 0 where a client writes it now."""
+        """Returns the age of page `index`; 0 if a client writes it now."""
         return self.ages_ms[index] if self.ages_ms else 0
 
     def checksum(self, index: int) -> int:
-        """The checksum that the node must find of page `index`."""
+        """Returns the checksum that the node must find for page `index`."""
         return page_checksum(self.pages[index]) if self.sealed is None else self.sealed[index]
 
     def result(self, verdicts: tuple[PageStatus, ...]) -> WriteResult:
-        """The outcome. Raises `ProtocolError` unless there is one verdict for each page."""
+        """Returns the outcome. Raises `ProtocolError` unless there is one verdict per page."""
         if len(verdicts) != len(self.hashes):
             raise ProtocolError(f"the node gave {len(verdicts)} verdicts on {len(self.hashes)} pages")
         stored = (len(page) for page, verdict in zip(self.pages, verdicts, strict=True) if verdict is PageStatus.STORED)
@@ -102,7 +100,7 @@ class WritePlan:
 
 @dataclass(frozen=True, slots=True)
 class MatchPlan:
-    """A checked match: how many leading pages of each prefix the node has, with a lease on them where `lease_ms` is not 0."""
+    """A checked match: count the leading pages of each prefix, with a lease on them unless `lease_ms` is 0."""
 
     namespace: bytes
     prefixes: Sequence[Sequence[bytes]]
@@ -112,11 +110,11 @@ class MatchPlan:
 
     @property
     def hashes(self) -> int:
-        """How many hashes all prefixes have together."""
+        """The number of hashes of all prefixes together."""
         return sum(map(len, self.prefixes))
 
     def result(self, hits: Sequence[int], lease_id: bytes | None, lease_ms: int) -> MatchResult:
-        """The outcome. Raises `ProtocolError` for hits that do not fit the prefixes, or a malformed lease."""
+        """Returns the outcome. Raises `ProtocolError` for hits that do not fit the prefixes, or a malformed lease."""
         if len(hits) != len(self.prefixes) or any(count > len(prefix) for count, prefix in zip(hits, self.prefixes, strict=True)):
             raise ProtocolError("the node's hits do not fit the prefixes asked for")
         return MatchResult(tuple(hits), lease_from_wire(lease_id, lease_ms) if lease_id else None)
@@ -137,7 +135,7 @@ class ViewPlan:
 
 @dataclass(frozen=True, slots=True)
 class AttendPlan:
-    """A checked attend: what streams of the namespace have in common. Each exchange on one ends within `deadline_ms`."""
+    """A checked attend: the parameters that streams of the namespace share. Each exchange on a stream ends within `deadline_ms`."""
 
     shape: AttendShape
     layout: PageLayout
@@ -147,23 +145,23 @@ class AttendPlan:
 
 
 class AttendStream(Protocol):
-    """One stream to one node, one thread at a time; every exchange ends within the stream's deadline.
+    """One stream to one node, used by one thread at a time; every exchange ends within the stream's deadline.
 
     Errors of all methods but `close`: `LeaseExpired` (match again), `Overloaded`, `DeadlineExceeded`, `Unavailable`, `Unsupported`,
-    `InvalidArgument` for what breaks a limit of `attnstore.limits.ATTEND_*`, `ProtocolError`. Whatever is raised, close the stream.
+    `InvalidArgument` for exceeding a limit of `attnstore.limits.ATTEND_*`, `ProtocolError`. Close the stream after any error.
     """
 
     @property
     def closed(self) -> bool:
-        """`close` was called, by the caller or by the client that the stream belongs to: no set is open any more."""
+        """True after `close`, by the caller or by the client that the stream belongs to: no set is open any more."""
         ...
 
     def open(self, hashes: Sequence[bytes], lease: Lease) -> int:
-        """Has the node keep these pages in place as long as the lease holds. Returns the number of the new set."""
+        """Makes the node keep these pages in place while the lease is alive. Returns the number of the new set."""
         ...
 
     def send_open(self, hashes: Sequence[bytes], lease: Lease) -> int:
-        """The first half of `open`: sends the request and returns the number of the set. `receive_opened` next."""
+        """The first half of `open`: sends the request and returns the number of the set. `receive_opened` must follow."""
         ...
 
     def receive_opened(self, set_id: int) -> None:
@@ -171,7 +169,9 @@ class AttendStream(Protocol):
         ...
 
     def ask(self, layer: int, sets: Sequence[tuple[int, int]], rows: Buffer) -> None:
-        """Sends rows, fp32 `[total rows, q_heads, head_dim]`: the next `count` rows for each `(set, count)`. `receive` next."""
+        """Sends rows, fp32 `[total rows, q_heads, head_dim]`: the next `count` rows for each `(set, count)`.
+        `receive` must follow.
+        """
         ...
 
     def receive(self, out: memoryview, lse: memoryview) -> None:
@@ -179,11 +179,11 @@ class AttendStream(Protocol):
         ...
 
     def close_set(self, set_id: int) -> None:
-        """The set is not needed any more."""
+        """Closes a set that is not needed any more."""
         ...
 
     def close(self) -> None:
-        """Ends the stream. Safe from any thread, any number of times."""
+        """Closes the stream. Safe from any thread, any number of times."""
         ...
 
     def __enter__(self) -> Self: ...
@@ -192,11 +192,11 @@ class AttendStream(Protocol):
 
 
 class Transport(Protocol):
-    """One way to a node. From any thread: each verb returns a `Call`, or None where this transport cannot carry the plan.
+    """One way to a node. From any thread: each verb returns a `Call`, or None if this transport cannot carry the plan.
 
-    Calls of a bulk transport (tcp, shm) raise `BulkUnavailable` if no connection could be opened; parts of a read that had one may
-    have landed. All calls raise other `Retryable` errors if they broke off, and `ClientClosed` once the transport is closed.
-    Whoever makes a transport closes it.
+    Calls of a bulk transport (tcp, shm) raise `BulkUnavailable` if no connection could be opened; parts of a read with a connection
+    may have landed. All calls raise other `Retryable` errors if they broke off, and `ClientClosed` once the transport is closed.
+    The creator of a transport closes it.
     """
 
     @property
@@ -205,7 +205,7 @@ class Transport(Protocol):
         ...
 
     def read(self, plan: ReadPlan) -> Call[None] | None:
-        """Fills `plan.landing`, from its beginning."""
+        """Fills `plan.landing` from its beginning."""
         ...
 
     def write(self, plan: WritePlan) -> Call[WriteResult] | None:
@@ -213,9 +213,9 @@ class Transport(Protocol):
         ...
 
     def match(self, plan: MatchPlan) -> Call[MatchResult] | None:
-        """Asks which pages the node has."""
+        """Counts the pages that the node has."""
         ...
 
     def attend(self, plan: AttendPlan, run: Runner) -> Call[AttendStream] | None:
-        """Opens an attend stream; `run` is how the thread that uses it has a coroutine run on the client's event loop."""
+        """Opens an attend stream; the thread that uses it runs coroutines on the client's event loop through `run`."""
         ...

@@ -1,7 +1,7 @@
-"""The blocking clients: what `attnstore.connect` offers.
+"""The blocking clients, created by `attnstore.connect`.
 
-Owns: which calls of a node's client stay on the calling thread. `match`, `read`, `write` and `view` begin there, over the best
-transport, and need no hop to the event loop where that is a bulk transport. Everything else runs on the event loop thread, in the
+Owns: which calls of a node's client stay on the calling thread. `match`, `read`, `write` and `view` start on it, over the best
+transport, and need no hop to the event loop if that is a bulk transport. Everything else runs on the event loop thread, in the
 coroutines that serve `AsyncClient`: all other calls, the first call to a node, and a call to a node that forgot its namespaces.
 """
 
@@ -26,10 +26,10 @@ from attnstore.wire.chunks import Buffer
 
 
 class Client(BlockingFacade[AsyncClient]):
-    """A blocking client of one store node; safe to share between threads. Made by `attnstore.connect`.
+    """A blocking client of one store node; safe to share between threads. Created by `attnstore.connect`.
 
-    The methods are those of `AsyncClient`, where they are documented, without `await`. No client survives a fork, and gRPC lets
-    none be opened in a child of a process that has one open: calls there raise `ClientClosed`; spawn such children instead.
+    The methods are those of `AsyncClient`, where they are documented, without `await`. A client does not survive a fork, and gRPC
+    cannot be used in a child of a process that has a client open: calls there raise `ClientClosed`; spawn such children instead.
     """
 
     def __init__(self, connection: NodeConnection) -> None:
@@ -49,7 +49,7 @@ class Client(BlockingFacade[AsyncClient]):
     def match(
         self, namespace: bytes, prefixes: Sequence[Sequence[bytes]], *, lease_ms: int = 0, deadline_ms: float | None = None
     ) -> MatchResult:
-        """See `AsyncClient.match`. Over the page channel once there is one, in under half of gRPC's time."""
+        """See `AsyncClient.match`. Uses the page channel once it is open, in less than half of gRPC's time."""
         with self._thread.used():
             plan = self._planning.match(namespace, prefixes, lease_ms, deadline_ms)
             if self._choice.is_known:
@@ -122,14 +122,14 @@ class Client(BlockingFacade[AsyncClient]):
             return self._thread.run(self._connection.write(plan))
 
     def attend(self, namespace: bytes, *, q_heads: int, scale: float, deadline_ms: float | None = None) -> AttendStream:
-        """An attend stream, over the page channel where the node offers it, else over gRPC; see `AttendStream` and
+        """Returns an attend stream, over the page channel if the node offers it, else over gRPC; see `AttendStream` and
         `AsyncClient.attend`. The stream ends with the client.
         """
         plan = self._planning.attend(namespace, q_heads, scale, deadline_ms)
         return self._thread.run(self._connection.attend(plan, self._thread.run))
 
     def attention(self, namespace: bytes, *, q_heads: int, scale: float, deadline_ms: float | None = None) -> StoreAttention:
-        """Attention over pages that stay at the node; see `StoreAttention`. Arguments as in `attend`."""
+        """Returns attention over pages that stay at the node; see `StoreAttention`. Arguments as in `attend`."""
         plan = self._planning.attend(namespace, q_heads, scale, deadline_ms)
         node = OnlyNode(self._client, self._connection)
 
@@ -139,7 +139,7 @@ class Client(BlockingFacade[AsyncClient]):
         return self._ending(StoreAttention(plan, holders, self._thread))
 
     def watch(self, namespace: bytes, *, deadline_ms: float | None = None) -> Generator[PageEvent, None, None]:
-        """Page events of `namespace` from the return of this call on; see `AsyncClient.watch`."""
+        """Yields the page events of `namespace` from the return of this call on; see `AsyncClient.watch`."""
         return iterate(self._thread, self._thread.run(self._client.watch(namespace, deadline_ms=deadline_ms)))
 
     def _report(self, plan: ReadPlan | ViewPlan, statuses: Sequence[PageStatus]) -> None:
@@ -148,9 +148,9 @@ class Client(BlockingFacade[AsyncClient]):
 
 
 class ClusterClient(BlockingFacade[AsyncClusterClient]):
-    """A blocking client of a cluster; safe to share between threads. Made by `attnstore.connect`.
+    """A blocking client of a cluster; safe to share between threads. Created by `attnstore.connect`.
 
-    The methods are those of `AsyncClusterClient`, without `await`; what `Client` says of forks holds here too.
+    The methods are those of `AsyncClusterClient`, without `await`; forks as described for `Client`.
     """
 
     def __init__(self, options: ClusterOptions, clock: Clock | None = None) -> None:
@@ -170,10 +170,12 @@ class ClusterClient(BlockingFacade[AsyncClusterClient]):
     stats = blocking(AsyncClusterClient.stats)
 
     def attention(self, namespace: bytes, *, q_heads: int, scale: float, deadline_ms: float | None = None) -> StoreAttention:
-        """Attention over pages that stay at the nodes of the cluster; see `StoreAttention`. Arguments as in `Client.attend`."""
+        """Returns attention over pages that stay at the nodes of the cluster; see `StoreAttention`. Arguments as in
+        `Client.attend`.
+        """
         plan = self._client.plan_attend(namespace, q_heads, scale, deadline_ms)
         return self._ending(StoreAttention(plan, self._client.attend_holders, self._thread))
 
     def watch(self, namespace: bytes, *, deadline_ms: float | None = None) -> Generator[PageEvent, None, None]:
-        """Page events of `namespace` from the return of this call on; see `AsyncClusterClient.watch`."""
+        """Yields the page events of `namespace` from the return of this call on; see `AsyncClusterClient.watch`."""
         return iterate(self._thread, self._thread.run(self._client.watch(namespace, deadline_ms=deadline_ms)))

@@ -1,4 +1,4 @@
-"""Calls: one exchange with a node, for a thread that waits and for a task that awaits.
+"""Calls: one exchange with a node, for a thread that waits or a task that awaits.
 
 Owns: how a call runs on the calling thread, on a thread of the event loop's executor or on the event loop, and how it is stopped.
 Invariant: when `wait` or `await` ends, however it ends, the exchange has ended: no byte lands in the caller's buffers afterwards.
@@ -29,14 +29,14 @@ class Transfer:
 
     @property
     def is_aborted(self) -> bool:
-        """`abort` was called: nothing more is to begin."""
+        """True after `abort`: nothing more may begin."""
         return self._aborted
 
     @contextmanager
     def breakable(self, breaker: Callable[[], None]) -> Iterator[None]:
-        """Has `abort` call `breaker` during the `with` block, at once if the transfer was aborted already.
+        """Makes `abort` call `breaker` during the `with` block, at once if the transfer was aborted already.
 
-        Not a moment longer: the connection may serve another transfer then.
+        Never after the block, because the connection may then serve another transfer.
         """
         with self._lock:
             self._breakers.add(breaker)
@@ -57,14 +57,14 @@ class Transfer:
 
 
 class Call(Protocol[T_co]):
-    """One exchange with a node that has not begun. Use it once, in one of the two ways."""
+    """One exchange with a node that has not begun. May be used once, in one of the two ways."""
 
     def wait(self) -> T_co:
-        """Carries the exchange out and blocks the calling thread, which must not be the event loop's."""
+        """Executes the exchange, blocking the calling thread, which must not be the event loop's."""
         ...
 
     def __await__(self) -> Generator[Any, None, T_co]:
-        """Carries the exchange out for a task of the client's event loop."""
+        """Executes the exchange for a task of the client's event loop."""
         ...
 
 
@@ -86,7 +86,7 @@ class ThreadCall(Generic[T]):
 
 
 class LoopCall(Generic[T]):
-    """A call that is a coroutine of the event loop `loop`: `wait` has it run there, `await` runs it in the calling task."""
+    """A call that is a coroutine of the event loop `loop`: `wait` runs it there, `await` runs it in the calling task."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop, start: Callable[[], Coroutine[Any, Any, T]]) -> None:
         self._loop = loop
@@ -102,13 +102,14 @@ class LoopCall(Generic[T]):
 
 async def in_thread(function: Callable[[], T], transfer: Transfer) -> T:
     """Runs a blocking transfer on a thread. When cancelled, breaks the transfer and waits for its end."""
-    # A future, not a task: whoever cancels all tasks of a loop would be told that it has ended, and it would go on.
+    # A future, not a task: a caller that cancels all tasks of a loop would be told that the task has ended while the thread goes
+    # on.
     running = asyncio.get_running_loop().run_in_executor(None, contextvars.copy_context().run, function)
     try:
         return await asyncio.shield(running)
     except asyncio.CancelledError:
         transfer.abort()
-        # Cancelled once more or not: until the thread has ended it may write into the caller's buffers.
+        # Even if it is cancelled again: until the thread has ended it may write into the caller's buffers.
         while not running.done():
             with suppress(asyncio.CancelledError):
                 await asyncio.wait([running])
@@ -119,7 +120,7 @@ async def in_thread(function: Callable[[], T], transfer: Transfer) -> T:
 def run_on(loop: asyncio.AbstractEventLoop, coroutine: Coroutine[Any, Any, T]) -> T:
     """Runs a coroutine on another thread's event loop and waits for its end. An interrupt cancels it first.
 
-    The caller sees to it that the loop runs until then.
+    The caller ensures that the loop runs until then.
     """
     outcome: concurrent.futures.Future[T] = concurrent.futures.Future()
     tasks: list[asyncio.Task[T]] = []
@@ -151,7 +152,7 @@ def run_on(loop: asyncio.AbstractEventLoop, coroutine: Coroutine[Any, Any, T]) -
 
 
 def wait_out(futures: Iterable[concurrent.futures.Future[Any]]) -> None:
-    """Returns when all have ended. Drops an interrupt meanwhile: until then somebody writes into the caller's buffers."""
+    """Returns when all have ended. Drops interrupts meanwhile, because until then the caller's buffers may be written."""
     left = set(futures)
     while left:
         with suppress(KeyboardInterrupt):

@@ -1,7 +1,7 @@
-"""Blocking clients over asynchronous ones: the thread that they share, and how a coroutine method becomes a blocking one.
+"""Blocking clients over asynchronous ones: their shared thread, and the conversion of coroutine methods into blocking ones.
 
-Owns: `LoopThread`, the event loop thread of a process, and `BlockingFacade`, what every blocking client has in common.
-Invariant: when a blocking call returns or raises, its coroutine has ended; nothing touches the caller's buffers afterwards.
+Owns: `LoopThread`, the event loop thread of a process, and `BlockingFacade`, the common part of every blocking client. Invariant:
+when a blocking call returns or raises, its coroutine has ended; nothing touches the caller's buffers afterwards.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _TRANSFERS_MAX = 64
 
 
 class LoopThread:
-    """A uvloop event loop on a daemon thread, shared by reference count: gRPC's asyncio stack wants one loop per process.
+    """A uvloop event loop on a daemon thread, shared by reference count, because gRPC's asyncio stack wants one loop per process.
 
     Clients and running calls are its users, so that it never stops under a call that another thread waits for.
     """
@@ -41,14 +41,14 @@ class LoopThread:
 
     def __init__(self) -> None:
         self._loop = uvloop.new_event_loop()
-        # Each transfer of a cluster's client blocks one thread until its node answers: slow nodes must not use them up.
+        # Each transfer of a cluster's client blocks one thread until its node answers, and slow nodes must not use up all threads.
         self._loop.set_default_executor(concurrent.futures.ThreadPoolExecutor(_TRANSFERS_MAX, "attnstore-transfer"))
         self._thread = threading.Thread(target=self._loop.run_forever, name="attnstore-client", daemon=True)
         self._thread.start()
 
     @classmethod
     def acquire(cls) -> LoopThread:
-        """The process's loop thread, started if need be. Pair with `release`."""
+        """Returns the process's loop thread, started if needed. Pair with `release`."""
         with cls._lock:
             if cls._shared is None:
                 cls._shared = cls()
@@ -57,7 +57,7 @@ class LoopThread:
 
     @classmethod
     def release(cls) -> None:
-        """Stops the thread when its last user has gone."""
+        """Stops the thread when its last user has left."""
         with cls._lock:
             cls._users -= 1
             if cls._users == 0 and cls._shared is not None:
@@ -74,7 +74,7 @@ class LoopThread:
     def run(self, coroutine: Coroutine[Any, Any, R]) -> R:
         """Runs a coroutine to its end. An interrupt cancels it and waits until it has ended.
 
-        Raises `ClientClosed` if the thread has stopped, or stayed behind in the process that this one was forked from.
+        Raises `ClientClosed` if the thread has stopped, or belongs to the process from which this one was forked.
         """
         with closing(coroutine), self.used():
             return run_on(self._loop, coroutine)
@@ -92,12 +92,12 @@ class LoopThread:
             LoopThread.release()
 
     def submit(self, coroutine: Coroutine[Any, Any, object]) -> None:
-        """Has a coroutine run, without a lock and without waiting for it: a garbage collector may call this on any thread."""
+        """Schedules a coroutine without a lock and without waiting, because a garbage collector may call this on any thread."""
         try:
             if LoopThread._shared is self:
                 self._loop.call_soon_threadsafe(tasks.detached, "submitted", coroutine)
                 return
-        except RuntimeError:  # the loop was closed in this moment
+        except RuntimeError:  # the loop was closed at this moment
             pass
         coroutine.close()
 
@@ -111,15 +111,15 @@ os.register_at_fork(after_in_child=LoopThread.forget)
 
 
 class Closable(Protocol):
-    """What every asynchronous client can do."""
+    """The interface of an asynchronous client that can be closed."""
 
     async def close(self) -> None:
-        """Ends the connections."""
+        """Closes the connections."""
         ...
 
 
 class SupportsClose(Hashable, Protocol):
-    """What a blocking client has opened on top of its calls."""
+    """An object that a blocking client has opened in addition to its calls."""
 
     def close(self) -> None:
         """Ends it."""
@@ -141,7 +141,7 @@ def blocking(
 
 
 class BlockingFacade(Generic[A]):
-    """What blocking clients have in common: the asynchronous one, the thread that it runs on, and the end of both."""
+    """The common part of blocking clients: the asynchronous client, the thread that it runs on, and closing both."""
 
     def __init__(self, client: A) -> None:
         self._client = client
@@ -156,9 +156,9 @@ class BlockingFacade(Generic[A]):
         self.close()
 
     def close(self) -> None:
-        """Ends the connection; calls that are running raise `ClientClosed`. Closing twice is harmless."""
+        """Closes the connection; running calls raise `ClientClosed`. Closing twice is harmless."""
         if self._closing.acquire(blocking=False):
-            # In a forked child there is nothing to end. The steps run from the last one up, each even if another fails.
+            # In a forked child there is nothing to close. The steps run from the last one up, each even if another fails.
             with suppress(ClientClosed), self._thread.used(), ExitStack() as ending:
                 ending.callback(LoopThread.release)
                 ending.callback(lambda: self._thread.run(self._client.close()))
@@ -166,13 +166,13 @@ class BlockingFacade(Generic[A]):
                     ending.callback(each.close)
 
     def _ending(self, opened: S) -> S:
-        """Has `close` close this too, if it is still in use then."""
+        """Makes `close` close this too, if it is still in use then."""
         self._open.add(opened)
         return opened
 
 
 def iterate(thread: LoopThread, events: AsyncGenerator[PageEvent, None]) -> Generator[PageEvent, None, None]:
-    """The events, each waited for on the calling thread."""
+    """Yields the events, waiting for each on the calling thread."""
     try:
         while True:
             yield thread.run(_next(events))

@@ -1,6 +1,6 @@
-"""Whether a node serves, asked with gRPC's standard health protocol, as an orchestrator's probe asks.
+"""Checks whether a node serves, with gRPC's standard health protocol, like an orchestrator's probe.
 
-Owns: nothing. A draining node answers that it does not serve, so that it gets no new callers. No token is asked for.
+A draining node answers that it does not serve, so that it gets no new callers. Needs no token.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from attnstore.wire.status import error_from_rpc
 
 
 def check_serving(target: str, *, deadline_ms: float, tls_ca: Path | None = None, http_proxy: str | None = None) -> None:
-    """Returns when the node at `target` serves. Raises `Unavailable` when it does not or does not answer within `deadline_ms`,
+    """Returns if the node at `target` serves. Raises `Unavailable` if it does not, or does not answer within `deadline_ms`;
     `InvalidArgument` for a malformed target or deadline or a `tls_ca` that cannot be read.
     """
     parsed = Target.parse(target)
@@ -34,7 +34,7 @@ def check_serving(target: str, *, deadline_ms: float, tls_ca: Path | None = None
     channel = grpc.secure_channel(address, credentials, options) if parsed.tls else grpc.insecure_channel(address, options)
     with channel:
         try:
-            # The published types of this stub know no methods.
+            # The published types of this stub lack its methods.
             stub: Any = health_pb2_grpc.HealthStub(channel)
             answer = stub.Check(health_pb2.HealthCheckRequest(), timeout=timeout_s)
         except grpc.RpcError as error:

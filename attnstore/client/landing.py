@@ -1,8 +1,8 @@
-"""Where the pages of one read land: caller-supplied buffers, filled and verified in place.
+"""The destination of one read: caller-supplied buffers, filled and verified in place.
 
-Owns: the status of every page of one `read`, whatever transport brings the bytes.
-Invariant: a page is OK only when every byte arrived in order and the slice's checksum matched; whatever a node sends, nothing
-is written outside the buffer of the page that it names.
+Owns: the status of every page of one `read`, for every transport.
+Invariant: a page is OK only if every byte arrived in order and the slice's checksum matched; whatever a node sends, nothing is
+written outside the buffer of the page that it names.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class Landing:
 
     @property
     def leading_open(self) -> int:
-        """How many pages from the first on are neither missing nor corrupt so far."""
+        """The number of leading pages that are neither missing nor corrupt so far."""
         for index, status in enumerate(self._statuses):
             if status not in (None, PageStatus.OK):
                 return index
@@ -43,7 +43,7 @@ class Landing:
 
     @property
     def lacking(self) -> list[int]:
-        """The pages that are not there, or not whole and verified, so far."""
+        """Returns the pages that have not arrived, or are not complete and verified, so far."""
         return [index for index, status in enumerate(self._statuses) if status is not PageStatus.OK]
 
     def begin(self, transport: str) -> None:
@@ -53,14 +53,14 @@ class Landing:
         self._statuses = [None] * len(self.views)
 
     def miss(self, index: int, status: PageStatus) -> None:
-        """Page `index` cannot be had. Raises `ProtocolError` for one unknown or answered already, or a status of no miss."""
+        """Marks page `index` as a miss. Raises `ProtocolError` for an unknown or answered page, or a status that is not a miss."""
         self._require_open(index)
         if status not in _MISSES:
             raise ProtocolError(f"the node answered a read of page {index} with {status.name}")
         self._statuses[index] = status
 
     def window(self, index: int, offset_bytes: int, size_bytes: int) -> memoryview | None:
-        """Where the next `size_bytes` of page `index` go; None where they are worthless because the page is corrupt already.
+        """Returns where the next `size_bytes` of page `index` go; None if they are useless because the page is already corrupt.
 
         Raises `ProtocolError` for bytes that no correct node sends.
         """
@@ -76,27 +76,31 @@ class Landing:
         return None if worthless else self.views[index][begin:end]
 
     def whole(self, index: int) -> memoryview:
-        """Where all of page `index` goes, for a transport that brings it at once: then `settle`. Raises as `window` does."""
+        """Returns where all of page `index` goes, for a transport that brings it at once and then calls `settle`. Raises as
+        `window` does.
+        """
         self._require_open(index)
         return self.views[index]
 
     def settle(self, index: int, intact: bool) -> None:
-        """All of page `index` came."""
+        """Sets the status of page `index`, which has arrived completely."""
         self._received_bytes[index] = self.slice_bytes
         self._statuses[index] = PageStatus.OK if intact else PageStatus.CORRUPT
 
     def landed(self, index: int, size_bytes: int) -> bool:
-        """Counts bytes that came, worthless ones too; whether the slice of the page is complete now, and due for `judge`."""
+        """Counts bytes that arrived, useful or not. Returns whether the slice of the page is complete and must be passed to
+        `judge`.
+        """
         self._received_bytes[index] += size_bytes
         return self._received_bytes[index] == self.slice_bytes
 
     def judge(self, index: int, intact: bool) -> None:
-        """Sets the status of a complete page, or of one whose bytes so far are known to be wrong; corrupt stays corrupt."""
+        """Sets the status of a complete page, or of one whose bytes are known to be wrong; corrupt stays corrupt."""
         if self._statuses[index] is None:
             self._statuses[index] = PageStatus.OK if intact else PageStatus.CORRUPT
 
     def take(self, chunk: ReadChunk) -> None:
-        """Puts one gRPC chunk in its place; the checksum that it carries is that of the whole slice."""
+        """Copies one gRPC chunk into its place; its checksum is that of the whole slice."""
         index = chunk.page_index
         if chunk.status is not PageStatus.OK:
             self.miss(index, chunk.status)
@@ -110,13 +114,13 @@ class Landing:
                 self.judge(index, page_checksum(self.views[index]) == chunk.checksum)
 
     def require_complete(self) -> None:
-        """Raises `ProtocolError` if a page has no status though the node has ended the read."""
+        """Raises `ProtocolError` if a page has no status although the node has ended the read."""
         unanswered = self._statuses.count(None)
         if unanswered:
             raise ProtocolError(f"the node ended the read with {unanswered} of {len(self._statuses)} pages unanswered")
 
     def result(self, error: Retryable | None = None) -> ReadResult:
-        """The outcome so far; pages that are not complete are INCOMPLETE."""
+        """Returns the outcome so far; incomplete pages are INCOMPLETE."""
         statuses = tuple(PageStatus.INCOMPLETE if status is None else status for status in self._statuses)
         return ReadResult(statuses, statuses.count(PageStatus.OK) * self.slice_bytes, error, self.transport)
 
@@ -126,7 +130,7 @@ class Landing:
 
 
 def readable_view(index: int, page: Buffer, page_bytes: int) -> memoryview:
-    """The bytes of a page to write. Raises `BufferMismatch` for a wrong size."""
+    """Returns the bytes of a page to write. Raises `BufferMismatch` for a wrong size."""
     view = _flat_view(index, page)
     if view.nbytes != page_bytes:
         raise BufferMismatch(f"page {index} has {view.nbytes} bytes; the layout's pages have {page_bytes}")

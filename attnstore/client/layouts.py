@@ -1,7 +1,7 @@
-"""What a client keeps between calls: the layouts that it registered, and its default deadline.
+"""The state of a client between calls: the layouts that it registered, and its default deadline.
 
 Owns: `Layouts`. Invariant: a namespace keeps the layout that a node has accepted for it, so that it can be registered again with a
-node that was restarted.
+restarted node.
 """
 
 from __future__ import annotations
@@ -21,20 +21,20 @@ class Layouts:
         self._layouts: dict[bytes, PageLayout] = {}
 
     def registered(self, namespace: bytes, layout: PageLayout) -> None:
-        """Is called when a node knows the namespace."""
+        """Called when a node has accepted the namespace."""
         self._layouts[namespace] = layout
 
     def layout(self, namespace: bytes) -> PageLayout:
-        """The layout that the namespace was registered with. Raises `NamespaceUnknown`."""
+        """Returns the layout with which the namespace was registered. Raises `NamespaceUnknown`."""
         try:
             return self._layouts[namespace]
         except KeyError:
             raise NamespaceUnknown("this client did not register the namespace: call register_layout first") from None
 
     def deadline_ms(self, deadline_ms: float | None) -> float:
-        """A call's time: its own, or the client's where that is None. Raises `InvalidArgument`."""
+        """Returns a call's time: its own, or the client's if that is None. Raises `InvalidArgument`."""
         return self._deadline_ms if deadline_ms is None else checked_deadline_ms(deadline_ms)
 
     def deadline(self, deadline_ms: float | None) -> Deadline:
-        """The deadline of a call that begins now. Raises as `deadline_ms`."""
+        """Returns the deadline of a call that begins now. Raises as `deadline_ms` does."""
         return Deadline(self.clock, self.deadline_ms(deadline_ms))

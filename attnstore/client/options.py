@@ -1,4 +1,4 @@
-"""How a client is told to reach its node or its cluster: everything that `connect` takes, checked before anything is sent."""
+"""The options of `connect`: how a client reaches its node or its cluster, checked before anything is sent."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class Target:
 
     @classmethod
     def parse(cls, url: str) -> Target:
-        """Raises `InvalidArgument` for anything else."""
+        """Parses a target. Raises `InvalidArgument` for any other text."""
         scheme, separator, address = url.partition("://")
         if not separator:  # not even a URL: perhaps the value of a mistyped option
             raise InvalidArgument("the target is not grpc://host:port or grpcs://host:port")
@@ -54,8 +54,8 @@ class Target:
 class ConnectOptions:
     """How a client reaches its node. `tls_ca`: PEM certificates of the trusted authorities, None for the system's.
 
-    `check`: what the node has to pass before anything is sent to it, None for nothing.
-    `http_proxy`: URL of the HTTP proxy that gRPC connections go through, None for none.
+    `check`: the check that the node must pass before anything is sent to it, or None. `http_proxy`: URL of the HTTP proxy for gRPC
+    connections, or None.
     """
 
     target: Target
@@ -81,7 +81,7 @@ class ConnectOptions:
         shared_path: str | Path | None = None,
         http_proxy: str | None = None,
     ) -> ConnectOptions:
-        """Options from what a user gives; the token falls back to the environment's `ATTNSTORE_TOKEN`.
+        """Creates options from a user's values; the token falls back to the environment's `ATTNSTORE_TOKEN`.
 
         Raises `InvalidArgument` for a bad value or a `tls_ca` file that cannot be read.
         """
@@ -89,13 +89,13 @@ class ConnectOptions:
         return options.sharing(shared_path).through(http_proxy)
 
     def sharing(self, shared_path: str | Path | None) -> ConnectOptions:
-        """The same with the file named that the node's arena lies in."""
+        """Returns the same options with the path of the node's arena file."""
         return replace(self, shared_path=Path(shared_path) if shared_path is not None else None)
 
     def through(self, http_proxy: str | None) -> ConnectOptions:
-        """The same by way of an HTTP proxy, which carries gRPC and nothing else.
+        """Returns the same options with an HTTP proxy, which carries only gRPC.
 
-        Raises `InvalidArgument` for a malformed URL, which it does not show, or a transport that goes past the proxy.
+        Raises `InvalidArgument` for a malformed URL, without showing it, or for a transport that bypasses the proxy.
         """
         if http_proxy is None:
             return self
@@ -106,14 +106,16 @@ class ConnectOptions:
         return replace(self, http_proxy=http_proxy, transport="grpc")
 
     def at(self, member: Member, check: MemberCheck | None = None) -> ConnectOptions:
-        """The same for a node of a cluster, which passes the check before it is sent anything. Raises `InvalidArgument`."""
+        """Returns the same options for a node of a cluster, which must pass the check before anything is sent to it. Raises
+        `InvalidArgument`.
+        """
         return replace(self, target=Target.parse(member.url), check=check)
 
     @classmethod
     def of_cluster(
         cls, tls: bool, *, deadline_ms: float, token: str | None, tls_ca: str | Path | None, transport: str, channels: int
     ) -> ConnectOptions:
-        """Options for nodes whose addresses are not known yet; `at` makes them those of a node."""
+        """Returns options for nodes whose addresses are not known yet; `at` gives those of a node."""
         return cls._checked(Target(Address("", 0), tls), deadline_ms, token, tls_ca, transport, channels)
 
     @classmethod
@@ -141,9 +143,10 @@ class ConnectOptions:
 
 @dataclass(frozen=True, slots=True)
 class ClusterOptions:
-    """How a client reaches a cluster: `nodes` are the URLs of a fixed list, or `directory` is where the list is kept.
+    """How a client reaches a cluster: `nodes` are the URLs of a fixed list, or `directory` is the URL of the directory with the
+    list.
 
-    `node` holds what is the same for all nodes; the replicas of a fixed list are `replicas`.
+    `node` contains the options shared by all nodes; `replicas` applies to a fixed list.
     """
 
     nodes: tuple[str, ...]
@@ -164,7 +167,9 @@ class ClusterOptions:
         shared_path: str | Path | None = None,
         http_proxy: str | None = None,
     ) -> Self:
-        """As `ConnectOptions.create`, for a target that `is_cluster`: a directory's URL, or `grpc://a:7400,b:7400?replicas=2`."""
+        """As `ConnectOptions.create`, for a target for which `is_cluster` is true: a directory's URL, or
+        `grpc://a:7400,b:7400?replicas=2`.
+        """
         nodes: tuple[str, ...] = ()
         replicas = 1
         has_key = False
@@ -186,7 +191,7 @@ class ClusterOptions:
         return cls(nodes, "" if nodes else target, replicas, node.sharing(shared_path).through(http_proxy))
 
     def open_directory(self) -> Directory:
-        """The directory, for the running event loop; nothing is sent yet."""
+        """Returns the directory, for the running event loop; nothing is sent yet."""
         if self.directory:
             return open_directory(self.directory, tls_only=self.node.target.tls)
         return MemoryDirectory(
@@ -195,7 +200,7 @@ class ClusterOptions:
 
 
 def is_cluster(target: str) -> bool:
-    """Whether `target` names a cluster and not one node."""
+    """Returns whether `target` names a cluster, not one node."""
     return is_directory_url(target) or "," in target
 
 
@@ -210,7 +215,7 @@ def options_of(
     shared_path: str | Path | None = None,
     http_proxy: str | None = None,
 ) -> ConnectOptions | ClusterOptions:
-    """The options that `target` asks for: those of a cluster or of one node. Raises as their `create`."""
+    """Returns the options for `target`: those of a cluster or of one node. Raises as their `create` does."""
     create = ClusterOptions.create if is_cluster(target) else ConnectOptions.create
     return create(
         target,
@@ -225,7 +230,7 @@ def options_of(
 
 
 def checked_target(text: str) -> str:
-    """The text itself; raises `InvalidArgument` unless it is a target of `connect`. Nothing is sent or read."""
+    """Returns the text. Raises `InvalidArgument` unless it is a target of `connect`. Nothing is sent or read."""
     if is_directory_url(text):
         DirectoryUrl.parse(text)
     elif is_cluster(text):
@@ -263,7 +268,7 @@ def _checked_channels(channels: int) -> int:
 
 
 def checked_deadline_ms(deadline_ms: float) -> float:
-    """`deadline_ms` itself; raises `InvalidArgument` unless it is positive and at most `limits.DEADLINE_MS_MAX`."""
+    """Returns `deadline_ms`. Raises `InvalidArgument` unless it is positive and at most `limits.DEADLINE_MS_MAX`."""
     if not 0 < deadline_ms <= DEADLINE_MS_MAX:
         raise InvalidArgument(f"deadline_ms is {deadline_ms}; it must be positive and at most {DEADLINE_MS_MAX}")
     return float(deadline_ms)

@@ -1,6 +1,6 @@
-"""Arguments of a client's calls, checked and made into plans before anything is sent.
+"""Checks the arguments of a client's calls and makes plans of them before anything is sent.
 
-Owns: what a call may ask for. Invariant: a call whose arguments are wrong raises here, and no transport sees it.
+Owns: the valid arguments of a call. Invariant: a call with wrong arguments raises here, and no transport sees it.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from attnstore.wire.chunks import Buffer
 class Planning:
     """The plans of one client. Those of pages raise `NamespaceUnknown` for a namespace that the client did not register.
 
-    `layered_pages_max`: how many pages a read with `on_layer` may have.
+    `layered_pages_max` is the maximum number of pages of a read with `on_layer`.
     """
 
     def __init__(self, layouts: Layouts, layered_pages_max: int = CHANNEL_READ_HASHES_MAX) -> None:
@@ -29,7 +29,7 @@ class Planning:
         self._layered_pages_max = layered_pages_max
 
     def match(self, namespace: bytes, prefixes: Sequence[Sequence[bytes]], lease_ms: int, deadline_ms: float | None) -> MatchPlan:
-        """A plan of `match`. Raises `InvalidArgument`."""
+        """Returns a plan of `match`. Raises `InvalidArgument`."""
         messages.check_namespace(namespace)
         plan = MatchPlan(namespace, prefixes, checked_lease_ms(lease_ms), self._layouts.deadline(deadline_ms))
         if plan.hashes > HASHES_MAX:
@@ -46,7 +46,7 @@ class Planning:
         on_layer: OnLayer | None,
         deadline_ms: float | None,
     ) -> ReadPlan:
-        """A plan of `read`. Raises `InvalidArgument` and `BufferMismatch`."""
+        """Returns a plan of `read`. Raises `InvalidArgument` and `BufferMismatch`."""
         layout = self._layouts.layout(namespace)
         messages.join_hashes(hashes)
         layer_begin, layer_end = layers if layers is not None else (0, layout.layers)
@@ -74,7 +74,7 @@ class Planning:
         layers: tuple[int, int] | None,
         deadline_ms: float | None,
     ) -> ViewPlan:
-        """A plan of `view`. Raises `InvalidArgument`."""
+        """Returns a plan of `view`. Raises `InvalidArgument`."""
         layout = self._layouts.layout(namespace)
         messages.join_hashes(hashes)
         begin, end = layout.layer_slice(*(layers if layers is not None else (0, layout.layers)))
@@ -89,7 +89,9 @@ class Planning:
         sealed: Sequence[int] | None = None,
         ages_ms: Sequence[int] = (),
     ) -> WritePlan:
-        """A plan of `write`, or of `hand_over` with `sealed` and `ages_ms`. Raises `InvalidArgument` and `BufferMismatch`."""
+        """Returns a plan of `write`, or of `hand_over` with `sealed` and `ages_ms`. Raises `InvalidArgument` and
+        `BufferMismatch`.
+        """
         layout = self._layouts.layout(namespace)
         if len(hashes) != len(pages):
             raise InvalidArgument(f"{len(hashes)} hashes and {len(pages)} pages are given; give one page for each hash")
@@ -98,14 +100,14 @@ class Planning:
         return WritePlan(namespace, hashes, views, self._layouts.deadline(deadline_ms), sealed, ages_ms)
 
     def attend(self, namespace: bytes, q_heads: int, scale: float, deadline_ms: float | None) -> AttendPlan:
-        """A plan of `attend`. Raises `InvalidArgument`."""
+        """Returns a plan of `attend`. Raises `InvalidArgument`."""
         layout = self._layouts.layout(namespace)
         shape = AttendShape(namespace, q_heads, scale)
         return AttendPlan(shape, layout, self._layouts.deadline_ms(deadline_ms), self._layouts.clock)
 
 
 def checked_lease_ms(lease_ms: int) -> int:
-    """`lease_ms` itself; raises `InvalidArgument` unless it is between 0 and `LEASE_MS_MAX`."""
+    """Returns `lease_ms`. Raises `InvalidArgument` unless it is between 0 and `LEASE_MS_MAX`."""
     if not 0 <= lease_ms <= LEASE_MS_MAX:
         raise InvalidArgument(f"lease_ms is {lease_ms}; it must be between 0 and {LEASE_MS_MAX}")
     return lease_ms

@@ -1,6 +1,6 @@
 """The client of a cluster: the calls of `AsyncClient` over many nodes.
 
-Owns: which node is asked for what, and how the answers become one. Invariants: a call ends within its one deadline; a node that
+Owns: the choice of nodes for each call, and merging their answers. Invariants: a call ends within its one deadline; a node that
 fails costs misses, never a wrong page and never the answers of other nodes; only the first call waits for the directory.
 """
 
@@ -57,11 +57,11 @@ T = TypeVar("T")
 
 
 class AsyncClusterClient:
-    """A client of a cluster, for one event loop; made by `attnstore.aio.connect`.
+    """A client of a cluster, for one event loop; created by `attnstore.aio.connect`.
 
-    Methods, arguments and errors are those of `AsyncClient`. What differs: `describe` and `stats` are sums over the nodes that
-    answer; pages of nodes that do not answer are misses, so that `match` and `read` have an `error`, and `write` raises, only where
-    no node answered at all, or none could be asked.
+    Methods, arguments and errors are those of `AsyncClient`, with two differences. `describe` and `stats` are sums over the nodes
+    that answer. Pages of nodes that do not answer are misses: only if no node answered, or none could be asked, do `match` and
+    `read` have an `error` and does `write` raise.
     """
 
     def __init__(self, options: ClusterOptions, clock: Clock | None = None) -> None:
@@ -85,29 +85,29 @@ class AsyncClusterClient:
         await self.close()
 
     async def close(self) -> None:
-        """Ends all connections; calls that are running fail. Closing twice is harmless."""
+        """Closes all connections; running calls fail. Closing twice is harmless."""
         self._closed = True
         membership, self._membership = self._membership, None
         if membership is not None:
             await membership.close()
 
     async def members(self, *, deadline_ms: float | None = None) -> tuple[Member, ...]:
-        """The nodes of the cluster, as this client sees it."""
+        """Returns the nodes of the cluster, as this client sees it."""
         view = await self._followed().ready(self._layouts.deadline(deadline_ms))
         return tuple(view.members.values())
 
     async def describe(self, *, deadline_ms: float | None = None) -> NodeDescription:
-        """What the nodes that answer say of themselves, as one; limits are the lowest of any."""
+        """Returns the descriptions of the nodes that answer, merged; limits are the lowest of any node."""
         answers = await self._everywhere(lambda client, left_ms: client.describe(deadline_ms=left_ms), deadline_ms)
         return joint_description(answers)
 
     async def stats(self, *, deadline_ms: float | None = None) -> NodeStatistics:
-        """The sums of the counters of the nodes that answer; `uptime_ms` is that of the youngest."""
+        """Returns the sums of the counters of the nodes that answer; `uptime_ms` is that of the youngest."""
         answers = await self._everywhere(lambda client, left_ms: client.stats(deadline_ms=left_ms), deadline_ms)
         return joint_statistics(answers)
 
     async def register_layout(self, namespace: bytes, layout: PageLayout, *, deadline_ms: float | None = None) -> int:
-        """Makes `namespace` known to every node; how many of its pages the nodes that answer could hold together."""
+        """Registers `namespace` with every node. Returns how many of its pages the nodes that answer could hold together."""
         messages.check_namespace(namespace)
         deadline = self._layouts.deadline(deadline_ms)
         answers = await self._everywhere(
@@ -119,7 +119,7 @@ class AsyncClusterClient:
     async def match(
         self, namespace: bytes, prefixes: Sequence[Sequence[bytes]], *, lease_ms: int = 0, deadline_ms: float | None = None
     ) -> MatchResult:
-        """See `AsyncClient.match`. Callers that ask for the same at the same time share one answer, and one lease."""
+        """See `AsyncClient.match`. Concurrent callers with equal requests share one answer, and one lease."""
         plan = self._planning.match(namespace, tuple(map(tuple, prefixes)), lease_ms, deadline_ms)
         messages.join_hashes(page_hash for prefix in plan.prefixes for page_hash in prefix)
         return await self._matcher.match(self._followed(), plan, self._layouts.layout(namespace))
@@ -127,9 +127,9 @@ class AsyncClusterClient:
     async def lease(
         self, namespace: bytes, hashes: Sequence[bytes], lease_ms: int, *, deadline_ms: float | None = None
     ) -> tuple[int, Lease | None]:
-        """Leases the leading pages of one prefix: how many, and the lease (None when the first is missing already).
+        """Leases the leading pages of one prefix. Returns their number and the lease, which is None if the first page is missing.
 
-        Raises what `MatchResult.error` would say.
+        Raises the error that `MatchResult.error` would describe.
         """
         found = await self.match(namespace, [hashes], lease_ms=lease_ms, deadline_ms=deadline_ms)
         if found.error is not None:
@@ -137,7 +137,7 @@ class AsyncClusterClient:
         return found.hits[0], found.lease
 
     async def renew(self, lease: Lease, lease_ms: int, *, deadline_ms: float | None = None) -> Lease:
-        """Extends a lease on all its nodes. Raises `LeaseExpired` if it ran out on any: match again."""
+        """Extends a lease on all its nodes. Raises `LeaseExpired` if it has expired on any of them: match again."""
         parts = self._leases.parts(lease)
         soon = self._layouts.deadline(deadline_ms).sooner(NODE_ANSWER_MS_MAX, last=True)
         calls = (part.renew(lease_ms, soon.left_ms()) for part in parts)
@@ -149,7 +149,9 @@ class AsyncClusterClient:
         return self._leases.renewed(lease, min(renewed))
 
     async def release(self, lease: Lease, *, deadline_ms: float | None = None) -> bool:
-        """Ends a lease. False if it had already run out, on any of its nodes, or others who share it still hold it."""
+        """Ends a lease. Returns False if it had already expired on any of its nodes, or if other callers that share it still hold
+        it.
+        """
         parts = self._leases.release(lease)
         soon = self._layouts.deadline(deadline_ms).sooner(NODE_ANSWER_MS_MAX, last=True)
         calls = (part.release(soon.left_ms()) for part in parts)
@@ -168,7 +170,9 @@ class AsyncClusterClient:
         on_layer: OnLayer | None = None,
         deadline_ms: float | None = None,
     ) -> ReadResult:
-        """See `AsyncClient.read`. Pages that one node does not have, or does not send, are asked of the next that may have them."""
+        """See `AsyncClient.read`. Pages that a node does not have, or does not send, are requested from the next
+        possible holder.
+        """
         membership = self._followed()
         parts: tuple[LeasePart, ...] = ()
         if lease is not None:
@@ -188,7 +192,7 @@ class AsyncClusterClient:
         layers: tuple[int, int] | None = None,
         deadline_ms: float | None = None,
     ) -> PageViews:
-        """See `AsyncClient.view`; for pages that lie on one node. Raises `InvalidArgument` where they do not."""
+        """See `AsyncClient.view`; for pages on one node. Raises `InvalidArgument` if they are on several."""
         for part in self._leases.parts(lease):
             if part.hashes.issuperset(hashes):
                 left_ms = self._layouts.deadline(deadline_ms).left_ms()
@@ -198,8 +202,8 @@ class AsyncClusterClient:
     async def write(
         self, namespace: bytes, hashes: Sequence[bytes], pages: Sequence[Buffer], *, deadline_ms: float | None = None
     ) -> WriteResult:
-        """See `AsyncClient.write`. STORED: all owners that can be reached have it; ARRIVING: this client is writing it already, or
-        another node is handing it to an owner.
+        """See `AsyncClient.write`. STORED: all reachable owners have the page. ARRIVING: this client is already writing it, or
+        another node is handing it over to an owner.
         """
         plan = self._planning.write(namespace, hashes, pages, deadline_ms)
         return await self._writer.write(self._followed(), plan, self._layouts.layout(namespace))
@@ -209,24 +213,24 @@ class AsyncClusterClient:
         return self._planning.attend(namespace, q_heads, scale, deadline_ms)
 
     async def attend_holders(self, hashes: Sequence[bytes], deadline: Deadline) -> dict[AttendNode, list[int]]:
-        """The nodes to ask for each page that is to be attended to; see `attend.Holders`."""
+        """Returns the nodes to ask for each attended page; see `attend.Holders`."""
         return await cluster_holders(self._followed(), hashes, deadline)
 
     async def delete(self, namespace: bytes, hashes: Sequence[bytes], *, deadline_ms: float | None = None) -> DeleteResult:
         """Removes pages from all nodes: PINNED if any node cannot, else OK if any had the page, else MISSING.
 
-        `DeleteResult.unreached` names the nodes that did not answer. Raises only where none did.
+        `DeleteResult.unreached` names the nodes that did not answer. Raises only if no node answered.
         """
         messages.join_hashes(hashes)
         layout = self._layouts.layout(namespace)
         return await delete_everywhere(self._followed(), namespace, layout, hashes, self._layouts.deadline(deadline_ms))
 
     async def watch(self, namespace: bytes, *, deadline_ms: float | None = None) -> AsyncGenerator[PageEvent, None]:
-        """Page events of all nodes, through the directory: in order for each node, about a heartbeat late.
+        """Watches the page events of all nodes, through the directory: in order for each node, about a heartbeat late.
 
-        Returns once later events cannot be missed. The generator ends with `Unavailable` when the directory fails. Raises
-        `InvalidArgument` for a fixed list of nodes, which has no directory: watch each node; and what `describe` raises, because
-        the nodes know which tenant's events the caller may see.
+        Returns once no later event can be missed. The generator ends with `Unavailable` when the directory fails. Raises
+        `InvalidArgument` for a fixed list of nodes, which has no directory: watch each node. Also raises what `describe` raises,
+        because the nodes know the caller's tenant.
         """
         if self._options.nodes:
             raise InvalidArgument("a fixed list of nodes has no directory to watch: watch each node")
@@ -248,7 +252,7 @@ class AsyncClusterClient:
         return events()
 
     async def _everywhere(self, call: Callable[[AsyncClient, float], Awaitable[T]], deadline_ms: float | None) -> list[T]:
-        """The answers of all nodes that answer. Raises what one of them raised where none does."""
+        """Returns the answers of all nodes that answer. Raises the error of one node if none does."""
         deadline = self._layouts.deadline(deadline_ms)
         membership = self._followed()
         await membership.ready(deadline)

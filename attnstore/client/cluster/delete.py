@@ -1,8 +1,8 @@
-"""Deleting pages wherever they may lie in a cluster.
+"""Deletion of pages from all nodes of a cluster.
 
-Owns: who is asked to delete, and what becomes of their answers. Invariant: every member is asked, holder or not: a page may be on
-its way to any of them, and who has deleted a page refuses to be handed it again. Who does not answer is named to the caller, and
-told by the directory, to which one of the others writes.
+Owns: the nodes that are asked, and merging their answers. Invariant: every member is asked, holder or not: a page may be in transit
+to any of them, and a node that has deleted a page refuses to be handed it again. Nodes that do not answer are named to the caller;
+another node publishes the deletion in the directory for them.
 """
 
 from __future__ import annotations
@@ -49,5 +49,5 @@ async def delete_everywhere(
 
 
 def _joint(statuses: Sequence[PageStatus]) -> PageStatus:
-    """PINNED if any node cannot, else OK if any had the page, else MISSING."""
+    """Returns PINNED if any node cannot, else OK if any had the page, else MISSING."""
     return next((status for status in (PageStatus.PINNED, PageStatus.OK) if status in statuses), PageStatus.MISSING)

@@ -1,7 +1,7 @@
-"""Matching prefixes whose pages lie on several nodes.
+"""Matches prefixes whose pages are on several nodes.
 
 Owns: which node is asked for which run of a prefix, and the callers that share one answer. Invariants: a page is a hit only if all
-pages before it are; a lease that nobody gets is released.
+pages before it are; a lease that no caller receives is released.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from attnstore.types import MatchResult
 
 
 class ClusterMatcher:
-    """Belongs to one event loop. `release_ms` is how long the release of a lease may take that nobody waits for."""
+    """Belongs to one event loop. `release_ms` bounds the release of a lease for which nobody waits."""
 
     def __init__(self, leases: ClusterLeases, release_ms: float) -> None:
         self._leases = leases
@@ -42,7 +42,7 @@ class ClusterMatcher:
         """See `AsyncClusterClient.match`. The plan's prefixes are tuples."""
         try:
             async with asyncio.timeout(plan.deadline.left_ms() / 1000):
-                # Callers share an answer only if they have about the same time left: another's answer may have cost too much of it.
+                # Callers share an answer only if they have about the same time left, because another's answer may arrive too late.
                 _, patience = math.frexp(plan.deadline.left_ms())
                 return await self._running.run(
                     (plan.namespace, plan.prefixes, plan.lease_ms, patience),
@@ -77,7 +77,7 @@ class ClusterMatcher:
         return MatchResult(hits, self._leases.grant(parts, flight.passengers) if parts else None)
 
     def _let_go(self, parts: Sequence[LeasePart]) -> None:
-        """Releases leases that nobody gets, in the background: they would run out by themselves."""
+        """Releases leases that no caller receives, in the background; they would also expire by themselves."""
         for part in parts:
             tasks.detached("release", self._release_quietly(part))
 
@@ -89,7 +89,7 @@ class ClusterMatcher:
 def _next_round(
     membership: ClusterMembership, view: ClusterView, runs: Sequence[Run], turn: int
 ) -> list[tuple[NodeLink, list[Run], bool]]:
-    """Each node that is to be asked next, its runs with pages not found yet, and whether no other node is left for them."""
+    """Returns each node to be asked next, its runs with missing pages, and whether no other node is left for them."""
     groups: dict[str, list[Run]] = defaultdict(list)
     others: set[str] = set()
     usable = membership.usable()
@@ -106,7 +106,7 @@ def _next_round(
 async def _ask(
     link: NodeLink, plan: MatchPlan, layout: PageLayout, runs: Sequence[Run], parts: list[LeasePart], last: bool
 ) -> None:
-    """Asks one node for what is missing of the runs, in its part of the time. Raises where the node does not answer."""
+    """Asks one node for the missing part of the runs, in its share of the time. Raises if the node does not answer."""
     for run in runs:
         run.asked.add(link.member.node_id)
     rests = [run.rest for run in runs]

@@ -1,7 +1,7 @@
-"""A client's view of its cluster, and the links to the nodes in it.
+"""A client's view of its cluster, and the links to its nodes.
 
-Owns: the task that asks the directory, and one `NodeLink` for each incarnation of each member. Invariants: no call waits for the
-directory but the first one, which has nothing to go by; a directory that fails leaves the last view in force.
+Owns: the task that queries the directory, and one `NodeLink` per incarnation of each member. Invariants: only the first call, which
+has no view, waits for the directory; if the directory fails, the last view stays in force.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def raise_wrong_calls(outcomes: Iterable[object]) -> None:
 
 
 class ClusterMembership:
-    """Follows a directory. Belongs to one event loop; `open_link` makes the link to a member."""
+    """Follows a directory. Belongs to one event loop; `open_link` creates the link to a member."""
 
     def __init__(self, directory: Directory, clock: Clock, open_link: Callable[[Member], NodeLink]) -> None:
         self._directory = directory
@@ -64,11 +64,11 @@ class ClusterMembership:
         return self._tracker.view
 
     def usable(self) -> set[str]:
-        """The members that calls are made to."""
+        """The members to which calls are made."""
         return {node_id for node_id, link in self._links.items() if link.is_usable}
 
     async def ready(self, deadline: Deadline) -> ClusterView:
-        """The view, once there is one. Raises `Unavailable` where the directory has never answered, or knows no node."""
+        """Returns the view, once there is one. Raises `Unavailable` if the directory has never answered, or knows no node."""
         if self._watching is None:
             self._watching = tasks.supervised("membership", self._watch)
         if not self._links:
@@ -83,7 +83,7 @@ class ClusterMembership:
         return self._tracker.view
 
     async def close(self) -> None:
-        """Ends the task, the links and the directory's connections."""
+        """Closes the task, the links and the directory's connections."""
         async with AsyncExitStack() as closing:
             closing.push_async_callback(self._directory.close)
             closing.push_async_callback(self._close_links)
@@ -117,7 +117,7 @@ class ClusterMembership:
             await task
 
     def _adopt(self, view: ClusterView) -> list[Awaitable[None]]:
-        """Opens links to new members and new incarnations; what ends the others."""
+        """Opens links to new members and new incarnations, and closes those of removed ones."""
         ended: list[Awaitable[None]] = []
         links: dict[str, NodeLink] = {}
         for node_id, member in view.members.items():

@@ -1,8 +1,8 @@
-"""One node of a cluster, as a client sees it: its connection, its circuit breaker, and how fast it has been.
+"""One node of a cluster, as a client sees it: its connection, its circuit breaker, and its past speed.
 
-Owns: the `AsyncClient` of one incarnation of a node. Invariants: no call is made through an open circuit but the probe; a namespace
-is registered with the node before the first call that needs it. A call whose deadline was too short to blame the node has a probe
-sent, which gives it a fair time: a node that hangs is found even where every caller is in a hurry.
+Owns: the `AsyncClient` of one incarnation of a node. Invariants: only the probe is sent through an open circuit; a namespace is
+registered with the node before the first call that needs it. A call whose deadline was too short to blame the node triggers a probe
+with enough time, so that a hung node is detected even if every caller's deadline is short.
 """
 
 from __future__ import annotations
@@ -52,22 +52,22 @@ class NodeLink:
 
     @property
     def is_usable(self) -> bool:
-        """Calls are made."""
+        """True if calls are made."""
         return self._breaker.state is CircuitState.CLOSED
 
     def expected_ms(self, pages: int) -> float | None:
-        """How long a read of so many pages is likely to take; None as long as nothing was read."""
+        """Returns how long a read of that many pages is likely to take; None if nothing was read yet."""
         return None if self._page_ms is None else self._page_ms * pages
 
     def took(self, pages: int, took_ms: float) -> None:
-        """So many pages came in this time: exponentially smoothed, for `expected_ms`."""
+        """Records the time of a read, exponentially smoothed, for `expected_ms`."""
         now = took_ms / pages
         self._page_ms = now if self._page_ms is None else self._page_ms + _SMOOTHING * (now - self._page_ms)
 
     async def call(self, call: Callable[[AsyncClient], Awaitable[T]], size_bytes: int = 0) -> T:
-        """Makes a call that moves up to `size_bytes`, and counts how it ended.
+        """Makes a call that moves up to `size_bytes`, and counts its result.
 
-        Raises `Unavailable` at once where the circuit is open.
+        Raises `Unavailable` at once if the circuit is open.
         """
         if not self.is_usable:
             raise Unavailable(f"node {self.member.node_id} has failed and is left alone until a probe of it succeeds")
@@ -75,7 +75,7 @@ class NodeLink:
         try:
             answer = await call(self.client)
         except DeadlineExceeded:
-            # What counts is the time that this node was given, not what the caller had before others were asked.
+            # Only the time given to this node counts, not the time that the caller had before others were asked.
             if had_fair_time(self._clock.now_ms() - began_ms, size_bytes):
                 self._failed()
             else:
@@ -96,7 +96,7 @@ class NodeLink:
         return answer
 
     async def register(self, namespace: bytes, layout: PageLayout, deadline: Deadline) -> None:
-        """Makes the namespace known to the node, if this link has not done so."""
+        """Registers the namespace with the node, unless this link has done so."""
         if namespace not in self._registered:
             await self.client.register_layout(namespace, layout, deadline_ms=deadline.left_ms())
             self._registered.add(namespace)
@@ -126,7 +126,7 @@ class NodeLink:
             self._probing = tasks.supervised("probe", self._probe)
 
     async def _probe(self) -> None:
-        """Asks the node whether it is there until it answers; where that takes too long, the circuit opens meanwhile."""
+        """Pings the node until it answers; if that takes too long, the circuit opens meanwhile."""
         while not await self._answers():
             if self.is_usable:
                 self._failed()

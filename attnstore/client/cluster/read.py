@@ -1,10 +1,10 @@
-"""Reading pages from the nodes that may hold them.
+"""Reads pages from the nodes that may hold them.
 
 Owns: one read: which node is asked for which page, in which order, and which answer counts. Invariants: a buffer is written by one
 transfer at a time; when `run` ends, however it ends, every transfer has ended.
 
-What a node is late with, compared to what it usually needs, is asked of another holder as well, into memory of its own, and the
-first whole answer counts (hedged requests: Dean and Barroso, The Tail at Scale, 2013), within a budget (`hedges`).
+If a node is late compared with its usual time, another holder is asked too, with memory of its own, and the first complete answer
+counts (hedged requests: Dean and Barroso, The Tail at Scale, 2013), within a budget (`hedges`).
 """
 
 from __future__ import annotations
@@ -32,17 +32,17 @@ from attnstore.types import Lease, PageStatus, ReadResult
 
 HEDGE_MS_MIN: Final = 30.0
 HEDGE_FACTOR: Final = 4.0
-"""A read is hedged when it has taken this many times what it was expected to take, and no less than HEDGE_MS_MIN."""
+"""A read is hedged after this many times its expected duration, but not before HEDGE_MS_MIN."""
 
 Group = tuple[str, str | None]
-"""The node that is asked, and the one to turn to if it is late."""
+"""The node that is asked, and the alternative if it is late."""
 
 
 @dataclass(slots=True)
 class _Attempt:
-    """One node asked for pages `indices` of the read. `landing` is where they land, once the node is asked.
+    """A request of pages `indices` of the read to one node. `landing` is their destination, once the node is asked.
 
-    Unless it is the `last` one to be asked it gets half of the time.
+    Unless the node is the `last` one to be asked, it gets half of the time.
     """
 
     link: NodeLink
@@ -53,11 +53,11 @@ class _Attempt:
 
     @property
     def lacking(self) -> list[int]:
-        """Positions in `indices` of the pages that have not come so far."""
+        """Returns the positions in `indices` of the pages that have not arrived."""
         return list(range(len(self.indices))) if self.landing is None else self.landing.lacking
 
     def result(self) -> ReadResult:
-        """What has come. The attempt must have ended: until then bytes may land."""
+        """Returns what has arrived. The attempt must have ended, because until then bytes may land."""
         if self.landing is None:
             return ReadResult((PageStatus.INCOMPLETE,) * len(self.indices), 0)
         return self.landing.result()
@@ -94,7 +94,7 @@ class ClusterRead:
         self._failure: Retryable = no_node_to_ask()
 
     async def run(self) -> ReadResult:
-        """The outcome. Raises only for a call that is wrong."""
+        """Returns the outcome. Raises only for a wrong call."""
         try:
             await self._membership.ready(self._deadline)
             await self._rounds()
@@ -123,11 +123,11 @@ class ClusterRead:
             groups = self._groups(pending)
         if merge is not None:
             leading = ReadResult(tuple(self._statuses), 0).leading_hits
-            # Not on the event loop: a callback may block, or call this client.
+            # Not on the event loop, because a callback may block, or call this client.
             await in_thread(lambda: merge.finish(leading), Transfer())
 
     def _groups(self, pending: Sequence[int]) -> dict[Group, list[int]]:
-        """The pages by the nodes that are to be asked now; pages that everyone was asked for are left out."""
+        """Groups the pages by the nodes to be asked now; pages for which every node was asked are left out."""
         usable = self._membership.usable()
         view = self._membership.view
         holders_of: dict[bytes, list[str]] = {}
@@ -147,7 +147,7 @@ class ClusterRead:
         return groups
 
     async def _read_group(self, group: Group, indices: list[int], merge: LayerMerge | None) -> None:
-        """Asks a node for pages, and the alternative as well if that takes long."""
+        """Requests pages from a node, and from the alternative as well if that takes long."""
         node_id, alternative = group
         for index in indices:
             self._asked[index].add(node_id)
@@ -165,7 +165,9 @@ class ClusterRead:
             await self._ask_hedged(first, other, hedge_ms)
 
     async def _ask_hedged(self, first: _Attempt, other: NodeLink, hedge_ms: float) -> None:
-        """Asks a node, and another one for what has not come by then. Ends with the first that has brought all, or with both."""
+        """Asks a node, and later another one for the pages that have not arrived. Ends when the first has returned all, or both
+        have ended.
+        """
         running = {asyncio.create_task(self._ask(first, None)): first}
         try:
             done, pending = await asyncio.wait(running, timeout=hedge_ms / 1000)
@@ -189,7 +191,7 @@ class ClusterRead:
             self._fill(hedge)
 
     async def _ask(self, attempt: _Attempt, merge: LayerMerge | None) -> None:
-        """Asks one node. One that fails leaves pages lacking."""
+        """Asks one node. If it fails, pages stay lacking."""
         began_ms = self._clock.now_ms()
         hashes = [self._hashes[index] for index in attempt.indices]
 
@@ -213,7 +215,7 @@ class ClusterRead:
         attempt.link.took(len(hashes), self._clock.now_ms() - began_ms)
 
     def _take(self, attempt: _Attempt) -> None:
-        """Takes what has come into the caller's buffers."""
+        """Copies what has arrived into the caller's buffers."""
         result = attempt.result()
         for index, status in zip(attempt.indices, result.statuses, strict=True):
             self._statuses[index] = status
@@ -221,7 +223,7 @@ class ClusterRead:
             self._transports.add(result.transport)
 
     def _fill(self, hedge: _Attempt) -> None:
-        """Takes the pages that are not there yet out of a hedge's memory. Nobody may be writing into the caller's buffers."""
+        """Copies the pages that are still lacking from a hedge's memory. No transfer may be writing into the caller's buffers."""
         result = hedge.result()
         for index, status, page in zip(hedge.indices, result.statuses, hedge.buffers, strict=True):
             if status.is_hit and not self._statuses[index].is_hit:
@@ -230,7 +232,7 @@ class ClusterRead:
                 self._transports.add(result.transport)
 
     def _lease_for(self, link: NodeLink, hashes: Sequence[bytes]) -> Lease | None:
-        """The lease to name to a node: only one that covers all the pages there."""
+        """Returns the lease to name to a node: only one that covers all the pages there."""
         leases = {self._lease_of.get(page_hash) for page_hash in hashes}
         held = leases.pop() if len(leases) == 1 else None
         return held[1] if held is not None and held[0] == link.member.node_id else None
@@ -241,7 +243,9 @@ class ClusterRead:
 
 
 async def _ended(tasks: set[asyncio.Task[None]]) -> None:
-    """Cancels tasks and waits for their end: until then they may write into buffers. A cancellation meanwhile comes afterwards."""
+    """Cancels tasks and waits for their end, because until then they may write into buffers. A cancellation meanwhile takes effect
+    afterwards.
+    """
     for task in tasks:
         task.cancel()
     interrupted: asyncio.CancelledError | None = None

@@ -1,7 +1,7 @@
-"""Writing pages to the nodes that own them.
+"""Writes pages to the nodes that own them.
 
-Owns: which pages this client is writing now. Invariant: a page that is kept is on every owner that could be reached when it was
-written; a page is never on its way from this client twice at once.
+Owns: which pages this client is writing now. Invariant: a stored page is on every owner that could be reached when it was written;
+this client never sends a page twice at the same time.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ class _Write:
         self._failure: Retryable = no_node_to_ask()
 
     async def run(self, indices: set[int]) -> None:
-        """Writes to the owners, and where one fails to the node that is next in line, until there is none or no time."""
+        """Writes to the owners, and if one fails to the node that is next in line, until there is none or no time."""
         while groups := self._missing(indices):
             calls = [self._write_to(node_id, group) for node_id, group in groups.items()]
             outcomes = await asyncio.gather(*calls, return_exceptions=True)
@@ -64,7 +64,9 @@ class _Write:
                     raise outcome
 
     def result(self, mine: set[int]) -> WriteResult:
-        """One verdict a page. Raises what the last node raised where no node answered for any page, or none could be asked."""
+        """Returns one verdict per page. Raises the error of the last node if no node answered for any page, or none
+        could be asked.
+        """
         if mine and not any(self._verdicts):
             raise self._failure
         verdicts = tuple(self._verdict(index) if index in mine else PageStatus.ARRIVING for index in range(len(self._hashes)))
@@ -75,7 +77,7 @@ class _Write:
         return WriteResult(verdicts, stored)
 
     def _missing(self, indices: set[int]) -> dict[str, list[int]]:
-        """For each node the pages that it should have and was not given yet."""
+        """Returns for each node the pages that it should have and was not given yet."""
         groups: dict[str, list[int]] = defaultdict(list)
         usable = self._membership.usable() - self._failed
         owners: dict[bytes, list[str]] = {}
@@ -89,7 +91,7 @@ class _Write:
         return groups
 
     def _has_stand_in(self) -> bool:
-        """Another node could be written to if one of the owners failed."""
+        """Returns whether another node could be written to if one of the owners failed."""
         usable = self._membership.usable() - self._failed
         return len(usable & self._view.placement.weights.keys()) > self._view.replicas
 

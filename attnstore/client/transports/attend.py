@@ -1,8 +1,8 @@
-"""The client's half of an attend stream: open sets of pages at a node, ask it about a layer, receive the partial results.
+"""The client's half of an attend stream: opens sets of pages at a node, sends queries to a layer, receives the partial results.
 
-Owns: `AttendStream` over a page channel of its own, and `AttendCall` over gRPC, which `BlockingAttend` makes an `AttendStream` too.
-Invariant: partials land in the caller's memory only within `receive`, verified. A stream that raised is closed by its caller, who
-opens another to go on.
+Owns: `AttendStream` over a page channel of its own, and `AttendCall` over gRPC, which `BlockingAttend` adapts to an `AttendStream`.
+Invariant: partials are written to the caller's memory only within `receive`, verified. The caller closes a stream that raised, and
+opens another to continue.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ _SET_IDS_MAX: Final = 1 << 32
 
 
 class _Stream(ABC):
-    """What both kinds of stream share."""
+    """The common part of both kinds of stream."""
 
     def __init__(self) -> None:
         self.closed = False
@@ -71,7 +71,7 @@ class _Stream(ABC):
 
 
 class ChannelAttend(_Stream):
-    """An `AttendStream` over a page channel that is this stream's alone, welcomed by the node."""
+    """An `AttendStream` over a page channel of its own, after WELCOME."""
 
     def __init__(self, stream: FrameStream, shape: AttendShape, clock: Clock, deadline_ms: float) -> None:
         super().__init__()
@@ -205,7 +205,7 @@ class AttendCall:
         await self._send(AttendClose(set_id))
 
     async def close(self) -> None:
-        """Ends the stream."""
+        """Closes the stream."""
         self._call.cancel()
 
     async def __aenter__(self) -> Self:
@@ -256,5 +256,5 @@ class BlockingAttend(_Stream):
 
 
 def _budget_ms(deadline_ms: float) -> int:
-    """Whole milliseconds for the node; at least one, because 0 would mean no limit."""
+    """Returns whole milliseconds for the node; at least one, because 0 would mean no limit."""
     return max(1, int(deadline_ms))

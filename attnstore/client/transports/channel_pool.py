@@ -1,8 +1,8 @@
 """Idle bulk connections to one node, each used by one exchange at a time.
 
 Owns: which connections are idle and which are in use.
-Invariant: a connection goes back to the pool only after a complete exchange; in every other case it is closed before `exchange`
-ends, so that nothing that arrives late on it reaches anybody.
+Invariant: a connection returns to the pool only after a complete exchange; otherwise it is closed before `exchange` ends, so late
+bytes on it reach nobody.
 """
 
 from __future__ import annotations
@@ -24,19 +24,19 @@ class Channel(Protocol):
 
     @property
     def answered(self) -> bool:
-        """The running exchange has had effects here, so that it must not be repeated."""
+        """True if the running exchange has had effects, so that it must not be repeated."""
         ...
 
     def begin(self, deadline: Deadline) -> None:
-        """Is called before each exchange, which must not last longer."""
+        """Called before each exchange, with its deadline."""
         ...
 
     def shutdown(self) -> None:
-        """Breaks the connection, so that whoever uses it gets `Unavailable`. Safe from any thread."""
+        """Breaks the connection, so that its user gets `Unavailable`. Safe from any thread."""
         ...
 
     def close(self) -> None:
-        """Gives the socket back."""
+        """Closes the socket."""
         ...
 
 
@@ -55,7 +55,7 @@ class ChannelPool(Generic[C]):
         self._closed = False
 
     def close(self) -> None:
-        """Breaks what runs and closes every connection."""
+        """Breaks running exchanges and closes every connection."""
         with self._lock:
             self._closed = True
             in_use = list(self._in_use)
@@ -65,7 +65,7 @@ class ChannelPool(Generic[C]):
                 closing.callback(channel.shutdown)
 
     def exchange(self, deadline: Deadline, transfer: Transfer, run: Callable[[C], R]) -> R:
-        """`run` on an idle connection, and once more on a fresh one where the idle one turns out to be dead."""
+        """Runs `run` on an idle connection, and once more on a new one if the idle one turns out to be dead."""
         with self._lock:
             pooled = self._idle.pop() if self._idle else None
         if pooled is not None:
@@ -75,7 +75,7 @@ class ChannelPool(Generic[C]):
             except Unavailable:
                 if pooled.answered or transfer.is_aborted:
                     raise
-                self._drop_idle()  # they led to a node that has gone
+                self._drop_idle()  # they led to a node that is gone
         fresh = self._connect(deadline)
         with self._using(fresh, deadline, transfer):
             return run(fresh)
@@ -90,7 +90,7 @@ class ChannelPool(Generic[C]):
             with transfer.breakable(channel.shutdown):
                 channel.begin(deadline)
                 yield
-            # An abort that came too late for this exchange has still broken its connection.
+            # An abort that came too late for this exchange has nevertheless broken its connection.
             reusable = not transfer.is_aborted
         except Unavailable:
             self._require_open()

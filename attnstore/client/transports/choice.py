@@ -1,8 +1,8 @@
-"""Which transport carries a call.
+"""The choice of the transport for a call.
 
 Owns: the transports that the node offers, best first, and which of them are suspended. Invariants: a transport that cannot be
-opened (a blocked port, say) is suspended for half a minute with a warning, and the call goes on over the next one; a transport that
-the user forced is never replaced; a call that may have had an effect is not repeated.
+opened (a blocked port, for example) is suspended for half a minute with a warning, and the call continues over the next one; a
+transport that the user forced is never replaced; a call that may have had an effect is not repeated.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from attnstore.logs import get_logger
 T = TypeVar("T")
 
 Verb = Callable[[Transport], Call[T] | None]
-"""`verb(transport)`: the call over this transport, or None where it cannot carry it."""
+"""`verb(transport)` returns the call over this transport, or None if it cannot carry it."""
 
 _SUSPENDED_MS = 30_000
 _log = get_logger(__name__)
@@ -37,11 +37,11 @@ class TransportChoice:
 
     @property
     def is_known(self) -> bool:
-        """`offer` was called."""
+        """True after `offer`."""
         return bool(self._offered)
 
     def offer(self, transports: Sequence[Transport]) -> None:
-        """Takes what the node offers, best first and gRPC last. Raises `InvalidArgument` if the forced transport is missing."""
+        """Records the node's offer, best first and gRPC last. Raises `InvalidArgument` if the forced transport is missing."""
         forced = [transport for transport in transports if transport.name == self._wanted]
         if self._wanted != "auto" and not forced:
             raise InvalidArgument(f"transport={self._wanted!r} is asked for and the node does not offer it")
@@ -57,7 +57,7 @@ class TransportChoice:
         raise AssertionError("gRPC carries every call")
 
     async def run(self, verb: Verb[T]) -> T:
-        """As `wait`, for a task of the event loop."""
+        """`wait`, for a task of the event loop."""
         for name, call in self._calls(verb):
             try:
                 return await call

@@ -1,8 +1,8 @@
-"""One store node, as both clients of it use it: its transports, and calls that survive its restart.
+"""One store node, as its clients use it: its transports, and calls that survive its restart.
 
-Owns: the gRPC channel, the bulk transports that the node offers (asked once), and the choice among all of them. Invariants: every
-transport that was opened is closed by `close`, and none is opened before the node has offered it; a node that forgot a namespace of
-ours (it was restarted) is told again, once for each call; a call ends within its one deadline, whatever it takes to serve it.
+Owns: the gRPC channel, the bulk transports that the node offers (requested once), and the choice among all of them. Invariants:
+`close` closes every opened transport, and none is opened before the node has offered it; if a restarted node forgot a namespace of
+ours, it is registered again, once per call; a call ends within its one deadline, whatever it takes to serve it.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ _log = get_logger(__name__)
 
 
 class NodeConnection:
-    """Belongs to one event loop, but for `layouts`, `choice` and `shm`, which any thread may use. Connects at first use."""
+    """Belongs to one event loop, except for `layouts`, `choice` and `shm`, which any thread may use. Connects at first use."""
 
     def __init__(self, options: ConnectOptions, clock: Clock | None = None) -> None:
         self._options = options
@@ -61,7 +61,7 @@ class NodeConnection:
         """The shared memory of a node on this host, once the node has offered it."""
 
     async def close(self) -> None:
-        """Ends the connection; calls that are running fail. Closing twice is harmless."""
+        """Closes the connection; running calls fail. Closing twice is harmless."""
         self._closed = True
         grpc, tcp, shm = self._grpc, self._tcp, self.shm
         self._grpc = self._tcp = self.shm = None
@@ -83,7 +83,7 @@ class NodeConnection:
         return self._grpc
 
     async def call(self, name: str, request: Any, deadline_ms: float | None) -> Any:
-        """One unary call of the gRPC service. Raises the typed error of its failure."""
+        """Makes one unary call of the gRPC service. Raises the typed error of its failure."""
         return await self.grpc.channel.call(name, request, self.layouts.deadline_ms(deadline_ms))
 
     async def register(self, namespace: bytes, layout: PageLayout, deadline_ms: float | None) -> int:
@@ -98,7 +98,7 @@ class NodeConnection:
         return int(answer.pages_max)
 
     async def in_namespace(self, namespace: bytes, deadline: Deadline, call: Callable[[], Awaitable[T]]) -> T:
-        """Runs a call, and again if the node was restarted and forgot a namespace of ours, all within one deadline."""
+        """Runs a call, and repeats it once if the node was restarted and forgot a namespace of ours, all within one deadline."""
         try:
             return await call()
         except NamespaceUnknown:
@@ -106,7 +106,9 @@ class NodeConnection:
             return await call()
 
     async def match(self, plan: MatchPlan) -> MatchResult:
-        """See `AsyncClient.match`. Over gRPC: a thread for the page channel would cost the event loop more than it gains."""
+        """See `AsyncClient.match`. Over gRPC, because a thread for the page channel would cost the event loop more
+        than it saves.
+        """
         return await self.in_namespace(plan.namespace, plan.deadline, lambda: self.grpc.match(plan))
 
     async def read(self, plan: ReadPlan) -> ReadResult:
@@ -141,12 +143,12 @@ class NodeConnection:
         return views
 
     async def attend(self, plan: AttendPlan, run: Runner) -> AttendStream:
-        """An attend stream, for any thread but the event loop's; `run` as in `Transport.attend`."""
+        """Returns an attend stream, for any thread but the event loop's; `run` as in `Transport.attend`."""
         await self.negotiate(Deadline(plan.clock, plan.deadline_ms))
         return await self.choice.run(lambda transport: transport.attend(plan, run))
 
     async def report(self, plan: ReadPlan | ViewPlan, statuses: Sequence[PageStatus]) -> None:
-        """Tells the node which pages came CORRUPT, if any did, so that it drops those that are wrong there. Never raises."""
+        """Reports CORRUPT pages, if there are any, to the node, which removes those that are corrupt there. Never raises."""
         corrupt = [page_hash for page_hash, status in zip(plan.hashes, statuses, strict=True) if status is PageStatus.CORRUPT]
         if not corrupt:
             return

@@ -1,7 +1,7 @@
-"""The grpc transport: pages as chunks of gRPC streams, the one that carries every call.
+"""The grpc transport: pages as chunks of gRPC streams. It carries every call.
 
-Owns: how plans become requests of the service. Its calls run on the event loop of the channel: a thread that waits for one pays for
-one hop to that loop.
+Owns: the conversion of plans into requests of the service. Its calls run on the event loop of the channel, so a thread that waits
+for one pays for one hop to that loop.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from attnstore.wire.chunks import decode_read_chunk, encode_write_chunk
 
 
 class GrpcTransport:
-    """A `Transport` over the channel of the client's control calls, which its owner closes."""
+    """A `Transport` over the channel of the client's control calls; the owner of the channel closes it."""
 
     name = "grpc"
 
@@ -31,7 +31,7 @@ class GrpcTransport:
         self._loop = channel.loop
 
     def read(self, plan: ReadPlan) -> Call[None]:
-        """See `Transport.read`. `on_layer` is called when all layers have come."""
+        """See `Transport.read`. `on_layer` is called when all layers have arrived."""
         return LoopCall(self._loop, functools.partial(self._read, plan))
 
     def write(self, plan: WritePlan) -> Call[WriteResult]:
@@ -47,7 +47,7 @@ class GrpcTransport:
         return LoopCall(self._loop, functools.partial(self._attend, plan, run))
 
     async def attend_call(self, shape: AttendShape, deadline_ms: float) -> AttendCall:
-        """An attend stream for tasks of the event loop."""
+        """Returns an attend stream for tasks of the event loop."""
         return AttendCall(await self.channel.attend(deadline_ms), shape, deadline_ms)
 
     async def _read(self, plan: ReadPlan) -> None:
@@ -63,14 +63,15 @@ class GrpcTransport:
         await self.channel.read(request, lambda chunk: landing.take(decode_read_chunk(chunk)), plan.deadline.left_ms())
         landing.require_complete()
         if plan.on_layer is not None:
-            # Not on the event loop: a callback may block, or call this client.
+            # Not on the event loop, because a callback may block, or call this client.
             await in_thread(plan.tell_all_layers, plan.transfer)
 
     async def _write(self, plan: WritePlan) -> WriteResult:
         try:
             response = await self.channel.write(_chunks_of(plan), plan.deadline.left_ms())
         except Unavailable:
-            # gRPC loses a refusal that crosses pages on their way; an empty question in the same namespace meets it again.
+            # gRPC loses a refusal that crosses pages in flight; an empty request in the same namespace is refused for the same
+            # reason.
             await self.channel.call("Match", messages.MatchRequest(namespace=plan.namespace), plan.deadline.left_ms())
             raise
         return plan.result(messages.statuses_from_wire(response.verdicts, len(plan.hashes)))

@@ -1,7 +1,7 @@
-"""The parts of one large transfer, carried out at the same time.
+"""The parts of one large transfer, executed in parallel.
 
 Owns: the threads of one transport.
-Invariant: when a call ends, however it ends, every part has ended: until then bytes may land.
+Invariant: when a call ends, however it ends, every part has ended, because until then bytes may land.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from attnstore.types import PageStatus
 
 R = TypeVar("R")
 Part = Callable[[int, int], Callable[[], R]]
-"""`part(begin, end)`: what transfers pages `[begin, end)` of a plan over one connection."""
+"""`part(begin, end)` transfers pages `[begin, end)` of a plan over one connection."""
 
 
 def nothing(_parts: list[None]) -> None:
-    """Joins the parts of a read, whose pages have landed."""
+    """Joins the parts of a read: no-op, because the pages have landed."""
 
 
 def joined(parts: list[tuple[PageStatus, ...]]) -> tuple[PageStatus, ...]:
@@ -30,21 +30,21 @@ def joined(parts: list[tuple[PageStatus, ...]]) -> tuple[PageStatus, ...]:
 
 
 class PartWorkers:
-    """Cuts a transfer into at most `channels` parts of almost equal size, with a thread for each where it is more than one."""
+    """Divides a transfer into at most `channels` parts of almost equal size, with a thread for each if there are several."""
 
     def __init__(self, channels: int, name: str) -> None:
         self._channels = channels
         self._workers = ThreadPoolExecutor(channels, name) if channels > 1 else None
 
     def close(self) -> None:
-        """Takes no new transfer, without waiting: those that run end by themselves."""
+        """Accepts no new transfer, without waiting: running ones end by themselves."""
         if self._workers is not None:
             self._workers.shutdown(wait=False)
 
     def call(self, pages: int, transfer: Transfer, part: Part[R], join: Callable[[list[R]], R]) -> ThreadCall[R]:
-        """A call that carries out every part of `pages` pages; `join` makes the result of what the parts return, in order.
+        """Returns a call that executes every part of `pages` pages; `join` merges the results of the parts, in order.
 
-        A transfer of one part runs on the calling thread. Raises what the first part that failed raised.
+        A transfer of one part runs on the calling thread. Raises the error of the first failed part.
         """
         count = max(1, min(self._channels, pages))
         if count == 1:
@@ -56,7 +56,7 @@ class PartWorkers:
         futures = self._run_all(parts, transfer)
         if all(future.exception() for future in futures):
             return [future.result() for future in futures]
-        # Parts that got no connection of their own go over one that another part has done with, one after the other.
+        # Parts without a connection of their own use one that another part has finished with, one after the other.
         return [
             run() if isinstance(future.exception(), BulkUnavailable) else future.result()
             for run, future in zip(parts, futures, strict=True)

@@ -36,28 +36,28 @@ _CHANNEL_OPTIONS = (
     ("grpc.max_receive_message_length", MESSAGE_BYTES_MAX),
     ("grpc.max_send_message_length", MESSAGE_BYTES_MAX),
     ("grpc.http2.max_frame_size", FRAME_BYTES_MAX),
-    # A node that comes back is found again at once; gRPC's own back-off would grow to two minutes.
+    # Reconnects to a restarted node at once; gRPC's own back-off would grow to two minutes.
     ("grpc.initial_reconnect_backoff_ms", 100),
     ("grpc.max_reconnect_backoff_ms", 1_000),
-    # Despite its name the time that one attempt to connect may take.
+    # Despite its name, the time that one attempt to connect may take.
     ("grpc.min_reconnect_backoff_ms", CONNECT_MS_MAX),
     ("grpc.keepalive_time_ms", KEEPALIVE_MS),
     ("grpc.keepalive_timeout_ms", KEEPALIVE_TIMEOUT_MS),
-    # Without these a silent watch asks twice, then once a minute, and waits a minute for the answer.
+    # Without these settings a silent watch pings twice, then once a minute, and waits a minute for the answer.
     ("grpc.http2.max_pings_without_data", 0),
     ("grpc.http2.ping_timeout_ms", KEEPALIVE_TIMEOUT_MS),
-    # Retrying is the caller's decision: the error tree says what may be tried again.
+    # The caller decides about retries: the error tree says what may be retried.
     ("grpc.enable_retries", 0),
 )
 
 
 def proxy_options(http_proxy: str | None) -> tuple[tuple[str, Any], ...]:
-    """A channel's options for going through an HTTP proxy, or through none, whatever the environment says."""
+    """Returns a channel's options for an HTTP proxy, or for none, whatever the environment names."""
     return (("grpc.enable_http_proxy", 0),) if http_proxy is None else (("grpc.http_proxy", http_proxy),)
 
 
 class RpcChannel:
-    """Calls to one node over one HTTP/2 channel; belongs to the event loop that is running when it is made.
+    """Calls to one node over one HTTP/2 channel; belongs to the event loop that runs when it is created.
 
     Raises `ClientClosed` in a process that was forked while its parent had a channel open.
     """
@@ -67,7 +67,7 @@ class RpcChannel:
 
     @classmethod
     def strand(cls) -> None:
-        """Is called in a forked child: gRPC's threads stayed behind, so that a call would wait for ever."""
+        """Called in a forked child, where gRPC's threads do not exist, so that a call would wait forever."""
         cls._is_stranded = len(cls._open) > 0
 
     def __init__(self, options: ConnectOptions) -> None:
@@ -86,19 +86,19 @@ class RpcChannel:
         self._check = options.check
         self._metadata = (("authorization", f"Bearer {options.token}"),) if options.token else ()
         self._stubs = {name: self._stub(method) for name, method in METHODS.items()}
-        # Until the node has answered in the clear, it may want TLS: asked once.
+        # Until the node has answered in the clear, it may require TLS: checked once.
         self._may_want_tls = target.address if not target.tls and options.http_proxy is None else None
         self._closed = False
         RpcChannel._open.add(self)
 
     async def close(self) -> None:
-        """Ends the channel and every call on it; later calls raise `ClientClosed`."""
+        """Closes the channel and every call on it; later calls raise `ClientClosed`."""
         self._closed = True
         RpcChannel._open.discard(self)
         await self._channel.close()
 
     async def call(self, name: str, request: Any, deadline_ms: float) -> Any:
-        """One unary call. Raises the typed error of its failure."""
+        """Makes one unary call. Raises the typed error of its failure."""
         until_s = time.monotonic() + deadline_ms / 1000
         try:
             with _typed_errors():
@@ -113,24 +113,24 @@ class RpcChannel:
         return METHODS[name].decode_response(answer)
 
     async def read(self, request: Any, take: Callable[[bytes], None], deadline_ms: float) -> None:
-        """Has `take` called with each encoded chunk of the pages asked for, until the node has sent all."""
+        """Calls `take` with each encoded chunk of the requested pages, until the node has sent all."""
         timeout_s = await self._admitted(deadline_ms)
         call = self._stubs["Read"](request, timeout=timeout_s, metadata=self._metadata)
         try:
             with _typed_errors():
                 while (message := await call.read()) is not grpc.aio.EOF:
                     take(message)
-                    del message  # the next one then takes its memory, which is still in the cache
+                    del message  # the next message then reuses its memory, which is still in the cache
         finally:
             call.cancel()
 
     async def write(self, chunks: Iterable[bytes], deadline_ms: float) -> Any:
-        """Sends encoded chunks of pages; the node's answer."""
+        """Sends encoded chunks of pages. Returns the node's answer."""
         timeout_s = await self._admitted(deadline_ms)
         call = self._stubs["Write"](timeout=timeout_s, metadata=self._metadata)
         try:
             with _typed_errors():
-                with suppress(asyncio.InvalidStateError):  # the node ended the call while we were still sending
+                with suppress(asyncio.InvalidStateError):  # the node ended the call while pages were still being sent
                     for chunk in chunks:
                         await call.write(chunk)
                     await call.done_writing()
@@ -140,7 +140,7 @@ class RpcChannel:
         return METHODS["Write"].decode_response(answer)
 
     async def watch(self, request: Any, deadline_ms: float | None) -> AsyncGenerator[Any, None]:
-        """Events as messages, the first item None once the node has begun to watch."""
+        """Yields events as messages; the first item is None, once the node has begun to watch."""
         admitted_s = await self._admitted(DEADLINE_MS_DEFAULT if deadline_ms is None else deadline_ms)
         call = self._stubs["Watch"](request, timeout=None if deadline_ms is None else admitted_s, metadata=self._metadata)
         try:
@@ -156,16 +156,16 @@ class RpcChannel:
         raise ProtocolError("the node ended a watch that only the caller or an error may end")
 
     async def attend(self, deadline_ms: float) -> AttendRpc:
-        """A new attend stream, accepted by the node, each of whose exchanges may take `deadline_ms`."""
+        """Returns a new attend stream, accepted by the node; each exchange may take `deadline_ms`."""
         await self._admitted(deadline_ms)
         stream = AttendRpc(self._stubs["Attend"](metadata=self._metadata), deadline_ms)
         await stream.accepted()
         return stream
 
     async def _admitted(self, deadline_ms: float) -> float:
-        """How many seconds are left for a call to a node that has passed the check; the first call has it checked.
+        """Returns how many seconds are left for a call to a node that has passed the check; the first call performs the check.
 
-        Raises `Unavailable` where whoever answers does not pass, and nothing was told to it; `ClientClosed` after `close`.
+        Raises `Unavailable` if the server does not pass, and nothing was sent to it then; `ClientClosed` after `close`.
         """
         if self._closed:
             raise ClientClosed("the client is closed")
@@ -180,7 +180,7 @@ class RpcChannel:
             if not check.is_passed(challenge, str(proof)):
                 call.cancel()
                 raise Unavailable(f"what answers at {check.member.url} has not shown that it is node {check.member.node_id!r}")
-            with suppress(grpc.RpcError):  # it may ask for a token, which is now told
+            with suppress(grpc.RpcError):  # it may ask for a token, which is sent from now on
                 await call
         self._check = None
         left_s = deadline_ms / 1000 - (time.monotonic() - began_s)
@@ -195,7 +195,7 @@ class RpcChannel:
             (True, False): self._channel.stream_unary,
             (True, True): self._channel.stream_stream,
         }[method.streams_requests, method.streams_responses]
-        # Answers are decoded here, not by gRPC's hook: it would turn bytes that are no message into None.
+        # Answers are decoded here, because gRPC's hook would turn invalid bytes into None.
         return kind(method.path, request_serializer=method.encode_request)
 
 
@@ -225,7 +225,7 @@ class AttendRpc:
                     raise ProtocolError("the node ended an attend stream without a reason") from None
 
     async def read(self) -> Any:
-        """The next response. Errors as those of `write`."""
+        """Returns the next response. Raises as `write` does."""
         with _typed_errors():
             async with self._in_time():
                 message = await self._call.read()
@@ -260,5 +260,5 @@ def _typed_errors() -> Iterator[None]:
         task = asyncio.current_task()
         if task is None or task.cancelling():
             raise
-        # Nobody cancelled us, so the channel did: it was closed under the call.
+        # Our task was not cancelled, so the channel was closed under the call.
         raise ClientClosed("the client was closed during the call") from None

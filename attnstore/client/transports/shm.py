@@ -1,11 +1,11 @@
 """The shm transport: pages read from the node's memory, mapped into this process, and written through memory lent to the node.
 
-Owns: the extents mapped so far, and the connections that say where pages are.
-Invariant: a page is OK only if its stamp was unchanged after its last byte was used, and its bytes had the checksum that it was
-sealed with. A recycled slot, an extent that went to another tenant and a node that is gone are misses.
+Owns: the mapped extents, and the connections over which pages are located.
+Invariant: a page is OK only if its stamp was unchanged after its last byte was used, and its bytes had the checksum with which it
+was sealed. A recycled slot, an extent that went to another tenant and a node that is gone are misses.
 
-The node's memory is mapped read-only. A page that is written is copied twice, by us into memory that we lend the node and by the
-node into its slot, both at once for different pages, and never passes a socket.
+The node's memory is mapped read-only. A written page is copied twice, by the writer into lent memory and by the node into its slot,
+in parallel for different pages, and never passes a socket.
 """
 
 from __future__ import annotations
@@ -39,7 +39,9 @@ from attnstore.wire.shm import ALL_LAYERS, ANSWERS, ExtentLayout, Item, Kind, Pl
 
 _CONNECT_MS_MAX = 2_000
 _COPIED_HASHES = 64
-"""Few enough that a page without a lease is copied soon after it was located, enough that asking costs nothing beside copying."""
+"""Few enough that a page without a lease is copied soon after it was located, enough that locating costs little compared with
+copying.
+"""
 _QUESTIONS_IN_FLIGHT = 2
 _VIEWED_HASHES = SHM_LOCATE_HASHES_MAX
 
@@ -65,11 +67,11 @@ class ShmTransport:
 
     @staticmethod
     def is_reachable(address: str) -> bool:
-        """Whether `address`, as `Describe` gives it, names a socket that this process sees: the node is on this host."""
+        """Returns whether `address`, from `Describe`, names a socket that this process sees: the node is on this host."""
         return os.path.exists(address)
 
     def close(self) -> None:
-        """Breaks what runs and lets the memory go; views that are held stay readable."""
+        """Breaks running transfers and unmaps the memory; views that are held stay readable."""
         try:
             self._pool.close()
         finally:
@@ -150,8 +152,8 @@ class ShmTransport:
         return functools.partial(self._pool.exchange, plan.deadline, plan.transfer, write)
 
     def _located(self, channel: _Channel, question: _Question) -> Iterator[Located]:
-        """The pages in the order asked for. While the caller looks at some, the node looks for the next: two questions are on the
-        way as long as there are pages to ask for.
+        """Yields the pages in the requested order. While the caller uses some, the node locates the next: two requests are in
+        flight while there are pages to locate.
         """
         parts = question.parts()
         left = len(question.hashes)
@@ -176,7 +178,7 @@ class ShmTransport:
     def _mapped(self, channel: _Channel, place: Place) -> Located:
         extent = channel.map(place)
         if extent is None or not extent.holds(place):
-            # Given up meanwhile. A mapping of it is not kept: to touch it would fill the emptied file with zeros again.
+            # Emptied meanwhile. Its mapping is not kept, because touching it would fill the emptied file with zeros again.
             return PageStatus.MISSING
         with self._lock:
             self._extents[place.extent] = _Known(channel.welcome.epoch, place.tenancy, extent)
@@ -186,7 +188,7 @@ class ShmTransport:
         try:
             address, token = self._open_channel(self._offer, deadline)
         except (InvalidArgument, Overloaded) as error:
-            # The node was restarted without this transport, or gives out no more tokens for now.
+            # The node was restarted without this transport, or has no free tokens now.
             raise BulkUnavailable(f"the node opens no shared memory: {error}") from None
         soon = deadline.sooner(_CONNECT_MS_MAX)
         connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
@@ -208,7 +210,7 @@ class ShmTransport:
 
 
 class _Question(NamedTuple):
-    """Where are these pages, of which `layers` are wanted, bytes up to `end`? Asked in parts of `part_hashes`."""
+    """The pages to locate; `layers` of them are needed, bytes up to `end`. Requested in parts of `part_hashes`."""
 
     namespace: bytes
     lease_id: bytes | None
@@ -218,13 +220,13 @@ class _Question(NamedTuple):
     part_hashes: int
 
     def parts(self) -> Iterator[Sequence[bytes]]:
-        """The hashes in order, in parts."""
+        """Yields the hashes in order, in parts."""
         for at in range(0, len(self.hashes), self.part_hashes):
             yield self.hashes[at : at + self.part_hashes]
 
 
 class _Known(NamedTuple):
-    """A mapped extent and whose memory it is."""
+    """A mapped extent and the epoch of its node's memory."""
 
     epoch: bytes
     tenancy: int
@@ -249,7 +251,7 @@ def _land(plan: ReadPlan, index: int, located: Located, begin: int) -> None:
         return
     landing = plan.landing.whole(index)
     whole, layers = extent.copy(place.offset_bytes + begin, landing, len(landing) if plan.is_whole else plan.layer_bytes)
-    # Only now: whatever the node did while we copied, it changed the stamp first.
+    # Checked after the copy: whatever the node did while we copied, it changed the stamp first.
     read_fence()
     if stamps[at] != stamp:
         plan.landing.miss(index, PageStatus.MISSING)
@@ -266,14 +268,14 @@ class _Channel:
         self.answered = False
         self._stream = stream
         self._layout = ExtentLayout(welcome.extent_bytes)
-        self._asked: deque[int] = deque()  # pages of each LOCATE on the way that have no answer yet
+        self._asked: deque[int] = deque()  # pages of each unanswered LOCATE in flight
         self._early: deque[list[Place | PageStatus]] = deque()  # answers that came before a MAP's
         self._lent: LentMemory | None = None
-        self._offered: deque[int] = deque()  # pages of each TAKE on the way
+        self._offered: deque[int] = deque()  # pages of each TAKE in flight
 
     @classmethod
     def opened(cls, stream: ShmStream, token: bytes, deadline: Deadline, shared_path: Path | None) -> _Channel:
-        """Says HELLO and waits for WELCOME. Raises `BulkUnavailable`."""
+        """Sends HELLO and waits for WELCOME. Raises `BulkUnavailable`."""
         stream.bound(deadline.left_ms)
         try:
             stream.send(shm.encode_hello(token))
@@ -289,21 +291,21 @@ class _Channel:
 
     @property
     def questions(self) -> int:
-        """How many LOCATEs are on the way."""
+        """The number of LOCATEs in flight."""
         return len(self._asked)
 
     def locate(self, question: _Question, hashes: Sequence[bytes]) -> None:
-        """Asks for a part of the pages; `places` gives the answers in the order asked."""
+        """Requests a part of the pages; `places` returns the answers in order."""
         assert len(hashes) <= SHM_LOCATE_HASHES_MAX
         self._stream.send(shm.encode_locate(question.namespace, question.lease_id, hashes, question.layers))
         self._asked.append(len(hashes))
 
     def places(self) -> list[Place | PageStatus]:
-        """The next places of those asked for, one at least."""
+        """Returns the next places, at least one."""
         return self._early.popleft() if self._early else self._take_places()
 
     def map(self, place: Place) -> MappedExtent | None:
-        """The extent of a place; None where it has another tenant by now."""
+        """Returns the extent of a place; None if it now has another tenant."""
         while self._asked:
             self._early.append(self._take_places())
         self._stream.send(shm.encode_map(place.extent, place.tenancy))
@@ -318,7 +320,7 @@ class _Channel:
             os.close(answer.descriptor)
 
     def lend(self, page_bytes: int) -> LentMemory:
-        """Memory that the node knows of, for pages of that size. Raises `BulkUnavailable` where there is none."""
+        """Returns lent memory for pages of that size. Raises `BulkUnavailable` if there is none."""
         if self._lent is None or self._lent.page_bytes != page_bytes:
             try:
                 lent = LentMemory(page_bytes)
@@ -336,12 +338,12 @@ class _Channel:
         return self._lent
 
     def offer(self, namespace: bytes, items: Sequence[Item]) -> None:
-        """Offers pages that were put into what was lent; `verdicts` gives the answers in the order offered."""
+        """Offers pages that were put into lent memory; `verdicts` returns the answers in order."""
         self._stream.send(shm.encode_take(namespace, items))
         self._offered.append(len(items))
 
     def verdicts(self) -> list[PageStatus]:
-        """The answer to the oldest `offer`."""
+        """Returns the answer to the oldest `offer`."""
         assert self._lent is not None
         offered = self._offered.popleft()
         try:
@@ -358,7 +360,7 @@ class _Channel:
         return shm.decode_taken(answer.payload)
 
     def _await_refusals(self) -> None:
-        """A call that was refused has ended at the node, too, when it ends here: whoever calls again must not meet its pages."""
+        """Waits until a refused call has also ended at the node: a repeated call must not meet its pages."""
         with suppress(AttnStoreError):
             for _ in self._offered:
                 self._stream.receive(ANSWERS[Kind.TAKE])
@@ -380,7 +382,7 @@ class _Channel:
 
 
 def _answer(stream: ShmStream, request: Kind) -> Message:
-    """The answer to a request. Raises what the node refused it with."""
+    """Returns the answer to a request. Raises the error with which the node refused it."""
     answer = stream.receive(ANSWERS[request])
     if answer.kind is Kind.REFUSED:
         raise shm.decode_refusal(answer.payload)

@@ -1,4 +1,4 @@
-"""The tcp transport: pages over the page channel, straight into the caller's buffers.
+"""The tcp transport: pages over the page channel, directly into the caller's buffers.
 
 Owns: the client's half of the page channel.
 Invariant: when a call ends, however it ends, each of its connections has completed its exchange or is closed, so no late byte can
@@ -41,7 +41,7 @@ _READS_IN_FLIGHT_MAX = 2
 
 
 class TcpTransport:
-    """`host` is where the node answers gRPC; `channels` is how many connections one large transfer may use."""
+    """`host` is where the node answers gRPC; `channels` is the maximum number of connections for one large transfer."""
 
     name = "tcp"
 
@@ -103,7 +103,7 @@ class TcpTransport:
         try:
             address, token = self._open_channel(self.name, deadline)
         except (InvalidArgument, Overloaded) as error:
-            # The node was restarted without this transport, or gives out no more tokens for now.
+            # The node was restarted without this transport, or has no free tokens now.
             raise BulkUnavailable(f"the node opens no page channel: {error}") from None
         soon = deadline.sooner(_CONNECT_MS_MAX)
         try:
@@ -133,7 +133,7 @@ class _Channel:
 
     @classmethod
     def opened(cls, stream: FrameStream, token: bytes, deadline: Deadline) -> _Channel:
-        """Says HELLO and waits for WELCOME."""
+        """Sends HELLO and waits for WELCOME."""
         stream.bound(deadline.left_ms)
         stream.send(encode_frame(Frame(Kind.HELLO, page=VERSION, size_bytes=len(token))), token)
         welcome = stream.receive()
@@ -145,7 +145,7 @@ class _Channel:
         return channel
 
     def begin(self, deadline: Deadline) -> None:
-        """Before each exchange: how long it may last."""
+        """Sets how long the next exchange may last."""
         self.answered = False
         self.stream.bound(deadline.left_ms)
 
@@ -153,7 +153,8 @@ class _Channel:
         self.stream.shutdown()
 
     def close(self) -> None:
-        # Not politely: a node that still sends would wait for our window until it calls us stalled, with the pages pinned.
+        # Reset, not closed: otherwise a node that still sends would wait for our window, with the pages pinned, until it considers
+        # us stalled.
         self.stream.abort()
 
     def read(self, plan: ReadPlan, begin: int, end: int) -> None:
@@ -183,7 +184,7 @@ class _Channel:
                 pending.popleft()
 
     def write(self, plan: WritePlan, begin: int, end: int) -> tuple[PageStatus, ...]:
-        """Pages `[begin, end)` of the plan, with at most the node's credits on the way."""
+        """Writes pages `[begin, end)` of the plan, with at most the node's credits in flight."""
         self._request = next_request(self._request)
         verdicts: list[PageStatus] = []
         for index in range(begin, end):
@@ -206,7 +207,7 @@ class _Channel:
         return tuple(verdicts)
 
     def match(self, plan: MatchPlan, payload: bytes) -> MatchResult:
-        """One MATCH and its answer."""
+        """Sends one MATCH and returns its answer."""
         self._request = next_request(self._request)
         question = Frame(
             Kind.MATCH,
@@ -221,7 +222,7 @@ class _Channel:
         return plan.result(decode_hits(self.stream.whole_payload(answer)), answer.lease_id, answer.offset_bytes)
 
     def _hashes_max(self, plan: ReadPlan, pages: int) -> int:
-        """How many pages one READ asks for."""
+        """Returns how many pages one READ requests."""
         if plan.on_layer is None:
             return min(self._read_hashes_max, CHANNEL_SECOND_READ_HASHES_MAX)
         if pages > self._read_hashes_max:
@@ -256,14 +257,14 @@ class _Channel:
             plan.tell_all_layers()
 
     def _take_layer(self, plan: ReadPlan, read: _PendingRead, frame: Frame) -> None:
-        """One layer of some pages, those after the ones that came last."""
+        """Receives one layer of some pages, those after the previous ones."""
         found = read.found()
         count, rest_bytes = divmod(frame.size_bytes, LAYER_CHECKSUM_BYTES + plan.layer_bytes)
         pages = found[read.position : read.position + count]
         as_announced = bool(pages) and pages[0] == read.index_of(frame) and len(pages) == count and not rest_bytes
         if not as_announced or count > CHANNEL_GATHER_PAGES:
             raise ProtocolError("a SLICE of a read by layers does not begin or end where the last one says")
-        # The bytes of a page that is corrupt already still come, and go nowhere.
+        # The remaining bytes of a corrupt page still arrive, and are discarded.
         views = [
             plan.landing.window(page, frame.offset_bytes, plan.layer_bytes) or memoryview(bytearray(plan.layer_bytes))
             for page in pages
@@ -284,7 +285,7 @@ class _Channel:
             plan.on_layer(layer, plan.landing.leading_open)
 
     def _take_verdict(self, index: int, sent_to: int) -> PageStatus:
-        """The verdict on page `index`, of the pages up to `sent_to` that were sent."""
+        """Receives the verdict on page `index`; pages up to `sent_to` were sent."""
         try:
             frame = self._receive(Kind.VERDICT, self._request)
         except ProtocolError:
@@ -298,7 +299,7 @@ class _Channel:
         return frame.status
 
     def _await_refusals(self, pages: int) -> None:
-        """A call that was refused has ended at the node, too, when it ends here: whoever calls again must not meet its pages."""
+        """Waits until a refused call has also ended at the node: a repeated call must not meet its pages."""
         with suppress(AttnStoreError):
             for _ in range(pages):
                 self.stream.whole_payload(self.stream.receive())
@@ -330,7 +331,7 @@ def _place(landing: Landing, index: int, frame: Frame) -> memoryview:
 
 
 class _PendingRead:
-    """One READ on the way: pages `[begin, begin + count)` of the plan."""
+    """One READ in flight: pages `[begin, begin + count)` of the plan."""
 
     __slots__ = ("_found", "answered", "begin", "count", "missing", "position", "request")
 
@@ -340,12 +341,12 @@ class _PendingRead:
         self.count = count
         self.answered = 0
         self.missing: set[int] = set()
-        self.position = 0  # in a read by layers: how many of the pages found have their slice of the current layer
+        self.position = 0  # in a read by layers: how many of the found pages have their slice of the current layer
         self._found: list[int] = []
 
     @property
     def is_complete(self) -> bool:
-        """Every page has its answer."""
+        """True if every page has its answer."""
         return self.answered == self.count
 
     @property
@@ -354,13 +355,13 @@ class _PendingRead:
         return bool(self._found)
 
     def index_of(self, frame: Frame) -> int:
-        """The plan's index of the frame's page. Raises `ProtocolError` for one that was not asked for."""
+        """Returns the plan's index of the frame's page. Raises `ProtocolError` for a page that was not requested."""
         if frame.page >= self.count:
             raise ProtocolError(f"the node answered page {frame.page} of a READ of {self.count}")
         return self.begin + frame.page
 
     def found(self) -> list[int]:
-        """In a read by layers: the pages that are not missing, known once the first slice with bytes has come."""
+        """In a read by layers: the pages that are not missing, known once the first slice with bytes has arrived."""
         if not self._found:
             self._found = [index for index in range(self.begin, self.begin + self.count) if index not in self.missing]
         return self._found
