@@ -50,7 +50,7 @@ demo: setup
 	$(BIN)/python -m experiments.demo $(if $(JSON),--json '$(JSON)') $(if $(DOCUMENT),--document '$(DOCUMENT)')
 
 ## make test      every check and every test (PYTEST_ARGS="-m 'not slow'" passes options on; TEST_PROCESSES=1 one after the other)
-test: $(TOOLS_STAMP) lint types layers wheels proto-check
+test: $(TOOLS_STAMP) checks
 	$(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist worksteal $(PYTEST_ARGS)
 
 ## make test-vllm the connector inside real vLLM on this CPU (about 3 GB of packages in .venv-vllm)
@@ -82,9 +82,10 @@ lint: setup
 types: setup
 	$(BIN)/mypy
 
-## make layers    import-linter: who may import whom
+## make layers    who may import whom, and how many floors of imports each package has
 layers: setup
 	$(BIN)/lint-imports
+	$(BIN)/python -m tests.import_floors
 
 ## make proto     generate the stubs again after a change of the protocol
 proto: setup
