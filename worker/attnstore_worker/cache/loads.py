@@ -1,7 +1,7 @@
-"""The loads of admitted and of waiting sequences, seen from the engine: what arrived goes into tables and the pool.
+"""The loads of admitted and of waiting sequences, as the engine uses them: arrived pages go into tables and the pool.
 
-Owns: the steps between a `Load` and the table that it fills. Invariant: a block that a load may still write is held, and only pages
-that came whole and verified are sealed. Only the engine's thread calls it.
+Owns: the steps between a `Load` and the table that it fills. Invariant: a block that a load may still write is held, and only
+complete and verified pages are sealed. Only the engine's thread calls it.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from attnstore_worker.cache.store.base import Lender, PageSource
 _LOG = logging.getLogger(__name__)
 
 _LATE_MS: float = 50.0
-"""How much longer than its deadline a load may take: a read ends at the deadline, and its result is on its way then."""
+"""How much longer than its deadline a load may take: a read ends at the deadline, and its result arrives a little later."""
 
 
 class Loads:
-    """Loads from `source` into blocks of `pool`. Without a source none is ever begun. `lender` lets pages be used in place."""
+    """Loads from `source` into blocks of `pool`. Without a source no load is started. `lender` lets pages be used in place."""
 
     def __init__(
         self,
@@ -53,8 +53,8 @@ class Loads:
     def prepare(
         self, table: BlockTable, prompt: Prompt, planner: Planner, *, host_blocks: int = 0, observed: bool = True
     ) -> tuple[Load, LoadJob | None]:
-        """A load for the blocks of a table that are not resident, and its job for the mover. Where there is nothing to load, or the
-        planner wants nothing, the load has ended and there is no job.
+        """Returns a load for the blocks of a table that are not resident, and its job for the mover. If there is nothing to load,
+        or the planner wants nothing, the load has ended and there is no job.
         """
         now_ms = self._clock.now_ms()
         wanted = range(prompt.resident_blocks, prompt.usable_blocks)
@@ -75,10 +75,10 @@ class Loads:
         return load, LoadJob(load, planner, self._source, hashes, buffers, self._lender)
 
     def advance(self, table: BlockTable, load: Load, computed_tokens: int) -> int:
-        """Takes the blocks that arrived, ends a load that is finished or late, and returns how many tokens are computed or loaded.
+        """Takes arrived blocks, ends a load that is finished or late, and returns how many tokens are computed or loaded.
 
-        Blocks of a load that was given up stay in quarantine. Where no other blocks can be had for them, the table is cut there:
-        `CacheManager.grow` it before computing on.
+        Blocks of an abandoned load stay in quarantine. If no other blocks are available for them, the table is cut there: call
+        `CacheManager.grow` before computing on.
         """
         if load.running:
             self._take(table, load)
@@ -92,12 +92,12 @@ class Loads:
         return computed_tokens
 
     def claim(self, load: Load, end_tokens: int) -> int:
-        """Claims blocks for computing up to `end_tokens`; returns the token up to which the engine may compute now."""
+        """Claims blocks for computing up to `end_tokens`. Returns the token up to which the engine may compute now."""
         block_tokens = load.prompt.block_tokens
         return min(end_tokens, self._mover.claim(load, -(-end_tokens // block_tokens)) * block_tokens)
 
     def is_late(self, load: Load) -> bool:
-        """The deadline has passed, or the planner gives the load up: `advance` will end it."""
+        """Returns whether the deadline has passed, or the planner gives the load up: `advance` will end it."""
         if self._clock.now_ms() > load.due_ms + _LATE_MS:
             return True
         try:
@@ -107,7 +107,7 @@ class Loads:
             return True
 
     def abandon(self, table: BlockTable, load: Load, end: LoadEnd = LoadEnd.RELEASED) -> None:
-        """Ends a load that a sequence needs no more, or whose table is about to be released."""
+        """Ends a load that a sequence does not need any more, or whose table is about to be released."""
         self._cancel(table, load, end)
 
     def wait_layer(self, load: Load, layer: int | None) -> None:
@@ -115,16 +115,16 @@ class Loads:
         self._mover.wait_layer(load, layer, lambda: self.is_late(load))
 
     def wait(self, timeout_ms: float) -> None:
-        """Waits until a load has moved on, `wake` was called, or the time is up."""
+        """Waits until a load has progressed, `wake` was called, or the time is up."""
         self._mover.wait(timeout_ms)
 
     def wake(self) -> None:
-        """Ends a `wait` that runs, or the next one. From any thread."""
+        """Ends a running `wait`, or the next one. From any thread."""
         self._mover.wake()
 
     @property
     def quarantined(self) -> int:
-        """Blocks of loads that were given up and may still write them."""
+        """Blocks of abandoned loads that may still be written."""
         return self._mover.quarantined
 
     def reap(self) -> None:
@@ -150,11 +150,11 @@ class Loads:
             self._observer.loaded(load)
 
     def _cancel(self, table: BlockTable, load: Load, end: LoadEnd) -> range:
-        """Lets nothing arrive any more. The blocks that may still be written go into quarantine and are returned."""
+        """Cancels a load. The blocks that may still be written go into quarantine and are returned."""
         if not load.running:
             return range(0)
         in_flight = self._mover.cancel(load, end)
-        if in_flight:  # first of all, so that nothing that fails below gives them to others
+        if in_flight:  # first, so that a later failure cannot give them to others
             block_ids = [table.block_ids[block] for block in in_flight]
             for block_id in block_ids:
                 self._pool.hold(block_id)
@@ -163,7 +163,7 @@ class Loads:
         return in_flight
 
     def _replace(self, table: BlockTable, load: Load, blocks: range) -> None:
-        """Gives the table other blocks in the place of quarantined ones, or cuts it there."""
+        """Replaces quarantined blocks of the table by others, or cuts the table there."""
         for block in blocks:
             if not self._pool.available and not self._writer.reclaim():
                 load.cut(block)
@@ -175,7 +175,7 @@ class Loads:
 
 
 def admission_of(load: Load) -> Admission:
-    """What has come of a load so far."""
+    """Returns the result of a load so far."""
     block_tokens, resident = load.prompt.block_tokens, load.prompt.resident_blocks
     local_tokens, host_tokens = resident * block_tokens, load.host_blocks * block_tokens
     if load.search is None:

@@ -35,14 +35,14 @@ class AttendPolicy(enum.StrEnum):
 
 @runtime_checkable
 class AttendForecaster(Protocol):
-    """A planner that has measured what attending costs."""
+    """A planner that has measured the costs of attending."""
 
     def attend_forecast(self, prompt: Prompt, remote_blocks: int, row_bytes: int, /) -> AttendForecast | None:
-        """The forecast of a prompt whose first `remote_blocks` blocks lie in the store; None while a cost is unknown."""
+        """Returns the forecast of a prompt whose first `remote_blocks` blocks are in the store; None while a cost is unknown."""
         ...
 
     def attending(self, prompt: Prompt, remote_blocks: int, forecast: AttendForecast, /) -> None:
-        """The prompt attends to these blocks."""
+        """Records that the prompt attends to these blocks."""
         ...
 
 
@@ -57,14 +57,14 @@ class Judged:
 
 @dataclass(frozen=True, slots=True)
 class Taken:
-    """A sequence is to attend: by measured costs if `judged`, else by the policy."""
+    """The decision that a sequence attends: by measured costs if `judged`, else by the policy."""
 
     judged: Judged | None = None
 
 
 class AttendChoice:
-    """`forecaster` is needed for MEASURED only. `row_bytes`: of one row's questions and answers over all layers. `tokens_per_step`
-    tells how many tokens steps give, guesses included.
+    """`forecaster` is needed only for MEASURED. `row_bytes`: bytes of one row's queries and answers over all layers.
+    `tokens_per_step` returns how many tokens a step gives, accepted drafts included.
     """
 
     def __init__(
@@ -83,15 +83,15 @@ class AttendChoice:
         self._answers: deque[int] = deque(maxlen=_ANSWERS_KEPT)
 
     def fits(self, sequence: Sequence) -> bool:
-        """The sequence, and a token more, fits into the pool."""
+        """Returns whether the sequence, and one more token, fits into the pool."""
         return len(sequence.token_ids) < self._cache.capacity_tokens
 
     def must(self, sequence: Sequence) -> bool:
-        """The sequence attends at any cost."""
+        """Returns whether the sequence must attend, at any cost."""
         return self._policy is AttendPolicy.ALWAYS or not self.fits(sequence)
 
     def wants(self, sequence: Sequence) -> bool:
-        """The sequence is to look for blocks to attend to."""
+        """Returns whether the sequence should look for blocks to attend to."""
         if self.must(sequence):
             return True
         if sequence.attend.has_moved or self._forecaster is None:
@@ -100,7 +100,7 @@ class AttendChoice:
         return self._attends(sequence, prompt, prompt.usable_blocks) is not None
 
     def takes(self, sequence: Sequence, found: AttendedPrefix | None) -> Taken | None:
-        """Whether the sequence is to attend to the blocks that were found in the store; None if not."""
+        """Returns the decision to attend to the blocks that were found in the store, or None."""
         if not self.fits(sequence):
             return Taken()
         if found is None:
@@ -112,14 +112,14 @@ class AttendChoice:
         return Taken(Judged(prompt, found.blocks, forecast)) if forecast is not None else None
 
     def began(self, sequence: Sequence, taken: Taken) -> None:
-        """The sequence attends from its admission on."""
+        """Records that the sequence attends from its admission on."""
         if taken.judged is not None:
             assert self._forecaster is not None
             self._forecaster.attending(taken.judged.prompt, taken.judged.remote_blocks, taken.judged.forecast)
             sequence.prompt = taken.judged.prompt
 
     def moves(self, sequence: Sequence, spare_blocks: int) -> bool:
-        """A sequence that attends is to have its blocks here from now on, where `spare_blocks` can be had for it."""
+        """Returns whether an attending sequence should load its blocks now, given `spare_blocks` free blocks."""
         spent = len(sequence.generated) - sequence.attend.began_tokens
         if not self.fits(sequence) or len(sequence.token_ids) >= spare_blocks * self._cache.block_tokens:
             return False
@@ -131,31 +131,31 @@ class AttendChoice:
         return forecast.moves(spent=spent / steps, expected=self._expected_steps(sequence), most=most / steps)
 
     def leaves(self, sequence: Sequence, victim: Sequence) -> bool:
-        """A resident sequence is to attend, so that `victim` can keep its blocks."""
+        """Returns whether a resident sequence should attend, so that `victim` can keep its blocks."""
         forecast, other = self._running_forecast(sequence), self._running_forecast(victim)
         if forecast is None or other is None:
             return False
         return forecast.leaves(self._expected_steps(sequence), other.load_ttft_ms)
 
     def ended(self, sequence: Sequence) -> None:
-        """Learns how long answers are."""
+        """Records the length of an answer."""
         self._answers.append(len(sequence.generated))
 
     def _attends(self, sequence: Sequence, prompt: Prompt, remote_blocks: int) -> AttendForecast | None:
-        """The forecast, where it says that the sequence should attend."""
+        """Returns the forecast, if it says that the sequence should attend."""
         assert self._forecaster is not None
         forecast = self._forecaster.attend_forecast(prompt, remote_blocks, self._row_bytes)
         return forecast if forecast is not None and forecast.attends(self._expected_steps(sequence)) else None
 
     def _running_forecast(self, sequence: Sequence) -> AttendForecast | None:
-        """The forecast as if no block of the sequence were here."""
+        """Returns the forecast as if no block of the sequence were here."""
         if self._forecaster is None:
             return None
         prompt = self._cache.prompt(sequence.token_ids, sequence.hashes, sequence.extra_keys, resident_blocks=0)
         return self._forecaster.attend_forecast(prompt, prompt.usable_blocks, self._row_bytes)
 
     def _expected_steps(self, sequence: Sequence) -> float:
-        """Steps to the end of the sequence: the median of recent answers, at most the tokens asked for."""
+        """Returns the expected steps to the end of the sequence: the median of recent answers, at most the requested tokens."""
         most = sequence.sampling.max_tokens
         answer = min(most, median(self._answers)) if self._answers else most
         return max(answer - len(sequence.generated), 0) / self._tokens_per_step()

@@ -68,8 +68,8 @@ TRANSITIONS: Final = {
 
 @dataclass(slots=True)
 class AttendState:
-    """`prefix` is what the sequence attends to, if the store holds any of it; `began_tokens` the number of tokens that had been
-    generated when the sequence began to attend; `losses` how often it lost a prefix.
+    """`prefix` is what the sequence attends to, if the store holds any of it. `began_tokens` is the number of generated tokens when
+    the sequence began to attend, `losses` how often it lost a prefix.
     """
 
     phase: AttendPhase = AttendPhase.RESIDENT
@@ -79,38 +79,38 @@ class AttendState:
 
     @property
     def attends(self) -> bool:
-        """The sequence may leave blocks in the store."""
+        """True if the sequence may leave blocks in the store."""
         return self.phase in (AttendPhase.ATTENDING, AttendPhase.RETURNED)
 
     @property
     def has_moved(self) -> bool:
-        """The blocks were fetched for good once: only need makes the sequence attend again."""
+        """True if the blocks were fetched for good once: only need makes the sequence attend again."""
         return self.phase in (AttendPhase.MOVED, AttendPhase.RETURNED)
 
     @property
     def may_begin(self) -> bool:
-        """The sequence has not given up."""
+        """True unless the sequence has given up."""
         return self.phase is not AttendPhase.GIVEN_UP
 
     def begin(self, generated_tokens: int) -> None:
-        """The sequence attends from now on."""
+        """Records that the sequence attends from now on."""
         self._follow(AttendEvent.BEGIN)
         self.began_tokens = generated_tokens
 
     def load(self) -> None:
-        """The sequence is admitted with all its blocks here."""
+        """Records that the sequence is admitted with all its blocks here."""
         self._follow(AttendEvent.LOAD)
 
     def move(self) -> None:
-        """The sequence is to have its blocks here for good. Its prefix is closed."""
+        """Records that the sequence will have its blocks here for good, and closes its prefix."""
         self._follow(AttendEvent.MOVE)
 
     def give_up(self) -> None:
-        """The sequence attends no more. Its prefix is closed."""
+        """Records that the sequence stops attending, and closes its prefix."""
         self._follow(AttendEvent.GIVE_UP)
 
     def lose(self) -> None:
-        """The prefix was lost, and is closed. Gives up after `LOSSES_MAX` losses."""
+        """Records the loss of the prefix, and closes it. Gives up after `LOSSES_MAX` losses."""
         assert self.attends
         self.losses += 1
         if self.losses > LOSSES_MAX:

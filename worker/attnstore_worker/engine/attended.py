@@ -1,8 +1,8 @@
-"""Sequences that leave their first blocks in the store: how many blocks are here, and what follows from a loss.
+"""Sequences that leave their first blocks in the store: how many blocks are here, and the handling of losses.
 
 Owns: the open prefixes of sequences, and every change of an `AttendState` but `load`; `AttendChoice` decides. Called between steps.
-Invariant: a sequence that attends has at most `resident_blocks_max` blocks here when a step begins, and all blocks before them in
-one prefix that is not lost. So contexts of any length run in any pool that holds a few chunks.
+Invariant: at the start of a step, an attending sequence has at most `resident_blocks_max` blocks here, and all blocks before them
+in one prefix that is not lost; contexts of any length therefore run in any pool that holds a few chunks.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from attnstore_worker.engine.sequence import Sequence
 
 
 class AttendedBlocks:
-    """`flush_ms`: how long to wait for blocks on their way to the store before one that is needed there is given up."""
+    """`flush_ms`: how long to wait for needed blocks on their way to the store before they are given up."""
 
     def __init__(
         self, remote: RemoteAttention, cache: CacheManager, choice: AttendChoice, *, chunk_tokens: int, flush_ms: float
@@ -31,13 +31,13 @@ class AttendedBlocks:
         self.resident_blocks_max = max(pool_blocks // 2, min(pool_blocks, chunk_tokens // cache.block_tokens + 2))
 
     def wants(self, sequence: Sequence) -> bool:
-        """A waiting sequence is to look for blocks to attend to."""
+        """Returns whether a waiting sequence should look for blocks to attend to."""
         return sequence.attend.may_begin and self._choice.wants(sequence)
 
     def admit(self, sequence: Sequence) -> bool:
-        """Gives a waiting sequence a table that begins with all the blocks that the store has of it, and has it attend.
+        """Gives a waiting sequence a table that begins with all of its blocks in the store, and makes it attend.
 
-        False, with nothing done, if the store has none or too few to be worth it and the sequence fits into the pool.
+        Returns False, without effect, if the store has none or too few to be worth it and the sequence fits into the pool.
         """
         usable = (len(sequence.token_ids) - 1) // self._cache.block_tokens
         prefix = self.remote.open(sequence.hashes[:usable])
@@ -56,8 +56,8 @@ class AttendedBlocks:
         return True
 
     def make_room(self, sequence: Sequence) -> bool:
-        """Leaves the oldest blocks to the store where a sequence attends, or must from now on, and the next step would need more
-        blocks here than allowed. False if the store does not have them: the sequence cannot go on like this.
+        """Leaves the oldest blocks to the store if a sequence attends, or must from now on, and the next step would need more
+        blocks here than allowed. Returns False if the store does not have them: the sequence cannot continue like this.
         """
         if not sequence.attend.attends and sequence.attend.may_begin and self._choice.must(sequence):
             sequence.attend.begin(len(sequence.generated))
@@ -79,7 +79,7 @@ class AttendedBlocks:
         return needed - table.remote_blocks <= self._cache.pages.capacity
 
     def recover(self, sequence: Sequence) -> bool:
-        """Finds the blocks of a lost prefix again, at any node that has them. False if that fails."""
+        """Opens the blocks of a lost prefix again, at any node that has them. Returns False if that fails."""
         table = sequence.table
         assert table is not None
         self.release(sequence)
@@ -90,21 +90,23 @@ class AttendedBlocks:
         return prefix is not None and prefix.blocks == table.remote_blocks
 
     def may_go_on(self, sequence: Sequence) -> bool:
-        """The sequence can be admitted anew: it attends, or fits into the pool."""
+        """Returns whether the sequence can be admitted again: it attends, or fits into the pool."""
         return sequence.attend.may_begin or self._choice.fits(sequence)
 
     def moves(self, sequence: Sequence, spare_blocks: int) -> bool:
-        """A sequence that attends is better off with its blocks here, for which `spare_blocks` are left: `move` it."""
+        """Returns whether an attending sequence should have its blocks here, for which `spare_blocks` are left: then
+        call `move`.
+        """
         return sequence.attend.attends and self._choice.moves(sequence, spare_blocks)
 
     def move(self, sequence: Sequence) -> None:
-        """The sequence attends no more: it is to be admitted anew, with its blocks here."""
+        """Ends attending: the sequence will be admitted again, with its blocks here."""
         self.release(sequence)
         sequence.attend.move()
 
     def leave_for(self, victim: Sequence, running: Iterable[Sequence]) -> bool:
-        """Has a running sequence, the one with the most blocks here, attend from now on, where that costs less than to preempt
-        `victim`. False where there is none.
+        """Makes a running sequence, the one with the most blocks here, attend from now on, if that costs less than preempting
+        `victim`. Returns False if there is none.
         """
         for sequence in sorted(running, key=lambda each: each.table.sealed if each.table is not None else 0, reverse=True):
             table, state = sequence.table, sequence.attend
@@ -119,7 +121,7 @@ class AttendedBlocks:
         return False
 
     def ended(self, sequence: Sequence) -> None:
-        """The sequence is over."""
+        """Forgets a finished sequence."""
         try:
             self.release(sequence)
         finally:
@@ -141,7 +143,7 @@ class AttendedBlocks:
             self._cache.let_stay(table, prefix.blocks)
 
     def _open_all(self, sequence: Sequence, blocks: int) -> AttendedPrefix | None:
-        """A prefix of exactly so many blocks; blocks that the store lacks are sent once more."""
+        """Opens a prefix of exactly that many blocks; blocks that the store lacks are sent again."""
         table = sequence.table
         assert table is not None
         prefix = self.remote.open(table.hashes[:blocks])

@@ -1,9 +1,9 @@
 """The engine: prompts in, tokens out, one step at a time.
 
-Owns: the parts of an engine and the order in which a step calls them: admit, draft, make room, compute (the shape of nano-vllm's
-engine). The scheduler decides who takes part, `Residency` where blocks come from and when a sequence ends, `Stepper` computes.
-Invariants: whatever the store does and whoever else runs or fails, the tokens are those of a run alone, up to the rounding of near
-ties; a sequence that waits or is finished holds no block.
+Owns: the parts of an engine and the order in which a step calls them: admit, draft, make room, compute (the structure of
+nano-vllm's engine). The scheduler decides which sequences run, `Residency` where blocks come from and when a sequence ends,
+`Stepper` computes. Invariants: whatever the store does and whichever other sequences run or fail, the tokens are those of a run
+alone, up to the rounding of near ties; a waiting or finished sequence holds no block.
 """
 
 from __future__ import annotations
@@ -47,13 +47,13 @@ from attnstore_worker.errors import ContextOverflow, PoolTooSmall
 from attnstore_worker.model.loading import LoadedModel
 
 _SALT_KEY = b"cache_salt:"
-"""Tells a salt from other extra keys of a block's hash."""
+"""Distinguishes a salt from other extra keys of a block's hash."""
 
 
 class Engine:
-    """Generates with `model`; pages that `store` has are read instead of computed where `planner` (default: always) finds that
-    better, new ones are written to it. `observer` is told of transfers, loads and steps. `attend_store` attends to pages that stay
-    in it, where `EngineOptions.attend` says so (default: `store`).
+    """Generates with `model`. Pages in `store` are read instead of computed if `planner` (default: always) decides so, and new
+    pages are written to it. `observer` is told of transfers, loads and steps. Sequences attend to pages in `attend_store` (default:
+    `store`) as `EngineOptions.attend` says.
 
     Not thread-safe, except for `wake`. Leaving it as a context manager closes it.
     """
@@ -122,7 +122,7 @@ class Engine:
         sequence.table = BlockTable(self._cache.block_tokens)
         self._cache.grow(sequence.table, len(sequence.token_ids))
         self._runner.run([next_chunk(sequence, self.options.chunk_tokens)])
-        for _ in range(2):  # a prefill and a decode step, which now take as long as they will
+        for _ in range(2):  # a prefill and a decode step, which now have their normal duration
             self._cache.grow(sequence.table, len(sequence.token_ids))
             self._stepper.run([next_chunk(sequence, self.options.chunk_tokens)])
             sequence.computed_tokens = len(sequence.token_ids)
@@ -136,7 +136,7 @@ class Engine:
         no page, here or in the store.
 
         Raises `ContextOverflow` or `PoolTooSmall` for a prompt that does not fit, `InvalidArgument` for an empty prompt or for
-        token ids outside the vocabulary, `Overloaded` when the queue is full.
+        token ids outside the vocabulary, `Overloaded` if the queue is full.
         """
         self._check_prompt(token_ids)
         sampling = sampling or SamplingParams(stop_token_ids=self.model.stop_token_ids)
@@ -146,16 +146,16 @@ class Engine:
         return sequence
 
     def cancel(self, sequence: Sequence) -> None:
-        """Ends a sequence wherever it is; what it has computed stays in the cache. A finished one stays as it is."""
+        """Ends a sequence in any state; its computed blocks stay in the cache. A finished sequence stays as it is."""
         if sequence.finish_reason is None:
             self._residency.end(sequence, FinishReason.CANCELLED)
 
     def step(self) -> list[Token]:
-        """Runs one batch; returns the tokens that it gave.
+        """Runs one batch. Returns the tokens that it generated.
 
-        Where all that run wait for their pages it waits with them, for a short time or until `wake`, and returns without a token.
-        Nothing happens when there is no work. What fails for one sequence ends that one as FAILED, with its `error`. Where the step
-        itself raises, the sequences whose chunks it computed have ended so, with `StepFailed`; the others go on with the next step.
+        If all running sequences wait for their pages it waits with them, for a short time or until `wake`, and returns no token.
+        No-op without work. A failure of one sequence ends that sequence as FAILED, with its `error`. If the step itself raises, the
+        sequences whose chunks it computed have ended with `StepFailed`; the others continue with the next step.
         """
         self._residency.admit()
         self._residency.advance()
@@ -173,7 +173,7 @@ class Engine:
         return []
 
     def probe(self) -> None:
-        """Computes a token that nobody asked for, after a step that raised. Raises where every step would: the device is lost."""
+        """Computes a token for no sequence, after a step that raised. Raises if every step would: the device is lost."""
         sequence = self._sequence([0], SamplingParams(max_tokens=1))
         sequence.table = table = BlockTable(self._cache.block_tokens)
         try:
@@ -189,7 +189,7 @@ class Engine:
         self._cache.loads.wake()
 
     def generate(self, token_ids: list[int], sampling: SamplingParams | None = None) -> Sequence:
-        """Runs a prompt to its end, beside those that were submitted before it. Raises the error of a sequence that FAILED."""
+        """Runs a prompt to its end, together with those submitted before it. Raises the error of a sequence that FAILED."""
         (sequence,) = self.generate_all([token_ids], sampling)
         if sequence.error is not None:
             raise sequence.error
@@ -197,7 +197,7 @@ class Engine:
 
     def generate_all(self, prompts: Iterable[list[int]], sampling: SamplingParams | None = None) -> list[Sequence]:
         """Runs many prompts to their ends, together; more than the queue holds wait outside of it. Raises as `submit` does, after
-        the prompts before the one that is refused. A sequence that FAILED has its `error`.
+        running the prompts before the refused one. A sequence that FAILED has its `error`.
         """
         sequences = []
         for token_ids in prompts:
@@ -210,15 +210,15 @@ class Engine:
 
     @property
     def idle(self) -> bool:
-        """No sequence runs or waits."""
+        """True if no sequence runs or waits."""
         return not self._scheduler.running and not self._scheduler.waiting
 
     def flush(self, timeout_ms: float) -> bool:
-        """Waits until all pages that are on their way to the store are there. False when time ran out."""
+        """Waits until all pages on their way to the store are written. Returns False if time ran out."""
         return self._cache.flush(timeout_ms)
 
     def drop_cached(self) -> None:
-        """Evicts every block that no sequence holds, so that what comes next is a miss in the pool."""
+        """Evicts every block that no sequence holds, so that the next prompt misses in the pool."""
         self._cache.drop_cached()
 
     def statistics(self) -> CacheStatistics:
@@ -241,7 +241,7 @@ class Engine:
         )
 
     def attending(self) -> AttendStatistics | None:
-        """A snapshot of what was asked of store nodes; None where nothing ever is."""
+        """Returns a snapshot of the requests to store nodes that attend; None if the engine does not attend."""
         return self._attend.remote.statistics() if self._attend is not None else None
 
     def check(self) -> None:
@@ -249,7 +249,7 @@ class Engine:
         self._cache.check()
 
     def close(self) -> None:
-        """Ends writing; flush first to keep what was computed."""
+        """Stops writing; flush first to keep computed pages."""
         try:
             if self._attend is not None:
                 self._attend.remote.end()

@@ -1,8 +1,8 @@
-"""Which sequences have blocks, and which of their blocks are here: admission, loading, growing, preemption, the end.
+"""The blocks of sequences: admission, loading, growing, preemption, the end.
 
-Owns: every change of a sequence's table between steps, and the one place where a sequence ends (`end`). The scheduler decides who
-comes next, the cache manager where pages lie. Invariant: a sequence that waits or is over holds no block, and one that runs has a
-table. A failure that concerns one sequence ends that sequence.
+Owns: every change of a sequence's table between steps, and the one place where a sequence ends (`end`). The scheduler decides which
+sequence is next, the cache manager where pages lie. Invariant: a waiting or finished sequence holds no block, and a running one has
+a table. A failure of one sequence ends that sequence.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ from attnstore_worker.errors import SequenceFailed, StepFailed
 _LOG = logging.getLogger(__name__)
 
 _IDLE_MS = 50.0
-"""A step that can only wait for pages looks around at least this often."""
+"""A step that can only wait for pages checks for changes at least this often."""
 
 
 class Residency:
-    """Blocks for the sequences of `scheduler`, at most `chunk_tokens` of each computed at a time. `attend` is None where no block
-    stays in the store. `preemptions` and `failures` (sequences that ended as FAILED) count since the start.
+    """Blocks for the sequences of `scheduler`, of which at most `chunk_tokens` each are computed at a time. `attend` is None if no
+    block stays in the store. `preemptions` and `failures` (sequences that ended as FAILED) count since the start.
     """
 
     def __init__(
@@ -54,7 +54,7 @@ class Residency:
         self.failures = 0
 
     def enqueue(self, sequence: Sequence) -> None:
-        """A new sequence waits. Raises `Overloaded` when the queue is full."""
+        """Queues a new sequence. Raises `Overloaded` if the queue is full."""
         self._scheduler.enqueue(sequence)
         try:
             self._announce(sequence)
@@ -63,9 +63,9 @@ class Residency:
             raise
 
     def end(self, sequence: Sequence, reason: FinishReason, error: AttnStoreError | None = None) -> None:
-        """Ends a sequence, wherever it is; what it has computed stays in the cache.
+        """Ends a sequence in any state; its computed blocks stay in the cache.
 
-        Never raises: an end that goes wrong concerns no other sequence.
+        Never raises, because an error here must not affect other sequences.
         """
         sequence.finish_reason, sequence.error = reason, error
         sequence.finished_ms = self._clock.now_ms()
@@ -84,7 +84,7 @@ class Residency:
             _LOG.exception("sequence %d: the end did not release everything that it held", sequence.sequence_id)
 
     def fail(self, sequence: Sequence, cause: Exception) -> None:
-        """Ends a sequence for which alone something raised."""
+        """Ends a sequence because of an error that concerns only this sequence."""
         unforeseen = None if isinstance(cause, SequenceFailed) else cause
         _LOG.error("sequence %d failed: %s", sequence.sequence_id, cause, exc_info=unforeseen)
         if sequence.finish_reason is None:
@@ -93,7 +93,7 @@ class Residency:
 
     @contextmanager
     def failing(self, chunks: Iterable[Chunk]) -> Iterator[None]:
-        """Ends the sequences of a step that raises, because nobody knows how far the step came with each of them."""
+        """Ends the sequences of a step that raises, because it is unknown how far the step got with each of them."""
         try:
             yield
         except BaseException:
@@ -104,13 +104,13 @@ class Residency:
             raise
 
     def admit(self) -> None:
-        """Lets waiting sequences run, as many as there is room for."""
+        """Starts as many waiting sequences as there is room for."""
         while (sequence := self._admissible()) is not None:
             try:
                 self._settle(sequence)
                 self._start(sequence)
             except Overloaded:
-                # The blocks of a transfer that hangs are lost for now. Where others run they will give theirs back.
+                # The blocks of a transfer that hangs are unavailable for now. If other sequences run, they will release theirs.
                 if not self._scheduler.running and not self._prefetch.give_way():
                     self.end(sequence, FinishReason.OVERLOADED)
                     continue
@@ -121,7 +121,7 @@ class Residency:
                 self.fail(sequence, error)
 
     def advance(self) -> None:
-        """Lets each loading sequence have what has arrived, and claims what it computes next."""
+        """Gives each loading sequence its arrived pages, and claims what it computes next."""
         for sequence in self._scheduler.running:
             if sequence.load is not None:
                 try:
@@ -130,7 +130,7 @@ class Residency:
                     self.fail(sequence, error)
 
     def end_load(self, sequence: Sequence, end: LoadEnd = LoadEnd.RELEASED) -> None:
-        """The sequence waits for no page any more."""
+        """Ends the load of a sequence."""
         if sequence.load is not None:
             assert sequence.table is not None
             self._cache.loads.abandon(sequence.table, sequence.load, end)
@@ -139,7 +139,7 @@ class Residency:
             sequence.computable_tokens = None
 
     def behind_layers(self) -> tuple[Sequence, Load] | None:
-        """A running sequence that can compute behind pages which still arrive layer by layer, and their load."""
+        """Returns a running sequence that can compute after pages still arriving layer by layer, and their load."""
         for sequence in self._scheduler.running:
             load = sequence.load
             if load is not None and load.may_compute_behind(sequence.computed_tokens):
@@ -147,13 +147,13 @@ class Residency:
         return None
 
     def wait(self) -> None:
-        """For pages, until the first load is due at most."""
+        """Waits for pages, until the first load is due at most."""
         due_ms = min((s.load.due_ms for s in self._scheduler.running if s.load is not None), default=math.inf)
         self._cache.loads.wait(min(_IDLE_MS, max(1.0, due_ms - self._clock.now_ms())))
 
     def make_room(self) -> None:
-        """Gives each running sequence the blocks for all its tokens; for lack of blocks the last ones go back to waiting. What is
-        left over is used to fetch ahead.
+        """Gives each running sequence the blocks for all its tokens; if blocks are short, the last sequences return to waiting.
+        Uses the remaining blocks for prefetching.
         """
         for sequence in self._scheduler.running:
             try:
@@ -177,7 +177,7 @@ class Residency:
         self._prefetch.advance(self._scheduler.waiting, self._spare_blocks)
 
     def drop_recycled(self, sequences: Iterable[Sequence]) -> None:
-        """Sends sequences back to waiting whose pages in a node's memory are not theirs any more."""
+        """Returns sequences to waiting whose pages in a node's memory were recycled."""
         for sequence in sequences:
             try:
                 if sequence.table is not None and not sequence.table.is_intact():
@@ -186,7 +186,9 @@ class Residency:
                 self.fail(sequence, error)
 
     def recover(self) -> None:
-        """Finds the blocks that running sequences lost at the store again, or has them waiting, to be fetched or computed."""
+        """Opens the blocks that running sequences lost at the store again, or returns the sequences to waiting, to be fetched or
+        computed.
+        """
         assert self._attend is not None
         for sequence in self._scheduler.running:
             try:
@@ -198,7 +200,7 @@ class Residency:
 
     @property
     def _spare_blocks(self) -> int:
-        """Blocks that nobody who runs needs, each of them growing by one."""
+        """Returns the blocks that no running sequence needs, if each of them grows by one."""
         return self._cache.available_blocks - len(self._scheduler.running)
 
     def _announce(self, sequence: Sequence) -> None:
@@ -209,7 +211,7 @@ class Residency:
         self._announced.pop(sequence, None)
 
     def _admissible(self) -> Sequence | None:
-        """The next sequence to admit; prefetching gives way to it."""
+        """Returns the next sequence to admit; prefetching gives way to it."""
         while True:
             available = self._cache.available_blocks
             sequence = self._scheduler.admissible(available)
@@ -240,7 +242,7 @@ class Residency:
         self._scheduler.start(sequence)
 
     def _leave_behind(self, sequence: Sequence) -> None:
-        """Leaves blocks to the store where a sequence attends, or has grown too long to go on without."""
+        """Leaves blocks to the store if a sequence attends, or has become too long to continue without."""
         if self._attend is None or sequence.load is not None:
             return
         if self._attend.moves(sequence, 0 if self._scheduler.waiting else self._spare_blocks):
@@ -259,7 +261,7 @@ class Residency:
             return False
 
     def _give_up_remote(self, attend: AttendedBlocks, sequence: Sequence) -> None:
-        """Has a sequence that lost its blocks at the store begin anew, or ends it where it has no way to go on."""
+        """Restarts a sequence that lost its blocks at the store, or ends it if it cannot continue."""
         if attend.may_go_on(sequence):
             self._preempt(sequence)
         else:
@@ -272,7 +274,9 @@ class Residency:
         self.preemptions += 1
 
     def _send_back(self, sequence: Sequence) -> None:
-        """To waiting, without a block. Sealed ones stay findable here and in the store, so only its tail is computed again."""
+        """Returns a sequence to waiting, without a block. Sealed blocks can still be found here and in the store, so only its tail
+        is computed again.
+        """
         self._scheduler.preempt(sequence)
         self.end_load(sequence)
         if self._attend is not None:

@@ -35,7 +35,7 @@ class Runner:
         """Computes the chunks' KV into their sequences' blocks. `before_layer` as in `PagedStep`.
 
         Returns fp32 logits `[n, vocabulary]` of the last known token and of each draft of every chunk that gives tokens, in the
-        order of the chunks. Raises `PagesLost` where a store node failed that attends: nothing was computed then.
+        order of the chunks. Raises `PagesLost` if a store node that attends failed: nothing was computed then.
         """
         return self._run(chunks, before_layer, self._remote)
 

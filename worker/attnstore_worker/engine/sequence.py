@@ -1,9 +1,9 @@
-"""One prompt and its continuation on the way through the engine.
+"""One prompt and its continuation in the engine.
 
-Owns: the tokens of a sequence, how many of them have their KV in the pool, and when things happened to it.
-Invariant: `computed_tokens <= len(token_ids)`; a RUNNING sequence has a table and at least one token to compute, any other has no
-table and so no block. A running one is LOADING while some of its blocks may still come from a lower tier: then it computes only
-what it was given free, up to `computable_tokens`.
+Owns: the tokens of a sequence, how many of them have their KV in the pool, and the times of its events. Invariant:
+`computed_tokens <= len(token_ids)`; a RUNNING sequence has a table and at least one token to compute, any other has no table and
+therefore no block. A running sequence is LOADING while some of its blocks may still come from a lower tier: then it computes only
+its claimed tokens, up to `computable_tokens`.
 """
 
 from __future__ import annotations
@@ -38,12 +38,12 @@ class FinishReason(enum.Enum):
 
 @dataclass(slots=True, eq=False)
 class Sequence:
-    """`token_ids` are the prompt's `prompt_tokens` tokens and then the generated ones. Times are on the engine's clock.
+    """`token_ids` are the prompt's `prompt_tokens` tokens followed by the generated ones. Times are on the engine's clock.
 
-    `hashes` name its first complete blocks, `extra_keys` are in all of these names, `table` has the blocks held now, `admission`
-    what was found of the prompt the first time. `prompt` is what was to be decided when it was last admitted, at `admitted_ms`;
-    None where all was resident. `attend` says whether its first blocks may stay in the store. `drafts` are guesses of the next
-    tokens. One that FAILED has its `error`.
+    `hashes` name its first complete blocks, `extra_keys` are part of all of these names, `table` has the blocks held now,
+    `admission` what was found of the prompt the first time. `prompt` contains the facts for the decision at its last admission, at
+    `admitted_ms`; None if everything was resident. `attend` says whether its first blocks may stay in the store. `drafts` are
+    drafts of the next tokens. A FAILED sequence has its `error`.
     """
 
     sequence_id: int
@@ -81,19 +81,21 @@ class Sequence:
         return self.token_ids[self.prompt_tokens :]
 
     def room_tokens(self, chunk_tokens: int) -> int:
-        """For how many tokens there must be blocks in the next step: all known ones, or the next chunk's where it attends."""
+        """The number of tokens for which the next step needs blocks: all known ones, or those of the next chunk if the sequence
+        attends.
+        """
         known = next_chunk(self, chunk_tokens).end if self.attend.attends else len(self.token_ids)
         return known + len(self.drafts)
 
     @property
     def in_prefill(self) -> bool:
-        """Tokens of the prompt are still to be computed."""
+        """True if tokens of the prompt are still to be computed."""
         return self.computed_tokens < self.prompt_tokens
 
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """Tokens `[begin, end)` of a sequence, to be computed in one step, and guesses of the tokens after them."""
+    """Tokens `[begin, end)` of a sequence, to be computed in one step, and drafts of the tokens after them."""
 
     sequence: Sequence
     begin: int
@@ -102,7 +104,7 @@ class Chunk:
 
     @property
     def tokens(self) -> int:
-        """How many tokens the chunk computes."""
+        """The number of tokens that the chunk computes."""
         return self.end - self.begin + len(self.drafts)
 
     def token_ids(self) -> list[int]:
@@ -111,12 +113,12 @@ class Chunk:
 
     @property
     def gives_token(self) -> bool:
-        """The chunk ends with the last known token, so its logits give the next one."""
+        """True if the chunk ends with the last known token, so that its logits give the next one."""
         return self.end == len(self.sequence.token_ids)
 
 
 def next_chunk(sequence: Sequence, chunk_tokens: int) -> Chunk:
-    """The next tokens to compute, up to where pages are on the way; maybe none."""
+    """Returns the next tokens to compute, before pages in flight; possibly none."""
     chunk = chunk_at(sequence, sequence.computed_tokens, chunk_tokens)
     if sequence.computable_tokens is None:
         return replace(chunk, drafts=sequence.drafts) if chunk.gives_token else chunk
@@ -124,7 +126,7 @@ def next_chunk(sequence: Sequence, chunk_tokens: int) -> Chunk:
 
 
 def chunk_at(sequence: Sequence, begin: int, chunk_tokens: int) -> Chunk:
-    """The tokens from `begin` up to the next absolute multiple of `chunk_tokens`.
+    """Returns the tokens from `begin` up to the next absolute multiple of `chunk_tokens`.
 
     Absolute boundaries make the steps after a hit the same as those of a run without it, except the first one.
     """

@@ -1,4 +1,4 @@
-"""One step of the engine: guesses, the model's run, and the tokens that follow from it.
+"""One step of the engine: drafts, the model's run, and the resulting tokens.
 
 Owns: the order of a step, and the counts of steps and tokens. The scheduler decides which chunks are computed; residency owns
 blocks and the end of a sequence. Invariant: a chunk is sealed only after its pages and its logits are known to be right; a step
@@ -28,7 +28,7 @@ from attnstore_worker.errors import PagesLost
 
 class Stepper:
     """Steps of sequences of at most `context_tokens_max` tokens, `chunk_tokens` of each at a time. `attention` is None if no block
-    stays in the store. Next tokens are guessed if it `speculates`.
+    stays in the store. Next tokens are drafted if it `speculates`.
     """
 
     def __init__(
@@ -62,14 +62,14 @@ class Stepper:
         self.tokens_generated = 0
 
     def draft(self) -> None:
-        """Guesses next tokens, within the room there is: no sequence is preempted for a guess."""
+        """Drafts next tokens, within the free room: no sequence is preempted for a draft."""
         running = self._scheduler.running
         if self._speculates and self._cache.available_blocks >= len(running) * (1 + DRAFTS_MAX // self._cache.block_tokens):
             pool_tokens = self._cache.capacity_tokens
             self._speculation.draft(running, tokens_max=self._context_tokens_max, pool_tokens=pool_tokens)
 
     def run(self, chunks: Items[Chunk]) -> Tensor:
-        """Runs the model as `Runner.run` does, and tells the observer of the step."""
+        """Runs the model as `Runner.run` does, and reports the step to the observer."""
         started_ms = self._clock.now_ms()
         asked = self._traffic()
         logits = self._runner.run(chunks)
@@ -81,7 +81,7 @@ class Stepper:
         return logits
 
     def step(self, chunks: Items[Chunk]) -> list[Token]:
-        """Computes the chunks; returns the tokens that they give, none if a store node that attends failed."""
+        """Computes the chunks. Returns their tokens, none if a store node that attends failed."""
         with self._residency.failing(chunks):
             started_ms = self._clock.now_ms()
             if self._draft_from_residents():
@@ -96,7 +96,7 @@ class Stepper:
             return self._postprocess(chunks, logits, self._clock.now_ms() - started_ms)
 
     def step_behind(self, sequence: Sequence, load: Load) -> list[Token]:
-        """Computes the chunk behind pages that still arrive, layer by layer. Does nothing if they do not all come."""
+        """Computes the chunk after pages that are still arriving, layer by layer. Has no effect if they do not all arrive."""
         assert sequence.table is not None
         assert load.layered is not None
         loads = self._cache.loads
@@ -104,7 +104,7 @@ class Stepper:
         chunk = chunk_at(sequence, begin, self._chunk_tokens)
         with self._residency.failing([chunk]):
             try:
-                # Not observed as a step: how long it takes says more about the link than about the model.
+                # Not observed as a step, because its duration depends more on the link than on the model.
                 logits = self._runner.run([chunk], partial(loads.wait_layer, load))
                 loads.wait_layer(load, None)
             except PagesLost:
@@ -118,7 +118,7 @@ class Stepper:
         return self._attention.traffic() if self._attention is not None else Traffic()
 
     def _draft_from_residents(self) -> bool:
-        """Has the model guess by the blocks that are here. False if no sequence got a guess."""
+        """Makes the model draft with the blocks that are here. Returns False if no sequence got a draft."""
         if not self._speculates or self._attention is None:
             return False
         return self._speculation.draft_from_residents(
@@ -126,10 +126,12 @@ class Stepper:
         )
 
     def _postprocess(self, chunks: Items[Chunk], logits: Tensor, took_ms: float | None) -> list[Token]:
-        """What follows from a step: `logits` as from `Runner.run`, and how long it took, if that says something of the model."""
+        """Processes the results of a step: `logits` as from `Runner.run`, and its duration if that says something
+        about the model.
+        """
         self.steps += 1
         self.tokens_computed += sum(chunk.tokens for chunk in chunks)
-        # Only now that the step has read them is it known that the pages were the right ones all the time.
+        # Only after the step has read them is it known that the pages were the right ones all the time.
         self._residency.drop_recycled([chunk.sequence for chunk in chunks])
         rows, highest = logits.unbind(), peaks(logits)
         alone_ms = took_ms if len(chunks) == 1 else None
@@ -148,7 +150,7 @@ class Stepper:
         return tokens
 
     def _follow(self, chunk: Chunk, rows: Items[Tensor], highest: Items[Peak], alone_ms: float | None, tokens: list[Token]) -> None:
-        """Seals what a chunk computed, with these rows of logits, and appends the tokens that follow to `tokens`."""
+        """Seals what a chunk computed, with these rows of logits, and appends the next tokens to `tokens`."""
         sequence = chunk.sequence
         assert sequence.table is not None
         # Drawn before anything is sealed: pages of a chunk whose logits are not finite are never found.
@@ -157,7 +159,7 @@ class Stepper:
         sequence.computed_tokens = chunk.end
         self._cache.seal(sequence.table, sequence.token_ids, chunk.end)
         for number, (token_id, row) in enumerate(zip(drawn, rows, strict=False)):
-            if number:  # it was a guess, and so is computed
+            if number:  # it was a draft, so it is computed already
                 sequence.computed_tokens += 1
                 self._cache.seal(sequence.table, sequence.token_ids, sequence.computed_tokens)
             tokens.append(self._extend(sequence, token_id, row))

@@ -1,6 +1,6 @@
-"""The planners that need no measurement: fetch everything, fetch ahead in small reads, fetch nothing.
+"""The planners without measurements: fetch everything, fetch ahead in small reads, fetch nothing.
 
-Owns: `FetchAll`, `FetchAhead` and `RecomputeAll`. Invariant: what they say depends on the load alone, never on the link.
+Owns: `FetchAll`, `FetchAhead` and `RecomputeAll`. Invariant: their answers depend on the load alone, never on the link.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import Final
 from attnstore_worker.cache.moving.load import Load, LoadPlan, Prompt, SearchPlan
 
 AHEAD_BLOCKS: Final = 8
-"""Pages in one read of a prefetch. They are lost, and read again, where the sequence's turn comes during the read."""
+"""Pages in one read of a prefetch; they are read again if the sequence's turn comes during the read."""
 
 
 class FetchAll:
@@ -21,12 +21,12 @@ class FetchAll:
         self._deadline_ms = deadline_ms
 
     def search(self, prompt: Prompt) -> SearchPlan:
-        """Always."""
+        """Always searches."""
         del prompt
         return SearchPlan(self._deadline_ms)
 
     def plan(self, load: Load) -> LoadPlan:
-        """All hits at once."""
+        """Fetches all hits at once."""
         begin = load.prompt.resident_blocks
         return LoadPlan(begin, load.hit_end, load.hit_end - begin, self._deadline_ms)
 
@@ -36,13 +36,13 @@ class FetchAll:
         return load.plan
 
     def prefetches(self, prompt: Prompt) -> bool:
-        """Always."""
+        """Always prefetches."""
         del prompt
         return True
 
 
 class FetchAhead(FetchAll):
-    """Fetches every hit in small reads from the front: for a sequence that waits and whose turn may come at any time."""
+    """Fetches every hit in small reads from the front: for a waiting sequence, whose turn may come at any time."""
 
     def plan(self, load: Load) -> LoadPlan:
         """Fetches all hits, `AHEAD_BLOCKS` at a time."""
@@ -50,21 +50,21 @@ class FetchAhead(FetchAll):
 
 
 class RecomputeAll:
-    """Asks no tier for pages."""
+    """Never loads pages."""
 
     def search(self, prompt: Prompt) -> None:
-        """Never."""
+        """Never searches."""
         del prompt
 
     def plan(self, load: Load) -> None:
-        """Nothing."""
+        """Never loads."""
         del load
 
     def replan(self, load: Load, now_ms: float) -> None:
-        """Nothing."""
+        """Never loads."""
         del load, now_ms
 
     def prefetches(self, prompt: Prompt) -> bool:
-        """Never."""
+        """Never prefetches."""
         del prompt
         return False
