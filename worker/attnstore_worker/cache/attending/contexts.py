@@ -65,7 +65,7 @@ class AttendStatistics:
 
 
 class RemoteAttention:
-    """Attention over pages of `namespace` in `store`. A query ends within `deadline_ms`; `observer` is told of prefixes opened."""
+    """Attention over pages of `namespace` in `store`. A query ends within `deadline_ms`; `observer` is told of opened prefixes."""
 
     def __init__(
         self,
@@ -92,7 +92,7 @@ class RemoteAttention:
         self._counts = AttendCounts()
 
     def open(self, hashes: Sequence[BlockHash]) -> AttendedPrefix | None:
-        """The longest prefix that the store holds, ready to be asked about; None if that is nothing, or the store fails."""
+        """Opens the longest prefix that the store holds; returns None if there is none, or if the store fails."""
         try:
             prefix = self._begun().open(hashes)
         except AttnStoreError as error:
@@ -116,13 +116,13 @@ class RemoteAttention:
         return prefix
 
     def close(self, prefix: AttendedPrefix) -> None:
-        """Closes a prefix that a sequence needs no more."""
+        """Closes a prefix that a sequence does not need any more."""
         self._open.discard(prefix)
         self._begun().close_prefix(prefix)
 
     def step(self, parts: Sequence[tuple[AttendedPrefix | None, int]]) -> RemoteStep | None:
-        """The queries of a step, from the prefix and the number of rows of each sequence. None if no sequence has a prefix. Raises
-        `PagesLost` if a prefix is lost already.
+        """Returns the queries of a step, from the prefix and the number of rows of each sequence. None if no sequence has a prefix.
+        Raises `PagesLost` if a prefix is already lost.
         """
         if any(prefix is not None and prefix.lost for prefix, _ in parts):
             raise PagesLost("blocks in the store were lost before this step")
@@ -151,13 +151,13 @@ class RemoteAttention:
             self._attention.close()
 
     def _lose(self, stream: AttendStream, error: AttnStoreError) -> None:
-        """A stream failed in a step: every prefix with a set on it is lost."""
+        """Loses every prefix with a set on a stream that failed in a step."""
         _LOG.warning("attention at a store node failed: %s: %s", type(error).__name__, error)
         self._counts.losses += 1
         stream.close()
 
     def _begun(self) -> StoreAttention:
-        """The store's attention; the first call registers the namespace."""
+        """Returns the store's attention; the first call registers the namespace."""
         if self._attention is None:
             self._store.register_layout(self._namespace, self._layout)
             self._attention = self._store.attention(

@@ -21,7 +21,7 @@ from attnstore_worker.errors import PagesLost
 
 @dataclass(slots=True)
 class AttendCounts:
-    """Counts since the start. `round_trips`: exchanges that a step waited for, nodes asked at once counting as one. Bytes are
+    """Counts since the start. `round_trips`: exchanges for which a step waited; nodes asked at once count as one. Bytes are
     payload, `losses` are streams that failed.
     """
 
@@ -52,8 +52,8 @@ class NodeRows:
 
 
 class RemoteStep:
-    """`ask` and then `merge`, for each layer. After a failure `lose` is called for each stream of the step: answers may be on their
-    way that nobody takes.
+    """Call `ask` and then `merge`, for each layer. After a failure `lose` is called for each stream of the step, because answers
+    may be in flight that will not be received.
     """
 
     def __init__(
