@@ -1,9 +1,9 @@
-"""Attention by the nodes that hold the pages: who is asked about which page, and what the loss of a node costs.
+"""Attention by the nodes that hold the pages: which node is asked about which page, and the handling of a lost node.
 
-Owns: `StoreAttention`: one attend stream for each node that is asked, the sets open on it, and the leases that keep their pages.
+Owns: `StoreAttention`: one attend stream per node that is asked, the open sets on it, and the leases that keep their pages.
 Invariants: each page of an `AttendedPrefix` is in exactly one set of one node; only nodes that may hold a page are asked for it; a
-stream that ends loses every prefix with a set on it, and no other. Placement belongs to the client, so this does too: a cluster's
-client asks the holders of each segment, a node's client asks its node, and both offer the same verb.
+stream that ends loses every prefix with a set on it, and no other. It is part of the client, because the client owns placement: a
+cluster's client asks the holders of each segment, a node's client asks its node, and both offer the same verb.
 """
 
 from __future__ import annotations
@@ -42,23 +42,23 @@ _log = get_logger(__name__)
 
 
 class AttendNode(Protocol):
-    """A node that may hold pages. Belongs to the event loop. Keys of a mapping: one object per node."""
+    """A node that may hold pages. Belongs to the event loop. Used as a key of mappings: one object per node."""
 
     async def call(self, call: Callable[[AsyncClient], Awaitable[T]], /) -> T:
         """Makes a call to the node."""
         ...
 
     async def register(self, namespace: bytes, layout: PageLayout, deadline: Deadline, /) -> None:
-        """Makes the namespace known to the node, unless it is."""
+        """Registers the namespace with the node, unless it is registered."""
         ...
 
     async def attend(self, plan: AttendPlan, run: Runner, /) -> AttendStream:
-        """A stream to the node, over the best transport that it offers. `run` as in `Transport.attend`."""
+        """Returns a stream to the node, over the best transport that it offers. `run` as in `Transport.attend`."""
         ...
 
 
 class OnlyNode:
-    """The node of a client that has no other."""
+    """The node of a client that has only one."""
 
     def __init__(self, client: AsyncClient, connection: NodeConnection) -> None:
         self._client = client
@@ -69,11 +69,11 @@ class OnlyNode:
         return await call(self._client)
 
     async def register(self, namespace: bytes, layout: PageLayout, deadline: Deadline, /) -> None:
-        """No-op: the client has registered the namespace, and does so again after a restart of the node."""
+        """No-op: the client has registered the namespace, and registers it again after a restart of the node."""
 
 
 Holders = Callable[[Sequence[bytes], Deadline], Awaitable[Mapping[AttendNode, Sequence[int]]]]
-"""`holders(hashes, deadline)`: the nodes that may hold any of the pages, and for each the indices of those pages."""
+"""`holders(hashes, deadline)` returns the nodes that may hold any of the pages, and for each node the indices of those pages."""
 
 
 class Loop(Protocol):
@@ -84,7 +84,7 @@ class Loop(Protocol):
         ...
 
     def submit(self, coroutine: Coroutine[Any, Any, object], /) -> None:
-        """Has a coroutine run, without waiting for it."""
+        """Schedules a coroutine without waiting for it."""
         ...
 
 
@@ -96,7 +96,7 @@ class _KeptLease:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class AttendedSet:
-    """`pages` pages of a prefix that are one set at one node: ask `stream` about `set_id`."""
+    """`pages` pages of a prefix in one set at one node: send queries for `set_id` on `stream`."""
 
     stream: AttendStream
     set_id: int
@@ -106,9 +106,9 @@ class AttendedSet:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class AttendedPrefix:
-    """The first `blocks` pages of a sequence, in one set for each node that has a share of them.
+    """The first `blocks` pages of a sequence, in one set per node with a share of them.
 
-    `opened_ms` is how long it took to open the sets: one exchange, with all nodes at once.
+    `opened_ms` is the time to open the sets: one exchange, with all nodes at once.
     """
 
     blocks: int
@@ -117,13 +117,13 @@ class AttendedPrefix:
 
     @property
     def lost(self) -> bool:
-        """A node with a set cannot or will not answer any more."""
+        """True if a node with a set cannot or will not answer any more."""
         return any(each.stream.closed for each in self.sets)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Share:
-    """What one node is to hold of a prefix."""
+    """The share of a prefix that one node holds."""
 
     stream: AttendStream
     hashes: Sequence[bytes]
@@ -131,11 +131,11 @@ class _Share:
 
 
 class StoreAttention:
-    """Attention over pages that stay where they are. Made by the `attention` of a client; ends with the client.
+    """Attention over pages that stay in the store. Created by a client's `attention`; ends with the client.
 
-    `open` prefixes, ask the streams of their sets (`AttendStream.ask` to all of them, then `receive`), and merge the partials:
-    `attnstore.attention.merge`. After an error of a stream, close that stream: the prefixes with a set on it are `lost`. One thread
-    at a time.
+    `open` prefixes, send queries on the streams of their sets (`AttendStream.ask` to all of them, then `receive`), and merge the
+    partials: `attnstore.attention.merge`. After an error of a stream, close that stream: the prefixes with a set on it are `lost`.
+    Used by one thread at a time.
     """
 
     def __init__(self, plan: AttendPlan, holders: Holders, loop: Loop) -> None:
@@ -144,7 +144,7 @@ class StoreAttention:
         self._loop = loop
         self._streams: dict[AttendNode, AttendStream] = {}
         self._prefixes: set[AttendedPrefix] = set()
-        self._kept: set[_KeptLease] = set()  # the event loop's
+        self._kept: set[_KeptLease] = set()  # used on the event loop
         self._renewal: asyncio.TimerHandle | None = None
 
     def __enter__(self) -> Self:
@@ -154,10 +154,11 @@ class StoreAttention:
         self.close()
 
     def open(self, hashes: Sequence[bytes]) -> AttendedPrefix | None:
-        """The longest prefix whose pages the nodes hold together, at most `ATTEND_HASHES_MAX` pages; None if that is none.
+        """Opens the longest prefix whose pages the nodes hold together, at most `ATTEND_HASHES_MAX` pages. Returns None if there is
+        none.
 
-        A node that does not answer holds nothing. Raises as `AttendStream.open` where a node does not open its set; the other
-        prefixes on that node are lost then.
+        A node that does not answer counts as holding nothing. Raises as `AttendStream.open` if a node does not open its set; the
+        other prefixes on that node are lost then.
         """
         shares = self._loop.run(self._place(hashes[:ATTEND_HASHES_MAX]))
         if not shares:
@@ -174,7 +175,9 @@ class StoreAttention:
         return prefix
 
     def close_prefix(self, prefix: AttendedPrefix) -> None:
-        """Closes the sets of a prefix and releases their leases. A stream without sets is closed: it takes a place at its node."""
+        """Closes the sets of a prefix and releases their leases. Closes a stream without sets, because it takes a place at its
+        node.
+        """
         self._prefixes.discard(prefix)
         self._let_go(each.kept for each in prefix.sets)
         in_use = {each.stream for other in self._prefixes for each in other.sets}
@@ -194,7 +197,7 @@ class StoreAttention:
                 closing.callback(self.close_prefix, prefix)
 
     def _open_sets(self, shares: Sequence[_Share]) -> tuple[list[AttendedSet], AttnStoreError | None]:
-        """Opens one set at each node, all at once; the sets that were opened, and the first error."""
+        """Opens one set at each node, all at once. Returns the opened sets, and the first error."""
         sets: list[AttendedSet] = []
         error: AttnStoreError | None = None
         sent: list[tuple[_Share, int]] = []
@@ -212,7 +215,7 @@ class StoreAttention:
                 except AttnStoreError as refusal:
                     share.stream.close()
                     error = error or refusal
-        except BaseException:  # an interrupt: nobody takes the answers that are on their way
+        except BaseException:  # an interrupt: answers in flight will not be received
             self._let_go(share.kept for share in shares)
             for share in shares:
                 share.stream.close()
@@ -248,7 +251,7 @@ class StoreAttention:
         leased: dict[AttendNode, _KeptLease],
         one_of_many: bool,
     ) -> set[int]:
-        """Which of these pages the node has, leased; none where it does not answer."""
+        """Returns which of these pages the node has, leased; none if it does not answer."""
         namespace = self._plan.shape.namespace
         attempt = deadline.sooner(NODE_ANSWER_MS_MAX, last=True) if one_of_many else deadline
 
@@ -286,7 +289,7 @@ class StoreAttention:
             await kept.node.call(lambda client: client.release(kept.lease, deadline_ms=self._plan.deadline_ms))
 
     def _keep(self, leases: Iterable[_KeptLease]) -> None:
-        """Renews leases from now on, until they are let go."""
+        """Renews leases until `_let_go`."""
         self._kept.update(leases)
         if self._renewal is None and self._kept:
             self._renewal = asyncio.get_running_loop().call_later(_RENEW_MS / 1e3, self._renew_all)
@@ -325,7 +328,9 @@ async def cluster_holders(
 
 
 def distribute(present: Sequence[set[int]], pages: int) -> list[list[int]]:
-    """Leading pages by node: each goes to the node that has it and was given the fewest; ends at the first that none has."""
+    """Divides leading pages among nodes: each goes to the node that has it and got the fewest so far; ends at the first page that
+    no node has.
+    """
     held: list[list[int]] = [[] for _ in present]
     for index in range(pages):
         holders = [indices for indices, there in zip(held, present, strict=True) if index in there]

@@ -53,7 +53,7 @@ class TcpTransport:
         self._parts = PartWorkers(channels, "attnstore-tcp")
 
     def close(self) -> None:
-        """Breaks what runs and lets everything go, without waiting: calls that run end soon, with `ClientClosed`."""
+        """Breaks running transfers and closes everything, without waiting: running calls end soon, with `ClientClosed`."""
         with ExitStack() as closing:
             for stream in list(self._attending):
                 closing.callback(stream.close)
@@ -85,7 +85,7 @@ class TcpTransport:
         return ThreadCall(functools.partial(self._attend, plan), plan.transfer)
 
     def _reading(self, plan: ReadPlan, begin: int, end: int) -> Callable[[], None]:
-        # No function of this class runs between the pool and the channel: each would be one more call for each read.
+        # No function of this class runs between the pool and the channel, because it would cost one more call per read.
         run = functools.partial(_Channel.read, plan=plan, begin=begin, end=end)
         return functools.partial(self._pool.exchange, plan.deadline, plan.transfer, run)
 
@@ -158,7 +158,7 @@ class _Channel:
         self.stream.abort()
 
     def read(self, plan: ReadPlan, begin: int, end: int) -> None:
-        """Pages `[begin, end)` of the plan, as READs of bounded size, two of them on the way at a time."""
+        """Reads pages `[begin, end)` of the plan, as READs of bounded size with two in flight."""
         stream, landing, by_page = self.stream, plan.landing, plan.on_layer is None
         hashes_max = self._hashes_max(plan, end - begin)
         pending: deque[_PendingRead] = deque()
@@ -308,7 +308,7 @@ class _Channel:
         return self._checked(self.stream.receive(), expected, request)
 
     def _checked(self, frame: Frame, expected: Kind, request: int) -> Frame:
-        """The frame itself, if it is the one that is due. Raises the refusal that came instead, or `ProtocolError`."""
+        """Returns the frame if it is the expected one. Raises the refusal that arrived instead, or `ProtocolError`."""
         self.answered = True
         if frame.kind is Kind.REFUSED:
             raise self._refusal(frame)
@@ -323,7 +323,7 @@ class _Channel:
 
 
 def _place(landing: Landing, index: int, frame: Frame) -> memoryview:
-    """Where the page of a frame goes. Raises `ProtocolError` for one that does not come whole."""
+    """Returns where the page of a frame goes. Raises `ProtocolError` for a page that does not arrive whole."""
     page = landing.whole(index)
     if frame.offset_bytes or frame.size_bytes != len(page):
         raise ProtocolError(f"page {index} came in part: {frame.size_bytes} bytes at {frame.offset_bytes} of {len(page)}")

@@ -36,7 +36,7 @@ class LookAheadPrefetch:
         return sum(len(table.block_ids) for table, _ in self._running.values())
 
     def advance(self, waiting: Iterable[Sequence], spare_blocks: int) -> None:
-        """Takes the pages that arrived, and begins loads for the next sequences as far as `spare_blocks` reach."""
+        """Takes arrived pages, and begins loads for the next sequences as far as `spare_blocks` allow."""
         for sequence, (table, load) in list(self._running.items()):
             try:
                 self._cache.loads.advance(table, load, table.sealed * table.block_tokens)
@@ -51,7 +51,7 @@ class LookAheadPrefetch:
                 spare_blocks -= self._begin(sequence, spare_blocks)
 
     def drop(self, sequence: Sequence) -> None:
-        """Ends the load for a sequence; the pages that arrived stay in the pool."""
+        """Ends the load of a sequence; arrived pages stay in the pool."""
         if sequence in self._running:
             table, load = self._running.pop(sequence)
             try:

@@ -166,8 +166,11 @@ class Speculation:
     def draft_from_residents(
         self, running: Sequence[Prompted], run: Callable[[Sequence[Chunk]], Tensor], *, tokens_max: int, chunk_tokens: int
     ) -> bool:
-        """Gives those that attend to blocks in the store, and have no guesses, the model's own by its other blocks, one after the
-        other: `run` computes chunks in that way, as `Runner.run`. No table grows for that. False where nobody was given any.
+        """Drafts with the model for sequences that attend to blocks in the store and have no drafts, using only the blocks that are
+        here.
+
+        Drafts one token after the other; `run` computes chunks in that way, as `Runner.run_resident` does. No table grows for it.
+        Returns False if no sequence got a draft.
         """
         self._from_residents.clear()
         if not _decoding(running):

@@ -58,7 +58,7 @@ class CostPlanner:
         return plan
 
     def plan(self, load: Load) -> LoadPlan | None:
-        """Where computing and fetching meet, by the costs known now."""
+        """Plans where computing and fetching meet, by the current costs."""
         costs, work = self._book.costs(), self._work(load.prompt, load.front, load.hit_end)
         if work.front >= work.back:
             return None
@@ -83,7 +83,7 @@ class CostPlanner:
         costs = self._book.costs()
         asked = load.in_flight.start if load.in_flight else load.pending.stop
         if costs is None and load.in_flight and load.front >= asked:
-            return None  # the engine does not wait for a link that is not known
+            return None  # the engine does not wait for an unknown link
         is_last = load.front >= asked and not load.in_flight
         if costs is None or is_last or load.plan.order is FetchOrder.LAYERS:
             return load.plan
@@ -99,7 +99,7 @@ class CostPlanner:
         planned = split(costs, work, self._patience_ms(costs, load.prompt) - max(0.0, slack_ms))
         if planned.fetches:
             return _load_plan(planned, elapsed_ms + planned.deadline_ms)
-        if work.front < work.asked:  # computing goes on anyway: the blocks in flight may still come in time
+        if work.front < work.asked:  # computing continues anyway: the blocks in flight may still arrive in time
             spent_ms = costs.slowdown * self._compute_ms(costs, work, work.front, work.asked)
             return replace(load.plan, begin=asked, compute_before=asked, deadline_ms=elapsed_ms + spent_ms)
         return None
@@ -244,7 +244,7 @@ class CostPlanner:
 
 
 def _busy_ms(costs: Costs, load: Load, now_ms: float) -> float:
-    """When the read that runs will be over: as expected, or, where it is late already, in as long as it is late."""
+    """Returns when the running read will end: as expected, or, if it is late already, after as long again as it is late."""
     if not load.in_flight:
         return 0.0
     return abs(costs.link.transfer_ms(len(load.in_flight) * load.prompt.page_bytes) - (now_ms - load.asked_ms))
