@@ -16,15 +16,15 @@ from attnstore_worker.engine.scheduler import SchedulerLimits
 
 @dataclass(frozen=True, slots=True)
 class EngineOptions:
-    """`pool_bytes` is a hard limit on KV memory, `host_pool_bytes` on the HOST tier below it (0: none); every store call has a
-    deadline; pages are shared with workers of the same `tenant_salt` alone; `eviction` is one of `EVICTION_POLICIES`,
-    `write_policy` one of `WRITE_POLICIES`; `shared` says how pages of a node on this host are used.
+    """`pool_bytes` is a hard limit on KV memory, `host_pool_bytes` on the HOST tier below it (0: none). Every store call has the
+    deadline `store_deadline_ms`. Pages are shared only with workers of the same `tenant_salt`. `eviction` is one of
+    `EVICTION_POLICIES`, `write_policy` one of `WRITE_POLICIES`; `shared` says how pages of a node on this host are used.
 
-    At most `chunk_tokens` of one prompt and `step_tokens` of all sequences run in one step (None: two chunks and all decodes);
-    `sequences_max` run at once and `waiting_max` wait for it; the first `prefetch_sequences` of these have pages fetched ahead.
-    `attend` says which sequences leave blocks in the store and attend to them there. With `speculate` next
-    tokens are guessed and checked several at a time; the tokens are the same.
-    Raises `InvalidArgument` for values that do not fit together (an unknown policy when the engine is made).
+    At most `chunk_tokens` of one prompt and `step_tokens` of all sequences run in one step (None: two chunks and all decodes).
+    `sequences_max` run at once and `waiting_max` wait; the first `prefetch_sequences` of the waiting ones have pages prefetched.
+    `attend` says which sequences leave blocks in the store and attend to them there. With `speculate`, next tokens are drafted and
+    several are verified at a time; the tokens are the same.
+    Raises `InvalidArgument` for inconsistent values (for an unknown policy when the engine is created).
     """
 
     pool_bytes: int = 512 * MIB
