@@ -22,7 +22,7 @@ time), FINISHED (nothing arrives any more, the engine has not taken notice), END
     next_batch     -            -            READING, FINISHED if none   -             -
     arrived        -            -            READING                     -             none in flight
     replan(plan)   -            -            READING                     -             -
-    replan(None)   -            -            READING, nothing pending    -             -
+    replan(None)   -            -            READING, no further batch   -             -
     finish         FINISHED     FINISHED     FINISHED                    -             none in flight
     take           -            -            READING                     ENDED         -
     cancel(end)    ENDED        ENDED        ENDED                       ENDED         -
@@ -187,7 +187,7 @@ class Load:
     _untaken: list[int] = field(default_factory=list)
     _lent: bool = False
     _met: bool = False
-    _failed: bool = False
+    _stopped: bool = False
 
     def __post_init__(self) -> None:
         self.front = self.hit_end = self.prompt.resident_blocks
@@ -297,14 +297,15 @@ class Load:
         self._untaken += hits
         self.arrived_blocks += len(hits)
         if not hits:  # the tier has failed or lost the pages: further reads would only wait
-            self._failed, self._pending = True, range(0)
+            self._stop_reading()
 
     def replan(self, plan: LoadPlan | None) -> bool:
         """Takes the planner's new answer. Returns False if it gives up pages that have not arrived."""
         if self.state is not LoadState.READING or self.plan is None:
             return True
-        if plan is None or self._failed:
-            self._pending = range(0)
+        if plan is None:
+            self._stop_reading()
+        if plan is None or self._stopped:
             return plan is not None
         self.plan = replace(plan, order=self.plan.order)
         if self.plan.order is FetchOrder.BACK_TO_FRONT:
@@ -375,6 +376,10 @@ class Load:
         and verified.
         """
         return self.layers_complete or (layer is not None and self.layers > layer)
+
+    def _stop_reading(self) -> None:
+        """For good: a later plan would not know which blocks were read already."""
+        self._stopped, self._pending = True, range(0)
 
     def _close(self, end: LoadEnd, now_ms: float) -> None:
         self.state, self.end, self.ended_ms = LoadState.ENDED, end, now_ms
