@@ -51,14 +51,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
 
     def run() -> int | None:
-        arguments = _parser().parse_args(argv)
+        arguments = create_parser().parse_args(argv)
         status: int | None = arguments.run(arguments)
         return status
 
     return run_command("attnstore", run, interrupted=0)
 
 
-def _parser() -> argparse.ArgumentParser:
+def create_parser() -> argparse.ArgumentParser:
     parser = CommandParser(prog="attnstore", description="AttnStore: a network Attention store for LLM inference.")
     parser.add_argument("--version", action="version", version=f"attnstore {version('attnstore')}")
     commands = parser.add_subparsers(dest="command", required=True)

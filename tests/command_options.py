@@ -21,19 +21,18 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator
 
-from attnstore import cli, config, links, option_types
+from attnstore import cli, option_types
 from attnstore.client.options import checked_target
 from attnstore.command_line import run_command
 from attnstore.config import ServeOptions, load_serve_options
 from attnstore.option_types import Name, Number, Parsed, Size, Whole
-from attnstore.whatif import command as whatif
 from attnstore_worker import arguments as worker_arguments
 
 Kind = Any
 """The kind of an option's parser: one of `attnstore.option_types`, a tuple of choices, or bool."""
 
 PROGRAMS: dict[str, Callable[[], argparse.ArgumentParser]] = {
-    "attnstore": cli._parser,
+    "attnstore": cli.create_parser,
     "attnstore-worker": worker_arguments.create_parser,
 }
 
@@ -81,6 +80,12 @@ class Option:
 
     def __str__(self) -> str:
         return f"{self.program} {self.command} {self.flag}"
+
+
+def _values(table: dict[Kind, list[str]], option: Option, kind: Kind) -> list[str]:
+    """Looks an option up by its command and flag, then by its flag, then by its kind."""
+    keys = (f"{option.command} {option.flag}", option.flag, kind)
+    return next(table[key] for key in keys if key in table)
 
 
 @dataclass(frozen=True)
@@ -208,7 +213,7 @@ class World:
             case tuple():
                 return [str(each) for each in option.kind]
             case Parsed(parse):
-                return self._good_parsed(parse)
+                return self._good_parsed(option, parse)
         table: dict[Kind, list[str]] = {
             option_types.bearer_token: ["s3cret", "a/b@c:d", "x" * 4_096],
             option_types.secret: ["pepper", "pep per", "redis://:pw@h/0", "鸭"],
@@ -218,30 +223,30 @@ class World:
             option_types.folder_to_make: [new, f"{new}/deeper/still", "new"],
             option_types.http_url: ["http://127.0.0.1:8000", "https://worker.example.org/prefix", "http://[::1]:8000/"],
             option_types.http_proxy: ["http://proxy:3128", "http://ada:pass@proxy.example.org:3128"],
-            cli._quota_bytes: ["none", "0", "10GiB", "123"],
-            cli._key_file: [file, new],
-            worker_arguments._source: [file, "http://127.0.0.1:8000"],
+            "quota SIZE": ["none", "0", "10GiB", "123"],
+            "cluster-key FILE": [file, new],
+            "explain --from": [file, "http://127.0.0.1:8000"],
         }
-        return table[option.kind]
+        return _values(table, option, option.kind)
 
-    def _good_parsed(self, parse: Callable[[str], object]) -> list[str]:
+    def _good_parsed(self, option: Option, parse: Callable[[str], object]) -> list[str]:
         targets = ["grpc://127.0.0.1:7400", "grpcs://node.example.org:7400", "grpc://[::1]:7400", "grpc://a:1,b:2?replicas=2"]
         directories = ["redis://h", "rediss://ada:pa%40ss@h:1/2?cluster=x", "redis+sentinel://h/svc/0", "redis+cluster://h,i"]
-        table: dict[Callable[[str], object], list[str]] = {
-            cli._node: targets[:3],
+        table: dict[Kind, list[str]] = {
+            "health URL": targets[:3],
             checked_target: [*targets, *directories],
-            config._directory: directories,
-            config._listening: ["127.0.0.1:0", "[::1]:7400", "localhost:7400"],
-            config._advertised: ["store-1", "store-1:7400", "10.0.0.1", "[fd00::1]:9000", "::1"],
-            config._transports: ["tcp", "shm,tcp", "none"],
-            whatif.load_model: ["llama-3-8b", "Llama-3-8B", str(self.config)],
-            whatif._gpus: ["h100", "8xH800", "1024xmi300x"],
-            links.parse_link: ["100g", "loopback", "5g", "inf", "2.5g/100m@30ms~2ms"],
-            whatif._tokens: ["1", "6000", "32k", "1.5K", "1m", "1e3", "100000000"],
-            worker_arguments._host: ["127.0.0.1", "::1", "[::1]", "worker.example.org", "0.0.0.0"],
-            worker_arguments._model: [str(self.model)],
+            "serve --directory": directories,
+            "serve --listen": ["127.0.0.1:0", "[::1]:7400", "localhost:7400"],
+            "serve --advertise": ["store-1", "store-1:7400", "10.0.0.1", "[fd00::1]:9000", "::1"],
+            "serve --transports": ["tcp", "shm,tcp", "none"],
+            "plan --model": ["llama-3-8b", "Llama-3-8B", str(self.config)],
+            "plan --gpu": ["h100", "8xH800", "1024xmi300x"],
+            "plan --link": ["100g", "loopback", "5g", "inf", "2.5g/100m@30ms~2ms"],
+            "plan --context": ["1", "6000", "32k", "1.5K", "1m", "1e3", "100000000"],
+            "serve --host": ["127.0.0.1", "::1", "[::1]", "worker.example.org", "0.0.0.0"],
+            "--model": [str(self.model)],
         }
-        return table[parse]
+        return _values(table, option, parse)
 
     def bad(self, option: Option) -> list[str]:
         """Returns values that must be refused."""
@@ -277,7 +282,7 @@ class World:
             case tuple():
                 return [*empty, "x", "-1", option.kind[0] + " ", option.kind[0].upper(), "\ud800", "x" * 5_000]
             case Parsed(parse):
-                return [*empty, *self._bad_parsed(parse)]
+                return [*empty, *self._bad_parsed(option, parse)]
         table: dict[Kind, list[str]] = {
             option_types.bearer_token: ["to ken", "tökén", "a\nb", "a\0b", "\ud800", "x" * 5_000],
             option_types.secret: ["\ud800", "x" * 5_000],
@@ -305,13 +310,13 @@ class World:
                 "http://h:1\n",
                 "http://h:\u0663",
             ],
-            cli._quota_bytes: [*digits, "None", "1 2"],
-            cli._key_file: [*paths, str(self.folder)],
-            worker_arguments._source: [*paths, str(self.folder), "absent", "ftp://h/x", "http://"],
+            "quota SIZE": [*digits, "None", "1 2"],
+            "cluster-key FILE": [*paths, str(self.folder)],
+            "explain --from": [*paths, str(self.folder), "absent", "ftp://h/x", "http://"],
         }
-        return [*empty, *table[option.kind]]
+        return [*empty, *_values(table, option, option.kind)]
 
-    def _bad_parsed(self, parse: Callable[[str], object]) -> list[str]:
+    def _bad_parsed(self, option: Option, parse: Callable[[str], object]) -> list[str]:
         addresses = [
             "h:99999",
             "h:-1",
@@ -326,16 +331,16 @@ class World:
         ]
         targets = ["h:1", "http://h:1", "grpc://", "grpc://h", "grpc://h:x", "grpc://a:1,,b:2", "grpc://a:1,a:1", "grpc://a:1?x=2"]
         directories = ["redis://", "redis://h:x", "redis://:p#ss@h", "redis://h/x", "redis://h?ca=x", "redis+sentinel://h"]
-        table: dict[Callable[[str], object], list[str]] = {
-            cli._node: [*targets, "redis://h", "grpc://a:1,b:2"],
+        table: dict[Kind, list[str]] = {
+            "health URL": [*targets, "redis://h", "grpc://a:1,b:2"],
             checked_target: [*targets, *directories, "grpc://a:1,b:2?replicas=\u0663", "grpc://a:1,b:2?replicas=" + "9" * 5_000],
-            config._directory: [*directories, "grpc://h:1", "h:1"],
-            config._listening: [*addresses, "h", "7400"],
-            config._advertised: [*addresses, "a b"],
-            config._transports: ["pigeon", "tcp,", "tcp,none", "TCP", "\ud800"],
-            whatif.load_model: ["gpt-9", "/nowhere/config.json", str(self.foreign), str(self.deep), str(self.file), "a\0b.json"],
-            whatif._gpus: ["abacus", "0xh100", "1025xh100", "-1xh100", "\u0663xh100", "9" * 5_000 + "xh100", "x", "8x"],
-            links.parse_link: [
+            "serve --directory": [*directories, "grpc://h:1", "h:1"],
+            "serve --listen": [*addresses, "h", "7400"],
+            "serve --advertise": [*addresses, "a b"],
+            "serve --transports": ["pigeon", "tcp,", "tcp,none", "TCP", "\ud800"],
+            "plan --model": ["gpt-9", "/nowhere/config.json", str(self.foreign), str(self.deep), str(self.file), "a\0b.json"],
+            "plan --gpu": ["abacus", "0xh100", "1025xh100", "-1xh100", "\u0663xh100", "9" * 5_000 + "xh100", "x", "8x"],
+            "plan --link": [
                 "string",
                 "0g",
                 "-1g",
@@ -346,11 +351,11 @@ class World:
                 "9" * 400 + "g",
                 "1g@" + "9" * 400 + "ms",
             ],
-            whatif._tokens: ["0", "-1", "much", "nan", "infk", "1e400", "\u0663", "0.2", "100000001", "k", "1kk"],
-            worker_arguments._host: ["a b", "h:1", "127.1", "[h]", "\ud800", "a\0b", "x" * 300],
-            worker_arguments._model: ["/nowhere/model", str(self.empty), str(self.file), "a\0b", "\ud800", "/x" * 5_000],
+            "plan --context": ["0", "-1", "much", "nan", "infk", "1e400", "\u0663", "0.2", "100000001", "k", "1kk"],
+            "serve --host": ["a b", "h:1", "127.1", "[h]", "\ud800", "a\0b", "x" * 300],
+            "--model": ["/nowhere/model", str(self.empty), str(self.file), "a\0b", "\ud800", "/x" * 5_000],
         }
-        return table[parse]
+        return _values(table, option, parse)
 
     def rest(self, option: Option | None, command: tuple[str, str]) -> tuple[list[str], list[str]]:
         """Returns options and positional arguments that the command needs besides this one."""

@@ -107,15 +107,15 @@ async def test_closing_ends_every_stream_and_refuses_the_next(engine: Engine) ->
 async def test_a_step_that_raises_fails_its_streams_and_the_next_ones_are_computed(
     engine: Engine, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    run = engine._runner.run
+    compute = engine.model.decoder.logits
     broken = iter([False, False, True])
 
     def break_once(*args: Any, **kwargs: Any) -> object:
         if next(broken, False):
             raise torch.OutOfMemoryError("on purpose")
-        return run(*args, **kwargs)
+        return compute(*args, **kwargs)
 
-    monkeypatch.setattr(engine._runner, "run", break_once)
+    monkeypatch.setattr(engine.model.decoder, "logits", break_once)
     with AsyncEngine(engine) as front:
         stream = await front.submit(prompt(1), LONG)
         with pytest.raises(StepFailed):
@@ -134,14 +134,14 @@ async def test_an_engine_that_can_compute_nothing_any_more_fails_all_streams(
     """Those that ran in the step, one that waits, and one that comes later."""
     engine = Engine(tiny, EngineOptions(pool_bytes=1 << 20, chunk_tokens=64, sequences_max=1))
     lost = threading.Event()
-    run = engine._runner.run
+    compute = engine.model.decoder.logits
 
     def lose(*args: Any, **kwargs: Any) -> object:
         if lost.is_set():
             raise RuntimeError("the device is lost")
-        return run(*args, **kwargs)
+        return compute(*args, **kwargs)
 
-    monkeypatch.setattr(engine._runner, "run", lose)
+    monkeypatch.setattr(engine.model.decoder, "logits", lose)
     with AsyncEngine(engine) as front:
         streams = [await front.submit(prompt(seed), LONG) for seed in range(2)]
         lost.set()

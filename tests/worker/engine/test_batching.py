@@ -250,7 +250,7 @@ def test_a_step_that_raises_ends_its_sequences_and_the_others_go_on(tiny: Loaded
         sequences = [engine.submit(each, how) for each in batch]
         engine.step()
         with monkeypatch.context() as patch:
-            patch.setattr(engine._runner, "run", broken)
+            patch.setattr(engine.model.decoder, "logits", broken)
             with pytest.raises(RuntimeError, match="on purpose"):
                 engine.step()
         assert [sequence.finish_reason for sequence in sequences] == [FinishReason.FAILED, FinishReason.FAILED, None]

@@ -42,7 +42,7 @@ engine = Engine(load_model(Path(sys.argv[1]), DType.FP32), EngineOptions(pool_by
 def lost(*_, **__):
     raise RuntimeError("the device is lost")
 
-engine._runner.run = lost
+engine.model.decoder.logits = lost
 with engine:
     try:
         serve(engine, Endpoint(Address.of("127.0.0.1", 0)))
