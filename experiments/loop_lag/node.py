@@ -86,7 +86,7 @@ class WatchedNode:
     def keep(self, hashes: list[bytes], space: Space = SPACE, layout: PageLayout = LAYOUT) -> None:
         """Stores a page under each hash that has none, on this thread."""
         self.store.spaces.register(space, layout)
-        if self.store.match(space, [hashes], lease_ms=0).hits == (len(hashes),):
+        if self.store.leases.match(space, [hashes], lease_ms=0).hits == (len(hashes),):
             return
         page = bytes(layout.page_bytes)
         checksum = page_checksum(page)
