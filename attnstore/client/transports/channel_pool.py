@@ -8,8 +8,8 @@ bytes on it reach nobody.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
+from contextlib import ExitStack
 from typing import Generic, Protocol, TypeVar
 
 from attnstore.client.calls import Transfer
@@ -68,41 +68,36 @@ class ChannelPool(Generic[C]):
         """Runs `run` on an idle connection, and once more on a new one if the idle one turns out to be dead."""
         with self._lock:
             pooled = self._idle.pop() if self._idle else None
-        if pooled is not None:
+        while True:
+            channel = pooled or self._connect(deadline)
+            reusable = False
             try:
-                with self._using(pooled, deadline, transfer):
-                    return run(pooled)
+                with self._lock:
+                    self._in_use.add(channel)
+                    self._require_open()
+                with transfer.breakable(channel.shutdown):
+                    channel.begin(deadline)
+                    result = run(channel)
+                # An abort that came too late for this exchange has still broken its connection.
+                reusable = not transfer.is_aborted
+                return result
             except Unavailable:
-                if pooled.answered or transfer.is_aborted:
-                    raise
-                self._drop_idle()  # they led to a node that is gone
-        fresh = self._connect(deadline)
-        with self._using(fresh, deadline, transfer):
-            return run(fresh)
-
-    @contextmanager
-    def _using(self, channel: C, deadline: Deadline, transfer: Transfer) -> Iterator[None]:
-        reusable = False
-        try:
-            with self._lock:
-                self._in_use.add(channel)
                 self._require_open()
-            with transfer.breakable(channel.shutdown):
-                channel.begin(deadline)
-                yield
-            # An abort that came too late for this exchange has nevertheless broken its connection.
-            reusable = not transfer.is_aborted
-        except Unavailable:
-            self._require_open()
-            raise
-        finally:
-            with self._lock:
-                self._in_use.discard(channel)
-                reusable = reusable and not self._closed and len(self._idle) < _IDLE_MAX
-                if reusable:
-                    self._idle.append(channel)
-            if not reusable:
-                channel.close()
+                if pooled is None or channel.answered or transfer.is_aborted:
+                    raise
+                self._drop_idle()  # they led to a node that has gone
+            finally:
+                self._put_back(channel, reusable)
+            pooled = None
+
+    def _put_back(self, channel: C, reusable: bool) -> None:
+        with self._lock:
+            self._in_use.discard(channel)
+            reusable = reusable and not self._closed and len(self._idle) < _IDLE_MAX
+            if reusable:
+                self._idle.append(channel)
+        if not reusable:
+            channel.close()
 
     def _require_open(self) -> None:
         if self._closed:
