@@ -16,7 +16,7 @@ from attnstore_worker.model import LoadedModel
 
 ROOT = Path(__file__).parents[3]
 CALLS_MAX = 8
-"""From `CacheManager.admit` to the socket."""
+"""From `CacheManager.admit` to the socket, and on the stack of the load's thread."""
 
 
 class Stacks:
@@ -69,5 +69,6 @@ def test_the_walk_of_a_page_in_the_documentation_is_the_one_that_a_read_takes(ti
                 sys.setprofile(None)
                 threading.setprofile(None)
                 assert engine.flush(30_000)
+    assert min(map(len, stacks.receives)) <= CALLS_MAX, stacks.receives
     taken = [start + receive for start in stacks.starts for receive in stacks.receives]
     assert any(_is_walked(walk, calls) for calls in taken), f"no read takes this walk, but {taken}"

@@ -11,6 +11,7 @@ import logging
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Final, TypeVar
 
 from attnstore.client.base import OnLayer
@@ -88,7 +89,7 @@ class RemoteTier:
 
     def connect(self) -> bool:
         """Registers the namespace before the first request, so that no request pays for it. Returns False if that failed."""
-        return self._attempt("register", self.deadline_ms, 0, lambda _: True) is not None
+        return self._attempt("register", self.deadline_ms, 0, lambda **_: True) is not None
 
     def match(self, hashes: Sequence[BlockHash]) -> MatchResult:
         """Returns how many leading pages are stored, with a lease that covers reads until `deadline_ms` from now."""
@@ -121,14 +122,7 @@ class RemoteTier:
             "read",
             deadline_ms,
             len(hashes) * self._layout.page_bytes,
-            lambda left_ms: self._store.read(
-                self._namespace,
-                hashes,
-                buffers,
-                lease=lease,
-                deadline_ms=left_ms,
-                on_layer=None if on_layer is None else tell,
-            ),
+            partial(self._store.read, self._namespace, hashes, buffers, lease=lease, on_layer=None if on_layer is None else tell),
         )
         failed = result is None or result.error is not None
         if result is None:
@@ -151,7 +145,7 @@ class RemoteTier:
     def release(self, lease: Lease | None) -> None:
         """Ends a lease, if there is one."""
         if lease is not None:
-            self._attempt("release", self.deadline_ms, 0, lambda _: self._store.release(lease))
+            self._attempt("release", self.deadline_ms, 0, lambda **_: self._store.release(lease))
 
     def write(self, hashes: Sequence[BlockHash], pages: Sequence[memoryview], *, deadline_ms: float | None = None) -> WriteResult:
         """Stores pages. Returns one verdict per page, INCOMPLETE for all if the call failed."""
@@ -161,7 +155,7 @@ class RemoteTier:
             "write",
             given_ms,
             len(hashes) * self._layout.page_bytes,
-            lambda left_ms: self._store.write(self._namespace, hashes, pages, deadline_ms=left_ms),
+            partial(self._store.write, self._namespace, hashes, pages),
         )
         failed = result is None
         if result is None:
@@ -188,15 +182,15 @@ class RemoteTier:
             "match",
             self.deadline_ms,
             0,
-            lambda left_ms: self._store.match(self._namespace, [hashes], lease_ms=lease_ms, deadline_ms=left_ms),
+            partial(self._store.match, self._namespace, [hashes], lease_ms=lease_ms),
         )
         found = result or MatchResult(hits=(0,), lease=None)
         failed = result is None or result.error is not None
         self._observe(TransferKind.MATCH, started_ms, len(hashes), found.hits[0], 0, failed=failed)
         return found
 
-    def _attempt(self, verb: str, deadline_ms: float, size_bytes: int, call: Callable[[float], _T]) -> _T | None:
-        """Returns the result of `call(left_ms)`, or None if it failed or was not made. It moves `size_bytes`."""
+    def _attempt(self, verb: str, deadline_ms: float, size_bytes: int, call: Callable[..., _T]) -> _T | None:
+        """Returns the result of `call(deadline_ms=...)`, or None if it failed or was not made. It moves `size_bytes`."""
         if self.is_paused:
             with self._lock:
                 self._statistics = replace(self._statistics, skipped=self._statistics.skipped + 1)
@@ -206,7 +200,7 @@ class RemoteTier:
             if not self._registered:  # two threads may do it at once, which is harmless
                 self._store.register_layout(self._namespace, self._layout, deadline_ms=deadline.left_ms())
                 self._registered = True
-            result = call(deadline.left_ms())
+            result = call(deadline_ms=deadline.left_ms())
         except Exception as raised:  # whatever a store does, the worker recomputes
             self._fail(verb, raised, deadline_ms, size_bytes)
             return None
