@@ -17,12 +17,13 @@ from attnstore.client.facade import LoopThread
 from attnstore.client.options import ConnectOptions, TransportName
 from attnstore.client.transports.choice import TransportChoice
 from attnstore.client.transports.parts import PartWorkers, nothing
-from attnstore.clock import Deadline
+from attnstore.clock import Deadline, MonotonicClock
 from attnstore.errors import ClientClosed, DeadlineExceeded, InvalidArgument, ProtocolError
 from attnstore.testing.clock import ManualClock
+from attnstore.testing.ports import free_port
 from tests.channels import read_plan, write_plan
 from tests.samples import make_batch
-from tests.transports import FakeTransport
+from tests.transports import FakeTransport, connection_to
 
 BATCH = make_batch(1, model="choice")
 RETRY_MS = 30_000
@@ -156,6 +157,18 @@ def test_the_choice_is_known_once_something_was_offered() -> None:
     assert not choice.is_known
     choice.offer([FakeTransport("grpc")])
     assert choice.is_known
+
+
+async def test_with_grpc_nothing_is_negotiated() -> None:
+    absent = f"grpc://127.0.0.1:{free_port()}"
+    asking = connection_to(absent)
+    with pytest.raises(errors.Unavailable):
+        await asking.negotiate(Deadline(MonotonicClock(), 20_000))
+    forced = connection_to(absent, "grpc")
+    await forced.negotiate(Deadline(MonotonicClock(), 20_000))
+    assert forced.choice.is_known
+    await asking.close()
+    await forced.close()
 
 
 def test_an_unknown_transport_is_refused_with_the_known_ones() -> None:
