@@ -291,10 +291,12 @@ def test_with_costs_that_are_really_measured_the_tokens_stay_right_and_decisions
             warmed(engine, token_ids)
             # Longer than the pool, so it has to attend, which teaches the costs.
             engine.generate(prompt_of(BLOCKS * 16 + 40, seed=token_ids[0]), SamplingParams(max_tokens=3))
+        known = []
         for token_ids in prompts:
             engine.drop_cached()
             sequence = engine.generate(token_ids, SamplingParams(max_tokens=6))
             engine.check()
             assert sequence.generated == resident(tiny, token_ids, 6)
-        assert planner.report().attend is not None
+            known.append(planner.report().attend is not None)
+        assert any(known)  # not each time: a read that misses its deadline on a busy machine has the link measured again
         assert len(planner.decisions(len(prompts))) == len(prompts)
