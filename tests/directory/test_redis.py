@@ -289,6 +289,8 @@ async def test_after_a_fail_over_the_directory_is_the_server_that_sentinel_names
             assert eventually(lambda: len(knows.execute_command("SENTINEL", "REPLICAS", "store")) == 1, 20)
             directory = open_directory(f"redis+sentinel://{sentinel.host}:{sentinel.port}/store/0")
             await directory.announce(ADA, 10 * MEMBER_MS_MAX, None)
+            written = primary.client().info("replication")["master_repl_offset"]
+            assert eventually(lambda: replica_link.info("replication")["slave_repl_offset"] >= written, 20)
             primary.kill()
             membership = await _answer(directory)
             assert membership.members == (ADA,)

@@ -29,7 +29,8 @@ PAGE = PageLayout(layers=4, kv_heads=1, head_dim=1024, block_tokens=16, dtype=DT
 
 @pytest.fixture(scope="module")
 def node() -> Iterator[StoreProcess]:
-    with StoreProcess("--capacity", "64MiB") as node:
+    """A node whose scrubber removes no corrupt page before a reader finds it."""
+    with StoreProcess("--capacity", "64MiB", "--scrub-rate", "0") as node:
         yield node
 
 
