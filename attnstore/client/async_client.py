@@ -31,7 +31,6 @@ from attnstore.types import (
     WriteResult,
 )
 from attnstore.wire import messages
-from attnstore.wire.attend import AttendShape
 from attnstore.wire.chunks import Buffer
 
 
@@ -192,9 +191,7 @@ class AsyncClient:
         `q_heads` is a multiple of the layout's kv_heads, `scale` the factor on `q . k`; each exchange ends within `deadline_ms`.
         (The blocking client attends over the page channel if the node offers it, with less delay.)
         """
-        self._layouts.layout(namespace)
-        shape = AttendShape(namespace, q_heads, scale)
-        return await self._connection.grpc.attend_call(shape, self._layouts.deadline_ms(deadline_ms))
+        return await self._connection.grpc.attend_call(self._planning.attend(namespace, q_heads, scale, deadline_ms))
 
     async def delete(
         self, namespace: bytes, hashes: Sequence[bytes], *, tell: bool = False, deadline_ms: float | None = None

@@ -17,7 +17,6 @@ from attnstore.errors import Unavailable
 from attnstore.limits import CHUNK_BYTES_MAX
 from attnstore.types import MatchResult, WriteResult
 from attnstore.wire import messages
-from attnstore.wire.attend import AttendShape
 from attnstore.wire.chunks import decode_read_chunk, encode_write_chunk
 
 
@@ -46,9 +45,9 @@ class GrpcTransport:
         """See `Transport.attend`."""
         return LoopCall(self._loop, functools.partial(self._attend, plan, run))
 
-    async def attend_call(self, shape: AttendShape, deadline_ms: float) -> AttendCall:
+    async def attend_call(self, plan: AttendPlan) -> AttendCall:
         """Returns an attend stream for tasks of the event loop."""
-        return AttendCall(await self.channel.attend(deadline_ms), shape, deadline_ms)
+        return AttendCall(await self.channel.attend(plan.deadline_ms), plan.shape, plan.deadline_ms)
 
     async def _read(self, plan: ReadPlan) -> None:
         landing = plan.landing
@@ -86,7 +85,7 @@ class GrpcTransport:
         return plan.result(answer.hits, answer.lease_id, answer.lease_ms)
 
     async def _attend(self, plan: AttendPlan, run: Runner) -> AttendStream:
-        return BlockingAttend(await self.attend_call(plan.shape, plan.deadline_ms), run)
+        return BlockingAttend(await self.attend_call(plan), run)
 
 
 def _chunks_of(plan: WritePlan) -> Iterator[bytes]:

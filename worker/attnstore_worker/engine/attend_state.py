@@ -1,6 +1,7 @@
 """Whether one sequence attends to blocks in the store: a state, and the events that change it.
 
-Owns: `AttendState`. Invariant: a sequence has an open prefix only while it attends. Pure: no clock, no I/O, no decision.
+Owns: `AttendState`. Invariant: a sequence has an open prefix only while it attends: `AttendedBlocks` closes the prefix before an
+event that ends attending. Pure: no clock, no I/O, no decision.
 
 | phase | begin | load | move | give up |
 |---|---|---|---|---|
@@ -102,15 +103,15 @@ class AttendState:
         self._follow(AttendEvent.LOAD)
 
     def move(self) -> None:
-        """Records that the sequence will have its blocks here for good, and closes its prefix."""
+        """Records that the sequence will have its blocks here for good."""
         self._follow(AttendEvent.MOVE)
 
     def give_up(self) -> None:
-        """Records that the sequence stops attending, and closes its prefix."""
+        """Records that the sequence stops attending."""
         self._follow(AttendEvent.GIVE_UP)
 
     def lose(self) -> None:
-        """Records the loss of the prefix, and closes it. Gives up after `LOSSES_MAX` losses."""
+        """Records the loss of the prefix. Gives up after more than `LOSSES_MAX` losses."""
         assert self.attends
         self.losses += 1
         if self.losses > LOSSES_MAX:
