@@ -2,14 +2,17 @@
 
     Retryable
     ├── PagesLost                     pages that a running step needs did not arrive; the engine computes them instead
-    └── StepFailed                    the step that computed this sequence and others failed
+    ├── StepFailed                    the step that computed this sequence and others failed
+    └── OutOfDeviceMemory             the device has too little free memory for a pool or a step
     NotRetryable
+    ├── DeviceLost                    the device does no work any more; the worker must be started again
     ├── SequenceFailed                only this sequence failed: sampling, its text, its blocks
     │   └── LogitsNotFinite           the model returned logits that are not finite
     └── InvalidArgument
         ├── ModelUnavailable          the model's files are missing, damaged or of a kind that the worker cannot run
         ├── ContextOverflow           the prompt leaves no room in the model's context
-        └── PoolTooSmall              the sequence, or even one page, does not fit into the block pool
+        ├── PoolTooSmall              the sequence, or even one page, does not fit into the block pool
+        └── DeviceUnavailable         the named device is not there, or this installation cannot use it
 
 Errors of a store do not reach a caller: a store that fails costs hits, never an error. `PagesLost` stays inside the engine. An
 error of one sequence ends no other sequence (docs/decisions/0063-a-fault-ends-what-it-concerns.md).
@@ -30,6 +33,18 @@ class StepFailed(Retryable):
     """The step that computed this sequence and others failed: the model raised, or memory ran out."""
 
     code = "step_failed"
+
+
+class OutOfDeviceMemory(Retryable):
+    """The device has too little free memory for a pool or a step."""
+
+    code = "out_of_device_memory"
+
+
+class DeviceLost(NotRetryable):
+    """The device does no work any more: its driver reported an error that ends all work of the process on it."""
+
+    code = "device_lost"
 
 
 class SequenceFailed(NotRetryable):
@@ -60,3 +75,9 @@ class PoolTooSmall(InvalidArgument):
     """A sequence, or even one page, does not fit into the block pool."""
 
     code = "pool_too_small"
+
+
+class DeviceUnavailable(InvalidArgument):
+    """The named device is not there, or this installation cannot use it."""
+
+    code = "device_unavailable"

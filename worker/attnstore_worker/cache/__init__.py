@@ -10,10 +10,10 @@ from attnstore_worker.cache.moving.writers import WRITE_POLICIES
 from attnstore_worker.cache.planning.cost_planner import CostPlanner
 from attnstore_worker.cache.planning.fixed_planners import FetchAll, RecomputeAll
 from attnstore_worker.cache.planning.observation import Observer, Step, Unobserved
-from attnstore_worker.cache.pool.pages import PagePool
 from attnstore_worker.cache.pool.tier import Admission, Tier, TierStatistics
 from attnstore_worker.cache.store.base import STORE_TRANSPORTS, OnLayer, PageStore, checked_target, open_store
 from attnstore_worker.cache.store.remote import RemoteTier
+from attnstore_worker.device.pages import PagePool
 
 __all__ = [
     "STORE_TRANSPORTS",

@@ -18,10 +18,10 @@ from attnstore_worker.cache.moving.load import Planner
 from attnstore_worker.cache.planning.observation import Observer
 from attnstore_worker.cache.pool.host_tier import HostTier
 from attnstore_worker.cache.pool.page_window import PageWindow
-from attnstore_worker.cache.pool.pages import PagePool
 from attnstore_worker.cache.store.base import PageStore, SharedStore
 from attnstore_worker.cache.store.remote import RemoteTier
 from attnstore_worker.cache.store.shared_tier import SharedTier
+from attnstore_worker.device.pages import PagePool
 
 
 class SharedUse(enum.Enum):

@@ -15,9 +15,9 @@ from attnstore_worker.cache.moving.writers import Writer
 from attnstore_worker.cache.planning.observation import Observer
 from attnstore_worker.cache.pool.block_pool import BlockPool
 from attnstore_worker.cache.pool.block_table import BlockTable
-from attnstore_worker.cache.pool.pages import PagePool
 from attnstore_worker.cache.pool.tier import Admission, Tier, TierCounter
 from attnstore_worker.cache.store.base import Lender, PageSource
+from attnstore_worker.device.pages import PagePool
 
 _LOG = logging.getLogger(__name__)
 

@@ -24,10 +24,10 @@ from attnstore_worker.cache.pool.block_pool import BlockPoolStatistics
 from attnstore_worker.cache.pool.block_table import BlockTable
 from attnstore_worker.cache.pool.host_tier import HostTier
 from attnstore_worker.cache.pool.local_tiers import LocalTiers
-from attnstore_worker.cache.pool.pages import PagePool
 from attnstore_worker.cache.pool.tier import Tier, TierCounter, TierStatistics
 from attnstore_worker.cache.store.base import Lender
 from attnstore_worker.cache.store.remote import RemoteStatistics, RemoteTier
+from attnstore_worker.device.pages import PagePool
 
 _GRACE_MS = 250.0
 """How much longer than the store's own deadline a caller waits for a block that a transfer holds."""

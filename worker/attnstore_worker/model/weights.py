@@ -12,7 +12,7 @@ from typing import Any, Final, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from attnstore_worker.cache.pool.pages import anonymous_memory
+from attnstore_worker.device.pages import anonymous_memory
 
 
 class LayerShape(NamedTuple):

@@ -24,10 +24,10 @@ from attnstore.logs import get_logger
 from attnstore.types import PageStatus
 from attnstore_worker.cache.moving.mover import Threads, read_in_parts
 from attnstore_worker.cache.moving.write_queue import WriteQueue
-from attnstore_worker.cache.pool.pages import anonymous_memory
 from attnstore_worker.cache.pool.tier import Tier
 from attnstore_worker.cache.store.remote import RemoteTier
 from attnstore_worker.cache.store.transfer import Transfer, TransferKind
+from attnstore_worker.device.pages import anonymous_memory
 from attnstore_worker.vllm.kv_pages import KvPages
 from attnstore_worker.vllm.plan import BlockPlan, RequestLoad
 

@@ -20,8 +20,8 @@ from attnstore.core.hashing import BlockHash
 from attnstore.errors import InvalidArgument
 from attnstore_worker.cache.moving.write_queue import WRITE_BATCH_PAGES_MAX, WriteQueue
 from attnstore_worker.cache.pool.block_pool import BlockPool
-from attnstore_worker.cache.pool.pages import PagePool
 from attnstore_worker.cache.store.remote import RemoteTier
+from attnstore_worker.device.pages import PagePool
 
 STAGED_PAGES: Final = 2 * WRITE_BATCH_PAGES_MAX
 """Pages that on-evict copies at most: one batch that is being written and one that waits. This memory comes on top of the pool."""

@@ -17,7 +17,7 @@ from attnstore.core.hashing import BlockHash
 from attnstore.core.layout import PageLayout
 from attnstore.errors import Overloaded
 from attnstore_worker.cache.pool.block_pool import BlockPool, BlockPoolStatistics
-from attnstore_worker.cache.pool.pages import PagePool
+from attnstore_worker.device.pages import PagePool
 
 OnEvict = Callable[[BlockHash, memoryview], None]
 """Called with a page that leaves the tier; its bytes are valid until the call returns."""

@@ -14,8 +14,8 @@ from attnstore.core.eviction import EvictionPolicy
 from attnstore.core.hashing import BlockHash
 from attnstore_worker.cache.pool.block_pool import BlockPool
 from attnstore_worker.cache.pool.host_tier import HostTier, OnEvict
-from attnstore_worker.cache.pool.pages import PagePool
 from attnstore_worker.cache.pool.tier import Tier, TierCounter
+from attnstore_worker.device.pages import PagePool
 
 
 @dataclass(frozen=True, slots=True)

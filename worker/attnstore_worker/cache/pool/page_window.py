@@ -27,7 +27,7 @@ from attnstore.core.layout import PageLayout
 from attnstore.errors import InvalidArgument
 from attnstore.limits import GIB
 from attnstore.memory_files import HUGE_PAGE_BYTES, MADV_POPULATE_READ, MAP_FIXED, MAP_NORESERVE
-from attnstore_worker.cache.pool.pages import PagePool
+from attnstore_worker.device.pages import PagePool
 from attnstore_worker.dtypes import TORCH_DTYPES
 
 WINDOW_BYTES_MAX: Final = 1024 * GIB

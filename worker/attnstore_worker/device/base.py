@@ -1,0 +1,170 @@
+"""The contract of a device: memory for blocks, streams with events, copies of pages, and the names of all waits.
+
+Owns: `Device` with its parts, and `Wait`. Invariant: an access to a block or to a slot of host memory comes after the last access
+that conflicts with it, because one stream does both, because the host waited for the first, or because of a wait named in `Wait`.
+
+A block is a page on the device, a slot is a page in host memory. Three streams are used: `compute` runs the model, `up` copies
+slots to blocks, `down` copies blocks to slots. A copy returns at once. It reads its source and writes its destination at any time
+until its event is done. Shape: streams and events of CUDA; the offloading worker of vLLM.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Iterable, Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from attnstore.core.layout import PageLayout
+from attnstore_worker.device.pages import PagePool
+
+
+class Wait(enum.Enum):
+    """Every place where a stream or the host waits for work of another. Each is necessary: `experiments.device_faults` removes one
+    after the other, and a test notices.
+
+    The name says who waits for what; the value says what happens without it.
+    """
+
+    UP_AFTER_COMPUTE = "a load overwrites a block that a step still reads"
+    UP_AFTER_DOWN = "a load overwrites an evicted block before its page was copied down"
+    COMPUTE_AFTER_DOWN = "a step overwrites an evicted block before its page was copied down"
+    COMPUTE_AFTER_UP = "a step reads a layer before it was copied up"
+    DOWN_AFTER_COMPUTE = "a page is copied down before the step that computes it is done"
+    ARRIVED_AFTER_UP = "a block is findable before its page was copied up"
+    RELEASED_AFTER_UP = "a block of a cancelled load is reused while a copy still writes it"
+    STAGING_AFTER_UP = "a staging slot is filled again before its page was copied up"
+    WRITTEN_AFTER_DOWN = "a page is sent to the store before it was copied down"
+    HOST_UP_AFTER_DOWN = "a page of the HOST tier is copied up before it was copied down"
+    HOST_REUSE_AFTER_UP = "a slot of the HOST tier is used again before its page was copied up"
+    HOST_READ_AFTER_DOWN = "the host reads a slot of the HOST tier before its page was copied down"
+    STAMPS_AFTER_UP = "the stamps of pages in shared memory are checked before the pages were copied up"
+    SHARED_RELEASED_AFTER_UP = "the lease of pages in shared memory ends while a copy still reads them"
+    TABLES_AFTER_STEP = "the host changes the tables of a step before the step has read them"
+    TOKENS_AFTER_COMPUTE = "the host reads tokens before the step has written them"
+    QUERY_AFTER_COMPUTE = "a query is sent to a store node before the layer has written it"
+    PARTIAL_AFTER_MERGE = "a partial is received into memory that the last merge still reads"
+
+
+class Event(Protocol):
+    """A point in the work of a stream. From any thread."""
+
+    def done(self) -> bool:
+        """Returns whether all work of the stream before the event has ended. Does not wait, and orders nothing."""
+        ...
+
+    def wait(self, wait: Wait) -> None:
+        """Blocks the calling thread until the event is done. Raises `DeviceLost`."""
+        ...
+
+
+class Stream(Protocol):
+    """Work that a device does in the order of submission. From any thread."""
+
+    def record(self) -> Event:
+        """Returns an event after all work submitted to the stream so far."""
+        ...
+
+    def wait(self, event: Event, wait: Wait) -> None:
+        """Lets all work that is submitted from now on begin after the event. Does not block the host."""
+        ...
+
+
+After = tuple[Wait, Event]
+"""An event that a copy waits for, and why."""
+
+
+class Copies(Protocol):
+    """Copies between slots of host memory and blocks. From any thread; the copies of one direction end in the order of the calls.
+
+    `host` is memory of `Device.host_pages`, or registered, `[slots, *layout.shape]`. Raises `DeviceLost`; nothing was submitted then.
+    """
+
+    def up(
+        self,
+        host: Tensor,
+        slots: Sequence[int],
+        block_ids: Sequence[int],
+        *,
+        after: Iterable[After] = (),
+        layers: range | None = None,
+    ) -> Event:
+        """Copies pages, or these layers of them, from `host[slots[i]]` to block `block_ids[i]`."""
+        ...
+
+    def down(self, block_ids: Sequence[int], host: Tensor, slots: Sequence[int], *, after: Iterable[After] = ()) -> Event:
+        """Copies pages from block `block_ids[i]` to `host[slots[i]]`."""
+        ...
+
+
+class Timer(Protocol):
+    """The duration of work on the compute stream, by the device's own clock."""
+
+    def stop(self) -> None:
+        """Ends the measured work: what is submitted later is not part of it."""
+        ...
+
+    def elapsed_ms(self) -> float | None:
+        """Returns the duration in milliseconds; None while the work runs. Does not wait."""
+        ...
+
+
+class Accesses(Protocol):
+    """Is told of the accesses that are not copies. Only a device that looks for races has one."""
+
+    def step(self, reads: Iterable[int], writes: Iterable[int]) -> None:
+        """A step that is submitted to `compute` now reads and writes these blocks."""
+        ...
+
+    def host(self, host: Tensor, slots: Iterable[int], *, writes: bool) -> None:
+        """The calling thread, or a transport for it, reads or writes these slots now."""
+        ...
+
+
+class Device(Protocol):
+    """A device. `addressable`: its blocks are host memory, so transports read and write them without staging, and no copy is
+    necessary between staging and blocks. `uses_triton`: the model and attention run as Triton kernels on tensors of `torch_device`.
+    """
+
+    name: str
+    torch_device: torch.device
+    addressable: bool
+    uses_triton: bool
+    compute: Stream
+    accesses: Accesses | None
+
+    def blocks(self, layout: PageLayout, capacity: int) -> Tensor:
+        """Returns zeroed memory of the device, `[capacity, *layout.shape]`. Raises `OutOfDeviceMemory`."""
+        ...
+
+    def host_pages(self, layout: PageLayout, pool_bytes: int) -> PagePool:
+        """Returns host memory that copies reach at full speed (pinned, on CUDA). Raises `PoolTooSmall`."""
+        ...
+
+    def register(self, host: Tensor) -> bool:
+        """Lets copies reach host memory that another part owns, such as the mapped memory of a store node, at full speed. Returns
+        False if the device refuses it: its pages go through staging then.
+        """
+        ...
+
+    def unregister(self, host: Tensor) -> None:
+        """Ends a registration, before the memory is unmapped. No copy may use the memory."""
+        ...
+
+    def copies(self, blocks: Tensor) -> Copies:
+        """Returns copies to and from `blocks`, which `blocks` returned."""
+        ...
+
+    def free_bytes(self) -> int | None:
+        """Returns the free memory of the device, as the device counts it; None if the device does not bound it."""
+        ...
+
+    def timer(self) -> Timer:
+        """Starts a timer after all work submitted to `compute` so far."""
+        ...
+
+    def close(self) -> None:
+        """Waits for all copies, and gives back registered host memory. Never raises."""
+        ...
