@@ -79,7 +79,8 @@ After = tuple[Wait, Event]
 class Copies(Protocol):
     """Copies between slots of host memory and blocks. From any thread; the copies of one direction end in the order of the calls.
 
-    `host` is memory of `Device.host_pages`, or registered, `[slots, *layout.shape]`. Raises `DeviceLost`; nothing was submitted then.
+    `host` is memory of `Device.host_pages`, or registered, `[slots, *layout.shape]`. A call that raises `DeviceLost` submitted
+    nothing.
     """
 
     def up(
