@@ -127,9 +127,11 @@ class Accesses(Protocol):
 class Device(Protocol):
     """A device. `addressable`: its blocks are host memory, so transports read and write them without staging, and no copy is
     necessary between staging and blocks. `uses_triton`: the model and attention run as Triton kernels on tensors of `torch_device`.
+    `name` is that of the option `--device`, `description` that of the hardware.
     """
 
     name: str
+    description: str
     torch_device: torch.device
     addressable: bool
     uses_triton: bool
