@@ -14,8 +14,7 @@ from typing import Any, Final
 from torch import Tensor, float32, nn, stack
 from transformers import AttentionInterface, AttentionMaskInterface
 
-from attnstore.attention import AttentionBackend, cpu_pages
-from attnstore.attention.simd import LANES
+from attnstore.attention import AttentionBackend
 from attnstore_worker.cache.attending.step import RemoteStep
 from attnstore_worker.errors import ModelUnavailable
 
@@ -24,7 +23,7 @@ ATTENTION_NAME: Final = "attnstore_paged"
 
 @dataclass(frozen=True, slots=True)
 class PagedStep:
-    """One step of packed sequences.
+    """One step of packed sequences. All tensors are on the pool's device.
 
     pool: `[blocks, layers, 2, kv_heads, block_tokens, head_dim]`; new keys and values are written into it.
     slot_blocks, slot_offsets: int64 `[total_q]`, the block and the token position inside it of each query's own key.
@@ -32,6 +31,10 @@ class PagedStep:
     remote: queries store nodes about the blocks that come before those of `block_tables`; None if there are none. `context_lens`
     then count only the keys in the tables.
     before_layer: called with each layer's number before its pages are read; returns when they have arrived, or raises `PagesLost`.
+
+    On a device that uses Triton, a step without `remote` and with `at_once` reads no tensor on the host, so a CUDA graph may
+    capture it: the tensors are inputs that the next step overwrites. A padding row belongs to a sequence of its own, whose slot and
+    whose table name a scratch block.
     """
 
     backend: AttentionBackend
@@ -63,6 +66,19 @@ class PagedStep:
         """
         self.before_layer(layer)
         self._put(layer, keys_values)
+        return self.attend_stored(layer, query, scale=scale, sliding_window=sliding_window, soft_cap=soft_cap, sinks=sinks)
+
+    def attend_stored(
+        self,
+        layer: int,
+        query: Tensor,
+        *,
+        scale: float,
+        sliding_window: int | None = None,
+        soft_cap: float | None = None,
+        sinks: Tensor | None = None,
+    ) -> Tensor:
+        """As `attend`, after the caller called `before_layer` and stored the query's own keys and values into the pool."""
         if self.remote is not None:
             assert sliding_window is None, "nodes answer over all keys of a set"
             assert soft_cap is None, "nodes answer with plain scores"
@@ -83,23 +99,28 @@ class PagedStep:
         return out if self.remote is None else self.remote.merge(out, lse).to(query.dtype)
 
     def _put(self, layer: int, keys_values: Tensor) -> None:
-        _, _, _, kv_heads, block_tokens, head_dim = self.pool.shape
-        if self.pool.device.type != "cpu" or head_dim % LANES or not keys_values[0].is_contiguous():
-            slots = self.pool[:, layer].permute(0, 3, 1, 2, 4)  # [blocks, block_tokens, 2, kv_heads, head_dim]
-            slots.index_put_((self.slot_blocks, self.slot_offsets), keys_values)
-            return
-        cpu_pages.put(
-            cpu_pages.elements(self.pool),
-            self.slot_blocks.numpy(),
-            self.slot_offsets.numpy(),
-            self.pool.stride(0),
-            layer * self.pool.stride(1),
-            kv_heads,
-            block_tokens,
-            head_dim,
-            cpu_pages.elements(keys_values),
-            keys_values.stride(0),
-        )
+        if self.pool.device.type == "cpu" and keys_values[0].is_contiguous():
+            # Not at the top, because they import numba, which a machine with a GPU may lack.
+            from attnstore.attention import cpu_pages
+            from attnstore.attention.simd import LANES
+
+            _, _, _, kv_heads, block_tokens, head_dim = self.pool.shape
+            if head_dim % LANES == 0:
+                cpu_pages.put(
+                    cpu_pages.elements(self.pool),
+                    self.slot_blocks.numpy(),
+                    self.slot_offsets.numpy(),
+                    self.pool.stride(0),
+                    layer * self.pool.stride(1),
+                    kv_heads,
+                    block_tokens,
+                    head_dim,
+                    cpu_pages.elements(keys_values),
+                    keys_values.stride(0),
+                )
+                return
+        slots = self.pool[:, layer].permute(0, 3, 1, 2, 4)  # [blocks, block_tokens, 2, kv_heads, head_dim]
+        slots.index_put_((self.slot_blocks, self.slot_offsets), keys_values)
 
 
 def at_once(_: int) -> None:

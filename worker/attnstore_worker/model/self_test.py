@@ -89,22 +89,21 @@ class _WatchedStep(PagedStep):
 
     kinds: dict[int, AttentionKind]
 
-    def attend(
+    def attend_stored(
         self,
         layer: int,
         query: Tensor,
-        keys_values: Tensor,
         *,
         scale: float,
         sliding_window: int | None = None,
         soft_cap: float | None = None,
         sinks: Tensor | None = None,
     ) -> Tensor:
-        """See `PagedStep.attend`."""
+        """See `PagedStep.attend_stored`."""
         self.kinds[layer] = AttentionKind(scale, sliding_window, soft_cap, sinks is not None)
         # By name, because a dataclass with slots is another class than the one that `super` would look for.
-        return PagedStep.attend(
-            self, layer, query, keys_values, scale=scale, sliding_window=sliding_window, soft_cap=soft_cap, sinks=sinks
+        return PagedStep.attend_stored(
+            self, layer, query, scale=scale, sliding_window=sliding_window, soft_cap=soft_cap, sinks=sinks
         )
 
 
