@@ -107,7 +107,10 @@ class TritonAttention:
         return out, lse
 
     def _splits(self, programs: int, keys_max: int, device: torch.device) -> int:
-        wanted = self._programs_wanted or 2 * torch.cuda.get_device_properties(device).multi_processor_count
+        if self._programs_wanted is not None:
+            wanted = self._programs_wanted
+        else:  # the interpreter runs one program after the other
+            wanted = 1 if device.type == "cpu" else 2 * torch.cuda.get_device_properties(device).multi_processor_count
         return max(1, min(wanted // programs, keys_max // SPLIT_KEYS_MIN, SPLITS_MAX))
 
 

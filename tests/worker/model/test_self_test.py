@@ -15,6 +15,7 @@ import transformers
 from torch import Tensor, nn
 
 from attnstore.attention import CheckedAttention
+from attnstore.attention.cpu import DECODE_ROWS_MAX
 from attnstore.core.layout import DType
 from attnstore.errors import InvalidArgument
 from attnstore_worker.engine import AttendPolicy, Engine, EngineOptions, SamplingParams
@@ -23,7 +24,7 @@ from attnstore_worker.model import LoadedModel, load_model
 from attnstore_worker.model.attention import PagedStep, paged_attention_forward
 from attnstore_worker.model.few_rows import FewRows
 from attnstore_worker.model.llama import LlamaDecoder
-from attnstore_worker.model.self_test import AttentionKind
+from attnstore_worker.model.self_test import MANY_ROWS, AttentionKind
 from attnstore_worker.testing import MemoryStore
 
 CONTEXT_TOKENS = 256
@@ -251,3 +252,7 @@ def test_what_layers_ask_of_attention_is_known_after_loading(saved: Saved, tiny:
     fields = {"sliding_window": 100, "query_pre_attn_scalar": 16, "layer_types": ["sliding_attention", "full_attention"]}
     model = load_model(saved("Gemma3", **fields))
     assert model.attention_kinds == {AttentionKind(0.25, 100, None, False), AttentionKind(0.25, None, None, False)}
+
+
+def test_the_first_chunk_is_more_than_a_kernel_for_few_rows_takes() -> None:
+    assert max(DECODE_ROWS_MAX.values()) <= MANY_ROWS

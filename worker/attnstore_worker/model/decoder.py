@@ -7,18 +7,24 @@ to rounding.
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from typing import Any, Final, Protocol
 
 import torch
 from torch import Tensor
+from transformers import LlamaForCausalLM
 
+from attnstore_worker.device.base import Device
 from attnstore_worker.model.attention import PagedStep
 from attnstore_worker.model.linear import pack_linears
-from attnstore_worker.model.llama import LlamaDecoder, is_plain_llama
 
 
 class Decoder(Protocol):
-    """A causal language model over paged KV memory."""
+    """A causal language model over paged KV memory. `capturable`: a CUDA graph may capture a step without `remote` and with
+    `at_once`, because nothing is read back from the device.
+    """
+
+    @property
+    def capturable(self) -> bool: ...
 
     def logits(self, token_ids: Tensor, positions: Tensor, rows: Tensor, step: PagedStep) -> Tensor:
         """Computes packed tokens, int64 `[total_q]` at int64 `positions`; stores their keys and values into the step's pool.
@@ -33,6 +39,8 @@ class TransformersDecoder:
 
     Takes over the module and packs its linear layers if possible; the module still runs by itself.
     """
+
+    capturable: Final = False
 
     def __init__(self, module: Any) -> None:
         pack_linears(module)
@@ -49,6 +57,23 @@ class TransformersDecoder:
             return logits.float()
 
 
-def create_decoder(module: Any) -> Decoder:
-    """Returns the fastest decoder that computes the same as transformers' `module`, which it takes over."""
-    return LlamaDecoder(module) if is_plain_llama(module) else TransformersDecoder(module)
+def create_decoder(module: Any, device: Device | None = None) -> Decoder:
+    """Returns the fastest decoder that computes the same as transformers' `module`, which it takes over.
+
+    The module's weights are on `device`; None stands for the CPU.
+    """
+    if not _is_plain_llama(module):
+        return TransformersDecoder(module)
+    # The decoders are imported when they are created: one needs Triton, the other numba.
+    if device is not None and device.uses_triton:
+        from attnstore_worker.model.llama_device import DeviceLlamaDecoder
+
+        return DeviceLlamaDecoder(module)
+    from attnstore_worker.model.llama import LlamaDecoder, fits
+
+    return LlamaDecoder(module) if fits(module) else TransformersDecoder(module)
+
+
+def _is_plain_llama(module: Any) -> bool:
+    """Returns whether a module is exactly Llama, with its usual activation."""
+    return type(module) is LlamaForCausalLM and module.config.hidden_act == "silu"

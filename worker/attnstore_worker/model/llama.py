@@ -8,18 +8,18 @@ overhead equals the time of reading the weights (docs/decisions/0017-lean-decode
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from transformers import LlamaForCausalLM
 
 from attnstore_worker.model.attention import PagedStep
 from attnstore_worker.model.few_rows import FewRows
 from attnstore_worker.model.few_rows import fits as few_rows_fit
 from attnstore_worker.model.linear import gated_product, merged_linear, pack_linears
-from attnstore_worker.model.rows import added_and_normalized, fits, normalized, rotate
+from attnstore_worker.model.rows import added_and_normalized, normalized, rotate
+from attnstore_worker.model.rows import fits as rows_fit
 from attnstore_worker.model.weights import LayerWeights, gather_weights
 
 
@@ -38,6 +38,8 @@ class _Layer:
 
 class LlamaDecoder:
     """See `Decoder`. Takes over the module and packs its linear layers if possible; the module still runs by itself."""
+
+    capturable: Final = False
 
     def __init__(self, module: Any) -> None:
         config = module.config
@@ -91,14 +93,11 @@ class LlamaDecoder:
         return result
 
 
-def is_plain_llama(module: Any) -> bool:
-    """Returns whether `LlamaDecoder` computes the same as this module: exactly Llama, with its usual activation and row sizes that
-    the kernels support.
+def fits(module: Any) -> bool:
+    """Returns whether the weights of a `LlamaForCausalLM` lie where the kernels read them, and its rows have sizes that they
+    support.
     """
-    if type(module) is not LlamaForCausalLM or module.device.type != "cpu":
-        return False
-    config = module.config
-    return config.hidden_act == "silu" and fits(config.hidden_size, module.model.layers[0].self_attn.head_dim)
+    return module.device.type == "cpu" and rows_fit(module.config.hidden_size, module.model.layers[0].self_attn.head_dim)
 
 
 def _merged(weights: LayerWeights, index: int, attention: Any) -> nn.Module:

@@ -16,6 +16,7 @@ import transformers
 from attnstore.core.layout import DType, PageLayout
 from attnstore.errors import InvalidArgument
 from attnstore_worker.cache.attending.contexts import QueryShape
+from attnstore_worker.device.base import Device
 from attnstore_worker.dtypes import TORCH_DTYPES
 from attnstore_worker.errors import ModelUnavailable
 from attnstore_worker.fingerprint import config_fields, fingerprint
@@ -25,7 +26,7 @@ from attnstore_worker.model.context import context_tokens_max
 from attnstore_worker.model.conversion import cache_dir, converted_model
 from attnstore_worker.model.decoder import Decoder, create_decoder
 from attnstore_worker.model.self_test import AttentionKind, SelfTest
-from attnstore_worker.model.source import FolderSource, GgufSource, ModelSource, find_model, weights_digest
+from attnstore_worker.model.source import FolderSource, GgufSource, find_model, weights_digest
 
 _TEST_BLOCK_TOKENS: Final = 16
 
@@ -67,10 +68,13 @@ class LoadedModel:
         return QueryShape(self.module.config.num_attention_heads, float(kind.scale))
 
 
-def load_model(path: Path | None = None, dtype: DType = DType.FP32, cache: Path | None = None) -> LoadedModel:
+def load_model(
+    path: Path | None = None, dtype: DType = DType.FP32, cache: Path | None = None, device: Device | None = None
+) -> LoadedModel:
     """Loads the model at `path` (see `find_model`) with weights and KV in `dtype`; converted copies are stored in `cache`.
 
-    Raises `ModelUnavailable` for missing, damaged or unsupported files.
+    The weights are read into the memory of `device` one after the other, so host memory holds only a few of them; None stands for
+    the CPU. Raises `ModelUnavailable` for missing, damaged or unsupported files.
     """
     if dtype not in TORCH_DTYPES:
         raise ModelUnavailable(f"a model cannot run in dtype {dtype.value}; choose {', '.join(d.value for d in TORCH_DTYPES)}")
@@ -80,30 +84,45 @@ def load_model(path: Path | None = None, dtype: DType = DType.FP32, cache: Path 
     source = find_model(path)
     digest = weights_digest(source)
     folder = converted_model(source, digest, cache or cache_dir()) if isinstance(source, GgufSource) else source
-    module, tokenizer = _read_folder(folder, dtype)
-    layout = _supported_layout(source, module, dtype)
+    module, tokenizer = _read_folder(folder, dtype, device)
+    return ready_model(
+        module, tokenizer, name=source.name, origin=str(source.path), dtype=dtype, weights=digest.hex(), device=device
+    )
+
+
+def ready_model(
+    module: Any, tokenizer: Any, *, name: str, origin: str, dtype: DType, weights: str, device: Device | None
+) -> LoadedModel:
+    """Returns a model after its self-test. module: transformers' causal language model on `device`, with the attention
+    `ATTENTION_NAME`, which the model takes over.
+
+    weights: identifies the weights. origin: where the model comes from, for messages. Raises `ModelUnavailable` for an unsupported
+    model.
+    """
+    layout = _supported_layout(origin, module, dtype)
     context_tokens = context_tokens_max(module.config)
     if context_tokens < module.config.max_position_embeddings:
-        _logger.warning("%s: prompts are limited to %d tokens, where its long RoPE factors begin", source.path, context_tokens)
-    test = SelfTest(module, layout, context_tokens, f"{source.path}: {type(module).__name__}")
-    decoder = create_decoder(module)
+        _logger.warning("%s: prompts are limited to %d tokens, where its long RoPE factors begin", origin, context_tokens)
+    test = SelfTest(module, layout, context_tokens, f"{origin}: {type(module).__name__}", device)
+    decoder = create_decoder(module, device)
     attention_kinds = test.run(decoder)
     return LoadedModel(
-        name=source.name,
+        name=name,
         module=module,
         decoder=decoder,
         tokenizer=tokenizer,
         dtype=dtype,
-        fingerprint=_fingerprint(digest, module.config, dtype),
+        fingerprint=_fingerprint(weights, module.config, dtype),
         attention_kinds=attention_kinds,
         context_tokens_max=context_tokens,
         stop_token_ids=_stop_token_ids(module, tokenizer),
     )
 
 
-def _read_folder(folder: FolderSource, dtype: DType) -> tuple[Any, Any]:
+def _read_folder(folder: FolderSource, dtype: DType, device: Device | None) -> tuple[Any, Any]:
+    place = {} if device is None else {"device_map": {"": device.torch_device}}
     try:
-        module = read_module(folder.path, dtype=TORCH_DTYPES[dtype], attn_implementation=ATTENTION_NAME)
+        module = read_module(folder.path, dtype=TORCH_DTYPES[dtype], attn_implementation=ATTENTION_NAME, **place)
         tokenizer = transformers.AutoTokenizer.from_pretrained(str(folder.path), local_files_only=True, trust_remote_code=False)
     except (ImportError, ModelUnavailable):
         raise
@@ -113,7 +132,7 @@ def _read_folder(folder: FolderSource, dtype: DType) -> tuple[Any, Any]:
     return module.eval().requires_grad_(False), tokenizer
 
 
-def _supported_layout(source: ModelSource, module: Any, dtype: DType) -> PageLayout:
+def _supported_layout(origin: str, module: Any, dtype: DType) -> PageLayout:
     """Returns the page layout of the self-test, for a Llama-type model: all layers have keys and values of one shape, and
     replaceable attention.
     """
@@ -121,13 +140,13 @@ def _supported_layout(source: ModelSource, module: Any, dtype: DType) -> PageLay
     needed = ("num_hidden_layers", "num_attention_heads", "num_key_value_heads", "hidden_size", "max_position_embeddings")
     missing = [name for name in needed if not isinstance(getattr(config, name, None), int)]
     if missing:
-        raise ModelUnavailable(f"{source.path} is not a Llama-type model: its config has no {', '.join(missing)}")
+        raise ModelUnavailable(f"{origin} is not a Llama-type model: its config has no {', '.join(missing)}")
     if not getattr(module, "_supports_attention_backend", False):
-        raise ModelUnavailable(f"{source.path}: {type(module).__name__} does not let its attention be replaced")
+        raise ModelUnavailable(f"{origin}: {type(module).__name__} does not let its attention be replaced")
     try:
         return _layout(config, dtype, _TEST_BLOCK_TOKENS)
     except Exception as error:  # configs that differ by layer raise errors of any kind
-        raise ModelUnavailable(f"{source.path}: {type(module).__name__} has no one page layout ({error})") from error
+        raise ModelUnavailable(f"{origin}: {type(module).__name__} has no one page layout ({error})") from error
 
 
 def _layout(config: Any, dtype: DType, block_tokens: int) -> PageLayout:
@@ -141,10 +160,10 @@ def _layout(config: Any, dtype: DType, block_tokens: int) -> PageLayout:
     )
 
 
-def _fingerprint(digest: bytes, config: Any, dtype: DType) -> bytes:
+def _fingerprint(weights: str, config: Any, dtype: DType) -> bytes:
     # No field of the config says which implementation of experts transformers has chosen; their results differ in rounding.
     experts = getattr(config, "_experts_implementation", None)
-    return fingerprint(weights=digest.hex(), dtype=dtype.value, experts=experts, config=config_fields(config))
+    return fingerprint(weights=weights, dtype=dtype.value, experts=experts, config=config_fields(config))
 
 
 def _stop_token_ids(module: Any, tokenizer: Any) -> frozenset[int]:

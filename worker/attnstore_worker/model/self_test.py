@@ -22,8 +22,8 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from attnstore.attention import create_attention
-from attnstore.attention.cpu import DECODE_ROWS_MAX
 from attnstore.core.layout import PageLayout
+from attnstore_worker.device.base import Device
 from attnstore_worker.dtypes import TORCH_DTYPES
 from attnstore_worker.errors import ModelUnavailable
 from attnstore_worker.model.attention import ATTENTION_NAME, PagedStep, at_once, paged_attention_forward
@@ -53,6 +53,9 @@ _PROMPTS: Final = 3
 """A model is refused if it fails with all of these prompts: even in fp32 an expert may change by chance, but not repeatedly."""
 
 _WATCHED_NAME: Final = "attnstore_paged_watched"
+MANY_ROWS: Final = 96
+"""More rows per KV head (query tokens times GQA group) than any backend's kernel for few rows takes."""
+
 _SECOND_CHUNK_TOKENS: Final = 11
 _DECODED_TOKENS: Final = 3
 _TOKEN_STRIDE: Final = 7919
@@ -109,23 +112,26 @@ class _WatchedStep(PagedStep):
 
 class SelfTest:
     """Tests a module that no decoder has taken over yet, for pages of `layout` and prompts of up to `context_tokens`. `name` is the
-    model's name in messages.
+    model's name in messages. The module is on `device`, where the test runs; None stands for the CPU.
 
     Raises `ModelUnavailable` if the module cannot compute by itself.
     """
 
-    def __init__(self, module: Any, layout: PageLayout, context_tokens: int, name: str) -> None:
+    def __init__(self, module: Any, layout: PageLayout, context_tokens: int, name: str, device: Device | None) -> None:
         self._module, self._layout, self._name = module, layout, name
+        self._place = torch.device("cpu") if device is None else device.torch_device
+        self._uses_triton = device is not None and device.uses_triton
         if counting := [name for name in _COUNTING_FIELDS if getattr(module.config, name, None)]:
             raise ModelUnavailable(f"{self._name} has {', '.join(counting)}, which is not implemented")
         # First more rows than the kernel for few rows takes, then few rows, then single ones.
         group = module.config.num_attention_heads // layout.kv_heads
-        many = DECODE_ROWS_MAX[TORCH_DTYPES[layout.dtype]] // max(group, 1) + 1
+        many = MANY_ROWS // max(group, 1) + 1
         prefilled = [min(end, context_tokens) for end in (0, many, many + _SECOND_CHUNK_TOKENS)]
         tokens = min(prefilled[-1] + _DECODED_TOKENS, context_tokens)
         self._chunks = [*pairwise(prefilled), *((token, token + 1) for token in range(prefilled[-1], tokens))]
         self._parts = [slice(begin, end) for begin, end in pairwise((*prefilled, tokens)) if begin < end]
-        self._prompts = torch.arange(1, _PROMPTS * tokens + 1).view(_PROMPTS, tokens) * _TOKEN_STRIDE % module.config.vocab_size
+        numbers = torch.arange(1, _PROMPTS * tokens + 1, device=self._place).view(_PROMPTS, tokens)
+        self._prompts = numbers * _TOKEN_STRIDE % module.config.vocab_size
         self._expected = self._own_logits(self._prompts[0])
 
     def run(self, decoder: Decoder) -> frozenset[AttentionKind]:
@@ -158,25 +164,25 @@ class SelfTest:
     def _paged_logits(self, decoder: Decoder, prompt: Tensor, kinds: dict[int, AttentionKind]) -> Tensor:
         layout = self._layout
         blocks = -(-len(prompt) // layout.block_tokens)
-        table = torch.arange(blocks).flip(0)
+        table = torch.arange(blocks, device=self._place).flip(0)
         shape = (blocks, layout.layers, 2, layout.kv_heads, layout.block_tokens, layout.head_dim)
-        pool = torch.full(shape, _STALE, dtype=TORCH_DTYPES[layout.dtype])
-        attention = create_attention("cpu")
+        pool = torch.full(shape, _STALE, dtype=TORCH_DTYPES[layout.dtype], device=self._place)
+        attention = create_attention("triton" if self._uses_triton else "cpu")
         logits = []
         for begin, end in self._chunks:
-            positions = torch.arange(begin, end)
+            positions = torch.arange(begin, end, device=self._place)
             step = _WatchedStep(
                 backend=attention,
                 pool=pool,
                 slot_blocks=table[positions // layout.block_tokens],
                 slot_offsets=positions % layout.block_tokens,
                 block_tables=table[None].int(),
-                context_lens=torch.tensor([end], dtype=torch.int32),
-                query_starts=torch.tensor([0, end - begin], dtype=torch.int32),
+                context_lens=torch.tensor([end], dtype=torch.int32, device=self._place),
+                query_starts=torch.tensor([0, end - begin], dtype=torch.int32, device=self._place),
                 before_layer=at_once,
                 kinds=kinds,
             )
-            logits.append(decoder.logits(prompt[begin:end], positions, torch.arange(end - begin), step))
+            logits.append(decoder.logits(prompt[begin:end], positions, positions - begin, step))
         return torch.cat(logits)
 
     def _distance(self, logits: Tensor, expected: Tensor, quantile: float) -> float:

@@ -7,6 +7,7 @@ own parameters become views of the tensor, and the module still computes the sam
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any, Final, NamedTuple
 
 import torch
@@ -88,8 +89,12 @@ def gather_weights(module: Any) -> LayerWeights:
     for index, layer in enumerate(module.model.layers):
         for name in shape.parts():
             owners = [layer.get_submodule(path) for path in _SPLIT.get(name, (_MODULES.get(name, ""),))]
-            views = torch.split(weights.part(index, name), [len(owner.weight) for owner in owners])
-            for owner, view in zip(owners, views, strict=True):
-                view.copy_(owner.weight)
-                owner.weight = nn.Parameter(view, requires_grad=False)
+            share_weight(weights.part(index, name), owners)
     return weights
+
+
+def share_weight(merged: Tensor, owners: Sequence[Any]) -> None:
+    """Copies the weights of modules into `merged`, one after the other; they become views of it."""
+    for owner, view in zip(owners, torch.split(merged, [len(owner.weight) for owner in owners]), strict=True):
+        view.copy_(owner.weight)
+        owner.weight = nn.Parameter(view, requires_grad=False)
