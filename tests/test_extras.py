@@ -134,11 +134,19 @@ def test_every_command_of_the_worker_names_the_workers_extra(arguments: tuple[st
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("package", ["accelerate", "gguf", "numba", "transformers", "uvicorn"])
+@pytest.mark.parametrize("package", ["accelerate", "gguf", "transformers", "uvicorn"])
 def test_a_package_of_the_worker_is_missed_by_its_name(tmp_path: Path, package: str) -> None:
     """transformers imports the first two late."""
     done = run(frozenset({package}), "-m", WORKER, "convert", str(tmp_path / "model"), ATTNSTORE_CACHE_DIR=str(tmp_path / "cache"))
     is_refused(done, package, "worker")
+
+
+def test_a_worker_on_a_cpu_names_the_extra_of_attention(tmp_path: Path) -> None:
+    """Before it reads a model. A worker on a GPU runs without these packages."""
+    prompt = tmp_path / "prompt"
+    prompt.write_text("What?")
+    done = run(frozenset({"numba"}), "-m", WORKER, "generate", "--prompt-file", str(prompt))
+    is_refused(done, "numba", "attention")
 
 
 @pytest.mark.slow

@@ -18,7 +18,7 @@ from attnstore.core.layout import DType
 from attnstore_worker.device.base import Device
 from attnstore_worker.dtypes import TORCH_DTYPES
 from attnstore_worker.model.attention import ATTENTION_NAME, register_attention
-from attnstore_worker.model.loading import LoadedModel, ready_model
+from attnstore_worker.model.loading import LoadedModel, attention_on, ready_model
 
 _FILL_ELEMENTS: Final = 1 << 24
 """Weights made at once, which bounds the memory for it to 400 MB."""
@@ -62,7 +62,16 @@ def random_model(shape: LlamaShape, dtype: DType, device: Device | None = None, 
     for number, (name, parameter) in enumerate(module.named_parameters()):
         fill_random(parameter.data, *_spread(shape, name), seed=seed, number=number)
     name = f"random-{shape.name}-{seed}"
-    return ready_model(module, _tokenizer(shape.vocabulary), name=name, origin=name, dtype=dtype, weights=name, device=device)
+    return ready_model(
+        module,
+        _tokenizer(shape.vocabulary),
+        name=name,
+        origin=name,
+        dtype=dtype,
+        weights=name,
+        attention=attention_on(device),
+        device=device,
+    )
 
 
 def fill_random(target: Tensor, mean: float, deviation: float, *, seed: int, number: int) -> None:

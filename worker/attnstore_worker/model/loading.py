@@ -13,6 +13,7 @@ from typing import Any, Final
 
 import transformers
 
+from attnstore.attention import AttentionBackend, create_attention
 from attnstore.core.layout import DType, PageLayout
 from attnstore.errors import InvalidArgument
 from attnstore_worker.cache.attending.contexts import QueryShape
@@ -81,17 +82,38 @@ def load_model(
     if not sys.stderr.isatty():
         transformers.utils.logging.disable_progress_bar()
     register_attention()
+    attention = attention_on(device)  # first, because its packages may be missing, and reading weights takes long
     source = find_model(path)
     digest = weights_digest(source)
     folder = converted_model(source, digest, cache or cache_dir()) if isinstance(source, GgufSource) else source
     module, tokenizer = _read_folder(folder, dtype, device)
     return ready_model(
-        module, tokenizer, name=source.name, origin=str(source.path), dtype=dtype, weights=digest.hex(), device=device
+        module,
+        tokenizer,
+        name=source.name,
+        origin=str(source.path),
+        dtype=dtype,
+        weights=digest.hex(),
+        attention=attention,
+        device=device,
     )
 
 
+def attention_on(device: Device | None) -> AttentionBackend:
+    """Returns the attention of a device; None stands for the CPU. Raises `InvalidArgument` if a package of it is missing."""
+    return create_attention("triton" if device is not None and device.uses_triton else "cpu")
+
+
 def ready_model(
-    module: Any, tokenizer: Any, *, name: str, origin: str, dtype: DType, weights: str, device: Device | None
+    module: Any,
+    tokenizer: Any,
+    *,
+    name: str,
+    origin: str,
+    dtype: DType,
+    weights: str,
+    attention: AttentionBackend,
+    device: Device | None,
 ) -> LoadedModel:
     """Returns a model after its self-test. module: transformers' causal language model on `device`, with the attention
     `ATTENTION_NAME`, which the model takes over.
@@ -103,7 +125,7 @@ def ready_model(
     context_tokens = context_tokens_max(module.config)
     if context_tokens < module.config.max_position_embeddings:
         _logger.warning("%s: prompts are limited to %d tokens, where its long RoPE factors begin", origin, context_tokens)
-    test = SelfTest(module, layout, context_tokens, f"{origin}: {type(module).__name__}", device)
+    test = SelfTest(module, layout, context_tokens, f"{origin}: {type(module).__name__}", attention)
     decoder = create_decoder(module, device)
     attention_kinds = test.run(decoder)
     return LoadedModel(

@@ -21,9 +21,8 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 
-from attnstore.attention import create_attention
+from attnstore.attention import AttentionBackend
 from attnstore.core.layout import PageLayout
-from attnstore_worker.device.base import Device
 from attnstore_worker.dtypes import TORCH_DTYPES
 from attnstore_worker.errors import ModelUnavailable
 from attnstore_worker.model.attention import ATTENTION_NAME, PagedStep, at_once, paged_attention_forward
@@ -111,16 +110,15 @@ class _WatchedStep(PagedStep):
 
 
 class SelfTest:
-    """Tests a module that no decoder has taken over yet, for pages of `layout` and prompts of up to `context_tokens`. `name` is the
-    model's name in messages. The module is on `device`, where the test runs; None stands for the CPU.
+    """Tests a module that no decoder has taken over yet, for pages of `layout` and prompts of up to `context_tokens`, on the device
+    where the module is, with the backend `attention`. `name` is the model's name in messages.
 
     Raises `ModelUnavailable` if the module cannot compute by itself.
     """
 
-    def __init__(self, module: Any, layout: PageLayout, context_tokens: int, name: str, device: Device | None) -> None:
+    def __init__(self, module: Any, layout: PageLayout, context_tokens: int, name: str, attention: AttentionBackend) -> None:
         self._module, self._layout, self._name = module, layout, name
-        self._place = torch.device("cpu") if device is None else device.torch_device
-        self._uses_triton = device is not None and device.uses_triton
+        self._attention, self._place = attention, module.device
         if counting := [name for name in _COUNTING_FIELDS if getattr(module.config, name, None)]:
             raise ModelUnavailable(f"{self._name} has {', '.join(counting)}, which is not implemented")
         # First more rows than the kernel for few rows takes, then few rows, then single ones.
@@ -167,12 +165,11 @@ class SelfTest:
         table = torch.arange(blocks, device=self._place).flip(0)
         shape = (blocks, layout.layers, 2, layout.kv_heads, layout.block_tokens, layout.head_dim)
         pool = torch.full(shape, _STALE, dtype=TORCH_DTYPES[layout.dtype], device=self._place)
-        attention = create_attention("triton" if self._uses_triton else "cpu")
         logits = []
         for begin, end in self._chunks:
             positions = torch.arange(begin, end, device=self._place)
             step = _WatchedStep(
-                backend=attention,
+                backend=self._attention,
                 pool=pool,
                 slot_blocks=table[positions // layout.block_tokens],
                 slot_offsets=positions % layout.block_tokens,
