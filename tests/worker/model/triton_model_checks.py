@@ -6,28 +6,34 @@ The row kernels against the same operations in fp64; the decoder against the CPU
 from __future__ import annotations
 
 import math
-import random
-from dataclasses import dataclass, replace
-from itertools import accumulate
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import cast
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import torch
+import transformers
 import triton
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
-from attnstore.attention import AttentionBackend, create_attention
+from attnstore.attention import AttentionBackend, create_attention, merge
 from attnstore.core.layout import DType
 from attnstore_worker.device.base import Device
+from attnstore_worker.dtypes import TORCH_DTYPES
+from attnstore_worker.errors import ModelUnavailable
 from attnstore_worker.model import LoadedModel, load_model
-from attnstore_worker.model.attention import PagedStep, at_once
-from attnstore_worker.model.llama_device import DeviceLlamaDecoder
+from attnstore_worker.model.attention import ATTENTION_NAME, register_attention
+from attnstore_worker.model.decoder import Decoder, TransformersDecoder
+from attnstore_worker.model.llama_device import DeviceLlamaDecoder, rotation_table
+from attnstore_worker.model.loading import ready_model
 from attnstore_worker.model.triton_rows import gated, normalized, rotated_and_put
 from tests.worker.model.devices import TritonDevice
+from tests.worker.model.steps import Pages, Spans
 
 DEVICE = "cpu" if triton.knobs.runtime.interpret else "cuda"
+PLACE = torch.device(DEVICE)
 ROUNDING = {torch.float32: 2e-6, torch.float16: 2**-10, torch.bfloat16: 2**-7}
 """Of a value: a rounding to the type, and what fp32 loses before it."""
 
@@ -98,75 +104,178 @@ def test_queries_are_rotated_and_keys_and_values_stored(dtype: torch.dtype, q_he
 @pytest.fixture(scope="module")
 def on_device(tiny_folder: Path) -> LoadedModel:
     """The tiny model, which has passed its self-test on the device."""
-    return load_model(tiny_folder, DType.FP32, device=cast(Device, TritonDevice(torch.device(DEVICE))))
+    return load_model(tiny_folder, DType.FP32, device=cast(Device, TritonDevice(PLACE)))
 
 
-@dataclass(frozen=True)
-class Chunks:
-    """Chunks `[begin, end)` of sequences of random tokens, whose earlier tokens are computed already, and rows of padding."""
-
-    spans: tuple[tuple[int, int], ...]
-    padding: int = 0
-
-
-BLOCK_TOKENS = 16
-PREFILL = Chunks(((0, 40),))
-DECODE = Chunks(((40, 41), (7, 8), (16, 17)))
-MIXED = Chunks(((32, 60), (3, 4), (0, 21), (15, 17)))
-PADDED = Chunks(((40, 41), (7, 8), (16, 17)), padding=5)
-BATCHES = {"prefill": PREFILL, "decode": DECODE, "mixed": MIXED, "padded": PADDED}
+BATCHES: dict[str, Spans] = {
+    "prefill": [(0, 40)],
+    "decode": [(40, 41), (7, 8), (16, 17)],
+    "mixed": [(32, 60), (3, 4), (0, 21), (15, 17)],
+}
+TOLERANCE = 1e-4
 
 
-def blocks_of(tokens: int) -> int:
-    return -(-tokens // BLOCK_TOKENS)
+def pages_of(model: LoadedModel, spans: Spans, place: torch.device, content: float = math.nan) -> Pages:
+    vocabulary = model.module.config.vocab_size
+    return Pages.of(model.layout(16), [end for _, end in spans], place, vocabulary=vocabulary, content=content)
 
 
-def computed(model: LoadedModel, backend: AttentionBackend, chunks: Chunks, place: str, poison: float) -> Tensor:
-    """Returns the logits of the chunks' rows, after a first step that computes what comes before them.
-
-    Memory that no token was written to holds `poison`, as does the scratch block of padding rows, which is block 0.
-    """
-    layout = model.layout(BLOCK_TOKENS)
-    sizes = [blocks_of(end) for _, end in chunks.spans]
-    ids = range(sum(sizes), 0, -1)
-    tables = [list(ids[end - size : end]) for size, end in zip(sizes, accumulate(sizes), strict=True)]
-    pool = torch.full((1 + sum(sizes), *layout.shape), poison, device=place)
-    tokens = [[random.Random(number).randrange(3, 49_000) for _ in range(end)] for number, (_, end) in enumerate(chunks.spans)]
-    widest = max(sizes)
-
-    def run(spans: list[tuple[int, int]], padding: int) -> Tensor:
-        padded = range(padding)
-        positions = [position for begin, end in spans for position in range(begin, end)] + [0 for _ in padded]
-        token_ids = [token for (begin, end), known in zip(spans, tokens, strict=True) for token in known[begin:end]]
-        blocks = [table[p // BLOCK_TOKENS] for (begin, end), table in zip(spans, tables, strict=True) for p in range(begin, end)]
-        lengths = [end - begin for begin, end in spans] + [1 for _ in padded]
-        step = PagedStep(
-            backend=backend,
-            pool=pool,
-            slot_blocks=torch.tensor(blocks + [0 for _ in padded], device=place),
-            slot_offsets=torch.tensor(positions, device=place) % BLOCK_TOKENS,
-            block_tables=torch.tensor(
-                [table + [0] * (widest - len(table)) for table in tables] + [[0] * widest for _ in padded],
-                dtype=torch.int32,
-                device=place,
-            ),
-            context_lens=torch.tensor([end for _, end in spans] + [1 for _ in padded], dtype=torch.int32, device=place),
-            query_starts=torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=place),
-            before_layer=at_once,
-        )
-        rows = torch.arange(len(token_ids), device=place)
-        padded_ids = torch.tensor(token_ids + [0 for _ in padded], device=place)
-        return model.decoder.logits(padded_ids, torch.tensor(positions, device=place), rows, step)
-
-    if any(begin for begin, _ in chunks.spans):
-        run([(0, begin) for begin, _ in chunks.spans], 0)
-    return run(list(chunks.spans), chunks.padding).cpu()
+def compute_before(model: LoadedModel, pages: Pages, backend: AttentionBackend, spans: Spans) -> None:
+    """Computes the tokens before the spans."""
+    if any(begin for begin, _ in spans):
+        pages.asked(backend, [(0, begin) for begin, _ in spans]).logits(model.decoder)
 
 
-@pytest.mark.parametrize("chunks", BATCHES.values(), ids=BATCHES)
-def test_logits_are_those_of_the_cpus_decoder(tiny: LoadedModel, on_device: LoadedModel, chunks: Chunks) -> None:
+def expected_logits(tiny: LoadedModel, spans: Spans) -> Tensor:
+    """Returns the logits of the CPU's decoder."""
+    pages, backend = pages_of(tiny, spans, torch.device("cpu"), 0.0), create_attention("cpu")
+    compute_before(tiny, pages, backend, spans)
+    return pages.asked(backend, spans).logits(tiny.decoder)
+
+
+def assert_same(got: Tensor, expected: Tensor) -> None:
+    torch.testing.assert_close(got.cpu(), expected, rtol=TOLERANCE, atol=TOLERANCE)
+    assert torch.equal(got.argmax(dim=-1).cpu(), expected.argmax(dim=-1))
+
+
+@pytest.mark.parametrize("padding", [0, 5])
+@pytest.mark.parametrize("spans", BATCHES.values(), ids=BATCHES)
+def test_logits_are_those_of_the_cpus_decoder(tiny: LoadedModel, on_device: LoadedModel, spans: Spans, padding: int) -> None:
+    """All memory, the scratch block of padding included, holds NaN before it is written."""
     assert isinstance(on_device.decoder, DeviceLlamaDecoder)
-    expected = computed(tiny, create_attention("cpu"), replace(chunks, padding=0), "cpu", 0.0)
-    got = computed(on_device, create_attention("triton"), chunks, DEVICE, math.nan)
-    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
-    assert torch.equal(got.argmax(dim=-1), expected.argmax(dim=-1))
+    pages, backend = pages_of(on_device, spans, PLACE), create_attention("triton")
+    compute_before(on_device, pages, backend, spans)
+    assert_same(pages.asked(backend, spans, padding=padding).logits(on_device.decoder), expected_logits(tiny, spans))
+
+
+def test_only_the_wanted_rows_have_logits(on_device: LoadedModel) -> None:
+    spans, backend = BATCHES["mixed"], create_attention("triton")
+    asked = pages_of(on_device, [(0, end) for _, end in spans], PLACE).asked(backend, [(0, end) for _, end in spans])
+    every = asked.logits(on_device.decoder)
+    for rows in ([5, 0, 59], []):
+        wanted = torch.tensor(rows, dtype=torch.int64, device=PLACE)
+        got = asked._replace(rows=wanted).logits(on_device.decoder)
+        assert got.dtype == torch.float32
+        torch.testing.assert_close(got, every[wanted], rtol=0, atol=1e-5)
+
+
+def test_a_layer_is_read_after_its_pages_have_arrived(tiny: LoadedModel, on_device: LoadedModel) -> None:
+    spans, backend = BATCHES["decode"], create_attention("triton")
+    pages = pages_of(on_device, spans, PLACE)
+    compute_before(on_device, pages, backend, spans)
+    known = pages.pool.clone()
+    pages.pool.fill_(math.nan)
+
+    def arrive(layer: int) -> None:
+        pages.pool[:, layer] = known[:, layer]
+
+    assert_same(pages.asked(backend, spans, before_layer=arrive).logits(on_device.decoder), expected_logits(tiny, spans))
+
+
+@dataclass
+class Node:
+    """A store node that attends to the first block of each sequence."""
+
+    pages: Pages
+    query: Tensor = field(default_factory=lambda: torch.empty(0))
+    layers: list[int] = field(default_factory=list)
+
+    def ask(self, layer: int, query: Tensor) -> None:
+        self.layers.append(layer)
+        self.query = query
+
+    def merge(self, out: Tensor, lse: Tensor) -> Tensor:
+        rows, block_tokens = len(self.query), self.pages.layout.block_tokens
+        part = create_attention("reference").paged_attention(
+            self.query.float(),
+            self.pages.pool,
+            torch.tensor([[table[0]] for table in self.pages.tables], dtype=torch.int32, device=PLACE),
+            torch.full((rows,), block_tokens, dtype=torch.int32, device=PLACE),
+            torch.arange(rows + 1, dtype=torch.int32, device=PLACE),
+            layer=self.layers[-1],
+            scale=self.query.shape[-1] ** -0.5,
+        )
+        return merge([out, part[0]], [lse, part[1]])[0]
+
+
+def test_partials_of_store_nodes_are_merged_in_every_layer(tiny: LoadedModel, on_device: LoadedModel) -> None:
+    spans, backend = [(40, 41), (20, 21), (16, 17)], create_attention("triton")
+    pages = pages_of(on_device, spans, PLACE)
+    compute_before(on_device, pages, backend, spans)
+    node = Node(pages)
+    got = pages.asked(backend, spans, behind=1, remote=node).logits(on_device.decoder)
+    assert node.layers == [0, 1]
+    assert_same(got, expected_logits(tiny, spans))
+
+
+SMALL: dict[str, Any] = {
+    "vocab_size": 256,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+    "initializer_range": 0.2,
+}
+VARIANTS: dict[str, dict[str, Any]] = {
+    "biased": {"attention_bias": True, "mlp_bias": True},
+    "tied, a size without power of two": {"tie_word_embeddings": True, "hidden_size": 72, "head_dim": 80},
+    "llama3": {"rope_parameters": {"rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0, "low_freq_factor": 1.0,
+               "high_freq_factor": 4.0, "original_max_position_embeddings": 64}},
+    "yarn": {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 64}},
+    "dynamic": {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0}},
+}  # fmt: skip
+
+
+def self_test(kind: str, dtype: DType, **fields: Any) -> Decoder:
+    """Returns the decoder of a small random model, which has passed the self-test on the device."""
+    torch.manual_seed(3)
+    module = getattr(transformers, f"{kind}ForCausalLM")(getattr(transformers, f"{kind}Config")(**{**SMALL, **fields}))
+    for parameter in module.parameters():
+        if parameter.dim() == 1:
+            nn.init.normal_(parameter, 1.0, 0.2)
+    module = module.eval().requires_grad_(False).to(TORCH_DTYPES[dtype]).to(PLACE)
+    register_attention()
+    module.set_attn_implementation(ATTENTION_NAME)
+    model = ready_model(
+        module,
+        SimpleNamespace(eos_token_id=None),
+        name=kind,
+        origin=kind,
+        dtype=dtype,
+        weights=kind,
+        attention=create_attention("triton"),
+        device=cast(Device, TritonDevice(PLACE)),
+    )
+    return model.decoder
+
+
+@pytest.mark.parametrize("fields", VARIANTS.values(), ids=VARIANTS)
+def test_every_plain_llama_passes_its_self_test(fields: dict[str, Any]) -> None:
+    assert isinstance(self_test("Llama", DType.FP32, **fields), DeviceLlamaDecoder)
+
+
+@pytest.mark.parametrize("dtype", [DType.BF16, DType.FP16], ids=str)
+def test_a_llama_in_16_bits_passes_its_self_test(dtype: DType) -> None:
+    assert isinstance(self_test("Llama", dtype), DeviceLlamaDecoder)
+
+
+def test_another_model_runs_through_transformers() -> None:
+    decoder = self_test("Qwen3", DType.FP32, head_dim=32)
+    assert isinstance(decoder, TransformersDecoder)
+    assert not decoder.capturable
+
+
+def test_a_model_that_cannot_run_on_pages_is_refused_by_name() -> None:
+    with pytest.raises(ModelUnavailable, match="Bloom"):
+        self_test("Bloom", DType.FP32, n_head=4, n_layer=2)
+
+
+def test_angles_of_all_positions_are_those_of_the_model(on_device: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    rotary = on_device.module.model.rotary_emb
+    monkeypatch.setattr("attnstore_worker.model.llama_device._ANGLE_POSITIONS", 100)
+    cosines, sines = rotation_table(rotary, on_device.context_tokens_max, PLACE)
+    expected = rotary(torch.empty(0, device=PLACE), torch.arange(on_device.context_tokens_max, device=PLACE)[None])
+    for got, whole in zip((cosines, sines), expected, strict=True):
+        assert torch.equal(got, whole[0, :, : got.shape[1]])
