@@ -52,7 +52,7 @@ from attnstore_worker.cache import (
 from attnstore_worker.engine import EngineOptions
 from attnstore_worker.engine.attend_policy import AttendPolicy
 from attnstore_worker.engine.sampler import SEED_MAX, TEMPERATURE_MAX
-from attnstore_worker.model.source import find_model
+from attnstore_worker.model_source import find_model
 
 if TYPE_CHECKING:
     _Commands = argparse._SubParsersAction[CommandParser]

@@ -25,7 +25,7 @@ from attnstore.types import Lease, MatchResult, PageStatus, ReadResult, WriteRes
 from attnstore_worker.cache import OnLayer
 from attnstore_worker.cache.moving.load import Load, LoadPlan, Prompt, SearchPlan
 from attnstore_worker.model.conversion import cache_dir, converted_model
-from attnstore_worker.model.source import GgufSource, find_model, weights_digest
+from attnstore_worker.model_source import GgufSource, find_model, weights_digest
 
 _GARBAGE = 0xA5
 _END_S_MAX = 60.0

@@ -16,7 +16,7 @@ from attnstore_worker.cli import main
 from attnstore_worker.errors import ModelUnavailable
 from attnstore_worker.model import LoadedModel, export_model, find_model, load_model
 from attnstore_worker.model.conversion import cache_dir, converted_model
-from attnstore_worker.model.source import FolderSource, GgufSource, weights_digest
+from attnstore_worker.model_source import FolderSource, GgufSource, weights_digest
 
 
 def test_the_default_model_is_the_one_in_the_package(model: LoadedModel) -> None:

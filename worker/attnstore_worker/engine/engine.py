@@ -33,7 +33,7 @@ from attnstore_worker.cache.pool.block_table import BlockTable
 from attnstore_worker.cache.store.base import AttendStore
 from attnstore_worker.engine.attend_policy import AttendChoice, AttendForecaster, AttendPolicy
 from attnstore_worker.engine.attended import AttendedBlocks
-from attnstore_worker.engine.options import EngineOptions
+from attnstore_worker.options import EngineOptions
 from attnstore_worker.engine.outputs import BatchingStatistics, Token
 from attnstore_worker.engine.residency import Residency
 from attnstore_worker.engine.runner import Runner

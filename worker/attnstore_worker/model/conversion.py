@@ -24,7 +24,7 @@ from safetensors.torch import save_file
 from attnstore.environment import variable, variable_name
 from attnstore_worker.errors import ModelUnavailable
 from attnstore_worker.model.checkpoint import read_module
-from attnstore_worker.model.source import FolderSource, GgufSource, find_model, weights_digest
+from attnstore_worker.model_source import FolderSource, GgufSource, find_model, weights_digest
 
 _GGUF_PACKAGES: Final = ("accelerate", "gguf")
 """Imported by transformers, whose error for a missing package looks like that for a damaged file."""

@@ -27,7 +27,7 @@ from attnstore_worker.model.context import context_tokens_max
 from attnstore_worker.model.conversion import cache_dir, converted_model
 from attnstore_worker.model.decoder import Decoder, create_decoder
 from attnstore_worker.model.self_test import AttentionKind, SelfTest
-from attnstore_worker.model.source import FolderSource, GgufSource, find_model, weights_digest
+from attnstore_worker.model_source import FolderSource, GgufSource, find_model, weights_digest
 
 _TEST_BLOCK_TOKENS: Final = 16
 
