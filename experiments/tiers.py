@@ -31,9 +31,10 @@ from attnstore.command_line import CommandParser
 from attnstore.core.layout import DType
 from attnstore.option_types import file_to_write
 from attnstore.testing import StoreProcess
-from attnstore_worker.cache import SharedUse, Tier, open_store
+from attnstore_worker.cache import Tier, open_store
 from attnstore_worker.engine import Engine, EngineOptions, SamplingParams
 from attnstore_worker.model import LoadedModel, load_model
+from attnstore_worker.options import SharedUse
 
 _WAIT_MS: Final = 120_000
 _PROMPTS: Final = 8

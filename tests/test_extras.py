@@ -11,7 +11,7 @@ import pytest
 
 from tests.packages import BASE, PROJECT, ROOT, SHIPPED, installed_with, packages, promised, requirements
 
-WORKER = "attnstore_worker.__main__"
+WORKER = "attnstore_worker.cli"
 
 
 def of_extra(extra: str) -> frozenset[str]:
@@ -147,6 +147,15 @@ def test_a_worker_on_a_cpu_names_the_extra_of_attention(tmp_path: Path) -> None:
     prompt.write_text("What?")
     done = run(frozenset({"numba"}), "-m", WORKER, "generate", "--prompt-file", str(prompt))
     is_refused(done, "numba", "attention")
+
+
+@pytest.mark.slow
+def test_the_compiler_of_a_cpus_kernels_is_missed_when_a_model_is_to_run(tiny_folder: Path) -> None:
+    """A worker on a GPU runs without it."""
+    done = run(
+        frozenset({"numba"}), "-m", WORKER, "generate", "--prompt-file", str(ROOT / "README.md"), "--model", str(tiny_folder)
+    )
+    is_refused(done, "numba", "worker")
 
 
 @pytest.mark.slow

@@ -109,7 +109,7 @@ def test_the_command_runs_beside_a_users_module_named_worker(beside_a_users_work
 
 
 def test_our_own_worker_has_its_threads_spin_briefly() -> None:
-    script = "import sys; from attnstore_worker.__main__ import main; sys.exit(main(['no-such-command']))"
+    script = "import sys; from attnstore_worker.cli import main; sys.exit(main(['no-such-command']))"
     environment = {name: value for name, value in os.environ.items() if name != "GOMP_SPINCOUNT"}
     ended = subprocess.run(
         [sys.executable, "-c", f"import atexit, os\natexit.register(lambda: print(os.environ.get('GOMP_SPINCOUNT')))\n{script}"],
@@ -118,3 +118,29 @@ def test_our_own_worker_has_its_threads_spin_briefly() -> None:
         check=False,
     )
     assert (ended.returncode, ended.stdout.split()) == (2, [b"10000"])
+
+
+HEAVY = ("torch", "numpy", "transformers", "numba", "pydantic")
+
+
+@pytest.mark.parametrize(
+    ("module", "arguments", "status"),
+    [
+        ("attnstore.cli", ["--help"], 0),
+        ("attnstore_worker.cli", ["--help"], 0),
+        ("attnstore_worker.cli", ["serve", "--help"], 0),
+        ("attnstore_worker.cli", ["generate", "--prompt-file", "/dev/null", "--pool", "none"], 2),
+        ("attnstore_worker.cli", ["generate", "--prompt-file", "/dev/null", "--attend", "always"], 2),
+        ("attnstore_worker.cli", ["explain", "--prompt-file", "/dev/null"], 2),
+    ],
+)
+def test_help_and_refusals_wait_for_no_large_library(module: str, arguments: list[str], status: int) -> None:
+    script = f"""
+import sys
+from {module} import main
+status = main({arguments!r})
+print("imported:", *(name for name in {HEAVY!r} if name in sys.modules))
+sys.exit(status)
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout.splitlines()[-1]) == (status, "imported:")

@@ -17,10 +17,10 @@ from typing import Final
 import attnstore
 from attnstore.testing import StoreProcess
 from attnstore.testing.link import Link
-from attnstore_worker.cache import SharedUse
 from attnstore_worker.engine import AttendPolicy, Engine, EngineOptions, SamplingParams
 from attnstore_worker.engine import Sequence as Prompted
 from attnstore_worker.model import LoadedModel
+from attnstore_worker.options import SharedUse
 from experiments.attend.rows import Row, attend_ms, fetch_ms
 
 DEADLINE_MS: Final = 120_000

@@ -1,16 +1,18 @@
 """The options of the `attnstore-worker` command.
 
-Owns: the parser. Invariant: every value that leaves it is valid by itself, and files that it names exist. `attnstore_worker.cli`
-checks combinations of options before the model is loaded.
+Owns: the parser, and the checks of options that belong together. Invariant: every value that leaves the parser is valid by itself,
+and files that it names exist. Imports neither torch nor transformers.
 """
 
 from __future__ import annotations
 
 import argparse
+import logging
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from attnstore.address import Address
+from attnstore.client.options import TRANSPORT_NAMES, checked_target
 from attnstore.command_line import CommandParser
 from attnstore.core.eviction import EVICTION_POLICIES
 from attnstore.environment import variable
@@ -26,6 +28,7 @@ from attnstore.limits import (
     THREADS_MAX,
     WAITING_MAX,
 )
+from attnstore.memory_limit import memory_bytes, require_memory
 from attnstore.option_types import (
     PORT,
     Name,
@@ -43,19 +46,13 @@ from attnstore.option_types import (
     secret,
     text_to_read,
 )
-from attnstore_worker.cache import (
-    STORE_TRANSPORTS,
-    WRITE_POLICIES,
-    SharedUse,
-    checked_target,
-)
-from attnstore_worker.engine import EngineOptions
-from attnstore_worker.engine.attend_policy import AttendPolicy
-from attnstore_worker.engine.sampler import SEED_MAX, TEMPERATURE_MAX
 from attnstore_worker.model_source import find_model
+from attnstore_worker.options import SEED_MAX, TEMPERATURE_MAX, WRITE_POLICIES, AttendPolicy, EngineOptions, SharedUse
 
 if TYPE_CHECKING:
     _Commands = argparse._SubParsersAction[CommandParser]
+
+_log = logging.getLogger(__name__)
 
 _TOKENS = Whole(1, CONTEXT_TOKENS_MAX)
 _BLOCK_TOKENS = EngineOptions().block_tokens
@@ -70,6 +67,48 @@ def create_parser() -> CommandParser:
     _add_explain(commands)
     _add_convert(commands)
     return parser
+
+
+def check_options(arguments: argparse.Namespace) -> None:
+    """Raises `InvalidArgument` for options that do not belong together."""
+    if arguments.command == "convert":
+        return
+    options = engine_options(arguments)
+    if arguments.command == "explain":
+        if arguments.source is not None:
+            return
+        if arguments.planner != "cost" or not arguments.store:
+            raise InvalidArgument("a prompt is tried out with --planner cost and a --store")
+    require_pools(options, beside_bytes=0)
+
+
+def require_pools(options: EngineOptions, *, beside_bytes: int) -> None:
+    """Raises `InvalidArgument` if the process may not use as much memory as its pools take beside `beside_bytes`."""
+    pools_bytes = options.pool_bytes + options.host_pool_bytes
+    warning = require_memory("--pool, with --host-pool,", pools_bytes, beside_bytes, memory_bytes())
+    if warning is not None:
+        _log.warning(warning)
+
+
+def engine_options(arguments: argparse.Namespace) -> EngineOptions:
+    """Returns the options of the command's engine. Raises `InvalidArgument` for options that do not belong together."""
+    attend = AttendPolicy(arguments.attend)
+    if attend is not AttendPolicy.NEVER and not arguments.store:
+        raise InvalidArgument(f"--attend {attend} needs a --store")
+    if attend is AttendPolicy.MEASURED and arguments.planner != "cost":
+        raise InvalidArgument(f"--attend {attend} needs --planner cost")
+    return EngineOptions(
+        pool_bytes=arguments.pool,
+        chunk_tokens=arguments.chunk_tokens,
+        store_deadline_ms=arguments.store_deadline_ms,
+        tenant_salt=(arguments.tenant_salt or "").encode(),
+        eviction=arguments.eviction,
+        write_policy=arguments.write_policy,
+        host_pool_bytes=arguments.host_pool,
+        shared=SharedUse(arguments.shared),
+        attend=attend,
+        speculate=arguments.speculate,
+    )
 
 
 def _add_generate(commands: _Commands) -> None:
@@ -210,9 +249,7 @@ def _add_engine_options(parser: argparse.ArgumentParser, *, planner: str) -> Non
         metavar="MS",
         help="longest wait at the end for pages that are being written (default 60000)",
     )
-    add(
-        "--transport", choices=STORE_TRANSPORTS, default="auto", help="transport to the store (default auto: the fastest available)"
-    )
+    add("--transport", choices=TRANSPORT_NAMES, default="auto", help="transport to the store (default auto: the fastest available)")
     add(
         "--http-proxy",
         type=http_proxy,

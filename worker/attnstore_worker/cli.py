@@ -1,278 +1,52 @@
 """The `attnstore-worker` command.
 
-Owns: the action of each subcommand, and its output while it runs.
+Owns: the order of a start, and the exit status. Invariant: wrong options are refused, and help is printed, before torch and
+transformers are imported.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
+import importlib.util
 import logging
 import sys
-from collections.abc import Iterator
-from collections.abc import Sequence as Items
-from contextlib import AbstractContextManager, ExitStack, contextmanager
-from dataclasses import asdict, replace
-from pathlib import Path
-
-import torch
-from rich.console import Console
-from safetensors.torch import save
+from collections.abc import Sequence
 
 from attnstore import copying
 from attnstore.allocator import keep_freed_memory
-from attnstore.clock import MonotonicClock
-from attnstore.command_line import run_command, say
-from attnstore.core.layout import DType
-from attnstore.errors import InvalidArgument
-from attnstore.limits import (
-    PROMPT_CHARS_MAX,
-)
-from attnstore.memory_limit import memory_bytes, require_memory, resident_bytes
-from attnstore.option_types import (
-    read_text,
-)
-from attnstore_worker.arguments import create_parser
-from attnstore_worker.cache import (
-    CostPlanner,
-    FetchAll,
-    PageStore,
-    Planner,
-    RecomputeAll,
-    SharedUse,
-    open_store,
-)
-from attnstore_worker.cache.planning.decisions import Decision
-from attnstore_worker.engine import Engine, EngineOptions, SamplingParams, Sequence, Token
-from attnstore_worker.engine.attend_policy import AttendPolicy
-from attnstore_worker.explain import decisions_of, show, try_out
-from attnstore_worker.model import LoadedModel, export_model, load_model
-from attnstore_worker.model.prompts import chat_tokens, text_tokens
-from attnstore_worker.progress import Progress, create_progress
-from attnstore_worker.report import GenerationReport, generation_report
-from attnstore_worker.serve import Endpoint, serve
-
-_log = logging.getLogger(__name__)
+from attnstore.command_line import run_command
+from attnstore.extras import needs_extra
+from attnstore_worker.arguments import check_options, create_parser
+from attnstore_worker.openmp import spin_briefly
 
 _EXIT_INTERRUPTED = 130
+_PACKAGES = ("torch", "transformers", "pydantic", "prometheus_client", "rich", "safetensors", "starlette", "uvicorn")
+"""What every subcommand imports; models and kernels need others, which are missed when they are used."""
 
 
-def main(argv: Items[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command. Returns the exit status: 0, or 2 after an error message of one line on standard error."""
+    spin_briefly()
 
     def run() -> None:
-        arguments = create_parser().parse_args(argv)
-        logging.basicConfig(level=logging.WARNING, format="attnstore-worker: %(message)s")
-        keep_freed_memory()
-        copying.prepare()
-        _COMMANDS[arguments.command](arguments)
+        with needs_extra("worker", "a worker"):
+            _require_packages()
+            arguments = create_parser().parse_args(argv)
+            logging.basicConfig(level=logging.WARNING, format="attnstore-worker: %(message)s")
+            check_options(arguments)
+            keep_freed_memory()
+            copying.prepare()
+            from attnstore_worker.actions import ACTIONS
+
+            ACTIONS[arguments.command](arguments)
 
     return run_command("attnstore-worker", run, interrupted=_EXIT_INTERRUPTED)
 
 
-def _generate(arguments: argparse.Namespace) -> None:
-    clock = MonotonicClock()
-    prompt = _read_prompt(arguments.prompt_file)
-    with ExitStack() as stack:
-        progress = stack.enter_context(create_progress(sys.stderr))
-        started_ms = clock.now_ms()
-        engine = stack.enter_context(_open_engine(arguments, _engine_options(arguments), progress))
-        load_ms = clock.now_ms() - started_ms
-        sequence = engine.submit(_prompt_ids(engine.model, prompt, arguments), _sampling(engine.model, arguments))
-        tokens = _run(engine, sequence, progress)
-        progress.phase("writing the last pages to the store")
-        flush_started_ms = clock.now_ms()
-        engine.flush(arguments.flush_ms)
-        report = generation_report(engine, sequence, load_ms=load_ms, flush_ms=clock.now_ms() - flush_started_ms)
-    if arguments.logits is not None:
-        _write_logits(tokens, arguments.logits)
-    _print_report(report, as_json=arguments.json)
-
-
-def _serve(arguments: argparse.Namespace) -> None:
-    options = replace(
-        _engine_options(arguments),
-        sequences_max=arguments.sequences,
-        waiting_max=arguments.waiting,
-        prefetch_sequences=arguments.prefetch,
-    )
-    endpoint = Endpoint.create(
-        arguments.host,
-        arguments.port,
-        token=arguments.token,
-        tokens_file=arguments.tokens_file,
-        insecure=arguments.insecure,
-        allow_priority=arguments.allow_priority,
-    )
-    with ExitStack() as stack:
-        with create_progress(sys.stderr) as progress:
-            engine = stack.enter_context(_open_engine(arguments, options, progress))
-        serve(engine, endpoint)
-        engine.flush(arguments.flush_ms)
-
-
-def _explain(arguments: argparse.Namespace) -> None:
-    if arguments.source is not None:
-        decisions = decisions_of(arguments.source, arguments.last, arguments.http_proxy, arguments.token)
-    else:
-        if arguments.planner != "cost" or not arguments.store:
-            raise InvalidArgument("a prompt is tried out with --planner cost and a --store")
-        prompt = _read_prompt(arguments.prompt_file)
-        with create_progress(sys.stderr) as progress, _open_engine(arguments, _engine_options(arguments), progress) as engine:
-            assert isinstance(engine.planner, CostPlanner)
-            decisions = try_out(engine, engine.planner, _prompt_ids(engine.model, prompt, arguments))
-    if arguments.json:
-        say("\n".join(map(json.dumps, decisions)))
-    else:
-        console = Console()
-        with console.capture() as shown:
-            show(decisions, console)
-        say(shown.get(), end="")
-
-
-def _convert(arguments: argparse.Namespace) -> None:
-    export_model(arguments.model, arguments.folder)
-
-
-_COMMANDS = {"generate": _generate, "serve": _serve, "explain": _explain, "convert": _convert}
-
-
-def _engine_options(arguments: argparse.Namespace) -> EngineOptions:
-    attend = AttendPolicy(arguments.attend)
-    if attend is not AttendPolicy.NEVER and not arguments.store:
-        raise InvalidArgument(f"--attend {attend} needs a --store")
-    if attend is AttendPolicy.MEASURED and arguments.planner != "cost":
-        raise InvalidArgument(f"--attend {attend} needs --planner cost")
-    return EngineOptions(
-        pool_bytes=arguments.pool,
-        chunk_tokens=arguments.chunk_tokens,
-        store_deadline_ms=arguments.store_deadline_ms,
-        tenant_salt=(arguments.tenant_salt or "").encode(),
-        eviction=arguments.eviction,
-        write_policy=arguments.write_policy,
-        host_pool_bytes=arguments.host_pool,
-        shared=SharedUse(arguments.shared),
-        attend=attend,
-        speculate=arguments.speculate,
-    )
-
-
-@contextmanager
-def _open_engine(arguments: argparse.Namespace, options: EngineOptions, progress: Progress) -> Iterator[Engine]:
-    """Yields an engine after its first, slow calls, with its model and its store, if there is one."""
-    if arguments.threads is not None:
-        torch.set_num_threads(arguments.threads)
-    _require_memory(options, beside_bytes=0)
-    with ExitStack() as stack:
-        # Before the model is loaded: this checks the other options of the store, and sends nothing yet.
-        store = stack.enter_context(_open_store(arguments)) if arguments.store else None
-        progress.phase("loading the model")
-        model = load_model(arguments.model, DType(arguments.dtype))
-        _require_memory(options, beside_bytes=resident_bytes())
-        clock = MonotonicClock()
-        planner = stack.enter_context(_planner(arguments, options, clock))
-        observer = planner if isinstance(planner, CostPlanner) else None
-        engine = stack.enter_context(Engine(model, options, store=store, clock=clock, planner=planner, observer=observer))
-        progress.phase("warming up")
-        engine.warm_up()
-        yield engine
-
-
-def _require_memory(options: EngineOptions, *, beside_bytes: int) -> None:
-    pools_bytes = options.pool_bytes + options.host_pool_bytes
-    warning = require_memory("--pool, with --host-pool,", pools_bytes, beside_bytes, memory_bytes())
-    if warning is not None:
-        _log.warning(warning)
-
-
-@contextmanager
-def _planner(arguments: argparse.Namespace, options: EngineOptions, clock: MonotonicClock) -> Iterator[Planner]:
-    if arguments.planner == "fetch":
-        yield FetchAll(options.store_deadline_ms)
-    elif arguments.planner == "recompute":
-        yield RecomputeAll()
-    elif arguments.decisions is None:
-        yield CostPlanner(clock, options.chunk_tokens)
-    else:
-        with _written("--decisions", arguments.decisions):
-            file = arguments.decisions.open("ab", buffering=0)
-        with file:
-
-            def write(decision: Decision) -> None:
-                try:
-                    file.write(json.dumps(decision.as_json()).encode() + b"\n")
-                except OSError as error:  # a full disk does not end a generation
-                    _log.warning("--decisions %s cannot be written: %s", arguments.decisions, error.strerror)
-
-            yield CostPlanner(clock, options.chunk_tokens, write)
-
-
-@contextmanager
-def _written(option: str, path: Path) -> Iterator[None]:
-    """Runs a block that writes the option's file. Raises `InvalidArgument`."""
-    try:
-        yield
-    except OSError as error:
-        raise InvalidArgument(f"{option} {path} cannot be written: {error.strerror}") from None
-
-
-def _write_logits(tokens: Items[Token], path: Path) -> None:
-    with _written("--logits", path):
-        # Written here, because `save_file` would replace the file, which may be a device.
-        path.write_bytes(save({"logits": torch.stack([token.logits for token in tokens])}))
-
-
-def _open_store(arguments: argparse.Namespace) -> AbstractContextManager[PageStore]:
-    return open_store(
-        arguments.store,
-        deadline_ms=arguments.store_deadline_ms,
-        transport=arguments.transport,
-        shared_path=arguments.shared_path,
-        http_proxy=arguments.http_proxy,
-        tls_ca=arguments.store_ca,
-    )
-
-
-def _run(engine: Engine, sequence: Sequence, progress: Progress) -> list[Token]:
-    tokens: list[Token] = []
-    while sequence.finish_reason is None:
-        tokens += engine.step()
-        progress.tokens(sequence)
-    if sequence.error is not None:
-        raise sequence.error
-    return tokens
-
-
-def _read_prompt(path: Path) -> str:
-    try:
-        return read_text(path, PROMPT_CHARS_MAX)
-    except InvalidArgument as error:
-        raise InvalidArgument(f"--prompt-file: {error}") from None
-
-
-def _prompt_ids(model: LoadedModel, prompt: str, arguments: argparse.Namespace) -> list[int]:
-    if arguments.chat:
-        token_ids = chat_tokens(model.tokenizer, [{"role": "user", "content": prompt}])
-    else:
-        token_ids = text_tokens(model.tokenizer, prompt)
-    return token_ids[: arguments.prompt_tokens]
-
-
-def _sampling(model: LoadedModel, arguments: argparse.Namespace) -> SamplingParams:
-    return SamplingParams(
-        max_tokens=arguments.max_tokens,
-        temperature=arguments.temperature,
-        seed=arguments.seed,
-        stop_token_ids=frozenset() if arguments.ignore_stop else model.stop_token_ids,
-    )
-
-
-def _print_report(report: GenerationReport, *, as_json: bool) -> None:
-    if as_json:
-        say(json.dumps(asdict(report)))
-        return
-    say(report.text)
-    print(report.summary(), file=sys.stderr)
+def _require_packages() -> None:
+    """Raises `ModuleNotFoundError` for the first that is not installed, without the seconds of importing them."""
+    for name in _PACKAGES:
+        if importlib.util.find_spec(name) is None:
+            raise ModuleNotFoundError(name=name)
 
 
 if __name__ == "__main__":

@@ -1,17 +1,67 @@
-"""The options of an engine.
+"""The options of an engine and of sampling, and their choices.
 
-Owns: `EngineOptions`. Invariant: options that exist are consistent; inconsistent values are refused before anything is allocated.
+Owns: `EngineOptions`, the limits of the scheduler in them, the choices by name and the largest values. Invariants: options that
+exist are consistent; inconsistent values are refused before anything is allocated. Imports no engine, so that the command checks
+its options before it loads one.
 """
 
 from __future__ import annotations
 
+import enum
 from dataclasses import dataclass, field
+from typing import Final
 
 from attnstore.errors import InvalidArgument
 from attnstore.limits import MIB
-from attnstore_worker.cache import SharedUse, TierOptions
-from attnstore_worker.engine.attend_policy import AttendPolicy
-from attnstore_worker.engine.scheduler import SchedulerLimits
+
+WRITE_POLICIES: Final = ("write-behind", "write-through", "on-evict")
+"""See `attnstore_worker.cache.moving.writers`."""
+SEED_MAX: Final = (1 << 63) - 1
+TEMPERATURE_MAX: Final = 100.0
+
+
+class SharedUse(enum.Enum):
+    """How pages in a store node on this host are used: copied from its memory, or in place."""
+
+    COPY = "copy"
+    IN_PLACE = "in-place"
+
+
+class AttendPolicy(enum.StrEnum):
+    """Which sequences attend to blocks in the store. BEYOND_POOL: those that do not fit into the pool. MEASURED: also those for
+    which measured costs say so. ALWAYS: all that find blocks there.
+    """
+
+    NEVER = "never"
+    BEYOND_POOL = "beyond_pool"
+    MEASURED = "measured"
+    ALWAYS = "always"
+
+
+@dataclass(frozen=True, slots=True)
+class SchedulerLimits:
+    """`sequences_max` run at once and `waiting_max` wait; a step computes at most `step_tokens` tokens, at most `chunk_tokens` of
+    one sequence.
+
+    Raises `InvalidArgument` for values that could keep a prompt waiting forever.
+    """
+
+    chunk_tokens: int
+    step_tokens: int
+    sequences_max: int
+    waiting_max: int
+
+    def __post_init__(self) -> None:
+        if self.sequences_max < 1 or self.waiting_max < 1:
+            raise InvalidArgument(
+                f"sequences_max is {self.sequences_max} and waiting_max {self.waiting_max}; both must be at least 1"
+            )
+        needed = self.chunk_tokens + self.sequences_max - 1
+        if self.step_tokens < needed:
+            raise InvalidArgument(
+                f"step_tokens is {self.step_tokens}; {needed} are needed for a chunk of {self.chunk_tokens} tokens "
+                f"beside {self.sequences_max - 1} decodes"
+            )
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,12 +105,6 @@ class EngineOptions:
         if not isinstance(self.attend, AttendPolicy):
             raise InvalidArgument(f"attend is {self.attend!r}; it must be an AttendPolicy, one of {', '.join(AttendPolicy)}")
         self.scheduler_limits()
-
-    def tier_options(self) -> TierOptions:
-        """The options of the KV memory."""
-        return TierOptions(
-            self.pool_bytes, self.host_pool_bytes, self.eviction, self.shared, self.store_deadline_ms, self.write_policy
-        )
 
     def scheduler_limits(self) -> SchedulerLimits:
         """The limits of the scheduler."""

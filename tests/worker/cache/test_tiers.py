@@ -17,11 +17,12 @@ from attnstore.core.hashing import Namespace
 from attnstore.core.layout import DType, PageLayout
 from attnstore.errors import InvalidArgument, Overloaded
 from attnstore.testing import StoreProcess
-from attnstore_worker.cache import Admission, CacheManager, Load, PagePool, PageStore, RemoteTier, SharedUse, Tier, admission_of
+from attnstore_worker.cache import Admission, CacheManager, Load, PagePool, PageStore, RemoteTier, Tier, admission_of
 from attnstore_worker.cache.pool.block_table import BlockTable
 from attnstore_worker.cache.pool.host_tier import HostTier
 from attnstore_worker.engine import Engine, EngineOptions, SamplingParams, Sequence
 from attnstore_worker.model import LoadedModel
+from attnstore_worker.options import SharedUse
 from attnstore_worker.testing import MemoryStore
 from tests.samples import eventually, make_batch
 

@@ -12,12 +12,12 @@ import torch
 from attnstore.core.eviction import EVICTION_POLICIES
 from attnstore.errors import InvalidArgument, Overloaded
 from attnstore.types import PageStatus
-from attnstore_worker.cache import WRITE_POLICIES
 from attnstore_worker.cache.moving.load import FetchOrder, Load, LoadPlan, Prompt, SearchPlan
 from attnstore_worker.engine import Engine, EngineOptions, FinishReason, SamplingParams, Sequence
 from attnstore_worker.engine.sampler import Sampler, peaks
 from attnstore_worker.errors import StepFailed
 from attnstore_worker.model import LoadedModel
+from attnstore_worker.options import WRITE_POLICIES
 from attnstore_worker.testing import MemoryStore
 
 WAIT_MS = 30_000

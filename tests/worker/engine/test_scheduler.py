@@ -7,7 +7,8 @@ import pytest
 from attnstore.errors import InvalidArgument, Overloaded
 from attnstore_worker.cache.pool.block_table import BlockTable
 from attnstore_worker.engine import SamplingParams, Sequence
-from attnstore_worker.engine.scheduler import Scheduler, SchedulerLimits
+from attnstore_worker.engine.scheduler import Scheduler
+from attnstore_worker.options import SchedulerLimits
 
 BLOCK_TOKENS = 4
 PLENTY = 1_000

@@ -14,7 +14,7 @@ from tokenizers.processors import TemplateProcessing
 
 from attnstore.core.layout import DType
 from attnstore.errors import InvalidArgument
-from attnstore_worker.cli import _prompt_ids
+from attnstore_worker.actions import _prompt_ids
 from attnstore_worker.engine import AsyncEngine, Engine, EngineOptions
 from attnstore_worker.model import LoadedModel, load_model
 from attnstore_worker.model.prompts import chat_tokens, text_tokens

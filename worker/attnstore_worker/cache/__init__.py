@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from attnstore_worker.cache.assembly import SharedUse, TierOptions, create_cache
+from attnstore_worker.cache.assembly import create_cache
 from attnstore_worker.cache.loads import admission_of
 from attnstore_worker.cache.manager import CacheManager, CacheStatistics
 from attnstore_worker.cache.moving.load import Load, LoadEnd, Planner
-from attnstore_worker.cache.moving.writers import WRITE_POLICIES
 from attnstore_worker.cache.planning.cost_planner import CostPlanner
 from attnstore_worker.cache.planning.fixed_planners import FetchAll, RecomputeAll
 from attnstore_worker.cache.planning.observation import Observer, Step, Unobserved
@@ -17,7 +16,6 @@ from attnstore_worker.device.pages import PagePool
 
 __all__ = [
     "STORE_TRANSPORTS",
-    "WRITE_POLICIES",
     "Admission",
     "CacheManager",
     "CacheStatistics",
@@ -32,10 +30,8 @@ __all__ = [
     "Planner",
     "RecomputeAll",
     "RemoteTier",
-    "SharedUse",
     "Step",
     "Tier",
-    "TierOptions",
     "TierStatistics",
     "Unobserved",
     "admission_of",

@@ -5,9 +5,6 @@ Owns: `create_cache`. Invariant: with pages in place, the pool lies in a window 
 
 from __future__ import annotations
 
-import enum
-from dataclasses import dataclass
-
 from attnstore.clock import Clock
 from attnstore.core.eviction import create_eviction_policy
 from attnstore.core.hashing import Namespace
@@ -22,33 +19,13 @@ from attnstore_worker.cache.store.base import PageStore, SharedStore
 from attnstore_worker.cache.store.remote import RemoteTier
 from attnstore_worker.cache.store.shared_tier import SharedTier
 from attnstore_worker.device.pages import PagePool
-
-
-class SharedUse(enum.Enum):
-    """How pages in a store node on this host are used: copied from its memory, or in place."""
-
-    COPY = "copy"
-    IN_PLACE = "in-place"
-
-
-@dataclass(frozen=True, slots=True)
-class TierOptions:
-    """Sizes are hard limits; there is no HOST tier if `host_pool_bytes` is 0. `eviction` is one of `EVICTION_POLICIES`, for each
-    tier; `write_policy` is one of `WRITE_POLICIES`.
-    """
-
-    pool_bytes: int
-    host_pool_bytes: int
-    eviction: str
-    shared: SharedUse
-    store_deadline_ms: int
-    write_policy: str
+from attnstore_worker.options import EngineOptions, SharedUse
 
 
 def create_cache(
     layout: PageLayout,
     namespace: Namespace,
-    options: TierOptions,
+    options: EngineOptions,
     *,
     store: PageStore | None,
     clock: Clock,

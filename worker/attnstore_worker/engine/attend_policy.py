@@ -1,12 +1,11 @@
 """Which sequences attend to blocks that stay in the store, and when a sequence changes to the other way.
 
-Owns: `AttendPolicy`, the user's choice, and `AttendChoice`, which decides for a sequence by the policy and by measured costs. It
-changes no block. Invariant: a sequence that does not fit into the pool attends at any cost, unless the policy is NEVER.
+Owns: `AttendChoice`, which decides for a sequence by the user's policy and by measured costs. It changes no block. Invariant: a
+sequence that does not fit into the pool attends at any cost, unless the policy is NEVER.
 """
 
 from __future__ import annotations
 
-import enum
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,19 +17,9 @@ from attnstore_worker.cache.attending.contexts import AttendedPrefix
 from attnstore_worker.cache.moving.load import Prompt
 from attnstore_worker.cache.planning.attend_planner import AttendForecast
 from attnstore_worker.engine.sequence import Sequence
+from attnstore_worker.options import AttendPolicy
 
 _ANSWERS_KEPT: Final = 64
-
-
-class AttendPolicy(enum.StrEnum):
-    """Which sequences attend to blocks in the store. BEYOND_POOL: those that do not fit into the pool. MEASURED: also those for
-    which measured costs say so. ALWAYS: all that find blocks there.
-    """
-
-    NEVER = "never"
-    BEYOND_POOL = "beyond_pool"
-    MEASURED = "measured"
-    ALWAYS = "always"
 
 
 @runtime_checkable

@@ -31,9 +31,8 @@ from attnstore_worker.cache.attending.contexts import AttendStatistics, RemoteAt
 from attnstore_worker.cache.planning.observation import Shielded
 from attnstore_worker.cache.pool.block_table import BlockTable
 from attnstore_worker.cache.store.base import AttendStore
-from attnstore_worker.engine.attend_policy import AttendChoice, AttendForecaster, AttendPolicy
+from attnstore_worker.engine.attend_policy import AttendChoice, AttendForecaster
 from attnstore_worker.engine.attended import AttendedBlocks
-from attnstore_worker.options import EngineOptions
 from attnstore_worker.engine.outputs import BatchingStatistics, Token
 from attnstore_worker.engine.residency import Residency
 from attnstore_worker.engine.runner import Runner
@@ -45,6 +44,7 @@ from attnstore_worker.engine.stepper import Stepper
 from attnstore_worker.engine.text import TextStream
 from attnstore_worker.errors import ContextOverflow, PoolTooSmall
 from attnstore_worker.model.loading import LoadedModel
+from attnstore_worker.options import AttendPolicy, EngineOptions
 
 _SALT_KEY = b"cache_salt:"
 """Distinguishes a salt from other extra keys of a block's hash."""
@@ -80,7 +80,7 @@ class Engine:
         self._cache = create_cache(
             self.layout,
             name,
-            self.options.tier_options(),
+            self.options,
             store=store,
             clock=self._clock,
             planner=self.planner,

@@ -17,13 +17,12 @@ from torch import Tensor
 
 from attnstore.errors import InvalidArgument
 from attnstore_worker.errors import LogitsNotFinite
+from attnstore_worker.options import SEED_MAX, TEMPERATURE_MAX
 
 Floats = npt.NDArray[np.float32]
 
 STOPS_MAX: Final = 16
 """Stop strings of one sequence; each is searched for after each token."""
-SEED_MAX: Final = (1 << 63) - 1
-TEMPERATURE_MAX: Final = 100.0
 _TEMPERATURE_MIN: Final = torch.finfo(torch.float32).tiny
 
 

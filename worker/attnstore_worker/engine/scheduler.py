@@ -18,36 +18,10 @@ No sequence starves: one that does not fit keeps those behind it waiting, and ev
 from __future__ import annotations
 
 from bisect import insort
-from dataclasses import dataclass
 
-from attnstore.errors import InvalidArgument, Overloaded
+from attnstore.errors import Overloaded
 from attnstore_worker.engine.sequence import Chunk, Sequence, next_chunk
-
-
-@dataclass(frozen=True, slots=True)
-class SchedulerLimits:
-    """`sequences_max` run at once and `waiting_max` wait; a step computes at most `step_tokens` tokens, at most `chunk_tokens` of
-    one sequence.
-
-    Raises `InvalidArgument` for values that could keep a prompt waiting forever.
-    """
-
-    chunk_tokens: int
-    step_tokens: int
-    sequences_max: int
-    waiting_max: int
-
-    def __post_init__(self) -> None:
-        if self.sequences_max < 1 or self.waiting_max < 1:
-            raise InvalidArgument(
-                f"sequences_max is {self.sequences_max} and waiting_max {self.waiting_max}; both must be at least 1"
-            )
-        needed = self.chunk_tokens + self.sequences_max - 1
-        if self.step_tokens < needed:
-            raise InvalidArgument(
-                f"step_tokens is {self.step_tokens}; {needed} are needed for a chunk of {self.chunk_tokens} tokens "
-                f"beside {self.sequences_max - 1} decodes"
-            )
+from attnstore_worker.options import SchedulerLimits
 
 
 class Scheduler:

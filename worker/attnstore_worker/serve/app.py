@@ -28,10 +28,10 @@ from attnstore.errors import AttnStoreError, InvalidArgument, Unauthenticated
 from attnstore.limits import HTTP_BODY_BYTES_MAX, HTTP_BODY_MS_MAX
 from attnstore_worker.cache import CostPlanner
 from attnstore_worker.engine import AsyncEngine, SamplingParams
-from attnstore_worker.engine.sampler import SEED_MAX
 from attnstore_worker.errors import SequenceFailed
 from attnstore_worker.model import LoadedModel
 from attnstore_worker.model.prompts import chat_tokens, text_tokens
+from attnstore_worker.options import SEED_MAX
 from attnstore_worker.serve.choices import Choices, Piece
 from attnstore_worker.serve.formats import STREAM_END, ChatFormat, CompletionFormat, Format, Json, error_body, event
 from attnstore_worker.serve.guard import TokenGuard, caller_of

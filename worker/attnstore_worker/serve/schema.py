@@ -14,7 +14,8 @@ from pydantic_core import PydanticCustomError, from_json
 
 from attnstore.errors import InvalidArgument
 from attnstore.limits import CACHE_SALT_CHARACTERS_MAX, HTTP_BODY_BRACKETS_MAX
-from attnstore_worker.engine.sampler import SEED_MAX, STOPS_MAX
+from attnstore_worker.engine.sampler import STOPS_MAX
+from attnstore_worker.options import SEED_MAX
 from attnstore_worker.serve.fields import CHAT_UNSERVED, COMPLETION_UNSERVED, WITHOUT_EFFECT, Neutral, asks_for_nothing
 
 CHOICES_MAX: Final = 64

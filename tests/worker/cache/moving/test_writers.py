@@ -7,10 +7,10 @@ import random
 import pytest
 
 from attnstore.errors import InvalidArgument
-from attnstore_worker.cache import WRITE_POLICIES
 from attnstore_worker.cache.moving.writers import STAGED_PAGES
 from attnstore_worker.engine import Engine, EngineOptions, SamplingParams
 from attnstore_worker.model import LoadedModel
+from attnstore_worker.options import WRITE_POLICIES
 from attnstore_worker.testing import MemoryStore
 
 WAIT_MS = 30_000

@@ -1,6 +1,6 @@
 """Writers of sealed blocks from the pool to the store: one per write policy.
 
-Owns: `WRITE_POLICIES` and the writers; the thread and the queue are those of `WriteQueue`.
+Owns: the writers of `WRITE_POLICIES`; the thread and the queue are those of `WriteQueue`.
 Invariant: the bytes of a queued page do not change until it is written: its block is held, or the page was copied to staging. A
 page that finds no room is only counted: the store misses one page.
 
@@ -22,6 +22,7 @@ from attnstore_worker.cache.moving.write_queue import WRITE_BATCH_PAGES_MAX, Wri
 from attnstore_worker.cache.pool.block_pool import BlockPool
 from attnstore_worker.cache.store.remote import RemoteTier
 from attnstore_worker.device.pages import PagePool
+from attnstore_worker.options import WRITE_POLICIES
 
 STAGED_PAGES: Final = 2 * WRITE_BATCH_PAGES_MAX
 """Pages that on-evict copies at most: one batch that is being written and one that waits. This memory comes on top of the pool."""
@@ -254,7 +255,7 @@ _WRITERS: Final[dict[str, Callable[[BlockPool, PagePool, RemoteTier], Writer]]] 
     "write-through": WriteThrough,
     "on-evict": lambda _, pages, remote: WriteOnEvict(pages, remote),
 }
-WRITE_POLICIES: Final = tuple(_WRITERS)
+assert tuple(_WRITERS) == WRITE_POLICIES
 
 
 def create_writer(policy: str, pool: BlockPool, pages: PagePool, remote: RemoteTier | None) -> Writer:
