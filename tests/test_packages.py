@@ -38,7 +38,7 @@ OWNED = {
     "node": {"attnstore.config", "attnstore.serve_command", "attnstore.server.node", "attnstore.telemetry"},
     "copying": {"attnstore.copying.kernel"},
     "attention": {"attnstore.attention.cpu", "attnstore.attention.triton", "attnstore.server.attend"},
-    "worker": {"attnstore_worker.cache", "attnstore_worker.cli", "attnstore_worker.engine", "attnstore_worker.serve"},
+    "worker": {"attnstore_worker.actions", "attnstore_worker.cache", "attnstore_worker.engine", "attnstore_worker.serve"},
     "redis": {"attnstore.cluster_key", "attnstore.directory.redis"},
     "experiments": {"experiments.demo", "experiments.bandwidth.plot", "experiments.compose_local.compose_file"},
 }
