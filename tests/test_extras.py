@@ -150,15 +150,6 @@ def test_a_worker_on_a_cpu_names_the_extra_of_attention(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_the_compiler_of_a_cpus_kernels_is_missed_when_a_model_is_to_run(tiny_folder: Path) -> None:
-    """A worker on a GPU runs without it."""
-    done = run(
-        frozenset({"numba"}), "-m", WORKER, "generate", "--prompt-file", str(ROOT / "README.md"), "--model", str(tiny_folder)
-    )
-    is_refused(done, "numba", "worker")
-
-
-@pytest.mark.slow
 def test_a_worker_on_a_directory_names_the_extra_of_directories(tmp_path: Path) -> None:
     prompt = tmp_path / "prompt"
     prompt.write_text("What?")
