@@ -12,7 +12,7 @@ from typing import Any, Final, NamedTuple
 import torch
 import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from torch import Tensor
+from torch import Tensor, nn
 
 from attnstore.core.layout import DType
 from attnstore_worker.device.base import Device
@@ -56,9 +56,8 @@ def random_model(shape: LlamaShape, dtype: DType, device: Device | None = None, 
 
     The weights are on `device`; None stands for the CPU. Raises `ModelUnavailable` if the self-test fails.
     """
-    register_attention()
     place = torch.device("cpu") if device is None else device.torch_device
-    module = _module(shape, TORCH_DTYPES[dtype], place)
+    module = empty_llama(shape, TORCH_DTYPES[dtype], place)
     for number, (name, parameter) in enumerate(module.named_parameters()):
         fill_random(parameter.data, *_spread(shape, name), seed=seed, number=number)
     name = f"random-{shape.name}-{seed}"
@@ -109,8 +108,9 @@ def _spread(shape: LlamaShape, name: str) -> tuple[float, float]:
     return 0.0, 1 / math.sqrt(inputs.get(name.split(".")[-2], shape.hidden))
 
 
-def _module(shape: LlamaShape, dtype: torch.dtype, place: torch.device) -> Any:
-    """Returns transformers' module with memory on the device that is not initialized."""
+def empty_llama(shape: LlamaShape, dtype: torch.dtype, place: torch.device) -> Any:
+    """Returns transformers' `LlamaForCausalLM` with weights on a device that are not initialized."""
+    register_attention()
     config = transformers.LlamaConfig(
         hidden_size=shape.hidden,
         intermediate_size=shape.intermediate,
@@ -128,10 +128,13 @@ def _module(shape: LlamaShape, dtype: torch.dtype, place: torch.device) -> Any:
     )
     with torch.device("meta"):
         module: Any = transformers.LlamaForCausalLM(config)
-    module = module.to(dtype).to_empty(device=place)
+    for name, parameter in list(module.named_parameters()):
+        owner, _, own_name = name.rpartition(".")
+        memory = torch.empty(parameter.shape, dtype=dtype, device=place)
+        setattr(module.get_submodule(owner), own_name, nn.Parameter(memory, requires_grad=False))
     module.tie_weights()
     module.model.rotary_emb = type(module.model.rotary_emb)(config).to(place)  # its buffers are computed, not filled
-    return module.eval().requires_grad_(False)
+    return module.eval()
 
 
 def _tokenizer(vocabulary: int) -> Any:
