@@ -30,12 +30,22 @@ DECISIONS = ROOT / "docs" / "decisions"
 PAGE_LINES = 90
 HALF_A_PAGE_LINES = 32
 LINE_CHARS = 132
+PACKAGE_FILE_LINES_MAX = 400
+FILE_LINES_MAX = 450
+PUBLIC_METHODS_MAX = 20
+_PACKAGES = ("attnstore/", "worker/")
 _FOLDERS = ("attnstore/", "worker/", "experiments/", "tests/", "docs/", "deploy/", "proto/")
 
 
 @cache
 def _modules() -> list[Path]:
     return [path for folder in _FOLDERS for path in (ROOT / folder).rglob("*.py")]
+
+
+@cache
+def _own_modules() -> list[Path]:
+    """Every module that is not generated."""
+    return [path for path in _modules() if path.parent != ROOT / "attnstore" / "wire" / "v1"]
 
 
 def _records() -> list[Path]:
@@ -167,6 +177,23 @@ def test_the_architecture_is_one_page() -> None:
 def test_every_module_opens_with_what_it_is_for() -> None:
     silent = [str(path.relative_to(ROOT)) for path in SOURCES if not ast.get_docstring(ast.parse(path.read_text()))]
     assert not silent
+
+
+def test_no_file_is_too_long() -> None:
+    lengths = {str(path.relative_to(ROOT)): len(path.read_text().splitlines()) for path in _own_modules()}
+    longest = {name: PACKAGE_FILE_LINES_MAX if name.startswith(_PACKAGES) else FILE_LINES_MAX for name in lengths}
+    assert {name: lines for name, lines in lengths.items() if lines > longest[name]} == {}
+
+
+def test_no_class_has_too_many_public_methods() -> None:
+    """A property counts as a method, and a method with overloads counts once."""
+    counts = {}
+    for path in _own_modules():
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ClassDef):
+                names = {member.name for member in node.body if isinstance(member, ast.FunctionDef | ast.AsyncFunctionDef)}
+                counts[f"{path.relative_to(ROOT)} {node.name}"] = sum(not name.startswith("_") for name in names)
+    assert {name: count for name, count in counts.items() if count > PUBLIC_METHODS_MAX} == {}
 
 
 def test_every_dependency_is_pinned() -> None:

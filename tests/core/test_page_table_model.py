@@ -47,6 +47,8 @@ durations_ms = st.integers(1, 60)
 
 Key = tuple[Space, bytes]
 
+lease_ids: Bundle[tuple[Space, bytes]] = Bundle("lease_ids")
+
 
 @dataclass
 class ModelPage:
@@ -56,14 +58,10 @@ class ModelPage:
     leases: set[bytes] = field(default_factory=set)
 
 
-class PageTableMachine(RuleBasedStateMachine):
-    """Rules draw commands; each compares the answer with the model's."""
+class TableAndModel(RuleBasedStateMachine):
+    """The table, its model, and what holds after every step. A subclass adds rules, which compare answers with the model's."""
 
     extent_bytes = 256
-
-    arriving_pages = Bundle("arriving_pages")
-    pinned_pages = Bundle("pinned_pages")
-    lease_ids = Bundle("lease_ids")
 
     def __init__(self) -> None:
         super().__init__()
@@ -85,177 +83,6 @@ class PageTableMachine(RuleBasedStateMachine):
     @rule(step_ms=st.integers(0, 40))
     def time_passes(self, step_ms: int) -> None:
         self.now_ms += step_ms
-
-    @rule(target=arriving_pages, space=spaces, page_hash=hashes, checksum=st.integers(0, 9))
-    def prepare(self, space: Space, page_hash: bytes, checksum: int) -> object:
-        key = (space, page_hash)
-        room = self.has_room(space)
-        answer = self.table.prepare(space, page_hash, checksum, self.now_ms)
-        self.learn_evictions()
-        if key in self.sealed:
-            assert answer is PageStatus.ALREADY_PRESENT
-        elif key in self.arriving:
-            assert answer is PageStatus.ARRIVING
-        elif not room:
-            assert answer is PageStatus.NO_SPACE
-        else:
-            assert isinstance(answer, ArrivingPage)
-            assert answer.slot.generation not in self.generations
-            assert answer.slot.size_bytes == PAGE_BYTES[space]
-            self.generations.add(answer.slot.generation)
-            self.arriving[key] = ModelPage(answer.slot, checksum)
-            return (key, answer)
-        return multiple()
-
-    @rule(space=spaces, page_hashes=st.lists(hashes, min_size=1, max_size=3))
-    def store(self, space: Space, page_hashes: list[bytes]) -> None:
-        for page_hash in page_hashes:
-            page = self.prepare(space, page_hash, 0)
-            if isinstance(page, tuple):
-                self.complete(page)
-
-    @rule(page=consumes(arriving_pages))
-    def complete(self, page: tuple[Key, ArrivingPage]) -> None:
-        key, arriving = page
-        self.table.complete(arriving, self.now_ms)
-        self.sealed[key] = self.arriving.pop(key)
-        self.expect_event(PageEventKind.SEALED, key)
-
-    @rule(page=consumes(arriving_pages))
-    def abort(self, page: tuple[Key, ArrivingPage]) -> None:
-        self.table.abort(page[1])
-        del self.arriving[page[0]]
-
-    @rule(
-        target=lease_ids,
-        space=spaces,
-        prefixes=st.lists(st.lists(hashes, max_size=4), max_size=3),
-        lease_ms=st.just(0) | durations_ms,
-    )
-    def match(self, space: Space, prefixes: list[list[bytes]], lease_ms: int) -> object:
-        outcome = self.table.match(space, prefixes, lease_ms, self.now_ms)
-        hit_keys = set()
-        for prefix, hits in zip(prefixes, outcome.hits, strict=True):
-            keys = [(space, page_hash) for page_hash in prefix]
-            assert all(key in self.sealed for key in keys[:hits])
-            assert hits == len(prefix) or keys[hits] not in self.sealed
-            hit_keys.update(keys[:hits])
-        if not (hit_keys and lease_ms):
-            assert outcome.lease_id is None
-            return multiple()
-        assert outcome.lease_id is not None
-        assert outcome.lease_ms == lease_ms
-        self.lease_ends_ms[outcome.lease_id] = self.now_ms + lease_ms
-        for key in hit_keys:
-            self.sealed[key].leases.add(outcome.lease_id)
-        return (space, outcome.lease_id)
-
-    @precondition(lambda self: self.sealed)
-    @rule(target=lease_ids, data=st.data(), lease_ms=durations_ms)
-    def lease_what_is_there(self, data: st.DataObject, lease_ms: int) -> object:
-        space = data.draw(st.sampled_from(sorted({space for space, _ in self.sealed})))
-        there = st.sampled_from(sorted(page_hash for owner, page_hash in self.sealed if owner == space))
-        return self.match(space, data.draw(st.lists(st.lists(there, min_size=1, max_size=4), min_size=1, max_size=2)), lease_ms)
-
-    @rule(target=pinned_pages, space=spaces, page_hash=hashes, lease=st.none() | lease_ids)
-    def pin(self, space: Space, page_hash: bytes, lease: tuple[Space, bytes] | None) -> object:
-        key = (space, page_hash)
-        answer = self.table.pin(space, page_hash, lease[1] if lease else None, self.now_ms)
-        if self.expects_page(key, lease, answer):
-            self.sealed[key].readers += 1
-            return (self.sealed[key], key, answer)
-        return multiple()
-
-    @rule(space=spaces, page_hashes=st.lists(hashes, max_size=4), lease=st.none() | lease_ids)
-    def use(self, space: Space, page_hashes: list[bytes], lease: tuple[Space, bytes] | None) -> None:
-        answers = self.table.use(space, page_hashes, lease[1] if lease else None, self.now_ms)
-        for page_hash, answer in zip(page_hashes, answers, strict=True):
-            self.expects_page((space, page_hash), lease, answer)
-
-    def expects_page(self, key: Key, lease: tuple[Space, bytes] | None, answer: object) -> bool:
-        """Returns whether the read must find the page; asserts that the answer agrees, or gives the right reason."""
-        if lease and not (lease[0] == key[0] and self.is_live(lease[1])):
-            assert answer is PageStatus.LEASE_EXPIRED
-            return False
-        if key not in self.sealed:
-            assert answer is PageStatus.MISSING
-            return False
-        assert isinstance(answer, PinnedPage)
-        assert (answer.slot, answer.checksum) == (self.sealed[key].slot, self.sealed[key].checksum)
-        return True
-
-    @rule(page=consumes(pinned_pages))
-    def unpin(self, page: tuple[ModelPage, Key, PinnedPage]) -> None:
-        model, key, pinned = page
-        assert self.sealed.get(key) is model or (key, model) in self.corrupt, "a pinned page was replaced"
-        assert model.slot is pinned.slot, "a pinned page moved"
-        self.table.unpin(pinned)
-        model.readers -= 1
-        if not self.is_pinned(model) and not model.leases:
-            self.corrupt = [(known, other) for known, other in self.corrupt if other is not model]
-
-    @rule(space=spaces, page_hash=hashes, intact=st.booleans())
-    def verify(self, space: Space, page_hash: bytes, intact: bool) -> None:
-        key = (space, page_hash)
-        page = self.table.peek(space, page_hash)
-        assert (page is not None) == (key in self.sealed)
-        if page is not None:
-            assert self.table.verified(page, self.now_ms, intact=intact) is not intact
-            if not intact:
-                self.condemn(key)
-
-    @rule(page=pinned_pages)
-    def verify_pinned(self, page: tuple[ModelPage, Key, PinnedPage]) -> None:
-        """A reader that holds a page finds it corrupt; another reader may have found it before."""
-        model, key, pinned = page
-        is_first = self.sealed.get(key) is model
-        assert self.table.verified(pinned, self.now_ms, intact=False) is is_first
-        if is_first:
-            self.condemn(key)
-
-    def condemn(self, key: Key) -> None:
-        self.expect_event(PageEventKind.EVICTED, key)
-        model = self.sealed.pop(key)
-        if model.readers or model.leases:
-            self.corrupt.append((key, model))
-
-    @rule(lease=lease_ids, tenant=st.sampled_from(TENANTS), lease_ms=durations_ms)
-    def renew(self, lease: tuple[Space, bytes], tenant: str, lease_ms: int) -> None:
-        if self.is_live(lease[1]) and tenant == lease[0].tenant:
-            end_ms = max(self.lease_ends_ms[lease[1]], self.now_ms + lease_ms)
-            assert self.table.pins.renew(tenant, lease[1], lease_ms, self.now_ms) == end_ms - self.now_ms
-            self.lease_ends_ms[lease[1]] = end_ms
-        else:
-            with pytest.raises(LeaseExpired):
-                self.table.pins.renew(tenant, lease[1], lease_ms, self.now_ms)
-
-    @rule(lease=lease_ids, tenant=st.sampled_from(TENANTS))
-    def release(self, lease: tuple[Space, bytes], tenant: str) -> None:
-        released = self.is_live(lease[1]) and tenant == lease[0].tenant
-        assert self.table.pins.release(tenant, lease[1], self.now_ms) == released
-        if released:
-            del self.lease_ends_ms[lease[1]]
-
-    @rule()
-    def expire(self) -> None:
-        live_ms = [end_ms for lease_id, end_ms in self.lease_ends_ms.items() if self.is_live(lease_id)]
-        assert self.table.pins.expire(self.now_ms) == min(live_ms, default=None)
-        assert self.table.statistics().leases == len(live_ms)
-        self.corrupt = [(key, page) for key, page in self.corrupt if self.is_pinned(page)]
-        assert self.table.statistics().pages_pinned == len(self.corrupt) + sum(map(self.is_pinned, self.sealed.values()))
-
-    @rule(space=spaces, page_hash=hashes)
-    def delete(self, space: Space, page_hash: bytes) -> None:
-        key = (space, page_hash)
-        [status] = self.table.delete(space, [page_hash], self.now_ms)
-        if key not in self.sealed:
-            assert status is PageStatus.MISSING
-        elif self.is_pinned(self.sealed[key]):
-            assert status is PageStatus.PINNED
-        else:
-            assert status is PageStatus.OK
-            del self.sealed[key]
-            self.expect_event(PageEventKind.DELETED, key)
 
     @invariant()
     def everything_is_conserved(self) -> None:
@@ -329,6 +156,197 @@ class PageTableMachine(RuleBasedStateMachine):
         ((space, event),) = self.table.take_events()
         self.sequence += 1
         assert (event.kind, space, event.hash, event.sequence) == (kind, *key, self.sequence)
+
+
+class WriteRules(TableAndModel):
+    """Pages arrive, are sealed and are deleted."""
+
+    arriving_pages = Bundle("arriving_pages")
+
+    @rule(target=arriving_pages, space=spaces, page_hash=hashes, checksum=st.integers(0, 9))
+    def prepare(self, space: Space, page_hash: bytes, checksum: int) -> object:
+        key = (space, page_hash)
+        room = self.has_room(space)
+        answer = self.table.prepare(space, page_hash, checksum, self.now_ms)
+        self.learn_evictions()
+        if key in self.sealed:
+            assert answer is PageStatus.ALREADY_PRESENT
+        elif key in self.arriving:
+            assert answer is PageStatus.ARRIVING
+        elif not room:
+            assert answer is PageStatus.NO_SPACE
+        else:
+            assert isinstance(answer, ArrivingPage)
+            assert answer.slot.generation not in self.generations
+            assert answer.slot.size_bytes == PAGE_BYTES[space]
+            self.generations.add(answer.slot.generation)
+            self.arriving[key] = ModelPage(answer.slot, checksum)
+            return (key, answer)
+        return multiple()
+
+    @rule(space=spaces, page_hashes=st.lists(hashes, min_size=1, max_size=3))
+    def store(self, space: Space, page_hashes: list[bytes]) -> None:
+        for page_hash in page_hashes:
+            page = self.prepare(space, page_hash, 0)
+            if isinstance(page, tuple):
+                self.complete(page)
+
+    @rule(page=consumes(arriving_pages))
+    def complete(self, page: tuple[Key, ArrivingPage]) -> None:
+        key, arriving = page
+        self.table.complete(arriving, self.now_ms)
+        self.sealed[key] = self.arriving.pop(key)
+        self.expect_event(PageEventKind.SEALED, key)
+
+    @rule(page=consumes(arriving_pages))
+    def abort(self, page: tuple[Key, ArrivingPage]) -> None:
+        self.table.abort(page[1])
+        del self.arriving[page[0]]
+
+    @rule(space=spaces, page_hash=hashes)
+    def delete(self, space: Space, page_hash: bytes) -> None:
+        key = (space, page_hash)
+        [status] = self.table.delete(space, [page_hash], self.now_ms)
+        if key not in self.sealed:
+            assert status is PageStatus.MISSING
+        elif self.is_pinned(self.sealed[key]):
+            assert status is PageStatus.PINNED
+        else:
+            assert status is PageStatus.OK
+            del self.sealed[key]
+            self.expect_event(PageEventKind.DELETED, key)
+
+
+class LeaseRules(TableAndModel):
+    """Leases are given, renewed and released, and end."""
+
+    @rule(
+        target=lease_ids,
+        space=spaces,
+        prefixes=st.lists(st.lists(hashes, max_size=4), max_size=3),
+        lease_ms=st.just(0) | durations_ms,
+    )
+    def match(self, space: Space, prefixes: list[list[bytes]], lease_ms: int) -> object:
+        outcome = self.table.match(space, prefixes, lease_ms, self.now_ms)
+        hit_keys = set()
+        for prefix, hits in zip(prefixes, outcome.hits, strict=True):
+            keys = [(space, page_hash) for page_hash in prefix]
+            assert all(key in self.sealed for key in keys[:hits])
+            assert hits == len(prefix) or keys[hits] not in self.sealed
+            hit_keys.update(keys[:hits])
+        if not (hit_keys and lease_ms):
+            assert outcome.lease_id is None
+            return multiple()
+        assert outcome.lease_id is not None
+        assert outcome.lease_ms == lease_ms
+        self.lease_ends_ms[outcome.lease_id] = self.now_ms + lease_ms
+        for key in hit_keys:
+            self.sealed[key].leases.add(outcome.lease_id)
+        return (space, outcome.lease_id)
+
+    @precondition(lambda self: self.sealed)
+    @rule(target=lease_ids, data=st.data(), lease_ms=durations_ms)
+    def lease_what_is_there(self, data: st.DataObject, lease_ms: int) -> object:
+        space = data.draw(st.sampled_from(sorted({space for space, _ in self.sealed})))
+        there = st.sampled_from(sorted(page_hash for owner, page_hash in self.sealed if owner == space))
+        return self.match(space, data.draw(st.lists(st.lists(there, min_size=1, max_size=4), min_size=1, max_size=2)), lease_ms)
+
+    @rule(lease=lease_ids, tenant=st.sampled_from(TENANTS), lease_ms=durations_ms)
+    def renew(self, lease: tuple[Space, bytes], tenant: str, lease_ms: int) -> None:
+        if self.is_live(lease[1]) and tenant == lease[0].tenant:
+            end_ms = max(self.lease_ends_ms[lease[1]], self.now_ms + lease_ms)
+            assert self.table.pins.renew(tenant, lease[1], lease_ms, self.now_ms) == end_ms - self.now_ms
+            self.lease_ends_ms[lease[1]] = end_ms
+        else:
+            with pytest.raises(LeaseExpired):
+                self.table.pins.renew(tenant, lease[1], lease_ms, self.now_ms)
+
+    @rule(lease=lease_ids, tenant=st.sampled_from(TENANTS))
+    def release(self, lease: tuple[Space, bytes], tenant: str) -> None:
+        released = self.is_live(lease[1]) and tenant == lease[0].tenant
+        assert self.table.pins.release(tenant, lease[1], self.now_ms) == released
+        if released:
+            del self.lease_ends_ms[lease[1]]
+
+    @rule()
+    def expire(self) -> None:
+        live_ms = [end_ms for lease_id, end_ms in self.lease_ends_ms.items() if self.is_live(lease_id)]
+        assert self.table.pins.expire(self.now_ms) == min(live_ms, default=None)
+        assert self.table.statistics().leases == len(live_ms)
+        self.corrupt = [(key, page) for key, page in self.corrupt if self.is_pinned(page)]
+        assert self.table.statistics().pages_pinned == len(self.corrupt) + sum(map(self.is_pinned, self.sealed.values()))
+
+
+class ReadRules(TableAndModel):
+    """Readers hold pages, and find some of them corrupt."""
+
+    pinned_pages = Bundle("pinned_pages")
+
+    @rule(target=pinned_pages, space=spaces, page_hash=hashes, lease=st.none() | lease_ids)
+    def pin(self, space: Space, page_hash: bytes, lease: tuple[Space, bytes] | None) -> object:
+        key = (space, page_hash)
+        answer = self.table.pin(space, page_hash, lease[1] if lease else None, self.now_ms)
+        if self.expects_page(key, lease, answer):
+            self.sealed[key].readers += 1
+            return (self.sealed[key], key, answer)
+        return multiple()
+
+    @rule(space=spaces, page_hashes=st.lists(hashes, max_size=4), lease=st.none() | lease_ids)
+    def use(self, space: Space, page_hashes: list[bytes], lease: tuple[Space, bytes] | None) -> None:
+        answers = self.table.use(space, page_hashes, lease[1] if lease else None, self.now_ms)
+        for page_hash, answer in zip(page_hashes, answers, strict=True):
+            self.expects_page((space, page_hash), lease, answer)
+
+    def expects_page(self, key: Key, lease: tuple[Space, bytes] | None, answer: object) -> bool:
+        """Returns whether the read must find the page; asserts that the answer agrees, or gives the right reason."""
+        if lease and not (lease[0] == key[0] and self.is_live(lease[1])):
+            assert answer is PageStatus.LEASE_EXPIRED
+            return False
+        if key not in self.sealed:
+            assert answer is PageStatus.MISSING
+            return False
+        assert isinstance(answer, PinnedPage)
+        assert (answer.slot, answer.checksum) == (self.sealed[key].slot, self.sealed[key].checksum)
+        return True
+
+    @rule(page=consumes(pinned_pages))
+    def unpin(self, page: tuple[ModelPage, Key, PinnedPage]) -> None:
+        model, key, pinned = page
+        assert self.sealed.get(key) is model or (key, model) in self.corrupt, "a pinned page was replaced"
+        assert model.slot is pinned.slot, "a pinned page moved"
+        self.table.unpin(pinned)
+        model.readers -= 1
+        if not self.is_pinned(model) and not model.leases:
+            self.corrupt = [(known, other) for known, other in self.corrupt if other is not model]
+
+    @rule(space=spaces, page_hash=hashes, intact=st.booleans())
+    def verify(self, space: Space, page_hash: bytes, intact: bool) -> None:
+        key = (space, page_hash)
+        page = self.table.peek(space, page_hash)
+        assert (page is not None) == (key in self.sealed)
+        if page is not None:
+            assert self.table.verified(page, self.now_ms, intact=intact) is not intact
+            if not intact:
+                self.condemn(key)
+
+    @rule(page=pinned_pages)
+    def verify_pinned(self, page: tuple[ModelPage, Key, PinnedPage]) -> None:
+        """A reader that holds a page finds it corrupt; another reader may have found it before."""
+        model, key, pinned = page
+        is_first = self.sealed.get(key) is model
+        assert self.table.verified(pinned, self.now_ms, intact=False) is is_first
+        if is_first:
+            self.condemn(key)
+
+    def condemn(self, key: Key) -> None:
+        self.expect_event(PageEventKind.EVICTED, key)
+        model = self.sealed.pop(key)
+        if model.readers or model.leases:
+            self.corrupt.append((key, model))
+
+
+class PageTableMachine(WriteRules, LeaseRules, ReadRules):
+    """All rules together."""
 
 
 @pytest.mark.parametrize("extent_bytes", [256, 512, 1024])
