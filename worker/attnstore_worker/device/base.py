@@ -11,7 +11,8 @@ until its event is done. Shape: streams and events of CUDA; the offloading worke
 from __future__ import annotations
 
 import enum
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager
 from typing import Protocol
 
 import torch
@@ -112,6 +113,14 @@ class Timer(Protocol):
         ...
 
 
+class Graph(Protocol):
+    """Work that was captured once and is submitted as a whole (a CUDA graph)."""
+
+    def replay(self) -> None:
+        """Submits the work to `compute` again, on the tensors that it was captured with. Inside `Device.submitting`."""
+        ...
+
+
 class Accesses(Protocol):
     """Is told of the accesses that are not copies. Only a device that looks for races has one."""
 
@@ -166,6 +175,19 @@ class Device(Protocol):
 
     def timer(self) -> Timer:
         """Starts a timer after all work submitted to `compute` so far."""
+        ...
+
+    def submitting(self) -> AbstractContextManager[None]:
+        """Around all work that the calling thread submits to `compute`, such as a step: the device and the stream are current for
+        this thread meanwhile. Raises `OutOfDeviceMemory` and `DeviceLost` in place of the errors of torch and Triton.
+        """
+        ...
+
+    def capture(self, work: Callable[[], None]) -> Graph:
+        """Returns what `work` submits, for repetition. `work` reads nothing back and has run before, so that all kernels are
+        compiled. Graphs of one device share their temporary memory: the results of one are valid until the next is replayed.
+        Raises `OutOfDeviceMemory` and `DeviceLost`.
+        """
         ...
 
     def close(self) -> None:
