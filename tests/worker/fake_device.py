@@ -69,9 +69,8 @@ class _WithoutGuard(TorchFunctionMode):
 
 def _indexed(tensor: Tensor, key: Any) -> Tensor:
     keys = list(key) if isinstance(key, tuple) else [key]
-    if any(isinstance(each, Tensor | list) for each in keys):
-        assert len(keys) == 1, keys
-        return aten.index.Tensor(tensor, keys)  # type: ignore[no-any-return]
+    if any(isinstance(each, Tensor) for each in keys):
+        return aten.index.Tensor(tensor, [None if each == slice(None) else each for each in keys])  # type: ignore[no-any-return]
     if Ellipsis in keys:
         at = keys.index(Ellipsis)
         keys[at : at + 1] = [slice(None)] * (tensor.dim() - sum(each is not None for each in keys) + 1)

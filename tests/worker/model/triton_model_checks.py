@@ -138,21 +138,21 @@ def assert_same(got: Tensor, expected: Tensor) -> None:
     assert torch.equal(got.argmax(dim=-1).cpu(), expected.argmax(dim=-1))
 
 
-@pytest.mark.parametrize("padding", [0, 5])
-@pytest.mark.parametrize("spans", BATCHES.values(), ids=BATCHES)
-def test_logits_are_those_of_the_cpus_decoder(tiny: LoadedModel, on_device: LoadedModel, spans: Spans, padding: int) -> None:
+@pytest.mark.parametrize(("batch", "padding"), [("prefill", 0), ("decode", 0), ("decode", 5), ("mixed", 3)])
+def test_logits_are_those_of_the_cpus_decoder(tiny: LoadedModel, on_device: LoadedModel, batch: str, padding: int) -> None:
     """All memory, the scratch block of padding included, holds NaN before it is written."""
     assert isinstance(on_device.decoder, DeviceLlamaDecoder)
+    spans = BATCHES[batch]
     pages, backend = pages_of(on_device, spans, PLACE), create_attention("triton")
     compute_before(on_device, pages, backend, spans)
     assert_same(pages.asked(backend, spans, padding=padding).logits(on_device.decoder), expected_logits(tiny, spans))
 
 
 def test_only_the_wanted_rows_have_logits(on_device: LoadedModel) -> None:
-    spans, backend = BATCHES["mixed"], create_attention("triton")
-    asked = pages_of(on_device, [(0, end) for _, end in spans], PLACE).asked(backend, [(0, end) for _, end in spans])
+    spans: Spans = [(0, 3), (0, 5)]
+    asked = pages_of(on_device, spans, PLACE).asked(create_attention("triton"), spans)
     every = asked.logits(on_device.decoder)
-    for rows in ([5, 0, 59], []):
+    for rows in ([5, 0, 7], []):
         wanted = torch.tensor(rows, dtype=torch.int64, device=PLACE)
         got = asked._replace(rows=wanted).logits(on_device.decoder)
         assert got.dtype == torch.float32

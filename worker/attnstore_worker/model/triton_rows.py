@@ -113,7 +113,7 @@ def normalize_rows(
     tl.store(result + at + dim, row.to(result.dtype.element_ty), mask=own)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["positions", "slot_blocks", "slot_offsets"])
 def rotate_and_put(
     heads,
     cosines,
