@@ -18,7 +18,7 @@ from attnstore.core.layout import DType
 from attnstore_worker.device.base import Device
 from attnstore_worker.dtypes import TORCH_DTYPES
 from attnstore_worker.model.attention import ATTENTION_NAME, register_attention
-from attnstore_worker.model.loading import LoadedModel, attention_on, ready_model
+from attnstore_worker.model.loading import LoadedModel, attention_on, ready_model, submitting
 
 _FILL_ELEMENTS: Final = 1 << 24
 """Weights made at once, which bounds the memory for it to 400 MB."""
@@ -54,23 +54,24 @@ LLAMA_3_8B: Final = LlamaShape("llama-3-8b", 32, 4096, 14336, 32, 8, 128, 128256
 def random_model(shape: LlamaShape, dtype: DType, device: Device | None = None, seed: int = 0) -> LoadedModel:
     """Returns a model that has passed its self-test. Its tokenizer has one token for each byte; the other tokens are numbers.
 
-    The weights are on `device`; None stands for the CPU. Raises `ModelUnavailable` if the self-test fails.
+    The weights are on `device`; None stands for the CPU. Raises `ModelUnavailable` if the self-test fails, and `OutOfDeviceMemory`.
     """
     place = torch.device("cpu") if device is None else device.torch_device
-    module = empty_llama(shape, TORCH_DTYPES[dtype], place)
-    for number, (name, parameter) in enumerate(module.named_parameters()):
-        fill_random(parameter.data, *_spread(shape, name), seed=seed, number=number)
-    name = f"random-{shape.name}-{seed}"
-    return ready_model(
-        module,
-        _tokenizer(shape.vocabulary),
-        name=name,
-        origin=name,
-        dtype=dtype,
-        weights=name,
-        attention=attention_on(device),
-        device=device,
-    )
+    with submitting(device):
+        module = empty_llama(shape, TORCH_DTYPES[dtype], place)
+        for number, (name, parameter) in enumerate(module.named_parameters()):
+            fill_random(parameter.data, *_spread(shape, name), seed=seed, number=number)
+        name = f"random-{shape.name}-{seed}"
+        return ready_model(
+            module,
+            _tokenizer(shape.vocabulary),
+            name=name,
+            origin=name,
+            dtype=dtype,
+            weights=name,
+            attention=attention_on(device),
+            device=device,
+        )
 
 
 def fill_random(target: Tensor, mean: float, deviation: float, *, seed: int, number: int) -> None:

@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import logging
 import sys
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
+import torch
 import transformers
 
 from attnstore.attention import AttentionBackend, create_attention
@@ -75,7 +77,7 @@ def load_model(
     """Loads the model at `path` (see `find_model`) with weights and KV in `dtype`; converted copies are stored in `cache`.
 
     The weights are read into the memory of `device` one after the other, so host memory holds only a few of them; None stands for
-    the CPU. Raises `ModelUnavailable` for missing, damaged or unsupported files.
+    the CPU. Raises `ModelUnavailable` for missing, damaged or unsupported files, `OutOfDeviceMemory` for a model that is too large.
     """
     if dtype not in TORCH_DTYPES:
         raise ModelUnavailable(f"a model cannot run in dtype {dtype.value}; choose {', '.join(d.value for d in TORCH_DTYPES)}")
@@ -86,17 +88,23 @@ def load_model(
     source = find_model(path)
     digest = weights_digest(source)
     folder = converted_model(source, digest, cache or cache_dir()) if isinstance(source, GgufSource) else source
-    module, tokenizer = _read_folder(folder, dtype, device)
-    return ready_model(
-        module,
-        tokenizer,
-        name=source.name,
-        origin=str(source.path),
-        dtype=dtype,
-        weights=digest.hex(),
-        attention=attention,
-        device=device,
-    )
+    with submitting(device):
+        module, tokenizer = _read_folder(folder, dtype, device)
+        return ready_model(
+            module,
+            tokenizer,
+            name=source.name,
+            origin=str(source.path),
+            dtype=dtype,
+            weights=digest.hex(),
+            attention=attention,
+            device=device,
+        )
+
+
+def submitting(device: Device | None) -> AbstractContextManager[None]:
+    """Returns `Device.submitting` of a device; None stands for the CPU."""
+    return nullcontext() if device is None else device.submitting()
 
 
 def attention_on(device: Device | None) -> AttentionBackend:
@@ -116,7 +124,7 @@ def ready_model(
     device: Device | None,
 ) -> LoadedModel:
     """Returns a model after its self-test. module: transformers' causal language model on `device`, with the attention
-    `ATTENTION_NAME`, which the model takes over.
+    `ATTENTION_NAME`, which the model takes over. The calling thread is submitting to the device.
 
     weights: identifies the weights. origin: where the model comes from, for messages. Raises `ModelUnavailable` for an unsupported
     model.
@@ -146,7 +154,7 @@ def _read_folder(folder: FolderSource, dtype: DType, device: Device | None) -> t
     try:
         module = read_module(folder.path, dtype=TORCH_DTYPES[dtype], attn_implementation=ATTENTION_NAME, **place)
         tokenizer = transformers.AutoTokenizer.from_pretrained(str(folder.path), local_files_only=True, trust_remote_code=False)
-    except (ImportError, ModelUnavailable):
+    except (ImportError, ModelUnavailable, torch.OutOfMemoryError):
         raise
     except Exception as error:  # damaged files raise whatever their parser runs into
         told = " ".join(str(error).split())

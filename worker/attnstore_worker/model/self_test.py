@@ -198,6 +198,8 @@ class SelfTest:
     def _refusing(self, why: str) -> Iterator[None]:
         try:
             yield
+        except torch.OutOfMemoryError:
+            raise
         except ModelUnavailable as error:
             raise ModelUnavailable(f"{self._name} {why}: {error}") from error
         except Exception as error:  # a model's code fails in as many ways as there are models
