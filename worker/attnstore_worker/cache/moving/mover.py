@@ -57,27 +57,31 @@ class Threads:
         self._changed = threading.Condition()
 
     def submit(self, call: Callable[[], _Result]) -> Future[_Result]:
-        """Runs a call. The result is the call's result or error. Raises `RuntimeError` if no thread can be started."""
+        """Runs a call. The result is the call's result or error.
+
+        Raises `RuntimeError` if no thread runs and none can be started: the call then never runs.
+        """
         future: Future[_Result] = Future()
-        run = partial(_settle, future, call)
-        with self._changed:
-            self._waiting.append(run)
-            if self._running >= self._threads_max:
-                return future
-            self._running += 1
-        try:
-            threading.Thread(target=self._drain, name=self._name, daemon=True).start()
-        except BaseException:
-            with self._changed:
-                self._running -= 1
-                self._waiting.remove(run)
-            raise
+        with self._changed:  # a running thread, which takes its next call under the lock, does not find a call that is refused
+            self._waiting.append(partial(_settle, future, call))
+            if self._running < self._threads_max:
+                self._start_thread()
         return future
 
     def wait_idle(self, timeout_ms: float) -> bool:
         """Waits until all calls have ended. Returns False if time ran out."""
         with self._changed:
             return self._changed.wait_for(lambda: not self._running, timeout_ms / 1e3)
+
+    def _start_thread(self) -> None:
+        self._running += 1
+        try:
+            threading.Thread(target=self._drain, name=self._name, daemon=True).start()
+        except Exception:
+            self._running -= 1
+            if not self._running:
+                self._waiting.pop()
+                raise
 
     def _drain(self) -> None:
         while True:
