@@ -19,7 +19,7 @@ RESTART_S: Final = 3.0
 """Time for a killed service to become healthy again."""
 CALLER_START_S: Final = 3.0
 """Time for a caller's process to start and to end."""
-RECOVERY_S_MAX: Final = 10.0
+RECOVERY_S_MAX: Final = 6.0
 """Within this time after the end of a fault, the hit rate is back at 90% of its level."""
 _FAULT_S: Final = (2.5, 4.0)
 

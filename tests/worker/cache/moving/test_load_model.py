@@ -238,9 +238,9 @@ class LoadMachine(RuleBasedStateMachine):
         assert load.over is (self.state is LoadState.ENDED and not load.ready)
 
 
-def run(load_class: type[Load], **options: Any) -> None:
+def run(load_class: type[Load], *, steps: int = 40, **options: Any) -> None:
     machine = type("Machine", (LoadMachine,), {"load_class": load_class})
-    run_state_machine_as_test(machine, settings=settings(stateful_step_count=40, **options))
+    run_state_machine_as_test(machine, settings=settings(stateful_step_count=steps, **options))
 
 
 def test_a_load_agrees_with_the_model_through_random_histories() -> None:
