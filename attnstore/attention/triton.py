@@ -131,24 +131,30 @@ def _tile_rows(total_q: int, seqs: int, group: int) -> int:
     return max(wanted, int(triton.next_power_of_2(group)))
 
 
-def gather_pages(pool: Tensor, block_ids: Tensor) -> Tensor:
+def gather_pages(pool: Tensor, block_ids: Tensor, pages: Tensor | None = None) -> Tensor:
     """Returns the pages `block_ids` (int32 `[n]`) of a pool, packed `[n, layers, 2, kv_heads, block_tokens, head_dim]` for one
-    transfer.
+    transfer, in `pages` if that is given.
 
-    Raises `InvalidArgument` for a pool whose blocks are not contiguous or ids that are not int32.
+    Raises `InvalidArgument` for a pool whose blocks are not contiguous, ids that are not int32 or `pages` that do not match.
     """
-    pages = torch.empty(len(block_ids), *pool.shape[1:], dtype=pool.dtype, device=pool.device)
+    if pages is None:
+        pages = torch.empty(len(block_ids), *pool.shape[1:], dtype=pool.dtype, device=pool.device)
+    _require_packed(pages, block_ids, pool)
     _copy(pool, pages, block_ids, None)
     return pages
 
 
 def scatter_pages(pages: Tensor, block_ids: Tensor, pool: Tensor) -> None:
     """The inverse of `gather_pages`: writes packed pages to the blocks `block_ids` of a pool, in place. Raises the same errors."""
+    _require_packed(pages, block_ids, pool)
+    _copy(pages, pool, None, block_ids)
+
+
+def _require_packed(pages: Tensor, block_ids: Tensor, pool: Tensor) -> None:
     if pages.shape != (len(block_ids), *pool.shape[1:]) or pages.dtype != pool.dtype:
         raise InvalidArgument(
             f"pages are {pages.dtype} {tuple(pages.shape)}; {len(block_ids)} blocks of this pool are {tuple(pool.shape[1:])} each"
         )
-    _copy(pages, pool, None, block_ids)
 
 
 def _copy(source: Tensor, target: Tensor, source_ids: Tensor | None, target_ids: Tensor | None) -> None:

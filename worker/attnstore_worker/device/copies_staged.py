@@ -1,0 +1,105 @@
+"""Copies of small pages: one transfer of many pages into a buffer on the device, and one kernel that scatters them to their blocks.
+
+Owns: `StagedCopies`, with a buffer for each direction. Invariants: a buffer never holds more than `STAGED_BYTES` of pages. All that
+reads or writes a buffer is on one stream, so nothing waits for it.
+
+A transfer of a small page takes the copy engine about as long as its start. Pages in neighbouring slots are one transfer here,
+whichever blocks they belong to. The kernel then moves them at the speed of the device's own memory, many times that of the bus.
+Shape: the device buffer of LMCache's GPU connectors.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterable, Sequence
+from typing import Final
+
+import torch
+from torch import Tensor
+
+from attnstore.limits import MIB
+from attnstore_worker.device.base import After, Event
+from attnstore_worker.device.copies_direct import CopyStream, require_indices, transfer, wait_for
+
+STAGED_BYTES: Final = 32 * MIB
+"""Some hundred microseconds of transfer, beside which the starts of a transfer and a kernel are small."""
+
+
+class _Buffer:
+    """Pages `[pages, *layout.shape]` on the device, with the ids of their blocks."""
+
+    def __init__(self, blocks: Tensor, stream: CopyStream) -> None:
+        page_bytes = blocks[0].numel() * blocks.element_size()
+        capacity = min(len(blocks), max(1, STAGED_BYTES // page_bytes))
+        with stream.submitting():
+            self.pages = torch.empty(capacity, *blocks.shape[1:], dtype=blocks.dtype, device=blocks.device)
+            self._ids = torch.empty(capacity, dtype=torch.int32, device=blocks.device)
+        self.stream = stream
+        self.lock = threading.Lock()
+
+    def ids(self, block_ids: Sequence[int]) -> Tensor:
+        """Submits the copy of these ids to the device, and returns them there as int32."""
+        on_device = self._ids[: len(block_ids)]
+        # torch keeps pinned memory of its own from being used again before the copy is done.
+        pinned = torch.tensor(block_ids, dtype=torch.int32, pin_memory=on_device.is_cuda)
+        return on_device.copy_(pinned, non_blocking=True)
+
+
+class StagedCopies:
+    """See `Copies`. `blocks` is `[capacity, *layout.shape]` in the memory of the device. `scatter(pages, block_ids, blocks)` writes
+    packed pages to their blocks, `gather(blocks, block_ids, pages)` packs them; both are kernels of the current stream.
+    """
+
+    def __init__(
+        self,
+        blocks: Tensor,
+        up: CopyStream,
+        down: CopyStream,
+        scatter: Callable[[Tensor, Tensor, Tensor], None],
+        gather: Callable[[Tensor, Tensor, Tensor], Tensor],
+    ) -> None:
+        self._blocks = blocks
+        self._up, self._down = _Buffer(blocks, up), _Buffer(blocks, down)
+        self._scatter = scatter
+        self._gather = gather
+
+    def up(
+        self,
+        host: Tensor,
+        slots: Sequence[int],
+        block_ids: Sequence[int],
+        *,
+        after: Iterable[After] = (),
+        layers: range | None = None,
+    ) -> Event:
+        """See `Copies.up`. Raises `IndexError`. Some layers of a page go to the block at once: they are apart in host memory, so
+        the buffer would save no transfer.
+        """
+        require_indices(host, slots, self._blocks, block_ids)
+        buffer = self._up
+        with buffer.lock:
+            wait_for(buffer.stream, after)
+            with buffer.stream.submitting():
+                if layers is not None:
+                    transfer(host, slots, self._blocks, block_ids, layers)
+                else:
+                    for begin in range(0, len(slots), len(buffer.pages)):
+                        part = slice(begin, begin + len(buffer.pages))
+                        ids = buffer.ids(block_ids[part])
+                        transfer(host, slots[part], buffer.pages, range(len(ids)), None)
+                        self._scatter(buffer.pages[: len(ids)], ids, self._blocks)
+            return buffer.stream.record()
+
+    def down(self, block_ids: Sequence[int], host: Tensor, slots: Sequence[int], *, after: Iterable[After] = ()) -> Event:
+        """See `Copies.down`. Raises `IndexError`."""
+        require_indices(host, slots, self._blocks, block_ids)
+        buffer = self._down
+        with buffer.lock:
+            wait_for(buffer.stream, after)
+            with buffer.stream.submitting():
+                for begin in range(0, len(slots), len(buffer.pages)):
+                    part = slice(begin, begin + len(buffer.pages))
+                    ids = buffer.ids(block_ids[part])
+                    self._gather(self._blocks, ids, buffer.pages[: len(ids)])
+                    transfer(buffer.pages, range(len(ids)), host, slots[part], None)
+            return buffer.stream.record()

@@ -1,0 +1,133 @@
+"""A CUDA device by torch.
+
+Owns: `CudaDevice`. Invariants: `compute` is the device's default stream, so work of torch that names no stream is ordered with the
+steps; copies have a stream for each direction, which waits only for the events that it is told of.
+
+This package and the Triton kernels' launching code are the only ones that name `torch.cuda`.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Final
+
+import torch
+from torch import Tensor
+
+from attnstore.attention.triton import gather_pages, scatter_pages
+from attnstore.core.layout import PageLayout
+from attnstore.errors import AttnStoreError
+from attnstore.limits import KIB
+from attnstore.sizes import size_text
+from attnstore_worker.device.base import Copies
+from attnstore_worker.device.copies_direct import DirectCopies
+from attnstore_worker.device.copies_staged import StagedCopies
+from attnstore_worker.device.cuda_streams import CudaStream, CudaTimer, Faults
+from attnstore_worker.device.pages import PagePool
+from attnstore_worker.device.pinned import Registrations
+from attnstore_worker.dtypes import TORCH_DTYPES
+from attnstore_worker.errors import OutOfDeviceMemory
+
+DIRECT_PAGE_BYTES_MIN: Final = 512 * KIB
+"""Pages of at least this size are copied one by one: their transfer takes several times as long as its start."""
+
+_log = logging.getLogger(__name__)
+
+
+class _CudaGraph:
+    """See `Graph`."""
+
+    def __init__(self, graph: torch.cuda.CUDAGraph) -> None:
+        self._graph = graph
+
+    def replay(self) -> None:
+        """See `Graph.replay`."""
+        self._graph.replay()
+
+
+class CudaDevice:
+    """See `Device`. Device `index` of those that CUDA shows this process; see `factory` for one that may not be there."""
+
+    addressable: Final = False
+    uses_triton: Final = True
+    accesses: Final = None
+
+    def __init__(self, index: int) -> None:
+        self.name = f"cuda:{index}"
+        self.torch_device = torch.device("cuda", index)
+        properties = torch.cuda.get_device_properties(index)
+        self.description = f"{properties.name}, {size_text(properties.total_memory)}"
+        self._index = index
+        self._faults = Faults(index)
+        self.compute = CudaStream(torch.cuda.default_stream(index), self._faults, sleeps=False)
+        # A thread that waits for a copy does so beside the thread that launches steps, and needs no core for it.
+        self._up = CudaStream(torch.cuda.Stream(index), self._faults, sleeps=True)
+        self._down = CudaStream(torch.cuda.Stream(index), self._faults, sleeps=True)
+        self._registrations = Registrations(index)
+        self._graph_memory = torch.cuda.graph_pool_handle()
+
+    def blocks(self, layout: PageLayout, capacity: int) -> Tensor:
+        """See `Device.blocks`. Raises `OutOfDeviceMemory` and `DeviceLost`."""
+        try:
+            with self.submitting():
+                blocks = torch.zeros(capacity, *layout.shape, dtype=TORCH_DTYPES[layout.dtype], device=self.torch_device)
+            # Copies are on other streams, which wait for nothing of this.
+            self.compute.synchronize()
+        except OutOfDeviceMemory as error:
+            raise OutOfDeviceMemory(f"a pool of {size_text(capacity * layout.page_bytes)} is too large: {error}") from error
+        return blocks
+
+    def host_pages(self, layout: PageLayout, pool_bytes: int) -> PagePool:
+        """See `Device.host_pages`. Memory that CUDA refuses to register is used as it is: its copies are right, and slow."""
+        pages = PagePool(layout, pool_bytes)
+        self.register(pages.tensor)
+        return pages
+
+    def register(self, host: Tensor) -> bool:
+        """See `Device.register`. Raises `DeviceLost`."""
+        with self._faults.mapped():
+            return self._registrations.register(host)
+
+    def unregister(self, host: Tensor) -> None:
+        """See `Device.unregister`. Also on a lost device."""
+        self._registrations.unregister(host)
+
+    def copies(self, blocks: Tensor) -> Copies:
+        """See `Device.copies`. Raises `OutOfDeviceMemory` and `DeviceLost`."""
+        if blocks[0].numel() * blocks.element_size() >= DIRECT_PAGE_BYTES_MIN:
+            return DirectCopies(blocks, self._up, self._down)
+        return StagedCopies(blocks, self._up, self._down, scatter_pages, gather_pages)
+
+    def free_bytes(self) -> int:
+        """See `Device.free_bytes`. Memory that torch keeps for the next step is not free. Raises `DeviceLost`."""
+        with self._faults.mapped():
+            free, _ = torch.cuda.mem_get_info(self._index)
+            return free
+
+    def timer(self) -> CudaTimer:
+        """See `Device.timer`. Raises `DeviceLost`."""
+        return self.compute.timer()
+
+    def submitting(self) -> AbstractContextManager[None]:
+        """See `Device.submitting`."""
+        return self.compute.submitting()
+
+    def capture(self, work: Callable[[], None]) -> _CudaGraph:
+        """See `Device.capture`."""
+        graph, memory = torch.cuda.CUDAGraph(), self._graph_memory
+        # Other threads copy pages meanwhile, which the mode `thread_local` permits.
+        capturing = torch.cuda.graph(graph, pool=memory, stream=torch.cuda.Stream(self._index), capture_error_mode="thread_local")
+        with self.submitting(), capturing:
+            work()
+        return _CudaGraph(graph)
+
+    def close(self) -> None:
+        """See `Device.close`."""
+        for stream in (self._up, self._down, self.compute):
+            try:
+                stream.synchronize()
+            except (AttnStoreError, RuntimeError) as error:
+                _log.warning("%s is closed with work in flight: %s", self.name, error)
+        self._registrations.close()
