@@ -183,6 +183,7 @@ def run_client(url: str, nodes: int, seed: int, writes: bool) -> None:
     """Runs a client process: stores the pages if it is a writer, then reads for the requested time."""
     # All hosts of the switch share one file system, and therefore shared memory: only tcp and grpc use the links.
     with attnstore.connect(url, deadline_ms=_DEADLINE_MS, transport="tcp") as client:
+        assert isinstance(client, attnstore.ClusterClient)
         while len(members := client.members()) < nodes:
             time.sleep(0.05)
         chains = balanced(sorted(member.node_id for member in members))

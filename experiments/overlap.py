@@ -179,7 +179,8 @@ def measure(model: LoadedModel, shape: Shape, ratios: Sequence[float]) -> list[R
         with ExitStack() as stack:
             node = stack.enter_context(StoreProcess("--capacity", "1GiB", "--log-level", "error"))
             experiment = Overlap(model, shape)
-            store = stack.enter_context(open_store(node.url, deadline_ms=_DEADLINE_MS))
+            store = open_store(node.url, deadline_ms=_DEADLINE_MS)
+            stack.enter_context(store)
             compute_ms, expected = experiment.resident(store)
             return [experiment.row(node.url, ratio, compute_ms, expected) for ratio in ratios]
     finally:

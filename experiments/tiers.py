@@ -125,7 +125,8 @@ class Pressure:
             store = None
             if mode.transport is not None:
                 node = stack.enter_context(StoreProcess("--capacity", "1GiB", "--log-level", "error"))
-                store = stack.enter_context(open_store(node.url, deadline_ms=_WAIT_MS, transport=mode.transport))
+                store = open_store(node.url, deadline_ms=_WAIT_MS, transport=mode.transport)
+                stack.enter_context(store)
             engine = stack.enter_context(Engine(self._model, options, store=store))
             engine.warm_up()
             first = [sequence.generated for sequence in engine.generate_all(self._prompts, self._how)]
@@ -160,9 +161,10 @@ def decode_rows(model: LoadedModel, context_tokens: int, new_tokens: int, rounds
         node = stack.enter_context(StoreProcess("--capacity", "2GiB", "--log-level", "error"))
         engines = {}
         for name, shared in (("resident", SharedUse.COPY), ("shared_in_place", SharedUse.IN_PLACE)):
-            store = stack.enter_context(open_store(node.url, deadline_ms=_WAIT_MS))
+            shared_store = open_store(node.url, deadline_ms=_WAIT_MS)
+            stack.enter_context(shared_store)
             options = EngineOptions(pool_bytes=pool_bytes, store_deadline_ms=_WAIT_MS, shared=shared)
-            engines[name] = stack.enter_context(Engine(model, options, store=store))
+            engines[name] = stack.enter_context(Engine(model, options, store=shared_store))
             engines[name].warm_up()
         expected = engines["resident"].generate(prompt, how).generated
         engines["resident"].flush(_WAIT_MS)

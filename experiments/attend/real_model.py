@@ -154,6 +154,7 @@ def _options(model: LoadedModel, tokens: int, **more: object) -> EngineOptions:
 @contextmanager
 def _store(url: str, transport: str) -> Iterator[attnstore.Client]:
     with attnstore.connect(url, transport=transport, deadline_ms=DEADLINE_MS) as client:
+        assert isinstance(client, attnstore.Client), "one node"
         yield client
 
 

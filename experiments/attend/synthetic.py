@@ -103,7 +103,9 @@ def measure_geometry(
                 halves = []
                 for number, process in enumerate(processes):
                     link = linked.enter_context(Link.to_node(process.url, f"{gbit_per_s:g}g@{rtt_ms:g}ms"))
-                    client = linked.enter_context(attnstore.connect(link.url, transport="tcp", deadline_ms=_DEADLINE_MS))
+                    client = attnstore.connect(link.url, transport="tcp", deadline_ms=_DEADLINE_MS)
+                    assert isinstance(client, attnstore.Client), "one node"
+                    linked.enter_context(client)
                     halves.append(_open(linked, client, name, layout, hashes[number::nodes], geometry, scale))
                 step_ms, merged = _attend(halves, query, geometry.stored_layers, repeats)
             assert float((merged - out).norm() / out.norm()) < 1e-5, "partials do not merge to the whole"

@@ -56,7 +56,8 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--match-json", type=file_to_write, metavar="PATH", help="write the figures of Match")
     parser.add_argument("--plot", type=file_to_write, metavar="PATH", help="write a PNG")
     parser.add_argument("--mooncake-python", type=Path, metavar="PATH", help="interpreter that has mooncake: adds its rows")
-    return parser.parse_args()
+    options: argparse.Namespace = parser.parse_args()
+    return options
 
 
 def _quick_plans(options: argparse.Namespace) -> list[Plan]:

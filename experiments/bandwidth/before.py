@@ -39,7 +39,8 @@ def compare(before: Path, shape: Shape, batches: Sequence[int], rounds: int, sec
         verbs = [verb for verb in json.loads(new.first_line()) if verb in known]
         for number in range(rounds):
             for verb, batch in product(verbs, batches):
-                cell = Cell(*verb.split(), shape.page_bytes, batch)
+                transport, op = verb.split()
+                cell = Cell(transport, op, shape.page_bytes, batch)
                 sides = ((old, _before(cell)), (new, cell))
                 for lane, of_lane in sides if number % 2 == 0 else reversed(sides):
                     found.add(of_lane, measured(lane, verb, batch, seconds))
@@ -67,7 +68,9 @@ def main() -> int:
     parser.add_argument("tree", type=Path, metavar="TREE", help="the checkout to compare with")
     parser.add_argument("--rounds", type=COUNT, default=20, metavar="N", help="of each cell (%(default)s)")
     options = parser.parse_args()
-    lines = [("page B", "transport", "batch", "before GB/s", "after GB/s", "after / before", "CPU after / before")]
+    lines: list[tuple[str, ...]] = [
+        ("page B", "transport", "batch", "before GB/s", "after GB/s", "after / before", "CPU after / before")
+    ]
     of_verb: dict[str, list[tuple[float, float]]] = {}
     for shape, batches in _SHAPES:
         found = compare(options.tree.resolve(), shape, batches, options.rounds, _CELL_S)

@@ -19,6 +19,7 @@ from typing import Final
 
 import grpc
 import redis
+from redis.typing import EncodableT, FieldT
 
 import attnstore
 from attnstore.command_line import CommandParser
@@ -89,10 +90,15 @@ class Caller:
         with closing(redis.Redis.from_url(self._directory)) as directory:
             now_ms = time.time() * 1000
             records = rogue_records(self._draws)
-            intents = {**{_host_and_port(node)[0]: "evict" for node in self._nodes}, "rogue-0": "explode", "rogue-1": b"\xff"}
-            quotas = {"default": "1", "rogue": "lots"}
+            fields: dict[FieldT, EncodableT] = {node_id: record for node_id, record in records.items()}
+            intents: dict[FieldT, EncodableT] = {
+                **{_host_and_port(node)[0]: "evict" for node in self._nodes},
+                "rogue-0": "explode",
+                "rogue-1": b"\xff",
+            }
+            quotas: dict[FieldT, EncodableT] = {"default": "1", "rogue": "lots"}
             for _ in self._beats(_ROGUE_S):
-                directory.hset(key["nodes"], mapping=records)
+                directory.hset(key["nodes"], mapping=fields)
                 directory.zadd(key["alive"], dict.fromkeys(records, now_ms + 3_600_000))
                 directory.hset(key["intents"], mapping=intents)
                 directory.hset(key["quotas"], mapping=quotas)
@@ -152,7 +158,8 @@ class Caller:
                     offset += 1
 
         with grpc.insecure_channel(node) as channel:
-            call = channel.stream_unary(METHODS["Write"].path).future(chunks(), metadata=self._metadata(), timeout=self._left_s)
+            write: grpc.StreamUnaryMultiCallable[bytes, bytes] = channel.stream_unary(METHODS["Write"].path)
+            call = write.future(chunks(), metadata=self._metadata(), timeout=self._left_s)
             yield bytes_due.release
             ended.set()
             call.cancel()
@@ -172,7 +179,7 @@ class Caller:
     def _greed(self, node: str) -> Iterator[Callable[[], None]]:
         """Takes a little more of one node with each call."""
         held: list[FrameStream] = []
-        watches: list[grpc.Future] = []
+        watches: list[grpc.Call] = []
         namespaces = [attnstore.namespace(_LAYOUT, model=b"greed%d" % number) for number in range(NAMESPACES_MAX)]
         page = bytes(_LAYOUT.page_bytes)
         taken = 0
@@ -189,7 +196,10 @@ class Caller:
                 client.write(first, hashes, [page] * len(hashes))
                 client.match(first, [hashes], lease_ms=LEASE_MS_MAX)
                 if len(watches) < STREAMS_MAX:
-                    watch = channel.unary_stream(METHODS["Watch"].path, request_serializer=METHODS["Watch"].encode_request)
+                    method = METHODS["Watch"]
+                    watch: grpc.UnaryStreamMultiCallable[messages.WatchRequest, bytes] = channel.unary_stream(
+                        method.path, request_serializer=method.encode_request
+                    )
                     request = messages.WatchRequest(namespace=first)
                     calls = [watch(request, metadata=self._metadata(), timeout=self._left_s) for _ in range(8)]
                     watches.extend(calls)
@@ -197,8 +207,8 @@ class Caller:
                     held.append(stack.enter_context(closing(self._page_channel(node))))
 
             yield take
-            for watch in watches:
-                watch.cancel()
+            for call in watches:
+                call.cancel()
 
     def _page_channel(self, node: str) -> FrameStream:
         """Returns a page channel after its WELCOME. Raises `AttnStoreError`, `OSError` or `grpc.RpcError`."""

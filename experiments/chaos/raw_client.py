@@ -31,7 +31,9 @@ _T = TypeVar("_T")
 class RawClient:
     """The chains, their contents, and the calls."""
 
-    def __init__(self, client: attnstore.Client, name: str, deadline_ms: float, say: Callable[[Call], None]) -> None:
+    def __init__(
+        self, client: attnstore.Client | attnstore.ClusterClient, name: str, deadline_ms: float, say: Callable[[Call], None]
+    ) -> None:
         self._client = client
         self._name = name
         self._deadline_ms = deadline_ms

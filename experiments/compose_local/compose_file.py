@@ -157,7 +157,7 @@ def _service(name: str, body: Mapping[str, Any], folder: Path) -> Service:
     )
 
 
-def _strings(values: list[Any]) -> tuple[str, ...]:
+def _strings(values: str | list[Any]) -> tuple[str, ...]:
     if isinstance(values, str):
         raise ComposeError(f"command {values!r}: write it as a list, one argument an item")
     return tuple(map(str, values))

@@ -9,9 +9,9 @@ import sys
 import threading
 from collections.abc import Coroutine, Iterator
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
-from attnstore import DType, PageLayout, aio, namespace
+from attnstore import DType, PageLayout, namespace
 from attnstore.config import ServeOptions
 from attnstore.core.hashing import page_checksum
 from attnstore.server.node import StoreNode
@@ -97,8 +97,10 @@ class WatchedNode:
                 self.store.seal(arriving)
 
     async def _start(self) -> None:
-        options = ServeOptions(listen="127.0.0.1:0", capacity=512 << 20, attend_threads=self._attend_threads)  # type: ignore[arg-type]
-        self._node = StoreNode(options, lambda url, token: aio.connect(url, token=token))
+        options = ServeOptions.model_validate(
+            {"listen": "127.0.0.1:0", "capacity": 512 << 20, "attend_threads": self._attend_threads}
+        )
+        self._node = StoreNode(options, _no_peer)
         self._node._store._lock = self.lock  # type: ignore[assignment]
         self._node.collection.freeze()
         await self._node.start()
@@ -108,6 +110,10 @@ class WatchedNode:
         for task in self._background:
             task.cancel()
         await self._node.stop(0)
+
+
+def _no_peer(*_: object) -> NoReturn:
+    raise AssertionError("a node that is in no cluster has no peers")
 
 
 @contextmanager

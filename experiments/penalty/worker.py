@@ -15,7 +15,7 @@ import random
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from statistics import median
@@ -81,7 +81,8 @@ class Bench:
         self._text: list[int] = self._model.tokenizer(text, verbose=False).input_ids
         self._draw = random.Random(start.seed)
         self._calibration_tokens = _CALIBRATION_TOKENS_MAX
-        self._behind = stack.enter_context(open_store(start.link_url, deadline_ms=_DEADLINE_MS, transport=start.transport))
+        self._behind = open_store(start.link_url, deadline_ms=_DEADLINE_MS, transport=start.transport)
+        stack.enter_context(self._behind)
         self._planner = CostPlanner(self._clock, _OPTIONS.chunk_tokens)
         self._recompute = stack.enter_context(self._engine(RecomputeAll(), None))
         self._fetch = stack.enter_context(self._engine(FetchAll(_DEADLINE_MS), None))
@@ -126,7 +127,10 @@ class Bench:
         sequence = engine.generate(self._prompt(context, hit_rate), _ONE_TOKEN)
         assert sequence.first_token_ms is not None
         assert sequence.admission is not None
-        answer = {"ttft_ms": sequence.first_token_ms - sequence.submitted_ms, "hit_tokens": sequence.admission.hit_tokens}
+        answer: dict[str, Any] = {
+            "ttft_ms": sequence.first_token_ms - sequence.submitted_ms,
+            "hit_tokens": sequence.admission.hit_tokens,
+        }
         if way == "planner":
             answer["decision"] = self._planner.decisions(1)[0].as_json()
         return answer
@@ -147,6 +151,10 @@ class Bench:
             result = self._behind.read(name, hashes, pages, lease=None, deadline_ms=_DEADLINE_MS)
             assert result.leading_hits == len(hashes), result.error
 
+        def bring_and_step() -> None:
+            bring()
+            engine.step()
+
         sequence = engine.submit(document, SamplingParams(max_tokens=3 * steps + 4, stop_token_ids=frozenset()))
         while not sequence.generated:
             engine.step()
@@ -154,19 +162,19 @@ class Bench:
         for _ in range(steps):
             times["resident"].append(self._timed_ms(engine.step))
         for _ in range(steps):
-            times["fetched"].append(self._timed_ms(lambda: (bring(), engine.step())))
+            times["fetched"].append(self._timed_ms(bring_and_step))
         for _ in range(steps):
             times["prefetched"].append(self._timed_ms(lambda: self._beside(bring, engine)))
         engine.cancel(sequence)
         return {residence: median(durations) for residence, durations in times.items()}
 
-    def _beside(self, bring: Any, engine: Engine) -> None:
+    def _beside(self, bring: Callable[[], None], engine: Engine) -> None:
         thread = threading.Thread(target=bring)
         thread.start()
         engine.step()
         thread.join()
 
-    def _timed_ms(self, run: Any) -> float:
+    def _timed_ms(self, run: Callable[[], object]) -> float:
         began_ms = self._clock.now_ms()
         run()
         return self._clock.now_ms() - began_ms
@@ -202,10 +210,11 @@ def main() -> None:
     with ExitStack() as stack:
         bench = Bench(start, stack)
         print("ready", flush=True)
+        verbs: dict[str, Callable[..., dict[str, Any]]]
+        verbs = {"fill": bench.fill, "calibrate": bench.calibrate, "measure": bench.measure, "decode": bench.decode}
         for line in sys.stdin:
             request = json.loads(line)
-            verb = {"fill": bench.fill, "calibrate": bench.calibrate, "measure": bench.measure, "decode": bench.decode}
-            print(json.dumps(verb[request.pop("verb")](**request)), flush=True)
+            print(json.dumps(verbs[request.pop("verb")](**request)), flush=True)
 
 
 if __name__ == "__main__":

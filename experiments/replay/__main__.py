@@ -141,7 +141,8 @@ def _replay_with_model(trace: Trace, arguments: argparse.Namespace) -> None:
         store = None
         if arguments.node_capacity:
             node = stack.enter_context(StoreProcess("--capacity", str(arguments.node_capacity)))
-            store = stack.enter_context(open_store(node.url, deadline_ms=options.store_deadline_ms))
+            store = open_store(node.url, deadline_ms=options.store_deadline_ms)
+            stack.enter_context(store)
         engine = stack.enter_context(Engine(model, options, store=store))
         result = replay_with_model(engine, trace, arguments.with_model, arguments.slowdown, MonotonicClock())
     print(describe(result))

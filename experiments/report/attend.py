@@ -112,8 +112,8 @@ def _draw(panel: Axes, rows: Sequence[Row]) -> None:
             panel.plot(
                 contexts, [row.tpot_ms for row in own], color=color, marker=marker, linestyle="", label=mode.replace("_", " ")
             )
-            known = [row for row in own if row.predicted_ms is not None]
-            panel.plot([row.context_tokens for row in known], [row.predicted_ms for row in known], color=color, linewidth=1)
+            predicted = {row.context_tokens: row.predicted_ms for row in own if row.predicted_ms is not None}
+            panel.plot([*predicted], [*predicted.values()], color=color, linewidth=1)
     fetched, attended = ([row for row in rows if row.mode == mode] for mode in ("fetch_each_step", "attend"))
     if fetched and attended:
         tokens = crossover_tokens(fetched[-1], attended[-1])

@@ -190,7 +190,7 @@ def _made(kind: type[T], row: dict[str, Any]) -> T:
 
 def _attend_row(row: dict[str, Any]) -> AttendRow:
     """Returns a row of `experiments.attend`, where an unlimited link has no rate and several other figures may be missing."""
-    values = {each.name: row.get(each.name) for each in fields(AttendRow)}
+    values: dict[str, Any] = {each.name: row.get(each.name) for each in fields(AttendRow)}
     if values["mode"] not in MODES:
         raise ValueError(f"mode is {values['mode']!r}; known are {', '.join(MODES)}")
     values["gbit_per_s"] = math.inf if values["gbit_per_s"] is None else values["gbit_per_s"]

@@ -8,6 +8,7 @@ import numpy as np
 from matplotlib import pyplot
 from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm
+from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
 
 from experiments.report.rows import FirstToken
@@ -56,7 +57,7 @@ def spread(values: Sequence[float], count: int) -> list[float]:
     return [distinct[round(index * (len(distinct) - 1) / (count - 1))] for index in range(count)]
 
 
-def _figure(cells: Sequence[FirstToken], value: Callable[[FirstToken], float], label: str, *, border: bool) -> pyplot.Figure:
+def _figure(cells: Sequence[FirstToken], value: Callable[[FirstToken], float], label: str, *, border: bool) -> Figure:
     contexts = spread([cell.context_tokens for cell in cells], _PANELS_MAX)
     rates = sorted({cell.gbit_per_s for cell in cells})
     round_trips = sorted({cell.rtt_ms for cell in cells})

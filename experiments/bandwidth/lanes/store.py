@@ -113,6 +113,7 @@ class StoreLane:
 
     def _client(self, transport: str) -> attnstore.Client:
         client = attnstore.connect(self._url, transport=transport, deadline_ms=_DEADLINE_MS)
+        assert isinstance(client, attnstore.Client), "one node"
         client.register_layout(self._namespace, self._layout)
         return client
 
