@@ -124,8 +124,8 @@ class Graph(Protocol):
 class Accesses(Protocol):
     """Is told of the accesses that are not copies. Only a device that looks for races has one."""
 
-    def step(self, reads: Iterable[int], writes: Iterable[int]) -> None:
-        """A step that is submitted to `compute` now reads and writes these blocks."""
+    def step(self, reads: Iterable[int], writes: Iterable[int], *, layers: range | None = None) -> None:
+        """Work that is submitted to `compute` now reads and writes these blocks, or these layers of them."""
         ...
 
     def host(self, host: Tensor, slots: Iterable[int], *, writes: bool) -> None:
@@ -163,6 +163,16 @@ class Device(Protocol):
 
     def unregister(self, host: Tensor) -> None:
         """Ends a registration, before the memory is unmapped. No copy may use the memory."""
+        ...
+
+    def pinned(self, *shape: int, dtype: torch.dtype) -> Tensor:
+        """Returns zeroed host memory for small tensors, such as the tables and the tokens of a step, which `transfer` reaches at
+        full speed. `Accesses.host` is told of the host's accesses, with slot 0.
+        """
+        ...
+
+    def transfer(self, source: Tensor, target: Tensor) -> Event:
+        """Copies a small tensor on `compute`, one way or the other: one of the two is `pinned` memory. Inside `submitting`."""
         ...
 
     def copies(self, blocks: Tensor) -> Copies:

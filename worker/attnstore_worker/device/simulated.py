@@ -1,0 +1,294 @@
+"""A device without hardware, on which a wait that is missing shows as a race or as wrong bytes.
+
+Owns: `SimulatedDevice`. Its blocks are tensors of the processor apart from host memory. A copy fills its target with 0xFF (NaN in
+every floating type) when it is submitted. With the schedule "late" it lands when its event is waited for, and reads its source only
+then; with "early" as soon as what it waits for has landed. Work on `compute` runs when it is submitted.
+Invariant: with all waits in place both schedules give the bytes of a device that does everything at once, and no race is found.
+`without` names a wait that does nothing: `experiments.device_faults` checks that each is noticed.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from functools import partial
+from typing import Final, Literal
+
+import torch
+from torch import Tensor
+
+from attnstore.core.layout import PageLayout
+from attnstore_worker.device.base import Accesses, After, Copies, Event, Graph, Stream, Timer, Wait
+from attnstore_worker.device.host import HostGraph, HostTimer
+from attnstore_worker.device.pages import PagePool
+from attnstore_worker.device.races import HOST, Clock, Place, Races
+
+Schedule = Literal["early", "late"]
+_POISON: Final = 0xFF
+_POLLS_MAX: Final = 3
+"""Work that nobody waits for has ended after this many looks at its event: a device goes on by itself."""
+
+
+@dataclass(eq=False, slots=True)
+class _Work:
+    """Work in the order of its stream. `land` is None once it has landed."""
+
+    needs: list[_Event]
+    land: Callable[[], None] | None
+
+
+class _Event:
+    """See `Event`. It is done if the first `works` of its stream have landed."""
+
+    def __init__(self, stream: _Stream, works: int, clock: Clock) -> None:
+        self._stream = stream
+        self._works = works
+        self._clock = clock
+        self._polls = 0
+
+    def done(self) -> bool:
+        with self._stream.device.lock:
+            self._polls += 1
+            if self._polls > _POLLS_MAX:
+                self.land()
+            return self._stream.landed >= self._works
+
+    def wait(self, wait: Wait) -> None:
+        device = self._stream.device
+        with device.lock:
+            if wait is not device.without:
+                device.races.joins(HOST, self._clock)
+                self.land()
+
+    def land(self) -> None:
+        """Lands the work before the event."""
+        self._stream.land(self._works)
+
+    def orders(self, stream: str) -> None:
+        """Orders the next work of a stream after the event."""
+        self._stream.device.races.joins(stream, self._clock)
+
+
+class _Stream:
+    """See `Stream`."""
+
+    def __init__(self, device: SimulatedDevice, name: str) -> None:
+        self.device = device
+        self.name = name
+        self.landed = 0
+        self._works: list[_Work] = []
+        self._needs: list[_Event] = []
+
+    def record(self) -> Event:
+        with self.device.lock:
+            return self.event()
+
+    def event(self) -> _Event:
+        """Returns an event after all work so far."""
+        return _Event(self, len(self._works), self.device.races.clock(self.name))
+
+    def wait(self, event: Event, wait: Wait) -> None:
+        assert isinstance(event, _Event)
+        with self.device.lock:
+            if wait is not self.device.without:
+                event.orders(self.name)
+                if self.name == "compute":  # its work runs when it is submitted, so what it needs lands now
+                    event.land()
+                else:
+                    self._needs.append(event)
+
+    def submit(self, after: Iterable[After], land: Callable[[], None], access: Callable[[], None]) -> Event:
+        """Adds work that may land from now on, once `after` has. `access` tells the detector of what it reads and writes."""
+        races = self.device.races
+        races.joins(self.name, races.clock(HOST))
+        needs, self._needs = self._needs, []
+        for wait, event in after:
+            assert isinstance(event, _Event)
+            if wait is not self.device.without:
+                event.orders(self.name)
+                needs.append(event)
+        self._works.append(_Work(needs, land))
+        try:
+            access()
+        finally:
+            event = self.event()
+            if self.device.schedule == "early":
+                event.land()
+        return event
+
+    def land(self, works: int) -> None:
+        """Lands the first `works`, in order, each after what it needs."""
+        while self.landed < works:
+            work = self._works[self.landed]
+            self.landed += 1  # first: what it needs may need earlier work of this stream
+            for event in work.needs:
+                event.land()
+            land, work.land = work.land, None
+            assert land is not None
+            land()
+
+
+class _SimulatedCopies:
+    """See `Copies`."""
+
+    def __init__(self, device: SimulatedDevice, blocks: Tensor) -> None:
+        self._device = device
+        self._blocks = blocks
+
+    def up(
+        self,
+        host: Tensor,
+        slots: Sequence[int],
+        block_ids: Sequence[int],
+        *,
+        after: Iterable[After] = (),
+        layers: range | None = None,
+    ) -> Event:
+        part = slice(None) if layers is None else slice(layers.start, layers.stop)
+        sources = [host[slot, part] for slot in slots]
+        targets = [self._blocks[block_id, part] for block_id in block_ids]
+        source, target = self._device.places(host, slots, layers), self._device.places(self._blocks, block_ids, layers)
+        return self._device.copy(self._device.up, "copy up", sources, targets, after, source, target)
+
+    def down(self, block_ids: Sequence[int], host: Tensor, slots: Sequence[int], *, after: Iterable[After] = ()) -> Event:
+        sources = [self._blocks[block_id] for block_id in block_ids]
+        targets = [host[slot] for slot in slots]
+        source, target = self._device.places(self._blocks, block_ids), self._device.places(host, slots)
+        return self._device.copy(self._device.down, "copy down", sources, targets, after, source, target)
+
+
+class _Accesses:
+    """See `Accesses`."""
+
+    def __init__(self, device: SimulatedDevice) -> None:
+        self._device = device
+
+    def step(self, reads: Iterable[int], writes: Iterable[int], *, layers: range | None = None) -> None:
+        device, blocks = self._device, self._device.known_blocks
+        with device.lock:
+            device.races.joins("compute", device.races.clock(HOST))
+            device.races.accesses("compute", "a step reads", device.places(blocks, reads, layers), writes=False)
+            device.races.accesses("compute", "a step writes", device.places(blocks, writes, layers), writes=True)
+
+    def host(self, host: Tensor, slots: Iterable[int], *, writes: bool) -> None:
+        with self._device.lock:
+            site = "the host writes" if writes else "the host reads"
+            self._device.races.accesses(HOST, site, self._device.places(host, slots), writes=writes)
+
+
+class SimulatedDevice:
+    """See `Device`. `races.found` lists every race, also those whose exception was caught by others."""
+
+    name = "simulated"
+    description = "simulated device"
+    torch_device = torch.device("cpu")
+    addressable = False
+
+    def __init__(self, schedule: Schedule = "late", *, without: Wait | None = None, uses_triton: bool = False) -> None:
+        self.schedule = schedule
+        self.without = without
+        self.uses_triton = uses_triton
+        self.lock = threading.RLock()
+        self.races = Races()
+        self.up = _Stream(self, "up")
+        self.down = _Stream(self, "down")
+        self._compute = _Stream(self, "compute")
+        self.compute: Stream = self._compute
+        self.accesses: Accesses | None = _Accesses(self)
+        self.known_blocks = torch.empty(0)
+        self._pinned: set[int] = set()
+
+    def blocks(self, layout: PageLayout, capacity: int) -> Tensor:
+        """See `Device.blocks`. The last ones are those that steps access."""
+        self.known_blocks = PagePool(layout, capacity * layout.page_bytes).tensor
+        return self.known_blocks
+
+    def host_pages(self, layout: PageLayout, pool_bytes: int) -> PagePool:
+        """See `Device.host_pages`."""
+        return PagePool(layout, pool_bytes)
+
+    def register(self, host: Tensor) -> bool:
+        """See `Device.register`."""
+        del host
+        return True
+
+    def unregister(self, host: Tensor) -> None:
+        """See `Device.unregister`."""
+
+    def pinned(self, *shape: int, dtype: torch.dtype) -> Tensor:
+        """See `Device.pinned`."""
+        memory = torch.zeros(shape, dtype=dtype)
+        self._pinned.add(memory.data_ptr())
+        return memory
+
+    def transfer(self, source: Tensor, target: Tensor) -> Event:
+        """See `Device.transfer`. Memory of the device gets its bytes at once, because the work that uses it runs at once."""
+        with self.lock:
+            place, target_place = self._tensor(source), self._tensor(target)
+            event = self.copy(self._compute, "a transfer", [source], [target], (), place, target_place)
+            if target.data_ptr() not in self._pinned:
+                self._compute.event().land()
+            return event
+
+    def copies(self, blocks: Tensor) -> Copies:
+        """See `Device.copies`."""
+        return _SimulatedCopies(self, blocks)
+
+    def free_bytes(self) -> int | None:
+        """See `Device.free_bytes`."""
+        return None
+
+    def timer(self) -> Timer:
+        """See `Device.timer`."""
+        return HostTimer()
+
+    def submitting(self) -> AbstractContextManager[None]:
+        """See `Device.submitting`."""
+        return nullcontext()
+
+    def capture(self, work: Callable[[], None]) -> Graph:
+        """See `Device.capture`."""
+        return HostGraph(work)
+
+    def close(self) -> None:
+        """See `Device.close`."""
+        with self.lock:
+            for stream in (self.up, self.down, self._compute):
+                stream.event().land()
+
+    def copy(
+        self,
+        stream: _Stream,
+        name: str,
+        sources: Sequence[Tensor],
+        targets: Sequence[Tensor],
+        after: Iterable[After],
+        read: list[Place],
+        written: list[Place],
+    ) -> Event:
+        """Submits a copy: poisons its targets, and records its accesses."""
+        with self.lock:
+            for target in targets:
+                target.view(torch.uint8).fill_(_POISON)
+            return stream.submit(after, partial(_copy, sources, targets), partial(self._record, stream.name, name, read, written))
+
+    def places(self, memory: Tensor, indices: Iterable[int], layers: range | None = None) -> list[Place]:
+        """Returns the places of slots of host memory or of blocks; a small tensor is one place."""
+        if memory.data_ptr() in self._pinned:
+            return self._tensor(memory)
+        name = "block" if memory.data_ptr() == self.known_blocks.data_ptr() else f"slot of {memory.data_ptr():x}"
+        return [Place(name, index, layer) for index in indices for layer in layers or range(memory.shape[1])]
+
+    def _tensor(self, memory: Tensor) -> list[Place]:
+        return [Place(f"tensor {memory.data_ptr():x}", 0, 0)]
+
+    def _record(self, stream: str, name: str, read: list[Place], written: list[Place]) -> None:
+        self.races.accesses(stream, f"{name} reads", read, writes=False)
+        self.races.accesses(stream, f"{name} writes", written, writes=True)
+
+
+def _copy(sources: Sequence[Tensor], targets: Sequence[Tensor]) -> None:
+    for source, target in zip(sources, targets, strict=True):
+        target.copy_(source)
