@@ -126,9 +126,7 @@ def read(device: SimulatedDevice) -> None:
     assert tokens.tolist() == [1, 1]
 
 
-def step(
-    device: SimulatedDevice, reads: list[int] | None = None, writes: list[int] | None = None, layers: range | None = None
-) -> None:
+def step(device: SimulatedDevice, reads: Sequence[int] = (), writes: Sequence[int] = (), layers: range | None = None) -> None:
     assert device.accesses is not None
     device.accesses.step(reads, writes, layers=layers)
 
