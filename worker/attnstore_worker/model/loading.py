@@ -150,7 +150,8 @@ def ready_model(
 
 
 def _read_folder(folder: FolderSource, dtype: DType, device: Device | None) -> tuple[Any, Any]:
-    place = {} if device is None else {"device_map": {"": device.torch_device}}
+    # Without it, weights are mapped from their files, which a CPU reads in place.
+    place = {"device_map": {"": device.torch_device}} if device is not None and device.uses_triton else {}
     try:
         module = read_module(folder.path, dtype=TORCH_DTYPES[dtype], attn_implementation=ATTENTION_NAME, **place)
         tokenizer = transformers.AutoTokenizer.from_pretrained(str(folder.path), local_files_only=True, trust_remote_code=False)
