@@ -18,7 +18,8 @@ from attnstore.core.layout import DType
 from attnstore_worker.device.base import Device
 from attnstore_worker.dtypes import TORCH_DTYPES
 from attnstore_worker.model.attention import ATTENTION_NAME, register_attention
-from attnstore_worker.model.loading import LoadedModel, attention_on, ready_model, submitting
+from attnstore_worker.model.decoder import attention_on, submitting
+from attnstore_worker.model.loading import LoadedModel, ready_model
 
 _FILL_ELEMENTS: Final = 1 << 24
 """Weights made at once, which bounds the memory for it to 400 MB."""

@@ -1,18 +1,20 @@
 """The interface that runs a step of packed tokens through a model, whatever its modules are.
 
 Owns: the contract `Decoder`; `TransformersDecoder`, which runs any Llama-type model through transformers' modules; the choice
-between implementations. Invariant: each sequence attends to its own pages only, and its logits do not depend on its neighbours, up
-to rounding.
+between implementations, and of the attention beside them. Invariant: each sequence attends to its own pages only, and its logits do
+not depend on its neighbours, up to rounding.
 """
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Final, Protocol
 
 import torch
 from torch import Tensor
 from transformers import LlamaForCausalLM
 
+from attnstore.attention import AttentionBackend, create_attention
 from attnstore_worker.device.base import Device
 from attnstore_worker.model.attention import PagedStep
 from attnstore_worker.model.linear import pack_linears
@@ -72,6 +74,16 @@ def create_decoder(module: Any, device: Device | None = None) -> Decoder:
     from attnstore_worker.model.llama import LlamaDecoder, fits
 
     return LlamaDecoder(module) if fits(module) else TransformersDecoder(module)
+
+
+def submitting(device: Device | None) -> AbstractContextManager[None]:
+    """Returns `Device.submitting` of a device; None stands for the CPU."""
+    return nullcontext() if device is None else device.submitting()
+
+
+def attention_on(device: Device | None) -> AttentionBackend:
+    """Returns the attention of a device; None stands for the CPU. Raises `InvalidArgument` if a package of it is missing."""
+    return create_attention("triton" if device is not None and device.uses_triton else "cpu")
 
 
 def _is_plain_llama(module: Any) -> bool:

@@ -7,27 +7,25 @@ from __future__ import annotations
 
 import logging
 import sys
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-import torch
 import transformers
 
-from attnstore.attention import AttentionBackend, create_attention
+from attnstore.attention import AttentionBackend
 from attnstore.core.layout import DType, PageLayout
 from attnstore.errors import InvalidArgument
 from attnstore_worker.cache.attending.contexts import QueryShape
 from attnstore_worker.device.base import Device
 from attnstore_worker.dtypes import TORCH_DTYPES
-from attnstore_worker.errors import ModelUnavailable
+from attnstore_worker.errors import DeviceLost, ModelUnavailable, OutOfDeviceMemory
 from attnstore_worker.fingerprint import config_fields, fingerprint
 from attnstore_worker.model.attention import ATTENTION_NAME, register_attention
 from attnstore_worker.model.checkpoint import read_module
 from attnstore_worker.model.context import context_tokens_max
 from attnstore_worker.model.conversion import cache_dir, converted_model
-from attnstore_worker.model.decoder import Decoder, create_decoder
+from attnstore_worker.model.decoder import Decoder, attention_on, create_decoder, submitting
 from attnstore_worker.model.self_test import AttentionKind, SelfTest
 from attnstore_worker.model_source import FolderSource, GgufSource, find_model, weights_digest
 
@@ -102,16 +100,6 @@ def load_model(
         )
 
 
-def submitting(device: Device | None) -> AbstractContextManager[None]:
-    """Returns `Device.submitting` of a device; None stands for the CPU."""
-    return nullcontext() if device is None else device.submitting()
-
-
-def attention_on(device: Device | None) -> AttentionBackend:
-    """Returns the attention of a device; None stands for the CPU. Raises `InvalidArgument` if a package of it is missing."""
-    return create_attention("triton" if device is not None and device.uses_triton else "cpu")
-
-
 def ready_model(
     module: Any,
     tokenizer: Any,
@@ -133,7 +121,7 @@ def ready_model(
     context_tokens = context_tokens_max(module.config)
     if context_tokens < module.config.max_position_embeddings:
         _logger.warning("%s: prompts are limited to %d tokens, where its long RoPE factors begin", origin, context_tokens)
-    test = SelfTest(module, layout, context_tokens, f"{origin}: {type(module).__name__}", attention)
+    test = SelfTest(module, layout, context_tokens, f"{origin}: {type(module).__name__}", attention, device)
     decoder = create_decoder(module, device)
     attention_kinds = test.run(decoder)
     return LoadedModel(
@@ -153,9 +141,10 @@ def _read_folder(folder: FolderSource, dtype: DType, device: Device | None) -> t
     # Without it, weights are mapped from their files, which a CPU reads in place.
     place = {"device_map": {"": device.torch_device}} if device is not None and device.uses_triton else {}
     try:
-        module = read_module(folder.path, dtype=TORCH_DTYPES[dtype], attn_implementation=ATTENTION_NAME, **place)
+        with submitting(device):
+            module = read_module(folder.path, dtype=TORCH_DTYPES[dtype], attn_implementation=ATTENTION_NAME, **place)
         tokenizer = transformers.AutoTokenizer.from_pretrained(str(folder.path), local_files_only=True, trust_remote_code=False)
-    except (ImportError, ModelUnavailable, torch.OutOfMemoryError):
+    except (ImportError, ModelUnavailable, OutOfDeviceMemory, DeviceLost):
         raise
     except Exception as error:  # damaged files raise whatever their parser runs into
         told = " ".join(str(error).split())

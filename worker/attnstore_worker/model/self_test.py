@@ -23,10 +23,11 @@ from transformers import AttentionInterface, AttentionMaskInterface
 
 from attnstore.attention import AttentionBackend
 from attnstore.core.layout import PageLayout
+from attnstore_worker.device.base import Device
 from attnstore_worker.dtypes import TORCH_DTYPES
-from attnstore_worker.errors import ModelUnavailable
+from attnstore_worker.errors import DeviceLost, ModelUnavailable, OutOfDeviceMemory
 from attnstore_worker.model.attention import ATTENTION_NAME, PagedStep, at_once, paged_attention_forward
-from attnstore_worker.model.decoder import Decoder
+from attnstore_worker.model.decoder import Decoder, submitting
 
 
 class Tolerance(NamedTuple):
@@ -110,15 +111,17 @@ class _WatchedStep(PagedStep):
 
 
 class SelfTest:
-    """Tests a module that no decoder has taken over yet, for pages of `layout` and prompts of up to `context_tokens`, on the device
-    where the module is, with the backend `attention`. `name` is the model's name in messages.
+    """Tests a module on `device` that no decoder has taken over yet, for pages of `layout` and prompts of up to `context_tokens`,
+    with the backend `attention`. `name` is the model's name in messages.
 
     Raises `ModelUnavailable` if the module cannot compute by itself.
     """
 
-    def __init__(self, module: Any, layout: PageLayout, context_tokens: int, name: str, attention: AttentionBackend) -> None:
+    def __init__(
+        self, module: Any, layout: PageLayout, context_tokens: int, name: str, attention: AttentionBackend, device: Device | None
+    ) -> None:
         self._module, self._layout, self._name = module, layout, name
-        self._attention, self._place = attention, module.device
+        self._attention, self._device, self._place = attention, device, module.device
         if counting := [name for name in _COUNTING_FIELDS if getattr(module.config, name, None)]:
             raise ModelUnavailable(f"{self._name} has {', '.join(counting)}, which is not implemented")
         # First more rows than the kernel for few rows takes, then few rows, then single ones.
@@ -197,8 +200,9 @@ class SelfTest:
     @contextmanager
     def _refusing(self, why: str) -> Iterator[None]:
         try:
-            yield
-        except torch.OutOfMemoryError:
+            with submitting(self._device):
+                yield
+        except (OutOfDeviceMemory, DeviceLost):
             raise
         except ModelUnavailable as error:
             raise ModelUnavailable(f"{self._name} {why}: {error}") from error
