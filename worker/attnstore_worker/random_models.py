@@ -16,9 +16,10 @@ from torch import Tensor, nn
 
 from attnstore.core.layout import DType
 from attnstore_worker.device.base import Device
+from attnstore_worker.device.host import HostDevice
 from attnstore_worker.dtypes import TORCH_DTYPES
 from attnstore_worker.model.attention import ATTENTION_NAME, register_attention
-from attnstore_worker.model.decoder import attention_on, submitting
+from attnstore_worker.model.decoder import attention_on
 from attnstore_worker.model.loading import LoadedModel, ready_model
 
 _FILL_ELEMENTS: Final = 1 << 24
@@ -55,11 +56,11 @@ LLAMA_3_8B: Final = LlamaShape("llama-3-8b", 32, 4096, 14336, 32, 8, 128, 128256
 def random_model(shape: LlamaShape, dtype: DType, device: Device | None = None, seed: int = 0) -> LoadedModel:
     """Returns a model that has passed its self-test. Its tokenizer has one token for each byte; the other tokens are numbers.
 
-    The weights are on `device`; None stands for the CPU. Raises `ModelUnavailable` if the self-test fails, and `OutOfDeviceMemory`.
+    The weights are on `device` (default: the processor). Raises `ModelUnavailable` if the self-test fails, and `OutOfDeviceMemory`.
     """
-    place = torch.device("cpu") if device is None else device.torch_device
-    with submitting(device):
-        module = empty_llama(shape, TORCH_DTYPES[dtype], place)
+    device = device or HostDevice()
+    with device.submitting():
+        module = empty_llama(shape, TORCH_DTYPES[dtype], device.torch_device)
         for number, (name, parameter) in enumerate(module.named_parameters()):
             fill_random(parameter.data, *_spread(shape, name), seed=seed, number=number)
         name = f"random-{shape.name}-{seed}"

@@ -1,20 +1,17 @@
-"""What a model asks of a device: which torch device, and whether Triton runs on it."""
+"""A device on which Triton runs, as far as a model uses it."""
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
-
 import torch
 
+from attnstore_worker.device.host import HostDevice
 
-@dataclass(frozen=True)
-class TritonDevice:
-    """A device with Triton; the processor is one if kernels are interpreted."""
 
-    torch_device: torch.device
-    uses_triton: bool = True
+class TritonDevice(HostDevice):
+    """The processor, if kernels are interpreted, or a torch device whose default stream is used."""
 
-    def submitting(self) -> AbstractContextManager[None]:
-        """The device and its default stream are current anyway."""
-        return nullcontext()
+    uses_triton = True
+
+    def __init__(self, torch_device: torch.device) -> None:
+        super().__init__()
+        self.torch_device = torch_device

@@ -8,13 +8,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import cast
 
 import pytest
 import torch
 import transformers
 
-from attnstore_worker.device.base import Device
+from attnstore_worker.device.host import HostDevice
 from attnstore_worker.errors import OutOfDeviceMemory
 from attnstore_worker.model import load_model
 from tests.attention.test_triton import run
@@ -40,11 +39,8 @@ def test_a_worker_on_a_device_needs_no_numba(tiny_folder: Path) -> None:
     assert len(done.stdout.split()) == 3
 
 
-class SmallDevice:
+class SmallDevice(HostDevice):
     """A device whose memory does not suffice for a step, as torch notices it."""
-
-    torch_device = torch.device("cpu")
-    uses_triton = False
 
     @contextmanager
     def submitting(self) -> Iterator[None]:
@@ -60,4 +56,4 @@ def test_a_model_too_large_for_its_device_is_no_unsupported_model(tiny_folder: P
 
     monkeypatch.setattr(transformers.LlamaForCausalLM, "forward", forward)
     with pytest.raises(OutOfDeviceMemory, match="2 GiB"):
-        load_model(tiny_folder, device=cast(Device, SmallDevice()))
+        load_model(tiny_folder, device=SmallDevice())

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from attnstore.attention import create_attention, merge
 from attnstore_worker.cache.attending.step import RemoteStep
+from attnstore_worker.device.host import HostDevice
 from attnstore_worker.model.attention import PagedStep, at_once
 from attnstore_worker.model.decoder import TransformersDecoder, create_decoder
 from tests.attention.cases import paged
@@ -98,4 +99,4 @@ def module_of(kind: str) -> Any:
 
 @pytest.mark.parametrize("kind", ["Gemma2", "GptOss"])
 def test_the_decoder_for_plain_llamas_takes_no_model_with_caps_or_sinks(kind: str) -> None:
-    assert isinstance(create_decoder(module_of(kind)), TransformersDecoder)
+    assert isinstance(create_decoder(module_of(kind), HostDevice()), TransformersDecoder)

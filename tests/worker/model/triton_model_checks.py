@@ -9,7 +9,7 @@ import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any
 
 import pytest
 import torch
@@ -20,7 +20,6 @@ from torch.nn import functional
 
 from attnstore.attention import AttentionBackend, create_attention, merge
 from attnstore.core.layout import DType
-from attnstore_worker.device.base import Device
 from attnstore_worker.dtypes import TORCH_DTYPES
 from attnstore_worker.errors import ModelUnavailable
 from attnstore_worker.model import LoadedModel, load_model
@@ -104,7 +103,7 @@ def test_queries_are_rotated_and_keys_and_values_stored(dtype: torch.dtype, q_he
 @pytest.fixture(scope="module")
 def on_device(tiny_folder: Path) -> LoadedModel:
     """The tiny model, which has passed its self-test on the device."""
-    return load_model(tiny_folder, DType.FP32, device=cast(Device, TritonDevice(PLACE)))
+    return load_model(tiny_folder, DType.FP32, device=TritonDevice(PLACE))
 
 
 BATCHES: dict[str, Spans] = {
@@ -246,7 +245,7 @@ def self_test(kind: str, dtype: DType, **fields: Any) -> Decoder:
         dtype=dtype,
         weights=kind,
         attention=create_attention("triton"),
-        device=cast(Device, TritonDevice(PLACE)),
+        device=TritonDevice(PLACE),
     )
     return model.decoder
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib
 import sys
 from pathlib import Path
-from typing import cast
 
 PACKAGES = ("numba", "llvmlite")
 IMPORTED = ("attnstore_worker.cache", "attnstore_worker.device", "attnstore_worker.serve", "attnstore_worker.cli")
@@ -19,12 +18,11 @@ def main(folder: Path) -> None:
     import torch
 
     from attnstore.attention import create_attention
-    from attnstore_worker.device.base import Device
     from attnstore_worker.engine import Engine, EngineOptions, SamplingParams
     from attnstore_worker.model import load_model
     from tests.worker.model.devices import TritonDevice
 
-    model = load_model(folder, device=cast(Device, TritonDevice(torch.device("cpu"))))
+    model = load_model(folder, device=TritonDevice(torch.device("cpu")))
     with Engine(model, EngineOptions(pool_bytes=1 << 20), attention=create_attention("triton")) as engine:
         print(*engine.generate([5, 6, 7], SamplingParams(max_tokens=3)).generated)
 

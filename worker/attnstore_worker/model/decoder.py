@@ -7,7 +7,6 @@ not depend on its neighbours, up to rounding.
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Final, Protocol
 
 import torch
@@ -59,15 +58,14 @@ class TransformersDecoder:
             return logits.float()
 
 
-def create_decoder(module: Any, device: Device | None = None) -> Decoder:
-    """Returns the fastest decoder that computes the same as transformers' `module`, which it takes over.
-
-    The module's weights are on `device`; None stands for the CPU.
+def create_decoder(module: Any, device: Device) -> Decoder:
+    """Returns the fastest decoder that computes the same as transformers' `module`, which it takes over, on `device`, where the
+    module's weights are.
     """
     if not _is_plain_llama(module):
         return TransformersDecoder(module)
     # The decoders are imported when they are created: one needs Triton, the other numba.
-    if device is not None and device.uses_triton:
+    if device.uses_triton:
         from attnstore_worker.model.llama_device import DeviceLlamaDecoder
 
         return DeviceLlamaDecoder(module)
@@ -76,14 +74,9 @@ def create_decoder(module: Any, device: Device | None = None) -> Decoder:
     return LlamaDecoder(module) if fits(module) else TransformersDecoder(module)
 
 
-def submitting(device: Device | None) -> AbstractContextManager[None]:
-    """Returns `Device.submitting` of a device; None stands for the CPU."""
-    return nullcontext() if device is None else device.submitting()
-
-
-def attention_on(device: Device | None) -> AttentionBackend:
-    """Returns the attention of a device; None stands for the CPU. Raises `InvalidArgument` if a package of it is missing."""
-    return create_attention("triton" if device is not None and device.uses_triton else "cpu")
+def attention_on(device: Device) -> AttentionBackend:
+    """Returns the attention of a device. Raises `InvalidArgument` if a package of it is missing."""
+    return create_attention("triton" if device.uses_triton else "cpu")
 
 
 def _is_plain_llama(module: Any) -> bool:

@@ -18,6 +18,7 @@ from attnstore.core.layout import DType, PageLayout
 from attnstore.errors import InvalidArgument
 from attnstore_worker.cache.attending.contexts import QueryShape
 from attnstore_worker.device.base import Device
+from attnstore_worker.device.host import HostDevice
 from attnstore_worker.dtypes import TORCH_DTYPES
 from attnstore_worker.errors import DeviceLost, ModelUnavailable, OutOfDeviceMemory
 from attnstore_worker.fingerprint import config_fields, fingerprint
@@ -25,7 +26,7 @@ from attnstore_worker.model.attention import ATTENTION_NAME, register_attention
 from attnstore_worker.model.checkpoint import read_module
 from attnstore_worker.model.context import context_tokens_max
 from attnstore_worker.model.conversion import cache_dir, converted_model
-from attnstore_worker.model.decoder import Decoder, attention_on, create_decoder, submitting
+from attnstore_worker.model.decoder import Decoder, attention_on, create_decoder
 from attnstore_worker.model.self_test import AttentionKind, SelfTest
 from attnstore_worker.model_source import FolderSource, GgufSource, find_model, weights_digest
 
@@ -74,19 +75,21 @@ def load_model(
 ) -> LoadedModel:
     """Loads the model at `path` (see `find_model`) with weights and KV in `dtype`; converted copies are stored in `cache`.
 
-    The weights are read into the memory of `device` one after the other, so host memory holds only a few of them; None stands for
-    the CPU. Raises `ModelUnavailable` for missing, damaged or unsupported files, `OutOfDeviceMemory` for a model that is too large.
+    The weights are read into the memory of `device` (default: the processor) one after the other, so that host memory holds only a
+    few of them. Raises `ModelUnavailable` for missing, damaged or unsupported files, `OutOfDeviceMemory` for a model that is too
+    large.
     """
     if dtype not in TORCH_DTYPES:
         raise ModelUnavailable(f"a model cannot run in dtype {dtype.value}; choose {', '.join(d.value for d in TORCH_DTYPES)}")
     if not sys.stderr.isatty():
         transformers.utils.logging.disable_progress_bar()
     register_attention()
+    device = device or HostDevice()
     attention = attention_on(device)  # first, because its packages may be missing, and reading weights takes long
     source = find_model(path)
     digest = weights_digest(source)
     folder = converted_model(source, digest, cache or cache_dir()) if isinstance(source, GgufSource) else source
-    with submitting(device):
+    with device.submitting():
         module, tokenizer = _read_folder(folder, dtype, device)
         return ready_model(
             module,
@@ -109,7 +112,7 @@ def ready_model(
     dtype: DType,
     weights: str,
     attention: AttentionBackend,
-    device: Device | None,
+    device: Device,
 ) -> LoadedModel:
     """Returns a model after its self-test. module: transformers' causal language model on `device`, with the attention
     `ATTENTION_NAME`, which the model takes over. The calling thread is submitting to the device.
@@ -137,11 +140,11 @@ def ready_model(
     )
 
 
-def _read_folder(folder: FolderSource, dtype: DType, device: Device | None) -> tuple[Any, Any]:
+def _read_folder(folder: FolderSource, dtype: DType, device: Device) -> tuple[Any, Any]:
     # Without it, weights are mapped from their files, which a CPU reads in place.
-    place = {"device_map": {"": device.torch_device}} if device is not None and device.uses_triton else {}
+    place = {"device_map": {"": device.torch_device}} if device.uses_triton else {}
     try:
-        with submitting(device):
+        with device.submitting():
             module = read_module(folder.path, dtype=TORCH_DTYPES[dtype], attn_implementation=ATTENTION_NAME, **place)
         tokenizer = transformers.AutoTokenizer.from_pretrained(str(folder.path), local_files_only=True, trust_remote_code=False)
     except (ImportError, ModelUnavailable, OutOfDeviceMemory, DeviceLost):

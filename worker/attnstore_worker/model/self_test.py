@@ -27,7 +27,7 @@ from attnstore_worker.device.base import Device
 from attnstore_worker.dtypes import TORCH_DTYPES
 from attnstore_worker.errors import DeviceLost, ModelUnavailable, OutOfDeviceMemory
 from attnstore_worker.model.attention import ATTENTION_NAME, PagedStep, at_once, paged_attention_forward
-from attnstore_worker.model.decoder import Decoder, submitting
+from attnstore_worker.model.decoder import Decoder
 
 
 class Tolerance(NamedTuple):
@@ -118,7 +118,7 @@ class SelfTest:
     """
 
     def __init__(
-        self, module: Any, layout: PageLayout, context_tokens: int, name: str, attention: AttentionBackend, device: Device | None
+        self, module: Any, layout: PageLayout, context_tokens: int, name: str, attention: AttentionBackend, device: Device
     ) -> None:
         self._module, self._layout, self._name = module, layout, name
         self._attention, self._device, self._place = attention, device, module.device
@@ -200,7 +200,7 @@ class SelfTest:
     @contextmanager
     def _refusing(self, why: str) -> Iterator[None]:
         try:
-            with submitting(self._device):
+            with self._device.submitting():
                 yield
         except (OutOfDeviceMemory, DeviceLost):
             raise
