@@ -62,11 +62,16 @@ COPY = {
 
 
 def compiled(target: str, kernel: Any, types: dict[str, str], constants: dict[str, Any], **options: int) -> dict[str, Any]:
-    """Compiles one kernel and reports its name, threads, shared memory in bytes, registers per thread and spilled registers."""
+    """Compiles one kernel for these types, with pointers and strides that are aligned. Returns its `resources`."""
     signature = {**types, **dict.fromkeys(constants, "constexpr")}
     aligned = [name for name, kind in types.items() if kind.startswith("*") or kind == "i64" or name == "layer_at"]
     attributes = {(kernel.arg_names.index(name),): ALIGNED for name in aligned}
     source = ASTSource(kernel, signature, constexprs=constants, attrs=attributes)
+    return resources(target, source, **options) | {"constants": {name: str(value) for name, value in constants.items()}}
+
+
+def resources(target: str, source: ASTSource, **options: int) -> dict[str, Any]:
+    """Compiles one kernel and reports its name, threads, shared memory in bytes, registers per thread and spilled registers."""
     binary = triton.compile(source, target=TARGETS[target], options=options)
     if "cubin" in binary.asm:
         registers, spilled = _cubin_registers(binary.asm["cubin"])
@@ -76,8 +81,7 @@ def compiled(target: str, kernel: Any, types: dict[str, str], constants: dict[st
             for name in ("vgpr_count", "vgpr_spill_count")
         )
     return {
-        "kernel": kernel.__name__,
-        "constants": {name: str(value) for name, value in constants.items()},
+        "kernel": source.name,
         "threads": binary.metadata.num_warps * TARGETS[target].warp_size,
         "shared_bytes": binary.metadata.shared,
         "registers": registers,

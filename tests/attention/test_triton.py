@@ -11,6 +11,7 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -47,6 +48,13 @@ def test_compiled_kernels_agree_with_the_reference() -> None:
     assert done.returncode == 0, done.stdout
 
 
+def assert_fits(target: str, report: dict[str, Any]) -> None:
+    """report: as from `compile_target.resources`."""
+    assert report["shared_bytes"] <= SHARED_BYTES_MAX[target], report
+    assert 0 < report["registers"] <= REGISTERS_MAX[target], report
+    assert report["registers"] * report["threads"] <= REGISTER_FILE[target], report
+
+
 @pytest.fixture(scope="module")
 def compiled(tmp_path_factory: pytest.TempPathFactory) -> dict[str, subprocess.CompletedProcess[str]]:
     """Returns what the compilation for each target reported. A compiler uses one core, so as many run at once."""
@@ -69,7 +77,5 @@ def test_every_kernel_compiles_for_the_target_and_fits_it(
     reports = [json.loads(line) for line in done.stdout.splitlines()]
     assert {report["kernel"] for report in reports} == {"attend", "merge_splits", "copy_pages"}
     for report in reports:
-        assert report["shared_bytes"] <= SHARED_BYTES_MAX[target], report
-        assert 0 < report["registers"] <= REGISTERS_MAX[target], report
-        assert report["registers"] * report["threads"] <= REGISTER_FILE[target], report
+        assert_fits(target, report)
         assert report["spilled"] <= SPILLED_MAX[target], report

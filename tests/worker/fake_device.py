@@ -1,12 +1,12 @@
-"""A CUDA device without a GPU: tensors without contents, on which every read by the host raises, and kernels that are only checked.
+"""A CUDA device without a GPU: tensors without contents, on which every read by the host raises, and launches that compile nothing.
 
 `fake_cuda` is for code that a CUDA graph captures. torch computes the shapes of results as it would on the device; a shape or a
-branch that depends on contents raises, as does every copy to the host.
+branch that depends on contents raises, as does every copy to the host. Triton binds the arguments of a launch as it would for an
+sm_90 device, and says what it would compile for them.
 """
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -18,6 +18,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
 from triton.runtime.autotuner import Autotuner
 from triton.runtime.jit import JITFunction
 
@@ -30,11 +32,23 @@ class HostRead(AssertionError):
 
 
 class Launch(NamedTuple):
-    """A launch of a kernel, whose arguments have passed the checks."""
+    """A launch of a kernel: what Triton compiles for its arguments, unless it has compiled the same before."""
 
-    kernel: str
-    grid: tuple[int, ...]
-    arguments: dict[str, Any]
+    kernel: Any
+    signature: dict[str, str]
+    constants: dict[tuple[int, ...], Any]
+    attributes: dict[tuple[int, ...], Any]
+    options: dict[str, Any]
+
+    @property
+    def name(self) -> str:
+        """The kernel's name."""
+        return str(self.kernel.__name__)
+
+    @property
+    def compiled(self) -> str:
+        """Equal for launches that share one compilation."""
+        return repr((self.name, *self[1:]))
 
 
 class _NoCopyToHost(TorchDispatchMode):
@@ -86,40 +100,59 @@ def _indexed(tensor: Tensor, key: Any) -> Tensor:
     return tensor
 
 
+class _Pointer:
+    """A tensor as Triton sees it: its type, and how far it is from an aligned address."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.dtype = tensor.dtype
+        self._offset_bytes = int(tensor.storage_offset()) * tensor.element_size()
+
+    def data_ptr(self) -> int:
+        return self._offset_bytes
+
+
+class _Driver:
+    """Triton's driver of a device that nothing is loaded on."""
+
+    def get_current_device(self) -> str:
+        return "fake"
+
+    def get_current_stream(self, device: str) -> int:
+        del device
+        return 0
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", 90, 32)
+
+
 @contextmanager
 def fake_cuda() -> Iterator[list[Launch]]:
     """Yields the launches so far. Tensors that are made inside have no contents."""
     launches: list[Launch] = []
+    bind = JITFunction.run
 
     def run(kernel: Any, *given: Any, grid: Any, warmup: bool, **named: Any) -> None:
-        del warmup
-        launches.append(_checked(kernel, grid, given, named))
+        for each in (*given, *named.values()):
+            assert not isinstance(each, Tensor) or each.device == CUDA, f"{kernel.__name__} is given a tensor on {each.device}"
+        pointers = [_Pointer(each) if isinstance(each, Tensor) else each for each in given]
+        bind(kernel, *pointers, grid=grid, warmup=warmup, **named)
+
+    def compile_nothing(
+        kernel: Any, key: str, signature: Any, device: str, constants: Any, options: Any, attributes: Any, warmup: bool
+    ) -> None:
+        del key, device, warmup
+        launches.append(Launch(kernel, signature, constants, attributes, dict(options.__dict__)))
+
+    def run_first(tuned: Any, *given: Any, **named: Any) -> None:
+        tuned.fn.run(*given, **named, **tuned.configs[0].all_kwargs())
 
     with (
         FakeTensorMode(),
         _NoCopyToHost(),
         _WithoutGuard(),
+        patch.object(driver, "_active", _Driver()),
         patch.object(JITFunction, "run", run),
-        patch.object(Autotuner, "run", run),
+        patch.object(JITFunction, "_do_compile", compile_nothing),
+        patch.object(Autotuner, "run", run_first),
     ):
         yield launches
-
-
-def _checked(kernel: Any, grid: Any, given: tuple[Any, ...], named: dict[str, Any]) -> Launch:
-    """Raises `TypeError` for arguments that the kernel does not have, `AssertionError` for those it cannot read."""
-    function = kernel
-    while not inspect.isfunction(function):
-        function = function.fn
-    parameters = inspect.signature(function).parameters
-    tuned = set(kernel.configs[0].all_kwargs()) if isinstance(kernel, Autotuner) else set()
-    arguments = inspect.signature(function).bind_partial(*given, **{k: v for k, v in named.items() if k in parameters}).arguments
-    assert parameters.keys() - arguments.keys() <= tuned, f"{function.__name__} is launched without an argument"
-    assert named.keys() - parameters.keys() <= {"num_warps", "num_stages"}
-    for name, value in arguments.items():
-        if isinstance(value, Tensor):
-            assert value.device == CUDA, f"{function.__name__} is given {name} on {value.device}"
-        else:
-            assert value is None or type(value) in (int, float, bool) or name.isupper(), f"{name} is {value!r}"
-    places = grid(arguments) if callable(grid) else grid
-    assert all(type(place) is int and place >= 0 for place in places), places
-    return Launch(function.__name__, tuple(places), dict(arguments))

@@ -34,7 +34,7 @@ def test_a_step_reads_nothing_back_from_the_device(spans: Spans, padding: int) -
         logits = asked.logits(decoder)
         rows = sum(end - begin for begin, end in spans)
         assert (logits.shape, logits.dtype, logits.device) == ((rows, SHAPE.vocabulary), torch.float32, CUDA)
-    counted = Counter(launch.kernel for launch in launches)
+    counted = Counter(launch.name for launch in launches)
     assert counted.pop("attend") == SHAPE.layers
     counted.pop("merge_splits", None)
     assert counted == {"normalize_rows": 2 * SHAPE.layers + 1, "rotate_and_put": SHAPE.layers, "gate_rows": SHAPE.layers}
@@ -61,7 +61,7 @@ def test_a_read_by_the_host_is_noticed(read: Callable[[Tensor], Any]) -> None:
 
 
 def test_an_argument_on_the_host_is_noticed() -> None:
-    with fake_cuda(), pytest.raises(AssertionError, match="gate_up on cpu"):
+    with fake_cuda(), pytest.raises(AssertionError, match="gate_rows is given a tensor on cpu"):
         gated(torch.zeros(2, 64))
 
 
