@@ -8,8 +8,8 @@ change of the health status needs.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterable, AsyncIterator, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import AsyncIterable, AsyncIterator, Sequence
+from contextlib import asynccontextmanager, suppress
 from typing import Any
 
 import grpc
@@ -18,6 +18,7 @@ from grpc_reflection.v1alpha import reflection, reflection_pb2_grpc
 
 from attnstore.limits import OPEN_STREAMS_MAX, OPEN_WRITE_MS_MAX
 
+_TOO_MANY = f"a newer stream took the place of this one: at most {OPEN_STREAMS_MAX} streams of health and reflection run"
 _LibraryReflection: Any = reflection.aio.ReflectionServicer  # its stubs take the generator for a coroutine
 
 
@@ -48,9 +49,11 @@ class _Streams:
     def __init__(self) -> None:
         self._running: dict[asyncio.Task[Any] | None, None] = {}  # the oldest first
 
-    @contextmanager
-    def place(self) -> Iterator[None]:
-        """Gives the running call a place for the duration of the block."""
+    @asynccontextmanager
+    async def place(self, context: Any) -> AsyncIterator[None]:
+        """Gives the running call a place for the duration of the block. A call that loses its place to a newer one ends with
+        RESOURCE_EXHAUSTED.
+        """
         if len(self._running) >= OPEN_STREAMS_MAX:
             oldest = next(iter(self._running))
             del self._running[oldest]
@@ -60,6 +63,13 @@ class _Streams:
         self._running[task] = None
         try:
             yield
+        except asyncio.CancelledError:
+            if task not in self._running:
+                # gRPC sends no status for a cancelled call: its peer would go on waiting.
+                with suppress(TimeoutError):
+                    async with asyncio.timeout(OPEN_WRITE_MS_MAX / 1000):
+                        await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, _TOO_MANY)
+            raise
         finally:
             self._running.pop(task, None)
 
@@ -70,7 +80,7 @@ class _Health(health.aio.HealthServicer):
         self._streams = streams
 
     async def Watch(self, request: Any, context: Any) -> None:
-        with self._streams.place():
+        async with self._streams.place(context):
             writer: Any = _Writer(context)
             await super().Watch(request, writer)
 
@@ -92,6 +102,6 @@ class _Reflection(_LibraryReflection):  # type: ignore[misc]
         self._streams = streams
 
     async def ServerReflectionInfo(self, requests: AsyncIterable[Any], context: Any) -> AsyncIterator[Any]:
-        with self._streams.place():
+        async with self._streams.place(context):
             async for answer in super().ServerReflectionInfo(requests, context):
                 yield answer

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import queue
 import socket
 import sys
 import urllib.request
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import grpc
 import pytest
@@ -22,6 +24,7 @@ from tests.integration.shm_peer import open_channel as open_shm
 from tests.samples import eventually, make_batch
 
 SILENT = 1_100
+_STREAM_S_MAX = 60.0
 ARENA_DESCRIPTORS = 16
 DESCRIPTORS = DESCRIPTORS_BESIDE_ARENA_MIN + ARENA_DESCRIPTORS
 
@@ -114,14 +117,25 @@ def test_silent_connections_stop_nothing(small_node: Node, where: str) -> None:
 def test_services_that_ask_for_no_token_hold_few_streams_and_the_oldest_gives_way(small_node: Node) -> None:
     with grpc.insecure_channel(small_node.process.address) as channel:
         health = health_pb2_grpc.HealthStub(channel)
-        watches = [health.Watch(health_pb2.HealthCheckRequest(), timeout=60) for _ in range(OPEN_STREAMS_MAX)]
-        assert [next(watch).status for watch in watches] == [health_pb2.HealthCheckResponse.SERVING] * OPEN_STREAMS_MAX
+
+        def watch() -> Any:
+            """Returns a stream that has begun, so that the next one is newer."""
+            stream = health.Watch(health_pb2.HealthCheckRequest(), timeout=_STREAM_S_MAX)
+            assert next(stream).status == health_pb2.HealthCheckResponse.SERVING
+            return stream
+
+        watches = [watch() for _ in range(OPEN_STREAMS_MAX)]
+        questions: queue.SimpleQueue[reflection_pb2.ServerReflectionRequest | None] = queue.SimpleQueue()
+        questions.put(reflection_pb2.ServerReflectionRequest(list_services=""))
         reflection = reflection_pb2_grpc.ServerReflectionStub(channel)  # type: ignore[no-untyped-call]
-        question = reflection_pb2.ServerReflectionRequest(list_services="")
-        answer = next(reflection.ServerReflectionInfo(iter([question]), timeout=60))
-        assert "attnstore.v1.AttentionStore" in [service.name for service in answer.list_services_response.service]
-        with pytest.raises(grpc.RpcError):
+        answers = reflection.ServerReflectionInfo(iter(questions.get, None), timeout=_STREAM_S_MAX)
+        assert "attnstore.v1.AttentionStore" in [service.name for service in next(answers).list_services_response.service]
+        with pytest.raises(grpc.RpcError, match="RESOURCE_EXHAUSTED"):
             next(watches[0])
+        watches += [watch() for _ in range(OPEN_STREAMS_MAX)]
+        with pytest.raises(grpc.RpcError, match="RESOURCE_EXHAUSTED"):
+            next(answers)
+        questions.put(None)
         assert health.Check(health_pb2.HealthCheckRequest(), timeout=5).status == health_pb2.HealthCheckResponse.SERVING
 
 
