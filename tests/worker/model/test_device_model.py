@@ -21,6 +21,7 @@ from tests.attention.test_triton import run
 CHECKS = "tests/worker/model/triton_model_checks.py"
 
 
+@pytest.mark.slow
 def test_the_interpreted_model_agrees_with_the_cpus() -> None:
     done = run(["pytest", "-q", CHECKS], TRITON_INTERPRET="1")
     assert done.returncode == 0, done.stdout
