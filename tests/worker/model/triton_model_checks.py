@@ -147,6 +147,24 @@ def test_logits_are_those_of_the_cpus_decoder(tiny: LoadedModel, on_device: Load
     assert_same(pages.asked(backend, spans, padding=padding).logits(on_device.decoder), expected_logits(tiny, spans))
 
 
+def test_weights_are_held_once_and_the_module_still_runs_by_itself(on_device: LoadedModel) -> None:
+    module = on_device.module
+    for layer in module.model.layers:
+        attention, mlp = layer.self_attn, layer.mlp
+        for parts in ([attention.q_proj, attention.k_proj, attention.v_proj], [mlp.gate_proj, mlp.up_proj]):
+            [together] = {part.weight.untyped_storage().data_ptr() for part in parts}
+            assert together == parts[0].weight.data_ptr()
+            assert parts[0].weight.untyped_storage().nbytes() == sum(part.weight.nbytes for part in parts)
+    asked = pages_of(on_device, [(0, 9)], PLACE).asked(create_attention("triton"), [(0, 9)])
+    module.set_attn_implementation("eager")
+    try:
+        with torch.inference_mode():
+            expected = module(asked.token_ids[None], use_cache=False).logits[0]
+    finally:
+        module.set_attn_implementation(ATTENTION_NAME)
+    assert_same(asked.logits(on_device.decoder), expected.cpu())
+
+
 def test_only_the_wanted_rows_have_logits(on_device: LoadedModel) -> None:
     spans: Spans = [(0, 3), (0, 5)]
     asked = pages_of(on_device, spans, PLACE).asked(create_attention("triton"), spans)
