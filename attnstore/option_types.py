@@ -25,7 +25,7 @@ from attnstore.errors import InvalidArgument
 from attnstore.http_client import is_http_proxy
 from attnstore.limits import DEADLINE_MS_MAX, SECRET_CHARS_MAX
 from attnstore.secrecy import shown
-from attnstore.sizes import parse_size, size_text
+from attnstore.sizes import Share, parse_share, parse_size, size_text
 from attnstore.tokens import is_token
 
 _WHOLE: Final = re.compile(r"[+-]?[0-9]{1,20}")
@@ -88,6 +88,22 @@ class Size:
             bounds = f"from {size_text(self.least)} to {size_text(self.most)}"
             raise InvalidValue(f"{shown(text)} is not a size {bounds}, for example 512MiB")
         return size
+
+
+@dataclass(frozen=True, slots=True)
+class SizeOrShare:
+    """Bytes as of `Size`, or a share of a whole that is measured later, such as `90%`."""
+
+    size: Size
+
+    def __call__(self, given: object) -> int | Share:
+        text = _number_text(given)
+        if not text.endswith("%"):
+            return self.size(given)
+        share = parse_share(text)
+        if share is None:
+            raise InvalidValue(f"{shown(text)} is not a share above 0% and at most 100%")
+        return share
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,7 +1,7 @@
-"""Sizes in bytes as text.
+"""Sizes in bytes as text, and shares of a size.
 
-Owns: `parse_size` and `size_text`. Units: `kB`, `MB` and so on are powers of 1000, `KiB`, `MiB` and so on powers of 1024, in either
-case; `k` and `M` mean `kB` and `MB`, and `kbit` or `Mibit` an eighth of them.
+Owns: `parse_size`, `size_text`, `Share` and `parse_share`. Units: `kB`, `MB` and so on are powers of 1000, `KiB`, `MiB` and so on
+powers of 1024, in either case; `k` and `M` mean `kB` and `MB`, and `kbit` or `Mibit` an eighth of them.
 """
 
 from __future__ import annotations
@@ -15,6 +15,21 @@ _UNITS: Final = {"": 1.0, "b": 1.0, "bit": 1 / 8} | {
     for power, prefix in enumerate("kmgtpe", 1)
     for unit, base, divisor in (("", 1000, 1), ("b", 1000, 1), ("ib", 1024, 1), ("bit", 1000, 8), ("ibit", 1024, 8))
 }
+_SHARE: Final = re.compile(r"([0-9]{1,3}(?:\.[0-9]{1,9})?) ?%")
+
+
+class Share(float):
+    """A part of a whole, above 0 and at most 1, as a text such as `90%`."""
+
+    def __str__(self) -> str:
+        return f"{self * 100:.6g}%"
+
+
+def parse_share(text: str) -> Share | None:
+    """Returns the share of a text such as `90%` or `12.5 %`, or None for any other text, with 0% and all above 100%."""
+    match = _SHARE.fullmatch(text)
+    percent = float(match[1]) if match is not None else 0.0
+    return Share(percent / 100) if 0 < percent <= 100 else None
 
 
 def parse_size(text: str) -> int | None:

@@ -25,8 +25,9 @@ from attnstore import cli, option_types
 from attnstore.client.options import checked_target
 from attnstore.command_line import run_command
 from attnstore.config import ServeOptions, load_serve_options
-from attnstore.option_types import Name, Number, Parsed, Size, Whole
+from attnstore.option_types import Name, Number, Parsed, Size, SizeOrShare, Whole
 from attnstore_worker import arguments as worker_arguments
+from attnstore_worker.options import device_name
 
 Kind = Any
 """The kind of an option's parser: one of `attnstore.option_types`, a tuple of choices, or bool."""
@@ -206,8 +207,10 @@ class World:
             case Number(least, most, above):
                 middle = min(1.0, most)
                 return [*([] if above else [f"{least:g}"]), f"{most:.0f}", f"{middle}", f"{middle:e}", str(most / 1e3), ".5"]
-            case Size(least, most):
-                return [str(least), str(most), "5MiB", "8388608", "1.5MiB", "4 KiB", "64kb"]
+            case Size():
+                return self._good_sizes(option.kind)
+            case SizeOrShare(size):
+                return ["90%", "100%", "0.5%", "12.5 %", "1%", *self._good_sizes(size)]
             case Name(most):
                 return ["ada", "ada-1.example", "Ada Lovelace", "Ada's 鸭", "0", "nan", "x" * most]
             case tuple():
@@ -229,12 +232,16 @@ class World:
         }
         return _values(table, option, option.kind)
 
+    def _good_sizes(self, kind: Size) -> list[str]:
+        return [str(kind.least), str(kind.most), "5MiB", "8388608", "1.5MiB", "4 KiB", "64kb"]
+
     def _good_parsed(self, option: Option, parse: Callable[[str], object]) -> list[str]:
         targets = ["grpc://127.0.0.1:7400", "grpcs://node.example.org:7400", "grpc://[::1]:7400", "grpc://a:1,b:2?replicas=2"]
         directories = ["redis://h", "rediss://ada:pa%40ss@h:1/2?cluster=x", "redis+sentinel://h/svc/0", "redis+cluster://h,i"]
         table: dict[Kind, list[str]] = {
             "health URL": targets[:3],
             checked_target: [*targets, *directories],
+            device_name: ["cpu", "cuda", "cuda:0", "cuda:15", "auto", "simulated"],
             "serve --directory": directories,
             "serve --listen": ["127.0.0.1:0", "[::1]:7400", "localhost:7400"],
             "serve --advertise": ["store-1", "store-1:7400", "10.0.0.1", "[fd00::1]:9000", "::1"],
@@ -275,8 +282,23 @@ class World:
             case Number(least, most, above):
                 over = [f"{math.nextafter(most, math.inf)!r}", "-0.001", "1e99"]
                 return [*empty, *digits, *over, *(["0", "-0", "0.0", "1e-400"] if above and least == 0 else [])]
-            case Size(least, most):
-                return [*empty, *digits, str(most + 1), "5XiB", "MiB", "1 2", "999999EiB", *([str(least - 1)] if least else [])]
+            case Size():
+                return [*empty, *digits, *self._bad_sizes(option.kind)]
+            case SizeOrShare(size):
+                return [
+                    *empty,
+                    *digits,
+                    *self._bad_sizes(size),
+                    "0%",
+                    "0.0%",
+                    "100.1%",
+                    "101%",
+                    "-1%",
+                    "%",
+                    "90 % ",
+                    "1e1%",
+                    "\u0663%",
+                ]
             case Name(most):
                 return [*empty, "a\nb", "a\0b", "\x1b[2J", "\ud800", "x" * (most + 1), "a\u202eb"]
             case tuple():
@@ -316,6 +338,9 @@ class World:
         }
         return [*empty, *_values(table, option, option.kind)]
 
+    def _bad_sizes(self, kind: Size) -> list[str]:
+        return [str(kind.most + 1), "5XiB", "MiB", "1 2", "999999EiB", *([str(kind.least - 1)] if kind.least else [])]
+
     def _bad_parsed(self, option: Option, parse: Callable[[str], object]) -> list[str]:
         addresses = [
             "h:99999",
@@ -333,6 +358,7 @@ class World:
         directories = ["redis://", "redis://h:x", "redis://:p#ss@h", "redis://h/x", "redis://h?ca=x", "redis+sentinel://h"]
         table: dict[Kind, list[str]] = {
             "health URL": [*targets, "redis://h", "grpc://a:1,b:2"],
+            device_name: ["gpu", "CUDA", "cuda:", "cuda:-1", "cuda:1234", "cuda:\u0663", "cpu:0", "auto ", "\ud800", "cuda:0\n"],
             checked_target: [*targets, *directories, "grpc://a:1,b:2?replicas=\u0663", "grpc://a:1,b:2?replicas=" + "9" * 5_000],
             "serve --directory": [*directories, "grpc://h:1", "h:1"],
             "serve --listen": [*addresses, "h", "7400"],

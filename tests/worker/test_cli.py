@@ -83,6 +83,13 @@ def test_pools_that_the_kernel_would_kill_the_worker_for_are_refused(
         assert "takes 65.0MiB, and the memory that this process may use is 64.0MiB" in capfd.readouterr().err
     assert main([*options, "--model", str(tiny_folder), "--pool", "32MiB"]) == 0
     assert "may not leave enough" in caplog.text
+    assert main([*options, "--model", str(tiny_folder), "--pool", "90%"]) == 2
+    assert "a pool of 90% of the 0B that cpu has free cannot hold one page" in capfd.readouterr().err
+
+
+def test_a_pool_that_is_a_share_of_free_memory_holds_a_prompt(tiny_folder: Path, prompt_file: Path) -> None:
+    finished = worker("--model", tiny_folder, "--prompt-file", prompt_file, "--max-tokens", "1", "--pool", "1%", "--device", "cpu")
+    assert finished.returncode == 0, finished.stderr
 
 
 def test_a_second_process_reads_what_the_first_wrote(tiny_folder: Path, prompt_file: Path) -> None:
@@ -192,6 +199,7 @@ def test_a_bad_option_is_one_line_on_standard_error(
         (("--store", "grpc://127.0.0.1:1", "--store-ca", os.devnull), "does not use TLS"),
         (("--store", "grpc://127.0.0.1:1", "--transport", "tcp", "--http-proxy", "http://h:1"), "goes past an HTTP proxy"),
         (("--pool", "63TiB"), "--pool, with --host-pool, takes 63.0TiB"),
+        (("--device", "cuda:777"), "cuda:777 cannot be used: "),
     ],
 )
 def test_options_that_do_not_go_together_are_refused_before_the_model_is_loaded(

@@ -11,7 +11,7 @@ import logging
 import sys
 from collections.abc import Iterator
 from collections.abc import Sequence as Items
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, closing, contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -26,6 +26,7 @@ from attnstore.errors import InvalidArgument
 from attnstore.limits import PROMPT_CHARS_MAX
 from attnstore.memory_limit import resident_bytes
 from attnstore.option_types import read_text
+from attnstore.sizes import Share
 from attnstore_worker.arguments import engine_options, require_pools
 from attnstore_worker.cache import (
     CostPlanner,
@@ -36,6 +37,9 @@ from attnstore_worker.cache import (
     open_store,
 )
 from attnstore_worker.cache.planning.decisions import Decision
+from attnstore_worker.device.base import Device
+from attnstore_worker.device.factory import open_device
+from attnstore_worker.device.sizing import pool_blocks
 from attnstore_worker.engine import Engine, EngineOptions, SamplingParams, Sequence, Token
 from attnstore_worker.explain import decisions_of, show, try_out
 from attnstore_worker.model import LoadedModel, export_model, load_model
@@ -120,9 +124,16 @@ def _open_engine(arguments: argparse.Namespace, options: EngineOptions, progress
     with ExitStack() as stack:
         # Before the model is loaded: this checks the other options of the store, and sends nothing yet.
         store = stack.enter_context(_open_store(arguments)) if arguments.store else None
+        device = stack.enter_context(closing(open_device(arguments.device)))
+        require_pools(options, beside_bytes=0, pool_in_host_memory=device.addressable)
+        if not device.addressable:
+            print(f"attnstore-worker: the model runs on {device.name}: {device.description}", file=sys.stderr)
         progress.phase("loading the model")
-        model = load_model(arguments.model, DType(arguments.dtype))
-        require_pools(options, beside_bytes=resident_bytes())
+        dtype = DType(arguments.dtype or (DType.FP32 if device.addressable else DType.BF16))
+        model = load_model(arguments.model, dtype, device=device)
+        if isinstance(arguments.pool, Share):
+            options = replace(options, pool_bytes=_share_bytes(arguments.pool, model, options, device))
+        require_pools(options, beside_bytes=resident_bytes(), pool_in_host_memory=device.addressable)
         clock = MonotonicClock()
         planner = stack.enter_context(_planner(arguments, options, clock))
         observer = planner if isinstance(planner, CostPlanner) else None
@@ -130,6 +141,13 @@ def _open_engine(arguments: argparse.Namespace, options: EngineOptions, progress
         progress.phase("warming up")
         engine.warm_up()
         yield engine
+
+
+def _share_bytes(share: Share, model: LoadedModel, options: EngineOptions, device: Device) -> int:
+    """Returns the bytes of a pool that takes `share` of the memory that the model and the HOST tier leave free on the device."""
+    layout = model.layout(options.block_tokens)
+    reserve_bytes = options.host_pool_bytes if device.addressable else 0
+    return pool_blocks(device, layout, share, reserve_bytes=reserve_bytes) * layout.page_bytes
 
 
 @contextmanager

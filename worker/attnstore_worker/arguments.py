@@ -22,7 +22,6 @@ from attnstore.limits import (
     CONTEXT_TOKENS_MAX,
     DEADLINE_MS_MAX,
     DECISIONS_SHOWN_MAX,
-    MIB,
     SEQUENCES_MAX,
     TENANT_CHARS_MAX,
     THREADS_MAX,
@@ -35,6 +34,7 @@ from attnstore.option_types import (
     Number,
     Parsed,
     Size,
+    SizeOrShare,
     Whole,
     bearer_token,
     file_or_folder,
@@ -46,8 +46,17 @@ from attnstore.option_types import (
     secret,
     text_to_read,
 )
+from attnstore.sizes import Share
 from attnstore_worker.model_source import find_model
-from attnstore_worker.options import SEED_MAX, TEMPERATURE_MAX, WRITE_POLICIES, AttendPolicy, EngineOptions, SharedUse
+from attnstore_worker.options import (
+    SEED_MAX,
+    TEMPERATURE_MAX,
+    WRITE_POLICIES,
+    AttendPolicy,
+    EngineOptions,
+    SharedUse,
+    device_name,
+)
 
 if TYPE_CHECKING:
     _Commands = argparse._SubParsersAction[CommandParser]
@@ -56,6 +65,7 @@ _log = logging.getLogger(__name__)
 
 _TOKENS = Whole(1, CONTEXT_TOKENS_MAX)
 _BLOCK_TOKENS = EngineOptions().block_tokens
+_POOL_BYTES = EngineOptions().pool_bytes
 
 
 def create_parser() -> CommandParser:
@@ -73,32 +83,33 @@ def check_options(arguments: argparse.Namespace) -> None:
     """Raises `InvalidArgument` for options that do not belong together."""
     if arguments.command == "convert":
         return
-    options = engine_options(arguments)
-    if arguments.command == "explain":
-        if arguments.source is not None:
-            return
-        if arguments.planner != "cost" or not arguments.store:
-            raise InvalidArgument("a prompt is tried out with --planner cost and a --store")
-    require_pools(options, beside_bytes=0)
+    engine_options(arguments)
+    if arguments.command == "explain" and arguments.source is None and (arguments.planner != "cost" or not arguments.store):
+        raise InvalidArgument("a prompt is tried out with --planner cost and a --store")
 
 
-def require_pools(options: EngineOptions, *, beside_bytes: int) -> None:
+def require_pools(options: EngineOptions, *, beside_bytes: int, pool_in_host_memory: bool = True) -> None:
     """Raises `InvalidArgument` if the process may not use as much memory as its pools take beside `beside_bytes`."""
-    pools_bytes = options.pool_bytes + options.host_pool_bytes
-    warning = require_memory("--pool, with --host-pool,", pools_bytes, beside_bytes, memory_bytes())
+    what, pools_bytes = "--host-pool", options.host_pool_bytes
+    if pool_in_host_memory:
+        what, pools_bytes = "--pool, with --host-pool,", pools_bytes + options.pool_bytes
+    warning = require_memory(what, pools_bytes, beside_bytes, memory_bytes())
     if warning is not None:
         _log.warning(warning)
 
 
 def engine_options(arguments: argparse.Namespace) -> EngineOptions:
-    """Returns the options of the command's engine. Raises `InvalidArgument` for options that do not belong together."""
+    """Returns the options of the command's engine, with a pool of 0 bytes if `--pool` is a share that is still to be measured.
+
+    Raises `InvalidArgument` for options that do not belong together.
+    """
     attend = AttendPolicy(arguments.attend)
     if attend is not AttendPolicy.NEVER and not arguments.store:
         raise InvalidArgument(f"--attend {attend} needs a --store")
     if attend is AttendPolicy.MEASURED and arguments.planner != "cost":
         raise InvalidArgument(f"--attend {attend} needs --planner cost")
     return EngineOptions(
-        pool_bytes=arguments.pool,
+        pool_bytes=0 if isinstance(arguments.pool, Share) else arguments.pool,
         chunk_tokens=arguments.chunk_tokens,
         store_deadline_ms=arguments.store_deadline_ms,
         tenant_salt=(arguments.tenant_salt or "").encode(),
@@ -264,13 +275,20 @@ def _add_engine_options(parser: argparse.ArgumentParser, *, planner: str) -> Non
         help="copy pages of a store node on this host into the pool, or use them in place (default copy)",
     )
     _add_model_option(parser)
-    add("--dtype", choices=("fp32", "bf16", "fp16"), default="fp32", help="data type of weights and KV (default fp32)")
+    add(
+        "--device",
+        type=Parsed(device_name),
+        default=variable("device") or "auto",
+        metavar="DEVICE",
+        help="run the model on cpu, cuda, cuda:N, or auto: a GPU that works, else the CPU (default auto) [env ATTNSTORE_DEVICE]",
+    )
+    add("--dtype", choices=("fp32", "bf16", "fp16"), help="data type of weights and KV (default bf16 on a GPU, fp32 on the CPU)")
     add(
         "--pool",
-        type=Size(1, CAPACITY_BYTES_MAX),
-        default=512 * MIB,
+        type=SizeOrShare(Size(1, CAPACITY_BYTES_MAX)),
+        default=_POOL_BYTES,
         metavar="SIZE",
-        help="KV memory, a hard limit (default 512MiB)",
+        help="KV memory, a hard limit; or a share of the memory that is free beside the model, such as 90%% (default 512MiB)",
     )
     add(
         "--host-pool",

@@ -8,16 +8,29 @@ its options before it loads one.
 from __future__ import annotations
 
 import enum
+import re
 from dataclasses import dataclass, field
 from typing import Final
 
 from attnstore.errors import InvalidArgument
 from attnstore.limits import MIB
+from attnstore.secrecy import shown
 
 WRITE_POLICIES: Final = ("write-behind", "write-through", "on-evict")
 """See `attnstore_worker.cache.moving.writers`."""
+DEVICES: Final = "cpu, cuda, cuda:N or auto"
 SEED_MAX: Final = (1 << 63) - 1
 TEMPERATURE_MAX: Final = 100.0
+
+
+_DEVICE: Final = re.compile(r"cpu|cuda(?::[0-9]{1,3})?|auto|simulated")
+
+
+def device_name(text: str) -> str:
+    """Returns the name of a device, unchanged. Raises `InvalidArgument` for a text that names none."""
+    if not _DEVICE.fullmatch(text):
+        raise InvalidArgument(f"{shown(text)} is not {DEVICES}")
+    return text
 
 
 class SharedUse(enum.Enum):

@@ -21,10 +21,10 @@ from attnstore.core.layout import PageLayout
 from attnstore.errors import AttnStoreError
 from attnstore.limits import KIB
 from attnstore.sizes import size_text
-from attnstore_worker.device.base import Copies
+from attnstore_worker.device.base import Accesses, Copies, Stream
 from attnstore_worker.device.copies_direct import DirectCopies
 from attnstore_worker.device.copies_staged import StagedCopies
-from attnstore_worker.device.cuda_streams import CudaStream, CudaTimer, Faults
+from attnstore_worker.device.cuda_streams import CudaEvent, CudaStream, CudaTimer, Faults
 from attnstore_worker.device.pages import PagePool
 from attnstore_worker.device.pinned import Registrations
 from attnstore_worker.dtypes import TORCH_DTYPES
@@ -50,9 +50,9 @@ class _CudaGraph:
 class CudaDevice:
     """See `Device`. Device `index` of those that CUDA shows this process; see `factory` for one that may not be there."""
 
-    addressable: Final = False
-    uses_triton: Final = True
-    accesses: Final = None
+    addressable = False
+    uses_triton = True
+    accesses: Accesses | None = None
 
     def __init__(self, index: int) -> None:
         self.name = f"cuda:{index}"
@@ -61,7 +61,8 @@ class CudaDevice:
         self.description = f"{properties.name}, {size_text(properties.total_memory)}"
         self._index = index
         self._faults = Faults(index)
-        self.compute = CudaStream(torch.cuda.default_stream(index), self._faults, sleeps=False)
+        self._steps = CudaStream(torch.cuda.default_stream(index), self._faults, sleeps=False)
+        self.compute: Stream = self._steps
         # A thread that waits for a copy does so beside the thread that launches steps, and needs no core for it.
         self._up = CudaStream(torch.cuda.Stream(index), self._faults, sleeps=True)
         self._down = CudaStream(torch.cuda.Stream(index), self._faults, sleeps=True)
@@ -74,7 +75,7 @@ class CudaDevice:
             with self.submitting():
                 blocks = torch.zeros(capacity, *layout.shape, dtype=TORCH_DTYPES[layout.dtype], device=self.torch_device)
             # Copies are on other streams, which wait for nothing of this.
-            self.compute.synchronize()
+            self._steps.synchronize()
         except OutOfDeviceMemory as error:
             raise OutOfDeviceMemory(f"a pool of {size_text(capacity * layout.page_bytes)} is too large: {error}") from error
         return blocks
@@ -94,6 +95,16 @@ class CudaDevice:
         """See `Device.unregister`. Also on a lost device."""
         self._registrations.unregister(host)
 
+    def pinned(self, *shape: int, dtype: torch.dtype) -> Tensor:
+        """See `Device.pinned`. Of torch's allocator: it is small, and lives as long as a tensor of it."""
+        with self._faults.mapped():
+            return torch.zeros(shape, dtype=dtype, pin_memory=True)
+
+    def transfer(self, source: Tensor, target: Tensor) -> CudaEvent:
+        """See `Device.transfer`. Raises `DeviceLost`."""
+        target.copy_(source, non_blocking=True)
+        return self._steps.record()
+
     def copies(self, blocks: Tensor) -> Copies:
         """See `Device.copies`. Raises `OutOfDeviceMemory` and `DeviceLost`."""
         if blocks[0].numel() * blocks.element_size() >= DIRECT_PAGE_BYTES_MIN:
@@ -108,11 +119,11 @@ class CudaDevice:
 
     def timer(self) -> CudaTimer:
         """See `Device.timer`. Raises `DeviceLost`."""
-        return self.compute.timer()
+        return self._steps.timer()
 
     def submitting(self) -> AbstractContextManager[None]:
         """See `Device.submitting`."""
-        return self.compute.submitting()
+        return self._steps.submitting()
 
     def capture(self, work: Callable[[], None]) -> _CudaGraph:
         """See `Device.capture`."""
@@ -125,7 +136,7 @@ class CudaDevice:
 
     def close(self) -> None:
         """See `Device.close`."""
-        for stream in (self._up, self._down, self.compute):
+        for stream in (self._up, self._down, self._steps):
             try:
                 stream.synchronize()
             except (AttnStoreError, RuntimeError) as error:
