@@ -11,6 +11,7 @@ import logging
 from attnstore.clock import Clock
 from attnstore_worker.cache.moving.load import Load, LoadEnd, Planner, Prompt
 from attnstore_worker.cache.moving.mover import LoadJob, Mover
+from attnstore_worker.cache.moving.staged_reads import StagedReads
 from attnstore_worker.cache.moving.writers import Writer
 from attnstore_worker.cache.planning.observation import Observer
 from attnstore_worker.cache.pool.block_pool import BlockPool
@@ -26,12 +27,14 @@ _LATE_MS: float = 50.0
 
 
 class Loads:
-    """Loads from `source` into blocks of `pool`. Without a source no load is started. `lender` lets pages be used in place."""
+    """Loads from `source` into blocks of `pool`, in place or through staging as `pages` says. Without a source no load is started.
+    `lender` lets pages be used in place.
+    """
 
     def __init__(
         self,
         pool: BlockPool,
-        pages: PagePool,
+        pages: PagePool | StagedReads,
         mover: Mover,
         source: PageSource | None,
         lender: Lender | None,
@@ -70,8 +73,12 @@ class Loads:
             return load, None
         for tier in (Tier.SHARED, Tier.REMOTE):
             self._tiers.queried(tier, len(wanted))
-        buffers = [self._pages.page(table.block_ids[block]) for block in wanted]
+        block_ids = table.block_ids[wanted.start : wanted.stop]
         hashes = table.hashes[wanted.start : wanted.stop]
+        if isinstance(self._pages, StagedReads):
+            staged = self._pages.into(load, block_ids)
+            return load, LoadJob(load, planner, self._source, hashes, (), self._lender, staged)
+        buffers = [self._pages.page(block_id) for block_id in block_ids]
         return load, LoadJob(load, planner, self._source, hashes, buffers, self._lender)
 
     def advance(self, table: BlockTable, load: Load, computed_tokens: int) -> int:

@@ -17,12 +17,15 @@ from attnstore.errors import Overloaded
 from attnstore_worker.cache.loads import Loads
 from attnstore_worker.cache.moving.load import Load, Planner, Prompt
 from attnstore_worker.cache.moving.mover import Mover
+from attnstore_worker.cache.moving.staged_reads import StagedReads
+from attnstore_worker.cache.moving.staging import Staging
 from attnstore_worker.cache.moving.writers import create_writer
 from attnstore_worker.cache.planning.fixed_planners import FetchAhead, FetchAll
 from attnstore_worker.cache.planning.observation import Observer, Unobserved
 from attnstore_worker.cache.pool.block_pool import BlockPoolStatistics
 from attnstore_worker.cache.pool.block_table import BlockTable
-from attnstore_worker.cache.pool.host_tier import HostTier
+from attnstore_worker.cache.pool.device_blocks import DeviceBlocks
+from attnstore_worker.cache.pool.host_tier import HostTier, PinnedHostTier
 from attnstore_worker.cache.pool.local_tiers import LocalTiers
 from attnstore_worker.cache.pool.tier import Tier, TierCounter, TierStatistics
 from attnstore_worker.cache.store.base import Lender
@@ -47,7 +50,7 @@ class CacheStatistics:
 
 
 class CacheManager:
-    """Block tables for sequences; `loads` fills them from the store.
+    """Block tables for sequences; `loads` fills them from the store. `pages` are blocks in host memory, or those of a device.
 
     `policy` orders the pool's evictions (default: least recently used), which go down to `host`. `remote` is the store, `lender`
     lets its pages be used in place. Without these three the pool is the only tier. `planner` decides about loads (default: fetch
@@ -56,13 +59,13 @@ class CacheManager:
 
     def __init__(
         self,
-        pages: PagePool,
+        pages: PagePool | DeviceBlocks,
         namespace: Namespace,
         *,
         remote: RemoteTier | None,
         clock: Clock,
         policy: EvictionPolicy[BlockHash] | None = None,
-        host: HostTier | None = None,
+        host: HostTier | PinnedHostTier | None = None,
         lender: Lender | None = None,
         planner: Planner | None = None,
         observer: Observer | None = None,
@@ -73,14 +76,24 @@ class CacheManager:
         self._clock = clock
         self._tiers = TierCounter(pages.layout.block_tokens, pages.layout.page_bytes)
         self._local = LocalTiers(pages, policy, host, self._tiers, self._leaving)
+        self._device = pages if isinstance(pages, DeviceBlocks) else None
         self._pool = self._local.pool
         self._lender = lender
         self._remote = remote
         self._writer = create_writer(write_policy, self._pool, pages, remote)
+        if host is not None and self._writer.writes_evicted:
+            host.on_evict = self._writer.evicted
         self._planner = planner or FetchAll(remote.deadline_ms if remote is not None else 0.0)
         self._mover = Mover(clock)
         observer = observer or Unobserved()
-        self.loads = Loads(self._pool, pages, self._mover, remote, lender, self._writer, self._tiers, observer, clock)
+        self._staging: Staging | None = None
+        places: PagePool | StagedReads
+        if isinstance(pages, DeviceBlocks):
+            self._staging = Staging(pages.device, pages.layout, pages.capacity)
+            places = StagedReads(pages, self._staging, clock)
+        else:
+            places = pages
+        self.loads = Loads(self._pool, places, self._mover, remote, lender, self._writer, self._tiers, observer, clock)
         self._admissions = 0
 
     @property
@@ -192,6 +205,11 @@ class CacheManager:
                 self._writer.sealed(table.hashes[index], block_id)
             table.sealed = index + 1
 
+    def before_step(self) -> None:
+        """Called before every step of the model, which waits for the copies that concern it. No-op for blocks in host memory."""
+        if self._device is not None:
+            self._device.before_step()
+
     def end_step(self) -> None:
         """Called when all blocks that a step completed are sealed: waits for their writes, if the write policy says so."""
         self._writer.end_step()
@@ -232,11 +250,12 @@ class CacheManager:
         return flushed
 
     def close(self) -> None:
-        """Stops writing; queued pages are not written."""
+        """Stops writing; queued pages are not written. Copies between the pool and HOST have ended."""
         with ExitStack() as closing:
             closing.callback(self._reap)
             if self._lender is not None:
                 closing.callback(self._lender.close)
+            closing.callback(self._local.settle_copies)
             closing.callback(self._writer.close)
 
     def statistics(self) -> CacheStatistics:
@@ -251,8 +270,10 @@ class CacheManager:
         )
 
     def check(self) -> None:
-        """Asserts the conservation of blocks."""
+        """Asserts the conservation of blocks, and of the slots of staging."""
         self._local.check()
+        if self._staging is not None:
+            self._staging.check()
 
     @contextmanager
     def _unless_raised(self, table: BlockTable) -> Iterator[None]:
@@ -287,8 +308,8 @@ class CacheManager:
         self._admissions += 1
         return Prompt(self._admissions, tokens, self.block_tokens, layout.page_bytes, layout.layers, resident, usable)
 
-    def _leaving(self, block_hash: BlockHash, page: memoryview) -> None:
-        self._writer.evicted(block_hash, page)
+    def _leaving(self, block_hash: BlockHash, block_id: int) -> None:
+        self._writer.evicted_block(block_hash, block_id)
 
     def _allocate(self, blocks: int) -> list[int]:
         self._reap()

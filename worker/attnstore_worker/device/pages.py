@@ -26,6 +26,14 @@ def anonymous_memory(size_bytes: int) -> mmap.mmap:
     return memory
 
 
+def page_capacity(layout: PageLayout, pool_bytes: int) -> int:
+    """Returns how many pages fit into a pool of this size. Raises `PoolTooSmall` if not even one does."""
+    capacity = pool_bytes // layout.page_bytes
+    if capacity < 1:
+        raise PoolTooSmall(f"a pool of {pool_bytes} bytes cannot hold one page of {layout.page_bytes} bytes; give it more")
+    return capacity
+
+
 class PagePool:
     """`pool_bytes // layout.page_bytes` pages in memory; never more than `pool_bytes` of pages.
 
@@ -36,9 +44,7 @@ class PagePool:
         self, layout: PageLayout, pool_bytes: int, *, allocate: Callable[[int], mmap.mmap | memoryview] = anonymous_memory
     ) -> None:
         self.layout = layout
-        self.capacity = pool_bytes // layout.page_bytes
-        if self.capacity < 1:
-            raise PoolTooSmall(f"a pool of {pool_bytes} bytes cannot hold one page of {layout.page_bytes} bytes; give it more")
+        self.capacity = page_capacity(layout, pool_bytes)
         self._memory = allocate(self.capacity * layout.page_bytes)
         flat = torch.frombuffer(self._memory, dtype=TORCH_DTYPES[layout.dtype], count=self.capacity * math.prod(layout.shape))
         self.tensor = flat.view(self.capacity, *layout.shape)

@@ -269,7 +269,12 @@ class SimulatedDevice:
         written: list[Place],
     ) -> Event:
         """Submits a copy: poisons its targets, and records its accesses."""
+        after = tuple(after)
         with self.lock:
+            for wait, event in after:
+                assert isinstance(event, _Event)
+                if wait is not self.without:
+                    event.land()  # it may read the targets, and poison is no copy that could wait for it
             for target in targets:
                 target.view(torch.uint8).fill_(_POISON)
             return stream.submit(after, partial(_copy, sources, targets), partial(self._record, stream.name, name, read, written))

@@ -31,6 +31,7 @@ from attnstore_worker.cache.attending.contexts import AttendStatistics, RemoteAt
 from attnstore_worker.cache.planning.observation import Shielded
 from attnstore_worker.cache.pool.block_table import BlockTable
 from attnstore_worker.cache.store.base import AttendStore
+from attnstore_worker.device.base import Device
 from attnstore_worker.engine.attend_policy import AttendChoice, AttendForecaster
 from attnstore_worker.engine.attended import AttendedBlocks
 from attnstore_worker.engine.outputs import BatchingStatistics, Token
@@ -53,7 +54,7 @@ _SALT_KEY = b"cache_salt:"
 class Engine:
     """Generates with `model`. Pages in `store` are read instead of computed if `planner` (default: always) decides so, and new
     pages are written to it. `observer` is told of transfers, loads and steps. Sequences attend to pages in `attend_store` (default:
-    `store`) as `EngineOptions.attend` says.
+    `store`) as `EngineOptions.attend` says. The blocks are on `device` (default: the processor).
 
     Not thread-safe, except for `wake`. Leaving it as a context manager closes it.
     """
@@ -69,6 +70,7 @@ class Engine:
         planner: Planner | None = None,
         observer: Observer | None = None,
         attend_store: AttendStore | None = None,
+        device: Device | None = None,
     ) -> None:
         self.model = model
         self.options = options or EngineOptions()
@@ -85,11 +87,13 @@ class Engine:
             clock=self._clock,
             planner=self.planner,
             observer=self._observer,
+            device=device,
         )
         self._speculation = Speculation(self._clock)
         self._attend = self._attended_blocks(attend_store or store, name)
         attended = self._attend.remote if self._attend is not None else None
-        self._runner = Runner(model, self._cache.pages.attended, attention or create_attention("cpu"), attended)
+        attention = attention or create_attention("cpu")
+        self._runner = Runner(model, self._cache.pages.attended, attention, attended, before_step=self._cache.before_step)
         self._scheduler = Scheduler(self.options.scheduler_limits(), self.options.block_tokens)
         self._residency = Residency(
             self._cache,

@@ -21,15 +21,24 @@ from attnstore_worker.model.loading import LoadedModel
 
 
 class Runner:
-    """A model on one block pool, `[blocks, layers, 2, kv_heads, block_tokens, head_dim]`."""
+    """A model on one block pool, `[blocks, layers, 2, kv_heads, block_tokens, head_dim]`. `before_step` is called before every
+    step: see `CacheManager.before_step`.
+    """
 
     def __init__(
-        self, model: LoadedModel, pool: Tensor, attention: AttentionBackend, remote: RemoteAttention | None = None
+        self,
+        model: LoadedModel,
+        pool: Tensor,
+        attention: AttentionBackend,
+        remote: RemoteAttention | None = None,
+        *,
+        before_step: Callable[[], None],
     ) -> None:
         self._decoder = model.decoder
         self._pool = pool
         self._attention = attention
         self._remote = remote
+        self._before_step = before_step
 
     def run(self, chunks: Items[Chunk], before_layer: Callable[[int], None] = at_once) -> Tensor:
         """Computes the chunks' KV into their sequences' blocks. `before_layer` as in `PagedStep`.
@@ -44,6 +53,7 @@ class Runner:
         return self._run(chunks, at_once, None)
 
     def _run(self, chunks: Items[Chunk], before_layer: Callable[[int], None], remote: RemoteAttention | None) -> Tensor:
+        self._before_step()
         tables = [_table(chunk) for chunk in chunks]
         token_ids = [token for chunk in chunks for token in chunk.token_ids()]
         positions = [position for chunk in chunks for position in range(chunk.begin, chunk.end + len(chunk.drafts))]

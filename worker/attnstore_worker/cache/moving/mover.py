@@ -32,6 +32,7 @@ from attnstore.core.hashing import BlockHash
 from attnstore.limits import CHANNEL_READ_HASHES_MAX
 from attnstore.types import Lease, ReadResult
 from attnstore_worker.cache.moving.load import Load, LoadEnd, LoadState, Planner
+from attnstore_worker.cache.moving.staged_reads import StagedBlocks
 from attnstore_worker.cache.pool.block_table import LentBlocks
 from attnstore_worker.cache.store.base import Lender, PageSource
 from attnstore_worker.errors import PagesLost
@@ -140,7 +141,10 @@ def read_in_parts(
 
 @dataclass(frozen=True, slots=True, eq=False)
 class LoadJob:
-    """A load that is SEARCHING, and what it needs. `buffers[i]` and `hashes[i]` are those of block `prompt.resident_blocks + i`."""
+    """A load that is SEARCHING, and what it needs. `buffers[i]` and `hashes[i]` are those of block `prompt.resident_blocks + i`.
+
+    Pages are read into `buffers`, which are the blocks, or into the blocks `staged` of a device with memory of its own.
+    """
 
     load: Load
     planner: Planner
@@ -148,6 +152,7 @@ class LoadJob:
     hashes: Sequence[BlockHash]
     buffers: Sequence[memoryview]
     lender: Lender | None
+    staged: StagedBlocks | None = None
 
 
 class Mover:
@@ -224,7 +229,7 @@ class Mover:
 
     def wait_layer(self, load: Load, layer: int | None, give_up: Callable[[], bool]) -> None:
         """Waits for a layer of the blocks that arrive by layers; with None, for the end of their read with all of them complete and
-        verified.
+        verified. On a device with memory of its own, the running step waits for the copy of the layer.
 
         Raises `PagesLost` if that is impossible, or if `give_up()` is true.
         """
@@ -233,8 +238,11 @@ class Mover:
                 moved = self._layer_moved.wait_for(lambda: load.layers_lost or load.has_layer(layer), _GIVE_UP_POLL_S)
                 if load.layers_lost:
                     raise PagesLost("not all pages of the step came")
-                if moved:
-                    return
+                job = self._jobs.get(load)
+            if moved:
+                if job is not None and job.staged is not None and layer is not None:
+                    job.staged.order_layer(layer)
+                return
             if give_up():  # without the lock, which it may need
                 raise PagesLost("the pages of the step did not come in time")
 
@@ -259,9 +267,12 @@ class Mover:
                 self._plan(job, hits)
             while batch := self._next_batch(load):
                 part = slice(batch.start - first, batch.stop - first)
-                deadline_ms = max(1.0, load.due_ms - self._clock.now_ms())
                 on_layer = partial(self._layer_arrived, load) if load.layered is not None else None
-                result = source.read(job.hashes[part], job.buffers[part], lease, deadline_ms=deadline_ms, on_layer=on_layer)
+                if job.staged is not None:
+                    result = job.staged.read(source, job.hashes[part], part, lease, on_layer)
+                else:
+                    deadline_ms = max(1.0, load.due_ms - self._clock.now_ms())
+                    result = source.read(job.hashes[part], job.buffers[part], lease, deadline_ms=deadline_ms, on_layer=on_layer)
                 self._arrived(load, batch, result)
                 self.replan(load)
         except Exception:  # an error of a planner or a source must not end a sequence

@@ -2,7 +2,7 @@
 
 Owns: the queue of pages to write and the thread that writes them.
 Invariant: an accepted item is reported exactly once, by `take_finished` or by `cancel_newest`; until then the thread may read its
-bytes, and the caller must not change them.
+bytes, and the caller must not change them. A write that has copied the bytes of its batch reports it early, by `copied`.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ class WriteQueue(Generic[_Item]):
         self._queue: deque[tuple[BlockHash, _Item]] = deque()
         self._finished: list[_Item] = []
         self._writing = 0
+        self._batch: list[_Item] = []  # being written, and not reported yet
         self._closing = False
         self._changed = threading.Condition()
         tasks.supervised_thread("write-behind", self._run)
@@ -43,6 +44,12 @@ class WriteQueue(Generic[_Item]):
         with self._changed:
             return len(self._queue) + self._writing
 
+    @property
+    def unreported(self) -> int:
+        """Items that were accepted and not yet reported."""
+        with self._changed:
+            return len(self._queue) + len(self._batch)
+
     def offer(self, block_hash: BlockHash, item: _Item) -> bool:
         """Queues a page. Returns False, without effect, if `pages_max` are pending: the store misses the page."""
         with self._changed:
@@ -52,8 +59,13 @@ class WriteQueue(Generic[_Item]):
             self._changed.notify_all()
             return True
 
+    def copied(self) -> None:
+        """Called by a running write: reports its items now, because it does not read their bytes any more."""
+        with self._changed:
+            self._report()
+
     def take_finished(self) -> list[_Item]:
-        """Returns the items whose write ended since the last call."""
+        """Returns the items whose write ended, or whose bytes were copied, since the last call."""
         with self._changed:
             finished, self._finished = self._finished, []
             return finished
@@ -97,13 +109,18 @@ class WriteQueue(Generic[_Item]):
                 self._write([block_hash for block_hash, _ in batch], [item for _, item in batch])
             finally:  # a failed batch is reported too, because nobody reads its pages any more
                 with self._changed:
-                    self._finished += [item for _, item in batch]
                     self._writing = 0
-                    self._changed.notify_all()
+                    self._report()
 
     def _next_batch(self) -> list[tuple[BlockHash, _Item]]:
         with self._changed:
             self._changed.wait_for(lambda: self._queue or self._closing)
             batch = [self._queue.popleft() for _ in range(min(WRITE_BATCH_PAGES_MAX, len(self._queue)))]
+            self._batch = [item for _, item in batch]
             self._writing = len(batch)
             return batch
+
+    def _report(self) -> None:
+        self._finished += self._batch
+        self._batch = []
+        self._changed.notify_all()

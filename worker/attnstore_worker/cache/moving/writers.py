@@ -2,7 +2,8 @@
 
 Owns: the writers of `WRITE_POLICIES`; the thread and the queue are those of `WriteQueue`.
 Invariant: the bytes of a queued page do not change until it is written: its block is held, or the page was copied to staging. A
-page that finds no room is only counted: the store misses one page.
+page that finds no room is only counted: the store misses one page. From a device with memory of its own, a page is copied down
+after the step that computed it; its block is released then, and the page is written after the copy has ended.
 
     write-behind    a block is queued when it is sealed while the engine computes (default)
     write-through   the same, but a step ends only after its blocks are written: once a token is visible, its pages are stored
@@ -13,16 +14,22 @@ The names are those of processor caches (Jouppi, "Cache write policies and perfo
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
-from typing import Final, Protocol
+from typing import Final, NamedTuple, Protocol
 
 from attnstore.core.hashing import BlockHash
 from attnstore.errors import InvalidArgument
 from attnstore_worker.cache.moving.write_queue import WRITE_BATCH_PAGES_MAX, WriteQueue
 from attnstore_worker.cache.pool.block_pool import BlockPool
+from attnstore_worker.cache.pool.device_blocks import DeviceBlocks
 from attnstore_worker.cache.store.remote import RemoteTier
+from attnstore_worker.device.base import Event, Wait
 from attnstore_worker.device.pages import PagePool
+from attnstore_worker.errors import DeviceLost
 from attnstore_worker.options import WRITE_POLICIES
+
+_LOG = logging.getLogger(__name__)
 
 STAGED_PAGES: Final = 2 * WRITE_BATCH_PAGES_MAX
 """Pages that on-evict copies at most: one batch that is being written and one that waits. This memory comes on top of the pool."""
@@ -54,8 +61,17 @@ class Writer(Protocol):
         """A block came from the store."""
         ...
 
+    @property
+    def writes_evicted(self) -> bool:
+        """Whether evicted pages are read at all."""
+        ...
+
     def evicted(self, block_hash: BlockHash, page: memoryview) -> None:
-        """A page leaves the worker. Its bytes stay valid until the call returns."""
+        """A page in host memory leaves the worker. Its bytes stay valid until the call returns."""
+        ...
+
+    def evicted_block(self, block_hash: BlockHash, block_id: int) -> None:
+        """A page of the pool leaves the worker. Its bytes stay valid until the call returns."""
         ...
 
     def end_step(self) -> None:
@@ -88,13 +104,17 @@ class Writer(Protocol):
         ...
 
 
+class _Page(NamedTuple):
+    """A queued page: its block or its slot in staging, and the event after which the page is there (None: it is)."""
+
+    place: int
+    written: Event | None
+
+
 class _Queued:
     """The queue that all policies with a store share."""
 
-    def __init__(self, pages: PagePool, remote: RemoteTier, pages_max: int) -> None:
-        def write(hashes: Sequence[BlockHash], slots: Sequence[int]) -> None:
-            remote.write(hashes, [pages.page(slot) for slot in slots])
-
+    def __init__(self, write: Callable[[Sequence[BlockHash], Sequence[_Page]], None], pages_max: int) -> None:
         self._queue = WriteQueue(write, pages_max=pages_max)
         self._dropped = 0
 
@@ -120,15 +140,22 @@ class _Queued:
 
 
 class WriteBehind(_Queued):
-    """Holds each sealed block until it is written."""
+    """Holds each sealed block until it is written, or until its page was copied down from the device."""
 
-    def __init__(self, pool: BlockPool, pages: PagePool, remote: RemoteTier) -> None:
-        super().__init__(pages, remote, pages.capacity)
+    writes_evicted = False
+
+    def __init__(self, pool: BlockPool, pages: PagePool | DeviceBlocks, remote: RemoteTier) -> None:
+        super().__init__(self._write if isinstance(pages, PagePool) else self._write_copies, pages.capacity)
         self._pool = pool
+        self._pages = pages
+        self._remote = remote
+        if isinstance(pages, DeviceBlocks):
+            copies = min(WRITE_BATCH_PAGES_MAX, pages.capacity)
+            self._staging = pages.device.host_pages(pages.layout, copies * pages.layout.page_bytes)
 
     @property
     def held(self) -> int:
-        return self._queue.pending
+        return self._queue.unreported
 
     @property
     def reclaimable(self) -> int:
@@ -136,7 +163,8 @@ class WriteBehind(_Queued):
 
     def sealed(self, block_hash: BlockHash, block_id: int) -> None:
         self._pool.hold(block_id)
-        if not self._queue.offer(block_hash, block_id):
+        computed = None if isinstance(self._pages, PagePool) else self._pages.computed()
+        if not self._queue.offer(block_hash, _Page(block_id, computed)):
             self._dropped += 1
             self._pool.release([block_id])
 
@@ -146,25 +174,48 @@ class WriteBehind(_Queued):
     def evicted(self, block_hash: BlockHash, page: memoryview) -> None:
         """No-op: it was queued when it was sealed."""
 
+    def evicted_block(self, block_hash: BlockHash, block_id: int) -> None:
+        """No-op: it was queued when it was sealed."""
+
     def reclaim(self) -> bool:
         cancelled = self._queue.cancel_newest(self._is_held_once)
         if cancelled is None:
             return False
         self._dropped += 1
-        self._pool.release([cancelled])
+        self._pool.release([cancelled.place])
         return True
 
     def reap(self) -> None:
-        self._pool.release(self._queue.take_finished())
+        self._pool.release([page.place for page in self._queue.take_finished()])
 
-    def _is_held_once(self, block_id: int) -> bool:
-        return self._pool.holders(block_id) == 1
+    def _is_held_once(self, page: _Page) -> bool:
+        return self._pool.holders(page.place) == 1
+
+    def _write(self, hashes: Sequence[BlockHash], pages: Sequence[_Page]) -> None:
+        assert isinstance(self._pages, PagePool)
+        self._remote.write(hashes, [self._pages.page(page.place) for page in pages])
+
+    def _write_copies(self, hashes: Sequence[BlockHash], pages: Sequence[_Page]) -> None:
+        """Copies pages down, lets their blocks be used again, and writes the copies."""
+        assert isinstance(self._pages, DeviceBlocks)
+        slots = range(len(pages))
+        computed = pages[-1].written  # pages are queued in the order of the steps that compute them
+        assert computed is not None
+        after = [(Wait.DOWN_AFTER_COMPUTE, computed)]
+        try:
+            copied = self._pages.copies.down([page.place for page in pages], self._staging.tensor, slots, after=after)
+            copied.wait(Wait.WRITTEN_AFTER_DOWN)
+        except DeviceLost:
+            _LOG.exception("%d pages were not copied down; the store misses them", len(pages))
+            return
+        self._queue.copied()
+        _write_slots(self._remote, hashes, self._pages, self._staging, slots)
 
 
 class WriteThrough(WriteBehind):
     """Ends a step when its blocks are written, or after the store's deadline."""
 
-    def __init__(self, pool: BlockPool, pages: PagePool, remote: RemoteTier) -> None:
+    def __init__(self, pool: BlockPool, pages: PagePool | DeviceBlocks, remote: RemoteTier) -> None:
         super().__init__(pool, pages, remote)
         self._deadline_ms = remote.deadline_ms
 
@@ -178,10 +229,16 @@ class WriteOnEvict(_Queued):
 
     held = 0
     reclaimable = 0
+    writes_evicted = True
 
-    def __init__(self, pages: PagePool, remote: RemoteTier) -> None:
-        self._staging = PagePool(pages.layout, STAGED_PAGES * pages.layout.page_bytes)
-        super().__init__(self._staging, remote, STAGED_PAGES)
+    def __init__(self, pages: PagePool | DeviceBlocks, remote: RemoteTier) -> None:
+        super().__init__(self._write, STAGED_PAGES)
+        size_bytes = STAGED_PAGES * pages.layout.page_bytes
+        self._pages = pages
+        self._remote = remote
+        self._staging = (
+            PagePool(pages.layout, size_bytes) if isinstance(pages, PagePool) else pages.device.host_pages(pages.layout, size_bytes)
+        )
         self._free = list(range(STAGED_PAGES))
         self._in_store: set[BlockHash] = set()
 
@@ -192,23 +249,49 @@ class WriteOnEvict(_Queued):
         self._in_store.add(block_hash)
 
     def evicted(self, block_hash: BlockHash, page: memoryview) -> None:
-        if block_hash in self._in_store:
-            self._in_store.remove(block_hash)
-            return
-        self.reap()
-        if not self._free:
-            self._dropped += 1
-            return
-        slot = self._free.pop()
-        self._staging.page(slot)[:] = page
-        self._queue.offer(block_hash, slot)  # the queue has room for every slot
+        if (slot := self._slot_for(block_hash)) is not None:
+            _report_access(self._pages, self._staging, [slot], writes=True)
+            self._staging.page(slot)[:] = page
+            self._queue.offer(block_hash, _Page(slot, None))  # the queue has room for every slot
+
+    def evicted_block(self, block_hash: BlockHash, block_id: int) -> None:
+        if isinstance(self._pages, PagePool):
+            self.evicted(block_hash, self._pages.page(block_id))
+        elif (slot := self._slot_for(block_hash)) is not None:
+            copied = self._pages.copy_down(block_id, self._staging.tensor, slot)
+            if copied is None:
+                self._dropped += 1
+                self._free.append(slot)
+            else:
+                self._queue.offer(block_hash, _Page(slot, copied))
 
     def reclaim(self) -> bool:
         """No-op: no block is held."""
         return False
 
     def reap(self) -> None:
-        self._free += self._queue.take_finished()
+        self._free += [page.place for page in self._queue.take_finished()]
+
+    def _slot_for(self, block_hash: BlockHash) -> int | None:
+        """Returns a free slot for a page; None if the store has the page, or if no slot is free."""
+        if block_hash in self._in_store:
+            self._in_store.remove(block_hash)
+            return None
+        self.reap()
+        if not self._free:
+            self._dropped += 1
+            return None
+        return self._free.pop()
+
+    def _write(self, hashes: Sequence[BlockHash], pages: Sequence[_Page]) -> None:
+        try:
+            for page in pages:
+                if page.written is not None:
+                    page.written.wait(Wait.WRITTEN_AFTER_DOWN)
+        except DeviceLost:
+            _LOG.exception("%d pages were not copied down; the store misses them", len(pages))
+            return
+        _write_slots(self._remote, hashes, self._pages, self._staging, [page.place for page in pages])
 
 
 class WriteNothing:
@@ -218,6 +301,7 @@ class WriteNothing:
     dropped = 0
     held = 0
     reclaimable = 0
+    writes_evicted = False
 
     def sealed(self, block_hash: BlockHash, block_id: int) -> None:
         """No-op."""
@@ -226,6 +310,9 @@ class WriteNothing:
         """No-op."""
 
     def evicted(self, block_hash: BlockHash, page: memoryview) -> None:
+        """No-op."""
+
+    def evicted_block(self, block_hash: BlockHash, block_id: int) -> None:
         """No-op."""
 
     def end_step(self) -> None:
@@ -250,7 +337,19 @@ class WriteNothing:
         """No-op."""
 
 
-_WRITERS: Final[dict[str, Callable[[BlockPool, PagePool, RemoteTier], Writer]]] = {
+def _write_slots(
+    remote: RemoteTier, hashes: Sequence[BlockHash], pool: PagePool | DeviceBlocks, staging: PagePool, slots: Sequence[int]
+) -> None:
+    _report_access(pool, staging, slots, writes=False)
+    remote.write(hashes, [staging.page(slot) for slot in slots])
+
+
+def _report_access(pool: PagePool | DeviceBlocks, staging: PagePool, slots: Sequence[int], *, writes: bool) -> None:
+    if isinstance(pool, DeviceBlocks) and pool.device.accesses is not None:
+        pool.device.accesses.host(staging.tensor, slots, writes=writes)
+
+
+_WRITERS: Final[dict[str, Callable[[BlockPool, PagePool | DeviceBlocks, RemoteTier], Writer]]] = {
     "write-behind": WriteBehind,
     "write-through": WriteThrough,
     "on-evict": lambda _, pages, remote: WriteOnEvict(pages, remote),
@@ -258,7 +357,7 @@ _WRITERS: Final[dict[str, Callable[[BlockPool, PagePool, RemoteTier], Writer]]] 
 assert tuple(_WRITERS) == WRITE_POLICIES
 
 
-def create_writer(policy: str, pool: BlockPool, pages: PagePool, remote: RemoteTier | None) -> Writer:
+def create_writer(policy: str, pool: BlockPool, pages: PagePool | DeviceBlocks, remote: RemoteTier | None) -> Writer:
     """Returns the writer for one of `WRITE_POLICIES`, from `pool` and its `pages` to `remote`; without one, a writer that does
     nothing.
 

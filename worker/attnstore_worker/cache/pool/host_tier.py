@@ -4,11 +4,18 @@ Owns: a second pool of an enforced size, with a prefix cache and an eviction pol
 `PagePool` like HBM, so the same conservation holds and the same check verifies it.
 Invariant: a page here is the whole sealed page of its hash; a page that is being copied up is held and cannot be evicted meanwhile.
 A page that was copied up stays, so evicting it from HBM again costs no copy. Only the engine's thread calls it.
+
+`HostTier` copies at once. `PinnedHostTier` lets a device with memory of its own copy, and waits for it where it must: a page is
+findable when its copy down is submitted, it is copied up or read after that copy, and its slot is kept until it was copied up.
 """
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
+from collections import deque
 from collections.abc import Callable, Sequence
+from contextlib import suppress
+from typing import Generic, TypeVar
 
 from torch import Tensor
 
@@ -17,31 +24,36 @@ from attnstore.core.hashing import BlockHash
 from attnstore.core.layout import PageLayout
 from attnstore.errors import Overloaded
 from attnstore_worker.cache.pool.block_pool import BlockPool, BlockPoolStatistics
+from attnstore_worker.cache.pool.device_blocks import DeviceBlocks
+from attnstore_worker.device.base import Event, Wait
 from attnstore_worker.device.pages import PagePool
+from attnstore_worker.errors import DeviceLost
 
 OnEvict = Callable[[BlockHash, memoryview], None]
 """Called with a page that leaves the tier; its bytes are valid until the call returns."""
 
 
-class HostTier:
-    """`pool_bytes // layout.page_bytes` pages in host memory.
+_Block = TypeVar("_Block")
+"""How a block of HBM is named: by its tensor of the shape of the layout, or by its number."""
 
-    `policy` is the tier's own (default: least recently used). Raises `PoolTooSmall` if not even one page fits.
-    """
 
-    def __init__(self, layout: PageLayout, pool_bytes: int, policy: EvictionPolicy[BlockHash] | None = None) -> None:
-        self._pages = PagePool(layout, pool_bytes)
-        self._pool = BlockPool(self._pages.capacity, policy, on_evict=self._leaving)
-        self.on_evict: OnEvict = _forget
+class HostPages(ABC, Generic[_Block]):
+    """The pages of `pages` that are kept, and the order in which they leave."""
+
+    def __init__(self, pages: PagePool, policy: EvictionPolicy[BlockHash] | None) -> None:
+        self._pages = pages
+        self._pool = BlockPool(pages.capacity, policy, on_evict=self._leaving)
+        self.on_evict: OnEvict | None = None
+        """Called with each page that leaves the tier; None: nobody reads it."""
 
     def __contains__(self, block_hash: BlockHash) -> bool:
         """Returns whether the page is here."""
         return block_hash in self._pool
 
-    def keep(self, block_hash: BlockHash, page: Tensor) -> bool:
-        """Copies a page that HBM evicts; a page that is already here only counts as used. `page` has the shape of the layout.
+    def keep(self, block_hash: BlockHash, page: _Block) -> bool:
+        """Copies a page that HBM evicts; a page that is already here only counts as used.
 
-        Returns False if there is no room, because every slot is being copied up.
+        Returns False if there is no room, because every slot is being copied up, or if the device is lost.
         """
         slots = self._pool.hold_prefix([block_hash]) or self._copied_down(block_hash, page)
         self._pool.release(slots)
@@ -51,10 +63,9 @@ class HostTier:
         """Returns the slots of the longest prefix of `hashes` that is here, kept in place until `release`."""
         return self._pool.hold_prefix(hashes)
 
-    def copy_up(self, slot: int, page: Tensor) -> None:
-        """Copies a held slot's page to its place in HBM."""
-        assert self._pool.holders(slot)
-        page.copy_(self._pages.tensor[slot])
+    @abstractmethod
+    def copy_all_up(self, slots: Sequence[int], pages: Sequence[_Block]) -> None:
+        """Copies the pages of held slots to their places in HBM. Raises `DeviceLost`."""
 
     def release(self, slots: Sequence[int]) -> None:
         """Ends a hold. The tail of a prefix is evicted before its head."""
@@ -76,18 +87,119 @@ class HostTier:
         """Asserts the conservation of slots."""
         self._pool.check()
 
-    def _copied_down(self, block_hash: BlockHash, page: Tensor) -> list[int]:
+    def _copied_down(self, block_hash: BlockHash, page: _Block) -> list[int]:
         try:
-            slot = self._pool.allocate()
+            slot = self._allocate()
         except Overloaded:
             return []
-        self._pages.tensor[slot].copy_(page)
+        if not self._copy_down(page, slot):
+            self._pool.release([slot])
+            return []
         self._pool.seal(slot, block_hash)
         return [slot]
 
+    def _allocate(self) -> int:
+        return self._pool.allocate()
+
+    @abstractmethod
+    def _copy_down(self, page: _Block, slot: int) -> bool:
+        """Returns False if the device is lost."""
+
     def _leaving(self, block_hash: BlockHash, slot: int) -> None:
-        self.on_evict(block_hash, self._pages.page(slot))
+        if self.on_evict is not None:
+            self.on_evict(block_hash, self._pages.page(slot))
 
 
-def _forget(block_hash: BlockHash, page: memoryview) -> None:
-    del block_hash, page
+class HostTier(HostPages[Tensor]):
+    """`pool_bytes // layout.page_bytes` pages in host memory, for blocks in host memory.
+
+    `policy` is the tier's own (default: least recently used). Raises `PoolTooSmall` if not even one page fits.
+    """
+
+    def __init__(self, layout: PageLayout, pool_bytes: int, policy: EvictionPolicy[BlockHash] | None = None) -> None:
+        super().__init__(PagePool(layout, pool_bytes), policy)
+
+    def copy_up(self, slot: int, page: Tensor) -> None:
+        """Copies a held slot's page to its place in HBM."""
+        assert self._pool.holders(slot)
+        page.copy_(self._pages.tensor[slot])
+
+    def copy_all_up(self, slots: Sequence[int], pages: Sequence[Tensor]) -> None:
+        """Copies one page after the other."""
+        for slot, page in zip(slots, pages, strict=True):
+            self.copy_up(slot, page)
+
+    def _copy_down(self, page: Tensor, slot: int) -> bool:
+        self._pages.tensor[slot].copy_(page)
+        return True
+
+
+class PinnedHostTier(HostPages[int]):
+    """`HostTier` for the blocks of a device with memory of its own, which are named by their numbers."""
+
+    def __init__(self, blocks: DeviceBlocks, pool_bytes: int, policy: EvictionPolicy[BlockHash] | None = None) -> None:
+        super().__init__(blocks.device.host_pages(blocks.layout, pool_bytes), policy)
+        self._blocks = blocks
+        self._down: dict[int, tuple[int, Event]] = {}  # by slot, with the number of the copy
+        self._copied_down_pages = 0
+        self._up: deque[tuple[Event, list[int]]] = deque()
+
+    def hold_prefix(self, hashes: Sequence[BlockHash]) -> list[int]:
+        """See `HostTier.hold_prefix`."""
+        self._reap()
+        return super().hold_prefix(hashes)
+
+    def copy_all_up(self, slots: Sequence[int], pages: Sequence[int]) -> None:
+        """Submits the copies. The slots stay held until the copies have ended, after `release` too."""
+        if not slots:
+            return
+        after = self._blocks.overwriting(pages)
+        down = [self._down[slot] for slot in slots if slot in self._down]
+        if down:
+            after.append((Wait.HOST_UP_AFTER_DOWN, max(down, key=lambda copied: copied[0])[1]))
+        event = self._blocks.copy_up(self._pages.tensor, slots, pages, after)
+        for slot in slots:
+            self._pool.hold(slot)
+        self._up.append((event, list(slots)))
+
+    def settle_copies(self) -> None:
+        """Waits until no slot is copied up any more."""
+        while self._up:
+            self._end_first()
+
+    def _allocate(self) -> int:
+        self._reap()
+        while not self._pool.available and self._up:
+            self._end_first()
+        return self._pool.allocate()
+
+    def _copy_down(self, page: int, slot: int) -> bool:
+        event = self._blocks.copy_down(page, self._pages.tensor, slot)
+        if event is None:
+            return False
+        self._copied_down_pages += 1
+        self._down[slot] = self._copied_down_pages, event
+        return True
+
+    def _reap(self) -> None:
+        while self._up and self._up[0][0].done():
+            self._end_first()
+
+    def _end_first(self) -> None:
+        event, slots = self._up.popleft()
+        with suppress(DeviceLost):  # it copies nothing any more
+            event.wait(Wait.HOST_REUSE_AFTER_UP)
+        self._pool.release(reversed(slots))
+
+    def _leaving(self, block_hash: BlockHash, slot: int) -> None:
+        copied = self._down.pop(slot, None)
+        if self.on_evict is None:
+            return
+        try:
+            if copied is not None:
+                copied[1].wait(Wait.HOST_READ_AFTER_DOWN)
+        except DeviceLost:
+            return
+        if (accesses := self._blocks.device.accesses) is not None:
+            accesses.host(self._pages.tensor, [slot], writes=False)
+        super()._leaving(block_hash, slot)

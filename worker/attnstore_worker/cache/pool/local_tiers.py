@@ -9,11 +9,13 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
+from typing import Any
 
 from attnstore.core.eviction import EvictionPolicy
 from attnstore.core.hashing import BlockHash
 from attnstore_worker.cache.pool.block_pool import BlockPool
-from attnstore_worker.cache.pool.host_tier import HostTier, OnEvict
+from attnstore_worker.cache.pool.device_blocks import DeviceBlocks
+from attnstore_worker.cache.pool.host_tier import HostPages, PinnedHostTier
 from attnstore_worker.cache.pool.tier import Tier, TierCounter
 from attnstore_worker.device.pages import PagePool
 
@@ -27,24 +29,22 @@ class LocalPrefix:
 
 
 class LocalTiers:
-    """`pool` is the HBM pool, `policy` its own (default: least recently used); `leaving` is called with pages that leave the
-    worker.
+    """`pool` is the HBM pool, `policy` its own (default: least recently used); `leaving` is called with the blocks of the pool that
+    leave the worker. `host` is a `HostTier`, or a `PinnedHostTier` of the same `DeviceBlocks`.
     """
 
     def __init__(
         self,
-        pages: PagePool,
+        pages: PagePool | DeviceBlocks,
         policy: EvictionPolicy[BlockHash] | None,
-        host: HostTier | None,
+        host: HostPages[Any] | None,
         counter: TierCounter,
-        leaving: OnEvict,
+        leaving: Callable[[BlockHash, int], None],
     ) -> None:
-        self._pages = pages
         self._host = host
         self._counter = counter
         self._leaving = leaving
-        if host is not None:
-            host.on_evict = leaving
+        self._block: Callable[[int], Any] = pages.tensor.__getitem__ if isinstance(pages, PagePool) else int
         self.pool = BlockPool(pages.capacity, policy, on_evict=self._move_down)
 
     def hold_prefix(self, hashes: Sequence[BlockHash], allocate: Callable[[int], list[int]]) -> LocalPrefix:
@@ -86,13 +86,18 @@ class LocalTiers:
         if self._host is not None:
             self._host.settle(hashes)
 
+    def settle_copies(self) -> None:
+        """Waits until no block is copied up from HOST any more."""
+        if isinstance(self._host, PinnedHostTier):
+            self._host.settle_copies()
+
     def check(self) -> None:
         """Asserts the conservation of blocks in every tier."""
         self.pool.check()
         if self._host is not None:
             self._host.check()
 
-    def _hold_in_both(self, host: HostTier, hashes: Sequence[BlockHash], allocate: Callable[[int], list[int]]) -> LocalPrefix:
+    def _hold_in_both(self, host: HostPages[Any], hashes: Sequence[BlockHash], allocate: Callable[[int], list[int]]) -> LocalPrefix:
         block_ids: dict[int, int] = {}
         slots: dict[int, int] = {}
         for index, block_hash in enumerate(hashes):
@@ -104,17 +109,16 @@ class LocalTiers:
                 break
         try:
             block_ids.update(zip(slots, allocate(len(slots)), strict=True))
+            host.copy_all_up(list(slots.values()), [self._block(block_ids[index]) for index in slots])
         except BaseException:
             self.pool.release(reversed(block_ids.values()))
             raise
-        else:
-            for index, slot in slots.items():
-                host.copy_up(slot, self._pages.tensor[block_ids[index]])
-                self.pool.seal(block_ids[index], hashes[index])
         finally:
             host.release(list(slots.values()))
+        for index in slots:
+            self.pool.seal(block_ids[index], hashes[index])
         return LocalPrefix([block_ids[index] for index in range(len(block_ids))], len(slots))
 
     def _move_down(self, block_hash: BlockHash, block_id: int) -> None:
-        if self._host is None or not self._host.keep(block_hash, self._pages.tensor[block_id]):
-            self._leaving(block_hash, self._pages.page(block_id))
+        if self._host is None or not self._host.keep(block_hash, self._block(block_id)):
+            self._leaving(block_hash, block_id)
