@@ -6,7 +6,7 @@ Invariant: a block that a transfer reads or writes is held until the transfer is
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
@@ -76,7 +76,6 @@ class CacheManager:
         self._clock = clock
         self._tiers = TierCounter(pages.layout.block_tokens, pages.layout.page_bytes)
         self._local = LocalTiers(pages, policy, host, self._tiers, self._leaving)
-        self._device = pages if isinstance(pages, DeviceBlocks) else None
         self._pool = self._local.pool
         self._lender = lender
         self._remote = remote
@@ -87,9 +86,12 @@ class CacheManager:
         self._mover = Mover(clock)
         observer = observer or Unobserved()
         self._staging: Staging | None = None
+        self.before_step: Callable[[], None] = _no_copies
+        """Called before every step of the model, which waits for the copies that concern it."""
         places: PagePool | StagedReads
         if isinstance(pages, DeviceBlocks):
             self._staging = Staging(pages.device, pages.layout, pages.capacity)
+            self.before_step = pages.before_step
             places = StagedReads(pages, self._staging, clock)
         else:
             places = pages
@@ -204,11 +206,6 @@ class CacheManager:
             if self._pool.seal(block_id, table.hashes[index]):
                 self._writer.sealed(table.hashes[index], block_id)
             table.sealed = index + 1
-
-    def before_step(self) -> None:
-        """Called before every step of the model, which waits for the copies that concern it. No-op for blocks in host memory."""
-        if self._device is not None:
-            self._device.before_step()
 
     def end_step(self) -> None:
         """Called when all blocks that a step completed are sealed: waits for their writes, if the write policy says so."""
@@ -338,3 +335,7 @@ class CacheManager:
         """Releases the blocks of transfers that are over."""
         self._writer.reap()
         self.loads.reap()
+
+
+def _no_copies() -> None:
+    """Blocks in host memory have no copies that a step could meet."""
