@@ -18,10 +18,12 @@ from attnstore_worker.cli import main
 from attnstore_worker.engine import EngineOptions
 
 PROMPT = "The store keeps pages. " * 40
+OPTIONS = ("--threads", "1", "--pool", "8MiB")
+"""The default pool would be cleared before every run: half a gigabyte."""
 
 
 def worker(*options: str | Path) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "attnstore_worker.cli", "generate", "--threads", "1", *map(str, options)]
+    command = [sys.executable, "-m", "attnstore_worker.cli", "generate", *OPTIONS, *map(str, options)]
     return subprocess.run(command, capture_output=True, text=True, timeout=240, check=False, env={**os.environ})
 
 
@@ -92,13 +94,22 @@ def test_a_pool_that_is_a_share_of_free_memory_holds_a_prompt(tiny_folder: Path,
     assert finished.returncode == 0, finished.stderr
 
 
-def test_a_second_process_reads_what_the_first_wrote(tiny_folder: Path, prompt_file: Path) -> None:
+def test_a_second_process_reads_what_the_first_wrote(
+    tiny_folder: Path, prompt_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     options = ("--model", tiny_folder, "--prompt-file", prompt_file, "--max-tokens", "8", "--ignore-stop")
+
+    def here(*more: str) -> dict[str, Any]:
+        """The report of a worker in this process, without cached pages."""
+        assert main(["generate", *OPTIONS, *map(str, options), "--json", *more]) == 0
+        result: dict[str, Any] = json.loads(capsys.readouterr().out)
+        return result
+
     with StoreProcess("--capacity", "64MiB") as node:
         cold = report(*options, "--store", node.url)
         warm = report(*options, "--store", node.url)
-        in_place = report(*options, "--store", node.url, "--shared", "in-place", "--host-pool", "1MiB")
-    control = report(*options)
+        in_place = here("--store", node.url, "--shared", "in-place", "--host-pool", "1MiB")
+    control = here()
     assert cold["store_error"] is warm["store_error"] is None
     assert cold["pages_not_written"] == 0
     assert cold["tokens"] == warm["tokens"] == control["tokens"]
@@ -127,8 +138,8 @@ def run(tiny_folder: Path, prompt_file: Path, monkeypatch: pytest.MonkeyPatch, c
         with monkeypatch.context() as patched:
             for name, value in environment.items():
                 patched.setenv(f"ATTNSTORE_{name}", value)
-            prompt = ("--prompt-file", str(prompt_file), "--max-tokens", "4", "--ignore-stop", "--threads", "1")
-            assert main(["generate", "--model", str(tiny_folder), *prompt, "--json", "--store", node.url, *options]) == 0
+            prompt = ("--prompt-file", str(prompt_file), "--max-tokens", "4", "--ignore-stop")
+            assert main(["generate", *OPTIONS, "--model", str(tiny_folder), *prompt, "--json", "--store", node.url, *options]) == 0
         written = capsys.readouterr()
         assert "pepper" not in written.out + written.err
         result: dict[str, Any] = json.loads(written.out)
@@ -161,13 +172,13 @@ def test_workers_share_pages_with_those_of_their_own_salt_alone(run: Run) -> Non
     assert "pepper" not in repr(EngineOptions(tenant_salt=b"pepper"))
 
 
-def test_a_store_that_is_not_there_costs_a_warning_only(tiny_folder: Path, prompt_file: Path) -> None:
-    finished = worker(
-        "--model", tiny_folder, "--prompt-file", prompt_file, "--max-tokens", "4", "--json", "--store", "grpc://127.0.0.1:1"
-    )
-    assert finished.returncode == 0
-    assert json.loads(finished.stdout)["store_error"] is not None
-    assert "the store failed" in finished.stderr
+def test_a_store_that_is_not_there_costs_a_warning_only(
+    tiny_folder: Path, prompt_file: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    options = ("--model", str(tiny_folder), "--prompt-file", str(prompt_file), "--max-tokens", "4", "--json")
+    assert main(["generate", *OPTIONS, *options, "--store", "grpc://127.0.0.1:1"]) == 0
+    assert json.loads(capsys.readouterr().out)["store_error"] is not None
+    assert "the store failed" in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -215,7 +226,7 @@ def test_options_that_do_not_go_together_are_refused_before_the_model_is_loaded(
 def test_a_full_disk_costs_the_file_and_not_a_traceback(
     tiny_folder: Path, prompt_file: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:
-    command = ["generate", "--model", str(tiny_folder), "--prompt-file", str(prompt_file), "--max-tokens", "1"]
+    command = ["generate", *OPTIONS, "--model", str(tiny_folder), "--prompt-file", str(prompt_file), "--max-tokens", "1"]
     assert main([*command, "--logits", "/dev/full"]) == 2
     told = capsys.readouterr().err
     assert "--logits /dev/full cannot be written" in told
@@ -233,8 +244,11 @@ def test_an_empty_value_is_refused_by_name(arguments: tuple[str, ...], named: st
     assert capsys.readouterr().err.splitlines()[-1].endswith(f"{named} is empty")
 
 
-def test_text_goes_to_standard_output_and_the_costs_to_standard_error(tiny_folder: Path, prompt_file: Path) -> None:
-    finished = worker("--model", tiny_folder, "--prompt-file", prompt_file, "--max-tokens", "4", "--chat")
-    assert finished.returncode == 0
-    assert "TTFT" in finished.stderr
-    assert "TTFT" not in finished.stdout
+def test_text_goes_to_standard_output_and_the_costs_to_standard_error(
+    tiny_folder: Path, prompt_file: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    options = ("--model", str(tiny_folder), "--prompt-file", str(prompt_file), "--max-tokens", "4", "--chat")
+    assert main(["generate", *OPTIONS, *options]) == 0
+    written = capfd.readouterr()
+    assert "TTFT" in written.err
+    assert "TTFT" not in written.out
