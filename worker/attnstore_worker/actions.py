@@ -137,7 +137,9 @@ def _open_engine(arguments: argparse.Namespace, options: EngineOptions, progress
         clock = MonotonicClock()
         planner = stack.enter_context(_planner(arguments, options, clock))
         observer = planner if isinstance(planner, CostPlanner) else None
-        engine = stack.enter_context(Engine(model, options, store=store, clock=clock, planner=planner, observer=observer))
+        engine = stack.enter_context(
+            Engine(model, options, store=store, clock=clock, planner=planner, observer=observer, device=device)
+        )
         progress.phase("warming up")
         engine.warm_up()
         yield engine

@@ -32,6 +32,7 @@ from attnstore_worker.cache.planning.observation import Shielded
 from attnstore_worker.cache.pool.block_table import BlockTable
 from attnstore_worker.cache.store.base import AttendStore
 from attnstore_worker.device.base import Device
+from attnstore_worker.device.host import HostDevice
 from attnstore_worker.engine.attend_policy import AttendChoice, AttendForecaster
 from attnstore_worker.engine.attended import AttendedBlocks
 from attnstore_worker.engine.outputs import BatchingStatistics, Token
@@ -41,6 +42,7 @@ from attnstore_worker.engine.sampler import SamplingParams, peaks
 from attnstore_worker.engine.scheduler import Scheduler
 from attnstore_worker.engine.sequence import FinishReason, Sequence, next_chunk
 from attnstore_worker.engine.speculative import Speculation
+from attnstore_worker.engine.step_times import StepTimes
 from attnstore_worker.engine.stepper import Stepper
 from attnstore_worker.engine.text import TextStream
 from attnstore_worker.errors import ContextOverflow, PoolTooSmall
@@ -54,7 +56,7 @@ _SALT_KEY = b"cache_salt:"
 class Engine:
     """Generates with `model`. Pages in `store` are read instead of computed if `planner` (default: always) decides so, and new
     pages are written to it. `observer` is told of transfers, loads and steps. Sequences attend to pages in `attend_store` (default:
-    `store`) as `EngineOptions.attend` says. The blocks are on `device` (default: the processor).
+    `store`) as `EngineOptions.attend` says. Model and blocks are on `device` (default: the processor), which times the steps.
 
     Not thread-safe, except for `wake`. Leaving it as a context manager closes it.
     """
@@ -112,6 +114,7 @@ class Engine:
             self._speculation,
             self._clock,
             self._observer,
+            StepTimes(device or HostDevice(), self._clock, self._observer),
             context_tokens_max=model.context_tokens_max,
             chunk_tokens=self.options.chunk_tokens,
             speculates=self.options.speculate,

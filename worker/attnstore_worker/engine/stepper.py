@@ -13,7 +13,7 @@ from functools import partial
 from torch import Tensor
 
 from attnstore.clock import Clock
-from attnstore_worker.cache import CacheManager, Load, LoadEnd, Observer, Step
+from attnstore_worker.cache import CacheManager, Load, LoadEnd, Observer
 from attnstore_worker.cache.attending.contexts import RemoteAttention, Traffic
 from attnstore_worker.cache.planning.observation import Answer
 from attnstore_worker.engine.outputs import Token
@@ -23,6 +23,7 @@ from attnstore_worker.engine.sampler import Peak, peaks
 from attnstore_worker.engine.scheduler import Scheduler
 from attnstore_worker.engine.sequence import Chunk, FinishReason, Sequence, chunk_at
 from attnstore_worker.engine.speculative import DRAFTS_MAX, Speculation
+from attnstore_worker.engine.step_times import StepTimes
 from attnstore_worker.errors import PagesLost
 
 
@@ -41,6 +42,7 @@ class Stepper:
         speculation: Speculation,
         clock: Clock,
         observer: Observer,
+        times: StepTimes,
         *,
         context_tokens_max: int,
         chunk_tokens: int,
@@ -54,6 +56,7 @@ class Stepper:
         self._speculation = speculation
         self._clock = clock
         self._observer = observer
+        self._times = times
         self._context_tokens_max = context_tokens_max
         self._chunk_tokens = chunk_tokens
         self._speculates = speculates
@@ -69,15 +72,13 @@ class Stepper:
             self._speculation.draft(running, tokens_max=self._context_tokens_max, pool_tokens=pool_tokens)
 
     def run(self, chunks: Items[Chunk]) -> Tensor:
-        """Runs the model as `Runner.run` does, and reports the step to the observer."""
-        started_ms = self._clock.now_ms()
+        """Runs the model as `Runner.run` does, and reports the step as `StepTimes` does."""
+        started = self._times.start()
         asked = self._traffic()
         logits = self._runner.run(chunks)
         now = self._traffic()
         ranges = tuple((chunk.begin, chunk.end) for chunk in chunks)
-        self._observer.stepped(
-            Step(started_ms, self._clock.now_ms(), ranges, now.round_trips - asked.round_trips, now.bytes - asked.bytes)
-        )
+        self._times.end(started, ranges, now.round_trips - asked.round_trips, now.bytes - asked.bytes)
         return logits
 
     def step(self, chunks: Items[Chunk]) -> list[Token]:

@@ -85,8 +85,8 @@ class CostBook:
             else:
                 link.forget()
 
-    def stepped(self, step: Step, *, loads: int) -> None:
-        """Learns from a step of one sequence, beside that many loads."""
+    def stepped(self, step: Step, *, disturbed: bool) -> None:
+        """Learns from a step of one sequence. `disturbed`: a load ran beside it."""
         if len(step.chunks) != 1:
             return
         (begin, end), elapsed_ms = step.chunks[0], step.ended_ms - step.started_ms
@@ -96,7 +96,7 @@ class CostBook:
                 self._attended(step, decodes=end - begin == 1)
             elif end - begin == 1:
                 self._decode.observe(elapsed_ms)
-            elif loads and known is not None:
+            elif disturbed and known is not None:
                 self._slowdown.observe(elapsed_ms, known.chunk(begin, end))
             else:
                 self._prefill.observe(begin, end, elapsed_ms)

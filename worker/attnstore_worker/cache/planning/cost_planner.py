@@ -7,6 +7,7 @@ never waits for an unknown link.
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Callable
 from dataclasses import replace
@@ -47,14 +48,17 @@ class CostPlanner:
         self._book = CostBook(clock)
         self._log = DecisionLog(sink)
         self._lock = threading.Lock()
-        self._loading: set[int] = set()
+        self._loading: dict[int, float] = {}
+        """The loads that run, and when each began."""
+        self._load_ended_ms = -math.inf
+        """When the last of the others ended."""
 
     def search(self, prompt: Prompt) -> SearchPlan | None:
         """Searches unless that cannot pay; computes meanwhile as much as fits into the time of the answer."""
         plan = self._search(prompt)
         if plan is not None:
             with self._lock:
-                self._loading.add(prompt.number)
+                self._loading[prompt.number] = self._clock.now_ms()
         return plan
 
     def plan(self, load: Load) -> LoadPlan | None:
@@ -140,15 +144,16 @@ class CostPlanner:
         self._book.transferred(transfer)
 
     def stepped(self, step: Step) -> None:
-        """See `CostBook`."""
+        """See `CostBook`. The step may have ended long ago, so the loads of now may not have run beside it."""
         with self._lock:
-            loads = len(self._loading)
-        self._book.stepped(step, loads=loads)
+            disturbed = step.started_ms < self._load_ended_ms or any(at_ms <= step.ended_ms for at_ms in self._loading.values())
+        self._book.stepped(step, disturbed=disturbed)
 
     def loaded(self, load: Load) -> None:
         """Records how a load ended."""
         with self._lock:
-            self._loading.discard(load.prompt.number)
+            if self._loading.pop(load.prompt.number, None) is not None:
+                self._load_ended_ms = self._clock.now_ms()
         self._log.loaded(load)
 
     def answered(self, answer: Answer) -> None:
