@@ -186,7 +186,7 @@ def _written(option: str, path: Path) -> Iterator[None]:
 def _write_logits(tokens: Items[Token], path: Path) -> None:
     with _written("--logits", path):
         # Written here, because `save_file` would replace the file, which may be a device.
-        path.write_bytes(save({"logits": torch.stack([token.logits for token in tokens])}))
+        path.write_bytes(save({"logits": torch.stack([token.logits for token in tokens if token.logits is not None])}))
 
 
 def _open_store(arguments: argparse.Namespace) -> AbstractContextManager[PageStore]:
@@ -231,6 +231,7 @@ def _sampling(model: LoadedModel, arguments: argparse.Namespace) -> SamplingPara
         temperature=arguments.temperature,
         seed=arguments.seed,
         stop_token_ids=frozenset() if arguments.ignore_stop else model.stop_token_ids,
+        logits=arguments.logits is not None,
     )
 
 
