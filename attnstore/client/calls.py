@@ -13,10 +13,13 @@ import functools
 import threading
 from collections.abc import Callable, Coroutine, Generator, Iterator, Sequence
 from contextlib import closing, contextmanager, suppress
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any, Final, Generic, Protocol, TypeVar
 
 T = TypeVar("T")
 T_co = TypeVar("T_co", covariant=True)
+
+_INTERRUPT_DELAY_S: Final = 0.2
+"""A wait for a lock does not see a signal that came just before it. It is noticed after this time instead of at the end."""
 
 
 class Transfer:
@@ -202,7 +205,7 @@ class Outcome(Generic[T]):
     def wait(self) -> None:
         """Waits for the end."""
         while not self.ended:
-            self._running.acquire()
+            self._running.acquire(timeout=_INTERRUPT_DELAY_S)
 
     def result(self) -> T:
         """Returns the result, or raises the error, of work that has ended and was not revoked. To be called once."""
