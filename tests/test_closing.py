@@ -138,10 +138,9 @@ CASES: dict[str, tuple[Owner, Callable[[Steps], dict[str, Any]], set[str]]] = {
         lambda steps: {
             "_writer": steps.blocking("writer"),
             "_lender": steps.blocking("lender"),
-            "_local": SimpleNamespace(settle_copies=steps.blocking("copies").close),
             "_reap": steps.blocking("blocks").close,
         },
-        {"writer", "lender", "copies", "blocks"},
+        {"writer", "lender", "blocks"},
     ),
     "attention over a store's pages": (
         StoreAttention.close,

@@ -70,6 +70,15 @@ class DeviceWorker:
             found = self.device.known_blocks[table.block_ids[index]].view(torch.uint8).numpy().tobytes()
             assert found == content(tokens, index), f"block {index} has not the bytes of its page"
 
+    def read_layer(self, table: BlockTable, tokens: list[int], blocks: range, layer: int) -> None:
+        """The part of a running step that reads one layer of blocks."""
+        assert self.device.accesses is not None
+        self.device.accesses.step([table.block_ids[index] for index in blocks], (), layers=range(layer, layer + 1))
+        begin, end = LAYOUT.layer_slice(layer, layer + 1)
+        for index in blocks:
+            found = self.device.known_blocks[table.block_ids[index], layer].view(torch.uint8).numpy().tobytes()
+            assert found == content(tokens, index)[begin:end], f"layer {layer} of block {index} has not the bytes of its page"
+
     def take(self, table: BlockTable, load: Load) -> int:
         """Takes what a load brings until it is over. Returns the number of sealed blocks."""
         done = self.manager.loads.advance(table, load, table.sealed * LAYOUT.block_tokens)

@@ -247,12 +247,11 @@ class CacheManager:
         return flushed
 
     def close(self) -> None:
-        """Stops writing; queued pages are not written. Copies between the pool and HOST have ended."""
+        """Stops writing; queued pages are not written."""
         with ExitStack() as closing:
             closing.callback(self._reap)
             if self._lender is not None:
                 closing.callback(self._lender.close)
-            closing.callback(self._local.settle_copies)
             closing.callback(self._writer.close)
 
     def statistics(self) -> CacheStatistics:

@@ -105,7 +105,7 @@ class StagedBlocks:
             buffers = [self._staging.pages.page(slot) for slot in slots]
             result = source.read(hashes, buffers, lease, deadline_ms=self._deadline_ms(len(slots)))
             hits = [index for index, status in enumerate(result.statuses) if status.is_hit]
-            if hits:
+            if hits and self._load.running:
                 copied = self._submit([slots[hit] for hit in hits], [block_ids[hit] for hit in hits])
             return result
         finally:

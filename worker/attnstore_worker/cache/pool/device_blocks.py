@@ -2,7 +2,8 @@
 
 Owns: the blocks, their copies, and the events of copies between the pool and the tiers inside the worker. Invariants: a step runs
 after the copies up of blocks that it may read and after the copies down of evicted blocks that it may overwrite; a copy up into a
-block runs after the last step that used the block and after the copy down of its last page. Loads and writers wait on threads of
+block runs after the last step that used the block and after the copy down of its last page; a copy down runs after the steps and
+the copies up so far. Loads and writers wait on threads of
 their own, by events that they get here.
 
 Only the engine's thread calls it, except for `copies`.
@@ -40,7 +41,9 @@ class DeviceBlocks:
 
     def before_step(self) -> None:
         """Lets `compute` wait for the copies that the next step could meet. Called before every step."""
-        self._wait_up()
+        if self._up is not None:
+            self.device.compute.wait(self._up, Wait.COMPUTE_AFTER_UP)
+            self._up = None
         if self._down:
             _, last = max(self._down.values(), key=_number)
             self.device.compute.wait(last, Wait.COMPUTE_AFTER_DOWN)
@@ -48,9 +51,8 @@ class DeviceBlocks:
         self._computed = None
 
     def computed(self) -> Event:
-        """Returns an event after all steps so far, and after the copies up that the next step would wait for."""
+        """Returns an event after all steps so far."""
         if self._computed is None:
-            self._wait_up()
             self._computed = self.device.compute.record()
         return self._computed
 
@@ -62,27 +64,23 @@ class DeviceBlocks:
             after.append((Wait.UP_AFTER_DOWN, max(copied, key=_number)[1]))
         return after
 
-    def copy_up(self, host: Tensor, slots: Sequence[int], block_ids: Sequence[int], after: Iterable[After]) -> Event:
+    def copy_up(self, host: Tensor, slots: Sequence[int], block_ids: Sequence[int], after: Iterable[After]) -> None:
         """Copies slots to blocks that the next step may read. Raises `DeviceLost`."""
-        event = self.copies.up(host, slots, block_ids, after=after)
-        self._up, self._computed = event, None
-        return event
+        self._up = self.copies.up(host, slots, block_ids, after=after)
 
     def copy_down(self, block_id: int, host: Tensor, slot: int) -> Event | None:
-        """Copies an evicted block, which may be used again at once. Returns None if the device is lost."""
+        """Copies an evicted block to a slot. Both may be used again at once. Returns None if the device is lost."""
+        after = [(Wait.DOWN_AFTER_COMPUTE, self.computed())]
+        if self._up is not None:  # no step has waited for it: it may write this block, or read this slot
+            after.append((Wait.HOST_REUSE_AFTER_UP, self._up))
         try:
-            event = self.copies.down([block_id], host, [slot], after=[(Wait.DOWN_AFTER_COMPUTE, self.computed())])
+            event = self.copies.down([block_id], host, [slot], after=after)
         except DeviceLost:
             _LOG.exception("an evicted page was not copied down")
             return None
         self._copied_down += 1
         self._down[block_id] = self._copied_down, event
         return event
-
-    def _wait_up(self) -> None:
-        if self._up is not None:
-            self.device.compute.wait(self._up, Wait.COMPUTE_AFTER_UP)
-            self._up = None
 
 
 def _number(copied: tuple[int, Event]) -> int:

@@ -5,16 +5,14 @@ Owns: a second pool of an enforced size, with a prefix cache and an eviction pol
 Invariant: a page here is the whole sealed page of its hash; a page that is being copied up is held and cannot be evicted meanwhile.
 A page that was copied up stays, so evicting it from HBM again costs no copy. Only the engine's thread calls it.
 
-`HostTier` copies at once. `PinnedHostTier` lets a device with memory of its own copy, and waits for it where it must: a page is
-findable when its copy down is submitted, it is copied up or read after that copy, and its slot is kept until it was copied up.
+`HostTier` copies at once. `PinnedHostTier` lets a device with memory of its own copy: a page is findable when its copy down is
+submitted. It is copied up, and read by the host, after that copy; its slot is overwritten after the copies up that may read it.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections import deque
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from typing import Generic, TypeVar
 
 from torch import Tensor
@@ -89,7 +87,7 @@ class HostPages(ABC, Generic[_Block]):
 
     def _copied_down(self, block_hash: BlockHash, page: _Block) -> list[int]:
         try:
-            slot = self._allocate()
+            slot = self._pool.allocate()
         except Overloaded:
             return []
         if not self._copy_down(page, slot):
@@ -97,9 +95,6 @@ class HostPages(ABC, Generic[_Block]):
             return []
         self._pool.seal(slot, block_hash)
         return [slot]
-
-    def _allocate(self) -> int:
-        return self._pool.allocate()
 
     @abstractmethod
     def _copy_down(self, page: _Block, slot: int) -> bool:
@@ -142,36 +137,16 @@ class PinnedHostTier(HostPages[int]):
         self._blocks = blocks
         self._down: dict[int, tuple[int, Event]] = {}  # by slot, with the number of the copy
         self._copied_down_pages = 0
-        self._up: deque[tuple[Event, list[int]]] = deque()
-
-    def hold_prefix(self, hashes: Sequence[BlockHash]) -> list[int]:
-        """See `HostTier.hold_prefix`."""
-        self._reap()
-        return super().hold_prefix(hashes)
 
     def copy_all_up(self, slots: Sequence[int], pages: Sequence[int]) -> None:
-        """Submits the copies. The slots stay held until the copies have ended, after `release` too."""
+        """Submits the copies. A slot may be released at once: a copy down into it waits for them."""
         if not slots:
             return
         after = self._blocks.overwriting(pages)
         down = [self._down[slot] for slot in slots if slot in self._down]
         if down:
             after.append((Wait.HOST_UP_AFTER_DOWN, max(down, key=lambda copied: copied[0])[1]))
-        event = self._blocks.copy_up(self._pages.tensor, slots, pages, after)
-        for slot in slots:
-            self._pool.hold(slot)
-        self._up.append((event, list(slots)))
-
-    def settle_copies(self) -> None:
-        """Waits until no slot is copied up any more."""
-        while self._up:
-            self._end_first()
-
-    def _allocate(self) -> int:
-        self._reap()
-        while not self._pool.available and self._up:
-            self._end_first()
-        return self._pool.allocate()
+        self._blocks.copy_up(self._pages.tensor, slots, pages, after)
 
     def _copy_down(self, page: int, slot: int) -> bool:
         event = self._blocks.copy_down(page, self._pages.tensor, slot)
@@ -180,16 +155,6 @@ class PinnedHostTier(HostPages[int]):
         self._copied_down_pages += 1
         self._down[slot] = self._copied_down_pages, event
         return True
-
-    def _reap(self) -> None:
-        while self._up and self._up[0][0].done():
-            self._end_first()
-
-    def _end_first(self) -> None:
-        event, slots = self._up.popleft()
-        with suppress(DeviceLost):  # it copies nothing any more
-            event.wait(Wait.HOST_REUSE_AFTER_UP)
-        self._pool.release(reversed(slots))
 
     def _leaving(self, block_hash: BlockHash, slot: int) -> None:
         copied = self._down.pop(slot, None)

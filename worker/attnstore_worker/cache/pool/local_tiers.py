@@ -15,7 +15,7 @@ from attnstore.core.eviction import EvictionPolicy
 from attnstore.core.hashing import BlockHash
 from attnstore_worker.cache.pool.block_pool import BlockPool
 from attnstore_worker.cache.pool.device_blocks import DeviceBlocks
-from attnstore_worker.cache.pool.host_tier import HostPages, PinnedHostTier
+from attnstore_worker.cache.pool.host_tier import HostPages
 from attnstore_worker.cache.pool.tier import Tier, TierCounter
 from attnstore_worker.device.pages import PagePool
 
@@ -85,11 +85,6 @@ class LocalTiers:
         self.pool.settle(hashes)
         if self._host is not None:
             self._host.settle(hashes)
-
-    def settle_copies(self) -> None:
-        """Waits until no block is copied up from HOST any more."""
-        if isinstance(self._host, PinnedHostTier):
-            self._host.settle_copies()
 
     def check(self) -> None:
         """Asserts the conservation of blocks in every tier."""
