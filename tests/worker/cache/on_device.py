@@ -79,18 +79,25 @@ class DeviceWorker:
             found = self.device.known_blocks[table.block_ids[index], layer].view(torch.uint8).numpy().tobytes()
             assert found == content(tokens, index)[begin:end], f"layer {layer} of block {index} has not the bytes of its page"
 
-    def take(self, table: BlockTable, load: Load) -> int:
-        """Takes what a load brings until it is over. Returns the number of sealed blocks."""
+    def take(self, table: BlockTable, load: Load, tokens: list[int]) -> int:
+        """Takes what a load brings until it is over, and computes the blocks that it leaves out. Returns the number of sealed
+        blocks.
+        """
         done = self.manager.loads.advance(table, load, table.sealed * LAYOUT.block_tokens)
         while not load.over:
-            self.manager.loads.wait(1)
+            if self.manager.loads.claim(load, done + LAYOUT.block_tokens) > done:
+                self.compute(table, tokens, range(table.sealed, table.sealed + 1))
+                done += LAYOUT.block_tokens
+                self.manager.seal(table, tokens, done)
+            else:
+                self.manager.loads.wait(1)
             done = self.manager.loads.advance(table, load, done)
         return table.sealed
 
     def run(self, tokens: list[int], *, release: bool = True) -> tuple[BlockTable, Load]:
         """Admits a prompt, reads what the tiers have of it, computes the rest and seals it."""
         table, load = self.manager.admit(tokens, [])
-        sealed = self.take(table, load)
+        sealed = self.take(table, load, tokens)
         self.read(table, tokens, range(sealed))
         blocks = len(tokens) // LAYOUT.block_tokens
         self.compute(table, tokens, range(sealed, blocks))

@@ -52,6 +52,11 @@ class Staging:
         """Slots that loads read into."""
         return len(self._taken)
 
+    @property
+    def waiting(self) -> int:
+        """Requests that wait for slots."""
+        return len(self._waiting)
+
     def take(self, pages: int, give_up: Callable[[], bool]) -> list[int]:
         """Returns slots for a part of `pages` pages, at most `part_pages`, after the loads that asked before. Returns none if
         `give_up()` is true first. Raises `DeviceLost`.
