@@ -1,13 +1,15 @@
-"""Paged attention and page copies on a GPU, by the kernels in `triton_kernels`.
+"""Paged attention, merges of partials and page copies on a GPU, by the kernels in `triton_kernels`.
 
-Owns: `TritonAttention`, `gather_pages`, `scatter_pages`.
-Invariant: launching reads nothing back from the device, so a step's layers are queued without a stall.
+Owns: `TritonAttention`, `merge_partials`, `gather_pages`, `scatter_pages`.
+Invariants: launching reads nothing back from the device, so a step's layers are queued without a stall. Every grid and every
+temporary tensor depends on shapes only, so a CUDA graph replays with other contents.
 Under `TRITON_INTERPRET=1` everything here also runs on CPU tensors.
 """
 
 from __future__ import annotations
 
 import math
+from functools import cache
 from typing import Final
 
 import torch
@@ -16,23 +18,23 @@ import triton.language as tl
 from torch import Tensor
 
 from attnstore.attention import triton_kernels
+from attnstore.attention.triton_kernels import DECODE_ROWS, configuration, tile_rows
+from attnstore.attention.triton_plan import Grid
 from attnstore.errors import InvalidArgument
 
-PREFILL_ROWS: Final = 64
-"""Rows (query tokens times GQA group) of a program's tile for sequences with many rows; tensor cores need at least DECODE_ROWS."""
+PROGRAMS_PER_MULTIPROCESSOR: Final = 4
+"""Programs among which the keys of a step are divided: those that run at once (see `configuration`)."""
 
-DECODE_ROWS: Final = 16
-SPLITS_MAX: Final = 32
-SPLIT_KEYS_MIN: Final = 256
-"""A split shorter than this costs more to merge than it gains."""
-
+MERGED_AT_ONCE: Final = 16
 COPY_WORDS: Final = 2048
 _COMPUTE: Final = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
 
 
 class TritonAttention:
-    """See `AttentionBackend`. `programs_wanted` is the number of programs that fill the device; None queries it (two per
-    multiprocessor).
+    """See `AttentionBackend`. `programs_wanted` is the number of programs that fill the device; None asks the device.
+
+    How the keys of a row are split depends on the other sequences of the step, so results of different steps are equal up to
+    rounding.
     """
 
     def __init__(self, programs_wanted: int | None = None) -> None:
@@ -64,12 +66,21 @@ class TritonAttention:
         if total_q == 0:
             return out, lse
         group = q_heads // kv_heads
-        block_m = _tile_rows(total_q, seqs, group)
-        tiles = total_q // (block_m // group) + seqs
-        splits = self._splits(tiles * kv_heads, max_blocks * block_tokens, query.device)
-        outs = out if splits == 1 else torch.empty(splits, *query.shape, dtype=torch.float32, device=query.device)
-        lses = lse if splits == 1 else torch.empty(splits, *lse.shape, dtype=torch.float32, device=query.device)
-        triton_kernels.attend[(tiles, kv_heads, splits)](
+        block_d = padded_head_dim(head_dim)
+        decode = total_q <= seqs * max(1, DECODE_ROWS // group)  # on average, the rows of a sequence fit one such tile
+        block_m = max(tile_rows(block_d, decode=decode), int(triton.next_power_of_2(group)))
+        programs = max(1, (self._programs_wanted or _programs(query.device)) // kv_heads)
+        grid = Grid.of(
+            total_q=total_q,
+            seqs=seqs,
+            keys_max=max_blocks * block_tokens,
+            tile_tokens=block_m // group,
+            programs=programs,
+        )
+        partial_lses = torch.empty(grid.partials, kv_heads, block_m, dtype=torch.float32, device=query.device)
+        partial_outs = torch.empty(*partial_lses.shape, head_dim, dtype=torch.float32, device=query.device)
+        config = configuration(block_m, block_d, max(query.element_size(), pool.element_size()))
+        triton_kernels.attend[(grid.items, kv_heads)](
             query,
             pool,
             block_tables,
@@ -77,11 +88,12 @@ class TritonAttention:
             query_starts,
             query_positions,
             sinks,
-            outs,
-            lses,
+            out,
+            lse,
+            partial_outs,
+            partial_lses,
             seqs,
-            total_q,
-            q_heads,
+            programs,
             max_blocks,
             pool.stride(0),
             layer * pool.stride(1),
@@ -97,21 +109,64 @@ class TritonAttention:
             HAS_SINKS=sinks is not None,
             COMPUTE=_compute_type(query.dtype, pool.dtype),
             BLOCK_M=block_m,
-            BLOCK_D=padded_head_dim(head_dim),
+            BLOCK_D=block_d,
+            BLOCK_N=config.keys,
+            num_warps=config.warps,
+            num_stages=config.stages,
         )
-        if splits > 1:
-            states = total_q * q_heads
-            triton_kernels.merge_splits[(states,)](
-                outs, lses, out, lse, states, splits, HEAD_DIM=head_dim, BLOCK_D=padded_head_dim(head_dim)
+        if grid.split_tiles:
+            triton_kernels.merge_splits[(grid.split_tiles, q_heads)](
+                context_lens,
+                query_starts,
+                out,
+                lse,
+                partial_outs,
+                partial_lses,
+                seqs,
+                programs,
+                sliding_window or 0,
+                GROUP=group,
+                HEAD_DIM=head_dim,
+                HAS_WINDOW=sliding_window is not None,
+                BLOCK_M=block_m,
+                BLOCK_D=block_d,
+                PARTS=MERGED_AT_ONCE,
             )
         return out, lse
 
-    def _splits(self, programs: int, keys_max: int, device: torch.device) -> int:
-        if self._programs_wanted is not None:
-            wanted = self._programs_wanted
-        else:  # the interpreter runs one program after the other
-            wanted = 1 if device.type == "cpu" else 2 * torch.cuda.get_device_properties(device).multi_processor_count
-        return max(1, min(wanted // programs, keys_max // SPLIT_KEYS_MIN, SPLITS_MAX))
+
+def merge_partials(out: Tensor, lse: Tensor, outs: Tensor, lses: Tensor, row_ids: Tensor | None = None) -> None:
+    """Merges partials over other keys into `out` `[total_q, heads, head_dim]` and `lse` fp32 `[total_q, heads]`, in place.
+
+    outs: fp32 `[parts, rows, heads, head_dim]`; lses: fp32 `[parts, rows, heads]`, natural logarithm, -inf for an empty partial,
+    whose `out` is not read. row_ids: int32 `[rows]`, the row of `out` that each row of the partials belongs to, negative for none;
+    no row twice. None stands for all rows in order. All tensors are contiguous and on one device. The ids are not checked.
+
+    The formula is that of `attnstore.attention.merge`. Raises `InvalidArgument` for shapes and types that do not match.
+    """
+    rows = len(out) if row_ids is None else len(row_ids)
+    shape = (*outs.shape[:1], rows, *out.shape[1:])
+    if outs.shape != shape or lses.shape != shape[:-1] or lse.shape != out.shape[:-1]:
+        raise InvalidArgument(
+            f"partials are {tuple(outs.shape)} and {tuple(lses.shape)} for {rows} rows of {tuple(out.shape)} and {tuple(lse.shape)}"
+        )
+    if any(each.dtype != torch.float32 for each in (lse, outs, lses)) or (row_ids is not None and row_ids.dtype != torch.int32):
+        raise InvalidArgument("partials and lse must be float32, and row_ids int32")
+    if not all(each.is_contiguous() for each in (out, lse, outs, lses)):
+        raise InvalidArgument("partials, out and lse must be contiguous")
+    if outs.numel():
+        _, heads, head_dim = out.shape
+        triton_kernels.merge_partials[(rows, heads)](
+            out, lse, outs, lses, row_ids, len(outs), HEAD_DIM=head_dim, BLOCK_D=padded_head_dim(head_dim)
+        )
+
+
+@cache
+def _programs(device: torch.device) -> int:
+    """Returns the number of programs that fill a device. The interpreter runs one program after the other."""
+    if device.type == "cpu":
+        return 1
+    return PROGRAMS_PER_MULTIPROCESSOR * int(torch.cuda.get_device_properties(device).multi_processor_count)
 
 
 def _compute_type(query: torch.dtype, pool: torch.dtype) -> tl.dtype:
@@ -123,12 +178,6 @@ def _compute_type(query: torch.dtype, pool: torch.dtype) -> tl.dtype:
 def padded_head_dim(head_dim: int) -> int:
     """Returns the padded size of a head for the kernel: a power of two, at least 16."""
     return max(16, int(triton.next_power_of_2(head_dim)))
-
-
-def _tile_rows(total_q: int, seqs: int, group: int) -> int:
-    """Returns the rows of a tile: those of a decode step if the sequences have few rows on average, else a prefill's."""
-    wanted = PREFILL_ROWS if total_q > seqs * max(1, DECODE_ROWS // group) else DECODE_ROWS
-    return max(wanted, int(triton.next_power_of_2(group)))
 
 
 def gather_pages(pool: Tensor, block_ids: Tensor, pages: Tensor | None = None) -> Tensor:

@@ -1,67 +1,62 @@
-"""The Triton kernels: split-KV paged attention, the merge of its splits, and page copies.
+"""The Triton kernels: split-KV paged attention, the merges of its splits and of partials from elsewhere, and page copies.
 
-Owns: `attend`, `merge_splits`, `copy_pages` and their configurations. The launching code is in `attnstore.attention.triton`.
-Invariant: one source runs under the interpreter and compiles for sm_80, sm_90, sm_100 and gfx942 within their limits.
-
-Source: FlashDecoding's split of the keys over programs (Dao et al. 2023). Its grid covers packed query rows, and each program finds
-its sequence by bisection, as in vLLM's unified attention kernel, so that no length is read back from the device.
+Owns: `attend`, `merge_splits`, `merge_partials`, `copy_pages` and their configurations. The launching code is in
+`attnstore.attention.triton`, the sharing of the work in `triton_plan`.
+Invariants: one source runs under the interpreter and compiles for sm_80, sm_90, sm_100 and gfx942 within their limits; no count or
+length is part of a kernel's specialisation, so a kernel is compiled once for a model.
 """
 
 # mypy: disable-error-code="untyped-decorator,no-untyped-call,no-untyped-def,no-any-return"
 
 from __future__ import annotations
 
-from typing import Any, Final
+from typing import Final, NamedTuple
 
 import triton
 import triton.language as tl
 
-_CONFIGS: Final = (
-    triton.Config({"BLOCK_N": 32}, num_warps=4, num_stages=2),
-    triton.Config({"BLOCK_N": 64}, num_warps=4, num_stages=2),
-    triton.Config({"BLOCK_N": 64}, num_warps=8, num_stages=3),
-    triton.Config({"BLOCK_N": 128}, num_warps=8, num_stages=2),
-)
-_KEY_TILE_MAX: Final = 8192
-_SCORE_TILE_MAX: Final = 4096
-"""Elements of a program's tile of keys and of scores: above them, gfx942 lacks shared memory or spills registers."""
+from attnstore.attention.triton_plan import locate, split_keys
+
+DECODE_ROWS: Final = 16
+"""Rows (query tokens times GQA group) of a tile for sequences with few rows: the fewest that tensor cores take."""
+
+PREFILL_ROWS_MAX: Final = 128
+"""Rows of a tile for sequences with many rows. A tile reads all keys that it sees, so fewer rows read them more often."""
+
+_PREFILL_TILE: Final = 1 << 14
+_WARP_TILE: Final = 1 << 10
+_WARPS_MIN, _WARPS_MAX = 4, 8
+_KEY_TILE_BYTES: Final = 16 << 10
+_KEYS_MIN, _KEYS_MAX = 16, 64
+_STAGES: Final = 2
+_COUNTS = ["seqs", "programs", "max_blocks", "sliding_window"]
+_TABLES = ["block_tables", "context_lens", "query_starts", "query_positions"]
 
 
-def configs_for(block_m: int, block_d: int) -> list[Any]:
-    """Returns the configurations worth timing for a tile of `block_m` rows and `block_d` dimensions: those that fit
-    every target.
+class Configuration(NamedTuple):
+    """How `attend` is compiled. `keys`: the keys of one iteration."""
+
+    keys: int
+    warps: int
+    stages: int
+
+
+def tile_rows(block_d: int, *, decode: bool) -> int:
+    """Returns the rows of a tile of `block_d` dimensions."""
+    return DECODE_ROWS if decode else min(PREFILL_ROWS_MAX, _PREFILL_TILE // block_d)
+
+
+def configuration(block_m: int, block_d: int, element_bytes: int) -> Configuration:
+    """Returns the configuration for a tile of `block_m` rows and `block_d` dimensions, by reasoning: a search would have to run on
+    the device beforehand, for a step that is captured and for each length.
+
+    Keys and values of 16 KiB each, in two stages, fit the 64 KiB of gfx942. A warp has 1,024 to 2,048 elements of the result, which
+    leaves registers for the scores. For a decode step at 128 dimensions in 16 bits, registers let four programs run on one
+    multiprocessor of sm_90, with about 128 KiB of loads in flight; about 25 KiB hide a latency of 700 ns at 4.8 TB/s.
     """
-    return [
-        config
-        for config in _CONFIGS
-        if config.kwargs["BLOCK_N"] * block_d <= _KEY_TILE_MAX and config.kwargs["BLOCK_N"] * block_m <= _SCORE_TILE_MAX
-    ] or [_CONFIGS[0]]
-
-
-def _fitting(_configs: Any, arguments: dict[str, Any], **constants: Any) -> list[Any]:
-    known = {**arguments, **constants}
-    return configs_for(known["BLOCK_M"], known["BLOCK_D"])
-
-
-def _tuned(kernel: Any) -> Any:
-    """Autotunes per geometry on a device. The interpreter, which has no device to time, uses the first configuration."""
-    configs = list(_CONFIGS[:1] if triton.knobs.runtime.interpret else _CONFIGS)
-    pruning = {"early_config_prune": _fitting} if len(configs) > 1 else None
-    return triton.autotune(configs, key=["HEAD_DIM", "BLOCK_TOKENS", "GROUP", "BLOCK_M"], prune_configs_by=pruning)(kernel)
-
-
-@triton.jit
-def _sequence_of_tile(query_starts, seqs, tile, TILE_TOKENS: tl.constexpr):
-    """Returns the sequence of query tile `tile`; sequence `s` owns tiles from `query_starts[s] // TILE_TOKENS + s` on."""
-    low = 0
-    high = seqs
-    while low < high:
-        middle = (low + high) // 2
-        if tl.load(query_starts + middle) // TILE_TOKENS + middle <= tile:
-            low = middle + 1
-        else:
-            high = middle
-    return low - 1
+    keys = min(max(_KEY_TILE_BYTES // (block_d * element_bytes), _KEYS_MIN), _KEYS_MAX)
+    warps = min(max(block_m * block_d // _WARP_TILE, _WARPS_MIN), _WARPS_MAX)
+    return Configuration(keys, warps, _STAGES)
 
 
 @triton.jit
@@ -70,8 +65,7 @@ def _tanh(x):
     return 1.0 - 2.0 / (tl.exp(2.0 * tl.minimum(x, 10.0)) + 1.0)
 
 
-@_tuned
-@triton.jit
+@triton.jit(do_not_specialize=_COUNTS, do_not_specialize_on_alignment=_TABLES)
 def attend(
     query,
     pool,
@@ -80,11 +74,12 @@ def attend(
     query_starts,
     query_positions,
     sinks,
-    outs,
-    lses,
+    out,
+    lse,
+    partial_outs,
+    partial_lses,
     seqs,
-    total_q,
-    q_heads,
+    programs,
     max_blocks,
     block_stride,
     layer_at,
@@ -105,18 +100,22 @@ def attend(
 ):
     """One program attends from a tile of query tokens, with one KV head's group of query heads, to one split of the visible keys.
 
-    Grid `(tiles, kv_heads, splits)`. `outs` `[splits, total_q, q_heads, HEAD_DIM]`, `lses` fp32 `[splits, total_q, q_heads]`.
+    Grid `(Grid.items, kv_heads)`; programs without an item return. A sequence that is not split has its results in `out` and `lse`,
+    the others in `partial_outs` fp32 `[Grid.partials, kv_heads, BLOCK_M, HEAD_DIM]` and `partial_lses` fp32 without HEAD_DIM.
     `factor` is `scale * log2(e)`, or `scale / soft_cap` if there is a cap. The first split includes the sinks.
     """
-    tile, head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    splits, kv_heads = tl.num_programs(2), tl.num_programs(1)
+    head, kv_heads = tl.program_id(1), tl.num_programs(1)
     TILE_TOKENS: tl.constexpr = BLOCK_M // GROUP
-    sequence = _sequence_of_tile(query_starts, seqs, tile, TILE_TOKENS)
+    share = split_keys(context_lens, query_starts, seqs, programs, sliding_window, TILE_TOKENS, HAS_WINDOW)
+    sequence, item, splits, partial = locate(
+        tl.program_id(0), share, context_lens, query_starts, seqs, sliding_window, TILE_TOKENS, HAS_WINDOW, False
+    )
+    if sequence < 0:
+        return
+    token0 = item // splits * TILE_TOKENS
+    split = item % splits
     row_begin = tl.load(query_starts + sequence)
     rows = tl.load(query_starts + sequence + 1) - row_begin
-    token0 = (tile - row_begin // TILE_TOKENS - sequence) * TILE_TOKENS
-    if token0 >= rows:
-        return
     keys = tl.load(context_lens + sequence)
 
     lane = tl.arange(0, BLOCK_M)
@@ -133,27 +132,28 @@ def attend(
     seeing = own & (first < last)
     begin = tl.min(tl.where(seeing, first, keys))
     end = tl.max(tl.where(seeing, last, 0))
-    share = tl.cdiv(tl.cdiv(tl.maximum(end - begin, 0), BLOCK_N), splits) * BLOCK_N
-    begin += split * share
-    end = tl.minimum(end, begin + share)
+    length = tl.cdiv(tl.cdiv(tl.maximum(end - begin, 0), BLOCK_N), splits) * BLOCK_N
+    begin += split * length
+    end = tl.minimum(end, begin + length)
 
     dim = tl.arange(0, BLOCK_D)
     own_dim = dim < HEAD_DIM
     q_head = head * GROUP + lane % GROUP
-    query_at = (row * q_heads + q_head)[:, None] * HEAD_DIM + dim[None, :]
+    query_at = (row * (kv_heads * GROUP) + q_head).to(tl.int64)[:, None] * HEAD_DIM + dim[None, :]
     q = tl.load(query + query_at, mask=own[:, None] & own_dim[None, :], other=0.0).to(COMPUTE)
     top = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     if HAS_SINKS:
         top = tl.where(split == 0, tl.load(sinks + q_head) * 1.4426950408889634, top)
         total = tl.where(split == 0, 1.0, total)
-    out = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    summed = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    table = block_tables + sequence.to(tl.int64) * max_blocks
     key_at = layer_at + head * (BLOCK_TOKENS * HEAD_DIM)
     value_at = key_at + kv_heads * (BLOCK_TOKENS * HEAD_DIM)
     for at in range(begin, end, BLOCK_N):
         key = at + tl.arange(0, BLOCK_N)
         there = key < end
-        block = tl.load(block_tables + sequence * max_blocks + key // BLOCK_TOKENS, mask=there, other=0).to(tl.int64)
+        block = tl.load(table + key // BLOCK_TOKENS, mask=there, other=0).to(tl.int64)
         start = block * block_stride + (key % BLOCK_TOKENS) * HEAD_DIM
         k = tl.load(pool + key_at + start[None, :] + dim[:, None], mask=there[None, :] & own_dim[:, None], other=0.0)
         scores = tl.dot(q, k.to(COMPUTE), input_precision="ieee") * factor
@@ -168,48 +168,127 @@ def attend(
         total = total * keep + tl.sum(weights, 1)
         top = higher
         v = tl.load(pool + value_at + start[:, None] + dim[None, :], mask=there[:, None] & own_dim[None, :], other=0.0)
-        out = out * keep[:, None]
-        out = tl.dot(weights.to(COMPUTE), v.to(COMPUTE), out, input_precision="ieee")
-    out = out / tl.where(total > 0, total, 1.0)[:, None]
-    lse = tl.where(total > 0, (top + tl.log2(tl.where(total > 0, total, 1.0))) * 0.6931471805599453, float("-inf"))
-    state = (split * total_q + row) * q_heads + q_head
-    tl.store(lses + state, lse, mask=own)
-    out_at = outs + state.to(tl.int64)[:, None] * HEAD_DIM + dim[None, :]
-    tl.store(out_at, out.to(outs.dtype.element_ty), mask=own[:, None] & own_dim[None, :])
+        summed = summed * keep[:, None]
+        summed = tl.dot(weights.to(COMPUTE), v.to(COMPUTE), summed, input_precision="ieee")
+    summed = summed / tl.where(total > 0, total, 1.0)[:, None]
+    logarithm = tl.where(total > 0, (top + tl.log2(tl.where(total > 0, total, 1.0))) * 0.6931471805599453, float("-inf"))
+    whole = splits == 1
+    state = (row * (kv_heads * GROUP) + q_head).to(tl.int64)
+    tl.store(lse + state, logarithm, mask=own & whole)
+    out_at = out + state[:, None] * HEAD_DIM + dim[None, :]
+    tl.store(out_at, summed.to(out.dtype.element_ty), mask=(own & whole)[:, None] & own_dim[None, :])
+    state = ((partial + item).to(tl.int64) * kv_heads + head) * BLOCK_M + lane
+    tl.store(partial_lses + state, logarithm, mask=own & (splits > 1))
+    partial_at = partial_outs + state[:, None] * HEAD_DIM + dim[None, :]
+    tl.store(partial_at, summed, mask=(own & (splits > 1))[:, None] & own_dim[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_COUNTS, do_not_specialize_on_alignment=_TABLES)
 def merge_splits(
-    outs,
-    lses,
+    context_lens,
+    query_starts,
     out,
     lse,
-    states,
-    splits,
+    partial_outs,
+    partial_lses,
+    seqs,
+    programs,
+    sliding_window,
+    GROUP: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    HAS_WINDOW: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    PARTS: tl.constexpr,
+):
+    """One program merges the splits of one tile and query head, `PARTS` at once. Grid `(Grid.split_tiles, q_heads)`.
+
+    The arguments are those of `attend`, which has written the partials.
+    """
+    TILE_TOKENS: tl.constexpr = BLOCK_M // GROUP
+    q_head, q_heads = tl.program_id(1), tl.num_programs(1)
+    share = split_keys(context_lens, query_starts, seqs, programs, sliding_window, TILE_TOKENS, HAS_WINDOW)
+    sequence, tile, splits, partial = locate(
+        tl.program_id(0), share, context_lens, query_starts, seqs, sliding_window, TILE_TOKENS, HAS_WINDOW, True
+    )
+    if sequence < 0:
+        return
+    first = (partial + tile * splits).to(tl.int64)
+    row_begin = tl.load(query_starts + sequence) + tile * TILE_TOKENS
+    tokens = tl.minimum(tl.load(query_starts + sequence + 1) - row_begin, TILE_TOKENS)
+    row0 = row_begin.to(tl.int64)
+    dim = tl.arange(0, BLOCK_D)
+    own_dim = dim < HEAD_DIM
+    for token in range(0, tokens):
+        lane = token * GROUP + q_head % GROUP
+        top = float("-inf")
+        total = 0.0
+        merged = tl.zeros([BLOCK_D], tl.float32)
+        for at in range(0, splits, PARTS):
+            part = at + tl.arange(0, PARTS)
+            state = ((first + part) * (q_heads // GROUP) + q_head // GROUP) * BLOCK_M + lane
+            logarithms = tl.load(partial_lses + state, mask=part < splits, other=float("-inf"))
+            higher = tl.maximum(top, tl.max(logarithms, 0))
+            anchor = tl.where(higher == float("-inf"), 0.0, higher)
+            weights = tl.exp(logarithms - anchor)
+            keep = tl.exp(top - anchor)
+            there = (weights > 0)[:, None] & own_dim[None, :]
+            outs = tl.load(partial_outs + state[:, None] * HEAD_DIM + dim[None, :], mask=there, other=0.0)
+            merged = merged * keep + tl.sum(weights[:, None] * outs, 0)
+            total = total * keep + tl.sum(weights, 0)
+            top = higher
+        safe = tl.where(total > 0, total, 1.0)
+        state = (row0 + token) * q_heads + q_head
+        tl.store(out + state * HEAD_DIM + dim, (merged / safe).to(out.dtype.element_ty), mask=own_dim)
+        tl.store(lse + state, tl.where(total > 0, top + tl.log(safe), float("-inf")))
+
+
+@triton.jit(do_not_specialize=["parts"], do_not_specialize_on_alignment=["row_ids"])
+def merge_partials(
+    out,
+    lse,
+    partial_outs,
+    partial_lses,
+    row_ids,
+    parts,
     HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """One program merges one (row, head): `outs` fp32 `[splits, states, HEAD_DIM]`, `lses` fp32 `[splits, states]`."""
-    state = tl.program_id(0).to(tl.int64)
+    """One program merges the partials of one row and head into `out` and `lse`, in place. Grid `(rows, heads)`.
+
+    partial_outs: fp32 `[parts, rows, heads, HEAD_DIM]`; partial_lses: fp32 without HEAD_DIM. Row `i` of the partials belongs to row
+    `row_ids[i]` of `out`, or to none if that is negative. Parts whose weight is 0 are not read.
+    """
+    row, head, heads = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.num_programs(1)
+    states = tl.num_programs(0).to(tl.int64) * heads
+    target = row
+    if row_ids is not None:
+        target = tl.load(row_ids + row).to(tl.int64)
+        if target < 0:
+            return
+    state = target * heads + head
     dim = tl.arange(0, BLOCK_D)
-    top = float("-inf")
-    for split in range(splits):
-        top = tl.maximum(top, tl.load(lses + split * states + state))
-    anchor = tl.where(top == float("-inf"), 0.0, top)
-    total = 0.0
-    merged = tl.zeros([BLOCK_D], tl.float32)
-    for split in range(splits):
-        part = split * states + state
-        weight = tl.exp(tl.load(lses + part) - anchor)
-        total += weight
-        merged += weight * tl.load(outs + part * HEAD_DIM + dim, mask=dim < HEAD_DIM, other=0.0)
-    seen = total > 0
-    safe = tl.where(seen, total, 1.0)
-    tl.store(out + state * HEAD_DIM + dim, (merged / safe).to(out.dtype.element_ty), mask=dim < HEAD_DIM)
-    tl.store(lse + state, tl.where(seen, anchor + tl.log(safe), float("-inf")))
+    own_dim = dim < HEAD_DIM
+    top = tl.load(lse + state)
+    total = tl.where(top == float("-inf"), 0.0, 1.0)
+    there = tl.where(own_dim, total, 0.0) > 0  # the interpreter has no scalar of type bool
+    merged = tl.load(out + state * HEAD_DIM + dim, mask=there, other=0.0).to(tl.float32)
+    for part in range(parts):
+        partial = part * states + row * heads + head
+        logarithm = tl.load(partial_lses + partial)
+        higher = tl.maximum(top, logarithm)
+        anchor = tl.where(higher == float("-inf"), 0.0, higher)
+        weight, keep = tl.exp(logarithm - anchor), tl.exp(top - anchor)
+        there = tl.where(own_dim, weight, 0.0) > 0
+        merged = merged * keep + weight * tl.load(partial_outs + partial * HEAD_DIM + dim, mask=there, other=0.0)
+        total = total * keep + weight
+        top = higher
+    safe = tl.where(total > 0, total, 1.0)
+    tl.store(out + state * HEAD_DIM + dim, (merged / safe).to(out.dtype.element_ty), mask=own_dim)
+    tl.store(lse + state, tl.where(total > 0, top + tl.log(safe), float("-inf")))
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["source_ids", "target_ids"])
 def copy_pages(
     source,
     target,

@@ -11,13 +11,11 @@ from attnstore_worker.engine.sequence import Sequence
 
 @dataclass(frozen=True, slots=True)
 class Token:
-    """One generated token, and the text that became final with it. `logits` are the fp32 logits `[vocabulary]` from which it was
-    drawn, on the host; None unless the sequence's `SamplingParams.logits` asks for them.
-    """
+    """One generated token, the fp32 logits `[vocabulary]` from which it was drawn, and the text that became final with it."""
 
     sequence: Sequence
     token_id: int
-    logits: Tensor | None
+    logits: Tensor
     text: str
 
 
