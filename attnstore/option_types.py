@@ -231,11 +231,11 @@ def folder_to_make(given: object) -> Path:
 
 
 def http_url(given: object) -> str:
-    """The URL of a worker, or of a proxy in front of it."""
+    """The URL of a worker, or of a proxy in front of it. It is shown, so a URL with a login is refused."""
     text = _text(given)
     try:
         parts = urlsplit(text)
-        taken = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0 and "@" not in parts.netloc
+        taken = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0 and "@" not in text
     except ValueError:
         taken = False
     if not (taken and re.fullmatch("[!-~]+", text)):

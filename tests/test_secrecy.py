@@ -62,6 +62,7 @@ FORMS = [
     "redis:/:{}@h:1/0",
     "rediss+sentinal://ada:{}@h:1",
     "grpc://ada:{}@h:1",
+    "http://ada:{}@h:1",
 ]
 FEW = [form.format(password) for form in FORMS for password in PASSWORDS[:: len(PASSWORDS) // 12]]
 
@@ -139,6 +140,7 @@ DOORS: dict[str, Callable[[str], object]] = {
     "no command": lambda url: cli.main([url]),
     "drain": lambda url: cli.main(["drain", "ada", "--directory", url.replace("h:1", "127.0.0.1:1")]),
     "status": lambda url: cli.main(["status", url.replace("h:1", "127.0.0.1:1"), "--deadline-ms", "1"]),
+    "status of a worker": lambda url: cli.main(["status", "grpc://127.0.0.1:1", "--deadline-ms", "1", "--worker", url]),
     "vllm": lambda url: Settings.parse({"store": url, "token": PART[0]}),
     "vllm, wrong": lambda url: Settings.parse({"store": [url], "token": [PART[0]]}),
     "worker, no command": lambda url: worker_cli.main([url]),
@@ -154,6 +156,13 @@ def test_no_door_shows_a_part_of_a_password(door: str) -> None:
         if found := seen(text):
             leaks[url] = (found, text)
     assert leaks == {}
+
+
+@pytest.mark.parametrize("separator", ["/", "?", "#"])
+def test_a_workers_url_is_refused_if_its_password_looks_like_a_port_and_a_path(separator: str) -> None:
+    text = told(lambda: DOORS["status of a worker"](f"http://ada:7{separator}{PART[0]}@127.0.0.1:1"))
+    assert "--worker" in text
+    assert seen(text) == []
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NoReturn, cast
 
 import pytest
 import torch
@@ -291,6 +291,63 @@ def test_what_a_hung_store_has_not_taken_when_vllm_ends_is_given_up(hung: tuple[
     clock.advance_ms(500)
     store.answers.set()
     assert [call for call, _ in store.asked] == ["register", "write"], "seven more would have had 500 ms each"
+
+
+class SeenClock(ManualClock):
+    """Says when a thread of the name `ending` has asked it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.asked = threading.Event()
+
+    def now_ms(self) -> float:
+        now_ms = super().now_ms()
+        if threading.current_thread().name == "ending":
+            self.asked.set()
+        return now_ms
+
+
+class LateStore(Hung):
+    """Its writes end when the test says so, its reads later."""
+
+    def __init__(self, clock: ManualClock) -> None:
+        super().__init__(clock)
+        self.written = threading.Event()
+
+    def write(self, *_: Any, deadline_ms: float) -> Any:
+        self.asked.append(("write", deadline_ms))
+        assert self.written.wait(20)
+        raise DeadlineExceeded("no answer")
+
+
+def test_the_end_waits_one_deadline_for_writes_and_loads_together() -> None:
+    clock = SeenClock()
+    store = LateStore(clock)
+    transfers = moving(store, make_cache(12), deadline_ms=60_000, clock=clock)
+    transfers.save(plans(0, 1))
+    transfers.load(RequestLoad("r", plans(1, 2)))
+    assert eventually(lambda: {call for call, _ in store.asked} >= {"write", "read"})
+    ending = threading.Thread(target=transfers.flush, name="ending")
+    ending.start()
+    assert clock.asked.wait(20)
+    clock.advance_ms(60_000)
+    store.written.set()
+    ending.join(20)
+    assert not ending.is_alive(), "the load would have had another 60 s"
+    store.answers.set()
+    wait_loaded(transfers, "r")
+
+
+def test_a_load_that_no_thread_can_run_is_a_miss(transfers_of: Callable[..., Transfers], monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(_: threading.Thread) -> NoReturn:
+        raise RuntimeError("can't start new thread")
+
+    reader = transfers_of(make_cache(14))
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", refuse)
+        reader.load(RequestLoad("r", plans(0, 2)))
+    assert reader.take_loaded() == {"r"}
+    assert reader.take_failed_blocks() == {0, 1}
 
 
 def test_ten_loads_from_a_node_that_hangs_all_end() -> None:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import threading
 from collections import deque
 from collections.abc import Sequence
+from contextlib import suppress
 from functools import partial
 from itertools import count
 from typing import Final
@@ -66,7 +67,11 @@ class Transfers:
 
     def load(self, load: RequestLoad) -> None:
         """Starts a load; `take_loaded` names it when it is over, within the deadline."""
-        self._loaders.submit(partial(self._load, load, Deadline(self._clock, self._tier.deadline_ms)))
+        try:
+            self._loaders.submit(partial(self._load, load, Deadline(self._clock, self._tier.deadline_ms)))
+        except RuntimeError:  # no thread is available
+            _log.exception("a load could not be started", request=load.request_id)
+            self._end_load(load, 0)
 
     def save(self, blocks: Sequence[BlockPlan]) -> None:
         """Copies blocks that are complete and hands them to the writer. Returns when they may be reused."""
@@ -99,11 +104,13 @@ class Transfers:
             return loads
 
     def flush(self) -> None:
-        """Waits until every page passed to the writer is written or refused, or the deadline is over; then ends."""
-        self._end = Deadline(self._clock, self._tier.deadline_ms)
-        self._writes.flush(self._tier.deadline_ms)
+        """Waits until no page waits to be written and no load runs, or the deadline is over; then ends."""
+        end = self._end = Deadline(self._clock, self._tier.deadline_ms)
+        with suppress(DeadlineExceeded):
+            self._writes.flush(end.left_ms())
         self._writes.close()
-        self._loaders.wait_idle(self._tier.deadline_ms)
+        with suppress(DeadlineExceeded):
+            self._loaders.wait_idle(end.left_ms())
 
     def _load(self, load: RequestLoad, deadline: Deadline) -> None:
         began_ms = self._clock.now_ms()
@@ -113,13 +120,17 @@ class Transfers:
                 good = self._load_leading(load.blocks, deadline)
         except Exception:
             _log.exception("a load failed", request=load.request_id)
-        with self._lock:
-            if good:
+        if good:
+            with self._lock:
                 ended_ms, size_bytes = self._clock.now_ms(), good * self._pages.page_bytes
                 asked = len(load.blocks)
                 self._loads.append(
                     Transfer(Tier.REMOTE, TransferKind.READ, began_ms, ended_ms, asked, good, size_bytes, failed=False)
                 )
+        self._end_load(load, good)
+
+    def _end_load(self, load: RequestLoad, good: int) -> None:
+        with self._lock:
             self._failed_blocks.update(block.block_id for block in load.blocks[good:])
             self._loaded.add(load.request_id)
 
