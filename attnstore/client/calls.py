@@ -11,12 +11,15 @@ import concurrent.futures
 import contextvars
 import functools
 import threading
-from collections.abc import Callable, Coroutine, Generator, Iterable, Iterator
+from collections.abc import Callable, Coroutine, Generator, Iterator, Sequence
 from contextlib import closing, contextmanager, suppress
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any, Final, Generic, Protocol, TypeVar
 
 T = TypeVar("T")
 T_co = TypeVar("T_co", covariant=True)
+
+_INTERRUPT_DELAY_S: Final = 0.2
+"""A wait for a lock does not see a signal that came just before it. It is noticed after this time instead of at the end."""
 
 
 class Transfer:
@@ -122,47 +125,127 @@ def run_on(loop: asyncio.AbstractEventLoop, coroutine: Coroutine[Any, Any, T]) -
 
     The caller ensures that the loop runs until then.
     """
-    outcome: concurrent.futures.Future[T] = concurrent.futures.Future()
+    outcome: Outcome[T] = Outcome()
     tasks: list[asyncio.Task[T]] = []
 
-    def start() -> None:
-        try:
-            task = loop.create_task(coroutine)
-        except BaseException as error:  # the caller waits for an outcome
-            outcome.set_exception(error)
-            return
-        tasks.append(task)
-        task.add_done_callback(functools.partial(_settle, outcome))
+    def begin() -> None:
+        if outcome.begin():
+            try:
+                tasks.append(loop.create_task(coroutine))
+            except BaseException as error:  # the caller waits for an outcome
+                outcome.fail(error)
+            else:
+                tasks[0].add_done_callback(functools.partial(_settle, outcome))
 
     def cancel() -> None:
         for task in tasks:
-            task.cancel()
-        if not tasks:  # interrupted before `start` was handed over
-            outcome.cancel()
+            if not task.cancelling():
+                task.cancel()
+
+    def stop() -> None:
+        if not outcome.revoke():
+            loop.call_soon_threadsafe(cancel)
 
     with closing(coroutine):
+        outlast([outcome], lambda: loop.call_soon_threadsafe(begin), stop)
+        return outcome.result()
+
+
+class Outcome(Generic[T]):
+    """Work of another thread and how it ended, for one thread that waits.
+
+    A `concurrent.futures.Future` has a lock that an interrupt of the waiting thread can leave locked; the other thread then blocks
+    for ever when it sets the result. Here the other thread takes no lock that the waiting one holds while it can be interrupted.
+    """
+
+    def __init__(self) -> None:
+        self.ended = False
+        self._begun = False
+        self._lock = threading.Lock()
+        self._running = threading.Lock()
+        self._running.acquire()
+        self._results: list[T] = []
+        self.error: BaseException | None = None
+
+    def begin(self) -> bool:
+        """The other thread begins. Returns False if it must not, because the work was revoked."""
+        with self._lock:
+            self._begun |= not self.ended
+            return not self.ended
+
+    def revoke(self) -> bool:
+        """Ends work that has not begun. Returns False if it has begun."""
+        with self._lock:
+            if not self._begun:
+                self.ended = True
+            return not self._begun
+
+    def succeed(self, result: T) -> None:
+        """The other thread has ended with a result."""
+        self._results.append(result)
+        self.ended = True
+        self._running.release()
+
+    def fail(self, error: BaseException) -> None:
+        """The other thread has ended with an error."""
+        self.error = error
+        self.ended = True
+        self._running.release()
+
+    def run(self, function: Callable[[], T]) -> None:
+        """Executes the work on the calling thread."""
+        if self.begin():
+            try:
+                result = function()
+            except BaseException as error:
+                self.fail(error)
+            else:
+                self.succeed(result)
+
+    def wait(self) -> None:
+        """Waits for the end."""
+        while not self.ended:
+            self._running.acquire(timeout=_INTERRUPT_DELAY_S)
+
+    def result(self) -> T:
+        """Returns the result, or raises the error, of work that has ended and was not revoked. To be called once."""
+        error, self.error = self.error, None
         try:
-            loop.call_soon_threadsafe(start)
-            return outcome.result()
-        except BaseException:
-            if not outcome.done():
-                loop.call_soon_threadsafe(cancel)
-                wait_out([outcome])
-            raise
+            if error is not None:
+                raise error
+            return self._results[0]
+        finally:
+            del error  # its traceback refers to this frame
 
 
-def wait_out(futures: Iterable[concurrent.futures.Future[Any]]) -> None:
-    """Returns when all have ended. Drops interrupts meanwhile, because until then the caller's buffers may be written."""
-    left = set(futures)
-    while left:
-        with suppress(KeyboardInterrupt):
-            left = concurrent.futures.wait(left).not_done
+def outlast(outcomes: Sequence[Outcome[Any]], start: Callable[[], object], stop: Callable[[], object]) -> None:
+    """Calls `start`, and waits until all the work of `outcomes` has ended. If that is interrupted, calls `stop`, which revokes or
+    cancels the work and may be called several times, and still waits. Then raises the last interrupt, or the error of `start`.
+    """
+    interrupt: BaseException | None = None
+    ended = False
+    while not ended:
+        try:
+            if interrupt is None:
+                start()
+            else:
+                stop()
+            for outcome in outcomes:
+                outcome.wait()
+            ended = True
+        except BaseException as error:  # no call here: CPython interrupts at calls, and an interrupt would end the loop
+            interrupt = error
+    try:
+        if interrupt is not None:
+            raise interrupt
+    finally:
+        del interrupt  # its traceback refers to this frame
 
 
-def _settle(outcome: concurrent.futures.Future[T], task: asyncio.Task[T]) -> None:
+def _settle(outcome: Outcome[T], task: asyncio.Task[T]) -> None:
     if task.cancelled():
-        outcome.set_exception(concurrent.futures.CancelledError())
+        outcome.fail(concurrent.futures.CancelledError())
     elif (error := task.exception()) is not None:
-        outcome.set_exception(error)
+        outcome.fail(error)
     else:
-        outcome.set_result(task.result())
+        outcome.succeed(task.result())

@@ -13,11 +13,11 @@ from typing import Final
 
 WARM_UP_S: Final = 8.0
 """The store fills before anything is measured."""
-LEVEL_S: Final = 3.0
+LEVEL_S: Final = 2.0
 """Time before each fault over which the hit rate's level is taken."""
 RESTART_S: Final = 3.0
 """Time for a killed service to become healthy again."""
-CALLER_START_S: Final = 3.0
+CALLER_START_S: Final = 2.0
 """Time for a caller's process to start and to end."""
 RECOVERY_S_MAX: Final = 6.0
 """Within this time after the end of a fault, the hit rate is back at 90% of its level."""

@@ -55,11 +55,12 @@ def _prompts() -> Iterator[str]:
 
 def _continued(engine: Engine, model: LoadedModel, prompt: str, count: int) -> tuple[str, float]:
     """Returns the continuation, and the smallest lead of a token over the next best."""
-    sequence = engine.submit(model.tokenizer(prompt, verbose=False).input_ids, SamplingParams(max_tokens=count))
+    sampling = SamplingParams(max_tokens=count, logits=True)
+    sequence = engine.submit(model.tokenizer(prompt, verbose=False).input_ids, sampling)
     tokens = []
     while sequence.finish_reason is None:
         tokens += engine.step()
-    leads = [(top[0] - top[1]).item() for token in tokens for top in (token.logits.topk(2).values,)]
+    leads = [(top[0] - top[1]).item() for token in tokens if token.logits is not None for top in (token.logits.topk(2).values,)]
     return "".join(token.text for token in tokens), min(leads)
 
 

@@ -80,10 +80,10 @@ def _run(
     """Returns the tokens of prompt and answer, and the logits of the answer."""
     options = EngineOptions(16 * model.layout(_BLOCK_TOKENS).page_bytes, _BLOCK_TOKENS, chunk_tokens, speculate=speculate)
     with Engine(model, options, store=store) as engine:
-        sequence = engine.submit(prompt(), SamplingParams(max_tokens=_ANSWER_TOKENS))
+        sequence = engine.submit(prompt(), SamplingParams(max_tokens=_ANSWER_TOKENS, logits=True))
         logits: list[Tensor] = []
         while sequence.finish_reason is None:
-            logits += [token.logits for token in engine.step()]
+            logits += [token.logits for token in engine.step() if token.logits is not None]
         assert engine.flush(_FLUSH_MS_MAX)
         hit_tokens = sum(tier.hit_tokens for tier in engine.statistics().tiers.values())
         assert hit_tokens == hits * _BLOCK_TOKENS, f"{hit_tokens} tokens were hits"

@@ -1,4 +1,4 @@
-"""Eighty seconds of chaos: the cluster of docker-compose.yml, real workers, real clients, faults from a seed."""
+"""Seventy seconds of chaos: the cluster of docker-compose.yml, real workers, real clients, faults from a seed."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from experiments.chaos.run import run_chaos
 from tests.volumes import seed_models
 
 SEED = 2026
-RUN_S = 83.0
+RUN_S = 72.0
 """Contains a killed node, a cut link, a killed directory, and each misbehaving caller."""
 
 

@@ -44,6 +44,7 @@ from attnstore_worker.engine import Engine, EngineOptions, SamplingParams, Seque
 from attnstore_worker.explain import decisions_of, show, try_out
 from attnstore_worker.model import LoadedModel, export_model, load_model
 from attnstore_worker.model.prompts import chat_tokens, text_tokens
+from attnstore_worker.options import AttendPolicy
 from attnstore_worker.progress import Progress, create_progress
 from attnstore_worker.report import GenerationReport, generation_report
 from attnstore_worker.serve import Endpoint, serve
@@ -132,7 +133,7 @@ def _open_engine(arguments: argparse.Namespace, options: EngineOptions, progress
         dtype = DType(arguments.dtype or (DType.FP32 if device.addressable else DType.BF16))
         model = load_model(arguments.model, dtype, device=device)
         if isinstance(arguments.pool, Share):
-            options = replace(options, pool_bytes=_share_bytes(arguments.pool, model, options, device))
+            options = replace(options, pool_bytes=pool_bytes_of(arguments.pool, model, options, device))
         require_pools(options, beside_bytes=resident_bytes(), pool_in_host_memory=device.addressable)
         clock = MonotonicClock()
         planner = stack.enter_context(_planner(arguments, options, clock))
@@ -145,11 +146,27 @@ def _open_engine(arguments: argparse.Namespace, options: EngineOptions, progress
         yield engine
 
 
-def _share_bytes(share: Share, model: LoadedModel, options: EngineOptions, device: Device) -> int:
-    """Returns the bytes of a pool that takes `share` of the memory that the model and the HOST tier leave free on the device."""
+def pool_bytes_of(share: Share, model: LoadedModel, options: EngineOptions, device: Device) -> int:
+    """Returns the bytes of a pool that takes `share` of the memory that the model and its steps leave free on the device; on the
+    CPU the HOST tier takes some of it, too. Raises `PoolTooSmall`, `OutOfDeviceMemory` and `DeviceLost`.
+    """
     layout = model.layout(options.block_tokens)
-    reserve_bytes = options.host_pool_bytes if device.addressable else 0
-    return pool_blocks(device, layout, share, reserve_bytes=reserve_bytes) * layout.page_bytes
+    if device.addressable:
+        return pool_blocks(device, layout, share, reserve_bytes=options.host_pool_bytes) * layout.page_bytes
+    # What the largest step and graphs take is known only when a step of as many tokens has run, and graphs are captured, in a pool
+    # that is just large enough. torch keeps the memory of the step for the steps to come.
+    step_blocks = -(-options.scheduler_limits().step_tokens // options.block_tokens)
+    trial = replace(
+        options,
+        pool_bytes=(step_blocks + options.sequences_max) * layout.page_bytes,
+        chunk_tokens=step_blocks * options.block_tokens,
+        step_tokens=None,
+        host_pool_bytes=0,
+        attend=AttendPolicy.NEVER,
+    )
+    with Engine(model, trial, device=device) as engine:
+        engine.warm_up()
+        return pool_blocks(device, layout, share) * layout.page_bytes
 
 
 @contextmanager
@@ -186,7 +203,7 @@ def _written(option: str, path: Path) -> Iterator[None]:
 def _write_logits(tokens: Items[Token], path: Path) -> None:
     with _written("--logits", path):
         # Written here, because `save_file` would replace the file, which may be a device.
-        path.write_bytes(save({"logits": torch.stack([token.logits for token in tokens])}))
+        path.write_bytes(save({"logits": torch.stack([token.logits for token in tokens if token.logits is not None])}))
 
 
 def _open_store(arguments: argparse.Namespace) -> AbstractContextManager[PageStore]:
@@ -231,6 +248,7 @@ def _sampling(model: LoadedModel, arguments: argparse.Namespace) -> SamplingPara
         temperature=arguments.temperature,
         seed=arguments.seed,
         stop_token_ids=frozenset() if arguments.ignore_stop else model.stop_token_ids,
+        logits=arguments.logits is not None,
     )
 
 

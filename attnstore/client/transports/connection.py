@@ -14,7 +14,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, TypeVar
 
 from attnstore.client.base import AttendPlan, AttendStream, MatchPlan, OpenChannel, ReadPlan, Transport, ViewPlan, WritePlan
-from attnstore.client.calls import Runner
+from attnstore.client.calls import Runner, run_on
 from attnstore.client.layouts import Layouts
 from attnstore.client.options import ConnectOptions
 from attnstore.client.transports.choice import TransportChoice, Verb
@@ -202,9 +202,8 @@ class NodeConnection:
     def _opener(self, loop: asyncio.AbstractEventLoop) -> OpenChannel:
         def open_channel(transport: str, deadline: Deadline) -> tuple[str, bytes]:
             request = messages.OpenChannelRequest(transport=transport)
-            answer = asyncio.run_coroutine_threadsafe(self.call("OpenChannel", request, deadline.left_ms()), loop)
             try:
-                opened = answer.result()
+                opened = run_on(loop, self.call("OpenChannel", request, deadline.left_ms()))
             except concurrent.futures.CancelledError:
                 raise ClientClosed("the client is closed, or its event loop is ending") from None
             return opened.address, opened.token

@@ -7,11 +7,11 @@ Invariant: when a call ends, however it ends, every part has ended, because unti
 from __future__ import annotations
 
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
 from attnstore.client.base import BulkUnavailable
-from attnstore.client.calls import ThreadCall, Transfer, wait_out
+from attnstore.client.calls import Outcome, ThreadCall, Transfer, outlast
 from attnstore.errors import ClientClosed
 from attnstore.types import PageStatus
 
@@ -53,31 +53,33 @@ class PartWorkers:
         return ThreadCall(lambda: join(self._run(parts, transfer)), transfer)
 
     def _run(self, parts: list[Callable[[], R]], transfer: Transfer) -> list[R]:
-        futures = self._run_all(parts, transfer)
-        if all(future.exception() for future in futures):
-            return [future.result() for future in futures]
+        outcomes = self._run_all(parts, transfer)
+        if all(outcome.error is not None for outcome in outcomes):
+            return [outcome.result() for outcome in outcomes]
         # Parts without a connection of their own use one that another part has finished with, one after the other.
         return [
-            run() if isinstance(future.exception(), BulkUnavailable) else future.result()
-            for run, future in zip(parts, futures, strict=True)
+            run() if isinstance(outcome.error, BulkUnavailable) else outcome.result()
+            for run, outcome in zip(parts, outcomes, strict=True)
         ]
 
-    def _run_all(self, parts: list[Callable[[], R]], transfer: Transfer) -> list[Future[R]]:
-        futures: list[Future[R]] = []
-        try:
-            for run in parts:
-                futures.append(self._submit(run))
-            wait(futures)
-        except BaseException:
-            transfer.abort()
-            raise
-        finally:
-            wait_out(futures)
-        return futures
+    def _run_all(self, parts: list[Callable[[], R]], transfer: Transfer) -> list[Outcome[R]]:
+        outcomes: list[Outcome[R]] = [Outcome() for _ in parts]
 
-    def _submit(self, run: Callable[[], R]) -> Future[R]:
+        def start() -> None:
+            for outcome, run in zip(outcomes, parts, strict=True):
+                self._submit(outcome, run)
+
+        def stop() -> None:
+            transfer.abort()
+            for outcome in outcomes:
+                outcome.revoke()
+
+        outlast(outcomes, start, stop)
+        return outcomes
+
+    def _submit(self, outcome: Outcome[R], run: Callable[[], R]) -> None:
         assert self._workers is not None
         try:
-            return self._workers.submit(run)
+            self._workers.submit(outcome.run, run)
         except RuntimeError:
             raise ClientClosed("the client is closed") from None

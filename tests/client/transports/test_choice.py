@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import asyncio
-import concurrent.futures
 import itertools
+import signal
+import socket
 import threading
-from concurrent.futures import Future
+from typing import NoReturn
 
 import pytest
 
 from attnstore import PageStatus, errors
 from attnstore.client.base import BulkUnavailable, ReadPlan
-from attnstore.client.calls import LoopCall, Transfer, wait_out
+from attnstore.client.calls import LoopCall, Transfer
 from attnstore.client.facade import LoopThread
 from attnstore.client.options import ConnectOptions, TransportName
 from attnstore.client.transports.choice import TransportChoice
@@ -312,17 +313,38 @@ def test_closed_workers_say_so() -> None:
         parts_of(workers, 2)
 
 
-def test_waiting_out_outlasts_interrupts(monkeypatch: pytest.MonkeyPatch) -> None:
-    future: Future[None] = Future()
-    really_wait = concurrent.futures.wait
-    interrupts = [KeyboardInterrupt, KeyboardInterrupt]
+def test_an_interrupt_stops_the_parts_and_is_raised_only_after_all_have_ended() -> None:
+    """A signal's handler raises in the thread that waits for the parts, and again while it waits for their end."""
 
-    def wait(futures: set[Future[None]]) -> object:
-        if interrupts:
-            raise interrupts.pop()
-        future.set_result(None)
-        return really_wait(futures)
+    class Interrupt(BaseException):
+        pass
 
-    monkeypatch.setattr(concurrent.futures, "wait", wait)
-    wait_out([future])
-    assert future.done()
+    def interrupt(*_: object) -> NoReturn:
+        raise Interrupt
+
+    workers, transfer = PartWorkers(2, "test-parts"), Transfer()
+    begun, ended, main = threading.Barrier(3), list[int](), threading.get_ident()
+
+    def run(begin: int, _end: int) -> None:
+        one, other = socket.socketpair()
+        with one, other, transfer.breakable(lambda: one.shutdown(socket.SHUT_RDWR)):
+            begun.wait(20)
+            assert one.recv(1) == b"", "broken"
+            signal.pthread_kill(main, signal.SIGUSR1)
+        ended.append(begin)
+
+    def interrupt_first() -> None:
+        begun.wait(20)
+        signal.pthread_kill(main, signal.SIGUSR1)
+
+    before = signal.signal(signal.SIGUSR1, interrupt)
+    interrupter = threading.Thread(target=interrupt_first)
+    interrupter.start()
+    try:
+        with pytest.raises(Interrupt):
+            workers.call(2, transfer, lambda *part: lambda: run(*part), nothing).wait()
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+    assert sorted(ended) == [0, 1]
+    interrupter.join()
+    workers.close()

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
+import torch
 
 from attnstore.core.layout import DType, PageLayout
 from attnstore.memory_limit import memory_bytes, resident_bytes
 from attnstore.sizes import Share, parse_share
+from attnstore_worker.actions import pool_bytes_of
 from attnstore_worker.device.host import HostDevice
 from attnstore_worker.device.simulated import SimulatedDevice
 from attnstore_worker.device.sizing import pool_blocks
+from attnstore_worker.engine import EngineOptions
 from attnstore_worker.errors import PoolTooSmall
+from attnstore_worker.model import LoadedModel
 
 LAYOUT = PageLayout(layers=1, kv_heads=1, head_dim=32, block_tokens=16, dtype=DType.FP32)
 PAGE_BYTES = 2 * 16 * 32 * 4
@@ -41,6 +47,31 @@ def test_a_share_that_holds_no_page_is_refused_with_the_figures(share: float, re
     told = rf"a pool of \S+% of the 400.0KiB that simulated has free.* one page of {PAGE_BYTES} bytes"
     with pytest.raises(PoolTooSmall, match=told):
         pool_blocks(Bounded(100 * PAGE_BYTES), LAYOUT, Share(share), reserve_bytes=reserve_bytes)
+
+
+def test_the_share_is_measured_after_a_step_of_as_many_tokens_as_there_can_be(
+    tiny: LoadedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    steps: list[int] = []
+    logits = type(tiny.decoder).logits
+
+    def counted(decoder: Any, token_ids: torch.Tensor, *others: Any) -> torch.Tensor:
+        steps.append(len(token_ids))
+        return logits(decoder, token_ids, *others)
+
+    class Measured(Bounded):
+        def free_bytes(self) -> int:
+            steps.append(-1)
+            return super().free_bytes()
+
+    monkeypatch.setattr(type(tiny.decoder), "logits", counted)
+    options = EngineOptions(chunk_tokens=32, sequences_max=5)
+    page_bytes = tiny.layout(16).page_bytes
+    assert pool_bytes_of(Share(0.5), tiny, options, Measured(41 * page_bytes)) == 20 * page_bytes
+    step_tokens = options.scheduler_limits().step_tokens
+    assert step_tokens == 69
+    assert steps[-1] == -1
+    assert max(steps) >= step_tokens
 
 
 def test_the_cpu_has_what_the_process_may_still_use() -> None:

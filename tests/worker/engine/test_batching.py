@@ -81,7 +81,7 @@ def test_a_pool_of_a_quarter_of_what_eight_sequences_need_changes_no_token(
 @pytest.mark.slow
 def test_the_real_model_gives_equal_tokens_in_a_quarter_of_the_pool(model: LoadedModel) -> None:
     """In fp32. Where a token differs, its logit must have been a near tie with that of the expected one; ties are printed."""
-    how = SamplingParams(max_tokens=24)
+    how = SamplingParams(max_tokens=24, logits=True)
     batch = prompts(8, seed=5, shortest=30, longest=40)
     with Engine(model, options(model, 40)) as engine:
         expected = [engine.generate(each, how).generated for each in batch]
@@ -90,6 +90,7 @@ def test_the_real_model_gives_equal_tokens_in_a_quarter_of_the_pool(model: Loade
         logits: dict[int, list[torch.Tensor]] = {sequence.sequence_id: [] for sequence in sequences}
         while not engine.idle:
             for token in engine.step():
+                assert token.logits is not None
                 logits[token.sequence.sequence_id].append(token.logits)
             engine.check()
         assert engine.batching().preemptions > 0

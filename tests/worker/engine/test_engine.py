@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pydoc_data.topics
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -68,7 +69,7 @@ def test_64_greedy_tokens_are_equal_for_hits_of_every_length(model: LoadedModel,
 def test_the_logits_are_those_of_transformers_own_attention(model: LoadedModel) -> None:
     token_ids = prompt(model, 150)
     with Engine(model, EngineOptions(pool_bytes=16 * model.layout(16).page_bytes, chunk_tokens=64)) as engine:
-        sequence = engine.submit(token_ids, greedy(1))
+        sequence = engine.submit(token_ids, replace(greedy(1), logits=True))
         while not (tokens := engine.step()):
             pass
     assert sequence.finish_reason is FinishReason.LENGTH
@@ -79,6 +80,7 @@ def test_the_logits_are_those_of_transformers_own_attention(model: LoadedModel) 
             expected = module(torch.tensor([token_ids]), use_cache=False, logits_to_keep=1).logits[0, -1]
     finally:
         module.set_attn_implementation("attnstore_paged")
+    assert tokens[0].logits is not None
     torch.testing.assert_close(tokens[0].logits, expected, atol=2e-3, rtol=1e-4)
 
 
@@ -285,10 +287,11 @@ def test_in_bf16_a_hit_changes_logits_by_rounding_only(store: MemoryStore, recor
     logits = []
     for _ in range(2):
         with Engine(model, options, store=store) as engine:
-            engine.submit(token_ids, greedy(1))
+            engine.submit(token_ids, replace(greedy(1), logits=True))
             while not (tokens := engine.step()):
                 pass
             assert engine.flush(WAIT_MS)
+        assert tokens[0].logits is not None
         logits.append(tokens[0].logits)
     difference = float((logits[0] - logits[1]).abs().max())
     record_property("bf16_logit_difference_max", difference)

@@ -20,6 +20,7 @@ from attnstore_worker.cache.pool.block_table import BlockTable
 from attnstore_worker.cache.store.transfer import Transfer
 from attnstore_worker.engine import Engine, EngineOptions, FinishReason, SamplingParams
 from attnstore_worker.engine import Sequence as Prompted
+from attnstore_worker.engine.runner import Drawn
 from attnstore_worker.engine.sampler import Sampler, peaks
 from attnstore_worker.engine.sequence import Chunk
 from attnstore_worker.engine.speculative import accepted_tokens
@@ -91,12 +92,17 @@ def assert_nothing_is_held(engine: Engine, store: MemoryStore | None = None) -> 
 @contextmanager
 def rows_spoilt(engine: Engine, spoil: Callable[[Chunk, torch.Tensor], torch.Tensor]) -> Iterator[None]:
     """The rows `[n, vocabulary]` of each chunk that gives tokens become what `spoil` makes of them."""
-    run = engine._runner.run
+    run, compute = engine._runner.run, engine.model.decoder.logits
+    running: list[Chunk] = []
 
-    def spoilt(chunks: Sequence[Chunk], *args: Any, **kwargs: Any) -> torch.Tensor:
-        logits = run(chunks, *args, **kwargs).clone()
+    def noted(chunks: Sequence[Chunk], *args: Any, **kwargs: Any) -> Drawn:
+        running[:] = chunks
+        return run(chunks, *args, **kwargs)
+
+    def spoilt(*args: Any) -> torch.Tensor:
+        logits = compute(*args).clone()
         begin = 0
-        for chunk in chunks:
+        for chunk in running:
             if chunk.gives_token:
                 end = begin + 1 + len(chunk.drafts)
                 logits[begin:end] = spoil(chunk, logits[begin:end])
@@ -104,7 +110,8 @@ def rows_spoilt(engine: Engine, spoil: Callable[[Chunk, torch.Tensor], torch.Ten
         return logits
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(engine._runner, "run", spoilt)
+        patch.setattr(engine._runner, "run", noted)
+        patch.setattr(engine.model.decoder, "logits", spoilt)
         yield
 
 

@@ -34,10 +34,10 @@ def merged(parts: list[nn.Linear]) -> nn.Module:
 def engine_logits(model: LoadedModel, token_ids: list[int], tokens: int) -> torch.Tensor:
     """Logits of `tokens` generated tokens, computed with prefill in two chunks and then one by one."""
     with Engine(model, EngineOptions(pool_bytes=32 * model.layout(16).page_bytes, chunk_tokens=64)) as engine:
-        sequence = engine.submit(token_ids, SamplingParams(max_tokens=tokens))
-        logits = []
+        sequence = engine.submit(token_ids, SamplingParams(max_tokens=tokens, logits=True))
+        logits: list[torch.Tensor] = []
         while sequence.finish_reason is None:
-            logits += [token.logits for token in engine.step()]
+            logits += [token.logits for token in engine.step() if token.logits is not None]
     return torch.stack(logits)
 
 

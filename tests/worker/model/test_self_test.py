@@ -71,10 +71,10 @@ def engine_logits(model: LoadedModel, token_ids: list[int], tokens: int, chunk_t
     """Logits of `tokens` generated tokens, and the sequence that they belong to."""
     options = EngineOptions(pool_bytes=32 * model.layout(16).page_bytes, chunk_tokens=chunk_tokens)
     with Engine(model, options) as engine:
-        sequence = engine.submit(token_ids, SamplingParams(max_tokens=tokens))
-        logits = []
+        sequence = engine.submit(token_ids, SamplingParams(max_tokens=tokens, logits=True))
+        logits: list[Tensor] = []
         while sequence.finish_reason is None:
-            logits += [token.logits for token in engine.step()]
+            logits += [token.logits for token in engine.step() if token.logits is not None]
     return torch.stack(logits), sequence.token_ids[:-1]
 
 

@@ -17,6 +17,7 @@ import uvicorn
 
 from attnstore.limits import HTTP_BODY_BYTES_MAX
 from attnstore_worker.engine import AsyncEngine, Engine, EngineOptions, SamplingParams
+from attnstore_worker.engine.runner import Drawn
 from attnstore_worker.engine.sequence import Chunk
 from attnstore_worker.model import LoadedModel
 from attnstore_worker.serve import create_app
@@ -297,10 +298,10 @@ async def test_what_is_not_there_and_what_is_too_large_have_error_bodies_as_well
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 async def test_a_request_whose_logits_are_not_finite_ends_alone(
-    engine: Engine, http: httpx2.AsyncClient, tiny: LoadedModel, temperature: float
+    engine: Engine, http: httpx2.AsyncClient, tiny: LoadedModel, temperature: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Whole, as a stream, and with several choices; concurrent and later requests are answered."""
-    spoil_rows_of(engine, first_token=9)
+    spoil_rows_of(engine, monkeypatch, first_token=9)
 
     def body(first: int, **more: object) -> Json:
         return {
@@ -330,19 +331,24 @@ async def test_a_request_whose_logits_are_not_finite_ends_alone(
     assert engine.batching().failures >= 6, "one of each request; its others are cancelled"
 
 
-def spoil_rows_of(engine: Engine, first_token: int) -> None:
+def spoil_rows_of(engine: Engine, monkeypatch: pytest.MonkeyPatch, first_token: int) -> None:
     """Makes the third token of every sequence with this beginning be drawn from NaN."""
-    run = engine._runner.run
+    run, compute = engine._runner.run, engine.model.decoder.logits
+    giving: list[Chunk] = []
 
-    def spoiled(chunks: list[Chunk], *args: Any, **kwargs: Any) -> torch.Tensor:
-        logits = run(chunks, *args, **kwargs).clone()
-        giving = [chunk for chunk in chunks if chunk.gives_token]
+    def noted(chunks: list[Chunk], *args: Any, **kwargs: Any) -> Drawn:
+        giving[:] = [chunk for chunk in chunks if chunk.gives_token]
+        return run(chunks, *args, **kwargs)
+
+    def spoiled(*args: Any) -> torch.Tensor:
+        logits = compute(*args).clone()
         for row, chunk in zip(logits, giving, strict=True):
             if chunk.sequence.token_ids[0] == first_token and len(chunk.sequence.generated) == 2:
                 row[:] = torch.nan
         return logits
 
-    engine._runner.run = spoiled  # type: ignore[assignment]
+    monkeypatch.setattr(engine._runner, "run", noted)
+    monkeypatch.setattr(engine.model.decoder, "logits", spoiled)
 
 
 async def test_a_count_of_decisions_that_is_no_number_is_refused(http: httpx2.AsyncClient) -> None:

@@ -37,8 +37,8 @@ from attnstore_worker.engine.attend_policy import AttendChoice, AttendForecaster
 from attnstore_worker.engine.attended import AttendedBlocks
 from attnstore_worker.engine.outputs import BatchingStatistics, Token
 from attnstore_worker.engine.residency import Residency
-from attnstore_worker.engine.runner import Runner
-from attnstore_worker.engine.sampler import SamplingParams, peaks
+from attnstore_worker.engine.runner import HostRunner, Runner
+from attnstore_worker.engine.sampler import SamplingParams
 from attnstore_worker.engine.scheduler import Scheduler
 from attnstore_worker.engine.sequence import FinishReason, Sequence, next_chunk
 from attnstore_worker.engine.speculative import Speculation
@@ -56,7 +56,8 @@ _SALT_KEY = b"cache_salt:"
 class Engine:
     """Generates with `model`. Pages in `store` are read instead of computed if `planner` (default: always) decides so, and new
     pages are written to it. `observer` is told of transfers, loads and steps. Sequences attend to pages in `attend_store` (default:
-    `store`) as `EngineOptions.attend` says. Model and blocks are on `device` (default: the processor), which times the steps.
+    `store`) as `EngineOptions.attend` says. Model and blocks are on `device` (default: the processor), which times the steps. If
+    it uses Triton, `warm_up` captures steps of one token for each sequence, and tokens are drawn on the device.
 
     Not thread-safe, except for `wake`. Leaving it as a context manager closes it.
     """
@@ -74,6 +75,7 @@ class Engine:
         attend_store: AttendStore | None = None,
         device: Device | None = None,
     ) -> None:
+        device = device or HostDevice()
         self.model = model
         self.options = options or EngineOptions()
         self._clock = clock or MonotonicClock()
@@ -94,8 +96,7 @@ class Engine:
         self._speculation = Speculation(self._clock)
         self._attend = self._attended_blocks(attend_store or store, name)
         attended = self._attend.remote if self._attend is not None else None
-        attention = attention or create_attention("cpu")
-        self._runner = Runner(model, self._cache.pages.attended, attention, attended, before_step=self._cache.before_step)
+        self._runner = self._create_runner(device, attention, attended)
         self._scheduler = Scheduler(self.options.scheduler_limits(), self.options.block_tokens)
         self._residency = Residency(
             self._cache,
@@ -114,7 +115,7 @@ class Engine:
             self._speculation,
             self._clock,
             self._observer,
-            StepTimes(device or HostDevice(), self._clock, self._observer),
+            StepTimes(device, self._clock, self._observer),
             context_tokens_max=model.context_tokens_max,
             chunk_tokens=self.options.chunk_tokens,
             speculates=self.options.speculate,
@@ -135,6 +136,8 @@ class Engine:
             sequence.computed_tokens = len(sequence.token_ids)
             sequence.token_ids.append(0)
         self._cache.release(sequence.table)
+        sequence.table = None
+        self._runner.warm_up()
 
     def submit(
         self, token_ids: list[int], sampling: SamplingParams | None = None, *, priority: int = 0, cache_salt: str = ""
@@ -185,7 +188,7 @@ class Engine:
         sequence.table = table = BlockTable(self._cache.block_tokens)
         try:
             self._cache.grow(table, 1)
-            peaks(self._runner.run([next_chunk(sequence, self.options.chunk_tokens)]))
+            self._runner.run([next_chunk(sequence, self.options.chunk_tokens)])
         except Overloaded:
             pass  # no block is free for this, which says nothing about the model
         finally:
@@ -268,6 +271,21 @@ class Engine:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.close()
+
+    def _create_runner(self, device: Device, attention: AttentionBackend | None, remote: RemoteAttention | None) -> Runner:
+        pool = self._cache.pages.attended
+        if not device.uses_triton:
+            return HostRunner(
+                self.model, pool, attention or create_attention("cpu"), remote, device, before_step=self._cache.before_step
+            )
+        # Imported only now, because a worker on a processor may lack Triton.
+        from attnstore_worker.engine.device_runner import DeviceRunner, step_sizes
+
+        blocks = min(-(-self.model.context_tokens_max // self.options.block_tokens), self._cache.pages.capacity)
+        sizes = step_sizes(self.options.scheduler_limits(), blocks)
+        return DeviceRunner(
+            self.model, pool, attention or create_attention("triton"), remote, device, sizes, before_step=self._cache.before_step
+        )
 
     def _attended_blocks(self, store: object, name: Namespace) -> AttendedBlocks | None:
         policy = self.options.attend

@@ -11,11 +11,13 @@ from attnstore_worker.engine.sequence import Sequence
 
 @dataclass(frozen=True, slots=True)
 class Token:
-    """One generated token, the fp32 logits `[vocabulary]` from which it was drawn, and the text that became final with it."""
+    """One generated token, and the text that became final with it. `logits` are the fp32 logits `[vocabulary]` from which it was
+    drawn, on the host; None unless the sequence's `SamplingParams.logits` asks for them.
+    """
 
     sequence: Sequence
     token_id: int
-    logits: Tensor
+    logits: Tensor | None
     text: str
 
 

@@ -1,13 +1,15 @@
-"""Runs one step of the model over packed chunks of sequences.
+"""Runs one step of the model over packed chunks of sequences, and draws their next tokens.
 
-Owns: the tensors of a step. Invariant: each sequence attends to its own blocks only; its results do not depend on its neighbours in
-the step, up to rounding.
+Owns: the contract `Runner`, and `HostRunner`, which makes the tensors of a step on the processor. Invariant: each sequence attends
+to its own blocks only; its results do not depend on its neighbours in the step, up to rounding.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from collections.abc import Sequence as Items
+from itertools import accumulate
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -15,48 +17,87 @@ from torch import Tensor
 from attnstore.attention import AttentionBackend
 from attnstore_worker.cache.attending.contexts import RemoteAttention
 from attnstore_worker.cache.pool.block_table import BlockTable
+from attnstore_worker.device.base import Device
+from attnstore_worker.engine.sampler import peaks
 from attnstore_worker.engine.sequence import Chunk
+from attnstore_worker.engine.speculative import accepted_tokens
 from attnstore_worker.model.attention import PagedStep, at_once
 from attnstore_worker.model.loading import LoadedModel
 
 
-class Runner:
-    """A model on one block pool, `[blocks, layers, 2, kv_heads, block_tokens, head_dim]`. `before_step` is called before every
-    step: see `CacheManager.before_step`.
-    """
+class Drawn(Protocol):
+    """The tokens after the chunks of a step."""
+
+    def tokens(self, index: int) -> list[int]:
+        """Returns the tokens after chunk `index`, none if it gives none: all accepted drafts and the first token that is none.
+        Raises `LogitsNotFinite`.
+        """
+        ...
+
+    def logits(self, index: int) -> Tensor:
+        """Returns the fp32 logits `[1 + drafts, vocabulary]` from which they were drawn, on the host."""
+        ...
+
+
+class Runner(Protocol):
+    """A model on one block pool, `[blocks, layers, 2, kv_heads, block_tokens, head_dim]`."""
+
+    def run(self, chunks: Items[Chunk], before_layer: Callable[[int], None] = at_once) -> Drawn:
+        """Computes the chunks' KV into their sequences' blocks. `before_layer` as in `PagedStep`. The results are valid until the
+        next run. Raises `PagesLost` if a store node that attends failed: nothing was computed then.
+        """
+        ...
+
+    def run_resident(self, chunks: Items[Chunk]) -> list[int]:
+        """As `run`, but without the blocks in the store: an approximation, whose KV must be computed again. Returns the likeliest
+        token after each chunk; all of them give one.
+        """
+        ...
+
+    def warm_up(self) -> None:
+        """Prepares what later steps repeat."""
+        ...
+
+
+class HostRunner:
+    """See `Runner`. `before_step` is called before every step: see `CacheManager.before_step`."""
 
     def __init__(
         self,
         model: LoadedModel,
         pool: Tensor,
         attention: AttentionBackend,
-        remote: RemoteAttention | None = None,
+        remote: RemoteAttention | None,
+        device: Device,
         *,
         before_step: Callable[[], None],
     ) -> None:
         self._decoder = model.decoder
+        self._device = device
         self._pool = pool
         self._attention = attention
         self._remote = remote
         self._before_step = before_step
 
-    def run(self, chunks: Items[Chunk], before_layer: Callable[[int], None] = at_once) -> Tensor:
-        """Computes the chunks' KV into their sequences' blocks. `before_layer` as in `PagedStep`.
+    def run(self, chunks: Items[Chunk], before_layer: Callable[[int], None] = at_once) -> Drawn:
+        """See `Runner.run`."""
+        return _HostDrawn(chunks, self._run(chunks, before_layer, self._remote))
 
-        Returns fp32 logits `[n, vocabulary]` of the last known token and of each draft of every chunk that gives tokens, in the
-        order of the chunks. Raises `PagesLost` if a store node that attends failed: nothing was computed then.
-        """
-        return self._run(chunks, before_layer, self._remote)
+    def run_resident(self, chunks: Items[Chunk]) -> list[int]:
+        """See `Runner.run_resident`."""
+        rows = self._run(chunks, at_once, None).split_with_sizes([1 + len(chunk.drafts) for chunk in chunks])
+        return [peaks(row[-1:])[0].token_id for row in rows]
 
-    def run_resident(self, chunks: Items[Chunk]) -> Tensor:
-        """As `run`, but without the blocks in the store: an approximation, whose KV must be computed again."""
-        return self._run(chunks, at_once, None)
+    def warm_up(self) -> None:
+        """No-op."""
 
     def _run(self, chunks: Items[Chunk], before_layer: Callable[[int], None], remote: RemoteAttention | None) -> Tensor:
         self._before_step()
         tables = [_table(chunk) for chunk in chunks]
         token_ids = [token for chunk in chunks for token in chunk.token_ids()]
         positions = [position for chunk in chunks for position in range(chunk.begin, chunk.end + len(chunk.drafts))]
+        if self._device.accesses is not None:
+            before_layer = noting_accesses(self._device, chunks, before_layer)
         step = self._paged_step(chunks, tables, before_layer, remote)
         ends = [int(end) for end in step.query_starts[1:]]
         rows = [
@@ -101,3 +142,52 @@ class Runner:
 def _table(chunk: Chunk) -> BlockTable:
     assert chunk.sequence.table is not None
     return chunk.sequence.table
+
+
+class _HostDrawn:
+    """See `Drawn`. Draws when it is asked, so that a sequence that is gone draws nothing."""
+
+    def __init__(self, chunks: Items[Chunk], logits: Tensor) -> None:
+        sizes = [1 + len(chunk.drafts) if chunk.gives_token else 0 for chunk in chunks]
+        self._chunks = chunks
+        self._logits = logits.split_with_sizes(sizes)
+        highest = peaks(logits)
+        ends = list(accumulate(sizes))
+        self._peaks = [highest[end - size : end] for size, end in zip(sizes, ends, strict=True)]
+
+    def tokens(self, index: int) -> list[int]:
+        """See `Drawn.tokens`."""
+        chunk = self._chunks[index]
+        if not chunk.gives_token:
+            return []
+        return accepted_tokens(chunk.sequence.sampler, chunk.drafts, self._logits[index].unbind(), self._peaks[index])
+
+    def logits(self, index: int) -> Tensor:
+        """See `Drawn.logits`."""
+        return self._logits[index]
+
+
+def noting_accesses(device: Device, chunks: Items[Chunk], before_layer: Callable[[int], None]) -> Callable[[int], None]:
+    """Returns `before_layer` for a device that looks for races: it is also told which blocks the step uses."""
+    if before_layer is at_once:
+        note_accesses(device, chunks, None)
+        return at_once
+
+    def before(layer: int) -> None:
+        before_layer(layer)
+        note_accesses(device, chunks, range(layer, layer + 1))
+
+    return before
+
+
+def note_accesses(device: Device, chunks: Items[Chunk], layers: range | None) -> None:
+    """Tells a device that looks for races which blocks a step uses, or these layers of them."""
+    if device.accesses is None:
+        return
+    reads: set[int] = set()
+    writes: set[int] = set()
+    for chunk in chunks:
+        table, end = _table(chunk), chunk.end + len(chunk.drafts)
+        reads.update(table.block_ids[: -(-(end - table.remote_tokens) // table.block_tokens)])
+        writes.update(table.slot_mapping(chunk.begin, end)[0])
+    device.accesses.step(reads, writes, layers=layers)

@@ -32,7 +32,7 @@ class SamplingParams:
 
     `temperature` 0 is greedy. Otherwise a token is drawn from the `top_k` likeliest (None: all), and of these from the smallest set
     of the likeliest whose probabilities sum to at least `top_p` (nucleus sampling, Holtzman et al. 2020).
-    Raises `InvalidArgument` for a value out of range.
+    `logits` asks for the logits of each token. Raises `InvalidArgument` for a value out of range.
     """
 
     max_tokens: int = 64
@@ -42,6 +42,7 @@ class SamplingParams:
     seed: int = 0
     stop_token_ids: frozenset[int] = frozenset()
     stops: tuple[str, ...] = ()
+    logits: bool = False
 
     def __post_init__(self) -> None:
         if self.max_tokens < 1:

@@ -23,7 +23,7 @@ from typing import Final
 from torch import Tensor
 
 from attnstore.clock import Clock
-from attnstore_worker.engine.sampler import Peak, Sampler, peaks
+from attnstore_worker.engine.sampler import Peak, Sampler
 from attnstore_worker.engine.sequence import Chunk, next_chunk
 from attnstore_worker.engine.sequence import Sequence as Prompted
 
@@ -164,7 +164,7 @@ class Speculation:
             sequence.drafts = draft(sequence.token_ids, left) if left > 0 else ()
 
     def draft_from_residents(
-        self, running: Sequence[Prompted], run: Callable[[Sequence[Chunk]], Tensor], *, tokens_max: int, chunk_tokens: int
+        self, running: Sequence[Prompted], run: Callable[[Sequence[Chunk]], list[int]], *, tokens_max: int, chunk_tokens: int
     ) -> bool:
         """Drafts with the model for sequences that attend to blocks in the store and have no drafts, using only the blocks that are
         here.
@@ -186,27 +186,21 @@ class Speculation:
         most_drafts = max(wanted.values(), default=0)
         for count in range(1, most_drafts + 1):
             drafting = [sequence for sequence, most in wanted.items() if count <= most]
-            rows = run([next_chunk(sequence, chunk_tokens) for sequence in drafting])
-            for sequence, guesses in zip(drafting, rows.split_with_sizes([count] * len(drafting)), strict=True):
-                sequence.drafts += (peaks(guesses[-1:])[0].token_id,)
+            for sequence, guess in zip(drafting, run([next_chunk(each, chunk_tokens) for each in drafting]), strict=True):
+                sequence.drafts += (guess,)
         if most_drafts > 0:
             self._resident_length.made(most_drafts, self._clock.now_ms() - began_ms)
         return most_drafts > 0
 
-    def next_tokens(self, chunk: Chunk, rows: Sequence[Tensor], highest: Sequence[Peak], alone_ms: float | None) -> list[int]:
-        """Returns the tokens after a chunk that gives tokens, from its rows of `Runner.run`, with their peaks.
-
-        `alone_ms` is the duration of the step if it computed nothing else. Raises `LogitsNotFinite`.
-        """
-        tokens = accepted_tokens(chunk.sequence.sampler, chunk.drafts, rows, highest)
-        accepted = len(tokens) - 1
+    def observe(self, chunk: Chunk, tokens: int, alone_ms: float | None) -> None:
+        """Records how many tokens a chunk gave. `alone_ms` is the duration of the step if it computed nothing else."""
+        accepted = tokens - 1
         self._steps += 1
         self.checked += len(chunk.drafts)
         self.accepted += accepted
         if alone_ms is not None and chunk.end - chunk.begin == 1:
             length = self._resident_length if chunk.sequence in self._from_residents else self._length
             length.observe(len(chunk.drafts), accepted, alone_ms)
-        return tokens
 
 
 def _decoding(running: Sequence[Prompted]) -> bool:

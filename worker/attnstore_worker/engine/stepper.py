@@ -18,8 +18,7 @@ from attnstore_worker.cache.attending.contexts import RemoteAttention, Traffic
 from attnstore_worker.cache.planning.observation import Answer
 from attnstore_worker.engine.outputs import Token
 from attnstore_worker.engine.residency import Residency
-from attnstore_worker.engine.runner import Runner
-from attnstore_worker.engine.sampler import Peak, peaks
+from attnstore_worker.engine.runner import Drawn, Runner
 from attnstore_worker.engine.scheduler import Scheduler
 from attnstore_worker.engine.sequence import Chunk, FinishReason, Sequence, chunk_at
 from attnstore_worker.engine.speculative import DRAFTS_MAX, Speculation
@@ -71,15 +70,15 @@ class Stepper:
             pool_tokens = self._cache.capacity_tokens
             self._speculation.draft(running, tokens_max=self._context_tokens_max, pool_tokens=pool_tokens)
 
-    def run(self, chunks: Items[Chunk]) -> Tensor:
+    def run(self, chunks: Items[Chunk]) -> Drawn:
         """Runs the model as `Runner.run` does, and reports the step as `StepTimes` does."""
         started = self._times.start()
         asked = self._traffic()
-        logits = self._runner.run(chunks)
+        drawn = self._runner.run(chunks)
         now = self._traffic()
         ranges = tuple((chunk.begin, chunk.end) for chunk in chunks)
         self._times.end(started, ranges, now.round_trips - asked.round_trips, now.bytes - asked.bytes)
-        return logits
+        return drawn
 
     def step(self, chunks: Items[Chunk]) -> list[Token]:
         """Computes the chunks. Returns their tokens, none if a store node that attends failed."""
@@ -88,13 +87,13 @@ class Stepper:
             if self._draft_from_residents():
                 chunks = self._scheduler.chunks()
             try:
-                logits = self.run(chunks)
+                drawn = self.run(chunks)
             except PagesLost:
                 for chunk in chunks:
                     chunk.sequence.drafts = ()
                 self._residency.recover()
                 return []
-            return self._postprocess(chunks, logits, self._clock.now_ms() - started_ms)
+            return self._postprocess(chunks, drawn, self._clock.now_ms() - started_ms)
 
     def step_behind(self, sequence: Sequence, load: Load) -> list[Token]:
         """Computes the chunk after pages that are still arriving, layer by layer. Has no effect if they do not all arrive."""
@@ -106,14 +105,14 @@ class Stepper:
         with self._residency.failing([chunk]):
             try:
                 # Not observed as a step, because its duration depends more on the link than on the model.
-                logits = self._runner.run([chunk], partial(loads.wait_layer, load))
+                drawn = self._runner.run([chunk], partial(loads.wait_layer, load))
                 loads.wait_layer(load, None)
             except PagesLost:
                 return []
             sequence.computed_tokens = loads.advance(sequence.table, load, sequence.computed_tokens)
             assert sequence.computed_tokens == begin
             self._residency.end_load(sequence, LoadEnd.COMPLETE)
-            return self._postprocess([chunk], logits, None)
+            return self._postprocess([chunk], drawn, None)
 
     def _traffic(self) -> Traffic:
         return self._attention.traffic() if self._attention is not None else Traffic()
@@ -126,48 +125,45 @@ class Stepper:
             self._scheduler.running, self._runner.run_resident, tokens_max=self._context_tokens_max, chunk_tokens=self._chunk_tokens
         )
 
-    def _postprocess(self, chunks: Items[Chunk], logits: Tensor, took_ms: float | None) -> list[Token]:
-        """Processes the results of a step: `logits` as from `Runner.run`, and its duration if that says something
-        about the model.
-        """
+    def _postprocess(self, chunks: Items[Chunk], drawn: Drawn, took_ms: float | None) -> list[Token]:
+        """Processes the results of a step, and its duration if that says something about the model."""
         self.steps += 1
         self.tokens_computed += sum(chunk.tokens for chunk in chunks)
         # Only after the step has read them is it known that the pages were the right ones all the time.
         self._residency.drop_recycled([chunk.sequence for chunk in chunks])
-        rows, highest = logits.unbind(), peaks(logits)
         alone_ms = took_ms if len(chunks) == 1 else None
         tokens: list[Token] = []
-        begin = 0
-        for chunk in chunks:
-            own = slice(begin, begin + 1 + len(chunk.drafts) if chunk.gives_token else begin)
-            begin = own.stop
+        for index, chunk in enumerate(chunks):
             if chunk.sequence.table is None:  # its pages were recycled
                 continue
             try:
-                self._follow(chunk, rows[own], highest[own], alone_ms, tokens)
+                self._follow(chunk, index, drawn, alone_ms, tokens)
             except Exception as error:
                 self._residency.fail(chunk.sequence, error)
         self._cache.end_step()
         return tokens
 
-    def _follow(self, chunk: Chunk, rows: Items[Tensor], highest: Items[Peak], alone_ms: float | None, tokens: list[Token]) -> None:
-        """Seals what a chunk computed, with these rows of logits, and appends the next tokens to `tokens`."""
+    def _follow(self, chunk: Chunk, index: int, drawn: Drawn, alone_ms: float | None, tokens: list[Token]) -> None:
+        """Seals what a chunk computed, and appends the next tokens to `tokens`."""
         sequence = chunk.sequence
         assert sequence.table is not None
         # Drawn before anything is sealed: pages of a chunk whose logits are not finite are never found.
-        drawn = self._speculation.next_tokens(chunk, rows, highest, alone_ms) if chunk.gives_token else []
+        token_ids = drawn.tokens(index)
+        if token_ids:
+            self._speculation.observe(chunk, len(token_ids), alone_ms)
+        rows = drawn.logits(index) if sequence.sampling.logits and token_ids else None
         sequence.drafts = ()
         sequence.computed_tokens = chunk.end
         self._cache.seal(sequence.table, sequence.token_ids, chunk.end)
-        for number, (token_id, row) in enumerate(zip(drawn, rows, strict=False)):
+        for number, token_id in enumerate(token_ids):
             if number:  # it was a draft, so it is computed already
                 sequence.computed_tokens += 1
                 self._cache.seal(sequence.table, sequence.token_ids, sequence.computed_tokens)
-            tokens.append(self._extend(sequence, token_id, row))
+            tokens.append(self._extend(sequence, token_id, None if rows is None else rows[number]))
             if sequence.finish_reason is not None:
                 break
 
-    def _extend(self, sequence: Sequence, token_id: int, logits: Tensor) -> Token:
+    def _extend(self, sequence: Sequence, token_id: int, logits: Tensor | None) -> Token:
         assert sequence.text_stream is not None
         sequence.token_ids.append(token_id)
         self.tokens_generated += 1

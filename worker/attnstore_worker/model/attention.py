@@ -33,8 +33,8 @@ class PagedStep:
     before_layer: called with each layer's number before its pages are read; returns when they have arrived, or raises `PagesLost`.
 
     On a device that uses Triton, a step without `remote` and with `at_once` reads no tensor on the host, so a CUDA graph may
-    capture it: the tensors are inputs that the next step overwrites. A padding row belongs to a sequence of its own, whose slot and
-    whose table name a scratch block.
+    capture it: the tensors are inputs that the next step overwrites. A padding row belongs to a sequence of its own without
+    context, and its block is -1: it stores nothing and sees nothing.
     """
 
     backend: AttentionBackend

@@ -50,7 +50,8 @@ def rotated_and_put(
 
     heads: `[rows, q_heads + 2 * kv_heads, head_dim]`: queries, keys, values. rotation: fp32 cosines and sines of all positions,
     `[context_tokens, head_dim / 2]`, of the angle between element `i` and element `i + head_dim / 2`. positions: int64 `[rows]`.
-    slots: `slot_blocks` and `slot_offsets` of `PagedStep`. pool: `[blocks, layers, 2, kv_heads, block_tokens, head_dim]`.
+    slots: `slot_blocks` and `slot_offsets` of `PagedStep`; a row whose block is negative stores nothing. pool: `[blocks, layers, 2,
+    kv_heads, block_tokens, head_dim]`.
     Returns the rotated queries `[rows, q_heads, head_dim]`.
     """
     assert heads.is_contiguous()
@@ -155,8 +156,9 @@ def rotate_and_put(
     tl.store(target + HALF, turned_high.to(query.dtype.element_ty), mask=asks)
 
     # A layer of a page has the heads of the keys and then those of the values, as a row does after its queries.
-    stores = own & (head >= Q_HEADS)[:, None]
-    slot = tl.load(slot_blocks + row).to(tl.int64) * block_stride + layer_at + tl.load(slot_offsets + row) * HEAD_DIM
+    block = tl.load(slot_blocks + row).to(tl.int64)
+    stores = own & (head >= Q_HEADS)[:, None] & (block >= 0)
+    slot = block * block_stride + layer_at + tl.load(slot_offsets + row) * HEAD_DIM
     stored = pool + slot + (head - Q_HEADS)[:, None] * (BLOCK_TOKENS * HEAD_DIM) + dim[None, :]
     tl.store(stored, turned_low.to(pool.dtype.element_ty), mask=stores)
     tl.store(stored + HALF, turned_high.to(pool.dtype.element_ty), mask=stores)

@@ -1,0 +1,211 @@
+"""Checks that `test_device_engine` runs in a process of its own: the whole engine with Triton's kernels, interpreted.
+
+Every check compares tokens with those of the engine on the processor, in fp32. Prompts are short and share steps, because an
+interpreted step takes half a second.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import cast
+
+import pytest
+
+from attnstore.core.layout import DType
+from attnstore.testing import StoreProcess
+from attnstore_worker.cache import PageStore, open_store
+from attnstore_worker.device.base import Device
+from attnstore_worker.device.host import HostDevice
+from attnstore_worker.engine import AttendPolicy, Engine, EngineOptions, FinishReason, SamplingParams
+from attnstore_worker.model import LoadedModel, load_model
+from attnstore_worker.testing import MemoryStore
+
+BLOCK_TOKENS = 16
+GREEDY = SamplingParams(max_tokens=8)
+LENGTHS = (3, 16, 17, 40)
+
+
+class InterpretedDevice(HostDevice):
+    """The processor, with interpreted kernels."""
+
+    uses_triton = True
+
+
+DEVICE = cast(Device, InterpretedDevice())
+
+
+@pytest.fixture(scope="module")
+def interpreted(tiny_folder: Path) -> LoadedModel:
+    return load_model(tiny_folder, DType.FP32, device=DEVICE)
+
+
+@pytest.fixture(scope="module")
+def options(tiny: LoadedModel) -> EngineOptions:
+    return EngineOptions(pool_bytes=24 * tiny.layout(BLOCK_TOKENS).page_bytes, chunk_tokens=32, sequences_max=6)
+
+
+def prompts(first: int = 0) -> list[list[int]]:
+    return [[(7 * position + first + number) % 900 + 5 for position in range(length)] for number, length in enumerate(LENGTHS)]
+
+
+Generate = Callable[..., list[list[int]]]
+
+
+@pytest.fixture(scope="module")
+def generate(interpreted: LoadedModel, options: EngineOptions) -> Generate:
+    """Returns the tokens of the interpreted engine; `check` is called with the engine at the end."""
+
+    def generate(
+        prompts: list[list[int]],
+        how: SamplingParams = GREEDY,
+        *,
+        store: PageStore | None = None,
+        check: Callable[[Engine], object] = Engine.check,
+        rounds: int = 1,
+        **fields: object,
+    ) -> list[list[int]]:
+        changed = replace(options, **fields)  # type: ignore[arg-type]
+        with Engine(interpreted, changed, store=store, device=DEVICE) as engine:
+            for _ in range(rounds):
+                sequences = engine.generate_all(prompts, how)
+                engine.check()
+            assert engine.flush(30_000)
+            check(engine)
+            return [sequence.generated for sequence in sequences]
+
+    return generate
+
+
+@pytest.fixture(scope="module")
+def expected(tiny: LoadedModel, options: EngineOptions) -> Generate:
+    """Returns the tokens of the engine on the processor, without a store."""
+
+    def expected(prompts: list[list[int]], how: SamplingParams = GREEDY) -> list[list[int]]:
+        with Engine(tiny, replace(options, pool_bytes=4 * options.pool_bytes)) as engine:
+            return [engine.generate(each, how).generated for each in prompts]
+
+    return expected
+
+
+def test_64_tokens_are_equal_cold(generate: Generate, expected: Generate) -> None:
+    how = SamplingParams(max_tokens=64)
+    batch = prompts()[2:3]
+    assert generate(batch, how) == expected(batch, how)
+
+
+def test_captured_steps_give_the_same_tokens(interpreted: LoadedModel, options: EngineOptions, expected: Generate) -> None:
+    with Engine(interpreted, options, device=DEVICE) as engine:
+        engine.warm_up()
+        assert [sequence.generated for sequence in engine.generate_all(prompts(), GREEDY)] == expected(prompts())
+        engine.check()
+        assert engine.statistics().pool.held == 0
+
+
+def test_hits_of_every_length_in_the_pool_and_from_the_store(generate: Generate, expected: Generate) -> None:
+    """A store that has the first blocks of a prompt, however many, and a second round that finds them in the pool."""
+    store = MemoryStore()
+    whole = prompts(50)[3:]
+    wanted = expected(whole)
+    assert generate(whole, store=store) == wanted
+    pages = dict(store.pages)
+    for hits in range(1, len(whole[0]) // BLOCK_TOKENS + 1):
+        part = MemoryStore()
+        part.pages = dict(list(pages.items())[:hits])
+        assert generate(whole, store=part, rounds=2, check=lambda engine: engine.check()) == wanted
+
+
+def test_pages_come_back_from_the_host_tier(generate: Generate, expected: Generate, options: EngineOptions) -> None:
+    batch = [*prompts(10), *prompts(20)]
+
+    def used(engine: Engine) -> None:
+        assert sum(tier.hit_tokens for name, tier in engine.statistics().tiers.items() if name.value == "host") > 0
+
+    small = 6 * options.pool_bytes // 24
+    assert generate(batch, pool_bytes=small, host_pool_bytes=options.pool_bytes, rounds=2, check=used) == expected(batch)
+
+
+@pytest.fixture(scope="module")
+def node() -> Iterator[StoreProcess]:
+    with StoreProcess("--capacity", "64MiB", "--attend-threads", "1") as node:
+        yield node
+
+
+def test_pages_come_from_a_node(generate: Generate, expected: Generate, node: StoreProcess) -> None:
+    for hit in (False, True):
+        with open_store(node.url, deadline_ms=30_000) as store:
+
+            def came(engine: Engine, hit: bool = hit) -> None:
+                assert (engine.statistics().remote.pages_read > 0) is hit
+
+            assert generate(prompts(30), store=store, check=came) == expected(prompts(30))
+
+
+def test_a_sequence_attends_to_blocks_that_stay_in_a_node(generate: Generate, expected: Generate, node: StoreProcess) -> None:
+    batch = prompts(40)[3:]
+    for _ in range(2):
+        with open_store(node.url, deadline_ms=30_000) as store:
+            assert generate(batch, store=store, attend=AttendPolicy.ALWAYS, store_deadline_ms=30_000) == expected(batch)
+
+
+def test_preempted_sequences_continue_with_the_same_tokens(generate: Generate, expected: Generate, options: EngineOptions) -> None:
+    def preempted(engine: Engine) -> None:
+        assert engine.batching().preemptions > 0
+
+    small = 7 * options.pool_bytes // 24
+    how = SamplingParams(max_tokens=24)
+    batch = [each[:14] for each in prompts(60)[1:]]
+    assert generate(batch, how, pool_bytes=small, check=preempted) == expected(batch, how)
+
+
+def test_drafts_are_verified_on_the_device(generate: Generate, expected: Generate) -> None:
+    def accepted(engine: Engine) -> None:
+        assert engine.batching().drafts_checked > 0
+
+    batch = [[9, 8, 7, 6] * 5]
+    how = SamplingParams(max_tokens=20)
+    assert generate(batch, how, speculate=True, check=accepted) == expected(batch, how)
+
+
+def test_sampled_tokens_do_not_depend_on_the_batch(interpreted: LoadedModel, options: EngineOptions) -> None:
+    how = [SamplingParams(max_tokens=5, temperature=0.9, top_k=40, top_p=0.95, seed=seed) for seed in range(3)]
+    batch = prompts(70)[:3]
+    with Engine(interpreted, options, device=DEVICE) as engine:
+        sequences = [engine.submit(token_ids, each) for token_ids, each in zip(batch, how, strict=True)]
+        while not engine.idle:
+            engine.step()
+        alone = engine.generate(batch[1], how[1])
+    assert alone.generated == sequences[1].generated
+    assert all(sequence.finish_reason is FinishReason.LENGTH for sequence in sequences)
+
+
+def test_a_sequence_that_is_cancelled_at_any_step_leaves_the_others_their_tokens(
+    interpreted: LoadedModel, options: EngineOptions, expected: Generate
+) -> None:
+    batch = prompts(80)[:2]
+    wanted = expected(batch)
+    with Engine(interpreted, options, device=DEVICE) as engine:
+        for steps in (0, 1, 3):
+            kept, given_up = engine.submit(batch[0], GREEDY), engine.submit(batch[1], GREEDY)
+            for _ in range(steps):
+                engine.step()
+            engine.cancel(given_up)
+            while not engine.idle:
+                engine.step()
+            engine.check()
+            assert kept.generated == wanted[0]
+            assert engine.statistics().pool.held == 0
+
+
+def test_logits_are_given_to_those_who_ask_for_them(interpreted: LoadedModel, options: EngineOptions) -> None:
+    with Engine(interpreted, options, device=DEVICE) as engine:
+        for asks in (False, True):
+            sequence = engine.submit(prompts()[0], SamplingParams(max_tokens=1, logits=asks))
+            tokens = []
+            while sequence.finish_reason is None:
+                tokens += engine.step()
+            [token] = tokens
+            assert (token.logits is not None) is asks
+    assert token.logits is not None
+    assert int(token.logits.argmax()) == token.token_id

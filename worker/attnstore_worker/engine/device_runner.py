@@ -1,0 +1,211 @@
+"""Runs steps on a device that uses Triton: persistent inputs, captured decode steps, and tokens drawn on the device.
+
+Owns: `DeviceRunner`. Invariants: between the inputs and the tokens of a step the host reads nothing from the device; a captured
+step computes what the same step computes without being captured.
+
+A step whose chunks all have one token, without drafts, late layers or blocks in the store, is replayed from a graph, one for each
+number of rows in `_buckets`. Rows that no sequence uses store nothing and see nothing.
+Shape: `capture_cudagraph` of nano-vllm.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from collections.abc import Sequence as Items
+from functools import partial
+from typing import Final
+
+import torch
+from torch import Tensor
+
+from attnstore.attention import AttentionBackend
+from attnstore_worker.cache.attending.contexts import RemoteAttention
+from attnstore_worker.device.base import Device, Event, Graph, Wait
+from attnstore_worker.engine.device_sampler import NOT_FINITE, draw
+from attnstore_worker.engine.runner import Drawn, note_accesses, noting_accesses
+from attnstore_worker.engine.sequence import Chunk
+from attnstore_worker.engine.speculative import DRAFTS_MAX
+from attnstore_worker.engine.step_tables import Inputs, Sizes, StepTables
+from attnstore_worker.errors import LogitsNotFinite, OutOfDeviceMemory
+from attnstore_worker.model.attention import PagedStep, at_once
+from attnstore_worker.model.loading import LoadedModel
+from attnstore_worker.options import SchedulerLimits
+
+_BUCKET: Final = 8
+_OTHERS: Final = 2
+"""Sequences that run beside those of the scheduler: one that warms the engine up, and one that probes it."""
+
+_log = logging.getLogger(__name__)
+
+
+class DeviceRunner:
+    """See `Runner`. `pool` is memory of `device`; a step has at most `sizes`. `before_step` is called before every step: see
+    `CacheManager.before_step`.
+    """
+
+    def __init__(
+        self,
+        model: LoadedModel,
+        pool: Tensor,
+        attention: AttentionBackend,
+        remote: RemoteAttention | None,
+        device: Device,
+        sizes: Sizes,
+        *,
+        before_step: Callable[[], None],
+    ) -> None:
+        self._decoder = model.decoder
+        self._pool = pool
+        self._attention = attention
+        self._remote = remote
+        self._device = device
+        self._before_step = before_step
+        self._tables = StepTables(device, sizes)
+        self._tokens = device.pinned(sizes.tokens, dtype=torch.int64)
+        self._graphs: dict[int, Graph] = {}
+        self._captured: dict[int, Tensor] = {}
+        """The logits of each graph's last replay."""
+
+    def warm_up(self) -> None:
+        """Captures decode steps, the largest first, because the others share its memory. Too little memory for one leaves it out,
+        and the smaller ones are tried.
+        """
+        if not self._decoder.capturable:
+            return
+        for rows in reversed(_buckets(self._tables.sizes.sequences)):
+            work = partial(self._compute_captured, rows, self._tables.padding(rows))
+            try:
+                with self._device.submitting():
+                    work()  # compiles its kernels, which no capture may do
+                self._graphs[rows] = self._device.capture(work)
+            except OutOfDeviceMemory as error:
+                self._captured.pop(rows, None)
+                _log.warning("decode steps of %d sequences are not captured: %s", rows, error)
+
+    def run(self, chunks: Items[Chunk], before_layer: Callable[[int], None] = at_once) -> Drawn:
+        """See `Runner.run`."""
+        with self._device.submitting(), torch.inference_mode():
+            inputs, logits = self._logits(chunks, before_layer, self._remote)
+            if len(inputs.rows) == 0:
+                return _DeviceDrawn(self._device, chunks, logits, self._tokens[:0], None)
+            greedy = all(chunk.sequence.sampling.temperature == 0.0 for chunk in chunks if chunk.gives_token)
+            tokens = self._tokens[: len(inputs.rows)]
+            event = self._device.transfer(draw(logits, inputs, greedy=greedy), tokens)
+            return _DeviceDrawn(self._device, chunks, logits, tokens, event)
+
+    def run_resident(self, chunks: Items[Chunk]) -> list[int]:
+        """See `Runner.run_resident`."""
+        with self._device.submitting(), torch.inference_mode():
+            inputs, logits = self._logits(chunks, at_once, None)
+            tokens = self._tokens[: len(inputs.rows)]
+            drawn = _DeviceDrawn(
+                self._device, chunks, logits, tokens, self._device.transfer(draw(logits, inputs, greedy=True), tokens)
+            )
+        return [drawn.rows(index)[-1] for index in range(len(chunks))]
+
+    def _logits(
+        self, chunks: Items[Chunk], before_layer: Callable[[int], None], attended: RemoteAttention | None
+    ) -> tuple[Inputs, Tensor]:
+        self._before_step()
+        remote = None
+        if attended is not None:
+            # In the order of the rows of the step, as everything here.
+            remote = attended.step([(chunk.sequence.attend.prefix, chunk.tokens) for chunk in self._tables.ordered(chunks)])
+        if remote is None and before_layer is at_once and (rows := self._graph_rows(chunks)) is not None:
+            inputs = self._tables.fill(chunks, decode_rows=rows)
+            note_accesses(self._device, chunks, None)
+            self._graphs[rows].replay()
+            return inputs, self._captured[rows][: len(inputs.rows)]
+        inputs = self._tables.fill(chunks)
+        if self._device.accesses is not None:
+            before_layer = noting_accesses(self._device, chunks, before_layer)
+        step = PagedStep(
+            backend=self._attention,
+            pool=self._pool,
+            slot_blocks=inputs.slot_blocks,
+            slot_offsets=inputs.slot_offsets,
+            block_tables=inputs.block_tables,
+            context_lens=inputs.context_lens,
+            query_starts=inputs.query_starts,
+            before_layer=before_layer,
+            remote=remote,
+        )
+        return inputs, self._decoder.logits(inputs.token_ids, inputs.positions, inputs.rows, step)
+
+    def _compute_captured(self, rows: int, inputs: Inputs) -> None:
+        """Computes the logits of all rows of a decode step, of which the replayed step selects its own."""
+        step = PagedStep(
+            backend=self._attention,
+            pool=self._pool,
+            slot_blocks=inputs.slot_blocks,
+            slot_offsets=inputs.slot_offsets,
+            block_tables=inputs.block_tables,
+            context_lens=inputs.context_lens,
+            query_starts=inputs.query_starts,
+            before_layer=at_once,
+        )
+        with torch.inference_mode():
+            self._captured[rows] = self._decoder.logits(inputs.token_ids, inputs.positions, inputs.rows, step)
+
+    def _graph_rows(self, chunks: Items[Chunk]) -> int | None:
+        """Returns the rows of the graph for these chunks; None if there is none."""
+        if not self._graphs or any(chunk.tokens != 1 or not chunk.gives_token for chunk in chunks):
+            return None
+        needed = self._tables.decode_rows(chunks)
+        return min((rows for rows in self._graphs if rows >= needed), default=None)
+
+
+class _DeviceDrawn:
+    """See `Drawn`. Waits for the device when the first token is asked for; valid until the next run."""
+
+    def __init__(self, device: Device, chunks: Items[Chunk], logits: Tensor, tokens: Tensor, event: Event | None) -> None:
+        self._device = device
+        self._chunks = chunks
+        self._logits = logits
+        self._tokens = tokens
+        self._event = event
+        self._known: list[int] | None = None
+        sizes = [1 + len(chunk.drafts) if chunk.gives_token else 0 for chunk in chunks]
+        self._parts = [slice(sum(sizes[:index]), sum(sizes[: index + 1])) for index in range(len(sizes))]
+
+    def rows(self, index: int) -> list[int]:
+        """Returns what was drawn from each row of a chunk."""
+        if self._known is None:
+            if self._event is not None:
+                self._event.wait(Wait.TOKENS_AFTER_COMPUTE)
+                if self._device.accesses is not None:
+                    self._device.accesses.host(self._tokens, [0], writes=False)
+            self._known = self._tokens.tolist()
+        return self._known[self._parts[index]]
+
+    def tokens(self, index: int) -> list[int]:
+        """See `Drawn.tokens`."""
+        chunk = self._chunks[index]
+        tokens: list[int] = []
+        if not chunk.gives_token:
+            return tokens
+        for token_id, guess in zip(self.rows(index), [*chunk.drafts, None], strict=True):
+            if token_id == NOT_FINITE:
+                if not tokens:
+                    raise LogitsNotFinite("the largest logit is not finite: the model computed no token for this sequence")
+                break
+            tokens.append(token_id)
+            if token_id != guess:
+                break
+        return tokens
+
+    def logits(self, index: int) -> Tensor:
+        """See `Drawn.logits`."""
+        return self._logits[self._parts[index]].cpu()
+
+
+def step_sizes(limits: SchedulerLimits, blocks: int) -> Sizes:
+    """Returns the sizes of the steps of a scheduler's sequences, with at most `blocks` blocks each, and of others beside them."""
+    sequences = -(-(limits.sequences_max + _OTHERS) // _BUCKET) * _BUCKET
+    return Sizes(limits.step_tokens + sequences * DRAFTS_MAX, sequences, blocks)
+
+
+def _buckets(sequences: int) -> list[int]:
+    """Returns 1, 2, 4 and the multiples of 8 up to `sequences`, which is one."""
+    return [1, 2, 4, *range(_BUCKET, sequences + 1, _BUCKET)]
