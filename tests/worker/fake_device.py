@@ -14,9 +14,9 @@ from unittest.mock import patch
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
@@ -69,6 +69,9 @@ class _WithoutGuard(TorchFunctionMode):
     """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in (Tensor.__getitem__, Tensor.numpy) and not isinstance(args[0], FakeTensor):
+            with _disable_current_modes():  # memory of the host that was made before, and has contents
+                return func(*args)
         if func is Tensor.__getitem__:
             return _indexed(*args)
         if func is Tensor.__setitem__:
