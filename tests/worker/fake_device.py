@@ -69,9 +69,10 @@ class _WithoutGuard(TorchFunctionMode):
     """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func in (Tensor.__getitem__, Tensor.numpy) and not isinstance(args[0], FakeTensor):
+        given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        if given and not any(isinstance(each, FakeTensor) for each in given):
             with _disable_current_modes():  # memory of the host that was made before, and has contents
-                return func(*args)
+                return func(*args, **(kwargs or {}))
         if func is Tensor.__getitem__:
             return _indexed(*args)
         if func is Tensor.__setitem__:

@@ -1,6 +1,9 @@
-"""No host reads: the inputs and the sampler of a step on tensors without contents, around the model's part of the step."""
+"""No host reads: whole steps of an engine on tensors without contents, from the tables that are sent to the tokens drawn."""
 
 from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import cast
 
 import pytest
 import torch
@@ -9,83 +12,76 @@ from torch import Tensor
 from attnstore.attention import CheckedAttention
 from attnstore.attention.triton import TritonAttention
 from attnstore.core.layout import DType, PageLayout
+from attnstore_worker.cache.pool.block_table import BlockTable
 from attnstore_worker.device.base import Event
 from attnstore_worker.device.host import DONE, HostDevice
-from attnstore_worker.engine.device_sampler import draw, greedy
-from attnstore_worker.engine.step_tables import StepRows, StepTables
-from attnstore_worker.model.attention import PagedStep, at_once
+from attnstore_worker.engine.device_runner import DeviceRunner
+from attnstore_worker.engine.sampler import SamplingParams
+from attnstore_worker.engine.sequence import Chunk, Sequence
+from attnstore_worker.engine.step_tables import Sizes
+from attnstore_worker.model import LoadedModel
 from attnstore_worker.model.llama_device import DeviceLlamaDecoder
 from attnstore_worker.random_models import SMOLLM2_135M, empty_llama
-from tests.worker.fake_device import CUDA, fake_cuda
+from tests.worker.fake_device import CUDA, Launch, fake_cuda
 
 SHAPE = SMOLLM2_135M._replace(layers=2)
 LAYOUT = PageLayout(layers=2, kv_heads=SHAPE.kv_heads, head_dim=SHAPE.head_dim, block_tokens=16, dtype=DType.BF16)
-BLOCKS = 64
-SCRATCH = BLOCKS - 1
+SIZES = Sizes(tokens=256, sequences=8, blocks=4)
+Spans = list[tuple[int, int, int]]
 
 
 class FakeDevice(HostDevice):
-    """A device whose memory has no contents. Pinned memory has, and is made before the device's tensors are."""
+    """A device whose memory has no contents, behind pinned memory that has. `to_host` are the transfers that leave the device."""
 
     torch_device = CUDA
     uses_triton = True
 
-    def __init__(self, sizes: list[int]) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self._pinned = [torch.zeros(size, dtype=torch.uint8) for size in sizes]
-        self.sent: list[tuple[int, int]] = []
+        self._pinned = torch.zeros(1 << 20, dtype=torch.uint8)
+        self.to_host: list[Tensor] = []
 
     def pinned(self, *shape: int, dtype: torch.dtype) -> Tensor:
-        assert dtype == torch.uint8
-        return self._pinned.pop()[: shape[0]]
+        memory = self._pinned[: torch.Size(shape).numel() * dtype.itemsize].clone()
+        return memory.view(dtype).view(shape)
 
     def transfer(self, source: Tensor, target: Tensor) -> Event:
-        self.sent.append((len(source), len(target)))
+        assert (source.shape, source.dtype) == (target.shape, target.dtype)
+        if source.device == CUDA:
+            self.to_host.append(source)
         return DONE
 
 
-def decoding(sequences: int, *, drafts: int = 0) -> StepRows:
-    """Returns a decode step, with some drafts for each sequence, padded to a bucket of 8 sequences."""
-    step = StepRows()
-    for number in range(sequences):
-        first = 20 + number
-        for at in range(first, first + 1 + drafts):
-            step.logit_rows.append(len(step.token_ids))
-            step.draws.append((0.5, 40, 0.9, 0.7))
-            step.token_ids.append(5)
-            step.positions.append(at)
-            step.slot_blocks.append(3 * number + at // 16)
-            step.slot_offsets.append(at % 16)
-        step.tables.append((number, [3 * number, 3 * number + 1, 3 * number + 2]))
-        step.context_lens.append(first + 1 + drafts)
-        step.query_starts.append(len(step.token_ids))
-    step.pad(8, SCRATCH)
-    return step
+def chunks_of(spans: Spans) -> list[Chunk]:
+    """Returns chunks `(begin, end, drafts)`; each gives a token. The last sequence is sampled."""
+    chunks = []
+    for number, (begin, end, drafts) in enumerate(spans):
+        sampled = SamplingParams(temperature=0.7, top_k=40, top_p=0.9) if number == len(spans) - 1 else SamplingParams()
+        sequence = Sequence(number, [5] * end, end, sampled, 0.0)
+        sequence.table = BlockTable(16, list(range(4 * number, 4 * number + 4)))
+        chunks.append(Chunk(sequence, begin, end, (7,) * drafts))
+    return chunks
 
 
-@pytest.mark.parametrize("drafts", [0, 3])
-def test_a_whole_step_reads_nothing_back_from_the_device(drafts: int) -> None:
-    """From the tables that one transfer brings, to the tokens drawn."""
-    device = FakeDevice([1 << 16, 1 << 16])
-    with fake_cuda():
-        decoder = DeviceLlamaDecoder(empty_llama(SHAPE, torch.bfloat16, CUDA))
-        pool = torch.zeros(BLOCKS, *LAYOUT.shape, dtype=torch.bfloat16, device=CUDA)
-        tables = StepTables(device, rows_max=64, sequences_max=16, blocks_max=8)
-        step = decoding(5, drafts=drafts)
-        inputs = tables.fill(step)
-        assert len(device.sent) == 1
-        paged = PagedStep(
-            CheckedAttention(TritonAttention(264)),
-            pool,
-            inputs.slot_blocks,
-            inputs.slot_offsets,
-            inputs.block_tables(8),
-            inputs.context_lens,
-            inputs.query_starts,
-            at_once,
-        )
-        logits = decoder.logits(inputs.token_ids, inputs.positions, inputs.logit_rows, paged)
-        tokens, peaks = greedy(logits)
-        drawn = draw(logits, tokens, peaks, inputs.draws(filtered=True))
-    assert drawn.shape == (len(step.logit_rows),)
-    assert (drawn.dtype, drawn.device) == (torch.int64, CUDA)
+@pytest.mark.parametrize(
+    ("spans", "rows"),
+    [([(0, 60, 0)], 1), ([(40, 41, 0), (7, 8, 0), (15, 16, 0)], 3), ([(0, 30, 0), (40, 41, 3), (7, 8, 0)], 6)],
+    ids=["prefill", "decode", "mixed, with drafts"],
+)
+@pytest.mark.parametrize("captured", [False, True])
+def test_a_whole_step_brings_back_its_tokens_only(spans: Spans, rows: int, captured: bool) -> None:
+    launches: list[Launch]
+    device = FakeDevice()
+    with fake_cuda() as launches:
+        model = SimpleNamespace(decoder=DeviceLlamaDecoder(empty_llama(SHAPE, torch.bfloat16, CUDA)))
+        pool = torch.zeros(64, *LAYOUT.shape, dtype=torch.bfloat16, device=CUDA)
+        attention = CheckedAttention(TritonAttention(264))
+        runner = DeviceRunner(cast(LoadedModel, model), pool, attention, None, device, SIZES, before_step=lambda: None)
+        if captured:
+            runner.warm_up()
+        assert not device.to_host
+        launches.clear()
+        runner.run(chunks_of(spans))
+    assert launches
+    [tokens] = device.to_host
+    assert (tokens.shape, tokens.dtype) == ((rows,), torch.int64)

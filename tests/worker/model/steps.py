@@ -17,8 +17,10 @@ from attnstore_worker.dtypes import TORCH_DTYPES
 from attnstore_worker.model.attention import PagedStep, at_once
 from attnstore_worker.model.decoder import Decoder
 
-SCRATCH = 0
-"""The block that rows of padding name."""
+UNUSED = 0
+"""A block of no sequence, which rows of padding may name in their tables and must not touch."""
+
+NO_SLOT = -1
 
 Spans = Sequence[tuple[int, int]]
 """The tokens `[begin, end)` of each sequence."""
@@ -39,7 +41,7 @@ class Asked(NamedTuple):
 
 @dataclass(frozen=True)
 class Pages:
-    """Sequences of random tokens of `lengths`, whose blocks lie in reverse order in a pool with one scratch block."""
+    """Sequences of random tokens of `lengths`, whose blocks lie in reverse order in a pool with one block more."""
 
     layout: PageLayout
     pool: Tensor
@@ -65,17 +67,17 @@ class Pages:
 
         padded = [0] * padding
         places = [(number, position) for number, span in enumerate(spans) for position in range(*span)]
-        tables = [table[behind:] for table in self.tables] + [[SCRATCH] for _ in padded]
+        tables = [table[behind:] for table in self.tables] + [[UNUSED] for _ in padded]
         widest = max(map(len, tables))
         lengths = [end - begin for begin, end in spans] + [1 for _ in padded]
         positions = tensor([position for _, position in places] + padded)
         step = PagedStep(
             backend=backend,
             pool=self.pool,
-            slot_blocks=tensor([self.tables[number][at // block_tokens] for number, at in places] + [SCRATCH for _ in padded]),
+            slot_blocks=tensor([self.tables[number][at // block_tokens] for number, at in places] + [NO_SLOT for _ in padded]),
             slot_offsets=positions % block_tokens,
-            block_tables=tensor([table + [SCRATCH] * (widest - len(table)) for table in tables], torch.int32),
-            context_lens=tensor([end - behind * block_tokens for _, end in spans] + [1 for _ in padded], torch.int32),
+            block_tables=tensor([table + [UNUSED] * (widest - len(table)) for table in tables], torch.int32),
+            context_lens=tensor([end - behind * block_tokens for _, end in spans] + padded, torch.int32),
             query_starts=tensor([0, *accumulate(lengths)], torch.int32),
             **{"before_layer": at_once, **fields},
         )

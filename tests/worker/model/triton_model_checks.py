@@ -29,7 +29,7 @@ from attnstore_worker.model.llama_device import DeviceLlamaDecoder, rotation_tab
 from attnstore_worker.model.loading import ready_model
 from attnstore_worker.model.triton_rows import gated, normalized, rotated_and_put
 from tests.worker.model.devices import TritonDevice
-from tests.worker.model.steps import Pages, Spans
+from tests.worker.model.steps import UNUSED, Pages, Spans
 
 DEVICE = "cpu" if triton.knobs.runtime.interpret else "cuda"
 PLACE = torch.device(DEVICE)
@@ -139,12 +139,13 @@ def assert_same(got: Tensor, expected: Tensor) -> None:
 
 @pytest.mark.parametrize(("batch", "padding"), [("prefill", 0), ("decode", 0), ("decode", 5), ("mixed", 3)])
 def test_logits_are_those_of_the_cpus_decoder(tiny: LoadedModel, on_device: LoadedModel, batch: str, padding: int) -> None:
-    """All memory, the scratch block of padding included, holds NaN before it is written."""
+    """All memory holds NaN before it is written; rows of padding write none."""
     assert isinstance(on_device.decoder, DeviceLlamaDecoder)
     spans = BATCHES[batch]
     pages, backend = pages_of(on_device, spans, PLACE), create_attention("triton")
     compute_before(on_device, pages, backend, spans)
     assert_same(pages.asked(backend, spans, padding=padding).logits(on_device.decoder), expected_logits(tiny, spans))
+    assert pages.pool[UNUSED].isnan().all()
 
 
 def test_weights_are_held_once_and_the_module_still_runs_by_itself(on_device: LoadedModel) -> None:
