@@ -29,6 +29,8 @@ settings.load_profile("repeatable")
 
 # A node that attends imports and compiles for seconds before it listens: tests that attend request it.
 os.environ.setdefault("ATTNSTORE_ATTEND_THREADS", "0")
+# On a machine with a GPU too, a worker that a test starts runs on the CPU unless it names a device.
+os.environ.setdefault("ATTNSTORE_DEVICE", "cpu")
 spin_briefly()
 # Every process of a run, and every service of a compose file, finds what another has compiled.
 os.environ.setdefault("NUMBA_CACHE_DIR", str(Path(__file__).parent / ".numba_cache"))

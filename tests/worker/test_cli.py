@@ -149,6 +149,17 @@ def run(tiny_folder: Path, prompt_file: Path, monkeypatch: pytest.MonkeyPatch, c
     return run
 
 
+def test_a_worker_on_a_device_with_memory_of_its_own_gives_the_same_tokens(run: Run) -> None:
+    device = ("--device", "simulated", "--dtype", "fp32")
+    with StoreProcess("--capacity", "64MiB") as node:
+        cold = run(node, *device, "--host-pool", "1MiB")
+        warm = run(node, *device)
+        on_the_cpu = run(node, "--device", "cpu")
+    assert cold["tokens"] == warm["tokens"] == on_the_cpu["tokens"]
+    assert (cold["hit_tokens"], cold["pages_not_written"]) == (0, 0)
+    assert warm["hit_tokens_remote"] == on_the_cpu["hit_tokens_remote"] == (warm["prompt_tokens"] - 1) // 16 * 16
+
+
 def test_two_tenants_of_one_model_each_hit_what_they_wrote_themselves(run: Run, tmp_path: Path) -> None:
     tokens = tmp_path / "tokens.toml"
     tokens.write_text('ada = "adas"\nbob = "bobs"\n')

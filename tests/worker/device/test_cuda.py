@@ -13,7 +13,7 @@ from torch import Tensor
 
 from attnstore.core.layout import DType, PageLayout
 from attnstore.memory_files import create, map_read_only
-from attnstore_worker.device.base import Copies, Device, Wait
+from attnstore_worker.device.base import Copies, Device, Graph, Wait
 from attnstore_worker.device.cuda import DIRECT_PAGE_BYTES_MIN, CudaDevice
 from attnstore_worker.device.pages import anonymous_memory
 from attnstore_worker.errors import OutOfDeviceMemory
@@ -221,6 +221,48 @@ def test_captured_work_is_done_again_on_the_same_tensors(device: Device) -> None
             source.fill_(value)
             graph.replay()
         assert torch.all(target.cpu() == 2 * value + 1)
+
+
+def test_graphs_share_memory_and_new_ones_are_captured_after_the_last_is_gone(device: Device) -> None:
+    source = torch.ones(1 << 20, device=device.torch_device)
+    results: dict[int, Tensor] = {}
+
+    def capture(number: int) -> Graph:
+        def work() -> None:
+            results[number] = source * number + 1
+
+        with device.submitting():
+            work()
+        results.clear()
+        return device.capture(work)
+
+    for _ in range(2):
+        graphs = [capture(number) for number in (2, 3)]
+        for graph, number in zip(graphs, (2, 3), strict=True):
+            with device.submitting():
+                graph.replay()
+            if number in results:
+                assert torch.all(results[number].cpu() == number + 1)
+        results.clear()
+        del graph, graphs
+        gc.collect()
+
+
+def test_a_capture_that_does_not_fit_is_out_of_memory_and_the_next_one_works(device: Device) -> None:
+    free = device.free_bytes()
+    assert free is not None
+    source = torch.ones(1000, device=device.torch_device)
+
+    def work(size: int) -> None:
+        source.add_(1)
+        torch.empty(size, dtype=torch.uint8, device=device.torch_device)
+
+    with pytest.raises(OutOfDeviceMemory):
+        device.capture(lambda: work(2 * free))
+    graph = device.capture(lambda: work(10))
+    with device.submitting():
+        graph.replay()
+    assert torch.all(source.cpu() == 2)
 
 
 @LAYOUTS

@@ -12,6 +12,7 @@ import logging
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Final
+from weakref import WeakSet
 
 import torch
 from torch import Tensor
@@ -67,6 +68,9 @@ class CudaDevice:
         self._up = CudaStream(torch.cuda.Stream(index), self._faults, sleeps=True)
         self._down = CudaStream(torch.cuda.Stream(index), self._faults, sleeps=True)
         self._registrations = Registrations(index)
+        # The memory of graphs is shared only by captures on one stream.
+        self._captures = torch.cuda.Stream(index)
+        self._graphs: WeakSet[_CudaGraph] = WeakSet()
         self._graph_memory = torch.cuda.graph_pool_handle()
 
     def blocks(self, layout: PageLayout, capacity: int) -> Tensor:
@@ -127,12 +131,27 @@ class CudaDevice:
 
     def capture(self, work: Callable[[], None]) -> _CudaGraph:
         """See `Device.capture`."""
-        graph, memory = torch.cuda.CUDAGraph(), self._graph_memory
+        if not self._graphs:  # torch frees the memory of graphs with the last of them
+            self._graph_memory = torch.cuda.graph_pool_handle()
+        graph = torch.cuda.CUDAGraph()
         # Other threads copy pages meanwhile, which the mode `thread_local` permits.
-        capturing = torch.cuda.graph(graph, pool=memory, stream=torch.cuda.Stream(self._index), capture_error_mode="thread_local")
-        with self.submitting(), capturing:
-            work()
-        return _CudaGraph(graph)
+        capturing = torch.cuda.graph(graph, pool=self._graph_memory, stream=self._captures, capture_error_mode="thread_local")
+        short = False
+        with self.submitting():
+            try:
+                with capturing:
+                    try:
+                        work()
+                    except torch.OutOfMemoryError:
+                        short = True
+                        raise
+            except RuntimeError as error:
+                if short:  # the end of the capture may have raised another error instead
+                    raise self._faults.out_of_memory() from error
+                raise
+        captured = _CudaGraph(graph)
+        self._graphs.add(captured)
+        return captured
 
     def close(self) -> None:
         """See `Device.close`."""

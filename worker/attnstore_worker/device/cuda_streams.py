@@ -42,12 +42,12 @@ class Faults:
         except AttnStoreError:
             raise
         except torch.OutOfMemoryError as error:
-            raise self._out_of_memory() from error
+            raise self.out_of_memory() from error
         except RuntimeError as error:
             if not self._still_works():
                 raise self._lose(str(error)) from error
             if any(sign in str(error) for sign in _OUT_OF_MEMORY):
-                raise self._out_of_memory() from error
+                raise self.out_of_memory() from error
             raise
 
     def _still_works(self) -> bool:
@@ -66,7 +66,8 @@ class Faults:
         self._lost = f"cuda:{self._index} does no work any more, restart the worker: {reason}"
         return DeviceLost(self._lost)
 
-    def _out_of_memory(self) -> OutOfDeviceMemory:
+    def out_of_memory(self) -> OutOfDeviceMemory:
+        """Returns the error with the memory that is free now."""
         free, total = torch.cuda.mem_get_info(self._index)
         return OutOfDeviceMemory(f"cuda:{self._index} has too little memory: {size_text(free)} of {size_text(total)} are free")
 

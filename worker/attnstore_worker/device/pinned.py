@@ -90,14 +90,17 @@ class Registrations:
 
     def _call(self, call: Callable[[Any], Any]) -> str | None:
         """Returns the error of a call to CUDA's runtime, None if there is none."""
-        with torch.cuda.device(self._index):
-            code = int(call(torch.cuda.cudart()))
-            if code == 0:
-                return None
-            # The runtime keeps the error for this thread, and torch would raise it after an innocent kernel.
-            with suppress(RuntimeError):
-                torch.ones(1, device=torch.device("cuda", self._index))
-            return str(torch.cuda.CudaError(code))
+        try:
+            with torch.cuda.device(self._index):
+                code = int(call(torch.cuda.cudart()))
+                if code == 0:
+                    return None
+                # The runtime keeps the error for this thread, and torch would raise it after an innocent kernel.
+                with suppress(RuntimeError):
+                    torch.ones(1, device=torch.device("cuda", self._index))
+                return str(torch.cuda.CudaError(code))
+        except RuntimeError as error:  # a lost device cannot even be selected
+            return str(error)
 
     def _containing(self, begin: int, end: int) -> int | None:
         return next((at for at, known in self._by_address.items() if at <= begin and end <= known.end), None)
