@@ -9,14 +9,13 @@ import pytest
 from attnstore.core.hashing import BlockHash, block_hashes
 from attnstore.testing import StoreProcess
 from attnstore_worker.cache import open_store
-from attnstore_worker.cache.moving.load import FetchOrder, LoadEnd, LoadPlan
+from attnstore_worker.cache.moving.load import LoadEnd
 from attnstore_worker.cache.pool.tier import Tier
 from attnstore_worker.device.simulated import Schedule, SimulatedDevice
 from attnstore_worker.testing import FixedPlanner, MemoryStore
+from experiments.device_faults.caches import LAYERS
+from experiments.device_faults.worker import LAYOUT, NAMESPACE, WAIT_MS, DeviceWorker, content, prompt_of
 from tests.samples import eventually
-from tests.worker.cache.on_device import LAYOUT, NAMESPACE, WAIT_MS, DeviceWorker, content, prompt_of
-
-LAYERS = LoadPlan(0, 9_999, 9_999, float(WAIT_MS), FetchOrder.LAYERS)
 
 
 @pytest.fixture(params=["early", "late"])

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import random
+import time
+from collections.abc import Callable
 
 import torch
 
@@ -107,6 +109,13 @@ class DeviceWorker:
         if release:
             self.manager.release(table)
         return table, load
+
+    def wait_until(self, claim: Callable[[], bool]) -> None:
+        """Waits for something that loads bring about."""
+        give_up_s = time.monotonic() + WAIT_MS / 1e3
+        while not claim():
+            assert time.monotonic() < give_up_s, "loads do not go on"
+            self.manager.loads.wait(1)
 
     def end(self) -> None:
         """Waits for all writes, and checks that nothing is held, lost or raced."""
