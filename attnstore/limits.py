@@ -135,7 +135,7 @@ CHANNEL_TOKENS_MAX = 1_024
 """Issued, unused tokens."""
 CHANNEL_CONNECTIONS_MAX = 128
 """Page channels on one node whose peers have shown a token, and as many shared memory connections; each has a thread."""
-CHANNEL_NEWCOMERS_MAX = 32
+CHANNEL_UNAUTHENTICATED_MAX = 32
 """Connections to one listener whose peers have not authenticated yet; the oldest is closed for the next."""
 CHANNEL_BACKLOG_MAX = 1_024
 """Connections that the kernel holds for one listener until they are accepted."""
@@ -169,12 +169,12 @@ SHM_LENT_NODE_BYTES_MAX = 4 * SHM_LENT_BYTES_MAX
 
 assert CHANNEL_SECOND_READ_HASHES_MAX <= CHANNEL_READ_HASHES_MAX <= HASHES_MAX
 assert CHANNELS_MAX <= CHANNEL_CONNECTIONS_MAX
-assert CHANNEL_CONNECTIONS_MAX + CHANNEL_NEWCOMERS_MAX <= CHANNEL_BACKLOG_MAX
+assert CHANNEL_CONNECTIONS_MAX + CHANNEL_UNAUTHENTICATED_MAX <= CHANNEL_BACKLOG_MAX
 
 DESCRIPTORS_OTHER_MAX = 128
 """File descriptors of a node besides its arena and its peers: event loop, log, directory, clients of other nodes."""
 DESCRIPTORS_BESIDE_ARENA_MIN = (
-    DESCRIPTORS_OTHER_MAX + GRPC_CONNECTIONS_MIN + 3 * (CHANNEL_NEWCOMERS_MAX + 2) + (1 + 2) * CHANNEL_CONNECTIONS_MAX
+    DESCRIPTORS_OTHER_MAX + GRPC_CONNECTIONS_MIN + 3 * (CHANNEL_UNAUTHENTICATED_MAX + 2) + (1 + 2) * CHANNEL_CONNECTIONS_MAX
 )
 """Three listeners (page channel, shared memory, metrics); a shared memory connection may pass a descriptor besides its own."""
 

@@ -173,8 +173,8 @@ class ClusterClient(BlockingFacade[AsyncClusterClient]):
         """Returns attention over pages that stay at the nodes of the cluster; see `StoreAttention`. Arguments as in
         `Client.attend`.
         """
-        plan = self._client.plan_attend(namespace, q_heads, scale, deadline_ms)
-        return self._ending(StoreAttention(plan, self._client.attend_holders, self._thread))
+        plan = self._client._plan_attend(namespace, q_heads, scale, deadline_ms)
+        return self._ending(StoreAttention(plan, self._client._attend_holders, self._thread))
 
     def watch(self, namespace: bytes, *, deadline_ms: float | None = None) -> Generator[PageEvent, None, None]:
         """Yields the page events of `namespace` from the return of this call on; see `AsyncClusterClient.watch`."""

@@ -5,7 +5,7 @@ is its own.
 Invariants: after `stop` no socket of these listeners is open and none of their threads waits for a peer; a peer that has not
 authenticated never takes the place of one that has.
 
-A peer is a newcomer until it is admitted. The number of newcomers is small; the one that has waited longest is closed for the next.
+A peer is admitted when it has authenticated. Few connections may be unauthenticated: the oldest of them is closed for the next one.
 Admitted peers share the connections by tenant. If a tenant's share is used up, an idle connection is closed, so that many mostly
 idle workers share fewer connections. A client replaces an idle connection that it finds closed.
 """
@@ -24,7 +24,7 @@ from attnstore import tasks
 from attnstore.clock import Clock
 from attnstore.core.fair_share import FairShares
 from attnstore.errors import Unavailable
-from attnstore.limits import CHANNEL_CONNECTIONS_MAX, CHANNEL_NEWCOMERS_MAX, STOP_MS_MAX
+from attnstore.limits import CHANNEL_CONNECTIONS_MAX, CHANNEL_UNAUTHENTICATED_MAX, STOP_MS_MAX
 from attnstore.logs import get_logger
 
 _ACCEPT_RETRY_S = 0.01
@@ -101,7 +101,7 @@ class ConnectionThreads:
         self._lock = threading.Lock()
         self._adopting = threading.Lock()
         self._threads: dict[Connection, threading.Thread] = {}
-        self._newcomers: dict[Connection, None] = {}  # the oldest first
+        self._unauthenticated: dict[Connection, None] = {}  # the oldest first
         self._tenants: dict[Connection, str] = {}  # of the admitted connections
         self._places = FairShares(CHANNEL_CONNECTIONS_MAX, f"{name} connections", "close some, or go over gRPC", tenants=tenants)
         self._stopping = threading.Event()
@@ -149,7 +149,7 @@ class ConnectionThreads:
 
     def _adopt(self, peer: socket.socket) -> None:
         with self._adopting:  # otherwise two acceptors could both take the last place
-            self._make_room_for_newcomer()
+            self._limit_unauthenticated()
             self._begin(peer)
 
     def _begin(self, peer: socket.socket) -> None:
@@ -159,47 +159,49 @@ class ConnectionThreads:
                 thread = threading.Thread(target=self._run, args=(connection,), name=self._name, daemon=True)
                 thread.start()
                 self._threads[connection] = thread
-                self._newcomers[connection] = None
+                self._unauthenticated[connection] = None
         except (OSError, RuntimeError) as error:  # the peer has left, or the system has no more threads
             peer.close()
             _log.warning("connection refused", listener=self._name, reason=str(error))
 
-    def _make_room_for_newcomer(self) -> None:
-        """Closes the newcomer that has been silent longest: an honest peer authenticates at once."""
+    def _limit_unauthenticated(self) -> None:
+        """Closes the oldest unauthenticated connection if there are too many: an honest peer authenticates at once."""
         with self._lock:
-            if len(self._newcomers) < CHANNEL_NEWCOMERS_MAX:
+            if len(self._unauthenticated) < CHANNEL_UNAUTHENTICATED_MAX:
                 return
-            oldest = next(iter(self._newcomers))
-            del self._newcomers[oldest]
+            oldest = next(iter(self._unauthenticated))
+            del self._unauthenticated[oldest]
             thread = self._threads[oldest]
         oldest.shutdown()
         thread.join()  # never more threads than places, however fast peers connect
 
     def _admit(self, connection: Connection, tenant: str) -> None:
         with self._lock:
-            if connection not in self._newcomers:
+            if connection not in self._unauthenticated:
                 raise Unavailable("the connection took too long to authenticate")
             if not self._places.fits(tenant):
                 self._reclaim(tenant)
             self._places.take(tenant)
-            del self._newcomers[connection]
+            del self._unauthenticated[connection]
             self._tenants[connection] = tenant
 
-    def _reclaim(self, newcomer: str) -> None:
-        """Closes an idle connection, if there is one: the least recently used one of the tenant that holds the most."""
+    def _reclaim(self, admitted: str) -> None:
+        """Makes room for a connection of the tenant `admitted`: closes the least recently used idle connection, if there is one, of the
+        tenant that holds the most.
+        """
         held = self._places.held
         idle = [connection for connection in self._tenants if not connection.keeps_state]
         idle.sort(key=lambda connection: (-held[self._tenants[connection]], connection.used_ms))
         for connection in idle:
             tenant = self._tenants[connection]
-            if tenant != newcomer and held[tenant] <= held.get(newcomer, 0) + 1:
+            if tenant != admitted and held[tenant] <= held.get(admitted, 0) + 1:
                 continue
             if connection.shutdown_when_idle():
                 self._leave(connection)
                 return
 
     def _leave(self, connection: Connection) -> None:
-        self._newcomers.pop(connection, None)
+        self._unauthenticated.pop(connection, None)
         tenant = self._tenants.pop(connection, None)
         if tenant is not None:
             self._places.give_back(tenant)

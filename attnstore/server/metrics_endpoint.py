@@ -1,7 +1,7 @@
 """The Prometheus endpoint of a node, with a bounded number of threads and descriptors, because it requires no token.
 
-Owns: its listening sockets and threads, until `stop`. Invariant: at most `CHANNEL_NEWCOMERS_MAX` requests are open, and the oldest
-is closed for the next. (The server of `prometheus_client` keeps a thread for every connection, as long as the peer likes.)
+Owns: its listening sockets and threads, until `stop`. Invariant: at most `CHANNEL_UNAUTHENTICATED_MAX` requests are open, and the
+oldest is closed for the next. (The server of `prometheus_client` keeps a thread for every connection, as long as the peer likes.)
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class _Peer:
 
 
 class _Request(Connection):
-    """One request. Its peer never authenticates, so it stays a newcomer."""
+    """One request. Its peer never authenticates, so it counts as unauthenticated."""
 
     def __init__(self, peer: _Peer, handler: type) -> None:
         super().__init__(peer)

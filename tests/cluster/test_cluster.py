@@ -172,9 +172,9 @@ def test_a_node_that_joins_costs_no_hit_and_gets_its_share(cluster: Cluster, bat
         assert hits_and_no_wrong_byte(client, batch) == PAGES
         assert eventually(lambda: sealed_on(cluster, "dora") >= SEGMENT_BLOCKS)
     # A client that never saw the old placement finds the moved pages once they have been handed over.
-    with attnstore.connect(cluster.url) as newcomer:
-        newcomer.register_layout(batch.namespace, batch.layout)
-        assert eventually(lambda: hits_and_no_wrong_byte(newcomer, batch) == PAGES)
+    with attnstore.connect(cluster.url) as fresh_client:
+        fresh_client.register_layout(batch.namespace, batch.layout)
+        assert eventually(lambda: hits_and_no_wrong_byte(fresh_client, batch) == PAGES)
 
 
 def test_a_node_is_drained_stopped_and_taken_back_without_losing_a_hit(cluster: Cluster, batch_of: BatchOf) -> None:

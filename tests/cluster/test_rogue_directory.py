@@ -79,12 +79,12 @@ def test_a_rogue_that_owns_everything_in_the_directory_gets_no_token_no_page_and
             rogue.write("intents", node_id, "evict")
         rogue.write("quotas", "red", "0")
         time.sleep(MEMBER_MS_MAX / 1000)
-        with keyed.connect("red") as newcomer:
-            newcomer.register_layout(batch.namespace, batch.layout)
-            for reader in (client, newcomer):
+        with keyed.connect("red") as fresh_client:
+            fresh_client.register_layout(batch.namespace, batch.layout)
+            for reader in (client, fresh_client):
                 assert known_to(reader) == {"ada", "bob"}
                 assert hits_and_no_wrong_byte(reader, batch) == len(batch.hashes)
-            stored(newcomer, batch_of(40, "later"))
+            stored(fresh_client, batch_of(40, "later"))
         keyed.cluster.start("cleo")  # pages are handed over now
         assert eventually(lambda: known_to(client) == {"ada", "bob", "cleo"}, PATIENCE_S)
         time.sleep(MEMBER_MS_MAX / 1000)

@@ -45,7 +45,7 @@ def test_a_node_owns_in_proportion_to_its_weight() -> None:
 
 
 @given(names=NAMES, keys=SOME_KEYS)
-def test_when_a_node_joins_a_key_keeps_its_owner_or_moves_to_the_newcomer(names: list[str], keys: list[bytes]) -> None:
+def test_when_a_node_joins_a_key_keeps_its_owner_or_moves_to_it(names: list[str], keys: list[bytes]) -> None:
     before, after = Placement(dict.fromkeys(names[1:], 1.0)), Placement(dict.fromkeys(names, 1.0))
     for key in keys:
         assert after.ranked(key)[0] in (before.ranked(key)[0], names[0])

@@ -44,8 +44,8 @@ def test_a_running_read_finishes_while_new_calls_are_turned_away(
         pages[0] += next(stream).payload
         begin_drain(node, number)
         assert eventually(lambda: _is_unavailable(client.describe))
-        with attnstore.connect(node.url) as newcomer, pytest.raises(errors.Unavailable):
-            newcomer.describe()
+        with attnstore.connect(node.url) as client, pytest.raises(errors.Unavailable):
+            client.describe()
         for chunk in stream:
             pages[chunk.page_index] += chunk.payload
         assert pages == batch.pages

@@ -22,7 +22,7 @@ from tests.samples import make_batch
 ELSEWHERE: Final = {
     "GRPC_CONNECTIONS_MAX": "tests.integration.test_silent_peers:test_silent_connections_stop_nothing",
     "GRPC_CONNECTIONS_MIN": "tests.integration.test_silent_peers:test_silent_connections_stop_nothing",
-    "CHANNEL_NEWCOMERS_MAX": "tests.integration.test_silent_peers:test_silent_connections_stop_nothing",
+    "CHANNEL_UNAUTHENTICATED_MAX": "tests.integration.test_silent_peers:test_silent_connections_stop_nothing",
     "CHANNEL_BACKLOG_MAX": "tests.integration.test_silent_peers:test_silent_connections_stop_nothing",
     "DESCRIPTORS_BESIDE_ARENA_MIN": "tests.integration.test_silent_peers:test_silent_connections_stop_nothing",
     "OPEN_STREAMS_MAX": (

@@ -16,8 +16,8 @@ import pytest
 from attnstore import PageStatus, errors
 from attnstore.limits import (
     CHANNEL_CONNECTIONS_MAX,
-    CHANNEL_NEWCOMERS_MAX,
     CHANNEL_TOKEN_BYTES,
+    CHANNEL_UNAUTHENTICATED_MAX,
 )
 from attnstore.streams.frames import FrameStream
 from attnstore.wire.page_channel import VERSION, Frame, Kind, Order, encode_frame
@@ -191,7 +191,7 @@ def test_silent_peers_take_no_place_of_those_that_have_shown_a_token(node: Chann
     batch = make_batch(1, model="beside the silent")
     node.keep(batch)
     before = node.connect()
-    silent = [node.dial() for _ in range(CHANNEL_NEWCOMERS_MAX + CHANNEL_CONNECTIONS_MAX)]
+    silent = [node.dial() for _ in range(CHANNEL_UNAUTHENTICATED_MAX + CHANNEL_CONNECTIONS_MAX)]
     assert is_closed(silent[0]), "the one that was silent longest makes room"
     for stream in (before, node.connect()):
         ask(stream, batch)

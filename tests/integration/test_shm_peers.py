@@ -17,7 +17,7 @@ import pytest
 import attnstore
 from attnstore import DType, PageLayout, PageStatus
 from attnstore.errors import InvalidArgument, NamespaceUnknown, PermissionDenied, ProtocolError, Unauthenticated
-from attnstore.limits import CHANNEL_CONNECTIONS_MAX, CHANNEL_NEWCOMERS_MAX
+from attnstore.limits import CHANNEL_CONNECTIONS_MAX, CHANNEL_UNAUTHENTICATED_MAX
 from attnstore.testing import StoreProcess
 from attnstore.wire import shm
 from attnstore.wire.shm import Kind, Place
@@ -183,7 +183,7 @@ def test_silent_peers_take_no_place_of_those_that_have_shown_a_token(node: Store
     address, _ = open_channel(node)
     namespace, page_hash, _ = a_stored_page(node, "beside the silent")
     with Peer.greeted(node) as before:
-        silent = [Peer.connected(address) for _ in range(CHANNEL_NEWCOMERS_MAX + CHANNEL_CONNECTIONS_MAX)]
+        silent = [Peer.connected(address) for _ in range(CHANNEL_UNAUTHENTICATED_MAX + CHANNEL_CONNECTIONS_MAX)]
         assert silent[0].is_closed_by_the_node(), "the one that was silent longest makes room"
         with Peer.greeted(node) as after:
             for peer in (before, after):

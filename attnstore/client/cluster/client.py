@@ -208,11 +208,11 @@ class AsyncClusterClient:
         plan = self._planning.write(namespace, hashes, pages, deadline_ms)
         return await self._writer.write(self._followed(), plan, self._layouts.layout(namespace))
 
-    def plan_attend(self, namespace: bytes, q_heads: int, scale: float, deadline_ms: float | None) -> AttendPlan:
-        """Checks the arguments of `attention`; nothing is sent."""
+    def _plan_attend(self, namespace: bytes, q_heads: int, scale: float, deadline_ms: float | None) -> AttendPlan:
+        """Checks the arguments of `ClusterClient.attention`; nothing is sent."""
         return self._planning.attend(namespace, q_heads, scale, deadline_ms)
 
-    async def attend_holders(self, hashes: Sequence[bytes], deadline: Deadline) -> dict[AttendNode, list[int]]:
+    async def _attend_holders(self, hashes: Sequence[bytes], deadline: Deadline) -> dict[AttendNode, list[int]]:
         """Returns the nodes to ask for each attended page; see `attend.Holders`."""
         return await cluster_holders(self._followed(), hashes, deadline)
 

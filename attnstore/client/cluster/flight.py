@@ -16,9 +16,9 @@ T = TypeVar("T")
 
 @dataclass(slots=True)
 class Flight(Generic[T]):
-    """A running call; `passengers` is the number of callers that wait for it."""
+    """A running call; `callers` is the number of callers that wait for it."""
 
-    passengers: int = 0
+    callers: int = 0
     task: asyncio.Task[T] | None = None
 
 
@@ -38,12 +38,12 @@ class SingleFlight(Generic[T]):
             self._flights[key] = flight
             # Not in the task itself: a task that is cancelled before its first step runs none of its code.
             task.add_done_callback(lambda _: self._land(key, flight))
-        flight.passengers += 1
+        flight.callers += 1
         try:
             return await asyncio.shield(task)
         except asyncio.CancelledError:
-            flight.passengers -= 1
-            if flight.passengers == 0:
+            flight.callers -= 1
+            if flight.callers == 0:
                 task.cancel()
                 await asyncio.wait([task])
                 if not task.cancelled():

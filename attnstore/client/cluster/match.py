@@ -74,7 +74,7 @@ class ClusterMatcher:
         if not any(hits):
             self._let_go(parts)
             return MatchResult(hits, None, None if answered else failure)
-        return MatchResult(hits, self._leases.grant(parts, flight.passengers) if parts else None)
+        return MatchResult(hits, self._leases.grant(parts, flight.callers) if parts else None)
 
     def _let_go(self, parts: Sequence[LeasePart]) -> None:
         """Releases leases that no caller receives, in the background; they would also expire by themselves."""

@@ -16,13 +16,13 @@ class Source:
 
     def __init__(self) -> None:
         self.asked = 0
-        self.passengers: list[int] = []
+        self.callers: list[int] = []
         self.go = asyncio.Event()
 
     async def answer(self, flight: Flight[int]) -> int:
         self.asked += 1
         await self.go.wait()
-        self.passengers.append(flight.passengers)
+        self.callers.append(flight.callers)
         return self.asked
 
 
@@ -32,7 +32,7 @@ async def test_all_who_ask_at_once_get_one_answer_and_those_who_come_later_a_new
     await asyncio.sleep(0)
     source.go.set()
     assert await asyncio.gather(*waiting) == [1] * 5
-    assert source.passengers == [5]
+    assert source.callers == [5]
     assert await flights.run("key", source.answer) == 2
 
 
@@ -54,7 +54,7 @@ async def test_one_who_gives_up_stops_nobody_else() -> None:
     await asyncio.wait([first])
     source.go.set()
     assert await second == 1
-    assert source.passengers == [1]
+    assert source.callers == [1]
 
 
 async def test_a_call_that_nobody_waits_for_is_cancelled() -> None:
@@ -64,7 +64,7 @@ async def test_a_call_that_nobody_waits_for_is_cancelled() -> None:
     only.cancel()
     with pytest.raises(asyncio.CancelledError):
         await only
-    assert source.passengers == []
+    assert source.callers == []
     source.go.set()
     assert await flights.run("key", source.answer) == 2
 

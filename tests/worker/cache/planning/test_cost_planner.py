@@ -187,7 +187,7 @@ def test_no_prompt_takes_much_longer_than_computing_it_whatever_the_link_does(na
 
 @pytest.mark.parametrize("factor", [0.01, 1e-12])
 @pytest.mark.parametrize("gbit_per_s", [0.1, 1.0, 10.0])
-def test_a_link_that_collapses_during_a_fetch_costs_no_more_than_patience(gbit_per_s: float, factor: float) -> None:
+def test_a_link_that_collapses_during_a_fetch_costs_no_more_than_the_idle_budget(gbit_per_s: float, factor: float) -> None:
     tokens = 4096
     simulation = Simulation(steady(gbit_per_s), 1.0)
     simulation.learn_computing()

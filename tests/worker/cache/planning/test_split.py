@@ -18,7 +18,7 @@ from attnstore_worker.cache.planning.split import (
     Work,
     batch_blocks,
     fetch_ms,
-    patience,
+    idle_budget,
     recompute_ms,
     search_head,
     split,
@@ -55,7 +55,7 @@ def link(gbit_per_s: float, rtt_ms: float, spread: float = 1.1) -> LinkEstimate:
 
 def best(costs: Costs, work: Work) -> Split:
     """Returns the split of a prompt that has not waited yet."""
-    return split(costs, work, patience(costs.prefill, work))
+    return split(costs, work, idle_budget(costs.prefill, work))
 
 
 def brute_force_ms(costs: Costs, work: Work) -> float:
@@ -71,7 +71,7 @@ def brute_force_ms(costs: Costs, work: Work) -> float:
         return total_ms
 
     best_ms = chunks(work.front * tokens, work.tokens)
-    patience_ms = IDLE_SHARE * best_ms
+    idle_budget_ms = IDLE_SHARE * best_ms
     for meet in range(work.front, work.back):
         batch, left, reads_ms = min(batch_blocks(costs.link, work.page_bytes), work.back - meet), work.back - meet, 0.0
         while left > 0:
@@ -81,7 +81,7 @@ def brute_force_ms(costs: Costs, work: Work) -> float:
         waited_for_ms = chunks(meet * tokens, work.back * tokens)
         first_ms = min(reads_ms, costs.link.transfer_ms(batch * work.page_bytes)) * costs.link.spread
         late_ms = max(reads_ms * min(costs.link.spread, FETCH_MARGIN), first_ms)
-        if late_ms <= computing_ms + min(patience_ms, waited_for_ms):
+        if late_ms <= computing_ms + min(idle_budget_ms, waited_for_ms):
             best_ms = min(best_ms, max(computing_ms, reads_ms) + chunks(work.back * tokens, work.tokens))
     return best_ms
 
@@ -94,20 +94,20 @@ def test_the_meeting_point_is_as_good_as_brute_force_finds(costs: Costs, work: W
 
 
 @given(COSTS, works(), st.floats(-1e4, 1e4))
-def test_no_plan_is_predicted_slower_than_computing_everything(costs: Costs, work: Work, patience_ms: float) -> None:
-    planned = split(costs, work, patience_ms)
+def test_no_plan_is_predicted_slower_than_computing_everything(costs: Costs, work: Work, idle_budget_ms: float) -> None:
+    planned = split(costs, work, idle_budget_ms)
     assert planned.ttft_ms <= recompute_ms(costs.prefill, work)
     assert work.front <= planned.meet <= work.back
 
 
 @given(COSTS, works())
-def test_a_late_link_costs_no_more_than_the_patience(costs: Costs, work: Work) -> None:
+def test_a_late_link_costs_no_more_than_the_idle_budget(costs: Costs, work: Work) -> None:
     planned = best(costs, work)
     everything_ms = recompute_ms(costs.prefill, work)
-    assert planned.patience_ms <= IDLE_SHARE * everything_ms
+    assert planned.idle_budget_ms <= IDLE_SHARE * everything_ms
     if planned.fetches:
         waited_for = costs.prefill.span(planned.meet * 16, work.back * 16, work.chunk_tokens)
-        assert planned.patience_ms <= waited_for
+        assert planned.idle_budget_ms <= waited_for
         assert planned.fetch_ms <= planned.deadline_ms * (1 + 1e-9)
 
 
@@ -156,12 +156,12 @@ def test_what_is_being_read_is_waited_for_only_as_long_as_it_is_worth() -> None:
     assert not never.fetches
 
 
-def test_patience_that_was_waited_away_is_gone() -> None:
+def test_idle_time_is_taken_from_the_idle_budget() -> None:
     costs = Costs(link(1.0, 1.0), MEASURED, 1.0)
     fresh = best(costs, whole(2048, 127))
     spent = split(costs, whole(2048, 127), -1.0)
-    assert fresh.patience_ms > 0
-    assert spent.patience_ms == 0
+    assert fresh.idle_budget_ms > 0
+    assert spent.idle_budget_ms == 0
 
 
 @pytest.mark.parametrize(

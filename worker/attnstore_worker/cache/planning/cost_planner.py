@@ -25,7 +25,7 @@ from attnstore_worker.cache.planning.split import (
     Split,
     Work,
     fetch_everything,
-    patience,
+    idle_budget,
     recompute_ms,
     search_head,
     split,
@@ -71,7 +71,7 @@ class CostPlanner:
             return _probe(work, _UNKNOWN_DEADLINE_MS)
         slack_ms = self._slack_ms(costs, load, load.search_ms)
         work = replace(work, ahead_ms=max(0.0, -slack_ms))
-        planned = split(costs, work, self._patience_ms(costs, load.prompt) - max(0.0, slack_ms))
+        planned = split(costs, work, self._idle_budget_ms(costs, load.prompt) - max(0.0, slack_ms))
         is_stale = costs.link.age_ms > PROBE_MS
         self._decided(load.prompt, costs, planned, Choice.PROBE if is_stale and not planned.fetches else planned.choice, load)
         if planned.fetches:
@@ -79,7 +79,7 @@ class CostPlanner:
         return _probe(work, recompute_ms(costs.prefill, work)) if is_stale else None
 
     def replan(self, load: Load, now_ms: float) -> LoadPlan | None:
-        """Moves the meeting point as the link changes; gives up a load that is later than its patience."""
+        """Moves the meeting point as the link changes; gives up a load that is later than its idle budget allows."""
         assert load.plan is not None
         elapsed_ms = now_ms - load.planned_ms
         if elapsed_ms > load.plan.deadline_ms + _LATE_MS:
@@ -100,7 +100,7 @@ class CostPlanner:
             busy_ms=_busy_ms(costs, load, now_ms),
             layers=1,  # a load that has begun page by page continues so
         )
-        planned = split(costs, work, self._patience_ms(costs, load.prompt) - max(0.0, slack_ms))
+        planned = split(costs, work, self._idle_budget_ms(costs, load.prompt) - max(0.0, slack_ms))
         if planned.fetches:
             return _load_plan(planned, elapsed_ms + planned.deadline_ms)
         if work.front < work.asked:  # computing continues anyway: the blocks in flight may still arrive in time
@@ -112,7 +112,7 @@ class CostPlanner:
         """Prefetches if fetching would be part of the best split."""
         costs = self._book.costs()
         work = self._work(prompt, prompt.resident_blocks, prompt.usable_blocks)
-        return costs is not None and split(costs, work, patience(costs.prefill, work)).fetches
+        return costs is not None and split(costs, work, idle_budget(costs.prefill, work)).fetches
 
     def attend_forecast(self, prompt: Prompt, remote_blocks: int, row_bytes: int) -> AttendForecast | None:
         """Returns the forecast for a prompt whose first `remote_blocks` blocks are in the store, if a row of a query and its answer
@@ -122,7 +122,7 @@ class CostPlanner:
         if costs is None or attend is None:
             return None
         work = self._work(prompt, prompt.resident_blocks, remote_blocks)
-        loaded = split(costs, work, patience(costs.prefill, work)) if work.front < work.back else None
+        loaded = split(costs, work, idle_budget(costs.prefill, work)) if work.front < work.back else None
         begin = remote_blocks * prompt.block_tokens
         tail_ms = costs.prefill.span(begin, prompt.tokens, self._chunk_tokens)
         chunks = -(-prompt.tokens // self._chunk_tokens) - begin // self._chunk_tokens
@@ -181,7 +181,7 @@ class CostPlanner:
         """Returns the decision about a prompt whose usable blocks were all found at once. Has no effect."""
         costs = self._book.costs()
         work = self._work(prompt, prompt.resident_blocks, prompt.usable_blocks)
-        planned = split(costs, work, patience(costs.prefill, work)) if costs is not None else None
+        planned = split(costs, work, idle_budget(costs.prefill, work)) if costs is not None else None
         return self._decision(prompt, costs, planned, planned.choice if planned is not None else Choice.PROBE, None)
 
     def _search(self, prompt: Prompt) -> SearchPlan | None:
@@ -189,7 +189,7 @@ class CostPlanner:
         self._decided(prompt, None, None, Choice.RECOMPUTE, None)  # until hits are found
         if costs is None:
             return SearchPlan(_UNKNOWN_DEADLINE_MS, work.back)
-        planned = split(costs, work, patience(costs.prefill, work))
+        planned = split(costs, work, idle_budget(costs.prefill, work))
         everything_ms = recompute_ms(costs.prefill, work)
         if not planned.fetches:
             self._decided(prompt, costs, planned, Choice.RECOMPUTE, None)
@@ -197,7 +197,7 @@ class CostPlanner:
         head = search_head(costs, work)
         self._decided(prompt, costs, planned, planned.choice, None)
         head_ms = self._compute_ms(costs, work, work.front, head) if head < work.back else everything_ms
-        return SearchPlan(head_ms + patience(costs.prefill, work), head)
+        return SearchPlan(head_ms + idle_budget(costs.prefill, work), head)
 
     def _work(self, prompt: Prompt, front: int, back: int) -> Work:
         return Work(
@@ -207,8 +207,8 @@ class CostPlanner:
     def _compute_ms(self, costs: Costs, work: Work, begin: int, end: int) -> float:
         return costs.prefill.span(begin * work.block_tokens, end * work.block_tokens, work.chunk_tokens)
 
-    def _patience_ms(self, costs: Costs, prompt: Prompt) -> float:
-        return patience(costs.prefill, self._work(prompt, prompt.resident_blocks, prompt.usable_blocks))
+    def _idle_budget_ms(self, costs: Costs, prompt: Prompt) -> float:
+        return idle_budget(costs.prefill, self._work(prompt, prompt.resident_blocks, prompt.usable_blocks))
 
     def _slack_ms(self, costs: Costs, load: Load, elapsed_ms: float) -> float:
         """Returns the time since the search began that was not spent on computing; negative while the last chunk is

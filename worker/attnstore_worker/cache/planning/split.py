@@ -98,8 +98,8 @@ class Work:
 class Split:
     """Compute blocks `[front, meet)`, fetch `[meet, back)` from its end, `batch_blocks` per read, then compute the tail.
 
-    `tail_ms` begins with `chunk_ms`, the chunk after the hits, which may run `by_layers` during the fetch. `patience_ms`: how long
-    to wait idle if the fetch is late. `recompute_ms`: everything computed, for comparison.
+    `tail_ms` begins with `chunk_ms`, the chunk after the hits, which may run `by_layers` during the fetch. `idle_budget_ms`: how
+    long to wait idle if the fetch is late. `recompute_ms`: everything computed, for comparison.
     """
 
     work: Work
@@ -108,7 +108,7 @@ class Split:
     compute_ms: float
     fetch_ms: float
     tail_ms: float
-    patience_ms: float
+    idle_budget_ms: float
     recompute_ms: float
     chunk_ms: float
     behind: float
@@ -133,7 +133,7 @@ class Split:
     @property
     def deadline_ms(self) -> float:
         """When to give up pages that have not arrived."""
-        return self.compute_ms + self.patience_ms
+        return self.compute_ms + self.idle_budget_ms
 
     @property
     def choice(self) -> Choice:
@@ -165,24 +165,24 @@ def fetch_ms(link: LinkEstimate, page_bytes: int, blocks: int, batch: int) -> fl
     return -(-blocks // batch) * link.request_ms + blocks * page_bytes / link.bytes_per_ms if blocks else 0.0
 
 
-def patience(prefill: PrefillCost, work: Work) -> float:
+def idle_budget(prefill: PrefillCost, work: Work) -> float:
     """Returns how long, in ms, a prompt may wait idle in total, by its work at admission."""
     return IDLE_SHARE * recompute_ms(prefill, work)
 
 
-def split(costs: Costs, work: Work, patience_ms: float) -> Split:
-    """Returns the best split of `work` with that much patience left."""
+def split(costs: Costs, work: Work, idle_budget_ms: float) -> Split:
+    """Returns the best split of `work` with that much of the idle budget left."""
 
     def at(meet: int) -> Split:
-        return _at(costs, work, meet, patience_ms)
+        return _at(costs, work, meet, idle_budget_ms)
 
     def is_computed_last(meet: int) -> bool:
         candidate = at(meet)
         return candidate.compute_ms >= candidate.fetch_ms
 
     def is_safe(meet: int) -> bool:
-        """Returns whether the fetch is expected before patience ends, and also the first read on a link as slow as this one may be:
-        after that read the link is known better, and the split is computed again.
+        """Returns whether the fetch is expected within the idle budget, and also the first read on a link as slow as this one may
+        be: after that read the link is known better, and the split is computed again.
         """
         candidate = at(meet)
         first_ms = costs.link.transfer_ms(candidate.batch_blocks * work.page_bytes)
@@ -219,7 +219,7 @@ def fetch_everything(costs: Costs, work: Work) -> Split:
     return _at(costs, work, work.front, 0.0)
 
 
-def _at(costs: Costs, work: Work, meet: int, patience_ms: float) -> Split:
+def _at(costs: Costs, work: Work, meet: int, idle_budget_ms: float) -> Split:
     prefill, tokens = costs.prefill, work.block_tokens
     wanted = max(0, work.asked - meet)
     batch = max(1, min(batch_blocks(costs.link, work.page_bytes), wanted))
@@ -232,7 +232,7 @@ def _at(costs: Costs, work: Work, meet: int, patience_ms: float) -> Split:
         compute_ms=work.ahead_ms + costs.slowdown * prefill.span(work.front * tokens, meet * tokens, work.chunk_tokens),
         fetch_ms=work.busy_ms + fetch_ms(costs.link, work.page_bytes, wanted, batch),
         tail_ms=prefill.span(tail, work.tokens, work.chunk_tokens),
-        patience_ms=min(max(patience_ms, 0.0), prefill.span(meet * tokens, work.back * tokens, work.chunk_tokens)),
+        idle_budget_ms=min(max(idle_budget_ms, 0.0), prefill.span(meet * tokens, work.back * tokens, work.chunk_tokens)),
         recompute_ms=recompute_ms(prefill, work),
         chunk_ms=prefill.chunk(tail, chunk_end),
         behind=costs.behind,
@@ -244,21 +244,21 @@ def search_head(costs: Costs, work: Work) -> int:
     compute nothing, `work.back` to compute regardless of the answer.
     """
     rtt_ms = costs.link.rtt_ms
-    patience_ms = patience(costs.prefill, work)
+    idle_budget_ms = idle_budget(costs.prefill, work)
     rtt_blocks = bisect_left(range(work.front, work.back), rtt_ms, key=lambda block: _head_ms(costs, work, block))
     heads = [work.front, work.front + rtt_blocks, work.back]
-    safe = [head for head in heads if rtt_ms * costs.link.spread <= _head_ms(costs, work, head) + patience_ms]
+    safe = [head for head in heads if rtt_ms * costs.link.spread <= _head_ms(costs, work, head) + idle_budget_ms]
     bias = {work.front: 1 - HEAD_GAIN_MIN}
-    return min(safe, key=lambda head: _after_search_ms(costs, work, head, patience_ms) * bias.get(head, 1), default=work.back)
+    return min(safe, key=lambda head: _after_search_ms(costs, work, head, idle_budget_ms) * bias.get(head, 1), default=work.back)
 
 
-def _after_search_ms(costs: Costs, work: Work, head: int, patience_ms: float) -> float:
+def _after_search_ms(costs: Costs, work: Work, head: int, idle_budget_ms: float) -> float:
     """Returns the time to the first token if the search takes one round trip and the engine then finishes its chunk."""
     chunk_end = (work.front * work.block_tokens // work.chunk_tokens + 1) * work.chunk_tokens // work.block_tokens
     front = min(head, chunk_end, work.back)
     slack_ms = costs.link.rtt_ms - _head_ms(costs, work, front)
     rest = replace(work, front=front, ahead_ms=max(0.0, -slack_ms))
-    return costs.link.rtt_ms + split(costs, rest, patience_ms - max(0.0, slack_ms)).ttft_ms
+    return costs.link.rtt_ms + split(costs, rest, idle_budget_ms - max(0.0, slack_ms)).ttft_ms
 
 
 def _head_ms(costs: Costs, work: Work, head: int) -> float:
