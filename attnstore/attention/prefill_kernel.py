@@ -94,7 +94,7 @@ def _pack(panel, panels, flat, table, first, last, block_stride, layer_at, kv_he
 
 @inlined
 def _softmax(scores, first, last, width, factor, cap, weights, row, tops, sums, state):
-    """Computes one row's weights of a panel's first `width` keys, bf16. Returns the factor for what was summed before."""
+    """Computes one row's weights of a panel's first `width` keys, bf16. Returns the factor by which the earlier sums are scaled."""
     at = row * PANEL
     if cap is not None:
         cap_scores(scores, at, at + width, factor, cap)

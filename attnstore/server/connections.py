@@ -186,8 +186,8 @@ class ConnectionThreads:
             self._tenants[connection] = tenant
 
     def _reclaim(self, admitted: str) -> None:
-        """Makes room for a connection of the tenant `admitted`: closes the least recently used idle connection, if there is one, of the
-        tenant that holds the most.
+        """Makes room for a connection of the tenant `admitted`: closes an idle connection, if there is one: the least recently
+        used one of the tenant that holds the most.
         """
         held = self._places.held
         idle = [connection for connection in self._tenants if not connection.keeps_state]

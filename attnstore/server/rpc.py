@@ -43,7 +43,7 @@ class Authenticator:
         return max(1, len(self._tenant_of_token))
 
     def tenant(self, context: Any, method: str) -> str:
-        """Returns the caller's tenant, also if another node acts as it. Raises `Unauthenticated` for a missing or unknown token."""
+        """Returns the caller's tenant, or the tenant for which another node hands pages over. Raises `Unauthenticated`."""
         if not self._tenant_of_token:
             return "default"
         metadata = dict(context.invocation_metadata() or ())

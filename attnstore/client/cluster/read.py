@@ -147,7 +147,7 @@ class ClusterRead:
         return groups
 
     async def _read_group(self, group: Group, indices: list[int], merge: LayerMerge | None) -> None:
-        """Requests pages from a node, and from the alternative as well if that takes long."""
+        """Requests pages from a node, and also from the alternative if the node takes long."""
         node_id, alternative = group
         for index in indices:
             self._asked[index].add(node_id)
