@@ -15,6 +15,8 @@ from attnstore_worker.cache import CacheManager, Load, PageStore, Planner, Remot
 from attnstore_worker.cache.pool.block_table import BlockTable
 from attnstore_worker.cache.pool.device_blocks import DeviceBlocks
 from attnstore_worker.cache.pool.host_tier import PinnedHostTier
+from attnstore_worker.cache.store.base import SharedStore
+from attnstore_worker.cache.store.shared_copies import SharedCopies
 from attnstore_worker.device.simulated import SimulatedDevice
 
 WAIT_MS = 30_000
@@ -49,9 +51,10 @@ class DeviceWorker:
         self.device = device
         remote = RemoteTier(store, NAMESPACE, LAYOUT, deadline_ms=deadline_ms, clock=clock) if store is not None else None
         pages = DeviceBlocks(device, LAYOUT, blocks * LAYOUT.page_bytes)
+        shared = SharedCopies(store, NAMESPACE, pages, remote) if remote is not None and isinstance(store, SharedStore) else None
         host = PinnedHostTier(pages, host_blocks * LAYOUT.page_bytes) if host_blocks else None
         self.manager = CacheManager(
-            pages, NAMESPACE, remote=remote, clock=clock, host=host, write_policy=write_policy, planner=planner
+            pages, NAMESPACE, remote=remote, clock=clock, host=host, shared=shared, write_policy=write_policy, planner=planner
         )
 
     def compute(self, table: BlockTable, tokens: list[int], blocks: range) -> None:

@@ -4,14 +4,22 @@ copy that it is not ordered with.
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
+from torch import Tensor
 
 from attnstore.core.hashing import BlockHash, block_hashes
+from attnstore.errors import InvalidArgument
 from attnstore.testing import StoreProcess
+from attnstore.types import ReadResult
 from attnstore_worker.cache import open_store
 from attnstore_worker.cache.moving.load import LoadEnd
 from attnstore_worker.cache.pool.tier import Tier
 from attnstore_worker.device.simulated import Schedule, SimulatedDevice
+from attnstore_worker.engine import Engine, EngineOptions
+from attnstore_worker.model import LoadedModel
+from attnstore_worker.options import SharedUse
 from attnstore_worker.testing import FixedPlanner, MemoryStore
 from experiments.device_faults.caches import LAYERS
 from experiments.device_faults.worker import LAYOUT, NAMESPACE, WAIT_MS, DeviceWorker, content, prompt_of
@@ -54,6 +62,53 @@ def test_a_store_node_and_a_device_exchange_pages_over_every_transport(device: S
             )
             assert second.run(tokens)[1].arrived_blocks == 40
             second.end()
+
+
+class Counting:
+    """A client whose reads are counted."""
+
+    def __init__(self, client: Any) -> None:
+        self._client = client
+        self.reads = 0
+
+    def read(self, *arguments: Any, **others: Any) -> ReadResult:
+        self.reads += 1
+        result: ReadResult = self._client.read(*arguments, **others)
+        return result
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._client, name)
+
+
+class Refusing(SimulatedDevice):
+    """A device that registers no memory of others."""
+
+    def register(self, host: Tensor) -> bool:
+        del host
+        return False
+
+
+@pytest.mark.parametrize("schedule", ["early", "late"])
+@pytest.mark.parametrize("registers", [True, False])
+def test_pages_of_a_node_on_this_host_are_copied_from_its_memory_if_the_device_registers_it(
+    schedule: Schedule, registers: bool
+) -> None:
+    tokens = prompt_of(1, blocks=40)
+    with StoreProcess("--capacity", "64MiB") as node, open_store(node.url, deadline_ms=WAIT_MS) as client:
+        first = DeviceWorker(SimulatedDevice(schedule), blocks=50, store=client)  # type: ignore[arg-type]
+        first.run(tokens)
+        first.end()
+        store = Counting(client)
+        device = SimulatedDevice(schedule) if registers else Refusing(schedule)
+        second = DeviceWorker(device, blocks=50, store=store)  # type: ignore[arg-type]
+        _, load = second.run(tokens)
+        assert (load.arrived_blocks, len(load.shared)) == (40, 40)
+        assert (store.reads == 0) == registers
+        statistics = second.manager.statistics()
+        assert statistics.remote.pages_read == 40
+        assert statistics.tiers[Tier.SHARED].bytes_read == 40 * LAYOUT.page_bytes
+        second.end()
+        assert eventually(lambda: client.stats().leases == 0)
 
 
 def test_a_block_is_free_once_its_page_is_copied_down_and_those_behind_it_can_be_reclaimed(
@@ -118,3 +173,10 @@ def test_with_on_evict_the_store_gets_what_leaves_the_worker(device: SimulatedDe
     assert store.pages.items() <= wanted.items()
     assert worker.run(prompt_of(1))[1].arrived_blocks > 0
     worker.end()
+
+
+def test_pages_in_place_are_refused_on_a_device_that_does_not_read_host_memory(tiny: LoadedModel) -> None:
+    with open_store("grpc://127.0.0.1:1", deadline_ms=WAIT_MS) as client:
+        options = EngineOptions(pool_bytes=8 * tiny.layout(16).page_bytes, shared=SharedUse.IN_PLACE)
+        with pytest.raises(InvalidArgument, match="attention on simulated does not read host memory"):
+            Engine(tiny, options, store=client, device=SimulatedDevice())

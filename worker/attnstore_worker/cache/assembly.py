@@ -19,6 +19,7 @@ from attnstore_worker.cache.pool.host_tier import HostTier, PinnedHostTier
 from attnstore_worker.cache.pool.page_window import PageWindow
 from attnstore_worker.cache.store.base import PageStore, SharedStore
 from attnstore_worker.cache.store.remote import RemoteTier
+from attnstore_worker.cache.store.shared_copies import SharedCopies
 from attnstore_worker.cache.store.shared_tier import SharedTier
 from attnstore_worker.device.base import Device
 from attnstore_worker.device.host import HostDevice
@@ -57,8 +58,12 @@ def create_cache(
             lender = SharedTier(store, namespace, window, layout.page_bytes, deadline_ms=deadline_ms)
     pages: PagePool | DeviceBlocks
     host: HostTier | PinnedHostTier | None = None
+    shared: SharedCopies | None = None
     if not device.addressable:
         pages = DeviceBlocks(device, layout, options.pool_bytes)
+        lends: object = store
+        if isinstance(lends, SharedStore) and remote is not None:
+            shared = SharedCopies(lends, namespace, pages, remote)
         if options.host_pool_bytes:
             host = PinnedHostTier(pages, options.host_pool_bytes, create_eviction_policy(options.eviction))
     else:
@@ -73,6 +78,7 @@ def create_cache(
         policy=create_eviction_policy(options.eviction),
         host=host,
         lender=lender,
+        shared=shared,
         planner=planner,
         observer=observer,
         write_policy=options.write_policy,

@@ -30,6 +30,7 @@ from attnstore_worker.cache.pool.local_tiers import LocalTiers
 from attnstore_worker.cache.pool.tier import Tier, TierCounter, TierStatistics
 from attnstore_worker.cache.store.base import Lender
 from attnstore_worker.cache.store.remote import RemoteStatistics, RemoteTier
+from attnstore_worker.cache.store.shared_copies import SharedCopies
 from attnstore_worker.device.pages import PagePool
 
 _GRACE_MS = 250.0
@@ -53,8 +54,8 @@ class CacheManager:
     """Block tables for sequences; `loads` fills them from the store. `pages` are blocks in host memory, or those of a device.
 
     `policy` orders the pool's evictions (default: least recently used), which go down to `host`. `remote` is the store, `lender`
-    lets its pages be used in place. Without these three the pool is the only tier. `planner` decides about loads (default: fetch
-    all), `observer` is told of them.
+    lets its pages be used in place, `shared` copies them from a node's memory to the blocks of a device. Without these the pool is
+    the only tier. `planner` decides about loads (default: fetch all), `observer` is told of them.
     """
 
     def __init__(
@@ -67,6 +68,7 @@ class CacheManager:
         policy: EvictionPolicy[BlockHash] | None = None,
         host: HostTier | PinnedHostTier | None = None,
         lender: Lender | None = None,
+        shared: SharedCopies | None = None,
         planner: Planner | None = None,
         observer: Observer | None = None,
         write_policy: str = "write-behind",
@@ -92,7 +94,7 @@ class CacheManager:
         if isinstance(pages, DeviceBlocks):
             self._staging = Staging(pages.device, pages.layout, pages.capacity)
             self.before_step = pages.before_step
-            places = StagedReads(pages, self._staging, clock)
+            places = StagedReads(pages, self._staging, clock, shared)
         else:
             places = pages
         self.loads = Loads(self._pool, places, self._mover, remote, lender, self._writer, self._tiers, observer, clock)

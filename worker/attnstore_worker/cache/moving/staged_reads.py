@@ -6,7 +6,8 @@ not written any more. While one part is copied up, the next is read.
 
 A read by layers takes slots for all its pages, if half of staging has room for them. Each layer is copied up as soon as it has
 arrived, and the engine lets a step wait for the copy of the layer that it needs. Without room the pages are read in parts, and
-the layers are reported at the end, as transports without an order of layers do.
+the layers are reported at the end, as transports without an order of layers do. Pages in the memory of a store node on this host
+are copied up from there, all at once, where the device can reach it.
 """
 
 from __future__ import annotations
@@ -21,14 +22,16 @@ from attnstore_worker.cache.moving.load import Load
 from attnstore_worker.cache.moving.staging import Staging, part_deadline_ms
 from attnstore_worker.cache.pool.device_blocks import DeviceBlocks
 from attnstore_worker.cache.store.base import OnLayer, PageSource
+from attnstore_worker.cache.store.shared_copies import SharedCopies
 from attnstore_worker.device.base import After, Event, Wait
 
 
 class StagedReads:
-    """Reads of loads into blocks of `pool`, through `staging`."""
+    """Reads of loads into blocks of `pool`, through `staging`, or from a node's memory as `shared` does."""
 
-    def __init__(self, pool: DeviceBlocks, staging: Staging, clock: Clock) -> None:
+    def __init__(self, pool: DeviceBlocks, staging: Staging, clock: Clock, shared: SharedCopies | None) -> None:
         self.pool = pool
+        self.shared = shared
         self.staging = staging
         self.clock = clock
 
@@ -43,6 +46,7 @@ class StagedBlocks:
     def __init__(self, reads: StagedReads, load: Load, block_ids: Sequence[int], after: Sequence[After]) -> None:
         self._pool = reads.pool
         self._staging = reads.staging
+        self._shared = reads.shared
         self._clock = reads.clock
         self._load = load
         self._block_ids = block_ids
@@ -58,11 +62,14 @@ class StagedBlocks:
         """
         block_ids = self._block_ids[part]
         try:
+            result = self._read_shared(hashes, block_ids, lease)
+            if result is not None and on_layer is None:
+                return result
             if on_layer is None:
                 return self._read_parts(source, hashes, block_ids, lease)
-            if slots := self._staging.take_at_once(len(block_ids)):
+            if result is None and (slots := self._staging.take_at_once(len(block_ids))):
                 return self._read_layers(source, hashes, block_ids, slots, lease, on_layer)
-            result = self._read_parts(source, hashes, block_ids, lease)
+            result = result or self._read_parts(source, hashes, block_ids, lease)
         finally:
             self._wait_copied()
         for layer in range(self._pool.layout.layers):
@@ -73,6 +80,15 @@ class StagedBlocks:
         """Lets the step that runs now wait for the copy of a layer that has arrived."""
         if layer < len(self._layers) and (event := self._layers[layer]) is not None:
             self._pool.device.compute.wait(event, Wait.COMPUTE_AFTER_UP)
+
+    def _read_shared(self, hashes: Sequence[BlockHash], block_ids: Sequence[int], lease: Lease | None) -> ReadResult | None:
+        """Returns None if the pages do not lie in memory that the device can reach."""
+        if self._shared is None or lease is None:
+            return None
+        deadline_ms = max(1.0, self._load.due_ms - self._clock.now_ms())
+        return self._shared.read(
+            hashes, block_ids, lease, deadline_ms=deadline_ms, after=self._after, is_wanted=lambda: self._load.running
+        )
 
     def _read_parts(
         self, source: PageSource, hashes: Sequence[BlockHash], block_ids: Sequence[int], lease: Lease | None

@@ -87,6 +87,10 @@ class RemoteTier:
         """True if no call is made now, because one has just failed."""
         return self._clock.now_ms() < self._paused_until_ms
 
+    def now_ms(self) -> float:
+        """The time by the clock of the tier."""
+        return self._clock.now_ms()
+
     def connect(self) -> bool:
         """Registers the namespace before the first request, so that no request pays for it. Returns False if that failed."""
         return self._attempt("register", self.deadline_ms, 0, lambda **_: True) is not None
@@ -127,20 +131,22 @@ class RemoteTier:
         failed = result is None or result.error is not None
         if result is None:
             result = ReadResult(statuses=(PageStatus.INCOMPLETE,) * len(hashes), bytes_read=0)
+        self.note_read(started_ms, result, failed=failed, first_byte_ms=first_ms[0] if first_ms else None)
+        return result
+
+    def note_read(self, started_ms: float, result: ReadResult, *, failed: bool = False, first_byte_ms: float | None = None) -> None:
+        """Counts a read that has ended, and tells the observer of it."""
         hits = sum(status.is_hit for status in result.statuses)
+        asked = len(result.statuses)
         with self._lock:
             counted = self._statistics
             self._statistics = replace(
                 counted,
                 pages_read=counted.pages_read + hits,
-                pages_missed=counted.pages_missed + len(hashes) - hits,
+                pages_missed=counted.pages_missed + asked - hits,
                 bytes_read=counted.bytes_read + result.bytes_read,
             )
-        first_byte_ms = first_ms[0] if first_ms else None
-        self._observe(
-            TransferKind.READ, started_ms, len(hashes), hits, result.bytes_read, failed=failed, first_byte_ms=first_byte_ms
-        )
-        return result
+        self._observe(TransferKind.READ, started_ms, asked, hits, result.bytes_read, failed=failed, first_byte_ms=first_byte_ms)
 
     def release(self, lease: Lease | None) -> None:
         """Ends a lease, if there is one."""
