@@ -1,4 +1,4 @@
-"""The engine with blocks that stay in the store: the tokens are those of a resident run, in any pool, whatever nodes do."""
+"""The engine with blocks that stay in the store: whatever the nodes do, the tokens are those of a resident run."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def client(nodes: list[StoreProcess]) -> Iterator[attnstore.Client]:
 def options(model: LoadedModel, request: str, attend: AttendPolicy = AttendPolicy.BEYOND_POOL, **more: object) -> EngineOptions:
     """Every test has pages of its own in the shared nodes."""
     pool_bytes = BLOCKS * model.layout(16).page_bytes
-    # A node compiles its kernels at the first query, which takes long on a busy machine.
+    # A node compiles its kernels at the first query. That takes long on a busy machine.
     named = {"store_deadline_ms": 60_000, "tenant_salt": request.encode(), **more}
     return EngineOptions(pool_bytes=pool_bytes, chunk_tokens=32, attend=attend, **named)  # type: ignore[arg-type]
 
@@ -127,7 +127,7 @@ def test_where_nothing_repeats_the_model_guesses_by_the_blocks_that_are_here_and
     tiny: LoadedModel, client: attnstore.Client, request: pytest.FixtureRequest
 ) -> None:
     node = Flaky(client)
-    node.fault = lambda: time.sleep(0.02)  # a far one: guessing pays
+    node.fault = lambda: time.sleep(0.02)  # a distant node: drafts pay
     token_ids = prompt(20 * 16 + 3)
     with Engine(tiny, options(tiny, request.node.name, speculate=True), store=client, attend_store=node) as engine:
         for sampling in (SamplingParams(max_tokens=NEW_TOKENS), SamplingParams(max_tokens=NEW_TOKENS, temperature=0.7, seed=3)):

@@ -1,4 +1,4 @@
-"""The state of an attending sequence: each row of its table, and random lives against the flags that the table stands for."""
+"""The state of an attending sequence: each row of its table, and random histories compared with a model of plain flags."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def test_a_resident_sequence_loses_nothing() -> None:
 
 
 class Life(RuleBasedStateMachine):
-    """A sequence's life, against one flag for each thing that the table answers."""
+    """The history of a sequence, and a model with one flag for each question that the table answers."""
 
     def __init__(self) -> None:
         super().__init__()

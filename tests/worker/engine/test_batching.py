@@ -43,7 +43,7 @@ def finish(engine: Engine) -> None:
         engine.step()
         engine.check()
     give_up_s = time.monotonic() + WAIT_MS / 1e3
-    while engine.statistics().pool.held > 0:  # by transfers, which end
+    while engine.statistics().pool.held > 0:  # until the last transfer ends
         assert time.monotonic() < give_up_s
         engine.flush(1)
         time.sleep(0.001)
@@ -104,7 +104,7 @@ def test_the_real_model_gives_equal_tokens_in_a_quarter_of_the_pool(model: Loade
 
 
 def test_rows_are_sampled_together_as_each_by_itself() -> None:
-    """Also where logits tie, as bf16's do."""
+    """Also where logits are equal, which is common in bf16."""
     generator = torch.Generator().manual_seed(3)
     logits = (torch.randn(12, 49_152, generator=generator) * 2).bfloat16().float()
     how = [SamplingParams(temperature=float(row % 3 == 2), seed=row) for row in range(12)]
@@ -118,7 +118,7 @@ def test_rows_are_sampled_together_as_each_by_itself() -> None:
 
 
 def test_a_sequence_that_was_preempted_draws_the_same_tokens(tiny: LoadedModel) -> None:
-    """Its generator goes on where it was: what is computed again is not drawn again."""
+    """Its random generator keeps its state: tokens that are computed again are not drawn again."""
     how = SamplingParams(max_tokens=50, temperature=1.0, seed=11)
     batch = prompts(4, seed=9, shortest=40, longest=50)
     with Engine(tiny, options(tiny, 12)) as engine:
@@ -148,7 +148,7 @@ def test_no_block_is_lost_whatever_is_cancelled_preempted_or_fails(tiny: LoadedM
         while batch or not engine.idle:
             _break_something(store, generator)
             if batch and generator.random() < 0.4:
-                # Half of the prompts come twice, so that there is something to find.
+                # Half of the prompts come twice, so that some pages are found.
                 index = generator.randrange(len(batch))
                 token_ids = batch[index] if generator.random() < 0.5 else batch.pop(index)
                 live.append(engine.submit(token_ids, how, priority=generator.randrange(2)))
@@ -169,7 +169,7 @@ def test_no_block_is_lost_whatever_is_cancelled_preempted_or_fails(tiny: LoadedM
 
 
 class _AnyPlan:
-    """Plans that no reasonable planner makes, too."""
+    """Makes any plan, even one that no sensible planner makes."""
 
     def __init__(self, seed: int) -> None:
         self._random = random.Random(seed)
@@ -328,7 +328,7 @@ def test_a_stop_string_ends_the_sequence_and_is_not_in_its_text(tiny: LoadedMode
 
 
 class TestSampling:
-    """Of one row of logits."""
+    """Samples one row of logits."""
 
     LOGITS = torch.tensor([0.0, 3.0, 2.0, 1.0, -1.0])
     PEAK = peaks(LOGITS[None])[0]

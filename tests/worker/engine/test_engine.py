@@ -1,4 +1,4 @@
-"""The engine with models: the tokens are the same wherever the KV came from."""
+"""The engine with models: the tokens do not depend on where the KV came from."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def prompt(model: LoadedModel, tokens: int) -> list[int]:
 
 
 def run(model: LoadedModel, options: EngineOptions, token_ids: list[int], new_tokens: int, store: MemoryStore | None) -> Sequence:
-    """One request in an engine of its own, which afterwards holds nothing."""
+    """Runs one request in an engine of its own, and checks that the engine holds nothing afterwards."""
     with Engine(model, options, store=store) as engine:
         sequence = engine.generate(token_ids, greedy(new_tokens))
         assert engine.flush(WAIT_MS)

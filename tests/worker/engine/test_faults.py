@@ -1,5 +1,6 @@
-"""What fails for one sequence ends that one, with a typed error: the others get the tokens of a run without faults, and no block,
-lease, pin or place in a queue is lost.
+"""A failure of one sequence ends only that sequence, with a typed error.
+
+The others get the tokens of a run without faults, and no block, lease, pin or place in a queue is lost.
 """
 
 from __future__ import annotations
@@ -50,7 +51,7 @@ HOW: list[dict[str, Any]] = [
 
 
 class OnPurpose(Exception):
-    """No error of AttnStore's tree."""
+    """An error that is not one of AttnStore's."""
 
 
 def options(model: LoadedModel, blocks: int = 60, **others: Any) -> EngineOptions:
@@ -58,7 +59,7 @@ def options(model: LoadedModel, blocks: int = 60, **others: Any) -> EngineOption
 
 
 def prompts(count: int, seed: int) -> list[list[int]]:
-    """A third of them repeat themselves, so that there is something to guess."""
+    """A third of them repeat themselves, so that drafts are made."""
     generator = random.Random(seed)
     made = []
     for number in range(count):
@@ -78,7 +79,7 @@ def finish(engine: Engine) -> dict[Prompted, str]:
 
 
 def assert_nothing_is_held(engine: Engine, store: MemoryStore | None = None) -> None:
-    """No block but those of writes that end, no prefetch, no lease of the store, no announcement."""
+    """Waits for the last writes, and checks that no block, prefetch, lease or announcement is held."""
     assert engine.flush(30_000)
     assert eventually(lambda: engine.flush(1) and engine.statistics().pool.held == 0)
     engine.check()
@@ -162,7 +163,7 @@ def test_verification_ends_before_a_row_that_is_not_finite_and_fails_at_the_firs
 @pytest.mark.parametrize("speculate", [False, True])
 @pytest.mark.parametrize("spoilt", SPOILT)
 def test_only_the_sequence_whose_row_is_not_finite_fails(tiny: LoadedModel, spoilt: str, speculate: bool) -> None:
-    """Whatever each draws with; up to the row it was given the right tokens."""
+    """For every way to sample. Before that row, the sequence got the right tokens."""
     batch = prompts(len(HOW) * 2, seed=4)
     how = [SamplingParams(max_tokens=12, seed=number, **HOW[number // 2]) for number in range(len(batch))]
 
@@ -174,7 +175,7 @@ def test_only_the_sequence_whose_row_is_not_finite_fails(tiny: LoadedModel, spoi
             return sequences, texts
 
     def spoil(chunk: Chunk, rows: torch.Tensor) -> torch.Tensor:
-        """Of every second sequence, all rows that know five generated tokens."""
+        """Spoils the rows of every second sequence that follow five generated tokens or more."""
         first = 5 - len(chunk.sequence.generated)
         if chunk.sequence.sequence_id % 2 == 0 and first < len(rows):
             rows[max(first, 0) :] = SPOILT[spoilt](rows[0])
@@ -205,8 +206,8 @@ def test_what_a_chunk_without_numbers_wrote_is_found_by_nobody(tiny: LoadedModel
         assert again.admission.hit_tokens == 0
 
 
-class Quarrelsome:
-    """An observer that raises whatever it is told."""
+class RaisingObserver:
+    """An observer whose methods all raise."""
 
     def __init__(self) -> None:
         self.told: set[type] = set()
@@ -220,7 +221,7 @@ class Quarrelsome:
 
 def test_an_observer_that_raises_costs_nobody_anything(tiny: LoadedModel, store: MemoryStore) -> None:
     token_ids, how = prompts(2, seed=7)[1], SamplingParams(max_tokens=4)
-    observer = Quarrelsome()
+    observer = RaisingObserver()
     with Engine(tiny, options(tiny), store=store) as engine:
         expected = engine.generate(token_ids, how).generated
         assert engine.flush(30_000)
@@ -233,7 +234,7 @@ def test_an_observer_that_raises_costs_nobody_anything(tiny: LoadedModel, store:
     assert observer.told == {Transfer, Step, Load, Answer}
 
 
-class Mistaken(FixedPlanner):
+class RaisingPlanner(FixedPlanner):
     """A planner that raises in the methods named."""
 
     def __init__(self, *mistakes: str) -> None:
@@ -256,7 +257,7 @@ def test_a_planner_that_raises_costs_hits_and_no_more(tiny: LoadedModel, store: 
     with Engine(tiny, options(tiny), store=store) as engine:
         expected = [sequence.generated for sequence in engine.generate_all(batch, how)]
         assert engine.flush(30_000)
-    with Engine(tiny, options(tiny, sequences_max=1), store=store, planner=Mistaken(mistake)) as engine:
+    with Engine(tiny, options(tiny, sequences_max=1), store=store, planner=RaisingPlanner(mistake)) as engine:
         assert [sequence.generated for sequence in engine.generate_all(batch, how)] == expected
         assert_nothing_is_held(engine, store)
 
@@ -295,8 +296,8 @@ def _raise(*_: object) -> Any:
     raise OnPurpose
 
 
-class Saboteur:
-    """Makes what an engine does for some sequences fail at random: their rows, samplers, texts, blocks, and each one's end."""
+class FaultInjector:
+    """Makes operations of an engine fail at random for some sequences: rows, samplers, texts, blocks, and their ends."""
 
     FAULTY: ClassVar = {
         "_cache": ("admit", "prefetch", "grow", "seal"),
@@ -323,7 +324,7 @@ class Saboteur:
             setattr(owner, name, self._sometimes(getattr(owner, name)))
 
     def spoil(self, chunk: Chunk, rows: torch.Tensor) -> torch.Tensor:
-        """For `rows_spoilt`."""
+        """As `rows_spoilt` requires."""
         if chunk.sequence.token_ids[1] in self.doomed and self._random.random() < 0.05:
             return self._random.choice(list(SPOILT.values()))(rows[0]).expand_as(rows)
         return rows
@@ -337,7 +338,7 @@ class Saboteur:
         return called
 
     def _faulty(self, call: Callable[..., Any], *, after: bool) -> Callable[..., Any]:
-        """`after` the call or instead of it, where it concerns a doomed sequence."""
+        """Raises for a doomed sequence, `after` the call or instead of it."""
 
         def called(*args: Any) -> Any:
             fails = self._concerns_doomed(args) and self._random.random() < 0.05
@@ -389,11 +390,11 @@ def test_whatever_fails_for_some_sequences_the_others_get_their_tokens_and_nothi
         host_pool_bytes=generator.choice([0, 20]) * tiny.layout(16).page_bytes,
     )
     planner = FixedPlanner(LoadPlan(0, 99, 2, 60_000.0), searching=2)
-    with Engine(tiny, small, store=store, planner=planner, observer=Quarrelsome()) as engine, monkeypatch.context() as patch:
-        saboteur = Saboteur(engine, generator, patch)
+    with Engine(tiny, small, store=store, planner=planner, observer=RaisingObserver()) as engine, monkeypatch.context() as patch:
+        saboteur = FaultInjector(engine, generator, patch)
         live: list[Prompted] = []
         texts: dict[Prompted, str] = {}
-        todo = list(zip(batch, how, strict=True)) * 2  # the second time there is something to find
+        todo = list(zip(batch, how, strict=True)) * 2  # the second time, pages are found
         with rows_spoilt(engine, saboteur.spoil):
             while todo or not engine.idle:
                 if todo and generator.random() < 0.5:

@@ -1,4 +1,4 @@
-"""Look-ahead prefetch: pages are there when a sequence's turn comes, and nobody who runs pays for it."""
+"""Look-ahead prefetch: pages have arrived when a sequence's turn comes, and running sequences are not slowed."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def prompt(seed: int, length: int = 200) -> list[int]:
 
 
 def eventually(condition: Callable[[], bool]) -> None:
-    """Another thread makes the condition true; how soon is not the test's business."""
+    """Waits until another thread makes the condition true. How soon it does is not tested."""
     give_up_s = time.monotonic() + WAIT_MS / 1e3
     while not condition():
         assert time.monotonic() < give_up_s
@@ -70,7 +70,7 @@ def test_the_pages_of_those_who_wait_are_in_the_pool_when_their_turn_comes(
         while len(running.generated) < 30:
             engine.step()
             engine.check()
-            threading.Event().wait(0.002)  # gives the transfers a turn on one processor
+            threading.Event().wait(0.002)  # lets the transfers run if there is one processor
         assert engine.statistics().remote.pages_read == 24, "two prompts of twelve blocks"
         finish(engine, running, *waiting)
         for sequence, seed in zip(waiting, (1, 2, 3), strict=True):
@@ -116,7 +116,7 @@ def test_a_turn_that_comes_during_a_prefetch_keeps_what_has_arrived(
 def test_prefetching_gives_way_before_anyone_is_preempted(
     tiny: LoadedModel, store: MemoryStore, expected: dict[int, list[int]]
 ) -> None:
-    """Room for 18 blocks: the one that runs needs three and then six, the one that waits twelve."""
+    """The pool has 18 blocks: the running sequence needs three and then six of them, the waiting one twelve."""
     going_on = threading.Event()
 
     def stall_behind_the_first_read(_: int) -> PageStatus:
