@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from tests.worker.cache.on_device import LAYOUT, NAMESPACE, WAIT_MS, content, prompt_of
 from torch import Tensor
 
 from attnstore.clock import MonotonicClock
@@ -23,7 +24,6 @@ from attnstore_worker.device.pages import PagePool
 from attnstore_worker.device.races import Unsynchronised
 from attnstore_worker.device.simulated import Schedule, SimulatedDevice
 from attnstore_worker.testing import MemoryStore
-from tests.worker.cache.on_device import LAYOUT, NAMESPACE, WAIT_MS, content, prompt_of
 
 TOKENS = prompt_of(1)
 NAMES = block_hashes(NAMESPACE, TOKENS, LAYOUT.block_tokens)
