@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 import mmap
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,19 +43,20 @@ class Registrations:
 
     def __init__(self, index: int) -> None:
         self._index = index
-        self._lock = threading.Lock()
+        # A finalizer may end a registration on any thread at any time, also on one that is inside a call here.
+        self._lock = threading.RLock()
         self._by_address: dict[int, _Registration] = {}
 
     def register(self, host: Tensor) -> bool:
         """See `Device.register`. Memory inside a registration counts as one more use of it. `host` is contiguous."""
         begin, end = pages_of(host)
         with self._lock:
-            found = self._containing(begin, end)
-            if found is not None:
-                self._by_address[found].users += 1
-                return True
-            if any(begin < known.end and other < end for other, known in self._by_address.items()):
-                return False  # CUDA registers no page twice
+            for other, known in self._registrations():
+                if other <= begin and end <= known.end:
+                    known.users += 1
+                    return True
+                if begin < known.end and other < end:
+                    return False  # CUDA registers no page twice
             flags = _PORTABLE if is_writable(begin, end) else _PORTABLE | _READ_ONLY
             error = self._call(lambda runtime: runtime.cudaHostRegister(begin, end - begin, flags))
             if error is not None:
@@ -69,24 +70,24 @@ class Registrations:
         """See `Device.unregister`. No-op for memory that is not registered."""
         begin, end = pages_of(host)
         with self._lock:
-            found = self._containing(begin, end)
-            if found is None:
-                return
-            self._by_address[found].users -= 1
-            if self._by_address[found].users == 0:
-                self._end(found)
+            for other, known in self._registrations():
+                if other <= begin and end <= known.end:
+                    known.users -= 1
+                    if known.users == 0:
+                        self._end(other)
+                    return
 
     def close(self) -> None:
         """Ends all registrations. Never raises."""
         with self._lock:
-            for begin in list(self._by_address):
+            for begin, _ in self._registrations():
                 self._end(begin)
 
     def _end(self, begin: int) -> None:
         error = self._call(lambda runtime: runtime.cudaHostUnregister(begin))
         if error is not None:  # of a lost device, whose driver gives the pages back at the end of the process
             _log.warning("cuda:%d does not end the registration of host memory: %s", self._index, error)
-        del self._by_address[begin]
+        self._by_address.pop(begin, None)
 
     def _call(self, call: Callable[[Any], Any]) -> str | None:
         """Returns the error of a call to CUDA's runtime, None if there is none."""
@@ -102,8 +103,12 @@ class Registrations:
         except RuntimeError as error:  # a lost device cannot even be selected
             return str(error)
 
-    def _containing(self, begin: int, end: int) -> int | None:
-        return next((at for at, known in self._by_address.items() if at <= begin and end <= known.end), None)
+    def _registrations(self) -> Iterator[tuple[int, _Registration]]:
+        """Yields those that were there at the beginning and still are."""
+        for begin in tuple(self._by_address):
+            known = self._by_address.get(begin)
+            if known is not None:
+                yield begin, known
 
 
 def pages_of(host: Tensor) -> tuple[int, int]:
