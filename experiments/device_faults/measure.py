@@ -12,19 +12,21 @@ from typing import Final, get_args
 
 from attnstore_worker.device.base import Wait
 from attnstore_worker.device.simulated import Schedule, SimulatedDevice
-from experiments.device_faults import caches, engines
+from experiments.device_faults import caches, engines, nodes
 
 Scenario = Callable[[SimulatedDevice], None]
 
 SCHEDULES: Final[tuple[Schedule, ...]] = get_args(Schedule)
 NOTICED_BY: Final[Mapping[Wait, Scenario]] = {
     **caches.SCENARIOS,
+    **nodes.SCENARIOS,
     Wait.TABLES_AFTER_STEP: engines.prefills_in_chunks,
     Wait.TOKENS_AFTER_COMPUTE: engines.loads_from_the_store,
 }
 """The shortest scenario that needs the wait."""
-_ALL: Final[tuple[Scenario, ...]] = (*dict.fromkeys(caches.SCENARIOS.values()), *engines.SCENARIOS)
-_BRIEF: Final[tuple[Scenario, ...]] = (*dict.fromkeys(caches.SCENARIOS.values()), engines.loads_by_layers)
+_CACHES: Final[tuple[Scenario, ...]] = (*dict.fromkeys(caches.SCENARIOS.values()), *nodes.SCENARIOS.values())
+_ALL: Final[tuple[Scenario, ...]] = (*_CACHES, *engines.SCENARIOS)
+_BRIEF: Final[tuple[Scenario, ...]] = (*_CACHES, engines.loads_by_layers)
 
 
 @dataclass(frozen=True, slots=True)

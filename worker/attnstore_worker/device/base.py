@@ -41,6 +41,8 @@ class Wait(enum.Enum):
     HOST_UP_AFTER_DOWN = "a page of the HOST tier is copied up before it was copied down"
     HOST_REUSE_AFTER_UP = "a slot of the HOST tier is used again before its page was copied up"
     HOST_READ_AFTER_DOWN = "the host reads a slot of the HOST tier before its page was copied down"
+    STAMPS_AFTER_UP = "the stamps of pages in shared memory are checked before the pages were copied up"
+    SHARED_RELEASED_AFTER_UP = "the lease of pages in shared memory ends while a copy still reads them"
     TABLES_AFTER_STEP = "the host changes the tables of a step before the step has read them"
     TOKENS_AFTER_COMPUTE = "the host reads tokens before the step has written them"
 
