@@ -18,7 +18,7 @@ STUBS := attnstore/wire/v1
 protoc = $(BIN)/python -m grpc_tools.protoc -I$(STUBS)=$(dir $(PROTO)) --plugin=$(BIN)/protoc-gen-mypy_grpc \
 	--python_out=$(1) --pyi_out=$(1) --grpc_python_out=$(1) --mypy_grpc_out=quiet:$(1) $(PROTO)
 
-.PHONY: help setup tools demo test checks lint types layers wheels proto proto-check bench clean
+.PHONY: help setup tools demo test checks lint types layers wheels gpu gpu-wheels proto proto-check bench clean
 .DEFAULT_GOAL := help
 
 help:
@@ -64,6 +64,17 @@ $(VLLM_STAMP): pyproject.toml
 	.venv-vllm/bin/python -m pip uninstall --quiet -y torchvision torchaudio torchcodec triton
 	.venv-vllm/bin/python -m pip install --quiet --disable-pip-version-check -e .
 	@touch $@
+
+## make gpu       prove and measure the worker on a GPU (OUT=gpu-results DEADLINE=540 DEVICE=cuda WHEELS=folder); installs nothing else
+gpu:
+	@test -z '$(WHEELS)' || $(PYTHON) -m pip install --quiet --disable-pip-version-check --no-index --no-deps --upgrade \
+		--target .gpu-site $(WHEELS)/*.whl
+	PYTHONPATH=$(CURDIR):$(CURDIR)/worker:$(CURDIR)/.gpu-site $(PYTHON) -m experiments.gpu \
+		--out '$(or $(OUT),gpu-results)' --deadline $(or $(DEADLINE),540) --device '$(or $(DEVICE),cuda)'
+
+## make gpu-wheels  download what a machine with a GPU and its own torch lacks, for `make gpu WHEELS=gpu-wheels` there
+gpu-wheels: setup
+	$(BIN)/python -m experiments.gpu.wheels gpu-wheels
 
 ## make wheels    build the wheel, install it with each extra into an empty environment and import it (EXTRAS="redis copying")
 wheels: setup
