@@ -14,9 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from attnstore_worker.device.factory import open_device
-
 from attnstore_worker.device.base import Device, Event, Wait
+from attnstore_worker.device.factory import open_device
 from experiments.gpu.results import Figure, Rows, Target, ceiling
 
 _WARM_UPS: Final = 2
