@@ -44,7 +44,9 @@ def picture(found: Mapping[str, Any], path: Path) -> None:
     if not rows:
         return
     try:
-        from experiments.report.style import BLUE, ORANGE, pyplot
+        from matplotlib import pyplot
+
+        from experiments.report.style import BLUE, ORANGE
     except ImportError:
         print("no picture: matplotlib is not installed")
         return

@@ -28,7 +28,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--python-version", default="3.12", help="Python of the machine with the GPU (default 3.12)")
     arguments = parser.parse_args(argv)
-    alone, others = [], []
+    alone: list[str] = []
+    others: list[str] = []
     for requirement in wanted(Path("pyproject.toml")):
         (alone if requirement.startswith(_WITHOUT_DEPENDENCIES) else others).append(requirement)
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--only-binary=:all:"]

@@ -15,7 +15,7 @@ from experiments.gpu.phase import Phase
 
 _BLOCK_TOKENS = 16
 _PREFILL_TOKENS = 8192
-_QUICK_SHARE = 64
+_QUICK_SHARE = 128
 _SEED = 12
 
 
@@ -80,10 +80,10 @@ def _prefill(phase: Phase) -> None:
     starts = torch.tensor([0, tokens], dtype=torch.int32, device=device)
     backend, scale = TritonAttention(), head_dim**-0.5
     ours_ms = phase.time_ms(lambda: backend.paged_attention(query, pool, tables, contexts, starts, layer=0, scale=scale))
-    keys_values = torch.randn(2, 1, kv_heads, tokens, head_dim, dtype=torch.bfloat16, device=device)
+    keys, values = torch.randn(2, 1, kv_heads, tokens, head_dim, dtype=torch.bfloat16, device=device)
     dense = query.transpose(0, 1)[None]
     theirs_ms = phase.time_ms(
-        lambda: functional.scaled_dot_product_attention(dense, *keys_values, is_causal=True, scale=scale, enable_gqa=True)
+        lambda: functional.scaled_dot_product_attention(dense, keys, values, is_causal=True, scale=scale, enable_gqa=True)
     )
     flops = 2 * 2 * q_heads * head_dim * tokens * (tokens + 1) / 2
     if ours_ms is not None and theirs_ms is not None:
@@ -103,6 +103,6 @@ def _pages(kv_heads: int, head_dim: int, contexts: Sequence[int], layers: int, d
     pool = torch.empty(sum(blocks), layers, 2, kv_heads, _BLOCK_TOKENS, head_dim, dtype=torch.bfloat16, device=device).normal_()
     order = torch.randperm(sum(blocks)).int()
     tables = torch.zeros(len(contexts), max(blocks), dtype=torch.int32)
-    for row, own in zip(tables, order.split(blocks), strict=True):
+    for row, own in zip(tables, order.split_with_sizes(blocks), strict=True):
         row[: len(own)] = own
     return pool, tables.to(device)

@@ -73,7 +73,7 @@ HOWS = st.builds(
     st.integers(0, (1 << 63) - 1),
     st.integers(0, 1 << 20),
 )
-LOGITS = st.lists(st.floats(-9, 9, width=32), min_size=4, max_size=12, unique=True)
+LOGITS = st.lists(st.integers(-72, 72), min_size=4, max_size=12, unique=True).map(lambda eighths: [each / 8 for each in eighths])
 
 
 @given(row=LOGITS, hows=st.lists(HOWS, min_size=1, max_size=5))
