@@ -1,12 +1,15 @@
-"""Fixtures of the worker's tests: one compute thread, and a store in memory for tests that need no node."""
+"""Fixtures of the worker's tests: one compute thread, a store in memory for tests that need no node, and simulated devices."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
 
+from attnstore_worker.device.simulated import Schedule, SimulatedDevice
+from attnstore_worker.engine import Engine
 from attnstore_worker.testing import MemoryStore
 
 
@@ -25,3 +28,26 @@ def store() -> Iterator[MemoryStore]:
     memory = MemoryStore()
     yield memory
     memory.gate.set()
+
+
+@pytest.fixture(params=["cpu", "early", "late"])
+def each_device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Runs a test on the processor, and on the simulated device with both schedules: each of its engines has a device of its own.
+    None of their accesses may race, even if an engine went on.
+    """
+    if request.param == "cpu":
+        yield
+        return
+    schedule: Schedule = request.param
+    devices: list[SimulatedDevice] = []
+    on_processor = Engine.__init__
+
+    def on_device(engine: Engine, *arguments: Any, **named: Any) -> None:
+        devices.append(SimulatedDevice(schedule))
+        on_processor(engine, *arguments, device=devices[-1], **named)
+
+    monkeypatch.setattr(Engine, "__init__", on_device)
+    yield
+    for device in devices:
+        device.close()
+        assert device.races.found == []

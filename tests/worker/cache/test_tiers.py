@@ -216,6 +216,7 @@ def _generated(
         return [sequence.generated for sequence in sequences]
 
 
+@pytest.mark.usefixtures("each_device")
 @pytest.mark.parametrize("eviction", EVICTION_POLICIES)
 def test_eight_sequences_with_a_quarter_of_the_pool_they_need_give_the_tokens_of_a_run_alone(
     tiny: LoadedModel, eviction: str

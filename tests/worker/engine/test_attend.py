@@ -102,6 +102,7 @@ class Flaky:
         return faulty
 
 
+@pytest.mark.usefixtures("each_device")
 def test_a_context_four_times_the_pool_runs_to_its_end_with_the_resident_tokens(
     tiny: LoadedModel, client: attnstore.Client, request: pytest.FixtureRequest
 ) -> None:

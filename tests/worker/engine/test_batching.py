@@ -50,6 +50,7 @@ def finish(engine: Engine) -> None:
     engine.check()
 
 
+@pytest.mark.usefixtures("each_device")
 def test_sequences_in_a_batch_get_the_tokens_of_running_alone(tiny: LoadedModel) -> None:
     sampling = [SamplingParams(max_tokens=20, temperature=0.8 * (i % 2), top_k=50, top_p=0.9, seed=i) for i in range(8)]
     with Engine(tiny, options(tiny, 100)) as engine:

@@ -160,6 +160,7 @@ def test_verification_ends_before_a_row_that_is_not_finite_and_fails_at_the_firs
         accepted_tokens(greedy, [5], rows[2:].unbind(), peaks(rows[2:]))
 
 
+@pytest.mark.usefixtures("each_device")
 @pytest.mark.parametrize("speculate", [False, True])
 @pytest.mark.parametrize("spoilt", SPOILT)
 def test_only_the_sequence_whose_row_is_not_finite_fails(tiny: LoadedModel, spoilt: str, speculate: bool) -> None:

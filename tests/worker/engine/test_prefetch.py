@@ -61,6 +61,7 @@ def finish(engine: Engine, *sequences: Sequence) -> None:
     engine.check()
 
 
+@pytest.mark.usefixtures("each_device")
 def test_the_pages_of_those_who_wait_are_in_the_pool_when_their_turn_comes(
     tiny: LoadedModel, store: MemoryStore, expected: dict[int, list[int]]
 ) -> None:
@@ -81,6 +82,7 @@ def test_the_pages_of_those_who_wait_are_in_the_pool_when_their_turn_comes(
         assert waiting[0].admission.local_tokens == 192
 
 
+@pytest.mark.usefixtures("each_device")
 def test_a_turn_that_comes_during_a_prefetch_keeps_what_has_arrived(
     tiny: LoadedModel, store: MemoryStore, expected: dict[int, list[int]]
 ) -> None:
@@ -113,6 +115,7 @@ def test_a_turn_that_comes_during_a_prefetch_keeps_what_has_arrived(
         assert waiting.admission.remote_tokens == 192 - AHEAD_BLOCKS * 16
 
 
+@pytest.mark.usefixtures("each_device")
 def test_prefetching_gives_way_before_anyone_is_preempted(
     tiny: LoadedModel, store: MemoryStore, expected: dict[int, list[int]]
 ) -> None:
@@ -139,6 +142,7 @@ def test_prefetching_gives_way_before_anyone_is_preempted(
         assert waiting.generated == expected[1]
 
 
+@pytest.mark.usefixtures("each_device")
 def test_one_who_is_cancelled_while_waiting_leaves_nothing_behind(
     tiny: LoadedModel, store: MemoryStore, expected: dict[int, list[int]]
 ) -> None:
@@ -157,6 +161,7 @@ def test_one_who_is_cancelled_while_waiting_leaves_nothing_behind(
         finish(engine, running)
 
 
+@pytest.mark.usefixtures("each_device")
 def test_nothing_is_prefetched_where_the_planner_or_the_options_say_so(
     tiny: LoadedModel, store: MemoryStore, expected: dict[int, list[int]]
 ) -> None:

@@ -43,6 +43,7 @@ def test_drawn_tokens_of_a_seed_are_equal_too(tiny: LoadedModel, seed: int, para
     assert quick.generated == plain.generated
 
 
+@pytest.mark.usefixtures("each_device")
 def test_several_sequences_speculate_together(tiny: LoadedModel) -> None:
     prompts = [REPEATING, [token + 100 for token in REPEATING], list(range(50, 90))]
     sampling = SamplingParams(max_tokens=40)
@@ -53,6 +54,7 @@ def test_several_sequences_speculate_together(tiny: LoadedModel) -> None:
             assert sequence.generated == generate(tiny, token_ids, sampling, speculate=False)[0].generated
 
 
+@pytest.mark.usefixtures("each_device")
 def test_a_stop_token_among_accepted_guesses_ends_the_sequence_there(tiny: LoadedModel) -> None:
     plain, _, _ = generate(tiny, REPEATING, SamplingParams(max_tokens=40), speculate=False)
     stop = plain.generated[20]
@@ -61,6 +63,7 @@ def test_a_stop_token_among_accepted_guesses_ends_the_sequence_there(tiny: Loade
     assert generate(tiny, REPEATING, sampling, speculate=True)[0].generated == expected.generated
 
 
+@pytest.mark.usefixtures("each_device")
 def test_guesses_never_pass_max_tokens_or_the_pool(tiny: LoadedModel) -> None:
     for tokens in range(1, 12):
         sequence, _, _ = generate(tiny, REPEATING, SamplingParams(max_tokens=tokens), speculate=True)

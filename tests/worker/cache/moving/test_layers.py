@@ -59,6 +59,7 @@ def finish(engine: Engine) -> None:
     assert engine.statistics().pool.held == 0
 
 
+@pytest.mark.usefixtures("each_device")
 def test_a_layer_is_computed_while_the_next_one_is_on_its_way(tiny: LoadedModel, store: MemoryStore, expected: list[int]) -> None:
     """The store sends the second layer only after the first was computed: without overlap this would never end."""
     computed = [threading.Event() for _ in range(2)]
@@ -78,6 +79,7 @@ def test_a_layer_is_computed_while_the_next_one_is_on_its_way(tiny: LoadedModel,
     assert sequence.generated == expected
 
 
+@pytest.mark.usefixtures("each_device")
 @pytest.mark.parametrize("status", [PageStatus.CORRUPT, PageStatus.INCOMPLETE, PageStatus.MISSING])
 @pytest.mark.parametrize("position", [0, 3, 6])
 def test_a_page_that_turns_out_corrupt_in_its_last_layer_voids_the_step(
@@ -92,6 +94,7 @@ def test_a_page_that_turns_out_corrupt_in_its_last_layer_voids_the_step(
         finish(engine)
 
 
+@pytest.mark.usefixtures("each_device")
 def test_layers_that_stop_coming_are_given_up(tiny: LoadedModel, store: MemoryStore, expected: list[int]) -> None:
     planner, going_on = FixedPlanner(LAYERS), threading.Event()
 
@@ -114,6 +117,7 @@ def test_layers_that_stop_coming_are_given_up(tiny: LoadedModel, store: MemorySt
         finish(engine)
 
 
+@pytest.mark.usefixtures("each_device")
 def test_with_others_to_compute_the_pages_are_waited_for_and_nobody_stalls(
     tiny: LoadedModel, store: MemoryStore, expected: list[int]
 ) -> None:
@@ -133,6 +137,7 @@ def test_with_others_to_compute_the_pages_are_waited_for_and_nobody_stalls(
         assert sequence.generated == expected
 
 
+@pytest.mark.usefixtures("each_device")
 @pytest.mark.parametrize("transport", STORE_TRANSPORTS)
 def test_every_transport_serves_a_plan_by_layers(tiny: LoadedModel, transport: str) -> None:
     with StoreProcess("--capacity", "64MiB") as node, open_store(node.url, deadline_ms=WAIT_MS, transport=transport) as store:

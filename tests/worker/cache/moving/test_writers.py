@@ -31,6 +31,7 @@ def prompt(seed: int, length: int = 100) -> list[int]:
     return [generator.randrange(3, 49_000) for _ in range(length)]
 
 
+@pytest.mark.usefixtures("each_device")
 def test_with_write_through_a_token_is_given_when_its_pages_are_in_the_store(tiny: LoadedModel, store: MemoryStore) -> None:
     with Engine(tiny, options(tiny, 40, "write-through"), store=store) as engine:
         engine.generate(prompt(1), ONE)
@@ -38,6 +39,7 @@ def test_with_write_through_a_token_is_given_when_its_pages_are_in_the_store(tin
         assert engine.statistics().swap_out_pending == 0
 
 
+@pytest.mark.usefixtures("each_device")
 def test_write_through_waits_for_a_hanging_store_no_longer_than_its_deadline(tiny: LoadedModel, store: MemoryStore) -> None:
     with Engine(tiny, options(tiny, 40, "write-behind")) as engine:
         expected = engine.generate(prompt(1), ONE).generated
@@ -51,6 +53,7 @@ def test_write_through_waits_for_a_hanging_store_no_longer_than_its_deadline(tin
         assert len(store.pages) == 6
 
 
+@pytest.mark.usefixtures("each_device")
 def test_with_on_evict_the_store_gets_what_the_pool_loses_and_that_once(tiny: LoadedModel, store: MemoryStore) -> None:
     with Engine(tiny, options(tiny, 8, "on-evict"), store=store) as engine:
         expected = engine.generate(prompt(1), ONE).generated
@@ -85,6 +88,7 @@ def test_a_full_staging_pool_costs_pages_and_nothing_else(tiny: LoadedModel, sto
         assert engine.flush(WAIT_MS)
 
 
+@pytest.mark.usefixtures("each_device")
 @pytest.mark.parametrize("write_policy", WRITE_POLICIES)
 def test_without_a_store_every_policy_keeps_to_the_pool(tiny: LoadedModel, write_policy: str) -> None:
     with Engine(tiny, options(tiny, 8, write_policy)) as engine:
