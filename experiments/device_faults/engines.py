@@ -13,8 +13,11 @@ from functools import cache
 from pathlib import Path
 from typing import Final
 
+import torch
+
 from attnstore.attention import create_attention
 from attnstore.core.layout import DType
+from attnstore_worker.cache.attending.exchange import DeviceExchange
 from attnstore_worker.cache.moving.load import FetchOrder, LoadPlan
 from attnstore_worker.device.simulated import SimulatedDevice
 from attnstore_worker.engine import Engine, EngineOptions, SamplingParams
@@ -117,6 +120,16 @@ def drafts_are_verified(device: SimulatedDevice) -> None:
     _run(device, _options(12, host_blocks=8, speculate=True), rounds=2)
 
 
+def partials_are_exchanged(device: SimulatedDevice) -> None:
+    """A layer's query is sent, and two nodes answer it one after the other."""
+    exchange = DeviceExchange(device)
+    query = torch.arange(6.0).view(2, 3)
+    assert torch.equal(exchange.fetch(query), query), "another query is sent"
+    partials = [exchange.bring("out", exchange.room("out", 2, 3).fill_(node)) for node in range(2)]
+    assert all(torch.equal(partial, torch.full((2, 3), float(node))) for node, partial in enumerate(partials)), "partials differ"
+    assert device.races.found == []
+
+
 SCENARIOS: Final[tuple[Callable[[SimulatedDevice], None], ...]] = (
     swaps_with_host,
     loads_from_the_store,
@@ -124,5 +137,6 @@ SCENARIOS: Final[tuple[Callable[[SimulatedDevice], None], ...]] = (
     writes_to_the_store,
     prefills_in_chunks,
     drafts_are_verified,
+    partials_are_exchanged,
 )
 """Each is given a device that uses Triton."""

@@ -22,11 +22,13 @@ NOTICED_BY: Final[Mapping[Wait, Scenario]] = {
     **nodes.SCENARIOS,
     Wait.TABLES_AFTER_STEP: engines.prefills_in_chunks,
     Wait.TOKENS_AFTER_COMPUTE: engines.loads_from_the_store,
+    Wait.QUERY_AFTER_COMPUTE: engines.partials_are_exchanged,
+    Wait.PARTIAL_AFTER_MERGE: engines.partials_are_exchanged,
 }
 """The shortest scenario that needs the wait."""
 _CACHES: Final[tuple[Scenario, ...]] = (*dict.fromkeys(caches.SCENARIOS.values()), *nodes.SCENARIOS.values())
 _ALL: Final[tuple[Scenario, ...]] = (*_CACHES, *engines.SCENARIOS)
-_BRIEF: Final[tuple[Scenario, ...]] = (*_CACHES, engines.loads_by_layers)
+_BRIEF: Final[tuple[Scenario, ...]] = (*_CACHES, engines.loads_by_layers, engines.partials_are_exchanged)
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import cast
 
 import pytest
+from torch import Tensor
 
 from attnstore.core.layout import DType
 from attnstore.testing import StoreProcess
@@ -19,7 +20,10 @@ from attnstore_worker.cache import PageStore, open_store
 from attnstore_worker.device.base import Device
 from attnstore_worker.device.host import HostDevice
 from attnstore_worker.engine import AttendPolicy, Engine, EngineOptions, FinishReason, SamplingParams, speculative
+from attnstore_worker.errors import OutOfDeviceMemory, SequenceFailed
 from attnstore_worker.model import LoadedModel, load_model
+from attnstore_worker.model.attention import PagedStep
+from attnstore_worker.model.decoder import Decoder
 from attnstore_worker.testing import MemoryStore
 
 BLOCK_TOKENS = 16
@@ -220,3 +224,42 @@ def test_logits_are_given_to_those_who_ask_for_them(interpreted: LoadedModel, op
             assert (token.logits is not None) is asks
     assert token.logits is not None
     assert int(token.logits.argmax()) == token.token_id
+
+
+class Cramped:
+    """A decoder on a device with too little memory for a step of more than `tokens_max` tokens."""
+
+    capturable = False
+
+    def __init__(self, decoder: Decoder, tokens_max: int) -> None:
+        self._decoder = decoder
+        self._tokens_max = tokens_max
+        self.refused = 0
+
+    def logits(self, token_ids: Tensor, positions: Tensor, rows: Tensor, step: PagedStep) -> Tensor:
+        if len(token_ids) > self._tokens_max:
+            self.refused += 1
+            raise OutOfDeviceMemory(f"{len(token_ids)} tokens")
+        return self._decoder.logits(token_ids, positions, rows, step)
+
+
+@pytest.mark.parametrize("tokens_max", [35, 20], ids=["all fit alone", "one does not fit"])
+def test_a_step_without_memory_is_computed_in_parts_and_only_what_does_not_fit_alone_fails(
+    interpreted: LoadedModel, options: EngineOptions, expected: Generate, tokens_max: int
+) -> None:
+    how = replace(GREEDY, max_tokens=3)
+    decoder = Cramped(interpreted.decoder, tokens_max)
+    with Engine(replace(interpreted, decoder=decoder), options, device=DEVICE) as engine:
+        sequences = [engine.submit(each, how) for each in prompts(700)]
+        while not engine.idle:
+            engine.step()
+            engine.check()
+        assert engine.statistics().pool.held == 0
+    assert decoder.refused
+    *short, long = zip(sequences, expected(prompts(700), how), strict=True)
+    assert all(sequence.generated == tokens for sequence, tokens in short)
+    if tokens_max < options.chunk_tokens:
+        assert isinstance(long[0].error, SequenceFailed)
+        assert "does not fit: 32 tokens" in str(long[0].error)
+    else:
+        assert long[0].generated == long[1]

@@ -15,6 +15,7 @@ from attnstore_worker.device.simulated import SimulatedDevice
 from attnstore_worker.engine.sampler import SamplingParams
 from attnstore_worker.engine.sequence import Chunk, Sequence
 from attnstore_worker.engine.step_tables import NO_SLOT, Inputs, Sizes, StepTables
+from attnstore_worker.errors import OutOfDeviceMemory
 
 BLOCK_TOKENS = 4
 SIZES = Sizes(tokens=64, sequences=8, blocks=12)
@@ -123,6 +124,23 @@ def test_more_changes_than_one_transfer_holds_all_arrive() -> None:
     long = sequence(1, list(range(6_000)), 1)
     inputs = tables.fill([chunk(long, 0, 1)])
     assert torch.equal(inputs.block_tables[0], torch.arange(6_000, dtype=torch.int32))
+
+
+def test_after_a_transfer_that_failed_every_block_table_is_sent_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    device = HostDevice()
+    tables = StepTables(device, SIZES)
+    one, other = sequence(1, [3, 4], 5), sequence(2, [5], 2)
+    tables.fill([chunk(one, 4, 5)])
+    with monkeypatch.context() as patched:
+        patched.setattr(device, "transfer", _refused)
+        with pytest.raises(OutOfDeviceMemory):
+            tables.fill([chunk(one, 4, 5), chunk(other, 1, 2)])
+    again = [chunk(one, 4, 5), chunk(other, 1, 2)]
+    agrees(tables.fill(again), again)
+
+
+def _refused(*_: object) -> None:
+    raise OutOfDeviceMemory("on purpose")
 
 
 def test_padding_asks_for_every_row_and_stores_nothing() -> None:

@@ -45,6 +45,8 @@ class Wait(enum.Enum):
     SHARED_RELEASED_AFTER_UP = "the lease of pages in shared memory ends while a copy still reads them"
     TABLES_AFTER_STEP = "the host changes the tables of a step before the step has read them"
     TOKENS_AFTER_COMPUTE = "the host reads tokens before the step has written them"
+    QUERY_AFTER_COMPUTE = "a query is sent to a store node before the layer has written it"
+    PARTIAL_AFTER_MERGE = "a partial is received into memory that the last merge still reads"
 
 
 class Event(Protocol):

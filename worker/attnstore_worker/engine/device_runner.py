@@ -1,7 +1,8 @@
 """Runs steps on a device that uses Triton: persistent inputs, captured decode steps, and tokens drawn on the device.
 
 Owns: `DeviceRunner`. Invariants: between the inputs and the tokens of a step the host reads nothing from the device; a captured
-step computes what the same step computes without being captured.
+step computes what the same step computes without being captured; a step for which the device has too little memory is computed in
+parts, and only a sequence whose chunk does not fit alone fails.
 
 A step whose chunks all have one token, without drafts, late layers or blocks in the store, is replayed from a graph, one for each
 number of rows in `_buckets`. Rows that no sequence uses store nothing and see nothing.
@@ -27,7 +28,7 @@ from attnstore_worker.engine.runner import Drawn, note_accesses, noting_accesses
 from attnstore_worker.engine.sequence import Chunk
 from attnstore_worker.engine.speculative import DRAFTS_MAX
 from attnstore_worker.engine.step_tables import Inputs, Sizes, StepTables
-from attnstore_worker.errors import LogitsNotFinite, OutOfDeviceMemory
+from attnstore_worker.errors import LogitsNotFinite, OutOfDeviceMemory, SequenceFailed
 from attnstore_worker.model.attention import PagedStep, at_once
 from attnstore_worker.model.loading import LoadedModel
 from attnstore_worker.options import SchedulerLimits
@@ -84,7 +85,34 @@ class DeviceRunner:
                 _log.warning("decode steps of %d sequences are not captured: %s", rows, error)
 
     def run(self, chunks: Items[Chunk], before_layer: Callable[[int], None] = at_once) -> Drawn:
-        """See `Runner.run`."""
+        """See `Runner.run`. Raises `OutOfDeviceMemory` for a step that is not repeated: pages arrive or nodes are asked in it."""
+        try:
+            return self._run(chunks, before_layer)
+        except OutOfDeviceMemory as error:
+            if before_layer is not at_once or self._remote is not None:
+                raise
+            refused = str(error)
+        # After the handler, whose traceback holds the tensors of the step.
+        return _InParts(self._parts_of(chunks, refused))
+
+    def _parts_of(self, chunks: Items[Chunk], refused: str) -> list[tuple[_DeviceDrawn, int] | str]:
+        """Returns for each chunk of a refused step what was drawn, with the chunk's place in it, or the reason that it failed."""
+        _log.warning("a step of %d sequences does not fit: %s", len(chunks), refused)
+        if len(chunks) == 1:
+            return [refused]
+        half = len(chunks) // 2
+        return self._part(chunks[:half]) + self._part(chunks[half:])
+
+    def _part(self, chunks: Items[Chunk]) -> list[tuple[_DeviceDrawn, int] | str]:
+        try:
+            drawn = self._run(chunks, at_once)
+            drawn.read()
+            return [(drawn, index) for index in range(len(chunks))]
+        except OutOfDeviceMemory as error:
+            refused = str(error)
+        return self._parts_of(chunks, refused)
+
+    def _run(self, chunks: Items[Chunk], before_layer: Callable[[int], None]) -> _DeviceDrawn:
         with self._device.submitting(), torch.inference_mode():
             inputs, logits = self._logits(chunks, before_layer, self._remote)
             if len(inputs.rows) == 0:
@@ -169,15 +197,24 @@ class _DeviceDrawn:
         sizes = [1 + len(chunk.drafts) if chunk.gives_token else 0 for chunk in chunks]
         self._parts = [slice(sum(sizes[:index]), sum(sizes[: index + 1])) for index in range(len(sizes))]
 
+    def read(self) -> None:
+        """Reads everything now, so that it stays valid after the next run."""
+        self._tokens_read()
+        if any(chunk.sequence.sampling.logits for chunk in self._chunks):
+            self._logits = self._logits.cpu()
+
     def rows(self, index: int) -> list[int]:
         """Returns what was drawn from each row of a chunk."""
+        return self._tokens_read()[self._parts[index]]
+
+    def _tokens_read(self) -> list[int]:
         if self._known is None:
             if self._event is not None:
                 self._event.wait(Wait.TOKENS_AFTER_COMPUTE)
                 if self._device.accesses is not None:
                     self._device.accesses.host(self._tokens, [0], writes=False)
             self._known = self._tokens.tolist()
-        return self._known[self._parts[index]]
+        return self._known
 
     def tokens(self, index: int) -> list[int]:
         """See `Drawn.tokens`."""
@@ -198,6 +235,28 @@ class _DeviceDrawn:
     def logits(self, index: int) -> Tensor:
         """See `Drawn.logits`."""
         return self._logits[self._parts[index]].cpu()
+
+
+class _InParts:
+    """See `Drawn`. A step that was computed in parts: for each chunk the part and its place there, or the reason that it failed."""
+
+    def __init__(self, parts: Items[tuple[_DeviceDrawn, int] | str]) -> None:
+        self._parts = parts
+
+    def tokens(self, index: int) -> list[int]:
+        """See `Drawn.tokens`. Raises `SequenceFailed` for a chunk that does not fit alone."""
+        part = self._parts[index]
+        if isinstance(part, str):
+            raise SequenceFailed(f"a step of this sequence alone does not fit: {part}")
+        drawn, at = part
+        return drawn.tokens(at)
+
+    def logits(self, index: int) -> Tensor:
+        """See `Drawn.logits`."""
+        part = self._parts[index]
+        assert not isinstance(part, str)
+        drawn, at = part
+        return drawn.logits(at)
 
 
 def step_sizes(limits: SchedulerLimits, blocks: int) -> Sizes:

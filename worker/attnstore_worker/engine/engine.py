@@ -94,7 +94,7 @@ class Engine:
             device=device,
         )
         self._speculation = Speculation(self._clock)
-        self._attend = self._attended_blocks(attend_store or store, name)
+        self._attend = self._attended_blocks(attend_store or store, name, device)
         attended = self._attend.remote if self._attend is not None else None
         self._runner = self._create_runner(device, attention, attended)
         self._scheduler = Scheduler(self.options.scheduler_limits(), self.options.block_tokens)
@@ -188,7 +188,7 @@ class Engine:
         sequence.table = table = BlockTable(self._cache.block_tokens)
         try:
             self._cache.grow(table, 1)
-            self._runner.run([next_chunk(sequence, self.options.chunk_tokens)])
+            self._runner.run_resident([next_chunk(sequence, self.options.chunk_tokens)])
         except Overloaded:
             pass  # no block is free for this, which says nothing about the model
         finally:
@@ -287,7 +287,7 @@ class Engine:
             self.model, pool, attention or create_attention("triton"), remote, device, sizes, before_step=self._cache.before_step
         )
 
-    def _attended_blocks(self, store: object, name: Namespace) -> AttendedBlocks | None:
+    def _attended_blocks(self, store: object, name: Namespace, device: Device) -> AttendedBlocks | None:
         policy = self.options.attend
         if policy is AttendPolicy.NEVER:
             return None
@@ -299,7 +299,7 @@ class Engine:
             raise InvalidArgument("attend is 'measured', which needs the planner that measures costs")
         deadline_ms = self.options.store_deadline_ms
         remote = RemoteAttention(
-            store, name, self.layout, shape, deadline_ms=deadline_ms, clock=self._clock, observer=self._observer
+            store, name, self.layout, shape, deadline_ms=deadline_ms, clock=self._clock, observer=self._observer, device=device
         )
         row_bytes = shape.row_bytes(self.layout)
         choice = AttendChoice(policy, self._cache, forecaster, row_bytes, lambda: self._speculation.tokens_per_step)

@@ -2,7 +2,7 @@
 
 Owns: `StepTables`. Invariants: a step is one transfer of pinned memory, however many sequences it has; that memory is not filled
 again before its transfer has read it; the tensors of a step are the same memory in every step, so a captured step reads the next
-one's inputs.
+one's inputs. After a step that failed, all block tables are sent again, because it is unknown which entries have arrived.
 
 A sequence keeps one row of the block tables while it runs, and its new blocks alone are sent. Rows of a step are in the order of
 these rows of the tables. A row that no chunk uses is empty, or has one row of padding in a step of `decode_rows` rows: it stores
@@ -118,7 +118,17 @@ class StepTables:
         """Submits the inputs of a step, and returns them. With `decode_rows`, at least `decode_rows(chunks)`, each chunk has one
         token, and there is one row of the step for each of so many rows of the tables.
         """
-        ordered = self.ordered(chunks)
+        try:
+            return self._fill(self.ordered(chunks), chunks, decode_rows)
+        except BaseException:
+            self._known = [[] for _ in self._known]
+            raise
+
+    def forget(self, sequence: Sequence) -> None:
+        """Gives up the row of a sequence."""
+        self._row_of.pop(sequence, None)
+
+    def _fill(self, ordered: Items[Chunk], chunks: Items[Chunk], decode_rows: int | None) -> Inputs:
         changes = [change for chunk in ordered for change in self._changed(chunk)]
         while len(changes) > _CHANGES:
             self._send(changes[:_CHANGES])
@@ -147,10 +157,6 @@ class StepTables:
         self._fill_changes(host, changes)
         self._submit(at)
         return self._inputs_of(tokens, sequences, rows)
-
-    def forget(self, sequence: Sequence) -> None:
-        """Gives up the row of a sequence."""
-        self._row_of.pop(sequence, None)
 
     def _inputs_of(self, tokens: int, sequences: int, rows: int) -> Inputs:
         there = self._on_device

@@ -20,11 +20,13 @@ from attnstore.core.hashing import BlockHash, Namespace
 from attnstore.core.layout import PageLayout
 from attnstore.errors import AttnStoreError
 from attnstore.limits import ATTEND_BYTES_MAX, ATTEND_ROWS_MAX
+from attnstore_worker.cache.attending.exchange import DeviceExchange
 from attnstore_worker.cache.attending.step import AttendCounts, NodeRows, RemoteStep
 from attnstore_worker.cache.planning.observation import Observer
 from attnstore_worker.cache.pool.tier import Tier
 from attnstore_worker.cache.store.base import AttendStore
 from attnstore_worker.cache.store.transfer import Transfer, TransferKind
+from attnstore_worker.device.base import Device
 from attnstore_worker.errors import PagesLost
 
 _LOG = logging.getLogger(__name__)
@@ -65,7 +67,9 @@ class AttendStatistics:
 
 
 class RemoteAttention:
-    """Attention over pages of `namespace` in `store`. A query ends within `deadline_ms`; `observer` is told of opened prefixes."""
+    """Attention over pages of `namespace` in `store`. A query ends within `deadline_ms`; `observer` is told of opened prefixes.
+    Queries are on `device` (default: in host memory).
+    """
 
     def __init__(
         self,
@@ -77,6 +81,7 @@ class RemoteAttention:
         deadline_ms: float,
         clock: Clock,
         observer: Observer,
+        device: Device | None = None,
     ) -> None:
         self._store = store
         self._namespace = namespace
@@ -90,6 +95,7 @@ class RemoteAttention:
         row_bytes = shape.q_heads * layout.head_dim * _FLOAT_BYTES
         self._rows_max = min(ATTEND_ROWS_MAX, ATTEND_BYTES_MAX // row_bytes)
         self._counts = AttendCounts()
+        self._exchange = DeviceExchange(device) if device is not None and not device.addressable else None
 
     def open(self, hashes: Sequence[BlockHash]) -> AttendedPrefix | None:
         """Opens the longest prefix that the store holds; returns None if there is none, or if the store fails."""
@@ -134,7 +140,8 @@ class RemoteAttention:
             begin += rows
         if not asked:
             return None
-        return RemoteStep([NodeRows(stream, sets, self._rows_max) for stream, sets in asked.items()], self._counts, self._lose)
+        nodes = [NodeRows(stream, sets, self._rows_max) for stream, sets in asked.items()]
+        return RemoteStep(nodes, self._counts, self._lose, self._exchange)
 
     def traffic(self) -> Traffic:
         """The traffic so far."""

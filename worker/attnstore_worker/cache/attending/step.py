@@ -1,6 +1,7 @@
 """One step's queries to the nodes: sent before a layer's local attention is computed, and merged with it afterwards.
 
-Owns: the memory of the partials, which all layers share. Invariant: `merge` returns attention over all keys of every sequence, or
+Owns: the memory of the partials, which all layers share. On a device they pass through `DeviceExchange`, and are merged there.
+Invariant: `merge` returns attention over all keys of every sequence, or
 raises `PagesLost`; the step is void then.
 """
 
@@ -16,6 +17,7 @@ from torch import Tensor
 from attnstore.attention import merge
 from attnstore.client.base import AttendStream
 from attnstore.errors import AttnStoreError
+from attnstore_worker.cache.attending.exchange import DeviceExchange
 from attnstore_worker.errors import PagesLost
 
 
@@ -53,15 +55,20 @@ class NodeRows:
 
 class RemoteStep:
     """Call `ask` and then `merge`, for each layer. After a failure `lose` is called for each stream of the step, because answers
-    may be in flight that will not be received.
+    may be in flight that will not be received. `exchange` is None if queries are in host memory.
     """
 
     def __init__(
-        self, nodes: Sequence[NodeRows], counts: AttendCounts, lose: Callable[[AttendStream, AttnStoreError], None]
+        self,
+        nodes: Sequence[NodeRows],
+        counts: AttendCounts,
+        lose: Callable[[AttendStream, AttnStoreError], None],
+        exchange: DeviceExchange | None = None,
     ) -> None:
         self._nodes = nodes
         self._counts = counts
         self._lose_stream = lose
+        self._exchange = exchange
         self._rounds = max(len(node.pieces) for node in nodes)
         self._layer = 0
         self._query = torch.empty(0)
@@ -69,7 +76,8 @@ class RemoteStep:
 
     def ask(self, layer: int, query: Tensor) -> None:
         """Sends the rows of `query` `[total_q, q_heads, head_dim]`. Raises `PagesLost`."""
-        self._layer, self._query = layer, query.float()
+        self._layer = layer
+        self._query = query.float() if self._exchange is None else self._exchange.fetch(query)
         self._send(0)
 
     def merge(self, out: Tensor, lse: Tensor) -> Tensor:
@@ -107,14 +115,25 @@ class RemoteStep:
         self._counts.bytes_received += sum(map(len, views))
         if not bool(torch.isfinite(part_out).all() & torch.isfinite(part_lse).all()):
             self._lose(node, PagesLost("a node's partial is not finite"))
+        if self._exchange is not None:
+            rows = self._rows_on_device(self._exchange, rows)
+            part_out, part_lse = self._exchange.bring("out", part_out), self._exchange.bring("lse", part_lse)
         merged = merge([out[rows], part_out], [lse[rows], part_lse])
         out[rows], lse[rows] = merged
 
     def _memory(self, rows: int, like: Tensor) -> tuple[Tensor, Tensor]:
+        _, heads, head_dim = like.shape
+        if self._exchange is not None:
+            return self._exchange.room("out", rows, heads, head_dim), self._exchange.room("lse", rows, heads)
         if rows not in self._partials:
-            _, heads, head_dim = like.shape
             self._partials[rows] = torch.empty(rows, heads, head_dim), torch.empty(rows, heads)
         return self._partials[rows]
+
+    @staticmethod
+    def _rows_on_device(exchange: DeviceExchange, rows: Tensor) -> Tensor:
+        room = exchange.room("rows", len(rows), dtype=rows.dtype)
+        room.copy_(rows)
+        return exchange.bring("rows", room)
 
     def _lose(self, node: NodeRows, error: AttnStoreError) -> None:
         self._lose_stream(node.stream, error)
