@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import cast
 
 import pytest
 from torch import Tensor
@@ -17,8 +16,7 @@ from torch import Tensor
 from attnstore.core.layout import DType
 from attnstore.testing import StoreProcess
 from attnstore_worker.cache import PageStore, open_store
-from attnstore_worker.device.base import Device
-from attnstore_worker.device.host import HostDevice
+from attnstore_worker.device.simulated import SimulatedDevice
 from attnstore_worker.engine import AttendPolicy, Engine, EngineOptions, FinishReason, SamplingParams, speculative
 from attnstore_worker.errors import OutOfDeviceMemory, SequenceFailed
 from attnstore_worker.model import LoadedModel, load_model
@@ -31,13 +29,21 @@ GREEDY = SamplingParams(max_tokens=8)
 LENGTHS = (3, 16, 17, 40)
 
 
-class InterpretedDevice(HostDevice):
-    """The processor, with interpreted kernels."""
+class InterpretedDevice(SimulatedDevice):
+    """A simulated device with interpreted kernels, on which a wait that is missing is a race."""
 
-    uses_triton = True
+    def __init__(self) -> None:
+        super().__init__("late", uses_triton=True)
 
 
-DEVICE = cast(Device, InterpretedDevice())
+DEVICE = InterpretedDevice()
+"""Of all engines here, one after the other."""
+
+
+@pytest.fixture(autouse=True)
+def no_race() -> Iterator[None]:
+    yield
+    assert DEVICE.races.found == []
 
 
 @pytest.fixture(scope="module")

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from attnstore.attention import merge
 from attnstore_worker.device.base import Device, Event, Wait
 
 
@@ -38,7 +39,7 @@ class DeviceExchange:
         return rows
 
     def room(self, name: str, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-        """Returns host memory under a name, for the host to write. Waits until `bring` has copied what it held."""
+        """Returns host memory under a name, for the host to write. Waits until the device has copied what it held."""
         memory = self._memory(name, math.prod(shape), dtype)
         room = memory.tensor[: math.prod(shape)].view(shape)
         if memory.copied is not None:
@@ -47,7 +48,21 @@ class DeviceExchange:
             self._device.accesses.host(room, (0,), writes=True)
         return room
 
-    def bring(self, name: str, room: Tensor) -> Tensor:
+    def merge(self, out: Tensor, lse: Tensor, partial: tuple[Tensor, Tensor], row_ids: Tensor) -> None:
+        """Merges what the host received into the rooms `out` and `lse` into rows of `out` fp32 and `lse`, in place."""
+        rows = self.room("rows", len(row_ids), dtype=torch.int32)
+        rows.copy_(row_ids)
+        on_device = self._bring("rows", rows)
+        part_out, part_lse = self._bring("out", partial[0]), self._bring("lse", partial[1])
+        if self._device.uses_triton:
+            from attnstore.attention.triton import merge_partials
+
+            merge_partials(out, lse, part_out[None], part_lse[None], on_device)
+            return
+        indices = on_device.long()
+        out[indices], lse[indices] = merge([out[indices], part_out], [lse[indices], part_lse])
+
+    def _bring(self, name: str, room: Tensor) -> Tensor:
         """Returns on the device what the host wrote into `room`."""
         target = torch.empty_like(room, device=self._device.torch_device)
         self._memories[name].copied = self._device.transfer(room, target)

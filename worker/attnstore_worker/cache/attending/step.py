@@ -116,8 +116,8 @@ class RemoteStep:
         if not bool(torch.isfinite(part_out).all() & torch.isfinite(part_lse).all()):
             self._lose(node, PagesLost("a node's partial is not finite"))
         if self._exchange is not None:
-            rows = self._rows_on_device(self._exchange, rows)
-            part_out, part_lse = self._exchange.bring("out", part_out), self._exchange.bring("lse", part_lse)
+            self._exchange.merge(out, lse, (part_out, part_lse), rows)
+            return
         merged = merge([out[rows], part_out], [lse[rows], part_lse])
         out[rows], lse[rows] = merged
 
@@ -128,12 +128,6 @@ class RemoteStep:
         if rows not in self._partials:
             self._partials[rows] = torch.empty(rows, heads, head_dim), torch.empty(rows, heads)
         return self._partials[rows]
-
-    @staticmethod
-    def _rows_on_device(exchange: DeviceExchange, rows: Tensor) -> Tensor:
-        room = exchange.room("rows", len(rows), dtype=rows.dtype)
-        room.copy_(rows)
-        return exchange.bring("rows", room)
 
     def _lose(self, node: NodeRows, error: AttnStoreError) -> None:
         self._lose_stream(node.stream, error)
