@@ -20,7 +20,7 @@ from attnstore_worker.engine.attended import AttendedBlocks
 from attnstore_worker.engine.prefetch import LookAheadPrefetch
 from attnstore_worker.engine.scheduler import Scheduler
 from attnstore_worker.engine.sequence import Chunk, FinishReason, Sequence, next_chunk
-from attnstore_worker.errors import SequenceFailed, StepFailed
+from attnstore_worker.errors import DeviceLost, SequenceFailed, StepFailed
 
 _LOG = logging.getLogger(__name__)
 
@@ -84,12 +84,14 @@ class Residency:
             _LOG.exception("sequence %d: the end did not release everything that it held", sequence.sequence_id)
 
     def fail(self, sequence: Sequence, cause: Exception) -> None:
-        """Ends a sequence because of an error that concerns only this sequence."""
+        """Ends a sequence because of an error that concerns only this sequence. Raises `DeviceLost`, which concerns all."""
         unforeseen = None if isinstance(cause, SequenceFailed) else cause
         _LOG.error("sequence %d failed: %s", sequence.sequence_id, cause, exc_info=unforeseen)
         if sequence.finish_reason is None:
             error = cause if isinstance(cause, SequenceFailed) else SequenceFailed("the sequence failed; the worker's log says why")
             self.end(sequence, FinishReason.FAILED, error)
+        if isinstance(cause, DeviceLost):  # concerns every other sequence too
+            raise cause
 
     @contextmanager
     def failing(self, chunks: Iterable[Chunk]) -> Iterator[None]:
