@@ -1,11 +1,13 @@
-"""Checks that `test_device_engine` runs in a process of its own: the whole engine with Triton's kernels, interpreted.
+"""Checks that `test_device_engine` runs in a process of its own: the whole engine on a simulated device that uses Triton.
 
-Every check compares tokens with those of the engine on the processor, in fp32. Prompts are short and share steps, because an
-interpreted step takes half a second.
+With Triton's kernels, interpreted, where `TRITON_INTERPRET` says so, and few tokens, because such a step takes half a second;
+otherwise with the processor's kernels and 64 tokens. Every check compares tokens with those of the processor, in fp32.
+A wait that is missing is a race, which fails the check.
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -13,30 +15,28 @@ from pathlib import Path
 import pytest
 from torch import Tensor
 
+from attnstore.attention import create_attention
 from attnstore.core.layout import DType
 from attnstore.testing import StoreProcess
-from attnstore_worker.cache import PageStore, open_store
+from attnstore_worker.cache import PageStore, Planner, open_store
+from attnstore_worker.cache.moving.load import FetchOrder, LoadPlan
+from attnstore_worker.device.host import HostDevice
 from attnstore_worker.device.simulated import SimulatedDevice
 from attnstore_worker.engine import AttendPolicy, Engine, EngineOptions, FinishReason, SamplingParams, speculative
 from attnstore_worker.errors import OutOfDeviceMemory, SequenceFailed
 from attnstore_worker.model import LoadedModel, load_model
 from attnstore_worker.model.attention import PagedStep
 from attnstore_worker.model.decoder import Decoder
-from attnstore_worker.testing import MemoryStore
+from attnstore_worker.testing import FixedPlanner, MemoryStore
 
 BLOCK_TOKENS = 16
-GREEDY = SamplingParams(max_tokens=8)
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+GREEDY = SamplingParams(max_tokens=8 if INTERPRETED else 64)
+ATTENTION = None if INTERPRETED else create_attention("cpu")
 LENGTHS = (3, 16, 17, 40)
 
 
-class InterpretedDevice(SimulatedDevice):
-    """A simulated device with interpreted kernels, on which a wait that is missing is a race."""
-
-    def __init__(self) -> None:
-        super().__init__("late", uses_triton=True)
-
-
-DEVICE = InterpretedDevice()
+DEVICE = SimulatedDevice("late", uses_triton=True)
 """Of all engines here, one after the other."""
 
 
@@ -47,8 +47,8 @@ def no_race() -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
-def interpreted(tiny_folder: Path) -> LoadedModel:
-    return load_model(tiny_folder, DType.FP32, device=DEVICE)
+def on_device(tiny_folder: Path) -> LoadedModel:
+    return load_model(tiny_folder, DType.FP32, device=DEVICE if INTERPRETED else HostDevice())
 
 
 @pytest.fixture(scope="module")
@@ -64,20 +64,22 @@ Generate = Callable[..., list[list[int]]]
 
 
 @pytest.fixture(scope="module")
-def generate(interpreted: LoadedModel, options: EngineOptions) -> Generate:
-    """Returns the tokens of the interpreted engine; `check` is called with the engine at the end."""
+def generate(on_device: LoadedModel, options: EngineOptions) -> Generate:
+    """Returns the tokens of the engine on the device; `check` is called with the engine at the end."""
 
     def generate(
         prompts: list[list[int]],
         how: SamplingParams = GREEDY,
         *,
         store: PageStore | None = None,
+        planner: Planner | None = None,
+        device: SimulatedDevice = DEVICE,
         check: Callable[[Engine], object] = Engine.check,
         rounds: int = 1,
         **fields: object,
     ) -> list[list[int]]:
         changed = replace(options, **fields)  # type: ignore[arg-type]
-        with Engine(interpreted, changed, store=store, device=DEVICE) as engine:
+        with Engine(on_device, changed, store=store, planner=planner, device=device, attention=ATTENTION) as engine:
             for _ in range(rounds):
                 sequences = engine.generate_all(prompts, how)
                 engine.check()
@@ -105,8 +107,8 @@ def test_64_tokens_are_equal_cold(generate: Generate, expected: Generate) -> Non
     assert generate(batch, how) == expected(batch, how)
 
 
-def test_captured_steps_give_the_same_tokens(interpreted: LoadedModel, options: EngineOptions, expected: Generate) -> None:
-    with Engine(interpreted, options, device=DEVICE) as engine:
+def test_captured_steps_give_the_same_tokens(on_device: LoadedModel, options: EngineOptions, expected: Generate) -> None:
+    with Engine(on_device, options, device=DEVICE, attention=ATTENTION) as engine:
         engine.warm_up()
         assert [sequence.generated for sequence in engine.generate_all(prompts(), GREEDY)] == expected(prompts())
         engine.check()
@@ -124,6 +126,18 @@ def test_hits_of_every_length_in_the_pool_and_from_the_store(generate: Generate,
         part = MemoryStore()
         part.pages = dict(list(pages.items())[:hits])
         assert generate(whole, store=part, rounds=2, check=lambda engine: engine.check()) == wanted
+
+
+def test_a_step_computes_behind_pages_that_arrive_layer_by_layer(generate: Generate, expected: Generate) -> None:
+    store, batch = MemoryStore(), prompts(90)[3:]
+    wanted = expected(batch)
+    generate(batch, store=store)
+
+    def by_layers(engine: Engine) -> None:
+        assert engine.statistics().remote.pages_read > 0
+
+    plan = LoadPlan(0, 9_999, 9_999, 30_000.0, FetchOrder.LAYERS)
+    assert generate(batch, store=store, planner=FixedPlanner(plan), check=by_layers) == wanted
 
 
 def test_pages_come_back_from_the_host_tier(generate: Generate, expected: Generate, options: EngineOptions) -> None:
@@ -154,10 +168,13 @@ def test_pages_come_from_a_node(generate: Generate, expected: Generate, node: St
 
 
 def test_a_sequence_attends_to_blocks_that_stay_in_a_node(generate: Generate, expected: Generate, node: StoreProcess) -> None:
-    batch = prompts(40)[3:]
+    """Partials merge by Triton's kernel where it is interpreted."""
+    batch, device = prompts(40)[3:], SimulatedDevice("late", uses_triton=INTERPRETED)
     for _ in range(2):
         with open_store(node.url, deadline_ms=30_000) as store:
-            assert generate(batch, store=store, attend=AttendPolicy.ALWAYS, store_deadline_ms=30_000) == expected(batch)
+            got = generate(batch, store=store, attend=AttendPolicy.ALWAYS, store_deadline_ms=30_000, device=device)
+            assert got == expected(batch)
+    assert device.races.found == []
 
 
 def test_preempted_sequences_continue_with_the_same_tokens(generate: Generate, expected: Generate, options: EngineOptions) -> None:
@@ -189,10 +206,10 @@ def test_drafts_are_verified_on_the_device(generate: Generate, expected: Generat
     assert generate(batch, how, speculate=True, check=accepted) == wanted
 
 
-def test_sampled_tokens_do_not_depend_on_the_batch(interpreted: LoadedModel, options: EngineOptions) -> None:
+def test_sampled_tokens_do_not_depend_on_the_batch(on_device: LoadedModel, options: EngineOptions) -> None:
     how = [SamplingParams(max_tokens=5, temperature=0.9, top_k=40, top_p=0.95, seed=seed) for seed in range(3)]
     batch = prompts(70)[:3]
-    with Engine(interpreted, options, device=DEVICE) as engine:
+    with Engine(on_device, options, device=DEVICE, attention=ATTENTION) as engine:
         sequences = [engine.submit(token_ids, each) for token_ids, each in zip(batch, how, strict=True)]
         while not engine.idle:
             engine.step()
@@ -202,11 +219,11 @@ def test_sampled_tokens_do_not_depend_on_the_batch(interpreted: LoadedModel, opt
 
 
 def test_a_sequence_that_is_cancelled_at_any_step_leaves_the_others_their_tokens(
-    interpreted: LoadedModel, options: EngineOptions, expected: Generate
+    on_device: LoadedModel, options: EngineOptions, expected: Generate
 ) -> None:
     batch = prompts(80)[:2]
     wanted = expected(batch)
-    with Engine(interpreted, options, device=DEVICE) as engine:
+    with Engine(on_device, options, device=DEVICE, attention=ATTENTION) as engine:
         for steps in (0, 1, 3):
             kept, given_up = engine.submit(batch[0], GREEDY), engine.submit(batch[1], GREEDY)
             for _ in range(steps):
@@ -219,8 +236,8 @@ def test_a_sequence_that_is_cancelled_at_any_step_leaves_the_others_their_tokens
             assert engine.statistics().pool.held == 0
 
 
-def test_logits_are_given_to_those_who_ask_for_them(interpreted: LoadedModel, options: EngineOptions) -> None:
-    with Engine(interpreted, options, device=DEVICE) as engine:
+def test_logits_are_given_to_those_who_ask_for_them(on_device: LoadedModel, options: EngineOptions) -> None:
+    with Engine(on_device, options, device=DEVICE, attention=ATTENTION) as engine:
         for asks in (False, True):
             sequence = engine.submit(prompts()[0], SamplingParams(max_tokens=1, logits=asks))
             tokens = []
@@ -251,11 +268,11 @@ class Cramped:
 
 @pytest.mark.parametrize("tokens_max", [35, 20], ids=["all fit alone", "one does not fit"])
 def test_a_step_without_memory_is_computed_in_parts_and_only_what_does_not_fit_alone_fails(
-    interpreted: LoadedModel, options: EngineOptions, expected: Generate, tokens_max: int
+    on_device: LoadedModel, options: EngineOptions, expected: Generate, tokens_max: int
 ) -> None:
     how = replace(GREEDY, max_tokens=3)
-    decoder = Cramped(interpreted.decoder, tokens_max)
-    with Engine(replace(interpreted, decoder=decoder), options, device=DEVICE) as engine:
+    decoder = Cramped(on_device.decoder, tokens_max)
+    with Engine(replace(on_device, decoder=decoder), options, device=DEVICE, attention=ATTENTION) as engine:
         sequences = [engine.submit(each, how) for each in prompts(700)]
         while not engine.idle:
             engine.step()

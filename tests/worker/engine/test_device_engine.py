@@ -1,4 +1,4 @@
-"""The engine on a device that uses Triton, in a process of its own: Triton decides at import whether kernels are interpreted."""
+"""The engine on a simulated device, in processes of its own: Triton decides at import whether kernels are interpreted."""
 
 from __future__ import annotations
 
@@ -14,10 +14,11 @@ ROOT = Path(__file__).parents[3]
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_with_interpreted_kernels_the_engine_gives_the_cpus_tokens() -> None:
+@pytest.mark.parametrize("interpret", ["1", "0"], ids=["interpreted kernels", "the processor's kernels"])
+def test_the_engine_on_a_device_gives_the_processors_tokens(interpret: str) -> None:
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "tests/worker/engine/device_engine_checks.py"],
-        env=os.environ | {"TRITON_INTERPRET": "1"},
+        env=os.environ | {"TRITON_INTERPRET": interpret},
         cwd=ROOT,
         capture_output=True,
         text=True,

@@ -198,7 +198,8 @@ class SimulatedDevice:
         self.compute: Stream = self._compute
         self.accesses: Accesses | None = _Accesses(self)
         self.known_blocks = torch.empty(0)
-        self._pinned: set[int] = set()
+        self._pinned: dict[int, Tensor] = {}
+        """By address. Kept, so that no memory of the device gets the address of pinned memory that was freed."""
 
     def blocks(self, layout: PageLayout, capacity: int) -> Tensor:
         """See `Device.blocks`. The last ones are those that steps access."""
@@ -220,7 +221,7 @@ class SimulatedDevice:
     def pinned(self, *shape: int, dtype: torch.dtype) -> Tensor:
         """See `Device.pinned`."""
         memory = torch.zeros(shape, dtype=dtype)
-        self._pinned.add(memory.data_ptr())
+        self._pinned[memory.data_ptr()] = memory
         return memory
 
     def transfer(self, source: Tensor, target: Tensor) -> Event:
