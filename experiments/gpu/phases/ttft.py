@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 from attnstore.core.layout import DType
 from attnstore.testing import StoreProcess
-from attnstore_worker.cache import open_store
+from attnstore_worker.cache import PageStore, open_store
 from attnstore_worker.engine import Engine, EngineOptions, SamplingParams
 from attnstore_worker.model import LoadedModel
 from attnstore_worker.random_models import SMOLLM2_135M, random_model
@@ -17,6 +17,9 @@ from experiments.gpu.phase import Phase
 _BLOCK_TOKENS = 16
 _DEADLINE_MS = 30_000
 _TURNS = 3
+_DECODES = 4
+_STEPS = 30
+_STEPS_MAX = 4_000
 
 
 def run(phase: Phase) -> None:
@@ -55,7 +58,36 @@ def _from_a_node(phase: Phase, model: LoadedModel, options: EngineOptions, promp
                 phase.rows.check(f"pages were written to the node, turn {turn}", engine.flush(_DEADLINE_MS))
                 read = engine.statistics().remote.pages_read
         phase.rows.check("the node had the prompts", read > 0, f"{read} pages")
+        _beside_a_swap_in(phase, model, options, store, prompts[0])
         return _median(times)
+
+
+def _beside_a_swap_in(phase: Phase, model: LoadedModel, options: EngineOptions, store: PageStore, prompt: list[int]) -> None:
+    """Compares decode steps while the pages of a prompt come from a node with those before it."""
+    with Engine(model, options, store=store, device=phase.device) as engine:
+        engine.warm_up()
+        decoding = SamplingParams(max_tokens=_STEPS_MAX)
+        for number in range(_DECODES):
+            engine.submit([3 + number, 4, 5], decoding)
+        while engine.batching().tokens_generated < _DECODES:
+            engine.step()
+        alone = [_step_ms(engine) for _ in range(_STEPS)]
+        swapped_in = engine.submit(prompt, SamplingParams(max_tokens=1))
+        beside: list[float] = []
+        while swapped_in.first_token_ms is None and len(beside) < _STEPS_MAX // 2:
+            took_ms = _step_ms(engine)
+            if engine.batching().loading:
+                beside.append(took_ms)
+        phase.rows.check("decodes go on beside a swap-in", swapped_in.first_token_ms is not None)
+    if phase.timings and beside:
+        before, during = _median(alone), _median(beside)
+        phase.compare("decode step beside a swap-in", during, "ms", "alone", during / before, targets.DECODE_BESIDE_SWAP_IN)
+
+
+def _step_ms(engine: Engine) -> float:
+    begin = time.perf_counter()
+    engine.step()
+    return (time.perf_counter() - begin) * 1e3
 
 
 def _ttft_ms(engine: Engine, prompt: list[int]) -> float:
