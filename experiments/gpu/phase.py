@@ -5,7 +5,6 @@ Owns: `Phase`, what every phase is given, and the choice of a phase by name. Inv
 
 from __future__ import annotations
 
-import argparse
 import importlib
 import time
 import traceback
@@ -14,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
+from attnstore.command_line import CommandParser
 from attnstore_worker.device.base import Device, Event, Wait
 from attnstore_worker.device.factory import open_device
 from experiments.gpu.results import Figure, Rows, Target, ceiling
@@ -93,7 +93,7 @@ def _wait(events: Sequence[Event]) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a phase. Returns the number of wrong checks, at most 100; 101 if the phase raised."""
-    parser = argparse.ArgumentParser(prog="python -m experiments.gpu.phase")
+    parser = CommandParser(prog="python -m experiments.gpu.phase")
     parser.add_argument("name")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--device", required=True)

@@ -170,10 +170,10 @@ def test_all_partials_empty_give_an_empty_row() -> None:
 @pytest.mark.parametrize(
     "change",
     [
-        {"outs": torch.zeros(1, 3, 2, 16, device=DEVICE)},
-        {"lses": torch.zeros(1, 2, 2, dtype=torch.float64, device=DEVICE)},
-        {"row_ids": torch.zeros(2, dtype=torch.int64, device=DEVICE)},
-        {"outs": torch.zeros(1, 2, 16, 2, device=DEVICE).transpose(2, 3)},
+        {"outs": torch.zeros(1, 3, 2, 16)},
+        {"lses": torch.zeros(1, 2, 2, dtype=torch.float64)},
+        {"row_ids": torch.zeros(2, dtype=torch.int64)},
+        {"outs": torch.zeros(1, 2, 16, 2).transpose(2, 3)},
     ],
     ids=["rows", "type", "ids", "order"],
 )
@@ -185,7 +185,7 @@ def test_partials_that_do_not_match_are_refused(change: dict[str, Tensor]) -> No
         "lses": torch.zeros(1, 2, 2, device=DEVICE),
     }
     with pytest.raises(InvalidArgument):
-        merge_partials(**{**fitting, **change})
+        merge_partials(**{**fitting, **{name: value.to(DEVICE) for name, value in change.items()}})
 
 
 def test_pages_survive_a_gather_and_a_scatter() -> None:

@@ -27,12 +27,12 @@ _SEED = 11
 
 def run(phase: Phase) -> None:
     """Compares bytes, then measures."""
-    for name, layout in _PAGES.items():
+    for name, layout in list(_PAGES.items())[-1:] if phase.quick else _PAGES.items():
         _copies(phase, name, layout)
 
 
 def _copies(phase: Phase, name: str, layout: PageLayout) -> None:
-    size_bytes = (8 * MIB if phase.quick else GIB) // layout.page_bytes * layout.page_bytes
+    size_bytes = (2 * MIB if phase.quick else GIB) // layout.page_bytes * layout.page_bytes
     pages = size_bytes // layout.page_bytes
     host, blocks = phase.device.host_pages(layout, 2 * size_bytes), phase.device.blocks(layout, 2 * pages)
     copies = phase.device.copies(blocks)

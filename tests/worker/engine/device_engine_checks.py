@@ -31,7 +31,7 @@ from attnstore_worker.testing import FixedPlanner, MemoryStore
 
 BLOCK_TOKENS = 16
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-GREEDY = SamplingParams(max_tokens=8 if INTERPRETED else 64)
+GREEDY = SamplingParams(max_tokens=4 if INTERPRETED else 64)
 ATTENTION = None if INTERPRETED else create_attention("cpu")
 LENGTHS = (3, 16, 17, 40)
 
