@@ -25,7 +25,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--quick", action="store_true", help="one scenario for each wait, and one engine")
     arguments = parser.parse_args(argv)
     logging.disable(logging.ERROR)  # of a load or a write that meets a race
-    report = measure(quick=arguments.quick)
+    try:
+        report = measure(quick=arguments.quick)
+    finally:
+        logging.disable(logging.NOTSET)
     print(f"{len(report.caught)} of {len(report.waits)} waits noticed; {report.unsynchronised} races with all of them")
     if arguments.json is not None:
         arguments.json.write_text(json.dumps(asdict(report), indent=2) + "\n")

@@ -127,6 +127,7 @@ def test_neither_do_nodes_that_hand_pages_over_nor_clients_of_a_cluster(behind_p
     with RedisServer() as directory:
         member = ("--capacity", "1MiB", "--directory", directory.url)
         with StoreProcess(*member, "--node-id", "ada") as ada, attnstore.connect(directory.url) as client:
+            assert eventually(lambda: '"ada"' in status_of(directory.url), 20)
             client.register_layout(batch.namespace, SMALL)
             client.write(batch.namespace, batch.hashes, batch.pages)
             with StoreProcess(*member, "--node-id", "bob") as bob:
