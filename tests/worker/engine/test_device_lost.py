@@ -122,6 +122,8 @@ async def test_a_device_that_is_lost_under_a_load_ends_its_stream(tiny: LoadedMo
         device.lost = True
         with pytest.raises(AttnStoreError):
             await asyncio.wait_for(tokens_of(await front.submit(prompt(0), LONG)), END_S)
+        with pytest.raises(Unavailable):  # the engine ends soon after the stream
+            await asyncio.wait_for(front.submit(prompt(1), LONG), END_S)
         assert not front.alive
     assert engine.statistics().pool.held == 0
     engine.check()
