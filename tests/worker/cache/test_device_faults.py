@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -16,13 +16,14 @@ from attnstore.core.hashing import block_hashes
 from attnstore.types import PageStatus, ReadResult
 from attnstore_worker.cache.moving.load import LoadEnd, LoadPlan
 from attnstore_worker.cache.moving.staging import PART_PAGES_MAX, STAGING_PARTS, part_deadline_ms
-from attnstore_worker.device.base import After, Copies, Event
+from attnstore_worker.device.base import Copies
 from attnstore_worker.device.simulated import Schedule, SimulatedDevice
 from attnstore_worker.errors import DeviceLost
 from attnstore_worker.testing import FixedPlanner, MemoryStore
 from experiments.device_faults.caches import ALL, LAYERS, filled
 from experiments.device_faults.worker import LAYOUT, NAMESPACE, WAIT_MS, DeviceWorker, prompt_of
 from tests.samples import eventually
+from tests.worker.device.watched_copies import WatchedCopies
 
 SCHEDULES: tuple[Schedule, ...] = ("early", "late")
 
@@ -37,37 +38,15 @@ class LosesDevice(SimulatedDevice):
         self.went_up: list[int] = []
 
     def copies(self, blocks: Tensor) -> Copies:
-        return _LosingCopies(self, super().copies(blocks))
+        return WatchedCopies(super().copies(blocks), self._submitting)
 
-
-class _LosingCopies:
-    def __init__(self, device: LosesDevice, copies: Copies) -> None:
-        self._device = device
-        self._copies = copies
-
-    def up(
-        self,
-        host: Tensor,
-        slots: Sequence[int],
-        block_ids: Sequence[int],
-        *,
-        after: Iterable[After] = (),
-        layers: range | None = None,
-    ) -> Event:
-        self._submit("up")
-        if layers is None or len(layers) == LAYOUT.layers:
-            self._device.went_up += block_ids
-        return self._copies.up(host, slots, block_ids, after=after, layers=layers)
-
-    def down(self, block_ids: Sequence[int], host: Tensor, slots: Sequence[int], *, after: Iterable[After] = ()) -> Event:
-        self._submit("down")
-        return self._copies.down(block_ids, host, slots, after=after)
-
-    def _submit(self, direction: str) -> None:
-        if direction == self._device.direction:
-            self._device.calls_left -= 1
-            if self._device.calls_left < 0:
+    def _submitting(self, direction: str, block_ids: Sequence[int], layers: range | None) -> None:
+        if direction == self.direction:
+            self.calls_left -= 1
+            if self.calls_left < 0:
                 raise DeviceLost("the device is lost on purpose")
+        if direction == "up" and (layers is None or len(layers) == LAYOUT.layers):
+            self.went_up += block_ids
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable
 
 import pytest
 from torch import Tensor
 
 from attnstore.attention import create_attention
 from attnstore.errors import AttnStoreError, Unavailable
-from attnstore_worker.device.base import After, Copies, Event, Wait
+from attnstore_worker.device.base import Copies, Event, Wait
 from attnstore_worker.device.simulated import SimulatedDevice
 from attnstore_worker.engine import AsyncEngine, Engine, EngineOptions, SamplingParams, TokenStream
 from attnstore_worker.errors import DeviceLost
 from attnstore_worker.model import LoadedModel
 from attnstore_worker.testing import MemoryStore
+from tests.worker.device.watched_copies import WatchedCopies
 
 LONG = SamplingParams(max_tokens=200)
 END_S = 30.0
@@ -40,7 +41,7 @@ class LosableDevice(SimulatedDevice):
         return _LosableEvent(super().transfer(source, target), self.lose)
 
     def copies(self, blocks: Tensor) -> Copies:
-        return _LosableCopies(super().copies(blocks), self.lose)
+        return WatchedCopies(super().copies(blocks), lambda *_: self.lose())
 
 
 class _LosableEvent:
@@ -54,28 +55,6 @@ class _LosableEvent:
     def wait(self, wait: Wait) -> None:
         self._lose()
         self._event.wait(wait)
-
-
-class _LosableCopies:
-    def __init__(self, copies: Copies, lose: Callable[[], None]) -> None:
-        self._copies = copies
-        self._lose = lose
-
-    def up(
-        self,
-        host: Tensor,
-        slots: Sequence[int],
-        block_ids: Sequence[int],
-        *,
-        after: Iterable[After] = (),
-        layers: range | None = None,
-    ) -> Event:
-        self._lose()
-        return self._copies.up(host, slots, block_ids, after=after, layers=layers)
-
-    def down(self, block_ids: Sequence[int], host: Tensor, slots: Sequence[int], *, after: Iterable[After] = ()) -> Event:
-        self._lose()
-        return self._copies.down(block_ids, host, slots, after=after)
 
 
 def prompt(number: int) -> list[int]:

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Final, Literal
@@ -20,9 +19,8 @@ import torch
 from torch import Tensor
 
 from attnstore.core.layout import PageLayout
-from attnstore_worker.device.base import Accesses, After, Copies, Event, Graph, Stream, Timer, Wait
-from attnstore_worker.device.host import HostGraph, HostTimer
-from attnstore_worker.device.pages import PagePool
+from attnstore_worker.device.base import After, Copies, Event, Wait
+from attnstore_worker.device.host import HostDevice
 from attnstore_worker.device.races import HOST, Clock, Place, Races
 
 Schedule = Literal["early", "late"]
@@ -178,15 +176,17 @@ class _Accesses:
             self._device.races.accesses(HOST, site, self._device.places(host, slots), writes=writes)
 
 
-class SimulatedDevice:
-    """See `Device`. `races.found` lists every race, also those whose exception was caught by others."""
+class SimulatedDevice(HostDevice):
+    """See `Device`: the processor, but for copies and what is known of accesses. `races.found` lists every race, also those whose
+    exception was caught by others.
+    """
 
     name = "simulated"
-    description = "simulated device"
-    torch_device = torch.device("cpu")
     addressable = False
 
     def __init__(self, schedule: Schedule = "late", *, without: Wait | None = None, uses_triton: bool = False) -> None:
+        super().__init__()
+        self.description = "simulated device"
         self.schedule = schedule
         self.without = without
         self.uses_triton = uses_triton
@@ -195,32 +195,20 @@ class SimulatedDevice:
         self.up = _Stream(self, "up")
         self.down = _Stream(self, "down")
         self._compute = _Stream(self, "compute")
-        self.compute: Stream = self._compute
-        self.accesses: Accesses | None = _Accesses(self)
+        self.compute = self._compute
+        self.accesses = _Accesses(self)
         self.known_blocks = torch.empty(0)
         self._pinned: dict[int, Tensor] = {}
         """By address. Kept, so that no memory of the device gets the address of pinned memory that was freed."""
 
     def blocks(self, layout: PageLayout, capacity: int) -> Tensor:
         """See `Device.blocks`. The last ones are those that steps access."""
-        self.known_blocks = PagePool(layout, capacity * layout.page_bytes).tensor
+        self.known_blocks = super().blocks(layout, capacity)
         return self.known_blocks
-
-    def host_pages(self, layout: PageLayout, pool_bytes: int) -> PagePool:
-        """See `Device.host_pages`."""
-        return PagePool(layout, pool_bytes)
-
-    def register(self, host: Tensor) -> bool:
-        """See `Device.register`."""
-        del host
-        return True
-
-    def unregister(self, host: Tensor) -> None:
-        """See `Device.unregister`."""
 
     def pinned(self, *shape: int, dtype: torch.dtype) -> Tensor:
         """See `Device.pinned`."""
-        memory = torch.zeros(shape, dtype=dtype)
+        memory = super().pinned(*shape, dtype=dtype)
         self._pinned[memory.data_ptr()] = memory
         return memory
 
@@ -236,22 +224,6 @@ class SimulatedDevice:
     def copies(self, blocks: Tensor) -> Copies:
         """See `Device.copies`."""
         return _SimulatedCopies(self, blocks)
-
-    def free_bytes(self) -> int | None:
-        """See `Device.free_bytes`."""
-        return None
-
-    def timer(self) -> Timer:
-        """See `Device.timer`."""
-        return HostTimer()
-
-    def submitting(self) -> AbstractContextManager[None]:
-        """See `Device.submitting`."""
-        return nullcontext()
-
-    def capture(self, work: Callable[[], None]) -> Graph:
-        """See `Device.capture`."""
-        return HostGraph(work)
 
     def close(self) -> None:
         """See `Device.close`."""

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from attnstore.attention import AttentionBackend
 from attnstore_worker.cache.attending.contexts import RemoteAttention
+from attnstore_worker.cache.attending.step import RemoteStep
 from attnstore_worker.device.base import Device, Event, Graph, Wait
 from attnstore_worker.engine.device_sampler import NOT_FINITE, draw
 from attnstore_worker.engine.runner import Drawn, note_accesses, noting_accesses
@@ -118,19 +119,20 @@ class DeviceRunner:
             if len(inputs.rows) == 0:
                 return _DeviceDrawn(self._device, chunks, logits, self._tokens[:0], None)
             greedy = all(chunk.sequence.sampling.temperature == 0.0 for chunk in chunks if chunk.gives_token)
-            tokens = self._tokens[: len(inputs.rows)]
-            event = self._device.transfer(draw(logits, inputs, greedy=greedy), tokens)
-            return _DeviceDrawn(self._device, chunks, logits, tokens, event)
+            return self._drawn(chunks, inputs, logits, greedy=greedy)
 
     def run_resident(self, chunks: Items[Chunk]) -> list[int]:
         """See `Runner.run_resident`."""
         with self._device.submitting(), torch.inference_mode():
             inputs, logits = self._logits(chunks, at_once, None)
-            tokens = self._tokens[: len(inputs.rows)]
-            drawn = _DeviceDrawn(
-                self._device, chunks, logits, tokens, self._device.transfer(draw(logits, inputs, greedy=True), tokens)
-            )
+            drawn = self._drawn(chunks, inputs, logits, greedy=True)
         return [drawn.rows(index)[-1] for index in range(len(chunks))]
+
+    def _drawn(self, chunks: Items[Chunk], inputs: Inputs, logits: Tensor, *, greedy: bool) -> _DeviceDrawn:
+        """Draws from every row, and submits the transfer of the tokens."""
+        tokens = self._tokens[: len(inputs.rows)]
+        event = self._device.transfer(draw(logits, inputs, greedy=greedy), tokens)
+        return _DeviceDrawn(self._device, chunks, logits, tokens, event)
 
     def _logits(
         self, chunks: Items[Chunk], before_layer: Callable[[int], None], attended: RemoteAttention | None
@@ -148,6 +150,9 @@ class DeviceRunner:
         inputs = self._tables.fill(chunks)
         if self._device.accesses is not None:
             before_layer = noting_accesses(self._device, chunks, before_layer)
+        return inputs, self._computed(inputs, before_layer, remote)
+
+    def _computed(self, inputs: Inputs, before_layer: Callable[[int], None], remote: RemoteStep | None) -> Tensor:
         step = PagedStep(
             backend=self._attention,
             pool=self._pool,
@@ -159,22 +164,12 @@ class DeviceRunner:
             before_layer=before_layer,
             remote=remote,
         )
-        return inputs, self._decoder.logits(inputs.token_ids, inputs.positions, inputs.rows, step)
+        return self._decoder.logits(inputs.token_ids, inputs.positions, inputs.rows, step)
 
     def _compute_captured(self, rows: int, inputs: Inputs) -> None:
         """Computes the logits of all rows of a decode step, of which the replayed step selects its own."""
-        step = PagedStep(
-            backend=self._attention,
-            pool=self._pool,
-            slot_blocks=inputs.slot_blocks,
-            slot_offsets=inputs.slot_offsets,
-            block_tables=inputs.block_tables,
-            context_lens=inputs.context_lens,
-            query_starts=inputs.query_starts,
-            before_layer=at_once,
-        )
         with torch.inference_mode():
-            self._captured[rows] = self._decoder.logits(inputs.token_ids, inputs.positions, inputs.rows, step)
+            self._captured[rows] = self._computed(inputs, at_once, None)
 
     def _graph_rows(self, chunks: Items[Chunk]) -> int | None:
         """Returns the rows of the graph for these chunks; None if there is none."""
