@@ -6,8 +6,8 @@ import os
 import shutil
 from pathlib import Path
 
+from attnstore_worker.file_digests import cache_dir
 from attnstore_worker.model import load_model
-from attnstore_worker.model.conversion import cache_dir
 
 _USER = 10001
 

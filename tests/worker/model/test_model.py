@@ -15,7 +15,7 @@ from attnstore.core.layout import DType
 from attnstore_worker.cli import main
 from attnstore_worker.errors import ModelUnavailable
 from attnstore_worker.model import LoadedModel, export_model, find_model, load_model
-from attnstore_worker.model.conversion import cache_dir, converted_model
+from attnstore_worker.model.conversion import converted_model
 from attnstore_worker.model_source import FolderSource, GgufSource, weights_digest
 
 
@@ -58,12 +58,6 @@ def test_a_cache_that_cannot_be_written_says_which_variable_moves_it(tmp_path: P
     assert isinstance(source, GgufSource)
     with pytest.raises(ModelUnavailable, match="ATTNSTORE_CACHE_DIR"):
         converted_model(source, b"d" * 32, tmp_path)
-
-
-def test_the_cache_is_where_the_environment_says() -> None:
-    assert cache_dir({"ATTNSTORE_CACHE_DIR": "/a"}) == Path("/a")
-    assert cache_dir({"XDG_CACHE_HOME": "/b"}) == Path("/b/attnstore")
-    assert cache_dir({}) == Path.home() / ".cache" / "attnstore"
 
 
 def test_a_folder_with_damaged_weights_is_a_clear_error(tiny_folder: Path, tmp_path: Path) -> None:

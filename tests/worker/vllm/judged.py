@@ -16,6 +16,7 @@ NAMED: Final = {
     "CacheConfig": "block_size kv_cache_layout prefix_caching_hash_algo sliding_window",
     "ParallelConfig": "tensor_parallel_size",
     "AttentionConfig": "backend backend_per_kind",
+    "LoadConfig": "download_dir ignore_patterns",
 }
 REFUSED: Final = {
     "VllmConfig": "additional_config diffusion_config weight_transfer_config",
@@ -95,7 +96,7 @@ NO_EFFECT: Final = {
         "flex_attn_block_n flex_attn_kv_block_size flex_attn_q_block_size use_prefill_query_quantization use_trtllm_attention"
     ),
     "LoadConfig": (
-        "device download_dir ignore_patterns model_loader_extra_config pt_load_map_location safetensors_load_strategy "
+        "device model_loader_extra_config pt_load_map_location safetensors_load_strategy "
         "safetensors_prefetch_block_size safetensors_prefetch_num_threads use_tqdm_on_load"
     ),
     "KVTransferConfig": "engine_id kv_buffer_device kv_connector kv_connector_extra_config kv_connector_module_path kv_port",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from enum import IntEnum
 from types import SimpleNamespace
 from typing import Any
 
@@ -19,6 +20,22 @@ class MLAAttentionSpec(FullAttentionSpec):
     """A subclass in vLLM too."""
 
 
+KINDS_THAT_ARE_REFUSED = [
+    type(name, (FullAttentionSpec,), {})
+    for name in (
+        "SlidingWindowSpec", "SlidingWindowMLASpec", "MambaSpec", "CrossAttentionSpec", "EncoderOnlyAttentionSpec",
+        "ChunkedLocalAttentionSpec", "SinkFullAttentionSpec", "UniformTypeKVCacheSpecs", "HiddenStateCacheSpec", "RSWASpec",
+    )
+]  # fmt: skip
+
+
+class KVQuantMode(IntEnum):
+    """vLLM's enumeration, in part."""
+
+    FP8_PER_TENSOR = 1
+    FP8_PER_TOKEN_HEAD = 3
+
+
 def spec_of(kind: type[FullAttentionSpec] = FullAttentionSpec, **fields: Any) -> FullAttentionSpec:
     neutral = {
         "kv_quant_mode": 0,
@@ -26,13 +43,14 @@ def spec_of(kind: type[FullAttentionSpec] = FullAttentionSpec, **fields: Any) ->
         "tokens_per_state": 1,
         "page_size_padded": None,
         "state_content_bytes": None,
+        **({"model_version": None, "cache_role": "sparse", "is_index_group_leader": False} if kind is MLAAttentionSpec else {}),
     }
     return kind(**{"block_size": 16, **neutral, **fields})
 
 
 def cache_of(*specs: FullAttentionSpec, hash_block_size: int | None = 16, draft: bool = False) -> Any:
     groups = [SimpleNamespace(kv_cache_spec=spec, is_eagle_group=draft) for spec in specs or (spec_of(),)]
-    return SimpleNamespace(kv_cache_groups=groups, hash_block_size=hash_block_size)
+    return SimpleNamespace(kv_cache_groups=groups, hash_block_size=hash_block_size, kv_tp_replicas=1)
 
 
 def config_of(**values: Any) -> Any:
@@ -58,6 +76,8 @@ def test_what_is_served_passes() -> None:
     without_speculation.speculative_config = None
     check(without_speculation)
     check(config_of(), cache_of(spec_of(sliding_window=128)))
+    check(config_of(**{"cache_config.cache_dtype": "fp8"}), cache_of(spec_of(kv_quant_mode=KVQuantMode.FP8_PER_TENSOR)))
+    check(config_of(), cache_of(spec_of(MLAAttentionSpec)))
 
 
 OTHER_VALUES: dict[str, list[Any]] = {
@@ -65,7 +85,14 @@ OTHER_VALUES: dict[str, list[Any]] = {
     "parallel_config.prefill_context_parallel_size": [2],
     "parallel_config.decode_context_parallel_size": [2],
     "cache_config.prefix_caching_hash_algo": ["xxhash", "xxhash_cbor"],
-    "cache_config.cache_dtype": ["fp8", "fp8_e5m2", "int8_per_token_head", "nvfp4", "turboquant_4bit_nc"],
+    "cache_config.cache_dtype": [
+        "fp8_inc",
+        "fp8_ds_mla",
+        "fp8_per_token_head",
+        "int8_per_token_head",
+        "nvfp4",
+        "turboquant_4bit_nc",
+    ],
     "attention_config.use_non_causal": [True],
     "model_config.runner_type": ["pooling"],
     "model_config.is_diffusion": [True],
@@ -95,8 +122,8 @@ def test_an_option_that_is_not_served_is_refused_by_its_name(path: str, value: A
 
 
 def test_all_that_is_refused_is_told_at_once() -> None:
-    config = config_of(**{"parallel_config.decode_context_parallel_size": 2, "cache_config.cache_dtype": "fp8"})
-    with pytest.raises(InvalidArgument, match=r"--decode-context-parallel-size is 2.*--kv-cache-dtype is fp8"):
+    config = config_of(**{"parallel_config.decode_context_parallel_size": 2, "cache_config.cache_dtype": "nvfp4"})
+    with pytest.raises(InvalidArgument, match=r"--decode-context-parallel-size is 2.*--kv-cache-dtype is nvfp4"):
         check(config)
 
 
@@ -113,8 +140,11 @@ def test_weights_that_are_not_the_models_files_need_a_name(load_format: str) -> 
     ("cache", "named"),
     [
         (cache_of(spec_of(), spec_of()), "2 KV cache groups"),
-        (cache_of(spec_of(MLAAttentionSpec)), "MLAAttentionSpec"),
-        (cache_of(spec_of(kv_quant_mode=1)), "kv_quant_mode"),
+        *((cache_of(spec_of(kind)), f"KV cache is a {kind.__name__}") for kind in KINDS_THAT_ARE_REFUSED),
+        (cache_of(spec_of(kv_quant_mode=KVQuantMode.FP8_PER_TOKEN_HEAD)), "kv_quant_mode .* is FP8_PER_TOKEN_HEAD"),
+        (cache_of(spec_of(MLAAttentionSpec, model_version="deepseek_v4")), "model_version"),
+        (cache_of(spec_of(MLAAttentionSpec, cache_role="indexer")), "cache_role"),
+        (cache_of(spec_of(MLAAttentionSpec, is_index_group_leader=True)), "is_index_group_leader"),
         (cache_of(spec_of(non_causal=True)), "non_causal"),
         (cache_of(spec_of(tokens_per_state=4)), "tokens_per_state"),
         (cache_of(spec_of(page_size_padded=4_096)), "page_size_padded"),
@@ -129,11 +159,24 @@ def test_a_cache_whose_blocks_are_not_k_and_v_of_their_tokens_is_refused(cache: 
         check(config_of(), cache)
 
 
+def test_scales_that_an_engine_computes_are_refused() -> None:
+    config = config_of()
+    config.cache_config.calculate_kv_scales = True
+    with pytest.raises(InvalidArgument, match="--calculate-kv-scales"):
+        check(config)
+    config.cache_config.calculate_kv_scales = False
+    check(config)
+
+
 def test_a_vllm_that_lacks_a_field_is_refused() -> None:
     config = config_of()
     del config.parallel_config.decode_context_parallel_size
     with pytest.raises(InvalidArgument, match=r"this vLLM has no parallel_config\.decode_context_parallel_size"):
         check(config)
+    cache = cache_of()
+    del cache.kv_tp_replicas
+    with pytest.raises(InvalidArgument, match="this vLLM has no kv_tp_replicas"):
+        check(config_of(), cache)
 
 
 def test_requests_whose_content_vllms_hashes_do_not_name_pass_the_store_by() -> None:

@@ -1,6 +1,6 @@
 """GGUF files converted once into a Hugging Face folder, because reading a GGUF file takes 18 s and reading the folder 0.4 s.
 
-Owns: the cache of converted models below `ATTNSTORE_CACHE_DIR` (default `~/.cache/attnstore`).
+Owns: the converted models in the cache folder (`file_digests.cache_dir`).
 Invariant: a folder under its final name is complete: it is written under another name and renamed, so processes may race.
 """
 
@@ -8,11 +8,9 @@ from __future__ import annotations
 
 import importlib
 import io
-import os
 import shutil
 import sys
 import tempfile
-from collections.abc import Mapping
 from contextlib import nullcontext, redirect_stderr
 from pathlib import Path
 from typing import Any, Final
@@ -21,21 +19,14 @@ import torch
 import transformers
 from safetensors.torch import save_file
 
-from attnstore.environment import variable, variable_name
+from attnstore.environment import variable_name
 from attnstore_worker.errors import ModelUnavailable
+from attnstore_worker.file_digests import cache_dir
 from attnstore_worker.model.checkpoint import read_module
 from attnstore_worker.model_source import FolderSource, GgufSource, find_model, weights_digest
 
 _GGUF_PACKAGES: Final = ("accelerate", "gguf")
 """Imported by transformers, whose error for a missing package looks like that for a damaged file."""
-
-
-def cache_dir(environment: Mapping[str, str] = os.environ) -> Path:
-    """Returns the folder of converted models."""
-    configured = variable("cache_dir", environment)
-    if configured is not None:
-        return Path(configured)
-    return Path(environment.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "attnstore"
 
 
 def converted_model(source: GgufSource, digest: bytes, cache: Path) -> FolderSource:
@@ -69,7 +60,10 @@ def model_folder(path: Path | None, cache: Path | None = None) -> FolderSource:
     Raises `ModelUnavailable`.
     """
     source = find_model(path)
-    return converted_model(source, weights_digest(source), cache or cache_dir()) if isinstance(source, GgufSource) else source
+    if not isinstance(source, GgufSource):
+        return source
+    cache = cache or cache_dir()
+    return converted_model(source, weights_digest(source, cache), cache)
 
 
 def export_model(path: Path | None, folder: Path, cache: Path | None = None) -> None:
@@ -80,7 +74,8 @@ def export_model(path: Path | None, folder: Path, cache: Path | None = None) -> 
     source = find_model(path)
     if not isinstance(source, GgufSource):
         raise ModelUnavailable(f"{source.path} is a Hugging Face folder already; only a .gguf file is converted")
-    converted = converted_model(source, weights_digest(source), cache or cache_dir())
+    cache = cache or cache_dir()
+    converted = converted_model(source, weights_digest(source, cache), cache)
     try:
         shutil.copytree(converted.path, folder)
     except (OSError, shutil.Error) as error:

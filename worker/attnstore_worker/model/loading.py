@@ -21,11 +21,12 @@ from attnstore_worker.device.base import Device
 from attnstore_worker.device.host import HostDevice
 from attnstore_worker.dtypes import TORCH_DTYPES
 from attnstore_worker.errors import DeviceLost, ModelUnavailable, OutOfDeviceMemory
+from attnstore_worker.file_digests import cache_dir
 from attnstore_worker.fingerprint import config_fields, fingerprint
 from attnstore_worker.model.attention import ATTENTION_NAME, register_attention
 from attnstore_worker.model.checkpoint import read_module
 from attnstore_worker.model.context import context_tokens_max
-from attnstore_worker.model.conversion import cache_dir, converted_model
+from attnstore_worker.model.conversion import converted_model
 from attnstore_worker.model.decoder import Decoder, attention_on, create_decoder
 from attnstore_worker.model.self_test import AttentionKind, SelfTest
 from attnstore_worker.model_source import FolderSource, GgufSource, find_model, weights_digest
@@ -87,8 +88,9 @@ def load_model(
     device = device or HostDevice()
     attention = attention_on(device)  # first, because its packages may be missing, and reading weights takes long
     source = find_model(path)
-    digest = weights_digest(source)
-    folder = converted_model(source, digest, cache or cache_dir()) if isinstance(source, GgufSource) else source
+    cache = cache or cache_dir()
+    digest = weights_digest(source, cache)
+    folder = converted_model(source, digest, cache) if isinstance(source, GgufSource) else source
     with device.submitting():
         module, tokenizer = _read_folder(folder, dtype, device)
         return ready_model(

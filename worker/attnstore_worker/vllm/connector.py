@@ -13,6 +13,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import psutil  # one of vLLM's packages
 from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorBase_V1,
     KVConnectorHandshakeMetadata,
@@ -32,7 +33,7 @@ from attnstore_worker.cache.planning.observation import Step
 from attnstore_worker.cache.store.remote import RemoteTier
 from attnstore_worker.cache.store.transfer import Transfer
 from attnstore_worker.vllm.gate import Gate
-from attnstore_worker.vllm.identity import kv_settings, page_layout, vllm_namespace
+from attnstore_worker.vllm.identity import Shard, block_order, kv_settings, page_layout, shard_of, vllm_namespace
 from attnstore_worker.vllm.kv_pages import KvPages
 from attnstore_worker.vllm.plan import BlockPlan, StepPlan
 from attnstore_worker.vllm.probe import probe_link
@@ -89,7 +90,9 @@ class AttnStoreConnector(KVConnectorBase_V1):
         self._layer_block_bytes = int(kv_cache_config.kv_cache_groups[0].kv_cache_spec.page_size_bytes)
         # The scheduler matches the pages of rank 0. Another rank that lacks a page reports its block, and vLLM computes the block.
         rank = 0 if role is KVConnectorRole.SCHEDULER else _tensor_parallel_rank()
-        self._layout = _layout(vllm_config, kv_cache_config, rank)
+        tp_size = int(vllm_config.parallel_config.tensor_parallel_size)
+        self._shard = shard_of(rank, tp_size=tp_size, replicas=int(kv_cache_config.kv_tp_replicas))
+        self._layout = _layout(kv_cache_config, self._shard)
         self._store = attnstore.connect(
             self._settings.store,
             deadline_ms=self._settings.load_ms_max,
@@ -108,7 +111,12 @@ class AttnStoreConnector(KVConnectorBase_V1):
             self._prober = ThreadPoolExecutor(1, "attnstore-probe")
 
     def _namespace(self, order: str) -> Namespace:
-        settings = kv_settings(self._vllm_config, self._kv_cache_config, model_id=self._settings.model_id)
+        settings = kv_settings(
+            self._vllm_config,
+            self._kv_cache_config,
+            model_id=self._settings.model_id,
+            loaded_since_s=psutil.Process().create_time(),
+        )
         return vllm_namespace(self._layout, {**settings, "order": order}, tenant_salt=self._settings.tenant_salt)
 
     # Scheduler
@@ -222,7 +230,7 @@ class AttnStoreConnector(KVConnectorBase_V1):
     def register_kv_caches(self, kv_caches: dict[str, Tensor]) -> None:
         """See the base class."""
         pages = KvPages([kv_caches[name] for name in self._layer_names], self._layer_block_bytes)
-        self._order = _memory_order(self._vllm_config, self._layer_names)
+        self._order = _order(self._vllm_config, self._layer_names)
         deadline_ms, clock = self._settings.load_ms_max, self._clock
         tier = RemoteTier(self._store, self._namespace(self._order), self._layout, deadline_ms=deadline_ms, clock=clock)
         self._transfers = Transfers(tier, pages, clock, save_bytes_max=self._settings.save_bytes_max)
@@ -253,7 +261,7 @@ class AttnStoreConnector(KVConnectorBase_V1):
         plan = self._plan()
         if plan.chunks:
             self._steps.append(Step(self._step_began_ms, self._clock.now_ms(), plan.chunks))
-        if plan.saves and self._transfers is not None:
+        if plan.saves and self._shard.writes and self._transfers is not None:
             self._transfers.save(plan.saves)
 
     def get_finished(self, finished_req_ids: set[str]) -> tuple[set[str] | None, set[str] | None]:  # noqa: ARG002
@@ -295,29 +303,24 @@ def _tensor_parallel_rank() -> int:
     return int(get_tensor_model_parallel_rank())
 
 
-def _memory_order(vllm_config: Any, layer_names: Sequence[str]) -> str:
-    """The order of K and V in a block, which the attention backend chooses; on a CPU it packs keys for the CPU's instructions."""
+def _order(vllm_config: Any, layer_names: Sequence[str]) -> str:
     from vllm import envs
     from vllm.config import get_layers_from_vllm_config
     from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
+    from vllm.platforms import current_platform
 
-    orders = {f"rocm_shuffle={envs.VLLM_ROCM_SHUFFLE_KV_CACHE_LAYOUT}"}
-    for name, layer in get_layers_from_vllm_config(vllm_config, AttentionLayerBase, layer_names).items():
-        backend = layer.get_attn_backend()
-        packing = getattr(layer, "isa", None)
-        if backend.get_name() == "CPU_ATTN" and packing is None:
-            raise InvalidArgument(f"vLLM's layer {name} does not report the instructions for which its keys are packed")
-        orders.add(f"{backend.get_name()}/{packing}")
-    return " ".join(sorted(orders))
+    layers = get_layers_from_vllm_config(vllm_config, AttentionLayerBase, layer_names)
+    platform = f"rocm_shuffle={envs.VLLM_ROCM_SHUFFLE_KV_CACHE_LAYOUT} fnuz={current_platform.is_fp8_fnuz()}"
+    return block_order({name: layers[name] for name in layer_names}, platform)
 
 
-def _layout(vllm_config: Any, kv_cache_config: Any, rank: int) -> PageLayout:
+def _layout(kv_cache_config: Any, shard: Shard) -> PageLayout:
     group = kv_cache_config.kv_cache_groups[0]
     return page_layout(
         layers=len(group.layer_names),
         layer_block_bytes=int(group.kv_cache_spec.page_size_bytes),
         kv_heads=int(group.kv_cache_spec.num_kv_heads),
         block_tokens=int(group.kv_cache_spec.block_size),
-        tp_rank=rank,
-        tp_size=int(vllm_config.parallel_config.tensor_parallel_size),
+        tp_rank=shard.index,
+        tp_size=shard.count,
     )

@@ -16,8 +16,8 @@ class Settings(BaseModel):
     """`store`: what `attnstore.connect` takes. `load_ms_max` bounds a load, `lookup_ms_max` the wait for what the store has.
 
     `token` and `tenant_salt` default to `ATTNSTORE_TOKEN` and `ATTNSTORE_TENANT_SALT` of the environment, where no list of
-    processes shows them. `http_proxy` is the URL of a proxy; the environment's proxies are not used. `model_id` replaces the
-    fingerprint of the weights. `tenant_salt` separates tenants of one store that must not share pages.
+    processes shows them. `http_proxy` is the URL of a proxy; the environment's proxies are not used. `model_id` replaces the name
+    of the weights. `tenant_salt` separates tenants of one store that must not share pages.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -30,7 +30,7 @@ class Settings(BaseModel):
     load_ms_max: float = Field(5_000, gt=0, le=DEADLINE_MS_MAX)
     lookup_ms_max: float = Field(500, gt=0, le=DEADLINE_MS_MAX)
     save_bytes_max: int = Field(512 << 20, gt=0)
-    model_id: str | None = None
+    model_id: str | None = Field(None, min_length=1)
     tenant_salt: str = Field(default_factory=lambda: variable("tenant_salt") or "", repr=False)
 
     @classmethod

@@ -27,8 +27,8 @@ SERVED: Final[Mapping[str, tuple[str, tuple[Any, ...], str]]] = MappingProxyType
         ),
         "cache_config.cache_dtype": (
             "--kv-cache-dtype",
-            ("auto", "float16", "bfloat16"),
-            "the scales of a quantized cache are not in its pages",
+            ("auto", "float16", "bfloat16", "fp8", "fp8_e4m3", "fp8_e5m2"),
+            "the scales of other quantized caches differ by token or block",
         ),
         "attention_config.use_non_causal": (
             "use_non_causal of --attention-config",
@@ -75,16 +75,24 @@ _WEIGHTS_OF_THE_MODEL: Final = frozenset(
 )
 """Load formats that read the files from which the weights' name is derived. `dummy`, for example, reads none."""
 
-_SPEC: Final[Mapping[str, Any]] = MappingProxyType(
+_FULL: Final[Mapping[str, tuple[Any, ...]]] = MappingProxyType(
     {
-        "kv_quant_mode": 0,
-        "non_causal": False,
-        "tokens_per_state": 1,
-        "page_size_padded": None,
-        "state_content_bytes": None,
+        "kv_quant_mode": (0, 1),  # NONE, FP8_PER_TENSOR
+        "non_causal": (False,),
+        "tokens_per_state": (1,),
+        "page_size_padded": (None,),
+        "state_content_bytes": (None,),
     }
 )
-"""Fields of the specification of vLLM's cache, and the values with which a block is K and V of its tokens and nothing else."""
+_SPECS: Final[Mapping[str, Mapping[str, tuple[Any, ...]]]] = MappingProxyType(
+    {
+        "FullAttentionSpec": _FULL,
+        "MLAAttentionSpec": {**_FULL, "model_version": (None,), "cache_role": ("sparse",), "is_index_group_leader": (False,)},
+    }
+)
+"""The served kinds of vLLM's cache, and for each field of their specification the values with which a block is K and V of its
+tokens, or their latents, and nothing else.
+"""
 
 
 def check_supported(vllm_config: Any, kv_cache_config: Any, *, weights_are_named: bool) -> None:
@@ -100,6 +108,8 @@ def check_supported(vllm_config: Any, kv_cache_config: Any, *, weights_are_named
     load_format = str(_field(vllm_config, "load_config.load_format"))
     if load_format not in _WEIGHTS_OF_THE_MODEL and not weights_are_named:
         refused.append(f"--load-format {load_format} takes weights from elsewhere than the model's files: name them with model_id")
+    if getattr(vllm_config.cache_config, "calculate_kv_scales", False):  # not in 0.32
+        refused.append("--calculate-kv-scales is True: the scales of an engine depend on its first request")
     refused += _refused_cache(kv_cache_config)
     if refused:
         raise InvalidArgument("; ".join(refused))
@@ -127,13 +137,14 @@ def _refused_cache(kv_cache_config: Any) -> list[str]:
         return [f"the model has {len(groups)} KV cache groups, and only models with one are served"]
     group, spec = groups[0], groups[0].kv_cache_spec
     kind = type(spec).__name__
-    if kind != "FullAttentionSpec":  # of others a block is not K and V, or not of every token
-        return [f"the model's KV cache is a {kind}, and only FullAttentionSpec is served"]
+    if kind not in _SPECS:  # of others a block is not K and V, or not of every token
+        return [f"the model's KV cache is a {kind}, and only {' or '.join(_SPECS)} is served"]
     refused = [
-        f"{name} of the model's KV cache is {value}, and only {served} is served"
-        for name, served in _SPEC.items()
-        if (value := _field(spec, name)) != served
+        f"{name} of the model's KV cache is {getattr(value, 'name', value)}, and only {' or '.join(map(str, served))} is served"
+        for name, served in _SPECS[kind].items()
+        if (value := _field(spec, name)) not in served
     ]
+    _field(kv_cache_config, "kv_tp_replicas")  # says which ranks hold the same
     if _field(group, "is_eagle_group"):
         refused.append("layers of a draft model are in the KV cache, and would be part of a page")
     hashed = _field(kv_cache_config, "hash_block_size")
