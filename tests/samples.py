@@ -49,13 +49,13 @@ def make_batch(pages: int, *, model: str, layout: PageLayout = SMALL) -> Batch:
     )
 
 
-def eventually(claim: Callable[[], bool], within_s: float = 10.0) -> bool:
+def eventually(claim: Callable[[], bool], within_s: float = 10.0, every_s: float = 0.01) -> bool:
     """Polls until the claim is true. Returns False if it does not become true in time."""
     end_s = time.monotonic() + within_s
     while not claim():
         if time.monotonic() > end_s:
             return False
-        time.sleep(0.01)
+        time.sleep(every_s)
     return True
 
 

@@ -16,7 +16,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from attnstore.core.hashing import block_hash, block_hashes, namespace, page_checksum, segment_key
+from attnstore.core.hashing import block_hash, block_hashes, keyed_hashes, namespace, page_checksum, segment_key
 from attnstore.core.layout import DType, PageLayout
 from attnstore.errors import InvalidArgument
 from attnstore.limits import SEGMENT_BLOCKS
@@ -151,6 +151,19 @@ def test_token_ids_outside_u32_are_refused(tokens: list[Any]) -> None:
 def test_a_parent_of_the_wrong_length_is_refused(parent: bytes) -> None:
     with pytest.raises(InvalidArgument, match="parent hash"):
         block_hash(parent, [1])
+    with pytest.raises(InvalidArgument, match="parent hash"):
+        keyed_hashes(parent, [b"key"])
+
+
+@pytest.mark.parametrize("key_bytes", [0, 1, 32, 200])
+def test_blocks_of_keys_have_the_hashes_of_blocks_with_one_extra_key(key_bytes: int) -> None:
+    parent, hashes = ROOT, []
+    keys = [bytes((index,)) * key_bytes for index in range(2 * SEGMENT_BLOCKS + 3)]
+    for key in keys:
+        parent = block_hash(parent, (), (key,))
+        hashes.append(parent)
+    assert keyed_hashes(ROOT, keys) == hashes
+    assert keyed_hashes(hashes[69], keys[70:]) == hashes[70:]
 
 
 def test_a_block_of_no_tokens_is_refused() -> None:

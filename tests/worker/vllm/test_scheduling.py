@@ -9,7 +9,7 @@ from typing import Any, cast
 import pytest
 
 from attnstore.errors import Unavailable
-from attnstore.limits import NODE_FAIR_MS
+from attnstore.limits import CHANNEL_READ_HASHES_MAX, HASHES_MAX, NODE_FAIR_MS
 from attnstore.testing import ManualClock
 from attnstore.types import MatchResult
 from attnstore_worker.cache.planning.observation import Step
@@ -20,6 +20,7 @@ from attnstore_worker.cache.store.transfer import Transfer, TransferKind
 from attnstore_worker.vllm.gate import PROBE_MS, Gate
 from attnstore_worker.vllm.identity import page_hashes, page_layout, vllm_namespace
 from attnstore_worker.vllm.known import KnownPages
+from attnstore_worker.vllm.lookups import LOOKUP_THREADS, Lookups
 from attnstore_worker.vllm.scheduling import SchedulerSide
 from tests.samples import eventually
 
@@ -48,6 +49,9 @@ class Answers:
     def __init__(self) -> None:
         self.pages = 6
         self.asked: list[Sequence[bytes]] = []
+        self.sizes: list[int] = []
+        self.begun = 0
+        self.calls = 0
         self.error: Exception | None = None
         self.open = threading.Event()
         self.open.set()
@@ -58,11 +62,14 @@ class Answers:
     def match(self, _space: bytes, prefixes: Sequence[Sequence[bytes]], /, *, lease_ms: int, deadline_ms: float) -> MatchResult:
         del deadline_ms
         assert not lease_ms, "nobody would release it"
+        self.begun += 1
         assert self.open.wait(10)
         if self.error is not None:
             raise self.error
-        self.asked.append(prefixes[0])
-        return MatchResult((min(self.pages, len(prefixes[0])),), None)
+        self.calls += 1
+        self.asked += prefixes
+        self.sizes.append(sum(map(len, prefixes)))
+        return MatchResult(tuple(min(self.pages, len(prefix)) for prefix in prefixes), None)
 
 
 @pytest.fixture
@@ -77,7 +84,7 @@ def clock() -> ManualClock:
 
 @pytest.fixture
 def gate(clock: ManualClock) -> Gate:
-    return Gate(clock)
+    return Gate(clock, load_ms_max=5_000)
 
 
 @pytest.fixture
@@ -101,11 +108,15 @@ def side(unmeasured: SchedulerSide) -> SchedulerSide:
 
 def settled(side: SchedulerSide, request: str, prompt_tokens: int = 160, computed: int = 0) -> int:
     """Asks until there is an answer, as vLLM's scheduler does."""
-    for _ in range(1_000_000):
+    answers: list[int] = []
+
+    def answered() -> bool:
         hit = side.hit_tokens(request, FOREIGN, prompt_tokens, computed)
-        if hit is not None:
-            return hit
-    raise AssertionError("no answer")
+        answers.extend(() if hit is None else (hit,))
+        return bool(answers)
+
+    assert eventually(answered, every_s=0.0001), "no answer"
+    return answers[0]
 
 
 def test_a_hit_is_the_stores_prefix_less_what_vllm_has(side: SchedulerSide, store: Answers) -> None:
@@ -147,8 +158,9 @@ def test_requests_that_do_not_wait_long_do_not_make_the_store_a_dead_one(
     side: SchedulerSide, store: Answers, clock: ManualClock
 ) -> None:
     store.open.clear()
-    for request in "ab":
+    for calls, request in enumerate("ab", 1):
         assert side.hit_tokens(request, FOREIGN, 160, 0) is None
+        assert eventually(lambda calls=calls: store.begun == calls)
         clock.advance_ms(100)
         assert side.hit_tokens(request, FOREIGN, 160, 0) == 0
     store.open.set()
@@ -160,8 +172,9 @@ def test_a_store_whose_late_answers_turn_out_to_be_errors_is_left_alone(
 ) -> None:
     store.open.clear()
     store.error = Unavailable("gone")
-    for request in "ab":
+    for calls, request in enumerate("ab", 1):
         assert side.hit_tokens(request, FOREIGN, 160, 0) is None
+        assert eventually(lambda calls=calls: store.begun == calls)
         clock.advance_ms(100)
         assert side.hit_tokens(request, FOREIGN, 160, 0) == 0
     store.open.set()
@@ -174,6 +187,16 @@ def test_a_store_whose_late_answers_turn_out_to_be_errors_is_left_alone(
 def test_a_fetch_that_would_be_slower_than_computing_is_not_claimed(side: SchedulerSide) -> None:
     side.learn(SLOW)
     assert settled(side, "a") == 0
+
+
+def test_a_load_that_takes_too_long_is_cut_to_its_leading_part(side: SchedulerSide) -> None:
+    names = page_hashes(ROOT, FOREIGN)
+    side.learn([load(1 << 20, 4_000 / 3 * (1 << 20) / LAYOUT.page_bytes)] * 96)
+    side.learn([Step(0.0, 1_000_000.0, ((0, 1000),))] * 96)
+    assert settled(side, "a", computed=TOKENS) == 3 * TOKENS, "three pages come in 4 s, a fourth would come after 5"
+    side.allocated("a", range(20, 30), 3 * TOKENS)
+    assert loaded_names(side) == [("a", list(zip(range(21, 24), names[1:4], strict=True)))]
+    assert side.scheduled("a", range(20, 30), tokens_after=6 * TOKENS, restarted=True) == [], "the store has those after them too"
 
 
 def test_without_a_measurement_of_the_link_nothing_is_claimed(unmeasured: SchedulerSide) -> None:
@@ -222,6 +245,7 @@ def test_what_vllm_has_itself_may_change_while_a_request_waits_for_blocks(side: 
 def test_a_miss_is_a_miss_however_often_it_is_asked_for(side: SchedulerSide, store: Answers, clock: ManualClock) -> None:
     store.open.clear()
     assert side.hit_tokens("a", FOREIGN, 160, 0) is None
+    assert eventually(lambda: store.begun == 1)
     clock.advance_ms(100)
     assert [side.hit_tokens("a", FOREIGN, 160, 0) for _ in range(3)] == [0, 0, 0]
     store.open.set()
@@ -264,14 +288,71 @@ def test_a_request_that_ends_before_it_has_blocks_loads_nothing(side: SchedulerS
     assert settled(side, "a") == 2 * TOKENS, "another request of that name is asked about anew"
 
 
-def test_only_the_first_of_many_requests_waits_for_a_slow_store(
-    side: SchedulerSide, store: Answers, monkeypatch: pytest.MonkeyPatch
+ARRIVALS = 64
+
+
+@pytest.fixture
+def waits(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The waits of this thread: for a lock that is not free, and for a condition, on which events, futures and queues wait."""
+    begun: list[str] = []
+    wait = threading.Condition.wait
+
+    def counted(condition: threading.Condition, timeout: float | None = None) -> bool:
+        if threading.current_thread() is threading.main_thread():
+            begun.append("condition")
+        return wait(condition, timeout)
+
+    monkeypatch.setattr(threading.Condition, "wait", counted)
+    return begun
+
+
+@pytest.mark.parametrize("told", [False, True])
+def test_many_requests_at_once_never_make_the_engines_loop_wait(
+    side: SchedulerSide, store: Answers, waits: list[str], told: bool
 ) -> None:
-    waits: list[float] = []
-    monkeypatch.setattr("attnstore_worker.vllm.scheduling.wait", lambda _futures, timeout_s: waits.append(timeout_s))
     store.open.clear()
-    assert [side.hit_tokens(str(request), FOREIGN, 160, 0) for request in range(10)] == [None] * 10
-    assert len(waits) == 1
+    for request in map(str, range(ARRIVALS)) if told else ():
+        side.arrived(request, FOREIGN, 160)
+    for _ in range(3):
+        assert [side.hit_tokens(str(request), FOREIGN, 160, 0) for request in range(ARRIVALS)] == [None] * ARRIVALS
+    assert waits == []
+    store.open.set()
+    assert [settled(side, str(request)) for request in range(ARRIVALS)] == [6 * TOKENS] * ARRIVALS
+    assert len(store.asked) == ARRIVALS, "each was looked up once"
+    assert store.calls < ARRIVALS / 2, "those that waited together are one call"
+
+
+def test_a_request_that_waits_for_its_turn_has_its_answer_when_it_comes(side: SchedulerSide, store: Answers) -> None:
+    side.arrived("a", FOREIGN, 160)
+    assert eventually(lambda: len(store.asked) == 1)
+    assert settled(side, "a") == 6 * TOKENS
+    assert len(store.asked) == 1
+
+
+def test_a_request_that_ends_before_its_look_up_begins_is_not_looked_up(side: SchedulerSide, store: Answers) -> None:
+    store.open.clear()
+    for request in map(str, range(10)):
+        side.arrived(request, FOREIGN, 160)
+        side.finished(request)
+    store.open.set()
+    assert settled(side, "last") == 6 * TOKENS
+    assert len(store.asked) < 10
+
+
+@pytest.mark.parametrize("blocks", [(50, 50), (CHANNEL_READ_HASHES_MAX - 1, HASHES_MAX)])
+def test_look_ups_that_are_one_call_fit_it(tier: RemoteTier, store: Answers, blocks: tuple[int, ...]) -> None:
+    store.open.clear()
+    lookups = Lookups(tier, ROOT)
+    started = []
+    for busy in range(1, LOOKUP_THREADS + 1):
+        started.append(lookups.start(FOREIGN[:1]))
+        assert eventually(lambda busy=busy: store.begun == busy)
+    started += [lookups.start((FOREIGN[0],) * count) for count in blocks]
+    store.open.set()
+    assert eventually(lambda: all(lookup.done for lookup in started), within_s=30)
+    assert store.calls < len(started), "some were joined"
+    assert max(store.sizes) <= HASHES_MAX
+    lookups.close()
 
 
 def test_a_look_up_that_nobody_waits_for_is_not_begun(side: SchedulerSide, store: Answers, clock: ManualClock) -> None:

@@ -29,6 +29,7 @@ from attnstore_worker.cache import (
 )
 from attnstore_worker.cache.attending.contexts import AttendStatistics, RemoteAttention
 from attnstore_worker.cache.planning.observation import Shielded
+from attnstore_worker.cache.planning.step_times import StepTimes
 from attnstore_worker.cache.pool.block_table import BlockTable
 from attnstore_worker.cache.store.base import AttendStore
 from attnstore_worker.device.base import Device
@@ -42,7 +43,6 @@ from attnstore_worker.engine.sampler import SamplingParams
 from attnstore_worker.engine.scheduler import Scheduler
 from attnstore_worker.engine.sequence import FinishReason, Sequence, next_chunk
 from attnstore_worker.engine.speculative import Speculation
-from attnstore_worker.engine.step_times import StepTimes
 from attnstore_worker.engine.stepper import Stepper
 from attnstore_worker.engine.text import TextStream
 from attnstore_worker.errors import ContextOverflow, PoolTooSmall

@@ -16,13 +16,13 @@ from attnstore.clock import Clock
 from attnstore_worker.cache import CacheManager, Load, LoadEnd, Observer
 from attnstore_worker.cache.attending.contexts import RemoteAttention, Traffic
 from attnstore_worker.cache.planning.observation import Answer
+from attnstore_worker.cache.planning.step_times import StepTimes
 from attnstore_worker.engine.outputs import Token
 from attnstore_worker.engine.residency import Residency
 from attnstore_worker.engine.runner import Drawn, Runner
 from attnstore_worker.engine.scheduler import Scheduler
 from attnstore_worker.engine.sequence import Chunk, FinishReason, Sequence, chunk_at
 from attnstore_worker.engine.speculative import DRAFTS_MAX, Speculation
-from attnstore_worker.engine.step_times import StepTimes
 from attnstore_worker.errors import PagesLost
 
 

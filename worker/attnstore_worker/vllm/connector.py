@@ -29,9 +29,11 @@ from attnstore.core.layout import PageLayout
 from attnstore.errors import InvalidArgument
 from attnstore.limits import NODE_FAIR_MS
 from attnstore.logs import get_logger
-from attnstore_worker.cache.planning.observation import Step
+from attnstore_worker.cache.planning.observation import Step, Unobserved
+from attnstore_worker.cache.planning.step_times import Started, StepTimes
 from attnstore_worker.cache.store.remote import RemoteTier
 from attnstore_worker.cache.store.transfer import Transfer
+from attnstore_worker.device.host import HostDevice
 from attnstore_worker.vllm.gate import Gate
 from attnstore_worker.vllm.identity import Shard, block_order, kv_settings, page_layout, shard_of, vllm_namespace
 from attnstore_worker.vllm.kv_pages import KvPages
@@ -50,6 +52,17 @@ _STEPS_MAX = 64
 """Measured steps that are not reported yet."""
 
 _log = get_logger(__name__)
+
+
+class _Steps(Unobserved):
+    """The measured steps that are not reported yet."""
+
+    def __init__(self) -> None:
+        self.untold: deque[Step] = deque(maxlen=_STEPS_MAX)
+
+    def stepped(self, step: Step) -> None:
+        """See `Observer`."""
+        self.untold.append(step)
 
 
 @dataclass
@@ -104,8 +117,9 @@ class AttnStoreConnector(KVConnectorBase_V1):
         self._order = ""
         self._scheduling: SchedulerSide | None = None
         self._transfers: Transfers | None = None
-        self._steps: deque[Step] = deque(maxlen=_STEPS_MAX)
-        self._step_began_ms = 0.0
+        self._steps = _Steps()
+        self._step_times = StepTimes(HostDevice(), self._clock, self._steps)
+        self._step: Started | None = None
         self._probe: Future[tuple[Transfer, ...]] | None = None
         if role is KVConnectorRole.SCHEDULER:
             self._prober = ThreadPoolExecutor(1, "attnstore-probe")
@@ -129,7 +143,7 @@ class AttnStoreConnector(KVConnectorBase_V1):
         if len(orders) != 1:  # MultiConnector passes on the handshake of its first connector
             raise InvalidArgument(f"the workers report {len(orders)} memory orders; in a MultiConnector put this connector first")
         self._space = self._namespace(orders.pop())
-        gate, lookup_ms_max = Gate(self._clock), self._settings.lookup_ms_max
+        gate, lookup_ms_max = Gate(self._clock, load_ms_max=self._settings.load_ms_max), self._settings.lookup_ms_max
         tier = RemoteTier(
             self._store,
             self._space,
@@ -154,8 +168,13 @@ class AttnStoreConnector(KVConnectorBase_V1):
         assert self._scheduling is not None, "vLLM passes on the workers' handshakes before the first request"
         return self._scheduling
 
+    def on_new_request(self, request: Any) -> None:
+        """See the base class."""
+        if is_served(request):
+            self._side.arrived(request.request_id, request.block_hashes, request.num_tokens)
+
     def get_num_new_matched_tokens(self, request: Any, num_computed_tokens: int) -> tuple[int | None, bool]:
-        """See the base class. Waits for the store for a few milliseconds at most."""
+        """See the base class. Never waits: it answers None until the store's answer is there."""
         self._take_probe()
         if not is_served(request):  # the scheduling does not know the request, so nothing of it is saved
             return 0, False
@@ -242,7 +261,7 @@ class AttnStoreConnector(KVConnectorBase_V1):
     def bind_connector_metadata(self, connector_metadata: KVConnectorMetadata) -> None:
         """Called before each step: the measurement of the step starts."""
         super().bind_connector_metadata(connector_metadata)
-        self._step_began_ms = self._clock.now_ms()
+        self._step = self._step_times.start()
 
     def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:  # noqa: ARG002
         """Starts the loads of waiting requests; no step waits for a load."""
@@ -259,8 +278,8 @@ class AttnStoreConnector(KVConnectorBase_V1):
     def wait_for_save(self) -> None:
         """Copies the blocks that this step completed; they are written behind."""
         plan = self._plan()
-        if plan.chunks:
-            self._steps.append(Step(self._step_began_ms, self._clock.now_ms(), plan.chunks))
+        if plan.chunks and self._step is not None:
+            self._step_times.end(self._step, plan.chunks)
         if plan.saves and self._shard.writes and self._transfers is not None:
             self._transfers.save(plan.saves)
 
@@ -276,8 +295,8 @@ class AttnStoreConnector(KVConnectorBase_V1):
         """Returns the measurements since the last step, if any."""
         if self._transfers is None:
             return None
-        observations: tuple[Transfer | Step, ...] = (*self._transfers.take_loads(), *self._steps)
-        self._steps.clear()
+        observations: tuple[Transfer | Step, ...] = (*self._transfers.take_loads(), *self._steps.untold)
+        self._steps.untold.clear()
         return WorkerMetadata(observations) if observations else None
 
     def shutdown(self) -> None:

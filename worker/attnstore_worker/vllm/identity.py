@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from attnstore.core.hashing import BlockHash, Namespace, block_hash, namespace
+from attnstore.core.hashing import BlockHash, Namespace, keyed_hashes, namespace
 from attnstore.core.layout import DType, PageLayout
 from attnstore.errors import InvalidArgument
 from attnstore_worker.file_digests import cache_dir, files_digest
@@ -139,11 +139,7 @@ def weights_name(model: str, revision: str | None, download_dir: str | None = No
 
 def page_hashes(parent: bytes, block_hashes: Sequence[bytes]) -> list[BlockHash]:
     """The store's names of the blocks that follow `parent` (the namespace before a request's first), from vLLM's hashes of them."""
-    hashes: list[BlockHash] = []
-    for foreign in block_hashes:
-        parent = block_hash(parent, (), (bytes(foreign),))
-        hashes.append(BlockHash(parent))
-    return hashes
+    return keyed_hashes(parent, block_hashes)
 
 
 def _spec_fields(spec: Any) -> dict[str, str]:

@@ -1,16 +1,14 @@
 """The scheduler's half: which blocks of a request the store has, and what each step loads and saves.
 
-Owns: the running look-ups and each request's blocks. Invariant: the engine's loop never waits for the store: a look-up runs on a
-thread of its own, the scheduler asks again, and a late or failed look-up is a miss. While the store fails, it is asked on behalf of
-no request. Called by one thread.
+Owns: each request's look-up and blocks. Invariant: the engine's loop never waits for the store: the scheduler asks again until a
+look-up has its answer, and a late or failed look-up is a miss. While the store fails, it is asked on behalf of no request. Called
+by one thread.
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
-from typing import Final
 
 from attnstore.clock import Clock
 from attnstore.core.hashing import BlockHash, Namespace
@@ -22,19 +20,8 @@ from attnstore_worker.cache.store.transfer import Transfer
 from attnstore_worker.vllm.gate import Gate
 from attnstore_worker.vllm.identity import page_hashes
 from attnstore_worker.vllm.known import KnownPages
+from attnstore_worker.vllm.lookups import Lookup, Lookups
 from attnstore_worker.vllm.plan import BlockPlan, RequestLoad, StepPlan
-
-_QUICK_ANSWER_S: Final = 0.002
-"""The first look-up waits this long: on a fast network the answer arrives, and the request needs no second turn. After a late
-answer, later look-ups do not wait, because many requests may come in one step.
-"""
-_LOOKUPS_MAX: Final = 4
-
-
-@dataclass(slots=True)
-class _Lookup:
-    began_ms: float
-    found: Future[tuple[int, float]]
 
 
 @dataclass(slots=True)
@@ -45,7 +32,7 @@ class _Request:
     hashes: list[BlockHash] = field(default_factory=list)  # our names of its first blocks; grows when more are needed
     block_ids: list[int] = field(default_factory=list)
     saved: int = 0
-    lookup: _Lookup | None = None
+    lookup: Lookup | None = None
     found: int | None = None  # pages, once the look-up is over
     claimed: bool = False  # vLLM has given it blocks, so its load is decided
     local_blocks: int = 0  # those that vLLM had when it asked last
@@ -53,8 +40,8 @@ class _Request:
 
 
 class SchedulerSide:
-    """Looks up pages in `tier`, and claims hits that `gate` allows. vLLM computes at most `chunk_tokens` in a step; a request waits
-    at most `lookup_ms_max` for the store's answer.
+    """Looks up pages in `tier`, and claims the part of a hit that `gate` chooses. vLLM computes at most `chunk_tokens` in a step; a
+    request waits at most `lookup_ms_max` for the store's answer.
     """
 
     def __init__(
@@ -75,9 +62,8 @@ class SchedulerSide:
         self._clock = clock
         self._lookup_ms_max = lookup_ms_max
         self._chunk_tokens = chunk_tokens
-        self._threads = ThreadPoolExecutor(_LOOKUPS_MAX, "attnstore-lookup")
-        self._probe: Future[int] | None = None
-        self._quick = True
+        self._lookups = Lookups(tier, root)
+        self._probe: Lookup | None = None
         self._refused = False
         self._known = KnownPages()
         self._requests: dict[str, _Request] = {}
@@ -85,29 +71,35 @@ class SchedulerSide:
 
     def close(self) -> None:
         """Ends the look-ups, without waiting for them."""
-        self._threads.shutdown(wait=False, cancel_futures=True)
+        self._lookups.close()
+
+    def arrived(self, request_id: str, block_hashes: Sequence[bytes], prompt_tokens: int) -> None:
+        """A request waits for its turn. Its look-up starts now, so that the answer is there when it is scheduled."""
+        request = self._requests.setdefault(request_id, _Request(block_hashes))
+        if request.lookup is None and self._store_answers():
+            self._start_lookup(request, self._usable_blocks(prompt_tokens))
 
     def hit_tokens(self, request_id: str, block_hashes: Sequence[bytes], prompt_tokens: int, computed_tokens: int) -> int | None:
-        """Returns how many tokens after `computed_tokens` (whole blocks) to fetch; None while the store has not answered.
+        """Returns how many tokens after `computed_tokens` (whole blocks) to fetch; None while the store has not answered. These are
+        the leading part of what the store has that `Gate` chooses.
 
         The last token is never fetched, because it must be computed to have logits. A look-up claims nothing: vLLM asks again if it
         had no blocks for the request. After `allocated` the answer is 0, even if the load fails, until the request is preempted.
         """
         request = self._requests.setdefault(request_id, _Request(block_hashes))
         block_tokens = self._layout.block_tokens
-        local, usable = computed_tokens // block_tokens, (prompt_tokens - 1) // block_tokens
+        local, usable = computed_tokens // block_tokens, self._usable_blocks(prompt_tokens)
         if request.claimed or usable <= local or not self._store_answers():
             return 0
         if request.found is None:
             request.found = self._look_up(request, usable)
             if request.found is None:
                 return None
-        blocks = min(request.found, usable) - local
-        if blocks <= 0:
+        hits = min(request.found, usable)
+        if hits <= local:
             return 0
-        if not self._gate.fetch_pays(self._work(prompt_tokens, local, local + blocks)):
-            self._refused = True
-            return 0
+        blocks = self._gate.blocks_to_fetch(self._work(prompt_tokens, local, hits))
+        self._refused |= blocks == 0
         request.local_blocks = local
         return blocks * block_tokens
 
@@ -174,7 +166,9 @@ class SchedulerSide:
 
     def finished(self, request_id: str) -> None:
         """A request ended."""
-        self._requests.pop(request_id, None)
+        request = self._requests.pop(request_id, None)
+        if request is not None and request.lookup is not None:
+            request.lookup.dropped = True
 
     def learn(self, observations: Iterable[Transfer | Step]) -> None:
         """Takes the workers' measurements."""
@@ -204,36 +198,33 @@ class SchedulerSide:
             tokens, layout.block_tokens, self._chunk_tokens, layout.page_bytes, front, hit_end, hit_end, hit_end, layout.layers
         )
 
+    def _usable_blocks(self, prompt_tokens: int) -> int:
+        return (prompt_tokens - 1) // self._layout.block_tokens
+
+    def _start_lookup(self, request: _Request, blocks: int) -> Lookup:
+        request.lookup = self._lookups.start(request.block_hashes[:blocks])
+        return request.lookup
+
     def _look_up(self, request: _Request, blocks: int) -> int | None:
         """Returns how many of a request's first `blocks` pages the store has; None while it has not answered."""
-        if request.lookup is None:
-            request.lookup = _Lookup(self._clock.now_ms(), self._threads.submit(self._timed_count, self._names(request, blocks)))
-            if self._quick:
-                wait([request.lookup.found], _QUICK_ANSWER_S)
-                self._quick = request.lookup.found.done()
-        lookup, found = request.lookup, 0
-        if lookup.found.done():
-            found, took_ms = lookup.found.result()
-            self._quick = took_ms < 1e3 * _QUICK_ANSWER_S
-        elif self._clock.now_ms() - lookup.began_ms < self._lookup_ms_max:
-            return None
-        else:
-            lookup.found.cancel()  # if it has not begun; otherwise its end tells the tier whether the store answers
+        lookup = request.lookup or self._start_lookup(request, blocks)
+        if not lookup.done:
+            if self._clock.now_ms() - lookup.began_ms < self._lookup_ms_max:
+                return None
+            lookup.dropped = True  # if it has not begun; otherwise its end tells the tier whether the store answers
+            request.lookup = None
+            return 0
         request.lookup = None
-        names = self._names(request, blocks)
-        self._known.add(names[:found])
-        self._known.discard(names[found:])
-        return found
-
-    def _timed_count(self, hashes: Sequence[BlockHash]) -> tuple[int, float]:
-        began_ms = self._clock.now_ms()
-        found = self._tier.count(hashes)
-        return found, self._clock.now_ms() - began_ms
+        if len(request.hashes) < len(lookup.names):
+            request.hashes = lookup.names
+        self._known.add(lookup.names[: lookup.found])
+        self._known.discard(lookup.names[lookup.found :])
+        return lookup.found
 
     def _store_answers(self) -> bool:
         """Returns whether to ask the store. While it fails, a look-up for no request finds out when it answers again."""
         if not self._tier.is_failing:
             return True
-        if not self._tier.is_paused and (self._probe is None or self._probe.done()):
-            self._probe = self._threads.submit(self._tier.count, ())
+        if not self._tier.is_paused and (self._probe is None or self._probe.done):
+            self._probe = self._lookups.start(())
         return False

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from attnstore_worker.cache.planning.estimators import PrefillCost
@@ -17,6 +17,8 @@ from attnstore_worker.cache.planning.split import (
     Split,
     Work,
     batch_blocks,
+    best_lead,
+    fetch_everything,
     fetch_ms,
     idle_budget,
     recompute_ms,
@@ -119,6 +121,21 @@ def test_more_bandwidth_never_makes_the_prediction_worse(
     fast = replace(slow, link=replace(slow.link, bytes_per_ms=bytes_per_ms * factor))
     slack_ms = 1.1 * (prefill.chunk_ms + 16 * (prefill.token_ms + prefill.pair_ms * work.tokens)) + rtt_ms
     assert best(fast, work).ttft_ms <= best(slow, work).ttft_ms * 1.12 + slack_ms
+
+
+@settings(max_examples=30)
+@given(COSTS, works(), st.floats(0, 1e6))
+def test_the_leading_part_is_as_good_as_the_best_of_all(costs: Costs, work: Work, fetch_ms_max: float) -> None:
+    batch = batch_blocks(costs.link, work.page_bytes)
+    chosen = best_lead(costs, work, fetch_ms_max)
+    parts = [replace(work, asked=end, back=end, hit_end=end) for end in range(work.front, work.hit_end + 1)]
+    leads = [fetch_everything(costs, part) for part in parts]
+    allowed = [lead for lead in leads if fetch_ms(costs.link, work.page_bytes, lead.work.back - work.front, batch) <= fetch_ms_max]
+    best_ms = min(lead.slow_ms(costs.link) for lead in allowed)
+    # The round trip of a read is one for many pages, so that time is not quite concave.
+    assert chosen.slow_ms(costs.link) <= best_ms * (1 + 1e-9) + costs.link.request_ms * costs.link.spread
+    assert chosen in leads
+    assert chosen.slow_ms(costs.link) <= chosen.recompute_ms * (1 + 1e-9)
 
 
 def test_equal_speeds_meet_in_the_middle_and_take_half_the_time() -> None:

@@ -99,11 +99,11 @@ def test_the_registration_and_the_call_behind_it_share_one_deadline() -> None:
     assert store.given_ms == [500, 300, 500], "it is registered once"
 
 
-def test_a_count_takes_no_lease() -> None:
+def test_a_look_up_takes_no_lease_and_counts_each_prefix() -> None:
     store = MemoryStore()
     remote = RemoteTier(store, NAMESPACE, LAYOUT, deadline_ms=DEADLINE_MS, clock=ManualClock())
     assert not remote.write(HASHES[:2], [memoryview(bytes(LAYOUT.page_bytes))] * 2).verdicts.count(PageStatus.INCOMPLETE)
-    assert remote.count(HASHES) == 2
+    assert remote.look_up([HASHES, HASHES[1:], HASHES[2:], ()]).hits == (2, 1, 0, 0)
     assert store.lease_ms == [0]
 
 
@@ -111,12 +111,13 @@ def test_a_store_fails_from_a_failure_to_the_next_success() -> None:
     clock, store = ManualClock(), MemoryStore()
     remote = RemoteTier(store, NAMESPACE, LAYOUT, deadline_ms=DEADLINE_MS, clock=clock)
     store.failing = ["match"]
-    assert remote.count(HASHES) == 0
+    found = remote.look_up([HASHES, HASHES[1:]])
+    assert (found.hits, isinstance(found.error, Unavailable)) == ((0, 0), True)
     assert (remote.is_failing, remote.is_paused) == (True, True)
     clock.advance_ms(PAUSE_MS)
     assert (remote.is_failing, remote.is_paused) == (True, False)
     store.failing = ()
-    assert remote.count(HASHES) == 0
+    assert remote.look_up([HASHES]).error is None
     assert not remote.is_failing
 
 
@@ -132,8 +133,8 @@ def test_a_restarted_node_is_told_the_layout_again(transport: str) -> None:
 
             def counted() -> bool:
                 clock.advance_ms(PAUSE_MS)  # a call may meet the broken connection
-                return remote.count(HASHES) == 0 and not remote.is_failing
+                return remote.look_up([HASHES]).hits == (0,) and not remote.is_failing
 
             assert eventually(counted, within_s=30)
             assert set(remote.write(HASHES, pages).verdicts) == {PageStatus.STORED}, "it is empty, and knows the namespace"
-            assert remote.count(HASHES) == len(HASHES)
+            assert remote.look_up([HASHES]).hits == (len(HASHES),)

@@ -12,7 +12,7 @@ import math
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import combinations
+from itertools import product
 from typing import Final
 
 import numpy as np
@@ -26,6 +26,8 @@ _FIT_ROUNDS: Final = 4
 _HUBER: Final = 0.1
 """Relative errors beyond this count in proportion, not squared."""
 _RIDGE: Final = 1e-3
+_SETS: Final = np.array([used for used in product((1.0, 0.0), repeat=3) if any(used)])
+"""Each set of unknowns that are not 0."""
 _PRIOR_SHARES: Final = np.array([0.4, 1.0, 0.3])
 """If the chunks do not determine the three terms separately, each gets its part of the time in proportion to its square here."""
 _ELAPSED_MS_MIN: Final = 1e-4
@@ -104,19 +106,18 @@ def _fit(steps: list[tuple[float, float, float]]) -> PrefillCost:
 
 
 def _non_negative_least_squares(features: NDArray[np.float64], weights: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Tries every set of the three unknowns that are not 0. A slight ridge decides between solutions for equal chunks."""
-    best, best_error = np.zeros(3), math.inf
-    root = np.sqrt(weights)
-    for used in (list(columns) for count in (3, 2, 1) for columns in combinations(range(3), count)):
-        rows = np.vstack([features[:, used] * root[:, None], _RIDGE * np.eye(len(used))])
-        found = np.linalg.lstsq(rows, np.concatenate([root, np.zeros(len(used))]), rcond=None)[0]
-        if (found < 0).any():
-            continue
-        error = float(np.sum(weights * (features[:, used] @ found - 1) ** 2) + _RIDGE**2 * np.sum(found**2))
-        if error < best_error * (1 - 1e-9):
-            best, best_error = np.zeros(3), error
-            best[used] = found
-    return best
+    """Tries every set of the three unknowns that are not 0. A slight ridge decides between solutions for equal chunks.
+
+    By the normal equations, in a fraction of a millisecond: an engine waits for a fit. The columns are scaled and the ridge is
+    added, so the condition of the equations is at most about 1 / ridge^2.
+    """
+    weighted = features * weights[:, None]
+    products, target = features.T @ weighted + _RIDGE**2 * np.eye(3), weighted.sum(axis=0)
+    # An unknown that is 0 in a set gets the equation x = 0 there.
+    equations = products * (_SETS[:, :, None] * _SETS[:, None, :]) + np.eye(3) * (1 - _SETS)[:, :, None]
+    found = np.linalg.solve(equations, (target * _SETS)[:, :, None])[:, :, 0]
+    error_less_weights = np.where((found >= 0).all(axis=1), -found @ target, np.inf)
+    return np.asarray(found[np.argmin(error_less_weights)])
 
 
 class DurationEstimator:

@@ -1,7 +1,8 @@
 """How much of a prefix to fetch and how much to compute: arithmetic on measured costs.
 
-Owns: `split`, which finds where computing from the front and fetching from the back should meet, `search_head`, which decides what
-to compute while the tiers are still being asked, and the forecasts of the simple choices. Pure: no clock, no state, no I/O.
+Owns: `split`, which finds where computing from the front and fetching from the back should meet, `best_lead` for an engine that
+cannot do both at once, `search_head`, which decides what to compute while the tiers are still being asked, and the forecasts of the
+simple choices. Pure: no clock, no state, no I/O.
 
 With k blocks computed and the other m - k of the hits fetched meanwhile, the first token comes after
 
@@ -22,7 +23,7 @@ longer than computing it takes (the ski rental rule: Karlin et al., 1988). A pro
 from __future__ import annotations
 
 import enum
-from bisect import bisect_left
+from bisect import bisect_left, bisect_right
 from dataclasses import dataclass, replace
 from typing import Final
 
@@ -130,6 +131,10 @@ class Split:
             return both_ms * self.behind + self.tail_ms - self.chunk_ms
         return max(self.compute_ms, self.fetch_ms) + self.tail_ms
 
+    def slow_ms(self, link: LinkEstimate) -> float:
+        """Returns the time to the first token if `link` is as slow as it may well be, with nothing computed during the fetch."""
+        return self.fetch_ms * link.spread + self.tail_ms
+
     @property
     def deadline_ms(self) -> float:
         """When to give up pages that have not arrived."""
@@ -206,12 +211,26 @@ def _with_bias(candidate: Split) -> float:
     return candidate.ttft_ms * (1 if candidate.meet > candidate.work.front else 1 - OVERLAP_GAIN_MIN)
 
 
-def fetch_is_faster(costs: Costs, work: Work) -> bool:
-    """Whether all hits are fetched sooner than they are computed, even if the link is as slow as it may well be: for an engine that
-    either fetches a prompt's hits or computes them.
+def best_lead(costs: Costs, work: Work, fetch_ms_max: float) -> Split:
+    """Returns the split that fetches the best leading part of the hits, up to its `work.hit_end`, and then computes the rest; it
+    fetches nothing if that is best. For an engine that fetches first and computes afterwards.
+
+    Best is the soonest first token if the link is as slow as it may well be. Fetches that are expected to take longer than
+    `fetch_ms_max` are left out. Between two chunk ends, and over all chunk ends, the time is concave in the length of the part: a
+    page always takes as long to fetch, and a later block takes longer to compute. So the best part ends at the first or last chunk
+    end, or with the hits.
     """
-    fetched = fetch_everything(costs, work)
-    return fetched.fetch_ms * costs.link.spread + fetched.tail_ms < fetched.recompute_ms
+    chunk_tokens, page_bytes = work.chunk_tokens, work.page_bytes
+    batch = batch_blocks(costs.link, page_bytes)
+    possible = range(work.front, work.hit_end + 1)
+    last = bisect_right(possible, fetch_ms_max, key=lambda end: fetch_ms(costs.link, page_bytes, end - work.front, batch))
+    possible = possible[:last]
+    first_chunk, last_chunk = work.front * work.block_tokens // chunk_tokens + 1, possible[-1] * work.block_tokens // chunk_tokens
+    ends = {possible[-1], *(-(-chunk * chunk_tokens // work.block_tokens) for chunk in (first_chunk, last_chunk))}
+    leads = [fetch_everything(costs, replace(work, asked=end, back=end, hit_end=end)) for end in sorted(ends) if end in possible]
+    nothing = fetch_everything(costs, replace(work, asked=work.front, back=work.front, hit_end=work.front))
+    best = min(leads, key=lambda lead: lead.slow_ms(costs.link))
+    return best if best.slow_ms(costs.link) < nothing.recompute_ms else nothing
 
 
 def fetch_everything(costs: Costs, work: Work) -> Split:

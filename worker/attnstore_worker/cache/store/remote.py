@@ -19,7 +19,7 @@ from attnstore.client.cluster.breaker import had_fair_time
 from attnstore.clock import Clock, Deadline
 from attnstore.core.hashing import BlockHash, Namespace
 from attnstore.core.layout import PageLayout
-from attnstore.errors import DeadlineExceeded
+from attnstore.errors import DeadlineExceeded, Unavailable
 from attnstore.types import Lease, MatchResult, PageStatus, ReadResult, WriteResult
 from attnstore_worker.cache.pool.tier import Tier
 from attnstore_worker.cache.store.base import PageStore
@@ -97,11 +97,13 @@ class RemoteTier:
 
     def match(self, hashes: Sequence[BlockHash]) -> MatchResult:
         """Returns how many leading pages are stored, with a lease that covers reads until `deadline_ms` from now."""
-        return self._match(hashes, int(self.deadline_ms) + LEASE_MARGIN_MS)
+        return self._match([hashes], int(self.deadline_ms) + LEASE_MARGIN_MS)
 
-    def count(self, hashes: Sequence[BlockHash]) -> int:
-        """Returns how many leading pages are stored, without a lease: each may be evicted at any time."""
-        return self._match(hashes, 0).hits[0]
+    def look_up(self, prefixes: Sequence[Sequence[BlockHash]]) -> MatchResult:
+        """Returns how many leading pages of each prefix are stored, without a lease: each may be evicted at any time. `error` is
+        set if the store did not answer, or answered in part.
+        """
+        return self._match(prefixes, 0)
 
     def read(
         self,
@@ -182,17 +184,17 @@ class RemoteTier:
         """A snapshot."""
         return self._statistics
 
-    def _match(self, hashes: Sequence[BlockHash], lease_ms: int) -> MatchResult:
+    def _match(self, prefixes: Sequence[Sequence[BlockHash]], lease_ms: int) -> MatchResult:
         started_ms = self._clock.now_ms()
         result = self._attempt(
             "match",
             self.deadline_ms,
             0,
-            partial(self._store.match, self._namespace, [hashes], lease_ms=lease_ms),
+            partial(self._store.match, self._namespace, prefixes, lease_ms=lease_ms),
         )
-        found = result or MatchResult(hits=(0,), lease=None)
-        failed = result is None or result.error is not None
-        self._observe(TransferKind.MATCH, started_ms, len(hashes), found.hits[0], 0, failed=failed)
+        found = result or MatchResult((0,) * len(prefixes), None, Unavailable("the store failed, or is left alone"))
+        asked, pages = sum(map(len, prefixes)), sum(found.hits)
+        self._observe(TransferKind.MATCH, started_ms, asked, pages, 0, failed=found.error is not None)
         return found
 
     def _attempt(self, verb: str, deadline_ms: float, size_bytes: int, call: Callable[..., _T]) -> _T | None:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Final
 
 from attnstore.clock import Clock
-from attnstore_worker.cache import Observer, Step
+from attnstore_worker.cache.planning.observation import Observer, Step
 from attnstore_worker.device.base import Device, Timer
 
 _UNTOLD_STEPS_MAX: Final = 64
@@ -40,7 +40,7 @@ class StepTimes:
         timer = None if self._device.addressable else self._device.timer()
         return Started(self._clock.now_ms(), timer)
 
-    def end(self, started: Started, chunks: tuple[tuple[int, int], ...], round_trips: int, attend_bytes: int) -> None:
+    def end(self, started: Started, chunks: tuple[tuple[int, int], ...], round_trips: int = 0, attend_bytes: int = 0) -> None:
         """Ends a step after all of it is submitted; the arguments are the fields of `Step`."""
         step = Step(started.at_ms, self._clock.now_ms(), chunks, round_trips, attend_bytes)
         if started.timer is None:

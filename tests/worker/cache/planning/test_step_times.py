@@ -7,10 +7,10 @@ from attnstore_worker.cache import CostPlanner, Observer, Step
 from attnstore_worker.cache.moving.load import Load, LoadEnd, Prompt
 from attnstore_worker.cache.planning.estimators import PrefillCost
 from attnstore_worker.cache.planning.observation import Unobserved
+from attnstore_worker.cache.planning.step_times import _UNTOLD_STEPS_MAX, StepTimes
 from attnstore_worker.device.base import Timer
 from attnstore_worker.device.host import HostDevice
 from attnstore_worker.device.simulated import SimulatedDevice
-from attnstore_worker.engine.step_times import _UNTOLD_STEPS_MAX, StepTimes
 
 CHUNKS = ((0, 32),)
 COST = PrefillCost(chunk_ms=50.0, token_ms=0.5, pair_ms=0.0)
