@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from attnstore import BlockHash, Client, DType, Namespace, PageLayout, PageStatus, ReadResult, block_hashes, namespace
@@ -57,6 +57,21 @@ def eventually(claim: Callable[[], bool], within_s: float = 10.0, every_s: float
             return False
         time.sleep(every_s)
     return True
+
+
+def deleted_after_reading(client: Client, namespace: bytes, hashes: Sequence[bytes]) -> tuple[PageStatus, ...]:
+    """Deletes pages that a reader may have whole before the node unpins them. Returns the first answer of each but PINNED."""
+    statuses = list(client.delete(namespace, hashes))
+
+    def none_is_pinned() -> bool:
+        if PageStatus.PINNED in statuses:
+            for index, status in enumerate(client.delete(namespace, hashes)):
+                if statuses[index] is PageStatus.PINNED:
+                    statuses[index] = status
+        return PageStatus.PINNED not in statuses
+
+    eventually(none_is_pinned)
+    return tuple(statuses)
 
 
 def stored(client: Client, pages: int, model: str, layout: PageLayout = SMALL) -> Batch:

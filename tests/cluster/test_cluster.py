@@ -15,7 +15,7 @@ from attnstore import PageStatus, errors
 from attnstore.cluster_key import ClusterKey
 from attnstore.limits import SEGMENT_BLOCKS
 from tests.cluster.conftest import Cluster, hits_and_no_wrong_byte, known_to, run_command, status_of, stored
-from tests.samples import Batch, eventually
+from tests.samples import Batch, deleted_after_reading, eventually
 
 pytestmark = pytest.mark.redis
 
@@ -322,7 +322,7 @@ def test_pages_that_are_named_twice_are_answered_twice_and_given_back(shared_clu
         assert buffers == pages
         assert set(client.write(batch.namespace, run, pages).verdicts) == {PageStatus.ALREADY_PRESENT}
         assert client.release(found.lease)
-        assert client.stats().pages_pinned == 0
+        assert eventually(lambda: client.stats().pages_pinned == 0)
         assert set(client.delete(batch.namespace, run)) <= {PageStatus.OK, PageStatus.MISSING}
         assert client.match(batch.namespace, [run]).hits == (0,)
 
@@ -391,7 +391,7 @@ def test_a_segment_that_many_use_gets_a_second_copy_and_survives_its_node(batch_
             cluster.kill(first)
             assert eventually(lambda: hits_and_no_wrong_byte(client, hot) == SEGMENT_BLOCKS, 20)
             assert eventually(lambda: known_to(client) == set(cluster.nodes), 20)
-            assert set(client.delete(hot.namespace, hot.hashes)) == {PageStatus.OK}
+            assert set(deleted_after_reading(client, hot.namespace, hot.hashes)) == {PageStatus.OK}
             assert not any(has(cluster, name, hot) for name in cluster.nodes)
     finally:
         cluster.close()

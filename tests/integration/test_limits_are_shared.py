@@ -17,7 +17,7 @@ import attnstore
 from attnstore import PageEventKind, PageStatus, limits
 from attnstore.testing import StoreProcess
 from tests.integration.greedy import CAPACITY_MIB, CASES, GREEDY, MODEST, Greedy
-from tests.samples import make_batch
+from tests.samples import deleted_after_reading, make_batch
 
 ELSEWHERE: Final = {
     "GRPC_CONNECTIONS_MAX": "tests.integration.test_silent_peers:test_silent_connections_stop_nothing",
@@ -129,7 +129,7 @@ def works(node: StoreProcess, transport: str) -> None:
         answer = client.read(batch.namespace, batch.hashes, buffers, lease=lease)
         assert (answer.error, answer.transport, buffers) == (None, transport, batch.pages)
         assert client.release(lease)
-        assert client.delete(batch.namespace, batch.hashes) == (PageStatus.OK, PageStatus.OK)
+        assert deleted_after_reading(client, batch.namespace, batch.hashes) == (PageStatus.OK, PageStatus.OK)
 
 
 @pytest.fixture

@@ -24,7 +24,7 @@ from attnstore.errors import (
 from attnstore.testing import StoreProcess
 from attnstore.testing.ports import free_port
 from tests.integration.shm_writing import assert_holds, registered, used_bytes
-from tests.samples import LARGE, SMALL, eventually, make_batch
+from tests.samples import LARGE, SMALL, deleted_after_reading, eventually, make_batch
 
 STORED, PRESENT, NO_SPACE = PageStatus.STORED, PageStatus.ALREADY_PRESENT, PageStatus.NO_SPACE
 ODD = PageLayout(layers=3, kv_heads=1, head_dim=333, block_tokens=1, dtype=DType.OPAQUE)
@@ -133,7 +133,7 @@ def test_a_writer_that_is_killed_leaves_whole_pages_and_no_slot_taken() -> None:
 
             assert eventually(nothing_arrives)
             assert_holds(node, batch)
-            client.delete(batch.namespace, batch.hashes)
+            assert set(deleted_after_reading(client, batch.namespace, batch.hashes)) == {PageStatus.OK}
         assert used_bytes(node) == 0
 
 

@@ -19,7 +19,7 @@ from attnstore_worker.engine import Sequence as Prompted
 from attnstore_worker.errors import SequenceFailed
 from attnstore_worker.model import LoadedModel
 from attnstore_worker.testing import MemoryStore
-from tests.samples import eventually
+from tests.samples import deleted_after_reading, eventually
 
 BLOCKS = 8
 """The pool of these tests: an eighth of the tiny model's context of 512 tokens in each two blocks of 16."""
@@ -251,7 +251,7 @@ def test_two_nodes_that_hold_parts_of_a_context_answer_together(
         client.read(name, moved, buffers)
         other.register_layout(name, writer.layout)
         other.write(name, moved, buffers)
-        assert set(client.delete(name, moved)) == {attnstore.PageStatus.OK}
+        assert set(deleted_after_reading(client, name, moved)) == {attnstore.PageStatus.OK}
         addresses = ",".join(node.address for node in nodes)
         with (
             attnstore.connect(f"grpc://{addresses}?replicas=2", transport="tcp", deadline_ms=60_000) as both,
