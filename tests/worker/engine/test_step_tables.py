@@ -1,4 +1,4 @@
-"""The inputs of steps on a device: what is there after each step is what the sequences say, and only changes are sent."""
+"""The inputs of steps on a device: what is there after each step is what the sequences say, and only what changed is sent."""
 
 from __future__ import annotations
 
@@ -6,9 +6,10 @@ import random
 
 import pytest
 import torch
+from torch import Tensor
 
 from attnstore_worker.cache.pool.block_table import BlockTable
-from attnstore_worker.device.base import Device, Wait
+from attnstore_worker.device.base import Device, Event, Wait
 from attnstore_worker.device.host import HostDevice
 from attnstore_worker.device.races import Unsynchronised
 from attnstore_worker.device.simulated import SimulatedDevice
@@ -32,7 +33,7 @@ def chunk(of: Sequence, begin: int, end: int, drafts: tuple[int, ...] = ()) -> C
     return Chunk(of, begin, end, drafts)
 
 
-def agrees(inputs: Inputs, chunks: list[Chunk]) -> None:
+def agrees(inputs: Inputs, chunks: list[Chunk], block_tokens: int = BLOCK_TOKENS) -> None:
     """Compares every value that a step reads with its chunks."""
     starts = inputs.query_starts.tolist()
     rows = iter(inputs.rows.tolist())
@@ -45,7 +46,7 @@ def agrees(inputs: Inputs, chunks: list[Chunk]) -> None:
         assert inputs.positions[part].tolist() == list(range(each.begin, end))
         blocks, offsets = table.slot_mapping(each.begin, end)
         assert (inputs.slot_blocks[part].tolist(), inputs.slot_offsets[part].tolist()) == (blocks, offsets)
-        needed = -(-end // BLOCK_TOKENS)
+        needed = -(-end // block_tokens)
         assert inputs.block_tables[row, :needed].tolist() == table.block_ids[:needed]
         if each.gives_token:
             asked = [next(rows) for _ in range(1 + len(each.drafts))]
@@ -116,6 +117,46 @@ def test_random_histories_of_sequences_agree(seed: int) -> None:
                 continue
             inputs = tables.fill(chunks)
         agrees(inputs, chunks)
+
+
+class CountingDevice(HostDevice):
+    """Counts the transfers and their bytes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sent_bytes: list[int] = []
+
+    def transfer(self, source: Tensor, target: Tensor) -> Event:
+        self.sent_bytes.append(source.nbytes)
+        return super().transfer(source, target)
+
+
+@pytest.mark.parametrize("sequences", [1, 64])
+def test_a_decode_step_sends_what_its_batch_needs_whatever_the_contexts(sequences: int) -> None:
+    """And 12 bytes for each new block, up to alignment."""
+    device = CountingDevice()
+    tables = StepTables(device, Sizes(tokens=2_000, sequences=72, blocks=513))
+
+    def step_bytes(running: list[Sequence]) -> int:
+        device.sent_bytes.clear()
+        chunks = [chunk(each, len(each.token_ids) - 1, len(each.token_ids)) for each in running]
+        agrees(tables.fill(chunks, decode_rows=sequences), chunks, 16)
+        [sent_bytes] = device.sent_bytes
+        return sent_bytes
+
+    steady = []
+    for tokens in (15, 8191):
+        running = [sequence(1 + number, [], tokens) for number in range(sequences)]
+        for each in running:
+            each.table = BlockTable(16, list(range(-(-tokens // 16))))
+        tables.fill([chunk(each, tokens - 1, tokens) for each in running], decode_rows=sequences)
+        steady.append(step_bytes(running))
+        running[0].token_ids += [7, 7]
+        running[0].table.block_ids.append(9)  # type: ignore[union-attr]
+        assert steady[-1] < step_bytes(running) <= steady[-1] + 2 * 16
+        for each in running:
+            each.table = None
+    assert steady[0] == steady[1] <= 96 * sequences + 128
 
 
 def test_more_changes_than_one_transfer_holds_all_arrive() -> None:

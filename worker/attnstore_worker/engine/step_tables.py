@@ -1,8 +1,9 @@
 """The inputs of steps in the memory of a device, which each step changes only where they differ from the last one.
 
-Owns: `StepTables`. Invariants: a step is one transfer of pinned memory, however many sequences it has; that memory is not filled
-again before its transfer has read it; the tensors of a step are the same memory in every step, so a captured step reads the next
-one's inputs. After a step that failed, all block tables are sent again, because it is unknown which entries have arrived.
+Owns: `StepTables`. Invariants: a step is one transfer of pinned memory, as long as its tokens, sequences and new blocks need,
+whatever the contexts; that memory is not filled again before its transfer has read it; steps of equal `decode_rows` have their
+tensors at the same place, so a captured step reads the next one's inputs. After a step that failed, all block tables are sent
+again, because it is unknown which entries have arrived.
 
 A sequence keeps one row of the block tables while it runs, and its new blocks alone are sent. Rows of a step are in the order of
 these rows of the tables. A row that no chunk uses is empty, or has one row of padding in a step of `decode_rows` rows: it stores
@@ -11,9 +12,10 @@ nothing and sees no key. Shape: the persistent batch of vLLM's model runner.
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from collections.abc import Sequence as Items
+from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import accumulate
 from typing import Any, Final, NamedTuple
 
 import numpy as np
@@ -29,8 +31,9 @@ NO_SLOT: Final = -1
 _SETS: Final = 2
 """Pinned sets, so that one is filled while the device reads the other."""
 _CHANGES: Final = 4096
-"""Entries of block tables that one transfer brings; more need more transfers."""
+"""Entries of block tables that one transfer brings at most; more need more transfers."""
 _ALIGNED_BYTES: Final = 16
+_WORD_BYTES: Final = 8
 
 
 class Inputs(NamedTuple):
@@ -62,7 +65,50 @@ class Sizes:
     blocks: int
 
 
-_Field = tuple[str, torch.dtype, int]
+class _Counts(NamedTuple):
+    """How many of each a step has: what its place in memory depends on."""
+
+    tokens: int = 0
+    sequences: int = 0
+    rows: int = 0
+    changes: int = 0
+
+    def fields(self) -> Iterator[tuple[str, torch.dtype, int]]:
+        """Yields name, type and count. The changes are last, so that they do not move the others."""
+        for name in ("token_ids", "positions", "slot_blocks", "slot_offsets"):
+            yield name, torch.int64, self.tokens
+        for name in ("rows", "top_ks", "seeds", "drawn_at"):
+            yield name, torch.int64, self.rows
+        for name in ("temperatures", "top_ps"):
+            yield name, torch.float64, self.rows
+        yield "context_lens", torch.int32, self.sequences
+        yield "query_starts", torch.int32, self.sequences + 1
+        yield "change_at", torch.int64, self.changes
+        yield "change_to", torch.int32, self.changes
+
+    @property
+    def words(self) -> int:
+        """The size of all, in words of 8 bytes."""
+        return sum(_padded_bytes(dtype, count) for _, dtype, count in self.fields()) // _WORD_BYTES
+
+    def parts(self, memory: Mapping[torch.dtype, Any]) -> dict[str, Any]:
+        """Returns the fields in memory of at least so many words, which is given as a vector of each type."""
+        parts, at = {}, 0
+        for name, dtype, count in self.fields():
+            begin = at // dtype.itemsize
+            parts[name] = memory[dtype][begin : begin + count]
+            at += _padded_bytes(dtype, count)
+        return parts
+
+
+class _PinnedSet:
+    """Pinned memory for the inputs of a step. `sent` is the last transfer from it."""
+
+    def __init__(self, device: Device, words: int) -> None:
+        self.memory = device.pinned(words, dtype=torch.int64)
+        array = self.memory.numpy()
+        self.by_type = {torch.int64: array, torch.float64: array.view(np.float64), torch.int32: array.view(np.int32)}
+        self.sent: Event | None = None
 
 
 class StepTables:
@@ -71,27 +117,15 @@ class StepTables:
     def __init__(self, device: Device, sizes: Sizes) -> None:
         self.sizes = sizes
         self._device = device
-        tokens, sequences = sizes.tokens, sizes.sequences
-        names = ("token_ids", "positions", "slot_blocks", "slot_offsets", "rows", "top_ks", "seeds", "drawn_at")
-        fields: list[_Field] = [(name, torch.int64, tokens) for name in names]
-        fields += [("change_at", torch.int64, _CHANGES)]
-        fields += [(name, torch.float64, tokens) for name in ("temperatures", "top_ps")]
-        fields += [("context_lens", torch.int32, sequences), ("query_starts", torch.int32, sequences + 1)]
-        fields += [("change_to", torch.int32, _CHANGES)]
-        size_bytes = _size_bytes(fields)
-        self._inputs = torch.zeros(size_bytes, dtype=torch.uint8, device=device.torch_device)
-        self._on_device = _views(self._inputs, fields)
-        # One entry more than the tables have, to which the unused changes of a transfer go.
-        self._flat_tables = torch.zeros(sequences * sizes.blocks + 1, dtype=torch.int32, device=device.torch_device)
-        self._block_tables = self._flat_tables[:-1].view(sequences, sizes.blocks)
-        self._sets = [device.pinned(size_bytes, dtype=torch.uint8) for _ in range(_SETS)]
-        self._filled: list[dict[str, Any]] = [
-            {name: view.numpy() for name, view in _views(each, fields).items()} for each in self._sets
-        ]
-        self._sent: list[Event | None] = [None] * _SETS
+        words = _Counts(sizes.tokens, sizes.sequences, sizes.tokens, _CHANGES).words
+        self._inputs = torch.zeros(words, dtype=torch.int64, device=device.torch_device)
+        self._by_type = {dtype: self._inputs.view(dtype) for dtype in (torch.int64, torch.float64, torch.int32)}
+        self._block_tables = torch.zeros(sizes.sequences, sizes.blocks, dtype=torch.int32, device=device.torch_device)
+        self._flat_tables = self._block_tables.view(-1)
+        self._sets = [_PinnedSet(device, words) for _ in range(_SETS)]
         self._next = 0
         self._row_of: dict[Sequence, int] = {}
-        self._known: list[list[int]] = [[] for _ in range(sequences)]
+        self._known: list[list[int]] = [[] for _ in range(sizes.sequences)]
 
     def decode_rows(self, chunks: Items[Chunk]) -> int:
         """Returns how many rows of the tables a step of these chunks spans: one more than the last that it uses."""
@@ -105,70 +139,46 @@ class StepTables:
 
     def padding(self, decode_rows: int) -> Inputs:
         """Submits the inputs of a decode step that is all padding, and returns them. It asks for the logits of every row."""
-        host, at = self._free_set()
-        self._pad(host, decode_rows)
-        host["rows"][:decode_rows] = 0
-        host["context_lens"][:decode_rows] = 0
-        host["query_starts"][: decode_rows + 1] = np.arange(decode_rows + 1)
-        self._fill_changes(host, [])
-        self._submit(at)
-        return self._inputs_of(decode_rows, decode_rows, decode_rows)
+        with self._sending():
+            self._fill([], decode_rows)
+        return self._inputs_of(_Counts(decode_rows, decode_rows, decode_rows), decode_rows)
 
     def fill(self, chunks: Items[Chunk], decode_rows: int | None = None) -> Inputs:
         """Submits the inputs of a step, and returns them. With `decode_rows`, at least `decode_rows(chunks)`, each chunk has one
         token, and there is one row of the step for each of so many rows of the tables.
         """
+        with self._sending():
+            return self._fill(chunks, decode_rows)
+
+    @contextmanager
+    def _sending(self) -> Iterator[None]:
         try:
-            return self._fill(self.ordered(chunks), chunks, decode_rows)
+            yield
         except BaseException:
             self._known = [[] for _ in self._known]
             raise
 
-    def forget(self, sequence: Sequence) -> None:
-        """Gives up the row of a sequence."""
-        self._row_of.pop(sequence, None)
-
-    def _fill(self, ordered: Items[Chunk], chunks: Items[Chunk], decode_rows: int | None) -> Inputs:
+    def _fill(self, chunks: Items[Chunk], decode_rows: int | None) -> Inputs:
+        ordered = self.ordered(chunks)
         changes = [change for chunk in ordered for change in self._changed(chunk)]
         while len(changes) > _CHANGES:
-            self._send(changes[:_CHANGES])
+            self._send(_Counts(changes=_CHANGES), _as_fields(changes[:_CHANGES]))
             del changes[:_CHANGES]
-        host, at = self._free_set()
-        spans = self._spans(ordered, decode_rows)
-        starts = [0, *accumulate(spans)]
-        sequences = len(spans)
-        tokens = starts[-1]
-        assert tokens <= self.sizes.tokens
-        host["query_starts"][: sequences + 1] = starts
-        host["context_lens"][:sequences] = 0
-        if decode_rows is not None:  # what no chunk overwrites is padding
-            self._pad(host, decode_rows)
-        for chunk in ordered:
-            row, table = self._row_of[chunk.sequence], _table(chunk)
-            end = chunk.end + len(chunk.drafts)
-            part = slice(starts[row], starts[row + 1])
-            host["token_ids"][part] = chunk.token_ids()
-            host["positions"][part] = np.arange(chunk.begin, end)
-            host["slot_blocks"][part], host["slot_offsets"][part] = table.slot_mapping(chunk.begin, end)
-            host["context_lens"][row] = end - table.remote_tokens
-        rows = self._fill_rows(host, chunks, starts)
+        values, starts = self._values(ordered, decode_rows)
+        values |= _as_fields(changes)
+        rows = self._add_rows(values, chunks, starts)
         if decode_rows is not None:  # a captured step computes so many rows of logits
-            host["rows"][rows:decode_rows] = 0
-        self._fill_changes(host, changes)
-        self._submit(at)
-        return self._inputs_of(tokens, sequences, rows)
+            values["rows"] += [0] * (decode_rows - rows)
+        counts = _Counts(starts[-1], len(starts) - 1, len(values["rows"]), len(changes))
+        self._send(counts, values)
+        return self._inputs_of(counts, rows)
 
-    def _inputs_of(self, tokens: int, sequences: int, rows: int) -> Inputs:
-        there = self._on_device
-        return Inputs._make(
-            [
-                *(there[name][:tokens] for name in ("token_ids", "positions", "slot_blocks", "slot_offsets")),
-                self._block_tables[:sequences],
-                there["context_lens"][:sequences],
-                there["query_starts"][: sequences + 1],
-                *(there[name][:rows] for name in ("rows", "temperatures", "top_ps", "top_ks", "seeds", "drawn_at")),
-            ]
-        )
+    def _inputs_of(self, counts: _Counts, rows: int) -> Inputs:
+        there = counts.parts(self._by_type)
+        there["block_tables"] = self._block_tables[: counts.sequences]
+        for name in ("rows", "temperatures", "top_ps", "top_ks", "seeds", "drawn_at"):
+            there[name] = there[name][:rows]
+        return Inputs(**{name: there[name] for name in Inputs._fields})
 
     def _place(self, chunks: Items[Chunk]) -> None:
         """Gives each sequence of a step a row: the first that no running sequence has."""
@@ -188,65 +198,75 @@ class StepTables:
         """Returns the entries of a sequence's table that the device does not have, as (index, block), and counts them as sent."""
         row, wanted = self._row_of[chunk.sequence], _table(chunk).block_ids
         known = self._known[row]
+        if wanted == known:
+            return []
         same = len(known) if wanted[: len(known)] == known else 0
         first = row * self.sizes.blocks
         self._known[row] = list(wanted)
         return [(first + column, wanted[column]) for column in range(same, len(wanted))]
 
-    def _spans(self, ordered: Items[Chunk], decode_rows: int | None) -> list[int]:
-        """Returns the rows of the step that belong to each row of the tables."""
-        if decode_rows is not None:
-            return [1] * decode_rows
-        spans = [0] * (1 + self._row_of[ordered[-1].sequence])
-        for chunk in ordered:
-            spans[self._row_of[chunk.sequence]] = chunk.tokens
-        return spans
+    def _values(self, ordered: Items[Chunk], decode_rows: int | None) -> tuple[dict[str, list[Any]], list[int]]:
+        """Returns the fields of the tokens and sequences of a step, and where each row of the tables starts in it."""
+        by_row = {self._row_of[chunk.sequence]: chunk for chunk in ordered}
+        token_ids: list[int] = []
+        positions: list[int] = []
+        blocks: list[int] = []
+        offsets: list[int] = []
+        context_lens: list[int] = []
+        starts = [0]
+        for row in range(decode_rows if decode_rows is not None else 1 + max(by_row)):
+            if (chunk := by_row.get(row)) is not None:
+                table, end = _table(chunk), chunk.end + len(chunk.drafts)
+                token_ids += chunk.token_ids()
+                positions += range(chunk.begin, end)
+                slots = table.slot_mapping(chunk.begin, end)
+                blocks += slots[0]
+                offsets += slots[1]
+                context_lens.append(end - table.remote_tokens)
+            else:
+                context_lens.append(0)
+                if decode_rows is not None:
+                    for field, value in ((token_ids, 0), (positions, 0), (blocks, NO_SLOT), (offsets, 0)):
+                        field.append(value)
+            starts.append(len(token_ids))
+        assert len(token_ids) <= self.sizes.tokens
+        fields = {"token_ids": token_ids, "positions": positions, "slot_blocks": blocks, "slot_offsets": offsets}
+        return fields | {"context_lens": context_lens, "query_starts": starts}, starts
 
-    @staticmethod
-    def _pad(host: dict[str, Any], rows: int) -> None:
-        for name in ("token_ids", "positions", "slot_offsets"):
-            host[name][:rows] = 0
-        host["slot_blocks"][:rows] = NO_SLOT
-
-    def _fill_rows(self, host: dict[str, Any], chunks: Items[Chunk], starts: Items[int]) -> int:
-        """Fills the rows whose logits are asked for, in the order of `chunks`, and how they are drawn from."""
-        count = 0
+    def _add_rows(self, values: dict[str, list[Any]], chunks: Items[Chunk], starts: Items[int]) -> int:
+        """Adds the rows whose logits are asked for, in the order of `chunks`, and how they are drawn from. Returns their number."""
+        values |= {name: [] for name in ("rows", "temperatures", "top_ps", "top_ks", "seeds", "drawn_at")}
         for chunk in chunks:
             if not chunk.gives_token:
                 continue
-            drafts, sampling = len(chunk.drafts), chunk.sequence.sampling
+            count, sampling = 1 + len(chunk.drafts), chunk.sequence.sampling
             end = starts[self._row_of[chunk.sequence] + 1]
-            part = slice(count, count + drafts + 1)
-            count = part.stop
-            host["rows"][part] = np.arange(end - 1 - drafts, end)
-            host["temperatures"][part] = sampling.temperature
-            host["top_ps"][part] = sampling.top_p
-            host["top_ks"][part] = sampling.top_k or 0
-            host["seeds"][part] = sampling.seed
-            host["drawn_at"][part] = np.arange(chunk.end, chunk.end + drafts + 1)
-        return count
+            values["rows"] += range(end - count, end)
+            values["temperatures"] += [sampling.temperature] * count
+            values["top_ps"] += [sampling.top_p] * count
+            values["top_ks"] += [sampling.top_k or 0] * count
+            values["seeds"] += [sampling.seed] * count
+            values["drawn_at"] += range(chunk.end, chunk.end + count)
+        return len(values["rows"])
 
-    def _fill_changes(self, host: dict[str, Any], changes: Items[tuple[int, int]]) -> None:
-        host["change_at"][:] = len(self._flat_tables) - 1
-        if changes:
-            host["change_at"][: len(changes)], host["change_to"][: len(changes)] = zip(*changes, strict=True)
+    def _send(self, counts: _Counts, values: Mapping[str, Items[Any]]) -> None:
+        """Transfers the fields of a step, and puts the changed entries into the block tables."""
+        pinned, words = self._free_set(), counts.words
+        parts = counts.parts(pinned.by_type)
+        for name, value in values.items():
+            parts[name][: len(value)] = value
+        pinned.sent = self._device.transfer(pinned.memory[:words], self._inputs[:words])
+        if counts.changes:
+            there = counts.parts(self._by_type)
+            self._flat_tables.index_put_((there["change_at"],), there["change_to"])
 
-    def _send(self, changes: Items[tuple[int, int]]) -> None:
-        host, at = self._free_set()
-        self._fill_changes(host, changes)
-        self._submit(at)
-
-    def _free_set(self) -> tuple[dict[str, Any], int]:
-        at, self._next = self._next, (self._next + 1) % _SETS
-        if (sent := self._sent[at]) is not None:
-            sent.wait(Wait.TABLES_AFTER_STEP)
+    def _free_set(self) -> _PinnedSet:
+        pinned, self._next = self._sets[self._next], (self._next + 1) % _SETS
+        if pinned.sent is not None:
+            pinned.sent.wait(Wait.TABLES_AFTER_STEP)
         if self._device.accesses is not None:
-            self._device.accesses.host(self._sets[at], [0], writes=True)
-        return self._filled[at], at
-
-    def _submit(self, at: int) -> None:
-        self._sent[at] = self._device.transfer(self._sets[at], self._inputs)
-        self._flat_tables.index_put_((self._on_device["change_at"],), self._on_device["change_to"])
+            self._device.accesses.host(pinned.memory, [0], writes=True)
+        return pinned
 
 
 def _table(chunk: Chunk) -> BlockTable:
@@ -254,18 +274,10 @@ def _table(chunk: Chunk) -> BlockTable:
     return chunk.sequence.table
 
 
-def _size_bytes(fields: Items[_Field]) -> int:
-    return sum(_padded(dtype.itemsize * count) for _, dtype, count in fields)
+def _as_fields(changes: Items[tuple[int, int]]) -> dict[str, list[Any]]:
+    return {"change_at": [at for at, _ in changes], "change_to": [block_id for _, block_id in changes]}
 
 
-def _padded(size_bytes: int) -> int:
-    return -(-size_bytes // _ALIGNED_BYTES) * _ALIGNED_BYTES
-
-
-def _views(memory: Tensor, fields: Items[_Field]) -> dict[str, Tensor]:
-    views, begin = {}, 0
-    for name, dtype, count in fields:
-        size_bytes = dtype.itemsize * count
-        views[name] = memory[begin : begin + size_bytes].view(dtype)
-        begin += _padded(size_bytes)
-    return views
+def _padded_bytes(dtype: torch.dtype, count: int) -> int:
+    """Returns the size of a field. All begin aligned, because Triton compiles a kernel for aligned pointers."""
+    return -(-dtype.itemsize * count // _ALIGNED_BYTES) * _ALIGNED_BYTES
