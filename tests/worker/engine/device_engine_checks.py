@@ -8,7 +8,8 @@ A wait that is missing is a race, which fails the check.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
+from collections.abc import Sequence as Items
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,9 +21,22 @@ from attnstore.core.layout import DType
 from attnstore.testing import StoreProcess
 from attnstore_worker.cache import PageStore, Planner, open_store
 from attnstore_worker.cache.moving.load import FetchOrder, LoadPlan
+from attnstore_worker.cache.pool.block_table import BlockTable
 from attnstore_worker.device.host import HostDevice
 from attnstore_worker.device.simulated import SimulatedDevice
-from attnstore_worker.engine import AttendPolicy, Engine, EngineOptions, FinishReason, SamplingParams, speculative
+from attnstore_worker.engine import (
+    AttendPolicy,
+    Engine,
+    EngineOptions,
+    FinishReason,
+    SamplingParams,
+    Sequence,
+    device_runner,
+    speculative,
+)
+from attnstore_worker.engine.device_runner import DeviceRunner
+from attnstore_worker.engine.sequence import Chunk
+from attnstore_worker.engine.step_tables import Sizes
 from attnstore_worker.errors import OutOfDeviceMemory, SequenceFailed
 from attnstore_worker.model import LoadedModel, load_model
 from attnstore_worker.model.attention import PagedStep
@@ -193,7 +207,7 @@ def test_drafts_are_verified_on_the_device(generate: Generate, expected: Generat
     wanted = expected(batch, how)
     answers = dict(zip(map(tuple, batch), wanted, strict=True))
 
-    def draft(token_ids: Sequence[int], drafts_max: int) -> tuple[int, ...]:
+    def draft(token_ids: Items[int], drafts_max: int) -> tuple[int, ...]:
         prompt = next(prompt for prompt in answers if tuple(token_ids[: len(prompt)]) == prompt)
         known = len(token_ids) - len(prompt)
         return (*answers[prompt][known : known + 2], 1)[:drafts_max]
@@ -204,6 +218,28 @@ def test_drafts_are_verified_on_the_device(generate: Generate, expected: Generat
 
     monkeypatch.setattr(speculative, "draft", draft)
     assert generate(batch, how, speculate=True, check=accepted) == wanted
+
+
+def test_drafts_from_resident_blocks_are_the_next_tokens_where_all_blocks_are(
+    on_device: LoadedModel, expected: Generate, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Some are drafted for longer than others. Steps are captured where Triton is interpreted."""
+    batch = prompts(75)[1:3]
+    wanted = expected(batch, SamplingParams(max_tokens=4))
+    monkeypatch.setattr(device_runner, "_buckets", lambda _: [2])
+    pool = DEVICE.blocks(on_device.layout(BLOCK_TOKENS), 4)
+    attention = ATTENTION or create_attention("triton")
+    runner = DeviceRunner(on_device, pool, attention, None, DEVICE, Sizes(64, 8, 2), before_step=lambda: None)
+    runner.warm_up()
+    sequences = [Sequence(number, [*each], len(each), GREEDY, 0.0) for number, each in enumerate(batch)]
+    for number, sequence in enumerate(sequences):
+        sequence.table = BlockTable(BLOCK_TOKENS, [3 - number, number])
+    drawn = runner.run([Chunk(sequence, 0, sequence.prompt_tokens) for sequence in sequences])
+    for index, sequence in enumerate(sequences):
+        sequence.token_ids += drawn.tokens(index)
+    last = [Chunk(sequence, sequence.prompt_tokens, sequence.prompt_tokens + 1) for sequence in sequences]
+    drafts = runner.draft_resident(last[::-1], [3, 1])
+    assert drafts == [wanted[1][1:], wanted[0][1:2]]
 
 
 def test_sampled_tokens_do_not_depend_on_the_batch(on_device: LoadedModel, options: EngineOptions) -> None:

@@ -184,6 +184,27 @@ def _refused(*_: object) -> None:
     raise OutOfDeviceMemory("on purpose")
 
 
+@pytest.mark.parametrize("rows", [None, 4])
+@pytest.mark.parametrize("device", ["simulated"], indirect=True)
+def test_steps_that_draft_compute_one_token_later_each_in_blocks_that_are_there(device: Device, rows: int | None) -> None:
+    tables = StepTables(device, SIZES)
+    short, long = sequence(1, [3, 4], 5), sequence(2, [5, 6, 7], 7)
+    chunks = [chunk(long, 6, 7), chunk(short, 4, 5)]
+    for ahead, inputs in enumerate(tables.fill_drafts(chunks, [4, 2], rows)):
+        known = []
+        for each in chunks[: 2 if ahead < 2 else 1]:
+            table = each.sequence.table
+            assert table is not None
+            copied = sequence(each.sequence.sequence_id, table.block_ids, each.end + ahead)
+            known.append(chunk(copied, each.begin + ahead, each.end + ahead))
+        written = torch.tensor([each.token_ids()[0] for each in known])
+        inputs.token_ids.index_put_((inputs.rows,), written)
+        agrees(inputs, known)
+        assert int((inputs.context_lens > 0).sum()) == len(known)
+    assert ahead == 3
+    agrees(tables.fill(chunks), chunks)
+
+
 def test_padding_asks_for_every_row_and_stores_nothing() -> None:
     inputs = StepTables(HostDevice(), SIZES).padding(4)
     assert inputs.slot_blocks.tolist() == [NO_SLOT] * 4

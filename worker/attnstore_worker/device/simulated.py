@@ -199,7 +199,7 @@ class SimulatedDevice(HostDevice):
         self.accesses = _Accesses(self)
         self.known_blocks = torch.empty(0)
         self._pinned: dict[int, Tensor] = {}
-        """By address. Kept, so that no memory of the device gets the address of pinned memory that was freed."""
+        """By address of the whole. Kept, so that no memory of the device gets the address of pinned memory that was freed."""
 
     def blocks(self, layout: PageLayout, capacity: int) -> Tensor:
         """See `Device.blocks`. The last ones are those that steps access."""
@@ -209,7 +209,7 @@ class SimulatedDevice(HostDevice):
     def pinned(self, *shape: int, dtype: torch.dtype) -> Tensor:
         """See `Device.pinned`."""
         memory = super().pinned(*shape, dtype=dtype)
-        self._pinned[memory.data_ptr()] = memory
+        self._pinned[_address(memory)] = memory
         return memory
 
     def transfer(self, source: Tensor, target: Tensor) -> Event:
@@ -217,7 +217,7 @@ class SimulatedDevice(HostDevice):
         with self.lock:
             place, target_place = self._tensor(source), self._tensor(target)
             event = self.copy(self._compute, "a transfer", [source], [target], (), place, target_place)
-            if target.data_ptr() not in self._pinned:
+            if _address(target) not in self._pinned:
                 self._compute.event().land()
             return event
 
@@ -254,17 +254,22 @@ class SimulatedDevice(HostDevice):
 
     def places(self, memory: Tensor, indices: Iterable[int], layers: range | None = None) -> list[Place]:
         """Returns the places of slots of host memory or of blocks; a small tensor is one place."""
-        if memory.data_ptr() in self._pinned:
+        if _address(memory) in self._pinned:
             return self._tensor(memory)
         name = "block" if memory.data_ptr() == self.known_blocks.data_ptr() else f"slot of {memory.data_ptr():x}"
         return [Place(name, index, layer) for index in indices for layer in layers or range(memory.shape[1])]
 
     def _tensor(self, memory: Tensor) -> list[Place]:
-        return [Place(f"tensor {memory.data_ptr():x}", 0, 0)]
+        return [Place(f"tensor {_address(memory):x}", 0, 0)]
 
     def _record(self, stream: str, name: str, read: list[Place], written: list[Place]) -> None:
         self.races.accesses(stream, f"{name} reads", read, writes=False)
         self.races.accesses(stream, f"{name} writes", written, writes=True)
+
+
+def _address(memory: Tensor) -> int:
+    """Returns the address of the whole that a tensor is part of."""
+    return memory.untyped_storage().data_ptr()
 
 
 def _copy(sources: Sequence[Tensor], targets: Sequence[Tensor]) -> None:

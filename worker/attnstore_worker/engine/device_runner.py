@@ -14,6 +14,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from collections.abc import Sequence as Items
+from dataclasses import replace
 from functools import partial
 from typing import Final
 
@@ -121,12 +122,28 @@ class DeviceRunner:
             greedy = all(chunk.sequence.sampling.temperature == 0.0 for chunk in chunks if chunk.gives_token)
             return self._drawn(chunks, inputs, logits, greedy=greedy)
 
-    def run_resident(self, chunks: Items[Chunk]) -> list[int]:
-        """See `Runner.run_resident`."""
+    def draft_resident(self, chunks: Items[Chunk], counts: Items[int]) -> list[list[int]]:
+        """See `Runner.draft_resident`. Each step takes its tokens from the one before on the device; all are read at the end."""
+        rows = self._graph_rows(chunks)
+        whole = [replace(chunk, drafts=(0,) * (count - 1)) for chunk, count in zip(chunks, counts, strict=True)]
+        drawn: list[Tensor] = []
         with self._device.submitting(), torch.inference_mode():
-            inputs, logits = self._logits(chunks, at_once, None)
-            drawn = self._drawn(chunks, inputs, logits, greedy=True)
-        return [drawn.rows(index)[-1] for index in range(len(chunks))]
+            self._before_step()
+            note_accesses(self._device, whole, None)
+            for inputs in self._tables.fill_drafts(chunks, counts, rows):
+                if drawn:
+                    inputs.token_ids.index_put_((inputs.rows,), drawn[-1][: len(inputs.rows)])
+                logits = self._replayed(rows, inputs) if rows is not None else self._computed(inputs, at_once, None)
+                # `NOT_FINITE` is no token that the next step could compute.
+                drawn.append(draw(logits, inputs, greedy=True).clamp_min(0))
+            tokens = self._tokens[: sum(counts)]
+            event = self._device.transfer(torch.cat(drawn), tokens)
+        known = iter(_read(self._device, tokens, event))
+        drafts: list[list[int]] = [[] for _ in chunks]
+        for step in drawn:
+            for own in drafts[: len(step)]:
+                own.append(next(known))
+        return drafts
 
     def _drawn(self, chunks: Items[Chunk], inputs: Inputs, logits: Tensor, *, greedy: bool) -> _DeviceDrawn:
         """Draws from every row, and submits the transfer of the tokens."""
@@ -145,12 +162,15 @@ class DeviceRunner:
         if remote is None and before_layer is at_once and (rows := self._graph_rows(chunks)) is not None:
             inputs = self._tables.fill(chunks, decode_rows=rows)
             note_accesses(self._device, chunks, None)
-            self._graphs[rows].replay()
-            return inputs, self._captured[rows][: len(inputs.rows)]
+            return inputs, self._replayed(rows, inputs)
         inputs = self._tables.fill(chunks)
         if self._device.accesses is not None:
             before_layer = noting_accesses(self._device, chunks, before_layer)
         return inputs, self._computed(inputs, before_layer, remote)
+
+    def _replayed(self, rows: int, inputs: Inputs) -> Tensor:
+        self._graphs[rows].replay()
+        return self._captured[rows][: len(inputs.rows)]
 
     def _computed(self, inputs: Inputs, before_layer: Callable[[int], None], remote: RemoteStep | None) -> Tensor:
         step = PagedStep(
@@ -204,11 +224,7 @@ class _DeviceDrawn:
 
     def _tokens_read(self) -> list[int]:
         if self._known is None:
-            if self._event is not None:
-                self._event.wait(Wait.TOKENS_AFTER_COMPUTE)
-                if self._device.accesses is not None:
-                    self._device.accesses.host(self._tokens, [0], writes=False)
-            self._known = self._tokens.tolist()
+            self._known = _read(self._device, self._tokens, self._event) if self._event is not None else []
         return self._known
 
     def tokens(self, index: int) -> list[int]:
@@ -230,6 +246,15 @@ class _DeviceDrawn:
     def logits(self, index: int) -> Tensor:
         """See `Drawn.logits`."""
         return self._logits[self._parts[index]].cpu()
+
+
+def _read(device: Device, tokens: Tensor, event: Event) -> list[int]:
+    """Waits for the transfer of tokens, and returns them."""
+    event.wait(Wait.TOKENS_AFTER_COMPUTE)
+    if device.accesses is not None:
+        device.accesses.host(tokens, [0], writes=False)
+    ids: list[int] = tokens.tolist()
+    return ids
 
 
 class _InParts:

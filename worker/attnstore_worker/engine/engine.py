@@ -188,7 +188,7 @@ class Engine:
         sequence.table = table = BlockTable(self._cache.block_tokens)
         try:
             self._cache.grow(table, 1)
-            self._runner.run_resident([next_chunk(sequence, self.options.chunk_tokens)])
+            self._runner.draft_resident([next_chunk(sequence, self.options.chunk_tokens)], [1])
         except Overloaded:
             pass  # no block is free for this, which says nothing about the model
         finally:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from collections.abc import Sequence as Items
+from dataclasses import replace
 from itertools import accumulate
 from typing import Protocol
 
@@ -48,9 +49,10 @@ class Runner(Protocol):
         """
         ...
 
-    def run_resident(self, chunks: Items[Chunk]) -> list[int]:
-        """As `run`, but without the blocks in the store: an approximation, whose KV must be computed again. Returns the likeliest
-        token after each chunk; all of them give one.
+    def draft_resident(self, chunks: Items[Chunk], counts: Items[int]) -> list[list[int]]:
+        """Returns the likeliest `counts[i]` tokens after chunk `i`, one after the other, without the blocks in the store: an
+        approximation, whose KV must be computed again. Each chunk is the last known token of a sequence with blocks for all of
+        them; `counts` descend.
         """
         ...
 
@@ -83,10 +85,16 @@ class HostRunner:
         """See `Runner.run`."""
         return _HostDrawn(chunks, self._run(chunks, before_layer, self._remote))
 
-    def run_resident(self, chunks: Items[Chunk]) -> list[int]:
-        """See `Runner.run_resident`."""
-        rows = self._run(chunks, at_once, None).split_with_sizes([1 + len(chunk.drafts) for chunk in chunks])
-        return [peaks(row[-1:])[0].token_id for row in rows]
+    def draft_resident(self, chunks: Items[Chunk], counts: Items[int]) -> list[list[int]]:
+        """See `Runner.draft_resident`. Each step computes the drafts of those before it again."""
+        drafts: list[list[int]] = [[] for _ in chunks]
+        for made in range(counts[0]):
+            drafting = sum(count > made for count in counts)
+            steps = [replace(chunk, drafts=tuple(own)) for chunk, own in zip(chunks[:drafting], drafts, strict=False)]
+            rows = self._run(steps, at_once, None)[made :: made + 1]
+            for own, peak in zip(drafts, peaks(rows), strict=False):
+                own.append(peak.token_id)
+        return drafts
 
     def warm_up(self) -> None:
         """No-op."""

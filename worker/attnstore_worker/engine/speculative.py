@@ -39,6 +39,9 @@ _ACCEPTANCE_MIN: Final = 0.02
 _EACH_SHARE: Final = 0.05
 _VARIANCE_MIN: Final = 0.5
 
+DraftResident = Callable[[Sequence[Chunk], Sequence[int]], list[list[int]]]
+"""See `Runner.draft_resident`."""
+
 
 def draft(token_ids: Sequence[int], drafts_max: int) -> tuple[int, ...]:
     """Returns the tokens after the latest earlier occurrence of the longest last n-gram that has one; none if nothing repeats.
@@ -163,14 +166,9 @@ class Speculation:
             left = min(drafts_max, _room(sequence, tokens_max if sequence.attend.attends else min(tokens_max, pool_tokens)))
             sequence.drafts = draft(sequence.token_ids, left) if left > 0 else ()
 
-    def draft_from_residents(
-        self, running: Sequence[Prompted], run: Callable[[Sequence[Chunk]], list[int]], *, tokens_max: int, chunk_tokens: int
-    ) -> bool:
+    def draft_from_residents(self, running: Sequence[Prompted], run: DraftResident, *, tokens_max: int, chunk_tokens: int) -> bool:
         """Drafts with the model for sequences that attend to blocks in the store and have no drafts, using only the blocks that are
-        here.
-
-        Drafts one token after the other; `run` computes chunks in that way, as `Runner.run_resident` does. No table grows for it.
-        Returns False if no sequence got a draft.
+        here. No table grows for it. Returns False if no sequence got a draft.
         """
         self._from_residents.clear()
         if not _decoding(running):
@@ -183,14 +181,15 @@ class Speculation:
             if sequence.attend.prefix is not None and sequence.table is not None and not sequence.drafts
         }
         self._from_residents.update(wanted)
-        most_drafts = max(wanted.values(), default=0)
-        for count in range(1, most_drafts + 1):
-            drafting = [sequence for sequence, most in wanted.items() if count <= most]
-            for sequence, guess in zip(drafting, run([next_chunk(each, chunk_tokens) for each in drafting]), strict=True):
-                sequence.drafts += (guess,)
-        if most_drafts > 0:
-            self._resident_length.made(most_drafts, self._clock.now_ms() - began_ms)
-        return most_drafts > 0
+        drafting = sorted((each for each, most in wanted.items() if most > 0), key=lambda each: -wanted[each])
+        if not drafting:
+            return False
+        counts = [wanted[sequence] for sequence in drafting]
+        drafts = run([next_chunk(sequence, chunk_tokens) for sequence in drafting], counts)
+        for sequence, own in zip(drafting, drafts, strict=True):
+            sequence.drafts = tuple(own)
+        self._resident_length.made(counts[0], self._clock.now_ms() - began_ms)
+        return True
 
     def observe(self, chunk: Chunk, tokens: int, alone_ms: float | None) -> None:
         """Records how many tokens a chunk gave. `alone_ms` is the duration of the step if it computed nothing else."""

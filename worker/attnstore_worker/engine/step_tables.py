@@ -91,24 +91,25 @@ class _Counts(NamedTuple):
         """The size of all, in words of 8 bytes."""
         return sum(_padded_bytes(dtype, count) for _, dtype, count in self.fields()) // _WORD_BYTES
 
-    def parts(self, memory: Mapping[torch.dtype, Any]) -> dict[str, Any]:
-        """Returns the fields in memory of at least so many words, which is given as a vector of each type."""
-        parts, at = {}, 0
+    def parts(self, memory: Mapping[torch.dtype, Any], begin: int = 0) -> dict[str, Any]:
+        """Returns the fields in memory, from word `begin` on. The memory is given as a vector of each type."""
+        parts, at = {}, begin * _WORD_BYTES
         for name, dtype, count in self.fields():
-            begin = at // dtype.itemsize
-            parts[name] = memory[dtype][begin : begin + count]
+            first = at // dtype.itemsize
+            parts[name] = memory[dtype][first : first + count]
             at += _padded_bytes(dtype, count)
         return parts
 
 
 class _PinnedSet:
-    """Pinned memory for the inputs of a step. `sent` is the last transfer from it."""
+    """Pinned memory for the inputs of a step, or of several small ones. `sent` is the last transfer from its first `used` words."""
 
     def __init__(self, device: Device, words: int) -> None:
         self.memory = device.pinned(words, dtype=torch.int64)
         array = self.memory.numpy()
         self.by_type = {torch.int64: array, torch.float64: array.view(np.float64), torch.int32: array.view(np.int32)}
         self.sent: Event | None = None
+        self.used = 0
 
 
 class StepTables:
@@ -123,7 +124,7 @@ class StepTables:
         self._block_tables = torch.zeros(sizes.sequences, sizes.blocks, dtype=torch.int32, device=device.torch_device)
         self._flat_tables = self._block_tables.view(-1)
         self._sets = [_PinnedSet(device, words) for _ in range(_SETS)]
-        self._next = 0
+        self._at = 0
         self._row_of: dict[Sequence, int] = {}
         self._known: list[list[int]] = [[] for _ in range(sizes.sequences)]
 
@@ -150,6 +151,18 @@ class StepTables:
         with self._sending():
             return self._fill(chunks, decode_rows)
 
+    def fill_drafts(self, chunks: Items[Chunk], counts: Items[int], decode_rows: int | None) -> Iterator[Inputs]:
+        """Submits the inputs of the steps that draft `counts[i]` tokens after chunk `i`, one step for each value taken from it.
+
+        Each chunk has one token, which is what the first step computes. A later step computes the token after that of the step
+        before, whose id is in no table: the caller puts it into `token_ids`, at `rows`. `counts` descend, and a step has the chunks
+        from the first on that are drafted for. The sequences have blocks for all. `decode_rows` as in `fill`.
+        """
+        for ahead in range(counts[0]):
+            with self._sending():
+                inputs = self._fill(chunks[: sum(count > ahead for count in counts)], decode_rows, ahead)
+            yield inputs
+
     @contextmanager
     def _sending(self) -> Iterator[None]:
         try:
@@ -158,19 +171,20 @@ class StepTables:
             self._known = [[] for _ in self._known]
             raise
 
-    def _fill(self, chunks: Items[Chunk], decode_rows: int | None) -> Inputs:
+    def _fill(self, chunks: Items[Chunk], decode_rows: int | None, ahead: int = 0) -> Inputs:
+        """Submits the inputs of the chunks, or of the tokens `ahead` places after them, which have no ids yet."""
         ordered = self.ordered(chunks)
         changes = [change for chunk in ordered for change in self._changed(chunk)]
         while len(changes) > _CHANGES:
             self._send(_Counts(changes=_CHANGES), _as_fields(changes[:_CHANGES]))
             del changes[:_CHANGES]
-        values, starts = self._values(ordered, decode_rows)
+        values, starts = self._values(ordered, decode_rows, ahead)
         values |= _as_fields(changes)
         rows = self._add_rows(values, chunks, starts)
         if decode_rows is not None:  # a captured step computes so many rows of logits
             values["rows"] += [0] * (decode_rows - rows)
         counts = _Counts(starts[-1], len(starts) - 1, len(values["rows"]), len(changes))
-        self._send(counts, values)
+        self._send(counts, values, beside=ahead > 0)
         return self._inputs_of(counts, rows)
 
     def _inputs_of(self, counts: _Counts, rows: int) -> Inputs:
@@ -205,7 +219,7 @@ class StepTables:
         self._known[row] = list(wanted)
         return [(first + column, wanted[column]) for column in range(same, len(wanted))]
 
-    def _values(self, ordered: Items[Chunk], decode_rows: int | None) -> tuple[dict[str, list[Any]], list[int]]:
+    def _values(self, ordered: Items[Chunk], decode_rows: int | None, ahead: int) -> tuple[dict[str, list[Any]], list[int]]:
         """Returns the fields of the tokens and sequences of a step, and where each row of the tables starts in it."""
         by_row = {self._row_of[chunk.sequence]: chunk for chunk in ordered}
         token_ids: list[int] = []
@@ -216,10 +230,11 @@ class StepTables:
         starts = [0]
         for row in range(decode_rows if decode_rows is not None else 1 + max(by_row)):
             if (chunk := by_row.get(row)) is not None:
-                table, end = _table(chunk), chunk.end + len(chunk.drafts)
+                table, begin = _table(chunk), chunk.begin + ahead
+                end = begin + chunk.tokens
                 token_ids += chunk.token_ids()
-                positions += range(chunk.begin, end)
-                slots = table.slot_mapping(chunk.begin, end)
+                positions += range(begin, end)
+                slots = table.slot_mapping(begin, end)
                 blocks += slots[0]
                 offsets += slots[1]
                 context_lens.append(end - table.remote_tokens)
@@ -249,24 +264,34 @@ class StepTables:
             values["drawn_at"] += range(chunk.end, chunk.end + count)
         return len(values["rows"])
 
-    def _send(self, counts: _Counts, values: Mapping[str, Items[Any]]) -> None:
-        """Transfers the fields of a step, and puts the changed entries into the block tables."""
-        pinned, words = self._free_set(), counts.words
-        parts = counts.parts(pinned.by_type)
+    def _send(self, counts: _Counts, values: Mapping[str, Items[Any]], *, beside: bool = False) -> None:
+        """Transfers the fields of a step, and puts the changed entries into the block tables. `beside`: see `_room`."""
+        words = counts.words
+        pinned, begin = self._room(words, beside=beside)
+        parts = counts.parts(pinned.by_type, begin)
         for name, value in values.items():
             parts[name][: len(value)] = value
-        pinned.sent = self._device.transfer(pinned.memory[:words], self._inputs[:words])
+        pinned.sent = self._device.transfer(pinned.memory[begin : begin + words], self._inputs[:words])
         if counts.changes:
             there = counts.parts(self._by_type)
             self._flat_tables.index_put_((there["change_at"],), there["change_to"])
 
-    def _free_set(self) -> _PinnedSet:
-        pinned, self._next = self._sets[self._next], (self._next + 1) % _SETS
-        if pinned.sent is not None:
-            pinned.sent.wait(Wait.TABLES_AFTER_STEP)
-        if self._device.accesses is not None:
-            self._device.accesses.host(pinned.memory, [0], writes=True)
-        return pinned
+    def _room(self, words: int, *, beside: bool) -> tuple[_PinnedSet, int]:
+        """Returns pinned memory for so many words, and where they begin. `beside`: after those of the last step if there is room,
+        which waits for nothing.
+        """
+        pinned = self._sets[self._at]
+        if not beside or pinned.used + words > len(pinned.memory):
+            self._at = (self._at + 1) % _SETS
+            pinned = self._sets[self._at]
+            if pinned.sent is not None:
+                pinned.sent.wait(Wait.TABLES_AFTER_STEP)
+            if self._device.accesses is not None:
+                self._device.accesses.host(pinned.memory, [0], writes=True)
+            pinned.used = 0
+        begin = pinned.used
+        pinned.used += words
+        return pinned, begin
 
 
 def _table(chunk: Chunk) -> BlockTable:

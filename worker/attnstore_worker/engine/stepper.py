@@ -122,7 +122,10 @@ class Stepper:
         if not self._speculates or self._attention is None:
             return False
         return self._speculation.draft_from_residents(
-            self._scheduler.running, self._runner.run_resident, tokens_max=self._context_tokens_max, chunk_tokens=self._chunk_tokens
+            self._scheduler.running,
+            self._runner.draft_resident,
+            tokens_max=self._context_tokens_max,
+            chunk_tokens=self._chunk_tokens,
         )
 
     def _postprocess(self, chunks: Items[Chunk], drawn: Drawn, took_ms: float | None) -> list[Token]:
