@@ -54,6 +54,9 @@ print(json.dumps({{key: [before.get(key), after.get(key)] for key in keys if bef
 """
 
 
+_NEED_VLLM = {"attnstore_worker.vllm.connector", "attnstore_worker.vllm.reporting"}
+
+
 def changed_by(ours: list[str], host: list[str]) -> Any:
     """Returns the settings of a process before and after importing `ours`, where they differ; it has imported `host` first."""
     environment = {name: value for name, value in os.environ.items() if name != "GOMP_SPINCOUNT"}
@@ -62,9 +65,9 @@ def changed_by(ours: list[str], host: list[str]) -> Any:
 
 
 def modules_of(package: Any) -> list[str]:
-    """Returns all modules that can be imported here: the connector itself needs vLLM."""
+    """Returns all modules that can be imported here: two of the connector need vLLM."""
     names = [module.name for module in pkgutil.walk_packages(package.__path__, f"{package.__name__}.")]
-    return [package.__name__, *(name for name in names if name != "attnstore_worker.vllm.connector")]
+    return [package.__name__, *(name for name in names if name not in _NEED_VLLM)]
 
 
 def modules_of_the_connector() -> list[str]:

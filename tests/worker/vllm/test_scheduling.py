@@ -22,6 +22,7 @@ from attnstore_worker.vllm.identity import page_hashes, page_layout, vllm_namesp
 from attnstore_worker.vllm.known import KnownPages
 from attnstore_worker.vllm.lookups import LOOKUP_THREADS, Lookups
 from attnstore_worker.vllm.scheduling import SchedulerSide
+from attnstore_worker.vllm.store_events import BlocksRemoved, Chain, StoreEvents
 from tests.samples import eventually
 
 TOKENS = 16
@@ -414,6 +415,27 @@ def test_blocks_that_were_not_loaded_are_saved_when_they_are_computed(side: Sche
     side.failed({23, 24, 25})
     saves = side.scheduled("a", list(range(20, 30)), tokens_after=7 * TOKENS, restarted=True)
     assert [(plan.block_id, plan.page_hash) for plan in saves] == list(zip(range(23, 27), names[3:7], strict=True))
+
+
+def test_events_follow_what_is_found_saved_and_lost(tier: RemoteTier, gate: Gate, store: Answers, clock: ManualClock) -> None:
+    told = StoreEvents(TOKENS)
+    side = SchedulerSide(tier, gate, ROOT, LAYOUT, clock, lookup_ms_max=100, chunk_tokens=CHUNK_TOKENS, events=told)
+    names, chain = page_hashes(ROOT, FOREIGN), Chain(FOREIGN, range(160))
+    side.arrived("a", FOREIGN, 160, chain)
+    settled(side, "a")
+    assert [event.block_hashes for event in told.take()] == [tuple(FOREIGN[:6])]
+    saved_names(side, "a", 8)
+    told.written(names[6:8])
+    assert [event.block_hashes for event in told.take()] == [(FOREIGN[6],), (FOREIGN[7],)]
+    store.pages = 7
+    side.arrived("b", FOREIGN, 160, chain)
+    settled(side, "b")
+    assert told.take() == [BlocksRemoved((FOREIGN[7],))]
+    store.error = Unavailable("gone")
+    side.arrived("c", FOREIGN, 160, chain)
+    settled(side, "c")
+    assert told.take() == [], "a store that does not answer may have all of them"
+    side.close()
 
 
 def test_only_the_latest_names_are_remembered() -> None:

@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any
 
 import psutil  # one of vLLM's packages
 from vllm.distributed.kv_transfer.kv_connector.v1.base import (
-    KVConnectorBase_V1,
     KVConnectorHandshakeMetadata,
     KVConnectorMetadata,
     KVConnectorRole,
@@ -34,15 +33,19 @@ from attnstore_worker.cache.planning.step_times import Started, StepTimes
 from attnstore_worker.cache.store.remote import RemoteTier
 from attnstore_worker.cache.store.transfer import Transfer
 from attnstore_worker.device.host import HostDevice
+from attnstore_worker.vllm.counts import Counts
 from attnstore_worker.vllm.gate import Gate
 from attnstore_worker.vllm.identity import Shard, block_order, kv_settings, page_layout, shard_of, vllm_namespace
 from attnstore_worker.vllm.kv_pages import KvPages
 from attnstore_worker.vllm.plan import BlockPlan, StepPlan
 from attnstore_worker.vllm.probe import probe_link
+from attnstore_worker.vllm.reporting import ReportingConnector
 from attnstore_worker.vllm.scheduling import SchedulerSide
 from attnstore_worker.vllm.settings import Settings
+from attnstore_worker.vllm.store_events import Chain, StoreEvents
 from attnstore_worker.vllm.supported import check_supported, is_served
 from attnstore_worker.vllm.transfers import Transfers
+from attnstore_worker.vllm.written_tier import WrittenTier
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -74,14 +77,15 @@ class StepMetadata(KVConnectorMetadata):
 
 @dataclass
 class WorkerMetadata(KVConnectorWorkerMetadata):
-    """Worker to scheduler: the measurements since the last report."""
+    """Worker to scheduler: the measurements since the last report, and the pages of rank 0 that were `written`."""
 
     observations: tuple[Transfer | Step, ...]
+    written: tuple[bytes, ...] = ()
 
     def aggregate(self, other: KVConnectorWorkerMetadata) -> WorkerMetadata:
         """Merges those of two workers."""
         assert isinstance(other, WorkerMetadata)
-        return WorkerMetadata(self.observations + other.observations)
+        return WorkerMetadata(self.observations + other.observations, self.written + other.written)
 
 
 @dataclass(frozen=True)
@@ -91,7 +95,7 @@ class WorkerStart(KVConnectorHandshakeMetadata):
     order: str
 
 
-class AttnStoreConnector(KVConnectorBase_V1):
+class AttnStoreConnector(ReportingConnector):
     """See the package. Raises `InvalidArgument` for a configuration that it cannot serve."""
 
     def __init__(self, vllm_config: Any, role: KVConnectorRole, kv_cache_config: Any) -> None:
@@ -116,6 +120,10 @@ class AttnStoreConnector(KVConnectorBase_V1):
         )
         self._order = ""
         self._scheduling: SchedulerSide | None = None
+        self._counts = Counts()
+        told = vllm_config.kv_events_config
+        self._events = StoreEvents(self._layout.block_tokens) if told is not None and told.enable_kv_cache_events else None
+        self._written: WrittenTier | None = None  # if its pages are reported: those of rank 0, which the scheduler matches
         self._transfers: Transfers | None = None
         self._steps = _Steps()
         self._step_times = StepTimes(HostDevice(), self._clock, self._steps)
@@ -144,13 +152,14 @@ class AttnStoreConnector(KVConnectorBase_V1):
             raise InvalidArgument(f"the workers report {len(orders)} memory orders; in a MultiConnector put this connector first")
         self._space = self._namespace(orders.pop())
         gate, lookup_ms_max = Gate(self._clock, load_ms_max=self._settings.load_ms_max), self._settings.lookup_ms_max
+        self._counts = Counts(then=gate)
         tier = RemoteTier(
             self._store,
             self._space,
             self._layout,
             deadline_ms=max(lookup_ms_max, NODE_FAIR_MS),  # a request's deadline may be short; the store is judged with enough time
             clock=self._clock,
-            observer=gate,
+            observer=self._counts,
         )
         self._scheduling = SchedulerSide(
             tier,
@@ -160,6 +169,7 @@ class AttnStoreConnector(KVConnectorBase_V1):
             self._clock,
             lookup_ms_max=lookup_ms_max,
             chunk_tokens=int(self._vllm_config.scheduler_config.max_num_batched_tokens),
+            events=self._events,
         )
         self._measure_link()
 
@@ -171,7 +181,10 @@ class AttnStoreConnector(KVConnectorBase_V1):
     def on_new_request(self, request: Any) -> None:
         """See the base class."""
         if is_served(request):
-            self._side.arrived(request.request_id, request.block_hashes, request.num_tokens)
+            chain = None
+            if self._events is not None and request.prompt_token_ids is not None:  # embeddings have no tokens to announce
+                chain = Chain(request.block_hashes, request.all_token_ids, request.cache_salt)
+            self._side.arrived(request.request_id, request.block_hashes, request.num_tokens, chain)
 
     def get_num_new_matched_tokens(self, request: Any, num_computed_tokens: int) -> tuple[int | None, bool]:
         """See the base class. Never waits: it answers None until the store's answer is there."""
@@ -186,6 +199,7 @@ class AttnStoreConnector(KVConnectorBase_V1):
     def update_state_after_alloc(self, request: Any, blocks: Any, num_external_tokens: int) -> None:
         """See the base class."""
         self._side.allocated(request.request_id, blocks.get_block_ids()[0], num_external_tokens)
+        self._counts.hit(num_external_tokens)
 
     def build_connector_meta(self, scheduler_output: Any) -> StepMetadata:
         """See the base class."""
@@ -218,6 +232,8 @@ class AttnStoreConnector(KVConnectorBase_V1):
         told = connector_output.kv_connector_worker_meta
         if isinstance(told, WorkerMetadata):
             self._side.learn(told.observations)
+            if self._events is not None:
+                self._events.written(told.written)
 
     def request_finished(self, request: Any, block_ids: list[int]) -> tuple[bool, dict[str, Any] | None]:  # noqa: ARG002
         """No block is held back: a block that is saved has been copied."""
@@ -251,7 +267,9 @@ class AttnStoreConnector(KVConnectorBase_V1):
         pages = KvPages([kv_caches[name] for name in self._layer_names], self._layer_block_bytes)
         self._order = _order(self._vllm_config, self._layer_names)
         deadline_ms, clock = self._settings.load_ms_max, self._clock
-        tier = RemoteTier(self._store, self._namespace(self._order), self._layout, deadline_ms=deadline_ms, clock=clock)
+        space, observer = self._namespace(self._order), self._counts
+        tier = WrittenTier(self._store, space, self._layout, deadline_ms=deadline_ms, clock=clock, observer=observer)
+        self._written = tier if self._events is not None and self._shard.index == 0 else None
         self._transfers = Transfers(tier, pages, clock, save_bytes_max=self._settings.save_bytes_max)
 
     def get_handshake_metadata(self) -> WorkerStart:
@@ -297,7 +315,8 @@ class AttnStoreConnector(KVConnectorBase_V1):
             return None
         observations: tuple[Transfer | Step, ...] = (*self._transfers.take_loads(), *self._steps.untold)
         self._steps.untold.clear()
-        return WorkerMetadata(observations) if observations else None
+        written = self._written.take_written() if self._written is not None else ()
+        return WorkerMetadata(observations, written) if observations or written else None
 
     def shutdown(self) -> None:
         """Writes pending pages, then ends."""

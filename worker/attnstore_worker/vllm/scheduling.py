@@ -22,6 +22,7 @@ from attnstore_worker.vllm.identity import page_hashes
 from attnstore_worker.vllm.known import KnownPages
 from attnstore_worker.vllm.lookups import Lookup, Lookups
 from attnstore_worker.vllm.plan import BlockPlan, RequestLoad, StepPlan
+from attnstore_worker.vllm.store_events import Chain, StoreEvents
 
 
 @dataclass(slots=True)
@@ -37,11 +38,12 @@ class _Request:
     claimed: bool = False  # vLLM has given it blocks, so its load is decided
     local_blocks: int = 0  # those that vLLM had when it asked last
     loads: tuple[BlockPlan, ...] = ()
+    chain: Chain | None = None  # if there are events
 
 
 class SchedulerSide:
     """Looks up pages in `tier`, and claims the part of a hit that `gate` chooses. vLLM computes at most `chunk_tokens` in a step; a
-    request waits at most `lookup_ms_max` for the store's answer.
+    request waits at most `lookup_ms_max` for the store's answer. `events` is told of what the store has.
     """
 
     def __init__(
@@ -54,6 +56,7 @@ class SchedulerSide:
         *,
         lookup_ms_max: float,
         chunk_tokens: int,
+        events: StoreEvents | None = None,
     ) -> None:
         self._tier = tier
         self._gate = gate
@@ -62,6 +65,7 @@ class SchedulerSide:
         self._clock = clock
         self._lookup_ms_max = lookup_ms_max
         self._chunk_tokens = chunk_tokens
+        self._events = events
         self._lookups = Lookups(tier, root)
         self._probe: Lookup | None = None
         self._refused = False
@@ -73,9 +77,12 @@ class SchedulerSide:
         """Ends the look-ups, without waiting for them."""
         self._lookups.close()
 
-    def arrived(self, request_id: str, block_hashes: Sequence[bytes], prompt_tokens: int) -> None:
-        """A request waits for its turn. Its look-up starts now, so that the answer is there when it is scheduled."""
+    def arrived(self, request_id: str, block_hashes: Sequence[bytes], prompt_tokens: int, chain: Chain | None = None) -> None:
+        """A request waits for its turn. Its look-up starts now, so that the answer is there when it is scheduled. `chain`: what
+        events say of it.
+        """
         request = self._requests.setdefault(request_id, _Request(block_hashes))
+        request.chain = chain
         if request.lookup is None and self._store_answers():
             self._start_lookup(request, self._usable_blocks(prompt_tokens))
 
@@ -150,6 +157,10 @@ class SchedulerSide:
             if hashes[index] not in self._known
         ]
         self._known.add([plan.page_hash for plan in plans])
+        if self._events is not None and request.chain is not None and plans:
+            new = {plan.page_hash for plan in plans}
+            blocks = [(index, hashes[index]) for index in range(request.saved, last) if hashes[index] in new]
+            self._events.saving(request.chain, blocks)
         request.saved = last
         return plans
 
@@ -219,6 +230,8 @@ class SchedulerSide:
             request.hashes = lookup.names
         self._known.add(lookup.names[: lookup.found])
         self._known.discard(lookup.names[lookup.found :])
+        if self._events is not None and request.chain is not None and not lookup.failed:
+            self._events.found(request.chain, lookup.names, lookup.found)
         return lookup.found
 
     def _store_answers(self) -> bool:
