@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import threading
 from collections.abc import Iterator, Sequence
 from typing import Any, cast
@@ -21,6 +22,7 @@ from attnstore_worker.vllm.gate import PROBE_MS, Gate
 from attnstore_worker.vllm.identity import page_hashes, page_layout, vllm_namespace
 from attnstore_worker.vllm.known import KnownPages
 from attnstore_worker.vllm.lookups import LOOKUP_THREADS, Lookups
+from attnstore_worker.vllm.plan import BlockPlan
 from attnstore_worker.vllm.scheduling import SchedulerSide
 from attnstore_worker.vllm.store_events import BlocksRemoved, Chain, StoreEvents
 from tests.samples import eventually
@@ -224,6 +226,17 @@ def loaded_names(side: SchedulerSide) -> list[tuple[str, list[tuple[int, bytes]]
     return [(plan.request_id, [(block.block_id, block.page_hash) for block in plan.blocks]) for plan in side.step([], ()).loads]
 
 
+def test_a_load_is_the_same_in_the_workers_process(side: SchedulerSide) -> None:
+    assert settled(side, "a", computed=TOKENS) == 5 * TOKENS
+    side.allocated("a", [70_000 * index for index in range(10)], 5 * TOKENS)
+    plan = side.step([BlockPlan(3, b"3" * 32)], ((0, 5),))
+    sent = pickle.loads(pickle.dumps(plan))
+    assert (sent.saves, sent.chunks) == (plan.saves, plan.chunks)
+    (load,), (other,) = plan.loads, sent.loads
+    assert list(other.blocks) == list(load.blocks)
+    assert (other.blocks[1], list(other.blocks[2:])) == (list(load.blocks)[1], list(load.blocks)[2:])
+
+
 def test_a_hit_for_which_vllm_had_no_blocks_is_a_hit_when_it_has(side: SchedulerSide, store: Answers) -> None:
     names = page_hashes(ROOT, FOREIGN)
     assert settled(side, "a") == 6 * TOKENS
@@ -251,8 +264,9 @@ def test_a_miss_is_a_miss_however_often_it_is_asked_for(side: SchedulerSide, sto
     assert [side.hit_tokens("a", FOREIGN, 160, 0) for _ in range(3)] == [0, 0, 0]
     store.open.set()
     assert settled(side, "b") == 6 * TOKENS, "one late answer is no reason to leave the store alone"
-    assert len(store.asked) == 2, "it was looked up once"
+    assert eventually(lambda: len(store.asked) == 2)
     assert side.hit_tokens("a", FOREIGN, 160, 0) == 0
+    assert store.begun == 2, "it was looked up once"
 
 
 def test_a_request_whose_load_failed_is_not_loaded_again(side: SchedulerSide) -> None:

@@ -4,7 +4,12 @@ processes.
 
 from __future__ import annotations
 
+from array import array
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any, overload
+
+from attnstore.limits import HASH_BYTES
 
 
 @dataclass(frozen=True, slots=True)
@@ -15,12 +20,45 @@ class BlockPlan:
     page_hash: bytes
 
 
+class Blocks(Sequence[BlockPlan]):
+    """Block `block_ids[i]` and page `page_hashes[i]`. A long prompt has thousands, which are kept and pickled as two sequences."""
+
+    __slots__ = ("_block_ids", "_page_hashes")
+
+    def __init__(self, block_ids: Sequence[int], page_hashes: Sequence[bytes]) -> None:
+        self._block_ids = block_ids
+        self._page_hashes = page_hashes
+
+    def __len__(self) -> int:
+        return len(self._block_ids)
+
+    @overload
+    def __getitem__(self, index: int) -> BlockPlan: ...
+    @overload
+    def __getitem__(self, index: slice) -> Blocks: ...
+    def __getitem__(self, index: int | slice) -> BlockPlan | Blocks:
+        if isinstance(index, slice):
+            return Blocks(self._block_ids[index], self._page_hashes[index])
+        return BlockPlan(self._block_ids[index], self._page_hashes[index])
+
+    def __iter__(self) -> Iterator[BlockPlan]:
+        return map(BlockPlan, self._block_ids, self._page_hashes)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _unpacked, (array("I", self._block_ids).tobytes(), b"".join(self._page_hashes))
+
+
+def _unpacked(block_ids: bytes, page_hashes: bytes) -> Blocks:
+    hashes = [page_hashes[at : at + HASH_BYTES] for at in range(0, len(page_hashes), HASH_BYTES)]
+    return Blocks(array("I", block_ids), hashes)
+
+
 @dataclass(frozen=True, slots=True)
 class RequestLoad:
     """The blocks that a waiting request gets from the store, in the order of its tokens and without a gap."""
 
     request_id: str
-    blocks: tuple[BlockPlan, ...]
+    blocks: Sequence[BlockPlan]
 
 
 @dataclass(slots=True)

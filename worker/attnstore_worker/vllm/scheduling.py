@@ -21,7 +21,7 @@ from attnstore_worker.vllm.gate import Gate
 from attnstore_worker.vllm.identity import page_hashes
 from attnstore_worker.vllm.known import KnownPages
 from attnstore_worker.vllm.lookups import Lookup, Lookups
-from attnstore_worker.vllm.plan import BlockPlan, RequestLoad, StepPlan
+from attnstore_worker.vllm.plan import BlockPlan, Blocks, RequestLoad, StepPlan
 from attnstore_worker.vllm.store_events import Chain, StoreEvents
 
 
@@ -37,7 +37,7 @@ class _Request:
     found: int | None = None  # pages, once the look-up is over
     claimed: bool = False  # vLLM has given it blocks, so its load is decided
     local_blocks: int = 0  # those that vLLM had when it asked last
-    loads: tuple[BlockPlan, ...] = ()
+    loads: Sequence[BlockPlan] = ()
     chain: Chain | None = None  # if there are events
 
 
@@ -123,7 +123,7 @@ class SchedulerSide:
         first = request.local_blocks
         last = first + external_tokens // self._layout.block_tokens
         hashes = self._names(request, last)
-        request.loads = tuple(BlockPlan(block_ids[index], hashes[index]) for index in range(first, last))
+        request.loads = Blocks(block_ids[first:last], hashes[first:last])
         self._loads.append(RequestLoad(request_id, request.loads))
         request.saved = last
 
