@@ -3,123 +3,19 @@
 from __future__ import annotations
 
 import pickle
-import threading
-from collections.abc import Iterator, Sequence
-from typing import Any, cast
-
-import pytest
 
 from attnstore.errors import Unavailable
-from attnstore.limits import CHANNEL_READ_HASHES_MAX, HASHES_MAX, NODE_FAIR_MS
 from attnstore.testing import ManualClock
-from attnstore.types import MatchResult
 from attnstore_worker.cache.planning.observation import Step
-from attnstore_worker.cache.pool.tier import Tier
-from attnstore_worker.cache.store.base import PageStore
 from attnstore_worker.cache.store.remote import RemoteTier
-from attnstore_worker.cache.store.transfer import Transfer, TransferKind
 from attnstore_worker.vllm.gate import PROBE_MS, Gate
-from attnstore_worker.vllm.identity import page_hashes, page_layout, vllm_namespace
+from attnstore_worker.vllm.identity import page_hashes
 from attnstore_worker.vllm.known import KnownPages
-from attnstore_worker.vllm.lookups import LOOKUP_THREADS, Lookups
 from attnstore_worker.vllm.plan import BlockPlan
 from attnstore_worker.vllm.scheduling import SchedulerSide
 from attnstore_worker.vllm.store_events import BlocksRemoved, Chain, StoreEvents
 from tests.samples import eventually
-
-TOKENS = 16
-LAYOUT = page_layout(layers=2, layer_block_bytes=2 * 3 * TOKENS * 8, kv_heads=3, block_tokens=TOKENS, tp_rank=0, tp_size=1)
-ROOT = vllm_namespace(LAYOUT, {"model": "m"}, tenant_salt="")
-FOREIGN = [bytes((index,)) * 32 for index in range(10)]
-CHUNK_TOKENS = 2048
-
-
-def load(size_bytes: int, elapsed_ms: float) -> Transfer:
-    return Transfer(Tier.REMOTE, TransferKind.READ, 0.0, elapsed_ms, 1, 1, size_bytes, failed=False)
-
-
-STEP = Step(0.0, 10_000.0, ((0, 1000),))
-"""A prefill of 100 tokens a second."""
-FAST = (*[load(1 << 20, 1.0)] * 8, STEP)
-"""A link of 1 GB/s."""
-SLOW = (*[load(1 << 20, 10_000_000.0)] * 8, STEP)
-"""A link of 100 B/s."""
-
-
-class Answers:
-    """A store that has the first `pages` of any prompt and answers nothing while it is not `open`. `asked`: what it answered."""
-
-    def __init__(self) -> None:
-        self.pages = 6
-        self.asked: list[Sequence[bytes]] = []
-        self.sizes: list[int] = []
-        self.begun = 0
-        self.calls = 0
-        self.error: Exception | None = None
-        self.open = threading.Event()
-        self.open.set()
-
-    def register_layout(self, *_: Any, **__: Any) -> None:
-        """Knows every namespace."""
-
-    def match(self, _space: bytes, prefixes: Sequence[Sequence[bytes]], /, *, lease_ms: int, deadline_ms: float) -> MatchResult:
-        del deadline_ms
-        assert not lease_ms, "nobody would release it"
-        self.begun += 1
-        assert self.open.wait(10)
-        if self.error is not None:
-            raise self.error
-        self.calls += 1
-        self.asked += prefixes
-        self.sizes.append(sum(map(len, prefixes)))
-        return MatchResult(tuple(min(self.pages, len(prefix)) for prefix in prefixes), None)
-
-
-@pytest.fixture
-def store() -> Answers:
-    return Answers()
-
-
-@pytest.fixture
-def clock() -> ManualClock:
-    return ManualClock()
-
-
-@pytest.fixture
-def gate(clock: ManualClock) -> Gate:
-    return Gate(clock, load_ms_max=5_000)
-
-
-@pytest.fixture
-def tier(store: Answers, clock: ManualClock, gate: Gate) -> RemoteTier:
-    return RemoteTier(cast("PageStore", store), ROOT, LAYOUT, deadline_ms=NODE_FAIR_MS, clock=clock, observer=gate)
-
-
-@pytest.fixture
-def unmeasured(store: Answers, tier: RemoteTier, gate: Gate, clock: ManualClock) -> Iterator[SchedulerSide]:
-    side = SchedulerSide(tier, gate, ROOT, LAYOUT, clock, lookup_ms_max=100, chunk_tokens=CHUNK_TOKENS)
-    yield side
-    store.open.set()
-    side.close()
-
-
-@pytest.fixture
-def side(unmeasured: SchedulerSide) -> SchedulerSide:
-    unmeasured.learn(FAST)
-    return unmeasured
-
-
-def settled(side: SchedulerSide, request: str, prompt_tokens: int = 160, computed: int = 0) -> int:
-    """Asks until there is an answer, as vLLM's scheduler does."""
-    answers: list[int] = []
-
-    def answered() -> bool:
-        hit = side.hit_tokens(request, FOREIGN, prompt_tokens, computed)
-        answers.extend(() if hit is None else (hit,))
-        return bool(answers)
-
-    assert eventually(answered, every_s=0.0001), "no answer"
-    return answers[0]
+from tests.worker.vllm.answers import CHUNK_TOKENS, FAST, FOREIGN, LAYOUT, ROOT, SLOW, TOKENS, Answers, load, settled
 
 
 def test_a_hit_is_the_stores_prefix_less_what_vllm_has(side: SchedulerSide, store: Answers) -> None:
@@ -301,83 +197,6 @@ def test_a_request_that_ends_before_it_has_blocks_loads_nothing(side: SchedulerS
     assert side.scheduled("a", [1], tokens_after=TOKENS, restarted=True) == []
     store.pages = 2
     assert settled(side, "a") == 2 * TOKENS, "another request of that name is asked about anew"
-
-
-ARRIVALS = 64
-
-
-@pytest.fixture
-def waits(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The waits of this thread: for a lock that is not free, and for a condition, on which events, futures and queues wait."""
-    begun: list[str] = []
-    wait = threading.Condition.wait
-
-    def counted(condition: threading.Condition, timeout: float | None = None) -> bool:
-        if threading.current_thread() is threading.main_thread():
-            begun.append("condition")
-        return wait(condition, timeout)
-
-    monkeypatch.setattr(threading.Condition, "wait", counted)
-    return begun
-
-
-@pytest.mark.parametrize("told", [False, True])
-def test_many_requests_at_once_never_make_the_engines_loop_wait(
-    side: SchedulerSide, store: Answers, waits: list[str], told: bool
-) -> None:
-    store.open.clear()
-    for request in map(str, range(ARRIVALS)) if told else ():
-        side.arrived(request, FOREIGN, 160)
-    for _ in range(3):
-        assert [side.hit_tokens(str(request), FOREIGN, 160, 0) for request in range(ARRIVALS)] == [None] * ARRIVALS
-    assert waits == []
-    store.open.set()
-    assert [settled(side, str(request)) for request in range(ARRIVALS)] == [6 * TOKENS] * ARRIVALS
-    assert len(store.asked) == ARRIVALS, "each was looked up once"
-    assert store.calls < ARRIVALS / 2, "those that waited together are one call"
-
-
-def test_a_request_that_waits_for_its_turn_has_its_answer_when_it_comes(side: SchedulerSide, store: Answers) -> None:
-    side.arrived("a", FOREIGN, 160)
-    assert eventually(lambda: len(store.asked) == 1)
-    assert settled(side, "a") == 6 * TOKENS
-    assert len(store.asked) == 1
-
-
-def test_a_request_that_ends_before_its_look_up_begins_is_not_looked_up(side: SchedulerSide, store: Answers) -> None:
-    store.open.clear()
-    for request in map(str, range(10)):
-        side.arrived(request, FOREIGN, 160)
-        side.finished(request)
-    store.open.set()
-    assert settled(side, "last") == 6 * TOKENS
-    assert len(store.asked) < 10
-
-
-@pytest.mark.parametrize("blocks", [(50, 50), (CHANNEL_READ_HASHES_MAX - 1, HASHES_MAX)])
-def test_look_ups_that_are_one_call_fit_it(tier: RemoteTier, store: Answers, blocks: tuple[int, ...]) -> None:
-    store.open.clear()
-    lookups = Lookups(tier, ROOT)
-    started = []
-    for busy in range(1, LOOKUP_THREADS + 1):
-        started.append(lookups.start(FOREIGN[:1]))
-        assert eventually(lambda busy=busy: store.begun == busy)
-    started += [lookups.start((FOREIGN[0],) * count) for count in blocks]
-    store.open.set()
-    assert eventually(lambda: all(lookup.done for lookup in started), within_s=30)
-    assert store.calls < len(started), "some were joined"
-    assert max(store.sizes) <= HASHES_MAX
-    lookups.close()
-
-
-def test_a_look_up_that_nobody_waits_for_is_not_begun(side: SchedulerSide, store: Answers, clock: ManualClock) -> None:
-    store.open.clear()
-    assert [side.hit_tokens(str(request), FOREIGN, 160, 0) for request in range(10)] == [None] * 10
-    clock.advance_ms(100)
-    assert [side.hit_tokens(str(request), FOREIGN, 160, 0) for request in range(10)] == [0] * 10
-    store.open.set()
-    assert settled(side, "last") == 6 * TOKENS
-    assert len(store.asked) < 10, "those that waited behind others were taken back"
 
 
 def test_a_link_that_was_bad_is_measured_again_and_used_again(side: SchedulerSide, clock: ManualClock) -> None:
