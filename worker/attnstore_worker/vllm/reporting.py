@@ -29,7 +29,7 @@ class AttnStoreStats(KVConnectorStats):
 
     def reset(self) -> None:
         """See the base class."""
-        self.data = {}
+        self.data: dict[str, Any] = {}
 
     def aggregate(self, other: KVConnectorStats) -> AttnStoreStats:
         """Adds up the counts of two processes, or of two steps."""
