@@ -20,7 +20,7 @@ _WARM_UP = list(range(1000, 1200))
 @dataclass(frozen=True, slots=True)
 class Start:
     """`model` is a Hugging Face folder, `dtype` vLLM's name of a type. `connector` is vLLM's `kv_transfer_config`; None for vLLM
-    alone. `blocks` is the size of vLLM's cache; None for as many as fit.
+    alone. `blocks` is the size of vLLM's cache; None for as many as fit. `options` are further arguments of vLLM's `LLM`.
     """
 
     model: str
@@ -28,6 +28,7 @@ class Start:
     tokens_max: int
     connector: dict[str, Any] | None = None
     blocks: int | None = None
+    options: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +90,9 @@ class Session:
     def __init__(self, start: Start) -> None:
         from vllm import LLM  # only the Python that runs this module has it
 
-        options: dict[str, Any] = {} if start.connector is None else {"kv_transfer_config": start.connector}
+        options = dict(start.options)
+        if start.connector is not None:
+            options["kv_transfer_config"] = start.connector
         if start.blocks is not None:
             options["num_gpu_blocks_override"] = start.blocks
         self._llm = LLM(model=start.model, dtype=start.dtype, max_model_len=start.tokens_max, disable_log_stats=True, **options)
