@@ -17,6 +17,7 @@ from attnstore.types import Lease
 from attnstore_worker.cache.pool.device_blocks import DeviceBlocks
 from attnstore_worker.cache.store.remote import RemoteTier
 from attnstore_worker.cache.store.shared_copies import SharedCopies
+from attnstore_worker.cache.store.transfer import TransferObserver
 from attnstore_worker.device.base import Wait
 from attnstore_worker.device.pages import PagePool
 from attnstore_worker.device.simulated import SimulatedDevice
@@ -74,10 +75,16 @@ class Lends:
 
 
 class Copied:
-    """Pages of `store` copied to blocks 0 to 3."""
+    """Pages of `store` copied to blocks 0 to 3. `observer` is told of the reads."""
 
-    def __init__(self, store: Lends, device: SimulatedDevice, wanted: Callable[[], bool] = lambda: True) -> None:
-        remote = RemoteTier(MemoryStore(), NAMESPACE, LAYOUT, deadline_ms=WAIT_MS, clock=MonotonicClock())
+    def __init__(
+        self,
+        store: Lends,
+        device: SimulatedDevice,
+        wanted: Callable[[], bool] = lambda: True,
+        observer: TransferObserver | None = None,
+    ) -> None:
+        remote = RemoteTier(MemoryStore(), NAMESPACE, LAYOUT, deadline_ms=WAIT_MS, clock=MonotonicClock(), observer=observer)
         self.device = device
         self.blocks = DeviceBlocks(device, LAYOUT, 8 * LAYOUT.page_bytes)
         self.copies = SharedCopies(store, NAMESPACE, self.blocks, remote)

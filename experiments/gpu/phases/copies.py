@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
@@ -51,8 +51,8 @@ def _copies(phase: Phase, name: str, layout: PageLayout) -> None:
     _kernels(phase, name, blocks, up_blocks, gb)
 
 
-def _alone(copy: partial[Event]) -> partial[list[Event]]:
-    return partial(lambda call: [call()], copy)
+def _alone(copy: Callable[[], Event]) -> Callable[[], Sequence[Event]]:
+    return lambda: [copy()]
 
 
 def _compare(phase: Phase, name: str, copies: Copies, host: Tensor, pages: int) -> None:

@@ -16,7 +16,7 @@ from hypothesis import strategies as some
 from torch import Tensor
 
 from attnstore_worker.device import copies_staged
-from attnstore_worker.device.base import Copies, Event, Wait
+from attnstore_worker.device.base import Copies, Copy, Event, Wait
 from attnstore_worker.device.copies_direct import DirectCopies, runs_of
 from attnstore_worker.device.copies_staged import StagedCopies
 from attnstore_worker.device.pages import anonymous_memory
@@ -36,11 +36,19 @@ class Done:
         pass
 
 
+class Timed(Done):
+    def elapsed_ms(self) -> float | None:
+        return 0.0
+
+
 class AtOnce:
-    """A stream that does its work when it is submitted; it remembers what it waits for."""
+    """A stream that does its work when it is submitted; it remembers what it waits for, and how often it had waited before each
+    copy whose time is taken.
+    """
 
     def __init__(self) -> None:
         self.waits: list[Wait] = []
+        self.waited_before: list[int] = []
 
     def record(self) -> Event:
         return Done()
@@ -52,6 +60,11 @@ class AtOnce:
     @contextmanager
     def submitting(self) -> Iterator[None]:
         yield
+
+    def timed(self, submit: Callable[[], None]) -> Copy:
+        self.waited_before.append(len(self.waits))
+        submit()
+        return Timed()
 
 
 def scatter(pages: Tensor, block_ids: Tensor, blocks: Tensor) -> None:
@@ -131,6 +144,7 @@ def test_a_copy_waits_for_each_of_its_events_on_its_own_stream(create: Callable[
     copies.up(numbered(SLOTS), [0], [0], after=[(Wait.UP_AFTER_COMPUTE, Done()), (Wait.UP_AFTER_DOWN, Done())])
     copies.down([0], numbered(SLOTS), [0], after=[(Wait.DOWN_AFTER_COMPUTE, Done())])
     assert up.waits == [Wait.UP_AFTER_COMPUTE, Wait.UP_AFTER_DOWN]
+    assert up.waited_before == [2], "what a copy waits for is no part of its time"
     assert down.waits == [Wait.DOWN_AFTER_COMPUTE]
 
 

@@ -130,6 +130,24 @@ def test_a_copy_begins_after_the_step_that_it_waits_for(device: Device, layout: 
 
 
 @LAYOUTS
+def test_a_copy_takes_its_own_time_and_not_that_of_the_step_that_it_waits_for(device: Device, layout: PageLayout) -> None:
+    host, blocks = filled(device, layout), device.blocks(layout, BLOCKS)
+    copies = device.copies(blocks)
+    copies.up(host, [0], [0]).wait(Wait.ARRIVED_AFTER_UP)  # compiles its kernel
+    timer = device.timer()
+    with device.submitting():
+        _busy(device)
+    timer.stop()
+    copy = copies.up(host, [0], [0], after=[(Wait.UP_AFTER_COMPUTE, device.compute.record())])
+    assert copy.elapsed_ms() is None
+    copy.wait(Wait.ARRIVED_AFTER_UP)
+    copy_ms, step_ms = copy.elapsed_ms(), timer.elapsed_ms()
+    assert copy_ms is not None
+    assert step_ms is not None
+    assert 0 < copy_ms < step_ms / 2
+
+
+@LAYOUTS
 def test_a_step_begins_after_the_copy_that_it_waits_for(device: Device, layout: PageLayout) -> None:
     host, blocks = filled(device, layout), device.blocks(layout, BLOCKS)
     copies = device.copies(blocks)

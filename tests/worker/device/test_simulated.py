@@ -76,6 +76,17 @@ def test_work_that_nobody_waits_for_ends_after_some_looks() -> None:
     assert [event.done() for _ in range(4)] == [False, False, False, True]
 
 
+def test_a_copy_up_says_how_long_it_took_once_it_has_ended_and_asking_ends_nothing() -> None:
+    device = SimulatedDevice("late")
+    device.copy_bytes_per_ms = LAYOUT.page_bytes / 5.0
+    blocks, host = device.blocks(LAYOUT, 2), device.host_pages(LAYOUT, 2 * LAYOUT.page_bytes)
+    copy = device.copies(blocks).up(host.tensor, [0, 1], [0, 1])
+    assert [copy.elapsed_ms() for _ in range(9)] == [None] * 9
+    assert bool(blocks.isnan().all())
+    copy.wait(ARRIVED)
+    assert copy.elapsed_ms() == pytest.approx(10.0)
+
+
 def arrived(device: SimulatedDevice) -> None:
     """A load whose step follows after the host has waited for the copy."""
     blocks, host = device.blocks(LAYOUT, 1), device.host_pages(LAYOUT, LAYOUT.page_bytes)

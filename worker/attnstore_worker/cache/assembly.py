@@ -14,6 +14,7 @@ from attnstore.errors import InvalidArgument
 from attnstore_worker.cache.manager import CacheManager
 from attnstore_worker.cache.moving.load import Planner
 from attnstore_worker.cache.planning.observation import Observer
+from attnstore_worker.cache.pool.copy_times import CopyTime
 from attnstore_worker.cache.pool.device_blocks import DeviceBlocks
 from attnstore_worker.cache.pool.host_tier import HostTier, PinnedHostTier
 from attnstore_worker.cache.pool.page_window import PageWindow
@@ -21,6 +22,7 @@ from attnstore_worker.cache.store.base import PageStore, SharedStore
 from attnstore_worker.cache.store.remote import RemoteTier
 from attnstore_worker.cache.store.shared_copies import SharedCopies
 from attnstore_worker.cache.store.shared_tier import SharedTier
+from attnstore_worker.cache.store.transfer import Transfer, TransferKind
 from attnstore_worker.device.base import Device
 from attnstore_worker.device.host import HostDevice
 from attnstore_worker.device.pages import PagePool
@@ -59,8 +61,15 @@ def create_cache(
     pages: PagePool | DeviceBlocks
     host: HostTier | PinnedHostTier | None = None
     shared: SharedCopies | None = None
+
+    def copied(time: CopyTime) -> None:
+        kind = TransferKind.COPY if time.layers is None else TransferKind.COPY_LAYERS
+        told_ms, size_bytes = clock.now_ms(), time.pages * layout.layer_slice(0, time.layers or layout.layers)[1]
+        began_ms = told_ms - time.elapsed_ms
+        observer.transferred(Transfer(time.tier, kind, began_ms, told_ms, time.pages, time.pages, size_bytes, failed=False))
+
     if not device.addressable:
-        pages = DeviceBlocks(device, layout, options.pool_bytes)
+        pages = DeviceBlocks(device, layout, options.pool_bytes, copied)
         lends: object = store
         if isinstance(lends, SharedStore) and remote is not None:
             shared = SharedCopies(lends, namespace, pages, remote)

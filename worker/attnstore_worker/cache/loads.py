@@ -53,22 +53,20 @@ class Loads:
         self._clock = clock
         self._mover = mover
 
-    def prepare(
-        self, table: BlockTable, prompt: Prompt, planner: Planner, *, host_blocks: int = 0, observed: bool = True
-    ) -> tuple[Load, LoadJob | None]:
+    def prepare(self, table: BlockTable, prompt: Prompt, planner: Planner, *, observed: bool = True) -> tuple[Load, LoadJob | None]:
         """Returns a load for the blocks of a table that are not resident, and its job for the mover. If there is nothing to load,
         or the planner wants nothing, the load has ended and there is no job.
         """
         now_ms = self._clock.now_ms()
         wanted = range(prompt.resident_blocks, prompt.usable_blocks)
         if self._source is None or not wanted:
-            return Load(prompt, None, now_ms, observed=False, host_blocks=host_blocks), None
+            return Load(prompt, None, now_ms, observed=False), None
         try:
             search = planner.search(prompt)
         except Exception:
             _LOG.exception("a load could not be planned; the prompt is computed")
             search = None
-        load = Load(prompt, search, now_ms, observed=observed, host_blocks=host_blocks)
+        load = Load(prompt, search, now_ms, observed=observed)
         if search is None:
             return load, None
         for tier in (Tier.SHARED, Tier.REMOTE):
@@ -184,7 +182,7 @@ class Loads:
 def admission_of(load: Load) -> Admission:
     """Returns the result of a load so far."""
     block_tokens, resident = load.prompt.block_tokens, load.prompt.resident_blocks
-    local_tokens, host_tokens = resident * block_tokens, load.host_blocks * block_tokens
+    local_tokens, host_tokens = resident * block_tokens, load.prompt.host_blocks * block_tokens
     if load.search is None:
         return Admission(local_tokens, host_tokens=host_tokens)
     return Admission(

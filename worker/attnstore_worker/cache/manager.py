@@ -146,8 +146,8 @@ class CacheManager:
         table, usable, host_blocks = self._resident_table(token_ids, hashes, extra_keys)
         with self._unless_raised(table):
             self.grow(table, len(token_ids))
-            prompt = self._new_prompt(len(token_ids), table.sealed, usable)
-            load, job = self.loads.prepare(table, prompt, self._planner, host_blocks=host_blocks)
+            prompt = self._new_prompt(len(token_ids), table.sealed, usable, host_blocks)
+            load, job = self.loads.prepare(table, prompt, self._planner)
             if job is not None:
                 self._mover.start(job)
             return table, load
@@ -163,9 +163,9 @@ class CacheManager:
         usable = self._usable_blocks(token_ids)
         if self._remote is None or self._lender is not None or usable > min(spare_blocks, self._pool.available):
             return None
-        table, usable, _ = self._resident_table(token_ids, hashes, extra_keys)
+        table, usable, host_blocks = self._resident_table(token_ids, hashes, extra_keys)
         with self._unless_raised(table):
-            prompt = self._new_prompt(len(token_ids), table.sealed, usable)
+            prompt = self._new_prompt(len(token_ids), table.sealed, usable, host_blocks)
             if table.sealed < usable and self._planner.prefetches(prompt):
                 self.grow(table, usable * self.block_tokens)
                 load, job = self.loads.prepare(table, prompt, FetchAhead(self._remote.deadline_ms), observed=False)
@@ -187,10 +187,10 @@ class CacheManager:
         if the store had all others. `hashes`, `extra_keys` as in `announce`.
         """
         self._name_blocks(token_ids, hashes, extra_keys)
-        usable = self._usable_blocks(token_ids)
+        usable, host_blocks = self._usable_blocks(token_ids), 0
         if resident_blocks is None:
-            resident_blocks = self._local.prefix_blocks(hashes[:usable])
-        return self._new_prompt(len(token_ids), resident_blocks, usable)
+            resident_blocks, host_blocks = self._local.prefix_blocks(hashes[:usable])
+        return self._new_prompt(len(token_ids), resident_blocks, usable, host_blocks)
 
     def grow(self, table: BlockTable, tokens: int) -> None:
         """Gives the table blocks for `tokens` tokens. Raises `Overloaded` if others hold all blocks."""
@@ -301,10 +301,10 @@ class CacheManager:
         parent = hashes[-1] if hashes else self._namespace
         hashes += block_hashes(parent, token_ids[len(hashes) * self.block_tokens :], self.block_tokens, extra_keys)
 
-    def _new_prompt(self, tokens: int, resident: int, usable: int) -> Prompt:
+    def _new_prompt(self, tokens: int, resident: int, usable: int, host: int) -> Prompt:
         layout = self.pages.layout
         self._admissions += 1
-        return Prompt(self._admissions, tokens, self.block_tokens, layout.page_bytes, layout.layers, resident, usable)
+        return Prompt(self._admissions, tokens, self.block_tokens, layout.page_bytes, layout.layers, resident, usable, host)
 
     def _leaving(self, block_hash: BlockHash, block_id: int) -> None:
         self._writer.evicted_block(block_hash, block_id)

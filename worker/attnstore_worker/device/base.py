@@ -61,6 +61,16 @@ class Event(Protocol):
         ...
 
 
+class Copy(Event, Protocol):
+    """The end of a copy up, with its duration."""
+
+    def elapsed_ms(self) -> float | None:
+        """Returns how long the device copied, by its own clock and without what the copy waited for, in milliseconds; None until
+        the copy has ended. Does not wait, and orders nothing. Raises `DeviceLost`.
+        """
+        ...
+
+
 class Stream(Protocol):
     """Work that a device does in the order of submission. From any thread."""
 
@@ -92,7 +102,7 @@ class Copies(Protocol):
         *,
         after: Iterable[After] = (),
         layers: range | None = None,
-    ) -> Event:
+    ) -> Copy:
         """Copies pages, or these layers of them, from `host[slots[i]]` to block `block_ids[i]`."""
         ...
 

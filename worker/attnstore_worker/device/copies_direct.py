@@ -9,14 +9,14 @@ A transfer costs the host and the device some microseconds, which large pages hi
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Protocol
 
 from torch import Tensor
 
-from attnstore_worker.device.base import After, Event, Stream
+from attnstore_worker.device.base import After, Copy, Event, Stream
 
 
 class CopyStream(Stream, Protocol):
@@ -24,6 +24,10 @@ class CopyStream(Stream, Protocol):
 
     def submitting(self) -> AbstractContextManager[None]:
         """See `Device.submitting`, for this stream."""
+        ...
+
+    def timed(self, submit: Callable[[], None]) -> Copy:
+        """Submits copies, by a call inside `submitting`, and returns their end and their duration."""
         ...
 
 
@@ -86,14 +90,12 @@ class DirectCopies:
         *,
         after: Iterable[After] = (),
         layers: range | None = None,
-    ) -> Event:
+    ) -> Copy:
         """See `Copies.up`. Raises `IndexError`."""
         require_indices(host, slots, self._blocks, block_ids)
         with self._up_lock:
             wait_for(self._up, after)
-            with self._up.submitting():
-                transfer(host, slots, self._blocks, block_ids, layers)
-            return self._up.record()
+            return self._up.timed(lambda: transfer(host, slots, self._blocks, block_ids, layers))
 
     def down(self, block_ids: Sequence[int], host: Tensor, slots: Sequence[int], *, after: Iterable[After] = ()) -> Event:
         """See `Copies.down`. Raises `IndexError`."""

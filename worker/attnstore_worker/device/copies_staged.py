@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from attnstore.limits import MIB
-from attnstore_worker.device.base import After, Event
+from attnstore_worker.device.base import After, Copy, Event
 from attnstore_worker.device.copies_direct import CopyStream, require_indices, transfer, wait_for
 
 STAGED_BYTES: Final = 32 * MIB
@@ -71,7 +71,7 @@ class StagedCopies:
         *,
         after: Iterable[After] = (),
         layers: range | None = None,
-    ) -> Event:
+    ) -> Copy:
         """See `Copies.up`. Raises `IndexError`. Some layers of a page go to the block at once: they are apart in host memory, so
         the buffer would save no transfer.
         """
@@ -79,16 +79,9 @@ class StagedCopies:
         buffer = self._up
         with buffer.lock:
             wait_for(buffer.stream, after)
-            with buffer.stream.submitting():
-                if layers is not None:
-                    transfer(host, slots, self._blocks, block_ids, layers)
-                else:
-                    for begin in range(0, len(slots), len(buffer.pages)):
-                        part = slice(begin, begin + len(buffer.pages))
-                        ids = buffer.ids(block_ids[part])
-                        transfer(host, slots[part], buffer.pages, range(len(ids)), None)
-                        self._scatter(buffer.pages[: len(ids)], ids, self._blocks)
-            return buffer.stream.record()
+            if layers is not None:
+                return buffer.stream.timed(lambda: transfer(host, slots, self._blocks, block_ids, layers))
+            return buffer.stream.timed(lambda: self._through(buffer, host, slots, block_ids))
 
     def down(self, block_ids: Sequence[int], host: Tensor, slots: Sequence[int], *, after: Iterable[After] = ()) -> Event:
         """See `Copies.down`. Raises `IndexError`."""
@@ -103,3 +96,10 @@ class StagedCopies:
                     self._gather(self._blocks, ids, buffer.pages[: len(ids)])
                     transfer(buffer.pages, range(len(ids)), host, slots[part], None)
             return buffer.stream.record()
+
+    def _through(self, buffer: _Buffer, host: Tensor, slots: Sequence[int], block_ids: Sequence[int]) -> None:
+        for begin in range(0, len(slots), len(buffer.pages)):
+            part = slice(begin, begin + len(buffer.pages))
+            ids = buffer.ids(block_ids[part])
+            transfer(host, slots[part], buffer.pages, range(len(ids)), None)
+            self._scatter(buffer.pages[: len(ids)], ids, self._blocks)

@@ -1,7 +1,7 @@
 """Streams, events and timers of a CUDA device, and its errors.
 
-Owns: `Faults`, `CudaStream`, `CudaEvent` and `CudaTimer`. Invariant: after an error that ends all work of the process on the
-device, every call raises `DeviceLost` without another call to the driver.
+Owns: `Faults`, `CudaStream`, `CudaEvent`, `CudaCopy` and `CudaTimer`. Invariant: after an error that ends all work of the process
+on the device, every call raises `DeviceLost` without another call to the driver.
 
 The current device and stream of CUDA belong to a thread, and a new thread has device 0. So nothing here depends on them: every
 submission names its stream.
@@ -9,7 +9,7 @@ submission names its stream.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -90,6 +90,19 @@ class CudaEvent:
             self.cuda.synchronize()
 
 
+class CudaCopy(CudaEvent):
+    """See `Copy`. Both events have their times."""
+
+    def __init__(self, begin: torch.cuda.Event, end: torch.cuda.Event, faults: Faults) -> None:
+        super().__init__(end, faults)
+        self._begin = begin
+
+    def elapsed_ms(self) -> float | None:
+        """See `Copy.elapsed_ms`. Raises `DeviceLost`."""
+        with self._faults.mapped():
+            return float(self._begin.elapsed_time(self.cuda)) if self.cuda.query() else None
+
+
 class CudaStream:
     """See `Stream`. `sleeps`: a thread that waits for an event of this stream sleeps; otherwise it spins, which ends the wait some
     ten microseconds earlier and keeps a core busy.
@@ -106,6 +119,13 @@ class CudaStream:
             event = torch.cuda.Event(blocking=self._sleeps)
             event.record(self._stream)
             return CudaEvent(event, self._faults)
+
+    def timed(self, submit: Callable[[], None]) -> CudaCopy:
+        """See `CopyStream.timed`. Raises as `Faults.mapped`."""
+        begin = _mark(self._stream, self._faults)
+        with self.submitting():
+            submit()
+        return CudaCopy(begin, _mark(self._stream, self._faults, sleeps=self._sleeps), self._faults)
 
     def wait(self, event: Event, wait: Wait) -> None:
         """See `Stream.wait`. Raises `DeviceLost`."""
@@ -136,11 +156,11 @@ class CudaTimer:
         self._stream = stream
         self._faults = faults
         self._end: torch.cuda.Event | None = None
-        self._begin = self._mark()
+        self._begin = _mark(stream, faults)
 
     def stop(self) -> None:
         """See `Timer.stop`. Raises `DeviceLost`."""
-        self._end = self._mark()
+        self._end = _mark(self._stream, self._faults)
 
     def elapsed_ms(self) -> float | None:
         """See `Timer.elapsed_ms`. Raises `DeviceLost`."""
@@ -149,8 +169,10 @@ class CudaTimer:
                 return None
             return float(self._begin.elapsed_time(self._end))
 
-    def _mark(self) -> torch.cuda.Event:
-        with self._faults.mapped():
-            event = torch.cuda.Event(enable_timing=True)
-            event.record(self._stream)
-            return event
+
+def _mark(stream: torch.cuda.Stream, faults: Faults, *, sleeps: bool = False) -> torch.cuda.Event:
+    """Records an event that has its time. `sleeps` as in `CudaStream`."""
+    with faults.mapped():
+        event = torch.cuda.Event(enable_timing=True, blocking=sleeps)
+        event.record(stream)
+        return event

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from attnstore.core.layout import PageLayout
-from attnstore_worker.device.base import Accesses, After, Copies, Event, Graph, Stream, Timer, Wait
+from attnstore_worker.device.base import Accesses, After, Copies, Copy, Event, Graph, Stream, Timer, Wait
 from attnstore_worker.device.pages import PagePool
 
 
@@ -30,6 +30,16 @@ class _Done:
 
 
 DONE: Final = _Done()
+
+
+class _Copied(_Done):
+    """A copy that is done."""
+
+    def __init__(self, took_ms: float) -> None:
+        self._took_ms = took_ms
+
+    def elapsed_ms(self) -> float | None:
+        return self._took_ms
 
 
 class _InOrder:
@@ -54,12 +64,13 @@ class _HostCopies:
         *,
         after: Iterable[After] = (),
         layers: range | None = None,
-    ) -> Event:
+    ) -> Copy:
         del after
         part = slice(None) if layers is None else slice(layers.start, layers.stop)
+        begin_s = time.perf_counter()
         for slot, block_id in zip(slots, block_ids, strict=True):
             self._blocks[block_id, part].copy_(host[slot, part])
-        return DONE
+        return _Copied((time.perf_counter() - begin_s) * 1e3)
 
     def down(self, block_ids: Sequence[int], host: Tensor, slots: Sequence[int], *, after: Iterable[After] = ()) -> Event:
         del after

@@ -9,6 +9,7 @@ Invariant: with all waits in place both schedules give the bytes of a device tha
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ import torch
 from torch import Tensor
 
 from attnstore.core.layout import PageLayout
-from attnstore_worker.device.base import After, Copies, Event, Wait
+from attnstore_worker.device.base import After, Copies, Copy, Event, Wait
 from attnstore_worker.device.host import HostDevice
 from attnstore_worker.device.races import HOST, Clock, Place, Races
 
@@ -38,13 +39,14 @@ class _Work:
 
 
 class _Event:
-    """See `Event`. It is done if the first `works` of its stream have landed."""
+    """See `Copy`. It is done if the first `works` of its stream have landed; the last of them took `took_ms`."""
 
     def __init__(self, stream: _Stream, works: int, clock: Clock) -> None:
         self._stream = stream
         self._works = works
         self._clock = clock
         self._polls = 0
+        self.took_ms = 0.0
 
     def done(self) -> bool:
         with self._stream.device.lock:
@@ -52,6 +54,11 @@ class _Event:
             if self._polls > _POLLS_MAX:
                 self.land()
             return self._stream.landed >= self._works
+
+    def elapsed_ms(self) -> float | None:
+        """Does not count as a look at the event, so that measuring lands nothing."""
+        with self._stream.device.lock:
+            return self.took_ms if self._stream.landed >= self._works else None
 
     def wait(self, wait: Wait) -> None:
         device = self._stream.device
@@ -97,7 +104,7 @@ class _Stream:
                 else:
                     self._needs.append(event)
 
-    def submit(self, after: Iterable[After], land: Callable[[], None], access: Callable[[], None]) -> Event:
+    def submit(self, after: Iterable[After], land: Callable[[], None], access: Callable[[], None]) -> _Event:
         """Adds work that may land from now on, once `after` has. `access` tells the detector of what it reads and writes."""
         races = self.device.races
         races.joins(self.name, races.clock(HOST))
@@ -143,12 +150,14 @@ class _SimulatedCopies:
         *,
         after: Iterable[After] = (),
         layers: range | None = None,
-    ) -> Event:
+    ) -> Copy:
         part = slice(None) if layers is None else slice(layers.start, layers.stop)
         sources = [host[slot, part] for slot in slots]
         targets = [self._blocks[block_id, part] for block_id in block_ids]
         source, target = self._device.places(host, slots, layers), self._device.places(self._blocks, block_ids, layers)
-        return self._device.copy(self._device.up, "copy up", sources, targets, after, source, target)
+        copy = self._device.copy(self._device.up, "copy up", sources, targets, after, source, target)
+        copy.took_ms = sum(each.nbytes for each in targets) / self._device.copy_bytes_per_ms
+        return copy
 
     def down(self, block_ids: Sequence[int], host: Tensor, slots: Sequence[int], *, after: Iterable[After] = ()) -> Event:
         sources = [self._blocks[block_id] for block_id in block_ids]
@@ -178,7 +187,7 @@ class _Accesses:
 
 class SimulatedDevice(HostDevice):
     """See `Device`: the processor, but for copies and what is known of accesses. `races.found` lists every race, also those whose
-    exception was caught by others.
+    exception was caught by others. `copy_bytes_per_ms` is the speed of copies up by the device's own clock; no call takes longer.
     """
 
     name = "simulated"
@@ -190,6 +199,7 @@ class SimulatedDevice(HostDevice):
         self.schedule = schedule
         self.without = without
         self.uses_triton = uses_triton
+        self.copy_bytes_per_ms = math.inf
         self.lock = threading.RLock()
         self.races = Races()
         self.up = _Stream(self, "up")
@@ -240,7 +250,7 @@ class SimulatedDevice(HostDevice):
         after: Iterable[After],
         read: list[Place],
         written: list[Place],
-    ) -> Event:
+    ) -> _Event:
         """Submits a copy: poisons its targets, and records its accesses."""
         after = tuple(after)
         with self.lock:

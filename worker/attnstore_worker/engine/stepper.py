@@ -71,7 +71,8 @@ class Stepper:
             self._speculation.draft(running, tokens_max=self._context_tokens_max, pool_tokens=pool_tokens)
 
     def run(self, chunks: Items[Chunk]) -> Drawn:
-        """Runs the model as `Runner.run` does, and reports the step as `StepTimes` does."""
+        """Runs the model as `Runner.run` does, and reports the step as `StepTimes` does, without the copies that it waits for."""
+        self._cache.before_step()
         started = self._times.start()
         asked = self._traffic()
         drawn = self._runner.run(chunks)

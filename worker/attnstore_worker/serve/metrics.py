@@ -89,7 +89,14 @@ class _PlannerCollector(Collector):
             rtt.add_metric([tier.value], link.rtt_ms / 1e3)
             rate.add_metric([tier.value], link.bytes_per_ms * 1e3)
             spread.add_metric([tier.value], link.spread)
-        yield from (rtt, rate, spread)
+        copied = GaugeMetricFamily(
+            "attnstore_worker_copy_bytes_per_second",
+            "Bandwidth of copies up to the device, by the tier of the pages.",
+            labels=["tier"],
+        )
+        for tier, copy in report.copies.items():
+            copied.add_metric([tier.value], copy.bytes_per_ms * 1e3)
+        yield from (rtt, rate, spread, copied)
         if report.prefill is not None:
             for name in ("chunk_ms", "token_ms", "pair_ms"):
                 value_s = getattr(report.prefill, name) / 1e3

@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from attnstore_worker.cache.moving.staging import part_pages
 from attnstore_worker.cache.planning.estimators import PrefillCost
 from attnstore_worker.cache.planning.link import LinkEstimate
 from attnstore_worker.cache.planning.split import (
@@ -38,7 +39,9 @@ LINKS = st.builds(
     age_ms=st.floats(0, 1e6),
 )
 PREFILLS = st.builds(PrefillCost, chunk_ms=st.floats(0, 100), token_ms=st.floats(1e-3, 10), pair_ms=st.floats(0, 1e-2))
-COSTS = st.builds(Costs, link=LINKS, prefill=PREFILLS, slowdown=st.floats(1, 4))
+COPIES = st.none() | LINKS
+COSTS = st.builds(Costs, link=LINKS, prefill=PREFILLS, slowdown=st.floats(1, 4), copy=COPIES, layer_copy=COPIES)
+HOST_COSTS = st.builds(Costs, link=LINKS, prefill=PREFILLS, slowdown=st.floats(1, 4))
 
 
 def whole(tokens: int, hit_blocks: int, front: int = 0) -> Work:
@@ -60,8 +63,23 @@ def best(costs: Costs, work: Work) -> Split:
     return split(costs, work, idle_budget(costs.prefill, work))
 
 
+def piped_ms(costs: Costs, blocks: int, batch: int) -> float:
+    """Returns the end of the last batch, with the reads of all parts and their copies one after the other."""
+    ended_ms = 0.0
+    while blocks > 0:
+        left, read_ms, copied_ms = min(batch, blocks), ended_ms, ended_ms
+        blocks -= left
+        while left > 0:
+            part = left if costs.copy is None else min(left, part_pages(PAGE_BYTES))
+            left -= part
+            read_ms += costs.link.transfer_ms(part * PAGE_BYTES)
+            copied_ms = max(read_ms, copied_ms) + (costs.copy.transfer_ms(part * PAGE_BYTES) if costs.copy is not None else 0.0)
+        ended_ms = copied_ms
+    return ended_ms
+
+
 def brute_force_ms(costs: Costs, work: Work) -> float:
-    """Returns the earliest first token over all meeting points, with every chunk and every read added up one by one."""
+    """Returns the earliest first token over all meeting points, with every chunk, read and copy added up one by one."""
     tokens, prefill = work.block_tokens, costs.prefill
 
     def chunks(begin: int, end: int) -> float:
@@ -75,13 +93,11 @@ def brute_force_ms(costs: Costs, work: Work) -> float:
     best_ms = chunks(work.front * tokens, work.tokens)
     idle_budget_ms = IDLE_SHARE * best_ms
     for meet in range(work.front, work.back):
-        batch, left, reads_ms = min(batch_blocks(costs.link, work.page_bytes), work.back - meet), work.back - meet, 0.0
-        while left > 0:
-            reads_ms += costs.link.request_ms + min(batch, left) * work.page_bytes / costs.link.bytes_per_ms
-            left -= batch
+        batch = min(batch_blocks(costs.link, work.page_bytes, costs.copy), work.back - meet)
+        reads_ms = piped_ms(costs, work.back - meet, batch)
         computing_ms = costs.slowdown * chunks(work.front * tokens, meet * tokens)
         waited_for_ms = chunks(meet * tokens, work.back * tokens)
-        first_ms = min(reads_ms, costs.link.transfer_ms(batch * work.page_bytes)) * costs.link.spread
+        first_ms = min(reads_ms, piped_ms(costs, batch, batch)) * costs.link.spread
         late_ms = max(reads_ms * min(costs.link.spread, FETCH_MARGIN), first_ms)
         if late_ms <= computing_ms + min(idle_budget_ms, waited_for_ms):
             best_ms = min(best_ms, max(computing_ms, reads_ms) + chunks(work.back * tokens, work.tokens))
@@ -124,7 +140,7 @@ def test_more_bandwidth_never_makes_the_prediction_worse(
 
 
 @settings(max_examples=30)
-@given(COSTS, works(), st.floats(0, 1e6))
+@given(HOST_COSTS, works(), st.floats(0, 1e6))
 def test_the_leading_part_is_as_good_as_the_best_of_all(costs: Costs, work: Work, fetch_ms_max: float) -> None:
     batch = batch_blocks(costs.link, work.page_bytes)
     chosen = best_lead(costs, work, fetch_ms_max)
@@ -136,6 +152,38 @@ def test_the_leading_part_is_as_good_as_the_best_of_all(costs: Costs, work: Work
     assert chosen.slow_ms(costs.link) <= best_ms * (1 + 1e-9) + costs.link.request_ms * costs.link.spread
     assert chosen in leads
     assert chosen.slow_ms(costs.link) <= chosen.recompute_ms * (1 + 1e-9)
+
+
+@given(LINKS, LINKS, st.integers(1, 20), st.integers(1, 8), st.booleans())
+def test_a_pipeline_is_as_slow_as_its_slower_stage_and_one_part_of_the_other(
+    link: LinkEstimate, copy: LinkEstimate, batches: int, parts: int, small: bool
+) -> None:
+    batch = parts if small else parts * part_pages(PAGE_BYTES)
+    costs = Costs(link, MEASURED, 1.0, copy=copy)
+    assert fetch_ms(link, PAGE_BYTES, batches * batch, batch, copy) == pytest.approx(piped_ms(costs, batches * batch, batch))
+
+
+@given(LINKS, LINKS)
+def test_a_batch_loses_little_to_the_part_that_is_read_or_copied_alone(link: LinkEstimate, copy: LinkEstimate) -> None:
+    batch = batch_blocks(link, PAGE_BYTES, copy)
+    part_bytes = min(batch, part_pages(PAGE_BYTES)) * PAGE_BYTES
+    alone_ms = min(link.transfer_ms(part_bytes), copy.transfer_ms(part_bytes))
+    assert alone_ms <= 0.25 * fetch_ms(link, PAGE_BYTES, batch, batch, copy)
+
+
+@pytest.mark.parametrize(("gbit_per_s", "fetches"), [(400.0, True), (10.0, True), (0.001, False)])
+def test_a_copy_to_a_device_counts_as_much_as_the_link(gbit_per_s: float, fetches: bool) -> None:
+    costs = Costs(link(10.0, 0.1), MEASURED, 1.05, copy=link(gbit_per_s, 0.01))
+    planned = best(costs, replace(whole(2048, 127), layers=30))
+    assert planned.fetches == fetches
+    assert planned.ttft_ms >= best(replace(costs, copy=None), replace(whole(2048, 127), layers=30)).ttft_ms
+
+
+def test_pages_by_layers_have_the_speed_of_copies_of_layers() -> None:
+    work = replace(whole(1024, 48), layers=30)
+    costs = Costs(link(3.0, 0.1), MEASURED, 1.0, copy=link(400.0, 0.0))
+    assert best(replace(costs, layer_copy=link(100.0, 0.0)), work).choice == "layers"
+    assert best(replace(costs, layer_copy=link(0.3, 0.0)), work).choice == "fetch"
 
 
 def test_equal_speeds_meet_in_the_middle_and_take_half_the_time() -> None:

@@ -8,9 +8,11 @@ from attnstore_worker.cache.moving.load import Load, LoadEnd, Prompt
 from attnstore_worker.cache.planning.estimators import PrefillCost
 from attnstore_worker.cache.planning.observation import Unobserved
 from attnstore_worker.cache.planning.step_times import _UNTOLD_STEPS_MAX, StepTimes
-from attnstore_worker.device.base import Timer
+from attnstore_worker.device.base import Event, Timer, Wait
 from attnstore_worker.device.host import HostDevice
 from attnstore_worker.device.simulated import SimulatedDevice
+from attnstore_worker.engine import Engine, EngineOptions, SamplingParams
+from attnstore_worker.model import LoadedModel
 
 CHUNKS = ((0, 32),)
 COST = PrefillCost(chunk_ms=50.0, token_ms=0.5, pair_ms=0.0)
@@ -126,6 +128,37 @@ def test_a_step_told_late_is_disturbed_by_the_loads_that_ran_beside_it_and_by_no
     run(times, clock, 1.0)  # tells of the others, after the load
     assert planner.report().slowdown > known.slowdown
     assert planner.report().prefill == learned.prefill
+
+
+class Noted(SimulatedDevice):
+    """Notes the waits and the timers of `compute`, in their order."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.order: list[str] = []
+        wait = self.compute.wait
+
+        def noted(event: Event, why: Wait) -> None:
+            self.order.append(why.name)
+            wait(event, why)
+
+        self.compute.wait = noted  # type: ignore[method-assign]
+
+    def timer(self) -> Timer:
+        self.order.append("timer")
+        return super().timer()
+
+
+def test_the_copies_that_a_step_waits_for_are_no_part_of_its_time(tiny: LoadedModel) -> None:
+    device, page_bytes = Noted(), tiny.layout(16).page_bytes
+    options = EngineOptions(pool_bytes=8 * page_bytes, host_pool_bytes=8 * page_bytes)
+    with Engine(tiny, options, device=device) as engine:
+        prompt, how = [7 + at for at in range(65)], SamplingParams(max_tokens=1)
+        engine.generate(prompt, how)
+        engine.drop_cached()
+        device.order.clear()
+        engine.generate(prompt, how)
+    assert device.order == ["COMPUTE_AFTER_UP", "COMPUTE_AFTER_DOWN", "timer"]
 
 
 def _observer(planner: CostPlanner) -> Observer:

@@ -57,7 +57,7 @@ class FetchOrder(enum.Enum):
 @dataclass(frozen=True, slots=True)
 class Prompt:
     """The facts before the lower tiers are asked. `number` distinguishes admissions. `usable_blocks` is how many blocks may come
-    from a cache: the last token is always computed.
+    from a cache: the last token is always computed. `host_blocks` of the resident blocks come up from HOST.
     """
 
     number: int
@@ -67,6 +67,7 @@ class Prompt:
     layers: int
     resident_blocks: int
     usable_blocks: int
+    host_blocks: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,7 +154,7 @@ class Load:
     A load without a `search` has ended: everything that is not resident is computed. An `observed` load is one that there was
     something to decide about, for a sequence that runs: its end is told to observers.
     Blocks `[resident_blocks, hit_end)` were found in the lower tiers, `search_ms` after the load began. Blocks before `front` are
-    claimed. `host_blocks` of the resident blocks came up from HOST. `arrived_blocks` came whole and verified; those in `shared`
+    claimed. `arrived_blocks` came whole and verified; those in `shared`
     came through shared memory, those in `ready` lie ahead of the computed front, which has passed `used_blocks`, `shared_blocks`
     of them from shared memory. Blocks `layered` arrive by layers: the first `layers` layers of all of them are there.
     """
@@ -162,7 +163,6 @@ class Load:
     search: SearchPlan | None
     started_ms: float
     observed: bool = True
-    host_blocks: int = 0
     state: LoadState = LoadState.SEARCHING
     hit_end: int = 0
     search_ms: float = 0.0

@@ -21,6 +21,7 @@ from attnstore.types import Lease, PageStatus, ReadResult
 from attnstore_worker.cache.moving.load import Load
 from attnstore_worker.cache.moving.staging import Staging, part_deadline_ms
 from attnstore_worker.cache.pool.device_blocks import DeviceBlocks
+from attnstore_worker.cache.pool.tier import Tier
 from attnstore_worker.cache.store.base import OnLayer, PageSource
 from attnstore_worker.cache.store.shared_copies import SharedCopies
 from attnstore_worker.device.base import After, Event, Wait
@@ -72,6 +73,7 @@ class StagedBlocks:
             result = result or self._read_parts(source, hashes, block_ids, lease)
         finally:
             self._wait_copied()
+            self._pool.times.tell()
         for layer in range(self._pool.layout.layers):
             on_layer(layer, result.leading_hits)
         return result
@@ -162,9 +164,10 @@ class StagedBlocks:
 
     def _submit(self, slots: Sequence[int], block_ids: Sequence[int], layers: range | None = None) -> Event:
         """Submits copies up, the first ones after what the blocks wait for: later ones of the load follow them in order."""
-        self._last = self._pool.copies.up(self._staging.pages.tensor, slots, block_ids, after=self._after, layers=layers)
+        self._last = copy = self._pool.copies.up(self._staging.pages.tensor, slots, block_ids, after=self._after, layers=layers)
         self._after = ()
-        return self._last
+        self._pool.times.submitted(copy, Tier.REMOTE, len(slots), None if layers is None else len(layers))
+        return copy
 
     def _wait_copied(self) -> None:
         if self._last is not None:

@@ -29,6 +29,11 @@ _POLL_S: Final = 0.02
 """How often a request for slots asks whether to give up."""
 
 
+def part_pages(page_bytes: int) -> int:
+    """Returns how many pages of this size a part has, if the pool has as many blocks."""
+    return max(1, min(PART_BYTES // page_bytes, PART_PAGES_MAX))
+
+
 def part_deadline_ms(size_bytes: int) -> float:
     """Returns how long the read of a part of this size may take."""
     return NODE_FAIR_MS + size_bytes / NODE_FAIR_BYTES_PER_MS
@@ -38,7 +43,7 @@ class Staging:
     """Slots of `device` for pages of `layout`, on the way to a pool of `blocks`. Thread-safe."""
 
     def __init__(self, device: Device, layout: PageLayout, blocks: int) -> None:
-        self.part_pages = max(1, min(PART_BYTES // layout.page_bytes, PART_PAGES_MAX, blocks))
+        self.part_pages = max(1, min(part_pages(layout.page_bytes), blocks))
         self.slots = STAGING_PARTS * self.part_pages
         self.pages = device.host_pages(layout, self.slots * layout.page_bytes)
         self._accesses = device.accesses

@@ -2,6 +2,9 @@
 
 Owns: `CostBook`, one estimator per cost behind one lock, and `CostReport`, a snapshot for people and metrics. Invariant: the cost
 of computing is learned only from undisturbed steps; a step beside a load shows how much loads disturb.
+
+SHARED and REMOTE are one store, and which of them a load reads from is known only afterwards: the next one is expected to read from
+the tier of the last read. A question costs the same in both.
 """
 
 from __future__ import annotations
@@ -42,7 +45,9 @@ class AttendCosts:
 
 @dataclass(frozen=True, slots=True)
 class CostReport:
-    """The known costs; None for unknown ones. `links` has the tiers that were read from."""
+    """The known costs; None for unknown ones. `links` has the tiers that were read from, `copies` those whose pages were copied up
+    to a device.
+    """
 
     links: dict[Tier, LinkEstimate] = field(default_factory=dict)
     prefill: PrefillCost | None = None
@@ -50,6 +55,7 @@ class CostReport:
     slowdown: float = _SLOWDOWN_PRIOR
     behind: float = _BEHIND_PRIOR
     attend: AttendCosts | None = None
+    copies: dict[Tier, LinkEstimate] = field(default_factory=dict)
 
     def prefill_tokens_per_s(self, tokens: int, chunk_tokens: int) -> float | None:
         """Returns the rate at which a prompt of that many tokens is computed."""
@@ -64,6 +70,9 @@ class CostBook:
         self._clock = clock
         self._lock = threading.Lock()
         self._links: dict[Tier, LinkEstimator] = {}
+        self._copies: dict[Tier, LinkEstimator] = {}
+        self._layer_copies: dict[Tier, LinkEstimator] = {}
+        self._read_from = Tier.REMOTE
         self._prefill = PrefillEstimator()
         self._decode = DurationEstimator()
         self._slowdown = FactorEstimator(_SLOWDOWN_PRIOR)
@@ -73,17 +82,20 @@ class CostBook:
 
     def transferred(self, transfer: Transfer) -> None:
         """Learns from a call to a tier. Writes are ignored, because the two directions of a link may differ."""
-        if transfer.kind is TransferKind.WRITE:
-            return
         with self._lock:
             if transfer.kind is TransferKind.ATTEND:
                 self._round_trip.observe(transfer.ended_ms - transfer.started_ms)
-                return
-            link = self._links.setdefault(transfer.tier, LinkEstimator(self._clock))
-            if transfer.bytes or not transfer.failed:
-                link.observe(transfer.bytes, transfer.ended_ms - transfer.started_ms)
-            else:
-                link.forget()
+            elif transfer.kind is TransferKind.COPY:
+                self._observe(self._copies, transfer.tier, transfer)
+            elif transfer.kind is TransferKind.COPY_LAYERS:
+                self._observe(self._layer_copies, transfer.tier, transfer)
+            elif transfer.kind is TransferKind.MATCH:
+                for tier in {*self._links, transfer.tier}:
+                    self._observe(self._links, tier, transfer)
+            elif transfer.kind is TransferKind.READ:
+                if transfer.bytes:
+                    self._read_from = transfer.tier
+                self._observe(self._links, transfer.tier, transfer)
 
     def stepped(self, step: Step, *, disturbed: bool) -> None:
         """Learns from a step of one sequence. `disturbed`: a load ran beside it."""
@@ -109,29 +121,45 @@ class CostBook:
     def costs(self) -> Costs | None:
         """Returns the costs for a planner; None while the link or computing is unknown."""
         with self._lock:
-            link = self._remote_link()
+            link = self._store_link()
             prefill = self._prefill.estimate()
             if link is None or prefill is None:
                 return None
-            return Costs(link, prefill, self._slowdown.estimate(), self._behind.estimate())
+            costs = Costs(link, prefill, self._slowdown.estimate(), self._behind.estimate())
+            if self._read_from is not Tier.REMOTE:  # reads from SHARED are copies
+                return costs
+            return replace(costs, copy=_estimate(self._copies, Tier.REMOTE), layer_copy=_estimate(self._layer_copies, Tier.REMOTE))
+
+    def host_copy_ms(self, size_bytes: int) -> float:
+        """Returns the time to copy that many bytes from HOST to a device; 0 if nothing is known of such copies."""
+        with self._lock:
+            copy = _estimate(self._copies, Tier.HOST)
+            return copy.transfer_ms(size_bytes) if copy is not None and size_bytes else 0.0
 
     def report(self) -> CostReport:
         """A snapshot."""
         with self._lock:
-            links = {tier: estimate for tier, link in self._links.items() if (estimate := link.estimate()) is not None}
+            links, copies = _known(self._links), _known(self._copies)
             factors = self._slowdown.estimate(), self._behind.estimate()
-            return CostReport(links, self._prefill.estimate(), self._decode.estimate(), *factors, self._attend_costs())
+            return CostReport(links, self._prefill.estimate(), self._decode.estimate(), *factors, self._attend_costs(), copies)
 
     def attend_costs(self) -> AttendCosts | None:
         """Returns the costs of attending at nodes; None while a link, a round trip or a step of this worker's own is unknown."""
         with self._lock:
             return self._attend_costs()
 
-    def _remote_link(self) -> LinkEstimate | None:
-        return self._links[Tier.REMOTE].estimate() if Tier.REMOTE in self._links else None
+    def _observe(self, estimators: dict[Tier, LinkEstimator], tier: Tier, transfer: Transfer) -> None:
+        estimator = estimators.setdefault(tier, LinkEstimator(self._clock))
+        if transfer.bytes or not transfer.failed:
+            estimator.observe(transfer.bytes, transfer.ended_ms - transfer.started_ms)
+        else:
+            estimator.forget()
+
+    def _store_link(self) -> LinkEstimate | None:
+        return _estimate(self._links, self._read_from)
 
     def _attend_costs(self) -> AttendCosts | None:
-        link = self._remote_link()
+        link = self._store_link()
         round_trip_ms, decode_ms = self._round_trip.estimate(), self._decode.estimate()
         if link is None or round_trip_ms is None or decode_ms is None:
             return None
@@ -143,3 +171,11 @@ class CostBook:
             formula = replace(costs, factor=1.0)
             expected_ms = formula.step_ms(costs.resident_step_ms, step.round_trips, step.attend_bytes)
             self._attending.observe(step.ended_ms - step.started_ms, expected_ms)
+
+
+def _estimate(estimators: dict[Tier, LinkEstimator], tier: Tier) -> LinkEstimate | None:
+    return estimators[tier].estimate() if tier in estimators else None
+
+
+def _known(estimators: dict[Tier, LinkEstimator]) -> dict[Tier, LinkEstimate]:
+    return {tier: estimate for tier in estimators if (estimate := _estimate(estimators, tier)) is not None}

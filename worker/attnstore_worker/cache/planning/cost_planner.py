@@ -25,6 +25,7 @@ from attnstore_worker.cache.planning.split import (
     Split,
     Work,
     fetch_everything,
+    fetch_ms,
     idle_budget,
     recompute_ms,
     search_head,
@@ -200,8 +201,19 @@ class CostPlanner:
         return SearchPlan(head_ms + idle_budget(costs.prefill, work), head)
 
     def _work(self, prompt: Prompt, front: int, back: int) -> Work:
+        """Returns the work of a prompt that was just admitted: computing waits for the copies from HOST."""
+        page_bytes, ahead_ms = prompt.page_bytes, self._book.host_copy_ms(prompt.host_blocks * prompt.page_bytes)
         return Work(
-            prompt.tokens, prompt.block_tokens, self._chunk_tokens, prompt.page_bytes, front, back, back, back, prompt.layers
+            prompt.tokens,
+            prompt.block_tokens,
+            self._chunk_tokens,
+            page_bytes,
+            front,
+            back,
+            back,
+            back,
+            prompt.layers,
+            ahead_ms=ahead_ms,
         )
 
     def _compute_ms(self, costs: Costs, work: Work, begin: int, end: int) -> float:
@@ -211,11 +223,12 @@ class CostPlanner:
         return idle_budget(costs.prefill, self._work(prompt, prompt.resident_blocks, prompt.usable_blocks))
 
     def _slack_ms(self, costs: Costs, load: Load, elapsed_ms: float) -> float:
-        """Returns the time since the search began that was not spent on computing; negative while the last chunk is
-        being computed.
+        """Returns the time since the search began that was not spent on computing, or on the copies from HOST before it; negative
+        while the last chunk is being computed.
         """
         work = self._work(load.prompt, load.front, load.hit_end)
-        return elapsed_ms - costs.slowdown * self._compute_ms(costs, work, load.prompt.resident_blocks, load.front)
+        computed_ms = costs.slowdown * self._compute_ms(costs, work, load.prompt.resident_blocks, load.front)
+        return elapsed_ms - work.ahead_ms - computed_ms
 
     def _decided(self, prompt: Prompt, costs: Costs | None, planned: Split | None, choice: Choice, load: Load | None) -> None:
         decision = self._decision(prompt, costs, planned, choice, load)
@@ -241,6 +254,7 @@ class CostPlanner:
             meet=planned.meet,
             rtt_ms=costs.link.rtt_ms,
             gbit_per_s=costs.link.gbit_per_s,
+            copy_gbit_per_s=costs.copy.gbit_per_s if costs.copy is not None else None,
             spread=costs.link.spread,
             slowdown=costs.slowdown,
             forecasts=forecasts,
@@ -252,7 +266,8 @@ def _busy_ms(costs: Costs, load: Load, now_ms: float) -> float:
     """Returns when the running read will end: as expected, or, if it is late already, after as long again as it is late."""
     if not load.in_flight:
         return 0.0
-    return abs(costs.link.transfer_ms(len(load.in_flight) * load.prompt.page_bytes) - (now_ms - load.asked_ms))
+    pages = len(load.in_flight)
+    return abs(fetch_ms(costs.link, load.prompt.page_bytes, pages, pages, costs.copy) - (now_ms - load.asked_ms))
 
 
 def _load_plan(planned: Split, deadline_ms: float) -> LoadPlan:

@@ -28,7 +28,8 @@ class Decision:
     """One prompt. Times in ms from its admission to its first token; None if unknown or not yet reached.
 
     `forecasts` has the predicted time of some choices, and of the plan. Blocks `[resident_blocks, hit_end)` were found below HBM:
-    those from `meet` on were to be fetched, and `arrived_blocks` of them arrived. `end` is why the load ended.
+    those from `meet` on were to be fetched, and `arrived_blocks` of them arrived. `copy_gbit_per_s` is the rate of their copies up
+    to a device, None without such copies. `end` is why the load ended.
     """
 
     number: int
@@ -41,6 +42,7 @@ class Decision:
     meet: int | None = None
     rtt_ms: float | None = None
     gbit_per_s: float | None = None
+    copy_gbit_per_s: float | None = None
     spread: float | None = None
     slowdown: float | None = None
     forecasts: dict[str, float] = field(default_factory=dict)

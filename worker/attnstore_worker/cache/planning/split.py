@@ -15,6 +15,13 @@ where fetch(j) = ceil(j / batch) * rtt + j * page_bytes / bandwidth. compute gro
 they cross: both are then busy until they meet (Cake: Jin et al., "Compute or Load KV Cache? Why Not Both?", ICML 2025). `layers`
 fetches all hits in one read, layer by layer, L of them, and computes the chunk after them as they arrive.
 
+Pages on their way to a device are read in parts, and each part is copied up while the next one is read: a pipeline of two stages,
+which is as slow as the slower one. Each batch then takes one part of the faster stage more: the last copy, or the first read.
+
+    fetch(j) = max(read(j), copy(j)) + ceil(j / batch) * min(read(part), copy(part))
+
+A read by layers is one batch, whose parts are the layers. Copies of layers are many small ones, and have a speed of their own.
+
 Invariants: (1) a plan that fetches is never predicted slower than computing everything. (2) Idle time is bounded: however the link
 behaves, the engine waits with nothing to compute for at most `IDLE_SHARE` of the time of computing everything, and for no block
 longer than computing it takes (the ski rental rule: Karlin et al., 1988). A prompt whose link fails is delayed by no more.
@@ -27,6 +34,7 @@ from bisect import bisect_left, bisect_right
 from dataclasses import dataclass, replace
 from typing import Final
 
+from attnstore_worker.cache.moving.staging import part_pages
 from attnstore_worker.cache.planning.estimators import PrefillCost
 from attnstore_worker.cache.planning.link import LinkEstimate
 
@@ -63,13 +71,16 @@ class Choice(enum.StrEnum):
 @dataclass(frozen=True, slots=True)
 class Costs:
     """All costs at one moment. `slowdown` >= 1: how much a running transfer slows computing down; `behind` >= 1: how many times
-    longer than its formula a chunk takes that is computed after pages still arriving.
+    longer than its formula a chunk takes that is computed after pages still arriving. `copy` is that of pages from staging to a
+    device, `layer_copy` that of layers of pages; None if they are read into their blocks, or if it is unknown.
     """
 
     link: LinkEstimate
     prefill: PrefillCost
     slowdown: float
     behind: float = 1.0
+    copy: LinkEstimate | None = None
+    layer_copy: LinkEstimate | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,8 +89,8 @@ class Work:
     computed; those in `[asked, back)` are being read and arrive in `busy_ms`; the hits after `back` have arrived; the rest is
     computed.
 
-    At first nothing is being read: `asked == back` and `busy_ms == 0`. `hit_end` is the end of the hits. A chunk before `front` may
-    still be computed, for `ahead_ms`.
+    At first nothing is being read: `asked == back` and `busy_ms == 0`. `hit_end` is the end of the hits. Blocks before `front` may
+    still be computed, or be copied up from HOST, for `ahead_ms`.
     """
 
     tokens: int
@@ -159,15 +170,33 @@ def recompute_ms(prefill: PrefillCost, work: Work) -> float:
     return work.ahead_ms + parts
 
 
-def batch_blocks(link: LinkEstimate, page_bytes: int) -> int:
-    """Returns the pages per read: enough that round trips cost little, few enough that progress is visible."""
-    longest_ms = max(BATCH_RTTS * link.request_ms, BATCH_MS_MIN)
-    return max(1, int(longest_ms * link.bytes_per_ms / page_bytes))
+def batch_blocks(link: LinkEstimate, page_bytes: int, copy: LinkEstimate | None = None) -> int:
+    """Returns the pages per batch: enough that its round trip, and the part that is read or copied alone, cost little; few enough
+    that progress is visible.
+    """
+    alone_ms, bytes_per_ms = link.request_ms, link.bytes_per_ms
+    if copy is not None:
+        alone_ms += _alone_ms(link, copy, page_bytes, part_pages(page_bytes))
+        bytes_per_ms = min(bytes_per_ms, copy.bytes_per_ms)
+    return max(1, int(max(BATCH_RTTS * alone_ms, BATCH_MS_MIN) * bytes_per_ms / page_bytes))
 
 
-def fetch_ms(link: LinkEstimate, page_bytes: int, blocks: int, batch: int) -> float:
-    """Returns the time to read that many pages in batches, one after the other."""
-    return -(-blocks // batch) * link.request_ms + blocks * page_bytes / link.bytes_per_ms if blocks else 0.0
+def fetch_ms(link: LinkEstimate, page_bytes: int, blocks: int, batch: int, copy: LinkEstimate | None = None) -> float:
+    """Returns the time to read that many pages in batches, one after the other, and to `copy` them to a device part by part."""
+    if not blocks:
+        return 0.0
+    batches = -(-blocks // batch)
+    if copy is None:
+        return batches * link.request_ms + blocks * page_bytes / link.bytes_per_ms
+    part = min(batch, blocks, part_pages(page_bytes))
+    parts = blocks // batch * -(-batch // part) + -(-(blocks % batch) // part)
+    read_ms, copy_ms = (parts * stage.request_ms + blocks * page_bytes / stage.bytes_per_ms for stage in (link, copy))
+    return max(read_ms, copy_ms) + batches * _alone_ms(link, copy, page_bytes, part)
+
+
+def _alone_ms(link: LinkEstimate, copy: LinkEstimate, page_bytes: int, part: int) -> float:
+    """Returns how long one stage works on a part while the other one has nothing to do."""
+    return min(link.transfer_ms(part * page_bytes), copy.transfer_ms(part * page_bytes))
 
 
 def idle_budget(prefill: PrefillCost, work: Work) -> float:
@@ -190,7 +219,7 @@ def split(costs: Costs, work: Work, idle_budget_ms: float) -> Split:
         be: after that read the link is known better, and the split is computed again.
         """
         candidate = at(meet)
-        first_ms = costs.link.transfer_ms(candidate.batch_blocks * work.page_bytes)
+        first_ms = fetch_ms(costs.link, work.page_bytes, candidate.batch_blocks, candidate.batch_blocks, costs.copy)
         first_ms = min(candidate.fetch_ms, max(work.busy_ms, first_ms)) * costs.link.spread
         return max(candidate.fetch_ms * min(costs.link.spread, FETCH_MARGIN), first_ms) <= candidate.deadline_ms
 
@@ -202,9 +231,20 @@ def split(costs: Costs, work: Work, idle_budget_ms: float) -> Split:
     nothing = at(work.back)
     if best is None or best.ttft_ms >= nothing.ttft_ms * (1 - GAIN_MIN):
         return nothing
-    behind = replace(at(work.front), by_layers=True)
+    behind = replace(at(work.front), by_layers=True, fetch_ms=_layers_ms(costs, work))
     can_be = work.layers > 1 and work.asked == work.back and work.ahead_ms == 0 and is_safe(work.front)
     return behind if can_be and behind.ttft_ms < best.ttft_ms * (1 - OVERLAP_GAIN_MIN) else best
+
+
+def _layers_ms(costs: Costs, work: Work) -> float:
+    """Returns the time to read all hits layer by layer, and to copy each layer to a device."""
+    blocks = work.asked - work.front
+    read_ms = fetch_ms(costs.link, work.page_bytes, blocks, batch_blocks(costs.link, work.page_bytes))
+    copy = costs.layer_copy or costs.copy
+    if copy is None:
+        return read_ms
+    copy_ms = work.layers * copy.request_ms + blocks * work.page_bytes / copy.bytes_per_ms
+    return max(read_ms, copy_ms) + min(read_ms, copy_ms) / work.layers
 
 
 def _with_bias(candidate: Split) -> float:
@@ -221,9 +261,11 @@ def best_lead(costs: Costs, work: Work, fetch_ms_max: float) -> Split:
     end, or with the hits.
     """
     chunk_tokens, page_bytes = work.chunk_tokens, work.page_bytes
-    batch = batch_blocks(costs.link, page_bytes)
+    batch = batch_blocks(costs.link, page_bytes, costs.copy)
     possible = range(work.front, work.hit_end + 1)
-    last = bisect_right(possible, fetch_ms_max, key=lambda end: fetch_ms(costs.link, page_bytes, end - work.front, batch))
+    last = bisect_right(
+        possible, fetch_ms_max, key=lambda end: fetch_ms(costs.link, page_bytes, end - work.front, batch, costs.copy)
+    )
     possible = possible[:last]
     first_chunk, last_chunk = work.front * work.block_tokens // chunk_tokens + 1, possible[-1] * work.block_tokens // chunk_tokens
     ends = {possible[-1], *(-(-chunk * chunk_tokens // work.block_tokens) for chunk in (first_chunk, last_chunk))}
@@ -241,7 +283,7 @@ def fetch_everything(costs: Costs, work: Work) -> Split:
 def _at(costs: Costs, work: Work, meet: int, idle_budget_ms: float) -> Split:
     prefill, tokens = costs.prefill, work.block_tokens
     wanted = max(0, work.asked - meet)
-    batch = max(1, min(batch_blocks(costs.link, work.page_bytes), wanted))
+    batch = max(1, min(batch_blocks(costs.link, work.page_bytes, costs.copy), wanted))
     tail = work.hit_end * tokens
     chunk_end = min(work.tokens, (tail // work.chunk_tokens + 1) * work.chunk_tokens)
     return Split(
@@ -249,7 +291,7 @@ def _at(costs: Costs, work: Work, meet: int, idle_budget_ms: float) -> Split:
         meet=meet,
         batch_blocks=batch,
         compute_ms=work.ahead_ms + costs.slowdown * prefill.span(work.front * tokens, meet * tokens, work.chunk_tokens),
-        fetch_ms=work.busy_ms + fetch_ms(costs.link, work.page_bytes, wanted, batch),
+        fetch_ms=work.busy_ms + fetch_ms(costs.link, work.page_bytes, wanted, batch, costs.copy),
         tail_ms=prefill.span(tail, work.tokens, work.chunk_tokens),
         idle_budget_ms=min(max(idle_budget_ms, 0.0), prefill.span(meet * tokens, work.back * tokens, work.chunk_tokens)),
         recompute_ms=recompute_ms(prefill, work),
@@ -275,7 +317,7 @@ def _after_search_ms(costs: Costs, work: Work, head: int, idle_budget_ms: float)
     """Returns the time to the first token if the search takes one round trip and the engine then finishes its chunk."""
     chunk_end = (work.front * work.block_tokens // work.chunk_tokens + 1) * work.chunk_tokens // work.block_tokens
     front = min(head, chunk_end, work.back)
-    slack_ms = costs.link.rtt_ms - _head_ms(costs, work, front)
+    slack_ms = costs.link.rtt_ms - _head_ms(costs, work, front) - work.ahead_ms
     rest = replace(work, front=front, ahead_ms=max(0.0, -slack_ms))
     return costs.link.rtt_ms + split(costs, rest, idle_budget_ms - max(0.0, slack_ms)).ttft_ms
 

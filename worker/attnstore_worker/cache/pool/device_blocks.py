@@ -3,20 +3,21 @@
 Owns: the blocks, their copies, and the events of copies between the pool and the tiers inside the worker. Invariants: a step runs
 after the copies up of blocks that it may read and after the copies down of evicted blocks that it may overwrite; a copy up into a
 block runs after the last step that used the block and after the copy down of its last page; a copy down runs after the steps and
-the copies up so far. Loads and writers wait on threads of
-their own, by events that they get here.
+the copies up so far. Loads and writers wait on threads of their own, by events that they get here.
 
-Only the engine's thread calls it, except for `copies`.
+Only the engine's thread calls it, except for `copies` and `times`.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from torch import Tensor
 
 from attnstore.core.layout import PageLayout
+from attnstore_worker.cache.pool.copy_times import CopyTime, CopyTimes
+from attnstore_worker.cache.pool.tier import Tier
 from attnstore_worker.device.base import After, Device, Event, Wait
 from attnstore_worker.device.pages import page_capacity
 from attnstore_worker.errors import DeviceLost
@@ -24,16 +25,23 @@ from attnstore_worker.errors import DeviceLost
 _LOG = logging.getLogger(__name__)
 
 
-class DeviceBlocks:
-    """`pool_bytes // layout.page_bytes` blocks of `device`. Raises `PoolTooSmall`, or `OutOfDeviceMemory`."""
+def _ignore(time: CopyTime) -> None:
+    del time
 
-    def __init__(self, device: Device, layout: PageLayout, pool_bytes: int) -> None:
+
+class DeviceBlocks:
+    """`pool_bytes // layout.page_bytes` blocks of `device`; `told` of copies up, as in `CopyTimes`. Raises `PoolTooSmall`, or
+    `OutOfDeviceMemory`.
+    """
+
+    def __init__(self, device: Device, layout: PageLayout, pool_bytes: int, told: Callable[[CopyTime], None] = _ignore) -> None:
         self.device = device
         self.layout = layout
         self.capacity = page_capacity(layout, pool_bytes)
         self.tensor: Tensor = device.blocks(layout, self.capacity)
         self.attended = self.tensor
         self.copies = device.copies(self.tensor)
+        self.times = CopyTimes(told)
         self._computed: Event | None = None
         self._up: Event | None = None
         self._down: dict[int, tuple[int, Event]] = {}  # by evicted block, with the number of the copy
@@ -41,6 +49,7 @@ class DeviceBlocks:
 
     def before_step(self) -> None:
         """Lets `compute` wait for the copies that the next step could meet. Called before every step."""
+        self.times.tell()
         if self._up is not None:
             self.device.compute.wait(self._up, Wait.COMPUTE_AFTER_UP)
             self._up = None
@@ -65,8 +74,9 @@ class DeviceBlocks:
         return after
 
     def copy_up(self, host: Tensor, slots: Sequence[int], block_ids: Sequence[int], after: Iterable[After]) -> None:
-        """Copies slots to blocks that the next step may read. Raises `DeviceLost`."""
-        self._up = self.copies.up(host, slots, block_ids, after=after)
+        """Copies slots of HOST to blocks that the next step may read. Raises `DeviceLost`."""
+        self._up = copy = self.copies.up(host, slots, block_ids, after=after)
+        self.times.submitted(copy, Tier.HOST, len(slots))
 
     def copy_down(self, block_id: int, host: Tensor, slot: int) -> Event | None:
         """Copies an evicted block to a slot. Both may be used again at once. Returns None if the device is lost."""

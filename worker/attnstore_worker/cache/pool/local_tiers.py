@@ -59,13 +59,16 @@ class LocalTiers:
         self._counter.used_in_place(Tier.HBM, len(found.block_ids) - found.from_host)
         return found
 
-    def prefix_blocks(self, hashes: Sequence[BlockHash]) -> int:
-        """Returns how many leading blocks of `hashes` the tiers have now. Holds nothing, and does not count as use."""
+    def prefix_blocks(self, hashes: Sequence[BlockHash]) -> tuple[int, int]:
+        """Returns how many leading blocks of `hashes` the tiers have now, and how many of them only HOST has. Holds nothing, and
+        does not count as use.
+        """
 
         def is_here(block_hash: BlockHash) -> bool:
             return block_hash in self.pool or (self._host is not None and block_hash in self._host)
 
-        return sum(1 for _ in takewhile(is_here, hashes))
+        here = list(takewhile(is_here, hashes))
+        return len(here), sum(block_hash not in self.pool for block_hash in here)
 
     def evicted_blocks(self) -> dict[Tier, int]:
         """Returns how many blocks left each tier since the start."""

@@ -136,8 +136,17 @@ class RemoteTier:
         self.note_read(started_ms, result, failed=failed, first_byte_ms=first_ms[0] if first_ms else None)
         return result
 
-    def note_read(self, started_ms: float, result: ReadResult, *, failed: bool = False, first_byte_ms: float | None = None) -> None:
-        """Counts a read that has ended, and tells the observer of it."""
+    def note_read(
+        self,
+        started_ms: float,
+        result: ReadResult,
+        *,
+        failed: bool = False,
+        first_byte_ms: float | None = None,
+        tier: Tier = Tier.REMOTE,
+        ended_ms: float | None = None,
+    ) -> None:
+        """Counts a read that has ended, and tells the observer of it: as one of `tier`, until `ended_ms` (default: now)."""
         hits = sum(status.is_hit for status in result.statuses)
         asked = len(result.statuses)
         with self._lock:
@@ -148,7 +157,17 @@ class RemoteTier:
                 pages_missed=counted.pages_missed + asked - hits,
                 bytes_read=counted.bytes_read + result.bytes_read,
             )
-        self._observe(TransferKind.READ, started_ms, asked, hits, result.bytes_read, failed=failed, first_byte_ms=first_byte_ms)
+        self._observe(
+            TransferKind.READ,
+            started_ms,
+            asked,
+            hits,
+            result.bytes_read,
+            failed=failed,
+            first_byte_ms=first_byte_ms,
+            tier=tier,
+            ended_ms=ended_ms,
+        )
 
     def release(self, lease: Lease | None) -> None:
         """Ends a lease, if there is one."""
@@ -243,8 +262,11 @@ class RemoteTier:
         *,
         failed: bool,
         first_byte_ms: float | None = None,
+        tier: Tier = Tier.REMOTE,
+        ended_ms: float | None = None,
     ) -> None:
-        ended_ms = self._clock.now_ms()
+        if ended_ms is None:
+            ended_ms = self._clock.now_ms()
         if self._observer is not None:
-            transfer = Transfer(Tier.REMOTE, kind, started_ms, ended_ms, asked, pages, size_bytes, failed, first_byte_ms)
+            transfer = Transfer(tier, kind, started_ms, ended_ms, asked, pages, size_bytes, failed, first_byte_ms)
             self._observer.transferred(transfer)

@@ -23,9 +23,10 @@ from attnstore.core.hashing import BlockHash, Namespace
 from attnstore.errors import InvalidArgument
 from attnstore.types import Lease, PageStatus, ReadResult
 from attnstore_worker.cache.pool.device_blocks import DeviceBlocks
+from attnstore_worker.cache.pool.tier import Tier
 from attnstore_worker.cache.store.base import SharedStore
 from attnstore_worker.cache.store.remote import RemoteTier
-from attnstore_worker.device.base import After, Event, Wait
+from attnstore_worker.device.base import After, Copy, Wait
 from attnstore_worker.dtypes import TORCH_DTYPES
 
 _LOG = logging.getLogger(__name__)
@@ -56,7 +57,8 @@ class SharedCopies:
         is_wanted: Callable[[], bool],
     ) -> ReadResult | None:
         """Copies all pages up, and returns when the copies have ended; pages that `is_wanted` then denies are INCOMPLETE. Returns
-        None, without effect, if not all of them lie in registered memory. Raises `DeviceLost`.
+        None, without effect, if not all of them lie in registered memory. The read counts as long as finding the pages and the
+        copies take, without what the copies wait for. Raises `DeviceLost`.
         """
         started_ms = self._remote.now_ms()
         pages = self._located(hashes, lease, deadline_ms)
@@ -65,22 +67,24 @@ class SharedCopies:
         by_memory: defaultdict[Tensor, list[int]] = defaultdict(list)
         for index, (memory, _, _) in enumerate(pages):
             by_memory[memory].append(index)
+        found_ms = self._remote.now_ms()
         statuses = [PageStatus.INCOMPLETE] * len(hashes)
-        copied: Event | None = None
+        copies: list[Copy] = []
         try:
             for memory, indices in by_memory.items():
                 slots, targets = [pages[index][1] for index in indices], [block_ids[index] for index in indices]
-                copied = self._pool.copies.up(memory, slots, targets, after=after)
-            if copied is not None and is_wanted():
-                copied.wait(Wait.STAMPS_AFTER_UP)
+                copies.append(self._pool.copies.up(memory, slots, targets, after=after))
+            if copies and is_wanted():
+                copies[-1].wait(Wait.STAMPS_AFTER_UP)
                 for index, (_, _, (place, extent)) in enumerate(pages):
                     statuses[index] = PageStatus.OK if extent.holds(place) else PageStatus.MISSING
         finally:
-            if copied is not None:
-                copied.wait(Wait.SHARED_RELEASED_AFTER_UP)
+            if copies:
+                copies[-1].wait(Wait.SHARED_RELEASED_AFTER_UP)
         hits = sum(status.is_hit for status in statuses)
         result = ReadResult(tuple(statuses), hits * self._pool.layout.page_bytes, transport="shm")
-        self._remote.note_read(started_ms, result)
+        copied_ms = sum(copy.elapsed_ms() or 0.0 for copy in copies)
+        self._remote.note_read(started_ms, result, tier=Tier.SHARED, ended_ms=found_ms + copied_ms)
         return result
 
     def _located(
