@@ -1,4 +1,6 @@
-"""Copies of pages between pinned memory and blocks, both ways, and the kernels that gather and scatter them on the device."""
+"""Copies of pages between pinned memory and blocks, both ways, the kernels that gather and scatter them on the device, and swap-in
+from a node.
+"""
 
 from __future__ import annotations
 
@@ -15,12 +17,14 @@ from attnstore.limits import GIB, MIB
 from attnstore_worker.device.base import Copies, Event, Wait
 from experiments.gpu import targets
 from experiments.gpu.phase import Phase
+from experiments.gpu.swap_in import compare_swap_in
 
 _PAGES = {
     "2 MiB pages": PageLayout(layers=32, kv_heads=8, head_dim=128, block_tokens=16, dtype=DType.BF16),
     "512 KiB pages": PageLayout(layers=32, kv_heads=2, head_dim=128, block_tokens=16, dtype=DType.BF16),
     "360 KiB pages": PageLayout(layers=30, kv_heads=3, head_dim=64, block_tokens=16, dtype=DType.BF16),
 }
+_FROM_NODE = ("2 MiB pages", "360 KiB pages")
 _LARGE_BYTES = 512 << 10
 _SEED = 11
 
@@ -29,6 +33,8 @@ def run(phase: Phase) -> None:
     """Compares bytes, then measures."""
     for name, layout in list(_PAGES.items())[-1:] if phase.quick else _PAGES.items():
         _copies(phase, name, layout)
+        if name in _FROM_NODE:
+            compare_swap_in(phase, name, layout)
 
 
 def _copies(phase: Phase, name: str, layout: PageLayout) -> None:

@@ -1,13 +1,16 @@
-"""Time to the first token by tier, and what a swap-in costs the decodes beside it."""
+"""Time to the first token by tier, beside what the planner's costs forecast, and what a swap-in costs the decodes beside it."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Iterable
+from typing import NamedTuple
 
+from attnstore.clock import MonotonicClock
 from attnstore.core.layout import DType
 from attnstore.testing import StoreProcess
-from attnstore_worker.cache import PageStore, open_store
+from attnstore_worker.cache import CostPlanner, PageStore, Tier, open_store
+from attnstore_worker.cache.moving.load import Prompt
 from attnstore_worker.engine import Engine, EngineOptions, SamplingParams
 from attnstore_worker.model import LoadedModel
 from attnstore_worker.random_models import SMOLLM2_135M, random_model
@@ -15,9 +18,11 @@ from experiments.gpu import targets
 from experiments.gpu.phase import Phase
 
 _BLOCK_TOKENS = 16
+_CHUNK_TOKENS = 512
 _DEADLINE_MS = 30_000
 _TURNS = 3
 _DECODES = 4
+_DECODE_BLOCKS = 16
 _STEPS = 30
 _STEPS_MAX = 4_000
 
@@ -28,38 +33,72 @@ def run(phase: Phase) -> None:
     if phase.quick:
         shape, tokens = shape._replace(layers=2, hidden=192, intermediate=256, q_heads=3, kv_heads=1, vocabulary=512), 200
     model = random_model(shape, DType.BF16, phase.device)
-    pool_bytes = 2 * (tokens // _BLOCK_TOKENS + 2) * model.layout(_BLOCK_TOKENS).page_bytes
-    options = EngineOptions(pool_bytes=pool_bytes, host_pool_bytes=2 * pool_bytes, chunk_tokens=512)
+    blocks = 2 * (tokens // _BLOCK_TOKENS + 2) + _DECODES * _DECODE_BLOCKS
+    pool_bytes = blocks * model.layout(_BLOCK_TOKENS).page_bytes
+    options = EngineOptions(pool_bytes=pool_bytes, host_pool_bytes=2 * pool_bytes, chunk_tokens=_CHUNK_TOKENS)
     prompts = [[(at * 7 + number) % 500 + 5 for at in range(tokens)] for number in range(1 + _TURNS)]
-    with Engine(model, options, device=phase.device) as engine:
+    # It learns of all engines, and plans for none of them: each tier is used as it is.
+    planner = CostPlanner(MonotonicClock(), _CHUNK_TOKENS)
+    remote = _from_a_node(phase, model, options, prompts, planner)
+    with Engine(model, options, device=phase.device, observer=planner) as engine:
         engine.warm_up()
-        computed = _median(_ttft_ms(engine, prompt) for prompt in prompts[:_TURNS])
-        again = []
-        for prompt in prompts[:_TURNS]:
-            engine.drop_cached()  # to HOST
-            again.append(_ttft_ms(engine, prompt))
-        host = _median(again)
+        computed = _measured(engine, prompts[:_TURNS], planner, "recompute")
+        host = _measured(engine, prompts[:_TURNS], planner, "recompute", in_host=True)
         hits = {tier.value: counts.hit_tokens for tier, counts in engine.statistics().tiers.items()}
     phase.rows.check("HOST had the prompts", hits["host"] > 0, str(hits))
-    remote = _from_a_node(phase, model, options, prompts)
+    known = {"computed": computed, "in HOST": host, "from a node over loopback": remote}
+    lacking = [name for name, each in known.items() if each.forecast_ms is None]
+    phase.rows.check("each time to the first token was forecast", not lacking, f"not those {lacking}" if lacking else "")
     if phase.timings:
-        phase.compare("TTFT, smollm2 8k computed", computed, "ms", "itself", 1.0)
-        phase.compare("TTFT, smollm2 8k in HOST", host, "ms", "computing", host / computed, targets.TTFT_HOST)
-        phase.compare("TTFT, smollm2 8k from a node over loopback", remote, "ms", "computing", remote / computed)
+        wanted = {"in HOST": targets.TTFT_HOST}
+        for name, each in known.items():
+            label = f"TTFT, smollm2 8k {name}"
+            phase.compare(label, each.ms, "ms", "computing", each.ms / computed.ms, wanted.get(name))
+            if each.forecast_ms is not None:
+                phase.compare(f"{label}, forecast", each.forecast_ms, "ms", "what was measured", each.forecast_ms / each.ms)
+        copied = planner.report().copies
+        phase.rows.check("copies from HOST are timed", Tier.HOST in copied, ", ".join(tier.value for tier in copied))
 
 
-def _from_a_node(phase: Phase, model: LoadedModel, options: EngineOptions, prompts: list[list[int]]) -> float:
+class _Measured(NamedTuple):
+    """The median time to the first token, and its forecast before the last of them; None if a cost was unknown."""
+
+    ms: float
+    forecast_ms: float | None
+
+
+def _measured(engine: Engine, prompts: list[list[int]], planner: CostPlanner, choice: str, *, in_host: bool = False) -> _Measured:
+    times: list[float] = []
+    forecast_ms = None
+    for prompt in prompts:
+        if in_host:
+            engine.drop_cached()
+        forecast_ms = planner.explain(_as_planned(engine, prompt, in_host=in_host)).forecasts.get(choice)
+        times.append(_ttft_ms(engine, prompt))
+    return _Measured(_median(times), forecast_ms)
+
+
+def _as_planned(engine: Engine, prompt: list[int], *, in_host: bool) -> Prompt:
+    """Returns the facts of a prompt that is wholly in HOST, or wholly not in this worker."""
+    layout, usable = engine.layout, (len(prompt) - 1) // engine.layout.block_tokens
+    here = usable if in_host else 0
+    return Prompt(0, len(prompt), layout.block_tokens, layout.page_bytes, layout.layers, here, usable, here)
+
+
+def _from_a_node(
+    phase: Phase, model: LoadedModel, options: EngineOptions, prompts: list[list[int]], planner: CostPlanner
+) -> _Measured:
     with StoreProcess("--capacity", "2GiB") as node, open_store(node.url, deadline_ms=_DEADLINE_MS) as store:
-        times: list[float] = []
+        measured = _Measured(0.0, None)
         for turn in range(2):
-            with Engine(model, options, store=store, device=phase.device) as engine:
+            with Engine(model, options, store=store, device=phase.device, observer=planner) as engine:
                 engine.warm_up()
-                times = [_ttft_ms(engine, prompt) for prompt in prompts[:_TURNS]]
+                measured = _measured(engine, prompts[:_TURNS], planner, "fetch")
                 phase.rows.check(f"pages were written to the node, turn {turn}", engine.flush(_DEADLINE_MS))
                 read = engine.statistics().remote.pages_read
         phase.rows.check("the node had the prompts", read > 0, f"{read} pages")
         _beside_a_swap_in(phase, model, options, store, prompts[0])
-        return _median(times)
+        return measured
 
 
 def _beside_a_swap_in(phase: Phase, model: LoadedModel, options: EngineOptions, store: PageStore, prompt: list[int]) -> None:
