@@ -12,6 +12,7 @@ import os
 import signal
 import socket
 import subprocess
+import sys
 from collections.abc import Generator, Iterator
 from pathlib import Path
 
@@ -27,6 +28,10 @@ from tests.programs import why_absent
 settings.register_profile("repeatable", derandomize=True, deadline=None, print_blob=True)
 settings.load_profile("repeatable")
 
+# Hundreds of processes of a run import the same modules: each reads the bytecode that another one wrote, whatever the caller's
+# environment says.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+sys.dont_write_bytecode = False
 # A node that attends imports and compiles for seconds before it listens: tests that attend request it.
 os.environ.setdefault("ATTNSTORE_ATTEND_THREADS", "0")
 # On a machine with a GPU too, a worker that a test starts runs on the CPU unless it names a device.

@@ -7,6 +7,7 @@ import logging
 import subprocess
 import sys
 from collections.abc import Iterator
+from datetime import UTC, datetime
 
 import pytest
 
@@ -59,6 +60,22 @@ def test_lines_of_other_libraries_are_shown_in_the_same_form(capsys: pytest.Capt
     logging.getLogger("other").warning("%d of %d", 1, 2)
     line = json.loads(capsys.readouterr().err)
     assert (line["event"], line["level"]) == ("1 of 2", "warning")
+
+
+def test_a_line_for_people_has_time_level_event_and_fields_by_name(capsys: pytest.CaptureFixture[str]) -> None:
+    configure_logs("info", "console")
+    _log.info("page refused", node="ada", count=3, before="a\nb", address="[::1]:7400")
+    time, shown = capsys.readouterr().err.split(" ", 1)
+    assert datetime.fromisoformat(time).tzinfo is UTC
+    assert shown == f"[info     ] {'page refused':30} address=[::1]:7400 before='a\\nb' count=3 node=ada\n"
+
+
+def test_a_line_for_machines_has_a_value_that_json_lacks_as_its_repr(capsys: pytest.CaptureFixture[str]) -> None:
+    configure_logs("info", "json")
+    _log.info("page refused", hash=b"\xff", pages=3)
+    line = json.loads(capsys.readouterr().err)
+    assert datetime.fromisoformat(line.pop("timestamp")).tzinfo is UTC
+    assert line == {"level": "info", "event": "page refused", "hash": repr(b"\xff"), "pages": 3}
 
 
 def test_a_program_with_its_own_logging_gets_our_lines_with_their_fields(caplog: pytest.LogCaptureFixture) -> None:

@@ -22,7 +22,7 @@ from tests.packages import (
     requirements,
 )
 
-LIGHT_FOR_A_CLIENT = {"numba", "numpy", "prometheus_client", "pydantic", "structlog", "torch", "grpc_reflection"}
+LIGHT_FOR_A_CLIENT = {"numba", "numpy", "prometheus_client", "pydantic", "torch", "grpc_reflection"}
 ELSEWHERE = {
     "mooncake": "a peer that is measured where it is installed",
     "vllm": "it has an environment of its own",

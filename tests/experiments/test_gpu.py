@@ -70,5 +70,5 @@ def test_the_table_and_the_picture_show_each_ratio_with_its_target(tmp_path: Pat
 
 def test_the_wheels_are_what_a_node_and_a_worker_need_beside_torch() -> None:
     names = {requirement.partition(">")[0] for requirement in wanted(ROOT / "pyproject.toml")}
-    assert {"grpcio", "protobuf", "pydantic", "starlette", "uvicorn", "structlog", "gguf"} <= names
+    assert {"grpcio", "protobuf", "pydantic", "starlette", "uvicorn", "gguf"} <= names
     assert not names & {"torch", "triton", "transformers", "numpy", "numba"}
