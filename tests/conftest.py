@@ -1,7 +1,7 @@
 """The models that tests run, each loaded once in a process.
 
-torch and transformers are imported by the fixtures that need them: pytest loads this file for every test, and in the process that only
-hands tests out.
+torch and transformers are imported by the fixtures that need them: pytest loads this file for every test, and in the process that
+only hands tests out.
 """
 
 from __future__ import annotations
