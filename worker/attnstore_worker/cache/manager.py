@@ -81,18 +81,18 @@ class CacheManager:
         self._pool = self._local.pool
         self._lender = lender
         self._remote = remote
+        self._staging = Staging(pages.device, pages.layout, pages.capacity) if isinstance(pages, DeviceBlocks) else None
         self._writer = create_writer(write_policy, self._pool, pages, remote)
         if host is not None and self._writer.writes_evicted:
             host.on_evict = self._writer.evicted
         self._planner = planner or FetchAll(remote.deadline_ms if remote is not None else 0.0)
         self._mover = Mover(clock)
         observer = observer or Unobserved()
-        self._staging: Staging | None = None
         self.before_step: Callable[[], None] = _no_copies
         """Called before every step of the model, which waits for the copies that concern it."""
         places: PagePool | StagedReads
         if isinstance(pages, DeviceBlocks):
-            self._staging = Staging(pages.device, pages.layout, pages.capacity)
+            assert self._staging is not None
             self.before_step = pages.before_step
             places = StagedReads(pages, self._staging, clock, shared)
         else:

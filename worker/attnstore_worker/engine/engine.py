@@ -94,9 +94,13 @@ class Engine:
             device=device,
         )
         self._speculation = Speculation(self._clock)
-        self._attend = self._attended_blocks(attend_store or store, name, device)
-        attended = self._attend.remote if self._attend is not None else None
-        self._runner = self._create_runner(device, attention, attended)
+        try:
+            self._attend = self._attended_blocks(attend_store or store, name, device)
+            attended = self._attend.remote if self._attend is not None else None
+            self._runner = self._create_runner(device, attention, attended)
+        except BaseException:
+            self._cache.close()  # ends the thread of its writer, which keeps the pool
+            raise
         self._scheduler = Scheduler(self.options.scheduler_limits(), self.options.block_tokens)
         self._residency = Residency(
             self._cache,

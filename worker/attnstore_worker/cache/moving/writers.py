@@ -112,7 +112,7 @@ class _Page(NamedTuple):
 
 
 class _Queued:
-    """The queue that all policies with a store share."""
+    """The queue that all policies with a store share. Its thread starts when it is made: after everything that may raise."""
 
     def __init__(self, write: Callable[[Sequence[BlockHash], Sequence[_Page]], None], pages_max: int) -> None:
         self._queue = WriteQueue(write, pages_max=pages_max)
@@ -145,13 +145,13 @@ class WriteBehind(_Queued):
     writes_evicted = False
 
     def __init__(self, pool: BlockPool, pages: PagePool | DeviceBlocks, remote: RemoteTier) -> None:
-        super().__init__(self._write if isinstance(pages, PagePool) else self._write_copies, pages.capacity)
         self._pool = pool
         self._pages = pages
         self._remote = remote
         if isinstance(pages, DeviceBlocks):
             copies = min(WRITE_BATCH_PAGES_MAX, pages.capacity)
             self._staging = pages.device.host_pages(pages.layout, copies * pages.layout.page_bytes)
+        super().__init__(self._write if isinstance(pages, PagePool) else self._write_copies, pages.capacity)
 
     @property
     def held(self) -> int:
@@ -232,7 +232,6 @@ class WriteOnEvict(_Queued):
     writes_evicted = True
 
     def __init__(self, pages: PagePool | DeviceBlocks, remote: RemoteTier) -> None:
-        super().__init__(self._write, STAGED_PAGES)
         size_bytes = STAGED_PAGES * pages.layout.page_bytes
         self._pages = pages
         self._remote = remote
@@ -241,6 +240,7 @@ class WriteOnEvict(_Queued):
         )
         self._free = list(range(STAGED_PAGES))
         self._in_store: set[BlockHash] = set()
+        super().__init__(self._write, STAGED_PAGES)
 
     def sealed(self, block_hash: BlockHash, block_id: int) -> None:
         """No-op: it is written when the pool evicts it."""
