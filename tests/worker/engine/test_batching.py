@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import time
 from collections import Counter
+from itertools import cycle
 
 import pytest
 import torch
@@ -61,7 +62,10 @@ def test_sequences_in_a_batch_get_the_tokens_of_running_alone(tiny: LoadedModel)
         assert sequence.generated == alone(tiny, sequence.token_ids[: sequence.prompt_tokens], how)
 
 
-@pytest.mark.parametrize("eviction", EVICTION_POLICIES)
+@pytest.mark.usefixtures("each_device")
+@pytest.mark.parametrize(
+    ("eviction", "each_device"), list(zip(EVICTION_POLICIES, cycle(["cpu", "early", "late"]))), indirect=["each_device"]
+)
 @pytest.mark.parametrize("with_store", [False, True])
 def test_a_pool_of_a_quarter_of_what_eight_sequences_need_changes_no_token(
     tiny: LoadedModel, store: MemoryStore, eviction: str, with_store: bool
@@ -118,6 +122,7 @@ def test_rows_are_sampled_together_as_each_by_itself() -> None:
     assert greedy == lowest
 
 
+@pytest.mark.usefixtures("each_device")
 def test_a_sequence_that_was_preempted_draws_the_same_tokens(tiny: LoadedModel) -> None:
     """Its random generator keeps its state: tokens that are computed again are not drawn again."""
     how = SamplingParams(max_tokens=50, temperature=1.0, seed=11)
@@ -129,7 +134,8 @@ def test_a_sequence_that_was_preempted_draws_the_same_tokens(tiny: LoadedModel) 
     assert [sequence.generated for sequence in sequences] == [alone(tiny, each, how) for each in batch]
 
 
-@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.usefixtures("each_device")
+@pytest.mark.parametrize(("seed", "each_device"), list(enumerate(["cpu", "early", "late"] * 2)), indirect=["each_device"])
 def test_no_block_is_lost_whatever_is_cancelled_preempted_or_fails(tiny: LoadedModel, store: MemoryStore, seed: int) -> None:
     print(f"seed {seed}")
     generator = random.Random(seed)
@@ -226,6 +232,7 @@ def _mend(store: MemoryStore) -> None:
     store.gate.set()
 
 
+@pytest.mark.usefixtures("each_device")
 def test_cancelling_gives_every_block_back_at_every_stage(tiny: LoadedModel) -> None:
     token_ids = prompts(1, seed=2, shortest=150)[0]
     for steps in range(6):  # waiting, three chunks of prefill, decoding
@@ -242,6 +249,7 @@ def test_cancelling_gives_every_block_back_at_every_stage(tiny: LoadedModel) -> 
             assert engine.generate(token_ids, SamplingParams(max_tokens=2)).finish_reason is FinishReason.LENGTH
 
 
+@pytest.mark.usefixtures("each_device")
 def test_a_step_that_raises_ends_its_sequences_and_the_others_go_on(tiny: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(*_: object) -> None:
         raise RuntimeError("on purpose")
@@ -291,6 +299,7 @@ def test_a_full_queue_refuses_and_generate_all_waits_for_room(tiny: LoadedModel)
         assert [len(sequence.generated) for sequence in sequences] == [3] * 7
 
 
+@pytest.mark.usefixtures("each_device")
 def test_blocks_that_a_hanging_transfer_keeps_end_a_sequence_in_bounded_time(tiny: LoadedModel, store: MemoryStore) -> None:
     token_ids = prompts(1, seed=4, shortest=150)[0]
     small = options(tiny, 11, store_deadline_ms=20)

@@ -195,6 +195,7 @@ def test_only_the_sequence_whose_row_is_not_finite_fails(tiny: LoadedModel, spoi
             assert texts[sequence] == expected_texts[right]
 
 
+@pytest.mark.usefixtures("each_device")
 def test_what_a_chunk_without_numbers_wrote_is_found_by_nobody(tiny: LoadedModel, store: MemoryStore) -> None:
     token_ids = prompts(2, seed=6)[1][:48]
     with Engine(tiny, options(tiny), store=store) as engine:
@@ -363,7 +364,8 @@ class FaultInjector:
         return False
 
 
-@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.usefixtures("each_device")
+@pytest.mark.parametrize(("seed", "each_device"), list(enumerate(["cpu", "early", "late"] * 2)), indirect=["each_device"])
 def test_whatever_fails_for_some_sequences_the_others_get_their_tokens_and_nothing_is_lost(
     tiny: LoadedModel, store: MemoryStore, seed: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
