@@ -266,6 +266,10 @@ def test_events_follow_what_is_found_saved_and_lost(tier: RemoteTier, gate: Gate
     assert told.take() == [BlocksRemoved((FOREIGN[7],))]
     store.error = Unavailable("gone")
     side.arrived("c", FOREIGN, 160, chain)
+    assert eventually(lambda: tier.is_failing)
+    store.error = None
+    clock.advance_ms(10_000)
+    tier.look_up([names])
     settled(side, "c")
     assert told.take() == [], "a store that does not answer may have all of them"
     side.close()
