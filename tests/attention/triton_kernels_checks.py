@@ -15,6 +15,9 @@ from attnstore.attention import CheckedAttention, create_attention, merge
 from attnstore.attention.triton import TritonAttention, gather_pages, merge_partials, scatter_pages
 from attnstore.errors import InvalidArgument
 from tests.attention.cases import SCORINGS, Case, Scoring, assert_close, random_case, scored_case
+from tests.interpreter import cache_interpreter
+
+cache_interpreter()
 
 DEVICE = "cpu" if triton.knobs.runtime.interpret else "cuda"
 REFERENCE = create_attention("reference")

@@ -200,8 +200,10 @@ class FixedPlanner:
         return False
 
 
-def write_tiny_model(folder: Path, *, context_tokens_max: int = 512) -> None:
-    """Writes a Hugging Face folder with a random two-layer model of the default model's kind, and with its tokenizer."""
+def write_tiny_model(folder: Path, *, context_tokens_max: int = 512, kv_heads: int = 2) -> None:
+    """Writes a Hugging Face folder with a random two-layer model of the default model's kind, and with its tokenizer. Two query
+    heads share a head of keys and values.
+    """
     source = find_model()
     assert isinstance(source, GgufSource)
     real = converted_model(source, weights_digest(source), cache_dir()).path
@@ -211,8 +213,8 @@ def write_tiny_model(folder: Path, *, context_tokens_max: int = 512) -> None:
         hidden_size=64,
         intermediate_size=128,
         num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
+        num_attention_heads=2 * kv_heads,
+        num_key_value_heads=kv_heads,
         head_dim=32,
         vocab_size=49152,
         max_position_embeddings=context_tokens_max,

@@ -1,8 +1,9 @@
 """Checks that `test_device_engine` runs in a process of its own: the whole engine on a simulated device that uses Triton.
 
-With Triton's kernels, interpreted, where `TRITON_INTERPRET` says so, and few tokens, because such a step takes half a second;
-otherwise with the processor's kernels and 64 tokens. Every check compares tokens with those of the processor, in fp32.
-A wait that is missing is a race, which fails the check.
+With Triton's kernels, interpreted, where `TRITON_INTERPRET` says so, otherwise with the processor's kernels. Checks compare 64
+tokens with those of the processor, in fp32. A wait that is missing is a race, which fails the check.
+
+The time of an interpreted step grows with the programs of its kernels: those of each row, and in attention of each head of keys.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from torch import Tensor
 from attnstore.attention import create_attention
 from attnstore.core.layout import DType
 from attnstore.testing import StoreProcess
-from attnstore_worker.cache import PageStore, Planner, open_store
+from attnstore_worker.cache import PageStore, Planner, Tier, open_store
 from attnstore_worker.cache.moving.load import FetchOrder, LoadPlan
 from attnstore_worker.cache.pool.block_table import BlockTable
 from attnstore_worker.device.base import Graph
@@ -42,11 +43,16 @@ from attnstore_worker.errors import OutOfDeviceMemory, SequenceFailed
 from attnstore_worker.model import LoadedModel, load_model
 from attnstore_worker.model.attention import PagedStep
 from attnstore_worker.model.decoder import Decoder
-from attnstore_worker.testing import FixedPlanner, MemoryStore
+from attnstore_worker.testing import FixedPlanner, MemoryStore, write_tiny_model
+from tests.interpreter import cache_interpreter, omit_overflow_checks
+
+cache_interpreter()
+omit_overflow_checks()
 
 BLOCK_TOKENS = 16
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-GREEDY = SamplingParams(max_tokens=4 if INTERPRETED else 64)
+GREEDY = SamplingParams(max_tokens=64)
+FIRST = SamplingParams(max_tokens=1)
 ATTENTION = None if INTERPRETED else create_attention("cpu")
 LENGTHS = (3, 16, 17, 40)
 
@@ -62,13 +68,26 @@ def no_race() -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
-def on_device(tiny_folder: Path) -> LoadedModel:
-    return load_model(tiny_folder, DType.FP32, device=DEVICE if INTERPRETED else HostDevice())
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model with one head of keys, and with tables so short that one program attends to all keys of a row."""
+    folder = tmp_path_factory.mktemp("small-model")
+    write_tiny_model(folder, context_tokens_max=256, kv_heads=1)
+    return folder
 
 
 @pytest.fixture(scope="module")
-def options(tiny: LoadedModel) -> EngineOptions:
-    return EngineOptions(pool_bytes=24 * tiny.layout(BLOCK_TOKENS).page_bytes, chunk_tokens=32, sequences_max=6)
+def on_device(folder: Path) -> LoadedModel:
+    return load_model(folder, DType.FP32, device=DEVICE if INTERPRETED else HostDevice())
+
+
+@pytest.fixture(scope="module")
+def on_processor(folder: Path) -> LoadedModel:
+    return load_model(folder, DType.FP32)
+
+
+@pytest.fixture(scope="module")
+def options(on_processor: LoadedModel) -> EngineOptions:
+    return EngineOptions(pool_bytes=24 * on_processor.layout(BLOCK_TOKENS).page_bytes, chunk_tokens=32, sequences_max=6)
 
 
 def prompts(first: int = 0) -> list[list[int]]:
@@ -80,46 +99,58 @@ Generate = Callable[..., list[list[int]]]
 
 @pytest.fixture(scope="module")
 def generate(on_device: LoadedModel, options: EngineOptions) -> Generate:
-    """Returns the tokens of the engine on the device; `check` is called with the engine at the end."""
+    """Returns the tokens of the engine on the device. It computes prompts of `before` first, one after the other; `check` is called
+    with the engine at the end.
+    """
 
     def generate(
         prompts: list[list[int]],
         how: SamplingParams = GREEDY,
         *,
+        before: Sequence[list[int]] = (),
         store: PageStore | None = None,
         planner: Planner | None = None,
         device: SimulatedDevice = DEVICE,
         check: Callable[[Engine], object] = Engine.check,
-        rounds: int = 1,
         **fields: object,
     ) -> list[list[int]]:
         changed = replace(options, **fields)  # type: ignore[arg-type]
         with Engine(on_device, changed, store=store, planner=planner, device=device, attention=ATTENTION) as engine:
-            for _ in range(rounds):
-                sequences = engine.generate_all(prompts, how)
-                engine.check()
+            for each in before:
+                engine.generate(each, FIRST)
+            sequences = engine.generate_all(prompts, how)
+            engine.check()
             assert engine.flush(30_000)
             check(engine)
+            assert {len(sequence.generated) for sequence in sequences} == {how.max_tokens}
             return [sequence.generated for sequence in sequences]
 
     return generate
 
 
 @pytest.fixture(scope="module")
-def expected(tiny: LoadedModel, options: EngineOptions) -> Generate:
+def expected(on_processor: LoadedModel, options: EngineOptions) -> Generate:
     """Returns the tokens of the engine on the processor, without a store."""
 
     def expected(prompts: list[list[int]], how: SamplingParams = GREEDY) -> list[list[int]]:
-        with Engine(tiny, replace(options, pool_bytes=4 * options.pool_bytes)) as engine:
+        with Engine(on_processor, replace(options, pool_bytes=4 * options.pool_bytes)) as engine:
             return [engine.generate(each, how).generated for each in prompts]
 
     return expected
 
 
-def test_64_tokens_are_equal_cold(generate: Generate, expected: Generate) -> None:
-    how = SamplingParams(max_tokens=64)
+def found_in(tier: Tier, tokens: int) -> Callable[[Engine], None]:
+    """Returns a check that so many tokens were hits of a tier."""
+
+    def check(engine: Engine) -> None:
+        assert engine.statistics().tiers[tier].hit_tokens == tokens
+
+    return check
+
+
+def test_tokens_are_equal_cold(generate: Generate, expected: Generate) -> None:
     batch = prompts()[2:3]
-    assert generate(batch, how) == expected(batch, how)
+    assert generate(batch) == expected(batch)
 
 
 class CapturesSome(SimulatedDevice):
@@ -146,51 +177,54 @@ class CapturesSome(SimulatedDevice):
 def test_captured_steps_give_the_same_tokens_and_those_without_memory_are_left_out(
     on_device: LoadedModel, options: EngineOptions, expected: Generate
 ) -> None:
-    device = CapturesSome()
+    """Of three sequences, which a step of four rows computes, and of the one that is left."""
+    batch, device = prompts()[:3], CapturesSome()
     with Engine(on_device, options, device=device, attention=ATTENTION) as engine:
         engine.warm_up()
-        assert [sequence.generated for sequence in engine.generate_all(prompts(), GREEDY)] == expected(prompts())
+        sequences = [engine.submit(each, replace(GREEDY, max_tokens=most)) for each, most in zip(batch, (64, 6, 6), strict=True)]
+        while not engine.idle:
+            engine.step()
         engine.check()
         assert engine.statistics().pool.held == 0
     assert device.captured == [False, True] * (2 if INTERPRETED else 0), "8 rows are left out, 4 captured, 2 left out, 1 captured"
     assert (device.replays > 0) is INTERPRETED
     assert device.races.found == []
+    for sequence, tokens in zip(sequences, expected(batch), strict=True):
+        assert sequence.generated == tokens[: sequence.sampling.max_tokens]
 
 
 def test_hits_of_every_length_in_the_pool_and_from_the_store(generate: Generate, expected: Generate) -> None:
-    """A store that has the first blocks of a prompt, however many, and a second round that finds them in the pool."""
+    """The first blocks of a prompt, however many, are in the store, or in the pool after a shorter prompt."""
     store = MemoryStore()
     whole = prompts(50)[3:]
     wanted = expected(whole)
-    assert generate(whole, store=store) == wanted
+    generate(whole, FIRST, store=store)
     pages = dict(store.pages)
     for hits in range(1, len(whole[0]) // BLOCK_TOKENS + 1):
-        part = MemoryStore()
+        part, tokens = MemoryStore(), hits * BLOCK_TOKENS
         part.pages = dict(list(pages.items())[:hits])
-        assert generate(whole, store=part, rounds=2, check=lambda engine: engine.check()) == wanted
+        assert generate(whole, store=part, check=found_in(Tier.REMOTE, tokens)) == wanted
+        assert generate(whole, before=[whole[0][: tokens + 1]], check=found_in(Tier.HBM, tokens)) == wanted
 
 
 def test_a_step_computes_behind_pages_that_arrive_layer_by_layer(generate: Generate, expected: Generate) -> None:
     store, batch = MemoryStore(), prompts(90)[3:]
-    wanted = expected(batch)
-    generate(batch, store=store)
+    generate(batch, FIRST, store=store)
 
     def by_layers(engine: Engine) -> None:
         assert engine.statistics().remote.pages_read > 0
 
     plan = LoadPlan(0, 9_999, 9_999, 30_000.0, FetchOrder.LAYERS)
-    assert generate(batch, store=store, planner=FixedPlanner(plan), check=by_layers) == wanted
+    assert generate(batch, store=store, planner=FixedPlanner(plan), check=by_layers) == expected(batch)
 
 
 def test_pages_come_back_from_the_host_tier(generate: Generate, expected: Generate, options: EngineOptions) -> None:
-    batch = [*prompts(10)[2:], prompts(20)[3]]
-
-    def used(engine: Engine) -> None:
-        assert sum(tier.hit_tokens for name, tier in engine.statistics().tiers.items() if name.value == "host") > 0
-
-    small = 4 * options.pool_bytes // 24
-    how = SamplingParams(max_tokens=3)
-    assert generate(batch, how, pool_bytes=small, host_pool_bytes=options.pool_bytes, rounds=2, check=used) == expected(batch, how)
+    """A prompt that needs all blocks of the pool has moved them down."""
+    batch = prompts(10)[3:]
+    largest = [position % 700 + 11 for position in range(100)]
+    fields = {"pool_bytes": 7 * options.pool_bytes // 24, "host_pool_bytes": options.pool_bytes}
+    got = generate(batch, before=[*batch, largest], check=found_in(Tier.HOST, 2 * BLOCK_TOKENS), **fields)
+    assert got == expected(batch)
 
 
 @pytest.fixture(scope="module")
@@ -200,22 +234,27 @@ def node() -> Iterator[StoreProcess]:
 
 
 def test_pages_come_from_a_node(generate: Generate, expected: Generate, node: StoreProcess) -> None:
-    for hit in (False, True):
+    batch = prompts(30)[3:]
+    for how, hits in ((FIRST, 0), (GREEDY, 2)):
         with open_store(node.url, deadline_ms=30_000) as store:
-
-            def came(engine: Engine, hit: bool = hit) -> None:
-                assert (engine.statistics().remote.pages_read > 0) is hit
-
-            assert generate(prompts(30)[2:], store=store, check=came) == expected(prompts(30)[2:])
+            got = generate(batch, how, store=store, check=found_in(Tier.SHARED, hits * BLOCK_TOKENS))
+    assert got == expected(batch)
 
 
 def test_a_sequence_attends_to_blocks_that_stay_in_a_node(generate: Generate, expected: Generate, node: StoreProcess) -> None:
     """Partials merge by Triton's kernel where it is interpreted."""
     batch, device = prompts(40)[3:], SimulatedDevice("late", uses_triton=INTERPRETED)
-    for _ in range(2):
+
+    def attended(engine: Engine) -> None:
+        counts = engine.attending()
+        assert counts is not None
+        assert counts.round_trips >= GREEDY.max_tokens
+
+    for how, check in ((FIRST, Engine.check), (GREEDY, attended)):
         with open_store(node.url, deadline_ms=30_000) as store:
-            got = generate(batch, store=store, attend=AttendPolicy.ALWAYS, store_deadline_ms=30_000, device=device)
-            assert got == expected(batch)
+            fields = {"attend": AttendPolicy.ALWAYS, "store_deadline_ms": 30_000, "device": device}
+            got = generate(batch, how, store=store, check=check, **fields)
+    assert got == expected(batch)
     assert device.races.found == []
 
 
@@ -223,16 +262,14 @@ def test_preempted_sequences_continue_with_the_same_tokens(generate: Generate, e
     def preempted(engine: Engine) -> None:
         assert engine.batching().preemptions > 0
 
-    small = 3 * options.pool_bytes // 24
-    how = SamplingParams(max_tokens=8)
     batch = [each[:14] for each in prompts(60)[1:3]]
-    assert generate(batch, how, pool_bytes=small, check=preempted) == expected(batch, how)
+    assert generate(batch, pool_bytes=8 * options.pool_bytes // 24, check=preempted) == expected(batch)
 
 
 def test_drafts_are_verified_on_the_device(generate: Generate, expected: Generate, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of the drafts, which are made from the answers here, two thirds are right."""
-    batch, how = prompts(65)[:2], SamplingParams(max_tokens=12)
-    wanted = expected(batch, how)
+    batch = prompts(65)[:2]
+    wanted = expected(batch)
     answers = dict(zip(map(tuple, batch), wanted, strict=True))
 
     def draft(token_ids: Items[int], drafts_max: int) -> tuple[int, ...]:
@@ -245,7 +282,7 @@ def test_drafts_are_verified_on_the_device(generate: Generate, expected: Generat
         assert 0 < counts.drafts_accepted < counts.drafts_checked
 
     monkeypatch.setattr(speculative, "draft", draft)
-    assert generate(batch, how, speculate=True, check=accepted) == wanted
+    assert generate(batch, speculate=True, check=accepted) == wanted
 
 
 def test_drafts_from_resident_blocks_are_the_next_tokens_where_all_blocks_are(
@@ -282,22 +319,31 @@ def test_sampled_tokens_do_not_depend_on_the_batch(on_device: LoadedModel, optio
     assert all(sequence.finish_reason is FinishReason.LENGTH for sequence in sequences)
 
 
-def test_a_sequence_that_is_cancelled_at_any_step_leaves_the_others_their_tokens(
-    on_device: LoadedModel, options: EngineOptions, expected: Generate
+def test_a_sequence_that_is_cancelled_at_any_stage_leaves_the_others_their_tokens(
+    generate: Generate, on_device: LoadedModel, options: EngineOptions, expected: Generate
 ) -> None:
-    batch = prompts(80)[:2]
-    wanted = expected(batch)
-    with Engine(on_device, options, device=DEVICE, attention=ATTENTION) as engine:
-        for steps in (0, 1, 3):
-            kept, given_up = engine.submit(batch[0], GREEDY), engine.submit(batch[1], GREEDY)
+    """While it waits, in its prefill, after its first token, after more tokens, and while its pages are read."""
+    [kept_prompt, *_, in_store], store = prompts(80), MemoryStore()
+    generate([in_store], FIRST, store=store)
+    store.gate.clear()
+    stages = [(prompts(100 * steps)[3], steps, drawn) for steps, drawn in ((0, 0), (1, 0), (2, 1), (5, 4))]
+    with Engine(on_device, options, store=store, device=DEVICE, attention=ATTENTION) as engine:
+        kept = engine.submit(kept_prompt, GREEDY)
+        for prompt, steps, drawn in [*stages, (in_store, 2, 0)]:
+            given_up = engine.submit(prompt, GREEDY)
             for _ in range(steps):
                 engine.step()
+            assert len(given_up.generated) == drawn
+            assert (given_up.load is not None) is (prompt is in_store)
             engine.cancel(given_up)
-            while not engine.idle:
-                engine.step()
             engine.check()
-            assert kept.generated == wanted[0]
-            assert engine.statistics().pool.held == 0
+        store.gate.set()
+        while not engine.idle:
+            engine.step()
+        engine.check()
+        assert engine.flush(30_000)
+        assert engine.statistics().pool.held == 0
+    assert [kept.generated] == expected([kept_prompt])
 
 
 def test_logits_are_given_to_those_who_ask_for_them(on_device: LoadedModel, options: EngineOptions) -> None:

@@ -28,8 +28,12 @@ from attnstore_worker.model.decoder import Decoder, TransformersDecoder
 from attnstore_worker.model.llama_device import DeviceLlamaDecoder, rotation_table
 from attnstore_worker.model.loading import ready_model
 from attnstore_worker.model.triton_rows import gated, normalized, rotated_and_put
+from tests.interpreter import cache_interpreter, omit_overflow_checks
 from tests.worker.model.devices import TritonDevice
 from tests.worker.model.steps import UNUSED, Pages, Spans
+
+cache_interpreter()
+omit_overflow_checks()
 
 DEVICE = "cpu" if triton.knobs.runtime.interpret else "cuda"
 PLACE = torch.device(DEVICE)
