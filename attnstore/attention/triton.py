@@ -1,6 +1,6 @@
 """Paged attention, merges of partials and page copies on a GPU, by the kernels in `triton_kernels`.
 
-Owns: `TritonAttention`, `merge_partials`, `gather_pages`, `scatter_pages`.
+Owns: `TritonAttention`, `merge_partials`, `gather_pages`, `scatter_pages`, `gather_runs`, `scatter_runs`.
 Invariants: launching reads nothing back from the device, so a step's layers are queued without a stall. Every grid and every
 temporary tensor depends on shapes only, so a CUDA graph replays with other contents.
 Under `TRITON_INTERPRET=1` everything here also runs on CPU tensors.
@@ -219,3 +219,31 @@ def _copy(source: Tensor, target: Tensor, source_ids: Tensor | None, target_ids:
     triton_kernels.copy_pages[grid](
         source, target, source_ids, target_ids, source.stride(0), target.stride(0), words, BLOCK=COPY_WORDS
     )
+
+
+def gather_runs(cache: Tensor, runs: Tensor, run_words: int, block_ids: Tensor, pages: Tensor) -> None:
+    """Packs blocks of which a page lies in several runs of memory.
+
+    runs: int64 `[runs, 2]`, for each run of a page in order where it begins in block 0, counted from the first element of `cache`,
+    and how far apart it lies in neighbouring blocks, in elements. Each has `run_words` elements. block_ids: int32 `[n]`. pages:
+    `[n, runs * run_words]`, contiguous and of the type of `cache`. Runs and ids are not checked.
+
+    Raises `InvalidArgument` for ids that are not int32 or pages that do not match.
+    """
+    _copy_runs(cache, runs, run_words, block_ids, pages, into_pages=True)
+
+
+def scatter_runs(cache: Tensor, runs: Tensor, run_words: int, block_ids: Tensor, pages: Tensor) -> None:
+    """The inverse of `gather_runs`: writes packed pages to blocks. Raises the same errors."""
+    _copy_runs(cache, runs, run_words, block_ids, pages, into_pages=False)
+
+
+def _copy_runs(cache: Tensor, runs: Tensor, run_words: int, block_ids: Tensor, pages: Tensor, *, into_pages: bool) -> None:
+    if block_ids.dtype != torch.int32 or block_ids.dim() != 1:
+        raise InvalidArgument("block_ids must be an int32 vector")
+    count, words = len(block_ids), len(runs) * run_words
+    if pages.shape != (count, words) or pages.dtype != cache.dtype or not pages.is_contiguous():
+        raise InvalidArgument(f"pages are {pages.dtype} {tuple(pages.shape)}; {count} blocks are {cache.dtype} {(count, words)}")
+    if count:
+        grid = (count, triton.cdiv(words, COPY_WORDS))
+        triton_kernels.copy_runs[grid](cache, pages, block_ids, runs, words, run_words, INTO_PAGES=into_pages, BLOCK=COPY_WORDS)

@@ -1,6 +1,6 @@
 """The Triton kernels: split-KV paged attention, the merges of its splits and of partials from elsewhere, and page copies.
 
-Owns: `attend`, `merge_splits`, `merge_partials`, `copy_pages` and their configurations. The launching code is in
+Owns: `attend`, `merge_splits`, `merge_partials`, `copy_pages`, `copy_runs` and their configurations. The launching code is in
 `attnstore.attention.triton`, the sharing of the work in `triton_plan`.
 Invariants: one source runs under the interpreter and compiles for sm_80, sm_90, sm_100 and gfx942 within their limits; no count or
 length is part of a kernel's specialisation, so a kernel is compiled once for a model.
@@ -306,3 +306,32 @@ def copy_pages(
     at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     mask = at < words
     tl.store(target + target_page * target_stride + at, tl.load(source + source_page * source_stride + at, mask=mask), mask=mask)
+
+
+@triton.jit(do_not_specialize_on_alignment=["block_ids"])
+def copy_runs(
+    cache,
+    pages,
+    block_ids,
+    runs,
+    page_words,
+    run_words,
+    INTO_PAGES: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Copies between blocks that lie in runs of `run_words` elements and packed pages. Grid `(pages, cdiv(page_words, BLOCK))`.
+
+    `runs` is `[runs, 2]`: where a run begins in block 0, relative to `cache`, and how far apart it lies in neighbouring blocks.
+    """
+    page = tl.program_id(0)
+    block = tl.load(block_ids + page).to(tl.int64)
+    at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    mask = at < page_words
+    run = at // run_words
+    begin = tl.load(runs + 2 * run, mask=mask, other=0) + block * tl.load(runs + 2 * run + 1, mask=mask, other=0)
+    in_cache = cache + begin + at % run_words
+    in_pages = pages + page.to(tl.int64) * page_words + at
+    if INTO_PAGES:
+        tl.store(in_pages, tl.load(in_cache, mask=mask), mask=mask)
+    else:
+        tl.store(in_cache, tl.load(in_pages, mask=mask), mask=mask)

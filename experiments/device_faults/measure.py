@@ -12,7 +12,7 @@ from typing import Final, get_args
 
 from attnstore_worker.device.base import Wait
 from attnstore_worker.device.simulated import Schedule, SimulatedDevice
-from experiments.device_faults import caches, engines, nodes
+from experiments.device_faults import caches, connector, engines, nodes
 
 Scenario = Callable[[SimulatedDevice], None]
 
@@ -20,15 +20,21 @@ SCHEDULES: Final[tuple[Schedule, ...]] = get_args(Schedule)
 NOTICED_BY: Final[Mapping[Wait, Scenario]] = {
     **caches.SCENARIOS,
     **nodes.SCENARIOS,
+    **connector.SCENARIOS,
     Wait.TABLES_AFTER_STEP: engines.prefills_in_chunks,
     Wait.TOKENS_AFTER_COMPUTE: engines.loads_from_the_store,
     Wait.QUERY_AFTER_COMPUTE: engines.partials_are_exchanged,
     Wait.PARTIAL_AFTER_MERGE: engines.partials_are_exchanged,
 }
 """The shortest scenario that needs the wait."""
-_CACHES: Final[tuple[Scenario, ...]] = (*dict.fromkeys(caches.SCENARIOS.values()), *nodes.SCENARIOS.values())
-_ALL: Final[tuple[Scenario, ...]] = (*_CACHES, *engines.SCENARIOS)
-_BRIEF: Final[tuple[Scenario, ...]] = (*_CACHES, engines.loads_by_layers, engines.partials_are_exchanged)
+_TRANSFERS: Final[tuple[Scenario, ...]] = (
+    *dict.fromkeys(caches.SCENARIOS.values()),
+    *nodes.SCENARIOS.values(),
+    *dict.fromkeys(connector.SCENARIOS.values()),
+    connector.loads_into_recycled_blocks,
+)
+_ALL: Final[tuple[Scenario, ...]] = (*_TRANSFERS, *engines.SCENARIOS)
+_BRIEF: Final[tuple[Scenario, ...]] = (*_TRANSFERS, engines.loads_by_layers, engines.partials_are_exchanged)
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,8 +12,16 @@ import triton
 from torch import Tensor
 
 from attnstore.attention import CheckedAttention, create_attention, merge
-from attnstore.attention.triton import TritonAttention, gather_pages, merge_partials, scatter_pages
+from attnstore.attention.triton import (
+    TritonAttention,
+    gather_pages,
+    gather_runs,
+    merge_partials,
+    scatter_pages,
+    scatter_runs,
+)
 from attnstore.errors import InvalidArgument
+from attnstore_worker.device.engine_blocks import EngineBlocks
 from tests.attention.cases import SCORINGS, Case, Scoring, assert_close, random_case, scored_case
 from tests.interpreter import cache_interpreter
 
@@ -211,3 +219,51 @@ def test_copies_refuse_what_does_not_fit() -> None:
         scatter_pages(pool[:2], torch.zeros(3, dtype=torch.int32, device=DEVICE), pool)
     with pytest.raises(InvalidArgument):
         gather_pages(pool.transpose(3, 4), torch.zeros(2, dtype=torch.int32, device=DEVICE))
+
+
+ORDERS = {"heads first": (0, 1, 2, 3), "tokens first": (0, 2, 1, 3), "heads outermost": (2, 0, 1, 3)}
+
+
+@pytest.mark.parametrize("separate", [False, True], ids=["one memory", "a memory for each layer"])
+@pytest.mark.parametrize("order", ORDERS.values(), ids=ORDERS.keys())
+def test_blocks_in_runs_survive_a_gather_and_a_scatter(order: tuple[int, ...], separate: bool) -> None:
+    """Layers `[blocks, heads, tokens, content]` in memory of another order."""
+    torch.manual_seed(0)
+    sizes = [9, 2, 16, 12]
+
+    def cache() -> list[Tensor]:
+        shape, back = [sizes[each] for each in order], [order.index(each) for each in range(4)]
+        if separate:
+            memories = [torch.randint(256, shape, dtype=torch.uint8, device=DEVICE) for _ in range(3)]
+        else:
+            memories = list(torch.randint(256, [3, *shape], dtype=torch.uint8, device=DEVICE))
+        return [memory.permute(back) for memory in memories]
+
+    source, target = cache(), cache()
+    before = [layer.clone() for layer in target]
+    ids = torch.tensor([7, 0, 3], dtype=torch.int32, device=DEVICE)
+    others = [block for block in range(9) if block not in ids.tolist()]
+    runs = EngineBlocks(source).runs()
+    table = runs.table.to(DEVICE)
+    pages = torch.empty(3, len(table) * runs.words, dtype=runs.cache.dtype, device=DEVICE)
+    gather_runs(runs.cache, table, runs.words, ids, pages)
+    wanted = torch.stack([layer[ids.long()] for layer in source], dim=1)
+    assert torch.equal(pages.view(torch.uint8), wanted.reshape(3, -1))
+    runs = EngineBlocks(target).runs()
+    scatter_runs(runs.cache, runs.table.to(DEVICE), runs.words, ids, pages)
+    for layer, old, new in zip(target, before, source, strict=True):
+        assert torch.equal(layer[ids.long()], new[ids.long()])
+        assert torch.equal(layer[others], old[others])
+
+
+def test_copies_of_runs_refuse_what_does_not_fit() -> None:
+    cache, table = torch.zeros(64, dtype=torch.int64, device=DEVICE), torch.zeros(2, 2, dtype=torch.int64, device=DEVICE)
+    ids = torch.zeros(3, dtype=torch.int32, device=DEVICE)
+    for pages, wrong in (
+        (torch.zeros(3, 8, dtype=torch.int32, device=DEVICE), ids),
+        (torch.zeros(3, 9, dtype=torch.int64, device=DEVICE), ids),
+        (torch.zeros(8, 3, dtype=torch.int64, device=DEVICE).T, ids),
+        (torch.zeros(3, 8, dtype=torch.int64, device=DEVICE), ids.long()),
+    ):
+        with pytest.raises(InvalidArgument):
+            gather_runs(cache, table, 4, wrong, pages)

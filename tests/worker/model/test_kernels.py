@@ -18,7 +18,14 @@ from torch import Tensor
 from triton.compiler import ASTSource
 
 from attnstore.attention import CheckedAttention
-from attnstore.attention.triton import TritonAttention, gather_pages, merge_partials, scatter_pages
+from attnstore.attention.triton import (
+    TritonAttention,
+    gather_pages,
+    gather_runs,
+    merge_partials,
+    scatter_pages,
+    scatter_runs,
+)
 from attnstore.core.layout import DType, PageLayout
 from attnstore_worker.dtypes import TORCH_DTYPES
 from attnstore_worker.model.llama_device import DeviceLlamaDecoder
@@ -79,6 +86,15 @@ def copy_pages() -> None:
     scatter_pages(gather_pages(pool, integers(3)), integers(3), pool)
 
 
+def copy_runs() -> None:
+    """Of blocks in vLLM's caches."""
+    cache, table = torch.empty(1 << 20, dtype=torch.int64, device=CUDA), torch.empty(8, 2, dtype=torch.int64, device=CUDA)
+    pages = torch.empty(9, 8 * 64, dtype=torch.int64, device=CUDA)
+    for count in (1, 3, 8):
+        gather_runs(cache, table, 64, integers(count), pages[:count])
+        scatter_runs(cache, table, 64, integers(count + 1)[1:], pages[1 : 1 + count])
+
+
 def merge_rows() -> None:
     """As for partials of two nodes that attended to some of the rows, and to all of them."""
     out, lse = torch.empty(8, 32, 128, device=CUDA), torch.empty(8, 32, device=CUDA)
@@ -93,6 +109,7 @@ LAUNCHES: dict[str, Callable[[], None]] = {
     "SmolLM2 in fp32": lambda: forward(SMOLLM2_135M, STEPS[:1], DType.FP32),
     "window, cap and sinks": attend_with_scores_modified,
     "copies of pages": copy_pages,
+    "copies of runs": copy_runs,
     "partials of store nodes": merge_rows,
 }
 """Code that launches kernels. A new kernel is launched here too."""
@@ -133,6 +150,10 @@ def test_a_decode_step_of_any_sequences_compiles_the_same() -> None:
 def test_a_prefill_of_any_length_compiles_the_same() -> None:
     steps: list[Spans] = [[(0, 999)], [(0, 160)], [(16, 400)], [(100, 113), (7, 8)]]
     assert compilations(lambda: forward(LLAMA_3_8B, steps)) == DECODER
+
+
+def test_copies_of_any_number_of_pages_compile_once_for_each_direction() -> None:
+    assert compilations(copy_runs) == {"copy_runs": 2}
 
 
 @pytest.mark.parametrize("sequences", range(1, 65))

@@ -18,8 +18,11 @@ from attnstore.testing import ManualClock, StoreProcess
 from attnstore.types import ReadResult
 from attnstore_worker.cache.store.base import PageStore
 from attnstore_worker.cache.store.remote import RemoteTier
+from attnstore_worker.device.engine_blocks import EngineBlocks
+from attnstore_worker.device.host import HostDevice
+from attnstore_worker.device.pages import PagePool
 from attnstore_worker.vllm.identity import page_hashes, page_layout, vllm_namespace
-from attnstore_worker.vllm.kv_pages import KvPages
+from attnstore_worker.vllm.kv_pages import kv_blocks
 from attnstore_worker.vllm.plan import BlockPlan, RequestLoad
 from attnstore_worker.vllm.probe import probe_link
 from attnstore_worker.vllm.transfers import Transfers
@@ -52,11 +55,15 @@ def moving(
     *,
     deadline_ms: float = 5_000,
     save_bytes_max: int = 1 << 20,
+    part_bytes: int = 1 << 20,
     clock: Clock = MonotonicClock(),  # noqa: B008
 ) -> Transfers:
     """Transfers between a store and a cache."""
     tier = RemoteTier(cast("PageStore", store), SPACE, LAYOUT, deadline_ms=deadline_ms, clock=clock)
-    return Transfers(tier, KvPages(cache, LAYER_BYTES), clock, save_bytes_max=save_bytes_max)
+    blocks = kv_blocks(cache, blocks=BLOCKS, layer_block_bytes=LAYER_BYTES)
+    return Transfers(
+        tier, blocks, HostDevice(), LAYOUT, clock, save_bytes_max=save_bytes_max, step_pages=BLOCKS, part_bytes=part_bytes
+    )
 
 
 @pytest.fixture
@@ -166,8 +173,7 @@ class BreaksAfter:
 
 
 @pytest.mark.parametrize("reads", [0, 1, 3])
-def test_what_came_before_the_store_broke_is_kept(node: StoreProcess, monkeypatch: pytest.MonkeyPatch, reads: int) -> None:
-    monkeypatch.setattr("attnstore_worker.vllm.transfers._PART_BYTES", 2 * LAYOUT.page_bytes)
+def test_what_came_before_the_store_broke_is_kept(node: StoreProcess, reads: int) -> None:
     source, target = make_cache(8), make_cache(9)
     untouched = [layer.clone() for layer in target]
     with attnstore.connect(node.url) as client:
@@ -176,7 +182,7 @@ def test_what_came_before_the_store_broke_is_kept(node: StoreProcess, monkeypatc
         writer = moving(client, source)
         writer.save(plans(0, 8))
         writer.flush()
-        reader = moving(BreaksAfter(client, reads), target)
+        reader = moving(BreaksAfter(client, reads), target, part_bytes=2 * LAYOUT.page_bytes)
         reader.load(RequestLoad("r", plans(0, 8)))
         wait_loaded(reader, "r")
         failed = reader.take_failed_blocks()
@@ -191,11 +197,11 @@ def test_what_came_before_the_store_broke_is_kept(node: StoreProcess, monkeypatc
 def test_a_load_for_which_there_is_no_memory_is_reported_as_failed(
     transfers_of: Callable[..., Transfers], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def refuse(_size_bytes: int) -> object:
+    def refuse(*_: Any) -> NoReturn:
         raise MemoryError
 
     reader = transfers_of(make_cache(10))
-    monkeypatch.setattr("attnstore_worker.vllm.transfers.anonymous_memory", refuse)
+    monkeypatch.setattr(PagePool, "__init__", refuse)
     reader.load(RequestLoad("r", plans(0, 2)))
     wait_loaded(reader, "r")
     assert reader.take_failed_blocks() == {0, 1}
@@ -206,11 +212,11 @@ def test_a_save_that_cannot_be_copied_keeps_no_room_from_later_ones(
 ) -> None:
     writer = transfers_of(make_cache(11), save_bytes_max=LAYOUT.page_bytes)
 
-    def refuse(_pages: KvPages, _block_id: int) -> bytearray:
+    def refuse(_blocks: EngineBlocks, _block_id: int) -> NoReturn:
         raise MemoryError
 
     with monkeypatch.context() as patched:
-        patched.setattr(KvPages, "gather", refuse)
+        patched.setattr(EngineBlocks, "views", refuse)
         with pytest.raises(MemoryError):
             writer.save(plans(0, 1))
     writer.save(plans(11, 12))
@@ -223,7 +229,7 @@ def test_a_save_that_cannot_be_copied_keeps_no_room_from_later_ones(
 
 def test_a_cache_of_another_size_is_refused() -> None:
     with pytest.raises(InvalidArgument, match="blocks of"):
-        KvPages(make_cache(8), LAYER_BYTES * 2)
+        kv_blocks(make_cache(8), blocks=BLOCKS, layer_block_bytes=LAYER_BYTES * 2)
 
 
 class Hung:

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from attnstore.core.layout import PageLayout
+from attnstore_worker.device.engine_blocks import EngineBlocks
 from attnstore_worker.device.pages import PagePool
 
 
@@ -47,6 +48,9 @@ class Wait(enum.Enum):
     TOKENS_AFTER_COMPUTE = "the host reads tokens before the step has written them"
     QUERY_AFTER_COMPUTE = "a query is sent to a store node before the layer has written it"
     PARTIAL_AFTER_MERGE = "a partial is received into memory that the last merge still reads"
+    GATHER_AFTER_DOWN = "a page is gathered into a place of the ring before the last page there was copied down"
+    DOWN_AFTER_GATHER = "a page is copied down from the ring before it was gathered there"
+    STEP_AFTER_ENDED_UP = "a step uses a block of a request that has ended before a copy of its load was done"
 
 
 class Event(Protocol):
@@ -108,6 +112,26 @@ class Copies(Protocol):
 
     def down(self, block_ids: Sequence[int], host: Tensor, slots: Sequence[int], *, after: Iterable[After] = ()) -> Event:
         """Copies pages from block `block_ids[i]` to `host[slots[i]]`."""
+        ...
+
+
+class EngineCopies(Protocol):
+    """Copies between slots of host memory and the blocks of an engine that runs the model itself on `compute`, such as vLLM.
+
+    `host` is memory of `Device.host_pages`, `[slots, *layout.shape]`. Raises `DeviceLost` and `OutOfDeviceMemory`.
+    """
+
+    def load(self, host: Tensor, slots: Sequence[int], block_ids: Sequence[int], *, after: Iterable[After] = ()) -> Event:
+        """Copies pages from `host[slots[i]]` to block `block_ids[i]`. From any thread; the copies end in the order of the calls.
+        A call that raises submitted nothing.
+        """
+        ...
+
+    def save(self, block_ids: Sequence[int], host: Tensor, slots: Sequence[int]) -> Event:
+        """Copies pages from block `block_ids[i]`, as the work so far on `compute` leaves it, to `host[slots[i]]`. Work that is
+        submitted to `compute` from now on may change the blocks. On the thread that submits to `compute`. After a call that raises
+        no copy writes the slots.
+        """
         ...
 
 
@@ -187,6 +211,12 @@ class Device(Protocol):
 
     def copies(self, blocks: Tensor) -> Copies:
         """Returns copies to and from `blocks`, which `blocks` returned."""
+        ...
+
+    def engine_copies(self, blocks: EngineBlocks, layout: PageLayout, step_pages: int) -> EngineCopies:
+        """Returns copies to and from the blocks of an engine, whose pages have the size of `layout`. `step_pages`: the largest
+        number of pages that one step completes; more are right too. Raises `OutOfDeviceMemory`.
+        """
         ...
 
     def free_bytes(self) -> int | None:

@@ -1,7 +1,8 @@
 """A CUDA device by torch.
 
 Owns: `CudaDevice`. Invariants: `compute` is the device's default stream, so work of torch that names no stream is ordered with the
-steps; copies have a stream for each direction, which waits only for the events that it is told of.
+steps, or the stream of an engine that runs the model itself; copies have a stream for each direction, which waits only for the
+events that it is told of.
 
 This package and the Triton kernels' launching code are the only ones that name `torch.cuda`.
 """
@@ -17,20 +18,24 @@ from weakref import WeakSet
 import torch
 from torch import Tensor
 
-from attnstore.attention.triton import gather_pages, scatter_pages
+from attnstore.attention.triton import gather_pages, gather_runs, scatter_pages, scatter_runs
 from attnstore.core.layout import PageLayout
 from attnstore.errors import AttnStoreError
-from attnstore.limits import KIB
+from attnstore.limits import GIB, KIB
 from attnstore.sizes import size_text
-from attnstore_worker.device.base import Accesses, Copies, Stream
+from attnstore_worker.device.base import Accesses, Copies, EngineCopies, Stream
 from attnstore_worker.device.copies_direct import DirectCopies
+from attnstore_worker.device.copies_ring import Load, RingCopies, RunCopies, ring_places
 from attnstore_worker.device.copies_staged import StagedCopies
 from attnstore_worker.device.cuda_streams import CudaEvent, CudaStream, CudaTimer, Faults
+from attnstore_worker.device.engine_blocks import EngineBlocks
 from attnstore_worker.device.pages import PagePool
 from attnstore_worker.device.pinned import Registrations
-from attnstore_worker.dtypes import TORCH_DTYPES
+from attnstore_worker.dtypes import element_type
 from attnstore_worker.errors import OutOfDeviceMemory
 
+RING_BYTES_MAX: Final = GIB
+"""The pages of 8,192 tokens of a model like Llama-3-8B, which vLLM computes in one step at most by default."""
 DIRECT_PAGE_BYTES_MIN: Final = 512 * KIB
 """Pages of at least this size are copied one by one: their transfer takes several times as long as its start."""
 
@@ -49,20 +54,23 @@ class _CudaGraph:
 
 
 class CudaDevice:
-    """See `Device`. Device `index` of those that CUDA shows this process; see `factory` for one that may not be there."""
+    """See `Device`. Device `index` of those that CUDA shows this process; see `factory` for one that may not be there.
+
+    `steps`: `CallersStream` for an engine that runs the model on a stream of its own.
+    """
 
     addressable = False
     uses_triton = True
     accesses: Accesses | None = None
 
-    def __init__(self, index: int) -> None:
+    def __init__(self, index: int, steps: type[CudaStream] = CudaStream) -> None:
         self.name = f"cuda:{index}"
         self.torch_device = torch.device("cuda", index)
         properties = torch.cuda.get_device_properties(index)
         self.description = f"{properties.name}, {size_text(properties.total_memory)}"
         self._index = index
         self._faults = Faults(index)
-        self._steps = CudaStream(torch.cuda.default_stream(index), self._faults, sleeps=False)
+        self._steps = steps(torch.cuda.default_stream(index), self._faults, sleeps=False)
         self.compute: Stream = self._steps
         # A thread that waits for a copy does so beside the thread that launches steps, and needs no core for it.
         self._up = CudaStream(torch.cuda.Stream(index), self._faults, sleeps=True)
@@ -77,7 +85,7 @@ class CudaDevice:
         """See `Device.blocks`. Raises `OutOfDeviceMemory` and `DeviceLost`."""
         try:
             with self.submitting():
-                blocks = torch.zeros(capacity, *layout.shape, dtype=TORCH_DTYPES[layout.dtype], device=self.torch_device)
+                blocks = torch.zeros(capacity, *layout.shape, dtype=element_type(layout.dtype), device=self.torch_device)
             # Copies are on other streams, which wait for nothing of this.
             self._steps.synchronize()
         except OutOfDeviceMemory as error:
@@ -114,6 +122,26 @@ class CudaDevice:
         if blocks[0].numel() * blocks.element_size() >= DIRECT_PAGE_BYTES_MIN:
             return DirectCopies(blocks, self._up, self._down)
         return StagedCopies(blocks, self._up, self._down, scatter_pages, gather_pages)
+
+    def engine_copies(self, blocks: EngineBlocks, layout: PageLayout, step_pages: int) -> EngineCopies:
+        """See `Device.engine_copies`. Raises `OutOfDeviceMemory` and `DeviceLost`."""
+        ring = self._ring(layout, ring_places(step_pages, layout.page_bytes, RING_BYTES_MAX))
+        kernels = RunCopies(blocks, ring, self._steps, self._up, gather_runs, scatter_runs)
+        load: Load = kernels.load
+        if blocks.whole is not None and layout.page_bytes >= DIRECT_PAGE_BYTES_MIN:
+            load = DirectCopies(blocks.whole.view(-1, *layout.shape), self._up, self._down).up
+        return RingCopies(blocks, self.compute, DirectCopies(ring, self._up, self._down), len(ring), kernels.gather, load)
+
+    def _ring(self, layout: PageLayout, places: int) -> Tensor:
+        """Returns memory for a ring of at most `places` pages, as many as there is room for."""
+        while True:
+            try:
+                return self.blocks(layout, places)
+            except OutOfDeviceMemory as error:
+                if places == 1:
+                    raise
+                places //= 2
+                _log.warning("pages are saved through a ring of %d only: %s", places, error)
 
     def free_bytes(self) -> int:
         """See `Device.free_bytes`. Memory that torch keeps for the next step is not free. Raises `DeviceLost`."""

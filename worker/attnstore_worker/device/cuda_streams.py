@@ -1,10 +1,10 @@
 """Streams, events and timers of a CUDA device, and its errors.
 
-Owns: `Faults`, `CudaStream`, `CudaEvent`, `CudaCopy` and `CudaTimer`. Invariant: after an error that ends all work of the process
-on the device, every call raises `DeviceLost` without another call to the driver.
+Owns: `Faults`, `CudaStream`, `CallersStream`, `CudaEvent`, `CudaCopy` and `CudaTimer`. Invariant: after an error that ends all
+work of the process on the device, every call raises `DeviceLost` without another call to the driver.
 
-The current device and stream of CUDA belong to a thread, and a new thread has device 0. So nothing here depends on them: every
-submission names its stream.
+The current device and stream of CUDA belong to a thread, and a new thread has device 0. So nothing here depends on them but
+`CallersStream`: every submission names its stream.
 """
 
 from __future__ import annotations
@@ -109,9 +109,13 @@ class CudaStream:
     """
 
     def __init__(self, stream: torch.cuda.Stream, faults: Faults, *, sleeps: bool) -> None:
-        self._stream = stream
+        self._own = stream
         self._faults = faults
         self._sleeps = sleeps
+
+    @property
+    def _stream(self) -> torch.cuda.Stream:
+        return self._own
 
     def record(self) -> CudaEvent:
         """See `Stream.record`. Raises `DeviceLost`."""
@@ -147,6 +151,16 @@ class CudaStream:
         """Waits for all work submitted so far. Raises `DeviceLost`."""
         with self._faults.mapped():
             self._stream.synchronize()
+
+
+class CallersStream(CudaStream):
+    """The stream that is current for the calling thread when a method is called: that of the model of an engine, on the engine's
+    thread. `stream` is the device's default one.
+    """
+
+    @property
+    def _stream(self) -> torch.cuda.Stream:
+        return torch.cuda.current_stream(self._own.device)
 
 
 class CudaTimer:

@@ -1,7 +1,7 @@
-"""Opens a device by the name that the option `--device` has.
+"""Opens a device by the name that the option `--device` has, or by its memory.
 
-Owns: `open_device`. Invariants: a device that is returned works, because a page was copied there and back by its kernels; one that
-is refused is refused with the true reason, before a model is loaded.
+Owns: `open_device` and `device_of`. Invariants: a device that is returned works, because a page was copied there and back by its
+kernels; one that is refused is refused with the true reason, before a model is loaded.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from contextlib import ExitStack
 from typing import Final
 
 import torch
+from torch import Tensor
 
 from attnstore.core.layout import DType, PageLayout
 from attnstore_worker.device.base import Device, Wait
@@ -48,15 +49,27 @@ def open_device(name: str) -> Device:
     return device
 
 
-def _open_cuda(index: int) -> Device:
+def device_of(memory: Tensor) -> Device:
+    """Returns the device of memory that belongs to an engine that runs the model itself; the caller closes it. Its `compute` is the
+    stream that is current for the calling thread, which is that of the engine. Raises `DeviceUnavailable`.
+    """
+    if memory.device.type == "cpu":
+        return HostDevice()
+    if memory.device.type != "cuda":
+        raise DeviceUnavailable(f"blocks lie on {memory.device}, and only those of a CPU and of CUDA devices are copied")
+    return _open_cuda(memory.device.index, engine=True)
+
+
+def _open_cuda(index: int, *, engine: bool = False) -> Device:
     reason = _missing() or _no_driver() or _no_index(index)
     if reason is not None:
         raise DeviceUnavailable(f"cuda:{index} cannot be used: {reason}")
     from attnstore_worker.device.cuda import CudaDevice
+    from attnstore_worker.device.cuda_streams import CallersStream, CudaStream
 
     with ExitStack() as stack:
         try:
-            device = CudaDevice(index)
+            device = CudaDevice(index, CallersStream if engine else CudaStream)
             stack.callback(device.close)
             _try(device)
         except Exception as error:  # whatever the driver, torch or Triton's compiler run into

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from attnstore.core.layout import PageLayout
-from attnstore_worker.device.base import Accesses, After, Copies, Copy, Event, Graph, Stream, Timer, Wait
+from attnstore_worker.device.base import Accesses, After, Copies, Copy, EngineCopies, Event, Graph, Stream, Timer, Wait
+from attnstore_worker.device.engine_blocks import EngineBlocks
 from attnstore_worker.device.pages import PagePool
 
 
@@ -77,6 +78,28 @@ class _HostCopies:
         for block_id, slot in zip(block_ids, slots, strict=True):
             host[slot].copy_(self._blocks[block_id])
         return DONE
+
+
+class _HostEngineCopies:
+    def __init__(self, blocks: EngineBlocks) -> None:
+        self._blocks = blocks
+
+    def load(self, host: Tensor, slots: Sequence[int], block_ids: Sequence[int], *, after: Iterable[After] = ()) -> Event:
+        del after
+        for slot, block_id in zip(slots, block_ids, strict=True):
+            copy_parts(self._blocks.split(host[slot]), self._blocks.views(block_id))
+        return DONE
+
+    def save(self, block_ids: Sequence[int], host: Tensor, slots: Sequence[int]) -> Event:
+        for block_id, slot in zip(block_ids, slots, strict=True):
+            copy_parts(self._blocks.views(block_id), self._blocks.split(host[slot]))
+        return DONE
+
+
+def copy_parts(sources: Sequence[Tensor], targets: Sequence[Tensor]) -> None:
+    """Copies each source to its target."""
+    for source, target in zip(sources, targets, strict=True):
+        target.copy_(source)
 
 
 class HostTimer:
@@ -143,6 +166,11 @@ class HostDevice:
     def copies(self, blocks: Tensor) -> Copies:
         """See `Device.copies`."""
         return _HostCopies(blocks)
+
+    def engine_copies(self, blocks: EngineBlocks, layout: PageLayout, step_pages: int) -> EngineCopies:
+        """See `Device.engine_copies`."""
+        del layout, step_pages
+        return _HostEngineCopies(blocks)
 
     def free_bytes(self) -> int | None:
         """None: the limit of the process's memory is another one (`attnstore.memory_limit`)."""

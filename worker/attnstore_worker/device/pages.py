@@ -1,6 +1,6 @@
 """The bytes of a block pool: one allocation of an enforced size, which takes the place of HBM on a machine without it.
 
-Owns: the memory, as a tensor for attention and as one writable view per page for transfers.
+Owns: the memory, as a tensor for attention and copies, and as one writable view per page for transfers.
 Invariant: a block is the bytes of its page in the order of every other tier, so a transfer is one copy without transformation.
 """
 
@@ -14,7 +14,7 @@ import torch
 
 from attnstore.core.layout import PageLayout
 from attnstore.memory_files import HUGE_PAGE_BYTES
-from attnstore_worker.dtypes import TORCH_DTYPES
+from attnstore_worker.dtypes import element_type
 from attnstore_worker.errors import PoolTooSmall
 
 
@@ -34,8 +34,9 @@ def page_capacity(layout: PageLayout, pool_bytes: int) -> int:
     return capacity
 
 
-class PagePool:
-    """`pool_bytes // layout.page_bytes` pages in memory; never more than `pool_bytes` of pages.
+class HostPages:
+    """`pool_bytes // layout.page_bytes` pages in memory; never more than `pool_bytes` of pages. The system gives a page its memory
+    when it is first written.
 
     `allocate` returns writable memory of the given size. Raises `PoolTooSmall` if not even one page fits.
     """
@@ -46,12 +47,8 @@ class PagePool:
         self.layout = layout
         self.capacity = page_capacity(layout, pool_bytes)
         self._memory = allocate(self.capacity * layout.page_bytes)
-        flat = torch.frombuffer(self._memory, dtype=TORCH_DTYPES[layout.dtype], count=self.capacity * math.prod(layout.shape))
+        flat = torch.frombuffer(self._memory, dtype=element_type(layout.dtype), count=self.capacity * math.prod(layout.shape))
         self.tensor = flat.view(self.capacity, *layout.shape)
-        self.attended = self.tensor
-        """The tensor that attention reads: the pool, followed by other memory if the pool lies in a window."""
-        # Touches every page now, because a first touch during a load would cost as much as the copy itself.
-        self.tensor.zero_()
         self._bytes = memoryview(self._memory)
 
     def page(self, block_id: int) -> memoryview:
@@ -59,3 +56,16 @@ class PagePool:
         assert 0 <= block_id < self.capacity
         begin = block_id * self.layout.page_bytes
         return self._bytes[begin : begin + self.layout.page_bytes]
+
+
+class PagePool(HostPages):
+    """`HostPages` that have all their memory from the start. Arguments and errors are those of `HostPages`."""
+
+    def __init__(
+        self, layout: PageLayout, pool_bytes: int, *, allocate: Callable[[int], mmap.mmap | memoryview] = anonymous_memory
+    ) -> None:
+        super().__init__(layout, pool_bytes, allocate=allocate)
+        self.attended = self.tensor
+        """The tensor that attention reads: the pool, followed by other memory if the pool lies in a window."""
+        # Touches every page now, because a first touch during a load would cost as much as the copy itself.
+        self.tensor.zero_()

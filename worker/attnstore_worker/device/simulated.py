@@ -20,14 +20,18 @@ import torch
 from torch import Tensor
 
 from attnstore.core.layout import PageLayout
-from attnstore_worker.device.base import After, Copies, Copy, Event, Wait
-from attnstore_worker.device.host import HostDevice
+from attnstore.limits import MIB
+from attnstore_worker.device.base import After, Copies, Copy, EngineCopies, Event, Wait
+from attnstore_worker.device.copies_ring import RingCopies, ring_places
+from attnstore_worker.device.engine_blocks import EngineBlocks
+from attnstore_worker.device.host import HostDevice, copy_parts
 from attnstore_worker.device.races import HOST, Clock, Place, Races
 
 Schedule = Literal["early", "late"]
 _POISON: Final = 0xFF
 _POLLS_MAX: Final = 3
 """Work that nobody waits for has ended after this many looks at its event: a device goes on by itself."""
+_RING_BYTES_MAX: Final = 1 * MIB
 
 
 @dataclass(eq=False, slots=True)
@@ -166,6 +170,31 @@ class _SimulatedCopies:
         return self._device.copy(self._device.down, "copy down", sources, targets, after, source, target)
 
 
+class _SimulatedEngineCopies:
+    """The parts of `RingCopies` that are the device's."""
+
+    def __init__(self, device: SimulatedDevice, blocks: EngineBlocks, ring: Tensor) -> None:
+        self._device = device
+        self._blocks = blocks
+        self._ring = ring
+
+    def gather(self, block_ids: Sequence[int], places: range) -> None:
+        """See `copies_ring.Gather`. As all work on `compute` it is done when it is submitted."""
+        sources = [view for block_id in block_ids for view in self._blocks.views(block_id)]
+        targets = [piece for place in places for piece in self._blocks.split(self._ring[place])]
+        self._device.gather(sources, targets, self._places(block_ids), self._device.places(self._ring, places))
+
+    def load(self, host: Tensor, slots: Sequence[int], block_ids: Sequence[int], *, after: Iterable[After]) -> Event:
+        """See `EngineCopies.load`."""
+        sources = [piece for slot in slots for piece in self._blocks.split(host[slot])]
+        targets = [view for block_id in block_ids for view in self._blocks.views(block_id)]
+        read, written = self._device.places(host, slots), self._places(block_ids)
+        return self._device.copy(self._device.up, "a load", sources, targets, after, read, written)
+
+    def _places(self, block_ids: Sequence[int]) -> list[Place]:
+        return self._device.places(self._blocks.parts[0], block_ids)
+
+
 class _Accesses:
     """See `Accesses`."""
 
@@ -235,6 +264,20 @@ class SimulatedDevice(HostDevice):
         """See `Device.copies`."""
         return _SimulatedCopies(self, blocks)
 
+    def engine_copies(self, blocks: EngineBlocks, layout: PageLayout, step_pages: int) -> EngineCopies:
+        """See `Device.engine_copies`. The blocks are those that steps access from now on."""
+        places = ring_places(step_pages, layout.page_bytes, _RING_BYTES_MAX)
+        ring = super().blocks(layout, places)
+        own = _SimulatedEngineCopies(self, blocks, ring)
+        self.known_blocks = blocks.parts[0]
+        return RingCopies(blocks, self.compute, self.copies(ring), places, own.gather, own.load)
+
+    def gather(self, sources: Sequence[Tensor], targets: Sequence[Tensor], read: list[Place], written: list[Place]) -> None:
+        """Copies on `compute`, inside the device."""
+        with self.lock:
+            self.copy(self._compute, "a gather", sources, targets, (), read, written)
+            self._compute.event().land()
+
     def close(self) -> None:
         """See `Device.close`."""
         with self.lock:
@@ -260,7 +303,8 @@ class SimulatedDevice(HostDevice):
                     event.land()  # it may read the targets, and poison is no copy that could wait for it
             for target in targets:
                 target.view(torch.uint8).fill_(_POISON)
-            return stream.submit(after, partial(_copy, sources, targets), partial(self._record, stream.name, name, read, written))
+            land, access = partial(copy_parts, sources, targets), partial(self._record, stream.name, name, read, written)
+            return stream.submit(after, land, access)
 
     def places(self, memory: Tensor, indices: Iterable[int], layers: range | None = None) -> list[Place]:
         """Returns the places of slots of host memory or of blocks; a small tensor is one place."""
@@ -280,8 +324,3 @@ class SimulatedDevice(HostDevice):
 def _address(memory: Tensor) -> int:
     """Returns the address of the whole that a tensor is part of."""
     return memory.untyped_storage().data_ptr()
-
-
-def _copy(sources: Sequence[Tensor], targets: Sequence[Tensor]) -> None:
-    for source, target in zip(sources, targets, strict=True):
-        target.copy_(source)

@@ -32,11 +32,11 @@ from attnstore_worker.cache.planning.observation import Step, Unobserved
 from attnstore_worker.cache.planning.step_times import Started, StepTimes
 from attnstore_worker.cache.store.remote import RemoteTier
 from attnstore_worker.cache.store.transfer import Transfer
-from attnstore_worker.device.host import HostDevice
+from attnstore_worker.device.factory import device_of
 from attnstore_worker.vllm.counts import Counts
 from attnstore_worker.vllm.gate import Gate
 from attnstore_worker.vllm.identity import Shard, block_order, kv_settings, page_layout, shard_of, vllm_namespace
-from attnstore_worker.vllm.kv_pages import KvPages
+from attnstore_worker.vllm.kv_pages import kv_blocks
 from attnstore_worker.vllm.plan import BlockPlan, StepPlan
 from attnstore_worker.vllm.probe import probe_link
 from attnstore_worker.vllm.reporting import ReportingConnector
@@ -70,9 +70,10 @@ class _Steps(Unobserved):
 
 @dataclass
 class StepMetadata(KVConnectorMetadata):
-    """Scheduler to worker, each step."""
+    """Scheduler to worker, each step. `ended`: requests that have lost their blocks since the last step."""
 
     plan: StepPlan
+    ended: frozenset[str] = frozenset()
 
 
 @dataclass
@@ -126,7 +127,7 @@ class AttnStoreConnector(ReportingConnector):
         self._written: WrittenTier | None = None  # if its pages are reported: those of rank 0, which the scheduler matches
         self._transfers: Transfers | None = None
         self._steps = _Steps()
-        self._step_times = StepTimes(HostDevice(), self._clock, self._steps)
+        self._step_times: StepTimes | None = None
         self._step: Started | None = None
         self._probe: Future[tuple[Transfer, ...]] | None = None
         if role is KVConnectorRole.SCHEDULER:
@@ -221,9 +222,10 @@ class AttnStoreConnector(ReportingConnector):
                 tokens_after=end,
                 restarted=request_id in cached.resumed_req_ids,
             )
-        for request_id in scheduler_output.preempted_req_ids or ():
+        preempted = scheduler_output.preempted_req_ids or set()
+        for request_id in preempted:
             self._side.preempted(request_id)
-        return StepMetadata(self._side.step(saves, tuple(chunks)))
+        return StepMetadata(self._side.step(saves, tuple(chunks)), frozenset(preempted | scheduler_output.finished_req_ids))
 
     def update_connector_output(self, connector_output: Any) -> None:
         """See the base class."""
@@ -236,7 +238,7 @@ class AttnStoreConnector(ReportingConnector):
                 self._events.written(told.written)
 
     def request_finished(self, request: Any, block_ids: list[int]) -> tuple[bool, dict[str, Any] | None]:  # noqa: ARG002
-        """No block is held back: a block that is saved has been copied."""
+        """No block is held back: a block that is saved is copied before another step uses it."""
         self._side.finished(request.request_id)
         return False, None
 
@@ -264,25 +266,41 @@ class AttnStoreConnector(ReportingConnector):
 
     def register_kv_caches(self, kv_caches: dict[str, Tensor]) -> None:
         """See the base class."""
-        pages = KvPages([kv_caches[name] for name in self._layer_names], self._layer_block_bytes)
+        caches = [kv_caches[name] for name in self._layer_names]
+        blocks = kv_blocks(caches, blocks=self._kv_cache_config.num_blocks, layer_block_bytes=self._layer_block_bytes)
         self._order = _order(self._vllm_config, self._layer_names)
+        self._device = device_of(caches[0])
+        self._step_times = StepTimes(self._device, self._clock, self._steps)
         deadline_ms, clock = self._settings.load_ms_max, self._clock
         space, observer = self._namespace(self._order), self._counts
         tier = WrittenTier(self._store, space, self._layout, deadline_ms=deadline_ms, clock=clock, observer=observer)
         self._written = tier if self._events is not None and self._shard.index == 0 else None
-        self._transfers = Transfers(tier, pages, clock, save_bytes_max=self._settings.save_bytes_max)
+        step_tokens = int(self._vllm_config.scheduler_config.max_num_batched_tokens)
+        self._transfers = Transfers(
+            tier,
+            blocks,
+            self._device,
+            self._layout,
+            clock,
+            save_bytes_max=self._settings.save_bytes_max,
+            step_pages=-(-step_tokens // self._layout.block_tokens),
+        )
 
     def get_handshake_metadata(self) -> WorkerStart:
         """The part of a page's name that the scheduler cannot know."""
         return WorkerStart(self._order)
 
     def bind_connector_metadata(self, connector_metadata: KVConnectorMetadata) -> None:
-        """Called before each step: the measurement of the step starts."""
+        """Called before each step: the measurement of the step starts, and loads for requests that have ended stop."""
         super().bind_connector_metadata(connector_metadata)
-        self._step = self._step_times.start()
+        assert isinstance(connector_metadata, StepMetadata)
+        if self._transfers is not None and connector_metadata.ended:
+            self._transfers.end(connector_metadata.ended)
+        if self._step_times is not None:
+            self._step = self._step_times.start()
 
     def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:  # noqa: ARG002
-        """Starts the loads of waiting requests; no step waits for a load."""
+        """Starts the loads of waiting requests; no step waits for a load. Called on the stream of the model."""
         if self._transfers is not None:
             for load in self._plan().loads:
                 self._transfers.load(load)
@@ -294,9 +312,9 @@ class AttnStoreConnector(ReportingConnector):
         """No-op: blocks are saved whole, after the step."""
 
     def wait_for_save(self) -> None:
-        """Copies the blocks that this step completed; they are written behind."""
+        """Copies the blocks that this step completed, on the stream of the model; they are written behind."""
         plan = self._plan()
-        if plan.chunks and self._step is not None:
+        if plan.chunks and self._step_times is not None and self._step is not None:
             self._step_times.end(self._step, plan.chunks)
         if plan.saves and self._shard.writes and self._transfers is not None:
             self._transfers.save(plan.saves)
@@ -327,6 +345,7 @@ class AttnStoreConnector(ReportingConnector):
                 if self._scheduling is not None:
                     closing.callback(self._scheduling.close)
             if self._transfers is not None:
+                closing.callback(self._device.close)
                 closing.callback(self._transfers.flush)
 
     def _plan(self) -> StepPlan:

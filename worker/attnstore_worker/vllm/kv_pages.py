@@ -1,6 +1,8 @@
-"""vLLM's KV cache as pages: the bytes of one block of all layers, out of vLLM's tensors and into them.
+"""vLLM's KV caches as blocks of bytes.
 
-Owns: the order of the bytes. Invariant: `scatter` of a page from `gather` restores the block bit by bit.
+Owns: which dimension of a cache counts its blocks. vLLM lays its caches out in several orders (`LBHNC`, `LBNHC`, `LHBNC`, `BLHNC`,
+`BLNHC`, `BHLNC`; older versions keep K and V in two planes). The dimensions of a tensor have one order in all of them, and so has a
+page.
 """
 
 from __future__ import annotations
@@ -11,40 +13,29 @@ import torch
 from torch import Tensor
 
 from attnstore.errors import InvalidArgument
+from attnstore_worker.device.engine_blocks import EngineBlocks
 
 
-class KvPages:
-    """`layers`: each layer's cache `[block, ...]`, in the order of the page. Every block of a layer has `layer_block_bytes` bytes.
+def kv_blocks(layers: Sequence[Tensor], *, blocks: int, layer_block_bytes: int) -> EngineBlocks:
+    """Returns the blocks of all layers, in the order of the page. `layers`: the cache of each layer, of any strides,
+    `[blocks, heads, tokens, K and V]` or `[2, blocks, tokens, heads, dim]`.
 
-    Raises `InvalidArgument` where a tensor has blocks of another size.
+    Raises `InvalidArgument` for a tensor that has another number of blocks, or blocks of another size than `layer_block_bytes`.
     """
+    return EngineBlocks([_bytes_of(index, layer, blocks, layer_block_bytes) for index, layer in enumerate(layers)])
 
-    def __init__(self, layers: Sequence[Tensor], layer_block_bytes: int) -> None:
-        for index, layer in enumerate(layers):
-            block_bytes = layer[0].numel() * layer.element_size()
-            if block_bytes != layer_block_bytes:
-                raise InvalidArgument(
-                    f"vLLM's layer {index} has blocks of {block_bytes} bytes (tensor {tuple(layer.shape)}); "
-                    f"its cache configuration says {layer_block_bytes}"
-                )
-        self._layers = tuple(layers)
-        self._layer_block_bytes = layer_block_bytes
-        self.page_bytes = layer_block_bytes * len(layers)
 
-    def gather(self, block_id: int) -> bytearray:
-        """The page of a block: a copy, so that vLLM may reuse the block as soon as this returns."""
-        page = bytearray(self.page_bytes)
-        for part, layer in zip(self._parts(page), self._layers, strict=True):
-            block = layer[block_id]
-            part.view(block.dtype).view(block.shape).copy_(block)
-        return page
-
-    def scatter(self, block_id: int, page: bytearray | memoryview) -> None:
-        """Puts a page into a block."""
-        for part, layer in zip(self._parts(page), self._layers, strict=True):
-            block = layer[block_id]
-            block.copy_(part.view(block.dtype).view(block.shape))
-
-    def _parts(self, page: bytearray | memoryview) -> tuple[Tensor, ...]:
-        whole = torch.frombuffer(page, dtype=torch.uint8).view(len(self._layers), self._layer_block_bytes)
-        return whole.unbind()
+def _bytes_of(index: int, layer: Tensor, blocks: int, layer_block_bytes: int) -> Tensor:
+    shape = tuple(layer.shape)
+    if layer.dim() == 5 and shape[:2] == (2, blocks):
+        layer = layer.permute(1, 3, 2, 0, 4)
+    if len(layer) != blocks or layer[0].numel() * layer.element_size() != layer_block_bytes:
+        raise InvalidArgument(
+            f"vLLM's layer {index} (tensor {shape} of {layer.element_size()} bytes each) has not the {blocks} blocks of "
+            f"{layer_block_bytes} bytes that its cache configuration says"
+        )
+    if layer.stride(-1) != 1:
+        raise InvalidArgument(
+            f"vLLM's layer {index} (tensor {shape}, strides {layer.stride()}) is not contiguous in its last dimension"
+        )
+    return layer.view(torch.uint8)
