@@ -84,6 +84,7 @@ def test_the_logits_are_those_of_transformers_own_attention(model: LoadedModel) 
     torch.testing.assert_close(tokens[0].logits, expected, atol=2e-3, rtol=1e-4)
 
 
+@pytest.mark.usefixtures("each_device")
 @pytest.mark.parametrize("blocks", range(7))
 def test_a_tiny_model_gives_the_same_tokens_for_every_hit_length(tiny: LoadedModel, store: MemoryStore, blocks: int) -> None:
     token_ids = prompt(tiny, 100)
@@ -94,6 +95,7 @@ def test_a_tiny_model_gives_the_same_tokens_for_every_hit_length(tiny: LoadedMod
     assert warm.generated == expected
 
 
+@pytest.mark.usefixtures("each_device")
 def test_generated_blocks_are_reused_by_a_prompt_that_continues_them(tiny: LoadedModel, store: MemoryStore) -> None:
     first = run(tiny, TINY_OPTIONS, prompt(tiny, 40), 30, store)
     longer = [*first.token_ids, 5, 6, 7]
@@ -146,6 +148,7 @@ def _hanging(store: MemoryStore) -> None:
     store.gate.clear()
 
 
+@pytest.mark.usefixtures("each_device")
 @pytest.mark.parametrize("fault", [_missing, _corrupt_from_the_third, _late_from_the_second, _absent, _full, _hanging])
 def test_tokens_are_right_whatever_the_store_does(
     tiny: LoadedModel, store: MemoryStore, fault: Callable[[MemoryStore], None]
@@ -161,6 +164,7 @@ def test_tokens_are_right_whatever_the_store_does(
         engine.check()
 
 
+@pytest.mark.usefixtures("each_device")
 def test_evicted_blocks_come_back_from_the_store(tiny: LoadedModel, store: MemoryStore) -> None:
     options = EngineOptions(pool_bytes=8 * tiny.layout(16).page_bytes, chunk_tokens=64)
     first, second = prompt(tiny, 100), prompt(tiny, 200)[100:]
@@ -176,6 +180,7 @@ def test_evicted_blocks_come_back_from_the_store(tiny: LoadedModel, store: Memor
         engine.check()
 
 
+@pytest.mark.usefixtures("each_device")
 def test_sequences_run_in_the_order_of_submission_and_do_not_disturb_each_other(tiny: LoadedModel) -> None:
     prompts = [prompt(tiny, 30 + 20 * index)[20 * index :] for index in range(3)]
     with Engine(tiny, TINY_OPTIONS) as engine:
@@ -246,6 +251,7 @@ def test_a_prompt_that_cannot_run_is_refused_with_the_limit(tiny: LoadedModel) -
         engine.check()
 
 
+@pytest.mark.usefixtures("each_device")
 @pytest.mark.parametrize("eviction", EVICTION_POLICIES)
 def test_what_is_evicted_never_changes_a_token(tiny: LoadedModel, eviction: str) -> None:
     """Four prompts, twice, through a pool that holds one and a half of them."""
