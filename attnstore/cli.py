@@ -34,9 +34,11 @@ from attnstore.option_types import (
     bearer_token,
     file_to_read,
     file_to_write,
+    folder_to_read,
     http_proxy,
     http_url,
 )
+from attnstore.spill.check import check as check_spill
 from attnstore.whatif.command import add_plan_options, run_plan
 
 _CLEAR_SCREEN = "\x1b[2J\x1b[H"
@@ -140,6 +142,15 @@ def create_parser() -> argparse.ArgumentParser:
     )
     cluster_key.add_argument("--public", type=file_to_write, metavar="FILE", help="also write the public key to this file")
     cluster_key.set_defaults(run=_cluster_key)
+    spill_commands = commands.add_parser("spill", help="verify pages on a disk").add_subparsers(dest="spill_command", required=True)
+    spill_check = spill_commands.add_parser(
+        "check",
+        help="read and verify every page of a spill directory",
+        description="Read and verify every page of a spill directory that no node uses. The exit status is 1 if one is damaged.",
+    )
+    spill_check.add_argument("folder", type=folder_to_read, metavar="DIR", help="the directory; nothing in it is changed")
+    spill_check.add_argument("--json", action="store_true", help="print one JSON object")
+    spill_check.set_defaults(run=_spill_check)
     return parser
 
 
@@ -214,6 +225,14 @@ def _cluster_key(arguments: argparse.Namespace) -> int:
             raise InvalidArgument(f"--public {arguments.public} cannot be written: {error.strerror}") from None
     say(str(public))
     return 0
+
+
+def _spill_check(arguments: argparse.Namespace) -> int:
+    report = check_spill(arguments.folder)
+    say(json.dumps(report.to_json()) if arguments.json else report.to_text())
+    if not report.is_whole:
+        tell("attnstore", f"{arguments.folder} is damaged: what is damaged is a miss, and never a wrong page")
+    return 0 if report.is_whole else 1
 
 
 def _health(arguments: argparse.Namespace) -> int:

@@ -219,6 +219,16 @@ def file_to_write(given: object) -> Path:
     return path
 
 
+def folder_to_read(given: object) -> Path:
+    """The path of an existing folder."""
+    path, name, kind = _looked_at(given)
+    if kind is None:
+        raise InvalidValue(f"{name} cannot be read: it is not there")
+    if not stat.S_ISDIR(kind):
+        raise InvalidValue(f"{name} is not a folder")
+    return path
+
+
 def folder_to_make(given: object) -> Path:
     """A folder that does not exist yet and can be created, with its missing parents."""
     path, name, kind = _looked_at(given)

@@ -13,7 +13,7 @@ import json
 import math
 import types
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -110,11 +110,18 @@ def options() -> list[Option]:
 
 @cache
 def commands(program: str) -> dict[str, argparse.ArgumentParser]:
-    [subparsers] = [action for action in _parser(program)._actions if isinstance(action, argparse._SubParsersAction)]
-    parsers = dict(subparsers.choices)
-    for parser in parsers.values():
-        parser.complete()
-    return parsers
+    """Returns the parsers of all commands; one inside another is named by both, such as `spill check`."""
+    return dict(_commands_in(_parser(program), ()))
+
+
+def _commands_in(parser: Any, names: tuple[str, ...]) -> Iterator[tuple[str, Any]]:
+    inner = [action for action in parser._actions if isinstance(action, argparse._SubParsersAction)]
+    for action in inner:
+        for name, each in action.choices.items():
+            each.complete()
+            yield from _commands_in(each, (*names, name))
+    if not inner:
+        yield " ".join(names), parser
 
 
 @cache
@@ -223,6 +230,7 @@ class World:
             option_types.file_to_read: [str(self.toml) if option.flag == "--config" else file, "/dev/null"],
             option_types.text_to_read: [file, "-", "/dev/stdin"],
             option_types.file_to_write: [file, new, "/dev/null", "new.txt"],
+            option_types.folder_to_read: [str(self.empty), "/dev", "."],
             option_types.folder_to_make: [new, f"{new}/deeper/still", "new"],
             option_types.http_url: ["http://127.0.0.1:8000", "https://worker.example.org/prefix", "http://[::1]:8000/"],
             option_types.http_proxy: ["http://proxy:3128", "http://ada:pass@proxy.example.org:3128"],
@@ -311,6 +319,7 @@ class World:
             option_types.file_to_read: [*paths, str(self.folder), "absent"],
             option_types.text_to_read: [*paths, str(self.folder), "absent"],
             option_types.file_to_write: [*paths, str(self.folder), "absent/file"],
+            option_types.folder_to_read: [*paths, str(self.file), "absent"],
             option_types.folder_to_make: [*paths[1:], str(self.folder), str(self.file)],
             option_types.http_url: [
                 "h:1",
@@ -404,7 +413,7 @@ class World:
         if not option.positional:
             flags.append(option.flag if value is None else f"{option.flag}={value}")
         places = [value if other == option else self.good(other)[0] for other in _of(command) if other.positional]
-        return [option.command, *flags, *(["--", *map(str, places)] if places else [])]
+        return [*option.command.split(), *flags, *(["--", *map(str, places)] if places else [])]
 
 
 @cache

@@ -53,8 +53,8 @@ def command_line(world: World, draw: random.Random) -> tuple[str, list[str]]:
         draw.shuffle(flags)
     if places and draw.random() < 0.2:
         places[draw.randrange(len(places))] = draw.choice(NONSENSE)
-    head = command if draw.random() < 0.95 else draw.choice(NONSENSE)
-    return program, [head, *flags, *(["--"] if places and draw.random() < 0.5 else []), *places]
+    head = command.split() if draw.random() < 0.95 else [draw.choice(NONSENSE)]
+    return program, [*head, *flags, *(["--"] if places and draw.random() < 0.5 else []), *places]
 
 
 def _typed(world: World, option: Option, draw: random.Random) -> list[str]:
@@ -78,7 +78,7 @@ def fuzz(world: World, draw: random.Random, count: int) -> Counter[int]:
     """Returns how many of `count` lines ended with each status. Raises `AssertionError` for one that ended in another way."""
     left = sorted(world.folder.rglob("*"))
     healthy = {
-        (program, command): [command, *flags, *places]
+        (program, command): [*command.split(), *flags, *places]
         for program in PROGRAMS
         for command in commands(program)
         for flags, places in [world.rest(None, (program, command))]
