@@ -36,6 +36,8 @@ from attnstore_worker.cache.store.remote import RemoteTier
 from attnstore_worker.cache.store.transfer import Transfer, TransferKind
 from attnstore_worker.vllm.gate import Gate
 from attnstore_worker.vllm.identity import page_hashes, page_layout, vllm_namespace
+from attnstore_worker.vllm.lookups import StoredGroup
+from attnstore_worker.vllm.page_groups import PageGroup
 from attnstore_worker.vllm.scheduling import SchedulerSide
 
 _BLOCK_TOKENS: Final = 16
@@ -81,7 +83,19 @@ def measure(tokens: int, repeats: int, transport: str) -> list[Row]:
             assert gate.blocks_to_fetch(work) == blocks
 
         rows.append(_row("decide", decide, repeats))
-        side = SchedulerSide(tier, gate, space, layout, clock, lookup_ms_max=10_000, chunk_tokens=_CHUNK_TOKENS)
+        group = PageGroup(
+            index=0,
+            layer_names=("layer",),
+            layer_bytes=(layout.page_bytes,),
+            block_tokens=_BLOCK_TOKENS,
+            page_blocks=1,
+            page_hashes=1,
+            window=None,
+            state=False,
+            block_layout=layout,
+            layout=layout,
+        )
+        side = SchedulerSide([StoredGroup(group, space, tier)], gate, clock, lookup_ms_max=10_000, chunk_tokens=_CHUNK_TOKENS)
         asked: list[float] = []
         planned: list[float] = []
         for request in map(str, range(repeats)):
@@ -91,7 +105,7 @@ def measure(tokens: int, repeats: int, transport: str) -> list[Row]:
             assert side.hit_tokens(request, foreign, tokens + 1, 0) == blocks * _BLOCK_TOKENS
             asked.append(time.thread_time() - begun_s)
             begun_s = time.thread_time()
-            side.allocated(request, range(blocks), blocks * _BLOCK_TOKENS)
+            side.allocated(request, [range(blocks)], blocks * _BLOCK_TOKENS)
             plan = side.step([], ())
             planned.append(time.thread_time() - begun_s)
             side.finished(request)

@@ -14,6 +14,8 @@ from attnstore_worker.errors import OutOfDeviceMemory
 from experiments.device_faults.connector import (
     LAYOUT,
     ORDERS,
+    PAGES_OF_TWO,
+    SPLIT_ORDERS,
     EngineWorker,
     content,
     ends_a_request_that_is_loaded,
@@ -90,14 +92,14 @@ NEEDED: dict[Wait, Callable[[SimulatedDevice, str], None]] = {
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
-@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("order", [*ORDERS, *SPLIT_ORDERS, *PAGES_OF_TWO])
 @pytest.mark.parametrize("scenario", SCENARIOS)
 def test_every_byte_is_right_in_every_memory_order(scenario: str, order: str, schedule: Schedule) -> None:
     SCENARIOS[scenario](SimulatedDevice(schedule), order)
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
-@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("order", [*ORDERS, SPLIT_ORDERS[0], PAGES_OF_TWO[0]])
 @pytest.mark.parametrize("wait", NEEDED, ids=lambda wait: wait.name.lower())
 def test_a_wait_that_is_left_out_is_noticed(wait: Wait, order: str, schedule: Schedule) -> None:
     device = SimulatedDevice(schedule, without=wait)
@@ -113,7 +115,7 @@ def test_a_page_is_the_same_in_every_memory_order() -> None:
     first.step(writes=computed)
     first.save(computed)
     first.close()
-    for order in ORDERS[1:]:
+    for order in [*ORDERS[1:], *SPLIT_ORDERS]:
         other = EngineWorker(SimulatedDevice(), order, store=store)
         moved = {block + 7: page for block, page in computed.items()}
         other.load("r", moved)
@@ -126,7 +128,7 @@ def test_a_device_that_is_lost_costs_the_store_pages_and_memory_for_none() -> No
     worker = EngineWorker(SimulatedDevice())
     blocks = {block: block for block in range(20)}
     for _ in range(3):
-        with patch.object(worker.transfers, "_copies") as copies:
+        with patch.object(worker.transfers._groups[0], "_copies") as copies:
             copies.save.side_effect = OutOfDeviceMemory("on purpose")
             worker.save(blocks)
     worker.step(writes=blocks)

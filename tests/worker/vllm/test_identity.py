@@ -14,7 +14,15 @@ import transformers
 from attnstore.errors import InvalidArgument
 from attnstore_worker.errors import ModelUnavailable
 from attnstore_worker.vllm import identity
-from attnstore_worker.vllm.identity import block_order, kv_settings, page_hashes, page_layout, shard_of, vllm_namespace
+from attnstore_worker.vllm.identity import (
+    block_order,
+    group_settings,
+    kv_settings,
+    page_hashes,
+    page_layout,
+    shard_of,
+    vllm_namespace,
+)
 
 SETTINGS = {"model": "m", "dtype": "bfloat16", "config": {"rope_theta": 100_000}}
 LONG_AFTER = float("inf")
@@ -54,9 +62,9 @@ def test_names_are_those_of_their_version() -> None:
     """A change of these names without another `NAMES_VERSION` would let two versions of the connector read each other's pages."""
     root = vllm_namespace(LAYOUT, SETTINGS, tenant_salt="alice")
     assert (identity.NAMES_VERSION, root.hex(), page_hashes(root, [b"a" * 32, b"b" * 32])[1].hex()) == (
-        1,
-        "ffec8245ae9ffe4d8e8feeaa91ed0a106e71478fe07115ddca57a44daa6f6c1d",
-        "0112fdf5d48b24ab458b2c46148d069f2f15a38991e955b36a4e499dd4718794",
+        2,
+        "ff75353abbfab284fd42673035d592f9b40fea8b5eea506112e996be48b7a258",
+        "019b8133ca9b17bdc74000d4ec04d44400e8a56de25c300f2889ca4fb6d0afea",
     )
 
 
@@ -132,6 +140,8 @@ class Vllm:
     download_dir: str | None = None
     cache_dtype: str = "auto"
     spec: FullAttentionSpec = FullAttentionSpec()
+    layout: str = "LBNHC"
+    groups: int = 1
     config: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -153,8 +163,9 @@ class Vllm:
             ),
             cache_config=SimpleNamespace(cache_dtype=self.cache_dtype, prefix_caching_hash_algo="sha256"),
         )
-        kv_cache_config = SimpleNamespace(kv_cache_layout="LBNHC", kv_cache_groups=[SimpleNamespace(kv_cache_spec=self.spec)])
+        kv_cache_config = SimpleNamespace(kv_cache_layout=self.layout)
         settings = kv_settings(vllm_config, kv_cache_config, model_id=self.model_id, loaded_since_s=self.since_s)
+        settings |= group_settings({"layer.0": self.spec, "layer.1": self.spec}, self.groups)
         return vllm_namespace(LAYOUT, settings, tenant_salt="")
 
 
@@ -279,6 +290,22 @@ def test_the_specification_of_the_cache_separates_and_a_new_field_that_is_off_do
     specs = [FullAttentionSpec(), FullAttentionSpec(sliding_window=128), FullAttentionSpec(kv_quant_mode=1), LaterSpec(novel=True)]
     assert len({space_of(weights, spec=spec) for spec in specs}) == len(specs)
     assert space_of(weights, spec=LaterSpec()) == space_of(weights)
+
+
+def test_a_layer_of_another_kind_and_a_group_of_its_own_separate() -> None:
+    one, other = FullAttentionSpec(), FullAttentionSpec(sliding_window=128)
+    told = [
+        group_settings({"a": one, "b": one}, 1),
+        group_settings({"a": one, "b": other}, 1),
+        group_settings({"a": one, "b": one}, 2),
+        group_settings({"a": one, "c": one}, 2),
+    ]
+    assert len({vllm_namespace(LAYOUT, settings, tenant_salt="") for settings in told}) == len(told)
+
+
+def test_an_order_in_memory_that_pages_do_not_have_is_no_difference(weights: Path) -> None:
+    assert space_of(weights, layout="BHLNC") == space_of(weights)
+    assert space_of(weights, layout="a later one") != space_of(weights)
 
 
 def test_a_dtype_that_is_spelled_out_is_no_difference(weights: Path) -> None:

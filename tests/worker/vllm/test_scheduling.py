@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+from collections.abc import Iterable
 
 from attnstore.errors import Unavailable
 from attnstore.testing import ManualClock
@@ -11,11 +12,12 @@ from attnstore_worker.cache.store.remote import RemoteTier
 from attnstore_worker.vllm.gate import PROBE_MS, Gate
 from attnstore_worker.vllm.identity import page_hashes
 from attnstore_worker.vllm.known import KnownPages
-from attnstore_worker.vllm.plan import BlockPlan
+from attnstore_worker.vllm.lookups import StoredGroup
+from attnstore_worker.vllm.plan import Pages
 from attnstore_worker.vllm.scheduling import SchedulerSide
 from attnstore_worker.vllm.store_events import BlocksRemoved, Chain, StoreEvents
 from tests.samples import eventually
-from tests.worker.vllm.answers import CHUNK_TOKENS, FAST, FOREIGN, LAYOUT, ROOT, SLOW, TOKENS, Answers, load, settled
+from tests.worker.vllm.answers import CHUNK_TOKENS, FAST, FOREIGN, GROUP, LAYOUT, ROOT, SLOW, TOKENS, Answers, load, settled
 
 
 def test_a_hit_is_the_stores_prefix_less_what_vllm_has(side: SchedulerSide, store: Answers) -> None:
@@ -93,9 +95,9 @@ def test_a_load_that_takes_too_long_is_cut_to_its_leading_part(side: SchedulerSi
     side.learn([load(1 << 20, 4_000 / 3 * (1 << 20) / LAYOUT.page_bytes)] * 96)
     side.learn([Step(0.0, 1_000_000.0, ((0, 1000),))] * 96)
     assert settled(side, "a", computed=TOKENS) == 3 * TOKENS, "three pages come in 4 s, a fourth would come after 5"
-    side.allocated("a", range(20, 30), 3 * TOKENS)
+    side.allocated("a", [range(20, 30)], 3 * TOKENS)
     assert loaded_names(side) == [("a", list(zip(range(21, 24), names[1:4], strict=True)))]
-    assert side.scheduled("a", range(20, 30), tokens_after=6 * TOKENS, restarted=True) == [], "the store has those after them too"
+    assert side.scheduled("a", [range(20, 30)], tokens_after=6 * TOKENS, restarted=True) == [], "the store has those after them too"
 
 
 def test_without_a_measurement_of_the_link_nothing_is_claimed(unmeasured: SchedulerSide) -> None:
@@ -105,32 +107,36 @@ def test_without_a_measurement_of_the_link_nothing_is_claimed(unmeasured: Schedu
 def test_loads_and_saves_name_each_block_once(side: SchedulerSide) -> None:
     names = page_hashes(ROOT, FOREIGN)
     assert settled(side, "a", computed=TOKENS) == 5 * TOKENS
-    side.allocated("a", list(range(20, 30)), 5 * TOKENS)
-    plan = side.step([], ())
-    assert [(block.block_id, block.page_hash) for block in plan.loads[0].blocks] == list(
-        zip(range(21, 26), names[1:6], strict=True)
-    )
-    assert side.step([], ()).loads == []
-    saves = side.scheduled("a", list(range(20, 30)), tokens_after=8 * TOKENS + 3, restarted=True)
-    assert [(block.block_id, block.page_hash) for block in saves] == [(26, names[6]), (27, names[7])]
-    saves = side.scheduled("a", [], tokens_after=9 * TOKENS, restarted=False)
-    assert [(block.block_id, block.page_hash) for block in saves] == [(28, names[8])]
+    side.allocated("a", [list(range(20, 30))], 5 * TOKENS)
+    assert loaded_names(side) == [("a", list(zip(range(21, 26), names[1:6], strict=True)))]
+    assert loaded_names(side) == []
+    saves = side.scheduled("a", [list(range(20, 30))], tokens_after=8 * TOKENS + 3, restarted=True)
+    assert named(saves) == [(26, names[6]), (27, names[7])]
+    saves = side.scheduled("a", [[]], tokens_after=9 * TOKENS, restarted=False)
+    assert named(saves) == [(28, names[8])]
+
+
+def named(saves: Iterable[Pages]) -> list[tuple[int, bytes]]:
+    """Returns the blocks and their pages' names."""
+    return [pair for pages in saves for pair in zip(pages.block_ids, pages.names, strict=True)]
 
 
 def loaded_names(side: SchedulerSide) -> list[tuple[str, list[tuple[int, bytes]]]]:
     """Returns what the next step loads: each request's blocks and their pages' names."""
-    return [(plan.request_id, [(block.block_id, block.page_hash) for block in plan.blocks]) for plan in side.step([], ()).loads]
+    return [(load.request_id, named(load.parts)) for load in side.step([], ()).loads]
 
 
 def test_a_load_is_the_same_in_the_workers_process(side: SchedulerSide) -> None:
     assert settled(side, "a", computed=TOKENS) == 5 * TOKENS
-    side.allocated("a", [70_000 * index for index in range(10)], 5 * TOKENS)
-    plan = side.step([BlockPlan(3, b"3" * 32)], ((0, 5),))
+    side.allocated("a", [[70_000 * index for index in range(10)]], 5 * TOKENS)
+    plan = side.step([Pages(0, [b"3" * 32], [3])], ((0, 5),))
     sent = pickle.loads(pickle.dumps(plan))
-    assert (sent.saves, sent.chunks) == (plan.saves, plan.chunks)
+    assert (named(sent.saves), sent.chunks) == (named(plan.saves), plan.chunks)
     (load,), (other,) = plan.loads, sent.loads
-    assert list(other.blocks) == list(load.blocks)
-    assert (other.blocks[1], list(other.blocks[2:])) == (list(load.blocks)[1], list(load.blocks)[2:])
+    (pages,), (others,) = load.parts, other.parts
+    assert (other.request_id, others.group, list(others.names)) == (load.request_id, pages.group, list(pages.names))
+    assert list(others.block_ids) == list(pages.block_ids)
+    assert list(others.blocks_of(range(1, 3))) == list(pages.block_ids[1:3])
 
 
 def test_a_hit_for_which_vllm_had_no_blocks_is_a_hit_when_it_has(side: SchedulerSide, store: Answers) -> None:
@@ -139,7 +145,7 @@ def test_a_hit_for_which_vllm_had_no_blocks_is_a_hit_when_it_has(side: Scheduler
     assert loaded_names(side) == [], "the pool was full: nothing was allocated"
     assert [side.hit_tokens("a", FOREIGN, 160, 0) for _ in range(3)] == [6 * TOKENS] * 3
     assert len(store.asked) == 1, "the store is asked once"
-    side.allocated("a", list(range(20, 30)), 6 * TOKENS)
+    side.allocated("a", [list(range(20, 30))], 6 * TOKENS)
     assert loaded_names(side) == [("a", list(zip(range(20, 26), names[:6], strict=True)))]
 
 
@@ -148,7 +154,7 @@ def test_what_vllm_has_itself_may_change_while_a_request_waits_for_blocks(side: 
     assert settled(side, "a", computed=3 * TOKENS) == 3 * TOKENS
     assert settled(side, "a", computed=7 * TOKENS) == 0
     assert settled(side, "a", computed=TOKENS) == 5 * TOKENS, "vLLM has evicted two blocks of it"
-    side.allocated("a", list(range(20, 30)), 5 * TOKENS)
+    side.allocated("a", [list(range(20, 30))], 5 * TOKENS)
     assert loaded_names(side) == [("a", list(zip(range(21, 26), names[1:6], strict=True)))]
 
 
@@ -167,26 +173,27 @@ def test_a_miss_is_a_miss_however_often_it_is_asked_for(side: SchedulerSide, sto
 
 def test_a_request_whose_load_failed_is_not_loaded_again(side: SchedulerSide) -> None:
     assert settled(side, "a") == 6 * TOKENS
-    side.allocated("a", list(range(20, 30)), 6 * TOKENS)
+    side.allocated("a", [list(range(20, 30))], 6 * TOKENS)
     side.failed({20, 21, 22, 23, 24, 25})
     assert side.hit_tokens("a", FOREIGN, 160, 0) == 0, "vLLM took its blocks back and asks as for a new request"
-    side.allocated("a", list(range(20, 30)), 0)
-    assert [block.block_id for block in side.scheduled("a", range(20, 30), tokens_after=160, restarted=True)] == list(range(20, 30))
+    side.allocated("a", [list(range(20, 30))], 0)
+    saves = side.scheduled("a", [range(20, 30)], tokens_after=160, restarted=True)
+    assert [block for block, _ in named(saves)] == list(range(20, 30))
 
 
 def test_a_request_that_is_preempted_may_load_again(side: SchedulerSide, store: Answers) -> None:
     assert settled(side, "a") == 6 * TOKENS
-    side.allocated("a", list(range(20, 30)), 6 * TOKENS)
+    side.allocated("a", [list(range(20, 30))], 6 * TOKENS)
     assert len(loaded_names(side)) == 1
-    side.allocated("a", list(range(20, 30)), 0)  # vLLM passes the blocks of the tokens to be computed
-    side.scheduled("a", list(range(20, 30)), tokens_after=8 * TOKENS, restarted=True)
+    side.allocated("a", [list(range(20, 30))], 0)  # vLLM passes the blocks of the tokens to be computed
+    side.scheduled("a", [list(range(20, 30))], tokens_after=8 * TOKENS, restarted=True)
     assert side.hit_tokens("a", FOREIGN, 160, 0) == 0, "it has blocks"
     side.preempted("a")
     side.failed({22})  # the block belongs to another request now
     store.pages = 3
     assert settled(side, "a") == 3 * TOKENS
     assert settled(side, "a") == 3 * TOKENS, "the pool is still full"
-    side.allocated("a", list(range(40, 50)), 3 * TOKENS)
+    side.allocated("a", [list(range(40, 50))], 3 * TOKENS)
     assert [[block for block, _ in blocks] for _, blocks in loaded_names(side)] == [[40, 41, 42]]
 
 
@@ -194,7 +201,7 @@ def test_a_request_that_ends_before_it_has_blocks_loads_nothing(side: SchedulerS
     assert settled(side, "a") == 6 * TOKENS
     side.finished("a")
     assert loaded_names(side) == []
-    assert side.scheduled("a", [1], tokens_after=TOKENS, restarted=True) == []
+    assert side.scheduled("a", [[1]], tokens_after=TOKENS, restarted=True) == []
     store.pages = 2
     assert settled(side, "a") == 2 * TOKENS, "another request of that name is asked about anew"
 
@@ -220,7 +227,7 @@ def saved_names(side: SchedulerSide, request: str, blocks: int) -> list[bytes]:
     """Returns the names that a step would save if it completes that many blocks of a request, all of them computed or in vLLM's own
     cache.
     """
-    return [plan.page_hash for plan in side.scheduled(request, range(blocks), tokens_after=blocks * TOKENS, restarted=True)]
+    return [name for _, name in named(side.scheduled(request, [range(blocks)], tokens_after=blocks * TOKENS, restarted=True))]
 
 
 def test_a_block_that_vllm_still_has_is_not_sent_a_second_time(side: SchedulerSide, store: Answers) -> None:
@@ -244,15 +251,15 @@ def test_pages_that_the_store_has_lost_are_saved_again(side: SchedulerSide, stor
 def test_blocks_that_were_not_loaded_are_saved_when_they_are_computed(side: SchedulerSide) -> None:
     names = page_hashes(ROOT, FOREIGN)
     assert settled(side, "a", computed=TOKENS) == 5 * TOKENS
-    side.allocated("a", list(range(20, 30)), 5 * TOKENS)
+    side.allocated("a", [list(range(20, 30))], 5 * TOKENS)
     side.failed({23, 24, 25})
-    saves = side.scheduled("a", list(range(20, 30)), tokens_after=7 * TOKENS, restarted=True)
-    assert [(plan.block_id, plan.page_hash) for plan in saves] == list(zip(range(23, 27), names[3:7], strict=True))
+    saves = side.scheduled("a", [list(range(20, 30))], tokens_after=7 * TOKENS, restarted=True)
+    assert named(saves) == list(zip(range(23, 27), names[3:7], strict=True))
 
 
 def test_events_follow_what_is_found_saved_and_lost(tier: RemoteTier, gate: Gate, store: Answers, clock: ManualClock) -> None:
     told = StoreEvents(TOKENS)
-    side = SchedulerSide(tier, gate, ROOT, LAYOUT, clock, lookup_ms_max=100, chunk_tokens=CHUNK_TOKENS, events=told)
+    side = SchedulerSide([StoredGroup(GROUP, ROOT, tier)], gate, clock, lookup_ms_max=100, chunk_tokens=CHUNK_TOKENS, events=told)
     names, chain = page_hashes(ROOT, FOREIGN), Chain(FOREIGN, range(160))
     side.arrived("a", FOREIGN, 160, chain)
     settled(side, "a")

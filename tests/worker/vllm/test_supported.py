@@ -23,10 +23,18 @@ class MLAAttentionSpec(FullAttentionSpec):
 KINDS_THAT_ARE_REFUSED = [
     type(name, (FullAttentionSpec,), {})
     for name in (
-        "SlidingWindowSpec", "SlidingWindowMLASpec", "MambaSpec", "CrossAttentionSpec", "EncoderOnlyAttentionSpec",
-        "ChunkedLocalAttentionSpec", "SinkFullAttentionSpec", "UniformTypeKVCacheSpecs", "HiddenStateCacheSpec", "RSWASpec",
+        "SlidingWindowMLASpec", "CrossAttentionSpec", "EncoderOnlyAttentionSpec", "ChunkedLocalAttentionSpec",
+        "SinkFullAttentionSpec", "HiddenStateCacheSpec", "RSWASpec", "CircularBufferSpec",
     )
 ]  # fmt: skip
+
+
+class SlidingWindowSpec(FullAttentionSpec):
+    """vLLM's class."""
+
+
+class MambaSpec(SimpleNamespace):
+    """vLLM's class."""
 
 
 class KVQuantMode(IntEnum):
@@ -41,15 +49,24 @@ def spec_of(kind: type[FullAttentionSpec] = FullAttentionSpec, **fields: Any) ->
         "kv_quant_mode": 0,
         "non_causal": False,
         "tokens_per_state": 1,
-        "page_size_padded": None,
         "state_content_bytes": None,
         **({"model_version": None, "cache_role": "sparse", "is_index_group_leader": False} if kind is MLAAttentionSpec else {}),
     }
     return kind(**{"block_size": 16, **neutral, **fields})
 
 
-def cache_of(*specs: FullAttentionSpec, hash_block_size: int | None = 16, draft: bool = False) -> Any:
-    groups = [SimpleNamespace(kv_cache_spec=spec, is_eagle_group=draft) for spec in specs or (spec_of(),)]
+def state_of(**fields: Any) -> MambaSpec:
+    neutral = {"mamba_cache_mode": "align", "num_speculative_blocks": 0, "num_prefill_checkpoint_blocks": 0}
+    return MambaSpec(**{"block_size": 16, **neutral, **fields})
+
+
+def cache_of(*specs: Any, hash_block_size: int | None = 16, draft: bool = False) -> Any:
+    groups = [
+        SimpleNamespace(
+            kv_cache_spec=spec, layer_names=["a", "b"], is_eagle_group=draft, host_resident=False, enable_kv_transfer=True
+        )
+        for spec in specs or (spec_of(),)
+    ]
     return SimpleNamespace(kv_cache_groups=groups, hash_block_size=hash_block_size, kv_tp_replicas=1)
 
 
@@ -78,6 +95,9 @@ def test_what_is_served_passes() -> None:
     check(config_of(), cache_of(spec_of(sliding_window=128)))
     check(config_of(**{"cache_config.cache_dtype": "fp8"}), cache_of(spec_of(kv_quant_mode=KVQuantMode.FP8_PER_TENSOR)))
     check(config_of(), cache_of(spec_of(MLAAttentionSpec)))
+    check(config_of(), cache_of(spec_of(), spec_of(SlidingWindowSpec, page_size_padded=4_096), state_of(), hash_block_size=8))
+    of_unequal_layers = SimpleNamespace(block_size=16, kv_cache_specs={"a": spec_of(), "b": spec_of(MLAAttentionSpec)})
+    check(config_of(), cache_of(of_unequal_layers))
 
 
 OTHER_VALUES: dict[str, list[Any]] = {
@@ -139,7 +159,9 @@ def test_weights_that_are_not_the_models_files_need_a_name(load_format: str) -> 
 @pytest.mark.parametrize(
     ("cache", "named"),
     [
-        (cache_of(spec_of(), spec_of()), "2 KV cache groups"),
+        (cache_of(spec_of(), state_of(mamba_cache_mode="none")), "mamba_cache_mode .* is none, and only align"),
+        (cache_of(spec_of(), state_of(num_speculative_blocks=1)), "num_speculative_blocks"),
+        (cache_of(spec_of(), spec_of(SlidingWindowSpec, tokens_per_state=4)), "tokens_per_state"),
         *((cache_of(spec_of(kind)), f"KV cache is a {kind.__name__}") for kind in KINDS_THAT_ARE_REFUSED),
         (cache_of(spec_of(kv_quant_mode=KVQuantMode.FP8_PER_TOKEN_HEAD)), "kv_quant_mode .* is FP8_PER_TOKEN_HEAD"),
         (cache_of(spec_of(MLAAttentionSpec, model_version="deepseek_v4")), "model_version"),
@@ -147,10 +169,9 @@ def test_weights_that_are_not_the_models_files_need_a_name(load_format: str) -> 
         (cache_of(spec_of(MLAAttentionSpec, is_index_group_leader=True)), "is_index_group_leader"),
         (cache_of(spec_of(non_causal=True)), "non_causal"),
         (cache_of(spec_of(tokens_per_state=4)), "tokens_per_state"),
-        (cache_of(spec_of(page_size_padded=4_096)), "page_size_padded"),
         (cache_of(spec_of(state_content_bytes=64)), "state_content_bytes"),
         (cache_of(draft=True), "draft model"),
-        (cache_of(hash_block_size=8), "hashes 8 tokens"),
+        (cache_of(hash_block_size=12), "hashes 12 tokens"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )

@@ -21,9 +21,10 @@ from attnstore_worker.cache.store.remote import RemoteTier
 from attnstore_worker.device.engine_blocks import EngineBlocks
 from attnstore_worker.device.host import HostDevice
 from attnstore_worker.device.pages import PagePool
+from attnstore_worker.vllm.group_pages import GroupStore
 from attnstore_worker.vllm.identity import page_hashes, page_layout, vllm_namespace
 from attnstore_worker.vllm.kv_pages import kv_blocks
-from attnstore_worker.vllm.plan import BlockPlan, RequestLoad
+from attnstore_worker.vllm.plan import Pages, RequestLoad
 from attnstore_worker.vllm.probe import probe_link
 from attnstore_worker.vllm.transfers import Transfers
 from tests.samples import eventually
@@ -60,10 +61,9 @@ def moving(
 ) -> Transfers:
     """Transfers between a store and a cache."""
     tier = RemoteTier(cast("PageStore", store), SPACE, LAYOUT, deadline_ms=deadline_ms, clock=clock)
-    blocks = kv_blocks(cache, blocks=BLOCKS, layer_block_bytes=LAYER_BYTES)
-    return Transfers(
-        tier, blocks, HostDevice(), LAYOUT, clock, save_bytes_max=save_bytes_max, step_pages=BLOCKS, part_bytes=part_bytes
-    )
+    blocks = kv_blocks(cache, blocks=BLOCKS, layer_bytes=[LAYER_BYTES] * LAYERS)
+    group = GroupStore(tier, blocks, LAYOUT, LAYOUT, page_blocks=1, step_pages=BLOCKS)
+    return Transfers([group], HostDevice(), clock, save_bytes_max=save_bytes_max, part_bytes=part_bytes)
 
 
 @pytest.fixture
@@ -80,8 +80,8 @@ def transfers_of(node: StoreProcess) -> Iterator[Callable[[list[torch.Tensor]], 
             each.flush()
 
 
-def plans(first: int, last: int, shift: int = 0) -> tuple[BlockPlan, ...]:
-    return tuple(BlockPlan(index + shift, NAMES[index]) for index in range(first, last))
+def plans(first: int, last: int, shift: int = 0) -> tuple[Pages]:
+    return (Pages(0, NAMES[first:last], range(first + shift, last + shift)),)
 
 
 def wait_loaded(transfers: Transfers, *requests: str) -> None:
@@ -229,7 +229,7 @@ def test_a_save_that_cannot_be_copied_keeps_no_room_from_later_ones(
 
 def test_a_cache_of_another_size_is_refused() -> None:
     with pytest.raises(InvalidArgument, match="blocks of"):
-        kv_blocks(make_cache(8), blocks=BLOCKS, layer_block_bytes=LAYER_BYTES * 2)
+        kv_blocks(make_cache(8), blocks=BLOCKS, layer_bytes=[LAYER_BYTES * 2] * LAYERS)
 
 
 class Hung:

@@ -18,13 +18,14 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorHandshakeMetadata,
     KVConnectorMetadata,
     KVConnectorRole,
+    KVConnectorTransferResults,
     KVConnectorWorkerMetadata,
+    SupportsHMA,
 )
 
 import attnstore
 from attnstore.clock import MonotonicClock
 from attnstore.core.hashing import Namespace
-from attnstore.core.layout import PageLayout
 from attnstore.errors import InvalidArgument
 from attnstore.limits import NODE_FAIR_MS
 from attnstore.logs import get_logger
@@ -35,9 +36,12 @@ from attnstore_worker.cache.store.transfer import Transfer
 from attnstore_worker.device.factory import device_of
 from attnstore_worker.vllm.counts import Counts
 from attnstore_worker.vllm.gate import Gate
-from attnstore_worker.vllm.identity import Shard, block_order, kv_settings, page_layout, shard_of, vllm_namespace
+from attnstore_worker.vllm.group_pages import GroupStore
+from attnstore_worker.vllm.identity import block_order, group_settings, kv_settings, shard_of, vllm_namespace
 from attnstore_worker.vllm.kv_pages import kv_blocks
-from attnstore_worker.vllm.plan import BlockPlan, StepPlan
+from attnstore_worker.vllm.lookups import StoredGroup
+from attnstore_worker.vllm.page_groups import PageGroup, layer_specs, page_groups, told_group
+from attnstore_worker.vllm.plan import Pages, StepPlan
 from attnstore_worker.vllm.probe import probe_link
 from attnstore_worker.vllm.reporting import ReportingConnector
 from attnstore_worker.vllm.scheduling import SchedulerSide
@@ -91,12 +95,14 @@ class WorkerMetadata(KVConnectorWorkerMetadata):
 
 @dataclass(frozen=True)
 class WorkerStart(KVConnectorHandshakeMetadata):
-    """Worker to scheduler, once: the memory order of a block, which the worker's attention backends decide."""
+    """Worker to scheduler, once: what a page of each group holds, and its namespace, of which the worker's attention backends
+    decide a part.
+    """
 
-    order: str
+    groups: tuple[tuple[PageGroup, Namespace], ...]
 
 
-class AttnStoreConnector(ReportingConnector):
+class AttnStoreConnector(ReportingConnector, SupportsHMA):
     """See the package. Raises `InvalidArgument` for a configuration that it cannot serve."""
 
     def __init__(self, vllm_config: Any, role: KVConnectorRole, kv_cache_config: Any) -> None:
@@ -104,13 +110,9 @@ class AttnStoreConnector(ReportingConnector):
         self._settings = Settings.parse(self._kv_transfer_config.kv_connector_extra_config)
         check_supported(vllm_config, kv_cache_config, weights_are_named=self._settings.model_id is not None)
         self._clock = MonotonicClock()
-        self._layer_names: list[str] = list(kv_cache_config.kv_cache_groups[0].layer_names)
-        self._layer_block_bytes = int(kv_cache_config.kv_cache_groups[0].kv_cache_spec.page_size_bytes)
-        # The scheduler matches the pages of rank 0. Another rank that lacks a page reports its block, and vLLM computes the block.
         rank = 0 if role is KVConnectorRole.SCHEDULER else _tensor_parallel_rank()
         tp_size = int(vllm_config.parallel_config.tensor_parallel_size)
         self._shard = shard_of(rank, tp_size=tp_size, replicas=int(kv_cache_config.kv_tp_replicas))
-        self._layout = _layout(kv_cache_config, self._shard)
         self._store = attnstore.connect(
             self._settings.store,
             deadline_ms=self._settings.load_ms_max,
@@ -119,11 +121,12 @@ class AttnStoreConnector(ReportingConnector):
             tls_ca=self._settings.tls_ca,
             http_proxy=self._settings.http_proxy,
         )
-        self._order = ""
+        self._groups: tuple[tuple[PageGroup, Namespace], ...] = ()
         self._scheduling: SchedulerSide | None = None
         self._counts = Counts()
         told = vllm_config.kv_events_config
-        self._events = StoreEvents(self._layout.block_tokens) if told is not None and told.enable_kv_cache_events else None
+        self._tells_events = told is not None and told.enable_kv_cache_events
+        self._events: StoreEvents | None = None
         self._written: WrittenTier | None = None  # if its pages are reported: those of rank 0, which the scheduler matches
         self._transfers: Transfers | None = None
         self._steps = _Steps()
@@ -133,46 +136,52 @@ class AttnStoreConnector(ReportingConnector):
         if role is KVConnectorRole.SCHEDULER:
             self._prober = ThreadPoolExecutor(1, "attnstore-probe")
 
-    def _namespace(self, order: str) -> Namespace:
-        settings = kv_settings(
-            self._vllm_config,
-            self._kv_cache_config,
-            model_id=self._settings.model_id,
-            loaded_since_s=psutil.Process().create_time(),
-        )
-        return vllm_namespace(self._layout, {**settings, "order": order}, tenant_salt=self._settings.tenant_salt)
-
     # Scheduler
 
     def set_xfer_handshake_metadata(self, metadata: Mapping[int, KVConnectorHandshakeMetadata]) -> None:
         """The workers' handshakes by rank, after their caches were allocated. Pages have names from now on. Called before the first
         request.
         """
-        orders = {told.order for told in metadata.values() if isinstance(told, WorkerStart)}
-        if len(orders) != 1:  # MultiConnector passes on the handshake of its first connector
-            raise InvalidArgument(f"the workers report {len(orders)} memory orders; in a MultiConnector put this connector first")
-        self._space = self._namespace(orders.pop())
+        starts = {rank: told for rank, told in metadata.items() if isinstance(told, WorkerStart)}
+        if not starts:  # MultiConnector passes on the handshake of its first connector
+            raise InvalidArgument("the workers report no page names; in a MultiConnector put this connector first")
+        # The scheduler matches the pages of rank 0. Another rank that lacks a page reports its block, and vLLM computes the block.
+        self._groups = starts[min(starts)].groups
         gate, lookup_ms_max = Gate(self._clock, load_ms_max=self._settings.load_ms_max), self._settings.lookup_ms_max
         self._counts = Counts(then=gate)
-        tier = RemoteTier(
-            self._store,
-            self._space,
-            self._layout,
-            deadline_ms=max(lookup_ms_max, NODE_FAIR_MS),  # a request's deadline may be short; the store is judged with enough time
-            clock=self._clock,
-            observer=self._counts,
-        )
+        stored = [
+            StoredGroup(
+                group,
+                space,
+                RemoteTier(
+                    self._store,
+                    space,
+                    group.layout,
+                    deadline_ms=max(lookup_ms_max, NODE_FAIR_MS),  # a request's may be short; the store is judged with enough time
+                    clock=self._clock,
+                    observer=self._counts,
+                ),
+            )
+            for group, space in self._groups
+        ]
+        self._events = self._new_events()
         self._scheduling = SchedulerSide(
-            tier,
+            stored,
             gate,
-            self._space,
-            self._layout,
             self._clock,
             lookup_ms_max=lookup_ms_max,
             chunk_tokens=int(self._vllm_config.scheduler_config.max_num_batched_tokens),
             events=self._events,
         )
         self._measure_link()
+
+    def _new_events(self) -> StoreEvents | None:
+        """Returns the events of the group of which they tell, if vLLM publishes events."""
+        group = told_group([group for group, _ in self._groups])
+        if not self._tells_events or group is None:
+            return None
+        self._told_group = group.index
+        return StoreEvents(group.page_tokens // group.page_hashes, group.page_hashes)
 
     @property
     def _side(self) -> SchedulerSide:
@@ -199,18 +208,18 @@ class AttnStoreConnector(ReportingConnector):
 
     def update_state_after_alloc(self, request: Any, blocks: Any, num_external_tokens: int) -> None:
         """See the base class."""
-        self._side.allocated(request.request_id, blocks.get_block_ids()[0], num_external_tokens)
+        self._side.allocated(request.request_id, blocks.get_block_ids(), num_external_tokens)
         self._counts.hit(num_external_tokens)
 
     def build_connector_meta(self, scheduler_output: Any) -> StepMetadata:
         """See the base class."""
-        saves: list[BlockPlan] = []
+        saves: list[Pages] = []
         chunks: list[tuple[int, int]] = []
         scheduled = scheduler_output.num_scheduled_tokens
         for new in scheduler_output.scheduled_new_reqs:
             begin, end = new.num_computed_tokens, new.num_computed_tokens + scheduled[new.req_id]
             chunks.append((begin, end))
-            saves += self._side.scheduled(new.req_id, new.block_ids[0], tokens_after=end, restarted=True)
+            saves += self._side.scheduled(new.req_id, new.block_ids, tokens_after=end, restarted=True)
         cached = scheduler_output.scheduled_cached_reqs
         for index, request_id in enumerate(cached.req_ids):
             blocks, begin = cached.new_block_ids[index], cached.num_computed_tokens[index]
@@ -218,7 +227,7 @@ class AttnStoreConnector(ReportingConnector):
             chunks.append((begin, end))
             saves += self._side.scheduled(
                 request_id,
-                blocks[0] if blocks is not None else [],
+                blocks,
                 tokens_after=end,
                 restarted=request_id in cached.resumed_req_ids,
             )
@@ -231,13 +240,19 @@ class AttnStoreConnector(ReportingConnector):
         """See the base class."""
         if connector_output.invalid_block_ids:
             self._side.failed(connector_output.invalid_block_ids)
+        if connector_output.failed_recving:
+            self._side.failed_requests(connector_output.failed_recving)
         told = connector_output.kv_connector_worker_meta
         if isinstance(told, WorkerMetadata):
             self._side.learn(told.observations)
             if self._events is not None:
                 self._events.written(told.written)
 
-    def request_finished(self, request: Any, block_ids: list[int]) -> tuple[bool, dict[str, Any] | None]:  # noqa: ARG002
+    def request_finished_all_groups(
+        self,
+        request: Any,
+        block_ids: tuple[list[int], ...],  # noqa: ARG002
+    ) -> tuple[bool, dict[str, Any] | None]:
         """No block is held back: a block that is saved is copied before another step uses it."""
         self._side.finished(request.request_id)
         return False, None
@@ -249,9 +264,8 @@ class AttnStoreConnector(ReportingConnector):
 
     def _measure_link(self) -> None:
         """Runs in the background; nobody waits for it."""
-        self._probe = self._prober.submit(
-            probe_link, self._store, self._space, self._layout, self._clock, deadline_ms=_PROBE_MS_MAX
-        )
+        group, space = max(self._groups, key=lambda each: each[0].layout.page_bytes)
+        self._probe = self._prober.submit(probe_link, self._store, space, group.layout, self._clock, deadline_ms=_PROBE_MS_MAX)
 
     def _take_probe(self) -> None:
         if self._probe is None or not self._probe.done():
@@ -264,31 +278,54 @@ class AttnStoreConnector(ReportingConnector):
 
     # Worker
 
-    def register_kv_caches(self, kv_caches: dict[str, Tensor]) -> None:
-        """See the base class."""
-        caches = [kv_caches[name] for name in self._layer_names]
-        blocks = kv_blocks(caches, blocks=self._kv_cache_config.num_blocks, layer_block_bytes=self._layer_block_bytes)
-        self._order = _order(self._vllm_config, self._layer_names)
-        self._device = device_of(caches[0])
-        self._step_times = StepTimes(self._device, self._clock, self._steps)
-        deadline_ms, clock = self._settings.load_ms_max, self._clock
-        space, observer = self._namespace(self._order), self._counts
-        tier = WrittenTier(self._store, space, self._layout, deadline_ms=deadline_ms, clock=clock, observer=observer)
-        self._written = tier if self._events is not None and self._shard.index == 0 else None
-        step_tokens = int(self._vllm_config.scheduler_config.max_num_batched_tokens)
-        self._transfers = Transfers(
-            tier,
-            blocks,
-            self._device,
-            self._layout,
-            clock,
-            save_bytes_max=self._settings.save_bytes_max,
-            step_pages=-(-step_tokens // self._layout.block_tokens),
+    def register_kv_caches(self, kv_caches: dict[str, Any]) -> None:
+        """See the base class. The cache of a layer is a tensor, or for a state several."""
+        groups = page_groups(self._kv_cache_config, self._shard)
+        settings = kv_settings(
+            self._vllm_config,
+            self._kv_cache_config,
+            model_id=self._settings.model_id,
+            loaded_since_s=psutil.Process().create_time(),
         )
+        self._groups = tuple((group, self._namespace(group, settings)) for group in groups)
+        first = kv_caches[groups[0].layer_names[0]]
+        self._device = device_of(first if hasattr(first, "device") else first[0])
+        self._step_times = StepTimes(self._device, self._clock, self._steps)
+        step_tokens = int(self._vllm_config.scheduler_config.max_num_batched_tokens)
+        told = told_group(groups) if self._tells_events and self._shard.index == 0 else None
+        stores = [
+            GroupStore(
+                self._tier(group, space, tells=group is told),
+                kv_blocks(
+                    [kv_caches[name] for name in group.layer_names],
+                    blocks=self._kv_cache_config.num_blocks,
+                    layer_bytes=group.layer_bytes,
+                ),
+                group.block_layout,
+                group.layout,
+                group.page_blocks,
+                step_pages=-(-step_tokens // group.page_tokens),
+            )
+            for group, space in self._groups
+        ]
+        self._transfers = Transfers(stores, self._device, self._clock, save_bytes_max=self._settings.save_bytes_max)
+
+    def _namespace(self, group: PageGroup, settings: Mapping[str, Any]) -> Namespace:
+        own = self._kv_cache_config.kv_cache_groups
+        named = group_settings(layer_specs(own[group.index]), len(own))
+        order = _order(self._vllm_config, group.layer_names)
+        return vllm_namespace(group.layout, {**settings, **named, "order": order}, tenant_salt=self._settings.tenant_salt)
+
+    def _tier(self, group: PageGroup, space: Namespace, *, tells: bool) -> RemoteTier:
+        deadline_ms, clock, observer = self._settings.load_ms_max, self._clock, self._counts
+        if not tells:
+            return RemoteTier(self._store, space, group.layout, deadline_ms=deadline_ms, clock=clock, observer=observer)
+        self._written = WrittenTier(self._store, space, group.layout, deadline_ms=deadline_ms, clock=clock, observer=observer)
+        return self._written
 
     def get_handshake_metadata(self) -> WorkerStart:
-        """The part of a page's name that the scheduler cannot know."""
-        return WorkerStart(self._order)
+        """What the scheduler cannot know of pages."""
+        return WorkerStart(self._groups)
 
     def bind_connector_metadata(self, connector_metadata: KVConnectorMetadata) -> None:
         """Called before each step: the measurement of the step starts, and loads for requests that have ended stop."""
@@ -319,9 +356,12 @@ class AttnStoreConnector(ReportingConnector):
         if plan.saves and self._shard.writes and self._transfers is not None:
             self._transfers.save(plan.saves)
 
-    def get_finished(self, finished_req_ids: set[str]) -> tuple[set[str] | None, set[str] | None]:  # noqa: ARG002
-        """Requests whose loads are over."""
-        return None, self._transfers.take_loaded() if self._transfers is not None else None
+    def get_transfer_results(self, finished_req_ids: set[str]) -> KVConnectorTransferResults:  # noqa: ARG002
+        """Requests whose loads are over, and those of several groups of which a page did not arrive."""
+        if self._transfers is None:
+            return KVConnectorTransferResults()
+        loaded = self._transfers.take_loaded()
+        return KVConnectorTransferResults(finished_recving=loaded, failed_recving=self._transfers.take_failed_requests())
 
     def get_block_ids_with_load_errors(self) -> set[int]:
         """Blocks that vLLM must compute itself."""
@@ -369,15 +409,3 @@ def _order(vllm_config: Any, layer_names: Sequence[str]) -> str:
     layers = get_layers_from_vllm_config(vllm_config, AttentionLayerBase, layer_names)
     platform = f"rocm_shuffle={envs.VLLM_ROCM_SHUFFLE_KV_CACHE_LAYOUT} fnuz={current_platform.is_fp8_fnuz()}"
     return block_order({name: layers[name] for name in layer_names}, platform)
-
-
-def _layout(kv_cache_config: Any, shard: Shard) -> PageLayout:
-    group = kv_cache_config.kv_cache_groups[0]
-    return page_layout(
-        layers=len(group.layer_names),
-        layer_block_bytes=int(group.kv_cache_spec.page_size_bytes),
-        kv_heads=int(group.kv_cache_spec.num_kv_heads),
-        block_tokens=int(group.kv_cache_spec.block_size),
-        tp_rank=shard.index,
-        tp_size=shard.count,
-    )

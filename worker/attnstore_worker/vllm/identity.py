@@ -21,7 +21,7 @@ from attnstore.errors import InvalidArgument
 from attnstore_worker.file_digests import cache_dir, files_digest
 from attnstore_worker.fingerprint import config_fields, fingerprint
 
-NAMES_VERSION: Final = 1
+NAMES_VERSION: Final = 2
 """Part of every namespace. To be raised by a change of a page's bytes, or of what a hash or a setting means: connectors of both
 versions may then use one store.
 """
@@ -32,6 +32,8 @@ _BESIDE_WEIGHTS: Final = ("*.py", "*quant*.json")
 """Other files of a folder that change KV bytes and are not in vLLM's configuration: the model's own code, and the settings of a
 quantization.
 """
+_SAME_BYTES: Final = frozenset({"LBHNC", "LBNHC", "LHBNC", "BLHNC", "BLNHC", "BHLNC"})
+"""Memory orders of the same dimensions. A page does not depend on them."""
 _SYNONYMS: Final = {"fp8": "fp8_e4m3"}
 _RESTART: Final = "start it again"
 
@@ -74,12 +76,14 @@ def vllm_namespace(layout: PageLayout, settings: Mapping[str, Any], *, tenant_sa
 
 
 def kv_settings(vllm_config: Any, kv_cache_config: Any, *, model_id: str | None, loaded_since_s: float) -> dict[str, Any]:
-    """The settings of vLLM that change the bytes of a block and are in neither the page's layout nor `block_order`.
+    """The settings of vLLM that change the bytes of a block and are in neither the page's layout, `group_settings` nor
+    `block_order`.
 
     `model_id` replaces the weights' name, and the choice among their files. Overrides of the model's configuration are part of that
     configuration. Raises as `weights_name` does.
     """
     model, load = vllm_config.model_config, vllm_config.load_config
+    layout = str(kv_cache_config.kv_cache_layout)
     weights: str | list[Any]
     if model_id is not None:
         weights = model_id
@@ -93,10 +97,16 @@ def kv_settings(vllm_config: Any, kv_cache_config: Any, *, model_id: str | None,
         "tokens_max": model.max_model_len,
         "dtype": str(model.dtype),
         "quantization": [str(model.quantization), repr(model.quantization_config)],
-        "cache_layout": str(kv_cache_config.kv_cache_layout),
-        "kv_spec": _spec_fields(kv_cache_config.kv_cache_groups[0].kv_cache_spec),
+        "cache_layout": None if layout in _SAME_BYTES else layout,
         "hash_algorithm": vllm_config.cache_config.prefix_caching_hash_algo,
     }
+
+
+def group_settings(specs: Mapping[str, Any], groups: int) -> dict[str, Any]:
+    """The settings of one of `groups` KV cache groups. specs: vLLM's specification of each of its layers, in order."""
+    kinds = [_spec_fields(spec) for spec in specs.values()]
+    same = all(kind == kinds[0] for kind in kinds)
+    return {"kv_spec": kinds[0] if same else kinds, "layers": list(specs) if groups > 1 else None}
 
 
 def block_order(layers: Mapping[str, Any], platform: str) -> str:
@@ -113,7 +123,7 @@ def block_order(layers: Mapping[str, Any], platform: str) -> str:
         if backend == "CPU_ATTN" and packing is None:
             raise InvalidArgument(f"vLLM's layer {name} does not report the instructions for which its keys are packed")
         told.add(f"{backend}/{packing}")
-        if (cache_dtype := str(layer.kv_cache_dtype)).startswith("fp8"):
+        if (cache_dtype := str(getattr(layer, "kv_cache_dtype", None))).startswith("fp8"):  # a state has none
             scales.append([_SYNONYMS.get(cache_dtype, cache_dtype), *_scales(name, layer)])
     if scales:
         told.add(f"scales={fingerprint(scales=scales).hex()}")

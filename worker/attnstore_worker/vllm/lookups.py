@@ -1,60 +1,85 @@
-"""Look-ups beside the engine's loop: how many leading pages of each prompt the store has.
+"""Look-ups beside the engine's loop: where a hit of each prompt may end.
 
 Owns: the threads that ask, and the look-ups that wait for one. Invariants: neither starting a look-up nor reading its answer waits
 for the store, a lock or a thread; names are hashed by the threads, because a long prompt has thousands of blocks. Look-ups that
-wait together are one call, so that many prompts which arrive at once cost one round trip.
+wait together are one call for each group, so that many prompts which arrive at once cost as many round trips as one.
+
+A hit is a prefix of which every group has what it needs. First the groups that need all pages are asked how many leading ones there
+are. Groups that need only the latest pages, or a state, are then asked for the pages that the longest of these prefixes need.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from queue import Empty, SimpleQueue
-from typing import Final
+from typing import Final, NamedTuple
 
 from attnstore import tasks
 from attnstore.core.hashing import BlockHash, Namespace
 from attnstore.limits import CHANNEL_READ_HASHES_MAX, HASHES_MAX
 from attnstore_worker.cache.store.remote import RemoteTier
 from attnstore_worker.vllm.identity import page_hashes
+from attnstore_worker.vllm.page_groups import PageGroup, hit_unit
 
 LOOKUP_THREADS: Final = 4
 """Calls under way at once: a prompt that arrives while one is under way does not wait for its end."""
 _NAMES_MAX: Final = HASHES_MAX - CHANNEL_READ_HASHES_MAX
-"""Of one prompt. Look-ups are joined while they have fewer than CHANNEL_READ_HASHES_MAX names, and all must fit one call."""
+"""Of one prompt and group. Look-ups are joined while they have fewer than CHANNEL_READ_HASHES_MAX names, and all must fit one call.
+"""
+_ENDS_MAX: Final = 64
+"""The longest prefixes, of which groups with a window are asked."""
+
+
+class StoredGroup(NamedTuple):
+    """A group, the namespace of its pages, and the store."""
+
+    group: PageGroup
+    root: Namespace
+    tier: RemoteTier
+
+    def names(self, parent: bytes, block_hashes: Sequence[bytes], pages: range) -> list[BlockHash]:
+        """Returns the names of some pages of a prompt with these of vLLM's hashes. `parent`: the name of the page before them."""
+        each = self.group.page_hashes
+        return page_hashes(parent, block_hashes[(pages.start + 1) * each - 1 : pages.stop * each : each])
 
 
 class Lookup:
-    """One prompt's look-up: how many leading pages were `found`, and whether the store `failed` to answer for all of them. These
-    and the `names` are set before `done`.
+    """One prompt's look-up: after how many tokens a hit may end (`ends`, ascending), the names of the first pages of each group,
+    those that are `stored` and those that are `missing`, and whether the store `failed` to answer for all of them. These are set
+    before `done`.
 
-    `block_hashes` are vLLM's. A look-up that was `dropped` before its turn is not made.
+    `block_hashes` are vLLM's of `tokens` tokens. A look-up that was `dropped` before its turn is not made.
     """
 
-    __slots__ = ("began_ms", "block_hashes", "done", "dropped", "failed", "found", "names")
+    __slots__ = ("began_ms", "block_hashes", "done", "dropped", "ends", "failed", "missing", "names", "stored", "tokens")
 
-    def __init__(self, block_hashes: Sequence[bytes], began_ms: float) -> None:
+    def __init__(self, block_hashes: Sequence[bytes], tokens: int, began_ms: float) -> None:
         self.block_hashes = block_hashes
+        self.tokens = tokens
         self.began_ms = began_ms
-        self.names: list[BlockHash] = []
-        self.found = 0
+        self.names: list[list[BlockHash]] = []
+        self.ends: Sequence[int] = ()
+        self.stored: list[list[BlockHash]] = []
+        self.missing: list[list[BlockHash]] = []
         self.failed = True
         self.done = False
         self.dropped = False
 
 
 class Lookups:
-    """Asks `tier` about prompts whose first block follows `root`. `start` and `close` are called by one thread."""
+    """Asks about prompts, of every one of `groups`. `start` and `close` are called by one thread."""
 
-    def __init__(self, tier: RemoteTier, root: Namespace) -> None:
-        self._tier = tier
-        self._root = root
+    def __init__(self, groups: Sequence[StoredGroup]) -> None:
+        self._groups = groups
+        self._unit = hit_unit([each.group for each in groups])
+        self._asks_prefixes = any(each.group.window is None for each in groups)
         self._waiting: SimpleQueue[Lookup | None] = SimpleQueue()  # None ends a thread
         for _ in range(LOOKUP_THREADS):
             tasks.supervised_thread("lookup", self._run)
 
-    def start(self, block_hashes: Sequence[bytes]) -> Lookup:
-        """Starts a look-up of the pages of these blocks; of none, it finds out whether the store answers."""
-        lookup = Lookup(block_hashes, self._tier.now_ms())
+    def start(self, block_hashes: Sequence[bytes], tokens: int) -> Lookup:
+        """Starts a look-up of a prompt's first `tokens` tokens; of none, it finds out whether the store answers."""
+        lookup = Lookup(block_hashes, tokens, self._groups[0].tier.now_ms())
         self._waiting.put(lookup)
         return lookup
 
@@ -90,10 +115,63 @@ class Lookups:
             return
         try:
             for lookup in lookups:
-                lookup.names = page_hashes(self._root, lookup.block_hashes[:_NAMES_MAX])
-            result = self._tier.look_up([lookup.names for lookup in lookups])
-            for lookup, pages in zip(lookups, result.hits, strict=True):
-                lookup.found, lookup.failed = pages, result.error is not None
+                lookup.names = [self._names(each, lookup) for each in self._groups]
+                lookup.stored, lookup.missing = [[] for _ in self._groups], [[] for _ in self._groups]
+            failed = self._ask_prefixes(lookups)
+            failed |= self._ask_windows(lookups)
+            for lookup in lookups:
+                lookup.failed = failed
+        except BaseException:
+            for lookup in lookups:
+                lookup.ends = ()
+            raise
         finally:
             for lookup in lookups:
                 lookup.done = True
+
+    def _names(self, each: StoredGroup, lookup: Lookup) -> list[BlockHash]:
+        pages = min(lookup.tokens // each.group.page_tokens, _NAMES_MAX)
+        return each.names(each.root, lookup.block_hashes, range(pages))
+
+    def _ask_prefixes(self, lookups: Sequence[Lookup]) -> bool:
+        """Asks the groups that need all pages. Returns whether a call failed."""
+        failed = False
+        ends = [self._named_tokens(lookup) for lookup in lookups]
+        for index, each in enumerate(self._groups):
+            if each.group.window is not None:
+                continue
+            result = each.tier.look_up([lookup.names[index] for lookup in lookups])
+            failed |= result.error is not None
+            for place, (lookup, pages) in enumerate(zip(lookups, result.hits, strict=True)):
+                names = lookup.names[index]
+                lookup.stored[index], lookup.missing[index] = names[:pages], names[pages:]
+                ends[place] = min(ends[place], pages * each.group.page_tokens)
+        for lookup, end in zip(lookups, ends, strict=True):
+            lookup.ends = range(self._unit, end + 1, self._unit)
+        return failed
+
+    def _ask_windows(self, lookups: Sequence[Lookup]) -> bool:
+        """Asks the other groups for what the longest prefixes need. Returns whether a call failed."""
+        failed = False
+        for index, each in enumerate(self._groups):
+            if each.group.window is None:
+                continue
+            asked: list[list[int]] = []
+            for lookup in lookups:
+                lookup.ends = lookup.ends[-_ENDS_MAX:]
+                asked.append(sorted({page for end in lookup.ends for page in each.group.needed(end)}))
+            names = [[lookup.names[index][page]] for lookup, pages in zip(lookups, asked, strict=True) for page in pages]
+            if not names and self._asks_prefixes:  # otherwise this finds out whether the store answers
+                continue
+            result = each.tier.look_up(names or [[]])
+            failed |= result.error is not None
+            answers = iter(result.hits)
+            for lookup, pages in zip(lookups, asked, strict=True):
+                found = {page for page in pages if next(answers)}
+                lookup.ends = [end for end in lookup.ends if found.issuperset(each.group.needed(end))]
+                lookup.stored[index] = [lookup.names[index][page] for page in pages if page in found]
+                lookup.missing[index] = [lookup.names[index][page] for page in pages if page not in found]
+        return failed
+
+    def _named_tokens(self, lookup: Lookup) -> int:
+        return min(len(names) * each.group.page_tokens for each, names in zip(self._groups, lookup.names, strict=True))

@@ -5,68 +5,60 @@ processes.
 from __future__ import annotations
 
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, overload
+from typing import Any, Final
 
 from attnstore.limits import HASH_BYTES
 
+NO_BLOCK: Final = -1
+"""In the place of a block that a load must leave alone, because vLLM has it already."""
+
 
 @dataclass(frozen=True, slots=True)
-class BlockPlan:
-    """One block of vLLM's cache and its page's name, the same for every tensor-parallel rank: their namespaces differ."""
+class Pages:
+    """Pages of vLLM's group `group`, in order, and the blocks that they fill: as many for each page, or `NO_BLOCK`. The names are
+    the same for every tensor-parallel rank: their namespaces differ.
 
-    block_id: int
-    page_hash: bytes
+    A long prompt has thousands, which are pickled as two sequences.
+    """
 
-
-class Blocks(Sequence[BlockPlan]):
-    """Block `block_ids[i]` and page `page_hashes[i]`. A long prompt has thousands, which are kept and pickled as two sequences."""
-
-    __slots__ = ("_block_ids", "_page_hashes")
-
-    def __init__(self, block_ids: Sequence[int], page_hashes: Sequence[bytes]) -> None:
-        self._block_ids = block_ids
-        self._page_hashes = page_hashes
+    group: int
+    names: Sequence[bytes]
+    block_ids: Sequence[int]
 
     def __len__(self) -> int:
-        return len(self._block_ids)
+        return len(self.names)
 
-    @overload
-    def __getitem__(self, index: int) -> BlockPlan: ...
-    @overload
-    def __getitem__(self, index: slice) -> Blocks: ...
-    def __getitem__(self, index: int | slice) -> BlockPlan | Blocks:
-        if isinstance(index, slice):
-            return Blocks(self._block_ids[index], self._page_hashes[index])
-        return BlockPlan(self._block_ids[index], self._page_hashes[index])
-
-    def __iter__(self) -> Iterator[BlockPlan]:
-        return map(BlockPlan, self._block_ids, self._page_hashes)
+    def blocks_of(self, pages: range) -> Sequence[int]:
+        """Returns the blocks of some of the pages."""
+        each = len(self.block_ids) // len(self.names)
+        return self.block_ids[pages.start * each : pages.stop * each]
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _unpacked, (array("I", self._block_ids).tobytes(), b"".join(self._page_hashes))
+        return _unpacked, (self.group, b"".join(self.names), array("i", self.block_ids).tobytes())
 
 
-def _unpacked(block_ids: bytes, page_hashes: bytes) -> Blocks:
-    hashes = [page_hashes[at : at + HASH_BYTES] for at in range(0, len(page_hashes), HASH_BYTES)]
-    return Blocks(array("I", block_ids), hashes)
+def _unpacked(group: int, names: bytes, block_ids: bytes) -> Pages:
+    return Pages(group, [names[at : at + HASH_BYTES] for at in range(0, len(names), HASH_BYTES)], array("i", block_ids))
 
 
 @dataclass(frozen=True, slots=True)
 class RequestLoad:
-    """The blocks that a waiting request gets from the store, in the order of its tokens and without a gap."""
+    """The pages that a waiting request gets from the store: of each group those that it needs, in the order of its tokens and
+    without a gap.
+    """
 
     request_id: str
-    blocks: Sequence[BlockPlan]
+    parts: tuple[Pages, ...]
 
 
 @dataclass(slots=True)
 class StepPlan:
-    """One step: the loads that begin with it, the blocks that are complete after it, and the token ranges `(begin, end)` that it
+    """One step: the loads that begin with it, the pages that are complete after it, and the token ranges `(begin, end)` that it
     computes, one for each request in it.
     """
 
     loads: list[RequestLoad] = field(default_factory=list)
-    saves: list[BlockPlan] = field(default_factory=list)
+    saves: list[Pages] = field(default_factory=list)
     chunks: tuple[tuple[int, int], ...] = ()

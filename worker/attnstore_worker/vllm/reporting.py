@@ -15,7 +15,6 @@ from vllm.distributed.kv_transfer.kv_connector.v1.metrics import KVConnectorProm
 from vllm.v1.core.kv_cache_utils import maybe_convert_block_hash
 from vllm.v1.metrics.utils import create_metric_per_engine
 
-from attnstore.core.layout import PageLayout
 from attnstore_worker.vllm.counts import COUNTERS, Counts
 from attnstore_worker.vllm.store_events import BlocksStored, StoreEvent, StoreEvents
 
@@ -64,8 +63,8 @@ class AttnStorePromMetrics(KVConnectorPromMetrics):
             self._counters[name][engine_idx].inc(value)
 
 
-def kv_events(events: Iterable[StoreEvent], block_tokens: int) -> Iterator[KVCacheEvent]:
-    """The events as vLLM publishes them, of its one group of caches."""
+def kv_events(events: Iterable[StoreEvent], block_tokens: int, group: int) -> Iterator[KVCacheEvent]:
+    """The events as vLLM publishes them, of one of its groups of caches."""
     for event in events:
         hashes = [maybe_convert_block_hash(block) for block in event.block_hashes]
         if isinstance(event, BlocksStored):
@@ -78,11 +77,11 @@ def kv_events(events: Iterable[StoreEvent], block_tokens: int) -> Iterator[KVCac
                 medium=MEDIUM,
                 lora_name=None,
                 extra_keys=None if event.salt is None else [(event.salt,), *[None] * (len(hashes) - 1)],
-                group_idx=0,
+                group_idx=group,
                 locality=_LOCALITY,
             )
         else:
-            yield BlockRemoved(block_hashes=hashes, medium=MEDIUM, group_idx=0, locality=_LOCALITY)
+            yield BlockRemoved(block_hashes=hashes, medium=MEDIUM, group_idx=group, locality=_LOCALITY)
 
 
 class ReportingConnector(KVConnectorBase_V1):
@@ -90,11 +89,13 @@ class ReportingConnector(KVConnectorBase_V1):
 
     _counts: Counts
     _events: StoreEvents | None
-    _layout: PageLayout
+    _told_group: int
 
     def take_events(self) -> Iterable[KVCacheEvent]:
         """See the base class."""
-        return tuple(kv_events(self._events.take(), self._layout.block_tokens)) if self._events is not None else ()
+        if self._events is None:
+            return ()
+        return tuple(kv_events(self._events.take(), self._events.block_tokens, self._told_group))
 
     def get_kv_connector_stats(self) -> AttnStoreStats | None:
         """See the base class."""

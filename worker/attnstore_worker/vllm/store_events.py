@@ -13,8 +13,9 @@ from dataclasses import dataclass
 from typing import Final
 
 _ANNOUNCED_MAX: Final = 1 << 18
+"""Pages."""
 _SAVING_MAX: Final = 1 << 14
-"""Blocks whose pages are being written. A page that was dropped stays until it is forgotten."""
+"""Pages that are being written. A page that was dropped stays until it is forgotten."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,19 +50,24 @@ StoreEvent = BlocksStored | BlocksRemoved
 
 
 class StoreEvents:
-    """Collects events about blocks of `block_tokens`. A page's name is the store's, a block's hash is vLLM's."""
+    """Collects events about blocks of `block_tokens`, of which a page has `page_blocks`. A page's name is the store's, a block's
+    hash is vLLM's.
+    """
 
-    def __init__(self, block_tokens: int, *, announced_max: int = _ANNOUNCED_MAX, saving_max: int = _SAVING_MAX) -> None:
-        self._block_tokens = block_tokens
+    def __init__(
+        self, block_tokens: int, page_blocks: int = 1, *, announced_max: int = _ANNOUNCED_MAX, saving_max: int = _SAVING_MAX
+    ) -> None:
+        self.block_tokens = block_tokens
+        self._page_blocks = page_blocks
         self._announced_max = announced_max
         self._saving_max = saving_max
-        self._announced: OrderedDict[bytes, bytes] = OrderedDict()  # vLLM's hash by page name
+        self._announced: OrderedDict[bytes, tuple[bytes, ...]] = OrderedDict()  # vLLM's hashes by page name
         self._saving: OrderedDict[bytes, BlocksStored] = OrderedDict()
         self._events: list[StoreEvent] = []
 
-    def saving(self, chain: Chain, blocks: Iterable[tuple[int, bytes]]) -> None:
-        """The pages of these blocks of a request, `(index, page name)`, will be written: they may outlive the request."""
-        for index, name in blocks:
+    def saving(self, chain: Chain, pages: Iterable[tuple[int, bytes]]) -> None:
+        """These pages of a request, `(index, name)`, will be written: they may outlive the request."""
+        for index, name in pages:
             if name not in self._announced:
                 self._saving[name] = self._stored(chain, range(index, index + 1))
         while len(self._saving) > self._saving_max:
@@ -76,7 +82,7 @@ class StoreEvents:
         self._forget()
 
     def found(self, chain: Chain, names: Sequence[bytes], found: int) -> None:
-        """A look-up found the first `found` of the pages of a request's first blocks, and not the rest."""
+        """A look-up found the first `found` of a request's first pages, and not the rest."""
         begin = 0
         for index, name in enumerate(names[:found]):
             if name in self._announced:
@@ -85,7 +91,7 @@ class StoreEvents:
                 begin = index + 1
         if begin < found:
             self._announce(names[begin:found], self._stored(chain, range(begin, found)))
-        gone = tuple(block for name in names[found:] if (block := self._announced.pop(name, None)) is not None)
+        gone = tuple(block for name in names[found:] for block in self._announced.pop(name, ()))
         if gone:
             self._events.append(BlocksRemoved(gone))
         self._forget()
@@ -95,17 +101,20 @@ class StoreEvents:
         events, self._events = self._events, []
         return events
 
-    def _stored(self, chain: Chain, blocks: range) -> BlocksStored:
-        tokens = chain.token_ids[blocks.start * self._block_tokens : blocks.stop * self._block_tokens]
+    def _stored(self, chain: Chain, pages: range) -> BlocksStored:
+        blocks = range(pages.start * self._page_blocks, pages.stop * self._page_blocks)
+        tokens = chain.token_ids[blocks.start * self.block_tokens : blocks.stop * self.block_tokens]
         parent = chain.block_hashes[blocks.start - 1] if blocks.start else None
         salt = None if blocks.start else chain.salt
         return BlocksStored(tuple(chain.block_hashes[blocks.start : blocks.stop]), parent, tuple(tokens), salt)
 
     def _announce(self, names: Sequence[bytes], event: BlocksStored) -> None:
-        self._announced.update(zip(names, event.block_hashes, strict=True))
+        each = self._page_blocks
+        self._announced |= {name: event.block_hashes[at * each : (at + 1) * each] for at, name in enumerate(names)}
         self._events.append(event)
 
     def _forget(self) -> None:
         excess = len(self._announced) - self._announced_max
         if excess > 0:
-            self._events.append(BlocksRemoved(tuple(self._announced.popitem(last=False)[1] for _ in range(excess))))
+            gone = [self._announced.popitem(last=False)[1] for _ in range(excess)]
+            self._events.append(BlocksRemoved(tuple(block for blocks in gone for block in blocks)))

@@ -13,6 +13,7 @@ from typing import Any, Final
 
 from attnstore.errors import InvalidArgument
 from attnstore_worker.vllm.identity import SHARED_HASH_ALGORITHMS
+from attnstore_worker.vllm.page_groups import layer_specs
 
 _SPLIT: Final = "the tokens of a block lie on several ranks"
 SERVED: Final[Mapping[str, tuple[str, tuple[Any, ...], str]]] = MappingProxyType(
@@ -75,24 +76,27 @@ _WEIGHTS_OF_THE_MODEL: Final = frozenset(
 )
 """Load formats that read the files from which the weights' name is derived. `dummy`, for example, reads none."""
 
-_FULL: Final[Mapping[str, tuple[Any, ...]]] = MappingProxyType(
+_ATTENTION: Final[Mapping[str, tuple[Any, ...]]] = MappingProxyType(
     {
         "kv_quant_mode": (0, 1),  # NONE, FP8_PER_TENSOR
-        "non_causal": (False,),
         "tokens_per_state": (1,),
-        "page_size_padded": (None,),
         "state_content_bytes": (None,),
     }
 )
+_FULL: Final[Mapping[str, tuple[Any, ...]]] = MappingProxyType({**_ATTENTION, "non_causal": (False,)})
 _SPECS: Final[Mapping[str, Mapping[str, tuple[Any, ...]]]] = MappingProxyType(
     {
         "FullAttentionSpec": _FULL,
         "MLAAttentionSpec": {**_FULL, "model_version": (None,), "cache_role": ("sparse",), "is_index_group_leader": (False,)},
+        "SlidingWindowSpec": _ATTENTION,
+        # In mode `align`, which --enable-prefix-caching chooses, steps end where a block does, so its state has a name.
+        "MambaSpec": {"mamba_cache_mode": ("align",), "num_speculative_blocks": (0,), "num_prefill_checkpoint_blocks": (0,)},
     }
 )
 """The served kinds of vLLM's cache, and for each field of their specification the values with which a block is K and V of its
-tokens, or their latents, and nothing else.
+tokens, their latents, or the state after them, and nothing else.
 """
+_GROUP: Final[Mapping[str, tuple[Any, ...]]] = MappingProxyType({"host_resident": (False,), "enable_kv_transfer": (True,)})
 
 
 def check_supported(vllm_config: Any, kv_cache_config: Any, *, weights_are_named: bool) -> None:
@@ -132,22 +136,28 @@ def _field(config: Any, path: str) -> Any:
 
 
 def _refused_cache(kv_cache_config: Any) -> list[str]:
-    groups = kv_cache_config.kv_cache_groups
-    if len(groups) != 1:
-        return [f"the model has {len(groups)} KV cache groups, and only models with one are served"]
-    group, spec = groups[0], groups[0].kv_cache_spec
-    kind = type(spec).__name__
-    if kind not in _SPECS:  # of others a block is not K and V, or not of every token
-        return [f"the model's KV cache is a {kind}, and only {' or '.join(_SPECS)} is served"]
-    refused = [
-        f"{name} of the model's KV cache is {getattr(value, 'name', value)}, and only {' or '.join(map(str, served))} is served"
-        for name, served in _SPECS[kind].items()
-        if (value := _field(spec, name)) not in served
-    ]
     _field(kv_cache_config, "kv_tp_replicas")  # says which ranks hold the same
-    if _field(group, "is_eagle_group"):
-        refused.append("layers of a draft model are in the KV cache, and would be part of a page")
     hashed = _field(kv_cache_config, "hash_block_size")
-    if hashed not in (None, spec.block_size):
-        refused.append(f"vLLM hashes {hashed} tokens at once, and a block has {spec.block_size}")
-    return refused
+    refused: list[str] = []
+    for group in kv_cache_config.kv_cache_groups:
+        refused += _not_served(group, _GROUP, "KV cache group")
+        if _field(group, "is_eagle_group"):
+            refused.append("layers of a draft model are in the KV cache, and would be part of a page")
+        for spec in {type(spec).__name__: spec for spec in layer_specs(group).values()}.values():
+            kind = type(spec).__name__
+            if kind in _SPECS:  # of others a block is not K and V, or not of every token
+                refused += _not_served(spec, _SPECS[kind], "KV cache")
+            else:
+                refused.append(f"the model's KV cache is a {kind}, and only {' or '.join(_SPECS)} is served")
+        block_tokens = _field(group, "kv_cache_spec.block_size")
+        if hashed is not None and block_tokens % hashed:
+            refused.append(f"vLLM hashes {hashed} tokens at once, which does not divide a block of {block_tokens}")
+    return list(dict.fromkeys(refused))
+
+
+def _not_served(spec: Any, served: Mapping[str, tuple[Any, ...]], what: str) -> list[str]:
+    return [
+        f"{name} of the model's {what} is {getattr(value, 'name', value)}, and only {' or '.join(map(str, values))} is served"
+        for name, values in served.items()
+        if (value := _field(spec, name)) not in values
+    ]
