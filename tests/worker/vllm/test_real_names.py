@@ -22,9 +22,9 @@ from experiments.vllm.session import Batch, Start, attnstore_connector
 
 PYTHON = os.environ.get("ATTNSTORE_VLLM_PYTHON")
 PROMPT = [index * 7_919 % 2_000 for index in range(600)]
-PAGES = len(PROMPT) // 128
-PAGE_BYTES = 2 * 2 * 2 * 128 * 64 * 4
-"""Two layers, K and V of two heads, 128 tokens of 64 float32 each."""
+PAGES = len(PROMPT) // 256
+PAGE_BYTES = 2 * 2 * 2 * 256 * 64 * 4
+"""Two layers, K and V of two heads, 64 float32 each, of two blocks of 128 tokens."""
 
 pytestmark = [
     pytest.mark.vllm,
@@ -119,7 +119,9 @@ specs = {
     "window": SlidingWindowSpec(**full, sliding_window=128),
     "window_mla": SlidingWindowMLASpec(**latent, sliding_window=128),
     "cross": CrossAttentionSpec(**full),
-    "mamba": MambaSpec(**mamba),
+    "padded_window": SlidingWindowSpec(**full, sliding_window=128, page_size_padded=16_384),
+    "state": MambaSpec(**mamba, mamba_cache_mode="align"),
+    "state_without_prefix_caching": MambaSpec(**mamba),
     "uniform": UniformTypeKVCacheSpecs(block_size=16, kv_cache_specs={"a": FullAttentionSpec(**full)}),
 }
 told = {}
@@ -139,6 +141,8 @@ def test_vllms_own_specifications_are_served_or_refused() -> None:
     run = subprocess.run([PYTHON, "-c", _SPECS], check=True, capture_output=True, text=True)
     told = json.loads(run.stdout.splitlines()[-1])
     served = {name: writers for name, (refused, writers) in told.items() if not refused}
-    assert served == {"full": 4, "window_kept_as_full": 4, "fp8": 4, "mla": 1}, "with the ranks of four that write"
+    assert served == {
+        "full": 4, "window_kept_as_full": 4, "fp8": 4, "mla": 1, "window": 4, "padded_window": 4, "state": 4, "uniform": 4,
+    }, "with the ranks of four that write"  # fmt: skip
     assert "FP8_PER_TOKEN_HEAD" in told["per_token_head"][0][0]
-    assert "UniformTypeKVCacheSpecs" in told["uniform"][0][0]
+    assert "mamba_cache_mode" in told["state_without_prefix_caching"][0][0]

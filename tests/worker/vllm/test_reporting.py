@@ -71,11 +71,12 @@ from attnstore_worker.vllm.reporting import kv_events
 from attnstore_worker.vllm.store_events import BlocksRemoved, BlocksStored
 
 events = [BlocksStored((b"a" * 32, b"b" * 32), None, (1, 2, 3, 4), "salt"), BlocksRemoved((b"b" * 32,))]
-batch = msgspec.msgpack.encode(KVEventBatch(ts=1.0, events=list(kv_events(events, 2))))
+batch = msgspec.msgpack.encode(KVEventBatch(ts=1.0, events=list(kv_events(events, 2, 1))))
 stored, removed = msgspec.msgpack.decode(batch, type=KVEventBatch).events
 assert (len(stored.block_hashes), stored.token_ids, stored.block_size, stored.medium) == (2, [1, 2, 3, 4], 2, "ATTNSTORE")
 assert (stored.parent_block_hash, stored.locality, stored.extra_keys) == (None, "REMOTE", [("salt",), None])
 assert (removed.block_hashes, removed.medium) == (stored.block_hashes[1:], "ATTNSTORE")
+assert (stored.group_idx, removed.group_idx) == (1, 1)
 
 kinds = {kind: kind for kind in (prometheus_client.Counter, prometheus_client.Gauge, prometheus_client.Histogram)}
 config = SimpleNamespace(kv_transfer_config=None)

@@ -282,6 +282,21 @@ def test_events_follow_what_is_found_saved_and_lost(tier: RemoteTier, gate: Gate
     side.close()
 
 
+def test_a_vllm_that_cannot_go_on_after_a_prefix_gets_all_tokens_but_the_last_or_none(
+    tier: RemoteTier, gate: Gate, clock: ManualClock
+) -> None:
+    groups = [StoredGroup(GROUP, ROOT, tier)]
+    side = SchedulerSide(groups, gate, clock, lookup_ms_max=100, chunk_tokens=CHUNK_TOKENS, continues=False)
+    side.learn(FAST)
+    assert settled(side, "a", prompt_tokens=6 * TOKENS + 1) == 6 * TOKENS
+    assert settled(side, "b", prompt_tokens=6 * TOKENS + 2) == 0, "two tokens would be computed without those before them"
+    assert settled(side, "c", prompt_tokens=7 * TOKENS + 1) == 0
+    side.learn([load(1 << 20, 4_000 / 3 * (1 << 20) / LAYOUT.page_bytes)] * 96)
+    side.learn([Step(0.0, 1_000_000.0, ((0, 1000),))] * 96)
+    assert settled(side, "d", prompt_tokens=6 * TOKENS + 1) == 0, "a link that is too slow for all of it"
+    side.close()
+
+
 def test_only_the_latest_names_are_remembered() -> None:
     known = KnownPages(names_max=3)
     known.add([b"a", b"b", b"c"])

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from attnstore.errors import InvalidArgument
-from attnstore_worker.vllm.supported import SERVED, check_supported, is_served
+from attnstore_worker.vllm.supported import SERVED, check_supported, continues_prefixes, is_served
 
 
 class FullAttentionSpec(SimpleNamespace):
@@ -178,6 +178,20 @@ def test_weights_that_are_not_the_models_files_need_a_name(load_format: str) -> 
 def test_a_cache_whose_blocks_are_not_k_and_v_of_their_tokens_is_refused(cache: Any, named: str) -> None:
     with pytest.raises(InvalidArgument, match=named):
         check(config_of(), cache)
+
+
+@pytest.mark.parametrize(
+    ("mla", "chunks", "caches", "continues"),
+    [(True, False, False, False), (True, True, False, True), (True, False, True, True), (False, False, False, True)],
+)
+def test_a_vllm_that_turned_off_chunks_and_prefixes_for_mla_does_not_go_on_after_a_prefix(
+    mla: bool, chunks: bool, caches: bool, continues: bool
+) -> None:
+    config = config_of()
+    config.model_config.use_mla = mla
+    config.scheduler_config = SimpleNamespace(enable_chunked_prefill=chunks)
+    config.cache_config.enable_prefix_caching = caches
+    assert continues_prefixes(config) is continues
 
 
 def test_scales_that_an_engine_computes_are_refused() -> None:

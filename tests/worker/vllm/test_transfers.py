@@ -58,12 +58,13 @@ def moving(
     save_bytes_max: int = 1 << 20,
     part_bytes: int = 1 << 20,
     clock: Clock = MonotonicClock(),  # noqa: B008
+    whole: bool = False,
 ) -> Transfers:
     """Transfers between a store and a cache."""
     tier = RemoteTier(cast("PageStore", store), SPACE, LAYOUT, deadline_ms=deadline_ms, clock=clock)
     blocks = kv_blocks(cache, blocks=BLOCKS, layer_bytes=[LAYER_BYTES] * LAYERS)
     group = GroupStore(tier, blocks, LAYOUT, LAYOUT, page_blocks=1, step_pages=BLOCKS)
-    return Transfers([group], HostDevice(), clock, save_bytes_max=save_bytes_max, part_bytes=part_bytes)
+    return Transfers([group], HostDevice(), clock, save_bytes_max=save_bytes_max, part_bytes=part_bytes, whole=whole)
 
 
 @pytest.fixture
@@ -127,6 +128,23 @@ def test_what_follows_a_miss_is_reported_and_not_written(transfers_of: Callable[
     assert reader.take_failed_blocks() == set(), "told once"
     for before, layer in zip(untouched, target, strict=True):
         assert torch.equal(layer[8:], before[8:])
+
+
+def test_of_a_load_that_vllm_can_use_whole_only_the_request_is_reported(node: StoreProcess) -> None:
+    with attnstore.connect(node.url) as client:
+        client.register_layout(SPACE, LAYOUT)
+        client.delete(SPACE, NAMES)  # other tests saved other pages under these names
+        writer = moving(client, make_cache(3))
+        writer.save(plans(0, 2))
+        writer.flush()
+        reader = moving(client, make_cache(4), whole=True)
+        reader.load(RequestLoad("whole", plans(0, 2)))
+        reader.load(RequestLoad("in part", plans(0, 3)))
+        wait_loaded(reader, "whole", "in part")
+        assert reader.take_failed_requests() == {"in part"}
+        assert reader.take_failed_requests() == set(), "told once"
+        assert reader.take_failed_blocks() == set()
+        reader.flush()
 
 
 def test_a_save_is_a_copy_and_what_passes_the_bound_is_not_saved(transfers_of: Callable[..., Transfers]) -> None:

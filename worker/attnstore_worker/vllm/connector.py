@@ -10,7 +10,6 @@ from collections import deque
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import psutil  # one of vLLM's packages
@@ -19,7 +18,6 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorMetadata,
     KVConnectorRole,
     KVConnectorTransferResults,
-    KVConnectorWorkerMetadata,
     SupportsHMA,
 )
 
@@ -40,6 +38,7 @@ from attnstore_worker.vllm.group_pages import GroupStore
 from attnstore_worker.vllm.identity import block_order, group_settings, kv_settings, shard_of, vllm_namespace
 from attnstore_worker.vllm.kv_pages import kv_blocks
 from attnstore_worker.vllm.lookups import StoredGroup
+from attnstore_worker.vllm.messages import StepMetadata, WorkerMetadata, WorkerStart
 from attnstore_worker.vllm.page_groups import PageGroup, layer_specs, page_groups, told_group
 from attnstore_worker.vllm.plan import Pages, StepPlan
 from attnstore_worker.vllm.probe import probe_link
@@ -47,7 +46,7 @@ from attnstore_worker.vllm.reporting import ReportingConnector
 from attnstore_worker.vllm.scheduling import SchedulerSide
 from attnstore_worker.vllm.settings import Settings
 from attnstore_worker.vllm.store_events import Chain, StoreEvents
-from attnstore_worker.vllm.supported import check_supported, is_served
+from attnstore_worker.vllm.supported import check_supported, continues_prefixes, is_served
 from attnstore_worker.vllm.transfers import Transfers
 from attnstore_worker.vllm.written_tier import WrittenTier
 
@@ -72,36 +71,6 @@ class _Steps(Unobserved):
         self.untold.append(step)
 
 
-@dataclass
-class StepMetadata(KVConnectorMetadata):
-    """Scheduler to worker, each step. `ended`: requests that have lost their blocks since the last step."""
-
-    plan: StepPlan
-    ended: frozenset[str] = frozenset()
-
-
-@dataclass
-class WorkerMetadata(KVConnectorWorkerMetadata):
-    """Worker to scheduler: the measurements since the last report, and the pages of rank 0 that were `written`."""
-
-    observations: tuple[Transfer | Step, ...]
-    written: tuple[bytes, ...] = ()
-
-    def aggregate(self, other: KVConnectorWorkerMetadata) -> WorkerMetadata:
-        """Merges those of two workers."""
-        assert isinstance(other, WorkerMetadata)
-        return WorkerMetadata(self.observations + other.observations, self.written + other.written)
-
-
-@dataclass(frozen=True)
-class WorkerStart(KVConnectorHandshakeMetadata):
-    """Worker to scheduler, once: what a page of each group holds, and its namespace, of which the worker's attention backends
-    decide a part.
-    """
-
-    groups: tuple[tuple[PageGroup, Namespace], ...]
-
-
 class AttnStoreConnector(ReportingConnector, SupportsHMA):
     """See the package. Raises `InvalidArgument` for a configuration that it cannot serve."""
 
@@ -109,6 +78,11 @@ class AttnStoreConnector(ReportingConnector, SupportsHMA):
         super().__init__(vllm_config=vllm_config, role=role, kv_cache_config=kv_cache_config)
         self._settings = Settings.parse(self._kv_transfer_config.kv_connector_extra_config)
         check_supported(vllm_config, kv_cache_config, weights_are_named=self._settings.model_id is not None)
+        self._continues = continues_prefixes(vllm_config)
+        if not self._continues:
+            _log.warning(
+                "vLLM's MLA cannot compute after a loaded prefix here: a prompt is a hit if one token of it is left to compute"
+            )
         self._clock = MonotonicClock()
         rank = 0 if role is KVConnectorRole.SCHEDULER else _tensor_parallel_rank()
         tp_size = int(vllm_config.parallel_config.tensor_parallel_size)
@@ -171,6 +145,7 @@ class AttnStoreConnector(ReportingConnector, SupportsHMA):
             self._clock,
             lookup_ms_max=lookup_ms_max,
             chunk_tokens=int(self._vllm_config.scheduler_config.max_num_batched_tokens),
+            continues=self._continues,
             events=self._events,
         )
         self._measure_link()
@@ -308,7 +283,8 @@ class AttnStoreConnector(ReportingConnector, SupportsHMA):
             )
             for group, space in self._groups
         ]
-        self._transfers = Transfers(stores, self._device, self._clock, save_bytes_max=self._settings.save_bytes_max)
+        save_bytes_max = self._settings.save_bytes_max
+        self._transfers = Transfers(stores, self._device, self._clock, save_bytes_max=save_bytes_max, whole=not self._continues)
 
     def _namespace(self, group: PageGroup, settings: Mapping[str, Any]) -> Namespace:
         own = self._kv_cache_config.kv_cache_groups

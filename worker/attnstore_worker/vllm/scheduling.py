@@ -55,8 +55,8 @@ class _Request:
 
 class SchedulerSide:
     """Looks up pages of `groups`, and claims the part of a hit that `gate` chooses. vLLM computes at most `chunk_tokens` in a step;
-    a request waits at most `lookup_ms_max` for the store's answer. `events` is told of what the store has of the first group that
-    keeps all tokens.
+    a request waits at most `lookup_ms_max` for the store's answer. Unless vLLM `continues` a prompt whose first tokens were loaded,
+    a hit is all tokens but the last, or none. `events` is told of what the store has of the first group that keeps all tokens.
     """
 
     def __init__(
@@ -67,6 +67,7 @@ class SchedulerSide:
         *,
         lookup_ms_max: float,
         chunk_tokens: int,
+        continues: bool = True,
         events: StoreEvents | None = None,
     ) -> None:
         self._groups = groups
@@ -75,6 +76,7 @@ class SchedulerSide:
         self._clock = clock
         self._lookup_ms_max = lookup_ms_max
         self._chunk_tokens = chunk_tokens
+        self._continues = continues
         self._events = events
         told = told_group([each.group for each in groups])
         self._told = told.index if told is not None else None
@@ -122,6 +124,8 @@ class SchedulerSide:
         blocks = self._gate.blocks_to_fetch(self._work(prompt_tokens, computed_tokens, end))
         end = _last(request.ends, (front + blocks) * self._block_tokens)
         self._refused |= end <= computed_tokens
+        if end < usable and not self._continues:
+            return 0
         request.local_tokens = computed_tokens
         return max(0, end - computed_tokens)
 

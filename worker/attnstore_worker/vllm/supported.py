@@ -119,6 +119,14 @@ def check_supported(vllm_config: Any, kv_cache_config: Any, *, weights_are_named
         raise InvalidArgument("; ".join(refused))
 
 
+def continues_prefixes(vllm_config: Any) -> bool:
+    """Whether vLLM computes the rest of a prompt whose first tokens were loaded. On a CPU its MLA ignores loaded tokens when it
+    computes several at once, and vLLM turns off chunked prefill and prefix caching for this reason.
+    """
+    chunks = _field(vllm_config, "scheduler_config.enable_chunked_prefill")
+    return chunks or _field(vllm_config, "cache_config.enable_prefix_caching") or not _field(vllm_config, "model_config.use_mla")
+
+
 def is_served(request: Any) -> bool:
     """Whether vLLM's hashes name the KV of a request in every process. They do not for an adapter, because they contain its path
     and not its content, nor for images and other inputs, which the caller may name.

@@ -65,7 +65,7 @@ class _Load:
 class Transfers:
     """Moves pages of `groups`, which are vLLM's in order, between the store and vLLM's blocks on `device`. The tiers' deadline
     bounds a load, a write and `flush`; `save_bytes_max` is the memory for pages that wait to be written; a load is read in parts of
-    `part_bytes`: while one is copied into vLLM's blocks, the next is read.
+    `part_bytes`: while one is copied into vLLM's blocks, the next is read. `whole`: vLLM can use a load only if all of it arrived.
 
     `load`, `save` and `end` are called by the thread that runs vLLM's model.
     """
@@ -78,12 +78,14 @@ class Transfers:
         *,
         save_bytes_max: int,
         part_bytes: int = _PART_BYTES,
+        whole: bool = False,
     ) -> None:
         step_bytes = [own.step_pages * own.layout.page_bytes for own in groups]
         self._groups = [
             GroupPages(own, device, save_bytes=save_bytes_max * size // sum(step_bytes), part_bytes=part_bytes)
             for own, size in zip(groups, step_bytes, strict=True)
         ]
+        self._whole = whole or len(groups) > 1  # of several groups, vLLM cannot tell whose block has failed
         self._deadline_ms = groups[0].tier.deadline_ms
         self._device = device
         self._clock = clock
@@ -137,15 +139,13 @@ class Transfers:
             return loaded
 
     def take_failed_blocks(self) -> set[int]:
-        """Returns the blocks with useless content since the last call, if there is one group."""
+        """Returns the blocks with useless content since the last call, of loads that vLLM can use in part."""
         with self._lock:
             failed, self._failed_blocks = self._failed_blocks, set()
             return failed
 
     def take_failed_requests(self) -> set[str]:
-        """Returns the requests whose loads have failed since the last call, if there are several groups: numbers of blocks are
-        unique in a group only.
-        """
+        """Returns the requests whose loads have failed since the last call, of loads that vLLM can use whole only."""
         with self._lock:
             failed, self._failed_requests = self._failed_requests, set()
             return failed
@@ -212,7 +212,7 @@ class Transfers:
         with self._lock:
             if not load.ended:  # otherwise the blocks are no longer the request's
                 for part, pages in zip(request.parts, good, strict=True):
-                    if pages < len(part) and len(self._groups) > 1:
+                    if pages < len(part) and self._whole:
                         self._failed_requests.add(request.request_id)
                     elif pages < len(part):
                         self._failed_blocks.update(part.blocks_of(range(pages, len(part))))
