@@ -100,9 +100,9 @@ class SpillDisk:
         self._device = device
         self._superblock = superblock
         self._lock = threading.RLock()
-        self._segments = Segments(device, superblock.store, superblock.life, capacity_bytes, segment_bytes)
+        self._segments = Segments(device, superblock.store, capacity_bytes, segment_bytes)
         self._recovered: list[FoundSegment] = []
-        self._sequences = count(superblock.life << LIFE_BITS)
+        self._sequences = count()
 
     @classmethod
     def open(
@@ -304,6 +304,11 @@ class SpillDisk:
     def _recover(self) -> None:
         found = find(self._device, self._device.names(), self._superblock.store)
         self._segments.bad_bytes = found.bad_bytes
+        # The life is too low if the latest superblock was damaged and the one before it counts.
+        generations = [segment.header.generation for segment in (*found.free, *(each.segment for each in found.full))]
+        sequences = [entry.sequence for each in found.full for entry in each.entries]
+        first = max(self._superblock.life << LIFE_BITS, max(generations, default=0) + 1, max(sequences, default=0) + 1)
+        self._segments.generations = self._sequences = count(first)
         for segment in found.headless:
             # Its begin was interrupted or its header is damaged: nothing in it can be trusted, nor whose it was.
             self._device.unlink(segment.name)
@@ -344,7 +349,8 @@ def _next_life(device: Device) -> Superblock:
     if last is None:
         if SUPERBLOCK_NAME not in names:
             device.create(SUPERBLOCK_NAME, SUPERBLOCK_PLACES * BLOCK_BYTES)
-        last = Superblock(secrets.token_bytes(16), life=0, deletions_seen=0, sequence=0)
+        last = Superblock(secrets.token_bytes(16), life=0, deletions_seen=0, sequence=1)
+        _write_superblock(device, last)  # so that both places are valid from the first life on
     block = replace(last, life=last.life + 1, sequence=last.sequence + 1)
     _write_superblock(device, block)
     return block

@@ -39,14 +39,16 @@ _READ_ONLY: Final = {errno.EROFS, errno.EACCES, errno.EPERM}
 
 
 class Segments:
-    """See the module. `failing` are segments that reads found bad; `replaced` has the older record of a page by the newer one."""
+    """See the module. `failing` are segments that reads found bad; `replaced` has the older record of a page by the newer one,
+    and `generations` gives numbers that no segment ever had.
+    """
 
-    def __init__(self, device: Device, store: bytes, life: int, capacity_bytes: int, segment_bytes: int) -> None:
+    def __init__(self, device: Device, store: bytes, capacity_bytes: int, segment_bytes: int) -> None:
         self._device = device
         self._store = store
         self._capacity_bytes = capacity_bytes
         self._segment_bytes = segment_bytes
-        self._generations = count(life << LIFE_BITS)
+        self.generations = count()
         self._read_only: str | None = None
         self.all: dict[int, Segment] = {}
         self.sealed: dict[int, Segment] = {}
@@ -79,7 +81,7 @@ class Segments:
         if len(tenant.encode()) > TENANT_BYTES_MAX:
             raise InvalidArgument(f"the tenant's name has more than {TENANT_BYTES_MAX} bytes")
         segment = self._empty(tenant)
-        header = SegmentHeader(next(self._generations), self._store, tenant, page_bytes, records)
+        header = SegmentHeader(next(self.generations), self._store, tenant, page_bytes, records)
         with self.guarded(segment):
             segment.start(header)
         self.free.pop(segment.number, None)
@@ -116,7 +118,7 @@ class Segments:
 
     def discard(self, segment: Segment) -> None:
         """Ends the generation of a segment, so that nothing of it is ever found again."""
-        header = no_records(self._store, segment.header.tenant, next(self._generations))
+        header = no_records(self._store, segment.header.tenant, next(self.generations))
         self._forget(segment)
         with self.guarded(segment):
             segment.start(header)

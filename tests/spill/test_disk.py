@@ -13,7 +13,8 @@ from attnstore.errors import InvalidArgument
 from attnstore.spill.device import DirectoryDevice
 from attnstore.spill.disk import Read, SpillDisk, Verdict, Write
 from attnstore.spill.errors import DiskFault, DiskFull, DiskReadOnly, DiskRefused, SegmentLost
-from attnstore.spill.segment import Location, segment_of
+from attnstore.spill.format import BLOCK_BYTES
+from attnstore.spill.segment import Location, generation_of, segment_of
 from attnstore.testing.simulated_disk import FLUSH, READ, WRITE, SimulatedDisk
 from tests.spill.pages import CAPACITY_BYTES, SEGMENT_BYTES, entry, opened, page, read, recovered, store, write
 
@@ -44,6 +45,17 @@ def test_pages_and_deletions_survive_a_close_and_a_kill(directory: Path) -> None
     assert sorted(found) == [1, 2, 3, 5, 6, 7, 8, 20]
     assert set(read(disk, found).values()) == {Verdict.OK}
     assert directory.stat().st_mode & 0o777 == 0o700
+    disk.close()
+
+
+def test_the_position_in_the_log_of_deletions_survives(directory: Path) -> None:
+    disk = opened(DirectoryDevice(directory))
+    assert disk.deletions_seen == 0
+    disk.note_deletions(41)
+    disk.note_deletions(42)
+    _killed(disk)
+    disk = opened(DirectoryDevice(directory))
+    assert disk.deletions_seen == 42
     disk.close()
 
 
@@ -270,6 +282,40 @@ def test_every_byte_of_a_store_is_flipped_and_no_wrong_byte_is_read() -> None:
         verdicts = read(again, found)
         missed += {key for key, verdict in verdicts.items() if verdict is Verdict.OK} != {0, 2}
     assert missed > 500
+
+
+@pytest.mark.parametrize("place", [0, 1])
+def test_either_superblock_may_be_damaged_and_no_generation_is_used_twice(place: int) -> None:
+    simulated = SimulatedDisk()
+    disk = opened(simulated)
+    (before,) = store(disk, [1]).values()
+    disk.reclaim()
+    disk.close()
+    whole = {name: bytes(file.current) for name, file in simulated.files.items()}
+    data = bytearray(whole["superblock"])
+    data[place * BLOCK_BYTES + 50] ^= 1
+    disk = opened(SimulatedDisk(whole | {"superblock": bytes(data)}))
+    (after,) = store(disk, [2]).values()
+    assert segment_of(after) == segment_of(before)
+    assert generation_of(after) > generation_of(before) + 1, "the reclaim took a generation too"
+
+
+def test_a_file_system_without_direct_io_is_used_through_its_cache(
+    directory: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    real_open = os.open
+
+    def without_direct(path: str, flags: int, *arguments: int, **options: int) -> int:
+        if flags & os.O_DIRECT:
+            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+        return real_open(path, flags, *arguments, **options)
+
+    monkeypatch.setattr(os, "open", without_direct)
+    disk = opened(DirectoryDevice(directory))
+    places = store(disk, range(9))
+    assert set(read(disk, places).values()) == {Verdict.OK}
+    disk.close()
+    assert sum("no direct I/O" in record.getMessage() for record in caplog.records) == 1
 
 
 def test_readers_run_beside_a_writer_that_reclaims_and_see_no_wrong_byte(directory: Path) -> None:
