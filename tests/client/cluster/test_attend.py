@@ -138,9 +138,25 @@ def test_the_prefix_ends_at_the_first_page_that_no_node_has(loop: LoopThread) ->
         assert (ada.sets, bob.sets) == ([HASHES[:2]], [HASHES[2:3]])
 
 
-def test_a_page_goes_to_the_node_that_has_it_and_was_given_the_fewest() -> None:
-    assert distribute([{0, 1, 2, 3}, {1, 2, 3, 5}], 6) == [[0, 2], [1, 3]]
+def test_a_page_goes_to_a_node_that_has_it_and_shares_are_equal() -> None:
+    assert distribute([{0, 1, 2, 3}, {1, 2, 3, 5}], 6) == [[0, 1], [2, 3]]
     assert distribute([], 3) == []
+
+
+def test_a_node_that_alone_has_pages_gets_fewer_of_those_that_others_have_too() -> None:
+    assert distribute([range(8), range(4)], 8) == [[4, 5, 6, 7], [0, 1, 2, 3]]
+
+
+def test_hundreds_of_nodes_with_two_replicas_of_each_segment_get_equal_shares() -> None:
+    nodes, segment = 200, 64
+    present: list[list[int]] = [[] for _ in range(nodes)]
+    for first in range(0, nodes * segment, segment):
+        for node in (first // segment, first // segment + 1):
+            present[node % nodes].extend(range(first, first + segment))
+    held = distribute(present, nodes * segment)
+    assert sorted(index for indices in held for index in indices) == list(range(nodes * segment))
+    assert all(set(indices) <= set(there) for indices, there in zip(held, present, strict=True))
+    assert max(map(len, held)) == segment
 
 
 def test_nothing_is_kept_at_a_node_where_nothing_was_found_or_needed(loop: LoopThread) -> None:
