@@ -140,7 +140,9 @@ CHANNEL_UNAUTHENTICATED_MAX = 32
 CHANNEL_BACKLOG_MAX = 1_024
 """Connections that the kernel holds for one listener until they are accepted."""
 CHANNEL_READ_HASHES_MAX = 4_096
-"""Hashes in one READ frame; longer reads are sent as several. Also hashes, and prefixes, of a MATCH; longer ones go over gRPC."""
+"""Hashes in one READ frame; longer reads are sent as several."""
+CHANNEL_MATCH_HASHES_MAX = 16_384
+"""Hashes, and prefixes, of one MATCH frame; longer matches go over gRPC. A prompt of 262,144 tokens in blocks of 16."""
 CHANNEL_SECOND_READ_HASHES_MAX = 512
 """Hashes in a READ that is sent while another is being answered. Such a frame always fits the kernel's buffers."""
 CHANNELS_MAX = 16
@@ -167,7 +169,7 @@ SHM_LENT_BYTES_MAX = 2 * PAGE_BYTES_MAX
 SHM_LENT_NODE_BYTES_MAX = 4 * SHM_LENT_BYTES_MAX
 """Memory lent to one node over all connections together; most lend 8 MiB. Mapping it allocates its holes."""
 
-assert CHANNEL_SECOND_READ_HASHES_MAX <= CHANNEL_READ_HASHES_MAX <= HASHES_MAX
+assert CHANNEL_SECOND_READ_HASHES_MAX <= CHANNEL_READ_HASHES_MAX <= CHANNEL_MATCH_HASHES_MAX <= HASHES_MAX
 assert CHANNELS_MAX <= CHANNEL_CONNECTIONS_MAX
 assert CHANNEL_CONNECTIONS_MAX + CHANNEL_UNAUTHENTICATED_MAX <= CHANNEL_BACKLOG_MAX
 

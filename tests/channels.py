@@ -21,7 +21,7 @@ from attnstore.clock import Clock, Deadline, MonotonicClock
 from attnstore.core.hashing import layer_checksums, page_checksum
 from attnstore.core.page_table import PageTable
 from attnstore.errors import AttnStoreError, Retryable, Unavailable
-from attnstore.limits import CHANNEL_CREDITS, CHANNEL_READ_HASHES_MAX, HASH_BYTES, LEASE_ID_BYTES
+from attnstore.limits import CHANNEL_CREDITS, CHANNEL_MATCH_HASHES_MAX, CHANNEL_READ_HASHES_MAX, HASH_BYTES, LEASE_ID_BYTES
 from attnstore.server.attend import Attending
 from attnstore.server.page_channel import PageChannelServer, TokenBook
 from attnstore.server.store import Store
@@ -225,9 +225,16 @@ Script = Callable[[NodeEnd], None]
 class ScriptedNode:
     """A listening socket; a thread per connection runs `script` and then closes the connection."""
 
-    def __init__(self, script: Script, *, credits: int = CHANNEL_CREDITS, hashes_max: int = CHANNEL_READ_HASHES_MAX) -> None:
+    def __init__(
+        self,
+        script: Script,
+        *,
+        credits: int = CHANNEL_CREDITS,
+        hashes_max: int = CHANNEL_READ_HASHES_MAX,
+        match_hashes_max: int = CHANNEL_MATCH_HASHES_MAX,
+    ) -> None:
         self._script = script
-        self._welcome = encode_frame(Frame(Kind.WELCOME, page=hashes_max, request=credits))
+        self._welcome = encode_frame(Frame(Kind.WELCOME, page=hashes_max, request=credits, offset_bytes=match_hashes_max))
         self._listener = socket.create_server(("127.0.0.1", 0))
         self._threads: list[threading.Thread] = []
         self._streams: list[FrameStream] = []

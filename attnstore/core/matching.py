@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
+from attnstore.core.page import Page
 from attnstore.core.page_table import MatchOutcome, PageTable
 from attnstore.limits import MATCH_PAGES_MAX
 from attnstore.types import Space
@@ -27,7 +28,7 @@ class SlicedMatch:
         self._granted_ms = 0
         self._hits = [0] * len(prefixes)
         self._to_find = _batches(prefixes)
-        self._to_touch: list[list[bytes]] = []
+        self._to_touch: list[list[Page]] = []
         self.lease_id: bytes | None = None
 
     def advance(self, now_ms: float) -> bool:
@@ -36,7 +37,7 @@ class SlicedMatch:
         if batch is not None:
             self._find(batch, now_ms)
         elif self._to_touch:
-            self._table.use(self._space, self._to_touch.pop()[::-1], None, now_ms)
+            self._table.touch(self._space, self._to_touch.pop()[::-1])
         return batch is None and not self._to_touch
 
     def outcome(self) -> MatchOutcome:
@@ -45,16 +46,17 @@ class SlicedMatch:
 
     def _find(self, batch: list[_Run], now_ms: float) -> None:
         asked = [run for run in batch if self._hits[run[0]] == run[1]]
-        found = self._table.match(self._space, [run for _, _, run in asked], self._lease_ms, now_ms, self.lease_id)
-        for (prefix, _, _), hits in zip(asked, found.hits, strict=True):
-            self._hits[prefix] += hits
+        runs = [run for _, _, run in asked]
         if self._lease_ms == 0:
-            self._to_touch.append(
-                [page_hash for (_, _, run), hits in zip(asked, found.hits, strict=True) for page_hash in run[:hits]]
-            )
-        self._table.missed(sum(len(run) for _, _, run in batch) - sum(len(run) for _, _, run in asked))
-        self.lease_id = found.lease_id
-        self._granted_ms = found.lease_ms or self._granted_ms
+            hits, pages = self._table.find(self._space, runs)
+            self._to_touch.append(pages)
+        else:
+            found = self._table.match(self._space, runs, self._lease_ms, now_ms, self.lease_id)
+            hits, self.lease_id = found.hits, found.lease_id
+            self._granted_ms = found.lease_ms or self._granted_ms
+        for (prefix, _, _), more in zip(asked, hits, strict=True):
+            self._hits[prefix] += more
+        self._table.missed(sum(len(run) for _, _, run in batch) - sum(map(len, runs)))
 
 
 def _batches(prefixes: Sequence[Sequence[bytes]]) -> Iterator[list[_Run]]:

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import enum
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -140,6 +141,21 @@ class NamespaceRecord:
     def has_pages(self) -> bool:
         """Whether the space has pages in any state."""
         return bool(self.sealed or self.arriving or self.corrupt)
+
+    def leading(self, prefixes: Sequence[Sequence[bytes]]) -> tuple[tuple[int, ...], list[Page]]:
+        """Returns how many leading pages of each prefix are sealed, and these pages. O(1) per hash."""
+        found: list[Page] = []
+        hits = []
+        lookup = self.sealed.get
+        for prefix in prefixes:
+            before = len(found)
+            for page_hash in prefix:
+                page = lookup(page_hash)
+                if page is None:
+                    break
+                found.append(page)
+            hits.append(len(found) - before)
+        return tuple(hits), found
 
 
 @dataclass(slots=True, eq=False)

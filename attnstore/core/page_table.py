@@ -102,28 +102,30 @@ class PageTable:
         Raises `Overloaded` if the lease would exceed the tenant's share; nothing has changed then.
         """
         record = self.namespaces.find(space)
-        found: list[Page] = []
-        hits = []
-        asked = 0
-        lookup = record.sealed.get
-        for prefix in prefixes:
-            asked += len(prefix)
-            before = len(found)
-            for page_hash in prefix:
-                page = lookup(page_hash)
-                if page is None:
-                    break
-                found.append(page)
-            hits.append(len(found) - before)
+        hits, found = record.leading(prefixes)
         granted_ms = 0
         if found and lease_ms > 0:
             granted_ms = min(lease_ms, LEASE_MS_MAX)
             lease_id = self.pins.lease(record, found, granted_ms, now_ms, lease_id)
         else:
             self.pins.touch(record, found[::-1])
+        self._count(prefixes, found)
+        return MatchOutcome(hits, lease_id, granted_ms)
+
+    def find(self, space: Space, prefixes: Sequence[Sequence[bytes]]) -> tuple[tuple[int, ...], list[Page]]:
+        """Counts as `match` does, without a lease and without a use. Returns the counts, and the pages for `touch`."""
+        hits, found = self.namespaces.find(space).leading(prefixes)
+        self._count(prefixes, found)
+        return hits, found
+
+    def touch(self, space: Space, pages: Sequence[Page]) -> None:
+        """Records that pages which `find` returned were used, but for those that are gone meanwhile."""
+        record = self.namespaces.find(space)
+        self.pins.touch(record, [page for page in pages if page.state is PageState.SEALED])
+
+    def _count(self, prefixes: Sequence[Sequence[bytes]], found: Sequence[Page]) -> None:
         self._hit += len(found)
-        self._missed += asked - len(found)
-        return MatchOutcome(tuple(hits), lease_id, granted_ms)
+        self._missed += sum(map(len, prefixes)) - len(found)
 
     def missed(self, pages: int) -> None:
         """Counts the hashes of a prefix that `match` was not asked for, because an earlier one was missing."""

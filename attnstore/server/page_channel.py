@@ -28,6 +28,7 @@ from attnstore.limits import (
     CHANNEL_HELLO_MS_MAX,
     CHANNEL_IDLE_MS_MAX,
     CHANNEL_LAYER_PINS_MS_MAX,
+    CHANNEL_MATCH_HASHES_MAX,
     CHANNEL_READ_HASHES_MAX,
     CHANNEL_TOKEN_BYTES,
     CHANNEL_TOKEN_MS_MAX,
@@ -213,7 +214,8 @@ class _Connection(Connection):
             raise InvalidArgument(f"the page channel's version is {VERSION}; the client speaks {hello.page}")
         tenant = self._tokens.redeem(bytes(token))
         admit(tenant)
-        self._stream.send(encode_frame(Frame(Kind.WELCOME, page=CHANNEL_READ_HASHES_MAX, request=CHANNEL_CREDITS)))
+        welcome = Frame(Kind.WELCOME, page=CHANNEL_READ_HASHES_MAX, request=CHANNEL_CREDITS, offset_bytes=CHANNEL_MATCH_HASHES_MAX)
+        self._stream.send(encode_frame(welcome))
         return tenant
 
     def _next_request(self) -> Frame:

@@ -20,7 +20,8 @@ A frame is a header of 128 bytes, little-endian, and `size_bytes` of payload:
 | ATTEND       | client | attend to one layer of these sets         | request, page = sets, layer_begin,       | sets, rows    |
 |              |        |                                           | offset = budget in ms, checksum          |               |
 | ATTEND_CLOSE | client | unpin this set                            | page = set                               | none          |
-| WELCOME      | node   | the channel is open                       | page = READ's hashes, request = credits  | none          |
+| WELCOME      | node   | the channel is open                       | page = READ's hashes, request = credits, | none          |
+|              |        |                                           | offset = MATCH's hashes                  |               |
 | SLICE        | node   | (part of) a page and its checksum; a miss | request, page, status, offset, checksum  | see `Order`   |
 | VERDICT      | node   | the result of one WRITE                   | request, page, status                    | none          |
 | MATCHED      | node   | leading pages per prefix, now leased      | request, lease, offset = lease in ms     | hits          |
@@ -52,6 +53,7 @@ from attnstore.limits import (
     ATTEND_BYTES_MAX,
     ATTEND_FRAME_BYTES_MAX,
     CHANNEL_GATHER_PAGES,
+    CHANNEL_MATCH_HASHES_MAX,
     CHANNEL_READ_HASHES_MAX,
     CHANNEL_REASON_BYTES_MAX,
     CHANNEL_TOKEN_BYTES,
@@ -107,14 +109,14 @@ _PAYLOAD_BYTES_MAX: Final[dict[Kind, int]] = {
     Kind.HELLO: CHANNEL_TOKEN_BYTES,
     Kind.READ: CHANNEL_READ_HASHES_MAX * HASH_BYTES,
     Kind.WRITE: PAGE_BYTES_MAX,
-    Kind.MATCH: CHANNEL_READ_HASHES_MAX * (COUNT_BYTES + HASH_BYTES),
+    Kind.MATCH: CHANNEL_MATCH_HASHES_MAX * (COUNT_BYTES + HASH_BYTES),
     Kind.ATTEND_OPEN: ATTEND_FRAME_BYTES_MAX,
     Kind.ATTEND: ATTEND_FRAME_BYTES_MAX,
     Kind.ATTEND_CLOSE: 0,
     Kind.WELCOME: 0,
     Kind.SLICE: PAGE_BYTES_MAX + CHANNEL_GATHER_PAGES * LAYER_CHECKSUM_BYTES,
     Kind.VERDICT: 0,
-    Kind.MATCHED: CHANNEL_READ_HASHES_MAX * COUNT_BYTES,
+    Kind.MATCHED: CHANNEL_MATCH_HASHES_MAX * COUNT_BYTES,
     Kind.REFUSED: CHANNEL_REASON_BYTES_MAX,
     Kind.OPENED: 0,
     Kind.PARTIAL: 2 * ATTEND_BYTES_MAX,

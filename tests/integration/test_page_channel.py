@@ -13,6 +13,7 @@ from attnstore import PageStatus, errors
 from attnstore.core.hashing import layer_checksums, page_checksum
 from attnstore.limits import (
     CHANNEL_CREDITS,
+    CHANNEL_MATCH_HASHES_MAX,
     CHANNEL_READ_HASHES_MAX,
     CHANNEL_TOKEN_BYTES,
     CHANNEL_TOKEN_MS_MAX,
@@ -50,6 +51,7 @@ def test_the_welcome_says_how_much_may_be_on_the_way(node: ChannelNode) -> None:
     say_hello(stream, node.tokens.issue("default"))
     welcome = stream.receive()
     assert (welcome.kind, welcome.page, welcome.request) == (Kind.WELCOME, CHANNEL_READ_HASHES_MAX, CHANNEL_CREDITS)
+    assert welcome.offset_bytes == CHANNEL_MATCH_HASHES_MAX
     stream.close()
 
 

@@ -27,6 +27,7 @@ from attnstore.errors import AttnStoreError, InvalidArgument, Overloaded, Protoc
 from attnstore.limits import (
     CHANNEL_CREDITS,
     CHANNEL_GATHER_PAGES,
+    CHANNEL_MATCH_HASHES_MAX,
     CHANNEL_READ_HASHES_MAX,
     CHANNEL_SECOND_READ_HASHES_MAX,
 )
@@ -51,6 +52,7 @@ class TcpTransport:
         self._pool = ChannelPool(self._connect)
         self._attending = weakref.WeakSet[ChannelAttend]()
         self._parts = PartWorkers(channels, "attnstore-tcp")
+        self._match_hashes_max = CHANNEL_READ_HASHES_MAX  # until the node has told
 
     def close(self) -> None:
         """Breaks running transfers and closes everything, without waiting: running calls end soon, with `ClientClosed`."""
@@ -74,8 +76,8 @@ class TcpTransport:
         return ThreadCall(lambda: plan.result(verdicts.wait()), plan.transfer)
 
     def match(self, plan: MatchPlan) -> Call[MatchResult] | None:
-        """See `Transport.match`. None for more than one frame carries."""
-        if max(plan.hashes, len(plan.prefixes)) > CHANNEL_READ_HASHES_MAX:
+        """See `Transport.match`. None for more than one frame carries, and for much before the node has told how much it takes."""
+        if max(plan.hashes, len(plan.prefixes)) > self._match_hashes_max:
             return None
         run = functools.partial(_Channel.match, plan=plan, payload=encode_prefixes(plan.prefixes))
         return ThreadCall(functools.partial(self._pool.exchange, plan.deadline, plan.transfer, run), plan.transfer)
@@ -113,7 +115,9 @@ class TcpTransport:
         except (OSError, ValueError) as error:
             raise BulkUnavailable(f"the page channel at {self._host} cannot be reached: {error}") from None
         try:
-            return _Channel.opened(FrameStream(connection, Role.CLIENT), token, soon)
+            channel = _Channel.opened(FrameStream(connection, Role.CLIENT), token, soon)
+            self._match_hashes_max = channel.match_hashes_max
+            return channel
         except BaseException as error:
             connection.close()
             if isinstance(error, (AttnStoreError, OSError)):
@@ -124,10 +128,11 @@ class TcpTransport:
 class _Channel:
     """One open connection: a client's half of the protocol."""
 
-    def __init__(self, stream: FrameStream, read_hashes_max: int, credits_max: int) -> None:
+    def __init__(self, stream: FrameStream, read_hashes_max: int, match_hashes_max: int, credits_max: int) -> None:
         self.stream = stream
         self.answered = False
         self._read_hashes_max = read_hashes_max
+        self.match_hashes_max = match_hashes_max
         self._credits_max = credits_max
         self._request = 0
 
@@ -137,7 +142,13 @@ class _Channel:
         stream.bound(deadline.left_ms)
         stream.send(encode_frame(Frame(Kind.HELLO, page=VERSION, size_bytes=len(token))), token)
         welcome = stream.receive()
-        channel = cls(stream, min(welcome.page, CHANNEL_READ_HASHES_MAX), min(welcome.request, CHANNEL_CREDITS))
+        channel = cls(
+            stream,
+            min(welcome.page, CHANNEL_READ_HASHES_MAX),
+            # A node that does not tell takes as many as in a READ.
+            min(welcome.offset_bytes or welcome.page, CHANNEL_MATCH_HASHES_MAX),
+            min(welcome.request, CHANNEL_CREDITS),
+        )
         if welcome.kind is Kind.REFUSED:
             raise channel._refusal(welcome)
         if welcome.page < 1 or welcome.request < 1:
@@ -208,6 +219,8 @@ class _Channel:
 
     def match(self, plan: MatchPlan, payload: bytes) -> MatchResult:
         """Sends one MATCH and returns its answer."""
+        if max(plan.hashes, len(plan.prefixes)) > self.match_hashes_max:
+            raise BulkUnavailable(f"the node takes at most {self.match_hashes_max} hashes in a MATCH since it was restarted")
         self._request = next_request(self._request)
         question = Frame(
             Kind.MATCH,

@@ -12,10 +12,10 @@ from attnstore.client.transports.choice import TransportChoice
 from attnstore.client.transports.tcp import TcpTransport
 from attnstore.clock import Deadline, MonotonicClock
 from attnstore.errors import InvalidArgument, ProtocolError, Unavailable
-from attnstore.limits import CHANNEL_READ_HASHES_MAX, LEASE_MS_MAX
+from attnstore.limits import CHANNEL_MATCH_HASHES_MAX, CHANNEL_READ_HASHES_MAX, LEASE_MS_MAX
 from attnstore.wire.match import encode_hits
 from attnstore.wire.page_channel import Frame, Kind, encode_frame
-from tests.channels import PATIENCE_MS, ChannelNode, NodeEnd, clean_node, scripted
+from tests.channels import PATIENCE_MS, ChannelNode, NodeEnd, ScriptedNode, clean_node, scripted
 from tests.samples import Batch, make_batch
 from tests.transports import FakeTransport
 
@@ -122,14 +122,32 @@ def test_a_node_that_does_not_answer_costs_the_deadline_and_one_that_leaves_is_u
         transport.match(plan_of(batch, [batch.hashes])).wait()
 
 
+def test_a_node_that_does_not_tell_takes_as_many_hashes_as_in_a_read() -> None:
+    batch = make_batch(1, model="silent")
+
+    def script(end: NodeEnd) -> None:
+        frame, _ = end.next_request()
+        end.stream.send(encode_frame(Frame(Kind.MATCHED, request=frame.request, size_bytes=4)), bytes(4))
+
+    silent = ScriptedNode(script, match_hashes_max=0)
+    transport = silent.transport()
+    assert transport.match(plan_of(batch, [batch.hashes])).wait().hits == (0,)
+    assert transport.match(plan_of(batch, [batch.hashes * (CHANNEL_READ_HASHES_MAX + 1)])) is None
+    transport.close()
+    silent.close()
+
+
 def test_what_a_frame_cannot_carry_and_a_port_that_is_blocked_are_left_to_grpc(node: ChannelNode) -> None:
     batch = make_batch(1, model="choice")
     node.keep(batch)
     transport = node.transport()
-    assert transport.match(plan_of(batch, [batch.hashes * (CHANNEL_READ_HASHES_MAX + 1)])) is None
-    assert transport.match(plan_of(batch, [[]] * (CHANNEL_READ_HASHES_MAX + 1))) is None
+    assert transport.match(plan_of(batch, [batch.hashes * (CHANNEL_READ_HASHES_MAX + 1)])) is None, "before the node has told"
     most = transport.match(plan_of(batch, [batch.hashes] * CHANNEL_READ_HASHES_MAX)).wait()
     assert sum(most.hits) == CHANNEL_READ_HASHES_MAX
+    assert transport.match(plan_of(batch, [batch.hashes * (CHANNEL_MATCH_HASHES_MAX + 1)])) is None
+    assert transport.match(plan_of(batch, [[]] * (CHANNEL_MATCH_HASHES_MAX + 1))) is None
+    most = transport.match(plan_of(batch, [batch.hashes] * CHANNEL_MATCH_HASHES_MAX)).wait()
+    assert sum(most.hits) == CHANNEL_MATCH_HASHES_MAX
     transport.close()
 
     def blocked(_name: str, _deadline: Deadline) -> tuple[str, bytes]:
