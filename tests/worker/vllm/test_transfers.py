@@ -21,6 +21,7 @@ from attnstore_worker.cache.store.remote import RemoteTier
 from attnstore_worker.device.engine_blocks import EngineBlocks
 from attnstore_worker.device.host import HostDevice
 from attnstore_worker.device.pages import PagePool
+from attnstore_worker.testing import MemoryStore
 from attnstore_worker.vllm.group_pages import GroupStore
 from attnstore_worker.vllm.identity import page_hashes, page_layout, vllm_namespace
 from attnstore_worker.vllm.kv_pages import kv_blocks
@@ -396,6 +397,23 @@ def test_the_link_is_measured_before_the_first_request(node: StoreProcess) -> No
     with attnstore.connect(node.url) as client:
         transfers = probe_link(client, SPACE, LAYOUT, MonotonicClock(), deadline_ms=5_000)
     assert [transfer.bytes for transfer in transfers] == [LAYOUT.page_bytes] * 3
+
+
+@pytest.mark.parametrize(("read_ms", "reads"), [(90.0, 4), (110.0, 2)])
+def test_a_slow_link_is_measured_by_one_read(read_ms: float, reads: int) -> None:
+    clock = ManualClock()
+
+    class Slow(MemoryStore):
+        asked = 0
+
+        def read(self, *arguments: Any, **options: Any) -> ReadResult:
+            self.asked += 1
+            clock.advance_ms(read_ms)
+            return super().read(*arguments, **options)
+
+    store = Slow()
+    assert len(probe_link(store, SPACE, LAYOUT, clock, deadline_ms=5_000)) == reads - 1
+    assert store.asked == reads
 
 
 def test_the_measurements_of_a_link_share_a_deadline() -> None:
