@@ -221,20 +221,25 @@ class Pairs:
 
     def ask(self, batch: Batch) -> Answers:
         """Returns the other engine's answers."""
-        if self._waits:
-            _settle(self._client)
         self._alone_first = not self._alone_first
         if self._alone_first:
             self._ask_alone(batch)
+        self._wait()
         answers = self._other(batch if self._salt is None else replace(batch, salts=[self._salt for _ in batch.prompts]))
         if not self._alone_first:
             self._ask_alone(batch)
         return answers
 
     def _ask_alone(self, batch: Batch) -> None:
+        self._wait()
         self.alone.add(self._alone(batch))
         if self._salt is None:
+            self._wait()
             self.own_cache.add(self._alone(replace(batch, forget=False)))
+
+    def _wait(self) -> None:
+        if self._waits:
+            _settle(self._client)
 
 
 @contextmanager

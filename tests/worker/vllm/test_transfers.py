@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn, cast
 
@@ -15,6 +16,7 @@ from attnstore.clock import Clock, MonotonicClock
 from attnstore.core.layout import PageLayout
 from attnstore.errors import DeadlineExceeded, InvalidArgument, Unavailable
 from attnstore.testing import ManualClock, StoreProcess
+from attnstore.testing.ports import free_port
 from attnstore.types import ReadResult
 from attnstore_worker.cache.store.base import PageStore
 from attnstore_worker.cache.store.remote import RemoteTier
@@ -22,6 +24,7 @@ from attnstore_worker.device.engine_blocks import EngineBlocks
 from attnstore_worker.device.host import HostDevice
 from attnstore_worker.device.pages import PagePool
 from attnstore_worker.testing import MemoryStore
+from attnstore_worker.vllm import identity
 from attnstore_worker.vllm.group_pages import GroupStore
 from attnstore_worker.vllm.identity import page_hashes, page_layout, vllm_namespace
 from attnstore_worker.vllm.kv_pages import kv_blocks
@@ -172,6 +175,51 @@ def test_a_store_that_is_gone_fails_every_block_within_the_deadline() -> None:
         wait_loaded(transfers, "r")
         assert transfers.take_failed_blocks() == {0, 1, 2}
         transfers.flush()
+
+
+def of_version(version: int, client: object, cache: list[torch.Tensor], page_blocks: int) -> tuple[Transfers, list[bytes]]:
+    """Transfers of a connector whose pages have names of `version` and as many blocks, and the names of the first pages."""
+    tokens = page_blocks * TOKENS
+    layout = page_layout(
+        layers=LAYERS, layer_block_bytes=page_blocks * LAYER_BYTES, kv_heads=HEADS, block_tokens=tokens, tp_rank=0, tp_size=1
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(identity, "NAMES_VERSION", version)
+        space = vllm_namespace(layout, {"model": "m"}, tenant_salt="")
+    tier = RemoteTier(cast("PageStore", client), space, layout, deadline_ms=5_000, clock=MonotonicClock())
+    blocks = kv_blocks(cache, blocks=BLOCKS, layer_bytes=[LAYER_BYTES] * LAYERS)
+    group = GroupStore(tier, blocks, LAYOUT, layout, page_blocks=page_blocks, step_pages=BLOCKS)
+    names = page_hashes(space, [bytes((index,)) * 32 for index in range(BLOCKS // page_blocks)])
+    return Transfers([group], HostDevice(), MonotonicClock(), save_bytes_max=1 << 20), [*names]
+
+
+def test_two_versions_of_the_connector_use_one_store_and_a_store_that_starts_again_with_pages_of_another_size() -> None:
+    old, new = make_cache(20), make_cache(21)
+    address = f"127.0.0.1:{free_port()}"
+    pages = [Pages(0, [], range(4)), Pages(0, [], range(4))]
+
+    def saved_and_loaded(client: attnstore.Client | attnstore.ClusterClient, order: tuple[int, int]) -> None:
+        """Both versions save, in this order, and each loads its own four blocks; neither finds a page of the other."""
+        of = [of_version(1, client, old, 1), of_version(2, client, new, 2)]
+        for version in order:
+            transfers, names = of[version]
+            transfers.save([replace(pages[version], names=names[: 4 // (1 + version)])])
+            transfers.flush()
+        for version, source in enumerate((old, new)):
+            target = make_cache(22)
+            reader, names = of_version(1 + version, client, target, 1 + version)
+            reader.load(RequestLoad("r", (replace(pages[version], names=names[: 4 // (1 + version)]),)))
+            wait_loaded(reader, "r")
+            assert reader.take_failed_blocks() == set()
+            assert all(torch.equal(layer[:4], wanted[:4]) for layer, wanted in zip(target, source, strict=True))
+            reader.flush()
+
+    with StoreProcess("--listen", address, "--capacity", "64MiB") as node, attnstore.connect(node.url) as client:
+        saved_and_loaded(client, (0, 1))
+        assert client.stats().pages_sealed == 4 + 2
+        node.kill()
+        with StoreProcess("--listen", address, "--capacity", "32MiB"):
+            saved_and_loaded(client, (1, 0))
 
 
 class BreaksAfter:
