@@ -1,5 +1,5 @@
-"""Copies of pages between pinned memory and blocks, both ways, the kernels that gather and scatter them on the device, and swap-in
-from a node.
+"""Copies of pages between pinned memory and blocks, both ways, the kernels that gather and scatter them on the device, swap-in from
+a node, and saves from the blocks of another engine.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from attnstore.core.layout import DType, PageLayout
 from attnstore.limits import GIB, MIB
 from attnstore_worker.device.base import Copies, Event, Wait
 from experiments.gpu import targets
+from experiments.gpu.engine_saves import compare_saves
 from experiments.gpu.phase import Phase
 from experiments.gpu.swap_in import compare_swap_in
 
@@ -35,6 +36,7 @@ def run(phase: Phase) -> None:
         _copies(phase, name, layout)
         if name in _FROM_NODE:
             compare_swap_in(phase, name, layout)
+    compare_saves(phase)
 
 
 def _copies(phase: Phase, name: str, layout: PageLayout) -> None:

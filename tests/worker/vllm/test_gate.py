@@ -183,6 +183,7 @@ def test_failed_transfers_and_writes_teach_nothing() -> None:
     untaught = Gate(ManualClock(), load_ms_max=LOAD_MS_MAX)
     untaught.transferred(read(0.001, failed=True))
     untaught.transferred(replace(read(0.001), kind=TransferKind.WRITE))
+    untaught.transferred(replace(read(0.001), kind=TransferKind.COPY))
     assert untaught.is_stale
     assert not pays(untaught, WORK)
     untaught.transferred(read(0.001))

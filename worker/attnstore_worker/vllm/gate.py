@@ -37,8 +37,10 @@ class Gate(Unobserved):
         self._context_tokens_max = 0  # the longest context of a prompt that was learned from
 
     def transferred(self, transfer: Transfer) -> None:
-        """Learns from loads and look-ups. Writes are ignored, because the two directions of a link may differ."""
-        if transfer.failed or transfer.kind is TransferKind.WRITE:
+        """Learns from loads and look-ups. Writes are ignored, because the two directions of a link may differ, and copies to a
+        device do not use it.
+        """
+        if transfer.failed or transfer.kind not in (TransferKind.MATCH, TransferKind.READ):
             return
         with self._lock:
             self._link.observe(transfer.bytes, transfer.ended_ms - transfer.started_ms)
