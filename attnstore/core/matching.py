@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from attnstore.core.page import Page
+from attnstore.core.page import Page, PageState
 from attnstore.core.page_table import MatchOutcome, PageTable
 from attnstore.limits import MATCH_PAGES_MAX
 from attnstore.types import Space
@@ -37,8 +37,14 @@ class SlicedMatch:
         if batch is not None:
             self._find(batch, now_ms)
         elif self._to_touch:
-            self._table.touch(self._space, self._to_touch.pop()[::-1])
+            self._touch(self._to_touch.pop())
         return batch is None and not self._to_touch
+
+    def _touch(self, pages: Sequence[Page]) -> None:
+        """The pages of a slice count as used, but for those that are gone meanwhile."""
+        sealed = [page for page in reversed(pages) if page.state is PageState.SEALED]
+        if sealed:
+            self._table.pins.touch(sealed[0].namespace, sealed)
 
     def outcome(self) -> MatchOutcome:
         """Returns the result."""

@@ -113,15 +113,10 @@ class PageTable:
         return MatchOutcome(hits, lease_id, granted_ms)
 
     def find(self, space: Space, prefixes: Sequence[Sequence[bytes]]) -> tuple[tuple[int, ...], list[Page]]:
-        """Counts as `match` does, without a lease and without a use. Returns the counts, and the pages for `touch`."""
+        """Counts as `match` does, without a lease and without a use. Returns the counts, and the pages for `Pins.touch`."""
         hits, found = self.namespaces.find(space).leading(prefixes)
         self._count(prefixes, found)
         return hits, found
-
-    def touch(self, space: Space, pages: Sequence[Page]) -> None:
-        """Records that pages which `find` returned were used, but for those that are gone meanwhile."""
-        record = self.namespaces.find(space)
-        self.pins.touch(record, [page for page in pages if page.state is PageState.SEALED])
 
     def _count(self, prefixes: Sequence[Sequence[bytes]], found: Sequence[Page]) -> None:
         self._hit += len(found)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from pathlib import Path
 from typing import Any, NoReturn, cast
 
 import pytest
@@ -23,7 +22,6 @@ from attnstore_worker.cache.store.remote import RemoteTier
 from attnstore_worker.device.engine_blocks import EngineBlocks
 from attnstore_worker.device.host import HostDevice
 from attnstore_worker.device.pages import PagePool
-from attnstore_worker.testing import MemoryStore
 from attnstore_worker.vllm import identity
 from attnstore_worker.vllm.group_pages import GroupStore
 from attnstore_worker.vllm.identity import page_hashes, page_layout, vllm_namespace
@@ -441,47 +439,9 @@ def test_ten_loads_from_a_node_that_hangs_all_end() -> None:
         node.resume()
 
 
-def test_the_link_is_measured_before_the_first_request(node: StoreProcess) -> None:
-    with attnstore.connect(node.url) as client:
-        transfers = probe_link(client, SPACE, LAYOUT, MonotonicClock(), deadline_ms=5_000)
-    assert [transfer.bytes for transfer in transfers] == [LAYOUT.page_bytes] * 3
-
-
-@pytest.mark.parametrize(("read_ms", "reads"), [(90.0, 4), (110.0, 2)])
-def test_a_slow_link_is_measured_by_one_read(read_ms: float, reads: int) -> None:
-    clock = ManualClock()
-
-    class Slow(MemoryStore):
-        asked = 0
-
-        def read(self, *arguments: Any, **options: Any) -> ReadResult:
-            self.asked += 1
-            clock.advance_ms(read_ms)
-            return super().read(*arguments, **options)
-
-    store = Slow()
-    assert len(probe_link(store, SPACE, LAYOUT, clock, deadline_ms=5_000)) == reads - 1
-    assert store.asked == reads
-
-
 def test_the_measurements_of_a_link_share_a_deadline() -> None:
     clock = ManualClock()
     store = Hung(clock)
     store.answers.set()
     assert probe_link(cast("PageStore", store), SPACE, LAYOUT, clock, deadline_ms=500) == ()
     assert store.asked == [("register", 500), ("write", 300)]
-
-
-@pytest.mark.parametrize("told_apart_by", ["token", "salt"])
-def test_each_of_two_tenants_of_a_layout_measures_its_link(tmp_path: Path, told_apart_by: str) -> None:
-    tokens = tmp_path / "tokens.toml"
-    tokens.write_text('ada = "adas"\nbob = "bobs"\n')
-    with StoreProcess("--capacity", "64MiB", "--tokens-file", str(tokens)) as node:
-        for tenant in ("adas", "bobs"):
-            token, salt = (tenant, "") if told_apart_by == "token" else ("adas", tenant)
-            space = vllm_namespace(LAYOUT, {"model": "m"}, tenant_salt=salt)
-            with attnstore.connect(node.url, token=token) as client:
-                sealed = client.stats().pages_sealed
-                for _ in range(2):
-                    assert len(probe_link(client, space, LAYOUT, MonotonicClock(), deadline_ms=5_000)) == 3
-                assert client.stats().pages_sealed == sealed + 1, "of a page of its own"
