@@ -129,7 +129,7 @@ class EngineWorker:
             step_pages=1,
         )
         self.transfers = Transfers(
-            [group], device, clock, save_bytes_max=_BLOCKS * LAYOUT.page_bytes, part_bytes=_PART_PAGES * LAYOUT.page_bytes
+            [[[group]]], device, clock, save_bytes_max=_BLOCKS * LAYOUT.page_bytes, part_bytes=_PART_PAGES * LAYOUT.page_bytes
         )
 
     def step(self, *, reads: Mapping[int, int] | None = None, writes: Mapping[int, int] | None = None) -> None:

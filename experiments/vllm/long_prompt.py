@@ -36,7 +36,7 @@ from attnstore_worker.cache.store.remote import RemoteTier
 from attnstore_worker.cache.store.transfer import Transfer, TransferKind
 from attnstore_worker.vllm.gate import Gate
 from attnstore_worker.vllm.identity import page_hashes, page_layout, vllm_namespace
-from attnstore_worker.vllm.lookups import StoredGroup
+from attnstore_worker.vllm.lookups import StoredGroup, StoredSource
 from attnstore_worker.vllm.page_groups import PageGroup
 from attnstore_worker.vllm.scheduling import SchedulerSide
 
@@ -92,10 +92,13 @@ def measure(tokens: int, repeats: int, transport: str) -> list[Row]:
             page_hashes=1,
             window=None,
             state=False,
+            heads=None,
             block_layout=layout,
             layout=layout,
         )
-        side = SchedulerSide([StoredGroup(group, space, tier)], gate, clock, lookup_ms_max=10_000, chunk_tokens=_CHUNK_TOKENS)
+        side = SchedulerSide(
+            [StoredSource([StoredGroup(group, space, tier)])], gate, clock, lookup_ms_max=10_000, chunk_tokens=_CHUNK_TOKENS
+        )
         asked: list[float] = []
         planned: list[float] = []
         for request in map(str, range(repeats)):

@@ -27,6 +27,7 @@ GROUP = PageGroup(
     page_hashes=1,
     window=None,
     state=False,
+    heads=None,
     block_layout=LAYOUT,
     layout=LAYOUT,
 )

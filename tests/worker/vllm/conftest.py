@@ -12,7 +12,7 @@ from attnstore.testing import ManualClock
 from attnstore_worker.cache.store.base import PageStore
 from attnstore_worker.cache.store.remote import RemoteTier
 from attnstore_worker.vllm.gate import Gate
-from attnstore_worker.vllm.lookups import StoredGroup
+from attnstore_worker.vllm.lookups import StoredGroup, StoredSource
 from attnstore_worker.vllm.scheduling import SchedulerSide
 from tests.worker.vllm.answers import CHUNK_TOKENS, FAST, GROUP, LAYOUT, ROOT, Answers
 
@@ -39,7 +39,9 @@ def tier(store: Answers, clock: ManualClock, gate: Gate) -> RemoteTier:
 
 @pytest.fixture
 def unmeasured(store: Answers, tier: RemoteTier, gate: Gate, clock: ManualClock) -> Iterator[SchedulerSide]:
-    side = SchedulerSide([StoredGroup(GROUP, ROOT, tier)], gate, clock, lookup_ms_max=100, chunk_tokens=CHUNK_TOKENS)
+    side = SchedulerSide(
+        [StoredSource([StoredGroup(GROUP, ROOT, tier)])], gate, clock, lookup_ms_max=100, chunk_tokens=CHUNK_TOKENS
+    )
     yield side
     store.open.set()
     side.close()

@@ -128,7 +128,7 @@ def test_a_device_that_is_lost_costs_the_store_pages_and_memory_for_none() -> No
     worker = EngineWorker(SimulatedDevice())
     blocks = {block: block for block in range(20)}
     for _ in range(3):
-        with patch.object(worker.transfers._groups[0], "_copies") as copies:
+        with patch.object(worker.transfers._saves[0], "_copies") as copies:
             copies.save.side_effect = OutOfDeviceMemory("on purpose")
             worker.save(blocks)
     worker.step(writes=blocks)

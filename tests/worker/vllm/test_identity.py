@@ -165,7 +165,7 @@ class Vllm:
         )
         kv_cache_config = SimpleNamespace(kv_cache_layout=self.layout)
         settings = kv_settings(vllm_config, kv_cache_config, model_id=self.model_id, loaded_since_s=self.since_s)
-        settings |= group_settings({"layer.0": self.spec, "layer.1": self.spec}, self.groups)
+        settings |= group_settings({"layer.0": self.spec, "layer.1": self.spec}, self.groups, 1)
         return vllm_namespace(LAYOUT, settings, tenant_salt="")
 
 
@@ -295,10 +295,10 @@ def test_the_specification_of_the_cache_separates_and_a_new_field_that_is_off_do
 def test_a_layer_of_another_kind_and_a_group_of_its_own_separate() -> None:
     one, other = FullAttentionSpec(), FullAttentionSpec(sliding_window=128)
     told = [
-        group_settings({"a": one, "b": one}, 1),
-        group_settings({"a": one, "b": other}, 1),
-        group_settings({"a": one, "b": one}, 2),
-        group_settings({"a": one, "c": one}, 2),
+        group_settings({"a": one, "b": one}, 1, 1),
+        group_settings({"a": one, "b": other}, 1, 1),
+        group_settings({"a": one, "b": one}, 2, 1),
+        group_settings({"a": one, "c": one}, 2, 1),
     ]
     assert len({vllm_namespace(LAYOUT, settings, tenant_salt="") for settings in told}) == len(told)
 

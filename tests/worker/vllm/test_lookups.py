@@ -9,7 +9,7 @@ import pytest
 from attnstore.limits import CHANNEL_READ_HASHES_MAX, HASHES_MAX
 from attnstore.testing import ManualClock
 from attnstore_worker.cache.store.remote import RemoteTier
-from attnstore_worker.vllm.lookups import LOOKUP_THREADS, Lookups, StoredGroup
+from attnstore_worker.vllm.lookups import LOOKUP_THREADS, Lookups, StoredGroup, StoredSource
 from attnstore_worker.vllm.scheduling import SchedulerSide
 from tests.samples import eventually
 from tests.worker.vllm.answers import FOREIGN, GROUP, ROOT, TOKENS, Answers, settled
@@ -68,7 +68,7 @@ def test_a_request_that_ends_before_its_look_up_begins_is_not_looked_up(side: Sc
 @pytest.mark.parametrize("blocks", [(50, 50), (CHANNEL_READ_HASHES_MAX - 1, HASHES_MAX)])
 def test_look_ups_that_are_one_call_fit_it(tier: RemoteTier, store: Answers, blocks: tuple[int, ...]) -> None:
     store.open.clear()
-    lookups = Lookups([StoredGroup(GROUP, ROOT, tier)])
+    lookups = Lookups([StoredSource([StoredGroup(GROUP, ROOT, tier)])])
     started = []
     for busy in range(1, LOOKUP_THREADS + 1):
         started.append(lookups.start(FOREIGN[:1], TOKENS))

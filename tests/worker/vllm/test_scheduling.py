@@ -12,7 +12,7 @@ from attnstore_worker.cache.store.remote import RemoteTier
 from attnstore_worker.vllm.gate import PROBE_MS, Gate
 from attnstore_worker.vllm.identity import page_hashes
 from attnstore_worker.vllm.known import KnownPages
-from attnstore_worker.vllm.lookups import StoredGroup
+from attnstore_worker.vllm.lookups import StoredGroup, StoredSource
 from attnstore_worker.vllm.plan import Pages
 from attnstore_worker.vllm.scheduling import SchedulerSide
 from attnstore_worker.vllm.store_events import BlocksRemoved, Chain, StoreEvents
@@ -259,7 +259,9 @@ def test_blocks_that_were_not_loaded_are_saved_when_they_are_computed(side: Sche
 
 def test_events_follow_what_is_found_saved_and_lost(tier: RemoteTier, gate: Gate, store: Answers, clock: ManualClock) -> None:
     told = StoreEvents(TOKENS)
-    side = SchedulerSide([StoredGroup(GROUP, ROOT, tier)], gate, clock, lookup_ms_max=100, chunk_tokens=CHUNK_TOKENS, events=told)
+    side = SchedulerSide(
+        [StoredSource([StoredGroup(GROUP, ROOT, tier)])], gate, clock, lookup_ms_max=100, chunk_tokens=CHUNK_TOKENS, events=told
+    )
     names, chain = page_hashes(ROOT, FOREIGN), Chain(FOREIGN, range(160))
     side.arrived("a", FOREIGN, 160, chain)
     settled(side, "a")
@@ -285,8 +287,8 @@ def test_events_follow_what_is_found_saved_and_lost(tier: RemoteTier, gate: Gate
 def test_a_vllm_that_cannot_go_on_after_a_prefix_gets_all_tokens_but_the_last_or_none(
     tier: RemoteTier, gate: Gate, clock: ManualClock
 ) -> None:
-    groups = [StoredGroup(GROUP, ROOT, tier)]
-    side = SchedulerSide(groups, gate, clock, lookup_ms_max=100, chunk_tokens=CHUNK_TOKENS, continues=False)
+    sources = [StoredSource([StoredGroup(GROUP, ROOT, tier)])]
+    side = SchedulerSide(sources, gate, clock, lookup_ms_max=100, chunk_tokens=CHUNK_TOKENS, continues=False)
     side.learn(FAST)
     assert settled(side, "a", prompt_tokens=6 * TOKENS + 1) == 6 * TOKENS
     assert settled(side, "b", prompt_tokens=6 * TOKENS + 2) == 0, "two tokens would be computed without those before them"

@@ -18,10 +18,10 @@ from attnstore_worker.cache.store.base import PageStore
 from attnstore_worker.cache.store.remote import RemoteTier
 from attnstore_worker.vllm.gate import Gate
 from attnstore_worker.vllm.identity import page_hashes
-from attnstore_worker.vllm.lookups import StoredGroup
+from attnstore_worker.vllm.lookups import StoredGroup, StoredSource
 from attnstore_worker.vllm.plan import NO_BLOCK, Pages
 from attnstore_worker.vllm.scheduling import SchedulerSide
-from tests.worker.vllm.answers import CHUNK_TOKENS, FAST, FOREIGN, GROUP, LAYOUT, TOKENS, settled
+from tests.worker.vllm.answers import CHUNK_TOKENS, FAST, FOREIGN, GROUP, LAYOUT, ROOT, TOKENS, settled
 
 WHOLE = replace(GROUP, page_blocks=2, page_hashes=2)
 WINDOW = replace(GROUP, index=1, window=2 * TOKENS + 1)
@@ -60,7 +60,7 @@ def side_of(store: Stored) -> SchedulerSide:
         StoredGroup(group, root, RemoteTier(cast("PageStore", store), root, LAYOUT, deadline_ms=1_000, clock=clock))
         for group, root in zip(GROUPS, ROOTS, strict=True)
     ]
-    side = SchedulerSide(groups, gate, clock, lookup_ms_max=100, chunk_tokens=CHUNK_TOKENS)
+    side = SchedulerSide([StoredSource(groups)], gate, clock, lookup_ms_max=100, chunk_tokens=CHUNK_TOKENS)
     side.learn(FAST)
     return side
 
@@ -208,3 +208,73 @@ def test_histories_never_name_a_null_block_nor_one_page_twice() -> None:
         assert seen, "something was saved"
         assert len(seen) == len(set(seen))
         side.close()
+
+
+OTHER_ROOT = Namespace(b"o" * 32)
+OTHER = replace(GROUP, page_blocks=2, page_hashes=2)
+"""The pages of an engine of another tensor-parallel size, of two blocks."""
+OTHER_NAMES = page_hashes(OTHER_ROOT, FOREIGN[1::2])
+
+
+class TwoSizes:
+    """A store with the first `own` pages of an engine, and the first `other` of one of another size."""
+
+    def __init__(self, own: int, other: int) -> None:
+        self.pages = {ROOT: own, OTHER_ROOT: other}
+        self.asked: list[bytes] = []
+
+    def register_layout(self, *_: Any, **__: Any) -> None:
+        """Knows every namespace."""
+
+    def match(self, space: bytes, prefixes: Sequence[Sequence[bytes]], /, **_: Any) -> MatchResult:
+        self.asked.append(space)
+        return MatchResult(tuple(min(self.pages[Namespace(space)], len(prefix)) for prefix in prefixes), None)
+
+
+def of_two_sizes(store: TwoSizes) -> SchedulerSide:
+    clock = ManualClock()
+    stored = [
+        StoredSource(
+            [StoredGroup(group, root, RemoteTier(cast("PageStore", store), root, LAYOUT, deadline_ms=1_000, clock=clock))], parts
+        )
+        for group, root, parts in ((GROUP, ROOT, 1), (OTHER, OTHER_ROOT, 2))
+    ]
+    side = SchedulerSide(stored, Gate(clock, load_ms_max=5_000), clock, lookup_ms_max=100, chunk_tokens=CHUNK_TOKENS)
+    side.learn(FAST)
+    return side
+
+
+def test_pages_of_another_size_are_not_asked_for_where_the_engines_own_are_there() -> None:
+    store = TwoSizes(9, 4)
+    side = of_two_sizes(store)
+    assert settled(side, "a", PROMPT) == 9 * TOKENS
+    assert store.asked == [ROOT]
+    side.close()
+
+
+@pytest.mark.parametrize(
+    ("own", "other", "tokens", "source"), [(0, 4, 8, 1), (3, 4, 8, 1), (8, 4, 8, 0), (5, 2, 5, 0), (0, 0, 0, 0)]
+)
+def test_the_longest_hit_is_claimed_and_the_engines_own_if_it_is_as_long(own: int, other: int, tokens: int, source: int) -> None:
+    store = TwoSizes(own, other)
+    side = of_two_sizes(store)
+    assert settled(side, "a", PROMPT) == tokens * TOKENS
+    assert store.asked == [ROOT, OTHER_ROOT]
+    side.allocated("a", [blocks_at(20)], tokens * TOKENS)
+    loads = side.step([], ()).loads
+    assert [(load.source, load.parts[0].names) for load in loads] == [
+        (source, OTHER_NAMES[: tokens // 2] if source else page_hashes(ROOT, FOREIGN)[:tokens])
+    ] * bool(tokens)
+    side.close()
+
+
+def test_what_was_loaded_from_another_size_and_failed_is_saved_under_the_engines_own_names() -> None:
+    side = of_two_sizes(TwoSizes(0, 4))
+    assert settled(side, "a", PROMPT, TOKENS) == 7 * TOKENS
+    side.allocated("a", [blocks_at(20)], 7 * TOKENS)
+    (load,) = side.step([], ()).loads
+    assert (load.parts[0].names, list(load.parts[0].block_ids)) == (OTHER_NAMES[:4], [NO_BLOCK, *range(21, 28)])
+    side.failed({24, 25, 26, 27})
+    saves = side.scheduled("a", [blocks_at(20)], tokens_after=9 * TOKENS, restarted=True)
+    assert parts_of(saves) == {0: (page_hashes(ROOT, FOREIGN)[4:9], list(range(24, 29)))}
+    side.close()

@@ -66,7 +66,7 @@ def moving(
     tier = RemoteTier(cast("PageStore", store), SPACE, LAYOUT, deadline_ms=deadline_ms, clock=clock)
     blocks = kv_blocks(cache, blocks=BLOCKS, layer_bytes=[LAYER_BYTES] * LAYERS)
     group = GroupStore(tier, blocks, LAYOUT, LAYOUT, page_blocks=1, step_pages=BLOCKS)
-    return Transfers([group], HostDevice(), clock, save_bytes_max=save_bytes_max, part_bytes=part_bytes, whole=whole)
+    return Transfers([[[group]]], HostDevice(), clock, save_bytes_max=save_bytes_max, part_bytes=part_bytes, whole=whole)
 
 
 @pytest.fixture
@@ -188,7 +188,7 @@ def of_version(version: int, client: object, cache: list[torch.Tensor], page_blo
     blocks = kv_blocks(cache, blocks=BLOCKS, layer_bytes=[LAYER_BYTES] * LAYERS)
     group = GroupStore(tier, blocks, LAYOUT, layout, page_blocks=page_blocks, step_pages=BLOCKS)
     names = page_hashes(space, [bytes((index,)) * 32 for index in range(BLOCKS // page_blocks)])
-    return Transfers([group], HostDevice(), MonotonicClock(), save_bytes_max=1 << 20), [*names]
+    return Transfers([[[group]]], HostDevice(), MonotonicClock(), save_bytes_max=1 << 20), [*names]
 
 
 def test_two_versions_of_the_connector_use_one_store_and_a_store_that_starts_again_with_pages_of_another_size() -> None:

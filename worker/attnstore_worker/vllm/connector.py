@@ -12,7 +12,6 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
-import psutil  # one of vLLM's packages
 from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorHandshakeMetadata,
     KVConnectorMetadata,
@@ -34,20 +33,20 @@ from attnstore_worker.cache.store.transfer import Transfer
 from attnstore_worker.device.factory import device_of
 from attnstore_worker.vllm.counts import Counts
 from attnstore_worker.vllm.gate import Gate
-from attnstore_worker.vllm.group_pages import GroupStore
-from attnstore_worker.vllm.identity import block_order, group_settings, kv_settings, shard_of, vllm_namespace
-from attnstore_worker.vllm.kv_pages import kv_blocks
-from attnstore_worker.vllm.lookups import StoredGroup
+from attnstore_worker.vllm.identity import shard_of
+from attnstore_worker.vllm.lookups import StoredGroup, StoredSource
 from attnstore_worker.vllm.messages import StepMetadata, WorkerMetadata, WorkerStart
-from attnstore_worker.vllm.page_groups import PageGroup, layer_specs, page_groups, told_group
+from attnstore_worker.vllm.page_groups import PageGroup, told_group
 from attnstore_worker.vllm.plan import Pages, StepPlan
 from attnstore_worker.vllm.probe import probe_link
 from attnstore_worker.vllm.reporting import ReportingConnector
 from attnstore_worker.vllm.scheduling import SchedulerSide
 from attnstore_worker.vllm.settings import Settings
+from attnstore_worker.vllm.shards import ToldSources
 from attnstore_worker.vllm.store_events import Chain, StoreEvents
 from attnstore_worker.vllm.supported import check_supported, continues_prefixes, is_served
 from attnstore_worker.vllm.transfers import Transfers
+from attnstore_worker.vllm.worker_pages import worker_pages
 from attnstore_worker.vllm.written_tier import WrittenTier
 
 if TYPE_CHECKING:
@@ -95,7 +94,8 @@ class AttnStoreConnector(ReportingConnector, SupportsHMA):
             tls_ca=self._settings.tls_ca,
             http_proxy=self._settings.http_proxy,
         )
-        self._groups: tuple[tuple[PageGroup, Namespace], ...] = ()
+        self._groups: Sequence[tuple[PageGroup, Namespace]] = ()
+        self._told: ToldSources = ()
         self._scheduling: SchedulerSide | None = None
         self._counts = Counts()
         told = vllm_config.kv_events_config
@@ -120,23 +120,27 @@ class AttnStoreConnector(ReportingConnector, SupportsHMA):
         if not starts:  # MultiConnector passes on the handshake of its first connector
             raise InvalidArgument("the workers report no page names; in a MultiConnector put this connector first")
         # The scheduler matches the pages of rank 0. Another rank that lacks a page reports its block, and vLLM computes the block.
-        self._groups = starts[min(starts)].groups
+        told = starts[min(starts)].sources
+        self._groups = told[0][0]
         gate, lookup_ms_max = Gate(self._clock, load_ms_max=self._settings.load_ms_max), self._settings.lookup_ms_max
         self._counts = Counts(then=gate)
+        deadline_ms = max(lookup_ms_max, NODE_FAIR_MS)  # a request's may be short; the store is judged with enough time
+        # Of a source with several shards the first one is asked: engines write the pages of all ranks at once.
         stored = [
-            StoredGroup(
-                group,
-                space,
-                RemoteTier(
-                    self._store,
-                    space,
-                    group.layout,
-                    deadline_ms=max(lookup_ms_max, NODE_FAIR_MS),  # a request's may be short; the store is judged with enough time
-                    clock=self._clock,
-                    observer=self._counts,
-                ),
+            StoredSource(
+                [
+                    StoredGroup(
+                        group,
+                        space,
+                        RemoteTier(
+                            self._store, space, group.layout, deadline_ms=deadline_ms, clock=self._clock, observer=self._counts
+                        ),
+                    )
+                    for group, space in ranges[0]
+                ],
+                parts=len(ranges),
             )
-            for group, space in self._groups
+            for ranges in told
         ]
         self._events = self._new_events()
         self._scheduling = SchedulerSide(
@@ -255,53 +259,26 @@ class AttnStoreConnector(ReportingConnector, SupportsHMA):
 
     def register_kv_caches(self, kv_caches: dict[str, Any]) -> None:
         """See the base class. The cache of a layer is a tensor, or for a state several."""
-        groups = page_groups(self._kv_cache_config, self._shard)
-        settings = kv_settings(
-            self._vllm_config,
-            self._kv_cache_config,
-            model_id=self._settings.model_id,
-            loaded_since_s=psutil.Process().create_time(),
+        self._told, stores = worker_pages(
+            self._vllm_config, self._kv_cache_config, self._shard, self._settings, kv_caches, self._tier
         )
-        self._groups = tuple((group, self._namespace(group, settings)) for group in groups)
-        first = kv_caches[groups[0].layer_names[0]]
+        first = next(iter(kv_caches.values()))
         self._device = device_of(first if hasattr(first, "device") else first[0])
         self._step_times = StepTimes(self._device, self._clock, self._steps)
-        step_tokens = int(self._vllm_config.scheduler_config.max_num_batched_tokens)
-        told = told_group(groups) if self._tells_events and self._shard.index == 0 else None
-        stores = [
-            GroupStore(
-                self._tier(group, space, tells=group is told),
-                kv_blocks(
-                    [kv_caches[name] for name in group.layer_names],
-                    blocks=self._kv_cache_config.num_blocks,
-                    layer_bytes=group.layer_bytes,
-                ),
-                group.block_layout,
-                group.layout,
-                group.page_blocks,
-                step_pages=-(-step_tokens // group.page_tokens),
-            )
-            for group, space in self._groups
-        ]
         save_bytes_max = self._settings.save_bytes_max
         self._transfers = Transfers(stores, self._device, self._clock, save_bytes_max=save_bytes_max, whole=not self._continues)
 
-    def _namespace(self, group: PageGroup, settings: Mapping[str, Any]) -> Namespace:
-        own = self._kv_cache_config.kv_cache_groups
-        named = group_settings(layer_specs(own[group.index]), len(own))
-        order = _order(self._vllm_config, group.layer_names)
-        return vllm_namespace(group.layout, {**settings, **named, "order": order}, tenant_salt=self._settings.tenant_salt)
-
-    def _tier(self, group: PageGroup, space: Namespace, *, tells: bool) -> RemoteTier:
+    def _tier(self, group: PageGroup, space: Namespace, tells: bool) -> RemoteTier:
+        """The store's tier of a group. With `tells`, events tell of its pages."""
         deadline_ms, clock, observer = self._settings.load_ms_max, self._clock, self._counts
-        if not tells:
+        if not (tells and self._tells_events and self._shard.index == 0):
             return RemoteTier(self._store, space, group.layout, deadline_ms=deadline_ms, clock=clock, observer=observer)
         self._written = WrittenTier(self._store, space, group.layout, deadline_ms=deadline_ms, clock=clock, observer=observer)
         return self._written
 
     def get_handshake_metadata(self) -> WorkerStart:
         """What the scheduler cannot know of pages."""
-        return WorkerStart(self._groups)
+        return WorkerStart(self._told)
 
     def bind_connector_metadata(self, connector_metadata: KVConnectorMetadata) -> None:
         """Called before each step: the measurement of the step starts, and loads for requests that have ended stop."""
@@ -374,14 +351,3 @@ def _tensor_parallel_rank() -> int:
     from vllm.distributed import get_tensor_model_parallel_rank  # only worker processes have one
 
     return int(get_tensor_model_parallel_rank())
-
-
-def _order(vllm_config: Any, layer_names: Sequence[str]) -> str:
-    from vllm import envs
-    from vllm.config import get_layers_from_vllm_config
-    from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
-    from vllm.platforms import current_platform
-
-    layers = get_layers_from_vllm_config(vllm_config, AttentionLayerBase, layer_names)
-    platform = f"rocm_shuffle={envs.VLLM_ROCM_SHUFFLE_KV_CACHE_LAYOUT} fnuz={current_platform.is_fp8_fnuz()}"
-    return block_order({name: layers[name] for name in layer_names}, platform)

@@ -102,9 +102,11 @@ def kv_settings(vllm_config: Any, kv_cache_config: Any, *, model_id: str | None,
     }
 
 
-def group_settings(specs: Mapping[str, Any], groups: int) -> dict[str, Any]:
-    """The settings of one of `groups` KV cache groups. specs: vLLM's specification of each of its layers, in order."""
-    kinds = [_spec_fields(spec) for spec in specs.values()]
+def group_settings(specs: Mapping[str, Any], groups: int, shards: int) -> dict[str, Any]:
+    """The settings of one of `groups` KV cache groups. specs: vLLM's specification of each of its layers, in order, with one of
+    `shards` parts of the heads. Engines of other tensor-parallel sizes have the same.
+    """
+    kinds = [_spec_fields(spec, shards) for spec in specs.values()]
     same = all(kind == kinds[0] for kind in kinds)
     return {"kv_spec": kinds[0] if same else kinds, "layers": list(specs) if groups > 1 else None}
 
@@ -152,12 +154,15 @@ def page_hashes(parent: bytes, block_hashes: Sequence[bytes]) -> list[BlockHash]
     return keyed_hashes(parent, block_hashes)
 
 
-def _spec_fields(spec: Any) -> dict[str, str]:
-    """The fields of the specification of vLLM's cache. Those that are None or False, as they are by default, are left out: a new
-    version of vLLM with a new optional field keeps the names.
+def _spec_fields(spec: Any, shards: int) -> dict[str, str]:
+    """The fields of the specification of vLLM's cache, with the heads of all shards. Those that are None or False, as they are by
+    default, are left out: a new version of vLLM with a new optional field keeps the names. Padding is no part of a page.
     """
     values = {each.name: (getattr(spec, each.name), each.default) for each in dataclasses.fields(spec)}
+    values.pop("page_size_padded", None)
     told = {name: str(value) for name, (value, default) in values.items() if value is not default or not _is_off(value)}
+    if "num_kv_heads" in told:
+        told["num_kv_heads"] = str(spec.num_kv_heads * shards)
     return {"kind": type(spec).__name__, **told}
 
 

@@ -18,10 +18,13 @@ from attnstore_worker.device.engine_blocks import EngineBlocks
 LayerCache = Tensor | Sequence[Tensor]
 
 
-def kv_blocks(layers: Sequence[LayerCache], *, blocks: int, layer_bytes: Sequence[int]) -> EngineBlocks:
+def kv_blocks(
+    layers: Sequence[LayerCache], *, blocks: int, layer_bytes: Sequence[int], head_part: int = 0, head_parts: int = 1
+) -> EngineBlocks:
     """Returns the blocks of all layers, in the order of the page. `layers`: the cache of each layer, of any strides: one of
     `[blocks, heads, tokens, K and V]` or `[2, blocks, tokens, heads, dim]`, where kernels may split each block into several of
     fewer tokens; or the tensors of a state, each `[blocks, ...]`. `layer_bytes`: those of a block of each layer, without padding.
+    The blocks have one of `head_parts` equal parts of the heads.
 
     Raises `InvalidArgument` for a layer that has another number of blocks, or blocks of another size.
     """
@@ -34,6 +37,8 @@ def kv_blocks(layers: Sequence[LayerCache], *, blocks: int, layer_bytes: Sequenc
                 f"vLLM's layer {index} has blocks of {found} (number, bytes), and its cache configuration says {blocks} of "
                 f"{size_bytes}"
             )
+        if head_parts > 1:
+            own = [torch.unflatten(part, 1, (head_parts, -1))[:, head_part] for part in own]
         parts += (_bytes_of(index, part) for part in own)
     return EngineBlocks(parts)
 

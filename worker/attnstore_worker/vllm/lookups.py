@@ -43,43 +43,67 @@ class StoredGroup(NamedTuple):
         return page_hashes(parent, block_hashes[(pages.start + 1) * each - 1 : pages.stop * each : each])
 
 
+class StoredSource(NamedTuple):
+    """Pages that a rank can read: its own, or those of engines of another tensor-parallel size. It reads `parts` of them where it
+    would read one of its own.
+    """
+
+    groups: Sequence[StoredGroup]
+    parts: int = 1
+
+
+class Answer:
+    """What the store has of one source: after how many tokens a hit may end (`ends`, ascending), the names of the first pages of
+    each group, and those that are `stored` and those that are `missing`.
+    """
+
+    __slots__ = ("block_hashes", "ends", "missing", "names", "source", "stored", "tokens")
+
+    def __init__(self, source: int, groups: Sequence[StoredGroup], block_hashes: Sequence[bytes], tokens: int) -> None:
+        self.source = source
+        self.block_hashes = block_hashes
+        self.tokens = tokens
+        self.names = [each.names(each.root, block_hashes, range(_pages(each.group, tokens))) for each in groups]
+        self.ends: Sequence[int] = ()
+        self.stored: list[list[BlockHash]] = [[] for _ in groups]
+        self.missing: list[list[BlockHash]] = [[] for _ in groups]
+
+
 class Lookup:
-    """One prompt's look-up: after how many tokens a hit may end (`ends`, ascending), the names of the first pages of each group,
-    those that are `stored` and those that are `missing`, and whether the store `failed` to answer for all of them. These are set
-    before `done`.
+    """One prompt's look-up: the answer for the rank's `own` pages, the one with the longest `hit`, and whether the store `failed`
+    to answer for all of them. These are set before `done`.
 
     `block_hashes` are vLLM's of `tokens` tokens. A look-up that was `dropped` before its turn is not made.
     """
 
-    __slots__ = ("began_ms", "block_hashes", "done", "dropped", "ends", "failed", "missing", "names", "stored", "tokens")
+    __slots__ = ("began_ms", "block_hashes", "done", "dropped", "failed", "hit", "own", "tokens")
 
     def __init__(self, block_hashes: Sequence[bytes], tokens: int, began_ms: float) -> None:
         self.block_hashes = block_hashes
         self.tokens = tokens
         self.began_ms = began_ms
-        self.names: list[list[BlockHash]] = []
-        self.ends: Sequence[int] = ()
-        self.stored: list[list[BlockHash]] = []
-        self.missing: list[list[BlockHash]] = []
+        self.own: Answer | None = None
+        self.hit: Answer | None = None
         self.failed = True
         self.done = False
         self.dropped = False
 
 
 class Lookups:
-    """Asks about prompts, of every one of `groups`. `start` and `close` are called by one thread."""
+    """Asks about prompts, of every group of the first of `sources`; and of each other source, where the answer is not all of a
+    prompt. `start` and `close` are called by one thread.
+    """
 
-    def __init__(self, groups: Sequence[StoredGroup]) -> None:
-        self._groups = groups
-        self._unit = hit_unit([each.group for each in groups])
-        self._asks_prefixes = any(each.group.window is None for each in groups)
+    def __init__(self, sources: Sequence[StoredSource]) -> None:
+        self._sources = [_Source(number, source.groups) for number, source in enumerate(sources)]
+        self._tier = sources[0].groups[0].tier
         self._waiting: SimpleQueue[Lookup | None] = SimpleQueue()  # None ends a thread
         for _ in range(LOOKUP_THREADS):
             tasks.supervised_thread("lookup", self._run)
 
     def start(self, block_hashes: Sequence[bytes], tokens: int) -> Lookup:
         """Starts a look-up of a prompt's first `tokens` tokens; of none, it finds out whether the store answers."""
-        lookup = Lookup(block_hashes, tokens, self._groups[0].tier.now_ms())
+        lookup = Lookup(block_hashes, tokens, self._tier.now_ms())
         self._waiting.put(lookup)
         return lookup
 
@@ -111,67 +135,89 @@ class Lookups:
         return taken or None
 
     def _ask(self, lookups: Sequence[Lookup]) -> None:
-        if not lookups:
-            return
         try:
-            for lookup in lookups:
-                lookup.names = [self._names(each, lookup) for each in self._groups]
-                lookup.stored, lookup.missing = [[] for _ in self._groups], [[] for _ in self._groups]
-            failed = self._ask_prefixes(lookups)
-            failed |= self._ask_windows(lookups)
-            for lookup in lookups:
-                lookup.failed = failed
-        except BaseException:
-            for lookup in lookups:
-                lookup.ends = ()
-            raise
+            asked = lookups
+            for source in self._sources:
+                if not asked:
+                    return
+                answers = [source.asked(lookup.block_hashes, lookup.tokens) for lookup in asked]
+                failed = source.ask(answers)
+                for lookup, answer in zip(asked, answers, strict=True):
+                    if source.number == 0:
+                        lookup.own = lookup.hit = answer
+                        lookup.failed = failed
+                    elif answer.ends and (lookup.hit is None or not lookup.hit.ends or answer.ends[-1] > lookup.hit.ends[-1]):
+                        lookup.hit = answer
+                asked = [] if failed else [lookup for lookup in asked if lookup.tokens - _longest(lookup.hit) >= source.unit]
         finally:
             for lookup in lookups:
                 lookup.done = True
 
-    def _names(self, each: StoredGroup, lookup: Lookup) -> list[BlockHash]:
-        pages = min(lookup.tokens // each.group.page_tokens, _NAMES_MAX)
-        return each.names(each.root, lookup.block_hashes, range(pages))
 
-    def _ask_prefixes(self, lookups: Sequence[Lookup]) -> bool:
+class _Source:
+    """Asks about the groups of one source."""
+
+    def __init__(self, number: int, groups: Sequence[StoredGroup]) -> None:
+        self.number = number
+        self._groups = groups
+        self.unit = hit_unit([each.group for each in groups])
+        self._asks_prefixes = any(each.group.window is None for each in groups)
+
+    def asked(self, block_hashes: Sequence[bytes], tokens: int) -> Answer:
+        return Answer(self.number, self._groups, block_hashes, tokens)
+
+    def ask(self, answers: Sequence[Answer]) -> bool:
+        """Fills answers in. Returns whether a call failed."""
+        failed = self._ask_prefixes(answers)
+        return self._ask_windows(answers) or failed
+
+    def _ask_prefixes(self, answers: Sequence[Answer]) -> bool:
         """Asks the groups that need all pages. Returns whether a call failed."""
         failed = False
-        ends = [self._named_tokens(lookup) for lookup in lookups]
+        ends = [self._named_tokens(answer) for answer in answers]
         for index, each in enumerate(self._groups):
             if each.group.window is not None:
                 continue
-            result = each.tier.look_up([lookup.names[index] for lookup in lookups])
+            result = each.tier.look_up([answer.names[index] for answer in answers])
             failed |= result.error is not None
-            for place, (lookup, pages) in enumerate(zip(lookups, result.hits, strict=True)):
-                names = lookup.names[index]
-                lookup.stored[index], lookup.missing[index] = names[:pages], names[pages:]
+            for place, (answer, pages) in enumerate(zip(answers, result.hits, strict=True)):
+                names = answer.names[index]
+                answer.stored[index], answer.missing[index] = names[:pages], names[pages:]
                 ends[place] = min(ends[place], pages * each.group.page_tokens)
-        for lookup, end in zip(lookups, ends, strict=True):
-            lookup.ends = range(self._unit, end + 1, self._unit)
+        for answer, end in zip(answers, ends, strict=True):
+            answer.ends = range(self.unit, end + 1, self.unit)
         return failed
 
-    def _ask_windows(self, lookups: Sequence[Lookup]) -> bool:
+    def _ask_windows(self, answers: Sequence[Answer]) -> bool:
         """Asks the other groups for what the longest prefixes need. Returns whether a call failed."""
         failed = False
         for index, each in enumerate(self._groups):
             if each.group.window is None:
                 continue
             asked: list[list[int]] = []
-            for lookup in lookups:
-                lookup.ends = lookup.ends[-_ENDS_MAX:]
-                asked.append(sorted({page for end in lookup.ends for page in each.group.needed(end)}))
-            names = [[lookup.names[index][page]] for lookup, pages in zip(lookups, asked, strict=True) for page in pages]
+            for answer in answers:
+                answer.ends = answer.ends[-_ENDS_MAX:]
+                asked.append(sorted({page for end in answer.ends for page in each.group.needed(end)}))
+            names = [[answer.names[index][page]] for answer, pages in zip(answers, asked, strict=True) for page in pages]
             if not names and self._asks_prefixes:  # otherwise this finds out whether the store answers
                 continue
             result = each.tier.look_up(names or [[]])
             failed |= result.error is not None
-            answers = iter(result.hits)
-            for lookup, pages in zip(lookups, asked, strict=True):
-                found = {page for page in pages if next(answers)}
-                lookup.ends = [end for end in lookup.ends if found.issuperset(each.group.needed(end))]
-                lookup.stored[index] = [lookup.names[index][page] for page in pages if page in found]
-                lookup.missing[index] = [lookup.names[index][page] for page in pages if page not in found]
+            hits = iter(result.hits)
+            for answer, pages in zip(answers, asked, strict=True):
+                found = {page for page in pages if next(hits)}
+                answer.ends = [end for end in answer.ends if found.issuperset(each.group.needed(end))]
+                answer.stored[index] = [answer.names[index][page] for page in pages if page in found]
+                answer.missing[index] = [answer.names[index][page] for page in pages if page not in found]
         return failed
 
-    def _named_tokens(self, lookup: Lookup) -> int:
-        return min(len(names) * each.group.page_tokens for each, names in zip(self._groups, lookup.names, strict=True))
+    def _named_tokens(self, answer: Answer) -> int:
+        return min(len(names) * each.group.page_tokens for each, names in zip(self._groups, answer.names, strict=True))
+
+
+def _pages(group: PageGroup, tokens: int) -> int:
+    return min(tokens // group.page_tokens, _NAMES_MAX)
+
+
+def _longest(answer: Answer | None) -> int:
+    return answer.ends[-1] if answer is not None and answer.ends else 0

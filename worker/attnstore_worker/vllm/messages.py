@@ -13,11 +13,10 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorWorkerMetadata,
 )
 
-from attnstore.core.hashing import Namespace
 from attnstore_worker.cache.planning.observation import Step
 from attnstore_worker.cache.store.transfer import Transfer
-from attnstore_worker.vllm.page_groups import PageGroup
 from attnstore_worker.vllm.plan import StepPlan
+from attnstore_worker.vllm.shards import ToldSources
 
 
 @dataclass
@@ -47,4 +46,4 @@ class WorkerStart(KVConnectorHandshakeMetadata):
     decide a part.
     """
 
-    groups: tuple[tuple[PageGroup, Namespace], ...]
+    sources: ToldSources

@@ -31,7 +31,8 @@ class PageGroup:
     """Group `index` of vLLM's. A page has `page_blocks` blocks, and is named after every `page_hashes`-th of vLLM's hashes.
 
     `window`: how many tokens the next token sees, itself included; None for all. `state`: a page is the state after its last token,
-    which a block holds only after a step that ends there. `block_layout`, `layout`: those of a block and of a page.
+    which a block holds only after a step that ends there. `heads`: K and V heads of a block, if all layers have as many and as many
+    bytes. `block_layout`, `layout`: those of a block and of a page.
     """
 
     index: int
@@ -42,6 +43,7 @@ class PageGroup:
     page_hashes: int
     window: int | None
     state: bool
+    heads: int | None
     block_layout: PageLayout
     layout: PageLayout
 
@@ -89,16 +91,47 @@ def _page_group(index: int, group: Any, hash_tokens: int, shard: Shard) -> PageG
         raise InvalidArgument(f"vLLM hashes {hash_tokens} tokens at once, which does not divide a block of {block_tokens}")
     state = hasattr(first, "mamba_cache_mode")
     window = _STATE_WINDOW if state else _window(first)
-    page_blocks = _page_blocks(sum(layer_bytes), block_tokens) if window is None else 1
     heads = {int(getattr(spec, "num_kv_heads", 1)) for spec in specs.values()}
+    alike = not state and len(heads) == 1 and len(set(layer_bytes)) == 1
+    return _of_bytes(
+        index, tuple(specs), layer_bytes, block_tokens, hash_tokens, window, heads.pop() if alike else None, shard, state=state
+    )
+
+
+def of_shard(group: PageGroup, own: Shard, other: Shard) -> PageGroup:
+    """Returns the group of another shard, of another number of shards, given that of the `own`. The group has `heads`, which
+    divide.
+    """
+    assert group.heads is not None
+    heads = group.heads * own.count // other.count
+    layer_bytes = tuple(size * own.count // other.count for size in group.layer_bytes)
+    hash_tokens = group.page_tokens // group.page_hashes
+    return _of_bytes(
+        group.index, group.layer_names, layer_bytes, group.block_tokens, hash_tokens, group.window, heads, other, state=False
+    )
+
+
+def _of_bytes(
+    index: int,
+    layer_names: tuple[str, ...],
+    layer_bytes: tuple[int, ...],
+    block_tokens: int,
+    hash_tokens: int,
+    window: int | None,
+    heads: int | None,
+    shard: Shard,
+    *,
+    state: bool,
+) -> PageGroup:
+    page_blocks = _page_blocks(sum(layer_bytes), block_tokens) if window is None else 1
 
     def layout(blocks: int) -> PageLayout:
-        if state or len(heads) > 1 or len(set(layer_bytes)) > 1:
+        if heads is None:
             return _opaque_layout(blocks * sum(layer_bytes), shard)
         return page_layout(
-            layers=len(specs),
+            layers=len(layer_names),
             layer_block_bytes=blocks * layer_bytes[0],
-            kv_heads=heads.copy().pop(),
+            kv_heads=heads,
             block_tokens=blocks * block_tokens,
             tp_rank=shard.index,
             tp_size=shard.count,
@@ -106,13 +139,14 @@ def _page_group(index: int, group: Any, hash_tokens: int, shard: Shard) -> PageG
 
     return PageGroup(
         index=index,
-        layer_names=tuple(specs),
+        layer_names=layer_names,
         layer_bytes=layer_bytes,
         block_tokens=block_tokens,
         page_blocks=page_blocks,
         page_hashes=page_blocks * block_tokens // hash_tokens,
         window=window,
         state=state,
+        heads=heads,
         block_layout=layout(1),
         layout=layout(page_blocks),
     )

@@ -46,11 +46,12 @@ def _unpacked(group: int, names: bytes, block_ids: bytes) -> Pages:
 @dataclass(frozen=True, slots=True)
 class RequestLoad:
     """The pages that a waiting request gets from the store: of each group those that it needs, in the order of its tokens and
-    without a gap.
+    without a gap. `source`: whose pages they are; 0 for the rank's own.
     """
 
     request_id: str
     parts: tuple[Pages, ...]
+    source: int = 0
 
 
 @dataclass(slots=True)

@@ -20,11 +20,12 @@ from attnstore_worker.cache.planning.split import Work
 from attnstore_worker.cache.store.transfer import Transfer
 from attnstore_worker.vllm.gate import Gate
 from attnstore_worker.vllm.known import KnownPages
-from attnstore_worker.vllm.lookups import Lookup, Lookups, StoredGroup
+from attnstore_worker.vllm.lookups import Answer, Lookup, Lookups, StoredGroup, StoredSource
 from attnstore_worker.vllm.page_groups import PageGroup, told_group
 from attnstore_worker.vllm.plan import NO_BLOCK, Pages, RequestLoad, StepPlan
 from attnstore_worker.vllm.store_events import Chain, StoreEvents
 
+_NOTHING = Answer(0, (), (), 0)
 _NULL_BLOCK = 0
 """vLLM's number in the place of a block that a group with a window has given up, or never had."""
 
@@ -37,7 +38,7 @@ class _Blocks:
     block_ids: list[int] = field(default_factory=list)
     saved: int = 0
     loads: Pages | None = None
-    first_load: int = 0
+    first_load_tokens: int = 0
 
 
 @dataclass(slots=True)
@@ -47,21 +48,22 @@ class _Request:
     block_hashes: Sequence[bytes]
     groups: list[_Blocks]
     lookup: Lookup | None = None
-    ends: Sequence[int] | None = None  # after how many tokens a hit may end, once the look-up is over
+    hit: Answer | None = None  # once the look-up is over
     claimed: bool = False  # vLLM has given it blocks, so its load is decided
     local_tokens: int = 0  # those that vLLM had when it asked last
     chain: Chain | None = None  # if there are events
 
 
 class SchedulerSide:
-    """Looks up pages of `groups`, and claims the part of a hit that `gate` chooses. vLLM computes at most `chunk_tokens` in a step;
-    a request waits at most `lookup_ms_max` for the store's answer. Unless vLLM `continues` a prompt whose first tokens were loaded,
-    a hit is all tokens but the last, or none. `events` is told of what the store has of the first group that keeps all tokens.
+    """Looks up pages of `sources`, of which the first are the engine's own, and claims the part of a hit that `gate` chooses. vLLM
+    computes at most `chunk_tokens` in a step; a request waits at most `lookup_ms_max` for the store's answer. Unless vLLM
+    `continues` a prompt whose first tokens were loaded, a hit is all tokens but the last, or none. `events` is told of what the
+    store has of the first group that keeps all tokens.
     """
 
     def __init__(
         self,
-        groups: Sequence[StoredGroup],
+        sources: Sequence[StoredSource],
         gate: Gate,
         clock: Clock,
         *,
@@ -70,7 +72,8 @@ class SchedulerSide:
         continues: bool = True,
         events: StoreEvents | None = None,
     ) -> None:
-        self._groups = groups
+        self._sources = sources
+        self._groups = groups = sources[0].groups
         self._tier = groups[0].tier
         self._gate = gate
         self._clock = clock
@@ -82,7 +85,7 @@ class SchedulerSide:
         self._told = told.index if told is not None else None
         self._block_tokens = lcm(*(each.group.block_tokens for each in groups))
         self._layers = sum(len(each.group.layer_names) for each in groups)
-        self._lookups = Lookups(groups)
+        self._lookups = Lookups(sources)
         self._probe: Lookup | None = None
         self._refused = False
         self._known = KnownPages()
@@ -113,16 +116,17 @@ class SchedulerSide:
         usable = prompt_tokens - 1
         if request.claimed or usable < computed_tokens + self._block_tokens or not self._store_answers():
             return 0
-        if request.ends is None:
-            request.ends = self._look_up(request, usable)
-            if request.ends is None:
+        if request.hit is None:
+            request.hit = self._look_up(request, usable)
+            if request.hit is None:
                 return None
-        end = _last(request.ends, usable)
+        end = _last(request.hit.ends, usable)
         if end <= computed_tokens:
             return 0
         front = computed_tokens // self._block_tokens
-        blocks = self._gate.blocks_to_fetch(self._work(prompt_tokens, computed_tokens, end))
-        end = _last(request.ends, (front + blocks) * self._block_tokens)
+        source = self._sources[request.hit.source]
+        blocks = self._gate.blocks_to_fetch(self._work(source, prompt_tokens, computed_tokens, end))
+        end = _last(request.hit.ends, (front + blocks) * self._block_tokens)
         self._refused |= end <= computed_tokens
         if end < usable and not self._continues:
             return 0
@@ -137,32 +141,29 @@ class SchedulerSide:
         if request is None:
             return
         request.claimed = True
-        if external_tokens == 0:
+        if external_tokens == 0 or request.hit is None:
             return
         begin, end = request.local_tokens, request.local_tokens + external_tokens
-        for each, blocks, ids in zip(self._groups, request.groups, block_ids, strict=True):
+        groups = self._sources[request.hit.source].groups
+        for each, own, blocks, names, ids in zip(groups, self._groups, request.groups, request.hit.names, block_ids, strict=True):
             pages = _unloaded(each.group, begin, end)
-            blocks.loads = Pages(
-                each.group.index,
-                self._names(each, blocks, request.block_hashes, pages.stop)[pages.start :],
-                _blocks_to_load(each.group, ids, pages, begin),
-            )
-            blocks.first_load, blocks.saved = pages.start, pages.stop
-        self._loads.append(RequestLoad(request_id, tuple(blocks.loads for blocks in request.groups if blocks.loads)))
+            blocks.loads = Pages(each.group.index, names[pages.start : pages.stop], _blocks_to_load(each.group, ids, pages, begin))
+            blocks.first_load_tokens, blocks.saved = pages.start * each.group.page_tokens, end // own.group.page_tokens
+        parts = tuple(blocks.loads for blocks in request.groups if blocks.loads)
+        self._loads.append(RequestLoad(request_id, parts, request.hit.source))
 
     def failed(self, block_ids: Collection[int]) -> None:
         """Records blocks of the only group that were not loaded: vLLM computes them, and they are saved then."""
         for request in self._requests.values():
-            for blocks in request.groups:
+            for each, blocks in zip(self._groups, request.groups, strict=True):
                 loads = blocks.loads
                 if loads is None:
                     continue
                 place = next((place for place, block_id in enumerate(loads.block_ids) if block_id in block_ids), None)
                 if place is not None:
-                    good = place * len(loads) // len(loads.block_ids)
-                    self._known.discard(loads.names[good:])
-                    blocks.saved = blocks.first_load + good
-                    blocks.loads = None
+                    self._known.discard(loads.names)
+                    tokens = blocks.first_load_tokens + place * each.group.block_tokens
+                    blocks.saved, blocks.loads = tokens // each.group.page_tokens, None
 
     def failed_requests(self, request_ids: Iterable[str]) -> None:
         """Records requests whose loads have failed: vLLM computes them from their first token."""
@@ -205,7 +206,7 @@ class SchedulerSide:
         """A request lost its blocks: the store may be asked about it again."""
         request = self._requests.get(request_id)
         if request is not None:
-            request.lookup, request.ends, request.claimed = None, None, False
+            request.lookup, request.hit, request.claimed = None, None, False
             for blocks in request.groups:
                 blocks.loads = None
 
@@ -268,35 +269,38 @@ class SchedulerSide:
         ids = [block_id for page in pages for block_id in _blocks_of(each.group, blocks.block_ids, page)]
         return Pages(each.group.index, names, ids)
 
-    def _work(self, tokens: int, begin: int, end: int) -> Work:
+    def _work(self, source: StoredSource, tokens: int, begin: int, end: int) -> Work:
         """What the rest of a hit takes. Groups with a window have fewer pages than tokens, so a block's bytes are an average."""
         front, hit_end = begin // self._block_tokens, end // self._block_tokens
-        size_bytes = sum(len(_unloaded(each.group, begin, end)) * each.group.layout.page_bytes for each in self._groups)
-        page_bytes = -(-size_bytes // (hit_end - front))
+        size_bytes = sum(len(_unloaded(each.group, begin, end)) * each.group.layout.page_bytes for each in source.groups)
+        page_bytes = -(-size_bytes * source.parts // (hit_end - front))
         return Work(tokens, self._block_tokens, self._chunk_tokens, page_bytes, front, hit_end, hit_end, hit_end, self._layers)
 
     def _start_lookup(self, request: _Request, tokens: int) -> Lookup:
         request.lookup = self._lookups.start(request.block_hashes, tokens)
         return request.lookup
 
-    def _look_up(self, request: _Request, tokens: int) -> Sequence[int] | None:
-        """Returns where a hit in a request's first `tokens` tokens may end; None while the store has not answered."""
+    def _look_up(self, request: _Request, tokens: int) -> Answer | None:
+        """Returns what the store has of a request's first `tokens` tokens; None while it has not answered."""
         lookup = request.lookup or self._start_lookup(request, tokens)
         if not lookup.done:
             if self._clock.now_ms() - lookup.began_ms < self._lookup_ms_max:
                 return None
             lookup.dropped = True  # if it has not begun; otherwise its end tells the tier whether the store answers
             request.lookup = None
-            return ()
+            return _NOTHING
         request.lookup = None
-        for blocks, names, stored, missing in zip(request.groups, lookup.names, lookup.stored, lookup.missing, strict=False):
+        own = lookup.own
+        if own is None or lookup.hit is None:
+            return _NOTHING
+        for blocks, names, stored, missing in zip(request.groups, own.names, own.stored, own.missing, strict=True):
             if len(blocks.names) < len(names):
-                blocks.names = names
+                blocks.names = list(names)
             self._known.add(stored)
             self._known.discard(missing)
         if self._events is not None and request.chain is not None and self._told is not None and not lookup.failed:
-            self._events.found(request.chain, lookup.names[self._told], len(lookup.stored[self._told]))
-        return lookup.ends
+            self._events.found(request.chain, own.names[self._told], len(own.stored[self._told]))
+        return lookup.hit
 
     def _store_answers(self) -> bool:
         """Returns whether to ask the store. While it fails, a look-up for no request finds out when it answers again."""

@@ -30,7 +30,7 @@ from attnstore_worker.cache.pool.tier import Tier
 from attnstore_worker.cache.store.transfer import Transfer, TransferKind
 from attnstore_worker.device.base import After, Device, Event, Wait
 from attnstore_worker.errors import DeviceLost, OutOfDeviceMemory
-from attnstore_worker.vllm.group_pages import GroupPages, GroupStore, Staging
+from attnstore_worker.vllm.group_pages import GroupLoads, GroupSaves, GroupStore, Staging
 from attnstore_worker.vllm.plan import NO_BLOCK, Pages, RequestLoad
 
 _LOADS_AT_ONCE: Final = 2
@@ -43,7 +43,7 @@ _log = get_logger(__name__)
 class _Saved(NamedTuple):
     """A page that waits to be written: its group and slot, and the event after which it is there."""
 
-    group: GroupPages
+    group: GroupSaves
     slot: int
     copied: Event
 
@@ -63,16 +63,18 @@ class _Load:
 
 
 class Transfers:
-    """Moves pages of `groups`, which are vLLM's in order, between the store and vLLM's blocks on `device`. The tiers' deadline
-    bounds a load, a write and `flush`; `save_bytes_max` is the memory for pages that wait to be written; a load is read in parts of
-    `part_bytes`: while one is copied into vLLM's blocks, the next is read. `whole`: vLLM can use a load only if all of it arrived.
+    """Moves pages between the store and vLLM's blocks on `device`. `sources`: where pages can be read, for each of vLLM's groups in
+    order; the first are the rank's own, which it also writes, and of others one page of each of several shards may fill a block.
+    The tiers' deadline bounds a load, a write and `flush`; `save_bytes_max` is the memory for pages that wait to be written; a load
+    is read in parts of `part_bytes`: while one is copied into vLLM's blocks, the next is read. `whole`: vLLM can use a load only if
+    all of it arrived.
 
     `load`, `save` and `end` are called by the thread that runs vLLM's model.
     """
 
     def __init__(
         self,
-        groups: Sequence[GroupStore],
+        sources: Sequence[Sequence[Sequence[GroupStore]]],
         device: Device,
         clock: Clock,
         *,
@@ -80,10 +82,25 @@ class Transfers:
         part_bytes: int = _PART_BYTES,
         whole: bool = False,
     ) -> None:
+        groups = [parts[0] for parts in sources[0]]
         step_bytes = [own.step_pages * own.layout.page_bytes for own in groups]
-        self._groups = [
-            GroupPages(own, device, save_bytes=save_bytes_max * size // sum(step_bytes), part_bytes=part_bytes)
-            for own, size in zip(groups, step_bytes, strict=True)
+        copies = [
+            [
+                [device.engine_copies(each.blocks, each.block_layout, each.step_pages * each.page_blocks) for each in parts]
+                for parts in source
+            ]
+            for source in sources
+        ]
+        self._saves = [
+            GroupSaves(own, device, own_copies[0], save_bytes=save_bytes_max * size // sum(step_bytes))
+            for own, own_copies, size in zip(groups, copies[0], step_bytes, strict=True)
+        ]
+        self._sources = [
+            [
+                [GroupLoads(each, device, copy, part_bytes=part_bytes) for each, copy in zip(parts, of_parts, strict=True)]
+                for parts, of_parts in zip(source, of_source, strict=True)
+            ]
+            for source, of_source in zip(sources, copies, strict=True)
         ]
         self._whole = whole or len(groups) > 1  # of several groups, vLLM cannot tell whose block has failed
         self._deadline_ms = groups[0].tier.deadline_ms
@@ -97,7 +114,7 @@ class Transfers:
         self._failed_requests: set[str] = set()
         self._failed_blocks: set[int] = set()
         self._loads: deque[Transfer] = deque(maxlen=_MEASURED_LOADS_MAX)
-        self._writes: WriteQueue[_Saved] = WriteQueue(self._write, pages_max=sum(group.pages_max for group in self._groups))
+        self._writes: WriteQueue[_Saved] = WriteQueue(self._write, pages_max=sum(group.pages_max for group in self._saves))
         self._end: Deadline | None = None  # once `flush` has been called
 
     def load(self, load: RequestLoad) -> None:
@@ -128,7 +145,7 @@ class Transfers:
         """
         for page in self._writes.take_finished():
             page.group.free_slots([page.slot])
-        dropped = sum(len(pages) - self._save(self._groups[pages.group], pages) for pages in saves)
+        dropped = sum(len(pages) - self._save(self._saves[pages.group], pages) for pages in saves)
         if dropped:
             _log.warning("the store takes pages more slowly than they are computed", dropped_pages=dropped)
 
@@ -166,7 +183,7 @@ class Transfers:
         with suppress(DeadlineExceeded):
             self._loaders.wait_idle(end.left_ms())
 
-    def _save(self, group: GroupPages, pages: Pages) -> int:
+    def _save(self, group: GroupSaves, pages: Pages) -> int:
         """Returns how many pages there was room for."""
         slots = group.take_slots(len(pages))
         if not slots:
@@ -186,24 +203,27 @@ class Transfers:
     def _load(self, load: _Load) -> None:
         began_ms = self._clock.now_ms()
         good = [0 for _ in load.request.parts]
+        size_bytes = 0
+        source = self._sources[load.request.source]
         try:
             if self._end is None:
                 for index, pages in enumerate(load.request.parts):
-                    good[index] = self._load_leading(load, self._groups[pages.group], pages)
+                    good[index] = len(pages)
+                    for group in source[pages.group]:
+                        arrived = self._load_leading(load, group, pages)
+                        size_bytes += arrived * group.layout.page_bytes
+                        good[index] = min(good[index], arrived)
                     if good[index] < len(pages):
                         break
         except Exception:
+            good = [0 for _ in good]
             _log.exception("a load failed", request=load.request.request_id)
         if any(good):
-            size_bytes = sum(
-                each * self._groups[part.group].layout.page_bytes for each, part in zip(good, load.request.parts, strict=True)
-            )
             asked = sum(map(len, load.request.parts))
+            ended_ms = self._clock.now_ms()
             with self._lock:
                 self._loads.append(
-                    Transfer(
-                        Tier.REMOTE, TransferKind.READ, began_ms, self._clock.now_ms(), asked, sum(good), size_bytes, failed=False
-                    )
+                    Transfer(Tier.REMOTE, TransferKind.READ, began_ms, ended_ms, asked, sum(good), size_bytes, failed=False)
                 )
         self._end_load(load, good)
 
@@ -221,7 +241,7 @@ class Transfers:
             if self._running.get(request.request_id) is load:
                 del self._running[request.request_id]
 
-    def _load_leading(self, load: _Load, group: GroupPages, pages: Pages) -> int:
+    def _load_leading(self, load: _Load, group: GroupLoads, pages: Pages) -> int:
         """Loads pages up to the first that does not arrive. Returns how many; 0 for a request that has ended."""
         staging = group.take_staging()
         good = 0
@@ -240,7 +260,7 @@ class Transfers:
         return 0 if load.ended else good
 
     def _read(
-        self, load: _Load, group: GroupPages, pages: Pages, staging: Staging, part: range, buffers: Sequence[memoryview]
+        self, load: _Load, group: GroupLoads, pages: Pages, staging: Staging, part: range, buffers: Sequence[memoryview]
     ) -> int:
         """Reads a part into its half. Returns how many leading pages are complete and verified."""
         names = [BlockHash(name) for name in pages.names[part.start : part.stop]]
@@ -254,10 +274,13 @@ class Transfers:
         if copied is not None:
             copied.wait(Wait.STAGING_AFTER_UP)
         group.arrives(staging, part)
-        return group.tier.read(names, buffers[: len(part)], None, deadline_ms=left_ms).leading_hits
+        hits = group.tier.read(names, buffers[: len(part)], None, deadline_ms=left_ms).leading_hits
+        if hits:
+            group.arrived(staging, part[:hits])
+        return hits
 
     def _copy(
-        self, load: _Load, group: GroupPages, pages: Pages, staging: Staging, part: range, buffers: Sequence[memoryview]
+        self, load: _Load, group: GroupLoads, pages: Pages, staging: Staging, part: range, buffers: Sequence[memoryview]
     ) -> None:
         """Submits the copies of a part into its blocks, unless the request has ended."""
         del buffers
