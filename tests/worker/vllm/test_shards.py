@@ -76,7 +76,7 @@ class Rank:
         self.told: ToldSources
         self.told, stores = assembly.worker_pages(
             vllm, config, self.shard, Settings.parse({"store": "-", "tensor_parallel_sizes": SIZES}),
-            dict(zip("ab", self.caches, strict=True)), tier,
+            dict(zip("ab", self.caches, strict=True)), tier, loaded_since_s=0.0,
         )  # fmt: skip
         self.transfers = Transfers(stores, device or HostDevice(), clock, save_bytes_max=1 << 24)
         self.scheduled = self.told if first is None else first.told

@@ -12,6 +12,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
+import psutil  # one of vLLM's packages
 from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorHandshakeMetadata,
     KVConnectorMetadata,
@@ -260,7 +261,13 @@ class AttnStoreConnector(ReportingConnector, SupportsHMA):
     def register_kv_caches(self, kv_caches: dict[str, Any]) -> None:
         """See the base class. The cache of a layer is a tensor, or for a state several."""
         self._told, stores = worker_pages(
-            self._vllm_config, self._kv_cache_config, self._shard, self._settings, kv_caches, self._tier
+            self._vllm_config,
+            self._kv_cache_config,
+            self._shard,
+            self._settings,
+            kv_caches,
+            self._tier,
+            loaded_since_s=psutil.Process().create_time(),
         )
         first = next(iter(kv_caches.values()))
         self._device = device_of(first if hasattr(first, "device") else first[0])

@@ -8,8 +8,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import psutil  # one of vLLM's packages
-
 from attnstore.core.hashing import Namespace
 from attnstore_worker.cache.store.remote import RemoteTier
 from attnstore_worker.vllm.group_pages import GroupStore
@@ -30,10 +28,14 @@ def worker_pages(
     settings: Settings,
     kv_caches: Mapping[str, LayerCache],
     tier: MakeTier,
+    *,
+    loaded_since_s: float,
 ) -> tuple[ToldSources, list[list[list[GroupStore]]]]:
-    """Returns what the scheduler is told of a rank's sources of pages, and the stores of each source, group and shard."""
+    """Returns what the scheduler is told of a rank's sources of pages, and the stores of each source, group and shard.
+    `loaded_since_s` as in `weights_name`.
+    """
     groups = page_groups(kv_cache_config, shard)
-    common = kv_settings(vllm_config, kv_cache_config, model_id=settings.model_id, loaded_since_s=psutil.Process().create_time())
+    common = kv_settings(vllm_config, kv_cache_config, model_id=settings.model_id, loaded_since_s=loaded_since_s)
     named = [
         {
             **common,
