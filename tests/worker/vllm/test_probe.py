@@ -23,7 +23,7 @@ def test_the_link_is_measured_before_the_first_request() -> None:
     assert [transfer.bytes for transfer in transfers] == [LAYOUT.page_bytes] * 3
 
 
-@pytest.mark.parametrize(("read_ms", "reads"), [(90.0, 4), (110.0, 2)])
+@pytest.mark.parametrize(("read_ms", "reads"), [(290.0, 4), (310.0, 2)])
 def test_a_slow_link_is_measured_by_one_read(read_ms: float, reads: int) -> None:
     clock = ManualClock()
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,6 +22,8 @@ from experiments.vllm.session import Batch, Start, attnstore_connector
 PYTHON = os.environ.get("ATTNSTORE_VLLM_PYTHON")
 VOCABULARY = 2_048
 NEW_TOKENS = 16
+PATIENCE_S = 60
+"""A link that looked slow while vLLM started is measured again after ten seconds."""
 WINDOW = 200
 LONG = [index * 7_919 % 2_000 for index in range(1_100)]
 PROMPTS = [LONG[:1_025], LONG, LONG[:700], [*LONG[:600], *range(100, 400)]]
@@ -171,7 +174,8 @@ def test_another_process_loads_what_the_model_needs_and_its_tokens_are_those_of_
             assert [ask(prompt) for prompt in PROMPTS] == alone
         with vllm(tmp_path, dtype, node.url) as ask:
             loaded: list[int] = []
-            while not any(loaded) and len(loaded) < 10:  # no hit is claimed before the link was measured
+            give_up_s = time.monotonic() + PATIENCE_S
+            while not any(loaded) and time.monotonic() < give_up_s:
                 before = client.stats().read_bytes
                 assert ask(PROMPTS[0]) == alone[0]
                 loaded.append(client.stats().read_bytes - before)

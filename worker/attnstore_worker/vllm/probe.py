@@ -19,7 +19,7 @@ from attnstore_worker.cache.store.remote import RemoteTier
 from attnstore_worker.cache.store.transfer import Transfer, TransferKind
 
 _READS: Final = 3
-_SLOW_MS: Final = 100.0
+_SLOW_MS: Final = 300.0
 """One read that takes so long says enough."""
 _NAME: Final = b"attnstore-link-probe"
 
