@@ -57,12 +57,10 @@ class Answer:
     each group, and those that are `stored` and those that are `missing`.
     """
 
-    __slots__ = ("block_hashes", "ends", "missing", "names", "source", "stored", "tokens")
+    __slots__ = ("ends", "missing", "names", "source", "stored")
 
     def __init__(self, source: int, groups: Sequence[StoredGroup], block_hashes: Sequence[bytes], tokens: int) -> None:
         self.source = source
-        self.block_hashes = block_hashes
-        self.tokens = tokens
         self.names = [each.names(each.root, block_hashes, range(_pages(each.group, tokens))) for each in groups]
         self.ends: Sequence[int] = ()
         self.stored: list[list[BlockHash]] = [[] for _ in groups]
@@ -140,13 +138,12 @@ class Lookups:
             for source in self._sources:
                 if not asked:
                     return
-                answers = [source.asked(lookup.block_hashes, lookup.tokens) for lookup in asked]
-                failed = source.ask(answers)
+                answers, failed = source.ask(asked)
                 for lookup, answer in zip(asked, answers, strict=True):
                     if source.number == 0:
                         lookup.own = lookup.hit = answer
                         lookup.failed = failed
-                    elif answer.ends and (lookup.hit is None or not lookup.hit.ends or answer.ends[-1] > lookup.hit.ends[-1]):
+                    elif _longest(answer) > _longest(lookup.hit):
                         lookup.hit = answer
                 asked = [] if failed else [lookup for lookup in asked if lookup.tokens - _longest(lookup.hit) >= source.unit]
         finally:
@@ -163,13 +160,11 @@ class _Source:
         self.unit = hit_unit([each.group for each in groups])
         self._asks_prefixes = any(each.group.window is None for each in groups)
 
-    def asked(self, block_hashes: Sequence[bytes], tokens: int) -> Answer:
-        return Answer(self.number, self._groups, block_hashes, tokens)
-
-    def ask(self, answers: Sequence[Answer]) -> bool:
-        """Fills answers in. Returns whether a call failed."""
+    def ask(self, lookups: Sequence[Lookup]) -> tuple[list[Answer], bool]:
+        """Returns the answers, and whether a call failed."""
+        answers = [Answer(self.number, self._groups, lookup.block_hashes, lookup.tokens) for lookup in lookups]
         failed = self._ask_prefixes(answers)
-        return self._ask_windows(answers) or failed
+        return answers, self._ask_windows(answers) or failed
 
     def _ask_prefixes(self, answers: Sequence[Answer]) -> bool:
         """Asks the groups that need all pages. Returns whether a call failed."""

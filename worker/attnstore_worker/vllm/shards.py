@@ -60,11 +60,10 @@ def sources(groups: Sequence[PageGroup], shard: Shard, sizes: Iterable[int]) -> 
 
 def _of_more(groups: Sequence[PageGroup], own: Shard, count: int) -> Source:
     each = count // own.count
+    others = [Shard(own.index * each + part, count, writes=False) for part in range(each)]
     return Source(
         tuple(
-            HeadRange(other, tuple(of_shard(group, own, other) for group in groups), block_part=part, block_parts=each)
-            for part in range(each)
-            for other in (Shard(own.index * each + part, count, writes=False),)
+            HeadRange(other, _of_shard(groups, own, other), block_part=part, block_parts=each) for part, other in enumerate(others)
         )
     )
 
@@ -72,5 +71,8 @@ def _of_more(groups: Sequence[PageGroup], own: Shard, count: int) -> Source:
 def _of_fewer(groups: Sequence[PageGroup], own: Shard, count: int) -> Source:
     each = own.count // count
     other = Shard(own.index // each, count, writes=False)
-    scaled = tuple(of_shard(group, own, other) for group in groups)
-    return Source((HeadRange(other, scaled, page_part=own.index % each, page_parts=each),))
+    return Source((HeadRange(other, _of_shard(groups, own, other), page_part=own.index % each, page_parts=each),))
+
+
+def _of_shard(groups: Sequence[PageGroup], own: Shard, other: Shard) -> tuple[PageGroup, ...]:
+    return tuple(of_shard(group, own, other) for group in groups)
