@@ -34,10 +34,10 @@ from attnstore_worker.cache.planning.split import Work
 from attnstore_worker.cache.pool.tier import Tier
 from attnstore_worker.cache.store.remote import RemoteTier
 from attnstore_worker.cache.store.transfer import Transfer, TransferKind
+from attnstore_worker.testing import single_group
 from attnstore_worker.vllm.gate import Gate
 from attnstore_worker.vllm.identity import page_hashes, page_layout, vllm_namespace
 from attnstore_worker.vllm.lookups import StoredGroup, StoredSource
-from attnstore_worker.vllm.page_groups import PageGroup
 from attnstore_worker.vllm.scheduling import SchedulerSide
 
 _BLOCK_TOKENS: Final = 16
@@ -83,19 +83,7 @@ def measure(tokens: int, repeats: int, transport: str) -> list[Row]:
             assert gate.blocks_to_fetch(work) == blocks
 
         rows.append(_row("decide", decide, repeats))
-        group = PageGroup(
-            index=0,
-            layer_names=("layer",),
-            layer_bytes=(layout.page_bytes,),
-            block_tokens=_BLOCK_TOKENS,
-            page_blocks=1,
-            page_hashes=1,
-            window=None,
-            state=False,
-            heads=None,
-            block_layout=layout,
-            layout=layout,
-        )
+        group = single_group(layout, ("layer",))
         side = SchedulerSide(
             [StoredSource([StoredGroup(group, space, tier)])], gate, clock, lookup_ms_max=10_000, chunk_tokens=_CHUNK_TOKENS
         )

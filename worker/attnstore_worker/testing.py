@@ -1,8 +1,8 @@
-"""Test doubles for the worker's interfaces: a store that fails on purpose, a planner with a fixed plan, a tiny model, a worker in a
-process of its own.
+"""Test doubles for the worker's interfaces: a store that fails on purpose, a planner with a fixed plan, a tiny model, a group of
+caches, a worker in a process of its own.
 
-Owns: `MemoryStore`, `FixedPlanner`, `write_tiny_model` and `WorkerProcess`. Invariant of the store: it reports what a real client
-would report; a page whose status is not OK leaves garbage in its buffer, as a broken transfer does.
+Owns: `MemoryStore`, `FixedPlanner`, `write_tiny_model`, `single_group` and `WorkerProcess`. Invariant of the store: it reports what
+a real client would report; a page whose status is not OK leaves garbage in its buffer, as a broken transfer does.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from attnstore_worker.cache.moving.load import Load, LoadPlan, Prompt, SearchPla
 from attnstore_worker.file_digests import cache_dir
 from attnstore_worker.model.conversion import converted_model
 from attnstore_worker.model_source import GgufSource, find_model, weights_digest
+from attnstore_worker.vllm.page_groups import PageGroup
 
 _GARBAGE = 0xA5
 _END_S_MAX = 60.0
@@ -275,3 +276,20 @@ class WorkerProcess:
             self.process.kill()
             assert self.process.stderr is not None
             self.process.stderr.close()
+
+
+def single_group(layout: PageLayout, layer_names: tuple[str, ...]) -> PageGroup:
+    """Returns vLLM's only group of caches, of full attention, whose pages have one block of this layout."""
+    return PageGroup(
+        index=0,
+        layer_names=layer_names,
+        layer_bytes=(layout.page_bytes // len(layer_names),) * len(layer_names),
+        block_tokens=layout.block_tokens,
+        page_blocks=1,
+        page_hashes=1,
+        window=None,
+        state=False,
+        heads=None,
+        block_layout=layout,
+        layout=layout,
+    )

@@ -10,27 +10,15 @@ from attnstore.types import MatchResult
 from attnstore_worker.cache.planning.observation import Step
 from attnstore_worker.cache.pool.tier import Tier
 from attnstore_worker.cache.store.transfer import Transfer, TransferKind
+from attnstore_worker.testing import single_group
 from attnstore_worker.vllm.identity import page_layout, vllm_namespace
-from attnstore_worker.vllm.page_groups import PageGroup
 from attnstore_worker.vllm.scheduling import SchedulerSide
 from tests.samples import eventually
 
 TOKENS = 16
 LAYOUT = page_layout(layers=2, layer_block_bytes=2 * 3 * TOKENS * 8, kv_heads=3, block_tokens=TOKENS, tp_rank=0, tp_size=1)
 ROOT = vllm_namespace(LAYOUT, {"model": "m"}, tenant_salt="")
-GROUP = PageGroup(
-    index=0,
-    layer_names=("a", "b"),
-    layer_bytes=(LAYOUT.page_bytes // 2,) * 2,
-    block_tokens=TOKENS,
-    page_blocks=1,
-    page_hashes=1,
-    window=None,
-    state=False,
-    heads=None,
-    block_layout=LAYOUT,
-    layout=LAYOUT,
-)
+GROUP = single_group(LAYOUT, ("a", "b"))
 FOREIGN = [bytes((index,)) * 32 for index in range(10)]
 CHUNK_TOKENS = 2048
 
