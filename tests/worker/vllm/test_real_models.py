@@ -23,7 +23,7 @@ PYTHON = os.environ.get("ATTNSTORE_VLLM_PYTHON")
 VOCABULARY = 2_048
 NEW_TOKENS = 16
 PATIENCE_S = 60
-"""A link that looked slow while vLLM started is measured again after ten seconds."""
+"""A link whose first measurements differ much is not relied on; every ten seconds it is measured again, which reads a page too."""
 WINDOW = 200
 LONG = [index * 7_919 % 2_000 for index in range(1_100)]
 PROMPTS = [LONG[:1_025], LONG, LONG[:700], [*LONG[:600], *range(100, 400)]]
@@ -87,7 +87,7 @@ def deepseek_v2() -> Any:
 def lfm2() -> Any:
     """Short convolutions, whose state is the last tokens, and full attention."""
     config = transformers.Lfm2Config(
-        **{**COMMON, "hidden_size": 512, "intermediate_size": 2_048},
+        **{**COMMON, "hidden_size": 512, "intermediate_size": 8_192, "num_key_value_heads": 1},  # slow to compute, fast to load
         num_hidden_layers=12,
         layer_types=["conv", "full_attention"] * 6,
         tie_word_embeddings=True,
@@ -130,7 +130,7 @@ _FULL = 1_024 * 2 * 2 * 64 * 4
 LOADED = {
     "sliding windows": _FULL + 6 * _FULL // 4,
     "latents": 2 * 1_024 * 576 * 4,
-    "short convolutions": 6 * (2 * _FULL + 2 * 512 * 4),
+    "short convolutions": 6 * (_FULL + 2 * 512 * 4),
     "linear attention": 1_132_544,
 }
 """Bytes of each kind that the first prompt takes: of windows the last two blocks, of convolutions two tokens, of linear attention
@@ -175,11 +175,10 @@ def test_another_process_loads_what_the_model_needs_and_its_tokens_are_those_of_
         with vllm(tmp_path, dtype, node.url) as ask:
             loaded: list[int] = []
             give_up_s = time.monotonic() + PATIENCE_S
-            while not any(loaded) and time.monotonic() < give_up_s:
+            while LOADED[kind] not in loaded and time.monotonic() < give_up_s:
                 before = client.stats().read_bytes
                 assert ask(PROMPTS[0]) == alone[0]
                 loaded.append(client.stats().read_bytes - before)
             for prompt, tokens in zip(PROMPTS[1:], alone[1:], strict=True):
                 assert ask(prompt) == tokens
-    # Of a hit that the link does not seem to bring in time, a leading part is claimed.
-    assert 0 < loaded[-1] <= LOADED[kind], f"of windows and states only what the next token needs: {loaded}"
+    assert loaded[-1] == LOADED[kind], f"of windows and states only what the next token needs: {loaded}"
