@@ -16,6 +16,7 @@ import math
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, Final
 
 from attnstore.core.hashing import joint_checksum, page_checksum
@@ -38,6 +39,23 @@ _OPEN_HEAD: Final = struct.Struct("<I4xd")
 _SET_HEAD: Final = struct.Struct("<II")
 OPEN_HEAD_BYTES: Final = _OPEN_HEAD.size
 SET_HEAD_BYTES: Final = _SET_HEAD.size
+
+
+Sets = tuple[tuple[int, int], ...]
+"""`(set_id, rows)` of each set that a query asks about."""
+
+_SETS_KEPT: Final = 256
+
+
+@lru_cache(_SETS_KEPT)
+def _checked_rows(sets: Sets) -> int:
+    """Returns the rows of all sets together. Raises `InvalidArgument` beyond the limits."""
+    if not 1 <= len(sets) <= ATTEND_SETS_MAX:
+        raise InvalidArgument(f"a query names {len(sets)} sets; it must name 1 to {ATTEND_SETS_MAX}")
+    total = sum(rows for _, rows in sets)
+    if not 1 <= total <= ATTEND_ROWS_MAX or not all(rows for _, rows in sets):
+        raise InvalidArgument(f"a query has {total} rows; it must have 1 to {ATTEND_ROWS_MAX}, and at least one for each set")
+    return total
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,25 +90,21 @@ class AttendOpen:
 
 @dataclass(frozen=True, slots=True)
 class AttendQuery:
-    """Query rows against one layer. `sets`: `(set_id, rows)` in the order of `rows`, fp32 `[total rows, q_heads, head_dim]`.
+    """Query rows against one layer. `sets`: `(set_id, rows)` in the order of `rows`, fp32 `[total rows, q_heads, head_dim]`; a
+    step asks each layer about the same sets, so they are checked and encoded once.
 
     The node may drop a query that it cannot answer within `budget_ms` from now; 0 means no limit.
     """
 
     layer: int
     budget_ms: int
-    sets: Sequence[tuple[int, int]]
+    sets: Sets
     rows: Buffer
 
     def __post_init__(self) -> None:
         if not 0 <= self.budget_ms <= DEADLINE_MS_MAX:
             raise InvalidArgument(f"budget_ms is {self.budget_ms}; it must be between 0 and {DEADLINE_MS_MAX}")
-        if not 1 <= len(self.sets) <= ATTEND_SETS_MAX:
-            raise InvalidArgument(f"a query names {len(self.sets)} sets; it must name 1 to {ATTEND_SETS_MAX}")
-        if not 1 <= self.total_rows <= ATTEND_ROWS_MAX or not all(rows for _, rows in self.sets):
-            raise InvalidArgument(
-                f"a query has {self.total_rows} rows; it must have 1 to {ATTEND_ROWS_MAX}, and at least one for each set"
-            )
+        _checked_rows(self.sets)
         if memoryview(self.rows).nbytes > ATTEND_BYTES_MAX:
             raise InvalidArgument(
                 f"a query's rows have {memoryview(self.rows).nbytes} bytes; at most {ATTEND_BYTES_MAX} are allowed"
@@ -99,7 +113,7 @@ class AttendQuery:
     @property
     def total_rows(self) -> int:
         """The rows of all sets together."""
-        return sum(rows for _, rows in self.sets)
+        return _checked_rows(self.sets)
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,7 +139,8 @@ def decode_open(set_id: int, namespace: bytes, lease_id: bytes, payload: Buffer)
     return AttendOpen(set_id, AttendShape(namespace, q_heads, scale), split_hashes(bytes(payload[OPEN_HEAD_BYTES:])), lease_id)
 
 
-def encode_sets(sets: Sequence[tuple[int, int]]) -> bytes:
+@lru_cache(_SETS_KEPT)
+def encode_sets(sets: Sets) -> bytes:
     """Returns the head of an ATTEND frame's payload; the rows follow it."""
     return b"".join(_SET_HEAD.pack(set_id, rows) for set_id, rows in sets)
 
@@ -135,7 +150,12 @@ def decode_query(layer: int, budget_ms: int, sets: int, payload: memoryview) -> 
     head_bytes = sets * SET_HEAD_BYTES
     if not 1 <= sets <= ATTEND_SETS_MAX or len(payload) < head_bytes:
         raise InvalidArgument(f"an ATTEND frame of {len(payload)} bytes names {sets} sets")
-    return AttendQuery(layer, budget_ms, list(_SET_HEAD.iter_unpack(payload[:head_bytes])), payload[head_bytes:])
+    return AttendQuery(layer, budget_ms, _decoded_sets(bytes(payload[:head_bytes])), payload[head_bytes:])
+
+
+@lru_cache(_SETS_KEPT)
+def _decoded_sets(head: bytes) -> Sets:
+    return tuple(_SET_HEAD.iter_unpack(head))
 
 
 def step_to_wire(step: AttendStep) -> pb.AttendRequest:
@@ -171,7 +191,7 @@ def step_from_wire(message: Any) -> AttendStep:
         query = message.query
         if query.HasField("checksum") and query.checksum != page_checksum(query.rows):
             raise ProtocolError("the rows of an attend query do not match their checksum")
-        return AttendQuery(query.layer, query.budget_ms, [(named.set, named.rows) for named in query.sets], query.rows)
+        return AttendQuery(query.layer, query.budget_ms, tuple((named.set, named.rows) for named in query.sets), query.rows)
     if kind == "close":
         return AttendClose(message.close.set)
     raise ProtocolError("an attend request is neither open, query nor close")

@@ -113,7 +113,7 @@ class ChannelAttend(_Stream):
     def ask(self, layer: int, sets: Sequence[tuple[int, int]], rows: Buffer) -> None:
         """See `AttendStream.ask`."""
         self._begin()
-        query = AttendQuery(layer, _budget_ms(self._deadline_ms), sets, rows)
+        query = AttendQuery(layer, _budget_ms(self._deadline_ms), tuple(sets), rows)
         parts = (encode_sets(query.sets), memoryview(rows).cast("B"))
         frame = Frame(
             Kind.ATTEND,
@@ -190,7 +190,7 @@ class AttendCall:
 
     async def ask(self, layer: int, sets: Sequence[tuple[int, int]], rows: Buffer) -> None:
         """See `AttendStream.ask`."""
-        await self._send(AttendQuery(layer, _budget_ms(self._deadline_ms), sets, memoryview(rows).cast("B")))
+        await self._send(AttendQuery(layer, _budget_ms(self._deadline_ms), tuple(sets), memoryview(rows).cast("B")))
 
     async def receive(self, out: memoryview, lse: memoryview) -> None:
         """See `AttendStream.receive`."""
