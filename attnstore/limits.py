@@ -355,6 +355,8 @@ ATTEND_WAITING_MAX = 256
 ATTEND_TOGETHER_MAX = 32
 """Queries that a node answers in one computation."""
 ATTEND_VERIFIED_MS_MAX = 60_000
+ATTEND_SPIN_MS = 1.0
+"""How long a wait of an attend stream looks for the next frame before it sleeps, on both sides."""
 """When a set is opened, pages that were not hashed for this long are hashed."""
 
 assert ATTEND_HASHES_MAX <= HASHES_MAX

@@ -10,6 +10,7 @@ from collections.abc import Callable
 
 from attnstore.core.hashing import joint_checksum, page_checksum
 from attnstore.errors import DeadlineExceeded, ProtocolError, Unsupported
+from attnstore.limits import ATTEND_SPIN_MS
 from attnstore.server.attend import Attending, AttendSession
 from attnstore.streams.frames import FrameStream
 from attnstore.telemetry import NodeMetrics
@@ -50,6 +51,7 @@ class AttendChannel:
             if self._attending is None:
                 raise Unsupported(NOT_OFFERED)
             self._session = self._attending.session(tenant)
+            self._stream.spins(ATTEND_SPIN_MS)
         self._session.open(decode_open(frame.page, frame.namespace, frame.lease, payload))
         self._stream.send(encode_frame(Frame(Kind.OPENED, request=frame.request, page=frame.page)))
 

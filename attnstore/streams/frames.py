@@ -14,6 +14,7 @@ import struct
 import threading
 
 from attnstore.errors import Unavailable
+from attnstore.streams.spin import Spin
 from attnstore.streams.waits import RECEIVING, SENDING, Waits, lost
 from attnstore.wire.chunks import Buffer
 from attnstore.wire.frame_receiver import FrameReceiver, Role
@@ -39,10 +40,15 @@ class FrameStream:
         self._socket = connection
         self._receiver = FrameReceiver(role)
         self._waits = Waits(connection)
+        self._spin: Spin | None = None
         self.bound = self._waits.bound
         self.demand = self._waits.demand
         # The number of a closed descriptor may be reused by another connection at once.
         self._ending = threading.Lock()
+
+    def spins(self, bound_ms: float) -> None:
+        """Makes each wait for a frame's header spin for up to `bound_ms` before it sleeps, as long as that pays. 0: no wait spins."""
+        self._spin = Spin(self._socket, bound_ms) if bound_ms else None
 
     @property
     def at_boundary(self) -> bool:
@@ -80,14 +86,20 @@ class FrameStream:
                 return frame
         window = None
         waits, receive = self._waits, self._socket.recvmsg_into
+        spin = self._spin if not payload else None
         try:
             while True:
+                if spin is not None:
+                    spin.begin()
                 waits.begin(RECEIVING)  # and not `waits.run`, which costs another call for each page
                 try:
                     count = receive(receiver.windows(), 0, socket.MSG_WAITALL)[0]
                 except BlockingIOError:
                     waits.resume(RECEIVING)
                     count = receive(receiver.windows(), 0, socket.MSG_WAITALL)[0]
+                if spin is not None:
+                    spin.end()
+                    spin = None
                 frame = self._received(count)
                 if frame is not None:
                     return frame

@@ -44,17 +44,18 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _quick(model: LoadedModel, add: Any) -> None:
-    [prose] = documents(model, 512, 1, repeating=False)
-    add(measure(model, prose, [Cell(0.1, 1.0, _REMOTE, 8, 2)], capacity="256MiB", threads=_THREADS))
+    for context, tokens in ((512, 24), (8128, 12)):
+        [prose] = documents(model, context, 1, repeating=False)
+        add(measure(model, prose, [_direct(tokens), Cell(0.1, 1.0, ("attend",), tokens, 2)], capacity="1GiB", threads=_THREADS))
     [listing] = documents(model, 256, 1, repeating=True)
     add(measure(model, listing, [Cell(2.0, 1.0, _GUESSING, 16, 2)], capacity="256MiB", threads=_THREADS))
     add(measure_geometry(SMOLLM2, 8_192, [(0.1, 1.0)], 1, threads=_THREADS, repeats=8))
 
 
 def _full(model: LoadedModel, add: Any) -> None:
-    for context in (1024, 4096, 8128):
+    for context in (512, 2048, 8128):
         [prose] = documents(model, context, 1, repeating=False)
-        cells = [Cell(0.1, 1.0, _REMOTE, 32, 3), Cell(0.1, 10.0, ("attend",), 16, 2), Cell(2.0, 1.0, ("attend",), 16, 2)]
+        cells = [_direct(32), Cell(0.1, 1.0, _REMOTE, 32, 3), Cell(0.1, 10.0, ("attend",), 16, 2), Cell(2.0, 1.0, ("attend",), 16, 2)]
         cells += [Cell(10.0, 1.0, ("attend",), 8, 2), Cell(0.1, 0.1, ("attend",), 16, 2)] if context == 8128 else []
         add(measure(model, prose, cells, capacity="1GiB", threads=_THREADS))
     for prose in documents(model, 500, 5, repeating=False):
@@ -69,6 +70,10 @@ def _full(model: LoadedModel, add: Any) -> None:
         for context in (8_192, 32_768, 131_072):
             add(measure_geometry(geometry, context, _LINKS, 1, threads=_THREADS, repeats=12))
         add(measure_geometry(geometry, 131_072, [(0.1, 1.0)], 2, threads=_THREADS, repeats=12))
+
+
+def _direct(tokens: int) -> Cell:
+    return Cell(0.0, math.inf, ("attend",), tokens, 2)
 
 
 def _as_json(row: Row) -> dict[str, Any]:

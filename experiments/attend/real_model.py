@@ -6,6 +6,7 @@ those of the resident run.
 
 from __future__ import annotations
 
+import math
 import pydoc_data.topics
 import statistics
 from collections.abc import Iterator, Sequence
@@ -21,6 +22,7 @@ from attnstore_worker.engine import AttendPolicy, Engine, EngineOptions, Samplin
 from attnstore_worker.engine import Sequence as Prompted
 from attnstore_worker.model import LoadedModel
 from attnstore_worker.options import SharedUse
+from experiments.attend.ping import measured_rtt_ms
 from experiments.attend.rows import Row, attend_ms, fetch_ms
 
 DEADLINE_MS: Final = 120_000
@@ -31,8 +33,8 @@ _LIST: Final = "Item {0}: the value of field {0} is unknown; see item {0}.\n"
 
 @dataclass(frozen=True, slots=True)
 class Cell:
-    """One link, and the numbers of tokens to generate in the fast modes and in the slow one. With a `resident_share`, modes that
-    attend have a pool for that share of the context and leave the rest in the store.
+    """One link, and the numbers of tokens to generate in the fast modes and in the slow one. An unlimited rate is loopback, without a
+    relay. With a `resident_share`, modes that attend have a pool for that share of the context and leave the rest in the store.
     """
 
     rtt_ms: float
@@ -43,9 +45,18 @@ class Cell:
     resident_share: float = 0.0
 
     @property
-    def profile(self) -> str:
-        """The link in the form that `attnstore.links.parse_link` takes."""
-        return f"{self.gbit_per_s:g}g@{self.rtt_ms:g}ms"
+    def profile(self) -> str | None:
+        """The link in the form that `attnstore.links.parse_link` takes; None for loopback."""
+        return None if math.isinf(self.gbit_per_s) else f"{self.gbit_per_s:g}g@{self.rtt_ms:g}ms"
+
+    @contextmanager
+    def link(self, url: str) -> Iterator[str]:
+        """The URL of the node at `url`, as seen through the link."""
+        if self.profile is None:
+            yield url
+            return
+        with Link.to_node(url, self.profile) as link:
+            yield link.url
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,30 +106,43 @@ def measure(model: LoadedModel, prompt: list[int], cells: Sequence[Cell], *, cap
         resident = _resident(model, prompt, tokens_max, node.url)
         rows = [_row(model, prompt, cells[0], "resident", resident, resident, resident.tpot_ms)]
         for cell in cells:
-            with Link.to_node(node.url, cell.profile) as link:
+            rtt_ms = measured_rtt_ms(cell.profile, weight_bytes(model) // layout.layers)
+            with cell.link(node.url) as url:
                 for mode in cell.modes:
                     if mode == "shared_in_place":
                         run = _shared(model, prompt, cell.tokens, node.url)
                         predicted = resident.tpot_ms
                     elif mode == "fetch_each_step":
-                        run = _fetched(model, prompt, cell.fetched_tokens, link.url)
-                        predicted = fetch_ms(resident.tpot_ms, context_bytes, cell.rtt_ms, cell.gbit_per_s)
+                        run = _fetched(model, prompt, cell.fetched_tokens, url)
+                        predicted = fetch_ms(resident.tpot_ms, context_bytes, rtt_ms, cell.gbit_per_s)
                     else:
                         speculate = mode == "attend_speculative"
                         if cell.resident_share:
-                            run = _left_behind(model, prompt, cell, link.url, speculate=speculate)
+                            run = _left_behind(model, prompt, cell, url, speculate=speculate)
                         else:
-                            run = _attended(model, prompt, cell.tokens, link.url, speculate=speculate)
+                            run = attended(model, prompt, cell.tokens, url, speculate=speculate)
                         tokens = 1 + run.accepted_per_step
                         step_bytes = run.bytes_moved * tokens
-                        step = attend_ms(resident.tpot_ms, layout.layers, cell.rtt_ms, step_bytes, cell.gbit_per_s)
+                        step = attend_ms(resident.tpot_ms, layout.layers, rtt_ms, step_bytes, cell.gbit_per_s)
                         predicted = step / tokens
-                    rows.append(_row(model, prompt, cell, mode, run, resident, predicted))
+                    rows.append(_row(model, prompt, cell, mode, run, resident, predicted, rtt_ms))
     return rows
 
 
+def weight_bytes(model: LoadedModel) -> int:
+    """Returns the bytes of the model's weights, which a step reads."""
+    return sum(parameter.nbytes for parameter in model.module.parameters())
+
+
 def _row(
-    model: LoadedModel, prompt: list[int], cell: Cell, mode: str, run: _Run, resident: _Run, predicted_ms: float | None
+    model: LoadedModel,
+    prompt: list[int],
+    cell: Cell,
+    mode: str,
+    run: _Run,
+    resident: _Run,
+    predicted_ms: float,
+    rtt_ms: float | None = None,
 ) -> Row:
     local = mode in ("resident", "shared_in_place")
     return Row(
@@ -136,6 +160,7 @@ def _row(
         accepted_per_step=run.accepted_per_step if mode == "attend_speculative" else None,
         predicted_ms=None if cell.resident_share else predicted_ms,  # the formula does not cover drafts, which have a cost
         resident_share=cell.resident_share if mode.startswith("attend") else 0.0,
+        measured_rtt_ms=None if local else rtt_ms,
     )
 
 
@@ -172,7 +197,8 @@ def _shared(model: LoadedModel, prompt: list[int], tokens: int, url: str) -> _Ru
         return _generate(engine, prompt, tokens)
 
 
-def _attended(model: LoadedModel, prompt: list[int], tokens: int, url: str, *, speculate: bool) -> _Run:
+def attended(model: LoadedModel, prompt: list[int], tokens: int, url: str, *, speculate: bool) -> _Run:
+    """Generates with all of the prompt's blocks in the store."""
     options = _options(model, 4 * _CHUNK_TOKENS + tokens, attend=AttendPolicy.ALWAYS, speculate=speculate)
     with _store(url, "tcp") as store:
         with Engine(model, options, store=store, attend_store=store) as warming:  # the node's kernels, and the known batch shapes

@@ -17,8 +17,8 @@ class Row:
 
     `tpot_ms` is the median time of a decoding step divided by its tokens. `ttft_ms` is None if no prompt was run, and
     `tokens_equal` if there are no tokens. `nodes` is the number of store nodes that held the pages. `predicted_ms` is the formula's
-    `tpot_ms` (docs/attend.md), None if a figure that it needs was not measured. `resident_share` is the share of the context in the
-    worker's pool.
+    `tpot_ms` (docs/attend.md) with `measured_rtt_ms`, that of a small message through the link beside the step's memory traffic; None
+    if a figure that it needs was not measured. `resident_share` is the share of the context in the worker's pool.
     """
 
     model: str
@@ -35,6 +35,7 @@ class Row:
     accepted_per_step: float | None
     predicted_ms: float | None
     resident_share: float = 0.0
+    measured_rtt_ms: float | None = None
 
 
 def attend_ms(resident_ms: float, layers: int, rtt_ms: float, bytes_per_token: float, gbit_per_s: float) -> float:
@@ -50,7 +51,7 @@ def fetch_ms(resident_ms: float, context_bytes: float, rtt_ms: float, gbit_per_s
 def table(rows: Sequence[Row]) -> Table:
     """Returns the rows as a table."""
     shown = Table(title="Decoding with the KV here, fetched, or attended to")
-    for name in ("model", "context", "RTT ms", "Gb/s", "mode", "nodes", "ms/token", "predicted"):
+    for name in ("model", "context", "RTT ms", "measured", "Gb/s", "mode", "nodes", "ms/token", "predicted"):
         shown.add_column(name, justify="left" if name in ("model", "mode") else "right")
     for name in ("TTFT ms", "KB/token", "trips/token", "tokens equal", "accepted/step"):
         shown.add_column(name, justify="right")
@@ -59,6 +60,7 @@ def table(rows: Sequence[Row]) -> Table:
             row.model,
             str(row.context_tokens),
             f"{row.rtt_ms:g}",
+            "" if row.measured_rtt_ms is None else f"{row.measured_rtt_ms:.2f}",
             f"{row.gbit_per_s:g}",
             row.mode + (f" ({row.resident_share:.0%} here)" if row.resident_share else ""),
             str(row.nodes),

@@ -20,6 +20,7 @@ from attnstore.attention import create_attention, merge
 from attnstore.client.base import AttendStream
 from attnstore.testing import StoreProcess
 from attnstore.testing.link import Link
+from experiments.attend.ping import measured_rtt_ms
 from experiments.attend.rows import Row, attend_ms
 
 _BLOCK_TOKENS: Final = 16
@@ -110,7 +111,8 @@ def measure_geometry(
                 step_ms, merged = _attend(halves, query, geometry.stored_layers, repeats)
             assert float((merged - out).norm() / out.norm()) < 1e-5, "partials do not merge to the whole"
             row_bytes = geometry.layers * nodes * (2 * query.numel() + geometry.q_heads) * 4
-            predicted = attend_ms(resident_ms / nodes, geometry.layers, rtt_ms, row_bytes, gbit_per_s)
+            ping_ms = measured_rtt_ms(f"{gbit_per_s:g}g@{rtt_ms:g}ms", 0)  # between two layers, the worker only merges
+            predicted = attend_ms(resident_ms / nodes, geometry.layers, ping_ms, row_bytes, gbit_per_s)
             rows.append(
                 _row(
                     geometry,
@@ -123,6 +125,7 @@ def measure_geometry(
                     row_bytes,
                     geometry.layers,
                     predicted,
+                    ping_ms,
                 )
             )
     return rows
@@ -139,6 +142,7 @@ def _row(
     bytes_per_token: float,
     round_trips: float,
     predicted_ms: float | None,
+    rtt_measured_ms: float | None = None,
 ) -> Row:
     return Row(
         geometry.name,
@@ -154,6 +158,7 @@ def _row(
         None,
         None,
         predicted_ms,
+        measured_rtt_ms=rtt_measured_ms,
     )
 
 

@@ -18,6 +18,7 @@ from attnstore.client.transports.rpc import AttendRpc
 from attnstore.clock import Clock, Deadline
 from attnstore.core.hashing import joint_checksum
 from attnstore.errors import ClientClosed, ProtocolError, Unavailable
+from attnstore.limits import ATTEND_SPIN_MS
 from attnstore.streams.frames import FrameStream
 from attnstore.types import Lease
 from attnstore.wire.attend import (
@@ -83,6 +84,7 @@ class ChannelAttend(_Stream):
         self._request = 0
         self._set_ids = itertools.count()
         stream.bound(self._left_ms)
+        stream.spins(ATTEND_SPIN_MS)
 
     def close(self) -> None:
         """See `AttendStream.close`."""
