@@ -347,9 +347,12 @@ ATTEND_ROWS_MAX = 1_024
 """Query rows in one query, of all its sets together."""
 ATTEND_BYTES_MAX = 2 * MIB
 """The rows of one query, and each of the two halves of its answer."""
-ATTEND_FRAME_BYTES_MAX = ATTEND_BYTES_MAX + 4 * KIB
-"""A frame with rows, or hashes, and their description."""
+ATTEND_FRAME_BYTES_MAX = ATTEND_BYTES_MAX + 8 * KIB
+"""A frame with rows, or hashes, and their description: 8 bytes for each set, 4 for each row."""
 ATTEND_HEADS_MAX = 1_024
+LATENT_DIM_MIN = 16
+LATENT_DIM_MAX = 4_096
+"""Elements of a latent row that is attended to; DeepSeek's have 576. A node's scratch memory for a query grows with it."""
 ATTEND_WAITING_MAX = 256
 """Queries that wait for a node's cores; further ones are refused as `overloaded`."""
 ATTEND_TOGETHER_MAX = 32
@@ -361,4 +364,4 @@ assert ATTEND_HASHES_MAX <= HASHES_MAX
 assert ATTEND_HASHES_MAX <= ATTEND_PAGES_MAX <= LEASED_PAGES_MAX, "the pages of a set are leased"
 assert ATTEND_BYTES_MAX + CHUNK_HEADER_BYTES_MAX <= MESSAGE_BYTES_MAX
 assert ATTEND_HASHES_MAX * HASH_BYTES <= ATTEND_BYTES_MAX
-assert ATTEND_SETS_MAX * 8 <= ATTEND_FRAME_BYTES_MAX - ATTEND_BYTES_MAX
+assert ATTEND_SETS_MAX * 8 + ATTEND_ROWS_MAX * 4 <= ATTEND_FRAME_BYTES_MAX - ATTEND_BYTES_MAX

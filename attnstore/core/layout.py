@@ -11,7 +11,7 @@ import struct
 from dataclasses import dataclass, field
 
 from attnstore.errors import InvalidArgument
-from attnstore.limits import PAGE_BYTES_MAX
+from attnstore.limits import LATENT_DIM_MAX, LATENT_DIM_MIN, PAGE_BYTES_MAX
 
 _FIELD_MAX = 1 << 20
 _CANONICAL = struct.Struct("<7I")
@@ -85,6 +85,35 @@ class PageLayout:
             raise InvalidArgument(
                 f"a page of this layout has {self.page_bytes} bytes; the maximum is {PAGE_BYTES_MAX}; use fewer block_tokens"
             )
+
+    @classmethod
+    def of_latents(cls, layers: int, row_dim: int, block_tokens: int = 16, dtype: DType = DType.BF16) -> PageLayout:
+        """Returns the layout of pages of latent rows (MLA), `[layer][token][row_dim]`: one row for each token and layer, which all
+        heads share. A row counts as the K and V of one head, each half as long, so that every node can keep such pages.
+
+        Raises `InvalidArgument` for an odd `row_dim`, or as the constructor.
+
+        >>> PageLayout.of_latents(layers=61, row_dim=512 + 64).layer_bytes // 16
+        1152
+        """
+        if row_dim % 2:
+            raise InvalidArgument(f"a latent row has {row_dim} elements; their number must be even")
+        return cls(layers, 1, row_dim // 2, block_tokens, dtype)
+
+    @property
+    def row_dim(self) -> int:
+        """Elements of a latent row, if the page has latents."""
+        return 2 * self.head_dim
+
+    def check_latents(self, value_dim: int) -> None:
+        """Raises `InvalidArgument` unless the pages may have latent rows whose first `value_dim` elements are values."""
+        if self.kv_heads != 1 or not LATENT_DIM_MIN <= self.row_dim <= LATENT_DIM_MAX:
+            raise InvalidArgument(
+                f"the layout has {self.kv_heads} kv_heads and head_dim {self.head_dim}; pages of latents have one, and rows of "
+                f"2 * head_dim = {LATENT_DIM_MIN} to {LATENT_DIM_MAX} elements, see PageLayout.of_latents"
+            )
+        if not 1 <= value_dim <= self.row_dim:
+            raise InvalidArgument(f"value_dim is {value_dim}; it must be between 1 and the {self.row_dim} elements of a latent row")
 
     @property
     def shape(self) -> tuple[int, int, int, int, int]:
