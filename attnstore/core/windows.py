@@ -14,7 +14,8 @@ def first_keys(pages: Sequence[int], block_tokens: int, positions: Iterable[int]
 
     pages: the numbers of a sequence's pages, ascending, of `block_tokens` tokens each; there may be gaps. positions: of the rows,
     all behind the pages, counted as the pages are. A row at position `p` sees the keys in `(p - window, p]`. A row that sees none
-    of the pages gets the number of their keys; a set of pages whose rows all get that number need not be asked.
+    of the pages gets the number of their keys; it is not sent to the node with these pages. As later rows see no earlier key, the
+    rows to send are the first ones.
 
     >>> first_keys([0, 1, 4], block_tokens=16, positions=[80, 81, 100], window=60)
     [21, 22, 32]

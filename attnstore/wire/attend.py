@@ -92,8 +92,7 @@ class AttendQuery:
     """Query rows against one layer. `sets`: `(set_id, rows)` in the order of `rows`, fp32 `[total rows, q_heads, head_dim]`.
 
     `windowed`: before them, `rows` has the first key that each row sees, u32 `[total rows]`, counted from the first key of the
-    row's set. The row sees that key and all after it; none if the number is not below the set's keys. Otherwise every row sees all
-    keys.
+    row's set and below the set's keys. The row sees that key and all after it. Otherwise every row sees all keys.
     The node may drop a query that it cannot answer within `budget_ms` from now; 0 means no limit.
     """
 
