@@ -5,11 +5,13 @@ copied. Invariant: only the bytes of the given pages are read, although the pool
 the highest of them. The caller that creates a `PagesInPlace` keeps its pages pinned while it is in use.
 """
 
+# mypy: disable-error-code="untyped-decorator,no-untyped-call,no-untyped-def"
+
 from __future__ import annotations
 
 import ctypes
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any, Final
 
 import numpy as np
@@ -17,13 +19,18 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from attnstore.attention import cpu_kernel, cpu_pages, online_softmax, team
 from attnstore.attention.cpu import CpuAttention
+from attnstore.attention.cpu_plan import Plan
 from attnstore.attention.warm_up import warm_up
+from attnstore.copying.compiled import compiled
 from attnstore.core.layout import DType, PageLayout
 from attnstore.errors import InvalidArgument
 
 _TORCH_DTYPES: Final = {DType.BF16: torch.bfloat16, DType.FP16: torch.float16, DType.FP32: torch.float32}
 _BLOCK_IDS_MAX: Final = (1 << 31) - 1
+_ZERO: Final = np.float32(0.0)
+_ONE: Final = np.float32(1.0)
 _BEHIND_ALL_KEYS: Final = 1 << 30
 """The position of a query row: after every key, so that it sees all of them."""
 
@@ -55,24 +62,128 @@ class PagesInPlace:
         return len(self) * self.layout.block_tokens
 
 
-@dataclass(frozen=True, slots=True)
-class Rows:
-    """Query rows against one set of pages: fp32 `[n, q_heads, head_dim]`, rotated, each positioned after every key."""
+class PreparedQuery:
+    """Everything about a query that does not change from layer to layer of a step: which rows ask which pages, how the work is
+    divided, and memory for the rows and the result, so that a layer allocates nothing.
 
-    pages: PagesInPlace
-    query: Tensor
+    For each layer: `load` the rows, let `InPlaceAttention.attend` compute, and read `out` and `lse` before the next `load`.
+    """
+
+    def __init__(
+        self, backend: CpuAttention, sets: Sequence[PagesInPlace], counts: Sequence[int], q_heads: int, scale: float
+    ) -> None:
+        layout = sets[0].layout
+        self._rows = torch.zeros(sum(counts), q_heads, layout.head_dim)
+        self._flat_rows = self._rows.view(-1).numpy()
+        starts = torch.tensor([0, *counts], dtype=torch.int32).cumsum(0, dtype=torch.int32)
+        positions = torch.full((len(self._rows),), _BEHIND_ALL_KEYS, dtype=torch.int32)
+        pool = _Pool(sets)
+        plan = backend.plan(self._rows, pool.tensor, pool.context_lens, starts, positions)
+        self._work: _FewRows | _ManyRows
+        if plan.prefills:
+            self._work = _ManyRows(backend, pool, self._rows, starts, positions, scale)
+            self._factor = _ONE
+        else:
+            self._work = _FewRows(plan, pool, q_heads, self._flat_rows)
+            self._factor = np.float32(scale * math.log2(math.e))
+        self.shares = self._work.shares
+        self.run = self._work.run
+        self.finish = self._work.finish
+        self.out = memoryview(self._work.outs[: self._flat_rows.size]).cast("B")
+        """fp32 `[rows, q_heads, head_dim]`, in native byte order: the rows of all sets in their order."""
+        self.lse = memoryview(self._work.lses).cast("B")
+        """fp32 `[rows, q_heads]`, natural logarithm."""
+
+    @property
+    def divides(self) -> bool:
+        """Whether each of the shares is to be computed by one thread; else a share takes all threads of torch."""
+        return isinstance(self._work, _FewRows)
+
+    def load(self, rows: Buffer) -> None:
+        """Takes the query rows of a layer: fp32 `[rows, q_heads, head_dim]`, rotated, each positioned after every key.
+
+        Raises `InvalidArgument` if their size is wrong or an element is not finite: the partial would be NaN, and so would every
+        later token.
+        """
+        given = memoryview(rows)
+        if given.nbytes != self._flat_rows.nbytes:
+            total, heads, _ = self._rows.shape
+            raise InvalidArgument(f"{total} rows of {heads} heads have {self._flat_rows.nbytes} bytes, not {given.nbytes}")
+        # Compiled code takes only memory that can be written, and a message of gRPC is read-only.
+        asked = np.frombuffer(bytearray(given) if given.readonly else given, dtype=np.float32)
+        if not _load(asked, self._factor, self._flat_rows):
+            raise InvalidArgument("a query row has an element that is not finite")
 
 
-@dataclass(frozen=True, slots=True)
-class Partial:
-    """`out` fp32 `[n, q_heads, head_dim]` and `lse` fp32 `[n, q_heads]`, both contiguous; see `AttentionBackend`."""
+class _FewRows:
+    """The decode kernel for a query: everything that it takes but the layer. `rows` are scaled when they are loaded."""
 
-    out: Tensor
-    lse: Tensor
+    def __init__(self, plan: Plan, pool: _Pool, q_heads: int, rows: Any) -> None:
+        _, _, _, kv_heads, block_tokens, head_dim = pool.tensor.shape
+        states = plan.state_rows * q_heads
+        scratch = cpu_kernel.scratch_elements(plan.piece_rows_max, q_heads, block_tokens, head_dim)
+        self._plan = plan
+        self._rows = rows
+        self._tables = pool.block_tables.numpy()
+        self._flat = cpu_pages.elements(pool.tensor)
+        self._block_stride, self._layer_stride = pool.tensor.stride()[:2]
+        self._shape = kv_heads, q_heads // kv_heads, block_tokens, head_dim
+        self._tops, self._sums = torch.empty(states).numpy(), torch.empty(states).numpy()
+        self._scratches = [torch.empty(scratch).numpy() for _ in plan.shares]
+        self.shares = len(plan.shares)
+        self.outs = torch.empty(states * head_dim).numpy()
+        self.lses = torch.empty(len(plan.decode_rows) * q_heads).numpy()
 
-    def views(self) -> tuple[memoryview, memoryview]:
-        """Returns the bytes of both, in native byte order."""
-        return memoryview(_array(self.out)).cast("B"), memoryview(_array(self.lse)).cast("B")
+    def run(self, share: int, layer: int) -> None:
+        """Computes one share; several threads may compute one each."""
+        cpu_kernel.attend(
+            self._plan.shares[share],
+            self._tables,
+            self._plan.visible,
+            self._rows,
+            self._flat,
+            self._block_stride,
+            layer * self._layer_stride,
+            *self._shape,
+            self.outs,
+            self._tops,
+            self._sums,
+            self._scratches[share],
+            None,
+        )
+
+    def finish(self) -> None:
+        """Joins the shares to the result."""
+        plan, (kv_heads, group, _, head_dim) = self._plan, self._shape
+        states = self.outs, self._tops, self._sums
+        online_softmax.finish(plan.pieces, plan.owners, kv_heads * group, head_dim, *states, self.lses, None)
+
+
+class _ManyRows:
+    """A query with too many rows for the decode kernel."""
+
+    shares: Final = 1
+
+    def __init__(
+        self, backend: CpuAttention, pool: _Pool, rows: Tensor, starts: Tensor, positions: Tensor, scale: float
+    ) -> None:
+        self._backend = backend
+        self._arguments = rows, pool.tensor, pool.block_tables, pool.context_lens, starts
+        self._positions = positions
+        self._scale = scale
+        self.outs = np.empty(rows.numel(), np.float32)
+        self.lses = np.empty(rows.shape[0] * rows.shape[1], np.float32)
+
+    def run(self, _: int, layer: int) -> None:
+        """Computes the result."""
+        out, lse = self._backend.paged_attention(
+            *self._arguments, layer=layer, scale=self._scale, query_positions=self._positions, out_dtype=torch.float32
+        )
+        self.outs[:] = out.reshape(-1).numpy()
+        self.lses[:] = lse.reshape(-1).numpy()
+
+    def finish(self) -> None:
+        """No-op."""
 
 
 class InPlaceAttention:
@@ -84,40 +195,36 @@ class InPlaceAttention:
     def __init__(self, threads: int) -> None:
         torch.set_num_threads(threads)
         self._backend = CpuAttention(threads)
-        self._kept: tuple[tuple[PagesInPlace, ...], _Pool] | None = None
+        self._threads = threads
 
     def warm_up(self) -> None:
         """Compiles the kernels for every type of page: seconds the first time on a machine, little afterwards."""
         for dtype in _TORCH_DTYPES.values():
             warm_up(self._backend, torch.zeros(1, 1, 2, 1, 16, 64, dtype=dtype), q_heads=1)
+        layout = PageLayout(layers=1, kv_heads=1, head_dim=64, block_tokens=16, dtype=DType.FP32)
+        query = self.prepare([PagesInPlace(layout, [memoryview(bytearray(layout.page_bytes))])], [1], 1, 1.0)
+        query.load(bytes(len(query.out)))
+        self.attend([query], 0)
 
-    def attend(self, asked: Sequence[Rows], layer: int, scale: float) -> list[Partial]:
-        """Returns one partial for each of `asked`. All pages have one layout, and all rows one number of heads."""
-        pool = self._pool(tuple(rows.pages for rows in asked))
-        counts = [len(rows.query) for rows in asked]
-        query = asked[0].query if len(asked) == 1 else torch.cat([rows.query for rows in asked])
-        out, lse = self._backend.paged_attention(
-            query,
-            pool.tensor,
-            pool.block_tables,
-            pool.context_lens,
-            torch.tensor([0, *counts], dtype=torch.int32).cumsum(0, dtype=torch.int32),
-            layer=layer,
-            scale=scale,
-            query_positions=torch.full((len(query),), _BEHIND_ALL_KEYS, dtype=torch.int32),
-            out_dtype=torch.float32,
-        )
-        return [Partial(*both) for both in zip(out.split_with_sizes(counts), lse.split_with_sizes(counts), strict=True)]
+    def prepare(self, sets: Sequence[PagesInPlace], counts: Sequence[int], q_heads: int, scale: float) -> PreparedQuery:
+        """Prepares queries of `counts[i]` rows, one or more, against `sets[i]`. All pages have one layout."""
+        return PreparedQuery(self._backend, sets, counts, q_heads, scale)
 
-    def _pool(self, sets: tuple[PagesInPlace, ...]) -> _Pool:
-        # Every layer of a step uses the same sets.
-        if self._kept is None or self._kept[0] != sets:
-            self._kept = sets, _Pool(sets)
-        return self._kept[1]
+    def attend(self, queries: Sequence[PreparedQuery], layer: int) -> None:
+        """Computes the results of the loaded rows of several queries."""
+        shares = [(query, share) for query in queries for share in range(query.shares)]
+        threads = min(self._threads, len(shares)) if all(query.divides for query in queries) else 1
 
-    def forget(self) -> None:
-        """Drops the references to the pages of the last call."""
-        self._kept = None
+        def part(thread: int) -> None:
+            for query, share in shares[thread::threads]:
+                query.run(share, layer)
+
+        if threads == 1:
+            part(0)
+        else:
+            team.run_apart(threads, part)
+        for query in queries:
+            query.finish()
 
 
 class _Pool:
@@ -151,23 +258,15 @@ def _tensor_at(base: int, span_bytes: int, unit_bytes: int, layout: PageLayout, 
     return flat.as_strided((blocks, *layout.shape), (unit_bytes // dtype.itemsize, *inner))
 
 
-def rows_from(buffer: Buffer, q_heads: int, head_dim: int) -> Tensor:
-    """Returns the query rows in `buffer`, fp32 `[n, q_heads, head_dim]`. The size of `buffer` must be a multiple of a row.
-
-    They share the memory of a writable buffer, and are a copy of a read-only one, such as a message of gRPC, because torch does not
-    support read-only memory.
-
-    Raises `InvalidArgument` if an element is not finite: the partial would be NaN, and so would every later token.
-    """
-    writable = bytearray(buffer) if memoryview(buffer).readonly else buffer
-    rows = torch.frombuffer(writable, dtype=torch.float32).view(-1, q_heads, head_dim)
-    if not bool(torch.isfinite(rows).all()):
-        raise InvalidArgument("a query row has an element that is not finite")
-    return rows
-
-
-def _array(tensor: Tensor) -> Any:
-    return tensor.numpy()
+@compiled
+def _load(rows, factor, scaled):
+    """Computes `scaled = rows * factor`, fp32. Returns whether every element of `rows` is finite."""
+    checked = _ZERO  # NaN as soon as an element is not finite
+    for at in range(rows.shape[0]):
+        value = rows[at]
+        checked += value * _ZERO
+        scaled[at] = value * factor
+    return checked == _ZERO
 
 
 def _address(view: memoryview) -> int:

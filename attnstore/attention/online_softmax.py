@@ -1,6 +1,7 @@
 """The running softmax of a query row, as both CPU kernels keep it: maximum, sum of weights and weighted sum of values so far.
 
-Owns: how such a state takes new scores, a soft cap and a sink, and how the states of one row's pieces become its result (`finish`).
+Owns: how such a state takes new scores, a soft cap and a sink, how the states of one row's pieces become its result (`finish`), and
+how such a result takes that over other keys (`merge_rows`).
 Scores and maxima are in base 2.
 Source: the online softmax of FlashAttention (Dao et al. 2022).
 """
@@ -107,3 +108,29 @@ def finish(pieces, owners, q_heads, head_dim, outs, tops, sums, lses, sinks):
                 outs[dim] *= factor
         else:
             lses[at] = _HIDDEN
+
+
+@compiled
+def merge_rows(outs, lses, rows, part_outs, part_lses):
+    """Merges partials over other keys into the results of `rows`, in place, as `attnstore.attention.merge` does. Returns whether
+    every element of the partials is finite; the results are useless if not.
+
+    outs: fp32 `[total rows, q_heads, head_dim]`, lses: fp32 `[total rows, q_heads]`, natural logarithm. rows: int64 `[n]`.
+    part_outs: fp32 `[n, q_heads, head_dim]`, part_lses: fp32 `[n, q_heads]`.
+    """
+    checked = _ZERO  # NaN as soon as an element is not finite
+    for index in range(rows.shape[0]):
+        row = rows[index]
+        for head in range(outs.shape[1]):
+            lse, part_lse = lses[row, head], part_lses[index, head]
+            checked += part_lse * _ZERO
+            top = max(lse, part_lse)
+            keep, added = np.exp(lse - top), np.exp(part_lse - top)
+            whole = keep + added
+            lses[row, head] = top + np.log(whole)
+            keep, added = keep / whole, added / whole
+            for dim in range(outs.shape[2]):
+                part = part_outs[index, head, dim]
+                checked += part * _ZERO
+                outs[row, head, dim] = outs[row, head, dim] * keep + part * added
+    return checked == _ZERO

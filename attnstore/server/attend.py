@@ -38,18 +38,31 @@ from attnstore.types import AttendLimits, PageStatus, Space
 from attnstore.wire.attend import FLOAT_BYTES, AttendClose, AttendOpen, AttendQuery, AttendShape
 
 if TYPE_CHECKING:
-    from attnstore.attention.in_place import PagesInPlace, Partial, Rows
+    from attnstore.attention.in_place import PagesInPlace, PreparedQuery
 
 LIMITS: Final = AttendLimits(ATTEND_ROWS_MAX, ATTEND_BYTES_MAX, ATTEND_HASHES_MAX, ATTEND_SETS_MAX)
 _BUDGET_MS_DEFAULT: Final = 10_000
 _ROWS_PER_READ: Final = 8
+_QUESTIONS_MAX: Final = 16
+"""Prepared queries that a stream keeps: the pieces of a prefill chunk, or of steps with and without drafts, alternate."""
 _NEEDED: Final = ("torch", "numba")
 
 
+Partial = tuple[memoryview, memoryview]
+"""The bytes of `out` fp32 `[rows, q_heads, head_dim]` and of `lse` fp32 `[rows, q_heads]`, valid until the stream's next query."""
+
+
+class _Question(NamedTuple):
+    """A query as far as it is the same at each layer."""
+
+    query: PreparedQuery
+    shape: tuple[PageLayout, AttendShape]
+    leases: tuple[bytes, ...]
+    cost: int
+
+
 class _Job(NamedTuple):
-    asked: list[Rows]
-    layout: PageLayout
-    shape: AttendShape
+    question: _Question
     layer: int
 
 
@@ -75,7 +88,7 @@ class Attending:
         from attnstore.attention.in_place import InPlaceAttention
 
         self._attention = InPlaceAttention(threads)
-        self._turns = FairTurns[_Job, "list[Partial]"](
+        self._turns = FairTurns[_Job, Partial](
             self._compute, _kind, clock, waiting_max=ATTEND_WAITING_MAX, together_max=ATTEND_TOGETHER_MAX, tenants=tenants
         )
         self._pages = FairShares(ATTEND_PAGES_MAX, "pages of attended sets", "close some sets, or fetch the pages", tenants=tenants)
@@ -128,16 +141,22 @@ class Attending:
             with self._lock:
                 self._pages.give_back(tenant, pages)
 
-    def compute(self, job: _Job, tenant: str, deadline: Deadline) -> list[Partial]:
-        """Returns a partial for each set of the job, computed when its turn comes. Errors as in `FairTurns.take`."""
+    def prepare(self, layout: PageLayout, shape: AttendShape, sets: Sequence[_Set], counts: Sequence[int]) -> _Question:
+        """Prepares queries of `counts[i]` rows against `sets[i]`."""
+        query = self._attention.prepare([part.pages for part in sets], counts, shape.q_heads, shape.scale)
         # With few rows reading the pages dominates the cost, with many rows multiplication does.
-        pages = sum(len(rows.pages) * (1 + len(rows.query) // _ROWS_PER_READ) for rows in job.asked)
-        return self._turns.take(job, tenant=tenant, cost=pages * job.layout.layer_bytes, deadline=deadline)
+        pages = sum(len(part.pages) * (1 + rows // _ROWS_PER_READ) for part, rows in zip(sets, counts, strict=True))
+        leases = tuple({part.lease_id for part in sets})
+        return _Question(query, (layout, shape), leases, pages * layout.layer_bytes)
 
-    def _compute(self, jobs: Sequence[_Job]) -> list[list[Partial]]:
-        asked = [rows for job in jobs for rows in job.asked]
-        partials = iter(self._attention.attend(asked, jobs[0].layer, jobs[0].shape.scale))
-        return [[next(partials) for _ in job.asked] for job in jobs]
+    def compute(self, question: _Question, layer: int, tenant: str, deadline: Deadline) -> Partial:
+        """Returns the partial of a question's loaded rows, computed when its turn comes. Errors as in `FairTurns.take`."""
+        return self._turns.take(_Job(question, layer), tenant=tenant, cost=question.cost, deadline=deadline)
+
+    def _compute(self, jobs: Sequence[_Job]) -> list[Partial]:
+        queries = [job.question.query for job in jobs]
+        self._attention.attend(queries, jobs[0].layer)
+        return [(query.out, query.lse) for query in queries]
 
 
 class AttendSession:
@@ -148,7 +167,9 @@ class AttendSession:
         self._tenant = tenant
         self._shape: AttendShape | None = None
         self._layout: PageLayout | None = None
+        self._space = Space(tenant, b"")
         self._sets: dict[int, _Set] = {}
+        self._questions: dict[Sequence[tuple[int, int]], _Question] = {}  # about the sets that are open now
         self._busy = threading.Lock()
 
     @property
@@ -182,32 +203,34 @@ class AttendSession:
                         raise LeaseExpired(f"page {index} of the set's {len(found)} was corrupt and has been removed: match again")
                     views.append(page.data)
                 self._sets[opening.set_id] = _Set(PagesInPlace(layout, views), opening.lease_id, pins.pop_all())
-            self._shape, self._layout = opening.shape, layout
+            self._shape, self._layout, self._space = opening.shape, layout, space
 
-    def answer(self, query: AttendQuery) -> tuple[list[memoryview], list[memoryview]]:
-        """Returns the bytes of `out` and of `lse` of each set, in the order of the query's sets. Blocks until they are computed.
+    def answer(self, query: AttendQuery) -> Partial:
+        """Returns the partial of the query's rows. Blocks until it is computed.
 
         Raises `InvalidArgument` for a malformed query, `LeaseExpired` for a set whose lease has expired, `Overloaded` and
         `DeadlineExceeded` as `FairTurns.take` does.
         """
-        from attnstore.attention.in_place import Rows, rows_from
-
         with self._busy:
-            sets = [self._alive(set_id) for set_id, _ in query.sets]
-            layout, shape = self._layout, self._shape
-            assert layout is not None
-            assert shape is not None
-            if query.layer >= layout.layers:
-                raise InvalidArgument(f"layer is {query.layer}; the layout has layers 0 to {layout.layers - 1}")
-            row_bytes = shape.q_heads * layout.head_dim * FLOAT_BYTES
-            if memoryview(query.rows).nbytes != query.total_rows * row_bytes:
-                raise InvalidArgument(f"{query.total_rows} rows have {query.total_rows * row_bytes} bytes, not {len(query.rows)}")
-            rows = rows_from(query.rows, shape.q_heads, layout.head_dim).split_with_sizes([count for _, count in query.sets])
-            asked = [Rows(part.pages, of_part) for part, of_part in zip(sets, rows, strict=True)]
+            question = self._questions.get(query.sets)
+            if question is None or not self._attending.store.leases.holds(self._space, question.leases):
+                question = self._prepared(query)
+            layers = question.shape[0].layers
+            if query.layer >= layers:
+                raise InvalidArgument(f"layer is {query.layer}; the layout has layers 0 to {layers - 1}")
+            question.query.load(query.rows)
             deadline = Deadline(self._attending.clock, query.budget_ms or _BUDGET_MS_DEFAULT)
-            partials = self._attending.compute(_Job(asked, layout, shape, query.layer), self._tenant, deadline)
-        outs, lses = zip(*(partial.views() for partial in partials), strict=True)
-        return list(outs), list(lses)
+            return self._attending.compute(question, query.layer, self._tenant, deadline)
+
+    def _prepared(self, query: AttendQuery) -> _Question:
+        sets = [self._alive(set_id) for set_id, _ in query.sets]
+        assert self._layout is not None
+        assert self._shape is not None
+        if len(self._questions) >= _QUESTIONS_MAX:
+            self._questions.clear()
+        question = self._attending.prepare(self._layout, self._shape, sets, [rows for _, rows in query.sets])
+        self._questions[query.sets] = question
+        return question
 
     def close_set(self, closing: AttendClose) -> None:
         """Closes a set, if it is open."""
@@ -254,17 +277,17 @@ class AttendSession:
         return part
 
     def _holds(self, part: _Set) -> bool:
-        assert self._shape is not None
-        return self._attending.store.leases.holds(Space(self._tenant, self._shape.namespace), part.lease_id)
+        return self._attending.store.leases.holds(self._space, (part.lease_id,))
 
     def _drop(self, set_id: int) -> None:
         part = self._sets.pop(set_id, None)
         if part is not None:
+            self._questions.clear()  # before the pages are let go
             part.pins.close()
 
 
 def _kind(job: _Job) -> tuple[object, ...]:
-    return job.layout, job.shape.q_heads, job.shape.scale, job.layer
+    return job.question.shape, job.layer
 
 
 def threads_default() -> int:

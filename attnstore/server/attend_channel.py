@@ -61,12 +61,11 @@ class AttendChannel:
             raise ProtocolError("an ATTEND frame's payload does not match its checksum")
         query = decode_query(frame.layer_begin, frame.offset_bytes, frame.page, payload)
         try:
-            outs, lses = self._required_session().answer(query)
+            parts = self._required_session().answer(query)
         except DeadlineExceeded as error:
             # The error belongs to the query, not to the connection: the client receives it like any other refusal.
             self._stream.send(encode_refusal(frame.request, error))
             return
-        parts = [*outs, *lses]
         size_bytes = sum(map(len, parts))
         header = Frame(Kind.PARTIAL, request=frame.request, size_bytes=size_bytes, checksum=joint_checksum(parts))
         self._stream.send(encode_frame(header), *parts)

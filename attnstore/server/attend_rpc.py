@@ -60,7 +60,6 @@ def _answer(session: AttendSession, step: AttendStep) -> Any:
         session.open(step)
         return opened_to_wire(step.set_id)
     if isinstance(step, AttendQuery):
-        outs, lses = session.answer(step)
-        return partial_to_wire(b"".join(outs), b"".join(lses))
+        return partial_to_wire(*session.answer(step))
     session.close_set(step)
     return None

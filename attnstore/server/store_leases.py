@@ -7,7 +7,7 @@ event loop, each with a blocking twin for callers on threads.
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from attnstore.clock import Clock
 from attnstore.core.heat import SegmentHeat
@@ -103,10 +103,11 @@ class StoreLeases:
         with self._lock:
             return self._heat.hot(self._clock.now_ms())
 
-    def holds(self, space: Space, lease_id: bytes) -> bool:
-        """`PageTable.holds`."""
+    def holds(self, space: Space, lease_ids: Iterable[bytes]) -> bool:
+        """Returns whether `PageTable.holds` all of these leases."""
         with self._lock:
-            return self._table.holds(space, lease_id, self._clock.now_ms())
+            now_ms = self._clock.now_ms()
+            return all(self._table.holds(space, lease_id, now_ms) for lease_id in lease_ids)
 
     def renew(self, tenant: str, lease_id: bytes, lease_ms: int) -> int:
         """`Pins.renew`."""

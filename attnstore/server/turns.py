@@ -15,7 +15,7 @@ from __future__ import annotations
 import threading
 from collections import deque
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Final, Generic, TypeVar
 
 from attnstore.clock import Clock, Deadline
@@ -26,15 +26,18 @@ J = TypeVar("J")
 R = TypeVar("R")
 
 _NEW_SAMPLE_WEIGHT: Final = 0.2
+_NEVER_WOKEN: Final = threading.Event()
 
 
 @dataclass(slots=True, eq=False)
 class _Caller(Generic[J, R]):
+    """`kind` and `woken` are there once the caller waits: most callers find the cores free."""
+
     job: J
-    kind: Hashable
     tenant: str
     cost: float
-    woken: threading.Event = field(default_factory=threading.Event)
+    kind: Hashable = None
+    woken: threading.Event = _NEVER_WOKEN
     leads: list[_Caller[J, R]] | None = None  # the batch that this caller must compute, its own job first
     result: R | None = None
     error: BaseException | None = None
@@ -76,7 +79,7 @@ class FairTurns(Generic[J, R]):
         Raises `Overloaded` at once if the queue is full or if, by the measured cost rate, the deadline cannot be met. Raises
         `DeadlineExceeded` if the turn did not come in time, and what `run` raises.
         """
-        caller = _Caller[J, R](job, self._kind(job), tenant, cost)
+        caller = _Caller[J, R](job, tenant, cost)
         with self._lock:
             if self._busy:
                 self._enqueue(caller, deadline.left_ms())
@@ -105,6 +108,7 @@ class FairTurns(Generic[J, R]):
                 f"this node's cores are busy for {ahead_ms:.0f} ms and the query allows {left_ms:.0f}; fetch the pages"
             )
         self._places.take(caller.tenant)
+        caller.kind, caller.woken = self._kind(caller.job), threading.Event()
         if caller.tenant not in self._waiting:
             self._waiting[caller.tenant] = deque()
             self._virtual[caller.tenant] = max(self._virtual.get(caller.tenant, 0.0), self._now)

@@ -21,6 +21,7 @@ import math
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, Final
 
 from attnstore.core.hashing import joint_checksum, page_checksum
@@ -50,6 +51,23 @@ WINDOWED: Final = 1 << 31
 _VALUE_DIM_MAX: Final = (1 << 32) - 1
 
 assert ATTEND_ROWS_MAX < WINDOWED
+
+
+Sets = tuple[tuple[int, int], ...]
+"""`(set_id, rows)` of each set that a query asks about."""
+
+_SETS_KEPT: Final = 256
+
+
+@lru_cache(_SETS_KEPT)
+def _checked_rows(sets: Sets) -> int:
+    """Returns the rows of all sets together. Raises `InvalidArgument` beyond the limits."""
+    if not 1 <= len(sets) <= ATTEND_SETS_MAX:
+        raise InvalidArgument(f"a query names {len(sets)} sets; it must name 1 to {ATTEND_SETS_MAX}")
+    total = sum(rows for _, rows in sets)
+    if not 1 <= total <= ATTEND_ROWS_MAX or not all(rows for _, rows in sets):
+        raise InvalidArgument(f"a query has {total} rows; it must have 1 to {ATTEND_ROWS_MAX}, and at least one for each set")
+    return total
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +107,8 @@ class AttendOpen:
 
 @dataclass(frozen=True, slots=True)
 class AttendQuery:
-    """Query rows against one layer. `sets`: `(set_id, rows)` in the order of `rows`, fp32 `[total rows, q_heads, head_dim]`.
+    """Query rows against one layer. `sets`: `(set_id, rows)` in the order of `rows`, fp32 `[total rows, q_heads, head_dim]`; a
+    step asks each layer about the same sets, so they are checked and encoded once.
 
     `windowed`: before them, `rows` has the first key that each row sees, u32 `[total rows]`, counted from the first key of the
     row's set and below the set's keys. The row sees that key and all after it. Otherwise every row sees all keys.
@@ -98,19 +117,14 @@ class AttendQuery:
 
     layer: int
     budget_ms: int
-    sets: Sequence[tuple[int, int]]
+    sets: Sets
     rows: Buffer
     windowed: bool = False
 
     def __post_init__(self) -> None:
         if not 0 <= self.budget_ms <= DEADLINE_MS_MAX:
             raise InvalidArgument(f"budget_ms is {self.budget_ms}; it must be between 0 and {DEADLINE_MS_MAX}")
-        if not 1 <= len(self.sets) <= ATTEND_SETS_MAX:
-            raise InvalidArgument(f"a query names {len(self.sets)} sets; it must name 1 to {ATTEND_SETS_MAX}")
-        if not 1 <= self.total_rows <= ATTEND_ROWS_MAX or not all(rows for _, rows in self.sets):
-            raise InvalidArgument(
-                f"a query has {self.total_rows} rows; it must have 1 to {ATTEND_ROWS_MAX}, and at least one for each set"
-            )
+        _checked_rows(self.sets)
         vectors_bytes = memoryview(self.rows).nbytes - self._firsts_bytes
         if not 0 <= vectors_bytes <= ATTEND_BYTES_MAX:
             raise InvalidArgument(f"a query's rows have {vectors_bytes} bytes; 0 to {ATTEND_BYTES_MAX} are allowed")
@@ -118,7 +132,7 @@ class AttendQuery:
     @property
     def total_rows(self) -> int:
         """The rows of all sets together."""
-        return sum(rows for _, rows in self.sets)
+        return _checked_rows(self.sets)
 
     @property
     def firsts(self) -> memoryview:
@@ -147,16 +161,17 @@ def query_of(layer: int, budget_ms: int, sets: Sequence[tuple[int, int]], rows: 
 
     Raises `InvalidArgument`.
     """
+    named = tuple(sets)
     if len(firsts) == 0:
-        return AttendQuery(layer, budget_ms, sets, rows)
-    total_rows = sum(count for _, count in sets)
+        return AttendQuery(layer, budget_ms, named, rows)
+    total_rows = sum(count for _, count in named)
     if len(firsts) != total_rows:
         raise InvalidArgument(f"{len(firsts)} first keys are given for {total_rows} rows; give one for each row, or none")
     try:
         head = struct.pack(f"<{total_rows}I", *firsts)
     except struct.error:
         raise InvalidArgument("a first key is negative or above 32 bits; it must be a number of keys of the row's set") from None
-    return AttendQuery(layer, budget_ms, sets, b"".join((head, rows)), windowed=True)
+    return AttendQuery(layer, budget_ms, named, b"".join((head, rows)), windowed=True)
 
 
 AttendStep = AttendOpen | AttendQuery | AttendClose
@@ -177,7 +192,8 @@ def decode_open(set_id: int, namespace: bytes, lease_id: bytes, payload: Buffer)
     return AttendOpen(set_id, shape, split_hashes(bytes(payload[OPEN_HEAD_BYTES:])), lease_id)
 
 
-def encode_sets(sets: Sequence[tuple[int, int]], *, windowed: bool = False) -> bytes:
+@lru_cache(_SETS_KEPT)
+def encode_sets(sets: Sets, *, windowed: bool = False) -> bytes:
     """Returns the head of an ATTEND frame's payload; `AttendQuery.rows` follow it."""
     mark = WINDOWED if windowed else 0
     return b"".join(_SET_HEAD.pack(set_id, mark + rows) for set_id, rows in sets)
@@ -188,13 +204,20 @@ def decode_query(layer: int, budget_ms: int, sets: int, payload: memoryview) -> 
     head_bytes = sets * SET_HEAD_BYTES
     if not 1 <= sets <= ATTEND_SETS_MAX or len(payload) < head_bytes:
         raise InvalidArgument(f"an ATTEND frame of {len(payload)} bytes names {sets} sets")
-    named = list(_SET_HEAD.iter_unpack(payload[:head_bytes]))
-    windowed = named[0][1] >= WINDOWED
-    if windowed:
-        if not all(rows >= WINDOWED for _, rows in named):
-            raise InvalidArgument("an ATTEND frame has first keys for the rows of some sets; it must have them for all or for none")
-        named = [(set_id, rows - WINDOWED) for set_id, rows in named]
+    named, windowed = _decoded_sets(bytes(payload[:head_bytes]))
     return AttendQuery(layer, budget_ms, named, payload[head_bytes:], windowed)
+
+
+@lru_cache(_SETS_KEPT)
+def _decoded_sets(head: bytes) -> tuple[Sets, bool]:
+    """Returns the sets that `encode_sets` encoded, and whether their query is windowed."""
+    named = tuple(_SET_HEAD.iter_unpack(head))
+    marked = {rows >= WINDOWED for _, rows in named}
+    if len(marked) > 1:
+        raise InvalidArgument("an ATTEND frame has first keys for the rows of some sets; it must have them for all or for none")
+    if True not in marked:
+        return named, False
+    return tuple((set_id, rows - WINDOWED) for set_id, rows in named), True
 
 
 def step_to_wire(step: AttendStep) -> pb.AttendRequest:
@@ -233,7 +256,7 @@ def step_from_wire(message: Any) -> AttendStep:
         query = message.query
         if query.HasField("checksum") and query.checksum != page_checksum(query.rows):
             raise ProtocolError("the rows of an attend query do not match their checksum")
-        sets = [(named.set, named.rows) for named in query.sets]
+        sets = tuple((named.set, named.rows) for named in query.sets)
         return AttendQuery(query.layer, query.budget_ms, sets, query.rows, query.windowed)
     if kind == "close":
         return AttendClose(message.close.set)

@@ -17,7 +17,6 @@ import torch
 
 import attnstore
 from attnstore.attention import create_attention, merge
-from attnstore.attention.in_place import Partial
 from attnstore.client.base import AttendStream
 from attnstore.testing import StoreProcess
 from attnstore.testing.link import Link
@@ -67,7 +66,8 @@ class _Half:
 
     stream: AttendStream
     set_id: int
-    partial: Partial
+    out: torch.Tensor
+    lse: torch.Tensor
 
 
 def measure_geometry(
@@ -176,8 +176,7 @@ def _resident(
 
 
 def _attend(halves: Sequence[_Half], query: torch.Tensor, layers: int, repeats: int) -> tuple[float, torch.Tensor]:
-    rows: Any = query.numpy()
-    data = memoryview(rows).cast("B")
+    data = _bytes(query)
     last = query
 
     def step() -> None:
@@ -186,8 +185,8 @@ def _attend(halves: Sequence[_Half], query: torch.Tensor, layers: int, repeats: 
             for half in halves:
                 half.stream.ask(layer, [(half.set_id, 1)], data)
             for half in halves:
-                half.stream.receive(*half.partial.views())
-            last, _ = merge([half.partial.out for half in halves], [half.partial.lse for half in halves])
+                half.stream.receive(_bytes(half.out), _bytes(half.lse))
+            last, _ = merge([half.out for half in halves], [half.lse for half in halves])
 
     return _median_ms(step, repeats), last
 
@@ -224,5 +223,10 @@ def _open(
     assert found.lease is not None
     assert found.hits == (len(hashes),)
     stream = stack.enter_context(client.attend(name, q_heads=geometry.q_heads, scale=scale))
-    partial = Partial(torch.empty(1, geometry.q_heads, geometry.head_dim), torch.empty(1, geometry.q_heads))
-    return _Half(stream, stream.open(hashes, found.lease), partial)
+    out, lse = torch.empty(1, geometry.q_heads, geometry.head_dim), torch.empty(1, geometry.q_heads)
+    return _Half(stream, stream.open(hashes, found.lease), out, lse)
+
+
+def _bytes(tensor: torch.Tensor) -> memoryview:
+    rows: Any = tensor.numpy()
+    return memoryview(rows).cast("B")

@@ -9,10 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from attnstore.attention.in_place import InPlaceAttention, PagesInPlace, Rows, rows_from
+from attnstore.attention.in_place import InPlaceAttention, PagesInPlace, PreparedQuery
 from attnstore.attention.merge import merge
 from attnstore.attention.reference import ReferenceAttention
-from attnstore.copying import address_of
 from attnstore.core.layout import DType, PageLayout
 from attnstore.errors import InvalidArgument
 
@@ -37,6 +36,23 @@ def scattered(pages: Tensor, seed: int) -> list[memoryview]:
         memory[offset:] = data
         views.append(memoryview(memory)[offset:])
     return views
+
+
+def bytes_of(rows: Tensor) -> memoryview:
+    return memoryview(rows.numpy()).cast("B")
+
+
+def prepared(attention: InPlaceAttention, layout: PageLayout, *asked: tuple[list[memoryview], Tensor]) -> PreparedQuery:
+    """Returns a query whose rows are loaded."""
+    sets = [PagesInPlace(layout, views) for views, _ in asked]
+    query = attention.prepare(sets, [len(rows) for _, rows in asked], Q_HEADS, SCALE)
+    query.load(bytes_of(torch.cat([rows for _, rows in asked])))
+    return query
+
+
+def result(query: PreparedQuery) -> tuple[Tensor, Tensor]:
+    out, lse = (torch.frombuffer(bytearray(view), dtype=torch.float32) for view in (query.out, query.lse))
+    return out.view(-1, Q_HEADS, LAYOUT.head_dim), lse.view(-1, Q_HEADS)
 
 
 def reference(query: Tensor, pages: Tensor, layer: int) -> tuple[Tensor, Tensor]:
@@ -64,25 +80,36 @@ def test_scattered_pages_give_what_the_reference_gives(attention: InPlaceAttenti
     pages = torch.randn(9, *layout.shape).to(torch_dtype)
     query = torch.randn(rows, Q_HEADS, layout.head_dim)
     views = scattered(pages, rows)
-    [partial] = attention.attend([Rows(PagesInPlace(layout, views), query)], 1, SCALE)
-    out, lse = reference(query, pages, 1)
-    torch.testing.assert_close(partial.out, out, rtol=0, atol=2e-5)
-    torch.testing.assert_close(partial.lse, lse, rtol=0, atol=2e-5)
+    asked = prepared(attention, layout, (views, query))
+    for layer in (1, 0):  # the memory is used again
+        asked.load(bytes_of(query))
+        attention.attend([asked], layer)
+        out, lse = result(asked)
+        want_out, want_lse = reference(query, pages, layer)
+        torch.testing.assert_close(out, want_out, rtol=0, atol=2e-5)
+        torch.testing.assert_close(lse, want_lse, rtol=0, atol=2e-5)
 
 
-def test_sets_asked_together_are_answered_as_alone(attention: InPlaceAttention) -> None:
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("most", [3, 100])
+def test_sets_and_queries_asked_together_are_answered_as_alone(threads: int, most: int) -> None:
+    attention = InPlaceAttention(threads)
     torch.manual_seed(5)
-    pages = torch.randn(12, *LAYOUT.shape)
+    pages = torch.randn(300, *LAYOUT.shape)
     views = scattered(pages, 5)
-    parts = [(0, 1, 1), (1, 9, 3), (9, 12, 2)]
-    asked = [
-        Rows(PagesInPlace(LAYOUT, views[begin:end]), torch.randn(rows, Q_HEADS, LAYOUT.head_dim)) for begin, end, rows in parts
-    ]
-    together = attention.attend(asked, 0, SCALE)
-    for one, partial in zip(asked, together, strict=True):
-        [alone] = attention.attend([one], 0, SCALE)
-        torch.testing.assert_close(partial.out, alone.out, rtol=0, atol=1e-6)
-        torch.testing.assert_close(partial.lse, alone.lse, rtol=0, atol=1e-6)
+    parts = [(0, 1, 1), (1, 9, most), (9, 300, 2)]
+    asked = [(views[begin:end], torch.randn(rows, Q_HEADS, LAYOUT.head_dim)) for begin, end, rows in parts]
+    alone = []
+    for one in asked:
+        query = prepared(attention, LAYOUT, one)
+        attention.attend([query], 0)
+        alone.append(result(query))
+    together = prepared(attention, LAYOUT, *asked), prepared(attention, LAYOUT, asked[2])
+    attention.attend(together, 0)
+    for query, expected in zip(together, (alone, alone[2:]), strict=True):
+        out, lse = result(query)
+        torch.testing.assert_close(out, torch.cat([each[0] for each in expected]), rtol=0, atol=2e-6)
+        torch.testing.assert_close(lse, torch.cat([each[1] for each in expected]), rtol=0, atol=2e-6)
 
 
 @pytest.mark.parametrize("seed", range(8))
@@ -96,30 +123,45 @@ def test_partials_over_random_splits_merge_to_within_1e_5_of_the_reference(atten
     ends = [0, *cuts, 24]
     splits = [views[begin:end] for begin, end in itertools.pairwise(ends)] + [[]]  # including an empty part
     rng.shuffle(splits)
-    partials = [attention.attend([Rows(PagesInPlace(LAYOUT, part), query)], 0, SCALE)[0] for part in splits]
-    out, lse = merge([partial.out for partial in partials], [partial.lse for partial in partials])
+    asked = [prepared(attention, LAYOUT, (part, query)) for part in splits]
+    for one in asked:
+        attention.attend([one], 0)
+    outs, lses = zip(*map(result, asked), strict=True)
+    out, lse = merge(outs, lses)
     want_out, want_lse = reference(query, pages, 0)
     assert float((out - want_out).norm() / want_out.norm()) < 1e-5
     assert float((lse - want_lse).abs().max() / want_lse.abs().max()) < 1e-5
 
 
-def test_a_row_that_is_not_finite_is_refused() -> None:
+@pytest.mark.parametrize("bad", [torch.inf, -torch.inf, torch.nan])
+def test_a_row_that_is_not_finite_is_refused(attention: InPlaceAttention, bad: float) -> None:
     rows = torch.zeros(2, Q_HEADS, 64)
-    rows[1, 3, 7] = torch.inf
+    query = prepared(attention, LAYOUT, (scattered(torch.zeros(1, *LAYOUT.shape), 0), rows))
+    rows[1, 3, 7] = bad
     with pytest.raises(InvalidArgument, match="finite"):
-        rows_from(memoryview(rows.numpy()).cast("B"), Q_HEADS, 64)
+        query.load(bytes_of(rows))
+
+
+def test_rows_of_another_size_are_refused(attention: InPlaceAttention) -> None:
+    rows = torch.zeros(2, Q_HEADS, 64)
+    query = prepared(attention, LAYOUT, (scattered(torch.zeros(1, *LAYOUT.shape), 0), rows))
+    with pytest.raises(InvalidArgument, match="bytes"):
+        query.load(bytes_of(rows[:1]))
+
+
+def test_rows_of_memory_that_is_read_only_are_loaded_too(attention: InPlaceAttention) -> None:
+    torch.manual_seed(1)
+    views, rows = scattered(torch.randn(2, *LAYOUT.shape), 0), torch.randn(2, Q_HEADS, 64)
+    results = []
+    for given in (bytes_of(rows), bytes(bytes_of(rows))):
+        query = prepared(attention, LAYOUT, (views, rows * 0))
+        query.load(given)
+        attention.attend([query], 0)
+        results.append(bytes(query.out))
+    assert results[0] == results[1]
 
 
 def test_opaque_pages_cannot_be_attended_to() -> None:
     layout = PageLayout(layers=1, kv_heads=1, head_dim=16, dtype=DType.OPAQUE)
     with pytest.raises(InvalidArgument, match="opaque"):
         PagesInPlace(layout, [memoryview(bytes(layout.page_bytes))])
-
-
-def test_rows_of_memory_that_is_read_only_are_a_copy_because_torch_knows_only_memory_that_can_be_written() -> None:
-    message = torch.arange(2 * Q_HEADS * 64, dtype=torch.float32).numpy().tobytes()
-    rows = rows_from(message, Q_HEADS, 64)
-    assert rows.numpy().tobytes() == message
-    assert rows.data_ptr() != address_of(memoryview(message))
-    received = memoryview(bytearray(message))
-    assert rows_from(received, Q_HEADS, 64).data_ptr() == address_of(received)

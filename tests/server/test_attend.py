@@ -241,7 +241,7 @@ def test_a_budget_of_ages_is_refused_and_costs_nobody_an_answer(node: Node) -> N
     with node.attend(channel) as greedy, node.stream() as other:
         set_id = greedy.open(node.batch.hashes, node.lease())
         rows = torch.ones(1, Q_HEADS, LAYOUT.head_dim).numpy().tobytes()
-        parts = (encode_sets([(set_id, 1)]), rows)
+        parts = (encode_sets(((set_id, 1),)), rows)
         frame = Frame(
             Kind.ATTEND,
             request=9,

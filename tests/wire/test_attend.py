@@ -59,7 +59,7 @@ opens = st.builds(
     st.lists(st.binary(min_size=32, max_size=32), min_size=1, max_size=9),
     st.just(LEASE),
 )
-sets_of_rows = st.lists(st.tuples(U32, st.integers(1, 4)), min_size=1, max_size=9)
+sets_of_rows = st.lists(st.tuples(U32, st.integers(1, 4)), min_size=1, max_size=9).map(tuple)
 whole_queries = st.builds(AttendQuery, U32, BUDGETS_MS, sets_of_rows, st.binary(max_size=64))
 
 
@@ -134,7 +134,7 @@ def test_an_open_beyond_the_limits_is_refused(q_heads: int, scale: float, hashes
 )
 def test_a_query_beyond_the_limits_is_refused(sets: list[tuple[int, int]], rows: bytes) -> None:
     with pytest.raises(InvalidArgument):
-        AttendQuery(0, 0, sets, rows)
+        AttendQuery(0, 0, tuple(sets), rows)
 
 
 @pytest.mark.parametrize("value_dim", [-1, 1 << 32])
@@ -160,12 +160,12 @@ def test_first_keys_that_are_not_one_number_for_each_row_are_refused(firsts: lis
 def test_a_windowed_query_without_room_for_its_first_keys_is_refused() -> None:
     for rows in (b"", bytes(7)):
         with pytest.raises(InvalidArgument, match="bytes"):
-            AttendQuery(0, 0, [(0, 2)], rows, windowed=True)
+            AttendQuery(0, 0, ((0, 2),), rows, windowed=True)
 
 
 def test_the_largest_query_may_be_windowed() -> None:
     query = query_of(0, 0, [(0, ATTEND_ROWS_MAX)], bytes(ATTEND_BYTES_MAX), [0] * ATTEND_ROWS_MAX)
-    sets = encode_sets([(number, 1) for number in range(ATTEND_SETS_MAX)], windowed=True)
+    sets = encode_sets(tuple((number, 1) for number in range(ATTEND_SETS_MAX)), windowed=True)
     assert len(query.vectors) == ATTEND_BYTES_MAX
     assert len(sets) + len(bytes(query.rows)) <= ATTEND_FRAME_BYTES_MAX
 
@@ -201,7 +201,7 @@ def test_a_node_that_knows_no_latents_reads_an_open_as_before(value_dim: int) ->
 @pytest.mark.parametrize("budget_ms", [-1, DEADLINE_MS_MAX + 1, 2**32 - 1, 2**63])
 def test_a_budget_that_is_no_time_to_wait_is_refused(budget_ms: int) -> None:
     with pytest.raises(InvalidArgument, match="budget_ms"):
-        AttendQuery(0, budget_ms, [(0, 1)], b"")
+        AttendQuery(0, budget_ms, ((0, 1),), b"")
 
 
 def test_a_hash_list_that_is_cut_off_is_refused() -> None:
@@ -216,7 +216,7 @@ def test_a_message_without_a_step_is_a_protocol_error() -> None:
 
 def test_rows_and_partials_that_change_on_their_way_over_grpc_are_refused() -> None:
     method = METHODS["Attend"]
-    query = step_to_wire(AttendQuery(0, 5, [(0, 1)], b"some rows"))
+    query = step_to_wire(AttendQuery(0, 5, ((0, 1),), b"some rows"))
     query.query.rows = b"some rowz"
     with pytest.raises(ProtocolError, match="checksum"):
         step_from_wire(method.decode_request(method.encode_request(query)))
@@ -228,9 +228,9 @@ def test_rows_and_partials_that_change_on_their_way_over_grpc_are_refused() -> N
 
 
 def test_peers_that_know_no_checksum_of_attention_are_understood() -> None:
-    query = step_to_wire(AttendQuery(0, 5, [(0, 1)], b"some rows"))
+    query = step_to_wire(AttendQuery(0, 5, ((0, 1),), b"some rows"))
     query.query.ClearField("checksum")
-    assert step_from_wire(query) == AttendQuery(0, 5, [(0, 1)], b"some rows")
+    assert step_from_wire(query) == AttendQuery(0, 5, ((0, 1),), b"some rows")
     answer = partial_to_wire(b"out", b"lse")
     answer.partial.ClearField("checksum")
     assert partial_from_wire(answer) == (b"out", b"lse")

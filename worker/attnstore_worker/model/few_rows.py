@@ -19,8 +19,9 @@ from attnstore.attention import CheckedAttention, cpu_kernel, cpu_pages, team
 from attnstore.attention.cpu_plan import Plan
 from attnstore.attention.dots import COLUMNS, OUTPUTS, ROWS
 from attnstore.attention.simd import ELEMENTS
+from attnstore_worker.cache.attending.step import RemoteStep
 from attnstore_worker.model.attention import PagedStep, at_once
-from attnstore_worker.model.few_rows_kernel import Batch, Work, run_head, run_layers
+from attnstore_worker.model.few_rows_kernel import Batch, Work, run_attention, run_head, run_layers, run_to_attention
 from attnstore_worker.model.weights import LayerShape, LayerWeights
 
 ROWS_MAX: Final = 96
@@ -37,7 +38,8 @@ def fits(shape: LayerShape, vocabulary: int) -> bool:
 
 
 class FewRows:
-    """All layers of a model in one compiled call. Steps of several threads take turns.
+    """All layers of a model in one compiled call, or in two for each layer of a step that waits for pages or for store nodes. Steps
+    of several threads have memory of their own, because such a step may wait long.
 
     weights, the last `norm`, `[hidden]`, and `head`, `[vocabulary, hidden]`, are read in place, by as many threads as torch uses.
     """
@@ -51,7 +53,7 @@ class FewRows:
 
     def plan(self, total_q: int, step: PagedStep) -> Plan | None:
         """Returns how the attention of a step of `total_q` rows is divided, or None for a step that needs the general path."""
-        if total_q > ROWS_MAX or step.remote is not None or not isinstance(step.backend, CheckedAttention):
+        if total_q > ROWS_MAX or not isinstance(step.backend, CheckedAttention):
             return None
         query = torch.empty(total_q, self._shape.q_heads, self._shape.head_dim, dtype=self._dtype)
         tables = (step.block_tables, step.context_lens, step.query_starts)
@@ -61,28 +63,49 @@ class FewRows:
     def logits(self, embedded: Tensor, rotation: tuple[Tensor, Tensor], rows: Tensor, step: PagedStep, plan: Plan) -> Tensor:
         """See `Decoder.logits`. embedded: `[total_q, hidden]`; rotation: fp32 cosines and sines, `[total_q, head_dim / 2]`."""
         threads = torch.get_num_threads()
-        with self._lock:
-            work = self._memory(len(embedded), threads)
-            torch.from_numpy(work.hidden).view(threads, -1, self._shape.hidden)[:, : len(embedded)] = embedded
-            work.delta.fill(0)
-            batch = self._batch(rotation, step, plan, threads)
-            if step.before_layer is at_once:
-                self._run_layers(0, self._layers, work, batch, threads)
-            else:
-                for layer in range(self._layers):
-                    step.before_layer(layer)
-                    self._run_layers(layer, layer + 1, work, batch, threads)
-            return self._logits(rows, work, threads)
+        work = self._take_memory(len(embedded), threads)
+        torch.from_numpy(work.hidden).view(threads, -1, self._shape.hidden)[:, : len(embedded)] = embedded
+        work.delta.fill(0)
+        batch = self._batch(rotation, step, plan, threads)
+        if step.remote is not None:
+            self._run_asking(step.remote, step, work, batch, threads)
+        else:
+            self._run(step, work, batch, threads)
+        logits = self._logits(rows, work, threads)
+        self._give_back(work, len(embedded), threads)  # not after an error: the counter may be spoilt
+        return logits
 
-    def _run_layers(self, first: int, last: int, work: Work, batch: Batch, threads: int) -> None:
-        def part(thread: int) -> None:
-            run_layers(first, last, thread, threads, self._shape, self._weights, self._epsilon, work, batch)
+    def _run(self, step: PagedStep, work: Work, batch: Batch, threads: int) -> None:
+        ranges = [(0, self._layers)] if step.before_layer is at_once else [(layer, layer + 1) for layer in range(self._layers)]
+        for first, last in ranges:
+            step.before_layer(first)
 
-        try:
+            def part(thread: int, first: int = first, last: int = last) -> None:
+                run_layers(first, last, thread, threads, self._shape, self._weights, self._epsilon, work, batch)
+
             team.run(threads, part, work.arrived)
-        except BaseException:
-            self._kept = None  # its counter is spoilt
-            raise
+
+    def _run_asking(self, remote: RemoteStep, step: PagedStep, work: Work, batch: Batch, threads: int) -> None:
+        """Runs all layers; the nodes compute while this thread attends to the pages that are here."""
+        shape, layer = self._shape, 0
+        asked = work.asked.reshape(-1, shape.q_heads, shape.head_dim)[: batch.rows]
+        outs = batch.outs.reshape(-1, shape.q_heads, shape.head_dim)[: batch.rows]
+        lses = batch.lses.reshape(-1, shape.q_heads)
+
+        def to_attention(thread: int) -> None:
+            run_to_attention(layer, self._layers, thread, threads, shape, self._weights, self._epsilon, work, batch)
+
+        def attention(thread: int) -> None:
+            run_attention(layer, thread, threads, shape, work, batch)
+
+        for layer in range(self._layers):  # noqa: B007 (the parts use it)
+            step.before_layer(layer)
+            team.run(threads, to_attention, work.arrived)
+            remote.ask_rows(layer, asked)
+            team.run(threads, attention, work.arrived)
+            remote.merge_rows(outs, lses)
+        layer = self._layers
+        team.run(threads, to_attention, work.arrived)
 
     def _logits(self, rows: Tensor, work: Work, threads: int) -> Tensor:
         padded, hidden = _padded(len(rows)), self._shape.hidden
@@ -98,11 +121,13 @@ class FewRows:
         team.run(threads, part)
         return logits[: len(rows)]
 
-    def _memory(self, rows: int, threads: int) -> Work:
-        """Returns memory, which is reused until a step has another size."""
+    def _take_memory(self, rows: int, threads: int) -> Work:
+        """Returns memory that no other step uses: what the last step gave back, if it has the right size."""
         padded = _padded(rows)
-        if self._kept is not None and self._kept[0] == (padded, threads):
-            return self._kept[1]
+        with self._lock:
+            kept, self._kept = self._kept, None
+        if kept is not None and kept[0] == (padded, threads):
+            return kept[1]
         shape = self._shape
         attended = shape.q_heads * shape.head_dim
 
@@ -112,19 +137,22 @@ class FewRows:
         def typed(elements: int) -> Any:
             return _flat(torch.zeros(elements, dtype=self._dtype))
 
-        work = Work(
+        return Work(
             hidden=floats(threads * padded * shape.hidden),
             inputs=typed(threads * padded * max(shape.hidden, attended)),
             heads=floats(padded * (attended + 2 * shape.kv_heads * shape.head_dim)),
             query=floats(padded * attended),
+            asked=floats(padded * attended),
             delta=floats(padded * shape.hidden),
             gates=floats(padded * shape.intermediate),
             ups=floats(padded * shape.intermediate),
             gated=typed(padded * shape.intermediate),
             arrived=np.zeros(1, np.int64),
         )
-        self._kept = (padded, threads), work
-        return work
+
+    def _give_back(self, work: Work, rows: int, threads: int) -> None:
+        with self._lock:
+            self._kept = (_padded(rows), threads), work
 
     def _batch(self, rotation: tuple[Tensor, Tensor], step: PagedStep, plan: Plan, threads: int) -> Batch:
         shape, pool = self._shape, step.pool
@@ -139,6 +167,7 @@ class FewRows:
             block_stride=pool.stride(0),
             block_tokens=pool.shape[4],
             scale=self._scale,
+            asks=step.remote is not None,
             tables=step.block_tables.numpy(),
             visible=plan.visible,
             pieces=plan.pieces,

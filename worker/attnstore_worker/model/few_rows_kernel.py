@@ -60,7 +60,9 @@ class Work(NamedTuple):
     heads: Any
     """fp32 `[P, q_heads + 2 * kv_heads, head_dim]`."""
     query: Any
-    """fp32 `[P, q_heads, head_dim]`."""
+    """fp32 `[P, q_heads, head_dim]`: times `Batch.scale`."""
+    asked: Any
+    """fp32 `[P, q_heads, head_dim]`: queries as store nodes take them, if `Batch.asks`."""
     delta: Any
     """fp32 `[P, hidden]`: the term to be added to the residual stream."""
     gates: Any
@@ -87,6 +89,8 @@ class Batch(NamedTuple):
     block_tokens: Any
     scale: Any
     """fp32, times `log2(e)`."""
+    asks: Any
+    """Whether store nodes are asked about other pages."""
     tables: Any
     visible: Any
     pieces: Any
@@ -157,6 +161,9 @@ def _place(first, last, layer_at, shape, work, batch):
                 low, high = turned_by(cosine, sine, load(work.heads, source + at), load(work.heads, source + half + at))
                 if head < shape.q_heads:
                     target = (row * shape.q_heads + head) * dims + at
+                    if batch.asks:
+                        store(work.asked, target, low)
+                        store(work.asked, target + half, high)
                     store(work.query, target, mul(low, scale))
                     store(work.query, target + half, mul(high, scale))
                 else:
@@ -175,8 +182,39 @@ def _gate(first, last, width, rows, gates, ups, gated):
             store(gated, at, mul(divide(gate, add(splat(_ONE), power)), load(ups, at)))
 
 
+@inlined
+def _mine(rows, thread, threads, shape, work):
+    """Returns the thread's copies of the residual stream, of these rows, and of a product's inputs."""
+    padded = work.delta.shape[0] // shape.hidden
+    room = work.inputs.shape[0] // threads
+    first = thread * padded * shape.hidden
+    return work.hidden[first : first + rows * shape.hidden], work.inputs[thread * room : (thread + 1) * room]
+
+
+@inlined
+def _layer_elements(shape):
+    return shape.hidden * (2 + (2 * shape.q_heads + 2 * shape.kv_heads) * shape.head_dim + 3 * shape.intermediate)
+
+
 @compiled
-def _attend(thread, threads, layer_at, shape, work, batch):
+def _begin(layer, thread, threads, shape, weights, epsilon, work, batch):
+    """A layer up to its attention: ends with the queries and the row's own keys and values in their places."""
+    hidden, heads = shape.hidden, shape.q_heads + 2 * shape.kv_heads
+    mine, inputs = _mine(batch.rows, thread, threads, shape, work)
+    head0, head1 = _share(heads, thread, threads)
+    at = layer * _layer_elements(shape)
+    layer_at = layer * 2 * shape.kv_heads * batch.block_tokens * shape.head_dim
+    add_and_normalize(mine, work.delta, weights[at : at + hidden], epsilon, inputs)
+    padded, width = work.delta.shape[0] // hidden, heads * shape.head_dim
+    product(weights, at + hidden, hidden, head0 * shape.head_dim, head1 * shape.head_dim, inputs, padded, work.heads, width)
+    _place(head0, head1, layer_at, shape, work, batch)
+    meet(work.arrived, threads)
+
+
+@compiled
+def _attend(layer, thread, threads, shape, work, batch):
+    """A layer's attention over the pages of the pool: ends with it in `batch.outs` and `batch.lses`."""
+    layer_at = layer * 2 * shape.kv_heads * batch.block_tokens * shape.head_dim
     scratch = batch.scratch.shape[0] // threads
     for share in range(thread, batch.shares.shape[0] - 1, threads):
         cpu_kernel.attend(
@@ -197,6 +235,39 @@ def _attend(thread, threads, layer_at, shape, work, batch):
             batch.scratch[thread * scratch : (thread + 1) * scratch],
             None,
         )
+    meet(work.arrived, threads)
+    if thread == 0:
+        online_softmax.finish(
+            batch.pieces, batch.owners, shape.q_heads, shape.head_dim, batch.outs, batch.tops, batch.sums, batch.lses, None
+        )
+    meet(work.arrived, threads)
+
+
+@compiled
+def _end(layer, thread, threads, shape, weights, epsilon, work, batch):
+    """A layer after its attention."""
+    hidden, attended = shape.hidden, shape.q_heads * shape.head_dim
+    padded = work.delta.shape[0] // hidden
+    mine, inputs = _mine(batch.rows, thread, threads, shape, work)
+    hidden0, hidden1 = _share(hidden // LANES, thread, threads)
+    middle0, middle1 = _share(shape.intermediate // LANES, thread, threads)
+    hidden0, hidden1, middle0, middle1 = hidden0 * LANES, hidden1 * LANES, middle0 * LANES, middle1 * LANES
+    at = layer * _layer_elements(shape) + hidden + hidden * (shape.q_heads + 2 * shape.kv_heads) * shape.head_dim
+    for value in range(0, batch.rows * attended, LANES):
+        store(inputs, value, load(batch.outs, value))
+    product(weights, at, attended, hidden0, hidden1, inputs, padded, work.delta, hidden)
+    at += attended * hidden
+    meet(work.arrived, threads)
+    add_and_normalize(mine, work.delta, weights[at : at + hidden], epsilon, inputs)
+    at += hidden
+    product(weights, at, hidden, middle0, middle1, inputs, padded, work.gates, shape.intermediate)
+    at += shape.intermediate * hidden
+    product(weights, at, hidden, middle0, middle1, inputs, padded, work.ups, shape.intermediate)
+    at += shape.intermediate * hidden
+    _gate(middle0, middle1, shape.intermediate, batch.rows, work.gates, work.ups, work.gated)
+    meet(work.arrived, threads)
+    product(weights, at, shape.intermediate, hidden0, hidden1, work.gated, padded, work.delta, hidden)
+    meet(work.arrived, threads)
 
 
 @compiled
@@ -205,50 +276,27 @@ def run_layers(first, last, thread, threads, shape: LayerShape, weights, epsilon
 
     Called by `threads` threads at once, each with its number. weights: see `LayerWeights`.
     """
-    hidden, attended = shape.hidden, shape.q_heads * shape.head_dim
-    heads = shape.q_heads + 2 * shape.kv_heads
-    padded = work.delta.shape[0] // hidden
-    mine = work.hidden[thread * padded * hidden : (thread * padded + batch.rows) * hidden]
-    room = work.inputs.shape[0] // threads
-    inputs = work.inputs[thread * room : (thread + 1) * room]
-    head0, head1 = _share(heads, thread, threads)
-    hidden0, hidden1 = _share(hidden // LANES, thread, threads)
-    middle0, middle1 = _share(shape.intermediate // LANES, thread, threads)
-    hidden0, hidden1, middle0, middle1 = hidden0 * LANES, hidden1 * LANES, middle0 * LANES, middle1 * LANES
-    layer_elements = 2 * hidden + hidden * (heads * shape.head_dim + attended + 3 * shape.intermediate)
     for layer in range(first, last):
-        at = layer * layer_elements
-        layer_at = layer * 2 * shape.kv_heads * batch.block_tokens * shape.head_dim
-        add_and_normalize(mine, work.delta, weights[at : at + hidden], epsilon, inputs)
-        at += hidden
-        product(
-            weights, at, hidden, head0 * shape.head_dim, head1 * shape.head_dim, inputs, padded, work.heads, heads * shape.head_dim
-        )
-        at += heads * shape.head_dim * hidden
-        _place(head0, head1, layer_at, shape, work, batch)
-        meet(work.arrived, threads)
-        _attend(thread, threads, layer_at, shape, work, batch)
-        meet(work.arrived, threads)
-        if thread == 0:
-            online_softmax.finish(
-                batch.pieces, batch.owners, shape.q_heads, shape.head_dim, batch.outs, batch.tops, batch.sums, batch.lses, None
-            )
-        meet(work.arrived, threads)
-        for value in range(0, batch.rows * attended, LANES):
-            store(inputs, value, load(batch.outs, value))
-        product(weights, at, attended, hidden0, hidden1, inputs, padded, work.delta, hidden)
-        at += attended * hidden
-        meet(work.arrived, threads)
-        add_and_normalize(mine, work.delta, weights[at : at + hidden], epsilon, inputs)
-        at += hidden
-        product(weights, at, hidden, middle0, middle1, inputs, padded, work.gates, shape.intermediate)
-        at += shape.intermediate * hidden
-        product(weights, at, hidden, middle0, middle1, inputs, padded, work.ups, shape.intermediate)
-        at += shape.intermediate * hidden
-        _gate(middle0, middle1, shape.intermediate, batch.rows, work.gates, work.ups, work.gated)
-        meet(work.arrived, threads)
-        product(weights, at, shape.intermediate, hidden0, hidden1, work.gated, padded, work.delta, hidden)
-        meet(work.arrived, threads)
+        _begin(layer, thread, threads, shape, weights, epsilon, work, batch)
+        _attend(layer, thread, threads, shape, work, batch)
+        _end(layer, thread, threads, shape, weights, epsilon, work, batch)
+
+
+@compiled
+def run_to_attention(layer, layers, thread, threads, shape: LayerShape, weights, epsilon, work, batch):
+    """Runs from the attention of the layer before `layer`, if there is one, to that of `layer`, or to the end after the last of
+    `layers`. Called like `run_layers`.
+    """
+    if layer > 0:
+        _end(layer - 1, thread, threads, shape, weights, epsilon, work, batch)
+    if layer < layers:
+        _begin(layer, thread, threads, shape, weights, epsilon, work, batch)
+
+
+@compiled
+def run_attention(layer, thread, threads, shape: LayerShape, work, batch):
+    """Runs the attention of `layer` over the pages of the pool. Called like `run_layers`."""
+    _attend(layer, thread, threads, shape, work, batch)
 
 
 @compiled

@@ -1,8 +1,8 @@
 """One step's queries to the nodes: sent before a layer's local attention is computed, and merged with it afterwards.
 
-Owns: the memory of the partials, which all layers share. On a device they pass through `DeviceExchange`, and are merged there.
-Invariant: `merge` returns attention over all keys of every sequence, or
-raises `PagesLost`; the step is void then.
+Owns: the memory of the queries and partials, which all layers share, so that a layer allocates nothing. On a device they pass
+through `DeviceExchange`, and are merged there. Invariant: `merge` returns attention over all keys of every sequence, or raises
+`PagesLost`; the step is void then.
 """
 
 from __future__ import annotations
@@ -11,10 +11,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-from torch import Tensor
+import numpy as np
+from torch import Tensor, from_numpy
 
-from attnstore.attention import merge
 from attnstore.client.base import AttendStream
 from attnstore.errors import AttnStoreError
 from attnstore_worker.cache.attending.exchange import DeviceExchange
@@ -34,28 +33,53 @@ class AttendCounts:
     losses: int = 0
 
 
+Floats = Any
+"""A numpy array of fp32."""
+
+
+class _Piece:
+    """Rows that are sent in one query: `rows` of the step's, for `sets` of `(set_id, rows)`."""
+
+    def __init__(self, sets: list[tuple[int, int]], rows: list[int]) -> None:
+        self.sets = tuple(sets)
+        self.rows = np.array(rows, dtype=np.int64)
+        self.query: Floats = None
+        self.out: Floats = None
+        self.lse: Floats = None
+
+    def data(self, query: Floats) -> memoryview:
+        """Returns the bytes of the piece's rows of `query`. They are valid until the next call."""
+        if len(self.rows) == len(query):  # a step has its rows in the order of its sequences
+            return memoryview(query).cast("B")
+        if self.query is None:
+            self.query = np.empty((len(self.rows), *query.shape[1:]), dtype=np.float32)
+        np.take(query, self.rows, axis=0, out=self.query, mode="clip")
+        return memoryview(self.query).cast("B")
+
+
 class NodeRows:
     """The rows that one node is asked about: `sets` of `(set_id, first row, rows)`, in pieces of at most `rows_max` rows."""
 
     def __init__(self, stream: AttendStream, sets: Sequence[tuple[int, int, int]], rows_max: int) -> None:
         self.stream = stream
-        self.pieces: list[tuple[list[tuple[int, int]], Tensor]] = []
+        self.pieces: list[_Piece] = []
         named: list[tuple[int, int]] = []
         rows: list[int] = []
         for set_id, first, count in sets:
             for begin in range(first, first + count, rows_max):
                 part = min(rows_max, first + count - begin)
                 if len(rows) + part > rows_max:
-                    self.pieces.append((named, torch.tensor(rows)))
+                    self.pieces.append(_Piece(named, rows))
                     named, rows = [], []
                 named.append((set_id, part))
                 rows += range(begin, begin + part)
-        self.pieces.append((named, torch.tensor(rows)))
+        self.pieces.append(_Piece(named, rows))
 
 
 class RemoteStep:
-    """Call `ask` and then `merge`, for each layer. After a failure `lose` is called for each stream of the step, because answers
-    may be in flight that will not be received. `exchange` is None if queries are in host memory.
+    """Call `ask` and then `merge`, for each layer; or `ask_rows` and `merge_rows`, if both are arrays in host memory. After a
+    failure `lose` is called for each stream of the step, because answers may be in flight that will not be received. `exchange` is
+    None if queries are in host memory.
     """
 
     def __init__(
@@ -71,63 +95,88 @@ class RemoteStep:
         self._exchange = exchange
         self._rounds = max(len(node.pieces) for node in nodes)
         self._layer = 0
-        self._query = torch.empty(0)
-        self._partials: dict[int, tuple[Tensor, Tensor]] = {}
+        self._query: Floats = None
 
     def ask(self, layer: int, query: Tensor) -> None:
         """Sends the rows of `query` `[total_q, q_heads, head_dim]`. Raises `PagesLost`."""
-        self._layer = layer
-        self._query = query.float() if self._exchange is None else self._exchange.fetch(query)
+        rows = query.float().contiguous() if self._exchange is None else self._exchange.fetch(query)
+        self.ask_rows(layer, rows.numpy())
+
+    def ask_rows(self, layer: int, query: Floats) -> None:
+        """`ask` of a contiguous array that stays as it is until the step has merged the layer."""
+        self._layer, self._query = layer, query
         self._send(0)
 
     def merge(self, out: Tensor, lse: Tensor) -> Tensor:
-        """Turns `out` fp32 and `lse` over the local keys into `out` over all keys, in place. Raises `PagesLost`."""
-        for piece in range(self._rounds):
-            if piece:
-                self._send(piece)
-            for node in self._nodes:
-                if piece < len(node.pieces):
-                    self._receive(node, piece, out, lse)
-            self._counts.round_trips += 1
+        """Returns `out` over all keys, from `out` fp32 and `lse` over the local keys, which may be overwritten. Raises `PagesLost`."""
+        if self._exchange is None:
+            out = out.contiguous()
+            self.merge_rows(out.numpy(), lse.numpy())
+            return out
+        exchange = self._exchange
+
+        def memory(piece: _Piece) -> tuple[Floats, Floats]:
+            rows, heads, head_dim = len(piece.rows), out.shape[1], out.shape[2]
+            return exchange.room("out", rows, heads, head_dim).numpy(), exchange.room("lse", rows, heads).numpy()
+
+        def merge(piece: _Piece, part_out: Floats, part_lse: Floats) -> bool:
+            if not (np.isfinite(part_out).all() and np.isfinite(part_lse).all()):
+                return False
+            exchange.merge(out, lse, (from_numpy(part_out), from_numpy(part_lse)), from_numpy(piece.rows))
+            return True
+
+        self._receive_all(memory, merge)
         return out
 
-    def _send(self, piece: int) -> None:
+    def merge_rows(self, outs: Floats, lses: Floats) -> None:
+        """Turns contiguous `outs` and `lses` over the local keys into those over all keys, in place. Raises `PagesLost`."""
+        from attnstore.attention import online_softmax  # not at the top: a machine with a GPU may lack numba
+
+        def memory(piece: _Piece) -> tuple[Floats, Floats]:
+            if piece.out is None:
+                piece.out = np.empty((len(piece.rows), *outs.shape[1:]), dtype=np.float32)
+                piece.lse = np.empty((len(piece.rows), outs.shape[1]), dtype=np.float32)
+            return piece.out, piece.lse
+
+        def merge(piece: _Piece, part_out: Floats, part_lse: Floats) -> bool:
+            return bool(online_softmax.merge_rows(outs, lses, piece.rows, part_out, part_lse))
+
+        self._receive_all(memory, merge)
+
+    def _send(self, number: int) -> None:
         for node in self._nodes:
-            if piece < len(node.pieces):
-                sets, rows = node.pieces[piece]
-                asked = self._query if len(rows) == len(self._query) else self._query[rows]
-                data = _bytes(asked.contiguous())
+            if number < len(node.pieces):
+                piece = node.pieces[number]
+                data = piece.data(self._query)
                 try:
-                    node.stream.ask(self._layer, sets, data)
+                    node.stream.ask(self._layer, piece.sets, data)
                 except AttnStoreError as error:
                     self._lose(node, error)
                 self._counts.bytes_sent += len(data)
-                self._counts.rows += len(rows)
+                self._counts.rows += len(piece.rows)
 
-    def _receive(self, node: NodeRows, piece: int, out: Tensor, lse: Tensor) -> None:
-        _, rows = node.pieces[piece]
-        part_out, part_lse = self._memory(len(rows), out)
-        views = _bytes(part_out), _bytes(part_lse)
+    def _receive_all(
+        self, memory: Callable[[_Piece], tuple[Floats, Floats]], merge: Callable[[_Piece, Floats, Floats], bool]
+    ) -> None:
+        for number in range(self._rounds):
+            if number:
+                self._send(number)
+            for node in self._nodes:
+                if number < len(node.pieces):
+                    piece = node.pieces[number]
+                    partial = memory(piece)
+                    self._receive(node, *partial)
+                    if not merge(piece, *partial):
+                        self._lose(node, PagesLost("a node's partial is not finite"))
+            self._counts.round_trips += 1
+
+    def _receive(self, node: NodeRows, out: Floats, lse: Floats) -> None:
+        views = memoryview(out).cast("B"), memoryview(lse).cast("B")
         try:
             node.stream.receive(*views)
         except AttnStoreError as error:
             self._lose(node, error)
-        self._counts.bytes_received += sum(map(len, views))
-        if not bool(torch.isfinite(part_out).all() & torch.isfinite(part_lse).all()):
-            self._lose(node, PagesLost("a node's partial is not finite"))
-        if self._exchange is not None:
-            self._exchange.merge(out, lse, (part_out, part_lse), rows)
-            return
-        merged = merge([out[rows], part_out], [lse[rows], part_lse])
-        out[rows], lse[rows] = merged
-
-    def _memory(self, rows: int, like: Tensor) -> tuple[Tensor, Tensor]:
-        _, heads, head_dim = like.shape
-        if self._exchange is not None:
-            return self._exchange.room("out", rows, heads, head_dim), self._exchange.room("lse", rows, heads)
-        if rows not in self._partials:
-            self._partials[rows] = torch.empty(rows, heads, head_dim), torch.empty(rows, heads)
-        return self._partials[rows]
+        self._counts.bytes_received += len(views[0]) + len(views[1])
 
     def _lose(self, node: NodeRows, error: AttnStoreError) -> None:
         self._lose_stream(node.stream, error)
@@ -135,8 +184,3 @@ class RemoteStep:
             if other is not node:
                 self._lose_stream(other.stream, PagesLost("another node failed in the same step"))
         raise PagesLost(f"attention at a store node failed: {error}") from None
-
-
-def _bytes(tensor: Tensor) -> memoryview:
-    array: Any = tensor.numpy()
-    return memoryview(array).cast("B")
