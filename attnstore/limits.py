@@ -350,9 +350,10 @@ ATTEND_BYTES_MAX = 2 * MIB
 ATTEND_FRAME_BYTES_MAX = ATTEND_BYTES_MAX + 8 * KIB
 """A frame with rows, or hashes, and their description: 8 bytes for each set, 4 for each row."""
 ATTEND_HEADS_MAX = 1_024
-LATENT_DIM_MIN = 16
+LATENT_DIM_STEP = 32
+"""The elements of a latent row that is attended to, and those of its value, are multiples of it: of DeepSeek's, 576 and 512."""
 LATENT_DIM_MAX = 4_096
-"""Elements of a latent row that is attended to; DeepSeek's have 576. A node's scratch memory for a query grows with it."""
+"""Elements of such a row. A node's scratch memory for a query grows with it."""
 ATTEND_WAITING_MAX = 256
 """Queries that wait for a node's cores; further ones are refused as `overloaded`."""
 ATTEND_TOGETHER_MAX = 32
@@ -360,6 +361,7 @@ ATTEND_TOGETHER_MAX = 32
 ATTEND_VERIFIED_MS_MAX = 60_000
 """When a set is opened, pages that were not hashed for this long are hashed."""
 
+assert LATENT_DIM_MAX % LATENT_DIM_STEP == 0
 assert ATTEND_HASHES_MAX <= HASHES_MAX
 assert ATTEND_HASHES_MAX <= ATTEND_PAGES_MAX <= LEASED_PAGES_MAX, "the pages of a set are leased"
 assert ATTEND_BYTES_MAX + CHUNK_HEADER_BYTES_MAX <= MESSAGE_BYTES_MAX

@@ -96,9 +96,10 @@ class LatentAttention(Protocol):
         Arguments:
             query: `[total_q, q_heads, row_dim]`, absorbed and rotated, in the order of the elements of a latent row.
             pool: `[blocks, layers, block_tokens, row_dim]`; each block is contiguous, blocks may be any distance apart. `row_dim`
-                is at least `LATENT_DIM_MIN`. `attnstore.attention.latent.latent_rows` sees a pool of pages like this.
+                and `value_dim` are as `PageLayout.check_latents` demands. `attnstore.attention.latent.latent_rows` sees a pool of
+                pages like this.
             scale: factor on the products; that of the model's own queries, such as `(nope_dim + rope_dim) ** -0.5`.
-            value_dim: how many of a row's first elements are its value, at most `row_dim`.
+            value_dim: how many of a row's first elements are its value.
 
         Returns:
             `out` `[total_q, q_heads, value_dim]` and `lse` fp32 `[total_q, q_heads]`, both contiguous. A row that sees no key has

@@ -24,7 +24,7 @@ from attnstore.attention.online_softmax import NOTHING_SEEN, weigh
 from attnstore.attention.simd import LANES, load, store
 from attnstore.attention.weighted_sums import sum_row, sum_rows
 from attnstore.copying.compiled import compiled, inlined
-from attnstore.limits import LATENT_DIM_MIN
+from attnstore.limits import LATENT_DIM_STEP
 
 CHUNK: Final = 64
 """Keys per softmax. 64 rows of 576 elements are 147 KB in fp32."""
@@ -36,49 +36,32 @@ _ZERO: Final = np.float32(0.0)
 _HIDDEN: Final = np.float32(-np.inf)
 
 assert CHUNK % LANES == 0 == CHUNK % OUTPUTS
-assert LANES <= LATENT_DIM_MIN, "a shorter row cannot be loaded by whole vectors"
-
-
-def padded(elements: int, to: int) -> int:
-    """Returns `elements`, or the next multiple of `to`."""
-    return -(-elements // to) * to
-
-
-def query_width(row_dim: int) -> int:
-    """fp32 elements of a query vector as `attend` takes it: zeros follow the `row_dim` elements."""
-    return padded(row_dim, COLUMNS)
-
-
-def out_width(value_dim: int) -> int:
-    """fp32 elements of a vector of `outs`; those after `value_dim` mean nothing."""
-    return padded(value_dim, LANES)
+assert LATENT_DIM_STEP % COLUMNS == 0 == LATENT_DIM_STEP % LANES
 
 
 def scratch_elements(row_dim: int) -> int:
     """fp32 elements of scratch that `attend` needs."""
-    return CHUNK * query_width(row_dim) + ROWS * (CHUNK + 1)
+    return CHUNK * row_dim + ROWS * (CHUNK + 1)
 
 
 @inlined
-def _widen(tile, width, flat, table, key0, tokens, block_stride, layer_at, block_tokens, row_dim):
+def _widen(tile, flat, table, key0, tokens, block_stride, layer_at, block_tokens, row_dim):
     """Copies the rows of keys `[key0, key0 + tokens)` into the tile, as fp32."""
     for token in range(tokens):
         key = key0 + token
         source = table[key // block_tokens] * block_stride + layer_at + key % block_tokens * row_dim
-        for dim in range(0, row_dim - LANES, LANES):
-            store(tile, token * width + dim, load(flat, source + dim))
-        # The last vector may overlap the one before it: nothing behind the row is read.
-        store(tile, token * width + row_dim - LANES, load(flat, source + row_dim - LANES))
+        for dim in range(0, row_dim, LANES):
+            store(tile, token * row_dim + dim, load(flat, source + dim))
 
 
 @inlined
-def _attend_some(tile, width, query, first, count, seen, key0, tokens, outs, value_width, tops, sums, state, scores, keeps):
+def _attend_some(tile, row_dim, query, first, count, seen, key0, tokens, outs, value_dim, tops, sums, state, scores, keeps):
     """Adds a chunk of `tokens` keys to the states of `count` query vectors, at most ROWS, from `first` on.
 
     seen: `[ROWS, 2]`, the keys that each of them sees.
     """
     for token in range(0, tokens, OUTPUTS):
-        dot_rows(tile, token * width, query, first * width, width, scores, token, CHUNK)
+        dot_rows(tile, token * row_dim, query, first * row_dim, row_dim, scores, token, CHUNK)
     end = (tokens + LANES - 1) // LANES * LANES
     for row in range(count):
         visible0 = min(max(seen[row, 0] - key0, 0), tokens)
@@ -89,24 +72,11 @@ def _attend_some(tile, width, query, first, count, seen, key0, tokens, outs, val
             scores[at] = _HIDDEN
         keeps[row] = weigh(scores, row * CHUNK, end, tops, sums, state + row)
     if count == ROWS:
-        sum_rows(outs, state * value_width, value_width, keeps, scores, 0, CHUNK, tile, width, 0, tokens, value_width)
+        sum_rows(outs, state * value_dim, value_dim, keeps, scores, 0, CHUNK, tile, row_dim, 0, tokens, value_dim)
     else:
         for row in range(count):
-            kept = keeps[row : row + 1]
-            sum_row(
-                outs,
-                (state + row) * value_width,
-                value_width,
-                kept,
-                scores,
-                row * CHUNK,
-                CHUNK,
-                tile,
-                width,
-                0,
-                tokens,
-                value_width,
-            )
+            at, kept = (state + row) * value_dim, keeps[row : row + 1]
+            sum_row(outs, at, value_dim, kept, scores, row * CHUNK, CHUNK, tile, row_dim, 0, tokens, value_dim)
 
 
 @compiled
@@ -131,24 +101,21 @@ def attend(
     `sums`.
 
     pieces, tables, visible: as `cpu_kernel.attend` takes them. tops, sums: fp32 `[state rows * q_heads]`.
-    query: fp32 `[(rows * q_heads + ROWS - 1) * query_width(row_dim)]`, times `scale * log2(e)`; behind a vector and behind the last
-        one are zeros.
-    flat: the pool's elements, as `simd.load` takes them; rows of at least LATENT_DIM_MIN elements.
+    query: fp32 `[(rows * q_heads + ROWS - 1) * row_dim]`, times `scale * log2(e)`; what follows the last row is read, and not used.
+    flat: the pool's elements, as `simd.load` takes them.
     block_stride, layer_at: elements from block to block, and from a block's start to the layer's.
-    outs: fp32 `[state rows * q_heads * out_width(value_dim)]`. scratch: fp32 `[scratch_elements(row_dim)]`.
+    row_dim, value_dim: multiples of LATENT_DIM_STEP.
+    outs: fp32 `[state rows * q_heads * value_dim]`. scratch: fp32 `[scratch_elements(row_dim)]`.
     """
-    width = (row_dim + COLUMNS - 1) // COLUMNS * COLUMNS
-    value_width = (value_dim + LANES - 1) // LANES * LANES
-    tile, rest = scratch[: CHUNK * width], scratch[CHUNK * width :]
+    tile, rest = scratch[: CHUNK * row_dim], scratch[CHUNK * row_dim :]
     scores, keeps = rest[: ROWS * CHUNK], rest[ROWS * CHUNK :]
-    tile[:] = _ZERO
     seen = np.zeros((ROWS, 2), np.int64)
     for piece in range(pieces.shape[0]):
         sequence, row0, rows, block0, block1, state0 = pieces[piece]
         table, vectors = tables[sequence], rows * q_heads
         tops[state0 * q_heads : state0 * q_heads + vectors] = NOTHING_SEEN
         sums[state0 * q_heads : state0 * q_heads + vectors] = _ZERO
-        outs[state0 * q_heads * value_width : (state0 * q_heads + vectors) * value_width] = _ZERO
+        outs[state0 * q_heads * value_dim : (state0 * q_heads + vectors) * value_dim] = _ZERO
         for vector0 in range(0, vectors, VECTORS):
             vector1 = min(vector0 + VECTORS, vectors)
             first, last = block1 * block_tokens, block0 * block_tokens
@@ -158,13 +125,13 @@ def attend(
             first, last = max(first, block0 * block_tokens), min(last, block1 * block_tokens)
             for key0 in range(first, last, CHUNK):
                 tokens = min(CHUNK, last - key0)
-                _widen(tile, width, flat, table, key0, tokens, block_stride, layer_at, block_tokens, row_dim)
+                _widen(tile, flat, table, key0, tokens, block_stride, layer_at, block_tokens, row_dim)
                 for vector in range(vector0, vector1, ROWS):
                     count = min(ROWS, vector1 - vector)
                     for row in range(count):
                         seen[row] = visible[row0 + (vector + row) // q_heads]
                     state = state0 * q_heads + vector
                     _attend_some(
-                        tile, width, query, row0 * q_heads + vector, count, seen, key0, tokens,
-                        outs, value_width, tops, sums, state, scores, keeps,
+                        tile, row_dim, query, row0 * q_heads + vector, count, seen, key0, tokens,
+                        outs, value_dim, tops, sums, state, scores, keeps,
                     )  # fmt: skip

@@ -11,7 +11,7 @@ import struct
 from dataclasses import dataclass, field
 
 from attnstore.errors import InvalidArgument
-from attnstore.limits import LATENT_DIM_MAX, LATENT_DIM_MIN, PAGE_BYTES_MAX
+from attnstore.limits import LATENT_DIM_MAX, LATENT_DIM_STEP, PAGE_BYTES_MAX
 
 _FIELD_MAX = 1 << 20
 _CANONICAL = struct.Struct("<7I")
@@ -106,14 +106,14 @@ class PageLayout:
         return 2 * self.head_dim
 
     def check_latents(self, value_dim: int) -> None:
-        """Raises `InvalidArgument` unless the pages may have latent rows whose first `value_dim` elements are values."""
-        if self.kv_heads != 1 or not LATENT_DIM_MIN <= self.row_dim <= LATENT_DIM_MAX:
-            raise InvalidArgument(
-                f"the layout has {self.kv_heads} kv_heads and head_dim {self.head_dim}; pages of latents have one, and rows of "
-                f"2 * head_dim = {LATENT_DIM_MIN} to {LATENT_DIM_MAX} elements, see PageLayout.of_latents"
-            )
-        if not 1 <= value_dim <= self.row_dim:
-            raise InvalidArgument(f"value_dim is {value_dim}; it must be between 1 and the {self.row_dim} elements of a latent row")
+        """Raises `InvalidArgument` unless the pages may hold latent rows that nodes attend to, whose first `value_dim` elements are
+        values.
+        """
+        if self.kv_heads != 1:
+            raise InvalidArgument(f"the layout has {self.kv_heads} kv_heads; pages of latents have one, see PageLayout.of_latents")
+        for name, value, most in (("row_dim", self.row_dim, LATENT_DIM_MAX), ("value_dim", value_dim, self.row_dim)):
+            if not 1 <= value <= most or value % LATENT_DIM_STEP:
+                raise InvalidArgument(f"{name} is {value}; it must be a multiple of {LATENT_DIM_STEP}, at most {most}")
 
     @property
     def shape(self) -> tuple[int, int, int, int, int]:

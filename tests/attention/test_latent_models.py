@@ -90,7 +90,7 @@ def partial(attention: LatentAttention, layer: Any, query: Tensor, rows: Tensor,
     "dims",
     [
         {"q_lora_rank": None, "rank": 512, "rope_dim": 64, "heads": 16},
-        {"q_lora_rank": 32, "rank": 32, "rope_dim": 16, "heads": 3},
+        {"q_lora_rank": 32, "rank": 32, "rope_dim": 32, "heads": 3},
     ],
     ids=["rows of DeepSeek V2 Lite", "small, compressed queries"],
 )

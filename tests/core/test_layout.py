@@ -9,7 +9,7 @@ import pytest
 
 from attnstore.core.layout import DType, PageLayout
 from attnstore.errors import InvalidArgument
-from attnstore.limits import LATENT_DIM_MAX, LATENT_DIM_MIN, PAGE_BYTES_MAX
+from attnstore.limits import LATENT_DIM_MAX, LATENT_DIM_STEP, PAGE_BYTES_MAX
 
 LAYOUT = PageLayout(layers=30, kv_heads=3, head_dim=64, dtype=DType.FP32)
 
@@ -73,14 +73,14 @@ def test_latents_that_no_layout_can_have_are_refused() -> None:
     layout = PageLayout.of_latents(layers=1, row_dim=576)
     layout.check_latents(512)
     layout.check_latents(576)
-    for value_dim in (0, 577):
+    for value_dim in (0, 500, 608):
         with pytest.raises(InvalidArgument, match="value_dim"):
             layout.check_latents(value_dim)
     with pytest.raises(InvalidArgument, match="3 kv_heads"):
         LAYOUT.check_latents(64)
-    for row_dim in (LATENT_DIM_MIN - 2, LATENT_DIM_MAX + 2):
-        with pytest.raises(InvalidArgument, match="head_dim"):
-            PageLayout.of_latents(layers=1, row_dim=row_dim).check_latents(8)
+    for row_dim in (16, 48, LATENT_DIM_MAX + LATENT_DIM_STEP):
+        with pytest.raises(InvalidArgument, match="row_dim"):
+            PageLayout.of_latents(layers=1, row_dim=row_dim).check_latents(32)
 
 
 @pytest.mark.parametrize("dtype", list(DType))

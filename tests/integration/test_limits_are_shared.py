@@ -77,7 +77,7 @@ NOT_SHARED: Final[dict[str, tuple[str, ...]]] = {
         *("ATTEND_SETS_MAX", "ATTEND_HASHES_MAX", "ATTEND_ROWS_MAX", "ATTEND_BYTES_MAX", "ATTEND_FRAME_BYTES_MAX"),
         *(
             "ATTEND_HEADS_MAX",
-            "LATENT_DIM_MIN",
+            "LATENT_DIM_STEP",
             "LATENT_DIM_MAX",
             "ATTEND_TOGETHER_MAX",
             "MESSAGE_OVERHEAD_BYTES",
