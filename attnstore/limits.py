@@ -347,9 +347,13 @@ ATTEND_ROWS_MAX = 1_024
 """Query rows in one query, of all its sets together."""
 ATTEND_BYTES_MAX = 2 * MIB
 """The rows of one query, and each of the two halves of its answer."""
-ATTEND_FRAME_BYTES_MAX = ATTEND_BYTES_MAX + 4 * KIB
-"""A frame with rows, or hashes, and their description."""
+ATTEND_FRAME_BYTES_MAX = ATTEND_BYTES_MAX + 8 * KIB
+"""A frame with rows, or hashes, and their description: 8 bytes for each set, 4 for each row."""
 ATTEND_HEADS_MAX = 1_024
+LATENT_DIM_STEP = 32
+"""The elements of a latent row that is attended to, and those of its value, are multiples of it: of DeepSeek's, 576 and 512."""
+LATENT_DIM_MAX = 4_096
+"""Elements of such a row. A node's scratch memory for a query grows with it."""
 ATTEND_WAITING_MAX = 256
 """Queries that wait for a node's cores; further ones are refused as `overloaded`."""
 ATTEND_TOGETHER_MAX = 32
@@ -359,8 +363,9 @@ ATTEND_SPIN_MS = 1.0
 """How long a wait of an attend stream looks for the next frame before it sleeps, on both sides."""
 """When a set is opened, pages that were not hashed for this long are hashed."""
 
+assert LATENT_DIM_MAX % LATENT_DIM_STEP == 0
 assert ATTEND_HASHES_MAX <= HASHES_MAX
 assert ATTEND_HASHES_MAX <= ATTEND_PAGES_MAX <= LEASED_PAGES_MAX, "the pages of a set are leased"
 assert ATTEND_BYTES_MAX + CHUNK_HEADER_BYTES_MAX <= MESSAGE_BYTES_MAX
 assert ATTEND_HASHES_MAX * HASH_BYTES <= ATTEND_BYTES_MAX
-assert ATTEND_SETS_MAX * 8 <= ATTEND_FRAME_BYTES_MAX - ATTEND_BYTES_MAX
+assert ATTEND_SETS_MAX * 8 + ATTEND_ROWS_MAX * 4 <= ATTEND_FRAME_BYTES_MAX - ATTEND_BYTES_MAX

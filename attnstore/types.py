@@ -133,12 +133,16 @@ class DeleteResult(tuple[PageStatus, ...]):
 
 @dataclass(frozen=True, slots=True)
 class AttendLimits:
-    """The limits of a node that attends: rows per query and their bytes, pages per set, sets per stream."""
+    """The limits of a node that attends: rows per query and their bytes, pages per set, sets per stream. `latents`: it attends to
+    latent pages; `windows`: to the keys of a set from a row's own first one on.
+    """
 
     rows_max: int
     bytes_max: int
     hashes_max: int
     sets_max: int
+    latents: bool = False
+    windows: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,6 +1,6 @@
-"""The contract of paged attention, and the facts that every backend derives from the arguments of a call.
+"""The contracts of paged attention, and the facts that every backend derives from the arguments of a call.
 
-Owns: `AttentionBackend` and `row_positions`.
+Owns: `AttentionBackend`, `LatentAttention` and `row_positions`.
 Invariant: any subset of a sequence's keys gives a partial `(out, lse)`; partials over a partition of the keys merge to the result
 over all keys, exactly up to rounding (see `attnstore.attention.merge`). An attention sink is a key without a value, so it belongs
 to one part of the partition.
@@ -68,6 +68,42 @@ class AttentionBackend(Protocol):
         Raises:
             InvalidArgument: a shape, type or range breaks the above (from the checking wrapper that `create_attention` returns;
                 a bare backend assumes checked input).
+        """
+        ...
+
+
+class LatentAttention(Protocol):
+    """Attention of packed query rows over latent rows that lie in pages."""
+
+    def paged_attention(
+        self,
+        query: Tensor,
+        pool: Tensor,
+        block_tables: Tensor,
+        context_lens: Tensor,
+        query_starts: Tensor,
+        *,
+        layer: int,
+        scale: float,
+        value_dim: int,
+        sliding_window: int | None = None,
+        query_positions: Tensor | None = None,
+        out_dtype: torch.dtype | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Attends from every query row to the latent rows of its own sequence. Arguments not named here are those of
+        `AttentionBackend.paged_attention`, and are not checked.
+
+        Arguments:
+            query: `[total_q, q_heads, row_dim]`, absorbed and rotated, in the order of the elements of a latent row.
+            pool: `[blocks, layers, block_tokens, row_dim]`; each block is contiguous, blocks may be any distance apart. `row_dim`
+                and `value_dim` are as `PageLayout.check_latents` demands. `attnstore.attention.latent.latent_rows` sees a pool of
+                pages like this.
+            scale: factor on the products; that of the model's own queries, such as `(nope_dim + rope_dim) ** -0.5`.
+            value_dim: how many of a row's first elements are its value.
+
+        Returns:
+            `out` `[total_q, q_heads, value_dim]` and `lse` fp32 `[total_q, q_heads]`, both contiguous. A row that sees no key has
+            `out = 0` and `lse = -inf`.
         """
         ...
 

@@ -22,21 +22,16 @@ from typing import Final, NamedTuple
 
 import numpy as np
 
-from attnstore.attention.functions import exp2
-from attnstore.attention.online_softmax import NOTHING_SEEN, advance, cap_scores
+from attnstore.attention.online_softmax import NOTHING_SEEN, cap_scores, weigh
 from attnstore.attention.simd import (
     LANES,
-    add,
     fma,
-    largest,
     load,
-    maximum,
     mul,
     prefetch,
     splat,
     store,
     store_totals,
-    sub,
 )
 from attnstore.copying.compiled import compiled, inlined
 
@@ -138,21 +133,6 @@ def _score_two(scores, score1, score2, query, row1, row2, tile, flat, ahead, unt
         store_totals(scores, score1 + token, w1, x1, y1, z1)
         store_totals(scores, score2 + token, w2, x2, y2, z2)
     return ahead
-
-
-@inlined
-def _softmax(scores, score, tokens, tops, sums, state):
-    """Turns one row's scores into weights relative to its running maximum. Returns the factor for what was summed before."""
-    highest = splat(tops[state])
-    for at in range(score, score + tokens, LANES):
-        highest = maximum(highest, load(scores, at))
-    top = largest(highest)
-    highest, summed = splat(top), splat(_ZERO)
-    for at in range(score, score + tokens, LANES):
-        weights = exp2(sub(load(scores, at), highest))
-        store(scores, at, weights)
-        summed = add(summed, weights)
-    return advance(tops, sums, state, top, summed)
 
 
 @inlined
@@ -260,7 +240,7 @@ def _softmax_chunk(scores, keeps, visible, row0, rows, state0, offsets, key0, to
                     scores[at] = _HIDDEN
                 for at in range(score + last, score + padded):
                     scores[at] = _HIDDEN
-                keeps[step] = _softmax(scores, score, padded, tops, sums, state0 + offsets[step])
+                keeps[step] = weigh(scores, score, padded, tops, sums, state0 + offsets[step])
     return seen_first, seen_last
 
 

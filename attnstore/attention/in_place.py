@@ -12,6 +12,7 @@ from __future__ import annotations
 import ctypes
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, Final
 
 import numpy as np
@@ -22,7 +23,9 @@ from torch import Tensor
 from attnstore.attention import cpu_kernel, cpu_pages, online_softmax, team
 from attnstore.attention.cpu import CpuAttention
 from attnstore.attention.cpu_plan import Plan
-from attnstore.attention.warm_up import warm_up
+from attnstore.attention.latent import CpuLatentAttention, LatentCall, latent_rows
+from attnstore.attention.warm_up import warm_up, warm_up_latents
+from attnstore.attention.windows import seeing_from
 from attnstore.copying.compiled import compiled
 from attnstore.core.layout import DType, PageLayout
 from attnstore.errors import InvalidArgument
@@ -31,10 +34,12 @@ _TORCH_DTYPES: Final = {DType.BF16: torch.bfloat16, DType.FP16: torch.float16, D
 _BLOCK_IDS_MAX: Final = (1 << 31) - 1
 _ZERO: Final = np.float32(0.0)
 _ONE: Final = np.float32(1.0)
-_BEHIND_ALL_KEYS: Final = 1 << 30
-"""The position of a query row: after every key, so that it sees all of them."""
+
+_ALL_KEYS: Final = memoryview(b"")
 
 Buffer = bytes | bytearray | memoryview
+Visibility = tuple[Tensor, Tensor, Tensor, int | None]
+"""`context_lens`, `query_starts`, `query_positions` and `sliding_window` of `AttentionBackend.paged_attention`."""
 
 
 class PagesInPlace:
@@ -62,6 +67,15 @@ class PagesInPlace:
         return len(self) * self.layout.block_tokens
 
 
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """What all queries of a stream share; `value_dim` is 0, or the pages hold latents, see `PageLayout.check_latents`."""
+
+    q_heads: int
+    scale: float
+    value_dim: int = 0
+
+
 class PreparedQuery:
     """Everything about a query that does not change from layer to layer of a step: which rows ask which pages, how the work is
     divided, and memory for the rows and the result, so that a layer allocates nothing.
@@ -70,34 +84,56 @@ class PreparedQuery:
     """
 
     def __init__(
-        self, backend: CpuAttention, sets: Sequence[PagesInPlace], counts: Sequence[int], q_heads: int, scale: float
+        self,
+        backend: CpuAttention,
+        threads: int,
+        sets: Sequence[PagesInPlace],
+        counts: Sequence[int],
+        asked: Asked,
+        firsts: memoryview,
     ) -> None:
-        layout = sets[0].layout
-        self._rows = torch.zeros(sum(counts), q_heads, layout.head_dim)
-        self._flat_rows = self._rows.view(-1).numpy()
+        layout, pool = sets[0].layout, _Pool(sets)
+        total, row_dim = sum(counts), layout.row_dim if asked.value_dim else layout.head_dim
         starts = torch.tensor([0, *counts], dtype=torch.int32).cumsum(0, dtype=torch.int32)
-        positions = torch.full((len(self._rows),), _BEHIND_ALL_KEYS, dtype=torch.int32)
-        pool = _Pool(sets)
-        plan = backend.plan(self._rows, pool.tensor, pool.context_lens, starts, positions)
-        self._work: _FewRows | _ManyRows
-        if plan.prefills:
-            self._work = _ManyRows(backend, pool, self._rows, starts, positions, scale)
-            self._factor = _ONE
+        numbers = _first_keys(sets, counts, firsts)
+        seen_from = [int(of_set.min()) // layout.block_tokens for of_set in np.split(numbers, starts[1:-1].numpy())]
+        self.seen_pages = [len(pages) - first for pages, first in zip(sets, seen_from, strict=True)]
+        """How many pages of each set its rows see."""
+        visibility = pool.context_lens, starts, *seeing_from(torch.from_numpy(numbers))
+        self._shape = total, asked.q_heads, row_dim
+        self._factor = np.float32(asked.scale * math.log2(math.e))
+        self._work: _FewRows | _ManyRows | LatentCall
+        if asked.value_dim:
+            self._work = LatentCall(
+                latent_rows(pool.tensor, layout),
+                pool.block_tables,
+                *visibility,
+                q_heads=asked.q_heads,
+                value_dim=asked.value_dim,
+                threads=threads,
+            )
+            self._flat_rows = self._work.rows
         else:
-            self._work = _FewRows(plan, pool, q_heads, self._flat_rows)
-            self._factor = np.float32(scale * math.log2(math.e))
+            rows = torch.zeros(self._shape)
+            self._flat_rows = rows.view(-1).numpy()
+            plan = backend.plan(rows, pool.tensor, *visibility)
+            if plan.prefills:
+                self._work = _ManyRows(backend, pool, rows, visibility, asked.scale)
+                self._factor = _ONE
+            else:
+                self._work = _FewRows(plan, pool, asked.q_heads, self._flat_rows)
         self.shares = self._work.shares
         self.run = self._work.run
         self.finish = self._work.finish
-        self.out = memoryview(self._work.outs[: self._flat_rows.size]).cast("B")
-        """fp32 `[rows, q_heads, head_dim]`, in native byte order: the rows of all sets in their order."""
-        self.lse = memoryview(self._work.lses).cast("B")
+        self.out = _bytes(self._work.outs[: total * asked.q_heads * (asked.value_dim or row_dim)])
+        """fp32 `[rows, q_heads, head_dim]`, `value_dim` for latents, in native byte order: the rows of all sets in their order."""
+        self.lse = _bytes(self._work.lses)
         """fp32 `[rows, q_heads]`, natural logarithm."""
 
     @property
     def divides(self) -> bool:
         """Whether each of the shares is to be computed by one thread; else a share takes all threads of torch."""
-        return isinstance(self._work, _FewRows)
+        return not isinstance(self._work, _ManyRows)
 
     def load(self, rows: Buffer) -> None:
         """Takes the query rows of a layer: fp32 `[rows, q_heads, head_dim]`, rotated, each positioned after every key.
@@ -107,7 +143,7 @@ class PreparedQuery:
         """
         given = memoryview(rows)
         if given.nbytes != self._flat_rows.nbytes:
-            total, heads, _ = self._rows.shape
+            total, heads, _ = self._shape
             raise InvalidArgument(f"{total} rows of {heads} heads have {self._flat_rows.nbytes} bytes, not {given.nbytes}")
         # Compiled code takes only memory that can be written, and a message of gRPC is read-only.
         asked = np.frombuffer(bytearray(given) if given.readonly else given, dtype=np.float32)
@@ -164,12 +200,10 @@ class _ManyRows:
 
     shares: Final = 1
 
-    def __init__(
-        self, backend: CpuAttention, pool: _Pool, rows: Tensor, starts: Tensor, positions: Tensor, scale: float
-    ) -> None:
+    def __init__(self, backend: CpuAttention, pool: _Pool, rows: Tensor, visibility: Visibility, scale: float) -> None:
+        context_lens, starts, self._positions, self._window = visibility
         self._backend = backend
-        self._arguments = rows, pool.tensor, pool.block_tables, pool.context_lens, starts
-        self._positions = positions
+        self._arguments = rows, pool.tensor, pool.block_tables, context_lens, starts
         self._scale = scale
         self.outs = np.empty(rows.numel(), np.float32)
         self.lses = np.empty(rows.shape[0] * rows.shape[1], np.float32)
@@ -177,7 +211,12 @@ class _ManyRows:
     def run(self, _: int, layer: int) -> None:
         """Computes the result."""
         out, lse = self._backend.paged_attention(
-            *self._arguments, layer=layer, scale=self._scale, query_positions=self._positions, out_dtype=torch.float32
+            *self._arguments,
+            layer=layer,
+            scale=self._scale,
+            sliding_window=self._window,
+            query_positions=self._positions,
+            out_dtype=torch.float32,
         )
         self.outs[:] = out.reshape(-1).numpy()
         self.lses[:] = lse.reshape(-1).numpy()
@@ -201,14 +240,21 @@ class InPlaceAttention:
         """Compiles the kernels for every type of page: seconds the first time on a machine, little afterwards."""
         for dtype in _TORCH_DTYPES.values():
             warm_up(self._backend, torch.zeros(1, 1, 2, 1, 16, 64, dtype=dtype), q_heads=1)
+            warm_up_latents(CpuLatentAttention(self._threads), torch.zeros(1, 1, 16, 64, dtype=dtype))
         layout = PageLayout(layers=1, kv_heads=1, head_dim=64, block_tokens=16, dtype=DType.FP32)
-        query = self.prepare([PagesInPlace(layout, [memoryview(bytearray(layout.page_bytes))])], [1], 1, 1.0)
+        query = self.prepare([PagesInPlace(layout, [memoryview(bytearray(layout.page_bytes))])], [1], Asked(1, 1.0))
         query.load(bytes(len(query.out)))
         self.attend([query], 0)
 
-    def prepare(self, sets: Sequence[PagesInPlace], counts: Sequence[int], q_heads: int, scale: float) -> PreparedQuery:
-        """Prepares queries of `counts[i]` rows, one or more, against `sets[i]`. All pages have one layout."""
-        return PreparedQuery(self._backend, sets, counts, q_heads, scale)
+    def prepare(
+        self, sets: Sequence[PagesInPlace], counts: Sequence[int], asked: Asked, firsts: memoryview = _ALL_KEYS
+    ) -> PreparedQuery:
+        """Prepares queries of `counts[i]` rows, one or more, against `sets[i]`. All pages have one layout.
+
+        firsts: u32 `[total rows]`, the first key of its set that each row sees; empty if every row sees all. Raises
+        `InvalidArgument` for one that is not below the set's keys.
+        """
+        return PreparedQuery(self._backend, self._threads, sets, counts, asked, firsts)
 
     def attend(self, queries: Sequence[PreparedQuery], layer: int) -> None:
         """Computes the results of the loaded rows of several queries."""
@@ -258,6 +304,16 @@ def _tensor_at(base: int, span_bytes: int, unit_bytes: int, layout: PageLayout, 
     return flat.as_strided((blocks, *layout.shape), (unit_bytes // dtype.itemsize, *inner))
 
 
+def _first_keys(sets: Sequence[PagesInPlace], counts: Sequence[int], firsts: memoryview) -> npt.NDArray[np.int32]:
+    """Returns the first key of its set that each row sees, checked."""
+    if not firsts:
+        return np.zeros(sum(counts), dtype=np.int32)
+    numbers = np.frombuffer(firsts, dtype="<u4")
+    if (numbers >= np.repeat([pages.keys for pages in sets], counts)).any():
+        raise InvalidArgument("a row's first key is not among the keys of its set; rows that see none are not sent")
+    return numbers.astype(np.int32)
+
+
 @compiled
 def _load(rows, factor, scaled):
     """Computes `scaled = rows * factor`, fp32. Returns whether every element of `rows` is finite."""
@@ -267,6 +323,10 @@ def _load(rows, factor, scaled):
         checked += value * _ZERO
         scaled[at] = value * factor
     return checked == _ZERO
+
+
+def _bytes(array: Any) -> memoryview:
+    return memoryview(array).cast("B")
 
 
 def _address(view: memoryview) -> int:

@@ -14,8 +14,8 @@ from typing import Final
 
 import numpy as np
 
-from attnstore.attention.functions import tanh
-from attnstore.attention.simd import LANES, load, mul, splat, store, total
+from attnstore.attention.functions import exp2, tanh
+from attnstore.attention.simd import LANES, add, largest, load, maximum, mul, splat, store, sub, total
 from attnstore.copying.compiled import compiled, inlined
 
 NOTHING_SEEN: Final = np.float32(-1e30)
@@ -39,6 +39,23 @@ def advance(tops, sums, state, top, summed):
         tops[state] = top
     sums[state] = sums[state] * keep + total(summed)
     return keep
+
+
+@inlined
+def weigh(scores, score, tokens, tops, sums, state):
+    """Turns one row's `tokens` scores, a multiple of LANES, into weights relative to its running maximum. Returns the factor for
+    what was summed before.
+    """
+    highest = splat(tops[state])
+    for at in range(score, score + tokens, LANES):
+        highest = maximum(highest, load(scores, at))
+    top = largest(highest)
+    highest, summed = splat(top), splat(_ZERO)
+    for at in range(score, score + tokens, LANES):
+        weights = exp2(sub(load(scores, at), highest))
+        store(scores, at, weights)
+        summed = add(summed, weights)
+    return advance(tops, sums, state, top, summed)
 
 
 @inlined

@@ -1,6 +1,6 @@
 """Paged attention by the formula, in fp32: every other backend is tested against it.
 
-Owns: `ReferenceAttention`. Invariant: short enough to be obviously right; nothing here is fast.
+Owns: `ReferenceAttention` and `ReferenceLatentAttention`. Invariant: short enough to be obviously right; nothing here is fast.
 """
 
 from __future__ import annotations
@@ -51,6 +51,42 @@ class ReferenceAttention:
             weights = (scores - lse[rows].unsqueeze(-1)).exp().masked_fill(~visible, 0.0)  # NaN for a row that sees no key
             out[rows] = torch.einsum("qhk,hkd->qhd", weights, values).to(out.dtype)
         return out, lse
+
+
+class ReferenceLatentAttention:
+    """`ReferenceAttention` with one KV head, whose values are the latent rows with zeros after their first `value_dim` elements."""
+
+    def paged_attention(
+        self,
+        query: Tensor,
+        pool: Tensor,
+        block_tables: Tensor,
+        context_lens: Tensor,
+        query_starts: Tensor,
+        *,
+        layer: int,
+        scale: float,
+        value_dim: int,
+        sliding_window: int | None = None,
+        query_positions: Tensor | None = None,
+        out_dtype: torch.dtype | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """See `LatentAttention.paged_attention`."""
+        values = pool.clone()
+        values[..., value_dim:] = 0.0
+        out, lse = ReferenceAttention().paged_attention(
+            query,
+            torch.stack((pool, values), dim=2).unsqueeze(3),
+            block_tables,
+            context_lens,
+            query_starts,
+            layer=layer,
+            scale=scale,
+            sliding_window=sliding_window,
+            query_positions=query_positions,
+            out_dtype=out_dtype,
+        )
+        return out[..., :value_dim].contiguous(), lse
 
 
 def _gather(pool: Tensor, block_table: Tensor, context_len: int, layer: int) -> tuple[Tensor, Tensor]:

@@ -185,13 +185,16 @@ class AsyncClient:
         assert all(age_ms > 0 for age_ms in ages_ms)
         return await self._connection.write(self._planning.write(namespace, hashes, pages, deadline_ms, sealed, ages_ms))
 
-    async def attend(self, namespace: bytes, *, q_heads: int, scale: float, deadline_ms: float | None = None) -> AttendCall:
+    async def attend(
+        self, namespace: bytes, *, q_heads: int, scale: float, value_dim: int = 0, deadline_ms: float | None = None
+    ) -> AttendCall:
         """Opens an attend stream over gRPC: open sets of leased pages on it, then query rows against them; see `AttendStream`.
 
         `q_heads` is a multiple of the layout's kv_heads, `scale` the factor on `q . k`; each exchange ends within `deadline_ms`.
+        `value_dim`: 0, or the pages hold latents (`PageLayout.of_latents`) whose first `value_dim` elements are values.
         (The blocking client attends over the page channel if the node offers it, with less delay.)
         """
-        return await self._connection.grpc.attend_call(self._planning.attend(namespace, q_heads, scale, deadline_ms))
+        return await self._connection.grpc.attend_call(self._planning.attend(namespace, q_heads, scale, deadline_ms, value_dim))
 
     async def delete(
         self, namespace: bytes, hashes: Sequence[bytes], *, tell: bool = False, deadline_ms: float | None = None

@@ -168,14 +168,19 @@ class AttendStream(Protocol):
         """The second half of `open`: waits until the node has opened the set."""
         ...
 
-    def ask(self, layer: int, sets: Sequence[tuple[int, int]], rows: Buffer) -> None:
-        """Sends rows, fp32 `[total rows, q_heads, head_dim]`: the next `count` rows for each `(set, count)`.
-        `receive` must follow.
+    def ask(self, layer: int, sets: Sequence[tuple[int, int]], rows: Buffer, firsts: Sequence[int] = ()) -> None:
+        """Sends rows, fp32 `[total rows, q_heads, head_dim]`: the next `count` rows for each `(set, count)`. `receive` must follow.
+
+        `firsts`: for each row the first key of its set that it sees, counted from the set's first key
+        (`attnstore.core.windows.first_keys`); empty if every row sees all keys. Rows that see no key of the set are not sent. Only
+        nodes with `AttendLimits.windows` answer such rows. With latent pages a row has `PageLayout.row_dim` elements for each head.
         """
         ...
 
     def receive(self, out: memoryview, lse: memoryview) -> None:
-        """Waits for the answer: fp32 `[total rows, q_heads, head_dim]` and `[total rows, q_heads]` as bytes, writable."""
+        """Waits for the answer: fp32 `[total rows, q_heads, head_dim]` and `[total rows, q_heads]` as bytes, writable. Latent pages
+        answer with `value_dim` elements for each head.
+        """
         ...
 
     def close_set(self, set_id: int) -> None:

@@ -121,16 +121,20 @@ class Client(BlockingFacade[AsyncClient]):
                     return self._choice.wait(lambda transport: transport.write(plan))
             return self._thread.run(self._connection.write(plan))
 
-    def attend(self, namespace: bytes, *, q_heads: int, scale: float, deadline_ms: float | None = None) -> AttendStream:
+    def attend(
+        self, namespace: bytes, *, q_heads: int, scale: float, value_dim: int = 0, deadline_ms: float | None = None
+    ) -> AttendStream:
         """Returns an attend stream, over the page channel if the node offers it, else over gRPC; see `AttendStream` and
         `AsyncClient.attend`. The stream ends with the client.
         """
-        plan = self._planning.attend(namespace, q_heads, scale, deadline_ms)
+        plan = self._planning.attend(namespace, q_heads, scale, deadline_ms, value_dim)
         return self._thread.run(self._connection.attend(plan, self._thread.run))
 
-    def attention(self, namespace: bytes, *, q_heads: int, scale: float, deadline_ms: float | None = None) -> StoreAttention:
+    def attention(
+        self, namespace: bytes, *, q_heads: int, scale: float, value_dim: int = 0, deadline_ms: float | None = None
+    ) -> StoreAttention:
         """Returns attention over pages that stay at the node; see `StoreAttention`. Arguments as in `attend`."""
-        plan = self._planning.attend(namespace, q_heads, scale, deadline_ms)
+        plan = self._planning.attend(namespace, q_heads, scale, deadline_ms, value_dim)
         node = OnlyNode(self._client, self._connection)
 
         async def holders(hashes: Sequence[bytes], _: Deadline) -> dict[AttendNode, Sequence[int]]:
@@ -169,11 +173,13 @@ class ClusterClient(BlockingFacade[AsyncClusterClient]):
     delete = blocking(AsyncClusterClient.delete)
     stats = blocking(AsyncClusterClient.stats)
 
-    def attention(self, namespace: bytes, *, q_heads: int, scale: float, deadline_ms: float | None = None) -> StoreAttention:
+    def attention(
+        self, namespace: bytes, *, q_heads: int, scale: float, value_dim: int = 0, deadline_ms: float | None = None
+    ) -> StoreAttention:
         """Returns attention over pages that stay at the nodes of the cluster; see `StoreAttention`. Arguments as in
         `Client.attend`.
         """
-        plan = self._client._plan_attend(namespace, q_heads, scale, deadline_ms)
+        plan = self._client._plan_attend(namespace, q_heads, scale, deadline_ms, value_dim)
         return self._ending(StoreAttention(plan, self._client._attend_holders, self._thread))
 
     def watch(self, namespace: bytes, *, deadline_ms: float | None = None) -> Generator[PageEvent, None, None]:

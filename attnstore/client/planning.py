@@ -99,10 +99,12 @@ class Planning:
         views = [readable_view(index, page, layout.page_bytes) for index, page in enumerate(pages)]
         return WritePlan(namespace, hashes, views, self._layouts.deadline(deadline_ms), sealed, ages_ms)
 
-    def attend(self, namespace: bytes, q_heads: int, scale: float, deadline_ms: float | None) -> AttendPlan:
+    def attend(self, namespace: bytes, q_heads: int, scale: float, deadline_ms: float | None, value_dim: int = 0) -> AttendPlan:
         """Returns a plan of `attend`. Raises `InvalidArgument`."""
         layout = self._layouts.layout(namespace)
-        shape = AttendShape(namespace, q_heads, scale)
+        if value_dim:
+            layout.check_latents(value_dim)
+        shape = AttendShape(namespace, q_heads, scale, value_dim)
         return AttendPlan(shape, layout, self._layouts.deadline_ms(deadline_ms), self._layouts.clock)
 
 

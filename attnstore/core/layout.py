@@ -11,7 +11,7 @@ import struct
 from dataclasses import dataclass, field
 
 from attnstore.errors import InvalidArgument
-from attnstore.limits import PAGE_BYTES_MAX
+from attnstore.limits import LATENT_DIM_MAX, LATENT_DIM_STEP, PAGE_BYTES_MAX
 
 _FIELD_MAX = 1 << 20
 _CANONICAL = struct.Struct("<7I")
@@ -85,6 +85,35 @@ class PageLayout:
             raise InvalidArgument(
                 f"a page of this layout has {self.page_bytes} bytes; the maximum is {PAGE_BYTES_MAX}; use fewer block_tokens"
             )
+
+    @classmethod
+    def of_latents(cls, layers: int, row_dim: int, block_tokens: int = 16, dtype: DType = DType.BF16) -> PageLayout:
+        """Returns the layout of pages of latent rows (MLA), `[layer][token][row_dim]`: one row for each token and layer, which all
+        heads share. A row counts as the K and V of one head, each half as long, so that every node can keep such pages.
+
+        Raises `InvalidArgument` for an odd `row_dim`, or as the constructor.
+
+        >>> PageLayout.of_latents(layers=61, row_dim=512 + 64).layer_bytes // 16
+        1152
+        """
+        if row_dim % 2:
+            raise InvalidArgument(f"a latent row has {row_dim} elements; their number must be even")
+        return cls(layers, 1, row_dim // 2, block_tokens, dtype)
+
+    @property
+    def row_dim(self) -> int:
+        """Elements of a latent row, if the page has latents."""
+        return 2 * self.head_dim
+
+    def check_latents(self, value_dim: int) -> None:
+        """Raises `InvalidArgument` unless the pages may hold latent rows that nodes attend to, whose first `value_dim` elements are
+        values.
+        """
+        if self.kv_heads != 1:
+            raise InvalidArgument(f"the layout has {self.kv_heads} kv_heads; pages of latents have one, see PageLayout.of_latents")
+        for name, value, most in (("row_dim", self.row_dim, LATENT_DIM_MAX), ("value_dim", value_dim, self.row_dim)):
+            if not 1 <= value <= most or value % LATENT_DIM_STEP:
+                raise InvalidArgument(f"{name} is {value}; it must be a multiple of {LATENT_DIM_STEP}, at most {most}")
 
     @property
     def shape(self) -> tuple[int, int, int, int, int]:

@@ -35,12 +35,12 @@ from attnstore.limits import (
 from attnstore.server.store import Store
 from attnstore.server.turns import FairTurns
 from attnstore.types import AttendLimits, PageStatus, Space
-from attnstore.wire.attend import FLOAT_BYTES, AttendClose, AttendOpen, AttendQuery, AttendShape
+from attnstore.wire.attend import AttendClose, AttendOpen, AttendQuery, AttendShape
 
 if TYPE_CHECKING:
     from attnstore.attention.in_place import PagesInPlace, PreparedQuery
 
-LIMITS: Final = AttendLimits(ATTEND_ROWS_MAX, ATTEND_BYTES_MAX, ATTEND_HASHES_MAX, ATTEND_SETS_MAX)
+LIMITS: Final = AttendLimits(ATTEND_ROWS_MAX, ATTEND_BYTES_MAX, ATTEND_HASHES_MAX, ATTEND_SETS_MAX, latents=True, windows=True)
 _BUDGET_MS_DEFAULT: Final = 10_000
 _ROWS_PER_READ: Final = 8
 _QUESTIONS_MAX: Final = 16
@@ -141,11 +141,16 @@ class Attending:
             with self._lock:
                 self._pages.give_back(tenant, pages)
 
-    def prepare(self, layout: PageLayout, shape: AttendShape, sets: Sequence[_Set], counts: Sequence[int]) -> _Question:
-        """Prepares queries of `counts[i]` rows against `sets[i]`."""
-        query = self._attention.prepare([part.pages for part in sets], counts, shape.q_heads, shape.scale)
+    def prepare(
+        self, layout: PageLayout, shape: AttendShape, sets: Sequence[_Set], counts: Sequence[int], firsts: memoryview
+    ) -> _Question:
+        """Prepares queries of `counts[i]` rows against `sets[i]`; `firsts` as in `InPlaceAttention.prepare`."""
+        from attnstore.attention.in_place import Asked
+
+        asked = Asked(shape.q_heads, shape.scale, shape.value_dim)
+        query = self._attention.prepare([part.pages for part in sets], counts, asked, firsts)
         # With few rows reading the pages dominates the cost, with many rows multiplication does.
-        pages = sum(len(part.pages) * (1 + rows // _ROWS_PER_READ) for part, rows in zip(sets, counts, strict=True))
+        pages = sum(seen * (1 + rows // _ROWS_PER_READ) for seen, rows in zip(query.seen_pages, counts, strict=True))
         leases = tuple({part.lease_id for part in sets})
         return _Question(query, (layout, shape), leases, pages * layout.layer_bytes)
 
@@ -169,7 +174,7 @@ class AttendSession:
         self._layout: PageLayout | None = None
         self._space = Space(tenant, b"")
         self._sets: dict[int, _Set] = {}
-        self._questions: dict[Sequence[tuple[int, int]], _Question] = {}  # about the sets that are open now
+        self._questions: dict[tuple[Sequence[tuple[int, int]], bytes], _Question] = {}  # about the sets that are open now
         self._busy = threading.Lock()
 
     @property
@@ -212,13 +217,13 @@ class AttendSession:
         `DeadlineExceeded` as `FairTurns.take` does.
         """
         with self._busy:
-            question = self._questions.get(query.sets)
+            question = self._questions.get((query.sets, bytes(query.firsts)))
             if question is None or not self._attending.store.leases.holds(self._space, question.leases):
                 question = self._prepared(query)
             layers = question.shape[0].layers
             if query.layer >= layers:
                 raise InvalidArgument(f"layer is {query.layer}; the layout has layers 0 to {layers - 1}")
-            question.query.load(query.rows)
+            question.query.load(query.vectors)
             deadline = Deadline(self._attending.clock, query.budget_ms or _BUDGET_MS_DEFAULT)
             return self._attending.compute(question, query.layer, self._tenant, deadline)
 
@@ -228,8 +233,8 @@ class AttendSession:
         assert self._shape is not None
         if len(self._questions) >= _QUESTIONS_MAX:
             self._questions.clear()
-        question = self._attending.prepare(self._layout, self._shape, sets, [rows for _, rows in query.sets])
-        self._questions[query.sets] = question
+        question = self._attending.prepare(self._layout, self._shape, sets, [rows for _, rows in query.sets], query.firsts)
+        self._questions[query.sets, bytes(query.firsts)] = question
         return question
 
     def close_set(self, closing: AttendClose) -> None:
@@ -262,6 +267,8 @@ class AttendSession:
             raise InvalidArgument("a set names a page twice; a sequence has each of its pages once")
         if self._shape is not None and opening.shape != self._shape:
             raise InvalidArgument("all sets of a stream have one namespace, one q_heads and one scale; open another stream")
+        if opening.shape.value_dim:
+            layout.check_latents(opening.shape.value_dim)
         if opening.shape.q_heads % layout.kv_heads:
             raise InvalidArgument(
                 f"q_heads is {opening.shape.q_heads}, which is not a multiple of the layout's {layout.kv_heads} kv_heads"

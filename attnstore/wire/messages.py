@@ -248,7 +248,7 @@ def description_from_wire(message: pb.DescribeResponse) -> NodeDescription:
 
 
 def _attend_limits(message: pb.AttendOffer) -> AttendLimits:
-    return AttendLimits(message.rows_max, message.bytes_max, message.hashes_max, message.sets_max)
+    return AttendLimits(message.rows_max, message.bytes_max, message.hashes_max, message.sets_max, message.latents, message.windows)
 
 
 def statistics_to_wire(statistics: NodeStatistics) -> pb.StatsResponse:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from attnstore.attention.in_place import InPlaceAttention, PagesInPlace, PreparedQuery
+from attnstore.attention.in_place import Asked, InPlaceAttention, PagesInPlace, PreparedQuery
 from attnstore.attention.merge import merge
 from attnstore.attention.reference import ReferenceAttention
 from attnstore.core.layout import DType, PageLayout
@@ -45,7 +45,7 @@ def bytes_of(rows: Tensor) -> memoryview:
 def prepared(attention: InPlaceAttention, layout: PageLayout, *asked: tuple[list[memoryview], Tensor]) -> PreparedQuery:
     """Returns a query whose rows are loaded."""
     sets = [PagesInPlace(layout, views) for views, _ in asked]
-    query = attention.prepare(sets, [len(rows) for _, rows in asked], Q_HEADS, SCALE)
+    query = attention.prepare(sets, [len(rows) for _, rows in asked], Asked(Q_HEADS, SCALE))
     query.load(bytes_of(torch.cat([rows for _, rows in asked])))
     return query
 

@@ -9,7 +9,7 @@ import pytest
 
 from attnstore.core.layout import DType, PageLayout
 from attnstore.errors import InvalidArgument
-from attnstore.limits import PAGE_BYTES_MAX
+from attnstore.limits import LATENT_DIM_MAX, LATENT_DIM_STEP, PAGE_BYTES_MAX
 
 LAYOUT = PageLayout(layers=30, kv_heads=3, head_dim=64, dtype=DType.FP32)
 
@@ -57,6 +57,30 @@ def test_a_page_over_the_maximum_is_refused_and_one_at_the_maximum_is_not() -> N
     assert largest.page_bytes == PAGE_BYTES_MAX
     with pytest.raises(InvalidArgument, match="fewer block_tokens"):
         dataclasses.replace(largest, layers=2)
+
+
+@pytest.mark.parametrize("row_dim", [576, 48])
+def test_a_page_of_latents_has_one_row_for_each_token_and_layer(row_dim: int) -> None:
+    layout = PageLayout.of_latents(layers=3, row_dim=row_dim, block_tokens=16, dtype=DType.BF16)
+    assert layout.row_dim == row_dim
+    assert layout.layer_bytes == 16 * row_dim * 2
+    assert layout.page_bytes == 3 * 16 * row_dim * 2
+
+
+def test_latents_that_no_layout_can_have_are_refused() -> None:
+    with pytest.raises(InvalidArgument, match="even"):
+        PageLayout.of_latents(layers=1, row_dim=575)
+    layout = PageLayout.of_latents(layers=1, row_dim=576)
+    layout.check_latents(512)
+    layout.check_latents(576)
+    for value_dim in (0, 500, 608):
+        with pytest.raises(InvalidArgument, match="value_dim"):
+            layout.check_latents(value_dim)
+    with pytest.raises(InvalidArgument, match="3 kv_heads"):
+        LAYOUT.check_latents(64)
+    for row_dim in (16, 48, LATENT_DIM_MAX + LATENT_DIM_STEP):
+        with pytest.raises(InvalidArgument, match="row_dim"):
+            PageLayout.of_latents(layers=1, row_dim=row_dim).check_latents(32)
 
 
 @pytest.mark.parametrize("dtype", list(DType))

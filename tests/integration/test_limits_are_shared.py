@@ -75,7 +75,15 @@ NOT_SHARED: Final[dict[str, tuple[str, ...]]] = {
         ),
         *("CHANNEL_REASON_BYTES_MAX", "SHM_LOCATE_HASHES_MAX", "SHM_TAKE_PAGES_MAX", "SHM_LENT_BYTES_MAX"),
         *("ATTEND_SETS_MAX", "ATTEND_HASHES_MAX", "ATTEND_ROWS_MAX", "ATTEND_BYTES_MAX", "ATTEND_FRAME_BYTES_MAX"),
-        *("ATTEND_HEADS_MAX", "ATTEND_TOGETHER_MAX", "MESSAGE_OVERHEAD_BYTES", "REPORTED_HASHES_MAX", "WATCH_EVENTS_MAX"),
+        *(
+            "ATTEND_HEADS_MAX",
+            "LATENT_DIM_STEP",
+            "LATENT_DIM_MAX",
+            "ATTEND_TOGETHER_MAX",
+            "MESSAGE_OVERHEAD_BYTES",
+            "REPORTED_HASHES_MAX",
+            "WATCH_EVENTS_MAX",
+        ),
         *(
             "HTTP_BODY_BYTES_MAX",
             "HTTP_BODY_BRACKETS_MAX",

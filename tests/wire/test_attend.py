@@ -10,9 +10,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from attnstore.core.layout import PageLayout
 from attnstore.errors import AttnStoreError, InvalidArgument, ProtocolError, Unavailable
 from attnstore.limits import (
     ATTEND_BYTES_MAX,
+    ATTEND_FRAME_BYTES_MAX,
     ATTEND_HASHES_MAX,
     ATTEND_HEADS_MAX,
     ATTEND_ROWS_MAX,
@@ -20,6 +22,7 @@ from attnstore.limits import (
     DEADLINE_MS_MAX,
 )
 from attnstore.wire.attend import (
+    WINDOWED,
     AttendClose,
     AttendOpen,
     AttendQuery,
@@ -30,6 +33,7 @@ from attnstore.wire.attend import (
     encode_sets,
     partial_from_wire,
     partial_to_wire,
+    query_of,
     step_from_wire,
     step_to_wire,
 )
@@ -45,17 +49,29 @@ BUDGETS_MS = st.integers(0, DEADLINE_MS_MAX)
 opens = st.builds(
     AttendOpen,
     U32,
-    st.builds(AttendShape, st.just(NAMESPACE), st.integers(1, ATTEND_HEADS_MAX), st.floats(allow_nan=False, allow_infinity=False)),
+    st.builds(
+        AttendShape,
+        st.just(NAMESPACE),
+        st.integers(1, ATTEND_HEADS_MAX),
+        st.floats(allow_nan=False, allow_infinity=False),
+        st.one_of(st.just(0), U32),
+    ),
     st.lists(st.binary(min_size=32, max_size=32), min_size=1, max_size=9),
     st.just(LEASE),
 )
-queries = st.builds(
-    AttendQuery,
-    U32,
-    BUDGETS_MS,
-    st.lists(st.tuples(U32, st.integers(1, 4)), min_size=1, max_size=9).map(tuple),
-    st.binary(max_size=64),
-)
+sets_of_rows = st.lists(st.tuples(U32, st.integers(1, 4)), min_size=1, max_size=9).map(tuple)
+whole_queries = st.builds(AttendQuery, U32, BUDGETS_MS, sets_of_rows, st.binary(max_size=64))
+
+
+@st.composite
+def windowed_queries(draw: st.DrawFn) -> AttendQuery:
+    sets = draw(sets_of_rows)
+    rows = sum(count for _, count in sets)
+    firsts = draw(st.lists(U32, min_size=rows, max_size=rows))
+    return query_of(draw(U32), draw(BUDGETS_MS), sets, draw(st.binary(max_size=64)), firsts)
+
+
+queries = st.one_of(whole_queries, windowed_queries())
 
 
 @given(opens)
@@ -65,7 +81,7 @@ def test_an_open_crosses_the_page_channel_unchanged(opening: AttendOpen) -> None
 
 @given(queries)
 def test_a_query_crosses_the_page_channel_unchanged(query: AttendQuery) -> None:
-    payload = memoryview(encode_sets(query.sets) + bytes(query.rows))
+    payload = memoryview(encode_sets(query.sets, windowed=query.windowed) + bytes(query.rows))
     assert decode_query(query.layer, query.budget_ms, len(query.sets), payload) == query
 
 
@@ -119,6 +135,67 @@ def test_an_open_beyond_the_limits_is_refused(q_heads: int, scale: float, hashes
 def test_a_query_beyond_the_limits_is_refused(sets: list[tuple[int, int]], rows: bytes) -> None:
     with pytest.raises(InvalidArgument):
         AttendQuery(0, 0, tuple(sets), rows)
+
+
+@pytest.mark.parametrize("value_dim", [-1, 1 << 32])
+def test_a_value_dim_that_is_no_length_is_refused(value_dim: int) -> None:
+    with pytest.raises(InvalidArgument, match="value_dim"):
+        AttendOpen(0, AttendShape(NAMESPACE, 1, 1.0, value_dim), [HASH], LEASE)
+
+
+def test_first_keys_and_rows_are_told_apart() -> None:
+    query = query_of(3, 5, [(7, 1), (8, 2)], b"vectors", [0, 17, 2**32 - 1])
+    assert struct.unpack("<3I", query.firsts) == (0, 17, 2**32 - 1)
+    assert query.vectors == b"vectors"
+    plain = query_of(3, 5, [(7, 1), (8, 2)], b"vectors")
+    assert (plain.windowed, bytes(plain.firsts), bytes(plain.vectors)) == (False, b"", b"vectors")
+
+
+@pytest.mark.parametrize("firsts", [[1], [1, 2, 3], [1, -1], [1, 1 << 32]], ids=["few", "many", "negative", "above 32 bits"])
+def test_first_keys_that_are_not_one_number_for_each_row_are_refused(firsts: list[int]) -> None:
+    with pytest.raises(InvalidArgument, match="first key"):
+        query_of(0, 0, [(0, 2)], b"", firsts)
+
+
+def test_a_windowed_query_without_room_for_its_first_keys_is_refused() -> None:
+    for rows in (b"", bytes(7)):
+        with pytest.raises(InvalidArgument, match="bytes"):
+            AttendQuery(0, 0, ((0, 2),), rows, windowed=True)
+
+
+def test_the_largest_query_may_be_windowed() -> None:
+    query = query_of(0, 0, [(0, ATTEND_ROWS_MAX)], bytes(ATTEND_BYTES_MAX), [0] * ATTEND_ROWS_MAX)
+    sets = encode_sets(tuple((number, 1) for number in range(ATTEND_SETS_MAX)), windowed=True)
+    assert len(query.vectors) == ATTEND_BYTES_MAX
+    assert len(sets) + len(bytes(query.rows)) <= ATTEND_FRAME_BYTES_MAX
+
+
+def test_first_keys_for_some_sets_only_are_refused() -> None:
+    for heads in ((1 + WINDOWED, 1), (1, 1 + WINDOWED)):
+        payload = struct.pack("<4I", 0, heads[0], 1, heads[1]) + bytes(64)
+        with pytest.raises(InvalidArgument):
+            decode_query(0, 0, 2, memoryview(payload))
+
+
+def test_a_node_that_knows_no_windows_refuses_a_windowed_query() -> None:
+    """What such a node makes of it: on the page channel too many rows, over gRPC rows of another size than their number's."""
+    query = query_of(0, 0, [(0, 1)], bytes(256), [5])
+    [(_, rows)] = struct.iter_unpack("<II", encode_sets(query.sets, windowed=True))
+    assert rows > ATTEND_ROWS_MAX
+    message = step_to_wire(query)
+    message.query.ClearField("windowed")
+    plain = step_from_wire(message)
+    assert isinstance(plain, AttendQuery)
+    assert len(bytes(plain.rows)) == plain.total_rows * 256 + 4
+
+
+@pytest.mark.parametrize("value_dim", [0, 512])
+def test_a_node_that_knows_no_latents_reads_an_open_as_before(value_dim: int) -> None:
+    """It refuses the queries: their rows have the elements of K and of V together."""
+    payload = encode_open(AttendOpen(0, AttendShape(NAMESPACE, 9, 0.125, value_dim), [HASH], LEASE))
+    assert struct.unpack("<I4xd", payload[:16]) == (9, 0.125)
+    assert payload[4:8] == struct.pack("<I", value_dim)
+    assert PageLayout.of_latents(layers=1, row_dim=576).head_dim * 2 == 576
 
 
 @pytest.mark.parametrize("budget_ms", [-1, DEADLINE_MS_MAX + 1, 2**32 - 1, 2**63])

@@ -98,12 +98,19 @@ class _KeptLease:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class AttendedSet:
-    """`pages` pages of a prefix in one set at one node: send queries for `set_id` on `stream`."""
+    """Pages of a prefix in one set at one node: send queries for `set_id` on `stream`. `indices` are the pages' places in the
+    prefix, ascending, as `attnstore.core.windows.first_keys` takes them.
+    """
 
     stream: AttendStream
     set_id: int
-    pages: int
+    indices: Sequence[int]
     kept: _KeptLease
+
+    @property
+    def pages(self) -> int:
+        """The number of pages."""
+        return len(self.indices)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -128,6 +135,7 @@ class _Share:
     """The share of a prefix that one node holds."""
 
     stream: AttendStream
+    indices: Sequence[int]
     hashes: Sequence[bytes]
     kept: _KeptLease
 
@@ -213,7 +221,7 @@ class StoreAttention:
             for share, set_id in sent:
                 try:
                     share.stream.receive_opened(set_id)
-                    sets.append(AttendedSet(share.stream, set_id, len(share.hashes), share.kept))
+                    sets.append(AttendedSet(share.stream, set_id, share.indices, share.kept))
                 except AttnStoreError as refusal:
                     share.stream.close()
                     error = error or refusal
@@ -240,7 +248,7 @@ class StoreAttention:
         self._let_go(kept for node, kept in leased.items() if node not in used)
         self._keep(leased[node] for node in used)
         return [
-            _Share(stream, [hashes[index] for index in indices], leased[node])
+            _Share(stream, indices, [hashes[index] for index in indices], leased[node])
             for stream, (node, indices) in zip(streams, used.items(), strict=True)
         ]
 

@@ -208,9 +208,9 @@ class AsyncClusterClient:
         plan = self._planning.write(namespace, hashes, pages, deadline_ms)
         return await self._writer.write(self._followed(), plan, self._layouts.layout(namespace))
 
-    def _plan_attend(self, namespace: bytes, q_heads: int, scale: float, deadline_ms: float | None) -> AttendPlan:
+    def _plan_attend(self, namespace: bytes, q_heads: int, scale: float, deadline_ms: float | None, value_dim: int) -> AttendPlan:
         """Checks the arguments of `ClusterClient.attention`; nothing is sent."""
-        return self._planning.attend(namespace, q_heads, scale, deadline_ms)
+        return self._planning.attend(namespace, q_heads, scale, deadline_ms, value_dim)
 
     async def _attend_holders(self, hashes: Sequence[bytes], deadline: Deadline) -> dict[AttendNode, list[int]]:
         """Returns the nodes to ask for each attended page; see `attend.Holders`."""

@@ -24,12 +24,12 @@ from attnstore.types import Lease
 from attnstore.wire.attend import (
     AttendClose,
     AttendOpen,
-    AttendQuery,
     AttendShape,
     AttendStep,
     encode_open,
     encode_sets,
     partial_from_wire,
+    query_of,
     step_to_wire,
 )
 from attnstore.wire.chunks import Buffer
@@ -112,11 +112,11 @@ class ChannelAttend(_Stream):
         if self._receive(Kind.OPENED).page != set_id:
             raise ProtocolError("the node opened another set than it was asked for")
 
-    def ask(self, layer: int, sets: Sequence[tuple[int, int]], rows: Buffer) -> None:
+    def ask(self, layer: int, sets: Sequence[tuple[int, int]], rows: Buffer, firsts: Sequence[int] = ()) -> None:
         """See `AttendStream.ask`."""
         self._begin()
-        query = AttendQuery(layer, _budget_ms(self._deadline_ms), tuple(sets), rows)
-        parts = (encode_sets(query.sets), memoryview(rows).cast("B"))
+        query = query_of(layer, _budget_ms(self._deadline_ms), sets, rows, firsts)
+        parts = (encode_sets(query.sets, windowed=query.windowed), memoryview(query.rows).cast("B"))
         frame = Frame(
             Kind.ATTEND,
             request=self._request,
@@ -190,9 +190,9 @@ class AttendCall:
         if answer.WhichOneof("step") != "opened" or answer.opened.set != set_id:
             raise ProtocolError("the node did not answer an open with the set that was asked for")
 
-    async def ask(self, layer: int, sets: Sequence[tuple[int, int]], rows: Buffer) -> None:
+    async def ask(self, layer: int, sets: Sequence[tuple[int, int]], rows: Buffer, firsts: Sequence[int] = ()) -> None:
         """See `AttendStream.ask`."""
-        await self._send(AttendQuery(layer, _budget_ms(self._deadline_ms), tuple(sets), memoryview(rows).cast("B")))
+        await self._send(query_of(layer, _budget_ms(self._deadline_ms), sets, memoryview(rows).cast("B"), firsts))
 
     async def receive(self, out: memoryview, lse: memoryview) -> None:
         """See `AttendStream.receive`."""
@@ -244,9 +244,9 @@ class BlockingAttend(_Stream):
         """See `AttendStream.receive_opened`."""
         self._run(self._call.receive_opened(set_id))
 
-    def ask(self, layer: int, sets: Sequence[tuple[int, int]], rows: Buffer) -> None:
+    def ask(self, layer: int, sets: Sequence[tuple[int, int]], rows: Buffer, firsts: Sequence[int] = ()) -> None:
         """See `AttendStream.ask`."""
-        self._run(self._call.ask(layer, sets, rows))
+        self._run(self._call.ask(layer, sets, rows, firsts))
 
     def receive(self, out: memoryview, lse: memoryview) -> None:
         """See `AttendStream.receive`."""

@@ -96,16 +96,20 @@ class DescribeResponse(_message.Message):
     def __init__(self, node_id: _Optional[str] = ..., epoch: _Optional[bytes] = ..., version: _Optional[str] = ..., limits: _Optional[_Union[Limits, _Mapping]] = ..., capacity_bytes: _Optional[int] = ..., used_bytes: _Optional[int] = ..., in_flight: _Optional[int] = ..., draining: _Optional[bool] = ..., transports: _Optional[_Iterable[_Union[Transport, _Mapping]]] = ..., attend: _Optional[_Union[AttendOffer, _Mapping]] = ..., tenant: _Optional[str] = ...) -> None: ...
 
 class AttendOffer(_message.Message):
-    __slots__ = ("rows_max", "bytes_max", "hashes_max", "sets_max")
+    __slots__ = ("rows_max", "bytes_max", "hashes_max", "sets_max", "latents", "windows")
     ROWS_MAX_FIELD_NUMBER: _ClassVar[int]
     BYTES_MAX_FIELD_NUMBER: _ClassVar[int]
     HASHES_MAX_FIELD_NUMBER: _ClassVar[int]
     SETS_MAX_FIELD_NUMBER: _ClassVar[int]
+    LATENTS_FIELD_NUMBER: _ClassVar[int]
+    WINDOWS_FIELD_NUMBER: _ClassVar[int]
     rows_max: int
     bytes_max: int
     hashes_max: int
     sets_max: int
-    def __init__(self, rows_max: _Optional[int] = ..., bytes_max: _Optional[int] = ..., hashes_max: _Optional[int] = ..., sets_max: _Optional[int] = ...) -> None: ...
+    latents: bool
+    windows: bool
+    def __init__(self, rows_max: _Optional[int] = ..., bytes_max: _Optional[int] = ..., hashes_max: _Optional[int] = ..., sets_max: _Optional[int] = ..., latents: _Optional[bool] = ..., windows: _Optional[bool] = ...) -> None: ...
 
 class Limits(_message.Message):
     __slots__ = ("chunk_bytes_max", "hashes_max", "lease_ms_max", "page_bytes_max")
@@ -386,34 +390,38 @@ class AttendRequest(_message.Message):
     def __init__(self, open: _Optional[_Union[AttendOpen, _Mapping]] = ..., query: _Optional[_Union[AttendQuery, _Mapping]] = ..., close: _Optional[_Union[AttendClose, _Mapping]] = ...) -> None: ...
 
 class AttendOpen(_message.Message):
-    __slots__ = ("set", "namespace", "hashes", "lease_id", "q_heads", "scale")
+    __slots__ = ("set", "namespace", "hashes", "lease_id", "q_heads", "scale", "value_dim")
     SET_FIELD_NUMBER: _ClassVar[int]
     NAMESPACE_FIELD_NUMBER: _ClassVar[int]
     HASHES_FIELD_NUMBER: _ClassVar[int]
     LEASE_ID_FIELD_NUMBER: _ClassVar[int]
     Q_HEADS_FIELD_NUMBER: _ClassVar[int]
     SCALE_FIELD_NUMBER: _ClassVar[int]
+    VALUE_DIM_FIELD_NUMBER: _ClassVar[int]
     set: int
     namespace: bytes
     hashes: bytes
     lease_id: bytes
     q_heads: int
     scale: float
-    def __init__(self, set: _Optional[int] = ..., namespace: _Optional[bytes] = ..., hashes: _Optional[bytes] = ..., lease_id: _Optional[bytes] = ..., q_heads: _Optional[int] = ..., scale: _Optional[float] = ...) -> None: ...
+    value_dim: int
+    def __init__(self, set: _Optional[int] = ..., namespace: _Optional[bytes] = ..., hashes: _Optional[bytes] = ..., lease_id: _Optional[bytes] = ..., q_heads: _Optional[int] = ..., scale: _Optional[float] = ..., value_dim: _Optional[int] = ...) -> None: ...
 
 class AttendQuery(_message.Message):
-    __slots__ = ("layer", "budget_ms", "sets", "rows", "checksum")
+    __slots__ = ("layer", "budget_ms", "sets", "rows", "checksum", "windowed")
     LAYER_FIELD_NUMBER: _ClassVar[int]
     BUDGET_MS_FIELD_NUMBER: _ClassVar[int]
     SETS_FIELD_NUMBER: _ClassVar[int]
     ROWS_FIELD_NUMBER: _ClassVar[int]
     CHECKSUM_FIELD_NUMBER: _ClassVar[int]
+    WINDOWED_FIELD_NUMBER: _ClassVar[int]
     layer: int
     budget_ms: int
     sets: _containers.RepeatedCompositeFieldContainer[AttendRows]
     rows: bytes
     checksum: int
-    def __init__(self, layer: _Optional[int] = ..., budget_ms: _Optional[int] = ..., sets: _Optional[_Iterable[_Union[AttendRows, _Mapping]]] = ..., rows: _Optional[bytes] = ..., checksum: _Optional[int] = ...) -> None: ...
+    windowed: bool
+    def __init__(self, layer: _Optional[int] = ..., budget_ms: _Optional[int] = ..., sets: _Optional[_Iterable[_Union[AttendRows, _Mapping]]] = ..., rows: _Optional[bytes] = ..., checksum: _Optional[int] = ..., windowed: _Optional[bool] = ...) -> None: ...
 
 class AttendRows(_message.Message):
     __slots__ = ("set", "rows")
