@@ -47,8 +47,8 @@ class FrameStream:
         self._ending = threading.Lock()
 
     def spins(self, bound_ms: float) -> None:
-        """Makes each wait for a frame's header spin for up to `bound_ms` before it sleeps, as long as that pays. 0: no wait spins."""
-        self._spin = Spin(self._socket, bound_ms) if bound_ms else None
+        """Makes each wait for a frame's header spin for up to `bound_ms` before it sleeps, as long as that pays."""
+        self._spin = Spin(self._socket, bound_ms)
 
     @property
     def at_boundary(self) -> bool:

@@ -20,6 +20,7 @@ from experiments.attend.rows import MODES, Row, table
 from experiments.attend.synthetic import LLAMA_3_8B, SMOLLM2, measure_geometry
 
 _THREADS: Final = 1
+_TABLE_WIDTH: Final = 160
 _REMOTE: Final = ("fetch_each_step", "attend", "shared_in_place")
 _GUESSING: Final = ("attend", "attend_speculative")
 _LINKS: Final = ((0.1, 0.1), (0.1, 1.0), (0.1, 10.0), (2.0, 1.0), (10.0, 1.0))
@@ -30,6 +31,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = _parser().parse_args(argv)
     torch.set_num_threads(_THREADS)
     console = Console()
+    console.width = max(console.width, _TABLE_WIDTH)
     rows: list[Row] = []
 
     def add(more: list[Row]) -> None:
@@ -55,7 +57,12 @@ def _quick(model: LoadedModel, add: Any) -> None:
 def _full(model: LoadedModel, add: Any) -> None:
     for context in (512, 2048, 8128):
         [prose] = documents(model, context, 1, repeating=False)
-        cells = [_direct(32), Cell(0.1, 1.0, _REMOTE, 32, 3), Cell(0.1, 10.0, ("attend",), 16, 2), Cell(2.0, 1.0, ("attend",), 16, 2)]
+        cells = [
+            _direct(32),
+            Cell(0.1, 1.0, _REMOTE, 32, 3),
+            Cell(0.1, 10.0, ("attend",), 16, 2),
+            Cell(2.0, 1.0, ("attend",), 16, 2),
+        ]
         cells += [Cell(10.0, 1.0, ("attend",), 8, 2), Cell(0.1, 0.1, ("attend",), 16, 2)] if context == 8128 else []
         add(measure(model, prose, cells, capacity="1GiB", threads=_THREADS))
     for prose in documents(model, 500, 5, repeating=False):

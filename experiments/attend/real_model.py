@@ -33,8 +33,8 @@ _LIST: Final = "Item {0}: the value of field {0} is unknown; see item {0}.\n"
 
 @dataclass(frozen=True, slots=True)
 class Cell:
-    """One link, and the numbers of tokens to generate in the fast modes and in the slow one. An unlimited rate is loopback, without a
-    relay. With a `resident_share`, modes that attend have a pool for that share of the context and leave the rest in the store.
+    """One link, and the numbers of tokens to generate in the fast modes and in the slow one. An unlimited rate is loopback, without
+    a relay. With a `resident_share`, modes that attend have a pool for that share of the context and leave the rest in the store.
     """
 
     rtt_ms: float

@@ -17,8 +17,8 @@ class Row:
 
     `tpot_ms` is the median time of a decoding step divided by its tokens. `ttft_ms` is None if no prompt was run, and
     `tokens_equal` if there are no tokens. `nodes` is the number of store nodes that held the pages. `predicted_ms` is the formula's
-    `tpot_ms` (docs/attend.md) with `measured_rtt_ms`, that of a small message through the link beside the step's memory traffic; None
-    if a figure that it needs was not measured. `resident_share` is the share of the context in the worker's pool.
+    `tpot_ms` (docs/attend.md) with `measured_rtt_ms`, that of a small message through the link beside the step's memory traffic. It
+    is None if a figure that it needs was not measured. `resident_share` is the share of the context in the worker's pool.
     """
 
     model: str

@@ -55,6 +55,8 @@ class FewRows:
         """Returns how the attention of a step of `total_q` rows is divided, or None for a step that needs the general path."""
         if total_q > ROWS_MAX or not isinstance(step.backend, CheckedAttention):
             return None
+        if step.remote is not None and not step.remote.takes_arrays:
+            return None
         query = torch.empty(total_q, self._shape.q_heads, self._shape.head_dim, dtype=self._dtype)
         tables = (step.block_tables, step.context_lens, step.query_starts)
         plan = step.backend.plan(query, step.pool, *tables, share_bytes_min=_SHARE_BYTES_MIN)
@@ -98,7 +100,7 @@ class FewRows:
         def attention(thread: int) -> None:
             run_attention(layer, thread, threads, shape, work, batch)
 
-        for layer in range(self._layers):  # noqa: B007 (the parts use it)
+        for layer in range(self._layers):
             step.before_layer(layer)
             team.run(threads, to_attention, work.arrived)
             remote.ask_rows(layer, asked)

@@ -77,9 +77,9 @@ class NodeRows:
 
 
 class RemoteStep:
-    """Call `ask` and then `merge`, for each layer; or `ask_rows` and `merge_rows`, if both are arrays in host memory. After a
-    failure `lose` is called for each stream of the step, because answers may be in flight that will not be received. `exchange` is
-    None if queries are in host memory.
+    """Call `ask` and then `merge`, for each layer; or `ask_rows` and `merge_rows`, if it `takes_arrays`. After a failure `lose` is
+    called for each stream of the step, because answers may be in flight that will not be received. `exchange` is None if queries
+    are in host memory.
     """
 
     def __init__(
@@ -97,6 +97,11 @@ class RemoteStep:
         self._layer = 0
         self._query: Floats = None
 
+    @property
+    def takes_arrays(self) -> bool:
+        """Whether queries are in host memory, so that `ask_rows` and `merge_rows` may be called."""
+        return self._exchange is None
+
     def ask(self, layer: int, query: Tensor) -> None:
         """Sends the rows of `query` `[total_q, q_heads, head_dim]`. Raises `PagesLost`."""
         rows = query.float().contiguous() if self._exchange is None else self._exchange.fetch(query)
@@ -108,7 +113,7 @@ class RemoteStep:
         self._send(0)
 
     def merge(self, out: Tensor, lse: Tensor) -> Tensor:
-        """Returns `out` over all keys, from `out` fp32 and `lse` over the local keys, which may be overwritten. Raises `PagesLost`."""
+        """Returns `out` over all keys, from `out` fp32 and `lse` over the local keys. Overwrites both. Raises `PagesLost`."""
         if self._exchange is None:
             out = out.contiguous()
             self.merge_rows(out.numpy(), lse.numpy())
