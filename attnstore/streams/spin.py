@@ -52,7 +52,7 @@ class Spin:
         self._waits_s: list[float] = []
 
     def begin(self) -> None:
-        """Before a wait. If this one is to spin and not too many threads do, spins until bytes are there or the bound is reached."""
+        """Before a wait. If this one is to spin and few threads do, spins until bytes are there or the bound is reached."""
         self._began_s = now_s = perf_counter()
         if not self._spins or not _spinning.acquire(blocking=False):
             return
