@@ -2,4 +2,5 @@
 store.
 
 python -m experiments.attend --json PATH [--quick]
+python -m experiments.attend --trace PATH
 """

@@ -15,12 +15,14 @@ from rich.console import Console
 from attnstore.command_line import CommandParser
 from attnstore.option_types import file_to_write
 from attnstore_worker.model import LoadedModel, load_model
+from experiments.attend import timeline
 from experiments.attend.real_model import Cell, documents, measure
 from experiments.attend.rows import MODES, Row, table
 from experiments.attend.synthetic import LLAMA_3_8B, SMOLLM2, measure_geometry
 
 _THREADS: Final = 1
 _TABLE_WIDTH: Final = 160
+_TRACED_TOKENS: Final = 512
 _REMOTE: Final = ("fetch_each_step", "attend", "shared_in_place")
 _GUESSING: Final = ("attend", "attend_speculative")
 _LINKS: Final = ((0.1, 0.1), (0.1, 1.0), (0.1, 10.0), (2.0, 1.0), (10.0, 1.0))
@@ -40,6 +42,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             arguments.json.write_text(json.dumps([_as_json(row) for row in rows], indent=1) + "\n")
 
     model = load_model()
+    if arguments.trace is not None:
+        [prose] = documents(model, _TRACED_TOKENS, 1, repeating=False)
+        timelines = timeline.trace(model, prose, [_direct(0), Cell(0.1, 1.0, (), 0, 0)], threads=_THREADS)
+        timeline.write(timelines, arguments.trace)
+        console.print(timeline.table(timelines))
+        return 0
     (_quick if arguments.quick else _full)(model, add)
     console.print(table(rows))
     return 0 if all(row.tokens_equal is not False for row in rows) else 1
@@ -94,6 +102,12 @@ def _parser() -> argparse.ArgumentParser:
         description="Decoding with the KV in the worker's memory, fetched for each step, or attended to at the store.",
     )
     parser.add_argument("--json", type=file_to_write, metavar="PATH", help="write the rows as a list")
+    parser.add_argument(
+        "--trace",
+        type=file_to_write,
+        metavar="PATH",
+        help="measure no rows; write the timelines of some attended steps as a Chrome trace, and print where a layer's time goes",
+    )
     parser.add_argument("--quick", action="store_true", help="short contexts and few tokens")
     return parser
 

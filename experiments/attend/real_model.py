@@ -103,18 +103,18 @@ def measure(model: LoadedModel, prompt: list[int], cells: Sequence[Cell], *, cap
     context_bytes = len(prompt) // _BLOCK_TOKENS * layout.page_bytes
     tokens_max = max(cell.tokens for cell in cells)
     with StoreProcess("--capacity", capacity, "--attend-threads", str(threads)) as node:
-        resident = _resident(model, prompt, tokens_max, node.url)
-        rows = [_row(model, prompt, cells[0], "resident", resident, resident, resident.tpot_ms)]
+        here = resident(model, prompt, tokens_max, node.url)
+        rows = [_row(model, prompt, cells[0], "resident", here, here, here.tpot_ms)]
         for cell in cells:
             rtt_ms = measured_rtt_ms(cell.profile, weight_bytes(model) // layout.layers)
             with cell.link(node.url) as url:
                 for mode in cell.modes:
                     if mode == "shared_in_place":
                         run = _shared(model, prompt, cell.tokens, node.url)
-                        predicted = resident.tpot_ms
+                        predicted = here.tpot_ms
                     elif mode == "fetch_each_step":
                         run = _fetched(model, prompt, cell.fetched_tokens, url)
-                        predicted = fetch_ms(resident.tpot_ms, context_bytes, rtt_ms, cell.gbit_per_s)
+                        predicted = fetch_ms(here.tpot_ms, context_bytes, rtt_ms, cell.gbit_per_s)
                     else:
                         speculate = mode == "attend_speculative"
                         if cell.resident_share:
@@ -123,9 +123,9 @@ def measure(model: LoadedModel, prompt: list[int], cells: Sequence[Cell], *, cap
                             run = attended(model, prompt, cell.tokens, url, speculate=speculate)
                         tokens = 1 + run.accepted_per_step
                         step_bytes = run.bytes_moved * tokens
-                        step = attend_ms(resident.tpot_ms, layout.layers, rtt_ms, step_bytes, cell.gbit_per_s)
+                        step = attend_ms(here.tpot_ms, layout.layers, rtt_ms, step_bytes, cell.gbit_per_s)
                         predicted = step / tokens
-                    rows.append(_row(model, prompt, cell, mode, run, resident, predicted, rtt_ms))
+                    rows.append(_row(model, prompt, cell, mode, run, here, predicted, rtt_ms))
     return rows
 
 
@@ -183,7 +183,7 @@ def _store(url: str, transport: str) -> Iterator[attnstore.Client]:
         yield client
 
 
-def _resident(model: LoadedModel, prompt: list[int], tokens: int, url: str) -> _Run:
+def resident(model: LoadedModel, prompt: list[int], tokens: int, url: str) -> _Run:
     """Computes the prompt, which fills the node, and generates with everything in the pool."""
     with _store(url, "tcp") as store, Engine(model, _options(model, len(prompt) + tokens), store=store) as engine:
         run = _generate(engine, prompt, tokens)
