@@ -17,7 +17,7 @@ from attnstore.core.hashing import BlockHash
 from attnstore.errors import AttnStoreError, Overloaded
 from attnstore_worker.cache import Admission, CacheManager, Load, LoadEnd, admission_of
 from attnstore_worker.engine.attended import AttendedBlocks
-from attnstore_worker.engine.prefetch import LookAheadPrefetch
+from attnstore_worker.engine.prefetch import LookAheadPrefetch, fetchable
 from attnstore_worker.engine.scheduler import Scheduler
 from attnstore_worker.engine.sequence import Chunk, FinishReason, Sequence, next_chunk
 from attnstore_worker.errors import DeviceLost, SequenceFailed, StepFailed
@@ -247,11 +247,22 @@ class Residency:
         """Leaves blocks to the store if a sequence attends, or has become too long to continue without."""
         if self._attend is None or sequence.load is not None:
             return
-        if self._attend.moves(sequence, 0 if self._scheduler.waiting else self._spare_blocks):
+        if self._moves(self._attend, sequence):
             self._attend.move(sequence)
             self._send_back(sequence)
         elif not self._attend.make_room(sequence):
             self._give_up_remote(self._attend, sequence)
+
+    def _moves(self, attend: AttendedBlocks, sequence: Sequence) -> bool:
+        """Returns whether an attending sequence should be admitted again, with its blocks here. They are fetched beforehand, while
+        it goes on attending; if not all of them have come, it attends to the end.
+        """
+        if self._prefetch.has_brought(sequence):
+            tokens, hashes = fetchable(sequence)
+            prompt = self._cache.prompt(tokens, hashes, sequence.extra_keys)
+            return sequence.attend.attends and prompt.resident_blocks == prompt.usable_blocks
+        spare_blocks = 0 if self._scheduler.waiting else self._spare_blocks
+        return attend.moves(sequence, spare_blocks) and not self._prefetch.bring(sequence, spare_blocks)
 
     def _leave_for(self, victim: Sequence) -> bool:
         if self._attend is None:

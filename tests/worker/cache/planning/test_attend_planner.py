@@ -219,30 +219,6 @@ def test_hits_are_attended_to_where_that_is_forecast_to_be_better(
         assert sequence.generated == resident(tiny, token_ids, 8)
 
 
-def test_a_sequence_that_goes_on_and_on_has_its_blocks_fetched_in_the_end(tiny: LoadedModel, client: attnstore.Client) -> None:
-    planner, token_ids = Scripted(), prompt_of(6 * 16 + 5, seed=1)
-    with Engine(tiny, options(tiny, "moves"), store=client, planner=planner) as engine:
-        for _ in range(3):  # answers are expected to be short
-            engine.generate(prompt_of(20, seed=2), SamplingParams(max_tokens=2))
-        warmed(engine, token_ids)
-        fetched = engine.statistics().remote.bytes_read
-        planner.says = forecast(load=100.0, rent=10.0)
-        sequence = engine.submit(token_ids, SamplingParams(max_tokens=40))
-        moved_after = None
-        while sequence.finish_reason is None:
-            engine.step()
-            engine.check()
-            attending = engine.attending()
-            assert attending is not None
-            if moved_after is None and sequence.generated and not attending.pages_open:
-                moved_after = len(sequence.generated)
-        assert moved_after is not None
-        assert 10 <= moved_after <= 14  # when it had paid as much as fetching costs, plus a tenth
-        assert engine.statistics().remote.bytes_read > fetched
-        assert sequence.preemptions == 0
-        assert sequence.generated == resident(tiny, token_ids, 40)
-
-
 def test_for_lack_of_room_one_attends_so_that_another_keeps_its_blocks(tiny: LoadedModel, client: attnstore.Client) -> None:
     planner = Scripted()
     prompts = [prompt_of(4 * 16 + 3, seed) for seed in (3, 4)]
