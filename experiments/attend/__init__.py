@@ -3,4 +3,5 @@ store.
 
 python -m experiments.attend --json PATH [--quick]
 python -m experiments.attend --trace PATH
+python -m experiments.attend --predicate PATH
 """

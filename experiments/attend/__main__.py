@@ -7,6 +7,7 @@ import json
 import math
 from collections.abc import Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any, Final
 
 import torch
@@ -15,7 +16,7 @@ from rich.console import Console
 from attnstore.command_line import CommandParser
 from attnstore.option_types import file_to_write
 from attnstore_worker.model import LoadedModel, load_model
-from experiments.attend import timeline
+from experiments.attend import predicate, timeline
 from experiments.attend.real_model import Cell, documents, measure
 from experiments.attend.rows import MODES, Row, table
 from experiments.attend.synthetic import LLAMA_3_8B, SMOLLM2, measure_geometry
@@ -48,6 +49,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         timeline.write(timelines, arguments.trace)
         console.print(timeline.table(timelines))
         return 0
+    if arguments.predicate is not None:
+        return _predicate(model, arguments.predicate, console)
     (_quick if arguments.quick else _full)(model, add)
     console.print(table(rows))
     return 0 if all(row.tokens_equal is not False for row in rows) else 1
@@ -87,11 +90,23 @@ def _full(model: LoadedModel, add: Any) -> None:
         add(measure_geometry(geometry, 131_072, [(0.1, 1.0)], 2, threads=_THREADS, repeats=12))
 
 
+def _predicate(model: LoadedModel, path: Path, console: Console) -> int:
+    """Writes and prints the forecasts against what was measured. Returns 0."""
+    rows: list[predicate.Predicted] = []
+    for context in (512, 2048):
+        known, asked = documents(model, context, 2, repeating=False)
+        cells = [_direct(32), *[Cell(rtt_ms, gbit_per_s, (), 32, 0) for rtt_ms, gbit_per_s in _LINKS]]
+        rows += predicate.predict(model, known, asked, cells, threads=_THREADS)
+        path.write_text(json.dumps([_as_json(row) for row in rows], indent=1) + "\n")
+    console.print(predicate.table(rows))
+    return 0
+
+
 def _direct(tokens: int) -> Cell:
     return Cell(0.0, math.inf, ("attend",), tokens, 2)
 
 
-def _as_json(row: Row) -> dict[str, Any]:
+def _as_json(row: Row | predicate.Predicted) -> dict[str, Any]:
     """JSON has no infinity: an unlimited link has None for its rate."""
     return {name: None if isinstance(value, float) and math.isinf(value) else value for name, value in asdict(row).items()}
 
@@ -107,6 +122,12 @@ def _parser() -> argparse.ArgumentParser:
         type=file_to_write,
         metavar="PATH",
         help="measure no rows; write the timelines of some attended steps as a Chrome trace, and print where a layer's time goes",
+    )
+    parser.add_argument(
+        "--predicate",
+        type=file_to_write,
+        metavar="PATH",
+        help="measure no rows; write what the planner forecasts for attending, fetching and recomputing, and what was measured",
     )
     parser.add_argument("--quick", action="store_true", help="short contexts and few tokens")
     return parser

@@ -26,8 +26,8 @@ from experiments.attend.ping import measured_rtt_ms
 from experiments.attend.rows import Row, attend_ms, fetch_ms
 
 DEADLINE_MS: Final = 120_000
-_CHUNK_TOKENS: Final = 256
-_BLOCK_TOKENS: Final = 16
+CHUNK_TOKENS: Final = 256
+BLOCK_TOKENS: Final = 16
 _LIST: Final = "Item {0}: the value of field {0} is unknown; see item {0}.\n"
 
 
@@ -60,7 +60,7 @@ class Cell:
 
 
 @dataclass(frozen=True, slots=True)
-class _Run:
+class Run:
     """One mode's tokens and times; `step_ms` of each step after the first token, and the number of its tokens."""
 
     generated: list[int]
@@ -99,8 +99,8 @@ def documents(model: LoadedModel, tokens: int, count: int, *, repeating: bool) -
 
 def measure(model: LoadedModel, prompt: list[int], cells: Sequence[Cell], *, capacity: str, threads: int) -> list[Row]:
     """Returns rows of one prompt over several links; the node computes with `threads` cores, like the worker."""
-    layout = model.layout(_BLOCK_TOKENS)
-    context_bytes = len(prompt) // _BLOCK_TOKENS * layout.page_bytes
+    layout = model.layout(BLOCK_TOKENS)
+    context_bytes = len(prompt) // BLOCK_TOKENS * layout.page_bytes
     tokens_max = max(cell.tokens for cell in cells)
     with StoreProcess("--capacity", capacity, "--attend-threads", str(threads)) as node:
         here = resident(model, prompt, tokens_max, node.url)
@@ -139,8 +139,8 @@ def _row(
     prompt: list[int],
     cell: Cell,
     mode: str,
-    run: _Run,
-    resident: _Run,
+    run: Run,
+    resident: Run,
     predicted_ms: float,
     rtt_ms: float | None = None,
 ) -> Row:
@@ -164,12 +164,13 @@ def _row(
     )
 
 
-def _options(model: LoadedModel, tokens: int, **more: object) -> EngineOptions:
-    blocks = -(-tokens // _BLOCK_TOKENS) + 4
-    pool_bytes = blocks * model.layout(_BLOCK_TOKENS).page_bytes
+def engine_options(model: LoadedModel, tokens: int, **more: object) -> EngineOptions:
+    """Returns options with a pool for that many tokens."""
+    blocks = -(-tokens // BLOCK_TOKENS) + 4
+    pool_bytes = blocks * model.layout(BLOCK_TOKENS).page_bytes
     return EngineOptions(
         pool_bytes=pool_bytes,
-        chunk_tokens=_CHUNK_TOKENS,
+        chunk_tokens=CHUNK_TOKENS,
         sequences_max=4,
         store_deadline_ms=DEADLINE_MS,
         **more,  # type: ignore[arg-type]
@@ -177,44 +178,45 @@ def _options(model: LoadedModel, tokens: int, **more: object) -> EngineOptions:
 
 
 @contextmanager
-def _store(url: str, transport: str) -> Iterator[attnstore.Client]:
+def store_at(url: str, transport: str) -> Iterator[attnstore.Client]:
+    """A client of the node at `url`."""
     with attnstore.connect(url, transport=transport, deadline_ms=DEADLINE_MS) as client:
         assert isinstance(client, attnstore.Client), "one node"
         yield client
 
 
-def resident(model: LoadedModel, prompt: list[int], tokens: int, url: str) -> _Run:
+def resident(model: LoadedModel, prompt: list[int], tokens: int, url: str) -> Run:
     """Computes the prompt, which fills the node, and generates with everything in the pool."""
-    with _store(url, "tcp") as store, Engine(model, _options(model, len(prompt) + tokens), store=store) as engine:
-        run = _generate(engine, prompt, tokens)
+    with store_at(url, "tcp") as store, Engine(model, engine_options(model, len(prompt) + tokens), store=store) as engine:
+        run = generate(engine, prompt, tokens)
         engine.flush(DEADLINE_MS)
         return run
 
 
-def _shared(model: LoadedModel, prompt: list[int], tokens: int, url: str) -> _Run:
-    options = _options(model, _CHUNK_TOKENS + len(prompt) + tokens, shared=SharedUse.IN_PLACE)
-    with _store(url, "shm") as store, Engine(model, options, store=store) as engine:
-        return _generate(engine, prompt, tokens)
+def _shared(model: LoadedModel, prompt: list[int], tokens: int, url: str) -> Run:
+    options = engine_options(model, CHUNK_TOKENS + len(prompt) + tokens, shared=SharedUse.IN_PLACE)
+    with store_at(url, "shm") as store, Engine(model, options, store=store) as engine:
+        return generate(engine, prompt, tokens)
 
 
-def attended(model: LoadedModel, prompt: list[int], tokens: int, url: str, *, speculate: bool) -> _Run:
+def attended(model: LoadedModel, prompt: list[int], tokens: int, url: str, *, speculate: bool) -> Run:
     """Generates with all of the prompt's blocks in the store."""
-    options = _options(model, 4 * _CHUNK_TOKENS + tokens, attend=AttendPolicy.ALWAYS, speculate=speculate)
-    with _store(url, "tcp") as store:
+    options = engine_options(model, 4 * CHUNK_TOKENS + tokens, attend=AttendPolicy.ALWAYS, speculate=speculate)
+    with store_at(url, "tcp") as store:
         with Engine(model, options, store=store, attend_store=store) as warming:  # the node's kernels, and the known batch shapes
-            _generate(warming, prompt, 12 if speculate else 2)
+            generate(warming, prompt, 12 if speculate else 2)
         with Engine(model, options, store=store, attend_store=store) as engine:
-            run = _generate(engine, prompt, tokens)
+            run = generate(engine, prompt, tokens)
             asked = engine.attending()
             assert asked is not None
             given = len(run.generated)
             moved = asked.bytes_sent + asked.bytes_received
             steps = engine.batching().steps
             # The first step includes the rows of the prompt's rest; a token's share is that of the rows that gave tokens.
-            rows = len(prompt) % _BLOCK_TOKENS or _BLOCK_TOKENS
-            layers = model.layout(_BLOCK_TOKENS).layers
+            rows = len(prompt) % BLOCK_TOKENS or BLOCK_TOKENS
+            layers = model.layout(BLOCK_TOKENS).layers
             moved_later = moved * (asked.rows - rows * layers) / asked.rows
-            return _Run(
+            return Run(
                 run.generated,
                 run.ttft_ms,
                 run.step_ms,
@@ -224,16 +226,16 @@ def attended(model: LoadedModel, prompt: list[int], tokens: int, url: str, *, sp
             )
 
 
-def _left_behind(model: LoadedModel, prompt: list[int], cell: Cell, url: str, *, speculate: bool) -> _Run:
+def _left_behind(model: LoadedModel, prompt: list[int], cell: Cell, url: str, *, speculate: bool) -> Run:
     """Computes the context here, as a tenant of its own; its older blocks stay in the store for lack of room."""
-    options = _options(
+    options = engine_options(
         model,
         int(len(prompt) * cell.resident_share),
         attend=AttendPolicy.BEYOND_POOL,
         speculate=speculate,
         tenant_salt=f"{cell} {speculate}".encode(),
     )
-    with _store(url, "tcp") as store, Engine(model, options, store=store, attend_store=store) as engine:
+    with store_at(url, "tcp") as store, Engine(model, options, store=store, attend_store=store) as engine:
         sequence, ttft_ms = _first_token(engine, prompt, cell.tokens)
         before = engine.attending()
         step_ms, step_tokens = _step_to_end(engine, sequence)
@@ -243,28 +245,29 @@ def _left_behind(model: LoadedModel, prompt: list[int], cell: Cell, url: str, *,
         given = max(1, len(sequence.generated) - 1)
         moved = after.bytes_sent + after.bytes_received - before.bytes_sent - before.bytes_received
         round_trips = (after.round_trips - before.round_trips) / given
-        return _Run(sequence.generated, ttft_ms, step_ms, step_tokens, moved / given, round_trips)
+        return Run(sequence.generated, ttft_ms, step_ms, step_tokens, moved / given, round_trips)
 
 
-def _fetched(model: LoadedModel, prompt: list[int], tokens: int, url: str) -> _Run:
+def _fetched(model: LoadedModel, prompt: list[int], tokens: int, url: str) -> Run:
     """Generates each token with a new engine without KV, so the whole context crosses the link for it."""
     generated: list[int] = []
     times: list[float] = []
     moved = 0
-    with _store(url, "tcp") as store:
+    with store_at(url, "tcp") as store:
         for _ in range(tokens):
-            with Engine(model, _options(model, len(prompt) + tokens), store=store) as engine:
+            with Engine(model, engine_options(model, len(prompt) + tokens), store=store) as engine:
                 began = perf_counter()
                 generated += engine.generate([*prompt, *generated], SamplingParams(max_tokens=1)).generated
                 times.append((perf_counter() - began) * 1e3)
                 moved += engine.statistics().remote.bytes_read
-    return _Run(generated, times[0], times[1:], [1] * (tokens - 1), moved / tokens, 1.0)
+    return Run(generated, times[0], times[1:], [1] * (tokens - 1), moved / tokens, 1.0)
 
 
-def _generate(engine: Engine, prompt: list[int], tokens: int) -> _Run:
+def generate(engine: Engine, prompt: list[int], tokens: int) -> Run:
+    """Runs a prompt to its end."""
     sequence, ttft_ms = _first_token(engine, prompt, tokens)
     step_ms, step_tokens = _step_to_end(engine, sequence)
-    return _Run(sequence.generated, ttft_ms, step_ms, step_tokens, 0.0, 0.0)
+    return Run(sequence.generated, ttft_ms, step_ms, step_tokens, 0.0, 0.0)
 
 
 def _step_to_end(engine: Engine, sequence: Prompted) -> tuple[list[float], list[int]]:

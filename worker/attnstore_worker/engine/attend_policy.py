@@ -12,14 +12,42 @@ from dataclasses import dataclass
 from statistics import median
 from typing import Final, Protocol, runtime_checkable
 
+from attnstore.core.layout import PageLayout
 from attnstore_worker.cache import CacheManager
-from attnstore_worker.cache.attending.contexts import AttendedPrefix
+from attnstore_worker.cache.attending.contexts import AttendedPrefix, QueryShape
+from attnstore_worker.cache.attending.fetched import window_pages
 from attnstore_worker.cache.moving.load import Prompt
-from attnstore_worker.cache.planning.attend_planner import AttendForecast
+from attnstore_worker.cache.planning.attend_planner import AttendForecast, ChunkForecast, ChunkWork
 from attnstore_worker.engine.sequence import Sequence
 from attnstore_worker.options import AttendPolicy
 
 _ANSWERS_KEPT: Final = 64
+
+
+@runtime_checkable
+class ChunkForecaster(Protocol):
+    """A planner that forecasts chunks behind blocks in the store."""
+
+    def chunk_forecast(self, work: ChunkWork, /) -> ChunkForecast | None:
+        """Returns the forecast of a chunk; None while a cost is unknown."""
+        ...
+
+
+def chunk_choice(forecaster: ChunkForecaster, layout: PageLayout, shape: QueryShape) -> Callable[[int, int], bool]:
+    """Returns `fetches(blocks, rows)`: whether a chunk of `rows` rows should fetch its first `blocks` blocks, and not ask about
+    them. A single row never fetches: what it fetches would be of use to the next one.
+    """
+    rows_max, row_bytes, together = shape.rows_max(layout), shape.row_bytes(layout), window_pages(layout)
+
+    def fetches(blocks: int, rows: int) -> bool:
+        if rows == 1:
+            return False
+        queries = -(-rows // rows_max)
+        sizes = layout.block_tokens, layout.page_bytes, layout.layers
+        forecast = forecaster.chunk_forecast(ChunkWork(rows, blocks, *sizes, queries, together, row_bytes))
+        return forecast is not None and forecast.fetches
+
+    return fetches
 
 
 @runtime_checkable

@@ -34,7 +34,7 @@ from attnstore_worker.cache.pool.block_table import BlockTable
 from attnstore_worker.cache.store.base import AttendStore
 from attnstore_worker.device.base import Device
 from attnstore_worker.device.host import HostDevice
-from attnstore_worker.engine.attend_policy import AttendChoice, AttendForecaster
+from attnstore_worker.engine.attend_policy import AttendChoice, AttendForecaster, ChunkForecaster, chunk_choice
 from attnstore_worker.engine.attended import AttendedBlocks
 from attnstore_worker.engine.outputs import BatchingStatistics, Token
 from attnstore_worker.engine.residency import Residency
@@ -302,8 +302,17 @@ class Engine:
         if policy is AttendPolicy.MEASURED and forecaster is None:
             raise InvalidArgument("attend is 'measured', which needs the planner that measures costs")
         deadline_ms = self.options.store_deadline_ms
+        chunks = self.planner if isinstance(self.planner, ChunkForecaster) and policy is not AttendPolicy.ALWAYS else None
         remote = RemoteAttention(
-            store, name, self.layout, shape, deadline_ms=deadline_ms, clock=self._clock, observer=self._observer, device=device
+            store,
+            name,
+            self.layout,
+            shape,
+            deadline_ms=deadline_ms,
+            clock=self._clock,
+            observer=self._observer,
+            device=device,
+            fetches=chunk_choice(chunks, self.layout, shape) if chunks is not None else None,
         )
         row_bytes = shape.row_bytes(self.layout)
         choice = AttendChoice(policy, self._cache, forecaster, row_bytes, lambda: self._speculation.tokens_per_step)

@@ -1,8 +1,8 @@
 """Look-ahead prefetch: the pages of the first waiting sequences are fetched before their turn comes, and those of a sequence that
 attends to them in the store while it goes on.
 
-Owns: the loads of sequences that do not wait for them. Each has a table of its own, which holds blocks for the pages on their way. Pages
-that arrive are sealed; when the load is over the table is released, and the pages stay in the pool like any cached page.
+Owns: the loads of sequences that do not wait for them. Each has a table of its own, which holds blocks for the pages on their way.
+Pages that arrive are sealed; when the load is over the table is released, and the pages stay in the pool like any cached page.
 Invariant: prefetching takes only blocks that no running sequence needs. It gives way before a sequence is preempted or kept
 waiting. Where it fails, pages are fetched later.
 

@@ -8,10 +8,12 @@ engine's thread uses it.
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from typing import Final
 
+from attnstore.attention import create_attention
 from attnstore.client.base import AttendStream
 from attnstore.client.cluster.attend import AttendedPrefix as AttendedPrefix
 from attnstore.client.cluster.attend import StoreAttention
@@ -20,11 +22,13 @@ from attnstore.core.hashing import BlockHash, Namespace
 from attnstore.core.layout import PageLayout
 from attnstore.errors import AttnStoreError
 from attnstore.limits import ATTEND_BYTES_MAX, ATTEND_ROWS_MAX
+from attnstore.types import PageStatus
 from attnstore_worker.cache.attending.exchange import DeviceExchange
+from attnstore_worker.cache.attending.fetched import FetchedLayers, FetchedPart
 from attnstore_worker.cache.attending.step import AttendCounts, NodeRows, RemoteStep
 from attnstore_worker.cache.planning.observation import Observer
 from attnstore_worker.cache.pool.tier import Tier
-from attnstore_worker.cache.store.base import AttendStore
+from attnstore_worker.cache.store.base import AttendStore, LayerStore
 from attnstore_worker.cache.store.transfer import Transfer, TransferKind
 from attnstore_worker.device.base import Device
 from attnstore_worker.errors import PagesLost
@@ -44,6 +48,10 @@ class QueryShape:
     def row_bytes(self, layout: PageLayout) -> int:
         """The bytes of one row over all layers: `q` and its answer `(out, lse)`, in fp32."""
         return _FLOAT_BYTES * layout.layers * self.q_heads * (2 * layout.head_dim + 1)
+
+    def rows_max(self, layout: PageLayout) -> int:
+        """The most rows of one query."""
+        return min(ATTEND_ROWS_MAX, ATTEND_BYTES_MAX // (self.q_heads * layout.head_dim * _FLOAT_BYTES))
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +76,8 @@ class AttendStatistics:
 
 class RemoteAttention:
     """Attention over pages of `namespace` in `store`. A query ends within `deadline_ms`; `observer` is told of opened prefixes.
-    Queries are on `device` (default: in host memory).
+    Queries are on `device` (default: in host memory). `fetches(blocks, rows)` decides whether rows of one sequence have that many
+    blocks fetched and attend to them here (None: never); it is not asked on a device.
     """
 
     def __init__(
@@ -82,6 +91,7 @@ class RemoteAttention:
         clock: Clock,
         observer: Observer,
         device: Device | None = None,
+        fetches: Callable[[int, int], bool] | None = None,
     ) -> None:
         self._store = store
         self._namespace = namespace
@@ -91,9 +101,11 @@ class RemoteAttention:
         self._clock = clock
         self._observer = observer
         self._attention: StoreAttention | None = None
-        self._open: set[AttendedPrefix] = set()
-        row_bytes = shape.q_heads * layout.head_dim * _FLOAT_BYTES
-        self._rows_max = min(ATTEND_ROWS_MAX, ATTEND_BYTES_MAX // row_bytes)
+        self._open: dict[AttendedPrefix, Sequence[BlockHash]] = {}
+        self._unfetchable: set[AttendedPrefix] = set()
+        self._reading: ThreadPoolExecutor | None = None
+        self._fetches = fetches
+        self._rows_max = shape.rows_max(layout)
         self._counts = AttendCounts()
         self._exchange = DeviceExchange(device) if device is not None and not device.addressable else None
 
@@ -106,7 +118,7 @@ class RemoteAttention:
             self._counts.losses += 1
             return None
         if prefix is not None:
-            self._open.add(prefix)
+            self._open[prefix] = hashes[: prefix.blocks]
             ended_ms = self._clock.now_ms()
             opened = Transfer(
                 Tier.REMOTE,
@@ -123,7 +135,8 @@ class RemoteAttention:
 
     def close(self, prefix: AttendedPrefix) -> None:
         """Closes a prefix that a sequence does not need any more."""
-        self._open.discard(prefix)
+        self._open.pop(prefix, None)
+        self._unfetchable.discard(prefix)
         self._begun().close_prefix(prefix)
 
     def step(self, parts: Sequence[tuple[AttendedPrefix | None, int]]) -> RemoteStep | None:
@@ -133,15 +146,19 @@ class RemoteAttention:
         if any(prefix is not None and prefix.lost for prefix, _ in parts):
             raise PagesLost("blocks in the store were lost before this step")
         asked: dict[AttendStream, list[tuple[int, int, int]]] = {}
+        fetched: list[tuple[AttendedPrefix, FetchedPart]] = []
         begin = 0
         for prefix, rows in parts:
-            for each in prefix.sets if prefix is not None else ():
-                asked.setdefault(each.stream, []).append((each.set_id, begin, rows))
+            if prefix is not None and self._fetches_for(prefix, rows):
+                fetched.append((prefix, FetchedPart(self._open[prefix], begin, rows)))
+            else:
+                for each in prefix.sets if prefix is not None else ():
+                    asked.setdefault(each.stream, []).append((each.set_id, begin, rows))
             begin += rows
-        if not asked:
+        if not asked and not fetched:
             return None
         nodes = [NodeRows(stream, sets, self._rows_max) for stream, sets in asked.items()]
-        return RemoteStep(nodes, self._counts, self._lose, self._exchange)
+        return RemoteStep(nodes, self._counts, self._lose, self._exchange, self._fetched(fetched) if fetched else None)
 
     def traffic(self) -> Traffic:
         """The traffic so far."""
@@ -154,8 +171,35 @@ class RemoteAttention:
     def end(self) -> None:
         """Closes every prefix."""
         self._open.clear()
+        self._unfetchable.clear()
+        if self._reading is not None:
+            self._reading.shutdown(wait=False, cancel_futures=True)
         if self._attention is not None:
             self._attention.close()
+
+    def _fetches_for(self, prefix: AttendedPrefix, rows: int) -> bool:
+        if self._fetches is None or self._exchange is not None or not isinstance(self._store, LayerStore):
+            return False
+        return prefix not in self._unfetchable and self._fetches(prefix.blocks, rows)
+
+    def _fetched(self, parts: Sequence[tuple[AttendedPrefix, FetchedPart]]) -> FetchedLayers:
+        if self._reading is None:
+            self._reading = ThreadPoolExecutor(1, "attnstore-attended-layers")
+        prefixes = {part: prefix for prefix, part in parts}
+
+        def lose(part: FetchedPart) -> None:
+            self._unfetchable.add(prefixes[part])  # the step is computed again, and attends
+            self._counts.losses += 1
+
+        of_parts = [part for _, part in parts]
+        return FetchedLayers(
+            of_parts, self._layout, self._shape.scale, create_attention("cpu"), self._read_layer, self._reading, lose
+        )
+
+    def _read_layer(self, hashes: Sequence[BlockHash], buffers: Sequence[memoryview], layer: int) -> bool:
+        assert isinstance(self._store, LayerStore)
+        read = self._store.read(self._namespace, hashes, buffers, layers=(layer, layer + 1), deadline_ms=self._deadline_ms)
+        return all(status is PageStatus.OK for status in read.statuses)
 
     def _lose(self, stream: AttendStream, error: AttnStoreError) -> None:
         """Loses every prefix with a set on a stream that failed in a step."""

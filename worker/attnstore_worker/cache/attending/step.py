@@ -12,11 +12,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from torch import Tensor, from_numpy
+from torch import Tensor, empty, from_numpy
 
 from attnstore.client.base import AttendStream
 from attnstore.errors import AttnStoreError
 from attnstore_worker.cache.attending.exchange import DeviceExchange
+from attnstore_worker.cache.attending.fetched import FetchedLayers
 from attnstore_worker.errors import PagesLost
 
 
@@ -79,7 +80,7 @@ class NodeRows:
 class RemoteStep:
     """Call `ask` and then `merge`, for each layer; or `ask_rows` and `merge_rows`, if it `takes_arrays`. After a failure `lose` is
     called for each stream of the step, because answers may be in flight that will not be received. `exchange` is None if queries
-    are in host memory.
+    are in host memory. `fetched` are other blocks, which are attended to here.
     """
 
     def __init__(
@@ -88,22 +89,26 @@ class RemoteStep:
         counts: AttendCounts,
         lose: Callable[[AttendStream, AttnStoreError], None],
         exchange: DeviceExchange | None = None,
+        fetched: FetchedLayers | None = None,
     ) -> None:
         self._nodes = nodes
         self._counts = counts
         self._lose_stream = lose
         self._exchange = exchange
-        self._rounds = max(len(node.pieces) for node in nodes)
+        self._fetched = fetched
+        self._rounds = max((len(node.pieces) for node in nodes), default=0)
         self._layer = 0
         self._query: Floats = None
+        self._asked = empty(0)
 
     @property
     def takes_arrays(self) -> bool:
-        """Whether queries are in host memory, so that `ask_rows` and `merge_rows` may be called."""
-        return self._exchange is None
+        """Whether `ask_rows` and `merge_rows` may be called: queries are in host memory, and the nodes answer all of them."""
+        return self._exchange is None and self._fetched is None
 
     def ask(self, layer: int, query: Tensor) -> None:
         """Sends the rows of `query` `[total_q, q_heads, head_dim]`. Raises `PagesLost`."""
+        self._asked = query
         rows = query.float().contiguous() if self._exchange is None else self._exchange.fetch(query)
         self.ask_rows(layer, rows.numpy())
 
@@ -117,6 +122,10 @@ class RemoteStep:
         if self._exchange is None:
             out = out.contiguous()
             self.merge_rows(out.numpy(), lse.numpy())
+            if self._fetched is not None:
+                self._fetched.merge(self._layer, self._asked, out.numpy(), lse.numpy())
+                self._counts.round_trips += self._fetched.windows
+                self._counts.bytes_received += self._fetched.bytes_per_layer
             return out
         exchange = self._exchange
 

@@ -1,6 +1,7 @@
 """The choice between leaving a prefix in the store and attending to it there, or having it here. Arithmetic on forecasts.
 
-Owns: `AttendForecast`, the costs of both ways, and the rules that follow from it. Pure: no clock, no state, no I/O.
+Owns: `AttendForecast`, the costs of both ways, and the rules that follow from it; `ChunkForecast`, the same for one chunk of a
+prompt whose first blocks stay in the store. Pure: no clock, no state, no I/O.
 
 Having the blocks here costs `load_ttft_ms` once, and then a resident step per token. Leaving them there begins at once, but each
 step takes longer by its round trips. With n tokens to come,
@@ -66,3 +67,42 @@ class AttendForecast:
         reload takes `other_load_ms`.
         """
         return self.extra_ms * expected * (1 + GAIN_MIN) < other_load_ms
+
+
+@dataclass(frozen=True, slots=True)
+class ChunkWork:
+    """`rows` tokens of a sequence behind its first `blocks` blocks, of `page_bytes` each, in the store. At each of the `layers`
+    their rows are sent in `queries` queries, or the blocks arrive `window_blocks` at a time. `row_bytes`: bytes of one row's
+    queries and answers over all layers.
+    """
+
+    rows: int
+    blocks: int
+    block_tokens: int
+    page_bytes: int
+    layers: int
+    queries: int
+    window_blocks: int
+    row_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class ChunkForecast:
+    """One chunk behind blocks in the store. `attend_ms`: its rows are sent to the nodes; `fetch_ms`: the blocks are fetched layer
+    by layer, and none of them is kept.
+    """
+
+    attend_ms: float
+    fetch_ms: float
+
+    @property
+    def fetches(self) -> bool:
+        """Whether the chunk should fetch."""
+        return self.fetch_ms * (1 + GAIN_MIN) < self.attend_ms
+
+
+def fetched_chunk_ms(compute_ms: float, windows: int, window_ms: float) -> float:
+    """Returns the time of a chunk of `compute_ms` beside which `windows` windows arrive one after the other in `window_ms` each:
+    the first is waited for, and of the others what takes longer than computing.
+    """
+    return window_ms + max(compute_ms, (windows - 1) * window_ms)

@@ -15,7 +15,7 @@ from typing import Final
 
 from attnstore.clock import Clock
 from attnstore_worker.cache.moving.load import FetchOrder, Load, LoadPlan, Prompt, SearchPlan
-from attnstore_worker.cache.planning.attend_planner import AttendForecast
+from attnstore_worker.cache.planning.attend_planner import AttendForecast, ChunkForecast, ChunkWork, fetched_chunk_ms
 from attnstore_worker.cache.planning.cost_book import CostBook, CostReport
 from attnstore_worker.cache.planning.decisions import Decision, DecisionLog, PredictionStatistics
 from attnstore_worker.cache.planning.observation import Answer, Step
@@ -132,6 +132,20 @@ class CostPlanner:
             attend_step_ms=attend.step_ms(attend.resident_step_ms, prompt.layers, row_bytes),
             load_ttft_ms=loaded.ttft_ms if loaded is not None else recompute_ms(costs.prefill, work),
             resident_step_ms=attend.resident_step_ms,
+        )
+
+    def chunk_forecast(self, work: ChunkWork) -> ChunkForecast | None:
+        """Returns the forecast of a chunk behind blocks in the store; None while a cost is unknown."""
+        costs, attend = self._book.costs(), self._book.attend_costs()
+        if costs is None or attend is None:
+            return None
+        begin = work.blocks * work.block_tokens
+        compute_ms = costs.prefill.span(begin, begin + work.rows, self._chunk_tokens)
+        windows = work.layers * -(-work.blocks // work.window_blocks)
+        window_ms = costs.link.transfer_ms(min(work.blocks, work.window_blocks) * work.page_bytes / work.layers)
+        return ChunkForecast(
+            attend_ms=attend.step_ms(compute_ms, work.layers * work.queries, work.rows * work.row_bytes),
+            fetch_ms=fetched_chunk_ms(compute_ms, windows, window_ms),
         )
 
     def attending(self, prompt: Prompt, remote_blocks: int, forecast: AttendForecast) -> None:

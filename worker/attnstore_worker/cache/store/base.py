@@ -105,6 +105,24 @@ class AttendStore(Protocol):
         ...
 
 
+@runtime_checkable
+class LayerStore(Protocol):
+    """A store that reads some layers of pages: a client of a node or of a cluster."""
+
+    def read(
+        self,
+        namespace: bytes,
+        hashes: Sequence[bytes],
+        buffers: Sequence[memoryview],
+        /,
+        *,
+        layers: tuple[int, int],
+        deadline_ms: float,
+    ) -> ReadResult:
+        """Fills one buffer per page with its layers `[begin, end)`. Pages that are not OK are misses."""
+        ...
+
+
 class PageSource(Protocol):
     """The lower tiers as a load sees them. No method raises: pages that a source cannot return are misses."""
 
