@@ -55,7 +55,7 @@ def test_a_context_of_which_half_is_here_gives_the_resident_tokens_too(model: Lo
     assert (resident.resident_share, half.resident_share) == (0.0, 0.5)
     assert half.tokens_equal
     assert 0 < half.round_trips_per_token <= 30
-    assert "50% here" in "".join(map(str, table([half]).columns[4].cells))
+    assert "50% here" in "".join(map(str, table([half]).columns[5].cells))
 
 
 def test_rows_are_valid_json(tmp_path: Path) -> None:

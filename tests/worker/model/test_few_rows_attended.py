@@ -14,7 +14,7 @@ from torch import Tensor
 from attnstore import errors
 from attnstore.attention.reference import ReferenceAttention
 from attnstore.client.base import AttendStream
-from attnstore_worker.cache.attending.step import AttendCounts, NodeRows, RemoteStep
+from attnstore_worker.cache.attending.step import AttendCounts, RemoteStep, SetRows
 from attnstore_worker.errors import PagesLost
 from attnstore_worker.model import LoadedModel
 from attnstore_worker.model.attention import PagedStep
@@ -37,7 +37,8 @@ class Node:
         self.written: list[memoryview] = []
         self.queries = 0
 
-    def ask(self, layer: int, sets: Sequence[tuple[int, int]], rows: memoryview) -> None:
+    def ask(self, layer: int, sets: Sequence[tuple[int, int]], rows: memoryview, firsts: Sequence[int] = ()) -> None:
+        assert not firsts
         self.queries += 1
         query = torch.frombuffer(bytearray(rows), dtype=torch.float32).view(
             sum(count for _, count in sets), -1, self._pool.shape[5]
@@ -99,16 +100,16 @@ def split(whole: Asked, remote_blocks: list[int], nodes: int, scale: float, rows
     for number in range(nodes):
         tables = [row[number:blocks:nodes] for row, blocks in zip(step.block_tables, remote_blocks, strict=True)]
         made.append(Node(step.pool.clone(), tables, scale))
-    streams = []
+    asked_sets: dict[AttendStream, list[SetRows]] = {}
     for node in made:
         first, sets = 0, []
         for set_id, count in enumerate(counts):
-            if len(node._sets[set_id]):
-                sets.append((set_id, first, count))
+            if pages := len(node._sets[set_id]):
+                sets.append(SetRows(set_id, first, count, range(pages), 0))
             first += count
-        streams.append(NodeRows(cast(AttendStream, node), sets, rows_max))
+        asked_sets[cast(AttendStream, node)] = sets
     lost: list[AttendStream] = []
-    remote = RemoteStep(streams, AttendCounts(), lambda stream, _: lost.append(stream))
+    remote = RemoteStep(asked_sets, rows_max, BLOCK_TOKENS, AttendCounts(), lambda stream, _: lost.append(stream))
     width = max(row.shape[0] - blocks for row, blocks in zip(step.block_tables, remote_blocks, strict=True))
     here = torch.zeros(len(remote_blocks), max(1, width), dtype=torch.int32)
     for row, table, blocks in zip(here, step.block_tables, remote_blocks, strict=True):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, cast
 
 import pytest
@@ -25,9 +25,11 @@ class Remote:
     """Answers like the nodes that have a sequence's first blocks."""
 
     answer: tuple[Tensor, Tensor]
+    windows: list[int | None] = field(default_factory=list)
 
-    def ask(self, layer: int, query: Tensor) -> None:
-        pass
+    def ask(self, layer: int, query: Tensor, window: int | None = None) -> None:
+        del layer, query
+        self.windows.append(window)
 
     def merge(self, out: Tensor, lse: Tensor) -> Tensor:
         return merge([out, self.answer[0]], [lse, self.answer[1]])[0]
@@ -81,11 +83,20 @@ def test_a_sink_counts_once_where_store_nodes_answer_over_other_keys(layer: Laye
     torch.testing.assert_close(layer.attend(step, sinks=sinks), layer.whole(sinks=sinks), rtol=0, atol=2e-5)
 
 
-@pytest.mark.parametrize("asked", [{"soft_cap": 1.5}, {"sliding_window": 20}], ids=str)
-def test_store_nodes_are_not_asked_for_capped_scores_or_windows(layer: Layer, asked: dict[str, Any]) -> None:
+def test_store_nodes_are_not_asked_for_capped_scores(layer: Layer) -> None:
     step = layer.step(REMOTE_TOKENS, Remote((torch.empty(0), torch.empty(0))))
     with pytest.raises(AssertionError, match="nodes answer"):
-        layer.attend(step, **asked)
+        layer.attend(step, soft_cap=1.5)
+
+
+def test_store_nodes_are_asked_through_the_window_that_the_layer_has(layer: Layer) -> None:
+    tables = paged(layer.keys[:, :REMOTE_TOKENS], layer.values[:, :REMOTE_TOKENS], 1)
+    seen = {"query_positions": torch.tensor([TOKENS - 1], dtype=torch.int32), "sliding_window": 40}
+    answer = create_attention("reference").paged_attention(layer.query, *tables, layer=0, scale=SCALE, **seen)
+    remote = Remote(answer)
+    out = layer.attend(layer.step(REMOTE_TOKENS, remote), sliding_window=40)
+    torch.testing.assert_close(out, layer.whole(sliding_window=40), rtol=0, atol=2e-5)
+    assert remote.windows == [40]
 
 
 def module_of(kind: str) -> Any:

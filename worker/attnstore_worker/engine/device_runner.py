@@ -158,7 +158,9 @@ class DeviceRunner:
         remote = None
         if attended is not None:
             # In the order of the rows of the step, as everything here.
-            remote = attended.step([(chunk.sequence.attend.prefix, chunk.tokens) for chunk in self._tables.ordered(chunks)])
+            remote = attended.step(
+                [(chunk.sequence.attend.prefix, chunk.begin, chunk.tokens) for chunk in self._tables.ordered(chunks)]
+            )
         if remote is None and before_layer is at_once and (rows := self._graph_rows(chunks)) is not None:
             inputs = self._tables.fill(chunks, decode_rows=rows)
             note_accesses(self._device, chunks, None)

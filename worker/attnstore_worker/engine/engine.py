@@ -302,7 +302,8 @@ class Engine:
         if policy is AttendPolicy.MEASURED and forecaster is None:
             raise InvalidArgument("attend is 'measured', which needs the planner that measures costs")
         deadline_ms = self.options.store_deadline_ms
-        chunks = self.planner if isinstance(self.planner, ChunkForecaster) and policy is not AttendPolicy.ALWAYS else None
+        may_fetch = policy is not AttendPolicy.ALWAYS and not shape.has_windows
+        chunks = self.planner if may_fetch and isinstance(self.planner, ChunkForecaster) else None
         remote = RemoteAttention(
             store,
             name,

@@ -128,7 +128,9 @@ class HostRunner:
         query_lens = [end - chunk.begin for chunk, end in zip(chunks, ends, strict=True)]
         remote = None
         if attended is not None:
-            remote = attended.step([(chunk.sequence.attend.prefix, rows) for chunk, rows in zip(chunks, query_lens, strict=True)])
+            remote = attended.step(
+                [(chunk.sequence.attend.prefix, chunk.begin, rows) for chunk, rows in zip(chunks, query_lens, strict=True)]
+            )
         block_tables = torch.zeros(len(tables), max(len(table.block_ids) for table in tables), dtype=torch.int32)
         for row, table in zip(block_tables, tables, strict=True):
             row[: len(table.block_ids)] = torch.tensor(table.block_ids, dtype=torch.int32)

@@ -80,9 +80,8 @@ class PagedStep:
     ) -> Tensor:
         """As `attend`, after the caller called `before_layer` and stored the query's own keys and values into the pool."""
         if self.remote is not None:
-            assert sliding_window is None, "nodes answer over all keys of a set"
             assert soft_cap is None, "nodes answer with plain scores"
-            self.remote.ask(layer, query)  # first, so that the nodes compute in parallel
+            self.remote.ask(layer, query, sliding_window)  # first, so that the nodes compute in parallel
         out, lse = self.backend.paged_attention(
             query,
             self.pool,

@@ -61,14 +61,16 @@ class LoadedModel:
     def query_shape(self) -> QueryShape:
         """Returns the shape of queries to store nodes.
 
-        Raises `InvalidArgument` for a model that does not attend to all keys with plain scores of one scale.
+        Raises `InvalidArgument` for a model that does not attend with plain scores of one scale.
         """
-        extras = sorted({extra for kind in self.attention_kinds for extra in kind.extras()})
-        if extras or len(self.attention_kinds) > 1:
-            wanted = ", ".join(extras) or "a scale for each layer"
+        extras = {extra for kind in self.attention_kinds for extra in kind.extras()}
+        scales = {kind.scale for kind in self.attention_kinds}
+        refused = sorted(extras - {"sliding_window"})
+        if refused or len(scales) > 1:
+            wanted = ", ".join(refused) or "a scale for each layer"
             raise InvalidArgument(f"{self.name} attends with {wanted}; store nodes answer without: use attend='never'")
-        [kind] = self.attention_kinds
-        return QueryShape(self.module.config.num_attention_heads, float(kind.scale))
+        [scale] = scales
+        return QueryShape(self.module.config.num_attention_heads, float(scale), has_windows="sliding_window" in extras)
 
 
 def load_model(

@@ -25,7 +25,7 @@ from attnstore.limits import ATTEND_BYTES_MAX, ATTEND_ROWS_MAX
 from attnstore.types import PageStatus
 from attnstore_worker.cache.attending.exchange import DeviceExchange
 from attnstore_worker.cache.attending.fetched import FetchedLayers, FetchedPart
-from attnstore_worker.cache.attending.step import AttendCounts, NodeRows, RemoteStep
+from attnstore_worker.cache.attending.step import AttendCounts, RemoteStep, SetRows
 from attnstore_worker.cache.planning.observation import Observer
 from attnstore_worker.cache.pool.tier import Tier
 from attnstore_worker.cache.store.base import AttendStore, LayerStore
@@ -40,10 +40,11 @@ _FLOAT_BYTES: Final = 4
 
 @dataclass(frozen=True, slots=True)
 class QueryShape:
-    """The queries of a model: heads, and the factor on `q . k`."""
+    """The queries of a model: heads, the factor on `q . k`, and whether some layers have a sliding window."""
 
     q_heads: int
     scale: float
+    has_windows: bool = False
 
     def row_bytes(self, layout: PageLayout) -> int:
         """The bytes of one row over all layers: `q` and its answer `(out, lse)`, in fp32."""
@@ -139,26 +140,27 @@ class RemoteAttention:
         self._unfetchable.discard(prefix)
         self._begun().close_prefix(prefix)
 
-    def step(self, parts: Sequence[tuple[AttendedPrefix | None, int]]) -> RemoteStep | None:
-        """Returns the queries of a step, from the prefix and the number of rows of each sequence. None if no sequence has a prefix.
-        Raises `PagesLost` if a prefix is already lost.
+    def step(self, parts: Sequence[tuple[AttendedPrefix | None, int, int]]) -> RemoteStep | None:
+        """Returns the queries of a step, from the prefix, the position of the first row and the number of rows of each sequence.
+        None if no sequence has a prefix. Raises `PagesLost` if a prefix is already lost.
         """
-        if any(prefix is not None and prefix.lost for prefix, _ in parts):
+        if any(prefix is not None and prefix.lost for prefix, _, _ in parts):
             raise PagesLost("blocks in the store were lost before this step")
-        asked: dict[AttendStream, list[tuple[int, int, int]]] = {}
+        asked: dict[AttendStream, list[SetRows]] = {}
         fetched: list[tuple[AttendedPrefix, FetchedPart]] = []
         begin = 0
-        for prefix, rows in parts:
+        for prefix, position, rows in parts:
             if prefix is not None and self._fetches_for(prefix, rows):
                 fetched.append((prefix, FetchedPart(self._open[prefix], begin, rows)))
             else:
                 for each in prefix.sets if prefix is not None else ():
-                    asked.setdefault(each.stream, []).append((each.set_id, begin, rows))
+                    asked.setdefault(each.stream, []).append(SetRows(each.set_id, begin, rows, each.indices, position))
             begin += rows
         if not asked and not fetched:
             return None
-        nodes = [NodeRows(stream, sets, self._rows_max) for stream, sets in asked.items()]
-        return RemoteStep(nodes, self._counts, self._lose, self._exchange, self._fetched(fetched) if fetched else None)
+        sizes = self._rows_max, self._layout.block_tokens
+        windows = self._fetched(fetched) if fetched else None
+        return RemoteStep(asked, *sizes, self._counts, self._lose, self._exchange, windows)
 
     def traffic(self) -> Traffic:
         """The traffic so far."""

@@ -7,7 +7,8 @@ through `DeviceExchange`, and are merged there. Invariant: `merge` returns atten
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from bisect import bisect_left
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +16,7 @@ import numpy as np
 from torch import Tensor, empty, from_numpy
 
 from attnstore.client.base import AttendStream
+from attnstore.core.windows import first_keys
 from attnstore.errors import AttnStoreError
 from attnstore_worker.cache.attending.exchange import DeviceExchange
 from attnstore_worker.cache.attending.fetched import FetchedLayers
@@ -41,8 +43,9 @@ Floats = Any
 class _Piece:
     """Rows that are sent in one query: `rows` of the step's, for `sets` of `(set_id, rows)`."""
 
-    def __init__(self, sets: list[tuple[int, int]], rows: list[int]) -> None:
+    def __init__(self, sets: list[tuple[int, int]], rows: list[int], firsts: list[int]) -> None:
         self.sets = tuple(sets)
+        self.firsts = firsts
         self.rows = np.array(rows, dtype=np.int64)
         self.query: Floats = None
         self.out: Floats = None
@@ -58,23 +61,49 @@ class _Piece:
         return memoryview(self.query).cast("B")
 
 
-class NodeRows:
-    """The rows that one node is asked about: `sets` of `(set_id, first row, rows)`, in pieces of at most `rows_max` rows."""
+@dataclass(frozen=True, slots=True)
+class SetRows:
+    """Rows `[first_row, first_row + rows)` of a step ask about one set. `indices` are its pages' places in the sequence, `position`
+    that of the first row.
+    """
 
-    def __init__(self, stream: AttendStream, sets: Sequence[tuple[int, int, int]], rows_max: int) -> None:
+    set_id: int
+    first_row: int
+    rows: int
+    indices: Sequence[int]
+    position: int
+
+    def first_keys(self, block_tokens: int, window: int) -> list[int]:
+        """Returns the first key that each row sees through a sliding window, without the rows that see none: they are the last."""
+        positions = range(self.position, self.position + self.rows)
+        firsts = first_keys(self.indices, block_tokens, positions, window)
+        return firsts[: bisect_left(firsts, len(self.indices) * block_tokens)]
+
+
+class NodeRows:
+    """The rows that one node is asked about, in pieces of at most `rows_max` rows; none if no row sees a page through `window`."""
+
+    def __init__(
+        self, stream: AttendStream, asked: Sequence[SetRows], rows_max: int, block_tokens: int, window: int | None = None
+    ) -> None:
         self.stream = stream
         self.pieces: list[_Piece] = []
         named: list[tuple[int, int]] = []
         rows: list[int] = []
-        for set_id, first, count in sets:
-            for begin in range(first, first + count, rows_max):
-                part = min(rows_max, first + count - begin)
+        firsts: list[int] = []
+        for each in asked:
+            seen = None if window is None else each.first_keys(block_tokens, window)
+            count = each.rows if seen is None else len(seen)
+            for begin in range(0, count, rows_max):
+                part = min(rows_max, count - begin)
                 if len(rows) + part > rows_max:
-                    self.pieces.append(_Piece(named, rows))
-                    named, rows = [], []
-                named.append((set_id, part))
-                rows += range(begin, begin + part)
-        self.pieces.append(_Piece(named, rows))
+                    self.pieces.append(_Piece(named, rows, firsts))
+                    named, rows, firsts = [], [], []
+                named.append((each.set_id, part))
+                rows += range(each.first_row + begin, each.first_row + begin + part)
+                firsts += seen[begin : begin + part] if seen is not None else ()
+        if rows:
+            self.pieces.append(_Piece(named, rows, firsts))
 
 
 class RemoteStep:
@@ -85,36 +114,46 @@ class RemoteStep:
 
     def __init__(
         self,
-        nodes: Sequence[NodeRows],
+        asked: Mapping[AttendStream, Sequence[SetRows]],
+        rows_max: int,
+        block_tokens: int,
         counts: AttendCounts,
         lose: Callable[[AttendStream, AttnStoreError], None],
         exchange: DeviceExchange | None = None,
         fetched: FetchedLayers | None = None,
     ) -> None:
-        self._nodes = nodes
+        self._asked = asked
+        self._sizes = rows_max, block_tokens
+        self._by_window: dict[int | None, list[NodeRows]] = {}
+        self._nodes: list[NodeRows] = []
         self._counts = counts
         self._lose_stream = lose
         self._exchange = exchange
         self._fetched = fetched
-        self._rounds = max((len(node.pieces) for node in nodes), default=0)
         self._layer = 0
         self._query: Floats = None
-        self._asked = empty(0)
+        self._own_query = empty(0)
 
     @property
     def takes_arrays(self) -> bool:
         """Whether `ask_rows` and `merge_rows` may be called: queries are in host memory, and the nodes answer all of them."""
         return self._exchange is None and self._fetched is None
 
-    def ask(self, layer: int, query: Tensor) -> None:
-        """Sends the rows of `query` `[total_q, q_heads, head_dim]`. Raises `PagesLost`."""
-        self._asked = query
+    def ask(self, layer: int, query: Tensor, window: int | None = None) -> None:
+        """Sends the rows of `query` `[total_q, q_heads, head_dim]` that see a page through the layer's sliding window, or all.
+        Raises `PagesLost`.
+        """
+        self._own_query = query
         rows = query.float().contiguous() if self._exchange is None else self._exchange.fetch(query)
-        self.ask_rows(layer, rows.numpy())
+        self.ask_rows(layer, rows.numpy(), window)
 
-    def ask_rows(self, layer: int, query: Floats) -> None:
+    def ask_rows(self, layer: int, query: Floats, window: int | None = None) -> None:
         """`ask` of a contiguous array that stays as it is until the step has merged the layer."""
         self._layer, self._query = layer, query
+        if window not in self._by_window:
+            made = [NodeRows(stream, sets, *self._sizes, window) for stream, sets in self._asked.items()]
+            self._by_window[window] = [node for node in made if node.pieces]
+        self._nodes = self._by_window[window]
         self._send(0)
 
     def merge(self, out: Tensor, lse: Tensor) -> Tensor:
@@ -123,7 +162,7 @@ class RemoteStep:
             out = out.contiguous()
             self.merge_rows(out.numpy(), lse.numpy())
             if self._fetched is not None:
-                self._fetched.merge(self._layer, self._asked, out.numpy(), lse.numpy())
+                self._fetched.merge(self._layer, self._own_query, out.numpy(), lse.numpy())
                 self._counts.round_trips += self._fetched.windows
                 self._counts.bytes_received += self._fetched.bytes_per_layer
             return out
@@ -163,7 +202,7 @@ class RemoteStep:
                 piece = node.pieces[number]
                 data = piece.data(self._query)
                 try:
-                    node.stream.ask(self._layer, piece.sets, data)
+                    node.stream.ask(self._layer, piece.sets, data, piece.firsts)
                 except AttnStoreError as error:
                     self._lose(node, error)
                 self._counts.bytes_sent += len(data)
@@ -172,7 +211,7 @@ class RemoteStep:
     def _receive_all(
         self, memory: Callable[[_Piece], tuple[Floats, Floats]], merge: Callable[[_Piece, Floats, Floats], bool]
     ) -> None:
-        for number in range(self._rounds):
+        for number in range(max((len(node.pieces) for node in self._nodes), default=0)):
             if number:
                 self._send(number)
             for node in self._nodes:
@@ -194,7 +233,7 @@ class RemoteStep:
 
     def _lose(self, node: NodeRows, error: AttnStoreError) -> None:
         self._lose_stream(node.stream, error)
-        for other in self._nodes:
-            if other is not node:
-                self._lose_stream(other.stream, PagesLost("another node failed in the same step"))
+        for stream in self._asked:
+            if stream is not node.stream:
+                self._lose_stream(stream, PagesLost("another node failed in the same step"))
         raise PagesLost(f"attention at a store node failed: {error}") from None
