@@ -1,4 +1,4 @@
-"""Models with sliding windows attend to blocks in the store: the tokens are the resident ones; rows that see no page are not sent."""
+"""Models with sliding windows attend to blocks in the store, with the resident tokens; rows that see no page are not sent."""
 
 from __future__ import annotations
 
