@@ -7,6 +7,7 @@ those of the resident run.
 from __future__ import annotations
 
 import math
+import os
 import pydoc_data.topics
 import statistics
 from collections.abc import Iterator, Sequence
@@ -14,6 +15,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from time import perf_counter
 from typing import Final
+
+import torch
 
 import attnstore
 from attnstore.testing import StoreProcess
@@ -186,11 +189,15 @@ def store_at(url: str, transport: str) -> Iterator[attnstore.Client]:
 
 
 def resident(model: LoadedModel, prompt: list[int], tokens: int, url: str) -> Run:
-    """Computes the prompt, which fills the node, and generates with everything in the pool."""
+    """Computes the prompt with all cores, which fills the node, and generates with everything in the pool."""
     with store_at(url, "tcp") as store, Engine(model, engine_options(model, len(prompt) + tokens), store=store) as engine:
-        run = generate(engine, prompt, tokens)
+        threads = torch.get_num_threads()
+        torch.set_num_threads(os.cpu_count() or 1)
+        sequence, ttft_ms = _first_token(engine, prompt, tokens)
+        torch.set_num_threads(threads)
+        step_ms, step_tokens = _step_to_end(engine, sequence)
         engine.flush(DEADLINE_MS)
-        return run
+        return Run(sequence.generated, ttft_ms, step_ms, step_tokens, 0.0, 0.0)
 
 
 def _shared(model: LoadedModel, prompt: list[int], tokens: int, url: str) -> Run:

@@ -239,18 +239,42 @@ class StoreAttention:
         leased: dict[AttendNode, _KeptLease] = {}
         try:
             matches = [self._match(node, hashes, indices, deadline, leased, len(asked) > 1) for node, indices in asked.items()]
-            held = distribute(await asyncio.gather(*matches), len(hashes))
-            used = {node: indices for node, indices in zip(asked, held, strict=True) if indices}
-            streams = await asyncio.gather(*map(self._stream, used))
+            used = await self._divide(tuple(asked), await asyncio.gather(*matches), len(hashes))
         except BaseException:
             self._let_go(leased.values())
             raise
         self._let_go(kept for node, kept in leased.items() if node not in used)
         self._keep(leased[node] for node in used)
         return [
-            _Share(stream, indices, [hashes[index] for index in indices], leased[node])
-            for stream, (node, indices) in zip(streams, used.items(), strict=True)
+            _Share(stream, indices, [hashes[index] for index in indices], leased[node]) for node, (stream, indices) in used.items()
         ]
+
+    async def _divide(
+        self, nodes: Sequence[AttendNode], present: Sequence[set[int]], pages: int
+    ) -> dict[AttendNode, tuple[AttendStream, list[int]]]:
+        """Divides the pages among the nodes that have them and open a stream. `present` as in `distribute`. Raises the error of a
+        node if no node with pages opens one.
+        """
+        failure: AttnStoreError | None = None
+        while True:
+            held = distribute(present, pages)
+            used = {node: indices for node, indices in zip(nodes, held, strict=True) if indices}
+            if not used and failure is not None:
+                raise failure
+            opened = await asyncio.gather(*map(self._stream, used), return_exceptions=True)
+            streams: dict[AttendNode, AttendStream] = {}
+            for node, stream in zip(used, opened, strict=True):
+                if isinstance(stream, AttnStoreError):
+                    failure = stream
+                    _log.warning("a node does not attend", reason=str(stream))
+                elif isinstance(stream, BaseException):
+                    raise stream
+                else:
+                    streams[node] = stream
+            if len(streams) == len(used):
+                return {node: (streams[node], indices) for node, indices in used.items()}
+            failed = used.keys() - streams.keys()
+            present = [set() if node in failed else there for node, there in zip(nodes, present, strict=True)]
 
     async def _match(
         self,

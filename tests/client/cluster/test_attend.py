@@ -61,6 +61,7 @@ class Node:
         self.leases = 0
         self.failure: Exception | None = None
         self.refusal: errors.AttnStoreError | None = None
+        self.unreachable: errors.AttnStoreError | None = None
         self.streams: list[Stream] = []
         self._met = met
 
@@ -86,6 +87,8 @@ class Node:
         return True
 
     async def attend(self, _plan: AttendPlan, _run: Runner, /) -> Stream:
+        if self.unreachable is not None:
+            raise self.unreachable
         self.streams.append(Stream(self))
         return self.streams[-1]
 
@@ -229,3 +232,33 @@ def test_closing_closes_every_stream_and_releases_every_lease(loop: LoopThread) 
     over.close()
     assert prefix.lost
     assert eventually(lambda: (ada.leases, bob.leases) == (0, 0))
+
+
+def test_pages_of_a_node_to_which_no_stream_opens_are_attended_to_at_their_other_holder(loop: LoopThread) -> None:
+    log: list[str] = []
+    nodes = [Node("a", {0, 1, 2, 3}, log), Node("b", {2, 3, 4, 5}, log), Node("c", {0, 1, 4}, log)]
+    nodes[0].unreachable = errors.Unavailable("a is gone")
+    with attention(loop, *nodes) as asked:
+        prefix = asked.open(HASHES)
+        assert prefix is not None
+        assert prefix.blocks == PAGES
+        assert nodes[0].sets == []
+        assert sorted(page for node in nodes[1:] for pages in node.sets for page in pages) == sorted(HASHES)
+        assert eventually(lambda: nodes[0].leases == 0)
+        asked.close_prefix(prefix)
+    assert eventually(lambda: not any(node.leases for node in nodes))
+
+
+def test_pages_that_only_an_unreachable_node_has_end_the_prefix_and_without_any_node_its_error_is_raised(loop: LoopThread) -> None:
+    log: list[str] = []
+    nodes = [Node("a", {2, 3}, log), Node("b", {0, 1, 4, 5}, log)]
+    nodes[0].unreachable = errors.Overloaded("a has no place")
+    with attention(loop, *nodes) as asked:
+        prefix = asked.open(HASHES)
+        assert prefix is not None
+        assert prefix.blocks == 2
+        nodes[1].unreachable = errors.Unavailable("b is gone")
+        asked.close_prefix(prefix)
+        with pytest.raises(errors.AttnStoreError, match=r"gone|no place"):
+            asked.open(HASHES)
+    assert eventually(lambda: not any(node.leases for node in nodes))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, cast
@@ -36,6 +37,7 @@ class Node:
         self.spoils: float | None = None
         self.written: list[memoryview] = []
         self.queries = 0
+        self.takes_s = 0.0
 
     def ask(self, layer: int, sets: Sequence[tuple[int, int]], rows: memoryview, firsts: Sequence[int] = ()) -> None:
         assert not firsts
@@ -65,6 +67,7 @@ class Node:
     def receive(self, out: memoryview, lse: memoryview) -> None:
         if self.queries == self.fails_at:
             raise errors.Unavailable("the node is gone")
+        time.sleep(self.takes_s)
         partial = self._answers.pop(0)
         if self.spoils is not None:
             partial[self.queries % 2].view(-1)[-1] = self.spoils
@@ -187,6 +190,16 @@ def test_a_node_that_is_lost_amid_a_step_ends_it(tiny: LoadedModel, layer: int) 
         part.step.logits(tiny.decoder)
     assert len(part.lost) == 2, "the other node's answer is in flight"
     assert_the_next_step_is_right(part, tiny.decoder)
+
+
+def test_a_node_twice_as_slow_as_its_twin_costs_time_and_no_digit(tiny: LoadedModel) -> None:
+    assert isinstance(tiny.decoder, LlamaDecoder)
+    part = split(asked(tiny, [100], [1]), [4], 2, scale_of(tiny))
+    for number, node in enumerate(part.nodes, 1):
+        node.takes_s = number * 0.01
+    expected, _ = part.whole.logits(tiny.decoder)
+    got, _ = part.step.logits(tiny.decoder)
+    torch.testing.assert_close(got, expected, rtol=0, atol=1e-4)
 
 
 def test_an_answer_that_comes_late_reaches_no_later_step(tiny: LoadedModel) -> None:
