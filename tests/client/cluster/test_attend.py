@@ -12,7 +12,8 @@ from attnstore import BlockHash, Lease, MatchResult, PageLayout, errors
 from attnstore.client.async_client import AsyncClient
 from attnstore.client.base import AttendPlan
 from attnstore.client.calls import Runner
-from attnstore.client.cluster.attend import AttendNode, StoreAttention, distribute
+from attnstore.client.cluster.attend import AttendNode, StoreAttention
+from attnstore.client.cluster.division import distribute
 from attnstore.client.facade import LoopThread
 from attnstore.clock import Deadline, MonotonicClock
 from attnstore.wire.attend import AttendShape
