@@ -30,7 +30,7 @@ because the first step of a sequence may be another than those that follow.
 _GAIN_MIN: Final = 0.01
 """Spinning must shorten the time from frame to frame by so much: it costs a core."""
 
-_CORES: Final = len(os.sched_getaffinity(0))
+_CORES: Final = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1  # a system without it never spins
 _spinning = threading.BoundedSemaphore(max(1, _CORES - 1))
 
 
