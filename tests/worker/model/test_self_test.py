@@ -230,10 +230,9 @@ def test_the_pages_of_a_prefix_are_the_same_under_any_length(
 @pytest.mark.parametrize(
     ("kinds", "why"),
     [
-        ({AttentionKind(0.5, 24, None, False)}, "sliding_window"),
         ({AttentionKind(0.5, None, 50.0, False)}, "soft_cap"),
         ({AttentionKind(0.5, None, None, True)}, "sinks"),
-        ({AttentionKind(0.5, None, None, False), AttentionKind(0.5, 24, 50.0, False)}, "sliding_window, soft_cap"),
+        ({AttentionKind(0.5, None, None, False), AttentionKind(0.5, 24, 50.0, False)}, "soft_cap"),
         ({AttentionKind(0.5, None, None, False), AttentionKind(0.25, None, None, False)}, "a scale for each layer"),
     ],
 )

@@ -202,7 +202,8 @@ class Node:
     query: Tensor = field(default_factory=lambda: torch.empty(0))
     layers: list[int] = field(default_factory=list)
 
-    def ask(self, layer: int, query: Tensor) -> None:
+    def ask(self, layer: int, query: Tensor, window: int | None = None) -> None:
+        assert window is None
         self.layers.append(layer)
         self.query = query
 
