@@ -223,8 +223,9 @@ def test_for_lack_of_room_one_attends_so_that_another_keeps_its_blocks(tiny: Loa
     planner = Scripted()
     prompts = [prompt_of(4 * 16 + 3, seed) for seed in (3, 4)]
     with Engine(tiny, options(tiny, "room"), store=client, planner=planner) as engine:
-        for token_ids in prompts:
-            warmed(engine, token_ids)
+        for token_ids in prompts:  # also here: a load may be so slow that the other sequence has ended before
+            engine.generate(token_ids, SamplingParams(max_tokens=1))
+            assert engine.flush(60_000)
         # No sequence attends by choice, and having the blocks here again costs as much as anything else.
         planner.says = forecast(attend=1e6, load=1e6, rent=1.0)
         sequences = [engine.submit(token_ids, SamplingParams(max_tokens=40)) for token_ids in prompts]
