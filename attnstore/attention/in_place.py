@@ -93,7 +93,7 @@ class PreparedQuery:
         firsts: memoryview,
     ) -> None:
         layout, pool = sets[0].layout, _Pool(sets)
-        total, row_dim = sum(counts), layout.row_dim if asked.value_dim else layout.head_dim
+        total, row_dim = sum(counts), layout.query_dim(asked.value_dim)
         starts = torch.tensor([0, *counts], dtype=torch.int32).cumsum(0, dtype=torch.int32)
         numbers = _first_keys(sets, counts, firsts)
         seen_from = [int(of_set.min()) // layout.block_tokens for of_set in np.split(numbers, starts[1:-1].numpy())]

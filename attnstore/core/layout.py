@@ -105,6 +105,10 @@ class PageLayout:
         """Elements of a latent row, if the page has latents."""
         return 2 * self.head_dim
 
+    def query_dim(self, value_dim: int) -> int:
+        """Elements of a query row for each head: of a latent row if `value_dim` is not 0, see `check_latents`."""
+        return self.row_dim if value_dim else self.head_dim
+
     def check_latents(self, value_dim: int) -> None:
         """Raises `InvalidArgument` unless the pages may hold latent rows that nodes attend to, whose first `value_dim` elements are
         values.

@@ -35,7 +35,7 @@ from attnstore.limits import (
 from attnstore.server.store import Store
 from attnstore.server.turns import FairTurns
 from attnstore.types import AttendLimits, PageStatus, Space
-from attnstore.wire.attend import AttendClose, AttendOpen, AttendQuery, AttendShape
+from attnstore.wire.attend import FLOAT_BYTES, AttendClose, AttendOpen, AttendQuery, AttendShape
 
 if TYPE_CHECKING:
     from attnstore.attention.in_place import PagesInPlace, PreparedQuery
@@ -44,7 +44,9 @@ LIMITS: Final = AttendLimits(ATTEND_ROWS_MAX, ATTEND_BYTES_MAX, ATTEND_HASHES_MA
 _BUDGET_MS_DEFAULT: Final = 10_000
 _ROWS_PER_READ: Final = 8
 _QUESTIONS_MAX: Final = 16
-"""Prepared queries that a stream keeps: the pieces of a prefill chunk, or of steps with and without drafts, alternate."""
+"""Prepared queries that a stream keeps, of ATTEND_ROWS_MAX rows together: the pieces of a prefill chunk, or steps with and without
+drafts, alternate.
+"""
 _NEEDED: Final = ("torch", "numba")
 
 
@@ -56,6 +58,7 @@ class _Question(NamedTuple):
     """A query as far as it is the same at each layer."""
 
     query: PreparedQuery
+    rows: int
     shape: tuple[PageLayout, AttendShape]
     leases: tuple[bytes, ...]
     cost: int
@@ -152,7 +155,7 @@ class Attending:
         # With few rows reading the pages dominates the cost, with many rows multiplication does.
         pages = sum(seen * (1 + rows // _ROWS_PER_READ) for seen, rows in zip(query.seen_pages, counts, strict=True))
         leases = tuple({part.lease_id for part in sets})
-        return _Question(query, (layout, shape), leases, pages * layout.layer_bytes)
+        return _Question(query, sum(counts), (layout, shape), leases, pages * layout.layer_bytes)
 
     def compute(self, question: _Question, layer: int, tenant: str, deadline: Deadline) -> Partial:
         """Returns the partial of a question's loaded rows, computed when its turn comes. Errors as in `FairTurns.take`."""
@@ -217,25 +220,37 @@ class AttendSession:
         `DeadlineExceeded` as `FairTurns.take` does.
         """
         with self._busy:
-            question = self._questions.get((query.sets, bytes(query.firsts)))
-            if question is None or not self._attending.store.leases.holds(self._space, question.leases):
-                question = self._prepared(query)
-            layers = question.shape[0].layers
-            if query.layer >= layers:
-                raise InvalidArgument(f"layer is {query.layer}; the layout has layers 0 to {layers - 1}")
+            key = query.sets, bytes(query.firsts)
+            question = self._questions.get(key)
+            if question is not None and not self._attending.store.leases.holds(self._space, question.leases):
+                question = None
+            sets = [] if question is not None else [self._alive(set_id) for set_id, _ in query.sets]
+            layout, shape = self._checked(query)
+            if question is None:
+                self._make_room(query.total_rows)
+                counts = [rows for _, rows in query.sets]
+                question = self._questions[key] = self._attending.prepare(layout, shape, sets, counts, query.firsts)
             question.query.load(query.vectors)
             deadline = Deadline(self._attending.clock, query.budget_ms or _BUDGET_MS_DEFAULT)
             return self._attending.compute(question, query.layer, self._tenant, deadline)
 
-    def _prepared(self, query: AttendQuery) -> _Question:
-        sets = [self._alive(set_id) for set_id, _ in query.sets]
-        assert self._layout is not None
-        assert self._shape is not None
-        if len(self._questions) >= _QUESTIONS_MAX:
+    def _checked(self, query: AttendQuery) -> tuple[PageLayout, AttendShape]:
+        """Returns what the query is about. Raises `InvalidArgument` before memory is taken for rows that did not come."""
+        layout, shape = self._layout, self._shape
+        assert layout is not None
+        assert shape is not None
+        if query.layer >= layout.layers:
+            raise InvalidArgument(f"layer is {query.layer}; the layout has layers 0 to {layout.layers - 1}")
+        due = query.total_rows * shape.q_heads * layout.query_dim(shape.value_dim) * FLOAT_BYTES
+        if query.vectors.nbytes != due:
+            raise InvalidArgument(f"{query.total_rows} rows have {due} bytes, not {query.vectors.nbytes}")
+        return layout, shape
+
+    def _make_room(self, rows: int) -> None:
+        """Drops the kept questions unless another one of `rows` rows may be kept beside them."""
+        kept = [question.rows for question in self._questions.values()]
+        if len(kept) >= _QUESTIONS_MAX or sum(kept) + rows > ATTEND_ROWS_MAX:
             self._questions.clear()
-        question = self._attending.prepare(self._layout, self._shape, sets, [rows for _, rows in query.sets], query.firsts)
-        self._questions[query.sets, bytes(query.firsts)] = question
-        return question
 
     def close_set(self, closing: AttendClose) -> None:
         """Closes a set, if it is open."""

@@ -12,7 +12,7 @@ from attnstore.client.transports.attend import ChannelAttend
 from attnstore.clock import MonotonicClock
 from attnstore.core.hashing import joint_checksum
 from attnstore.core.layout import DType
-from attnstore.limits import ATTEND_SETS_MAX
+from attnstore.limits import ATTEND_ROWS_MAX, ATTEND_SETS_MAX
 from attnstore.server import attend as attend_module
 from attnstore.streams.frames import FrameStream
 from attnstore.testing.clock import ManualClock
@@ -158,6 +158,37 @@ def test_wrong_queries_are_refused_and_the_stream_goes_on(node: Node) -> None:
             with pytest.raises(error, match=words):
                 act()
             assert torch.equal(ask(stream, set_id), expected)
+
+
+def test_a_query_of_a_wrong_size_is_refused_before_memory_is_taken_for_it(node: Node, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A frame of some bytes may claim 1,024 rows of 1,024 heads, which would take gigabytes."""
+    assert node.attending is not None
+    prepared: list[object] = []
+    prepare = node.attending.prepare
+    monkeypatch.setattr(node.attending, "prepare", lambda *asked: prepared.append(asked) or prepare(*asked))
+    with node.stream() as stream:
+        set_id = stream.open(node.batch.hashes, node.lease())
+        for rows, size in ((1024, 8), (2, Q_HEADS * 64 * 4)):
+            stream.ask(0, [(set_id, rows)], bytes(size))
+            with pytest.raises(errors.InvalidArgument, match="bytes"):
+                stream.receive(memoryview(bytearray(8)), memoryview(bytearray(8)))
+        stream.ask(LAYOUT.layers, [(set_id, 1)], bytes(Q_HEADS * 64 * 4))
+        with pytest.raises(errors.InvalidArgument, match="layer"):
+            stream.receive(memoryview(bytearray(8)), memoryview(bytearray(8)))
+        assert prepared == []
+        ask(stream, set_id)
+        assert len(prepared) == 1
+
+
+def test_prepared_queries_of_a_stream_are_bounded_by_their_rows(node: Node) -> None:
+    with node.stream() as stream:
+        set_id = stream.open(node.batch.hashes, node.lease())
+        assert node.attending is not None
+        [session] = node.attending._sessions
+        for rows in (1024, 1000, 24, 1, 2, 3, 1023):
+            ask(stream, set_id, rows=rows)
+            assert sum(question.rows for question in session._questions.values()) <= ATTEND_ROWS_MAX
+        assert eventually(lambda: len(session._questions) > 0)
 
 
 def test_more_rows_than_allowed_never_leave_the_client(node: Node) -> None:
