@@ -17,7 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from attnstore.attention import cpu_kernel, cpu_pages, online_softmax, prefill_kernel, team
+from attnstore.attention import cpu_kernel, cpu_pages, prefill_kernel, team
+from attnstore.attention.cpu_decode import DecodeCall
 from attnstore.attention.cpu_plan import Plan, Prefill, make_plan
 from attnstore.attention.simd import ELEMENTS, LANES
 
@@ -69,11 +70,11 @@ class CpuAttention:
         plan = self.plan(query, pool, context_lens, query_starts, query_positions, sliding_window)
         if query.stride()[1:] != (query.shape[2], 1):
             query = query.contiguous()
-        pages = _Pages(pool, block_tables, layer)
         scores = _Scores(scale, soft_cap, sinks)
-        decoded = self._decode(plan, pages, query, scores) if len(plan.decode_rows) else None
+        decoded = self._decode(plan, pool, block_tables, layer, query, scores) if len(plan.decode_rows) else None
         if decoded is not None and not plan.prefills:
             return decoded[0].to(out_dtype or query.dtype), decoded[1]
+        pages = _Pages(pool, block_tables, layer)
         out = torch.empty_like(query, dtype=out_dtype or query.dtype)
         lse = torch.empty(query.shape[:2], dtype=torch.float32)
         if decoded is not None:
@@ -130,42 +131,16 @@ class CpuAttention:
         self._planned = (source, plan)
         return plan
 
-    def _decode(self, plan: Plan, pages: _Pages, query: Tensor, scores: _Scores) -> tuple[Tensor, Tensor]:
+    def _decode(
+        self, plan: Plan, pool: Tensor, block_tables: Tensor, layer: int, query: Tensor, scores: _Scores
+    ) -> tuple[Tensor, Tensor]:
         """Returns the result of the decode rows in the order of `plan.decode_rows`: fp32 `[rows, q_heads, head_dim]` and lse."""
         _, q_heads, head_dim = query.shape
-        outs = torch.empty(plan.state_rows, q_heads, head_dim)
-        tops, sums = torch.empty(2, plan.state_rows * q_heads).numpy()
-        lses = torch.empty(len(plan.decode_rows), q_heads)
-        rows = int(plan.decode_rows[-1]) + 1
-        scaled = (query[:rows].float() * scores.factor).view(-1).numpy()
-        flat_outs = outs.view(-1).numpy()
-        scratch = cpu_kernel.scratch_elements(plan.piece_rows_max, q_heads, pages.block_tokens, head_dim)
-        scratches = [torch.empty(scratch).numpy() for _ in plan.shares]
-
-        def attend(thread: int) -> None:
-            cpu_kernel.attend(
-                plan.shares[thread],
-                pages.tables,
-                plan.visible,
-                scaled,
-                pages.flat,
-                pages.block_stride,
-                pages.layer_at,
-                pages.kv_heads,
-                q_heads // pages.kv_heads,
-                pages.block_tokens,
-                head_dim,
-                flat_outs,
-                tops,
-                sums,
-                scratches[thread],
-                scores.cap,
-            )
-
-        self._run(len(plan.shares), attend)
-        flat_lses = lses.view(-1).numpy()
-        online_softmax.finish(plan.pieces, plan.owners, q_heads, head_dim, flat_outs, tops, sums, flat_lses, scores.flat_sinks)
-        return outs[: len(plan.decode_rows)], lses
+        scaled = (query[: int(plan.decode_rows[-1]) + 1].float() * scores.factor).view(-1).numpy()
+        call = DecodeCall(plan, pool, block_tables, scaled, q_heads, cap=scores.cap, sinks=scores.flat_sinks)
+        self._run(call.shares, lambda share: call.run(share, layer))
+        call.finish()
+        return torch.from_numpy(call.outs).view(-1, q_heads, head_dim), torch.from_numpy(call.lses).view(-1, q_heads)
 
     def _attend_many(
         self, plan: Plan, prefill: Prefill, pages: _Pages, query: Tensor, scores: _Scores, out: Tensor, lse: Tensor

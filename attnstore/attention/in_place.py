@@ -20,9 +20,9 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from attnstore.attention import cpu_kernel, cpu_pages, online_softmax, team
+from attnstore.attention import team
 from attnstore.attention.cpu import CpuAttention
-from attnstore.attention.cpu_plan import Plan
+from attnstore.attention.cpu_decode import DecodeCall
 from attnstore.attention.latent import CpuLatentAttention, LatentCall, latent_rows
 from attnstore.attention.warm_up import warm_up, warm_up_latents
 from attnstore.attention.windows import seeing_from
@@ -102,7 +102,7 @@ class PreparedQuery:
         visibility = pool.context_lens, starts, *seeing_from(torch.from_numpy(numbers))
         self._shape = total, asked.q_heads, row_dim
         self._factor = np.float32(asked.scale * math.log2(math.e))
-        self._work: _FewRows | _ManyRows | LatentCall
+        self._work: DecodeCall | _ManyRows | LatentCall
         if asked.value_dim:
             self._work = LatentCall(
                 latent_rows(pool.tensor, layout),
@@ -121,11 +121,11 @@ class PreparedQuery:
                 self._work = _ManyRows(backend, pool, rows, visibility, asked.scale)
                 self._factor = _ONE
             else:
-                self._work = _FewRows(plan, pool, asked.q_heads, self._flat_rows)
+                self._work = DecodeCall(plan, pool.tensor, pool.block_tables, self._flat_rows, asked.q_heads)
         self.shares = self._work.shares
         self.run = self._work.run
         self.finish = self._work.finish
-        self.out = _bytes(self._work.outs[: total * asked.q_heads * (asked.value_dim or row_dim)])
+        self.out = _bytes(self._work.outs)
         """fp32 `[rows, q_heads, head_dim]`, `value_dim` for latents, in native byte order: the rows of all sets in their order."""
         self.lse = _bytes(self._work.lses)
         """fp32 `[rows, q_heads]`, natural logarithm."""
@@ -149,50 +149,6 @@ class PreparedQuery:
         asked = np.frombuffer(bytearray(given) if given.readonly else given, dtype=np.float32)
         if not _load(asked, self._factor, self._flat_rows):
             raise InvalidArgument("a query row has an element that is not finite")
-
-
-class _FewRows:
-    """The decode kernel for a query: everything that it takes but the layer. `rows` are scaled when they are loaded."""
-
-    def __init__(self, plan: Plan, pool: _Pool, q_heads: int, rows: Any) -> None:
-        _, _, _, kv_heads, block_tokens, head_dim = pool.tensor.shape
-        states = plan.state_rows * q_heads
-        scratch = cpu_kernel.scratch_elements(plan.piece_rows_max, q_heads, block_tokens, head_dim)
-        self._plan = plan
-        self._rows = rows
-        self._tables = pool.block_tables.numpy()
-        self._flat = cpu_pages.elements(pool.tensor)
-        self._block_stride, self._layer_stride = pool.tensor.stride()[:2]
-        self._shape = kv_heads, q_heads // kv_heads, block_tokens, head_dim
-        self._tops, self._sums = torch.empty(states).numpy(), torch.empty(states).numpy()
-        self._scratches = [torch.empty(scratch).numpy() for _ in plan.shares]
-        self.shares = len(plan.shares)
-        self.outs = torch.empty(states * head_dim).numpy()
-        self.lses = torch.empty(len(plan.decode_rows) * q_heads).numpy()
-
-    def run(self, share: int, layer: int) -> None:
-        """Computes one share; several threads may compute one each."""
-        cpu_kernel.attend(
-            self._plan.shares[share],
-            self._tables,
-            self._plan.visible,
-            self._rows,
-            self._flat,
-            self._block_stride,
-            layer * self._layer_stride,
-            *self._shape,
-            self.outs,
-            self._tops,
-            self._sums,
-            self._scratches[share],
-            None,
-        )
-
-    def finish(self) -> None:
-        """Joins the shares to the result."""
-        plan, (kv_heads, group, _, head_dim) = self._plan, self._shape
-        states = self.outs, self._tops, self._sums
-        online_softmax.finish(plan.pieces, plan.owners, kv_heads * group, head_dim, *states, self.lses, None)
 
 
 class _ManyRows:
