@@ -23,7 +23,7 @@ from attnstore_worker.cache.attending.step import RemoteStep
 from attnstore_worker.model import LoadedModel, few_rows
 from experiments.attend.notes import Notes
 from experiments.attend.ping import measured_rtt_ms
-from experiments.attend.real_model import Cell, attended, resident, weight_bytes
+from experiments.attend.real_model import BLOCK_TOKENS, Cell, attended, resident, weight_bytes
 
 _STEPS: Final = 16
 """The last steps of a run are traced: by then, both sides know whether to spin."""
@@ -113,7 +113,7 @@ class Timeline:
 def trace(model: LoadedModel, prompt: list[int], cells: Sequence[Cell], *, threads: int) -> list[Timeline]:
     """Returns the timelines of attended steps behind a prompt, one for each link."""
     timelines = []
-    layers = model.layout(16).layers
+    layers = model.layout(BLOCK_TOKENS).layers
     for cell in cells:
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "notes.json"

@@ -15,10 +15,10 @@ import attnstore
 from attnstore.core.layout import DType
 from attnstore.testing import StoreProcess
 from attnstore_worker.cache.attending.step import NodeRows, SetRows
-from attnstore_worker.engine import AttendPolicy, Engine, EngineOptions, FinishReason, SamplingParams
+from attnstore_worker.engine import AttendPolicy, Engine, FinishReason, SamplingParams
 from attnstore_worker.model import LoadedModel, load_model
+from tests.worker.engine.test_attend import NEW_TOKENS, options, prompt, resident
 
-NEW_TOKENS = 24
 WINDOW = 72
 SIZES: dict[str, Any] = {
     "vocab_size": 49152, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -59,27 +59,11 @@ def client(request: pytest.FixtureRequest, node: StoreProcess) -> Iterator[attns
         yield client
 
 
-def prompt(tokens: int) -> list[int]:
-    return [(7 * index * index + 13 * index) % 4096 + 10 for index in range(tokens)]
-
-
-def resident(model: LoadedModel, token_ids: list[int]) -> list[int]:
-    pool = EngineOptions(pool_bytes=64 * model.layout(16).page_bytes, chunk_tokens=32)
-    with Engine(model, pool) as engine:
-        return engine.generate(token_ids, SamplingParams(max_tokens=NEW_TOKENS)).generated
-
-
 @pytest.mark.parametrize(("tokens", "attend"), [(20 * 16, AttendPolicy.BEYOND_POOL), (6 * 16 + 5, AttendPolicy.ALWAYS)])
 def test_the_tokens_are_those_of_a_resident_run(
     windowed: LoadedModel, client: attnstore.Client, request: pytest.FixtureRequest, tokens: int, attend: AttendPolicy
 ) -> None:
-    wanted = EngineOptions(
-        pool_bytes=8 * windowed.layout(16).page_bytes,
-        chunk_tokens=32,
-        attend=attend,
-        store_deadline_ms=60_000,
-        tenant_salt=request.node.name.encode(),
-    )
+    wanted = options(windowed, request.node.name, attend)
     token_ids = prompt(tokens)
     with Engine(windowed, wanted, store=client, attend_store=client) as engine:
         for _ in range(2):  # the second time, the prompt's pages are there

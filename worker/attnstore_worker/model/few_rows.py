@@ -89,25 +89,29 @@ class FewRows:
 
     def _run_asking(self, remote: RemoteStep, step: PagedStep, work: Work, batch: Batch, threads: int) -> None:
         """Runs all layers; the nodes compute while this thread attends to the pages that are here."""
-        shape, layer = self._shape, 0
+        shape = self._shape
         asked = work.asked.reshape(-1, shape.q_heads, shape.head_dim)[: batch.rows]
         outs = batch.outs.reshape(-1, shape.q_heads, shape.head_dim)[: batch.rows]
         lses = batch.lses.reshape(-1, shape.q_heads)
 
-        def to_attention(thread: int) -> None:
-            run_to_attention(layer, self._layers, thread, threads, shape, self._weights, self._epsilon, work, batch)
+        def to_attention(layer: int) -> None:
+            weights = self._weights, self._epsilon
+            team.run(
+                threads,
+                lambda thread: run_to_attention(layer, self._layers, thread, threads, shape, *weights, work, batch),
+                work.arrived,
+            )
 
-        def attention(thread: int) -> None:
-            run_attention(layer, thread, threads, shape, work, batch)
+        def attention(layer: int) -> None:
+            team.run(threads, lambda thread: run_attention(layer, thread, threads, shape, work, batch), work.arrived)
 
         for layer in range(self._layers):
             step.before_layer(layer)
-            team.run(threads, to_attention, work.arrived)
+            to_attention(layer)
             remote.ask_rows(layer, asked)
-            team.run(threads, attention, work.arrived)
+            attention(layer)
             remote.merge_rows(outs, lses)
-        layer = self._layers
-        team.run(threads, to_attention, work.arrived)
+        to_attention(self._layers)
 
     def _logits(self, rows: Tensor, work: Work, threads: int) -> Tensor:
         padded, hidden = _padded(len(rows)), self._shape.hidden

@@ -212,8 +212,10 @@ def _begin(layer, thread, threads, shape, weights, epsilon, work, batch):
 
 
 @compiled
-def _attend(layer, thread, threads, shape, work, batch):
-    """A layer's attention over the pages of the pool: ends with it in `batch.outs` and `batch.lses`."""
+def run_attention(layer, thread, threads, shape: LayerShape, work, batch):
+    """Runs the attention of `layer` over the pages of the pool: ends with it in `batch.outs` and `batch.lses`. Called like
+    `run_layers`.
+    """
     layer_at = layer * 2 * shape.kv_heads * batch.block_tokens * shape.head_dim
     scratch = batch.scratch.shape[0] // threads
     for share in range(thread, batch.shares.shape[0] - 1, threads):
@@ -278,7 +280,7 @@ def run_layers(first, last, thread, threads, shape: LayerShape, weights, epsilon
     """
     for layer in range(first, last):
         _begin(layer, thread, threads, shape, weights, epsilon, work, batch)
-        _attend(layer, thread, threads, shape, work, batch)
+        run_attention(layer, thread, threads, shape, work, batch)
         _end(layer, thread, threads, shape, weights, epsilon, work, batch)
 
 
@@ -291,12 +293,6 @@ def run_to_attention(layer, layers, thread, threads, shape: LayerShape, weights,
         _end(layer - 1, thread, threads, shape, weights, epsilon, work, batch)
     if layer < layers:
         _begin(layer, thread, threads, shape, weights, epsilon, work, batch)
-
-
-@compiled
-def run_attention(layer, thread, threads, shape: LayerShape, work, batch):
-    """Runs the attention of `layer` over the pages of the pool. Called like `run_layers`."""
-    _attend(layer, thread, threads, shape, work, batch)
 
 
 @compiled

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from attnstore.attention import AttentionBackend
+from attnstore.attention.windows import KEYS_MAX
 from attnstore.core.hashing import BlockHash
 from attnstore.core.layout import PageLayout
 from attnstore.limits import MIB
@@ -25,8 +26,6 @@ from attnstore_worker.errors import PagesLost
 
 WINDOW_BYTES_MAX: Final = 8 * MIB
 """The memory of a window. A read of so many bytes costs little more than its bytes."""
-
-_BEHIND_ALL_KEYS: Final = 1 << 30
 
 ReadLayer = Callable[[Sequence[BlockHash], Sequence[memoryview], int], bool]
 """`read(hashes, buffers, layer)` fills a buffer of `layout.layer_bytes` for each page. Returns whether all came. May raise."""
@@ -131,7 +130,7 @@ class FetchedLayers:
             torch.tensor([0, rows], dtype=torch.int32),
             layer=0,
             scale=self._scale,
-            query_positions=torch.full((rows,), _BEHIND_ALL_KEYS, dtype=torch.int32),
+            query_positions=torch.full((rows,), KEYS_MAX, dtype=torch.int32),
             out_dtype=torch.float32,
         )
 
