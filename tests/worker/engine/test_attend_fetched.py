@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from concurrent.futures import Executor, Future
 from typing import Any
 
 import pytest
@@ -10,15 +11,18 @@ import torch
 
 import attnstore
 from attnstore import errors
+from attnstore.attention import create_attention
 from attnstore.testing import StoreProcess
 from attnstore.types import PageStatus, ReadResult
 from attnstore_worker.cache.attending import fetched
 from attnstore_worker.cache.attending.contexts import QueryShape
+from attnstore_worker.cache.attending.fetched import FetchedLayers, FetchedPart
 from attnstore_worker.cache.planning.attend_planner import ChunkForecast, ChunkWork, fetched_chunk_ms
 from attnstore_worker.cache.planning.fixed_planners import FetchAll
 from attnstore_worker.engine import AttendPolicy, Engine, FinishReason
 from attnstore_worker.engine import Sequence as Prompted
 from attnstore_worker.engine.attend_policy import chunk_choice
+from attnstore_worker.errors import PagesLost
 from attnstore_worker.model import LoadedModel
 from tests.worker.cache.planning.test_attend_planner import taught
 from tests.worker.engine.test_attend import NEW_TOKENS, options, prompt, resident, run
@@ -127,6 +131,30 @@ def test_a_fetch_that_fails_costs_a_step_that_is_computed_again_and_attends(
     assert sequence.finish_reason is FinishReason.LENGTH
     assert sequence.generated == resident(tiny, LONG)
     assert len(sequence.generated) == NEW_TOKENS
+
+
+class Queue(Executor):
+    """Runs nothing: the test ends the calls."""
+
+    def __init__(self) -> None:
+        self.futures: list[Future[Any]] = []
+
+    def submit(self, *_: Any, **__: Any) -> Future[Any]:
+        self.futures.append(Future())
+        return self.futures[-1]
+
+
+def test_a_fetch_that_fails_leaves_no_other_on_its_thread() -> None:
+    layout = attnstore.PageLayout(layers=4, kv_heads=1, head_dim=64, block_tokens=16, dtype=attnstore.DType.FP32)
+    queue, lost = Queue(), list[FetchedPart]()
+    part = FetchedPart([attnstore.BlockHash(bytes(32))], 0, 2)
+    layers = FetchedLayers([part], layout, 0.125, create_attention("reference"), lambda *_: True, queue, lost.append)
+    queue.futures[0].set_exception(errors.Unavailable("gone"))
+    with pytest.raises(PagesLost, match="gone"):
+        layers.merge(0, torch.zeros(2, 1, 64), torch.zeros(2, 1, 64).numpy(), torch.zeros(2, 1).numpy())
+    assert lost == [part]
+    assert len(queue.futures) == 2
+    assert queue.futures[1].cancelled()
 
 
 def test_a_chunk_waits_for_its_first_window_and_for_what_takes_longer_than_computing() -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor, Future
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, NoReturn
 
 import numpy as np
 import torch
@@ -98,19 +98,26 @@ class FetchedLayers:
             out, lse = self._attend(query[rows], self._memories[number % 2][: pages.stop - pages.start])
             numbers = np.arange(rows.start, rows.stop)
             if not online_softmax.merge_rows(outs, lses, numbers, out.contiguous().numpy(), lse.contiguous().numpy()):
-                self._lose(part)
-                raise PagesLost("attention to fetched pages is not finite")
+                self._give_up(part, "attention to fetched pages is not finite")
             self._fetch(number + 2)
+
+    def close(self) -> None:
+        """Cancels the fetches that have not begun: the step is void, and the next one needs the thread."""
+        for fetch in self._arriving:
+            fetch.cancel()
 
     def _wait(self, part: FetchedPart) -> None:
         try:
             whole = self._arriving.pop(0).result()
         except Exception as error:
-            self._lose(part)
-            raise PagesLost(f"the pages to attend to did not come: {error}") from None
+            self._give_up(part, f"the pages to attend to did not come: {error}")
         if not whole:
-            self._lose(part)
-            raise PagesLost("not all pages to attend to are in the store any more")
+            self._give_up(part, "not all pages to attend to are in the store any more")
+
+    def _give_up(self, part: FetchedPart, why: str) -> NoReturn:
+        self.close()
+        self._lose(part)
+        raise PagesLost(why) from None
 
     def _fetch(self, number: int) -> None:
         layer, index = divmod(number, len(self._windows))

@@ -232,6 +232,8 @@ class RemoteStep:
         self._counts.bytes_received += len(views[0]) + len(views[1])
 
     def _lose(self, node: NodeRows, error: AttnStoreError) -> None:
+        if self._fetched is not None:
+            self._fetched.close()
         self._lose_stream(node.stream, error)
         for stream in self._asked:
             if stream is not node.stream:
